@@ -1,0 +1,327 @@
+"""The journal as the supervisor writes it: the one and only writer of a session's record.
+
+Two SQLite files, the record itself and the samples, so that charts never page through text. A step
+is one transaction in each, samples first: a crash between the two leaves samples of a step that the
+journal does not know, and the next attempt writes them again.
+"""
+
+import json
+import math
+import os
+import socket
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine import __version__, schema
+from engine.errors import JournalError
+from engine.protocol import Sample, SettledChange, StepReport
+from engine.session import Session
+from engine.settings import Change
+
+NETWORK_FILE_SYSTEMS = {
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "afs", "ceph",
+    "9p", "glusterfs", "fuse.sshfs", "fuse.glusterfs", "fuse.juicefs",
+}  # fmt: skip
+"""Where WAL's shared memory does not work between hosts."""
+
+
+class Journal:
+    """Opened by the holder of the session's lock, for one attempt at a time."""
+
+    def __init__(self, session: Session) -> None:
+        """Opens both files, makes or migrates them.
+
+        Raises:
+            JournalError: they cannot be opened or belong to a newer version.
+        """
+        mode = "TRUNCATE" if on_network(session.folder) else "WAL"
+        self._db = _open(session.journal_file, schema.JOURNAL, mode)
+        self._samples = _open(session.samples_file, schema.SAMPLES, mode)
+        self._names: dict[str, int] = dict(self._db.execute("SELECT name, id FROM names"))
+        self.attempt = self._db.execute("SELECT max(attempt) FROM attempts").fetchone()[0] or 0
+        self.step = self._db.execute("SELECT max(step) FROM steps").fetchone()[0] or 0
+
+    def close(self) -> None:
+        """Ends the attempt and closes the files."""
+        with self._db:
+            self._db.execute(
+                "UPDATE attempts SET ended = ? WHERE attempt = ? AND ended IS NULL",
+                (time.time(), self.attempt),
+            )
+        self._db.close()
+        self._samples.close()
+
+    # -- attempts and their timeline ---------------------------------------------------------
+
+    def begin_attempt(self, from_step: int, *, fresh: bool) -> int:
+        """A new attempt that goes on from a step; what was written after it leaves the timeline.
+
+        Args:
+            from_step: the checkpoint's step, 0 for the start.
+            fresh: settings changed after that step are forgotten too (--from, fork, roll back);
+                else they will be applied again (a resume).
+
+        Returns:
+            The attempt's number, from 1.
+        """
+        with self._samples:
+            columns = "step, idx, attempt, prompt, response, score, kl, length, ended, parts"
+            self._samples.execute(
+                f"INSERT OR REPLACE INTO samples_past ({columns}) "  # noqa: S608 - a constant
+                f"SELECT {columns} FROM samples WHERE step > ?",
+                (from_step,),
+            )
+            self._samples.execute("DELETE FROM samples WHERE step > ?", (from_step,))
+            self._samples.execute("DELETE FROM arrays WHERE step > ?", (from_step,))
+        with self._db:
+            self._supersede(from_step, fresh)
+            self.attempt += 1
+            self._db.execute(
+                "INSERT INTO attempts VALUES (?, ?, ?, ?, NULL, ?, ?, ?)",
+                (self.attempt, from_step, fresh, time.time(), os.getpid(), socket.gethostname(),
+                 __version__),
+            )  # fmt: skip
+            self.step = from_step
+            self._event("attempt", {"attempt": self.attempt, "from_step": from_step})
+        return self.attempt
+
+    def _supersede(self, from_step: int, fresh: bool) -> None:
+        after = (from_step,)
+        self._db.execute(
+            "INSERT INTO metrics_past SELECT m.name, s.attempt, m.step, m.value "
+            "FROM metrics m JOIN steps s ON s.step = m.step WHERE m.step > ?",
+            after,
+        )
+        self._db.execute(
+            "INSERT INTO steps_past SELECT attempt, step, time FROM steps WHERE step > ?", after
+        )
+        self._db.execute("DELETE FROM metrics WHERE step > ?", after)
+        self._db.execute("DELETE FROM steps WHERE step > ?", after)
+        self._db.execute(
+            "UPDATE checkpoints SET status = 'superseded' WHERE step > ? AND status = 'complete'",
+            after,
+        )
+        if fresh:
+            self._db.execute("UPDATE commands SET live = 0 WHERE applied_step > ?", after)
+
+    def settled_after(self, step: int) -> list[SettledChange]:
+        """Settings that were changed after a step, in the order in which they took effect."""
+        rows = self._db.execute(
+            "SELECT applied_step, changes FROM commands "
+            "WHERE status = 'applied' AND live AND applied_step > ? ORDER BY applied_step, ended",
+            (step,),
+        ).fetchall()
+        return [
+            SettledChange(step=applied, key=change["key"], new=change["new"])
+            for applied, changes in rows
+            for change in json.loads(changes)
+        ]
+
+    # -- what an attempt writes ---------------------------------------------------------------
+
+    def set_meta(self, **values: Any) -> None:
+        """Keeps small facts: state, total_steps, settings, message."""
+        with self._db:
+            self._set_meta(values)
+
+    def record_step(self, report: StepReport) -> None:
+        """One finished step: metrics, settings, samples."""
+        with self._samples:
+            for sample in report.samples:
+                self._sample(report.step, sample)
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO steps VALUES (?, ?, ?)",
+                (report.step, self.attempt, time.time()),
+            )
+            self._db.executemany(
+                "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)",
+                [(self._name(k), report.step, v) for k, v in report.metrics.items()],
+            )
+            self._set_meta({"settings": report.settings})
+            self.step = report.step
+
+    def _sample(self, step: int, sample: Sample) -> None:
+        self._samples.execute(
+            "INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (step, sample.index, self.attempt, sample.prompt, sample.response, sample.score,
+             sample.kl, sample.length, sample.ended, json.dumps(sample.parts)),
+        )  # fmt: skip
+        if sample.arrays is not None:
+            self._samples.execute(
+                "INSERT OR REPLACE INTO arrays VALUES (?, ?, ?)",
+                (step, sample.index, msgspec.msgpack.encode(sample.arrays)),
+            )
+
+    def record_event(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
+        """An event for ever: state, alert, error, note, checkpoint. Returns its id."""
+        with self._db:
+            return self._event(kind, data, step)
+
+    def record_command(self, command_id: str, command: str, args: dict[str, Any], who: str) -> bool:
+        """A command as queued, with its event. False when one of that id is there already."""
+        with self._db:
+            new = self._db.execute(
+                "INSERT OR IGNORE INTO commands "
+                "(id, command, args, who, status, queued, attempt, changes) "
+                "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]')",
+                (command_id, command, json.dumps(args), who, time.time(), self.attempt),
+            ).rowcount
+            if new:
+                self._event("command", {"id": command_id})
+        return bool(new)
+
+    def accept_command(self, command_id: str) -> None:
+        """The engine will carry it out at the next step boundary."""
+        with self._db:
+            self._db.execute(
+                "UPDATE commands SET status = 'accepted', accepted = ? WHERE id = ?",
+                (time.time(), command_id),
+            )
+
+    def apply_command(self, command_id: str, step: int, changes: list[Change]) -> None:
+        """It took effect from this step on."""
+        with self._db:
+            self._db.execute(
+                "UPDATE commands SET status = 'applied', ended = ?, applied_step = ?, changes = ? "
+                "WHERE id = ?",
+                (time.time(), step, msgspec.json.encode(changes).decode(), command_id),
+            )
+
+    def reject_command(self, command_id: str, reason: str) -> None:
+        """It will not be carried out."""
+        with self._db:
+            self._db.execute(
+                "UPDATE commands SET status = 'rejected', ended = ?, reason = ? WHERE id = ?",
+                (time.time(), reason, command_id),
+            )
+
+    def record_checkpoint(self, step: int, size: int, score: float, kl: float) -> None:
+        """A checkpoint is on disk but for its COMPLETE.
+
+        Everything before it is forced to the disk first: a COMPLETE checkpoint must never be ahead
+        of the journal, not even after a power cut.
+        """
+        self._db.execute("PRAGMA synchronous = FULL")
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'written')",
+                (step, self.attempt, time.time(), size, score, kl),
+            )
+        self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def complete_checkpoint(self, step: int) -> None:
+        """Its COMPLETE is written: it can be resumed from."""
+        with self._db:
+            self._db.execute(
+                "UPDATE checkpoints SET status = 'replaced' WHERE step = ? AND attempt <> ?",
+                (step, self.attempt),
+            )
+            size, score, kl = self._db.execute(
+                "UPDATE checkpoints SET status = 'complete' WHERE step = ? AND attempt = ? "
+                "RETURNING size, score, kl",
+                (step, self.attempt),
+            ).fetchone()
+            self._event("checkpoint", {"size": size, "score": score, "kl": kl}, step)
+
+    def remove_checkpoints(self, steps: list[int]) -> None:
+        """They made way for newer ones."""
+        with self._db:
+            self._db.executemany(
+                "UPDATE checkpoints SET status = 'removed' WHERE step = ?", [(s,) for s in steps]
+            )
+
+    # -- inside a transaction -----------------------------------------------------------------
+
+    def _event(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
+        cursor = self._db.execute(
+            "INSERT INTO events (time, attempt, step, kind, data) VALUES (?, ?, ?, ?, ?)",
+            (time.time(), self.attempt, self.step if step is None else step, kind,
+             json.dumps(_finite(data))),
+        )  # fmt: skip
+        return int(cursor.lastrowid or 0)
+
+    def _set_meta(self, values: dict[str, Any]) -> None:
+        self._db.executemany(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+            [(k, json.dumps(_finite(v))) for k, v in values.items()],
+        )
+
+    def _name(self, name: str) -> int:
+        if name not in self._names:
+            row = self._db.execute("INSERT INTO names (name) VALUES (?) RETURNING id", (name,))
+            self._names[name] = int(row.fetchone()[0])
+        return self._names[name]
+
+
+def cut_after(source: Session, target: Session, step: int) -> None:
+    """Copies a session's journal and samples into a new one, up to a step."""
+    for old, new in (
+        (source.journal_file, target.journal_file),
+        (source.samples_file, target.samples_file),
+    ):
+        reader = sqlite3.connect(f"{old.resolve().as_uri()}?mode=ro", uri=True)
+        writer = sqlite3.connect(new)
+        reader.backup(writer)
+        reader.close()
+        with writer:
+            for query in _CUT if new == target.journal_file else _CUT_SAMPLES:
+                writer.execute(query, {"step": step})
+        writer.close()
+
+
+_CUT = (
+    "DELETE FROM metrics WHERE step > :step",
+    "DELETE FROM steps WHERE step > :step",
+    "DELETE FROM metrics_past",
+    "DELETE FROM steps_past",
+    "DELETE FROM events WHERE step > :step OR (kind = 'command' AND json_extract(data, '$.id') IN "
+    "(SELECT id FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step))",
+    "DELETE FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step",
+    "DELETE FROM checkpoints WHERE step <> :step",
+    "UPDATE checkpoints SET status = 'complete'",
+)
+_CUT_SAMPLES = (
+    "DELETE FROM samples WHERE step > :step",
+    "DELETE FROM arrays WHERE step > :step",
+    "DELETE FROM samples_past",
+)
+
+
+def on_network(folder: Path) -> bool:
+    """Whether a folder lies on a network file system (from /proc/self/mountinfo)."""
+    best, kind = -1, ""
+    path = str(folder.resolve())
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+        before, _, after = line.partition(" - ")
+        mount = before.split()[4].replace("\\040", " ")
+        inside = path == mount or path.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= best:
+            best, kind = len(mount), after.split()[0]
+    return kind in NETWORK_FILE_SYSTEMS
+
+
+def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, timeout=30.0)
+        db.execute(f"PRAGMA journal_mode = {mode}")
+        db.execute("PRAGMA synchronous = NORMAL")
+        schema.migrate(db, migrations, path)
+    except sqlite3.Error as error:
+        raise JournalError(f"cannot open {path}: {error}") from error
+    return db
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: it becomes null, here and in every list and mapping below."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,71 @@
+"""Starts the ranks, and ends them with everything they started."""
+
+import asyncio
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+
+from engine.protocol import SOCKET_VARIABLE, TOKEN_VARIABLE
+from engine.session import Session
+
+
+class Ranks:
+    """The processes of one attempt."""
+
+    def __init__(self, session: Session, socket_path: Path) -> None:
+        self._session = session
+        self._socket_path = socket_path
+        self._process: asyncio.subprocess.Process | None = None
+        self.token = secrets.token_hex(16)
+        """What a rank must say to be taken for one of these."""
+
+    async def start(self) -> None:
+        """Starts them in a session of their own; what they print goes into engine.log.
+
+        The session's folder stands in the command line, so that `ps` shows whose they are.
+        """
+        environment = os.environ | {
+            TOKEN_VARIABLE: self.token,
+            SOCKET_VARIABLE: str(self._socket_path),
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
+        command = [sys.executable, "-m", "engine.train.worker", str(self._session.folder)]
+        with self._session.log_file.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                env=environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    async def wait(self) -> int:
+        """Until they have ended; the exit status, negative for a signal's number."""
+        if self._process is None:
+            return 0
+        return await self._process.wait()
+
+    def kill(self) -> None:
+        """Ends them at once, with every process of their session."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+
+def describe_exit(status: int) -> str:
+    """An exit status in words."""
+    if status < 0:
+        try:
+            name = signal.Signals(-status).name
+        except ValueError:
+            name = f"signal {-status}"
+        hint = " (the kernel does this when memory runs out)" if status == -signal.SIGKILL else ""
+        return f"was ended by {name}{hint}"
+    return f"ended with status {status}"

@@ -1,0 +1,247 @@
+"""What processes say to one another: MessagePack structs in length-prefixed frames.
+
+One Unix socket serves both conversations. The first frame of a connection says which it is:
+a rank's (:class:`RankHello`) or a client's. A frame is a 4-byte big-endian length and that many
+bytes; a longer one than :data:`MAX_FRAME` ends the connection.
+"""
+
+import struct
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from engine.errors import LinkError
+from engine.settings import Change
+
+VERSION = 1
+"""Of this protocol. Both sides say theirs; a difference is an error, not a guess."""
+MAX_FRAME = 64 * 1024 * 1024
+TOKEN_VARIABLE = "RLHF_TUI_LINK_TOKEN"  # noqa: S105 - the name of a variable
+SOCKET_VARIABLE = "RLHF_TUI_LINK_SOCKET"
+"""How a rank is told its token and where its supervisor listens."""
+HEADER = struct.Struct(">I")
+
+
+class Message(Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Anything that travels."""
+
+
+# -- a rank to its supervisor -------------------------------------------------------------------
+
+
+class RankHello(Message, frozen=True, tag="rank_hello"):
+    """The first frame of a rank."""
+
+    token: str
+    """From the environment the supervisor gave it: proves it is its own."""
+    rank: int
+    pid: int
+    version: int = VERSION
+
+
+class Phase(Message, frozen=True, tag="phase"):
+    """What a rank does now, and how far it is."""
+
+    rank: int
+    step: int
+    name: str
+    """generate, score, reference, optimise, checkpoint, or one of loading: `load policy` …"""
+    done: int = 0
+    total: int = 0
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    """Everything is loaded and checked; training begins."""
+
+    info: dict[str, Any]
+    """Parameters, device, prompts and the like, for the event `ready`."""
+
+
+class Sample(Struct, frozen=True, kw_only=True):
+    """One answer of a step."""
+
+    index: int
+    """In the step's global batch."""
+    prompt: str
+    response: str
+    score: float
+    kl: float
+    """Nats, over the whole response."""
+    length: int
+    """Tokens, end-of-sequence included."""
+    ended: bool
+    """By itself; false where it was cut off."""
+    parts: dict[str, float | None] = {}
+    """Each reward source's own score."""
+    arrays: "TokenArrays | None" = None
+
+
+class TokenArrays(Struct, frozen=True, kw_only=True):
+    """Per response token, each of the answer's length."""
+
+    tokens: list[str]
+    token_ids: list[int]
+    logprob: list[float]
+    ref_logprob: list[float]
+    advantage: list[float]
+    value: list[float]
+    """Empty where there is no value function."""
+
+
+class StepReport(Message, frozen=True, tag="step_report"):
+    """One finished step."""
+
+    step: int
+    metrics: dict[str, float]
+    samples: list[Sample]
+    settings: dict[str, Any]
+    """In force for the *next* step."""
+    changes: list[Change] = []
+    """Made by the controller after this step."""
+
+
+class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
+    """A checkpoint is on disk but for its COMPLETE; asks for :class:`Confirm`."""
+
+    step: int
+    size: int
+    """Bytes."""
+    score: float
+    kl: float
+    removed: list[int] = []
+    """Steps of older checkpoints that make way for it."""
+
+
+class CheckpointComplete(Message, frozen=True, tag="checkpoint_complete"):
+    """COMPLETE is written."""
+
+    step: int
+
+
+class Applied(Message, frozen=True, tag="applied"):
+    """A command took effect before step `step` began (or, for actions, after `step` - 1)."""
+
+    id: str
+    step: int
+    changes: list[Change] = []
+
+
+class Rejected(Message, frozen=True, tag="rejected"):
+    """A command cannot be carried out."""
+
+    id: str
+    reason: str
+
+
+class Notice(Message, frozen=True, tag="notice"):
+    """Something the operator should see: becomes an event `alert`."""
+
+    step: int
+    rule: str
+    text: str
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """The rank ends because of an error."""
+
+    rank: int
+    text: str
+    traceback: str = ""
+    user_input: bool = False
+    """What the user gave is wrong: no traceback is needed."""
+
+
+class Ended(Message, frozen=True, tag="ended"):
+    """The rank ends as it should."""
+
+    step: int
+    reason: str
+    """finished, stopped or max_hours."""
+
+
+# -- a supervisor to rank 0 ---------------------------------------------------------------------
+
+
+class Begin(Message, frozen=True, tag="begin"):
+    """The answer to :class:`RankHello`: where to start."""
+
+    attempt: int
+    from_step: int
+    """0: from the configuration's models; else from that step's checkpoint."""
+    reseed: bool = False
+    replay: list["SettledChange"] = []
+
+
+class SettledChange(Struct, frozen=True, kw_only=True):
+    """A setting that was changed before a crash and is applied again at the same step."""
+
+    step: int
+    key: str
+    new: Any
+
+
+class Confirm(Message, frozen=True, tag="confirm"):
+    """The journal holds everything up to this step: COMPLETE may be written."""
+
+    step: int
+
+
+class StopOrder(Message, frozen=True, tag="stop"):
+    """End at the step boundary, with a checkpoint."""
+
+    id: str = ""
+
+
+FromRank = (
+    RankHello
+    | Phase
+    | Ready
+    | StepReport
+    | CheckpointWritten
+    | CheckpointComplete
+    | Applied
+    | Rejected
+    | Notice
+    | Failed
+    | Ended
+)
+ToRank = Begin | Confirm | StopOrder
+
+_encoder = msgspec.msgpack.Encoder()
+_from_rank = msgspec.msgpack.Decoder(FromRank)
+_to_rank = msgspec.msgpack.Decoder(ToRank)
+
+
+def encode(message: Message) -> bytes:
+    """One frame. Raises LinkError when it would be longer than MAX_FRAME."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise LinkError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
+    return HEADER.pack(len(body)) + body
+
+
+def frame_length(header: bytes) -> int:
+    """The body's length. Raises LinkError when it is over MAX_FRAME."""
+    (length,) = HEADER.unpack(header)
+    if length > MAX_FRAME:
+        raise LinkError(f"a frame of {length} bytes is over the limit of {MAX_FRAME}")
+    return int(length)
+
+
+def decode_from_rank(body: bytes) -> FromRank:
+    """A rank's message. Raises LinkError when it is none."""
+    try:
+        message: FromRank = _from_rank.decode(body)
+    except msgspec.DecodeError as error:
+        raise LinkError(f"not a message of protocol {VERSION}: {error}") from error
+    return message
+
+
+def decode_to_rank(body: bytes) -> ToRank:
+    """A supervisor's message to a rank. Raises LinkError when it is none."""
+    try:
+        message: ToRank = _to_rank.decode(body)
+    except msgspec.DecodeError as error:
+        raise LinkError(f"not a message of protocol {VERSION}: {error}") from error
+    return message

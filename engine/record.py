@@ -1,0 +1,198 @@
+"""The journal as everybody else reads it: short reads, never a write.
+
+Live, finished, crashed and archived sessions are read in the same way. Each method is one short
+transaction, so that a reader never holds back the writer's checkpointing.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine import schema
+from engine.errors import JournalError
+from engine.protocol import TokenArrays
+from engine.session import LIVE_STATES, Session
+
+Row = dict[str, Any]
+
+
+class Record:
+    """What a session's journal says; a session that never began reads as empty."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._db = _read_only(session.journal_file, len(schema.JOURNAL))
+        self._samples = _read_only(session.samples_file, len(schema.SAMPLES))
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for db in (self._db, self._samples):
+            if db is not None:
+                db.close()
+
+    def meta(self) -> Row:
+        """state, total_steps, settings, message: what the supervisor keeps up to date."""
+        return {k: json.loads(v) for k, v in self._all(self._db, "SELECT key, value FROM meta")}
+
+    def state(self) -> str:
+        """The session's state; `crashed` where it says it lives and no engine does."""
+        # The lock is asked before and after: an engine may end between the two questions.
+        live = self.session.is_live()
+        state = str(self.meta().get("state", "starting"))
+        if state in LIVE_STATES and not live and not self.session.is_live():
+            state = str(self.meta().get("state", "starting"))
+            return "crashed" if state in LIVE_STATES else state
+        return state
+
+    def last_step(self) -> int:
+        """The last completed step, 0 before the first."""
+        rows = self._all(self._db, "SELECT max(step) FROM steps")
+        return int(rows[0][0] or 0) if rows else 0
+
+    def attempts(self) -> list[Row]:
+        """Each start of the engine."""
+        return self._rows(self._db, "SELECT * FROM attempts ORDER BY attempt")
+
+    def metric_names(self) -> list[str]:
+        """Every metric that was ever written."""
+        return [r[0] for r in self._all(self._db, "SELECT name FROM names ORDER BY id")]
+
+    def series(self, name: str, after: int = 0) -> list[tuple[int, float | None]]:
+        """One metric of the current timeline: (step, value) for steps beyond `after`."""
+        return self._all(
+            self._db,
+            "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
+            "AND step > ? ORDER BY step",
+            (name, after),
+        )
+
+    def metrics(self, last: int | None = None) -> list[Row]:
+        """One row a step of the current timeline, every metric, None where undefined."""
+        names = dict(self._all(self._db, "SELECT id, name FROM names"))
+        steps = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
+        rows: dict[int, Row] = {}
+        for step, attempt, time in reversed(self._all(self._db, steps, (_limit(last),))):
+            rows[step] = {"step": step, "attempt": attempt, "time": time}
+            rows[step] |= dict.fromkeys(names.values())
+        first = next(iter(rows), 0)
+        for name, step, value in self._all(
+            self._db, "SELECT name, step, value FROM metrics WHERE step >= ?", (first,)
+        ):
+            if step in rows:
+                rows[step][names[name]] = value
+        return list(rows.values())
+
+    def samples(self, last: int | None = None) -> list[Row]:
+        """Samples of the current timeline, oldest first."""
+        rows = self._rows(
+            self._samples,
+            "SELECT step, idx AS 'index', attempt, prompt, response, score, kl, length, ended, "
+            "parts FROM samples ORDER BY step DESC, idx DESC LIMIT ?",
+            (_limit(last),),
+        )
+        for row in rows:
+            row["parts"] = json.loads(row["parts"])
+            row["ended"] = bool(row["ended"])
+        return rows[::-1]
+
+    def arrays(self, step: int, index: int) -> TokenArrays | None:
+        """The per-token arrays of one sample, where they were kept."""
+        rows = self._all(
+            self._samples, "SELECT data FROM arrays WHERE step = ? AND idx = ?", (step, index)
+        )
+        return msgspec.msgpack.decode(rows[0][0], type=TokenArrays) if rows else None
+
+    def events(self, last: int | None = None, after: int = 0) -> list[Row]:
+        """Events, oldest first; a command's with its whole life in one row."""
+        rows = self._rows(
+            self._db,
+            "SELECT id AS event, time, attempt, step, kind, data FROM events WHERE id > ? "
+            "ORDER BY id DESC LIMIT ?",
+            (after, _limit(last)),
+        )
+        commands = {c["id"]: c for c in self.commands()}
+        for row in rows:
+            row |= json.loads(row.pop("data"))
+            if row["kind"] == "command" and row["id"] in commands:
+                row |= commands[row["id"]]
+        return rows[::-1]
+
+    def commands(self) -> list[Row]:
+        """Every command with its status and, once applied, what it changed."""
+        rows = self._rows(
+            self._db,
+            "SELECT id, command, args, who, status, queued, accepted, ended, attempt, "
+            "applied_step, reason, changes, live FROM commands ORDER BY queued",
+        )
+        for row in rows:
+            row["args"] = json.loads(row["args"])
+            row["changes"] = json.loads(row["changes"])
+            first = row["changes"][0] if row["changes"] else {}
+            row["old"], row["new"] = first.get("old"), first.get("new")
+        return rows
+
+    def checkpoints(self, statuses: tuple[str, ...] = ("complete", "superseded")) -> list[Row]:
+        """Checkpoints, oldest first; by default all that are whole, earlier timelines' too."""
+        rows = self._rows(self._db, "SELECT * FROM checkpoints ORDER BY step, attempt")
+        return [row for row in rows if row["status"] in statuses]
+
+    def _all(
+        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] = ()
+    ) -> list[Any]:
+        if db is None:
+            return []
+        try:
+            return db.execute(query, tuple(values)).fetchall()
+        except sqlite3.Error as error:
+            raise JournalError(
+                f"cannot read the journal of {self.session.folder}: {error}"
+            ) from error
+
+    def _rows(
+        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] = ()
+    ) -> list[Row]:
+        if db is None:
+            return []
+        db.row_factory = sqlite3.Row
+        try:
+            return [dict(r) for r in self._all(db, query, values)]
+        finally:
+            db.row_factory = None
+
+
+def _limit(last: int | None) -> int:
+    return -1 if last is None else last
+
+
+def _read_only(path: Path, newest: int) -> sqlite3.Connection | None:
+    """Opens a database for reading; None where there is none, or none is finished yet."""
+    if not path.is_file():
+        return None
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    try:
+        try:
+            db = sqlite3.connect(uri, uri=True, timeout=5.0)
+            version = schema.schema_version(db)
+        except sqlite3.OperationalError:
+            # An archived, read-only folder: WAL wants to make a file beside the database there.
+            db = sqlite3.connect(uri + "&immutable=1", uri=True, timeout=5.0)
+            version = schema.schema_version(db)
+    except sqlite3.Error as error:
+        raise JournalError(f"cannot read {path}: {error}") from error
+    if version > newest:
+        db.close()
+        raise JournalError(f"{path} was written by a newer rlhf-tui; upgrade to read it")
+    if version == 0:
+        db.close()
+        return None
+    return db

@@ -1,0 +1,88 @@
+"""The journal's schema: an ordered list of migrations for each of its files.
+
+A migration is never edited once released; a change is a new one at the end. SQLite's `user_version`
+says how many a file has had. Only the holder of the session's lock migrates.
+"""
+
+import sqlite3
+from pathlib import Path
+
+from engine.errors import JournalError
+
+JOURNAL: list[str] = [
+    """
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE attempts (
+        attempt INTEGER PRIMARY KEY, from_step INTEGER NOT NULL, fresh INTEGER NOT NULL,
+        started REAL NOT NULL, ended REAL, pid INTEGER NOT NULL, host TEXT NOT NULL,
+        version TEXT NOT NULL
+    );
+    -- The current timeline. What a later attempt replaced moves to the tables named *_past.
+    CREATE TABLE steps (step INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, time REAL NOT NULL);
+    CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+    CREATE TABLE metrics (
+        name INTEGER NOT NULL, step INTEGER NOT NULL, value REAL, PRIMARY KEY (name, step)
+    ) WITHOUT ROWID;
+    CREATE TABLE steps_past (
+        attempt INTEGER NOT NULL, step INTEGER NOT NULL, time REAL NOT NULL,
+        PRIMARY KEY (attempt, step)
+    ) WITHOUT ROWID;
+    CREATE TABLE metrics_past (
+        name INTEGER NOT NULL, attempt INTEGER NOT NULL, step INTEGER NOT NULL, value REAL,
+        PRIMARY KEY (name, attempt, step)
+    ) WITHOUT ROWID;
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, attempt INTEGER NOT NULL,
+        step INTEGER NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL
+    );
+    CREATE TABLE commands (
+        id TEXT PRIMARY KEY, command TEXT NOT NULL, args TEXT NOT NULL, who TEXT NOT NULL,
+        status TEXT NOT NULL, queued REAL NOT NULL, accepted REAL, ended REAL,
+        attempt INTEGER NOT NULL, applied_step INTEGER, reason TEXT, changes TEXT NOT NULL,
+        live INTEGER NOT NULL DEFAULT 1
+    ) WITHOUT ROWID;
+    CREATE TABLE checkpoints (
+        step INTEGER NOT NULL, attempt INTEGER NOT NULL, time REAL NOT NULL,
+        size INTEGER NOT NULL, score REAL, kl REAL, status TEXT NOT NULL,
+        PRIMARY KEY (step, attempt)
+    ) WITHOUT ROWID;
+    """,
+]
+
+SAMPLES: list[str] = [
+    """
+    CREATE TABLE samples (
+        step INTEGER NOT NULL, idx INTEGER NOT NULL, attempt INTEGER NOT NULL,
+        prompt TEXT NOT NULL, response TEXT NOT NULL, score REAL, kl REAL,
+        length INTEGER NOT NULL, ended INTEGER NOT NULL, parts TEXT NOT NULL,
+        PRIMARY KEY (step, idx)
+    );
+    CREATE TABLE samples_past (
+        step INTEGER NOT NULL, idx INTEGER NOT NULL, attempt INTEGER NOT NULL,
+        prompt TEXT NOT NULL, response TEXT NOT NULL, score REAL, kl REAL,
+        length INTEGER NOT NULL, ended INTEGER NOT NULL, parts TEXT NOT NULL,
+        PRIMARY KEY (attempt, step, idx)
+    );
+    CREATE TABLE arrays (
+        step INTEGER NOT NULL, idx INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (step, idx)
+    ) WITHOUT ROWID;
+    """,
+]
+
+
+def migrate(db: sqlite3.Connection, migrations: list[str], path: Path) -> None:
+    """Brings a file up to date, each migration in one transaction.
+
+    Raises:
+        JournalError: the file was written by a newer version of this software.
+    """
+    version = schema_version(db)
+    if version > len(migrations):
+        raise JournalError(f"{path} was written by a newer rlhf-tui; upgrade to read it")
+    for number, script in enumerate(migrations[version:], start=version + 1):
+        db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+
+
+def schema_version(db: sqlite3.Connection) -> int:
+    """How many migrations a file has had."""
+    return int(db.execute("PRAGMA user_version").fetchone()[0])

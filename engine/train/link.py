@@ -1,0 +1,114 @@
+"""Rank 0's end of the link to its supervisor.
+
+The training loop is synchronous; a reader thread takes in what the supervisor says and the loop
+picks it up where it is safe to act.
+"""
+
+import os
+import queue
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from engine import protocol, sockets
+from engine.errors import LinkError
+from engine.protocol import (
+    SOCKET_VARIABLE,
+    TOKEN_VARIABLE,
+    Begin,
+    Confirm,
+    Message,
+    Phase,
+    RankHello,
+    ToRank,
+)
+from engine.train.rollout import Report
+
+PROGRESS_INTERVAL = 0.2
+"""Seconds between progress messages of one phase: a screen shows no more."""
+
+
+class Link:
+    """A connection, from the hello to the end of the process."""
+
+    def __init__(self, rank: int) -> None:
+        """Connects and says hello. Raises LinkError when no supervisor answers."""
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
+        try:
+            self._sock = sockets.connect(Path(os.environ[SOCKET_VARIABLE]))
+        except (OSError, KeyError) as error:
+            raise LinkError(f"rank {rank} cannot reach its supervisor: {error}") from error
+        self._sock.settimeout(None)
+        threading.Thread(target=self._read, name="link", daemon=True).start()
+        self.send(RankHello(token=os.environ[TOKEN_VARIABLE], rank=rank, pid=os.getpid()))
+
+    def send(self, message: Message) -> None:
+        """Sends, whole, from any thread. Raises LinkError when the supervisor is gone."""
+        try:
+            with self._lock:
+                self._sock.sendall(protocol.encode(message))
+        except OSError as error:
+            raise LinkError(f"the supervisor is gone: {error}") from error
+
+    def begin(self) -> Begin:
+        """Waits for where to start."""
+        message = self._next()
+        if not isinstance(message, Begin):
+            raise LinkError(f"expected begin, got {message}")
+        return message
+
+    def confirm(self, step: int) -> list[ToRank]:
+        """Waits until the journal holds everything up to `step`; returns what else came."""
+        others: list[ToRank] = []
+        while not (isinstance(message := self._next(), Confirm) and message.step == step):
+            others.append(message)
+        return others
+
+    def orders(self) -> list[ToRank]:
+        """Everything that has come since the last call; does not wait."""
+        found = []
+        while not self._inbox.empty():
+            found.append(self._next())
+        return found
+
+    def phase(self, step: int, name: str) -> Report:
+        """Announces a phase; the result reports its progress."""
+        self.send(Phase(rank=self._rank, step=step, name=name))
+        sent = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            nonlocal sent
+            now = time.monotonic()
+            if now - sent >= PROGRESS_INTERVAL:
+                sent = now
+                self.send(Phase(rank=self._rank, step=step, name=name, done=done, total=total))
+
+        return report
+
+    def _next(self) -> ToRank:
+        message = self._inbox.get()
+        if message is None:
+            raise LinkError("the supervisor is gone")
+        return message
+
+    def _read(self) -> None:
+        try:
+            while True:
+                length = protocol.frame_length(_exactly(self._sock, protocol.HEADER.size))
+                self._inbox.put(protocol.decode_to_rank(_exactly(self._sock, length)))
+        except (OSError, LinkError):
+            self._inbox.put(None)
+
+
+def _exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece: Any = sock.recv(count - len(data))
+        if not piece:
+            raise LinkError("the connection ended")
+        data += piece
+    return data

@@ -1,0 +1,118 @@
+"""Loads everything a run works with, from the configuration or from a checkpoint."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine import starter
+from engine.config import RunConfig
+from engine.errors import CheckpointError, UserInputError
+from engine.protocol import Begin
+from engine.session import Session
+from engine.settings import first_settings
+from engine.train import checkpoint
+from engine.train.checkpoint import TrainingState
+from engine.train.data import batch_prompts, load_prompts
+from engine.train.link import Link
+from engine.train.models import eos_ids, fingerprint, load_policy, load_reference, load_tokenizer
+from engine.train.optimise import make_optimiser
+from engine.train.randomness import generator, sampling_uniforms
+from engine.train.rewards import Answers, Normaliser, load_rewards
+from engine.train.rollout import Ending, generate
+from engine.train.step import Run
+
+
+def load_run(session: Session, config: RunConfig, begin: Begin, link: Link) -> Run:
+    """Inputs first and weights after, so that a mistake shows before minutes of loading.
+
+    Raises:
+        UserInputError: something the configuration names cannot be used.
+        CheckpointError: the checkpoint to start from cannot be used.
+    """
+    device = choose_device(config)
+    threads = set_threads(config, device)
+    source = starter.resolve(config.model.policy)
+    saved: Path | None = None
+    state = TrainingState(sampling_seed=config.seed, settings=first_settings(config))
+    if begin.from_step:
+        saved = checkpoint.folder_of(session.checkpoints, begin.from_step)
+        state = checkpoint.read_state(saved)
+        source = str(saved / "policy")
+
+    link.phase(begin.from_step, "load prompts")
+    tokenizer = load_tokenizer(source, "model.policy")
+    prompts = load_prompts(
+        config.data, tokenizer, per_step=config.prompts_per_step, seed=config.seed
+    )
+    link.phase(begin.from_step, "load reward")
+    rewards = load_rewards(config.reward, tokenizer.get_vocab(), device)
+    link.phase(begin.from_step, "load policy")
+    policy = load_policy(config, source, device)
+    optimiser = make_optimiser(policy, config)
+    link.phase(begin.from_step, "load reference")
+    reference = load_reference(config, device)
+    _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
+    if saved is not None:
+        checkpoint.load_training(saved, policy, optimiser)
+
+    weights = fingerprint(reference)
+    if state.reference and state.reference != weights:
+        raise CheckpointError(
+            "the reference model is not the one this run began with: "
+            f"{config.model.reference or config.model.policy} was changed; put it back to resume"
+        )
+    if state.threads not in (0, threads):
+        print(f"{threads} threads now, {state.threads} before: results agree to rounding only")  # noqa: T201 - into engine.log
+    state.reference, state.threads = weights, threads
+    if begin.reseed:
+        state.sampling_seed = generator(state.sampling_seed, "reseed", begin.attempt).seed()
+
+    ending = Ending(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
+    run = Run(
+        config=config, device=device, tokenizer=tokenizer, ending=ending, prompts=prompts,
+        policy=policy, reference=reference, rewards=rewards, optimiser=optimiser, state=state,
+        link=link,
+    )  # fmt: skip
+    if config.reward.normalise == "reference" and not begin.from_step:
+        link.phase(0, "normalise reward")
+        normaliser = Normaliser.of(reference_scores(run))
+        state.reward_mean, state.reward_std = normaliser.mean, normaliser.std
+    return run
+
+
+def reference_scores(run: Run) -> Tensor:
+    """Raw scores (n,) of the reference model's own answers to the first prompts."""
+    config = run.config
+    count = config.reward.normalise_samples
+    rows = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
+    batch = batch_prompts(rows, 1, run.tokenizer.eos_token_id or 0)
+    uniforms = sampling_uniforms(config.seed, 0, count, config.rollout.max_new_tokens)
+    temperature = config.rollout.temperature
+    answers = generate(run.reference, batch, uniforms, temperature, run.ending, run.tokenizer)
+    return run.rewards(Answers.of(answers, 0))[0]
+
+
+def choose_device(config: RunConfig) -> torch.device:
+    """What `launch.device` says. Raises UserInputError when it is not there."""
+    if config.launch.device == "cuda" and not torch.cuda.is_available():
+        raise UserInputError("launch.device: cuda, but torch sees no GPU here; see rlhf-tui doctor")
+    if config.launch.device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def set_threads(config: RunConfig, device: torch.device) -> int:
+    """How many threads this rank computes with; the sums' order, and so their rounding."""
+    if device.type == "cpu":
+        torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
+    return torch.get_num_threads()
+
+
+def _check_vocabularies(policy: int, reference: int) -> None:
+    if policy != reference:
+        raise UserInputError(
+            f"model.reference has a vocabulary of {reference} tokens and model.policy one of "
+            f"{policy}: the KL needs the same tokens in both"
+        )

@@ -1,0 +1,285 @@
+"""One PPO step, from prompts to metrics."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.config import RunConfig
+from engine.errors import RlhfError
+from engine.protocol import Sample, TokenArrays
+from engine.train import ppo
+from engine.train.checkpoint import TrainingState
+from engine.train.data import Prompts, batch_prompts
+from engine.train.link import Link
+from engine.train.metrics import peak_memory_gb, step_metrics
+from engine.train.models import LanguageModel
+from engine.train.optimise import Targets, learning_rate, optimise
+from engine.train.randomness import sampling_uniforms
+from engine.train.rewards import Answers, Normaliser, Rewards
+from engine.train.rollout import Ending, Report, Rollout, generate, score_tokens
+
+GAP_LIMIT = 1e-4
+"""Cached and full forward passes of one model agree to this, nats a token, in float32 …"""
+MIXED_GAP_LIMIT = 0.5
+"""… and to this in bfloat16, where only gross mistakes can be told."""
+BASELINE_DECAY = 0.9
+
+
+class Clock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, run: "Run", step: int, name: str) -> Iterator[Report]:
+        """Announces the phase, times it, and hands out its progress report."""
+        began = time.perf_counter()
+        yield run.link.phase(step, name)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        self.seconds[name] = time.perf_counter() - began
+
+
+@dataclass
+class Run:
+    """Everything a step works with."""
+
+    config: RunConfig
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    ending: Ending
+    prompts: Prompts
+    policy: LanguageModel
+    reference: LanguageModel
+    rewards: Rewards
+    optimiser: torch.optim.Optimizer
+    state: TrainingState
+    link: Link
+    checked: bool = False
+    """Whether this attempt's first rollout was held against a full forward pass."""
+    clock: Clock = field(default_factory=Clock)
+
+
+def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Sample]]:
+    """Sample, score, compare with the reference, and update the policy: one step.
+
+    Changes the policy, the optimiser and the running parts of `run.state`; nothing else.
+
+    Args:
+        run: the run.
+        step: its number, from 1; with the seed it decides every random choice in here.
+
+    Returns:
+        The step's metrics, and the samples that are kept.
+    """
+    config, settings, state = run.config, run.state.settings, run.state
+    began, clock = time.perf_counter(), run.clock
+    clock.seconds.clear()
+
+    # 1. Sample prompts, generate answers.
+    with clock.phase(run, step, "generate") as report:
+        prompts = run.prompts.for_step(step)
+        filler = run.tokenizer.eos_token_id or 0
+        batch = batch_prompts(prompts, config.answers_per_prompt, filler)
+        uniforms = sampling_uniforms(
+            state.sampling_seed, step, config.rollout.batch_size, settings.max_new_tokens
+        )
+        rollout = generate(
+            run.policy, batch, uniforms, settings.temperature, run.ending, run.tokenizer, report
+        )
+
+    # 2. Score them.
+    with clock.phase(run, step, "score") as report:
+        raw, parts = run.rewards(Answers.of(rollout, step), report)
+        normalise = Normaliser(state.reward_mean, state.reward_std)
+        scores = normalise(raw.to(run.device), config.reward, rollout.ended)
+
+    # 3. The reference's log-probabilities, and the old policy's where the rollout's cannot serve.
+    with clock.phase(run, step, "reference") as report:
+        size = config.ppo.micro_batch_size
+        ref_logprobs, _ = score_tokens(
+            run.reference, rollout, settings.temperature, size, want="logits", report=report
+        )
+        old_logprobs, old_values = old_policy(run, rollout)
+
+    if not run.checked:
+        check_first(run, rollout, old_logprobs, ref_logprobs)
+
+    # 4. Advantages, from the whole global batch.
+    targets = make_targets(run, rollout, scores, old_logprobs, ref_logprobs, old_values)
+
+    # 5. Several epochs of clipped updates.
+    with clock.phase(run, step, "optimise") as report:
+        done = optimise(
+            run.policy, run.optimiser, rollout, targets, config, settings,
+            seed=state.sampling_seed, step=step, report=report,
+        )  # fmt: skip
+
+    # 6. What there is to tell.
+    state.episodes += len(scores)
+    metrics = step_metrics(rollout, scores, ref_logprobs, targets, done, settings)
+    metrics["episode"] = float(state.episodes)
+    metrics["lr"] = learning_rate(config, settings, step)
+    metrics |= _mean_parts(parts)
+    metrics |= _speed(run, rollout, time.perf_counter() - began)
+    samples = kept_samples(run, rollout, scores, parts, targets, ref_logprobs)
+    return metrics, samples
+
+
+def old_policy(run: Run, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Log π_old and V_old (B, T).
+
+    In float32 the rollout's own serve, they agree with a full forward pass to rounding. In
+    bfloat16 they do not, and are always computed again by the forward pass that training uses. A
+    separate value trunk has not seen the tokens yet.
+    """
+    size, temperature = run.config.ppo.micro_batch_size, run.state.settings.temperature
+    if run.config.model.dtype != "float32":
+        return score_tokens(run.policy, rollout, temperature, size)
+    if run.policy.value_trunk is not None:
+        _, values = score_tokens(run.policy, rollout, temperature, size, want="values")
+        return rollout.logprobs * rollout.mask, values
+    return rollout.logprobs * rollout.mask, rollout.values * rollout.mask
+
+
+def make_targets(
+    run: Run,
+    rollout: Rollout,
+    scores: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    old_values: Tensor,
+) -> Targets:
+    """Advantages (and, for gae, returns) by `ppo.advantage`."""
+    config, beta, mask = run.config.ppo, run.state.settings.beta, rollout.mask
+    if config.advantage == "gae":
+        rewards = ppo.token_rewards(scores, old_logprobs, ref_logprobs, rollout.lengths, beta)
+        if config.whiten_rewards:
+            rewards = ppo.whiten(rewards, mask, shift_mean=False)
+        advantages = ppo.generalised_advantages(rewards, old_values, mask, config.gamma, config.lam)
+        returns = (advantages + old_values) * mask
+        advantages = ppo.whiten(advantages, mask) if config.whiten else advantages
+        return Targets(old_logprobs, advantages, old_values, returns)
+    outcome = scores - beta * ppo.sequence_kl(old_logprobs, ref_logprobs, mask)
+    if config.advantage == "rloo":
+        outcome = ppo.leave_one_out(outcome, run.config.answers_per_prompt)
+    else:
+        outcome = outcome - _baseline(run, outcome)
+    advantages = outcome[:, None] * mask
+    advantages = ppo.whiten(advantages, mask) if config.whiten else advantages
+    return Targets(old_logprobs, advantages)
+
+
+def _baseline(run: Run, outcome: Tensor) -> float:
+    """What `ppo.baseline` subtracts; the running one is a mean over earlier steps."""
+    mean = float(outcome.mean())
+    if run.config.ppo.baseline == "none":
+        return 0.0
+    if run.config.ppo.baseline == "batch":
+        return mean
+    before = run.state.baseline
+    run.state.baseline = (
+        mean if before is None else BASELINE_DECAY * before + (1 - BASELINE_DECAY) * mean
+    )
+    return mean if before is None else before
+
+
+def check_first(run: Run, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor) -> None:
+    """Holds an attempt's first rollout against what must be true of any.
+
+    A model whose cache, positions or masks are used wrongly still trains, on the wrong ratios: a
+    few answers' log-probabilities while generating must be those of a full forward pass. Before the
+    first update the policy is its reference, so the KL must be 0.
+
+    Raises:
+        RlhfError: they disagree by more than rounding.
+    """
+    few, name = rollout.rows[:4], type(run.policy.lm).__name__
+    exact = run.config.model.dtype == "float32"
+    full, _ = score_tokens(
+        run.policy, rollout.select(few), run.state.settings.temperature, len(few), want="logits"
+    )
+    gap = float((full - rollout.logprobs[few] * rollout.mask[few]).abs().max())
+    if gap > (GAP_LIMIT if exact else MIXED_GAP_LIMIT):
+        raise RlhfError(
+            f"{name}: log-probabilities while generating and in a full forward pass differ by "
+            f"{gap:.2g} nats on a token, more than rounding explains: this architecture cannot be "
+            "trained safely here"
+        )
+    kl = float(ppo.sequence_kl(old_logprobs, ref_logprobs, rollout.mask).abs().mean())
+    own_start = run.config.model.reference is None and run.state.step == 0
+    if exact and own_start and kl > GAP_LIMIT * rollout.ids.shape[1]:
+        raise RlhfError(
+            f"{name}: the KL to the reference is {kl:.2g} nats before the first update; it must be 0"
+        )
+    run.checked = True
+
+
+def kept_samples(
+    run: Run,
+    rollout: Rollout,
+    scores: Tensor,
+    parts: dict[str, list[float | None]],
+    targets: Targets,
+    ref_logprobs: Tensor,
+) -> list[Sample]:
+    """The first answers of the batch, the first of these with their per-token arrays."""
+    kl = ppo.sequence_kl(targets.old_logprobs, ref_logprobs, rollout.mask).tolist()
+    kept = []
+    for i in range(min(run.config.log.samples, len(scores))):
+        arrays = None
+        if i < run.config.log.arrays:
+            arrays = _token_arrays(run, rollout, targets, ref_logprobs, i)
+        kept.append(
+            Sample(
+                index=i,
+                prompt=rollout.batch.prompts[i].text,
+                response=rollout.texts[i],
+                score=float(scores[i]),
+                kl=kl[i],
+                length=int(rollout.lengths[i]),
+                ended=bool(rollout.ended[i]),
+                parts={k: v[i] for k, v in parts.items()},
+                arrays=arrays,
+            )
+        )
+    return kept
+
+
+def _token_arrays(
+    run: Run, rollout: Rollout, targets: Targets, ref_logprobs: Tensor, i: int
+) -> TokenArrays:
+    n = int(rollout.lengths[i])
+    ids = rollout.ids[i, :n].tolist()
+    return TokenArrays(
+        tokens=[str(run.tokenizer.decode([t])) for t in ids],
+        token_ids=ids,
+        logprob=targets.old_logprobs[i, :n].tolist(),
+        ref_logprob=ref_logprobs[i, :n].tolist(),
+        advantage=targets.advantages[i, :n].tolist(),
+        value=[] if targets.old_values is None else targets.old_values[i, :n].tolist(),
+    )
+
+
+def _mean_parts(parts: dict[str, list[float | None]]) -> dict[str, float]:
+    """Each source's own mean score, where there are several."""
+    if len(parts) < 2:
+        return {}
+    heard = {k: [s for s in v if s is not None] for k, v in parts.items()}
+    return {f"reward/{k}": sum(v) / len(v) for k, v in heard.items() if v}
+
+
+def _speed(run: Run, rollout: Rollout, seconds: float) -> dict[str, float]:
+    times = {f"time/{k}": v for k, v in run.clock.seconds.items()}
+    return times | {
+        "time/step": seconds,
+        "perf/tokens_per_second": float(rollout.lengths.sum()) / seconds,
+        "perf/episodes_per_second": len(rollout.ids) / seconds,
+        "perf/peak_memory_gb": peak_memory_gb(run.device),
+    }

@@ -1,0 +1,1 @@
+"""The terminal side: what the operator types and sees."""

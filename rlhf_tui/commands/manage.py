@@ -1,0 +1,174 @@
+"""Commands that tidy up and look after: rm, export, doctor."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine import sockets, starter
+from engine.errors import NoSuchSessionError, SessionError, UserInputError
+from engine.record import Record
+from engine.start import checkpoint_steps, last_checkpoint
+from rlhf_tui import format as fmt
+from rlhf_tui.commands.options import (
+    existing,
+    is_terminal,
+    json_option,
+    name_argument,
+    print_json,
+    say,
+    sessions_option,
+)
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "textual")
+
+
+@click.command()
+@name_argument
+@sessions_option
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def rm(root: Path, name: str, yes: bool) -> None:
+    """Delete a session with all its checkpoints."""
+    session = existing(root, name)
+    lock = session.acquire()
+    try:
+        used = sum(f.stat().st_size for f in session.folder.rglob("*") if f.is_file())
+        question = f"delete session '{name}' and its checkpoints ({fmt.size(used)})?"
+        if is_terminal() and not yes and not click.confirm(question):
+            return
+        shutil.rmtree(session.folder)
+    except OSError as error:
+        raise SessionError(f"cannot delete {session.folder}: {error}") from error
+    finally:
+        lock.release()
+
+
+@click.command()
+@name_argument
+@sessions_option
+@click.option("--policy", type=click.Path(path_type=Path), metavar="DIR", help="The model folder.")
+@click.option("--samples", type=click.Path(path_type=Path), metavar="FILE", help="As JSON lines.")
+@click.option("--step", type=click.IntRange(min=1), help="Of which checkpoint; the last one's.")
+def export(
+    root: Path, name: str, policy: Path | None, samples: Path | None, step: int | None
+) -> None:
+    """Copy the trained policy, or the samples, out of a session."""
+    session = existing(root, name)
+    if policy is None and samples is None:
+        raise UserInputError("export needs --policy DIR or --samples FILE")
+    if policy is not None:
+        chosen = step or last_checkpoint(session)
+        if chosen not in checkpoint_steps(session):
+            missing = f"of step {step} " if step else ""
+            raise NoSuchSessionError(f"session '{name}' has no checkpoint {missing}to export")
+        _copy_policy(session.checkpoints / f"step-{chosen:06d}" / "policy", policy)
+        say(f"the policy of step {chosen} is in {policy}")
+    if samples is not None:
+        with Record(session) as record:
+            rows = record.samples()
+        _write_lines(samples, rows)
+        say(f"{len(rows)} samples are in {samples}")
+
+
+def _copy_policy(source: Path, target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserInputError(f"--policy: {target} is there already; give a new or empty folder")
+    try:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except OSError as error:
+        raise UserInputError(f"--policy: cannot write {target}: {error}") from error
+
+
+def _write_lines(target: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        with target.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserInputError(f"cannot write {target}: {error.strerror}") from error
+
+
+@click.command()
+@sessions_option
+@json_option
+def doctor(root: Path, as_json: bool) -> None:
+    """Check this machine: versions, GPUs, disk, sockets, terminal."""
+    facts = {
+        "python": sys.version.split()[0],
+        "packages": {p: _version(p) for p in PACKAGES},
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": _gpus(),
+        "sessions": _folder(root.resolve()),
+        "starter": all((starter.FOLDER / p).exists() for p in starter.PARTS.values()),
+        "terminal": {"term": os.environ.get("TERM"), "full_screen": is_terminal()},
+    }
+    problems = _problems(facts)
+    if as_json:
+        print_json(facts | {"problems": problems})
+    else:
+        for key, value in facts.items():
+            text = (
+                ", ".join(f"{k} {v}" for k, v in value.items())
+                if isinstance(value, dict)
+                else value
+            )
+            say(f"{key:<10} {text}")
+        for problem in problems:
+            say(f"problem: {problem}")
+    sys.exit(1 if problems else 0)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpus() -> list[str]:
+    import pynvml  # noqa: PLC0415 - opens the driver
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [str(pynvml.nvmlDeviceGetName(h)) for h in handles]
+    except pynvml.NVMLError:
+        return []
+
+
+def _folder(root: Path) -> dict[str, Any]:
+    there = next(p for p in (root, *root.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    return {
+        "folder": str(root),
+        "writable": os.access(there, os.W_OK),
+        "free_gb": round(free / 1e9, 1),
+        "sockets": _sockets_work(there),
+    }
+
+
+def _sockets_work(folder: Path) -> bool:
+    try:
+        sock, path = sockets.listen(folder)
+    except SessionError:
+        return False
+    sock.close()
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _problems(facts: dict[str, Any]) -> list[str]:
+    found = [f"{p} is not installed" for p, v in facts["packages"].items() if v is None]
+    if not facts["sessions"]["writable"]:
+        found.append(f"{facts['sessions']['folder']} cannot be written; give --sessions DIR")
+    if facts["sessions"]["free_gb"] < 1:
+        found.append("less than 1 GB is free where the sessions lie")
+    if not facts["starter"]:
+        found.append("the starter models are missing; install rlhf-tui again")
+    if facts["gpus"] and "+cpu" in (facts["packages"]["torch"] or ""):
+        found.append("there is a GPU, but torch is a CPU build; install a CUDA build of torch")
+    return found

@@ -1,0 +1,171 @@
+"""Commands that only look: ls, status, metrics, samples, events, logs."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine.record import Record
+from engine.session import ENDED_STATES, Session, find_all
+from rlhf_tui import format as fmt
+from rlhf_tui.commands.options import (
+    existing,
+    json_option,
+    last_option,
+    name_argument,
+    print_json,
+    say,
+    sessions_option,
+)
+from rlhf_tui.text import one_line, sanitise
+
+COLUMNS = (
+    "objective/scores", "objective/kl", "objective/kl_coef", "policy/clipfrac_avg",
+    "policy/entropy_avg", "tokens/response_len_mean", "time/step",
+)  # fmt: skip
+
+
+@click.command()
+@sessions_option
+@json_option
+def ls(root: Path, as_json: bool) -> None:
+    """List the sessions."""
+    rows = [summary(s) for s in find_all(root.resolve())]
+    if as_json:
+        print_json(rows)
+    elif not rows:
+        say(f"no sessions in {root}; start one with: rlhf-tui demo")
+    else:
+        header = ["name", "state", "step", "beta", "score", "last active"]
+        say(fmt.table([_ls_row(r) for r in rows], header))
+
+
+def _ls_row(row: dict[str, Any]) -> list[str]:
+    age = f"{fmt.duration(time.time() - row['updated'])} ago" if row["updated"] else "–"
+    return [
+        row["name"], row["state"], f"{row['step']}/{row['total_steps'] or '?'}",
+        fmt.number(row["beta"], 4), fmt.number(row["score"]), age,
+    ]  # fmt: skip
+
+
+def summary(session: Session) -> dict[str, Any]:
+    """A session in one row: what `status --json` prints."""
+    with Record(session) as record:
+        meta, attempts = record.meta(), record.attempts()
+        state, last = record.state(), record.metrics(last=1)
+        checkpoints = [c["step"] for c in record.checkpoints(("complete",))]
+    engine = session.engine() if session.is_live() else None
+    row = last[0] if last else {}
+    settings = meta.get("settings") or {}
+    return {
+        "name": session.name,
+        "state": state,
+        "step": row.get("step", 0),
+        "total_steps": meta.get("total_steps") or session.config().train.steps,
+        "attempt": len(attempts),
+        "beta": settings.get("beta", session.config().kl.beta),
+        "pid": engine.pid if engine else None,
+        "host": engine.host if engine else None,
+        "score": row.get("objective/scores"),
+        "kl": row.get("objective/kl"),
+        "settings": settings,
+        "checkpoints": checkpoints,
+        "message": meta.get("message", ""),
+        "updated": row.get("time") or (attempts[-1]["started"] if attempts else None),
+        "folder": str(session.folder),
+    }
+
+
+@click.command()
+@name_argument
+@sessions_option
+@json_option
+def status(root: Path, name: str, as_json: bool) -> None:
+    """Say how a session is."""
+    row = summary(existing(root, name))
+    if as_json:
+        print_json(row)
+        return
+    engine = f"pid {row['pid']} on {row['host']}" if row["pid"] else "none"
+    say(f"{row['name']}: {row['state']}" + (f" ({row['message']})" if row["message"] else ""))
+    say(f"  step        {row['step']} of {row['total_steps']}, attempt {row['attempt']}")
+    say(f"  score, KL   {fmt.number(row['score'])}, {fmt.number(row['kl'])} nats per response")
+    say(f"  beta        {fmt.number(row['beta'], 4)}")
+    say(f"  checkpoints {', '.join(map(str, row['checkpoints'])) or 'none'}")
+    say(f"  engine      {engine}")
+    say(f"  folder      {row['folder']}")
+    if row["state"] not in ENDED_STATES and not row["pid"]:
+        say(f"  go on with  rlhf-tui resume {row['name']}")
+
+
+@click.command()
+@name_argument
+@sessions_option
+@last_option
+@json_option
+def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
+    """Print a session's metrics, one row a step."""
+    with Record(existing(root, name)) as record:
+        rows = record.metrics(last)
+    if as_json:
+        print_json(rows)
+        return
+    body = [[str(r["step"]), *(fmt.number(r.get(c)) for c in COLUMNS)] for r in rows]
+    say(fmt.table(body, ["step", *(c.split("/")[1] for c in COLUMNS)]))
+
+
+@click.command()
+@name_argument
+@sessions_option
+@last_option
+@json_option
+def samples(root: Path, name: str, last: int | None, as_json: bool) -> None:
+    """Print what the policy wrote."""
+    with Record(existing(root, name)) as record:
+        rows = record.samples(last if last or as_json else 16)
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        say(f"step {row['step']} #{row['index']}  score {row['score']:.3f}  kl {row['kl']:.2f}")
+        say(f"  {one_line(row['prompt'])}│{one_line(row['response'])}")
+
+
+@click.command()
+@name_argument
+@sessions_option
+@last_option
+@json_option
+def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
+    """Print what happened: states, commands, checkpoints, alerts."""
+    with Record(existing(root, name)) as record:
+        rows = record.events(last)
+    if as_json:
+        print_json(rows)
+        return
+    common = {"event", "time", "attempt", "step", "kind", "traceback"}
+    for row in rows:
+        details = "  ".join(f"{k}={v}" for k, v in row.items() if k not in common and v)
+        say(
+            f"{fmt.clock(row['time'])}  step {row['step']:<6} {row['kind']:<10} {one_line(details)}"
+        )
+        if row.get("traceback"):
+            say(row["traceback"])
+
+
+@click.command()
+@name_argument
+@sessions_option
+@last_option
+@json_option
+def logs(root: Path, name: str, last: int | None, as_json: bool) -> None:
+    """Print what the engine wrote to its log."""
+    path = existing(root, name).log_file
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.splitlines()[-last if last else 0 :]
+    if as_json:
+        print_json(lines)
+    else:
+        for line in lines:
+            say(sanitise(line))

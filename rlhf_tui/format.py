@@ -1,0 +1,47 @@
+"""Numbers and times as people read them."""
+
+import time
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m10s`, `2h05m`, `3d04h`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A metric: `1.234`, `0.00012`, `12,345`; `–` where undefined."""
+    if value is None:
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.{digits}f}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.2e}"
+
+
+def size(count: float) -> str:
+    """Bytes: `1.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def clock(timestamp: float) -> str:
+    """A point in time, local."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(timestamp))
+
+
+def table(rows: list[list[str]], header: list[str]) -> str:
+    """Columns as wide as they need; numbers are the caller's to align."""
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    lines = [header, *rows]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in lines
+    )

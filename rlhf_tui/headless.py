@@ -1,0 +1,154 @@
+"""A run in the foreground: ``python -m rlhf_tui.headless SESSION_FOLDER START``.
+
+The supervisor's coroutine with an observer that prints. `rlhf-tui … --headless` becomes this process
+(exec), so that `ps` shows the session's folder.
+"""
+
+import asyncio
+import shutil
+import sys
+from pathlib import Path
+
+import msgspec
+
+from engine import configfile
+from engine.errors import RlhfError
+from engine.protocol import CheckpointComplete, FromRank, Notice, Phase, StepReport
+from engine.record import Record
+from engine.session import Session
+from engine.start import Start
+from engine.supervisor import Supervisor
+from rlhf_tui import format as fmt
+from rlhf_tui.text import one_line
+
+SMOOTHING = 0.9
+"""Of the step time, for the time left."""
+
+
+class Printer:
+    """Prints a run: one plain line a step, or a line that is rewritten on a terminal."""
+
+    def __init__(self, total_steps: int, *, live: bool) -> None:
+        self._total = total_steps
+        self._live = live
+        self._closed = False
+        self._step: StepReport | None = None
+        self._seconds: float | None = None
+        self._phase = ""
+
+    def state(self, state: str, text: str) -> None:
+        """Announces a state in words, where it is not plain from the lines."""
+        if state == "stopping":
+            self._say("stopping: finishing the step and saving (ctrl+c again: at once, unsaved)")
+        elif state in ("finished", "stopped") and text:
+            self._say(one_line(text))
+
+    def message(self, message: FromRank) -> None:
+        """Prints what a rank said, if it is for people."""
+        match message:
+            case Phase(name=name, done=done, total=total):
+                self._phase = f"{name} {done}/{total}" if total else name
+                self._redraw()
+            case StepReport():
+                self._take(message)
+            case CheckpointComplete(step=step):
+                self._say(f"checkpoint: step {step}")
+            case Notice(step=step, text=text):
+                self._say(f"look here (step {step}): {one_line(text)}", sys.stderr)
+
+    def _take(self, report: StepReport) -> None:
+        seconds = report.metrics["time/step"]
+        before = self._seconds
+        self._seconds = (
+            seconds if before is None else SMOOTHING * before + (1 - SMOOTHING) * seconds
+        )
+        self._step = report
+        if self._live:
+            self._redraw()
+        else:
+            self._print(self._summary())
+
+    def _summary(self) -> str:
+        if self._step is None:
+            return ""
+        m, step = self._step.metrics, self._step.step
+        left = (self._total - step) * (self._seconds or 0)
+        return (
+            f"step {step}/{self._total}  score {m['objective/scores']:.3f}  "
+            f"kl {m['objective/kl']:.3f}  beta {fmt.number(m['objective/kl_coef'], 4)}  "
+            f"clip {m.get('policy/clipfrac_avg', 0):.3f}  "
+            f"{m['perf/tokens_per_second']:.0f} tok/s  {fmt.duration(left)} left"
+        )
+
+    def _redraw(self) -> None:
+        if self._live:
+            line = "  ".join(filter(None, (self._summary(), self._phase)))
+            width = shutil.get_terminal_size().columns - 1
+            self._write(f"\r\x1b[K{line[:width]}", sys.stdout)
+
+    def _say(self, line: str, stream: object = None) -> None:
+        if self._live:
+            self._write("\r\x1b[K", sys.stdout)
+        self._print(line, stream)
+        self._redraw()
+
+    def _print(self, line: str, stream: object = None) -> None:
+        self._write(line + "\n", stream or sys.stdout)
+
+    def _write(self, text: str, stream: object) -> None:
+        """A closed terminal or pipe must not end the training that goes on behind it."""
+        if self._closed:
+            return
+        try:
+            print(text, end="", file=stream, flush=True)  # type: ignore[call-overload]
+        except OSError:
+            self._closed = True
+
+    def close(self, session: Session, code: int) -> None:
+        """The last words: how it ended and where to look."""
+        if self._live:
+            self._write("\r\x1b[K", sys.stdout)
+        with Record(session) as record:
+            meta = record.meta()
+            scores = record.series("objective/scores")
+        if code == 0 and scores:
+            span = f"score {fmt.number(scores[0][1])} at step {scores[0][0]}"
+            span += f", {fmt.number(scores[-1][1])} at step {scores[-1][0]}"
+            self._print(f"{meta.get('state')}: {span}; session {one_line(str(session.folder))}")
+        elif code != 0:
+            self._print(f"rlhf-tui: {one_line(str(meta.get('message', '')))}", sys.stderr)
+
+
+def main() -> None:
+    """Runs to the end and exits with the contract's codes."""
+    session = Session(Path(sys.argv[1]))
+    start = msgspec.json.decode(sys.argv[2], type=Start)
+    new = not session.journal_file.exists()
+    try:
+        printer = Printer(_total(session, start), live=sys.stdout.isatty())
+        code = asyncio.run(Supervisor(session, start, printer).run())
+        printer.close(session, code)
+    except RlhfError as error:
+        print(f"rlhf-tui: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
+        code = error.exit_code
+    if code == 2 and new:
+        # Nothing was trained yet: a mistake in the input leaves nothing half-made behind.
+        shutil.rmtree(session.folder, ignore_errors=True)
+    _flush()
+    sys.exit(code)
+
+
+def _total(session: Session, start: Start) -> int:
+    return configfile.override(session.config(), start.overrides).train.steps
+
+
+def _flush() -> None:
+    """Ends quietly where nobody reads any more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115
+
+
+if __name__ == "__main__":
+    main()
