@@ -207,7 +207,7 @@ class Supervisor:
         if self._link is not None:
             self._link.write(protocol.encode(message))
 
-    def _handle(self, message: FromRank) -> None:
+    def _handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short act a kind
         """One short act for each thing a rank says; the journal first, observers after."""
         journal = self._journal
         match message:

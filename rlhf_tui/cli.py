@@ -45,7 +45,7 @@ def main() -> None:
         _end("interrupted", 130)
     except BrokenPipeError:
         # The reader is gone, and that is all right; Python's last flush must not complain.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         sys.exit(0)
 
 

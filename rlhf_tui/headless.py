@@ -1,7 +1,7 @@
 """A run in the foreground: ``python -m rlhf_tui.headless SESSION_FOLDER START``.
 
-The supervisor's coroutine with an observer that prints. `rlhf-tui … --headless` becomes this process
-(exec), so that `ps` shows the session's folder.
+The supervisor's coroutine with an observer that prints. `rlhf-tui … --headless` becomes this
+process (exec), so that `ps` shows the session's folder.
 """
 
 import asyncio

@@ -216,7 +216,7 @@ def check_first(run: Run, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: 
     own_start = run.config.model.reference is None and run.state.step == 0
     if exact and own_start and kl > GAP_LIMIT * rollout.ids.shape[1]:
         raise RlhfError(
-            f"{name}: the KL to the reference is {kl:.2g} nats before the first update; it must be 0"
+            f"{name}: the KL to the reference is {kl:.2g} nats before the first update, not 0"
         )
     run.checked = True
 

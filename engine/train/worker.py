@@ -103,7 +103,7 @@ def train(session: Session, link: Link) -> None:
                 samples=samples,
                 changes=changes,
                 settings=msgspec.to_builtins(run.state.settings),
-            )  # fmt: skip
+            )
         )
         if loop.save_is_due():
             loop.save()
@@ -185,9 +185,14 @@ class Loop:
         run.link.phase(state.step, "checkpoint")
         try:
             folder, size = checkpoint.write(
-                self._checkpoints, state, run.policy, run.tokenizer, run.optimiser,
-                score=self._score, kl=self._kl,
-            )  # fmt: skip
+                self._checkpoints,
+                state,
+                run.policy,
+                run.tokenizer,
+                run.optimiser,
+                score=self._score,
+                kl=self._kl,
+            )
         except CheckpointError as error:
             run.link.send(Notice(step=state.step, rule="checkpoint", text=str(error)))
             return str(error)
