@@ -174,6 +174,14 @@ class LaunchConfig(Section, frozen=True):
     threads: Count | None = None
     """CPU threads a rank computes with; all cores shared out when left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: list[Whole] = []
+    """Which GPUs the ranks may use, by the driver's numbers; all when left out."""
+    max_restarts: Whole = 3
+    """Starts again, from the last checkpoint, after ranks that died."""
+    silence: Positive = 1800.0
+    """Seconds without a sign of life after which a rank is taken for hung, ended and restarted."""
+    nice: Annotated[int, Meta(ge=0, le=19)] = 5
+    """Of ranks on a CPU, so that the machine stays usable; 0: like any process."""
 
 
 class ParallelConfig(Section, frozen=True):
@@ -192,6 +200,42 @@ class LogConfig(Section, frozen=True):
     tensorboard: bool = True
 
 
+class Rule(Section, frozen=True):
+    """One guard rail: when a metric is worth a look, and what is done about it."""
+
+    name: str
+    metric: str
+    """By its name; `*`: any metric that is not finite."""
+    above: float | None = None
+    below: float | None = None
+    of: str | None = None
+    """`above` and `below` are multiples of this setting (`target`, `max_new_tokens` …)."""
+    rises: Positive | None = None
+    falls: Positive | None = None
+    """By this share, against the mean of the last `window` steps."""
+    window: Count = 20
+    action: Literal["notify", "checkpoint", "pause", "stop"] = "notify"
+
+
+class GuardrailConfig(Section, frozen=True):
+    """Rules over metrics that tell the operator where to look."""
+
+    defaults: bool = True
+    """The rules that come with the software; one of the same name replaces its default."""
+    rules: list[Rule] = []
+    silent_rank: Positive = 300.0
+    """Seconds without a sign of life from a rank that are worth a notice."""
+    disk_free_gb: NonNegative = 2.0
+    """Less than this is worth a notice."""
+
+
+class NotifyConfig(Section, frozen=True):
+    """Where alerts go besides the terminal."""
+
+    command: str | None = None
+    """A shell command, run for each alert with the alert as JSON on its standard input."""
+
+
 class RunConfig(Section, frozen=True):
     """The whole file."""
 
@@ -206,6 +250,8 @@ class RunConfig(Section, frozen=True):
     launch: LaunchConfig = LaunchConfig()
     parallel: ParallelConfig = ParallelConfig()
     log: LogConfig = LogConfig()
+    guardrails: GuardrailConfig = GuardrailConfig()
+    notify: NotifyConfig = NotifyConfig()
 
     @property
     def answers_per_prompt(self) -> int:
@@ -229,6 +275,10 @@ FIXED_AT_START = (
 """Keys (or sections) that decide the model or the data's order: a resume may not change them."""
 
 
+RELATIVE_TO = ("target", "max_new_tokens", "beta", "clip_range", "learning_rate", "stop_kl")
+"""Settings that a guard rail's bound may be a multiple of."""
+
+
 def check(config: RunConfig) -> None:
     """Holds the rules between keys; each key's own range is in its type.
 
@@ -245,8 +295,19 @@ def check(config: RunConfig) -> None:
             f"kl.horizon ({kl.horizon:g}) is too small for rollout.batch_size "
             f"({rollout.batch_size}): it must exceed {0.2 * rollout.batch_size:g}"
         )
+    for rule in config.guardrails.rules:
+        _check_rule(rule)
     if config.launch.nodes != 1 or config.launch.processes not in (1, "auto"):
         raise ConfigError("launch.processes and launch.nodes must be 1: one rank is what runs yet")
+
+
+def _check_rule(rule: Rule) -> None:
+    where = f"guardrails.rules '{rule.name}'"
+    conditions = (rule.above, rule.below, rule.rises, rule.falls)
+    if rule.metric != "*" and all(c is None for c in conditions):
+        raise ConfigError(f"{where} needs one of above, below, rises and falls")
+    if rule.of is not None and rule.of not in RELATIVE_TO:
+        raise ConfigError(f"{where}.of must be one of {', '.join(RELATIVE_TO)} (it is '{rule.of}')")
 
 
 def _check_reward(reward: RewardConfig) -> None:

@@ -116,6 +116,12 @@ def to_tree(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
+def as_mapping(value: msgspec.Struct) -> dict[str, Any]:
+    """A struct's own fields as plain values, its tag left out."""
+    mapping: dict[str, Any] = msgspec.to_builtins(msgspec.structs.asdict(value))
+    return mapping
+
+
 def dump(config: RunConfig) -> str:
     """The configuration as YAML text, every key stated."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)

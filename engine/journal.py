@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from engine import __version__, schema
+from engine.control import Answer, Telemetry
 from engine.errors import JournalError
 from engine.protocol import Sample, SettledChange, StepReport
 from engine.session import Session
@@ -44,6 +45,7 @@ class Journal:
         self._names: dict[str, int] = dict(self._db.execute("SELECT name, id FROM names"))
         self.attempt = self._db.execute("SELECT max(attempt) FROM attempts").fetchone()[0] or 0
         self.step = self._db.execute("SELECT max(step) FROM steps").fetchone()[0] or 0
+        self.last_event = self._db.execute("SELECT max(id) FROM events").fetchone()[0] or 0
 
     def close(self) -> None:
         """Ends the attempt and closes the files."""
@@ -57,13 +59,16 @@ class Journal:
 
     # -- attempts and their timeline ---------------------------------------------------------
 
-    def begin_attempt(self, from_step: int, *, fresh: bool) -> int:
+    def begin_attempt(
+        self, from_step: int, *, fresh: bool, origin: dict[str, Any] | None = None
+    ) -> int:
         """A new attempt that goes on from a step; what was written after it leaves the timeline.
 
         Args:
             from_step: the checkpoint's step, 0 for the start.
             fresh: settings changed after that step are forgotten too (--from, fork, roll back);
                 else they will be applied again (a resume).
+            origin: of a fork, where it comes from.
 
         Returns:
             The attempt's number, from 1.
@@ -86,7 +91,8 @@ class Journal:
                  __version__),
             )  # fmt: skip
             self.step = from_step
-            self._event("attempt", {"attempt": self.attempt, "from_step": from_step})
+            data = {"attempt": self.attempt, "from_step": from_step, "fresh": fresh}
+            self._event("attempt", data | ({"fork": origin} if origin else {}))
         return self.attempt
 
     def _supersede(self, from_step: int, fresh: bool) -> None:
@@ -171,7 +177,9 @@ class Journal:
                 "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]')",
                 (command_id, command, json.dumps(args), who, time.time(), self.attempt),
             ).rowcount
-            if new:
+            if new and command == "note":
+                self._event("note", {"id": command_id, "who": who, "text": args["text"]})
+            elif new:
                 self._event("command", {"id": command_id})
         return bool(new)
 
@@ -183,14 +191,32 @@ class Journal:
                 (time.time(), command_id),
             )
 
-    def apply_command(self, command_id: str, step: int, changes: list[Change]) -> None:
+    def apply_command(
+        self,
+        command_id: str,
+        step: int,
+        changes: list[Change],
+        result: dict[str, Any] | None = None,
+    ) -> None:
         """It took effect from this step on."""
         with self._db:
             self._db.execute(
-                "UPDATE commands SET status = 'applied', ended = ?, applied_step = ?, changes = ? "
-                "WHERE id = ?",
-                (time.time(), step, msgspec.json.encode(changes).decode(), command_id),
-            )
+                "UPDATE commands SET status = 'applied', ended = ?, applied_step = ?, "
+                "attempt = ?, changes = ?, result = ? WHERE id = ?",
+                (time.time(), step, self.attempt, msgspec.json.encode(changes).decode(),
+                 json.dumps(_finite(result or {})), command_id),
+            )  # fmt: skip
+            self._contradict(step, {c.key for c in changes})
+
+    def _contradict(self, step: int, keys: set[str]) -> None:
+        """Earlier attempts' changes of the same settings, still to be repeated, no longer hold."""
+        rows = self._db.execute(
+            "SELECT id, changes FROM commands "
+            "WHERE status = 'applied' AND live AND attempt < ? AND applied_step >= ?",
+            (self.attempt, step),
+        ).fetchall()
+        over = [(i,) for i, text in rows if keys & {c["key"] for c in json.loads(text)}]
+        self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", over)
 
     def reject_command(self, command_id: str, reason: str) -> None:
         """It will not be carried out."""
@@ -198,6 +224,57 @@ class Journal:
             self._db.execute(
                 "UPDATE commands SET status = 'rejected', ended = ?, reason = ? WHERE id = ?",
                 (time.time(), reason, command_id),
+            )
+
+    def reject_unfinished(self, reason: str) -> None:
+        """Commands that an engine took in and could not finish."""
+        with self._db:
+            self._db.execute(
+                "UPDATE commands SET status = 'rejected', ended = ?, reason = ? "
+                "WHERE status IN ('queued', 'accepted')",
+                (time.time(), reason),
+            )
+
+    def answer(self, command_id: str) -> Answer:
+        """Where a command stands. Raises JournalError for an unknown one."""
+        row = self._db.execute(
+            "SELECT status, applied_step, reason, changes, result FROM commands WHERE id = ?",
+            (command_id,),
+        ).fetchone()
+        if row is None:
+            raise JournalError(f"no command {command_id}")
+        status, step, reason, changes, result = row
+        return Answer(
+            id=command_id,
+            status=status,
+            step=step,
+            reason=reason or "",
+            changes=msgspec.json.decode(changes, type=list[Change]),
+            result=json.loads(result or "{}"),
+        )
+
+    def undoable(self, step: int) -> list[list[Change]]:
+        """Operators' changes in force at a step, the latest last, those taken back left out."""
+        rows = self._db.execute(
+            "SELECT command, changes FROM commands "
+            "WHERE status = 'applied' AND live AND applied_step <= ? AND changes <> '[]' "
+            "ORDER BY applied_step, ended",
+            (step,),
+        ).fetchall()
+        stack: list[list[Change]] = []
+        for command, text in rows:
+            if command != "undo":
+                stack.append(msgspec.json.decode(text, type=list[Change]))
+            elif stack:
+                stack.pop()
+        return stack
+
+    def record_telemetry(self, telemetry: Telemetry) -> None:
+        """One reading of the machine."""
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO telemetry VALUES (?, ?)",
+                (telemetry.time, msgspec.json.encode(telemetry).decode()),
             )
 
     def record_checkpoint(self, step: int, size: int, score: float, kl: float) -> None:
@@ -243,7 +320,8 @@ class Journal:
             (time.time(), self.attempt, self.step if step is None else step, kind,
              json.dumps(_finite(data))),
         )  # fmt: skip
-        return int(cursor.lastrowid or 0)
+        self.last_event = int(cursor.lastrowid or 0)
+        return self.last_event
 
     def _set_meta(self, values: dict[str, Any]) -> None:
         self._db.executemany(

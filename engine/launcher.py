@@ -7,31 +7,37 @@ import signal
 import sys
 from pathlib import Path
 
-from engine.protocol import SOCKET_VARIABLE, TOKEN_VARIABLE
+from engine.config import LaunchConfig
+from engine.protocol import NICE_VARIABLE, SOCKET_VARIABLE, TOKEN_VARIABLE
 from engine.session import Session
 
 
 class Ranks:
     """The processes of one attempt."""
 
-    def __init__(self, session: Session, socket_path: Path) -> None:
+    def __init__(self, session: Session, socket_path: Path, launch: LaunchConfig) -> None:
+        self._launch = launch
         self._session = session
         self._socket_path = socket_path
         self._process: asyncio.subprocess.Process | None = None
-        self.token = secrets.token_hex(16)
-        """What a rank must say to be taken for one of these."""
+        self.token = ""
+        """What a rank must say to be taken for one of these; new at each start."""
 
     async def start(self) -> None:
         """Starts them in a session of their own; what they print goes into engine.log.
 
         The session's folder stands in the command line, so that `ps` shows whose they are.
         """
+        self.token = secrets.token_hex(16)
         environment = os.environ | {
             TOKEN_VARIABLE: self.token,
             SOCKET_VARIABLE: str(self._socket_path),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
+            NICE_VARIABLE: str(self._launch.nice),
         }
+        if self._launch.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._launch.gpus))
         command = [sys.executable, "-m", "engine.train.worker", str(self._session.folder)]
         with self._session.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(

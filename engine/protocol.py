@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from engine.commands import AnyCommand
 from engine.errors import LinkError
 from engine.settings import Change
 
@@ -19,7 +20,8 @@ VERSION = 1
 MAX_FRAME = 64 * 1024 * 1024
 TOKEN_VARIABLE = "RLHF_TUI_LINK_TOKEN"  # noqa: S105 - the name of a variable
 SOCKET_VARIABLE = "RLHF_TUI_LINK_SOCKET"
-"""How a rank is told its token and where its supervisor listens."""
+NICE_VARIABLE = "RLHF_TUI_NICE"
+"""How a rank is told its token, where its supervisor listens, and how nice to be on a CPU."""
 HEADER = struct.Struct(">I")
 
 
@@ -56,6 +58,8 @@ class Ready(Message, frozen=True, tag="ready"):
 
     info: dict[str, Any]
     """Parameters, device, prompts and the like, for the event `ready`."""
+    settings: dict[str, Any]
+    """In force for the first step."""
 
 
 class Sample(Struct, frozen=True, kw_only=True):
@@ -125,6 +129,7 @@ class Applied(Message, frozen=True, tag="applied"):
     id: str
     step: int
     changes: list[Change] = []
+    result: dict[str, Any] = {}
 
 
 class Rejected(Message, frozen=True, tag="rejected"):
@@ -150,6 +155,8 @@ class Failed(Message, frozen=True, tag="failed"):
     traceback: str = ""
     user_input: bool = False
     """What the user gave is wrong: no traceback is needed."""
+    final: bool = False
+    """Raised on purpose: starting again would only meet it again."""
 
 
 class Ended(Message, frozen=True, tag="ended"):
@@ -170,7 +177,11 @@ class Begin(Message, frozen=True, tag="begin"):
     from_step: int
     """0: from the configuration's models; else from that step's checkpoint."""
     reseed: bool = False
+    paused: bool = False
+    """Hold before the first step: the run was paused when its ranks died."""
     replay: list["SettledChange"] = []
+    undoable: list[list[Change]] = []
+    """What `undo` would take back, the last one first to go."""
 
 
 class SettledChange(Struct, frozen=True, kw_only=True):
@@ -187,10 +198,11 @@ class Confirm(Message, frozen=True, tag="confirm"):
     step: int
 
 
-class StopOrder(Message, frozen=True, tag="stop"):
-    """End at the step boundary, with a checkpoint."""
+class Order(Message, frozen=True, tag="order"):
+    """An operator's command, to be carried out at the next step boundary."""
 
-    id: str = ""
+    id: str
+    command: AnyCommand
 
 
 FromRank = (
@@ -206,7 +218,7 @@ FromRank = (
     | Failed
     | Ended
 )
-ToRank = Begin | Confirm | StopOrder
+ToRank = Begin | Confirm | Order
 
 _encoder = msgspec.msgpack.Encoder()
 _from_rank = msgspec.msgpack.Decoder(FromRank)

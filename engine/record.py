@@ -13,11 +13,30 @@ from typing import Any
 import msgspec
 
 from engine import schema
+from engine.control import Telemetry
 from engine.errors import JournalError
 from engine.protocol import TokenArrays
 from engine.session import LIVE_STATES, Session
 
 Row = dict[str, Any]
+
+SAMPLE_ORDERS = ("step", "score", "kl", "length")
+
+
+class SampleQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """Which samples, and in what order; None does not limit."""
+
+    order: str = "step"
+    """One of SAMPLE_ORDERS."""
+    descending: bool = True
+    text: str = ""
+    """Stands in the prompt or the response, whatever the case."""
+    score_from: float | None = None
+    score_to: float | None = None
+    kl_from: float | None = None
+    kl_to: float | None = None
+    cut_off: bool = False
+    """Only answers that did not end by themselves."""
 
 
 class Record:
@@ -76,6 +95,15 @@ class Record:
             (name, after),
         )
 
+    def past_series(self, name: str) -> list[tuple[int, int, float | None]]:
+        """One metric of the timelines that were left: (attempt, step, value)."""
+        return self._all(
+            self._db,
+            "SELECT attempt, step, value FROM metrics_past "
+            "WHERE name = (SELECT id FROM names WHERE name = ?) ORDER BY attempt, step",
+            (name,),
+        )
+
     def metrics(self, last: int | None = None) -> list[Row]:
         """One row a step of the current timeline, every metric, None where undefined."""
         names = dict(self._all(self._db, "SELECT id, name FROM names"))
@@ -105,6 +133,28 @@ class Record:
             row["ended"] = bool(row["ended"])
         return rows[::-1]
 
+    def sample_page(self, query: SampleQuery, limit: int, offset: int = 0) -> list[Row]:
+        """A page of the current timeline's samples, as they are asked for."""
+        # Column and direction come from fixed sets, never from what somebody typed.
+        order = query.order if query.order in SAMPLE_ORDERS else "step"
+        way = "DESC" if query.descending else "ASC"
+        rows = self._rows(
+            self._samples,
+            "SELECT step, idx AS 'index', attempt, prompt, response, score, kl, length, ended, "  # noqa: S608
+            "parts FROM samples WHERE (:text = '' OR instr(lower(prompt), lower(:text)) "
+            "OR instr(lower(response), lower(:text))) "
+            "AND (:score_from IS NULL OR score >= :score_from) "
+            "AND (:score_to IS NULL OR score <= :score_to) "
+            "AND (:kl_from IS NULL OR kl >= :kl_from) AND (:kl_to IS NULL OR kl <= :kl_to) "
+            "AND (NOT :cut_off OR NOT ended) "
+            f"ORDER BY {order} {way}, step DESC, idx LIMIT :limit OFFSET :offset",
+            msgspec.structs.asdict(query) | {"limit": limit, "offset": offset},
+        )
+        for row in rows:
+            row["parts"] = json.loads(row["parts"])
+            row["ended"] = bool(row["ended"])
+        return rows
+
     def arrays(self, step: int, index: int) -> TokenArrays | None:
         """The per-token arrays of one sample, where they were kept."""
         rows = self._all(
@@ -132,14 +182,21 @@ class Record:
         rows = self._rows(
             self._db,
             "SELECT id, command, args, who, status, queued, accepted, ended, attempt, "
-            "applied_step, reason, changes, live FROM commands ORDER BY queued",
+            "applied_step, reason, changes, result, live FROM commands ORDER BY queued",
         )
         for row in rows:
             row["args"] = json.loads(row["args"])
             row["changes"] = json.loads(row["changes"])
+            row["result"] = json.loads(row["result"] or "{}")
             first = row["changes"][0] if row["changes"] else {}
             row["old"], row["new"] = first.get("old"), first.get("new")
         return rows
+
+    def telemetry(self, last: int | None = None) -> list[Telemetry]:
+        """Readings of the machine, oldest first."""
+        query = "SELECT data FROM telemetry ORDER BY time DESC LIMIT ?"
+        rows = self._all(self._db, query, (_limit(last),))
+        return [msgspec.json.decode(r[0], type=Telemetry) for r in reversed(rows)]
 
     def checkpoints(self, statuses: tuple[str, ...] = ("complete", "superseded")) -> list[Row]:
         """Checkpoints, oldest first; by default all that are whole, earlier timelines' too."""
@@ -147,19 +204,21 @@ class Record:
         return [row for row in rows if row["status"] in statuses]
 
     def _all(
-        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] = ()
+        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] | Row = ()
     ) -> list[Any]:
         if db is None:
             return []
         try:
-            return db.execute(query, tuple(values)).fetchall()
+            return db.execute(
+                query, values if isinstance(values, dict) else tuple(values)
+            ).fetchall()
         except sqlite3.Error as error:
             raise JournalError(
                 f"cannot read the journal of {self.session.folder}: {error}"
             ) from error
 
     def _rows(
-        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] = ()
+        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] | Row = ()
     ) -> list[Row]:
         if db is None:
             return []

@@ -39,8 +39,10 @@ JOURNAL: list[str] = [
         id TEXT PRIMARY KEY, command TEXT NOT NULL, args TEXT NOT NULL, who TEXT NOT NULL,
         status TEXT NOT NULL, queued REAL NOT NULL, accepted REAL, ended REAL,
         attempt INTEGER NOT NULL, applied_step INTEGER, reason TEXT, changes TEXT NOT NULL,
+        result TEXT,
         live INTEGER NOT NULL DEFAULT 1
     ) WITHOUT ROWID;
+    CREATE TABLE telemetry (time REAL PRIMARY KEY, data TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE checkpoints (
         step INTEGER NOT NULL, attempt INTEGER NOT NULL, time REAL NOT NULL,
         size INTEGER NOT NULL, score REAL, kl REAL, status TEXT NOT NULL,

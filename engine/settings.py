@@ -4,6 +4,7 @@ A step is homogeneous: the settings in force when it begins hold to its end. Eve
 :class:`Change`, recorded with its old and its new value.
 """
 
+import math
 from typing import Any, Literal
 
 import msgspec
@@ -66,6 +67,32 @@ def first_settings(config: RunConfig) -> Settings:
         section, key = path.split(".")
         values[name] = getattr(getattr(config, section), key)
     return msgspec.convert(values, Settings, strict=False)
+
+
+def check_settings(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
+    """The values as the settings would hold them. Raises CommandRejectedError."""
+    now = msgspec.structs.asdict(settings)
+    for name, value in values.items():
+        section, key = STEERABLE[name].split(".")
+        kind = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == key)
+        try:
+            now[name] = msgspec.convert(value, kind, strict=True)
+        except msgspec.ValidationError as error:
+            wanted = str(error).replace("Expected ", "").replace("`", "")
+            raise CommandRejectedError(f"{name} must be {wanted} (it is {value!r})") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
+    if not now["beta_min"] < now["beta_max"]:
+        raise CommandRejectedError(
+            f"beta_min ({now['beta_min']:g}) must be below beta_max ({now['beta_max']:g})"
+        )
+    return {name: now[name] for name in values}
+
+
+def _section(name: str) -> type[Struct]:
+    sections = {f.name: f.type for f in msgspec.structs.fields(RunConfig)}
+    found: type[Struct] = sections[name]
+    return found
 
 
 def setting_name(key: str) -> str:

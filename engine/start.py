@@ -30,6 +30,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     changes: list[Change] = []
     """Those of them that are settings: in force from the next step on."""
     who: str = ""
+    origin: dict[str, Any] = {}
+    """Of a fork: `from` (a session's name) and `step`."""
 
 
 def checkpoint_steps(session: Session) -> list[int]:
@@ -93,7 +95,14 @@ def fork(
         shutil.rmtree(child.folder, ignore_errors=True)
         raise SessionError(f"cannot copy {session.name} to {name}: {error}") from error
     changes = _settings_in(overrides, new, _settings_now(session, old))
-    return child, Start(from_step=from_step, fresh=True, reseed=reseed, changes=changes, who=who)
+    return child, Start(
+        from_step=from_step,
+        fresh=True,
+        reseed=reseed,
+        changes=changes,
+        who=who,
+        origin={"from": session.name, "step": from_step},
+    )
 
 
 def _copy_past(session: Session, child: Session, step: int) -> None:

@@ -6,13 +6,21 @@ of the journal. The same coroutine runs in the foreground and in the background.
 
 import asyncio
 import logging
+import os
 import signal
+import time
 from typing import Any, Protocol
 
 from engine import __version__, configfile, protocol, sockets
-from engine.errors import LinkError
+from engine.client import new_id
+from engine.commands import Checkpoint, Pause, Rollback, Stop, Undo, Unpause, name_of
+from engine.control import Answer, Pending, Request, Status, Wake
+from engine.dispatch import check_now
+from engine.errors import CommandRejectedError, LinkError
+from engine.guardrails import Alert, Guardrails
 from engine.journal import Journal
 from engine.launcher import Ranks, describe_exit
+from engine.notify import notify
 from engine.protocol import (
     Applied,
     Begin,
@@ -24,21 +32,24 @@ from engine.protocol import (
     FromRank,
     Message,
     Notice,
+    Order,
     Phase,
     RankHello,
     Ready,
     Rejected,
     StepReport,
-    StopOrder,
 )
+from engine.server import Server, receive
 from engine.session import Session
-from engine.start import Start
+from engine.settings import first_settings
+from engine.start import Start, last_checkpoint
+from engine.watch import Watchman
 
 log = logging.getLogger("engine")
 
-HELLO_TIMEOUT = 5.0
-"""Seconds within which a connection says who it is."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+DRAIN_TIMEOUT = 10.0
+"""Seconds for what a dead rank said last to be read."""
 
 
 class Observer(Protocol):
@@ -52,20 +63,33 @@ class Observer(Protocol):
 
 
 class Supervisor:
-    """Runs one attempt of one session."""
+    """Runs one session until its end, over as many attempts as that takes."""
 
     def __init__(self, session: Session, start: Start, observer: Observer | None = None) -> None:
         self._session = session
-        self._start = start
+        self._next: Start | None = start
         self._observer = observer
-        self._state = ""
+        self._state, self._why = "", ""
+        self._orders: dict[str, Order] = {}  # accepted, not yet carried out; in order
+        self._paused = False
+        self._stopping = False
+        self._restarts = 0
+        self._phases: dict[int, Phase] = {}
+        self._step_seconds: float | None = None
+        self._step_began = time.monotonic()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._clear_attempt()
+
+    def _clear_attempt(self) -> None:
         self._link: asyncio.StreamWriter | None = None
+        self._link_done = asyncio.Event()
         self._failure: Failed | None = None
         self._ended: Ended | None = None
-        self._stopping = False
+
+    # -- from the lock to the end ----------------------------------------------------------------
 
     async def run(self) -> int:
-        """From the lock to the end of the ranks.
+        """Everything.
 
         Returns:
             The exit code: 0 finished or stopped, 1 failed, 2 the user's input was wrong.
@@ -78,184 +102,325 @@ class Supervisor:
         try:
             self._journal = Journal(self._session)
             try:
-                return await self._attempt()
+                return await self._serve()
             finally:
                 self._journal.close()
         finally:
             self._session.engine_file.unlink(missing_ok=True)
             lock.release()
 
-    async def _attempt(self) -> int:
-        config = configfile.override(self._session.config(), self._start.overrides)
+    async def _serve(self) -> int:
+        start = self._next or Start()
+        config = configfile.override(self._session.config(), start.overrides)
         self._session.write_config(config)
-        self._journal.begin_attempt(self._start.from_step, fresh=self._start.fresh)
-        self._journal.set_meta(total_steps=config.train.steps, message="")
-        self._set_state("starting")
-        self._record_changes()
+        self._config, self._settings = config, configfile.as_mapping(first_settings(config))
+        self._guardrails = Guardrails(config.guardrails)
+        self._journal.set_meta(total_steps=config.train.steps)
+        self._journal.reject_unfinished("the engine ended before it was carried out")
         listener, path = sockets.listen(self._session.folder)
         self._session.write_engine(str(path), __version__)
-        self._ranks = Ranks(self._session, path)
+        self._ranks = Ranks(self._session, path, config.launch)
+        self._server = Server(self, self._converse)
+        await self._server.start(listener)
+        self._watchman = Watchman(self._session, self._config, self._journal, self._server)
+        watching = asyncio.create_task(self._watchman.run(self._on_silence, self._on_alert))
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
-        server = await asyncio.start_unix_server(self._serve, sock=listener)
         try:
-            await self._ranks.start()
-            status = await self._ranks.wait()
-            await self._drain()
+            while self._next is not None:
+                start, self._next = self._next, None
+                code = await self._attempt(start)
+            return code
         finally:
+            watching.cancel()
             self._ranks.kill()
-            server.close()
+            self._server.close()
+            await asyncio.gather(watching, *self._tasks, return_exceptions=True)
             path.unlink(missing_ok=True)
             for number in (*STOP_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+
+    async def _attempt(self, start: Start) -> int:
+        """One start of the ranks; sets `_next` where another one follows."""
+        self._clear_attempt()
+        self._start = start
+        self._journal.begin_attempt(start.from_step, fresh=start.fresh, origin=start.origin)
+        self._record_given(start)
+        self._set_state("starting")
+        self._watchman.heard()
+        await self._ranks.start()
+        status = await self._ranks.wait()
+        if self._link is not None:  # what they said last may still lie in the socket
+            await asyncio.wait_for(self._link_done.wait(), DRAIN_TIMEOUT)
+        if self._next is not None:  # rolled back
+            return 0
         return self._conclude(status)
 
-    def _record_changes(self) -> None:
+    def _record_given(self, start: Start) -> None:
         """Settings given with this start are commands like any other, applied at once."""
-        step = self._start.from_step + 1
-        for change in self._start.changes:
+        for change in start.changes:
             command_id = f"start-{self._journal.attempt}-{change.key}"
             args = {"key": change.key, "value": change.new}
-            self._journal.record_command(command_id, "set", args, self._start.who)
-            self._journal.apply_command(command_id, step, [change])
-
-    async def _drain(self) -> None:
-        """The ranks are gone; what they said last may still lie in the socket."""
-        if self._link is not None:
-            await asyncio.wait_for(self._link_done.wait(), timeout=10)
+            self._journal.record_command(command_id, "set", args, start.who)
+            self._journal.apply_command(command_id, start.from_step + 1, [change])
 
     def _conclude(self, status: int) -> int:
-        if self._failure is None and self._ended is None and not self._stopping:
-            text = f"rank 0 {describe_exit(status)}; see rlhf-tui logs {self._session.name}"
-            self._failed(Failed(rank=0, text=text))
-        if self._failure is not None:
-            self._set_state("failed", self._failure.text)
-            return 2 if self._failure.user_input else 1
-        stopped = self._ended is None or self._ended.reason == "stopped"
-        self._set_state("stopped" if stopped else "finished", self._why())
-        return 0
+        if self._stopping and self._ended is None and self._failure is None:
+            self._set_state("stopped", "stopped at once, without saving")
+            return 0
+        if self._ended is not None:
+            reason = self._ended.reason
+            text = "train.max_hours is used up" if reason == "max_hours" else ""
+            self._set_state("stopped" if reason == "stopped" else "finished", text)
+            return 0
+        failure = self._failure or Failed(
+            rank=0, text=f"rank 0 {describe_exit(status)}; see rlhf-tui logs {self._session.name}"
+        )
+        data = {"text": failure.text, "traceback": failure.traceback}
+        self._journal.record_event("error", data)
+        if (
+            failure.final
+            or failure.user_input
+            or self._restarts >= self._config.launch.max_restarts
+        ):
+            self._set_state("failed", failure.text)
+            return 2 if failure.user_input else 1
+        self._restarts += 1
+        self._next = Start(from_step=last_checkpoint(self._session))
+        limit = self._config.launch.max_restarts
+        log.error("%s; restart %d of %d", failure.text, self._restarts, limit)
+        text = f"{failure.text}: restart {self._restarts} of {limit} from step"
+        self._alert(
+            Alert("restart", "notify", f"{text} {self._next.from_step}", self._journal.step)
+        )
+        return 1
 
-    def _why(self) -> str:
-        if self._ended is None:
-            return "stopped at once, without saving"
-        return "train.max_hours is used up" if self._ended.reason == "max_hours" else ""
+    # -- orders ----------------------------------------------------------------------------------
 
-    # -- signals ------------------------------------------------------------------------------
+    def answer(self, request: Request, who: str) -> Answer:
+        """Takes a command in: journalled, checked, and passed on where it needs a rank."""
+        command = request.command
+        if not self._journal.record_command(
+            request.id, name_of(command), configfile.as_mapping(command), who
+        ):
+            return self._journal.answer(request.id)
+        try:
+            check_now(command, self._state, self._settings, self._session, paused=self._paused)
+        except CommandRejectedError as error:
+            self._journal.reject_command(request.id, str(error))
+            self._server.wake()
+            return self._journal.answer(request.id)
+        self._journal.accept_command(request.id)
+        self._act(request, who)
+        self._server.wake()
+        return self._journal.answer(request.id)
+
+    def _act(self, request: Request, who: str) -> None:
+        match request.command:
+            case Stop(now=True):
+                self._end_now(request.id)
+            case Rollback(step=step, reseed=reseed):
+                self._next = Start(from_step=step, fresh=True, reseed=reseed, who=who)
+                self._journal.apply_command(request.id, step + 1, [])
+                self._ranks.kill()
+            case command if name_of(command) == "note":
+                self._journal.apply_command(request.id, self._journal.step + 1, [])
+            case command:
+                if isinstance(command, Stop):
+                    self._stopping = True
+                    self._set_state("stopping")
+                elif isinstance(command, Pause):
+                    self._set_state("pausing")
+                order = Order(id=request.id, command=command)
+                self._orders[request.id] = order
+                self._send(order)
+
+    def _end_now(self, command_id: str) -> None:
+        self._stopping = True
+        self._journal.apply_command(command_id, self._journal.step + 1, [])
+        self._ranks.kill()
 
     def _on_signal(self, number: signal.Signals) -> None:
         """The first one stops after the step in hand, saved; a second ctrl+c does not wait."""
-        if self._stopping and number == signal.SIGINT:
-            log.warning("second %s: stopping at once, without saving", number.name)
-            self._ranks.kill()
-            return
-        self.stop()
+        again = self._stopping and number == signal.SIGINT
+        if again or not self._stopping:
+            self.answer(Request(id=new_id(), command=Stop(now=again)), number.name)
 
-    def stop(self) -> None:
-        """Ends the run at the next step boundary, with a checkpoint."""
-        self._stopping = True
-        self._set_state("stopping")
-        if self._link is not None:
-            self._send(StopOrder())
+    # -- what others ask -------------------------------------------------------------------------
 
-    # -- the socket ---------------------------------------------------------------------------
+    def is_rank(self, hello: RankHello) -> bool:
+        """Whether it knows the token of the ranks that were started last."""
+        return hello.token == self._ranks.token and self._link is None
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            sock = writer.get_extra_info("socket")
-            hello = await asyncio.wait_for(_receive(reader), HELLO_TIMEOUT)
-            if isinstance(hello, RankHello) and hello.token == self._ranks.token:
-                self._link, self._link_done = writer, asyncio.Event()
-                await self._converse(reader)
-            else:
-                log.warning("turned away a connection of uid %s", sockets.peer_uid(sock))
-        except (LinkError, TimeoutError, asyncio.IncompleteReadError, ConnectionError) as error:
-            log.info("a connection ended: %s", error)
-        finally:
-            writer.close()
+    def status(self) -> Status:
+        """How things stand."""
+        left = None
+        if self._step_seconds is not None and self._state in ("running", "pausing", "stopping"):
+            left = max(0.0, self._step_seconds - (time.monotonic() - self._step_began))
+        return Status(
+            state=self._state,
+            step=self._journal.step,
+            total_steps=self._config.train.steps,
+            attempt=self._journal.attempt,
+            settings=self._settings,
+            phases=list(self._phases.values()),
+            step_seconds=self._step_seconds,
+            boundary_in=left,
+            pending=[
+                Pending(id=i, command=name_of(o.command), who="", status="accepted")
+                for i, o in self._orders.items()
+            ],
+            telemetry=self._watchman.latest,
+            watchers=self._server.watchers,
+            pid=os.getpid(),
+        )
 
-    async def _converse(self, reader: asyncio.StreamReader) -> None:
+    def wake(self) -> Wake:
+        """How far the journal is."""
+        return Wake(step=self._journal.step, event=self._journal.last_event, state=self._state)
+
+    # -- what the ranks say ------------------------------------------------------------------------
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Takes in what rank 0 says until it hangs up."""
-        self._send(self._begin())
-        if self._stopping:
-            self._send(StopOrder())
+        self._link = writer
+        self._send(
+            Begin(
+                attempt=self._journal.attempt,
+                from_step=self._start.from_step,
+                reseed=self._start.reseed,
+                paused=self._paused,
+                replay=self._journal.settled_after(self._start.from_step),
+                undoable=self._journal.undoable(self._start.from_step),
+            )
+        )
+        for order in self._orders.values():
+            self._send(order)
         try:
             while True:
-                self._handle(await _receive(reader))
+                message = protocol.decode_from_rank(await receive(reader))
+                self._watchman.heard()
+                self._handle(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except Exception as error:
             # The journal cannot be written, or a rank speaks nonsense: training on unrecorded
             # would be worse than ending.
             log.exception("cannot go on")
-            self._failed(Failed(rank=0, text=f"{type(error).__name__}: {error}"))
+            self._failure = Failed(rank=0, text=f"{type(error).__name__}: {error}", final=True)
             self._ranks.kill()
         finally:
             self._link_done.set()
 
-    def _begin(self) -> Begin:
-        """A fresh start finds only its own changes there: begin_attempt put the others aside."""
-        return Begin(
-            attempt=self._journal.attempt,
-            from_step=self._start.from_step,
-            reseed=self._start.reseed,
-            replay=self._journal.settled_after(self._start.from_step),
-        )
-
     def _send(self, message: Message) -> None:
-        if self._link is not None:
+        if self._link is not None and not self._link.is_closing():
             self._link.write(protocol.encode(message))
 
     def _handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short act a kind
         """One short act for each thing a rank says; the journal first, observers after."""
         journal = self._journal
         match message:
-            case Ready(info=info):
+            case Phase():
+                self._phases[message.rank] = message
+                self._server.show(message)
+            case Ready(info=info, settings=settings):
                 journal.record_event("ready", info)
+                journal.set_meta(settings=settings)
+                self._settings = settings
+                self._step_began = time.monotonic()
                 if not self._stopping:
-                    self._set_state("running")
+                    self._set_state("paused" if self._paused else "running")
             case StepReport():
-                journal.record_step(message)
+                self._take_step(message)
             case CheckpointWritten(step=step, size=size, score=score, kl=kl, removed=removed):
                 journal.record_checkpoint(step, size, score, kl)
                 journal.remove_checkpoints(removed)
                 self._send(Confirm(step=step))
             case CheckpointComplete(step=step):
                 journal.complete_checkpoint(step)
-            case Applied(id=command_id, step=step, changes=changes):
-                journal.apply_command(command_id, step, changes)
+            case Applied():
+                self._applied(message)
             case Rejected(id=command_id, reason=reason):
+                self._orders.pop(command_id, None)
                 journal.reject_command(command_id, reason)
+                self._server.tell(journal.answer(command_id))
             case Notice(step=step, rule=rule, text=text):
-                journal.record_event("alert", {"rule": rule, "text": text}, step)
+                self._alert(Alert(rule, "notify", text, step))
             case Failed():
-                self._failed(message)
+                self._failure = self._failure or message
             case Ended():
                 self._ended = message
-            case Phase():
-                pass
             case RankHello():
                 raise LinkError("a second hello on one connection")
+        if not isinstance(message, Phase):
+            self._server.wake()
         if self._observer is not None:
             self._observer.message(message)
 
-    def _failed(self, failure: Failed) -> None:
-        if self._failure is None:
-            self._failure = failure
-            data: dict[str, Any] = {"text": failure.text, "traceback": failure.traceback}
-            self._journal.record_event("error", data)
+    def _take_step(self, report: StepReport) -> None:
+        now = time.monotonic()
+        taken, self._step_began = now - self._step_began, now
+        if self._paused:  # a paused step's clock stood still for nobody
+            taken = report.metrics["time/step"]
+        before = self._step_seconds
+        self._step_seconds = taken if before is None else 0.7 * before + 0.3 * taken
+        self._journal.record_step(report)
+        alerts = self._guardrails.check(
+            report.step, dict(report.metrics), self._settings, report.samples
+        )
+        self._settings = report.settings
+        for alert in alerts:
+            self._on_alert(alert)
+
+    def _applied(self, message: Applied) -> None:
+        order = self._orders.pop(message.id, None)
+        command = order.command if order is not None else None
+        self._journal.apply_command(message.id, message.step, message.changes, message.result)
+        self._settings = self._settings | {c.key: c.new for c in message.changes}
+        if isinstance(command, Pause):
+            self._paused = True
+            self._set_state("paused")
+        elif isinstance(command, Unpause):
+            self._paused = False
+            self._step_began = time.monotonic()
+            self._set_state("running")
+        elif isinstance(command, Undo) or message.changes:
+            self._journal.set_meta(settings=self._settings)
+        self._server.tell(self._journal.answer(message.id))
+
+    # -- what deserves attention -------------------------------------------------------------------
+
+    def _on_silence(self, seconds: float) -> None:
+        """A rank that has not said a word for too long is taken for hung."""
+        self._failure = Failed(rank=0, text=f"rank 0 has been silent for {seconds:.0f} s")
+        self._ranks.kill()
+
+    def _on_alert(self, alert: Alert) -> None:
+        self._alert(alert)
+        acts = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
+        if alert.action in acts and self._state in ("running", "starting"):
+            request = Request(id=new_id(), command=acts[alert.action])  # type: ignore[arg-type]
+            self.answer(request, f"guard rail {alert.rule}")
+
+    def _alert(self, alert: Alert) -> None:
+        self._journal.record_event("alert", alert.as_data(), alert.step)
+        self._server.wake()
+        if self._config.notify.command:
+            task = asyncio.create_task(
+                notify(self._config.notify.command, self._session.name, alert)
+            )
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def _set_state(self, state: str, text: str = "") -> None:
         if state == self._state:
             return
         self._state = state
+        data: dict[str, Any] = {"state": state, "text": text}
         self._journal.set_meta(state=state, message=text)
-        self._journal.record_event("state", {"state": state, "text": text})
+        self._journal.record_event("state", data)
+        self._server.wake()
         if self._observer is not None:
             self._observer.state(state, text)
-
-
-async def _receive(reader: asyncio.StreamReader) -> FromRank:
-    length = protocol.frame_length(await reader.readexactly(protocol.HEADER.size))
-    return protocol.decode_from_rank(await reader.readexactly(length))

@@ -10,13 +10,14 @@ import click
 
 from engine import __version__
 from engine.errors import RlhfError
-from rlhf_tui.commands import manage, read, run
+from rlhf_tui.commands import compare, manage, read, run, steer
 from rlhf_tui.text import one_line
 
 COMMANDS: list[click.Command] = [
     run.demo, run.run, run.resume, run.fork,
     read.ls, read.status, read.metrics, read.samples, read.events, read.logs,
     manage.rm, manage.export, manage.doctor,
+    steer.ctl, steer.note, compare.diff, compare.guardrails,
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ The training loop is synchronous; a reader thread takes in what the supervisor s
 picks it up where it is safe to act.
 """
 
+import contextlib
 import os
 import queue
 import socket
@@ -68,9 +69,12 @@ class Link:
             others.append(message)
         return others
 
-    def orders(self) -> list[ToRank]:
-        """Everything that has come since the last call; does not wait."""
-        found = []
+    def orders(self, wait: float = 0.0) -> list[ToRank]:
+        """What has come since the last call; waits up to `wait` seconds for the first."""
+        found: list[ToRank] = []
+        if wait:
+            with contextlib.suppress(queue.Empty):
+                found.append(self._checked(self._inbox.get(timeout=wait)))
         while not self._inbox.empty():
             found.append(self._next())
         return found
@@ -90,7 +94,10 @@ class Link:
         return report
 
     def _next(self) -> ToRank:
-        message = self._inbox.get()
+        return self._checked(self._inbox.get())
+
+    @staticmethod
+    def _checked(message: ToRank | None) -> ToRank:
         if message is None:
             raise LinkError("the supervisor is gone")
         return message

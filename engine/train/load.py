@@ -9,22 +9,21 @@ from torch import Tensor
 from engine import starter
 from engine.config import RunConfig
 from engine.errors import CheckpointError, UserInputError
-from engine.protocol import Begin
+from engine.protocol import NICE_VARIABLE, Begin
 from engine.session import Session
 from engine.settings import first_settings
 from engine.train import checkpoint
 from engine.train.checkpoint import TrainingState
 from engine.train.data import batch_prompts, load_prompts
-from engine.train.link import Link
 from engine.train.models import eos_ids, fingerprint, load_policy, load_reference, load_tokenizer
 from engine.train.optimise import make_optimiser
 from engine.train.randomness import generator, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate
-from engine.train.step import Run
+from engine.train.step import Announce, Run
 
 
-def load_run(session: Session, config: RunConfig, begin: Begin, link: Link) -> Run:
+def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announce) -> Run:
     """Inputs first and weights after, so that a mistake shows before minutes of loading.
 
     Raises:
@@ -41,17 +40,17 @@ def load_run(session: Session, config: RunConfig, begin: Begin, link: Link) -> R
         state = checkpoint.read_state(saved)
         source = str(saved / "policy")
 
-    link.phase(begin.from_step, "load prompts")
+    announce(begin.from_step, "load prompts")
     tokenizer = load_tokenizer(source, "model.policy")
     prompts = load_prompts(
         config.data, tokenizer, per_step=config.prompts_per_step, seed=config.seed
     )
-    link.phase(begin.from_step, "load reward")
+    announce(begin.from_step, "load reward")
     rewards = load_rewards(config.reward, tokenizer.get_vocab(), device)
-    link.phase(begin.from_step, "load policy")
+    announce(begin.from_step, "load policy")
     policy = load_policy(config, source, device)
     optimiser = make_optimiser(policy, config)
-    link.phase(begin.from_step, "load reference")
+    announce(begin.from_step, "load reference")
     reference = load_reference(config, device)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
@@ -73,10 +72,10 @@ def load_run(session: Session, config: RunConfig, begin: Begin, link: Link) -> R
     run = Run(
         config=config, device=device, tokenizer=tokenizer, ending=ending, prompts=prompts,
         policy=policy, reference=reference, rewards=rewards, optimiser=optimiser, state=state,
-        link=link,
+        announce=announce,
     )  # fmt: skip
     if config.reward.normalise == "reference" and not begin.from_step:
-        link.phase(0, "normalise reward")
+        announce(0, "normalise reward")
         normaliser = Normaliser.of(reference_scores(run))
         state.reward_mean, state.reward_std = normaliser.mean, normaliser.std
     return run
@@ -106,6 +105,7 @@ def choose_device(config: RunConfig) -> torch.device:
 def set_threads(config: RunConfig, device: torch.device) -> int:
     """How many threads this rank computes with; the sums' order, and so their rounding."""
     if device.type == "cpu":
+        os.nice(int(os.environ.get(NICE_VARIABLE, "0")))
         torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
     return torch.get_num_threads()
 

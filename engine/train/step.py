@@ -1,7 +1,7 @@
 """One PPO step, from prompts to metrics."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,6 @@ from engine.protocol import Sample, TokenArrays
 from engine.train import ppo
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts
-from engine.train.link import Link
 from engine.train.metrics import peak_memory_gb, step_metrics
 from engine.train.models import LanguageModel
 from engine.train.optimise import Targets, learning_rate, optimise
@@ -40,10 +39,14 @@ class Clock:
     def phase(self, run: "Run", step: int, name: str) -> Iterator[Report]:
         """Announces the phase, times it, and hands out its progress report."""
         began = time.perf_counter()
-        yield run.link.phase(step, name)
+        yield run.announce(step, name)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         self.seconds[name] = time.perf_counter() - began
+
+
+Announce = Callable[[int, str], Report]
+"""Takes a step and a phase's name."""
 
 
 @dataclass
@@ -60,7 +63,8 @@ class Run:
     rewards: Rewards
     optimiser: torch.optim.Optimizer
     state: TrainingState
-    link: Link
+    announce: Announce
+    """Tells of a phase, by step and name; the result takes its progress."""
     checked: bool = False
     """Whether this attempt's first rollout was held against a full forward pass."""
     clock: Clock = field(default_factory=Clock)

@@ -20,6 +20,8 @@ from rlhf_tui.commands.options import (
 )
 from rlhf_tui.text import one_line, sanitise
 
+FOLLOW_INTERVAL = 0.2
+"""Seconds between looks at a log that is followed."""
 COLUMNS = (
     "objective/scores", "objective/kl", "objective/kl_coef", "policy/clipfrac_avg",
     "policy/entropy_avg", "tokens/response_len_mean", "time/step",
@@ -158,14 +160,25 @@ def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
 @name_argument
 @sessions_option
 @last_option
+@click.option("-f", "--follow", is_flag=True, help="Go on until the engine ends.")
 @json_option
-def logs(root: Path, name: str, last: int | None, as_json: bool) -> None:
+def logs(root: Path, name: str, last: int | None, follow: bool, as_json: bool) -> None:
     """Print what the engine wrote to its log."""
-    path = existing(root, name).log_file
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = text.splitlines()[-last if last else 0 :]
-    if as_json:
-        print_json(lines)
-    else:
+    session = existing(root, name)
+    if not session.log_file.exists():
+        say("[]" if as_json else f"no engine of '{name}' has written a log yet")
+        return
+    with session.log_file.open(encoding="utf-8", errors="replace", newline="") as file:
+        # A progress bar rewrites its line: what it looked like last is what counts.
+        lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in file.read().split("\n")]
+        lines = [line for line in lines if line][-last if last else 0 :]
+        if as_json:
+            print_json(lines)
+            return
         for line in lines:
             say(sanitise(line))
+        while follow and session.is_live():
+            if new := file.read():
+                click.echo(sanitise(new.replace("\r", "\n")), nl=False)
+            else:
+                time.sleep(FOLLOW_INTERVAL)

@@ -1,6 +1,7 @@
 """Commands that start an engine: demo, run, resume, fork."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,23 +12,31 @@ import msgspec
 
 from engine import configfile, starter
 from engine.config import RunConfig
-from engine.record import Record
+from engine.detach import start_engine
+from engine.errors import UserInputError
 from engine.session import Session, create, free_name
 from engine.start import Start, check_inputs
 from engine.start import fork as start_fork
 from engine.start import resume as start_resume
 from rlhf_tui.commands.options import (
     existing,
+    is_terminal,
     name_argument,
     override_option,
     say,
     sessions_option,
     who,
 )
+from rlhf_tui.text import one_line
 
 headless_option = click.option(
-    "--headless", is_flag=True, help="Stay in the foreground, one line a step."
+    "--headless", "mode", flag_value="headless", help="Stay in the foreground, one line a step."
 )
+detach_option = click.option(
+    "--detach", "mode", flag_value="detach", help="Start the engine in the background and return."
+)
+LOADING_TIMEOUT = 60.0
+"""Seconds `--detach` waits for the models to be loaded; they load on behind it."""
 new_name_option = click.option("--name", metavar="NAME", help="What to call the session.")
 reseed_option = click.option(
     "--reseed", is_flag=True, help="Sample anew rather than meet the same answers again."
@@ -36,7 +45,7 @@ reseed_option = click.option(
 
 def starting(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that starts an engine."""
-    return headless_option(override_option(sessions_option(command)))
+    return headless_option(detach_option(override_option(sessions_option(command))))
 
 
 @click.command()
@@ -44,12 +53,12 @@ def starting(command: Callable[..., Any]) -> Callable[..., Any]:
 @new_name_option
 @starting
 def demo(
-    root: Path, overrides: tuple[str, ...], headless: bool, name: str | None, steps: int | None
+    root: Path, overrides: tuple[str, ...], mode: str | None, name: str | None, steps: int | None
 ) -> None:
     """Train the starter model: a few minutes on two cores, no downloads."""
     given = [*overrides, *([f"train.steps={steps}"] if steps else [])]
     config = configfile.load(starter.FOLDER / "demo.yaml", given)
-    _start_new(root.resolve(), name, "demo", config, headless)
+    _start_new(root.resolve(), name, "demo", config, mode)
 
 
 @click.command()
@@ -57,11 +66,11 @@ def demo(
 @new_name_option
 @starting
 def run(
-    root: Path, overrides: tuple[str, ...], headless: bool, name: str | None, config: Path
+    root: Path, overrides: tuple[str, ...], mode: str | None, name: str | None, config: Path
 ) -> None:
     """Start the run that CONFIG, a YAML file, describes."""
     loaded = configfile.load(config, overrides)
-    _start_new(root.resolve(), name, config.stem, loaded, headless)
+    _start_new(root.resolve(), name, config.stem, loaded, mode)
 
 
 @click.command()
@@ -75,7 +84,7 @@ def run(
 def resume(
     root: Path,
     overrides: tuple[str, ...],
-    headless: bool,
+    mode: str | None,
     name: str,
     from_step: int | None,
     reseed: bool,
@@ -93,7 +102,7 @@ def resume(
             f"rlhf-tui resume {name} -o train.steps={2 * total}"
         )
         return
-    _become_engine(session, start, headless)
+    _begin(session, start, mode)
 
 
 @click.command()
@@ -108,7 +117,7 @@ def resume(
 def fork(
     root: Path,
     overrides: tuple[str, ...],
-    headless: bool,
+    mode: str | None,
     name: str,
     from_step: int,
     new_name: str,
@@ -119,23 +128,44 @@ def fork(
     child, start = start_fork(
         session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )
-    _become_engine(child, start, headless)
+    _begin(child, start, mode)
 
 
-def _start_new(root: Path, name: str | None, stem: str, config: RunConfig, headless: bool) -> None:
+def _start_new(
+    root: Path, name: str | None, stem: str, config: RunConfig, mode: str | None
+) -> None:
     check_inputs(config)
     session = create(root, name or free_name(root, stem), config)
-    _become_engine(session, Start(who=who()), headless)
+    _begin(session, Start(who=who()), mode)
 
 
-def _become_engine(session: Session, start: Start, headless: bool) -> None:
+def _begin(session: Session, start: Start, mode: str | None) -> None:
+    """Starts the engine in the way that was asked for."""
+    if mode == "detach":
+        _detach(session, start)
+    elif mode == "headless" or not is_terminal():
+        if mode is None:
+            click.echo("rlhf-tui: not a terminal: going on as with --headless", err=True)
+        _become_engine(session, start)
+    else:
+        _become_engine(session, start)
+
+
+def _detach(session: Session, start: Start) -> None:
+    new = not session.journal_file.exists()
+    try:
+        pid = start_engine(session, start, timeout=LOADING_TIMEOUT)
+    except UserInputError:
+        if new:  # nothing was trained yet: a mistake leaves nothing half-made behind
+            shutil.rmtree(session.folder, ignore_errors=True)
+        raise
+    say(f"session {session.name}: engine pid {pid}; steer it with: rlhf-tui ctl {session.name}")
+
+
+def _become_engine(session: Session, start: Start) -> None:
     """Turns this process into the session's engine, in the foreground."""
-    if not headless:
-        click.echo("rlhf-tui: staying in the foreground, as with --headless", err=True)
-    with Record(session) as record:
-        again = bool(record.attempts())
-    words = f"going on from step {start.from_step}" if again else "starting"
-    click.echo(f"session {session.name}: {words}; folder {session.folder}", err=True)
+    words = f"going on from step {start.from_step}" if start.from_step else "starting"
+    click.echo(one_line(f"session {session.name}: {words}; folder {session.folder}"), err=True)
     text = msgspec.json.encode(start).decode()
     sys.stdout.flush()
     os.execv(  # noqa: S606 - ourselves

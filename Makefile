@@ -1,0 +1,40 @@
+# What a person types. Everything else is in pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint types check starter bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMP)  ## .venv with everything in it
+
+$(STAMP): pyproject.toml constraints.txt scripts/install.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/install.sh
+	@touch $@
+
+demo: $(STAMP)  ## train the starter model and watch it
+	$(BIN)/rlhf-tui demo
+
+test: $(STAMP) lint types  ## what every change must pass (under 10 minutes on two cores)
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: $(STAMP) lint types  ## with the whole learning runs
+	$(BIN)/pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+starter: $(STAMP)  ## build the starter models again (an hour or two)
+	$(BIN)/pip install -q -c constraints.txt -e '.[starter]'
+	$(BIN)/python -m scripts.build_starter --out engine/starter --work build/starter
+
+clean:  ## remove what the above made, sessions excepted
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

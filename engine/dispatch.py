@@ -1,0 +1,65 @@
+"""Whether a command can be carried out now; a refusal says why."""
+
+from typing import Any
+
+import msgspec
+
+from engine.commands import (
+    AnyCommand,
+    Beta,
+    Control,
+    Note,
+    Pause,
+    Probe,
+    Rollback,
+    Set,
+    Stop,
+    Unpause,
+    new_values,
+)
+from engine.errors import CommandRejectedError
+from engine.session import Session
+from engine.settings import Settings
+from engine.start import checkpoint_steps
+
+MAX_TEXT = 10_000
+"""Characters in a note or a probe."""
+
+
+def check_now(
+    command: AnyCommand, state: str, settings: dict[str, Any], session: Session, *, paused: bool
+) -> None:
+    """What can be told without asking a rank.
+
+    Raises:
+        CommandRejectedError: says what is wrong with it, or with the moment.
+    """
+    if isinstance(command, Note | Probe) and not 0 < len(command.text.strip()) <= MAX_TEXT:
+        raise CommandRejectedError(f"the text must have 1 to {MAX_TEXT} characters")
+    if isinstance(command, Note):
+        return
+    ending = state == "stopping"
+    match command:
+        case Stop(now=now) if ending and not now:
+            raise CommandRejectedError("the run is stopping already")
+        case Stop():
+            return
+        case _ if ending:
+            raise CommandRejectedError("the run is stopping; resume it first")
+        case Pause() if paused or state == "pausing":
+            raise CommandRejectedError("the run is paused already")
+        case Unpause() if not paused and state != "pausing":
+            raise CommandRejectedError("the run is not paused")
+        case Beta() | Control() | Set():
+            new_values(command, msgspec.convert(settings, Settings, strict=False))
+        case Rollback(step=step):
+            _check_rollback(step, session)
+        case _:
+            return
+
+
+def _check_rollback(step: int, session: Session) -> None:
+    steps = checkpoint_steps(session)
+    if step not in steps:
+        have = ", ".join(map(str, steps)) if steps else "none yet"
+        raise CommandRejectedError(f"there is no checkpoint of step {step} (there is: {have})")

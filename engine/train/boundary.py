@@ -1,0 +1,223 @@
+"""What goes on between two steps: orders, the KL controller, checkpoints, the end.
+
+Settings change here and nowhere else, so that a step is homogeneous and every rank obeys at the
+same place.
+"""
+
+import math
+import time
+from typing import Any
+
+import msgspec
+
+from engine.commands import (
+    AnyCommand,
+    Beta,
+    Checkpoint,
+    Control,
+    Pause,
+    Probe,
+    Set,
+    Stop,
+    Undo,
+    Unpause,
+    new_values,
+)
+from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
+from engine.protocol import (
+    Applied,
+    Begin,
+    CheckpointComplete,
+    CheckpointWritten,
+    Ended,
+    Notice,
+    Order,
+    Phase,
+    Rejected,
+    ToRank,
+)
+from engine.session import Session
+from engine.settings import Change, Settings
+from engine.train import checkpoint
+from engine.train.kl import next_beta
+from engine.train.link import Link
+from engine.train.models import fingerprint
+from engine.train.probe import answer_probe
+from engine.train.step import Run
+
+HOLD_INTERVAL = 0.5
+"""Seconds between looks at the orders while paused: well within any collective's time-out."""
+HOLD_REPORT = 10.0
+"""Seconds between signs of life while paused."""
+
+
+class Boundary:
+    """The state that lives between steps."""
+
+    def __init__(self, session: Session, run: Run, begin: Begin, link: Link) -> None:
+        self._checkpoints = session.checkpoints
+        self._run = run
+        self._link = link
+        self._replay = begin.replay
+        self._undoable = list(begin.undoable)
+        self._saved = begin.from_step
+        self._paused = begin.paused
+        self._stops: list[str] = []
+        self._score = self._kl = math.nan
+
+    def more(self) -> bool:
+        """Obeys what was ordered, holds while paused, and says whether another step follows."""
+        step = self._run.state.step + 1
+        for change in self._replay:
+            if change.step == step:
+                self._set({change.key: change.new})
+        self._obey(self._link.orders())
+        held = time.monotonic()
+        while self._paused and not self._stops:
+            if time.monotonic() - held > HOLD_REPORT:
+                held = time.monotonic()
+                self._link.send(Phase(rank=0, step=self._run.state.step, name="paused"))
+            self._obey(self._link.orders(wait=HOLD_INTERVAL))
+        return not self._stops and self._end_reason() is None
+
+    def _end_reason(self) -> str | None:
+        train, state = self._run.config.train, self._run.state
+        if state.step >= train.steps:
+            return "finished"
+        if train.max_hours is not None and state.seconds >= train.max_hours * 3600:
+            return "max_hours"
+        return None
+
+    # -- orders -------------------------------------------------------------------------------
+
+    def _obey(self, orders: list[ToRank]) -> None:
+        for order in orders:
+            if not isinstance(order, Order):
+                raise LinkError(f"did not expect {order}")
+            try:
+                done = self._carry_out(order.id, order.command)
+            except (CommandRejectedError, CheckpointError) as error:
+                self._link.send(Rejected(id=order.id, reason=str(error)))
+            else:
+                if done is not None:
+                    self._link.send(done)
+
+    def _carry_out(self, order_id: str, command: AnyCommand) -> Applied | None:
+        """One order; what was done, or None where that is told later."""
+        step, changes, result = self._run.state.step + 1, [], {}
+        match command:
+            case Pause():
+                self._paused = True
+            case Unpause():
+                self._paused = False
+            case Stop():
+                self._stops.append(order_id)
+                return None
+            case Checkpoint():
+                self._checkpoint_now()
+            case Beta() | Control() | Set():
+                changes = self._steer(new_values(command, self._run.state.settings))
+                self._undoable.append(changes)
+            case Undo():
+                changes = self._undo()
+            case Probe(text=text):
+                result = answer_probe(self._run, text)
+            case _:
+                raise CommandRejectedError(f"{command} is not for a rank")
+        return Applied(id=order_id, step=step, changes=changes, result=result)
+
+    def _checkpoint_now(self) -> None:
+        if not self._run.state.step:
+            raise CommandRejectedError("nothing to save before the first step is done")
+        if problem := self.save():
+            raise CheckpointError(problem)
+
+    def _undo(self) -> list[Change]:
+        if not self._undoable:
+            raise CommandRejectedError("there is no change to take back")
+        return self._steer({c.key: c.old for c in self._undoable.pop()})
+
+    def _steer(self, values: dict[str, Any]) -> list[Change]:
+        """An operator's change; what it contradicts of the history still to be repeated is over."""
+        self._replay = [c for c in self._replay if c.key not in values]
+        return self._change(values)
+
+    def _change(self, values: dict[str, Any]) -> list[Change]:
+        before = msgspec.structs.asdict(self._run.state.settings)
+        self._set(values)
+        return [Change(key=k, old=before[k], new=v) for k, v in values.items()]
+
+    def _set(self, values: dict[str, Any]) -> None:
+        state = self._run.state
+        merged = msgspec.structs.asdict(state.settings) | values
+        state.settings = msgspec.convert(merged, Settings, strict=False)
+
+    # -- after a step -------------------------------------------------------------------------
+
+    def after(self, step: int, metrics: dict[str, float], seconds: float) -> list[Change]:
+        """Closes a step: counts it, and lets the KL controller set the next one's beta."""
+        state = self._run.state
+        state.step, state.seconds = step, state.seconds + seconds
+        self._score, self._kl = metrics["objective/scores"], metrics["objective/kl"]
+        new = next_beta(state.settings, self._kl, self._run.config.rollout.batch_size)
+        return [] if new == state.settings.beta else self._change({"beta": new})
+
+    def save_if_due(self) -> None:
+        """At every `save_every` steps; a failure is a notice, the run goes on."""
+        every = self._run.state.settings.save_every
+        if every and self._run.state.step % every == 0:
+            self.save()
+
+    def save(self) -> str | None:
+        """Writes a checkpoint, once a step; what prevented it is a notice, and returned."""
+        run, state = self._run, self._run.state
+        if self._saved == state.step:
+            return None
+        self._link.phase(state.step, "checkpoint")
+        try:
+            folder, size = checkpoint.write(
+                self._checkpoints,
+                state,
+                run.policy,
+                run.tokenizer,
+                run.optimiser,
+                score=self._score,
+                kl=self._kl,
+            )
+        except CheckpointError as error:
+            self._link.send(Notice(step=state.step, rule="checkpoint", text=str(error)))
+            return str(error)
+        removable = self._removable()
+        self._link.send(
+            CheckpointWritten(
+                step=state.step, size=size, score=self._score, kl=self._kl, removed=removable
+            )
+        )
+        others = self._link.confirm(state.step)
+        checkpoint.complete(folder)
+        self._link.send(CheckpointComplete(step=state.step))
+        for step in removable:
+            checkpoint.remove(checkpoint.folder_of(self._checkpoints, step))
+        self._saved = state.step
+        self._obey(others)
+        return None
+
+    def _removable(self) -> list[int]:
+        """Older checkpoints that make way for the one just written."""
+        train, now = self._run.config.train, self._run.state.step
+        found = checkpoint.completed(self._checkpoints)
+        scores = {s: checkpoint.read_score(f) for s, f in found.items() if s < now}
+        scores[now] = self._score
+        return checkpoint.to_remove(scores, train.keep_last, train.keep_best)
+
+    def finish(self) -> None:
+        """Saves, checks that the reference was left alone, and says how it ended."""
+        run = self._run
+        if problem := self.save():
+            raise CheckpointError(problem)
+        if fingerprint(run.reference) != run.state.reference:
+            raise RlhfError("the reference model's weights changed during the run; they must not")
+        for order_id in self._stops:
+            self._link.send(Applied(id=order_id, step=run.state.step + 1))
+        reason = "stopped" if self._stops else self._end_reason() or "finished"
+        self._link.send(Ended(step=run.state.step, reason=reason))

@@ -1,0 +1,54 @@
+"""A probe: what the policy of this moment, and its reference, answer to an operator's prompt."""
+
+from typing import Any
+
+from engine.errors import CommandRejectedError
+from engine.train import ppo
+from engine.train.data import Prompt, batch_prompts
+from engine.train.models import LanguageModel
+from engine.train.randomness import sampling_uniforms
+from engine.train.rewards import Answers, Normaliser
+from engine.train.rollout import generate, score_tokens
+from engine.train.step import Run
+
+PROBE_SEED = 0
+"""The same for both models and every probe: what differs is the models' doing."""
+
+
+def answer_probe(run: Run, text: str) -> dict[str, Any]:
+    """One answer of each model, with its score and its KL to the reference.
+
+    Draws from a random stream of its own, so that a probed run stays the run it was.
+
+    Raises:
+        CommandRejectedError: the prompt holds no tokens, or too many.
+    """
+    ids = list(run.tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[-1] == run.tokenizer.eos_token_id:
+        ids.pop()
+    if not 0 < len(ids) <= run.config.data.max_prompt_tokens:
+        raise CommandRejectedError(
+            f"a probe needs 1 to {run.config.data.max_prompt_tokens} tokens, this has {len(ids)}"
+        )
+    prompt = Prompt(ids, text, {run.config.data.column: text})
+    return {
+        "policy": _answer(run, run.policy, prompt),
+        "reference": _answer(run, run.reference, prompt),
+    }
+
+
+def _answer(run: Run, model: LanguageModel, prompt: Prompt) -> dict[str, Any]:
+    settings, state = run.state.settings, run.state
+    batch = batch_prompts([prompt], 1, run.tokenizer.eos_token_id or 0)
+    uniforms = sampling_uniforms(PROBE_SEED, 0, 1, settings.max_new_tokens)
+    rollout = generate(model, batch, uniforms, settings.temperature, run.ending, run.tokenizer)
+    raw, _ = run.rewards(Answers.of(rollout, state.step))
+    normalise = Normaliser(state.reward_mean, state.reward_std)
+    score = normalise(raw.to(run.device), run.config.reward, rollout.ended)
+    reference, _ = score_tokens(run.reference, rollout, settings.temperature, 1, want="logits")
+    return {
+        "response": rollout.texts[0],
+        "score": float(score[0]),
+        "kl": float(ppo.sequence_kl(rollout.logprobs, reference, rollout.mask)[0]),
+        "length": int(rollout.lengths[0]),
+    }

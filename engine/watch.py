@@ -1,0 +1,76 @@
+"""Looks after a live session every few seconds: telemetry, a silent rank, a nearly full disk."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from engine.config import RunConfig
+from engine.control import Telemetry
+from engine.guardrails import Alert
+from engine.journal import Journal
+from engine.server import Server
+from engine.session import Session
+from engine.telemetry import Sampler
+
+INTERVAL = 5.0
+"""Seconds between looks."""
+JOURNAL_EVERY = 6
+"""Looks for each row in the journal."""
+
+
+class Watchman:
+    """Runs beside the supervisor."""
+
+    def __init__(
+        self, session: Session, config: RunConfig, journal: Journal, server: Server
+    ) -> None:
+        self._config = config
+        self._journal = journal
+        self._server = server
+        self._sampler = Sampler(session.folder)
+        self._spoke: set[str] = set()
+        self.rank_pids: dict[int, int] = {}
+        self.latest: Telemetry | None = None
+        self.heard()
+
+    def heard(self) -> None:
+        """A rank gave a sign of life."""
+        self._last = time.monotonic()
+
+    async def run(
+        self, on_silence: Callable[[float], None], on_alert: Callable[[Alert], None]
+    ) -> None:
+        """Until cancelled."""
+        looks = 0
+        while True:
+            self.latest = self._sampler.sample(self.rank_pids)
+            self._server.show(self.latest)
+            if looks % JOURNAL_EVERY == 0:
+                self._journal.record_telemetry(self.latest)
+            looks += 1
+            self._check(self.latest, on_silence, on_alert)
+            await asyncio.sleep(INTERVAL)
+
+    def _check(
+        self,
+        telemetry: Telemetry,
+        on_silence: Callable[[float], None],
+        on_alert: Callable[[Alert], None],
+    ) -> None:
+        rails, silent = self._config.guardrails, time.monotonic() - self._last
+        free = telemetry.disk_free / 1e9
+        text = f"look here: no sign of life from rank 0 for {silent:.0f} s"
+        self._speak("silent_rank", silent > rails.silent_rank, text, on_alert)
+        text = f"look here: {free:.1f} GB are free where the session lies"
+        self._speak("disk", free < rails.disk_free_gb, text, on_alert)
+        if silent > self._config.launch.silence:
+            self.heard()
+            on_silence(silent)
+
+    def _speak(self, rule: str, holds: bool, text: str, on_alert: Callable[[Alert], None]) -> None:
+        """Once when it begins to hold."""
+        if not holds:
+            self._spoke.discard(rule)
+        elif rule not in self._spoke:
+            self._spoke.add(rule)
+            on_alert(Alert(rule, "notify", text, self._journal.step))

@@ -1,0 +1,106 @@
+"""Commands that look twice: diff, guardrails."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from engine import configfile
+from engine.config import GuardrailConfig
+from engine.errors import UserInputError
+from engine.guardrails import Guardrails
+from engine.protocol import Sample
+from engine.record import Record
+from rlhf_tui import format as fmt
+from rlhf_tui.commands.options import (
+    existing,
+    json_option,
+    name_argument,
+    print_json,
+    say,
+    sessions_option,
+)
+from rlhf_tui.text import one_line
+
+HEADLINES = ("objective/scores", "objective/kl", "tokens/response_len_mean", "text/distinct_2")
+
+
+@click.command()
+@name_argument
+@click.argument("other")
+@sessions_option
+@json_option
+def diff(root: Path, name: str, other: str, as_json: bool) -> None:
+    """Compare two sessions: configuration, and metrics at the last step both have."""
+    first, second = existing(root, name), existing(root, other)
+    changed = configfile.changes(first.config(), second.config())
+    with Record(first) as a, Record(second) as b:
+        step = min(a.last_step(), b.last_step())
+        metrics = {
+            key: tuple(dict(r.series(key, after=step - 1)).get(step) for r in (a, b))
+            for key in HEADLINES
+        }
+    if as_json:
+        print_json({"config": changed, "step": step, "metrics": metrics})
+        return
+    rows = [[k, one_line(str(old)), one_line(str(new))] for k, (old, new) in changed.items()]
+    rows += [[f"{k} @ {step}", *map(fmt.number, values)] for k, values in metrics.items()]
+    say(fmt.table(rows, ["", name, other]))
+
+
+@click.command()
+@name_argument
+@sessions_option
+@click.option("--dry-run", is_flag=True, required=True, help="Replay the rules over the journal.")
+@click.option(
+    "--rules", type=click.Path(path_type=Path), help="A YAML file with a guardrails: section."
+)
+@json_option
+def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json: bool) -> None:
+    """Say what the guard rails would have said about a session."""
+    session = existing(root, name)
+    config = _rules(rules) if rules else session.config().guardrails
+    with Record(session) as record:
+        alerts = list(_replay(record, config, session.config()))
+    if as_json:
+        print_json(alerts)
+        return
+    for alert in alerts:
+        say(f"step {alert['step']}  {alert['rule']} ({alert['action']}): {one_line(alert['text'])}")
+    if not alerts:
+        say("nothing: no rule would have spoken")
+
+
+def _replay(record: Record, config: GuardrailConfig, run: Any) -> Any:
+    rails = Guardrails(config)
+    settings = {
+        "target": run.kl.target,
+        "max_new_tokens": run.rollout.max_new_tokens,
+        "clip_range": run.ppo.clip_range,
+        "stop_kl": run.ppo.stop_kl,
+    }
+    changes: dict[int, dict[str, Any]] = {}
+    for command in record.commands():
+        if command["status"] == "applied" and command["live"]:
+            for change in command["changes"]:
+                changes.setdefault(command["applied_step"], {})[change["key"]] = change["new"]
+    samples: dict[int, list[Sample]] = {}
+    for row in record.samples():
+        samples.setdefault(row["step"], []).append(msgspec.convert(row, Sample))
+    for row in record.metrics():
+        step = row.pop("step")
+        settings |= changes.get(step, {})
+        settings |= {"beta": row["objective/kl_coef"], "learning_rate": row["lr"]}
+        values = {k: v for k, v in row.items() if k not in ("attempt", "time")}
+        for alert in rails.check(step, values, settings, samples.get(step)):
+            yield alert.as_data() | {"step": step}
+
+
+def _rules(path: Path) -> GuardrailConfig:
+    """The guardrails section of a file. Raises UserInputError."""
+    try:
+        tree = configfile.parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return msgspec.convert((tree or {}).get("guardrails", tree), GuardrailConfig)
+    except (OSError, msgspec.ValidationError) as error:
+        raise UserInputError(f"--rules {path}: {error}") from error

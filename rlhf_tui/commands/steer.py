@@ -1,0 +1,240 @@
+"""Commands that steer a running engine: ctl, note."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine import configfile
+from engine.client import Client, new_id
+from engine.commands import (
+    AnyCommand,
+    Beta,
+    Checkpoint,
+    Control,
+    Note,
+    Pause,
+    Probe,
+    Rollback,
+    Set,
+    Stop,
+    Undo,
+    Unpause,
+)
+from engine.control import Answer
+from engine.errors import RlhfError, UserInputError
+from engine.journal import Journal
+from engine.session import Session
+from rlhf_tui import format as fmt
+from rlhf_tui.commands.options import (
+    existing,
+    json_option,
+    name_argument,
+    print_json,
+    say,
+    sessions_option,
+    who,
+)
+from rlhf_tui.text import one_line
+
+TIMED_OUT = 4
+
+
+class Steering:
+    """Where a command of `ctl` goes, and how its fate is told."""
+
+    def __init__(
+        self, session: Session, *, wait: bool, timeout: float, as_json: bool, command_id: str | None
+    ) -> None:
+        self._session = session
+        self._wait = wait
+        self._timeout = timeout
+        self._as_json = as_json
+        self._id = command_id
+
+    def send(self, command: AnyCommand) -> None:
+        """Sends, waits if that was asked for, prints, and exits by the outcome."""
+        chosen = self._id or new_id()
+        with Client(self._session, who()) as client:
+            answer = client.send(command, chosen)
+            # A probe is asked for its answer: without waiting it would be good for nothing.
+            if (self._wait or isinstance(command, Probe)) and not answer.final:
+                try:
+                    answer = client.wait(chosen, self._timeout)
+                except TimeoutError:
+                    click.echo(
+                        f"rlhf-tui: not carried out within {self._timeout:g} s; it still will be, "
+                        f"unless the run ends: rlhf-tui events {self._session.name}",
+                        err=True,
+                    )
+                    sys.exit(TIMED_OUT)
+        self._print(answer)
+        if answer.status == "rejected":
+            raise RlhfError(f"rejected: {answer.reason}")
+
+    def _print(self, answer: Answer) -> None:
+        if self._as_json:
+            row: dict[str, Any] = configfile.as_mapping(answer)
+            print_json(row | {"applied_step": row.pop("step")})
+        elif answer.status == "accepted":
+            say("accepted: takes effect at the next step boundary")
+        elif answer.status == "applied":
+            changes = ", ".join(f"{c.key} {c.old} → {c.new}" for c in answer.changes)
+            say(f"applied at step {answer.step}" + (f": {one_line(changes)}" if changes else ""))
+            for model, got in answer.result.items():
+                head = f"{model}: score {fmt.number(got['score'])}, KL {fmt.number(got['kl'])}"
+                say(f"{head}\n  {one_line(got['response'])}")
+
+
+@click.group()
+@name_argument
+@sessions_option
+@click.option("--wait", is_flag=True, help="Return when it has been applied or rejected.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds for --wait.")
+@json_option
+@click.option("--id", "command_id", metavar="ID", help="Sent twice with one id, it acts once.")
+@click.pass_context
+def ctl(
+    context: click.Context,
+    root: Path,
+    name: str,
+    wait: bool,
+    timeout: float,
+    as_json: bool,
+    command_id: str | None,
+) -> None:
+    """Steer the running engine of session NAME."""
+    session = existing(root, name)
+    context.obj = Steering(
+        session, wait=wait, timeout=timeout, as_json=as_json, command_id=command_id
+    )
+
+
+@ctl.command()
+@click.pass_obj
+def pause(steering: Steering) -> None:
+    """Hold at the next step boundary."""
+    steering.send(Pause())
+
+
+@ctl.command()
+@click.pass_obj
+def unpause(steering: Steering) -> None:
+    """Go on."""
+    steering.send(Unpause())
+
+
+@ctl.command()
+@click.option("--now", is_flag=True, help="At once, without saving.")
+@click.pass_obj
+def stop(steering: Steering, now: bool) -> None:
+    """Finish the step, save, and end."""
+    steering.send(Stop(now=now))
+
+
+@ctl.command()
+@click.pass_obj
+def checkpoint(steering: Steering) -> None:
+    """Save at the next step boundary."""
+    steering.send(Checkpoint())
+
+
+@ctl.command()
+@click.pass_obj
+def undo(steering: Steering) -> None:
+    """Take back the last change of a setting."""
+    steering.send(Undo())
+
+
+@ctl.command()
+@click.argument("step", type=click.IntRange(min=1))
+@click.option("--reseed", is_flag=True, help="Sample anew rather than meet the same answers.")
+@click.pass_obj
+def rollback(steering: Steering, step: int, reseed: bool) -> None:
+    """Go back to the checkpoint of STEP."""
+    steering.send(Rollback(step=step, reseed=reseed))
+
+
+@ctl.command(context_settings={"ignore_unknown_options": True})  # -1 is a number here
+@click.argument("value", type=float)
+@click.pass_obj
+def beta(steering: Steering, value: float) -> None:
+    """Set the KL coefficient."""
+    steering.send(Beta(value=value))
+
+
+@ctl.command()
+@click.argument("controller", type=click.Choice(["fixed", "adaptive"]))
+@click.option("--target", type=float, help="Nats per response.")
+@click.option("--horizon", type=float, help="Episodes.")
+@click.option("--beta-min", type=float)
+@click.option("--beta-max", type=float)
+@click.pass_obj
+def kl(steering: Steering, /, **given: Any) -> None:
+    """Hand beta to the adaptive controller, or take it back."""
+    steering.send(Control(**given))
+
+
+@ctl.command(name="set")
+@click.argument("assignment", metavar="KEY=VALUE")
+@click.pass_obj
+def set_(steering: Steering, assignment: str) -> None:
+    """Change a setting, such as learning_rate=1e-5."""
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserInputError(f"set takes key=value, not '{assignment}'")
+    steering.send(Set(key=key.strip(), value=configfile.parse_yaml(text, key)))
+
+
+@ctl.command()
+@click.argument("text")
+@click.pass_obj
+def probe(steering: Steering, text: str) -> None:
+    """Let the policy, and the reference, answer TEXT."""
+    steering.send(Probe(text=text))
+
+
+# Options may stand behind the verb too: `ctl NAME pause --wait --json`.
+def _lift_options(command: click.Command) -> None:
+    for option in (
+        click.Option(["--wait"], is_flag=True, expose_value=False, callback=_lift("_wait")),
+        click.Option(["--json"], is_flag=True, expose_value=False, callback=_lift("_as_json")),
+        click.Option(["--timeout"], type=float, expose_value=False, callback=_lift("_timeout")),
+        click.Option(["--id"], metavar="ID", expose_value=False, callback=_lift("_id")),
+    ):
+        command.params.append(option)
+
+
+def _lift(attribute: str) -> Any:
+    def callback(context: click.Context, _option: click.Parameter, value: Any) -> None:
+        if value:
+            setattr(context.obj, attribute, value)
+
+    return callback
+
+
+for _command in ctl.commands.values():
+    _lift_options(_command)
+
+
+@click.command()
+@name_argument
+@click.argument("text")
+@sessions_option
+def note(root: Path, name: str, text: str) -> None:
+    """Write a line into the session's ledger."""
+    session = existing(root, name)
+    if session.is_live():
+        with Client(session, who()) as client:
+            answer = client.send(Note(text=text))
+        if answer.status == "rejected":
+            raise RlhfError(f"rejected: {answer.reason}")
+        return
+    lock = session.acquire()  # nobody writes the journal but the holder of the lock
+    try:
+        journal = Journal(session)
+        journal.record_event("note", {"text": text, "who": who()})
+        journal.close()
+    finally:
+        lock.release()
