@@ -114,6 +114,8 @@ def read_rows(config: DataConfig) -> list[dict[str, Any]]:
 
 
 def _unreadable(source: str, kind: str | None, error: Exception) -> str:
+    if "corresponds to no data" in str(error):  # how `datasets` says that there are no rows
+        return f"data.prompts: {source} holds no rows; give at least one prompt"
     cause = error.__cause__ or error
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
     if kind is None:

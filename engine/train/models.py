@@ -116,7 +116,9 @@ class LanguageModel(nn.Module):
         else:
             hidden, self._hidden = self._hidden, None
         hidden = hidden.detach() if detach_trunk else hidden
-        values = self.value_head(hidden.float()).squeeze(-1)
+        # One product a token: kept exact.
+        with torch.autocast(tokens.device.type, enabled=False):
+            values = self.value_head(hidden.float()).squeeze(-1)
         return logits, values
 
 

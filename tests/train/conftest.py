@@ -1,0 +1,51 @@
+"""What the tests of a rank share: runs of the starter model, in this very process."""
+
+from pathlib import Path
+
+import pytest
+
+from engine import configfile, starter
+from engine.protocol import Begin
+from engine.session import create
+from engine.train.load import load_run
+
+SMALL = (
+    "rollout.batch_size=8",
+    "rollout.max_new_tokens=10",
+    "ppo.epochs=2",
+    "ppo.minibatches=2",
+    "ppo.micro_batch_size=4",
+    "kl.horizon=100",
+    "launch.threads=1",  # models this small gain nothing from more, and the machine is shared
+)
+
+
+def silent(_step, _name):
+    return lambda _done, _total: None
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Builds a run of the starter models, with configuration keys changed."""
+    made = []
+
+    def make(*overrides, begin=None, config=None):
+        loaded = config or configfile.load(starter.FOLDER / "demo.yaml", [*SMALL, *overrides])
+        session = create(tmp_path, f"s{len(made)}", loaded)
+        made.append(session)
+        run = load_run(session, loaded, begin or Begin(attempt=1, from_step=0), silent)
+        return run, session
+
+    return make
+
+
+@pytest.fixture
+def write_prompts(tmp_path):
+    """Writes a prompt file and returns its path."""
+
+    def write(name: str, text: str) -> str:
+        path = Path(tmp_path) / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write

@@ -1,0 +1,148 @@
+"""Checkpoints: whole or not at all, and the same run after as before."""
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.errors import CheckpointError
+from engine.protocol import Begin
+from engine.train import checkpoint
+from engine.train.load import load_run
+from engine.train.step import train_step
+
+
+def save(run, session, score=1.0):
+    folder, _ = checkpoint.write(
+        session.checkpoints,
+        run.state,
+        run.policy,
+        run.tokenizer,
+        run.optimiser,
+        score=score,
+        kl=0.5,
+    )
+    checkpoint.complete(folder)
+    return folder
+
+
+@pytest.fixture
+def trained(make_run):
+    run, session = make_run()
+    train_step(run, 1)
+    run.state.step = 1
+    return run, session
+
+
+def silent(_step, _name):
+    return lambda _done, _total: None
+
+
+def resumed(session):
+    return load_run(session, session.config(), Begin(attempt=2, from_step=1), silent)
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_a_resumed_run_takes_the_very_same_next_step(make_run, value):
+    run, session = make_run(f"model.value={value}")
+    train_step(run, 1)
+    run.state.step = 1
+    save(run, session)
+    again = resumed(session)
+    ours, _ = train_step(run, 2)
+    theirs, _ = train_step(again, 2)
+    for name, number in ours.items():
+        if not name.startswith(("time/", "perf/")):
+            assert theirs[name] == number, name
+    for (name, one), two in zip(
+        run.policy.named_parameters(), again.policy.parameters(), strict=True
+    ):
+        assert torch.equal(one, two), name
+
+
+def test_plain_transformers_loads_the_policy_with_its_tokenizer(trained):
+    run, session = trained
+    folder = save(run, session) / "policy"
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert torch.equal(lm.lm_head.weight, run.policy.lm.lm_head.weight)
+    ids = tokenizer("The film was", return_tensors="pt").input_ids
+    assert lm.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_without_complete_a_folder_is_no_checkpoint(trained):
+    run, session = trained
+    folder = save(run, session)
+    (folder / "COMPLETE").unlink()
+    assert checkpoint.completed(session.checkpoints) == {}
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        checkpoint.read_state(folder)
+
+
+def test_a_damaged_file_is_found_and_named(trained):
+    run, session = trained
+    folder = save(run, session)
+    path = folder / "training" / "optimiser.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"training/optimiser\.safetensors"):
+        checkpoint.read_state(folder)
+
+
+def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_half_made(trained, monkeypatch):
+    run, session = trained
+    save(run, session)
+    before = sorted(p.name for p in session.checkpoints.iterdir())
+
+    def no_room(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.tokenizer, "save_pretrained", no_room)
+    run.state.step = 2
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(run, session)
+    assert sorted(p.name for p in session.checkpoints.iterdir()) == before
+
+
+def test_a_disk_with_too_little_room_is_told_before_anything_is_written(trained, monkeypatch):
+    run, session = trained
+    usage = shutil.disk_usage(session.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1_000_000))
+    with pytest.raises(CheckpointError, match=r"it needs .* and 1 MB are free"):
+        save(run, session)
+    assert list(session.checkpoints.iterdir()) == []
+
+
+def test_a_checkpoint_of_the_same_step_takes_the_place_of_an_earlier_timelines(trained):
+    run, session = trained
+    save(run, session, score=1.0)
+    folder = save(run, session, score=2.0)
+    assert checkpoint.read_score(folder) == 2.0
+    assert [p.name for p in session.checkpoints.iterdir()] == ["step-000001"]
+
+
+def test_a_changed_reference_is_refused_on_a_resume(trained):
+    run, session = trained
+    run.state.reference = "another"
+    save(run, session)
+    with pytest.raises(CheckpointError, match="not the one this run began with"):
+        resumed(session)
+
+
+@given(
+    scores=st.dictionaries(st.integers(1, 50), st.floats(-5, 5), min_size=1),
+    last=st.integers(1, 4),
+    best=st.integers(0, 3),
+)
+def test_the_newest_and_the_best_stay(scores, last, best):
+    gone = checkpoint.to_remove(scores, last, best)
+    stay = set(scores) - set(gone)
+    assert max(scores) in stay
+    assert len(stay) <= last + best
+    if best and gone:
+        assert max(scores.values()) in {scores[s] for s in stay}
+    assert len(stay) >= min(len(scores), last)

@@ -1,0 +1,104 @@
+"""Prompts: every format, their order, and what is wrong with a file."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from engine import starter
+from engine.config import DataConfig
+from engine.errors import UserInputError
+from engine.train.data import Prompt, Prompts, batch_prompts, load_prompts
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
+
+
+def load(tokenizer, path, **keys):
+    return load_prompts(DataConfig(prompts=path, **keys), tokenizer, per_step=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.jsonl", '{"prompt": "The film", "more": 1}\n{"prompt": "This phone", "more": 2}\n'),
+        ("p.csv", "prompt,more\nThe film,1\nThis phone,2\n"),
+    ],
+)
+def test_each_text_format_gives_the_same_prompts(tokenizer, write_prompts, name, text):
+    prompts = load(tokenizer, write_prompts(name, text), shuffle=False)
+    assert [p.text for p in prompts.for_step(1)] == ["The film", "This phone"]
+    assert [p.row["more"] for p in prompts.for_step(1)] == [1, 2]
+
+
+def test_parquet_is_read_too(tokenizer, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "p.parquet"
+    datasets.Dataset.from_dict({"prompt": ["The film", "This phone"]}).to_parquet(path)
+    assert len(load(tokenizer, str(path))) == 2
+
+
+def test_chat_messages_are_rendered_by_the_models_template(tokenizer, write_prompts):
+    tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}>"
+    row = {"prompt": [{"role": "user", "content": "How was it?"}]}
+    prompts = load(tokenizer, write_prompts("p.jsonl", json.dumps(row) + "\n"))
+    assert prompts.for_step(1)[0].text == "user: How was it?\n>"
+    assert prompts.for_step(1)[0].messages == row["prompt"]
+
+
+BAD = {
+    "an empty file": ("p.jsonl", "", {}, "is empty"),
+    "no such column": ("p.jsonl", '{"text": "x"}\n', {}, "no column 'prompt'.*it has text"),
+    "not JSON": ("p.jsonl", "hello\n", {}, "cannot read"),
+    "a number": ("p.jsonl", '{"prompt": 3}\n', {}, "row 1 .*neither text nor chat"),
+    "chat without a template": (
+        "p.jsonl",
+        '{"prompt": [{"role": "user", "content": "x"}]}\n',
+        {},
+        "has no chat template",
+    ),
+    "all too long": ("p.jsonl", '{"prompt": "a b c d e f"}\n', {"max_prompt_tokens": 1}, "longer"),
+    "only a header": ("p.csv", "prompt\n", {}, "holds no rows"),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "keys", "message"), BAD.values(), ids=BAD.keys())
+def test_a_bad_file_is_one_sentence(tokenizer, write_prompts, name, text, keys, message):
+    with pytest.raises(UserInputError, match=message) as caught:
+        load(tokenizer, write_prompts(name, text), **keys)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tokenizer):
+    with pytest.raises(UserInputError, match=r"no file at /nowhere/p\.jsonl"):
+        load(tokenizer, "/nowhere/p.jsonl")
+
+
+@settings(max_examples=50)
+@given(
+    count=st.integers(1, 12),
+    per_step=st.integers(1, 9),
+    shuffle=st.booleans(),
+    step=st.integers(1, 40),
+)
+def test_the_order_depends_on_the_step_alone_and_every_pass_sees_every_prompt(
+    count, per_step, shuffle, step
+):
+    prompts = [Prompt([i], str(i), {}) for i in range(count)]
+    fresh = Prompts(prompts, per_step=per_step, shuffle=shuffle, seed=3)
+    used = Prompts(prompts, per_step=per_step, shuffle=shuffle, seed=3)
+    stream = [p.ids[0] for s in range(1, step + 1) for p in used.for_step(s)]
+    assert [p.ids[0] for p in fresh.for_step(step)] == stream[-per_step:]
+    for first in range(0, len(stream) - count + 1, count):
+        assert sorted(stream[first : first + count]) == list(range(count))
+
+
+def test_prompts_are_padded_on_the_left_and_answers_of_one_lie_together():
+    batch = batch_prompts([Prompt([5, 6], "a", {}), Prompt([7], "b", {})], 2, filler=9)
+    assert batch.ids.tolist() == [[5, 6], [5, 6], [9, 7], [9, 7]]
+    assert batch.lengths.tolist() == [2, 2, 1, 1]

@@ -1,0 +1,184 @@
+"""Rewards: their signature, their mixes, and what happens when they misbehave."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
+
+from engine import starter
+from engine.config import RewardConfig
+from engine.errors import RewardError, UserInputError
+from engine.train.data import Prompt, batch_prompts
+from engine.train.reward_model import RewardModel
+from engine.train.rewards import Answers, FunctionReward, Normaliser, Rewards, load_rewards
+
+CPU = torch.device("cpu")
+
+
+def quiet(_done, _total):
+    return None
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
+
+
+@pytest.fixture
+def answers(tokenizer):
+    texts = [" was great.", " was bad, and long, and bad again.", " is"]
+    eos = tokenizer.eos_token_id
+    ids = [tokenizer(t)["input_ids"] + ([eos] if i < 2 else []) for i, t in enumerate(texts)]
+    rows = [{"prompt": "The film", "grade": i} for i in range(3)]
+    prompts = [Prompt(tokenizer("The film")["input_ids"], "The film", r) for r in rows]
+    return Answers(batch_prompts(prompts, 1, 0), ids, texts, [True, True, False], step=7)
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module of reward functions; returns the folder."""
+    path = tmp_path / "judges_for_test.py"
+    path.write_text(
+        "def length(completions, **kwargs): return [float(len(c)) for c in completions]\n"
+        "def picky(completions, grade): return [None if g else 1.5 for g in grade]\n"
+        "async def slow(completion_ids, **kwargs): return [len(c) for c in completion_ids]\n"
+        "def nan(completions, **kwargs): return [float('nan')] * len(completions)\n"
+        "def short(completions, **kwargs): return [1.0]\n"
+        "def words(completions, **kwargs): return ['good'] * len(completions)\n"
+        "def step(trainer_state, prompts, **kwargs):\n"
+        "    return [trainer_state.global_step] * len(prompts)\n",
+        encoding="utf-8",
+    )
+    yield str(tmp_path)
+    import sys  # noqa: PLC0415
+
+    sys.modules.pop("judges_for_test", None)
+    sys.path[:] = [p for p in sys.path if p != str(tmp_path)]
+
+
+def judge(module, name):
+    return FunctionReward(f"judges_for_test:{name}", module)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("length", [11, 34, 3]), ("picky", [1.5, None, None]), ("step", [7, 7, 7])],
+)
+def test_a_function_is_called_by_keyword_with_columns_and_state(module, answers, name, expected):
+    assert judge(module, name)(answers, quiet) == expected
+
+
+def test_a_coroutine_function_is_awaited(module, answers):
+    assert judge(module, "slow")(answers, quiet) == [len(ids) for ids in answers.ids]
+
+
+def test_a_mix_is_the_weighted_sum_of_those_that_have_an_opinion(module, answers):
+    both = Rewards({"a": (0.5, judge(module, "length")), "b": (2.0, judge(module, "picky"))})
+    scores, parts = both(answers)
+    assert scores.tolist() == [5.5 + 3.0, 17.0, 1.5]
+    assert parts["b"] == [1.5, None, None]
+
+
+BAD = {"nan": "returned nan for answer 0 of step 7", "short": "returned 1 scores for 3 answers",
+       "words": "returned 'good' for answer 0", "picky": "no reward has an opinion on answer 1"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "message"), BAD.items())
+def test_a_reward_that_cannot_be_used_ends_the_step_with_a_sentence(module, answers, name, message):
+    with pytest.raises(RewardError, match=message):
+        Rewards({name: (1.0, judge(module, name))})(answers)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no_such_module_here:f", "cannot import 'no_such_module_here'"),
+        ("math:nope", "no function"),
+    ],
+)
+def test_a_function_that_is_not_there_is_the_users_mistake(source, message):
+    with pytest.raises(UserInputError, match=message):
+        FunctionReward(source, None)
+
+
+def test_the_same_tokens_or_the_same_text_give_the_same_score(answers, tokenizer):
+    config = RewardConfig(model="starter:reward")
+    by_ids = RewardModel("starter:reward", None, config, tokenizer.get_vocab(), CPU)
+    got = by_ids(answers, quiet)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        starter.resolve("starter:reward"), dtype=torch.float32
+    )
+    for ids, prompt, score in zip(answers.ids, answers.batch.prompts, got, strict=True):
+        alone = model(input_ids=torch.tensor([prompt.ids + ids])).logits[0, 0]
+        assert score == pytest.approx(float(alone), abs=1e-4)
+
+
+@pytest.fixture
+def stranger(tmp_path, tokenizer):
+    """A classifier of another family, whose pad token is its end of sequence."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=3,
+        pad_token_id=tokenizer.eos_token_id, id2label={0: "bad", 1: "fair", 2: "good"},
+        label2id={"bad": 0, "fair": 1, "good": 2},
+    )  # fmt: skip
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    return str(tmp_path / "gpt2")
+
+
+def test_padding_never_hides_the_end_of_an_answer(stranger, answers, tokenizer):
+    config = RewardConfig(model=stranger)
+    reward = RewardModel(stranger, "good", config, tokenizer.get_vocab(), CPU)
+    together = reward(answers, quiet)
+    for i in range(3):
+        one = Answers(
+            batch_prompts([answers.batch.prompts[i]], 1, 0), [answers.ids[i]],
+            [answers.texts[i]], [True], 7,
+        )  # fmt: skip
+        assert together[i] == pytest.approx(reward(one, quiet)[0], abs=1e-5)
+
+
+def test_of_several_labels_one_must_be_chosen(stranger, tokenizer):
+    config = RewardConfig(model=stranger)
+    with pytest.raises(UserInputError, match=r"has 3 labels.*2: good"):
+        RewardModel(stranger, None, config, tokenizer.get_vocab(), CPU)
+    with pytest.raises(UserInputError, match="no label 'nice'"):
+        RewardModel(stranger, "nice", config, tokenizer.get_vocab(), CPU)
+
+
+def test_a_folder_that_is_no_classifier_is_one_sentence(tmp_path, tokenizer):
+    with pytest.raises(UserInputError) as caught:
+        load_rewards(RewardConfig(model=str(tmp_path)), tokenizer.get_vocab(), CPU)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20))
+def test_normalised_reference_scores_have_mean_0_and_deviation_1(values):
+    raw = torch.tensor(values)
+    if float(raw.std(correction=0)) < 1e-3:
+        return
+    got = Normaliser.of(raw)(raw, RewardConfig(), torch.ones(len(values), dtype=torch.bool))
+    assert float(got.mean()) == pytest.approx(0, abs=1e-2)
+    assert float(got.std(correction=0)) == pytest.approx(1, abs=1e-2)
+
+
+def test_scores_are_clipped_after_normalising():
+    got = Normaliser(10.0, 2.0)(
+        torch.tensor([30.0, 10.0, -30.0]), RewardConfig(clip=3.0), torch.tensor([True] * 3)
+    )
+    assert got.tolist() == [3.0, 0.0, -3.0]
+
+
+def test_scores_that_do_not_vary_cannot_be_normalised():
+    with pytest.raises(RewardError, match="scores that vary"):
+        Normaliser.of(torch.full((4,), math.pi))

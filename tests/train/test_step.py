@@ -1,0 +1,162 @@
+"""What must be true of a step, whatever its numbers."""
+
+import math
+
+import pytest
+import torch
+
+from engine.train.models import fingerprint
+from engine.train.optimise import Targets, optimise
+from engine.train.rollout import score_tokens
+from engine.train.step import train_step
+
+VARIANTS = {
+    "gae, value head on the trunk": ["ppo.advantage=gae"],
+    "gae, value trunk of its own": ["ppo.advantage=gae", "model.value=separate"],
+    "gae, whitened rewards, clipped values": ["ppo.whiten_rewards=true", "ppo.value_clip=0.2"],
+    "reward without baseline": ["ppo.advantage=reward", "ppo.baseline=none"],
+    "reward against the batch": ["ppo.advantage=reward", "ppo.baseline=batch"],
+    "reward against a running mean": ["ppo.advantage=reward", "ppo.baseline=running"],
+    "rloo": ["ppo.advantage=rloo", "rollout.per_prompt=4"],
+    "rloo, whitened": ["ppo.advantage=rloo", "ppo.whiten=true"],
+    "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
+}
+
+
+def parameters(run):
+    return {k: v.detach().clone() for k, v in run.policy.named_parameters()}
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
+def test_the_first_step_begins_at_the_reference_and_every_metric_is_finite(make_run, overrides):
+    run, _ = make_run("ppo.epochs=1", "ppo.minibatches=1", *overrides)
+    metrics, samples = train_step(run, 1)
+    assert metrics["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert metrics["val/ratio"] == pytest.approx(1, abs=1e-4)
+    assert metrics["policy/clipfrac_avg"] == 0
+    assert metrics["policy/skipped_updates"] == 0
+    assert all(math.isfinite(v) for v in metrics.values())
+    assert len(samples) == 8
+
+
+def test_the_kl_with_recomputed_log_probabilities_is_zero_before_the_first_update(make_run):
+    run, _ = make_run()
+    rollout = rollout_of(run)
+    policy, _ = score_tokens(run.policy, rollout, 1.0, 8)
+    reference, _ = score_tokens(run.reference, rollout, 1.0, 8)
+    assert (policy - reference).sum(1).abs().max() < 1e-6
+
+
+def test_the_reference_is_untouched_by_training(make_run):
+    run, _ = make_run()
+    before = fingerprint(run.reference)
+    train_step(run, 1)
+    assert fingerprint(run.reference) == before == run.state.reference
+    assert fingerprint(run.policy.lm) != fingerprint(run.reference.lm)
+
+
+def test_micro_batches_change_memory_and_not_the_result(make_run):
+    whole, _ = make_run("ppo.micro_batch_size=8", "ppo.minibatches=1", "train.learning_rate=1e-5")
+    parts, _ = make_run("ppo.micro_batch_size=2", "ppo.minibatches=1", "train.learning_rate=1e-5")
+    ours, _ = train_step(whole, 1)
+    theirs, _ = train_step(parts, 1)
+    for name, value in ours.items():
+        if not name.startswith(("time/", "perf/")):
+            assert theirs[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    ours, theirs = parameters(whole), parameters(parts)
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 2e-5
+
+
+def test_a_step_depends_on_seed_and_number_alone(make_run):
+    one, _ = make_run()
+    two, _ = make_run()
+    other, _ = make_run("seed=1")
+    texts = [[s.response for s in train_step(run, 1)[1]] for run in (one, two, other)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_while_the_value_warms_up_the_policy_stays_as_it_is(make_run):
+    run, _ = make_run("ppo.value_warmup=1")
+    before = parameters(run)
+    train_step(run, 1)
+    after = parameters(run)
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed == {"value_head.weight", "value_head.bias"}
+    train_step(run, 2)
+    assert not torch.equal(run.policy.lm.lm_head.weight, before["lm.model.embed_tokens.weight"])
+
+
+def test_the_epochs_end_when_the_policy_is_far_from_the_rollouts(make_run):
+    run, _ = make_run("ppo.stop_kl=1e-6", "train.learning_rate=1e-3")
+    done = optimise_once(run)
+    assert done.stopped_early
+    assert done.updates < 4
+
+
+def test_a_non_finite_minibatch_is_skipped_counted_and_harmless(make_run):
+    run, _ = make_run()
+    before = parameters(run)
+    done = optimise_once(run, poison=math.inf)
+    after = parameters(run)
+    assert done.skipped == 4
+    assert done.updates == 0
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_policy_that_ran_away_from_the_rollout_is_not_updated(make_run):
+    run, _ = make_run()
+    rollout = rollout_of(run)
+    far = rollout.logprobs * rollout.mask - 5.0
+    targets = Targets(far, torch.ones_like(far), torch.zeros_like(far), torch.zeros_like(far))
+    done = optimise(
+        run.policy, run.optimiser, rollout, targets, run.config, run.state.settings, seed=0, step=1
+    )
+    assert done.updates == 0
+    assert done.skipped == 4
+
+
+def test_bfloat16_recomputes_the_old_log_probabilities_and_trains(make_run):
+    run, _ = make_run("model.dtype=bfloat16", "ppo.epochs=1", "ppo.minibatches=1")
+    metrics, _ = train_step(run, 1)
+    assert metrics["val/ratio"] == pytest.approx(1, abs=1e-3)
+    assert 0 < metrics["val/rollout_logprob_gap"] < 0.5
+    assert all(p.dtype is torch.float32 for p in run.policy.parameters())
+
+
+def test_an_answer_also_ends_at_a_stop_string(make_run):
+    run, _ = make_run("rollout.stop=[' the', 'e']", "rollout.max_new_tokens=20")
+    rollout = rollout_of(run)
+    for i in (rollout.ended & ~rollout.eos).nonzero().squeeze(1).tolist():
+        before = run.tokenizer.decode(rollout.ids[i, : int(rollout.lengths[i]) - 1])
+        assert "e" in rollout.texts[i]
+        assert "e" not in before
+    assert (rollout.ended & ~rollout.eos).any()
+
+
+def test_an_answer_that_was_cut_off_pays_the_penalty(make_run):
+    plain, _ = make_run("rollout.max_new_tokens=3")
+    fined, _ = make_run("rollout.max_new_tokens=3", "reward.missing_eos_penalty=2.5")
+    ours, theirs = train_step(plain, 1), train_step(fined, 1)
+    for one, two in zip(ours[1], theirs[1], strict=True):
+        assert two.score == pytest.approx(one.score - (0.0 if one.ended else 2.5), abs=1e-5)
+    assert ours[0]["tokens/truncated_frac"] > 0
+
+
+def rollout_of(run):
+    from engine.train.data import batch_prompts  # noqa: PLC0415
+    from engine.train.randomness import sampling_uniforms  # noqa: PLC0415
+    from engine.train.rollout import generate  # noqa: PLC0415
+
+    batch = batch_prompts(run.prompts.for_step(1), run.config.answers_per_prompt, 0)
+    uniforms = sampling_uniforms(0, 1, 8, run.state.settings.max_new_tokens)
+    return generate(run.policy, batch, uniforms, 1.0, run.ending, run.tokenizer)
+
+
+def optimise_once(run, poison=1.0):
+    rollout = rollout_of(run)
+    old = rollout.logprobs * rollout.mask
+    advantages = torch.full_like(old, poison)
+    targets = Targets(old, advantages, torch.zeros_like(old), torch.zeros_like(old))
+    return optimise(
+        run.policy, run.optimiser, rollout, targets, run.config, run.state.settings, seed=0, step=1
+    )
