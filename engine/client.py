@@ -88,7 +88,10 @@ class Client:
         """Sends a command; the answer that comes at once: accepted, applied or rejected."""
         chosen = command_id or new_id()
         self._send(Request(id=chosen, command=command))  # type: ignore[arg-type]
-        return self._answer(chosen, time.monotonic() + ANSWER_TIMEOUT)
+        try:
+            return self._answer(chosen, time.monotonic() + ANSWER_TIMEOUT)
+        except TimeoutError as error:
+            raise LinkError(f"the engine of '{self._session.name}' does not answer") from error
 
     def wait(self, command_id: str, timeout: float | None = None) -> Answer:
         """Waits until a command has ended. Raises TimeoutError."""
@@ -137,7 +140,10 @@ class Client:
     def _exactly(self, count: int) -> bytes:
         data = bytearray()
         while len(data) < count:
-            piece = self._sock.recv(count - len(data))
+            try:
+                piece = self._sock.recv(count - len(data))
+            except ConnectionError:
+                piece = b""
             if not piece:
                 raise LinkError(f"the engine of '{self._session.name}' hung up")
             data += piece

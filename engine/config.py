@@ -9,8 +9,6 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from engine.errors import ConfigError
-
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
@@ -60,6 +58,7 @@ class RewardSource(Section, frozen=True):
     function: str | None = None
     """`module:function`, called as TRL calls its reward functions."""
     weight: float = 1.0
+    """What its score is multiplied by in the sum."""
     name: str | None = None
     """What its own score is called in the metrics (`reward/NAME`)."""
 
@@ -68,19 +67,25 @@ class RewardConfig(Section, frozen=True):
     """Where the score of an answer comes from: one of `model`, `function` and `mix`."""
 
     model: str | None = None
+    """A sequence classifier: folder, hub id, or `starter:reward`."""
     label: int | str | None = None
+    """Which of several labels is the score (its logit), by index or name."""
     function: str | None = None
+    """`module:function`, called as TRL calls its reward functions."""
     mix: list[RewardSource] = []
+    """Several sources, whose scores are added up by weight."""
     path: str | None = None
     """The folder `function` modules are imported from; the configuration file's when left out."""
     normalise: Literal["none", "reference"] = "none"
     """`reference`: mean 0 and standard deviation 1 over answers of the reference model."""
     normalise_samples: Annotated[int, Meta(ge=2)] = 64
+    """Answers of the reference that are scored for it, once, before the first step."""
     clip: Positive | None = None
     """Scores are held to ±clip, after normalising."""
     missing_eos_penalty: NonNegative | None = None
     """Subtracted from the score of an answer that was cut off."""
     batch_size: Count = 32
+    """Answers that a reward model reads at once."""
     max_tokens: Count = 1024
     """What a reward model reads of prompt and answer, counted from the end."""
 
@@ -99,6 +104,7 @@ class RolloutConfig(Section, frozen=True):
     per_prompt: Count | None = None
     """Responses to each prompt; 4 for rloo, else 1, when left out."""
     max_new_tokens: Count = 64
+    """Longer answers are cut off."""
     temperature: Positive = 1.0
     """Divides the logits of the policy and of the reference, everywhere."""
     stop: list[str] = []
@@ -109,6 +115,7 @@ class PPOConfig(Section, frozen=True):
     """The objective and its optimisation."""
 
     advantage: Literal["gae", "reward", "rloo"] = "gae"
+    """A value function; the answer's reward as it is; or against the prompt's other answers."""
     epochs: Count = 4
     """Passes over one step's rollout."""
     minibatches: Count = 4
@@ -116,9 +123,13 @@ class PPOConfig(Section, frozen=True):
     micro_batch_size: Count = 16
     """Responses in one forward and backward pass; memory, not mathematics."""
     clip_range: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    """ε: how far the ratio to the rollout's policy counts."""
     ratio: Literal["token", "sequence"] = "token"
+    """Each token's own, or the whole answer's."""
     gamma: Fraction = 1.0
+    """Discount (gae)."""
     lam: Fraction = 0.95
+    """λ (gae)."""
     baseline: Literal["none", "batch", "running"] = "batch"
     """Of `advantage: reward`: what is subtracted from R."""
     whiten: bool | None = None
@@ -126,42 +137,57 @@ class PPOConfig(Section, frozen=True):
     whiten_rewards: bool = False
     """Scale the token rewards by their standard deviation (gae only)."""
     value_coef: NonNegative = 0.1
+    """Weight of the value loss."""
     value_clip: Positive | None = None
+    """Holds V to the rollout's V ± this; 0.2 is usual with normalised scores."""
     value_warmup: Whole = 0
     """First steps in which the value function alone learns."""
     stop_kl: Positive | None = None
     """Passes end when the approximate KL to the rollout's policy exceeds this."""
     max_grad_norm: Positive = 1.0
+    """Longer gradients are shortened to it."""
 
 
 class KLConfig(Section, frozen=True):
     """The KL coefficient (beta) and its controller."""
 
     controller: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive` moves beta so that the KL stays near the target."""
     beta: NonNegative = 0.05
+    """The coefficient to begin with."""
     target: Positive = 6.0
     """Nats per response."""
     horizon: Positive = 10_000.0
     """Episodes over which the adaptive controller may change beta by a factor of about e^0.2."""
     beta_min: Positive = 1e-4
+    """The adaptive controller goes no lower, and starts again from here when beta is 0."""
     beta_max: Positive = 10.0
+    """… and no higher."""
 
 
 class TrainConfig(Section, frozen=True):
     """Length, optimiser, schedule and checkpoints."""
 
     steps: Count = 200
+    """The run ends after this many."""
     max_hours: Positive | None = None
     """Ends the run after this much training time, with a checkpoint."""
     learning_rate: Positive = 1e-5
+    """AdamW's, before the schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after its warm-up; the last two end near 0."""
     warmup_steps: Whole = 0
+    """The learning rate rises over these."""
     adam_eps: Positive = 1e-5
+    """AdamW's ε; 1e-8 gives a much larger early KL."""
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's β1 and β2."""
     weight_decay: NonNegative = 0.0
+    """AdamW's."""
     save_every: Whole = 50
     """Steps between checkpoints; 0: only the last one."""
     keep_last: Count = 3
+    """The newest checkpoints that stay."""
     keep_best: Whole = 1
     """Also kept: those with the highest mean score."""
 
@@ -170,10 +196,13 @@ class LaunchConfig(Section, frozen=True):
     """The processes."""
 
     processes: Count | Literal["auto"] = 1
+    """Ranks on this machine; one is what runs yet."""
     nodes: Count = 1
+    """Machines; one is what runs yet."""
     threads: Count | None = None
     """CPU threads a rank computes with; all cores shared out when left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
     gpus: list[Whole] = []
     """Which GPUs the ranks may use, by the driver's numbers; all when left out."""
     max_restarts: Whole = 3
@@ -188,6 +217,7 @@ class ParallelConfig(Section, frozen=True):
     """How many ranks share the work."""
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Without effect for one rank."""
 
 
 class LogConfig(Section, frozen=True):
@@ -198,23 +228,30 @@ class LogConfig(Section, frozen=True):
     arrays: Whole = 4
     """Of these, how many with their per-token arrays."""
     tensorboard: bool = True
+    """Write event files for TensorBoard into the session's `tb/`."""
 
 
 class Rule(Section, frozen=True):
     """One guard rail: when a metric is worth a look, and what is done about it."""
 
     name: str
+    """What the alert is called."""
     metric: str
     """By its name; `*`: any metric that is not finite."""
     above: float | None = None
+    """Speaks when the metric is above this …"""
     below: float | None = None
+    """… or below this."""
     of: str | None = None
     """`above` and `below` are multiples of this setting (`target`, `max_new_tokens` …)."""
     rises: Positive | None = None
+    """By this share, against the mean of the last `window` steps."""
     falls: Positive | None = None
     """By this share, against the mean of the last `window` steps."""
     window: Count = 20
+    """Steps that `rises` and `falls` look back over."""
     action: Literal["notify", "checkpoint", "pause", "stop"] = "notify"
+    """What is done besides telling."""
 
 
 class GuardrailConfig(Section, frozen=True):
@@ -273,77 +310,3 @@ FIXED_AT_START = (
     "ppo.advantage",
 )
 """Keys (or sections) that decide the model or the data's order: a resume may not change them."""
-
-
-RELATIVE_TO = ("target", "max_new_tokens", "beta", "clip_range", "learning_rate", "stop_kl")
-"""Settings that a guard rail's bound may be a multiple of."""
-
-
-def check(config: RunConfig) -> None:
-    """Holds the rules between keys; each key's own range is in its type.
-
-    Raises:
-        ConfigError: names the keys that do not go together and what would.
-    """
-    _check_reward(config.reward)
-    _check_batches(config)
-    kl, rollout = config.kl, config.rollout
-    if not kl.beta_min < kl.beta_max:
-        raise ConfigError(f"kl.beta_min ({kl.beta_min}) must be below kl.beta_max ({kl.beta_max})")
-    if kl.controller == "adaptive" and 0.2 * rollout.batch_size / kl.horizon >= 1:
-        raise ConfigError(
-            f"kl.horizon ({kl.horizon:g}) is too small for rollout.batch_size "
-            f"({rollout.batch_size}): it must exceed {0.2 * rollout.batch_size:g}"
-        )
-    for rule in config.guardrails.rules:
-        _check_rule(rule)
-    if config.launch.nodes != 1 or config.launch.processes not in (1, "auto"):
-        raise ConfigError("launch.processes and launch.nodes must be 1: one rank is what runs yet")
-
-
-def _check_rule(rule: Rule) -> None:
-    where = f"guardrails.rules '{rule.name}'"
-    conditions = (rule.above, rule.below, rule.rises, rule.falls)
-    if rule.metric != "*" and all(c is None for c in conditions):
-        raise ConfigError(f"{where} needs one of above, below, rises and falls")
-    if rule.of is not None and rule.of not in RELATIVE_TO:
-        raise ConfigError(f"{where}.of must be one of {', '.join(RELATIVE_TO)} (it is '{rule.of}')")
-
-
-def _check_reward(reward: RewardConfig) -> None:
-    given = [k for k in ("model", "function", "mix") if getattr(reward, k)]
-    if len(given) != 1:
-        have = " and ".join(f"reward.{k}" for k in given) or "none"
-        raise ConfigError(
-            f"give exactly one of reward.model, reward.function and reward.mix (given: {have})"
-        )
-    for i, source in enumerate(reward.sources()):
-        where = f"reward.mix[{i}]" if reward.mix else "reward"
-        if (source.model is None) == (source.function is None):
-            raise ConfigError(f"{where} needs exactly one of model and function")
-        if source.function is not None and not _names_a_function(source.function):
-            raise ConfigError(
-                f"{where}.function must be written module:function, not '{source.function}'"
-            )
-
-
-def _names_a_function(text: str) -> bool:
-    module, _, function = text.partition(":")
-    return all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
-
-
-def _check_batches(config: RunConfig) -> None:
-    batch, per_prompt = config.rollout.batch_size, config.answers_per_prompt
-    if config.ppo.advantage == "rloo" and per_prompt < 2:
-        raise ConfigError("rollout.per_prompt must be 2 or more for ppo.advantage: rloo")
-    if batch % per_prompt:
-        raise ConfigError(
-            f"rollout.batch_size ({batch}) must be a multiple of rollout.per_prompt ({per_prompt})"
-        )
-    if batch % config.ppo.minibatches:
-        raise ConfigError(
-            f"rollout.batch_size ({batch}) must be a multiple of "
-            f"ppo.minibatches ({config.ppo.minibatches})"
-        )
-    if batch < 2 and config.ppo.baseline == "batch" and config.ppo.advantage == "reward":
-        raise ConfigError("ppo.baseline: batch needs rollout.batch_size of 2 or more")

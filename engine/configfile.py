@@ -5,6 +5,7 @@ overrides into one, and a bad line into one clear sentence.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from engine.config import FIXED_AT_START, RunConfig, check
+from engine.config import FIXED_AT_START, RunConfig
+from engine.configcheck import check
 from engine.errors import ConfigError
 
 type_names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
@@ -34,6 +36,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """One YAML document. Raises ConfigError, naming `where`, when it is none."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (ValueError, RecursionError) as error:  # a date such as 2020-13-45; a thousand brackets
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -67,9 +71,22 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
         config = msgspec.convert(tree, RunConfig, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), tree)) from None
+    _check_finite(tree)
     config = complete(config)
     check(config)
     return config
+
+
+def _check_finite(value: Any, path: str = "") -> None:
+    """Infinity is above every lower bound, and no run can be made of it. Raises ConfigError."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path} must be a finite number (it is {value})")
+    if isinstance(value, dict):
+        for key, child in value.items():
+            _check_finite(child, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            _check_finite(child, f"{path}[{i}]")
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -225,7 +242,10 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     def anchored(value: Any) -> Any:
         if not isinstance(value, str) or value.startswith("starter:"):
             return value
-        path = folder / Path(value).expanduser()
+        try:
+            path = folder / Path(value).expanduser()
+        except RuntimeError:  # ~nobody
+            return value
         looks_local = (
             value.startswith((".", "~", "/")) or path.exists() or path.suffix in DATA_FILES
         )

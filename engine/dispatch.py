@@ -51,11 +51,21 @@ def check_now(
         case Unpause() if not paused and state != "pausing":
             raise CommandRejectedError("the run is not paused")
         case Beta() | Control() | Set():
-            new_values(command, msgspec.convert(settings, Settings, strict=False))
+            values = new_values(command, msgspec.convert(settings, Settings, strict=False))
+            _check_horizon(settings | values, session)
         case Rollback(step=step):
             _check_rollback(step, session)
         case _:
             return
+
+
+def _check_horizon(settings: dict[str, Any], session: Session) -> None:
+    """As the configuration is held to it: one step may not take beta to zero or below."""
+    least = 0.2 * session.config().rollout.batch_size
+    if settings["controller"] == "adaptive" and settings["horizon"] <= least:
+        raise CommandRejectedError(
+            f"horizon ({settings['horizon']:g}) must exceed {least:g}, a fifth of the batch"
+        )
 
 
 def _check_rollback(step: int, session: Session) -> None:

@@ -13,6 +13,7 @@ from engine.protocol import Sample
 
 DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(name="non_finite", metric="*", action="pause"),
+    Rule(name="non_finite_updates", metric="policy/nonfinite_updates", above=0.0, action="pause"),
     Rule(name="kl_high", metric="objective/kl", above=2.0, of="target"),
     Rule(name="clip_fraction", metric="policy/clipfrac_avg", above=0.5),
     Rule(name="entropy_falls", metric="policy/entropy_avg", falls=0.5),

@@ -146,7 +146,7 @@ class Journal:
             )
             self._db.executemany(
                 "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)",
-                [(self._name(k), report.step, v) for k, v in report.metrics.items()],
+                [(self._name(k), report.step, _finite(v)) for k, v in report.metrics.items()],
             )
             self._set_meta({"settings": report.settings})
             self.step = report.step
@@ -154,8 +154,9 @@ class Journal:
     def _sample(self, step: int, sample: Sample) -> None:
         self._samples.execute(
             "INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (step, sample.index, self.attempt, sample.prompt, sample.response, sample.score,
-             sample.kl, sample.length, sample.ended, json.dumps(sample.parts)),
+            (step, sample.index, self.attempt, sample.prompt, sample.response,
+             _finite(sample.score), _finite(sample.kl), sample.length, sample.ended,
+             json.dumps(_finite(sample.parts))),
         )  # fmt: skip
         if sample.arrays is not None:
             self._samples.execute(
@@ -175,7 +176,7 @@ class Journal:
                 "INSERT OR IGNORE INTO commands "
                 "(id, command, args, who, status, queued, attempt, changes) "
                 "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]')",
-                (command_id, command, json.dumps(args), who, time.time(), self.attempt),
+                (command_id, command, json.dumps(_finite(args)), who, time.time(), self.attempt),
             ).rowcount
             if new and command == "note":
                 self._event("note", {"id": command_id, "who": who, "text": args["text"]})
@@ -395,7 +396,7 @@ def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: it becomes null, here and in every list and mapping below."""
+    """JSON has neither NaN nor infinity: null, here and in every list and mapping below."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,6 +1,7 @@
 """Starts the ranks, and ends them with everything they started."""
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -59,16 +60,20 @@ class Ranks:
         """Until they have ended; the exit status, negative for a signal's number."""
         if self._process is None:
             return 0
-        return await self._process.wait()
+        status = await self._process.wait()
+        self._end_group(self._process.pid)  # what they had started may have outlived them
+        return status
 
     def kill(self) -> None:
-        """Ends them at once, with every process of their session."""
+        """Ends them at once, with every process of their group."""
         process = self._process
         if process is not None and process.returncode is None:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                return
+            self._end_group(process.pid)
+
+    @staticmethod
+    def _end_group(leader: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
 
 
 def describe_exit(status: int) -> str:

@@ -1,9 +1,12 @@
 """Takes an alert out of the terminal, by the user's own command."""
 
 import asyncio
-import json
+import contextlib
 import logging
 import os
+import signal
+
+import msgspec
 
 from engine.guardrails import Alert
 
@@ -21,18 +24,25 @@ async def notify(command: str, session: str, alert: Alert) -> None:
     """
     data = alert.as_data() | {"session": session, "step": alert.step}
     environment = os.environ | {"RLHF_TUI_SESSION": session, "RLHF_TUI_ALERT": alert.text}
-    process = await asyncio.create_subprocess_shell(
-        command,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        env=environment,
-        start_new_session=True,
-    )
     try:
-        _, errors = await asyncio.wait_for(process.communicate(json.dumps(data).encode()), TIMEOUT)
+        process = await asyncio.create_subprocess_shell(
+            command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        log.warning("notify.command cannot be run: %s", error)
+        return
+    try:
+        # Unlike json's, this encoder writes null for what is not finite.
+        text = msgspec.json.encode(data)
+        _, errors = await asyncio.wait_for(process.communicate(text), TIMEOUT)
     except TimeoutError:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         log.warning("notify.command took more than %.0f s: ended", TIMEOUT)
         return
     if process.returncode:

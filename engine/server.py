@@ -146,7 +146,7 @@ class Server:
                 log.info("a connection ended in the middle of a frame")
         except (LinkError, TimeoutError, ConnectionError) as error:
             log.info("a connection was closed: %s", str(error) or type(error).__name__)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             log.warning("a connection spoke no protocol of ours: %s", error)
         finally:
             writer.close()

@@ -5,9 +5,11 @@ of the journal. The same coroutine runs in the foreground and in the background.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
+import sqlite3
 import time
 from typing import Any, Protocol
 
@@ -16,7 +18,7 @@ from engine.client import new_id
 from engine.commands import Checkpoint, Pause, Rollback, Stop, Undo, Unpause, name_of
 from engine.control import Answer, Pending, Request, Status, Wake
 from engine.dispatch import check_now
-from engine.errors import CommandRejectedError, LinkError
+from engine.errors import CommandRejectedError, LinkError, SessionError
 from engine.guardrails import Alert, Guardrails
 from engine.journal import Journal
 from engine.launcher import Ranks, describe_exit
@@ -73,6 +75,8 @@ class Supervisor:
         self._orders: dict[str, Order] = {}  # accepted, not yet carried out; in order
         self._paused = False
         self._stopping = False
+        self._stop_now = False
+        self._began = False  # something was trained, or could have been
         self._restarts = 0
         self._phases: dict[int, Phase] = {}
         self._step_seconds: float | None = None
@@ -96,7 +100,7 @@ class Supervisor:
 
         Raises:
             SessionLockedError: another engine has the session.
-            SessionError: its files or its socket cannot be made.
+            SessionError: its files or its socket cannot be made, or no longer be written.
         """
         lock = self._session.acquire()
         try:
@@ -105,6 +109,8 @@ class Supervisor:
                 return await self._serve()
             finally:
                 self._journal.close()
+        except (OSError, sqlite3.Error) as error:
+            raise SessionError(f"cannot write in {self._session.folder}: {error}") from error
         finally:
             self._session.engine_file.unlink(missing_ok=True)
             lock.release()
@@ -132,6 +138,7 @@ class Supervisor:
             while self._next is not None:
                 start, self._next = self._next, None
                 code = await self._attempt(start)
+            self._reject_rest()
             return code
         finally:
             watching.cancel()
@@ -153,7 +160,8 @@ class Supervisor:
         await self._ranks.start()
         status = await self._ranks.wait()
         if self._link is not None:  # what they said last may still lie in the socket
-            await asyncio.wait_for(self._link_done.wait(), DRAIN_TIMEOUT)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._link_done.wait(), DRAIN_TIMEOUT)
         if self._next is not None:  # rolled back
             return 0
         return self._conclude(status)
@@ -167,7 +175,7 @@ class Supervisor:
             self._journal.apply_command(command_id, start.from_step + 1, [change])
 
     def _conclude(self, status: int) -> int:
-        if self._stopping and self._ended is None and self._failure is None:
+        if self._stop_now and self._ended is None and self._failure is None:
             self._set_state("stopped", "stopped at once, without saving")
             return 0
         if self._ended is not None:
@@ -186,7 +194,7 @@ class Supervisor:
             or self._restarts >= self._config.launch.max_restarts
         ):
             self._set_state("failed", failure.text)
-            return 2 if failure.user_input else 1
+            return 2 if failure.user_input and not self._began else 1
         self._restarts += 1
         self._next = Start(from_step=last_checkpoint(self._session))
         limit = self._config.launch.max_restarts
@@ -238,9 +246,16 @@ class Supervisor:
                 self._send(order)
 
     def _end_now(self, command_id: str) -> None:
-        self._stopping = True
+        self._stopping = self._stop_now = True
         self._journal.apply_command(command_id, self._journal.step + 1, [])
         self._ranks.kill()
+
+    def _reject_rest(self) -> None:
+        """Commands that came too late to be carried out; those who wait for them are told."""
+        for command_id in self._orders:
+            self._journal.reject_command(command_id, "the run ended before it was carried out")
+            self._server.tell(self._journal.answer(command_id))
+        self._orders.clear()
 
     def _on_signal(self, number: signal.Signals) -> None:
         """The first one stops after the step in hand, saved; a second ctrl+c does not wait."""
@@ -252,7 +267,10 @@ class Supervisor:
 
     def is_rank(self, hello: RankHello) -> bool:
         """Whether it knows the token of the ranks that were started last."""
-        return hello.token == self._ranks.token and self._link is None
+        ours = hello.token == self._ranks.token and self._link is None
+        if ours:
+            self._watchman.rank_pids = {hello.rank: hello.pid}
+        return ours
 
     def status(self) -> Status:
         """How things stand."""
@@ -305,6 +323,11 @@ class Supervisor:
                 self._handle(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
+        except sqlite3.Error as error:
+            text = f"cannot write the journal: {error}"
+            log.error(text)  # noqa: TRY400 - a full disk needs no traceback
+            self._failure = Failed(rank=0, text=text, final=True)
+            self._ranks.kill()
         except Exception as error:
             # The journal cannot be written, or a rank speaks nonsense: training on unrecorded
             # would be worse than ending.
@@ -329,8 +352,10 @@ class Supervisor:
                 journal.record_event("ready", info)
                 journal.set_meta(settings=settings)
                 self._settings = settings
-                self._step_began = time.monotonic()
-                if not self._stopping:
+                self._step_began, self._began = time.monotonic(), True
+                if self._stopping:  # its rank died before it had stopped
+                    self._set_state("stopping")
+                else:
                     self._set_state("paused" if self._paused else "running")
             case StepReport():
                 self._take_step(message)

@@ -1,6 +1,8 @@
 """Looks after a live session every few seconds: telemetry, a silent rank, a nearly full disk."""
 
 import asyncio
+import logging
+import sqlite3
 import time
 from collections.abc import Callable
 
@@ -11,6 +13,8 @@ from engine.journal import Journal
 from engine.server import Server
 from engine.session import Session
 from engine.telemetry import Sampler
+
+log = logging.getLogger("engine")
 
 INTERVAL = 5.0
 """Seconds between looks."""
@@ -43,12 +47,16 @@ class Watchman:
         """Until cancelled."""
         looks = 0
         while True:
-            self.latest = self._sampler.sample(self.rank_pids)
-            self._server.show(self.latest)
-            if looks % JOURNAL_EVERY == 0:
-                self._journal.record_telemetry(self.latest)
+            try:
+                self.latest = self._sampler.sample(self.rank_pids)
+                self._server.show(self.latest)
+                if looks % JOURNAL_EVERY == 0:
+                    self._journal.record_telemetry(self.latest)
+                self._check(self.latest, on_silence, on_alert)
+            except (OSError, sqlite3.Error) as error:
+                # A look that fails must not be the last one.
+                log.warning("could not look after the session: %s", error)
             looks += 1
-            self._check(self.latest, on_silence, on_alert)
             await asyncio.sleep(INTERVAL)
 
     def _check(

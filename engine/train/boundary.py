@@ -64,6 +64,7 @@ class Boundary:
         self._paused = begin.paused
         self._stops: list[str] = []
         self._score = self._kl = math.nan
+        self._saving = 0.0
 
     def more(self) -> bool:
         """Obeys what was ordered, holds while paused, and says whether another step follows."""
@@ -155,9 +156,13 @@ class Boundary:
     # -- after a step -------------------------------------------------------------------------
 
     def after(self, step: int, metrics: dict[str, float], seconds: float) -> list[Change]:
-        """Closes a step: counts it, and lets the KL controller set the next one's beta."""
+        """Closes a step: counts it, and lets the KL controller set the next one's beta.
+
+        `metrics` gains `time/checkpoint`, what saving took since the step before.
+        """
         state = self._run.state
         state.step, state.seconds = step, state.seconds + seconds
+        metrics["time/checkpoint"], self._saving = self._saving, 0.0
         self._score, self._kl = metrics["objective/scores"], metrics["objective/kl"]
         new = next_beta(state.settings, self._kl, self._run.config.rollout.batch_size)
         return [] if new == state.settings.beta else self._change({"beta": new})
@@ -174,6 +179,7 @@ class Boundary:
         if self._saved == state.step:
             return None
         self._link.phase(state.step, "checkpoint")
+        began = time.monotonic()
         try:
             folder, size = checkpoint.write(
                 self._checkpoints,
@@ -199,6 +205,7 @@ class Boundary:
         for step in removable:
             checkpoint.remove(checkpoint.folder_of(self._checkpoints, step))
         self._saved = state.step
+        self._saving += time.monotonic() - began
         self._obey(others)
         return None
 

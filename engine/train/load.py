@@ -1,15 +1,13 @@
 """Loads everything a run works with, from the configuration or from a checkpoint."""
 
-import os
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from engine import starter
 from engine.config import RunConfig
 from engine.errors import CheckpointError, UserInputError
-from engine.protocol import NICE_VARIABLE, Begin
+from engine.protocol import Begin
 from engine.session import Session
 from engine.settings import first_settings
 from engine.train import checkpoint
@@ -17,6 +15,7 @@ from engine.train.checkpoint import TrainingState
 from engine.train.data import batch_prompts, load_prompts
 from engine.train.models import eos_ids, fingerprint, load_policy, load_reference, load_tokenizer
 from engine.train.optimise import make_optimiser
+from engine.train.parallel import choose_device, settle_on
 from engine.train.randomness import generator, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate
@@ -30,8 +29,8 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
         UserInputError: something the configuration names cannot be used.
         CheckpointError: the checkpoint to start from cannot be used.
     """
-    device = choose_device(config)
-    threads = set_threads(config, device)
+    device = choose_device(config.launch)
+    threads = settle_on(device, config.launch)
     source = starter.resolve(config.model.policy)
     saved: Path | None = None
     state = TrainingState(sampling_seed=config.seed, settings=first_settings(config))
@@ -91,23 +90,6 @@ def reference_scores(run: Run) -> Tensor:
     temperature = config.rollout.temperature
     answers = generate(run.reference, batch, uniforms, temperature, run.ending, run.tokenizer)
     return run.rewards(Answers.of(answers, 0))[0]
-
-
-def choose_device(config: RunConfig) -> torch.device:
-    """What `launch.device` says. Raises UserInputError when it is not there."""
-    if config.launch.device == "cuda" and not torch.cuda.is_available():
-        raise UserInputError("launch.device: cuda, but torch sees no GPU here; see rlhf-tui doctor")
-    if config.launch.device != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
-def set_threads(config: RunConfig, device: torch.device) -> int:
-    """How many threads this rank computes with; the sums' order, and so their rounding."""
-    if device.type == "cpu":
-        os.nice(int(os.environ.get(NICE_VARIABLE, "0")))
-        torch.set_num_threads(config.launch.threads or len(os.sched_getaffinity(0)))
-    return torch.get_num_threads()
 
 
 def _check_vocabularies(policy: int, reference: int) -> None:

@@ -48,7 +48,10 @@ def step_metrics(
 
 
 def _optimiser_metrics(done: Optimised) -> dict[str, float]:
-    metrics = {"policy/skipped_updates": float(done.skipped)}
+    metrics = {
+        "policy/skipped_updates": float(done.skipped),
+        "policy/nonfinite_updates": float(done.nonfinite),
+    }
     sums = done.sums
     if not done.updates:
         return metrics

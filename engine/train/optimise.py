@@ -63,6 +63,8 @@ class Optimised:
     grad_norms: list[float] = field(default_factory=list)
     updates: int = 0
     skipped: int = 0
+    nonfinite: int = 0
+    """Of the skipped ones, those whose loss or gradient was not finite."""
     stopped_early: bool = False
 
 
@@ -99,12 +101,10 @@ def optimise(
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), config.ppo.max_grad_norm)
             )
             loss = sums.policy_loss + sums.value_loss
-            if (
-                sums.ratio / sums.tokens > MAX_MEAN_RATIO
-                or not math.isfinite(loss)
-                or not math.isfinite(norm)
-            ):
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if not finite or sums.ratio / sums.tokens > MAX_MEAN_RATIO:
                 done.skipped += 1
+                done.nonfinite += not finite
             else:
                 optimiser.step()
                 done.updates += 1

@@ -1,0 +1,78 @@
+"""The rules between a configuration's keys; each key's own range is in its type."""
+
+from engine.config import RewardConfig, Rule, RunConfig
+from engine.errors import ConfigError
+
+RELATIVE_TO = ("target", "max_new_tokens", "beta", "clip_range", "learning_rate", "stop_kl")
+"""Settings that a guard rail's bound may be a multiple of."""
+
+
+def check(config: RunConfig) -> None:
+    """Holds them all.
+
+    Raises:
+        ConfigError: names the keys that do not go together and what would.
+    """
+    _check_reward(config.reward)
+    _check_batches(config)
+    kl, rollout = config.kl, config.rollout
+    if not kl.beta_min < kl.beta_max:
+        raise ConfigError(f"kl.beta_min ({kl.beta_min}) must be below kl.beta_max ({kl.beta_max})")
+    if kl.controller == "adaptive" and 0.2 * rollout.batch_size / kl.horizon >= 1:
+        raise ConfigError(
+            f"kl.horizon ({kl.horizon:g}) is too small for rollout.batch_size "
+            f"({rollout.batch_size}): it must exceed {0.2 * rollout.batch_size:g}"
+        )
+    for rule in config.guardrails.rules:
+        check_rule(rule)
+    if config.launch.nodes != 1 or config.launch.processes not in (1, "auto"):
+        raise ConfigError("launch.processes and launch.nodes must be 1: one rank is what runs yet")
+
+
+def check_rule(rule: Rule) -> None:
+    """Whether a guard rail says when it speaks. Raises ConfigError."""
+    where = f"guardrails.rules '{rule.name}'"
+    conditions = (rule.above, rule.below, rule.rises, rule.falls)
+    if rule.metric != "*" and all(c is None for c in conditions):
+        raise ConfigError(f"{where} needs one of above, below, rises and falls")
+    if rule.of is not None and rule.of not in RELATIVE_TO:
+        raise ConfigError(f"{where}.of must be one of {', '.join(RELATIVE_TO)} (it is '{rule.of}')")
+
+
+def _check_reward(reward: RewardConfig) -> None:
+    given = [k for k in ("model", "function", "mix") if getattr(reward, k)]
+    if len(given) != 1:
+        have = " and ".join(f"reward.{k}" for k in given) or "none"
+        raise ConfigError(
+            f"give exactly one of reward.model, reward.function and reward.mix (given: {have})"
+        )
+    for i, source in enumerate(reward.sources()):
+        where = f"reward.mix[{i}]" if reward.mix else "reward"
+        if (source.model is None) == (source.function is None):
+            raise ConfigError(f"{where} needs exactly one of model and function")
+        if source.function is not None and not _names_a_function(source.function):
+            raise ConfigError(
+                f"{where}.function must be written module:function, not '{source.function}'"
+            )
+
+
+def _names_a_function(text: str) -> bool:
+    module, _, function = text.partition(":")
+    return all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
+
+
+def _check_batches(config: RunConfig) -> None:
+    batch, per_prompt = config.rollout.batch_size, config.answers_per_prompt
+    if config.ppo.advantage == "rloo" and per_prompt < 2:
+        raise ConfigError("rollout.per_prompt must be 2 or more for ppo.advantage: rloo")
+    if batch % per_prompt:
+        raise ConfigError(
+            f"rollout.batch_size ({batch}) must be a multiple of rollout.per_prompt ({per_prompt})"
+        )
+    if batch % config.ppo.minibatches:
+        raise ConfigError(
+            f"rollout.batch_size ({batch}) must be a multiple of "
+            f"ppo.minibatches ({config.ppo.minibatches})"
+        )
+    if batch < 2 and config.ppo.baseline == "batch" and config.ppo.advantage == "reward":
+        raise ConfigError("ppo.baseline: batch needs rollout.batch_size of 2 or more")
