@@ -16,7 +16,7 @@ from engine.train.data import batch_prompts, load_prompts
 from engine.train.models import eos_ids, fingerprint, load_policy, load_reference, load_tokenizer
 from engine.train.optimise import make_optimiser
 from engine.train.parallel import choose_device, settle_on
-from engine.train.randomness import generator, sampling_uniforms
+from engine.train.randomness import derived_seed, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate
 from engine.train.step import Announce, Run
@@ -65,7 +65,7 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
         print(f"{threads} threads now, {state.threads} before: results agree to rounding only")  # noqa: T201 - into engine.log
     state.reference, state.threads = weights, threads
     if begin.reseed:
-        state.sampling_seed = generator(state.sampling_seed, "reseed", begin.attempt).seed()
+        state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.attempt)
 
     ending = Ending(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
     run = Run(

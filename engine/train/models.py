@@ -115,7 +115,8 @@ class LanguageModel(nn.Module):
             hidden = trunk(input_ids=tokens, **inputs).last_hidden_state[:, -keep:]  # type: ignore[misc]
         else:
             hidden, self._hidden = self._hidden, None
-        hidden = hidden.detach() if detach_trunk else hidden
+        # A trunk of the value's own may learn whenever the value does.
+        hidden = hidden.detach() if detach_trunk and not separate else hidden
         # One product a token: kept exact.
         with torch.autocast(tokens.device.type, enabled=False):
             values = self.value_head(hidden.float()).squeeze(-1)

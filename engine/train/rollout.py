@@ -229,8 +229,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
 
 def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
     """Row numbers in micro-batches of `size`, like lengths together, so that little is padding."""
-    total = rollout.lengths[rows] + rollout.batch.lengths[rows] / 1e6
-    return list(rows[total.argsort(descending=True, stable=True)].split(size))
+    prompts = rollout.batch.lengths[rows]
+    order = rollout.lengths[rows] * (prompts.max() + 1) + prompts  # by answer, then by prompt
+    return list(rows[order.argsort(descending=True, stable=True)].split(size))
 
 
 @torch.no_grad()

@@ -87,8 +87,12 @@ def test_a_mix_is_the_weighted_sum_of_those_that_have_an_opinion(module, answers
     assert parts["b"] == [1.5, None, None]
 
 
-BAD = {"nan": "returned nan for answer 0 of step 7", "short": "returned 1 scores for 3 answers",
-       "words": "returned 'good' for answer 0", "picky": "no reward has an opinion on answer 1"}  # fmt: skip
+BAD = {
+    "nan": "returned nan for answer 0 of step 7",
+    "short": "returned 1 scores for 3 answers",
+    "words": "returned 'good' for answer 0",
+    "picky": "no reward has an opinion on answer 1",
+}
 
 
 @pytest.mark.parametrize(("name", "message"), BAD.items())

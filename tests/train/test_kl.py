@@ -1,0 +1,180 @@
+"""The KL in the reward and its coefficient's controller, against slow loops."""
+
+import math
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import DataConfig, ModelConfig, RewardConfig, RunConfig
+from engine.settings import first_settings
+from engine.train import ppo
+from engine.train.kl import next_beta
+from engine.train.rollout import token_logprobs
+
+modest = settings(max_examples=60, deadline=None, derandomize=True)
+BETAS = st.sampled_from([0.0, 0.05, 0.5, 2.0])
+
+
+def controller(**values):
+    config = RunConfig(
+        model=ModelConfig(policy="p"),
+        data=DataConfig(prompts="d"),
+        reward=RewardConfig(function="m:f"),
+    )
+    return msgspec.structs.replace(first_settings(config), controller="adaptive", **values)
+
+
+def slow_step(beta, kl, episodes, *, target, horizon, low, high):
+    """One step of Ziegler et al.'s controller with bounds; from 0 it starts again."""
+    if beta == 0:
+        return low
+    error = kl / target - 1
+    error = min(0.2, max(-0.2, error))
+    beta *= 1 + error * episodes / horizon
+    return min(high, max(low, beta))
+
+
+@st.composite
+def answers(draw):
+    """Lengths and scores (B,); log π, log π_ref and values (B, T). Multiples of 1/64."""
+    b, t = draw(st.integers(1, 4)), draw(st.integers(1, 7))
+    lengths = torch.tensor(draw(st.lists(st.integers(1, t), min_size=b, max_size=b)))
+
+    def numbers(n):
+        return torch.tensor(draw(st.lists(st.integers(-256, 256), min_size=n, max_size=n))) / 64
+
+    return lengths, numbers(b), *(numbers(b * t).reshape(b, t) for _ in range(3))
+
+
+def slow_kl(logprobs, ref, lengths, i):
+    return sum(float(logprobs[i, t]) - float(ref[i, t]) for t in range(int(lengths[i])))
+
+
+@modest
+@given(st.data(), st.sampled_from([0.25, 0.7, 1.0, 3.0]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_log_probabilities_are_those_of_the_softmax_in_float32(dtype, data, temperature):
+    n, v = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 12))
+    numbers = data.draw(st.lists(st.integers(-2560, 2560), min_size=n * v, max_size=n * v))
+    tokens = data.draw(st.lists(st.integers(0, v - 1), min_size=n, max_size=n))
+    logits = (torch.tensor(numbers).reshape(1, n, v) / 64).to(dtype)
+    got = token_logprobs(logits, torch.tensor([tokens]), temperature)
+    assert got.dtype is torch.float32
+    for t, token in enumerate(tokens):
+        scaled = [x / temperature for x in logits[0, t].tolist()]
+        top = max(scaled)
+        want = scaled[token] - top - math.log(math.fsum(math.exp(x - top) for x in scaled))
+        # Logits of up to 160 after the temperature: 160 · 6e-8 from their rounding, twice.
+        assert abs(float(got[0, t]) - want) <= 5e-5
+
+
+@modest
+@given(answers())
+def test_the_kl_of_a_response_is_the_sum_over_its_tokens(batch):
+    lengths, _, logprobs, ref, _ = batch
+    got = ppo.sequence_kl(logprobs, ref, ppo.response_mask(lengths, ref.shape[1]))
+    assert got.shape == lengths.shape
+    for i in range(len(lengths)):
+        assert abs(float(got[i]) - slow_kl(logprobs, ref, lengths, i)) <= 1e-5
+
+
+@modest
+@given(answers(), BETAS)
+def test_every_token_pays_its_kl_and_the_last_one_gets_the_score(batch, beta):
+    lengths, scores, logprobs, ref, _ = batch
+    got = ppo.token_rewards(scores, logprobs, ref, lengths, beta)
+    for i, n in enumerate(lengths.tolist()):
+        for t in range(n):
+            want = -beta * (float(logprobs[i, t]) - float(ref[i, t]))
+            if t == n - 1:
+                want += float(scores[i])
+            assert abs(float(got[i, t]) - want) <= 1e-5
+
+
+@modest
+@given(answers(), BETAS)
+def test_nothing_is_paid_beyond_the_length(batch, beta):
+    lengths, scores, logprobs, ref, _ = batch
+    got = ppo.token_rewards(scores, logprobs, ref, lengths, beta)
+    beyond = ~ppo.response_mask(lengths, ref.shape[1])
+    assert not got[beyond].any()
+
+
+@modest
+@given(answers())
+def test_without_beta_the_rewards_are_the_scores_alone(batch):
+    lengths, scores, logprobs, ref, _ = batch
+    got = ppo.token_rewards(scores, logprobs, ref, lengths, 0.0)
+    want = torch.zeros_like(logprobs)
+    want[torch.arange(len(lengths)), lengths - 1] = scores
+    assert torch.equal(got, want)
+
+
+@modest
+@given(answers(), BETAS)
+def test_the_first_advantage_without_discount_is_the_reward_less_kl_and_value(batch, beta):
+    lengths, scores, logprobs, ref, values = batch
+    mask = ppo.response_mask(lengths, ref.shape[1])
+    rewards = ppo.token_rewards(scores, logprobs, ref, lengths, beta)
+    got = ppo.generalised_advantages(rewards, values, mask, 1.0, 1.0)
+    for i in range(len(lengths)):
+        kl = slow_kl(logprobs, ref, lengths, i)
+        want = float(scores[i]) - beta * kl - float(values[i, 0])
+        # Up to 7 tokens with rewards of 16 and values of 4, each rounded to 6e-8 of itself.
+        assert abs(float(got[i, 0]) - want) <= 1e-4
+
+
+@modest
+@given(
+    st.floats(1e-3, 5),
+    st.lists(st.floats(-5, 500), min_size=1, max_size=30),
+    st.integers(1, 128),
+    st.floats(0.1, 100),
+    st.floats(30, 1e5),
+)
+def test_the_adaptive_controller_follows_its_loop(beta, kls, episodes, target, horizon):
+    bounds = {"beta_min": 1e-2, "beta_max": 1.0}
+    ours = controller(beta=beta, target=target, horizon=horizon, **bounds)
+    for kl in kls:
+        beta = slow_step(beta, kl, episodes, target=target, horizon=horizon, low=1e-2, high=1.0)
+        ours = msgspec.structs.replace(ours, beta=next_beta(ours, kl, episodes))
+        assert math.isclose(ours.beta, beta, rel_tol=1e-12)
+        assert 1e-2 <= ours.beta <= 1.0
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.05), (60.0, 1.1), (-60.0, 0.9)])
+def test_the_relative_error_counts_up_to_a_fifth(kl, factor):
+    ours = controller(beta=0.3, target=6.0, horizon=100.0)
+    assert next_beta(ours, kl, 50) == pytest.approx(0.3 * factor, rel=1e-12)
+
+
+@given(kl=st.floats(0, 1000), episodes=st.integers(1, 128))
+@modest
+def test_from_beta_zero_the_controller_starts_again_at_its_minimum(kl, episodes):
+    ours = controller(beta=0.0, beta_min=0.003)
+    assert next_beta(ours, kl, episodes) == 0.003
+
+
+def test_after_a_restart_from_zero_beta_grows_while_the_kl_is_too_large():
+    ours = controller(beta=0.0, beta_min=0.003, target=6.0, horizon=100.0)
+    seen = []
+    for _ in range(4):
+        ours = msgspec.structs.replace(ours, beta=next_beta(ours, 20.0, 50))
+        seen.append(ours.beta)
+    assert seen == pytest.approx([0.003, 0.0033, 0.00363, 0.003993], rel=1e-9)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 0.05, 50.0])
+@pytest.mark.parametrize("kl", [0.0, 6.0, 600.0])
+def test_the_fixed_controller_leaves_beta_alone(beta, kl):
+    ours = msgspec.structs.replace(controller(beta=beta), controller="fixed")
+    assert next_beta(ours, kl, 64) == beta
+
+
+@pytest.mark.parametrize(("beta", "want"), [(1e-6, 0.01), (50.0, 1.0)])
+def test_a_beta_set_by_hand_beyond_a_bound_is_brought_back_to_it(beta, want):
+    ours = controller(beta=beta, beta_min=0.01, beta_max=1.0)
+    assert next_beta(ours, 6.0, 64) == want

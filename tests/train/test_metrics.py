@@ -1,0 +1,241 @@
+"""A step's metrics against slow loops over samples and tokens.
+
+Relative tolerance 1e-5: float32 sums of at most 32 numbers.
+"""
+
+import math
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import DataConfig, ModelConfig, RewardConfig, RunConfig
+from engine.settings import first_settings
+from engine.train.data import PromptBatch
+from engine.train.metrics import distinct_2, step_metrics
+from engine.train.optimise import Optimised, Sums, Targets
+from engine.train.rollout import Rollout
+
+modest = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def in_force(beta):
+    config = RunConfig(
+        model=ModelConfig(policy="p"),
+        data=DataConfig(prompts="d"),
+        reward=RewardConfig(function="m:f"),
+    )
+    return msgspec.structs.replace(first_settings(config), beta=beta)
+
+
+def optimised(**sums):
+    total = Sums(**{"tokens": 40.0, "ratio": 40.0, "squared_ratio": 41.0, **sums})
+    return Optimised(
+        sums=total, first=Sums(tokens=10.0, ratio=10.0), grad_norms=[1.0, 3.0], updates=2
+    )
+
+
+@st.composite
+def steps(draw, min_answers=1):
+    """A rollout with scores, reference log-probabilities and targets; 0 beyond the lengths."""
+    b, t = draw(st.integers(min_answers, 4)), draw(st.integers(1, 6))
+    lengths = torch.tensor(draw(st.lists(st.integers(1, t), min_size=b, max_size=b)))
+    mask = torch.arange(t)[None] < lengths[:, None]
+
+    def numbers(*shape):
+        n = math.prod(shape)
+        values = draw(st.lists(st.integers(-256, 256), min_size=n, max_size=n))
+        return torch.tensor(values).reshape(shape) / 64
+
+    def flags():
+        return torch.tensor(draw(st.lists(st.booleans(), min_size=b, max_size=b)))
+
+    eos = flags()
+    logprobs = -numbers(b, t).abs() * mask
+    rollout = Rollout(
+        batch=PromptBatch([], torch.zeros(b, 1, dtype=torch.int64), torch.ones(b).long()),
+        ids=torch.ones(b, t, dtype=torch.int64) * mask,
+        lengths=lengths,
+        eos=eos,
+        ended=eos | flags(),
+        logprobs=logprobs,
+        entropies=numbers(b, t).abs() * mask,
+        values=numbers(b, t) * mask,
+        texts=[f"a b {i}" for i in range(b)],
+    )
+    targets = Targets(logprobs, numbers(b, t) * mask, rollout.values, numbers(b, t) * mask)
+    return rollout, numbers(b), -numbers(b, t).abs() * mask, targets
+
+
+def measure(step, beta=0.5, done=None):
+    return step_metrics(*step, done or optimised(), in_force(beta))
+
+
+def tokens(rollout):
+    return [(i, t) for i, n in enumerate(rollout.lengths.tolist()) for t in range(n)]
+
+
+def same(got, want):
+    return math.isclose(got, want, rel_tol=1e-5, abs_tol=1e-5)
+
+
+def mean(numbers):
+    return math.fsum(numbers) / len(numbers)
+
+
+@modest
+@given(steps())
+def test_the_kl_is_summed_over_a_response_and_averaged_over_the_batch(step):
+    rollout, _, ref, targets = step
+    gaps = [float(targets.old_logprobs[p]) - float(ref[p]) for p in tokens(rollout)]
+    metrics = measure(step)
+    assert same(metrics["objective/kl"], math.fsum(gaps) / len(rollout.lengths))
+    assert same(metrics["objective/kl_per_token"], mean(gaps))
+
+
+@modest
+@given(steps(), st.sampled_from([0.0, 0.05, 3.0]))
+def test_the_rlhf_reward_is_the_score_less_beta_times_the_kl(step, beta):
+    rollout, scores, ref, targets = step
+    paid = [
+        -beta * sum(float(targets.old_logprobs[i, t]) - float(ref[i, t]) for t in range(n))
+        for i, n in enumerate(rollout.lengths.tolist())
+    ]
+    metrics = measure(step, beta)
+    assert metrics["objective/kl_coef"] == beta
+    assert same(metrics["objective/scores"], mean(scores.tolist()))
+    assert same(metrics["objective/non_score_reward"], mean(paid))
+    assert same(metrics["objective/rlhf_reward"], mean(scores.tolist()) + mean(paid))
+
+
+@modest
+@given(steps(min_answers=2))
+def test_the_scores_deviation_is_that_of_the_batch(step):
+    scores = step[1].tolist()
+    squares = math.fsum((s - mean(scores)) ** 2 for s in scores)
+    assert same(measure(step)["objective/scores_std"], math.sqrt(squares / len(scores)))
+
+
+@modest
+@given(steps())
+def test_the_two_entropies_are_per_response_and_per_token(step):
+    rollout, _, _, targets = step
+    metrics = measure(step)
+    surprise = [-float(targets.old_logprobs[p]) for p in tokens(rollout)]
+    assert same(metrics["objective/entropy"], math.fsum(surprise) / len(rollout.lengths))
+    spread = [float(rollout.entropies[p]) for p in tokens(rollout)]
+    assert same(metrics["policy/entropy_avg"], mean(spread))
+
+
+@modest
+@given(steps())
+def test_lengths_and_endings_are_counted_by_answer(step):
+    rollout = step[0]
+    metrics = measure(step)
+    cut = [not ended for ended in rollout.ended.tolist()]
+    assert same(metrics["tokens/response_len_mean"], mean(rollout.lengths.tolist()))
+    assert same(metrics["tokens/truncated_frac"], mean(cut))
+    assert metrics["val/num_eos_tokens"] == sum(rollout.eos.tolist())
+
+
+@modest
+@given(steps())
+def test_the_explained_variance_is_that_of_the_values_before_the_update(step):
+    rollout, _, _, targets = step
+    returns = [float(targets.returns[p]) for p in tokens(rollout)]
+    rest = [float(targets.returns[p]) - float(targets.old_values[p]) for p in tokens(rollout)]
+
+    def variance(numbers):
+        return mean([(n - mean(numbers)) ** 2 for n in numbers])
+
+    metrics = measure(step)
+    if variance(returns) == 0:
+        assert "val/explained_var" not in metrics
+    else:
+        want = 1 - variance(rest) / variance(returns)
+        assert math.isclose(metrics["val/explained_var"], want, rel_tol=1e-3, abs_tol=1e-3)
+
+
+@modest
+@given(steps(), st.floats(-1e4, 1e4, width=32))
+def test_what_stands_beyond_the_lengths_dilutes_no_metric(step, junk):
+    rollout, scores, ref, targets = step
+    mask = rollout.mask
+    clean = measure(step)
+    for name in ("entropies", "logprobs", "values"):
+        setattr(rollout, name, torch.where(mask, getattr(rollout, name), torch.tensor(junk)))
+    dirty = [
+        torch.where(mask, x, torch.tensor(junk))
+        for x in (targets.old_logprobs, targets.advantages, targets.old_values, targets.returns)
+    ]
+    ref = torch.where(mask, ref, torch.tensor(-junk))
+    assert measure((rollout, scores, ref, Targets(*dirty))) == pytest.approx(clean, rel=1e-5)
+
+
+@pytest.fixture
+def plain_step():
+    mask = torch.ones(2, 2)
+    rollout = Rollout(
+        batch=PromptBatch([], torch.zeros(2, 1, dtype=torch.int64), torch.ones(2).long()),
+        ids=mask.long(),
+        lengths=torch.tensor([2, 2]),
+        eos=torch.tensor([True, False]),
+        ended=torch.tensor([True, False]),
+        logprobs=-mask,
+        entropies=mask,
+        values=mask,
+        texts=["one two", "one two three"],
+    )
+    returns = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    return rollout, torch.ones(2), -mask, Targets(-mask, mask, mask, returns)
+
+
+def test_the_optimisers_sums_become_means_over_all_trained_tokens(plain_step):
+    done = optimised(
+        policy_loss=-8.0,
+        value_loss=20.0,
+        clipped=4.0,
+        value_clipped=6.0,
+        squared_log_ratio=1.6,
+        ratio=44.0,
+        squared_ratio=50.0,
+    )
+    metrics = measure(plain_step, done=done)
+    want = {
+        "loss/policy_avg": -0.2,
+        "loss/value_avg": 0.5,
+        "policy/clipfrac_avg": 0.1,
+        "val/clipfrac_avg": 0.15,
+        "policy/approxkl_avg": 0.02,
+        "val/ratio": 1.1,
+        "val/ratio_var": 1.25 - 1.21,
+        "grad_norm": 2.0,
+    }
+    assert {name: metrics[name] for name in want} == pytest.approx(want, rel=1e-5)
+
+
+def test_without_a_value_function_its_metrics_are_left_out(plain_step):
+    rollout, scores, ref, targets = plain_step
+    without = Targets(targets.old_logprobs, targets.advantages)
+    metrics = measure((rollout, scores, ref, without))
+    assert not {"loss/value_avg", "val/clipfrac_avg", "val/explained_var"} & set(metrics)
+    assert "loss/policy_avg" in metrics
+
+
+def test_when_every_minibatch_was_skipped_no_metric_is_undefined(plain_step):
+    metrics = measure(plain_step, done=Optimised(skipped=4))
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert "loss/policy_avg" not in metrics
+
+
+@modest
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "c"]), max_size=6), max_size=4))
+def test_distinct_2_is_the_share_of_different_word_pairs(answers):
+    pairs = []
+    for words in answers:
+        for i in range(len(words) - 1):
+            pairs.append((words[i], words[i + 1]))  # noqa: PERF401
+    want = len(set(pairs)) / len(pairs) if pairs else 1.0
+    assert distinct_2([" ".join(words) for words in answers]) == pytest.approx(want)

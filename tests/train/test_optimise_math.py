@@ -1,0 +1,298 @@
+"""The learning-rate schedule, and one minibatch's gradient against a loss written as loops.
+
+The model is a real Llama of two layers with random weights, in float32. Gradients are held to 1e-4
+of their tensor's largest entry, sums to 1e-4 of their size: the two ways of computing them differ
+in the order of float32 additions only.
+"""
+
+import dataclasses
+import math
+
+import msgspec
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from engine.config import (
+    DataConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+from engine.settings import first_settings
+from engine.train.data import PromptBatch
+from engine.train.models import LanguageModel
+from engine.train.optimise import Sums, Targets, backward, learning_rate
+from engine.train.rollout import Rollout, score_tokens
+
+VOCABULARY = 32
+LLAMA = LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    initializer_range=0.3,
+)
+PROMPTS, ANSWERS = [3, 1, 6, 4, 2, 6, 5], [4, 5, 1, 7, 1, 3, 7]
+ALL = torch.arange(len(PROMPTS))
+
+
+def run_config(schedule="constant", warmup=0, steps=10, temperature=1.0, **of_ppo):
+    return RunConfig(
+        model=ModelConfig(policy="p"),
+        data=DataConfig(prompts="d"),
+        reward=RewardConfig(function="m:f"),
+        rollout=RolloutConfig(temperature=temperature),
+        ppo=PPOConfig(**of_ppo),
+        train=TrainConfig(steps=steps, schedule=schedule, warmup_steps=warmup, learning_rate=2e-3),
+    )
+
+
+def make_policy(value):
+    torch.manual_seed(3)
+    policy = LanguageModel(LlamaForCausalLM(LLAMA), value)
+    if value == "separate":
+        policy.value_trunk = LlamaModel(LLAMA)
+    if value is not None:
+        torch.nn.init.normal_(policy.value_head.weight, std=0.5)
+    return policy.eval()
+
+
+def make_minibatch(policy, left=0, right=0, filler=0):
+    """A rollout and targets near the policy; extra padding, which `filler` is written into."""
+    chosen = torch.Generator().manual_seed(8)
+    n, p, t = len(PROMPTS), max(PROMPTS) + left, max(ANSWERS) + right
+    lengths = torch.tensor(ANSWERS)
+    mask = torch.arange(t)[None] < lengths[:, None]
+    prompts = torch.full((n, p), filler)
+    ids = torch.full((n, t), filler)
+    tables = [torch.full((n, t), float(filler)) for _ in range(4)]
+    for i in range(n):  # row by row, so that the padding does not change what is drawn
+        prompts[i, p - PROMPTS[i] :] = torch.randint(32, (PROMPTS[i],), generator=chosen)
+        ids[i, : ANSWERS[i]] = torch.randint(32, (ANSWERS[i],), generator=chosen)
+        for table in tables:
+            table[i, : ANSWERS[i]] = torch.randn(ANSWERS[i], generator=chosen)
+    batch, cut = PromptBatch([], prompts, torch.tensor(PROMPTS)), torch.zeros(n, dtype=torch.bool)
+    texts = [""] * n
+    rollout = Rollout(batch, ids, lengths, cut, cut, tables[0], tables[0], tables[1], texts)
+    with torch.no_grad():
+        logprobs, values = score_tokens(policy, rollout, 1.0, n)
+    old = torch.where(mask, logprobs + 0.4 * tables[0], tables[0])
+    if policy.value_head is None:
+        return rollout, Targets(old, tables[1])
+    old_values = torch.where(mask, values + 0.4 * tables[2], tables[2])
+    return rollout, Targets(old, tables[1], old_values, tables[3])
+
+
+def slow_outputs(policy, rollout, i, temperature):
+    """[(log π, V)] of row i's tokens as scalars: one row, no padding, no cache."""
+    n, p = ANSWERS[i], PROMPTS[i]
+    prompt = rollout.batch.ids[i, rollout.batch.ids.shape[1] - p :]
+    ids = torch.cat([prompt, rollout.ids[i, :n]])
+    hidden = policy.lm.model(ids[None]).last_hidden_state[0]
+    trunk = policy.value_trunk
+    value_hidden = hidden if trunk is None else trunk(ids[None]).last_hidden_state[0]
+    outputs = []
+    for t in range(n):
+        logits = policy.lm.lm_head(hidden[p + t - 1]) / temperature
+        top = logits.max()
+        logprob = logits[ids[p + t]] - top - sum((x - top).exp() for x in logits).log()
+        value = None
+        if policy.value_head is not None:
+            weight, bias = policy.value_head.weight[0], policy.value_head.bias[0]
+            value = (value_hidden[p + t - 1] * weight).sum() + bias
+        outputs.append((logprob, value))
+    return outputs
+
+
+def slow_sums(policy, rollout, targets, rows, config):
+    """The minibatch's loss (with its gradient) and sums, by the specification's formulas."""
+    clip, c, sums, loss = config.ppo.clip_range, config.ppo.value_clip, Sums(), 0.0
+    for i in rows.tolist():
+        outputs = slow_outputs(policy, rollout, i, config.rollout.temperature)
+        gaps = [logp - targets.old_logprobs[i, t] for t, (logp, _) in enumerate(outputs)]
+        for t, (_, value) in enumerate(outputs):
+            log_rho = gaps[t] if config.ppo.ratio == "token" else sum(gaps)
+            rho, a = log_rho.clamp(-20, 20).exp(), targets.advantages[i, t]
+            plain, held = -a * rho, -a * rho.clamp(1 - clip, 1 + clip)
+            term = plain if plain >= held else held
+            sums.tokens += 1
+            sums.policy_loss += term.item()
+            sums.clipped += bool(held > plain)
+            sums.squared_log_ratio += log_rho.item() ** 2
+            sums.ratio += rho.item()
+            sums.squared_ratio += rho.item() ** 2
+            loss = loss + term
+            if value is None:
+                continue
+            old, goal = targets.old_values[i, t], targets.returns[i, t]
+            error = (value - goal) ** 2
+            if c is not None:
+                held = (torch.minimum(torch.maximum(value, old - c), old + c) - goal) ** 2
+                sums.value_clipped += bool(held > error)
+                error = held if held > error else error
+            sums.value_loss += 0.5 * error.item()
+            loss = loss + config.ppo.value_coef * 0.5 * error
+    return loss / sums.tokens, sums
+
+
+def gradients(policy):
+    found = {k: p.grad for k, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad(set_to_none=True)
+    return found
+
+
+def fast(policy, minibatch, config, rows=ALL, warming_up=False):
+    sums = backward(policy, *minibatch, rows, config, first_settings(config), warming_up)
+    return gradients(policy), sums
+
+
+def assert_same(got, want):
+    for name in {*got[0], *want[0]}:
+        a, b = (g[0].get(name, torch.zeros(1)) for g in (got, want))
+        atol = 1e-4 * float(b.abs().max()) + 1e-7
+        torch.testing.assert_close(a.expand(b.shape), b, rtol=0, atol=atol, msg=name)
+    for name, value in vars(want[1]).items():
+        assert float(getattr(got[1], name)) == pytest.approx(float(value), rel=1e-4), name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads that spin for each other cost far more than these matrices of 16 × 16."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("value", ["shared", "separate", None])
+@pytest.mark.parametrize(
+    "of_ppo",
+    [
+        {},
+        {"ratio": "sequence", "clip_range": 0.3, "value_clip": 0.2},
+        {"value_clip": 0.3, "value_coef": 2.0, "temperature": 0.7},
+    ],
+    ids=["defaults", "sequence", "temperature"],
+)
+def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo):
+    policy, config = make_policy(value), run_config(**of_ppo)
+    minibatch = make_minibatch(policy)
+    rows = torch.tensor([5, 0, 2, 3])
+    loss, sums = slow_sums(policy, *minibatch, rows, config)
+    assert 0 < sums.clipped < sums.tokens
+    assert value is None or config.ppo.value_clip is None or sums.value_clipped > 0
+    loss.backward()
+    want = gradients(policy), sums
+    for size in (1, 3, 4):
+        sized = msgspec.structs.replace(
+            config, ppo=msgspec.structs.replace(config.ppo, micro_batch_size=size)
+        )
+        assert_same(fast(policy, minibatch, sized, rows), want)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_micro_batches_change_neither_gradient_nor_sums(ratio, value):
+    policy = make_policy(value)
+    minibatch = make_minibatch(policy)
+    whole, *parts = [
+        fast(policy, minibatch, run_config(ratio=ratio, value_clip=0.2, micro_batch_size=size))
+        for size in (7, 1, 2, 3, 16)
+    ]
+    for part in parts:
+        assert_same(part, whole)
+
+
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 5)])
+@pytest.mark.parametrize("filler", [0, 7])
+def test_padding_changes_neither_gradient_nor_sums(left, right, filler):
+    policy, config = make_policy("separate"), run_config(value_clip=0.2, micro_batch_size=3)
+    bare = fast(policy, make_minibatch(policy), config)
+    assert_same(fast(policy, make_minibatch(policy, left, right, filler), config), bare)
+
+
+def test_a_minibatchs_gradient_is_its_parts_weighted_by_their_tokens():
+    policy, config = make_policy("shared"), run_config()
+    minibatch = make_minibatch(policy)
+    whole, sums = fast(policy, minibatch, config)
+    parts = [fast(policy, minibatch, config, rows) for rows in (ALL[:2], ALL[2:])]
+    added = {name: sum(g[name] * (s.tokens / sums.tokens) for g, s in parts) for name in whole}
+    total = Sums()
+    for _, part in parts:
+        total.add(part)
+    assert_same((whole, sums), (added, total))
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_under_the_policy_that_sampled_the_ratio_is_one_and_nothing_is_clipped(ratio):
+    policy, config = make_policy("shared"), run_config(ratio=ratio)
+    rollout, targets = make_minibatch(policy)
+    with torch.no_grad():
+        old, _ = score_tokens(policy, rollout, 1.0, 2)
+    _, sums = fast(policy, (rollout, dataclasses.replace(targets, old_logprobs=old)), config)
+    assert sums.ratio / sums.tokens == pytest.approx(1, abs=1e-5)
+    assert sums.clipped == 0
+    assert sums.approx_kl < 1e-9
+
+
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_while_warming_up_the_value_alone_learns(value):
+    policy, config = make_policy(value), run_config(value_clip=0.2)
+    minibatch = make_minibatch(policy)
+    loss, sums = slow_sums(policy, *minibatch, ALL, config)
+    loss.backward()  # what the policy adds never reaches the value function's own weights
+    of_value = {k: g for k, g in gradients(policy).items() if k.startswith("value_")}
+    assert_same(fast(policy, minibatch, config, warming_up=True), (of_value, sums))
+
+
+def rates(**of_train):
+    config = run_config(**of_train)
+    return [
+        learning_rate(config, first_settings(config), step)
+        for step in range(1, config.train.steps + 1)
+    ]
+
+
+def test_the_constant_schedule_stays_at_the_settings_rate():
+    assert rates() == [2e-3] * 10
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [1, 4])
+def test_warm_up_rises_evenly_to_the_full_rate_and_learns_from_the_first_step(schedule, warmup):
+    rising = rates(schedule=schedule, warmup=warmup)[:warmup]
+    assert rising == pytest.approx([2e-3 * (k + 1) / warmup for k in range(warmup)])
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_linear_schedule_falls_evenly_towards_zero(warmup):
+    falling = rates(schedule="linear", warmup=warmup, steps=20)[warmup:]
+    n = len(falling)
+    assert falling == pytest.approx([2e-3 * (1 - k / n) for k in range(n)])
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_cosine_schedule_falls_by_half_a_wave(warmup):
+    falling = rates(schedule="cosine", warmup=warmup, steps=20)[warmup:]
+    n = len(falling)
+    want = [2e-3 * 0.5 * (1 + math.cos(math.pi * k / n)) for k in range(n)]
+    assert falling == pytest.approx(want)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_rate_set_by_hand_scales_the_whole_schedule(schedule):
+    config = run_config(schedule=schedule, warmup=3)
+    doubled = msgspec.structs.replace(first_settings(config), learning_rate=4e-3)
+    got = [learning_rate(config, doubled, step) for step in range(1, 11)]
+    assert got == pytest.approx([2 * x for x in rates(schedule=schedule, warmup=3)])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_warm_up_as_long_as_the_run_never_leaves_the_range(schedule):
+    for warmup in (9, 10, 30):
+        assert all(0 <= x <= 2e-3 for x in rates(schedule=schedule, warmup=warmup))

@@ -1,0 +1,300 @@
+"""Random choices, sampling, and the log-probabilities of what was sampled.
+
+The models are real but tiny, made here with random weights, in float32.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+from engine.train.data import Prompt, batch_prompts
+from engine.train.models import LanguageModel
+from engine.train.randomness import derived_seed, permutation, sampling_uniforms
+from engine.train.rollout import (
+    Ending,
+    Rollout,
+    by_length,
+    generate,
+    left_mask,
+    sample,
+    score_tokens,
+)
+
+VOCABULARY, LIMIT, EOS = 32, 12, [3, 4, 5, 6]
+BELOW_ONE = 1 - 2**-24
+modest = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def slow_log_softmax(logits, temperature):
+    """In double precision, from the numbers float32 holds."""
+    scaled = [float(x) / temperature for x in logits]
+    top = max(scaled)
+    total = math.fsum(math.exp(x - top) for x in scaled)
+    return [x - top - math.log(total) for x in scaled]
+
+
+@st.composite
+def rows_of_logits(draw):
+    n, v = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    size = draw(st.sampled_from([1, 8, 40]))
+    numbers = st.lists(st.integers(-64 * size, 64 * size), min_size=n * v, max_size=n * v)
+    temperature = draw(st.sampled_from([0.25, 0.7, 1.0, 3.0]))
+    return torch.tensor(draw(numbers)).reshape(n, v) / 64, temperature
+
+
+@modest
+@given(rows_of_logits(), st.lists(st.floats(0, BELOW_ONE, width=32), min_size=4, max_size=4))
+def test_the_token_is_the_inverse_of_the_cumulative_distribution(rows, drawn):
+    logits, temperature = rows
+    tokens, logprobs, entropies = sample(logits, torch.tensor(drawn)[: len(logits)], temperature)
+    for row, u, token, logprob, entropy in zip(
+        logits, drawn, tokens.tolist(), logprobs.tolist(), entropies.tolist(), strict=False
+    ):
+        slow = slow_log_softmax(row, temperature)
+        before = math.fsum(math.exp(x) for x in slow[:token])
+        # A cumulative sum of 12 float32 probabilities is off by less than 12 · 6e-8 · a few.
+        assert before - 2e-6 <= u <= before + math.exp(slow[token]) + 2e-6
+        # Logits of up to 160 after the temperature: 160 · 6e-8 from their rounding.
+        assert logprob == pytest.approx(slow[token], abs=5e-5)
+        assert entropy == pytest.approx(-math.fsum(math.exp(x) * x for x in slow), abs=1e-4)
+
+
+@modest
+@given(rows_of_logits(), st.data())
+def test_a_token_without_probability_is_never_sampled(rows, data):
+    logits, temperature = rows
+    v = logits.shape[1]
+    banned = torch.tensor(data.draw(st.lists(st.booleans(), min_size=v, max_size=v)))
+    assume(not banned.all())
+    nothing = data.draw(st.sampled_from([-math.inf, -1e4]))
+    logits = logits.masked_fill(banned, nothing)
+    for u in (0.0, 1e-30, 0.5, 1 - 2**-23, BELOW_ONE):
+        tokens, logprobs, entropies = sample(logits, torch.full((len(logits),), u), temperature)
+        assert not banned[tokens].any()
+        assert logprobs.isfinite().all()
+        assert entropies.isfinite().all()
+
+
+@pytest.mark.parametrize("possible", [1, 2, 1000, 50_000])
+def test_the_ends_of_the_unit_interval_are_the_first_and_the_last_possible_token(possible):
+    logits = torch.full((2, possible + 2), -math.inf)
+    logits[:, 1:-1] = 0.0
+    tokens, logprobs, entropies = sample(logits, torch.tensor([0.0, BELOW_ONE]), 1.0)
+    assert tokens.tolist() == [1, possible]
+    assert logprobs.tolist() == pytest.approx([-math.log(possible)] * 2, abs=1e-5)
+    assert entropies.tolist() == pytest.approx([math.log(possible)] * 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_the_softmax_says(temperature):
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.25])
+    uniforms = sampling_uniforms(7, 3, 400, 50).flatten()
+    tokens, _, _ = sample(logits.expand(len(uniforms), -1), uniforms, temperature)
+    seen = tokens.bincount(minlength=8).tolist()
+    want = [len(uniforms) * math.exp(x) for x in slow_log_softmax(logits, temperature)]
+    # Chi-square with 7 degrees of freedom exceeds 29.9 once in ten thousand times.
+    assert sum((s - w) ** 2 / w for s, w in zip(seen, want, strict=True)) < 29.9
+
+
+def test_the_left_mask_is_on_where_the_prompts_stand():
+    got = left_mask(torch.tensor([1, 4, 2]), 4)
+    assert got.dtype is torch.int64
+    assert got.tolist() == [[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_the_uniforms_fill_the_unit_interval_evenly():
+    u = sampling_uniforms(1, 2, 200, 100)
+    assert u.shape == (200, 100)
+    assert u.dtype is torch.float32
+    assert ((u >= 0) & (u < 1)).all()
+    counts = (u.flatten() * 16).long().bincount(minlength=16).double()
+    # 15 degrees of freedom: 44.3 once in ten thousand times.
+    assert float(((counts - 1250) ** 2 / 1250).sum()) < 44.3
+
+
+def test_the_uniforms_depend_on_the_seed_and_the_step_alone():
+    torch.manual_seed(1)
+    first, state = sampling_uniforms(5, 9, 4, 6), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(first, sampling_uniforms(5, 9, 4, 6))
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # and leave torch's own generator alone
+    others = [sampling_uniforms(5, 10, 4, 6), sampling_uniforms(6, 9, 4, 6)]
+    assert not any((first == other).any() for other in others)
+
+
+def test_the_uniform_of_a_samples_token_does_not_depend_on_how_many_samples_there_are():
+    whole = sampling_uniforms(5, 9, 33, 12)
+    for batch in (1, 2, 5, 32):
+        assert torch.equal(whole[:batch], sampling_uniforms(5, 9, batch, 12))
+
+
+def test_the_uniform_of_a_samples_token_does_not_depend_on_the_limit_of_tokens():
+    whole = sampling_uniforms(5, 9, 4, 40)
+    for limit in (1, 3, 16, 39):
+        assert torch.equal(whole[:, :limit], sampling_uniforms(5, 9, 4, limit))
+
+
+def test_a_seed_is_derived_from_seed_purpose_and_every_number():
+    told = [(1, "a"), (1, "a", 2), (2, "a", 1), (1, "b", 2), (1, "a", 2, 3), (1, "a", 23)]
+    told += [(12, "a", 3), (1, "a1"), (1, "2a"), (1, "a", 0), (1, "a", 0, 0), (1, "a", 3, 2)]
+    drawn = [derived_seed(*t) for t in told * 2]
+    assert drawn[: len(told)] == drawn[len(told) :]
+    assert len(set(drawn)) == len(told)
+
+
+@modest
+@given(st.integers(0, 2**31), st.integers(0, 1000), st.integers(1, 50))
+def test_a_permutation_holds_every_number_once_and_comes_out_the_same_again(seed, number, n):
+    got = permutation(seed, "order", (number,), n)
+    assert got.dtype is torch.int64
+    assert sorted(got.tolist()) == list(range(n))
+    assert torch.equal(got, permutation(seed, "order", (number,), n))
+    if n >= 20:
+        assert not torch.equal(got, permutation(seed, "order", (number + 1,), n))
+        assert not torch.equal(got, permutation(seed, "other", (number,), n))
+        assert not torch.equal(got, permutation(seed + 1, "order", (number,), n))
+
+
+def test_another_process_makes_the_same_choices():
+    code = (
+        "from engine.train.randomness import permutation as p, sampling_uniforms as s;"
+        "print(p(3, 'order', (1, 2), 30).tolist(), s(3, 4, 2, 5).tolist())"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    ours = permutation(3, "order", (1, 2), 30).tolist(), sampling_uniforms(3, 4, 2, 5).tolist()
+    assert run.stdout.strip() == f"{ours[0]} {ours[1]}"
+
+
+@pytest.fixture(scope="module", params=["relative positions", "absolute positions"])
+def model(request):
+    torch.manual_seed(0)
+    size = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "initializer_range": 0.5}
+    if request.param == "relative positions":
+        config = LlamaConfig(**size, intermediate_size=32)
+    else:
+        config = GPT2Config(**size, n_positions=32)
+    policy = LanguageModel(AutoModelForCausalLM.from_config(config), "shared").eval()
+    torch.nn.init.normal_(policy.value_head.weight, std=0.25)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for each other on matrices this small
+    yield policy
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def answer(model):
+    """Answers to prompts of many lengths: answer(rows, eos, temperature)."""
+    chosen = torch.Generator().manual_seed(4)
+    lengths = [1, 9, 4, 4, 7, 2, 3, 8]
+    ids = [torch.randint(0, VOCABULARY, (n,), generator=chosen).tolist() for n in lengths]
+    prompts = [Prompt(ids=i, text="", row={}) for i in ids]
+    uniforms = sampling_uniforms(11, 1, len(prompts), LIMIT)
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
+
+    def run(rows=tuple(range(8)), eos=(), temperature=1.0):
+        batch = batch_prompts([prompts[i] for i in rows], 1, 0)
+        ending = Ending(list(eos), [], tokenizer)
+        with torch.no_grad():
+            return generate(model, batch, uniforms[list(rows)], temperature, ending, tokenizer)
+
+    return run
+
+
+@pytest.mark.parametrize("eos", [[], EOS])
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_generation_and_a_full_forward_pass_agree(model, answer, eos, temperature):
+    rollout = answer(eos=eos, temperature=temperature)
+    assert (len(set(rollout.lengths.tolist())) > 2) == bool(eos)
+    with torch.no_grad():
+        for size in (1, 3, 8):
+            logprobs, values = score_tokens(model, rollout, temperature, size)
+            torch.testing.assert_close(logprobs, rollout.logprobs * rollout.mask, rtol=0, atol=1e-4)
+            torch.testing.assert_close(values, rollout.values * rollout.mask, rtol=0, atol=1e-4)
+
+
+def test_generated_tokens_values_and_entropies_are_those_of_one_row_alone(model, answer):
+    rollout = answer(eos=EOS, temperature=0.8)
+    uniforms = sampling_uniforms(11, 1, 8, LIMIT).tolist()
+    for i, prompt in enumerate(rollout.batch.prompts):
+        ids = list(prompt.ids)
+        for t in range(int(rollout.lengths[i])):
+            with torch.no_grad():  # no cache, no padding, no other row
+                hidden = model.lm.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+                slow = slow_log_softmax(model.lm.lm_head(hidden), 0.8)
+                value = float(model.value_head(hidden))
+            sums = itertools.accumulate(math.exp(x) for x in slow)
+            token = next(k for k, below in enumerate(sums) if below > uniforms[i][t])
+            assert int(rollout.ids[i, t]) == token
+            assert float(rollout.logprobs[i, t]) == pytest.approx(slow[token], abs=1e-4)
+            assert float(rollout.values[i, t]) == pytest.approx(value, abs=1e-4)
+            spread = -math.fsum(math.exp(x) * x for x in slow)
+            assert float(rollout.entropies[i, t]) == pytest.approx(spread, abs=1e-4)
+            ids.append(token)
+
+
+def same_answer(a, i, b, j):
+    n = int(a.lengths[i])
+    return a.ids[i, :n].tolist() == b.ids[j, :n].tolist() and all(
+        torch.allclose(x[i, :n], y[j, :n], rtol=0, atol=1e-5)
+        for x, y in ((a.logprobs, b.logprobs), (a.values, b.values), (a.entropies, b.entropies))
+    )
+
+
+def test_finished_rows_that_leave_the_batch_do_not_change_the_others(answer):
+    ending, endless = answer(eos=EOS), answer(eos=[])
+    assert endless.lengths.tolist() == [LIMIT] * 8
+    assert min(ending.lengths.tolist()) < 4
+    assert all(same_answer(ending, i, endless, i) for i in range(8))
+
+
+def test_an_answer_ends_with_its_first_end_of_sequence_or_at_the_limit(answer):
+    ending, endless = answer(eos=EOS), answer(eos=[])
+    for i, tokens in enumerate(endless.ids.tolist()):
+        at = [t for t, token in enumerate(tokens) if token in EOS]
+        n = at[0] + 1 if at else LIMIT
+        assert int(ending.lengths[i]) == n
+        assert bool(ending.eos[i]) == bool(ending.ended[i]) == bool(at)
+        assert not ending.ids[i, n:].any()
+
+
+def test_generation_depends_on_no_other_row_and_no_generator(answer):
+    together = answer(eos=EOS)
+    for rows in ((0,), (5,), (1, 6), (7, 3, 2), range(8)):
+        apart = answer(rows, eos=EOS)
+        assert all(same_answer(apart, j, together, i) for j, i in enumerate(rows))
+
+
+def test_micro_batches_hold_every_row_once_and_are_no_larger_than_asked(answer):
+    rollout = answer(eos=EOS)
+    for size in (1, 3, 8, 20):
+        parts = by_length(rollout, rollout.rows, size)
+        assert sorted(i for part in parts for i in part.tolist()) == list(range(8))
+        assert len(parts) == math.ceil(8 / size)
+        assert max(len(part) for part in parts) <= size
+
+
+@pytest.mark.parametrize("limit", [12, 64])
+def test_micro_batches_of_equally_long_answers_put_like_prompts_together(limit):
+    prompts = [Prompt(ids=[0] * n, text="", row={}) for n in (1, 9, 4, 4, 7, 2, 3, 8, 20)]
+    empty, flags = torch.zeros(9, limit), torch.zeros(9, dtype=torch.bool)
+    batch, lengths = batch_prompts(prompts, 1, 0), torch.full((9,), limit)
+    rollout = Rollout(batch, empty.long(), lengths, flags, flags, empty, empty, empty, [""] * 9)
+    parts = by_length(rollout, rollout.rows, 3)
+    spans = sorted(sorted(rollout.batch.lengths[part].tolist()) for part in parts)
+    assert all(a[-1] <= b[0] for a, b in itertools.pairwise(spans))
