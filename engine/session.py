@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,17 @@ def create(root: Path, name: str, config: RunConfig) -> Session:
     return session
 
 
-def find(root: Path, name: str) -> Session:
-    """An existing session. Raises NoSuchSessionError."""
+def find(root: Path, name: str, elsewhere: Iterable["Session"] = ()) -> Session:
+    """An existing session of a folder, or else of those that live elsewhere.
+
+    Raises:
+        NoSuchSessionError: there is none.
+    """
     session = Session(root / check_name(name))
     if not session.config_file.is_file():
+        for other in elsewhere:
+            if other.name == name:
+                return other
         raise NoSuchSessionError(f"no session '{name}' in {root}; rlhf-tui ls shows what there is")
     return session
 

@@ -13,7 +13,7 @@ import sqlite3
 import time
 from typing import Any, Protocol
 
-from engine import __version__, configfile, protocol, sockets
+from engine import __version__, configfile, protocol, registry, sockets
 from engine.client import new_id
 from engine.commands import Checkpoint, Pause, Rollback, Stop, Undo, Unpause, name_of
 from engine.control import Answer, Pending, Request, Status, Wake
@@ -45,6 +45,7 @@ from engine.server import Server, receive
 from engine.session import Session
 from engine.settings import first_settings
 from engine.start import Start, last_checkpoint
+from engine.telemetry import busy_gpus
 from engine.watch import Watchman
 
 log = logging.getLogger("engine")
@@ -125,10 +126,14 @@ class Supervisor:
         self._journal.reject_unfinished("the engine ended before it was carried out")
         listener, path = sockets.listen(self._session.folder)
         self._session.write_engine(str(path), __version__)
+        registry.announce(self._session)
         self._ranks = Ranks(self._session, path, config.launch)
         self._server = Server(self, self._converse)
         await self._server.start(listener)
         self._watchman = Watchman(self._session, self._config, self._journal, self._server)
+        if config.launch.device != "cpu":
+            for text in busy_gpus(config.launch.gpus):
+                self._alert(Alert("busy_gpu", "notify", f"look here: {text}", self._journal.step))
         watching = asyncio.create_task(self._watchman.run(self._on_silence, self._on_alert))
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
@@ -146,6 +151,7 @@ class Supervisor:
             self._server.close()
             await asyncio.gather(watching, *self._tasks, return_exceptions=True)
             path.unlink(missing_ok=True)
+            registry.withdraw(self._session)
             for number in (*STOP_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 

@@ -73,8 +73,8 @@ def _gpu(index: int, handle: object) -> Gpu | None:
         return None
 
 
-def busy_gpus() -> list[str]:
-    """GPUs that hold more than a gigabyte of somebody's already, in words."""
+def busy_gpus(chosen: list[int]) -> list[str]:
+    """Those of the chosen GPUs (all, when none is named) that hold over 1 GB already, in words."""
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
@@ -84,5 +84,5 @@ def busy_gpus() -> list[str]:
     return [
         f"GPU {g.index} ({g.name}) already holds {g.memory_used / 1e9:.1f} GB"
         for g in gpus
-        if g.memory_used > 1e9
+        if g.memory_used > 1e9 and (not chosen or g.index in chosen)
     ]

@@ -1,5 +1,6 @@
 """Commands that look twice: diff, guardrails."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import msgspec
 
 from engine import configfile
 from engine.config import GuardrailConfig
+from engine.configcheck import check_rule
 from engine.errors import UserInputError
 from engine.guardrails import Guardrails
 from engine.protocol import Sample
@@ -87,12 +89,16 @@ def _replay(record: Record, config: GuardrailConfig, run: Any) -> Any:
                 changes.setdefault(command["applied_step"], {})[change["key"]] = change["new"]
     samples: dict[int, list[Sample]] = {}
     for row in record.samples():
+        row |= {key: math.nan for key in ("score", "kl") if row[key] is None}
         samples.setdefault(row["step"], []).append(msgspec.convert(row, Sample))
-    for row in record.metrics():
-        step = row.pop("step")
+    metrics: dict[int, dict[str, float | None]] = {}
+    for name in record.metric_names():
+        for step, value in record.series(name):
+            # Written without a value: it was not finite.
+            metrics.setdefault(step, {})[name] = math.nan if value is None else value
+    for step, values in sorted(metrics.items()):
         settings |= changes.get(step, {})
-        settings |= {"beta": row["objective/kl_coef"], "learning_rate": row["lr"]}
-        values = {k: v for k, v in row.items() if k not in ("attempt", "time")}
+        settings |= {"beta": values["objective/kl_coef"], "learning_rate": values["lr"]}
         for alert in rails.check(step, values, settings, samples.get(step)):
             yield alert.as_data() | {"step": step}
 
@@ -100,7 +106,11 @@ def _replay(record: Record, config: GuardrailConfig, run: Any) -> Any:
 def _rules(path: Path) -> GuardrailConfig:
     """The guardrails section of a file. Raises UserInputError."""
     try:
-        tree = configfile.parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        return msgspec.convert((tree or {}).get("guardrails", tree), GuardrailConfig)
-    except (OSError, msgspec.ValidationError) as error:
+        tree = configfile.parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        section = tree.get("guardrails", tree) if isinstance(tree, dict) else tree
+        config = msgspec.convert(section, GuardrailConfig)
+        for rule in config.rules:
+            check_rule(rule)
+    except (OSError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise UserInputError(f"--rules {path}: {error}") from error
+    return config

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from engine.registry import live_sessions
 from engine.session import Session, find
 from rlhf_tui.text import sanitise
 
@@ -37,8 +38,8 @@ name_argument: Decorator = click.argument("name")
 
 
 def existing(root: Path, name: str) -> Session:
-    """The session of that name. Raises NoSuchSessionError."""
-    return find(root.resolve(), name)
+    """The session of that name, here or alive elsewhere. Raises NoSuchSessionError."""
+    return find(root.resolve(), name, live_sessions())
 
 
 def who() -> str:

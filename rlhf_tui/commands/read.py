@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from engine.record import Record
+from engine.registry import live_sessions
 from engine.session import ENDED_STATES, Session, find_all
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
@@ -33,20 +34,24 @@ COLUMNS = (
 @json_option
 def ls(root: Path, as_json: bool) -> None:
     """List the sessions."""
-    rows = [summary(s) for s in find_all(root.resolve())]
+    here = find_all(root.resolve())
+    elsewhere = [s for s in live_sessions() if s not in here]
+    rows = [summary(s) for s in [*here, *elsewhere]]
     if as_json:
         print_json(rows)
     elif not rows:
         say(f"no sessions in {root}; start one with: rlhf-tui demo")
     else:
         header = ["name", "state", "step", "beta", "score", "last active"]
-        say(fmt.table([_ls_row(r) for r in rows], header))
+        inside = {str(s.folder) for s in here}
+        say(fmt.table([_ls_row(r | {"here": r["folder"] in inside}) for r in rows], header))
 
 
 def _ls_row(row: dict[str, Any]) -> list[str]:
     age = f"{fmt.duration(time.time() - row['updated'])} ago" if row["updated"] else "–"
+    name = row["name"] if row["here"] else f"{row['name']} ({row['folder']})"
     return [
-        row["name"], row["state"], f"{row['step']}/{row['total_steps'] or '?'}",
+        name, row["state"], f"{row['step']}/{row['total_steps'] or '?'}",
         fmt.number(row["beta"], 4), fmt.number(row["score"]), age,
     ]  # fmt: skip
 
@@ -130,7 +135,8 @@ def samples(root: Path, name: str, last: int | None, as_json: bool) -> None:
         print_json(rows)
         return
     for row in rows:
-        say(f"step {row['step']} #{row['index']}  score {row['score']:.3f}  kl {row['kl']:.2f}")
+        score, kl = fmt.number(row["score"]), fmt.number(row["kl"], 2)
+        say(f"step {row['step']} #{row['index']}  score {score}  kl {kl}")
         say(f"  {one_line(row['prompt'])}│{one_line(row['response'])}")
 
 
@@ -177,8 +183,11 @@ def logs(root: Path, name: str, last: int | None, follow: bool, as_json: bool) -
             return
         for line in lines:
             say(sanitise(line))
-        while follow and session.is_live():
+        while follow:
+            live = session.is_live()  # asked first: what it says last is still read
             if new := file.read():
                 click.echo(sanitise(new.replace("\r", "\n")), nl=False)
-            else:
+            elif live:
                 time.sleep(FOLLOW_INTERVAL)
+            else:
+                return

@@ -1,0 +1,45 @@
+"""TensorBoard's event files, read back as its viewers read them."""
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine import configfile, starter
+from engine.protocol import Sample
+from engine.train.tensorboard import EventFiles
+
+
+@pytest.fixture
+def twice(tmp_path):
+    """Five steps, a crash, and a resume from step 3 with other numbers."""
+    config = configfile.load(starter.FOLDER / "demo.yaml")
+    sample = Sample(
+        index=0, prompt="<b>a|b", response="x\ny", score=1.0, kl=0.5, length=2, ended=True
+    )
+    first = EventFiles(tmp_path, 0)
+    first.hparams(config)
+    for step in range(1, 6):
+        first.step(step, {"objective/kl": float(step)}, [sample])
+    second = EventFiles(tmp_path, 3)
+    for step in range(4, 8):
+        second.step(step, {"objective/kl": 10.0 + step}, [])
+    second.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    return events
+
+
+def test_after_a_resume_each_step_stands_there_once_and_with_its_new_value(twice):
+    scalars = [(e.step, e.value) for e in twice.Scalars("objective/kl")]
+    assert scalars == [(1, 1), (2, 2), (3, 3), (4, 14), (5, 15), (6, 16), (7, 17)]
+
+
+def test_answers_are_there_as_text_that_no_viewer_can_be_made_to_obey(twice):
+    tag = next(t for t in twice.Tags()["tensors"] if t.startswith("samples"))
+    text = twice.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+    assert "&lt;b&gt;a&#124;b" in text
+    assert "x<br>y" in text
+
+
+def test_the_configuration_is_there_as_hparams_and_adds_no_scalar(twice):
+    assert "_hparams_/experiment" in twice.summary_metadata
+    assert twice.Tags()["scalars"] == ["objective/kl"]
