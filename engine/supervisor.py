@@ -192,7 +192,11 @@ class Supervisor:
         failure = self._failure or Failed(
             rank=0, text=f"rank 0 {describe_exit(status)}; see rlhf-tui logs {self._session.name}"
         )
-        data = {"text": failure.text, "traceback": failure.traceback}
+        data = {
+            "text": failure.text,
+            "traceback": failure.traceback,
+            "user_input": failure.user_input,
+        }
         self._journal.record_event("error", data)
         if (
             failure.final

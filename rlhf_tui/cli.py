@@ -5,26 +5,38 @@ errors into one line and an exit code.
 """
 
 import sys
+from pathlib import Path
 
 import click
 
 from engine import __version__
 from engine.errors import RlhfError
-from rlhf_tui.commands import compare, manage, read, run, steer
+from rlhf_tui.commands import compare, manage, read, run, steer, view
+from rlhf_tui.commands.options import sessions_option
 from rlhf_tui.text import one_line
 
 COMMANDS: list[click.Command] = [
     run.demo, run.run, run.resume, run.fork,
     read.ls, read.status, read.metrics, read.samples, read.events, read.logs,
     manage.rm, manage.export, manage.doctor,
-    steer.ctl, steer.note, compare.diff, compare.guardrails,
+    view.attach, steer.ctl, steer.note, compare.diff, compare.guardrails,
 ]  # fmt: skip
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@sessions_option
+@click.pass_context
 @click.version_option(__version__, prog_name="rlhf-tui")
-def cli() -> None:
-    """Train a language model with PPO against a reward model, and steer it while it runs."""
+def cli(context: click.Context, root: Path) -> None:
+    """Train a language model with PPO against a reward model, and steer it while it runs.
+
+    Without a command: the session browser.
+    """
+    if context.invoked_subcommand is None:
+        view.browse(root)
 
 
 for command in COMMANDS:

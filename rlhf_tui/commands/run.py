@@ -14,10 +14,12 @@ from engine import configfile, starter
 from engine.config import RunConfig
 from engine.detach import start_engine
 from engine.errors import UserInputError
+from engine.record import Record
 from engine.session import Session, create, free_name
 from engine.start import Start, check_inputs
 from engine.start import fork as start_fork
 from engine.start import resume as start_resume
+from rlhf_tui.commands import view
 from rlhf_tui.commands.options import (
     existing,
     is_terminal,
@@ -148,7 +150,21 @@ def _begin(session: Session, start: Start, mode: str | None) -> None:
             click.echo("rlhf-tui: not a terminal: going on as with --headless", err=True)
         _become_engine(session, start)
     else:
-        _become_engine(session, start)
+        _watch(session, start)
+
+
+def _watch(session: Session, start: Start) -> None:
+    """Starts the engine in the background and opens the dashboard on it, loading and all."""
+    new = not session.journal_file.exists()
+    start_engine(session, start, timeout=0.0)
+    code = view.open_screen(session.folder.parent, session.name)
+    with Record(session) as record:
+        errors = [e for e in record.events() if e["kind"] == "error"]
+        trained = record.last_step()
+    if new and errors and errors[-1].get("user_input") and not trained and not session.is_live():
+        shutil.rmtree(session.folder, ignore_errors=True)
+        raise UserInputError(errors[-1]["text"])
+    sys.exit(code)
 
 
 def _detach(session: Session, start: Start) -> None:

@@ -1,0 +1,1 @@
+"""The screens: one module each, reached by the keys 1 to 5."""

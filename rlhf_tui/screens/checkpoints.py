@@ -1,0 +1,149 @@
+"""Checkpoints: save, roll back, branch, export."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+
+from engine.errors import RlhfError
+from engine.session import check_name, free_name
+from rlhf_tui import format as fmt
+from rlhf_tui.messages import Chosen
+from rlhf_tui.screens.base import Place
+from rlhf_tui.screens.dialogs import Type
+from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.listing import Column, Table
+
+
+class CheckpointsScreen(Place):
+    """Mode 4."""
+
+    MODE = "checkpoints"
+    AUTO_FOCUS = "Table"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("r", "roll_back", "roll back"),
+        Binding("f", "fork", "branch"),
+        Binding("E", "export", "export"),
+    ]
+
+    def middle(self) -> ComposeResult:
+        """The table."""
+        yield Table(
+            [
+                Column("step", 8, right=True),
+                Column("attempt", 8, right=True),
+                Column("saved", 19),
+                Column("size", 9, right=True),
+                Column("score", 9, right=True),
+                Column("KL", 8, right=True),
+                Column("", 10, flexible=True),
+            ],
+            id="checkpoints",
+        )
+
+    def drawn(self) -> None:
+        """Newest on top."""
+        found = self.desk.book.checkpoints
+        current = [c for c in found if c["status"] == "complete"]
+        best = max(current, key=lambda c: _or(c["score"], float("-inf")), default=None)
+        last = max(current, key=lambda c: c["step"], default=None)
+        rows = [
+            ((c["step"], c["attempt"]), _cells(c, best is c, last is c)) for c in reversed(found)
+        ]
+        self.query_one(Table).set_rows(rows, self._empty())
+
+    def _empty(self) -> list[Row]:
+        every = self.desk.book.setting("save_every")
+        words = f"the next one comes after every {every} steps" if every else "one comes at the end"
+        return [
+            [(" no checkpoint yet", "dim")],
+            [(f" {words}; ", "dim"), ("c", "key"), (" saves one after this step", "dim")],
+        ]
+
+    def _chosen(self) -> dict[str, Any] | None:
+        key = self.query_one(Table).key
+        found = next(
+            (c for c in self.desk.book.checkpoints if (c["step"], c["attempt"]) == key), None
+        )
+        if found is None:
+            self.desk.say("no checkpoint chosen")
+        elif found["status"] != "complete":
+            self.desk.say("that one belongs to a timeline that was left", "warning")
+            return None
+        return found
+
+    def action_roll_back(self) -> None:
+        """In place; a session without an engine is resumed from there."""
+        if (found := self._chosen()) is None:
+            return
+        session = self.desk.session
+        if session is not None and not session.is_live() and not self.desk.read_only:
+            step = str(found["step"])
+            self.desk.start_engine(["resume", session.name, "--from", step], session.name)
+            return
+        self.desk.roll_back(found["step"])
+
+    def action_fork(self) -> None:
+        """A session of its own from there."""
+        if (found := self._chosen()) is not None:
+            self.desk.ask_fork(self.desk.book.name, found["step"])
+
+    def action_export(self) -> None:
+        """The policy as a model folder."""
+        if (found := self._chosen()) is None:
+            return
+        name, step = self.desk.book.name, found["step"]
+        target = str(Path.cwd() / f"{name}-step-{step}")
+        rows: list[Row] = [[(f"The policy of step {step} as a Hugging Face model folder.", "dim")]]
+
+        def take(text: str | None) -> None:
+            if text:
+                self.desk.run_command(
+                    ["export", name, "--policy", text, "--step", str(step)],
+                    f"the policy of step {step} is in {text}",
+                )
+
+        self.app.push_screen(Type("Export to", rows, target), take)
+
+    @on(Chosen)
+    def _enter(self) -> None:
+        self.desk.say("r rolls back to it, f branches off it, E exports its policy")
+
+
+def _cells(c: dict[str, Any], best: bool, last: bool) -> list[Piece]:
+    words = ["last"] if last else []
+    words += ["best score"] if best else []
+    if c["status"] == "superseded":
+        words = ["of a timeline that was left"]
+    dim = "dim" if c["status"] == "superseded" else ""
+    return [
+        (str(c["step"]), dim or "strong"),
+        (str(c["attempt"]), "dim"),
+        (fmt.clock(c["time"]), "dim"),
+        (fmt.size(c["size"]), dim),
+        (fmt.number(c["score"]), dim or "strong"),
+        (fmt.number(c["kl"], 2), dim),
+        (", ".join(words), "dim" if dim else "good"),
+    ]
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value
+
+
+def fork_name(root: Path, name: str) -> str:
+    """A free name for a branch."""
+    return free_name(root, f"{name}-fork")
+
+
+def check_new_name(root: Path, text: str) -> tuple[bool, str]:
+    """Whether a session can be called that, and in words."""
+    try:
+        check_name(text.strip())
+    except RlhfError as error:
+        return False, str(error)
+    if (root / text.strip()).exists():
+        return False, f"'{text.strip()}' is there already"
+    return True, f"goes to {root / text.strip()}"

@@ -1,0 +1,245 @@
+"""The dashboard: what the run does now, its curves, and what can be steered."""
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container, Vertical
+
+from rlhf_tui.messages import CursorMoved
+from rlhf_tui.screens.base import Place
+from rlhf_tui.screens.picker import Option, Pick
+from rlhf_tui.widgets.chart import title_of
+from rlhf_tui.widgets.charts import ChartGrid
+from rlhf_tui.widgets.ledger import Ledger, Newest
+from rlhf_tui.widgets.phases import PhaseStrip
+from rlhf_tui.widgets.ranks import Machine
+from rlhf_tui.widgets.readout import ReadOut
+from rlhf_tui.widgets.steering import Steering
+from rlhf_tui.widgets.view import WEIGHTS
+
+PAGES = ("ledger", "newest", "machine")
+"""What shares one place where the terminal is narrow."""
+
+
+class DashboardScreen(Place):
+    """Mode 2."""
+
+    MODE = "dashboard"
+    AUTO_FOCUS = "Chart"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left,h", "cursor(-1)", "crosshair left", show=False),
+        Binding("right,l", "cursor(1)", "crosshair right", show=False),
+        Binding("shift+left,H", "cursor(-10)", "crosshair left, ten cells", show=False),
+        Binding("shift+right", "cursor(10)", "crosshair right, ten cells", show=False),
+        Binding("home,g", "cursor_to(0)", "crosshair to the first step", show=False),
+        Binding("end,G", "cursor_to(1)", "crosshair to the newest step", show=False),
+        Binding("n", "marker(1)", "next marker", show=False),
+        Binding("N", "marker(-1)", "marker before", show=False),
+        Binding("down,j", "chart(1)", "next chart", show=False),
+        Binding("up,k", "chart(-1)", "chart before", show=False),
+        Binding("plus,equals_sign", "zoom(0.5)", "zoom in", show=False),
+        Binding("minus", "zoom(2.0)", "zoom out", show=False),
+        Binding("comma", "pan(-0.5)", "earlier", show=False),
+        Binding("full_stop", "pan(0.5)", "later", show=False),
+        Binding("0", "fit", "the whole run", show=False),
+        Binding("z,enter", "enlarge", "enlarge", show=False),
+        Binding("m", "metrics", "metrics"),
+        Binding("d", "columns", "charts beside one another", show=False),
+        Binding("L", "log", "logarithmic", show=False),
+        Binding("s", "smooth", "smoothing", show=False),
+        Binding("o", "past", "earlier attempts on/off", show=False),
+        Binding("O", "others", "another session's curves", show=False),
+        Binding("v", "page", "next panel", show=False),
+        Binding("escape", "back", "back: crosshair off, whole run", show=False),
+    ]
+
+    def middle(self) -> ComposeResult:
+        """Phases, charts, panels."""
+        book, prefs = self.desk.book, self.desk.preferences
+        yield PhaseStrip(book, id="phases")
+        with Container(id="desk"):
+            with Vertical(id="curves"):
+                grid = ChartGrid(book, self.desk.view, list(prefs.charts), prefs.log)
+                grid.columns = prefs.columns
+                yield grid
+                yield ReadOut(book, self.desk.view)
+            with Container(id="side", classes="ledger"):
+                steering = Steering(book, id="steering")
+                steering.read_only = self.desk.read_only
+                yield steering
+                yield Machine(book, id="machine")
+                yield Ledger(book, id="ledger")
+                yield Newest(book, id="newest")
+
+    @property
+    def grid(self) -> ChartGrid:
+        """The charts."""
+        return self.query_one(ChartGrid)
+
+    def drawn(self) -> None:
+        """Charts, and a line for each rank where there are several."""
+        ranks = len(self.desk.book.phases)
+        phases = self.query_one(PhaseStrip)
+        wanted = min(max(ranks, 1), max(1, self.size.height // 10))
+        if phases.styles.height is None or phases.styles.height.value != wanted:
+            phases.styles.height = wanted
+        self.grid.read(self.desk.book, self.desk.view)
+
+    def opened(self) -> None:
+        """Another session, another view."""
+        self.query_one(ReadOut).view = self.desk.view
+
+    def look(self) -> None:
+        """The view has changed."""
+        self.grid.update()
+        self.query_one(ReadOut).update()
+
+    def on_cursor_moved(self, message: CursorMoved) -> None:
+        """The pointer was put on a step."""
+        if message.step is not None:
+            self.desk.view.put(self.desk.book, message.step)
+            self.look()
+
+    # -- the crosshair -------------------------------------------------------------------------
+
+    def action_cursor(self, cells: int) -> None:
+        """Moves it by cells of a chart, at least by one step a cell."""
+        chart = self.grid.current
+        stride = self.desk.view.stride(self.desk.book, chart.cells if chart else 1)
+        self.desk.view.move(self.desk.book, cells * stride)
+        self.look()
+
+    def action_cursor_to(self, end: int) -> None:
+        """To the first or the newest step."""
+        self.desk.view.put(self.desk.book, self.desk.book.head.step if end else 1)
+        self.look()
+
+    def action_marker(self, way: int) -> None:
+        """To the next marker; the first press goes to the newest."""
+        view, book = self.desk.view, self.desk.book
+        steps = sorted({m.step for m in book.markers() if m.step >= 1})
+        if not steps:
+            self.desk.say("no markers yet: changes, alerts, checkpoints and notes make them")
+            return
+        at = view.cursor
+        if at is None:
+            view.put(book, steps[-1])
+        elif way > 0:
+            view.put(book, next((s for s in steps if s > at), steps[0]))
+        else:
+            view.put(book, next((s for s in reversed(steps) if s < at), steps[-1]))
+        self.look()
+
+    # -- the window ----------------------------------------------------------------------------
+
+    def action_zoom(self, factor: float) -> None:
+        """In or out."""
+        self.desk.view.zoom(self.desk.book, factor)
+        self.look()
+
+    def action_pan(self, share: float) -> None:
+        """Earlier or later."""
+        self.desk.view.pan(self.desk.book, share)
+        self.look()
+
+    def action_fit(self) -> None:
+        """Everything."""
+        self.desk.view.all()
+        self.look()
+
+    def action_back(self) -> None:
+        """One level out: enlarged, crosshair, zoom."""
+        view = self.desk.view
+        if self.grid.enlarged:
+            self.action_enlarge()
+        elif view.cursor is not None:
+            view.cursor = None
+        else:
+            view.all()
+        self.look()
+
+    # -- the charts ----------------------------------------------------------------------------
+
+    def action_chart(self, by: int) -> None:
+        """The focus to another chart."""
+        self.grid.step(by)
+        self.look()
+
+    def action_enlarge(self) -> None:
+        """One chart alone, or all again."""
+        self.grid.enlarged = not self.grid.enlarged
+        self.grid.lay_out()
+        if chart := self.grid.current:
+            chart.focus()
+
+    def action_columns(self) -> None:
+        """As many as fit, one, two, three, four."""
+        prefs = self.desk.preferences
+        prefs.columns = (prefs.columns + 1) % 5
+        self.grid.columns = prefs.columns
+        self.grid.lay_out()
+        self.desk.remember()
+        self.desk.say(f"charts beside one another: {prefs.columns or 'as many as fit'}")
+
+    def action_log(self) -> None:
+        """The scale of the chart that has the focus."""
+        chart = self.grid.current
+        if chart is None:
+            return
+        chart.log_scale = not chart.log_scale
+        prefs, name = self.desk.preferences, chart.names[0]
+        prefs.log = [n for n in prefs.log if n != name] + ([name] if chart.log_scale else [])
+        self.desk.remember()
+        chart.update()
+
+    def action_smooth(self) -> None:
+        """Off, and three strengths."""
+        view, prefs = self.desk.view, self.desk.preferences
+        after = [w for w in WEIGHTS if w > view.weight + 1e-9]
+        view.weight = prefs.weight = after[0] if after else 0.0
+        self.desk.remember()
+        self.look()
+
+    def action_past(self) -> None:
+        """Earlier attempts as ghosts."""
+        view = self.desk.view
+        view.past = self.desk.preferences.past = not view.past
+        self.desk.remember()
+        self.desk.say(f"earlier attempts: {'shown' if view.past else 'hidden'}")
+        self.look()
+
+    def action_page(self) -> None:
+        """Where the terminal is narrow: the next of the panels that share a place."""
+        side = self.query_one("#side")
+        now = next(p for p in PAGES if side.has_class(p))
+        side.remove_class(now)
+        side.add_class(PAGES[(PAGES.index(now) + 1) % len(PAGES)])
+
+    def action_metrics(self) -> None:
+        """Which metrics have a chart."""
+        names = self.desk.book.names or list(self.desk.preferences.charts)
+        specs = [*self.grid.specs, *(n for n in names if n not in self.grid.specs)]
+        options = [
+            Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "") for n in specs
+        ]
+
+        async def take(answer: str | None) -> None:
+            if answer:
+                chosen = answer.split("\n")
+                self.desk.preferences.charts = chosen
+                self.desk.remember()
+                self.desk.want(chosen)
+                await self.grid.set_charts(chosen)
+
+        self.app.push_screen(
+            Pick("Charts, in the order of marking", options, self.grid.specs), take
+        )
+
+    def _newest(self, name: str) -> str:
+        value = self.desk.book.series(name).last
+        return "" if value is None else f"{value:.4g}"
+
+    def action_others(self) -> None:
+        """Another session's curves beside these, or away again."""
+        self.desk.pick_other()

@@ -1,0 +1,141 @@
+"""Dialogs: a question with answers, and a value to be typed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rich.text import Text
+from textual import events, on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.screen import ModalScreen
+from textual.widgets import Button, Input
+
+from rlhf_tui.text import one_line
+from rlhf_tui.widgets.lines import Lines, Row
+
+
+class Said(Lines):
+    """Lines of a dialog, as high as they are many."""
+
+    def __init__(self, rows: list[Row], *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self.say(rows)
+
+    def say(self, rows: list[Row]) -> None:
+        """Other lines, the same height or another one."""
+        self.styles.height = max(len(rows), 1)
+        self.show(rows)
+
+
+class Dialog(ModalScreen[str | None]):
+    """A box over the screen; esc closes it without an answer."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "cancel", show=False)]
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.heading = title
+
+    def compose(self) -> ComposeResult:
+        """The box with its title and its body."""
+        with Vertical(classes="dialog") as box:
+            box.border_title = Text(one_line(self.heading))
+            yield from self.body()
+
+    def body(self) -> ComposeResult:
+        """What the box holds."""
+        yield from ()
+
+    def action_cancel(self) -> None:
+        """No answer."""
+        self.dismiss(None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An answer to a question."""
+
+    key: str
+    label: str
+    result: str
+    danger: bool = False
+
+
+class Ask(Dialog):
+    """A question; the first answer is the safe one and has the focus."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left,up,k", "app.focus_previous", show=False),
+        Binding("right,down,j", "app.focus_next", show=False),
+    ]
+
+    def __init__(self, title: str, rows: list[Row], choices: list[Choice]) -> None:
+        """Each choice has a key of its own, too."""
+        super().__init__(title)
+        self.rows = rows
+        self.choices = choices
+
+    def body(self) -> ComposeResult:
+        """The text and the answers."""
+        yield Said(self.rows)
+        with Horizontal(classes="answers"):
+            for choice in self.choices:
+                label = Text(f"{choice.label} [{choice.key}]")
+                yield Button(
+                    label, id=f"answer-{choice.result}", compact=True,
+                    variant="error" if choice.danger else "default",
+                )  # fmt: skip
+
+    @on(Button.Pressed)
+    def _answer(self, event: Button.Pressed) -> None:
+        self.dismiss((event.button.id or "").removeprefix("answer-"))
+
+    def on_key(self, event: events.Key) -> None:
+        """An answer's own key."""
+        result = next((c.result for c in self.choices if c.key == event.character), None)
+        if result is not None:
+            event.stop()
+            self.dismiss(result)
+
+
+Check = Callable[[str], tuple[bool, str]]
+
+
+class Type(Dialog):
+    """A value to be typed, with what it would do below it."""
+
+    def __init__(
+        self, title: str, rows: list[Row], value: str = "", check: Check | None = None
+    ) -> None:
+        """`check` says of a text whether it will do, and in words what it would do or lacks."""
+        super().__init__(title)
+        self.rows = rows
+        self.value = value
+        self.check = check
+
+    def body(self) -> ComposeResult:
+        """The text, the field, the outlook."""
+        yield Said(self.rows)
+        yield Input(one_line(self.value), id="field", compact=True, select_on_focus=True)
+        yield Said([[]], id="outlook")
+
+    def on_mount(self) -> None:
+        """The field is ready to be typed in."""
+        self.query_one(Input).focus()
+        self._look(self.value)
+
+    @on(Input.Changed)
+    def _changed(self, event: Input.Changed) -> None:
+        self._look(event.value)
+
+    def _look(self, text: str) -> bool:
+        good, words = self.check(text) if self.check else (bool(text.strip()), "")
+        self.query_one("#outlook", Said).say([[(words, "dim" if good else "warn")]])
+        return good
+
+    @on(Input.Submitted)
+    def _submitted(self, event: Input.Submitted) -> None:
+        if self._look(event.value):
+            self.dismiss(event.value.strip())

@@ -1,0 +1,200 @@
+"""The engine's own output, searchable."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.worker import get_current_worker
+
+from rlhf_tui.screens.base import Place
+from rlhf_tui.screens.dialogs import Type
+from rlhf_tui.widgets.lines import Lines, Piece, Row
+from rlhf_tui.widgets.listing import Listing
+
+MOST_BYTES = 8_000_000
+MOST_LINES = 100_000
+EVERY = 1.0
+
+
+class LogRead(Message):
+    """More of the log; `fresh`: from its beginning, or from where it was cut."""
+
+    def __init__(self, folder: str, lines: list[str], at: int, *, fresh: bool) -> None:
+        super().__init__()
+        self.folder, self.lines, self.at, self.fresh = folder, lines, at, fresh
+
+
+class LogView(Listing):
+    """Lines of the log; stays at the end where it was at the end."""
+
+    def __init__(self) -> None:
+        super().__init__(id="log")
+        self.lines: list[str] = []
+        self.hint: list[Row] = []
+        self.shift = 0
+
+    def count(self) -> int:
+        """Lines there are."""
+        return len(self.lines)
+
+    def empty(self) -> list[Row]:
+        """What is missing."""
+        return self.hint
+
+    def row(self, index: int, width: int) -> Row:
+        """A line, from where it was shifted to; errors stand out."""
+        line = self.lines[index]
+        lower = line.lower()
+        tone = ""
+        if "error" in lower or "traceback" in lower:
+            tone = "bad"
+        elif "warning" in lower:
+            tone = "warn"
+        return [(" ", ""), (line[self.shift :], tone)]
+
+    def add(self, lines: list[str], *, fresh: bool) -> None:
+        """More lines."""
+        at_end = fresh or self.top >= self.count() - self.page_size
+        self.lines = (lines if fresh else self.lines + lines)[-MOST_LINES:]
+        if at_end:
+            self.top = max(self.count() - self.page_size, 0)
+        self.update()
+
+
+class LogScreen(Place):
+    """Mode 5."""
+
+    MODE = "log"
+    AUTO_FOCUS = "LogView"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "search", "search"),
+        Binding("n", "match(1)", "next"),
+        Binding("N", "match(-1)", "before"),
+        Binding("right,l", "shift(20)", "right", show=False),
+        Binding("left,h", "shift(-20)", "left", show=False),
+        Binding("escape", "back", "no search", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = ""
+        self._at = 0
+        self._words = ""
+
+    def middle(self) -> ComposeResult:
+        """The log with a line about it."""
+        yield Lines(id="about")
+        yield LogView()
+
+    def on_mount(self) -> None:
+        """Looks for more while it is seen."""
+        self.set_interval(EVERY, self.look)
+
+    def drawn(self) -> None:
+        """The screen is seen again."""
+        self.look()
+        self._about()
+
+    def look(self) -> None:
+        """Reads on, in a thread."""
+        session = self.desk.session
+        if session is None or not self.is_current:
+            return
+        if str(session.folder) != self._folder:
+            self._folder, self._at = str(session.folder), 0
+        self.read_on(session.log_file, self._folder, self._at)
+
+    @work(thread=True, exclusive=True, group="log")
+    def read_on(self, path: Path, folder: str, at: int) -> None:
+        """Whole lines from a place on."""
+        try:
+            size = path.stat().st_size
+            if size == at:
+                return
+            fresh = at == 0 or size < at
+            begin = max(size - MOST_BYTES, 0) if fresh else at
+            with path.open("rb") as file:
+                file.seek(begin)
+                data = file.read(MOST_BYTES)
+        except OSError:
+            return
+        end = data.rfind(b"\n") + 1
+        if not get_current_worker().is_cancelled and end:
+            lines = [_visible(x) for x in data[:end].decode("utf-8", "replace").split("\n")[:-1]]
+            self.post_message(LogRead(folder, lines, begin + end, fresh=fresh))
+
+    def on_log_read(self, message: LogRead) -> None:
+        """More lines."""
+        if message.folder == self._folder and (message.fresh or message.at > self._at):
+            self._at = message.at
+            self.query_one(LogView).add(message.lines, fresh=message.fresh)
+            self._about()
+
+    def opened(self) -> None:
+        """Another session's log."""
+        self._folder, self._at = "", 0
+        self.query_one(LogView).add([], fresh=True)
+
+    def _about(self) -> None:
+        view = self.query_one(LogView)
+        name = self.desk.book.name
+        view.hint = [
+            [(" nothing was printed yet", "dim")],
+            [(" the same from a shell: ", "dim"), (f"rlhf-tui logs {name}", "key")],
+        ]
+        row: list[Piece] = [(f" {view.count():,} lines", "dim")]
+        if self._words:
+            hits = sum(self._words.lower() in line.lower() for line in view.lines)
+            row += [("   ", ""), (self._words, "match"), (f"  in {hits:,} lines, n N", "dim")]
+        if view.shift:
+            row.append((f"   from column {view.shift + 1}", "dim"))
+        self.query_one("#about", Lines).show([row])
+        view.update()
+
+    def action_search(self) -> None:
+        """Words to be found."""
+
+        def take(text: str | None) -> None:
+            if text is not None:
+                self._words = self.query_one(LogView).matching = text
+                if text:
+                    self.action_match(-1)
+                self._about()
+
+        self.app.push_screen(Type("Search the log", [], self._words, lambda _: (True, "")), take)
+
+    def action_match(self, way: int) -> None:
+        """To the next line that has the words."""
+        view, words = self.query_one(LogView), self._words.lower()
+        if not words:
+            self.desk.say("nothing to search for yet: / asks")
+            return
+        hits = [i for i, line in enumerate(view.lines) if words in line.lower()]
+        if not hits:
+            self.desk.say(f"'{self._words}' is not in the log")
+            return
+        if way > 0:
+            view.go(next((i for i in hits if i > view.top), hits[0]))
+        else:
+            view.go(next((i for i in reversed(hits) if i < view.top), hits[-1]))
+
+    def action_shift(self, by: int) -> None:
+        """Long lines, sideways."""
+        view = self.query_one(LogView)
+        view.shift = max(view.shift + by, 0)
+        self._about()
+
+    def action_back(self) -> None:
+        """Search and shift away."""
+        view = self.query_one(LogView)
+        self._words = view.matching = ""
+        view.shift = 0
+        self._about()
+
+
+def _visible(line: str) -> str:
+    """What stands in a line at last: progress bars write over themselves."""
+    return line.rstrip("\r").rpartition("\r")[2]

@@ -1,0 +1,123 @@
+"""A dialog with a list: choose one, or mark several."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.widgets import Input
+
+from rlhf_tui.messages import Chosen
+from rlhf_tui.screens.dialogs import Dialog, Said
+from rlhf_tui.widgets.lines import Piece
+from rlhf_tui.widgets.listing import Column, Table
+
+HIGHEST = 16
+
+
+@dataclass(frozen=True)
+class Option:
+    """A line of the list."""
+
+    key: str
+    label: str
+    value: str = ""
+    detail: str = ""
+
+
+class Pick(Dialog):
+    """Type to narrow the list; enter takes the line, or with `several` all that are marked."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("down", "move(1)", "down", show=False, priority=True),
+        Binding("up", "move(-1)", "up", show=False, priority=True),
+        Binding("tab", "mark", "mark", show=False, priority=True),
+    ]
+
+    def __init__(self, title: str, options: list[Option], marked: list[str] | None = None) -> None:
+        """With `marked`, several can be chosen: the answer is their keys, one a line."""
+        super().__init__(title)
+        self.options = options
+        self.several = marked is not None
+        self.marked = list(marked or [])
+
+    def body(self) -> ComposeResult:
+        """Search field, list, keys."""
+        yield Input(placeholder="type to search", id="search", compact=True)
+        table = Table(
+            [Column("", 4), Column("", 22, flexible=True), Column("", 12, right=True),
+             Column("", 26, least=62)],
+            id="options",
+        )  # fmt: skip
+        table.styles.height = min(len(self.options), HIGHEST) + 1
+        yield table
+        words = "tab mark · enter take · esc cancel" if self.several else "enter take · esc cancel"
+        yield Said([[(words, "dim")]])
+
+    def on_mount(self) -> None:
+        """The list is there at once."""
+        self.query_one(Input).focus()
+        self._fill("")
+
+    @on(Input.Changed)
+    def _search(self, event: Input.Changed) -> None:
+        self._fill(event.value)
+
+    def _fill(self, words: str) -> None:
+        shown = [
+            o
+            for o in self.options
+            if all(w in f"{o.key} {o.label}".lower() for w in words.lower().split())
+        ]
+        rows: list[tuple[str, list[Piece]]] = []
+        for option in shown:
+            mark = ""
+            if self.several:
+                mark = (
+                    f"{self.marked.index(option.key) + 1:>2} ✓"
+                    if option.key in self.marked
+                    else "  ·"
+                )
+            rows.append(
+                (
+                    option.key,
+                    [
+                        (mark, "good"),
+                        (option.label, ""),
+                        (option.value, "strong"),
+                        (option.detail, "dim"),
+                    ],
+                )
+            )
+        self.query_one(Table).set_rows(rows, empty=[[(" nothing of that name", "dim")]])
+
+    def action_move(self, lines: int) -> None:
+        """Through the list while the search field has the focus."""
+        self.query_one(Table).action_move(lines)
+
+    def action_mark(self) -> None:
+        """Marks the line, or takes the mark away."""
+        key = self.query_one(Table).key
+        if not self.several or key is None:
+            return
+        if key in self.marked:
+            self.marked.remove(key)
+        else:
+            self.marked.append(key)
+        self._fill(self.query_one(Input).value)
+
+    @on(Input.Submitted)
+    def _submitted(self) -> None:
+        self._take(self.query_one(Table).key)
+
+    @on(Chosen)
+    def _chosen(self, message: Chosen) -> None:
+        message.stop()
+        self._take(message.key)
+
+    def _take(self, key: str | None) -> None:
+        if self.several:
+            self.dismiss("\n".join(self.marked or ([key] if key else [])))
+        elif key is not None:
+            self.dismiss(key)

@@ -1,0 +1,293 @@
+"""What the policy wrote: a table over all steps, and one answer to be read."""
+
+import re
+from typing import Any, ClassVar
+
+import msgspec
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container
+from textual.message import Message
+from textual.worker import get_current_worker
+
+from engine.errors import RlhfError
+from engine.protocol import TokenArrays
+from engine.record import SAMPLE_ORDERS, Record, SampleQuery
+from rlhf_tui import format as fmt
+from rlhf_tui.messages import Chosen, Pointed
+from rlhf_tui.screens.base import Place
+from rlhf_tui.screens.dialogs import Type
+from rlhf_tui.widgets.lines import Lines, Piece, Row
+from rlhf_tui.widgets.listing import Column, Table
+from rlhf_tui.widgets.reading import Reading
+
+PAGE = 500
+COLUMNS = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
+_BOUND = re.compile(r"(score|kl)\s*(>=|<=|>|<)\s*(-?[0-9.]+(?:e-?[0-9]+)?)", re.IGNORECASE)
+
+
+class SamplesRead(Message):
+    """A page of samples."""
+
+    def __init__(self, query: SampleQuery, page: int, rows: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.query, self.page, self.rows = query, page, rows
+
+
+class ArraysRead(Message):
+    """One sample's token values."""
+
+    def __init__(self, key: tuple[int, int], arrays: TokenArrays | None) -> None:
+        super().__init__()
+        self.key, self.arrays = key, arrays
+
+
+def parse_filter(text: str, query: SampleQuery) -> SampleQuery:
+    """`score>1 kl<8 cut words`: bounds, answers that were cut off, and words to be found."""
+    bounds: dict[str, float | None] = dict.fromkeys(("score_from", "score_to", "kl_from", "kl_to"))
+    for name, sign, number in _BOUND.findall(text):
+        try:
+            bounds[f"{name.lower()}_{'from' if '>' in sign else 'to'}"] = float(number)
+        except ValueError:
+            continue
+    words = _BOUND.sub(" ", text).split()
+    cut = "cut" in words
+    found = " ".join(w for w in words if w != "cut")
+    return msgspec.structs.replace(query, text=found, cut_off=cut, **bounds)
+
+
+class SamplesScreen(Place):
+    """Mode 3."""
+
+    MODE = "samples"
+    AUTO_FOCUS = "Table"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash,f", "filter", "filter"),
+        Binding("s", "sort", "sort"),
+        Binding("r", "reverse", "reverse"),
+        Binding("v", "view", "tokens"),
+        Binding("n", "next(1)", "next answer", show=False),
+        Binding("N", "next(-1)", "answer before", show=False),
+        Binding("full_stop,greater_than_sign", "page(1)", "next page", show=False),
+        Binding("comma,less_than_sign", "page(-1)", "page before", show=False),
+        Binding("z", "enlarge", "read alone"),
+        Binding("escape", "back", "back: table, no filter", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = SampleQuery()
+        self._filter = ""
+        self._page = 0
+        self._rows: dict[tuple[int, int], dict[str, Any]] = {}
+        self._shown: tuple[str, int, SampleQuery, int] | None = None
+
+    def middle(self) -> ComposeResult:
+        """The table, and beside or below it the answer."""
+        yield Lines(id="filter")
+        with Container(id="room"):
+            yield Table(
+                [
+                    Column("step", 6, right=True),
+                    Column("#", 3, right=True),
+                    Column("score", 7, right=True),
+                    Column("KL", 6, right=True),
+                    Column("len", 4, right=True),
+                    Column("", 1),
+                    Column("answer", 10, flexible=True),
+                ],
+                id="samples",
+            )
+            yield Reading(id="reading")
+
+    def drawn(self) -> None:
+        """Reads again where new answers may belong on this page."""
+        book = self.desk.book
+        live_page = self._page == 0 and self._asked.order == "step" and self._asked.descending
+        wanted = (book.name, book.head.step if live_page else -1, self._asked, self._page)
+        if wanted != self._shown and self.desk.session is not None:
+            self._shown = wanted
+            self.read_page(self._asked, self._page)
+        self._say_filter()
+
+    def opened(self) -> None:
+        """Another session's answers."""
+        self._rows = {}
+        self._page = 0
+        self._shown = None
+        self.query_one(Table).set_rows([])
+        self.query_one(Reading).read(None, None)
+
+    # -- reading, in a thread ------------------------------------------------------------------
+
+    @work(thread=True, exclusive=True, group="page")
+    def read_page(self, query: SampleQuery, page: int) -> None:
+        """Asks the journal."""
+        session = self.desk.session
+        if session is None:
+            return
+        try:
+            with Record(session) as record:
+                rows = record.sample_page(query, PAGE, page * PAGE)
+        except RlhfError as error:
+            self.desk.say_later(str(error))
+            return
+        if not get_current_worker().is_cancelled:
+            self.post_message(SamplesRead(query, page, rows))
+
+    @work(thread=True, exclusive=True, group="arrays")
+    def read_arrays(self, key: tuple[int, int]) -> None:
+        """Asks for one answer's token values."""
+        session = self.desk.session
+        if session is None:
+            return
+        try:
+            with Record(session) as record:
+                arrays = record.arrays(*key)
+        except RlhfError:
+            arrays = None
+        if not get_current_worker().is_cancelled:
+            self.post_message(ArraysRead(key, arrays))
+
+    def on_samples_read(self, message: SamplesRead) -> None:
+        """A page has come."""
+        if (message.query, message.page) != (self._asked, self._page):
+            return
+        if not message.rows and self._page:
+            self._page -= 1
+            self.desk.say("that was the last page")
+            return
+        self._rows = {(r["step"], r["index"]): r for r in message.rows}
+        table = self.query_one(Table)
+        table.sorted_by = COLUMNS[self._asked.order]
+        table.descending = self._asked.descending
+        table.matching = self._asked.text
+        table.set_rows([(key, _cells(row)) for key, row in self._rows.items()], self._empty())
+        self._say_filter()
+        if self.query_one(Reading).sample is None and table.key is not None:
+            self._point(table.key)
+
+    def _empty(self) -> list[Row]:
+        name = self.desk.book.name
+        if self._filter:
+            return [[(f" no answer fits '{self._filter}'; esc takes the filter away", "dim")]]
+        if not self.desk.book.head.step:
+            return [[(" no answers yet: they come with the first step", "dim")]]
+        return [[(f" no answers were kept (log.samples); see rlhf-tui samples {name}", "dim")]]
+
+    def _say_filter(self) -> None:
+        table = self.query_one(Table)
+        row: list[Piece] = [(" sorted by ", "dim"), (COLUMNS[self._asked.order], "strong")]
+        row.append((" falling" if self._asked.descending else " rising", "dim"))
+        if self._filter:
+            row += [("   only ", "dim"), (self._filter, "accent")]
+        if self._page or table.count() == PAGE:
+            row += [(f"   page {self._page + 1}  , . turn", "dim")]
+        row += [(f"   {table.count()} answers", "dim")]
+        row += [("   tokens: ", "dim"), (self.query_one(Reading).mode, "strong")]
+        self.query_one("#filter", Lines).show([row])
+
+    # -- what was pointed at -------------------------------------------------------------------
+
+    def on_pointed(self, message: Pointed) -> None:
+        """The answer under the cursor."""
+        if message.table == "samples":
+            self._point(message.key)
+
+    def _point(self, key: tuple[int, int] | None) -> None:
+        row = self._rows.get(key) if key else None
+        self.query_one(Reading).read(row, None)
+        if key is not None and row is not None:
+            self.read_arrays(key)
+
+    def on_arrays_read(self, message: ArraysRead) -> None:
+        """Token values have come."""
+        if message.key == self.query_one(Table).key:
+            self.query_one(Reading).read(self._rows.get(message.key), message.arrays)
+
+    @on(Chosen)
+    def _read(self) -> None:
+        self.query_one(Reading).focus()
+
+    # -- keys ----------------------------------------------------------------------------------
+
+    def action_filter(self) -> None:
+        """Words and bounds."""
+        rows: list[Row] = [
+            [("words in prompt or answer, and any of", "dim")],
+            [("score>1  score<-1  kl>8  kl<2  cut", "key")],
+        ]
+
+        def take(text: str | None) -> None:
+            if text is not None:
+                self._set(text)
+
+        self.app.push_screen(Type("Filter", rows, self._filter, lambda _: (True, "")), take)
+
+    def _set(self, text: str) -> None:
+        self._filter = text
+        self._asked = parse_filter(text, self._asked)
+        self._page = 0
+        self.drawn()
+
+    def action_sort(self) -> None:
+        """By the next column."""
+        at = (SAMPLE_ORDERS.index(self._asked.order) + 1) % len(SAMPLE_ORDERS)
+        self._asked = msgspec.structs.replace(self._asked, order=SAMPLE_ORDERS[at])
+        self._page = 0
+        self.drawn()
+
+    def action_reverse(self) -> None:
+        """Rising or falling."""
+        falling = not self._asked.descending
+        self._asked = msgspec.structs.replace(self._asked, descending=falling)
+        self._page = 0
+        self.drawn()
+
+    def action_page(self, by: int) -> None:
+        """Other pages of the table."""
+        if by > 0 and self.query_one(Table).count() < PAGE:
+            self.desk.say("that was the last page")
+            return
+        self._page = max(self._page + by, 0)
+        self.drawn()
+
+    def action_next(self, by: int) -> None:
+        """The next answer, wherever the focus is."""
+        self.query_one(Table).action_move(by)
+
+    def action_view(self) -> None:
+        """Text, or a number of each token."""
+        self.query_one(Reading).cycle()
+        self._say_filter()
+
+    def action_enlarge(self) -> None:
+        """The answer alone, or with its table."""
+        room = self.query_one("#room")
+        room.toggle_class("alone")
+        target = Reading if room.has_class("alone") else Table
+        self.query_one(target).focus()
+
+    def action_back(self) -> None:
+        """One level out."""
+        room = self.query_one("#room")
+        if room.has_class("alone"):
+            self.action_enlarge()
+        elif not self.query_one(Table).has_focus:
+            self.query_one(Table).focus()
+        elif self._filter:
+            self._set("")
+
+
+def _cells(row: dict[str, Any]) -> list[Piece]:
+    score = row["score"]
+    return [
+        (str(row["step"]), "dim"),
+        (str(row["index"]), "dim"),
+        (fmt.number(score, 2), "strong"),
+        (fmt.number(row["kl"], 1), ""),
+        (str(row["length"]), ""),
+        ("" if row["ended"] else "✂", "warn"),
+        (row["response"].strip(), ""),
+    ]

@@ -1,0 +1,278 @@
+"""The session browser: what there is, how it is, and what can be done with it."""
+
+import itertools
+from pathlib import Path
+from typing import Any, ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.worker import get_current_worker
+
+from engine.errors import RlhfError
+from engine.record import Record
+from engine.session import Session, find_all
+from rlhf_tui import format as fmt
+from rlhf_tui.commands.read import summary
+from rlhf_tui.feed import file_id
+from rlhf_tui.messages import Chosen, Listed, Pointed
+from rlhf_tui.screens.base import Place
+from rlhf_tui.screens.dialogs import Ask, Choice
+from rlhf_tui.widgets import book as facts
+from rlhf_tui.widgets.lines import Lines, Piece, Row
+from rlhf_tui.widgets.listing import Column, Table
+from rlhf_tui.widgets.topline import MARKS
+
+EVERY = 2.0
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 12
+SPARK_STEPS = 400
+"""Newest steps that a sparkline shows."""
+
+
+def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
+    """A line of blocks: the mean of each part of the values."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
+
+
+def look_at(session: Session) -> dict[str, Any]:
+    """A session's row; one that cannot be read says why."""
+    try:
+        row = summary(session)
+        with Record(session) as record:
+            scores = record.series(facts.SCORE, after=max(row["step"] - SPARK_STEPS, 0))
+        row["spark"] = spark([v for _, v in scores if v is not None])
+    except (RlhfError, OSError) as error:
+        return {"name": session.name, "state": "unreadable", "message": str(error), "step": 0,
+                "total_steps": 0, "beta": None, "score": None, "kl": None, "updated": None,
+                "spark": "", "checkpoints": [], "pid": None, "host": None,
+                "folder": str(session.folder)}  # fmt: skip
+    return row
+
+
+class Looker:
+    """Reads again only those sessions in which something has changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[object, dict[str, Any]]] = {}
+
+    def rows(self, root: Path) -> list[dict[str, Any]]:
+        """All sessions, those with an engine first, then the newest."""
+        found = []
+        for session in find_all(root):
+            stamp = _stamp(session)
+            known = self._known.get(session.folder)
+            if known is None or known[0] != stamp:
+                known = stamp, look_at(session)
+                self._known[session.folder] = known
+            found.append(known[1])
+        found.sort(key=lambda r: (r["pid"] is None, -(r["updated"] or 0), r["name"]))
+        return found
+
+
+def _stamp(session: Session) -> object:
+    files = (session.journal_file, session.journal_file.with_name("journal.db-wal"))
+    times = []
+    for path in files:
+        try:
+            times.append(path.stat().st_mtime_ns)
+        except OSError:
+            times.append(0)
+    return file_id(session.journal_file), *times, session.is_live()
+
+
+class Sessions(Table):
+    """The table; enter stands among the keys below."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "open")]
+
+
+class SessionsScreen(Place):
+    """Mode 1."""
+
+    MODE = "sessions"
+    AUTO_FOCUS = "Sessions"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("n", "new", "new demo"),
+        Binding("r", "resume", "resume"),
+        Binding("f", "fork", "fork"),
+        Binding("d,delete", "delete", "delete"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._looker = Looker()
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._listed = False
+
+    def middle(self) -> ComposeResult:
+        """The table and a few lines about the one under the cursor."""
+        yield Sessions(
+            [
+                Column("", 1),
+                Column("name", 14, flexible=True),
+                Column("state", 9),
+                Column("step", 11, right=True),
+                Column("beta", 7, right=True),
+                Column("score", 7, right=True),
+                Column("KL", 7, right=True, least=100),
+                Column("score curve", SPARK_WIDTH, least=78),
+                Column("active", 7, right=True),
+            ],
+            id="sessions",
+            empty=[[(" looking …", "dim")]],
+        )
+        yield Lines(id="about")
+
+    def on_mount(self) -> None:
+        """Looks again now and then while it is seen."""
+        self.look()
+        self.set_interval(EVERY, self.look)
+
+    def drawn(self) -> None:
+        """The screen is seen again."""
+        self.look()
+
+    def look(self) -> None:
+        """Reads the folder, in a thread."""
+        if self.is_current:
+            self.read_folder(self.desk.root)
+
+    @work(thread=True, exclusive=True, group="sessions")
+    def read_folder(self, root: Path) -> None:
+        """Every session's row."""
+        rows = self._looker.rows(root)
+        if not get_current_worker().is_cancelled:
+            self.post_message(Listed(rows))
+
+    def on_listed(self, message: Listed) -> None:
+        """The rows have come."""
+        self._rows = {r["name"]: r for r in message.rows}
+        now = self.desk.now()
+        cells = [(r["name"], _cells(r, now)) for r in message.rows]
+        empty: list[Row] = [
+            [(f" no sessions in {short_path(self.desk.root)}", "dim")],
+            [],
+            [(" n ", "key"), ("starts the demo: a small model, a few minutes, no downloads", "")],
+            [(" or from a shell: ", "dim"), ("rlhf-tui demo", "key"), ("  or  ", "dim"),
+             ("rlhf-tui run CONFIG", "key")],
+        ]  # fmt: skip
+        table = self.query_one(Table)
+        first, self._listed = not self._listed, True
+        table.set_rows(cells, empty)
+        if first and self.desk.book.name in self._rows:
+            table.go([r["name"] for r in message.rows].index(self.desk.book.name))
+        self._about()
+
+    def on_pointed(self, message: Pointed) -> None:
+        """The lines below follow the cursor."""
+        if message.table == "sessions":
+            self._about()
+
+    def _about(self) -> None:
+        row = self._rows.get(self.query_one(Table).key or "")
+        self.query_one("#about", Lines).show(_about(row) if row else [])
+
+    def on_chosen(self, message: Chosen) -> None:
+        """Enter, or a second click."""
+        self.desk.open_session(message.key)
+
+    def _chosen(self) -> dict[str, Any] | None:
+        row = self._rows.get(self.query_one(Table).key or "")
+        if row is None:
+            self.desk.say("no session chosen; n starts a demo")
+        return row
+
+    # -- keys ----------------------------------------------------------------------------------
+
+    def action_new(self) -> None:
+        """The starter run, in the background."""
+        self.desk.start_engine(["demo"], "")
+
+    def action_resume(self) -> None:
+        """On from its last checkpoint."""
+        row = self._chosen()
+        if row is None:
+            return
+        if row["pid"]:
+            self.desk.say(f"'{row['name']}' runs already: enter opens it")
+            return
+        self.desk.start_engine(["resume", row["name"]], row["name"])
+
+    def action_fork(self) -> None:
+        """A branch off its last checkpoint; others: 4 Checkpoints."""
+        row = self._chosen()
+        if row is None:
+            return
+        if not row["checkpoints"]:
+            self.desk.say(f"'{row['name']}' has no checkpoint to branch from", "warning")
+            return
+        self.desk.ask_fork(row["name"], max(row["checkpoints"]))
+
+    def action_delete(self) -> None:
+        """Asks first."""
+        row = self._chosen()
+        if row is None or self.desk.refuse_read_only():
+            return
+        name = row["name"]
+        if row["pid"]:
+            self.desk.say(
+                f"'{name}' has a running engine: open it and stop it first (S)", "warning"
+            )
+            return
+        count = len(row["checkpoints"])
+        rows: list[Row] = [
+            [("Its journal, samples and ", ""), (f"{count} checkpoints", "strong"),
+             (" are gone for good.", "")],
+            [(short_path(row["folder"]), "dim")],
+        ]  # fmt: skip
+        choices = [Choice("c", "Cancel", "cancel"), Choice("d", "Delete", "delete", danger=True)]
+
+        def answer(result: str | None) -> None:
+            if result == "delete":
+                self.desk.forget_session(name)
+                self.desk.run_command(["rm", name, "-y"], f"'{name}' is deleted")
+
+        self.app.push_screen(Ask(f"Delete session {name}?", rows, choices), answer)
+
+
+def _cells(row: dict[str, Any], now: float) -> list[Piece]:
+    mark, tone = MARKS.get(row["state"], ("✗", "bad"))
+    age = fmt.duration(now - row["updated"]) if row["updated"] else "–"
+    steps = f"{row['step']:,}/{row['total_steps']:,}" if row["total_steps"] else "–"
+    return [
+        (mark, tone), (row["name"], "strong"), (row["state"], tone), (steps, ""),
+        (fmt.number(row["beta"], 4), ""), (fmt.number(row["score"], 3), "strong"),
+        (fmt.number(row["kl"], 2), ""), (row["spark"], "s1"), (age, "dim"),
+    ]  # fmt: skip
+
+
+def short_path(path: str | Path) -> str:
+    """A path with `~` for the home folder."""
+    try:
+        return str(Path("~") / Path(path).relative_to(Path.home()))
+    except ValueError:
+        return str(path)
+
+
+def _about(row: dict[str, Any]) -> list[Row]:
+    engine = f"engine pid {row['pid']} on {row['host']}" if row["pid"] else "no engine"
+    steps = ", ".join(map(str, row["checkpoints"][-6:])) or "none"
+    found: list[Row] = [
+        [(f" {short_path(row['folder'])}", "dim")],
+        [(" ", ""), (engine, ""), ("   checkpoints ", "dim"), (steps, "")],
+    ]
+    if row["message"]:
+        tone = "bad" if row["state"] in ("failed", "unreadable") else "dim"
+        found.append([(f" {row['message']}", tone)])
+    elif row["state"] == "crashed":
+        words = "its engine is gone without a word; go on: "
+        found.append([(f" {words}", "bad"), (f"rlhf-tui resume {row['name']}", "key")])
+    return found

@@ -1,0 +1,316 @@
+"""The operator's commands: keys and dialogs, from any screen, to the engine of the open session."""
+
+import threading
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from textual.app import App
+from textual.binding import Binding, BindingType
+
+from engine.client import Client, new_id
+from engine.commands import (
+    Beta,
+    Checkpoint,
+    Command,
+    Control,
+    Note,
+    Pause,
+    Probe,
+    Rollback,
+    Set,
+    Stop,
+    Undo,
+    Unpause,
+    new_values,
+)
+from engine.errors import RlhfError
+from engine.session import Session
+from engine.settings import STEERABLE, Settings
+from rlhf_tui import format as fmt
+from rlhf_tui.messages import Answered
+from rlhf_tui.screens.dialogs import Ask, Choice, Type
+from rlhf_tui.screens.picker import Option, Pick
+from rlhf_tui.widgets.book import Book, value_text
+from rlhf_tui.widgets.lines import Row
+from rlhf_tui.widgets.reading import wrap
+from rlhf_tui.widgets.steering import settings_of
+
+if TYPE_CHECKING:
+    _Base = App[None]
+else:
+    _Base = object
+
+NUDGE = 1.1
+WAIT = 24 * 3600.0
+"""Seconds a terminal waits for a command's end; the engine carries it out without it, too."""
+ACTIONS = (
+    "pause", "beta", "nudge", "adaptive", "save", "undo", "change", "stop", "note", "probe",
+    "roll_back",
+)  # fmt: skip
+"""What --read-only takes away."""
+
+
+class Steer(_Base):
+    """Mixed into the app."""
+
+    book: Book
+    session: Session | None
+    who: str
+    read_only: bool
+
+    def say(self, text: str, severity: str = "information") -> None:
+        """A notice; the app's."""
+        raise NotImplementedError
+
+    STEERING: ClassVar[list[BindingType]] = [
+        Binding("p", "pause", "pause"),
+        Binding("b", "beta", "beta"),
+        Binding("left_square_bracket", "nudge(-1)", "beta −10 %", show=False),
+        Binding("right_square_bracket", "nudge(1)", "beta +10 %", show=False),
+        Binding("a", "adaptive", "adaptive"),
+        Binding("u", "undo", "undo"),
+        Binding("e", "change", "set"),
+        Binding("c", "save", "checkpoint"),
+        Binding("w", "note", "note"),
+        Binding("x", "probe", "probe"),
+        Binding("S", "stop", "stop"),
+    ]
+
+    # -- one key -------------------------------------------------------------------------------
+
+    def action_pause(self) -> None:
+        """Hold between two steps, or go on."""
+        if self.book.head.state in ("paused", "pausing"):
+            self.command(Unpause(), "go on")
+            return
+        wait = self.book.boundary_in()
+        self.command(Pause(), "pause" + (f" (in ~{wait:.0f}s)" if wait else ""))
+
+    def action_nudge(self, way: int) -> None:
+        """Beta a tenth up or down."""
+        beta = self.book.setting("beta")
+        if not self.can_steer() or beta is None:
+            return
+        new = float(f"{beta * NUDGE**way:.4g}")
+        self.command(Beta(value=new), f"beta {value_text(beta)} → {value_text(new)}")
+
+    def action_adaptive(self) -> None:
+        """Beta to the controller, and back."""
+        adaptive = self.book.setting("controller") == "adaptive"
+        self.command(
+            Control(controller="fixed" if adaptive else "adaptive"),
+            "adaptive → fixed" if adaptive else "fixed → adaptive",
+        )
+
+    def action_undo(self) -> None:
+        """The last change back."""
+        self.command(Undo(), "undo")
+
+    def action_save(self) -> None:
+        """A checkpoint at the next step boundary."""
+        self.command(Checkpoint(), "checkpoint")
+
+    # -- dialogs -------------------------------------------------------------------------------
+
+    def action_beta(self) -> None:
+        """Type beta."""
+        if self.can_steer():
+            self.ask_value("beta")
+
+    def action_change(self) -> None:
+        """Choose a setting, then type its value."""
+        if not self.can_steer():
+            return
+        options = [
+            Option(key, f"{key:<15}", value_text(self.book.setting(key)), path)
+            for key, path in STEERABLE.items()
+        ]
+        self.push_screen(Pick("Set", options), self._changed)
+
+    def _changed(self, key: str | None) -> None:
+        if key == "controller":
+            self.action_adaptive()
+        elif key:
+            self.ask_value(key)
+
+    def ask_value(self, key: str) -> None:
+        """A dialog for one setting."""
+        settings = settings_of(self.book)
+        if settings is None:
+            return
+        old = self.book.setting(key)
+
+        def check(text: str) -> tuple[bool, str]:
+            try:
+                value = self.parse(key, text, settings)
+            except RlhfError as error:
+                return False, str(error)
+            return True, f"{value_text(old)} → {value_text(value)}   {self.when()}"
+
+        def send(text: str | None) -> None:
+            if text is not None:
+                value = self.parse(key, text, settings)
+                command: Command = Beta(value=value) if key == "beta" else Set(key=key, value=value)
+                self.command(command, f"{key} {value_text(old)} → {value_text(value)}")
+
+        hint: list[Row] = [[(f"{STEERABLE[key]}, now ", "dim"), (value_text(old), "strong")]]
+        if key == "stop_kl":
+            hint.append([("off: the passes never end early", "dim")])
+        self.push_screen(Type(key, hint, value_text(old), check), send)
+
+    def parse(self, key: str, text: str, settings: Settings) -> Any:
+        """A typed value as the setting would hold it. Raises CommandRejectedError."""
+        value: Any = text.strip()
+        if key == "stop_kl" and value in ("off", "none", ""):
+            value = None
+        else:
+            for kind in (int, float):
+                try:
+                    value = kind(text)
+                    break
+                except ValueError:
+                    continue
+        return new_values(Set(key=key, value=value), settings)[key]
+
+    def when(self) -> str:
+        """When a command takes effect."""
+        wait = self.book.boundary_in()
+        if self.book.head.state == "paused":
+            return f"in force from step {self.book.head.step + 1}"
+        return "in force from the next step" + (f", in ~{wait:.0f}s" if wait else "")
+
+    def action_stop(self) -> None:
+        """Asks how to end the run."""
+        if not self.can_steer():
+            return
+        wait = self.book.boundary_in()
+        rows: list[Row] = [
+            [("The run ends; it can be resumed from its last checkpoint.", "")],
+            [(f"Step {self.book.head.step} is done, ", "dim"), (self._last_saved(), "dim")],
+        ]
+        soon = f" (~{wait:.0f}s)" if wait else ""
+        choices = [
+            Choice("s", f"Save, then stop{soon}", "save"),
+            Choice("n", "Stop now, unsaved", "now", danger=True),
+            Choice("c", "Cancel", "cancel"),
+        ]
+
+        def answer(result: str | None) -> None:
+            if result in ("save", "now"):
+                self.command(Stop(now=result == "now"), "stop")
+
+        self.push_screen(Ask("Stop the run?", rows, choices), answer)
+
+    def _last_saved(self) -> str:
+        steps = [c["step"] for c in self.book.checkpoints if c["status"] == "complete"]
+        return f"the last checkpoint is of step {max(steps)}" if steps else "no checkpoint yet"
+
+    def action_note(self) -> None:
+        """A line that stays with the run."""
+        if not self.can_steer():
+            return
+        rows: list[Row] = [[(f"Stands on the curves at step {self.book.head.step}.", "dim")]]
+
+        def send(text: str | None) -> None:
+            if text:
+                self.command(Note(text=text), "note")
+
+        self.push_screen(Type("Note", rows), send)
+
+    def action_probe(self) -> None:
+        """A prompt for the policy and for the reference."""
+        if not self.can_steer():
+            return
+        rows: list[Row] = [[("The policy and the reference answer it after this step.", "dim")]]
+
+        def send(text: str | None) -> None:
+            if text:
+                self.command(Probe(text=text), "probe")
+
+        self.push_screen(Type("Probe", rows), send)
+
+    def roll_back(self, step: int) -> None:
+        """Asks, then goes back to a checkpoint."""
+        if not self.can_steer():
+            return
+        lost = max(self.book.head.step - step, 0)
+        rows: list[Row] = [
+            [(f"The run goes back to step {step} and on from there, at once.", "")],
+            [(f"{lost} steps leave the curves; they stay in the journal as a ghost.", "dim")],
+        ]
+        choices = [
+            Choice("c", "Cancel", "cancel"),
+            Choice("r", "Roll back", "back", danger=True),
+            Choice("n", "Roll back, sample anew", "reseed", danger=True),
+        ]
+
+        def answer(result: str | None) -> None:
+            if result in ("back", "reseed"):
+                self.command(Rollback(step=step, reseed=result == "reseed"), f"roll back to {step}")
+
+        self.push_screen(Ask(f"Roll back to step {step}?", rows, choices), answer)
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def can_steer(self) -> bool:
+        """Whether commands reach an engine; says what is missing where not."""
+        if self.read_only:
+            self.say("read-only: no commands from here", "warning")
+        elif self.session is None:
+            self.say("open a session first (1)", "warning")
+        elif not self.session.is_live():
+            self.say(
+                f"no engine runs '{self.book.name}'; start one: rlhf-tui resume {self.book.name}",
+                "warning",
+            )
+        else:
+            return True
+        return False
+
+    def command(self, command: Command, text: str) -> None:
+        """Sends a command from a thread of its own, which posts what becomes of it."""
+        if not self.can_steer() or self.session is None:
+            return
+        session, who = self.session, self.who
+
+        def converse() -> None:
+            try:
+                with Client(session, who) as client:
+                    answer = client.send(command, chosen := new_id())
+                    self.post_message(Answered(text, answer))
+                    if not answer.final:
+                        self.post_message(Answered(text, client.wait(chosen, WAIT)))
+            except (RlhfError, OSError) as error:
+                self.post_message(Answered(text, problem=str(error)))
+
+        threading.Thread(target=converse, daemon=True, name="command").start()
+
+    def on_answered(self, message: Answered) -> None:
+        """Says how a command stands."""
+        answer, text = message.answer, message.text
+        if answer is None:
+            self.say(f"{text}: {message.problem}", "error")
+        elif answer.status == "rejected":
+            self.say(f"{text}: rejected: {answer.reason}", "error")
+        elif answer.status == "applied":
+            at = f" at step {answer.step}" if answer.step is not None else ""
+            self.say(f"{text}: applied{at}")
+            if answer.result:
+                self.show_probe(answer.result)
+        else:
+            self.say(f"{text}: {answer.status}, {self.when()}")
+
+    def show_probe(self, result: dict[str, Any]) -> None:
+        """Both answers to a probe."""
+        rows: list[Row] = []
+        for name in ("policy", "reference"):
+            found = result.get(name) or {}
+            numbers = f"score {fmt.number(found.get('score'))}  KL {fmt.number(found.get('kl'), 2)}"
+            rows += [[(f"{name}  ", "strong"), (numbers, "dim")]]
+            rows += wrapped(str(found.get("response", "")), min(self.size.width - 12, 90))
+            rows.append([])
+        self.push_screen(Ask("Probe", rows[:-1], [Choice("o", "OK", "ok")]))
+
+
+def wrapped(text: str, width: int) -> list[Row]:
+    """Text in lines of at most `width` characters."""
+    return [[(line, "")] for line in wrap(text, max(width, 20))]

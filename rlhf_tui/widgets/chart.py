@@ -1,0 +1,202 @@
+"""The chart of a metric: a Braille picture that is sent to the terminal where it has changed."""
+
+from typing import ClassVar
+
+from rich.cells import cell_len
+from rich.segment import Segment
+from rich.style import Style
+from textual import events
+from textual.geometry import Region
+from textual.strip import Strip
+from textual.widget import Widget
+
+from rlhf_tui import format as fmt
+from rlhf_tui.messages import CursorMoved
+from rlhf_tui.text import one_line
+from rlhf_tui.widgets import book as facts
+from rlhf_tui.widgets.book import Book
+from rlhf_tui.widgets.plot import BAND, CURSOR, GUTTER, STYLES, Line, Picture, Plot, paint
+from rlhf_tui.widgets.raster import step_of
+from rlhf_tui.widgets.view import View
+
+TITLES = {
+    facts.SCORE: "score",
+    facts.KL: "KL  nats/response",
+    facts.CLIP: "clip fraction",
+    facts.BETA: "beta",
+    facts.LENGTH: "length  tokens",
+    facts.TOKENS: "tokens/s",
+    "objective/kl_per_token": "KL  nats/token",
+    "objective/scores_std": "score, std",
+    "policy/entropy_avg": "entropy  nats/token",
+    "policy/approxkl_avg": "approximate KL",
+    "val/explained_var": "explained variance",
+    "tokens/truncated_frac": "cut off  fraction",
+    "text/distinct_2": "distinct word pairs",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+}
+
+
+def title_of(name: str) -> str:
+    """What a metric is called above its chart."""
+    return TITLES.get(name, name)
+
+
+class Chart(Widget, can_focus=True):
+    """One metric, or several on one scale."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        *(f"chart--{name}" for name in STYLES),
+        "chart--band",
+        "chart--cursor",
+    }
+
+    def __init__(self, names: list[str], book: Book, view: View, *, log: bool = False) -> None:
+        """A chart of the book's metrics; the first one's value stands in the title."""
+        super().__init__(markup=False)
+        self.names = names
+        self.book = book
+        self.view = view
+        self.log_scale = log
+        self._picture: Picture | None = None
+        self._looks: dict[int, Style] = {}
+
+    @property
+    def cells(self) -> int:
+        """How wide the plot itself is."""
+        return max(self.size.width - GUTTER, 1)
+
+    def update(self) -> None:
+        """Paints again and sends what has changed."""
+        width, height = self.size
+        if not width or not height:
+            return
+        old, new = self._picture, paint(self._plot(), width, height)
+        self._picture = new
+        if old is None or (old.width, old.height) != (width, height):
+            self.refresh()
+        elif regions := changed(old, new):
+            self.refresh(*regions)
+
+    def _plot(self) -> Plot:
+        first, last = self.view.window(self.book)
+        name = self.names[0]
+        title = " + ".join(title_of(n) for n in self.names)
+        return Plot(
+            title="".join(c if cell_len(c) == 1 else "?" for c in one_line(title)),
+            value=self._value(name),
+            first=first,
+            last=last,
+            lines=self._lines(name),
+            note=self._note(),
+            log=self.log_scale,
+            target=self.book.setting("target") if name == facts.KL else None,
+            markers=self.book.markers(),
+            cursor=self.view.cursor,
+            focused=self.has_focus,
+            empty=self._empty(name),
+        )
+
+    def _value(self, name: str) -> str:
+        series = self.book.series(name)
+        cursor = self.view.cursor
+        value = series.last if cursor is None else series.at(cursor)
+        return fmt.number(value, 4 if name == facts.BETA else 3)
+
+    def _note(self) -> str:
+        words = ["log"] if self.log_scale else []
+        if self.view.weight:
+            words.append(f"ema {self.view.weight:g}")
+        return " ".join(words)
+
+    def _empty(self, name: str) -> str:
+        if self.book.problem:
+            return "cannot be read"
+        if self.book.names and name not in self.book.names:
+            return "not a metric of this run"
+        return "no steps yet" if not self.book.head.step else "no values yet"
+
+    def _lines(self, name: str) -> list[Line]:
+        book, view = self.book, self.view
+        found: list[Line] = []
+        if view.past:
+            found += [Line(s, "past") for s in book.past.get(name, [])]
+        for i, curves in enumerate(view.others.values()):
+            if name in curves:
+                found.append(Line(curves[name], f"s{min(6, 2 + i)}"))
+        for i, each in enumerate(self.names):
+            if view.weight and len(self.names) == 1 and len(book.series(each)) > 2:
+                found.append(Line(book.series(each), "raw"))
+            found.append(Line(book.smoothed(each, view.weight), f"s{min(6, i + 1)}"))
+        return found
+
+    # -- Textual's questions -------------------------------------------------------------------
+
+    def render_line(self, y: int) -> Strip:
+        """One line of the cached picture."""
+        picture = self._picture
+        if picture is None or y >= picture.height:
+            return Strip.blank(self.size.width, self.rich_style)
+        segments = []
+        chars, styles = picture.chars[y], picture.styles[y]
+        begin = 0
+        for x in range(1, picture.width + 1):
+            if x == picture.width or styles[x] != styles[begin]:
+                segments.append(Segment("".join(chars[begin:x]), self._look(styles[begin])))
+                begin = x
+        return Strip(segments, picture.width)
+
+    def _look(self, number: int) -> Style:
+        if number not in self._looks:
+            style = self.get_component_rich_style(f"chart--{STYLES[number & 31]}")
+            for flag, name in ((BAND, "band"), (CURSOR, "cursor")):
+                if number & flag:
+                    background = self.get_component_rich_style(f"chart--{name}").bgcolor
+                    style += Style(bgcolor=background, bold=flag == CURSOR or None)
+            self._looks[number] = style
+        return self._looks[number]
+
+    def notify_style_update(self) -> None:
+        """A new theme, other styles."""
+        self._looks.clear()
+        super().notify_style_update()
+
+    def on_resize(self) -> None:
+        """Another size, another picture."""
+        self.update()
+
+    def on_focus(self) -> None:
+        """The title says so."""
+        self.update()
+
+    def on_blur(self) -> None:
+        """The title says so."""
+        self.update()
+
+    def on_mouse_down(self, event: events.MouseDown) -> None:
+        """Puts the crosshair where the pointer is."""
+        self._point(event)
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        """Drags the crosshair."""
+        if event.button:
+            self._point(event)
+
+    def _point(self, event: events.MouseEvent) -> None:
+        first, last = self.view.window(self.book)
+        if event.x >= GUTTER:
+            step = step_of(event.x - GUTTER, first, last, self.cells)
+            self.post_message(CursorMoved(round(step)))
+
+
+def changed(old: Picture, new: Picture) -> list[Region]:
+    """The part of each row that differs between two pictures of one size."""
+    found = []
+    for y in range(new.height):
+        a, b, c, d = old.chars[y], new.chars[y], old.styles[y], new.styles[y]
+        if a == b and c == d:
+            continue
+        differ = [x for x in range(new.width) if a[x] != b[x] or c[x] != d[x]]
+        found.append(Region(differ[0], y, differ[-1] + 1 - differ[0], 1))
+    return found

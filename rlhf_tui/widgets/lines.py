@@ -1,0 +1,172 @@
+"""A widget of lines of text, which sends to the terminal only what has changed.
+
+Everything shown passes :func:`~rlhf_tui.text.one_line` here, whoever wrote it.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rich.cells import cell_len, set_cell_size
+from rich.segment import Segment
+from rich.style import Style
+from textual.geometry import Region
+from textual.strip import Strip
+from textual.widget import Widget
+
+from rlhf_tui.text import one_line
+
+Piece = tuple[str, str]
+"""Text and its tone."""
+Row = Sequence[Piece]
+
+TONES = (
+    "dim", "strong", "good", "warn", "bad", "accent", "key", "head", "tab", "here",
+    "s1", "s2", "s3", "s4", "s5", "s6", "heat1", "heat2", "heat3", "cold1", "cold2", "cold3",
+    "match", "cursor", "notice",
+)  # fmt: skip
+"""What a piece may be; the style sheet says how each looks. An empty tone is plain text."""
+CHOSEN = "*"
+"""Before a tone: on the background of the chosen line."""
+
+
+class Lines(Widget):
+    """Lines of pieces; a line that is too long ends in an ellipsis."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {f"lines--{tone}" for tone in TONES}
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id, classes=classes, markup=False)
+        self._rows: list[Row] = []
+        self._strips: list[Strip] = []
+        self._tones: dict[str, Style] = {}
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """What is to be seen in this size; overridden by what shows something of its own."""
+        return self._rows
+
+    def show(self, rows: list[Row]) -> None:
+        """Replaces the lines."""
+        self._rows = rows
+        self.update()
+
+    def update(self) -> None:
+        """Draws again where something has changed."""
+        width, height = self.size
+        if not width or not height:
+            return
+        rows = self.rows(width, height)[:height]
+        rows += [[]] * (height - len(rows))
+        new = [self._strip(row, width) for row in rows]
+        if len(self._strips) != height:
+            self._strips = new
+            self.refresh()
+            return
+        changed = [
+            Region(span[0], y, span[1] - span[0], 1)
+            for y, (old, now) in enumerate(zip(self._strips, new, strict=True))
+            if (span := changed_span(old, now)) is not None
+        ]
+        self._strips = new
+        if changed:
+            self.refresh(*changed)
+
+    def notify_style_update(self) -> None:
+        """A new theme: nothing drawn before holds."""
+        self._tones.clear()
+        self._strips = []
+        super().notify_style_update()
+        if self.is_mounted:
+            self.update()
+
+    def on_resize(self) -> None:
+        """Another size, other lines."""
+        self._strips = []
+        self.update()
+
+    def render_line(self, y: int) -> Strip:
+        """Textual's question for one line."""
+        if y < len(self._strips):
+            return self._strips[y]
+        return Strip.blank(self.size.width, self.rich_style)
+
+    def tone(self, name: str) -> Style:
+        """The style of a tone in the present theme."""
+        if name not in self._tones:
+            plain = name.removeprefix(CHOSEN)
+            style = self.get_component_rich_style(f"lines--{plain}") if plain else self.rich_style
+            if name.startswith(CHOSEN):
+                cursor = self.get_component_rich_style("lines--cursor")
+                style += Style(bgcolor=cursor.bgcolor, reverse=cursor.reverse, bold=cursor.bold)
+            self._tones[name] = style
+        return self._tones[name]
+
+    def _strip(self, row: Row, width: int) -> Strip:
+        segments, left = [], width
+        for text, tone in row:
+            text = one_line(text)
+            size = cell_len(text)
+            if size > left:
+                text, size = shorten(text, left), left
+            if text:
+                segments.append(Segment(text, self.tone(tone)))
+            left -= size
+            if left <= 0:
+                break
+        if left > 0:
+            chosen = bool(row) and row[-1][1].startswith(CHOSEN)
+            segments.append(Segment(" " * left, self.tone(CHOSEN if chosen else "")))
+        return Strip(segments, width)
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut to exactly `width` cells, with an ellipsis where something is left out."""
+    if cell_len(text) <= width:
+        return set_cell_size(text, width)
+    return set_cell_size(text, width - 1) + "…" if width > 0 else ""
+
+
+def row_width(row: Row) -> int:
+    """Cells of a row."""
+    return sum(cell_len(one_line(text)) for text, _ in row)
+
+
+def justified(left: Row, right: Row, width: int) -> Row:
+    """`left` at the left, `right` at the right; `left` gives way."""
+    room = width - row_width(right)
+    gap = room - row_width(left)
+    if gap >= 0:
+        return [*left, (" " * gap, ""), *right]
+    kept: list[Piece] = []
+    for text, tone in left:
+        size = cell_len(one_line(text))
+        if size >= room - 1:
+            kept.append((shorten(one_line(text), max(room - 1, 0)), tone))
+            break
+        kept.append((text, tone))
+        room -= size
+    return [*kept, (" ", ""), *right]
+
+
+def changed_span(old: Strip, new: Strip) -> tuple[int, int] | None:
+    """The first changed cell and the one after the last; None where the strips are the same."""
+    if old == new:
+        return None
+    before, after = _cells(old), _cells(new)
+    if len(before) != len(after):
+        return 0, new.cell_length
+    first = next((i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b), None)
+    if first is None:
+        return None
+    end = len(after)
+    while before[end - 1] == after[end - 1]:
+        end -= 1
+    return first, end
+
+
+def _cells(strip: Strip) -> list[tuple[str, Style | None]]:
+    cells: list[tuple[str, Style | None]] = []
+    for text, style, _ in strip:
+        for char in text:
+            cells.append((char, style))
+            cells.extend([("", style)] * (cell_len(char) - 1))
+    return cells

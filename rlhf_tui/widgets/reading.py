@@ -1,0 +1,162 @@
+"""One answer to be read: prompt, answer, numbers, and token by token."""
+
+from typing import Any
+
+from rich.cells import cell_len
+
+from engine.protocol import TokenArrays
+from rlhf_tui import format as fmt
+from rlhf_tui.text import sanitise
+from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.listing import Texts
+
+VIEWS = ("text", "KL", "log-prob", "advantage", "value")
+HEAT = ("", "heat1", "heat2", "heat3")
+COLD = ("", "cold1", "cold2", "cold3")
+
+
+class Reading(Texts):
+    """Shows a sample; :attr:`mode` says as what."""
+
+    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self.sample: dict[str, Any] | None = None
+        self.arrays: TokenArrays | None = None
+        self.mode = VIEWS[0]
+
+    def read(self, sample: dict[str, Any] | None, arrays: TokenArrays | None) -> None:
+        """Another answer."""
+        same = (
+            sample is not None
+            and self.sample is not None
+            and (sample["step"], sample["index"]) == (self.sample["step"], self.sample["index"])
+        )
+        self.sample, self.arrays = sample, arrays
+        self.compose_body(keep=same)
+
+    def cycle(self) -> None:
+        """The next view of the same answer."""
+        self.mode = VIEWS[(VIEWS.index(self.mode) + 1) % len(VIEWS)]
+        self.compose_body(keep=False)
+
+    def on_resize(self) -> None:
+        """Lines are broken for the width."""
+        super().on_resize()
+        self.compose_body(keep=True)
+
+    def compose_body(self, *, keep: bool) -> None:
+        """Breaks everything into lines."""
+        width = max(self.size.width - 2, 10)
+        if self.sample is None:
+            self.set_body([[(" no answer chosen", "dim")]])
+            return
+        rows: list[Row] = [
+            [(" ", ""), *row] for row in body(self.sample, self.arrays, self.mode, width)
+        ]
+        self.set_body(rows, keep=keep)
+
+
+def body(sample: dict[str, Any], arrays: TokenArrays | None, mode: str, width: int) -> list[Row]:
+    """All lines of an answer."""
+    s = sample
+    rows: list[Row] = [
+        [
+            ("score ", "dim"), (fmt.number(s["score"]), "strong"),
+            ("   KL ", "dim"), (f"{fmt.number(s['kl'], 2)} nats", "strong"),
+            ("   length ", "dim"), (str(s["length"]), "strong"),
+            ("   ended" if s["ended"] else "   ✂ cut off", "dim" if s["ended"] else "warn"),
+        ]
+    ]  # fmt: skip
+    if len(s["parts"]) > 1:
+        parts: list[Piece] = []
+        for name, value in s["parts"].items():
+            parts += [(f"{name} ", "dim"), (f"{fmt.number(value)}   ", "")]
+        rows.append(parts)
+    rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s["prompt"], width)), []]
+    if mode == VIEWS[0]:
+        return [*rows, [("ANSWER", "dim")], *([(line, "")] for line in wrap(s["response"], width))]
+    if arrays is None:
+        words = "no token values were kept of this answer (log.arrays: how many a step)"
+        return [*rows, *([(line, "warn")] for line in wrap(words, width))]
+    return [*rows, *token_rows(arrays, mode, width)]
+
+
+def values_of(arrays: TokenArrays, mode: str) -> list[float]:
+    """The numbers of a view, one a token."""
+    match mode:
+        case "KL":
+            return [p - r for p, r in zip(arrays.logprob, arrays.ref_logprob, strict=True)]
+        case "log-prob":
+            return arrays.logprob
+        case "advantage":
+            return arrays.advantage
+        case _:
+            return arrays.value
+
+
+def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
+    """The answer with each token's number by its colour, and the largest in figures."""
+    values = values_of(arrays, mode)
+    if not values:
+        return [[(f"{mode}: not measured in this run", "warn")]]
+    largest = max(map(abs, values)) or 1.0
+    rows: list[Row] = [
+        [
+            (f"ANSWER, {mode} of each token  ", "dim"),
+            (f"{min(values):.2f} ", "cold2"), ("… ", "dim"), (f"{max(values):.2f}", "heat2"),
+        ]
+    ]  # fmt: skip
+    line: list[Piece] = []
+    used = 0
+    for token, value in zip(arrays.tokens, values, strict=True):
+        text = sanitise(token).replace("\t", " ")
+        pieces = text.split("\n")
+        for i, piece in enumerate(pieces):
+            shown = piece + ("␤" if i < len(pieces) - 1 else "")
+            if used + cell_len(shown) > width:
+                rows.append(line)
+                line, used = [], 0
+            line.append((shown, heat(value, largest)))
+            used += cell_len(shown)
+            if i < len(pieces) - 1:
+                rows.append(line)
+                line, used = [], 0
+    rows += [line, [], [(f"largest {mode}", "dim")]]
+    order = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:12]
+    for i in order:
+        share = round(abs(values[i]) / largest * 12)
+        rows.append(
+            [
+                (f"{i + 1:>4}  ", "dim"),
+                (f"{values[i]:>8.3f} ", "strong"),
+                ("█" * share + " " * (12 - share), "s6" if values[i] >= 0 else "s1"),
+                (f" {arrays.tokens[i]!r}", ""),
+            ]
+        )
+    return rows
+
+
+def heat(value: float, largest: float) -> str:
+    """The tone of a token's number."""
+    strength = min(3, int(4 * abs(value) / largest))
+    return (HEAT if value >= 0 else COLD)[strength]
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Text in lines, broken between words, where one is too long within it."""
+    found: list[str] = []
+    for paragraph in sanitise(text).replace("\t", "    ").split("\n"):
+        line, used = "", 0
+        for word in paragraph.split(" "):
+            size = cell_len(word)
+            if line and used + 1 + size > width:
+                found.append(line)
+                line, used = "", 0
+            line, used = (f"{line} {word}", used + 1 + size) if line else (word, size)
+            while used > width:
+                cut = next(i for i in range(len(line), 0, -1) if cell_len(line[:i]) <= width)
+                found.append(line[:cut])
+                line = line[cut:]
+                used = cell_len(line)
+        found.append(line)
+    return found

@@ -1,0 +1,95 @@
+"""One metric over the steps, ready to be drawn at any width."""
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+
+BLOCK = 64
+"""Points whose extremes are kept together."""
+
+
+class Series:
+    """Values by step, steps increasing. Undefined values are left out."""
+
+    def __init__(self, points: Iterable[tuple[int, float | None]] = ()) -> None:
+        self.steps = array("q")
+        self.values = array("d")
+        self._low = array("d")
+        self._high = array("d")
+        self.extend(points)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def extend(self, points: Iterable[tuple[int, float | None]]) -> None:
+        """Appends points that lie after all that are there."""
+        kept = [p for p in points if p[1] is not None and p[1] == p[1]]
+        if not kept:
+            return
+        self.steps.extend(p[0] for p in kept)
+        self.values.extend(p[1] for p in kept)  # type: ignore[misc]
+        # The last block may have been open; it and all after it are reckoned again.
+        first = max(0, len(self._low) - 1)
+        del self._low[first:], self._high[first:]
+        for start in range(first * BLOCK, len(self.values), BLOCK):
+            block = self.values[start : start + BLOCK]
+            self._low.append(min(block))
+            self._high.append(max(block))
+
+    def extremes(self, first: int, end: int) -> tuple[float, float]:
+        """The lowest and highest value of points `first` to `end` - 1 (at least one)."""
+        block, last = -(-first // BLOCK), end // BLOCK
+        if block >= last:
+            part = self.values[first:end]
+            return min(part), max(part)
+        low, high = min(self._low[block:last]), max(self._high[block:last])
+        for start, stop in ((first, block * BLOCK), (last * BLOCK, end)):
+            if start < stop:
+                part = self.values[start:stop]
+                low, high = min(low, *part), max(high, *part)
+        return low, high
+
+    def between(self, first: float, last: float) -> tuple[int, int]:
+        """The slice of points whose steps lie in [first, last]."""
+        return bisect_left(self.steps, first), bisect_right(self.steps, last)
+
+    def at(self, step: int) -> float | None:
+        """The value at a step; None where it is undefined."""
+        i = bisect_left(self.steps, step)
+        return self.values[i] if i < len(self.steps) and self.steps[i] == step else None
+
+    def mean(self, first: float, last: float) -> float | None:
+        """The mean over the steps in [first, last]; None where there are none."""
+        i, j = self.between(first, last)
+        return sum(self.values[i:j]) / (j - i) if j > i else None
+
+    @property
+    def last(self) -> float | None:
+        """The newest value."""
+        return self.values[-1] if self.values else None
+
+
+class Smoothed(Series):
+    """The exponential moving average of another series, kept up with it.
+
+    The mean starts at the first value and forgets a step's share of `1 - weight` at a time.
+    """
+
+    def __init__(self, source: Series, weight: float) -> None:
+        super().__init__()
+        self.source = source
+        self.weight = weight
+        self.follow()
+
+    def follow(self) -> None:
+        """Takes in what the source has had since."""
+        begin = len(self)
+        if begin == len(self.source):
+            return
+        mean = self.values[-1] if begin else self.source.values[0]
+        keep, take = self.weight, 1 - self.weight
+        means = []
+        for value in self.source.values[begin:]:
+            mean = keep * mean + take * value
+            means.append(mean)
+        self.extend(zip(self.source.steps[begin:], means, strict=True))

@@ -1,0 +1,132 @@
+"""The two lines on top of every screen: where one is, and how the run is."""
+
+from rlhf_tui import format as fmt
+from rlhf_tui.widgets import book as facts
+from rlhf_tui.widgets.book import Book
+from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
+from rlhf_tui.widgets.panel import Panel, bar
+
+SCREENS = (
+    ("sessions", "Sessions"),
+    ("dashboard", "Dashboard"),
+    ("samples", "Samples"),
+    ("checkpoints", "Checkpoints"),
+    ("log", "Log"),
+)
+MARKS = {
+    "starting": ("○", "accent"),
+    "running": ("●", "good"),
+    "pausing": ("◐", "warn"),
+    "paused": ("‖", "warn"),
+    "stopping": ("◐", "warn"),
+    "finished": ("✓", "good"),
+    "stopped": ("■", "dim"),
+    "failed": ("✗", "bad"),
+    "crashed": ("✗", "bad"),
+}
+"""A state's mark and tone."""
+
+
+def state_pieces(state: str) -> list[Piece]:
+    """A state with its mark."""
+    mark, tone = MARKS.get(state, ("?", "warn"))
+    return [(f"{mark} {state}", tone)]
+
+
+class Tabs(Panel):
+    """The screens with their keys, and the session's name and state."""
+
+    def __init__(self, book: Book, here: str, *, read_only: bool = False) -> None:
+        """`here` is the mode of the screen it stands on."""
+        super().__init__(book, id="tabs")
+        self.here = here
+        self.read_only = read_only
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """One line."""
+        book = self.book
+        right: list[Piece] = []
+        if book.name:
+            right = [(f"{book.name}  ", "strong"), *state_pieces(book.head.state), (" ", "")]
+        if self.read_only:
+            right = [("read-only  ", "warn"), *right]
+        return [justified(self._tabs(width - row_width(right)), right, width)]
+
+    def _tabs(self, width: int) -> Row:
+        # Where the names do not fit, that of this screen stands, and the others' keys.
+        whole = sum(len(label) + 4 for _, label in SCREENS) < width
+        tabs: list[Piece] = []
+        for number, (mode, label) in enumerate(SCREENS, start=1):
+            here = mode == self.here
+            name = f" {label}" if whole or here else ""
+            tabs.append((f" {number}{name} ", "here" if here else "tab"))
+        return tabs
+
+    def on_click(self, event: object) -> None:
+        """A click on a name goes there."""
+        at, x = 0, getattr(event, "x", 0)
+        for (text, _), (mode, _) in zip(self._tabs(self.size.width), SCREENS, strict=True):
+            at += len(text)
+            if x < at:
+                self.app.switch_mode(mode)
+                return
+
+
+class Status(Panel):
+    """Step, time left, speed and memory; or what is wrong."""
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """One line."""
+        book = self.book
+        if book.problem:
+            return [[(f" {book.problem}", "bad")]]
+        if not book.known:
+            return [[(" reading …", "dim")]]
+        head = book.head
+        left: list[Piece] = [(" step ", "dim"), (f"{head.step}", "strong")]
+        if head.total_steps:
+            left += [(f"/{head.total_steps} ", "dim")]
+            share = head.step / head.total_steps
+            left += [*bar(share, 10 if width < 110 else 20), (f" {share:.0%}", "")]
+        if note := self._note():
+            return [justified(left, [note, (" ", "")], width)]
+        return [justified(left, self._facts(width), width)]
+
+    def _note(self) -> Piece | None:
+        """What stands in the way of going on, with the command that helps."""
+        name, head = self.book.name, self.book.head
+        match head.state:
+            case "crashed":
+                return f"its engine is gone; go on: rlhf-tui resume {name}", "bad"
+            case "failed":
+                first = head.message.partition("\n")[0]
+                return f"failed: {first or 'see 5 Log'}", "bad"
+            case "finished" | "stopped":
+                words = f"{head.state}: {head.message}" if head.message else head.state
+                return f"{words}; go on: rlhf-tui resume {name}", "dim"
+            case "paused":
+                return f"paused after step {head.step}; p goes on", "warn"
+        if self.book.live and not self.book.connected:
+            return "connecting to the engine …", "dim"
+        return None
+
+    def _facts(self, width: int) -> list[Piece]:
+        book = self.book
+        left, speed = book.seconds_left(), book.lately(facts.TOKENS)
+        memory = book.series(facts.MEMORY).last
+        found: list[tuple[str, str]] = []
+        if left is not None:
+            found.append((fmt.duration(left), "left"))
+        if speed is not None:
+            found.append((f"{speed:,.0f}", "tok/s"))
+        if memory is not None:
+            found.append((f"{memory:.1f}", "GB"))
+        beta = book.setting("beta")
+        if beta is not None:
+            found.append((f"{beta:.4g}", "beta"))
+        if len(book.head.attempts) > 1 and width >= 100:
+            found.append((str(len(book.head.attempts)), "attempts"))
+        pieces: list[Piece] = []
+        for value, unit in found:
+            pieces += [(f"   {value}", "strong"), (f" {unit}", "dim")]
+        return [*pieces, (" ", "")]

@@ -1,0 +1,108 @@
+"""The part of the run that all charts show, and the crosshair they share."""
+
+import math
+from dataclasses import dataclass, field
+
+from rlhf_tui.widgets.book import Book
+from rlhf_tui.widgets.series import Series
+
+WEIGHTS = (0.0, 0.6, 0.9, 0.97)
+"""Of the moving average, as offered one after another."""
+NARROWEST = 10
+
+
+@dataclass
+class View:
+    """Shared by the charts of one dashboard."""
+
+    cursor: int | None = None
+    width: float | None = None
+    """Steps shown; None for all."""
+    end: float | None = None
+    """The last step shown; None follows the run."""
+    weight: float = WEIGHTS[1]
+    past: bool = True
+    """Earlier attempts are seen, too."""
+    others: dict[str, dict[str, Series]] = field(default_factory=dict)
+    """Other sessions' curves, by session and metric."""
+
+    def window(self, book: Book) -> tuple[float, float]:
+        """The first and the last step shown.
+
+        The right end moves in jumps: a picture that shifts with every step would be sent whole.
+        """
+        first, full = 1.0, round_end(book.head.step, book.head.total_steps)
+        for curves in self.others.values():
+            full = max([full, *(s.steps[-1] for s in curves.values() if s)])
+        if self.width is None:
+            return first, full
+        if self.end is not None:
+            return self.end - self.width, self.end
+        jump = max(1, round(self.width / 8))
+        end = math.ceil(max(book.head.step, 1) / jump) * jump
+        return max(first, end - self.width), max(end, first + self.width)
+
+    def zoom(self, book: Book, factor: float) -> None:
+        """Shows fewer (factor below 1) or more steps, around the crosshair or the newest step."""
+        first, last = self.window(book)
+        newest = max(book.head.step, 1)
+        width = max((last - first) * factor, NARROWEST)
+        full = round_end(book.head.step, book.head.total_steps) - 1
+        if width >= full:
+            self.width = self.end = None
+            return
+        self.width = width
+        if self.cursor is None and (self.end is None or self.end >= newest):
+            self.end = None
+            return
+        centre = self.cursor if self.cursor is not None else (first + last) / 2
+        share = (centre - first) / max(last - first, 1)
+        self._end_at(book, centre + width * (1 - min(max(share, 0), 1)))
+
+    def pan(self, book: Book, share: float) -> None:
+        """Moves the window by a share of its width."""
+        first, last = self.window(book)
+        if self.width is None:
+            return
+        self._end_at(book, last + share * (last - first))
+
+    def _end_at(self, book: Book, end: float) -> None:
+        width = self.width or 0
+        newest = max(book.head.step, 1)
+        self.end = max(end, 1 + width)
+        if self.end >= newest + width / 8:
+            self.end = None
+
+    def all(self) -> None:
+        """Shows the whole run."""
+        self.width = self.end = None
+
+    def move(self, book: Book, steps: float) -> None:
+        """Moves the crosshair; it appears at the newest step."""
+        newest = max(book.head.step, 1)
+        if self.cursor is None:
+            self.cursor = newest
+            return
+        self.put(book, self.cursor + round(steps))
+
+    def put(self, book: Book, step: int) -> None:
+        """Sets the crosshair on a step, and brings the step into the window."""
+        newest = max(book.head.step, 1)
+        self.cursor = min(max(step, 1), newest)
+        first, last = self.window(book)
+        if self.width is not None and not first <= self.cursor <= last:
+            self._end_at(book, self.cursor + self.width / 2)
+
+    def stride(self, book: Book, cells: int) -> float:
+        """Steps to a cell of a chart, at least one."""
+        first, last = self.window(book)
+        return max(1.0, (last - first) / max(cells, 1))
+
+
+def round_end(step: int, total: int) -> float:
+    """A round step somewhat beyond the newest one, and not beyond the run's end."""
+    want = max(step, NARROWEST)
+    power = 10.0 ** math.floor(math.log10(want))
+    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
+    end = next(m * power for m in steps if m * power >= want)
+    return max(min(end, float(total)) if total else end, step, NARROWEST)
