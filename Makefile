@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types check starter bench clean
+.PHONY: help setup demo test test-all lint types docs starter clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +31,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## write docs/configuration.md again
+	$(BIN)/python -m scripts.configuration_page
 
 starter: $(STAMP)  ## build the starter models again (an hour or two)
 	$(BIN)/pip install -q -c constraints.txt -e '.[starter]'

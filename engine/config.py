@@ -260,6 +260,7 @@ class GuardrailConfig(Section, frozen=True):
     defaults: bool = True
     """The rules that come with the software; one of the same name replaces its default."""
     rules: list[Rule] = []
+    """The user's own."""
     silent_rank: Positive = 300.0
     """Seconds without a sign of life from a rank that are worth a notice."""
     disk_free_gb: NonNegative = 2.0

@@ -1,0 +1,27 @@
+"""The pages a user reads say what the code does."""
+
+from pathlib import Path
+
+from engine import configfile, starter
+from engine.configfile import known_keys
+from scripts.configuration_page import page
+
+DOCS = Path(__file__).parents[2] / "docs"
+EXAMPLES = DOCS.parent / "examples"
+
+
+def test_the_configuration_page_is_what_the_code_would_write():
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert text == page(), "run: python -m scripts.configuration_page"
+
+
+def test_every_key_stands_on_the_page_and_is_explained():
+    rows = [line for line in page().splitlines() if line.startswith("| `")]
+    for key in known_keys():
+        row = next(r for r in rows if r.startswith((f"| `{key}` ", f"| `{key}` ⇄")))
+        assert len(row.rstrip(" |").rsplit("|", 1)[1].strip()) > 3, row
+
+
+def test_every_example_is_a_configuration():
+    for path in [*EXAMPLES.glob("*.yaml"), starter.FOLDER / "demo.yaml"]:
+        configfile.load(path)
