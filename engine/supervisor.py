@@ -74,6 +74,7 @@ class Supervisor:
         self._observer = observer
         self._state, self._why = "", ""
         self._orders: dict[str, Order] = {}  # accepted, not yet carried out; in order
+        self._askers: dict[str, str] = {}  # who gave them
         self._paused = False
         self._stopping = False
         self._stop_now = False
@@ -111,7 +112,10 @@ class Supervisor:
             finally:
                 self._journal.close()
         except (OSError, sqlite3.Error) as error:
-            raise SessionError(f"cannot write in {self._session.folder}: {error}") from error
+            raise SessionError(
+                f"cannot write in {self._session.folder}: {error}; "
+                f"mend this, then: rlhf-tui resume {self._session.name}"
+            ) from error
         finally:
             self._session.engine_file.unlink(missing_ok=True)
             lock.release()
@@ -135,6 +139,7 @@ class Supervisor:
             for text in busy_gpus(config.launch.gpus):
                 self._alert(Alert("busy_gpu", "notify", f"look here: {text}", self._journal.step))
         watching = asyncio.create_task(self._watchman.run(self._on_silence, self._on_alert))
+        watching.add_done_callback(self._on_watch_end)
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
@@ -182,7 +187,7 @@ class Supervisor:
 
     def _conclude(self, status: int) -> int:
         if self._stop_now and self._ended is None and self._failure is None:
-            self._set_state("stopped", "stopped at once, without saving")
+            self._set_state("stopped", "stopped at once, nothing was saved")
             return 0
         if self._ended is not None:
             reason = self._ended.reason
@@ -237,8 +242,8 @@ class Supervisor:
 
     def _act(self, request: Request, who: str) -> None:
         match request.command:
-            case Stop(now=True):
-                self._end_now(request.id)
+            case Stop(now=now) if now or self._state == "starting":
+                self._end_now(request.id)  # while loading there is nothing to save
             case Rollback(step=step, reseed=reseed):
                 self._next = Start(from_step=step, fresh=True, reseed=reseed, who=who)
                 self._journal.apply_command(request.id, step + 1, [])
@@ -253,6 +258,7 @@ class Supervisor:
                     self._set_state("pausing")
                 order = Order(id=request.id, command=command)
                 self._orders[request.id] = order
+                self._askers[request.id] = who
                 self._send(order)
 
     def _end_now(self, command_id: str) -> None:
@@ -297,7 +303,7 @@ class Supervisor:
             step_seconds=self._step_seconds,
             boundary_in=left,
             pending=[
-                Pending(id=i, command=name_of(o.command), who="", status="accepted")
+                Pending(id=i, command=name_of(o.command), who=self._askers[i], status="accepted")
                 for i, o in self._orders.items()
             ],
             telemetry=self._watchman.latest,
@@ -339,11 +345,7 @@ class Supervisor:
             self._failure = Failed(rank=0, text=text, final=True)
             self._ranks.kill()
         except Exception as error:
-            # The journal cannot be written, or a rank speaks nonsense: training on unrecorded
-            # would be worse than ending.
-            log.exception("cannot go on")
-            self._failure = Failed(rank=0, text=f"{type(error).__name__}: {error}", final=True)
-            self._ranks.kill()
+            self._give_up(error)
         finally:
             self._link_done.set()
 
@@ -426,6 +428,18 @@ class Supervisor:
         self._server.tell(self._journal.answer(message.id))
 
     # -- what deserves attention -------------------------------------------------------------------
+
+    def _on_watch_end(self, task: asyncio.Task[None]) -> None:
+        """Training on unwatched would be worse than ending."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """The journal cannot be written, a rank speaks nonsense: something that must not go on."""
+        log.error("cannot go on", exc_info=error)
+        text = f"{type(error).__name__}: {error}"
+        self._failure = Failed(rank=0, text=text, final=True)
+        self._ranks.kill()
 
     def _on_silence(self, seconds: float) -> None:
         """A rank that has not said a word for too long is taken for hung."""

@@ -47,7 +47,7 @@ from engine.train.step import Run
 
 HOLD_INTERVAL = 0.5
 """Seconds between looks at the orders while paused: well within any collective's time-out."""
-HOLD_REPORT = 10.0
+HOLD_REPORT = 2.0
 """Seconds between signs of life while paused."""
 
 

@@ -79,9 +79,9 @@ class Link:
             found.append(self._next())
         return found
 
-    def phase(self, step: int, name: str) -> Report:
+    def phase(self, step: int, name: str, done: int = 0, total: int = 0) -> Report:
         """Announces a phase; the result reports its progress."""
-        self.send(Phase(rank=self._rank, step=step, name=name))
+        self.send(Phase(rank=self._rank, step=step, name=name, done=done, total=total))
         sent = time.monotonic()
 
         def report(done: int, total: int) -> None:

@@ -1,5 +1,6 @@
 """Loads everything a run works with, from the configuration or from a checkpoint."""
 
+import itertools
 from pathlib import Path
 
 from torch import Tensor
@@ -21,6 +22,9 @@ from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate
 from engine.train.step import Announce, Run
 
+STAGES = ("prompts", "reward", "policy", "reference")
+"""What is loaded, in this order."""
+
 
 def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announce) -> Run:
     """Inputs first and weights after, so that a mistake shows before minutes of loading.
@@ -39,17 +43,23 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
         state = checkpoint.read_state(saved)
         source = str(saved / "policy")
 
-    announce(begin.from_step, "load prompts")
+    stages = itertools.count()
+
+    def loading(what: str) -> None:
+        """Loading takes minutes for large models: say what, and how much is done."""
+        announce(begin.from_step, f"load {what}", next(stages), len(STAGES))
+
+    loading("prompts")
     tokenizer = load_tokenizer(source, "model.policy")
     prompts = load_prompts(
         config.data, tokenizer, per_step=config.prompts_per_step, seed=config.seed
     )
-    announce(begin.from_step, "load reward")
+    loading("reward")
     rewards = load_rewards(config.reward, tokenizer.get_vocab(), device)
-    announce(begin.from_step, "load policy")
+    loading("policy")
     policy = load_policy(config, source, device)
     optimiser = make_optimiser(policy, config)
-    announce(begin.from_step, "load reference")
+    loading("reference")
     reference = load_reference(config, device)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:

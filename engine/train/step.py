@@ -45,8 +45,8 @@ class Clock:
         self.seconds[name] = time.perf_counter() - began
 
 
-Announce = Callable[[int, str], Report]
-"""Takes a step and a phase's name."""
+Announce = Callable[..., Report]
+"""Takes a step, a phase's name and, where known, what is done of how much."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ SMALL = (
 )
 
 
-def silent(_step, _name):
+def silent(_step, _name, *_progress):
     return lambda _done, _total: None
 
 

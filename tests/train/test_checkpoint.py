@@ -37,7 +37,7 @@ def trained(make_run):
     return run, session
 
 
-def silent(_step, _name):
+def silent(_step, _name, *_progress):
     return lambda _done, _total: None
 
 
