@@ -86,6 +86,8 @@ class RewardConfig(Section, frozen=True):
     """Subtracted from the score of an answer that was cut off."""
     batch_size: Count = 32
     """Answers that a reward model reads at once."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What reward models are held and computed in."""
     max_tokens: Count = 1024
     """What a reward model reads of prompt and answer, counted from the end."""
 

@@ -31,11 +31,12 @@ class RewardModel:
         policy_vocabulary: dict[str, int],
         device: torch.device,
     ) -> None:
-        """Loads it, frozen, in float32. Raises UserInputError."""
+        """Loads it, frozen. Raises UserInputError."""
         path = starter.resolve(source)
         self._tokenizer = load_tokenizer(path, "reward.model")
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+            dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+            model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserInputError(f"reward.model: cannot load '{source}': {first}") from error
