@@ -1,0 +1,1 @@
+"""Builds the starter models shipped in ``engine/starter``; see ``__main__``."""
