@@ -20,7 +20,7 @@ from engine.commands import (
 from engine.errors import CommandRejectedError
 from engine.session import Session
 from engine.settings import Settings
-from engine.start import checkpoint_steps
+from engine.start import timeline_checkpoints
 
 MAX_TEXT = 10_000
 """Characters in a note or a probe."""
@@ -69,7 +69,7 @@ def _check_horizon(settings: dict[str, Any], session: Session) -> None:
 
 
 def _check_rollback(step: int, session: Session) -> None:
-    steps = checkpoint_steps(session)
+    steps = timeline_checkpoints(session)
     if step not in steps:
         have = ", ".join(map(str, steps)) if steps else "none yet"
         raise CommandRejectedError(f"there is no checkpoint of step {step} (there is: {have})")

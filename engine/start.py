@@ -40,13 +40,20 @@ def checkpoint_steps(session: Session) -> list[int]:
     return sorted(int(n.removeprefix("step-")) for n in folders if n[5:].isdigit())
 
 
-def last_checkpoint(session: Session) -> int:
-    """The newest whole checkpoint of the current timeline; 0 where there is none."""
-    on_disk = set(checkpoint_steps(session))
+def timeline_checkpoints(session: Session) -> list[int]:
+    """Steps of the whole checkpoints that a run can go on from: those of the current timeline.
+
+    From one of a timeline that was left, the steps up to it would be missing or another's.
+    """
     with Record(session) as record:
         # `written` is enough: COMPLETE on disk says that the journal was confirmed before it.
-        steps = [c["step"] for c in record.checkpoints(("complete", "written"))]
-    return max((s for s in steps if s in on_disk), default=0)
+        known = {c["step"] for c in record.checkpoints(("complete", "written"))}
+    return [step for step in checkpoint_steps(session) if step in known]
+
+
+def last_checkpoint(session: Session) -> int:
+    """The newest whole checkpoint of the current timeline; 0 where there is none."""
+    return max(timeline_checkpoints(session), default=0)
 
 
 def resume(
@@ -87,6 +94,7 @@ def fork(
     old = session.config()
     new = configfile.override(old, overrides)
     check_name(name)
+    check_inputs(new)
     _check_step(session, from_step)
     child = create(session.folder.parent, name, new)
     try:
@@ -125,7 +133,7 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _check_step(session: Session, step: int) -> None:
-    steps = checkpoint_steps(session)
+    steps = timeline_checkpoints(session)
     if step not in steps:
         have = ", ".join(map(str, steps)) if steps else "none yet"
         raise NoSuchSessionError(

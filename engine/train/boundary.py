@@ -4,6 +4,7 @@ Settings change here and nowhere else, so that a step is homogeneous and every r
 same place.
 """
 
+import logging
 import math
 import time
 from typing import Any
@@ -44,6 +45,8 @@ from engine.train.link import Link
 from engine.train.models import fingerprint
 from engine.train.probe import answer_probe
 from engine.train.step import Run
+
+log = logging.getLogger("engine")
 
 HOLD_INTERVAL = 0.5
 """Seconds between looks at the orders while paused: well within any collective's time-out."""
@@ -204,6 +207,7 @@ class Boundary:
         self._link.send(CheckpointComplete(step=state.step))
         for step in removable:
             checkpoint.remove(checkpoint.folder_of(self._checkpoints, step))
+        log.info("checkpoint of step %d: %.1f MB", state.step, size / 1e6)
         self._saved = state.step
         self._saving += time.monotonic() - began
         self._obey(others)

@@ -1,5 +1,6 @@
 """The prompts, in an order that a step's number determines."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from engine.config import DataConfig
 from engine.configfile import DATA_FILES
 from engine.errors import UserInputError
 from engine.train.randomness import permutation
+
+log = logging.getLogger("engine")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ def load_prompts(
             f"longer than data.max_prompt_tokens ({config.max_prompt_tokens})"
         )
     if len(short) < len(prompts):
-        print(f"{len(prompts) - len(short)} of {len(prompts)} prompts left out: too long or empty")  # noqa: T201 - into engine.log
+        log.warning(
+            "%d of %d prompts left out: too long or empty", len(prompts) - len(short), len(prompts)
+        )
     return Prompts(short, per_step=per_step, shuffle=config.shuffle, seed=seed)
 
 

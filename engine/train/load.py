@@ -1,6 +1,7 @@
 """Loads everything a run works with, from the configuration or from a checkpoint."""
 
 import itertools
+import logging
 from pathlib import Path
 
 from torch import Tensor
@@ -21,6 +22,8 @@ from engine.train.randomness import derived_seed, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate
 from engine.train.step import Announce, Run
+
+log = logging.getLogger("engine")
 
 STAGES = ("prompts", "reward", "policy", "reference")
 """What is loaded, in this order."""
@@ -47,6 +50,7 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
 
     def loading(what: str) -> None:
         """Loading takes minutes for large models: say what, and how much is done."""
+        log.info("load %s", what)
         announce(begin.from_step, f"load {what}", next(stages), len(STAGES))
 
     loading("prompts")
@@ -72,7 +76,9 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
             f"{config.model.reference or config.model.policy} was changed; put it back to resume"
         )
     if state.threads not in (0, threads):
-        print(f"{threads} threads now, {state.threads} before: results agree to rounding only")  # noqa: T201 - into engine.log
+        log.warning(
+            "%d threads now, %d before: results agree to rounding only", threads, state.threads
+        )
     state.reference, state.threads = weights, threads
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.attempt)

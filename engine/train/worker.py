@@ -4,6 +4,7 @@ Started by a supervisor, which it obeys and reports to over the link; it never o
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.protocol import Failed, Ready, StepReport
@@ -30,6 +32,11 @@ def main() -> None:
     """Runs until the run is over; every way out is told to the supervisor."""
     parent = os.getppid()
     tie_to_parent(parent)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    for chatty in ("httpx", "httpx2", "datasets", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Bars belong on a terminal; here they would fill engine.log with carriage returns.
+    disable_progress_bar()
     session = Session(Path(sys.argv[1]))
     rank = int(os.environ.get("RANK", "0"))
     link = Link(rank)
