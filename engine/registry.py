@@ -44,7 +44,13 @@ def live_sessions() -> list[Session]:
     """Those of this user that live now, by name; entries that went stale are cleared away."""
     found = []
     for entry in _folder().glob("*") if _folder().is_dir() else ():
-        session = Session(Path(entry.read_text(encoding="utf-8").rstrip("\n")))
+        try:
+            folder = entry.read_text(encoding="utf-8").rstrip("\n")
+        except (OSError, UnicodeDecodeError):  # withdrawn this moment, or none of ours
+            continue
+        if not folder:  # written this moment
+            continue
+        session = Session(Path(folder))
         if session.is_live():
             found.append(session)
         else:

@@ -18,7 +18,7 @@ from engine.client import new_id
 from engine.commands import Checkpoint, Pause, Rollback, Stop, Undo, Unpause, name_of
 from engine.control import Answer, Pending, Request, Status, Wake
 from engine.dispatch import check_now
-from engine.errors import CommandRejectedError, LinkError, SessionError
+from engine.errors import CommandRejectedError, LinkError, SessionError, UserInputError
 from engine.guardrails import Alert, Guardrails
 from engine.journal import Journal
 from engine.launcher import Ranks, describe_exit
@@ -122,7 +122,8 @@ class Supervisor:
 
     async def _serve(self) -> int:
         start = self._next or Start()
-        config = configfile.override(self._session.config(), start.overrides)
+        before = self._session.config()
+        config = configfile.override(before, start.overrides)
         self._session.write_config(config)
         self._config, self._settings = config, configfile.as_mapping(first_settings(config))
         self._guardrails = Guardrails(config.guardrails)
@@ -149,6 +150,8 @@ class Supervisor:
                 start, self._next = self._next, None
                 code = await self._attempt(start)
             self._reject_rest()
+            if code == UserInputError.exit_code:  # the next resume must not meet it again
+                self._session.write_config(before)
             return code
         finally:
             watching.cancel()

@@ -4,6 +4,9 @@ It may end, or lose its terminal, at any moment: the engine lives elsewhere and 
 everything.
 """
 
+import functools
+import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -22,25 +25,17 @@ from engine.errors import RlhfError
 from engine.record import Record
 from engine.session import Session, find, find_all
 from rlhf_tui import preferences as prefs
-from rlhf_tui.commands.options import who
 from rlhf_tui.feed import Feed
 from rlhf_tui.messages import Heard, Started
 from rlhf_tui.screens.base import Place
-from rlhf_tui.screens.checkpoints import CheckpointsScreen, check_new_name, fork_name
-from rlhf_tui.screens.dashboard import DashboardScreen
 from rlhf_tui.screens.dialogs import Ask, Choice, Type
-from rlhf_tui.screens.digest import digest
-from rlhf_tui.screens.help import Help
-from rlhf_tui.screens.logs import LogScreen
 from rlhf_tui.screens.picker import Option, Pick
 from rlhf_tui.screens.plain import Plain
-from rlhf_tui.screens.samples import SamplesScreen
-from rlhf_tui.screens.sessions import SessionsScreen
 from rlhf_tui.screens.steer import ACTIONS, Steer
 from rlhf_tui.screens.themes import THEMES
 from rlhf_tui.text import one_line, sanitise
 from rlhf_tui.widgets.book import ALWAYS, Book
-from rlhf_tui.widgets.keys import Keys
+from rlhf_tui.widgets.keys import Keys, key_name
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.series import Series
 from rlhf_tui.widgets.view import View
@@ -49,7 +44,22 @@ DRAW_AFTER = 0.04
 """Seconds in which news that comes together is drawn together."""
 TICK = 1.0
 NOTICE = 5.0
-MODES = ("sessions", "dashboard", "samples", "checkpoints", "log")
+NOTED_EVERY = 30.0
+SCREENS = {
+    "sessions": "SessionsScreen",
+    "dashboard": "DashboardScreen",
+    "samples": "SamplesScreen",
+    "checkpoints": "CheckpointsScreen",
+    "log": "LogScreen",
+}
+"""Mode (and module) → the screen's class, in the order of the keys 1 to 5."""
+
+
+def _screen(mode: str) -> Screen[Any]:
+    """A screen, imported when it is first seen: the first picture does not wait for the others."""
+    module = importlib.import_module(f"rlhf_tui.screens.{mode}")
+    screen: Screen[Any] = getattr(module, SCREENS[mode])()
+    return screen
 
 
 class Desk(Steer, App[None], inherit_bindings=False):
@@ -57,13 +67,7 @@ class Desk(Steer, App[None], inherit_bindings=False):
 
     TITLE = "rlhf-tui"
     CSS_PATH = "app.tcss"
-    MODES = {
-        "sessions": SessionsScreen,
-        "dashboard": DashboardScreen,
-        "samples": SamplesScreen,
-        "checkpoints": CheckpointsScreen,
-        "log": LogScreen,
-    }
+    MODES = {mode: functools.partial(_screen, mode) for mode in SCREENS}
     HORIZONTAL_BREAKPOINTS = [
         (0, "-narrow"), (110, "-normal"), (170, "-wide"),
     ]  # fmt: skip
@@ -75,7 +79,7 @@ class Desk(Steer, App[None], inherit_bindings=False):
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
             Binding(str(i), f"go('{mode}')", mode, show=False)
-            for i, mode in enumerate(MODES, start=1)
+            for i, mode in enumerate(SCREENS, start=1)
         ),
         *Steer.STEERING,
         Binding("t", "theme", "theme", show=False),
@@ -108,7 +112,7 @@ class Desk(Steer, App[None], inherit_bindings=False):
         self.read_only = read_only
         self.now = now
         self.follow = follow
-        self.who = who()
+        self.who = _who()
         self.preferences, self._complaint = prefs.load_preferences()
         self.session: Session | None = None
         self.book = Book(now=now)
@@ -116,7 +120,10 @@ class Desk(Steer, App[None], inherit_bindings=False):
         self._feed: Feed | None = None
         self._first = name
         self._draw_due = False
+        self._only_now = True
+        """Since the last drawing nothing has changed but what the ranks do now."""
         self._digested = True
+        self._noted = now()
         self.farewell = ""
         """The last line, printed after the screen is given back."""
         for theme in THEMES:
@@ -129,9 +136,7 @@ class Desk(Steer, App[None], inherit_bindings=False):
 
     async def on_mount(self) -> None:
         """The first screen."""
-        if self._first is not None:
-            self.open_session(self._first)
-        else:
+        if self._first is None or not self.open_session(self._first):
             await self.switch_mode("sessions")
         self.set_interval(TICK, self._tick)
         if self._complaint:
@@ -139,15 +144,15 @@ class Desk(Steer, App[None], inherit_bindings=False):
 
     # -- the open session ----------------------------------------------------------------------
 
-    def open_session(self, name: str) -> None:
-        """Follows another session and shows its dashboard."""
+    def open_session(self, name: str) -> bool:
+        """Follows another session and shows its dashboard; False where it cannot be opened."""
         if self.session is None or self.session.name != name or self._feed is None:
             try:
                 session = find(self.root, name)
                 batch = session.config().rollout.batch_size
             except (RlhfError, OSError) as error:
                 self.say(str(error), "error")
-                return
+                return False
             self._leave()
             self.session = session
             self.book = Book(name, batch, self.now)
@@ -166,6 +171,7 @@ class Desk(Steer, App[None], inherit_bindings=False):
             else:
                 self._feed.read_all()
         self.switch_mode("dashboard")
+        return True
 
     def _new_view(self) -> View:
         return View(weight=self.preferences.weight, past=self.preferences.past)
@@ -183,6 +189,12 @@ class Desk(Steer, App[None], inherit_bindings=False):
         if self._feed is not None:
             self._feed.stop()
             self._feed = None
+        self._note_seen()
+
+    def _note_seen(self) -> None:
+        self._noted = self.now()
+        if not self._digested:
+            return
         if self.session is not None and self.book.known and self.follow:
             newest = self.book.events[-1]["event"] if self.book.events else 0
             seen = prefs.Seen(time=self.now(), step=self.book.head.step, event=newest)
@@ -204,16 +216,18 @@ class Desk(Steer, App[None], inherit_bindings=False):
         if self.session is None or message.folder != str(self.session.folder):
             return
         self.book.take(message.news)
+        self._only_now = self._only_now and message.news.only_now
         if not self._draw_due:
             self._draw_due = True
             self.set_timer(DRAW_AFTER, self._draw)
 
     def _draw(self) -> None:
         self._draw_due = False
+        only_now, self._only_now = self._only_now, True
         stack = self._screen_stacks.get(self.current_mode, [])
         for screen in stack:
             if isinstance(screen, Place) and screen.is_mounted:
-                screen.draw()
+                screen.draw(only_now=only_now)
         if not self._digested and self.book.known and self.book.series(ALWAYS[0]):
             self._digested = True
             self._show_digest()
@@ -222,10 +236,15 @@ class Desk(Steer, App[None], inherit_bindings=False):
         """Clocks go on between two steps."""
         if self.book.live and not self._draw_due:
             self._draw()
+        if self.now() - self._noted > NOTED_EVERY:
+            # The terminal may go without a word: what was seen until then was seen.
+            threading.Thread(target=self._note_seen, daemon=True).start()
 
     def _show_digest(self) -> None:
         if self.session is None or not self.follow:
             return
+        from rlhf_tui.screens.digest import digest  # noqa: PLC0415 - keeps the start quick
+
         seen = prefs.load_seen().get(str(self.session.folder))
         rows = digest(self.book, seen) if seen is not None else []
         if rows:
@@ -250,6 +269,7 @@ class Desk(Steer, App[None], inherit_bindings=False):
                         }
                 except RlhfError as error:
                     self.say(str(error), "error")
+            self._only_now = False
             self._draw()
 
         self.push_screen(Pick("Beside these curves", options), take)
@@ -266,6 +286,8 @@ class Desk(Steer, App[None], inherit_bindings=False):
         """The name of a branch off a checkpoint."""
         if self.refuse_read_only():
             return
+        from rlhf_tui.screens.checkpoints import check_new_name, fork_name  # noqa: PLC0415 - so, too
+
         rows: list[Row] = [[(f"A new session that shares {name} up to step {step}.", "dim")]]
 
         def take(new: str | None) -> None:
@@ -383,6 +405,8 @@ class Desk(Steer, App[None], inherit_bindings=False):
 
     def action_help(self) -> None:
         """Every key that works here."""
+        from rlhf_tui.screens.help import Help  # noqa: PLC0415 - keeps the start quick
+
         self.push_screen(Help(self.screen))
 
     def action_detach(self) -> None:
@@ -407,11 +431,17 @@ class Desk(Steer, App[None], inherit_bindings=False):
                 seen.add(binding.action)
                 yield SystemCommand(
                     words[0].upper() + words[1:],
-                    f"key {binding.key_display or binding.key}",
+                    f"key {binding.key_display or key_name(binding.key)}",
                     _action(self, binding.action, active.node),
                 )
         for theme in THEMES:
             yield SystemCommand(f"Theme: {theme.name}", "colours", _setter(self, theme.name))
+
+
+def _who() -> str:
+    from rlhf_tui.commands.options import who  # noqa: PLC0415 - click need not be there for it
+
+    return who()
 
 
 def _action(desk: Desk, action: str, node: Any) -> Callable[[], Any]:
@@ -435,6 +465,9 @@ def open_app(root: Path, name: str | None, read_only: bool) -> int:
     Returns:
         The exit code.
     """
+    # A long session is millions of small objects, none of them garbage: looking for some among
+    # them took a third of the time to the first curve.
+    gc.set_threshold(200_000, 20, 20)
     desk = Desk(root, name, read_only=read_only)
     desk.run()
     if desk.farewell:

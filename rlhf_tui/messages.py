@@ -52,6 +52,11 @@ class News:
     def __bool__(self) -> bool:
         return self != News()
 
+    @property
+    def only_now(self) -> bool:
+        """Whether it speaks only of what goes on this moment: no curve and no list has changed."""
+        return self == News(phases=self.phases, telemetry=self.telemetry, connected=self.connected)
+
 
 class Heard(Message):
     """The feed has read something."""

@@ -66,7 +66,8 @@ def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json
     with Record(session) as record:
         alerts = list(_replay(record, config, session.config()))
     if as_json:
-        print_json(alerts)
+        # Null for what is not finite, as in the journal.
+        print_json(msgspec.json.decode(msgspec.json.encode(alerts)))
         return
     for alert in alerts:
         say(f"step {alert['step']}  {alert['rule']} ({alert['action']}): {one_line(alert['text'])}")

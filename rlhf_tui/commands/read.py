@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from engine.errors import RlhfError
 from engine.record import Record
 from engine.registry import live_sessions
 from engine.session import ENDED_STATES, Session, find_all
@@ -36,7 +37,7 @@ def ls(root: Path, as_json: bool) -> None:
     """List the sessions."""
     here = find_all(root.resolve())
     elsewhere = [s for s in live_sessions() if s not in here]
-    rows = [summary(s) for s in [*here, *elsewhere]]
+    rows = [_summary_or_why_not(s) for s in [*here, *elsewhere]]
     if as_json:
         print_json(rows)
     elif not rows:
@@ -45,6 +46,18 @@ def ls(root: Path, as_json: bool) -> None:
         header = ["name", "state", "step", "beta", "score", "last active"]
         inside = {str(s.folder) for s in here}
         say(fmt.table([_ls_row(r | {"here": r["folder"] in inside}) for r in rows], header))
+
+
+def _summary_or_why_not(session: Session) -> dict[str, Any]:
+    """A session that was damaged, or is of a newer version, must not hide the others."""
+    try:
+        return summary(session)
+    except RlhfError as error:
+        unknown = dict.fromkeys(("pid", "host", "beta", "score", "kl", "total_steps", "updated"))
+        return unknown | {
+            "name": session.name, "state": "unreadable", "step": 0, "attempt": 0, "settings": {},
+            "checkpoints": [], "message": str(error), "folder": str(session.folder),
+        }  # fmt: skip
 
 
 def _ls_row(row: dict[str, Any]) -> list[str]:

@@ -98,7 +98,9 @@ def resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )
     total = configfile.override(session.config(), overrides).train.steps
-    if start.from_step >= total:
+    with Record(session) as record:
+        crashed = record.state() == "crashed"
+    if start.from_step >= total and not crashed:  # a crash after the last save is still to be ended
         say(
             f"session '{name}' has finished its {total} steps; to extend it: "
             f"rlhf-tui resume {name} -o train.steps={2 * total}"
@@ -137,7 +139,7 @@ def _start_new(
     root: Path, name: str | None, stem: str, config: RunConfig, mode: str | None
 ) -> None:
     check_inputs(config)
-    session = create(root, name or free_name(root, stem), config)
+    session = create(root, free_name(root, stem) if name is None else name, config)
     _begin(session, Start(who=who()), mode)
 
 
@@ -153,14 +155,19 @@ def _begin(session: Session, start: Start, mode: str | None) -> None:
         _watch(session, start)
 
 
+def _is_new(session: Session, start: Start) -> bool:
+    """Whether it was made for this start; a fork has a journal already."""
+    return bool(start.origin) or not session.journal_file.exists()
+
+
 def _watch(session: Session, start: Start) -> None:
     """Starts the engine in the background and opens the dashboard on it, loading and all."""
-    new = not session.journal_file.exists()
+    new = _is_new(session, start)
     start_engine(session, start, timeout=0.0)
     code = view.open_screen(session.folder.parent, session.name)
     with Record(session) as record:
         errors = [e for e in record.events() if e["kind"] == "error"]
-        trained = record.last_step()
+        trained = record.last_step() > start.from_step
     if new and errors and errors[-1].get("user_input") and not trained and not session.is_live():
         shutil.rmtree(session.folder, ignore_errors=True)
         raise UserInputError(errors[-1]["text"])
@@ -168,7 +175,7 @@ def _watch(session: Session, start: Start) -> None:
 
 
 def _detach(session: Session, start: Start) -> None:
-    new = not session.journal_file.exists()
+    new = _is_new(session, start)
     try:
         pid = start_engine(session, start, timeout=LOADING_TIMEOUT)
     except UserInputError:

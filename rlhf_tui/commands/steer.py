@@ -1,6 +1,7 @@
 """Commands that steer a running engine: ctl, note."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from rlhf_tui.commands.options import (
 from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
+END_TIMEOUT = 30.0
+"""Seconds for an engine that has stopped to be gone."""
 
 
 class Steering:
@@ -69,9 +72,17 @@ class Steering:
                         err=True,
                     )
                     sys.exit(TIMED_OUT)
+        if self._wait and isinstance(command, Stop) and answer.status == "applied":
+            self._await_end()
         self._print(answer)
         if answer.status == "rejected":
             raise RlhfError(f"rejected: {answer.reason}")
+
+    def _await_end(self) -> None:
+        """Whoever waited for a stop means to go on: to resume, to fork, to delete."""
+        deadline = time.monotonic() + END_TIMEOUT
+        while self._session.is_live() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _print(self, answer: Answer) -> None:
         if self._as_json:

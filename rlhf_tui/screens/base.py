@@ -40,11 +40,12 @@ class Place(Screen[None]):
         """What came while another screen was seen."""
         self.draw()
 
-    def draw(self) -> None:
-        """Shows what the book says now."""
+    def draw(self, *, only_now: bool = False) -> None:
+        """Shows what the book says; `only_now`: only what the ranks do has changed."""
         for panel in self.query(Panel):
             panel.read(self.desk.book)
-        self.drawn()
+        if not only_now:
+            self.drawn()
 
     def drawn(self) -> None:
         """What else is to be shown anew; overridden."""

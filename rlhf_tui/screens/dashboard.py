@@ -77,13 +77,17 @@ class DashboardScreen(Place):
         """The charts."""
         return self.query_one(ChartGrid)
 
-    def drawn(self) -> None:
-        """Charts, and a line for each rank where there are several."""
+    def draw(self, *, only_now: bool = False) -> None:
+        """A line for each rank where there are several, as far as there is room."""
         ranks = len(self.desk.book.phases)
         phases = self.query_one(PhaseStrip)
         wanted = min(max(ranks, 1), max(1, self.size.height // 10))
         if phases.styles.height is None or phases.styles.height.value != wanted:
             phases.styles.height = wanted
+        super().draw(only_now=only_now)
+
+    def drawn(self) -> None:
+        """The charts."""
         self.grid.read(self.desk.book, self.desk.view)
 
     def opened(self) -> None:
@@ -168,9 +172,10 @@ class DashboardScreen(Place):
 
     def action_enlarge(self) -> None:
         """One chart alone, or all again."""
+        chart = self.grid.current
         self.grid.enlarged = not self.grid.enlarged
         self.grid.lay_out()
-        if chart := self.grid.current:
+        if chart is not None:
             chart.focus()
 
     def action_columns(self) -> None:

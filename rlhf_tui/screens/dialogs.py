@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
-from textual import events, on
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import ModalScreen
-from textual.widgets import Button, Input
 
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Lines, Row
+
+if TYPE_CHECKING:
+    from textual.widgets import Button, Input
 
 
 class Said(Lines):
@@ -79,6 +81,8 @@ class Ask(Dialog):
 
     def body(self) -> ComposeResult:
         """The text and the answers."""
+        from textual.widgets import Button  # noqa: PLC0415 - keeps the start quick
+
         yield Said(self.rows)
         with Horizontal(classes="answers"):
             for choice in self.choices:
@@ -88,8 +92,8 @@ class Ask(Dialog):
                     variant="error" if choice.danger else "default",
                 )  # fmt: skip
 
-    @on(Button.Pressed)
-    def _answer(self, event: Button.Pressed) -> None:
+    def on_button_pressed(self, event: "Button.Pressed") -> None:
+        """An answer was chosen."""
         self.dismiss((event.button.id or "").removeprefix("answer-"))
 
     def on_key(self, event: events.Key) -> None:
@@ -117,17 +121,19 @@ class Type(Dialog):
 
     def body(self) -> ComposeResult:
         """The text, the field, the outlook."""
+        from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
+
         yield Said(self.rows)
         yield Input(one_line(self.value), id="field", compact=True, select_on_focus=True)
         yield Said([[]], id="outlook")
 
     def on_mount(self) -> None:
         """The field is ready to be typed in."""
-        self.query_one(Input).focus()
+        self.query_one("#field").focus()
         self._look(self.value)
 
-    @on(Input.Changed)
-    def _changed(self, event: Input.Changed) -> None:
+    def on_input_changed(self, event: "Input.Changed") -> None:
+        """The outlook follows what is typed."""
         self._look(event.value)
 
     def _look(self, text: str) -> bool:
@@ -135,7 +141,7 @@ class Type(Dialog):
         self.query_one("#outlook", Said).say([[(words, "dim" if good else "warn")]])
         return good
 
-    @on(Input.Submitted)
-    def _submitted(self, event: Input.Submitted) -> None:
+    def on_input_submitted(self, event: "Input.Submitted") -> None:
+        """Takes the value, if it will do."""
         if self._look(event.value):
             self.dismiss(event.value.strip())

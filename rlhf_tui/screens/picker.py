@@ -1,17 +1,18 @@
 """A dialog with a list: choose one, or mark several."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.widgets import Input
 
 from rlhf_tui.messages import Chosen
 from rlhf_tui.screens.dialogs import Dialog, Said
 from rlhf_tui.widgets.lines import Piece
 from rlhf_tui.widgets.listing import Column, Table
+
+if TYPE_CHECKING:
+    from textual.widgets import Input
 
 HIGHEST = 16
 
@@ -41,27 +42,31 @@ class Pick(Dialog):
         self.options = options
         self.several = marked is not None
         self.marked = list(marked or [])
+        self._words = ""
 
     def body(self) -> ComposeResult:
         """Search field, list, keys."""
+        from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
+
         yield Input(placeholder="type to search", id="search", compact=True)
         table = Table(
             [Column("", 4), Column("", 22, flexible=True), Column("", 12, right=True),
              Column("", 26, least=62)],
             id="options",
         )  # fmt: skip
-        table.styles.height = min(len(self.options), HIGHEST) + 1
+        table.styles.height = min(len(self.options), HIGHEST)
         yield table
         words = "tab mark · enter take · esc cancel" if self.several else "enter take · esc cancel"
         yield Said([[(words, "dim")]])
 
     def on_mount(self) -> None:
         """The list is there at once."""
-        self.query_one(Input).focus()
+        self.query_one("#search").focus()
         self._fill("")
 
-    @on(Input.Changed)
-    def _search(self, event: Input.Changed) -> None:
+    def on_input_changed(self, event: "Input.Changed") -> None:
+        """The list follows what is typed."""
+        self._words = event.value
         self._fill(event.value)
 
     def _fill(self, words: str) -> None:
@@ -105,14 +110,14 @@ class Pick(Dialog):
             self.marked.remove(key)
         else:
             self.marked.append(key)
-        self._fill(self.query_one(Input).value)
+        self._fill(self._words)
 
-    @on(Input.Submitted)
-    def _submitted(self) -> None:
+    def on_input_submitted(self) -> None:
+        """Enter in the search field."""
         self._take(self.query_one(Table).key)
 
-    @on(Chosen)
-    def _chosen(self, message: Chosen) -> None:
+    def on_chosen(self, message: Chosen) -> None:
+        """Enter or a click in the list."""
         message.stop()
         self._take(message.key)
 

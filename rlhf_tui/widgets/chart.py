@@ -1,7 +1,5 @@
 """The chart of a metric: a Braille picture that is sent to the terminal where it has changed."""
 
-from typing import ClassVar
-
 from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
@@ -17,25 +15,36 @@ from rlhf_tui.widgets import book as facts
 from rlhf_tui.widgets.book import Book
 from rlhf_tui.widgets.plot import BAND, CURSOR, GUTTER, STYLES, Line, Picture, Plot, paint
 from rlhf_tui.widgets.raster import step_of
+from rlhf_tui.widgets.tones import style_of
 from rlhf_tui.widgets.view import View
 
 TITLES = {
     facts.SCORE: "score",
-    facts.KL: "KL  nats/response",
+    facts.KL: "KL",
     facts.CLIP: "clip fraction",
     facts.BETA: "beta",
-    facts.LENGTH: "length  tokens",
+    facts.LENGTH: "length",
     facts.TOKENS: "tokens/s",
-    "objective/kl_per_token": "KL  nats/token",
+    "objective/kl_per_token": "KL per token",
     "objective/scores_std": "score, std",
-    "policy/entropy_avg": "entropy  nats/token",
+    "policy/entropy_avg": "entropy",
     "policy/approxkl_avg": "approximate KL",
     "val/explained_var": "explained variance",
-    "tokens/truncated_frac": "cut off  fraction",
+    "tokens/truncated_frac": "cut off",
     "text/distinct_2": "distinct word pairs",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
 }
+
+UNITS = {
+    facts.KL: "nats/response",
+    facts.LENGTH: "tokens",
+    "objective/kl_per_token": "nats",
+    "policy/entropy_avg": "nats/token",
+    "tokens/truncated_frac": "fraction",
+}
+EXACT = (facts.BETA, "lr")
+"""Set, not measured: a moving average would show values that never were in force."""
 
 
 def title_of(name: str) -> str:
@@ -46,12 +55,6 @@ def title_of(name: str) -> str:
 class Chart(Widget, can_focus=True):
     """One metric, or several on one scale."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {
-        *(f"chart--{name}" for name in STYLES),
-        "chart--band",
-        "chart--cursor",
-    }
-
     def __init__(self, names: list[str], book: Book, view: View, *, log: bool = False) -> None:
         """A chart of the book's metrics; the first one's value stands in the title."""
         super().__init__(markup=False)
@@ -59,6 +62,8 @@ class Chart(Widget, can_focus=True):
         self.book = book
         self.view = view
         self.log_scale = log
+        self.place = ""
+        """`2/6` where not all charts are in sight."""
         self._picture: Picture | None = None
         self._looks: dict[int, Style] = {}
 
@@ -89,6 +94,7 @@ class Chart(Widget, can_focus=True):
             first=first,
             last=last,
             lines=self._lines(name),
+            unit=UNITS.get(name, "") if len(self.names) == 1 else "",
             note=self._note(),
             log=self.log_scale,
             target=self.book.setting("target") if name == facts.KL else None,
@@ -105,8 +111,9 @@ class Chart(Widget, can_focus=True):
         return fmt.number(value, 4 if name == facts.BETA else 3)
 
     def _note(self) -> str:
-        words = ["log"] if self.log_scale else []
-        if self.view.weight:
+        words = [self.place] if self.place and self.has_focus else []
+        words += ["log"] if self.log_scale else []
+        if self.view.weight and self.names[0] not in EXACT:
             words.append(f"ema {self.view.weight:g}")
         return " ".join(words)
 
@@ -125,10 +132,11 @@ class Chart(Widget, can_focus=True):
         for i, curves in enumerate(view.others.values()):
             if name in curves:
                 found.append(Line(curves[name], f"s{min(6, 2 + i)}"))
+        weight = 0.0 if name in EXACT else view.weight
         for i, each in enumerate(self.names):
-            if view.weight and len(self.names) == 1 and len(book.series(each)) > 2:
+            if weight and len(self.names) == 1 and len(book.series(each)) > 2:
                 found.append(Line(book.series(each), "raw"))
-            found.append(Line(book.smoothed(each, view.weight), f"s{min(6, i + 1)}"))
+            found.append(Line(book.smoothed(each, weight), f"s{min(6, i + 1)}"))
         return found
 
     # -- Textual's questions -------------------------------------------------------------------
@@ -149,11 +157,11 @@ class Chart(Widget, can_focus=True):
 
     def _look(self, number: int) -> Style:
         if number not in self._looks:
-            style = self.get_component_rich_style(f"chart--{STYLES[number & 31]}")
-            for flag, name in ((BAND, "band"), (CURSOR, "cursor")):
+            style = style_of(self, STYLES[number & 31])
+            for flag, name in ((BAND, "band"), (CURSOR, "crosshair")):
                 if number & flag:
-                    background = self.get_component_rich_style(f"chart--{name}").bgcolor
-                    style += Style(bgcolor=background, bold=flag == CURSOR or None)
+                    over = style_of(self, name)
+                    style += Style(bgcolor=over.bgcolor, bold=over.bold)
             self._looks[number] = style
         return self._looks[number]
 

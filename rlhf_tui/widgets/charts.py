@@ -90,7 +90,7 @@ class ChartGrid(Container):
         charts, width, height = self.charts, self.size.width, self.size.height
         if not charts or not width or not height:
             return
-        _ = self.current
+        self._at = min(self._at, len(charts) - 1)
         if self.enlarged:
             shown, columns = [charts[self._at]], 1
         else:
@@ -104,8 +104,9 @@ class ChartGrid(Container):
             self._seen = shown
             self.styles.grid_size_columns = columns
             self.styles.grid_size_rows = -(-len(shown) // columns)
-            for chart in charts:
+            for i, chart in enumerate(charts, start=1):
                 chart.display = chart in shown
+                chart.place = f"{i}/{len(charts)}" if len(shown) < len(charts) else ""
 
     @property
     def hidden(self) -> int:

@@ -3,7 +3,8 @@
 from textual.binding import Binding
 from textual.timer import Timer
 
-from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width
+from rlhf_tui.text import one_line
+from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width, shorten
 
 NAMES = {
     "left_square_bracket": "[", "right_square_bracket": "]", "question_mark": "?", "slash": "/",
@@ -37,7 +38,8 @@ class Keys(Lines):
     def rows(self, width: int, height: int) -> list[Row]:
         """One line, `? help` always at its end."""
         if self._notice:
-            return [[(f" {self._notice}", "notice"), (" " * width, "notice")]]
+            text = one_line(f" {self._notice}")
+            return [[(shorten(text, width), "notice")]]
         last: list[Piece] = [("?", "key"), (" help ", "dim")]
         room = width - row_width(last)
         row: list[Piece] = [(" ", "")]

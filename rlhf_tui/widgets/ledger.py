@@ -48,7 +48,7 @@ class Newest(Panel):
                     (f" {score if score is not None else 0:>7.2f}", "strong"),
                     (f" {kl if kl is not None else 0:>6.1f}" if width >= 60 else "", "dim"),
                     (f" {s['length']:>3}" if width >= 60 else "", "dim"),
-                    (" " if s["ended"] else "✂", "warn"),
+                    ("  " if s["ended"] else " ✂", "warn"),
                     (" ", ""),
                     (s["prompt"].strip()[-max(width // 4, 8) :], "dim"),
                     ("│", "dim"),

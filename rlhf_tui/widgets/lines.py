@@ -4,7 +4,6 @@ Everything shown passes :func:`~rlhf_tui.text.one_line` here, whoever wrote it.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from rich.cells import cell_len, set_cell_size
 from rich.segment import Segment
@@ -14,25 +13,18 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from rlhf_tui.text import one_line
+from rlhf_tui.widgets.tones import style_of
 
 Piece = tuple[str, str]
-"""Text and its tone."""
+"""Text and its tone, one of :data:`~rlhf_tui.widgets.tones.TONES`."""
 Row = Sequence[Piece]
 
-TONES = (
-    "dim", "strong", "good", "warn", "bad", "accent", "key", "head", "tab", "here",
-    "s1", "s2", "s3", "s4", "s5", "s6", "heat1", "heat2", "heat3", "cold1", "cold2", "cold3",
-    "match", "cursor", "notice",
-)  # fmt: skip
-"""What a piece may be; the style sheet says how each looks. An empty tone is plain text."""
 CHOSEN = "*"
 """Before a tone: on the background of the chosen line."""
 
 
 class Lines(Widget):
     """Lines of pieces; a line that is too long ends in an ellipsis."""
-
-    COMPONENT_CLASSES: ClassVar[set[str]] = {f"lines--{tone}" for tone in TONES}
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id, classes=classes, markup=False)
@@ -92,11 +84,14 @@ class Lines(Widget):
     def tone(self, name: str) -> Style:
         """The style of a tone in the present theme."""
         if name not in self._tones:
-            plain = name.removeprefix(CHOSEN)
-            style = self.get_component_rich_style(f"lines--{plain}") if plain else self.rich_style
+            style = style_of(self, name.removeprefix(CHOSEN))
             if name.startswith(CHOSEN):
-                cursor = self.get_component_rich_style("lines--cursor")
-                style += Style(bgcolor=cursor.bgcolor, reverse=cursor.reverse, bold=cursor.bold)
+                # Only the ground and the look: the letters keep their own colour.
+                style += (
+                    style_of(self, "cursor").without_color
+                    if self.app.no_color
+                    else Style(bgcolor=style_of(self, "cursor").bgcolor)
+                )
             self._tones[name] = style
         return self._tones[name]
 

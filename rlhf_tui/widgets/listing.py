@@ -211,6 +211,8 @@ class Table(Listing):
 
     def header(self, width: int) -> list[Row]:
         """The columns' titles; the sorted one has an arrow."""
+        if not any(column.title for column in self.columns):
+            return []
         titles: list[Piece] = []
         for column in self.columns:
             arrow = (

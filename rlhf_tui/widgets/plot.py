@@ -8,7 +8,7 @@ from rlhf_tui.widgets.raster import BRAILLE, Column, Raster, Scale, column_of, d
 from rlhf_tui.widgets.series import Series
 
 STYLES = (
-    "text", "dim", "title", "value", "focus", "focus-value", "s1", "s2", "s3", "s4", "s5", "s6",
+    "", "dim", "title", "value", "focus", "s1", "s2", "s3", "s4", "s5", "s6",
     "raw", "past", "target", "rule", "command", "checkpoint", "attempt", "alert", "note",
 )  # fmt: skip
 STYLE = {name: i for i, name in enumerate(STYLES)}
@@ -37,8 +37,9 @@ class Plot:
     last: float
     lines: list[Line] = field(default_factory=list)
     """Drawn in this order, the last on top."""
+    unit: str = ""
     note: str = ""
-    """Between title and value: how it is drawn."""
+    """How it is drawn; before the unit where there is no room for both."""
     log: bool = False
     target: float | None = None
     band: float = 0.2
@@ -89,14 +90,16 @@ def paint(plot: Plot, width: int, height: int) -> Picture:
 
 
 def _title(picture: Picture, plot: Plot) -> None:
-    bar, value = ("focus", "focus-value") if plot.focused else ("title", "value")
+    bar, value = ("focus", "focus") if plot.focused else ("title", "value")
     # The mark says what the colour says, for those who see no colour.
     name = f"{'▸' if plot.focused else ' '}{plot.title}"
     picture.write(0, 0, " " * picture.width, STYLE[bar])
     room = picture.width - len(plot.value) - 2
     picture.write(0, 0, name[:room], STYLE[bar])
-    if len(name) + len(plot.note) + 2 <= room:
-        picture.write(len(name) + 2, 0, plot.note, STYLE[bar])
+    for extra in (f"{plot.unit}  {plot.note}", plot.note, plot.unit):
+        if extra.strip() and len(name) + 2 + len(extra.strip()) < room:
+            picture.write(len(name) + 2, 0, extra.strip(), STYLE[bar])
+            break
     picture.write(picture.width - len(plot.value) - 1, 0, plot.value, STYLE[value])
 
 

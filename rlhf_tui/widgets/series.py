@@ -1,5 +1,6 @@
 """One metric over the steps, ready to be drawn at any width."""
 
+import math
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
@@ -23,11 +24,18 @@ class Series:
 
     def extend(self, points: Iterable[tuple[int, float | None]]) -> None:
         """Appends points that lie after all that are there."""
-        kept = [p for p in points if p[1] is not None and p[1] == p[1]]
-        if not kept:
-            return
-        self.steps.extend(p[0] for p in kept)
-        self.values.extend(p[1] for p in kept)  # type: ignore[misc]
+        points = list(points)
+        values = [value for _, value in points]
+        # What holds for nearly all metrics is quick; a sum tells whether a NaN is among them.
+        if None in values or not math.isfinite(sum(values)):  # type: ignore[arg-type]
+            points = [p for p in points if p[1] is not None and math.isfinite(p[1])]
+            values = [value for _, value in points]
+        if points:
+            self._append(array("q", [step for step, _ in points]), array("d", values))  # type: ignore[arg-type]
+
+    def _append(self, steps: "array[int]", values: "array[float]") -> None:
+        self.steps.extend(steps)
+        self.values.extend(values)
         # The last block may have been open; it and all after it are reckoned again.
         first = max(0, len(self._low) - 1)
         del self._low[first:], self._high[first:]
@@ -87,9 +95,10 @@ class Smoothed(Series):
         if begin == len(self.source):
             return
         mean = self.values[-1] if begin else self.source.values[0]
-        keep, take = self.weight, 1 - self.weight
-        means = []
+        take = 1 - self.weight
+        means = array("d")
+        add = means.append
         for value in self.source.values[begin:]:
-            mean = keep * mean + take * value
-            means.append(mean)
-        self.extend(zip(self.source.steps[begin:], means, strict=True))
+            mean += take * (value - mean)
+            add(mean)
+        self._append(self.source.steps[begin:], means)

@@ -41,7 +41,7 @@ class Steering(Panel):
             words = "no settings known yet" if book.known else "reading …"
             return [top, [(f" {words}", "dim")]]
         commands = [self._command(c, width) for c in self._recent()]
-        body = [self._beta(width), self._kl(), self._next(), *self._others(width)]
+        body = [self._beta(width), self._kl(), self._next(width), *self._others(width)]
         room = max(height - 1 - min(len(commands), 1 if height < 8 else 5), 3)
         body = body[:room]
         return [top, *body, *commands[: max(height - 1 - len(body), 0)]]
@@ -68,7 +68,7 @@ class Steering(Panel):
             row += [(f" {arrow} {ratio:.2f}×", tone)]
         return [*row, (f" target {value_text(target)} nats", "dim")]
 
-    def _next(self) -> Row:
+    def _next(self, width: int) -> Row:
         now = settings_of(self.book)
         kl = self.book.series(facts.KL).last
         row: list[Piece] = [*_label("next")]
@@ -86,7 +86,8 @@ class Steering(Panel):
         if then in (now.beta_min, now.beta_max):
             return [*row, (" at its bound", "warn")]
         if abs(kl / now.target - 1) >= MAX_ERROR:
-            return [*row, (" saturated: it moves no faster", "warn")]
+            words = " saturated: it moves no faster" if width >= 50 else " saturated"
+            return [*row, (words, "warn")]
         return row
 
     def _others(self, width: int) -> list[Row]:

@@ -90,25 +90,23 @@ class Status(Panel):
             left += [*bar(share, 10 if width < 110 else 20), (f" {share:.0%}", "")]
         if note := self._note():
             return [justified(left, [note, (" ", "")], width)]
-        return [justified(left, self._facts(width), width)]
+        return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self) -> Piece | None:
         """What stands in the way of going on, with the command that helps."""
-        name, head = self.book.name, self.book.head
-        match head.state:
-            case "crashed":
-                return f"its engine is gone; go on: rlhf-tui resume {name}", "bad"
-            case "failed":
-                first = head.message.partition("\n")[0]
-                return f"failed: {first or 'see 5 Log'}", "bad"
-            case "finished" | "stopped":
-                words = f"{head.state}: {head.message}" if head.message else head.state
-                return f"{words}; go on: rlhf-tui resume {name}", "dim"
-            case "paused":
-                return f"paused after step {head.step}; p goes on", "warn"
-        if self.book.live and not self.book.connected:
-            return "connecting to the engine …", "dim"
-        return None
+        head, resume = self.book.head, f"rlhf-tui resume {self.book.name}"
+        first = head.message.partition("\n")[0]
+        if head.state == "finished" and head.step >= head.total_steps:
+            return f"extend: {resume} -o train.steps={2 * head.step}", "dim"
+        why = f"{first}; go on" if first else "go on"
+        connecting = self.book.live and not self.book.connected
+        return {
+            "crashed": (f"its engine is gone; go on: {resume}", "bad"),
+            "failed": (f"failed: {first or 'see 5 Log'}", "bad"),
+            "finished": (f"{why}: {resume}", "dim"),
+            "stopped": (f"{why}: {resume}", "dim"),
+            "paused": (f"paused after step {head.step}; p goes on", "warn"),
+        }.get(head.state, ("connecting to the engine …", "dim") if connecting else None)
 
     def _facts(self, width: int) -> list[Piece]:
         book = self.book
@@ -124,9 +122,11 @@ class Status(Panel):
         beta = book.setting("beta")
         if beta is not None:
             found.append((f"{beta:.4g}", "beta"))
-        if len(book.head.attempts) > 1 and width >= 100:
+        if len(book.head.attempts) > 1:
             found.append((str(len(book.head.attempts)), "attempts"))
         pieces: list[Piece] = []
         for value, unit in found:
+            if row_width(pieces) + len(value) + len(unit) + 5 > width:
+                break
             pieces += [(f"   {value}", "strong"), (f" {unit}", "dim")]
         return [*pieces, (" ", "")]

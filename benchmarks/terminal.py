@@ -1,0 +1,263 @@
+"""How quick and how quiet the terminal app is, measured from outside, in a pseudo-terminal.
+
+    python benchmarks/terminal.py [--steps 100000] [--metrics 40] [--seconds 15]
+
+A session of that size is written, then a bare Textual app and ours are started in turn, several
+times each, and timed to their first picture. Then the session goes on living: one step a second
+with its wake-up, four phase reports a second, from a stand-in engine that speaks the real protocol.
+"""
+
+import argparse
+import fcntl
+import math
+import os
+import pty
+import select
+import signal
+import socket
+import sqlite3
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from engine import configfile, protocol, sockets, starter
+from engine.control import Status, Wake, Welcome
+from engine.journal import Journal
+from engine.protocol import Phase, StepReport
+from engine.session import Session, create
+
+SIZE = (120, 40)
+BARE = """
+from textual.app import App
+from textual.widgets import Static
+class Bare(App):
+    def compose(self):
+        yield Static("READY")
+Bare().run()
+"""
+OURS = """
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from rlhf_tui.app import open_app
+open_app(Path(sys.argv[1]), sys.argv[2], False)
+"""
+MAIN = ("objective/scores", "objective/kl", "objective/kl_coef", "policy/clipfrac_avg")
+SETTINGS = {
+    "beta": 0.05, "controller": "adaptive", "target": 6.0, "horizon": 10000.0, "beta_min": 1e-4,
+    "beta_max": 10.0, "learning_rate": 1e-5, "save_every": 50, "clip_range": 0.2, "epochs": 4,
+    "stop_kl": None, "temperature": 1.0, "max_new_tokens": 64,
+}  # fmt: skip
+
+
+class Screen:
+    """A program in a pseudo-terminal, and what it has sent."""
+
+    def __init__(self, arguments: list[str], home: Path) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", SIZE[1], SIZE[0], 0, 0))
+        environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+        environment |= {"XDG_CONFIG_HOME": str(home / "c"), "XDG_STATE_HOME": str(home / "s")}
+        self.began = time.perf_counter()
+        self.process = subprocess.Popen(
+            arguments, stdin=slave, stdout=slave, stderr=slave, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(slave)
+
+    def read(self, seconds: float) -> bytes:
+        """What comes within that time; returns at the first piece."""
+        if not select.select([self.master], [], [], max(seconds, 0))[0]:
+            return b""
+        try:
+            return os.read(self.master, 1 << 16)
+        except OSError:
+            return b""
+
+    def until(self, seen: Callable[[bytes], bool], seconds: float = 30.0) -> float:
+        """Seconds from the start until the output satisfies a condition."""
+        data = b""
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            data += self.read(0.05)
+            if seen(data):
+                return time.perf_counter() - self.began
+        raise TimeoutError(data[-500:])
+
+    def count(self, seconds: float) -> int:
+        """Bytes sent within that time."""
+        end, total = time.perf_counter() + seconds, 0
+        while (left := end - time.perf_counter()) > 0:
+            total += len(self.read(left))
+        return total
+
+    def cpu(self) -> float:
+        """Seconds of processor time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> float:
+        """Resident megabytes."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(x.split()[1]) for x in lines if x.startswith("VmRSS")) / 1000
+
+    def key(self, key: bytes) -> float:
+        """Seconds from a key press to the first thing painted after it, from a quiet moment on."""
+        while self.read(0.08):
+            continue
+        began = time.perf_counter()
+        os.write(self.master, key)
+        while not self.read(1.0):
+            continue
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """Ends the program."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self.master)
+
+
+def write_session(root: Path, steps: int, metrics: int) -> Session:
+    """A long session, written by SQL: the journal itself would take minutes."""
+    config = configfile.load(starter.FOLDER / "demo.yaml", [f"train.steps={steps + 1000}"])
+    session = create(root, "long", config)
+    journal = Journal(session)
+    journal.begin_attempt(0, fresh=False)
+    journal.set_meta(state="running", total_steps=steps + 1000, message="", settings=SETTINGS)
+    journal.close()
+    names = [*MAIN, *(f"other/metric_{i}" for i in range(metrics - len(MAIN)))]
+    db = sqlite3.connect(session.journal_file)
+    with db:
+        db.executemany("INSERT INTO names VALUES (?, ?)", list(enumerate(names, start=1)))
+        db.executemany(
+            "INSERT INTO steps VALUES (?, 1, ?)", ((s, 1.7e9 + s) for s in range(1, steps + 1))
+        )
+        for i in range(1, metrics + 1):
+            db.executemany(
+                "INSERT INTO metrics VALUES (?, ?, ?)",
+                (
+                    (i, s, math.sin(s / 900 + i) + (s * 7919 % 101) / 400)
+                    for s in range(1, steps + 1)
+                ),
+            )
+    db.close()
+    return session
+
+
+class Engine:
+    """A stand-in: holds the lock, writes steps, and tells the watchers."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.lock = session.acquire()
+        self.step = 0
+        self.server, path = sockets.listen(session.folder)
+        session.write_engine(str(path), "benchmark")
+        self.watchers: list[socket.socket] = []
+        self.stopped = threading.Event()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while not self.stopped.is_set():
+            try:
+                sock, _ = self.server.accept()
+            except OSError:
+                return
+            status = Status(
+                state="running", step=self.step, total_steps=0, attempt=1,
+                settings=SETTINGS, phases=[], step_seconds=1.0, boundary_in=None, pending=[],
+                telemetry=None, watchers=1, pid=os.getpid(),
+            )  # fmt: skip
+            sock.sendall(protocol.encode(Welcome(pid=os.getpid())) + protocol.encode(status))
+            self.watchers.append(sock)
+
+    def live(self, seconds: float) -> None:
+        """One step a second, four phase reports a second."""
+        journal = Journal(self.session)
+        for tick in range(int(seconds * 4)):
+            step = self.step = journal.step
+            if tick % 4 == 3:
+                step += 1
+                wave = math.sin(step / 900)
+                values = dict.fromkeys(MAIN, wave) | {"time/step": 1.0, "time/generate": 0.6}
+                journal.record_step(
+                    StepReport(step=step, metrics=values, samples=[], settings=SETTINGS)
+                )
+                self._tell(Wake(step=step, event=1, state="running"))
+            name = ("generate", "generate", "reference", "optimise")[tick % 4]
+            self._tell(Phase(rank=0, step=step + 1, name=name, done=tick % 4 * 25, total=100))
+            time.sleep(0.25)
+
+    def _tell(self, message: protocol.Message) -> None:
+        for sock in self.watchers:
+            sock.sendall(protocol.encode(message))
+
+
+def has_curves(data: bytes) -> bool:
+    """Whether a curve was painted: Braille patterns, U+2800 and on."""
+    return b"\xe2\xa0" in data or b"\xe2\xa1" in data or b"\xe2\xa2" in data
+
+
+def main() -> None:
+    """Measures and prints."""
+    options = argparse.ArgumentParser()
+    options.add_argument("--steps", type=int, default=100_000)
+    options.add_argument("--metrics", type=int, default=40)
+    options.add_argument("--seconds", type=float, default=15.0)
+    options.add_argument("--times", type=int, default=5)
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measure(Path(folder), given)
+
+
+def measure(home: Path, given: argparse.Namespace) -> None:
+    """All figures, one a line."""
+    session = write_session(home / "sessions", given.steps, given.metrics)
+    size = session.journal_file.stat().st_size / 1e6
+    print(f"session        {given.steps:,} steps x {given.metrics} metrics, {size:.0f} MB")
+    print(f"terminal       {SIZE[0]}x{SIZE[1]}")
+    ours = [sys.executable, "-c", OURS, str(home / "sessions"), "long"]
+    bare_times, frame_times, curve_times = [], [], []
+    for _ in range(given.times):
+        screen = Screen([sys.executable, "-c", BARE], home)
+        bare_times.append(screen.until(lambda data: b"READY" in data))
+        screen.close()
+        screen = Screen(ours, home)
+        frame_times.append(screen.until(lambda data: b"Dashboard" in data))
+        curve_times.append(screen.until(has_curves))
+        screen.close()
+    bare = statistics.median(bare_times)
+    measured = {"bare Textual": bare_times, "first frame": frame_times, "first curve": curve_times}
+    for name, times in measured.items():
+        middle = statistics.median(times)
+        print(f"{name:<14} {middle:.2f} s ({min(times):.2f} to {max(times):.2f}), "
+              f"{middle / bare:.2f} x bare")  # fmt: skip
+    engine = Engine(session)
+    screen = Screen(ours, home)
+    screen.until(has_curves)
+    screen.count(3.0)
+    writer = threading.Thread(target=engine.live, args=(given.seconds + 12,), daemon=True)
+    writer.start()
+    screen.count(2.0)
+    cpu, clock = screen.cpu(), time.perf_counter()
+    sent = screen.count(given.seconds)
+    took = time.perf_counter() - clock
+    print(f"live processor {100 * (screen.cpu() - cpu) / took:.1f} % of one core")
+    print(f"live bytes     {sent / took:,.0f} a second")
+    keys = [screen.key(key) for key in (b"g", b"G") * 10]
+    print(f"key to paint   {1000 * statistics.median(keys):.0f} ms, at most {1000 * max(keys):.0f}")
+    print(f"memory         {screen.memory():.0f} MB")
+    screen.close()
+    engine.stopped.set()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""A reward that holds a step, or answers nonsense at one, as files beside it say."""
+
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def score(completions, trainer_state, **_):
+    step = trainer_state.global_step
+    (FOLDER / f"at-{step}").touch()
+    while (FOLDER / f"hold-{step}").exists():
+        time.sleep(0.01)
+    scores = [len(set(text)) / 10 for text in completions]
+    odd = FOLDER / f"score-{step}"
+    if odd.exists():
+        text = odd.read_text()
+        return scores[:-1] if text == "short" else [float(text)] * len(scores)
+    return scores

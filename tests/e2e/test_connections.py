@@ -1,0 +1,192 @@
+"""Whatever connects, the engine keeps training; and what it costs while nobody needs it."""
+
+import json
+import os
+import socket
+import statistics
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from engine import protocol, sockets
+from engine.commands import Set
+from engine.control import ClientHello, Request, StatusRequest, Watch
+from engine.protocol import RankHello
+
+
+def connect(run):
+    return sockets.connect(run.session.folder / "engine.sock", 10)
+
+
+def introduced(run):
+    """A connection past its hello."""
+    sock = connect(run)
+    sock.sendall(protocol.encode(ClientHello(who="a test")))
+    read_frame(sock)
+    return sock
+
+
+def read_frame(sock):
+    header = read_exactly(sock, 4)
+    return read_exactly(sock, protocol.frame_length(header))
+
+
+def read_exactly(sock, count):
+    data = b""
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
+        if not piece:
+            raise ConnectionError("hung up")
+        data += piece
+    return data
+
+
+def frame(body):
+    return protocol.HEADER.pack(len(body)) + body
+
+
+def is_hung_up(sock):
+    """Reads until the engine closes; a time-out says that it did not."""
+    sock.settimeout(60)
+    try:
+        while sock.recv(65536):
+            continue
+    except ConnectionError:
+        return True
+    return True
+
+
+REQUEST = protocol.encode(Request(id="x", command=Set(key="beta", value=0)))[4:]
+assert REQUEST.endswith(b"\x00")
+NONSENSE = {
+    "nothing": b"",
+    "no header": b"\x00\x00",
+    "random bytes": frame(os.urandom(200)),
+    "text": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "oversized": protocol.HEADER.pack(200 * 1024 * 1024) + b"x" * 1000,
+    "over a client's limit": protocol.HEADER.pack(300 * 1024) + b"x" * 1000,
+    "half a frame": protocol.HEADER.pack(1000) + b"x" * 10,
+    "empty frame": frame(b""),
+    "no hello": protocol.encode(StatusRequest()),
+    "a rank without the token": protocol.encode(RankHello(token="guess", rank=0, pid=1)),  # noqa: S106
+    "deep": frame(b"\x91" * 100_000),
+}
+
+
+@pytest.mark.parametrize("data", NONSENSE.values(), ids=NONSENSE)
+def test_a_connection_that_begins_with_nonsense_is_closed(training, data):
+    with connect(training) as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        assert is_hung_up(sock)
+
+
+AFTER_HELLO = {
+    "oversized": protocol.HEADER.pack(300 * 1024),
+    "a second hello": protocol.encode(ClientHello(who="again")),
+    "not a message": frame(b"\xff\xff"),
+    "a value a thousand lists deep": frame(REQUEST[:-1] + b"\x91" * 100_000 + b"\x00"),
+    "an extension type": frame(REQUEST[:-1] + b"\xd4\x05\x00"),
+    "a list for a key": frame(REQUEST[:-1] + b"\x81\x92\x01\x02\x03"),
+}
+
+
+@pytest.mark.parametrize("data", AFTER_HELLO.values(), ids=AFTER_HELLO)
+def test_a_client_that_turns_to_nonsense_is_cut_off(training, data):
+    with introduced(training) as sock:
+        sock.sendall(data)
+        assert is_hung_up(sock)
+
+
+def test_a_silent_connection_is_closed_after_a_while(training):
+    with connect(training) as sock:
+        assert is_hung_up(sock)
+
+
+def test_a_client_that_stops_within_a_frame_is_closed_after_a_while(training):
+    with introduced(training) as sock:
+        sock.sendall(protocol.HEADER.pack(1000) + b"x" * 10)
+        assert is_hung_up(sock)
+
+
+def test_abandoned_connections_do_not_add_up(training):
+    for _ in range(200):
+        with introduced(training) as sock:
+            sock.sendall(protocol.encode(StatusRequest()))
+    with training.client() as client:
+        assert client.status().state == "running"
+
+
+def test_more_clients_than_there_is_room_for_are_turned_away_and_room_comes_back(training):
+    with ExitStack() as stack:
+        many = [stack.enter_context(introduced(training)) for _ in range(64)]
+        with introduced(training) as late:
+            assert is_hung_up(late)
+        assert len(many) == 64
+    with training.client() as client:
+        assert client.status().state == "running"
+
+
+def test_a_client_that_never_reads_is_cut_off(training):
+    with introduced(training) as sock:
+        sock.sendall(protocol.encode(Watch()))
+        asked = protocol.encode(StatusRequest())
+        with pytest.raises((ConnectionError, TimeoutError)):
+            while True:
+                sock.sendall(asked)
+    with training.client() as client:
+        assert client.status().state == "running"
+
+
+def test_a_command_sent_by_a_client_that_hangs_up_is_carried_out(training, wait_until):
+    with introduced(training) as sock:
+        sock.sendall(
+            protocol.encode(Request(id="and-gone", command=Set(key="save_every", value=0)))
+        )
+    done = ("applied",)
+    wait_until(lambda: training.commands().get("and-gone", {}).get("status") in done, "the command")
+
+
+def test_status_takes_less_than_20_ms(endless, record_property):
+    times = []
+    with endless.client() as client:
+        for _ in range(200):
+            began = time.perf_counter()
+            client.status()
+            times.append(time.perf_counter() - began)
+    median = statistics.median(times) * 1000
+    record_property("status_ms", median)
+    print(f"status: median {median:.2f} ms, longest {max(times) * 1000:.1f} ms")  # noqa: T201
+    assert median < 20
+
+
+def test_a_paused_supervisor_costs_next_to_nothing(endless):
+    engine = endless.engine()
+    before, began = engine.cpu_times(), time.monotonic()
+    # The span that is measured, not a wait for anything.
+    time.sleep(6)
+    after, span = engine.cpu_times(), time.monotonic() - began
+    share = (after.user + after.system - before.user - before.system) / span
+    memory = engine.memory_info().rss / 1e6
+    print(f"idle: {share:.2%} of a core, {memory:.1f} MB resident")  # noqa: T201
+    assert share < 0.01
+    assert memory < 60
+
+
+def test_telemetry_knows_the_rank(endless, wait_until):
+    def latest():
+        with endless.client() as client:
+            return client.status().telemetry.ranks
+
+    (load,) = wait_until(latest, "telemetry of the rank")
+    assert load.pid == endless.rank().pid
+    assert load.memory > 0
+
+
+def test_the_engines_log_says_why_connections_were_closed(training):
+    with connect(training) as sock:
+        sock.sendall(frame(b"\xff\xff"))
+        assert is_hung_up(sock)
+    lines = json.loads(training.lab.cli("logs", training.name, "--json").stdout)
+    assert any("no protocol of ours" in line for line in lines)

@@ -1,0 +1,103 @@
+"""An engine in the background belongs to the machine, not to the terminal it was started from."""
+
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+@pytest.fixture(scope="module")
+def orphan(lab, wait_until):
+    """A detached run, held in step 2, whose shell and terminal have been hung up."""
+    run = lab.run("from-a-terminal")
+    run.hold(2)
+    master, slave = os.openpty()
+    run.terminal = os.ttyname(slave)
+    started = run.gate / "shell-is-done"
+    words = shlex.join([str(lab.program), *run.arguments, "--detach"])
+    # A session leader that opens a terminal gets it for its controlling one.
+    script = f"exec <{run.terminal} >{run.terminal} 2>&1; {words} && touch {started}; sleep 600"
+    environment = lab.environment | {"TERM": "xterm"}
+    shell = subprocess.Popen(["sh", "-c", script], env=environment, start_new_session=True)
+    wait_until(started.exists, "return of --detach")
+    run.shell_session = os.getsid(shell.pid)
+    os.killpg(shell.pid, signal.SIGHUP)
+    os.close(slave)
+    os.close(master)
+    shell.wait(timeout=60)
+    yield run
+    run.end()
+
+
+def open_files(process):
+    """What a process has open, as the kernel names it."""
+    found = []
+    for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+        try:
+            found.append(str(entry.readlink()))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def test_the_engine_and_its_rank_are_in_sessions_of_their_own(orphan):
+    sessions = {os.getsid(p.pid) for p in (orphan.engine(), orphan.rank())}
+    assert len(sessions) == 2
+    assert orphan.shell_session not in sessions
+
+
+def test_it_is_steered_from_another_process(orphan):
+    # 4 is what it is: only the ledger differs.
+    assert orphan.ctl("set", "save_every=4", "--id", "from-outside").returncode == 0
+    assert orphan.commands()["from-outside"]["status"] == "accepted"
+
+
+def test_nothing_of_the_callers_is_kept_open(orphan):
+    for process in (orphan.engine(), orphan.rank()):
+        names = open_files(process)
+        assert orphan.terminal not in names
+        outputs = {os.readlink(f"/proc/{process.pid}/fd/{n}") for n in (1, 2)}  # noqa: PTH115
+        assert outputs == {str(orphan.session.log_file)}
+
+
+def test_a_callers_pipe_ends_when_detach_returns(endless):
+    # It was started with its output captured, which ends only when every copy is closed.
+    names = open_files(endless.engine())
+    own = {str(os.readlink(f"/proc/self/fd/{n}")) for n in (0, 1, 2)}  # noqa: PTH115
+    assert not [n for n in names if n.startswith("pipe:") and n in own]
+
+
+def test_every_process_of_a_session_shows_its_folder(orphan, processes_of):
+    shown = {p.pid for p in processes_of(orphan.session.folder)}
+    engine = orphan.engine()
+    family = {engine.pid, *(p.pid for p in engine.children(recursive=True))}
+    assert family == shown
+    assert len(family) >= 2
+
+
+def test_a_rank_ignores_what_a_scheduler_sends_to_everyone(orphan):
+    rank = orphan.rank()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        rank.send_signal(number)
+    # Signals are taken in order: had one ended it, it would not answer the next step.
+    orphan.release(2)
+    orphan.finish()
+    assert rank.pid not in psutil.pids()
+    with orphan.record() as record:
+        assert len(record.attempts()) == 1
+
+
+def test_it_trained_to_its_end_without_its_terminal(orphan, whole):
+    orphan.release(2)
+    orphan.finish()
+    assert orphan.numbers() == whole.numbers()
+
+
+def test_the_session_is_its_owners_alone(endless):
+    folder = endless.session.folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (folder / "engine.sock").stat().st_mode & 0o777 == 0o600

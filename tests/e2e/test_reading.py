@@ -1,0 +1,165 @@
+"""What the reading commands print: the contract's keys, for living and for finished sessions."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+METRICS = {
+    "objective/kl", "objective/kl_per_token", "objective/kl_coef", "objective/scores",
+    "objective/scores_std", "objective/rlhf_reward", "objective/non_score_reward",
+    "objective/entropy", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg",
+    "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/explained_var", "val/ratio",
+    "val/ratio_var", "val/num_eos_tokens", "tokens/response_len_mean", "tokens/truncated_frac",
+    "text/distinct_2", "grad_norm", "lr", "episode", "time/generate", "time/score",
+    "time/reference", "time/optimise", "time/checkpoint", "time/step", "perf/tokens_per_second",
+    "perf/episodes_per_second", "perf/peak_memory_gb",
+}  # fmt: skip
+STATUS = {"name", "state", "step", "total_steps", "attempt", "beta", "pid"}
+
+
+def test_the_status_of_a_finished_run(whole):
+    row = whole.lab.json("status", "whole")
+    assert set(row) >= STATUS
+    assert (row["name"], row["state"], row["attempt"]) == ("whole", "finished", 1)
+    assert (row["step"], row["total_steps"], row["pid"]) == (8, 8, None)
+
+
+def test_the_status_of_a_living_run_names_its_supervisor(endless):
+    row = endless.lab.json("status", endless.name)
+    assert row["state"] == "paused"
+    assert row["pid"] == endless.engine().pid
+
+
+def test_metrics_are_one_object_a_step_with_the_names_that_are_documented(whole):
+    rows = whole.lab.json("metrics", "whole")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all(set(row) >= METRICS for row in rows)
+    assert whole.lab.json("metrics", "whole", "--last", 2) == rows[-2:]
+
+
+def test_samples_have_the_keys_of_the_contract(whole):
+    rows = whole.lab.json("samples", "whole")
+    assert len(rows) == 8 * 4
+    keys = {"step", "index", "prompt", "response", "score", "kl", "length"}
+    assert all(set(row) >= keys for row in rows)
+    assert all(isinstance(row["score"], float) and 1 <= row["length"] <= 6 for row in rows)
+
+
+def test_events_have_the_keys_of_the_contract(steered):
+    rows = steered.lab.json("events", "steered")
+    assert all(set(row) >= {"kind", "time", "step"} for row in rows)
+    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+    (beta,) = [row for row in rows if row.get("id") == "to-0.2"]
+    assert (beta["command"], beta["status"], beta["applied_step"]) == ("beta", "applied", 4)
+    assert beta["new"] == 0.2
+    assert {"attempt", "state", "ready", "checkpoint", "command"} <= {row["kind"] for row in rows}
+
+
+def test_the_states_of_a_run_stand_in_its_events(whole):
+    assert [e["state"] for e in whole.events("state")] == ["starting", "running", "finished"]
+
+
+def test_ls_lists_every_session_as_status_does(whole, endless):
+    rows = {row["name"]: row for row in whole.lab.json("ls")}
+    assert rows["whole"] == whole.lab.json("status", "whole")
+    assert rows[endless.name]["state"] == "paused"
+    printed = whole.lab.cli("ls").stdout
+    assert "whole" in printed
+    assert "finished" in printed
+
+
+def test_an_empty_sessions_folder_says_how_to_begin(make_lab):
+    empty = make_lab("nothing-yet/sessions")
+    assert "rlhf-tui demo" in empty.cli("ls").stdout
+    assert empty.json("ls") == []
+
+
+def test_a_living_session_is_found_from_another_folder(endless, tmp_path):
+    cli = endless.lab.cli
+    elsewhere = ("--sessions", tmp_path)
+    rows = json.loads(cli("ls", *elsewhere, "--json").stdout)
+    assert str(endless.session.folder) in [row["folder"] for row in rows]
+    assert str(endless.session.folder) in cli("ls", *elsewhere).stdout
+    assert cli("status", endless.name, *elsewhere).returncode == 0
+    assert cli("status", "whole", *elsewhere).returncode == 3
+
+
+@pytest.mark.parametrize("command", ["status", "metrics", "samples", "events", "logs"])
+def test_what_is_for_people_is_text_of_several_lines(whole, command):
+    done = whole.lab.cli(command, "whole")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_note_on_a_finished_run_stands_in_its_ledger(whole):
+    assert whole.lab.cli("note", "whole", "learned to repeat itself").returncode == 0
+    assert [n["text"] for n in whole.events("note")] == ["learned to repeat itself"]
+    assert whole.state == "finished"
+
+
+def test_diff_shows_what_was_configured_and_came_out_otherwise(whole, steered):
+    # The paths of their gates, and the metrics: nothing else was configured differently.
+    found = whole.lab.json("diff", "whole", "steered")
+    assert set(found["config"]) <= {"reward.path", "train.steps"}
+    assert found["step"] == 8
+    assert found["metrics"]["objective/scores"][0] == whole.numbers()[7]["objective/scores"]
+    assert "reward.path" in whole.lab.cli("diff", "whole", "steered").stdout
+
+
+def test_reading_closed_early_is_no_error(whole):
+    script = f"{sys.executable} -m rlhf_tui.cli samples whole --json | head -c 10"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", script],
+        env=whole.lab.environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+
+
+@pytest.fixture(scope="module")
+def exported(whole, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    done = whole.lab.cli("export", "whole", "--policy", folder / "policy")
+    assert done.returncode == 0, done.stderr
+    return folder / "policy"
+
+
+def test_the_exported_policy_answers_in_plain_transformers(exported):
+    script = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer('The film was', return_tensors='pt').input_ids\n"
+        "out = model.generate(ids, max_new_tokens=5, do_sample=False)\n"
+        "print(out.shape[1] - ids.shape[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, exported], capture_output=True, text=True, check=False,
+        timeout=240, cwd=exported,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 1 <= int(done.stdout) <= 5
+
+
+def test_an_export_never_writes_over_something(whole, exported):
+    done = whole.lab.cli("export", "whole", "--policy", exported)
+    assert done.returncode == 2
+    assert str(exported) in done.stderr
+
+
+def test_samples_are_exported_as_json_lines(whole, tmp_path):
+    target = tmp_path / "samples.jsonl"
+    assert whole.lab.cli("export", "whole", "--samples", target).returncode == 0
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert rows == whole.lab.json("samples", "whole")
+
+
+def test_the_doctor_reports_as_json(lab, whole):
+    done = lab.cli("doctor", "--json")
+    assert done.returncode in (0, 1)
+    assert {"python", "packages", "cores", "gpus", "sessions", "problems"} <= set(
+        json.loads(done.stdout)
+    )

@@ -1,0 +1,163 @@
+"""A run that was cut off ends where the undisturbed one ends; a branch goes its own way."""
+
+import os
+import shutil
+import signal
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def cut(make_lab):
+    """A run killed whole inside its sixth step, in a very deep folder, and resumed there."""
+    deep = "/".join(["deep", *("a-folder-with-a-long-name" for _ in range(8))])
+    run = make_lab(deep).run("cut")
+    run.hold(6)
+    run.start()
+    run.wait_at(6)
+    run.socket = run.session.folder / "engine.sock"
+    run.had_socket = run.socket.is_socket()
+    engine = run.engine()
+    os.killpg(run.rank().pid, signal.SIGKILL)
+    engine.kill()
+    run.wait_gone()
+    run.left_socket = run.socket.is_socket()
+    run.release(6)
+    run.resume(mode="--headless")
+    yield run
+    run.end()
+
+
+@pytest.fixture(scope="module")
+def branch(lab, whole):
+    """A fork of the undisturbed run at its fourth step, with another beta."""
+    done = lab.cli(
+        "fork", "whole", "--from", "4", "--name", "branch", "-o", "kl.beta=0.5", "--headless"
+    )
+    assert done.returncode == 0, done.stderr
+    run = lab.run("branch")
+    yield run
+    run.end()
+
+
+def test_eight_steps_in_one_go_and_cut_in_two_have_the_same_metrics(whole, cut):
+    assert [row["step"] for row in cut.numbers()] == list(range(1, 9))
+    assert cut.numbers() == whole.numbers()
+
+
+def test_the_controller_moves_beta_and_is_where_it_was_after_the_resume(whole, cut):
+    assert len(set(whole.betas().values())) == 8
+    assert cut.checkpoint(8)["state"]["settings"] == whole.checkpoint(8)["state"]["settings"]
+
+
+def test_the_weights_and_the_optimiser_are_the_same_bit_for_bit(whole, cut):
+    assert cut.checkpoint(8)["hashes"] == whole.checkpoint(8)["hashes"]
+
+
+def test_the_samples_are_the_same_each_once(whole, cut):
+    def texts(run):
+        with run.record() as record:
+            return [(s["step"], s["index"], s["response"], s["score"]) for s in record.samples()]
+
+    assert texts(cut) == texts(whole)
+
+
+def test_what_the_first_attempt_wrote_after_the_checkpoint_stays_out_of_the_timeline(cut):
+    with cut.record() as record:
+        assert [a["from_step"] for a in record.attempts()] == [0, 4]
+        assert {(attempt, step) for attempt, step, _ in record.past_series("lr")} == {(1, 5)}
+
+
+def test_a_socket_path_longer_than_an_address_works(cut):
+    assert len(str(cut.socket)) > 108
+    assert cut.had_socket
+
+
+def test_a_socket_left_by_a_killed_engine_is_no_obstacle(cut):
+    assert cut.left_socket
+    assert cut.state == "finished"
+
+
+def test_a_fork_shares_the_past(whole, branch):
+    assert branch.numbers()[:4] == whole.numbers()[:4]
+
+
+def test_a_fork_with_another_beta_differs_after(whole, branch):
+    assert branch.betas()[5] == 0.5
+    assert all(
+        mine != theirs
+        for mine, theirs in zip(branch.numbers()[4:], whole.numbers()[4:], strict=True)
+    )
+
+
+def test_a_fork_says_where_it_comes_from(branch):
+    assert branch.events("attempt")[-1]["fork"] == {"from": "whole", "step": 4}
+
+
+def test_resuming_a_finished_run_says_how_to_extend_it(whole):
+    done = whole.lab.cli("resume", "whole", "--headless")
+    assert done.returncode == 0
+    assert "-o train.steps=" in done.stdout
+
+
+def test_a_crash_between_the_last_save_and_the_end_is_ended_by_a_resume(lab, whole, numbers):
+    copy = lab.root / "almost"
+    shutil.copytree(whole.session.folder, copy)
+    with sqlite3.connect(copy / "journal.db") as db:
+        db.execute("UPDATE meta SET value = '\"running\"' WHERE key = 'state'")
+    assert lab.json("status", "almost")["state"] == "crashed"
+    done = lab.cli("resume", "almost", "--headless")
+    assert done.returncode == 0, done.stderr
+    row = lab.json("status", "almost")
+    assert (row["state"], row["step"], row["attempt"]) == ("finished", 8, 2)
+    assert numbers(lab.json("metrics", "almost")) == whole.numbers()
+
+
+def test_resuming_from_a_step_starts_afresh_there(lab, whole, branch):
+    # The same seed and settings from the same checkpoint: the same steps once more.
+    before = branch.numbers()
+    done = lab.cli("resume", "branch", "--from", "4", "-o", "kl.beta=0.5", "--headless")
+    assert done.returncode == 0, done.stderr
+    assert branch.numbers() == before
+    with branch.record() as record:
+        assert record.attempts()[-1]["from_step"] == 4
+        assert record.attempts()[-1]["fresh"] == 1
+
+
+def test_a_resume_whose_input_is_wrong_leaves_the_configuration_as_it_was(lab, whole):
+    copy = lab.root / "misled"
+    shutil.copytree(whole.session.folder, copy)
+    before = (copy / "config.yaml").read_text()
+    wrong = ("-o", "reward.mix=[]", "-o", "reward.function=not_there:score")
+    done = lab.cli("resume", "misled", "-o", "train.steps=9", *wrong, "--headless")
+    assert done.returncode == 2
+    assert "not_there" in done.stderr
+    assert (copy / "config.yaml").read_text() == before
+    assert len(lab.json("metrics", "misled")) == 8
+
+
+def test_a_fork_whose_input_is_wrong_leaves_nothing_half_made(lab, whole):
+    wrong = ("-o", "reward.mix=[]", "-o", "reward.function=not_there:score")
+    done = lab.cli("fork", "whole", "--from", "4", "--name", "wrong", *wrong, "--detach")
+    assert done.returncode == 2
+    assert "not_there" in done.stderr
+    assert not (lab.root / "wrong").exists()
+
+
+def test_a_step_without_a_checkpoint_is_refused_naming_those_there_are(whole):
+    done = whole.lab.cli("resume", "whole", "--from", "3")
+    assert done.returncode == 3
+    assert "4, 8" in done.stderr
+    done = whole.lab.cli("fork", "whole", "--from", "5", "--name", "never")
+    assert done.returncode == 3
+    assert not Path(whole.lab.root / "never").exists()
+
+
+@pytest.mark.parametrize("key", ["seed=1", "data.column=other", "rollout.batch_size=8"])
+def test_a_resume_refuses_what_decides_the_model_or_the_order_of_the_data(whole, key):
+    done = whole.lab.cli("resume", "whole", "-o", key, "-o", "train.steps=9")
+    assert done.returncode == 2
+    assert key.partition("=")[0] in done.stderr
+    assert "fork" in done.stderr

@@ -1,0 +1,233 @@
+"""Commands: where they take effect, what is said about them, and that a pause changes nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def held(lab):
+    """A run paused after its third step, looked at and played with there, and let go on.
+
+    Everything that was changed meanwhile was taken back, so its numbers must be the undisturbed
+    run's. What was seen on the way is in `seen`.
+    """
+    run = lab.run("held")
+    seen = run.seen = SimpleNamespace()
+    run.hold(3)
+    run.start()
+    run.wait_at(3)
+    seen.status_at_3 = run.lab.json("status", run.name)
+    with run.client() as client:
+        seen.boundary_in = client.status().boundary_in
+    seen.undo_nothing = run.ctl("undo")
+    seen.timed_out = run.ctl("set", "save_every=4", "--id", "late", "--wait", "--timeout", "0.2")
+    seen.accepted = run.ctl("pause", "--id", "hold-it")
+    seen.pausing = run.state
+    run.release(3)
+    run.wait_for("paused")
+    seen.paused_at = run.step
+    seen.pause_again = run.ctl("pause")
+
+    # Each of these is carried out while paused, and none lets a step complete.
+    seen.checkpoint = run.order("checkpoint")
+    seen.probe = run.order("probe", "The film was")
+    seen.beta = run.order("beta", "0.7", "--id", "once")
+    seen.beta_again = run.order("beta", "0.7", "--id", "once")
+    seen.undo = run.order("undo")
+    seen.kl = run.order("kl", "fixed", "--target", "3")
+    seen.undo_kl = run.order("undo")
+    seen.note = lab.cli("note", run.name, "what is\x1b[31m this")
+    seen.still_at = run.step
+    seen.still = run.state
+    seen.pid = run.rank().pid
+
+    seen.unpause = run.order("unpause")
+    seen.unpause_again = run.ctl("unpause")
+    run.finish()
+    yield run
+    run.end()
+
+
+def test_a_pause_is_accepted_at_once_and_announced(held):
+    assert held.seen.accepted.returncode == 0
+    assert "next step boundary" in held.seen.accepted.stdout
+    assert held.seen.pausing == "pausing"
+
+
+def test_a_pause_takes_effect_at_the_boundary_of_the_step_in_hand(held):
+    assert held.seen.paused_at == 3
+    assert held.commands()["hold-it"]["applied_step"] == 4
+
+
+def test_no_step_completes_while_paused(held):
+    assert held.seen.still_at == 3
+    assert held.seen.still == "paused"
+
+
+def test_the_status_says_how_far_the_boundary_is(held):
+    assert held.seen.boundary_in is not None
+    assert held.seen.boundary_in >= 0
+
+
+def test_a_run_that_was_paused_has_the_numbers_of_one_that_never_was(held, whole):
+    assert held.numbers() == whole.numbers()
+    assert held.checkpoint(8)["hashes"] == whole.checkpoint(8)["hashes"]
+
+
+def test_a_checkpoint_is_saved_while_paused(held):
+    assert held.seen.checkpoint["status"] == "applied"
+    assert held.checkpoint(3)["state"]["step"] == 3
+    assert 3 in [e["step"] for e in held.events("checkpoint")]
+
+
+def test_a_probe_is_answered_by_policy_and_reference_while_paused(held):
+    result = held.seen.probe["result"]
+    assert set(result) == {"policy", "reference"}
+    for answer in result.values():
+        assert {"response", "score", "kl"} <= set(answer)
+    assert result["reference"]["kl"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_command_says_at_which_step_and_what_it_changed(held):
+    assert held.seen.beta["applied_step"] == 4
+    (change,) = held.seen.beta["changes"]
+    assert change["key"] == "beta"
+    assert change["new"] == 0.7
+
+
+def test_a_command_sent_twice_with_one_id_acts_once(held):
+    assert held.seen.beta_again == held.seen.beta
+    assert [e["id"] for e in held.events("command")].count("once") == 1
+
+
+def test_undo_takes_back_the_last_change_whole(held):
+    (change,) = held.seen.undo["changes"]
+    assert change["key"] == "beta"
+    assert change["old"] == 0.7
+    assert change["new"] == held.seen.beta["changes"][0]["old"]
+    back = {c["key"]: c["new"] for c in held.seen.undo_kl["changes"]}
+    assert back == {"controller": "adaptive", "target": 6.0}
+
+
+def test_waiting_for_a_command_has_an_end_and_its_own_exit_code(held):
+    assert held.seen.timed_out.returncode == 4
+    assert len(held.seen.timed_out.stderr.splitlines()) == 1
+    # It was only not waited for.
+    assert held.commands()["late"]["status"] == "applied"
+
+
+def test_what_does_not_apply_now_is_rejected_and_says_why(held):
+    for done, why in (
+        (held.seen.pause_again, "paused already"),
+        (held.seen.unpause_again, "not paused"),
+    ):
+        assert done.returncode == 1
+        assert why in done.stderr
+
+
+def test_an_undo_with_nothing_to_undo_is_rejected_at_the_boundary(held):
+    rejected = [c for c in held.commands().values() if c["status"] == "rejected"]
+    assert "there is no change to take back" in [c["reason"] for c in rejected]
+
+
+def test_the_ledger_says_who_did_what_when_and_what_it_was_before(held):
+    for row in held.lab.json("events", held.name):
+        assert {"kind", "time", "step"} <= set(row)
+        if row["kind"] == "command":
+            keys = {"id", "command", "status", "applied_step", "reason", "who", "old", "new"}
+            assert keys <= set(row)
+            assert row["who"]
+
+
+def test_a_note_stands_in_the_ledger_with_who_wrote_it(held):
+    assert held.seen.note.returncode == 0
+    (note,) = held.events("note")
+    assert note["text"] == "what is\x1b[31m this"
+    assert note["who"]
+    assert "\x1b" not in held.lab.cli("events", held.name).stdout
+
+
+@pytest.mark.parametrize(
+    ("order", "why"),
+    [
+        (("beta", "-1"), "beta must be"),
+        (("beta", "nan"), "beta must be"),
+        (("beta", "inf"), "beta must be"),
+        (("kl", "adaptive", "--target", "0"), "target must be"),
+        (("kl", "adaptive", "--horizon", "0.1"), "horizon"),
+        (("kl", "adaptive", "--beta-min", "2", "--beta-max", "1"), "beta_min"),
+        (("set", "train.steps=3"), "cannot be set"),
+        (("set", "colour=red"), "these can"),
+        (("set", "learning_rate=fast"), "learning_rate must be"),
+        (("set", "clip_range=1.5"), "clip_range must be"),
+        (("rollback", "77"), "no checkpoint of step 77"),
+        (("probe", " "), "characters"),
+    ],
+)
+def test_a_rejected_command_says_why_in_one_line_and_exits_1(endless, order, why):
+    done = endless.ctl(*order)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("rlhf-tui: rejected: ")
+    assert why in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_rejected_command_leaves_every_reading_command_working(endless):
+    endless.ctl("beta", "nan")
+    assert endless.lab.json("events", endless.name)
+    assert endless.lab.json("status", endless.name)
+
+
+@pytest.mark.parametrize("order", [("set", "beta"), ("kl", "sideways"), ("beta", "much"), ("fly",)])
+def test_a_command_that_cannot_be_read_is_the_users_mistake(endless, order):
+    done = endless.ctl(*order)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_beta_and_controller_change_at_the_step_the_acknowledgement_says(steered):
+    commands = steered.commands()
+    assert commands["to-0.2"]["applied_step"] == 4
+    assert commands["aim"]["applied_step"] == 6
+    betas = steered.betas()
+    assert betas[4] == 0.2
+    assert betas[3] != 0.2
+    # From step 6 on the controller moves faster: a horizon of 50 against 500.
+    assert abs(betas[7] / betas[6] - 1) > abs(betas[6] / betas[5] - 1)
+    assert steered.checkpoint(8)["state"]["settings"]["horizon"] == 50.0
+
+
+def test_a_learning_rate_set_on_the_way_is_the_one_of_the_next_step(steered):
+    with steered.record() as record:
+        rates = dict(record.series("lr"))
+    assert (rates[5], rates[6]) == (3e-4, 1e-4)
+
+
+def test_what_was_set_is_in_force_after_a_resume(lab, steered):
+    done = lab.cli("resume", "steered", "-o", "train.steps=9", "--headless")
+    assert done.returncode == 0, done.stderr
+    with steered.record() as record:
+        assert dict(record.series("lr"))[9] == 1e-4
+        assert record.meta()["settings"]["target"] == 2.0
+    assert steered.numbers()[8]["objective/kl_coef"] != 0.05
+
+
+def test_a_roll_back_goes_on_from_the_checkpoint_in_place(lab, whole, wait_until):
+    run = lab.run("rolled", "train.save_every=2")
+    run.hold(6)
+    run.start()
+    run.wait_at(6)
+    engine = run.engine()
+    run.hold(3)
+    assert run.order("rollback", "2")["status"] == "applied"
+    run.wait_at(3)
+    assert run.step == 2
+    assert run.engine() == engine
+    wait_until(lambda: run.state == "running", "a running engine after the roll back")
+    run.release(3, 6)
+    run.finish()
+    # Nothing else was changed and nothing reseeded: the same steps once more.
+    assert run.numbers() == whole.numbers()
+    with run.record() as record:
+        assert [a["from_step"] for a in record.attempts()] == [0, 2]

@@ -1,0 +1,91 @@
+"""A session's folder with a journal, written as a supervisor writes it; no process, no torch."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engine import configfile, starter
+from engine.journal import Journal
+from engine.protocol import Sample, StepReport, TokenArrays
+from engine.session import Session, create
+from engine.settings import Change
+
+
+class Writer:
+    """Writes a run into a journal, in the few words that tests need."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.journal = Journal(session)
+
+    def steps(self, *steps: int, **metrics: float) -> None:
+        """Steps with a score that tells the attempt, and two samples each."""
+        for step in steps:
+            values = {"objective/scores": step + self.journal.attempt / 10, "lr": 1e-5} | metrics
+            samples = [self.sample(step, index) for index in range(2)]
+            self.journal.record_step(
+                StepReport(step=step, metrics=values, samples=samples, settings={"beta": 0.1})
+            )
+
+    def sample(self, step: int, index: int, **changed: object) -> Sample:
+        """One answer; the first of a step has its arrays."""
+        arrays = TokenArrays(
+            tokens=["a", "b"], token_ids=[1, 2], logprob=[-1.0, -2.0], ref_logprob=[-1.0, -2.5],
+            advantage=[0.5, -0.5], value=[],
+        )  # fmt: skip
+        values = {
+            "index": index, "prompt": f"prompt {index}", "response": f"answer {step}.{index}",
+            "score": float(step), "kl": 0.5, "length": 2, "ended": index == 0,
+            "parts": {"reward": float(step)}, "arrays": arrays if index == 0 else None,
+        }  # fmt: skip
+        return Sample(**(values | changed))
+
+    def change(self, command_id: str, step: int, old: float, new: float, key: str = "beta") -> None:
+        """A setting changed by a command, applied at a step."""
+        self.order(command_id, "set", key=key, value=new)
+        self.journal.apply_command(command_id, step, [Change(key=key, old=old, new=new)])
+
+    def undo(self, command_id: str, step: int, old: float, new: float, key: str = "beta") -> None:
+        """The last change taken back."""
+        self.order(command_id, "undo")
+        self.journal.apply_command(command_id, step, [Change(key=key, old=old, new=new)])
+
+    def order(self, command_id: str, command: str, **args: object) -> None:
+        """A command, accepted."""
+        assert self.journal.record_command(command_id, command, args, "me")
+        self.journal.accept_command(command_id)
+
+    def checkpoint(self, step: int) -> None:
+        """A whole checkpoint, in the journal and in the folder."""
+        self.journal.record_checkpoint(step, 1000, 0.5, 1.5)
+        self.journal.complete_checkpoint(step)
+        folder = self.session.checkpoints / f"step-{step:06d}"
+        folder.mkdir(exist_ok=True)
+        (folder / "COMPLETE").touch()
+
+
+@pytest.fixture
+def make_session(tmp_path: Path) -> Callable[..., Session]:
+    """A session of the demo's configuration."""
+
+    def make(name: str = "run", *overrides: str) -> Session:
+        config = configfile.load(starter.FOLDER / "demo.yaml", overrides)
+        return create(tmp_path / "sessions", name, config)
+
+    return make
+
+
+@pytest.fixture
+def writer(make_session: Callable[..., Session]) -> Iterator[Writer]:
+    """A journal with its first attempt begun."""
+    writer = Writer(make_session())
+    writer.journal.begin_attempt(0, fresh=False)
+    yield writer
+    writer.journal.close()
+
+
+@pytest.fixture
+def write_in() -> Callable[[Session], Writer]:
+    """A writer for another session."""
+    return Writer

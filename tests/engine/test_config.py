@@ -1,0 +1,189 @@
+"""The configuration: what is taken, what is refused and in what words."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import configfile, starter
+from engine.config import RunConfig
+from engine.errors import ConfigError
+
+modest = settings(max_examples=50, deadline=None, derandomize=True)
+DEMO = starter.FOLDER / "demo.yaml"
+WORDS = st.text(st.characters(codec="utf-8"), max_size=40)
+TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda child: st.lists(child, max_size=3) | st.dictionaries(WORDS, child, max_size=3),
+    max_leaves=8,
+)
+
+
+def demo(*overrides):
+    return configfile.load(DEMO, overrides)
+
+
+@modest
+@given(st.sampled_from(configfile.known_keys()), TREES)
+def test_any_value_of_any_key_is_taken_or_refused_in_one_sentence(key, value):
+    tree = configfile.to_tree(demo())
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        node = node[section]
+    node[last] = value
+    try:
+        assert isinstance(configfile.from_tree(tree), RunConfig)
+    except ConfigError as error:
+        assert str(error)
+
+
+@modest
+@given(WORDS)
+def test_any_override_is_taken_or_refused(text):
+    try:
+        demo(text)
+    except ConfigError as error:
+        assert str(error)
+
+
+@modest
+@given(WORDS)
+def test_any_text_is_yaml_or_refused_naming_where(text):
+    try:
+        configfile.parse_yaml(text, "here")
+    except ConfigError as error:
+        assert str(error).startswith("here")
+
+
+@modest
+@given(TREES)
+def test_any_document_is_a_configuration_or_refused(tmp_path_factory, tree):
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with pytest.raises(ConfigError):
+        configfile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("1E5", 1e5), ("3", 3.0), (".5", 0.5), ("1.5e-3", 1.5e-3), ("2.e1", 20.0)],
+)
+def test_numbers_are_read_as_people_write_them(text, value):
+    assert demo(f"train.learning_rate={text}").train.learning_rate == value
+
+
+def test_what_was_left_out_is_filled_in_and_stated():
+    config = demo()
+    stated = yaml.safe_load(configfile.dump(config))
+    assert stated["train"]["keep_last"] == config.train.keep_last
+    assert stated["ppo"]["whiten"] is True
+    assert configfile.known_keys() == [
+        key for key in configfile.known_keys() if key in configfile.flatten(stated)
+    ]
+
+
+def test_a_written_configuration_reads_as_itself(tmp_path):
+    config = demo("ppo.advantage=rloo", "rollout.stop=['\\n', 'é']", "seed=7")
+    path = tmp_path / "config.yaml"
+    path.write_text(configfile.dump(config), encoding="utf-8")
+    assert configfile.load(path) == config
+
+
+def test_defaults_depend_on_the_advantage():
+    rloo = demo("ppo.advantage=rloo")
+    assert (rloo.rollout.per_prompt, rloo.ppo.whiten) == (4, False)
+    assert rloo.prompts_per_step * rloo.answers_per_prompt == rloo.rollout.batch_size
+    assert (demo().rollout.per_prompt, demo().ppo.whiten) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("ppo.epocs=2", "unknown key 'ppo.epocs'; did you mean 'ppo.epochs'?"),
+        ("epochs=2", "unknown key 'epochs'; did you mean 'ppo.epochs'?"),
+        ("ppo.epochs=0", "ppo.epochs must be a whole number >= 1 (it is 0)"),
+        ("ppo.epochs=1.5", "ppo.epochs must be a whole number, got a number (it is 1.5)"),
+        ("seed=true", "seed must be a whole number, got true or false (it is True)"),
+        ("kl.controller=off", "kl.controller must be"),
+        ("kl.beta_min=20", "kl.beta_min (20.0) must be below kl.beta_max (10.0)"),
+        ("kl.horizon=10", "kl.horizon (10) is too small for rollout.batch_size (64)"),
+        ("rollout.batch_size=63", "must be a multiple of ppo.minibatches (2)"),
+        ("rollout.per_prompt=3", "must be a multiple of rollout.per_prompt (3)"),
+        ("reward.function=a:b", "exactly one of reward.model, reward.function and reward.mix"),
+        ("reward.model=null", "(given: none)"),
+        ("train.learning_rate=.inf", "train.learning_rate must be a finite number (it is inf)"),
+        ("train.learning_rate=.nan", "train.learning_rate must be"),
+        ("kl=5", "kl must be a section of keys"),
+        ("kl.beta.deep=1", "unknown key 'kl.beta.deep'"),
+        ("guardrails.rules=[{name: a, metric: b, bove: 1}]", "rules[0].bove"),
+        ("guardrails.rules=[{name: a, metric: b, above: 1, of: c}]", ".of must be one of"),
+        ("reward.mix=[{model: a}, {}]", "exactly one of"),
+        ("data.prompts=2020-13-45", "-o data.prompts: month must be in 1..12"),
+        pytest.param("kl.beta=" + "[" * 5000, "-o kl.beta: ", id="deep"),
+        pytest.param("seed=" + "9" * 5000, "-o seed: ", id="long"),
+    ],
+)
+def test_a_wrong_line_is_told_in_one_sentence(override, says):
+    with pytest.raises(ConfigError) as caught:
+        demo(override)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["not-there", "module:", ":function", "a:b:c", "a b:c", "os.system"]
+)
+def test_a_reward_function_is_written_module_and_function(name):
+    with pytest.raises(ConfigError, match="module:function"):
+        demo("reward.model=null", f"reward.function='{name}'")
+
+
+def test_relative_paths_start_at_the_files_folder_and_overrides_at_the_callers(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "there").mkdir()
+    config = tmp_path / "there" / "run.yaml"
+    config.write_text("{model: {policy: ./m}, data: {prompts: p.jsonl}, reward: {model: hub/id}}")
+    monkeypatch.chdir(tmp_path)
+    loaded = configfile.load(config)
+    assert loaded.data.prompts == str(tmp_path / "there" / "p.jsonl")
+    assert loaded.model.policy == str(tmp_path / "there" / "m")
+    assert loaded.reward.model == "hub/id"
+    changed = configfile.override(loaded, ["data.prompts=q.csv"])
+    assert changed.data.prompts == str(tmp_path / "q.csv")
+    assert Path(changed.model.policy).parent.name == "there"
+
+
+def test_a_home_nobody_has_is_left_to_be_refused_as_a_folder():
+    assert demo("model.policy=~nobody-at-all/x").model.policy == "~nobody-at-all/x"
+
+
+@pytest.mark.parametrize(
+    "key", ["seed=1", "data.shuffle=false", "model.value=separate", "rollout.batch_size=32"]
+)
+def test_a_resume_may_not_change_the_model_or_the_order_of_the_data(key):
+    with pytest.raises(ConfigError, match="fork"):
+        configfile.check_resumable(demo(), demo(key))
+
+
+def test_a_resume_may_change_everything_else():
+    configfile.check_resumable(demo(), demo("train.steps=999", "kl.beta=0.1", "ppo.epochs=1"))
+
+
+def test_changes_are_listed_by_their_dotted_keys():
+    assert configfile.changes(demo(), demo("kl.beta=0.25", "train.steps=9")) == {
+        "kl.beta": (demo().kl.beta, 0.25),
+        "train.steps": (demo().train.steps, 9),
+    }
+
+
+def test_nothing_that_is_not_finite_gets_through():
+    flat = configfile.flatten(configfile.to_tree(demo()))
+    for key in (k for k, v in flat.items() if isinstance(v, float)):
+        for word, value in ((".inf", math.inf), ("-.inf", -math.inf), (".nan", math.nan)):
+            with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+                demo(f"{key}={word}")
+            assert not math.isfinite(value)

@@ -1,0 +1,105 @@
+"""Guard rails: when a rule speaks, what it shows, and that it does not repeat itself."""
+
+import math
+
+import pytest
+
+from engine.config import GuardrailConfig, Rule
+from engine.guardrails import DEFAULT_RULES, Guardrails, telling
+from engine.protocol import Sample
+
+
+def rails(*rules, defaults=False):
+    return Guardrails(GuardrailConfig(defaults=defaults, rules=list(rules)))
+
+
+def spoken(guardrails, values, metric="m", settings=None):
+    """The steps at which something was said about a series of values."""
+    return [
+        step
+        for step, value in enumerate(values, start=1)
+        if guardrails.check(step, {metric: value}, settings or {})
+    ]
+
+
+def sample(index, score=0.0, kl=0.0, length=1):
+    return Sample(
+        index=index, prompt="p", response="r", score=score, kl=kl, length=length, ended=True
+    )
+
+
+def test_a_threshold_speaks_when_it_is_crossed_and_again_after_it_ceased():
+    rule = Rule(name="high", metric="m", above=1.0)
+    assert spoken(rails(rule), [0, 2, 3, 1, 0, 1.1]) == [2, 6]
+
+
+def test_a_threshold_itself_is_still_well():
+    assert spoken(rails(Rule(name="r", metric="m", above=1.0, below=-1.0)), [1, -1, -1.1]) == [3]
+
+
+def test_a_bound_may_be_a_multiple_of_a_setting():
+    rule = Rule(name="kl", metric="m", above=2.0, of="target")
+    assert spoken(rails(rule), [11, 13], settings={"target": 6.0}) == [2]
+    assert spoken(rails(rule), [1.9, 2.1], settings={"target": None}) == [2]
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "steps"),
+    [
+        (Rule(name="r", metric="m", falls=0.5, window=3), [4, 4, 4, 2.1, 1.0], [5]),
+        (Rule(name="r", metric="m", rises=0.5, window=3), [4, 4, 4, 5.9, 8.0], [5]),
+        (Rule(name="r", metric="m", falls=0.5, window=3), [4, 4, 1], []),
+        (Rule(name="r", metric="m", falls=0.5, window=2), [-4, -4, -8.0], [3]),
+        (Rule(name="r", metric="m", rises=0.5, window=2), [0, 0, 9], []),
+    ],
+)
+def test_a_change_is_measured_against_the_mean_of_a_full_window(rule, values, steps):
+    assert spoken(rails(rule), values) == steps
+
+
+def test_what_is_missing_or_not_finite_neither_speaks_nor_enters_a_window():
+    rule = Rule(name="r", metric="m", falls=0.5, window=2)
+    assert spoken(rails(rule), [4, math.nan, None, 4, 1]) == [5]
+
+
+def test_any_metric_that_is_not_finite_pauses_by_default():
+    (alert,) = Guardrails(GuardrailConfig()).check(3, {"a": 1.0, "b": math.inf, "c": math.nan}, {})
+    assert (alert.rule, alert.action, alert.step) == ("non_finite", "pause", 3)
+    assert "b, c not finite" in alert.text
+
+
+def test_by_default_nothing_but_what_is_not_finite_does_more_than_notify():
+    acting = {r.metric for r in DEFAULT_RULES if r.action != "notify"}
+    assert acting <= {"*", "policy/nonfinite_updates"}
+
+
+def test_a_rule_takes_the_place_of_the_default_of_its_name():
+    own = Rule(name="kl_high", metric="objective/kl", above=100.0, action="stop")
+    rules = {r.name: r for r in rails(own, defaults=True).rules}
+    assert rules["kl_high"] == own
+    assert set(rules) == {r.name for r in DEFAULT_RULES}
+
+
+def test_an_alert_shows_metric_value_window_and_the_samples():
+    guardrails = rails(Rule(name="r", metric="m", above=2.0, window=2))
+    samples = [sample(i, score=float(-i)) for i in range(8)]
+    for step, value in enumerate([0.5, 1.0, 1.5], start=1):
+        assert not guardrails.check(step, {"m": value}, {}, samples)
+    (alert,) = guardrails.check(4, {"m": 3.0}, {}, samples)
+    data = alert.as_data()
+    assert (data["metric"], data["value"], data["window"]) == ("m", 3.0, [1.0, 1.5])
+    assert [s["index"] for s in data["samples"]] == [7, 6, 5, 4, 3]
+    assert alert.text.startswith("look here")
+
+
+def test_the_samples_are_those_that_show_the_metric():
+    samples = [sample(i, score=i, kl=10 - i, length=i) for i in range(8)]
+    assert [s.index for s in telling("objective/kl", samples)] == [0, 1, 2, 3, 4]
+    assert [s.index for s in telling("tokens/response_len_mean", samples)] == [7, 6, 5, 4, 3]
+    assert [s.index for s in telling("objective/scores", samples)] == [0, 1, 2, 3, 4]
+
+
+def test_a_replay_says_what_was_said():
+    rules = (Rule(name="a", metric="m", above=1.0), Rule(name="b", metric="m", falls=0.3, window=2))
+    values = [0.5, 2.0, 2.0, 0.4, 3.0, math.nan, 3.0]
+    assert spoken(rails(*rules), values) == spoken(rails(*rules), values)

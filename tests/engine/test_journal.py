@@ -1,0 +1,313 @@
+"""The journal: what was written is read, a later attempt replaces, nothing is forgotten."""
+
+import json
+import math
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from engine import schema
+from engine.errors import JournalError
+from engine.journal import Journal, cut_after, on_network
+from engine.record import Record, SampleQuery
+from engine.session import Session
+
+DATA = Path(__file__).parent / "data"
+
+
+def scores(session):
+    with Record(session) as record:
+        return dict(record.series("objective/scores"))
+
+
+def test_a_step_is_read_as_it_was_written(writer):
+    writer.steps(1, 2)
+    with Record(writer.session) as record:
+        rows = record.metrics()
+        assert [(r["step"], r["attempt"], r["lr"]) for r in rows] == [(1, 1, 1e-5), (2, 1, 1e-5)]
+        assert record.metrics(last=1) == rows[1:]
+        assert record.last_step() == 2
+        assert record.meta()["settings"] == {"beta": 0.1}
+        samples = record.samples()
+        assert [(s["step"], s["index"]) for s in samples] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+        assert samples[0]["parts"] == {"reward": 1.0}
+        assert (samples[0]["ended"], samples[1]["ended"]) == (True, False)
+        assert record.arrays(1, 0).ref_logprob == [-1.0, -2.5]
+        assert record.arrays(1, 1) is None
+
+
+def test_a_metric_that_begins_later_is_null_before(writer):
+    writer.steps(1)
+    writer.steps(2, late=3.0)
+    with Record(writer.session) as record:
+        assert [r["late"] for r in record.metrics()] == [None, 3.0]
+        assert record.series("late") == [(2, 3.0)]
+        assert record.series("unheard of") == []
+
+
+def test_what_is_not_finite_is_null_everywhere(writer):
+    writer.steps(1, nan=math.nan, inf=math.inf)
+    odd = writer.sample(2, 0, score=math.inf, kl=math.nan, parts={"reward": -math.inf})
+    report = {"step": 2, "metrics": {}, "samples": [odd], "settings": {"beta": math.nan}}
+    writer.journal.record_step(type("Report", (), report))
+    writer.journal.record_event("alert", {"window": [1.0, math.nan], "deep": {"a": math.inf}})
+    writer.order("nan", "beta", value=math.nan)
+    with Record(writer.session) as record:
+        everything = [record.metrics(), record.samples(), record.events(), record.meta()]
+        text = json.dumps(everything, allow_nan=False)
+    assert "null" in text
+    # Written without a value is not the same as never written: a replay can tell.
+    with Record(writer.session) as record:
+        assert record.series("inf") == [(1, None)]
+
+
+def test_a_resume_takes_over_the_timeline_and_keeps_the_past(writer):
+    writer.steps(1, 2, 3)
+    writer.journal.begin_attempt(1, fresh=False)
+    assert writer.journal.step == 1
+    writer.steps(2)
+    assert scores(writer.session) == {1: 1.1, 2: 2.2}
+    with Record(writer.session) as record:
+        assert record.past_series("objective/scores") == [(1, 2, 2.1), (1, 3, 3.1)]
+        assert [a["from_step"] for a in record.attempts()] == [0, 1]
+        assert [(s["step"], s["attempt"]) for s in record.samples()] == [
+            (1, 1), (1, 1), (2, 2), (2, 2),
+        ]  # fmt: skip
+        assert record.arrays(3, 0) is None
+
+
+def test_a_timeline_can_be_replaced_again_and_again(writer):
+    for _ in range(3):
+        writer.steps(1, 2)
+        writer.journal.begin_attempt(0, fresh=True)
+    with Record(writer.session) as record:
+        assert len(record.past_series("lr")) == 6
+        assert record.metrics() == []
+
+
+def test_checkpoints_after_a_resume_belong_to_the_past(writer):
+    writer.checkpoint(2)
+    writer.checkpoint(4)
+    writer.journal.begin_attempt(2, fresh=False)
+    with Record(writer.session) as record:
+        assert [c["step"] for c in record.checkpoints(("complete",))] == [2]
+        assert [c["step"] for c in record.checkpoints()] == [2, 4]
+    writer.journal.record_checkpoint(4, 1000, math.nan, math.nan)
+    writer.journal.complete_checkpoint(4)
+    with Record(writer.session) as record:
+        assert [c["attempt"] for c in record.checkpoints(("complete",)) if c["step"] == 4] == [2]
+    writer.journal.remove_checkpoints([2])
+    with Record(writer.session) as record:
+        assert [c["step"] for c in record.checkpoints(("complete",))] == [4]
+
+
+def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(writer):
+    writer.change("a", 3, 0.1, 0.2)
+    writer.change("b", 5, 1e-5, 2e-5, key="learning_rate")
+    writer.change("c", 5, 0.2, 0.3)
+    writer.journal.begin_attempt(4, fresh=False)
+    settled = writer.journal.settled_after(4)
+    assert [(s.step, s.key, s.new) for s in settled] == [
+        (5, "learning_rate", 2e-5), (5, "beta", 0.3),
+    ]  # fmt: skip
+
+
+def test_starting_afresh_forgets_them(writer):
+    writer.change("a", 3, 0.1, 0.2)
+    writer.change("b", 5, 0.2, 0.3)
+    writer.journal.begin_attempt(4, fresh=True)
+    assert writer.journal.settled_after(4) == []
+    assert [s.new for s in writer.journal.settled_after(0)] == [0.2]
+
+
+def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer):
+    writer.change("a", 5, 0.1, 0.2)
+    writer.change("b", 6, 1e-5, 2e-5, key="learning_rate")
+    writer.journal.begin_attempt(4, fresh=False)
+    writer.change("c", 5, 0.1, 0.9)
+    writer.journal.begin_attempt(4, fresh=False)
+    settled = {s.key: s.new for s in writer.journal.settled_after(4)}
+    assert settled == {"beta": 0.9, "learning_rate": 2e-5}
+
+
+def test_undo_finds_the_last_change_that_was_not_taken_back(writer):
+    writer.change("a", 2, 0.1, 0.2)
+    writer.change("b", 3, 0.2, 0.3)
+    writer.undo("u", 4, 0.3, 0.2)
+    writer.change("late", 9, 0.2, 0.7)
+    (change,) = writer.journal.undoable(4)[-1]
+    assert (change.old, change.new) == (0.1, 0.2)
+    assert len(writer.journal.undoable(9)) == 2
+    assert writer.journal.undoable(1) == []
+
+
+def test_a_command_is_taken_once_and_its_answer_stays(writer):
+    writer.change("a", 2, 0.1, 0.2)
+    assert not writer.journal.record_command("a", "set", {}, "somebody else")
+    answer = writer.journal.answer("a")
+    assert (answer.status, answer.step, answer.changes[0].new) == ("applied", 2, 0.2)
+    with pytest.raises(JournalError, match="nobody"):
+        writer.journal.answer("nobody")
+
+
+def test_what_an_engine_left_open_is_rejected_by_the_next(writer):
+    writer.order("left", "pause")
+    writer.change("done", 2, 0.1, 0.2)
+    writer.journal.reject_unfinished("it ended")
+    assert writer.journal.answer("left").reason == "it ended"
+    assert writer.journal.answer("done").status == "applied"
+
+
+def test_a_commands_event_carries_its_whole_life(writer):
+    writer.change("a", 2, 0.1, 0.2)
+    writer.journal.record_command("n", "note", {"text": "look"}, "me")
+    with Record(writer.session) as record:
+        events = record.events()
+        assert record.events(after=events[-2]["event"]) == events[-1:]
+    command = next(e for e in events if e["kind"] == "command")
+    assert (command["status"], command["applied_step"]) == ("applied", 2)
+    assert (command["old"], command["new"], command["who"]) == (0.1, 0.2, "me")
+    assert [(e["text"], e["who"]) for e in events if e["kind"] == "note"] == [("look", "me")]
+
+
+def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
+    writer.steps(1)
+    writer.change("early", 2, 0.1, 0.2)
+    writer.steps(2)
+    writer.change("late", 3, 0.2, 0.3)
+    writer.checkpoint(2)
+    writer.steps(3)
+    writer.order("open", "pause")
+    writer.checkpoint(3)
+    child = make_session("child")
+    cut_after(writer.session, child, 2)
+    assert scores(child) == {1: 1.1, 2: 2.1}
+    with Record(child) as record:
+        assert {c["id"] for c in record.commands()} == {"early"}
+        assert [c["step"] for c in record.checkpoints()] == [2]
+        assert [e["id"] for e in record.events() if e["kind"] == "command"] == ["early"]
+        assert {s["step"] for s in record.samples()} == {1, 2}
+    # The source is as it was.
+    assert scores(writer.session) == {1: 1.1, 2: 2.1, 3: 3.1}
+
+
+def test_samples_are_searched_and_ordered(writer):
+    writer.steps(1, 2, 3)
+    with Record(writer.session) as record:
+        page = record.sample_page(SampleQuery(order="score", descending=False), limit=3)
+        assert [s["score"] for s in page] == [1.0, 1.0, 2.0]
+        found = record.sample_page(SampleQuery(text="ANSWER 2"), limit=10)
+        assert {s["step"] for s in found} == {2}
+        assert len(record.sample_page(SampleQuery(cut_off=True), limit=10)) == 3
+        assert len(record.sample_page(SampleQuery(score_from=2, score_to=2), limit=10)) == 2
+        evil = SampleQuery(order="score; DROP TABLE samples", text="%'\"")
+        assert record.sample_page(evil, limit=1) == []
+
+
+def test_a_session_that_never_began_reads_as_empty(make_session):
+    with Record(make_session("new")) as record:
+        assert record.metrics() == record.events() == record.attempts() == []
+        assert record.last_step() == 0
+        assert record.state() == "crashed"
+
+
+def test_a_journal_of_a_newer_version_is_refused_by_reader_and_writer(writer):
+    writer.journal.close()
+    with sqlite3.connect(writer.session.journal_file) as db:
+        db.execute(f"PRAGMA user_version = {len(schema.JOURNAL) + 1}")
+    for opening in (Journal, Record):
+        with pytest.raises(JournalError, match="newer"):
+            opening(writer.session)
+    with sqlite3.connect(writer.session.journal_file) as db:
+        db.execute(f"PRAGMA user_version = {len(schema.JOURNAL)}")
+    writer.journal = Journal(writer.session)
+
+
+def test_a_file_that_is_no_journal_is_refused_in_a_sentence(make_session):
+    session = make_session("odd")
+    session.journal_file.write_bytes(b"nothing of ours" * 300)
+    for opening in (Journal, Record):
+        with pytest.raises(JournalError, match=r"journal\.db"):
+            opening(session)
+
+
+def test_migrations_are_taken_in_order_each_once(tmp_path):
+    path = tmp_path / "some.db"
+    scripts = ["CREATE TABLE a (x);", "INSERT INTO a VALUES (1);", "INSERT INTO a VALUES (2);"]
+    db = sqlite3.connect(path)
+    schema.migrate(db, scripts[:2], path)
+    schema.migrate(db, scripts, path)
+    schema.migrate(db, scripts, path)
+    assert db.execute("SELECT x FROM a").fetchall() == [(1,), (2,)]
+    assert schema.schema_version(db) == 3
+    with pytest.raises(JournalError, match="newer"):
+        schema.migrate(db, scripts[:1], path)
+    # One that fails leaves nothing of itself.
+    with pytest.raises(sqlite3.Error):
+        schema.migrate(db, [*scripts, "CREATE TABLE b (x); INSERT INTO nowhere VALUES (1);"], path)
+    db.close()
+    db = sqlite3.connect(path)
+    assert schema.schema_version(db) == 3
+    assert db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'b'").fetchone() == (0,)
+    db.close()
+
+
+@pytest.fixture
+def old(tmp_path, make_session):
+    """A session of version 1, as it was checked in."""
+    session = make_session("old")
+    shutil.copy(DATA / "journal-v1.db", session.journal_file)
+    shutil.copy(DATA / "samples-v1.db", session.samples_file)
+    return session
+
+
+def test_an_old_journal_is_read(old):
+    assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
+    with Record(old) as record:
+        assert [a["from_step"] for a in record.attempts()] == [0, 1]
+        assert record.commands()[0]["new"] == 0.2
+        assert record.samples()[-1]["response"] == "answer 3.1"
+        assert record.arrays(3, 0).tokens == ["a", "b"]
+        assert [c["step"] for c in record.checkpoints()] == [1, 3]
+        assert record.past_series("objective/scores") == [(1, 2, 2.1)]
+
+
+def test_an_old_journal_is_migrated_and_goes_on(old):
+    journal = Journal(old)
+    assert (journal.attempt, journal.step) == (2, 3)
+    journal.begin_attempt(3, fresh=False)
+    assert [s.new for s in journal.settled_after(1)] == [0.2]
+    journal.close()
+    assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
+
+
+def test_an_archived_copy_is_read_where_nothing_can_be_written(old, tmp_path, monkeypatch):
+    # Root may write anywhere: what a read-only folder does to SQLite is made by hand.
+    connect = sqlite3.connect
+    asked = []
+
+    def without_writing(database, **options):
+        asked.append(database)
+        if "immutable" not in database:
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(database, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", without_writing)
+    assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
+    assert any("immutable=1" in uri for uri in asked)
+
+
+def test_a_path_with_signs_that_mean_something_in_a_uri_is_read(make_session, write_in, tmp_path):
+    folder = tmp_path / "sessions" / "a?b=c#d %41 é"
+    shutil.copytree(make_session("plain").folder, folder)
+    writer = write_in(Session(folder))
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.steps(1)
+    writer.journal.close()
+    assert scores(Session(folder)) == {1: 1.1}
+
+
+def test_a_local_folder_is_not_taken_for_a_network_one(tmp_path):
+    assert not on_network(tmp_path)

@@ -1,0 +1,157 @@
+"""One engine a session, and a socket that is reached however deep it lies."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from engine import lock, sockets
+from engine.errors import SessionError, SessionLockedError
+
+HOLD = """
+import sys
+from pathlib import Path
+from engine.lock import SessionLock
+held = SessionLock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds a lock until it is told, or killed."""
+    path = tmp_path / "engine.lock"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"held\n"
+    yield path, process
+    process.kill()
+    process.communicate()
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path):
+    path = tmp_path / "engine.lock"
+    held = lock.SessionLock(path)
+    with pytest.raises(SessionLockedError):
+        lock.SessionLock(path)
+    held.release()
+    lock.SessionLock(path).release()
+
+
+def test_asking_does_not_take_it(tmp_path):
+    path = tmp_path / "engine.lock"
+    assert not lock.is_held(path)
+    assert not path.exists()
+    held = lock.SessionLock(path)
+    assert lock.is_held(path)
+    assert lock.is_held(path)
+    held.release()
+    assert not lock.is_held(path)
+
+
+def test_another_process_is_seen_and_refuses(holder):
+    path, _ = holder
+    assert lock.is_held(path)
+    with pytest.raises(SessionLockedError):
+        lock.SessionLock(path)
+
+
+def test_a_lock_goes_with_its_process_however_that_ends(holder):
+    path, process = holder
+    process.kill()
+    process.communicate()
+    assert path.exists()
+    assert not lock.is_held(path)
+    lock.SessionLock(path).release()
+
+
+def test_a_child_does_not_inherit_it(tmp_path):
+    path = tmp_path / "engine.lock"
+    held = lock.SessionLock(path)
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    held.release()
+    assert not lock.is_held(path)
+    child.communicate()
+
+
+def test_a_lock_that_cannot_be_made_is_told(tmp_path):
+    with pytest.raises(SessionError, match="cannot lock"):
+        lock.SessionLock(tmp_path / "nowhere" / "engine.lock")
+
+
+def deep(tmp_path):
+    folder = tmp_path.joinpath(*(["a-folder-with-a-long-name"] * 8))
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_socket_is_reached_by_a_path_longer_than_an_address(tmp_path):
+    folder = deep(tmp_path)
+    listener, path = sockets.listen(folder)
+    assert len(str(path)) > 108
+    assert path.parent == folder
+    with listener, sockets.connect(path) as client:
+        server, _ = listener.accept()
+        with server:
+            client.sendall(b"hello")
+            assert server.recv(5) == b"hello"
+            assert sockets.peer_uid(server) == os.getuid()
+
+
+def test_a_socket_is_its_owners_alone(tmp_path):
+    listener, path = sockets.listen(tmp_path)
+    with listener:
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_stale_socket_or_file_gives_way(tmp_path):
+    for _ in range(2):
+        listener, path = sockets.listen(tmp_path)
+        listener.close()
+        assert path.exists()
+        with pytest.raises(ConnectionRefusedError):
+            sockets.connect(path)
+    path.unlink()
+    path.write_text("a file")
+    sockets.listen(tmp_path)[0].close()
+
+
+def test_where_no_socket_can_lie_it_lies_in_a_folder_of_the_users(tmp_path, monkeypatch):
+    monkeypatch.setattr(sockets.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    folder = tmp_path / "no-sockets-here"
+    folder.mkdir()
+    # A folder in its place stands for a file system without sockets.
+    (folder / sockets.NAME).mkdir()
+    listener, path = sockets.listen(folder)
+    with listener:
+        assert path.parent.parent == tmp_path / "tmp"
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        sockets.connect(path).close()
+
+
+def test_a_folder_in_tmp_that_others_can_enter_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(sockets.tempfile, "gettempdir", lambda: str(tmp_path))
+    own = tmp_path / f"rlhf-tui-{os.getuid()}"
+    own.mkdir()
+    own.chmod(0o777)
+    folder = tmp_path / "folder"
+    (folder / sockets.NAME).mkdir(parents=True)
+    with pytest.raises(SessionError, match="cannot make a socket"):
+        sockets.listen(folder)
+    own.rmdir()
+    own.symlink_to(folder)
+    with pytest.raises(SessionError, match="cannot make a socket"):
+        sockets.listen(folder)
+
+
+def test_nobody_listening_is_an_os_error(tmp_path):
+    with pytest.raises(OSError):
+        sockets.connect(tmp_path / "nobody.sock")
+    with pytest.raises(OSError):
+        sockets.connect(tmp_path / "nowhere" / "nobody.sock")

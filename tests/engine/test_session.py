@@ -1,0 +1,233 @@
+"""A session's folder: its name, who is in it, what state it is in, where it can start."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import configfile, registry, session, starter
+from engine.client import Client
+from engine.commands import Rollback
+from engine.dispatch import check_now
+from engine.errors import (
+    CommandRejectedError,
+    ConfigError,
+    NoSuchSessionError,
+    SessionError,
+    SessionLockedError,
+    SessionNameError,
+)
+from engine.record import Record
+from engine.start import check_inputs, checkpoint_steps, fork, last_checkpoint, resume
+
+modest = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+@modest
+@given(st.text(max_size=100))
+def test_no_name_leads_out_of_the_sessions_folder(tmp_path_factory, name):
+    root = tmp_path_factory.getbasetemp()
+    try:
+        session.check_name(name)
+    except SessionNameError:
+        return
+    assert (root / name).resolve().parent == root.resolve()
+    assert name == name.strip()
+    assert not name.startswith((".", "-"))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a\n", "é", "-o", "x" * 81, "a\0"])
+def test_a_name_that_cannot_be_one_is_refused_everywhere(tmp_path, name):
+    config = configfile.load(starter.FOLDER / "demo.yaml")
+    with pytest.raises(SessionNameError):
+        session.create(tmp_path, name, config)
+    with pytest.raises(SessionNameError):
+        session.find(tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+
+@modest
+@given(st.text(max_size=100))
+def test_a_file_name_makes_a_name_that_can_be_one(tmp_path_factory, stem):
+    root = tmp_path_factory.getbasetemp() / "none"
+    session.check_name(session.free_name(root, stem))
+
+
+def test_a_taken_name_is_refused_and_a_free_one_found(make_session):
+    made = make_session("run")
+    with pytest.raises(SessionNameError, match="resume"):
+        make_session("run")
+    assert session.free_name(made.folder.parent, "run") == "run-2"
+    assert made.config_file.is_file()
+
+
+def test_a_session_is_its_owners_alone_and_states_everything(make_session):
+    made = make_session("run", "seed=3")
+    assert made.folder.stat().st_mode & 0o777 == 0o700
+    assert made.config() == configfile.load(starter.FOLDER / "demo.yaml", ["seed=3"])
+
+
+def test_a_sessions_folder_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    config = configfile.load(starter.FOLDER / "demo.yaml")
+    with pytest.raises(SessionError, match="cannot make"):
+        session.create(tmp_path / "file", "run", config)
+
+
+def test_a_session_is_held_by_one_engine_which_is_named(make_session):
+    made = make_session()
+    held = made.acquire()
+    made.write_engine("/a/socket", "1.0")
+    with pytest.raises(SessionLockedError, match=f"pid {made.engine().pid} on "):
+        made.acquire()
+    assert made.is_live()
+    held.release()
+    assert not made.is_live()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', "\xff"])
+def test_a_damaged_engine_file_is_no_engine(make_session, text):
+    made = make_session()
+    made.engine_file.write_text(text, encoding="latin-1")
+    assert made.engine() is None
+
+
+def test_a_session_without_an_engine_cannot_be_connected_to(make_session):
+    made = make_session()
+    made.write_engine("/nowhere", "1.0")
+    with pytest.raises(NoSuchSessionError, match="resume"):
+        Client(made, "me")
+
+
+def test_an_engine_on_another_host_is_named(make_session):
+    made = make_session()
+    held = made.acquire()
+    info = {"pid": 1, "host": "far-away", "socket": "/x", "version": "1"}
+    made.engine_file.write_text(json.dumps(info))
+    with pytest.raises(NoSuchSessionError, match="far-away"):
+        Client(made, "me")
+    held.release()
+
+
+@pytest.mark.parametrize("state", session.LIVE_STATES)
+def test_a_session_that_says_it_lives_and_does_not_has_crashed(writer, state):
+    writer.journal.set_meta(state=state)
+    with Record(writer.session) as record:
+        assert record.state() == "crashed"
+        held = writer.session.acquire()
+        assert record.state() == state
+        held.release()
+
+
+@pytest.mark.parametrize("state", session.ENDED_STATES)
+def test_a_session_that_has_ended_says_so_whoever_holds_it(writer, state):
+    writer.journal.set_meta(state=state)
+    with Record(writer.session) as record:
+        assert record.state() == state
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint_of_its_timeline(writer):
+    for step in (2, 4, 6):
+        writer.checkpoint(step)
+    assert last_checkpoint(writer.session) == 6
+    (writer.session.checkpoints / "step-000006" / "COMPLETE").unlink()
+    assert last_checkpoint(writer.session) == 4
+    writer.journal.begin_attempt(2, fresh=True)
+    assert last_checkpoint(writer.session) == 2
+    assert checkpoint_steps(writer.session) == [2, 4]
+
+
+def test_a_checkpoint_of_a_timeline_that_was_left_is_no_place_to_go_on_from(writer):
+    # It would leave a gap: the steps up to it are not this timeline's.
+    for step in (2, 4):
+        writer.checkpoint(step)
+    writer.journal.begin_attempt(2, fresh=True)
+    given = {"from_step": 4, "reseed": False, "overrides": [], "who": "me"}
+    for going_on in (
+        lambda: resume(writer.session, **given),
+        lambda: fork(writer.session, "child", **given),
+    ):
+        with pytest.raises(NoSuchSessionError, match=r"it has: 2\)"):
+            going_on()
+    with pytest.raises(CommandRejectedError, match="there is: 2"):
+        check_now(Rollback(step=4), "running", {}, writer.session, paused=False)
+
+
+def test_overrides_that_are_settings_are_changes_from_the_next_step_on(writer):
+    start = resume(
+        writer.session,
+        from_step=None,
+        reseed=False,
+        overrides=["kl.beta=0.7", "train.steps=999"],
+        who="me",
+    )
+    assert [(c.key, c.new) for c in start.changes] == [("beta", 0.7)]
+    assert not start.fresh
+
+
+def test_a_fork_that_is_refused_leaves_nothing(writer):
+    writer.checkpoint(2)
+    given = {"reseed": False, "who": "me"}
+    root = writer.session.folder.parent
+    for name, step, overrides, error in (
+        ("child", 3, [], NoSuchSessionError),
+        ("child", 2, ["ppo.epocs=1"], ConfigError),
+        ("child", 2, ["data.prompts=/nowhere.jsonl"], ConfigError),
+        ("../child", 2, [], SessionNameError),
+        ("run", 2, [], SessionNameError),
+    ):
+        with pytest.raises(error):
+            fork(writer.session, name, from_step=step, overrides=overrides, **given)
+    assert [f.name for f in root.iterdir()] == ["run"]
+
+
+def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):
+    writer.steps(1, 2, 3)
+    writer.checkpoint(2)
+    child, start = fork(
+        writer.session, "child", from_step=2, reseed=False, overrides=["kl.beta=0.7"], who="me"
+    )
+    assert checkpoint_steps(child) == [2]
+    assert start.origin == {"from": "run", "step": 2}
+    assert child.config().kl.beta == 0.7
+    assert writer.session.config().kl.beta != 0.7
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.prompts=/nowhere/p.jsonl", "data.prompts: no file at"),
+        ("model.policy=/nowhere", "model.policy: the folder /nowhere does not exist"),
+        ("reward.model=/", "reward.model: the folder / holds no config.json"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_made(override, says):
+    with pytest.raises(ConfigError, match=says):
+        check_inputs(configfile.load(starter.FOLDER / "demo.yaml", [override]))
+
+
+def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert registry.live_sessions() == []
+    living, dead = make_session("living"), make_session("dead")
+    registry.announce(living)
+    registry.announce(dead)
+    folder = tmp_path / "state" / "rlhf-tui" / "live"
+    (folder / "half-written").touch()
+    (folder / "nonsense").write_bytes(b"\xff\xfe")
+    held = living.acquire()
+    assert registry.live_sessions() == [living]
+    assert len(list(folder.iterdir())) == 3
+    held.release()
+    registry.withdraw(living)
+    assert registry.live_sessions() == []
+
+
+def test_a_state_folder_that_cannot_be_written_costs_nothing_but_a_line(
+    make_session, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "state").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    registry.announce(make_session())
+    assert "will not be found" in caplog.text

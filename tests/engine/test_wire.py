@@ -1,0 +1,159 @@
+"""What processes say to one another: frames that come back as they were sent, or not at all."""
+
+import struct
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import protocol
+from engine.commands import AnyCommand, Beta, Command, Control, Set, name_of, new_values
+from engine.control import (
+    Answer,
+    ClientHello,
+    Request,
+    Status,
+    StatusRequest,
+    Wake,
+    Watch,
+    Welcome,
+    decode_from_client,
+    decode_to_client,
+)
+from engine.errors import CommandRejectedError, LinkError
+from engine.settings import Settings, setting_name
+
+modest = settings(max_examples=60, deadline=None, derandomize=True)
+text = st.text(st.characters(codec="utf-8"), max_size=20)
+PLAIN = {
+    str: text, float: st.floats(), bool: st.booleans(), type(None): st.none(),
+    int: st.integers(-(2**63), 2**63 - 1),
+    Any: st.none() | st.booleans() | st.floats() | text | st.lists(text, max_size=2),
+}  # fmt: skip
+
+
+def values(kind):
+    """Anything of a type, as messages use them."""
+    if kind in PLAIN:
+        return PLAIN[kind]
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin in (Union, UnionType):
+        return st.one_of(*map(values, arguments))
+    if origin is list:
+        return st.lists(values(arguments[0]), max_size=2)
+    if origin is dict:
+        return st.dictionaries(*map(values, arguments), max_size=2)
+    return st.builds(kind, **{k: values(v) for k, v in get_type_hints(kind).items()})
+
+
+def body_of(message):
+    frame = protocol.encode(message)
+    assert protocol.frame_length(frame[:4]) == len(frame) - 4
+    return frame[4:]
+
+
+def same(a, b):
+    """Equal, NaN being itself."""
+    return msgspec.msgpack.encode(a) == msgspec.msgpack.encode(b)
+
+
+@modest
+@given(values(Request | StatusRequest | Watch | ClientHello))
+def test_what_a_client_says_arrives(message):
+    assert same(decode_from_client(body_of(message)), message)
+
+
+@modest
+@given(values(Welcome | Answer | Wake | Status | protocol.Phase))
+def test_what_an_engine_answers_arrives(message):
+    assert same(decode_to_client(body_of(message)), message)
+
+
+@modest
+@given(values(protocol.StepReport | protocol.Failed | protocol.Applied | protocol.Ready))
+def test_what_a_rank_says_arrives(message):
+    assert same(protocol.decode_from_rank(body_of(message)), message)
+
+
+@modest
+@given(values(protocol.Begin | protocol.Confirm | protocol.Order))
+def test_what_a_supervisor_says_arrives(message):
+    assert same(protocol.decode_to_rank(body_of(message)), message)
+
+
+@modest
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_a_link_error(data):
+    for decode in (decode_from_client, protocol.decode_from_rank, protocol.decode_to_rank):
+        try:
+            decode(data)
+        except LinkError as error:
+            assert str(protocol.VERSION) in str(error)
+
+
+def test_a_frame_over_the_limit_is_refused_on_both_sides(monkeypatch):
+    with pytest.raises(LinkError, match="over the limit"):
+        protocol.frame_length(struct.pack(">I", protocol.MAX_FRAME + 1))
+    assert protocol.frame_length(struct.pack(">I", protocol.MAX_FRAME)) == protocol.MAX_FRAME
+    monkeypatch.setattr(protocol, "MAX_FRAME", 100)
+    with pytest.raises(LinkError, match="over the limit"):
+        protocol.encode(ClientHello(who="x" * 100))
+
+
+def test_an_unknown_field_of_a_command_is_refused():
+    data = {"type": "request", "id": "1", "command": {"command": "pause", "loudly": True}}
+    with pytest.raises(LinkError):
+        decode_from_client(msgspec.msgpack.encode(data))
+
+
+@modest
+@given(values(AnyCommand))
+def test_each_command_has_a_name(command):
+    assert isinstance(command, Command)
+    assert name_of(command) == msgspec.to_builtins(command)["command"]
+
+
+NOW = Settings(
+    beta=0.1, controller="fixed", target=6.0, horizon=1000.0, beta_min=1e-4, beta_max=10.0,
+    learning_rate=1e-5, save_every=5, clip_range=0.2, epochs=4, stop_kl=None, temperature=1.0,
+    max_new_tokens=32,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "values"),
+    [
+        (Beta(value=0), {"beta": 0.0}),
+        (Control(controller="adaptive", target=3), {"controller": "adaptive", "target": 3.0}),
+        (Set(key="kl.beta", value=1), {"beta": 1.0}),
+        (Set(key="stop_kl", value=None), {"stop_kl": None}),
+        (Set(key="epochs", value=2), {"epochs": 2}),
+    ],
+)
+def test_a_command_says_what_it_changes(command, values):
+    assert new_values(command, NOW) == values
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Beta(value=-0.1), Beta(value=float("nan")), Beta(value=float("inf")),
+        Control(controller="adaptive", target=0), Control(controller="fixed", horizon=-1),
+        Control(controller="fixed", beta_min=11.0), Set(key="beta_max", value=1e-5),
+        Set(key="epochs", value=0), Set(key="epochs", value=1.5), Set(key="clip_range", value=1),
+        Set(key="learning_rate", value="1"), Set(key="seed", value=1), Set(key="", value=1),
+        Set(key="temperature", value=[]), Set(key="controller", value="loose"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_rejected(command):
+    with pytest.raises(CommandRejectedError):
+        new_values(command, NOW)
+
+
+def test_a_setting_is_known_by_its_name_and_by_its_key():
+    assert setting_name("beta") == setting_name("kl.beta") == "beta"

@@ -1,0 +1,234 @@
+"""A frozen session of 200 steps, made by the journal itself, and the app on it."""
+
+import contextlib
+import math
+import random
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from engine import configfile, starter
+from engine.journal import Journal
+from engine.protocol import Sample, StepReport, TokenArrays
+from engine.session import Session, create
+from engine.settings import Change, first_settings
+from rlhf_tui.app import Desk
+
+START = 1_700_000_000.0
+STEP_SECONDS = 4.0
+NOW = START + 3600
+WORDS = (
+    *("a", "the", "film", "was", "good", "really", "loved", "it", "story", "actors", "never"),
+    *("dull", "and", "moving", "scene", "warm"),
+)
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    """Preferences of the test alone, in one time zone, with colours."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+
+
+# Everything that a screen shows: the demo's own values may change.
+SETTINGS = {
+    "kl.controller": "adaptive", "kl.beta": 0.05, "kl.target": 6.0, "kl.horizon": 500.0,
+    "kl.beta_min": 1e-4, "kl.beta_max": 10.0, "train.learning_rate": 3e-4, "train.save_every": 25,
+    "ppo.clip_range": 0.2, "ppo.epochs": 2, "ppo.stop_kl": "null", "rollout.batch_size": 64,
+    "rollout.temperature": 1.0, "rollout.max_new_tokens": 32,
+}  # fmt: skip
+
+
+def config_of(**values):
+    overrides = [f"{key}={value}" for key, value in (SETTINGS | values).items()]
+    return configfile.load(starter.FOLDER / "demo.yaml", overrides)
+
+
+def metrics_of(step: int, rng: random.Random, beta: float) -> dict[str, float]:
+    rise = 1 - math.exp(-step / 60)
+    kl = 9 * rise + rng.gauss(0, 0.4)
+    return {
+        "objective/scores": -0.4 + 1.9 * rise + rng.gauss(0, 0.08),
+        "objective/scores_std": 0.9 + rng.gauss(0, 0.05),
+        "objective/kl": max(kl, 0.0),
+        "objective/kl_per_token": max(kl, 0.0) / 28,
+        "objective/kl_coef": beta,
+        "policy/clipfrac_avg": 0.08 + 0.03 * math.sin(step / 15) + rng.random() * 0.02,
+        "policy/entropy_avg": 3.2 - 1.1 * rise + rng.gauss(0, 0.03),
+        "tokens/response_len_mean": 25 + 4 * rise + rng.gauss(0, 0.5),
+        "tokens/truncated_frac": 0.2 + rng.random() * 0.1,
+        "lr": 3e-4,
+        "grad_norm": 1 + rng.random() * 0.4,
+        "time/generate": 2.1 + rng.random() * 0.1,
+        "time/score": 0.3,
+        "time/reference": 0.4,
+        "time/optimise": 1.2,
+        "time/step": 4.0 + rng.random() * 0.2,
+        "perf/tokens_per_second": 430 + rng.random() * 20,
+        "perf/peak_memory_gb": 1.24,
+    }
+
+
+def sample_of(index: int, rng: random.Random, arrays: bool, **given) -> Sample:
+    length = rng.randint(8, 24)
+    words = [" " + rng.choice(WORDS) for _ in range(length)]
+    values = [rng.gauss(0, 1) for _ in range(length)]
+    kept = TokenArrays(
+        tokens=words, token_ids=list(range(length)), logprob=[-abs(v) for v in values],
+        ref_logprob=[-abs(v) - 0.3 * i / length for i, v in enumerate(values)],
+        advantage=values, value=[v / 2 for v in values],
+    )  # fmt: skip
+    whole = {
+        "index": index, "prompt": "I watched this one with", "response": "".join(words),
+        "score": rng.gauss(1, 0.8), "kl": abs(rng.gauss(7, 2)), "length": length,
+        "ended": index % 5 != 0, "parts": {"reward": 1.0}, "arrays": kept if arrays else None,
+    }  # fmt: skip
+    return Sample(**(whole | given))
+
+
+def write_steps(journal: Journal, settings: dict, first: int, last: int, rng: random.Random):
+    for step in range(first, last + 1):
+        samples = [sample_of(i, rng, i < 4) for i in range(8)]
+        journal.record_step(
+            StepReport(
+                step=step, metrics=metrics_of(step, rng, settings["beta"]), samples=samples,
+                settings=settings,
+            )
+        )  # fmt: skip
+        if step % 50 == 0:
+            journal.record_checkpoint(step, 49_000_000, 1.2, 7.5)
+            journal.complete_checkpoint(step)
+        if step == 62:
+            change(journal, settings, "beta", 0.08, 63, "ana on pts/1")
+        if step == 120:
+            change(journal, settings, "target", 8.0, 121, "ben on pts/2 from 10.0.0.7")
+        if step == 140:
+            text = "KL 8.9 nats is above 1.5 times the target"
+            journal.record_event("alert", {"rule": "kl-runaway", "text": text}, step)
+        if step == 150:
+            note = {"text": "answers begin to repeat themselves", "who": "ana on pts/1"}
+            journal.record_event("note", note, step)
+
+
+def change(journal: Journal, settings: dict, key: str, new: object, step: int, who: str):
+    command = "beta" if key == "beta" else "set"
+    args = {"value": new} if key == "beta" else {"key": key, "value": new}
+    journal.record_command(f"c{step}", command, args, who)
+    journal.accept_command(f"c{step}")
+    journal.apply_command(f"c{step}", step, [Change(key=key, old=settings[key], new=new)])
+    settings[key] = new
+
+
+def make_session(root: Path, name: str = "frozen", steps: int = 200) -> Session:
+    """A session that was resumed once from step 100, and is finished."""
+    session = create(root, name, config_of(**{"train.steps": steps}))
+    rng = random.Random(7)  # noqa: S311 - no secret
+    settings = _dict(session)
+    journal = Journal(session)
+    journal.begin_attempt(0, fresh=False)
+    journal.set_meta(total_steps=steps, state="running", message="", settings=settings)
+    if steps > 120:
+        write_steps(journal, settings, 1, 117, rng)
+        journal.begin_attempt(100, fresh=False)
+        write_steps(journal, settings, 101, steps, rng)
+    else:
+        write_steps(journal, settings, 1, steps, rng)
+    journal.record_command("p1", "beta", {"value": 3.5}, "ben on pts/2")
+    journal.reject_command("p1", "beta must be at most 1.0")
+    journal.set_meta(state="finished")
+    journal.record_event("state", {"state": "finished", "text": ""})
+    journal.close()
+    session.log_file.write_text(
+        "".join(f"12:00:{i % 60:02d} step {i} done\n" for i in range(1, 301))
+        + "WARNING slow disk\nERROR something failed\nweights: 10%\rweights: 100%\n"
+    )
+    freeze(session)
+    return session
+
+
+def _dict(session: Session) -> dict:
+    settings = first_settings(session.config())
+    return {name: getattr(settings, name) for name in settings.__struct_fields__}
+
+
+def freeze(session: Session) -> None:
+    """Times that do not depend on when the test runs."""
+    db = sqlite3.connect(session.journal_file)
+    with db:
+        db.execute("UPDATE steps SET time = ? + step * ?", (START, STEP_SECONDS))
+        db.execute("UPDATE events SET time = ? + step * ?", (START, STEP_SECONDS))
+        db.execute("UPDATE checkpoints SET time = ? + step * ?", (START, STEP_SECONDS))
+        db.execute(
+            "UPDATE commands SET queued = :s + coalesce(applied_step, 200) * 4, "
+            "ended = :s + coalesce(applied_step, 200) * 4",
+            {"s": START},
+        )
+        db.execute("UPDATE attempts SET started = ?, pid = 4242, host = 'box'", (START,))
+    db.close()
+
+
+@pytest.fixture(scope="session")
+def frozen_folder(tmp_path_factory) -> Path:
+    """One folder for all tests that only read."""
+    root = tmp_path_factory.mktemp("frozen") / "sessions"
+    make_session(root)
+    return root
+
+
+@pytest.fixture
+def root(frozen_folder) -> Path:
+    return frozen_folder
+
+
+@pytest.fixture
+def make_desk(root):
+    """The app on the frozen session, its clock stopped."""
+
+    def make(name: str | None = "frozen", **options) -> Desk:
+        folder = options.pop("root", root)
+        return Desk(folder, name, now=lambda: NOW, follow=False, **options)
+
+    return make
+
+
+@pytest.fixture
+def session_maker():
+    """Makes further sessions."""
+    return make_session
+
+
+DEADLINE = 10.0
+
+
+async def wait_until(pilot, condition, what=""):
+    """Waits for a condition, with a deadline."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what or condition}"
+        await pilot.pause(0.02)
+
+
+@pytest.fixture
+def until():
+    return wait_until
+
+
+@pytest.fixture
+def running():
+    """Runs an app until it knows its session."""
+
+    @contextlib.asynccontextmanager
+    async def run(desk, size=(120, 40)):
+        async with desk.run_test(size=size) as pilot:
+            await wait_until(
+                pilot, lambda: desk.book.known or desk.current_mode == "sessions", "the book"
+            )
+            await pilot.pause()
+            yield pilot
+
+    return run

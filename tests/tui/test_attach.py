@@ -1,0 +1,99 @@
+"""How the terminal app is reached, and where it refuses."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from engine.errors import NoSuchSessionError, UserInputError
+from rlhf_tui.commands import view
+
+DEADLINE = 20.0
+
+
+def attach(*arguments, **options):
+    return CliRunner().invoke(view.attach, arguments, standalone_mode=False, **options)
+
+
+def test_without_a_terminal_it_names_what_to_use_instead(root):
+    result = attach("frozen", "--sessions", str(root))
+    assert isinstance(result.exception, UserInputError)
+    assert result.exception.exit_code == 2
+    assert "rlhf-tui status frozen" in str(result.exception)
+
+
+def test_the_browser_does_so_too(root):
+    with pytest.raises(UserInputError, match="rlhf-tui ls"):
+        view.browse(root)
+
+
+def test_an_unknown_session_is_named(root):
+    result = attach("nobody", "--sessions", str(root))
+    assert isinstance(result.exception, NoSuchSessionError)
+
+
+def test_without_a_name_and_without_a_live_session_it_says_what_to_do(root, tmp_path):
+    result = attach("--sessions", str(root))
+    assert "rlhf-tui resume NAME" in str(result.exception)
+    result = attach("--sessions", str(tmp_path / "none"))
+    assert "rlhf-tui demo" in str(result.exception)
+
+
+def test_importing_the_app_does_not_import_torch():
+    code = "import sys, rlhf_tui.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Terminal:
+    """The app in a pseudo-terminal."""
+
+    def __init__(self, root, tmp_path, **environment):
+        self.master, slave = pty.openpty()
+        code = (
+            "import sys; from pathlib import Path; from rlhf_tui.app import open_app; "
+            "sys.exit(open_app(Path(sys.argv[1]), 'frozen', False))"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(root)], stdin=slave, stdout=slave, stderr=slave,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30",
+                 **environment},
+        )  # fmt: skip
+        os.close(slave)
+        self.data = b""
+
+    def until(self, seen):
+        end = time.monotonic() + DEADLINE
+        while not seen():
+            assert time.monotonic() < end, self.data[-300:]
+            if select.select([self.master], [], [], 0.05)[0]:
+                try:
+                    self.data += os.read(self.master, 1 << 16)
+                except OSError:
+                    return
+
+
+def test_no_color_sends_no_colour(root, tmp_path):
+    terminal = Terminal(root, tmp_path, NO_COLOR="1")
+    terminal.until(lambda: b"finished" in terminal.data and b"\xe2\xa1" in terminal.data)
+    os.write(terminal.master, b"q")
+    terminal.until(lambda: terminal.process.poll() is not None)
+    codes = re.findall(rb"\x1b\[([0-9;]*)m", terminal.data)
+    assert codes
+    coloured = [c for c in codes if re.search(rb"(^|;)([34][0-8]|9[0-7]|10[0-7])(;|$)", c)]
+    assert coloured == []
+
+
+def test_the_terminal_is_given_back(root, tmp_path):
+    terminal = Terminal(root, tmp_path)
+    terminal.until(lambda: b"finished" in terminal.data)
+    os.write(terminal.master, b"q")
+    terminal.until(lambda: terminal.process.poll() is not None)
+    assert terminal.process.wait(DEADLINE) == 0
+    for sequence in (b"\x1b[?1049l", b"\x1b[?25h", b"\x1b[?1000l"):
+        assert sequence in terminal.data

@@ -1,0 +1,123 @@
+"""How the journal is followed: growing, restarted, replaced, gone."""
+
+import random
+import shutil
+import time
+
+import pytest
+
+from engine.journal import Journal
+from engine.protocol import StepReport
+from rlhf_tui import feed as feeds
+from rlhf_tui.feed import Feed
+from rlhf_tui.widgets.book import Book
+
+NAMES = ("objective/scores", "objective/kl")
+DEADLINE = 10.0
+
+
+@pytest.fixture
+def following(monkeypatch):
+    """A book that a feed keeps up to date, as quick as it can."""
+    monkeypatch.setattr(feeds, "SHORTEST", 0.01)
+    monkeypatch.setattr(feeds, "IDLE", 0.02)
+    running = []
+
+    def follow(session):
+        book = Book(session.name)
+        feed = Feed(session, "tester", NAMES, book.take)
+        running.append(feed)
+        feed.start()
+        return book, feed
+
+    yield follow
+    for feed in running:
+        feed.stop()
+
+
+def wait(condition):
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def session(session_maker, tmp_path):
+    return session_maker(tmp_path / "s", "run", 20)
+
+
+def report(step, score=1.0):
+    return StepReport(
+        step=step, metrics={NAMES[0]: score, NAMES[1]: 2.0}, samples=[], settings={"beta": 0.05}
+    )
+
+
+def test_a_finished_session_is_read_whole(following, session):
+    book, _ = following(session)
+    wait(lambda: len(book.series(NAMES[1])) == 20 and book.samples)
+    assert book.head.state == "finished"
+    assert book.head.step == 20
+
+
+def test_each_new_step_comes_once(following, session):
+    book, _ = following(session)
+    wait(lambda: len(book.series(NAMES[0])) == 20)
+    journal = Journal(session)
+    journal.begin_attempt(20, fresh=False)
+    for step in range(21, 41):
+        journal.record_step(report(step))
+    journal.close()
+    wait(lambda: len(book.series(NAMES[0])) == 40)
+    assert list(book.series(NAMES[0]).steps) == list(range(1, 41))
+
+
+def test_another_timeline_replaces_the_curve_and_leaves_a_ghost(following, session):
+    book, _ = following(session)
+    wait(lambda: len(book.series(NAMES[0])) == 20)
+    journal = Journal(session)
+    journal.begin_attempt(10, fresh=True)
+    journal.record_step(report(11, score=-7.0))
+    journal.close()
+    wait(lambda: book.series(NAMES[0]).last == -7.0 and book.past.get(NAMES[0]))
+    assert book.head.step == 11
+    assert list(book.past[NAMES[0]][0].steps) == list(range(11, 21))
+
+
+def test_a_replaced_journal_is_read_anew(following, session, session_maker, tmp_path):
+    other = session_maker(tmp_path / "t", "run", 7)
+    book, _ = following(session)
+    wait(lambda: len(book.series(NAMES[0])) == 20)
+    for name in ("journal.db", "samples.db"):
+        (other.folder / name).replace(session.folder / name)
+    wait(lambda: len(book.series(NAMES[0])) == 7)
+    assert book.head.step == 7
+
+
+def test_a_journal_that_is_gone_is_said_and_its_return_is_noticed(following, session, tmp_path):
+    book, _ = following(session)
+    wait(lambda: book.known and book.head.step == 20)
+    shutil.move(session.folder, tmp_path / "away")
+    wait(lambda: "gone" in book.problem)
+    shutil.move(tmp_path / "away", session.folder)
+    wait(lambda: book.problem == "" and book.head.step == 20)
+
+
+def test_a_damaged_journal_is_said(following, session):
+    session.journal_file.write_bytes(random.Random(1).randbytes(8192))  # noqa: S311 - no secret
+    book, _ = following(session)
+    wait(lambda: "journal" in book.problem)
+
+
+def test_further_metrics_are_read_when_wanted(following, session):
+    book, feed = following(session)
+    wait(lambda: book.known)
+    feed.want(["grad_norm"])
+    wait(lambda: len(book.series("grad_norm")) == 20)
+
+
+def test_a_session_without_a_journal_yet_is_starting(following, session):
+    session.journal_file.unlink()
+    book, _ = following(session)
+    wait(lambda: book.known)
+    assert book.head.state == "starting"

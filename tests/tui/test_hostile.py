@@ -1,0 +1,103 @@
+"""What others wrote reaches the terminal as nothing it would obey, and never ends the app."""
+
+import json
+import re
+import shutil
+import sqlite3
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.style import Style
+
+from engine.session import Session
+from rlhf_tui.app import Desk
+from rlhf_tui.widgets.lines import Lines
+from rlhf_tui.widgets.reading import body, wrap
+
+ATTACKS = (
+    "\x1b[2J", "\x1b]52;c;aGVsbG8=\x07", "\x1b]0;title\x1b\\", "\x9b31m", "\x9d52;c;x\x9c",
+    "\x90q\x9c", "[/nope]", "[red]", "[@click=app.quit]x[/]", "[", "\\[", "\u202etxet",
+    "\u2066x\u2069", "\x00",
+    "\x07", "\x08", "\x7f", "\r", "\x0b", "\u2028", "漢字", "e\u0301", "👩\u200d👧", "\t",
+)  # fmt: skip
+RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+hostile = st.lists(
+    st.one_of(st.sampled_from(ATTACKS), st.text(max_size=12)), min_size=1, max_size=6
+).map("".join)
+
+
+def shown(desk: Desk) -> str:
+    """Every character that the screen would send."""
+    strips = desk.screen._compositor.render_strips()
+    return "\n".join(segment.text for strip in strips for segment in strip)
+
+
+@given(text=hostile, width=st.integers(5, 60))
+@settings(max_examples=200, deadline=None)
+def test_wrapped_text_has_nothing_to_obey(text, width):
+    assert not RAW.search("\n".join(wrap(text, width)).replace("\n", ""))
+
+
+@given(text=hostile)
+@settings(max_examples=60, deadline=None)
+def test_a_line_is_as_wide_as_it_says_and_has_nothing_to_obey(text):
+    lines = Lines()
+    lines._tones = {"": Style(), "dim": Style()}
+    strip = lines._strip([(text, ""), (text, "dim")], 30)
+    drawn = "".join(s.text for s in strip)
+    assert not RAW.search(drawn)
+    assert sum(s.cell_length for s in strip) == 30
+
+
+def poison(session: Session, text: str) -> None:
+    """The same text wherever others can write."""
+    db = sqlite3.connect(session.samples_file)
+    with db:
+        db.execute("UPDATE samples SET prompt = ?, response = ? WHERE step > 190", (text, text))
+    db.close()
+    db = sqlite3.connect(session.journal_file)
+    with db:
+        data = {"text": text, "rule": text, "who": text, "state": text}
+        for kind in ("note", "alert", "error", "state"):
+            db.execute(
+                "INSERT INTO events (time, attempt, step, kind, data) VALUES (1, 2, 200, ?, ?)",
+                (kind, json.dumps(data)),
+            )
+        db.execute("UPDATE commands SET who = ?, reason = ?", (text, text))
+        db.execute("INSERT OR REPLACE INTO names (id, name) VALUES (900, ?)", (text,))
+        db.execute(
+            "INSERT OR REPLACE INTO meta VALUES ('message', json(?))",
+            (json.dumps(text),),
+        )
+    db.close()
+    session.log_file.write_bytes((text + "\n").encode("utf-8", "surrogatepass") * 50)
+
+
+async def test_no_screen_shows_anything_raw(make_desk, root, tmp_path, until):
+    """Each attack at once, and each way of looking at it."""
+    shutil.copytree(root, tmp_path / "poisoned")
+    session = Session(tmp_path / "poisoned" / "frozen")
+    poison(session, " ".join(ATTACKS))
+    desk = make_desk(root=tmp_path / "poisoned")
+    async with desk.run_test(size=(120, 40)) as pilot:
+        await until(pilot, lambda: desk.book.known)
+        for keys in (
+            ["2", "n"], ["m"], ["escape", "3"], ["v"], ["v"], ["4"], ["5"], ["1"],
+            ["question_mark"], ["escape", "2", "ctrl+p"], ["escape"],
+        ):  # fmt: skip
+            await pilot.press(*keys)
+            await pilot.pause(0.15)
+            text = shown(desk)
+            assert not RAW.search(text.replace("\n", "")), keys
+        desk.say(" ".join(ATTACKS), "error")
+        desk.say(" ".join(ATTACKS))
+        await pilot.pause(0.1)
+        assert not RAW.search(shown(desk).replace("\n", ""))
+
+
+@given(text=hostile)
+@settings(max_examples=40, deadline=None)
+def test_any_prompt_and_answer_can_be_read(text):
+    sample = {"score": 1.0, "kl": 1.0, "length": 3, "ended": True, "parts": {text: 1.0, "b": None},
+              "prompt": text, "response": text}  # fmt: skip
+    assert body(sample, None, "text", 40)

@@ -1,0 +1,89 @@
+"""A chart as characters and styles."""
+
+from rlhf_tui.widgets.book import Marker
+from rlhf_tui.widgets.plot import BAND, CURSOR, GUTTER, STYLE, Line, Plot, paint, scale_of
+from rlhf_tui.widgets.raster import decimate
+from rlhf_tui.widgets.series import Series
+
+RISE = Series([(s, s / 10) for s in range(1, 101)])
+
+
+def plot_of(**given):
+    base = {"title": "KL", "value": "1.0", "first": 1, "last": 100, "lines": [Line(RISE, "s1")]}
+    return Plot(**(base | given))
+
+
+def test_title_and_value_stand_on_top_and_the_window_below():
+    picture = paint(plot_of(), 40, 10)
+    assert picture.row_text(0).startswith(" KL")
+    assert picture.row_text(0).rstrip().endswith("1.0")
+    assert picture.row_text(9).strip().startswith("1–100")
+
+
+def test_the_scale_ends_on_round_numbers_beyond_the_values():
+    columns = [decimate(RISE, 1, 100, 60)]
+    scale = scale_of(columns, plot_of())
+    assert (scale.low, scale.high) == (0.0, 10.0)
+
+
+def test_a_curve_that_never_moves_has_room_above_and_below():
+    flat = Series([(s, 0.05) for s in range(1, 20)])
+    scale = scale_of([decimate(flat, 1, 20, 40)], plot_of())
+    assert scale.low < 0.05 < scale.high
+
+
+def test_the_band_covers_the_rows_within_a_fifth_of_the_target():
+    picture = paint(plot_of(target=5.0), 60, 22)
+    banded = [y for y in range(1, 21) if picture.styles[y][GUTTER + 1] & BAND]
+    scale = scale_of([decimate(RISE, 1, 100, 104)], plot_of(target=5.0))
+    assert banded == list(range(1 + scale.row(6.0, 80) // 4, 1 + scale.row(4.0, 80) // 4 + 1))
+
+
+def test_the_band_has_dotted_edges_for_those_who_see_no_colour():
+    picture = paint(plot_of(target=5.0), 60, 22)
+    targets = sum(s & 31 == STYLE["target"] for row in picture.styles for s in row)
+    assert targets > 20
+
+
+def test_a_far_target_does_not_squeeze_the_curve():
+    scale = scale_of([decimate(RISE, 1, 100, 60)], plot_of(target=500.0))
+    assert scale.high == 10.0
+
+
+def test_markers_stand_below_their_step_and_an_intervention_has_a_line():
+    markers = [Marker(50, "command", "beta"), Marker(75, "checkpoint", "saved")]
+    picture = paint(plot_of(markers=markers), 60, 12)
+    axis = picture.row_text(11)
+    assert axis.index("◆") < axis.index("▲")
+    assert sum(row[axis.index("◆")] == "┊" for row in picture.chars) > 5
+    assert not any(row[axis.index("▲")] == "┊" for row in picture.chars)
+
+
+def test_of_markers_on_one_place_the_most_important_is_seen():
+    markers = [Marker(50, "alert", "!"), Marker(50, "checkpoint", "saved")]
+    assert "!" in paint(plot_of(markers=markers), 60, 12).row_text(11)
+
+
+def test_the_crosshair_is_a_line_with_its_step():
+    picture = paint(plot_of(cursor=50), 60, 12)
+    assert "50" in picture.row_text(11)
+    column = [row[GUTTER + 25] for row in picture.chars[1:11]]
+    assert column.count("│") >= 7
+    assert any(s & CURSOR for row in picture.styles for s in row)
+
+
+def test_markers_outside_the_window_are_not_drawn():
+    picture = paint(plot_of(first=60, markers=[Marker(50, "command", "x")]), 60, 12)
+    assert "◆" not in picture.row_text(11)
+
+
+def test_without_values_it_says_so():
+    picture = paint(plot_of(lines=[], empty="no steps yet"), 60, 12)
+    assert any("no steps yet" in picture.row_text(y) for y in range(12))
+
+
+def test_any_size_can_be_painted():
+    markers = [Marker(50, "command", "x")]
+    for width in range(1, 40, 3):
+        for height in range(1, 12):
+            paint(plot_of(target=5.0, cursor=20, markers=markers), width, height)

@@ -1,0 +1,38 @@
+"""Each screen on a frozen session, at the smallest size that is complete and at a generous one."""
+
+import pytest
+
+SIZES = ((80, 24), (120, 40))
+SCREENS = {
+    "sessions": ["1"], "dashboard": ["g", "n", "n"], "samples": ["3", "v"], "checkpoints": ["4"],
+    "log": ["5"], "help": ["question_mark"], "stop": ["S"], "metrics": ["m"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("screen", SCREENS)
+def test_a_screen_looks_as_it_did(snap_compare, make_desk, root, monkeypatch, screen, size, until):
+    monkeypatch.setenv("HOME", str(root.parent))
+    desk = make_desk()
+    if screen == "stop":
+        monkeypatch.setattr(desk, "can_steer", lambda: True)
+
+    async def settle(pilot):
+        await until(pilot, lambda: desk.book.known)
+        await pilot.press(*SCREENS[screen])
+        for _ in range(10):
+            await pilot.pause(0.05)
+
+    assert snap_compare(desk, terminal_size=size, run_before=settle)
+
+
+@pytest.mark.parametrize("theme", ["light", "contrast"])
+def test_a_theme_looks_as_it_did(snap_compare, make_desk, theme, until):
+    desk = make_desk()
+    desk.theme = theme
+
+    async def settle(pilot):
+        await until(pilot, lambda: desk.book.known)
+        await pilot.pause(0.2)
+
+    assert snap_compare(desk, terminal_size=(80, 24), run_before=settle)
