@@ -233,7 +233,9 @@ def _choices(path: str) -> list[str]:
         fields = getattr(found, "fields", ())
         found = next((f.type for f in fields if f.encode_name == part), None)
     kinds = [found, *getattr(found, "types", ())]
-    return [str(v) for kind in kinds for v in getattr(kind, "values", ())]
+    words = [str(v) for kind in kinds for v in getattr(kind, "values", ())]
+    numbers = any(isinstance(kind, msgspec.inspect.IntType) for kind in kinds)
+    return [*(["a whole number"] if words and numbers else []), *words]
 
 
 def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:

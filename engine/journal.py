@@ -6,7 +6,6 @@ journal does not know, and the next attempt writes them again.
 """
 
 import json
-import math
 import os
 import socket
 import sqlite3
@@ -17,11 +16,12 @@ from typing import Any
 import msgspec
 
 from engine import __version__, schema
-from engine.control import Answer, Telemetry
+from engine.control import Telemetry
 from engine.errors import JournalError
-from engine.protocol import Sample, SettledChange, StepReport
+from engine.jsonvalues import finite
+from engine.ledger import Ledger
+from engine.protocol import Sample, StepReport
 from engine.session import Session
-from engine.settings import Change
 
 NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "afs", "ceph",
@@ -30,7 +30,7 @@ NETWORK_FILE_SYSTEMS = {
 """Where WAL's shared memory does not work between hosts."""
 
 
-class Journal:
+class Journal(Ledger):
     """Opened by the holder of the session's lock, for one attempt at a time."""
 
     def __init__(self, session: Session) -> None:
@@ -114,19 +114,6 @@ class Journal:
         if fresh:
             self._db.execute("UPDATE commands SET live = 0 WHERE applied_step > ?", after)
 
-    def settled_after(self, step: int) -> list[SettledChange]:
-        """Settings that were changed after a step, in the order in which they took effect."""
-        rows = self._db.execute(
-            "SELECT applied_step, changes FROM commands "
-            "WHERE status = 'applied' AND live AND applied_step > ? ORDER BY applied_step, ended",
-            (step,),
-        ).fetchall()
-        return [
-            SettledChange(step=applied, key=change["key"], new=change["new"])
-            for applied, changes in rows
-            for change in json.loads(changes)
-        ]
-
     # -- what an attempt writes ---------------------------------------------------------------
 
     def set_meta(self, **values: Any) -> None:
@@ -146,7 +133,7 @@ class Journal:
             )
             self._db.executemany(
                 "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)",
-                [(self._name(k), report.step, _finite(v)) for k, v in report.metrics.items()],
+                [(self._name(k), report.step, finite(v)) for k, v in report.metrics.items()],
             )
             self._set_meta({"settings": report.settings})
             self.step = report.step
@@ -155,8 +142,8 @@ class Journal:
         self._samples.execute(
             "INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (step, sample.index, self.attempt, sample.prompt, sample.response,
-             _finite(sample.score), _finite(sample.kl), sample.length, sample.ended,
-             json.dumps(_finite(sample.parts))),
+             finite(sample.score), finite(sample.kl), sample.length, sample.ended,
+             json.dumps(finite(sample.parts))),
         )  # fmt: skip
         if sample.arrays is not None:
             self._samples.execute(
@@ -168,107 +155,6 @@ class Journal:
         """An event for ever: state, alert, error, note, checkpoint. Returns its id."""
         with self._db:
             return self._event(kind, data, step)
-
-    def record_command(self, command_id: str, command: str, args: dict[str, Any], who: str) -> bool:
-        """A command as queued, with its event. False when one of that id is there already."""
-        with self._db:
-            new = self._db.execute(
-                "INSERT OR IGNORE INTO commands "
-                "(id, command, args, who, status, queued, attempt, changes) "
-                "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]')",
-                (command_id, command, json.dumps(_finite(args)), who, time.time(), self.attempt),
-            ).rowcount
-            if new and command == "note":
-                self._event("note", {"id": command_id, "who": who, "text": args["text"]})
-            elif new:
-                self._event("command", {"id": command_id})
-        return bool(new)
-
-    def accept_command(self, command_id: str) -> None:
-        """The engine will carry it out at the next step boundary."""
-        with self._db:
-            self._db.execute(
-                "UPDATE commands SET status = 'accepted', accepted = ? WHERE id = ?",
-                (time.time(), command_id),
-            )
-
-    def apply_command(
-        self,
-        command_id: str,
-        step: int,
-        changes: list[Change],
-        result: dict[str, Any] | None = None,
-    ) -> None:
-        """It took effect from this step on."""
-        with self._db:
-            self._db.execute(
-                "UPDATE commands SET status = 'applied', ended = ?, applied_step = ?, "
-                "attempt = ?, changes = ?, result = ? WHERE id = ?",
-                (time.time(), step, self.attempt, msgspec.json.encode(changes).decode(),
-                 json.dumps(_finite(result or {})), command_id),
-            )  # fmt: skip
-            self._contradict(step, {c.key for c in changes})
-
-    def _contradict(self, step: int, keys: set[str]) -> None:
-        """Earlier attempts' changes of the same settings, still to be repeated, no longer hold."""
-        rows = self._db.execute(
-            "SELECT id, changes FROM commands "
-            "WHERE status = 'applied' AND live AND attempt < ? AND applied_step >= ?",
-            (self.attempt, step),
-        ).fetchall()
-        over = [(i,) for i, text in rows if keys & {c["key"] for c in json.loads(text)}]
-        self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", over)
-
-    def reject_command(self, command_id: str, reason: str) -> None:
-        """It will not be carried out."""
-        with self._db:
-            self._db.execute(
-                "UPDATE commands SET status = 'rejected', ended = ?, reason = ? WHERE id = ?",
-                (time.time(), reason, command_id),
-            )
-
-    def reject_unfinished(self, reason: str) -> None:
-        """Commands that an engine took in and could not finish."""
-        with self._db:
-            self._db.execute(
-                "UPDATE commands SET status = 'rejected', ended = ?, reason = ? "
-                "WHERE status IN ('queued', 'accepted')",
-                (time.time(), reason),
-            )
-
-    def answer(self, command_id: str) -> Answer:
-        """Where a command stands. Raises JournalError for an unknown one."""
-        row = self._db.execute(
-            "SELECT status, applied_step, reason, changes, result FROM commands WHERE id = ?",
-            (command_id,),
-        ).fetchone()
-        if row is None:
-            raise JournalError(f"no command {command_id}")
-        status, step, reason, changes, result = row
-        return Answer(
-            id=command_id,
-            status=status,
-            step=step,
-            reason=reason or "",
-            changes=msgspec.json.decode(changes, type=list[Change]),
-            result=json.loads(result or "{}"),
-        )
-
-    def undoable(self, step: int) -> list[list[Change]]:
-        """Operators' changes in force at a step, the latest last, those taken back left out."""
-        rows = self._db.execute(
-            "SELECT command, changes FROM commands "
-            "WHERE status = 'applied' AND live AND applied_step <= ? AND changes <> '[]' "
-            "ORDER BY applied_step, ended",
-            (step,),
-        ).fetchall()
-        stack: list[list[Change]] = []
-        for command, text in rows:
-            if command != "undo":
-                stack.append(msgspec.json.decode(text, type=list[Change]))
-            elif stack:
-                stack.pop()
-        return stack
 
     def record_telemetry(self, telemetry: Telemetry) -> None:
         """One reading of the machine."""
@@ -319,7 +205,7 @@ class Journal:
         cursor = self._db.execute(
             "INSERT INTO events (time, attempt, step, kind, data) VALUES (?, ?, ?, ?, ?)",
             (time.time(), self.attempt, self.step if step is None else step, kind,
-             json.dumps(_finite(data))),
+             json.dumps(finite(data))),
         )  # fmt: skip
         self.last_event = int(cursor.lastrowid or 0)
         return self.last_event
@@ -327,7 +213,7 @@ class Journal:
     def _set_meta(self, values: dict[str, Any]) -> None:
         self._db.executemany(
             "INSERT OR REPLACE INTO meta VALUES (?, ?)",
-            [(k, json.dumps(_finite(v))) for k, v in values.items()],
+            [(k, json.dumps(finite(v))) for k, v in values.items()],
         )
 
     def _name(self, name: str) -> int:
@@ -393,14 +279,3 @@ def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise JournalError(f"cannot open {path}: {error}") from error
     return db
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: null, here and in every list and mapping below."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value

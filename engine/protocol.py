@@ -179,17 +179,17 @@ class Begin(Message, frozen=True, tag="begin"):
     reseed: bool = False
     paused: bool = False
     """Hold before the first step: the run was paused when its ranks died."""
-    replay: list["SettledChange"] = []
+    replay: list["Settled"] = []
     undoable: list[list[Change]] = []
     """What `undo` would take back, the last one first to go."""
 
 
-class SettledChange(Struct, frozen=True, kw_only=True):
-    """A setting that was changed before a crash and is applied again at the same step."""
+class Settled(Struct, frozen=True, kw_only=True):
+    """What a command changed before a crash, to be applied again at the same step."""
 
     step: int
-    key: str
-    new: Any
+    command: str
+    changes: list[Change]
 
 
 class Confirm(Message, frozen=True, tag="confirm"):

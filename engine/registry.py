@@ -7,6 +7,7 @@ not set). It is a hint, never the truth: a session's lock says whether it lives.
 import hashlib
 import logging
 import os
+import socket
 from pathlib import Path
 
 from engine.session import Session
@@ -27,7 +28,8 @@ def announce(session: Session) -> None:
     """Enters a session. A home that cannot be written costs the convenience, not the run."""
     try:
         _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
-        _entry(session).write_text(f"{session.folder}\n", encoding="utf-8")
+        text = f"{session.folder}\n{socket.gethostname()}\n"
+        _entry(session).write_text(text, encoding="utf-8")
     except OSError as error:
         log.warning("this session will not be found from other folders: %s", error)
 
@@ -45,10 +47,10 @@ def live_sessions() -> list[Session]:
     found = []
     for entry in _folder().glob("*") if _folder().is_dir() else ():
         try:
-            folder = entry.read_text(encoding="utf-8").rstrip("\n")
-        except (OSError, UnicodeDecodeError):  # withdrawn this moment, or none of ours
+            folder, host = entry.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError, ValueError):  # withdrawn or written this moment
             continue
-        if not folder:  # written this moment
+        if host != socket.gethostname():  # a home that several machines share
             continue
         session = Session(Path(folder))
         if session.is_live():

@@ -61,6 +61,9 @@ class Observer(Protocol):
     def state(self, state: str, text: str) -> None:
         """The session's state changed; `text` says why, where there is a why."""
 
+    def alert(self, text: str, step: int) -> None:
+        """Something deserves a look."""
+
     def message(self, message: FromRank) -> None:
         """A rank said something; the journal has it already."""
 
@@ -458,6 +461,8 @@ class Supervisor:
 
     def _alert(self, alert: Alert) -> None:
         self._journal.record_event("alert", alert.as_data(), alert.step)
+        if self._observer is not None:
+            self._observer.alert(alert.text, alert.step)
         self._server.wake()
         if self._config.notify.command:
             task = asyncio.create_task(

@@ -314,11 +314,14 @@ class Desk(Steer, App[None], inherit_bindings=False):
             self.post_message(Started(name or next(iter(sorted(new)), ""), problem))
 
         threading.Thread(target=start, daemon=True, name="start").start()
-        if not name:
+        # Worth seeing while its models are still being loaded.
+        if name in before:
+            self.open_session(name)
+        else:
             self._open_when_there(before, self.now() + 10)
 
     def _open_when_there(self, before: set[str], deadline: float) -> None:
-        """A new session is worth seeing while its models are still being loaded."""
+        """Opens a new session as soon as its folder is there."""
         new = sorted({s.name for s in find_all(self.root)} - before)
         if new:
             self.open_session(new[0])
@@ -329,6 +332,8 @@ class Desk(Steer, App[None], inherit_bindings=False):
         """An engine has started, or could not."""
         if message.problem:
             self.say(message.problem, "error")
+        elif self.book.name == message.name or self.current_mode != "sessions":
+            self.say(f"'{message.name}' runs")
         elif message.name:
             self.open_session(message.name)
 

@@ -23,7 +23,7 @@ SHORTEST = 0.3
 """Seconds between two readings: no more than about three pictures a second."""
 IDLE = 1.0
 """Seconds after which it looks again although nothing was heard."""
-RECONNECT = 1.5
+RECONNECT = 0.5
 EVENTS_KEPT = 500
 SAMPLES_SHOWN = 16
 

@@ -13,7 +13,7 @@ import msgspec
 
 from engine import configfile
 from engine.errors import RlhfError
-from engine.protocol import CheckpointComplete, FromRank, Notice, Phase, StepReport
+from engine.protocol import CheckpointComplete, FromRank, Phase, StepReport
 from engine.record import Record
 from engine.session import Session
 from engine.start import Start
@@ -40,8 +40,14 @@ class Printer:
         """Announces a state in words, where it is not plain from the lines."""
         if state == "stopping":
             self._say("stopping: finishing the step and saving (ctrl+c again: at once, unsaved)")
+        elif state == "paused":
+            self._say("paused; go on with: rlhf-tui ctl NAME unpause", sys.stderr)
         elif state in ("finished", "stopped") and text:
             self._say(one_line(text))
+
+    def alert(self, text: str, step: int) -> None:
+        """A guard rail, or the engine, wants a look."""
+        self._say(f"step {step}: {one_line(text)}", sys.stderr)
 
     def message(self, message: FromRank) -> None:
         """Prints what a rank said, if it is for people."""
@@ -53,8 +59,6 @@ class Printer:
                 self._take(message)
             case CheckpointComplete(step=step):
                 self._say(f"checkpoint: step {step}")
-            case Notice(step=step, text=text):
-                self._say(f"look here (step {step}): {one_line(text)}", sys.stderr)
 
     def _take(self, report: StepReport) -> None:
         seconds = report.metrics["time/step"]
@@ -123,7 +127,7 @@ def main() -> None:
     """Runs to the end and exits with the contract's codes."""
     session = Session(Path(sys.argv[1]))
     start = msgspec.json.decode(sys.argv[2], type=Start)
-    new = not session.journal_file.exists()
+    new = bool(start.origin) or not session.journal_file.exists()
     try:
         printer = Printer(_total(session, start), live=sys.stdout.isatty())
         code = asyncio.run(Supervisor(session, start, printer).run())

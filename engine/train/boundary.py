@@ -25,6 +25,7 @@ from engine.commands import (
     new_values,
 )
 from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
+from engine.kl import next_beta
 from engine.protocol import (
     Applied,
     Begin,
@@ -35,12 +36,12 @@ from engine.protocol import (
     Order,
     Phase,
     Rejected,
+    Settled,
     ToRank,
 )
 from engine.session import Session
 from engine.settings import Change, Settings
 from engine.train import checkpoint
-from engine.train.kl import next_beta
 from engine.train.link import Link
 from engine.train.models import fingerprint
 from engine.train.probe import answer_probe
@@ -66,15 +67,16 @@ class Boundary:
         self._saved = begin.from_step
         self._paused = begin.paused
         self._stops: list[str] = []
+        self._over = False
         self._score = self._kl = math.nan
         self._saving = 0.0
 
     def more(self) -> bool:
         """Obeys what was ordered, holds while paused, and says whether another step follows."""
         step = self._run.state.step + 1
-        for change in self._replay:
-            if change.step == step:
-                self._set({change.key: change.new})
+        for settled in self._replay:
+            if settled.step == step:
+                self._repeat(settled)
         self._obey(self._link.orders())
         held = time.monotonic()
         while self._paused and not self._stops:
@@ -98,6 +100,9 @@ class Boundary:
         for order in orders:
             if not isinstance(order, Order):
                 raise LinkError(f"did not expect {order}")
+            if self._over:
+                self._link.send(Rejected(id=order.id, reason="the run has ended"))
+                continue
             try:
                 done = self._carry_out(order.id, order.command)
             except (CommandRejectedError, CheckpointError) as error:
@@ -141,9 +146,20 @@ class Boundary:
             raise CommandRejectedError("there is no change to take back")
         return self._steer({c.key: c.old for c in self._undoable.pop()})
 
+    def _repeat(self, settled: Settled) -> None:
+        """A change from before a crash, once more; it can be taken back like any other."""
+        changes = self._change({c.key: c.new for c in settled.changes})
+        if settled.command == "undo":
+            del self._undoable[-1:]
+        elif changes:
+            self._undoable.append(changes)
+
     def _steer(self, values: dict[str, Any]) -> list[Change]:
         """An operator's change; what it contradicts of the history still to be repeated is over."""
-        self._replay = [c for c in self._replay if c.key not in values]
+        self._replay = [
+            msgspec.structs.replace(s, changes=[c for c in s.changes if c.key not in values])
+            for s in self._replay
+        ]
         return self._change(values)
 
     def _change(self, values: dict[str, Any]) -> list[Change]:
@@ -223,7 +239,7 @@ class Boundary:
 
     def finish(self) -> None:
         """Saves, checks that the reference was left alone, and says how it ended."""
-        run = self._run
+        run, self._over = self._run, True
         if problem := self.save():
             raise CheckpointError(problem)
         if fingerprint(run.reference) != run.state.reference:

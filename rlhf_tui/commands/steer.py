@@ -24,6 +24,7 @@ from engine.commands import (
     Unpause,
 )
 from engine.control import Answer
+from engine.dispatch import check_now
 from engine.errors import RlhfError, UserInputError
 from engine.journal import Journal
 from engine.session import Session
@@ -242,6 +243,7 @@ def note(root: Path, name: str, text: str) -> None:
         if answer.status == "rejected":
             raise RlhfError(f"rejected: {answer.reason}")
         return
+    check_now(Note(text=text), "finished", {}, session, paused=False)
     lock = session.acquire()  # nobody writes the journal but the holder of the lock
     try:
         journal = Journal(session)

@@ -39,6 +39,7 @@ class Dialog(ModalScreen[str | None]):
     def __init__(self, title: str) -> None:
         super().__init__()
         self.heading = title
+        self._answered = False
 
     def compose(self) -> ComposeResult:
         """The box with its title and its body."""
@@ -50,9 +51,15 @@ class Dialog(ModalScreen[str | None]):
         """What the box holds."""
         yield from ()
 
+    def answer(self, result: str | None) -> None:
+        """Closes with an answer: the first one, for a second key may be on its way already."""
+        if not self._answered:
+            self._answered = True
+            self.dismiss(result)
+
     def action_cancel(self) -> None:
         """No answer."""
-        self.dismiss(None)
+        self.answer(None)
 
 
 @dataclass(frozen=True)
@@ -94,14 +101,14 @@ class Ask(Dialog):
 
     def on_button_pressed(self, event: "Button.Pressed") -> None:
         """An answer was chosen."""
-        self.dismiss((event.button.id or "").removeprefix("answer-"))
+        self.answer((event.button.id or "").removeprefix("answer-"))
 
     def on_key(self, event: events.Key) -> None:
         """An answer's own key."""
         result = next((c.result for c in self.choices if c.key == event.character), None)
         if result is not None:
             event.stop()
-            self.dismiss(result)
+            self.answer(result)
 
 
 Check = Callable[[str], tuple[bool, str]]
@@ -144,4 +151,4 @@ class Type(Dialog):
     def on_input_submitted(self, event: "Input.Submitted") -> None:
         """Takes the value, if it will do."""
         if self._look(event.value):
-            self.dismiss(event.value.strip())
+            self.answer(event.value.strip())

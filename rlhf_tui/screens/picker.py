@@ -123,6 +123,6 @@ class Pick(Dialog):
 
     def _take(self, key: str | None) -> None:
         if self.several:
-            self.dismiss("\n".join(self.marked or ([key] if key else [])))
+            self.answer("\n".join(self.marked or ([key] if key else [])))
         elif key is not None:
-            self.dismiss(key)
+            self.answer(key)

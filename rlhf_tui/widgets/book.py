@@ -228,9 +228,10 @@ def command_text(command: Row) -> str:
     """A command in words: `beta 0.05 → 0.08`, `pause`."""
     changes = command.get("changes") or []
     if changes:
-        return ", ".join(
+        words = ", ".join(
             f"{c['key']} {value_text(c['old'])} → {value_text(c['new'])}" for c in changes
         )
+        return f"undo: {words}" if command.get("command") == "undo" else words
     args = command.get("args") or {}
     given = " ".join(value_text(v) for v in args.values() if v not in (None, False))
     return f"{command['command']} {given}".strip()

@@ -108,11 +108,6 @@ class ChartGrid(Container):
                 chart.display = chart in shown
                 chart.place = f"{i}/{len(charts)}" if len(shown) < len(charts) else ""
 
-    @property
-    def hidden(self) -> int:
-        """Charts for which there is no room."""
-        return len(self.charts) - len(self._seen)
-
 
 def fitting_columns(count: int, width: int) -> int:
     """Charts beside one another: two where they fit, more where there are many."""

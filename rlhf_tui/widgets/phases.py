@@ -15,6 +15,8 @@ class PhaseStrip(Panel):
     def rows(self, width: int, height: int) -> list[Row]:
         """The slowest ranks first where not all fit."""
         phases = self.book.phases
+        if self.book.head.state == "starting" and not phases:
+            return [[(" starting: models and prompts are being loaded …", "dim")]]
         if not self.book.live:
             return [self._usual(width, "")]
         if not phases:

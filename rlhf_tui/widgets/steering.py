@@ -2,8 +2,8 @@
 
 import msgspec
 
+from engine.kl import MAX_ERROR, next_beta
 from engine.settings import Settings
-from engine.train.kl import MAX_ERROR, next_beta
 from rlhf_tui import format as fmt
 from rlhf_tui.widgets import book as facts
 from rlhf_tui.widgets.book import Book, command_text, value_text

@@ -109,7 +109,7 @@ def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(wr
     writer.change("c", 5, 0.2, 0.3)
     writer.journal.begin_attempt(4, fresh=False)
     settled = writer.journal.settled_after(4)
-    assert [(s.step, s.key, s.new) for s in settled] == [
+    assert [(s.step, s.changes[0].key, s.changes[0].new) for s in settled] == [
         (5, "learning_rate", 2e-5), (5, "beta", 0.3),
     ]  # fmt: skip
 
@@ -119,7 +119,7 @@ def test_starting_afresh_forgets_them(writer):
     writer.change("b", 5, 0.2, 0.3)
     writer.journal.begin_attempt(4, fresh=True)
     assert writer.journal.settled_after(4) == []
-    assert [s.new for s in writer.journal.settled_after(0)] == [0.2]
+    assert [s.changes[0].new for s in writer.journal.settled_after(0)] == [0.2]
 
 
 def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer):
@@ -128,7 +128,7 @@ def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer
     writer.journal.begin_attempt(4, fresh=False)
     writer.change("c", 5, 0.1, 0.9)
     writer.journal.begin_attempt(4, fresh=False)
-    settled = {s.key: s.new for s in writer.journal.settled_after(4)}
+    settled = {c.key: c.new for s in writer.journal.settled_after(4) for c in s.changes}
     assert settled == {"beta": 0.9, "learning_rate": 2e-5}
 
 
@@ -278,7 +278,7 @@ def test_an_old_journal_is_migrated_and_goes_on(old):
     journal = Journal(old)
     assert (journal.attempt, journal.step) == (2, 3)
     journal.begin_attempt(3, fresh=False)
-    assert [s.new for s in journal.settled_after(1)] == [0.2]
+    assert [s.changes[0].new for s in journal.settled_after(1)] == [0.2]
     journal.close()
     assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
 

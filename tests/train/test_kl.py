@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import DataConfig, ModelConfig, RewardConfig, RunConfig
+from engine.kl import next_beta
 from engine.settings import first_settings
 from engine.train import ppo
-from engine.train.kl import next_beta
 from engine.train.rollout import token_logprobs
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)

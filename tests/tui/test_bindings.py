@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+from textual.events import Key
 
 from engine.control import Answer
 from engine.session import Session
@@ -687,3 +688,23 @@ async def test_a_session_that_is_not_there_is_named(make_desk, running, until):
         await until(pilot, lambda: desk._notifications)
         assert "nobody" in str([n.message for n in desk._notifications])
         assert desk.current_mode == "sessions"
+
+
+# -- dialogs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["S", "b", "m", "question_mark"])
+async def test_a_key_on_its_way_to_a_dialog_that_closes_does_no_harm(
+    make_desk, engine, key, running, until
+):
+    desk = make_desk()
+    async with running(desk) as pilot:
+        await pilot.press(key)
+        await until(pilot, lambda: len(desk.screen_stack) == 2)
+        dialog = desk.screen
+        for _ in range(3):
+            dialog.post_message(Key("escape", None))
+            dialog.action_cancel()
+        await until(pilot, lambda: len(desk.screen_stack) == 1)
+        await pilot.pause()
+        assert desk.is_running

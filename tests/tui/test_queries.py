@@ -1,0 +1,51 @@
+"""What the screens ask the journal for."""
+
+import pytest
+
+from engine.record import Record, SampleQuery
+from engine.session import Session
+from rlhf_tui.screens.samples import parse_filter
+
+
+@pytest.fixture
+def record(root):
+    with Record(Session(root / "frozen")) as record:
+        yield record
+
+
+def test_a_left_timeline_is_read_by_attempt(record):
+    rows = record.past_series("objective/scores")
+    assert [(attempt, step) for attempt, step, _ in rows] == [(1, s) for s in range(101, 118)]
+
+
+@pytest.mark.parametrize("order", ["step", "score", "kl", "length"])
+def test_a_page_is_sorted_and_the_next_one_follows(record, order):
+    rows = []
+    for page in range(3):
+        rows += record.sample_page(SampleQuery(order=order, descending=False), 50, 50 * page)
+    assert len({(r["step"], r["index"]) for r in rows}) == 150
+    assert [r[order] for r in rows] == sorted(r[order] for r in rows)
+
+
+def test_bounds_and_words_narrow_a_page(record):
+    query = parse_filter("score>1.5 kl<=8 LOVED cut", SampleQuery())
+    rows = record.sample_page(query, 500)
+    assert rows
+    for row in rows:
+        assert row["score"] >= 1.5
+        assert row["kl"] <= 8
+        assert "loved" in row["response"]
+        assert not row["ended"]
+
+
+def test_a_column_that_is_none_of_ours_is_not_sorted_by(record):
+    rows = record.sample_page(SampleQuery(order="step; DROP TABLE samples"), 3)
+    assert [r["step"] for r in rows] == [200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("score>1", ""), ("score > abc", "score > abc"), ("kl<3 odd end", "odd end")],
+)
+def test_what_is_no_bound_is_a_word(text, words):
+    assert parse_filter(text, SampleQuery()).text == words
