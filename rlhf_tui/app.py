@@ -7,9 +7,6 @@ everything.
 import functools
 import gc
 import importlib
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +23,10 @@ from engine.record import Record
 from engine.session import Session, find, find_all
 from rlhf_tui import preferences as prefs
 from rlhf_tui.feed import Feed
-from rlhf_tui.messages import Heard, Started
+from rlhf_tui.messages import Heard
 from rlhf_tui.screens.base import Place
-from rlhf_tui.screens.dialogs import Ask, Choice, Type
+from rlhf_tui.screens.dialogs import Ask, Choice
+from rlhf_tui.screens.launch import Launch
 from rlhf_tui.screens.picker import Option, Pick
 from rlhf_tui.screens.plain import Plain
 from rlhf_tui.screens.steer import ACTIONS, Steer
@@ -36,7 +34,6 @@ from rlhf_tui.screens.themes import THEMES
 from rlhf_tui.text import one_line, sanitise
 from rlhf_tui.widgets.book import ALWAYS, Book
 from rlhf_tui.widgets.keys import Keys, key_name
-from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.series import Series
 from rlhf_tui.widgets.view import View
 
@@ -62,7 +59,7 @@ def _screen(mode: str) -> Screen[Any]:
     return screen
 
 
-class Desk(Steer, App[None], inherit_bindings=False):
+class Desk(Steer, Launch, App[None], inherit_bindings=False):
     """What the operator sits at."""
 
     TITLE = "rlhf-tui"
@@ -273,93 +270,6 @@ class Desk(Steer, App[None], inherit_bindings=False):
             self._draw()
 
         self.push_screen(Pick("Beside these curves", options), take)
-
-    # -- engines and commands of their own -------------------------------------------------------
-
-    def refuse_read_only(self) -> bool:
-        """Whether nothing may be done from here; says so."""
-        if self.read_only:
-            self.say("read-only: nothing can be started or deleted from here", "warning")
-        return self.read_only
-
-    def ask_fork(self, name: str, step: int) -> None:
-        """The name of a branch off a checkpoint."""
-        if self.refuse_read_only():
-            return
-        from rlhf_tui.screens.checkpoints import check_new_name, fork_name  # noqa: PLC0415 - so, too
-
-        rows: list[Row] = [[(f"A new session that shares {name} up to step {step}.", "dim")]]
-
-        def take(new: str | None) -> None:
-            if new:
-                self.start_engine(["fork", name, "--from", str(step), "--name", new], new)
-
-        def check(text: str) -> tuple[bool, str]:
-            return check_new_name(self.root, text)
-
-        self.push_screen(
-            Type(f"Branch off {name}, step {step}", rows, fork_name(self.root, name), check), take
-        )
-
-    def start_engine(self, arguments: list[str], name: str) -> None:
-        """`rlhf-tui …  --detach` in a thread; opens the session once it is there."""
-        if self.refuse_read_only():
-            return
-        before = {s.name for s in find_all(self.root)}
-        self.say(f"starting: rlhf-tui {' '.join(arguments)}")
-
-        def start() -> None:
-            problem = self._run([*arguments, "--detach"])
-            new = {s.name for s in find_all(self.root)} - before
-            self.post_message(Started(name or next(iter(sorted(new)), ""), problem))
-
-        threading.Thread(target=start, daemon=True, name="start").start()
-        # Worth seeing while its models are still being loaded.
-        if name in before:
-            self.open_session(name)
-        else:
-            self._open_when_there(before, self.now() + 10)
-
-    def _open_when_there(self, before: set[str], deadline: float) -> None:
-        """Opens a new session as soon as its folder is there."""
-        new = sorted({s.name for s in find_all(self.root)} - before)
-        if new:
-            self.open_session(new[0])
-        elif self.now() < deadline:
-            self.set_timer(0.3, lambda: self._open_when_there(before, deadline))
-
-    def on_started(self, message: Started) -> None:
-        """An engine has started, or could not."""
-        if message.problem:
-            self.say(message.problem, "error")
-        elif self.book.name == message.name or self.current_mode != "sessions":
-            self.say(f"'{message.name}' runs")
-        elif message.name:
-            self.open_session(message.name)
-
-    def run_command(self, arguments: list[str], done: str) -> None:
-        """Another command of ours, in a thread; says how it ended."""
-        if self.refuse_read_only():
-            return
-
-        def run() -> None:
-            problem = self._run(arguments)
-            self.say_later(problem or done, "error" if problem else "information")
-
-        threading.Thread(target=run, daemon=True, name=arguments[0]).start()
-
-    def _run(self, arguments: list[str]) -> str:
-        """Runs ``rlhf-tui``; its last line of complaint, empty where it went well."""
-        where = ["--sessions", str(self.root)]
-        done = subprocess.run(  # noqa: S603 - ourselves
-            [sys.executable, "-m", "rlhf_tui.cli", *arguments, *where],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            check=False, env={**os.environ, "TERM": "dumb"},
-        )  # fmt: skip
-        if done.returncode == 0:
-            return ""
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return lines[-1].removeprefix("rlhf-tui: ")
 
     # -- words ---------------------------------------------------------------------------------
 

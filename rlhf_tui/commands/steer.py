@@ -75,7 +75,8 @@ class Steering:
                     sys.exit(TIMED_OUT)
         if self._wait and isinstance(command, Stop) and answer.status == "applied":
             self._await_end()
-        self._print(answer)
+            left = None if answer.final else client.status().boundary_in
+        self._print(answer, left)
         if answer.status == "rejected":
             raise RlhfError(f"rejected: {answer.reason}")
 
@@ -85,12 +86,13 @@ class Steering:
         while self._session.is_live() and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _print(self, answer: Answer) -> None:
+    def _print(self, answer: Answer, left: float | None) -> None:
         if self._as_json:
             row: dict[str, Any] = configfile.as_mapping(answer)
             print_json(row | {"applied_step": row.pop("step")})
         elif answer.status == "accepted":
-            say("accepted: takes effect at the next step boundary")
+            soon = "" if left is None else f", in about {fmt.duration(left)}"
+            say(f"accepted: takes effect at the next step boundary{soon}")
         elif answer.status == "applied":
             changes = ", ".join(f"{c.key} {c.old} → {c.new}" for c in answer.changes)
             say(f"applied at step {answer.step}" + (f": {one_line(changes)}" if changes else ""))

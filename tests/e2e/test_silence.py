@@ -1,0 +1,46 @@
+"""A rank that says nothing: told apart from one that is paused, noticed, and started again."""
+
+import signal
+import time
+
+import pytest
+
+SILENCE = 6.0
+"""Seconds of `launch.silence`, instead of half an hour."""
+
+
+@pytest.fixture(scope="module")
+def quiet(lab, wait_until):
+    """A run that is paused for longer than a rank may be silent, and then stopped by the kernel."""
+    run = lab.run("quiet", f"launch.silence={SILENCE}", "guardrails.silent_rank=3", steps=1000)
+    run.start()
+    run.order("pause")
+    began = time.monotonic()
+    run.paused_at = run.step
+    wait_until(lambda: time.monotonic() > began + 2 * SILENCE, "end of a long pause")
+    run.attempts_after_pause = len(run.events("attempt"))
+    run.alerts_after_pause = [e["rule"] for e in run.events("alert")]
+    run.step_after_pause = run.step
+    rank = run.rank()
+    rank.send_signal(signal.SIGSTOP)
+    wait_until(lambda: len(run.events("attempt")) > run.attempts_after_pause, "another attempt")
+    run.wait_for("paused")
+    run.second_rank, run.first_rank = run.rank().pid, rank.pid
+    yield run
+    run.end()
+
+
+def test_a_long_pause_is_not_taken_for_silence(quiet):
+    assert quiet.attempts_after_pause == 1
+    assert quiet.alerts_after_pause == []
+    assert quiet.step_after_pause == quiet.paused_at
+
+
+def test_a_rank_that_hangs_is_noticed_ended_and_started_again(quiet):
+    rules = [e["rule"] for e in quiet.events("alert")]
+    assert rules.index("silent_rank") < rules.index("restart")
+    assert quiet.second_rank != quiet.first_rank
+
+
+def test_a_run_that_was_paused_is_paused_again_after_the_restart(quiet):
+    assert quiet.state == "paused"
