@@ -49,9 +49,17 @@ class Steering:
     """Where a command of `ctl` goes, and how its fate is told."""
 
     def __init__(
-        self, session: Session, *, wait: bool, timeout: float, as_json: bool, command_id: str | None
+        self,
+        root: Path,
+        name: str,
+        *,
+        wait: bool,
+        timeout: float,
+        as_json: bool,
+        command_id: str | None,
     ) -> None:
-        self._session = session
+        self._root = root
+        self._name = name
         self._wait = wait
         self._timeout = timeout
         self._as_json = as_json
@@ -60,7 +68,8 @@ class Steering:
     def send(self, command: AnyCommand) -> None:
         """Sends, waits if that was asked for, prints, and exits by the outcome."""
         chosen = self._id or new_id()
-        with Client(self._session, who()) as client:
+        session = existing(self._root, self._name)
+        with Client(session, who()) as client:
             answer = client.send(command, chosen)
             # A probe is asked for its answer: without waiting it would be good for nothing.
             if (self._wait or isinstance(command, Probe)) and not answer.final:
@@ -69,21 +78,22 @@ class Steering:
                 except TimeoutError:
                     click.echo(
                         f"rlhf-tui: not carried out within {self._timeout:g} s; it still will be, "
-                        f"unless the run ends: rlhf-tui events {self._session.name}",
+                        f"unless the run ends: rlhf-tui events {self._name}",
                         err=True,
                     )
                     sys.exit(TIMED_OUT)
-        if self._wait and isinstance(command, Stop) and answer.status == "applied":
-            self._await_end()
             left = None if answer.final else client.status().boundary_in
+        if self._wait and isinstance(command, Stop) and answer.status == "applied":
+            self._await_end(session)
         self._print(answer, left)
         if answer.status == "rejected":
             raise RlhfError(f"rejected: {answer.reason}")
 
-    def _await_end(self) -> None:
+    @staticmethod
+    def _await_end(session: Session) -> None:
         """Whoever waited for a stop means to go on: to resume, to fork, to delete."""
         deadline = time.monotonic() + END_TIMEOUT
-        while self._session.is_live() and time.monotonic() < deadline:
+        while session.is_live() and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def _print(self, answer: Answer, left: float | None) -> None:
@@ -119,9 +129,8 @@ def ctl(
     command_id: str | None,
 ) -> None:
     """Steer the running engine of session NAME."""
-    session = existing(root, name)
     context.obj = Steering(
-        session, wait=wait, timeout=timeout, as_json=as_json, command_id=command_id
+        root, name, wait=wait, timeout=timeout, as_json=as_json, command_id=command_id
     )
 
 
@@ -216,6 +225,12 @@ def _lift_options(command: click.Command) -> None:
         click.Option(["--json"], is_flag=True, expose_value=False, callback=_lift("_as_json")),
         click.Option(["--timeout"], type=float, expose_value=False, callback=_lift("_timeout")),
         click.Option(["--id"], metavar="ID", expose_value=False, callback=_lift("_id")),
+        click.Option(
+            ["--sessions"],
+            type=click.Path(path_type=Path),
+            expose_value=False,
+            callback=_lift("_root"),
+        ),
     ):
         command.params.append(option)
 
