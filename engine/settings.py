@@ -78,7 +78,9 @@ def check_settings(settings: Settings, values: dict[str, Any]) -> dict[str, Any]
         try:
             now[name] = msgspec.convert(value, kind, strict=True)
         except msgspec.ValidationError as error:
-            wanted = str(error).replace("Expected ", "").replace("`", "")
+            wanted = str(error).replace("Expected ", "").replace("`", "").partition(", got")[0]
+            wanted = wanted.replace("float", "a number").replace("int", "a whole number")
+            wanted = wanted.replace(" | null", ", or null")
             raise CommandRejectedError(f"{name} must be {wanted} (it is {value!r})") from None
         if isinstance(value, float) and not math.isfinite(value):
             raise CommandRejectedError(f"{name} must be a finite number (it is {value})")

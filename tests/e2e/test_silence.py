@@ -32,7 +32,7 @@ def quiet(lab, wait_until):
 
 def test_a_long_pause_is_not_taken_for_silence(quiet):
     assert quiet.attempts_after_pause == 1
-    assert quiet.alerts_after_pause == []
+    assert not {"silent_rank", "restart"} & set(quiet.alerts_after_pause)
     assert quiet.step_after_pause == quiet.paused_at
 
 

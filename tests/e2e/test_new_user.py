@@ -1,0 +1,108 @@
+"""A new user's whole way, through a real terminal: keys go in, the journal tells the outcome."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+import threading
+
+import pytest
+
+ESCAPES = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][0-9A-B]|\x1b."
+)
+ROWS, COLUMNS = 40, 120
+
+
+class Terminal:
+    """A program on a pseudo-terminal of its own, and everything it ever showed."""
+
+    def __init__(self, lab, *args):
+        self._main, side = pty.openpty()
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        self.raw = b""
+        self.process = subprocess.Popen(
+            [lab.program, *map(str, args)],
+            stdin=side, stdout=side, stderr=side, start_new_session=True,
+            env=lab.environment | {"TERM": "xterm-256color"},
+        )  # fmt: skip
+        os.close(side)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        try:
+            while data := os.read(self._main, 65536):
+                self.raw += data
+        except OSError:
+            return
+
+    def type(self, keys):
+        os.write(self._main, keys.encode())
+
+    @property
+    def text(self):
+        """What was printed, in the order in which it was, without escape sequences."""
+        return " ".join(ESCAPES.sub(" ", self.raw.decode(errors="replace")).split())
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def run(make_lab):
+    lab = make_lab("new-user")
+    run = lab.run("first")
+    yield run
+    run.end()
+
+
+def test_the_whole_way_of_a_new_user(run, wait_until):
+    lab = run.lab
+    keys = ("rollout.batch_size=16", "rollout.max_new_tokens=12", "launch.threads=1")
+    overrides = [word for key in keys for word in ("-o", key)]
+    terminal = Terminal(lab, "demo", "--name", run.name, *overrides)
+    try:
+        wait_until(lambda: "Dashboard" in terminal.text, "dashboard")
+        wait_until(lambda: run.session.journal_file.exists() and run.step >= 2, "two steps")
+        terminal.type("p")
+        run.wait_for("paused")
+        terminal.type("b")
+        wait_until(lambda: "kl.beta, now" in terminal.text, "dialog for beta")
+        terminal.type("0.3")  # in the place of the value that is there
+        wait_until(lambda: "→ 0.3" in terminal.text, "what 0.3 would do")
+        terminal.type("\r")
+        wait_until(lambda: run.events("command")[-1].get("new") == 0.3, "beta of 0.3")
+        terminal.type("c")
+        wait_until(lambda: run.events("checkpoint"), "checkpoint")
+        terminal.type("3")
+        wait_until(lambda: "ANSWER" in terminal.text, "sample to read")
+        terminal.type("2p")
+        run.wait_for("running")
+        terminal.type("q")
+        wait_until(lambda: terminal.process.poll() is not None, "end of the app")
+        assert re.search(r"detached; engine pid \d+ still running", terminal.text)
+    finally:
+        terminal.close()
+    assert run.engine().is_running()
+    step = run.step
+    wait_until(lambda: run.step > step, "step behind a closed terminal")
+    assert run.order("beta", "0.25")["status"] == "applied"
+
+    terminal = Terminal(lab, "attach", run.name)
+    try:
+        wait_until(lambda: "◆" in terminal.text, "marker of the change of beta")
+        terminal.type("q")
+        wait_until(lambda: terminal.process.poll() is not None, "end of the app")
+    finally:
+        terminal.close()
+
+    assert run.order("stop")["status"] == "applied"
+    last = run.step
+    done = lab.cli("resume", run.name, "--headless", "-o", f"train.steps={last + 1}")
+    assert done.returncode == 0, done.stderr
+    assert run.step == last + 1
+    assert 0.2 < run.betas()[last + 1] < 0.3
