@@ -1,6 +1,7 @@
 """A new user's whole way, through a real terminal: keys go in, the journal tells the outcome."""
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import termios
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,14 @@ class Terminal:
         self.process.wait()
 
 
+def two_minutes_ago(seen):
+    """Moves what was seen last into the past: within a minute nobody counts as away."""
+    known = json.loads(seen.read_text())
+    for entry in known.values():
+        entry["time"] -= 120
+    seen.write_text(json.dumps(known))
+
+
 @pytest.fixture
 def run(make_lab):
     lab = make_lab("new-user")
@@ -92,9 +102,15 @@ def test_the_whole_way_of_a_new_user(run, wait_until):
     wait_until(lambda: run.step > step, "step behind a closed terminal")
     assert run.order("beta", "0.25")["status"] == "applied"
 
+    two_minutes_ago(Path(lab.environment["XDG_STATE_HOME"]) / "rlhf-tui" / "seen.json")
     terminal = Terminal(lab, "attach", run.name)
     try:
-        wait_until(lambda: "◆" in terminal.text, "marker of the change of beta")
+        wait_until(lambda: "Since you left" in terminal.text, "digest")
+        assert "0.25" in terminal.text, "the digest does not tell of the change from outside"
+        assert "◆" in terminal.text, "the change of beta is no marker on the curves"
+        drawn = len(terminal.raw)
+        terminal.type("o")
+        wait_until(lambda: len(terminal.raw) > drawn, "end of the digest")
         terminal.type("q")
         wait_until(lambda: terminal.process.poll() is not None, "end of the app")
     finally:
