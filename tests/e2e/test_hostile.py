@@ -1,0 +1,60 @@
+"""Text that a terminal would obey never reaches one raw, and ends nothing."""
+
+import json
+
+import pytest
+
+from tests.e2e.terminal import Terminal
+
+HOSTILE = [
+    "steal \x1b]52;c;c3RvbGVu\x07 done",
+    "title \x1b]0;owned\x07 done",
+    "clear \x1b[2J\x1b[999;999H done",
+    "eight-bit \x9b31m\x9d52;c;AAAA\x9c done",
+    "turned \u202e around \u2066 done",
+    "markup [/nope] [bold] [@click=app.quit]x[/] done",
+]
+NEVER = [b"\x1b]52;", b"\x1b]0;owned", b"\x1b[999", *(c.encode() for c in "\x9b\x9d\u202e\u2066")]
+
+
+@pytest.fixture(scope="module")
+def hostile(make_lab):
+    """A paused run whose prompts, notes and log are hostile."""
+    lab = make_lab("hostile")
+    prompts = lab.root.with_name("prompts.jsonl")
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HOSTILE))
+    run = lab.run("hostile", f"data.prompts={prompts}", steps=1000)
+    run.start()
+    run.order("pause")
+    for text in HOSTILE:
+        assert lab.cli("note", run.name, text).returncode == 0
+    with run.session.log_file.open("a", encoding="utf-8") as log:
+        log.writelines(text + "\n" for text in HOSTILE)
+    yield run
+    run.end()
+
+
+def test_the_app_shows_it_as_symbols_and_stays_up(hostile, wait_until):
+    terminal = Terminal(hostile.lab, "attach", hostile.name)
+    try:
+        for key, word in (("2", "Steering"), ("3", "ANSWER"), ("4", "saved"), ("5", "lines")):
+            terminal.type(key)
+            wait_until(lambda word=word: word in terminal.text, f"screen {key}")
+        terminal.type("1")
+        wait_until(lambda: "enter" in terminal.text, "session browser")
+        assert terminal.process.poll() is None
+        assert not [bad for bad in NEVER if bad in terminal.raw]
+    finally:
+        terminal.close()
+
+
+@pytest.mark.parametrize("command", ["samples", "events", "logs", "status"])
+def test_the_command_line_prints_it_as_symbols(hostile, wait_until, command):
+    terminal = Terminal(hostile.lab, command, hostile.name)
+    try:
+        wait_until(lambda: terminal.process.poll() is not None, f"end of {command}")
+        wait_until(lambda: hostile.name in terminal.text or "done" in terminal.text, "output")
+        assert not [bad for bad in NEVER if bad in terminal.raw]
+    finally:
+        terminal.close()
