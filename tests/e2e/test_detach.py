@@ -22,7 +22,13 @@ def orphan(lab, wait_until):
     # A session leader that opens a terminal gets it for its controlling one.
     script = f"exec <{run.terminal} >{run.terminal} 2>&1; {words} && touch {started}; sleep 600"
     environment = lab.environment | {"TERM": "xterm"}
-    shell = subprocess.Popen(["sh", "-c", script], env=environment, start_new_session=True)
+    shell = subprocess.Popen(
+        ["sh", "-c", script],
+        env=environment,
+        start_new_session=True,
+        # Whoever runs these tests may ignore SIGHUP (nohup does); this shell must not.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
+    )
     wait_until(started.exists, "return of --detach")
     run.shell_session = os.getsid(shell.pid)
     os.killpg(shell.pid, signal.SIGHUP)
