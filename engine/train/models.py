@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +255,12 @@ def _inert(module: LanguageModel) -> LanguageModel:
 
 def _checkpoint_activations(policy: LanguageModel) -> None:
     """Activations are computed again in the backward pass; takes effect in training mode alone."""
-    for part in (policy.lm, policy.value_trunk):
-        if isinstance(part, PreTrainedModel):
-            part.gradient_checkpointing_enable({"use_reentrant": False})
+    with warnings.catch_warnings():
+        # It gets another name in transformers 5.23, which earlier ones do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        for part in (policy.lm, policy.value_trunk):
+            if isinstance(part, PreTrainedModel):
+                part.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _not_a_model(key: str, source: str, error: Exception, what: str = "model") -> str:

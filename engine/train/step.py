@@ -130,7 +130,7 @@ def train_step(
         old_logprobs, old_values = old_policy(run, rollout, own)
     ref_logprobs = team.merge(ref_logprobs)
 
-    if not run.checked:
+    if not run.checked and recorded is None:
         check_first(run, rollout, old_logprobs, ref_logprobs)
 
     # 4. Advantages, from the whole global batch.
