@@ -15,7 +15,16 @@ from engine.settings import first_settings
 from engine.train import checkpoint
 from engine.train.checkpoint import TrainingState
 from engine.train.data import batch_prompts, load_prompts
-from engine.train.models import eos_ids, fingerprint, load_policy, load_reference, load_tokenizer
+from engine.train.models import (
+    AnyModel,
+    BaseView,
+    LanguageModel,
+    eos_ids,
+    fingerprint,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+)
 from engine.train.optimise import make_optimiser
 from engine.train.parallel import choose_device, settle_on
 from engine.train.randomness import derived_seed, sampling_uniforms
@@ -64,7 +73,7 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
     policy = load_policy(config, source, device)
     optimiser = make_optimiser(policy, config)
     loading("reference")
-    reference = load_reference(config, device)
+    reference = load_reference(config, policy, device)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
         checkpoint.load_training(saved, policy, optimiser)
@@ -75,11 +84,17 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
             "the reference model is not the one this run began with: "
             f"{config.model.reference or config.model.policy} was changed; put it back to resume"
         )
+    base = _base_fingerprint(config, policy, reference, weights)
+    if state.base and state.base != base:
+        raise CheckpointError(
+            "the model under the adapters is not the one this run began with: "
+            f"{config.model.policy} was changed; put it back to resume"
+        )
     if state.threads not in (0, threads):
         log.warning(
             "%d threads now, %d before: results agree to rounding only", threads, state.threads
         )
-    state.reference, state.threads = weights, threads
+    state.reference, state.base, state.threads = weights, base, threads
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.attempt)
 
@@ -106,6 +121,15 @@ def reference_scores(run: Run) -> Tensor:
     temperature = config.rollout.temperature
     answers = generate(run.reference, batch, uniforms, temperature, run.ending, run.tokenizer)
     return run.rewards(Answers.of(answers, 0))[0]
+
+
+def _base_fingerprint(
+    config: RunConfig, policy: LanguageModel, reference: AnyModel, of_reference: str
+) -> str:
+    """Of the weights under the adapters, which no checkpoint holds; "" without adapters."""
+    if config.lora.rank is None:
+        return ""
+    return of_reference if isinstance(reference, BaseView) else fingerprint(BaseView(policy))
 
 
 def _check_vocabularies(policy: int, reference: int) -> None:

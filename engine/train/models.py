@@ -2,6 +2,8 @@
 
 import hashlib
 import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import (
 from engine import starter
 from engine.config import RunConfig
 from engine.errors import UserInputError
+from engine.train import lora
 
 
 class LanguageModel(nn.Module):
@@ -55,17 +58,25 @@ class LanguageModel(nn.Module):
             # The head's input: the trunk's last hidden state, exactly at the positions kept.
             head.register_forward_pre_hook(self._keep_hidden)
         self._hidden: Tensor | None = None
+        self._adapted = lora.adapted_layers(lm)
         self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
 
     def _keep_hidden(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._hidden = inputs[0]
 
     def forward(
-        self, tokens: Tensor, *args: Any, **kwargs: Any
+        self, tokens: Tensor, *args: Any, adapters: bool = True, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        """:meth:`run` in the chosen compute dtype."""
+        """:meth:`run` in the chosen compute dtype, with or without the adapters there may be.
+
+        That is an argument, not a state, so that it reaches a wrapped or sharded model as well, and
+        ends with the call. Not for two threads at once.
+        """
         mixed = self._compute is not torch.float32
-        with torch.autocast(tokens.device.type, self._compute, enabled=mixed):
+        with ExitStack() as stack:
+            if not adapters:
+                stack.enter_context(lora.switched_off(self._adapted))
+            stack.enter_context(torch.autocast(tokens.device.type, self._compute, enabled=mixed))
             return self.run(tokens, *args, **kwargs)
 
     def run(
@@ -123,23 +134,101 @@ class LanguageModel(nn.Module):
         return logits, values
 
 
+class BaseView:
+    """The model under a policy's adapters, used like a :class:`LanguageModel`; no copy of it.
+
+    It gives logits alone, and enters the policy's own forward, so it works where that is wrapped or
+    sharded.
+    """
+
+    def __init__(self, policy: LanguageModel) -> None:
+        self.lm = policy.lm
+        self._model = policy
+
+    def __call__(
+        self, tokens: Tensor, attention_mask: Tensor, keep: int, *, cache: Any = None, **_: Any
+    ) -> tuple[Any, None]:
+        """As :meth:`LanguageModel.run`, with `want="logits"`."""
+        logits, _values = self._model(
+            tokens, attention_mask, keep, cache=cache, want="logits", adapters=False
+        )
+        return logits, None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights without the adapters."""
+        return (p for p in self.lm.parameters() if not p.requires_grad)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights without the adapters, named as in a model that never had any."""
+        return {f"lm.{name}": tensor for name, tensor in lora.base_tensors(self.lm).items()}
+
+
+AnyModel = LanguageModel | BaseView
+"""What generates and scores: the policy, or either kind of reference."""
+
+
 def load_policy(config: RunConfig, source: str, device: torch.device) -> LanguageModel:
-    """The trainable policy in float32, with the value function its advantage needs."""
+    """The trainable policy, with the value function its advantage needs.
+
+    Trained weights are float32. With `lora.rank` only the adapters and the value head are trained;
+    the weights under them are held in `model.dtype`, once more for a value trunk of its own.
+
+    Args:
+        config: the run's.
+        source: the model to start from, or a checkpoint's `policy/` folder.
+        device: where it goes.
+
+    Raises:
+        UserInputError: the model or the adapters' targets cannot be used.
+        CheckpointError: the checkpoint holds adapters and the configuration asks for none, or the
+            other way round.
+    """
     value = config.model.value if config.ppo.advantage == "gae" else None
-    policy = LanguageModel(load_lm(source, "model.policy"), value, compute_dtype(config))
+    adapted = config.lora.rank is not None
+    base = starter.resolve(config.model.policy) if adapted else source
+    dtype = compute_dtype(config) if adapted else torch.float32
+    lm = load_lm(base, "model.policy", dtype)
+    if adapted:
+        lora.add_adapters(lm, config.lora, seed=config.seed, base=base)
+        if source != base:
+            lora.load_adapters(lm, Path(source))
+    policy = LanguageModel(lm, value, compute_dtype(config))
     if value == "separate":
-        policy.value_trunk = _own(AutoModel.from_pretrained(source, dtype=torch.float32))
+        trunk = _own(AutoModel.from_pretrained(base, dtype=dtype))
+        if adapted:
+            lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
+        policy.value_trunk = trunk
     return _inert(policy).to(device)
 
 
-def load_reference(config: RunConfig, device: torch.device) -> LanguageModel:
-    """The frozen reference: the policy's own start, or the model that is named."""
+def load_reference(config: RunConfig, policy: LanguageModel, device: torch.device) -> AnyModel:
+    """The frozen reference: the policy's own start, or the model that is named.
+
+    With adapters the former is the policy itself without them; a model that is named is loaded
+    besides, for it need not be the one that is adapted.
+    """
     name = config.model.reference or config.model.policy
+    if config.lora.rank is not None and name == config.model.policy:
+        return BaseView(policy)
     key = "model.reference" if config.model.reference else "model.policy"
     dtype = compute_dtype(config)
-    reference = LanguageModel(load_lm(starter.resolve(name), key), compute=dtype)
+    reference = LanguageModel(load_lm(starter.resolve(name), key, dtype), compute=dtype)
     reference.requires_grad_(False)
-    return _inert(reference).to(device, dtype)
+    return _inert(reference).to(device)
+
+
+def save_lm(lm: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Writes a Hugging Face model folder, or peft's adapter folder where there are adapters.
+
+    Args:
+        lm: the language model.
+        folder: made if need be.
+        state_dict: the model's, where its own tensors are not whole (sharded).
+    """
+    if lora.adapted_layers(lm):
+        lora.save_adapters(lm, folder, state_dict)
+    else:
+        lm.save_pretrained(folder, state_dict=state_dict)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -147,16 +236,21 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
 
 
-def load_lm(source: str, key: str) -> PreTrainedModel:
-    """A causal language model in float32.
+def load_lm(source: str, key: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model, its weights in a dtype.
 
     Raises:
         UserInputError: names the configuration key and what is wrong with the model.
     """
     try:
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserInputError(_not_a_model(key, source, error)) from error
+    if lora.adapted_layers(lm):
+        raise UserInputError(
+            f"{key}: {source} holds adapters for another model; merge the two first "
+            "(rlhf-tui export NAME --policy DIR --merged, or peft)"
+        )
     for needed in ("past_key_values", "logits_to_keep"):
         if needed not in inspect.signature(lm.forward).parameters:
             raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
@@ -178,7 +272,7 @@ def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: nn.Module | BaseView) -> str:
     """A hash of all weights, to tell whether a frozen model is the one it was.
 
     Adds up each tensor's bits rather than feeding them to a cryptographic hash: seconds for

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from engine.train.data import PromptBatch
-from engine.train.models import LanguageModel
+from engine.train.models import AnyModel
 from engine.train.ppo import response_mask
 
 Report = Callable[[int, int], None]
@@ -89,7 +89,7 @@ class Ending:
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
+    model: AnyModel,
     batch: PromptBatch,
     uniforms: Tensor,
     temperature: float,
@@ -184,7 +184,7 @@ def left_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def rollout_forward(
-    model: LanguageModel,
+    model: AnyModel,
     rollout: Rollout,
     rows: Tensor,
     temperature: float,
@@ -236,7 +236,7 @@ def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
 
 @torch.no_grad()
 def score_tokens(
-    model: LanguageModel,
+    model: AnyModel,
     rollout: Rollout,
     temperature: float,
     size: int,

@@ -16,7 +16,7 @@ from engine.train import ppo
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts
 from engine.train.metrics import peak_memory_gb, step_metrics
-from engine.train.models import LanguageModel
+from engine.train.models import AnyModel, LanguageModel
 from engine.train.optimise import Targets, learning_rate, optimise
 from engine.train.randomness import sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, Rewards
@@ -59,7 +59,7 @@ class Run:
     ending: Ending
     prompts: Prompts
     policy: LanguageModel
-    reference: LanguageModel
+    reference: AnyModel
     rewards: Rewards
     optimiser: torch.optim.Optimizer
     state: TrainingState
