@@ -84,15 +84,12 @@ def adapted_layers(module: nn.Module) -> list[LoraLayer]:
 def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
     """The layers compute what they did without adapters, until this is left, however it is left.
 
-    Adapters go on requiring gradients: peft would freeze them meanwhile, and FSDP2 takes over for
-    good what it meets at its first gathering, so a run that began with its reference would never
-    learn.
+    The adapters are frozen meanwhile, which DDP and FSDP2 bear also before their first training
+    pass. About 50 µs a layer.
     """
-    for layer in layers:
-        layer.enable_adapters(False)
-        for part in layer.adapter_layer_names:
-            getattr(layer, part).requires_grad_(True)
     try:
+        for layer in layers:
+            layer.enable_adapters(False)
         yield
     finally:
         for layer in layers:
@@ -102,12 +99,12 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The weights without the adapters, by the names they had before there were any."""
     adapters = tuple(
-        f"{name}.{part}." for name, layer in _named_layers(module) for part in _parts(layer)
+        f"{name}.{part}."
+        for name, layer in _named_layers(module)
+        for part in layer.adapter_layer_names
     )
     tensors = module.state_dict().items()
-    return {
-        k.replace(".base_layer.", "."): v for k, v in tensors if not k.startswith(adapters or "/")
-    }
+    return {k.replace(".base_layer.", "."): v for k, v in tensors if not k.startswith(adapters)}
 
 
 def save_adapters(
@@ -150,10 +147,6 @@ def load_adapters(lm: PreTrainedModel, folder: Path) -> None:
 
 def _named_layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, m) for name, m in module.named_modules() if isinstance(m, LoraLayer)]
-
-
-def _parts(layer: LoraLayer) -> tuple[str, ...]:
-    return tuple(layer.adapter_layer_names)
 
 
 def _tensors(lm: PreTrainedModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

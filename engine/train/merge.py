@@ -37,8 +37,7 @@ def main() -> None:
 def merge(session: Session, step: int, target: Path) -> None:
     """Writes the policy of a LoRA run's checkpoint as one whole model, with its tokenizer.
 
-    In float32, as a run that trains in full does: rounded to bfloat16, most of what small adapters
-    learnt would be lost.
+    In float32, like a run that trains in full: bfloat16 would blur the small changes of adapters.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or the model is not the one it was trained on.
