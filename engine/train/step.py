@@ -17,7 +17,7 @@ from engine.train import ppo
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts
 from engine.train.metrics import peak_memory, step_metrics
-from engine.train.models import LanguageModel
+from engine.train.models import AnyModel, LanguageModel
 from engine.train.optimise import Targets, learning_rate, optimise
 from engine.train.parallel import Team
 from engine.train.randomness import sampling_uniforms
@@ -77,7 +77,7 @@ class Run:
     policy: LanguageModel
     learner: nn.Module
     """The policy as the epochs enter it."""
-    reference: LanguageModel
+    reference: AnyModel
     rewards: Rewards
     optimiser: torch.optim.Optimizer
     state: TrainingState

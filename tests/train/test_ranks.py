@@ -36,6 +36,10 @@ VARIANTS = {
     "gae, activations computed again": ("parallel.activation_checkpointing=true",),
     "reward": ("ppo.advantage=reward",),
     "rloo": ("ppo.advantage=rloo", "rollout.per_prompt=2"),
+    "gae, adapters": ("ppo.advantage=gae", "lora.rank=4"),
+    "gae, a value trunk of its own, adapters": ("model.value=separate", "lora.rank=4"),
+    "reward, adapters": ("ppo.advantage=reward", "lora.rank=4"),
+    "rloo, adapters": ("ppo.advantage=rloo", "rollout.per_prompt=2", "lora.rank=4"),
 }
 WAYS = ("ddp", "fsdp")
 
@@ -105,7 +109,7 @@ def on_two_ranks(folder, jobs):
 def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, way):
     one, two = outcomes[variant, "one"][0], outcomes[variant, way][0]
     if "warming" not in variant:
-        assert one["objective/kl"] > 0.01
+        assert one["objective/kl"] > 1e-3
     assert one["grad_norm"] > 0
     for name, value in one.items():
         if not name.startswith(("time/", "perf/")):
