@@ -105,9 +105,9 @@ class Lab:
     def popen(self, *args: object, **options: Any) -> subprocess.Popen[str]:
         """Starts `rlhf-tui` and goes on."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        options = {"env": self.environment} | options
         return subprocess.Popen(
             [PROGRAM, *map(str, args)],
-            env=self.environment,
             text=True,
             stdin=subprocess.DEVNULL,
             **options,
@@ -257,15 +257,18 @@ class Run:
         assert found is not None
         return psutil.Process(found.pid)
 
-    def rank(self) -> psutil.Process:
-        """Its rank."""
-        workers = [
-            p
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Its ranks on this machine, by torchrun's number."""
+        return {
+            int(p.environ().get("RANK", "0")): p
             for p in processes(self.session.folder)
             if "engine.train.worker" in " ".join(p.cmdline())
-        ]
-        assert len(workers) == 1
-        return workers[0]
+        }
+
+    def rank(self) -> psutil.Process:
+        """Its one rank."""
+        (worker,) = self.ranks().values()
+        return worker
 
 
 @pytest.fixture(scope="session", autouse=True)
