@@ -43,6 +43,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(p.ids) for p in self._prompts)
+
     def for_step(self, step: int) -> list[Prompt]:
         """The prompts of step `step` (from 1).
 

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from engine.settings import first_settings
 from engine.train import checkpoint
 from engine.train.checkpoint import TrainingState
 from engine.train.data import batch_prompts, load_prompts
+from engine.train.foresight import foresee
 from engine.train.models import eos_ids, fingerprint, load_policy, load_reference, load_tokenizer
 from engine.train.optimise import make_optimiser
 from engine.train.parallel import choose_device, settle_on
@@ -29,8 +31,16 @@ STAGES = ("prompts", "reward", "policy", "reference")
 """What is loaded, in this order."""
 
 
-def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announce) -> Run:
+def load_run(
+    session: Session,
+    config: RunConfig,
+    begin: Begin,
+    announce: Announce,
+    warn: Callable[[str], None] = lambda _text: None,
+) -> Run:
     """Inputs first and weights after, so that a mistake shows before minutes of loading.
+
+    `warn` is told, before the weights are loaded, where they are likely not to fit the memory.
 
     Raises:
         UserInputError: something the configuration names cannot be used.
@@ -58,6 +68,7 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
     prompts = load_prompts(
         config.data, tokenizer, per_step=config.prompts_per_step, seed=config.seed
     )
+    memory = foresee(config, prompts.longest, device, warn)
     loading("reward")
     rewards = load_rewards(config.reward, tokenizer.get_vocab(), device)
     loading("policy")
@@ -87,7 +98,7 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
     run = Run(
         config=config, device=device, tokenizer=tokenizer, ending=ending, prompts=prompts,
         policy=policy, reference=reference, rewards=rewards, optimiser=optimiser, state=state,
-        announce=announce,
+        announce=announce, memory=memory,
     )  # fmt: skip
     if config.reward.normalise == "reference" and not begin.from_step:
         announce(0, "normalise reward")

@@ -17,8 +17,9 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from engine.errors import LinkError, RlhfError, UserInputError
-from engine.protocol import Failed, Ready, StepReport
+from engine.protocol import Failed, Notice, Ready, StepReport
 from engine.session import Session
+from engine.train import foresight
 from engine.train.boundary import Boundary
 from engine.train.link import Link
 from engine.train.load import load_run
@@ -73,7 +74,11 @@ def train(session: Session, link: Link) -> None:
     """The loop: obey, step, report, save."""
     begin = link.begin()
     config = session.config()
-    run = load_run(session, config, begin, link.phase)
+
+    def short_of_memory(text: str) -> None:
+        link.send(Notice(step=begin.from_step, rule="memory", text=text))
+
+    run = load_run(session, config, begin, link.phase, short_of_memory)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=facts(run), settings=msgspec.to_builtins(run.state.settings)))
     events = EventFiles(session.tensorboard, begin.from_step) if config.log.tensorboard else None
@@ -108,6 +113,7 @@ def facts(run: Run) -> dict[str, object]:
         "device": str(run.device),
         "threads": run.state.threads,
         "torch": str(torch.__version__),
+        **foresight.facts(run.memory),
     }
 
 
