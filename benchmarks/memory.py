@@ -2,11 +2,13 @@
 
     python benchmarks/memory.py [--device cpu|cuda] [--only TEXT] [--threads N]
 
-Each row is a run of its own processes (`rlhf-tui run --headless`, two steps): the estimate is the
-one its rank made before it loaded anything, the measured peak its `perf/peak_memory_gb` (on a CPU
+Each row is a run of its own processes (`rlhf-tui demo --headless`, two steps): the estimate is the
+one its rank made before it loaded any model, the measured peak its `perf/peak_memory_gb` (on a CPU
 what was resident at most, on a GPU what torch allocated at most). Models have random weights in the
-shapes named, and the starter's tokenizer. An estimate is for answers as long as the limit allows. Exits with 1 where an estimate is off by over a quarter;
-with `--device cuda` on a machine without a GPU it says so and exits with 0.
+shapes named, and the starter's tokenizer. An estimate is for answers as long as the limit allows.
+
+Exits with 1 where an estimate is off by over a quarter; with `--device cuda` on a machine without a
+GPU it says so and exits with 0.
 """
 
 import argparse

@@ -6,16 +6,23 @@ from msgspec.structs import replace
 
 from engine.capacity import Capacity
 from engine.config import RunConfig
-from engine.plan import MARGIN, WHAT_IF_RANK, Estimate, Layout, Models, estimate
+from engine.memory import estimate
+from engine.plan import WHAT_IF_RANK, Estimate, Layout, Models
 
+MARGIN = 1.1
+"""A run fits where this multiple of its estimate does."""
 USEFUL = 0.98
 """A change that leaves more than this share of the memory is not worth making."""
 
 
 def fits(found: Estimate, capacity: Capacity) -> bool:
-    """Whether so many ranks of it have room, with a margin for what an estimate is off."""
-    enough = capacity.device == "cpu" or found.layout.ranks <= capacity.gpus
-    return enough and found.peak * MARGIN <= capacity.room(found.layout.ranks)
+    """Whether each rank has room, with a margin for what an estimate is off."""
+    return found.peak * MARGIN <= capacity.room(found.layout.ranks)
+
+
+def can_start(layout: Layout, capacity: Capacity) -> bool:
+    """Whether there is a GPU for each rank; of processors there are always enough."""
+    return capacity.device == "cpu" or layout.ranks <= capacity.gpus
 
 
 def changes_to_fit(

@@ -11,7 +11,9 @@ import torch
 from engine.advice import shortage
 from engine.capacity import Capacity, of_host
 from engine.config import RunConfig
-from engine.plan import CUDA_CONTEXT, Estimate, configured, estimate
+from engine.errors import UserInputError
+from engine.memory import CUDA_CONTEXT, estimate
+from engine.plan import Estimate, configured
 from engine.train.shapes import models_of
 
 log = logging.getLogger("engine")
@@ -19,23 +21,25 @@ log = logging.getLogger("engine")
 
 def foresee(
     config: RunConfig, prompt_tokens: int, device: torch.device, warn: Callable[[str], None]
-) -> Estimate:
-    """The estimate for this rank; costs the models' shapes, no weights.
+) -> Estimate | None:
+    """The estimate for this rank; None for a model that cannot be planned with.
 
     Called when the prompts are known and before any model is loaded: too late would be when the
-    kernel has ended the rank.
+    kernel has ended the rank. Costs the models' shapes, a tenth of a second, and no weights.
 
     Args:
         config: the run's.
         prompt_tokens: of the longest prompt.
         device: where this rank computes.
         warn: is given a sentence where less is free than the run is likely to need.
-
-    Raises:
-        UserInputError: a model's configuration cannot be read.
     """
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
-    models = models_of(config, prompt_tokens, kind)
+    try:
+        models = models_of(config, prompt_tokens, kind)
+    except UserInputError as error:
+        # An onlooker must not end the run; loading will, in its own words, if the model is wrong.
+        log.warning("memory: not estimated: %s", error)
+        return None
     layout = configured(config, int(os.environ.get("WORLD_SIZE", "1")))
     found = estimate(config, models, layout)
     log.info(
@@ -48,8 +52,10 @@ def foresee(
     return found
 
 
-def facts(found: Estimate) -> dict[str, object]:
+def facts(found: Estimate | None) -> dict[str, object]:
     """For the event `ready`: to be held against `perf/peak_memory_gb`."""
+    if found is None:
+        return {}
     told: dict[str, object] = {"planned_memory_gb": round(found.metric / 1e9, 3)}
     if gathered := found.parts.get("gathered", 0):
         told["planned_gather_gb"] = round(gathered / 1e9, 3)
@@ -63,4 +69,6 @@ def _free(device: torch.device, ranks: int) -> Capacity:
         return Capacity(device="cuda", total=free, free=free, gpus=ranks)
     host = of_host()
     free = min(host.total, host.free + psutil.Process().memory_info().rss)
+    # Only the ranks of this machine share its memory.
+    free = free * ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     return Capacity(device="cpu", total=free, free=free)

@@ -83,25 +83,29 @@ def shape_of(name: str, key: str, kind: Any) -> Shape:
         config = AutoConfig.from_pretrained(starter.resolve(name))
         with torch.device("meta"):
             model = kind.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+        return _shape(model, config.get_text_config())
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
+        # As many ways as there are architectures; whichever, the name and the reason help.
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserInputError(f"{key}: cannot plan with '{name}': {first}") from error
-    text = config.get_text_config()
-    layers = _layers(model, text.num_hidden_layers)
-    heads = text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
+def _shape(model: Any, config: Any) -> Shape:
+    layers = _layers(model, config.num_hidden_layers)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     head = model.get_output_embeddings()
     tied = head is None or head.weight is model.get_input_embeddings().weight
     return Shape(
         parameters=_count(model),
         head=0 if tied else _count(head),
         largest_layer=max(map(_count, layers), default=0),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
         attention=heads * size,
-        key_value=(getattr(text, "num_key_value_heads", None) or heads) * size,
-        intermediate=_intermediate(text),
-        vocabulary=text.vocab_size,
+        key_value=(getattr(config, "num_key_value_heads", None) or heads) * size,
+        intermediate=_intermediate(config),
+        vocabulary=config.vocab_size,
         linear=_linear(layers),
     )
 
@@ -112,13 +116,13 @@ def _layers(model: nn.Module, count: int) -> list[nn.Module]:
     return list(next(lists, []))
 
 
-def _intermediate(text: Any) -> int:
+def _intermediate(config: Any) -> int:
     """The MLP's width; of a mixture, that of the experts a token goes through."""
-    width = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
-    experts = getattr(text, "num_experts_per_tok", None)
+    width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    experts = getattr(config, "num_experts_per_tok", None)
     if experts:
-        width = experts * (getattr(text, "moe_intermediate_size", None) or width)
-    return int(width or 4 * text.hidden_size)
+        width = experts * (getattr(config, "moe_intermediate_size", None) or width)
+    return int(width or 4 * config.hidden_size)
 
 
 def _linear(layers: list[nn.Module]) -> dict[str, int]:

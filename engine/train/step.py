@@ -66,8 +66,8 @@ class Run:
     state: TrainingState
     announce: Announce
     """Tells of a phase, by step and name; the result takes its progress."""
-    memory: Estimate
-    """What it was estimated to hold."""
+    memory: Estimate | None
+    """What it was estimated to hold; None where its models cannot be planned with."""
     checked: bool = False
     """Whether this attempt's first rollout was held against a full forward pass."""
     clock: Clock = field(default_factory=Clock)

@@ -10,11 +10,12 @@ import click
 import msgspec
 
 from engine import configfile
-from engine.advice import changes_to_fit, fits
+from engine.advice import can_start, changes_to_fit, fits
 from engine.capacity import Capacity, of_device
 from engine.config import RunConfig
 from engine.errors import RlhfError, UserInputError
-from engine.plan import Estimate, Layout, Models, configured, estimate, layouts
+from engine.memory import estimate
+from engine.plan import Estimate, Layout, Models, configured, layouts
 from engine.start import check_inputs
 from rlhf_tui.commands.options import json_option, override_option, print_json, say
 from rlhf_tui.text import one_line
@@ -22,10 +23,12 @@ from rlhf_tui.text import one_line
 GB = 1e9
 WIDTH = 80
 """Of a line: what every terminal has."""
+NUMBER = 9
+"""Width of a column; six of them and the labels stay within a line."""
 ANSWER_TIMEOUT = 300.0
 """Seconds for the models' configurations to be read; one from the hub may have to come first."""
 LABELS = {
-    "process": "process (Python, torch)",
+    "process": "process",
     "CUDA context": "CUDA context",
     "policy": "policy",
     "optimiser": "optimiser (AdamW)",
@@ -37,8 +40,9 @@ LABELS = {
     "activations": "activations",
     "logits": "logits",
     "KV cache": "KV cache",
-    "gathered": "weights gathered, cast",
-    "loading": "weights being read",
+    "gathered": "weights gathered",
+    "casts": "bfloat16 copies",
+    "loading": "weights read",
 }
 """Parts in the order they are shown; what is always held first."""
 
@@ -62,8 +66,15 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
         return
     say(_head(loaded, models))
     say(_table(found, capacity))
+    say("")
     for line in _conclusion(loaded, models, capacity, found, mine):
-        say(textwrap.fill(one_line(line), WIDTH, break_on_hyphens=False))
+        say(_wrapped(line))
+
+
+def _wrapped(line: str) -> str:
+    """Lines of WIDTH; an option stays with its value."""
+    held = one_line(line).replace("-o ", "-o\0")
+    return textwrap.fill(held, WIDTH, break_on_hyphens=False).replace("\0", " ")
 
 
 def look(config: RunConfig) -> Models:
@@ -121,16 +132,22 @@ def _table(found: list[Estimate], capacity: Capacity) -> str:
             rows.append([label, *(f"{v / GB:.2f}" if v else "–" for v in values)])
     rows.append(["peak of a step", *(f"{e.peak / GB:.2f}" for e in found)])
     rows.append(["… while", *(e.fullest for e in found)])
-    rows.append(["fits here", *("yes" if fits(e, capacity) else "no" for e in found)])
+    rows.append(["fits here", *(_verdict(e, capacity) for e in found)])
     lines = [["", *(t[0] for t in titles)], ["", *(t[1] for t in titles)], *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(NUMBER, *map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_row(line, widths) for line in lines)
+
+
+def _verdict(found: Estimate, capacity: Capacity) -> str:
+    if not fits(found, capacity):
+        return "no"
+    return "yes" if can_start(found.layout, capacity) else f"{found.layout.ranks} GPUs"
 
 
 def _row(cells: list[str], widths: list[int]) -> str:
     """A label on the left, numbers on the right."""
     numbers = (c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))
-    return "  ".join([cells[0].ljust(widths[0]), *numbers]).rstrip()
+    return " ".join([cells[0].ljust(widths[0]), *numbers]).rstrip()
 
 
 def _title(layout: Layout) -> tuple[str, str]:
@@ -144,7 +161,7 @@ def _conclusion(
     config: RunConfig, models: Models, capacity: Capacity, found: list[Estimate], mine: Layout
 ) -> list[str]:
     """What would fit on this machine, and what to change where the run does not."""
-    good = [e.layout.title for e in found if fits(e, capacity)]
+    good = [e.layout.title for e in found if _verdict(e, capacity) == "yes"]
     which = "each" if len(good) == len(found) else ", ".join(good) or "none"
     lines = [f"{_machine(capacity)}. Of these layouts would fit: {which}."]
     own = estimate(config, models, mine)
@@ -200,4 +217,5 @@ def _column(found: Estimate, capacity: Capacity) -> dict[str, Any]:
         "peak": found.peak,
         "fullest": found.fullest,
         "fits": fits(found, capacity),
+        "can_start": can_start(found.layout, capacity),
     }

@@ -20,7 +20,7 @@ HEAVY = {
 OF_A_RANK = {
     "engine.config", "engine.configfile", "engine.protocol", "engine.session", "engine.settings",
     "engine.errors", "engine.commands", "engine.starter", "engine.sockets", "engine.kl",
-    "engine.plan", "engine.capacity", "engine.advice",
+    "engine.plan", "engine.memory", "engine.capacity", "engine.advice",
 }  # fmt: skip
 LIGHT = [
     "rlhf_tui.cli", "rlhf_tui.headless", "rlhf_tui.app", "engine.supervisor", "engine.__main__",
