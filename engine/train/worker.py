@@ -19,8 +19,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config import LaunchConfig, RunConfig
 from engine.errors import LinkError, RlhfError, UserInputError
-from engine.protocol import LAUNCH_VARIABLE, Begin, Failed, Ready, StepReport
+from engine.protocol import LAUNCH_VARIABLE, Begin, Failed, Notice, Ready, StepReport
 from engine.session import Session
+from engine.train import foresight
 from engine.train.boundary import Boundary
 from engine.train.link import Link
 from engine.train.load import load_run
@@ -98,7 +99,11 @@ def tie_to_parent(parent: int) -> None:
 def train(session: Session, link: Link, team: Team) -> None:
     """The loop: obey, step, report, save."""
     begin, config = agree_on_start(session, link, team)
-    run = load_run(session, config, begin, team, link.phase)
+
+    def short_of_memory(text: str) -> None:
+        link.send(Notice(step=begin.from_step, rule="memory", text=text))
+
+    run = load_run(session, config, begin, team, link.phase, short_of_memory)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=facts(run), settings=msgspec.to_builtins(run.state.settings)))
     events = None
@@ -150,6 +155,7 @@ def facts(run: Run) -> dict[str, object]:
         "strategy": run.strategy,
         "threads": run.state.threads,
         "torch": str(torch.__version__),
+        **foresight.facts(run.memory),
     }
 
 
