@@ -21,6 +21,7 @@ from engine.train.parallel import choose_device, settle_on
 from engine.train.randomness import derived_seed, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate
+from engine.train.shards import load_training
 from engine.train.step import Announce, Run
 
 log = logging.getLogger("engine")
@@ -67,7 +68,7 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
     reference = load_reference(config, device)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
-        checkpoint.load_training(saved, policy, optimiser)
+        load_training(saved, policy, optimiser)
 
     weights = fingerprint(reference)
     if state.reference and state.reference != weights:

@@ -3,6 +3,7 @@
 Started by a supervisor, which it obeys and reports to over the link; it never outlives it.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -80,21 +81,22 @@ def train(session: Session, link: Link) -> None:
     if events is not None and not begin.from_step:
         events.hparams(config)
 
-    while boundary.more():
-        step = run.state.step + 1
-        began = time.monotonic()
-        metrics, samples = train_step(run, step)
-        changes = boundary.after(step, metrics, time.monotonic() - began)
-        if events is not None:
-            events.step(step, metrics, samples)
-        settings = msgspec.to_builtins(run.state.settings)
-        link.send(
-            StepReport(
-                step=step, metrics=metrics, samples=samples, settings=settings, changes=changes
+    with contextlib.closing(boundary):
+        while boundary.more():
+            step = run.state.step + 1
+            began = time.monotonic()
+            metrics, samples = train_step(run, step)
+            changes = boundary.after(step, metrics, time.monotonic() - began)
+            if events is not None:
+                events.step(step, metrics, samples)
+            settings = msgspec.to_builtins(run.state.settings)
+            link.send(
+                StepReport(
+                    step=step, metrics=metrics, samples=samples, settings=settings, changes=changes
+                )
             )
-        )
-        boundary.save_if_due()
-    boundary.finish()
+            boundary.save_if_due()
+        boundary.finish()
     if events is not None:
         events.close()
 
