@@ -49,7 +49,8 @@ def training_tensors(policy: LanguageModel, optimiser: torch.optim.Optimizer) ->
     for name, parameter in policy.named_parameters():
         state: dict[str, Any] = optimiser.state.get(parameter, {})
         tensors |= {f"{part}/{name}": value.detach() for part, value in state.items()}
-    return tensors
+    # An optimiser that was loaded has its state in another order than one that has stepped.
+    return dict(sorted(tensors.items()))
 
 
 def optimiser_kind(optimiser: torch.optim.Optimizer) -> str:
@@ -193,7 +194,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        rank = plan.storage_data["shard_index"]
+        rank = plan.storage_data["shard_index"] - 1
         for number, items in enumerate(_files(plan.items), start=1):
             data = {i.index.fqn: planner.resolve_data(i) for i in items}
             tensors = {k: t.contiguous() for k, t in data.items() if isinstance(t, Tensor)}
