@@ -108,16 +108,16 @@ class Saver:
         """
         self.wait()
         began = time.monotonic()
+        wanted = {f"policy/{k}": t for k, t in policy_tensors(policy).items()}
+        wanted |= {
+            f"training/{k}": t for k, t in shards.training_tensors(policy, optimiser).items()
+        }
         trouble: OSError | None = None
         if not self._files and self._rank == 0:
             try:
                 self._files = policy_files(policy, tokenizer)
             except OSError as error:  # told like the rest: the other ranks have begun already
                 trouble = error
-        wanted = {f"policy/{k}": t for k, t in policy_tensors(policy).items()}
-        wanted |= {
-            f"training/{k}": t for k, t in shards.training_tensors(policy, optimiser).items()
-        }
         copies = self._copy(shards.share(wanted, self._group))
         content = StateFile(
             state=copy.deepcopy(state),

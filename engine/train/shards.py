@@ -46,9 +46,14 @@ def training_tensors(policy: LanguageModel, optimiser: torch.optim.Optimizer) ->
     Where the policy is sharded they are DTensors, but for the step counts.
     """
     tensors = _value_tensors(policy)  # first: puts gathered parameters back into shards
+    left = len(optimiser.state)
     for name, parameter in policy.named_parameters():
-        state: dict[str, Any] = optimiser.state.get(parameter, {})
-        tensors |= {f"{part}/{name}": value.detach() for part, value in state.items()}
+        if parameter in optimiser.state:
+            state: dict[str, Any] = optimiser.state[parameter]
+            tensors |= {f"{part}/{name}": value.detach() for part, value in state.items()}
+            left -= 1
+    if left:
+        raise RuntimeError(f"the optimiser has {left} parameters that the policy has not")
     # An optimiser that was loaded has its state in another order than one that has stepped.
     return dict(sorted(tensors.items()))
 

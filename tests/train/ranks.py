@@ -94,6 +94,10 @@ def save(group: Any, strategy: str, folder: Path, trouble: str) -> Any:
     lm = whole(dict(policy.lm.named_parameters()))
     if rank() == 0:
         save_file(tensors | {f"lm/{k}": t for k, t in lm.items()}, folder / "expected.safetensors")
+    if strategy == "fsdp":  # as a rollout leaves it: with parameters gathered
+        policy.unshard()
+        with torch.no_grad():
+            policy(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64), 3)
     if trouble == "full":
         break_on(1)
     concluded = []
