@@ -27,6 +27,7 @@ from engine.train.randomness import derived_seed, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate, merge_rollouts
 from engine.train.sharding import learner
+from engine.train.shards import load_training
 from engine.train.step import Announce, Run, own_rows
 
 log = logging.getLogger("engine")
@@ -84,7 +85,7 @@ def load_run(
     reference = load_reference(config, policy, team, strategy)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
-        checkpoint.load_training(saved, policy, optimiser)
+        load_training(saved, policy, optimiser, team.group)
 
     weights = fingerprint(reference)
     if state.reference and state.reference != weights:

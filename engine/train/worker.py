@@ -112,26 +112,27 @@ def train(session: Session, link: Link, team: Team) -> None:
         if not begin.from_step:
             events.hparams(config)
 
-    while boundary.more():
-        step = run.state.step + 1
-        began = time.monotonic()
-        metrics, samples = train_step(run, step)
-        changes = boundary.after(step, metrics, time.monotonic() - began)
-        if events is not None:
-            events.step(step, metrics, samples)
-        settings = msgspec.to_builtins(run.state.settings)
-        link.send(
-            StepReport(
-                step=step,
-                metrics=metrics,
-                samples=samples,
-                settings=settings,
-                changes=changes,
-                ranks=run.clock.ranks,
+    with contextlib.closing(boundary):
+        while boundary.more():
+            step = run.state.step + 1
+            began = time.monotonic()
+            metrics, samples = train_step(run, step)
+            changes = boundary.after(step, metrics, time.monotonic() - began)
+            if events is not None:
+                events.step(step, metrics, samples)
+            settings = msgspec.to_builtins(run.state.settings)
+            link.send(
+                StepReport(
+                    step=step,
+                    metrics=metrics,
+                    samples=samples,
+                    settings=settings,
+                    changes=changes,
+                    ranks=run.clock.ranks,
+                )
             )
-        )
-        boundary.save_if_due()
-    boundary.finish()
+            boundary.save_if_due()
+        boundary.finish()
     if events is not None:
         events.close()
 

@@ -219,6 +219,11 @@ class Run:
         """Until no process of it is left."""
         until(lambda: not processes(self.session.folder), f"end of every process of {self.name}")
 
+    def wait_saved(self, step: int) -> None:
+        """Until the checkpoint of a step, which is written beside the next ones, is whole."""
+        marker = self.session.checkpoints / f"step-{step:06d}" / "COMPLETE"
+        until(marker.exists, f"checkpoint of step {step} of {self.name}")
+
     def finish(self) -> None:
         """Until it has ended as it should, and every process with it."""
         state = self.wait_for("finished", "failed", "stopped", "crashed")
