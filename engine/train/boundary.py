@@ -236,6 +236,7 @@ class Boundary:
         """Copies what is saved; the writing goes on beside the next steps."""
         run, state = self._run, self._run.state
         self._wait_for_save()  # the one before
+        self._compare_ranks()
         self._link.phase(state.step, "checkpoint")
         began = time.monotonic()
         self._saver.begin(
@@ -243,6 +244,24 @@ class Boundary:
         )
         self._saved = state.step
         self._saving += time.monotonic() - began
+
+    def _compare_ranks(self) -> None:
+        """All ranks must be at one place with one mind; what is saved would be one rank's.
+
+        Raises:
+            RlhfError: they obeyed differently, which must never happen.
+        """
+        team, state = self._run.team, self._run.state
+        if team.size == 1:
+            return
+        mind = (state.step, state.episodes, state.sampling_seed, state.settings)
+        if len(set(team.collect(msgspec.msgpack.encode(mind)))) > 1:
+            raise RlhfError(f"the ranks have come apart by step {state.step}; resume the run")
+        # Whole on each rank, the weights agree to the last bit where the processors are alike.
+        weights = fingerprint(self._run.policy) if self._run.strategy == "ddp" else ""
+        if len(set(team.collect(weights.encode()))) > 1:
+            text = "look here: the ranks' weights are no longer the same to the last bit"
+            self._link.send(Notice(step=state.step, rule="ranks", text=text))
 
     def _wait_for_save(self) -> str | None:
         """Until no save is in flight; what prevented the last one."""

@@ -147,3 +147,51 @@ def test_one_rank_that_fails_ends_all_and_is_named(lab, phase, act):
     else:
         assert "silent" in error["text"]
     assert run.state == "failed"
+
+
+LAYOUTS = {"one": ("launch.processes=1",), "ddp": (*TWO, "parallel.strategy=ddp"),
+           "fsdp": (*TWO, "parallel.strategy=fsdp")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sharded(lab):
+    """8 steps, sharded over two ranks, with checkpoints of the fourth and the eighth."""
+    run = lab.run("sharded", *LAYOUTS["fsdp"])
+    run.start()
+    run.finish()
+    yield run
+    run.end()
+
+
+def continued(lab, run, name, layout):
+    """A run forked off the checkpoint of step 4, on other ranks, to step 8."""
+    other = lab.run(name)
+    options = [word for key in LAYOUTS[layout] for word in ("-o", key)]
+    done = lab.cli(
+        "fork", run.name, "--from", 4, "--name", name, *options, "--headless", timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return other
+
+
+def assert_same_to(numbers, others, bound):
+    for one, two in zip(numbers[4:8], others[4:8], strict=True):
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=bound, abs=bound), (one["step"], name)
+
+
+def test_a_sharded_run_goes_on_from_its_checkpoint_bit_for_bit(lab, sharded):
+    again = continued(lab, sharded, "sharded-again", "fsdp")
+    assert again.numbers()[4:8] == sharded.numbers()[4:8]
+    assert again.checkpoint(8)["hashes"] == sharded.checkpoint(8)["hashes"]
+
+
+@pytest.mark.parametrize("layout", ["one", "ddp"])
+def test_what_two_ranks_saved_sharded_goes_on_otherwise_to_the_same_end(lab, sharded, layout):
+    other = continued(lab, sharded, f"sharded-to-{layout}", layout)
+    assert_same_to(sharded.numbers(), other.numbers(), 1e-4)
+
+
+def test_what_one_rank_saved_goes_on_sharded_to_the_same_end(lab, whole):
+    other = continued(lab, whole, "one-to-fsdp", "fsdp")
+    assert_same_to(whole.numbers(), other.numbers(), 1e-4)
