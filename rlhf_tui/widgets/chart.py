@@ -105,7 +105,7 @@ class Chart(Widget, can_focus=True):
         )
 
     def _value(self, name: str) -> str:
-        series = self.book.series(name)
+        series = self.book.outline(name) or self.book.series(name)
         cursor = self.view.cursor
         value = series.last if cursor is None else series.at(cursor)
         return fmt.number(value, 4 if name == facts.BETA else 3)
@@ -134,6 +134,10 @@ class Chart(Widget, can_focus=True):
                 found.append(Line(curves[name], f"s{min(6, 2 + i)}"))
         weight = 0.0 if name in EXACT else view.weight
         for i, each in enumerate(self.names):
+            if (outline := book.outline(each)) is not None:
+                # An average over the extremes would not be that over the values.
+                found.append(Line(outline, f"s{i + 1}" if not weight else "raw"))
+                continue
             if weight and len(self.names) == 1 and len(book.series(each)) > 2:
                 found.append(Line(book.series(each), "raw"))
             found.append(Line(book.smoothed(each, weight), f"s{min(6, i + 1)}"))

@@ -10,6 +10,7 @@ import pytest
 
 import engine
 import rlhf_tui
+from rlhf_tui.cli import COMMANDS
 
 ENGINE = Path(engine.__file__).parent
 TUI = Path(rlhf_tui.__file__).parent
@@ -23,6 +24,7 @@ OF_A_RANK = {
 }  # fmt: skip
 LIGHT = [
     "rlhf_tui.cli", "rlhf_tui.headless", "rlhf_tui.app", "engine.supervisor", "engine.__main__",
+    *(f"rlhf_tui.commands.{name}" for name in sorted(set(COMMANDS.values()))),
 ]  # fmt: skip
 
 

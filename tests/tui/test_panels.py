@@ -5,7 +5,7 @@ import pytest
 
 from engine.control import Gpu, RankLoad, Telemetry
 from engine.protocol import Phase
-from rlhf_tui.messages import Head, News
+from rlhf_tui.news import Head, News
 from rlhf_tui.preferences import Seen
 from rlhf_tui.screens.digest import digest
 from rlhf_tui.screens.sessions import spark
