@@ -3,8 +3,9 @@
     python benchmarks/terminal.py [--steps 100000] [--metrics 40] [--seconds 15]
 
 A session of that size is written, then a bare Textual app and ours (`rlhf-tui attach`) are started
-in turn, several times each, and timed to their first picture; ratios are medians over the pairs. Then the session goes on living: one step a second
-with its wake-up, four phase reports a second, from a stand-in engine that speaks the real protocol.
+in turn, several times each, and timed to their first picture; ratios are medians over the pairs.
+Then the session goes on living: one step a second with its wake-up, four phase reports a second,
+from a stand-in engine that speaks the real protocol.
 """
 
 import argparse
@@ -176,6 +177,8 @@ class Engine:
         """One step a second, four phase reports a second."""
         journal = Journal(self.session)
         for tick in range(int(seconds * 4)):
+            if self.stopped.is_set():
+                break
             step = self.step = journal.step
             if tick % 4 == 3:
                 step += 1
@@ -249,8 +252,9 @@ def measure(home: Path, given: argparse.Namespace) -> None:
     keys = [screen.key(key) for key in (b"g", b"G") * 10]
     print(f"key to paint   {1000 * statistics.median(keys):.0f} ms, at most {1000 * max(keys):.0f}")
     print(f"memory         {screen.memory():.0f} MB")
-    screen.close()
     engine.stopped.set()
+    writer.join()
+    screen.close()
 
 
 if __name__ == "__main__":
