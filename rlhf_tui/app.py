@@ -19,6 +19,7 @@ from textual.screen import Screen
 from engine.errors import RlhfError
 from engine.record import Record
 from engine.session import find, find_all
+from rlhf_tui import hangup
 from rlhf_tui import preferences as prefs
 from rlhf_tui.follow import TICK
 from rlhf_tui.glance import SPANS, Glance
@@ -125,6 +126,32 @@ class Desk(Steer, Launch, inherit_bindings=False):
         self.set_interval(TICK, self.tick)
         if self._complaint:
             self.say(self._complaint, "warning")
+        if not self.is_headless:
+            hangup.on_hang_up(self.hang_up)
+            hangup.watch_terminal()
+
+    # -- leaving -------------------------------------------------------------------------------
+
+    def action_detach(self) -> None:
+        """Leaves; the engine goes on."""
+        self.detach()
+
+    def detach(self, code: int = 0) -> None:
+        """Gives the terminal back, and says what goes on behind it."""
+        self.leave()
+        engine = self.session.engine() if self.session and self.session.is_live() else None
+        if engine is not None and self.session is not None:
+            name = self.session.name
+            self.farewell = (
+                f"detached; engine pid {engine.pid} still running; "
+                f"reattach with rlhf-tui attach {name}"
+            )
+        self.exit(return_code=code)
+
+    def hang_up(self, code: int) -> None:
+        """The connection has dropped, or the process shall end."""
+        self.detach(code)
+        hangup.end_soon(code)
 
     # -- keys ----------------------------------------------------------------------------------
 
@@ -151,18 +178,6 @@ class Desk(Steer, Launch, inherit_bindings=False):
         from rlhf_tui.screens.help import Help  # noqa: PLC0415 - keeps the start quick
 
         self.push_screen(Help(self.screen))
-
-    def action_detach(self) -> None:
-        """Leaves; the engine goes on."""
-        self.leave()
-        engine = self.session.engine() if self.session and self.session.is_live() else None
-        if engine is not None and self.session is not None:
-            name = self.session.name
-            self.farewell = (
-                f"detached; engine pid {engine.pid} still running; "
-                f"reattach with rlhf-tui attach {name}"
-            )
-        self.exit()
 
     def pick_other(self) -> None:
         """Another session's curves beside these; chosen again, away."""
