@@ -83,7 +83,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
 
 
 class RankLoad(Struct, frozen=True, kw_only=True):
-    """One rank's process."""
+    """One rank's process; of one on another machine `pid`, `cpu` and `memory` are 0."""
 
     rank: int
     pid: int
@@ -91,6 +91,10 @@ class RankLoad(Struct, frozen=True, kw_only=True):
     """Percent of one core."""
     memory: int
     """Bytes resident."""
+    seconds: dict[str, float] = {}
+    """Of the last step, by phase: generate, score, reference, optimise."""
+    peak_memory: int = 0
+    """Bytes of its device, at most so far."""
 
 
 class Telemetry(Message, frozen=True, tag="telemetry"):

@@ -127,12 +127,13 @@ class Type(Dialog):
         self.check = check
 
     def body(self) -> ComposeResult:
-        """The text, the field, the outlook."""
+        """The text, the field, the outlook, the keys."""
         from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
 
         yield Said(self.rows)
         yield Input(one_line(self.value), id="field", compact=True, select_on_focus=True)
         yield Said([[]], id="outlook")
+        yield Said([[("enter send · esc cancel", "dim")]])
 
     def on_mount(self) -> None:
         """The field is ready to be typed in."""

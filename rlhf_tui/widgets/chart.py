@@ -13,7 +13,7 @@ from rlhf_tui.messages import CursorMoved
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets import book as facts
 from rlhf_tui.widgets.book import Book
-from rlhf_tui.widgets.plot import BAND, CURSOR, GUTTER, STYLES, Line, Picture, Plot, paint
+from rlhf_tui.widgets.plot import GROUNDS, GUTTER, STYLES, Line, Picture, Plot, paint
 from rlhf_tui.widgets.raster import step_of
 from rlhf_tui.widgets.tones import style_of
 from rlhf_tui.widgets.view import View
@@ -90,10 +90,11 @@ class Chart(Widget, can_focus=True):
         title = " + ".join(title_of(n) for n in self.names)
         return Plot(
             title="".join(c if cell_len(c) == 1 else "?" for c in one_line(title)),
-            value=self._value(name),
+            value=" · ".join(self._value(n) for n in self.names),
             first=first,
             last=last,
             lines=self._lines(name),
+            legend=[f"s{i}" for i in range(1, len(self.names) + 1)][:6],
             unit=UNITS.get(name, "") if len(self.names) == 1 else "",
             note=self._note(),
             log=self.log_scale,
@@ -136,7 +137,9 @@ class Chart(Widget, can_focus=True):
         for i, each in enumerate(self.names):
             if (outline := book.outline(each)) is not None:
                 # An average over the extremes would not be that over the values.
-                found.append(Line(outline, f"s{i + 1}" if not weight else "raw"))
+                found.append(
+                    Line(outline, "raw" if weight and len(self.names) == 1 else f"s{min(6, i + 1)}")
+                )
                 continue
             if weight and len(self.names) == 1 and len(book.series(each)) > 2:
                 found.append(Line(book.series(each), "raw"))
@@ -162,10 +165,10 @@ class Chart(Widget, can_focus=True):
     def _look(self, number: int) -> Style:
         if number not in self._looks:
             style = style_of(self, STYLES[number & 31])
-            for flag, name in ((BAND, "band"), (CURSOR, "crosshair")):
+            for flag, name in GROUNDS.items():
                 if number & flag:
                     over = style_of(self, name)
-                    style += Style(bgcolor=over.bgcolor, bold=over.bold)
+                    style += Style(bgcolor=over.bgcolor, bold=over.bold, reverse=over.reverse)
             self._looks[number] = style
         return self._looks[number]
 

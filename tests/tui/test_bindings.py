@@ -243,6 +243,31 @@ async def test_metrics_are_picked_and_remembered(make_desk, running, until):
         await until(pilot, lambda: len(make_desk().preferences.charts) == 5, "the file")
 
 
+async def test_two_metrics_are_put_on_one_chart_by_keyboard(make_desk, running, until):
+    desk = make_desk()
+    async with running(desk) as pilot:
+        await pilot.press("m")
+        await until(pilot, lambda: isinstance(desk.screen, Pick))
+        await pilot.press(*"grad_norm", "shift+tab", "enter")
+        await until(pilot, lambda: len(desk.screen.query_one(ChartGrid).charts[3].names) == 2)
+        assert desk.preferences.charts[-1] == "objective/kl_coef + grad_norm"
+        chart = desk.screen.query_one(ChartGrid).charts[3]
+        await until(pilot, lambda: "beta + gradient norm" in chart._picture.row_text(0))
+        assert "·" in chart._picture.row_text(0), "one of the values is missing"
+
+
+async def test_what_shares_a_chart_can_be_taken_out_of_it(make_desk, running, until):
+    desk = make_desk()
+    desk.preferences.charts = ["objective/scores + objective/kl", "grad_norm"]
+    async with running(desk) as pilot:
+        await pilot.press("m")
+        await until(pilot, lambda: isinstance(desk.screen, Pick))
+        assert desk.screen.marked == [["objective/scores", "objective/kl"], ["grad_norm"]]
+        await pilot.press(*"scores", "tab", "enter")
+        await until(pilot, lambda: not isinstance(desk.screen, Pick))
+        assert desk.preferences.charts == ["objective/kl", "grad_norm"]
+
+
 async def test_d_changes_how_many_charts_stand_side_by_side(make_desk, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
