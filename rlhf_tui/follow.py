@@ -4,8 +4,6 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from textual.app import App
-
 from engine.errors import RlhfError
 from engine.session import Session, find
 from rlhf_tui import preferences as prefs
@@ -14,6 +12,7 @@ from rlhf_tui.messages import Heard
 from rlhf_tui.screens.base import Place
 from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.book import ALWAYS, Book
+from rlhf_tui.widgets.field import InOrder
 from rlhf_tui.widgets.keys import Keys
 from rlhf_tui.widgets.view import View
 
@@ -24,7 +23,7 @@ NOTICE = 5.0
 NOTED_EVERY = 30.0
 
 
-class Follower(App[None], inherit_bindings=False):
+class Follower(InOrder, inherit_bindings=False):
     """Holds the book, and says things; what the operator can do comes on top."""
 
     def __init__(

@@ -54,9 +54,9 @@ class Pick(Dialog):
 
     def body(self) -> ComposeResult:
         """Search field, list, keys."""
-        from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
+        from rlhf_tui.widgets.field import Field  # noqa: PLC0415 - keeps the start quick
 
-        yield Input(placeholder="type to search", id="search", compact=True)
+        yield Field(placeholder="type to search", id="search", compact=True)
         table = Table(
             [Column("", 4), Column("", 22, flexible=True), Column("", 10, right=True),
              Column("", 22, least=62)],
@@ -71,7 +71,7 @@ class Pick(Dialog):
 
     def on_mount(self) -> None:
         """The list is there at once."""
-        self.query_one("#search").focus()
+        self.set_focus(self.query_one("#search"))
         self._fill("")
 
     def on_input_changed(self, event: "Input.Changed") -> None:
