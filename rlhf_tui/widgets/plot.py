@@ -211,6 +211,8 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
         low = max(low, min(positive), high * 1e-9)
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         return Scale(10.0**bottom, 10.0 ** max(top, bottom + 1), log=True)
+    if low < 0 < high and -low * 50 < high - low:
+        low = 0.0  # less than a dot: an estimate of what is never negative
     if high == low:
         half = abs(low) * 0.1 or 0.5
         low, high = (0.0, 1.0) if low == 0 else (low - half, high + half)
