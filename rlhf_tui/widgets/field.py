@@ -12,7 +12,11 @@ from textual.widgets import Input
 
 
 class Field(Input):
-    """An input that carries out its own keys at once."""
+    """An input that carries out its own keys at once; its cursor stands still, as all else does."""
+
+    def on_mount(self) -> None:
+        """Blinking would be sent over the wire twice a second."""
+        self.cursor_blink = False
 
     async def _on_key(self, event: events.Key) -> None:
         await super()._on_key(event)
