@@ -2,9 +2,10 @@
 
     python benchmarks/terminal.py [--steps 100000] [--metrics 40] [--seconds 15]
 
-A session of that size is written, then a bare Textual app and ours are started in turn, several
-times each, and timed to their first picture. Then the session goes on living: one step a second
-with its wake-up, four phase reports a second, from a stand-in engine that speaks the real protocol.
+A session of that size is written, then a bare Textual app and ours (`rlhf-tui attach`) are started
+in turn, several times each, and timed to their first picture; ratios are medians over the pairs.
+Then the session goes on living: one step a second with its wake-up, four phase reports a second,
+from a stand-in engine that speaks the real protocol.
 """
 
 import argparse
@@ -41,13 +42,6 @@ class Bare(App):
     def compose(self):
         yield Static("READY")
 Bare().run()
-"""
-OURS = """
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from rlhf_tui.app import open_app
-open_app(Path(sys.argv[1]), sys.argv[2], False)
 """
 MAIN = ("objective/scores", "objective/kl", "objective/kl_coef", "policy/clipfrac_avg")
 SETTINGS = {
@@ -183,6 +177,8 @@ class Engine:
         """One step a second, four phase reports a second."""
         journal = Journal(self.session)
         for tick in range(int(seconds * 4)):
+            if self.stopped.is_set():
+                break
             step = self.step = journal.step
             if tick % 4 == 3:
                 step += 1
@@ -224,7 +220,8 @@ def measure(home: Path, given: argparse.Namespace) -> None:
     size = session.journal_file.stat().st_size / 1e6
     print(f"session        {given.steps:,} steps x {given.metrics} metrics, {size:.0f} MB")
     print(f"terminal       {SIZE[0]}x{SIZE[1]}")
-    ours = [sys.executable, "-c", OURS, str(home / "sessions"), "long"]
+    ours = [sys.executable, "-m", "rlhf_tui.cli", "attach", "long"]
+    ours += ["--sessions", str(home / "sessions")]
     bare_times, frame_times, curve_times = [], [], []
     for _ in range(given.times):
         screen = Screen([sys.executable, "-c", BARE], home)
@@ -234,12 +231,12 @@ def measure(home: Path, given: argparse.Namespace) -> None:
         frame_times.append(screen.until(lambda data: b"Dashboard" in data))
         curve_times.append(screen.until(has_curves))
         screen.close()
-    bare = statistics.median(bare_times)
     measured = {"bare Textual": bare_times, "first frame": frame_times, "first curve": curve_times}
     for name, times in measured.items():
         middle = statistics.median(times)
+        ratio = statistics.median(a / b for a, b in zip(times, bare_times, strict=True))
         print(f"{name:<14} {middle:.2f} s ({min(times):.2f} to {max(times):.2f}), "
-              f"{middle / bare:.2f} x bare")  # fmt: skip
+              f"{ratio:.2f} x bare")  # fmt: skip
     engine = Engine(session)
     screen = Screen(ours, home)
     screen.until(has_curves)
@@ -255,8 +252,9 @@ def measure(home: Path, given: argparse.Namespace) -> None:
     keys = [screen.key(key) for key in (b"g", b"G") * 10]
     print(f"key to paint   {1000 * statistics.median(keys):.0f} ms, at most {1000 * max(keys):.0f}")
     print(f"memory         {screen.memory():.0f} MB")
-    screen.close()
     engine.stopped.set()
+    writer.join()
+    screen.close()
 
 
 if __name__ == "__main__":

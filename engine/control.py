@@ -83,7 +83,7 @@ class Gpu(Struct, frozen=True, kw_only=True):
 
 
 class RankLoad(Struct, frozen=True, kw_only=True):
-    """One rank's process."""
+    """One rank's process; of one on another machine `pid`, `cpu` and `memory` are 0."""
 
     rank: int
     pid: int

@@ -8,13 +8,15 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine import configfile, lock
-from engine.config import RunConfig
+from engine import lock
 from engine.errors import NoSuchSessionError, SessionError, SessionLockedError, SessionNameError
+
+if TYPE_CHECKING:
+    from engine.config import RunConfig
 
 LIVE_STATES = ("starting", "running", "pausing", "paused", "stopping")
 ENDED_STATES = ("finished", "stopped", "failed")
@@ -81,12 +83,17 @@ class Session:
         """The folder of TensorBoard event files."""
         return self.folder / "tb"
 
-    def config(self) -> RunConfig:
+    def config(self) -> "RunConfig":
         """The run's configuration. Raises ConfigError when it was damaged."""
+        # Reading YAML takes its time to be imported, and most who know a session never do.
+        from engine import configfile  # noqa: PLC0415
+
         return configfile.load(self.config_file)
 
-    def write_config(self, config: RunConfig) -> None:
+    def write_config(self, config: "RunConfig") -> None:
         """Replaces config.yaml, whole or not at all."""
+        from engine import configfile  # noqa: PLC0415
+
         write_whole(self.config_file, configfile.dump(config))
 
     def is_live(self) -> bool:
@@ -147,7 +154,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def create(root: Path, name: str, config: RunConfig) -> Session:
+def create(root: Path, name: str, config: "RunConfig") -> Session:
     """Makes the folder of a new session.
 
     Raises:

@@ -1,9 +1,10 @@
 """The command line: ``rlhf-tui``.
 
-Each command is a short function in :mod:`rlhf_tui.commands`; this module gathers them and turns our
+Each command is a short function in :mod:`rlhf_tui.commands`; this module finds it, and turns our
 errors into one line and an exit code.
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,19 +12,37 @@ import click
 
 from engine import __version__
 from engine.errors import RlhfError
-from rlhf_tui.commands import compare, join, manage, plan, read, run, steer, view
 from rlhf_tui.commands.options import sessions_option
 from rlhf_tui.text import one_line
 
-COMMANDS: list[click.Command] = [
-    run.demo, run.run, run.resume, run.fork, join.join, plan.plan,
-    read.ls, read.status, read.metrics, read.samples, read.events, read.logs,
-    manage.rm, manage.export, manage.doctor,
-    view.attach, steer.ctl, steer.note, compare.diff, compare.guardrails,
-]  # fmt: skip
+COMMANDS = {
+    "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "join", "plan": "plan",
+    "ls": "read", "status": "read", "metrics": "read", "samples": "read", "events": "read",
+    "logs": "read", "rm": "manage", "export": "manage", "doctor": "manage",
+    "attach": "view", "ctl": "steer", "note": "steer", "diff": "compare", "guardrails": "compare",
+}  # fmt: skip
+"""A command and its module, which is imported when it is asked for: attach does not wait for all
+the others."""
+
+
+class Commands(click.Group):
+    """The commands of :data:`COMMANDS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names, as help lists them."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One of them; None where there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"rlhf_tui.commands.{COMMANDS[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
 
 
 @click.group(
+    cls=Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -36,11 +55,9 @@ def cli(context: click.Context, root: Path) -> None:
     Without a command: the session browser.
     """
     if context.invoked_subcommand is None:
+        from rlhf_tui.commands import view  # noqa: PLC0415 - as the others, when it is asked for
+
         view.browse(root)
-
-
-for command in COMMANDS:
-    cli.add_command(command)
 
 
 def main() -> None:

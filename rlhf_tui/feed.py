@@ -17,7 +17,8 @@ from engine.errors import RlhfError
 from engine.protocol import Phase
 from engine.record import Record
 from engine.session import Session
-from rlhf_tui.messages import Head, News
+from rlhf_tui.glance import SPANS, read_head
+from rlhf_tui.news import Head, News
 
 SHORTEST = 0.3
 """Seconds between two readings: no more than about three pictures a second."""
@@ -25,6 +26,8 @@ IDLE = 1.0
 """Seconds after which it looks again although nothing was heard."""
 RECONNECT = 0.5
 EVENTS_KEPT = 500
+LONG = 10_000
+"""Steps from which on curves are shown in outline first: reading them takes longer than a blink."""
 SAMPLES_SHOWN = 16
 
 
@@ -157,7 +160,7 @@ class Feed:
     def _read(self, record: Record) -> None:
         """What is new, the first time in pieces so that the picture builds up at once."""
         first = self._head is None
-        head = self._read_head(record)
+        head = read_head(self._session, record)
         reset = not first and (
             len(head.attempts) != self._attempts
             or (self._head is not None and head.step < self._head.step)
@@ -177,26 +180,12 @@ class Feed:
         if events or advanced or any(c["ended"] is None for c in self._commands):
             news |= self._lists(record)
         self._send(News(**news))
+        if first and head.step > LONG:
+            self._send(News(outlines=record.outlines(self._wanted, SPANS)))
         self._read_curves(record, at_once=not (first or reset))
         if advanced and head.step != self._sampled:
             self._sampled = head.step
             self._send(News(samples=record.samples(last=SAMPLES_SHOWN)))
-
-    def _read_head(self, record: Record) -> Head:
-        meta = record.meta()
-        live = self._session.is_live()
-        engine = self._session.engine() if live else None
-        state = str(meta.get("state", "starting"))
-        return Head(
-            state=state if live else record.state(),
-            step=record.last_step(),
-            total_steps=int(meta.get("total_steps") or 0),
-            settings=meta.get("settings") or {},
-            message=str(meta.get("message", "")),
-            attempts=record.attempts(),
-            pid=engine.pid if engine else None,
-            host=engine.host if engine else None,
-        )
 
     def _lists(self, record: Record) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -34,6 +34,10 @@ class Preferences(Struct, kw_only=True):
     past: bool = True
     """Earlier attempts are drawn."""
 
+    def metrics(self) -> list[str]:
+        """Of all charts, in their order."""
+        return [n.strip() for spec in self.charts for n in spec.split(" + ")]
+
 
 class Seen(Struct, kw_only=True):
     """How a session was when the operator last looked."""

@@ -164,7 +164,7 @@ def _watch(session: Session, start: Start) -> None:
     """Starts the engine in the background and opens the dashboard on it, loading and all."""
     new = _is_new(session, start)
     start_engine(session, start, timeout=0.0)
-    code = view.open_screen(session.folder.parent, session.name)
+    code = view.open_screen(session.folder.parent, session)
     with Record(session) as record:
         errors = [e for e in record.events() if e["kind"] == "error"]
         trained = record.last_step() > start.from_step

@@ -1,14 +1,20 @@
 """Commands that open the terminal app: attach, and the browser."""
 
+import gc
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from engine.errors import NoSuchSessionError, UserInputError
-from engine.session import find_all
+from engine.registry import live_sessions
+from engine.session import Session, find_all
 from rlhf_tui.commands.options import existing, is_terminal, sessions_option
+
+if TYPE_CHECKING:
+    from rlhf_tui.glance import Glance
 
 
 @click.command()
@@ -18,10 +24,9 @@ from rlhf_tui.commands.options import existing, is_terminal, sessions_option
 def attach(root: Path, name: str | None, read_only: bool) -> None:
     """Open the dashboard of a session; without NAME, of the only one that runs."""
     root = root.resolve()
-    chosen = name or _only_live(root)
-    existing(root, chosen)
-    _need_terminal(f"rlhf-tui status {chosen} or rlhf-tui metrics {chosen}")
-    sys.exit(open_screen(root, chosen, read_only=read_only))
+    session = existing(root, name) if name else _only_live(root)
+    _need_terminal(f"rlhf-tui status {session.name} or rlhf-tui metrics {session.name}")
+    sys.exit(open_screen(session.folder.parent, session, read_only=read_only))
 
 
 def browse(root: Path) -> None:
@@ -30,21 +35,34 @@ def browse(root: Path) -> None:
     sys.exit(open_screen(root.resolve(), None))
 
 
-def open_screen(root: Path, name: str | None, *, read_only: bool = False) -> int:
+def open_screen(root: Path, session: Session | None, *, read_only: bool = False) -> int:
     """The app, on a folder of sessions or on one of them; its exit code."""
+    # A long session is millions of small objects, and so are the modules that are imported now,
+    # none of them garbage: looking for some among them took a third of the time to the first curve.
+    gc.set_threshold(200_000, 20, 20)
+    glance = look_at(session) if session is not None else None
     from rlhf_tui.app import open_app  # noqa: PLC0415 - Textual takes its time to be imported
 
-    return open_app(root, name, read_only)
+    return open_app(root, session.name if session is not None else None, read_only, glance)
 
 
-def _only_live(root: Path) -> str:
-    sessions = find_all(root)
-    live = [s.name for s in sessions if s.is_live()]
+def look_at(session: Session) -> "Glance":
+    """The first look at a session, of the charts the operator has chosen."""
+    from rlhf_tui.glance import Glance  # noqa: PLC0415 - nobody else needs it
+    from rlhf_tui.preferences import load_preferences  # noqa: PLC0415
+
+    return Glance(session, load_preferences()[0].metrics())
+
+
+def _only_live(root: Path) -> Session:
+    here = find_all(root)
+    live = [s for s in here if s.is_live()] or live_sessions()
     if len(live) == 1:
         return live[0]
     if live:
-        raise UserInputError(f"give one of the sessions that run: {', '.join(live)}")
-    if not sessions:
+        names = ", ".join(s.name for s in live)
+        raise UserInputError(f"give one of the sessions that run: {names}")
+    if not here:
         raise NoSuchSessionError(f"no sessions in {root}; start one with: rlhf-tui demo")
     raise NoSuchSessionError(
         f"no session runs in {root}; give a name to look at a finished one (rlhf-tui ls), "

@@ -84,7 +84,19 @@ class DashboardScreen(Place):
         wanted = min(max(ranks, 1), max(1, self.size.height // 10))
         if phases.styles.height is None or phases.styles.height.value != wanted:
             phases.styles.height = wanted
+        self._fit_machine()
         super().draw(only_now=only_now)
+
+    def _fit_machine(self) -> None:
+        """A line for each device and rank, up to a third of the screen; all there is at a side."""
+        machine = self.query_one(Machine)
+        if self.has_class("-narrow"):
+            machine.styles.clear_rule("height")
+            return
+        most = max(5, self.size.height // 3)
+        wanted = min(max(machine.wanted(), 5), most)
+        if machine.styles.height is None or machine.styles.height.value != wanted:
+            machine.styles.height = wanted
 
     def drawn(self) -> None:
         """The charts."""
@@ -223,10 +235,11 @@ class DashboardScreen(Place):
 
     def action_metrics(self) -> None:
         """Which metrics have a chart."""
-        names = self.desk.book.names or list(self.desk.preferences.charts)
-        specs = [*self.grid.specs, *(n for n in names if n not in self.grid.specs)]
+        groups = [spec.split(" + ") for spec in self.grid.specs]
+        shown = [name for group in groups for name in group]
         options = [
-            Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "") for n in specs
+            Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "")
+            for n in dict.fromkeys([*shown, *self.desk.book.names])
         ]
 
         async def take(answer: str | None) -> None:
@@ -237,12 +250,11 @@ class DashboardScreen(Place):
                 self.desk.want(chosen)
                 await self.grid.set_charts(chosen)
 
-        self.app.push_screen(
-            Pick("Charts, in the order of marking", options, self.grid.specs), take
-        )
+        self.app.push_screen(Pick("Charts, in the order of marking", options, groups), take)
 
     def _newest(self, name: str) -> str:
-        value = self.desk.book.series(name).last
+        book = self.desk.book
+        value = (book.outline(name) or book.series(name)).last
         return "" if value is None else f"{value:.4g}"
 
     def action_others(self) -> None:

@@ -127,16 +127,17 @@ class Type(Dialog):
         self.check = check
 
     def body(self) -> ComposeResult:
-        """The text, the field, the outlook."""
-        from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
+        """The text, the field, the outlook, the keys."""
+        from rlhf_tui.widgets.field import Field  # noqa: PLC0415 - keeps the start quick
 
         yield Said(self.rows)
-        yield Input(one_line(self.value), id="field", compact=True, select_on_focus=True)
+        yield Field(one_line(self.value), id="field", compact=True, select_on_focus=True)
         yield Said([[]], id="outlook")
+        yield Said([[("enter send · esc cancel", "dim")]])
 
     def on_mount(self) -> None:
         """The field is ready to be typed in."""
-        self.query_one("#field").focus()
+        self.set_focus(self.query_one("#field"))
         self._look(self.value)
 
     def on_input_changed(self, event: "Input.Changed") -> None:

@@ -4,46 +4,19 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from textual.app import App
 
 from engine.session import find_all
+from rlhf_tui.follow import Follower
 from rlhf_tui.messages import Started
 from rlhf_tui.screens.dialogs import Type
-from rlhf_tui.widgets.book import Book
 from rlhf_tui.widgets.lines import Row
-
-if TYPE_CHECKING:
-    _Base = App[None]
-else:
-    _Base = object
 
 APPEARS = 10.0
 """Seconds within which a new session's folder is there."""
 
 
-class Launch(_Base):
-    """Mixed into the app."""
-
-    root: Path
-    book: Book
-    read_only: bool
-    now: Callable[[], float]
-
-    def say(self, text: str, severity: str = "information") -> None:
-        """A notice; the app's."""
-        raise NotImplementedError
-
-    def say_later(self, text: str, severity: str = "information") -> None:
-        """A notice from a thread; the app's."""
-        raise NotImplementedError
-
-    def open_session(self, name: str) -> bool:
-        """The dashboard on it; the app's."""
-        raise NotImplementedError
+class Launch(Follower, inherit_bindings=False):
+    """The app as far as it starts engines and runs commands."""
 
     def refuse_read_only(self) -> bool:
         """Whether nothing may be done from here; says so."""

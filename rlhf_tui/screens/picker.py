@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from textual.widgets import Input
 
 HIGHEST = 16
+WITH = " + "
+"""Between keys that were chosen together."""
 
 
 @dataclass(frozen=True)
@@ -34,34 +36,42 @@ class Pick(Dialog):
         Binding("down", "move(1)", "down", show=False, priority=True),
         Binding("up", "move(-1)", "up", show=False, priority=True),
         Binding("tab", "mark", "mark", show=False, priority=True),
+        Binding("shift+tab", "join", "mark beside the one before", show=False, priority=True),
     ]
 
-    def __init__(self, title: str, options: list[Option], marked: list[str] | None = None) -> None:
-        """With `marked`, several can be chosen: the answer is their keys, one a line."""
+    def __init__(
+        self, title: str, options: list[Option], marked: list[list[str]] | None = None
+    ) -> None:
+        """With `marked`, several can be chosen, alone or with others.
+
+        The answer is then a line for each group, its keys joined by :data:`WITH`.
+        """
         super().__init__(title)
         self.options = options
         self.several = marked is not None
-        self.marked = list(marked or [])
+        self.marked = [list(group) for group in marked or []]
         self._words = ""
 
     def body(self) -> ComposeResult:
         """Search field, list, keys."""
-        from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
+        from rlhf_tui.widgets.field import Field  # noqa: PLC0415 - keeps the start quick
 
-        yield Input(placeholder="type to search", id="search", compact=True)
+        yield Field(placeholder="type to search", id="search", compact=True)
         table = Table(
-            [Column("", 4), Column("", 22, flexible=True), Column("", 12, right=True),
-             Column("", 26, least=62)],
+            [Column("", 4), Column("", 22, flexible=True), Column("", 10, right=True),
+             Column("", 22, least=62)],
             id="options",
         )  # fmt: skip
         table.styles.height = min(len(self.options), HIGHEST)
         yield table
-        words = "tab mark · enter take · esc cancel" if self.several else "enter take · esc cancel"
+        words = "enter take · esc cancel"
+        if self.several:
+            words = f"tab mark · shift+tab with the one before · {words}"
         yield Said([[(words, "dim")]])
 
     def on_mount(self) -> None:
         """The list is there at once."""
-        self.query_one("#search").focus()
+        self.set_focus(self.query_one("#search"))
         self._fill("")
 
     def on_input_changed(self, event: "Input.Changed") -> None:
@@ -77,13 +87,7 @@ class Pick(Dialog):
         ]
         rows: list[tuple[str, list[Piece]]] = []
         for option in shown:
-            mark = ""
-            if self.several:
-                mark = (
-                    f"{self.marked.index(option.key) + 1:>2} ✓"
-                    if option.key in self.marked
-                    else "  ·"
-                )
+            mark = self._mark_of(option.key) if self.several else ""
             rows.append(
                 (
                     option.key,
@@ -97,19 +101,36 @@ class Pick(Dialog):
             )
         self.query_one(Table).set_rows(rows, empty=[[(" nothing of that name", "dim")]])
 
+    def _mark_of(self, key: str) -> str:
+        """The number of its group; the first one has a tick, those with it a plus."""
+        for i, group in enumerate(self.marked, start=1):
+            if key in group:
+                return f"{i:>2} {'✓' if group[0] == key else '+'}"
+        return "  ·"
+
     def action_move(self, lines: int) -> None:
         """Through the list while the search field has the focus."""
         self.query_one(Table).action_move(lines)
 
     def action_mark(self) -> None:
         """Marks the line, or takes the mark away."""
+        self._toggle(join=False)
+
+    def action_join(self) -> None:
+        """Marks the line together with the one that was marked last."""
+        self._toggle(join=True)
+
+    def _toggle(self, *, join: bool) -> None:
         key = self.query_one(Table).key
         if not self.several or key is None:
             return
-        if key in self.marked:
-            self.marked.remove(key)
+        if any(key in group for group in self.marked):
+            without = [[k for k in group if k != key] for group in self.marked]
+            self.marked = [group for group in without if group]
+        elif join and self.marked:
+            self.marked[-1].append(key)
         else:
-            self.marked.append(key)
+            self.marked.append([key])
         self._fill(self._words)
 
     def on_input_submitted(self) -> None:
@@ -123,6 +144,7 @@ class Pick(Dialog):
 
     def _take(self, key: str | None) -> None:
         if self.several:
-            self.answer("\n".join(self.marked or ([key] if key else [])))
+            groups = self.marked or ([[key]] if key else [])
+            self.answer("\n".join(WITH.join(group) for group in groups))
         elif key is not None:
             self.answer(key)

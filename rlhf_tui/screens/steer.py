@@ -1,9 +1,8 @@
 """The operator's commands: keys and dialogs, from any screen, to the engine of the open session."""
 
 import threading
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from textual.app import App
 from textual.binding import Binding, BindingType
 
 from engine.client import Client, new_id
@@ -23,21 +22,16 @@ from engine.commands import (
     new_values,
 )
 from engine.errors import RlhfError
-from engine.session import Session
 from engine.settings import STEERABLE, Settings
 from rlhf_tui import format as fmt
+from rlhf_tui.follow import Follower
 from rlhf_tui.messages import Answered
 from rlhf_tui.screens.dialogs import Ask, Choice, Type
 from rlhf_tui.screens.picker import Option, Pick
-from rlhf_tui.widgets.book import Book, value_text
+from rlhf_tui.widgets.book import value_text
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.reading import wrap
 from rlhf_tui.widgets.steering import settings_of
-
-if TYPE_CHECKING:
-    _Base = App[None]
-else:
-    _Base = object
 
 NUDGE = 1.1
 WAIT = 24 * 3600.0
@@ -49,17 +43,8 @@ ACTIONS = (
 """What --read-only takes away."""
 
 
-class Steer(_Base):
-    """Mixed into the app."""
-
-    book: Book
-    session: Session | None
-    who: str
-    read_only: bool
-
-    def say(self, text: str, severity: str = "information") -> None:
-        """A notice; the app's."""
-        raise NotImplementedError
+class Steer(Follower, inherit_bindings=False):
+    """The app as far as it steers."""
 
     STEERING: ClassVar[list[BindingType]] = [
         Binding("p", "pause", "pause"),

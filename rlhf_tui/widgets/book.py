@@ -8,7 +8,7 @@ from typing import Any
 from engine.control import Telemetry
 from engine.protocol import Phase
 from rlhf_tui.format import number
-from rlhf_tui.messages import Head, News
+from rlhf_tui.news import Head, News
 from rlhf_tui.widgets.series import Series, Smoothed
 
 Row = dict[str, Any]
@@ -69,6 +69,8 @@ class Book:
         self.known = False
         """Whether anything was read yet."""
         self.curves: dict[str, Series] = {}
+        self.outlines: dict[str, Series] = {}
+        """Of curves that are still being read."""
         self.past: dict[str, list[Series]] = {}
         self.names: list[str] = []
         self.events: list[Row] = []
@@ -84,7 +86,9 @@ class Book:
             self._clear()
         if news.head is not None:
             self.head, self.known, self._markers = news.head, True, None
+        self.outlines |= {n: Series(points) for n, points in news.outlines.items()}
         for name, points in news.curves.items():
+            self.outlines.pop(name, None)
             self.curves.setdefault(name, Series()).extend(points)
         for name, rows in news.past.items():
             by_attempt: dict[int, list[tuple[int, float | None]]] = {}
@@ -117,6 +121,10 @@ class Book:
     def series(self, name: str) -> Series:
         """A metric's values; empty where it is unknown."""
         return self.curves.get(name) or Series()
+
+    def outline(self, name: str) -> Series | None:
+        """The shape of a curve that is not read yet; None once it is."""
+        return None if name in self.curves else self.outlines.get(name)
 
     def smoothed(self, name: str, weight: float) -> Series:
         """A metric's moving average."""

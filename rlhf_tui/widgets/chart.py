@@ -13,7 +13,7 @@ from rlhf_tui.messages import CursorMoved
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets import book as facts
 from rlhf_tui.widgets.book import Book
-from rlhf_tui.widgets.plot import BAND, CURSOR, GUTTER, STYLES, Line, Picture, Plot, paint
+from rlhf_tui.widgets.plot import GROUNDS, GUTTER, STYLES, Line, Picture, Plot, paint
 from rlhf_tui.widgets.raster import step_of
 from rlhf_tui.widgets.tones import style_of
 from rlhf_tui.widgets.view import View
@@ -90,10 +90,11 @@ class Chart(Widget, can_focus=True):
         title = " + ".join(title_of(n) for n in self.names)
         return Plot(
             title="".join(c if cell_len(c) == 1 else "?" for c in one_line(title)),
-            value=self._value(name),
+            value=" · ".join(self._value(n) for n in self.names),
             first=first,
             last=last,
             lines=self._lines(name),
+            legend=[f"s{i}" for i in range(1, len(self.names) + 1)][:6],
             unit=UNITS.get(name, "") if len(self.names) == 1 else "",
             note=self._note(),
             log=self.log_scale,
@@ -105,7 +106,7 @@ class Chart(Widget, can_focus=True):
         )
 
     def _value(self, name: str) -> str:
-        series = self.book.series(name)
+        series = self.book.outline(name) or self.book.series(name)
         cursor = self.view.cursor
         value = series.last if cursor is None else series.at(cursor)
         return fmt.number(value, 4 if name == facts.BETA else 3)
@@ -134,6 +135,12 @@ class Chart(Widget, can_focus=True):
                 found.append(Line(curves[name], f"s{min(6, 2 + i)}"))
         weight = 0.0 if name in EXACT else view.weight
         for i, each in enumerate(self.names):
+            if (outline := book.outline(each)) is not None:
+                # An average over the extremes would not be that over the values.
+                found.append(
+                    Line(outline, "raw" if weight and len(self.names) == 1 else f"s{min(6, i + 1)}")
+                )
+                continue
             if weight and len(self.names) == 1 and len(book.series(each)) > 2:
                 found.append(Line(book.series(each), "raw"))
             found.append(Line(book.smoothed(each, weight), f"s{min(6, i + 1)}"))
@@ -158,10 +165,10 @@ class Chart(Widget, can_focus=True):
     def _look(self, number: int) -> Style:
         if number not in self._looks:
             style = style_of(self, STYLES[number & 31])
-            for flag, name in ((BAND, "band"), (CURSOR, "crosshair")):
+            for flag, name in GROUNDS.items():
                 if number & flag:
                     over = style_of(self, name)
-                    style += Style(bgcolor=over.bgcolor, bold=over.bold)
+                    style += Style(bgcolor=over.bgcolor, bold=over.bold, reverse=over.reverse)
             self._looks[number] = style
         return self._looks[number]
 

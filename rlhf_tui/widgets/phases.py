@@ -36,7 +36,10 @@ class PhaseStrip(Panel):
         pieces: list[Piece] = [(f" {words} " if words else " ", "dim")]
         pieces += [("a step took ", "dim"), (f"{total or 0:.1f}s", ""), (": ", "dim")]
         for i, (name, seconds) in enumerate(times):
-            pieces += [(" · " if i else "", "dim"), (f"{name} ", "dim"), (f"{seconds:.1f}s", "")]
+            more = [(" · " if i else "", "dim"), (f"{name} ", "dim"), (f"{seconds:.1f}s", "")]
+            if row_width(pieces) + row_width(more) > width:
+                break
+            pieces += more
         return pieces
 
     def _line(self, phase: Phase, width: int, many: bool) -> Row:

@@ -12,8 +12,9 @@ STYLES = (
     "raw", "past", "target", "rule", "command", "checkpoint", "attempt", "alert", "note",
 )  # fmt: skip
 STYLE = {name: i for i, name in enumerate(STYLES)}
-BAND, CURSOR = 32, 64
-"""Flags beside a style's number: the background of the target band and of the crosshair."""
+BAND, CURSOR, BAR, FOCUS = 32, 64, 128, 256
+GROUNDS = {BAND: "band", CURSOR: "crosshair", BAR: "title", FOCUS: "focus"}
+"""Flags beside a style's number, and whose background each of them stands for."""
 GUTTER = 8
 PRIORITY = ("checkpoint", "attempt", "note", "command", "alert")
 """Where markers share a cell the last of these is seen."""
@@ -37,6 +38,8 @@ class Plot:
     last: float
     lines: list[Line] = field(default_factory=list)
     """Drawn in this order, the last on top."""
+    legend: list[str] = field(default_factory=list)
+    """Styles of the names in the title, where there are several."""
     unit: str = ""
     note: str = ""
     """How it is drawn; before the unit where there is no room for both."""
@@ -96,11 +99,22 @@ def _title(picture: Picture, plot: Plot) -> None:
     picture.write(0, 0, " " * picture.width, STYLE[bar])
     room = picture.width - len(plot.value) - 2
     picture.write(0, 0, name[:room], STYLE[bar])
+    _legend(picture, plot, name[:room])
     for extra in (f"{plot.unit}  {plot.note}", plot.note, plot.unit):
         if extra.strip() and len(name) + 2 + len(extra.strip()) < room:
             picture.write(len(name) + 2, 0, extra.strip(), STYLE[bar])
             break
     picture.write(picture.width - len(plot.value) - 1, 0, plot.value, STYLE[value])
+
+
+def _legend(picture: Picture, plot: Plot, shown: str) -> None:
+    """Several names in a title have the colours of their curves."""
+    if len(plot.legend) < 2:
+        return
+    flag, at = FOCUS if plot.focused else BAR, 1
+    for name, style in zip(plot.title.split(" + "), plot.legend, strict=False):
+        picture.write(at, 0, shown[at : at + len(name)], STYLE[style] | flag)
+        at += len(name) + 3
 
 
 def _curves(
@@ -197,6 +211,8 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
         low = max(low, min(positive), high * 1e-9)
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         return Scale(10.0**bottom, 10.0 ** max(top, bottom + 1), log=True)
+    if low < 0 < high and -low * 50 < high - low:
+        low = 0.0  # less than a dot: an estimate of what is never negative
     if high == low:
         half = abs(low) * 0.1 or 0.5
         low, high = (0.0, 1.0) if low == 0 else (low - half, high + half)

@@ -120,7 +120,12 @@ class Steering(Panel):
             words += f" in ~{wait:.0f}s" if wait else ""
         elif status == "rejected":
             words += f": {command['reason']}"
-        return [(f" {command_text(command)}", ""), (f"  {words}", tone)]
+        text = command_text(command)
+        if width < 50:
+            for key, name in OTHERS:
+                text = text.replace(f"{key} ", f"{name} ")
+            words = words.replace("applied at ", "")
+        return [(f" {text}", ""), (f"  {words}", tone)]
 
 
 def _label(text: str) -> list[Piece]:

@@ -1,50 +1,160 @@
-"""A program on a pseudo-terminal, as a person's terminal would run it."""
+"""A program on a pseudo-terminal, as a person's terminal would run it, and what a person sees."""
 
+import codecs
 import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
+import sys
 import termios
 import threading
+
+from rich.cells import cell_len
 
 ESCAPES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][0-9A-B]|\x1b."
 )
+PIECES = re.compile(rf"{ESCAPES.pattern}|[\x00-\x1f\x7f]|[^\x00-\x1f\x7f]+")
+# The terminal controls the program, so that the kernel tells it of sizes and hang-ups.
+LOG_IN = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
 ROWS, COLUMNS = 40, 120
+MODES = {
+    "?1049": False,
+    "?25": True,
+    "?1000": False,
+    "?1003": False,
+    "?1006": False,
+    "?2004": False,
+}
+"""Cursor; alternate screen, mouse, bracketed paste: as a shell has them."""
+
+
+class Screen:
+    """What stands on a terminal now. As much of one as the app makes use of."""
+
+    def __init__(self, columns, rows):
+        self.modes = dict(MODES)
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._rest = ""
+        self.resize(columns, rows)
+
+    def resize(self, columns, rows):
+        self.cells = [[" "] * columns for _ in range(rows)]
+        self.x = self.y = 0
+
+    def feed(self, data):
+        text = self._rest + self._decode(data)
+        # A sequence may be cut in two; the last one waits for what follows.
+        cut = text.rfind("\x1b")
+        found = ESCAPES.match(text, cut) if cut >= 0 else None
+        whole = cut < 0 or (found is not None and found[0] not in ("\x1b[", "\x1b]"))
+        self._rest = "" if whole else text[cut:]
+        for piece in PIECES.findall(text if whole else text[:cut]):
+            if piece[0] == "\x1b":
+                self._obey(piece)
+            elif piece == "\r":
+                self.x = 0
+            elif piece == "\n":
+                self.y += 1
+            elif piece >= " ":
+                self._write(piece)
+
+    def _write(self, text):
+        for char in text:
+            if self.y < len(self.cells) and self.x < len(self.cells[0]):
+                self.cells[self.y][self.x] = char
+            self.x += cell_len(char)
+
+    def _obey(self, sequence):
+        found = re.fullmatch(r"\x1b\[(\??)([\d;]*)([A-Za-z])", sequence)
+        if not found:
+            return
+        private, numbers, verb = found.groups()
+        given = [int(n or 0) for n in numbers.split(";")]
+        if private and verb in "hl":
+            self.modes |= {f"?{n}": verb == "h" for n in given if f"?{n}" in MODES}
+        elif verb == "H":
+            self.y, self.x = (max(n, 1) - 1 for n in (*given, 1)[:2])
+        elif verb == "J":
+            self.resize(len(self.cells[0]), len(self.cells))
+
+    @property
+    def text(self):
+        return "\n".join("".join(row) for row in self.cells)
 
 
 class Terminal:
     """A program on a pseudo-terminal of its own, and everything it ever showed."""
 
-    def __init__(self, lab, *args):
+    def __init__(self, lab, *args, columns=COLUMNS, rows=ROWS):
+        environment = lab.environment | {"TERM": "xterm-256color"}
+        environment.pop("COLUMNS", None)  # the terminal has a size of its own
         self._main, side = pty.openpty()
-        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        self._screen = Screen(columns, rows)
+        self._size(columns, rows)
         self.raw = b""
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
         self.process = subprocess.Popen(
-            [lab.program, *map(str, args)],
-            stdin=side, stdout=side, stderr=side, start_new_session=True,
-            env=lab.environment | {"TERM": "xterm-256color"},
+            [sys.executable, "-c", LOG_IN, lab.program, *map(str, args)],
+            stdin=side, env=environment,
         )  # fmt: skip
         os.close(side)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _size(self, columns, rows):
+        fcntl.ioctl(self._main, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def _read(self):
-        try:
-            while data := os.read(self._main, 65536):
+        while not self._closed.is_set():
+            if not select.select([self._main], [], [], 0.05)[0]:
+                continue
+            try:
+                data = os.read(self._main, 65536)
+            except OSError:  # the program has ended
+                return
+            with self._lock:
                 self.raw += data
-        except OSError:
-            return
+                self._screen.feed(data)
 
     def type(self, keys):
         os.write(self._main, keys.encode())
+
+    def resize(self, columns, rows):
+        """As when the window is drawn smaller or larger."""
+        with self._lock:
+            self._screen.resize(columns, rows)
+        self._size(columns, rows)
+
+    def hang_up(self):
+        """As when the connection drops: the kernel sends SIGHUP, and nobody reads any more."""
+        self._closed.set()
+        self._reader.join()
+        os.close(self._main)
 
     @property
     def text(self):
         """What was printed, in the order in which it was, without escape sequences."""
         return " ".join(ESCAPES.sub(" ", self.raw.decode(errors="replace")).split())
 
+    @property
+    def screen(self):
+        """What stands there now, line by line."""
+        with self._lock:
+            return self._screen.text
+
+    @property
+    def given_back(self):
+        """Whether it is as a shell wants it."""
+        with self._lock:
+            return self._screen.modes == MODES
+
     def close(self):
         self.process.kill()
         self.process.wait()
+        if not self._closed.is_set():
+            self.hang_up()

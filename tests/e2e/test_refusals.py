@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from tests.e2e.terminal import Terminal
+
 
 def one_line(done, code):
     lines = [line for line in done.stderr.splitlines() if not line.startswith("session ")]
@@ -98,15 +100,79 @@ def test_a_damaged_session_does_not_hide_the_others(lab, whole):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 12 MB: room for a journal, not for a checkpoint."""
+def mount(tmp_path):
+    """Mounts a file system in memory, with options of its own."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", place]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
-        pytest.skip("a file system cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+
+    def at(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
+        if os.geteuid() or not shutil.which("mount"):
+            pytest.skip("only root mounts a file system")
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        return place
+
+    yield at
+    if os.path.ismount(place):
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.fixture
+def small_disk(mount):
+    """A file system of 12 MB: room for a journal, not for a checkpoint."""
+    return mount("size=12m")
+
+
+@pytest.fixture
+def archive(mount, whole):
+    """A sessions folder with one session in it, on a file system that not even root can write."""
+    place = mount("size=200m")
+    shutil.copytree(whole.session.folder, place / "whole")
+    subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+    return place
+
+
+@pytest.mark.parametrize("mode", ["--detach", "--headless"])
+def test_a_sessions_folder_that_is_read_only_is_said(lab, archive, mode):
+    line = one_line(lab.cli("demo", mode, "--name", "new", "--sessions", archive), 1)
+    assert str(archive) in line
+    assert "Read-only" in line
+    assert [path.name for path in archive.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize(
+    "command", [("resume", "-o", "train.steps=20", "--detach"), ("rm", "--yes"), ("note", "seen")]
+)
+def test_what_would_write_in_an_archived_session_is_said(lab, archive, command):
+    name, *options = command
+    done = lab.cli(name, "whole", *options, "--sessions", archive)
+    assert done.returncode in (1, 3)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert (archive / "whole" / "journal.db").exists()
+
+
+def test_an_archived_session_is_read_as_any_other(lab, archive, whole):
+    where = ("--sessions", archive)
+    assert [row["state"] for row in lab.json("ls", *where)] == ["finished"]
+    assert lab.json("status", "whole", *where)["step"] == 8
+    for command in ("metrics", "samples", "events"):
+        assert lab.json(command, "whole", *where) == lab.json(command, "whole")
+    assert lab.cli("logs", "whole", *where).stdout == lab.cli("logs", "whole").stdout
+
+
+def test_an_archived_session_is_shown(lab, archive, wait_until):
+    terminal = Terminal(lab, "attach", "whole", "--read-only", "--sessions", archive)
+    try:
+        wait_until(lambda: "Newest answers, step 8" in terminal.screen, "dashboard")
+        assert "read-only" in terminal.screen
+        terminal.type("3")
+        wait_until(lambda: "ANSWER" in terminal.screen, "samples")
+        terminal.type("q")
+        wait_until(lambda: terminal.process.poll() == 0, "end of the app")
+    finally:
+        terminal.close()
 
 
 def test_a_disk_too_full_for_a_checkpoint_is_said_and_the_run_goes_on_to_its_end(

@@ -10,6 +10,7 @@ import pytest
 
 import engine
 import rlhf_tui
+from rlhf_tui.cli import COMMANDS
 
 ENGINE = Path(engine.__file__).parent
 TUI = Path(rlhf_tui.__file__).parent
@@ -26,6 +27,7 @@ OF_A_JOINER = {"engine.launcher"}
 """A machine that joins starts its ranks as a supervisor does."""
 LIGHT = [
     "rlhf_tui.cli", "rlhf_tui.headless", "rlhf_tui.app", "engine.supervisor", "engine.__main__",
+    *(f"rlhf_tui.commands.{name}" for name in sorted(set(COMMANDS.values()))),
 ]  # fmt: skip
 
 

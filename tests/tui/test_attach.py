@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.errors import NoSuchSessionError, UserInputError
+from engine.registry import announce
 from rlhf_tui.commands import view
 
 DEADLINE = 20.0
@@ -43,6 +44,21 @@ def test_without_a_name_and_without_a_live_session_it_says_what_to_do(root, tmp_
     assert "rlhf-tui resume NAME" in str(result.exception)
     result = attach("--sessions", str(tmp_path / "none"))
     assert "rlhf-tui demo" in str(result.exception)
+
+
+def test_the_only_live_session_is_found_although_it_was_started_elsewhere(
+    session_maker, tmp_path, monkeypatch
+):
+    session = session_maker(tmp_path / "elsewhere", "far", 3)
+    opened = []
+    monkeypatch.setattr(view, "is_terminal", lambda: True)
+    monkeypatch.setattr(view, "open_screen", lambda *given, **_: opened.append(given) or 0)
+    lock = session.acquire()
+    announce(session)
+    attach("--sessions", str(tmp_path / "here"))
+    attach("far", "--sessions", str(tmp_path / "here"))
+    lock.release()
+    assert opened == [(tmp_path / "elsewhere", session)] * 2
 
 
 def test_importing_the_app_does_not_import_torch():

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 from textual.events import Key
 
+from engine.commands import Note
 from engine.control import Answer
 from engine.session import Session
 from engine.settings import Change
@@ -241,6 +242,31 @@ async def test_metrics_are_picked_and_remembered(make_desk, running, until):
         await until(pilot, lambda: len(desk.screen.query(Chart)) == 5)
         assert desk.preferences.charts[-1] == "grad_norm"
         await until(pilot, lambda: len(make_desk().preferences.charts) == 5, "the file")
+
+
+async def test_two_metrics_are_put_on_one_chart_by_keyboard(make_desk, running, until):
+    desk = make_desk()
+    async with running(desk) as pilot:
+        await pilot.press("m")
+        await until(pilot, lambda: isinstance(desk.screen, Pick))
+        await pilot.press(*"grad_norm", "shift+tab", "enter")
+        await until(pilot, lambda: len(desk.screen.query_one(ChartGrid).charts[3].names) == 2)
+        assert desk.preferences.charts[-1] == "objective/kl_coef + grad_norm"
+        chart = desk.screen.query_one(ChartGrid).charts[3]
+        await until(pilot, lambda: "beta + gradient norm" in chart._picture.row_text(0))
+        assert "·" in chart._picture.row_text(0), "one of the values is missing"
+
+
+async def test_what_shares_a_chart_can_be_taken_out_of_it(make_desk, running, until):
+    desk = make_desk()
+    desk.preferences.charts = ["objective/scores + objective/kl", "grad_norm"]
+    async with running(desk) as pilot:
+        await pilot.press("m")
+        await until(pilot, lambda: isinstance(desk.screen, Pick))
+        assert desk.screen.marked == [["objective/scores", "objective/kl"], ["grad_norm"]]
+        await pilot.press(*"scores", "tab", "enter")
+        await until(pilot, lambda: not isinstance(desk.screen, Pick))
+        assert desk.preferences.charts == ["objective/kl", "grad_norm"]
 
 
 async def test_d_changes_how_many_charts_stand_side_by_side(make_desk, running, until):
@@ -707,4 +733,41 @@ async def test_a_key_on_its_way_to_a_dialog_that_closes_does_no_harm(
             dialog.action_cancel()
         await until(pilot, lambda: len(desk.screen_stack) == 1)
         await pilot.pause()
+        assert desk.is_running
+
+
+def burst(desk, *keys):
+    """Keys that arrive together, as quick typing does over a slow connection."""
+    for key in keys:
+        character = {"backspace": "\x7f", "enter": "\r", "full_stop": "."}.get(key, key)
+        desk.post_message(Key(key, character))
+
+
+async def test_what_is_typed_ahead_goes_into_the_dialog(make_desk, running, until):
+    desk = make_desk()
+    desk.can_steer = lambda: True
+    async with running(desk) as pilot:
+        burst(desk, "b", "1", "full_stop", "5")
+        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: desk.screen.query_one("#field").value == "1.5")
+        assert desk.current_mode == "dashboard"
+
+
+async def test_a_burst_of_backspaces_and_text_keeps_its_order(make_desk, running, until):
+    desk = make_desk()
+    desk.can_steer = lambda: True
+    async with running(desk) as pilot:
+        await pilot.press("b")
+        burst(desk, *["backspace"] * 4, "0", "full_stop", "2", "backspace", "3")
+        await until(pilot, lambda: desk.screen.query_one("#field").value == "0.3")
+
+
+async def test_a_note_typed_in_one_go_is_sent_whole(make_desk, running, until, monkeypatch):
+    desk = make_desk()
+    sent = []
+    monkeypatch.setattr(desk, "can_steer", lambda: True)
+    monkeypatch.setattr(desk, "command", lambda command, text: sent.append(command))
+    async with running(desk) as pilot:
+        burst(desk, *"wpause q", "enter")
+        await until(pilot, lambda: sent == [Note(text="pause q")])
         assert desk.is_running

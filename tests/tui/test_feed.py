@@ -10,6 +10,7 @@ from engine.journal import Journal
 from engine.protocol import StepReport
 from rlhf_tui import feed as feeds
 from rlhf_tui.feed import Feed
+from rlhf_tui.glance import Glance
 from rlhf_tui.widgets.book import Book
 
 NAMES = ("objective/scores", "objective/kl")
@@ -121,3 +122,30 @@ def test_a_session_without_a_journal_yet_is_starting(following, session):
     book, _ = following(session)
     wait(lambda: book.known)
     assert book.head.state == "starting"
+
+
+def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, monkeypatch):
+    monkeypatch.setattr(feeds, "LONG", 10)
+    seen = []
+    feed = Feed(session, "tester", NAMES, seen.append)
+    feed.read_all()
+    book = Book(session.name)
+    places = [i for i, news in enumerate(seen) if news.outlines]
+    for news in seen[: places[0] + 1]:
+        book.take(news)
+    assert len(book.outline(NAMES[0])) == 20
+    for news in seen[places[0] + 1 :]:
+        book.take(news)
+    assert book.outline(NAMES[0]) is None
+    assert len(book.series(NAMES[0])) == 20
+
+
+def test_a_glance_has_the_head_and_the_outlines(session):
+    news = Glance(session, NAMES).news()
+    assert news.head.state == "finished"
+    assert news.outlines.keys() == set(NAMES)
+
+
+def test_a_glance_at_what_cannot_be_read_is_empty(session):
+    session.journal_file.write_bytes(b"no database at all" * 100)
+    assert not Glance(session, NAMES).news()

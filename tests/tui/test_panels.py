@@ -5,7 +5,7 @@ import pytest
 
 from engine.control import Gpu, RankLoad, Telemetry
 from engine.protocol import Phase
-from rlhf_tui.messages import Head, News
+from rlhf_tui.news import Head, News
 from rlhf_tui.preferences import Seen
 from rlhf_tui.screens.digest import digest
 from rlhf_tui.screens.sessions import spark
@@ -209,6 +209,56 @@ def test_what_does_not_fit_is_counted(make_book):
         )
     )
     assert "more" in text(Machine(book), 60, 6)
+
+
+def rank_of(number, generate=2.0, **given):
+    seconds = {"generate": generate, "score": 0.3, "reference": 0.5, "optimise": 3.0}
+    base = {"pid": 100 + number, "cpu": 99, "memory": 3_000_000_000, "seconds": seconds}
+    return RankLoad(rank=number, peak_memory=41_000_000_000, **(base | given))
+
+
+def machine_with(make_book, ranks, gpus=0):
+    gpu = {"name": "H100", "utilisation": 96, "memory_used": 61e9, "memory_total": 85e9}
+    book = make_book()
+    book.take(
+        News(
+            telemetry=Telemetry(
+                time=1, cpu=50, memory_used=4, memory_total=16, disk_free=1, ranks=ranks,
+                gpus=[Gpu(index=i, temperature=66, power=610, **gpu) for i in range(gpus)],
+            )
+        )
+    )  # fmt: skip
+    return Machine(book)
+
+
+def test_the_slowest_rank_is_marked_by_its_own_seconds(make_book):
+    shown = text(machine_with(make_book, [rank_of(0), rank_of(1, 4.0), rank_of(2)]), 60, 8)
+    marked = [line for line in shown.splitlines() if "slowest" in line]
+    assert len(marked) == 1
+    assert marked[0].strip().startswith("rank 1")
+    assert "7.8s" in marked[0]
+
+
+def test_no_rank_is_called_slow_where_none_stands_out(make_book):
+    assert "slowest" not in text(machine_with(make_book, [rank_of(0), rank_of(1, 2.05)]), 60, 8)
+
+
+@pytest.mark.parametrize("size", [(39, 6), (46, 13), (64, 16)])
+def test_eight_gpus_and_eight_ranks_have_room_and_the_slowest_is_seen(make_book, size):
+    ranks = [rank_of(i, 4.0 if i == 6 else 2.0) for i in range(8)]
+    machine = machine_with(make_book, ranks, gpus=8)
+    shown = text(machine, *size)
+    assert shown.count("96%") == 8
+    assert "rank 6" in shown
+    assert all(sum(len(t) for t, _ in row) <= size[0] for row in machine.rows(*size)[1:])
+
+
+def test_a_rank_on_another_machine_has_no_processor_of_this_one(make_book):
+    away = rank_of(1, pid=0, cpu=0, memory=0)
+    line = text(machine_with(make_book, [rank_of(0), away]), 90, 8).splitlines()[-1]
+    assert "elsewhere" in line
+    assert "peak 41.0 GB" in line
+    assert "0%" not in line
 
 
 # -- top lines ----------------------------------------------------------------------------------

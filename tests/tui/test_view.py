@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_tui.messages import Head, News
+from rlhf_tui.news import Head, News
 from rlhf_tui.widgets.book import Book
 from rlhf_tui.widgets.view import View, round_end
 

@@ -1,0 +1,226 @@
+"""The app as far as it follows a session: what is open, what is known of it, when it is drawn."""
+
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from engine.errors import RlhfError
+from engine.session import Session, find
+from rlhf_tui import preferences as prefs
+from rlhf_tui.feed import Feed
+from rlhf_tui.messages import Heard
+from rlhf_tui.screens.base import Place
+from rlhf_tui.text import sanitise
+from rlhf_tui.widgets.book import ALWAYS, Book
+from rlhf_tui.widgets.field import InOrder
+from rlhf_tui.widgets.keys import Keys
+from rlhf_tui.widgets.view import View
+
+DRAW_AFTER = 0.04
+"""Seconds in which news that comes together is drawn together."""
+TICK = 1.0
+NOTICE = 5.0
+NOTED_EVERY = 30.0
+
+
+class Follower(InOrder, inherit_bindings=False):
+    """Holds the book, and says things; what the operator can do comes on top."""
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        read_only: bool,
+        now: Callable[[], float],
+        follow: bool,
+        preferences: prefs.Preferences,
+    ) -> None:
+        """On a folder of sessions, none of them open.
+
+        Args:
+            root: the folder.
+            read_only: no commands.
+            now: the clock.
+            follow: False reads each session once and no more.
+            preferences: the operator's.
+        """
+        super().__init__()
+        self.animation_level = "none"
+        self.root = root.resolve()
+        self.read_only = read_only
+        self.now = now
+        self.follow = follow
+        self.preferences = preferences
+        self.who = _who()
+        self.session: Session | None = None
+        self.book = Book(now=now)
+        self.view = self._new_view()
+        self._feed: Feed | None = None
+        self._draw_due = False
+        self._only_now = True
+        """Since the last drawing nothing has changed but what the ranks do now."""
+        self._digested = True
+        self._noted = now()
+
+    # -- the open session ----------------------------------------------------------------------
+
+    def take_session(self, session: Session) -> None:
+        """Makes a session the open one; :meth:`begin` follows it."""
+        self.leave()
+        self.session = session
+        self.book = Book(session.name, now=self.now)
+        self.view = self._new_view()
+        self._digested = False
+        folder = str(session.folder)
+        names = [*self.preferences.metrics(), *ALWAYS]
+        self._feed = Feed(
+            session, self.who, names, lambda news: self.post_message(Heard(folder, news))
+        )
+
+    def begin(self) -> None:
+        """Follows the open session from now on."""
+        if self._feed is None:
+            return
+        if self.follow:
+            self._feed.start()
+        else:
+            self._feed.read_all()
+        self._read_config()
+
+    def _read_config(self) -> None:
+        """What the journal does not say; without it the run can still be seen."""
+        try:
+            if self.session is not None:
+                self.book.batch_size = self.session.config().rollout.batch_size
+        except (RlhfError, OSError) as error:
+            self.say(str(error), "error")
+
+    def open_session(self, name: str) -> bool:
+        """Follows another session and shows its dashboard; False where there is none."""
+        if self.session is None or self.session.name != name or self._feed is None:
+            try:
+                session = find(self.root, name)
+            except RlhfError as error:
+                self.say(str(error), "error")
+                return False
+            self.take_session(session)
+            for screen in self._places():
+                if screen.is_mounted:
+                    screen.opened()
+            self.begin()
+        self.switch_mode("dashboard")
+        return True
+
+    def _new_view(self) -> View:
+        return View(weight=self.preferences.weight, past=self.preferences.past)
+
+    def want(self, specs: Iterable[str]) -> None:
+        """Reads the metrics of new charts."""
+        if self._feed is not None:
+            self._feed.want(n.strip() for spec in specs for n in spec.split(" + "))
+
+    def leave(self) -> None:
+        """Notes what was seen, and stops following."""
+        if self._feed is not None:
+            self._feed.stop()
+            self._feed = None
+        self._note_seen()
+
+    def _note_seen(self) -> None:
+        self._noted = self.now()
+        if not self._digested:
+            return
+        if self.session is not None and self.book.known and self.follow:
+            newest = self.book.events[-1]["event"] if self.book.events else 0
+            seen = prefs.Seen(time=self.now(), step=self.book.head.step, event=newest)
+            prefs.remember_seen(str(self.session.folder), seen)
+
+    def forget_session(self, name: str) -> None:
+        """It is being deleted."""
+        if self.session is not None and self.session.name == name:
+            if self._feed is not None:
+                self._feed.stop()
+            self._feed = self.session = None
+            self.book = Book(now=self.now)
+
+    def _places(self) -> list[Place]:
+        return [s for stack in self._screen_stacks.values() for s in stack if isinstance(s, Place)]
+
+    def on_heard(self, message: Heard) -> None:
+        """News of the open session; what is left of another one's is dropped."""
+        if self.session is None or message.folder != str(self.session.folder):
+            return
+        self.book.take(message.news)
+        self._only_now = self._only_now and message.news.only_now
+        if not self._draw_due:
+            self._draw_due = True
+            self.set_timer(DRAW_AFTER, self._draw)
+
+    def _draw(self) -> None:
+        self._draw_due = False
+        only_now, self._only_now = self._only_now, True
+        stack = self._screen_stacks.get(self.current_mode, [])
+        for screen in stack:
+            if isinstance(screen, Place) and screen.is_mounted:
+                screen.draw(only_now=only_now)
+        if not self._digested and self.book.known and self.book.series(ALWAYS[0]):
+            self._digested = True
+            self._show_digest()
+
+    def draw_all(self) -> None:
+        """Draws everything again, for something else than news has changed."""
+        self._only_now = False
+        self._draw()
+
+    def tick(self) -> None:
+        """Clocks go on between two steps."""
+        if self.book.live and not self._draw_due:
+            self._draw()
+        if self.now() - self._noted > NOTED_EVERY:
+            # The terminal may go without a word: what was seen until then was seen.
+            threading.Thread(target=self._note_seen, daemon=True).start()
+
+    def _show_digest(self) -> None:
+        if self.session is None or not self.follow:
+            return
+        # Imported here to keep the start quick.
+        from rlhf_tui.screens.dialogs import Ask, Choice  # noqa: PLC0415
+        from rlhf_tui.screens.digest import digest  # noqa: PLC0415
+
+        seen = prefs.load_seen().get(str(self.session.folder))
+        rows = digest(self.book, seen) if seen is not None else []
+        if rows:
+            self.push_screen(Ask("Since you left", rows, [Choice("o", "OK", "ok")]))
+
+    # -- words ---------------------------------------------------------------------------------
+
+    def say(self, text: str, severity: str = "information") -> None:
+        """A notice for some seconds; nothing in it is markup.
+
+        What is only information stands in the line of keys: it covers nothing and costs one line.
+        """
+        place = self._screen_stacks.get(self.current_mode, [None])[0]
+        if severity == "information" and isinstance(place, Place) and place.is_mounted:
+            place.query_one(Keys).say(text, NOTICE)
+            return
+        self.notify(
+            sanitise(text), severity=severity, markup=False,  # type: ignore[arg-type]
+            timeout=8 if severity == "error" else 4,
+        )  # fmt: skip
+
+    def say_later(self, text: str, severity: str = "information") -> None:
+        """The same from a thread."""
+        self.call_later(self.say, text, severity)
+
+    def remember(self) -> None:
+        """Writes the preferences, in a thread: a home over the network may be slow."""
+        self.preferences.theme = self.theme
+        threading.Thread(
+            target=prefs.save, args=(prefs.preferences_file(), self.preferences), daemon=True
+        ).start()
+
+
+def _who() -> str:
+    from rlhf_tui.commands.options import who  # noqa: PLC0415 - click need not be there for it
+
+    return who()

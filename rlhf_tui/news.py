@@ -1,0 +1,58 @@
+"""What a reading of the journal brought. No Textual here: it is read while that is imported."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.control import Telemetry
+from engine.protocol import Phase
+
+Row = dict[str, Any]
+Points = list[tuple[int, float | None]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A session in a few words."""
+
+    state: str
+    step: int
+    total_steps: int
+    settings: Row
+    message: str
+    attempts: list[Row]
+    pid: int | None
+    host: str | None
+
+
+@dataclass(frozen=True)
+class News:
+    """What a reading brought; what is None has not changed."""
+
+    reset: bool = False
+    """Forget everything: another timeline, or another journal."""
+    head: Head | None = None
+    curves: dict[str, Points] = field(default_factory=dict)
+    """Points that follow those of earlier readings."""
+    outlines: dict[str, Points] = field(default_factory=dict)
+    """Of whole curves, lowest and highest values by turns: shown until the curve itself is read."""
+    past: dict[str, list[tuple[int, int, float | None]]] = field(default_factory=dict)
+    """(attempt, step, value) of timelines that were left."""
+    names: list[str] | None = None
+    events: list[Row] = field(default_factory=list)
+    commands: list[Row] | None = None
+    checkpoints: list[Row] | None = None
+    samples: list[Row] | None = None
+    """The newest step's."""
+    phases: list[Phase] | None = None
+    telemetry: Telemetry | None = None
+    connected: bool | None = None
+    problem: str | None = None
+    """What prevents reading; empty once it works again."""
+
+    def __bool__(self) -> bool:
+        return self != News()
+
+    @property
+    def only_now(self) -> bool:
+        """Whether it speaks only of what goes on this moment: no curve and no list has changed."""
+        return self == News(phases=self.phases, telemetry=self.telemetry, connected=self.connected)
