@@ -98,6 +98,7 @@ class Supervisor:
         self._talking: set[int] = set()  # ranks whose links are open
         self._silenced = asyncio.Event()  # all links that were open are closed
         self._failure: Failed | None = None
+        self._explained: set[int] = set()  # ranks that said why they fail
         self._gone: list[int] = []  # ranks that hung up without a last word, in order
         self._ended: Ended | None = None
 
@@ -401,7 +402,8 @@ class Supervisor:
         self._watchman.gone(rank)
         if not self._talking:
             self._silenced.set()
-        if self._ended is None and self._failure is None and rank not in self._gone:
+        # The echo of its end, from another rank, may have been read before this.
+        if self._ended is None and rank not in self._explained:
             self._gone.append(rank)
 
     def _send(self, message: Message) -> None:
@@ -441,6 +443,7 @@ class Supervisor:
             case Notice(step=step, rule=rule, text=text):
                 self._alert(Alert(rule, "notify", text, step))
             case Failed():
+                self._explained.add(message.rank)
                 if self._failure is None or (self._failure.echo and not message.echo):
                     self._failure = message
                 if self._ranks.count > 1:  # the others wait for it in a collective
