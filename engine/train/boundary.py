@@ -45,7 +45,7 @@ from engine.train.link import Link
 from engine.train.models import fingerprint
 from engine.train.probe import answer_probe
 from engine.train.saver import Outcome, Saver
-from engine.train.step import Run
+from engine.train.step import Run, room_for_answers
 
 log = logging.getLogger("engine")
 
@@ -188,6 +188,12 @@ class Boundary:
 
     def _steer(self, values: dict[str, Any]) -> list[Change]:
         """An operator's change; what it contradicts of the history still to be repeated is over."""
+        room = room_for_answers(self._run)
+        if room is not None and values.get("max_new_tokens", 0) > room:
+            raise CommandRejectedError(
+                f"max_new_tokens may be {room} at most: there the model ends, after the longest "
+                f"prompt of {self._run.prompts.longest} tokens"
+            )
         self._replay = [
             msgspec.structs.replace(s, changes=[c for c in s.changes if c.key not in values])
             for s in self._replay

@@ -28,7 +28,7 @@ from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate, merge_rollouts
 from engine.train.sharding import learner
 from engine.train.shards import load_training
-from engine.train.step import Announce, Run, own_rows
+from engine.train.step import Announce, Run, own_rows, room_for_answers
 
 log = logging.getLogger("engine")
 
@@ -114,6 +114,13 @@ def load_run(
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
         memory=memory,
     )  # fmt: skip
+    room, wanted = room_for_answers(run), state.settings.max_new_tokens
+    if room is not None and wanted > room:
+        raise UserInputError(
+            f"rollout.max_new_tokens ({wanted}) may be {room} at most: there the model ends, after "
+            f"the longest prompt of {prompts.longest} tokens (data.max_prompt_tokens leaves out "
+            "longer ones)"
+        )
     if config.reward.normalise == "reference" and not begin.from_step:
         announce(0, "normalise reward")
         normaliser = Normaliser.of(reference_scores(run))

@@ -91,6 +91,12 @@ class Run:
     clock: Clock = field(default_factory=Clock)
 
 
+def room_for_answers(run: Run) -> int | None:
+    """New tokens that fit behind the longest prompt; None where the model has no last position."""
+    positions = getattr(run.policy.lm.config, "max_position_embeddings", None)
+    return None if positions is None else int(positions) - run.prompts.longest
+
+
 def train_step(
     run: Run, step: int, recorded: Rollout | None = None
 ) -> tuple[dict[str, float], list[Sample]]:

@@ -37,6 +37,7 @@ def refused(lab, name, *arguments):
         ("kl.beta", "kl.beta", "key=value"),
         ("reward.model=./nowhere", "reward.model", "does not exist"),
         ("model.policy=/", "model.policy", "config.json"),
+        ("rollout.max_new_tokens=300", "rollout.max_new_tokens", "at most"),
         ("reward.function=a:b", "reward.function", "exactly one"),
         ("guardrails.rules=[{name: a, metric: b}]", "rules 'a'", "needs one of"),
     ],

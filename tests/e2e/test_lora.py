@@ -56,9 +56,9 @@ def test_a_fork_goes_on_from_the_adapters_and_cannot_change_them(adapted):
     assert refused.returncode == 2
     assert "lora.rank cannot change on a fork" in refused.stderr
     assert not (adapted.root / "wider").exists()
-    done = adapted.cli(*fork, "--name", "branch", "-o", "kl.beta=0.3")
+    done = adapted.cli(*fork, "--name", "adapted-branch", "-o", "kl.beta=0.3")
     assert done.returncode == 0, done.stderr
-    rows = adapted.json("metrics", "branch")
+    rows = adapted.json("metrics", "adapted-branch")
     assert [r["step"] for r in rows] == [1, 2, 3]
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
 

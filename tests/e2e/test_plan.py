@@ -47,7 +47,7 @@ def test_the_strategies_stand_side_by_side_on_80_columns(lab):
     assert max(map(len, lines)) <= 80
     head = next(line for line in lines if "fsdp" in line)
     assert head.split() == ["1", "rank", "ddp", "×4", "fsdp", "×4"] * 2
-    for part in ("policy", "optimiser", "reference", "reward", "value", "KV cache", "logits"):
+    for part in ("policy", "optimiser", "reference", "reward", "KV cache", "logits"):
         assert part in done.stdout
     assert "the run fits" in done.stdout
 

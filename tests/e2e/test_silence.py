@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-SILENCE = 6.0
+SILENCE = 5.0
 """Seconds of `launch.silence`, instead of half an hour."""
 
 

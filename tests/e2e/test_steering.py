@@ -173,6 +173,12 @@ def test_a_rejected_command_says_why_in_one_line_and_exits_1(endless, order, why
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_answers_longer_than_the_model_has_positions_for_are_refused(endless):
+    answer = endless.order("set", "max_new_tokens=300")
+    assert answer["status"] == "rejected"
+    assert "at most" in answer["reason"]
+
+
 def test_a_rejected_command_leaves_every_reading_command_working(endless):
     endless.ctl("beta", "nan")
     assert endless.lab.json("events", endless.name)
