@@ -121,7 +121,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_to_the_same_end(lab, 
     [
         pytest.param(
             phase, act, marks=() if (phase, act) in {
-                ("generate", "kill"), ("optimise", "raise"), ("reference", "hang"),
+                ("generate", "kill"), ("optimise", "raise"),
             } else pytest.mark.slow,
         )
         for phase in PHASES for act in ("raise", "kill", "hang")
