@@ -41,8 +41,8 @@ def main() -> None:
     # Bars belong on a terminal; here they would fill engine.log with carriage returns.
     disable_progress_bar()
     session = Session(Path(sys.argv[1]))
-    # Before the ranks have met. Those beside the supervisor, which alone have a link, are the first:
-    # torchrun's own numbers begin on whichever machine's name comes first.
+    # The ranks have not met yet. Those beside the supervisor, which alone have a link, will be the
+    # first; torchrun's own numbers begin on whichever machine's name comes first.
     link = Link(int(os.environ.get("LOCAL_RANK", "0")))
     team: Team | None = None
     try:
