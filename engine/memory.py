@@ -155,7 +155,9 @@ class _Reckoning:
             # The layer at hand and the next, and all that is in no layer; whole gradients of both.
             outside = max(0, policy.parameters - policy.layers * policy.largest_layer)
             gathered = self._compute * (2 * policy.largest_layer + outside)
-            gathered += self._compute * (policy.largest_layer + outside)
+            # … and, where they are computed narrower, their copies in float32 to be summed.
+            gradient = MASTER if self._compute == MASTER else self._compute + MASTER
+            gathered += gradient * (policy.largest_layer + outside)
         return {
             "gradients": MASTER * self._trained // self._shards,
             "activations": kept + passing_forward(policy, rows, length, self._compute),
