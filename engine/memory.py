@@ -116,10 +116,11 @@ class _Reckoning:
         copied = 2 * rows * self._length * self._compute * policy.key_value
         spread = policy.attention if policy.key_value < policy.attention else 0
         copied += 2 * rows * self._length * self._compute * spread
+        sampling = SAMPLING + (self._models.device == "cuda")  # its cumulative sums are float64
         return {
             "KV cache": cache + copied,
             "activations": passing_forward(policy, rows, self._models.prompt_tokens, self._compute),
-            "logits": SAMPLING * MASTER * rows * policy.vocabulary,
+            "logits": sampling * MASTER * rows * policy.vocabulary,
             "gathered": self._whole(policy, self._compute),
             "casts": self._casts(),
         }
