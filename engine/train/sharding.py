@@ -166,7 +166,9 @@ def at_hand(model: Any) -> Iterator[None]:
             model.to("cpu")
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            # But for the root, the first of them, which the backward pass begins with; `model` may
+            # be a view of it.
+            unit.set_reshard_after_forward(unit is not units[0], recurse=False)
 
 
 def rest_on_host(module: nn.Module, device: torch.device) -> None:

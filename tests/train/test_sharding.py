@@ -1,5 +1,7 @@
 """What FSDP2 does with gradients, on a rank that is its own team."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from engine.config import LaunchConfig
 from engine.train.parallel import Team
-from engine.train.sharding import _shard, synchronised
+from engine.train.sharding import _shard, at_hand, synchronised
 
 
 @pytest.fixture
@@ -42,3 +44,12 @@ def test_gradients_are_summed_over_ranks_in_float32(team):
     _shard(model, team, torch.bfloat16)
     model(torch.ones(1, 1))
     assert model._get_fsdp_state()._fsdp_param_group._reduce_dtype is torch.float32
+
+
+def test_a_view_of_a_sharded_model_leaves_its_root_as_it_was(team):
+    model = nn.Sequential(nn.Linear(1, 1))
+    _shard(model, team, torch.float32)
+    with at_hand(SimpleNamespace(modules=model.modules)):
+        assert not isinstance(model[0].weight, DTensor)
+    assert isinstance(model[0].weight, DTensor)
+    assert not model._get_fsdp_state()._fsdp_param_group._reshard_after_forward
