@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from engine import configfile, starter
+from engine.errors import UserInputError
 from engine.protocol import Begin
 from engine.session import create
-from engine.train.load import load_run
+from engine.train.load import check_shares, load_run
 from engine.train.parallel import Team
 from engine.train.step import take_rollout, train_step
 
@@ -102,6 +103,21 @@ def on_two_ranks(folder, jobs):
         capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[:4000]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("rollout.batch_size=4", "rollout.batch_size"),
+        ("reward.normalise=reference", "reward.normalise_samples"),
+    ],
+)
+def test_more_ranks_than_there_is_work_for_are_one_sentence(override, key):
+    given = ["ppo.minibatches=1", "reward.normalise_samples=6", override]
+    config = configfile.load(starter.FOLDER / "demo.yaml", given)
+    check_shares(config, 4)
+    with pytest.raises(UserInputError, match=key):
+        check_shares(config, 7)
 
 
 @pytest.mark.parametrize("way", WAYS)
