@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from engine.config import LaunchConfig
-from engine.errors import LinkError, UserInputError
+from engine.errors import LinkError, RlhfError, UserInputError
 from engine.protocol import NICE_VARIABLE, SOCKET_VARIABLE, STORE_VARIABLE
 
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "TCPStore")
 """Words in the errors of collectives whose other side is gone."""
+
+
+class OtherRankError(RlhfError):
+    """What another rank met, and said, at a place where all wait for it."""
 
 
 class Team:
@@ -128,7 +132,7 @@ class Team:
 
 def lost_others(error: BaseException) -> bool:
     """Whether an error is only the echo of another rank's end."""
-    return isinstance(error, dist.DistError) or (
+    return isinstance(error, dist.DistError | OtherRankError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
     )
 
