@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from engine import configfile, starter
@@ -19,7 +20,7 @@ from engine.errors import UserInputError
 from engine.protocol import Begin
 from engine.session import create
 from engine.train.load import check_shares, load_run
-from engine.train.parallel import Team
+from engine.train.parallel import Team, agree_on_device
 from engine.train.step import take_rollout, train_step
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
@@ -103,6 +104,20 @@ def on_two_ranks(folder, jobs):
         capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[:4000]
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (("gpu-box", True, ""), "sees a GPU on gpu-box and none on"),
+        (("gpu-box", False, "launch.device: cuda, but"), "on gpu-box: launch.device: cuda"),
+    ],
+)
+def test_a_machine_with_another_kind_of_device_is_told_before_ranks_wait(other, says):
+    store = dist.HashStore()
+    store.set("device/1", json.dumps(other))
+    with pytest.raises(UserInputError, match=says):
+        agree_on_device(store, 0, 2, on_gpu=False, problem="")
 
 
 @pytest.mark.parametrize(
