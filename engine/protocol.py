@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from engine import __version__
 from engine.commands import AnyCommand
 from engine.config import LaunchConfig
 from engine.errors import LinkError
@@ -241,7 +242,9 @@ class Invitation(Struct, frozen=True, kw_only=True):
     """The session's, which all machines must have under this path."""
     processes: int
     """Ranks on the first machine."""
-    version: int = VERSION
+    start: str
+    """Of the ranks, unlike any other: a machine that has left it can only join the next."""
+    software: str = __version__
 
 
 FromRank = (

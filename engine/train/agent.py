@@ -7,6 +7,7 @@ rank, the agent dies with who started it, and takes its ranks along.
 import contextlib
 import logging
 import os
+import secrets
 import sys
 import traceback
 from collections.abc import Iterator
@@ -92,10 +93,10 @@ def meeting_place(launch: LaunchConfig, folder: str, count: int) -> Iterator[Non
         return
     host, _, port = place.rpartition(":")
     store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
-    invitation = Invitation(launch=launch, folder=folder, processes=count)
+    start = secrets.token_hex(8)
+    invitation = Invitation(launch=launch, folder=folder, processes=count, start=start)
     store.set("invitation", msgspec.json.encode(invitation).decode())
     yield
-    store.set("over", "1")
 
 
 if __name__ == "__main__":
