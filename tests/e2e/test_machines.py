@@ -106,3 +106,15 @@ def test_more_machines_need_a_place_to_meet(lab):
     assert done.returncode == 2
     assert "launch.rendezvous" in done.stderr
     assert not run.session.folder.exists()
+
+
+def test_a_port_that_is_taken_is_one_sentence_and_leaves_nothing(lab):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        run = lab.run("taken", "launch.nodes=2", f"launch.rendezvous={place}")
+        done = lab.cli(*run.arguments, "--headless")
+    assert done.returncode == 2
+    assert "launch.rendezvous: cannot listen" in done.stderr.splitlines()[-1]
+    assert not run.session.folder.exists()
