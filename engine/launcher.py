@@ -18,6 +18,7 @@ from engine.protocol import (
     SOCKET_VARIABLE,
     STORE_VARIABLE,
     TOKEN_VARIABLE,
+    surroundings,
 )
 from engine.session import Session
 from engine.telemetry import gpu_count
@@ -124,7 +125,7 @@ def environment(launch: LaunchConfig) -> dict[str, str]:
         given["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, launch.gpus))
     # Threads that wait by spinning cost 3 to 6 times the step on a machine that does anything
     # else, the TUI included; threads that sleep cost nothing measurable on an idle one.
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | given
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | surroundings() | given
 
 
 def describe_exit(status: int) -> str:

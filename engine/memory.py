@@ -116,10 +116,11 @@ class _Reckoning:
         copied = 2 * rows * self._length * self._compute * policy.key_value
         spread = policy.attention if policy.key_value < policy.attention else 0
         copied += 2 * rows * self._length * self._compute * spread
+        sampling = SAMPLING + (self._models.device == "cuda")  # its cumulative sums are float64
         return {
             "KV cache": cache + copied,
             "activations": passing_forward(policy, rows, self._models.prompt_tokens, self._compute),
-            "logits": SAMPLING * MASTER * rows * policy.vocabulary,
+            "logits": sampling * MASTER * rows * policy.vocabulary,
             "gathered": self._whole(policy, self._compute),
             "casts": self._casts(),
         }
@@ -155,7 +156,9 @@ class _Reckoning:
             # The layer at hand and the next, and all that is in no layer; whole gradients of both.
             outside = max(0, policy.parameters - policy.layers * policy.largest_layer)
             gathered = self._compute * (2 * policy.largest_layer + outside)
-            gathered += self._compute * (policy.largest_layer + outside)
+            # … and, where they are computed narrower, their copies in float32 to be summed.
+            gradient = MASTER if self._compute == MASTER else self._compute + MASTER
+            gathered += gradient * (policy.largest_layer + outside)
         return {
             "gradients": MASTER * self._trained // self._shards,
             "activations": kept + passing_forward(policy, rows, length, self._compute),

@@ -5,12 +5,14 @@ a rank's (:class:`RankHello`) or a client's. A frame is a 4-byte big-endian leng
 bytes; a longer one than :data:`MAX_FRAME` ends the connection.
 """
 
+import os
 import struct
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+from engine import __version__
 from engine.commands import AnyCommand
 from engine.config import LaunchConfig
 from engine.errors import LinkError
@@ -28,7 +30,14 @@ JOINED_VARIABLE = "RLHF_TUI_JOINED"
 """How a rank is told its token, where its supervisor listens, how nice to be on a CPU, where the
 ranks meet (`file:PATH` or `tcp:HOST:PORT`), `launch` of the configuration as JSON, and that it is
 on a machine that joined."""
+OF_OTHER_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+"""Who is who, as a scheduler's script or another torchrun around us says it: not of our ranks."""
 HEADER = struct.Struct(">I")
+
+
+def surroundings() -> dict[str, str]:
+    """The environment for what we start: this process's own, without another launcher's words."""
+    return {k: v for k, v in os.environ.items() if k not in OF_OTHER_LAUNCHERS}
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -233,7 +242,9 @@ class Invitation(Struct, frozen=True, kw_only=True):
     """The session's, which all machines must have under this path."""
     processes: int
     """Ranks on the first machine."""
-    version: int = VERSION
+    start: str
+    """Of the ranks, unlike any other: a machine that has left it can only join the next."""
+    software: str = __version__
 
 
 FromRank = (

@@ -211,7 +211,13 @@ class Supervisor:
             self._journal.apply_command(command_id, start.from_step + 1, [change])
 
     def _conclude(self, status: int) -> int:
-        if self._stop_now and self._ended is None and self._failure is None:
+        if (
+            self._stop_now
+            and self._ended is None
+            and (
+                self._failure is None or self._failure.echo  # of what was ended here
+            )
+        ):
             self._set_state("stopped", "stopped at once, nothing was saved")
             return 0
         if self._ended is not None:
@@ -229,6 +235,7 @@ class Supervisor:
         if (
             failure.final
             or failure.user_input
+            or self._stop_now
             or self._restarts >= self._config.launch.max_restarts
         ):
             self._set_state("failed", failure.text)
@@ -248,7 +255,9 @@ class Supervisor:
         failure, gone, launch = self._failure, self._gone, self._config.launch
         if failure is not None and not failure.echo:
             return failure
-        if failure is not None and not gone and launch.nodes > 1:
+        if failure is not None and not gone:
+            if launch.nodes == 1:  # a rank hangs, and the others have waited for launch.timeout
+                return failure
             text = f"the ranks of another machine are gone ({failure.text}); start them there with"
             text += f": rlhf-tui join {launch.rendezvous}"
             return msgspec.structs.replace(failure, text=text)

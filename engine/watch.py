@@ -41,8 +41,11 @@ class Watchman:
         self.begin()
 
     def begin(self) -> None:
-        """Ranks are being started; the first of them may take its time, but not for ever."""
-        self._last = {0: time.monotonic()}
+        """Ranks are being started; the first of them may take its time, but not for ever.
+
+        With several machines they all wait, for as long as torchrun does, for the last to join.
+        """
+        self._last = {} if self._config.launch.nodes > 1 else {0: time.monotonic()}
 
     def heard(self, rank: int) -> None:
         """A rank gave a sign of life."""

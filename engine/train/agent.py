@@ -7,6 +7,8 @@ rank, the agent dies with who started it, and takes its ranks along.
 import contextlib
 import logging
 import os
+import secrets
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig as TorchLaunch
 from torch.distributed.launcher.api import elastic_launch
 
 from engine.config import LaunchConfig
+from engine.errors import UserInputError
 from engine.protocol import JOINED_VARIABLE, LAUNCH_VARIABLE, STORE_VARIABLE, Failed, Invitation
 from engine.train.link import Link
 from engine.train.parallel import threads_of_a_rank
@@ -46,6 +49,9 @@ def main() -> None:
         # One that was killed is the cause; those that end by themselves may only have noticed.
         killed = [f.exitcode for f in error.failures.values() if f.exitcode < 0]
         sys.exit(128 - killed[0] if killed else 1)
+    except UserInputError as error:
+        Link(0).send(Failed(rank=0, text=str(error), user_input=True))
+        sys.exit(error.exit_code)
     except Exception as error:
         # No rank has begun: the agent says what a rank would have said.
         text = f"the ranks cannot meet: {type(error).__name__}: {error}"
@@ -91,11 +97,26 @@ def meeting_place(launch: LaunchConfig, folder: str, count: int) -> Iterator[Non
         yield
         return
     host, _, port = place.rpartition(":")
+    check_port(int(port))
     store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
-    invitation = Invitation(launch=launch, folder=folder, processes=count)
+    start = secrets.token_hex(8)
+    invitation = Invitation(launch=launch, folder=folder, processes=count, start=start)
     store.set("invitation", msgspec.json.encode(invitation).decode())
     yield
-    store.set("over", "1")
+
+
+def check_port(port: int) -> None:
+    """Whether this machine can listen there. Raises UserInputError."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+            listener.listen()
+        except OSError as error:
+            raise UserInputError(
+                f"launch.rendezvous: cannot listen on port {port} of this machine "
+                f"({error.strerror}): give it another one"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from engine.protocol import (
 from engine.session import Session
 from engine.settings import Change, Settings
 from engine.train import checkpoint
+from engine.train.checkpoint import TrainingState
 from engine.train.link import Link
 from engine.train.models import fingerprint
 from engine.train.probe import answer_probe
@@ -64,6 +65,15 @@ class Word(msgspec.Struct):
     seconds: float
     """Of training so far: `train.max_hours` ends all ranks at the same step."""
     beta: float
+
+
+def mind(state: TrainingState) -> bytes:
+    """What all ranks must agree on before a save.
+
+    Not beta: the controller's last bit may differ on unlike processors until rank 0 tells its own.
+    """
+    settings = msgspec.structs.replace(state.settings, beta=0.0)
+    return msgspec.msgpack.encode((state.step, state.episodes, state.sampling_seed, settings))
 
 
 class Boundary:
@@ -260,8 +270,7 @@ class Boundary:
         team, state = self._run.team, self._run.state
         if team.size == 1:
             return
-        mind = (state.step, state.episodes, state.sampling_seed, state.settings)
-        if len(set(team.collect(msgspec.msgpack.encode(mind)))) > 1:
+        if len(set(team.collect(mind(state)))) > 1:
             raise RlhfError(f"the ranks have come apart by step {state.step}; resume the run")
         # Whole on each rank, the weights agree to the last bit where the processors are alike.
         weights = fingerprint(self._run.policy) if self._run.strategy == "ddp" else ""

@@ -17,12 +17,16 @@ import msgspec
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from engine import __version__
 from engine.config import LaunchConfig
 from engine.launcher import command, environment, processes_here
-from engine.protocol import JOINED_VARIABLE, STORE_VARIABLE, VERSION, Invitation
+from engine.protocol import JOINED_VARIABLE, STORE_VARIABLE, Invitation
 
 RETRY = 2.0
 """Seconds between looks whether the first machine is there (again)."""
+GRACE = 30.0
+"""Seconds that ranks have to end by themselves once the first machine has ended its own."""
+OTHER_VERSION = "the first machine runs another version of rlhf-tui: install the same on all"
 DONE, WRONG, WAITED = 0, 2, 4
 
 
@@ -34,24 +38,32 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     say(f"waiting for a run at {place}")
+    left = ""
     while True:
-        invitation = await_invitation(place, wait)
-        if invitation is None:
+        store, invitation = await_invitation(place, wait, left)
+        if store is None:
             end(f"nobody answers at {place}: the run is over, or its machine is gone", WAITED)
-        elif problem := check(invitation):
-            end(problem, WRONG)
+        elif isinstance(invitation, str):
+            end(invitation, WRONG)
         else:
-            launch = invitation.launch
-            count = given or processes_here(msgspec.structs.replace(launch, gpus=[]))
+            # Which GPUs the first machine may use says nothing of those here.
+            launch = msgspec.structs.replace(invitation.launch, gpus=[])
+            count = given or processes_here(launch)
             say(f"joining {Path(invitation.folder).name} at {place} with {count} rank(s)")
-            if run_agent(place, launch, invitation.folder, count) == 0:
+            if run_agent(store, place, launch, invitation.folder, count) == 0:
                 end("the run is over", DONE)
             say("the ranks ended before the run did; waiting for it to start again")
-            time.sleep(RETRY)
+            left = invitation.start
 
 
-def await_invitation(place: str, wait: float) -> Invitation | None:
-    """What the first machine says, or None when it says nothing for `wait` seconds."""
+def await_invitation(
+    place: str, wait: float, left: str
+) -> tuple[TCPStore | None, Invitation | str]:
+    """What the first machine says, at its store; no store when nobody is there for `wait` seconds.
+
+    An invitation to the ranks that this machine has `left` is none: those who are still among them
+    cannot be met again, and torchrun would start them anew behind the supervisor's back.
+    """
     host, _, port = place.rpartition(":")
     deadline = time.monotonic() + wait
     while time.monotonic() < deadline:
@@ -59,31 +71,59 @@ def await_invitation(place: str, wait: float) -> Invitation | None:
             # torch prints a page for each connection refused: it is asked once somebody listens.
             socket.create_connection((host, int(port)), RETRY).close()
             store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=10))
-            return msgspec.json.decode(store.get("invitation"), type=Invitation)
+            invitation = read(store.get("invitation"))
+            if isinstance(invitation, str) or invitation.start != left:
+                return store, invitation
+            deadline = time.monotonic() + wait
         except (OSError, dist.DistError, RuntimeError):
-            time.sleep(RETRY)
-    return None
+            pass
+        time.sleep(RETRY)
+    return None, ""
 
 
-def check(invitation: Invitation) -> str | None:
-    """What stands against taking it, in words."""
-    if invitation.version != VERSION:
-        return "the first machine runs another version of rlhf-tui: install the same on all"
+def read(content: bytes) -> Invitation | str:
+    """The invitation, or what stands against taking it, in words."""
+    try:
+        invitation = msgspec.json.decode(content, type=Invitation)
+    except msgspec.DecodeError:
+        return OTHER_VERSION
+    if invitation.software != __version__:
+        return OTHER_VERSION
     if not Path(invitation.folder).is_dir():
         return (
             f"the session's folder {invitation.folder} is not here: all machines need it under "
             "the same path, on a file system they share"
         )
-    return None
+    return invitation
 
 
-def run_agent(place: str, launch: LaunchConfig, folder: str, count: int) -> int:
-    """This machine's ranks, to their end; the exit status of their agent."""
+def run_agent(store: TCPStore, place: str, launch: LaunchConfig, folder: str, count: int) -> int:
+    """This machine's ranks, to their end; the exit status of their agent.
+
+    Ranks that wait in a GPU's collective do not notice that the first machine is gone: they are
+    ended when its store is, so that they can join what it starts next.
+    """
     own = {STORE_VARIABLE: f"tcp:{place}", JOINED_VARIABLE: "1"}
     process = subprocess.Popen(  # noqa: S603 - ourselves
         command(launch, folder, count), env=environment(launch) | own, stdin=subprocess.DEVNULL
     )
-    return process.wait()
+    seen = time.monotonic()
+    while True:
+        try:
+            return process.wait(RETRY)
+        except subprocess.TimeoutExpired:
+            if is_there(store):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > GRACE:
+                process.kill()  # its ranks die with it
+
+
+def is_there(store: TCPStore) -> bool:
+    """Whether the server of a store lives."""
+    try:
+        return store.check(["invitation"])
+    except (dist.DistError, RuntimeError):
+        return False
 
 
 def say(text: str) -> None:

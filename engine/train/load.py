@@ -53,6 +53,7 @@ def load_run(
         UserInputError: something the configuration names cannot be used.
         CheckpointError: the checkpoint to start from cannot be used.
     """
+    check_shares(config, team.size)
     threads = settle_on(team, config.launch)
     source = starter.resolve(config.model.policy)
     saved: Path | None = None
@@ -126,6 +127,25 @@ def load_run(
         normaliser = Normaliser.of(reference_scores(run))
         state.reward_mean, state.reward_std = normaliser.mean, normaliser.std
     return run
+
+
+def check_shares(config: RunConfig, ranks: int) -> None:
+    """Whether there is work for each rank: how many they are is known only now.
+
+    Raises:
+        UserInputError: names the key that would help.
+    """
+    reward, prompts = config.reward, config.prompts_per_step
+    if prompts < ranks:
+        raise UserInputError(
+            f"{ranks} ranks need as many prompts a step, and there are {prompts}: raise "
+            "rollout.batch_size, or set launch.processes"
+        )
+    if reward.normalise == "reference" and reward.normalise_samples < ranks:
+        raise UserInputError(
+            f"reward.normalise_samples ({reward.normalise_samples}) must be at least the number of "
+            f"ranks ({ranks})"
+        )
 
 
 def reference_scores(run: Run) -> Tensor:

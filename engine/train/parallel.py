@@ -9,6 +9,7 @@ own business (see `sharding.py`).
 import os
 from datetime import timedelta
 
+import msgspec
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -16,11 +17,15 @@ from torch import Tensor
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from engine.config import LaunchConfig
-from engine.errors import LinkError, UserInputError
+from engine.errors import LinkError, RlhfError, UserInputError
 from engine.protocol import NICE_VARIABLE, SOCKET_VARIABLE, STORE_VARIABLE
 
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "TCPStore")
 """Words in the errors of collectives whose other side is gone."""
+
+
+class OtherRankError(RlhfError):
+    """What another rank met, and said, at a place where all wait for it."""
 
 
 class Team:
@@ -30,9 +35,10 @@ class Team:
         """Joins the others; alone where torchrun started nobody else.
 
         Raises:
-            UserInputError: a GPU was asked for and torch sees none, or fewer than ranks.
+            UserInputError: a GPU was asked for and torch sees none, or fewer than ranks; or some
+                ranks have one and others have not.
         """
-        on_gpu = _check_gpus(launch)
+        on_gpu, problem = _look_for_gpus(launch)
         self.rank, self.size = 0, int(os.environ.get("WORLD_SIZE", "1"))
         self.group: dist.ProcessGroup | None = None
         """For what is said between steps, over gloo; None for a rank alone."""
@@ -42,6 +48,8 @@ class Team:
             self._store = _store()
             self.rank = _own_rank(self._store)
             patience = timedelta(seconds=launch.timeout)
+            self._store.set_timeout(patience)
+            agree_on_device(self._store, self.rank, self.size, on_gpu, problem)
             dist.init_process_group(
                 "cuda:nccl,cpu:gloo" if on_gpu else "gloo",
                 store=self._store,
@@ -51,6 +59,8 @@ class Team:
             )
             self.group = dist.new_group(backend="gloo", timeout=patience)
             self.checkpoint_group = dist.new_group(backend="gloo", timeout=patience)
+        elif problem:
+            raise UserInputError(problem)
         self.device: torch.device = PartialState(cpu=not on_gpu).device
 
     @property
@@ -128,7 +138,7 @@ class Team:
 
 def lost_others(error: BaseException) -> bool:
     """Whether an error is only the echo of another rank's end."""
-    return isinstance(error, dist.DistError) or (
+    return isinstance(error, dist.DistError | OtherRankError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
     )
 
@@ -160,18 +170,39 @@ def _own_rank(store: Store) -> int:
     return int(os.environ["RANK"])
 
 
-def _check_gpus(launch: LaunchConfig) -> bool:
-    """Whether this rank computes on a GPU. Raises UserInputError where there are too few."""
+def _look_for_gpus(launch: LaunchConfig) -> tuple[bool, str]:
+    """Whether this rank computes on a GPU, and what is wrong with that, if anything is."""
     seen = torch.cuda.device_count() if launch.device != "cpu" else 0
+    ranks, problem = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), ""
     if launch.device == "cuda" and not seen:
-        raise UserInputError("launch.device: cuda, but torch sees no GPU here; see rlhf-tui doctor")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if seen and ranks > seen:
-        raise UserInputError(
+        problem = "launch.device: cuda, but torch sees no GPU here; see rlhf-tui doctor"
+    elif seen and ranks > seen:
+        problem = (
             f"launch.processes: {ranks} ranks on this machine, but torch sees {seen} "
             f"GPU{'s' if seen > 1 else ''} here: use launch.processes: {seen}"
         )
-    return seen > 0
+    return seen > 0, problem
+
+
+def agree_on_device(store: Store, rank: int, size: int, on_gpu: bool, problem: str) -> None:
+    """Holds the ranks' devices against one another, before any waits for another in a collective.
+
+    Raises:
+        UserInputError: one has a problem, or they compute on different kinds; on all ranks alike.
+    """
+    place = os.uname().nodename
+    store.set(f"device/{rank}", msgspec.json.encode((place, on_gpu, problem)).decode())
+    kind = tuple[str, bool, str]
+    said = [msgspec.json.decode(store.get(f"device/{r}"), type=kind) for r in range(size)]
+    for there, _, told in said:
+        if told:
+            raise UserInputError(told if there == said[0][0] else f"on {there}: {told}")
+    with_gpu, without = ([there for there, on, _ in said if on is k] for k in (True, False))
+    if with_gpu and without:
+        raise UserInputError(
+            f"launch.device: torch sees a GPU on {with_gpu[0]} and none on {without[0]}: mend that "
+            "(see rlhf-tui doctor), or use launch.device: cpu"
+        )
 
 
 def settle_on(team: Team, launch: LaunchConfig) -> int:

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from engine.errors import CommandRejectedError
+from engine.errors import CommandRejectedError, RewardError
 from engine.train import ppo
 from engine.train.data import Prompt, batch_prompts
 from engine.train.models import AnyModel
+from engine.train.parallel import OtherRankError
 from engine.train.randomness import sampling_uniforms
-from engine.train.rewards import Answers, Normaliser
+from engine.train.rewards import Answers, FunctionError, Normaliser
 from engine.train.rollout import generate, score_tokens
 from engine.train.step import Run
 
@@ -21,7 +22,8 @@ def answer_probe(run: Run, text: str) -> dict[str, Any]:
     Draws from a random stream of its own, so that a probed run stays the run it was.
 
     Raises:
-        CommandRejectedError: the prompt holds no tokens, or too many.
+        CommandRejectedError: the prompt holds no tokens, or too many; or a reward function cannot
+            do without what the data has besides prompts. On all ranks alike.
     """
     ids = list(run.tokenizer(text)["input_ids"])
     if len(ids) > 1 and ids[-1] == run.tokenizer.eos_token_id:
@@ -42,7 +44,10 @@ def _answer(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
     batch = batch_prompts([prompt], 1, run.tokenizer.eos_token_id or 0)
     uniforms = sampling_uniforms(PROBE_SEED, 0, 1, settings.max_new_tokens)
     rollout = generate(model, batch, uniforms, settings.temperature, run.ending, run.tokenizer)
-    raw, _ = run.rewards(Answers.of(rollout, state.step))
+    try:
+        raw, _ = run.rewards(Answers.of(rollout, state.step))
+    except (RewardError, FunctionError, OtherRankError) as error:
+        raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
     normalise = Normaliser(state.reward_mean, state.reward_std)
     score = normalise(raw.to(run.device), run.config.reward, rollout.ended)
     reference, _ = score_tokens(run.reference, rollout, settings.temperature, 1, want="logits")

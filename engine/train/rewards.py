@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.config import RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
 from engine.train.data import PromptBatch
-from engine.train.parallel import Team
+from engine.train.parallel import OtherRankError, Team
 from engine.train.reward_model import RewardModel
 from engine.train.rollout import Report, Rollout
 
@@ -126,6 +126,10 @@ async def _result_of(awaitable: Any) -> Any:
     return await awaitable
 
 
+class FunctionError(Exception):
+    """A user's function raised; not final, for it may ask a service that will be back."""
+
+
 class Rewards:
     """The weighted sum of a run's reward sources.
 
@@ -151,6 +155,8 @@ class Rewards:
         Raises:
             RewardError: a source returned the wrong number of scores, something that is no finite
                 number, or no source had an opinion on an answer.
+            FunctionError: a function raised.
+            OtherRankError: either, on the ranks that do not call functions.
         """
         parts: dict[str, list[float | None]] = {}
         total = [0.0] * len(answers)
@@ -175,16 +181,38 @@ class Rewards:
     ) -> list[float | None]:
         team = self._team
         if not isinstance(source, RewardModel):
-            own = checked(name, source(answers, report), answers) if team.lead else []
-            told: list[float | None] = msgspec.msgpack.decode(
-                team.tell(msgspec.msgpack.encode(own))
-            )
-            return told
+            return self._call(name, source, answers, report)
         lengths = torch.tensor([len(ids) for ids in answers.ids])
         rows = team.deal(lengths.argsort(descending=True, stable=True))
         scores = torch.zeros(len(answers), dtype=torch.float64)
         scores[rows] = torch.tensor(source(answers.select(rows), report), dtype=torch.float64)
         return checked(name, team.merge(scores).tolist(), answers)
+
+    def _call(
+        self, name: str, source: Reward, answers: Answers, report: Report
+    ) -> list[float | None]:
+        """Rank 0 calls the function; what comes of it, good or bad, comes to all."""
+        own: list[float | None] = []
+        failure: Exception | None = None
+        if self._team.lead:
+            try:
+                own = checked(name, source(answers, report), answers)
+            except RewardError as error:
+                failure = error
+            except Exception as error:  # raised below, once the others know
+                text = f"reward '{name}' raised {type(error).__name__}: {error}"
+                failure = FunctionError(text)
+                failure.__cause__ = error
+        mine = (own, "" if failure is None else str(failure))
+        kind = tuple[list[float | None], str]
+        told, problem = msgspec.msgpack.decode(
+            self._team.tell(msgspec.msgpack.encode(mine)), type=kind
+        )
+        if failure is not None:
+            raise failure
+        if problem:
+            raise OtherRankError(problem)
+        return told
 
 
 def checked(name: str, scores: list[Any], answers: Answers) -> list[float | None]:

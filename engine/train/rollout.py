@@ -221,7 +221,9 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor
     """
     logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
     probs = logprobs.exp()
-    cumulative = probs.cumsum(-1)
+    # A CPU adds in double anyway. A GPU would add in float32, each prefix in another order: over a
+    # long tail its sums go up and down by rounding, and tokens of no probability are drawn.
+    cumulative = probs.cumsum(-1, dtype=torch.float64 if probs.is_cuda else None)
     # Scaled by the last sum, which rounding leaves a little off 1; right=True skips tokens of
     # probability 0 at u = 0; clamped for u·c that rounds up to c itself.
     at = (uniforms * cumulative[:, -1])[:, None]

@@ -6,7 +6,7 @@ once, and machines without it need no copy.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -57,7 +57,10 @@ def _shard(module: nn.Module, team: Team, compute: torch.dtype) -> None:
         module.to("meta")
         _tie(module)
     mesh = _mesh(team)
-    policy = MixedPrecisionPolicy(param_dtype=None if compute is torch.float32 else compute)
+    # Gradients travel and add up in float32, as under DDP: in bfloat16 small ones would be lost.
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute is torch.float32 else compute, reduce_dtype=torch.float32
+    )
     head = getattr(module, "value_head", None)
     if head is not None:  # one product a token: kept exact
         fully_shard(head, mesh=mesh)
@@ -131,12 +134,12 @@ def learner(module: nn.Module, team: Team, strategy: str) -> nn.Module:
 
 @contextmanager
 def synchronised(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """One micro-batch; gradients are averaged over the ranks with the minibatch's last one."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-        yield
-    elif isinstance(model, DistributedDataParallel):
-        with nullcontext() if last else model.no_sync():
+    """One micro-batch; DDP averages the gradients over the ranks with the minibatch's last one.
+
+    FSDP2 does with each: gradients that wait are whole ones, of all layers, on every rank.
+    """
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
             yield
     else:
         yield
@@ -163,7 +166,9 @@ def at_hand(model: Any) -> Iterator[None]:
             model.to("cpu")
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not model, recurse=False)
+            # But for the root, the first of them, which the backward pass begins with; `model` may
+            # be a view of it.
+            unit.set_reshard_after_forward(unit is not units[0], recurse=False)
 
 
 def rest_on_host(module: nn.Module, device: torch.device) -> None:

@@ -41,8 +41,9 @@ def main() -> None:
     # Bars belong on a terminal; here they would fill engine.log with carriage returns.
     disable_progress_bar()
     session = Session(Path(sys.argv[1]))
-    # Until the ranks have met, torchrun's number: rank 0's but where several machines meet.
-    link = Link(int(os.environ.get("RANK", "0")))
+    # The ranks have not met yet. Those beside the supervisor, which alone have a link, will be the
+    # first; torchrun's own numbers begin on whichever machine's name comes first.
+    link = Link(int(os.environ.get("LOCAL_RANK", "0")))
     team: Team | None = None
     try:
         team = Team(msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=LaunchConfig))

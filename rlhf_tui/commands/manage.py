@@ -13,6 +13,7 @@ import click
 
 from engine import sockets, starter
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
+from engine.protocol import surroundings
 from engine.record import Record
 from engine.session import Session
 from engine.start import checkpoint_steps, last_checkpoint
@@ -99,7 +100,7 @@ def _merge(session: Session, step: int, target: Path) -> None:
     done = subprocess.run(  # noqa: S603 - ourselves
         [*module, str(session.folder), str(step), str(target)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, errors="replace", check=False,
+        env=surroundings(), text=True, errors="replace", check=False,
     )  # fmt: skip
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"merging ended with {done.returncode}"]

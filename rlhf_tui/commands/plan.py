@@ -16,6 +16,7 @@ from engine.config import RunConfig
 from engine.errors import RlhfError, UserInputError
 from engine.memory import estimate
 from engine.plan import Estimate, Layout, Models, configured, layouts
+from engine.protocol import surroundings
 from engine.start import check_inputs
 from rlhf_tui.commands.options import json_option, override_option, print_json, say
 from rlhf_tui.text import one_line
@@ -86,6 +87,7 @@ def look(config: RunConfig) -> Models:
     done = subprocess.run(
         [sys.executable, "-m", "engine.train.shapes"],
         input=msgspec.json.encode(config),
+        env=surroundings(),
         capture_output=True,
         timeout=ANSWER_TIMEOUT,
         check=False,

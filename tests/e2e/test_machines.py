@@ -4,9 +4,12 @@ import os
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import psutil
 import pytest
+
+FAULTS = Path(__file__).with_name("faults")
 
 
 def free_port():
@@ -30,7 +33,13 @@ def machines(lab, wait_until):
     run.start_on = lab.popen(*run.arguments, "--headless")
     wait_until(lambda: run.events("alert"), "call for another machine")
     run.call = run.events("alert")[0]["text"]
-    helper = lab.popen("join", place, "--wait", 120, stderr=subprocess.STDOUT)
+    # torchrun numbers the machines by their names: the one that joins comes first.
+    first = {
+        "RLHF_TUI_TEST_HOST": "0",
+        "PYTHONPATH": f"{FAULTS}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    environment = lab.environment | first
+    helper = lab.popen("join", place, "--wait", 120, stderr=subprocess.STDOUT, env=environment)
     run.wait_at(3)
     run.beta = run.ctl("beta", "0.2")
     run.pause = run.ctl("pause")
@@ -96,4 +105,16 @@ def test_more_machines_need_a_place_to_meet(lab):
     done = lab.cli(*run.arguments, "--headless")
     assert done.returncode == 2
     assert "launch.rendezvous" in done.stderr
+    assert not run.session.folder.exists()
+
+
+def test_a_port_that_is_taken_is_one_sentence_and_leaves_nothing(lab):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        run = lab.run("taken", "launch.nodes=2", f"launch.rendezvous={place}")
+        done = lab.cli(*run.arguments, "--headless")
+    assert done.returncode == 2
+    assert "launch.rendezvous: cannot listen" in done.stderr.splitlines()[-1]
     assert not run.session.folder.exists()

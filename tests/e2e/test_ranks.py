@@ -132,7 +132,8 @@ def test_one_rank_that_fails_ends_all_and_is_named(lab, phase, act):
         f"fault-{phase.replace(' ', '-')}-{act}", *TWO, "launch.max_restarts=0",
         "launch.silence=20", "train.save_every=2",
     )  # fmt: skip
-    fault = {"PYTHONPATH": str(FAULTS), "RLHF_TUI_TEST_FAULT": f"{phase}|{act}"}
+    path = f"{FAULTS}:{os.environ.get('PYTHONPATH', '')}"
+    fault = {"PYTHONPATH": path, "RLHF_TUI_TEST_FAULT": f"{phase}|{act}"}
     process = lab.popen(*run.arguments, "--headless", env=lab.environment | fault)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 1, stderr

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from engine import configfile, starter
+from engine.errors import UserInputError
 from engine.protocol import Begin
 from engine.session import create
-from engine.train.load import load_run
-from engine.train.parallel import Team
+from engine.train.load import check_shares, load_run
+from engine.train.parallel import Team, agree_on_device
 from engine.train.step import take_rollout, train_step
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
@@ -102,6 +104,35 @@ def on_two_ranks(folder, jobs):
         capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[:4000]
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (("gpu-box", True, ""), "sees a GPU on gpu-box and none on"),
+        (("gpu-box", False, "launch.device: cuda, but"), "on gpu-box: launch.device: cuda"),
+    ],
+)
+def test_a_machine_with_another_kind_of_device_is_told_before_ranks_wait(other, says):
+    store = dist.HashStore()
+    store.set("device/1", json.dumps(other))
+    with pytest.raises(UserInputError, match=says):
+        agree_on_device(store, 0, 2, on_gpu=False, problem="")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("rollout.batch_size=4", "rollout.batch_size"),
+        ("reward.normalise=reference", "reward.normalise_samples"),
+    ],
+)
+def test_more_ranks_than_there_is_work_for_are_one_sentence(override, key):
+    given = ["ppo.minibatches=1", "reward.normalise_samples=6", override]
+    config = configfile.load(starter.FOLDER / "demo.yaml", given)
+    check_shares(config, 4)
+    with pytest.raises(UserInputError, match=key):
+        check_shares(config, 7)
 
 
 @pytest.mark.parametrize("way", WAYS)

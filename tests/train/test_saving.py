@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from msgspec.structs import replace
 
 from engine import protocol, sockets
 from engine.commands import Checkpoint, Set
@@ -19,7 +20,7 @@ from engine.protocol import (
     RankHello,
 )
 from engine.train import checkpoint
-from engine.train.boundary import Boundary
+from engine.train.boundary import Boundary, mind
 from engine.train.link import Link
 
 DEADLINE = 120
@@ -190,3 +191,12 @@ def test_what_a_step_waited_for_saving_is_in_its_metrics(trained):
     boundary.after(2, metrics, 0.1)
     assert metrics["time/checkpoint"] > 0
     supervisor.may_confirm.set()
+
+
+def test_ranks_on_unlike_processors_may_differ_in_betas_last_bit_when_they_save(trained):
+    state = trained[0].state
+    settings = state.settings
+    nearly = replace(state, settings=replace(settings, beta=settings.beta * (1 + 2**-52)))
+    assert nearly.settings != settings
+    assert mind(nearly) == mind(state)
+    assert mind(replace(state, settings=replace(settings, epochs=7))) != mind(state)

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from engine.errors import CommandRejectedError
 from engine.train.models import fingerprint
 from engine.train.optimise import Targets, optimise
+from engine.train.probe import answer_probe
 from engine.train.rollout import score_tokens
 from engine.train.step import train_step
 
@@ -179,3 +181,13 @@ def optimise_once(run, poison=1.0):
         run.team, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
         seed=0, step=1,
     )  # fmt: skip
+
+
+def test_a_probe_that_a_reward_function_cannot_score_is_rejected(make_run, tmp_path, monkeypatch):
+    text = "def by_answer(completions, answer):\n    return [0.0] * len(completions)\n"
+    (tmp_path / "needs_a_column.py").write_text(text)
+    run, _ = make_run(
+        "reward.model=null", "reward.function=needs_a_column:by_answer", f"reward.path={tmp_path}"
+    )
+    with pytest.raises(CommandRejectedError, match=r"cannot be scored.*'answer'"):
+        answer_probe(run, "hello there")

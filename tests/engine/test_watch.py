@@ -1,0 +1,64 @@
+"""When silence, a last word or an order to stop ends a run, and what is said of it."""
+
+import asyncio
+
+import pytest
+
+from engine import configfile, starter
+from engine.control import Telemetry
+from engine.protocol import Failed
+from engine.record import Record
+from engine.server import Server
+from engine.start import Start
+from engine.supervisor import Supervisor
+from engine.watch import Watchman
+
+SEVERAL = ("launch.nodes=2", "launch.rendezvous=10.0.0.1:29400")
+ECHO = Failed(rank=0, text="rank 0 lost the others: timed out", traceback="where", echo=True)
+
+
+def silent_after_a_start(writer, *overrides):
+    """The ranks that are taken for hung before any has said a word."""
+    config = configfile.load(starter.FOLDER / "demo.yaml", ["launch.silence=1e-9", *overrides])
+    watchman = Watchman(writer.session, config, writer.journal, None)
+    look = Telemetry(time=0.0, cpu=0.0, memory_used=0, memory_total=0, disk_free=10**12)
+    hung = []
+    watchman._check(look, lambda rank, _seconds: hung.append(rank), lambda _alert: None)
+    return hung
+
+
+def test_a_first_rank_that_never_speaks_is_taken_for_hung(writer):
+    assert silent_after_a_start(writer) == [0]
+
+
+def test_ranks_that_wait_for_another_machine_are_not(writer):
+    assert silent_after_a_start(writer, *SEVERAL) == []
+
+
+def ended(writer, failure, *, at_once=False):
+    """A supervisor whose ranks have ended, one of them with these last words."""
+    supervisor = Supervisor(writer.session, Start())
+    supervisor._config, supervisor._journal = writer.session.config(), writer.journal
+    supervisor._server = Server(supervisor, supervisor._converse)
+    supervisor._failure, supervisor._stop_now = failure, at_once
+
+    async def conclude():
+        return supervisor._conclude(1)
+
+    return asyncio.run(conclude()), supervisor
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_a_run_that_is_to_stop_at_once_is_not_started_again(writer, echo):
+    failure = Failed(rank=1, text="rank 1: a fault", echo=echo)
+    code, supervisor = ended(writer, failure, at_once=True)
+    assert supervisor._restarts == 0
+    assert (code, supervisor._state) == ((0, "stopped") if echo else (1, "failed"))
+
+
+def test_where_all_ranks_of_a_machine_waited_in_vain_the_first_to_say_so_is_heard(writer):
+    ended(writer, ECHO)
+    with Record(writer.session) as record:
+        (error,) = [e for e in record.events() if e["kind"] == "error"]
+    assert error["text"] == ECHO.text
+    assert error["traceback"] == "where"

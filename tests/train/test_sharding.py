@@ -1,0 +1,55 @@
+"""What FSDP2 does with gradients, on a rank that is its own team."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from engine.config import LaunchConfig
+from engine.train.parallel import Team
+from engine.train.sharding import _shard, at_hand, synchronised
+
+
+@pytest.fixture
+def team(tmp_path):
+    store = dist.FileStore(str(tmp_path / "ranks"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield Team(LaunchConfig(device="cpu"))
+    dist.destroy_process_group()
+
+
+def accumulated(team, compute):
+    """A weight's gradient after two micro-batches: 256 and 1."""
+    model = nn.Linear(1, 1, bias=False)
+    _shard(model, team, compute)
+    for k, gradient in enumerate((256.0, 1.0)):
+        with synchronised(model, last=k == 1):
+            model(torch.full((1, 1), gradient)).sum().backward()
+        if k == 0:
+            assert isinstance(model.weight, DTensor)
+            assert model.weight.grad is not None, "whole gradients wait on every rank"
+    return float(model.weight.grad.full_tensor())
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_gradients_of_micro_batches_add_up_in_float32(team, compute):
+    assert accumulated(team, compute) == 257.0
+
+
+def test_gradients_are_summed_over_ranks_in_float32(team):
+    model = nn.Linear(1, 1, bias=False)
+    _shard(model, team, torch.bfloat16)
+    model(torch.ones(1, 1))
+    assert model._get_fsdp_state()._fsdp_param_group._reduce_dtype is torch.float32
+
+
+def test_a_view_of_a_sharded_model_leaves_its_root_as_it_was(team):
+    model = nn.Sequential(nn.Linear(1, 1))
+    _shard(model, team, torch.float32)
+    with at_hand(SimpleNamespace(modules=model.modules)):
+        assert not isinstance(model[0].weight, DTensor)
+    assert isinstance(model[0].weight, DTensor)
+    assert not model._get_fsdp_state()._fsdp_param_group._reshard_after_forward
