@@ -197,10 +197,14 @@ class TrainConfig(Section, frozen=True):
 class LaunchConfig(Section, frozen=True):
     """The processes."""
 
-    processes: Count | Literal["auto"] = 1
-    """Ranks on this machine; one is what runs yet."""
+    processes: Count | Literal["auto"] = "auto"
+    """Ranks on each machine; `auto`: one for each GPU, one without."""
     nodes: Count = 1
-    """Machines; one is what runs yet."""
+    """Machines; the others come by `rlhf-tui join`."""
+    rendezvous: str | None = None
+    """`HOST:PORT` by which other machines reach this one; needed for more than one."""
+    timeout: Positive = 1800.0
+    """Seconds a rank waits for the others before it takes them for lost."""
     threads: Count | None = None
     """CPU threads a rank computes with; all cores shared out when left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -216,10 +220,16 @@ class LaunchConfig(Section, frozen=True):
 
 
 class ParallelConfig(Section, frozen=True):
-    """How many ranks share the work."""
+    """How several ranks share the models, and what saves memory."""
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Without effect for one rank."""
+    """The policy whole on each rank, or sharded over them (FSDP2); `auto`: sharded where it would
+    not fit. Without effect for one rank."""
+    frozen: Literal["keep", "offload"] = "keep"
+    """Reference and reward model: on the device (sharded where the policy is), or on the host and
+    on the device only while they are used."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
 
 
 class LogConfig(Section, frozen=True):

@@ -25,8 +25,32 @@ def check(config: RunConfig) -> None:
         )
     for rule in config.guardrails.rules:
         check_rule(rule)
-    if config.launch.nodes != 1 or config.launch.processes not in (1, "auto"):
-        raise ConfigError("launch.processes and launch.nodes must be 1: one rank is what runs yet")
+    _check_launch(config)
+
+
+def _check_launch(config: RunConfig) -> None:
+    launch = config.launch
+    if launch.nodes > 1 and launch.rendezvous is None:
+        raise ConfigError(
+            f"launch.nodes: {launch.nodes} needs launch.rendezvous: HOST:PORT, by which the other "
+            "machines reach this one"
+        )
+    if launch.rendezvous is not None:
+        check_address(launch.rendezvous)
+    per_node = launch.processes if isinstance(launch.processes, int) else 1
+    if config.prompts_per_step < launch.nodes * per_node:
+        raise ConfigError(
+            f"{launch.nodes * per_node} ranks need as many prompts a step, and there are "
+            f"{config.prompts_per_step}: raise rollout.batch_size"
+        )
+
+
+def check_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, taken apart. Raises ConfigError when it is none."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"'{text}' is no address: write HOST:PORT, such as 10.0.0.1:29400")
+    return host, int(port)
 
 
 def check_rule(rule: Rule) -> None:

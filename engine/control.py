@@ -87,10 +87,15 @@ class RankLoad(Struct, frozen=True, kw_only=True):
 
     rank: int
     pid: int
+    """0 on another machine, whose processes cannot be seen from here."""
     cpu: float
     """Percent of one core."""
     memory: int
     """Bytes resident."""
+    seconds: dict[str, float] = {}
+    """Of the last step, by phase: generate, score, reference, optimise."""
+    peak_memory: int = 0
+    """The most bytes it ever held: of the GPU's memory, or resident on a CPU."""
 
 
 class Telemetry(Message, frozen=True, tag="telemetry"):

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.commands import AnyCommand
+from engine.config import LaunchConfig
 from engine.errors import LinkError
 from engine.settings import Change
 
@@ -21,7 +22,12 @@ MAX_FRAME = 64 * 1024 * 1024
 TOKEN_VARIABLE = "RLHF_TUI_LINK_TOKEN"  # noqa: S105 - the name of a variable
 SOCKET_VARIABLE = "RLHF_TUI_LINK_SOCKET"
 NICE_VARIABLE = "RLHF_TUI_NICE"
-"""How a rank is told its token, where its supervisor listens, and how nice to be on a CPU."""
+STORE_VARIABLE = "RLHF_TUI_STORE"
+LAUNCH_VARIABLE = "RLHF_TUI_LAUNCH"
+JOINED_VARIABLE = "RLHF_TUI_JOINED"
+"""How a rank is told its token, where its supervisor listens, how nice to be on a CPU, where the
+ranks meet (`file:PATH` or `tcp:HOST:PORT`), `launch` of the configuration as JSON, and that it is
+on a machine that joined."""
 HEADER = struct.Struct(">I")
 
 
@@ -93,6 +99,16 @@ class TokenArrays(Struct, frozen=True, kw_only=True):
     """Empty where there is no value function."""
 
 
+class RankTimes(Struct, frozen=True, kw_only=True):
+    """What a step took one rank."""
+
+    rank: int
+    seconds: dict[str, float]
+    """By phase, waiting for the others left out where that can be told."""
+    peak_memory: int
+    """Bytes: the most it ever held, of the GPU's memory or resident on a CPU."""
+
+
 class StepReport(Message, frozen=True, tag="step_report"):
     """One finished step."""
 
@@ -103,6 +119,8 @@ class StepReport(Message, frozen=True, tag="step_report"):
     """In force for the *next* step."""
     changes: list[Change] = []
     """Made by the controller after this step."""
+    ranks: list[RankTimes] = []
+    """Every rank's own times, those on other machines too."""
 
 
 class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
@@ -157,6 +175,8 @@ class Failed(Message, frozen=True, tag="failed"):
     """What the user gave is wrong: no traceback is needed."""
     final: bool = False
     """Raised on purpose: starting again would only meet it again."""
+    echo: bool = False
+    """Another rank is gone, and this one only noticed: why it went is for others to say."""
 
 
 class Ended(Message, frozen=True, tag="ended"):
@@ -203,6 +223,17 @@ class Order(Message, frozen=True, tag="order"):
 
     id: str
     command: AnyCommand
+
+
+class Invitation(Struct, frozen=True, kw_only=True):
+    """What a machine that joins is told, at the place where the ranks meet."""
+
+    launch: LaunchConfig
+    folder: str
+    """The session's, which all machines must have under this path."""
+    processes: int
+    """Ranks on the first machine."""
+    version: int = VERSION
 
 
 FromRank = (

@@ -83,7 +83,9 @@ class Engine(Protocol):
         """How far the journal is."""
 
 
-RankConversation = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+RankConversation = Callable[
+    [RankHello, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
+]
 
 
 class Server:
@@ -160,7 +162,7 @@ class Server:
         hello = _hello.decode(body)
         if isinstance(hello, RankHello):
             if self._engine.is_rank(hello):
-                await self._rank_conversation(reader, writer)
+                await self._rank_conversation(hello, reader, writer)
             else:
                 log.warning("turned away a rank that is not ours (pid %s)", hello.pid)
             return

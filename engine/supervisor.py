@@ -51,6 +51,8 @@ from engine.watch import Watchman
 log = logging.getLogger("engine")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAST_WORDS = 3.0
+"""Seconds after a rank failed in which the others may still say something."""
 DRAIN_TIMEOUT = 10.0
 """Seconds for what a dead rank said last to be read."""
 
@@ -90,9 +92,11 @@ class Supervisor:
         self._clear_attempt()
 
     def _clear_attempt(self) -> None:
-        self._link: asyncio.StreamWriter | None = None
-        self._link_done = asyncio.Event()
+        self._link: asyncio.StreamWriter | None = None  # rank 0's
+        self._talking: set[int] = set()  # ranks whose links are open
+        self._silenced = asyncio.Event()  # all links that were open are closed
         self._failure: Failed | None = None
+        self._gone: list[int] = []  # ranks that hung up without a last word, in order
         self._ended: Ended | None = None
 
     # -- from the lock to the end ----------------------------------------------------------------
@@ -173,12 +177,12 @@ class Supervisor:
         self._journal.begin_attempt(start.from_step, fresh=start.fresh, origin=start.origin)
         self._record_given(start)
         self._set_state("starting")
-        self._watchman.heard()
+        self._watchman.begin()
         await self._ranks.start()
         status = await self._ranks.wait()
-        if self._link is not None:  # what they said last may still lie in the socket
+        if self._talking:  # what they said last may still lie in the sockets
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._link_done.wait(), DRAIN_TIMEOUT)
+                await asyncio.wait_for(self._silenced.wait(), DRAIN_TIMEOUT)
         if self._next is not None:  # rolled back
             return 0
         return self._conclude(status)
@@ -200,9 +204,7 @@ class Supervisor:
             text = "train.max_hours is used up" if reason == "max_hours" else ""
             self._set_state("stopped" if reason == "stopped" else "finished", text)
             return 0
-        failure = self._failure or Failed(
-            rank=0, text=f"rank 0 {describe_exit(status)}; see rlhf-tui logs {self._session.name}"
-        )
+        failure = self._cause(status)
         data = {
             "text": failure.text,
             "traceback": failure.traceback,
@@ -225,6 +227,17 @@ class Supervisor:
             Alert("restart", "notify", f"{text} {self._next.from_step}", self._journal.step)
         )
         return 1
+
+    def _cause(self, status: int) -> Failed:
+        """What a rank said before it failed; what the others noticed of it counts less."""
+        failure, gone = self._failure, self._gone
+        if failure is not None and not failure.echo:
+            return failure
+        if failure is not None and not gone:  # on another machine
+            return failure
+        rank = gone[0] if gone else 0
+        text = f"rank {rank} {describe_exit(status)}; see rlhf-tui logs {self._session.name}"
+        return Failed(rank=rank, text=text)
 
     # -- orders ----------------------------------------------------------------------------------
 
@@ -289,9 +302,10 @@ class Supervisor:
 
     def is_rank(self, hello: RankHello) -> bool:
         """Whether it knows the token of the ranks that were started last."""
-        ours = hello.token == self._ranks.token and self._link is None
+        ours = hello.token == self._ranks.token and hello.rank not in self._talking
         if ours:
-            self._watchman.rank_pids = {hello.rank: hello.pid}
+            self._ranks.pids[hello.rank] = hello.pid
+            self._watchman.rank_pids = self._ranks.pids
         return ours
 
     def status(self) -> Status:
@@ -323,9 +337,35 @@ class Supervisor:
 
     # -- what the ranks say ------------------------------------------------------------------------
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Takes in what rank 0 says until it hangs up."""
-        self._link = writer
+    async def _converse(
+        self, hello: RankHello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Takes in what a rank says until it hangs up."""
+        rank, attempt = hello.rank, self._journal.attempt
+        self._talking.add(rank)
+        if rank == 0:
+            self._link = writer
+            self._brief()
+        try:
+            while True:
+                message = protocol.decode_from_rank(await receive(reader))
+                self._watchman.heard(rank)
+                self._handle(message)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        except sqlite3.Error as error:
+            text = f"cannot write the journal: {error}"
+            log.error(text)  # noqa: TRY400 - a full disk needs no traceback
+            self._failure = Failed(rank=0, text=text, final=True)
+            self._ranks.kill()
+        except Exception as error:
+            self._give_up(error)
+        finally:
+            if attempt == self._journal.attempt:
+                self._hung_up(rank)
+
+    def _brief(self) -> None:
+        """Tells rank 0 where to start, and what was ordered and not yet carried out."""
         self._send(
             Begin(
                 attempt=self._journal.attempt,
@@ -338,22 +378,15 @@ class Supervisor:
         )
         for order in self._orders.values():
             self._send(order)
-        try:
-            while True:
-                message = protocol.decode_from_rank(await receive(reader))
-                self._watchman.heard()
-                self._handle(message)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return
-        except sqlite3.Error as error:
-            text = f"cannot write the journal: {error}"
-            log.error(text)  # noqa: TRY400 - a full disk needs no traceback
-            self._failure = Failed(rank=0, text=text, final=True)
-            self._ranks.kill()
-        except Exception as error:
-            self._give_up(error)
-        finally:
-            self._link_done.set()
+
+    def _hung_up(self, rank: int) -> None:
+        """A rank's process is over; one that ends unasked leaves the others waiting for it."""
+        self._talking.discard(rank)
+        self._watchman.gone(rank)
+        if not self._talking:
+            self._silenced.set()
+        if self._ended is None and self._failure is None and rank not in self._gone:
+            self._gone.append(rank)
 
     def _send(self, message: Message) -> None:
         if self._link is not None and not self._link.is_closing():
@@ -392,7 +425,12 @@ class Supervisor:
             case Notice(step=step, rule=rule, text=text):
                 self._alert(Alert(rule, "notify", text, step))
             case Failed():
-                self._failure = self._failure or message
+                if self._failure is None or (self._failure.echo and not message.echo):
+                    self._failure = message
+                if self._ranks.count > 1:  # the others wait for it in a collective
+                    asyncio.get_running_loop().call_later(
+                        LAST_WORDS, self._ranks.kill, self._ranks.token
+                    )
             case Ended():
                 self._ended = message
             case RankHello():
@@ -410,6 +448,7 @@ class Supervisor:
         before = self._step_seconds
         self._step_seconds = taken if before is None else 0.7 * before + 0.3 * taken
         self._journal.record_step(report)
+        self._watchman.times = {t.rank: t for t in report.ranks}
         alerts = self._guardrails.check(
             report.step, dict(report.metrics), self._settings, report.samples
         )
@@ -447,9 +486,9 @@ class Supervisor:
         self._failure = Failed(rank=0, text=text, final=True)
         self._ranks.kill()
 
-    def _on_silence(self, seconds: float) -> None:
+    def _on_silence(self, rank: int, seconds: float) -> None:
         """A rank that has not said a word for too long is taken for hung."""
-        self._failure = Failed(rank=0, text=f"rank 0 has been silent for {seconds:.0f} s")
+        self._failure = Failed(rank=rank, text=f"rank {rank} has been silent for {seconds:.0f} s")
         self._ranks.kill()
 
     def _on_alert(self, alert: Alert) -> None:

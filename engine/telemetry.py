@@ -9,6 +9,7 @@ import psutil
 import pynvml
 
 from engine.control import Gpu, RankLoad, Telemetry
+from engine.protocol import RankTimes
 
 log = logging.getLogger("engine")
 
@@ -28,8 +29,8 @@ class Sampler:
         except pynvml.NVMLError:
             self._gpus = []
 
-    def sample(self, rank_pids: dict[int, int]) -> Telemetry:
-        """One reading; ranks by number and process id."""
+    def sample(self, rank_pids: dict[int, int], times: dict[int, RankTimes]) -> Telemetry:
+        """One reading; ranks by number, those on this machine with their process id."""
         memory = psutil.virtual_memory()
         disk = os.statvfs(self._folder)
         return Telemetry(
@@ -38,18 +39,31 @@ class Sampler:
             memory_used=memory.total - memory.available,
             memory_total=memory.total,
             disk_free=disk.f_bavail * disk.f_frsize,
-            ranks=[r for n, pid in rank_pids.items() if (r := self._rank(n, pid)) is not None],
+            ranks=[
+                load
+                for rank in sorted(rank_pids | times)
+                if (load := self._rank(rank, rank_pids.get(rank), times.get(rank))) is not None
+            ],
             gpus=[g for i, h in enumerate(self._gpus) if (g := _gpu(i, h)) is not None],
         )
 
-    def _rank(self, rank: int, pid: int) -> RankLoad | None:
+    def _rank(self, rank: int, pid: int | None, times: RankTimes | None) -> RankLoad | None:
+        seconds = times.seconds if times is not None else {}
+        peak = times.peak_memory if times is not None else 0
+        if pid is None:  # on another machine
+            return RankLoad(rank=rank, pid=0, cpu=0.0, memory=0, seconds=seconds, peak_memory=peak)
         try:
             process = self._ranks.get(pid)
             if process is None:
                 process = self._ranks[pid] = psutil.Process(pid)
                 process.cpu_percent()
             return RankLoad(
-                rank=rank, pid=pid, cpu=process.cpu_percent(), memory=process.memory_info().rss
+                rank=rank,
+                pid=pid,
+                cpu=process.cpu_percent(),
+                memory=process.memory_info().rss,
+                seconds=seconds,
+                peak_memory=peak,
             )
         except psutil.Error:  # it ended meanwhile
             self._ranks.pop(pid, None)
@@ -71,6 +85,18 @@ def _gpu(index: int, handle: object) -> Gpu | None:
     except pynvml.NVMLError as error:
         log.debug("GPU %d cannot be read: %s", index, error)
         return None
+
+
+def gpu_count() -> int:
+    """GPUs that ranks will see; 0 without a driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0
 
 
 def busy_gpus(chosen: list[int]) -> list[str]:

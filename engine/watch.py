@@ -10,6 +10,7 @@ from engine.config import RunConfig
 from engine.control import Telemetry
 from engine.guardrails import Alert
 from engine.journal import Journal
+from engine.protocol import RankTimes
 from engine.server import Server
 from engine.session import Session
 from engine.telemetry import Sampler
@@ -34,21 +35,31 @@ class Watchman:
         self._sampler = Sampler(session.folder)
         self._spoke: set[str] = set()
         self.rank_pids: dict[int, int] = {}
+        self.times: dict[int, RankTimes] = {}
+        """What the last step took each rank."""
         self.latest: Telemetry | None = None
-        self.heard()
+        self.begin()
 
-    def heard(self) -> None:
+    def begin(self) -> None:
+        """Ranks are being started; the first of them may take its time, but not for ever."""
+        self._last = {0: time.monotonic()}
+
+    def heard(self, rank: int) -> None:
         """A rank gave a sign of life."""
-        self._last = time.monotonic()
+        self._last[rank] = time.monotonic()
+
+    def gone(self, rank: int) -> None:
+        """A rank has hung up: nothing more is expected of it."""
+        self._last.pop(rank, None)
 
     async def run(
-        self, on_silence: Callable[[float], None], on_alert: Callable[[Alert], None]
+        self, on_silence: Callable[[int, float], None], on_alert: Callable[[Alert], None]
     ) -> None:
         """Until cancelled."""
         looks = 0
         while True:
             try:
-                self.latest = self._sampler.sample(self.rank_pids)
+                self.latest = self._sampler.sample(self.rank_pids, self.times)
                 self._server.show(self.latest)
                 if looks % JOURNAL_EVERY == 0:
                     self._journal.record_telemetry(self.latest)
@@ -62,18 +73,21 @@ class Watchman:
     def _check(
         self,
         telemetry: Telemetry,
-        on_silence: Callable[[float], None],
+        on_silence: Callable[[int, float], None],
         on_alert: Callable[[Alert], None],
     ) -> None:
-        rails, silent = self._config.guardrails, time.monotonic() - self._last
+        rails, now = self._config.guardrails, time.monotonic()
+        # A rank that waits for the others is as silent as the one that hangs: all are named.
+        since = sorted((now - t, r) for r, t in self._last.items())
+        silent, rank = since[-1] if since else (0.0, 0)
         free = telemetry.disk_free / 1e9
-        text = f"look here: no sign of life from rank 0 for {silent:.0f} s"
+        text = f"look here: no sign of life from rank {rank} for {silent:.0f} s"
         self._speak("silent_rank", silent > rails.silent_rank, text, on_alert)
         text = f"look here: {free:.1f} GB are free where the session lies"
         self._speak("disk", free < rails.disk_free_gb, text, on_alert)
         if silent > self._config.launch.silence:
-            self.heard()
-            on_silence(silent)
+            self.begin()
+            on_silence(rank, silent)
 
     def _speak(self, rule: str, holds: bool, text: str, on_alert: Callable[[Alert], None]) -> None:
         """Once when it begins to hold."""

@@ -52,7 +52,7 @@ class Printer:
     def message(self, message: FromRank) -> None:
         """Prints what a rank said, if it is for people."""
         match message:
-            case Phase(name=name, done=done, total=total):
+            case Phase(rank=0, name=name, done=done, total=total):
                 self._phase = f"{name} {done}/{total}" if total else name
                 self._redraw()
             case StepReport():

@@ -34,7 +34,6 @@ from engine.protocol import (
     Ended,
     Notice,
     Order,
-    Phase,
     Rejected,
     Settled,
     ToRank,
@@ -55,6 +54,15 @@ HOLD_REPORT = 2.0
 """Seconds between signs of life while paused."""
 
 
+class Word(msgspec.Struct):
+    """What rank 0 says to the others between two steps."""
+
+    orders: list[ToRank]
+    seconds: float
+    """Of training so far: `train.max_hours` ends all ranks at the same step."""
+    beta: float
+
+
 class Boundary:
     """The state that lives between steps."""
 
@@ -70,6 +78,7 @@ class Boundary:
         self._over = False
         self._score = self._kl = math.nan
         self._saving = 0.0
+        self._waiting: list[ToRank] = []  # rank 0's: heard while it waited for something else
 
     def more(self) -> bool:
         """Obeys what was ordered, holds while paused, and says whether another step follows."""
@@ -77,13 +86,13 @@ class Boundary:
         for settled in self._replay:
             if settled.step == step:
                 self._repeat(settled)
-        self._obey(self._link.orders())
+        self._obey(self._agree())
         held = time.monotonic()
         while self._paused and not self._stops:
             if time.monotonic() - held > HOLD_REPORT:
                 held = time.monotonic()
-                self._link.send(Phase(rank=0, step=self._run.state.step, name="paused"))
-            self._obey(self._link.orders(wait=HOLD_INTERVAL))
+                self._link.phase(self._run.state.step, "paused")
+            self._obey(self._agree(wait=HOLD_INTERVAL))
         return not self._stops and self._end_reason() is None
 
     def _end_reason(self) -> str | None:
@@ -95,6 +104,25 @@ class Boundary:
         return None
 
     # -- orders -------------------------------------------------------------------------------
+
+    def _agree(self, wait: float = 0.0) -> list[ToRank]:
+        """Rank 0's orders on every rank, at the same place in all of them.
+
+        While paused this comes every :data:`HOLD_INTERVAL`, so that no rank ever waits in a
+        collective for as long as it may take. What rank 0 measured or computed and all must agree
+        on to the last bit goes with it.
+        """
+        run, own = self._run, b""
+        if run.team.lead:
+            heard = [*self._waiting, *self._link.orders(wait)]
+            self._waiting = []
+            own = msgspec.msgpack.encode(
+                Word(orders=heard, seconds=run.state.seconds, beta=run.state.settings.beta)
+            )
+        word = msgspec.msgpack.decode(run.team.tell(own), type=Word)
+        run.state.seconds = word.seconds
+        self._set({"beta": word.beta})
+        return word.orders
 
     def _obey(self, orders: list[ToRank]) -> None:
         for order in orders:
@@ -197,6 +225,9 @@ class Boundary:
         run, state = self._run, self._run.state
         if self._saved == state.step:
             return None
+        if not run.team.lead:
+            self._saved = state.step
+            return None
         self._link.phase(state.step, "checkpoint")
         began = time.monotonic()
         try:
@@ -226,7 +257,7 @@ class Boundary:
         log.info("checkpoint of step %d: %.1f MB", state.step, size / 1e6)
         self._saved = state.step
         self._saving += time.monotonic() - began
-        self._obey(others)
+        self._waiting += others
         return None
 
     def _removable(self) -> list[int]:

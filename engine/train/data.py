@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,18 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    def pack(self) -> bytes:
+        """All of them but their rows, for ranks that have no files; see :meth:`unpack`."""
+        plain = [(p.ids, p.text, p.messages) for p in self._prompts]
+        return msgspec.msgpack.encode((plain, self._per_step, self._shuffle, self._seed))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Prompts":
+        """What :meth:`pack` packed. Rows are empty: reward functions are rank 0's to call."""
+        plain, per_step, shuffle, seed = msgspec.msgpack.decode(data)
+        prompts = [Prompt(ids, text, {}, messages) for ids, text, messages in plain]
+        return cls(prompts, per_step=per_step, shuffle=shuffle, seed=seed)
 
     def for_step(self, step: int) -> list[Prompt]:
         """The prompts of step `step` (from 1).
@@ -178,6 +191,12 @@ class PromptBatch:
     """(B, P) int64."""
     lengths: Tensor
     """(B,) int64."""
+
+    def select(self, rows: Tensor) -> "PromptBatch":
+        """Some of the rows; the width stays."""
+        return PromptBatch(
+            [self.prompts[i] for i in rows.tolist()], self.ids[rows], self.lengths[rows]
+        )
 
     def to(self, device: torch.device) -> "PromptBatch":
         """The same on a device."""

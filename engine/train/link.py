@@ -1,7 +1,8 @@
-"""Rank 0's end of the link to its supervisor.
+"""A rank's end of the link to its supervisor.
 
 The training loop is synchronous; a reader thread takes in what the supervisor says and the loop
-picks it up where it is safe to act.
+picks it up where it is safe to act. Each rank on the supervisor's machine has a link, for its
+phases and its last words; what concerns the run as a whole is said, and heard, by rank 0 alone.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from engine.protocol import (
     TOKEN_VARIABLE,
     Begin,
     Confirm,
+    Failed,
     Message,
     Phase,
     RankHello,
@@ -35,20 +37,30 @@ class Link:
     """A connection, from the hello to the end of the process."""
 
     def __init__(self, rank: int) -> None:
-        """Connects and says hello. Raises LinkError when no supervisor answers."""
-        self._rank = rank
+        """Connects and says hello. Raises LinkError when no supervisor answers.
+
+        On another machine than the supervisor's there is none to talk to, and nothing is said.
+        """
+        self.rank = rank
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[ToRank | None] = queue.SimpleQueue()
+        self._sock: socket.socket | None = None
+        if SOCKET_VARIABLE not in os.environ:
+            return
         try:
             self._sock = sockets.connect(Path(os.environ[SOCKET_VARIABLE]))
+            hello = RankHello(token=os.environ[TOKEN_VARIABLE], rank=rank, pid=os.getpid())
         except (OSError, KeyError) as error:
             raise LinkError(f"rank {rank} cannot reach its supervisor: {error}") from error
         self._sock.settimeout(None)
-        threading.Thread(target=self._read, name="link", daemon=True).start()
-        self.send(RankHello(token=os.environ[TOKEN_VARIABLE], rank=rank, pid=os.getpid()))
+        threading.Thread(target=self._read, args=(self._sock,), name="link", daemon=True).start()
+        self.send(hello)
 
     def send(self, message: Message) -> None:
         """Sends, whole, from any thread. Raises LinkError when the supervisor is gone."""
+        own = isinstance(message, RankHello | Phase | Failed)
+        if self._sock is None or (self.rank != 0 and not own):
+            return
         try:
             with self._lock:
                 self._sock.sendall(protocol.encode(message))
@@ -81,7 +93,7 @@ class Link:
 
     def phase(self, step: int, name: str, done: int = 0, total: int = 0) -> Report:
         """Announces a phase; the result reports its progress."""
-        self.send(Phase(rank=self._rank, step=step, name=name, done=done, total=total))
+        self.send(Phase(rank=self.rank, step=step, name=name, done=done, total=total))
         sent = time.monotonic()
 
         def report(done: int, total: int) -> None:
@@ -89,7 +101,7 @@ class Link:
             now = time.monotonic()
             if now - sent >= PROGRESS_INTERVAL:
                 sent = now
-                self.send(Phase(rank=self._rank, step=step, name=name, done=done, total=total))
+                self.send(Phase(rank=self.rank, step=step, name=name, done=done, total=total))
 
         return report
 
@@ -102,11 +114,11 @@ class Link:
             raise LinkError("the supervisor is gone")
         return message
 
-    def _read(self) -> None:
+    def _read(self, sock: socket.socket) -> None:
         try:
             while True:
-                length = protocol.frame_length(_exactly(self._sock, protocol.HEADER.size))
-                self._inbox.put(protocol.decode_to_rank(_exactly(self._sock, length)))
+                length = protocol.frame_length(_exactly(sock, protocol.HEADER.size))
+                self._inbox.put(protocol.decode_to_rank(_exactly(sock, length)))
         except (OSError, LinkError):
             self._inbox.put(None)
 

@@ -4,7 +4,10 @@ import itertools
 import logging
 from pathlib import Path
 
+import msgspec
+import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from engine import starter
 from engine.config import RunConfig
@@ -14,37 +17,45 @@ from engine.session import Session
 from engine.settings import first_settings
 from engine.train import checkpoint
 from engine.train.checkpoint import TrainingState
-from engine.train.data import batch_prompts, load_prompts
+from engine.train.data import Prompts, batch_prompts, load_prompts
 from engine.train.models import eos_ids, fingerprint, load_policy, load_reference, load_tokenizer
 from engine.train.optimise import make_optimiser
-from engine.train.parallel import choose_device, settle_on
+from engine.train.parallel import Team, settle_on
 from engine.train.randomness import derived_seed, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
-from engine.train.rollout import Ending, generate
-from engine.train.step import Announce, Run
+from engine.train.rollout import Ending, generate, merge_rollouts
+from engine.train.sharding import learner
+from engine.train.step import Announce, Run, own_rows
 
 log = logging.getLogger("engine")
 
+BYTES_A_PARAMETER = 18
+"""Of a policy trained whole: weights, gradient, two moments in float32; the reference in half."""
+ROOM = 0.6
+"""Of a GPU's memory, for that; the rest is for activations, logits and caches."""
 STAGES = ("prompts", "reward", "policy", "reference")
 """What is loaded, in this order."""
 
 
-def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announce) -> Run:
+def load_run(
+    session: Session, config: RunConfig, begin: Begin, team: Team, announce: Announce
+) -> Run:
     """Inputs first and weights after, so that a mistake shows before minutes of loading.
+
+    Rank 0 reads, the others receive.
 
     Raises:
         UserInputError: something the configuration names cannot be used.
         CheckpointError: the checkpoint to start from cannot be used.
     """
-    device = choose_device(config.launch)
-    threads = settle_on(device, config.launch)
+    threads = settle_on(team, config.launch)
     source = starter.resolve(config.model.policy)
     saved: Path | None = None
     state = TrainingState(sampling_seed=config.seed, settings=first_settings(config))
     if begin.from_step:
         saved = checkpoint.folder_of(session.checkpoints, begin.from_step)
-        state = checkpoint.read_state(saved)
         source = str(saved / "policy")
+        state = read_state(saved, team)
 
     stages = itertools.count()
 
@@ -54,17 +65,19 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
         announce(begin.from_step, f"load {what}", next(stages), len(STAGES))
 
     loading("prompts")
-    tokenizer = load_tokenizer(source, "model.policy")
-    prompts = load_prompts(
-        config.data, tokenizer, per_step=config.prompts_per_step, seed=config.seed
-    )
+    tokenizer = load_tokenizer(source, "model.policy", team)
+    prompts = share_prompts(config, tokenizer, team)
+    strategy = choose_strategy(config, source, team)
+    on_host = config.parallel.frozen == "offload"
     loading("reward")
-    rewards = load_rewards(config.reward, tokenizer.get_vocab(), device)
+    rewards = load_rewards(config.reward, tokenizer.get_vocab(), team)
+    for model in rewards.models:
+        model.settle(team, strategy, on_host=on_host)
     loading("policy")
-    policy = load_policy(config, source, device)
+    policy = load_policy(config, source, team, strategy)
     optimiser = make_optimiser(policy, config)
     loading("reference")
-    reference = load_reference(config, device)
+    reference = load_reference(config, team, strategy)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
         checkpoint.load_training(saved, policy, optimiser)
@@ -85,9 +98,9 @@ def load_run(session: Session, config: RunConfig, begin: Begin, announce: Announ
 
     ending = Ending(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
     run = Run(
-        config=config, device=device, tokenizer=tokenizer, ending=ending, prompts=prompts,
-        policy=policy, reference=reference, rewards=rewards, optimiser=optimiser, state=state,
-        announce=announce,
+        config=config, device=team.device, tokenizer=tokenizer, ending=ending, prompts=prompts,
+        team=team, strategy=strategy, policy=policy, learner=learner(policy, team, strategy),
+        reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
     )  # fmt: skip
     if config.reward.normalise == "reference" and not begin.from_step:
         announce(0, "normalise reward")
@@ -102,10 +115,48 @@ def reference_scores(run: Run) -> Tensor:
     count = config.reward.normalise_samples
     rows = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
     batch = batch_prompts(rows, 1, run.tokenizer.eos_token_id or 0)
-    uniforms = sampling_uniforms(config.seed, 0, count, config.rollout.max_new_tokens)
-    temperature = config.rollout.temperature
-    answers = generate(run.reference, batch, uniforms, temperature, run.ending, run.tokenizer)
+    limit, temperature = config.rollout.max_new_tokens, config.rollout.temperature
+    uniforms = sampling_uniforms(config.seed, 0, count, limit)
+    own = own_rows(run.team, count, 1)
+    part = generate(
+        run.reference, batch.select(own), uniforms[own], temperature, run.ending, run.tokenizer
+    )
+    answers = merge_rollouts(run.team, batch, part, own, limit, run.tokenizer)
     return run.rewards(Answers.of(answers, 0))[0]
+
+
+def read_state(folder: Path, team: Team) -> TrainingState:
+    """A checkpoint's state on every rank; rank 0 holds the files against their hashes."""
+    own = msgspec.msgpack.encode(checkpoint.read_state(folder)) if team.lead else b""
+    return msgspec.msgpack.decode(team.tell(own), type=TrainingState)
+
+
+def share_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, team: Team) -> Prompts:
+    """All prompts, on every rank."""
+    if not team.lead:
+        return Prompts.unpack(team.tell())
+    prompts = load_prompts(
+        config.data, tokenizer, per_step=config.prompts_per_step, seed=config.seed
+    )
+    if team.size > 1:
+        team.tell(prompts.pack())
+    return prompts
+
+
+def choose_strategy(config: RunConfig, source: str, team: Team) -> str:
+    """`parallel.strategy`; for `auto`, sharded where a rank could not hold the policy whole."""
+    chosen = config.parallel.strategy
+    if team.size == 1:
+        return "ddp"
+    if team.lead and chosen == "auto":
+        chosen = "ddp"
+        if team.device.type == "cuda":
+            with torch.device("meta"):
+                lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+            needed = BYTES_A_PARAMETER * sum(p.numel() for p in lm.parameters())
+            total = torch.cuda.get_device_properties(team.device).total_memory
+            chosen = "fsdp" if needed > ROOM * total else "ddp"
+    return team.tell(chosen.encode()).decode()
 
 
 def _check_vocabularies(policy: int, reference: int) -> None:

@@ -91,8 +91,8 @@ def _neighbours(words: list[str]) -> list[tuple[str, str]]:
     return list(itertools.pairwise(words))
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """The most this rank ever held: of the GPU's memory, or resident on a CPU."""
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this rank ever held: of the GPU's memory, or resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -18,6 +20,9 @@ from transformers import (
 from engine import starter
 from engine.config import RunConfig
 from engine.errors import UserInputError
+from engine.train.handout import same_files, without_weights
+from engine.train.parallel import Team
+from engine.train.sharding import rest_on_host, settle, whole
 
 
 class LanguageModel(nn.Module):
@@ -123,23 +128,32 @@ class LanguageModel(nn.Module):
         return logits, values
 
 
-def load_policy(config: RunConfig, source: str, device: torch.device) -> LanguageModel:
+def load_policy(config: RunConfig, source: str, team: Team, strategy: str) -> LanguageModel:
     """The trainable policy in float32, with the value function its advantage needs."""
     value = config.model.value if config.ppo.advantage == "gae" else None
-    policy = LanguageModel(load_lm(source, "model.policy"), value, compute_dtype(config))
-    if value == "separate":
-        policy.value_trunk = _own(AutoModel.from_pretrained(source, dtype=torch.float32))
-    return _inert(policy).to(device)
+    lm = load_lm(source, "model.policy", team)
+    with without_weights(team):
+        policy = LanguageModel(lm, value, compute_dtype(config))
+        if value == "separate":
+            policy.value_trunk = _load_trunk(source, lm, team)
+    if config.parallel.activation_checkpointing:
+        _checkpoint_activations(policy)
+    settle(_inert(policy), team, strategy, compute_dtype(config))
+    return policy
 
 
-def load_reference(config: RunConfig, device: torch.device) -> LanguageModel:
+def load_reference(config: RunConfig, team: Team, strategy: str) -> LanguageModel:
     """The frozen reference: the policy's own start, or the model that is named."""
     name = config.model.reference or config.model.policy
     key = "model.reference" if config.model.reference else "model.policy"
     dtype = compute_dtype(config)
-    reference = LanguageModel(load_lm(starter.resolve(name), key), compute=dtype)
+    reference = LanguageModel(load_lm(starter.resolve(name), key, team), compute=dtype)
     reference.requires_grad_(False)
-    return _inert(reference).to(device, dtype)
+    on_host = config.parallel.frozen == "offload"
+    settle(_inert(reference).to(dtype), team, "ddp" if on_host else strategy, dtype)
+    if on_host:
+        rest_on_host(reference, team.device)
+    return reference
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -147,12 +161,23 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
 
 
-def load_lm(source: str, key: str) -> PreTrainedModel:
-    """A causal language model in float32.
+def load_lm(source: str, key: str, team: Team) -> PreTrainedModel:
+    """A causal language model in float32; its weights on rank 0, its shape on the others.
 
     Raises:
         UserInputError: names the configuration key and what is wrong with the model.
     """
+    lm = _read_lm(source, key) if team.lead else None
+    with same_files(team, *((lm.config, lm.generation_config) if lm else ())) as folder:
+        if lm is None:
+            with without_weights(team):
+                shape = AutoConfig.from_pretrained(folder)
+                lm = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+            lm.generation_config = GenerationConfig.from_pretrained(folder)
+    return lm
+
+
+def _read_lm(source: str, key: str) -> PreTrainedModel:
     try:
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -163,12 +188,22 @@ def load_lm(source: str, key: str) -> PreTrainedModel:
     return _own(lm)
 
 
-def load_tokenizer(source: str, key: str) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer. Raises UserInputError."""
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserInputError(_not_a_model(key, source, error, "tokenizer")) from error
+def _load_trunk(source: str, lm: PreTrainedModel, team: Team) -> nn.Module:
+    if team.lead:
+        return _own(AutoModel.from_pretrained(source, dtype=torch.float32))
+    return AutoModel.from_config(lm.config, dtype=torch.float32)
+
+
+def load_tokenizer(source: str, key: str, team: Team) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, on every rank. Raises UserInputError."""
+    tokenizer = None
+    if team.lead:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserInputError(_not_a_model(key, source, error, "tokenizer")) from error
+    with same_files(team, tokenizer) as folder:
+        return tokenizer or AutoTokenizer.from_pretrained(folder)
 
 
 def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -182,11 +217,12 @@ def fingerprint(module: nn.Module) -> str:
     """A hash of all weights, to tell whether a frozen model is the one it was.
 
     Adds up each tensor's bits rather than feeding them to a cryptographic hash: seconds for
-    billions of weights, and it guards against accidents, not attackers.
+    billions of weights, and it guards against accidents, not attackers. Of a sharded model every
+    rank must ask.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        bits = whole(tensor).detach().contiguous().view(-1).view(torch.uint8)
         if len(bits) % 4 == 0:
             bits = bits.view(torch.int32)
         total = int(bits.sum(dtype=torch.int64))
@@ -211,7 +247,16 @@ def _inert(module: LanguageModel) -> LanguageModel:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
+        elif isinstance(getattr(part, "attention_dropout", None), float):
+            vars(part)["attention_dropout"] = 0.0  # used as a number, and only in training mode
     return module.eval()
+
+
+def _checkpoint_activations(policy: LanguageModel) -> None:
+    """Activations are computed again in the backward pass; takes effect in training mode alone."""
+    for part in (policy.lm, policy.value_trunk):
+        if isinstance(part, PreTrainedModel):
+            part.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _not_a_model(key: str, source: str, error: Exception, what: str = "model") -> str:

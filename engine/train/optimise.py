@@ -5,14 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.config import RunConfig
 from engine.settings import Settings
 from engine.train import ppo
 from engine.train.models import LanguageModel
+from engine.train.parallel import Team
 from engine.train.randomness import permutation
-from engine.train.rollout import Rollout, by_length, rollout_forward
+from engine.train.rollout import Rollout, by_length, longest_first, rollout_forward
+from engine.train.sharding import synchronised, whole
 
 MAX_MEAN_RATIO = 10.0
 """A minibatch whose mean ratio exceeds this would wreck the policy: it is skipped and counted."""
@@ -47,6 +49,13 @@ class Sums:
         for name in self.__dataclass_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
+    def over(self, team: Team) -> "Sums":
+        """All ranks' sums together."""
+        if team.size == 1:
+            return self
+        numbers = torch.tensor([getattr(self, n) for n in self.__dataclass_fields__]).double()
+        return Sums(*team.merge(numbers).tolist())
+
     @property
     def approx_kl(self) -> float:
         """0.5·mean (log ρ)², to the rollout's policy."""
@@ -69,7 +78,8 @@ class Optimised:
 
 
 def optimise(
-    policy: LanguageModel,
+    team: Team,
+    learner: nn.Module,
     optimiser: torch.optim.Optimizer,
     rollout: Rollout,
     targets: Targets,
@@ -80,26 +90,27 @@ def optimise(
     step: int,
     report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Optimised:
-    """Several passes of minibatch updates; learning rate and policy are changed in place."""
+    """Several passes of minibatch updates; learning rate and policy are changed in place.
+
+    `learner` is the policy as the epochs enter it (`sharding.learner`). What is decided in here is
+    decided from sums over all ranks, and so the same on each.
+    """
     done = Optimised()
-    count = len(rollout.ids)
     total = settings.epochs * config.ppo.minibatches
-    warming_up = step <= config.ppo.value_warmup and policy.value_head is not None
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(config, settings, step)
+    warming_up = step <= config.ppo.value_warmup and targets.returns is not None
     for epoch in range(settings.epochs):
-        order = permutation(seed, "minibatches", (step, epoch), count).to(rollout.ids.device)
-        for k, rows in enumerate(order.chunk(config.ppo.minibatches)):
-            sums = backward(policy, rollout, targets, rows, config, settings, warming_up)
+        order = permutation(seed, "minibatches", (step, epoch), len(rollout.ids))
+        for k, rows in enumerate(order.to(rollout.ids.device).chunk(config.ppo.minibatches)):
+            sums = backward(team, learner, rollout, targets, rows, config, settings, warming_up)
             if done.first is None:
                 done.first = sums
             if settings.stop_kl is not None and sums.approx_kl > settings.stop_kl:
                 done.stopped_early = True
                 optimiser.zero_grad(set_to_none=True)
                 return done
-            norm = float(
-                torch.nn.utils.clip_grad_norm_(policy.parameters(), config.ppo.max_grad_norm)
-            )
+            norm = shorten_gradient(learner, config.ppo.max_grad_norm)
             loss = sums.policy_loss + sums.value_loss
             finite = math.isfinite(loss) and math.isfinite(norm)
             if not finite or sums.ratio / sums.tokens > MAX_MEAN_RATIO:
@@ -115,8 +126,15 @@ def optimise(
     return done
 
 
+def shorten_gradient(learner: nn.Module, limit: float) -> float:
+    """Holds the norm of the whole gradient to a limit; what it was before."""
+    norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit)
+    return float(whole(norm))
+
+
 def backward(
-    policy: LanguageModel,
+    team: Team,
+    learner: nn.Module,
     rollout: Rollout,
     targets: Targets,
     rows: Tensor,
@@ -124,45 +142,76 @@ def backward(
     settings: Settings,
     warming_up: bool = False,
 ) -> Sums:
-    """Accumulates the gradient of one minibatch and returns its sums.
+    """Accumulates the gradient of one minibatch and returns its sums over all ranks.
 
-    The denominator is the minibatch's token count, known beforehand, so the loss depends neither on
-    the micro-batches nor on how rows are shared out.
+    The denominator is the minibatch's token count over all ranks, known beforehand, so the loss
+    depends neither on the micro-batches nor on how rows are shared out.
     """
     tokens = int(rollout.lengths[rows].sum())
+    size = config.ppo.micro_batch_size
+    micros = by_length(rollout, team.deal(longest_first(rollout, rows)), size)
+    # Forward and backward passes of several ranks meet: one with fewer rows goes through the
+    # motions once more, for nothing.
+    count = -(-team.most(len(rows)) // size)
     total = Sums()
-    for micro in by_length(rollout, rows, config.ppo.micro_batch_size):
-        logprobs, values, width = rollout_forward(
-            policy, rollout, micro, settings.temperature, detach_trunk=warming_up
-        )
-        mask = rollout.mask[micro, :width]
-        part = [x[micro, :width] for x in (targets.old_logprobs, targets.advantages)]
-        terms = ppo.policy_terms(
-            logprobs, part[0], part[1], mask, settings.clip_range, config.ppo.ratio
-        )
-        loss = terms.loss
-        sums = Sums(
-            tokens=float(mask.sum()),
-            policy_loss=float(terms.loss.detach()),
-            clipped=float(terms.clipped),
-            squared_log_ratio=float(terms.squared_log_ratio),
-            ratio=float(terms.ratio),
-            squared_ratio=float(terms.squared_ratio),
-        )
-        if values is not None and targets.old_values is not None and targets.returns is not None:
-            value_loss, clipped = ppo.value_terms(
-                values,
-                targets.old_values[micro, :width],
-                targets.returns[micro, :width],
-                mask,
-                config.ppo.value_clip,
-            )
-            loss = config.ppo.value_coef * value_loss + (0.0 if warming_up else loss)
-            sums.value_loss = float(value_loss.detach())
-            sums.value_clipped = float(clipped)
-        (loss / tokens).backward()
-        total.add(sums)
-    return total
+    for k in range(count):
+        idle = k >= len(micros)
+        with synchronised(learner, last=k == count - 1):
+            micro = rows[:1] if idle else micros[k]
+            loss, sums = micro_batch(learner, rollout, targets, micro, config, settings, warming_up)
+            # DDP and FSDP2 average over ranks what is to be a sum.
+            (loss * (0.0 if idle else team.size / tokens)).backward()
+        if not idle:
+            total.add(sums)
+    if warming_up:
+        _keep_policy(learner)
+    return total.over(team)
+
+
+def micro_batch(
+    learner: nn.Module,
+    rollout: Rollout,
+    targets: Targets,
+    micro: Tensor,
+    config: RunConfig,
+    settings: Settings,
+    warming_up: bool,
+) -> tuple[Tensor, Sums]:
+    """One forward pass: the loss, summed over response tokens, and its sums."""
+    logprobs, values, width = rollout_forward(
+        learner, rollout, micro, settings.temperature, detach_trunk=warming_up
+    )
+    mask = rollout.mask[micro, :width]
+    old, advantages = (x[micro, :width] for x in (targets.old_logprobs, targets.advantages))
+    terms = ppo.policy_terms(logprobs, old, advantages, mask, settings.clip_range, config.ppo.ratio)
+    sums = Sums(
+        tokens=float(mask.sum()),
+        policy_loss=float(terms.loss.detach()),
+        clipped=float(terms.clipped),
+        squared_log_ratio=float(terms.squared_log_ratio),
+        ratio=float(terms.ratio),
+        squared_ratio=float(terms.squared_ratio),
+    )
+    if values is None or targets.old_values is None or targets.returns is None:
+        return terms.loss, sums
+    value_loss, clipped = ppo.value_terms(
+        values,
+        targets.old_values[micro, :width],
+        targets.returns[micro, :width],
+        mask,
+        config.ppo.value_clip,
+    )
+    sums.value_loss = float(value_loss.detach())
+    sums.value_clipped = float(clipped)
+    # While the value warms up the policy's gradient is 0 and is dropped; DDP wants to see one.
+    return config.ppo.value_coef * value_loss + terms.loss * (not warming_up), sums
+
+
+def _keep_policy(learner: nn.Module) -> None:
+    """No gradient at all, so that neither momentum nor weight decay moves the policy."""
+    for name, parameter in learner.named_parameters():
+        if "value_head." not in name and "value_trunk." not in name:
+            parameter.grad = None
 
 
 def learning_rate(config: RunConfig, settings: Settings, step: int) -> float:

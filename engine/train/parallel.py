@@ -1,32 +1,180 @@
-"""Where a rank computes: its device, its threads, its place among the others.
+"""The ranks of a run, seen from one of them: its device, its place, and what it says to the others.
 
-accelerate's `PartialState` reads what torchrun set up (RANK, LOCAL_RANK …) and picks the device; a
-rank alone is the case of one.
+torchrun starts the ranks and says who is who (RANK, LOCAL_RANK …), accelerate's `PartialState`
+picks the device; a rank alone is the case of one. What travels here is small (orders, token ids,
+log-probabilities: B × T at most) and goes over gloo on the CPU; gradients and weights are torch's
+own business (see `sharding.py`).
 """
 
 import os
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
+from torch import Tensor
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from engine.config import LaunchConfig
-from engine.errors import UserInputError
-from engine.protocol import NICE_VARIABLE
+from engine.errors import LinkError, UserInputError
+from engine.protocol import NICE_VARIABLE, SOCKET_VARIABLE, STORE_VARIABLE
+
+LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "TCPStore")
+"""Words in the errors of collectives whose other side is gone."""
 
 
-def choose_device(launch: LaunchConfig) -> torch.device:
-    """What `launch.device` says; this rank's GPU where there are several.
+class Team:
+    """All ranks of an attempt. Every method is called by all of them, in the same order."""
 
-    Raises:
-        UserInputError: a GPU was asked for and torch sees none.
+    def __init__(self, launch: LaunchConfig) -> None:
+        """Joins the others; alone where torchrun started nobody else.
+
+        Raises:
+            UserInputError: a GPU was asked for and torch sees none, or fewer than ranks.
+        """
+        on_gpu = _check_gpus(launch)
+        self.rank, self.size = 0, int(os.environ.get("WORLD_SIZE", "1"))
+        self.group: dist.ProcessGroup | None = None
+        """For what is said between steps, over gloo; None for a rank alone."""
+        self.checkpoint_group: dist.ProcessGroup | None = None
+        """For threads that save: two threads must not share a group."""
+        if self.size > 1:
+            self._store = _store()
+            self.rank = _own_rank(self._store)
+            patience = timedelta(seconds=launch.timeout)
+            dist.init_process_group(
+                "cuda:nccl,cpu:gloo" if on_gpu else "gloo",
+                store=self._store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=patience,
+            )
+            self.group = dist.new_group(backend="gloo", timeout=patience)
+            self.checkpoint_group = dist.new_group(backend="gloo", timeout=patience)
+        self.device: torch.device = PartialState(cpu=not on_gpu).device
+
+    @property
+    def lead(self) -> bool:
+        """Whether this is rank 0, which talks with the supervisor."""
+        return self.rank == 0
+
+    # -- saying ------------------------------------------------------------------------------
+
+    def tell(self, data: bytes = b"") -> bytes:
+        """Rank 0's bytes, on every rank. The others' argument is not looked at."""
+        if self.size == 1:
+            return data
+        length = torch.tensor([len(data) if self.lead else 0], dtype=torch.int64)
+        dist.broadcast(length, 0, group=self.group)
+        if self.lead:
+            content = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else None
+        else:
+            content = torch.empty(int(length), dtype=torch.uint8)
+        if int(length) and content is not None:
+            dist.broadcast(content, 0, group=self.group)
+            return content.numpy().tobytes()
+        return b""
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, by rank, on every rank."""
+        if self.size == 1:
+            return [data]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
+        longest = max(1, *(int(n) for n in lengths))
+        own = torch.zeros(longest, dtype=torch.uint8)
+        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else own[:0]
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own, group=self.group)
+        return [p[: int(n)].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The sum over ranks, of any number or bool dtype.
+
+        Where each rank fills rows of its own and leaves the others 0 this puts them together
+        exactly: x + 0 is x.
+        """
+        if self.size == 1:
+            return x
+        whole = x.to("cpu", torch.int64 if x.dtype == torch.bool else x.dtype, copy=True)
+        dist.all_reduce(whole, group=self.group)
+        return whole.to(x.device, x.dtype)
+
+    # -- sharing out -------------------------------------------------------------------------
+
+    def slice(self, count: int) -> range:
+        """This rank's part of `count` things, one stretch; parts differ by one at most."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def deal(self, rows: Tensor) -> Tensor:
+        """Every size-th of some rows: of rows in order of length, all ranks get like loads."""
+        return rows[self.rank :: self.size]
+
+    def most(self, count: int) -> int:
+        """The largest share that :meth:`deal` makes of `count` rows."""
+        return -(-count // self.size)
+
+    # -- trouble -----------------------------------------------------------------------------
+
+    def leave_word(self, word: bytes) -> None:
+        """Tells why this rank fails, for rank 0 to find: it may be on another machine."""
+        self._store.set(f"failed/{self.rank}", word.decode())
+
+    def words_left(self) -> list[bytes]:
+        """What other ranks said before they failed."""
+        keys = [f"failed/{r}" for r in range(self.size) if r != self.rank]
+        return [self._store.get(k) for k in keys if self._store.check([k])]
+
+
+def lost_others(error: BaseException) -> bool:
+    """Whether an error is only the echo of another rank's end."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in LOST)
+    )
+
+
+def _store() -> Store:
+    """Where ranks meet: a file on one machine, which opens no port; else the first one's server."""
+    kind, _, place = os.environ[STORE_VARIABLE].partition(":")
+    if kind == "file":
+        return FileStore(place, int(os.environ["WORLD_SIZE"]))
+    host, _, port = place.rpartition(":")
+    try:
+        return TCPStore(host, int(port), is_master=False)
+    except (dist.DistError, RuntimeError) as error:
+        raise LinkError(f"cannot reach the first machine at {place}: {error}") from error
+
+
+def _own_rank(store: Store) -> int:
+    """This rank's number, counted from the one that has the supervisor beside it.
+
+    Several machines meet in an order that torchrun decides; rank 0 must be where the link is. Taken
+    round, neighbours on one machine stay neighbours.
     """
-    if launch.device == "cuda" and not torch.cuda.is_available():
+    number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if isinstance(store, FileStore):
+        return number
+    if SOCKET_VARIABLE in os.environ and os.environ["LOCAL_RANK"] == "0":
+        store.set("lead", str(number))
+    os.environ["RANK"] = str((number - int(store.get("lead"))) % size)
+    return int(os.environ["RANK"])
+
+
+def _check_gpus(launch: LaunchConfig) -> bool:
+    """Whether this rank computes on a GPU. Raises UserInputError where there are too few."""
+    seen = torch.cuda.device_count() if launch.device != "cpu" else 0
+    if launch.device == "cuda" and not seen:
         raise UserInputError("launch.device: cuda, but torch sees no GPU here; see rlhf-tui doctor")
-    device = PartialState(cpu=launch.device == "cpu").device
-    return torch.device(device)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if seen and ranks > seen:
+        raise UserInputError(
+            f"launch.processes: {ranks} ranks on this machine, but torch sees {seen} "
+            f"GPU{'s' if seen > 1 else ''} here: use launch.processes: {seen}"
+        )
+    return seen > 0
 
 
-def settle_on(device: torch.device, launch: LaunchConfig) -> int:
+def settle_on(team: Team, launch: LaunchConfig) -> int:
     """Threads and politeness of a rank on a CPU.
 
     The number of threads decides the order of sums and with it their rounding, so it is part of
@@ -35,7 +183,13 @@ def settle_on(device: torch.device, launch: LaunchConfig) -> int:
     Returns:
         How many threads this rank computes with.
     """
-    if device.type == "cpu":
+    if team.device.type == "cpu":
         os.nice(int(os.environ.get(NICE_VARIABLE, "0")))
-        torch.set_num_threads(launch.threads or len(os.sched_getaffinity(0)))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(threads_of_a_rank(launch, here))
     return torch.get_num_threads()
+
+
+def threads_of_a_rank(launch: LaunchConfig, ranks: int) -> int:
+    """`launch.threads`, or a fair share of the processors for each rank of this machine."""
+    return launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)

@@ -3,12 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from engine import starter
 from engine.config import RewardConfig
 from engine.errors import UserInputError
+from engine.train import sharding
+from engine.train.handout import same_files, without_weights
 from engine.train.models import load_tokenizer
+from engine.train.parallel import Team
 from engine.train.rollout import Report
 
 if TYPE_CHECKING:
@@ -29,29 +32,40 @@ class RewardModel:
         label: int | str | None,
         config: RewardConfig,
         policy_vocabulary: dict[str, int],
-        device: torch.device,
+        team: Team,
     ) -> None:
-        """Loads it, frozen. Raises UserInputError."""
+        """Reads it on rank 0; :meth:`settle` puts it in its place. Raises UserInputError."""
         path = starter.resolve(source)
-        self._tokenizer = load_tokenizer(path, "reward.model")
-        try:
-            dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-            model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserInputError(f"reward.model: cannot load '{source}': {first}") from error
+        self._tokenizer = load_tokenizer(path, "reward.model", team)
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        model = _read(source, path, dtype) if team.lead else None
+        with same_files(team, model and model.config) as folder:
+            if model is None:
+                shape = AutoConfig.from_pretrained(folder)
+                with without_weights(team):
+                    model = AutoModelForSequenceClassification.from_config(shape, dtype=dtype)
         self._label = _label_index(source, label, model.config)
         self._pad = _own_pad(self._tokenizer, model.config)
-        self._model = model.eval().requires_grad_(False).to(device)
-        self._device = device
+        self._model = model.eval().requires_grad_(False)
+        self._device = team.device
         self._size = config.batch_size
         limit = getattr(model.config, "max_position_embeddings", None) or config.max_tokens
         self._limit = min(config.max_tokens, limit)
         self._same_tokens = self._tokenizer.get_vocab() == policy_vocabulary
 
-    @torch.no_grad()
+    def settle(self, team: Team, strategy: str, *, on_host: bool) -> None:
+        """Puts the weights in their place on every rank: see :mod:`engine.train.sharding`."""
+        sharding.settle(self._model, team, "ddp" if on_host else strategy)
+        if on_host:
+            sharding.rest_on_host(self._model, team.device)
+
     def __call__(self, answers: "Answers", report: Report) -> list[float | None]:
         """The chosen logit for each answer, in batches of like lengths."""
+        with sharding.at_hand(self._model):
+            return self._scores(answers, report)
+
+    @torch.no_grad()
+    def _scores(self, answers: "Answers", report: Report) -> list[float | None]:
         sequences = self._sequences(answers)
         pad = _unused(sequences) if self._pad is None else self._pad
         self._model.config.pad_token_id = pad
@@ -88,6 +102,14 @@ class RewardModel:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False)
             return list(self._tokenizer(str(text), add_special_tokens=False)["input_ids"])
         return list(self._tokenizer(prompt.text + answer)["input_ids"])
+
+
+def _read(source: str, path: str, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserInputError(f"reward.model: cannot load '{source}': {first}") from error
 
 
 def _label_index(source: str, label: int | str | None, config: Any) -> int:

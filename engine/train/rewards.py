@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from torch import Tensor
 
 from engine.config import RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
 from engine.train.data import PromptBatch
+from engine.train.parallel import Team
 from engine.train.reward_model import RewardModel
 from engine.train.rollout import Report, Rollout
 
@@ -40,6 +42,17 @@ class Answers:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def select(self, rows: Tensor) -> "Answers":
+        """Some of them."""
+        chosen = rows.tolist()
+        return Answers(
+            self.batch.select(rows),
+            [self.ids[i] for i in chosen],
+            [self.texts[i] for i in chosen],
+            [self.eos[i] for i in chosen],
+            self.step,
+        )
 
 
 class Reward(Protocol):
@@ -114,11 +127,21 @@ async def _result_of(awaitable: Any) -> Any:
 
 
 class Rewards:
-    """The weighted sum of a run's reward sources."""
+    """The weighted sum of a run's reward sources.
 
-    def __init__(self, sources: dict[str, tuple[float, Reward]]) -> None:
+    Of several ranks each asks a reward model about its share of the answers. A function is called
+    once, by rank 0, with all of them: it may compare them, count its calls or ask a service.
+    """
+
+    def __init__(self, sources: dict[str, tuple[float, Reward]], team: Team) -> None:
         """`sources`: by name, a weight and the source."""
         self._sources = sources
+        self._team = team
+
+    @property
+    def models(self) -> list[RewardModel]:
+        """Those of the sources that are models."""
+        return [s for _, s in self._sources.values() if isinstance(s, RewardModel)]
 
     def __call__(
         self, answers: Answers, report: Report = lambda _done, _total: None
@@ -133,7 +156,7 @@ class Rewards:
         total = [0.0] * len(answers)
         heard = [False] * len(answers)
         for name, (weight, source) in self._sources.items():
-            scores = checked(name, source(answers, report), answers)
+            scores = self._ask(name, source, answers, report)
             parts[name] = scores
             for i, score in enumerate(scores):
                 if score is not None:
@@ -146,6 +169,22 @@ class Rewards:
                 f"(prompt: {answers.batch.prompts[i].text!r}): each returned None"
             )
         return torch.tensor(total, dtype=torch.float32), parts
+
+    def _ask(
+        self, name: str, source: Reward, answers: Answers, report: Report
+    ) -> list[float | None]:
+        team = self._team
+        if not isinstance(source, RewardModel):
+            own = checked(name, source(answers, report), answers) if team.lead else []
+            told: list[float | None] = msgspec.msgpack.decode(
+                team.tell(msgspec.msgpack.encode(own))
+            )
+            return told
+        lengths = torch.tensor([len(ids) for ids in answers.ids])
+        rows = team.deal(lengths.argsort(descending=True, stable=True))
+        scores = torch.zeros(len(answers), dtype=torch.float64)
+        scores[rows] = torch.tensor(source(answers.select(rows), report), dtype=torch.float64)
+        return checked(name, team.merge(scores).tolist(), answers)
 
 
 def checked(name: str, scores: list[Any], answers: Answers) -> list[float | None]:
@@ -171,19 +210,24 @@ def checked(name: str, scores: list[Any], answers: Answers) -> list[float | None
     return numbers
 
 
-def load_rewards(
-    config: RewardConfig, policy_vocabulary: dict[str, int], device: torch.device
-) -> Rewards:
+def load_rewards(config: RewardConfig, policy_vocabulary: dict[str, int], team: Team) -> Rewards:
     """Every source of the configuration, loaded. Raises UserInputError."""
     sources: dict[str, tuple[float, Reward]] = {}
     for given in config.sources():
         reward: Reward
         if given.model is not None:
-            reward = RewardModel(given.model, given.label, config, policy_vocabulary, device)
-        else:
+            reward = RewardModel(given.model, given.label, config, policy_vocabulary, team)
+        elif team.lead:
             reward = FunctionReward(given.function or "", config.path)
+        else:
+            reward = _never
         sources[_free(_name(given), sources)] = (given.weight, reward)
-    return Rewards(sources)
+    return Rewards(sources, team)
+
+
+def _never(answers: Answers, report: Report) -> list[float | None]:
+    """In a function's place on the ranks that do not call it."""
+    raise RewardError("a reward function is rank 0's to call")
 
 
 def _name(source: RewardSource) -> str:

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from engine.train.data import PromptBatch
 from engine.train.models import LanguageModel
+from engine.train.parallel import Team
 from engine.train.ppo import response_mask
+from engine.train.sharding import with_model_at_hand
 
 Report = Callable[[int, int], None]
 """Takes (done, total)."""
@@ -49,10 +51,8 @@ class Rollout:
 
     def select(self, rows: Tensor) -> "Rollout":
         """Some of the answers; the widths stay."""
-        chosen = rows.tolist()
-        prompts = [self.batch.prompts[i] for i in chosen]
         return Rollout(
-            batch=PromptBatch(prompts, self.batch.ids[rows], self.batch.lengths[rows]),
+            batch=self.batch.select(rows),
             ids=self.ids[rows],
             lengths=self.lengths[rows],
             eos=self.eos[rows],
@@ -60,7 +60,7 @@ class Rollout:
             logprobs=self.logprobs[rows],
             entropies=self.entropies[rows],
             values=self.values[rows],
-            texts=[self.texts[i] for i in chosen],
+            texts=[self.texts[i] for i in rows.tolist()],
         )
 
 
@@ -88,6 +88,7 @@ class Ending:
 
 
 @torch.no_grad()
+@with_model_at_hand
 def generate(
     model: LanguageModel,
     batch: PromptBatch,
@@ -147,13 +148,64 @@ def generate(
             keep = (~over).nonzero().squeeze(1)
             rows, tokens, attention = rows[keep], tokens[keep], attention[keep]
             cache.batch_select_indices(keep)
+    return _rollout(batch, ids, lengths, eos, ended, floats, tokenizer)
+
+
+def _rollout(
+    batch: PromptBatch,
+    ids: Tensor,
+    lengths: Tensor,
+    eos: Tensor,
+    ended: Tensor,
+    floats: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Rollout:
+    """Trims to the longest answer and reads the tokens as text; floats is (3, B, limit)."""
     width = int(lengths.max())
     texts = [
-        str(tokenizer.decode(ids[i, : int(lengths[i])], skip_special_tokens=True))
-        for i in range(count)
+        str(tokenizer.decode(row[:n], skip_special_tokens=True))
+        for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)
     ]
     logprobs, entropies, values = floats[:, :, :width].unbind(0)
     return Rollout(batch, ids[:, :width], lengths, eos, ended, logprobs, entropies, values, texts)
+
+
+def merge_rollouts(
+    team: Team,
+    batch: PromptBatch,
+    part: Rollout,
+    own: Tensor,
+    limit: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Rollout:
+    """The whole batch's answers on every rank, from what each rank wrote.
+
+    Args:
+        team: the ranks.
+        batch: all B prompts.
+        part: this rank's answers.
+        own: their rows in the batch; (n,) int64.
+        limit: of new tokens.
+        tokenizer: the model's.
+    """
+    if team.size == 1:
+        return part
+
+    def spread(x: Tensor, *shape: int) -> Tensor:
+        whole = torch.zeros(*shape, dtype=x.dtype, device=x.device)
+        if x.dim() == 1:
+            whole[own] = x
+        else:
+            whole[own, : x.shape[1]] = x
+        return team.merge(whole)
+
+    count = len(batch.prompts)
+    floats = [spread(x, count, limit) for x in (part.logprobs, part.entropies, part.values)]
+    lengths, eos, ended = (spread(x, count) for x in (part.lengths, part.eos, part.ended))
+    ids = spread(part.ids, count, limit)
+    return _rollout(
+        batch.to(part.ids.device), ids, lengths, eos, ended, torch.stack(floats), tokenizer
+    )
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,7 +236,7 @@ def left_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def rollout_forward(
-    model: LanguageModel,
+    model: nn.Module,
     rollout: Rollout,
     rows: Tensor,
     temperature: float,
@@ -229,30 +281,41 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
 
 def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
     """Row numbers in micro-batches of `size`, like lengths together, so that little is padding."""
+    return list(longest_first(rollout, rows).split(size)) if len(rows) else []
+
+
+def longest_first(rollout: Rollout, rows: Tensor) -> Tensor:
+    """Row numbers in order of length: by answer, then by prompt."""
     prompts = rollout.batch.lengths[rows]
-    order = rollout.lengths[rows] * (prompts.max() + 1) + prompts  # by answer, then by prompt
-    return list(rows[order.argsort(descending=True, stable=True)].split(size))
+    order = rollout.lengths[rows] * (prompts.max() + 1) + prompts
+    return rows[order.argsort(descending=True, stable=True)]
 
 
 @torch.no_grad()
+@with_model_at_hand
 def score_tokens(
     model: LanguageModel,
     rollout: Rollout,
     temperature: float,
     size: int,
     *,
+    rows: Tensor | None = None,
     want: str = "both",
     report: Report = lambda _done, _total: None,
 ) -> tuple[Tensor, Tensor]:
-    """Log π and V (each (B, T) float32, 0 beyond the length) of a whole rollout under a model."""
+    """Log π and V of a rollout under a model; each (B, T) float32, 0 beyond the length.
+
+    Where only some `rows` are asked for the others' are 0.
+    """
     logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
+    asked = rollout.rows if rows is None else rows
     done = 0
-    for rows in by_length(rollout, rollout.rows, size):
-        got, value, width = rollout_forward(model, rollout, rows, temperature, want=want)
-        logprobs[rows, :width] = got
+    for micro in by_length(rollout, asked, size):
+        got, value, width = rollout_forward(model, rollout, micro, temperature, want=want)
+        logprobs[micro, :width] = got
         if value is not None:
-            values[rows, :width] = value
-        done += len(rows)
-        report(done, len(rollout.ids))
+            values[micro, :width] = value
+        done += len(micro)
+        report(done, len(asked))
     mask = rollout.mask
     return logprobs * mask, values * mask

@@ -5,22 +5,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import RunConfig
 from engine.errors import RlhfError
-from engine.protocol import Sample, TokenArrays
+from engine.protocol import RankTimes, Sample, TokenArrays
 from engine.train import ppo
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts
-from engine.train.metrics import peak_memory_gb, step_metrics
+from engine.train.metrics import peak_memory, step_metrics
 from engine.train.models import LanguageModel
 from engine.train.optimise import Targets, learning_rate, optimise
+from engine.train.parallel import Team
 from engine.train.randomness import sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, Rewards
-from engine.train.rollout import Ending, Report, Rollout, generate, score_tokens
+from engine.train.rollout import (
+    Ending,
+    Report,
+    Rollout,
+    generate,
+    longest_first,
+    merge_rollouts,
+    score_tokens,
+)
 
 GAP_LIMIT = 1e-4
 """Cached and full forward passes of one model agree to this, nats a token, in float32 …"""
@@ -34,6 +44,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.ranks: list[RankTimes] = []
+        """Every rank's, once a step is done."""
 
     @contextmanager
     def phase(self, run: "Run", step: int, name: str) -> Iterator[Report]:
@@ -58,7 +70,13 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     ending: Ending
     prompts: Prompts
+    team: Team
+    """The ranks of this attempt."""
+    strategy: str
+    """`ddp` or `fsdp`: how the models lie on them."""
     policy: LanguageModel
+    learner: nn.Module
+    """The policy as the epochs enter it."""
     reference: LanguageModel
     rewards: Rewards
     optimiser: torch.optim.Optimizer
@@ -70,33 +88,30 @@ class Run:
     clock: Clock = field(default_factory=Clock)
 
 
-def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Sample]]:
+def train_step(
+    run: Run, step: int, recorded: Rollout | None = None
+) -> tuple[dict[str, float], list[Sample]]:
     """Sample, score, compare with the reference, and update the policy: one step.
 
-    Changes the policy, the optimiser and the running parts of `run.state`; nothing else.
+    Changes the policy, the optimiser and the running parts of `run.state`; nothing else. Every rank
+    does its share of the forward and backward passes; what lies between is B × T at most and is
+    computed by all of them alike, from the whole batch.
 
     Args:
         run: the run.
         step: its number, from 1; with the seed it decides every random choice in here.
+        recorded: answers to learn from instead of generating, to compare runs by.
 
     Returns:
         The step's metrics, and the samples that are kept.
     """
-    config, settings, state = run.config, run.state.settings, run.state
+    config, settings, state, team = run.config, run.state.settings, run.state, run.team
     began, clock = time.perf_counter(), run.clock
     clock.seconds.clear()
 
     # 1. Sample prompts, generate answers.
     with clock.phase(run, step, "generate") as report:
-        prompts = run.prompts.for_step(step)
-        filler = run.tokenizer.eos_token_id or 0
-        batch = batch_prompts(prompts, config.answers_per_prompt, filler)
-        uniforms = sampling_uniforms(
-            state.sampling_seed, step, config.rollout.batch_size, settings.max_new_tokens
-        )
-        rollout = generate(
-            run.policy, batch, uniforms, settings.temperature, run.ending, run.tokenizer, report
-        )
+        rollout = recorded or take_rollout(run, step, report)
 
     # 2. Score them.
     with clock.phase(run, step, "score") as report:
@@ -105,12 +120,15 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Sample]]:
         scores = normalise(raw.to(run.device), config.reward, rollout.ended)
 
     # 3. The reference's log-probabilities, and the old policy's where the rollout's cannot serve.
+    own = team.deal(longest_first(rollout, rollout.rows))
     with clock.phase(run, step, "reference") as report:
         size = config.ppo.micro_batch_size
         ref_logprobs, _ = score_tokens(
-            run.reference, rollout, settings.temperature, size, want="logits", report=report
-        )
-        old_logprobs, old_values = old_policy(run, rollout)
+            run.reference, rollout, settings.temperature, size,
+            rows=own, want="logits", report=report,
+        )  # fmt: skip
+        old_logprobs, old_values = old_policy(run, rollout, own)
+    ref_logprobs = team.merge(ref_logprobs)
 
     if not run.checked:
         check_first(run, rollout, old_logprobs, ref_logprobs)
@@ -121,7 +139,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Sample]]:
     # 5. Several epochs of clipped updates.
     with clock.phase(run, step, "optimise") as report:
         done = optimise(
-            run.policy, run.optimiser, rollout, targets, config, settings,
+            team, run.learner, run.optimiser, rollout, targets, config, settings,
             seed=state.sampling_seed, step=step, report=report,
         )  # fmt: skip
 
@@ -131,25 +149,55 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[Sample]]:
     metrics["episode"] = float(state.episodes)
     metrics["lr"] = learning_rate(config, settings, step)
     metrics |= _mean_parts(parts)
-    metrics |= _speed(run, rollout, time.perf_counter() - began)
-    samples = kept_samples(run, rollout, scores, parts, targets, ref_logprobs)
-    return metrics, samples
+    clock.ranks = every_ranks_times(run)
+    metrics |= _speed(clock.ranks, rollout, time.perf_counter() - began)
+    return metrics, kept_samples(run, rollout, scores, parts, targets, ref_logprobs)
 
 
-def old_policy(run: Run, rollout: Rollout) -> tuple[Tensor, Tensor]:
+def take_rollout(run: Run, step: int, report: Report) -> Rollout:
+    """The policy's answers to the step's prompts; each rank writes those to a stretch of them."""
+    config, settings, limit = run.config, run.state.settings, run.state.settings.max_new_tokens
+    prompts = run.prompts.for_step(step)
+    batch = batch_prompts(prompts, config.answers_per_prompt, run.tokenizer.eos_token_id or 0)
+    uniforms = sampling_uniforms(run.state.sampling_seed, step, config.rollout.batch_size, limit)
+    own = own_rows(run.team, len(prompts), config.answers_per_prompt)
+    part = generate(
+        run.policy, batch.select(own), uniforms[own], settings.temperature, run.ending,
+        run.tokenizer, report,
+    )  # fmt: skip
+    return merge_rollouts(run.team, batch, part, own, limit, run.tokenizer)
+
+
+def own_rows(team: Team, prompts: int, per_prompt: int) -> Tensor:
+    """This rank's rows of the batch, (n,) int64: all answers to a stretch of the prompts."""
+    share = team.slice(prompts)
+    return torch.arange(share.start * per_prompt, share.stop * per_prompt)
+
+
+def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old (B, T).
 
     In float32 the rollout's own serve, they agree with a full forward pass to rounding. In
     bfloat16 they do not, and are always computed again by the forward pass that training uses. A
-    separate value trunk has not seen the tokens yet.
+    separate value trunk has not seen the tokens yet. What is computed is shared out: `own` rows.
     """
     size, temperature = run.config.ppo.micro_batch_size, run.state.settings.temperature
     if run.config.model.dtype != "float32":
-        return score_tokens(run.policy, rollout, temperature, size)
+        logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=own)
+        return run.team.merge(logprobs), run.team.merge(values)
     if run.policy.value_trunk is not None:
-        _, values = score_tokens(run.policy, rollout, temperature, size, want="values")
-        return rollout.logprobs * rollout.mask, values
+        _, values = score_tokens(run.policy, rollout, temperature, size, rows=own, want="values")
+        return rollout.logprobs * rollout.mask, run.team.merge(values)
     return rollout.logprobs * rollout.mask, rollout.values * rollout.mask
+
+
+def every_ranks_times(run: Run) -> list[RankTimes]:
+    """What this step took each rank so far; by rank, on all of them."""
+    mine = RankTimes(
+        rank=run.team.rank, seconds=run.clock.seconds, peak_memory=peak_memory(run.device)
+    )
+    told = run.team.collect(msgspec.msgpack.encode(mine))
+    return [msgspec.msgpack.decode(t, type=RankTimes) for t in told]
 
 
 def make_targets(
@@ -233,7 +281,12 @@ def kept_samples(
     targets: Targets,
     ref_logprobs: Tensor,
 ) -> list[Sample]:
-    """The first answers of the batch, the first of these with their per-token arrays."""
+    """The first answers of the batch, the first of these with their per-token arrays.
+
+    Rank 0 tells of them, so the others need none.
+    """
+    if not run.team.lead:
+        return []
     kl = ppo.sequence_kl(targets.old_logprobs, ref_logprobs, rollout.mask).tolist()
     kept = []
     for i in range(min(run.config.log.samples, len(scores))):
@@ -279,11 +332,12 @@ def _mean_parts(parts: dict[str, list[float | None]]) -> dict[str, float]:
     return {f"reward/{k}": sum(v) / len(v) for k, v in heard.items() if v}
 
 
-def _speed(run: Run, rollout: Rollout, seconds: float) -> dict[str, float]:
-    times = {f"time/{k}": v for k, v in run.clock.seconds.items()}
+def _speed(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> dict[str, float]:
+    """Of each phase the slowest rank's time: the others wait for it."""
+    times = {f"time/{k}": max(r.seconds[k] for r in ranks) for k in ranks[0].seconds}
     return times | {
         "time/step": seconds,
         "perf/tokens_per_second": float(rollout.lengths.sum()) / seconds,
         "perf/episodes_per_second": len(rollout.ids) / seconds,
-        "perf/peak_memory_gb": peak_memory_gb(run.device),
+        "perf/peak_memory_gb": max(r.peak_memory for r in ranks) / 1e9,
     }

@@ -3,6 +3,7 @@
 Started by a supervisor, which it obeys and reports to over the link; it never outlives it.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -16,12 +17,14 @@ import msgspec
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from engine.config import LaunchConfig, RunConfig
 from engine.errors import LinkError, RlhfError, UserInputError
-from engine.protocol import Failed, Ready, StepReport
+from engine.protocol import LAUNCH_VARIABLE, Begin, Failed, Ready, StepReport
 from engine.session import Session
 from engine.train.boundary import Boundary
 from engine.train.link import Link
 from engine.train.load import load_run
+from engine.train.parallel import Team, lost_others
 from engine.train.step import Run, train_step
 from engine.train.tensorboard import EventFiles
 
@@ -30,34 +33,57 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Runs until the run is over; every way out is told to the supervisor."""
-    parent = os.getppid()
-    tie_to_parent(parent)
+    tie_to_parent(os.getppid())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     for chatty in ("httpx", "httpx2", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Bars belong on a terminal; here they would fill engine.log with carriage returns.
     disable_progress_bar()
     session = Session(Path(sys.argv[1]))
-    rank = int(os.environ.get("RANK", "0"))
-    link = Link(rank)
+    # Until the ranks have met, torchrun's number: rank 0's but where several machines meet.
+    link = Link(int(os.environ.get("RANK", "0")))
+    team: Team | None = None
     try:
-        train(session, link)
+        team = Team(msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=LaunchConfig))
+        link.rank = team.rank
+        if not team.lead:  # the first one speaks for all
+            logging.getLogger().setLevel(logging.WARNING)
+        train(session, link, team)
     except LinkError:
         raise
-    except UserInputError as error:
-        link.send(Failed(rank=rank, text=str(error), user_input=True))
-        sys.exit(error.exit_code)
     except Exception as error:
-        # On purpose: starting again would meet it again. A bare exception may be the hardware's.
-        known = isinstance(error, RlhfError)
-        text = str(error) if known else f"{type(error).__name__}: {error}"
-        trace = traceback.format_exc()
-        link.send(Failed(rank=rank, text=text, traceback=trace, final=known))
-        raise
+        link.send(describe(error, team, link.rank))
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Threads of process groups may wait for ranks that wait for this one.
+        os._exit(getattr(error, "exit_code", 1))
+
+
+def describe(error: Exception, team: Team | None, rank: int) -> Failed:
+    """A rank's last words: what happened, and whether it is the cause or an echo."""
+    if isinstance(error, UserInputError):
+        return Failed(rank=rank, text=str(error), user_input=True)
+    # On purpose: starting again would meet it again. A bare exception may be the hardware's.
+    known = isinstance(error, RlhfError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    trace = traceback.format_exc()
+    if team is None or team.size == 1:
+        return Failed(rank=rank, text=text, traceback=trace, final=known)
+    if lost_others(error):
+        with contextlib.suppress(RuntimeError):  # the meeting place may be gone as well
+            for word in team.words_left():
+                return msgspec.json.decode(word, type=Failed)
+        text = f"rank {rank} lost the others: {text}"
+        return Failed(rank=rank, text=text, traceback=trace, echo=True)
+    failed = Failed(rank=rank, text=f"rank {rank}: {text}", traceback=trace, final=known)
+    with contextlib.suppress(RuntimeError):
+        team.leave_word(msgspec.json.encode(failed))
+    return failed
 
 
 def tie_to_parent(parent: int) -> None:
-    """Dies with the supervisor, and leaves every other signal to it.
+    """Dies with who started it, and leaves every other signal to the supervisor.
 
     A scheduler's broadcast, or ctrl+c, must not reach a rank before the supervisor has decided what
     to do: the step in hand is finished and saved first.
@@ -69,16 +95,17 @@ def tie_to_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(session: Session, link: Link) -> None:
+def train(session: Session, link: Link, team: Team) -> None:
     """The loop: obey, step, report, save."""
-    begin = link.begin()
-    config = session.config()
-    run = load_run(session, config, begin, link.phase)
+    begin, config = agree_on_start(session, link, team)
+    run = load_run(session, config, begin, team, link.phase)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=facts(run), settings=msgspec.to_builtins(run.state.settings)))
-    events = EventFiles(session.tensorboard, begin.from_step) if config.log.tensorboard else None
-    if events is not None and not begin.from_step:
-        events.hparams(config)
+    events = None
+    if config.log.tensorboard and team.lead:
+        events = EventFiles(session.tensorboard, begin.from_step)
+        if not begin.from_step:
+            events.hparams(config)
 
     while boundary.more():
         step = run.state.step + 1
@@ -90,13 +117,25 @@ def train(session: Session, link: Link) -> None:
         settings = msgspec.to_builtins(run.state.settings)
         link.send(
             StepReport(
-                step=step, metrics=metrics, samples=samples, settings=settings, changes=changes
+                step=step,
+                metrics=metrics,
+                samples=samples,
+                settings=settings,
+                changes=changes,
+                ranks=run.clock.ranks,
             )
         )
         boundary.save_if_due()
     boundary.finish()
     if events is not None:
         events.close()
+
+
+def agree_on_start(session: Session, link: Link, team: Team) -> tuple[Begin, RunConfig]:
+    """Rank 0 hears from the supervisor where to start and tells the others."""
+    kind = tuple[Begin, RunConfig]
+    mine = msgspec.msgpack.encode((link.begin(), session.config())) if team.lead else b""
+    return msgspec.msgpack.decode(team.tell(mine), type=kind)
 
 
 def facts(run: Run) -> dict[str, object]:
@@ -106,6 +145,8 @@ def facts(run: Run) -> dict[str, object]:
         "reference_parameters": sum(p.numel() for p in run.reference.parameters()),
         "prompts": len(run.prompts),
         "device": str(run.device),
+        "ranks": run.team.size,
+        "strategy": run.strategy,
         "threads": run.state.threads,
         "torch": str(torch.__version__),
     }

@@ -8,6 +8,7 @@ from engine import configfile, starter
 from engine.protocol import Begin
 from engine.session import create
 from engine.train.load import load_run
+from engine.train.parallel import Team
 
 SMALL = (
     "rollout.batch_size=8",
@@ -33,7 +34,8 @@ def make_run(tmp_path):
         loaded = config or configfile.load(starter.FOLDER / "demo.yaml", [*SMALL, *overrides])
         session = create(tmp_path, f"s{len(made)}", loaded)
         made.append(session)
-        run = load_run(session, loaded, begin or Begin(attempt=1, from_step=0), silent)
+        begin_at = begin or Begin(attempt=1, from_step=0)
+        run = load_run(session, loaded, begin_at, Team(loaded.launch), silent)
         return run, session
 
     return make

@@ -12,6 +12,7 @@ from engine.errors import CheckpointError
 from engine.protocol import Begin
 from engine.train import checkpoint
 from engine.train.load import load_run
+from engine.train.parallel import Team
 from engine.train.step import train_step
 
 
@@ -42,7 +43,9 @@ def silent(_step, _name, *_progress):
 
 
 def resumed(session):
-    return load_run(session, session.config(), Begin(attempt=2, from_step=1), silent)
+    config = session.config()
+    begin = Begin(attempt=2, from_step=1)
+    return load_run(session, config, begin, Team(config.launch), silent)
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from engine.config import (
     DataConfig,
+    LaunchConfig,
     ModelConfig,
     PPOConfig,
     RewardConfig,
@@ -26,8 +27,10 @@ from engine.settings import first_settings
 from engine.train.data import PromptBatch
 from engine.train.models import LanguageModel
 from engine.train.optimise import Sums, Targets, backward, learning_rate
+from engine.train.parallel import Team
 from engine.train.rollout import Rollout, score_tokens
 
+ALONE = Team(LaunchConfig(device="cpu"))
 VOCABULARY = 32
 LLAMA = LlamaConfig(
     vocab_size=VOCABULARY,
@@ -147,7 +150,7 @@ def gradients(policy):
 
 
 def fast(policy, minibatch, config, rows=ALL, warming_up=False):
-    sums = backward(policy, *minibatch, rows, config, first_settings(config), warming_up)
+    sums = backward(ALONE, policy, *minibatch, rows, config, first_settings(config), warming_up)
     return gradients(policy), sums
 
 

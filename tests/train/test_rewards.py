@@ -14,13 +14,14 @@ from transformers import (
 )
 
 from engine import starter
-from engine.config import RewardConfig
+from engine.config import LaunchConfig, RewardConfig
 from engine.errors import RewardError, UserInputError
 from engine.train.data import Prompt, batch_prompts
+from engine.train.parallel import Team
 from engine.train.reward_model import RewardModel
 from engine.train.rewards import Answers, FunctionReward, Normaliser, Rewards, load_rewards
 
-CPU = torch.device("cpu")
+ALONE = Team(LaunchConfig(device="cpu"))
 
 
 def quiet(_done, _total):
@@ -81,7 +82,7 @@ def test_a_coroutine_function_is_awaited(module, answers):
 
 
 def test_a_mix_is_the_weighted_sum_of_those_that_have_an_opinion(module, answers):
-    both = Rewards({"a": (0.5, judge(module, "length")), "b": (2.0, judge(module, "picky"))})
+    both = Rewards({"a": (0.5, judge(module, "length")), "b": (2.0, judge(module, "picky"))}, ALONE)
     scores, parts = both(answers)
     assert scores.tolist() == [5.5 + 3.0, 17.0, 1.5]
     assert parts["b"] == [1.5, None, None]
@@ -98,7 +99,7 @@ BAD = {
 @pytest.mark.parametrize(("name", "message"), BAD.items())
 def test_a_reward_that_cannot_be_used_ends_the_step_with_a_sentence(module, answers, name, message):
     with pytest.raises(RewardError, match=message):
-        Rewards({name: (1.0, judge(module, name))})(answers)
+        Rewards({name: (1.0, judge(module, name))}, ALONE)(answers)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_a_function_that_is_not_there_is_the_users_mistake(source, message):
 
 def test_the_same_tokens_or_the_same_text_give_the_same_score(answers, tokenizer):
     config = RewardConfig(model="starter:reward")
-    by_ids = RewardModel("starter:reward", None, config, tokenizer.get_vocab(), CPU)
+    by_ids = RewardModel("starter:reward", None, config, tokenizer.get_vocab(), ALONE)
     got = by_ids(answers, quiet)
     model = AutoModelForSequenceClassification.from_pretrained(
         starter.resolve("starter:reward"), dtype=torch.float32
@@ -141,7 +142,7 @@ def stranger(tmp_path, tokenizer):
 
 def test_padding_never_hides_the_end_of_an_answer(stranger, answers, tokenizer):
     config = RewardConfig(model=stranger)
-    reward = RewardModel(stranger, "good", config, tokenizer.get_vocab(), CPU)
+    reward = RewardModel(stranger, "good", config, tokenizer.get_vocab(), ALONE)
     together = reward(answers, quiet)
     for i in range(3):
         one = Answers(
@@ -154,14 +155,14 @@ def test_padding_never_hides_the_end_of_an_answer(stranger, answers, tokenizer):
 def test_of_several_labels_one_must_be_chosen(stranger, tokenizer):
     config = RewardConfig(model=stranger)
     with pytest.raises(UserInputError, match=r"has 3 labels.*2: good"):
-        RewardModel(stranger, None, config, tokenizer.get_vocab(), CPU)
+        RewardModel(stranger, None, config, tokenizer.get_vocab(), ALONE)
     with pytest.raises(UserInputError, match="no label 'nice'"):
-        RewardModel(stranger, "nice", config, tokenizer.get_vocab(), CPU)
+        RewardModel(stranger, "nice", config, tokenizer.get_vocab(), ALONE)
 
 
 def test_a_folder_that_is_no_classifier_is_one_sentence(tmp_path, tokenizer):
     with pytest.raises(UserInputError) as caught:
-        load_rewards(RewardConfig(model=str(tmp_path)), tokenizer.get_vocab(), CPU)
+        load_rewards(RewardConfig(model=str(tmp_path)), tokenizer.get_vocab(), ALONE)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 

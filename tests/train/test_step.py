@@ -109,8 +109,9 @@ def test_a_policy_that_ran_away_from_the_rollout_is_not_updated(make_run):
     far = rollout.logprobs * rollout.mask - 5.0
     targets = Targets(far, torch.ones_like(far), torch.zeros_like(far), torch.zeros_like(far))
     done = optimise(
-        run.policy, run.optimiser, rollout, targets, run.config, run.state.settings, seed=0, step=1
-    )
+        run.team, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
+        seed=0, step=1,
+    )  # fmt: skip
     assert done.updates == 0
     assert done.skipped == 4
 
@@ -158,5 +159,6 @@ def optimise_once(run, poison=1.0):
     advantages = torch.full_like(old, poison)
     targets = Targets(old, advantages, torch.zeros_like(old), torch.zeros_like(old))
     return optimise(
-        run.policy, run.optimiser, rollout, targets, run.config, run.state.settings, seed=0, step=1
-    )
+        run.team, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
+        seed=0, step=1,
+    )  # fmt: skip
