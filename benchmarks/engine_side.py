@@ -15,6 +15,7 @@ from engine import configfile
 from engine.protocol import Begin
 from engine.session import create
 from engine.train.load import load_run
+from engine.train.parallel import Team
 from engine.train.rollout import Report
 from engine.train.step import Run, train_step
 
@@ -44,7 +45,8 @@ def load(folder: Path, sessions: Path, overrides: list[str]) -> Run:
     file.write_text(YAML.format(folder=folder.resolve()))
     config = configfile.load(file, overrides)
     session = create(sessions, "run", config)
-    return load_run(session, config, Begin(attempt=1, from_step=0), _silent)
+    team = Team(config.launch)
+    return load_run(session, config, Begin(attempt=1, from_step=0), team, _silent)
 
 
 def _silent(_step: int, _name: str, *_progress: int) -> Report:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from engine.train.data import PromptBatch
+from engine.train.logprobs import token_logprobs
 from engine.train.models import LanguageModel
 from engine.train.parallel import Team
 from engine.train.ppo import response_mask
@@ -265,18 +266,6 @@ def rollout_forward(
     if logits is None or want == "values":
         return torch.zeros(answers.shape, device=answers.device), values, width
     return token_logprobs(logits, answers, temperature), values, width
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log softmax(logits/τ) at the tokens: (n, T, V), (n, T) → (n, T), in float32.
-
-    By logsumexp, which keeps one (n, T, V) float32 tensor rather than log_softmax's two.
-    """
-    scaled = logits.float()
-    if temperature != 1.0:
-        scaled = scaled / temperature
-    chosen = scaled.gather(2, tokens[:, :, None]).squeeze(2)
-    return chosen - scaled.logsumexp(2)
 
 
 def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from engine.train.parallel import Team
+from engine.train.products import speed_up
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -37,6 +38,7 @@ def settle(
         strategy: `ddp` (whole) or `fsdp`.
         compute: what FSDP gathers the weights in; their shards keep their own dtype.
     """
+    speed_up(module)
     if team.size == 1:
         module.to(team.device)
     elif strategy == "fsdp":
