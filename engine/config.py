@@ -45,7 +45,22 @@ class ModelConfig(Section, frozen=True):
     value: Literal["shared", "separate"] = "shared"
     """The value head on the policy's trunk, or on a trunk of its own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the forward and backward passes compute in; master weights are float32."""
+    """What the forward and backward passes compute in; trained weights are float32."""
+
+
+class LoRAConfig(Section, frozen=True):
+    """Train small adapters beside frozen weights (LoRA), rather than the weights themselves.
+
+    The reference is then the policy with its adapters off: the weights are held once, and in
+    `model.dtype`. Adapters want about ten times the learning rate of full training.
+    """
+
+    rank: Count | None = None
+    """Of the adapters; all weights are trained when left out."""
+    alpha: Count | None = None
+    """What an adapter adds is multiplied by alpha / rank; twice the rank when left out."""
+    targets: list[str] = []
+    """Linear layers by the ends of their names (`q_proj`); all but the output's when left out."""
 
 
 class RewardSource(Section, frozen=True):
@@ -293,6 +308,7 @@ class RunConfig(Section, frozen=True):
     data: DataConfig
     reward: RewardConfig
     seed: Whole = 0
+    lora: LoRAConfig = LoRAConfig()
     rollout: RolloutConfig = RolloutConfig()
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
@@ -318,6 +334,7 @@ FIXED_AT_START = (
     "seed",
     "data.",
     "model.",
+    "lora.",
     "rollout.batch_size",
     "rollout.per_prompt",
     "ppo.advantage",

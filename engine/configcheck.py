@@ -15,6 +15,10 @@ def check(config: RunConfig) -> None:
     """
     _check_reward(config.reward)
     _check_batches(config)
+    if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):
+        raise ConfigError(
+            "lora.alpha and lora.targets need lora.rank, without it nothing is adapted"
+        )
     kl, rollout = config.kl, config.rollout
     if not kl.beta_min < kl.beta_max:
         raise ConfigError(f"kl.beta_min ({kl.beta_min}) must be below kl.beta_max ({kl.beta_max})")

@@ -98,7 +98,10 @@ def complete(config: RunConfig) -> RunConfig:
         rollout = msgspec.structs.replace(rollout, per_prompt=answers)
     if ppo.whiten is None:
         ppo = msgspec.structs.replace(ppo, whiten=gae)
-    return msgspec.structs.replace(config, rollout=rollout, ppo=ppo)
+    lora = config.lora
+    if lora.rank is not None and lora.alpha is None:
+        lora = msgspec.structs.replace(lora, alpha=2 * lora.rank)
+    return msgspec.structs.replace(config, rollout=rollout, ppo=ppo, lora=lora)
 
 
 def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
@@ -166,9 +169,21 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
     """Refuses, on a resume, what would change the model or the data's order."""
     for key in changes(old, new):
         if key.startswith(FIXED_AT_START):
+            # A checkpoint holds the adapters, or none: no fork can go on with others.
+            instead = "" if key.startswith("lora.") else ", or fork instead"
             raise ConfigError(
                 f"{key} cannot change on a resume, it decides the model or the data's order: "
-                "start a run of its own with it, or fork instead"
+                f"start a run of its own with it{instead}"
+            )
+
+
+def check_forkable(old: RunConfig, new: RunConfig) -> None:
+    """Refuses, on a fork, what a checkpoint of the old run cannot go on with."""
+    for key in changes(old, new):
+        if key.startswith("lora."):
+            raise ConfigError(
+                f"{key} cannot change on a fork, the checkpoint holds what it decided: "
+                "export the policy with --merged and start a run from that"
             )
 
 

@@ -93,6 +93,7 @@ def fork(
     """
     old = session.config()
     new = configfile.override(old, overrides)
+    configfile.check_forkable(old, new)
     check_name(name)
     check_inputs(new)
     _check_step(session, from_step)
@@ -184,6 +185,8 @@ def check_inputs(config: RunConfig) -> None:
         folder = Path(name or "")
         if folder.is_absolute() and not (folder / "config.json").is_file():
             problem = "holds no config.json" if folder.is_dir() else "does not exist"
+            if (folder / "adapter_config.json").is_file():
+                problem = "holds adapters without their model; export it with --merged"
             raise ConfigError(
                 f"{key}: the folder {folder} {problem} (wanted: a Hugging Face model folder)"
             )

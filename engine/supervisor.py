@@ -13,6 +13,8 @@ import sqlite3
 import time
 from typing import Any, Protocol
 
+import msgspec
+
 from engine import __version__, configfile, protocol, registry, sockets
 from engine.client import new_id
 from engine.commands import Checkpoint, Pause, Rollback, Stop, Undo, Unpause, name_of
@@ -178,6 +180,7 @@ class Supervisor:
         self._record_given(start)
         self._set_state("starting")
         self._watchman.begin()
+        self._await_machines(start.from_step)
         await self._ranks.start()
         status = await self._ranks.wait()
         if self._talking:  # what they said last may still lie in the sockets
@@ -186,6 +189,17 @@ class Supervisor:
         if self._next is not None:  # rolled back
             return 0
         return self._conclude(status)
+
+    def _await_machines(self, step: int) -> None:
+        """Says what a run on several machines waits for, until its ranks say better."""
+        others, place = self._config.launch.nodes - 1, self._config.launch.rendezvous
+        self._phases.clear()
+        if others:
+            waiting = Phase(rank=0, step=step, name=f"wait for rlhf-tui join {place}")
+            self._phases[0] = waiting
+            self._server.show(waiting)
+            text = f"waiting for {others} more machine(s): there, rlhf-tui join {place}"
+            self._alert(Alert("machines", "notify", text, step))
 
     def _record_given(self, start: Start) -> None:
         """Settings given with this start are commands like any other, applied at once."""
@@ -230,11 +244,13 @@ class Supervisor:
 
     def _cause(self, status: int) -> Failed:
         """What a rank said before it failed; what the others noticed of it counts less."""
-        failure, gone = self._failure, self._gone
+        failure, gone, launch = self._failure, self._gone, self._config.launch
         if failure is not None and not failure.echo:
             return failure
-        if failure is not None and not gone:  # on another machine
-            return failure
+        if failure is not None and not gone and launch.nodes > 1:
+            text = f"the ranks of another machine are gone ({failure.text}); start them there with"
+            text += f": rlhf-tui join {launch.rendezvous}"
+            return msgspec.structs.replace(failure, text=text)
         rank = gone[0] if gone else 0
         text = f"rank {rank} {describe_exit(status)}; see rlhf-tui logs {self._session.name}"
         return Failed(rank=rank, text=text)

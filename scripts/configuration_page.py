@@ -20,9 +20,9 @@ written as in YAML. Relative paths start at the file's folder. What was left out
 written to the session's `config.yaml`, which is the whole truth about what ran.
 
 A resume (`rlhf-tui resume NAME -o …`) may change any key but those that decide the model or the
-data's order: `seed`, `data.*`, `model.*`, `rollout.batch_size`, `rollout.per_prompt` and
-`ppo.advantage`; a fork may change these too. Keys marked ⇄ can also be changed while the run goes
-on (`rlhf-tui ctl NAME set key=value`).
+data's order: `seed`, `data.*`, `model.*`, `lora.*`, `rollout.batch_size`, `rollout.per_prompt` and
+`ppo.advantage`; a fork may change these too, but for `lora.*`. Keys marked ⇄ can also be changed
+while the run goes on (`rlhf-tui ctl NAME set key=value`).
 """
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
 OTHERS = {"A source of `reward.mix`": "RewardSource", "A rule of `guardrails.rules`": "Rule"}

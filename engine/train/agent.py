@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 
 import msgspec
@@ -17,7 +18,8 @@ from torch.distributed.launcher.api import LaunchConfig as TorchLaunch
 from torch.distributed.launcher.api import elastic_launch
 
 from engine.config import LaunchConfig
-from engine.protocol import JOINED_VARIABLE, LAUNCH_VARIABLE, STORE_VARIABLE, Invitation
+from engine.protocol import JOINED_VARIABLE, LAUNCH_VARIABLE, STORE_VARIABLE, Failed, Invitation
+from engine.train.link import Link
 from engine.train.parallel import threads_of_a_rank
 from engine.train.worker import tie_to_parent
 
@@ -43,6 +45,11 @@ def main() -> None:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(128 - failure.exitcode if failure.exitcode < 0 else 1)
+    except Exception as error:
+        # No rank has begun: the agent says what a rank would have said.
+        text = f"the ranks cannot meet: {type(error).__name__}: {error}"
+        Link(0).send(Failed(rank=0, text=text, traceback=traceback.format_exc()))
+        raise
 
 
 def torch_launch(launch: LaunchConfig, count: int) -> TorchLaunch:
@@ -82,8 +89,8 @@ def meeting_place(launch: LaunchConfig, folder: str, count: int) -> Iterator[Non
     if kind == "file" or JOINED_VARIABLE in os.environ:
         yield
         return
-    port = int(place.rpartition(":")[2])
-    store = TCPStore("0.0.0.0", port, is_master=True, wait_for_workers=False)  # noqa: S104
+    host, _, port = place.rpartition(":")
+    store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
     invitation = Invitation(launch=launch, folder=folder, processes=count)
     store.set("invitation", msgspec.json.encode(invitation).decode())
     yield

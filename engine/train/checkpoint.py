@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.errors import CheckpointError
 from engine.settings import Settings
 from engine.train.models import LanguageModel
+from engine.train.pretrained import save_lm
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -46,6 +47,8 @@ class TrainingState(msgspec.Struct, kw_only=True):
     """Of `ppo.baseline: running`."""
     reference: str = ""
     """The frozen reference's fingerprint."""
+    base: str = ""
+    """That of the weights under the adapters, where there are any."""
     threads: int = 0
 
 
@@ -100,7 +103,7 @@ def write(
     try:
         clear_parts(checkpoints)
         (part / "training").mkdir(parents=True)
-        policy.lm.save_pretrained(part / "policy")
+        save_lm(policy.lm, part / "policy")
         tokenizer.save_pretrained(part / "policy")
         save_file(
             _optimiser_tensors(policy, optimiser), part / "training" / "optimiser.safetensors"
@@ -235,15 +238,17 @@ def _optimiser_tensors(policy: nn.Module, optimiser: torch.optim.Optimizer) -> d
 
 
 def _value_tensors(policy: LanguageModel) -> dict[str, Tensor]:
+    frozen = {k for k, p in policy.named_parameters() if not p.requires_grad}
     return {
         k: v.detach().cpu().contiguous()
         for k, v in policy.state_dict().items()
-        if k.startswith(("value_head.", "value_trunk."))
+        if k.startswith(("value_head.", "value_trunk.")) and k not in frozen
     }
 
 
 def _check_space(checkpoints: Path, policy: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    need = sum(p.numel() * p.element_size() for p in policy.parameters())
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    need = sum(p.numel() * p.element_size() for p in trained)
     need += sum(
         t.numel() * t.element_size() for t in _optimiser_tensors(policy, optimiser).values()
     )

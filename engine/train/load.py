@@ -18,9 +18,10 @@ from engine.settings import first_settings
 from engine.train import checkpoint
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts, load_prompts
-from engine.train.models import eos_ids, fingerprint, load_policy, load_reference, load_tokenizer
+from engine.train.models import AnyModel, BaseView, LanguageModel, fingerprint
 from engine.train.optimise import make_optimiser
 from engine.train.parallel import Team, settle_on
+from engine.train.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
 from engine.train.randomness import derived_seed, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate, merge_rollouts
@@ -31,6 +32,8 @@ log = logging.getLogger("engine")
 
 BYTES_A_PARAMETER = 18
 """Of a policy trained whole: weights, gradient, two moments in float32; the reference in half."""
+BYTES_UNDER_ADAPTERS = 4
+"""Of one that is only adapted."""
 ROOM = 0.6
 """Of a GPU's memory, for that; the rest is for activations, logits and caches."""
 STAGES = ("prompts", "reward", "policy", "reference")
@@ -77,7 +80,7 @@ def load_run(
     policy = load_policy(config, source, team, strategy)
     optimiser = make_optimiser(policy, config)
     loading("reference")
-    reference = load_reference(config, team, strategy)
+    reference = load_reference(config, policy, team, strategy)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
         checkpoint.load_training(saved, policy, optimiser)
@@ -88,11 +91,17 @@ def load_run(
             "the reference model is not the one this run began with: "
             f"{config.model.reference or config.model.policy} was changed; put it back to resume"
         )
+    base = _base_fingerprint(config, policy, reference, weights)
+    if state.base and state.base != base:
+        raise CheckpointError(
+            "the model under the adapters is not the one this run began with: "
+            f"{config.model.policy} was changed; put it back to resume"
+        )
     if state.threads not in (0, threads):
         log.warning(
             "%d threads now, %d before: results agree to rounding only", threads, state.threads
         )
-    state.reference, state.threads = weights, threads
+    state.reference, state.base, state.threads = weights, base, threads
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.attempt)
 
@@ -153,10 +162,20 @@ def choose_strategy(config: RunConfig, source: str, team: Team) -> str:
         if team.device.type == "cuda":
             with torch.device("meta"):
                 lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-            needed = BYTES_A_PARAMETER * sum(p.numel() for p in lm.parameters())
+            each = BYTES_A_PARAMETER if config.lora.rank is None else BYTES_UNDER_ADAPTERS
+            needed = each * sum(p.numel() for p in lm.parameters())
             total = torch.cuda.get_device_properties(team.device).total_memory
             chosen = "fsdp" if needed > ROOM * total else "ddp"
     return team.tell(chosen.encode()).decode()
+
+
+def _base_fingerprint(
+    config: RunConfig, policy: LanguageModel, reference: AnyModel, of_reference: str
+) -> str:
+    """Of the weights under the adapters, which no checkpoint holds; "" without adapters."""
+    if config.lora.rank is None:
+        return ""
+    return of_reference if isinstance(reference, BaseView) else fingerprint(BaseView(policy))
 
 
 def _check_vocabularies(policy: int, reference: int) -> None:

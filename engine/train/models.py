@@ -1,28 +1,17 @@
-"""The policy with its value head, and the frozen models it is held against."""
+"""The policy with its value head, and how a frozen model is told from another."""
 
 import hashlib
 import inspect
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
-from engine import starter
-from engine.config import RunConfig
-from engine.errors import UserInputError
-from engine.train.handout import same_files, without_weights
-from engine.train.parallel import Team
-from engine.train.sharding import rest_on_host, settle, whole
+from engine.train import lora
+from engine.train.sharding import whole
 
 
 class LanguageModel(nn.Module):
@@ -60,17 +49,25 @@ class LanguageModel(nn.Module):
             # The head's input: the trunk's last hidden state, exactly at the positions kept.
             head.register_forward_pre_hook(self._keep_hidden)
         self._hidden: Tensor | None = None
+        self._adapted = lora.adapted_layers(lm)
         self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
 
     def _keep_hidden(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._hidden = inputs[0]
 
     def forward(
-        self, tokens: Tensor, *args: Any, **kwargs: Any
+        self, tokens: Tensor, *args: Any, adapters: bool = True, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        """:meth:`run` in the chosen compute dtype."""
+        """:meth:`run` in the chosen compute dtype, with or without the adapters there may be.
+
+        That is an argument, not a state, so that it reaches a wrapped or sharded model as well, and
+        ends with the call. Not for two threads at once.
+        """
         mixed = self._compute is not torch.float32
-        with torch.autocast(tokens.device.type, self._compute, enabled=mixed):
+        with ExitStack() as stack:
+            if not adapters:
+                stack.enter_context(lora.switched_off(self._adapted))
+            stack.enter_context(torch.autocast(tokens.device.type, self._compute, enabled=mixed))
             return self.run(tokens, *args, **kwargs)
 
     def run(
@@ -128,92 +125,44 @@ class LanguageModel(nn.Module):
         return logits, values
 
 
-def load_policy(config: RunConfig, source: str, team: Team, strategy: str) -> LanguageModel:
-    """The trainable policy in float32, with the value function its advantage needs."""
-    value = config.model.value if config.ppo.advantage == "gae" else None
-    lm = load_lm(source, "model.policy", team)
-    with without_weights(team):
-        policy = LanguageModel(lm, value, compute_dtype(config))
-        if value == "separate":
-            policy.value_trunk = _load_trunk(source, lm, team)
-    if config.parallel.activation_checkpointing:
-        _checkpoint_activations(policy)
-    settle(_inert(policy), team, strategy, compute_dtype(config))
-    return policy
+class BaseView:
+    """The model under a policy's adapters, used like a :class:`LanguageModel`; no copy of it.
 
-
-def load_reference(config: RunConfig, team: Team, strategy: str) -> LanguageModel:
-    """The frozen reference: the policy's own start, or the model that is named."""
-    name = config.model.reference or config.model.policy
-    key = "model.reference" if config.model.reference else "model.policy"
-    dtype = compute_dtype(config)
-    reference = LanguageModel(load_lm(starter.resolve(name), key, team), compute=dtype)
-    reference.requires_grad_(False)
-    on_host = config.parallel.frozen == "offload"
-    settle(_inert(reference).to(dtype), team, "ddp" if on_host else strategy, dtype)
-    if on_host:
-        rest_on_host(reference, team.device)
-    return reference
-
-
-def compute_dtype(config: RunConfig) -> torch.dtype:
-    """What `model.dtype` names."""
-    return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-
-
-def load_lm(source: str, key: str, team: Team) -> PreTrainedModel:
-    """A causal language model in float32; its weights on rank 0, its shape on the others.
-
-    Raises:
-        UserInputError: names the configuration key and what is wrong with the model.
+    It gives logits alone, and enters the policy's own forward, so it works where that is wrapped or
+    sharded.
     """
-    lm = _read_lm(source, key) if team.lead else None
-    with same_files(team, *((lm.config, lm.generation_config) if lm else ())) as folder:
-        if lm is None:
-            with without_weights(team):
-                shape = AutoConfig.from_pretrained(folder)
-                lm = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-            lm.generation_config = GenerationConfig.from_pretrained(folder)
-    return lm
+
+    def __init__(self, policy: LanguageModel) -> None:
+        self.lm = policy.lm
+        self._model = policy
+
+    def __call__(
+        self, tokens: Tensor, attention_mask: Tensor, keep: int, *, cache: Any = None, **_: Any
+    ) -> tuple[Any, None]:
+        """As :meth:`LanguageModel.run`, with `want="logits"`."""
+        logits, _values = self._model(
+            tokens, attention_mask, keep, cache=cache, want="logits", adapters=False
+        )
+        return logits, None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights without the adapters."""
+        return (p for p in self.lm.parameters() if not p.requires_grad)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The policy's, which are gathered for this one as for itself."""
+        return self._model.modules()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights without the adapters, named as in a model that never had any."""
+        return {f"lm.{name}": tensor for name, tensor in lora.base_tensors(self.lm).items()}
 
 
-def _read_lm(source: str, key: str) -> PreTrainedModel:
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserInputError(_not_a_model(key, source, error)) from error
-    for needed in ("past_key_values", "logits_to_keep"):
-        if needed not in inspect.signature(lm.forward).parameters:
-            raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
-    return _own(lm)
+AnyModel = LanguageModel | BaseView
+"""What generates and scores: the policy, or either kind of reference."""
 
 
-def _load_trunk(source: str, lm: PreTrainedModel, team: Team) -> nn.Module:
-    if team.lead:
-        return _own(AutoModel.from_pretrained(source, dtype=torch.float32))
-    return AutoModel.from_config(lm.config, dtype=torch.float32)
-
-
-def load_tokenizer(source: str, key: str, team: Team) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, on every rank. Raises UserInputError."""
-    tokenizer = None
-    if team.lead:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise UserInputError(_not_a_model(key, source, error, "tokenizer")) from error
-    with same_files(team, tokenizer) as folder:
-        return tokenizer or AutoTokenizer.from_pretrained(folder)
-
-
-def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: chat models have several."""
-    of_model = getattr(lm.generation_config, "eos_token_id", None)
-    ids = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: nn.Module | BaseView) -> str:
     """A hash of all weights, to tell whether a frozen model is the one it was.
 
     Adds up each tensor's bits rather than feeding them to a cryptographic hash: seconds for
@@ -229,41 +178,3 @@ def fingerprint(module: nn.Module) -> str:
         weighted = int((bits[:: max(1, len(bits) // 1024)].to(torch.int64) * 31).cumsum(0).sum())
         digest.update(f"{name}:{tuple(tensor.shape)}:{total}:{weighted};".encode())
     return digest.hexdigest()
-
-
-def _own(module: nn.Module) -> Any:
-    """Copies the weights out of the file.
-
-    Fresh from `from_pretrained` they are memory-mapped at odd offsets, which picks other kernels:
-    one-row products then differ in the last bit between a first run and a resumed one.
-    """
-    for parameter in module.parameters():
-        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-    return module
-
-
-def _inert(module: LanguageModel) -> LanguageModel:
-    """Dropout off for good: old and new log-probabilities must be of the same function."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        elif isinstance(getattr(part, "attention_dropout", None), float):
-            vars(part)["attention_dropout"] = 0.0  # used as a number, and only in training mode
-    return module.eval()
-
-
-def _checkpoint_activations(policy: LanguageModel) -> None:
-    """Activations are computed again in the backward pass; takes effect in training mode alone."""
-    for part in (policy.lm, policy.value_trunk):
-        if isinstance(part, PreTrainedModel):
-            part.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _not_a_model(key: str, source: str, error: Exception, what: str = "model") -> str:
-    if source.startswith(("/", ".", "~")):
-        problem = "holds none that can be loaded" if Path(source).is_dir() else "does not exist"
-        return f"{key}: the folder {source} {problem} (wanted: a Hugging Face {what} folder)"
-    first = str(error).strip().splitlines()[0]
-    return (
-        f"{key}: '{source}' is neither a {what} folder here nor one to be had from the hub: {first}"
-    )

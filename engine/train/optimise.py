@@ -100,6 +100,8 @@ def optimise(
     for group in optimiser.param_groups:
         group["lr"] = learning_rate(config, settings, step)
     warming_up = step <= config.ppo.value_warmup and targets.returns is not None
+    # transformers computes activations again in training mode alone; dropout is 0 in any mode.
+    learner.train(config.parallel.activation_checkpointing)
     for epoch in range(settings.epochs):
         order = permutation(seed, "minibatches", (step, epoch), len(rollout.ids))
         for k, rows in enumerate(order.to(rollout.ids.device).chunk(config.ppo.minibatches)):
@@ -109,6 +111,7 @@ def optimise(
             if settings.stop_kl is not None and sums.approx_kl > settings.stop_kl:
                 done.stopped_early = True
                 optimiser.zero_grad(set_to_none=True)
+                learner.eval()
                 return done
             norm = shorten_gradient(learner, config.ppo.max_grad_norm)
             loss = sums.policy_loss + sums.value_loss
@@ -123,6 +126,7 @@ def optimise(
                 done.sums.add(sums)
             optimiser.zero_grad(set_to_none=True)
             report(epoch * config.ppo.minibatches + k + 1, total)
+    learner.eval()
     return done
 
 

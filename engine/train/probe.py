@@ -5,7 +5,7 @@ from typing import Any
 from engine.errors import CommandRejectedError
 from engine.train import ppo
 from engine.train.data import Prompt, batch_prompts
-from engine.train.models import LanguageModel
+from engine.train.models import AnyModel
 from engine.train.randomness import sampling_uniforms
 from engine.train.rewards import Answers, Normaliser
 from engine.train.rollout import generate, score_tokens
@@ -37,7 +37,7 @@ def answer_probe(run: Run, text: str) -> dict[str, Any]:
     }
 
 
-def _answer(run: Run, model: LanguageModel, prompt: Prompt) -> dict[str, Any]:
+def _answer(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
     settings, state = run.state.settings, run.state
     batch = batch_prompts([prompt], 1, run.tokenizer.eos_token_id or 0)
     uniforms = sampling_uniforms(PROBE_SEED, 0, 1, settings.max_new_tokens)

@@ -10,8 +10,8 @@ from engine.config import RewardConfig
 from engine.errors import UserInputError
 from engine.train import sharding
 from engine.train.handout import same_files, without_weights
-from engine.train.models import load_tokenizer
 from engine.train.parallel import Team
+from engine.train.pretrained import load_tokenizer
 from engine.train.rollout import Report
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from engine.train.data import PromptBatch
 from engine.train.logprobs import token_logprobs
-from engine.train.models import LanguageModel
+from engine.train.models import AnyModel
 from engine.train.parallel import Team
 from engine.train.ppo import response_mask
 from engine.train.sharding import with_model_at_hand
@@ -91,7 +91,7 @@ class Ending:
 @torch.no_grad()
 @with_model_at_hand
 def generate(
-    model: LanguageModel,
+    model: AnyModel,
     batch: PromptBatch,
     uniforms: Tensor,
     temperature: float,
@@ -237,7 +237,7 @@ def left_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def rollout_forward(
-    model: nn.Module,
+    model: AnyModel | nn.Module,
     rollout: Rollout,
     rows: Tensor,
     temperature: float,
@@ -283,7 +283,7 @@ def longest_first(rollout: Rollout, rows: Tensor) -> Tensor:
 @torch.no_grad()
 @with_model_at_hand
 def score_tokens(
-    model: LanguageModel,
+    model: AnyModel,
     rollout: Rollout,
     temperature: float,
     size: int,

@@ -17,7 +17,7 @@ from engine.train import ppo
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts
 from engine.train.metrics import peak_memory, step_metrics
-from engine.train.models import LanguageModel
+from engine.train.models import AnyModel, LanguageModel
 from engine.train.optimise import Targets, learning_rate, optimise
 from engine.train.parallel import Team
 from engine.train.randomness import sampling_uniforms
@@ -77,7 +77,7 @@ class Run:
     policy: LanguageModel
     learner: nn.Module
     """The policy as the epochs enter it."""
-    reference: LanguageModel
+    reference: AnyModel
     rewards: Rewards
     optimiser: torch.optim.Optimizer
     state: TrainingState
@@ -130,7 +130,7 @@ def train_step(
         old_logprobs, old_values = old_policy(run, rollout, own)
     ref_logprobs = team.merge(ref_logprobs)
 
-    if not run.checked:
+    if not run.checked and recorded is None:
         check_first(run, rollout, old_logprobs, ref_logprobs)
 
     # 4. Advantages, from the whole global batch.

@@ -142,6 +142,7 @@ def facts(run: Run) -> dict[str, object]:
     """What is worth knowing about a run that begins."""
     return {
         "policy_parameters": sum(p.numel() for p in run.policy.parameters()),
+        "trained_parameters": sum(p.numel() for p in run.policy.parameters() if p.requires_grad),
         "reference_parameters": sum(p.numel() for p in run.reference.parameters()),
         "prompts": len(run.prompts),
         "device": str(run.device),

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import click
 from engine import sockets, starter
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
 from engine.record import Record
+from engine.session import Session
 from engine.start import checkpoint_steps, last_checkpoint
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
@@ -52,22 +54,22 @@ def rm(root: Path, name: str, yes: bool) -> None:
 @name_argument
 @sessions_option
 @click.option("--policy", type=click.Path(path_type=Path), metavar="DIR", help="The model folder.")
+@click.option("--merged", is_flag=True, help="With --policy: adapters merged into their model.")
 @click.option("--samples", type=click.Path(path_type=Path), metavar="FILE", help="As JSON lines.")
 @click.option("--step", type=click.IntRange(min=1), help="Of which checkpoint; the last one's.")
 def export(
-    root: Path, name: str, policy: Path | None, samples: Path | None, step: int | None
+    root: Path, name: str, policy: Path | None, merged: bool, samples: Path | None, step: int | None
 ) -> None:
     """Copy the trained policy, or the samples, out of a session."""
     session = existing(root, name)
-    if policy is None and samples is None:
-        raise UserInputError("export needs --policy DIR or --samples FILE")
+    if policy is None and (samples is None or merged):
+        raise UserInputError("export needs --policy DIR or --samples FILE; --merged the former")
     if policy is not None:
         chosen = step or last_checkpoint(session)
         if chosen not in checkpoint_steps(session):
             missing = f"of step {step} " if step else ""
             raise NoSuchSessionError(f"session '{name}' has no checkpoint {missing}to export")
-        _copy_policy(session.checkpoints / f"step-{chosen:06d}" / "policy", policy)
-        say(f"the policy of step {chosen} is in {policy}")
+        say(_export_policy(session, chosen, policy, merged))
     if samples is not None:
         with Record(session) as record:
             rows = record.samples()
@@ -75,9 +77,37 @@ def export(
         say(f"{len(rows)} samples are in {samples}")
 
 
-def _copy_policy(source: Path, target: Path) -> None:
+def _export_policy(session: Session, step: int, target: Path, merged: bool) -> str:
+    """Writes the folder; returns what is in it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserInputError(f"--policy: {target} is there already; give a new or empty folder")
+    config = session.config()
+    adapted = config.lora.rank is not None
+    if adapted and merged:
+        _merge(session, step, target)
+        return f"the policy of step {step} is in {target}, adapters merged"
+    _copy_policy(session.checkpoints / f"step-{step:06d}" / "policy", target)
+    if adapted:
+        return f"the adapters of step {step} are in {target}; their model is {config.model.policy}"
+    note = "; it was trained in full, there is nothing to merge" if merged else ""
+    return f"the policy of step {step} is in {target}{note}"
+
+
+def _merge(session: Session, step: int, target: Path) -> None:
+    # A process of its own: this one never imports torch.
+    module = [sys.executable, "-m", "engine.train.merge"]
+    done = subprocess.run(  # noqa: S603 - ourselves
+        [*module, str(session.folder), str(step), str(target)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, errors="replace", check=False,
+    )  # fmt: skip
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"merging ended with {done.returncode}"]
+        kind = UserInputError if done.returncode == UserInputError.exit_code else SessionError
+        raise kind(said[-1])
+
+
+def _copy_policy(source: Path, target: Path) -> None:
     try:
         shutil.copytree(source, target, dirs_exist_ok=True)
     except OSError as error:

@@ -169,6 +169,32 @@ def test_a_resume_may_not_change_the_model_or_the_order_of_the_data(key):
         configfile.check_resumable(demo(), demo(key))
 
 
+@pytest.mark.parametrize("key", ["rank=4", "alpha=9", "targets=[q_proj]"])
+def test_neither_a_resume_nor_a_fork_may_change_the_adapters(key):
+    before, after = demo("lora.rank=8"), demo("lora.rank=8", f"lora.{key}")
+    with pytest.raises(ConfigError, match=r"lora\.\w+ cannot change on a resume") as caught:
+        configfile.check_resumable(before, after)
+    assert "fork" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"lora\.\w+ cannot change on a fork.*--merged"):
+        configfile.check_forkable(before, after)
+
+
+def test_a_fork_may_change_everything_but_the_adapters():
+    configfile.check_forkable(demo("lora.rank=8"), demo("lora.rank=8", "seed=1", "kl.beta=0.1"))
+
+
+def test_adapters_are_scaled_by_two_unless_told_otherwise():
+    assert demo("lora.rank=8").lora.alpha == 16
+    assert demo("lora.rank=8", "lora.alpha=4").lora.alpha == 4
+    assert demo().lora.alpha is None
+
+
+@pytest.mark.parametrize("key", ["alpha=8", "targets=[q_proj]"])
+def test_adapters_without_a_rank_are_refused(key):
+    with pytest.raises(ConfigError, match=r"need lora\.rank"):
+        demo(f"lora.{key}")
+
+
 def test_a_resume_may_change_everything_else():
     configfile.check_resumable(demo(), demo("train.steps=999", "kl.beta=0.1", "ppo.epochs=1"))
 

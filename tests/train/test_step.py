@@ -143,6 +143,23 @@ def test_an_answer_that_was_cut_off_pays_the_penalty(make_run):
     assert ours[0]["tokens/truncated_frac"] > 0
 
 
+def test_activations_that_are_computed_again_are_not_kept_meanwhile(make_run):
+    kept = {}
+    for again in ("false", "true"):
+        run, _ = make_run(f"parallel.activation_checkpointing={again}", "ppo.epochs=1")
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            train_step(run, 1)
+        kept[again] = sum(sizes)
+        assert not run.policy.training
+    assert kept["true"] < 0.7 * kept["false"]
+
+
 def rollout_of(run):
     from engine.train.data import batch_prompts  # noqa: PLC0415
     from engine.train.randomness import sampling_uniforms  # noqa: PLC0415

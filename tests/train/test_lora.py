@@ -1,0 +1,304 @@
+"""LoRA: small adapters learn, the model under them stays, and is the reference."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from engine import starter
+from engine.config import LaunchConfig, LoRAConfig
+from engine.errors import CheckpointError, UserInputError
+from engine.protocol import Begin
+from engine.train import checkpoint, lora
+from engine.train.load import load_run
+from engine.train.merge import merge
+from engine.train.models import BaseView, LanguageModel, fingerprint
+from engine.train.parallel import Team
+from engine.train.pretrained import load_lm
+from engine.train.step import train_step
+
+ALONE = Team(LaunchConfig(device="cpu"))
+BASE = starter.resolve("starter:policy")
+RANK = "lora.rank=4"
+FAST = "train.learning_rate=1e-3"
+VARIANTS = {
+    "gae, value head on the trunk": [],
+    "gae, value trunk of its own": ["model.value=separate"],
+    "reward": ["ppo.advantage=reward"],
+    "rloo": ["ppo.advantage=rloo", "rollout.per_prompt=4"],
+    "some targets": ["lora.targets=[q_proj, mlp.down_proj]", "lora.alpha=4"],
+}
+variants = pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def save(run, session):
+    folder, _ = checkpoint.write(
+        session.checkpoints,
+        run.state,
+        run.policy,
+        run.tokenizer,
+        run.optimiser,
+        score=1.0,
+        kl=0.5,
+    )
+    checkpoint.complete(folder)
+    return folder
+
+
+def take_step(run, step=1):
+    metrics, _ = train_step(run, step)
+    run.state.step = step
+    return metrics
+
+
+def silent(_step, _name, *_progress):
+    return lambda _done, _total: None
+
+
+def resumed(session):
+    begin = Begin(attempt=2, from_step=1)
+    return load_run(session, session.config(), begin, ALONE, silent)
+
+
+def text(seed=0):
+    """A left-padded batch: tokens, attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(5, 4000, (2, 9), generator=generator)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    return tokens, mask
+
+
+@torch.no_grad()
+def logits(model):
+    return model(*text(), 9, want="logits")[0]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The model under the adapters, as it was never touched."""
+    return LanguageModel(load_lm(BASE, "model.policy", ALONE))
+
+
+@pytest.fixture
+def trained(make_run):
+    run, session = make_run(RANK, FAST)
+    take_step(run)
+    return run, session
+
+
+@variants
+def test_only_adapters_and_the_value_head_learn(make_run, overrides):
+    run, _ = make_run(RANK, FAST, "ppo.max_grad_norm=1e6", *overrides)
+    before = {k: v.detach().clone() for k, v in run.policy.named_parameters()}
+    metrics = take_step(run)
+    changed = {k for k, v in run.policy.named_parameters() if not torch.equal(v, before[k])}
+    trainable = {k for k, v in run.policy.named_parameters() if v.requires_grad}
+    assert changed == trainable
+    assert all(".lora_" in k or k.startswith("value_head.") for k in changed)
+    held = {id(p) for group in run.optimiser.param_groups for p in group["params"]}
+    assert held == {id(p) for p in run.policy.parameters() if p.requires_grad}
+    assert all(math.isfinite(v) for v in metrics.values())
+
+
+@variants
+def test_a_run_begins_at_its_reference_and_leaves_it(make_run, overrides):
+    run, _ = make_run(RANK, FAST, "ppo.epochs=1", "ppo.minibatches=1", *overrides)
+    first, second = take_step(run), take_step(run, 2)
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-4)
+    assert second["objective/kl"] != pytest.approx(0, abs=1e-4)
+
+
+def test_the_reference_is_the_very_model_the_adapters_were_put_on(trained, plain):
+    run, _ = trained
+    assert torch.equal(logits(run.reference), logits(plain))
+    assert not torch.equal(logits(run.policy), logits(plain))
+    assert fingerprint(run.reference) == run.state.reference == fingerprint(plain)
+
+
+def test_the_reference_holds_no_weights_of_its_own(make_run):
+    run, _ = make_run(RANK)
+    ours = {p.data_ptr() for p in run.policy.parameters()}
+    assert {p.data_ptr() for p in run.reference.parameters()} < ours
+    base = sum(p.numel() for p in run.reference.parameters())
+    assert base == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(BASE).parameters())
+
+
+def test_adapters_are_on_again_after_an_error_in_the_reference(trained):
+    run, _ = trained
+    before = logits(run.policy)
+    with pytest.raises(RuntimeError):
+        run.reference(torch.zeros(1, 2), torch.ones(1, 5), 1)
+    assert torch.equal(logits(run.policy), before)
+
+
+def test_switched_off_and_on_again_the_same_parameters_learn(make_run):
+    run, _ = make_run(RANK)
+    layers = lora.adapted_layers(run.policy.lm)
+    wanted = [p.requires_grad for p in run.policy.parameters()]
+    with lora.switched_off(layers):
+        assert all(layer.disable_adapters for layer in layers)
+    assert not any(layer.disable_adapters for layer in layers)
+    assert [p.requires_grad for p in run.policy.parameters()] == wanted
+
+
+def test_adapters_begin_the_same_with_the_same_seed_alone(make_run):
+    def first(run):
+        return {k: v for k, v in run.policy.named_parameters() if "lora_A" in k}
+
+    one, _ = make_run(RANK)
+    torch.manual_seed(99)
+    two, other = make_run(RANK)[0], make_run(RANK, "seed=1")[0]
+    assert all(torch.equal(v, first(two)[k]) for k, v in first(one).items())
+    assert not any(torch.equal(v, first(other)[k]) for k, v in first(one).items())
+    drawn = [v.flatten()[:4].tolist() for v in first(one).values()]
+    assert len({tuple(d) for d in drawn}) == len(drawn)
+
+
+@variants
+def test_a_resumed_run_takes_the_very_same_next_step(make_run, overrides):
+    run, session = make_run(RANK, FAST, *overrides)
+    take_step(run)
+    save(run, session)
+    again = resumed(session)
+    ours, theirs = take_step(run, 2), take_step(again, 2)
+    for name, number in ours.items():
+        if not name.startswith(("time/", "perf/")):
+            assert theirs[name] == number, name
+    for (name, one), two in zip(
+        run.policy.named_parameters(), again.policy.parameters(), strict=True
+    ):
+        assert torch.equal(one, two), name
+
+
+def test_a_checkpoint_holds_adapters_and_not_their_model(trained):
+    run, session = trained
+    folder = save(run, session)
+    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+    assert size < sum(p.numel() for p in run.reference.parameters())  # a fourth of its bytes
+    assert not list((folder / "policy").glob("model*"))
+    described = json.loads((folder / "policy" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == BASE
+    assert (described["r"], described["lora_alpha"], described["lora_dropout"]) == (4, 8, 0.0)
+
+
+@pytest.mark.parametrize("loader", [AutoPeftModelForCausalLM, AutoModelForCausalLM])
+def test_peft_and_transformers_load_a_checkpoints_adapters(trained, loader):
+    run, session = trained
+    folder = save(run, session) / "policy"
+    lm = loader.from_pretrained(folder, dtype=torch.float32).eval()
+    model = lm.get_base_model() if loader is AutoPeftModelForCausalLM else lm
+    assert lora.adapted_layers(model)
+    assert (logits(LanguageModel(model)) - logits(run.policy)).abs().max() < 1e-5
+    assert AutoTokenizer.from_pretrained(folder)("The film").input_ids
+
+
+def test_a_merged_policy_is_a_plain_model_that_says_the_same(trained, tmp_path):
+    run, session = trained
+    save(run, session)
+    merge(session, 1, tmp_path / "merged")
+    lm = load_lm(str(tmp_path / "merged"), "model.policy", ALONE)
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    gap = (logits(LanguageModel(lm)) - logits(run.policy)).abs().max()
+    assert gap < 1e-5
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("The film").input_ids
+
+
+def test_a_merge_says_in_one_line_what_is_wrong(trained, tmp_path):
+    run, session = trained
+    run.state.base = "another"
+    save(run, session)
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.train.merge", session.folder, "1", tmp_path / "merged"],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "was changed; put it back to merge" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_changed_base_is_refused_on_a_resume(make_run):
+    run, session = make_run(RANK, f"model.reference={BASE}")
+    take_step(run)
+    run.state.base = "another"
+    save(run, session)
+    with pytest.raises(CheckpointError, match="model under the adapters is not the one"):
+        resumed(session)
+
+
+def test_a_reference_that_is_named_is_a_model_of_its_own(make_run, plain):
+    run, _ = make_run(RANK, FAST, f"model.reference={BASE}")
+    take_step(run)
+    assert not isinstance(run.reference, BaseView)
+    assert torch.equal(logits(run.reference), logits(plain))
+    assert run.state.base == run.state.reference
+
+
+def test_a_checkpoint_of_the_other_kind_is_refused(make_run):
+    adapted, _ = make_run(RANK)
+    full, full_session = make_run()
+    take_step(full)
+    with pytest.raises(CheckpointError, match=r"holds no adapters, but lora\.rank is set"):
+        lora.load_adapters(adapted.policy.lm, save(full, full_session) / "policy")
+    other, session = make_run("lora.rank=2")
+    take_step(other)
+    folder = save(other, session) / "policy"
+    with pytest.raises(CheckpointError, match="another model, rank or targets"):
+        lora.load_adapters(adapted.policy.lm, folder)
+    with pytest.raises(UserInputError, match=r"model\.policy: .* holds adapters"):
+        load_lm(str(folder), "model.policy", ALONE)
+
+
+def test_in_bfloat16_the_base_is_held_in_it_and_adapters_are_not(make_run):
+    run, _ = make_run(RANK, FAST, "model.dtype=bfloat16", "ppo.epochs=1", "ppo.minibatches=1")
+    metrics = take_step(run)
+    assert metrics["objective/kl"] == 0
+    assert metrics["val/ratio"] == pytest.approx(1, abs=1e-3)
+    assert {p.dtype for p in run.reference.parameters()} == {torch.bfloat16}
+    trained = {p.dtype for p in run.policy.parameters() if p.requires_grad}
+    assert trained == {torch.float32}
+
+
+@pytest.mark.parametrize("target", ["query", "lm_head", "embed_tokens", "mlp", "proj"])
+def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(make_run, target):
+    with pytest.raises(UserInputError) as refused:
+        make_run(RANK, f"lora.targets=[q_proj, {target}]")
+    said = str(refused.value)
+    assert said == (
+        f"lora.targets: LlamaForCausalLM has no linear layer '{target}'; it has: "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    )
+
+
+@pytest.mark.parametrize("targets", [[], ["c_attn"]])
+def test_the_transposed_layers_of_gpt2_are_adapted_saved_and_loaded(tmp_path, targets, recwarn):
+    shape = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=4096, n_positions=32)
+    GPT2LMHeadModel(shape).eval().save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    config = LoRAConfig(rank=2, alpha=2, targets=targets)
+
+    def adapted(seed):
+        lm = load_lm(base, "model.policy", ALONE)
+        lora.add_adapters(lm, config, seed=seed, base=base)
+        return LanguageModel(lm).eval()
+
+    policy = adapted(0)
+    expected = logits(LanguageModel(load_lm(base, "model.policy", ALONE)).eval())
+    assert torch.equal(logits(policy), expected)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    assert torch.equal(logits(BaseView(policy)), expected)
+    assert not torch.equal(logits(policy), expected)
+    lora.save_adapters(policy.lm, tmp_path / "adapters")
+    again = adapted(1)
+    lora.load_adapters(again.lm, tmp_path / "adapters")
+    assert torch.equal(logits(again), logits(policy))
+    assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]
