@@ -8,6 +8,7 @@ float32); our engine as it comes. One iteration each in turn, the first round dr
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -20,9 +21,12 @@ from benchmarks import machine
 from benchmarks.engine_side import settings
 from benchmarks.side import Side
 from benchmarks.task import SMALL_TASK, TINY, Task, write_models
+from engine.config import LaunchConfig
+from engine.launcher import environment
 
 EQUAL = ["model.value=separate", "model.dtype=float32", "reward.dtype=float32"]
 """What makes our work TRL's: it trains a value model apart, and computes in float32 as told to."""
+OURS = "benchmarks.engine_side"
 NEEDED_GB = 19.0
 """All three sides of the 135 M task at once."""
 
@@ -66,8 +70,8 @@ def compare(
         for side in sides:
             side.close()
     print(f"peak        {peak:.0f} GFLOP/s of float32 matrix products")
-    print(f"task        {task.prompts} prompts of {task.prompt_tokens} tokens, {task.new_tokens} new "
-          f"tokens, {task.epochs} epochs, {task.minibatches} minibatch, micro-batch "
+    print(f"task        {task.prompts} prompts of {task.prompt_tokens} tokens, {task.new_tokens} "
+          f"new tokens, {task.epochs} epochs, {task.minibatches} minibatch, micro-batch "
           f"{task.micro_batch}; medians of {iterations}\n")  # fmt: skip
     print_table(sides, task, peak)
     if phases:
@@ -76,15 +80,18 @@ def compare(
 
 def start(folder: Path, task: Task, more: list[str]) -> list[Side]:
     """TRL, ours at equal work, ours as it comes; loaded one after another."""
-    ours = "benchmarks.engine_side"
-    given = [
-        ("TRL", "benchmarks.trl_side", [str(folder), json.dumps(asdict(task))]),
-        ("ours, equal work", ours, [str(folder), *settings(task), *EQUAL, *more]),
-        ("ours, defaults", ours, [str(folder), *settings(task), *more]),
-    ]
+    trl = ("benchmarks.trl_side", [str(folder), json.dumps(asdict(task))])
+    equal = (OURS, [str(folder), *settings(task), *EQUAL, *more])
+    defaults = (OURS, [str(folder), *settings(task), *more])
+    # Sleeping rather than spinning threads, as our launcher has them: spinning ones would cost TRL
+    # more than anything else on a machine that others use.
+    theirs = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    own = environment(LaunchConfig(nice=0))
     sides = []
-    for name, module, arguments in given:
-        sides.append(Side(name, module, arguments, folder / f"{name}.log"))
+    for name, (module, arguments), given in (
+        ("TRL", trl, theirs), ("ours, equal work", equal, own), ("ours, defaults", defaults, own)
+    ):  # fmt: skip
+        sides.append(Side(name, module, arguments, folder / f"{name}.log", given))
         sides[-1].wait_ready()
     return sides
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+OFFLINE = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
 
 @dataclass(frozen=True)
 class Iteration:
@@ -38,23 +40,24 @@ class Iteration:
 class Side:
     """The parent's end."""
 
-    def __init__(self, name: str, module: str, arguments: list[str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: list[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         """Starts `python -m module arguments`; what it prints besides goes to `log`."""
         self.name = name
         self._log = log
         self.iterations: list[Iteration] = []
         self.gflop = 0.0
-        environment = {
-            "OMP_WAIT_POLICY": "PASSIVE",  # as the launcher does for ranks; spinning hurts both
-            **os.environ,
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-        }
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment,
-                text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env=(environment or dict(os.environ)) | OFFLINE,
             )  # fmt: skip
 
     def wait_ready(self) -> None:

@@ -1,7 +1,7 @@
 """What is measured on: models of a given shape with random weights, a tokenizer and prompts.
 
-Nothing is downloaded. With random weights an end of sequence hardly ever comes (1 in the vocabulary,
-a token), so all answers run to the limit and every side does the same work.
+Nothing is downloaded. With random weights an end of sequence hardly ever comes (one token in the
+vocabulary), so all answers run to the limit and every side does the same work.
 """
 
 import json
@@ -80,7 +80,7 @@ GPU_TASK = Task(HALF_BILLION, 64, 128, 256, 2, 1, 8)
 
 
 def write_models(folder: Path, task: Task) -> None:
-    """Policy, value and reward model, tokenizer and prompts.jsonl, each in its place in `folder`."""
+    """Policy, value and reward model, tokenizer and prompts.jsonl, each under `folder`."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(task.shape.vocabulary)
     LlamaForCausalLM(task.shape.config()).save_pretrained(folder / "policy")
@@ -97,7 +97,7 @@ def write_models(folder: Path, task: Task) -> None:
 
 
 def _tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """One token a word: w3, w4, …"""
+    """One token a word: w3, w4 and so on."""
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), size))]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -60,7 +60,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """dX = g W and dW = gᵀ x."""
+        """DX = g W and dW = gᵀ x."""
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         return (

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from engine.train.parallel import Team
-from engine.train.products import speed_up
+from engine.train.resting import let_go, make_room, rest_in_file
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -38,7 +38,6 @@ def settle(
         strategy: `ddp` (whole) or `fsdp`.
         compute: what FSDP gathers the weights in; their shards keep their own dtype.
     """
-    speed_up(module)
     if team.size == 1:
         module.to(team.device)
     elif strategy == "fsdp":
@@ -155,6 +154,7 @@ def at_hand(model: Any) -> Iterator[None]:
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    make_room(model)
     away = getattr(model, "rests_on_host", None)
     if away is not None:
         model.to(away)
@@ -163,15 +163,22 @@ def at_hand(model: Any) -> Iterator[None]:
     finally:
         if away is not None:
             model.to("cpu")
+        let_go(model)
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not model, recurse=False)
 
 
-def rest_on_host(module: nn.Module, device: torch.device) -> None:
-    """From now on it is on the device only inside :func:`at_hand`."""
-    if device.type != "cpu":
-        module.rests_on_host = device  # type: ignore[assignment]
+def rest_between_uses(module: nn.Module, team: Team, strategy: str, *, on_host: bool) -> None:
+    """A frozen model takes the device's memory only inside :func:`at_hand`.
+
+    Of a GPU's where it is to rest on the host; on a CPU it rests in a file, unless it is sharded.
+    """
+    if team.device.type == "cpu":
+        if team.size == 1 or strategy != "fsdp":
+            rest_in_file(module)
+    elif on_host:
+        module.rests_on_host = team.device  # type: ignore[assignment]
         module.to("cpu")
 
 
