@@ -66,6 +66,8 @@ def compare(
                 done = side.iterate(keep=turn > 0)
                 print(f"round {turn}: {side.name} {done.seconds:.1f} s", file=sys.stderr)
         peak = max(peak, machine.matmul_peak())
+        for side in sides:
+            side.count()
     finally:
         for side in sides:
             side.close()

@@ -22,6 +22,18 @@ from torch.utils.flop_counter import FlopCounterMode
 OFFLINE = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
+def _product_flop(x: Any, weight: Any, *_args: Any, **_named: Any) -> int:
+    """Of oneDNN's linear operator, which the counter does not know; from shapes."""
+    return 2 * x[0] * x[1] * weight[0]
+
+
+_ONEDNN = (
+    {torch.ops.mkldnn._linear_pointwise: _product_flop}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else {}
+)
+
+
 @dataclass(frozen=True)
 class Iteration:
     """What a side tells of one iteration."""
@@ -32,7 +44,7 @@ class Iteration:
     peak_gb: float
     """The most the process ever held: resident, or of the GPU's memory (1e9 bytes)."""
     gflop: float = 0.0
-    """Arithmetic of its matrix products; counted in the first iteration only."""
+    """Arithmetic of its matrix products, where it was counted."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of its parts, where known."""
 
@@ -66,14 +78,20 @@ class Side:
 
     def iterate(self, *, keep: bool = True) -> Iteration:
         """One iteration; the first should not be kept."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        heard = Iteration(**self._hear())
-        self.gflop = heard.gflop or self.gflop
+        heard = self._turn("go")
         if keep:
             self.iterations.append(heard)
         return heard
+
+    def count(self) -> None:
+        """One more, in which the arithmetic is counted: that costs time and memory of its own."""
+        self.gflop = self._turn("count").gflop
+
+    def _turn(self, word: str) -> Iteration:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+        return Iteration(**self._hear())
 
     def close(self) -> None:
         """Ends it."""
@@ -95,7 +113,6 @@ class Child:
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # whatever a library prints must not get between our lines
-        self._first = True
         self._gpu = torch.cuda.is_available()
 
     def ready(self) -> None:
@@ -116,9 +133,11 @@ class Child:
 
     def wait(self) -> None:
         """Until told to go; the clock runs from here. Raises SystemExit."""
-        if not sys.stdin.readline():
+        word = sys.stdin.readline()
+        if not word:
             sys.exit(0)
-        self._counter = FlopCounterMode(display=False) if self._first else None
+        count = word.strip() == "count"
+        self._counter = FlopCounterMode(display=False, custom_mapping=_ONEDNN) if count else None
         if self._counter is not None:
             self._counter.__enter__()
         self._began, self._cpu = time.perf_counter(), time.process_time()
@@ -132,7 +151,6 @@ class Child:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
             gflop = self._counter.get_total_flops() / 1e9
-        self._first = False
         self._tell(asdict(Iteration(seconds, cpu, self._peak(), gflop, phases)))
 
     def _peak(self) -> float:

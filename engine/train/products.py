@@ -56,7 +56,7 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """Keeps both for the gradient."""
         ctx.save_for_backward(x, weight)
-        return _product(x, weight)
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -64,11 +64,12 @@ class Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         return (
-            _product(grad, weight.t()) if ctx.needs_input_grad[0] else None,
-            _product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None,
+            product(grad, weight.t()) if ctx.needs_input_grad[0] else None,
+            product(grad.t(), x.t()) if ctx.needs_input_grad[1] else None,
         )
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """X Wᵀ by oneDNN, without a gradient."""
     # The operator that torch.compile itself emits for a linear layer; transposed views are fine.
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
