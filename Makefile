@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types docs bench bench-extra gpu-bench starter clean
+.PHONY: help setup demo test test-all gpu-check lint types docs bench bench-extra gpu-bench starter clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -24,6 +24,9 @@ test: $(STAMP) lint types  ## what every change must pass (under 10 minutes on t
 
 test-all: $(STAMP) lint types  ## with the whole learning runs
 	$(BIN)/pytest -q
+
+gpu-check: $(STAMP)  ## the memory planner against a GPU; says so where there is none
+	$(BIN)/python benchmarks/memory.py --device cuda
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,12 +11,12 @@ import click
 
 from engine import __version__
 from engine.errors import RlhfError
-from rlhf_tui.commands import compare, join, manage, read, run, steer, view
+from rlhf_tui.commands import compare, join, manage, plan, read, run, steer, view
 from rlhf_tui.commands.options import sessions_option
 from rlhf_tui.text import one_line
 
 COMMANDS: list[click.Command] = [
-    run.demo, run.run, run.resume, run.fork, join.join,
+    run.demo, run.run, run.resume, run.fork, join.join, plan.plan,
     read.ls, read.status, read.metrics, read.samples, read.events, read.logs,
     manage.rm, manage.export, manage.doctor,
     view.attach, steer.ctl, steer.note, compare.diff, compare.guardrails,

@@ -43,8 +43,9 @@ def main() -> None:
                 "-u", "-m", "engine.train.worker", folder
             )
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        sys.exit(128 - failure.exitcode if failure.exitcode < 0 else 1)
+        # One that was killed is the cause; those that end by themselves may only have noticed.
+        killed = [f.exitcode for f in error.failures.values() if f.exitcode < 0]
+        sys.exit(128 - killed[0] if killed else 1)
     except Exception as error:
         # No rank has begun: the agent says what a rank would have said.
         text = f"the ranks cannot meet: {type(error).__name__}: {error}"

@@ -44,6 +44,7 @@ from engine.train import checkpoint
 from engine.train.link import Link
 from engine.train.models import fingerprint
 from engine.train.probe import answer_probe
+from engine.train.saver import Outcome, Saver
 from engine.train.step import Run
 
 log = logging.getLogger("engine")
@@ -51,7 +52,9 @@ log = logging.getLogger("engine")
 HOLD_INTERVAL = 0.5
 """Seconds between looks at the orders while paused: well within any collective's time-out."""
 HOLD_REPORT = 2.0
-"""Seconds between signs of life while paused."""
+"""Seconds between signs of life while paused, or while a checkpoint is waited for."""
+CLOSE_TIMEOUT = 30.0
+"""Seconds a save in flight is given when the run fails."""
 
 
 class Word(msgspec.Struct):
@@ -72,16 +75,18 @@ class Boundary:
         self._link = link
         self._replay = begin.replay
         self._undoable = list(begin.undoable)
+        self._saver = Saver(session.checkpoints, run.team.checkpoint_group, conclude=self._conclude)
         self._saved = begin.from_step
+        """The step whose checkpoint was begun last."""
         self._paused = begin.paused
         self._stops: list[str] = []
         self._over = False
         self._score = self._kl = math.nan
         self._saving = 0.0
-        self._waiting: list[ToRank] = []  # rank 0's: heard while it waited for something else
 
     def more(self) -> bool:
         """Obeys what was ordered, holds while paused, and says whether another step follows."""
+        self._saver.poll()  # what must not happen in saving is raised here
         step = self._run.state.step + 1
         for settled in self._replay:
             if settled.step == step:
@@ -114,8 +119,7 @@ class Boundary:
         """
         run, own = self._run, b""
         if run.team.lead:
-            heard = [*self._waiting, *self._link.orders(wait)]
-            self._waiting = []
+            heard = self._link.orders(wait)
             own = msgspec.msgpack.encode(
                 Word(orders=heard, seconds=run.state.seconds, beta=run.state.settings.beta)
             )
@@ -215,58 +219,95 @@ class Boundary:
         return [] if new == state.settings.beta else self._change({"beta": new})
 
     def save_if_due(self) -> None:
-        """At every `save_every` steps; a failure is a notice, the run goes on."""
+        """At every `save_every` steps a save begins; a failure is a notice, the run goes on."""
         every = self._run.state.settings.save_every
         if every and self._run.state.step % every == 0:
-            self.save()
+            self._begin_save()
 
     def save(self) -> str | None:
-        """Writes a checkpoint, once a step; what prevented it is a notice, and returned."""
+        """A whole checkpoint of the last step, waited for; returns what prevented it."""
+        step = self._run.state.step
+        if self._saved == step and self._wait_for_save() is None:
+            return None
+        self._begin_save()
+        return self._wait_for_save()
+
+    def _begin_save(self) -> None:
+        """Copies what is saved; the writing goes on beside the next steps."""
         run, state = self._run, self._run.state
-        if self._saved == state.step:
-            return None
-        if not run.team.lead:
-            self._saved = state.step
-            return None
+        self._wait_for_save()  # the one before
+        self._compare_ranks()
         self._link.phase(state.step, "checkpoint")
         began = time.monotonic()
-        try:
-            folder, size = checkpoint.write(
-                self._checkpoints,
-                state,
-                run.policy,
-                run.tokenizer,
-                run.optimiser,
-                score=self._score,
-                kl=self._kl,
-            )
-        except CheckpointError as error:
-            self._link.send(Notice(step=state.step, rule="checkpoint", text=str(error)))
-            return str(error)
-        removable = self._removable()
-        self._link.send(
-            CheckpointWritten(
-                step=state.step, size=size, score=self._score, kl=self._kl, removed=removable
-            )
+        self._saver.begin(
+            state, run.policy, run.tokenizer, run.optimiser, score=self._score, kl=self._kl
         )
-        others = self._link.confirm(state.step)
-        checkpoint.complete(folder)
-        self._link.send(CheckpointComplete(step=state.step))
-        for step in removable:
-            checkpoint.remove(checkpoint.folder_of(self._checkpoints, step))
-        log.info("checkpoint of step %d: %.1f MB", state.step, size / 1e6)
         self._saved = state.step
         self._saving += time.monotonic() - began
-        self._waiting += others
-        return None
 
-    def _removable(self) -> list[int]:
+    def _compare_ranks(self) -> None:
+        """All ranks must be at one place with one mind; what is saved would be one rank's.
+
+        Raises:
+            RlhfError: they obeyed differently, which must never happen.
+        """
+        team, state = self._run.team, self._run.state
+        if team.size == 1:
+            return
+        mind = (state.step, state.episodes, state.sampling_seed, state.settings)
+        if len(set(team.collect(msgspec.msgpack.encode(mind)))) > 1:
+            raise RlhfError(f"the ranks have come apart by step {state.step}; resume the run")
+        # Whole on each rank, the weights agree to the last bit where the processors are alike.
+        weights = fingerprint(self._run.policy) if self._run.strategy == "ddp" else ""
+        if len(set(team.collect(weights.encode()))) > 1:
+            text = "look here: the ranks' weights are no longer the same to the last bit"
+            self._link.send(Notice(step=state.step, rule="ranks", text=text))
+
+    def _wait_for_save(self) -> str | None:
+        """Until no save is in flight; what prevented the last one."""
+        began = time.monotonic()
+        while self._saver.busy:
+            self._link.phase(self._run.state.step, "checkpoint")
+            self._saver.wait(HOLD_REPORT)
+        self._saving += time.monotonic() - began
+        outcome = self._saver.wait()
+        return str(outcome) if isinstance(outcome, CheckpointError) else None
+
+    def _conclude(self, step: int, outcome: Outcome) -> None:
+        """Called beside the training, when a checkpoint is in its place or could not be written.
+
+        At once, not at the next boundary: a step can take minutes, and a checkpoint that is on disk
+        should serve whoever must go on after a crash in it.
+        """
+        if isinstance(outcome, CheckpointError):
+            self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
+            return
+        removable = self._removable(step, outcome.score)
+        self._link.send(
+            CheckpointWritten(
+                step=step, size=outcome.size, score=outcome.score, kl=outcome.kl, removed=removable
+            )
+        )
+        self._link.confirm(step)
+        checkpoint.complete(outcome.folder)
+        self._link.send(CheckpointComplete(step=step))
+        for other in removable:
+            checkpoint.remove(checkpoint.folder_of(self._checkpoints, other))
+        log.info(
+            "checkpoint of step %d: %.1f MB in %.1f s", step, outcome.size / 1e6, outcome.seconds
+        )
+
+    def _removable(self, now: int, score: float) -> list[int]:
         """Older checkpoints that make way for the one just written."""
-        train, now = self._run.config.train, self._run.state.step
+        train = self._run.config.train
         found = checkpoint.completed(self._checkpoints)
         scores = {s: checkpoint.read_score(f) for s, f in found.items() if s < now}
-        scores[now] = self._score
+        scores[now] = score
         return checkpoint.to_remove(scores, train.keep_last, train.keep_best)
+
+    def close(self) -> None:
+        """Lets a save in flight finish when a step has failed: a resume can go on from it."""
+        self._saver.close(CLOSE_TIMEOUT)
 
     def finish(self) -> None:
         """Saves, checks that the reference was left alone, and says how it ended."""

@@ -44,6 +44,11 @@ class Prompts:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(p.ids) for p in self._prompts)
+
     def pack(self) -> bytes:
         """All of them but their rows, for ranks that have no files; see :meth:`unpack`."""
         plain = [(p.ids, p.text, p.messages) for p in self._prompts]

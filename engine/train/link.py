@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engine import protocol, sockets
 from engine.errors import LinkError
@@ -29,6 +29,7 @@ from engine.protocol import (
 )
 from engine.train.rollout import Report
 
+M = TypeVar("M", bound=ToRank)
 PROGRESS_INTERVAL = 0.2
 """Seconds between progress messages of one phase: a screen shows no more."""
 
@@ -47,6 +48,8 @@ class Link:
         self._sock: socket.socket | None = None
         if SOCKET_VARIABLE not in os.environ:
             return
+        # Waited for by the thread that saves, while the loop takes in orders.
+        self._confirmed: queue.SimpleQueue[Confirm | None] = queue.SimpleQueue()
         try:
             self._sock = sockets.connect(Path(os.environ[SOCKET_VARIABLE]))
             hello = RankHello(token=os.environ[TOKEN_VARIABLE], rank=rank, pid=os.getpid())
@@ -74,12 +77,13 @@ class Link:
             raise LinkError(f"expected begin, got {message}")
         return message
 
-    def confirm(self, step: int) -> list[ToRank]:
-        """Waits until the journal holds everything up to `step`; returns what else came."""
-        others: list[ToRank] = []
-        while not (isinstance(message := self._next(), Confirm) and message.step == step):
-            others.append(message)
-        return others
+    def confirm(self, step: int) -> None:
+        """Waits until the journal holds everything up to `step`; one thread at a time.
+
+        Orders that come meanwhile are left for :meth:`orders`.
+        """
+        while self._checked(self._confirmed.get()).step != step:
+            continue
 
     def orders(self, wait: float = 0.0) -> list[ToRank]:
         """What has come since the last call; waits up to `wait` seconds for the first."""
@@ -109,7 +113,7 @@ class Link:
         return self._checked(self._inbox.get())
 
     @staticmethod
-    def _checked(message: ToRank | None) -> ToRank:
+    def _checked(message: M | None) -> M:
         if message is None:
             raise LinkError("the supervisor is gone")
         return message
@@ -118,9 +122,14 @@ class Link:
         try:
             while True:
                 length = protocol.frame_length(_exactly(sock, protocol.HEADER.size))
-                self._inbox.put(protocol.decode_to_rank(_exactly(sock, length)))
+                message = protocol.decode_to_rank(_exactly(sock, length))
+                if isinstance(message, Confirm):
+                    self._confirmed.put(message)
+                else:
+                    self._inbox.put(message)
         except (OSError, LinkError):
             self._inbox.put(None)
+            self._confirmed.put(None)
 
 
 def _exactly(sock: socket.socket, count: int) -> bytes:

@@ -2,12 +2,12 @@
 
 import itertools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from engine import starter
 from engine.config import RunConfig
@@ -18,6 +18,7 @@ from engine.settings import first_settings
 from engine.train import checkpoint
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts, load_prompts
+from engine.train.foresight import foresee
 from engine.train.models import AnyModel, BaseView, LanguageModel, fingerprint
 from engine.train.optimise import make_optimiser
 from engine.train.parallel import Team, settle_on
@@ -26,26 +27,27 @@ from engine.train.randomness import derived_seed, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
 from engine.train.rollout import Ending, generate, merge_rollouts
 from engine.train.sharding import learner
+from engine.train.shards import load_training
 from engine.train.step import Announce, Run, own_rows
 
 log = logging.getLogger("engine")
 
-BYTES_A_PARAMETER = 18
-"""Of a policy trained whole: weights, gradient, two moments in float32; the reference in half."""
-BYTES_UNDER_ADAPTERS = 4
-"""Of one that is only adapted."""
-ROOM = 0.6
-"""Of a GPU's memory, for that; the rest is for activations, logits and caches."""
 STAGES = ("prompts", "reward", "policy", "reference")
 """What is loaded, in this order."""
 
 
 def load_run(
-    session: Session, config: RunConfig, begin: Begin, team: Team, announce: Announce
+    session: Session,
+    config: RunConfig,
+    begin: Begin,
+    team: Team,
+    announce: Announce,
+    warn: Callable[[str], None] = lambda _text: None,
 ) -> Run:
     """Inputs first and weights after, so that a mistake shows before minutes of loading.
 
-    Rank 0 reads, the others receive.
+    Rank 0 reads, the others receive. `warn` is told, before the weights are loaded, where they are
+    likely not to fit the memory.
 
     Raises:
         UserInputError: something the configuration names cannot be used.
@@ -70,7 +72,7 @@ def load_run(
     loading("prompts")
     tokenizer = load_tokenizer(source, "model.policy", team)
     prompts = share_prompts(config, tokenizer, team)
-    strategy = choose_strategy(config, source, team)
+    strategy, memory = foresee(config, prompts.longest, team, warn)
     on_host = config.parallel.frozen == "offload"
     loading("reward")
     rewards = load_rewards(config.reward, tokenizer.get_vocab(), team)
@@ -83,7 +85,7 @@ def load_run(
     reference = load_reference(config, policy, team, strategy)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
-        checkpoint.load_training(saved, policy, optimiser)
+        load_training(saved, policy, optimiser, team.group)
 
     weights = fingerprint(reference)
     if state.reference and state.reference != weights:
@@ -110,6 +112,7 @@ def load_run(
         config=config, device=team.device, tokenizer=tokenizer, ending=ending, prompts=prompts,
         team=team, strategy=strategy, policy=policy, learner=learner(policy, team, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
+        memory=memory,
     )  # fmt: skip
     if config.reward.normalise == "reference" and not begin.from_step:
         announce(0, "normalise reward")
@@ -150,23 +153,6 @@ def share_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, team: T
     if team.size > 1:
         team.tell(prompts.pack())
     return prompts
-
-
-def choose_strategy(config: RunConfig, source: str, team: Team) -> str:
-    """`parallel.strategy`; for `auto`, sharded where a rank could not hold the policy whole."""
-    chosen = config.parallel.strategy
-    if team.size == 1:
-        return "ddp"
-    if team.lead and chosen == "auto":
-        chosen = "ddp"
-        if team.device.type == "cuda":
-            with torch.device("meta"):
-                lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-            each = BYTES_A_PARAMETER if config.lora.rank is None else BYTES_UNDER_ADAPTERS
-            needed = each * sum(p.numel() for p in lm.parameters())
-            total = torch.cuda.get_device_properties(team.device).total_memory
-            chosen = "fsdp" if needed > ROOM * total else "ddp"
-    return team.tell(chosen.encode()).decode()
 
 
 def _base_fingerprint(

@@ -107,25 +107,29 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {k.replace(".base_layer.", "."): v for k, v in tensors if not k.startswith(adapters)}
 
 
-def save_adapters(
-    lm: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None = None
-) -> None:
-    """Writes the adapters as peft and transformers load them.
+def adapter_tensors(
+    lm: nn.Module, state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The adapters' own, by peft's names; `state_dict` is the model's, where there is one."""
+    # Embeddings are never adapted; asked to find out for itself, peft would ask the hub.
+    found: dict[str, Tensor] = get_peft_model_state_dict(
+        lm, state_dict=state_dict, save_embedding_layers=False
+    )
+    return found
 
-    Args:
-        lm: the model with adapters.
-        folder: made if need be.
-        state_dict: the model's, where its own tensors are not whole (sharded).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+
+def save_adapter_config(lm: Any, folder: Path) -> None:
+    """Writes peft's description of the adapters."""
     config: Any = copy.copy(lm.peft_config["default"])
     config.target_modules = sorted(config.target_modules)  # a set, in another order each time
     config.inference_mode = True  # those who load it get it frozen, as from peft itself
     config.save_pretrained(str(folder))
-    tensors = {
-        PREFIX + k: v.detach().cpu().contiguous() for k, v in _tensors(lm, state_dict).items()
-    }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def save_adapter_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Writes :func:`adapter_tensors`, whole and on the CPU, as peft and transformers load them."""
+    named = {PREFIX + k: v.contiguous() for k, v in tensors.items()}
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapters(lm: PreTrainedModel, folder: Path) -> None:
@@ -137,7 +141,7 @@ def load_adapters(lm: PreTrainedModel, folder: Path) -> None:
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} holds no adapters, but lora.rank is set")
     saved = {k.removeprefix(PREFIX): v for k, v in load_file(folder / WEIGHTS).items()}
-    ours = _tensors(lm)
+    ours = adapter_tensors(lm)
     if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in ours.items()}:
         raise CheckpointError(f"{folder} holds adapters of another model, rank or targets")
     with torch.no_grad():
@@ -147,14 +151,6 @@ def load_adapters(lm: PreTrainedModel, folder: Path) -> None:
 
 def _named_layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, m) for name, m in module.named_modules() if isinstance(m, LoraLayer)]
-
-
-def _tensors(lm: PreTrainedModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    # Embeddings are never adapted; asked to find out for itself, peft would ask the hub.
-    found: dict[str, Tensor] = get_peft_model_state_dict(
-        lm, state_dict=state_dict, save_embedding_layers=False
-    )
-    return found
 
 
 def _initialise(layer: LoraLayer, key: int) -> None:

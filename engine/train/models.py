@@ -124,7 +124,9 @@ class LanguageModel(nn.Module):
         hidden = hidden.detach() if detach_trunk and not separate else hidden
         # One product a token: kept exact.
         with torch.autocast(tokens.device.type, enabled=False):
-            values = self.value_head(hidden.float()).squeeze(-1)
+            # Not a view: FSDP2 hooks on what leaves the module, and an operation in place on a view
+            # would lose the hook.
+            values = self.value_head(hidden.float()).squeeze(-1).clone()
         return logits, values
 
 

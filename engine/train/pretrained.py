@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -87,20 +87,6 @@ def load_reference(config: RunConfig, policy: LanguageModel, team: Team, strateg
     settle(_inert(reference), team, placed, dtype)
     rest_between_uses(reference, team, placed, on_host=on_host)
     return reference
-
-
-def save_lm(lm: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Writes a Hugging Face model folder, or peft's adapter folder where there are adapters.
-
-    Args:
-        lm: the language model.
-        folder: made if need be.
-        state_dict: the model's, where its own tensors are not whole (sharded).
-    """
-    if lora.adapted_layers(lm):
-        lora.save_adapters(lm, folder, state_dict)
-    else:
-        lm.save_pretrained(folder, state_dict=state_dict)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:

@@ -98,6 +98,8 @@ def generate(
     ending: Ending,
     tokenizer: PreTrainedTokenizerBase,
     report: Report = lambda _done, _total: None,
+    *,
+    per_prompt: int = 1,
 ) -> Rollout:
     """Samples an answer to each prompt from the full distribution.
 
@@ -113,6 +115,7 @@ def generate(
         ending: when an answer is over.
         tokenizer: the model's.
         report: called now and then with (tokens done, T).
+        per_prompt: so many neighbouring rows have the same prompt, which is then read once for all.
     """
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -126,10 +129,15 @@ def generate(
 
     rows = torch.arange(count, device=device)  # those still being written
     cache = DynamicCache(config=model.lm.config)
-    tokens = batch.ids
+    tokens = batch.ids[::per_prompt]
     attention = left_mask(batch.lengths, tokens.shape[1])
     for t in range(limit):
-        logits, values = model(tokens, attention, 1, cache=cache)
+        mask = attention if t else attention[::per_prompt]
+        logits, values = model(tokens, mask, 1, cache=cache)
+        if t == 0 and per_prompt > 1:
+            cache.batch_repeat_interleave(per_prompt)
+            logits = logits.repeat_interleave(per_prompt, 0)
+            values = None if values is None else values.repeat_interleave(per_prompt, 0)
         token, logprob, entropy = sample(logits[:, 0], uniforms[rows, t], temperature)
         ids[rows, t] = token
         floats[0, rows, t], floats[1, rows, t] = logprob, entropy

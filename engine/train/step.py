@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config import RunConfig
 from engine.errors import RlhfError
+from engine.plan import Estimate
 from engine.protocol import RankTimes, Sample, TokenArrays
 from engine.train import ppo
 from engine.train.checkpoint import TrainingState
@@ -83,6 +84,8 @@ class Run:
     state: TrainingState
     announce: Announce
     """Tells of a phase, by step and name; the result takes its progress."""
+    memory: Estimate | None
+    """What it was estimated to hold; None where its models cannot be planned with."""
     checked: bool = False
     """Whether this attempt's first rollout was held against a full forward pass."""
     clock: Clock = field(default_factory=Clock)
@@ -163,7 +166,7 @@ def take_rollout(run: Run, step: int, report: Report) -> Rollout:
     own = own_rows(run.team, len(prompts), config.answers_per_prompt)
     part = generate(
         run.policy, batch.select(own), uniforms[own], settings.temperature, run.ending,
-        run.tokenizer, report,
+        run.tokenizer, report, per_prompt=config.answers_per_prompt,
     )  # fmt: skip
     return merge_rollouts(run.team, batch, part, own, limit, run.tokenizer)
 

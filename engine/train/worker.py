@@ -19,8 +19,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config import LaunchConfig, RunConfig
 from engine.errors import LinkError, RlhfError, UserInputError
-from engine.protocol import LAUNCH_VARIABLE, Begin, Failed, Ready, StepReport
+from engine.protocol import LAUNCH_VARIABLE, Begin, Failed, Notice, Ready, StepReport
 from engine.session import Session
+from engine.train import foresight
 from engine.train.boundary import Boundary
 from engine.train.link import Link
 from engine.train.load import load_run
@@ -98,7 +99,11 @@ def tie_to_parent(parent: int) -> None:
 def train(session: Session, link: Link, team: Team) -> None:
     """The loop: obey, step, report, save."""
     begin, config = agree_on_start(session, link, team)
-    run = load_run(session, config, begin, team, link.phase)
+
+    def short_of_memory(text: str) -> None:
+        link.send(Notice(step=begin.from_step, rule="memory", text=text))
+
+    run = load_run(session, config, begin, team, link.phase, short_of_memory)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=facts(run), settings=msgspec.to_builtins(run.state.settings)))
     events = None
@@ -107,26 +112,27 @@ def train(session: Session, link: Link, team: Team) -> None:
         if not begin.from_step:
             events.hparams(config)
 
-    while boundary.more():
-        step = run.state.step + 1
-        began = time.monotonic()
-        metrics, samples = train_step(run, step)
-        changes = boundary.after(step, metrics, time.monotonic() - began)
-        if events is not None:
-            events.step(step, metrics, samples)
-        settings = msgspec.to_builtins(run.state.settings)
-        link.send(
-            StepReport(
-                step=step,
-                metrics=metrics,
-                samples=samples,
-                settings=settings,
-                changes=changes,
-                ranks=run.clock.ranks,
+    with contextlib.closing(boundary):
+        while boundary.more():
+            step = run.state.step + 1
+            began = time.monotonic()
+            metrics, samples = train_step(run, step)
+            changes = boundary.after(step, metrics, time.monotonic() - began)
+            if events is not None:
+                events.step(step, metrics, samples)
+            settings = msgspec.to_builtins(run.state.settings)
+            link.send(
+                StepReport(
+                    step=step,
+                    metrics=metrics,
+                    samples=samples,
+                    settings=settings,
+                    changes=changes,
+                    ranks=run.clock.ranks,
+                )
             )
-        )
-        boundary.save_if_due()
-    boundary.finish()
+            boundary.save_if_due()
+        boundary.finish()
     if events is not None:
         events.close()
 
@@ -150,6 +156,7 @@ def facts(run: Run) -> dict[str, object]:
         "strategy": run.strategy,
         "threads": run.state.threads,
         "torch": str(torch.__version__),
+        **foresight.facts(run.memory),
     }
 
 

@@ -105,9 +105,9 @@ class Lab:
     def popen(self, *args: object, **options: Any) -> subprocess.Popen[str]:
         """Starts `rlhf-tui` and goes on."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        options = {"env": self.environment} | options
         return subprocess.Popen(
             [PROGRAM, *map(str, args)],
-            env=self.environment,
             text=True,
             stdin=subprocess.DEVNULL,
             **options,
@@ -219,6 +219,11 @@ class Run:
         """Until no process of it is left."""
         until(lambda: not processes(self.session.folder), f"end of every process of {self.name}")
 
+    def wait_saved(self, step: int) -> None:
+        """Until the checkpoint of a step, which is written beside the next ones, is whole."""
+        marker = self.session.checkpoints / f"step-{step:06d}" / "COMPLETE"
+        until(marker.exists, f"checkpoint of step {step} of {self.name}")
+
     def finish(self) -> None:
         """Until it has ended as it should, and every process with it."""
         state = self.wait_for("finished", "failed", "stopped", "crashed")
@@ -257,15 +262,18 @@ class Run:
         assert found is not None
         return psutil.Process(found.pid)
 
-    def rank(self) -> psutil.Process:
-        """Its rank."""
-        workers = [
-            p
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Its ranks on this machine, by torchrun's number."""
+        return {
+            int(p.environ().get("RANK", "0")): p
             for p in processes(self.session.folder)
             if "engine.train.worker" in " ".join(p.cmdline())
-        ]
-        assert len(workers) == 1
-        return workers[0]
+        }
+
+    def rank(self) -> psutil.Process:
+        """Its one rank."""
+        (worker,) = self.ranks().values()
+        return worker
 
 
 @pytest.fixture(scope="session", autouse=True)

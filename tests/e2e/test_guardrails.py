@@ -20,13 +20,13 @@ def guarded(lab, place, wait_until):
         f'notify.command=cat > {box}/$$.part; echo "$RLHF_TUI_ALERT" > {box}/$$.text; '
         f"mv {box}/$$.part {box}/$$.json",
     )
-    # Held in step 3, the pause that step 2 calls for is there before step 3 ends.
+    # Held in step 3, the pause that step 2 calls for is there before step 3 ends; if the supervisor
+    # is quick, even before step 3 begins.
     run.hold(3)
     run.answer_at(5, "1e39")
     run.follower = None
     run.start()
-    run.wait_at(3)
-    run.wait_for("pausing")
+    run.wait_for("pausing", "paused")
     run.release(3)
     run.wait_for("paused")
     run.first_pause = run.step
@@ -53,7 +53,7 @@ def alert_of(run, rule):
 
 
 def test_a_rule_pauses_a_living_run_at_the_next_boundary(guarded):
-    assert guarded.first_pause == 3
+    assert guarded.first_pause in (2, 3)
     pauses = [c["who"] for c in guarded.commands().values() if c["command"] == "pause"]
     assert pauses[0] == "guard rail enough"
 

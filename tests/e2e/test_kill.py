@@ -127,6 +127,7 @@ def bereft(lab, wait_until):
     run.start()
     steer(run)
     run.wait_at(7)
+    run.wait_saved(4)
     first = run.rank()
     assert run.ctl("pause", "--id", "survivor").returncode == 0
     run.release(7)

@@ -17,6 +17,7 @@ def cut(make_lab):
     run.hold(6)
     run.start()
     run.wait_at(6)
+    run.wait_saved(4)
     run.socket = run.session.folder / "engine.sock"
     run.had_socket = run.socket.is_socket()
     engine = run.engine()

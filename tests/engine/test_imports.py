@@ -20,6 +20,7 @@ HEAVY = {
 OF_A_RANK = {
     "engine.config", "engine.configfile", "engine.protocol", "engine.session", "engine.settings",
     "engine.errors", "engine.commands", "engine.starter", "engine.sockets", "engine.kl",
+    "engine.plan", "engine.memory", "engine.capacity", "engine.advice",
 }  # fmt: skip
 OF_A_JOINER = {"engine.launcher"}
 """A machine that joins starts its ranks as a supervisor does."""

@@ -1,11 +1,14 @@
 """Checkpoints: whole or not at all, and the same run after as before."""
 
+import json
 import shutil
+import threading
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.errors import CheckpointError
@@ -13,21 +16,26 @@ from engine.protocol import Begin
 from engine.train import checkpoint
 from engine.train.load import load_run
 from engine.train.parallel import Team
+from engine.train.saver import Saver
+from engine.train.shards import load_training
 from engine.train.step import train_step
+
+DEADLINE = 120
+"""Seconds: for a busy machine."""
+
+
+def begin(saver, run, score=1.0):
+    saver.begin(run.state, run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5)
 
 
 def save(run, session, score=1.0):
-    folder, _ = checkpoint.write(
-        session.checkpoints,
-        run.state,
-        run.policy,
-        run.tokenizer,
-        run.optimiser,
-        score=score,
-        kl=0.5,
-    )
-    checkpoint.complete(folder)
-    return folder
+    saver = Saver(session.checkpoints)
+    begin(saver, run, score)
+    outcome = saver.wait(DEADLINE)
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    checkpoint.complete(outcome.folder)
+    return outcome.folder
 
 
 @pytest.fixture
@@ -88,11 +96,11 @@ def test_without_complete_a_folder_is_no_checkpoint(trained):
 def test_a_damaged_file_is_found_and_named(trained):
     run, session = trained
     folder = save(run, session)
-    path = folder / "training" / "optimiser.safetensors"
+    path, *_ = (folder / "training").iterdir()
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"training/optimiser\.safetensors"):
+    with pytest.raises(CheckpointError, match=rf"training/{path.name}"):
         checkpoint.read_state(folder)
 
 
@@ -109,6 +117,114 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_half_made(traine
     with pytest.raises(CheckpointError, match="No space left"):
         save(run, session)
     assert sorted(p.name for p in session.checkpoints.iterdir()) == before
+
+
+def test_what_training_changes_meanwhile_is_not_in_the_checkpoint(trained):
+    run, session = trained
+    before = {k: t.clone() for k, t in run.policy.state_dict().items()}
+    moments = {
+        n: run.optimiser.state[p]["exp_avg"].clone() for n, p in run.policy.named_parameters()
+    }
+    held = threading.Event()
+    write = run.policy.lm.save_pretrained
+
+    def slowly(*args, **options):
+        assert held.wait(DEADLINE)
+        write(*args, **options)
+
+    run.policy.lm.save_pretrained = slowly
+    saver = Saver(session.checkpoints)
+    begin(saver, run)
+    assert saver.busy
+    assert saver.poll() is None
+    train_step(run, 2)
+    run.state.step = 2
+    held.set()
+    folder = saver.wait(DEADLINE).folder
+    assert saver.poll() is None  # told once
+    checkpoint.complete(folder)
+    assert folder.name == "step-000001"
+    assert checkpoint.read_state(folder).step == 1
+    del run.policy.lm.save_pretrained
+    again = resumed(session)
+    assert all(torch.equal(t, before[k]) for k, t in again.policy.state_dict().items())
+    for name, parameter in again.policy.named_parameters():
+        assert torch.equal(again.optimiser.state[parameter]["exp_avg"], moments[name]), name
+
+
+def test_a_save_begins_when_the_one_before_is_over(trained):
+    run, session = trained
+    done = []
+    saver = Saver(session.checkpoints, conclude=lambda step, _outcome: done.append(step))
+    begin(saver, run)
+    run.state.step = 2
+    begin(saver, run)
+    assert done[:1] == [1]
+    saver.wait(DEADLINE)
+    assert done == [1, 2]
+
+
+def test_what_concluding_a_save_raises_comes_out_of_the_next_look(trained):
+    run, session = trained
+
+    def conclude(_step, _outcome):
+        raise RuntimeError("the link broke")
+
+    saver = Saver(session.checkpoints, conclude=conclude)
+    begin(saver, run)
+    with pytest.raises(RuntimeError, match="the link broke"):
+        saver.wait(DEADLINE)
+
+
+def test_the_same_state_makes_the_same_files(trained):
+    run, session = trained
+    first = json.loads((save(run, session) / "state.json").read_text())["hashes"]
+    again = resumed(session)
+    assert json.loads((save(again, session) / "state.json").read_text())["hashes"] == first
+
+
+def test_a_checkpoint_of_the_first_format_is_resumed_as_well(trained):
+    run, session = trained
+    folder = save(run, session)
+    training = folder / "training"
+    tensors = {k: t for f in training.iterdir() for k, t in load_file(f).items()}
+    shutil.rmtree(training)
+    training.mkdir()
+    for name, wanted in (("value", True), ("optimiser", False)):
+        part = {k: t for k, t in tensors.items() if k.startswith("value_") is wanted}
+        save_file(part, training / f"{name}.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    files = [f for f in folder.rglob("*.*") if f.name != "state.json"]
+    state["format"] = 1
+    state["hashes"] = {str(f.relative_to(folder)): checkpoint.seal(f) for f in files}
+    (folder / "state.json").write_text(json.dumps(state))
+    again = resumed(session)
+    ours, _ = train_step(run, 2)
+    theirs, _ = train_step(again, 2)
+    assert theirs["objective/scores"] == ours["objective/scores"]
+    for one, two in zip(run.policy.parameters(), again.policy.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(trained):
+    run, session = trained
+    folder = save(run, session)
+    text = (folder / "state.json").read_text().replace('"format": 2', '"format": 3')
+    (folder / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match="newer rlhf-tui"):
+        checkpoint.read_state(folder)
+
+
+def test_the_state_of_another_optimiser_or_model_is_refused(trained, make_run):
+    run, session = trained
+    folder = save(run, session)
+    fused, run.optimiser.defaults["fused"] = run.optimiser.defaults["fused"], False
+    with pytest.raises(CheckpointError, match="fork instead of resuming"):
+        load_training(folder, run.policy, run.optimiser)
+    run.optimiser.defaults["fused"] = fused
+    other, _ = make_run("model.value=separate")
+    with pytest.raises(CheckpointError, match="value function of another model"):
+        load_training(folder, other.policy, other.optimiser)
 
 
 def test_a_disk_with_too_little_room_is_told_before_anything_is_written(trained, monkeypatch):

@@ -20,9 +20,12 @@ from engine.train.merge import merge
 from engine.train.models import BaseView, LanguageModel, fingerprint
 from engine.train.parallel import Team
 from engine.train.pretrained import load_lm
+from engine.train.saver import Saver
 from engine.train.step import train_step
 
 ALONE = Team(LaunchConfig(device="cpu"))
+DEADLINE = 120
+"""Seconds: for a busy machine."""
 BASE = starter.resolve("starter:policy")
 RANK = "lora.rank=4"
 FAST = "train.learning_rate=1e-3"
@@ -37,17 +40,13 @@ variants = pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.
 
 
 def save(run, session):
-    folder, _ = checkpoint.write(
-        session.checkpoints,
-        run.state,
-        run.policy,
-        run.tokenizer,
-        run.optimiser,
-        score=1.0,
-        kl=0.5,
-    )
-    checkpoint.complete(folder)
-    return folder
+    saver = Saver(session.checkpoints)
+    saver.begin(run.state, run.policy, run.tokenizer, run.optimiser, score=1.0, kl=0.5)
+    outcome = saver.wait(DEADLINE)
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    checkpoint.complete(outcome.folder)
+    return outcome.folder
 
 
 def take_step(run, step=1):
@@ -297,7 +296,9 @@ def test_the_transposed_layers_of_gpt2_are_adapted_saved_and_loaded(tmp_path, ta
                 parameter.normal_(std=0.1)
     assert torch.equal(logits(BaseView(policy)), expected)
     assert not torch.equal(logits(policy), expected)
-    lora.save_adapters(policy.lm, tmp_path / "adapters")
+    (tmp_path / "adapters").mkdir()
+    lora.save_adapter_config(policy.lm, tmp_path / "adapters")
+    lora.save_adapter_weights(lora.adapter_tensors(policy.lm), tmp_path / "adapters")
     again = adapted(1)
     lora.load_adapters(again.lm, tmp_path / "adapters")
     assert torch.equal(logits(again), logits(policy))

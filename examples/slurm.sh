@@ -1,0 +1,27 @@
+#!/bin/sh
+# One run over several nodes: sbatch examples/slurm.sh my-run.yaml
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+# The engine gets the warning itself, five minutes before the end: it finishes its step and saves.
+#SBATCH --signal=B:USR1@300
+
+# Sessions and this checkout must lie on a file system that all nodes share.
+RLHF_TUI="${RLHF_TUI:-.venv/bin/rlhf-tui}"
+NAME="${NAME:-slurm-$SLURM_JOB_ID}"
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+place="$first:${PORT:-29400}"
+
+# The other nodes lend themselves to the run, and wait for it.
+if [ "$SLURM_NNODES" -gt 1 ]; then
+    srun --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$first" \
+        "$RLHF_TUI" join "$place" &
+fi
+
+"$RLHF_TUI" run "$1" --headless --name "$NAME" \
+    -o launch.nodes="$SLURM_NNODES" -o launch.rendezvous="$place" &
+engine=$!
+# This script gets the signal, the engine obeys it; attach from the first node: rlhf-tui attach
+trap 'kill -USR1 $engine' USR1 TERM
+while kill -0 $engine 2>/dev/null; do wait $engine; done

@@ -1,0 +1,83 @@
+"""The memory planner from outside: what it prints, what it warns of, and whether it is right."""
+
+import json
+import shutil
+
+import pytest
+
+from engine import starter
+
+TOLERANCE = 0.25
+DEMO = starter.FOLDER / "demo.yaml"
+
+
+@pytest.fixture
+def huge(tmp_path):
+    """A model folder of 400 billion parameters: a configuration, a tokenizer, and no weights."""
+    folder = tmp_path / "huge"
+    shutil.copytree(
+        starter.FOLDER / "policy", folder, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126}
+    config |= {"num_attention_heads": 128, "num_key_value_heads": 8, "head_dim": 128}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_starters_estimate_is_within_a_quarter_of_what_it_took(lab):
+    done = lab.cli(
+        "demo", "--headless", "--name", "measured", "--steps", 2,
+        "-o", "ppo.epochs=1", "-o", "launch.device=cpu", "-o", "launch.threads=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "estimated to need" not in done.stderr
+    ready = next(e for e in lab.json("events", "measured") if e["kind"] == "ready")
+    measured = max(row["perf/peak_memory_gb"] for row in lab.json("metrics", "measured"))
+    assert ready["planned_memory_gb"] == pytest.approx(measured, rel=TOLERANCE)
+    # The planner's own figure is that of the rank: what runs is what was planned.
+    planned = lab.json("plan", DEMO, "-o", "launch.device=cpu")
+    assert planned["configured"]["peak"] / 1e9 == pytest.approx(measured, rel=TOLERANCE)
+
+
+def test_the_strategies_stand_side_by_side_on_80_columns(lab):
+    done = lab.cli("plan", DEMO, "--processes", 4, "-o", "launch.device=cpu")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    head = next(line for line in lines if "fsdp" in line)
+    assert head.split() == ["1", "rank", "ddp", "×4", "fsdp", "×4"] * 2
+    for part in ("policy", "optimiser", "reference", "reward", "value", "KV cache", "logits"):
+        assert part in done.stdout
+    assert "the run fits" in done.stdout
+
+
+def test_what_does_not_fit_is_told_with_what_to_change(lab, huge):
+    options = ("-o", f"model.policy={huge}", "-o", "launch.device=cpu")
+    done = lab.cli("plan", DEMO, *options)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "-o ppo.micro_batch_size=" in done.stdout or "smaller model" in done.stdout
+    data = lab.json("plan", DEMO, *options)
+    assert not data["configured"]["fits"]
+    assert data["changed_peak"] < data["configured"]["peak"]
+
+
+def test_a_run_warns_before_it_loads_what_will_not_fit(lab, huge):
+    done = lab.cli(
+        "run", DEMO, "--headless", "--name", "too-large",
+        "-o", f"model.policy={huge}", "-o", "launch.device=cpu",
+    )  # fmt: skip
+    assert "estimated to need" in done.stderr
+    # It would have gone on; what ended it is that this model has no weights.
+    assert done.returncode == 2
+    assert "weights" in done.stderr or "none that can be loaded" in done.stderr
+
+
+def test_a_model_that_is_nowhere_is_wrong_input_in_one_line(lab, tmp_path):
+    for name in (tmp_path / "nowhere", "nobody/no-such-model"):
+        done = lab.cli("plan", DEMO, "-o", f"model.policy={name}")
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert "model.policy" in done.stderr
+        assert not done.stdout

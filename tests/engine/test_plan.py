@@ -1,0 +1,192 @@
+"""The memory planner's arithmetic: what must hold of any shapes, and what the advice does."""
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import configfile, starter
+from engine.advice import can_start, changes_to_fit, fits, shortage
+from engine.capacity import Capacity, of_host
+from engine.memory import estimate
+from engine.plan import Layout, Models, Shape, configured, layouts
+
+WEIGHTS = ("policy", "optimiser", "reference", "reward", "gradients")
+
+
+def shape(hidden=576, layers=30, vocabulary=49152, heads=9, groups=3):
+    size = hidden // heads
+    inner = 8 * hidden // 3
+    one = 2 * hidden**2 + 2 * hidden * groups * size + 3 * hidden * inner + 2 * hidden
+    linear = {"q_proj": layers * 2 * hidden, "down_proj": layers * (hidden + inner)}
+    return Shape(
+        parameters=layers * one + vocabulary * hidden, largest_layer=one, layers=layers,
+        hidden=hidden, attention=hidden, key_value=groups * size, intermediate=inner,
+        vocabulary=vocabulary, linear=linear,
+    )  # fmt: skip
+
+
+def models(device="cpu", **sizes):
+    policy = shape(**sizes)
+    return Models(
+        policy=policy, reference=policy, rewards=[policy], prompt_tokens=100,
+        process=400_000_000, device=device,
+    )  # fmt: skip
+
+
+def config(*overrides):
+    return configfile.load(starter.FOLDER / "demo.yaml", overrides)
+
+
+def one(*overrides, device="cpu", layout=None, **sizes):
+    return estimate(config(*overrides), models(device, **sizes), layout or Layout())
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 7])
+def test_fsdp_divides_weights_gradients_and_moments_by_the_number_of_ranks(ranks):
+    whole, shared = one(), one(layout=Layout(strategy="fsdp", ranks=ranks))
+    for part in WEIGHTS:
+        assert shared.parts[part] == whole.parts[part] // ranks, part
+
+
+def test_ddp_divides_no_weights_but_the_batch():
+    whole, shared = one(), one(layout=Layout(strategy="ddp", ranks=2))
+    for part in WEIGHTS:
+        assert shared.parts[part] == whole.parts[part]
+    assert shared.parts["KV cache"] == whole.parts["KV cache"] / 2
+
+
+def test_what_fsdp_gathers_for_a_rollout_is_every_weight_once_in_the_compute_dtype():
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        found = one(f"model.dtype={dtype}", layout=Layout(strategy="fsdp", ranks=4))
+        assert found.phases["generate"]["gathered"] == width * shape().parameters
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ("ppo.micro_batch_size=2", "ppo.micro_batch_size=16"),
+        ("rollout.max_new_tokens=16", "rollout.max_new_tokens=256"),
+        ("model.value=shared", "model.value=separate"),
+        ("ppo.advantage=reward", "model.value=separate"),
+        ("model.dtype=bfloat16", "model.dtype=float32"),
+        ("reward.dtype=bfloat16", "reward.dtype=float32"),
+    ],
+)
+def test_the_estimate_grows_with_what_takes_memory(less, more):
+    for layout in layouts(config(), 2):
+        assert one(less, layout=layout).peak < one(more, layout=layout).peak
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    layers=st.integers(1, 60),
+    vocabulary=st.integers(100, 200_000),
+    rows=st.sampled_from([4, 32, 256]),
+    tokens=st.integers(1, 500),
+)
+def test_no_phase_shrinks_when_a_size_grows(layers, vocabulary, rows, tokens):
+    def totals(layers, vocabulary, rows, tokens):
+        keys = f"rollout.batch_size={rows}", f"rollout.max_new_tokens={tokens}"
+        return one(*keys, layers=layers, vocabulary=vocabulary).totals
+
+    before = totals(layers, vocabulary, rows, tokens)
+    for after in (
+        totals(layers + 1, vocabulary, rows, tokens),
+        totals(layers, vocabulary + 100, rows, tokens),
+        totals(layers, vocabulary, 2 * rows, tokens),
+        totals(layers, vocabulary, rows, tokens + 1),
+    ):
+        assert all(after[phase] >= before[phase] for phase in before)
+
+
+def test_lora_needs_no_second_reference_and_moments_for_its_adapters_only():
+    plain, adapted = one(), one(layout=Layout(lora_rank=16))
+    sizes = shape()
+    head = sizes.hidden + 1
+    assert adapted.parts["optimiser"] == 8 * (16 * sum(sizes.linear.values()) + head)
+    assert adapted.parts["optimiser"] < plain.parts["optimiser"] / 10
+    assert adapted.parts["reference"] == 0
+    named = one("model.reference=starter:policy", layout=Layout(lora_rank=16))
+    assert named.parts["reference"] == plain.parts["reference"]
+
+
+def test_the_peak_is_that_of_one_phase_and_below_the_sum_of_the_parts():
+    for layout in layouts(config(), 2):
+        found = one(layout=layout)
+        assert found.peak == found.totals[found.fullest]
+        assert found.peak < sum(found.parts.values())
+
+
+def test_on_a_gpu_the_metric_leaves_out_what_torch_does_not_allocate():
+    found = one(device="cuda")
+    assert found.metric == found.peak - found.parts["CUDA context"] > 0
+    assert "process" not in found.parts
+    assert one().metric == one().peak
+
+
+def test_bfloat16_takes_copies_of_the_weights_unless_fsdp_gathers_them_so():
+    bfloat16 = "model.dtype=bfloat16"
+    assert one().parts["casts"] == 0
+    assert one(bfloat16).parts["casts"] == 2 * shape().parameters
+    assert one(bfloat16, layout=Layout(strategy="fsdp", ranks=2)).parts["casts"] == 0
+
+
+def test_what_is_configured_follows_the_strategy_and_the_number_of_ranks():
+    fsdp = config("parallel.strategy=fsdp")
+    assert configured(fsdp, 1).strategy == "one"
+    assert configured(fsdp, 4) == Layout(strategy="fsdp", ranks=4)
+    assert configured(config(), 4).strategy == "ddp"
+
+
+def room(gigabytes, device="cpu", gpus=0):
+    size = int(gigabytes * 1e9)
+    return Capacity(device=device, total=size, free=size, gpus=gpus)
+
+
+def test_ranks_share_the_host_and_have_a_gpu_each():
+    two = one(layout=Layout(strategy="ddp", ranks=2))
+    assert not fits(two, room(two.peak * 1.5 / 1e9))
+    assert fits(two, room(two.peak * 2.5 / 1e9))
+    found = one(device="cuda", layout=Layout(strategy="ddp", ranks=2))
+    for gpus in (1, 2):
+        assert fits(found, room(found.peak * 1.2 / 1e9, "cuda", gpus=gpus))
+        assert can_start(found.layout, room(80, "cuda", gpus=gpus)) == (gpus == 2)
+
+
+def test_the_advice_fits_and_is_a_configuration():
+    given, sizes = config("ppo.micro_batch_size=32", "rollout.max_new_tokens=256"), models()
+    full = estimate(given, sizes, Layout())
+    for share in (0.9, 0.6, 0.4):
+        free = room(full.peak * share / 1e9)
+        changes, found = changes_to_fit(given, sizes, Layout(), free)
+        assert changes
+        assert fits(found, free), share
+        plain = [c for c in changes if not c.startswith("lora.")]
+        lora = 16 if len(plain) < len(changes) else None
+        merged = configfile.override(given, plain)
+        assert estimate(merged, sizes, Layout(lora_rank=lora)).peak == found.peak
+
+
+def test_where_there_is_room_nothing_is_to_be_changed_and_nothing_is_said():
+    given, sizes = config(), models()
+    assert changes_to_fit(given, sizes, Layout(), room(100))[0] == []
+    assert shortage(given, sizes, Layout(), room(100)) is None
+
+
+def test_a_shortage_is_told_with_what_would_help_or_where_to_look():
+    given, sizes = config(), models()
+    needs = estimate(given, sizes, Layout()).peak / 1e9
+    text = shortage(given, sizes, Layout(), room(needs * 0.9))
+    assert f"{needs:.2f} GB" in text
+    assert "ppo.micro_batch_size=" in text
+    assert "rlhf-tui plan" in shortage(given, sizes, Layout(), room(0.1))
+
+
+def test_the_host_has_memory_and_no_more_of_it_is_free_than_there_is():
+    host = of_host()
+    assert 0 < host.free <= host.total
+
+
+def test_models_travel_as_json():
+    assert msgspec.json.decode(msgspec.json.encode(models()), type=Models) == models()

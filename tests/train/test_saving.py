@@ -1,0 +1,192 @@
+"""A save beside the training: what a boundary waits for, and what it does not."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from engine import protocol, sockets
+from engine.commands import Checkpoint, Set
+from engine.protocol import (
+    Applied,
+    Begin,
+    CheckpointComplete,
+    CheckpointWritten,
+    Confirm,
+    Notice,
+    Order,
+    RankHello,
+)
+from engine.train import checkpoint
+from engine.train.boundary import Boundary
+from engine.train.link import Link
+
+DEADLINE = 120
+"""Seconds: for a busy machine."""
+METRICS = {"objective/scores": 1.0, "objective/kl": 0.5}
+
+
+class Supervisor:
+    """The other end of a real link: keeps what it hears, and confirms once it may."""
+
+    def __init__(self, folder):
+        self.listener, self.path = sockets.listen(folder)
+        self.heard = []
+        self.may_confirm = threading.Event()
+        self._more = threading.Condition()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        self.peer, _ = self.listener.accept()
+        with self.peer.makefile("rb") as stream:
+            while header := stream.read(protocol.HEADER.size):
+                message = protocol.decode_from_rank(stream.read(protocol.frame_length(header)))
+                with self._more:
+                    self.heard.append(message)
+                    self._more.notify_all()
+                if isinstance(message, CheckpointWritten):
+                    threading.Thread(target=self._confirm, args=(message.step,)).start()
+
+    def _confirm(self, step):
+        if self.may_confirm.wait(DEADLINE):
+            self.send(Confirm(step=step))
+
+    def send(self, message):
+        self.peer.sendall(protocol.encode(message))
+
+    def wait_for(self, kind):
+        """Until it has heard one of a kind."""
+        with self._more:
+            assert self._more.wait_for(lambda: self.of(kind), DEADLINE), f"no {kind.__name__}"
+        return self.of(kind)[-1]
+
+    def of(self, kind):
+        return [m for m in self.heard if isinstance(m, kind)]
+
+
+@pytest.fixture
+def trained(make_run, tmp_path, monkeypatch):
+    """A run after its first step, with its boundary and its supervisor."""
+    run, session = make_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
+    supervisor = Supervisor(tmp_path)
+    monkeypatch.setenv(protocol.SOCKET_VARIABLE, str(supervisor.path))
+    monkeypatch.setenv(protocol.TOKEN_VARIABLE, "token")
+    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
+    boundary.after(1, dict(METRICS), 0.1)
+    supervisor.wait_for(RankHello)
+    yield run, session, boundary, supervisor
+    supervisor.may_confirm.set()
+    boundary.close()
+    supervisor.peer.shutdown(socket.SHUT_RDWR)
+    supervisor.listener.close()
+
+
+def until(condition):
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_next_step_begins_before_the_checkpoint_is_whole(trained):
+    run, session, boundary, supervisor = trained
+    boundary.save_if_due()
+    assert boundary.more()
+    boundary.after(2, dict(METRICS), 0.1)
+    assert checkpoint.completed(session.checkpoints) == {}
+    supervisor.may_confirm.set()
+    assert supervisor.wait_for(CheckpointComplete).step == 1
+    assert [*checkpoint.completed(session.checkpoints)] == [1]
+    assert run.state.step == 2
+
+
+def test_a_checkpoint_becomes_whole_without_another_boundary(trained):
+    _, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    boundary.save_if_due()
+    until(lambda: [*checkpoint.completed(session.checkpoints)] == [1])
+
+
+def test_it_is_whole_only_once_the_journal_was_confirmed(trained):
+    _, session, boundary, supervisor = trained
+    boundary.save_if_due()
+    assert supervisor.wait_for(CheckpointWritten).step == 1
+    assert checkpoint.folder_of(session.checkpoints, 1).is_dir()
+    assert checkpoint.completed(session.checkpoints) == {}
+
+
+def test_an_order_that_comes_while_a_save_waits_is_obeyed_at_the_next_boundary(trained):
+    run, _, boundary, supervisor = trained
+    boundary.save_if_due()
+    supervisor.wait_for(CheckpointWritten)
+    supervisor.send(Order(id="quick", command=Set(key="learning_rate", value=1e-5)))
+    until(lambda: boundary.more() and run.state.settings.learning_rate == 1e-5)
+    assert supervisor.wait_for(Applied).step == 2
+    assert not supervisor.of(CheckpointComplete)
+
+
+def test_an_operators_checkpoint_is_answered_when_it_is_whole(trained):
+    _, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    supervisor.send(Order(id="keep", command=Checkpoint()))
+    until(lambda: boundary.more() and supervisor.of(Applied))
+    kinds = [type(m) for m in supervisor.heard]
+    assert kinds.index(CheckpointComplete) < kinds.index(Applied)
+    assert [*checkpoint.completed(session.checkpoints)] == [1]
+
+
+def test_a_regular_save_in_flight_serves_an_operators_checkpoint_of_the_same_step(trained):
+    _, _, boundary, supervisor = trained
+    boundary.save_if_due()
+    supervisor.may_confirm.set()
+    assert boundary.save() is None
+    assert [m.step for m in supervisor.of(CheckpointWritten)] == [1]
+
+
+def test_older_ones_make_way_for_each(trained):
+    _, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    boundary.save_if_due()
+    boundary.after(2, dict(METRICS), 0.1)
+    boundary.save_if_due()
+    boundary.after(3, dict(METRICS), 0.1)
+    assert boundary.save() is None
+    assert [*checkpoint.completed(session.checkpoints)] == [3]
+    assert [m.removed for m in supervisor.of(CheckpointWritten)] == [[], [1], [2]]
+
+
+def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, monkeypatch):
+    _, session, boundary, supervisor = trained
+
+    def no_room(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "put_in_place", no_room)
+    boundary.save_if_due()
+    notice = supervisor.wait_for(Notice)
+    assert (notice.step, notice.rule) == (1, "checkpoint")
+    assert "No space left" in notice.text
+    assert boundary.more()
+    assert list(session.checkpoints.iterdir()) == []
+    monkeypatch.undo()
+    supervisor.may_confirm.set()
+    assert boundary.save() is None  # of the same step, once there is room
+    assert [*checkpoint.completed(session.checkpoints)] == [1]
+
+
+def test_a_run_that_fails_lets_the_save_in_flight_finish(trained):
+    _, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    boundary.save_if_due()
+    boundary.close()
+    assert [*checkpoint.completed(session.checkpoints)] == [1]
+
+
+def test_what_a_step_waited_for_saving_is_in_its_metrics(trained):
+    _, _, boundary, supervisor = trained
+    boundary.save_if_due()
+    metrics = dict(METRICS)
+    boundary.after(2, metrics, 0.1)
+    assert metrics["time/checkpoint"] > 0
+    supervisor.may_confirm.set()

@@ -1,0 +1,141 @@
+"""What the planner reads from a model's configuration is what the model then is."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+)
+
+from engine import configfile, starter
+from engine.errors import UserInputError
+from engine.memory import estimate, kept_for_backward
+from engine.plan import Layout
+from engine.train.foresight import facts
+from engine.train.shapes import look, models_of, shape_of
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 128}
+GROUPED = SIZES | {"num_key_value_heads": 2, **SPECIAL}
+CONFIGS = {
+    "llama": LlamaConfig(num_hidden_layers=3, tie_word_embeddings=True, **GROUPED),
+    "llama with a head of its own": LlamaConfig(
+        num_hidden_layers=3, tie_word_embeddings=False, **GROUPED
+    ),
+    "qwen2": Qwen2Config(num_hidden_layers=3, **GROUPED),
+    "gpt2": GPT2Config(n_embd=64, n_inner=160, n_layer=3, n_head=4, vocab_size=128, **SPECIAL),
+}
+every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+def shape_from(config, folder, kind=AutoModelForCausalLM):
+    config.save_pretrained(folder)
+    return shape_of(str(folder), "model.policy", kind)
+
+
+@every_model
+@pytest.mark.parametrize(
+    "kind", [AutoModelForCausalLM, AutoModelForSequenceClassification], ids=["lm", "classifier"]
+)
+def test_parameters_are_counted_without_weights(config, kind, tmp_path):
+    shape = shape_from(config, tmp_path, kind)
+    assert not list(tmp_path.glob("*.safetensors"))
+    real = kind.from_config(config)
+    assert shape.parameters == sum(p.numel() for p in real.parameters())
+    per_layer = sum(p.numel() for n, p in real.named_parameters() if ".0." in n)
+    assert shape.largest_layer == per_layer
+
+
+def test_only_a_head_of_its_own_counts_as_one(tmp_path):
+    tied = shape_from(CONFIGS["llama"], tmp_path / "a")
+    own = shape_from(CONFIGS["llama with a head of its own"], tmp_path / "b")
+    assert (tied.head, own.head) == (0, 64 * 128)
+    assert own.parameters == tied.parameters + own.head
+
+
+@every_model
+def test_adapters_have_the_size_that_peft_gives_them(config, tmp_path):
+    shape = shape_from(config, tmp_path)
+    for targets in (sorted(shape.linear), sorted(shape.linear)[:1]):
+        lora = LoraConfig(r=4, target_modules=targets, fan_in_fan_out=config.model_type == "gpt2")
+        adapted = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        assert trained == 4 * sum(shape.linear[t] for t in targets)
+
+
+@every_model
+@pytest.mark.parametrize(("dtype", "off"), [("float32", 0.1), ("bfloat16", 0.25)])
+def test_the_formula_is_what_autograd_keeps(config, dtype, off, tmp_path):
+    rows, length = 4, 48
+    shape = shape_from(config, tmp_path)
+    kept = autograd_keeps(config, dtype, rows, length)
+    width = 4 if dtype == "float32" else 2
+    formula = kept_for_backward(shape, rows, length, width, again=False)
+    if dtype == "bfloat16":  # autocast's copies of the weights are a part of their own
+        formula += width * (shape.layers * shape.largest_layer + shape.hidden * shape.vocabulary)
+    assert formula == pytest.approx(kept, rel=off)
+
+
+def autograd_keeps(config, dtype, rows, length):
+    """Bytes that a forward pass leaves for its backward, parameters aside."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.ones(rows, length, dtype=torch.int64)
+    mask = torch.ones(rows, length, dtype=torch.int64)
+    mask[0, :3] = 0  # padding, as a micro-batch has it
+    half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
+        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+    return sum(s.nbytes() for pointer, s in found.items() if pointer not in own)
+
+
+def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-thing"}))
+    for name in (str(tmp_path), str(tmp_path / "nowhere")):
+        with pytest.raises(UserInputError, match=r"model\.policy") as error:
+            shape_of(name, "model.policy", AutoModelForCausalLM)
+        assert "\n" not in str(error.value)
+
+
+def test_the_longest_prompt_is_looked_up_in_a_small_file(write_prompts, monkeypatch):
+    demo = starter.FOLDER / "demo.yaml"
+    text = "".join(json.dumps({"prompt": "so it was " * n}) + "\n" for n in (1, 3))
+    config = configfile.load(demo, [f"data.prompts={write_prompts('p.jsonl', text)}"])
+    found = look(config)
+    assert found.exact_prompts
+    assert 9 <= found.prompt_tokens < config.data.max_prompt_tokens
+    monkeypatch.setattr("engine.train.shapes.QUICKLY_READ", 1)
+    bound = look(config)
+    assert (bound.exact_prompts, bound.prompt_tokens) == (False, config.data.max_prompt_tokens)
+
+
+def test_a_run_carries_the_estimate_of_its_own_layout(make_run):
+    run, _ = make_run()
+    again = estimate(run.config, models_of(run.config, run.prompts.longest, "cpu"), Layout())
+    assert run.memory.layout == again.layout
+    assert run.memory.phases["optimise"]["gradients"] == again.phases["optimise"]["gradients"]
+
+
+def test_a_model_that_cannot_be_planned_with_does_not_end_the_run(make_run, monkeypatch, caplog):
+    def unknown(*_arguments, **_options):
+        raise UserInputError("model.policy: cannot plan with this")
+
+    monkeypatch.setattr("engine.train.foresight.models_of", unknown)
+    run, _ = make_run()
+    assert run.memory is None
+    assert facts(run.memory) == {}
+    assert "cannot plan with this" in caplog.text

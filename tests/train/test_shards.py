@@ -1,0 +1,140 @@
+"""Checkpoints of several ranks, each a process: whatever wrote one, whatever reads it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.train import checkpoint
+
+SCRIPT = Path(__file__).parent / "ranks" / "saving.py"
+STRATEGIES = ("alone", "ddp", "fsdp")
+DEADLINE = 300
+"""Seconds: for a busy machine."""
+
+
+def start(act, strategy, *rest):
+    """The script on two ranks, or alone, to its end."""
+    command = [sys.executable]
+    if strategy != "alone":
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, SCRIPT, act, strategy, *rest],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    return SimpleNamespace(code=done.returncode, said=done.stderr)
+
+
+def met(folder, act="save"):
+    """What each rank left."""
+    return [json.loads(p.read_text()) for p in sorted(folder.glob(f"{act}-*.json"))]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a checkpoint that one strategy wrote; each is made once."""
+    made = {}
+
+    def make(strategy):
+        if strategy not in made:
+            folder = tmp_path_factory.mktemp(strategy)
+            (folder / "checkpoints").mkdir()
+            done = start("save", strategy, folder)
+            assert done.code == 0, done.said
+            made[strategy] = folder
+        return made[strategy]
+
+    return make
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def reader(request, saved):
+    """A strategy that has read the checkpoints of all."""
+    done = start("load", request.param, *map(saved, STRATEGIES))
+    assert done.code == 0, done.said
+    return request.param
+
+
+def expected(folder):
+    """The tensors as they were when the save began: the policy's, and the rest."""
+    tensors = load_file(folder / "expected.safetensors")
+    lm = {k.removeprefix("lm/"): t for k, t in tensors.items() if k.startswith("lm/")}
+    return lm, {k: t for k, t in tensors.items() if not k.startswith("lm/")}
+
+
+@pytest.mark.parametrize("writer", STRATEGIES)
+def test_optimiser_and_value_function_are_read_bit_for_bit_by_any_strategy(saved, writer, reader):
+    folder = saved(writer)
+    assert all(seen == {"step": 7} for seen in met(folder, "load"))
+    read = load_file(folder / f"read-by-{reader}.safetensors")
+    _, wanted = expected(folder)
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[k], wanted[k]) for k in wanted)
+    assert any(k.startswith("exp_avg_sq/value_trunk.") for k in wanted)
+
+
+@pytest.mark.parametrize("writer", STRATEGIES)
+def test_plain_transformers_loads_the_policy_that_many_ranks_wrote(saved, writer):
+    folder = saved(writer)
+    policy = checkpoint.folder_of(folder / "checkpoints", 7) / "policy"
+    lm = AutoModelForCausalLM.from_pretrained(policy)
+    wanted, _ = expected(folder)
+    read = dict(lm.named_parameters())
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[k], wanted[k]) for k in wanted)
+    assert type(lm).__name__ == "LlamaForCausalLM"
+    assert lm.lm_head.weight is lm.model.embed_tokens.weight
+    assert AutoTokenizer.from_pretrained(policy)("film").input_ids
+
+
+@pytest.mark.parametrize("writer", ["ddp", "fsdp"])
+def test_each_rank_writes_its_share_and_nothing_else_is_left(saved, writer):
+    folder = saved(writer)
+    (place,) = (folder / "checkpoints").iterdir()
+    assert sorted(p.name for p in place.iterdir()) == [
+        "COMPLETE", "policy", "state.json", "training",
+    ]  # fmt: skip
+    shards = [p.stat().st_size for p in sorted((place / "training").iterdir())]
+    assert len(shards) == 2
+    assert max(shards) < 0.6 * sum(shards)
+    assert [seen["concluded"] for seen in met(folder)] == [1, 0]
+    assert len({seen["size"] for seen in met(folder)}) == 1
+
+
+def test_only_safetensors_and_text_are_written(saved):
+    folder = saved("fsdp")
+    files = [p for p in (folder / "checkpoints").rglob("*") if p.is_file()]
+    names = {p.suffix or p.name for p in files}
+    assert names <= {".safetensors", ".json", ".jinja", ".txt", "COMPLETE"}
+
+
+def test_a_full_disk_on_one_rank_is_the_outcome_on_all_and_leaves_nothing(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    done = start("save", "fsdp", tmp_path, "full")
+    assert done.code == 0, done.said
+    first, second = met(tmp_path)
+    assert first["error"] == second["error"]
+    assert "No space left" in first["error"]
+    assert "rank 1" in first["error"]
+    assert (first["concluded"], second["concluded"]) == (1, 0)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_writer_that_dies_leaves_no_whole_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    done = start("save", "fsdp", tmp_path, "crash")
+    assert done.code != 0
+    assert checkpoint.completed(tmp_path / "checkpoints") == {}
+    checkpoint.clear_parts(tmp_path / "checkpoints")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
