@@ -7,8 +7,8 @@ from torch import Tensor
 
 CHUNK = 1 << 22
 """Logits looked at together: 16 MB of float32, which stays in a CPU's cache."""
-GPU_CHUNK = 1 << 27
-"""On a GPU, where each piece costs a few launches: 512 MB."""
+GPU_CHUNK = 1 << 25
+"""On a GPU, where each piece costs a few launches: 128 MB."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
