@@ -130,9 +130,8 @@ def environment(launch: LaunchConfig) -> dict[str, str]:
 def _malloc() -> dict[str, str]:
     """Has glibc keep what large tensors free rather than give it back, to ask for it again at once.
 
-    Each time, the kernel cleared every page anew: a fifth of a step's processor time on a CPU. What
-    is kept goes back once a step (`engine.train.resting`). Before 2.35 glibc took no threshold this
-    high, and would have done the opposite.
+    Each time, the kernel cleared every page anew: a fifth of a step's processor time on a CPU.
+    Before 2.35 glibc took no threshold this high, and would have done the opposite.
     """
     library, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
     numbers = [int(n) for n in version.split(".") if n.isdigit()]

@@ -70,7 +70,8 @@ class _Reckoning:
     def phases(self) -> dict[str, dict[str, int]]:
         """Phase → part → bytes."""
         held = self._at_rest()
-        # On a CPU a frozen model that is whole rests in a file, and is in memory while it is read.
+        # On a CPU a frozen model that is whole rests in a file. In memory while it is read are its
+        # embedding and a block or two; all of it is counted, for files that have no room.
         resting = ("reference", "reward") if self._models.device == "cpu" else ()
         resting = () if self._sharded else resting
         at_rest = {k: v for k, v in held.items() if k not in resting}

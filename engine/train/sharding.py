@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from engine.train.parallel import Team
-from engine.train.resting import let_go, make_room, rest_in_file
+from engine.train.resting import let_go, rest_in_file
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -154,7 +154,6 @@ def at_hand(model: Any) -> Iterator[None]:
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    make_room(model)
     away = getattr(model, "rests_on_host", None)
     if away is not None:
         model.to(away)
@@ -176,7 +175,7 @@ def rest_between_uses(module: nn.Module, team: Team, strategy: str, *, on_host: 
     """
     if team.device.type == "cpu":
         if team.size == 1 or strategy != "fsdp":
-            rest_in_file(module)
+            rest_in_file(module, blocks(module))
     elif on_host:
         module.rests_on_host = team.device  # type: ignore[assignment]
         module.to("cpu")
