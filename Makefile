@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all gpu-check lint types docs starter clean
+.PHONY: help setup demo test test-all gpu-check lint types docs bench bench-extra gpu-bench starter clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,16 @@ types: $(STAMP)
 
 docs: $(STAMP)  ## write docs/configuration.md again
 	$(BIN)/python -m scripts.configuration_page
+
+bench-extra: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+
+bench: bench-extra  ## the engine against TRL, and the terminal's budgets (some 10 minutes)
+	$(BIN)/python -W ignore -m benchmarks.engine_vs_trl --phases
+	$(BIN)/python benchmarks/terminal.py
+
+gpu-bench: bench-extra  ## the same on a GPU, where there is one
+	$(BIN)/python -W ignore -m benchmarks.gpu
 
 starter: $(STAMP)  ## build the starter models again (an hour or two)
 	$(BIN)/pip install -q -c constraints.txt -e '.[starter]'

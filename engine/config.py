@@ -242,7 +242,7 @@ class ParallelConfig(Section, frozen=True):
     not fit. Without effect for one rank."""
     frozen: Literal["keep", "offload"] = "keep"
     """Reference and reward model: on the device (sharded where the policy is), or on the host and
-    on the device only while they are used."""
+    on the device only while they are used. On a CPU they always rest in a file, unless sharded."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
 

@@ -14,10 +14,10 @@ from engine.plan import Estimate, Layout, Models, Shape
 WIDTH = {"float32": 4, "bfloat16": 2}
 MASTER = 4
 """Bytes of a master weight, of its gradient and of each of AdamW's two moments: float32."""
-BACKWARD_LOGITS = 4
-"""float32 tensors (n, T, V) alive at once in the backward of logsumexp: logits and 3 more."""
-FORWARD_LOGITS = 2
-"""The logits, and what logsumexp exponentiates."""
+BACKWARD_LOGITS = 1
+"""float32 tensors (n, T, V) alive at once in training: the gradient is written over the logits."""
+FORWARD_LOGITS = 1
+"""… and in a pass without gradients: what is exponentiated goes in small pieces."""
 SAMPLING = 6
 """float32 tensors (n, V) alive at once in :func:`engine.train.rollout.sample`."""
 LAZY = 80_000_000
@@ -69,12 +69,17 @@ class _Reckoning:
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Phase → part → bytes."""
-        at_rest = self._at_rest()
+        held = self._at_rest()
+        # On a CPU a frozen model that is whole rests in a file. In memory while it is read are its
+        # embedding and a block or two; all of it is counted, for files that have no room.
+        resting = ("reference", "reward") if self._models.device == "cpu" else ()
+        resting = () if self._sharded else resting
+        at_rest = {k: v for k, v in held.items() if k not in resting}
         return {
             **({"load": self._loading()} if self._models.device == "cpu" else {}),
             "generate": at_rest | self._generating(),
-            "score": at_rest | self._scoring(),
-            "reference": at_rest | self._reading_tokens(),
+            "score": at_rest | {"reward": held["reward"]} | self._scoring(),
+            "reference": at_rest | {"reference": held["reference"]} | self._reading_tokens(),
             "optimise": at_rest | self._optimising(),
         }
 
@@ -150,7 +155,8 @@ class _Reckoning:
     def _optimising(self) -> dict[str, int]:
         policy, rows, length = self._policy, self._micro, self._length - 1
         kept = kept_for_backward(policy, rows, length, self._compute, again=self._checkpointing)
-        kept *= 2 if self._separate else 1  # both trunks' until the one backward
+        # Both trunks' until the one backward; a rank alone does them one after the other.
+        kept *= 2 if self._separate and self._layout.ranks > 1 else 1
         gathered = 0
         if self._sharded:
             # The layer at hand and the next, and all that is in no layer; whole gradients of both.

@@ -88,23 +88,7 @@ def load_run(
     if saved is not None:
         load_training(saved, policy, optimiser, team.group)
 
-    weights = fingerprint(reference)
-    if state.reference and state.reference != weights:
-        raise CheckpointError(
-            "the reference model is not the one this run began with: "
-            f"{config.model.reference or config.model.policy} was changed; put it back to resume"
-        )
-    base = _base_fingerprint(config, policy, reference, weights)
-    if state.base and state.base != base:
-        raise CheckpointError(
-            "the model under the adapters is not the one this run began with: "
-            f"{config.model.policy} was changed; put it back to resume"
-        )
-    if state.threads not in (0, threads):
-        log.warning(
-            "%d threads now, %d before: results agree to rounding only", threads, state.threads
-        )
-    state.reference, state.base, state.threads = weights, base, threads
+    _recognise(state, config, policy, reference, threads)
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.attempt)
 
@@ -115,13 +99,7 @@ def load_run(
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
         memory=memory,
     )  # fmt: skip
-    room, wanted = room_for_answers(run), state.settings.max_new_tokens
-    if room is not None and wanted > room:
-        raise UserInputError(
-            f"rollout.max_new_tokens ({wanted}) may be {room} at most: there the model ends, after "
-            f"the longest prompt of {prompts.longest} tokens (data.max_prompt_tokens leaves out "
-            "longer ones)"
-        )
+    _check_room(run)
     if config.reward.normalise == "reference" and not begin.from_step:
         announce(0, "normalise reward")
         normaliser = Normaliser.of(reference_scores(run))
@@ -182,13 +160,47 @@ def share_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, team: T
     return prompts
 
 
-def _base_fingerprint(
-    config: RunConfig, policy: LanguageModel, reference: AnyModel, of_reference: str
-) -> str:
-    """Of the weights under the adapters, which no checkpoint holds; "" without adapters."""
-    if config.lora.rank is None:
-        return ""
-    return of_reference if isinstance(reference, BaseView) else fingerprint(BaseView(policy))
+def _recognise(
+    state: TrainingState,
+    config: RunConfig,
+    policy: LanguageModel,
+    reference: AnyModel,
+    threads: int,
+) -> None:
+    """Whether the frozen models are those the run began with; no checkpoint holds them.
+
+    Raises:
+        CheckpointError: one was changed since.
+    """
+    weights = fingerprint(reference)
+    if state.reference and state.reference != weights:
+        raise CheckpointError(
+            "the reference model is not the one this run began with: "
+            f"{config.model.reference or config.model.policy} was changed; put it back to resume"
+        )
+    base = ""  # what lies under adapters
+    if config.lora.rank is not None:
+        base = weights if isinstance(reference, BaseView) else fingerprint(BaseView(policy))
+    if state.base and state.base != base:
+        raise CheckpointError(
+            "the model under the adapters is not the one this run began with: "
+            f"{config.model.policy} was changed; put it back to resume"
+        )
+    if state.threads not in (0, threads):
+        log.warning(
+            "%d threads now, %d before: results agree to rounding only", threads, state.threads
+        )
+    state.reference, state.base, state.threads = weights, base, threads
+
+
+def _check_room(run: Run) -> None:
+    room, wanted = room_for_answers(run), run.state.settings.max_new_tokens
+    if room is not None and wanted > room:
+        raise UserInputError(
+            f"rollout.max_new_tokens ({wanted}) may be {room} at most: there the model ends, after "
+            f"the longest prompt of {run.prompts.longest} tokens (data.max_prompt_tokens leaves "
+            "out longer ones)"
+        )
 
 
 def _check_vocabularies(policy: int, reference: int) -> None:

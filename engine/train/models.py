@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.train import lora
+from engine.train.products import speed_up
 from engine.train.sharding import whole
 
 
@@ -36,6 +37,7 @@ class LanguageModel(nn.Module):
         """
         super().__init__()
         self.lm = lm
+        speed_up(lm)
         self._compute = compute
         self.value_trunk: nn.Module | None = None
         self.value_head: nn.Linear | None = None
@@ -92,7 +94,7 @@ class LanguageModel(nn.Module):
 
         Returns:
             logits (n, keep, V) in the model's dtype; values (n, keep) float32, None without a
-            value function.
+            value function, and with a cache where it has a trunk of its own.
         """
         # Positions from the mask: left padding must not shift them (trl#6819: 34 nats off).
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
@@ -109,12 +111,13 @@ class LanguageModel(nn.Module):
                 logits_to_keep=keep,
                 **inputs,
             ).logits
-        if self.value_head is None or want == "logits":
+        # A trunk of the value's own keeps no cache: it reads whole answers, once they are written.
+        if self.value_head is None or want == "logits" or (separate and cache is not None):
             self._hidden = None
             return logits, None
         if separate:
-            trunk = self.value_trunk
-            hidden = trunk(input_ids=tokens, **inputs).last_hidden_state[:, -keep:]  # type: ignore[misc]
+            trunk = self.value_trunk(input_ids=tokens, use_cache=False, **inputs)  # type: ignore[misc]
+            hidden = trunk.last_hidden_state[:, -keep:]
         else:
             hidden, self._hidden = self._hidden, None
         # A trunk of the value's own may learn whenever the value does.

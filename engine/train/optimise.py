@@ -1,5 +1,6 @@
 """The PPO epochs over one step's rollout."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -157,12 +158,18 @@ def backward(
     # Forward and backward passes of several ranks meet: one with fewer rows goes through the
     # motions once more, for nothing.
     count = -(-team.most(len(rows)) // size)
+    # A value trunk of its own shares nothing with the policy: on a rank alone (DDP wants to see
+    # both at once) one is through, and its activations are gone, before the other begins.
+    apart = team.size == 1 and getattr(learner, "value_trunk", None) is not None
+    wants = ("logits", "values") if apart else ("both",)
     total = Sums()
-    for k in range(count):
+    for k, want in itertools.product(range(count), wants):
         idle = k >= len(micros)
         with synchronised(learner, last=k == count - 1):
             micro = rows[:1] if idle else micros[k]
-            loss, sums = micro_batch(learner, rollout, targets, micro, config, settings, warming_up)
+            loss, sums = micro_batch(
+                learner, rollout, targets, micro, config, settings, warming_up, want
+            )
             # DDP and FSDP2 average over ranks what is to be a sum.
             (loss * (0.0 if idle else team.size / tokens)).backward()
         if not idle:
@@ -180,24 +187,34 @@ def micro_batch(
     config: RunConfig,
     settings: Settings,
     warming_up: bool,
+    want: str = "both",
 ) -> tuple[Tensor, Sums]:
-    """One forward pass: the loss, summed over response tokens, and its sums."""
+    """One forward pass: the loss, summed over response tokens, and its sums.
+
+    `want` is `both`, or `logits` or `values` for one of the two losses alone.
+    """
     logprobs, values, width = rollout_forward(
-        learner, rollout, micro, settings.temperature, detach_trunk=warming_up
+        learner, rollout, micro, settings.temperature, want=want, detach_trunk=warming_up
     )
     mask = rollout.mask[micro, :width]
-    old, advantages = (x[micro, :width] for x in (targets.old_logprobs, targets.advantages))
-    terms = ppo.policy_terms(logprobs, old, advantages, mask, settings.clip_range, config.ppo.ratio)
-    sums = Sums(
-        tokens=float(mask.sum()),
-        policy_loss=float(terms.loss.detach()),
-        clipped=float(terms.clipped),
-        squared_log_ratio=float(terms.squared_log_ratio),
-        ratio=float(terms.ratio),
-        squared_ratio=float(terms.squared_ratio),
-    )
+    loss, sums = torch.zeros((), device=mask.device), Sums()
+    if want != "values":
+        old, advantages = (x[micro, :width] for x in (targets.old_logprobs, targets.advantages))
+        terms = ppo.policy_terms(
+            logprobs, old, advantages, mask, settings.clip_range, config.ppo.ratio
+        )
+        sums = Sums(
+            tokens=float(mask.sum()),
+            policy_loss=float(terms.loss.detach()),
+            clipped=float(terms.clipped),
+            squared_log_ratio=float(terms.squared_log_ratio),
+            ratio=float(terms.ratio),
+            squared_ratio=float(terms.squared_ratio),
+        )
+        # While the value warms up the policy's gradient is 0 and is dropped; DDP wants to see one.
+        loss = terms.loss * (not warming_up) if targets.returns is not None else terms.loss
     if values is None or targets.old_values is None or targets.returns is None:
-        return terms.loss, sums
+        return loss, sums
     value_loss, clipped = ppo.value_terms(
         values,
         targets.old_values[micro, :width],
@@ -207,8 +224,7 @@ def micro_batch(
     )
     sums.value_loss = float(value_loss.detach())
     sums.value_clipped = float(clipped)
-    # While the value warms up the policy's gradient is 0 and is dropped; DDP wants to see one.
-    return config.ppo.value_coef * value_loss + terms.loss * (not warming_up), sums
+    return loss + config.ppo.value_coef * value_loss, sums
 
 
 def _keep_policy(learner: nn.Module) -> None:

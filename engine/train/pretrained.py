@@ -24,7 +24,8 @@ from engine.train import lora
 from engine.train.handout import same_files, without_weights
 from engine.train.models import AnyModel, BaseView, LanguageModel
 from engine.train.parallel import Team
-from engine.train.sharding import rest_on_host, settle
+from engine.train.products import speed_up
+from engine.train.sharding import rest_between_uses, settle
 
 
 def load_policy(config: RunConfig, source: str, team: Team, strategy: str) -> LanguageModel:
@@ -59,6 +60,7 @@ def load_policy(config: RunConfig, source: str, team: Team, strategy: str) -> La
             trunk = _load_trunk(base, lm, team, dtype)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
+            speed_up(trunk)
             policy.value_trunk = trunk
     if config.parallel.activation_checkpointing:
         _checkpoint_activations(policy)
@@ -81,9 +83,9 @@ def load_reference(config: RunConfig, policy: LanguageModel, team: Team, strateg
     reference = LanguageModel(lm, compute=dtype)
     reference.requires_grad_(False)
     on_host = config.parallel.frozen == "offload"
-    settle(_inert(reference), team, "ddp" if on_host else strategy, dtype)
-    if on_host:
-        rest_on_host(reference, team.device)
+    placed = "ddp" if on_host else strategy
+    settle(_inert(reference), team, placed, dtype)
+    rest_between_uses(reference, team, placed, on_host=on_host)
     return reference
 
 

@@ -12,6 +12,7 @@ from engine.train import sharding
 from engine.train.handout import same_files, without_weights
 from engine.train.parallel import Team
 from engine.train.pretrained import load_tokenizer
+from engine.train.products import speed_up
 from engine.train.rollout import Report
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class RewardModel:
                     model = AutoModelForSequenceClassification.from_config(shape, dtype=dtype)
         self._label = _label_index(source, label, model.config)
         self._pad = _own_pad(self._tokenizer, model.config)
+        model.config.use_cache = False  # a decoder would fill one
+        speed_up(model)
         self._model = model.eval().requires_grad_(False)
         self._device = team.device
         self._size = config.batch_size
@@ -55,9 +58,9 @@ class RewardModel:
 
     def settle(self, team: Team, strategy: str, *, on_host: bool) -> None:
         """Puts the weights in their place on every rank: see :mod:`engine.train.sharding`."""
-        sharding.settle(self._model, team, "ddp" if on_host else strategy)
-        if on_host:
-            sharding.rest_on_host(self._model, team.device)
+        placed = "ddp" if on_host else strategy
+        sharding.settle(self._model, team, placed)
+        sharding.rest_between_uses(self._model, team, placed, on_host=on_host)
 
     def __call__(self, answers: "Answers", report: Report) -> list[float | None]:
         """The chosen logit for each answer, in batches of like lengths."""

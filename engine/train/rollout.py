@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from engine.train.data import PromptBatch
+from engine.train.logprobs import token_logprobs
 from engine.train.models import AnyModel
 from engine.train.parallel import Team
 from engine.train.ppo import response_mask
@@ -97,6 +98,8 @@ def generate(
     ending: Ending,
     tokenizer: PreTrainedTokenizerBase,
     report: Report = lambda _done, _total: None,
+    *,
+    per_prompt: int = 1,
 ) -> Rollout:
     """Samples an answer to each prompt from the full distribution.
 
@@ -112,6 +115,7 @@ def generate(
         ending: when an answer is over.
         tokenizer: the model's.
         report: called now and then with (tokens done, T).
+        per_prompt: so many neighbouring rows have the same prompt, which is then read once for all.
     """
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -125,10 +129,15 @@ def generate(
 
     rows = torch.arange(count, device=device)  # those still being written
     cache = DynamicCache(config=model.lm.config)
-    tokens = batch.ids
+    tokens = batch.ids[::per_prompt]
     attention = left_mask(batch.lengths, tokens.shape[1])
     for t in range(limit):
-        logits, values = model(tokens, attention, 1, cache=cache)
+        mask = attention if t else attention[::per_prompt]
+        logits, values = model(tokens, mask, 1, cache=cache)
+        if t == 0 and per_prompt > 1:
+            cache.batch_repeat_interleave(per_prompt)
+            logits = logits.repeat_interleave(per_prompt, 0)
+            values = None if values is None else values.repeat_interleave(per_prompt, 0)
         token, logprob, entropy = sample(logits[:, 0], uniforms[rows, t], temperature)
         ids[rows, t] = token
         floats[0, rows, t], floats[1, rows, t] = logprob, entropy
@@ -267,18 +276,6 @@ def rollout_forward(
     if logits is None or want == "values":
         return torch.zeros(answers.shape, device=answers.device), values, width
     return token_logprobs(logits, answers, temperature), values, width
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log softmax(logits/τ) at the tokens: (n, T, V), (n, T) → (n, T), in float32.
-
-    By logsumexp, which keeps one (n, T, V) float32 tensor rather than log_softmax's two.
-    """
-    scaled = logits.float()
-    if temperature != 1.0:
-        scaled = scaled / temperature
-    chosen = scaled.gather(2, tokens[:, :, None]).squeeze(2)
-    return chosen - scaled.logsumexp(2)
 
 
 def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:

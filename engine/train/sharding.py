@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from engine.train.parallel import Team
+from engine.train.resting import let_go, rest_in_file
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -164,6 +165,7 @@ def at_hand(model: Any) -> Iterator[None]:
     finally:
         if away is not None:
             model.to("cpu")
+        let_go(model)
         for unit in units:
             unit.reshard()
             # But for the root, the first of them, which the backward pass begins with; `model` may
@@ -171,10 +173,16 @@ def at_hand(model: Any) -> Iterator[None]:
             unit.set_reshard_after_forward(unit is not units[0], recurse=False)
 
 
-def rest_on_host(module: nn.Module, device: torch.device) -> None:
-    """From now on it is on the device only inside :func:`at_hand`."""
-    if device.type != "cpu":
-        module.rests_on_host = device  # type: ignore[assignment]
+def rest_between_uses(module: nn.Module, team: Team, strategy: str, *, on_host: bool) -> None:
+    """A frozen model takes the device's memory only inside :func:`at_hand`.
+
+    Of a GPU's where it is to rest on the host; on a CPU it rests in a file, unless it is sharded.
+    """
+    if team.device.type == "cpu":
+        if team.size == 1 or strategy != "fsdp":
+            rest_in_file(module, blocks(module))
+    elif on_host:
+        module.rests_on_host = team.device  # type: ignore[assignment]
         module.to("cpu")
 
 

@@ -172,7 +172,7 @@ def take_rollout(run: Run, step: int, report: Report) -> Rollout:
     own = own_rows(run.team, len(prompts), config.answers_per_prompt)
     part = generate(
         run.policy, batch.select(own), uniforms[own], settings.temperature, run.ending,
-        run.tokenizer, report,
+        run.tokenizer, report, per_prompt=config.answers_per_prompt,
     )  # fmt: skip
     return merge_rollouts(run.team, batch, part, own, limit, run.tokenizer)
 

@@ -70,12 +70,18 @@ def test_what_fsdp_gathers_for_a_rollout_is_every_weight_once_in_the_compute_dty
         ("model.value=shared", "model.value=separate"),
         ("ppo.advantage=reward", "model.value=separate"),
         ("model.dtype=bfloat16", "model.dtype=float32"),
-        ("reward.dtype=bfloat16", "reward.dtype=float32"),
     ],
 )
 def test_the_estimate_grows_with_what_takes_memory(less, more):
     for layout in layouts(config(), 2):
         assert one(less, layout=layout).peak < one(more, layout=layout).peak
+
+
+def test_on_a_cpu_frozen_models_take_memory_only_while_they_are_read():
+    phases = one(layout=Layout()).phases
+    assert [name for name, parts in phases.items() if "reward" in parts] == ["load", "score"]
+    assert [name for name, parts in phases.items() if "reference" in parts] == ["reference"]
+    assert phases["score"]["reward"] == 2 * one("reward.dtype=bfloat16").phases["score"]["reward"]
 
 
 @settings(max_examples=50, deadline=None)

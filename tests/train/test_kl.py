@@ -12,7 +12,7 @@ from engine.config import DataConfig, ModelConfig, RewardConfig, RunConfig
 from engine.kl import next_beta
 from engine.settings import first_settings
 from engine.train import ppo
-from engine.train.rollout import token_logprobs
+from engine.train.logprobs import token_logprobs
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)
 BETAS = st.sampled_from([0.0, 0.05, 0.5, 2.0])

@@ -207,11 +207,14 @@ def answer(model):
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
 
-    def run(rows=tuple(range(8)), eos=(), temperature=1.0):
+    def run(rows=tuple(range(8)), eos=(), temperature=1.0, drawn=None, per_prompt=1):
         batch = batch_prompts([prompts[i] for i in rows], 1, 0)
         ending = Ending(list(eos), [], tokenizer)
         with torch.no_grad():
-            return generate(model, batch, uniforms[list(rows)], temperature, ending, tokenizer)
+            return generate(
+                model, batch, uniforms[list(drawn or rows)], temperature, ending, tokenizer,
+                per_prompt=per_prompt,
+            )  # fmt: skip
 
     return run
 
@@ -278,6 +281,14 @@ def test_generation_depends_on_no_other_row_and_no_generator(answer):
     for rows in ((0,), (5,), (1, 6), (7, 3, 2), range(8)):
         apart = answer(rows, eos=EOS)
         assert all(same_answer(apart, j, together, i) for j, i in enumerate(rows))
+
+
+def test_a_prompt_read_once_for_all_its_answers_gives_the_same_answers(answer):
+    rows, drawn = (1, 1, 1, 4, 4, 4), range(6)
+    apart = answer(rows, EOS, drawn=drawn)
+    once = answer(rows, EOS, drawn=drawn, per_prompt=3)
+    assert len(set(map(tuple, once.ids.tolist()))) > 2
+    assert all(same_answer(once, i, apart, i) for i in range(6))
 
 
 def test_micro_batches_hold_every_row_once_and_are_no_larger_than_asked(answer):

@@ -1,0 +1,83 @@
+"""What a measurement ran on, and what that can do at best."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from engine.train.products import onednn_is_quicker, product
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "textual", "msgspec")
+
+
+def describe() -> str:
+    """Processor or GPU, memory, and the versions of what runs; one line each."""
+    lines = [f"processor   {_processor()}, {len(os.sched_getaffinity(0))} cores"]
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        lines.append(f"GPU         {properties.name}, {properties.total_memory / 1e9:.0f} GB")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines.append(f"memory      {total / 1e9:.0f} GB")
+    versions = ", ".join(f"{p} {v}" for p in PACKAGES if (v := _version(p)))
+    lines.append(f"versions    Python {platform.python_version()}, {versions}")
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    names = [x.partition(":")[2].strip() for x in info if x.startswith("model name")]
+    flags = next((x.split() for x in info if x.startswith("flags")), [])
+    has = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return f"{names[0] if names else platform.machine()} ({', '.join(has)})"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def free_gb() -> float:
+    """Memory that new processes can have."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable")) * 1024 / 1e9
+
+
+def best_of(times: int, work: Callable[[], object]) -> float:
+    """The shortest of several runs, seconds: what the machine can do when nothing disturbs."""
+    work()
+    shortest = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        shortest = min(shortest, time.perf_counter() - began)
+    return shortest
+
+
+def matmul_peak(dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of square matrix products, on the GPU where there is one.
+
+    On a CPU by the quicker of the libraries that torch brings.
+    """
+    on_gpu = torch.cuda.is_available()
+    n = 8192 if on_gpu else 1536
+    a, b = (torch.randn(n, n, dtype=dtype, device="cuda" if on_gpu else "cpu") for _ in range(2))
+    shortest = best_of(10, lambda: a @ b)
+    if not on_gpu and onednn_is_quicker():
+        shortest = min(shortest, best_of(10, lambda: product(a, b)))
+    return 2 * n**3 / shortest / 1e9
+
+
+def bandwidth_peak() -> float:
+    """GB/s read and written by a copy, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.zeros((1 << 30) if device == "cuda" else (1 << 26), device=device)
+    b = torch.empty_like(a)
+    return 2 * a.numel() * a.element_size() / best_of(10, lambda: b.copy_(a)) / 1e9
