@@ -5,17 +5,14 @@ of the journal. The same coroutine runs in the foreground and in the background.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import sqlite3
-import time
 from typing import Any, Protocol
 
-import msgspec
-
 from engine import __version__, configfile, protocol, registry, sockets
+from engine.attempt import Attempt, Pace
 from engine.client import new_id
 from engine.commands import Checkpoint, Pause, Rollback, Stop, Undo, Unpause, name_of
 from engine.control import Answer, Pending, Request, Status, Wake
@@ -23,7 +20,7 @@ from engine.dispatch import check_now
 from engine.errors import CommandRejectedError, LinkError, SessionError, UserInputError
 from engine.guardrails import Alert, Guardrails
 from engine.journal import Journal
-from engine.launcher import Ranks, describe_exit
+from engine.launcher import Ranks
 from engine.notify import notify
 from engine.protocol import (
     Applied,
@@ -34,7 +31,6 @@ from engine.protocol import (
     Ended,
     Failed,
     FromRank,
-    Message,
     Notice,
     Order,
     Phase,
@@ -55,8 +51,6 @@ log = logging.getLogger("engine")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAST_WORDS = 3.0
 """Seconds after a rank failed in which the others may still say something."""
-DRAIN_TIMEOUT = 10.0
-"""Seconds for what a dead rank said last to be read."""
 
 
 class Observer(Protocol):
@@ -88,19 +82,9 @@ class Supervisor:
         self._began = False  # something was trained, or could have been
         self._restarts = 0
         self._phases: dict[int, Phase] = {}
-        self._step_seconds: float | None = None
-        self._step_began = time.monotonic()
+        self._pace = Pace()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._clear_attempt()
-
-    def _clear_attempt(self) -> None:
-        self._link: asyncio.StreamWriter | None = None  # rank 0's
-        self._talking: set[int] = set()  # ranks whose links are open
-        self._silenced = asyncio.Event()  # all links that were open are closed
-        self._failure: Failed | None = None
-        self._explained: set[int] = set()  # ranks that said why they fail
-        self._gone: list[int] = []  # ranks that hung up without a last word, in order
-        self._ended: Ended | None = None
+        self._attempt = Attempt(start)
 
     # -- from the lock to the end ----------------------------------------------------------------
 
@@ -158,7 +142,7 @@ class Supervisor:
         try:
             while self._next is not None:
                 start, self._next = self._next, None
-                code = await self._attempt(start)
+                code = await self._try(start)
             self._reject_rest()
             if code == UserInputError.exit_code:  # the next resume must not meet it again
                 self._session.write_config(before)
@@ -173,10 +157,9 @@ class Supervisor:
             for number in (*STOP_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
-    async def _attempt(self, start: Start) -> int:
+    async def _try(self, start: Start) -> int:
         """One start of the ranks; sets `_next` where another one follows."""
-        self._clear_attempt()
-        self._start = start
+        self._attempt = Attempt(start)
         self._journal.begin_attempt(start.from_step, fresh=start.fresh, origin=start.origin)
         self._record_given(start)
         self._set_state("starting")
@@ -184,9 +167,7 @@ class Supervisor:
         self._await_machines(start.from_step)
         await self._ranks.start()
         status = await self._ranks.wait()
-        if self._talking:  # what they said last may still lie in the sockets
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._silenced.wait(), DRAIN_TIMEOUT)
+        await self._attempt.silence()
         if self._next is not None:  # rolled back
             return 0
         return self._conclude(status)
@@ -211,21 +192,16 @@ class Supervisor:
             self._journal.apply_command(command_id, start.from_step + 1, [change])
 
     def _conclude(self, status: int) -> int:
-        if (
-            self._stop_now
-            and self._ended is None
-            and (
-                self._failure is None or self._failure.echo  # of what was ended here
-            )
-        ):
+        attempt = self._attempt
+        if self._stop_now and attempt.ended is None and not attempt.failed_by_itself:
             self._set_state("stopped", "stopped at once, nothing was saved")
             return 0
-        if self._ended is not None:
-            reason = self._ended.reason
+        if attempt.ended is not None:
+            reason = attempt.ended.reason
             text = "train.max_hours is used up" if reason == "max_hours" else ""
             self._set_state("stopped" if reason == "stopped" else "finished", text)
             return 0
-        failure = self._cause(status)
+        failure = attempt.cause(status, self._config.launch, self._session.name)
         data = {
             "text": failure.text,
             "traceback": failure.traceback,
@@ -249,21 +225,6 @@ class Supervisor:
             Alert("restart", "notify", f"{text} {self._next.from_step}", self._journal.step)
         )
         return 1
-
-    def _cause(self, status: int) -> Failed:
-        """What a rank said before it failed; what the others noticed of it counts less."""
-        failure, gone, launch = self._failure, self._gone, self._config.launch
-        if failure is not None and not failure.echo:
-            return failure
-        if failure is not None and not gone:
-            if launch.nodes == 1:  # a rank hangs, and the others have waited for launch.timeout
-                return failure
-            text = f"the ranks of another machine are gone ({failure.text}); start them there with"
-            text += f": rlhf-tui join {launch.rendezvous}"
-            return msgspec.structs.replace(failure, text=text)
-        rank = gone[0] if gone else 0
-        text = f"rank {rank} {describe_exit(status)}; see rlhf-tui logs {self._session.name}"
-        return Failed(rank=rank, text=text)
 
     # -- orders ----------------------------------------------------------------------------------
 
@@ -304,7 +265,7 @@ class Supervisor:
                 order = Order(id=request.id, command=command)
                 self._orders[request.id] = order
                 self._askers[request.id] = who
-                self._send(order)
+                self._attempt.send(order)
 
     def _end_now(self, command_id: str) -> None:
         self._stopping = self._stop_now = True
@@ -328,7 +289,7 @@ class Supervisor:
 
     def is_rank(self, hello: RankHello) -> bool:
         """Whether it knows the token of the ranks that were started last."""
-        ours = hello.token == self._ranks.token and hello.rank not in self._talking
+        ours = hello.token == self._ranks.token and not self._attempt.is_heard(hello.rank)
         if ours:
             self._ranks.pids[hello.rank] = hello.pid
             self._watchman.rank_pids = self._ranks.pids
@@ -336,9 +297,7 @@ class Supervisor:
 
     def status(self) -> Status:
         """How things stand."""
-        left = None
-        if self._step_seconds is not None and self._state in ("running", "pausing", "stopping"):
-            left = max(0.0, self._step_seconds - (time.monotonic() - self._step_began))
+        moving = self._state in ("running", "pausing", "stopping")
         return Status(
             state=self._state,
             step=self._journal.step,
@@ -346,8 +305,8 @@ class Supervisor:
             attempt=self._journal.attempt,
             settings=self._settings,
             phases=list(self._phases.values()),
-            step_seconds=self._step_seconds,
-            boundary_in=left,
+            step_seconds=self._pace.step_seconds,
+            boundary_in=self._pace.left() if moving else None,
             pending=[
                 Pending(id=i, command=name_of(o.command), who=self._askers[i], status="accepted")
                 for i, o in self._orders.items()
@@ -367,10 +326,9 @@ class Supervisor:
         self, hello: RankHello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Takes in what a rank says until it hangs up."""
-        rank, attempt = hello.rank, self._journal.attempt
-        self._talking.add(rank)
+        rank, attempt = hello.rank, self._attempt
+        attempt.opened(rank, writer)
         if rank == 0:
-            self._link = writer
             self._brief()
         try:
             while True:
@@ -382,42 +340,29 @@ class Supervisor:
         except sqlite3.Error as error:
             text = f"cannot write the journal: {error}"
             log.error(text)  # noqa: TRY400 - a full disk needs no traceback
-            self._failure = Failed(rank=0, text=text, final=True)
+            attempt.failure = Failed(rank=0, text=text, final=True)
             self._ranks.kill()
         except Exception as error:
             self._give_up(error)
         finally:
-            if attempt == self._journal.attempt:
-                self._hung_up(rank)
+            attempt.closed(rank)
+            if attempt is self._attempt:
+                self._watchman.gone(rank)
 
     def _brief(self) -> None:
         """Tells rank 0 where to start, and what was ordered and not yet carried out."""
-        self._send(
+        self._attempt.send(
             Begin(
                 attempt=self._journal.attempt,
-                from_step=self._start.from_step,
-                reseed=self._start.reseed,
+                from_step=self._attempt.start.from_step,
+                reseed=self._attempt.start.reseed,
                 paused=self._paused,
-                replay=self._journal.settled_after(self._start.from_step),
-                undoable=self._journal.undoable(self._start.from_step),
+                replay=self._journal.settled_after(self._attempt.start.from_step),
+                undoable=self._journal.undoable(self._attempt.start.from_step),
             )
         )
         for order in self._orders.values():
-            self._send(order)
-
-    def _hung_up(self, rank: int) -> None:
-        """A rank's process is over; one that ends unasked leaves the others waiting for it."""
-        self._talking.discard(rank)
-        self._watchman.gone(rank)
-        if not self._talking:
-            self._silenced.set()
-        # The echo of its end, from another rank, may have been read before this.
-        if self._ended is None and rank not in self._explained:
-            self._gone.append(rank)
-
-    def _send(self, message: Message) -> None:
-        if self._link is not None and not self._link.is_closing():
-            self._link.write(protocol.encode(message))
+            self._attempt.send(order)
 
     def _handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short act a kind
         """One short act for each thing a rank says; the journal first, observers after."""
@@ -430,7 +375,8 @@ class Supervisor:
                 journal.record_event("ready", info)
                 journal.set_meta(settings=settings)
                 self._settings = settings
-                self._step_began, self._began = time.monotonic(), True
+                self._pace.restart()
+                self._began = True
                 if self._stopping:  # its rank died before it had stopped
                     self._set_state("stopping")
                 else:
@@ -440,7 +386,7 @@ class Supervisor:
             case CheckpointWritten(step=step, size=size, score=score, kl=kl, removed=removed):
                 journal.record_checkpoint(step, size, score, kl)
                 journal.remove_checkpoints(removed)
-                self._send(Confirm(step=step))
+                self._attempt.send(Confirm(step=step))
             case CheckpointComplete(step=step):
                 journal.complete_checkpoint(step)
             case Applied():
@@ -452,15 +398,13 @@ class Supervisor:
             case Notice(step=step, rule=rule, text=text):
                 self._alert(Alert(rule, "notify", text, step))
             case Failed():
-                self._explained.add(message.rank)
-                if self._failure is None or (self._failure.echo and not message.echo):
-                    self._failure = message
+                self._attempt.failed(message)
                 if self._ranks.count > 1:  # the others wait for it in a collective
                     asyncio.get_running_loop().call_later(
                         LAST_WORDS, self._ranks.kill, self._ranks.token
                     )
             case Ended():
-                self._ended = message
+                self._attempt.ended = message
             case RankHello():
                 raise LinkError("a second hello on one connection")
         if not isinstance(message, Phase):
@@ -469,12 +413,8 @@ class Supervisor:
             self._observer.message(message)
 
     def _take_step(self, report: StepReport) -> None:
-        now = time.monotonic()
-        taken, self._step_began = now - self._step_began, now
-        if self._paused:  # a paused step's clock stood still for nobody
-            taken = report.metrics["time/step"]
-        before = self._step_seconds
-        self._step_seconds = taken if before is None else 0.7 * before + 0.3 * taken
+        # A paused step's clock stood still for nobody.
+        self._pace.step(report.metrics["time/step"] if self._paused else None)
         self._journal.record_step(report)
         self._watchman.times = {t.rank: t for t in report.ranks}
         alerts = self._guardrails.check(
@@ -494,7 +434,7 @@ class Supervisor:
             self._set_state("paused")
         elif isinstance(command, Unpause):
             self._paused = False
-            self._step_began = time.monotonic()
+            self._pace.restart()
             self._set_state("running")
         elif isinstance(command, Undo) or message.changes:
             self._journal.set_meta(settings=self._settings)
@@ -511,12 +451,14 @@ class Supervisor:
         """The journal cannot be written, a rank speaks nonsense: something that must not go on."""
         log.error("cannot go on", exc_info=error)
         text = f"{type(error).__name__}: {error}"
-        self._failure = Failed(rank=0, text=text, final=True)
+        self._attempt.failure = Failed(rank=0, text=text, final=True)
         self._ranks.kill()
 
     def _on_silence(self, rank: int, seconds: float) -> None:
         """A rank that has not said a word for too long is taken for hung."""
-        self._failure = Failed(rank=rank, text=f"rank {rank} has been silent for {seconds:.0f} s")
+        self._attempt.failure = Failed(
+            rank=rank, text=f"rank {rank} has been silent for {seconds:.0f} s"
+        )
         self._ranks.kill()
 
     def _on_alert(self, alert: Alert) -> None:

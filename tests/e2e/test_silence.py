@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-SILENCE = 5.0
+SILENCE = 8.0
 """Seconds of `launch.silence`, instead of half an hour."""
 
 
@@ -17,7 +17,7 @@ def quiet(lab, wait_until):
     run.order("pause")
     began = time.monotonic()
     run.paused_at = run.step
-    wait_until(lambda: time.monotonic() > began + 2 * SILENCE, "end of a long pause")
+    wait_until(lambda: time.monotonic() > began + 1.5 * SILENCE, "end of a long pause")
     run.attempts_after_pause = len(run.events("attempt"))
     run.alerts_after_pause = [e["rule"] for e in run.events("alert")]
     run.step_after_pause = run.step

@@ -40,7 +40,7 @@ def ended(writer, failure, *, at_once=False):
     supervisor = Supervisor(writer.session, Start())
     supervisor._config, supervisor._journal = writer.session.config(), writer.journal
     supervisor._server = Server(supervisor, supervisor._converse)
-    supervisor._failure, supervisor._stop_now = failure, at_once
+    supervisor._attempt.failure, supervisor._stop_now = failure, at_once
 
     async def conclude():
         return supervisor._conclude(1)
