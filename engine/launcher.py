@@ -15,6 +15,7 @@ from engine.config import LaunchConfig
 from engine.protocol import (
     LAUNCH_VARIABLE,
     NICE_VARIABLE,
+    PARENT_VARIABLE,
     SOCKET_VARIABLE,
     STORE_VARIABLE,
     TOKEN_VARIABLE,
@@ -119,6 +120,7 @@ def environment(launch: LaunchConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         NICE_VARIABLE: str(launch.nice),
+        PARENT_VARIABLE: str(os.getpid()),
         LAUNCH_VARIABLE: msgspec.json.encode(launch).decode(),
     }
     if launch.gpus:

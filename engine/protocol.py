@@ -27,9 +27,10 @@ NICE_VARIABLE = "RLHF_TUI_NICE"
 STORE_VARIABLE = "RLHF_TUI_STORE"
 LAUNCH_VARIABLE = "RLHF_TUI_LAUNCH"
 JOINED_VARIABLE = "RLHF_TUI_JOINED"
+PARENT_VARIABLE = "RLHF_TUI_PARENT"
 """How a rank is told its token, where its supervisor listens, how nice to be on a CPU, where the
-ranks meet (`file:PATH` or `tcp:HOST:PORT`), `launch` of the configuration as JSON, and that it is
-on a machine that joined."""
+ranks meet (`file:PATH` or `tcp:HOST:PORT`), `launch` of the configuration as JSON, that it is on
+a machine that joined, and the process that it must not outlive."""
 OF_OTHER_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """Who is who, as a scheduler's script or another torchrun around us says it: not of our ranks."""
 HEADER = struct.Struct(">I")

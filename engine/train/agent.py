@@ -21,7 +21,14 @@ from torch.distributed.launcher.api import elastic_launch
 
 from engine.config import LaunchConfig
 from engine.errors import UserInputError
-from engine.protocol import JOINED_VARIABLE, LAUNCH_VARIABLE, STORE_VARIABLE, Failed, Invitation
+from engine.protocol import (
+    JOINED_VARIABLE,
+    LAUNCH_VARIABLE,
+    PARENT_VARIABLE,
+    STORE_VARIABLE,
+    Failed,
+    Invitation,
+)
 from engine.train.link import Link
 from engine.train.parallel import threads_of_a_rank
 from engine.train.worker import tie_to_parent
@@ -34,7 +41,8 @@ SHUTDOWN = 2
 
 def main() -> None:
     """Runs the ranks to their end; exits with 1 where one failed, 128 + N where signal N did it."""
-    tie_to_parent(os.getppid())
+    tie_to_parent()
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # the ranks'
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stdout)
     folder = sys.argv[1]
     launch = msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=LaunchConfig)

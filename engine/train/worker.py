@@ -19,7 +19,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config import LaunchConfig, RunConfig
 from engine.errors import LinkError, RlhfError, UserInputError
-from engine.protocol import LAUNCH_VARIABLE, Begin, Failed, Notice, Ready, StepReport
+from engine.protocol import (
+    LAUNCH_VARIABLE,
+    PARENT_VARIABLE,
+    Begin,
+    Failed,
+    Notice,
+    Ready,
+    StepReport,
+)
 from engine.session import Session
 from engine.train import foresight
 from engine.train.boundary import Boundary
@@ -34,7 +42,7 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Runs until the run is over; every way out is told to the supervisor."""
-    tie_to_parent(os.getppid())
+    tie_to_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     for chatty in ("httpx", "httpx2", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -84,7 +92,7 @@ def describe(error: Exception, team: Team | None, rank: int) -> Failed:
     return failed
 
 
-def tie_to_parent(parent: int) -> None:
+def tie_to_parent() -> None:
     """Dies with who started it, and leaves every other signal to the supervisor.
 
     A scheduler's broadcast, or ctrl+c, must not reach a rank before the supervisor has decided what
@@ -93,7 +101,8 @@ def tie_to_parent(parent: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
+    # It may have died before the line above: torch takes seconds to import.
+    if os.getppid() != int(os.environ[PARENT_VARIABLE]):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
