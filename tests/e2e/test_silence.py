@@ -15,11 +15,14 @@ def quiet(lab, wait_until):
     run = lab.run("quiet", f"launch.silence={SILENCE}", "guardrails.silent_rank=3", steps=1000)
     run.start()
     run.order("pause")
+    # Until here a busy machine may have kept the rank from its first word for longer.
+    before, starts = len(run.events("alert")), len(run.events("attempt"))
     began = time.monotonic()
     run.paused_at = run.step
     wait_until(lambda: time.monotonic() > began + 1.5 * SILENCE, "end of a long pause")
     run.attempts_after_pause = len(run.events("attempt"))
-    run.alerts_after_pause = [e["rule"] for e in run.events("alert")]
+    run.alerts_after_pause = [e["rule"] for e in run.events("alert")][before:]
+    run.restarts_in_pause = run.attempts_after_pause - starts
     run.step_after_pause = run.step
     rank = run.rank()
     rank.send_signal(signal.SIGSTOP)
@@ -31,7 +34,7 @@ def quiet(lab, wait_until):
 
 
 def test_a_long_pause_is_not_taken_for_silence(quiet):
-    assert quiet.attempts_after_pause == 1
+    assert quiet.restarts_in_pause == 0
     assert not {"silent_rank", "restart"} & set(quiet.alerts_after_pause)
     assert quiet.step_after_pause == quiet.paused_at
 
