@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -64,10 +65,19 @@ def main() -> None:
     except Exception as error:
         link.send(describe(error, team, link.rank))
         traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Threads of process groups may wait for ranks that wait for this one.
-        os._exit(getattr(error, "exit_code", 1))
+        leave(getattr(error, "exit_code", 1))
+    if team.size > 1:
+        leave(0)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends at once: threads of process groups may wait for ranks that wait for this one.
+
+    Taken down with the interpreter, they also abort it now and then, which reads like a failure.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def describe(error: Exception, team: Team | None, rank: int) -> Failed:

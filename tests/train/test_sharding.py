@@ -15,9 +15,10 @@ from engine.train.sharding import _shard, at_hand, synchronised
 
 @pytest.fixture
 def team(tmp_path):
+    alone = Team(LaunchConfig(device="cpu"))  # first, as in every test: it looks at the groups
     store = dist.FileStore(str(tmp_path / "ranks"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield Team(LaunchConfig(device="cpu"))
+    yield alone
     dist.destroy_process_group()
 
 
