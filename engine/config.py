@@ -219,7 +219,8 @@ class LaunchConfig(Section, frozen=True):
     rendezvous: str | None = None
     """`HOST:PORT` by which other machines reach this one; needed for more than one."""
     timeout: Positive = 1800.0
-    """Seconds a rank waits for the others before it takes them for lost."""
+    """Seconds a rank waits for the others before it takes them for lost: more than the slowest
+    reward service, or model download, of rank 0 takes."""
     threads: Count | None = None
     """CPU threads a rank computes with; all cores shared out when left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
