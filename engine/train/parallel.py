@@ -6,6 +6,7 @@ log-probabilities: B × T at most) and goes over gloo on the CPU; gradients and 
 own business (see `sharding.py`).
 """
 
+import contextlib
 import os
 from datetime import timedelta
 
@@ -20,6 +21,8 @@ from engine.config import LaunchConfig
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.protocol import NICE_VARIABLE, SOCKET_VARIABLE, STORE_VARIABLE
 
+PARTING = 20.0
+"""Seconds that ranks which are done wait for one another."""
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "TCPStore")
 """Words in the errors of collectives whose other side is gone."""
 
@@ -123,6 +126,18 @@ class Team:
     def most(self, count: int) -> int:
         """The largest share that :meth:`deal` makes of `count` rows."""
         return -(-count // self.size)
+
+    def part(self) -> None:
+        """Waits until all ranks are here: from now on each may end when it likes.
+
+        A process that ends closes its sockets, and one that is still in its last collective would
+        take that for a loss. Asked at the meeting place, which needs none of these sockets.
+        """
+        if self.size > 1:
+            self._store.set(f"parting/{self.rank}", "1")
+            keys = [f"parting/{rank}" for rank in range(self.size)]
+            with contextlib.suppress(RuntimeError):  # the first machine may be through already
+                self._store.wait(keys, timedelta(seconds=PARTING))
 
     # -- trouble -----------------------------------------------------------------------------
 

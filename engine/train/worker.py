@@ -67,6 +67,7 @@ def main() -> None:
         traceback.print_exc()
         leave(getattr(error, "exit_code", 1))
     if team.size > 1:
+        team.part()
         leave(0)
 
 
