@@ -22,6 +22,12 @@ from engine.protocol import (
 from engine.session import Session
 from engine.telemetry import gpu_count
 
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""Has glibc keep the memory that tensors free rather than give it back, only to ask for it again.
+
+Each time, the kernel cleared every page anew: a fifth of a step's processor time on a CPU. Blocks
+over 32 MB do go back: the holes they leave took more memory than clearing takes time."""
+
 
 class Ranks:
     """The processes of one attempt: a rank alone, or torchrun's agent with several."""
@@ -124,21 +130,7 @@ def environment(launch: LaunchConfig) -> dict[str, str]:
         given["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, launch.gpus))
     # Threads that wait by spinning cost 3 to 6 times the step on a machine that does anything
     # else, the TUI included; threads that sleep cost nothing measurable on an idle one.
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | _malloc() | os.environ | given
-
-
-def _malloc() -> dict[str, str]:
-    """Has glibc keep the memory that tensors free rather than give it back, only to ask again.
-
-    Each time, the kernel cleared every page anew: a fifth of a step's processor time on a CPU.
-    Blocks over 64 MB do go back: the holes they leave took more memory than clearing takes time.
-    Before 2.35 glibc took no threshold this high, and would have done the opposite.
-    """
-    library, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
-    numbers = [int(n) for n in version.split(".") if n.isdigit()]
-    if library != "glibc" or numbers < [2, 35]:
-        return {}
-    return {"MALLOC_MMAP_THRESHOLD_": str(1 << 26), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | MALLOC | os.environ | given
 
 
 def describe_exit(status: int) -> str:
