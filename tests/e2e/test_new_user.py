@@ -82,9 +82,9 @@ def test_the_whole_way_of_a_new_user(run, wait_until):
         assert "0.3 → 0.25" in terminal.screen, "the digest does not tell of the change"
         terminal.type("o")
         wait_until(lambda: "Since you left" not in terminal.screen, "end of the digest")
-        axis = next(line for line in terminal.screen.splitlines() if "──" in line)
-        assert "◆" in axis, "the changes of beta are no markers on the curves"
-        assert "▲ checkpoint" in terminal.screen, "the checkpoint is not among what happened"
+        # The dialog goes before what lay under it is drawn again.
+        wait_until(lambda: marked(terminal.screen), "markers of the changes on the curves")
+        wait_until(lambda: "▲ checkpoint" in terminal.screen, "checkpoint among what happened")
         terminal.type("S")
         wait_until(lambda: "Stop the run?" in terminal.screen, "dialog to stop")
         terminal.type("\r")  # the safe answer has the focus: save, then stop
@@ -107,3 +107,8 @@ def test_the_whole_way_of_a_new_user(run, wait_until):
         terminal.close()
     assert run.step == last + 2
     assert run.betas()[last + 1] == 0.25
+
+
+def marked(screen):
+    """Whether a change stands on the axis below a curve."""
+    return any("◆" in line for line in screen.splitlines() if "──" in line)
