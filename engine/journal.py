@@ -201,15 +201,6 @@ class Journal(Ledger):
 
     # -- inside a transaction -----------------------------------------------------------------
 
-    def _event(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
-        cursor = self._db.execute(
-            "INSERT INTO events (time, attempt, step, kind, data) VALUES (?, ?, ?, ?, ?)",
-            (time.time(), self.attempt, self.step if step is None else step, kind,
-             json.dumps(finite(data))),
-        )  # fmt: skip
-        self.last_event = int(cursor.lastrowid or 0)
-        return self.last_event
-
     def _set_meta(self, values: dict[str, Any]) -> None:
         self._db.executemany(
             "INSERT OR REPLACE INTO meta VALUES (?, ?)",

@@ -18,14 +18,23 @@ from engine.settings import Change
 
 
 class Ledger:
-    """Writes and reads commands; the journal adds the rest."""
+    """Writes and reads commands, and the events they share with the rest of the journal."""
 
     _db: sqlite3.Connection
     attempt: int
+    step: int
+    last_event: int
+    """The newest event's id."""
 
     def _event(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
-        """An event, inside the transaction that is open."""
-        raise NotImplementedError
+        """An event, inside the transaction that is open; its id."""
+        cursor = self._db.execute(
+            "INSERT INTO events (time, attempt, step, kind, data) VALUES (?, ?, ?, ?, ?)",
+            (time.time(), self.attempt, self.step if step is None else step, kind,
+             json.dumps(finite(data))),
+        )  # fmt: skip
+        self.last_event = int(cursor.lastrowid or 0)
+        return self.last_event
 
     def settled_after(self, step: int) -> list[Settled]:
         """What commands changed after a step, in the order in which it took effect."""

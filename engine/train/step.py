@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config import RunConfig
 from engine.errors import RlhfError
 from engine.plan import Estimate
-from engine.protocol import RankTimes, Sample, TokenArrays
+from engine.protocol import RankTimes, Sample
 from engine.train import ppo
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts
@@ -32,6 +32,7 @@ from engine.train.rollout import (
     merge_rollouts,
     score_tokens,
 )
+from engine.train.samples import kept_samples
 
 GAP_LIMIT = 1e-4
 """Cached and full forward passes of one model agree to this, nats a token, in float32 …"""
@@ -160,7 +161,12 @@ def train_step(
     metrics |= _mean_parts(parts)
     clock.ranks = every_ranks_times(run)
     metrics |= _speed(clock.ranks, rollout, time.perf_counter() - began)
-    return metrics, kept_samples(run, rollout, scores, parts, targets, ref_logprobs)
+    kept: list[Sample] = []
+    if team.lead:  # it tells of them, so the others need none
+        kept = kept_samples(
+            config.log, run.tokenizer, rollout, scores, parts, targets, ref_logprobs
+        )
+    return metrics, kept
 
 
 def take_rollout(run: Run, step: int, report: Report) -> Rollout:
@@ -280,57 +286,6 @@ def check_first(run: Run, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: 
             f"{name}: the KL to the reference is {kl:.2g} nats before the first update, not 0"
         )
     run.checked = True
-
-
-def kept_samples(
-    run: Run,
-    rollout: Rollout,
-    scores: Tensor,
-    parts: dict[str, list[float | None]],
-    targets: Targets,
-    ref_logprobs: Tensor,
-) -> list[Sample]:
-    """The first answers of the batch, the first of these with their per-token arrays.
-
-    Rank 0 tells of them, so the others need none.
-    """
-    if not run.team.lead:
-        return []
-    kl = ppo.sequence_kl(targets.old_logprobs, ref_logprobs, rollout.mask).tolist()
-    kept = []
-    for i in range(min(run.config.log.samples, len(scores))):
-        arrays = None
-        if i < run.config.log.arrays:
-            arrays = _token_arrays(run, rollout, targets, ref_logprobs, i)
-        kept.append(
-            Sample(
-                index=i,
-                prompt=rollout.batch.prompts[i].text,
-                response=rollout.texts[i],
-                score=float(scores[i]),
-                kl=kl[i],
-                length=int(rollout.lengths[i]),
-                ended=bool(rollout.ended[i]),
-                parts={k: v[i] for k, v in parts.items()},
-                arrays=arrays,
-            )
-        )
-    return kept
-
-
-def _token_arrays(
-    run: Run, rollout: Rollout, targets: Targets, ref_logprobs: Tensor, i: int
-) -> TokenArrays:
-    n = int(rollout.lengths[i])
-    ids = rollout.ids[i, :n].tolist()
-    return TokenArrays(
-        tokens=[str(run.tokenizer.decode([t])) for t in ids],
-        token_ids=ids,
-        logprob=targets.old_logprobs[i, :n].tolist(),
-        ref_logprob=ref_logprobs[i, :n].tolist(),
-        advantage=targets.advantages[i, :n].tolist(),
-        value=[] if targets.old_values is None else targets.old_values[i, :n].tolist(),
-    )
 
 
 def _mean_parts(parts: dict[str, list[float | None]]) -> dict[str, float]:

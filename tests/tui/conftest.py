@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from engine import configfile, starter
+from engine.control import Answer
 from engine.journal import Journal
 from engine.protocol import Sample, StepReport, TokenArrays
 from engine.session import Session, create
 from engine.settings import Change, first_settings
 from rlhf_tui.app import Desk
+from rlhf_tui.screens import steer
 
 START = 1_700_000_000.0
 STEP_SECONDS = 4.0
@@ -232,3 +234,39 @@ def running():
             yield pilot
 
     return run
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """An engine that accepts and applies everything, and writes down what it was asked."""
+    sent = []
+
+    class Fake:
+        def __init__(self, session, who):
+            self.session = session
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            return None
+
+        def send(self, command, command_id):
+            sent.append(command)
+            return Answer(id=command_id, status="accepted")
+
+        def wait(self, command_id, timeout):
+            result = {}
+            if isinstance(sent[-1], steer.Probe):
+                result = {
+                    n: {"response": f"{n} says", "score": 1.0, "kl": 2.0}
+                    for n in ("policy", "reference")
+                }
+            change = Change(key="beta", old=1, new=2)
+            return Answer(
+                id=command_id, status="applied", step=201, changes=[change], result=result
+            )
+
+    monkeypatch.setattr(steer, "Client", Fake)
+    monkeypatch.setattr(Session, "is_live", lambda self: True)
+    return sent

@@ -1,0 +1,168 @@
+"""The keys of samples, checkpoints and log, pressed on a frozen session."""
+
+import contextlib
+
+import pytest
+
+from rlhf_tui.screens import steer
+from rlhf_tui.screens.dialogs import Ask, Type
+from rlhf_tui.widgets.listing import Table
+from rlhf_tui.widgets.reading import Reading
+
+
+@pytest.fixture
+def samples(make_desk, running, until):
+    @contextlib.asynccontextmanager
+    async def open_samples():
+        desk = make_desk()
+        async with running(desk) as pilot:
+            await pilot.press("3")
+            await until(pilot, lambda: desk.screen.query_one(Table).count() == 500, "the table")
+            yield desk, pilot
+
+    return open_samples
+
+
+async def test_the_answer_under_the_cursor_is_read(samples, until):
+    async with samples() as (desk, pilot):
+        reading, table = desk.screen.query_one(Reading), desk.screen.query_one(Table)
+        for key in (
+            "j",
+            "down",
+            "k",
+            "up",
+            "G",
+            "g",
+            "pagedown",
+            "pageup",
+            "n",
+            "N",
+            "end",
+            "home",
+        ):
+            await pilot.press(key)
+            await until(
+                pilot, lambda: (reading.sample["step"], reading.sample["index"]) == table.key
+            )
+
+
+async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("s")
+        table = desk.screen.query_one(Table)
+        await until(pilot, lambda: table.sorted_by == "score")
+        rows = desk.screen._rows
+        assert list(rows.values()) == sorted(rows.values(), key=lambda r: -r["score"])
+        await pilot.press("r")
+        await until(pilot, lambda: not table.descending)
+        await pilot.press("s")
+        await until(pilot, lambda: table.sorted_by == "KL")
+
+
+@pytest.mark.parametrize("key", ["slash", "f"])
+async def test_a_filter_narrows_the_table_and_esc_takes_it_away(samples, key, until):
+    async with samples() as (desk, pilot):
+        await pilot.press(key)
+        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await pilot.press(*"score>2 kl<8", "enter")
+        await until(
+            pilot,
+            lambda: (
+                desk.screen._rows
+                and all(r["score"] >= 2 and r["kl"] <= 8 for r in desk.screen._rows.values())
+            ),
+        )
+        await pilot.press("escape")
+        await until(pilot, lambda: desk.screen.query_one(Table).count() == 500)
+
+
+@pytest.mark.parametrize(
+    ("forth", "back"), [("full_stop", "comma"), ("greater_than_sign", "less_than_sign")]
+)
+async def test_pages_are_turned(samples, forth, back, until):
+    async with samples() as (desk, pilot):
+        first = next(iter(desk.screen._rows))
+        await pilot.press(forth)
+        await until(pilot, lambda: next(iter(desk.screen._rows)) != first)
+        await pilot.press(back)
+        await until(pilot, lambda: next(iter(desk.screen._rows)) == first)
+
+
+async def test_v_shows_a_number_of_each_token(samples, until):
+    async with samples() as (desk, pilot):
+        reading = desk.screen.query_one(Reading)
+        await until(pilot, lambda: reading.arrays is not None, "the arrays")
+        for mode in ("KL", "log-prob", "advantage", "value", "text"):
+            await pilot.press("v")
+            assert reading.mode == mode
+            text = "".join(p for row in reading._body for p, _ in row)
+            assert ("largest" in text) == (mode != "text")
+
+
+async def test_enter_reads_and_z_reads_alone(samples, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("enter")
+        await until(pilot, lambda: desk.screen.query_one(Reading).has_focus)
+        await pilot.press("escape")
+        await until(pilot, lambda: desk.screen.query_one(Table).has_focus)
+        await pilot.press("z")
+        await until(pilot, lambda: not desk.screen.query_one(Table).display)
+        await pilot.press("escape")
+        await until(pilot, lambda: desk.screen.query_one(Table).display)
+
+
+async def test_roll_back_asks_and_cancel_has_the_focus(make_desk, engine, running, until):
+    desk = make_desk()
+    async with running(desk) as pilot:
+        await pilot.press("4")
+        await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
+        await pilot.press("j", "r")
+        await until(pilot, lambda: isinstance(desk.screen, Ask))
+        await pilot.press("enter")
+        await until(pilot, lambda: len(desk.screen_stack) == 1)
+        assert engine == []
+        await pilot.press("r", "r")
+        await until(pilot, lambda: engine == [steer.Rollback(step=150)])
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("f", ["fork", "frozen", "--from", "200"]), ("E", ["export", "frozen", "--policy"])],
+)
+async def test_branch_and_export_run_our_own_commands(
+    make_desk, monkeypatch, key, words, running, until
+):
+    ran = []
+    desk = make_desk()
+    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or "")
+    async with running(desk) as pilot:
+        await pilot.press("4")
+        await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
+        await pilot.press(key)
+        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await pilot.press("enter")
+        await until(pilot, lambda: ran)
+        assert ran[0][: len(words)] == words
+
+
+async def test_the_log_is_searched(make_desk, running, until):
+    desk = make_desk()
+    async with running(desk) as pilot:
+        await pilot.press("5")
+        view = desk.screen.query_one("#log")
+        await until(pilot, lambda: view.count() == 303)
+        await pilot.press("slash")
+        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await pilot.press(*"step 2 ", "enter")
+        await until(pilot, lambda: desk.screen._words == "step 2")
+        top = view.top
+        await pilot.press("N")
+        assert view.top < top
+        await pilot.press("n")
+        assert view.top == top
+        await pilot.press("g", "right")
+        assert (view.top, view.shift) == (0, 20)
+        await pilot.press("left", "G", "escape")
+        assert view.shift == 0
+        assert view.matching == ""
+        assert view.lines[-1] == "weights: 100%"
