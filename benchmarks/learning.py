@@ -9,7 +9,9 @@ quarter. The variants are switched off from outside, by replacing the function t
 """
 
 import argparse
+import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor
 
 from engine import configfile, starter
+from engine.config import LaunchConfig
+from engine.launcher import environment
 from engine.protocol import Begin
 from engine.session import create
 from engine.train import optimise, rollout, sharding
@@ -131,4 +135,9 @@ def show(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
+    if os.environ.get("OMP_WAIT_POLICY") != "PASSIVE":
+        # As ranks are started: threads that spin while they wait take several times as long on a
+        # machine that does anything else.
+        words = [sys.executable, "-m", "benchmarks.learning", *sys.argv[1:]]
+        os.execve(sys.executable, words, environment(LaunchConfig(nice=0)))
     main()

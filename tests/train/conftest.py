@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import configfile, starter
 from engine.protocol import Begin
 from engine.session import create
 from engine.train.load import load_run
 from engine.train.parallel import Team
+from engine.train.step import train_step
 
 SMALL = (
     "rollout.batch_size=8",
@@ -51,3 +53,20 @@ def write_prompts(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def assert_same_step():
+    """Holds two runs to the very same step: every metric, and every parameter after it."""
+
+    def check(run, again, step):
+        (ours, _), (theirs, _) = train_step(run, step), train_step(again, step)
+        for name, number in ours.items():
+            if not name.startswith(("time/", "perf/")):
+                assert theirs[name] == number, name
+        for (name, one), two in zip(
+            run.policy.named_parameters(), again.policy.parameters(), strict=True
+        ):
+            assert torch.equal(one, two), name
+
+    return check

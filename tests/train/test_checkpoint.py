@@ -57,21 +57,12 @@ def resumed(session):
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
-def test_a_resumed_run_takes_the_very_same_next_step(make_run, value):
+def test_a_resumed_run_takes_the_very_same_next_step(make_run, assert_same_step, value):
     run, session = make_run(f"model.value={value}")
     train_step(run, 1)
     run.state.step = 1
     save(run, session)
-    again = resumed(session)
-    ours, _ = train_step(run, 2)
-    theirs, _ = train_step(again, 2)
-    for name, number in ours.items():
-        if not name.startswith(("time/", "perf/")):
-            assert theirs[name] == number, name
-    for (name, one), two in zip(
-        run.policy.named_parameters(), again.policy.parameters(), strict=True
-    ):
-        assert torch.equal(one, two), name
+    assert_same_step(run, resumed(session), 2)
 
 
 def test_plain_transformers_loads_the_policy_with_its_tokenizer(trained):
