@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# Files of tests at a time: most of what they do is wait for processes.
+ABREAST := -n 3 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all gpu-check lint types docs bench bench-extra gpu-bench starter clean
@@ -20,10 +22,10 @@ demo: $(STAMP)  ## train the starter model and watch it
 	$(BIN)/rlhf-tui demo
 
 test: $(STAMP) lint types  ## what every change must pass (under 10 minutes on two cores)
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q $(ABREAST) -m "not slow"
 
 test-all: $(STAMP) lint types  ## with the whole learning runs
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(ABREAST)
 
 gpu-check: $(STAMP)  ## the memory planner against a GPU; says so where there is none
 	$(BIN)/python benchmarks/memory.py --device cuda

@@ -1,91 +1,140 @@
 """The same learning: score against episodes with and without each optimisation.
 
-    python -m benchmarks.learning [--steps 30] [--seeds 3] [--each]
+    python -m benchmarks.learning [--steps 30] [--seeds 3]
 
-The starter task in small, with all optimisations and without any, and with --each also without one
-of them at a time; each with the same seeds. An optimisation that only rounds differently
-must lie within the spread of the seeds without it: so must its mean score over the run's last
-quarter. The variants are switched off from outside, by replacing the function that does it.
+The starter task in small, as it comes and with an optimisation undone, each with the same seeds.
+An optimisation that only rounds differently must lie within the spread of the seeds as they come:
+so must the mean over seeds, in the last quarter of the run; the quarters before are shown. Most
+are undone by putting a textbook's way of doing it in the place of ours
+(:mod:`benchmarks.textbook`), the others by a setting. Scores depend on the seed, the machine's
+kernels and its number of threads, not on what else runs.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from torch import Tensor
-
+from benchmarks import machine, textbook
 from engine import configfile, starter
 from engine.config import LaunchConfig
 from engine.launcher import environment
 from engine.protocol import Begin
 from engine.session import create
-from engine.train import optimise, rollout, sharding
 from engine.train.load import load_run
 from engine.train.parallel import Team
 from engine.train.step import train_step
 
-
-def plain_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """As the textbook has it, with every copy."""
-    whole = torch.log_softmax(logits.float() / temperature, -1)
-    return whole.gather(2, tokens[:, :, None]).squeeze(2)
-
-
-def in_order(made: Any, rows: Tensor, size: int) -> list[Tensor]:
-    """Micro-batches as the rows come, whatever their lengths."""
-    return list(rows.split(size)) if len(rows) else []
-
-
-def nothing(*_args: Any, **_named: Any) -> None:
-    """Instead of what is switched off."""
-
-
 SMALL = ["kl.controller=fixed", "rollout.batch_size=32", "rollout.max_new_tokens=24"]
+QUARTERS = 4
 
-WITHOUT: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {
-    "oneDNN products": [
-        ("engine.train.models", "speed_up", nothing),
-        ("engine.train.reward_model", "speed_up", nothing),
-    ],
-    "log-probabilities without copies": [(rollout, "token_logprobs", plain_logprobs)],
-    "micro-batches by length": [
-        (optimise, "by_length", in_order),
-        (rollout, "by_length", in_order),
-    ],
-    "frozen models in a file": [(sharding, "rest_in_file", nothing)],
+
+@dataclass(frozen=True)
+class Undone:
+    """One optimisation that is left out."""
+
+    name: str
+    instead: dict[str, Any] = field(default_factory=dict)
+    """What stands where, by dotted name."""
+    settings: tuple[str, ...] = ()
+
+
+ALWAYS = [
+    Undone(
+        "products by oneDNN",
+        {
+            "engine.train.models.speed_up": textbook.nothing,
+            "engine.train.reward_model.speed_up": textbook.nothing,
+        },
+    ),
+    Undone(
+        "log-probabilities without copies",
+        {"engine.train.rollout.token_logprobs": textbook.token_logprobs},
+    ),
+    Undone(
+        "micro-batches by length",
+        {
+            "engine.train.optimise.by_length": textbook.by_length,
+            "engine.train.rollout.by_length": textbook.by_length,
+        },
+    ),
+    Undone(
+        "rows trimmed, logits on answers only",
+        {
+            "engine.train.optimise.rollout_forward": textbook.rollout_forward,
+            "engine.train.rollout.rollout_forward": textbook.rollout_forward,
+        },
+    ),
+    Undone("cache, ended answers leave", {"engine.train.step.generate": textbook.generate}),
+    Undone("the rollout's log π used again", {"engine.train.step.old_policy": textbook.old_policy}),
+    Undone("frozen models in a file", {"engine.train.sharding.rest_in_file": textbook.nothing}),
+]
+ON_THE_TRUNK = Undone("value head on the policy's trunk", settings=("model.value=separate",))
+FLOAT32 = Undone("… and bfloat16 instead of float32", settings=("model.dtype=bfloat16",))
+GROUPS_ONCE = Undone(
+    "a group's prompt read once", {"engine.train.step.generate": textbook.generate}
+)
+ONE_BY_ONE = Undone(
+    "policy and value one by one", {"engine.train.optimise.one_after_the_other": textbook.no}
+)
+
+TASKS: dict[str, tuple[list[str], list[list[Undone]]]] = {
+    "gae, shared value": ([], [ALWAYS, *([one] for one in ALWAYS), [ON_THE_TRUNK], [FLOAT32]]),
+    "gae, separate value": (["model.value=separate"], [[ONE_BY_ONE]]),
+    "rloo, 4 answers a prompt": (["ppo.advantage=rloo"], [[GROUPS_ONCE]]),
 }
+"""Settings of each task, and what is undone in its runs."""
 
 
-@contextmanager
-def switched_off(names: list[str]) -> Iterator[None]:
-    """Without the optimisations of these names."""
-    patches = [
-        patch(f"{place if isinstance(place, str) else place.__name__}.{what}", instead)
-        for name in names
-        for place, what, instead in WITHOUT[name]
-    ]
-    for each in patches:
-        each.start()
-    try:
-        yield
-    finally:
-        for each in patches:
-            each.stop()
+def main() -> None:
+    """Runs every variant and prints its curve."""
+    options = argparse.ArgumentParser()
+    options.add_argument("--steps", type=int, default=30)
+    options.add_argument("--seeds", type=int, default=3)
+    given = options.parse_args()
+    print(machine.describe())
+    print(f"\nmean score in each quarter of {given.steps} steps of 32 episodes, over the seeds\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for task, (settings, variants) in TASKS.items():
+            whole = curves(Path(folder), given.steps, given.seeds, settings, [])
+            ends = [curve[-1] for curve in whole]
+            print(f"{task:<42}{show(whole)}", flush=True)
+            for undone in variants:
+                extra = [setting for one in undone for setting in one.settings]
+                without = curves(Path(folder), given.steps, given.seeds, settings + extra, undone)
+                end = statistics.mean(curve[-1] for curve in without)
+                word = "within" if min(ends) <= end <= max(ends) else "OUTSIDE"
+                name = "none of the following" if len(undone) > 1 else f"not: {undone[0].name}"
+                print(f"  {name:<40}{show(without)}  {word}", flush=True)
 
 
-def scores(folder: Path, seed: int, steps: int, names: list[str]) -> list[float]:
+def curves(
+    folder: Path, steps: int, seeds: int, settings: list[str], undone: list[Undone]
+) -> list[list[float]]:
+    """By seed, the mean score in each quarter of a run."""
+    found = []
+    for seed in range(seeds):
+        scores = run_scores(folder, seed, steps, settings, undone)
+        cuts = [len(scores) * i // QUARTERS for i in range(QUARTERS + 1)]
+        found.append([statistics.mean(scores[a:b]) for a, b in itertools.pairwise(cuts)])
+    return found
+
+
+def run_scores(
+    folder: Path, seed: int, steps: int, settings: list[str], undone: list[Undone]
+) -> list[float]:
     """Mean score of each step of one run."""
-    overrides = [f"seed={seed}", f"train.steps={steps}", *SMALL]
+    overrides = [f"seed={seed}", f"train.steps={steps}", *SMALL, *settings]
     config = configfile.load(starter.FOLDER / "demo.yaml", overrides)
-    with switched_off(names), tempfile.TemporaryDirectory(dir=folder) as place:
+    with replaced(undone), tempfile.TemporaryDirectory(dir=folder) as place:
         session = create(Path(place), "run", config)
         begin = Begin(attempt=1, from_step=0)
         run = load_run(session, config, begin, Team(config.launch), _silent)
@@ -97,41 +146,25 @@ def scores(folder: Path, seed: int, steps: int, names: list[str]) -> list[float]
     return found
 
 
-def _silent(_step: int, _name: str, *_progress: int) -> Callable[[int, int], None]:
+@contextmanager
+def replaced(undone: list[Undone]) -> Iterator[None]:
+    """With the textbook's pieces in the place of ours."""
+    with ExitStack() as stack:
+        for one in undone:
+            for place, instead in one.instead.items():
+                stack.enter_context(patch(place, instead))
+        yield
+
+
+def show(found: list[list[float]]) -> str:
+    """The mean curve, and where each seed ended."""
+    means = (statistics.mean(values) for values in zip(*found, strict=True))
+    every = ", ".join(f"{curve[-1]:.3f}" for curve in found)
+    return " ".join(f"{mean:7.3f}" for mean in means) + f"  ({every})"
+
+
+def _silent(_step: int, _name: str, *_progress: int) -> Any:
     return lambda _done, _total: None
-
-
-def main() -> None:
-    """Runs all variants and prints where they end."""
-    options = argparse.ArgumentParser()
-    options.add_argument("--steps", type=int, default=30)
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--each", action="store_true", help="also one at a time")
-    given = options.parse_args()
-    last = max(1, given.steps // 4)
-    print(f"mean score of the last {last} of {given.steps} steps, 32 episodes a step")
-    with tempfile.TemporaryDirectory() as folder:
-        ours = ends(Path(folder), given.steps, given.seeds, last, [])
-        low, high = min(ours), max(ours)
-        print(f"{'with all of them':<40}{show(ours)}")
-        one_by_one = [[name] for name in WITHOUT] if given.each else []
-        for names in [list(WITHOUT), *one_by_one]:
-            title = f"without {names[0]}" if len(names) == 1 else "without any"
-            without = ends(Path(folder), given.steps, given.seeds, last, names)
-            mean = statistics.mean(without)
-            word = "within" if low <= mean <= high else "OUTSIDE"
-            print(f"{title:<40}{show(without)}  {word} the spread of seeds", flush=True)
-
-
-def ends(folder: Path, steps: int, seeds: int, last: int, names: list[str]) -> list[float]:
-    """The mean score of the last steps, by seed."""
-    return [statistics.mean(scores(folder, seed, steps, names)[-last:]) for seed in range(seeds)]
-
-
-def show(values: list[float]) -> str:
-    """The mean and each seed's."""
-    every = ", ".join(f"{v:.3f}" for v in values)
-    return f"{statistics.mean(values):8.3f}  ({every})"
 
 
 if __name__ == "__main__":

@@ -158,10 +158,7 @@ def backward(
     # Forward and backward passes of several ranks meet: one with fewer rows goes through the
     # motions once more, for nothing.
     count = -(-team.most(len(rows)) // size)
-    # A value trunk of its own shares nothing with the policy: on a rank alone (DDP wants to see
-    # both at once) one is through, and its activations are gone, before the other begins.
-    apart = team.size == 1 and getattr(learner, "value_trunk", None) is not None
-    wants = ("logits", "values") if apart else ("both",)
+    wants = ("logits", "values") if one_after_the_other(team, learner) else ("both",)
     total = Sums()
     for k, want in itertools.product(range(count), wants):
         idle = k >= len(micros)
@@ -177,6 +174,15 @@ def backward(
     if warming_up:
         _keep_policy(learner)
     return total.over(team)
+
+
+def one_after_the_other(team: Team, learner: nn.Module) -> bool:
+    """Whether policy and value go through a micro-batch each by itself.
+
+    A value trunk of its own shares nothing with the policy: on a rank alone (DDP wants to see both
+    at once) one is through, and its activations are gone, before the other begins.
+    """
+    return team.size == 1 and getattr(learner, "value_trunk", None) is not None
 
 
 def micro_batch(

@@ -89,9 +89,10 @@ class Screen:
 class Terminal:
     """A program on a pseudo-terminal of its own, and everything it ever showed."""
 
-    def __init__(self, lab, *args, columns=COLUMNS, rows=ROWS):
-        environment = lab.environment | {"TERM": "xterm-256color"}
-        environment.pop("COLUMNS", None)  # the terminal has a size of its own
+    def __init__(self, lab, *args, columns=COLUMNS, rows=ROWS, **environment):
+        environment = lab.environment | {"TERM": "xterm-256color"} | environment
+        for size in ("COLUMNS", "LINES"):  # the terminal has a size of its own
+            environment.pop(size, None)
         self._main, side = pty.openpty()
         self._screen = Screen(columns, rows)
         self._size(columns, rows)

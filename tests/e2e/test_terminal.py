@@ -19,12 +19,17 @@ SETTLED = {
 
 
 @pytest.fixture
-def attach(wait_until):
-    """The dashboard of a run on a terminal, once it shows the run."""
+def attach(wait_until, tmp_path):
+    """The dashboard of a run on a terminal, once it shows the run.
+
+    As on a first visit: the digest of what happened since another test's would lie over it.
+    """
     opened = []
 
     def open_on(run, name=None):
-        terminal = Terminal(run.lab, "attach", name or run.name)
+        terminal = Terminal(
+            run.lab, "attach", name or run.name, XDG_STATE_HOME=str(tmp_path / "state")
+        )
         opened.append(terminal)
         wait_until(lambda: "Steering" in terminal.screen, "dashboard")
         return terminal

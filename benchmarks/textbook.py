@@ -1,0 +1,111 @@
+"""What the engine's optimised pieces compute, written as a textbook would: slower, and larger.
+
+Each takes the place of the piece it is named after, with the same arguments and results, so that a
+run with it shows whether the optimisation changes what is learned.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.train import rollout as ours
+from engine.train.data import PromptBatch
+from engine.train.ppo import response_mask
+from engine.train.rollout import Ending, Rollout, sample, score_tokens
+from engine.train.step import Run
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """With every copy."""
+    whole = torch.log_softmax(logits.float() / temperature, -1)
+    return whole.gather(2, tokens[:, :, None]).squeeze(2)
+
+
+def by_length(_rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
+    """Micro-batches as the rows come."""
+    return list(rows.split(size)) if len(rows) else []
+
+
+def rollout_forward(
+    model: Any,
+    rollout: Rollout,
+    rows: Tensor,
+    temperature: float,
+    *,
+    want: str = "both",
+    detach_trunk: bool = False,
+) -> tuple[Tensor, Tensor | None, int]:
+    """Every row as wide as the batch's longest, and logits at all positions, the prompt's too."""
+    prompts, answers = rollout.batch.ids[rows], rollout.ids[rows]
+    width = answers.shape[1]
+    tokens = torch.cat([prompts, answers], 1)
+    attention = torch.cat(
+        [
+            ours.left_mask(rollout.batch.lengths[rows], prompts.shape[1]),
+            response_mask(rollout.lengths[rows], width).long(),
+        ],
+        1,
+    )
+    logits, values = model(tokens, attention, tokens.shape[1], want=want, detach_trunk=detach_trunk)
+    values = None if values is None else values[:, -width - 1 : -1]
+    if logits is None or want == "values":
+        return torch.zeros(answers.shape, device=answers.device), values, width
+    logprobs = ours.token_logprobs(logits[:, -width - 1 : -1], answers, temperature)
+    return logprobs, values, width
+
+
+def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Log π_old and V_old by a forward pass of their own."""
+    size, temperature = run.config.ppo.micro_batch_size, run.state.settings.temperature
+    return score_tokens(run.policy, rollout, temperature, size, rows=own)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    batch: PromptBatch,
+    uniforms: Tensor,
+    temperature: float,
+    ending: Ending,
+    tokenizer: Any,
+    report: Any = None,
+    *,
+    per_prompt: int = 1,
+) -> Rollout:
+    """Every answer by its own prompt, read again for each token; all rows stay to the last end."""
+    del report, per_prompt
+    count, limit = uniforms.shape
+    ids = torch.zeros(count, limit, dtype=torch.int64)
+    floats = torch.zeros(3, count, limit)
+    lengths = torch.full((count,), limit, dtype=torch.int64)
+    eos, ended = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+    tokens = batch.ids
+    attention = ours.left_mask(batch.lengths, tokens.shape[1])
+    for t in range(limit):
+        logits, values = model(tokens, attention, 1)
+        token, logprob, entropy = sample(logits[:, 0], uniforms[:, t], temperature)
+        ids[:, t], floats[0, :, t], floats[1, :, t] = token, logprob, entropy
+        if values is not None:
+            floats[2, :, t] = values[:, 0]
+        is_eos = ending.is_eos(token)
+        over = ~ended & (is_eos | ending.stops(ids, t + 1))
+        lengths[over], eos[over] = t + 1, is_eos[over]
+        ended |= over
+        if ended.all():
+            break
+        tokens = torch.cat([tokens, token[:, None]], 1)
+        attention = torch.cat([attention, attention.new_ones(count, 1)], 1)
+    beyond = ~response_mask(lengths, limit)
+    ids[beyond] = 0
+    floats[:, beyond] = 0
+    return ours._rollout(batch, ids, lengths, eos, ended, floats, tokenizer)
+
+
+def nothing(*_args: Any, **_named: Any) -> None:
+    """Instead of what only speeds up."""
+
+
+def no(*_args: Any) -> bool:
+    """Instead of the question whether to."""
+    return False
