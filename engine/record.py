@@ -21,6 +21,12 @@ from engine.session import LIVE_STATES, Session
 Row = dict[str, Any]
 
 SAMPLE_ORDERS = ("step", "score", "kl", "length")
+SINCE = """
+SELECT metrics.name, step, value FROM names CROSS JOIN metrics
+WHERE metrics.name = names.id AND step >= ?
+"""
+"""One range of the index for each metric: the index begins with the name, so without the names in
+front all of it would be read."""
 # A range of the index for each span is quicker than grouping all rows; one array is one row.
 OUTLINE = """
 WITH RECURSIVE spans(first) AS (
@@ -158,9 +164,7 @@ class Record:
             rows[step] = {"step": step, "attempt": attempt, "time": time}
             rows[step] |= dict.fromkeys(names.values())
         first = next(iter(rows), 0)
-        for name, step, value in self._all(
-            self._db, "SELECT name, step, value FROM metrics WHERE step >= ?", (first,)
-        ):
+        for name, step, value in self._all(self._db, SINCE, (first,)):
             if step in rows:
                 rows[step][names[name]] = value
         return list(rows.values())

@@ -9,19 +9,20 @@ import logging
 import os
 import signal
 import sqlite3
-from typing import Any, Protocol
 
 from engine import __version__, configfile, protocol, registry, sockets
 from engine.attempt import Attempt, Pace
 from engine.client import new_id
 from engine.commands import Checkpoint, Pause, Rollback, Stop, Undo, Unpause, name_of
-from engine.control import Answer, Pending, Request, Status, Wake
+from engine.config import RunConfig
+from engine.control import Answer, Request, Status, Wake
 from engine.dispatch import check_now
 from engine.errors import CommandRejectedError, LinkError, SessionError, UserInputError
 from engine.guardrails import Alert, Guardrails
+from engine.herald import Herald, Observer
 from engine.journal import Journal
 from engine.launcher import Ranks
-from engine.notify import notify
+from engine.orders import Orders
 from engine.protocol import (
     Applied,
     Begin,
@@ -53,19 +54,6 @@ LAST_WORDS = 3.0
 """Seconds after a rank failed in which the others may still say something."""
 
 
-class Observer(Protocol):
-    """Sees what happens, as it happens. It must not raise."""
-
-    def state(self, state: str, text: str) -> None:
-        """The session's state changed; `text` says why, where there is a why."""
-
-    def alert(self, text: str, step: int) -> None:
-        """Something deserves a look."""
-
-    def message(self, message: FromRank) -> None:
-        """A rank said something; the journal has it already."""
-
-
 class Supervisor:
     """Runs one session until its end, over as many attempts as that takes."""
 
@@ -73,9 +61,6 @@ class Supervisor:
         self._session = session
         self._next: Start | None = start
         self._observer = observer
-        self._state, self._why = "", ""
-        self._orders: dict[str, Order] = {}  # accepted, not yet carried out; in order
-        self._askers: dict[str, str] = {}  # who gave them
         self._paused = False
         self._stopping = False
         self._stop_now = False
@@ -83,7 +68,6 @@ class Supervisor:
         self._restarts = 0
         self._phases: dict[int, Phase] = {}
         self._pace = Pace()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._attempt = Attempt(start)
 
     # -- from the lock to the end ----------------------------------------------------------------
@@ -119,20 +103,18 @@ class Supervisor:
         before = self._session.config()
         config = configfile.override(before, start.overrides)
         self._session.write_config(config)
-        self._config, self._settings = config, configfile.as_mapping(first_settings(config))
-        self._guardrails = Guardrails(config.guardrails)
+        self._prepare(config)
         self._journal.set_meta(total_steps=config.train.steps)
         self._journal.reject_unfinished("the engine ended before it was carried out")
         listener, path = sockets.listen(self._session.folder)
         self._session.write_engine(str(path), __version__)
         registry.announce(self._session)
         self._ranks = Ranks(self._session, path, config.launch)
-        self._server = Server(self, self._converse)
         await self._server.start(listener)
         self._watchman = Watchman(self._session, self._config, self._journal, self._server)
         if config.launch.device != "cpu":
             for text in busy_gpus(config.launch.gpus):
-                self._alert(Alert("busy_gpu", "notify", f"look here: {text}", self._journal.step))
+                self._herald.notice("busy_gpu", f"look here: {text}", self._journal.step)
         watching = asyncio.create_task(self._watchman.run(self._on_silence, self._on_alert))
         watching.add_done_callback(self._on_watch_end)
         loop = asyncio.get_running_loop()
@@ -143,7 +125,7 @@ class Supervisor:
             while self._next is not None:
                 start, self._next = self._next, None
                 code = await self._try(start)
-            self._reject_rest()
+            self._orders.run_ended()
             if code == UserInputError.exit_code:  # the next resume must not meet it again
                 self._session.write_config(before)
             return code
@@ -151,18 +133,28 @@ class Supervisor:
             watching.cancel()
             self._ranks.kill()
             self._server.close()
-            await asyncio.gather(watching, *self._tasks, return_exceptions=True)
+            await asyncio.gather(watching, self._herald.finish(), return_exceptions=True)
             path.unlink(missing_ok=True)
             registry.withdraw(self._session)
             for number in (*STOP_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+
+    def _prepare(self, config: RunConfig) -> None:
+        """What all attempts have in common; the journal is open."""
+        self._config, self._settings = config, configfile.as_mapping(first_settings(config))
+        self._guardrails = Guardrails(config.guardrails)
+        self._server = Server(self, self._converse)
+        self._orders = Orders(self._journal, self._server)
+        self._herald = Herald(
+            self._session.name, self._journal, self._server, config.notify.command, self._observer
+        )
 
     async def _try(self, start: Start) -> int:
         """One start of the ranks; sets `_next` where another one follows."""
         self._attempt = Attempt(start)
         self._journal.begin_attempt(start.from_step, fresh=start.fresh, origin=start.origin)
         self._record_given(start)
-        self._set_state("starting")
+        self._herald.set_state("starting")
         self._watchman.begin()
         self._await_machines(start.from_step)
         await self._ranks.start()
@@ -181,7 +173,7 @@ class Supervisor:
             self._phases[0] = waiting
             self._server.show(waiting)
             text = f"waiting for {others} more machine(s): there, rlhf-tui join {place}"
-            self._alert(Alert("machines", "notify", text, step))
+            self._herald.notice("machines", text, step)
 
     def _record_given(self, start: Start) -> None:
         """Settings given with this start are commands like any other, applied at once."""
@@ -194,12 +186,12 @@ class Supervisor:
     def _conclude(self, status: int) -> int:
         attempt = self._attempt
         if self._stop_now and attempt.ended is None and not attempt.failed_by_itself:
-            self._set_state("stopped", "stopped at once, nothing was saved")
+            self._herald.set_state("stopped", "stopped at once, nothing was saved")
             return 0
         if attempt.ended is not None:
             reason = attempt.ended.reason
             text = "train.max_hours is used up" if reason == "max_hours" else ""
-            self._set_state("stopped" if reason == "stopped" else "finished", text)
+            self._herald.set_state("stopped" if reason == "stopped" else "finished", text)
             return 0
         failure = attempt.cause(status, self._config.launch, self._session.name)
         data = {
@@ -214,16 +206,15 @@ class Supervisor:
             or self._stop_now
             or self._restarts >= self._config.launch.max_restarts
         ):
-            self._set_state("failed", failure.text)
+            self._herald.set_state("failed", failure.text)
             return 2 if failure.user_input and not self._began else 1
         self._restarts += 1
+        self._orders.attempt_failed()
         self._next = Start(from_step=last_checkpoint(self._session))
         limit = self._config.launch.max_restarts
         log.error("%s; restart %d of %d", failure.text, self._restarts, limit)
         text = f"{failure.text}: restart {self._restarts} of {limit} from step"
-        self._alert(
-            Alert("restart", "notify", f"{text} {self._next.from_step}", self._journal.step)
-        )
+        self._herald.notice("restart", f"{text} {self._next.from_step}", self._journal.step)
         return 1
 
     # -- orders ----------------------------------------------------------------------------------
@@ -236,7 +227,9 @@ class Supervisor:
         ):
             return self._journal.answer(request.id)
         try:
-            check_now(command, self._state, self._settings, self._session, paused=self._paused)
+            check_now(
+                command, self._herald.state, self._settings, self._session, paused=self._paused
+            )
         except CommandRejectedError as error:
             self._journal.reject_command(request.id, str(error))
             self._server.wake()
@@ -248,7 +241,7 @@ class Supervisor:
 
     def _act(self, request: Request, who: str) -> None:
         match request.command:
-            case Stop(now=now) if now or self._state == "starting":
+            case Stop(now=now) if now or self._herald.state == "starting":
                 self._end_now(request.id)  # while loading there is nothing to save
             case Rollback(step=step, reseed=reseed):
                 self._next = Start(from_step=step, fresh=True, reseed=reseed, who=who)
@@ -259,25 +252,17 @@ class Supervisor:
             case command:
                 if isinstance(command, Stop):
                     self._stopping = True
-                    self._set_state("stopping")
+                    self._herald.set_state("stopping")
                 elif isinstance(command, Pause):
-                    self._set_state("pausing")
+                    self._herald.set_state("pausing")
                 order = Order(id=request.id, command=command)
-                self._orders[request.id] = order
-                self._askers[request.id] = who
+                self._orders.add(order, who)
                 self._attempt.send(order)
 
     def _end_now(self, command_id: str) -> None:
         self._stopping = self._stop_now = True
         self._journal.apply_command(command_id, self._journal.step + 1, [])
         self._ranks.kill()
-
-    def _reject_rest(self) -> None:
-        """Commands that came too late to be carried out; those who wait for them are told."""
-        for command_id in self._orders:
-            self._journal.reject_command(command_id, "the run ended before it was carried out")
-            self._server.tell(self._journal.answer(command_id))
-        self._orders.clear()
 
     def _on_signal(self, number: signal.Signals) -> None:
         """The first one stops after the step in hand, saved; a second ctrl+c does not wait."""
@@ -297,9 +282,9 @@ class Supervisor:
 
     def status(self) -> Status:
         """How things stand."""
-        moving = self._state in ("running", "pausing", "stopping")
+        moving = self._herald.state in ("running", "pausing", "stopping")
         return Status(
-            state=self._state,
+            state=self._herald.state,
             step=self._journal.step,
             total_steps=self._config.train.steps,
             attempt=self._journal.attempt,
@@ -307,10 +292,7 @@ class Supervisor:
             phases=list(self._phases.values()),
             step_seconds=self._pace.step_seconds,
             boundary_in=self._pace.left() if moving else None,
-            pending=[
-                Pending(id=i, command=name_of(o.command), who=self._askers[i], status="accepted")
-                for i, o in self._orders.items()
-            ],
+            pending=self._orders.pending(),
             telemetry=self._watchman.latest,
             watchers=self._server.watchers,
             pid=os.getpid(),
@@ -318,7 +300,9 @@ class Supervisor:
 
     def wake(self) -> Wake:
         """How far the journal is."""
-        return Wake(step=self._journal.step, event=self._journal.last_event, state=self._state)
+        return Wake(
+            step=self._journal.step, event=self._journal.last_event, state=self._herald.state
+        )
 
     # -- what the ranks say ------------------------------------------------------------------------
 
@@ -361,7 +345,7 @@ class Supervisor:
                 undoable=self._journal.undoable(self._attempt.start.from_step),
             )
         )
-        for order in self._orders.values():
+        for order in self._orders.all():
             self._attempt.send(order)
 
     def _handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short act a kind
@@ -378,9 +362,9 @@ class Supervisor:
                 self._pace.restart()
                 self._began = True
                 if self._stopping:  # its rank died before it had stopped
-                    self._set_state("stopping")
+                    self._herald.set_state("stopping")
                 else:
-                    self._set_state("paused" if self._paused else "running")
+                    self._herald.set_state("paused" if self._paused else "running")
             case StepReport():
                 self._take_step(message)
             case CheckpointWritten(step=step, size=size, score=score, kl=kl, removed=removed):
@@ -392,11 +376,9 @@ class Supervisor:
             case Applied():
                 self._applied(message)
             case Rejected(id=command_id, reason=reason):
-                self._orders.pop(command_id, None)
-                journal.reject_command(command_id, reason)
-                self._server.tell(journal.answer(command_id))
+                self._orders.reject(command_id, reason)
             case Notice(step=step, rule=rule, text=text):
-                self._alert(Alert(rule, "notify", text, step))
+                self._herald.notice(rule, text, step)
             case Failed():
                 self._attempt.failed(message)
                 if self._ranks.count > 1:  # the others wait for it in a collective
@@ -409,8 +391,7 @@ class Supervisor:
                 raise LinkError("a second hello on one connection")
         if not isinstance(message, Phase):
             self._server.wake()
-        if self._observer is not None:
-            self._observer.message(message)
+        self._herald.pass_on(message)
 
     def _take_step(self, report: StepReport) -> None:
         # A paused step's clock stood still for nobody.
@@ -425,17 +406,16 @@ class Supervisor:
             self._on_alert(alert)
 
     def _applied(self, message: Applied) -> None:
-        order = self._orders.pop(message.id, None)
-        command = order.command if order is not None else None
+        command = self._orders.carried_out(message.id)
         self._journal.apply_command(message.id, message.step, message.changes, message.result)
         self._settings = self._settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause):
             self._paused = True
-            self._set_state("paused")
+            self._herald.set_state("paused")
         elif isinstance(command, Unpause):
             self._paused = False
             self._pace.restart()
-            self._set_state("running")
+            self._herald.set_state("running")
         elif isinstance(command, Undo) or message.changes:
             self._journal.set_meta(settings=self._settings)
         self._server.tell(self._journal.answer(message.id))
@@ -462,31 +442,8 @@ class Supervisor:
         self._ranks.kill()
 
     def _on_alert(self, alert: Alert) -> None:
-        self._alert(alert)
+        self._herald.alert(alert)
         acts = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
-        if alert.action in acts and self._state in ("running", "starting"):
+        if alert.action in acts and self._herald.state in ("running", "starting"):
             request = Request(id=new_id(), command=acts[alert.action])  # type: ignore[arg-type]
             self.answer(request, f"guard rail {alert.rule}")
-
-    def _alert(self, alert: Alert) -> None:
-        self._journal.record_event("alert", alert.as_data(), alert.step)
-        if self._observer is not None:
-            self._observer.alert(alert.text, alert.step)
-        self._server.wake()
-        if self._config.notify.command:
-            task = asyncio.create_task(
-                notify(self._config.notify.command, self._session.name, alert)
-            )
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    def _set_state(self, state: str, text: str = "") -> None:
-        if state == self._state:
-            return
-        self._state = state
-        data: dict[str, Any] = {"state": state, "text": text}
-        self._journal.set_meta(state=state, message=text)
-        self._journal.record_event("state", data)
-        self._server.wake()
-        if self._observer is not None:
-            self._observer.state(state, text)

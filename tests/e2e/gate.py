@@ -1,12 +1,20 @@
-"""A reward that holds a step, or answers nonsense at one, as files beside it say."""
+"""A reward that holds a step, or answers nonsense at one, as files beside it say.
 
+It takes its process with it where a prompt is DEADLY.
+"""
+
+import os
+import signal
 import time
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+DEADLY = "the last words of a rank"
 
 
-def score(completions, trainer_state, **_):
+def score(prompts, completions, trainer_state, **_):
+    if DEADLY in prompts:
+        os.kill(os.getpid(), signal.SIGKILL)
     step = trainer_state.global_step
     (FOLDER / f"at-{step}").touch()
     while (FOLDER / f"hold-{step}").exists():

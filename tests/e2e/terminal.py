@@ -11,6 +11,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 
 from rich.cells import cell_len
 
@@ -97,6 +98,7 @@ class Terminal:
         self._screen = Screen(columns, rows)
         self._size(columns, rows)
         self.raw = b""
+        self._drawn = time.monotonic()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self.process = subprocess.Popen(
@@ -119,6 +121,7 @@ class Terminal:
             except OSError:  # the program has ended
                 return
             with self._lock:
+                self._drawn = time.monotonic()
                 self.raw += data
                 self._screen.feed(data)
 
@@ -136,6 +139,11 @@ class Terminal:
         self._closed.set()
         self._reader.join()
         os.close(self._main)
+
+    @property
+    def quiet(self):
+        """Seconds since anything was drawn."""
+        return time.monotonic() - self._drawn
 
     @property
     def text(self):

@@ -7,6 +7,9 @@ import time
 
 import pytest
 
+from tests.e2e.gate import DEADLY
+
+LONG = 120.0
 CRASH_IS_SEEN = 5.0
 """Seconds, the contract's."""
 STEPS = 8
@@ -164,6 +167,40 @@ def test_a_command_that_was_on_its_way_is_carried_out_after_the_restart(bereft):
 def test_a_run_whose_rank_was_killed_ends_where_the_undisturbed_one_ends(bereft, steered):
     assert bereft.numbers() == steered.numbers()[:8]
     assert bereft.checkpoint(8)["hashes"] == steered.checkpoint(8)["hashes"]
+
+
+@pytest.fixture(scope="module")
+def poisoned(lab, wait_until):
+    """A run that was given, inside step 3, a probe that no rank survives, and another beta."""
+    run = lab.run("poisoned")
+    run.hold(3)
+    try:
+        run.start()
+        run.wait_at(3)
+        asker = lab.popen("ctl", run.name, "probe", DEADLY, "--id", "poison")
+        wait_until(lambda: "poison" in run.commands(), "the probe")
+        assert run.ctl("beta", "0.2", "--id", "behind").returncode == 0
+        run.release(3)
+        _, run.told = asker.communicate(timeout=LONG)
+        run.finish()
+        yield run
+    finally:
+        run.end()
+
+
+def test_an_order_with_which_the_ranks_fail_twice_is_given_up(poisoned):
+    given_up = poisoned.commands()["poison"]
+    assert given_up["status"] == "rejected"
+    assert given_up["reason"] == "the ranks failed 2 times with it in hand"
+    assert given_up["reason"] in poisoned.told
+    with poisoned.record() as record:
+        assert len(record.attempts()) == 3
+
+
+def test_what_was_ordered_beside_it_is_carried_out(poisoned):
+    behind = poisoned.commands()["behind"]
+    assert behind["status"] == "applied"
+    assert poisoned.betas()[behind["applied_step"]] == 0.2
 
 
 def test_without_restarts_left_a_killed_rank_is_a_failed_run(lab):

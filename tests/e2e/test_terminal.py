@@ -12,10 +12,12 @@ from engine.protocol import StepReport
 from engine.session import create
 from tests.e2e.terminal import Terminal
 
-SETTLED = {
+TITLES = {
     "1": "enter", "2": "Newest answers, step 8", "3": "ANSWER", "4": " MB", "5": "lines",
 }  # fmt: skip
-"""What a screen shows last."""
+"""What tells a screen from the others."""
+SETTLED = 1.0
+"""Seconds without a stroke, of a run that is over, after which nothing more is on its way."""
 
 
 @pytest.fixture
@@ -124,9 +126,10 @@ def test_a_terminal_made_tiny_and_large_again_shows_the_same_as_before(
 ):
     terminal = attach(whole)
     terminal.type(key)
-    shown = SETTLED[key]
+    shown = TITLES[key]
     wait_until(lambda: shown in terminal.screen, f"screen {key}")
     wait_until(lambda: "✓ finished" in terminal.screen, "the state")
+    wait_until(lambda: terminal.quiet > SETTLED, "a screen at rest")
     before = terminal.screen
     terminal.resize(20, 5)
     wait_until(lambda: "? help" in terminal.screen, "the tiny screen")

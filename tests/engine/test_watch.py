@@ -8,7 +8,6 @@ from engine import configfile, starter
 from engine.control import Telemetry
 from engine.protocol import Failed
 from engine.record import Record
-from engine.server import Server
 from engine.start import Start
 from engine.supervisor import Supervisor
 from engine.watch import Watchman
@@ -38,8 +37,8 @@ def test_ranks_that_wait_for_another_machine_are_not(writer):
 def ended(writer, failure, *, at_once=False):
     """A supervisor whose ranks have ended, one of them with these last words."""
     supervisor = Supervisor(writer.session, Start())
-    supervisor._config, supervisor._journal = writer.session.config(), writer.journal
-    supervisor._server = Server(supervisor, supervisor._converse)
+    supervisor._journal = writer.journal
+    supervisor._prepare(writer.session.config())
     supervisor._attempt.failure, supervisor._stop_now = failure, at_once
 
     async def conclude():
@@ -53,7 +52,7 @@ def test_a_run_that_is_to_stop_at_once_is_not_started_again(writer, echo):
     failure = Failed(rank=1, text="rank 1: a fault", echo=echo)
     code, supervisor = ended(writer, failure, at_once=True)
     assert supervisor._restarts == 0
-    assert (code, supervisor._state) == ((0, "stopped") if echo else (1, "failed"))
+    assert (code, supervisor._herald.state) == ((0, "stopped") if echo else (1, "failed"))
 
 
 def test_where_all_ranks_of_a_machine_waited_in_vain_the_first_to_say_so_is_heard(writer):
