@@ -22,7 +22,7 @@ from benchmarks.engine_side import settings
 from benchmarks.side import Side
 from benchmarks.task import SMALL_TASK, TINY, Task, write_models
 from engine.config import LaunchConfig
-from engine.launcher import environment
+from engine.launcher import WAITING, environment
 
 EQUAL = ["model.value=separate", "model.dtype=float32", "reward.dtype=float32"]
 """What makes our work TRL's: it trains a value model apart, and computes in float32 as told to."""
@@ -85,9 +85,9 @@ def start(folder: Path, task: Task, more: list[str]) -> list[Side]:
     trl = ("benchmarks.trl_side", [str(folder), json.dumps(asdict(task))])
     equal = (OURS, [str(folder), *settings(task), *EQUAL, *more])
     defaults = (OURS, [str(folder), *settings(task), *more])
-    # Sleeping rather than spinning threads, as our launcher has them: spinning ones would cost TRL
-    # more than anything else on a machine that others use.
-    theirs = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    # Threads that wait as our launcher has them: as libgomp has them, spinning would cost TRL more
+    # than anything else on a machine that others use.
+    theirs = WAITING | os.environ
     own = environment(LaunchConfig(nice=0))
     sides = []
     for name, (module, arguments), given in (

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from engine.train import rollout as ours
 from engine.train.data import PromptBatch
+from engine.train.generate import Ending, sample
 from engine.train.ppo import response_mask
-from engine.train.rollout import Ending, Rollout, sample, score_tokens
+from engine.train.rollout import Rollout, score_tokens
 from engine.train.step import Run
 
 
@@ -99,7 +100,7 @@ def generate(
     beyond = ~response_mask(lengths, limit)
     ids[beyond] = 0
     floats[:, beyond] = 0
-    return ours._rollout(batch, ids, lengths, eos, ended, floats, tokenizer)
+    return ours.assemble(batch, ids, lengths, eos, ended, floats, tokenizer)
 
 
 def nothing(*_args: Any, **_named: Any) -> None:

@@ -19,7 +19,7 @@ BACKWARD_LOGITS = 1
 FORWARD_LOGITS = 1
 """… and in a pass without gradients: what is exponentiated goes in small pieces."""
 SAMPLING = 6
-"""float32 tensors (n, V) alive at once in :func:`engine.train.rollout.sample`."""
+"""float32 tensors (n, V) alive at once in :func:`engine.train.generate.sample`."""
 LAZY = 80_000_000
 """Code and buffers of torch's that a CPU rank touches in its first step, beyond what imports do."""
 LAZY_BFLOAT16 = 80_000_000

@@ -1,11 +1,10 @@
-"""What goes on between two steps: orders, the KL controller, checkpoints, the end.
+"""What goes on between two steps: orders, the KL controller, the end.
 
 Settings change here and nowhere else, so that a step is homogeneous and every rank obeys at the
 same place.
 """
 
 import logging
-import math
 import time
 from typing import Any
 
@@ -29,10 +28,7 @@ from engine.kl import next_beta
 from engine.protocol import (
     Applied,
     Begin,
-    CheckpointComplete,
-    CheckpointWritten,
     Ended,
-    Notice,
     Order,
     Rejected,
     Settled,
@@ -40,12 +36,10 @@ from engine.protocol import (
 )
 from engine.session import Session
 from engine.settings import Change, Settings
-from engine.train import checkpoint
-from engine.train.checkpoint import TrainingState
+from engine.train.keeper import Keeper
 from engine.train.link import Link
 from engine.train.models import fingerprint
 from engine.train.probe import answer_probe
-from engine.train.saver import Outcome, Saver
 from engine.train.step import Run, room_for_answers
 
 log = logging.getLogger("engine")
@@ -53,9 +47,7 @@ log = logging.getLogger("engine")
 HOLD_INTERVAL = 0.5
 """Seconds between looks at the orders while paused: well within any collective's time-out."""
 HOLD_REPORT = 2.0
-"""Seconds between signs of life while paused, or while a checkpoint is waited for."""
-CLOSE_TIMEOUT = 30.0
-"""Seconds a save in flight is given when the run fails."""
+"""Seconds between signs of life while paused."""
 
 
 class Word(msgspec.Struct):
@@ -67,36 +59,23 @@ class Word(msgspec.Struct):
     beta: float
 
 
-def mind(state: TrainingState) -> bytes:
-    """What all ranks must agree on before a save.
-
-    Not beta: the controller's last bit may differ on unlike processors until rank 0 tells its own.
-    """
-    settings = msgspec.structs.replace(state.settings, beta=0.0)
-    return msgspec.msgpack.encode((state.step, state.episodes, state.sampling_seed, settings))
-
-
 class Boundary:
     """The state that lives between steps."""
 
     def __init__(self, session: Session, run: Run, begin: Begin, link: Link) -> None:
-        self._checkpoints = session.checkpoints
         self._run = run
         self._link = link
         self._replay = begin.replay
         self._undoable = list(begin.undoable)
-        self._saver = Saver(session.checkpoints, run.team.checkpoint_group, conclude=self._conclude)
-        self._saved = begin.from_step
-        """The step whose checkpoint was begun last."""
+        self.keeper = Keeper(session.checkpoints, run, link, begin.from_step)
+        """Of the checkpoints."""
         self._paused = begin.paused
         self._stops: list[str] = []
         self._over = False
-        self._score = self._kl = math.nan
-        self._saving = 0.0
 
     def more(self) -> bool:
         """Obeys what was ordered, holds while paused, and says whether another step follows."""
-        self._saver.poll()  # what must not happen in saving is raised here
+        self.keeper.poll()
         step = self._run.state.step + 1
         for settled in self._replay:
             if settled.step == step:
@@ -180,7 +159,7 @@ class Boundary:
     def _checkpoint_now(self) -> None:
         if not self._run.state.step:
             raise CommandRejectedError("nothing to save before the first step is done")
-        if problem := self.save():
+        if problem := self.keeper.save():
             raise CheckpointError(problem)
 
     def _undo(self) -> list[Change]:
@@ -227,107 +206,20 @@ class Boundary:
 
         `metrics` gains `time/checkpoint`, what saving took since the step before.
         """
-        state = self._run.state
+        state, kl = self._run.state, metrics["objective/kl"]
         state.step, state.seconds = step, state.seconds + seconds
-        metrics["time/checkpoint"], self._saving = self._saving, 0.0
-        self._score, self._kl = metrics["objective/scores"], metrics["objective/kl"]
-        new = next_beta(state.settings, self._kl, self._run.config.rollout.batch_size)
+        metrics["time/checkpoint"] = self.keeper.step_done(metrics["objective/scores"], kl)
+        new = next_beta(state.settings, kl, self._run.config.rollout.batch_size)
         return [] if new == state.settings.beta else self._change({"beta": new})
 
-    def save_if_due(self) -> None:
-        """At every `save_every` steps a save begins; a failure is a notice, the run goes on."""
-        every = self._run.state.settings.save_every
-        if every and self._run.state.step % every == 0:
-            self._begin_save()
-
-    def save(self) -> str | None:
-        """A whole checkpoint of the last step, waited for; returns what prevented it."""
-        step = self._run.state.step
-        if self._saved == step and self._wait_for_save() is None:
-            return None
-        self._begin_save()
-        return self._wait_for_save()
-
-    def _begin_save(self) -> None:
-        """Copies what is saved; the writing goes on beside the next steps."""
-        run, state = self._run, self._run.state
-        self._wait_for_save()  # the one before
-        self._compare_ranks()
-        self._link.phase(state.step, "checkpoint")
-        began = time.monotonic()
-        self._saver.begin(
-            state, run.policy, run.tokenizer, run.optimiser, score=self._score, kl=self._kl
-        )
-        self._saved = state.step
-        self._saving += time.monotonic() - began
-
-    def _compare_ranks(self) -> None:
-        """All ranks must be at one place with one mind; what is saved would be one rank's.
-
-        Raises:
-            RlhfError: they obeyed differently, which must never happen.
-        """
-        team, state = self._run.team, self._run.state
-        if team.size == 1:
-            return
-        if len(set(team.collect(mind(state)))) > 1:
-            raise RlhfError(f"the ranks have come apart by step {state.step}; resume the run")
-        # Whole on each rank, the weights agree to the last bit where the processors are alike.
-        weights = fingerprint(self._run.policy) if self._run.strategy == "ddp" else ""
-        if len(set(team.collect(weights.encode()))) > 1:
-            text = "look here: the ranks' weights are no longer the same to the last bit"
-            self._link.send(Notice(step=state.step, rule="ranks", text=text))
-
-    def _wait_for_save(self) -> str | None:
-        """Until no save is in flight; what prevented the last one."""
-        began = time.monotonic()
-        while self._saver.busy:
-            self._link.phase(self._run.state.step, "checkpoint")
-            self._saver.wait(HOLD_REPORT)
-        self._saving += time.monotonic() - began
-        outcome = self._saver.wait()
-        return str(outcome) if isinstance(outcome, CheckpointError) else None
-
-    def _conclude(self, step: int, outcome: Outcome) -> None:
-        """Called beside the training, when a checkpoint is in its place or could not be written.
-
-        At once, not at the next boundary: a step can take minutes, and a checkpoint that is on disk
-        should serve whoever must go on after a crash in it.
-        """
-        if isinstance(outcome, CheckpointError):
-            self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
-            return
-        removable = self._removable(step, outcome.score)
-        self._link.send(
-            CheckpointWritten(
-                step=step, size=outcome.size, score=outcome.score, kl=outcome.kl, removed=removable
-            )
-        )
-        self._link.confirm(step)
-        checkpoint.complete(outcome.folder)
-        self._link.send(CheckpointComplete(step=step))
-        for other in removable:
-            checkpoint.remove(checkpoint.folder_of(self._checkpoints, other))
-        log.info(
-            "checkpoint of step %d: %.1f MB in %.1f s", step, outcome.size / 1e6, outcome.seconds
-        )
-
-    def _removable(self, now: int, score: float) -> list[int]:
-        """Older checkpoints that make way for the one just written."""
-        train = self._run.config.train
-        found = checkpoint.completed(self._checkpoints)
-        scores = {s: checkpoint.read_score(f) for s, f in found.items() if s < now}
-        scores[now] = score
-        return checkpoint.to_remove(scores, train.keep_last, train.keep_best)
-
     def close(self) -> None:
-        """Lets a save in flight finish when a step has failed: a resume can go on from it."""
-        self._saver.close(CLOSE_TIMEOUT)
+        """Lets a save in flight finish when a step has failed."""
+        self.keeper.close()
 
     def finish(self) -> None:
         """Saves, checks that the reference was left alone, and says how it ended."""
         run, self._over = self._run, True
-        if problem := self.save():
+        if problem := self.keeper.save():
             raise CheckpointError(problem)
         if fingerprint(run.reference) != run.state.reference:
             raise RlhfError("the reference model's weights changed during the run; they must not")

@@ -19,13 +19,14 @@ from engine.train import checkpoint
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts, load_prompts
 from engine.train.foresight import foresee
+from engine.train.generate import Ending, generate
 from engine.train.models import AnyModel, BaseView, LanguageModel, fingerprint
 from engine.train.optimise import make_optimiser
 from engine.train.parallel import Team, settle_on
 from engine.train.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
 from engine.train.randomness import derived_seed, sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, load_rewards
-from engine.train.rollout import Ending, generate, merge_rollouts
+from engine.train.rollout import merge_rollouts
 from engine.train.sharding import learner
 from engine.train.shards import load_training
 from engine.train.step import Announce, Run, own_rows, room_for_answers

@@ -5,11 +5,12 @@ from typing import Any
 from engine.errors import CommandRejectedError, RewardError
 from engine.train import ppo
 from engine.train.data import Prompt, batch_prompts
+from engine.train.generate import generate
 from engine.train.models import AnyModel
 from engine.train.parallel import OtherRankError
 from engine.train.randomness import sampling_uniforms
 from engine.train.rewards import Answers, FunctionError, Normaliser
-from engine.train.rollout import generate, score_tokens
+from engine.train.rollout import score_tokens
 from engine.train.step import Run
 
 PROBE_SEED = 0

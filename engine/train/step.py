@@ -17,6 +17,7 @@ from engine.protocol import RankTimes, Sample
 from engine.train import ppo
 from engine.train.checkpoint import TrainingState
 from engine.train.data import Prompts, batch_prompts
+from engine.train.generate import Ending, generate
 from engine.train.metrics import peak_memory, step_metrics
 from engine.train.models import AnyModel, LanguageModel
 from engine.train.optimise import Targets, learning_rate, optimise
@@ -24,10 +25,8 @@ from engine.train.parallel import Team
 from engine.train.randomness import sampling_uniforms
 from engine.train.rewards import Answers, Normaliser, Rewards
 from engine.train.rollout import (
-    Ending,
     Report,
     Rollout,
-    generate,
     longest_first,
     merge_rollouts,
     score_tokens,

@@ -152,7 +152,7 @@ def train(session: Session, link: Link, team: Team) -> None:
                     ranks=run.clock.ranks,
                 )
             )
-            boundary.save_if_due()
+            boundary.keeper.save_if_due()
         boundary.finish()
     if events is not None:
         events.close()

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests.e2e.gate import DEADLY
+from tests.e2e.lab import LONG
 
-LONG = 120.0
 CRASH_IS_SEEN = 5.0
 """Seconds, the contract's."""
 STEPS = 8

@@ -18,17 +18,10 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from engine.train.data import Prompt, batch_prompts
+from engine.train.generate import Ending, generate, sample
 from engine.train.models import LanguageModel
 from engine.train.randomness import derived_seed, permutation, sampling_uniforms
-from engine.train.rollout import (
-    Ending,
-    Rollout,
-    by_length,
-    generate,
-    left_mask,
-    sample,
-    score_tokens,
-)
+from engine.train.rollout import Rollout, by_length, left_mask, score_tokens
 
 VOCABULARY, LIMIT, EOS = 32, 12, [3, 4, 5, 6]
 BELOW_ONE = 1 - 2**-24

@@ -20,7 +20,8 @@ from engine.protocol import (
     RankHello,
 )
 from engine.train import checkpoint
-from engine.train.boundary import Boundary, mind
+from engine.train.boundary import Boundary
+from engine.train.keeper import mind
 from engine.train.link import Link
 
 DEADLINE = 120
@@ -92,7 +93,7 @@ def until(condition):
 
 def test_the_next_step_begins_before_the_checkpoint_is_whole(trained):
     run, session, boundary, supervisor = trained
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     assert boundary.more()
     boundary.after(2, dict(METRICS), 0.1)
     assert checkpoint.completed(session.checkpoints) == {}
@@ -105,13 +106,13 @@ def test_the_next_step_begins_before_the_checkpoint_is_whole(trained):
 def test_a_checkpoint_becomes_whole_without_another_boundary(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     until(lambda: [*checkpoint.completed(session.checkpoints)] == [1])
 
 
 def test_it_is_whole_only_once_the_journal_was_confirmed(trained):
     _, session, boundary, supervisor = trained
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     assert supervisor.wait_for(CheckpointWritten).step == 1
     assert checkpoint.folder_of(session.checkpoints, 1).is_dir()
     assert checkpoint.completed(session.checkpoints) == {}
@@ -119,7 +120,7 @@ def test_it_is_whole_only_once_the_journal_was_confirmed(trained):
 
 def test_an_order_that_comes_while_a_save_waits_is_obeyed_at_the_next_boundary(trained):
     run, _, boundary, supervisor = trained
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     supervisor.wait_for(CheckpointWritten)
     supervisor.send(Order(id="quick", command=Set(key="learning_rate", value=1e-5)))
     until(lambda: boundary.more() and run.state.settings.learning_rate == 1e-5)
@@ -139,20 +140,20 @@ def test_an_operators_checkpoint_is_answered_when_it_is_whole(trained):
 
 def test_a_regular_save_in_flight_serves_an_operators_checkpoint_of_the_same_step(trained):
     _, _, boundary, supervisor = trained
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     supervisor.may_confirm.set()
-    assert boundary.save() is None
+    assert boundary.keeper.save() is None
     assert [m.step for m in supervisor.of(CheckpointWritten)] == [1]
 
 
 def test_older_ones_make_way_for_each(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     boundary.after(2, dict(METRICS), 0.1)
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     boundary.after(3, dict(METRICS), 0.1)
-    assert boundary.save() is None
+    assert boundary.keeper.save() is None
     assert [*checkpoint.completed(session.checkpoints)] == [3]
     assert [m.removed for m in supervisor.of(CheckpointWritten)] == [[], [1], [2]]
 
@@ -164,7 +165,7 @@ def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "put_in_place", no_room)
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (1, "checkpoint")
     assert "No space left" in notice.text
@@ -172,21 +173,21 @@ def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, 
     assert list(session.checkpoints.iterdir()) == []
     monkeypatch.undo()
     supervisor.may_confirm.set()
-    assert boundary.save() is None  # of the same step, once there is room
+    assert boundary.keeper.save() is None  # of the same step, once there is room
     assert [*checkpoint.completed(session.checkpoints)] == [1]
 
 
 def test_a_run_that_fails_lets_the_save_in_flight_finish(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     boundary.close()
     assert [*checkpoint.completed(session.checkpoints)] == [1]
 
 
 def test_what_a_step_waited_for_saving_is_in_its_metrics(trained):
     _, _, boundary, supervisor = trained
-    boundary.save_if_due()
+    boundary.keeper.save_if_due()
     metrics = dict(METRICS)
     boundary.after(2, metrics, 0.1)
     assert metrics["time/checkpoint"] > 0

@@ -164,8 +164,8 @@ def test_activations_that_are_computed_again_are_not_kept_meanwhile(make_run):
 
 def rollout_of(run):
     from engine.train.data import batch_prompts  # noqa: PLC0415
+    from engine.train.generate import generate  # noqa: PLC0415
     from engine.train.randomness import sampling_uniforms  # noqa: PLC0415
-    from engine.train.rollout import generate  # noqa: PLC0415
 
     batch = batch_prompts(run.prompts.for_step(1), run.config.answers_per_prompt, 0)
     uniforms = sampling_uniforms(0, 1, 8, run.state.settings.max_new_tokens)

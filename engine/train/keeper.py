@@ -1,0 +1,155 @@
+"""A run's checkpoints: when one is due, what the run waits for, and which older ones make way."""
+
+import logging
+import math
+import time
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import CheckpointError, RlhfError
+from engine.protocol import CheckpointComplete, CheckpointWritten, Notice
+from engine.train import checkpoint
+from engine.train.checkpoint import TrainingState
+from engine.train.link import Link
+from engine.train.models import fingerprint
+from engine.train.saver import Outcome, Saver
+from engine.train.step import Run
+
+log = logging.getLogger("engine")
+
+REPORT = 2.0
+"""Seconds between signs of life while a checkpoint is waited for."""
+CLOSE_TIMEOUT = 30.0
+"""Seconds a save in flight is given when the run fails."""
+
+
+def mind(state: TrainingState) -> bytes:
+    """What all ranks must agree on before a save.
+
+    Not beta: the controller's last bit may differ on unlike processors until rank 0 tells its own.
+    """
+    settings = msgspec.structs.replace(state.settings, beta=0.0)
+    return msgspec.msgpack.encode((state.step, state.episodes, state.sampling_seed, settings))
+
+
+class Keeper:
+    """Saves beside the training, one checkpoint at a time."""
+
+    def __init__(self, folder: Path, run: Run, link: Link, from_step: int) -> None:
+        """Saves nothing yet.
+
+        Args:
+            folder: of the checkpoints.
+            run: what is saved.
+            link: to the supervisor, which must confirm each.
+            from_step: the step whose checkpoint the run goes on from; 0: none.
+        """
+        self._folder = folder
+        self._run = run
+        self._link = link
+        self._saver = Saver(folder, run.team.checkpoint_group, conclude=self._conclude)
+        self._saved = from_step
+        """The step whose checkpoint was begun last."""
+        self._score = self._kl = math.nan
+        self._seconds = 0.0
+
+    def poll(self) -> None:
+        """Raises what must not happen in saving, where it did."""
+        self._saver.poll()
+
+    def step_done(self, score: float, kl: float) -> float:
+        """Notes what is told beside the next checkpoint; the seconds saving took since the last."""
+        self._score, self._kl = score, kl
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+    def save_if_due(self) -> None:
+        """At every `save_every` steps a save begins; a failure is a notice, the run goes on."""
+        every = self._run.state.settings.save_every
+        if every and self._run.state.step % every == 0:
+            self._begin_save()
+
+    def save(self) -> str | None:
+        """A whole checkpoint of the last step, waited for; returns what prevented it."""
+        step = self._run.state.step
+        if self._saved == step and self._wait_for_save() is None:
+            return None
+        self._begin_save()
+        return self._wait_for_save()
+
+    def _begin_save(self) -> None:
+        """Copies what is saved; the writing goes on beside the next steps."""
+        run, state = self._run, self._run.state
+        self._wait_for_save()  # the one before
+        self._compare_ranks()
+        self._link.phase(state.step, "checkpoint")
+        began = time.monotonic()
+        self._saver.begin(
+            state, run.policy, run.tokenizer, run.optimiser, score=self._score, kl=self._kl
+        )
+        self._saved = state.step
+        self._seconds += time.monotonic() - began
+
+    def _compare_ranks(self) -> None:
+        """All ranks must be at one place with one mind; what is saved would be one rank's.
+
+        Raises:
+            RlhfError: they obeyed differently, which must never happen.
+        """
+        team, state = self._run.team, self._run.state
+        if team.size == 1:
+            return
+        if len(set(team.collect(mind(state)))) > 1:
+            raise RlhfError(f"the ranks have come apart by step {state.step}; resume the run")
+        # Whole on each rank, the weights agree to the last bit where the processors are alike.
+        weights = fingerprint(self._run.policy) if self._run.strategy == "ddp" else ""
+        if len(set(team.collect(weights.encode()))) > 1:
+            text = "look here: the ranks' weights are no longer the same to the last bit"
+            self._link.send(Notice(step=state.step, rule="ranks", text=text))
+
+    def _wait_for_save(self) -> str | None:
+        """Until no save is in flight; what prevented the last one."""
+        began = time.monotonic()
+        while self._saver.busy:
+            self._link.phase(self._run.state.step, "checkpoint")
+            self._saver.wait(REPORT)
+        self._seconds += time.monotonic() - began
+        outcome = self._saver.wait()
+        return str(outcome) if isinstance(outcome, CheckpointError) else None
+
+    def _conclude(self, step: int, outcome: Outcome) -> None:
+        """Called beside the training, when a checkpoint is in its place or could not be written.
+
+        At once, not at the next boundary: a step can take minutes, and a checkpoint that is on disk
+        should serve whoever must go on after a crash in it.
+        """
+        if isinstance(outcome, CheckpointError):
+            self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
+            return
+        removable = self._removable(step, outcome.score)
+        self._link.send(
+            CheckpointWritten(
+                step=step, size=outcome.size, score=outcome.score, kl=outcome.kl, removed=removable
+            )
+        )
+        self._link.confirm(step)
+        checkpoint.complete(outcome.folder)
+        self._link.send(CheckpointComplete(step=step))
+        for other in removable:
+            checkpoint.remove(checkpoint.folder_of(self._folder, other))
+        log.info(
+            "checkpoint of step %d: %.1f MB in %.1f s", step, outcome.size / 1e6, outcome.seconds
+        )
+
+    def _removable(self, now: int, score: float) -> list[int]:
+        """Older checkpoints that make way for the one just written."""
+        train = self._run.config.train
+        found = checkpoint.completed(self._folder)
+        scores = {s: checkpoint.read_score(f) for s, f in found.items() if s < now}
+        scores[now] = score
+        return checkpoint.to_remove(scores, train.keep_last, train.keep_best)
+
+    def close(self) -> None:
+        """Lets a save in flight finish when a step has failed: a resume can go on from it."""
+        self._saver.close(CLOSE_TIMEOUT)
