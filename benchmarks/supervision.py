@@ -1,11 +1,12 @@
 """What supervision costs: journal, link, telemetry, samples with per-token arrays, guard rails.
 
-    python -m benchmarks.supervision [--steps 12] [--rounds 2]
+    python -m benchmarks.supervision [--steps 10] [--rounds 12]
 
-The same steps, of a second and more, by a rank's own code alone and by a whole supervised run, in
-turn. Wall-clock times of two runs differ by more than supervision costs where the machine does
-anything else, so its parts are also counted inside the supervised run: what of each step's period
-was not the step, and the processor time of the supervisor.
+The same steps, of a second or so, by a rank's own code alone and by a whole supervised run, in
+pairs of fresh processes; which one comes first alternates. Two processes that do the same differ by
+more than supervision costs, so what counts is the mean over many pairs, with its standard error. The
+parts are also counted inside the supervised run: what of each step's period was not the step, and
+the processor time of the supervisor.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from engine.launcher import environment
 from engine.record import Record
 from engine.session import Session
 
-TASK = Task(replace(TINY, hidden=256, intermediate=768, layers=6), 64, 16, 32, 4, 4, 16)
+TASK = Task(replace(TINY, hidden=256, intermediate=768, layers=6), 32, 16, 32, 3, 2, 16)
 """About a second a step on two cores."""
 ALL_OF_IT = ["log.tensorboard=true", "log.samples=16", "log.arrays=4"]
 
@@ -48,17 +49,20 @@ class Supervised:
 def main() -> None:
     """Measures and prints."""
     options = argparse.ArgumentParser()
-    options.add_argument("--steps", type=int, default=12)
-    options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--steps", type=int, default=10)
+    options.add_argument("--rounds", type=int, default=12)
     given = options.parse_args()
     print(machine.describe())
-    bare: list[float] = []
+    bare: list[list[float]] = []
     runs: list[Supervised] = []
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), TASK)
         for turn in range(given.rounds):
-            bare += bare_steps(Path(folder), given.steps)
-            runs.append(supervised(Path(folder), f"s{turn}", given.steps))
+            if turn % 2:
+                runs.append(supervised(Path(folder), f"s{turn}", given.steps))
+            bare.append(bare_steps(Path(folder), given.steps))
+            if not turn % 2:
+                runs.append(supervised(Path(folder), f"s{turn}", given.steps))
     report(bare, runs)
 
 
@@ -113,22 +117,28 @@ def _watch(process: subprocess.Popen[bytes], session: Session, steps: int) -> fl
     return (last[1] - first[1]) / max(1, last[0] - first[0])
 
 
-def report(bare: list[float], runs: list[Supervised]) -> None:
+def report(bare: list[list[float]], runs: list[Supervised]) -> None:
     """The table."""
-    periods = [p for run in runs for p in run.periods]
-    steps = [s for run in runs for s in run.steps]
-    without, with_it = statistics.median(bare), statistics.median(periods)
-    between = statistics.median(p - s for p, s in zip(periods, steps, strict=True))
+    without = statistics.median(itertools.chain(*bare))
+    with_it = statistics.median(p for run in runs for p in run.periods)
+    more = [
+        statistics.median(run.periods) / statistics.median(alone) - 1
+        for alone, run in zip(bare, runs, strict=True)
+    ]
+    error = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else float("nan")
+    between = statistics.median(
+        p - s for run in runs for p, s in zip(run.periods, run.steps, strict=True)
+    )
     cpu = statistics.mean(run.supervisor_cpu for run in runs)
     share = cpu / (len(os.sched_getaffinity(0)) * with_it)
-    print(f"without supervision   {without:.3f} s a step (median of {len(bare)}, "
-          f"{min(bare):.3f} to {max(bare):.3f})")  # fmt: skip
-    print(f"with supervision      {with_it:.3f} s a step (median of {len(periods)}, "
-          f"{min(periods):.3f} to {max(periods):.3f}): {with_it / without - 1:+.2%}")  # fmt: skip
+    print(f"without supervision   {without:.3f} s a step, the median of {len(bare)} processes")
+    print(f"with supervision      {with_it:.3f} s a step")
+    print(f"by pairs              {statistics.mean(more):+.2%}, standard error {error:.2%}; "
+          f"from {min(more):+.2%} to {max(more):+.2%}")  # fmt: skip
     print(f"between two steps     {1000 * between:.1f} ms, {between / with_it:.2%} of the period")
     print(f"supervisor            {1000 * cpu:.1f} ms of processor time a step, "
           f"{share:.2%} of the machine's")  # fmt: skip
-    print(f"together              {between / with_it + share:.2%} of the step")
+    print(f"by its parts          {between / with_it + share:.2%} of the step")
 
 
 if __name__ == "__main__":
