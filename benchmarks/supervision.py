@@ -4,9 +4,9 @@
 
 The same steps, of a second or so, by a rank's own code alone and by a whole supervised run, in
 pairs of fresh processes; which one comes first alternates. Two processes that do the same differ by
-more than supervision costs, so what counts is the mean over many pairs, with its standard error. The
-parts are also counted inside the supervised run: what of each step's period was not the step, and
-the processor time of the supervisor.
+more than supervision costs, so the mean over many pairs counts, with its standard error. The parts
+are also counted inside the supervised run: what of each step's period was not the step, and the
+processor time of the supervisor.
 """
 
 import argparse
