@@ -47,6 +47,13 @@ class Undone:
     settings: tuple[str, ...] = ()
 
 
+BY_LENGTH = Undone(
+    "micro-batches by length",
+    {
+        f"engine.train.{place}.longest_first": textbook.longest_first
+        for place in ("optimise", "rollout", "step")
+    },
+)
 ALWAYS = [
     Undone(
         "products by oneDNN",
@@ -59,13 +66,7 @@ ALWAYS = [
         "log-probabilities without copies",
         {"engine.train.rollout.token_logprobs": textbook.token_logprobs},
     ),
-    Undone(
-        "micro-batches by length",
-        {
-            "engine.train.optimise.by_length": textbook.by_length,
-            "engine.train.rollout.by_length": textbook.by_length,
-        },
-    ),
+    BY_LENGTH,
     Undone(
         "rows trimmed, logits on answers only",
         {
@@ -88,6 +89,7 @@ ONE_BY_ONE = Undone(
 
 TASKS: dict[str, tuple[list[str], list[list[Undone]]]] = {
     "gae, shared value": ([], [ALWAYS, *([one] for one in ALWAYS), [ON_THE_TRUNK], [FLOAT32]]),
+    "the same in micro-batches of 8": (["ppo.micro_batch_size=8"], [[BY_LENGTH]]),
     "gae, separate value": (["model.value=separate"], [[ONE_BY_ONE]]),
     "rloo, 4 answers a prompt": (["ppo.advantage=rloo"], [[GROUPS_ONCE]]),
 }

@@ -23,9 +23,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
     return whole.gather(2, tokens[:, :, None]).squeeze(2)
 
 
-def by_length(_rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
-    """Micro-batches as the rows come."""
-    return list(rows.split(size)) if len(rows) else []
+def longest_first(_rollout: Rollout, rows: Tensor) -> Tensor:
+    """The rows as they come."""
+    return rows
 
 
 def rollout_forward(

@@ -32,11 +32,11 @@ does anything else. Put to sleep at once, a step on an idle one takes an eighth 
 thousands of short parallel stretches. Ten thousand looks gain a little more there, and make a step
 half as long again beside another busy process."""
 
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 23), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """Has glibc keep the memory that tensors free rather than give it back, only to ask for it again.
 
 Each time, the kernel cleared every page anew: a fifth of a step's processor time on a CPU. Blocks
-over 32 MB do go back: the holes they leave took more memory than clearing takes time."""
+over 8 MB do go back: the holes they leave took more memory than clearing takes time."""
 
 
 class Ranks:

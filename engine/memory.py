@@ -117,7 +117,7 @@ class _Reckoning:
     def _generating(self) -> dict[str, int]:
         policy, rows = self._policy, self._rows
         cache = rows * self._length * 2 * policy.layers * policy.key_value * self._compute
-        # A longer cache is a new tensor beside the old one; grouped heads are spread out to all.
+        # Rows that stay when others end pass through a copy; grouped heads are spread out to all.
         copied = 2 * rows * self._length * self._compute * policy.key_value
         spread = policy.attention if policy.key_value < policy.attention else 0
         copied += 2 * rows * self._length * self._compute * spread

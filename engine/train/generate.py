@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from engine.train.cache import roomy_cache
 from engine.train.data import PromptBatch
 from engine.train.models import AnyModel
 from engine.train.rollout import Report, Rollout, assemble, left_mask
@@ -73,8 +74,8 @@ def generate(
     ended = torch.zeros(count, dtype=torch.bool, device=device)
 
     rows = torch.arange(count, device=device)  # those still being written
-    cache = DynamicCache(config=model.lm.config)
     tokens = batch.ids[::per_prompt]
+    cache = roomy_cache(model.lm.config, tokens.shape[1] + limit)
     attention = left_mask(batch.lengths, tokens.shape[1])
     for t in range(limit):
         mask = attention if t else attention[::per_prompt]
