@@ -9,6 +9,7 @@ from engine.commands import Note
 from engine.session import Session
 from rlhf_tui.screens.dialogs import Ask, Type
 from rlhf_tui.screens.help import Help
+from rlhf_tui.widgets.keys import Keys
 from rlhf_tui.widgets.listing import Table
 
 
@@ -28,6 +29,26 @@ async def test_a_click_on_a_tab_goes_to_its_screen(make_desk, running, until):
     async with running(desk) as pilot:
         await pilot.click("#tabs", offset=(28, 0))
         await until(pilot, lambda: desk.current_mode == "samples")
+
+
+async def test_a_click_is_measured_by_the_tabs_as_they_are_drawn(
+    make_desk, tmp_path, session_maker, running, until
+):
+    session_maker(tmp_path / "s", "a-session-of-a-long-name", 3)
+    desk = make_desk("a-session-of-a-long-name", root=tmp_path / "s")
+    async with running(desk, (80, 24)) as pilot:
+        drawn = desk.screen.query_one("#tabs")._strips[0].text
+        await pilot.click("#tabs", offset=(drawn.index("3"), 0))
+        await until(pilot, lambda: desk.current_mode == "samples")
+
+
+async def test_a_click_needs_a_session_as_the_key_does(make_desk, running, until):
+    desk = make_desk(None)
+    async with running(desk) as pilot:
+        keys = desk.screen.query_one(Keys)
+        await pilot.click("#tabs", offset=(16, 0))
+        await until(pilot, lambda: "open a session first" in keys._notice)
+        assert desk.current_mode == "sessions"
 
 
 @pytest.mark.parametrize("key", ["q", "ctrl+c"])
