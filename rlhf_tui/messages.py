@@ -37,12 +37,13 @@ class Listed(Message):
 
 
 class Started(Message):
-    """A command that starts an engine in the background has ended."""
+    """A command that starts an engine in the background has ended; `said`: its last words."""
 
-    def __init__(self, name: str, problem: str) -> None:
+    def __init__(self, name: str, problem: str, said: str) -> None:
         super().__init__()
         self.name = name
         self.problem = problem
+        self.said = said
 
 
 class Chosen(Message):

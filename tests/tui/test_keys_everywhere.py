@@ -109,7 +109,7 @@ def browser(make_desk, monkeypatch, running, until):
     async def open_browser():
         desk = make_desk(None)
         desk.ran = []
-        monkeypatch.setattr(desk, "_run", lambda arguments: desk.ran.append(arguments) or "")
+        monkeypatch.setattr(desk, "_run", lambda arguments: desk.ran.append(arguments) or ("", ""))
         async with running(desk) as pilot:
             await until(pilot, lambda: desk.screen.query_one(Table).count() >= 1)
             yield desk, pilot
@@ -136,6 +136,23 @@ async def test_sessions_are_started_resumed_forked_and_deleted(browser, keys, wo
             await pilot.press(keys[1])
         await until(pilot, lambda: desk.ran)
         assert desk.ran[0][: len(words)] == words
+
+
+async def test_a_resume_that_had_nothing_to_do_is_told_in_its_own_words(
+    browser, monkeypatch, until
+):
+    async with browser() as (desk, pilot):
+        words = "session 'frozen' has finished its 200 steps"
+        monkeypatch.setattr(desk, "_run", lambda arguments: ("", words))
+        await pilot.press("r")
+        await until(pilot, lambda: desk._notifications)
+        assert [n.message for n in desk._notifications] == [words]
+
+
+def test_the_last_words_of_our_own_command_are_kept(make_desk):
+    problem, said = make_desk()._run(["ls"])
+    assert problem == ""
+    assert "frozen" in said
 
 
 async def test_deleting_asks_and_cancel_has_the_focus(browser, until):

@@ -134,7 +134,7 @@ async def test_branch_and_export_run_our_own_commands(
 ):
     ran = []
     desk = make_desk()
-    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or "")
+    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or ("", ""))
     async with running(desk) as pilot:
         await pilot.press("4")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
