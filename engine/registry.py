@@ -4,6 +4,7 @@ One small file a session under ``$XDG_STATE_HOME/rlhf-tui/live`` (``~/.local/sta
 not set). It is a hint, never the truth: a session's lock says whether it lives.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -56,5 +57,7 @@ def live_sessions() -> list[Session]:
         if session.is_live():
             found.append(session)
         else:
-            entry.unlink(missing_ok=True)
+            # A home that cannot be written keeps a stale entry, and that does no harm.
+            with contextlib.suppress(OSError):
+                entry.unlink()
     return sorted(found, key=lambda s: s.name)

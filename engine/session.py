@@ -190,9 +190,17 @@ def find(root: Path, name: str, elsewhere: Iterable["Session"] = ()) -> Session:
 
     Raises:
         NoSuchSessionError: there is none.
+        SessionError: this user may not look into its folder.
     """
     session = Session(root / check_name(name))
-    if not session.config_file.is_file():
+    try:
+        there = session.config_file.is_file()
+    except OSError as error:
+        raise SessionError(
+            f"cannot look into {session.folder}: {error.strerror}; "
+            "ask who owns it, or give another folder with --sessions"
+        ) from error
+    if not there:
         for other in elsewhere:
             if other.name == name:
                 return other

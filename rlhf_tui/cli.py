@@ -5,10 +5,12 @@ errors into one line and an exit code.
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from engine import __version__
 from engine.errors import RlhfError
@@ -58,6 +60,9 @@ def cli(context: click.Context, root: Path) -> None:
         from rlhf_tui.commands import view  # noqa: PLC0415 - as the others, when it is asked for
 
         view.browse(root)
+    elif context.get_parameter_source("root") is ParameterSource.COMMANDLINE:
+        # The command has the same option of its own, which would look no further than this.
+        os.environ["RLHF_TUI_SESSIONS"] = str(root)
 
 
 def main() -> None:

@@ -18,14 +18,15 @@ from engine.protocol import Phase
 from engine.record import Record
 from engine.session import Session
 from rlhf_tui.glance import SPANS, read_head
-from rlhf_tui.news import Head, News
+from rlhf_tui.news import Head, News, thinned
 
 SHORTEST = 0.3
 """Seconds between two readings: no more than about three pictures a second."""
 IDLE = 1.0
 """Seconds after which it looks again although nothing was heard."""
 RECONNECT = 0.5
-EVENTS_KEPT = 500
+EVENTS_READ = 20_000
+"""Of the newest; a tenth of a second. The many of one kind are thinned out after that."""
 LONG = 10_000
 """Steps from which on curves are shown in outline first: reading them takes longer than a blink."""
 SAMPLES_SHOWN = 16
@@ -173,10 +174,10 @@ class Feed:
         self._head = head
         news: dict[str, Any] = {"reset": reset, "head": head if changed else None}
         news |= self._live_news()
-        events = record.events(last=EVENTS_KEPT, after=self._event)
+        events = record.events(last=EVENTS_READ, after=self._event)
         if events:
             self._event = events[-1]["event"]
-            news["events"] = events
+            news["events"] = thinned(events)
         if events or advanced or any(c["ended"] is None for c in self._commands):
             news |= self._lists(record)
         self._send(News(**news))

@@ -11,7 +11,7 @@ from rlhf_tui.feed import Feed
 from rlhf_tui.messages import Heard
 from rlhf_tui.screens.base import Place
 from rlhf_tui.text import sanitise
-from rlhf_tui.widgets.book import ALWAYS, Book
+from rlhf_tui.widgets.book import ALWAYS, BETA, KL, SCORE, Book
 from rlhf_tui.widgets.field import InOrder
 from rlhf_tui.widgets.keys import Keys
 from rlhf_tui.widgets.view import View
@@ -163,7 +163,7 @@ class Follower(InOrder, inherit_bindings=False):
         for screen in stack:
             if isinstance(screen, Place) and screen.is_mounted:
                 screen.draw(only_now=only_now)
-        if not self._digested and self.book.known and self.book.series(ALWAYS[0]):
+        if not self._digested and can_be_told(self.book):
             self._digested = True
             self._show_digest()
 
@@ -218,6 +218,13 @@ class Follower(InOrder, inherit_bindings=False):
         threading.Thread(
             target=prefs.save, args=(prefs.preferences_file(), self.preferences), daemon=True
         ).start()
+
+
+def can_be_told(book: Book) -> bool:
+    """Whether a digest would find its curves: those of a long run are read one after another."""
+    return bool(book.names) and all(
+        name in book.curves for name in (SCORE, KL, BETA) if name in book.names
+    )
 
 
 def _who() -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 from textual.message import Message
 
+from engine.commands import Command
 from engine.control import Answer
 from rlhf_tui.news import News, Row
 
@@ -20,10 +21,13 @@ class Heard(Message):
 class Answered(Message):
     """A command has come a step further, or could not be sent (`problem`)."""
 
-    def __init__(self, text: str, answer: Answer | None = None, problem: str = "") -> None:
+    def __init__(
+        self, text: str, command: Command, answer: Answer | None = None, problem: str = ""
+    ) -> None:
         super().__init__()
         self.text = text
         """The command, for people."""
+        self.command = command
         self.answer = answer
         self.problem = problem
 
@@ -37,12 +41,13 @@ class Listed(Message):
 
 
 class Started(Message):
-    """A command that starts an engine in the background has ended."""
+    """A command that starts an engine in the background has ended; `said`: its last words."""
 
-    def __init__(self, name: str, problem: str) -> None:
+    def __init__(self, name: str, problem: str, said: str) -> None:
         super().__init__()
         self.name = name
         self.problem = problem
+        self.said = said
 
 
 class Chosen(Message):

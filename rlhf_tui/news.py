@@ -56,3 +56,29 @@ class News:
     def only_now(self) -> bool:
         """Whether it speaks only of what goes on this moment: no curve and no list has changed."""
         return self == News(phases=self.phases, telemetry=self.telemetry, connected=self.connected)
+
+
+REGULAR = ("checkpoint", "command")
+"""Kinds of events that come all the time; commands are also told by themselves, all of them."""
+REGULAR_KEPT, OTHERS_KEPT = 500, 5000
+
+
+def thinned(events: list[Row]) -> list[Row]:
+    """The newest of them: what comes all the time must not push out what stands on the curves.
+
+    Args:
+        events: oldest first.
+
+    Returns:
+        The newest 500 of :data:`REGULAR` kinds and the newest 5000 of others, oldest first.
+    """
+    if len(events) <= REGULAR_KEPT:
+        return events
+    left = {True: REGULAR_KEPT, False: OTHERS_KEPT}
+    kept = []
+    for event in reversed(events):
+        regular = event["kind"] in REGULAR
+        if left[regular]:
+            left[regular] -= 1
+            kept.append(event)
+    return kept[::-1]

@@ -42,7 +42,8 @@ def rm(root: Path, name: str, yes: bool) -> None:
     try:
         used = sum(f.stat().st_size for f in session.folder.rglob("*") if f.is_file())
         question = f"delete session '{name}' and its checkpoints ({fmt.size(used)})?"
-        if is_terminal() and not yes and not click.confirm(question):
+        # Asked wherever the output goes; without a terminal there is nobody to answer.
+        if not yes and os.isatty(0) and not click.confirm(question, err=True):
             return
         shutil.rmtree(session.folder)
     except OSError as error:

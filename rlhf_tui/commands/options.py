@@ -1,5 +1,6 @@
 """Options that several commands share, and what they mean."""
 
+import contextlib
 import getpass
 import json
 import os
@@ -44,13 +45,27 @@ def existing(root: Path, name: str) -> Session:
 
 def who() -> str:
     """Who gives a command: the user, and from where."""
-    parts = [getpass.getuser()]
-    terminal = next((os.ttyname(fd) for fd in (0, 1, 2) if os.isatty(fd)), None)
-    if terminal:
+    parts = [_user()]
+    if terminal := _terminal():
         parts.append(f"on {terminal.removeprefix('/dev/')}")
     if client := os.environ.get("SSH_CLIENT", "").split(" ")[0]:
         parts.append(f"from {client}")
     return " ".join(parts)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have an entry
+        return f"uid-{os.getuid()}"
+
+
+def _terminal() -> str | None:
+    for fd in (0, 1, 2):
+        # In a container the terminal may be a device of the machine around it, without a name.
+        with contextlib.suppress(OSError):
+            return os.ttyname(fd)
+    return None
 
 
 def print_json(value: Any) -> None:

@@ -75,15 +75,23 @@ class CheckpointsScreen(Place):
         return found
 
     def action_roll_back(self) -> None:
-        """In place; a session without an engine is resumed from there."""
+        """In place, or by a resume without an engine; asks where steps are lost."""
         if (found := self._chosen()) is None:
             return
-        session = self.desk.session
-        if session is not None and not session.is_live() and not self.desk.read_only:
-            step = str(found["step"])
-            self.desk.start_engine(["resume", session.name, "--from", step], session.name)
+        session, step = self.desk.session, found["step"]
+        if session is None or session.is_live() or self.desk.read_only:
+            self.desk.roll_back(step)
             return
-        self.desk.roll_back(found["step"])
+        name = session.name
+
+        def resume(reseed: bool) -> None:
+            anew = ["--reseed"] if reseed else []
+            self.desk.start_engine(["resume", name, "--from", str(step), *anew], name)
+
+        if step < self.desk.book.head.step:
+            self.desk.ask_roll_back(step, resume)
+        else:
+            resume(False)
 
     def action_fork(self) -> None:
         """A session of its own from there."""

@@ -3,14 +3,12 @@
 from itertools import zip_longest
 from typing import Any, ClassVar
 
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
-from rlhf_tui.screens.dialogs import Dialog, Said
+from rlhf_tui.screens.told import Told
 from rlhf_tui.widgets.keys import key_name
 from rlhf_tui.widgets.lines import Row, row_width
-from rlhf_tui.widgets.listing import Texts
 
 LEFT_OUT = ("screen.copy_text", "help_quit", "command_palette")
 """Textual's own, which do not work here or stand below the list."""
@@ -19,36 +17,23 @@ WIDE, COLUMN = 100, 48
 WORDS = {"app.focus_next": "next panel", "app.focus_previous": "panel before"}
 
 
-class Help(Dialog):
+class Help(Told):
     """Keys in groups: the widget that has the focus, the screen, everywhere."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("question_mark,q,enter", "cancel", "close", show=False)
+        Binding("question_mark", "cancel", "close", show=False)
     ]
+    HINT = "esc close · ctrl+p all commands by name"
 
     def __init__(self, screen: Screen[Any]) -> None:
         """Of the screen it was asked on, read now: on top of it the bindings are others."""
         super().__init__("Keys")
         self._groups = help_groups(screen)
-        self._lines: list[Row] = []
 
-    def body(self) -> ComposeResult:
-        """The list, in two columns where there is room; it scrolls where it is still longer."""
+    def lines(self) -> list[Row]:
+        """The list, in two columns where there is room."""
         wide = self.app.size.width >= WIDE
-        self._lines = beside(self._groups) if wide else below(self._groups)
-        texts = Texts(id="help")
-        texts.styles.height = len(self._lines)
-        yield texts
-        words = "esc close · ctrl+p all commands by name"
-        if len(self._lines) > self.app.size.height - 6:
-            words = f"↓ ↑ more · {words}"
-        yield Said([[(words, "dim")]])
-
-    def on_mount(self) -> None:
-        """The list scrolls by the usual keys."""
-        texts = self.query_one(Texts)
-        texts.set_body(self._lines)
-        texts.focus()
+        return beside(self._groups) if wide else below(self._groups)
 
 
 Group = list[tuple[str, str]]

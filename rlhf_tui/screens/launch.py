@@ -5,7 +5,8 @@ import subprocess
 import sys
 import threading
 
-from engine.session import find_all
+from engine.errors import RlhfError
+from engine.session import find, find_all
 from rlhf_tui.follow import Follower
 from rlhf_tui.messages import Started
 from rlhf_tui.screens.dialogs import Type
@@ -52,9 +53,9 @@ class Launch(Follower, inherit_bindings=False):
         self.say(f"starting: rlhf-tui {' '.join(arguments)}")
 
         def start() -> None:
-            problem = self._run([*arguments, "--detach"])
+            problem, said = self._run([*arguments, "--detach"])
             new = {s.name for s in find_all(self.root)} - before
-            self.post_message(Started(name or next(iter(sorted(new)), ""), problem))
+            self.post_message(Started(name or next(iter(sorted(new)), ""), problem, said))
 
         threading.Thread(target=start, daemon=True, name="start").start()
         # Worth seeing while its models are still being loaded.
@@ -75,10 +76,20 @@ class Launch(Follower, inherit_bindings=False):
         """An engine has started, or could not."""
         if message.problem:
             self.say(message.problem, "error")
+            return
+        if not self._runs(message.name) and message.said:
+            # It had nothing to do, or is done already: the command knows which.
+            self.say(message.said, "warning")
         elif self.book.name == message.name or self.current_mode != "sessions":
             self.say(f"'{message.name}' runs")
         elif message.name:
             self.open_session(message.name)
+
+    def _runs(self, name: str) -> bool:
+        try:
+            return find(self.root, name).is_live()
+        except RlhfError:
+            return False
 
     def run_command(self, arguments: list[str], done: str) -> None:
         """Another command of ours, in a thread; says how it ended."""
@@ -86,20 +97,21 @@ class Launch(Follower, inherit_bindings=False):
             return
 
         def run() -> None:
-            problem = self._run(arguments)
+            problem, _ = self._run(arguments)
             self.say_later(problem or done, "error" if problem else "information")
 
         threading.Thread(target=run, daemon=True, name=arguments[0]).start()
 
-    def _run(self, arguments: list[str]) -> str:
-        """Runs ``rlhf-tui``; its last line of complaint, empty where it went well."""
+    def _run(self, arguments: list[str]) -> tuple[str, str]:
+        """Runs ``rlhf-tui``; its last line of complaint, empty where it went well, and of words."""
         where = ["--sessions", str(self.root)]
         done = subprocess.run(  # noqa: S603 - ourselves
             [sys.executable, "-m", "rlhf_tui.cli", *arguments, *where],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
             check=False, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip
+        said = (done.stdout.strip().splitlines() or [""])[-1]
         if done.returncode == 0:
-            return ""
+            return "", said
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return lines[-1].removeprefix("rlhf-tui: ")
+        return lines[-1].removeprefix("rlhf-tui: "), said

@@ -1,11 +1,11 @@
 """The operator's commands: keys and dialogs, from any screen, to the engine of the open session."""
 
-import threading
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
 
-from engine.client import Client, new_id
 from engine.commands import (
     Beta,
     Checkpoint,
@@ -22,20 +22,18 @@ from engine.commands import (
     new_values,
 )
 from engine.errors import RlhfError
+from engine.session import Session
 from engine.settings import STEERABLE, Settings
-from rlhf_tui import format as fmt
 from rlhf_tui.follow import Follower
-from rlhf_tui.messages import Answered
+from rlhf_tui.messages import Answered, Heard
 from rlhf_tui.screens.dialogs import Ask, Choice, Type
 from rlhf_tui.screens.picker import Option, Pick
+from rlhf_tui.sender import Ahead, Order, Sender
 from rlhf_tui.widgets.book import value_text
 from rlhf_tui.widgets.lines import Row
-from rlhf_tui.widgets.reading import wrap
 from rlhf_tui.widgets.steering import settings_of
 
 NUDGE = 1.1
-WAIT = 24 * 3600.0
-"""Seconds a terminal waits for a command's end; the engine carries it out without it, too."""
 ACTIONS = (
     "pause", "beta", "nudge", "adaptive", "save", "undo", "change", "stop", "note", "probe",
     "roll_back",
@@ -60,11 +58,18 @@ class Steer(Follower, inherit_bindings=False):
         Binding("S", "stop", "stop"),
     ]
 
+    def take_session(self, session: Session) -> None:
+        """With another session nothing is on its way."""
+        self._ahead = Ahead()
+        super().take_session(session)
+
     # -- one key -------------------------------------------------------------------------------
 
     def action_pause(self) -> None:
         """Hold between two steps, or go on."""
-        if self.book.head.state in ("paused", "pausing"):
+        if not self.can_steer():
+            return
+        if self._ahead.held(self.book.head.state):
             self.command(Unpause(), "go on")
             return
         wait = self.book.boundary_in()
@@ -72,8 +77,8 @@ class Steer(Follower, inherit_bindings=False):
 
     def action_nudge(self, way: int) -> None:
         """Beta a tenth up or down."""
-        beta = self.book.setting("beta")
-        if not self.can_steer() or beta is None:
+        beta = self._ahead.beta(self.book.setting("beta")) if self.can_steer() else None
+        if beta is None:
             return
         new = float(f"{beta * NUDGE**way:.4g}")
         self.command(Beta(value=new), f"beta {value_text(beta)} → {value_text(new)}")
@@ -215,8 +220,15 @@ class Steer(Follower, inherit_bindings=False):
 
     def roll_back(self, step: int) -> None:
         """Asks, then goes back to a checkpoint."""
-        if not self.can_steer():
-            return
+
+        def send(reseed: bool) -> None:
+            self.command(Rollback(step=step, reseed=reseed), f"roll back to {step}")
+
+        if self.can_steer():
+            self.ask_roll_back(step, send)
+
+    def ask_roll_back(self, step: int, go: Callable[[bool], None]) -> None:
+        """Asks whether to go back to a checkpoint; `go` does it, sampling anew if so told."""
         lost = max(self.book.head.step - step, 0)
         rows: list[Row] = [
             [(f"The run goes back to step {step} and on from there, at once.", "")],
@@ -230,11 +242,15 @@ class Steer(Follower, inherit_bindings=False):
 
         def answer(result: str | None) -> None:
             if result in ("back", "reseed"):
-                self.command(Rollback(step=step, reseed=result == "reseed"), f"roll back to {step}")
+                go(result == "reseed")
 
         self.push_screen(Ask(f"Roll back to step {step}?", rows, choices), answer)
 
     # -- sending -------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _sender(self) -> Sender:
+        return Sender(self.who, self.post_message)
 
     def can_steer(self) -> bool:
         """Whether commands reach an engine; says what is missing where not."""
@@ -252,26 +268,22 @@ class Steer(Follower, inherit_bindings=False):
         return False
 
     def command(self, command: Command, text: str) -> None:
-        """Sends a command from a thread of its own, which posts what becomes of it."""
+        """Sends a command after all that were given before it; what becomes of it is posted."""
         if not self.can_steer() or self.session is None:
             return
-        session, who = self.session, self.who
+        self._ahead.sent(command, self.book.head.state)
+        self._sender.send(Order(self.session, command, text))
 
-        def converse() -> None:
-            try:
-                with Client(session, who) as client:
-                    answer = client.send(command, chosen := new_id())
-                    self.post_message(Answered(text, answer))
-                    if not answer.final:
-                        self.post_message(Answered(text, client.wait(chosen, WAIT)))
-            except (RlhfError, OSError) as error:
-                self.post_message(Answered(text, problem=str(error)))
-
-        threading.Thread(target=converse, daemon=True, name="command").start()
+    def on_heard(self, message: Heard) -> None:
+        """What commands did is there to be read."""
+        head = message.news.head
+        if head is not None and self.session and message.folder == str(self.session.folder):
+            self._ahead.read(head.state, head.settings.get("beta"))
 
     def on_answered(self, message: Answered) -> None:
         """Says how a command stands."""
         answer, text = message.answer, message.text
+        self._ahead.answered(message.command, answer, self.book.setting("beta"))
         if answer is None:
             self.say(f"{text}: {message.problem}", "error")
         elif answer.status == "rejected":
@@ -280,22 +292,8 @@ class Steer(Follower, inherit_bindings=False):
             at = f" at step {answer.step}" if answer.step is not None else ""
             self.say(f"{text}: applied{at}")
             if answer.result:
-                self.show_probe(answer.result)
+                from rlhf_tui.screens.told import Probed  # noqa: PLC0415 - keeps the start quick
+
+                self.push_screen(Probed(answer.result))
         else:
             self.say(f"{text}: {answer.status}, {self.when()}")
-
-    def show_probe(self, result: dict[str, Any]) -> None:
-        """Both answers to a probe."""
-        rows: list[Row] = []
-        for name in ("policy", "reference"):
-            found = result.get(name) or {}
-            numbers = f"score {fmt.number(found.get('score'))}  KL {fmt.number(found.get('kl'), 2)}"
-            rows += [[(f"{name}  ", "strong"), (numbers, "dim")]]
-            rows += wrapped(str(found.get("response", "")), min(self.size.width - 12, 90))
-            rows.append([])
-        self.push_screen(Ask("Probe", rows[:-1], [Choice("o", "OK", "ok")]))
-
-
-def wrapped(text: str, width: int) -> list[Row]:
-    """Text in lines of at most `width` characters."""
-    return [[(line, "")] for line in wrap(text, max(width, 20))]

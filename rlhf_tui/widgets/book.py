@@ -8,7 +8,7 @@ from typing import Any
 from engine.control import Telemetry
 from engine.protocol import Phase
 from rlhf_tui.format import number
-from rlhf_tui.news import Head, News
+from rlhf_tui.news import Head, News, thinned
 from rlhf_tui.widgets.series import Series, Smoothed
 
 Row = dict[str, Any]
@@ -21,7 +21,6 @@ ALWAYS = (
     SCORE, KL, CLIP, BETA, LENGTH, STEP_TIME, TOKENS, MEMORY, *(f"time/{p}" for p in PHASES),
 )  # fmt: skip
 """Metrics that every screen may speak of."""
-EVENTS_KEPT = 2000
 RECENT = 10
 """Steps over which `lately` is reckoned, and before and after an intervention."""
 
@@ -96,7 +95,7 @@ class Book:
                 by_attempt.setdefault(attempt, []).append((step, value))
             self.past[name] = [Series(points) for points in by_attempt.values()]
         if news.events:
-            self.events = (self.events + news.events)[-EVENTS_KEPT:]
+            self.events = thinned(self.events + news.events)
             self._markers = None
         for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
             if (value := getattr(news, key)) is not None:

@@ -1,5 +1,6 @@
 """What happened, newest first: interventions, alerts, checkpoints, notes."""
 
+from rlhf_tui import format as fmt
 from rlhf_tui.widgets.book import GLYPHS, TONES, Marker
 from rlhf_tui.widgets.lines import Row, justified
 from rlhf_tui.widgets.panel import Panel, heading
@@ -45,8 +46,8 @@ class Newest(Panel):
             score, kl = s["score"], s["kl"]
             rows.append(
                 [
-                    (f" {score if score is not None else 0:>7.2f}", "strong"),
-                    (f" {kl if kl is not None else 0:>6.1f}" if width >= 60 else "", "dim"),
+                    (f" {fmt.number(score, 2):>7}", "strong"),
+                    (f" {fmt.number(kl, 1):>6}" if width >= 60 else "", "dim"),
                     (f" {s['length']:>3}" if width >= 60 else "", "dim"),
                     ("  " if s["ended"] else " ✂", "warn"),
                     (" ", ""),

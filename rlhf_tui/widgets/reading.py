@@ -1,5 +1,6 @@
 """One answer to be read: prompt, answer, numbers, and token by token."""
 
+import math
 from typing import Any
 
 from rich.cells import cell_len
@@ -13,6 +14,8 @@ from rlhf_tui.widgets.listing import Texts
 VIEWS = ("text", "KL", "log-prob", "advantage", "value")
 HEAT = ("", "heat1", "heat2", "heat3")
 COLD = ("", "cold1", "cold2", "cold3")
+UNDEFINED = "bad"
+"""The tone of what is no finite number."""
 
 
 class Reading(Texts):
@@ -95,15 +98,20 @@ def values_of(arrays: TokenArrays, mode: str) -> list[float]:
 
 
 def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
-    """The answer with each token's number by its colour, and the largest in figures."""
+    """The answer with each token's number by its colour, and the largest in figures.
+
+    What is no finite number stands before the largest: it is what went wrong first.
+    """
     values = values_of(arrays, mode)
     if not values:
         return [[(f"{mode}: not measured in this run", "warn")]]
-    largest = max(map(abs, values)) or 1.0
+    finite = [v for v in values if math.isfinite(v)]
+    largest = max(map(abs, finite), default=0.0) or 1.0
+    ends = [f"{end(finite):.2f}" if finite else "–" for end in (min, max)]
     rows: list[Row] = [
         [
             (f"ANSWER, {mode} of each token  ", "dim"),
-            (f"{min(values):.2f} ", "cold2"), ("… ", "dim"), (f"{max(values):.2f}", "heat2"),
+            (f"{ends[0]} ", "cold2"), ("… ", "dim"), (ends[1], "heat2"),
         ]
     ]  # fmt: skip
     line: list[Piece] = []
@@ -122,23 +130,35 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
                 rows.append(line)
                 line, used = [], 0
     rows += [line, [], [(f"largest {mode}", "dim")]]
-    order = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:12]
+    order = sorted(range(len(values)), key=lambda i: _rank(values[i]))[:12]
     for i in order:
-        share = round(abs(values[i]) / largest * 12)
         rows.append(
             [
                 (f"{i + 1:>4}  ", "dim"),
                 (f"{values[i]:>8.3f} ", "strong"),
-                ("█" * share + " " * (12 - share), "s6" if values[i] >= 0 else "s1"),
+                _bar(values[i], largest),
                 (f" {arrays.tokens[i]!r}", ""),
             ]
         )
     return rows
 
 
+def _rank(value: float) -> float:
+    return -abs(value) if math.isfinite(value) else -math.inf
+
+
+def _bar(value: float, largest: float) -> Piece:
+    if not math.isfinite(value):
+        return "?" * 12, UNDEFINED
+    share = round(abs(value) / largest * 12)
+    return "█" * share + " " * (12 - share), "s6" if value >= 0 else "s1"
+
+
 def heat(value: float, largest: float) -> str:
-    """The tone of a token's number."""
-    strength = min(3, int(4 * abs(value) / largest))
+    """The tone of a token's number; `largest` is that of the finite ones."""
+    if not math.isfinite(value):
+        return UNDEFINED
+    strength = min(3, int(4 * (abs(value) / largest)))
     return (HEAT if value >= 0 else COLD)[strength]
 
 

@@ -13,6 +13,7 @@ class Series:
     """Values by step, steps increasing. Undefined values are left out."""
 
     def __init__(self, points: Iterable[tuple[int, float | None]] = ()) -> None:
+        self._ends_undefined = False
         self.steps = array("q")
         self.values = array("d")
         self._low = array("d")
@@ -26,6 +27,9 @@ class Series:
         """Appends points that lie after all that are there."""
         points = list(points)
         values = [value for _, value in points]
+        if points:
+            newest = values[-1]
+            self._ends_undefined = newest is None or not math.isfinite(newest)
         # What holds for nearly all metrics is quick; a sum tells whether a NaN is among them.
         if None in values or not math.isfinite(sum(values)):  # type: ignore[arg-type]
             points = [p for p in points if p[1] is not None and math.isfinite(p[1])]
@@ -73,8 +77,8 @@ class Series:
 
     @property
     def last(self) -> float | None:
-        """The newest value."""
-        return self.values[-1] if self.values else None
+        """The newest step's value; None where it is undefined: an earlier one is not of now."""
+        return self.values[-1] if self.values and not self._ends_undefined else None
 
 
 class Smoothed(Series):

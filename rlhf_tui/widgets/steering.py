@@ -73,7 +73,9 @@ class Steering(Panel):
         kl = self.book.series(facts.KL).last
         row: list[Piece] = [*_label("next")]
         if now is None or kl is None:
-            return [*row, ("after the first step", "dim")]
+            first = not self.book.head.step
+            words = "after the first step" if first else "unknown: the last step has no KL"
+            return [*row, (words, "dim")]
         if now.controller == "fixed":
             then = next_beta(
                 msgspec.structs.replace(now, controller="adaptive"), kl, self.book.batch_size

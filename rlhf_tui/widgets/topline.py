@@ -41,6 +41,8 @@ class Tabs(Panel):
         super().__init__(book, id="tabs")
         self.here = here
         self.read_only = read_only
+        self._room = 0
+        """Cells that the tabs had when they were drawn."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
@@ -50,7 +52,8 @@ class Tabs(Panel):
             right = [(f"{book.name}  ", "strong"), *state_pieces(book.head.state), (" ", "")]
         if self.read_only:
             right = [("read-only  ", "warn"), *right]
-        return [justified(self._tabs(width - row_width(right)), right, width)]
+        self._room = width - row_width(right)
+        return [justified(self._tabs(self._room), right, width)]
 
     def _tabs(self, width: int) -> Row:
         # Where the names do not fit, that of this screen stands, and the others' keys.
@@ -62,13 +65,13 @@ class Tabs(Panel):
             tabs.append((f" {number}{name} ", "here" if here else "tab"))
         return tabs
 
-    def on_click(self, event: object) -> None:
+    async def on_click(self, event: object) -> None:
         """A click on a name goes there."""
         at, x = 0, getattr(event, "x", 0)
-        for (text, _), (mode, _) in zip(self._tabs(self.size.width), SCREENS, strict=True):
+        for (text, _), (mode, _) in zip(self._tabs(self._room), SCREENS, strict=True):
             at += len(text)
             if x < at:
-                self.app.switch_mode(mode)
+                await self.app.run_action(f"app.go('{mode}')")
                 return
 
 

@@ -31,9 +31,7 @@ class View:
 
         The right end moves in jumps: a picture that shifts with every step would be sent whole.
         """
-        first, full = 1.0, round_end(book.head.step, book.head.total_steps)
-        for curves in self.others.values():
-            full = max([full, *(s.steps[-1] for s in curves.values() if s)])
+        first, full = 1.0, self._whole(book)
         if self.width is None:
             return first, full
         if self.end is not None:
@@ -42,13 +40,18 @@ class View:
         end = math.ceil(max(book.head.step, 1) / jump) * jump
         return max(first, end - self.width), max(end, first + self.width)
 
+    def _whole(self, book: Book) -> float:
+        """The last step of the longest curve that is shown, rounded where it is this run's."""
+        end = round_end(book.head.step, book.head.total_steps)
+        curves = (s for found in self.others.values() for s in found.values() if s)
+        return max([end, *(s.steps[-1] for s in curves)])
+
     def zoom(self, book: Book, factor: float) -> None:
         """Shows fewer (factor below 1) or more steps, around the crosshair or the newest step."""
         first, last = self.window(book)
         newest = max(book.head.step, 1)
         width = max((last - first) * factor, NARROWEST)
-        full = round_end(book.head.step, book.head.total_steps) - 1
-        if width >= full:
+        if width >= self._whole(book) - 1:
             self.width = self.end = None
             return
         self.width = width

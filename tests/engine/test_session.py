@@ -1,6 +1,9 @@
 """A session's folder: its name, who is in it, what state it is in, where it can start."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -231,3 +234,27 @@ def test_a_state_folder_that_cannot_be_written_costs_nothing_but_a_line(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     registry.announce(make_session())
     assert "will not be found" in caplog.text
+
+
+def test_a_session_of_another_user_is_one_line_that_says_so(make_session):
+    made = make_session()
+    made.folder.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:  # whom no mode keeps out
+            os.seteuid(65534)
+        with pytest.raises(SessionError, match=r"cannot look into .*: Permission denied"):
+            session.find(made.folder.parent, made.name)
+    finally:
+        os.seteuid(user)
+        made.folder.chmod(0o700)
+
+
+def test_a_list_that_cannot_be_written_keeps_its_stale_entries(make_session, tmp_path, monkeypatch):
+    def refuse(self, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    registry.announce(make_session())
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert registry.live_sessions() == []

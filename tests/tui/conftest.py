@@ -15,6 +15,7 @@ from engine.journal import Journal
 from engine.protocol import Sample, StepReport, TokenArrays
 from engine.session import Session, create
 from engine.settings import Change, first_settings
+from rlhf_tui import sender
 from rlhf_tui.app import Desk
 from rlhf_tui.screens import steer
 
@@ -267,6 +268,6 @@ def engine(monkeypatch):
                 id=command_id, status="applied", step=201, changes=[change], result=result
             )
 
-    monkeypatch.setattr(steer, "Client", Fake)
+    monkeypatch.setattr(sender, "Client", Fake)
     monkeypatch.setattr(Session, "is_live", lambda self: True)
     return sent

@@ -10,7 +10,9 @@ from engine.journal import Journal
 from engine.protocol import StepReport
 from rlhf_tui import feed as feeds
 from rlhf_tui.feed import Feed
+from rlhf_tui.follow import can_be_told
 from rlhf_tui.glance import Glance
+from rlhf_tui.news import News
 from rlhf_tui.widgets.book import Book
 
 NAMES = ("objective/scores", "objective/kl")
@@ -149,3 +151,28 @@ def test_a_glance_has_the_head_and_the_outlines(session):
 def test_a_glance_at_what_cannot_be_read_is_empty(session):
     session.journal_file.write_bytes(b"no database at all" * 100)
     assert not Glance(session, NAMES).news()
+
+
+def test_many_checkpoints_do_not_push_out_notes_and_alerts(following, session):
+    journal = Journal(session)
+    journal.record_event("note", {"text": "odd", "who": "ana"}, 1)
+    journal.record_event("alert", {"rule": "kl", "text": "high"}, 1)
+    for step in range(2, 700):
+        journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
+    book, _ = following(session)
+    wait(lambda: any(m.step == 699 for m in book.markers()))
+    for step in range(700, 2700):
+        journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
+    journal.close()
+    wait(lambda: any(m.step == 2699 for m in book.markers()))
+    assert {"note", "alert"} <= {m.kind for m in book.markers()}
+
+
+def test_a_digest_waits_for_all_its_curves():
+    book = Book("run")
+    names = ("objective/scores", "objective/kl", "objective/kl_coef")
+    book.take(News(names=[*names, "lr"]))
+    for name in names:
+        assert not can_be_told(book)
+        book.take(News(curves={name: [(1, 1.0)]}))
+    assert can_be_told(book)

@@ -9,6 +9,7 @@ from engine.commands import Note
 from engine.session import Session
 from rlhf_tui.screens.dialogs import Ask, Type
 from rlhf_tui.screens.help import Help
+from rlhf_tui.widgets.keys import Keys
 from rlhf_tui.widgets.listing import Table
 
 
@@ -28,6 +29,26 @@ async def test_a_click_on_a_tab_goes_to_its_screen(make_desk, running, until):
     async with running(desk) as pilot:
         await pilot.click("#tabs", offset=(28, 0))
         await until(pilot, lambda: desk.current_mode == "samples")
+
+
+async def test_a_click_is_measured_by_the_tabs_as_they_are_drawn(
+    make_desk, tmp_path, session_maker, running, until
+):
+    session_maker(tmp_path / "s", "a-session-of-a-long-name", 3)
+    desk = make_desk("a-session-of-a-long-name", root=tmp_path / "s")
+    async with running(desk, (80, 24)) as pilot:
+        drawn = desk.screen.query_one("#tabs")._strips[0].text
+        await pilot.click("#tabs", offset=(drawn.index("3"), 0))
+        await until(pilot, lambda: desk.current_mode == "samples")
+
+
+async def test_a_click_needs_a_session_as_the_key_does(make_desk, running, until):
+    desk = make_desk(None)
+    async with running(desk) as pilot:
+        keys = desk.screen.query_one(Keys)
+        await pilot.click("#tabs", offset=(16, 0))
+        await until(pilot, lambda: "open a session first" in keys._notice)
+        assert desk.current_mode == "sessions"
 
 
 @pytest.mark.parametrize("key", ["q", "ctrl+c"])
@@ -88,7 +109,7 @@ def browser(make_desk, monkeypatch, running, until):
     async def open_browser():
         desk = make_desk(None)
         desk.ran = []
-        monkeypatch.setattr(desk, "_run", lambda arguments: desk.ran.append(arguments) or "")
+        monkeypatch.setattr(desk, "_run", lambda arguments: desk.ran.append(arguments) or ("", ""))
         async with running(desk) as pilot:
             await until(pilot, lambda: desk.screen.query_one(Table).count() >= 1)
             yield desk, pilot
@@ -115,6 +136,23 @@ async def test_sessions_are_started_resumed_forked_and_deleted(browser, keys, wo
             await pilot.press(keys[1])
         await until(pilot, lambda: desk.ran)
         assert desk.ran[0][: len(words)] == words
+
+
+async def test_a_resume_that_had_nothing_to_do_is_told_in_its_own_words(
+    browser, monkeypatch, until
+):
+    async with browser() as (desk, pilot):
+        words = "session 'frozen' has finished its 200 steps"
+        monkeypatch.setattr(desk, "_run", lambda arguments: ("", words))
+        await pilot.press("r")
+        await until(pilot, lambda: desk._notifications)
+        assert [n.message for n in desk._notifications] == [words]
+
+
+def test_the_last_words_of_our_own_command_are_kept(make_desk):
+    problem, said = make_desk()._run(["ls"])
+    assert problem == ""
+    assert "frozen" in said
 
 
 async def test_deleting_asks_and_cancel_has_the_focus(browser, until):

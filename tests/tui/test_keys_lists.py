@@ -125,6 +125,39 @@ async def test_roll_back_asks_and_cancel_has_the_focus(make_desk, engine, runnin
         await until(pilot, lambda: engine == [steer.Rollback(step=150)])
 
 
+async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
+    make_desk, monkeypatch, running, until
+):
+    ran = []
+    desk = make_desk()
+    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or ("", ""))
+    async with running(desk) as pilot:
+        await pilot.press("4")
+        await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
+        await pilot.press("j", "r")
+        await until(pilot, lambda: isinstance(desk.screen, Ask))
+        await pilot.press("enter")
+        await until(pilot, lambda: len(desk.screen_stack) == 1)
+        assert ran == []
+        await pilot.press("r", "n")
+        await until(pilot, lambda: ran)
+        assert ran == [["resume", "frozen", "--from", "150", "--reseed", "--detach"]]
+
+
+async def test_from_the_newest_step_it_goes_on_without_asking(
+    make_desk, monkeypatch, running, until
+):
+    ran = []
+    desk = make_desk()
+    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or ("", ""))
+    async with running(desk) as pilot:
+        await pilot.press("4")
+        await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
+        await pilot.press("r")
+        await until(pilot, lambda: ran)
+        assert ran == [["resume", "frozen", "--from", "200", "--detach"]]
+
+
 @pytest.mark.parametrize(
     ("key", "words"),
     [("f", ["fork", "frozen", "--from", "200"]), ("E", ["export", "frozen", "--policy"])],
@@ -134,7 +167,7 @@ async def test_branch_and_export_run_our_own_commands(
 ):
     ran = []
     desk = make_desk()
-    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or "")
+    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or ("", ""))
     async with running(desk) as pilot:
         await pilot.press("4")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)

@@ -2,10 +2,15 @@
 
 import pytest
 
+from engine.control import Answer
+from rlhf_tui.messages import Answered
 from rlhf_tui.screens import steer
 from rlhf_tui.screens.dialogs import Ask, Type
 from rlhf_tui.screens.picker import Pick
+from rlhf_tui.screens.told import Probed
 from rlhf_tui.widgets.keys import Keys
+from rlhf_tui.widgets.lines import row_width
+from rlhf_tui.widgets.listing import Texts
 
 
 async def test_p_pauses(make_desk, engine, running, until):
@@ -13,6 +18,15 @@ async def test_p_pauses(make_desk, engine, running, until):
     async with running(desk) as pilot:
         await pilot.press("p")
         await until(pilot, lambda: engine == [steer.Pause()])
+
+
+async def test_a_second_p_goes_on_although_the_first_is_not_read_back_yet(
+    make_desk, engine, running, until
+):
+    desk = make_desk()
+    async with running(desk) as pilot:
+        await pilot.press("p", "p", "p")
+        await until(pilot, lambda: engine == [steer.Pause(), steer.Unpause(), steer.Pause()])
 
 
 @pytest.mark.parametrize(
@@ -23,6 +37,13 @@ async def test_brackets_nudge_beta_by_a_tenth(make_desk, engine, key, value, run
     async with running(desk) as pilot:
         await pilot.press(key)
         await until(pilot, lambda: engine == [steer.Beta(value=value)])
+
+
+async def test_nudges_add_up(make_desk, engine, running, until):
+    desk = make_desk()
+    async with running(desk) as pilot:
+        await pilot.press("right_square_bracket", "right_square_bracket")
+        await until(pilot, lambda: engine == [steer.Beta(value=0.088), steer.Beta(value=0.0968)])
 
 
 async def test_b_asks_for_beta_and_shows_old_and_new(make_desk, engine, running, until):
@@ -108,10 +129,29 @@ async def test_x_probes_and_shows_both_answers(make_desk, engine, running, until
         await pilot.press("x")
         await until(pilot, lambda: isinstance(desk.screen, Type))
         await pilot.press(*"hello", "enter")
-        await until(pilot, lambda: isinstance(desk.screen, Ask), "the answers")
-        text = str([p for row in desk.screen.rows for p, _ in row])
+        await until(pilot, lambda: isinstance(desk.screen, Probed), "the answers")
+        text = str([p for row in desk.screen._lines for p, _ in row])
         assert "policy says" in text
         assert "reference says" in text
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+async def test_long_answers_to_a_probe_are_whole_and_scroll(make_desk, size, running, until):
+    desk = make_desk()
+    long = {"response": "word " * 600 + "end", "score": 1.0, "kl": 2.0}
+    result = {"policy": long, "reference": long}
+    answer = Answer(id="1", status="applied", step=201, result=result)
+    async with running(desk, size) as pilot:
+        desk.post_message(Answered("probe", steer.Probe(text="x"), answer))
+        await until(pilot, lambda: len(desk.screen_stack) == 2)
+        await until(pilot, lambda: desk.screen.query_one(Texts).size.height > 0)
+        texts = desk.screen.query_one(Texts)
+        assert desk.screen.query_one(".dialog").region.bottom <= size[1]
+        assert all(row_width(row) <= texts.size.width for row in texts._body)
+        await pilot.press("G")
+        assert "end" in texts.rows(*texts.size)[-1][0][0]
+        await pilot.press("enter")
+        await until(pilot, lambda: len(desk.screen_stack) == 1)
 
 
 @pytest.mark.parametrize(

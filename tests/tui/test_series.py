@@ -38,6 +38,16 @@ def test_undefined_values_are_left_out():
     assert series.at(2) is None
 
 
+def test_the_last_value_is_the_newest_step_s_or_none():
+    series = Series([(1, 1.0), (2, None)])
+    assert series.last is None
+    series.extend([(3, math.nan)])
+    assert series.last is None
+    series.extend([(4, 2.0)])
+    series.extend([])
+    assert series.last == 2.0
+
+
 def test_the_mean_covers_the_steps_that_are_there():
     series = Series([(1, 1.0), (2, 3.0), (5, 9.0)])
     assert series.mean(1, 4) == 2.0

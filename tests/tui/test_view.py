@@ -4,6 +4,7 @@ import pytest
 
 from rlhf_tui.news import Head, News
 from rlhf_tui.widgets.book import Book
+from rlhf_tui.widgets.series import Series
 from rlhf_tui.widgets.view import View, round_end
 
 
@@ -53,6 +54,17 @@ def test_zooming_out_ends_at_the_whole_run(book):
     for _ in range(3):
         view.zoom(book, 2.0)
     assert view.width is None
+
+
+def test_a_longer_run_beside_it_can_be_zoomed_into(book):
+    view = View(others={"longer": {"objective/kl": Series([(1, 1.0), (9000, 2.0)])}})
+    assert view.window(book) == (1, 9000)
+    view.zoom(book, 0.5)
+    first, last = view.window(book)
+    assert last - first < 8999
+    for _ in range(3):
+        view.zoom(book, 2.0)
+    assert view.window(book) == (1, 9000)
 
 
 def test_panning_goes_back_and_forth_and_ends_at_the_run_s_ends(book):

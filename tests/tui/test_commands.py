@@ -1,0 +1,66 @@
+"""What holds for all commands of the shell: the folder, who sits there, who is asked."""
+
+import getpass
+import os
+import pty
+import select
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from rlhf_tui.cli import cli
+from rlhf_tui.commands import options
+
+DEADLINE = 60.0
+
+
+def test_the_folder_of_sessions_may_stand_before_the_command(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_TUI_SESSIONS", str(tmp_path / "none"))
+    result = CliRunner().invoke(cli, ["--sessions", str(root), "ls"])
+    assert result.exit_code == 0
+    assert "frozen" in result.output
+
+
+def test_what_stands_after_the_command_holds_before_that(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_TUI_SESSIONS", "")
+    arguments = ["--sessions", str(tmp_path / "none"), "ls", "--sessions", str(root)]
+    assert "frozen" in CliRunner().invoke(cli, arguments).output
+
+
+@pytest.mark.parametrize("answer", ["n", "y"])
+def test_deleting_asks_whoever_sits_there_wherever_the_output_goes(session_maker, tmp_path, answer):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "rlhf_tui.cli", "rm", "mine", "--sessions"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "s")], stdin=slave, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"TERM": "dumb"},
+    )  # fmt: skip
+    os.close(slave)
+    assert select.select([process.stderr], [], [], DEADLINE)[0], "it did not ask"
+    os.write(master, f"{answer}\n".encode())
+    said, asked = process.communicate(timeout=DEADLINE)
+    os.close(master)
+    assert process.returncode == 0
+    assert b"delete session 'mine'" in asked
+    assert said == b""
+    assert session.folder.exists() == (answer == "n")
+
+
+def test_a_user_without_an_entry_has_a_number(monkeypatch):
+    def unknown():
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr(getpass, "getuser", unknown)
+    assert options.who().startswith(f"uid-{os.getuid()}")
+
+
+def test_a_terminal_without_a_name_is_left_out(monkeypatch):
+    def unknown(fd):
+        raise OSError("no such device")
+
+    monkeypatch.setattr(os, "ttyname", unknown)
+    monkeypatch.setattr(os, "isatty", lambda fd: True)
+    assert " on " not in options.who()

@@ -1,0 +1,61 @@
+"""An answer token by token, and a step whose numbers are undefined."""
+
+import math
+
+import pytest
+
+from engine.protocol import TokenArrays
+from rlhf_tui.news import Head, News
+from rlhf_tui.widgets.book import Book
+from rlhf_tui.widgets.ledger import Newest
+from rlhf_tui.widgets.reading import UNDEFINED, VIEWS, token_rows
+from rlhf_tui.widgets.steering import Steering
+
+
+def arrays_of(*values):
+    return TokenArrays(
+        tokens=[f"t{i}" for i in range(len(values))], token_ids=list(range(len(values))),
+        logprob=list(values), ref_logprob=[-1.0] * len(values), advantage=list(values),
+        value=list(values),
+    )  # fmt: skip
+
+
+def text(rows):
+    return ["".join(piece for piece, _ in row) for row in rows]
+
+
+@pytest.mark.parametrize("mode", VIEWS[1:])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_shown_as_such_before_the_largest(mode, odd):
+    rows = token_rows(arrays_of(-1.0, odd, -4.0), mode, 60)
+    assert ("t1", UNDEFINED) in rows[1]
+    assert [tone for piece, tone in rows[1] if piece in ("t0", "t2")].count(UNDEFINED) == 0
+    first = text(rows)[text(rows).index(f"largest {mode}") + 1]
+    assert str(odd) in first
+    assert "t1" in first
+
+
+def test_an_answer_of_nothing_but_undefined_numbers_can_be_read():
+    assert "– … –" in text(token_rows(arrays_of(math.nan, math.nan), "value", 60))[0]
+
+
+def test_numbers_near_the_largest_there_are_can_be_read():
+    assert token_rows(arrays_of(1e308, 1.0), "value", 60)
+
+
+def test_a_kl_that_is_undefined_is_no_zero():
+    book = Book("run")
+    answer = {"step": 3, "score": None, "kl": None, "length": 2, "ended": True,
+              "prompt": "a", "response": "b"}  # fmt: skip
+    book.take(News(samples=[answer]))
+    row = text(Newest(book).rows(80, 5))[1]
+    assert row.split()[:2] == ["–", "–"]
+
+
+def test_the_kl_of_an_earlier_step_is_not_shown_as_the_last_one_s():
+    settings = {"beta": 0.05, "controller": "adaptive", "target": 6.0}
+    book = Book("run")
+    head = Head("running", 2, 9, settings, "", [], 1, "box")
+    book.take(News(head=head, curves={"objective/kl": [(1, 6.6), (2, None)]}))
+    kl = next(row for row in text(Steering(book).rows(100, 12)) if row.startswith(" KL"))
+    assert kl.split() == ["KL", "–", "target", "6", "nats"]
