@@ -47,6 +47,20 @@ def test_a_metric_that_begins_later_is_null_before(writer):
         assert record.series("unheard of") == []
 
 
+def test_a_step_that_is_written_while_metrics_are_read_is_whole_or_not_there(writer):
+    class Interrupted(Record):
+        def _all(self, *query):
+            rows = super()._all(*query)
+            step = writer.journal.step + 1
+            writer.steps(step, **{f"only_{step}": 1.0})
+            return rows
+
+    with Interrupted(writer.session) as record:
+        for _ in range(3):
+            for row in record.metrics():
+                assert row[f"only_{row['step']}"] == 1.0
+
+
 def test_what_is_not_finite_is_null_everywhere(writer):
     writer.steps(1, nan=math.nan, inf=math.inf)
     odd = writer.sample(2, 0, score=math.inf, kl=math.nan, parts={"reward": -math.inf})
