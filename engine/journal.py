@@ -10,6 +10,8 @@ import os
 import socket
 import sqlite3
 import time
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from engine.errors import JournalError
 from engine.jsonvalues import finite
 from engine.ledger import Ledger
 from engine.protocol import Sample, StepReport
+from engine.record import open_read_only
 from engine.session import Session
 
 NETWORK_FILE_SYSTEMS = {
@@ -215,19 +218,19 @@ class Journal(Ledger):
 
 
 def cut_after(source: Session, target: Session, step: int) -> None:
-    """Copies a session's journal and samples into a new one, up to a step."""
-    for old, new in (
-        (source.journal_file, target.journal_file),
-        (source.samples_file, target.samples_file),
+    """Copies journal and samples into a new session, up to a step. Raises sqlite3.Error."""
+    for old, new, newest, cuts in (
+        (source.journal_file, target.journal_file, len(schema.JOURNAL), _CUT),
+        (source.samples_file, target.samples_file, len(schema.SAMPLES), _CUT_SAMPLES),
     ):
-        reader = sqlite3.connect(f"{old.resolve().as_uri()}?mode=ro", uri=True)
-        writer = sqlite3.connect(new)
-        reader.backup(writer)
-        reader.close()
-        with writer:
-            for query in _CUT if new == target.journal_file else _CUT_SAMPLES:
-                writer.execute(query, {"step": step})
-        writer.close()
+        reader = open_read_only(old, newest)
+        if reader is None:
+            continue
+        with closing(reader), closing(sqlite3.connect(new)) as writer:
+            reader.backup(writer)
+            with writer:
+                for query in cuts:
+                    writer.execute(query, {"step": step})
 
 
 _CUT = (

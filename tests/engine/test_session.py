@@ -1,6 +1,7 @@
 """A session's folder: its name, who is in it, what state it is in, where it can start."""
 
 import json
+import sqlite3
 
 import pytest
 from hypothesis import given, settings
@@ -205,6 +206,40 @@ def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):
 def test_what_is_not_there_is_told_before_anything_is_made(override, says):
     with pytest.raises(ConfigError, match=says):
         check_inputs(configfile.load(starter.FOLDER / "demo.yaml", [override]))
+
+
+def test_a_fork_that_cannot_copy_the_past_leaves_nothing_and_says_why(make_session, write_in):
+    writer = write_in(make_session())
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.steps(*range(1, 50))
+    writer.checkpoint(2)
+    writer.journal.close()
+    with writer.session.samples_file.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 20_000)  # its first page tells nothing of it
+    with pytest.raises(SessionError, match="cannot copy run to child"):
+        fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    assert [f.name for f in writer.session.folder.parent.iterdir()] == ["run"]
+
+
+def test_a_fork_of_an_archive_that_nobody_can_write_in(make_session, write_in, monkeypatch):
+    writer = write_in(make_session())
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    writer.journal.close()
+    # Root may write anywhere: what a read-only folder does to SQLite is made by hand.
+    connect = sqlite3.connect
+
+    def without_writing(database, **options):
+        if "mode=ro" in str(database) and "immutable" not in str(database):
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(database, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", without_writing)
+    child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    with Record(child) as record:
+        assert record.last_step() == 2
 
 
 def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp_path, monkeypatch):
