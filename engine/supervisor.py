@@ -152,7 +152,9 @@ class Supervisor:
     async def _try(self, start: Start) -> int:
         """One start of the ranks; sets `_next` where another one follows."""
         self._attempt = Attempt(start)
-        self._journal.begin_attempt(start.from_step, fresh=start.fresh, origin=start.origin)
+        self._journal.begin_attempt(
+            start.from_step, fresh=start.fresh, reseed=start.reseed, origin=start.origin
+        )
         self._record_given(start)
         self._herald.set_state("starting")
         self._watchman.begin()
@@ -338,11 +340,13 @@ class Supervisor:
         self._attempt.send(
             Begin(
                 attempt=self._journal.attempt,
-                from_step=self._attempt.start.from_step,
-                reseed=self._attempt.start.reseed,
+                from_step=step,
+                reseed=self._journal.reseeded(step),
+                checkpoints=self._journal.timeline(),
                 paused=self._paused,
-                replay=self._journal.settled_after(self._attempt.start.from_step),
-                undoable=self._journal.undoable(self._attempt.start.from_step),
+        step = self._attempt.start.from_step
+                replay=self._journal.settled_after(step),
+                undoable=self._journal.undoable(step),
             )
         )
         for order in self._orders.all():
@@ -367,12 +371,11 @@ class Supervisor:
                     self._herald.set_state("paused" if self._paused else "running")
             case StepReport():
                 self._take_step(message)
-            case CheckpointWritten(step=step, size=size, score=score, kl=kl, removed=removed):
+            case CheckpointWritten(step=step, size=size, score=score, kl=kl):
                 journal.record_checkpoint(step, size, score, kl)
-                journal.remove_checkpoints(removed)
                 self._attempt.send(Confirm(step=step))
-            case CheckpointComplete(step=step):
-                journal.complete_checkpoint(step)
+            case CheckpointComplete(step=step, removed=removed):
+                journal.complete_checkpoint(step, removed)
             case Applied():
                 self._applied(message)
             case Rejected(id=command_id, reason=reason):

@@ -109,12 +109,9 @@ def test_checkpoints_after_a_resume_belong_to_the_past(writer):
         assert [c["step"] for c in record.checkpoints(("complete",))] == [2]
         assert [c["step"] for c in record.checkpoints()] == [2, 4]
     writer.journal.record_checkpoint(4, 1000, math.nan, math.nan)
-    writer.journal.complete_checkpoint(4)
+    writer.journal.complete_checkpoint(4, removed=[2])
     with Record(writer.session) as record:
-        assert [c["attempt"] for c in record.checkpoints(("complete",)) if c["step"] == 4] == [2]
-    writer.journal.remove_checkpoints([2])
-    with Record(writer.session) as record:
-        assert [c["step"] for c in record.checkpoints(("complete",))] == [4]
+        assert [(c["step"], c["attempt"]) for c in record.checkpoints(("complete",))] == [(4, 2)]
 
 
 def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(writer):
