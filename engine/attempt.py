@@ -25,6 +25,8 @@ class Attempt:
         """Why it fails, by the best word there is."""
         self.ended: Ended | None = None
         """That it ended as it should."""
+        self.ready = False
+        """Whether everything was loaded: before that, its ranks have obeyed no order."""
         self._lead: asyncio.StreamWriter | None = None
         self._talking: set[int] = set()
         self._silent = asyncio.Event()

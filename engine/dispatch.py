@@ -27,12 +27,27 @@ MAX_TEXT = 10_000
 
 
 def check_now(
-    command: AnyCommand, state: str, settings: dict[str, Any], session: Session, *, paused: bool
+    command: AnyCommand,
+    state: str,
+    settings: dict[str, Any],
+    session: Session,
+    *,
+    paused: bool,
+    batch: int = 0,
 ) -> None:
     """What can be told without asking a rank.
 
+    Args:
+        command: the command.
+        state: the session's.
+        settings: in force.
+        session: whose checkpoints there are to go back to.
+        paused: whether the run is.
+        batch: `rollout.batch_size` of the engine that is asked; a changed horizon is held to it.
+
     Raises:
         CommandRejectedError: says what is wrong with it, or with the moment.
+        JournalError: the session cannot be read.
     """
     if isinstance(command, Note | Probe) and not 0 < len(command.text.strip()) <= MAX_TEXT:
         raise CommandRejectedError(f"the text must have 1 to {MAX_TEXT} characters")
@@ -52,16 +67,16 @@ def check_now(
             raise CommandRejectedError("the run is not paused")
         case Beta() | Control() | Set():
             values = new_values(command, msgspec.convert(settings, Settings, strict=False))
-            _check_horizon(settings | values, session)
+            _check_horizon(settings | values, batch)
         case Rollback(step=step):
             _check_rollback(step, session)
         case _:
             return
 
 
-def _check_horizon(settings: dict[str, Any], session: Session) -> None:
+def _check_horizon(settings: dict[str, Any], batch: int) -> None:
     """As the configuration is held to it: one step may not take beta to zero or below."""
-    least = 0.2 * session.config().rollout.batch_size
+    least = 0.2 * batch
     if settings["controller"] == "adaptive" and settings["horizon"] <= least:
         raise CommandRejectedError(
             f"horizon ({settings['horizon']:g}) must exceed {least:g}, a fifth of the batch"

@@ -10,6 +10,8 @@ import os
 import socket
 import sqlite3
 import time
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from engine.errors import JournalError
 from engine.jsonvalues import finite
 from engine.ledger import Ledger
 from engine.protocol import Sample, StepReport
+from engine.record import open_read_only
 from engine.session import Session
 
 NETWORK_FILE_SYSTEMS = {
@@ -60,7 +63,12 @@ class Journal(Ledger):
     # -- attempts and their timeline ---------------------------------------------------------
 
     def begin_attempt(
-        self, from_step: int, *, fresh: bool, origin: dict[str, Any] | None = None
+        self,
+        from_step: int,
+        *,
+        fresh: bool,
+        reseed: bool = False,
+        origin: dict[str, Any] | None = None,
     ) -> int:
         """A new attempt that goes on from a step; what was written after it leaves the timeline.
 
@@ -68,6 +76,7 @@ class Journal(Ledger):
             from_step: the checkpoint's step, 0 for the start.
             fresh: settings changed after that step are forgotten too (--from, fork, roll back);
                 else they will be applied again (a resume).
+            reseed: it samples anew; so does any that goes on from the same step after it.
             origin: of a fork, where it comes from.
 
         Returns:
@@ -85,6 +94,8 @@ class Journal(Ledger):
         with self._db:
             self._supersede(from_step, fresh)
             self.attempt += 1
+            if reseed:
+                self._set_meta({"reseed": [from_step, self.attempt]})
             self._db.execute(
                 "INSERT INTO attempts VALUES (?, ?, ?, ?, NULL, ?, ?, ?)",
                 (self.attempt, from_step, fresh, time.time(), os.getpid(), socket.gethostname(),
@@ -107,12 +118,29 @@ class Journal(Ledger):
         )
         self._db.execute("DELETE FROM metrics WHERE step > ?", after)
         self._db.execute("DELETE FROM steps WHERE step > ?", after)
+        # One that is only written may be whole on the disk, or become so: nobody goes on from it.
         self._db.execute(
-            "UPDATE checkpoints SET status = 'superseded' WHERE step > ? AND status = 'complete'",
+            "UPDATE checkpoints SET status = iif(status = 'written', 'abandoned', 'superseded') "
+            "WHERE step > ? AND status IN ('complete', 'written')",
             after,
+        )
+        self._db.execute(
+            "DELETE FROM meta WHERE key = 'reseed' AND (? OR json_extract(value, '$[0]') > ?)",
+            (fresh, from_step),
         )
         if fresh:
             self._db.execute("UPDATE commands SET live = 0 WHERE applied_step > ?", after)
+
+    def reseeded(self, step: int) -> int:
+        """The attempt that was to sample anew from this very step on; 0 where none was."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'reseed'").fetchone()
+        at, attempt = json.loads(row[0]) if row else (0, 0)
+        return int(attempt) if at == step else 0
+
+    def timeline(self) -> list[int]:
+        """Steps whose checkpoints are of the current timeline."""
+        query = "SELECT step FROM checkpoints WHERE status IN ('complete', 'written') ORDER BY step"
+        return [row[0] for row in self._db.execute(query)]
 
     # -- what an attempt writes ---------------------------------------------------------------
 
@@ -178,8 +206,8 @@ class Journal(Ledger):
             )
         self._db.execute("PRAGMA synchronous = NORMAL")
 
-    def complete_checkpoint(self, step: int) -> None:
-        """Its COMPLETE is written: it can be resumed from."""
+    def complete_checkpoint(self, step: int, removed: Iterable[int] = ()) -> None:
+        """Its COMPLETE is written: it can be resumed from, and older ones make way for it."""
         with self._db:
             self._db.execute(
                 "UPDATE checkpoints SET status = 'replaced' WHERE step = ? AND attempt <> ?",
@@ -190,14 +218,10 @@ class Journal(Ledger):
                 "RETURNING size, score, kl",
                 (step, self.attempt),
             ).fetchone()
-            self._event("checkpoint", {"size": size, "score": score, "kl": kl}, step)
-
-    def remove_checkpoints(self, steps: list[int]) -> None:
-        """They made way for newer ones."""
-        with self._db:
             self._db.executemany(
-                "UPDATE checkpoints SET status = 'removed' WHERE step = ?", [(s,) for s in steps]
+                "UPDATE checkpoints SET status = 'removed' WHERE step = ?", [(s,) for s in removed]
             )
+            self._event("checkpoint", {"size": size, "score": score, "kl": kl}, step)
 
     # -- inside a transaction -----------------------------------------------------------------
 
@@ -215,19 +239,19 @@ class Journal(Ledger):
 
 
 def cut_after(source: Session, target: Session, step: int) -> None:
-    """Copies a session's journal and samples into a new one, up to a step."""
-    for old, new in (
-        (source.journal_file, target.journal_file),
-        (source.samples_file, target.samples_file),
+    """Copies journal and samples into a new session, up to a step. Raises sqlite3.Error."""
+    for old, new, newest, cuts in (
+        (source.journal_file, target.journal_file, len(schema.JOURNAL), _CUT),
+        (source.samples_file, target.samples_file, len(schema.SAMPLES), _CUT_SAMPLES),
     ):
-        reader = sqlite3.connect(f"{old.resolve().as_uri()}?mode=ro", uri=True)
-        writer = sqlite3.connect(new)
-        reader.backup(writer)
-        reader.close()
-        with writer:
-            for query in _CUT if new == target.journal_file else _CUT_SAMPLES:
-                writer.execute(query, {"step": step})
-        writer.close()
+        reader = open_read_only(old, newest)
+        if reader is None:
+            continue
+        with closing(reader), closing(sqlite3.connect(new)) as writer:
+            reader.backup(writer)
+            with writer:
+                for query in cuts:
+                    writer.execute(query, {"step": step})
 
 
 _CUT = (
@@ -238,6 +262,7 @@ _CUT = (
     "DELETE FROM events WHERE step > :step OR (kind = 'command' AND json_extract(data, '$.id') IN "
     "(SELECT id FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step))",
     "DELETE FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step",
+    "DELETE FROM meta WHERE key = 'reseed'",
     "DELETE FROM checkpoints WHERE step <> :step",
     "UPDATE checkpoints SET status = 'complete'",
 )

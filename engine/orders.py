@@ -53,7 +53,7 @@ class Orders:
         self._server.tell(self._journal.answer(command_id))
 
     def attempt_failed(self) -> None:
-        """An attempt failed; the order it was at, the first, may be why.
+        """An attempt failed that had been ready; the order it was at, the first, may be why.
 
         A single command that no rank survives would take every restart that is left. To stop and to
         pause are kept: a run must not go on for having failed.

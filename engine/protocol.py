@@ -141,14 +141,14 @@ class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
     """Bytes."""
     score: float
     kl: float
-    removed: list[int] = []
-    """Steps of older checkpoints that make way for it."""
 
 
 class CheckpointComplete(Message, frozen=True, tag="checkpoint_complete"):
     """COMPLETE is written."""
 
     step: int
+    removed: list[int] = []
+    """Steps of older checkpoints that now make way for it: their folders go next."""
 
 
 class Applied(Message, frozen=True, tag="applied"):
@@ -206,7 +206,10 @@ class Begin(Message, frozen=True, tag="begin"):
     attempt: int
     from_step: int
     """0: from the configuration's models; else from that step's checkpoint."""
-    reseed: bool = False
+    reseed: int = 0
+    """The attempt that was to sample anew from there: part of the seed; 0: no attempt was."""
+    checkpoints: list[int] = []
+    """Steps of this timeline's checkpoints: of these, older ones make way for new ones."""
     paused: bool = False
     """Hold before the first step: the run was paused when its ranks died."""
     replay: list["Settled"] = []

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 SAMPLE_ORDERS = ("step", "score", "kl", "length")
 SINCE = """
-SELECT metrics.name, step, value FROM names CROSS JOIN metrics
+SELECT names.name, step, value FROM names CROSS JOIN metrics
 WHERE metrics.name = names.id AND step >= ?
 """
 """One range of the index for each metric: the index begins with the name, so without the names in
@@ -65,8 +65,8 @@ class Record:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._db = _read_only(session.journal_file, len(schema.JOURNAL))
-        self._samples = _read_only(session.samples_file, len(schema.SAMPLES))
+        self._db = open_read_only(session.journal_file, len(schema.JOURNAL))
+        self._samples = open_read_only(session.samples_file, len(schema.SAMPLES))
 
     def __enter__(self) -> "Record":
         return self
@@ -157,16 +157,16 @@ class Record:
 
     def metrics(self, last: int | None = None) -> list[Row]:
         """One row a step of the current timeline, every metric, None where undefined."""
-        names = dict(self._all(self._db, "SELECT id, name FROM names"))
-        steps = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
+        query = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
+        steps = self._all(self._db, query, (_limit(last),))
+        names = dict.fromkeys(self.metric_names())  # after the steps: theirs are among them
         rows: dict[int, Row] = {}
-        for step, attempt, time in reversed(self._all(self._db, steps, (_limit(last),))):
-            rows[step] = {"step": step, "attempt": attempt, "time": time}
-            rows[step] |= dict.fromkeys(names.values())
+        for step, attempt, time in reversed(steps):
+            rows[step] = {"step": step, "attempt": attempt, "time": time} | names
         first = next(iter(rows), 0)
         for name, step, value in self._all(self._db, SINCE, (first,)):
             if step in rows:
-                rows[step][names[name]] = value
+                rows[step][name] = value
         return list(rows.values())
 
     def samples(self, last: int | None = None) -> list[Row]:
@@ -282,7 +282,7 @@ def _limit(last: int | None) -> int:
     return -1 if last is None else last
 
 
-def _read_only(path: Path, newest: int) -> sqlite3.Connection | None:
+def open_read_only(path: Path, newest: int) -> sqlite3.Connection | None:
     """Opens a database for reading; None where there is none, or none is finished yet."""
     if not path.is_file():
         return None

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 
 from engine import configfile
 from engine.config import RunConfig
-from engine.errors import ConfigError, NoSuchSessionError, SessionError
+from engine.errors import ConfigError, JournalError, NoSuchSessionError, SessionError
 from engine.journal import cut_after
 from engine.record import Record
 from engine.session import Session, check_name, create
@@ -100,7 +101,7 @@ def fork(
     child = create(session.folder.parent, name, new)
     try:
         _copy_past(session, child, from_step)
-    except OSError as error:
+    except (OSError, sqlite3.Error, JournalError) as error:
         shutil.rmtree(child.folder, ignore_errors=True)
         raise SessionError(f"cannot copy {session.name} to {name}: {error}") from error
     changes = _settings_in(overrides, new, _settings_now(session, old))

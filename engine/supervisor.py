@@ -17,7 +17,7 @@ from engine.commands import Checkpoint, Pause, Rollback, Stop, Undo, Unpause, na
 from engine.config import RunConfig
 from engine.control import Answer, Request, Status, Wake
 from engine.dispatch import check_now
-from engine.errors import CommandRejectedError, LinkError, SessionError, UserInputError
+from engine.errors import LinkError, RlhfError, SessionError, UserInputError
 from engine.guardrails import Alert, Guardrails
 from engine.herald import Herald, Observer
 from engine.journal import Journal
@@ -41,7 +41,7 @@ from engine.protocol import (
     StepReport,
 )
 from engine.server import Server, receive
-from engine.session import Session
+from engine.session import ENDED_STATES, Session
 from engine.settings import first_settings
 from engine.start import Start, last_checkpoint
 from engine.telemetry import busy_gpus
@@ -152,12 +152,16 @@ class Supervisor:
     async def _try(self, start: Start) -> int:
         """One start of the ranks; sets `_next` where another one follows."""
         self._attempt = Attempt(start)
-        self._journal.begin_attempt(start.from_step, fresh=start.fresh, origin=start.origin)
+        self._journal.begin_attempt(
+            start.from_step, fresh=start.fresh, reseed=start.reseed, origin=start.origin
+        )
         self._record_given(start)
         self._herald.set_state("starting")
         self._watchman.begin()
         self._await_machines(start.from_step)
         await self._ranks.start()
+        if self._stop_now or self._next is not None:  # ordered before there was anything to end
+            self._ranks.kill()
         status = await self._ranks.wait()
         await self._attempt.silence()
         if self._next is not None:  # rolled back
@@ -209,7 +213,8 @@ class Supervisor:
             self._herald.set_state("failed", failure.text)
             return 2 if failure.user_input and not self._began else 1
         self._restarts += 1
-        self._orders.attempt_failed()
+        if attempt.ready:
+            self._orders.attempt_failed()
         self._next = Start(from_step=last_checkpoint(self._session))
         limit = self._config.launch.max_restarts
         log.error("%s; restart %d of %d", failure.text, self._restarts, limit)
@@ -226,11 +231,13 @@ class Supervisor:
             request.id, name_of(command), configfile.as_mapping(command), who
         ):
             return self._journal.answer(request.id)
+        state = "stopping" if self._stop_now else self._herald.state
+        batch = self._config.rollout.batch_size
         try:
             check_now(
-                command, self._herald.state, self._settings, self._session, paused=self._paused
+                command, state, self._settings, self._session, paused=self._paused, batch=batch
             )
-        except CommandRejectedError as error:
+        except RlhfError as error:
             self._journal.reject_command(request.id, str(error))
             self._server.wake()
             return self._journal.answer(request.id)
@@ -261,6 +268,7 @@ class Supervisor:
 
     def _end_now(self, command_id: str) -> None:
         self._stopping = self._stop_now = True
+        self._next = None  # nor does a roll back under way begin
         self._journal.apply_command(command_id, self._journal.step + 1, [])
         self._ranks.kill()
 
@@ -335,14 +343,16 @@ class Supervisor:
 
     def _brief(self) -> None:
         """Tells rank 0 where to start, and what was ordered and not yet carried out."""
+        step = self._attempt.start.from_step
         self._attempt.send(
             Begin(
                 attempt=self._journal.attempt,
-                from_step=self._attempt.start.from_step,
-                reseed=self._attempt.start.reseed,
+                from_step=step,
+                reseed=self._journal.reseeded(step),
+                checkpoints=self._journal.timeline(),
                 paused=self._paused,
-                replay=self._journal.settled_after(self._attempt.start.from_step),
-                undoable=self._journal.undoable(self._attempt.start.from_step),
+                replay=self._journal.settled_after(step),
+                undoable=self._journal.undoable(step),
             )
         )
         for order in self._orders.all():
@@ -360,19 +370,15 @@ class Supervisor:
                 journal.set_meta(settings=settings)
                 self._settings = settings
                 self._pace.restart()
-                self._began = True
-                if self._stopping:  # its rank died before it had stopped
-                    self._herald.set_state("stopping")
-                else:
-                    self._herald.set_state("paused" if self._paused else "running")
+                self._began = self._attempt.ready = True
+                self._show_state()
             case StepReport():
                 self._take_step(message)
-            case CheckpointWritten(step=step, size=size, score=score, kl=kl, removed=removed):
+            case CheckpointWritten(step=step, size=size, score=score, kl=kl):
                 journal.record_checkpoint(step, size, score, kl)
-                journal.remove_checkpoints(removed)
                 self._attempt.send(Confirm(step=step))
-            case CheckpointComplete(step=step):
-                journal.complete_checkpoint(step)
+            case CheckpointComplete(step=step, removed=removed):
+                journal.complete_checkpoint(step, removed)
             case Applied():
                 self._applied(message)
             case Rejected(id=command_id, reason=reason):
@@ -409,16 +415,18 @@ class Supervisor:
         command = self._orders.carried_out(message.id)
         self._journal.apply_command(message.id, message.step, message.changes, message.result)
         self._settings = self._settings | {c.key: c.new for c in message.changes}
-        if isinstance(command, Pause):
-            self._paused = True
-            self._herald.set_state("paused")
-        elif isinstance(command, Unpause):
-            self._paused = False
+        if isinstance(command, Pause | Unpause):
+            self._paused = isinstance(command, Pause)
             self._pace.restart()
-            self._herald.set_state("running")
+            self._show_state()
         elif isinstance(command, Undo) or message.changes:
             self._journal.set_meta(settings=self._settings)
         self._server.tell(self._journal.answer(message.id))
+
+    def _show_state(self) -> None:
+        going = "paused" if self._paused else "running"
+        # One that is to stop does, though its rank died or paused on the way.
+        self._herald.set_state("stopping" if self._stopping else going)
 
     # -- what deserves attention -------------------------------------------------------------------
 
@@ -444,6 +452,6 @@ class Supervisor:
     def _on_alert(self, alert: Alert) -> None:
         self._herald.alert(alert)
         acts = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
-        if alert.action in acts and self._herald.state in ("running", "starting"):
+        if alert.action in acts and self._herald.state not in ("stopping", *ENDED_STATES):
             request = Request(id=new_id(), command=acts[alert.action])  # type: ignore[arg-type]
             self.answer(request, f"guard rail {alert.rule}")

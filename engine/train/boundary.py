@@ -67,7 +67,7 @@ class Boundary:
         self._link = link
         self._replay = begin.replay
         self._undoable = list(begin.undoable)
-        self.keeper = Keeper(session.checkpoints, run, link, begin.from_step)
+        self.keeper = Keeper(session.checkpoints, run, link, begin)
         """Of the checkpoints."""
         self._paused = begin.paused
         self._stops: list[str] = []

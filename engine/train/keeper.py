@@ -1,5 +1,6 @@
 """A run's checkpoints: when one is due, what the run waits for, and which older ones make way."""
 
+import contextlib
 import logging
 import math
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import CheckpointError, RlhfError
-from engine.protocol import CheckpointComplete, CheckpointWritten, Notice
+from engine.protocol import Begin, CheckpointComplete, CheckpointWritten, Notice
 from engine.train import checkpoint
 from engine.train.checkpoint import TrainingState
 from engine.train.link import Link
@@ -36,21 +37,23 @@ def mind(state: TrainingState) -> bytes:
 class Keeper:
     """Saves beside the training, one checkpoint at a time."""
 
-    def __init__(self, folder: Path, run: Run, link: Link, from_step: int) -> None:
+    def __init__(self, folder: Path, run: Run, link: Link, begin: Begin) -> None:
         """Saves nothing yet.
 
         Args:
             folder: of the checkpoints.
             run: what is saved.
             link: to the supervisor, which must confirm each.
-            from_step: the step whose checkpoint the run goes on from; 0: none.
+            begin: whose checkpoint the run goes on from, and which others are of its timeline.
         """
         self._folder = folder
         self._run = run
         self._link = link
         self._saver = Saver(folder, run.team.checkpoint_group, conclude=self._conclude)
-        self._saved = from_step
+        self._saved = begin.from_step
         """The step whose checkpoint was begun last."""
+        self._timeline = set(begin.checkpoints)
+        """Steps of this timeline's checkpoints, those that made way included."""
         self._score = self._kl = math.nan
         self._seconds = 0.0
 
@@ -127,28 +130,42 @@ class Keeper:
         if isinstance(outcome, CheckpointError):
             self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
             return
-        removable = self._removable(step, outcome.score)
         self._link.send(
-            CheckpointWritten(
-                step=step, size=outcome.size, score=outcome.score, kl=outcome.kl, removed=removable
-            )
+            CheckpointWritten(step=step, size=outcome.size, score=outcome.score, kl=outcome.kl)
         )
         self._link.confirm(step)
         checkpoint.complete(outcome.folder)
-        self._link.send(CheckpointComplete(step=step))
+        removable = self._removable(step, outcome.score)
+        # Told first: an end between the two leaves a folder too many, not one too few.
+        self._link.send(CheckpointComplete(step=step, removed=removable))
         for other in removable:
-            checkpoint.remove(checkpoint.folder_of(self._folder, other))
+            self._remove(other, step)
         log.info(
             "checkpoint of step %d: %.1f MB in %.1f s", step, outcome.size / 1e6, outcome.seconds
         )
 
     def _removable(self, now: int, score: float) -> list[int]:
-        """Older checkpoints that make way for the one just written."""
-        train = self._run.config.train
-        found = checkpoint.completed(self._folder)
-        scores = {s: checkpoint.read_score(f) for s, f in found.items() if s < now}
-        scores[now] = score
+        """Older checkpoints that make way for the one just written.
+
+        Of this timeline alone: those of one that was left take no places, and stay until one of
+        the same step replaces them, since somebody may have saved them by hand. So does one that
+        cannot be read.
+        """
+        train, scores = self._run.config.train, {now: score}
+        for step, folder in checkpoint.completed(self._folder).items():
+            if step in self._timeline and step < now:
+                with contextlib.suppress(CheckpointError):
+                    scores[step] = checkpoint.read_score(folder)
+        self._timeline.add(now)
         return checkpoint.to_remove(scores, train.keep_last, train.keep_best)
+
+    def _remove(self, step: int, now: int) -> None:
+        """Makes room; what cannot be removed costs nothing but its room, and the run goes on."""
+        try:
+            checkpoint.remove(checkpoint.folder_of(self._folder, step))
+        except OSError as error:
+            text = f"look here: the old checkpoint of step {step} cannot be removed: {error}"
+            self._link.send(Notice(step=now, rule="checkpoint", text=text))
 
     def close(self) -> None:
         """Lets a save in flight finish when a step has failed: a resume can go on from it."""

@@ -91,7 +91,7 @@ def load_run(
 
     _recognise(state, config, policy, reference, threads)
     if begin.reseed:
-        state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.attempt)
+        state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
 
     ending = Ending(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
     run = Run(

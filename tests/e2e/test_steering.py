@@ -1,5 +1,7 @@
 """Commands: where they take effect, what is said about them, and that a pause changes nothing."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -237,3 +239,32 @@ def test_a_roll_back_goes_on_from_the_checkpoint_in_place(lab, whole, wait_until
     assert run.numbers() == whole.numbers()
     with run.record() as record:
         assert [a["from_step"] for a in record.attempts()] == [0, 2]
+
+
+def test_a_roll_back_that_samples_anew_does_so_after_a_crash_before_the_next_save(lab, wait_until):
+    def third_step(attempt):
+        def there():
+            with run.record() as record:
+                return [row for row in record.metrics() if row["step"] == 3]
+
+        (row,) = wait_until(
+            lambda: [r for r in there() if r["attempt"] == attempt], f"step 3 of {attempt}"
+        )
+        return row["objective/scores"], row["objective/kl"]
+
+    run = lab.run("anew", "train.save_every=2")
+    run.hold(4)
+    try:
+        run.start()
+        run.wait_at(4)
+        run.wait_saved(2)
+        first = third_step(1)
+        run.hold(4)
+        assert run.order("rollback", "2", "--reseed")["status"] == "applied"
+        run.wait_at(4)
+        anew = third_step(2)
+        assert anew != first
+        os.kill(run.rank().pid, signal.SIGKILL)
+        assert third_step(3) == anew
+    finally:
+        run.end()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,31 @@ def test_a_checkpoint_of_a_timeline_that_was_left_is_no_place_to_go_on_from(writ
         check_now(Rollback(step=4), "running", {}, writer.session, paused=False)
 
 
+def test_nor_is_one_that_was_whole_before_the_journal_heard_of_it(writer):
+    writer.checkpoint(2)
+    writer.journal.record_checkpoint(4, 1000, 0.5, 1.5)
+    (writer.session.checkpoints / "step-000004").mkdir()
+    (writer.session.checkpoints / "step-000004" / "COMPLETE").touch()
+    assert last_checkpoint(writer.session) == 4
+    writer.journal.begin_attempt(2, fresh=True)
+    assert last_checkpoint(writer.session) == 2
+
+
+def test_who_is_to_sample_anew_does_so_until_a_checkpoint_knows_of_it(writer):
+    journal = writer.journal
+    journal.begin_attempt(4, fresh=True, reseed=True)
+    anew = journal.attempt
+    journal.begin_attempt(4, fresh=False)  # it crashed before the next save
+    assert journal.reseeded(4) == anew
+    journal.begin_attempt(8, fresh=False)
+    assert (journal.reseeded(8), journal.reseeded(4)) == (0, anew)
+    journal.begin_attempt(2, fresh=False)  # what was saved at 4 is gone, and with it the wish
+    assert journal.reseeded(4) == 0
+    journal.begin_attempt(4, fresh=True, reseed=True)
+    journal.begin_attempt(4, fresh=True)
+    assert journal.reseeded(4) == 0
+
+
 def test_overrides_that_are_settings_are_changes_from_the_next_step_on(writer):
     start = resume(
         writer.session,
@@ -183,6 +209,40 @@ def test_a_fork_that_is_refused_leaves_nothing(writer):
         with pytest.raises(error):
             fork(writer.session, name, from_step=step, overrides=overrides, **given)
     assert [f.name for f in root.iterdir()] == ["run"]
+
+
+def test_a_fork_that_cannot_copy_the_past_leaves_nothing_and_says_why(make_session, write_in):
+    writer = write_in(make_session())
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.steps(*range(1, 50))
+    writer.checkpoint(2)
+    writer.journal.close()
+    with writer.session.samples_file.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 20_000)  # its first page tells nothing of it
+    with pytest.raises(SessionError, match="cannot copy run to child"):
+        fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    assert [f.name for f in writer.session.folder.parent.iterdir()] == ["run"]
+
+
+def test_a_fork_of_an_archive_that_nobody_can_write_in(make_session, write_in, monkeypatch):
+    writer = write_in(make_session())
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    writer.journal.close()
+    # Root may write anywhere: what a read-only folder does to SQLite is made by hand.
+    connect = sqlite3.connect
+
+    def without_writing(database, **options):
+        if "mode=ro" in str(database) and "immutable" not in str(database):
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(database, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", without_writing)
+    child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    with Record(child) as record:
+        assert record.last_step() == 2
 
 
 def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):

@@ -1,5 +1,6 @@
 """A save beside the training: what a boundary waits for, and what it does not."""
 
+import shutil
 import socket
 import threading
 import time
@@ -155,7 +156,54 @@ def test_older_ones_make_way_for_each(trained):
     boundary.after(3, dict(METRICS), 0.1)
     assert boundary.keeper.save() is None
     assert [*checkpoint.completed(session.checkpoints)] == [3]
-    assert [m.removed for m in supervisor.of(CheckpointWritten)] == [[], [1], [2]]
+    assert [m.removed for m in supervisor.of(CheckpointComplete)] == [[], [1], [2]]
+
+
+def test_those_of_a_timeline_that_was_left_take_no_places_and_stay(trained):
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    run.config = replace(run.config, train=replace(run.config.train, keep_last=2))
+    assert boundary.keeper.save() is None
+    own, left = (checkpoint.folder_of(session.checkpoints, step) for step in (1, 2))
+    shutil.copytree(own, left)
+    boundary.after(3, dict(METRICS), 0.1)
+    assert boundary.keeper.save() is None
+    assert [*checkpoint.completed(session.checkpoints)] == [1, 2, 3]
+
+
+def test_those_that_an_earlier_attempt_of_the_timeline_saved_make_way(trained):
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.keeper.save() is None
+    begin = Begin(attempt=2, from_step=1, checkpoints=[1])
+    later = Boundary(session, run, begin, boundary._link)
+    later.after(2, dict(METRICS), 0.1)
+    assert later.keeper.save() is None
+    assert [*checkpoint.completed(session.checkpoints)] == [2]
+
+
+def test_an_old_one_that_cannot_be_read_is_left_alone_and_the_run_goes_on(trained):
+    _, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.keeper.save() is None
+    (checkpoint.folder_of(session.checkpoints, 1) / "state.json").write_text("{")
+    boundary.after(2, dict(METRICS), 0.1)
+    assert boundary.keeper.save() is None
+    assert [*checkpoint.completed(session.checkpoints)] == [1, 2]
+
+
+def test_an_old_one_that_cannot_be_removed_is_a_notice_and_the_run_goes_on(trained, tmp_path):
+    _, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    assert boundary.keeper.save() is None
+    old = checkpoint.folder_of(session.checkpoints, 1)
+    old.symlink_to(old.rename(tmp_path / "another-disk"))
+    boundary.after(2, dict(METRICS), 0.1)
+    assert boundary.keeper.save() is None
+    notice = supervisor.wait_for(Notice)
+    assert (notice.step, notice.rule) == (2, "checkpoint")
+    assert "step 1 cannot be removed" in notice.text
+    assert boundary.more()
 
 
 def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, monkeypatch):
