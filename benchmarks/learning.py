@@ -78,7 +78,11 @@ ALWAYS = [
     Undone("the rollout's log π used again", {"engine.train.step.old_policy": textbook.old_policy}),
     Undone("frozen models in a file", {"engine.train.sharding.rest_in_file": textbook.nothing}),
 ]
-ON_THE_TRUNK = Undone("value head on the policy's trunk", settings=("model.value=separate",))
+ON_THE_TRUNK = Undone(
+    "value head on the policy's trunk, its rate",
+    settings=("model.value=separate", "ppo.value_head_rate=1"),
+)
+"""Without them it is what TRL does: a second model, and one learning rate."""
 FLOAT32 = Undone("… and bfloat16 instead of float32", settings=("model.dtype=bfloat16",))
 GROUPS_ONCE = Undone(
     "a group's prompt read once", {"engine.train.step.generate": textbook.generate}
@@ -89,6 +93,7 @@ ONE_BY_ONE = Undone(
 
 TASKS: dict[str, tuple[list[str], list[list[Undone]]]] = {
     "gae, shared value": ([], [ALWAYS, *([one] for one in ALWAYS), [ON_THE_TRUNK], [FLOAT32]]),
+    "the same, the head at the policy's rate": (["ppo.value_head_rate=1"], []),
     "the same in micro-batches of 8": (["ppo.micro_batch_size=8"], [[BY_LENGTH]]),
     "gae, separate value": (["model.value=separate"], [[ONE_BY_ONE]]),
     "rloo, 4 answers a prompt": (["ppo.advantage=rloo"], [[GROUPS_ONCE]]),

@@ -140,7 +140,7 @@ def test_more_ranks_than_there_is_work_for_are_one_sentence(override, key):
 def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, way):
     one, two = outcomes[variant, "one"][0], outcomes[variant, way][0]
     if "warming" not in variant:
-        assert one["objective/kl"] > 1e-3
+        assert abs(one["objective/kl"]) > 1e-3  # of 10 answers: it may be negative
     assert one["grad_norm"] > 0
     for name, value in one.items():
         if not name.startswith(("time/", "perf/")):

@@ -88,6 +88,21 @@ def test_while_the_value_warms_up_the_policy_stays_as_it_is(make_run):
     assert not torch.equal(run.policy.lm.lm_head.weight, before["lm.model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize("value", ["shared", "separate"])
+def test_the_value_head_learns_at_a_rate_of_its_own_and_nothing_else_does(make_run, value):
+    one_update = ["ppo.epochs=1", "ppo.minibatches=1", f"model.value={value}"]
+    moved = {}
+    for rate in (1, 8):
+        run, _ = make_run(*one_update, f"ppo.value_head_rate={rate}")
+        before = parameters(run)
+        train_step(run, 1)
+        moved[rate] = {k: v - before[k] for k, v in parameters(run).items()}
+    for name, by in moved[1].items():
+        times = 8 if name.startswith("value_head.") else 1
+        assert by.any() or name.startswith("value_trunk.")  # a head of zeros gives it no gradient
+        torch.testing.assert_close(moved[8][name], times * by, rtol=1e-5, atol=0)
+
+
 def test_the_epochs_end_when_the_policy_is_far_from_the_rollouts(make_run):
     run, _ = make_run("ppo.stop_kl=1e-6", "train.learning_rate=1e-3")
     done = optimise_once(run)
