@@ -1,6 +1,6 @@
 """The same learning: score against episodes with and without each optimisation.
 
-    python -m benchmarks.learning [--steps 30] [--seeds 3]
+    python -m benchmarks.learning [--steps 30] [--seeds 6]
 
 The starter task in small, as it comes and with an optimisation undone, each with the same seeds.
 An optimisation that only rounds differently must lie within the spread of the seeds as they come:
@@ -105,7 +105,7 @@ def main() -> None:
     """Runs every variant and prints its curve."""
     options = argparse.ArgumentParser()
     options.add_argument("--steps", type=int, default=30)
-    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--seeds", type=int, default=6)
     given = options.parse_args()
     print(machine.describe())
     print(f"\nmean score in each quarter of {given.steps} steps of 32 episodes, over the seeds\n")

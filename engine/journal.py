@@ -118,6 +118,9 @@ class Journal(Ledger):
         )
         self._db.execute("DELETE FROM metrics WHERE step > ?", after)
         self._db.execute("DELETE FROM steps WHERE step > ?", after)
+        # What is gone on from is whole on the disk, though its rank may not have lived to say so.
+        whole = "UPDATE checkpoints SET status = 'complete' WHERE step = ? AND status = 'written'"
+        self._complete(whole, from_step)
         # One that is only written may be whole on the disk, or become so: nobody goes on from it.
         self._db.execute(
             "UPDATE checkpoints SET status = iif(status = 'written', 'abandoned', 'superseded') "
@@ -213,17 +216,19 @@ class Journal(Ledger):
                 "UPDATE checkpoints SET status = 'replaced' WHERE step = ? AND attempt <> ?",
                 (step, self.attempt),
             )
-            size, score, kl = self._db.execute(
-                "UPDATE checkpoints SET status = 'complete' WHERE step = ? AND attempt = ? "
-                "RETURNING size, score, kl",
-                (step, self.attempt),
-            ).fetchone()
+            whole = "UPDATE checkpoints SET status = 'complete' WHERE step = ? AND attempt = ?"
+            self._complete(whole, step, self.attempt)
             self._db.executemany(
                 "UPDATE checkpoints SET status = 'removed' WHERE step = ?", [(s,) for s in removed]
             )
-            self._event("checkpoint", {"size": size, "score": score, "kl": kl}, step)
 
     # -- inside a transaction -----------------------------------------------------------------
+
+    def _complete(self, update: str, step: int, *values: int) -> None:
+        """The checkpoints that become complete, each with its event."""
+        found = self._db.execute(f"{update} RETURNING size, score, kl", (step, *values)).fetchall()
+        for size, score, kl in found:
+            self._event("checkpoint", {"size": size, "score": score, "kl": kl}, step)
 
     def _set_meta(self, values: dict[str, Any]) -> None:
         self._db.executemany(

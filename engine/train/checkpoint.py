@@ -120,9 +120,13 @@ def seal(path: Path) -> str:
 def complete(folder: Path) -> None:
     """Marks it as whole: from now on it can be resumed from."""
     marker = folder / "COMPLETE"
-    marker.touch()
-    _sync(marker)
-    _sync(folder)
+    try:
+        marker.touch()
+        _sync(marker)
+        _sync(folder)
+    except OSError:
+        marker.unlink(missing_ok=True)  # what is told as failed must not count later
+        raise
 
 
 def clear_parts(checkpoints: Path) -> None:

@@ -14,7 +14,7 @@ from engine.train import checkpoint
 from engine.train.checkpoint import TrainingState
 from engine.train.link import Link
 from engine.train.models import fingerprint
-from engine.train.saver import Outcome, Saver
+from engine.train.saver import Outcome, Saved, Saver
 from engine.train.step import Run
 
 log = logging.getLogger("engine")
@@ -49,7 +49,9 @@ class Keeper:
         self._folder = folder
         self._run = run
         self._link = link
-        self._saver = Saver(folder, run.team.checkpoint_group, conclude=self._conclude)
+        self._saver = Saver(
+            folder, run.team.checkpoint_group, conclude=self._conclude, confirm=self._confirm
+        )
         self._saved = begin.from_step
         """The step whose checkpoint was begun last."""
         self._timeline = set(begin.checkpoints)
@@ -121,20 +123,23 @@ class Keeper:
         outcome = self._saver.wait()
         return str(outcome) if isinstance(outcome, CheckpointError) else None
 
-    def _conclude(self, step: int, outcome: Outcome) -> None:
-        """Called beside the training, when a checkpoint is in its place or could not be written.
+    def _confirm(self, saved: Saved) -> None:
+        """Called beside the training, when a checkpoint is in its place.
 
         At once, not at the next boundary: a step can take minutes, and a checkpoint that is on disk
         should serve whoever must go on after a crash in it.
         """
+        self._link.send(
+            CheckpointWritten(step=saved.step, size=saved.size, score=saved.score, kl=saved.kl)
+        )
+        self._link.confirm(saved.step)
+        checkpoint.complete(saved.folder)
+
+    def _conclude(self, step: int, outcome: Outcome) -> None:
+        """Called beside the training, when a checkpoint is whole or could not be written."""
         if isinstance(outcome, CheckpointError):
             self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
             return
-        self._link.send(
-            CheckpointWritten(step=step, size=outcome.size, score=outcome.score, kl=outcome.kl)
-        )
-        self._link.confirm(step)
-        checkpoint.complete(outcome.folder)
         removable = self._removable(step, outcome.score)
         # Told first: an end between the two leaves a folder too many, not one too few.
         self._link.send(CheckpointComplete(step=step, removed=removable))

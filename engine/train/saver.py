@@ -35,7 +35,7 @@ FAILURES = (CheckpointError, OSError, SafetensorError)
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is in its place, but for COMPLETE."""
+    """A checkpoint that is in its place, and confirmed."""
 
     step: int
     folder: Path
@@ -72,6 +72,7 @@ class Saver:
         checkpoints: Path,
         group: dist.ProcessGroup | None = None,
         conclude: Callable[[int, Outcome], None] | None = None,
+        confirm: Callable[[Saved], None] | None = None,
     ) -> None:
         """Makes a saver.
 
@@ -80,12 +81,15 @@ class Saver:
             group: of all ranks, for the CPU (gloo), used by nobody else; None for a rank alone.
             conclude: called in rank 0's thread with the step and its outcome, before the save
                 counts as finished. What it raises comes out of :meth:`poll` and :meth:`wait`.
+            confirm: the last stage of a save, in rank 0's thread: marks as whole what is in its
+                place. An OSError is the save's outcome, on all ranks, like that of any other stage.
         """
         self._checkpoints = checkpoints
         self._group = group
         self._rank = 0 if group is None else dist.get_rank(group)
         self._ranks = 1 if group is None else dist.get_world_size(group)
         self._conclude = conclude
+        self._confirm = confirm
         self._files: dict[str, bytes] = {}
         self._pinned: DefaultStager | None = None
         self._running: Future[Outcome] | None = None
@@ -255,7 +259,7 @@ class Saver:
             content.hashes |= hashes
         content.hashes = dict(sorted(content.hashes.items()))
         size = self._first(final, lambda: checkpoint.put_in_place(part, final, content))
-        return Saved(
+        saved = Saved(
             step=content.state.step,
             folder=final,
             size=size,
@@ -263,6 +267,10 @@ class Saver:
             kl=content.kl,
             seconds=time.monotonic() - job.began,
         )
+        confirm = self._confirm
+        if confirm is not None:
+            self._first(final, lambda: confirm(saved))
+        return saved
 
     def _first(self, final: Path, act: Callable[[], T]) -> T:
         """Rank 0 does it, and all have the result."""

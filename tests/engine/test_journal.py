@@ -114,6 +114,16 @@ def test_checkpoints_after_a_resume_belong_to_the_past(writer):
         assert [(c["step"], c["attempt"]) for c in record.checkpoints(("complete",))] == [(4, 2)]
 
 
+def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_say_so(writer):
+    writer.journal.record_checkpoint(2, 1000, 1.0, 2.0)
+    writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
+    writer.journal.begin_attempt(4, fresh=False)
+    with Record(writer.session) as record:
+        assert [c["step"] for c in record.checkpoints(("complete",))] == [4]
+        (told,) = [e for e in record.events() if e["kind"] == "checkpoint"]
+        assert (told["step"], told["score"]) == (4, 1.5)
+
+
 def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(writer):
     writer.change("a", 3, 0.1, 0.2)
     writer.change("b", 5, 1e-5, 2e-5, key="learning_rate")

@@ -225,6 +225,23 @@ def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, 
     assert [*checkpoint.completed(session.checkpoints)] == [1]
 
 
+def test_a_checkpoint_that_cannot_be_marked_whole_is_a_notice_and_the_run_goes_on(trained):
+    _, session, boundary, supervisor = trained
+    boundary.keeper.save_if_due()
+    supervisor.wait_for(CheckpointWritten)
+    # Even root cannot make a file where a folder's link leads nowhere.
+    marker = checkpoint.folder_of(session.checkpoints, 1) / "COMPLETE"
+    marker.symlink_to("no such folder/COMPLETE")
+    supervisor.may_confirm.set()
+    notice = supervisor.wait_for(Notice)
+    assert (notice.step, notice.rule) == (1, "checkpoint")
+    assert not marker.is_symlink()
+    assert not supervisor.of(CheckpointComplete)
+    assert boundary.more()
+    assert boundary.keeper.save() is None  # of the same step, once it can be
+    assert [*checkpoint.completed(session.checkpoints)] == [1]
+
+
 def test_a_run_that_fails_lets_the_save_in_flight_finish(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
