@@ -14,7 +14,7 @@ import msgspec
 from engine.errors import RlhfError
 from engine.session import Session
 from engine.start import Start
-from engine.supervisor import Supervisor
+from engine.supervisor import supervise
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     session = Session(Path(sys.argv[1]))
     start = msgspec.json.decode(sys.argv[2], type=Start)
     try:
-        code = asyncio.run(Supervisor(session, start).run())
+        code = asyncio.run(supervise(session, start))
     except RlhfError as error:
         print(f"rlhf-tui: {error}", file=sys.stderr)  # noqa: T201 - into the log
         code = error.exit_code

@@ -70,9 +70,6 @@ class Connection:
 class Engine(Protocol):
     """What the server asks of the supervisor."""
 
-    def is_rank(self, hello: RankHello) -> bool:
-        """Whether this is one of the supervisor's own ranks."""
-
     def answer(self, request: Request, who: str) -> Answer:
         """Takes a command in."""
 
@@ -91,14 +88,16 @@ RankConversation = Callable[
 class Server:
     """Serves ranks and clients on one socket."""
 
-    def __init__(self, engine: Engine, rank_conversation: RankConversation) -> None:
-        self._engine = engine
-        self._rank_conversation = rank_conversation
+    def __init__(self) -> None:
         self._clients: set[Connection] = set()
         self._wake_due: asyncio.TimerHandle | None = None
 
-    async def start(self, listener: socket.socket) -> None:
+    async def start(
+        self, listener: socket.socket, engine: Engine, rank_conversation: RankConversation
+    ) -> None:
         """Begins to accept."""
+        self._engine = engine
+        self._rank_conversation = rank_conversation
         self._server = await asyncio.start_unix_server(self._serve, sock=listener)
 
     def close(self) -> None:
@@ -135,10 +134,9 @@ class Server:
 
     def _send_wake(self) -> None:
         self._wake_due = None
-        message = self._engine.wake()
         for client in self._clients:
             if client.watching:
-                client.send(message)
+                client.send(self._engine.wake())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -161,10 +159,7 @@ class Server:
         body = await asyncio.wait_for(receive(reader, MAX_CLIENT_FRAME), HELLO_TIMEOUT)
         hello = _hello.decode(body)
         if isinstance(hello, RankHello):
-            if self._engine.is_rank(hello):
-                await self._rank_conversation(hello, reader, writer)
-            else:
-                log.warning("turned away a rank that is not ours (pid %s)", hello.pid)
+            await self._rank_conversation(hello, reader, writer)
             return
         await self._converse(reader, Connection(writer, hello.who), hello.version)
 

@@ -17,7 +17,7 @@ from engine.protocol import CheckpointComplete, FromRank, Phase, StepReport
 from engine.record import Record
 from engine.session import Session
 from engine.start import Start
-from engine.supervisor import Supervisor
+from engine.supervisor import supervise
 from rlhf_tui import format as fmt
 from rlhf_tui.text import one_line
 
@@ -130,7 +130,7 @@ def main() -> None:
     new = bool(start.origin) or not session.journal_file.exists()
     try:
         printer = Printer(_total(session, start), live=sys.stdout.isatty())
-        code = asyncio.run(Supervisor(session, start, printer).run())
+        code = asyncio.run(supervise(session, start, printer))
         printer.close(session, code)
     except RlhfError as error:
         print(f"rlhf-tui: {one_line(str(error))}", file=sys.stderr)  # noqa: T201

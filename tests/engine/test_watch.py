@@ -6,6 +6,7 @@ import pytest
 
 from engine import configfile, starter
 from engine.control import Telemetry
+from engine.live import Live
 from engine.protocol import Failed
 from engine.record import Record
 from engine.start import Start
@@ -35,24 +36,23 @@ def test_ranks_that_wait_for_another_machine_are_not(writer):
 
 
 def ended(writer, failure, *, at_once=False):
-    """A supervisor whose ranks have ended, one of them with these last words."""
-    supervisor = Supervisor(writer.session, Start())
-    supervisor._journal = writer.journal
-    supervisor._prepare(writer.session.config())
-    supervisor._attempt.failure, supervisor._stop_now = failure, at_once
+    """The exit code of ranks that have ended, one of them with these last words; and how it is."""
 
     async def conclude():
-        return supervisor._conclude(1)
+        session, socket = writer.session, writer.session.folder / "engine.sock"
+        live = Live.of(session, session.config(), writer.journal, socket, Start(), None)
+        live.next, live.attempt.failure, live.stop_now = None, failure, at_once
+        return Supervisor(live).conclude(1), live
 
-    return asyncio.run(conclude()), supervisor
+    return asyncio.run(conclude())
 
 
 @pytest.mark.parametrize("echo", [True, False])
 def test_a_run_that_is_to_stop_at_once_is_not_started_again(writer, echo):
     failure = Failed(rank=1, text="rank 1: a fault", echo=echo)
-    code, supervisor = ended(writer, failure, at_once=True)
-    assert supervisor._restarts == 0
-    assert (code, supervisor._herald.state) == ((0, "stopped") if echo else (1, "failed"))
+    code, live = ended(writer, failure, at_once=True)
+    assert live.next is None
+    assert (code, live.herald.state) == ((0, "stopped") if echo else (1, "failed"))
 
 
 def test_where_all_ranks_of_a_machine_waited_in_vain_the_first_to_say_so_is_heard(writer):

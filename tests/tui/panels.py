@@ -1,0 +1,43 @@
+"""A run's book, made without a journal, and what a panel shows of it."""
+
+from rlhf_tui.news import Head, News
+from rlhf_tui.widgets.book import Book
+
+SETTINGS = {
+    "beta": 0.05, "controller": "adaptive", "target": 6.0, "horizon": 1000.0, "beta_min": 0.01,
+    "beta_max": 1.0, "learning_rate": 1e-5, "save_every": 50, "clip_range": 0.2, "epochs": 4,
+    "stop_kl": None, "temperature": 1.0, "max_new_tokens": 64,
+}  # fmt: skip
+
+
+def head(**given):
+    base = Head("running", 50, 100, SETTINGS, "", [{"attempt": 1}], 77, "box")
+    return Head(**{f: given.get(f, getattr(base, f)) for f in Head.__dataclass_fields__})
+
+
+def make_book(kl=6.0, **given):
+    """Fifty steps of a run that goes on; `book.clock[0]` is the time."""
+    clock = [1000.0]
+    book = Book("run", batch_size=100, now=lambda: clock[0])
+    curves = {
+        "objective/kl": [(s, kl) for s in range(1, 51)],
+        "objective/scores": [(s, s / 50) for s in range(1, 51)],
+        "time/step": [(s, 10.0) for s in range(1, 51)],
+        "time/generate": [(s, 6.0) for s in range(1, 51)],
+    }
+    book.take(News(head=head(**given), curves=curves, connected=True))
+    book.clock = clock
+    return book
+
+
+def text(panel, width=100, height=20):
+    return "\n".join("".join(piece for piece, _ in row) for row in panel.rows(width, height))
+
+
+def command(status, **given):
+    base = {
+        "id": "1", "command": "beta", "args": {"value": 0.1}, "who": "ana on pts/1",
+        "status": status, "queued": 1.0, "accepted": None, "ended": None, "attempt": 1,
+        "applied_step": None, "reason": None, "changes": [], "live": 1,
+    }  # fmt: skip
+    return base | given

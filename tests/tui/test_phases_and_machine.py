@@ -1,0 +1,150 @@
+"""What the panels say of the step in hand, of the ranks and of what they run on, line by line."""
+
+import pytest
+
+from engine.control import Gpu, RankLoad, Telemetry
+from engine.protocol import Phase
+from rlhf_tui.news import News
+from rlhf_tui.widgets.phases import PhaseStrip
+from rlhf_tui.widgets.ranks import Machine
+from tests.tui.panels import make_book, text
+
+# -- phases -----------------------------------------------------------------------------------------
+
+
+def test_a_phase_has_its_share_and_what_is_left_of_the_step():
+    book = make_book()
+    book.take(News(phases=[Phase(rank=0, step=51, name="generate", done=25, total=100)]))
+    book.clock[0] += 4
+    shown = text(PhaseStrip(book), 120, 1)
+    assert "▶ generate  25%" in shown
+    assert "~6s left" in shown
+    assert "· score" in shown
+
+
+def test_what_came_before_in_the_step_is_ticked():
+    book = make_book()
+    book.take(News(phases=[Phase(rank=0, step=51, name="optimise", done=1, total=4)]))
+    assert "✓ generate 6.0s ✓ score" in text(PhaseStrip(book), 120, 1)
+
+
+def test_loading_shows_progress_too():
+    book = make_book()
+    book.take(News(phases=[Phase(rank=0, step=0, name="load policy", done=3, total=12)]))
+    assert "load policy" in text(PhaseStrip(book), 80, 1)
+    assert "3/12" in text(PhaseStrip(book), 80, 1)
+
+
+def test_each_rank_has_a_line_and_the_slowest_is_never_left_out():
+    book = make_book()
+    phases = [Phase(rank=r, step=51, name="optimise") for r in range(4)]
+    phases[2] = Phase(rank=2, step=51, name="generate")
+    book.take(News(phases=phases))
+    assert text(PhaseStrip(book), 120, 4).count("rank") == 4
+    assert "rank 2" in text(PhaseStrip(book), 120, 2)
+
+
+@pytest.mark.parametrize("width", range(10, 130, 7))
+def test_the_strip_fits_every_width(width):
+    book = make_book()
+    book.take(News(phases=[Phase(rank=0, step=51, name="reference", done=5, total=9)]))
+    assert text(PhaseStrip(book), width, 1)
+
+
+# -- machine ----------------------------------------------------------------------------------------
+
+
+def test_gpus_stand_with_load_memory_heat_and_power():
+    book = make_book()
+    gpu = Gpu(
+        index=1, name="H200", utilisation=93, memory_used=31_000_000_000,
+        memory_total=141_000_000_000, temperature=64, power=412,
+    )  # fmt: skip
+    rank = RankLoad(rank=0, pid=55, cpu=180, memory=2_000_000_000)
+    book.take(
+        News(
+            telemetry=Telemetry(
+                time=1, cpu=50, memory_used=8, memory_total=16, disk_free=10**11, gpus=[gpu],
+                ranks=[rank],
+            )
+        )
+    )  # fmt: skip
+    shown = text(Machine(book), 80, 8)
+    for part in ("GPU 1", "93%", "31.0/141 GB", "64°C", "412 W", "rank 0", "180%", "2.0 GB"):
+        assert part in shown
+
+
+def test_without_a_gpu_the_processors_stand():
+    book = make_book()
+    book.take(
+        News(
+            telemetry=Telemetry(
+                time=1, cpu=97, memory_used=4 * 10**9, memory_total=16 * 10**9, disk_free=10**11
+            )
+        )
+    )
+    assert "CPU" in text(Machine(book))
+    assert "100.0 GB free" in text(Machine(book))
+
+
+def test_what_does_not_fit_is_counted():
+    book = make_book()
+    ranks = [RankLoad(rank=i, pid=i, cpu=1, memory=1) for i in range(16)]
+    book.take(
+        News(
+            telemetry=Telemetry(
+                time=1, cpu=97, memory_used=4, memory_total=16, disk_free=1, ranks=ranks
+            )
+        )
+    )
+    assert "more" in text(Machine(book), 60, 6)
+
+
+def rank_of(number, generate=2.0, **given):
+    seconds = {"generate": generate, "score": 0.3, "reference": 0.5, "optimise": 3.0}
+    base = {"pid": 100 + number, "cpu": 99, "memory": 3_000_000_000, "seconds": seconds}
+    return RankLoad(rank=number, peak_memory=41_000_000_000, **(base | given))
+
+
+def machine_with(ranks, gpus=0):
+    gpu = {"name": "H100", "utilisation": 96, "memory_used": 61e9, "memory_total": 85e9}
+    book = make_book()
+    book.take(
+        News(
+            telemetry=Telemetry(
+                time=1, cpu=50, memory_used=4, memory_total=16, disk_free=1, ranks=ranks,
+                gpus=[Gpu(index=i, temperature=66, power=610, **gpu) for i in range(gpus)],
+            )
+        )
+    )  # fmt: skip
+    return Machine(book)
+
+
+def test_the_slowest_rank_is_marked_by_its_own_seconds():
+    shown = text(machine_with([rank_of(0), rank_of(1, 4.0), rank_of(2)]), 60, 8)
+    marked = [line for line in shown.splitlines() if "slowest" in line]
+    assert len(marked) == 1
+    assert marked[0].strip().startswith("rank 1")
+    assert "7.8s" in marked[0]
+
+
+def test_no_rank_is_called_slow_where_none_stands_out():
+    assert "slowest" not in text(machine_with([rank_of(0), rank_of(1, 2.05)]), 60, 8)
+
+
+@pytest.mark.parametrize("size", [(39, 6), (46, 13), (64, 16)])
+def test_eight_gpus_and_eight_ranks_have_room_and_the_slowest_is_seen(size):
+    ranks = [rank_of(i, 4.0 if i == 6 else 2.0) for i in range(8)]
+    machine = machine_with(ranks, gpus=8)
+    shown = text(machine, *size)
+    assert shown.count("96%") == 8
+    assert "rank 6" in shown
+    assert all(sum(len(t) for t, _ in row) <= size[0] for row in machine.rows(*size)[1:])
+
+
+def test_a_rank_on_another_machine_has_no_processor_of_this_one():
+    away = rank_of(1, pid=0, cpu=0, memory=0)
+    line = text(machine_with([rank_of(0), away]), 90, 8).splitlines()[-1]
+    assert "elsewhere" in line
+    assert "peak 41.0 GB" in line
+    assert "0%" not in line
