@@ -11,9 +11,10 @@ from textual.containers import Container
 from textual.message import Message
 from textual.worker import get_current_worker
 
+from engine.answers import SAMPLE_ORDERS, SampleQuery
 from engine.errors import RlhfError
 from engine.protocol import TokenArrays
-from engine.record import SAMPLE_ORDERS, Record, SampleQuery
+from engine.record import Record
 from rlhf_tui import format as fmt
 from rlhf_tui.messages import Chosen, Pointed
 from rlhf_tui.screens.base import Place
