@@ -85,12 +85,13 @@ class Answers(Reader):
     def earlier(self, answer: Row) -> list[Row]:
         """Other answers to the same prompt, up to the same step, newest first, with their labels.
 
-        Those of timelines that were left are among them, and the others of a group of its step.
+        The others of a group of its step are among them, and those of timelines that were left
+        (`left` says which).
         """
         given = {name: answer[name] for name in ("attempt", "step", "index", "prompt")}
         found: list[Row] = []
         for table in ("samples", "samples_past"):
-            found += self._judged_rows(
+            rows = self._judged_rows(
                 f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608 - one of two names
                 f"FROM {table} LEFT JOIN judged USING (attempt, step, idx) "
                 "WHERE prompt = :prompt AND (attempt, step) <= (:attempt, :step) "
@@ -98,6 +99,7 @@ class Answers(Reader):
                 "ORDER BY attempt DESC, step DESC, idx LIMIT :limit",
                 given | {"limit": OTHERS},
             )
+            found += [row | {"left": table == "samples_past"} for row in rows]
         found.sort(key=lambda row: (-row["attempt"], -row["step"], row["index"]))
         return found[:OTHERS]
 

@@ -11,9 +11,8 @@ Its words are kept with the judgement, so that an export needs nothing else.
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -187,23 +186,15 @@ class Labels(Reader):
             for r in rows
         }  # fmt: skip
 
-    def preferences(self) -> list[Preference]:
-        """Every pair, the oldest first."""
-        return self._pairs("1", ())
-
-    def preference(self, prompt: str, one: str, other: str) -> Preference | None:
-        """What was said of two answers to a prompt."""
-        both = "prompt = ? AND chosen IN (?, ?) AND rejected IN (?, ?)"
-        return next(iter(self._pairs(both, (prompt, one, other, one, other))), None)
-
-    def _pairs(self, condition: str, values: Iterable[Any]) -> list[Preference]:
-        query = f"SELECT * FROM preferences WHERE {condition} ORDER BY time"  # noqa: S608 - ours
+    def preferences(self, prompt: str | None = None) -> list[Preference]:
+        """Every pair, or those of one prompt, the oldest first."""
+        query = "SELECT * FROM preferences WHERE :prompt IS NULL OR prompt = :prompt ORDER BY time"
         return [
             Preference(
                 prompt=r["prompt"], who=r["who"], time=r["time"],
                 chosen=_side(r, "chosen"), rejected=_side(r, "rejected"),
             )
-            for r in self._rows(self._db, query, values)
+            for r in self._rows(self._db, query, {"prompt": prompt})
         ]  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def export(
     if preferences is not None:
         found = preference_pairs(session)
         _write_lines(preferences, found)
-        say(f"{len(found)} pairs are in {preferences}")
+        say(f"{'1 pair is' if len(found) == 1 else f'{len(found)} pairs are'} in {preferences}")
 
 
 def _export_policy(session: Session, step: int, target: Path, merged: bool) -> str:

@@ -51,7 +51,6 @@ def test_a_session_that_nobody_has_judged_reads_as_empty(session):
     with Labels(session) as labels:
         assert labels.judgements() == {}
         assert labels.preferences() == []
-        assert labels.preference("p", "a", "b") is None
     assert not session.labels_file.exists()
 
 
@@ -170,7 +169,7 @@ def test_a_pair_that_is_judged_again_is_replaced(session):
     prefer(session, "other", answer(1), answer(2), "ana")
     with Labels(session) as labels:
         assert len(labels.preferences()) == 2
-        found = labels.preference("p", "answer 1.0", "answer 2.0")
+        (found,) = labels.preferences("p")
     assert (found.chosen, found.rejected, found.who) == (answer(2), answer(1), "ben")
     forget_preference(session, "p", answer(1), answer(2))
     with Labels(session) as labels:
