@@ -20,11 +20,12 @@ from benchmarks.engine_side import settings
 from benchmarks.side import Side
 from benchmarks.task import TINY, Task, write_models
 from engine import configfile, starter
+from engine.answers import SampleQuery
 from engine.config import LaunchConfig
 from engine.journal import Journal
 from engine.launcher import environment
 from engine.protocol import Sample, StepReport, TokenArrays
-from engine.record import Record, SampleQuery
+from engine.record import Record
 from engine.session import Session, create
 
 BASE = Task(replace(TINY, vocabulary=8192), 16, 16, 48, 2, 1, 16)

@@ -23,7 +23,7 @@ from engine.errors import JournalError
 from engine.jsonvalues import finite
 from engine.ledger import Ledger
 from engine.protocol import Sample, StepReport
-from engine.record import open_read_only
+from engine.reader import open_read_only
 from engine.session import Session
 
 NETWORK_FILE_SYSTEMS = {

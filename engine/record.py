@@ -5,22 +5,16 @@ transaction, so that a reader never holds back the writer's checkpointing.
 """
 
 import json
-import sqlite3
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from engine import schema
+from engine.answers import Answers
 from engine.control import Telemetry
-from engine.errors import JournalError
-from engine.protocol import TokenArrays
+from engine.reader import Row, limit
 from engine.session import LIVE_STATES, Session
 
-Row = dict[str, Any]
-
-SAMPLE_ORDERS = ("step", "score", "kl", "length")
 SINCE = """
 SELECT names.name, step, value FROM names CROSS JOIN metrics
 WHERE metrics.name = names.id AND step >= ?
@@ -42,43 +36,19 @@ NEWEST = """
 SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name)
 AND value IS NOT NULL ORDER BY step DESC LIMIT 1
 """
+REFERRED = """
+SELECT json_extract(result, '$.reference'), applied_step FROM commands
+WHERE command = 'probe' AND status = 'applied' AND json_extract(args, '$.text') = ?
+ORDER BY ended DESC LIMIT 1
+"""
 
 
-class SampleQuery(msgspec.Struct, frozen=True, kw_only=True):
-    """Which samples, and in what order; None does not limit."""
-
-    order: str = "step"
-    """One of SAMPLE_ORDERS."""
-    descending: bool = True
-    text: str = ""
-    """Stands in the prompt or the response, whatever the case."""
-    score_from: float | None = None
-    score_to: float | None = None
-    kl_from: float | None = None
-    kl_to: float | None = None
-    cut_off: bool = False
-    """Only answers that did not end by themselves."""
-
-
-class Record:
+class Record(Answers):
     """What a session's journal says; a session that never began reads as empty."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
-        self._db = open_read_only(session.journal_file, len(schema.JOURNAL))
-        self._samples = open_read_only(session.samples_file, len(schema.SAMPLES))
-
-    def __enter__(self) -> "Record":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the files."""
-        for db in (self._db, self._samples):
-            if db is not None:
-                db.close()
+        super().__init__(session)
+        self._db = self._opened(session.journal_file, schema.JOURNAL)
 
     def meta(self) -> Row:
         """state, total_steps, settings, message: what the supervisor keeps up to date."""
@@ -158,7 +128,7 @@ class Record:
     def metrics(self, last: int | None = None) -> list[Row]:
         """One row a step of the current timeline, every metric, None where undefined."""
         query = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
-        steps = self._all(self._db, query, (_limit(last),))
+        steps = self._all(self._db, query, (limit(last),))
         names = dict.fromkeys(self.metric_names())  # after the steps: theirs are among them
         rows: dict[int, Row] = {}
         for step, attempt, time in reversed(steps):
@@ -169,55 +139,13 @@ class Record:
                 rows[step][name] = value
         return list(rows.values())
 
-    def samples(self, last: int | None = None) -> list[Row]:
-        """Samples of the current timeline, oldest first."""
-        rows = self._rows(
-            self._samples,
-            "SELECT step, idx AS 'index', attempt, prompt, response, score, kl, length, ended, "
-            "parts FROM samples ORDER BY step DESC, idx DESC LIMIT ?",
-            (_limit(last),),
-        )
-        for row in rows:
-            row["parts"] = json.loads(row["parts"])
-            row["ended"] = bool(row["ended"])
-        return rows[::-1]
-
-    def sample_page(self, query: SampleQuery, limit: int, offset: int = 0) -> list[Row]:
-        """A page of the current timeline's samples, as they are asked for."""
-        # Column and direction come from fixed sets, never from what somebody typed.
-        order = query.order if query.order in SAMPLE_ORDERS else "step"
-        way = "DESC" if query.descending else "ASC"
-        rows = self._rows(
-            self._samples,
-            "SELECT step, idx AS 'index', attempt, prompt, response, score, kl, length, ended, "  # noqa: S608
-            "parts FROM samples WHERE (:text = '' OR instr(lower(prompt), lower(:text)) "
-            "OR instr(lower(response), lower(:text))) "
-            "AND (:score_from IS NULL OR score >= :score_from) "
-            "AND (:score_to IS NULL OR score <= :score_to) "
-            "AND (:kl_from IS NULL OR kl >= :kl_from) AND (:kl_to IS NULL OR kl <= :kl_to) "
-            "AND (NOT :cut_off OR NOT ended) "
-            f"ORDER BY {order} {way}, step DESC, idx LIMIT :limit OFFSET :offset",
-            msgspec.structs.asdict(query) | {"limit": limit, "offset": offset},
-        )
-        for row in rows:
-            row["parts"] = json.loads(row["parts"])
-            row["ended"] = bool(row["ended"])
-        return rows
-
-    def arrays(self, step: int, index: int) -> TokenArrays | None:
-        """The per-token arrays of one sample, where they were kept."""
-        rows = self._all(
-            self._samples, "SELECT data FROM arrays WHERE step = ? AND idx = ?", (step, index)
-        )
-        return msgspec.msgpack.decode(rows[0][0], type=TokenArrays) if rows else None
-
     def events(self, last: int | None = None, after: int = 0) -> list[Row]:
         """Events, oldest first; a command's with its whole life in one row."""
         rows = self._rows(
             self._db,
             "SELECT id AS event, time, attempt, step, kind, data FROM events WHERE id > ? "
             "ORDER BY id DESC LIMIT ?",
-            (after, _limit(last)),
+            (after, limit(last)),
         )
         commands = {c["id"]: c for c in self.commands()}
         for row in rows:
@@ -241,66 +169,26 @@ class Record:
             row["old"], row["new"] = first.get("old"), first.get("new")
         return rows
 
+    def referred(self, prompt: str) -> Row | None:
+        """What the reference answered to a prompt when somebody last probed with it.
+
+        Returns:
+            `response`, `score`, `kl` and `length` as the probe has them, and `step`, after which it
+            was asked; None where nobody asked.
+        """
+        rows = self._all(self._db, REFERRED, (prompt,))
+        if not rows or rows[0][0] is None:
+            return None
+        found: Row = json.loads(rows[0][0])
+        return found | {"step": rows[0][1]}
+
     def telemetry(self, last: int | None = None) -> list[Telemetry]:
         """Readings of the machine, oldest first."""
         query = "SELECT data FROM telemetry ORDER BY time DESC LIMIT ?"
-        rows = self._all(self._db, query, (_limit(last),))
+        rows = self._all(self._db, query, (limit(last),))
         return [msgspec.json.decode(r[0], type=Telemetry) for r in reversed(rows)]
 
     def checkpoints(self, statuses: tuple[str, ...] = ("complete", "superseded")) -> list[Row]:
         """Checkpoints, oldest first; by default all that are whole, earlier timelines' too."""
         rows = self._rows(self._db, "SELECT * FROM checkpoints ORDER BY step, attempt")
         return [row for row in rows if row["status"] in statuses]
-
-    def _all(
-        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] | Row = ()
-    ) -> list[Any]:
-        if db is None:
-            return []
-        try:
-            return db.execute(
-                query, values if isinstance(values, dict) else tuple(values)
-            ).fetchall()
-        except sqlite3.Error as error:
-            raise JournalError(
-                f"cannot read the journal of {self.session.folder}: {error}"
-            ) from error
-
-    def _rows(
-        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] | Row = ()
-    ) -> list[Row]:
-        if db is None:
-            return []
-        db.row_factory = sqlite3.Row
-        try:
-            return [dict(r) for r in self._all(db, query, values)]
-        finally:
-            db.row_factory = None
-
-
-def _limit(last: int | None) -> int:
-    return -1 if last is None else last
-
-
-def open_read_only(path: Path, newest: int) -> sqlite3.Connection | None:
-    """Opens a database for reading; None where there is none, or none is finished yet."""
-    if not path.is_file():
-        return None
-    uri = f"{path.resolve().as_uri()}?mode=ro"
-    try:
-        try:
-            db = sqlite3.connect(uri, uri=True, timeout=5.0)
-            version = schema.schema_version(db)
-        except sqlite3.OperationalError:
-            # An archived, read-only folder: WAL wants to make a file beside the database there.
-            db = sqlite3.connect(uri + "&immutable=1", uri=True, timeout=5.0)
-            version = schema.schema_version(db)
-    except sqlite3.Error as error:
-        raise JournalError(f"cannot read {path}: {error}") from error
-    if version > newest:
-        db.close()
-        raise JournalError(f"{path} was written by a newer rlhf-tui; upgrade to read it")
-    if version == 0:
-        db.close()
-        return None
-    return db

@@ -1,10 +1,12 @@
 """The journal's schema: an ordered list of migrations for each of its files.
 
 A migration is never edited once released; a change is a new one at the end. SQLite's `user_version`
-says how many a file has had. Only the holder of the session's lock migrates.
+says how many a file has had. The holder of the session's lock migrates the journal; the labels, the
+client that writes first.
 """
 
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.errors import JournalError
@@ -71,9 +73,29 @@ SAMPLES: list[str] = [
     """,
 ]
 
+LABELS: list[str] = [
+    """
+    CREATE TABLE judgements (
+        attempt INTEGER NOT NULL, step INTEGER NOT NULL, idx INTEGER NOT NULL,
+        prompt TEXT NOT NULL, response TEXT NOT NULL,
+        label TEXT CHECK (label IN ('good', 'bad', 'hack')), note TEXT,
+        who TEXT NOT NULL, time REAL NOT NULL,
+        PRIMARY KEY (attempt, step, idx)
+    ) WITHOUT ROWID;
+    -- Where an answer came from is NULL where it is the reference's.
+    CREATE TABLE preferences (
+        prompt TEXT NOT NULL, chosen TEXT NOT NULL, rejected TEXT NOT NULL,
+        chosen_attempt INTEGER, chosen_step INTEGER, chosen_idx INTEGER,
+        rejected_attempt INTEGER, rejected_step INTEGER, rejected_idx INTEGER,
+        who TEXT NOT NULL, time REAL NOT NULL,
+        PRIMARY KEY (prompt, chosen, rejected)
+    ) WITHOUT ROWID;
+    """,
+]
+
 
 def migrate(db: sqlite3.Connection, migrations: list[str], path: Path) -> None:
-    """Brings a file up to date, each migration in one transaction.
+    """Brings a file up to date, all that is missing in one transaction.
 
     Raises:
         JournalError: the file was written by a newer version of this software.
@@ -81,8 +103,26 @@ def migrate(db: sqlite3.Connection, migrations: list[str], path: Path) -> None:
     version = schema_version(db)
     if version > len(migrations):
         raise JournalError(f"{path} was written by a newer rlhf-tui; upgrade to read it")
-    for number, script in enumerate(migrations[version:], start=version + 1):
-        db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+    if version == len(migrations):
+        return
+    with db:
+        # Asked again, now that nobody else writes: of clients that come at once, one migrates.
+        db.execute("BEGIN IMMEDIATE")
+        version = schema_version(db)
+        for number, script in enumerate(migrations[version:], start=version + 1):
+            for statement in _statements(script):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {number}")
+
+
+def _statements(script: str) -> Iterator[str]:
+    """One by one: `executescript` would end the transaction they belong to."""
+    statement = ""
+    for part in script.split(";"):
+        statement += f"{part};"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
 
 
 def schema_version(db: sqlite3.Connection) -> int:

@@ -59,6 +59,11 @@ class Session:
         return self.folder / "samples.db"
 
     @property
+    def labels_file(self) -> Path:
+        """The operators' judgements; there from the first one on."""
+        return self.folder / "labels.db"
+
+    @property
     def log_file(self) -> Path:
         """What the ranks and the supervisor printed."""
         return self.folder / "engine.log"

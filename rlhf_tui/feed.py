@@ -157,6 +157,7 @@ class Feed:
         self._commands: list[dict[str, Any]] = []
         self._checkpoints: list[dict[str, Any]] = []
         self._sampled = -1
+        self._labels: tuple[int, ...] = ()
 
     def _read(self, record: Record) -> None:
         """What is new, the first time in pieces so that the picture builds up at once."""
@@ -174,6 +175,9 @@ class Feed:
         self._head = head
         news: dict[str, Any] = {"reset": reset, "head": head if changed else None}
         news |= self._live_news()
+        # Clients write it, with an engine or without: no wake-up comes.
+        if (labels := stamp(self._session.labels_file)) != self._labels:
+            self._labels = news["labels"] = labels
         events = record.events(last=EVENTS_READ, after=self._event)
         if events:
             self._event = events[-1]["event"]
@@ -271,6 +275,15 @@ class Feed:
                 "telemetry": self._telemetry,
                 "connected": self._connected,
             }
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Another value whenever a file was changed; () where there is none."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - called every second
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def file_id(path: Path) -> tuple[int, int] | None:

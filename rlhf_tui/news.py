@@ -43,6 +43,8 @@ class News:
     checkpoints: list[Row] | None = None
     samples: list[Row] | None = None
     """The newest step's."""
+    labels: tuple[int, ...] | None = None
+    """Another value whenever somebody has judged an answer."""
     phases: list[Phase] | None = None
     telemetry: Telemetry | None = None
     connected: bool | None = None

@@ -70,6 +70,10 @@ class Prompts:
         first = (step - 1) * self._per_step
         return [self._at(first + i) for i in range(self._per_step)]
 
+    def find(self, text: str) -> Prompt | None:
+        """The prompt of these words, as the model reads them; of several the first."""
+        return next((p for p in self._prompts if p.text == text), None)
+
     def _at(self, position: int) -> Prompt:
         turn, index = divmod(position, len(self))
         if self._shuffle:

@@ -20,12 +20,22 @@ PROBE_SEED = 0
 def answer_probe(run: Run, text: str) -> dict[str, Any]:
     """One answer of each model, with its score and its KL to the reference.
 
-    Draws from a random stream of its own, so that a probed run stays the run it was.
+    Draws from a random stream of its own, so that a probed run stays the run it was. With one of
+    the run's own prompts it reads the tokens that a step reads: tokenised again, what a chat
+    template has rendered would begin twice.
 
     Raises:
         CommandRejectedError: the prompt holds no tokens, or too many; or a reward function cannot
             do without what the data has besides prompts. On all ranks alike.
     """
+    prompt = run.prompts.find(text) or _typed(run, text)
+    return {
+        "policy": _answer(run, run.policy, prompt),
+        "reference": _answer(run, run.reference, prompt),
+    }
+
+
+def _typed(run: Run, text: str) -> Prompt:
     ids = list(run.tokenizer(text)["input_ids"])
     if len(ids) > 1 and ids[-1] == run.tokenizer.eos_token_id:
         ids.pop()
@@ -33,11 +43,7 @@ def answer_probe(run: Run, text: str) -> dict[str, Any]:
         raise CommandRejectedError(
             f"a probe needs 1 to {run.config.data.max_prompt_tokens} tokens, this has {len(ids)}"
         )
-    prompt = Prompt(ids, text, {run.config.data.column: text})
-    return {
-        "policy": _answer(run, run.policy, prompt),
-        "reference": _answer(run, run.reference, prompt),
-    }
+    return Prompt(ids, text, {run.config.data.column: text})
 
 
 def _answer(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import click
 
 from engine import sockets, starter
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
+from engine.labels import with_judgements
+from engine.pairs import preference_pairs
 from engine.protocol import surroundings
 from engine.record import Record
 from engine.session import Session
@@ -58,14 +60,28 @@ def rm(root: Path, name: str, yes: bool) -> None:
 @click.option("--policy", type=click.Path(path_type=Path), metavar="DIR", help="The model folder.")
 @click.option("--merged", is_flag=True, help="With --policy: adapters merged into their model.")
 @click.option("--samples", type=click.Path(path_type=Path), metavar="FILE", help="As JSON lines.")
+@click.option(
+    "--preferences",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Pairs of answers, the better one and the worse one, as JSON lines.",
+)
 @click.option("--step", type=click.IntRange(min=1), help="Of which checkpoint; the last one's.")
 def export(
-    root: Path, name: str, policy: Path | None, merged: bool, samples: Path | None, step: int | None
+    root: Path,
+    name: str,
+    policy: Path | None,
+    merged: bool,
+    samples: Path | None,
+    preferences: Path | None,
+    step: int | None,
 ) -> None:
-    """Copy the trained policy, or the samples, out of a session."""
+    """Copy the trained policy, the samples or the operators' preferences out of a session."""
     session = existing(root, name)
-    if policy is None and (samples is None or merged):
-        raise UserInputError("export needs --policy DIR or --samples FILE; --merged the former")
+    if policy is None and ((samples is None and preferences is None) or merged):
+        raise UserInputError(
+            "export needs --policy DIR, --samples FILE or --preferences FILE; --merged the first"
+        )
     if policy is not None:
         chosen = step or last_checkpoint(session)
         if chosen not in checkpoint_steps(session):
@@ -74,9 +90,13 @@ def export(
         say(_export_policy(session, chosen, policy, merged))
     if samples is not None:
         with Record(session) as record:
-            rows = record.samples()
+            rows = with_judgements(session, record.samples())
         _write_lines(samples, rows)
         say(f"{len(rows)} samples are in {samples}")
+    if preferences is not None:
+        found = preference_pairs(session)
+        _write_lines(preferences, found)
+        say(f"{'1 pair is' if len(found) == 1 else f'{len(found)} pairs are'} in {preferences}")
 
 
 def _export_policy(session: Session, step: int, target: Path, merged: bool) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from engine.errors import RlhfError
+from engine.labels import with_judgements
 from engine.record import Record
 from engine.registry import live_sessions
 from engine.session import ENDED_STATES, Session, find_all
@@ -142,15 +143,19 @@ def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
 @json_option
 def samples(root: Path, name: str, last: int | None, as_json: bool) -> None:
     """Print what the policy wrote."""
-    with Record(existing(root, name)) as record:
-        rows = record.samples(last if last or as_json else 16)
+    session = existing(root, name)
+    with Record(session) as record:
+        rows = with_judgements(session, record.samples(last if last or as_json else 16))
     if as_json:
         print_json(rows)
         return
     for row in rows:
         score, kl = fmt.number(row["score"]), fmt.number(row["kl"], 2)
-        say(f"step {row['step']} #{row['index']}  score {score}  kl {kl}")
+        label = f"  {row['label']}" if row["label"] else ""
+        say(f"step {row['step']} #{row['index']}  score {score}  kl {kl}{label}")
         say(f"  {one_line(row['prompt'])}│{one_line(row['response'])}")
+        if row["note"]:
+            say(f"  note: {one_line(row['note'])}")
 
 
 @click.command()

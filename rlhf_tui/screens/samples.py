@@ -1,6 +1,5 @@
 """What the policy wrote: a table over all steps, and one answer to be read."""
 
-import re
 from typing import Any, ClassVar
 
 import msgspec
@@ -11,20 +10,21 @@ from textual.containers import Container
 from textual.message import Message
 from textual.worker import get_current_worker
 
+from engine.answers import SAMPLE_ORDERS, Answers, SampleQuery
 from engine.errors import RlhfError
 from engine.protocol import TokenArrays
-from engine.record import SAMPLE_ORDERS, Record, SampleQuery
 from rlhf_tui import format as fmt
 from rlhf_tui.messages import Chosen, Pointed
-from rlhf_tui.screens.base import Place
+from rlhf_tui.screens.comparing import Comparing
 from rlhf_tui.screens.dialogs import Type
+from rlhf_tui.screens.filtering import HINT, parse_filter
+from rlhf_tui.widgets.judged import key_of, mark
 from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.listing import Column, Table
 from rlhf_tui.widgets.reading import Reading
 
 PAGE = 500
 COLUMNS = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
-_BOUND = re.compile(r"(score|kl)\s*(>=|<=|>|<)\s*(-?[0-9.]+(?:e-?[0-9]+)?)", re.IGNORECASE)
 
 
 class SamplesRead(Message):
@@ -43,35 +43,21 @@ class ArraysRead(Message):
         self.key, self.arrays = key, arrays
 
 
-def parse_filter(text: str, query: SampleQuery) -> SampleQuery:
-    """`score>1 kl<8 cut words`: bounds, answers that were cut off, and words to be found."""
-    bounds: dict[str, float | None] = dict.fromkeys(("score_from", "score_to", "kl_from", "kl_to"))
-    for name, sign, number in _BOUND.findall(text):
-        try:
-            bounds[f"{name.lower()}_{'from' if '>' in sign else 'to'}"] = float(number)
-        except ValueError:
-            continue
-    words = _BOUND.sub(" ", text).split()
-    cut = "cut" in words
-    found = " ".join(w for w in words if w != "cut")
-    return msgspec.structs.replace(query, text=found, cut_off=cut, **bounds)
-
-
-class SamplesScreen(Place):
+class SamplesScreen(Comparing):
     """Mode 3."""
 
     MODE = "samples"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash,f", "filter", "filter"),
-        Binding("s", "sort", "sort"),
-        Binding("r", "reverse", "reverse"),
         Binding("v", "view", "tokens"),
         Binding("n", "next(1)", "next answer", show=False),
         Binding("N", "next(-1)", "answer before", show=False),
         Binding("full_stop,greater_than_sign", "page(1)", "next page", show=False),
         Binding("comma,less_than_sign", "page(-1)", "page before", show=False),
         Binding("z", "enlarge", "read alone"),
+        Binding("s", "sort", "sort"),
+        Binding("r", "reverse", "reverse"),
         Binding("escape", "back", "back: table, no filter", show=False),
     ]
 
@@ -81,7 +67,8 @@ class SamplesScreen(Place):
         self._filter = ""
         self._page = 0
         self._rows: dict[tuple[int, int], dict[str, Any]] = {}
-        self._shown: tuple[str, int, SampleQuery, int] | None = None
+        self._shown: tuple[object, ...] | None = None
+        self._labels: tuple[int, ...] = ()
 
     def middle(self) -> ComposeResult:
         """The table, and beside or below it the answer."""
@@ -95,6 +82,7 @@ class SamplesScreen(Place):
                     Column("KL", 6, right=True),
                     Column("len", 4, right=True),
                     Column("", 1),
+                    Column("", 2),
                     Column("answer", 10, flexible=True),
                 ],
                 id="samples",
@@ -105,14 +93,19 @@ class SamplesScreen(Place):
         """Reads again where new answers may belong on this page."""
         book = self.desk.book
         live_page = self._page == 0 and self._asked.order == "step" and self._asked.descending
-        wanted = (book.name, book.head.step if live_page else -1, self._asked, self._page)
+        step = book.head.step if live_page else -1
+        wanted = (book.name, step, book.labels, self._asked, self._page)
         if wanted != self._shown and self.desk.session is not None:
             self._shown = wanted
             self.read_page(self._asked, self._page)
+        if book.labels != self._labels:
+            self._labels = book.labels
+            super().read_again()
         self._say_filter()
 
     def opened(self) -> None:
         """Another session's answers."""
+        super().opened()
         self._rows = {}
         self._page = 0
         self._shown = None
@@ -128,10 +121,10 @@ class SamplesScreen(Place):
         if session is None:
             return
         try:
-            with Record(session) as record:
-                rows = record.sample_page(query, PAGE, page * PAGE)
+            with Answers(session) as answers:
+                rows = answers.sample_page(query, PAGE, page * PAGE)
         except RlhfError as error:
-            self.desk.say_later(str(error))
+            self.desk.say_later(str(error), "error")
             return
         if not get_current_worker().is_cancelled:
             self.post_message(SamplesRead(query, page, rows))
@@ -143,8 +136,8 @@ class SamplesScreen(Place):
         if session is None:
             return
         try:
-            with Record(session) as record:
-                arrays = record.arrays(*key)
+            with Answers(session) as answers:
+                arrays = answers.arrays(*key)
         except RlhfError:
             arrays = None
         if not get_current_worker().is_cancelled:
@@ -152,7 +145,7 @@ class SamplesScreen(Place):
 
     def on_samples_read(self, message: SamplesRead) -> None:
         """A page has come."""
-        if (message.query, message.page) != (self._asked, self._page):
+        if (message.query, message.page) != (self._asked, self._page) or self.unwritten:
             return
         if not message.rows and self._page:
             self._page -= 1
@@ -165,7 +158,10 @@ class SamplesScreen(Place):
         table.matching = self._asked.text
         table.set_rows([(key, _cells(row)) for key, row in self._rows.items()], self._empty())
         self._say_filter()
-        if self.query_one(Reading).sample is None and table.key is not None:
+        reading, row = self.query_one(Reading), self._rows.get(table.key)
+        if row is not None and reading.sample is not None and key_of(row) == key_of(reading.sample):
+            self.show_again(row)
+        elif row is not None:
             self._point(table.key)
 
     def _empty(self) -> list[Row]:
@@ -200,6 +196,25 @@ class SamplesScreen(Place):
         self.query_one(Reading).read(row, None)
         if key is not None and row is not None:
             self.read_arrays(key)
+        self.pointed_at(row)
+
+    def chosen(self) -> dict[str, Any] | None:
+        """The answer under the cursor."""
+        return self._rows.get(self.query_one(Table).key)
+
+    def show_again(self, row: dict[str, Any]) -> None:
+        """Something is thought of an answer that is on the page."""
+        self._rows[row["step"], row["index"]] = row
+        table, reading = self.query_one(Table), self.query_one(Reading)
+        table.set_rows([(key, _cells(r)) for key, r in self._rows.items()])
+        if reading.sample is not None and key_of(reading.sample) == key_of(row):
+            reading.read(row, reading.arrays)
+
+    def read_again(self) -> None:
+        """What the page shows may not be so."""
+        super().read_again()
+        self._shown = None
+        self.drawn()
 
     def on_arrays_read(self, message: ArraysRead) -> None:
         """Token values have come."""
@@ -214,16 +229,12 @@ class SamplesScreen(Place):
 
     def action_filter(self) -> None:
         """Words and bounds."""
-        rows: list[Row] = [
-            [("words in prompt or answer, and any of", "dim")],
-            [("score>1  score<-1  kl>8  kl<2  cut", "key")],
-        ]
 
         def take(text: str | None) -> None:
             if text is not None:
                 self._set(text)
 
-        self.app.push_screen(Type("Filter", rows, self._filter, lambda _: (True, "")), take)
+        self.app.push_screen(Type("Filter", HINT, self._filter, lambda _: (True, "")), take)
 
     def _set(self, text: str) -> None:
         self._filter = text
@@ -274,6 +285,8 @@ class SamplesScreen(Place):
         room = self.query_one("#room")
         if room.has_class("alone"):
             self.action_enlarge()
+        elif self.leave_comparison():
+            return
         elif not self.query_one(Table).has_focus:
             self.query_one(Table).focus()
         elif self._filter:
@@ -289,5 +302,6 @@ def _cells(row: dict[str, Any]) -> list[Piece]:
         (fmt.number(row["kl"], 1), ""),
         (str(row["length"]), ""),
         ("" if row["ended"] else "✂", "warn"),
+        mark(row),
         (row["response"].strip(), ""),
     ]

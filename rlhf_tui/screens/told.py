@@ -9,7 +9,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.screens.dialogs import Dialog, Said
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.listing import Texts
-from rlhf_tui.widgets.reading import wrap
+from rlhf_tui.widgets.wrap import wrap
 
 FRAME = 6
 """Rows of a terminal that a dialog leaves to what is not its text."""

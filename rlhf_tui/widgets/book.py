@@ -76,6 +76,8 @@ class Book:
         self.commands: list[Row] = []
         self.checkpoints: list[Row] = []
         self.samples: list[Row] = []
+        self.labels: tuple[int, ...] = ()
+        """Another value whenever somebody has judged an answer."""
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
         self._markers: list[Marker] | None = None
 
@@ -97,6 +99,8 @@ class Book:
         if news.events:
             self.events = thinned(self.events + news.events)
             self._markers = None
+        if news.labels is not None:
+            self.labels = news.labels
         for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
             if (value := getattr(news, key)) is not None:
                 setattr(self, key, value)

@@ -8,7 +8,8 @@ from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width, shorten
 
 NAMES = {
     "left_square_bracket": "[", "right_square_bracket": "]", "question_mark": "?", "slash": "/",
-    "plus": "+", "minus": "-", "equals_sign": "=", "comma": ",", "full_stop": ".",
+    "exclamation_mark": "!", "plus": "+", "minus": "-", "equals_sign": "=", "comma": ",",
+    "full_stop": ".",
     "up": "↑", "down": "↓", "left": "←", "right": "→", "escape": "esc", "number_sign": "#",
     "less_than_sign": "<", "greater_than_sign": ">", "pageup": "pgup", "pagedown": "pgdn",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""One answer to be read: prompt, answer, numbers, and token by token."""
+"""One answer to be read: prompt, answer, numbers, judgement, token by token, beside another one."""
 
 import math
 from typing import Any
@@ -8,8 +8,11 @@ from rich.cells import cell_len
 from engine.protocol import TokenArrays
 from rlhf_tui import format as fmt
 from rlhf_tui.text import sanitise
+from rlhf_tui.widgets.comparison import Beside, comparison
+from rlhf_tui.widgets.judged import judgement_rows, key_of
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.listing import Texts
+from rlhf_tui.widgets.wrap import wrap
 
 VIEWS = ("text", "KL", "log-prob", "advantage", "value")
 HEAT = ("", "heat1", "heat2", "heat3")
@@ -26,20 +29,40 @@ class Reading(Texts):
         self.sample: dict[str, Any] | None = None
         self.arrays: TokenArrays | None = None
         self.mode = VIEWS[0]
+        self.beside: Beside | None = None
+        """What it is held against."""
 
     def read(self, sample: dict[str, Any] | None, arrays: TokenArrays | None) -> None:
         """Another answer."""
         same = (
-            sample is not None
-            and self.sample is not None
-            and (sample["step"], sample["index"]) == (self.sample["step"], self.sample["index"])
+            sample is not None and self.sample is not None and key_of(sample) == key_of(self.sample)
         )
+        if not same:
+            self.beside = None
         self.sample, self.arrays = sample, arrays
         self.compose_body(keep=same)
+
+    def hold_against(self, beside: Beside | None) -> None:
+        """Shows another answer with it, or none."""
+        if beside is None and self.beside is None:
+            return
+        keep = self.beside is not None and beside is not None and beside.kind == self.beside.kind
+        self.beside = beside
+        self.compose_body(keep=keep)
+
+    @property
+    def comparing(self) -> bool:
+        """Whether another answer is to be seen with it."""
+        return self.beside is not None and self.mode == VIEWS[0]
 
     def cycle(self) -> None:
         """The next view of the same answer."""
         self.mode = VIEWS[(VIEWS.index(self.mode) + 1) % len(VIEWS)]
+        self.compose_body(keep=False)
+
+    def as_text(self) -> None:
+        """The words, without numbers of the tokens."""
+        self.mode = VIEWS[0]
         self.compose_body(keep=False)
 
     def on_resize(self) -> None:
@@ -53,10 +76,11 @@ class Reading(Texts):
         if self.sample is None:
             self.set_body([[(" no answer chosen", "dim")]])
             return
-        rows: list[Row] = [
-            [(" ", ""), *row] for row in body(self.sample, self.arrays, self.mode, width)
-        ]
-        self.set_body(rows, keep=keep)
+        if self.beside is not None and self.comparing:
+            lines = comparison(self.sample, self.beside, width)
+        else:
+            lines = body(self.sample, self.arrays, self.mode, width)
+        self.set_body([[(" ", ""), *row] for row in lines], keep=keep)
 
 
 def body(sample: dict[str, Any], arrays: TokenArrays | None, mode: str, width: int) -> list[Row]:
@@ -68,7 +92,8 @@ def body(sample: dict[str, Any], arrays: TokenArrays | None, mode: str, width: i
             ("   KL ", "dim"), (f"{fmt.number(s['kl'], 2)} nats", "strong"),
             ("   length ", "dim"), (str(s["length"]), "strong"),
             ("   ended" if s["ended"] else "   ✂ cut off", "dim" if s["ended"] else "warn"),
-        ]
+        ],
+        *judgement_rows(s, width),
     ]  # fmt: skip
     if len(s["parts"]) > 1:
         parts: list[Piece] = []
@@ -160,23 +185,3 @@ def heat(value: float, largest: float) -> str:
         return UNDEFINED
     strength = min(3, int(4 * (abs(value) / largest)))
     return (HEAT if value >= 0 else COLD)[strength]
-
-
-def wrap(text: str, width: int) -> list[str]:
-    """Text in lines, broken between words, where one is too long within it."""
-    found: list[str] = []
-    for paragraph in sanitise(text).replace("\t", "    ").split("\n"):
-        line, used = "", 0
-        for word in paragraph.split(" "):
-            size = cell_len(word)
-            if line and used + 1 + size > width:
-                found.append(line)
-                line, used = "", 0
-            line, used = (f"{line} {word}", used + 1 + size) if line else (word, size)
-            while used > width:
-                cut = next(i for i in range(len(line), 0, -1) if cell_len(line[:i]) <= width)
-                found.append(line[:cut])
-                line = line[cut:]
-                used = cell_len(line)
-        found.append(line)
-    return found

@@ -47,6 +47,9 @@ TONES = {
     "cold1": Tone("", "s1", 0.2),
     "cold2": Tone("", "s1", 0.4, "bold", "underline"),
     "cold3": Tone("", "s1", 0.65, "bold underline", "reverse"),
+    # -- words that only one of two answers has
+    "mine": Tone("s1", look="bold"),
+    "theirs": Tone("s6", look="underline"),
     # -- charts
     "title": Tone("", "bar", plain="bold"),
     "value": Tone("", "bar", look="bold"),

@@ -1,10 +1,17 @@
 """What the reading commands print: the contract's keys, for living and for finished sessions."""
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from engine import labels
+from engine.labels import Response
+from engine.record import Record
+from engine.session import Session
 
 METRICS = {
     "objective/kl", "objective/kl_per_token", "objective/kl_coef", "objective/scores",
@@ -118,6 +125,21 @@ def test_reading_closed_early_is_no_error(whole):
     assert done.stderr == ""
 
 
+@pytest.fixture
+def make_judged(whole, make_lab, request):
+    """A copy of the finished run with judgements in it."""
+
+    def make(judge):
+        lab = make_lab(f"judged/{request.node.name}/sessions")
+        session = Session(lab.root / "judged")
+        shutil.copytree(whole.session.folder, session.folder)
+        with Record(session) as record:
+            judge(session, record.samples())
+        return SimpleNamespace(lab=lab, name=session.name)
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def exported(whole, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
@@ -155,6 +177,49 @@ def test_samples_are_exported_as_json_lines(whole, tmp_path):
     assert whole.lab.cli("export", "whole", "--samples", target).returncode == 0
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     assert rows == whole.lab.json("samples", "whole")
+
+
+def test_samples_have_their_labels_and_notes(make_judged):
+    run = make_judged(lambda session, rows: [
+        labels.set_label(session, rows[0]["prompt"], Response.of(rows[0]), "hack", "ana"),
+        labels.set_note(session, rows[1]["prompt"], Response.of(rows[1]), "odd \x1b[2J", "ana"),
+    ])  # fmt: skip
+    rows = run.lab.json("samples", run.name)
+    assert [(r["label"], r["note"]) for r in rows[:3]] == [
+        ("hack", None), (None, "odd \x1b[2J"), (None, None),
+    ]  # fmt: skip
+    printed = run.lab.cli("samples", run.name, "--last", len(rows)).stdout
+    assert printed.splitlines()[0].endswith("  hack")
+    assert "  note: odd ␛" in printed
+    assert "\x1b" not in printed
+
+
+def test_preferences_are_exported_as_json_lines(make_judged, tmp_path):
+    def judge(session, rows):
+        first, second = Response.of(rows[0]), Response.of(rows[4])
+        labels.prefer(session, rows[0]["prompt"], first, second, "ana on pts/1")
+        labels.prefer(session, rows[0]["prompt"], Response(response="reference"), first, "ben")
+
+    run = make_judged(judge)
+    target = tmp_path / "pairs.jsonl"
+    done = run.lab.cli("export", run.name, "--preferences", target)
+    assert (done.returncode, done.stdout) == (0, f"2 pairs are in {target}\n")
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    first = run.lab.json("samples", run.name)[0]
+    keys = {"prompt", "chosen", "rejected", "source", "who", "time", "chosen_step"}
+    assert all(set(row) >= keys and row["prompt"] == first["prompt"] for row in rows)
+    assert [(r["chosen"], r["who"]) for r in rows] == [
+        (first["response"], "ana on pts/1"), ("reference", "ben"),
+    ]  # fmt: skip
+    assert [(r["chosen_step"], r["chosen_index"]) for r in rows] == [(1, 0), (None, None)]
+
+
+def test_without_judgements_an_export_says_how_to_judge_and_writes_nothing(whole, tmp_path):
+    done = whole.lab.cli("export", "whole", "--preferences", tmp_path / "pairs.jsonl")
+    assert done.returncode == 3
+    (line,) = done.stderr.splitlines()
+    assert "no preferences yet: on screen 3 of rlhf-tui attach whole" in line
+    assert not (tmp_path / "pairs.jsonl").exists()
 
 
 def test_the_doctor_reports_as_json(lab, whole):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from engine import schema
+from engine.answers import SampleQuery
 from engine.errors import JournalError
 from engine.journal import Journal, cut_after, on_network
-from engine.record import Record, SampleQuery
+from engine.record import Record
 from engine.session import Session
 
 DATA = Path(__file__).parent / "data"

@@ -49,6 +49,8 @@ def test_chat_messages_are_rendered_by_the_models_template(tokenizer, write_prom
     prompts = load(tokenizer, write_prompts("p.jsonl", json.dumps(row) + "\n"))
     assert prompts.for_step(1)[0].text == "user: How was it?\n>"
     assert prompts.for_step(1)[0].messages == row["prompt"]
+    assert prompts.find("user: How was it?\n>") is prompts.for_step(1)[0]
+    assert prompts.find("How was it?") is None
 
 
 BAD = {

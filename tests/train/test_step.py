@@ -1,5 +1,6 @@
 """What must be true of a step, whatever its numbers."""
 
+import json
 import math
 
 import pytest
@@ -206,3 +207,19 @@ def test_a_probe_that_a_reward_function_cannot_score_is_rejected(make_run, tmp_p
     )
     with pytest.raises(CommandRejectedError, match=r"cannot be scored.*'answer'"):
         answer_probe(run, "hello there")
+
+
+def test_a_probe_with_one_of_the_run_s_prompts_has_its_other_columns(
+    make_run, tmp_path, write_prompts
+):
+    text = "def by_answer(completions, answer):\n    return [len(a) for a in answer]\n"
+    (tmp_path / "has_its_column.py").write_text(text)
+    prompts = "".join(
+        json.dumps({"prompt": f"hello {i}", "answer": "x" * i}) + "\n" for i in range(8)
+    )
+    run, _ = make_run(
+        "reward.model=null", "reward.function=has_its_column:by_answer",
+        f"reward.path={tmp_path}", f"data.prompts={write_prompts('p.jsonl', prompts)}",
+    )  # fmt: skip
+    for prompt in run.prompts.for_step(1):
+        assert set(answer_probe(run, prompt.text)) == {"policy", "reference"}

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from engine import configfile, starter
+from engine.answers import SampleQuery
 from engine.control import Answer
 from engine.journal import Journal
+from engine.labels import Response, prefer, set_label, set_note
 from engine.protocol import Sample, StepReport, TokenArrays
+from engine.record import Record
 from engine.session import Session, create
 from engine.settings import Change, first_settings
 from rlhf_tui import sender
@@ -175,11 +178,26 @@ def freeze(session: Session) -> None:
     db.close()
 
 
+def judge(session: Session) -> None:
+    """What two people think of some answers to the last step's prompt."""
+    with Record(session) as record:
+        rows = {r["index"]: r for r in record.sample_page(SampleQuery(), 8)}
+    prompt, of = rows[0]["prompt"], {i: Response.of(row) for i, row in rows.items()}
+    for index, label in ((1, "good"), (2, "bad"), (3, "hack")):
+        set_label(session, prompt, of[index], label, "ana on pts/1")
+    set_note(session, prompt, of[3], "says 'film' wherever it can", "ana on pts/1")
+    set_note(session, prompt, of[5], "ask for more of these", "ben on pts/2 from 10.0.0.7")
+    prefer(session, prompt, of[1], of[0], "ana on pts/1")
+    with contextlib.closing(sqlite3.connect(session.labels_file)) as db, db:
+        db.execute("UPDATE judgements SET time = ?", (START + 900,))
+        db.execute("UPDATE preferences SET time = ?", (START + 900,))
+
+
 @pytest.fixture(scope="session")
 def frozen_folder(tmp_path_factory) -> Path:
     """One folder for all tests that only read."""
     root = tmp_path_factory.mktemp("frozen") / "sessions"
-    make_session(root)
+    judge(make_session(root))
     return root
 
 
@@ -260,7 +278,7 @@ def engine(monkeypatch):
             result = {}
             if isinstance(sent[-1], steer.Probe):
                 result = {
-                    n: {"response": f"{n} says", "score": 1.0, "kl": 2.0}
+                    n: {"response": f"{n} says", "score": 1.0, "kl": 2.0, "length": 2}
                     for n in ("policy", "reference")
                 }
             change = Change(key="beta", old=1, new=2)

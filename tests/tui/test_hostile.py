@@ -11,8 +11,10 @@ from rich.style import Style
 
 from engine.session import Session
 from rlhf_tui.app import Desk
+from rlhf_tui.widgets.comparison import Beside, comparison
 from rlhf_tui.widgets.lines import Lines
-from rlhf_tui.widgets.reading import body, wrap
+from rlhf_tui.widgets.reading import body
+from rlhf_tui.widgets.wrap import wrap
 
 ATTACKS = (
     "\x1b[2J", "\x1b]52;c;aGVsbG8=\x07", "\x1b]0;title\x1b\\", "\x9b31m", "\x9d52;c;x\x9c",
@@ -69,6 +71,19 @@ def poison(session: Session, text: str) -> None:
             "INSERT OR REPLACE INTO meta VALUES ('message', json(?))",
             (json.dumps(text),),
         )
+        answer = {"response": text, "score": 1.0, "kl": 0.0, "length": 3}
+        db.execute(
+            "INSERT INTO commands (id, command, args, who, status, queued, attempt, changes, "
+            "result) VALUES ('p', 'probe', ?, ?, 'applied', 1, 2, '[]', ?)",
+            (json.dumps({"text": text}), text, json.dumps({"reference": answer})),
+        )
+    db.close()
+    db = sqlite3.connect(session.labels_file)
+    with db:
+        db.execute("UPDATE judgements SET note = ?, who = ?", (text, text))
+        db.execute(
+            "UPDATE preferences SET prompt = ?, chosen = ?, rejected = '', who = ?", [text] * 3
+        )
     db.close()
     session.log_file.write_bytes((text + "\n").encode("utf-8", "surrogatepass") * 50)
 
@@ -82,8 +97,8 @@ async def test_no_screen_shows_anything_raw(make_desk, root, tmp_path, until):
     async with desk.run_test(size=(120, 40)) as pilot:
         await until(pilot, lambda: desk.book.known)
         for keys in (
-            ["2", "n"], ["m"], ["escape", "3"], ["v"], ["v"], ["4"], ["5"], ["1"],
-            ["question_mark"], ["escape", "2", "ctrl+p"], ["escape"],
+            ["2", "n"], ["m"], ["escape", "3"], ["j", "d"], ["d"], ["z"], ["v"], ["v"], ["4"],
+            ["5"], ["1"], ["question_mark"], ["escape", "2", "ctrl+p"], ["escape"],
         ):  # fmt: skip
             await pilot.press(*keys)
             await pilot.pause(0.15)
@@ -101,3 +116,8 @@ def test_any_prompt_and_answer_can_be_read(text):
     sample = {"score": 1.0, "kl": 1.0, "length": 3, "ended": True, "parts": {text: 1.0, "b": None},
               "prompt": text, "response": text}  # fmt: skip
     assert body(sample, None, "text", 40)
+    sample |= {"step": 1, "index": 0, "label": "good", "note": text, "who": text, "time": 0.0}
+    other = sample | {"response": text[::-1]}
+    beside = Beside("earlier", text, text, other, better="this", who=text)
+    for width in (40, 120):
+        assert comparison(sample, beside, width)

@@ -9,7 +9,7 @@ from rlhf_tui.widgets.phases import PhaseStrip
 from rlhf_tui.widgets.ranks import Machine
 from tests.tui.panels import make_book, text
 
-# -- phases -----------------------------------------------------------------------------------------
+# -- phases ----------------------------------------------------------------------------------------
 
 
 def test_a_phase_has_its_share_and_what_is_left_of_the_step():
@@ -51,7 +51,7 @@ def test_the_strip_fits_every_width(width):
     assert text(PhaseStrip(book), width, 1)
 
 
-# -- machine ----------------------------------------------------------------------------------------
+# -- machine ---------------------------------------------------------------------------------------
 
 
 def test_gpus_stand_with_load_memory_heat_and_power():

@@ -2,9 +2,10 @@
 
 import pytest
 
-from engine.record import Record, SampleQuery
+from engine.answers import SampleQuery
+from engine.record import Record
 from engine.session import Session
-from rlhf_tui.screens.samples import parse_filter
+from rlhf_tui.screens.filtering import parse_filter
 
 
 @pytest.fixture

@@ -6,11 +6,15 @@ SIZES = ((80, 24), (120, 40))
 SCREENS = {
     "sessions": ["1"], "dashboard": ["g", "n", "n"], "samples": ["3", "v"], "checkpoints": ["4"],
     "log": ["5"], "help": ["question_mark"], "stop": ["S"], "metrics": ["m"],
+    "labels": ["3", "j", "j", "j"], "beside": ["3", "d"], "abreast": ["3", "d", "z"],
 }  # fmt: skip
+CASES = [(screen, size) for screen in SCREENS for size in SIZES]
+CASES += [(screen, (160, 50)) for screen in ("labels", "beside", "abreast")]
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
-@pytest.mark.parametrize("screen", SCREENS)
+@pytest.mark.parametrize(
+    ("screen", "size"), CASES, ids=[f"{screen}-{w}x{h}" for screen, (w, h) in CASES]
+)
 def test_a_screen_looks_as_it_did(snap_compare, make_desk, root, monkeypatch, screen, size, until):
     monkeypatch.setenv("HOME", str(root.parent))
     desk = make_desk()

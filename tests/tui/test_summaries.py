@@ -11,7 +11,7 @@ from rlhf_tui.widgets.topline import Status, Tabs
 from rlhf_tui.widgets.view import View
 from tests.tui.panels import command, make_book, text
 
-# -- top lines --------------------------------------------------------------------------------------
+# -- top lines -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_where_one_is_and_the_state_are_always_there(width):
     assert "Samples" in shown or width < 60
 
 
-# -- what happened ----------------------------------------------------------------------------------
+# -- what happened ---------------------------------------------------------------------------------
 
 
 def test_an_intervention_s_effect_is_the_means_before_and_after():

@@ -1,0 +1,273 @@
+"""An answer beside an earlier one or the reference's, and which is the better one."""
+
+import contextlib
+import sqlite3
+
+import pytest
+
+from engine.answers import SampleQuery
+from engine.journal import Journal
+from engine.labels import Labels, Response, prefer
+from engine.record import Record
+from engine.session import Session
+from rlhf_tui.app import Desk
+from rlhf_tui.widgets.listing import Table
+from rlhf_tui.widgets.reading import Reading
+
+STEPS = 6
+PROMPT = "I watched this one with"
+
+
+@pytest.fixture
+def judged(session_maker, tmp_path):
+    """A session of its own, all of whose answers are to one prompt."""
+    return session_maker(tmp_path / "sessions", "judged", STEPS)
+
+
+@pytest.fixture
+def samples(judged, running, until):
+    @contextlib.asynccontextmanager
+    async def open_samples(size=(120, 40), **options):
+        options = {"follow": False} | options
+        desk = Desk(judged.folder.parent, "judged", now=lambda: 1_700_003_600.0, **options)
+        async with running(desk, size) as pilot:
+            await pilot.press("3")
+            await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * STEPS)
+            await until(pilot, lambda: desk.screen.query_one(Reading).sample is not None)
+            yield desk, pilot
+
+    return open_samples
+
+
+def reference(session, text="the reference's words"):
+    """A probe of the prompt, as a finished run has it."""
+    journal = Journal(session)
+    journal.record_command("p", "probe", {"text": PROMPT}, "ana")
+    journal.accept_command("p")
+    answer = {"response": text, "score": 0.1, "kl": 0.0, "length": 3}
+    journal.apply_command("p", 4, [], {"policy": answer, "reference": answer})
+    journal.close()
+
+
+def beside(desk):
+    return desk.screen.query_one(Reading).beside
+
+
+def pane(desk):
+    return "\n".join("".join(p for p, _ in row) for row in desk.screen.query_one(Reading)._body)
+
+
+def pairs(session):
+    with Labels(session) as labels:
+        return [(p.chosen, p.rejected) for p in labels.preferences()]
+
+
+def rows(session, count):
+    with Record(session) as record:
+        return record.sample_page(SampleQuery(), count)
+
+
+async def test_d_goes_from_nothing_to_an_earlier_one_to_the_reference_and_back(
+    samples, judged, until
+):
+    reference(judged)
+    async with samples() as (desk, pilot):
+        assert beside(desk) is None
+        await pilot.press("d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        assert (beside(desk).kind, beside(desk).row["index"]) == ("earlier", 1)
+        assert "OTHER, step 6 #1 (1/47)" in pane(desk)
+        await pilot.press("d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        assert "REFERENCE, asked at step 4" in pane(desk)
+        assert "the reference's words" in pane(desk)
+        await pilot.press("d")
+        assert beside(desk) is None
+        assert "THIS" not in pane(desk)
+
+
+@pytest.mark.parametrize(("forth", "back"), [("right", "left"), ("l", "h")])
+async def test_each_earlier_answer_comes_in_turn(samples, forth, back, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press(*[forth] * 8)
+        assert "OTHER, step 5 #1 (9/47)" in pane(desk)
+        await pilot.press(back)
+        assert "OTHER, step 5 #0 (8/47)" in pane(desk)
+        await pilot.press(*[back] * 9)
+        assert "(1/47)" in pane(desk)
+
+
+async def test_the_next_answer_has_others_of_its_own(samples, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("d", "n")
+        await until(pilot, lambda: beside(desk) and beside(desk).row is not None)
+        await until(pilot, lambda: "THIS, step 6 #1" in pane(desk))
+        assert "OTHER, step 6 #0 (1/47)" in pane(desk)
+        await pilot.press("G")
+        await until(pilot, lambda: "OTHER, step 1 #0 (1/7)" in pane(desk))
+
+
+async def test_esc_leaves_the_comparison_before_the_answer(samples, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("enter", "d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press("escape")
+        assert beside(desk) is None
+        assert desk.screen.query_one(Reading).has_focus
+        await pilot.press("escape")
+        assert desk.screen.query_one(Table).has_focus
+
+
+async def test_tokens_hide_the_other_answer_and_d_shows_it_again(samples, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press("v")
+        assert "OTHER" not in pane(desk)
+        await pilot.press("d")
+        assert "(1/47)" in pane(desk)
+
+
+@pytest.mark.parametrize(("key", "better"), [("y", "this"), ("o", "other")])
+async def test_a_key_says_which_is_better_and_again_takes_it_back(
+    samples, judged, key, better, until
+):
+    mine, theirs = (Response.of(row) for row in rows(judged, 2))
+    async with samples() as (desk, pilot):
+        await pilot.press("d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press(key)
+        assert beside(desk).better == better
+        assert f"✓ better   {desk.who}" in pane(desk)
+        said = [(mine, theirs) if better == "this" else (theirs, mine)]
+        await until(pilot, lambda: pairs(judged) == said)
+        await pilot.press(key)
+        assert beside(desk).better == ""
+        await until(pilot, lambda: pairs(judged) == [])
+
+
+async def test_the_other_key_turns_it_round(samples, judged, until):
+    mine, theirs = (Response.of(row) for row in rows(judged, 2))
+    async with samples() as (desk, pilot):
+        await pilot.press("d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press("y", "o")
+        assert beside(desk).better == "other"
+        await until(pilot, lambda: pairs(judged) == [(theirs, mine)])
+
+
+async def test_the_reference_may_be_the_better_one(samples, judged, until):
+    reference(judged)
+    async with samples() as (desk, pilot):
+        await pilot.press("d", "d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press("o")
+        chosen = Response(response="the reference's words")
+        await until(pilot, lambda: [c for c, _ in pairs(judged)] == [chosen])
+
+
+async def test_of_the_same_words_neither_is_better(samples, judged, until):
+    reference(judged, rows(judged, 1)[0]["response"])
+    async with samples() as (desk, pilot):
+        await pilot.press("d", "d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press("y")
+        await until(pilot, lambda: desk._notifications)
+        assert "the same words" in next(iter(desk._notifications)).message
+        assert beside(desk).better == ""
+
+
+async def test_what_another_client_says_of_the_pair_is_seen(samples, judged, until):
+    mine, theirs = (Response.of(row) for row in rows(judged, 2))
+    async with samples(follow=True) as (desk, pilot):
+        await pilot.press("d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        prefer(judged, PROMPT, theirs, mine, "ben on pts/2")
+        await until(pilot, lambda: "✓ better   ben on pts/2" in pane(desk), "the verdict")
+
+
+async def test_without_another_answer_the_keys_say_what_comes_first(samples, judged, until):
+    async with samples() as (desk, pilot):
+        for key in ("y", "o", "left", "right"):
+            await pilot.press(key)
+            line = desk.screen.query_one("#keys")._notice
+            assert line.startswith("d puts an")
+        assert not judged.labels_file.exists()
+
+
+async def test_read_only_no_pair_is_judged(samples, judged, until):
+    async with samples(read_only=True) as (desk, pilot):
+        await pilot.press("d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press("y")
+        assert [n.message for n in desk._notifications] == [
+            "read-only: nothing is judged from here"
+        ]
+        assert not judged.labels_file.exists()
+
+
+# -- the reference's answer ------------------------------------------------------------------------
+
+
+async def test_a_living_engine_is_asked_for_the_reference_s_answer(samples, engine, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("d", "d")
+        await until(pilot, lambda: [c.text for c in engine] == [PROMPT])
+        await until(pilot, lambda: beside(desk).row is not None)
+        assert "reference says" in pane(desk)
+        assert "REFERENCE, asked at step 201" in pane(desk)
+        assert len(desk.screen_stack) == 1, "no dialog"
+
+
+async def test_the_probe_s_refusal_is_told(samples, engine, monkeypatch, until):
+    from engine.control import Answer  # noqa: PLC0415
+    from rlhf_tui import sender  # noqa: PLC0415
+
+    reason = "a probe needs 1 to 64 tokens, this has 90"
+    monkeypatch.setattr(
+        sender.Client, "send", lambda *a: Answer(id=a[-1], status="rejected", reason=reason)
+    )
+    async with samples() as (desk, pilot):
+        await pilot.press("d", "d")
+        await until(pilot, lambda: desk._notifications)
+        assert reason in next(iter(desk._notifications)).message
+        await until(pilot, lambda: "d asks it" in pane(desk))
+
+
+async def test_what_was_not_answered_yet_is_asked_by_d_not_by_going_to_it(samples, engine, until):
+    # This engine writes no journal: what it answered is not found again.
+    async with samples() as (desk, pilot):
+        await pilot.press("d", "d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press("n")
+        await until(pilot, lambda: "d asks it" in pane(desk))
+        assert len(engine) == 1
+        await pilot.press("d")
+        await until(pilot, lambda: "reference says" in pane(desk))
+        assert len(engine) == 2
+
+
+async def test_without_an_engine_it_is_said_how_to_start_one(samples, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("d", "d")
+        await until(pilot, lambda: "rlhf-tui resume judged" in pane(desk))
+        await pilot.press("d")
+        assert beside(desk) is None
+
+
+async def test_read_only_the_reference_is_not_asked(samples, engine, monkeypatch, until):
+    monkeypatch.setattr(Session, "is_live", lambda self: True)
+    async with samples(read_only=True) as (desk, pilot):
+        await pilot.press("d", "d")
+        await until(pilot, lambda: "read-only" in pane(desk))
+        assert engine == []
+
+
+async def test_a_prompt_with_a_single_answer_says_so(samples, judged, until):
+    with contextlib.closing(sqlite3.connect(judged.samples_file)) as db, db:
+        db.execute("UPDATE samples SET prompt = 'another one' WHERE (step, idx) = (?, 0)", (STEPS,))
+    async with samples() as (desk, pilot):
+        await pilot.press("d")
+        await until(pilot, lambda: "no other answer to this prompt" in pane(desk))

@@ -1,0 +1,161 @@
+"""The operator's labels and notes: keys on the samples, and what other clients say."""
+
+import contextlib
+
+import pytest
+
+from engine.answers import SampleQuery
+from engine.labels import Labels, Response, set_label, set_note
+from engine.record import Record
+from rlhf_tui.app import Desk
+from rlhf_tui.screens.dialogs import Type
+from rlhf_tui.screens.filtering import parse_filter
+from rlhf_tui.widgets.judged import mark
+from rlhf_tui.widgets.listing import Table
+from rlhf_tui.widgets.reading import Reading
+
+STEPS = 6
+
+
+@pytest.fixture
+def judged(session_maker, tmp_path):
+    """A session of its own: what is judged here is not seen by other tests."""
+    return session_maker(tmp_path / "sessions", "judged", STEPS)
+
+
+@pytest.fixture
+def samples(judged, running, until):
+    @contextlib.asynccontextmanager
+    async def open_samples(size=(120, 40), **options):
+        options = {"follow": False} | options
+        desk = Desk(judged.folder.parent, "judged", now=lambda: 1_700_003_600.0, **options)
+        async with running(desk, size) as pilot:
+            await pilot.press("3")
+            await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * STEPS)
+            yield desk, pilot
+
+    return open_samples
+
+
+def on_file(session):
+    with Labels(session) as labels:
+        return {
+            (j.answer.step, j.answer.index): (j.label, j.note)
+            for j in labels.judgements().values()
+        }  # fmt: skip
+
+
+def newest(session):
+    with Record(session) as record:
+        return record.sample_page(SampleQuery(), 1)[0]
+
+
+def shown(desk):
+    """What the table's marks and the pane say."""
+    table, reading = desk.screen.query_one(Table), desk.screen.query_one(Reading)
+    marks = [cells[6][0] for cells in table._cells]
+    return marks, ["".join(p for p, _ in row).strip() for row in reading._body]
+
+
+@pytest.mark.parametrize(
+    ("key", "label", "glyph"),
+    [("plus", "good", "+"), ("minus", "bad", "-"), ("exclamation_mark", "hack", "!")],
+)
+async def test_a_key_labels_the_answer_and_takes_it_away_again(
+    samples, judged, key, label, glyph, until
+):
+    async with samples() as (desk, pilot):
+        await pilot.press("j", key)
+        assert shown(desk)[0][:3] == ["", glyph, ""]
+        said = f"{glyph} {label}   {desk.who}, "
+        await until(pilot, lambda: any(line.startswith(said) for line in shown(desk)[1]))
+        await until(pilot, lambda: on_file(judged) == {(STEPS, 1): (label, None)})
+        await pilot.press(key)
+        assert shown(desk)[0][:3] == ["", "", ""]
+        await until(pilot, lambda: on_file(judged) == {})
+
+
+async def test_another_label_replaces_the_first(samples, judged, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("plus", "minus", "exclamation_mark")
+        await until(pilot, lambda: on_file(judged) == {(STEPS, 0): ("hack", None)})
+        assert shown(desk)[0][0] == "!"
+
+
+async def test_a_note_is_written_and_an_empty_one_takes_it_away(samples, judged, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("plus", "W", *"odd end", "enter")
+        await until(pilot, lambda: on_file(judged) == {(STEPS, 0): ("good", "odd end")})
+        marks, lines = shown(desk)
+        assert marks[0] == "+✎"
+        assert "✎ odd end" in lines
+        await pilot.press("plus")
+        await until(pilot, lambda: on_file(judged) == {(STEPS, 0): (None, "odd end")})
+        assert shown(desk)[0][0] == "✎"
+        await pilot.press("W")
+        await until(pilot, lambda: isinstance(desk.screen, Type))
+        assert desk.screen.query_one("#field").value == "odd end"
+        await pilot.press("delete", "enter")
+        await until(pilot, lambda: on_file(judged) == {})
+
+
+async def test_what_no_longer_fits_the_filter_makes_way_for_the_next(samples, judged, until):
+    async with samples() as (desk, pilot):
+        await pilot.press("slash", *"unjudged", "enter")
+        await until(pilot, lambda: desk.screen._asked.judged is False)
+        await pilot.press("plus")
+        await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * STEPS - 1)
+        await until(pilot, lambda: desk.screen.chosen()["index"] == 1)
+        reading = desk.screen.query_one(Reading)
+        await until(pilot, lambda: reading.sample["index"] == 1)
+        await pilot.press("slash", *"good", "enter")
+        await until(pilot, lambda: desk.screen.query_one(Table).count() == 1)
+
+
+async def test_read_only_nothing_is_judged_and_it_is_said(samples, judged):
+    async with samples(read_only=True) as (desk, pilot):
+        for key in ("plus", "minus", "exclamation_mark", "W"):
+            desk.clear_notifications()
+            await pilot.press(key)
+            assert [n.message for n in desk._notifications] == [
+                "read-only: nothing is judged from here"
+            ]
+        assert shown(desk)[0] == [""] * 8 * STEPS
+        assert not judged.labels_file.exists()
+
+
+async def test_what_others_say_is_seen_without_an_engine_and_without_a_restart(
+    samples, judged, until
+):
+    async with samples(follow=True) as (desk, pilot):
+        row = newest(judged)
+        set_label(judged, row["prompt"], Response.of(row), "bad", "ben on pts/2")
+        await until(pilot, lambda: shown(desk)[0][0] == "-", "the label")
+        set_note(judged, row["prompt"], Response.of(row), "see\x1b[2J here", "ana")
+        await until(pilot, lambda: shown(desk)[0][0] == "-✎", "the note")
+        assert any("see␛ here" in line for line in shown(desk)[1])
+
+
+async def test_what_cannot_be_written_is_said_and_not_shown(samples, judged, until):
+    async with samples() as (desk, pilot):
+        judged.labels_file.mkdir()
+        await pilot.press("plus")
+        await until(pilot, lambda: desk._notifications)
+        assert "folder must be one that you can write in" in next(iter(desk._notifications)).message
+        await until(pilot, lambda: shown(desk)[0][0] == "")
+
+
+def test_words_of_the_filter_and_the_same_in_quotes():
+    query = parse_filter('good hack "bad cut" unjudged dull', SampleQuery())
+    assert (query.labels, query.judged, query.text, query.cut_off) == (
+        "good hack", False, "bad cut dull", False,
+    )  # fmt: skip
+    assert parse_filter("judged", SampleQuery()).judged is True
+    assert parse_filter("", query) == SampleQuery()
+
+
+@pytest.mark.parametrize("label", [None, "good", "bad", "hack"])
+def test_a_mark_is_told_apart_without_colour(label):
+    marks = {mark({"label": name, "note": None})[0] for name in (None, "good", "bad", "hack")}
+    assert len(marks) == 4
+    assert mark({"label": label, "note": "x"})[0].endswith("✎")
