@@ -35,6 +35,7 @@ def orphan(lab, wait_until):
     os.close(slave)
     os.close(master)
     shell.wait(timeout=60)
+    run.wait_at(2)
     yield run
     run.end()
 
