@@ -12,10 +12,10 @@ from engine.session import Session
 
 SAMPLE_ORDERS = ("step", "score", "kl", "length")
 COLUMNS = """step, idx AS 'index', attempt, prompt, response, score, kl, length, ended, parts"""
-JUDGED = "SELECT attempt, step, idx, label, note, who, time FROM labels.judgements"
+JUDGED = "SELECT attempt, step, idx, response, label, note, who, time FROM labels.judgements"
 UNJUDGED = (
-    "SELECT NULL AS attempt, NULL AS step, NULL AS idx, NULL AS label, NULL AS note, "
-    "NULL AS who, NULL AS time WHERE 0"
+    "SELECT NULL AS attempt, NULL AS step, NULL AS idx, NULL AS response, NULL AS label, "
+    "NULL AS note, NULL AS who, NULL AS time WHERE 0"
 )
 """The same where nobody has judged yet."""
 OTHERS = 200
@@ -69,7 +69,7 @@ class Answers(Reader):
         way = "DESC" if query.descending else "ASC"
         return self._judged_rows(
             f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608
-            "FROM samples LEFT JOIN judged USING (attempt, step, idx) "
+            "FROM samples LEFT JOIN judged USING (attempt, step, idx, response) "
             "WHERE (:text = '' OR instr(lower(prompt), lower(:text)) "
             "OR instr(lower(response), lower(:text))) "
             "AND (:score_from IS NULL OR score >= :score_from) "
@@ -93,7 +93,7 @@ class Answers(Reader):
         for table in ("samples", "samples_past"):
             rows = self._judged_rows(
                 f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608 - one of two names
-                f"FROM {table} LEFT JOIN judged USING (attempt, step, idx) "
+                f"FROM {table} LEFT JOIN judged USING (attempt, step, idx, response) "
                 "WHERE prompt = :prompt AND (attempt, step) <= (:attempt, :step) "
                 "AND NOT (attempt = :attempt AND step = :step AND idx = :index) "
                 "ORDER BY attempt DESC, step DESC, idx LIMIT :limit",
@@ -109,10 +109,13 @@ class Answers(Reader):
         judged = f"WITH judged AS ({JUDGED if self._judged else UNJUDGED}) "
         return [_decoded(row) for row in self._rows(self._samples, judged + query, values)]
 
-    def arrays(self, step: int, index: int) -> TokenArrays | None:
-        """The per-token arrays of one sample, where they were kept."""
+    def arrays(self, step: int, index: int, attempt: int) -> TokenArrays | None:
+        """The per-token arrays of one sample of the current timeline, where they were kept."""
         rows = self._all(
-            self._samples, "SELECT data FROM arrays WHERE step = ? AND idx = ?", (step, index)
+            self._samples,
+            "SELECT data FROM arrays JOIN samples USING (step, idx) "
+            "WHERE step = ? AND idx = ? AND attempt = ?",
+            (step, index, attempt),
         )
         return msgspec.msgpack.decode(rows[0][0], type=TokenArrays) if rows else None
 

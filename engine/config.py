@@ -222,7 +222,7 @@ class LaunchConfig(Section, frozen=True):
     """`HOST:PORT` by which other machines reach this one; needed for more than one."""
     timeout: Positive = 1800.0
     """Seconds a rank waits for the others before it takes them for lost: more than the slowest
-    reward service, or model download, of rank 0 takes."""
+    reward service, model download or write of the journal takes, for which rank 0 waits."""
     threads: Count | None = None
     """CPU threads a rank computes with; all cores shared out when left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

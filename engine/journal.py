@@ -119,8 +119,9 @@ class Journal(Ledger):
         self._db.execute("DELETE FROM metrics WHERE step > ?", after)
         self._db.execute("DELETE FROM steps WHERE step > ?", after)
         # What is gone on from is whole on the disk, though its rank may not have lived to say so.
-        whole = "UPDATE checkpoints SET status = 'complete' WHERE step = ? AND status = 'written'"
-        self._complete(whole, from_step)
+        written = "SELECT attempt FROM checkpoints WHERE step = ? AND status = 'written'"
+        for (attempt,) in self._db.execute(written, after).fetchall():
+            self._complete(from_step, attempt)
         # One that is only written may be whole on the disk, or become so: nobody goes on from it.
         self._db.execute(
             "UPDATE checkpoints SET status = iif(status = 'written', 'abandoned', 'superseded') "
@@ -212,23 +213,25 @@ class Journal(Ledger):
     def complete_checkpoint(self, step: int, removed: Iterable[int] = ()) -> None:
         """Its COMPLETE is written: it can be resumed from, and older ones make way for it."""
         with self._db:
-            self._db.execute(
-                "UPDATE checkpoints SET status = 'replaced' WHERE step = ? AND attempt <> ?",
-                (step, self.attempt),
-            )
-            whole = "UPDATE checkpoints SET status = 'complete' WHERE step = ? AND attempt = ?"
-            self._complete(whole, step, self.attempt)
+            self._complete(step, self.attempt)
             self._db.executemany(
                 "UPDATE checkpoints SET status = 'removed' WHERE step = ?", [(s,) for s in removed]
             )
 
     # -- inside a transaction -----------------------------------------------------------------
 
-    def _complete(self, update: str, step: int, *values: int) -> None:
-        """The checkpoints that become complete, each with its event."""
-        found = self._db.execute(f"{update} RETURNING size, score, kl", (step, *values)).fetchall()
-        for size, score, kl in found:
-            self._event("checkpoint", {"size": size, "score": score, "kl": kl}, step)
+    def _complete(self, step: int, attempt: int) -> None:
+        """A folder is one attempt's whole checkpoint, and no earlier one's any more."""
+        self._db.execute(
+            "UPDATE checkpoints SET status = 'replaced' WHERE step = ? AND attempt <> ?",
+            (step, attempt),
+        )
+        size, score, kl = self._db.execute(
+            "UPDATE checkpoints SET status = 'complete' WHERE step = ? AND attempt = ? "
+            "RETURNING size, score, kl",
+            (step, attempt),
+        ).fetchone()
+        self._event("checkpoint", {"size": size, "score": score, "kl": kl}, step)
 
     def _set_meta(self, values: dict[str, Any]) -> None:
         self._db.executemany(

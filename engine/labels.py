@@ -93,15 +93,21 @@ def set_note(session: Session, prompt: str, answer: Response, note: str, who: st
 def _judge(
     session: Session, prompt: str, answer: Response, column: str, value: str | None, who: str
 ) -> None:
+    values = msgspec.structs.asdict(answer)
     with _writing(session.labels_file) as db:
+        # Other words in its place: samples.db was replaced, and attempts began at 1 again.
+        db.execute(
+            "DELETE FROM judgements WHERE attempt = :attempt AND step = :step AND idx = :index "
+            "AND response <> :response",
+            values,
+        )
         db.execute(
             "INSERT INTO judgements "  # noqa: S608 - one of two columns of ours
             f"(attempt, step, idx, prompt, response, who, time, {column}) "
             "VALUES (:attempt, :step, :index, :prompt, :response, :who, :time, :value) "
             "ON CONFLICT DO UPDATE SET who = excluded.who, time = excluded.time, "
             f"{column} = excluded.{column}",
-            msgspec.structs.asdict(answer)
-            | {"prompt": prompt, "who": who, "time": time.time(), "value": value},
+            values | {"prompt": prompt, "who": who, "time": time.time(), "value": value},
         )
         db.execute("DELETE FROM judgements WHERE label IS NULL AND note IS NULL")
 
@@ -211,7 +217,8 @@ def with_judgements(session: Session, rows: list[Row]) -> list[Row]:
         known = labels.judgements()
     for row in rows:
         found = known.get((row["attempt"], row["step"], row["index"]))
-        row["label"], row["note"] = (found.label, found.note) if found else (None, None)
+        same = found is not None and found.answer.response == row["response"]
+        row["label"], row["note"] = (found.label, found.note) if found and same else (None, None)
     return rows
 
 
@@ -227,8 +234,14 @@ def attach(db: sqlite3.Connection, session: Session) -> bool:
     if probe is None:
         return False
     probe.close()
+    uri = f"{path.resolve().as_uri()}?mode=ro"
     try:
-        db.execute("ATTACH ? AS labels", (f"{path.resolve().as_uri()}?mode=ro",))
+        db.execute("ATTACH ? AS labels", (uri,))
+        try:
+            db.execute("SELECT count(*) FROM labels.sqlite_master")
+        except sqlite3.OperationalError:  # as in `open_read_only`
+            db.execute("DETACH labels")
+            db.execute("ATTACH ? AS labels", (f"{uri}&immutable=1",))
     except sqlite3.Error as error:
         raise JournalError(f"cannot read {path}: {error}") from error
     return True

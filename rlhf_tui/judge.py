@@ -31,5 +31,7 @@ class Judge:
             change()
         except (RlhfError, OSError) as error:
             self._post(str(error))
+        except Exception as error:  # nobody asks this thread's future what became of it
+            self._post(f"this judgement was not written: {type(error).__name__}: {error}")
         else:
             self._post("")

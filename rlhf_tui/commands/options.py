@@ -50,7 +50,8 @@ def who() -> str:
         parts.append(f"on {terminal.removeprefix('/dev/')}")
     if client := os.environ.get("SSH_CLIENT", "").split(" ")[0]:
         parts.append(f"from {client}")
-    return " ".join(parts)
+    # Names need not be UTF-8, and what is kept must be.
+    return " ".join(parts).encode("utf-8", "replace").decode()
 
 
 def _user() -> str:

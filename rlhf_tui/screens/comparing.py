@@ -11,7 +11,7 @@ from textual.worker import get_current_worker
 from engine.answers import OTHERS
 from engine.commands import Probe
 from engine.errors import RlhfError
-from engine.labels import Labels, Preference, Response, forget_preference, prefer
+from engine.labels import Key, Labels, Preference, Response, forget_preference, prefer
 from engine.record import Record
 from rlhf_tui.messages import Answered
 from rlhf_tui.screens.judging import Judging
@@ -30,7 +30,7 @@ class BesideRead(Message):
     """What an answer can be held against, and what was said of such pairs."""
 
     def __init__(
-        self, key: tuple[int, int, int], kind: str, others: list[Sample],
+        self, key: Key, kind: str, others: list[Sample],
         said: list[Preference], *, ask: bool,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -56,6 +56,8 @@ class Comparing(Judging):
         self._others: list[Sample] = []
         self._at = 0
         self._said: list[Preference] = []
+        self._of: Key | None = None
+        """The answer that is shown with them."""
         self._known = False
         """Whether the others of the answer under the cursor are known."""
         self._probed: set[str] = set()
@@ -76,7 +78,7 @@ class Comparing(Judging):
         if self._kind and not reading.comparing:
             reading.as_text()
         elif self._kind == "reference" and self._known and not self._others and self._may_ask(row):
-            self._ask(row["prompt"])
+            self.pointed_at(row, ask=True)  # somebody else may have asked it
         else:
             self._kind = KINDS[(KINDS.index(self._kind) + 1) % len(KINDS)]
             reading.as_text()
@@ -91,6 +93,7 @@ class Comparing(Judging):
     def pointed_at(self, row: Sample | None, *, ask: bool = False) -> None:
         """Others stand beside it now; `ask`: the reference is asked where it has not answered."""
         self._others, self._said, self._at, self._known = [], [], 0, False
+        self._of = key_of(row) if row is not None else None
         self._show()
         if row is not None and self._kind:
             self.read_beside(row, self._kind, ask=ask)
@@ -216,8 +219,15 @@ class Comparing(Judging):
     def action_better(self, which: str) -> None:
         """Says which one is better; the same again takes it back."""
         row = self.chosen()
+        if row is not None and self._kind and key_of(row) != self._of:
+            self.pointed_at(row)  # typed ahead: what is shown are still another answer's others
         if row is None or not self._others or not self.query_one(Reading).comparing:
-            self.desk.say("d puts another answer beside this one; then y or o says which is better")
+            reading = self._kind and not self._known
+            self.desk.say(
+                "the other answer is still being read: y or o once it is shown"
+                if reading
+                else "d puts another answer beside this one; then y or o says which is better"
+            )
             return
         if not self.may_judge():
             return

@@ -1,5 +1,6 @@
 """What is typed to filter the answers."""
 
+import contextlib
 import re
 
 import msgspec
@@ -9,8 +10,12 @@ from engine.labels import LABELS
 from rlhf_tui.widgets.lines import Row
 
 LABEL_WORDS = {"judged": True, "unjudged": False}
-_QUOTED = re.compile(r'"([^"]*)"')
-_BOUND = re.compile(r"(score|kl)\s*(>=|<=|>|<)\s*(-?[0-9.]+(?:e-?[0-9]+)?)", re.IGNORECASE)
+_PART = re.compile(
+    r'"(?P<quoted>[^"]*)"'
+    r"|(?P<name>score|kl)\s*(?P<sign>>=|<=|>|<)\s*(?P<number>-?[0-9.]+(?:e-?[0-9]+)?)"
+    r'|(?P<word>(?:(?!(?:score|kl)\s*[<>]=?\s*-?[0-9.])[^\s"])+)',
+    re.IGNORECASE,
+)
 HINT: list[Row] = [
     [("words in prompt or answer, and any of", "dim")],
     [("score>1  score<-1  kl>8  kl<2  cut", "key")],
@@ -23,21 +28,23 @@ def parse_filter(text: str, query: SampleQuery) -> SampleQuery:
 
     In quotes words are but words: `"good"` is one to be found.
     """
-    quoted = [words for words in _QUOTED.findall(text) if words]
-    text = _QUOTED.sub(" ", text)
     bounds: dict[str, float | None] = dict.fromkeys(("score_from", "score_to", "kl_from", "kl_to"))
-    for name, sign, number in _BOUND.findall(text):
-        try:
-            bounds[f"{name.lower()}_{'from' if '>' in sign else 'to'}"] = float(number)
-        except ValueError:
-            continue
-    words = _BOUND.sub(" ", text).split()
-    ours = ("cut", *LABELS, *LABEL_WORDS)
+    found: list[str] = []
+    ours: list[str] = []
+    for part in _PART.finditer(text):
+        if part["name"]:
+            end = "from" if ">" in part["sign"] else "to"
+            with contextlib.suppress(ValueError):
+                bounds[f"{part['name'].lower()}_{end}"] = float(part["number"])
+        elif (word := part["word"]) in ("cut", *LABELS, *LABEL_WORDS):
+            ours.append(word)
+        elif words := word or part["quoted"]:
+            found.append(words)
     return msgspec.structs.replace(
         query,
-        text=" ".join([*quoted, *(w for w in words if w not in ours)]),
-        cut_off="cut" in words,
-        labels=" ".join(label for label in LABELS if label in words),
-        judged=next((LABEL_WORDS[w] for w in words if w in LABEL_WORDS), None),
+        text=" ".join(found),
+        cut_off="cut" in ours,
+        labels=" ".join(label for label in LABELS if label in ours),
+        judged=next((LABEL_WORDS[w] for w in ours if w in LABEL_WORDS), None),
         **bounds,
     )

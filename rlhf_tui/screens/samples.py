@@ -94,7 +94,8 @@ class SamplesScreen(Comparing):
         book = self.desk.book
         live_page = self._page == 0 and self._asked.order == "step" and self._asked.descending
         step = book.head.step if live_page else -1
-        wanted = (book.name, step, book.labels, self._asked, self._page)
+        timeline = len(book.head.attempts)  # a roll back changes every page
+        wanted = (book.name, timeline, step, book.labels, self._asked, self._page)
         if wanted != self._shown and self.desk.session is not None:
             self._shown = wanted
             self.read_page(self._asked, self._page)
@@ -130,14 +131,14 @@ class SamplesScreen(Comparing):
             self.post_message(SamplesRead(query, page, rows))
 
     @work(thread=True, exclusive=True, group="arrays")
-    def read_arrays(self, key: tuple[int, int]) -> None:
+    def read_arrays(self, key: tuple[int, int], attempt: int) -> None:
         """Asks for one answer's token values."""
         session = self.desk.session
         if session is None:
             return
         try:
             with Answers(session) as answers:
-                arrays = answers.arrays(*key)
+                arrays = answers.arrays(*key, attempt)
         except RlhfError:
             arrays = None
         if not get_current_worker().is_cancelled:
@@ -195,7 +196,7 @@ class SamplesScreen(Comparing):
         row = self._rows.get(key) if key else None
         self.query_one(Reading).read(row, None)
         if key is not None and row is not None:
-            self.read_arrays(key)
+            self.read_arrays(key, row["attempt"])
         self.pointed_at(row)
 
     def chosen(self) -> dict[str, Any] | None:

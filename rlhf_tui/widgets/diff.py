@@ -7,6 +7,7 @@ from rich.cells import cell_len
 
 from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.wrap import pieces
 
 MOST = 4000
 """Words of a text that are compared; two of that length take a hundredth of a second."""
@@ -94,7 +95,8 @@ def marked_lines(text: str, own: set[int], tone: str, width: int) -> list[Row]:
             blank = blank[:width]
             lines[-1].append((blank, tone if marked and before else ""))
             used += len(blank)
-        for piece in _pieces(part, width, used):
+        fits = used + cell_len(part) <= width
+        for piece in [part] if fits else pieces(part, width):
             if used + cell_len(piece) > width:
                 lines.append([])
                 used = 0
@@ -106,17 +108,3 @@ def marked_lines(text: str, own: set[int], tone: str, width: int) -> list[Row]:
 
 def _plain(text: str) -> str:
     return sanitise(text).replace("\t", "    ")
-
-
-def _pieces(word: str, width: int, used: int) -> list[str]:
-    """A word, in pieces where it is longer than a line."""
-    if used + cell_len(word) <= width:
-        return [word]
-    found, piece, size = [], "", 0
-    for char in word:
-        if size + cell_len(char) > width:
-            found.append(piece)
-            piece, size = "", 0
-        piece += char
-        size += cell_len(char)
-    return [*found, piece]

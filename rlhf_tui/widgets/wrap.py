@@ -16,10 +16,21 @@ def wrap(text: str, width: int) -> list[str]:
                 found.append(line)
                 line, used = "", 0
             line, used = (f"{line} {word}", used + 1 + size) if line else (word, size)
-            while used > width:
-                cut = next(i for i in range(len(line), 0, -1) if cell_len(line[:i]) <= width)
-                found.append(line[:cut])
-                line = line[cut:]
+            if used > width:
+                *full, line = pieces(line, width)
+                found += full
                 used = cell_len(line)
         found.append(line)
     return found
+
+
+def pieces(word: str, width: int) -> list[str]:
+    """A text in pieces of at most `width` cells; one look at each character, however long it is."""
+    found, start, size = [], 0, 0
+    for i, char in enumerate(word):
+        wide = cell_len(char)
+        if size + wide > width and i > start:
+            found.append(word[start:i])
+            start, size = i, 0
+        size += wide
+    return [*found, word[start:]]

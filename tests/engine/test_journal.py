@@ -35,8 +35,9 @@ def test_a_step_is_read_as_it_was_written(writer):
         assert [(s["step"], s["index"]) for s in samples] == [(1, 0), (1, 1), (2, 0), (2, 1)]
         assert samples[0]["parts"] == {"reward": 1.0}
         assert (samples[0]["ended"], samples[1]["ended"]) == (True, False)
-        assert record.arrays(1, 0).ref_logprob == [-1.0, -2.5]
-        assert record.arrays(1, 1) is None
+        assert record.arrays(1, 0, 1).ref_logprob == [-1.0, -2.5]
+        assert record.arrays(1, 1, 1) is None
+        assert record.arrays(1, 0, 2) is None  # of another attempt there are none in its place
 
 
 def test_a_metric_that_begins_later_is_null_before(writer):
@@ -90,7 +91,7 @@ def test_a_resume_takes_over_the_timeline_and_keeps_the_past(writer):
         assert [(s["step"], s["attempt"]) for s in record.samples()] == [
             (1, 1), (1, 1), (2, 2), (2, 2),
         ]  # fmt: skip
-        assert record.arrays(3, 0) is None
+        assert record.arrays(3, 0, 1) is None
 
 
 def test_a_timeline_can_be_replaced_again_and_again(writer):
@@ -123,6 +124,16 @@ def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_sa
         assert [c["step"] for c in record.checkpoints(("complete",))] == [4]
         (told,) = [e for e in record.events() if e["kind"] == "checkpoint"]
         assert (told["step"], told["score"]) == (4, 1.5)
+
+
+def test_one_folder_is_one_checkpoint_though_nobody_lived_to_say_whose(writer):
+    writer.checkpoint(2)
+    writer.checkpoint(4)
+    writer.journal.begin_attempt(2, fresh=True)
+    writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
+    writer.journal.begin_attempt(4, fresh=False)
+    with Record(writer.session) as record:
+        assert [(c["step"], c["attempt"]) for c in record.checkpoints()] == [(2, 1), (4, 2)]
 
 
 def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(writer):
@@ -291,7 +302,7 @@ def test_an_old_journal_is_read(old):
         assert [a["from_step"] for a in record.attempts()] == [0, 1]
         assert record.commands()[0]["new"] == 0.2
         assert record.samples()[-1]["response"] == "answer 3.1"
-        assert record.arrays(3, 0).tokens == ["a", "b"]
+        assert record.arrays(3, 0, 2).tokens == ["a", "b"]
         assert [c["step"] for c in record.checkpoints()] == [1, 3]
         assert record.past_series("objective/scores") == [(1, 2, 2.1)]
 

@@ -73,6 +73,18 @@ def test_a_later_label_replaces_the_earlier_one_and_a_note_stays(session):
         assert [j.who for j in labels.judgements().values()] == ["ben"]
 
 
+def test_a_judgement_never_stands_on_other_words(session):
+    set_label(session, "p", answer(1), "bad", "ana")
+    set_note(session, "p", answer(1), "dull", "ana")
+    other = answer(1, response="after samples.db was replaced")
+    row = {"attempt": 1, "step": 1, "index": 0, "response": other.response}
+    assert with_judgements(session, [row])[0]["label"] is None
+    set_label(session, "p", other, "good", "ben")
+    with Labels(session) as labels:
+        (found,) = labels.judgements().values()
+    assert (found.answer, found.label, found.note) == (other, "good", None)
+
+
 def test_what_is_taken_away_is_gone(session):
     set_label(session, "p", answer(1), "good", "ana")
     set_note(session, "p", answer(1), "fine", "ana")

@@ -4,6 +4,7 @@ import contextlib
 import sqlite3
 
 import pytest
+from textual.events import Key
 
 from engine.answers import SampleQuery
 from engine.journal import Journal
@@ -188,6 +189,26 @@ async def test_what_another_client_says_of_the_pair_is_seen(samples, judged, unt
         await until(pilot, lambda: "✓ better   ben on pts/2" in pane(desk), "the verdict")
 
 
+@pytest.mark.parametrize("keys", ["ny", "jo"])
+async def test_what_is_typed_ahead_never_pairs_answers_to_two_prompts(samples, judged, keys, until):
+    with contextlib.closing(sqlite3.connect(judged.samples_file)) as db, db:
+        db.execute("UPDATE samples SET prompt = 'another prompt' WHERE idx = 1")
+    async with samples() as (desk, pilot):
+        await pilot.press("d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        for key in keys:  # as they come over a slow line: all at once
+            desk.post_message(Key(key, key))
+        await until(pilot, lambda: desk.screen.chosen()["index"] == 1)
+        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: not desk.screen.unwritten)
+        assert pairs(judged) == []
+        await pilot.press(keys[1])
+        await until(pilot, lambda: pairs(judged))
+        with Labels(judged) as labels:
+            assert [p.prompt for p in labels.preferences()] == ["another prompt"]
+        assert {side.index for side in pairs(judged)[0]} == {1}
+
+
 async def test_without_another_answer_the_keys_say_what_comes_first(samples, judged, until):
     async with samples() as (desk, pilot):
         for key in ("y", "o", "left", "right"):
@@ -247,6 +268,20 @@ async def test_what_was_not_answered_yet_is_asked_by_d_not_by_going_to_it(sample
         await pilot.press("d")
         await until(pilot, lambda: "reference says" in pane(desk))
         assert len(engine) == 2
+
+
+async def test_what_somebody_else_has_asked_meanwhile_is_not_asked_again(
+    samples, judged, engine, until
+):
+    async with samples() as (desk, pilot):
+        await pilot.press("d", "d")
+        await until(pilot, lambda: beside(desk).row is not None)
+        await pilot.press("n")
+        await until(pilot, lambda: "d asks it" in pane(desk))
+        reference(judged)
+        await pilot.press("d")
+        await until(pilot, lambda: "the reference's words" in pane(desk))
+        assert len(engine) == 1
 
 
 async def test_without_an_engine_it_is_said_how_to_start_one(samples, until):

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.comparison import SIDE_BY_SIDE, Beside, comparison
 from rlhf_tui.widgets.diff import MOST, in_common, marked_lines, own_words, words_of
 from rlhf_tui.widgets.tones import TONES
+from rlhf_tui.widgets.wrap import wrap
 
 few_words = st.lists(st.sampled_from("abcd"), max_size=14)
 any_text = st.text(st.one_of(st.sampled_from(" \n\tab字"), st.characters()), max_size=60)
@@ -70,6 +72,18 @@ def test_lines_stay_lines_and_long_words_are_broken():
     rows = marked_lines("one\n\n  two abcdefghij", {2}, "mine", 6)
     assert text(rows) == ["one", "", "  two", "abcdef", "ghij"]
     assert toned(rows, "mine") == ["abcdef", "ghij"]
+
+
+@given(any_text, st.integers(2, 20))
+def test_no_line_of_a_text_is_too_long_and_nothing_is_lost(words, width):
+    lines = wrap(words, width)
+    assert all(cell_len(line) <= width for line in lines)
+    assert "".join("".join(lines).split()) == "".join(sanitise(words).split())
+
+
+def test_an_answer_without_a_blank_is_broken_in_one_pass():
+    # Looked at from its end at each cut, one of this length would be at it for days.
+    assert wrap("!" * 100_000, 60) == ["!" * 60] * 1_666 + ["!" * 40]
 
 
 def sample(response, **given):

@@ -1,13 +1,16 @@
 """The operator's labels and notes: keys on the samples, and what other clients say."""
 
 import contextlib
+import queue
 
 import pytest
 
 from engine.answers import SampleQuery
+from engine.journal import Journal
 from engine.labels import Labels, Response, set_label, set_note
 from engine.record import Record
 from rlhf_tui.app import Desk
+from rlhf_tui.judge import Judge
 from rlhf_tui.screens.dialogs import Type
 from rlhf_tui.screens.filtering import parse_filter
 from rlhf_tui.widgets.judged import mark
@@ -97,6 +100,25 @@ async def test_a_note_is_written_and_an_empty_one_takes_it_away(samples, judged,
         assert desk.screen.query_one("#field").value == "odd end"
         await pilot.press("delete", "enter")
         await until(pilot, lambda: on_file(judged) == {})
+
+
+async def test_after_a_roll_back_every_order_shows_what_there_is_now(samples, judged, until):
+    async with samples(follow=True) as (desk, pilot):
+        await pilot.press("s")
+        await until(pilot, lambda: desk.screen._asked.order == "score")
+        journal = Journal(judged)
+        journal.begin_attempt(3, fresh=True)
+        journal.close()
+        await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * 3)
+
+
+def test_whatever_goes_wrong_in_writing_is_told():
+    told = queue.Queue()
+    judge = Judge(told.put)
+    judge.write("\ud800".encode)
+    judge.write(lambda: None)
+    assert told.get(timeout=10).startswith("this judgement was not written: UnicodeEncodeError")
+    assert told.get(timeout=10) == ""
 
 
 async def test_what_no_longer_fits_the_filter_makes_way_for_the_next(samples, judged, until):

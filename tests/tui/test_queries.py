@@ -46,7 +46,12 @@ def test_a_column_that_is_none_of_ours_is_not_sorted_by(record):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("score>1", ""), ("score > abc", "score > abc"), ("kl<3 odd end", "odd end")],
+    [
+        ("score>1", ""),
+        ("score > abc", "score > abc"),
+        ("kl<3 odd end", "odd end"),
+        ('very "good" end', "very good end"),
+    ],
 )
 def test_what_is_no_bound_is_a_word(text, words):
     assert parse_filter(text, SampleQuery()).text == words
