@@ -155,8 +155,9 @@ class PPOConfig(Section, frozen=True):
     """Scale the token rewards by their standard deviation (gae only)."""
     value_coef: NonNegative = 0.1
     """Weight of the value loss."""
-    value_head_rate: Positive = 10.0
-    """The value head learns at this many times the learning rate: it starts from nothing."""
+    value_head_rate: Positive | None = None
+    """The value head learns at this many times the learning rate, since it starts from nothing; 10,
+    or 1 beside adapters, whose own rate is ten times that of whole weights, when left out."""
     value_clip: Positive | None = None
     """Holds V to the rollout's V ± this; 0.2 is usual with normalised scores."""
     value_warmup: Whole = 0

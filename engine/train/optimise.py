@@ -258,16 +258,17 @@ def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Opti
     """AdamW, fused. eps 1e-5: 1e-8 gave about six times the early approximate KL.
 
     The value head has a rate of its own, `ppo.value_head_rate` times the others': it starts from
-    zero, and AdamW moves a weight by no more than the rate an update, so that at a rate made for a
+    zero, and AdamW moves a weight by about the rate an update, so that at a rate made for a
     trained model it is far from the returns for most of a run. (OpenRLHF's examples have 9 and 18
     times for a whole critic.)
     """
     head = {id(p) for p in policy.value_head.parameters()} if policy.value_head is not None else ()
     learning = [p for p in policy.parameters() if p.requires_grad]
+    times = config.ppo.value_head_rate or 1.0  # filled in by configfile.complete
     return torch.optim.AdamW(
         [
             {"params": [p for p in learning if id(p) not in head], "times": 1.0},
-            {"params": [p for p in learning if id(p) in head], "times": config.ppo.value_head_rate},
+            {"params": [p for p in learning if id(p) in head], "times": times},
         ],
         lr=config.train.learning_rate,
         betas=config.train.adam_betas,

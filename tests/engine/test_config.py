@@ -100,6 +100,12 @@ def test_defaults_depend_on_the_advantage():
     assert (demo().rollout.per_prompt, demo().ppo.whiten) == (1, True)
 
 
+def test_a_value_head_beside_adapters_learns_at_their_rate_and_elsewhere_at_ten_times_it():
+    assert demo().ppo.value_head_rate == 10
+    assert demo("lora.rank=4").ppo.value_head_rate == 1
+    assert demo("lora.rank=4", "ppo.value_head_rate=3").ppo.value_head_rate == 3
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
