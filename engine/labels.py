@@ -18,7 +18,7 @@ import msgspec
 
 from engine import schema
 from engine.errors import JournalError, UserInputError
-from engine.reader import Reader, Row, open_read_only
+from engine.reader import Reader, Row, connect
 from engine.session import Session
 
 LABELS = ("good", "bad", "hack")
@@ -230,18 +230,13 @@ def attach(db: sqlite3.Connection, session: Session) -> bool:
     """
     path = session.labels_file
     _finish_change(path)
-    probe = open_read_only(path, len(schema.LABELS))
-    if probe is None:
+    found = connect(path, len(schema.LABELS))
+    if found is None:
         return False
+    probe, uri = found
     probe.close()
-    uri = f"{path.resolve().as_uri()}?mode=ro"
     try:
         db.execute("ATTACH ? AS labels", (uri,))
-        try:
-            db.execute("SELECT count(*) FROM labels.sqlite_master")
-        except sqlite3.OperationalError:  # as in `open_read_only`
-            db.execute("DETACH labels")
-            db.execute("ATTACH ? AS labels", (f"{uri}&immutable=1",))
     except sqlite3.Error as error:
         raise JournalError(f"cannot read {path}: {error}") from error
     return True

@@ -68,7 +68,17 @@ def limit(last: int | None) -> int:
 
 
 def open_read_only(path: Path, newest: int) -> sqlite3.Connection | None:
-    """Opens a database for reading; None where there is none, or none is finished yet."""
+    """Opens a database for reading; None where there is none, or none is finished yet.
+
+    Raises:
+        JournalError: it cannot be read, or a newer version wrote it.
+    """
+    found = connect(path, newest)
+    return None if found is None else found[0]
+
+
+def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
+    """As :func:`open_read_only`, with the address by which it could be read."""
     if not path.is_file():
         return None
     uri = f"{path.resolve().as_uri()}?mode=ro"
@@ -78,7 +88,8 @@ def open_read_only(path: Path, newest: int) -> sqlite3.Connection | None:
             version = schema.schema_version(db)
         except sqlite3.OperationalError:
             # An archived, read-only folder: WAL wants to make a file beside the database there.
-            db = sqlite3.connect(uri + "&immutable=1", uri=True, timeout=5.0)
+            uri += "&immutable=1"
+            db = sqlite3.connect(uri, uri=True, timeout=5.0)
             version = schema.schema_version(db)
     except sqlite3.Error as error:
         raise JournalError(f"cannot read {path}: {error}") from error
@@ -88,4 +99,4 @@ def open_read_only(path: Path, newest: int) -> sqlite3.Connection | None:
     if version == 0:
         db.close()
         return None
-    return db
+    return db, uri

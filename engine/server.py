@@ -134,9 +134,10 @@ class Server:
 
     def _send_wake(self) -> None:
         self._wake_due = None
-        for client in self._clients:
-            if client.watching:
-                client.send(self._engine.wake())
+        if watching := [c for c in self._clients if c.watching]:
+            message = self._engine.wake()
+            for client in watching:
+                client.send(message)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

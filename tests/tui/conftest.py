@@ -21,6 +21,9 @@ from engine.settings import Change, first_settings
 from rlhf_tui import sender
 from rlhf_tui.app import Desk
 from rlhf_tui.screens import steer
+from rlhf_tui.widgets.listing import Table
+from rlhf_tui.widgets.reading import Reading
+from tests.judging import STEPS
 
 START = 1_700_000_000.0
 STEP_SECONDS = 4.0
@@ -289,3 +292,27 @@ def engine(monkeypatch):
     monkeypatch.setattr(sender, "Client", Fake)
     monkeypatch.setattr(Session, "is_live", lambda self: True)
     return sent
+
+
+@pytest.fixture
+def judged(session_maker, tmp_path):
+    """A session of a test's own, all of whose answers are to one prompt, to be judged."""
+    return session_maker(tmp_path / "sessions", "judged", STEPS)
+
+
+@pytest.fixture
+def samples(judged, running, until):
+    """Opens the app on its answers."""
+
+    @contextlib.asynccontextmanager
+    async def open_samples(size=(120, 40), **options):
+        options = {"follow": False} | options
+        desk = Desk(judged.folder.parent, "judged", now=lambda: 1_700_003_600.0, **options)
+        async with running(desk, size) as pilot:
+            await pilot.press("3")
+            table = desk.screen.query_one(Table)
+            await until(pilot, lambda: table.count() == 8 * STEPS)
+            await until(pilot, lambda: desk.screen.query_one(Reading).sample is not None)
+            yield desk, pilot
+
+    return open_samples

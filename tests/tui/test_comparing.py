@@ -11,33 +11,11 @@ from engine.journal import Journal
 from engine.labels import Labels, Response, prefer
 from engine.record import Record
 from engine.session import Session
-from rlhf_tui.app import Desk
 from rlhf_tui.widgets.listing import Table
 from rlhf_tui.widgets.reading import Reading
+from tests.judging import STEPS
 
-STEPS = 6
 PROMPT = "I watched this one with"
-
-
-@pytest.fixture
-def judged(session_maker, tmp_path):
-    """A session of its own, all of whose answers are to one prompt."""
-    return session_maker(tmp_path / "sessions", "judged", STEPS)
-
-
-@pytest.fixture
-def samples(judged, running, until):
-    @contextlib.asynccontextmanager
-    async def open_samples(size=(120, 40), **options):
-        options = {"follow": False} | options
-        desk = Desk(judged.folder.parent, "judged", now=lambda: 1_700_003_600.0, **options)
-        async with running(desk, size) as pilot:
-            await pilot.press("3")
-            await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * STEPS)
-            await until(pilot, lambda: desk.screen.query_one(Reading).sample is not None)
-            yield desk, pilot
-
-    return open_samples
 
 
 def reference(session, text="the reference's words"):

@@ -1,51 +1,20 @@
 """The operator's labels and notes: keys on the samples, and what other clients say."""
 
-import contextlib
 import queue
 
 import pytest
 
 from engine.answers import SampleQuery
 from engine.journal import Journal
-from engine.labels import Labels, Response, set_label, set_note
+from engine.labels import Response, set_label, set_note
 from engine.record import Record
-from rlhf_tui.app import Desk
 from rlhf_tui.judge import Judge
 from rlhf_tui.screens.dialogs import Type
 from rlhf_tui.screens.filtering import parse_filter
 from rlhf_tui.widgets.judged import mark
 from rlhf_tui.widgets.listing import Table
 from rlhf_tui.widgets.reading import Reading
-
-STEPS = 6
-
-
-@pytest.fixture
-def judged(session_maker, tmp_path):
-    """A session of its own: what is judged here is not seen by other tests."""
-    return session_maker(tmp_path / "sessions", "judged", STEPS)
-
-
-@pytest.fixture
-def samples(judged, running, until):
-    @contextlib.asynccontextmanager
-    async def open_samples(size=(120, 40), **options):
-        options = {"follow": False} | options
-        desk = Desk(judged.folder.parent, "judged", now=lambda: 1_700_003_600.0, **options)
-        async with running(desk, size) as pilot:
-            await pilot.press("3")
-            await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * STEPS)
-            yield desk, pilot
-
-    return open_samples
-
-
-def on_file(session):
-    with Labels(session) as labels:
-        return {
-            (j.answer.step, j.answer.index): (j.label, j.note)
-            for j in labels.judgements().values()
-        }  # fmt: skip
+from tests.judging import STEPS, judgements
 
 
 def newest(session):
@@ -72,34 +41,34 @@ async def test_a_key_labels_the_answer_and_takes_it_away_again(
         assert shown(desk)[0][:3] == ["", glyph, ""]
         said = f"{glyph} {label}   {desk.who}, "
         await until(pilot, lambda: any(line.startswith(said) for line in shown(desk)[1]))
-        await until(pilot, lambda: on_file(judged) == {(STEPS, 1): (label, None)})
+        await until(pilot, lambda: judgements(judged) == {(STEPS, 1): (label, None)})
         await pilot.press(key)
         assert shown(desk)[0][:3] == ["", "", ""]
-        await until(pilot, lambda: on_file(judged) == {})
+        await until(pilot, lambda: judgements(judged) == {})
 
 
 async def test_another_label_replaces_the_first(samples, judged, until):
     async with samples() as (desk, pilot):
         await pilot.press("plus", "minus", "exclamation_mark")
-        await until(pilot, lambda: on_file(judged) == {(STEPS, 0): ("hack", None)})
+        await until(pilot, lambda: judgements(judged) == {(STEPS, 0): ("hack", None)})
         assert shown(desk)[0][0] == "!"
 
 
 async def test_a_note_is_written_and_an_empty_one_takes_it_away(samples, judged, until):
     async with samples() as (desk, pilot):
         await pilot.press("plus", "W", *"odd end", "enter")
-        await until(pilot, lambda: on_file(judged) == {(STEPS, 0): ("good", "odd end")})
+        await until(pilot, lambda: judgements(judged) == {(STEPS, 0): ("good", "odd end")})
         marks, lines = shown(desk)
         assert marks[0] == "+✎"
         assert "✎ odd end" in lines
         await pilot.press("plus")
-        await until(pilot, lambda: on_file(judged) == {(STEPS, 0): (None, "odd end")})
+        await until(pilot, lambda: judgements(judged) == {(STEPS, 0): (None, "odd end")})
         assert shown(desk)[0][0] == "✎"
         await pilot.press("W")
         await until(pilot, lambda: isinstance(desk.screen, Type))
         assert desk.screen.query_one("#field").value == "odd end"
         await pilot.press("delete", "enter")
-        await until(pilot, lambda: on_file(judged) == {})
+        await until(pilot, lambda: judgements(judged) == {})
 
 
 async def test_after_a_roll_back_every_order_shows_what_there_is_now(samples, judged, until):

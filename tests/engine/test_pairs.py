@@ -1,0 +1,79 @@
+"""Of two answers the better one, and the pairs that an export makes of what was said."""
+
+import pytest
+
+from engine.errors import NoSuchSessionError, UserInputError
+from engine.labels import (
+    Labels,
+    Response,
+    forget_preference,
+    prefer,
+    set_label,
+)
+from engine.pairs import preference_pairs
+from tests.judging import answer
+
+FROM_REFERENCE = Response(response="the reference's")
+
+
+@pytest.fixture
+def session(make_session):
+    return make_session()
+
+
+def test_a_pair_that_is_judged_again_is_replaced(session):
+    prefer(session, "p", answer(1), answer(2), "ana")
+    prefer(session, "p", answer(2), answer(1), "ben")
+    prefer(session, "other", answer(1), answer(2), "ana")
+    with Labels(session) as labels:
+        assert len(labels.preferences()) == 2
+        (found,) = labels.preferences("p")
+    assert (found.chosen, found.rejected, found.who) == (answer(2), answer(1), "ben")
+    forget_preference(session, "p", answer(1), answer(2))
+    with Labels(session) as labels:
+        assert [p.prompt for p in labels.preferences()] == ["other"]
+
+
+def test_the_same_words_are_no_pair(session):
+    with pytest.raises(UserInputError, match="same words"):
+        prefer(session, "p", answer(1, response="a"), answer(2, response="a"), "ana")
+    assert not session.labels_file.exists()
+
+
+def test_pairs_come_from_what_was_said_and_from_labels(session):
+    prefer(session, "p", FROM_REFERENCE, answer(1), "ana")
+    set_label(session, "p", answer(2), "good", "ana")
+    set_label(session, "p", answer(3), "bad", "ben")
+    set_label(session, "p", answer(4), "hack", "ana")
+    set_label(session, "q", answer(5), "bad", "ana")
+    rows = preference_pairs(session)
+    assert [(r["source"], r["chosen"], r["rejected"], r["who"]) for r in rows] == [
+        ("pair", "the reference's", "answer 1.0", "ana"),
+        ("labels", "answer 2.0", "answer 3.0", "ana and ben"),
+        ("labels", "answer 2.0", "answer 4.0", "ana"),
+    ]
+    first, second = rows[0], rows[1]
+    assert (first["chosen_step"], first["rejected_step"]) == (None, 1)
+    assert [second[f"chosen_{n}"] for n in ("attempt", "step", "index")] == [1, 2, 0]
+    assert {r["prompt"] for r in rows} == {"p"}
+
+
+def test_no_pair_stands_there_twice_and_what_was_said_counts_before_labels(session):
+    set_label(session, "p", answer(1), "good", "ana")
+    set_label(session, "p", answer(2), "bad", "ana")
+    # The same words once more, at other steps.
+    set_label(session, "p", answer(3, response="answer 1.0"), "good", "ana")
+    set_label(session, "p", answer(4, response="answer 1.0"), "bad", "ana")
+    (row,) = preference_pairs(session)
+    assert (row["source"], row["chosen"], row["rejected"]) == ("labels", "answer 1.0", "answer 2.0")
+    prefer(session, "p", answer(2), answer(1), "ben")
+    (row,) = preference_pairs(session)
+    assert (row["source"], row["chosen"], row["who"]) == ("pair", "answer 2.0", "ben")
+
+
+def test_without_a_pair_it_is_said_how_to_make_one(session):
+    with pytest.raises(NoSuchSessionError, match=r"no preferences yet: .* attach run"):
+        preference_pairs(session)
+    set_label(session, "p", answer(1), "good", "ana")
+    with pytest.raises(NoSuchSessionError, match="no pair of answers to one prompt yet"):
+        preference_pairs(session)
