@@ -11,13 +11,14 @@ from pathlib import Path
 
 from benchmarks.side import Child
 from benchmarks.task import Task
-from engine import configfile
-from engine.protocol import Begin
-from engine.session import create
+from engine.config import file as config_file
+from engine.protocol.rank_messages import Begin
+from engine.session.folder import create
+from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
-from engine.train.parallel import Team
-from engine.train.rollout import Report
-from engine.train.step import Run, train_step
+from engine.train.rollout.rollout import ReportProgress
+from engine.train.run import Run
+from engine.train.step import train_step
 
 YAML = """
 model: {{policy: {folder}/policy}}
@@ -43,13 +44,13 @@ def load(folder: Path, sessions: Path, overrides: list[str]) -> Run:
     """A run of the models in `folder`."""
     file = sessions / "config.yaml"
     file.write_text(YAML.format(folder=folder.resolve()))
-    config = configfile.load(file, overrides)
+    config = config_file.load(file, overrides)
     session = create(sessions, "run", config)
-    team = Team(config.launch)
-    return load_run(session, config, Begin(attempt=1, from_step=0), team, _silent)
+    ranks = RankGroup(config.launch)
+    return load_run(session, config, Begin(attempt=1, from_step=0), ranks, _silent)
 
 
-def _silent(_step: int, _name: str, *_progress: int) -> Report:
+def _silent(_step: int, _name: str, *_progress: int) -> ReportProgress:
     return lambda _done, _total: None
 
 

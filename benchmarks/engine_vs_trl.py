@@ -21,8 +21,8 @@ from benchmarks import machine
 from benchmarks.engine_side import settings
 from benchmarks.side import Side
 from benchmarks.task import SMALL_TASK, TINY, Task, write_models
-from engine.config import LaunchConfig
-from engine.launcher import WAITING, environment
+from engine.config.schema import LaunchConfig
+from engine.launch.environment import OPENMP_WAITING, rank_environment
 
 EQUAL = ["model.value=separate", "model.dtype=float32", "reward.dtype=float32"]
 """What makes our work TRL's: it trains a value model apart, and computes in float32 as told to."""
@@ -87,8 +87,8 @@ def start(folder: Path, task: Task, more: list[str]) -> list[Side]:
     defaults = (OURS, [str(folder), *settings(task), *more])
     # Threads that wait as our launcher has them: as libgomp has them, spinning would cost TRL more
     # than anything else on a machine that others use.
-    theirs = WAITING | os.environ
-    own = environment(LaunchConfig(nice=0))
+    theirs = OPENMP_WAITING | os.environ
+    own = rank_environment(LaunchConfig(nice=0))
     sides = []
     for name, (module, arguments), given in (
         ("TRL", trl, theirs), ("ours, equal work", equal, own), ("ours, defaults", defaults, own)

@@ -19,14 +19,15 @@ from benchmarks import machine
 from benchmarks.engine_side import settings
 from benchmarks.side import Side
 from benchmarks.task import TINY, Task, write_models
-from engine import configfile, starter
-from engine.answers import SampleQuery
-from engine.config import LaunchConfig
-from engine.journal import Journal
-from engine.launcher import environment
-from engine.protocol import Sample, StepReport, TokenArrays
-from engine.record import Record
-from engine.session import Session, create
+from engine import starter
+from engine.config import file as config_file
+from engine.config.schema import LaunchConfig
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
+from engine.journal.writer import JournalWriter
+from engine.launch.environment import rank_environment
+from engine.protocol.rank_messages import Sample, StepReport, TokenArrays
+from engine.session.folder import Session, create
 
 BASE = Task(replace(TINY, vocabulary=8192), 16, 16, 48, 2, 1, 16)
 GROWN = {
@@ -64,7 +65,7 @@ def grow_step(folder: Path, iterations: int = 3) -> None:
         place = folder / name.replace(" ", "-")
         write_models(place, task)
         arguments = [str(place), *settings(task)]
-        own = environment(LaunchConfig(nice=0))
+        own = rank_environment(LaunchConfig(nice=0))
         sides.append(Side(name, "benchmarks.engine_side", arguments, folder / "log", own))
         sides[-1].wait_ready()
     try:
@@ -106,7 +107,7 @@ def grow_journal(folder: Path, steps: int, samples: int) -> None:
     per_step = max(1, samples // steps)
     for size in sizes:
         session = create(
-            folder / "sessions", f"n{size}", configfile.load(starter.FOLDER / "demo.yaml")
+            folder / "sessions", f"n{size}", config_file.load(starter.FOLDER / "demo.yaml")
         )
         fill(session, size, per_step)
         for name, value in ask(session, size).items():
@@ -121,7 +122,7 @@ def grow_journal(folder: Path, steps: int, samples: int) -> None:
 def fill(session: Session, steps: int, per_step: int) -> None:
     """By the journal's own methods, a few rows a transaction as a run writes them."""
     random.seed(steps)
-    journal = Journal(session)
+    journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
     for db in (journal._db, journal._samples):  # filling is not what is measured
         db.execute("PRAGMA synchronous = OFF")
@@ -157,7 +158,7 @@ def sample(index: int, *, with_arrays: bool) -> Sample:
 
 def ask(session: Session, steps: int) -> dict[str, float]:
     """Milliseconds of what the supervisor, the dashboard and the commands do; sizes in MB."""
-    journal = Journal(session)
+    journal = JournalWriter(session)
     fresh = iter(range(steps + 1, steps + 1000))
     found = {
         "write a step, 16 samples, 4 arrays (ms)": _timed(
@@ -172,9 +173,9 @@ def ask(session: Session, steps: int) -> dict[str, float]:
 
 
 def _questions(session: Session, steps: int) -> dict[str, float]:
-    def ask_it(question: Callable[[Record], object], times: int = 7) -> float:
+    def ask_it(question: Callable[[JournalReader], object], times: int = 7) -> float:
         def once() -> None:
-            with Record(session) as record:
+            with JournalReader(session) as record:
                 question(record)
 
         return _timed(once, times)

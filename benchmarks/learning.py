@@ -24,13 +24,14 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks import machine, textbook
-from engine import configfile, starter
-from engine.config import LaunchConfig
-from engine.launcher import environment
-from engine.protocol import Begin
-from engine.session import create
+from engine import starter
+from engine.config import file as config_file
+from engine.config.schema import LaunchConfig
+from engine.launch.environment import rank_environment
+from engine.protocol.rank_messages import Begin
+from engine.session.folder import create
+from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
-from engine.train.parallel import Team
 from engine.train.step import train_step
 
 SMALL = ["kl.controller=fixed", "rollout.batch_size=32", "rollout.max_new_tokens=24"]
@@ -58,25 +59,28 @@ ALWAYS = [
     Undone(
         "products by oneDNN",
         {
-            "engine.train.models.speed_up": textbook.nothing,
-            "engine.train.reward_model.speed_up": textbook.nothing,
+            "engine.train.models.language_model.use_onednn": textbook.nothing,
+            "engine.train.rewards.model.use_onednn": textbook.nothing,
         },
     ),
     Undone(
         "log-probabilities without copies",
-        {"engine.train.rollout.token_logprobs": textbook.token_logprobs},
+        {"engine.train.rollout.rollout.token_logprobs": textbook.token_logprobs},
     ),
     BY_LENGTH,
     Undone(
         "rows trimmed, logits of answers only",
         {
-            "engine.train.optimise.rollout_forward": textbook.rollout_forward,
-            "engine.train.rollout.rollout_forward": textbook.rollout_forward,
+            "engine.train.ppo.optimise.rollout_forward": textbook.rollout_forward,
+            "engine.train.ppo.forward.rollout_forward": textbook.rollout_forward,
         },
     ),
     Undone("cache, ended answers leave", {"engine.train.step.generate": textbook.generate}),
     Undone("the rollout's log π used again", {"engine.train.step.old_policy": textbook.old_policy}),
-    Undone("frozen models in a file", {"engine.train.sharding.rest_in_file": textbook.nothing}),
+    Undone(
+        "frozen models in a file",
+        {"engine.train.distributed.sharding.back_by_file": textbook.nothing},
+    ),
 ]
 ON_THE_TRUNK = Undone(
     "value head on the trunk, its rate",
@@ -88,7 +92,7 @@ GROUPS_ONCE = Undone(
     "a group's prompt read once", {"engine.train.step.generate": textbook.generate}
 )
 ONE_BY_ONE = Undone(
-    "policy and value one by one", {"engine.train.optimise.one_after_the_other": textbook.no}
+    "policy and value one by one", {"engine.train.ppo.optimise.one_after_the_other": textbook.no}
 )
 
 TASKS: dict[str, tuple[list[str], list[list[Undone]]]] = {
@@ -146,11 +150,11 @@ def run_scores(
 ) -> list[float]:
     """Mean score of each step of one run."""
     overrides = [f"seed={seed}", f"train.steps={steps}", *settings]
-    config = configfile.load(starter.FOLDER / "demo.yaml", overrides)
+    config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
     with replaced(undone), tempfile.TemporaryDirectory(dir=folder) as place:
         session = create(Path(place), "run", config)
         begin = Begin(attempt=1, from_step=0)
-        run = load_run(session, config, begin, Team(config.launch), _silent)
+        run = load_run(session, config, begin, RankGroup(config.launch), _silent)
         found = []
         for step in range(1, steps + 1):
             metrics, _ = train_step(run, step)
@@ -185,5 +189,5 @@ if __name__ == "__main__":
         # As ranks are started: threads that spin while they wait take several times as long on a
         # machine that does anything else.
         words = [sys.executable, "-m", "benchmarks.learning", *sys.argv[1:]]
-        os.execve(sys.executable, words, environment(LaunchConfig(nice=0)))
+        os.execve(sys.executable, words, rank_environment(LaunchConfig(nice=0)))
     main()

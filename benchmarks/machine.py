@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.train.products import onednn_is_quicker, product
+from engine.train.models.onednn_linear import onednn_is_quicker, onednn_linear
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "textual", "msgspec")
 
@@ -71,7 +71,7 @@ def matmul_peak(dtype: torch.dtype = torch.float32) -> float:
     a, b = (torch.randn(n, n, dtype=dtype, device="cuda" if on_gpu else "cpu") for _ in range(2))
     shortest = best_of(10, lambda: a @ b)
     if not on_gpu and onednn_is_quicker():
-        shortest = min(shortest, best_of(10, lambda: product(a, b)))
+        shortest = min(shortest, best_of(10, lambda: onednn_linear(a, b)))
     return 2 * n**3 / shortest / 1e9
 
 

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from engine import starter
-from engine.record import Record
-from engine.session import Session
+from engine.journal.reader import JournalReader
+from engine.session.folder import Session
 
 TOLERANCE = 0.25
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -130,7 +130,7 @@ def run(root: Path, name: str, options: list[str]) -> tuple[float, float]:
     )  # fmt: skip
     if done.returncode:
         sys.exit(f"{name} failed: {done.stderr.strip() or done.stdout.strip()}")
-    with Record(Session(root / "sessions" / name)) as record:
+    with JournalReader(Session(root / "sessions" / name)) as record:
         ready = next(e for e in record.events() if e["kind"] == "ready")
         measured = max(v for _, v in record.series("perf/peak_memory_gb"))
     return float(ready["planned_memory_gb"]), measured

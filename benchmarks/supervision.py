@@ -24,10 +24,10 @@ from benchmarks import machine
 from benchmarks.engine_side import YAML, settings
 from benchmarks.side import Side
 from benchmarks.task import TINY, Task, write_models
-from engine.config import LaunchConfig
-from engine.launcher import environment
-from engine.record import Record
-from engine.session import Session
+from engine.config.schema import LaunchConfig
+from engine.journal.reader import JournalReader
+from engine.launch.environment import rank_environment
+from engine.session.folder import Session
 
 TASK = Task(replace(TINY, hidden=256, intermediate=768, layers=6), 32, 16, 32, 3, 2, 16)
 """About a second a step on two cores."""
@@ -68,7 +68,7 @@ def main() -> None:
 
 def bare_steps(folder: Path, steps: int) -> list[float]:
     """Seconds of each step of a rank without a supervisor, the first left out."""
-    own = environment(LaunchConfig(nice=0))
+    own = rank_environment(LaunchConfig(nice=0))
     side = Side(
         "bare", "benchmarks.engine_side", [str(folder), *settings(TASK)], folder / "bare.log", own
     )
@@ -95,7 +95,7 @@ def supervised(folder: Path, name: str, steps: int) -> Supervised:
         cpu = _watch(process, Session(folder / "sessions" / name), steps)
     if process.returncode:
         raise RuntimeError((folder / f"{name}.log").read_text(errors="replace")[-2000:])
-    with Record(Session(folder / "sessions" / name)) as record:
+    with JournalReader(Session(folder / "sessions" / name)) as record:
         rows = record.metrics()
     times = [row["time"] for row in rows]
     periods = [b - a for a, b in itertools.pairwise(times)]
@@ -107,7 +107,7 @@ def _watch(process: subprocess.Popen[bytes], session: Session, steps: int) -> fl
     first = last = (0, 0.0)
     while process.poll() is None:
         time.sleep(0.2)
-        with Record(session) as record:
+        with JournalReader(session) as record:
             step = record.last_step()
         stat = Path(f"/proc/{process.pid}/stat")
         if step and stat.exists():

@@ -28,11 +28,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from engine import configfile, protocol, sockets, starter
-from engine.control import Status, Wake, Welcome
-from engine.journal import Journal
-from engine.protocol import Phase, StepReport
-from engine.session import Session, create
+from engine import starter
+from engine.config import file as config_file
+from engine.journal.writer import JournalWriter
+from engine.protocol import frames, sockets
+from engine.protocol.client_messages import JournalAdvanced, Status, Welcome
+from engine.protocol.rank_messages import Phase, StepReport
+from engine.session.folder import Session, create
 
 SIZE = (120, 40)
 BARE = """
@@ -121,9 +123,9 @@ class Screen:
 
 def write_session(root: Path, steps: int, metrics: int) -> Session:
     """A long session, written by SQL: the journal itself would take minutes."""
-    config = configfile.load(starter.FOLDER / "demo.yaml", [f"train.steps={steps + 1000}"])
+    config = config_file.load(starter.FOLDER / "demo.yaml", [f"train.steps={steps + 1000}"])
     session = create(root, "long", config)
-    journal = Journal(session)
+    journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
     journal.set_meta(state="running", total_steps=steps + 1000, message="", settings=SETTINGS)
     journal.close()
@@ -170,12 +172,12 @@ class Engine:
                 settings=SETTINGS, phases=[], step_seconds=1.0, boundary_in=None, pending=[],
                 telemetry=None, watchers=1, pid=os.getpid(),
             )  # fmt: skip
-            sock.sendall(protocol.encode(Welcome(pid=os.getpid())) + protocol.encode(status))
+            sock.sendall(frames.encode(Welcome(pid=os.getpid())) + frames.encode(status))
             self.watchers.append(sock)
 
     def live(self, seconds: float) -> None:
         """One step a second, four phase reports a second."""
-        journal = Journal(self.session)
+        journal = JournalWriter(self.session)
         for tick in range(int(seconds * 4)):
             if self.stopped.is_set():
                 break
@@ -187,14 +189,14 @@ class Engine:
                 journal.record_step(
                     StepReport(step=step, metrics=values, samples=[], settings=SETTINGS)
                 )
-                self._tell(Wake(step=step, event=1, state="running"))
+                self._tell(JournalAdvanced(step=step, event=1, state="running"))
             name = ("generate", "generate", "reference", "optimise")[tick % 4]
             self._tell(Phase(rank=0, step=step + 1, name=name, done=tick % 4 * 25, total=100))
             time.sleep(0.25)
 
-    def _tell(self, message: protocol.Message) -> None:
+    def _tell(self, message: frames.Message) -> None:
         for sock in self.watchers:
-            sock.sendall(protocol.encode(message))
+            sock.sendall(frames.encode(message))
 
 
 def has_curves(data: bytes) -> bool:

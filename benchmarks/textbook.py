@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.train import rollout as ours
-from engine.train.data import PromptBatch
-from engine.train.generate import Ending, sample
-from engine.train.ppo import response_mask
-from engine.train.rollout import Rollout, score_tokens
-from engine.train.step import Run
+from engine.train.data.prompts import PromptBatch
+from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.masked import response_mask
+from engine.train.rollout import rollout
+from engine.train.rollout.rollout import Rollout
+from engine.train.rollout.sampling import sample
+from engine.train.rollout.stop_criteria import StopCriteria
+from engine.train.run import Run
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -43,7 +45,7 @@ def rollout_forward(
     tokens = torch.cat([prompts, answers], 1)
     attention = torch.cat(
         [
-            ours.left_mask(rollout.batch.lengths[rows], prompts.shape[1]),
+            rollout.left_mask(rollout.batch.lengths[rows], prompts.shape[1]),
             response_mask(rollout.lengths[rows], width).long(),
         ],
         1,
@@ -52,7 +54,7 @@ def rollout_forward(
     values = None if values is None else values[:, -width - 1 : -1]
     if logits is None or want == "values":
         return torch.zeros(answers.shape, device=answers.device), values, width
-    logprobs = ours.token_logprobs(logits[:, -width - 1 : -1], answers, temperature)
+    logprobs = rollout.token_logprobs(logits[:, -width - 1 : -1], answers, temperature)
     return logprobs, values, width
 
 
@@ -68,7 +70,7 @@ def generate(
     batch: PromptBatch,
     uniforms: Tensor,
     temperature: float,
-    ending: Ending,
+    ending: StopCriteria,
     tokenizer: Any,
     report: Any = None,
     *,
@@ -82,7 +84,7 @@ def generate(
     lengths = torch.full((count,), limit, dtype=torch.int64)
     eos, ended = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
     tokens = batch.ids
-    attention = ours.left_mask(batch.lengths, tokens.shape[1])
+    attention = rollout.left_mask(batch.lengths, tokens.shape[1])
     for t in range(limit):
         logits, values = model(tokens, attention, 1)
         token, logprob, entropy = sample(logits[:, 0], uniforms[:, t], temperature)
@@ -100,7 +102,7 @@ def generate(
     beyond = ~response_mask(lengths, limit)
     ids[beyond] = 0
     floats[:, beyond] = 0
-    return ours.assemble(batch, ids, lengths, eos, ended, floats, tokenizer)
+    return rollout.assemble(batch, ids, lengths, eos, ended, floats, tokenizer)
 
 
 def nothing(*_args: Any, **_named: Any) -> None:

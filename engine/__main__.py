@@ -1,7 +1,7 @@
 """An engine in the background: ``python -m engine SESSION_FOLDER START``.
 
 Started in a session of its own (setsid), with the log file for its output; see
-:mod:`engine.detach`.
+:mod:`engine.launch.background`.
 """
 
 import asyncio
@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import RlhfError
-from engine.session import Session
-from engine.start import Start
-from engine.supervisor import supervise
+from engine.launch.start import StartOptions
+from engine.session.folder import Session
+from engine.supervisor.supervisor import supervise
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     session = Session(Path(sys.argv[1]))
-    start = msgspec.json.decode(sys.argv[2], type=Start)
+    start = msgspec.json.decode(sys.argv[2], type=StartOptions)
     try:
         code = asyncio.run(supervise(session, start))
     except RlhfError as error:

@@ -6,7 +6,7 @@ openai/lm-human-preferences.
 
 import math
 
-from engine.settings import Settings
+from engine.config.settings import Settings
 
 MAX_ERROR = 0.2
 """The proportional error is held to ±20 %, so one wild batch cannot move beta far."""

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import msgspec
 
-from engine import configfile
+from engine.config import file as config_file
 from engine.errors import RlhfError
-from engine.protocol import CheckpointComplete, FromRank, Phase, StepReport
-from engine.record import Record
-from engine.session import Session
-from engine.start import Start
-from engine.supervisor import supervise
+from engine.journal.reader import JournalReader
+from engine.launch.start import StartOptions
+from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, StepReport
+from engine.session.folder import Session
+from engine.supervisor.supervisor import supervise
 from rlhf_tui import format as fmt
 from rlhf_tui.text import one_line
 
@@ -112,7 +112,7 @@ class Printer:
         """The last words: how it ended and where to look."""
         if self._live:
             self._write("\r\x1b[K", sys.stdout)
-        with Record(session) as record:
+        with JournalReader(session) as record:
             meta = record.meta()
             scores = record.series("objective/scores")
         if code == 0 and scores:
@@ -126,7 +126,7 @@ class Printer:
 def main() -> None:
     """Runs to the end and exits with the contract's codes."""
     session = Session(Path(sys.argv[1]))
-    start = msgspec.json.decode(sys.argv[2], type=Start)
+    start = msgspec.json.decode(sys.argv[2], type=StartOptions)
     new = bool(start.origin) or not session.journal_file.exists()
     try:
         printer = Printer(_total(session, start), live=sys.stdout.isatty())
@@ -142,8 +142,8 @@ def main() -> None:
     sys.exit(code)
 
 
-def _total(session: Session, start: Start) -> int:
-    return configfile.override(session.config(), start.overrides).train.steps
+def _total(session: Session, start: StartOptions) -> int:
+    return config_file.override(session.config(), start.overrides).train.steps
 
 
 def _flush() -> None:

@@ -8,8 +8,8 @@ import ast
 import re
 from pathlib import Path
 
-import engine.config
-from engine.settings import STEERABLE
+from engine.config import schema
+from engine.config.settings import LIVE_SETTINGS
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEAD = """# The configuration, key by key
@@ -52,7 +52,7 @@ WORDS = [
 
 def page() -> str:
     """The whole page."""
-    source = Path(engine.config.__file__).read_text(encoding="utf-8")
+    source = Path(schema.__file__).read_text(encoding="utf-8")
     nodes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
     classes = {n.name: n for n in nodes}
     seed = (
@@ -75,7 +75,7 @@ def _table(title: str, section: ast.ClassDef, prefix: str) -> str:
     for node, after in zip(section.body, [*section.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):
             key = prefix + ast.unparse(node.target)
-            mark = " ⇄" if key in STEERABLE.values() else ""
+            mark = " ⇄" if key in LIVE_SETTINGS.values() else ""
             takes = ast.unparse(node.annotation)
             for pattern, words in WORDS:
                 takes = re.sub(pattern, words, takes)

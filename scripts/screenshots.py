@@ -8,7 +8,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from rlhf_tui.app import SCREENS, Desk
+from rlhf_tui.app.app import SCREENS, RlhfApp
 
 FOLDER = Path(__file__).parent.parent / "docs" / "screens"
 SIZE = (120, 36)
@@ -18,7 +18,7 @@ KEYS = {"samples": [*"jjjjjjjj", "d"]}
 
 async def draw(root: Path, name: str, wanted: list[str]) -> None:
     """Each of the screens, once."""
-    desk = Desk(root, name, read_only=False, follow=False)
+    desk = RlhfApp(root, name, read_only=False, follow=False)
     async with desk.run_test(size=SIZE) as pilot:
         for key, mode in enumerate(SCREENS, start=1):
             if mode not in wanted:

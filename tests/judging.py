@@ -1,6 +1,6 @@
 """Answers to be judged, and what is on file of them."""
 
-from engine.labels import Labels, Response
+from engine.journal.labels import LabelReader, Response
 
 STEPS = 6
 """Of the session whose answers are judged in the app."""
@@ -15,7 +15,7 @@ def answer(step, index=0, attempt=1, response=None):
 
 def judgements(session):
     """Label and note by step and index."""
-    with Labels(session) as labels:
+    with LabelReader(session) as labels:
         return {
             (j.answer.step, j.answer.index): (j.label, j.note)
             for j in labels.judgements().values()

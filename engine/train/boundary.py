@@ -10,47 +10,47 @@ from typing import Any
 
 import msgspec
 
-from engine.commands import (
+from engine.config.settings import SettingChange, Settings
+from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
+from engine.kl import next_beta
+from engine.protocol.commands import (
     AnyCommand,
-    Beta,
     Checkpoint,
-    Control,
     Pause,
     Probe,
-    Set,
+    SetBeta,
+    SetKLController,
+    SetSetting,
     Stop,
     Undo,
     Unpause,
     new_values,
 )
-from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
-from engine.kl import next_beta
-from engine.protocol import (
+from engine.protocol.rank_messages import (
     Applied,
     Begin,
     Ended,
-    Order,
+    RankCommand,
     Rejected,
-    Settled,
+    ReplayedChange,
     ToRank,
 )
-from engine.session import Session
-from engine.settings import Change, Settings
-from engine.train.keeper import Keeper
+from engine.session.folder import Session
+from engine.train.checkpointing import CheckpointManager
 from engine.train.link import Link
-from engine.train.models import fingerprint
-from engine.train.probe import answer_probe
-from engine.train.step import Run, room_for_answers
+from engine.train.models.language_model import fingerprint
+from engine.train.reports.probe import answer_probe
+from engine.train.run import Run, max_response_tokens
 
 log = logging.getLogger("engine")
 
-HOLD_INTERVAL = 0.5
+PAUSE_POLL_INTERVAL = 0.5
 """Seconds between looks at the orders while paused: well within any collective's time-out."""
-HOLD_REPORT = 2.0
+PAUSE_REPORT_INTERVAL = 2.0
 """Seconds between signs of life while paused."""
 
 
-class Word(msgspec.Struct):
+class BoundaryBroadcast(msgspec.Struct):
     """What rank 0 says to the others between two steps."""
 
     orders: list[ToRank]
@@ -67,7 +67,7 @@ class Boundary:
         self._link = link
         self._replay = begin.replay
         self._undoable = list(begin.undoable)
-        self.keeper = Keeper(session.checkpoints, run, link, begin)
+        self.keeper = CheckpointManager(session.checkpoints, run, link, begin)
         """Of the checkpoints."""
         self._paused = begin.paused
         self._stops: list[str] = []
@@ -83,10 +83,10 @@ class Boundary:
         self._obey(self._agree())
         held = time.monotonic()
         while self._paused and not self._stops:
-            if time.monotonic() - held > HOLD_REPORT:
+            if time.monotonic() - held > PAUSE_REPORT_INTERVAL:
                 held = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
-            self._obey(self._agree(wait=HOLD_INTERVAL))
+            self._obey(self._agree(wait=PAUSE_POLL_INTERVAL))
         return not self._stops and self._end_reason() is None
 
     def _end_reason(self) -> str | None:
@@ -107,19 +107,21 @@ class Boundary:
         on to the last bit goes with it.
         """
         run, own = self._run, b""
-        if run.team.lead:
+        if run.ranks.is_lead:
             heard = self._link.orders(wait)
             own = msgspec.msgpack.encode(
-                Word(orders=heard, seconds=run.state.seconds, beta=run.state.settings.beta)
+                BoundaryBroadcast(
+                    orders=heard, seconds=run.state.seconds, beta=run.state.settings.beta
+                )
             )
-        word = msgspec.msgpack.decode(run.team.tell(own), type=Word)
+        word = msgspec.msgpack.decode(run.ranks.broadcast_bytes(own), type=BoundaryBroadcast)
         run.state.seconds = word.seconds
         self._set({"beta": word.beta})
         return word.orders
 
     def _obey(self, orders: list[ToRank]) -> None:
         for order in orders:
-            if not isinstance(order, Order):
+            if not isinstance(order, RankCommand):
                 raise LinkError(f"did not expect {order}")
             if self._over:
                 self._link.send(Rejected(id=order.id, reason="the run has ended"))
@@ -145,7 +147,7 @@ class Boundary:
                 return None
             case Checkpoint():
                 self._checkpoint_now()
-            case Beta() | Control() | Set():
+            case SetBeta() | SetKLController() | SetSetting():
                 changes = self._steer(new_values(command, self._run.state.settings))
                 self._undoable.append(changes)
             case Undo():
@@ -162,12 +164,12 @@ class Boundary:
         if problem := self.keeper.save():
             raise CheckpointError(problem)
 
-    def _undo(self) -> list[Change]:
+    def _undo(self) -> list[SettingChange]:
         if not self._undoable:
             raise CommandRejectedError("there is no change to take back")
         return self._steer({c.key: c.old for c in self._undoable.pop()})
 
-    def _repeat(self, settled: Settled) -> None:
+    def _repeat(self, settled: ReplayedChange) -> None:
         """A change from before a crash, once more; it can be taken back like any other."""
         changes = self._change({c.key: c.new for c in settled.changes})
         if settled.command == "undo":
@@ -175,9 +177,9 @@ class Boundary:
         elif changes:
             self._undoable.append(changes)
 
-    def _steer(self, values: dict[str, Any]) -> list[Change]:
+    def _steer(self, values: dict[str, Any]) -> list[SettingChange]:
         """An operator's change; what it contradicts of the history still to be repeated is over."""
-        room = room_for_answers(self._run)
+        room = max_response_tokens(self._run)
         if room is not None and values.get("max_new_tokens", 0) > room:
             raise CommandRejectedError(
                 f"max_new_tokens may be {room} at most: there the model ends, after the longest "
@@ -189,10 +191,10 @@ class Boundary:
         ]
         return self._change(values)
 
-    def _change(self, values: dict[str, Any]) -> list[Change]:
+    def _change(self, values: dict[str, Any]) -> list[SettingChange]:
         before = msgspec.structs.asdict(self._run.state.settings)
         self._set(values)
-        return [Change(key=k, old=before[k], new=v) for k, v in values.items()]
+        return [SettingChange(key=k, old=before[k], new=v) for k, v in values.items()]
 
     def _set(self, values: dict[str, Any]) -> None:
         state = self._run.state
@@ -201,7 +203,7 @@ class Boundary:
 
     # -- after a step -------------------------------------------------------------------------
 
-    def after(self, step: int, metrics: dict[str, float], seconds: float) -> list[Change]:
+    def after(self, step: int, metrics: dict[str, float], seconds: float) -> list[SettingChange]:
         """Closes a step: counts it, and lets the KL controller set the next one's beta.
 
         `metrics` gains `time/checkpoint`, what saving took since the step before.

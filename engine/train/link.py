@@ -14,20 +14,12 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine import protocol, sockets
 from engine.errors import LinkError
-from engine.protocol import (
-    SOCKET_VARIABLE,
-    TOKEN_VARIABLE,
-    Begin,
-    Confirm,
-    Failed,
-    Message,
-    Phase,
-    RankHello,
-    ToRank,
-)
-from engine.train.rollout import Report
+from engine.launch.environment import SOCKET_VARIABLE, TOKEN_VARIABLE
+from engine.protocol import frames, rank_messages, sockets
+from engine.protocol.frames import Message
+from engine.protocol.rank_messages import Begin, Confirm, Failed, Phase, RankHello, ToRank
+from engine.train.rollout.rollout import ReportProgress
 
 M = TypeVar("M", bound=ToRank)
 PROGRESS_INTERVAL = 0.2
@@ -66,7 +58,7 @@ class Link:
             return
         try:
             with self._lock:
-                self._sock.sendall(protocol.encode(message))
+                self._sock.sendall(frames.encode(message))
         except OSError as error:
             raise LinkError(f"the supervisor is gone: {error}") from error
 
@@ -95,7 +87,7 @@ class Link:
             found.append(self._next())
         return found
 
-    def phase(self, step: int, name: str, done: int = 0, total: int = 0) -> Report:
+    def phase(self, step: int, name: str, done: int = 0, total: int = 0) -> ReportProgress:
         """Announces a phase; the result reports its progress."""
         self.send(Phase(rank=self.rank, step=step, name=name, done=done, total=total))
         sent = time.monotonic()
@@ -121,8 +113,8 @@ class Link:
     def _read(self, sock: socket.socket) -> None:
         try:
             while True:
-                length = protocol.frame_length(_exactly(sock, protocol.HEADER.size))
-                message = protocol.decode_to_rank(_exactly(sock, length))
+                length = frames.frame_length(_exactly(sock, frames.HEADER.size))
+                message = rank_messages.decode_to_rank(_exactly(sock, length))
                 if isinstance(message, Confirm):
                     self._confirmed.put(message)
                 else:

@@ -10,26 +10,35 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine import starter
-from engine.config import RunConfig
+from engine.config.schema import RunConfig
+from engine.config.settings import initial_settings
 from engine.errors import CheckpointError, UserInputError
-from engine.protocol import Begin
-from engine.session import Session
-from engine.settings import first_settings
-from engine.train import checkpoint
-from engine.train.checkpoint import TrainingState
-from engine.train.data import Prompts, batch_prompts, load_prompts
-from engine.train.foresight import foresee
-from engine.train.generate import Ending, generate
-from engine.train.models import AnyModel, BaseView, LanguageModel, fingerprint
-from engine.train.optimise import make_optimiser
-from engine.train.parallel import Team, settle_on
-from engine.train.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
-from engine.train.randomness import derived_seed, sampling_uniforms
-from engine.train.rewards import Answers, Normaliser, load_rewards
-from engine.train.rollout import merge_rollouts
-from engine.train.sharding import learner
-from engine.train.shards import load_training
-from engine.train.step import Announce, Run, own_rows, room_for_answers
+from engine.protocol.rank_messages import Begin
+from engine.session.folder import Session
+from engine.train.checkpoints import folder as checkpoint_folder
+from engine.train.checkpoints.folder import TrainingState
+from engine.train.checkpoints.shards import load_training
+from engine.train.data.prompts import Prompts, batch_prompts, load_prompts
+from engine.train.data.randomness import derived_seed, sampling_uniforms
+from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
+from engine.train.distributed.sharding import learner
+from engine.train.models.language_model import (
+    AdapterFreePolicy,
+    AnyModel,
+    LanguageModel,
+    fingerprint,
+)
+from engine.train.models.memory_check import check_memory
+from engine.train.models.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
+from engine.train.ppo.optimise import make_optimiser
+from engine.train.rewards.mix import load_rewards
+from engine.train.rewards.normalise import Normaliser
+from engine.train.rewards.source import RewardInputs
+from engine.train.rollout.native import generate
+from engine.train.rollout.rollout import merge_rollouts
+from engine.train.rollout.stop_criteria import StopCriteria
+from engine.train.run import Announce, Run, max_response_tokens
+from engine.train.step import own_rows
 
 log = logging.getLogger("engine")
 
@@ -41,7 +50,7 @@ def load_run(
     session: Session,
     config: RunConfig,
     begin: Begin,
-    team: Team,
+    ranks: RankGroup,
     announce: Announce,
     warn: Callable[[str], None] = lambda _text: None,
 ) -> Run:
@@ -54,15 +63,15 @@ def load_run(
         UserInputError: something the configuration names cannot be used.
         CheckpointError: the checkpoint to start from cannot be used.
     """
-    check_shares(config, team.size)
-    threads = settle_on(team, config.launch)
+    check_shares(config, ranks.size)
+    threads = set_threads_and_nice(ranks, config.launch)
     source = starter.resolve(config.model.policy)
     saved: Path | None = None
-    state = TrainingState(sampling_seed=config.seed, settings=first_settings(config))
+    state = TrainingState(sampling_seed=config.seed, settings=initial_settings(config))
     if begin.from_step:
-        saved = checkpoint.folder_of(session.checkpoints, begin.from_step)
+        saved = checkpoint_folder.folder_of(session.checkpoints, begin.from_step)
         source = str(saved / "policy")
-        state = read_state(saved, team)
+        state = read_state(saved, ranks)
 
     stages = itertools.count()
 
@@ -72,31 +81,31 @@ def load_run(
         announce(begin.from_step, f"load {what}", next(stages), len(STAGES))
 
     loading("prompts")
-    tokenizer = load_tokenizer(source, "model.policy", team)
-    prompts = share_prompts(config, tokenizer, team)
-    strategy, memory = foresee(config, prompts.longest, team, warn)
+    tokenizer = load_tokenizer(source, "model.policy", ranks)
+    prompts = share_prompts(config, tokenizer, ranks)
+    strategy, memory = check_memory(config, prompts.longest, ranks, warn)
     on_host = config.parallel.frozen == "offload"
     loading("reward")
-    rewards = load_rewards(config.reward, tokenizer.get_vocab(), team)
+    rewards = load_rewards(config.reward, tokenizer.get_vocab(), ranks)
     for model in rewards.models:
-        model.settle(team, strategy, on_host=on_host)
+        model.settle(ranks, strategy, on_host=on_host)
     loading("policy")
-    policy = load_policy(config, source, team, strategy)
+    policy = load_policy(config, source, ranks, strategy)
     optimiser = make_optimiser(policy, config)
     loading("reference")
-    reference = load_reference(config, policy, team, strategy)
+    reference = load_reference(config, policy, ranks, strategy)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
-        load_training(saved, policy, optimiser, team.group)
+        load_training(saved, policy, optimiser, ranks.group)
 
     _recognise(state, config, policy, reference, threads)
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
 
-    ending = Ending(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
+    ending = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
     run = Run(
-        config=config, device=team.device, tokenizer=tokenizer, ending=ending, prompts=prompts,
-        team=team, strategy=strategy, policy=policy, learner=learner(policy, team, strategy),
+        config=config, device=ranks.device, tokenizer=tokenizer, ending=ending, prompts=prompts,
+        ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
         memory=memory,
     )  # fmt: skip
@@ -135,29 +144,31 @@ def reference_scores(run: Run) -> Tensor:
     batch = batch_prompts(rows, 1, run.tokenizer.eos_token_id or 0)
     limit, temperature = config.rollout.max_new_tokens, config.rollout.temperature
     uniforms = sampling_uniforms(config.seed, 0, count, limit)
-    own = own_rows(run.team, count, 1)
+    own = own_rows(run.ranks, count, 1)
     part = generate(
         run.reference, batch.select(own), uniforms[own], temperature, run.ending, run.tokenizer
     )
-    answers = merge_rollouts(run.team, batch, part, own, limit, run.tokenizer)
-    return run.rewards(Answers.of(answers, 0))[0]
+    answers = merge_rollouts(run.ranks, batch, part, own, limit, run.tokenizer)
+    return run.rewards(RewardInputs.of(answers, 0))[0]
 
 
-def read_state(folder: Path, team: Team) -> TrainingState:
+def read_state(folder: Path, ranks: RankGroup) -> TrainingState:
     """A checkpoint's state on every rank; rank 0 holds the files against their hashes."""
-    own = msgspec.msgpack.encode(checkpoint.read_state(folder)) if team.lead else b""
-    return msgspec.msgpack.decode(team.tell(own), type=TrainingState)
+    own = msgspec.msgpack.encode(checkpoint_folder.read_state(folder)) if ranks.is_lead else b""
+    return msgspec.msgpack.decode(ranks.broadcast_bytes(own), type=TrainingState)
 
 
-def share_prompts(config: RunConfig, tokenizer: PreTrainedTokenizerBase, team: Team) -> Prompts:
+def share_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: RankGroup
+) -> Prompts:
     """All prompts, on every rank."""
-    if not team.lead:
-        return Prompts.unpack(team.tell())
+    if not ranks.is_lead:
+        return Prompts.unpack(ranks.broadcast_bytes())
     prompts = load_prompts(
         config.data, tokenizer, per_step=config.prompts_per_step, seed=config.seed
     )
-    if team.size > 1:
-        team.tell(prompts.pack())
+    if ranks.size > 1:
+        ranks.broadcast_bytes(prompts.pack())
     return prompts
 
 
@@ -181,7 +192,11 @@ def _recognise(
         )
     base = ""  # what lies under adapters
     if config.lora.rank is not None:
-        base = weights if isinstance(reference, BaseView) else fingerprint(BaseView(policy))
+        base = (
+            weights
+            if isinstance(reference, AdapterFreePolicy)
+            else fingerprint(AdapterFreePolicy(policy))
+        )
     if state.base and state.base != base:
         raise CheckpointError(
             "the model under the adapters is not the one this run began with: "
@@ -195,7 +210,7 @@ def _recognise(
 
 
 def _check_room(run: Run) -> None:
-    room, wanted = room_for_answers(run), run.state.settings.max_new_tokens
+    room, wanted = max_response_tokens(run), run.state.settings.max_new_tokens
     if room is not None and wanted > room:
         raise UserInputError(
             f"rollout.max_new_tokens ({wanted}) may be {room} at most: there the model ends, after "

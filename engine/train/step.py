@@ -1,100 +1,34 @@
 """One PPO step, from prompts to metrics."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import msgspec
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
-from engine.config import RunConfig
 from engine.errors import RlhfError
-from engine.plan import Estimate
-from engine.protocol import RankTimes, Sample
-from engine.train import ppo
-from engine.train.checkpoint import TrainingState
-from engine.train.data import Prompts, batch_prompts
-from engine.train.generate import Ending, generate
-from engine.train.metrics import peak_memory, step_metrics
-from engine.train.models import AnyModel, LanguageModel
-from engine.train.optimise import Targets, learning_rate, optimise
-from engine.train.parallel import Team
-from engine.train.randomness import sampling_uniforms
-from engine.train.rewards import Answers, Normaliser, Rewards
-from engine.train.rollout import (
-    Report,
-    Rollout,
-    longest_first,
-    merge_rollouts,
-    score_tokens,
-)
-from engine.train.samples import kept_samples
+from engine.protocol.rank_messages import RankTimes, Sample
+from engine.train.data.prompts import batch_prompts
+from engine.train.data.randomness import sampling_uniforms
+from engine.train.distributed.ranks import RankGroup
+from engine.train.ppo import advantages, masked
+from engine.train.ppo.forward import longest_first, score_tokens
+from engine.train.ppo.metrics import peak_memory, step_metrics
+from engine.train.ppo.optimise import Targets, learning_rate, optimise
+from engine.train.reports.samples import kept_samples
+from engine.train.rewards.normalise import Normaliser
+from engine.train.rewards.source import RewardInputs
+from engine.train.rollout.native import generate
+from engine.train.rollout.rollout import ReportProgress, Rollout, merge_rollouts
+from engine.train.run import Run
 
 GAP_LIMIT = 1e-4
 """Cached and full forward passes of one model agree to this, nats a token, in float32 …"""
+
 MIXED_GAP_LIMIT = 0.5
 """… and to this in bfloat16, where only gross mistakes can be told."""
+
 BASELINE_DECAY = 0.9
-
-
-class Clock:
-    """Seconds spent in each phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.ranks: list[RankTimes] = []
-        """Every rank's, once a step is done."""
-
-    @contextmanager
-    def phase(self, run: "Run", step: int, name: str) -> Iterator[Report]:
-        """Announces the phase, times it, and hands out its progress report."""
-        began = time.perf_counter()
-        yield run.announce(step, name)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        self.seconds[name] = time.perf_counter() - began
-
-
-Announce = Callable[..., Report]
-"""Takes a step, a phase's name and, where known, what is done of how much."""
-
-
-@dataclass
-class Run:
-    """Everything a step works with."""
-
-    config: RunConfig
-    device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    ending: Ending
-    prompts: Prompts
-    team: Team
-    """The ranks of this attempt."""
-    strategy: str
-    """`ddp` or `fsdp`: how the models lie on them."""
-    policy: LanguageModel
-    learner: nn.Module
-    """The policy as the epochs enter it."""
-    reference: AnyModel
-    rewards: Rewards
-    optimiser: torch.optim.Optimizer
-    state: TrainingState
-    announce: Announce
-    """Tells of a phase, by step and name; the result takes its progress."""
-    memory: Estimate | None
-    """What it was estimated to hold; None where its models cannot be planned with."""
-    checked: bool = False
-    """Whether this attempt's first rollout was held against a full forward pass."""
-    clock: Clock = field(default_factory=Clock)
-
-
-def room_for_answers(run: Run) -> int | None:
-    """New tokens that fit behind the longest prompt; None where the model has no last position."""
-    positions = getattr(run.policy.lm.config, "max_position_embeddings", None)
-    return None if positions is None else int(positions) - run.prompts.longest
 
 
 def train_step(
@@ -114,7 +48,7 @@ def train_step(
     Returns:
         The step's metrics, and the samples that are kept.
     """
-    config, settings, state, team = run.config, run.state.settings, run.state, run.team
+    config, settings, state, ranks = run.config, run.state.settings, run.state, run.ranks
     began, clock = time.perf_counter(), run.clock
     clock.seconds.clear()
 
@@ -124,12 +58,12 @@ def train_step(
 
     # 2. Score them.
     with clock.phase(run, step, "score") as report:
-        raw, parts = run.rewards(Answers.of(rollout, step), report)
+        raw, parts = run.rewards(RewardInputs.of(rollout, step), report)
         normalise = Normaliser(state.reward_mean, state.reward_std)
         scores = normalise(raw.to(run.device), config.reward, rollout.ended)
 
     # 3. The reference's log-probabilities, and the old policy's where the rollout's cannot serve.
-    own = team.deal(longest_first(rollout, rollout.rows))
+    own = ranks.strided_share(longest_first(rollout, rollout.rows))
     with clock.phase(run, step, "reference") as report:
         size = config.ppo.micro_batch_size
         ref_logprobs, _ = score_tokens(
@@ -137,10 +71,10 @@ def train_step(
             rows=own, want="logits", report=report,
         )  # fmt: skip
         old_logprobs, old_values = old_policy(run, rollout, own)
-    ref_logprobs = team.merge(ref_logprobs)
+    ref_logprobs = ranks.all_reduce_sum(ref_logprobs)
 
     if not run.checked and recorded is None:
-        check_first(run, rollout, old_logprobs, ref_logprobs)
+        check_first_rollout(run, rollout, old_logprobs, ref_logprobs)
 
     # 4. Advantages, from the whole global batch.
     targets = make_targets(run, rollout, scores, old_logprobs, ref_logprobs, old_values)
@@ -148,7 +82,7 @@ def train_step(
     # 5. Several epochs of clipped updates.
     with clock.phase(run, step, "optimise") as report:
         done = optimise(
-            team, run.learner, run.optimiser, rollout, targets, config, settings,
+            ranks, run.learner, run.optimiser, rollout, targets, config, settings,
             seed=state.sampling_seed, step=step, report=report,
         )  # fmt: skip
 
@@ -158,33 +92,33 @@ def train_step(
     metrics["episode"] = float(state.episodes)
     metrics["lr"] = learning_rate(config, settings, step)
     metrics |= _mean_parts(parts)
-    clock.ranks = every_ranks_times(run)
+    clock.ranks = gather_rank_times(run)
     metrics |= _speed(clock.ranks, rollout, time.perf_counter() - began)
     kept: list[Sample] = []
-    if team.lead:  # it tells of them, so the others need none
+    if ranks.is_lead:  # it tells of them, so the others need none
         kept = kept_samples(
             config.log, run.tokenizer, rollout, scores, parts, targets, ref_logprobs
         )
     return metrics, kept
 
 
-def take_rollout(run: Run, step: int, report: Report) -> Rollout:
+def take_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
     """The policy's answers to the step's prompts; each rank writes those to a stretch of them."""
     config, settings, limit = run.config, run.state.settings, run.state.settings.max_new_tokens
     prompts = run.prompts.for_step(step)
     batch = batch_prompts(prompts, config.answers_per_prompt, run.tokenizer.eos_token_id or 0)
     uniforms = sampling_uniforms(run.state.sampling_seed, step, config.rollout.batch_size, limit)
-    own = own_rows(run.team, len(prompts), config.answers_per_prompt)
+    own = own_rows(run.ranks, len(prompts), config.answers_per_prompt)
     part = generate(
         run.policy, batch.select(own), uniforms[own], settings.temperature, run.ending,
         run.tokenizer, report, per_prompt=config.answers_per_prompt,
     )  # fmt: skip
-    return merge_rollouts(run.team, batch, part, own, limit, run.tokenizer)
+    return merge_rollouts(run.ranks, batch, part, own, limit, run.tokenizer)
 
 
-def own_rows(team: Team, prompts: int, per_prompt: int) -> Tensor:
+def own_rows(ranks: RankGroup, prompts: int, per_prompt: int) -> Tensor:
     """This rank's rows of the batch, (n,) int64: all answers to a stretch of the prompts."""
-    share = team.slice(prompts)
+    share = ranks.contiguous_share(prompts)
     return torch.arange(share.start * per_prompt, share.stop * per_prompt)
 
 
@@ -198,19 +132,19 @@ def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]
     size, temperature = run.config.ppo.micro_batch_size, run.state.settings.temperature
     if run.config.model.dtype != "float32":
         logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=own)
-        return run.team.merge(logprobs), run.team.merge(values)
+        return run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
     if run.policy.value_trunk is not None:
         _, values = score_tokens(run.policy, rollout, temperature, size, rows=own, want="values")
-        return rollout.logprobs * rollout.mask, run.team.merge(values)
+        return rollout.logprobs * rollout.mask, run.ranks.all_reduce_sum(values)
     return rollout.logprobs * rollout.mask, rollout.values * rollout.mask
 
 
-def every_ranks_times(run: Run) -> list[RankTimes]:
+def gather_rank_times(run: Run) -> list[RankTimes]:
     """What this step took each rank so far; by rank, on all of them."""
     mine = RankTimes(
-        rank=run.team.rank, seconds=run.clock.seconds, peak_memory=peak_memory(run.device)
+        rank=run.ranks.rank, seconds=run.clock.seconds, peak_memory=peak_memory(run.device)
     )
-    told = run.team.collect(msgspec.msgpack.encode(mine))
+    told = run.ranks.all_gather_bytes(msgspec.msgpack.encode(mine))
     return [msgspec.msgpack.decode(t, type=RankTimes) for t in told]
 
 
@@ -225,21 +159,25 @@ def make_targets(
     """Advantages (and, for gae, returns) by `ppo.advantage`."""
     config, beta, mask = run.config.ppo, run.state.settings.beta, rollout.mask
     if config.advantage == "gae":
-        rewards = ppo.token_rewards(scores, old_logprobs, ref_logprobs, rollout.lengths, beta)
+        rewards = advantages.token_rewards(
+            scores, old_logprobs, ref_logprobs, rollout.lengths, beta
+        )
         if config.whiten_rewards:
-            rewards = ppo.whiten(rewards, mask, shift_mean=False)
-        advantages = ppo.generalised_advantages(rewards, old_values, mask, config.gamma, config.lam)
-        returns = (advantages + old_values) * mask
-        advantages = ppo.whiten(advantages, mask) if config.whiten else advantages
-        return Targets(old_logprobs, advantages, old_values, returns)
-    outcome = scores - beta * ppo.sequence_kl(old_logprobs, ref_logprobs, mask)
+            rewards = masked.whiten(rewards, mask, shift_mean=False)
+        advantage = advantages.generalised_advantages(
+            rewards, old_values, mask, config.gamma, config.lam
+        )
+        returns = (advantage + old_values) * mask
+        advantage = masked.whiten(advantage, mask) if config.whiten else advantage
+        return Targets(old_logprobs, advantage, old_values, returns)
+    outcome = scores - beta * masked.sequence_kl(old_logprobs, ref_logprobs, mask)
     if config.advantage == "rloo":
-        outcome = ppo.leave_one_out(outcome, run.config.answers_per_prompt)
+        outcome = advantages.leave_one_out(outcome, run.config.answers_per_prompt)
     else:
         outcome = outcome - _baseline(run, outcome)
-    advantages = outcome[:, None] * mask
-    advantages = ppo.whiten(advantages, mask) if config.whiten else advantages
-    return Targets(old_logprobs, advantages)
+    advantage = outcome[:, None] * mask
+    advantage = masked.whiten(advantage, mask) if config.whiten else advantage
+    return Targets(old_logprobs, advantage)
 
 
 def _baseline(run: Run, outcome: Tensor) -> float:
@@ -256,7 +194,9 @@ def _baseline(run: Run, outcome: Tensor) -> float:
     return mean if before is None else before
 
 
-def check_first(run: Run, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor) -> None:
+def check_first_rollout(
+    run: Run, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor
+) -> None:
     """Holds an attempt's first rollout against what must be true of any.
 
     A model whose cache, positions or masks are used wrongly still trains, on the wrong ratios: a
@@ -278,7 +218,7 @@ def check_first(run: Run, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: 
             f"{gap:.2g} nats on a token, more than rounding explains: this architecture cannot be "
             "trained safely here"
         )
-    kl = float(ppo.sequence_kl(old_logprobs, ref_logprobs, rollout.mask).abs().mean())
+    kl = float(masked.sequence_kl(old_logprobs, ref_logprobs, rollout.mask).abs().mean())
     own_start = run.config.model.reference is None and run.state.step == 0
     if exact and own_start and kl > GAP_LIMIT * rollout.ids.shape[1]:
         raise RlhfError(

@@ -18,32 +18,26 @@ import msgspec
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from engine.config import LaunchConfig, RunConfig
+from engine.config.schema import LaunchConfig, RunConfig
 from engine.errors import LinkError, RlhfError, UserInputError
-from engine.protocol import (
-    LAUNCH_VARIABLE,
-    PARENT_VARIABLE,
-    Begin,
-    Failed,
-    Notice,
-    Ready,
-    StepReport,
-)
-from engine.session import Session
-from engine.train import foresight
+from engine.launch.environment import LAUNCH_VARIABLE, PARENT_VARIABLE
+from engine.protocol.rank_messages import Begin, Failed, Notice, Ready, StepReport
+from engine.session.folder import Session
 from engine.train.boundary import Boundary
+from engine.train.distributed.ranks import RankGroup, is_peer_loss
 from engine.train.link import Link
 from engine.train.load import load_run
-from engine.train.parallel import Team, lost_others
-from engine.train.step import Run, train_step
-from engine.train.tensorboard import EventFiles
+from engine.train.models import memory_check
+from engine.train.reports.tensorboard import EventFiles
+from engine.train.run import Run
+from engine.train.step import train_step
 
 PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Runs until the run is over; every way out is told to the supervisor."""
-    tie_to_parent()
+    die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     for chatty in ("httpx", "httpx2", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -53,21 +47,21 @@ def main() -> None:
     # The ranks have not met yet. Those beside the supervisor, which alone have a link, will be the
     # first; torchrun's own numbers begin on whichever machine's name comes first.
     link = Link(int(os.environ.get("LOCAL_RANK", "0")))
-    team: Team | None = None
+    ranks: RankGroup | None = None
     try:
-        team = Team(msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=LaunchConfig))
-        link.rank = team.rank
-        if not team.lead:  # the first one speaks for all
+        ranks = RankGroup(msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=LaunchConfig))
+        link.rank = ranks.rank
+        if not ranks.is_lead:  # the first one speaks for all
             logging.getLogger().setLevel(logging.WARNING)
-        train(session, link, team)
+        train(session, link, ranks)
     except LinkError:
         raise
     except Exception as error:
-        link.send(describe(error, team, link.rank))
+        link.send(describe(error, ranks, link.rank))
         traceback.print_exc()
         leave(getattr(error, "exit_code", 1))
-    if team.size > 1:
-        team.part()
+    if ranks.size > 1:
+        ranks.final_barrier()
         leave(0)
 
 
@@ -81,7 +75,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def describe(error: Exception, team: Team | None, rank: int) -> Failed:
+def describe(error: Exception, ranks: RankGroup | None, rank: int) -> Failed:
     """A rank's last words: what happened, and whether it is the cause or an echo."""
     if isinstance(error, UserInputError):
         return Failed(rank=rank, text=str(error), user_input=True)
@@ -89,21 +83,21 @@ def describe(error: Exception, team: Team | None, rank: int) -> Failed:
     known = isinstance(error, RlhfError)
     text = str(error) if known else f"{type(error).__name__}: {error}"
     trace = traceback.format_exc()
-    if team is None or team.size == 1:
+    if ranks is None or ranks.size == 1:
         return Failed(rank=rank, text=text, traceback=trace, final=known)
-    if lost_others(error):
+    if is_peer_loss(error):
         with contextlib.suppress(RuntimeError):  # the meeting place may be gone as well
-            for word in team.words_left():
+            for word in ranks.errors_left():
                 return msgspec.json.decode(word, type=Failed)
         text = f"rank {rank} lost the others: {text}"
         return Failed(rank=rank, text=text, traceback=trace, echo=True)
     failed = Failed(rank=rank, text=f"rank {rank}: {text}", traceback=trace, final=known)
     with contextlib.suppress(RuntimeError):
-        team.leave_word(msgspec.json.encode(failed))
+        ranks.leave_error(msgspec.json.encode(failed))
     return failed
 
 
-def tie_to_parent() -> None:
+def die_with_parent() -> None:
     """Dies with who started it, and leaves every other signal to the supervisor.
 
     A scheduler's broadcast, or ctrl+c, must not reach a rank before the supervisor has decided what
@@ -117,18 +111,18 @@ def tie_to_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(session: Session, link: Link, team: Team) -> None:
+def train(session: Session, link: Link, ranks: RankGroup) -> None:
     """The loop: obey, step, report, save."""
-    begin, config = agree_on_start(session, link, team)
+    begin, config = agree_on_start(session, link, ranks)
 
     def short_of_memory(text: str) -> None:
         link.send(Notice(step=begin.from_step, rule="memory", text=text))
 
-    run = load_run(session, config, begin, team, link.phase, short_of_memory)
+    run = load_run(session, config, begin, ranks, link.phase, short_of_memory)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=facts(run), settings=msgspec.to_builtins(run.state.settings)))
     events = None
-    if config.log.tensorboard and team.lead:
+    if config.log.tensorboard and ranks.is_lead:
         events = EventFiles(session.tensorboard, begin.from_step)
         if not begin.from_step:
             events.hparams(config)
@@ -158,11 +152,11 @@ def train(session: Session, link: Link, team: Team) -> None:
         events.close()
 
 
-def agree_on_start(session: Session, link: Link, team: Team) -> tuple[Begin, RunConfig]:
+def agree_on_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:
     """Rank 0 hears from the supervisor where to start and tells the others."""
     kind = tuple[Begin, RunConfig]
-    mine = msgspec.msgpack.encode((link.begin(), session.config())) if team.lead else b""
-    return msgspec.msgpack.decode(team.tell(mine), type=kind)
+    mine = msgspec.msgpack.encode((link.begin(), session.config())) if ranks.is_lead else b""
+    return msgspec.msgpack.decode(ranks.broadcast_bytes(mine), type=kind)
 
 
 def facts(run: Run) -> dict[str, object]:
@@ -173,11 +167,11 @@ def facts(run: Run) -> dict[str, object]:
         "reference_parameters": sum(p.numel() for p in run.reference.parameters()),
         "prompts": len(run.prompts),
         "device": str(run.device),
-        "ranks": run.team.size,
+        "ranks": run.ranks.size,
         "strategy": run.strategy,
         "threads": run.state.threads,
         "torch": str(torch.__version__),
-        **foresight.facts(run.memory),
+        **memory_check.facts(run.memory),
     }
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import click
 import msgspec
 
-from engine import configfile
-from engine.config import GuardrailConfig
-from engine.configcheck import check_rule
+from engine.config import file as config_file
+from engine.config.rules import check_rule
+from engine.config.schema import GuardrailConfig
 from engine.errors import UserInputError
-from engine.guardrails import Guardrails
-from engine.protocol import Sample
-from engine.record import Record
+from engine.journal.reader import JournalReader
+from engine.monitoring.guardrails import Guardrails
+from engine.protocol.rank_messages import Sample
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     existing,
@@ -36,8 +36,8 @@ HEADLINES = ("objective/scores", "objective/kl", "tokens/response_len_mean", "te
 def diff(root: Path, name: str, other: str, as_json: bool) -> None:
     """Compare two sessions: configuration, and metrics at the last step both have."""
     first, second = existing(root, name), existing(root, other)
-    changed = configfile.changes(first.config(), second.config())
-    with Record(first) as a, Record(second) as b:
+    changed = config_file.changes(first.config(), second.config())
+    with JournalReader(first) as a, JournalReader(second) as b:
         step = min(a.last_step(), b.last_step())
         metrics = {
             key: tuple(dict(r.series(key, after=step - 1)).get(step) for r in (a, b))
@@ -63,7 +63,7 @@ def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json
     """Say what the guard rails would have said about a session."""
     session = existing(root, name)
     config = _rules(rules) if rules else session.config().guardrails
-    with Record(session) as record:
+    with JournalReader(session) as record:
         alerts = list(_replay(record, config, session.config()))
     if as_json:
         # Null for what is not finite, as in the journal.
@@ -75,7 +75,7 @@ def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json
         say("nothing: no rule would have spoken")
 
 
-def _replay(record: Record, config: GuardrailConfig, run: Any) -> Any:
+def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
     rails = Guardrails(config)
     settings = {
         "target": run.kl.target,
@@ -107,7 +107,7 @@ def _replay(record: Record, config: GuardrailConfig, run: Any) -> Any:
 def _rules(path: Path) -> GuardrailConfig:
     """The guardrails section of a file. Raises UserInputError."""
     try:
-        tree = configfile.parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        tree = config_file.parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
         section = tree.get("guardrails", tree) if isinstance(tree, dict) else tree
         config = msgspec.convert(section, GuardrailConfig)
         for rule in config.rules:

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from engine.configcheck import check_address
+from engine.config.rules import check_address
 
 
 @click.command()
@@ -28,5 +28,5 @@ def join(address: str, processes: int | None, wait: float) -> None:
     """Lend this machine to a run that waits for it (launch.nodes > 1) at HOST:PORT."""
     check_address(address)
     sys.stdout.flush()
-    words = ["-m", "engine.train.join", address, str(processes or "auto"), str(wait)]
+    words = ["-m", "engine.train.torchrun.join", address, str(processes or "auto"), str(wait)]
     os.execv(sys.executable, [sys.executable, *words])  # noqa: S606 - ourselves

@@ -11,14 +11,15 @@ from typing import Any
 
 import click
 
-from engine import sockets, starter
+from engine import starter
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
-from engine.labels import with_judgements
-from engine.pairs import preference_pairs
-from engine.protocol import surroundings
-from engine.record import Record
-from engine.session import Session
-from engine.start import checkpoint_steps, last_checkpoint
+from engine.journal.labels import with_judgements
+from engine.journal.preference_pairs import preference_pairs
+from engine.journal.reader import JournalReader
+from engine.launch.environment import clean_environment
+from engine.launch.start import checkpoint_steps, last_checkpoint
+from engine.protocol import sockets
+from engine.session.folder import Session
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     existing,
@@ -89,7 +90,7 @@ def export(
             raise NoSuchSessionError(f"session '{name}' has no checkpoint {missing}to export")
         say(_export_policy(session, chosen, policy, merged))
     if samples is not None:
-        with Record(session) as record:
+        with JournalReader(session) as record:
             rows = with_judgements(session, record.samples())
         _write_lines(samples, rows)
         say(f"{len(rows)} samples are in {samples}")
@@ -117,11 +118,11 @@ def _export_policy(session: Session, step: int, target: Path, merged: bool) -> s
 
 def _merge(session: Session, step: int, target: Path) -> None:
     # A process of its own: this one never imports torch.
-    module = [sys.executable, "-m", "engine.train.merge"]
+    module = [sys.executable, "-m", "engine.train.checkpoints.merge"]
     done = subprocess.run(  # noqa: S603 - ourselves
         [*module, str(session.folder), str(step), str(target)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env=surroundings(), text=True, errors="replace", check=False,
+        env=clean_environment(), text=True, errors="replace", check=False,
     )  # fmt: skip
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"merging ended with {done.returncode}"]

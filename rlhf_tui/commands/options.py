@@ -1,7 +1,5 @@
 """Options that several commands share, and what they mean."""
 
-import contextlib
-import getpass
 import json
 import os
 import sys
@@ -11,8 +9,8 @@ from typing import Any
 
 import click
 
-from engine.registry import live_sessions
-from engine.session import Session, find
+from engine.session.folder import Session, find
+from engine.session.registry import live_sessions
 from rlhf_tui.text import sanitise
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -26,47 +24,25 @@ sessions_option: Decorator = click.option(
     show_default="$RLHF_TUI_SESSIONS or ./sessions",
     help="The folder of sessions.",
 )
+
 json_option: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="One JSON value on stdout."
 )
+
 last_option: Decorator = click.option(
     "--last", type=click.IntRange(min=1), metavar="N", help="Only the last N."
 )
+
 override_option: Decorator = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a configuration key."
 )
+
 name_argument: Decorator = click.argument("name")
 
 
 def existing(root: Path, name: str) -> Session:
     """The session of that name, here or alive elsewhere. Raises NoSuchSessionError."""
     return find(root.resolve(), name, live_sessions())
-
-
-def who() -> str:
-    """Who gives a command: the user, and from where."""
-    parts = [_user()]
-    if terminal := _terminal():
-        parts.append(f"on {terminal.removeprefix('/dev/')}")
-    if client := os.environ.get("SSH_CLIENT", "").split(" ")[0]:
-        parts.append(f"from {client}")
-    # Names need not be UTF-8, and what is kept must be.
-    return " ".join(parts).encode("utf-8", "replace").decode()
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have an entry
-        return f"uid-{os.getuid()}"
-
-
-def _terminal() -> str | None:
-    for fd in (0, 1, 2):
-        # In a container the terminal may be a device of the machine around it, without a name.
-        with contextlib.suppress(OSError):
-            return os.ttyname(fd)
-    return None
 
 
 def print_json(value: Any) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import click
 import msgspec
 
-from engine import configfile
-from engine.advice import can_start, changes_to_fit, fits
-from engine.capacity import Capacity, of_device
-from engine.config import RunConfig
+from engine.config import file as config_file
+from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError
-from engine.memory import estimate
-from engine.plan import Estimate, Layout, Models, configured, layouts
-from engine.protocol import surroundings
-from engine.start import check_inputs
+from engine.launch.environment import clean_environment
+from engine.launch.start import check_inputs
+from engine.memory.advice import can_start, changes_to_fit, fits
+from engine.memory.capacity import Capacity, of_device
+from engine.memory.estimate import estimate
+from engine.memory.model import Estimate, Layout, Models, configured, layouts
 from rlhf_tui.commands.options import json_option, override_option, print_json, say
 from rlhf_tui.text import one_line
 
@@ -54,7 +54,7 @@ LABELS = {
 @json_option
 def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_json: bool) -> None:
     """Estimate what each rank of the run in CONFIG would hold in memory. Loads no weights."""
-    loaded = configfile.load(config, overrides)
+    loaded = config_file.load(config, overrides)
     check_inputs(loaded)
     models = look(loaded)
     capacity = of_device(models.device, loaded.launch.gpus)
@@ -85,9 +85,9 @@ def look(config: RunConfig) -> Models:
         RlhfError: that process failed.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "engine.train.shapes"],
+        [sys.executable, "-m", "engine.train.models.shapes"],
         input=msgspec.json.encode(config),
-        env=surroundings(),
+        env=clean_environment(),
         capture_output=True,
         timeout=ANSWER_TIMEOUT,
         check=False,

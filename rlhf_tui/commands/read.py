@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from engine.errors import RlhfError
-from engine.labels import with_judgements
-from engine.record import Record
-from engine.registry import live_sessions
-from engine.session import ENDED_STATES, Session, find_all
+from engine.journal.labels import with_judgements
+from engine.journal.reader import JournalReader
+from engine.session.folder import ENDED_STATES, Session, all_sessions
+from engine.session.registry import live_sessions
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     existing,
@@ -36,7 +36,7 @@ COLUMNS = (
 @json_option
 def ls(root: Path, as_json: bool) -> None:
     """List the sessions."""
-    here = find_all(root.resolve())
+    here = all_sessions(root.resolve())
     elsewhere = [s for s in live_sessions() if s not in here]
     rows = [_summary_or_why_not(s) for s in [*here, *elsewhere]]
     if as_json:
@@ -72,7 +72,7 @@ def _ls_row(row: dict[str, Any]) -> list[str]:
 
 def summary(session: Session) -> dict[str, Any]:
     """A session in one row: what `status --json` prints."""
-    with Record(session) as record:
+    with JournalReader(session) as record:
         meta, attempts = record.meta(), record.attempts()
         state, last = record.state(), record.metrics(last=1)
         checkpoints = [c["step"] for c in record.checkpoints(("complete",))]
@@ -127,7 +127,7 @@ def status(root: Path, name: str, as_json: bool) -> None:
 @json_option
 def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
     """Print a session's metrics, one row a step."""
-    with Record(existing(root, name)) as record:
+    with JournalReader(existing(root, name)) as record:
         rows = record.metrics(last)
     if as_json:
         print_json(rows)
@@ -144,7 +144,7 @@ def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
 def samples(root: Path, name: str, last: int | None, as_json: bool) -> None:
     """Print what the policy wrote."""
     session = existing(root, name)
-    with Record(session) as record:
+    with JournalReader(session) as record:
         rows = with_judgements(session, record.samples(last if last or as_json else 16))
     if as_json:
         print_json(rows)
@@ -165,7 +165,7 @@ def samples(root: Path, name: str, last: int | None, as_json: bool) -> None:
 @json_option
 def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
     """Print what happened: states, commands, checkpoints, alerts."""
-    with Record(existing(root, name)) as record:
+    with JournalReader(existing(root, name)) as record:
         rows = record.events(last)
     if as_json:
         print_json(rows)

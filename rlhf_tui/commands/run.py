@@ -10,15 +10,16 @@ from typing import Any
 import click
 import msgspec
 
-from engine import configfile, starter
-from engine.config import RunConfig
-from engine.detach import start_engine
+from engine import starter
+from engine.config import file as config_file
+from engine.config.schema import RunConfig
 from engine.errors import UserInputError
-from engine.record import Record
-from engine.session import Session, create, free_name
-from engine.start import Start, check_inputs
-from engine.start import fork as start_fork
-from engine.start import resume as start_resume
+from engine.journal.reader import JournalReader
+from engine.launch.background import start_engine
+from engine.launch.start import StartOptions, check_inputs
+from engine.launch.start import fork as start_fork
+from engine.launch.start import resume as start_resume
+from engine.session.folder import Session, create, free_name
 from rlhf_tui.commands import view
 from rlhf_tui.commands.options import (
     existing,
@@ -27,8 +28,8 @@ from rlhf_tui.commands.options import (
     override_option,
     say,
     sessions_option,
-    who,
 )
+from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
 
 headless_option = click.option(
@@ -59,7 +60,7 @@ def demo(
 ) -> None:
     """Train the starter model: a few minutes on two cores, no downloads."""
     given = [*overrides, *([f"train.steps={steps}"] if steps else [])]
-    config = configfile.load(starter.FOLDER / "demo.yaml", given)
+    config = config_file.load(starter.FOLDER / "demo.yaml", given)
     _start_new(root.resolve(), name, "demo", config, mode)
 
 
@@ -71,7 +72,7 @@ def run(
     root: Path, overrides: tuple[str, ...], mode: str | None, name: str | None, config: Path
 ) -> None:
     """Start the run that CONFIG, a YAML file, describes."""
-    loaded = configfile.load(config, overrides)
+    loaded = config_file.load(config, overrides)
     _start_new(root.resolve(), name, config.stem, loaded, mode)
 
 
@@ -97,8 +98,8 @@ def resume(
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )
-    total = configfile.override(session.config(), overrides).train.steps
-    with Record(session) as record:
+    total = config_file.override(session.config(), overrides).train.steps
+    with JournalReader(session) as record:
         crashed = record.state() == "crashed"
     if start.from_step >= total and not crashed:  # a crash after the last save is still to be ended
         say(
@@ -140,10 +141,10 @@ def _start_new(
 ) -> None:
     check_inputs(config)
     session = create(root, free_name(root, stem) if name is None else name, config)
-    _begin(session, Start(who=who()), mode)
+    _begin(session, StartOptions(who=who()), mode)
 
 
-def _begin(session: Session, start: Start, mode: str | None) -> None:
+def _begin(session: Session, start: StartOptions, mode: str | None) -> None:
     """Starts the engine in the way that was asked for."""
     if mode == "detach":
         _detach(session, start)
@@ -155,17 +156,17 @@ def _begin(session: Session, start: Start, mode: str | None) -> None:
         _watch(session, start)
 
 
-def _is_new(session: Session, start: Start) -> bool:
+def _is_new(session: Session, start: StartOptions) -> bool:
     """Whether it was made for this start; a fork has a journal already."""
     return bool(start.origin) or not session.journal_file.exists()
 
 
-def _watch(session: Session, start: Start) -> None:
+def _watch(session: Session, start: StartOptions) -> None:
     """Starts the engine in the background and opens the dashboard on it, loading and all."""
     new = _is_new(session, start)
     start_engine(session, start, timeout=0.0)
     code = view.open_screen(session.folder.parent, session)
-    with Record(session) as record:
+    with JournalReader(session) as record:
         errors = [e for e in record.events() if e["kind"] == "error"]
         trained = record.last_step() > start.from_step
     if new and errors and errors[-1].get("user_input") and not trained and not session.is_live():
@@ -174,7 +175,7 @@ def _watch(session: Session, start: Start) -> None:
     sys.exit(code)
 
 
-def _detach(session: Session, start: Start) -> None:
+def _detach(session: Session, start: StartOptions) -> None:
     new = _is_new(session, start)
     try:
         pid = start_engine(session, start, timeout=LOADING_TIMEOUT)
@@ -185,12 +186,10 @@ def _detach(session: Session, start: Start) -> None:
     say(f"session {session.name}: engine pid {pid}; steer it with: rlhf-tui ctl {session.name}")
 
 
-def _become_engine(session: Session, start: Start) -> None:
+def _become_engine(session: Session, start: StartOptions) -> None:
     """Turns this process into the session's engine, in the foreground."""
     words = f"going on from step {start.from_step}" if start.from_step else "starting"
     click.echo(one_line(f"session {session.name}: {words}; folder {session.folder}"), err=True)
     text = msgspec.json.encode(start).decode()
     sys.stdout.flush()
-    os.execv(  # noqa: S606 - ourselves
-        sys.executable, [sys.executable, "-m", "rlhf_tui.headless", str(session.folder), text]
-    )
+    os.execv(sys.executable, [sys.executable, "-m", "rlhf_tui.headless", str(session.folder), text])

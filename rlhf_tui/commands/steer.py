@@ -7,27 +7,27 @@ from typing import Any
 
 import click
 
-from engine import configfile
-from engine.client import Client, new_id
-from engine.commands import (
+from engine.config import file as config_file
+from engine.errors import RlhfError, UserInputError
+from engine.journal.writer import JournalWriter
+from engine.protocol.client import Client, new_id
+from engine.protocol.client_messages import CommandReply
+from engine.protocol.commands import (
     AnyCommand,
-    Beta,
     Checkpoint,
-    Control,
     Note,
     Pause,
     Probe,
     Rollback,
-    Set,
+    SetBeta,
+    SetKLController,
+    SetSetting,
     Stop,
     Undo,
     Unpause,
 )
-from engine.control import Answer
-from engine.dispatch import check_now
-from engine.errors import RlhfError, UserInputError
-from engine.journal import Journal
-from engine.session import Session
+from engine.session.folder import Session
+from engine.supervisor.command_checks import check_command
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     existing,
@@ -36,8 +36,8 @@ from rlhf_tui.commands.options import (
     print_json,
     say,
     sessions_option,
-    who,
 )
+from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
@@ -96,9 +96,9 @@ class Steering:
         while session.is_live() and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _print(self, answer: Answer, left: float | None) -> None:
+    def _print(self, answer: CommandReply, left: float | None) -> None:
         if self._as_json:
-            row: dict[str, Any] = configfile.as_mapping(answer)
+            row: dict[str, Any] = config_file.as_mapping(answer)
             print_json(row | {"applied_step": row.pop("step")})
         elif answer.status == "accepted":
             soon = "" if left is None else f", in about {fmt.duration(left)}"
@@ -184,7 +184,7 @@ def rollback(steering: Steering, step: int, reseed: bool) -> None:
 @click.pass_obj
 def beta(steering: Steering, value: float) -> None:
     """Set the KL coefficient."""
-    steering.send(Beta(value=value))
+    steering.send(SetBeta(value=value))
 
 
 @ctl.command()
@@ -196,7 +196,7 @@ def beta(steering: Steering, value: float) -> None:
 @click.pass_obj
 def kl(steering: Steering, /, **given: Any) -> None:
     """Hand beta to the adaptive controller, or take it back."""
-    steering.send(Control(**given))
+    steering.send(SetKLController(**given))
 
 
 @ctl.command(name="set")
@@ -207,7 +207,7 @@ def set_(steering: Steering, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals:
         raise UserInputError(f"set takes key=value, not '{assignment}'")
-    steering.send(Set(key=key.strip(), value=configfile.parse_yaml(text, key)))
+    steering.send(SetSetting(key=key.strip(), value=config_file.parse_yaml(text, key)))
 
 
 @ctl.command()
@@ -260,10 +260,10 @@ def note(root: Path, name: str, text: str) -> None:
         if answer.status == "rejected":
             raise RlhfError(f"rejected: {answer.reason}")
         return
-    check_now(Note(text=text), "finished", {}, session, paused=False)
+    check_command(Note(text=text), "finished", {}, session, paused=False)
     lock = session.acquire()  # nobody writes the journal but the holder of the lock
     try:
-        journal = Journal(session)
+        journal = JournalWriter(session)
         journal.record_event("note", {"text": text, "who": who()})
         journal.close()
     finally:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from engine.errors import NoSuchSessionError, UserInputError
-from engine.registry import live_sessions
-from engine.session import Session, find_all
+from engine.session.folder import Session, all_sessions
+from engine.session.registry import live_sessions
 from rlhf_tui.commands.options import existing, is_terminal, sessions_option
 
 if TYPE_CHECKING:
-    from rlhf_tui.glance import Glance
+    from rlhf_tui.state.first_read import FirstRead
 
 
 @click.command()
@@ -41,21 +41,21 @@ def open_screen(root: Path, session: Session | None, *, read_only: bool = False)
     # none of them garbage: looking for some among them took a third of the time to the first curve.
     gc.set_threshold(200_000, 20, 20)
     glance = look_at(session) if session is not None else None
-    from rlhf_tui.app import open_app  # noqa: PLC0415 - Textual takes its time to be imported
+    from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual takes its time to be imported
 
     return open_app(root, session.name if session is not None else None, read_only, glance)
 
 
-def look_at(session: Session) -> "Glance":
+def look_at(session: Session) -> "FirstRead":
     """The first look at a session, of the charts the operator has chosen."""
-    from rlhf_tui.glance import Glance  # noqa: PLC0415 - nobody else needs it
-    from rlhf_tui.preferences import load_preferences  # noqa: PLC0415
+    from rlhf_tui.app.preferences import load_preferences  # noqa: PLC0415
+    from rlhf_tui.state.first_read import FirstRead  # noqa: PLC0415
 
-    return Glance(session, load_preferences()[0].metrics())
+    return FirstRead(session, load_preferences()[0].metrics())
 
 
 def _only_live(root: Path) -> Session:
-    here = find_all(root)
+    here = all_sessions(root)
     live = [s for s in here if s.is_live()] or live_sessions()
     if len(live) == 1:
         return live[0]

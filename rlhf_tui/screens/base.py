@@ -5,34 +5,34 @@ from typing import TYPE_CHECKING, cast
 from textual.app import ComposeResult
 from textual.screen import Screen
 
-from rlhf_tui.messages import Pointed
-from rlhf_tui.widgets.keys import Keys
-from rlhf_tui.widgets.panel import Panel
-from rlhf_tui.widgets.topline import Status, Tabs
+from rlhf_tui.state.messages import RowHighlighted
+from rlhf_tui.widgets.key_footer import KeyFooter
+from rlhf_tui.widgets.panels.panel import Panel
+from rlhf_tui.widgets.status_lines import StatusLine, Tabs
 
 if TYPE_CHECKING:
-    from rlhf_tui.app import Desk
+    from rlhf_tui.app.app import RlhfApp
 
 
-class Place(Screen[None]):
+class SessionScreen(Screen[None]):
     """One of the five screens."""
 
     MODE = ""
 
     @property
-    def desk(self) -> "Desk":
-        """The app, which has the book, the view and the commands."""
-        return cast("Desk", self.app)
+    def desk(self) -> "RlhfApp":
+        """The app, which has the state, the view and the commands."""
+        return cast("RlhfApp", self.app)
 
     def compose(self) -> ComposeResult:
         """Top, middle, keys."""
-        yield Tabs(self.desk.book, self.MODE, read_only=self.desk.read_only)
+        yield Tabs(self.desk.state, self.MODE, read_only=self.desk.read_only)
         if self.MODE != "sessions":
-            yield Status(self.desk.book, id="status")
-        yield from self.middle()
-        yield Keys(id="keys")
+            yield StatusLine(self.desk.state, id="status")
+        yield from self.compose_body()
+        yield KeyFooter(id="keys")
 
-    def middle(self) -> ComposeResult:
+    def compose_body(self) -> ComposeResult:
         """What is the screen's own."""
         yield from ()
 
@@ -40,18 +40,18 @@ class Place(Screen[None]):
         """What came while another screen was seen."""
         self.draw()
 
-    def draw(self, *, only_now: bool = False) -> None:
-        """Shows what the book says; `only_now`: only what the ranks do has changed."""
+    def draw(self, *, only_live: bool = False) -> None:
+        """Shows what the state says; `only_live`: only what the ranks do has changed."""
         for panel in self.query(Panel):
-            panel.read(self.desk.book)
-        if not only_now:
-            self.drawn()
+            panel.read(self.desk.state)
+        if not only_live:
+            self.refresh_content()
 
-    def drawn(self) -> None:
+    def refresh_content(self) -> None:
         """What else is to be shown anew; overridden."""
 
-    def opened(self) -> None:
+    def session_changed(self) -> None:
         """Another session was opened; overridden where a screen holds anything of it."""
 
-    def on_pointed(self, message: Pointed) -> None:
+    def on_row_highlighted(self, message: RowHighlighted) -> None:
         """Overridden by the screens that follow their table."""

@@ -8,16 +8,16 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
 from engine.errors import RlhfError
-from engine.session import check_name, free_name
+from engine.session.folder import check_name, free_name
 from rlhf_tui import format as fmt
-from rlhf_tui.messages import Chosen
-from rlhf_tui.screens.base import Place
-from rlhf_tui.screens.dialogs import Type
+from rlhf_tui.dialogs.base import InputDialog
+from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.state.messages import RowSelected
 from rlhf_tui.widgets.lines import Piece, Row
-from rlhf_tui.widgets.listing import Column, Table
+from rlhf_tui.widgets.table import Column, Table
 
 
-class CheckpointsScreen(Place):
+class CheckpointsScreen(SessionScreen):
     """Mode 4."""
 
     MODE = "checkpoints"
@@ -28,7 +28,7 @@ class CheckpointsScreen(Place):
         Binding("E", "export", "export"),
     ]
 
-    def middle(self) -> ComposeResult:
+    def compose_body(self) -> ComposeResult:
         """The table."""
         yield Table(
             [
@@ -43,9 +43,9 @@ class CheckpointsScreen(Place):
             id="checkpoints",
         )
 
-    def drawn(self) -> None:
+    def refresh_content(self) -> None:
         """Newest on top."""
-        found = self.desk.book.checkpoints
+        found = self.desk.state.checkpoints
         current = [c for c in found if c["status"] == "complete"]
         best = max(current, key=lambda c: _or(c["score"], float("-inf")), default=None)
         last = max(current, key=lambda c: c["step"], default=None)
@@ -55,7 +55,7 @@ class CheckpointsScreen(Place):
         self.query_one(Table).set_rows(rows, self._empty())
 
     def _empty(self) -> list[Row]:
-        every = self.desk.book.setting("save_every")
+        every = self.desk.state.setting("save_every")
         words = f"the next one comes after every {every} steps" if every else "one comes at the end"
         return [
             [(" no checkpoint yet", "dim")],
@@ -65,7 +65,7 @@ class CheckpointsScreen(Place):
     def _chosen(self) -> dict[str, Any] | None:
         key = self.query_one(Table).key
         found = next(
-            (c for c in self.desk.book.checkpoints if (c["step"], c["attempt"]) == key), None
+            (c for c in self.desk.state.checkpoints if (c["step"], c["attempt"]) == key), None
         )
         if found is None:
             self.desk.say("no checkpoint chosen")
@@ -88,7 +88,7 @@ class CheckpointsScreen(Place):
             anew = ["--reseed"] if reseed else []
             self.desk.start_engine(["resume", name, "--from", str(step), *anew], name)
 
-        if step < self.desk.book.head.step:
+        if step < self.desk.state.head.step:
             self.desk.ask_roll_back(step, resume)
         else:
             resume(False)
@@ -96,13 +96,13 @@ class CheckpointsScreen(Place):
     def action_fork(self) -> None:
         """A session of its own from there."""
         if (found := self._chosen()) is not None:
-            self.desk.ask_fork(self.desk.book.name, found["step"])
+            self.desk.ask_fork(self.desk.state.name, found["step"])
 
     def action_export(self) -> None:
         """The policy as a model folder."""
         if (found := self._chosen()) is None:
             return
-        name, step = self.desk.book.name, found["step"]
+        name, step = self.desk.state.name, found["step"]
         target = str(Path.cwd() / f"{name}-step-{step}")
         rows: list[Row] = [[(f"The policy of step {step} as a Hugging Face model folder.", "dim")]]
 
@@ -113,9 +113,9 @@ class CheckpointsScreen(Place):
                     f"the policy of step {step} is in {text}",
                 )
 
-        self.app.push_screen(Type("Export to", rows, target), take)
+        self.app.push_screen(InputDialog("Export to", rows, target), take)
 
-    @on(Chosen)
+    @on(RowSelected)
     def _enter(self) -> None:
         self.desk.say("r rolls back to it, f branches off it, E exports its policy")
 

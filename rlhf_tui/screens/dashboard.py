@@ -6,23 +6,23 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 
-from rlhf_tui.messages import CursorMoved
-from rlhf_tui.screens.base import Place
-from rlhf_tui.screens.picker import Option, Pick
-from rlhf_tui.widgets.chart import title_of
-from rlhf_tui.widgets.charts import ChartGrid
-from rlhf_tui.widgets.ledger import Ledger, Newest
-from rlhf_tui.widgets.phases import PhaseStrip
-from rlhf_tui.widgets.ranks import Machine
-from rlhf_tui.widgets.readout import ReadOut
-from rlhf_tui.widgets.steering import Steering
-from rlhf_tui.widgets.view import WEIGHTS
+from rlhf_tui.dialogs.picker import Option, PickerDialog
+from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.state.messages import CursorMoved
+from rlhf_tui.state.viewport import WEIGHTS
+from rlhf_tui.widgets.charts.chart import title_of
+from rlhf_tui.widgets.charts.grid import ChartGrid
+from rlhf_tui.widgets.panels.cursor import CursorPanel
+from rlhf_tui.widgets.panels.machine import MachinePanel
+from rlhf_tui.widgets.panels.phases import PhaseStrip
+from rlhf_tui.widgets.panels.steering import SteeringPanel
+from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel, TimelinePanel
 
 PAGES = ("ledger", "newest", "machine")
 """What shares one place where the terminal is narrow."""
 
 
-class DashboardScreen(Place):
+class DashboardScreen(SessionScreen):
     """Mode 2."""
 
     MODE = "dashboard"
@@ -54,42 +54,42 @@ class DashboardScreen(Place):
         Binding("escape", "back", "back: crosshair off, whole run", show=False),
     ]
 
-    def middle(self) -> ComposeResult:
+    def compose_body(self) -> ComposeResult:
         """Phases, charts, panels."""
-        book, prefs = self.desk.book, self.desk.preferences
-        yield PhaseStrip(book, id="phases")
-        with Container(id="desk"):
+        state, prefs = self.desk.state, self.desk.preferences
+        yield PhaseStrip(state, id="phases")
+        with Container(id="body"):
             with Vertical(id="curves"):
-                grid = ChartGrid(book, self.desk.view, list(prefs.charts), prefs.log)
+                grid = ChartGrid(state, self.desk.view, list(prefs.charts), prefs.log)
                 grid.columns = prefs.columns
                 yield grid
-                yield ReadOut(book, self.desk.view)
+                yield CursorPanel(state, self.desk.view)
             with Container(id="side", classes="ledger"):
-                steering = Steering(book, id="steering")
+                steering = SteeringPanel(state, id="steering")
                 steering.read_only = self.desk.read_only
                 yield steering
-                yield Machine(book, id="machine")
-                yield Ledger(book, id="ledger")
-                yield Newest(book, id="newest")
+                yield MachinePanel(state, id="machine")
+                yield TimelinePanel(state, id="ledger")
+                yield LatestSamplesPanel(state, id="newest")
 
     @property
     def grid(self) -> ChartGrid:
         """The charts."""
         return self.query_one(ChartGrid)
 
-    def draw(self, *, only_now: bool = False) -> None:
+    def draw(self, *, only_live: bool = False) -> None:
         """A line for each rank where there are several, as far as there is room."""
-        ranks = len(self.desk.book.phases)
+        ranks = len(self.desk.state.phases)
         phases = self.query_one(PhaseStrip)
         wanted = min(max(ranks, 1), max(1, self.size.height // 10))
         if phases.styles.height is None or phases.styles.height.value != wanted:
             phases.styles.height = wanted
         self._fit_machine()
-        super().draw(only_now=only_now)
+        super().draw(only_live=only_live)
 
     def _fit_machine(self) -> None:
         """A line for each device and rank, up to a third of the screen; all there is at a side."""
-        machine = self.query_one(Machine)
+        machine = self.query_one(MachinePanel)
         if self.has_class("-narrow"):
             machine.styles.clear_rule("height")
             return
@@ -98,23 +98,23 @@ class DashboardScreen(Place):
         if machine.styles.height is None or machine.styles.height.value != wanted:
             machine.styles.height = wanted
 
-    def drawn(self) -> None:
+    def refresh_content(self) -> None:
         """The charts."""
-        self.grid.read(self.desk.book, self.desk.view)
+        self.grid.read(self.desk.state, self.desk.view)
 
-    def opened(self) -> None:
+    def session_changed(self) -> None:
         """Another session, another view."""
-        self.query_one(ReadOut).view = self.desk.view
+        self.query_one(CursorPanel).view = self.desk.view
 
     def look(self) -> None:
         """The view has changed."""
         self.grid.update()
-        self.query_one(ReadOut).update()
+        self.query_one(CursorPanel).update()
 
     def on_cursor_moved(self, message: CursorMoved) -> None:
         """The pointer was put on a step."""
         if message.step is not None:
-            self.desk.view.put(self.desk.book, message.step)
+            self.desk.view.put(self.desk.state, message.step)
             self.look()
 
     # -- the crosshair -------------------------------------------------------------------------
@@ -122,41 +122,41 @@ class DashboardScreen(Place):
     def action_cursor(self, cells: int) -> None:
         """Moves it by cells of a chart, at least by one step a cell."""
         chart = self.grid.current
-        stride = self.desk.view.stride(self.desk.book, chart.cells if chart else 1)
-        self.desk.view.move(self.desk.book, cells * stride)
+        stride = self.desk.view.stride(self.desk.state, chart.cells if chart else 1)
+        self.desk.view.move(self.desk.state, cells * stride)
         self.look()
 
     def action_cursor_to(self, end: int) -> None:
         """To the first or the newest step."""
-        self.desk.view.put(self.desk.book, self.desk.book.head.step if end else 1)
+        self.desk.view.put(self.desk.state, self.desk.state.head.step if end else 1)
         self.look()
 
     def action_marker(self, way: int) -> None:
         """To the next marker; the first press goes to the newest."""
-        view, book = self.desk.view, self.desk.book
-        steps = sorted({m.step for m in book.markers() if m.step >= 1})
+        view, state = self.desk.view, self.desk.state
+        steps = sorted({m.step for m in state.markers() if m.step >= 1})
         if not steps:
             self.desk.say("no markers yet: changes, alerts, checkpoints and notes make them")
             return
         at = view.cursor
         if at is None:
-            view.put(book, steps[-1])
+            view.put(state, steps[-1])
         elif way > 0:
-            view.put(book, next((s for s in steps if s > at), steps[0]))
+            view.put(state, next((s for s in steps if s > at), steps[0]))
         else:
-            view.put(book, next((s for s in reversed(steps) if s < at), steps[-1]))
+            view.put(state, next((s for s in reversed(steps) if s < at), steps[-1]))
         self.look()
 
     # -- the window ----------------------------------------------------------------------------
 
     def action_zoom(self, factor: float) -> None:
         """In or out."""
-        self.desk.view.zoom(self.desk.book, factor)
+        self.desk.view.zoom(self.desk.state, factor)
         self.look()
 
     def action_pan(self, share: float) -> None:
         """Earlier or later."""
-        self.desk.view.pan(self.desk.book, share)
+        self.desk.view.pan(self.desk.state, share)
         self.look()
 
     def action_fit(self) -> None:
@@ -239,7 +239,7 @@ class DashboardScreen(Place):
         shown = [name for group in groups for name in group]
         options = [
             Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "")
-            for n in dict.fromkeys([*shown, *self.desk.book.names])
+            for n in dict.fromkeys([*shown, *self.desk.state.names])
         ]
 
         async def take(answer: str | None) -> None:
@@ -250,11 +250,11 @@ class DashboardScreen(Place):
                 self.desk.want(chosen)
                 await self.grid.set_charts(chosen)
 
-        self.app.push_screen(Pick("Charts, in the order of marking", options, groups), take)
+        self.app.push_screen(PickerDialog("Charts, in the order of marking", options, groups), take)
 
     def _newest(self, name: str) -> str:
-        book = self.desk.book
-        value = (book.outline(name) or book.series(name)).last
+        state = self.desk.state
+        value = (state.outline(name) or state.series(name)).last
         return "" if value is None else f"{value:.4g}"
 
     def action_others(self) -> None:

@@ -9,10 +9,10 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.worker import get_current_worker
 
-from rlhf_tui.screens.base import Place
-from rlhf_tui.screens.dialogs import Type
+from rlhf_tui.dialogs.base import InputDialog
+from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.widgets.lines import Lines, Piece, Row
-from rlhf_tui.widgets.listing import Listing
+from rlhf_tui.widgets.table import ScrollList
 
 MOST_BYTES = 8_000_000
 MOST_LINES = 100_000
@@ -27,7 +27,7 @@ class LogRead(Message):
         self.folder, self.lines, self.at, self.fresh = folder, lines, at, fresh
 
 
-class LogView(Listing):
+class LogView(ScrollList):
     """Lines of the log; stays at the end where it was at the end."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class LogView(Listing):
         self.update()
 
 
-class LogScreen(Place):
+class LogScreen(SessionScreen):
     """Mode 5."""
 
     MODE = "log"
@@ -84,7 +84,7 @@ class LogScreen(Place):
         self._at = 0
         self._words = ""
 
-    def middle(self) -> ComposeResult:
+    def compose_body(self) -> ComposeResult:
         """The log with a line about it."""
         yield Lines(id="about")
         yield LogView()
@@ -93,7 +93,7 @@ class LogScreen(Place):
         """Looks for more while it is seen."""
         self.set_interval(EVERY, self.look)
 
-    def drawn(self) -> None:
+    def refresh_content(self) -> None:
         """The screen is seen again."""
         self.look()
         self._about()
@@ -133,14 +133,14 @@ class LogScreen(Place):
             self.query_one(LogView).add(message.lines, fresh=message.fresh)
             self._about()
 
-    def opened(self) -> None:
+    def session_changed(self) -> None:
         """Another session's log."""
         self._folder, self._at = "", 0
         self.query_one(LogView).add([], fresh=True)
 
     def _about(self) -> None:
         view = self.query_one(LogView)
-        name = self.desk.book.name
+        name = self.desk.state.name
         view.hint = [
             [(" nothing was printed yet", "dim")],
             [(" the same from a shell: ", "dim"), (f"rlhf-tui logs {name}", "key")],
@@ -164,7 +164,9 @@ class LogScreen(Place):
                     self.action_match(-1)
                 self._about()
 
-        self.app.push_screen(Type("Search the log", [], self._words, lambda _: (True, "")), take)
+        self.app.push_screen(
+            InputDialog("Search the log", [], self._words, lambda _: (True, "")), take
+        )
 
     def action_match(self, way: int) -> None:
         """To the next line that has the words."""

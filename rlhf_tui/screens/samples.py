@@ -10,18 +10,18 @@ from textual.containers import Container
 from textual.message import Message
 from textual.worker import get_current_worker
 
-from engine.answers import SAMPLE_ORDERS, Answers, SampleQuery
 from engine.errors import RlhfError
-from engine.protocol import TokenArrays
+from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader
+from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui import format as fmt
-from rlhf_tui.messages import Chosen, Pointed
-from rlhf_tui.screens.comparing import Comparing
-from rlhf_tui.screens.dialogs import Type
-from rlhf_tui.screens.filtering import HINT, parse_filter
-from rlhf_tui.widgets.judged import key_of, mark
+from rlhf_tui.dialogs.base import InputDialog
+from rlhf_tui.screens.sample_comparison import Comparing
+from rlhf_tui.screens.sample_filter import HINT, parse_filter
+from rlhf_tui.state.messages import RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row
-from rlhf_tui.widgets.listing import Column, Table
-from rlhf_tui.widgets.reading import Reading
+from rlhf_tui.widgets.samples.judgement import key_of, mark
+from rlhf_tui.widgets.samples.sample_view import SampleView
+from rlhf_tui.widgets.table import Column, Table
 
 PAGE = 500
 COLUMNS = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
@@ -70,7 +70,7 @@ class SamplesScreen(Comparing):
         self._shown: tuple[object, ...] | None = None
         self._labels: tuple[int, ...] = ()
 
-    def middle(self) -> ComposeResult:
+    def compose_body(self) -> ComposeResult:
         """The table, and beside or below it the answer."""
         yield Lines(id="filter")
         with Container(id="room"):
@@ -87,31 +87,31 @@ class SamplesScreen(Comparing):
                 ],
                 id="samples",
             )
-            yield Reading(id="reading")
+            yield SampleView(id="reading")
 
-    def drawn(self) -> None:
+    def refresh_content(self) -> None:
         """Reads again where new answers may belong on this page."""
-        book = self.desk.book
+        state = self.desk.state
         live_page = self._page == 0 and self._asked.order == "step" and self._asked.descending
-        step = book.head.step if live_page else -1
-        timeline = len(book.head.attempts)  # a roll back changes every page
-        wanted = (book.name, timeline, step, book.labels, self._asked, self._page)
+        step = state.head.step if live_page else -1
+        timeline = len(state.head.attempts)  # a roll back changes every page
+        wanted = (state.name, timeline, step, state.labels, self._asked, self._page)
         if wanted != self._shown and self.desk.session is not None:
             self._shown = wanted
             self.read_page(self._asked, self._page)
-        if book.labels != self._labels:
-            self._labels = book.labels
+        if state.labels != self._labels:
+            self._labels = state.labels
             super().read_again()
         self._say_filter()
 
-    def opened(self) -> None:
+    def session_changed(self) -> None:
         """Another session's answers."""
-        super().opened()
+        super().session_changed()
         self._rows = {}
         self._page = 0
         self._shown = None
         self.query_one(Table).set_rows([])
-        self.query_one(Reading).read(None, None)
+        self.query_one(SampleView).read(None, None)
 
     # -- reading, in a thread ------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class SamplesScreen(Comparing):
         if session is None:
             return
         try:
-            with Answers(session) as answers:
+            with SampleReader(session) as answers:
                 rows = answers.sample_page(query, PAGE, page * PAGE)
         except RlhfError as error:
             self.desk.say_later(str(error), "error")
@@ -137,7 +137,7 @@ class SamplesScreen(Comparing):
         if session is None:
             return
         try:
-            with Answers(session) as answers:
+            with SampleReader(session) as answers:
                 arrays = answers.arrays(*key, attempt)
         except RlhfError:
             arrays = None
@@ -159,17 +159,17 @@ class SamplesScreen(Comparing):
         table.matching = self._asked.text
         table.set_rows([(key, _cells(row)) for key, row in self._rows.items()], self._empty())
         self._say_filter()
-        reading, row = self.query_one(Reading), self._rows.get(table.key)
+        reading, row = self.query_one(SampleView), self._rows.get(table.key)
         if row is not None and reading.sample is not None and key_of(row) == key_of(reading.sample):
             self.show_again(row)
         elif row is not None:
             self._point(table.key)
 
     def _empty(self) -> list[Row]:
-        name = self.desk.book.name
+        name = self.desk.state.name
         if self._filter:
             return [[(f" no answer fits '{self._filter}'; esc takes the filter away", "dim")]]
-        if not self.desk.book.head.step:
+        if not self.desk.state.head.step:
             return [[(" no answers yet: they come with the first step", "dim")]]
         return [[(f" no answers were kept (log.samples); see rlhf-tui samples {name}", "dim")]]
 
@@ -182,19 +182,19 @@ class SamplesScreen(Comparing):
         if self._page or table.count() == PAGE:
             row += [(f"   page {self._page + 1}  , . turn", "dim")]
         row += [(f"   {table.count()} answers", "dim")]
-        row += [("   tokens: ", "dim"), (self.query_one(Reading).mode, "strong")]
+        row += [("   tokens: ", "dim"), (self.query_one(SampleView).mode, "strong")]
         self.query_one("#filter", Lines).show([row])
 
     # -- what was pointed at -------------------------------------------------------------------
 
-    def on_pointed(self, message: Pointed) -> None:
+    def on_row_highlighted(self, message: RowHighlighted) -> None:
         """The answer under the cursor."""
         if message.table == "samples":
             self._point(message.key)
 
     def _point(self, key: tuple[int, int] | None) -> None:
         row = self._rows.get(key) if key else None
-        self.query_one(Reading).read(row, None)
+        self.query_one(SampleView).read(row, None)
         if key is not None and row is not None:
             self.read_arrays(key, row["attempt"])
         self.pointed_at(row)
@@ -206,7 +206,7 @@ class SamplesScreen(Comparing):
     def show_again(self, row: dict[str, Any]) -> None:
         """Something is thought of an answer that is on the page."""
         self._rows[row["step"], row["index"]] = row
-        table, reading = self.query_one(Table), self.query_one(Reading)
+        table, reading = self.query_one(Table), self.query_one(SampleView)
         table.set_rows([(key, _cells(r)) for key, r in self._rows.items()])
         if reading.sample is not None and key_of(reading.sample) == key_of(row):
             reading.read(row, reading.arrays)
@@ -215,16 +215,16 @@ class SamplesScreen(Comparing):
         """What the page shows may not be so."""
         super().read_again()
         self._shown = None
-        self.drawn()
+        self.refresh_content()
 
     def on_arrays_read(self, message: ArraysRead) -> None:
         """Token values have come."""
         if message.key == self.query_one(Table).key:
-            self.query_one(Reading).read(self._rows.get(message.key), message.arrays)
+            self.query_one(SampleView).read(self._rows.get(message.key), message.arrays)
 
-    @on(Chosen)
+    @on(RowSelected)
     def _read(self) -> None:
-        self.query_one(Reading).focus()
+        self.query_one(SampleView).focus()
 
     # -- keys ----------------------------------------------------------------------------------
 
@@ -235,27 +235,27 @@ class SamplesScreen(Comparing):
             if text is not None:
                 self._set(text)
 
-        self.app.push_screen(Type("Filter", HINT, self._filter, lambda _: (True, "")), take)
+        self.app.push_screen(InputDialog("Filter", HINT, self._filter, lambda _: (True, "")), take)
 
     def _set(self, text: str) -> None:
         self._filter = text
         self._asked = parse_filter(text, self._asked)
         self._page = 0
-        self.drawn()
+        self.refresh_content()
 
     def action_sort(self) -> None:
         """By the next column."""
         at = (SAMPLE_ORDERS.index(self._asked.order) + 1) % len(SAMPLE_ORDERS)
         self._asked = msgspec.structs.replace(self._asked, order=SAMPLE_ORDERS[at])
         self._page = 0
-        self.drawn()
+        self.refresh_content()
 
     def action_reverse(self) -> None:
         """Rising or falling."""
         falling = not self._asked.descending
         self._asked = msgspec.structs.replace(self._asked, descending=falling)
         self._page = 0
-        self.drawn()
+        self.refresh_content()
 
     def action_page(self, by: int) -> None:
         """Other pages of the table."""
@@ -263,7 +263,7 @@ class SamplesScreen(Comparing):
             self.desk.say("that was the last page")
             return
         self._page = max(self._page + by, 0)
-        self.drawn()
+        self.refresh_content()
 
     def action_next(self, by: int) -> None:
         """The next answer, wherever the focus is."""
@@ -271,14 +271,14 @@ class SamplesScreen(Comparing):
 
     def action_view(self) -> None:
         """Text, or a number of each token."""
-        self.query_one(Reading).cycle()
+        self.query_one(SampleView).cycle()
         self._say_filter()
 
     def action_enlarge(self) -> None:
         """The answer alone, or with its table."""
         room = self.query_one("#room")
         room.toggle_class("alone")
-        target = Reading if room.has_class("alone") else Table
+        target = SampleView if room.has_class("alone") else Table
         self.query_one(target).focus()
 
     def action_back(self) -> None:

@@ -10,18 +10,18 @@ from textual.binding import Binding, BindingType
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
-from engine.record import Record
-from engine.session import Session, find_all
+from engine.journal.reader import JournalReader
+from engine.session.folder import Session, all_sessions
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.read import summary
-from rlhf_tui.feed import file_id
-from rlhf_tui.messages import Chosen, Listed, Pointed
-from rlhf_tui.screens.base import Place
-from rlhf_tui.screens.dialogs import Ask, Choice
-from rlhf_tui.widgets import book as facts
+from rlhf_tui.dialogs.base import Choice, ChoiceDialog
+from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.state import session_state as facts
+from rlhf_tui.state.feed import file_id
+from rlhf_tui.state.messages import RowHighlighted, RowSelected, SessionsListed
 from rlhf_tui.widgets.lines import Lines, Piece, Row
-from rlhf_tui.widgets.listing import Column, Table
-from rlhf_tui.widgets.topline import MARKS
+from rlhf_tui.widgets.status_lines import MARKS
+from rlhf_tui.widgets.table import Column, Table
 
 EVERY = 2.0
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -46,7 +46,7 @@ def look_at(session: Session) -> dict[str, Any]:
     """A session's row; one that cannot be read says why."""
     try:
         row = summary(session)
-        with Record(session) as record:
+        with JournalReader(session) as record:
             scores = record.series(facts.SCORE, after=max(row["step"] - SPARK_STEPS, 0))
         row["spark"] = spark([v for _, v in scores if v is not None])
     except (RlhfError, OSError) as error:
@@ -57,7 +57,7 @@ def look_at(session: Session) -> dict[str, Any]:
     return row
 
 
-class Looker:
+class SessionListCache:
     """Reads again only those sessions in which something has changed."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Looker:
     def rows(self, root: Path) -> list[dict[str, Any]]:
         """All sessions, those with an engine first, then the newest."""
         found = []
-        for session in find_all(root):
+        for session in all_sessions(root):
             stamp = _stamp(session)
             known = self._known.get(session.folder)
             if known is None or known[0] != stamp:
@@ -94,7 +94,7 @@ class Sessions(Table):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "open")]
 
 
-class SessionsScreen(Place):
+class SessionsScreen(SessionScreen):
     """Mode 1."""
 
     MODE = "sessions"
@@ -108,11 +108,11 @@ class SessionsScreen(Place):
 
     def __init__(self) -> None:
         super().__init__()
-        self._looker = Looker()
+        self._looker = SessionListCache()
         self._rows: dict[str, dict[str, Any]] = {}
         self._listed = False
 
-    def middle(self) -> ComposeResult:
+    def compose_body(self) -> ComposeResult:
         """The table and a few lines about the one under the cursor."""
         yield Sessions(
             [
@@ -136,7 +136,7 @@ class SessionsScreen(Place):
         self.look()
         self.set_interval(EVERY, self.look)
 
-    def drawn(self) -> None:
+    def refresh_content(self) -> None:
         """The screen is seen again."""
         self.look()
 
@@ -150,9 +150,9 @@ class SessionsScreen(Place):
         """Every session's row."""
         rows = self._looker.rows(root)
         if not get_current_worker().is_cancelled:
-            self.post_message(Listed(rows))
+            self.post_message(SessionsListed(rows))
 
-    def on_listed(self, message: Listed) -> None:
+    def on_sessions_listed(self, message: SessionsListed) -> None:
         """The rows have come."""
         self._rows = {r["name"]: r for r in message.rows}
         now = self.desk.now()
@@ -167,11 +167,11 @@ class SessionsScreen(Place):
         table = self.query_one(Table)
         first, self._listed = not self._listed, True
         table.set_rows(cells, empty)
-        if first and self.desk.book.name in self._rows:
-            table.go([r["name"] for r in message.rows].index(self.desk.book.name))
+        if first and self.desk.state.name in self._rows:
+            table.go([r["name"] for r in message.rows].index(self.desk.state.name))
         self._about()
 
-    def on_pointed(self, message: Pointed) -> None:
+    def on_row_highlighted(self, message: RowHighlighted) -> None:
         """The lines below follow the cursor."""
         if message.table == "sessions":
             self._about()
@@ -180,7 +180,7 @@ class SessionsScreen(Place):
         row = self._rows.get(self.query_one(Table).key or "")
         self.query_one("#about", Lines).show(_about(row) if row else [])
 
-    def on_chosen(self, message: Chosen) -> None:
+    def on_row_selected(self, message: RowSelected) -> None:
         """Enter, or a second click."""
         self.desk.open_session(message.key)
 
@@ -240,7 +240,7 @@ class SessionsScreen(Place):
                 self.desk.forget_session(name)
                 self.desk.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
-        self.app.push_screen(Ask(f"Delete session {name}?", rows, choices), answer)
+        self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), answer)
 
 
 def _cells(row: dict[str, Any], now: float) -> list[Piece]:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from engine import configfile, starter
-from engine.configfile import known_keys
+from engine import starter
+from engine.config import file as config_file
+from engine.config.file import known_keys
 from scripts.configuration_page import page
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -24,4 +25,4 @@ def test_every_key_stands_on_the_page_and_is_explained():
 
 def test_every_example_is_a_configuration():
     for path in [*EXAMPLES.glob("*.yaml"), starter.FOLDER / "demo.yaml"]:
-        configfile.load(path)
+        config_file.load(path)

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 import psutil
 
-from engine.client import Client
-from engine.record import Record
-from engine.session import Session
+from engine.journal.reader import JournalReader
+from engine.protocol.client import Client
+from engine.session.folder import Session
 
 PROGRAM = Path(sys.executable).with_name("rlhf-tui")
 LONG = 240.0
@@ -183,9 +183,9 @@ class Run:
 
     # -- what it says ----------------------------------------------------------------------------
 
-    def record(self) -> Record:
+    def record(self) -> JournalReader:
         """Its journal, to read."""
-        return Record(self.session)
+        return JournalReader(self.session)
 
     def client(self) -> Client:
         """A connection to its engine."""

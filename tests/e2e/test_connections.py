@@ -9,10 +9,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from engine import protocol, sockets
-from engine.commands import Set
-from engine.control import ClientHello, Request, StatusRequest, Watch
-from engine.protocol import RankHello
+from engine.protocol import frames, sockets
+from engine.protocol.client_messages import ClientHello, CommandRequest, StatusRequest, Watch
+from engine.protocol.commands import SetSetting
+from engine.protocol.rank_messages import RankHello
 
 
 def connect(run):
@@ -22,14 +22,14 @@ def connect(run):
 def introduced(run):
     """A connection past its hello."""
     sock = connect(run)
-    sock.sendall(protocol.encode(ClientHello(who="a test")))
+    sock.sendall(frames.encode(ClientHello(who="a test")))
     read_frame(sock)
     return sock
 
 
 def read_frame(sock):
     header = read_exactly(sock, 4)
-    return read_exactly(sock, protocol.frame_length(header))
+    return read_exactly(sock, frames.frame_length(header))
 
 
 def read_exactly(sock, count):
@@ -43,7 +43,7 @@ def read_exactly(sock, count):
 
 
 def frame(body):
-    return protocol.HEADER.pack(len(body)) + body
+    return frames.HEADER.pack(len(body)) + body
 
 
 def is_hung_up(sock):
@@ -57,19 +57,19 @@ def is_hung_up(sock):
     return True
 
 
-REQUEST = protocol.encode(Request(id="x", command=Set(key="beta", value=0)))[4:]
+REQUEST = frames.encode(CommandRequest(id="x", command=SetSetting(key="beta", value=0)))[4:]
 assert REQUEST.endswith(b"\x00")
 NONSENSE = {
     "nothing": b"",
     "no header": b"\x00\x00",
     "random bytes": frame(os.urandom(200)),
     "text": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "oversized": protocol.HEADER.pack(200 * 1024 * 1024) + b"x" * 1000,
-    "over a client's limit": protocol.HEADER.pack(300 * 1024) + b"x" * 1000,
-    "half a frame": protocol.HEADER.pack(1000) + b"x" * 10,
+    "oversized": frames.HEADER.pack(200 * 1024 * 1024) + b"x" * 1000,
+    "over a client's limit": frames.HEADER.pack(300 * 1024) + b"x" * 1000,
+    "half a frame": frames.HEADER.pack(1000) + b"x" * 10,
     "empty frame": frame(b""),
-    "no hello": protocol.encode(StatusRequest()),
-    "a rank without the token": protocol.encode(RankHello(token="guess", rank=0, pid=1)),  # noqa: S106
+    "no hello": frames.encode(StatusRequest()),
+    "a rank without the token": frames.encode(RankHello(token="guess", rank=0, pid=1)),  # noqa: S106
     "deep": frame(b"\x91" * 100_000),
 }
 
@@ -83,8 +83,8 @@ def test_a_connection_that_begins_with_nonsense_is_closed(training, data):
 
 
 AFTER_HELLO = {
-    "oversized": protocol.HEADER.pack(300 * 1024),
-    "a second hello": protocol.encode(ClientHello(who="again")),
+    "oversized": frames.HEADER.pack(300 * 1024),
+    "a second hello": frames.encode(ClientHello(who="again")),
     "not a message": frame(b"\xff\xff"),
     "a value a thousand lists deep": frame(REQUEST[:-1] + b"\x91" * 100_000 + b"\x00"),
     "an extension type": frame(REQUEST[:-1] + b"\xd4\x05\x00"),
@@ -106,14 +106,14 @@ def test_a_silent_connection_is_closed_after_a_while(training):
 
 def test_a_client_that_stops_within_a_frame_is_closed_after_a_while(training):
     with introduced(training) as sock:
-        sock.sendall(protocol.HEADER.pack(1000) + b"x" * 10)
+        sock.sendall(frames.HEADER.pack(1000) + b"x" * 10)
         assert is_hung_up(sock)
 
 
 def test_abandoned_connections_do_not_add_up(training):
     for _ in range(200):
         with introduced(training) as sock:
-            sock.sendall(protocol.encode(StatusRequest()))
+            sock.sendall(frames.encode(StatusRequest()))
     with training.client() as client:
         assert client.status().state == "running"
 
@@ -130,8 +130,8 @@ def test_more_clients_than_there_is_room_for_are_turned_away_and_room_comes_back
 
 def test_a_client_that_never_reads_is_cut_off(training):
     with introduced(training) as sock:
-        sock.sendall(protocol.encode(Watch()))
-        asked = protocol.encode(StatusRequest())
+        sock.sendall(frames.encode(Watch()))
+        asked = frames.encode(StatusRequest())
         with pytest.raises((ConnectionError, TimeoutError)):
             while True:
                 sock.sendall(asked)
@@ -142,7 +142,9 @@ def test_a_client_that_never_reads_is_cut_off(training):
 def test_a_command_sent_by_a_client_that_hangs_up_is_carried_out(training, wait_until):
     with introduced(training) as sock:
         sock.sendall(
-            protocol.encode(Request(id="and-gone", command=Set(key="save_every", value=0)))
+            frames.encode(
+                CommandRequest(id="and-gone", command=SetSetting(key="save_every", value=0))
+            )
         )
     done = ("applied",)
     wait_until(lambda: training.commands().get("and-gone", {}).get("status") in done, "the command")

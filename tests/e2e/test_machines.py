@@ -21,7 +21,7 @@ def free_port():
 def agents_below(process):
     """The torchrun agents that a process started."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in below if "engine.train.agent" in " ".join(p.cmdline())]
+    return [p for p in below if "engine.train.torchrun.agent" in " ".join(p.cmdline())]
 
 
 @pytest.fixture(scope="module")

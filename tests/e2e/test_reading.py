@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine import labels
-from engine.labels import Response
-from engine.record import Record
-from engine.session import Session
+from engine.journal import labels
+from engine.journal.labels import Response
+from engine.journal.reader import JournalReader
+from engine.session.folder import Session
 
 METRICS = {
     "objective/kl", "objective/kl_per_token", "objective/kl_coef", "objective/scores",
@@ -133,7 +133,7 @@ def make_judged(whole, make_lab, request):
         lab = make_lab(f"judged/{request.node.name}/sessions")
         session = Session(lab.root / "judged")
         shutil.copytree(whole.session.folder, session.folder)
-        with Record(session) as record:
+        with JournalReader(session) as record:
             judge(session, record.samples())
         return SimpleNamespace(lab=lab, name=session.name)
 

@@ -28,12 +28,12 @@ def test_a_second_engine_is_refused_naming_the_first_ones_pid_and_host(endless):
 
 def test_the_engine_itself_refuses_to_be_the_second(endless, lab):
     # Past the command line's own look: two that start at the same moment.
-    from engine.detach import start_engine  # noqa: PLC0415
     from engine.errors import SessionError  # noqa: PLC0415
-    from engine.start import Start  # noqa: PLC0415
+    from engine.launch.background import start_engine  # noqa: PLC0415
+    from engine.launch.start import StartOptions  # noqa: PLC0415
 
     with pytest.raises(SessionError, match=str(endless.engine().pid)):
-        start_engine(endless.session, Start(), timeout=60)
+        start_engine(endless.session, StartOptions(), timeout=60)
     assert endless.state == "paused"
 
 

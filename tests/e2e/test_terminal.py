@@ -7,10 +7,11 @@ import signal
 
 import pytest
 
-from engine import configfile, starter
-from engine.journal import Journal
-from engine.protocol import StepReport
-from engine.session import create
+from engine import starter
+from engine.config import file as config_file
+from engine.journal.writer import JournalWriter
+from engine.protocol.rank_messages import StepReport
+from engine.session.folder import create
 from tests.e2e.terminal import Terminal
 
 TITLES = {
@@ -100,8 +101,8 @@ def test_an_engine_that_dies_is_said_and_the_app_goes_on(lab, attach, leaves, wa
 
 def test_a_journal_that_is_replaced_is_read_anew(lab, whole, attach, leaves, wait_until, tmp_path):
     shutil.copytree(whole.session.folder, lab.root / "swapped")
-    other = create(tmp_path, "other", configfile.load(starter.FOLDER / "demo.yaml"))
-    journal = Journal(other)
+    other = create(tmp_path, "other", config_file.load(starter.FOLDER / "demo.yaml"))
+    journal = JournalWriter(other)
     journal.begin_attempt(0, fresh=False)
     journal.set_meta(state="finished", total_steps=3, message="", settings={})
     for step in (1, 2, 3):

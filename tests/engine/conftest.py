@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from engine import configfile, starter
-from engine.journal import Journal
-from engine.protocol import Sample, StepReport, TokenArrays
-from engine.session import Session, create
-from engine.settings import Change
+from engine import starter
+from engine.config import file as config_file
+from engine.config.settings import SettingChange
+from engine.journal.writer import JournalWriter
+from engine.protocol.rank_messages import Sample, StepReport, TokenArrays
+from engine.session.folder import Session, create
 
 
 class Writer:
@@ -17,7 +18,7 @@ class Writer:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.journal = Journal(session)
+        self.journal = JournalWriter(session)
 
     def steps(self, *steps: int, **metrics: float) -> None:
         """Steps with a score that tells the attempt, and two samples each."""
@@ -44,12 +45,12 @@ class Writer:
     def change(self, command_id: str, step: int, old: float, new: float, key: str = "beta") -> None:
         """A setting changed by a command, applied at a step."""
         self.order(command_id, "set", key=key, value=new)
-        self.journal.apply_command(command_id, step, [Change(key=key, old=old, new=new)])
+        self.journal.apply_command(command_id, step, [SettingChange(key=key, old=old, new=new)])
 
     def undo(self, command_id: str, step: int, old: float, new: float, key: str = "beta") -> None:
         """The last change taken back."""
         self.order(command_id, "undo")
-        self.journal.apply_command(command_id, step, [Change(key=key, old=old, new=new)])
+        self.journal.apply_command(command_id, step, [SettingChange(key=key, old=old, new=new)])
 
     def order(self, command_id: str, command: str, **args: object) -> None:
         """A command, accepted."""
@@ -70,7 +71,7 @@ def make_session(tmp_path: Path) -> Callable[..., Session]:
     """A session of the demo's configuration."""
 
     def make(name: str = "run", *overrides: str) -> Session:
-        config = configfile.load(starter.FOLDER / "demo.yaml", overrides)
+        config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
         return create(tmp_path / "sessions", name, config)
 
     return make

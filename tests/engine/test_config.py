@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import configfile, starter
-from engine.config import RunConfig
+from engine import starter
+from engine.config import file as config_file
+from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 
 modest = settings(max_examples=50, deadline=None, derandomize=True)
@@ -23,20 +24,20 @@ TREES = st.recursive(
 
 
 def demo(*overrides):
-    return configfile.load(DEMO, overrides)
+    return config_file.load(DEMO, overrides)
 
 
 @modest
-@given(st.sampled_from(configfile.known_keys()), TREES)
+@given(st.sampled_from(config_file.known_keys()), TREES)
 def test_any_value_of_any_key_is_taken_or_refused_in_one_sentence(key, value):
-    tree = configfile.to_tree(demo())
+    tree = config_file.to_tree(demo())
     *sections, last = key.split(".")
     node = tree
     for section in sections:
         node = node[section]
     node[last] = value
     try:
-        assert isinstance(configfile.from_tree(tree), RunConfig)
+        assert isinstance(config_file.from_tree(tree), RunConfig)
     except ConfigError as error:
         assert str(error)
 
@@ -54,7 +55,7 @@ def test_any_override_is_taken_or_refused(text):
 @given(WORDS)
 def test_any_text_is_yaml_or_refused_naming_where(text):
     try:
-        configfile.parse_yaml(text, "here")
+        config_file.parse_yaml(text, "here")
     except ConfigError as error:
         assert str(error).startswith("here")
 
@@ -65,7 +66,7 @@ def test_any_document_is_a_configuration_or_refused(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     with pytest.raises(ConfigError):
-        configfile.load(path)
+        config_file.load(path)
 
 
 @pytest.mark.parametrize(
@@ -78,19 +79,19 @@ def test_numbers_are_read_as_people_write_them(text, value):
 
 def test_what_was_left_out_is_filled_in_and_stated():
     config = demo()
-    stated = yaml.safe_load(configfile.dump(config))
+    stated = yaml.safe_load(config_file.dump(config))
     assert stated["train"]["keep_last"] == config.train.keep_last
     assert stated["ppo"]["whiten"] is True
-    assert configfile.known_keys() == [
-        key for key in configfile.known_keys() if key in configfile.flatten(stated)
+    assert config_file.known_keys() == [
+        key for key in config_file.known_keys() if key in config_file.flatten(stated)
     ]
 
 
 def test_a_written_configuration_reads_as_itself(tmp_path):
     config = demo("ppo.advantage=rloo", "rollout.stop=['\\n', 'é']", "seed=7")
     path = tmp_path / "config.yaml"
-    path.write_text(configfile.dump(config), encoding="utf-8")
-    assert configfile.load(path) == config
+    path.write_text(config_file.dump(config), encoding="utf-8")
+    assert config_file.load(path) == config
 
 
 def test_defaults_depend_on_the_advantage():
@@ -154,11 +155,11 @@ def test_relative_paths_start_at_the_files_folder_and_overrides_at_the_callers(
     config = tmp_path / "there" / "run.yaml"
     config.write_text("{model: {policy: ./m}, data: {prompts: p.jsonl}, reward: {model: hub/id}}")
     monkeypatch.chdir(tmp_path)
-    loaded = configfile.load(config)
+    loaded = config_file.load(config)
     assert loaded.data.prompts == str(tmp_path / "there" / "p.jsonl")
     assert loaded.model.policy == str(tmp_path / "there" / "m")
     assert loaded.reward.model == "hub/id"
-    changed = configfile.override(loaded, ["data.prompts=q.csv"])
+    changed = config_file.override(loaded, ["data.prompts=q.csv"])
     assert changed.data.prompts == str(tmp_path / "q.csv")
     assert Path(changed.model.policy).parent.name == "there"
 
@@ -172,21 +173,21 @@ def test_a_home_nobody_has_is_left_to_be_refused_as_a_folder():
 )
 def test_a_resume_may_not_change_the_model_or_the_order_of_the_data(key):
     with pytest.raises(ConfigError, match="fork"):
-        configfile.check_resumable(demo(), demo(key))
+        config_file.check_resumable(demo(), demo(key))
 
 
 @pytest.mark.parametrize("key", ["rank=4", "alpha=9", "targets=[q_proj]"])
 def test_neither_a_resume_nor_a_fork_may_change_the_adapters(key):
     before, after = demo("lora.rank=8"), demo("lora.rank=8", f"lora.{key}")
     with pytest.raises(ConfigError, match=r"lora\.\w+ cannot change on a resume") as caught:
-        configfile.check_resumable(before, after)
+        config_file.check_resumable(before, after)
     assert "fork" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"lora\.\w+ cannot change on a fork.*--merged"):
-        configfile.check_forkable(before, after)
+        config_file.check_forkable(before, after)
 
 
 def test_a_fork_may_change_everything_but_the_adapters():
-    configfile.check_forkable(demo("lora.rank=8"), demo("lora.rank=8", "seed=1", "kl.beta=0.1"))
+    config_file.check_forkable(demo("lora.rank=8"), demo("lora.rank=8", "seed=1", "kl.beta=0.1"))
 
 
 def test_adapters_are_scaled_by_two_unless_told_otherwise():
@@ -202,18 +203,18 @@ def test_adapters_without_a_rank_are_refused(key):
 
 
 def test_a_resume_may_change_everything_else():
-    configfile.check_resumable(demo(), demo("train.steps=999", "kl.beta=0.1", "ppo.epochs=1"))
+    config_file.check_resumable(demo(), demo("train.steps=999", "kl.beta=0.1", "ppo.epochs=1"))
 
 
 def test_changes_are_listed_by_their_dotted_keys():
-    assert configfile.changes(demo(), demo("kl.beta=0.25", "train.steps=9")) == {
+    assert config_file.changes(demo(), demo("kl.beta=0.25", "train.steps=9")) == {
         "kl.beta": (demo().kl.beta, 0.25),
         "train.steps": (demo().train.steps, 9),
     }
 
 
 def test_nothing_that_is_not_finite_gets_through():
-    flat = configfile.flatten(configfile.to_tree(demo()))
+    flat = config_file.flatten(config_file.to_tree(demo()))
     for key in (k for k, v in flat.items() if isinstance(v, float)):
         for word, value in ((".inf", math.inf), ("-.inf", -math.inf), (".nan", math.nan)):
             with pytest.raises(ConfigError, match=key.replace(".", r"\.")):

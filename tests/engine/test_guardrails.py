@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from engine.config import GuardrailConfig, Rule
-from engine.guardrails import DEFAULT_RULES, Guardrails, telling
-from engine.protocol import Sample
+from engine.config.schema import GuardrailConfig, Rule
+from engine.monitoring.guardrails import DEFAULT_RULES, Guardrails, worst_samples
+from engine.protocol.rank_messages import Sample
 
 
 def rails(*rules, defaults=False):
@@ -94,9 +94,9 @@ def test_an_alert_shows_metric_value_window_and_the_samples():
 
 def test_the_samples_are_those_that_show_the_metric():
     samples = [sample(i, score=i, kl=10 - i, length=i) for i in range(8)]
-    assert [s.index for s in telling("objective/kl", samples)] == [0, 1, 2, 3, 4]
-    assert [s.index for s in telling("tokens/response_len_mean", samples)] == [7, 6, 5, 4, 3]
-    assert [s.index for s in telling("objective/scores", samples)] == [0, 1, 2, 3, 4]
+    assert [s.index for s in worst_samples("objective/kl", samples)] == [0, 1, 2, 3, 4]
+    assert [s.index for s in worst_samples("tokens/response_len_mean", samples)] == [7, 6, 5, 4, 3]
+    assert [s.index for s in worst_samples("objective/scores", samples)] == [0, 1, 2, 3, 4]
 
 
 def test_a_replay_says_what_was_said():

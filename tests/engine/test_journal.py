@@ -8,24 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from engine import schema
-from engine.answers import SampleQuery
 from engine.errors import JournalError
-from engine.journal import Journal, cut_after, on_network
-from engine.record import Record
-from engine.session import Session
+from engine.journal import schema
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
+from engine.journal.writer import JournalWriter, copy_until, on_network
+from engine.session.folder import Session
 
 DATA = Path(__file__).parent / "data"
 
 
 def scores(session):
-    with Record(session) as record:
+    with JournalReader(session) as record:
         return dict(record.series("objective/scores"))
 
 
 def test_a_step_is_read_as_it_was_written(writer):
     writer.steps(1, 2)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         rows = record.metrics()
         assert [(r["step"], r["attempt"], r["lr"]) for r in rows] == [(1, 1, 1e-5), (2, 1, 1e-5)]
         assert record.metrics(last=1) == rows[1:]
@@ -43,14 +43,14 @@ def test_a_step_is_read_as_it_was_written(writer):
 def test_a_metric_that_begins_later_is_null_before(writer):
     writer.steps(1)
     writer.steps(2, late=3.0)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert [r["late"] for r in record.metrics()] == [None, 3.0]
         assert record.series("late") == [(2, 3.0)]
         assert record.series("unheard of") == []
 
 
 def test_a_step_that_is_written_while_metrics_are_read_is_whole_or_not_there(writer):
-    class Interrupted(Record):
+    class Interrupted(JournalReader):
         def _all(self, *query):
             rows = super()._all(*query)
             step = writer.journal.step + 1
@@ -70,12 +70,12 @@ def test_what_is_not_finite_is_null_everywhere(writer):
     writer.journal.record_step(type("Report", (), report))
     writer.journal.record_event("alert", {"window": [1.0, math.nan], "deep": {"a": math.inf}})
     writer.order("nan", "beta", value=math.nan)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         everything = [record.metrics(), record.samples(), record.events(), record.meta()]
         text = json.dumps(everything, allow_nan=False)
     assert "null" in text
     # Written without a value is not the same as never written: a replay can tell.
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert record.series("inf") == [(1, None)]
 
 
@@ -85,7 +85,7 @@ def test_a_resume_takes_over_the_timeline_and_keeps_the_past(writer):
     assert writer.journal.step == 1
     writer.steps(2)
     assert scores(writer.session) == {1: 1.1, 2: 2.2}
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert record.past_series("objective/scores") == [(1, 2, 2.1), (1, 3, 3.1)]
         assert [a["from_step"] for a in record.attempts()] == [0, 1]
         assert [(s["step"], s["attempt"]) for s in record.samples()] == [
@@ -98,7 +98,7 @@ def test_a_timeline_can_be_replaced_again_and_again(writer):
     for _ in range(3):
         writer.steps(1, 2)
         writer.journal.begin_attempt(0, fresh=True)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert len(record.past_series("lr")) == 6
         assert record.metrics() == []
 
@@ -107,12 +107,12 @@ def test_checkpoints_after_a_resume_belong_to_the_past(writer):
     writer.checkpoint(2)
     writer.checkpoint(4)
     writer.journal.begin_attempt(2, fresh=False)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert [c["step"] for c in record.checkpoints(("complete",))] == [2]
         assert [c["step"] for c in record.checkpoints()] == [2, 4]
     writer.journal.record_checkpoint(4, 1000, math.nan, math.nan)
     writer.journal.complete_checkpoint(4, removed=[2])
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert [(c["step"], c["attempt"]) for c in record.checkpoints(("complete",))] == [(4, 2)]
 
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_sa
     writer.journal.record_checkpoint(2, 1000, 1.0, 2.0)
     writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert [c["step"] for c in record.checkpoints(("complete",))] == [4]
         (told,) = [e for e in record.events() if e["kind"] == "checkpoint"]
         assert (told["step"], told["score"]) == (4, 1.5)
@@ -132,7 +132,7 @@ def test_one_folder_is_one_checkpoint_though_nobody_lived_to_say_whose(writer):
     writer.journal.begin_attempt(2, fresh=True)
     writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert [(c["step"], c["attempt"]) for c in record.checkpoints()] == [(2, 1), (4, 2)]
 
 
@@ -196,7 +196,7 @@ def test_what_an_engine_left_open_is_rejected_by_the_next(writer):
 def test_a_commands_event_carries_its_whole_life(writer):
     writer.change("a", 2, 0.1, 0.2)
     writer.journal.record_command("n", "note", {"text": "look"}, "me")
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         events = record.events()
         assert record.events(after=events[-2]["event"]) == events[-1:]
     command = next(e for e in events if e["kind"] == "command")
@@ -215,9 +215,9 @@ def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
     writer.order("open", "pause")
     writer.checkpoint(3)
     child = make_session("child")
-    cut_after(writer.session, child, 2)
+    copy_until(writer.session, child, 2)
     assert scores(child) == {1: 1.1, 2: 2.1}
-    with Record(child) as record:
+    with JournalReader(child) as record:
         assert {c["id"] for c in record.commands()} == {"early"}
         assert [c["step"] for c in record.checkpoints()] == [2]
         assert [e["id"] for e in record.events() if e["kind"] == "command"] == ["early"]
@@ -228,7 +228,7 @@ def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
 
 def test_samples_are_searched_and_ordered(writer):
     writer.steps(1, 2, 3)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         page = record.sample_page(SampleQuery(order="score", descending=False), limit=3)
         assert [s["score"] for s in page] == [1.0, 1.0, 2.0]
         found = record.sample_page(SampleQuery(text="ANSWER 2"), limit=10)
@@ -240,7 +240,7 @@ def test_samples_are_searched_and_ordered(writer):
 
 
 def test_a_session_that_never_began_reads_as_empty(make_session):
-    with Record(make_session("new")) as record:
+    with JournalReader(make_session("new")) as record:
         assert record.metrics() == record.events() == record.attempts() == []
         assert record.last_step() == 0
         assert record.state() == "crashed"
@@ -250,18 +250,18 @@ def test_a_journal_of_a_newer_version_is_refused_by_reader_and_writer(writer):
     writer.journal.close()
     with sqlite3.connect(writer.session.journal_file) as db:
         db.execute(f"PRAGMA user_version = {len(schema.JOURNAL) + 1}")
-    for opening in (Journal, Record):
+    for opening in (JournalWriter, JournalReader):
         with pytest.raises(JournalError, match="newer"):
             opening(writer.session)
     with sqlite3.connect(writer.session.journal_file) as db:
         db.execute(f"PRAGMA user_version = {len(schema.JOURNAL)}")
-    writer.journal = Journal(writer.session)
+    writer.journal = JournalWriter(writer.session)
 
 
 def test_a_file_that_is_no_journal_is_refused_in_a_sentence(make_session):
     session = make_session("odd")
     session.journal_file.write_bytes(b"nothing of ours" * 300)
-    for opening in (Journal, Record):
+    for opening in (JournalWriter, JournalReader):
         with pytest.raises(JournalError, match=r"journal\.db"):
             opening(session)
 
@@ -298,7 +298,7 @@ def old(tmp_path, make_session):
 
 def test_an_old_journal_is_read(old):
     assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
-    with Record(old) as record:
+    with JournalReader(old) as record:
         assert [a["from_step"] for a in record.attempts()] == [0, 1]
         assert record.commands()[0]["new"] == 0.2
         assert record.samples()[-1]["response"] == "answer 3.1"
@@ -308,7 +308,7 @@ def test_an_old_journal_is_read(old):
 
 
 def test_an_old_journal_is_migrated_and_goes_on(old):
-    journal = Journal(old)
+    journal = JournalWriter(old)
     assert (journal.attempt, journal.step) == (2, 3)
     journal.begin_attempt(3, fresh=False)
     assert [s.changes[0].new for s in journal.settled_after(1)] == [0.2]

@@ -2,15 +2,10 @@
 
 import pytest
 
-from engine.answers import SampleQuery
 from engine.errors import UserInputError
-from engine.labels import (
-    Labels,
-    set_label,
-    set_note,
-    with_judgements,
-)
-from engine.record import Record
+from engine.journal.labels import LabelReader, set_label, set_note, with_judgements
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
 from tests.judging import answer, judgements
 
 
@@ -20,7 +15,7 @@ def session(make_session):
 
 
 def test_a_session_that_nobody_has_judged_reads_as_empty(session):
-    with Labels(session) as labels:
+    with LabelReader(session) as labels:
         assert labels.judgements() == {}
         assert labels.preferences() == []
     assert not session.labels_file.exists()
@@ -28,7 +23,7 @@ def test_a_session_that_nobody_has_judged_reads_as_empty(session):
 
 def test_a_judgement_has_the_words_who_and_when(session):
     set_label(session, "prompt", answer(3, 1), "hack", "ana on pts/1")
-    with Labels(session) as labels:
+    with LabelReader(session) as labels:
         ((key, found),) = labels.judgements().items()
     assert key == (1, 3, 1)
     assert (found.prompt, found.answer, found.label) == ("prompt", answer(3, 1), "hack")
@@ -41,7 +36,7 @@ def test_a_later_label_replaces_the_earlier_one_and_a_note_stays(session):
     set_note(session, "p", answer(1), " repeats itself ", "ana")
     set_label(session, "p", answer(1), "hack", "ben")
     assert judgements(session) == {(1, 0): ("hack", "repeats itself")}
-    with Labels(session) as labels:
+    with LabelReader(session) as labels:
         assert [j.who for j in labels.judgements().values()] == ["ben"]
 
 
@@ -52,7 +47,7 @@ def test_a_judgement_never_stands_on_other_words(session):
     row = {"attempt": 1, "step": 1, "index": 0, "response": other.response}
     assert with_judgements(session, [row])[0]["label"] is None
     set_label(session, "p", other, "good", "ben")
-    with Labels(session) as labels:
+    with LabelReader(session) as labels:
         (found,) = labels.judgements().values()
     assert (found.answer, found.label, found.note) == (other, "good", None)
 
@@ -77,7 +72,7 @@ def test_after_a_roll_back_the_same_step_has_another_answer(writer):
     writer.journal.begin_attempt(1, fresh=True)
     writer.steps(2)
     set_label(writer.session, "prompt 0", answer(2, attempt=2), "good", "ana")
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         rows = with_judgements(writer.session, record.samples())
         (found,) = record.sample_page(SampleQuery(judged=True), 10)
         (left,) = [r for r in record.earlier(found) if r["attempt"] == 1 and r["step"] == 2]
@@ -88,7 +83,7 @@ def test_after_a_roll_back_the_same_step_has_another_answer(writer):
 
 def test_a_page_has_the_judgements_and_can_be_narrowed_to_them(writer):
     writer.steps(1, 2, 3)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         everything = record.sample_page(SampleQuery(), 10)
         assert {(r["label"], r["note"], r["who"], r["time"]) for r in everything} == {
             (None, None, None, None)
@@ -115,7 +110,7 @@ def test_earlier_answers_are_those_to_the_same_prompt_newest_first(writer):
     writer.steps(1, 2, 3)
     writer.journal.begin_attempt(1, fresh=True)
     writer.steps(2, 3, 4)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         newest = record.sample_page(SampleQuery(), 1)[0]
         found = [(r["attempt"], r["step"], r["prompt"]) for r in record.earlier(newest)]
         assert found == [
@@ -139,6 +134,6 @@ def test_the_reference_s_answer_is_that_of_the_last_probe_that_was_answered(writ
     probe("b", "a prompt", "again")
     probe("c", "a prompt", None)
     probe("d", "another", "other words")
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert record.referred("a prompt") == {"response": "again", "step": 5}
         assert record.referred("never asked") is None

@@ -9,16 +9,12 @@ import sys
 
 import pytest
 
-from engine import schema
-from engine.answers import SampleQuery
 from engine.errors import JournalError
-from engine.journal import Journal
-from engine.labels import (
-    Labels,
-    set_label,
-    set_note,
-)
-from engine.record import Record
+from engine.journal import schema
+from engine.journal.labels import LabelReader, set_label, set_note
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
+from engine.journal.writer import JournalWriter
 from tests.judging import answer, judgements
 
 
@@ -59,7 +55,7 @@ def test_clients_that_write_at_once_lose_nothing(session):
         client.stdin.write(b"\n")
         client.stdin.close()
     assert [client.wait(timeout=120) for client in clients] == [0, 0, 0]
-    with Labels(session) as labels:
+    with LabelReader(session) as labels:
         assert len(labels.judgements()) == 60
         assert len(labels.preferences()) == 60
     assert [p.name for p in session.folder.glob("labels.db*")] == ["labels.db"]
@@ -80,7 +76,7 @@ def test_a_client_that_is_killed_in_the_middle_of_a_change_leaves_the_earlier_st
     kill_a_client()
     assert {note[:9] for _, note in judgements(session).values()} == {"as it was"}
     kill_a_client()
-    with Record(session) as record:
+    with JournalReader(session) as record:
         rows = record.sample_page(SampleQuery(judged=True), 10)
     assert {row["note"][:9] for row in rows} == {"as it was"}
 
@@ -92,9 +88,9 @@ def test_the_file_of_a_newer_version_is_refused(writer):
     db.execute(f"PRAGMA user_version = {len(schema.LABELS) + 1}")
     db.close()
     for act in (
-        lambda: Labels(writer.session),
+        lambda: LabelReader(writer.session),
         lambda: set_label(writer.session, "p", answer(1), "bad", "ana"),
-        lambda: Record(writer.session).sample_page(SampleQuery(), 1),
+        lambda: JournalReader(writer.session).sample_page(SampleQuery(), 1),
     ):
         with pytest.raises(JournalError, match="newer rlhf-tui"):
             act()
@@ -111,7 +107,7 @@ def test_a_damaged_file_is_named_with_what_to_do(session):
     with pytest.raises(JournalError, match="move it away to begin anew"):
         set_label(session, "p", answer(1), "good", "ana")
     with pytest.raises(JournalError, match=r"cannot read .*labels\.db"):
-        Labels(session)
+        LabelReader(session)
 
 
 ARCHIVE = """
@@ -149,7 +145,7 @@ def test_an_archive_that_cannot_be_written_is_read(writer):
         )  # fmt: skip
     finally:
         writer.session.folder.chmod(0o700)
-        writer.journal = Journal(writer.session)
+        writer.journal = JournalWriter(writer.session)
     read, refused = done.stdout.splitlines()
     assert read == "['good', None]"
     assert "must be one that you can write in" in refused

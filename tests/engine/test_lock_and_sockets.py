@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from engine import lock, sockets
 from engine.errors import SessionError, SessionLockedError
+from engine.protocol import sockets
+from engine.session import lock
 
 HOLD = """
 import sys

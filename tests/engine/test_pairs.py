@@ -3,14 +3,8 @@
 import pytest
 
 from engine.errors import NoSuchSessionError, UserInputError
-from engine.labels import (
-    Labels,
-    Response,
-    forget_preference,
-    prefer,
-    set_label,
-)
-from engine.pairs import preference_pairs
+from engine.journal.labels import LabelReader, Response, forget_preference, prefer, set_label
+from engine.journal.preference_pairs import preference_pairs
 from tests.judging import answer
 
 FROM_REFERENCE = Response(response="the reference's")
@@ -25,12 +19,12 @@ def test_a_pair_that_is_judged_again_is_replaced(session):
     prefer(session, "p", answer(1), answer(2), "ana")
     prefer(session, "p", answer(2), answer(1), "ben")
     prefer(session, "other", answer(1), answer(2), "ana")
-    with Labels(session) as labels:
+    with LabelReader(session) as labels:
         assert len(labels.preferences()) == 2
         (found,) = labels.preferences("p")
     assert (found.chosen, found.rejected, found.who) == (answer(2), answer(1), "ben")
     forget_preference(session, "p", answer(1), answer(2))
-    with Labels(session) as labels:
+    with LabelReader(session) as labels:
         assert [p.prompt for p in labels.preferences()] == ["other"]
 
 

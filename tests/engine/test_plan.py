@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import configfile, starter
-from engine.advice import can_start, changes_to_fit, fits, shortage
-from engine.capacity import Capacity, of_host
-from engine.memory import estimate
-from engine.plan import Layout, Models, Shape, configured, layouts
+from engine import starter
+from engine.config import file as config_file
+from engine.memory.advice import can_start, changes_to_fit, fits, shortage
+from engine.memory.capacity import Capacity, of_host
+from engine.memory.estimate import estimate
+from engine.memory.model import Layout, Models, Shape, configured, layouts
 
 WEIGHTS = ("policy", "optimiser", "reference", "reward", "gradients")
 
@@ -35,7 +36,7 @@ def models(device="cpu", **sizes):
 
 
 def config(*overrides):
-    return configfile.load(starter.FOLDER / "demo.yaml", overrides)
+    return config_file.load(starter.FOLDER / "demo.yaml", overrides)
 
 
 def one(*overrides, device="cpu", layout=None, **sizes):
@@ -170,7 +171,7 @@ def test_the_advice_fits_and_is_a_configuration():
         assert fits(found, free), share
         plain = [c for c in changes if not c.startswith("lora.")]
         lora = 16 if len(plain) < len(changes) else None
-        merged = configfile.override(given, plain)
+        merged = config_file.override(given, plain)
         assert estimate(merged, sizes, Layout(lora_rank=lora)).peak == found.peak
 
 

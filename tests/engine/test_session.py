@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import configfile, registry, session, starter
-from engine.client import Client
-from engine.commands import Rollback
-from engine.dispatch import check_now
+from engine import starter
+from engine.config import file as config_file
 from engine.errors import (
     CommandRejectedError,
     ConfigError,
@@ -22,8 +20,13 @@ from engine.errors import (
     SessionLockedError,
     SessionNameError,
 )
-from engine.record import Record
-from engine.start import check_inputs, checkpoint_steps, fork, last_checkpoint, resume
+from engine.journal.reader import JournalReader
+from engine.launch.start import check_inputs, checkpoint_steps, fork, last_checkpoint, resume
+from engine.protocol.client import Client
+from engine.protocol.commands import Rollback
+from engine.session import folder as session_folder
+from engine.session import registry
+from engine.supervisor.command_checks import check_command
 
 modest = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -33,7 +36,7 @@ modest = settings(max_examples=200, deadline=None, derandomize=True)
 def test_no_name_leads_out_of_the_sessions_folder(tmp_path_factory, name):
     root = tmp_path_factory.getbasetemp()
     try:
-        session.check_name(name)
+        session_folder.check_name(name)
     except SessionNameError:
         return
     assert (root / name).resolve().parent == root.resolve()
@@ -43,11 +46,11 @@ def test_no_name_leads_out_of_the_sessions_folder(tmp_path_factory, name):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a\n", "é", "-o", "x" * 81, "a\0"])
 def test_a_name_that_cannot_be_one_is_refused_everywhere(tmp_path, name):
-    config = configfile.load(starter.FOLDER / "demo.yaml")
+    config = config_file.load(starter.FOLDER / "demo.yaml")
     with pytest.raises(SessionNameError):
-        session.create(tmp_path, name, config)
+        session_folder.create(tmp_path, name, config)
     with pytest.raises(SessionNameError):
-        session.find(tmp_path, name)
+        session_folder.find(tmp_path, name)
     assert not list(tmp_path.iterdir())
 
 
@@ -55,28 +58,28 @@ def test_a_name_that_cannot_be_one_is_refused_everywhere(tmp_path, name):
 @given(st.text(max_size=100))
 def test_a_file_name_makes_a_name_that_can_be_one(tmp_path_factory, stem):
     root = tmp_path_factory.getbasetemp() / "none"
-    session.check_name(session.free_name(root, stem))
+    session_folder.check_name(session_folder.free_name(root, stem))
 
 
 def test_a_taken_name_is_refused_and_a_free_one_found(make_session):
     made = make_session("run")
     with pytest.raises(SessionNameError, match="resume"):
         make_session("run")
-    assert session.free_name(made.folder.parent, "run") == "run-2"
+    assert session_folder.free_name(made.folder.parent, "run") == "run-2"
     assert made.config_file.is_file()
 
 
 def test_a_session_is_its_owners_alone_and_states_everything(make_session):
     made = make_session("run", "seed=3")
     assert made.folder.stat().st_mode & 0o777 == 0o700
-    assert made.config() == configfile.load(starter.FOLDER / "demo.yaml", ["seed=3"])
+    assert made.config() == config_file.load(starter.FOLDER / "demo.yaml", ["seed=3"])
 
 
 def test_a_sessions_folder_that_is_a_file_is_told(tmp_path):
     (tmp_path / "file").touch()
-    config = configfile.load(starter.FOLDER / "demo.yaml")
+    config = config_file.load(starter.FOLDER / "demo.yaml")
     with pytest.raises(SessionError, match="cannot make"):
-        session.create(tmp_path / "file", "run", config)
+        session_folder.create(tmp_path / "file", "run", config)
 
 
 def test_a_session_is_held_by_one_engine_which_is_named(make_session):
@@ -114,20 +117,20 @@ def test_an_engine_on_another_host_is_named(make_session):
     held.release()
 
 
-@pytest.mark.parametrize("state", session.LIVE_STATES)
+@pytest.mark.parametrize("state", session_folder.LIVE_STATES)
 def test_a_session_that_says_it_lives_and_does_not_has_crashed(writer, state):
     writer.journal.set_meta(state=state)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert record.state() == "crashed"
         held = writer.session.acquire()
         assert record.state() == state
         held.release()
 
 
-@pytest.mark.parametrize("state", session.ENDED_STATES)
+@pytest.mark.parametrize("state", session_folder.ENDED_STATES)
 def test_a_session_that_has_ended_says_so_whoever_holds_it(writer, state):
     writer.journal.set_meta(state=state)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert record.state() == state
 
 
@@ -155,7 +158,7 @@ def test_a_checkpoint_of_a_timeline_that_was_left_is_no_place_to_go_on_from(writ
         with pytest.raises(NoSuchSessionError, match=r"it has: 2\)"):
             going_on()
     with pytest.raises(CommandRejectedError, match="there is: 2"):
-        check_now(Rollback(step=4), "running", {}, writer.session, paused=False)
+        check_command(Rollback(step=4), "running", {}, writer.session, paused=False)
 
 
 def test_nor_is_one_that_was_whole_before_the_journal_heard_of_it(writer):
@@ -241,7 +244,7 @@ def test_a_fork_of_an_archive_that_nobody_can_write_in(make_session, write_in, m
 
     monkeypatch.setattr(sqlite3, "connect", without_writing)
     child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
-    with Record(child) as record:
+    with JournalReader(child) as record:
         assert record.last_step() == 2
 
 
@@ -267,7 +270,7 @@ def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):
 )
 def test_what_is_not_there_is_told_before_anything_is_made(override, says):
     with pytest.raises(ConfigError, match=says):
-        check_inputs(configfile.load(starter.FOLDER / "demo.yaml", [override]))
+        check_inputs(config_file.load(starter.FOLDER / "demo.yaml", [override]))
 
 
 def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp_path, monkeypatch):
@@ -304,7 +307,7 @@ def test_a_session_of_another_user_is_one_line_that_says_so(make_session):
         if user == 0:  # whom no mode keeps out
             os.seteuid(65534)
         with pytest.raises(SessionError, match=r"cannot look into .*: Permission denied"):
-            session.find(made.folder.parent, made.name)
+            session_folder.find(made.folder.parent, made.name)
     finally:
         os.seteuid(user)
         made.folder.chmod(0o700)

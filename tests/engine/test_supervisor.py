@@ -7,36 +7,36 @@ from contextlib import closing
 
 import pytest
 
-from engine.attempt import Attempt
-from engine.client import new_id
-from engine.commands import Beta, Control, Pause, Rollback, Stop, Unpause
-from engine.control import Request
-from engine.desk import Desk
-from engine.guardrails import Alert
-from engine.hearing import Hearing
-from engine.live import Live
-from engine.protocol import Applied, CheckpointComplete, CheckpointWritten, Ready
-from engine.record import Record
-from engine.start import Start, last_checkpoint
-from engine.supervisor import Supervisor
+from engine.journal.reader import JournalReader
+from engine.launch.start import StartOptions, last_checkpoint
+from engine.monitoring.guardrails import Alert
+from engine.protocol.client import new_id
+from engine.protocol.client_messages import CommandRequest
+from engine.protocol.commands import Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
+from engine.protocol.rank_messages import Applied, CheckpointComplete, CheckpointWritten, Ready
+from engine.supervisor.attempt import Attempt
+from engine.supervisor.command_handler import CommandHandler
+from engine.supervisor.rank_handler import RankMessageHandler
+from engine.supervisor.state import SupervisorState
+from engine.supervisor.supervisor import Supervisor
 
 
 class Engine:
     """A supervisor's parts around one live session."""
 
     def __init__(self, writer):
-        start, socket = Start(), writer.session.folder / "engine.sock"
-        self.live = Live.of(
+        start, socket = StartOptions(), writer.session.folder / "engine.sock"
+        self.live = SupervisorState.of(
             writer.session, writer.session.config(), writer.journal, socket, start, None
         )
         self.live.next = None
-        self.desk = Desk(self.live)
-        self.hearing = Hearing(self.live, self.desk.on_alert)
+        self.desk = CommandHandler(self.live)
+        self.hearing = RankMessageHandler(self.live, self.desk.on_alert)
         self.supervisor = Supervisor(self.live)
         self.live.herald.set_state("running")
 
     def ask(self, command):
-        return self.desk.answer(Request(id=new_id(), command=command), "me")
+        return self.desk.answer(CommandRequest(id=new_id(), command=command), "me")
 
     @property
     def state(self):
@@ -70,7 +70,7 @@ async def test_a_run_that_is_to_stop_at_once_is_not_rolled_back(engine, writer):
 
 
 async def test_ranks_that_were_to_end_before_they_had_begun_are_ended(engine):
-    trying = asyncio.create_task(engine.supervisor.attempt(Start()))
+    trying = asyncio.create_task(engine.supervisor.attempt(StartOptions()))
     await asyncio.sleep(0)  # it is starting a process now, which cannot be killed yet
     engine.ask(Stop(now=True))
     assert await trying == 0
@@ -100,7 +100,7 @@ async def test_a_guard_rail_stops_a_run_that_is_about_to_pause(engine):
 async def test_a_guard_rail_asks_nothing_of_a_run_that_ends(engine, writer, ending):
     engine.live.herald.set_state(ending)
     engine.desk.on_alert(Alert("much", "stop", "look here", 3))
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert record.commands() == []
 
 
@@ -109,8 +109,8 @@ async def test_a_guard_rail_asks_nothing_of_a_run_that_ends(engine, writer, endi
 
 async def test_a_live_run_is_steered_by_its_own_configuration_not_by_a_file(engine, writer):
     writer.session.config_file.write_text("not: [ours")
-    assert engine.ask(Beta(value=0.2)).status == "accepted"
-    answer = engine.ask(Control(controller="adaptive", horizon=0.1))
+    assert engine.ask(SetBeta(value=0.2)).status == "accepted"
+    answer = engine.ask(SetKLController(controller="adaptive", horizon=0.1))
     assert "a fifth of the batch" in answer.reason
 
 
@@ -123,10 +123,10 @@ async def test_a_command_that_cannot_be_looked_into_is_rejected_and_says_why(eng
 
 
 async def test_only_ranks_that_were_ready_can_have_failed_by_an_order(engine):
-    order = engine.ask(Beta(value=0.2))
+    order = engine.ask(SetBeta(value=0.2))
     for ready in (False, True, True):
         assert [o.id for o in engine.live.orders.all()] == [order.id]
-        engine.live.attempt = Attempt(Start())
+        engine.live.attempt = Attempt(StartOptions())
         if ready:
             engine.hearing.handle(Ready(info={}, settings=engine.live.settings))
         engine.supervisor.conclude(-signal.SIGKILL)
@@ -142,5 +142,5 @@ async def test_an_older_checkpoint_serves_until_the_one_it_makes_way_for_is_whol
     engine.hearing.handle(CheckpointWritten(step=4, size=1, score=0.0, kl=0.0))
     assert last_checkpoint(writer.session) == 2
     engine.hearing.handle(CheckpointComplete(step=4, removed=[2]))
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         assert [c["step"] for c in record.checkpoints()] == [4]

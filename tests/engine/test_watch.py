@@ -4,14 +4,15 @@ import asyncio
 
 import pytest
 
-from engine import configfile, starter
-from engine.control import Telemetry
-from engine.live import Live
-from engine.protocol import Failed
-from engine.record import Record
-from engine.start import Start
-from engine.supervisor import Supervisor
-from engine.watch import Watchman
+from engine import starter
+from engine.config import file as config_file
+from engine.journal.reader import JournalReader
+from engine.launch.start import StartOptions
+from engine.protocol.client_messages import Telemetry
+from engine.protocol.rank_messages import Failed
+from engine.supervisor.state import SupervisorState
+from engine.supervisor.supervisor import Supervisor
+from engine.supervisor.watchdog import Watchdog
 
 SEVERAL = ("launch.nodes=2", "launch.rendezvous=10.0.0.1:29400")
 ECHO = Failed(rank=0, text="rank 0 lost the others: timed out", traceback="where", echo=True)
@@ -19,8 +20,8 @@ ECHO = Failed(rank=0, text="rank 0 lost the others: timed out", traceback="where
 
 def silent_after_a_start(writer, *overrides):
     """The ranks that are taken for hung before any has said a word."""
-    config = configfile.load(starter.FOLDER / "demo.yaml", ["launch.silence=1e-9", *overrides])
-    watchman = Watchman(writer.session, config, writer.journal, None)
+    config = config_file.load(starter.FOLDER / "demo.yaml", ["launch.silence=1e-9", *overrides])
+    watchman = Watchdog(writer.session, config, writer.journal, None)
     look = Telemetry(time=0.0, cpu=0.0, memory_used=0, memory_total=0, disk_free=10**12)
     hung = []
     watchman._check(look, lambda rank, _seconds: hung.append(rank), lambda _alert: None)
@@ -40,7 +41,9 @@ def ended(writer, failure, *, at_once=False):
 
     async def conclude():
         session, socket = writer.session, writer.session.folder / "engine.sock"
-        live = Live.of(session, session.config(), writer.journal, socket, Start(), None)
+        live = SupervisorState.of(
+            session, session.config(), writer.journal, socket, StartOptions(), None
+        )
         live.next, live.attempt.failure, live.stop_now = None, failure, at_once
         return Supervisor(live).conclude(1), live
 
@@ -57,7 +60,7 @@ def test_a_run_that_is_to_stop_at_once_is_not_started_again(writer, echo):
 
 def test_where_all_ranks_of_a_machine_waited_in_vain_the_first_to_say_so_is_heard(writer):
     ended(writer, ECHO)
-    with Record(writer.session) as record:
+    with JournalReader(writer.session) as record:
         (error,) = [e for e in record.events() if e["kind"] == "error"]
     assert error["text"] == ECHO.text
     assert error["traceback"] == "where"

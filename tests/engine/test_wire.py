@@ -9,22 +9,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import protocol
-from engine.commands import AnyCommand, Beta, Command, Control, Set, name_of, new_values
-from engine.control import (
-    Answer,
+from engine.config.settings import Settings, setting_name
+from engine.errors import CommandRejectedError, LinkError
+from engine.protocol import frames, rank_messages
+from engine.protocol.client_messages import (
     ClientHello,
-    Request,
+    CommandReply,
+    CommandRequest,
+    JournalAdvanced,
     Status,
     StatusRequest,
-    Wake,
     Watch,
     Welcome,
     decode_from_client,
     decode_to_client,
 )
-from engine.errors import CommandRejectedError, LinkError
-from engine.settings import Settings, setting_name
+from engine.protocol.commands import (
+    AnyCommand,
+    Command,
+    SetBeta,
+    SetKLController,
+    SetSetting,
+    command_name,
+    new_values,
+)
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)
 text = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -52,8 +60,8 @@ def values(kind):
 
 
 def body_of(message):
-    frame = protocol.encode(message)
-    assert protocol.frame_length(frame[:4]) == len(frame) - 4
+    frame = frames.encode(message)
+    assert frames.frame_length(frame[:4]) == len(frame) - 4
     return frame[4:]
 
 
@@ -63,46 +71,57 @@ def same(a, b):
 
 
 @modest
-@given(values(Request | StatusRequest | Watch | ClientHello))
+@given(values(CommandRequest | StatusRequest | Watch | ClientHello))
 def test_what_a_client_says_arrives(message):
     assert same(decode_from_client(body_of(message)), message)
 
 
 @modest
-@given(values(Welcome | Answer | Wake | Status | protocol.Phase))
+@given(values(Welcome | CommandReply | JournalAdvanced | Status | rank_messages.Phase))
 def test_what_an_engine_answers_arrives(message):
     assert same(decode_to_client(body_of(message)), message)
 
 
 @modest
-@given(values(protocol.StepReport | protocol.Failed | protocol.Applied | protocol.Ready))
+@given(
+    values(
+        rank_messages.StepReport
+        | rank_messages.Failed
+        | rank_messages.Applied
+        | rank_messages.Ready
+    )
+)
 def test_what_a_rank_says_arrives(message):
-    assert same(protocol.decode_from_rank(body_of(message)), message)
+    assert same(rank_messages.decode_from_rank(body_of(message)), message)
 
 
 @modest
-@given(values(protocol.Begin | protocol.Confirm | protocol.Order))
+@given(values(rank_messages.Begin | rank_messages.Confirm | rank_messages.RankCommand))
 def test_what_a_supervisor_says_arrives(message):
-    assert same(protocol.decode_to_rank(body_of(message)), message)
+    assert same(rank_messages.decode_to_rank(body_of(message)), message)
 
 
 @modest
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_a_link_error(data):
-    for decode in (decode_from_client, protocol.decode_from_rank, protocol.decode_to_rank):
+    for decode in (
+        decode_from_client,
+        rank_messages.decode_from_rank,
+        rank_messages.decode_to_rank,
+    ):
         try:
             decode(data)
         except LinkError as error:
-            assert str(protocol.VERSION) in str(error)
+            assert str(frames.VERSION) in str(error)
 
 
 def test_a_frame_over_the_limit_is_refused_on_both_sides(monkeypatch):
     with pytest.raises(LinkError, match="over the limit"):
-        protocol.frame_length(struct.pack(">I", protocol.MAX_FRAME + 1))
-    assert protocol.frame_length(struct.pack(">I", protocol.MAX_FRAME)) == protocol.MAX_FRAME
-    monkeypatch.setattr(protocol, "MAX_FRAME", 100)
+        frames.frame_length(struct.pack(">I", frames.MAX_FRAME + 1))
+    assert frames.frame_length(struct.pack(">I", frames.MAX_FRAME)) == frames.MAX_FRAME
+    monkeypatch.setattr(frames, "MAX_FRAME", 100)
     with pytest.raises(LinkError, match="over the limit"):
-        protocol.encode(ClientHello(who="x" * 100))
+        frames.encode(ClientHello(who="x" * 100))
 
 
 def test_an_unknown_field_of_a_command_is_refused():
@@ -115,7 +134,7 @@ def test_an_unknown_field_of_a_command_is_refused():
 @given(values(AnyCommand))
 def test_each_command_has_a_name(command):
     assert isinstance(command, Command)
-    assert name_of(command) == msgspec.to_builtins(command)["command"]
+    assert command_name(command) == msgspec.to_builtins(command)["command"]
 
 
 NOW = Settings(
@@ -128,11 +147,14 @@ NOW = Settings(
 @pytest.mark.parametrize(
     ("command", "values"),
     [
-        (Beta(value=0), {"beta": 0.0}),
-        (Control(controller="adaptive", target=3), {"controller": "adaptive", "target": 3.0}),
-        (Set(key="kl.beta", value=1), {"beta": 1.0}),
-        (Set(key="stop_kl", value=None), {"stop_kl": None}),
-        (Set(key="epochs", value=2), {"epochs": 2}),
+        (SetBeta(value=0), {"beta": 0.0}),
+        (
+            SetKLController(controller="adaptive", target=3),
+            {"controller": "adaptive", "target": 3.0},
+        ),
+        (SetSetting(key="kl.beta", value=1), {"beta": 1.0}),
+        (SetSetting(key="stop_kl", value=None), {"stop_kl": None}),
+        (SetSetting(key="epochs", value=2), {"epochs": 2}),
     ],
 )
 def test_a_command_says_what_it_changes(command, values):
@@ -142,12 +164,15 @@ def test_a_command_says_what_it_changes(command, values):
 @pytest.mark.parametrize(
     "command",
     [
-        Beta(value=-0.1), Beta(value=float("nan")), Beta(value=float("inf")),
-        Control(controller="adaptive", target=0), Control(controller="fixed", horizon=-1),
-        Control(controller="fixed", beta_min=11.0), Set(key="beta_max", value=1e-5),
-        Set(key="epochs", value=0), Set(key="epochs", value=1.5), Set(key="clip_range", value=1),
-        Set(key="learning_rate", value="1"), Set(key="seed", value=1), Set(key="", value=1),
-        Set(key="temperature", value=[]), Set(key="controller", value="loose"),
+        SetBeta(value=-0.1), SetBeta(value=float("nan")), SetBeta(value=float("inf")),
+        SetKLController(controller="adaptive", target=0),
+        SetKLController(controller="fixed", horizon=-1),
+        SetKLController(controller="fixed", beta_min=11.0), SetSetting(key="beta_max", value=1e-5),
+        SetSetting(key="epochs", value=0), SetSetting(key="epochs", value=1.5),
+        SetSetting(key="clip_range", value=1),
+        SetSetting(key="learning_rate", value="1"), SetSetting(key="seed", value=1),
+        SetSetting(key="", value=1),
+        SetSetting(key="temperature", value=[]), SetSetting(key="controller", value="loose"),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_is_rejected(command):

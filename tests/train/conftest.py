@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import configfile, starter
-from engine.protocol import Begin
-from engine.session import create
+from engine import starter
+from engine.config import file as config_file
+from engine.protocol.rank_messages import Begin
+from engine.session.folder import create
+from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
-from engine.train.parallel import Team
 from engine.train.step import train_step
 
 SMALL = (
@@ -33,11 +34,11 @@ def make_run(tmp_path):
     made = []
 
     def make(*overrides, begin=None, config=None):
-        loaded = config or configfile.load(starter.FOLDER / "demo.yaml", [*SMALL, *overrides])
+        loaded = config or config_file.load(starter.FOLDER / "demo.yaml", [*SMALL, *overrides])
         session = create(tmp_path, f"s{len(made)}", loaded)
         made.append(session)
         begin_at = begin or Begin(attempt=1, from_step=0)
-        run = load_run(session, loaded, begin_at, Team(loaded.launch), silent)
+        run = load_run(session, loaded, begin_at, RankGroup(loaded.launch), silent)
         return run, session
 
     return make

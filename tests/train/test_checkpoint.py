@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.errors import CheckpointError
-from engine.protocol import Begin
-from engine.train import checkpoint
+from engine.protocol.rank_messages import Begin
+from engine.train.checkpoints import folder as checkpoint_folder
+from engine.train.checkpoints.saver import Saver
+from engine.train.checkpoints.shards import load_training
+from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
-from engine.train.parallel import Team
-from engine.train.saver import Saver
-from engine.train.shards import load_training
 from engine.train.step import train_step
 
 DEADLINE = 120
@@ -34,7 +34,7 @@ def save(run, session, score=1.0):
     outcome = saver.wait(DEADLINE)
     if isinstance(outcome, CheckpointError):
         raise outcome
-    checkpoint.complete(outcome.folder)
+    checkpoint_folder.complete(outcome.folder)
     return outcome.folder
 
 
@@ -53,7 +53,7 @@ def silent(_step, _name, *_progress):
 def resumed(session):
     config = session.config()
     begin = Begin(attempt=2, from_step=1)
-    return load_run(session, config, begin, Team(config.launch), silent)
+    return load_run(session, config, begin, RankGroup(config.launch), silent)
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
@@ -79,9 +79,9 @@ def test_without_complete_a_folder_is_no_checkpoint(trained):
     run, session = trained
     folder = save(run, session)
     (folder / "COMPLETE").unlink()
-    assert checkpoint.completed(session.checkpoints) == {}
+    assert checkpoint_folder.completed(session.checkpoints) == {}
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        checkpoint.read_state(folder)
+        checkpoint_folder.read_state(folder)
 
 
 def test_a_damaged_file_is_found_and_named(trained):
@@ -92,7 +92,7 @@ def test_a_damaged_file_is_found_and_named(trained):
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"training/{path.name}"):
-        checkpoint.read_state(folder)
+        checkpoint_folder.read_state(folder)
 
 
 def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_half_made(trained, monkeypatch):
@@ -133,9 +133,9 @@ def test_what_training_changes_meanwhile_is_not_in_the_checkpoint(trained):
     held.set()
     folder = saver.wait(DEADLINE).folder
     assert saver.poll() is None  # told once
-    checkpoint.complete(folder)
+    checkpoint_folder.complete(folder)
     assert folder.name == "step-000001"
-    assert checkpoint.read_state(folder).step == 1
+    assert checkpoint_folder.read_state(folder).step == 1
     del run.policy.lm.save_pretrained
     again = resumed(session)
     assert all(torch.equal(t, before[k]) for k, t in again.policy.state_dict().items())
@@ -187,7 +187,9 @@ def test_a_checkpoint_of_the_first_format_is_resumed_as_well(trained):
     state = json.loads((folder / "state.json").read_text())
     files = [f for f in folder.rglob("*.*") if f.name != "state.json"]
     state["format"] = 1
-    state["hashes"] = {str(f.relative_to(folder)): checkpoint.seal(f) for f in files}
+    state["hashes"] = {
+        str(f.relative_to(folder)): checkpoint_folder.sync_and_hash(f) for f in files
+    }
     (folder / "state.json").write_text(json.dumps(state))
     again = resumed(session)
     ours, _ = train_step(run, 2)
@@ -203,7 +205,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(trained):
     text = (folder / "state.json").read_text().replace('"format": 2', '"format": 3')
     (folder / "state.json").write_text(text)
     with pytest.raises(CheckpointError, match="newer rlhf-tui"):
-        checkpoint.read_state(folder)
+        checkpoint_folder.read_state(folder)
 
 
 def test_the_state_of_another_optimiser_or_model_is_refused(trained, make_run):
@@ -231,7 +233,7 @@ def test_a_checkpoint_of_the_same_step_takes_the_place_of_an_earlier_timelines(t
     run, session = trained
     save(run, session, score=1.0)
     folder = save(run, session, score=2.0)
-    assert checkpoint.read_score(folder) == 2.0
+    assert checkpoint_folder.read_score(folder) == 2.0
     assert [p.name for p in session.checkpoints.iterdir()] == ["step-000001"]
 
 
@@ -249,7 +251,7 @@ def test_a_changed_reference_is_refused_on_a_resume(trained):
     best=st.integers(0, 3),
 )
 def test_the_newest_and_the_best_stay(scores, last, best):
-    gone = checkpoint.to_remove(scores, last, best)
+    gone = checkpoint_folder.to_remove(scores, last, best)
     stay = set(scores) - set(gone)
     assert max(scores) in stay
     assert len(stay) <= last + best

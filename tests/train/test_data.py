@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from engine import starter
-from engine.config import DataConfig
+from engine.config.schema import DataConfig
 from engine.errors import UserInputError
-from engine.train.data import Prompt, Prompts, batch_prompts, load_prompts
+from engine.train.data.prompts import Prompt, Prompts, batch_prompts, load_prompts
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 from torch.distributed import TCPStore
 
-from engine.config import LaunchConfig
-from engine.protocol import Invitation
-from engine.train import join
+from engine.config.schema import LaunchConfig
+from engine.protocol.rank_messages import JoinInfo
+from engine.train.torchrun import join
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def first():
 
 
 def invitation(folder, start="a", **changed):
-    content = Invitation(launch=LaunchConfig(), folder=str(folder), processes=1, start=start)
+    content = JoinInfo(launch=LaunchConfig(), folder=str(folder), processes=1, start=start)
     return json.dumps(msgspec.to_builtins(content) | changed)
 
 

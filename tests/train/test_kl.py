@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import DataConfig, ModelConfig, RewardConfig, RunConfig
+from engine.config.schema import DataConfig, ModelConfig, RewardConfig, RunConfig
+from engine.config.settings import initial_settings
 from engine.kl import next_beta
-from engine.settings import first_settings
-from engine.train import ppo
-from engine.train.logprobs import token_logprobs
+from engine.train.ppo import advantages, masked
+from engine.train.ppo.logprobs import token_logprobs
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)
 BETAS = st.sampled_from([0.0, 0.05, 0.5, 2.0])
@@ -24,7 +24,7 @@ def controller(**values):
         data=DataConfig(prompts="d"),
         reward=RewardConfig(function="m:f"),
     )
-    return msgspec.structs.replace(first_settings(config), controller="adaptive", **values)
+    return msgspec.structs.replace(initial_settings(config), controller="adaptive", **values)
 
 
 def slow_step(beta, kl, episodes, *, target, horizon, low, high):
@@ -75,7 +75,7 @@ def test_the_log_probabilities_are_those_of_the_softmax_in_float32(dtype, data, 
 @given(answers())
 def test_the_kl_of_a_response_is_the_sum_over_its_tokens(batch):
     lengths, _, logprobs, ref, _ = batch
-    got = ppo.sequence_kl(logprobs, ref, ppo.response_mask(lengths, ref.shape[1]))
+    got = masked.sequence_kl(logprobs, ref, masked.response_mask(lengths, ref.shape[1]))
     assert got.shape == lengths.shape
     for i in range(len(lengths)):
         assert abs(float(got[i]) - slow_kl(logprobs, ref, lengths, i)) <= 1e-5
@@ -85,7 +85,7 @@ def test_the_kl_of_a_response_is_the_sum_over_its_tokens(batch):
 @given(answers(), BETAS)
 def test_every_token_pays_its_kl_and_the_last_one_gets_the_score(batch, beta):
     lengths, scores, logprobs, ref, _ = batch
-    got = ppo.token_rewards(scores, logprobs, ref, lengths, beta)
+    got = advantages.token_rewards(scores, logprobs, ref, lengths, beta)
     for i, n in enumerate(lengths.tolist()):
         for t in range(n):
             want = -beta * (float(logprobs[i, t]) - float(ref[i, t]))
@@ -98,8 +98,8 @@ def test_every_token_pays_its_kl_and_the_last_one_gets_the_score(batch, beta):
 @given(answers(), BETAS)
 def test_nothing_is_paid_beyond_the_length(batch, beta):
     lengths, scores, logprobs, ref, _ = batch
-    got = ppo.token_rewards(scores, logprobs, ref, lengths, beta)
-    beyond = ~ppo.response_mask(lengths, ref.shape[1])
+    got = advantages.token_rewards(scores, logprobs, ref, lengths, beta)
+    beyond = ~masked.response_mask(lengths, ref.shape[1])
     assert not got[beyond].any()
 
 
@@ -107,7 +107,7 @@ def test_nothing_is_paid_beyond_the_length(batch, beta):
 @given(answers())
 def test_without_beta_the_rewards_are_the_scores_alone(batch):
     lengths, scores, logprobs, ref, _ = batch
-    got = ppo.token_rewards(scores, logprobs, ref, lengths, 0.0)
+    got = advantages.token_rewards(scores, logprobs, ref, lengths, 0.0)
     want = torch.zeros_like(logprobs)
     want[torch.arange(len(lengths)), lengths - 1] = scores
     assert torch.equal(got, want)
@@ -117,9 +117,9 @@ def test_without_beta_the_rewards_are_the_scores_alone(batch):
 @given(answers(), BETAS)
 def test_the_first_advantage_without_discount_is_the_reward_less_kl_and_value(batch, beta):
     lengths, scores, logprobs, ref, values = batch
-    mask = ppo.response_mask(lengths, ref.shape[1])
-    rewards = ppo.token_rewards(scores, logprobs, ref, lengths, beta)
-    got = ppo.generalised_advantages(rewards, values, mask, 1.0, 1.0)
+    mask = masked.response_mask(lengths, ref.shape[1])
+    rewards = advantages.token_rewards(scores, logprobs, ref, lengths, beta)
+    got = advantages.generalised_advantages(rewards, values, mask, 1.0, 1.0)
     for i in range(len(lengths)):
         kl = slow_kl(logprobs, ref, lengths, i)
         want = float(scores[i]) - beta * kl - float(values[i, 0])

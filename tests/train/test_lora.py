@@ -11,19 +11,20 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from engine import starter
-from engine.config import LaunchConfig, LoRAConfig
+from engine.config.schema import LaunchConfig, LoRAConfig
 from engine.errors import CheckpointError, UserInputError
-from engine.protocol import Begin
-from engine.train import checkpoint, lora
+from engine.protocol.rank_messages import Begin
+from engine.train.checkpoints import folder as checkpoint_folder
+from engine.train.checkpoints.merge import merge
+from engine.train.checkpoints.saver import Saver
+from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
-from engine.train.merge import merge
-from engine.train.models import BaseView, LanguageModel, fingerprint
-from engine.train.parallel import Team
-from engine.train.pretrained import load_lm
-from engine.train.saver import Saver
+from engine.train.models import lora
+from engine.train.models.language_model import AdapterFreePolicy, LanguageModel, fingerprint
+from engine.train.models.pretrained import load_lm
 from engine.train.step import train_step
 
-ALONE = Team(LaunchConfig(device="cpu"))
+ALONE = RankGroup(LaunchConfig(device="cpu"))
 DEADLINE = 120
 """Seconds: for a busy machine."""
 BASE = starter.resolve("starter:policy")
@@ -45,7 +46,7 @@ def save(run, session):
     outcome = saver.wait(DEADLINE)
     if isinstance(outcome, CheckpointError):
         raise outcome
-    checkpoint.complete(outcome.folder)
+    checkpoint_folder.complete(outcome.folder)
     return outcome.folder
 
 
@@ -206,7 +207,8 @@ def test_a_merge_says_in_one_line_what_is_wrong(trained, tmp_path):
     run.state.base = "another"
     save(run, session)
     done = subprocess.run(
-        [sys.executable, "-m", "engine.train.merge", session.folder, "1", tmp_path / "merged"],
+        [sys.executable, "-m", "engine.train.checkpoints.merge", session.folder, "1",
+         tmp_path / "merged"],
         capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 1
@@ -226,7 +228,7 @@ def test_a_changed_base_is_refused_on_a_resume(make_run):
 def test_a_reference_that_is_named_is_a_model_of_its_own(make_run, plain):
     run, _ = make_run(RANK, FAST, f"model.reference={BASE}")
     take_step(run)
-    assert not isinstance(run.reference, BaseView)
+    assert not isinstance(run.reference, AdapterFreePolicy)
     assert torch.equal(logits(run.reference), logits(plain))
     assert run.state.base == run.state.reference
 
@@ -286,7 +288,7 @@ def test_the_transposed_layers_of_gpt2_are_adapted_saved_and_loaded(tmp_path, ta
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    assert torch.equal(logits(BaseView(policy)), expected)
+    assert torch.equal(logits(AdapterFreePolicy(policy)), expected)
     assert not torch.equal(logits(policy), expected)
     (tmp_path / "adapters").mkdir()
     lora.save_adapter_config(policy.lm, tmp_path / "adapters")

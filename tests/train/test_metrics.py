@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import DataConfig, ModelConfig, RewardConfig, RunConfig
-from engine.settings import first_settings
-from engine.train.data import PromptBatch
-from engine.train.metrics import distinct_2, step_metrics
-from engine.train.optimise import Optimised, Sums, Targets
-from engine.train.rollout import Rollout
+from engine.config.schema import DataConfig, ModelConfig, RewardConfig, RunConfig
+from engine.config.settings import initial_settings
+from engine.train.data.prompts import PromptBatch
+from engine.train.ppo.metrics import distinct_2, step_metrics
+from engine.train.ppo.optimise import LossSums, Targets, UpdateStats
+from engine.train.rollout.rollout import Rollout
 
 modest = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -27,13 +27,13 @@ def in_force(beta):
         data=DataConfig(prompts="d"),
         reward=RewardConfig(function="m:f"),
     )
-    return msgspec.structs.replace(first_settings(config), beta=beta)
+    return msgspec.structs.replace(initial_settings(config), beta=beta)
 
 
 def optimised(**sums):
-    total = Sums(**{"tokens": 40.0, "ratio": 40.0, "squared_ratio": 41.0, **sums})
-    return Optimised(
-        sums=total, first=Sums(tokens=10.0, ratio=10.0), grad_norms=[1.0, 3.0], updates=2
+    total = LossSums(**{"tokens": 40.0, "ratio": 40.0, "squared_ratio": 41.0, **sums})
+    return UpdateStats(
+        sums=total, first=LossSums(tokens=10.0, ratio=10.0), grad_norms=[1.0, 3.0], updates=2
     )
 
 
@@ -225,7 +225,7 @@ def test_without_a_value_function_its_metrics_are_left_out(plain_step):
 
 
 def test_when_every_minibatch_was_skipped_no_metric_is_undefined(plain_step):
-    metrics = measure(plain_step, done=Optimised(skipped=4))
+    metrics = measure(plain_step, done=UpdateStats(skipped=4))
     assert all(math.isfinite(value) for value in metrics.values())
     assert "loss/policy_avg" not in metrics
 

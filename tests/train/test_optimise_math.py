@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from engine.config import (
+from engine.config.schema import (
     DataConfig,
     LaunchConfig,
     ModelConfig,
@@ -23,14 +23,15 @@ from engine.config import (
     RunConfig,
     TrainConfig,
 )
-from engine.settings import first_settings
-from engine.train.data import PromptBatch
-from engine.train.models import LanguageModel
-from engine.train.optimise import Sums, Targets, backward, learning_rate
-from engine.train.parallel import Team
-from engine.train.rollout import Rollout, score_tokens
+from engine.config.settings import initial_settings
+from engine.train.data.prompts import PromptBatch
+from engine.train.distributed.ranks import RankGroup
+from engine.train.models.language_model import LanguageModel
+from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.optimise import LossSums, Targets, backward, learning_rate
+from engine.train.rollout.rollout import Rollout
 
-ALONE = Team(LaunchConfig(device="cpu"))
+ALONE = RankGroup(LaunchConfig(device="cpu"))
 VOCABULARY = 32
 LLAMA = LlamaConfig(
     vocab_size=VOCABULARY,
@@ -114,7 +115,7 @@ def slow_outputs(policy, rollout, i, temperature):
 
 def slow_sums(policy, rollout, targets, rows, config):
     """The minibatch's loss (with its gradient) and sums, by the specification's formulas."""
-    clip, c, sums, loss = config.ppo.clip_range, config.ppo.value_clip, Sums(), 0.0
+    clip, c, sums, loss = config.ppo.clip_range, config.ppo.value_clip, LossSums(), 0.0
     for i in rows.tolist():
         outputs = slow_outputs(policy, rollout, i, config.rollout.temperature)
         gaps = [logp - targets.old_logprobs[i, t] for t, (logp, _) in enumerate(outputs)]
@@ -150,7 +151,7 @@ def gradients(policy):
 
 
 def fast(policy, minibatch, config, rows=ALL, warming_up=False):
-    sums = backward(ALONE, policy, *minibatch, rows, config, first_settings(config), warming_up)
+    sums = backward(ALONE, policy, *minibatch, rows, config, initial_settings(config), warming_up)
     return gradients(policy), sums
 
 
@@ -225,7 +226,7 @@ def test_a_minibatchs_gradient_is_its_parts_weighted_by_their_tokens():
     whole, sums = fast(policy, minibatch, config)
     parts = [fast(policy, minibatch, config, rows) for rows in (ALL[:2], ALL[2:])]
     added = {name: sum(g[name] * (s.tokens / sums.tokens) for g, s in parts) for name in whole}
-    total = Sums()
+    total = LossSums()
     for _, part in parts:
         total.add(part)
     assert_same((whole, sums), (added, total))
@@ -256,7 +257,7 @@ def test_while_warming_up_the_value_alone_learns(value):
 def rates(**of_train):
     config = run_config(**of_train)
     return [
-        learning_rate(config, first_settings(config), step)
+        learning_rate(config, initial_settings(config), step)
         for step in range(1, config.train.steps + 1)
     ]
 
@@ -290,7 +291,7 @@ def test_the_cosine_schedule_falls_by_half_a_wave(warmup):
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_a_rate_set_by_hand_scales_the_whole_schedule(schedule):
     config = run_config(schedule=schedule, warmup=3)
-    doubled = msgspec.structs.replace(first_settings(config), learning_rate=4e-3)
+    doubled = msgspec.structs.replace(initial_settings(config), learning_rate=4e-3)
     got = [learning_rate(config, doubled, step) for step in range(1, 11)]
     assert got == pytest.approx([2 * x for x in rates(schedule=schedule, warmup=3)])
 

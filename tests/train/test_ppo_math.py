@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.train import ppo
+from engine.train.ppo import advantages, losses, masked
 
 CLIPS = st.sampled_from([0.1, 0.2, 0.3])
 KINDS = st.sampled_from(["token", "sequence"])
@@ -94,7 +94,7 @@ def slow_moments(x, mask):
 @given(batches(1))
 def test_the_response_mask_covers_exactly_the_first_tokens(batch):
     lengths, x = batch
-    mask = ppo.response_mask(lengths, x.shape[1])
+    mask = masked.response_mask(lengths, x.shape[1])
     want = [[t < n for t in range(x.shape[1])] for n in lengths.tolist()]
     assert mask.dtype is torch.bool
     assert mask.tolist() == want
@@ -104,7 +104,7 @@ def test_the_response_mask_covers_exactly_the_first_tokens(batch):
 @given(gappy(1))
 def test_a_masked_mean_counts_only_the_mask(batch):
     mask, x = batch
-    assert near(ppo.masked_mean(x, mask), slow_moments(x, mask)[0], 4)
+    assert near(masked.masked_mean(x, mask), slow_moments(x, mask)[0], 4)
 
 
 @modest
@@ -113,7 +113,7 @@ def test_whitening_scales_by_the_deviation_of_the_whole_batch(batch, shift):
     mask, x = batch
     mean, var = slow_moments(x, mask)
     scale = 1 / math.sqrt(var + 1e-8)
-    got = ppo.whiten(x, mask, shift_mean=shift)
+    got = masked.whiten(x, mask, shift_mean=shift)
     for i, t in kept(mask):
         want = (float(x[i, t]) - mean) * scale + (0.0 if shift else mean)
         # The float32 mean is off by some 1e-7 of the numbers' size (4), which the scale enlarges.
@@ -125,7 +125,7 @@ def test_whitening_scales_by_the_deviation_of_the_whole_batch(batch, shift):
 @pytest.mark.parametrize("shift", [True, False])
 def test_whitening_numbers_that_do_not_vary_leaves_only_their_mean(value, shape, shift):
     x, mask = torch.full(shape, value), torch.ones(shape, dtype=torch.bool)
-    got = ppo.whiten(x, mask, shift_mean=shift)
+    got = masked.whiten(x, mask, shift_mean=shift)
     assert got.tolist() == torch.full(shape, 0.0 if shift else value).tolist()
 
 
@@ -133,7 +133,7 @@ def test_whitening_numbers_that_do_not_vary_leaves_only_their_mean(value, shape,
 @given(gappy(2), st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.sampled_from([0.0, 0.5, 0.95, 1.0]))
 def test_advantages_are_those_of_the_recursion_over_the_kept_tokens(batch, gamma, lam):
     mask, rewards, values = batch
-    got = ppo.generalised_advantages(rewards, values, mask, gamma, lam)
+    got = advantages.generalised_advantages(rewards, values, mask, gamma, lam)
     for (i, t), want in slow_gae(rewards, values, mask, gamma, lam).items():
         assert near(got[i, t], want, 64)
 
@@ -142,10 +142,10 @@ def test_a_masked_token_carries_the_advantage_through():
     rewards = torch.tensor([[1.0, 500.0, 2.0, 500.0]])
     values = torch.tensor([[0.5, 700.0, 0.25, 700.0]])
     mask = torch.tensor([[True, False, True, False]])
-    gapless = ppo.generalised_advantages(
+    gapless = advantages.generalised_advantages(
         rewards[:, [0, 2]], values[:, [0, 2]], mask[:, [0, 2]], 0.9, 0.8
     )
-    gap = ppo.generalised_advantages(rewards, values, mask, 0.9, 0.8)
+    gap = advantages.generalised_advantages(rewards, values, mask, 0.9, 0.8)
     assert gap[0, [0, 2]].tolist() == gapless[0].tolist()
     # By hand: 2 − 0.25 at the last; 1 + 0.9·0.25 − 0.5 + 0.9·0.8·1.75 at the first.
     assert gapless[0].tolist() == pytest.approx([1.985, 1.75], abs=1e-6)
@@ -155,8 +155,8 @@ def test_a_masked_token_carries_the_advantage_through():
 @given(batches(2), st.sampled_from([0.0, 0.9, 1.0]))
 def test_with_lambda_zero_an_advantage_is_its_own_one_step_error(batch, gamma):
     lengths, rewards, values = batch
-    mask = ppo.response_mask(lengths, rewards.shape[1])
-    got = ppo.generalised_advantages(rewards, values, mask, gamma, 0.0)
+    mask = masked.response_mask(lengths, rewards.shape[1])
+    got = advantages.generalised_advantages(rewards, values, mask, gamma, 0.0)
     for i, t in kept(mask):
         following = float(values[i, t + 1]) if t + 1 < lengths[i] else 0.0
         want = float(rewards[i, t]) + gamma * following - float(values[i, t])
@@ -167,8 +167,8 @@ def test_with_lambda_zero_an_advantage_is_its_own_one_step_error(batch, gamma):
 @given(batches(2), st.sampled_from([0.9, 1.0]))
 def test_with_lambda_one_an_advantage_is_the_discounted_rest_less_the_value(batch, gamma):
     lengths, rewards, values = batch
-    mask = ppo.response_mask(lengths, rewards.shape[1])
-    got = ppo.generalised_advantages(rewards, values, mask, gamma, 1.0)
+    mask = masked.response_mask(lengths, rewards.shape[1])
+    got = advantages.generalised_advantages(rewards, values, mask, gamma, 1.0)
     for i, t in kept(mask):
         rest = sum(gamma ** (s - t) * float(rewards[i, s]) for s in range(t, int(lengths[i])))
         assert near(got[i, t], rest - float(values[i, t]), 64)
@@ -180,7 +180,7 @@ def test_leave_one_out_subtracts_the_mean_of_the_prompts_other_answers(group, pr
     n = group * prompts
     numbers = data.draw(st.lists(st.integers(-512, 512), min_size=n, max_size=n))
     returns = torch.tensor(numbers) / 64
-    got = ppo.leave_one_out(returns, group)
+    got = advantages.leave_one_out(returns, group)
     for i in range(n):
         first = i - i % group
         others = [numbers[j] / 64 for j in range(first, first + group) if j != i]
@@ -192,8 +192,8 @@ def test_leave_one_out_subtracts_the_mean_of_the_prompts_other_answers(group, pr
 @given(batches(2, limit=32), KINDS)
 def test_log_ratios_are_held_to_twenty_and_zero_outside_the_mask(batch, kind):
     lengths, new, old = batch
-    mask = ppo.response_mask(lengths, new.shape[1])
-    got = ppo.log_ratio(new, old, mask, kind)
+    mask = masked.response_mask(lengths, new.shape[1])
+    got = losses.log_ratio(new, old, mask, kind)
     want = slow_log_ratio(new, old, mask, kind)
     for i in range(len(new)):
         for t in range(new.shape[1]):
@@ -204,9 +204,9 @@ def test_log_ratios_are_held_to_twenty_and_zero_outside_the_mask(batch, kind):
 @given(st.one_of(gappy(3), batches(3, limit=32)), CLIPS, KINDS)
 def test_policy_terms_are_the_sums_of_the_clipped_objective(batch, clip, kind):
     first, new, old, advantages = batch
-    mask = first if first.dtype is torch.bool else ppo.response_mask(first, new.shape[1])
+    mask = first if first.dtype is torch.bool else masked.response_mask(first, new.shape[1])
     terms = list(slow_policy(new, old, advantages, mask, clip, kind).values())
-    got = ppo.policy_terms(new, old, advantages, mask, clip, kind)
+    got = losses.policy_terms(new, old, advantages, mask, clip, kind)
     assert near(got.loss, sum(x[0] for x in terms), sum(abs(x[0]) for x in terms))
     assert float(got.clipped) == sum(x[1] for x in terms)
     squares = sum(x[2] ** 2 for x in terms)
@@ -219,9 +219,9 @@ def test_policy_terms_are_the_sums_of_the_clipped_objective(batch, clip, kind):
 @given(batches(3), CLIPS, KINDS)
 def test_only_tokens_the_clip_did_not_decide_pull_on_the_policy(batch, clip, kind):
     lengths, new, old, advantages = batch
-    mask = ppo.response_mask(lengths, new.shape[1])
+    mask = masked.response_mask(lengths, new.shape[1])
     leaf = new.clone().requires_grad_()
-    ppo.policy_terms(leaf, old, advantages, mask, clip, kind).loss.backward()
+    losses.policy_terms(leaf, old, advantages, mask, clip, kind).loss.backward()
     pulls = dict.fromkeys([(i, t) for i in range(len(new)) for t in range(new.shape[1])], 0.0)
     sizes = dict(pulls)
     for (i, t), (_, clipped, log_rho, rho) in slow_policy(
@@ -243,7 +243,7 @@ def test_only_tokens_the_clip_did_not_decide_pull_on_the_policy(batch, clip, kin
 @given(batches(3), st.sampled_from([None, 0.2, 0.25, 1.0]))
 def test_value_terms_are_half_the_larger_squared_error(batch, clip):
     lengths, values, old, returns = batch
-    mask = ppo.response_mask(lengths, values.shape[1])
+    mask = masked.response_mask(lengths, values.shape[1])
     loss, decided = 0.0, 0
     for i, t in kept(mask):
         v, v_old, r = float(values[i, t]), float(old[i, t]), float(returns[i, t])
@@ -252,7 +252,7 @@ def test_value_terms_are_half_the_larger_squared_error(batch, clip):
         # With 0.2, which float32 has not exactly, a tie cannot arise but where nothing was held.
         loss += 0.5 * max(plain, held)
         decided += held > plain
-    got_loss, got_decided = ppo.value_terms(values, old, returns, mask, clip)
+    got_loss, got_decided = losses.value_terms(values, old, returns, mask, clip)
     assert near(got_loss, loss, loss)
     assert float(got_decided) == decided
 
@@ -262,7 +262,7 @@ def test_value_terms_are_half_the_larger_squared_error(batch, clip):
 def test_explained_variance_is_one_less_the_unexplained_share(batch):
     mask, values, returns = batch
     _, var = slow_moments(returns, mask)
-    got = float(ppo.explained_variance(values, returns, mask))
+    got = float(masked.explained_variance(values, returns, mask))
     if var == 0:
         assert math.isnan(got)
     else:
@@ -274,21 +274,21 @@ def test_explained_variance_is_one_less_the_unexplained_share(batch):
 @given(batches(4), KINDS, st.floats(-1e4, 1e4, width=32))
 def test_what_stands_beyond_the_length_changes_nothing(batch, kind, junk):
     lengths, new, old, advantages, returns = batch
-    mask = ppo.response_mask(lengths, new.shape[1])
+    mask = masked.response_mask(lengths, new.shape[1])
     clean, dirty = [
         [torch.where(mask, x, filler) for x in (new, old, advantages, returns)]
         for filler in (torch.zeros(()), torch.tensor(junk))
     ]
 
     def everything(new, old, advantages, returns):
-        terms = ppo.policy_terms(new, old, advantages, mask, 0.2, kind)
-        gae = ppo.generalised_advantages(new, old, mask, 0.9, 0.8)
-        tables = [gae, ppo.whiten(advantages, mask), ppo.log_ratio(new, old, mask, kind)]
+        terms = losses.policy_terms(new, old, advantages, mask, 0.2, kind)
+        gae = advantages.generalised_advantages(new, old, mask, 0.9, 0.8)
+        tables = [gae, masked.whiten(advantages, mask), losses.log_ratio(new, old, mask, kind)]
         return [
             *[x[mask] for x in tables],
             *[torch.as_tensor(x) for x in vars(terms).values()],
-            *ppo.value_terms(new, old, returns, mask, 0.2),
-            ppo.explained_variance(new, returns, mask),
+            *losses.value_terms(new, old, returns, mask, 0.2),
+            masked.explained_variance(new, returns, mask),
         ]
 
     for a, b in zip(everything(*clean), everything(*dirty), strict=True):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.train import products
-from engine.train.logprobs import CHUNK, token_logprobs
-from engine.train.resting import let_go, rest_in_file
+from engine.train.distributed.file_backed import back_by_file, drop_pages
+from engine.train.models import onednn_linear
+from engine.train.ppo.logprobs import CHUNK, token_logprobs
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN"
@@ -17,7 +17,7 @@ needs_onednn = pytest.mark.skipif(
 @pytest.fixture
 def onednn(monkeypatch):
     """As on a processor where oneDNN is quicker."""
-    monkeypatch.setattr(products, "onednn_is_quicker", lambda: True)
+    monkeypatch.setattr(onednn_linear, "onednn_is_quicker", lambda: True)
 
 
 @needs_onednn
@@ -28,7 +28,7 @@ def test_a_linear_layer_by_onednn_has_the_same_result_and_gradients(onednn, bias
     plain = nn.Linear(24, 40, bias=bias)
     quick = nn.Linear(24, 40, bias=bias)
     quick.load_state_dict(plain.state_dict())
-    products.speed_up(quick)
+    onednn_linear.use_onednn(quick)
     x, weights = torch.randn(shape), torch.randn(*shape[:-1], 40)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     for layer, given in zip((plain, quick), inputs, strict=True):
@@ -42,7 +42,7 @@ def test_a_linear_layer_by_onednn_has_the_same_result_and_gradients(onednn, bias
 @needs_onednn
 def test_what_is_not_plain_float32_goes_its_usual_way(onednn):
     layer = nn.Linear(8, 8)
-    products.speed_up(layer)
+    onednn_linear.use_onednn(layer)
     x = torch.randn(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype is torch.bfloat16
@@ -87,10 +87,10 @@ def test_a_model_that_rests_in_a_file_is_the_same_model():
     model = LlamaForCausalLM(shape).eval().requires_grad_(False)
     tokens = torch.arange(12).view(2, 6)
     before = model(input_ids=tokens).logits
-    rest_in_file(model)
+    back_by_file(model)
     for _ in range(2):
         assert torch.equal(model(input_ids=tokens).logits, before)
-        let_go(model)
+        drop_pages(model)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert not any(p.data_ptr() % 64 for p in model.parameters())
 
@@ -99,9 +99,9 @@ def test_where_there_is_no_room_for_the_file_the_model_stays_in_memory(monkeypat
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("engine.train.resting.os.posix_fallocate", full)
+    monkeypatch.setattr("engine.train.distributed.file_backed.os.posix_fallocate", full)
     model = nn.Linear(3, 3)
     weight = model.weight.data_ptr()
-    rest_in_file(model)
+    back_by_file(model)
     assert model.weight.data_ptr() == weight
-    let_go(model)
+    drop_pages(model)

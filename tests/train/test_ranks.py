@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from engine import configfile, starter
+from engine import starter
+from engine.config import file as config_file
 from engine.errors import UserInputError
-from engine.protocol import Begin
-from engine.session import create
+from engine.protocol.rank_messages import Begin
+from engine.session.folder import create
+from engine.train.distributed.ranks import RankGroup, agree_on_device
 from engine.train.load import check_shares, load_run
-from engine.train.parallel import Team, agree_on_device
 from engine.train.step import take_rollout, train_step
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
@@ -48,13 +49,13 @@ WAYS = ("ddp", "fsdp")
 
 def config_of(way, variant):
     given = [*STEP, f"parallel.strategy={way}", *VARIANTS[variant]]
-    return configfile.load(starter.FOLDER / "demo.yaml", given)
+    return config_file.load(starter.FOLDER / "demo.yaml", given)
 
 
 def one_process(session):
     config = session.config()
     begin = Begin(attempt=1, from_step=0)
-    return load_run(session, config, begin, Team(config.launch), lambda *_: lambda *_: None)
+    return load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
 
 
 def weights(run):
@@ -129,7 +130,7 @@ def test_a_machine_with_another_kind_of_device_is_told_before_ranks_wait(other, 
 )
 def test_more_ranks_than_there_is_work_for_are_one_sentence(override, key):
     given = ["ppo.minibatches=1", "reward.normalise_samples=6", override]
-    config = configfile.load(starter.FOLDER / "demo.yaml", given)
+    config = config_file.load(starter.FOLDER / "demo.yaml", given)
     check_shares(config, 4)
     with pytest.raises(UserInputError, match=key):
         check_shares(config, 7)

@@ -14,14 +14,17 @@ from transformers import (
 )
 
 from engine import starter
-from engine.config import LaunchConfig, RewardConfig
+from engine.config.schema import LaunchConfig, RewardConfig
 from engine.errors import RewardError, UserInputError
-from engine.train.data import Prompt, batch_prompts
-from engine.train.parallel import Team
-from engine.train.reward_model import RewardModel
-from engine.train.rewards import Answers, FunctionReward, Normaliser, Rewards, load_rewards
+from engine.train.data.prompts import Prompt, batch_prompts
+from engine.train.distributed.ranks import RankGroup
+from engine.train.rewards.function import FunctionReward
+from engine.train.rewards.mix import RewardMix, load_rewards
+from engine.train.rewards.model import RewardModel
+from engine.train.rewards.normalise import Normaliser
+from engine.train.rewards.source import RewardInputs
 
-ALONE = Team(LaunchConfig(device="cpu"))
+ALONE = RankGroup(LaunchConfig(device="cpu"))
 
 
 def quiet(_done, _total):
@@ -40,7 +43,7 @@ def answers(tokenizer):
     ids = [tokenizer(t)["input_ids"] + ([eos] if i < 2 else []) for i, t in enumerate(texts)]
     rows = [{"prompt": "The film", "grade": i} for i in range(3)]
     prompts = [Prompt(tokenizer("The film")["input_ids"], "The film", r) for r in rows]
-    return Answers(batch_prompts(prompts, 1, 0), ids, texts, [True, True, False], step=7)
+    return RewardInputs(batch_prompts(prompts, 1, 0), ids, texts, [True, True, False], step=7)
 
 
 @pytest.fixture
@@ -82,7 +85,9 @@ def test_a_coroutine_function_is_awaited(module, answers):
 
 
 def test_a_mix_is_the_weighted_sum_of_those_that_have_an_opinion(module, answers):
-    both = Rewards({"a": (0.5, judge(module, "length")), "b": (2.0, judge(module, "picky"))}, ALONE)
+    both = RewardMix(
+        {"a": (0.5, judge(module, "length")), "b": (2.0, judge(module, "picky"))}, ALONE
+    )
     scores, parts = both(answers)
     assert scores.tolist() == [5.5 + 3.0, 17.0, 1.5]
     assert parts["b"] == [1.5, None, None]
@@ -99,7 +104,7 @@ BAD = {
 @pytest.mark.parametrize(("name", "message"), BAD.items())
 def test_a_reward_that_cannot_be_used_ends_the_step_with_a_sentence(module, answers, name, message):
     with pytest.raises(RewardError, match=message):
-        Rewards({name: (1.0, judge(module, name))}, ALONE)(answers)
+        RewardMix({name: (1.0, judge(module, name))}, ALONE)(answers)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,7 @@ def test_padding_never_hides_the_end_of_an_answer(stranger, answers, tokenizer):
     reward = RewardModel(stranger, "good", config, tokenizer.get_vocab(), ALONE)
     together = reward(answers, quiet)
     for i in range(3):
-        one = Answers(
+        one = RewardInputs(
             batch_prompts([answers.batch.prompts[i]], 1, 0), [answers.ids[i]],
             [answers.texts[i]], [True], 7,
         )  # fmt: skip

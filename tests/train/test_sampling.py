@@ -17,11 +17,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from engine.train.data import Prompt, batch_prompts
-from engine.train.generate import Ending, generate, sample
-from engine.train.models import LanguageModel
-from engine.train.randomness import derived_seed, permutation, sampling_uniforms
-from engine.train.rollout import Rollout, by_length, left_mask, score_tokens
+from engine.train.data.prompts import Prompt, batch_prompts
+from engine.train.data.randomness import derived_seed, permutation, sampling_uniforms
+from engine.train.models.language_model import LanguageModel
+from engine.train.ppo.forward import by_length, score_tokens
+from engine.train.rollout.native import generate
+from engine.train.rollout.rollout import Rollout, left_mask
+from engine.train.rollout.sampling import sample
+from engine.train.rollout.stop_criteria import StopCriteria
 
 VOCABULARY, LIMIT, EOS = 32, 12, [3, 4, 5, 6]
 BELOW_ONE = 1 - 2**-24
@@ -202,7 +205,7 @@ def answer(model):
 
     def run(rows=tuple(range(8)), eos=(), temperature=1.0, drawn=None, per_prompt=1):
         batch = batch_prompts([prompts[i] for i in rows], 1, 0)
-        ending = Ending(list(eos), [], tokenizer)
+        ending = StopCriteria(list(eos), [], tokenizer)
         with torch.no_grad():
             return generate(
                 model, batch, uniforms[list(drawn or rows)], temperature, ending, tokenizer,

@@ -8,21 +8,22 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from engine import protocol, sockets
-from engine.commands import Checkpoint, Set
-from engine.protocol import (
+from engine.launch import environment
+from engine.protocol import frames, rank_messages, sockets
+from engine.protocol.commands import Checkpoint, SetSetting
+from engine.protocol.rank_messages import (
     Applied,
     Begin,
     CheckpointComplete,
     CheckpointWritten,
     Confirm,
     Notice,
-    Order,
+    RankCommand,
     RankHello,
 )
-from engine.train import checkpoint
 from engine.train.boundary import Boundary
-from engine.train.keeper import mind
+from engine.train.checkpointing import settings_digest
+from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.link import Link
 
 DEADLINE = 120
@@ -43,8 +44,8 @@ class Supervisor:
     def _listen(self):
         self.peer, _ = self.listener.accept()
         with self.peer.makefile("rb") as stream:
-            while header := stream.read(protocol.HEADER.size):
-                message = protocol.decode_from_rank(stream.read(protocol.frame_length(header)))
+            while header := stream.read(frames.HEADER.size):
+                message = rank_messages.decode_from_rank(stream.read(frames.frame_length(header)))
                 with self._more:
                     self.heard.append(message)
                     self._more.notify_all()
@@ -56,7 +57,7 @@ class Supervisor:
             self.send(Confirm(step=step))
 
     def send(self, message):
-        self.peer.sendall(protocol.encode(message))
+        self.peer.sendall(frames.encode(message))
 
     def wait_for(self, kind):
         """Until it has heard one of a kind."""
@@ -73,8 +74,8 @@ def trained(make_run, tmp_path, monkeypatch):
     """A run after its first step, with its boundary and its supervisor."""
     run, session = make_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
     supervisor = Supervisor(tmp_path)
-    monkeypatch.setenv(protocol.SOCKET_VARIABLE, str(supervisor.path))
-    monkeypatch.setenv(protocol.TOKEN_VARIABLE, "token")
+    monkeypatch.setenv(environment.SOCKET_VARIABLE, str(supervisor.path))
+    monkeypatch.setenv(environment.TOKEN_VARIABLE, "token")
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
     boundary.after(1, dict(METRICS), 0.1)
     supervisor.wait_for(RankHello)
@@ -97,10 +98,10 @@ def test_the_next_step_begins_before_the_checkpoint_is_whole(trained):
     boundary.keeper.save_if_due()
     assert boundary.more()
     boundary.after(2, dict(METRICS), 0.1)
-    assert checkpoint.completed(session.checkpoints) == {}
+    assert checkpoint_folder.completed(session.checkpoints) == {}
     supervisor.may_confirm.set()
     assert supervisor.wait_for(CheckpointComplete).step == 1
-    assert [*checkpoint.completed(session.checkpoints)] == [1]
+    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
     assert run.state.step == 2
 
 
@@ -108,22 +109,22 @@ def test_a_checkpoint_becomes_whole_without_another_boundary(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     boundary.keeper.save_if_due()
-    until(lambda: [*checkpoint.completed(session.checkpoints)] == [1])
+    until(lambda: [*checkpoint_folder.completed(session.checkpoints)] == [1])
 
 
 def test_it_is_whole_only_once_the_journal_was_confirmed(trained):
     _, session, boundary, supervisor = trained
     boundary.keeper.save_if_due()
     assert supervisor.wait_for(CheckpointWritten).step == 1
-    assert checkpoint.folder_of(session.checkpoints, 1).is_dir()
-    assert checkpoint.completed(session.checkpoints) == {}
+    assert checkpoint_folder.folder_of(session.checkpoints, 1).is_dir()
+    assert checkpoint_folder.completed(session.checkpoints) == {}
 
 
 def test_an_order_that_comes_while_a_save_waits_is_obeyed_at_the_next_boundary(trained):
     run, _, boundary, supervisor = trained
     boundary.keeper.save_if_due()
     supervisor.wait_for(CheckpointWritten)
-    supervisor.send(Order(id="quick", command=Set(key="learning_rate", value=1e-5)))
+    supervisor.send(RankCommand(id="quick", command=SetSetting(key="learning_rate", value=1e-5)))
     until(lambda: boundary.more() and run.state.settings.learning_rate == 1e-5)
     assert supervisor.wait_for(Applied).step == 2
     assert not supervisor.of(CheckpointComplete)
@@ -132,11 +133,11 @@ def test_an_order_that_comes_while_a_save_waits_is_obeyed_at_the_next_boundary(t
 def test_an_operators_checkpoint_is_answered_when_it_is_whole(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    supervisor.send(Order(id="keep", command=Checkpoint()))
+    supervisor.send(RankCommand(id="keep", command=Checkpoint()))
     until(lambda: boundary.more() and supervisor.of(Applied))
     kinds = [type(m) for m in supervisor.heard]
     assert kinds.index(CheckpointComplete) < kinds.index(Applied)
-    assert [*checkpoint.completed(session.checkpoints)] == [1]
+    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
 
 
 def test_a_regular_save_in_flight_serves_an_operators_checkpoint_of_the_same_step(trained):
@@ -155,7 +156,7 @@ def test_older_ones_make_way_for_each(trained):
     boundary.keeper.save_if_due()
     boundary.after(3, dict(METRICS), 0.1)
     assert boundary.keeper.save() is None
-    assert [*checkpoint.completed(session.checkpoints)] == [3]
+    assert [*checkpoint_folder.completed(session.checkpoints)] == [3]
     assert [m.removed for m in supervisor.of(CheckpointComplete)] == [[], [1], [2]]
 
 
@@ -164,11 +165,11 @@ def test_those_of_a_timeline_that_was_left_take_no_places_and_stay(trained):
     supervisor.may_confirm.set()
     run.config = replace(run.config, train=replace(run.config.train, keep_last=2))
     assert boundary.keeper.save() is None
-    own, left = (checkpoint.folder_of(session.checkpoints, step) for step in (1, 2))
+    own, left = (checkpoint_folder.folder_of(session.checkpoints, step) for step in (1, 2))
     shutil.copytree(own, left)
     boundary.after(3, dict(METRICS), 0.1)
     assert boundary.keeper.save() is None
-    assert [*checkpoint.completed(session.checkpoints)] == [1, 2, 3]
+    assert [*checkpoint_folder.completed(session.checkpoints)] == [1, 2, 3]
 
 
 def test_those_that_an_earlier_attempt_of_the_timeline_saved_make_way(trained):
@@ -179,24 +180,24 @@ def test_those_that_an_earlier_attempt_of_the_timeline_saved_make_way(trained):
     later = Boundary(session, run, begin, boundary._link)
     later.after(2, dict(METRICS), 0.1)
     assert later.keeper.save() is None
-    assert [*checkpoint.completed(session.checkpoints)] == [2]
+    assert [*checkpoint_folder.completed(session.checkpoints)] == [2]
 
 
 def test_an_old_one_that_cannot_be_read_is_left_alone_and_the_run_goes_on(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     assert boundary.keeper.save() is None
-    (checkpoint.folder_of(session.checkpoints, 1) / "state.json").write_text("{")
+    (checkpoint_folder.folder_of(session.checkpoints, 1) / "state.json").write_text("{")
     boundary.after(2, dict(METRICS), 0.1)
     assert boundary.keeper.save() is None
-    assert [*checkpoint.completed(session.checkpoints)] == [1, 2]
+    assert [*checkpoint_folder.completed(session.checkpoints)] == [1, 2]
 
 
 def test_an_old_one_that_cannot_be_removed_is_a_notice_and_the_run_goes_on(trained, tmp_path):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     assert boundary.keeper.save() is None
-    old = checkpoint.folder_of(session.checkpoints, 1)
+    old = checkpoint_folder.folder_of(session.checkpoints, 1)
     old.symlink_to(old.rename(tmp_path / "another-disk"))
     boundary.after(2, dict(METRICS), 0.1)
     assert boundary.keeper.save() is None
@@ -212,7 +213,7 @@ def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, 
     def no_room(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "put_in_place", no_room)
+    monkeypatch.setattr(checkpoint_folder, "put_in_place", no_room)
     boundary.keeper.save_if_due()
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (1, "checkpoint")
@@ -222,7 +223,7 @@ def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, 
     monkeypatch.undo()
     supervisor.may_confirm.set()
     assert boundary.keeper.save() is None  # of the same step, once there is room
-    assert [*checkpoint.completed(session.checkpoints)] == [1]
+    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
 
 
 def test_a_checkpoint_that_cannot_be_marked_whole_is_a_notice_and_the_run_goes_on(trained):
@@ -230,7 +231,7 @@ def test_a_checkpoint_that_cannot_be_marked_whole_is_a_notice_and_the_run_goes_o
     boundary.keeper.save_if_due()
     supervisor.wait_for(CheckpointWritten)
     # Even root cannot make a file where a folder's link leads nowhere.
-    marker = checkpoint.folder_of(session.checkpoints, 1) / "COMPLETE"
+    marker = checkpoint_folder.folder_of(session.checkpoints, 1) / "COMPLETE"
     marker.symlink_to("no such folder/COMPLETE")
     supervisor.may_confirm.set()
     notice = supervisor.wait_for(Notice)
@@ -239,7 +240,7 @@ def test_a_checkpoint_that_cannot_be_marked_whole_is_a_notice_and_the_run_goes_o
     assert not supervisor.of(CheckpointComplete)
     assert boundary.more()
     assert boundary.keeper.save() is None  # of the same step, once it can be
-    assert [*checkpoint.completed(session.checkpoints)] == [1]
+    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
 
 
 def test_a_run_that_fails_lets_the_save_in_flight_finish(trained):
@@ -247,7 +248,7 @@ def test_a_run_that_fails_lets_the_save_in_flight_finish(trained):
     supervisor.may_confirm.set()
     boundary.keeper.save_if_due()
     boundary.close()
-    assert [*checkpoint.completed(session.checkpoints)] == [1]
+    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
 
 
 def test_what_a_step_waited_for_saving_is_in_its_metrics(trained):
@@ -264,5 +265,7 @@ def test_ranks_on_unlike_processors_may_differ_in_betas_last_bit_when_they_save(
     settings = state.settings
     nearly = replace(state, settings=replace(settings, beta=settings.beta * (1 + 2**-52)))
     assert nearly.settings != settings
-    assert mind(nearly) == mind(state)
-    assert mind(replace(state, settings=replace(settings, epochs=7))) != mind(state)
+    assert settings_digest(nearly) == settings_digest(state)
+    assert settings_digest(replace(state, settings=replace(settings, epochs=7))) != settings_digest(
+        state
+    )

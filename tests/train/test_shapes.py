@@ -13,12 +13,13 @@ from transformers import (
     Qwen2Config,
 )
 
-from engine import configfile, starter
+from engine import starter
+from engine.config import file as config_file
 from engine.errors import UserInputError
-from engine.memory import estimate, kept_for_backward
-from engine.plan import Layout
-from engine.train.foresight import facts
-from engine.train.shapes import look, models_of, shape_of
+from engine.memory.estimate import estimate, kept_for_backward
+from engine.memory.model import Layout
+from engine.train.models.memory_check import facts
+from engine.train.models.shapes import look, models_of, shape_of
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 128}
@@ -114,11 +115,11 @@ def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
 def test_the_longest_prompt_is_looked_up_in_a_small_file(write_prompts, monkeypatch):
     demo = starter.FOLDER / "demo.yaml"
     text = "".join(json.dumps({"prompt": "so it was " * n}) + "\n" for n in (1, 3))
-    config = configfile.load(demo, [f"data.prompts={write_prompts('p.jsonl', text)}"])
+    config = config_file.load(demo, [f"data.prompts={write_prompts('p.jsonl', text)}"])
     found = look(config)
     assert found.exact_prompts
     assert 9 <= found.prompt_tokens < config.data.max_prompt_tokens
-    monkeypatch.setattr("engine.train.shapes.QUICKLY_READ", 1)
+    monkeypatch.setattr("engine.train.models.shapes.QUICKLY_READ", 1)
     bound = look(config)
     assert (bound.exact_prompts, bound.prompt_tokens) == (False, config.data.max_prompt_tokens)
 
@@ -134,7 +135,7 @@ def test_a_model_that_cannot_be_planned_with_does_not_end_the_run(make_run, monk
     def unknown(*_arguments, **_options):
         raise UserInputError("model.policy: cannot plan with this")
 
-    monkeypatch.setattr("engine.train.foresight.models_of", unknown)
+    monkeypatch.setattr("engine.train.models.memory_check.models_of", unknown)
     run, _ = make_run()
     assert run.memory is None
     assert facts(run.memory) == {}

@@ -1,4 +1,4 @@
-"""What FSDP2 does with gradients, on a rank that is its own team."""
+"""What FSDP2 does with gradients, on a rank that is its own ranks."""
 
 from types import SimpleNamespace
 
@@ -8,24 +8,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from engine.config import LaunchConfig
-from engine.train.parallel import Team
-from engine.train.sharding import _shard, at_hand, synchronised
+from engine.config.schema import LaunchConfig
+from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.sharding import _shard, materialised, synchronised
 
 
 @pytest.fixture
-def team(tmp_path):
-    alone = Team(LaunchConfig(device="cpu"))  # first, as in every test: it looks at the groups
+def ranks(tmp_path):
+    alone = RankGroup(LaunchConfig(device="cpu"))  # first, as in every test: it looks at the groups
     store = dist.FileStore(str(tmp_path / "ranks"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield alone
     dist.destroy_process_group()
 
 
-def accumulated(team, compute):
+def accumulated(ranks, compute):
     """A weight's gradient after two micro-batches: 256 and 1."""
     model = nn.Linear(1, 1, bias=False)
-    _shard(model, team, compute)
+    _shard(model, ranks, compute)
     for k, gradient in enumerate((256.0, 1.0)):
         with synchronised(model, last=k == 1):
             model(torch.full((1, 1), gradient)).sum().backward()
@@ -36,21 +36,21 @@ def accumulated(team, compute):
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_gradients_of_micro_batches_add_up_in_float32(team, compute):
-    assert accumulated(team, compute) == 257.0
+def test_gradients_of_micro_batches_add_up_in_float32(ranks, compute):
+    assert accumulated(ranks, compute) == 257.0
 
 
-def test_gradients_are_summed_over_ranks_in_float32(team):
+def test_gradients_are_summed_over_ranks_in_float32(ranks):
     model = nn.Linear(1, 1, bias=False)
-    _shard(model, team, torch.bfloat16)
+    _shard(model, ranks, torch.bfloat16)
     model(torch.ones(1, 1))
     assert model._get_fsdp_state()._fsdp_param_group._reduce_dtype is torch.float32
 
 
-def test_a_view_of_a_sharded_model_leaves_its_root_as_it_was(team):
+def test_a_view_of_a_sharded_model_leaves_its_root_as_it_was(ranks):
     model = nn.Sequential(nn.Linear(1, 1))
-    _shard(model, team, torch.float32)
-    with at_hand(SimpleNamespace(modules=model.modules)):
+    _shard(model, ranks, torch.float32)
+    with materialised(SimpleNamespace(modules=model.modules)):
         assert not isinstance(model[0].weight, DTensor)
     assert isinstance(model[0].weight, DTensor)
     assert not model._get_fsdp_state()._fsdp_param_group._reshard_after_forward

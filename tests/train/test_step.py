@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from engine.errors import CommandRejectedError
-from engine.train.models import fingerprint
-from engine.train.optimise import Targets, optimise
-from engine.train.probe import answer_probe
-from engine.train.rollout import score_tokens
+from engine.train.models.language_model import fingerprint
+from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.optimise import Targets, optimise
+from engine.train.reports.probe import answer_probe
 from engine.train.step import train_step
 
 VARIANTS = {
@@ -127,7 +127,7 @@ def test_a_policy_that_ran_away_from_the_rollout_is_not_updated(make_run):
     far = rollout.logprobs * rollout.mask - 5.0
     targets = Targets(far, torch.ones_like(far), torch.zeros_like(far), torch.zeros_like(far))
     done = optimise(
-        run.team, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
+        run.ranks, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
         seed=0, step=1,
     )  # fmt: skip
     assert done.updates == 0
@@ -179,9 +179,9 @@ def test_activations_that_are_computed_again_are_not_kept_meanwhile(make_run):
 
 
 def rollout_of(run):
-    from engine.train.data import batch_prompts  # noqa: PLC0415
-    from engine.train.generate import generate  # noqa: PLC0415
-    from engine.train.randomness import sampling_uniforms  # noqa: PLC0415
+    from engine.train.data.prompts import batch_prompts  # noqa: PLC0415
+    from engine.train.data.randomness import sampling_uniforms  # noqa: PLC0415
+    from engine.train.rollout.native import generate  # noqa: PLC0415
 
     batch = batch_prompts(run.prompts.for_step(1), run.config.answers_per_prompt, 0)
     uniforms = sampling_uniforms(0, 1, 8, run.state.settings.max_new_tokens)
@@ -194,7 +194,7 @@ def optimise_once(run, poison=1.0):
     advantages = torch.full_like(old, poison)
     targets = Targets(old, advantages, torch.zeros_like(old), torch.zeros_like(old))
     return optimise(
-        run.team, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
+        run.ranks, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
         seed=0, step=1,
     )  # fmt: skip
 

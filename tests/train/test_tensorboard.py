@@ -3,15 +3,16 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import configfile, starter
-from engine.protocol import Sample
-from engine.train.tensorboard import EventFiles
+from engine import starter
+from engine.config import file as config_file
+from engine.protocol.rank_messages import Sample
+from engine.train.reports.tensorboard import EventFiles
 
 
 @pytest.fixture
 def twice(tmp_path):
     """Five steps, a crash, and a resume from step 3 with other numbers."""
-    config = configfile.load(starter.FOLDER / "demo.yaml")
+    config = config_file.load(starter.FOLDER / "demo.yaml")
     sample = Sample(
         index=0, prompt="<b>a|b", response="x\ny", score=1.0, kl=0.5, length=2, ended=True
     )

@@ -9,20 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from engine import configfile, starter
-from engine.answers import SampleQuery
-from engine.control import Answer
-from engine.journal import Journal
-from engine.labels import Response, prefer, set_label, set_note
-from engine.protocol import Sample, StepReport, TokenArrays
-from engine.record import Record
-from engine.session import Session, create
-from engine.settings import Change, first_settings
-from rlhf_tui import sender
-from rlhf_tui.app import Desk
-from rlhf_tui.screens import steer
-from rlhf_tui.widgets.listing import Table
-from rlhf_tui.widgets.reading import Reading
+from engine import starter
+from engine.config import file as config_file
+from engine.config.settings import SettingChange, initial_settings
+from engine.journal.labels import Response, prefer, set_label, set_note
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
+from engine.journal.writer import JournalWriter
+from engine.protocol.client_messages import CommandReply
+from engine.protocol.rank_messages import Sample, StepReport, TokenArrays
+from engine.session.folder import Session, create
+from rlhf_tui.app import steering
+from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.state import command_sender
+from rlhf_tui.widgets.samples.sample_view import SampleView
+from rlhf_tui.widgets.table import Table
 from tests.judging import STEPS
 
 START = 1_700_000_000.0
@@ -55,7 +56,7 @@ SETTINGS = {
 
 def config_of(**values):
     overrides = [f"{key}={value}" for key, value in (SETTINGS | values).items()]
-    return configfile.load(starter.FOLDER / "demo.yaml", overrides)
+    return config_file.load(starter.FOLDER / "demo.yaml", overrides)
 
 
 def metrics_of(step: int, rng: random.Random, beta: float) -> dict[str, float]:
@@ -100,7 +101,7 @@ def sample_of(index: int, rng: random.Random, arrays: bool, **given) -> Sample:
     return Sample(**(whole | given))
 
 
-def write_steps(journal: Journal, settings: dict, first: int, last: int, rng: random.Random):
+def write_steps(journal: JournalWriter, settings: dict, first: int, last: int, rng: random.Random):
     for step in range(first, last + 1):
         samples = [sample_of(i, rng, i < 4) for i in range(8)]
         journal.record_step(
@@ -124,12 +125,12 @@ def write_steps(journal: Journal, settings: dict, first: int, last: int, rng: ra
             journal.record_event("note", note, step)
 
 
-def change(journal: Journal, settings: dict, key: str, new: object, step: int, who: str):
+def change(journal: JournalWriter, settings: dict, key: str, new: object, step: int, who: str):
     command = "beta" if key == "beta" else "set"
     args = {"value": new} if key == "beta" else {"key": key, "value": new}
     journal.record_command(f"c{step}", command, args, who)
     journal.accept_command(f"c{step}")
-    journal.apply_command(f"c{step}", step, [Change(key=key, old=settings[key], new=new)])
+    journal.apply_command(f"c{step}", step, [SettingChange(key=key, old=settings[key], new=new)])
     settings[key] = new
 
 
@@ -138,7 +139,7 @@ def make_session(root: Path, name: str = "frozen", steps: int = 200) -> Session:
     session = create(root, name, config_of(**{"train.steps": steps}))
     rng = random.Random(7)  # noqa: S311 - no secret
     settings = _dict(session)
-    journal = Journal(session)
+    journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
     journal.set_meta(total_steps=steps, state="running", message="", settings=settings)
     if steps > 120:
@@ -161,7 +162,7 @@ def make_session(root: Path, name: str = "frozen", steps: int = 200) -> Session:
 
 
 def _dict(session: Session) -> dict:
-    settings = first_settings(session.config())
+    settings = initial_settings(session.config())
     return {name: getattr(settings, name) for name in settings.__struct_fields__}
 
 
@@ -183,7 +184,7 @@ def freeze(session: Session) -> None:
 
 def judge(session: Session) -> None:
     """What two people think of some answers to the last step's prompt."""
-    with Record(session) as record:
+    with JournalReader(session) as record:
         rows = {r["index"]: r for r in record.sample_page(SampleQuery(), 8)}
     prompt, of = rows[0]["prompt"], {i: Response.of(row) for i, row in rows.items()}
     for index, label in ((1, "good"), (2, "bad"), (3, "hack")):
@@ -213,9 +214,9 @@ def root(frozen_folder) -> Path:
 def make_desk(root):
     """The app on the frozen session, its clock stopped."""
 
-    def make(name: str | None = "frozen", **options) -> Desk:
+    def make(name: str | None = "frozen", **options) -> RlhfApp:
         folder = options.pop("root", root)
-        return Desk(folder, name, now=lambda: NOW, follow=False, **options)
+        return RlhfApp(folder, name, now=lambda: NOW, follow=False, **options)
 
     return make
 
@@ -250,7 +251,7 @@ def running():
     async def run(desk, size=(120, 40)):
         async with desk.run_test(size=size) as pilot:
             await wait_until(
-                pilot, lambda: desk.book.known or desk.current_mode == "sessions", "the book"
+                pilot, lambda: desk.state.known or desk.current_mode == "sessions", "the state"
             )
             await pilot.pause()
             yield pilot
@@ -275,21 +276,21 @@ def engine(monkeypatch):
 
         def send(self, command, command_id):
             sent.append(command)
-            return Answer(id=command_id, status="accepted")
+            return CommandReply(id=command_id, status="accepted")
 
         def wait(self, command_id, timeout):
             result = {}
-            if isinstance(sent[-1], steer.Probe):
+            if isinstance(sent[-1], steering.Probe):
                 result = {
                     n: {"response": f"{n} says", "score": 1.0, "kl": 2.0, "length": 2}
                     for n in ("policy", "reference")
                 }
-            change = Change(key="beta", old=1, new=2)
-            return Answer(
+            change = SettingChange(key="beta", old=1, new=2)
+            return CommandReply(
                 id=command_id, status="applied", step=201, changes=[change], result=result
             )
 
-    monkeypatch.setattr(sender, "Client", Fake)
+    monkeypatch.setattr(command_sender, "Client", Fake)
     monkeypatch.setattr(Session, "is_live", lambda self: True)
     return sent
 
@@ -307,12 +308,12 @@ def samples(judged, running, until):
     @contextlib.asynccontextmanager
     async def open_samples(size=(120, 40), **options):
         options = {"follow": False} | options
-        desk = Desk(judged.folder.parent, "judged", now=lambda: 1_700_003_600.0, **options)
+        desk = RlhfApp(judged.folder.parent, "judged", now=lambda: 1_700_003_600.0, **options)
         async with running(desk, size) as pilot:
             await pilot.press("3")
             table = desk.screen.query_one(Table)
             await until(pilot, lambda: table.count() == 8 * STEPS)
-            await until(pilot, lambda: desk.screen.query_one(Reading).sample is not None)
+            await until(pilot, lambda: desk.screen.query_one(SampleView).sample is not None)
             yield desk, pilot
 
     return open_samples

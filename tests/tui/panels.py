@@ -1,7 +1,7 @@
-"""A run's book, made without a journal, and what a panel shows of it."""
+"""A run's state, made without a journal, and what a panel shows of it."""
 
-from rlhf_tui.news import Head, News
-from rlhf_tui.widgets.book import Book
+from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.updates import SessionSummary, SessionUpdate
 
 SETTINGS = {
     "beta": 0.05, "controller": "adaptive", "target": 6.0, "horizon": 1000.0, "beta_min": 0.01,
@@ -11,23 +11,25 @@ SETTINGS = {
 
 
 def head(**given):
-    base = Head("running", 50, 100, SETTINGS, "", [{"attempt": 1}], 77, "box")
-    return Head(**{f: given.get(f, getattr(base, f)) for f in Head.__dataclass_fields__})
+    base = SessionSummary("running", 50, 100, SETTINGS, "", [{"attempt": 1}], 77, "box")
+    return SessionSummary(
+        **{f: given.get(f, getattr(base, f)) for f in SessionSummary.__dataclass_fields__}
+    )
 
 
 def make_book(kl=6.0, **given):
-    """Fifty steps of a run that goes on; `book.clock[0]` is the time."""
+    """Fifty steps of a run that goes on; `state.clock[0]` is the time."""
     clock = [1000.0]
-    book = Book("run", batch_size=100, now=lambda: clock[0])
+    state = SessionState("run", batch_size=100, now=lambda: clock[0])
     curves = {
         "objective/kl": [(s, kl) for s in range(1, 51)],
         "objective/scores": [(s, s / 50) for s in range(1, 51)],
         "time/step": [(s, 10.0) for s in range(1, 51)],
         "time/generate": [(s, 6.0) for s in range(1, 51)],
     }
-    book.take(News(head=head(**given), curves=curves, connected=True))
-    book.clock = clock
-    return book
+    state.take(SessionUpdate(head=head(**given), curves=curves, connected=True))
+    state.clock = clock
+    return state
 
 
 def text(panel, width=100, height=20):

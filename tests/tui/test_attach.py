@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.errors import NoSuchSessionError, UserInputError
-from engine.registry import announce
+from engine.session.registry import announce
 from rlhf_tui.commands import view
 
 DEADLINE = 20.0

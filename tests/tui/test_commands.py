@@ -10,8 +10,8 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from rlhf_tui import identity
 from rlhf_tui.cli import cli
-from rlhf_tui.commands import options
 
 DEADLINE = 60.0
 
@@ -54,7 +54,7 @@ def test_a_user_without_an_entry_has_a_number(monkeypatch):
         raise KeyError("getpwuid(): uid not found")
 
     monkeypatch.setattr(getpass, "getuser", unknown)
-    assert options.who().startswith(f"uid-{os.getuid()}")
+    assert identity.who().startswith(f"uid-{os.getuid()}")
 
 
 def test_a_terminal_without_a_name_is_left_out(monkeypatch):
@@ -63,4 +63,4 @@ def test_a_terminal_without_a_name_is_left_out(monkeypatch):
 
     monkeypatch.setattr(os, "ttyname", unknown)
     monkeypatch.setattr(os, "isatty", lambda fd: True)
-    assert " on " not in options.who()
+    assert " on " not in identity.who()

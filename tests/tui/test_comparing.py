@@ -6,13 +6,13 @@ import sqlite3
 import pytest
 from textual.events import Key
 
-from engine.answers import SampleQuery
-from engine.journal import Journal
-from engine.labels import Labels, Response, prefer
-from engine.record import Record
-from engine.session import Session
-from rlhf_tui.widgets.listing import Table
-from rlhf_tui.widgets.reading import Reading
+from engine.journal.labels import LabelReader, Response, prefer
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
+from engine.journal.writer import JournalWriter
+from engine.session.folder import Session
+from rlhf_tui.widgets.samples.sample_view import SampleView
+from rlhf_tui.widgets.table import Table
 from tests.judging import STEPS
 
 PROMPT = "I watched this one with"
@@ -20,7 +20,7 @@ PROMPT = "I watched this one with"
 
 def reference(session, text="the reference's words"):
     """A probe of the prompt, as a finished run has it."""
-    journal = Journal(session)
+    journal = JournalWriter(session)
     journal.record_command("p", "probe", {"text": PROMPT}, "ana")
     journal.accept_command("p")
     answer = {"response": text, "score": 0.1, "kl": 0.0, "length": 3}
@@ -29,20 +29,20 @@ def reference(session, text="the reference's words"):
 
 
 def beside(desk):
-    return desk.screen.query_one(Reading).beside
+    return desk.screen.query_one(SampleView).beside
 
 
 def pane(desk):
-    return "\n".join("".join(p for p, _ in row) for row in desk.screen.query_one(Reading)._body)
+    return "\n".join("".join(p for p, _ in row) for row in desk.screen.query_one(SampleView)._body)
 
 
 def pairs(session):
-    with Labels(session) as labels:
+    with LabelReader(session) as labels:
         return [(p.chosen, p.rejected) for p in labels.preferences()]
 
 
 def rows(session, count):
-    with Record(session) as record:
+    with JournalReader(session) as record:
         return record.sample_page(SampleQuery(), count)
 
 
@@ -94,7 +94,7 @@ async def test_esc_leaves_the_comparison_before_the_answer(samples, until):
         await until(pilot, lambda: beside(desk).row is not None)
         await pilot.press("escape")
         assert beside(desk) is None
-        assert desk.screen.query_one(Reading).has_focus
+        assert desk.screen.query_one(SampleView).has_focus
         await pilot.press("escape")
         assert desk.screen.query_one(Table).has_focus
 
@@ -182,7 +182,7 @@ async def test_what_is_typed_ahead_never_pairs_answers_to_two_prompts(samples, j
         assert pairs(judged) == []
         await pilot.press(keys[1])
         await until(pilot, lambda: pairs(judged))
-        with Labels(judged) as labels:
+        with LabelReader(judged) as labels:
             assert [p.prompt for p in labels.preferences()] == ["another prompt"]
         assert {side.index for side in pairs(judged)[0]} == {1}
 
@@ -221,12 +221,14 @@ async def test_a_living_engine_is_asked_for_the_reference_s_answer(samples, engi
 
 
 async def test_the_probe_s_refusal_is_told(samples, engine, monkeypatch, until):
-    from engine.control import Answer  # noqa: PLC0415
-    from rlhf_tui import sender  # noqa: PLC0415
+    from engine.protocol.client_messages import CommandReply  # noqa: PLC0415
+    from rlhf_tui.state import command_sender  # noqa: PLC0415
 
     reason = "a probe needs 1 to 64 tokens, this has 90"
     monkeypatch.setattr(
-        sender.Client, "send", lambda *a: Answer(id=a[-1], status="rejected", reason=reason)
+        command_sender.Client,
+        "send",
+        lambda *a: CommandReply(id=a[-1], status="rejected", reason=reason),
     )
     async with samples() as (desk, pilot):
         await pilot.press("d", "d")

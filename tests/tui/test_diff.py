@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from rlhf_tui.text import sanitise
-from rlhf_tui.widgets.comparison import SIDE_BY_SIDE, Beside, comparison
-from rlhf_tui.widgets.diff import MOST, in_common, marked_lines, own_words, words_of
+from rlhf_tui.widgets.samples.comparison import SIDE_BY_SIDE, ComparisonTarget, comparison
+from rlhf_tui.widgets.samples.diff import MOST, in_common, marked_lines, own_words, words_of
 from rlhf_tui.widgets.tones import TONES
 from rlhf_tui.widgets.wrap import wrap
 
@@ -18,7 +18,7 @@ any_text = st.text(st.one_of(st.sampled_from(" \n\tab字"), st.characters()), ma
 
 
 def longest(a, b):
-    """The length of a longest common subsequence, by the book."""
+    """The length of a longest common subsequence, by the state."""
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, one in enumerate(a):
         for j, other in enumerate(b):
@@ -94,7 +94,7 @@ def sample(response, **given):
 
 
 def held(one, other, **given):
-    return Beside("earlier", "OTHER, step 3 #1 (1/1)", one, sample(other), **given)
+    return ComparisonTarget("earlier", "OTHER, step 3 #1 (1/1)", one, sample(other), **given)
 
 
 def test_answers_stand_abreast_where_there_is_room_and_below_one_another_else():

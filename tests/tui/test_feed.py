@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from engine.journal import Journal
-from engine.protocol import StepReport
-from rlhf_tui import feed as feeds
-from rlhf_tui.feed import Feed
-from rlhf_tui.follow import can_be_told
-from rlhf_tui.glance import Glance
-from rlhf_tui.news import News
-from rlhf_tui.widgets.book import Book
+from engine.journal.writer import JournalWriter
+from engine.protocol.rank_messages import StepReport
+from rlhf_tui.app.following import can_be_told
+from rlhf_tui.state import feed as feeds
+from rlhf_tui.state.feed import Feed
+from rlhf_tui.state.first_read import FirstRead
+from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.updates import SessionUpdate
 
 NAMES = ("objective/scores", "objective/kl")
 DEADLINE = 10.0
@@ -21,17 +21,17 @@ DEADLINE = 10.0
 
 @pytest.fixture
 def following(monkeypatch):
-    """A book that a feed keeps up to date, as quick as it can."""
+    """A state that a feed keeps up to date, as quick as it can."""
     monkeypatch.setattr(feeds, "SHORTEST", 0.01)
     monkeypatch.setattr(feeds, "IDLE", 0.02)
     running = []
 
     def follow(session):
-        book = Book(session.name)
-        feed = Feed(session, "tester", NAMES, book.take)
+        state = SessionState(session.name)
+        feed = Feed(session, "tester", NAMES, state.take)
         running.append(feed)
         feed.start()
-        return book, feed
+        return state, feed
 
     yield follow
     for feed in running:
@@ -57,73 +57,73 @@ def report(step, score=1.0):
 
 
 def test_a_finished_session_is_read_whole(following, session):
-    book, _ = following(session)
-    wait(lambda: len(book.series(NAMES[1])) == 20 and book.samples)
-    assert book.head.state == "finished"
-    assert book.head.step == 20
+    state, _ = following(session)
+    wait(lambda: len(state.series(NAMES[1])) == 20 and state.samples)
+    assert state.head.state == "finished"
+    assert state.head.step == 20
 
 
 def test_each_new_step_comes_once(following, session):
-    book, _ = following(session)
-    wait(lambda: len(book.series(NAMES[0])) == 20)
-    journal = Journal(session)
+    state, _ = following(session)
+    wait(lambda: len(state.series(NAMES[0])) == 20)
+    journal = JournalWriter(session)
     journal.begin_attempt(20, fresh=False)
     for step in range(21, 41):
         journal.record_step(report(step))
     journal.close()
-    wait(lambda: len(book.series(NAMES[0])) == 40)
-    assert list(book.series(NAMES[0]).steps) == list(range(1, 41))
+    wait(lambda: len(state.series(NAMES[0])) == 40)
+    assert list(state.series(NAMES[0]).steps) == list(range(1, 41))
 
 
 def test_another_timeline_replaces_the_curve_and_leaves_a_ghost(following, session):
-    book, _ = following(session)
-    wait(lambda: len(book.series(NAMES[0])) == 20)
-    journal = Journal(session)
+    state, _ = following(session)
+    wait(lambda: len(state.series(NAMES[0])) == 20)
+    journal = JournalWriter(session)
     journal.begin_attempt(10, fresh=True)
     journal.record_step(report(11, score=-7.0))
     journal.close()
-    wait(lambda: book.series(NAMES[0]).last == -7.0 and book.past.get(NAMES[0]))
-    assert book.head.step == 11
-    assert list(book.past[NAMES[0]][0].steps) == list(range(11, 21))
+    wait(lambda: state.series(NAMES[0]).last == -7.0 and state.past.get(NAMES[0]))
+    assert state.head.step == 11
+    assert list(state.past[NAMES[0]][0].steps) == list(range(11, 21))
 
 
 def test_a_replaced_journal_is_read_anew(following, session, session_maker, tmp_path):
     other = session_maker(tmp_path / "t", "run", 7)
-    book, _ = following(session)
-    wait(lambda: len(book.series(NAMES[0])) == 20)
+    state, _ = following(session)
+    wait(lambda: len(state.series(NAMES[0])) == 20)
     for name in ("journal.db", "samples.db"):
         (other.folder / name).replace(session.folder / name)
-    wait(lambda: len(book.series(NAMES[0])) == 7)
-    assert book.head.step == 7
+    wait(lambda: len(state.series(NAMES[0])) == 7)
+    assert state.head.step == 7
 
 
 def test_a_journal_that_is_gone_is_said_and_its_return_is_noticed(following, session, tmp_path):
-    book, _ = following(session)
-    wait(lambda: book.known and book.head.step == 20)
+    state, _ = following(session)
+    wait(lambda: state.known and state.head.step == 20)
     shutil.move(session.folder, tmp_path / "away")
-    wait(lambda: "gone" in book.problem)
+    wait(lambda: "gone" in state.problem)
     shutil.move(tmp_path / "away", session.folder)
-    wait(lambda: book.problem == "" and book.head.step == 20)
+    wait(lambda: state.problem == "" and state.head.step == 20)
 
 
 def test_a_damaged_journal_is_said(following, session):
     session.journal_file.write_bytes(random.Random(1).randbytes(8192))  # noqa: S311 - no secret
-    book, _ = following(session)
-    wait(lambda: "journal" in book.problem)
+    state, _ = following(session)
+    wait(lambda: "journal" in state.problem)
 
 
 def test_further_metrics_are_read_when_wanted(following, session):
-    book, feed = following(session)
-    wait(lambda: book.known)
+    state, feed = following(session)
+    wait(lambda: state.known)
     feed.want(["grad_norm"])
-    wait(lambda: len(book.series("grad_norm")) == 20)
+    wait(lambda: len(state.series("grad_norm")) == 20)
 
 
 def test_a_session_without_a_journal_yet_is_starting(following, session):
     session.journal_file.unlink()
-    book, _ = following(session)
-    wait(lambda: book.known)
-    assert book.head.state == "starting"
+    state, _ = following(session)
+    wait(lambda: state.known)
+    assert state.head.state == "starting"
 
 
 def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, monkeypatch):
@@ -131,48 +131,48 @@ def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, m
     seen = []
     feed = Feed(session, "tester", NAMES, seen.append)
     feed.read_all()
-    book = Book(session.name)
+    state = SessionState(session.name)
     places = [i for i, news in enumerate(seen) if news.outlines]
     for news in seen[: places[0] + 1]:
-        book.take(news)
-    assert len(book.outline(NAMES[0])) == 20
+        state.take(news)
+    assert len(state.outline(NAMES[0])) == 20
     for news in seen[places[0] + 1 :]:
-        book.take(news)
-    assert book.outline(NAMES[0]) is None
-    assert len(book.series(NAMES[0])) == 20
+        state.take(news)
+    assert state.outline(NAMES[0]) is None
+    assert len(state.series(NAMES[0])) == 20
 
 
 def test_a_glance_has_the_head_and_the_outlines(session):
-    news = Glance(session, NAMES).news()
+    news = FirstRead(session, NAMES).news()
     assert news.head.state == "finished"
     assert news.outlines.keys() == set(NAMES)
 
 
 def test_a_glance_at_what_cannot_be_read_is_empty(session):
     session.journal_file.write_bytes(b"no database at all" * 100)
-    assert not Glance(session, NAMES).news()
+    assert not FirstRead(session, NAMES).news()
 
 
 def test_many_checkpoints_do_not_push_out_notes_and_alerts(following, session):
-    journal = Journal(session)
+    journal = JournalWriter(session)
     journal.record_event("note", {"text": "odd", "who": "ana"}, 1)
     journal.record_event("alert", {"rule": "kl", "text": "high"}, 1)
     for step in range(2, 700):
         journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
-    book, _ = following(session)
-    wait(lambda: any(m.step == 699 for m in book.markers()))
+    state, _ = following(session)
+    wait(lambda: any(m.step == 699 for m in state.markers()))
     for step in range(700, 2700):
         journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
     journal.close()
-    wait(lambda: any(m.step == 2699 for m in book.markers()))
-    assert {"note", "alert"} <= {m.kind for m in book.markers()}
+    wait(lambda: any(m.step == 2699 for m in state.markers()))
+    assert {"note", "alert"} <= {m.kind for m in state.markers()}
 
 
 def test_a_digest_waits_for_all_its_curves():
-    book = Book("run")
+    state = SessionState("run")
     names = ("objective/scores", "objective/kl", "objective/kl_coef")
-    book.take(News(names=[*names, "lr"]))
+    state.take(SessionUpdate(names=[*names, "lr"]))
     for name in names:
-        assert not can_be_told(book)
-        book.take(News(curves={name: [(1, 1.0)]}))
-    assert can_be_told(book)
+        assert not can_be_told(state)
+        state.take(SessionUpdate(curves={name: [(1, 1.0)]}))
+    assert can_be_told(state)

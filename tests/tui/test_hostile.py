@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.style import Style
 
-from engine.session import Session
-from rlhf_tui.app import Desk
-from rlhf_tui.widgets.comparison import Beside, comparison
+from engine.session.folder import Session
+from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.widgets.lines import Lines
-from rlhf_tui.widgets.reading import body
+from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
+from rlhf_tui.widgets.samples.sample_view import body
 from rlhf_tui.widgets.wrap import wrap
 
 ATTACKS = (
@@ -28,7 +28,7 @@ hostile = st.lists(
 ).map("".join)
 
 
-def shown(desk: Desk) -> str:
+def shown(desk: RlhfApp) -> str:
     """Every character that the screen would send."""
     strips = desk.screen._compositor.render_strips()
     return "\n".join(segment.text for strip in strips for segment in strip)
@@ -95,7 +95,7 @@ async def test_no_screen_shows_anything_raw(make_desk, root, tmp_path, until):
     poison(session, " ".join(ATTACKS))
     desk = make_desk(root=tmp_path / "poisoned")
     async with desk.run_test(size=(120, 40)) as pilot:
-        await until(pilot, lambda: desk.book.known)
+        await until(pilot, lambda: desk.state.known)
         for keys in (
             ["2", "n"], ["m"], ["escape", "3"], ["j", "d"], ["d"], ["z"], ["v"], ["v"], ["4"],
             ["5"], ["1"], ["question_mark"], ["escape", "2", "ctrl+p"], ["escape"],
@@ -118,6 +118,6 @@ def test_any_prompt_and_answer_can_be_read(text):
     assert body(sample, None, "text", 40)
     sample |= {"step": 1, "index": 0, "label": "good", "note": text, "who": text, "time": 0.0}
     other = sample | {"response": text[::-1]}
-    beside = Beside("earlier", text, text, other, better="this", who=text)
+    beside = ComparisonTarget("earlier", text, text, other, better="this", who=text)
     for width in (40, 120):
         assert comparison(sample, beside, width)

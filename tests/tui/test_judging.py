@@ -4,27 +4,27 @@ import queue
 
 import pytest
 
-from engine.answers import SampleQuery
-from engine.journal import Journal
-from engine.labels import Response, set_label, set_note
-from engine.record import Record
-from rlhf_tui.judge import Judge
-from rlhf_tui.screens.dialogs import Type
-from rlhf_tui.screens.filtering import parse_filter
-from rlhf_tui.widgets.judged import mark
-from rlhf_tui.widgets.listing import Table
-from rlhf_tui.widgets.reading import Reading
+from engine.journal.labels import Response, set_label, set_note
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
+from engine.journal.writer import JournalWriter
+from rlhf_tui.dialogs.base import InputDialog
+from rlhf_tui.screens.sample_filter import parse_filter
+from rlhf_tui.state.label_writer import LabelWriter
+from rlhf_tui.widgets.samples.judgement import mark
+from rlhf_tui.widgets.samples.sample_view import SampleView
+from rlhf_tui.widgets.table import Table
 from tests.judging import STEPS, judgements
 
 
 def newest(session):
-    with Record(session) as record:
+    with JournalReader(session) as record:
         return record.sample_page(SampleQuery(), 1)[0]
 
 
 def shown(desk):
     """What the table's marks and the pane say."""
-    table, reading = desk.screen.query_one(Table), desk.screen.query_one(Reading)
+    table, reading = desk.screen.query_one(Table), desk.screen.query_one(SampleView)
     marks = [cells[6][0] for cells in table._cells]
     return marks, ["".join(p for p, _ in row).strip() for row in reading._body]
 
@@ -65,7 +65,7 @@ async def test_a_note_is_written_and_an_empty_one_takes_it_away(samples, judged,
         await until(pilot, lambda: judgements(judged) == {(STEPS, 0): (None, "odd end")})
         assert shown(desk)[0][0] == "✎"
         await pilot.press("W")
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         assert desk.screen.query_one("#field").value == "odd end"
         await pilot.press("delete", "enter")
         await until(pilot, lambda: judgements(judged) == {})
@@ -75,7 +75,7 @@ async def test_after_a_roll_back_every_order_shows_what_there_is_now(samples, ju
     async with samples(follow=True) as (desk, pilot):
         await pilot.press("s")
         await until(pilot, lambda: desk.screen._asked.order == "score")
-        journal = Journal(judged)
+        journal = JournalWriter(judged)
         journal.begin_attempt(3, fresh=True)
         journal.close()
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * 3)
@@ -83,7 +83,7 @@ async def test_after_a_roll_back_every_order_shows_what_there_is_now(samples, ju
 
 def test_whatever_goes_wrong_in_writing_is_told():
     told = queue.Queue()
-    judge = Judge(told.put)
+    judge = LabelWriter(told.put)
     judge.write("\ud800".encode)
     judge.write(lambda: None)
     assert told.get(timeout=10).startswith("this judgement was not written: UnicodeEncodeError")
@@ -97,7 +97,7 @@ async def test_what_no_longer_fits_the_filter_makes_way_for_the_next(samples, ju
         await pilot.press("plus")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * STEPS - 1)
         await until(pilot, lambda: desk.screen.chosen()["index"] == 1)
-        reading = desk.screen.query_one(Reading)
+        reading = desk.screen.query_one(SampleView)
         await until(pilot, lambda: reading.sample["index"] == 1)
         await pilot.press("slash", *"good", "enter")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 1)

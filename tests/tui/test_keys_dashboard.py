@@ -2,9 +2,9 @@
 
 import pytest
 
-from rlhf_tui.screens.picker import Pick
-from rlhf_tui.widgets.chart import Chart
-from rlhf_tui.widgets.charts import ChartGrid
+from rlhf_tui.dialogs.picker import PickerDialog
+from rlhf_tui.widgets.charts.chart import Chart
+from rlhf_tui.widgets.charts.grid import ChartGrid
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ async def test_tab_goes_from_chart_to_chart(make_desk, running):
 async def test_plus_minus_comma_stop_and_zero_choose_the_window(make_desk, running):
     desk = make_desk()
     async with running(desk) as pilot:
-        whole = desk.view.window(desk.book)
+        whole = desk.view.window(desk.state)
         await pilot.press("plus")
-        near = desk.view.window(desk.book)
+        near = desk.view.window(desk.state)
         assert near[1] - near[0] < whole[1] - whole[0]
         await pilot.press("equals_sign", "comma")
-        earlier = desk.view.window(desk.book)
+        earlier = desk.view.window(desk.state)
         assert earlier[1] < near[1]
         await pilot.press("full_stop")
-        assert desk.view.window(desk.book)[1] > earlier[1]
+        assert desk.view.window(desk.state)[1] > earlier[1]
         await pilot.press("minus", "0")
-        assert desk.view.window(desk.book) == whole
+        assert desk.view.window(desk.state) == whole
 
 
 @pytest.mark.parametrize("key", ["z", "enter"])
@@ -112,7 +112,7 @@ async def test_metrics_are_picked_and_remembered(make_desk, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("m")
-        await until(pilot, lambda: isinstance(desk.screen, Pick))
+        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
         await pilot.press(*"grad_norm", "tab", "enter")
         await until(pilot, lambda: len(desk.screen.query(Chart)) == 5)
         assert desk.preferences.charts[-1] == "grad_norm"
@@ -123,7 +123,7 @@ async def test_two_metrics_are_put_on_one_chart_by_keyboard(make_desk, running, 
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("m")
-        await until(pilot, lambda: isinstance(desk.screen, Pick))
+        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
         await pilot.press(*"grad_norm", "shift+tab", "enter")
         await until(pilot, lambda: len(desk.screen.query_one(ChartGrid).charts[3].names) == 2)
         assert desk.preferences.charts[-1] == "objective/kl_coef + grad_norm"
@@ -137,10 +137,10 @@ async def test_what_shares_a_chart_can_be_taken_out_of_it(make_desk, running, un
     desk.preferences.charts = ["objective/scores + objective/kl", "grad_norm"]
     async with running(desk) as pilot:
         await pilot.press("m")
-        await until(pilot, lambda: isinstance(desk.screen, Pick))
+        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
         assert desk.screen.marked == [["objective/scores", "objective/kl"], ["grad_norm"]]
         await pilot.press(*"scores", "tab", "enter")
-        await until(pilot, lambda: not isinstance(desk.screen, Pick))
+        await until(pilot, lambda: not isinstance(desk.screen, PickerDialog))
         assert desk.preferences.charts == ["objective/kl", "grad_norm"]
 
 
@@ -194,7 +194,7 @@ async def test_another_session_s_curves_are_laid_beside(
     desk = make_desk(root=tmp_path / "two")
     async with running(desk) as pilot:
         await pilot.press("O")
-        await until(pilot, lambda: isinstance(desk.screen, Pick))
+        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
         await pilot.press("enter")
         await until(pilot, lambda: "other" in desk.view.others)
 

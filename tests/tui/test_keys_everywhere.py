@@ -5,12 +5,12 @@ import contextlib
 import pytest
 from textual.events import Key
 
-from engine.commands import Note
-from engine.session import Session
-from rlhf_tui.screens.dialogs import Ask, Type
-from rlhf_tui.screens.help import Help
-from rlhf_tui.widgets.keys import Keys
-from rlhf_tui.widgets.listing import Table
+from engine.protocol.commands import Note
+from engine.session.folder import Session
+from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.dialogs.help import HelpDialog
+from rlhf_tui.widgets.key_footer import KeyFooter
+from rlhf_tui.widgets.table import Table
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ async def test_a_click_is_measured_by_the_tabs_as_they_are_drawn(
 async def test_a_click_needs_a_session_as_the_key_does(make_desk, running, until):
     desk = make_desk(None)
     async with running(desk) as pilot:
-        keys = desk.screen.query_one(Keys)
+        keys = desk.screen.query_one(KeyFooter)
         await pilot.click("#tabs", offset=(16, 0))
         await until(pilot, lambda: "open a session first" in keys._notice)
         assert desk.current_mode == "sessions"
@@ -76,7 +76,7 @@ async def test_help_lists_every_binding_that_has_words(make_desk, running, until
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("question_mark")
-        await until(pilot, lambda: isinstance(desk.screen, Help))
+        await until(pilot, lambda: isinstance(desk.screen, HelpDialog))
         text = "\n".join("".join(p for p, _ in row) for row in desk.screen._lines)
         for words in ("pause", "beta +10 %", "crosshair left", "next marker", "detach", "probe"):
             assert words in text
@@ -120,7 +120,7 @@ def browser(make_desk, monkeypatch, running, until):
 async def test_enter_opens_a_session(browser, until):
     async with browser() as (desk, pilot):
         await pilot.press("enter")
-        await until(pilot, lambda: desk.current_mode == "dashboard" and desk.book.head.step == 200)
+        await until(pilot, lambda: desk.current_mode == "dashboard" and desk.state.head.step == 200)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_last_words_of_our_own_command_are_kept(make_desk):
 async def test_deleting_asks_and_cancel_has_the_focus(browser, until):
     async with browser() as (desk, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: isinstance(desk.screen, Ask))
+        await until(pilot, lambda: isinstance(desk.screen, ChoiceDialog))
         await pilot.press("enter")
         await until(pilot, lambda: len(desk.screen_stack) == 1)
         assert desk.ran == []
@@ -215,7 +215,7 @@ async def test_what_is_typed_ahead_goes_into_the_dialog(make_desk, running, unti
     desk.can_steer = lambda: True
     async with running(desk) as pilot:
         burst(desk, "b", "1", "full_stop", "5")
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         await until(pilot, lambda: desk.screen.query_one("#field").value == "1.5")
         assert desk.current_mode == "dashboard"
 

@@ -4,10 +4,10 @@ import contextlib
 
 import pytest
 
-from rlhf_tui.screens import steer
-from rlhf_tui.screens.dialogs import Ask, Type
-from rlhf_tui.widgets.listing import Table
-from rlhf_tui.widgets.reading import Reading
+from rlhf_tui.app import steering
+from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.widgets.samples.sample_view import SampleView
+from rlhf_tui.widgets.table import Table
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def samples(make_desk, running, until):
 
 async def test_the_answer_under_the_cursor_is_read(samples, until):
     async with samples() as (desk, pilot):
-        reading, table = desk.screen.query_one(Reading), desk.screen.query_one(Table)
+        reading, table = desk.screen.query_one(SampleView), desk.screen.query_one(Table)
         for key in (
             "j",
             "down",
@@ -63,7 +63,7 @@ async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):
 async def test_a_filter_narrows_the_table_and_esc_takes_it_away(samples, key, until):
     async with samples() as (desk, pilot):
         await pilot.press(key)
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         await pilot.press(*"score>2 kl<8", "enter")
         await until(
             pilot,
@@ -90,7 +90,7 @@ async def test_pages_are_turned(samples, forth, back, until):
 
 async def test_v_shows_a_number_of_each_token(samples, until):
     async with samples() as (desk, pilot):
-        reading = desk.screen.query_one(Reading)
+        reading = desk.screen.query_one(SampleView)
         await until(pilot, lambda: reading.arrays is not None, "the arrays")
         for mode in ("KL", "log-prob", "advantage", "value", "text"):
             await pilot.press("v")
@@ -102,7 +102,7 @@ async def test_v_shows_a_number_of_each_token(samples, until):
 async def test_enter_reads_and_z_reads_alone(samples, until):
     async with samples() as (desk, pilot):
         await pilot.press("enter")
-        await until(pilot, lambda: desk.screen.query_one(Reading).has_focus)
+        await until(pilot, lambda: desk.screen.query_one(SampleView).has_focus)
         await pilot.press("escape")
         await until(pilot, lambda: desk.screen.query_one(Table).has_focus)
         await pilot.press("z")
@@ -117,12 +117,12 @@ async def test_roll_back_asks_and_cancel_has_the_focus(make_desk, engine, runnin
         await pilot.press("4")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
         await pilot.press("j", "r")
-        await until(pilot, lambda: isinstance(desk.screen, Ask))
+        await until(pilot, lambda: isinstance(desk.screen, ChoiceDialog))
         await pilot.press("enter")
         await until(pilot, lambda: len(desk.screen_stack) == 1)
         assert engine == []
         await pilot.press("r", "r")
-        await until(pilot, lambda: engine == [steer.Rollback(step=150)])
+        await until(pilot, lambda: engine == [steering.Rollback(step=150)])
 
 
 async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
@@ -135,7 +135,7 @@ async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
         await pilot.press("4")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
         await pilot.press("j", "r")
-        await until(pilot, lambda: isinstance(desk.screen, Ask))
+        await until(pilot, lambda: isinstance(desk.screen, ChoiceDialog))
         await pilot.press("enter")
         await until(pilot, lambda: len(desk.screen_stack) == 1)
         assert ran == []
@@ -172,7 +172,7 @@ async def test_branch_and_export_run_our_own_commands(
         await pilot.press("4")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
         await pilot.press(key)
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         await pilot.press("enter")
         await until(pilot, lambda: ran)
         assert ran[0][: len(words)] == words
@@ -185,7 +185,7 @@ async def test_the_log_is_searched(make_desk, running, until):
         view = desk.screen.query_one("#log")
         await until(pilot, lambda: view.count() == 303)
         await pilot.press("slash")
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         await pilot.press(*"step 2 ", "enter")
         await until(pilot, lambda: desk.screen._words == "step 2")
         top = view.top

@@ -2,22 +2,22 @@
 
 import pytest
 
-from engine.control import Answer
-from rlhf_tui.messages import Answered
-from rlhf_tui.screens import steer
-from rlhf_tui.screens.dialogs import Ask, Type
-from rlhf_tui.screens.picker import Pick
-from rlhf_tui.screens.told import Probed
-from rlhf_tui.widgets.keys import Keys
+from engine.protocol.client_messages import CommandReply
+from rlhf_tui.app import steering
+from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.dialogs.picker import PickerDialog
+from rlhf_tui.dialogs.text import ProbeDialog
+from rlhf_tui.state.messages import CommandAnswered
+from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
-from rlhf_tui.widgets.listing import Texts
+from rlhf_tui.widgets.table import ScrollText
 
 
 async def test_p_pauses(make_desk, engine, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("p")
-        await until(pilot, lambda: engine == [steer.Pause()])
+        await until(pilot, lambda: engine == [steering.Pause()])
 
 
 async def test_a_second_p_goes_on_although_the_first_is_not_read_back_yet(
@@ -26,7 +26,9 @@ async def test_a_second_p_goes_on_although_the_first_is_not_read_back_yet(
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("p", "p", "p")
-        await until(pilot, lambda: engine == [steer.Pause(), steer.Unpause(), steer.Pause()])
+        await until(
+            pilot, lambda: engine == [steering.Pause(), steering.Unpause(), steering.Pause()]
+        )
 
 
 @pytest.mark.parametrize(
@@ -36,38 +38,40 @@ async def test_brackets_nudge_beta_by_a_tenth(make_desk, engine, key, value, run
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press(key)
-        await until(pilot, lambda: engine == [steer.Beta(value=value)])
+        await until(pilot, lambda: engine == [steering.SetBeta(value=value)])
 
 
 async def test_nudges_add_up(make_desk, engine, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("right_square_bracket", "right_square_bracket")
-        await until(pilot, lambda: engine == [steer.Beta(value=0.088), steer.Beta(value=0.0968)])
+        await until(
+            pilot, lambda: engine == [steering.SetBeta(value=0.088), steering.XBeta(value=0.0968)]
+        )
 
 
 async def test_b_asks_for_beta_and_shows_old_and_new(make_desk, engine, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("b")
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         await pilot.press(*"0.12")
         outlook = desk.screen.query_one("#outlook")
         await until(pilot, lambda: "0.08 → 0.12" in outlook._rows[0][0][0])
         await pilot.press("enter")
-        await until(pilot, lambda: engine == [steer.Beta(value=0.12)])
+        await until(pilot, lambda: engine == [steering.SetBeta(value=0.12)])
 
 
 async def test_a_wrong_value_is_not_sent_and_the_dialog_says_why(make_desk, engine, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("b")
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         await pilot.press(*"-3", "enter")
-        assert isinstance(desk.screen, Type)
+        assert isinstance(desk.screen, InputDialog)
         assert desk.screen.query_one("#outlook")._rows[0][0][1] == "warn"
         await pilot.press("escape")
-        await until(pilot, lambda: not isinstance(desk.screen, Type))
+        await until(pilot, lambda: not isinstance(desk.screen, InputDialog))
     assert engine == []
 
 
@@ -75,10 +79,10 @@ async def test_a_hands_beta_over_and_takes_it_back(make_desk, engine, running, u
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("a")
-        await until(pilot, lambda: engine == [steer.Control(controller="fixed")])
+        await until(pilot, lambda: engine == [steering.SetKLController(controller="fixed")])
 
 
-@pytest.mark.parametrize(("key", "command"), [("u", steer.Undo()), ("c", steer.Checkpoint())])
+@pytest.mark.parametrize(("key", "command"), [("u", steering.Undo()), ("c", steering.Checkpoint())])
 async def test_undo_and_checkpoint_are_one_key(make_desk, engine, key, command, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
@@ -90,16 +94,17 @@ async def test_e_sets_any_setting(make_desk, engine, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(desk.screen, Pick))
+        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
         await pilot.press(*"learning", "enter")
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         await pilot.press(*"1e-4", "enter")
-        await until(pilot, lambda: engine == [steer.Set(key="learning_rate", value=1e-4)])
+        await until(pilot, lambda: engine == [steering.SetSetting(key="learning_rate", value=1e-4)])
 
 
 @pytest.mark.parametrize(
     ("keys", "sent"),
-    [(["enter"], [steer.Stop()]), (["n"], [steer.Stop(now=True)]), (["escape"], []), (["c"], []),
+    [(["enter"], [steering.Stop()]), (["n"], [steering.Stop(now=True)]),
+     (["escape"], []), (["c"], []),
      (["right", "right", "enter"], [])],
 )  # fmt: skip
 async def test_stop_asks_and_the_safe_answer_has_the_focus(
@@ -108,9 +113,9 @@ async def test_stop_asks_and_the_safe_answer_has_the_focus(
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("S")
-        await until(pilot, lambda: isinstance(desk.screen, Ask))
+        await until(pilot, lambda: isinstance(desk.screen, ChoiceDialog))
         await pilot.press(*keys)
-        await until(pilot, lambda: not isinstance(desk.screen, Ask))
+        await until(pilot, lambda: not isinstance(desk.screen, ChoiceDialog))
         await until(pilot, lambda: engine == sent)
 
 
@@ -118,18 +123,18 @@ async def test_w_writes_a_note(make_desk, engine, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("w")
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         await pilot.press(*"odd", "enter")
-        await until(pilot, lambda: engine == [steer.Note(text="odd")])
+        await until(pilot, lambda: engine == [steering.Note(text="odd")])
 
 
 async def test_x_probes_and_shows_both_answers(make_desk, engine, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("x")
-        await until(pilot, lambda: isinstance(desk.screen, Type))
+        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
         await pilot.press(*"hello", "enter")
-        await until(pilot, lambda: isinstance(desk.screen, Probed), "the answers")
+        await until(pilot, lambda: isinstance(desk.screen, ProbeDialog), "the answers")
         text = str([p for row in desk.screen._lines for p, _ in row])
         assert "policy says" in text
         assert "reference says" in text
@@ -140,12 +145,12 @@ async def test_long_answers_to_a_probe_are_whole_and_scroll(make_desk, size, run
     desk = make_desk()
     long = {"response": "word " * 600 + "end", "score": 1.0, "kl": 2.0}
     result = {"policy": long, "reference": long}
-    answer = Answer(id="1", status="applied", step=201, result=result)
+    answer = CommandReply(id="1", status="applied", step=201, result=result)
     async with running(desk, size) as pilot:
-        desk.post_message(Answered("probe", steer.Probe(text="x"), answer))
+        desk.post_message(CommandAnswered("probe", steering.Probe(text="x"), answer))
         await until(pilot, lambda: len(desk.screen_stack) == 2)
-        await until(pilot, lambda: desk.screen.query_one(Texts).size.height > 0)
-        texts = desk.screen.query_one(Texts)
+        await until(pilot, lambda: desk.screen.query_one(ScrollText).size.height > 0)
+        texts = desk.screen.query_one(ScrollText)
         assert desk.screen.query_one(".dialog").region.bottom <= size[1]
         assert all(row_width(row) <= texts.size.width for row in texts._body)
         await pilot.press("G")
@@ -165,7 +170,7 @@ async def test_read_only_has_no_commands(make_desk, engine, key, running):
         assert len(desk.screen_stack) == 1
         assert engine == []
         actions = {b.binding.action for b in desk.screen.active_bindings.values()}
-        assert not actions & set(steer.ACTIONS)
+        assert not actions & set(steering.ACTIONS)
 
 
 async def test_without_an_engine_a_command_names_what_starts_one(make_desk, running, until):
@@ -180,5 +185,5 @@ async def test_a_command_s_life_is_told(make_desk, engine, running, until):
     desk = make_desk()
     async with running(desk) as pilot:
         await pilot.press("c")
-        keys = desk.screen.query_one(Keys)
+        keys = desk.screen.query_one(KeyFooter)
         await until(pilot, lambda: "applied at step 201" in keys._notice)

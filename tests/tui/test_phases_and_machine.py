@@ -2,102 +2,102 @@
 
 import pytest
 
-from engine.control import Gpu, RankLoad, Telemetry
-from engine.protocol import Phase
-from rlhf_tui.news import News
-from rlhf_tui.widgets.phases import PhaseStrip
-from rlhf_tui.widgets.ranks import Machine
+from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
+from engine.protocol.rank_messages import Phase
+from rlhf_tui.state.updates import SessionUpdate
+from rlhf_tui.widgets.panels.machine import MachinePanel
+from rlhf_tui.widgets.panels.phases import PhaseStrip
 from tests.tui.panels import make_book, text
 
 # -- phases ----------------------------------------------------------------------------------------
 
 
 def test_a_phase_has_its_share_and_what_is_left_of_the_step():
-    book = make_book()
-    book.take(News(phases=[Phase(rank=0, step=51, name="generate", done=25, total=100)]))
-    book.clock[0] += 4
-    shown = text(PhaseStrip(book), 120, 1)
+    state = make_book()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="generate", done=25, total=100)]))
+    state.clock[0] += 4
+    shown = text(PhaseStrip(state), 120, 1)
     assert "▶ generate  25%" in shown
     assert "~6s left" in shown
     assert "· score" in shown
 
 
 def test_what_came_before_in_the_step_is_ticked():
-    book = make_book()
-    book.take(News(phases=[Phase(rank=0, step=51, name="optimise", done=1, total=4)]))
-    assert "✓ generate 6.0s ✓ score" in text(PhaseStrip(book), 120, 1)
+    state = make_book()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="optimise", done=1, total=4)]))
+    assert "✓ generate 6.0s ✓ score" in text(PhaseStrip(state), 120, 1)
 
 
 def test_loading_shows_progress_too():
-    book = make_book()
-    book.take(News(phases=[Phase(rank=0, step=0, name="load policy", done=3, total=12)]))
-    assert "load policy" in text(PhaseStrip(book), 80, 1)
-    assert "3/12" in text(PhaseStrip(book), 80, 1)
+    state = make_book()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=0, name="load policy", done=3, total=12)]))
+    assert "load policy" in text(PhaseStrip(state), 80, 1)
+    assert "3/12" in text(PhaseStrip(state), 80, 1)
 
 
 def test_each_rank_has_a_line_and_the_slowest_is_never_left_out():
-    book = make_book()
+    state = make_book()
     phases = [Phase(rank=r, step=51, name="optimise") for r in range(4)]
     phases[2] = Phase(rank=2, step=51, name="generate")
-    book.take(News(phases=phases))
-    assert text(PhaseStrip(book), 120, 4).count("rank") == 4
-    assert "rank 2" in text(PhaseStrip(book), 120, 2)
+    state.take(SessionUpdate(phases=phases))
+    assert text(PhaseStrip(state), 120, 4).count("rank") == 4
+    assert "rank 2" in text(PhaseStrip(state), 120, 2)
 
 
 @pytest.mark.parametrize("width", range(10, 130, 7))
 def test_the_strip_fits_every_width(width):
-    book = make_book()
-    book.take(News(phases=[Phase(rank=0, step=51, name="reference", done=5, total=9)]))
-    assert text(PhaseStrip(book), width, 1)
+    state = make_book()
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="reference", done=5, total=9)]))
+    assert text(PhaseStrip(state), width, 1)
 
 
 # -- machine ---------------------------------------------------------------------------------------
 
 
 def test_gpus_stand_with_load_memory_heat_and_power():
-    book = make_book()
+    state = make_book()
     gpu = Gpu(
         index=1, name="H200", utilisation=93, memory_used=31_000_000_000,
         memory_total=141_000_000_000, temperature=64, power=412,
     )  # fmt: skip
     rank = RankLoad(rank=0, pid=55, cpu=180, memory=2_000_000_000)
-    book.take(
-        News(
+    state.take(
+        SessionUpdate(
             telemetry=Telemetry(
                 time=1, cpu=50, memory_used=8, memory_total=16, disk_free=10**11, gpus=[gpu],
                 ranks=[rank],
             )
         )
     )  # fmt: skip
-    shown = text(Machine(book), 80, 8)
+    shown = text(MachinePanel(state), 80, 8)
     for part in ("GPU 1", "93%", "31.0/141 GB", "64°C", "412 W", "rank 0", "180%", "2.0 GB"):
         assert part in shown
 
 
 def test_without_a_gpu_the_processors_stand():
-    book = make_book()
-    book.take(
-        News(
+    state = make_book()
+    state.take(
+        SessionUpdate(
             telemetry=Telemetry(
                 time=1, cpu=97, memory_used=4 * 10**9, memory_total=16 * 10**9, disk_free=10**11
             )
         )
     )
-    assert "CPU" in text(Machine(book))
-    assert "100.0 GB free" in text(Machine(book))
+    assert "CPU" in text(MachinePanel(state))
+    assert "100.0 GB free" in text(MachinePanel(state))
 
 
 def test_what_does_not_fit_is_counted():
-    book = make_book()
+    state = make_book()
     ranks = [RankLoad(rank=i, pid=i, cpu=1, memory=1) for i in range(16)]
-    book.take(
-        News(
+    state.take(
+        SessionUpdate(
             telemetry=Telemetry(
                 time=1, cpu=97, memory_used=4, memory_total=16, disk_free=1, ranks=ranks
             )
         )
     )
-    assert "more" in text(Machine(book), 60, 6)
+    assert "more" in text(MachinePanel(state), 60, 6)
 
 
 def rank_of(number, generate=2.0, **given):
@@ -108,16 +108,16 @@ def rank_of(number, generate=2.0, **given):
 
 def machine_with(ranks, gpus=0):
     gpu = {"name": "H100", "utilisation": 96, "memory_used": 61e9, "memory_total": 85e9}
-    book = make_book()
-    book.take(
-        News(
+    state = make_book()
+    state.take(
+        SessionUpdate(
             telemetry=Telemetry(
                 time=1, cpu=50, memory_used=4, memory_total=16, disk_free=1, ranks=ranks,
                 gpus=[Gpu(index=i, temperature=66, power=610, **gpu) for i in range(gpus)],
             )
         )
     )  # fmt: skip
-    return Machine(book)
+    return MachinePanel(state)
 
 
 def test_the_slowest_rank_is_marked_by_its_own_seconds():

@@ -1,9 +1,9 @@
 """A chart as characters and styles."""
 
-from rlhf_tui.widgets.book import Marker
-from rlhf_tui.widgets.plot import BAND, CURSOR, GUTTER, STYLE, Line, Plot, paint, scale_of
-from rlhf_tui.widgets.raster import decimate
-from rlhf_tui.widgets.series import Series
+from rlhf_tui.state.series import Series
+from rlhf_tui.state.session_state import Marker
+from rlhf_tui.widgets.charts.plot import BAND, CURSOR, GUTTER, STYLE, Line, Plot, paint, scale_of
+from rlhf_tui.widgets.charts.raster import decimate
 
 RISE = Series([(s, s / 10) for s in range(1, 101)])
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-from engine.answers import SampleQuery
-from engine.record import Record
-from engine.session import Session
-from rlhf_tui.screens.filtering import parse_filter
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
+from engine.session.folder import Session
+from rlhf_tui.screens.sample_filter import parse_filter
 
 
 @pytest.fixture
 def record(root):
-    with Record(Session(root / "frozen")) as record:
+    with JournalReader(Session(root / "frozen")) as record:
         yield record
 
 

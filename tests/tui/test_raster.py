@@ -2,8 +2,8 @@
 
 import random
 
-from rlhf_tui.widgets.raster import Raster, Scale, column_of, decimate, step_of
-from rlhf_tui.widgets.series import Series
+from rlhf_tui.state.series import Series
+from rlhf_tui.widgets.charts.raster import Raster, Scale, column_of, decimate, step_of
 
 
 def test_no_spike_is_lost_however_many_points_share_a_column():

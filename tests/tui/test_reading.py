@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from engine.protocol import TokenArrays
-from rlhf_tui.news import Head, News
-from rlhf_tui.widgets.book import Book
-from rlhf_tui.widgets.ledger import Newest
-from rlhf_tui.widgets.reading import UNDEFINED, VIEWS, token_rows
-from rlhf_tui.widgets.steering import Steering
+from engine.protocol.rank_messages import TokenArrays
+from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.updates import SessionSummary, SessionUpdate
+from rlhf_tui.widgets.panels.steering import SteeringPanel
+from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel
+from rlhf_tui.widgets.samples.sample_view import UNDEFINED, VIEWS, token_rows
 
 
 def arrays_of(*values):
@@ -44,18 +44,18 @@ def test_numbers_near_the_largest_there_are_can_be_read():
 
 
 def test_a_kl_that_is_undefined_is_no_zero():
-    book = Book("run")
+    state = SessionState("run")
     answer = {"step": 3, "score": None, "kl": None, "length": 2, "ended": True,
               "prompt": "a", "response": "b"}  # fmt: skip
-    book.take(News(samples=[answer]))
-    row = text(Newest(book).rows(80, 5))[1]
+    state.take(SessionUpdate(samples=[answer]))
+    row = text(LatestSamplesPanel(state).rows(80, 5))[1]
     assert row.split()[:2] == ["–", "–"]
 
 
 def test_the_kl_of_an_earlier_step_is_not_shown_as_the_last_one_s():
     settings = {"beta": 0.05, "controller": "adaptive", "target": 6.0}
-    book = Book("run")
-    head = Head("running", 2, 9, settings, "", [], 1, "box")
-    book.take(News(head=head, curves={"objective/kl": [(1, 6.6), (2, None)]}))
-    kl = next(row for row in text(Steering(book).rows(100, 12)) if row.startswith(" KL"))
+    state = SessionState("run")
+    head = SessionSummary("running", 2, 9, settings, "", [], 1, "box")
+    state.take(SessionUpdate(head=head, curves={"objective/kl": [(1, 6.6), (2, None)]}))
+    kl = next(row for row in text(SteeringPanel(state).rows(100, 12)) if row.startswith(" KL"))
     assert kl.split() == ["KL", "–", "target", "6", "nats"]

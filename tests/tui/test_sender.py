@@ -5,18 +5,18 @@ import time
 
 import pytest
 
-from engine.commands import Beta, Checkpoint, Pause, Undo
-from engine.control import Answer
-from engine.session import Session
-from rlhf_tui import sender
-from rlhf_tui.sender import Ahead, Order, Sender
+from engine.protocol.client_messages import CommandReply
+from engine.protocol.commands import Checkpoint, Pause, SetBeta, Undo
+from engine.session.folder import Session
+from rlhf_tui.state import command_sender
+from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
 
 DEADLINE = 10.0
 
 
 def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
     # The first one dawdles for as long as another one could have passed it.
-    passed, kind, answers = threading.Event(), sender.Client, []
+    passed, kind, answers = threading.Event(), command_sender.Client, []
     send = kind.send
 
     def dawdle(self, command, command_id):
@@ -27,9 +27,9 @@ def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
         return send(self, command, command_id)
 
     monkeypatch.setattr(kind, "send", dawdle)
-    commands = Sender("me", answers.append)
+    commands = CommandSender("me", answers.append)
     for command in (Checkpoint(), Undo()):
-        commands.send(Order(Session(root / "frozen"), command, "it"))
+        commands.send(OutgoingCommand(Session(root / "frozen"), command, "it"))
     end = time.monotonic() + DEADLINE
     while len(answers) < 4:
         assert time.monotonic() < end, answers
@@ -40,24 +40,24 @@ def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
 
 @pytest.fixture
 def ahead():
-    ahead = Ahead()
-    ahead.sent(command := Beta(value=0.2), "running")
+    ahead = PendingEffects()
+    ahead.sent(command := SetBeta(value=0.2), "running")
     return ahead, command
 
 
 def test_beta_on_its_way_counts_until_the_journal_has_it(ahead):
     ahead, command = ahead
     ahead.read("running", 0.1)
-    ahead.answered(command, Answer(id="1", status="accepted"), 0.1)
+    ahead.answered(command, CommandReply(id="1", status="accepted"), 0.1)
     assert ahead.beta(0.1) == 0.2
-    ahead.answered(command, Answer(id="1", status="applied", step=3), 0.1)
+    ahead.answered(command, CommandReply(id="1", status="applied", step=3), 0.1)
     assert ahead.beta(0.1) == 0.2
     ahead.read("running", 0.2)
     ahead.read("running", 0.21)
     assert ahead.beta(0.21) == 0.21
 
 
-@pytest.mark.parametrize("answer", [None, Answer(id="1", status="rejected", reason="no")])
+@pytest.mark.parametrize("answer", [None, CommandReply(id="1", status="rejected", reason="no")])
 def test_a_beta_that_was_not_taken_counts_no_more(ahead, answer):
     ahead, command = ahead
     ahead.answered(command, answer, 0.1)
@@ -71,7 +71,7 @@ def test_after_an_undo_the_beta_in_force_counts(ahead):
 
 
 def test_a_pause_that_others_ended_is_not_held_on_to():
-    ahead = Ahead()
+    ahead = PendingEffects()
     ahead.sent(Pause(), "running")
     assert ahead.held("running")
     ahead.read("paused", 0.1)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from rlhf_tui.widgets.series import BLOCK, Series, Smoothed
+from rlhf_tui.state.series import BLOCK, Series, Smoothed
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def test_a_screen_looks_as_it_did(snap_compare, make_desk, root, monkeypatch, sc
         monkeypatch.setattr(desk, "can_steer", lambda: True)
 
     async def settle(pilot):
-        await until(pilot, lambda: desk.book.known)
+        await until(pilot, lambda: desk.state.known)
         await pilot.press(*SCREENS[screen])
         for _ in range(10):
             await pilot.pause(0.05)
@@ -36,7 +36,7 @@ def test_a_theme_looks_as_it_did(snap_compare, make_desk, theme, until):
     desk.theme = theme
 
     async def settle(pilot):
-        await until(pilot, lambda: desk.book.known)
+        await until(pilot, lambda: desk.state.known)
         await pilot.pause(0.2)
 
     assert snap_compare(desk, terminal_size=(80, 24), run_before=settle)

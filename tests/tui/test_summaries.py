@@ -2,13 +2,13 @@
 
 import pytest
 
-from rlhf_tui.news import News
-from rlhf_tui.preferences import Seen
-from rlhf_tui.screens.digest import digest
+from rlhf_tui.app.digest import digest
+from rlhf_tui.app.preferences import Seen
 from rlhf_tui.screens.sessions import spark
-from rlhf_tui.widgets.readout import ReadOut
-from rlhf_tui.widgets.topline import Status, Tabs
-from rlhf_tui.widgets.view import View
+from rlhf_tui.state.updates import SessionUpdate
+from rlhf_tui.state.viewport import Viewport
+from rlhf_tui.widgets.panels.cursor import CursorPanel
+from rlhf_tui.widgets.status_lines import StatusLine, Tabs
 from tests.tui.panels import command, make_book, text
 
 # -- top lines -------------------------------------------------------------------------------------
@@ -24,17 +24,17 @@ from tests.tui.panels import command, make_book, text
     ],
 )
 def test_a_state_says_what_helps(given, words):
-    assert words in text(Status(make_book(**given)))
+    assert words in text(StatusLine(make_book(**given)))
 
 
 def test_time_left_is_reckoned_from_the_last_steps():
-    assert "8m20s left" in text(Status(make_book()))
+    assert "8m20s left" in text(StatusLine(make_book()))
 
 
 def test_a_problem_takes_the_line():
-    book = make_book()
-    book.take(News(problem="the journal is gone"))
-    assert "the journal is gone" in text(Status(book))
+    state = make_book()
+    state.take(SessionUpdate(problem="the journal is gone"))
+    assert "the journal is gone" in text(StatusLine(state))
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
@@ -48,26 +48,26 @@ def test_where_one_is_and_the_state_are_always_there(width):
 
 
 def test_an_intervention_s_effect_is_the_means_before_and_after():
-    book = make_book()
+    state = make_book()
     change = [{"key": "beta", "old": 0.04, "new": 0.05}]
     done = command("applied", applied_step=21, changes=change, ended=2.0)
-    book.take(News(commands=[done]))
-    shown = text(ReadOut(book, View()), 120, 2)
+    state.take(SessionUpdate(commands=[done]))
+    shown = text(CursorPanel(state, Viewport()), 120, 2)
     assert "beta 0.04 → 0.05" in shown
     # Scores are step/50: the mean of steps 11-20 is 0.31, of 21-30 it is 0.51.
     assert "0.310→0.510" in shown
 
 
 def test_the_crosshair_reads_the_values_of_its_step():
-    assert "score 0.500" in text(ReadOut(make_book(), View(cursor=25)), 120, 2)
+    assert "score 0.500" in text(CursorPanel(make_book(), Viewport(cursor=25)), 120, 2)
 
 
 def test_a_digest_tells_what_came_since():
-    book = make_book()
+    state = make_book()
     alert = {"event": 9, "time": 900.0, "attempt": 1, "step": 40, "kind": "alert",
              "rule": "kl", "text": "KL is high"}  # fmt: skip
-    book.take(News(events=[alert]))
-    rows = digest(book, Seen(time=500.0, step=20, event=3))
+    state.take(SessionUpdate(events=[alert]))
+    rows = digest(state, Seen(time=500.0, step=20, event=3))
     shown = "\n".join("".join(p for p, _ in row) for row in rows)
     assert "steps 20 → 50" in shown
     assert "KL is high" in shown
@@ -75,9 +75,9 @@ def test_a_digest_tells_what_came_since():
 
 
 def test_there_is_no_digest_for_who_was_not_away():
-    book = make_book()
-    assert digest(book, Seen(time=990.0, step=20, event=3)) == []
-    assert digest(book, Seen(time=100.0, step=50, event=3)) == []
+    state = make_book()
+    assert digest(state, Seen(time=990.0, step=20, event=3)) == []
+    assert digest(state, Seen(time=100.0, step=50, event=3)) == []
 
 
 def test_a_sparkline_rises_with_its_values():

@@ -21,13 +21,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from engine import configfile, starter
+from engine import starter
+from engine.config import file as config_file
+from engine.config.settings import initial_settings
 from engine.errors import CheckpointError
-from engine.settings import first_settings
-from engine.train import checkpoint, saver, shards
-from engine.train.checkpoint import TrainingState
-from engine.train.models import LanguageModel
-from engine.train.saver import Saver
+from engine.train.checkpoints import folder as checkpoint_folder
+from engine.train.checkpoints import saver, shards
+from engine.train.checkpoints.folder import TrainingState
+from engine.train.checkpoints.saver import Saver
+from engine.train.models.language_model import LanguageModel
 
 
 def rank() -> int:
@@ -102,11 +104,11 @@ def save(group: Any, strategy: str, folder: Path, trouble: str) -> Any:
         break_on(1)
     concluded = []
     saving = Saver(folder / "checkpoints", group, lambda *args: concluded.append(args))
-    settings = first_settings(configfile.load(starter.FOLDER / "demo.yaml", []))
+    settings = initial_settings(config_file.load(starter.FOLDER / "demo.yaml", []))
     state = TrainingState(step=7, sampling_seed=1, settings=settings)
     tokenizer = AutoTokenizer.from_pretrained(starter.FOLDER / "policy")
     if trouble == "crash" and rank() == 0:
-        checkpoint.put_in_place = lambda *_args: os._exit(9)  # type: ignore[assignment]
+        checkpoint_folder.publish = lambda *_args: os._exit(9)  # type: ignore[assignment]
     saving.begin(state, policy, tokenizer, optimiser, score=1.5, kl=0.5)
     state.step = 8
     train(policy, optimiser, strategy)
@@ -115,7 +117,7 @@ def save(group: Any, strategy: str, folder: Path, trouble: str) -> Any:
         return {"error": str(outcome), "concluded": len(concluded)}
     assert isinstance(outcome, saver.Saved)
     if rank() == 0:
-        checkpoint.complete(outcome.folder)
+        checkpoint_folder.complete(outcome.folder)
     return {"size": outcome.size, "folder": str(outcome.folder), "concluded": len(concluded)}
 
 
@@ -123,8 +125,8 @@ def load(group: Any, strategy: str, folder: Path) -> Any:
     """Loads into a policy of other weights."""
     policy = make_policy(strategy, seed=2)
     optimiser = make_optimiser(policy)
-    saved = checkpoint.folder_of(folder / "checkpoints", 7)
-    state = checkpoint.read_state(saved, verify=rank() == 0)
+    saved = checkpoint_folder.folder_of(folder / "checkpoints", 7)
+    state = checkpoint_folder.read_state(saved, verify=rank() == 0)
     shards.load_training(saved, policy, optimiser, group)
     tensors = whole(shards.training_tensors(policy, optimiser))
     if rank() == 0:

@@ -12,35 +12,38 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from engine.config import LaunchConfig
-from engine.protocol import STORE_VARIABLE, Begin
-from engine.session import Session
+from engine.config.schema import LaunchConfig
+from engine.launch.environment import STORE_VARIABLE
+from engine.protocol.rank_messages import Begin
+from engine.session.folder import Session
+from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.sharding import full_tensor
 from engine.train.load import load_run
-from engine.train.parallel import Team
-from engine.train.sharding import whole
 from engine.train.step import train_step
 
 
 def main():
     jobs = Path(sys.argv[1])
     os.environ[STORE_VARIABLE] = f"file:{jobs}.store"
-    team = Team(LaunchConfig(device="cpu"))
+    ranks = RankGroup(LaunchConfig(device="cpu"))
     for job in json.loads(jobs.read_text()):
-        one_step(team, Session(Path(job["session"])), Path(job["recorded"]), Path(job["result"]))
-    team.part()
+        one_step(ranks, Session(Path(job["session"])), Path(job["recorded"]), Path(job["result"]))
+    ranks.final_barrier()
     os._exit(0)  # as a rank does
 
 
-def one_step(team, session, recorded, result):
+def one_step(ranks, session, recorded, result):
     def quiet(_step, _name, *_progress):
         return lambda _done, _total: None
 
     begin = Begin(attempt=1, from_step=0)
-    run = load_run(session, session.config(), begin, team, quiet)
+    run = load_run(session, session.config(), begin, ranks, quiet)
     rollout = pickle.loads(recorded.read_bytes())  # noqa: S301 - the test's own
     metrics, _ = train_step(run, 1, rollout)
-    weights = {k: whole(p).detach().clone().contiguous() for k, p in run.policy.named_parameters()}
-    if team.lead:
+    weights = {
+        k: full_tensor(p).detach().clone().contiguous() for k, p in run.policy.named_parameters()
+    }
+    if ranks.is_lead:
         save_file(weights, f"{result}.safetensors")
         result.write_text(json.dumps(metrics))
 

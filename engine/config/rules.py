@@ -1,0 +1,106 @@
+"""The rules between a configuration's keys; each key's own range is in its type."""
+
+from engine.config.schema import RewardConfig, Rule, RunConfig
+from engine.errors import ConfigError
+
+RELATIVE_TO = ("target", "max_new_tokens", "beta", "clip_range", "learning_rate", "stop_kl")
+"""Settings that a guard rail's bound may be a multiple of."""
+
+
+def check_config(config: RunConfig) -> None:
+    """Holds them all.
+
+    Raises:
+        ConfigError: names the keys that do not go together and what would.
+    """
+    _check_reward(config.reward)
+    _check_batches(config)
+    if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):
+        raise ConfigError(
+            "lora.alpha and lora.targets need lora.rank, without it nothing is adapted"
+        )
+    kl, rollout = config.kl, config.rollout
+    if not kl.beta_min < kl.beta_max:
+        raise ConfigError(f"kl.beta_min ({kl.beta_min}) must be below kl.beta_max ({kl.beta_max})")
+    if kl.controller == "adaptive" and 0.2 * rollout.batch_size / kl.horizon >= 1:
+        raise ConfigError(
+            f"kl.horizon ({kl.horizon:g}) is too small for rollout.batch_size "
+            f"({rollout.batch_size}): it must exceed {0.2 * rollout.batch_size:g}"
+        )
+    for rule in config.guardrails.rules:
+        check_rule(rule)
+    _check_launch(config)
+
+
+def _check_launch(config: RunConfig) -> None:
+    launch = config.launch
+    if launch.nodes > 1 and launch.rendezvous is None:
+        raise ConfigError(
+            f"launch.nodes: {launch.nodes} needs launch.rendezvous: HOST:PORT, by which the other "
+            "machines reach this one"
+        )
+    if launch.rendezvous is not None:
+        check_address(launch.rendezvous)
+    per_node = launch.processes if isinstance(launch.processes, int) else 1
+    if config.prompts_per_step < launch.nodes * per_node:
+        raise ConfigError(
+            f"{launch.nodes * per_node} ranks need as many prompts a step, and there are "
+            f"{config.prompts_per_step}: raise rollout.batch_size"
+        )
+
+
+def check_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, taken apart. Raises ConfigError when it is none."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"'{text}' is no address: write HOST:PORT, such as 10.0.0.1:29400")
+    return host, int(port)
+
+
+def check_rule(rule: Rule) -> None:
+    """Whether a guard rail says when it speaks. Raises ConfigError."""
+    where = f"guardrails.rules '{rule.name}'"
+    conditions = (rule.above, rule.below, rule.rises, rule.falls)
+    if rule.metric != "*" and all(c is None for c in conditions):
+        raise ConfigError(f"{where} needs one of above, below, rises and falls")
+    if rule.of is not None and rule.of not in RELATIVE_TO:
+        raise ConfigError(f"{where}.of must be one of {', '.join(RELATIVE_TO)} (it is '{rule.of}')")
+
+
+def _check_reward(reward: RewardConfig) -> None:
+    given = [k for k in ("model", "function", "mix") if getattr(reward, k)]
+    if len(given) != 1:
+        have = " and ".join(f"reward.{k}" for k in given) or "none"
+        raise ConfigError(
+            f"give exactly one of reward.model, reward.function and reward.mix (given: {have})"
+        )
+    for i, source in enumerate(reward.sources()):
+        where = f"reward.mix[{i}]" if reward.mix else "reward"
+        if (source.model is None) == (source.function is None):
+            raise ConfigError(f"{where} needs exactly one of model and function")
+        if source.function is not None and not _names_a_function(source.function):
+            raise ConfigError(
+                f"{where}.function must be written module:function, not '{source.function}'"
+            )
+
+
+def _names_a_function(text: str) -> bool:
+    module, _, function = text.partition(":")
+    return all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
+
+
+def _check_batches(config: RunConfig) -> None:
+    batch, per_prompt = config.rollout.batch_size, config.answers_per_prompt
+    if config.ppo.advantage == "rloo" and per_prompt < 2:
+        raise ConfigError("rollout.per_prompt must be 2 or more for ppo.advantage: rloo")
+    if batch % per_prompt:
+        raise ConfigError(
+            f"rollout.batch_size ({batch}) must be a multiple of rollout.per_prompt ({per_prompt})"
+        )
+    if batch % config.ppo.minibatches:
+        raise ConfigError(
+            f"rollout.batch_size ({batch}) must be a multiple of "
+            f"ppo.minibatches ({config.ppo.minibatches})"
+        )
+    if batch < 2 and config.ppo.baseline == "batch" and config.ppo.advantage == "reward":
+        raise ConfigError("ppo.baseline: batch needs rollout.batch_size of 2 or more")

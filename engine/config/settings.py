@@ -1,0 +1,107 @@
+"""The values an operator may change while the run goes on, and what each may be set to.
+
+A step is homogeneous: the settings in force when it begins hold to its end. Every change is one
+:class:`Change`, recorded with its old and its new value.
+"""
+
+import math
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from engine.config.schema import RunConfig
+from engine.errors import CommandRejectedError
+
+LIVE_SETTINGS = {
+    "beta": "kl.beta",
+    "controller": "kl.controller",
+    "target": "kl.target",
+    "horizon": "kl.horizon",
+    "beta_min": "kl.beta_min",
+    "beta_max": "kl.beta_max",
+    "learning_rate": "train.learning_rate",
+    "save_every": "train.save_every",
+    "clip_range": "ppo.clip_range",
+    "epochs": "ppo.epochs",
+    "stop_kl": "ppo.stop_kl",
+    "temperature": "rollout.temperature",
+    "max_new_tokens": "rollout.max_new_tokens",
+}
+"""Setting → the configuration key that gives its first value (and its type and range)."""
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What may change at a step boundary. Fields carry the meaning of their configuration keys.
+
+    With the adaptive controller `beta` is the controller's present value: it moves by itself.
+    """
+
+    beta: float
+    controller: Literal["fixed", "adaptive"]
+    target: float
+    horizon: float
+    beta_min: float
+    beta_max: float
+    learning_rate: float
+    save_every: int
+    clip_range: float
+    epochs: int
+    stop_kl: float | None
+    temperature: float
+    max_new_tokens: int
+
+
+class SettingChange(Struct, frozen=True, kw_only=True):
+    """One setting's new value, as journalled: `old → new`, from step `step` on."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+def initial_settings(config: RunConfig) -> Settings:
+    """What the configuration starts with."""
+    values = {}
+    for name, path in LIVE_SETTINGS.items():
+        section, key = path.split(".")
+        values[name] = getattr(getattr(config, section), key)
+    return msgspec.convert(values, Settings, strict=False)
+
+
+def check_settings(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
+    """The values as the settings would hold them. Raises CommandRejectedError."""
+    now = msgspec.structs.asdict(settings)
+    for name, value in values.items():
+        section, key = LIVE_SETTINGS[name].split(".")
+        kind = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == key)
+        try:
+            now[name] = msgspec.convert(value, kind, strict=True)
+        except msgspec.ValidationError as error:
+            wanted = str(error).replace("Expected ", "").replace("`", "").partition(", got")[0]
+            wanted = wanted.replace("float", "a number").replace("int", "a whole number")
+            wanted = wanted.replace(" | null", ", or null")
+            raise CommandRejectedError(f"{name} must be {wanted} (it is {value!r})") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
+    if not now["beta_min"] < now["beta_max"]:
+        raise CommandRejectedError(
+            f"beta_min ({now['beta_min']:g}) must be below beta_max ({now['beta_max']:g})"
+        )
+    return {name: now[name] for name in values}
+
+
+def _section(name: str) -> type[Struct]:
+    sections = {f.name: f.type for f in msgspec.structs.fields(RunConfig)}
+    found: type[Struct] = sections[name]
+    return found
+
+
+def setting_name(key: str) -> str:
+    """`kl.beta` and `beta` are both `beta`. Raises CommandRejectedError for an unknown one."""
+    for name, path in LIVE_SETTINGS.items():
+        if key in (name, path):
+            return name
+    raise CommandRejectedError(
+        f"'{key}' cannot be set while the run goes on; these can: {', '.join(LIVE_SETTINGS)}"
+    )

@@ -1,0 +1,1 @@
+"""The journal, samples and labels of a session: one writer, many readers."""

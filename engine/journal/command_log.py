@@ -1,0 +1,155 @@
+"""The commands' part of the journal: who asked for what, and what became of it.
+
+A command's life: `queued → accepted → applied at step S`, or `rejected: reason`.
+"""
+
+import json
+import sqlite3
+import time
+from typing import Any
+
+import msgspec
+
+from engine.config.settings import SettingChange
+from engine.errors import JournalError
+from engine.journal.json_values import finite
+from engine.protocol.client_messages import CommandReply
+from engine.protocol.rank_messages import ReplayedChange
+
+
+class CommandLog:
+    """Writes and reads commands, and the events they share with the rest of the journal."""
+
+    _db: sqlite3.Connection
+    attempt: int
+    step: int
+    last_event: int
+    """The newest event's id."""
+
+    def _event(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
+        """An event, inside the transaction that is open; its id."""
+        cursor = self._db.execute(
+            "INSERT INTO events (time, attempt, step, kind, data) VALUES (?, ?, ?, ?, ?)",
+            (time.time(), self.attempt, self.step if step is None else step, kind,
+             json.dumps(finite(data))),
+        )  # fmt: skip
+        self.last_event = int(cursor.lastrowid or 0)
+        return self.last_event
+
+    def settled_after(self, step: int) -> list[ReplayedChange]:
+        """What commands changed after a step, in the order in which it took effect."""
+        rows = self._db.execute(
+            "SELECT applied_step, command, changes FROM commands "
+            "WHERE status = 'applied' AND live AND applied_step > ? AND changes <> '[]' "
+            "ORDER BY applied_step, ended",
+            (step,),
+        ).fetchall()
+        return [
+            ReplayedChange(
+                step=applied,
+                command=command,
+                changes=msgspec.json.decode(text, type=list[SettingChange]),
+            )
+            for applied, command, text in rows
+        ]
+
+    def record_command(self, command_id: str, command: str, args: dict[str, Any], who: str) -> bool:
+        """A command as queued, with its event. False when one of that id is there already."""
+        with self._db:
+            new = self._db.execute(
+                "INSERT OR IGNORE INTO commands "
+                "(id, command, args, who, status, queued, attempt, changes) "
+                "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]')",
+                (command_id, command, json.dumps(finite(args)), who, time.time(), self.attempt),
+            ).rowcount
+            if new and command == "note":
+                self._event("note", {"id": command_id, "who": who, "text": args["text"]})
+            elif new:
+                self._event("command", {"id": command_id})
+        return bool(new)
+
+    def accept_command(self, command_id: str) -> None:
+        """The engine will carry it out at the next step boundary."""
+        with self._db:
+            self._db.execute(
+                "UPDATE commands SET status = 'accepted', accepted = ? WHERE id = ?",
+                (time.time(), command_id),
+            )
+
+    def apply_command(
+        self,
+        command_id: str,
+        step: int,
+        changes: list[SettingChange],
+        result: dict[str, Any] | None = None,
+    ) -> None:
+        """It took effect from this step on."""
+        with self._db:
+            self._db.execute(
+                "UPDATE commands SET status = 'applied', ended = ?, applied_step = ?, "
+                "attempt = ?, changes = ?, result = ? WHERE id = ?",
+                (time.time(), step, self.attempt, msgspec.json.encode(changes).decode(),
+                 json.dumps(finite(result or {})), command_id),
+            )  # fmt: skip
+            self._contradict(step, {c.key for c in changes})
+
+    def _contradict(self, step: int, keys: set[str]) -> None:
+        """Earlier attempts' changes of the same settings, still to be repeated, no longer hold."""
+        rows = self._db.execute(
+            "SELECT id, changes FROM commands "
+            "WHERE status = 'applied' AND live AND attempt < ? AND applied_step >= ?",
+            (self.attempt, step),
+        ).fetchall()
+        over = [(i,) for i, text in rows if keys & {c["key"] for c in json.loads(text)}]
+        self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", over)
+
+    def reject_command(self, command_id: str, reason: str) -> None:
+        """It will not be carried out."""
+        with self._db:
+            self._db.execute(
+                "UPDATE commands SET status = 'rejected', ended = ?, reason = ? WHERE id = ?",
+                (time.time(), reason, command_id),
+            )
+
+    def reject_unfinished(self, reason: str) -> None:
+        """Commands that an engine took in and could not finish."""
+        with self._db:
+            self._db.execute(
+                "UPDATE commands SET status = 'rejected', ended = ?, reason = ? "
+                "WHERE status IN ('queued', 'accepted')",
+                (time.time(), reason),
+            )
+
+    def answer(self, command_id: str) -> CommandReply:
+        """Where a command stands. Raises JournalError for an unknown one."""
+        row = self._db.execute(
+            "SELECT status, applied_step, reason, changes, result FROM commands WHERE id = ?",
+            (command_id,),
+        ).fetchone()
+        if row is None:
+            raise JournalError(f"no command {command_id}")
+        status, step, reason, changes, result = row
+        return CommandReply(
+            id=command_id,
+            status=status,
+            step=step,
+            reason=reason or "",
+            changes=msgspec.json.decode(changes, type=list[SettingChange]),
+            result=json.loads(result or "{}"),
+        )
+
+    def undoable(self, step: int) -> list[list[SettingChange]]:
+        """Operators' changes in force at a step, the latest last, those taken back left out."""
+        rows = self._db.execute(
+            "SELECT command, changes FROM commands "
+            "WHERE status = 'applied' AND live AND applied_step <= ? AND changes <> '[]' "
+            "ORDER BY applied_step, ended",
+            (step,),
+        ).fetchall()
+        stack: list[list[SettingChange]] = []
+        for command, text in rows:
+            if command != "undo":
+                stack.append(msgspec.json.decode(text, type=list[SettingChange]))
+            elif stack:
+                stack.pop()
+        return stack

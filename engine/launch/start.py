@@ -1,0 +1,195 @@
+"""How an engine starts on a session: from scratch, from its last checkpoint, or as a fork."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.config import file as config_file
+from engine.config.schema import RunConfig
+from engine.config.settings import LIVE_SETTINGS, SettingChange
+from engine.errors import ConfigError, JournalError, NoSuchSessionError, SessionError
+from engine.journal.reader import JournalReader
+from engine.journal.writer import copy_until
+from engine.session.folder import Session, check_name, create
+
+
+class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an engine starts, and with what."""
+
+    from_step: int = 0
+    """A checkpoint's step; 0 for the configuration's models."""
+    fresh: bool = False
+    """Forget what was changed after that step (--from, fork, roll back)."""
+    reseed: bool = False
+    overrides: list[str] = []
+    """`key=value`, for config.yaml."""
+    changes: list[SettingChange] = []
+    """Those of them that are settings: in force from the next step on."""
+    who: str = ""
+    origin: dict[str, Any] = {}
+    """Of a fork: `from` (a session's name) and `step`."""
+
+
+def checkpoint_steps(session: Session) -> list[int]:
+    """Steps of all whole checkpoints on disk."""
+    folders = [m.parent.name for m in session.checkpoints.glob("step-*/COMPLETE")]
+    return sorted(int(n.removeprefix("step-")) for n in folders if n[5:].isdigit())
+
+
+def timeline_checkpoints(session: Session) -> list[int]:
+    """Steps of the whole checkpoints that a run can go on from: those of the current timeline.
+
+    From one of a timeline that was left, the steps up to it would be missing or another's.
+    """
+    with JournalReader(session) as record:
+        # `written` is enough: COMPLETE on disk says that the journal was confirmed before it.
+        known = {c["step"] for c in record.checkpoints(("complete", "written"))}
+    return [step for step in checkpoint_steps(session) if step in known]
+
+
+def last_checkpoint(session: Session) -> int:
+    """The newest whole checkpoint of the current timeline; 0 where there is none."""
+    return max(timeline_checkpoints(session), default=0)
+
+
+def resume(
+    session: Session, *, from_step: int | None, reseed: bool, overrides: list[str], who: str
+) -> StartOptions:
+    """Goes on from the last checkpoint, or afresh from a chosen one.
+
+    Raises:
+        ConfigError: an override is wrong, or would change the model or the data's order.
+        NoSuchSessionError: there is no checkpoint of that step.
+    """
+    old = session.config()
+    new = config_file.override(old, overrides)
+    config_file.check_resumable(old, new)
+    if from_step is not None:
+        _check_step(session, from_step)
+    return StartOptions(
+        from_step=last_checkpoint(session) if from_step is None else from_step,
+        fresh=from_step is not None,
+        reseed=reseed,
+        overrides=overrides,
+        changes=_settings_in(overrides, new, _settings_now(session, old)),
+        who=who,
+    )
+
+
+def fork(
+    session: Session, name: str, *, from_step: int, reseed: bool, overrides: list[str], who: str
+) -> tuple[Session, StartOptions]:
+    """A new session that shares the past up to a checkpoint and goes its own way after it.
+
+    Raises:
+        ConfigError: an override is wrong.
+        NoSuchSessionError: there is no checkpoint of that step.
+        SessionNameError: the new name cannot be used or is taken.
+        SessionError: the files cannot be copied.
+    """
+    old = session.config()
+    new = config_file.override(old, overrides)
+    config_file.check_forkable(old, new)
+    check_name(name)
+    check_inputs(new)
+    _check_step(session, from_step)
+    child = create(session.folder.parent, name, new)
+    try:
+        _copy_past(session, child, from_step)
+    except (OSError, sqlite3.Error, JournalError) as error:
+        shutil.rmtree(child.folder, ignore_errors=True)
+        raise SessionError(f"cannot copy {session.name} to {name}: {error}") from error
+    changes = _settings_in(overrides, new, _settings_now(session, old))
+    return child, StartOptions(
+        from_step=from_step,
+        fresh=True,
+        reseed=reseed,
+        changes=changes,
+        who=who,
+        origin={"from": session.name, "step": from_step},
+    )
+
+
+def _copy_past(session: Session, child: Session, step: int) -> None:
+    folder = f"step-{step:06d}"
+    # Files of a checkpoint are never changed in place, so both sessions may share them.
+    shutil.copytree(
+        session.checkpoints / folder, child.checkpoints / folder, copy_function=_link_or_copy
+    )
+    if session.tensorboard.is_dir():
+        shutil.copytree(session.tensorboard, child.tensorboard)
+    copy_until(session, child, step)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+    return target
+
+
+def _check_step(session: Session, step: int) -> None:
+    steps = timeline_checkpoints(session)
+    if step not in steps:
+        have = ", ".join(map(str, steps)) if steps else "none yet"
+        raise NoSuchSessionError(
+            f"session '{session.name}' has no checkpoint of step {step} (it has: {have})"
+        )
+
+
+def _settings_now(session: Session, config: RunConfig) -> dict[str, Any]:
+    with JournalReader(session) as record:
+        now = record.meta().get("settings")
+    flat = config_file.flatten(config_file.to_tree(config))
+    return now if isinstance(now, dict) else {k: flat[path] for k, path in LIVE_SETTINGS.items()}
+
+
+def _settings_in(
+    overrides: Iterable[str], config: RunConfig, now: dict[str, Any]
+) -> list[SettingChange]:
+    """The overrides that are settings: they must win over what the checkpoint holds."""
+    given = {o.partition("=")[0].strip() for o in overrides}
+    flat = config_file.flatten(config_file.to_tree(config))
+    return [
+        SettingChange(key=key, old=now.get(key), new=flat[path])
+        for key, path in LIVE_SETTINGS.items()
+        if path in given
+    ]
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Quick looks at what the configuration names, before anything is made or loaded.
+
+    The ranks look again, closely: this only saves the user from waiting for torch to be imported.
+
+    Raises:
+        ConfigError: a file or a folder is not there, or plainly is not what it should be.
+    """
+    prompts = Path(config.data.prompts)
+    if prompts.is_absolute():
+        if not prompts.is_file():
+            raise ConfigError(f"data.prompts: no file at {prompts}")
+        if prompts.suffix.lower() not in config_file.DATA_FILES:
+            endings = ", ".join(config_file.DATA_FILES)
+            raise ConfigError(f"data.prompts: {prompts} should end in one of {endings}")
+        if prompts.stat().st_size == 0:
+            raise ConfigError(f"data.prompts: {prompts} is empty; give at least one prompt")
+    models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
+    many = len(config.reward.sources()) > 1
+    for i, source in enumerate(config.reward.sources()):
+        models[f"reward.mix[{i}].model" if many else "reward.model"] = source.model
+    for key, name in models.items():
+        folder = Path(name or "")
+        if folder.is_absolute() and not (folder / "config.json").is_file():
+            problem = "holds no config.json" if folder.is_dir() else "does not exist"
+            if (folder / "adapter_config.json").is_file():
+                problem = "holds adapters without their model; export it with --merged"
+            raise ConfigError(
+                f"{key}: the folder {folder} {problem} (wanted: a Hugging Face model folder)"
+            )

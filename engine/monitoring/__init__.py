@@ -1,0 +1,1 @@
+"""Guard rails, notifications and telemetry."""

@@ -1,0 +1,114 @@
+"""What the machine does: processors, memory, disk, and GPUs where there are any."""
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import psutil
+import pynvml
+
+from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
+from engine.protocol.rank_messages import RankTimes
+
+log = logging.getLogger("engine")
+
+
+class Sampler:
+    """Reads the machine; cheap enough for every few seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: whose disk is watched."""
+        self._folder = folder
+        self._ranks: dict[int, psutil.Process] = {}
+        psutil.cpu_percent()  # the first reading of a span is meaningless
+        try:
+            pynvml.nvmlInit()
+            count = pynvml.nvmlDeviceGetCount()
+            self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
+        except pynvml.NVMLError:
+            self._gpus = []
+
+    def sample(self, rank_pids: dict[int, int], times: dict[int, RankTimes]) -> Telemetry:
+        """One reading; ranks by number, those on this machine with their process id."""
+        memory = psutil.virtual_memory()
+        disk = os.statvfs(self._folder)
+        return Telemetry(
+            time=time.time(),
+            cpu=psutil.cpu_percent(),
+            memory_used=memory.total - memory.available,
+            memory_total=memory.total,
+            disk_free=disk.f_bavail * disk.f_frsize,
+            ranks=[
+                load
+                for rank in sorted(rank_pids | times)
+                if (load := self._rank(rank, rank_pids.get(rank), times.get(rank))) is not None
+            ],
+            gpus=[g for i, h in enumerate(self._gpus) if (g := _gpu(i, h)) is not None],
+        )
+
+    def _rank(self, rank: int, pid: int | None, times: RankTimes | None) -> RankLoad | None:
+        seconds = times.seconds if times is not None else {}
+        peak = times.peak_memory if times is not None else 0
+        if pid is None:  # on another machine
+            return RankLoad(rank=rank, pid=0, cpu=0.0, memory=0, seconds=seconds, peak_memory=peak)
+        try:
+            process = self._ranks.get(pid)
+            if process is None:
+                process = self._ranks[pid] = psutil.Process(pid)
+                process.cpu_percent()
+            return RankLoad(
+                rank=rank,
+                pid=pid,
+                cpu=process.cpu_percent(),
+                memory=process.memory_info().rss,
+                seconds=seconds,
+                peak_memory=peak,
+            )
+        except psutil.Error:  # it ended meanwhile
+            self._ranks.pop(pid, None)
+            return None
+
+
+def _gpu(index: int, handle: object) -> Gpu | None:
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return Gpu(
+            index=index,
+            name=str(pynvml.nvmlDeviceGetName(handle)),
+            utilisation=float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+            memory_used=int(memory.used),
+            memory_total=int(memory.total),
+            temperature=float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+            power=pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        )
+    except pynvml.NVMLError as error:
+        log.debug("GPU %d cannot be read: %s", index, error)
+        return None
+
+
+def gpu_count() -> int:
+    """GPUs that ranks will see; 0 without a driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return 0
+
+
+def busy_gpus(chosen: list[int]) -> list[str]:
+    """Those of the chosen GPUs (all, when none is named) that hold over 1 GB already, in words."""
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        gpus = [g for i, h in enumerate(handles) if (g := _gpu(i, h)) is not None]
+    except pynvml.NVMLError:
+        return []
+    return [
+        f"GPU {g.index} ({g.name}) already holds {g.memory_used / 1e9:.1f} GB"
+        for g in gpus
+        if g.memory_used > 1e9 and (not chosen or g.index in chosen)
+    ]

@@ -1,0 +1,1 @@
+"""A session's folder, its lock, and the registry of live ones."""

@@ -1,0 +1,1 @@
+"""The supervisor process: one live session, its commands, its ranks and its clients."""

@@ -1,0 +1,101 @@
+"""Looks after a live session every few seconds: telemetry, a silent rank, a nearly full disk."""
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+
+from engine.config.schema import RunConfig
+from engine.journal.writer import JournalWriter
+from engine.monitoring.guardrails import Alert
+from engine.monitoring.telemetry import Sampler
+from engine.protocol.client_messages import Telemetry
+from engine.protocol.rank_messages import RankTimes
+from engine.session.folder import Session
+from engine.supervisor.server import Server
+
+log = logging.getLogger("engine")
+
+CHECK_INTERVAL = 5.0
+"""Seconds between looks."""
+JOURNAL_EVERY = 6
+"""Looks for each row in the journal."""
+
+
+class Watchdog:
+    """Runs beside the supervisor."""
+
+    def __init__(
+        self, session: Session, config: RunConfig, journal: JournalWriter, server: Server
+    ) -> None:
+        self._config = config
+        self._journal = journal
+        self._server = server
+        self._sampler = Sampler(session.folder)
+        self._spoke: set[str] = set()
+        self.rank_pids: dict[int, int] = {}
+        self.times: dict[int, RankTimes] = {}
+        """What the last step took each rank."""
+        self.latest: Telemetry | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Ranks are being started; the first of them may take its time, but not for ever.
+
+        With several machines they all wait, for as long as torchrun does, for the last to join.
+        """
+        self._last = {} if self._config.launch.nodes > 1 else {0: time.monotonic()}
+
+    def heard(self, rank: int) -> None:
+        """A rank gave a sign of life."""
+        self._last[rank] = time.monotonic()
+
+    def gone(self, rank: int) -> None:
+        """A rank has hung up: nothing more is expected of it."""
+        self._last.pop(rank, None)
+
+    async def run(
+        self, on_silence: Callable[[int, float], None], on_alert: Callable[[Alert], None]
+    ) -> None:
+        """Until cancelled."""
+        looks = 0
+        while True:
+            try:
+                self.latest = self._sampler.sample(self.rank_pids, self.times)
+                self._server.show(self.latest)
+                if looks % JOURNAL_EVERY == 0:
+                    self._journal.record_telemetry(self.latest)
+                self._check(self.latest, on_silence, on_alert)
+            except (OSError, sqlite3.Error) as error:
+                # A look that fails must not be the last one.
+                log.warning("could not look after the session: %s", error)
+            looks += 1
+            await asyncio.sleep(CHECK_INTERVAL)
+
+    def _check(
+        self,
+        telemetry: Telemetry,
+        on_silence: Callable[[int, float], None],
+        on_alert: Callable[[Alert], None],
+    ) -> None:
+        rails, now = self._config.guardrails, time.monotonic()
+        # A rank that waits for the others is as silent as the one that hangs: all are named.
+        since = sorted((now - t, r) for r, t in self._last.items())
+        silent, rank = since[-1] if since else (0.0, 0)
+        free = telemetry.disk_free / 1e9
+        text = f"look here: no sign of life from rank {rank} for {silent:.0f} s"
+        self._speak("silent_rank", silent > rails.silent_rank, text, on_alert)
+        text = f"look here: {free:.1f} GB are free where the session lies"
+        self._speak("disk", free < rails.disk_free_gb, text, on_alert)
+        if silent > self._config.launch.silence:
+            self.begin()
+            on_silence(rank, silent)
+
+    def _speak(self, rule: str, holds: bool, text: str, on_alert: Callable[[Alert], None]) -> None:
+        """Once when it begins to hold."""
+        if not holds:
+            self._spoke.discard(rule)
+        elif rule not in self._spoke:
+            self._spoke.add(rule)
+            on_alert(Alert(rule, "notify", text, self._journal.step))

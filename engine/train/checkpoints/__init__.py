@@ -1,0 +1,1 @@
+"""Checkpoints: the folder, and saving and loading by all ranks."""

@@ -1,0 +1,1 @@
+"""Prompts in a deterministic order, and random streams derived from the seed."""

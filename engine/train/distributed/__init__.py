@@ -1,0 +1,1 @@
+"""Many ranks: communication, sharding, and where frozen weights are kept."""

@@ -1,0 +1,1 @@
+"""The policy with its value head, and how models are loaded."""

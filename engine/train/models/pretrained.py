@@ -1,0 +1,196 @@
+"""Models and tokenizers as they come from folders and the hub; rank 0 reads, the others receive."""
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from engine import starter
+from engine.config.schema import RunConfig
+from engine.errors import UserInputError
+from engine.train.distributed.broadcast_files import broadcast_files, without_weights
+from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.sharding import offload_between_uses, place_model
+from engine.train.models import lora
+from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
+from engine.train.models.onednn_linear import use_onednn
+
+
+def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str) -> LanguageModel:
+    """The trainable policy, with the value function its advantage needs.
+
+    Trained weights are float32. With `lora.rank` only the adapters and the value head are trained;
+    the weights under them are held in `model.dtype`, once more for a value trunk of its own.
+
+    Args:
+        config: the run's.
+        source: the model to start from, or a checkpoint's `policy/` folder.
+        ranks: all ranks of this attempt.
+        strategy: how it lies on them.
+
+    Raises:
+        UserInputError: the model or the adapters' targets cannot be used.
+        CheckpointError: the checkpoint holds adapters and the configuration asks for none, or the
+            other way round.
+    """
+    value = config.model.value if config.ppo.advantage == "gae" else None
+    adapted = config.lora.rank is not None
+    base = starter.resolve(config.model.policy) if adapted else source
+    dtype = compute_dtype(config) if adapted else torch.float32
+    lm = load_lm(base, "model.policy", ranks, dtype)
+    with without_weights(ranks):
+        if adapted:
+            lora.add_adapters(lm, config.lora, seed=config.seed, base=base)
+            if source != base and ranks.is_lead:
+                lora.load_adapters(lm, Path(source))
+        policy = LanguageModel(lm, value, compute_dtype(config))
+        if value == "separate":
+            trunk = _load_trunk(base, lm, ranks, dtype)
+            if adapted:
+                lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
+            use_onednn(trunk)
+            policy.value_trunk = trunk
+    if config.parallel.activation_checkpointing:
+        _checkpoint_activations(policy)
+    place_model(_disable_dropout(policy), ranks, strategy, compute_dtype(config))
+    return policy
+
+
+def load_reference(
+    config: RunConfig, policy: LanguageModel, ranks: RankGroup, strategy: str
+) -> AnyModel:
+    """The frozen reference: the policy's own start, or the model that is named.
+
+    With adapters the former is the policy itself without them; a model that is named is loaded
+    besides, for it need not be the one that is adapted.
+    """
+    name = config.model.reference or config.model.policy
+    if config.lora.rank is not None and name == config.model.policy:
+        return AdapterFreePolicy(policy)
+    key = "model.reference" if config.model.reference else "model.policy"
+    dtype = compute_dtype(config)
+    lm = load_lm(starter.resolve(name), key, ranks, dtype)
+    reference = LanguageModel(lm, compute=dtype)
+    reference.requires_grad_(False)
+    on_host = config.parallel.frozen == "offload"
+    placed = "ddp" if on_host else strategy
+    place_model(_disable_dropout(reference), ranks, placed, dtype)
+    offload_between_uses(reference, ranks, placed, on_host=on_host)
+    return reference
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """What `model.dtype` names."""
+    return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+
+
+def load_lm(
+    source: str, key: str, ranks: RankGroup, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A causal language model in a dtype; its weights on rank 0, its shape on the others.
+
+    Raises:
+        UserInputError: names the configuration key and what is wrong with the model.
+    """
+    lm = _read_lm(source, key, dtype) if ranks.is_lead else None
+    with broadcast_files(ranks, *((lm.config, lm.generation_config) if lm else ())) as folder:
+        if lm is None:
+            with without_weights(ranks):
+                shape = AutoConfig.from_pretrained(folder)
+                lm = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+            lm.generation_config = GenerationConfig.from_pretrained(folder)
+    return lm
+
+
+def _read_lm(source: str, key: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserInputError(_not_a_model(key, source, error)) from error
+    if lora.adapted_layers(lm):
+        raise UserInputError(
+            f"{key}: {source} holds adapters for another model; merge the two first "
+            "(rlhf-tui export NAME --policy DIR --merged, or peft)"
+        )
+    for needed in ("past_key_values", "logits_to_keep"):
+        if needed not in inspect.signature(lm.forward).parameters:
+            raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
+    return _own(lm)
+
+
+def _load_trunk(source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype) -> Any:
+    if ranks.is_lead:
+        return _own(AutoModel.from_pretrained(source, dtype=dtype))
+    return AutoModel.from_config(lm.config, dtype=dtype)
+
+
+def load_tokenizer(source: str, key: str, ranks: RankGroup) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, on every rank. Raises UserInputError."""
+    tokenizer = None
+    if ranks.is_lead:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UserInputError(_not_a_model(key, source, error, "tokenizer")) from error
+    with broadcast_files(ranks, tokenizer) as folder:
+        return tokenizer or AutoTokenizer.from_pretrained(folder)
+
+
+def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: chat models have several."""
+    of_model = getattr(lm.generation_config, "eos_token_id", None)
+    ids = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def _own(module: nn.Module) -> Any:
+    """Copies the weights out of the file.
+
+    Fresh from `from_pretrained` they are memory-mapped at odd offsets, which picks other kernels:
+    one-row products then differ in the last bit between a first run and a resumed one.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return module
+
+
+def _disable_dropout(module: LanguageModel) -> LanguageModel:
+    """Dropout off for good: old and new log-probabilities must be of the same function."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif isinstance(getattr(part, "attention_dropout", None), float):
+            vars(part)["attention_dropout"] = 0.0  # used as a number, and only in training mode
+    return module.eval()
+
+
+def _checkpoint_activations(policy: LanguageModel) -> None:
+    """Activations are computed again in the backward pass; takes effect in training mode alone."""
+    with warnings.catch_warnings():
+        # It gets another name in transformers 5.23, which earlier ones do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        for part in (policy.lm, policy.value_trunk):
+            if isinstance(part, PreTrainedModel):
+                part.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _not_a_model(key: str, source: str, error: Exception, what: str = "model") -> str:
+    if source.startswith(("/", ".", "~")):
+        problem = "holds none that can be loaded" if Path(source).is_dir() else "does not exist"
+        return f"{key}: the folder {source} {problem} (wanted: a Hugging Face {what} folder)"
+    first = str(error).strip().splitlines()[0]
+    return (
+        f"{key}: '{source}' is neither a {what} folder here nor one to be had from the hub: {first}"
+    )

@@ -1,0 +1,1 @@
+"""The numerics of PPO: advantages, losses, the update loop and its metrics."""

@@ -1,0 +1,1 @@
+"""What a step leaves for people: samples, probes and TensorBoard files."""

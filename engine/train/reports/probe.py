@@ -1,0 +1,68 @@
+"""A probe: what the policy of this moment, and its reference, answer to an operator's prompt."""
+
+from typing import Any
+
+from engine.errors import CommandRejectedError, RewardError
+from engine.train.data.prompts import Prompt, batch_prompts
+from engine.train.data.randomness import sampling_uniforms
+from engine.train.distributed.ranks import PeerRankError
+from engine.train.models.language_model import AnyModel
+from engine.train.ppo import masked
+from engine.train.ppo.forward import score_tokens
+from engine.train.rewards.function import FunctionError
+from engine.train.rewards.normalise import Normaliser
+from engine.train.rewards.source import RewardInputs
+from engine.train.rollout.native import generate
+from engine.train.run import Run
+
+PROBE_SEED = 0
+"""The same for both models and every probe: what differs is the models' doing."""
+
+
+def answer_probe(run: Run, text: str) -> dict[str, Any]:
+    """One answer of each model, with its score and its KL to the reference.
+
+    Draws from a random stream of its own, so that a probed run stays the run it was. With one of
+    the run's own prompts it reads the tokens that a step reads: tokenised again, what a chat
+    template has rendered would begin twice.
+
+    Raises:
+        CommandRejectedError: the prompt holds no tokens, or too many; or a reward function cannot
+            do without what the data has besides prompts. On all ranks alike.
+    """
+    prompt = run.prompts.find(text) or _typed(run, text)
+    return {
+        "policy": _answer(run, run.policy, prompt),
+        "reference": _answer(run, run.reference, prompt),
+    }
+
+
+def _typed(run: Run, text: str) -> Prompt:
+    ids = list(run.tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[-1] == run.tokenizer.eos_token_id:
+        ids.pop()
+    if not 0 < len(ids) <= run.config.data.max_prompt_tokens:
+        raise CommandRejectedError(
+            f"a probe needs 1 to {run.config.data.max_prompt_tokens} tokens, this has {len(ids)}"
+        )
+    return Prompt(ids, text, {run.config.data.column: text})
+
+
+def _answer(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
+    settings, state = run.state.settings, run.state
+    batch = batch_prompts([prompt], 1, run.tokenizer.eos_token_id or 0)
+    uniforms = sampling_uniforms(PROBE_SEED, 0, 1, settings.max_new_tokens)
+    rollout = generate(model, batch, uniforms, settings.temperature, run.ending, run.tokenizer)
+    try:
+        raw, _ = run.rewards(RewardInputs.of(rollout, state.step))
+    except (RewardError, FunctionError, PeerRankError) as error:
+        raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
+    normalise = Normaliser(state.reward_mean, state.reward_std)
+    score = normalise(raw.to(run.device), run.config.reward, rollout.ended)
+    reference, _ = score_tokens(run.reference, rollout, settings.temperature, 1, want="logits")
+    return {
+        "response": rollout.texts[0],
+        "score": float(score[0]),
+        "kl": float(masked.sequence_kl(rollout.logprobs, reference, rollout.mask)[0]),
+        "length": int(rollout.lengths[0]),
+    }

@@ -1,0 +1,71 @@
+"""The answers of a step that are kept for people to read."""
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.schema import LogConfig
+from engine.protocol.rank_messages import Sample, TokenArrays
+from engine.train.ppo import masked
+from engine.train.ppo.optimise import Targets
+from engine.train.rollout.rollout import Rollout
+
+
+def kept_samples(
+    log: LogConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: Rollout,
+    scores: Tensor,
+    parts: dict[str, list[float | None]],
+    targets: Targets,
+    ref_logprobs: Tensor,
+) -> list[Sample]:
+    """The first answers of the batch, the first of these with their per-token arrays.
+
+    Args:
+        log: how many of each.
+        tokenizer: the policy's.
+        rollout: B answers of at most T tokens.
+        scores: (B,), as they are trained on.
+        parts: by reward source, B scores.
+        targets: what the epochs learn from.
+        ref_logprobs: (B, T).
+    """
+    kl = masked.sequence_kl(targets.old_logprobs, ref_logprobs, rollout.mask).tolist()
+    kept = []
+    for i in range(min(log.samples, len(scores))):
+        arrays = None
+        if i < log.arrays:
+            arrays = _token_arrays(tokenizer, rollout, targets, ref_logprobs, i)
+        kept.append(
+            Sample(
+                index=i,
+                prompt=rollout.batch.prompts[i].text,
+                response=rollout.texts[i],
+                score=float(scores[i]),
+                kl=kl[i],
+                length=int(rollout.lengths[i]),
+                ended=bool(rollout.ended[i]),
+                parts={k: v[i] for k, v in parts.items()},
+                arrays=arrays,
+            )
+        )
+    return kept
+
+
+def _token_arrays(
+    tokenizer: PreTrainedTokenizerBase,
+    rollout: Rollout,
+    targets: Targets,
+    ref_logprobs: Tensor,
+    i: int,
+) -> TokenArrays:
+    n = int(rollout.lengths[i])
+    ids = rollout.ids[i, :n].tolist()
+    return TokenArrays(
+        tokens=[str(tokenizer.decode([t])) for t in ids],
+        token_ids=ids,
+        logprob=targets.old_logprobs[i, :n].tolist(),
+        ref_logprob=ref_logprobs[i, :n].tolist(),
+        advantage=targets.advantages[i, :n].tolist(),
+        value=[] if targets.old_values is None else targets.old_values[i, :n].tolist(),
+    )

@@ -1,0 +1,1 @@
+"""Reward sources and how their scores are combined."""

@@ -1,0 +1,148 @@
+"""A Hugging Face sequence classifier as a reward."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from engine import starter
+from engine.config.schema import RewardConfig
+from engine.errors import UserInputError
+from engine.train.distributed import sharding
+from engine.train.distributed.broadcast_files import broadcast_files, without_weights
+from engine.train.distributed.ranks import RankGroup
+from engine.train.models.onednn_linear import use_onednn
+from engine.train.models.pretrained import load_tokenizer
+from engine.train.rollout.rollout import ReportProgress
+
+if TYPE_CHECKING:
+    from engine.train.rewards.source import RewardInputs
+
+
+class RewardModel:
+    """Scores prompt and answer by one logit of a classifier.
+
+    Where the classifier reads the policy's own vocabulary it is given the very token ids, the
+    end-of-sequence token among them; else it reads the text, through its own tokenizer and, for
+    conversations, its own chat template.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        label: int | str | None,
+        config: RewardConfig,
+        policy_vocabulary: dict[str, int],
+        ranks: RankGroup,
+    ) -> None:
+        """Reads it on rank 0; :meth:`settle` puts it in its place. Raises UserInputError."""
+        path = starter.resolve(source)
+        self._tokenizer = load_tokenizer(path, "reward.model", ranks)
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        model = _read(source, path, dtype) if ranks.is_lead else None
+        with broadcast_files(ranks, model and model.config) as folder:
+            if model is None:
+                shape = AutoConfig.from_pretrained(folder)
+                with without_weights(ranks):
+                    model = AutoModelForSequenceClassification.from_config(shape, dtype=dtype)
+        self._label = _label_index(source, label, model.config)
+        self._pad = _own_pad(self._tokenizer, model.config)
+        model.config.use_cache = False  # a decoder would fill one
+        use_onednn(model)
+        self._model = model.eval().requires_grad_(False)
+        self._device = ranks.device
+        self._size = config.batch_size
+        limit = getattr(model.config, "max_position_embeddings", None) or config.max_tokens
+        self._limit = min(config.max_tokens, limit)
+        self._same_tokens = self._tokenizer.get_vocab() == policy_vocabulary
+
+    def settle(self, ranks: RankGroup, strategy: str, *, on_host: bool) -> None:
+        """Places the weights on every rank: see :mod:`engine.train.distributed.sharding`."""
+        placed = "ddp" if on_host else strategy
+        sharding.place_model(self._model, ranks, placed)
+        sharding.offload_between_uses(self._model, ranks, placed, on_host=on_host)
+
+    def __call__(self, answers: "RewardInputs", report: ReportProgress) -> list[float | None]:
+        """The chosen logit for each answer, in batches of like lengths."""
+        with sharding.materialised(self._model):
+            return self._scores(answers, report)
+
+    @torch.no_grad()
+    def _scores(self, answers: "RewardInputs", report: ReportProgress) -> list[float | None]:
+        sequences = self._sequences(answers)
+        pad = _unused(sequences) if self._pad is None else self._pad
+        self._model.config.pad_token_id = pad
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
+        scores: list[float | None] = [None] * len(sequences)
+        for first in range(0, len(order), self._size):
+            rows = order[first : first + self._size]
+            width = len(sequences[rows[0]])
+            ids = torch.full((len(rows), width), pad)
+            mask = torch.zeros(len(rows), width, dtype=torch.int64)
+            for k, i in enumerate(rows):
+                ids[k, : len(sequences[i])] = torch.tensor(sequences[i])
+                mask[k, : len(sequences[i])] = 1
+            logits = self._model(
+                input_ids=ids.to(self._device), attention_mask=mask.to(self._device)
+            ).logits
+            for i, score in zip(rows, logits[:, self._label].float().tolist(), strict=True):
+                scores[i] = score
+            report(first + len(rows), len(order))
+        return scores
+
+    def _sequences(self, answers: "RewardInputs") -> list[list[int]]:
+        """Token ids of prompt and answer, cut to the last `limit` tokens."""
+        prompts = answers.batch.prompts
+        if self._same_tokens:
+            whole = [p.ids + ids for p, ids in zip(prompts, answers.ids, strict=True)]
+        else:
+            whole = [self._read(p, text) for p, text in zip(prompts, answers.texts, strict=True)]
+        return [ids[-self._limit :] for ids in whole]
+
+    def _read(self, prompt: Any, answer: str) -> list[int]:
+        if prompt.messages is not None and self._tokenizer.chat_template:
+            messages = [*prompt.messages, {"role": "assistant", "content": answer}]
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            return list(self._tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        return list(self._tokenizer(prompt.text + answer)["input_ids"])
+
+
+def _read(source: str, path: str, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserInputError(f"reward.model: cannot load '{source}': {first}") from error
+
+
+def _label_index(source: str, label: int | str | None, config: Any) -> int:
+    """Which logit is the score. Raises UserInputError."""
+    count, names = config.num_labels, {v: k for k, v in (config.id2label or {}).items()}
+    listed = ", ".join(f"{i}: {n}" for n, i in names.items())
+    if label is None:
+        if count == 1:
+            return 0
+        raise UserInputError(
+            f"reward.label: '{source}' has {count} labels, say which is the score ({listed})"
+        )
+    if isinstance(label, str) and label in names:
+        return int(names[label])
+    if isinstance(label, int) and 0 <= label < count:
+        return label
+    raise UserInputError(f"reward.label: '{source}' has no label {label!r} (it has {listed})")
+
+
+def _own_pad(tokenizer: Any, config: Any) -> int | None:
+    """The classifier's pad token, unless it is also its end of sequence.
+
+    A decoder's classifier reads the last token that is not pad: were pad the end-of-sequence
+    token, it would read the one before.
+    """
+    pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+    return None if pad is None or pad == tokenizer.eos_token_id else int(pad)
+
+
+def _unused(sequences: list[list[int]]) -> int:
+    """A token id that stands in none of the sequences, to pad with."""
+    used = {i for ids in sequences for i in ids}
+    return next(i for i in range(len(used) + 1) if i not in used)

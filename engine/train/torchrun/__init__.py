@@ -1,0 +1,1 @@
+"""Starting ranks by torchrun, on one machine or several."""

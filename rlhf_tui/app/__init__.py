@@ -1,0 +1,1 @@
+"""The Textual app: modes, keys, following a session, starting engines."""

@@ -1,0 +1,54 @@
+"""What happened since the operator last looked."""
+
+from rlhf_tui import format as fmt
+from rlhf_tui.app.preferences import Seen
+from rlhf_tui.state import session_state as facts
+from rlhf_tui.state.session_state import GLYPHS, TONES, SessionState
+from rlhf_tui.widgets.lines import Row
+
+MOST = 8
+AWAY = 60.0
+"""Seconds under which nobody has been away."""
+
+
+def digest(state: SessionState, seen: Seen) -> list[Row]:
+    """Lines for a dialog; none where there is nothing to tell."""
+    away = state.now() - seen.time
+    new = [e for e in state.events if e["event"] > seen.event]
+    steps = state.head.step - seen.step
+    if away < AWAY or (steps == 0 and not new):
+        return []
+    rows: list[Row] = [
+        [
+            ("you were away ", "dim"), (fmt.duration(away), "strong"),
+            ("; the run is ", "dim"), (state.head.state, "strong"),
+        ]
+    ]  # fmt: skip
+    if steps > 0:
+        rows.append([(f"steps {seen.step} → {state.head.step}", "strong")])
+        for name, label in ((facts.SCORE, "score"), (facts.KL, "KL"), (facts.BETA, "beta")):
+            series = state.series(name)
+            old = series.mean(seen.step - facts.RECENT + 1, seen.step)
+            now = series.mean(state.head.step - facts.RECENT + 1, state.head.step)
+            rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(now)}", "")])
+    elif steps < 0:
+        rows.append([(f"the run went back: step {seen.step} → {state.head.step}", "warn")])
+    since = [m for m in state.markers() if m.time > seen.time]
+    if since:
+        rows.append([])
+    for marker in since[-MOST:]:
+        who = f"  by {marker.who}" if marker.who else ""
+        rows.append(
+            [
+                (f"{marker.step:>6} ", "dim"),
+                (f"{GLYPHS[marker.kind]} ", TONES[marker.kind]),
+                (marker.text, ""),
+                (who, "dim"),
+            ]
+        )
+    if len(since) > MOST:
+        rows.append([(f"       and {len(since) - MOST} before these", "dim")])
+    states = [e for e in new if e["kind"] in ("state", "error")]
+    if states and states[-1].get("text"):
+        rows.append([(str(states[-1]["text"]).partition("\n")[0], "warn")])
+    return rows

@@ -1,0 +1,109 @@
+"""What the operator has chosen, remembered: theme, charts, and what was seen last.
+
+Under $XDG_CONFIG_HOME and $XDG_STATE_HOME. A file that cannot be read is left aside with a notice;
+one that cannot be written costs only the remembering.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from engine.session.folder import write_atomically
+from rlhf_tui.state import session_state as facts
+
+CHARTS = [facts.SCORE, facts.KL, facts.CLIP, facts.BETA]
+THEMES = ("dark", "light", "contrast")
+SEEN_KEPT = 200
+
+
+class Preferences(Struct, kw_only=True):
+    """How the operator likes it."""
+
+    theme: str = THEMES[0]
+    charts: list[str] = msgspec.field(default_factory=lambda: list(CHARTS))
+    """Metrics; `a + b` puts two on one chart."""
+    columns: Annotated[int, Meta(ge=0, le=4)] = 0
+    """Charts beside one another; 0: as many as fit well."""
+    log: list[str] = []
+    """Metrics on a logarithmic scale."""
+    weight: Annotated[float, Meta(ge=0, lt=1)] = 0.6
+    """Of the moving average; 0: off."""
+    past: bool = True
+    """Earlier attempts are drawn."""
+
+    def metrics(self) -> list[str]:
+        """Of all charts, in their order."""
+        return [n.strip() for spec in self.charts for n in spec.split(" + ")]
+
+
+class Seen(Struct, kw_only=True):
+    """How a session was when the operator last looked."""
+
+    time: float
+    step: int
+    event: int
+
+
+SeenAll = dict[str, Seen]
+_T = TypeVar("_T")
+
+
+def preferences_file() -> Path:
+    """Where preferences lie."""
+    return _base("XDG_CONFIG_HOME", ".config") / "preferences.json"
+
+
+def seen_file() -> Path:
+    """Where it stands what was seen."""
+    return _base("XDG_STATE_HOME", ".local/state") / "seen.json"
+
+
+def _base(variable: str, default: str) -> Path:
+    given = os.environ.get(variable, "")
+    # The specification of these variables has relative paths ignored.
+    base = Path(given) if Path(given).is_absolute() else Path.home() / default
+    return base / "rlhf-tui"
+
+
+def load_preferences() -> tuple[Preferences, str]:
+    """The preferences, and what was wrong with their file (empty: nothing)."""
+    found, problem = _load(preferences_file(), Preferences)
+    found = found or Preferences()
+    if found.theme not in THEMES:
+        found.theme = THEMES[0]
+    found.charts = found.charts or list(CHARTS)
+    return found, problem
+
+
+def load_seen() -> SeenAll:
+    """What was seen of which session's folder."""
+    return _load(seen_file(), SeenAll)[0] or {}
+
+
+def save(path: Path, value: Preferences | SeenAll) -> str:
+    """Writes a file, whole or not at all; what prevented it, empty where nothing did."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
+    except OSError as error:
+        return f"cannot remember in {path}: {error.strerror}"
+    return ""
+
+
+def remember_seen(folder: str, seen: Seen) -> None:
+    """Notes what was seen of a session, beside what other terminals noted meanwhile."""
+    known = load_seen() | {folder: seen}
+    newest = sorted(known, key=lambda f: known[f].time)[-SEEN_KEPT:]
+    save(seen_file(), {f: known[f] for f in newest})
+
+
+def _load(path: Path, kind: type[_T]) -> tuple[_T | None, str]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind), ""
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, msgspec.DecodeError) as error:
+        return None, f"{path} cannot be used and is left aside: {error}"

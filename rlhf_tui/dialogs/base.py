@@ -1,0 +1,155 @@
+"""Dialogs: a question with answers, and a value to be typed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.text import Text
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.screen import ModalScreen
+
+from rlhf_tui.text import one_line
+from rlhf_tui.widgets.lines import Lines, Row
+
+if TYPE_CHECKING:
+    from textual.widgets import Button, Input
+
+
+class MessageLine(Lines):
+    """Lines of a dialog, as high as they are many."""
+
+    def __init__(self, rows: list[Row], *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self.say(rows)
+
+    def say(self, rows: list[Row]) -> None:
+        """Other lines, the same height or another one."""
+        self.styles.height = max(len(rows), 1)
+        self.show(rows)
+
+
+class Dialog(ModalScreen[str | None]):
+    """A box over the screen; esc closes it without an answer."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "cancel", show=False)]
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.heading = title
+        self._answered = False
+
+    def compose(self) -> ComposeResult:
+        """The box with its title and its body."""
+        with Vertical(classes="dialog") as box:
+            box.border_title = Text(one_line(self.heading))
+            yield from self.body()
+
+    def body(self) -> ComposeResult:
+        """What the box holds."""
+        yield from ()
+
+    def answer(self, result: str | None) -> None:
+        """Closes with an answer: the first one, for a second key may be on its way already."""
+        if not self._answered:
+            self._answered = True
+            self.dismiss(result)
+
+    def action_cancel(self) -> None:
+        """No answer."""
+        self.answer(None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An answer to a question."""
+
+    key: str
+    label: str
+    result: str
+    danger: bool = False
+
+
+class ChoiceDialog(Dialog):
+    """A question; the first answer is the safe one and has the focus."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left,up,k", "app.focus_previous", show=False),
+        Binding("right,down,j", "app.focus_next", show=False),
+    ]
+
+    def __init__(self, title: str, rows: list[Row], choices: list[Choice]) -> None:
+        """Each choice has a key of its own, too."""
+        super().__init__(title)
+        self.rows = rows
+        self.choices = choices
+
+    def body(self) -> ComposeResult:
+        """The text and the answers."""
+        from textual.widgets import Button  # noqa: PLC0415 - keeps the start quick
+
+        yield MessageLine(self.rows)
+        with Horizontal(classes="answers"):
+            for choice in self.choices:
+                label = Text(f"{choice.label} [{choice.key}]")
+                yield Button(
+                    label, id=f"answer-{choice.result}", compact=True,
+                    variant="error" if choice.danger else "default",
+                )  # fmt: skip
+
+    def on_button_pressed(self, event: "Button.Pressed") -> None:
+        """An answer was chosen."""
+        self.answer((event.button.id or "").removeprefix("answer-"))
+
+    def on_key(self, event: events.Key) -> None:
+        """An answer's own key."""
+        result = next((c.result for c in self.choices if c.key == event.character), None)
+        if result is not None:
+            event.stop()
+            self.answer(result)
+
+
+Check = Callable[[str], tuple[bool, str]]
+
+
+class InputDialog(Dialog):
+    """A value to be typed, with what it would do below it."""
+
+    def __init__(
+        self, title: str, rows: list[Row], value: str = "", check: Check | None = None
+    ) -> None:
+        """`check` says of a text whether it will do, and in words what it would do or lacks."""
+        super().__init__(title)
+        self.rows = rows
+        self.value = value
+        self.check = check
+
+    def body(self) -> ComposeResult:
+        """The text, the field, the outlook, the keys."""
+        from rlhf_tui.widgets.text_input import TextInput  # noqa: PLC0415 - keeps the start quick
+
+        yield MessageLine(self.rows)
+        yield TextInput(one_line(self.value), id="field", compact=True, select_on_focus=True)
+        yield MessageLine([[]], id="outlook")
+        yield MessageLine([[("enter send · esc cancel", "dim")]])
+
+    def on_mount(self) -> None:
+        """The field is ready to be typed in."""
+        self.set_focus(self.query_one("#field"))
+        self._look(self.value)
+
+    def on_input_changed(self, event: "Input.Changed") -> None:
+        """The outlook follows what is typed."""
+        self._look(event.value)
+
+    def _look(self, text: str) -> bool:
+        good, words = self.check(text) if self.check else (bool(text.strip()), "")
+        self.query_one("#outlook", MessageLine).say([[(words, "dim" if good else "warn")]])
+        return good
+
+    def on_input_submitted(self, event: "Input.Submitted") -> None:
+        """Takes the value, if it will do."""
+        if self._look(event.value):
+            self.answer(event.value.strip())

@@ -1,0 +1,87 @@
+"""The help: every key that does something on this screen, made from the bindings."""
+
+from itertools import zip_longest
+from typing import Any, ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+
+from rlhf_tui.dialogs.text import TextDialog
+from rlhf_tui.widgets.key_footer import key_name
+from rlhf_tui.widgets.lines import Row, row_width
+
+LEFT_OUT = ("screen.copy_text", "help_quit", "command_palette")
+"""Textual's own, which do not work here or stand below the list."""
+WIDE, COLUMN = 100, 48
+"""Cells of a terminal from which on the help has two columns, and of the first of them."""
+WORDS = {"app.focus_next": "next panel", "app.focus_previous": "panel before"}
+
+
+class HelpDialog(TextDialog):
+    """Keys in groups: the widget that has the focus, the screen, everywhere."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("question_mark", "cancel", "close", show=False)
+    ]
+    HINT = "esc close · ctrl+p all commands by name"
+
+    def __init__(self, screen: Screen[Any]) -> None:
+        """Of the screen it was asked on, read now: on top of it the bindings are others."""
+        super().__init__("Keys")
+        self._groups = help_groups(screen)
+
+    def lines(self) -> list[Row]:
+        """The list, in two columns where there is room."""
+        wide = self.app.size.width >= WIDE
+        return beside(self._groups) if wide else below(self._groups)
+
+
+Group = list[tuple[str, str]]
+"""Keys and words."""
+
+
+def help_groups(screen: Screen[Any]) -> dict[str, Group]:
+    """A line for each action, with all its keys."""
+    found: dict[str, dict[str, tuple[list[str], str]]] = {}
+    for active in screen.active_bindings.values():
+        binding = active.binding
+        if not binding.description or not active.enabled or binding.action in LEFT_OUT:
+            continue
+        here = "Everywhere" if active.node is screen.app else "Here"
+        if active.node is not screen and here == "Here":
+            here = "In this list" if hasattr(active.node, "count") else "Here"
+        keys, _ = found.setdefault(here, {}).setdefault(
+            binding.action, ([], WORDS.get(binding.action, binding.description))
+        )
+        name = binding.key_display or key_name(binding.key)
+        if name not in keys:
+            keys.append(name)
+    return {
+        group: [(" ".join(keys), words) for keys, words in found[group].values()]
+        for group in ("Here", "In this list", "Everywhere")
+        if group in found
+    }
+
+
+def rows_of(name: str, group: Group) -> list[Row]:
+    """A group under its name."""
+    lines: list[Row] = [[(name, "strong")]]
+    return lines + [[(f"  {keys:<12}", "key"), (words, "")] for keys, words in group]
+
+
+def below(groups: dict[str, Group]) -> list[Row]:
+    """One group below another."""
+    rows: list[Row] = []
+    for name, group in groups.items():
+        rows += [[], *rows_of(name, group)] if rows else rows_of(name, group)
+    return rows
+
+
+def beside(groups: dict[str, Group]) -> list[Row]:
+    """What holds everywhere at the right of what holds here."""
+    left = below({n: g for n, g in groups.items() if n != "Everywhere"})
+    right = below({n: g for n, g in groups.items() if n == "Everywhere"})
+    rows: list[Row] = []
+    for a, b in zip_longest(left, right, fillvalue=()):
+        rows.append([*a, (" " * (COLUMN - row_width(a)), ""), *b])
+    return rows

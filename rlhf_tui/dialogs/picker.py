@@ -1,0 +1,150 @@
+"""A dialog with a list: choose one, or mark several."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+
+from rlhf_tui.dialogs.base import Dialog, MessageLine
+from rlhf_tui.state.messages import RowSelected
+from rlhf_tui.widgets.lines import Piece
+from rlhf_tui.widgets.table import Column, Table
+
+if TYPE_CHECKING:
+    from textual.widgets import Input
+
+HIGHEST = 16
+WITH = " + "
+"""Between keys that were chosen together."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A line of the list."""
+
+    key: str
+    label: str
+    value: str = ""
+    detail: str = ""
+
+
+class PickerDialog(Dialog):
+    """Type to narrow the list; enter takes the line, or with `several` all that are marked."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("down", "move(1)", "down", show=False, priority=True),
+        Binding("up", "move(-1)", "up", show=False, priority=True),
+        Binding("tab", "mark", "mark", show=False, priority=True),
+        Binding("shift+tab", "join", "mark beside the one before", show=False, priority=True),
+    ]
+
+    def __init__(
+        self, title: str, options: list[Option], marked: list[list[str]] | None = None
+    ) -> None:
+        """With `marked`, several can be chosen, alone or with others.
+
+        The answer is then a line for each group, its keys joined by :data:`WITH`.
+        """
+        super().__init__(title)
+        self.options = options
+        self.several = marked is not None
+        self.marked = [list(group) for group in marked or []]
+        self._words = ""
+
+    def body(self) -> ComposeResult:
+        """Search field, list, keys."""
+        from rlhf_tui.widgets.text_input import TextInput  # noqa: PLC0415 - keeps the start quick
+
+        yield TextInput(placeholder="type to search", id="search", compact=True)
+        table = Table(
+            [Column("", 4), Column("", 22, flexible=True), Column("", 10, right=True),
+             Column("", 22, least=62)],
+            id="options",
+        )  # fmt: skip
+        table.styles.height = min(len(self.options), HIGHEST)
+        yield table
+        words = "enter take · esc cancel"
+        if self.several:
+            words = f"tab mark · shift+tab with the one before · {words}"
+        yield MessageLine([[(words, "dim")]])
+
+    def on_mount(self) -> None:
+        """The list is there at once."""
+        self.set_focus(self.query_one("#search"))
+        self._fill("")
+
+    def on_input_changed(self, event: "Input.Changed") -> None:
+        """The list follows what is typed."""
+        self._words = event.value
+        self._fill(event.value)
+
+    def _fill(self, words: str) -> None:
+        shown = [
+            o
+            for o in self.options
+            if all(w in f"{o.key} {o.label}".lower() for w in words.lower().split())
+        ]
+        rows: list[tuple[str, list[Piece]]] = []
+        for option in shown:
+            mark = self._mark_of(option.key) if self.several else ""
+            rows.append(
+                (
+                    option.key,
+                    [
+                        (mark, "good"),
+                        (option.label, ""),
+                        (option.value, "strong"),
+                        (option.detail, "dim"),
+                    ],
+                )
+            )
+        self.query_one(Table).set_rows(rows, empty=[[(" nothing of that name", "dim")]])
+
+    def _mark_of(self, key: str) -> str:
+        """The number of its group; the first one has a tick, those with it a plus."""
+        for i, group in enumerate(self.marked, start=1):
+            if key in group:
+                return f"{i:>2} {'✓' if group[0] == key else '+'}"
+        return "  ·"
+
+    def action_move(self, lines: int) -> None:
+        """Through the list while the search field has the focus."""
+        self.query_one(Table).action_move(lines)
+
+    def action_mark(self) -> None:
+        """Marks the line, or takes the mark away."""
+        self._toggle(join=False)
+
+    def action_join(self) -> None:
+        """Marks the line together with the one that was marked last."""
+        self._toggle(join=True)
+
+    def _toggle(self, *, join: bool) -> None:
+        key = self.query_one(Table).key
+        if not self.several or key is None:
+            return
+        if any(key in group for group in self.marked):
+            without = [[k for k in group if k != key] for group in self.marked]
+            self.marked = [group for group in without if group]
+        elif join and self.marked:
+            self.marked[-1].append(key)
+        else:
+            self.marked.append([key])
+        self._fill(self._words)
+
+    def on_input_submitted(self) -> None:
+        """Enter in the search field."""
+        self._take(self.query_one(Table).key)
+
+    def on_row_selected(self, message: RowSelected) -> None:
+        """Enter or a click in the list."""
+        message.stop()
+        self._take(message.key)
+
+    def _take(self, key: str | None) -> None:
+        if self.several:
+            groups = self.marked or ([[key]] if key else [])
+            self.answer("\n".join(WITH.join(group) for group in groups))
+        elif key is not None:
+            self.answer(key)

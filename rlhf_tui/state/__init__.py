@@ -1,0 +1,1 @@
+"""What the app knows of a session, and the threads that read and write it."""

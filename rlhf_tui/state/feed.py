@@ -1,0 +1,299 @@
+"""Follows a session: reads its journal in a thread of its own and posts what is new.
+
+The engine's wake-ups only make it look sooner; without an engine it looks now and then. Everything
+comes from the journal, so a lost connection loses nothing.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import RlhfError
+from engine.journal.reader import JournalReader
+from engine.protocol.client import Client
+from engine.protocol.client_messages import JournalAdvanced, Telemetry
+from engine.protocol.rank_messages import Phase
+from engine.session.folder import Session
+from rlhf_tui.state.first_read import SPANS, read_summary
+from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
+
+SHORTEST = 0.3
+"""Seconds between two readings: no more than about three pictures a second."""
+IDLE = 1.0
+"""Seconds after which it looks again although nothing was heard."""
+RECONNECT = 0.5
+EVENTS_READ = 20_000
+"""Of the newest; a tenth of a second. The many of one kind are thinned out after that."""
+LONG = 10_000
+"""Steps from which on curves are shown in outline first: reading them takes longer than a blink."""
+SAMPLES_SHOWN = 16
+
+
+class Feed:
+    """One session's news, from construction until :meth:`stop`."""
+
+    def __init__(
+        self,
+        session: Session,
+        who: str,
+        names: Iterable[str],
+        post: Callable[[SessionUpdate], object],
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            session: whose journal.
+            who: what the engine shall call this watcher.
+            names: metrics to read; :meth:`want` adds to them.
+            post: takes the news, from another thread.
+        """
+        self._session = session
+        self._who = who
+        self._post = post
+        self._wanted = list(dict.fromkeys(names))
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopped = threading.Event()
+        self._phases: dict[int, Phase] = {}
+        self._telemetry: Telemetry | None = None
+        self._connected = False
+        self._heard = False
+        self._problem = ""
+        self._record: JournalReader | None = None
+        self._file: tuple[int, int] | None = None
+        self._head: SessionSummary | None = None
+        self._forget()
+
+    def start(self) -> None:
+        """Begins. The threads die with the process and hold nothing back."""
+        for target in (self._read_on, self._watch_on):
+            threading.Thread(target=target, daemon=True, name=target.__name__).start()
+
+    def read_all(self) -> None:
+        """Reads everything once, here and now, and no more."""
+        self._read_once()
+
+    def stop(self) -> None:
+        """No more news."""
+        self._stopped.set()
+        self._wake.set()
+
+    def want(self, names: Iterable[str]) -> None:
+        """Reads these metrics, too, from now on."""
+        with self._lock:
+            self._wanted += [n for n in names if n not in self._wanted]
+        self._wake.set()
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def _read_on(self) -> None:
+        while not self._stopped.is_set():
+            began = time.monotonic()
+            self._read_once()
+            self._wake.wait(IDLE)
+            self._wake.clear()
+            self._stopped.wait(max(0.0, SHORTEST - (time.monotonic() - began)))
+
+    def _read_once(self) -> None:
+        try:
+            self._open()
+            if self._record is not None:
+                self._read(self._record)
+        except (RlhfError, OSError) as error:
+            self._say(str(error))
+            self._close()
+        else:
+            self._say("")
+
+    def _say(self, problem: str) -> None:
+        if problem != self._problem:
+            self._problem = problem
+            self._send(SessionUpdate(problem=problem))
+
+    def _send(self, news: SessionUpdate) -> None:
+        if news and not self._stopped.is_set():
+            self._post(news)
+
+    def _open(self) -> None:
+        """The journal may be new, replaced by another one, or gone."""
+        found = file_id(self._session.journal_file)
+        if found == self._file and self._record is not None:
+            return
+        replaced = self._file is not None
+        self._close()
+        if found is None:
+            if not self._session.folder.is_dir():
+                raise FileNotFoundError(
+                    f"the session's folder is gone: {self._session.folder}; "
+                    "see what is left with: rlhf-tui ls"
+                )
+            if replaced:
+                raise FileNotFoundError(f"the journal is gone: {self._session.journal_file}")
+            self._send_head_of_new()
+            return
+        self._record = JournalReader(self._session)
+        self._file = found
+        if replaced:
+            self._send(SessionUpdate(reset=True))
+
+    def _send_head_of_new(self) -> None:
+        """A session that was made, whose engine has not begun to write."""
+        if self._head is None:
+            self._head = SessionSummary("starting", 0, 0, {}, "", [], None, None)
+            self._send(SessionUpdate(head=self._head))
+
+    def _close(self) -> None:
+        if self._record is not None:
+            self._record.close()
+        self._record = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._head = None
+        self._attempts = 0
+        self._event = 0
+        self._at: dict[str, int] = {}
+        self._past: set[str] = set()
+        self._names: list[str] = []
+        self._commands: list[dict[str, Any]] = []
+        self._checkpoints: list[dict[str, Any]] = []
+        self._sampled = -1
+        self._labels: tuple[int, ...] = ()
+
+    def _read(self, record: JournalReader) -> None:
+        """What is new, the first time in pieces so that the picture builds up at once."""
+        first = self._head is None
+        head = read_summary(self._session, record)
+        reset = not first and (
+            len(head.attempts) != self._attempts
+            or (self._head is not None and head.step < self._head.step)
+        )
+        if reset:
+            self._forget()
+        self._attempts = len(head.attempts)
+        advanced = self._head is None or head.step != self._head.step
+        changed = head != self._head
+        self._head = head
+        news: dict[str, Any] = {"reset": reset, "head": head if changed else None}
+        news |= self._live_news()
+        # Clients write it, with an engine or without: no wake-up comes.
+        if (labels := stamp(self._session.labels_file)) != self._labels:
+            self._labels = news["labels"] = labels
+        events = record.events(last=EVENTS_READ, after=self._event)
+        if events:
+            self._event = events[-1]["event"]
+            news["events"] = thinned(events)
+        if events or advanced or any(c["ended"] is None for c in self._commands):
+            news |= self._lists(record)
+        self._send(SessionUpdate(**news))
+        if first and head.step > LONG:
+            self._send(SessionUpdate(outlines=record.outlines(self._wanted, SPANS)))
+        self._read_curves(record, at_once=not (first or reset))
+        if advanced and head.step != self._sampled:
+            self._sampled = head.step
+            self._send(SessionUpdate(samples=record.samples(last=SAMPLES_SHOWN)))
+
+    def _lists(self, record: JournalReader) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        commands, checkpoints = record.commands(), record.checkpoints()
+        if commands != self._commands:
+            self._commands = found["commands"] = commands
+        if checkpoints != self._checkpoints:
+            self._checkpoints = found["checkpoints"] = checkpoints
+        names = record.metric_names()
+        if names != self._names:
+            self._names = found["names"] = names
+        return found
+
+    def _read_curves(self, record: JournalReader, *, at_once: bool) -> None:
+        with self._lock:
+            wanted = list(self._wanted)
+        curves: dict[str, list[tuple[int, float | None]]] = {}
+        past: dict[str, list[tuple[int, int, float | None]]] = {}
+        for name in wanted:
+            if self._stopped.is_set():
+                return
+            points = record.series(name, after=self._at.get(name, 0))
+            if points:
+                self._at[name] = points[-1][0]
+                curves[name] = points
+            if self._attempts > 1 and name not in self._past:
+                self._past.add(name)
+                if rows := record.past_series(name):
+                    past[name] = rows
+            if not at_once:
+                self._send(SessionUpdate(curves=curves, past=past))
+                curves, past = {}, {}
+        self._send(SessionUpdate(curves=curves, past=past))
+
+    # -- the engine's own voice ---------------------------------------------------------------
+
+    def _watch_on(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                with Client(self._session, self._who) as client:
+                    status = client.status()
+                    self._take_live(*status.phases, status.telemetry)
+                    self._set_connected(True)
+                    for message in client.watch():
+                        if self._stopped.is_set():
+                            return
+                        self._take_live(message)
+            except (RlhfError, OSError):
+                pass  # no engine there; the journal says how the session is
+            self._set_connected(False)
+            self._stopped.wait(RECONNECT)
+
+    def _take_live(self, *messages: JournalAdvanced | Phase | Telemetry | None) -> None:
+        with self._lock:
+            for message in messages:
+                match message:
+                    case Phase():
+                        self._phases[message.rank] = message
+                        self._heard = True
+                    case Telemetry():
+                        self._telemetry = message
+                        self._heard = True
+        self._wake.set()
+
+    def _set_connected(self, connected: bool) -> None:
+        with self._lock:
+            if self._connected != connected:
+                self._connected = connected
+                self._heard = True
+                if not connected:
+                    self._phases.clear()
+                    self._telemetry = None
+        self._wake.set()
+
+    def _live_news(self) -> dict[str, Any]:
+        with self._lock:
+            if not self._heard:
+                return {}
+            self._heard = False
+            return {
+                "phases": sorted(self._phases.values(), key=lambda p: p.rank),
+                "telemetry": self._telemetry,
+                "connected": self._connected,
+            }
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Another value whenever a file was changed; () where there is none."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - called every second
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def file_id(path: Path) -> tuple[int, int] | None:
+    """Which file lies at a path now; None where there is none."""
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,0 +1,64 @@
+"""A first look at a session, taken in a thread while the app is still being imported.
+
+SQLite works without holding the interpreter, so that on two processors the curves' outlines cost
+nothing: they are there when the first picture is drawn.
+"""
+
+import threading
+from collections.abc import Iterable
+
+from engine.errors import RlhfError
+from engine.journal.reader import JournalReader
+from engine.session.folder import Session
+from rlhf_tui.state.updates import SessionSummary, SessionUpdate
+
+SPANS = 500
+"""Of an outline: more than a chart of half a wide terminal has columns of dots."""
+PATIENCE = 0.1
+"""Seconds the first picture waits for what a slow disk has not given yet."""
+
+
+def read_summary(session: Session, record: JournalReader) -> SessionSummary:
+    """The session in a few words. Raises JournalError."""
+    meta = record.meta()
+    live = session.is_live()
+    engine = session.engine() if live else None
+    state = str(meta.get("state", "starting"))
+    return SessionSummary(
+        state=state if live else record.state(),
+        step=record.last_step(),
+        total_steps=int(meta.get("total_steps") or 0),
+        settings=meta.get("settings") or {},
+        message=str(meta.get("message", "")),
+        attempts=record.attempts(),
+        pid=engine.pid if engine else None,
+        host=engine.host if engine else None,
+    )
+
+
+class FirstRead:
+    """Begins at construction. What it cannot read is left to the feed, which says why."""
+
+    def __init__(self, session: Session, names: Iterable[str]) -> None:
+        """`names`: metrics whose outlines are wanted."""
+        self.session = session
+        self._names = list(names)
+        self._news = SessionUpdate()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="glance")
+        self._thread.start()
+
+    def _look(self) -> None:
+        try:
+            with JournalReader(self.session) as record:
+                if record.attempts():
+                    head = read_summary(self.session, record)
+                    self._news = SessionUpdate(
+                        head=head, outlines=record.outlines(self._names, SPANS)
+                    )
+        except (RlhfError, OSError):
+            return
+
+    def news(self) -> SessionUpdate:
+        """What was seen; empty where there was nothing, or not in time."""
+        self._thread.join(PATIENCE)
+        return self._news

@@ -1,0 +1,37 @@
+"""Writes the operator's judgements in a thread, in the order in which they were given.
+
+A file on a slow or busy disk must not hold up the keys. What was given is written before the
+process ends, unless it is killed.
+"""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from engine.errors import RlhfError
+
+
+class LabelWriter:
+    """Says of each judgement how it went."""
+
+    def __init__(self, post: Callable[[str], object]) -> None:
+        """`post` takes why it could not be written, or "", from another thread."""
+        self._post = post
+
+    @functools.cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="judgements")
+
+    def write(self, change: Callable[[], None]) -> None:
+        """Takes a change; returns at once."""
+        self._thread.submit(self._write, change)
+
+    def _write(self, change: Callable[[], None]) -> None:
+        try:
+            change()
+        except (RlhfError, OSError) as error:
+            self._post(str(error))
+        except Exception as error:  # nobody asks this thread's future what became of it
+            self._post(f"this judgement was not written: {type(error).__name__}: {error}")
+        else:
+            self._post("")

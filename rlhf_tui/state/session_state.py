@@ -1,0 +1,287 @@
+"""What is known of the open session: the feed's news put together, for all screens."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.protocol.client_messages import Telemetry
+from engine.protocol.rank_messages import Phase
+from rlhf_tui.format import number
+from rlhf_tui.state.series import Series, Smoothed
+from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
+
+Row = dict[str, Any]
+
+SCORE, KL, CLIP = "objective/scores", "objective/kl", "policy/clipfrac_avg"
+BETA, LENGTH = "objective/kl_coef", "tokens/response_len_mean"
+STEP_TIME, TOKENS, MEMORY = "time/step", "perf/tokens_per_second", "perf/peak_memory_gb"
+PHASES = ("generate", "score", "reference", "optimise", "checkpoint")
+ALWAYS = (
+    SCORE, KL, CLIP, BETA, LENGTH, STEP_TIME, TOKENS, MEMORY, *(f"time/{p}" for p in PHASES),
+)  # fmt: skip
+"""Metrics that every screen may speak of."""
+RECENT = 10
+"""Steps over which `recent_mean` is reckoned, and before and after an intervention."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Something that stands on the curves."""
+
+    step: int
+    kind: str
+    """command, checkpoint, attempt, alert or note."""
+    text: str
+    who: str = ""
+    time: float = 0.0
+
+
+GLYPHS = {"command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎"}
+TONES = {
+    "command": "accent",
+    "checkpoint": "good",
+    "attempt": "dim",
+    "alert": "warn",
+    "note": "key",
+}
+
+
+class SessionState:
+    """Filled by :meth:`take`; read by the widgets, in the app's own thread only."""
+
+    def __init__(
+        self, name: str = "", batch_size: int = 1, now: Callable[[], float] = time.time
+    ) -> None:
+        self.name = name
+        self.batch_size = batch_size
+        self.now = now
+        self.phases: list[Phase] = []
+        self.telemetry: Telemetry | None = None
+        self.connected = False
+        self.problem = ""
+        self.phase_since: dict[int, float] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self.head = SessionSummary("starting", 0, 0, {}, "", [], None, None)
+        self.known = False
+        """Whether anything was read yet."""
+        self.curves: dict[str, Series] = {}
+        self.outlines: dict[str, Series] = {}
+        """Of curves that are still being read."""
+        self.past: dict[str, list[Series]] = {}
+        self.names: list[str] = []
+        self.events: list[Row] = []
+        self.commands: list[Row] = []
+        self.checkpoints: list[Row] = []
+        self.samples: list[Row] = []
+        self.labels: tuple[int, ...] = ()
+        """Another value whenever somebody has judged an answer."""
+        self._smoothed: dict[tuple[str, float], Smoothed] = {}
+        self._markers: list[Marker] | None = None
+
+    def take(self, news: SessionUpdate) -> None:
+        """Puts news in."""
+        if news.reset:
+            self._clear()
+        if news.head is not None:
+            self.head, self.known, self._markers = news.head, True, None
+        self.outlines |= {n: Series(points) for n, points in news.outlines.items()}
+        for name, points in news.curves.items():
+            self.outlines.pop(name, None)
+            self.curves.setdefault(name, Series()).extend(points)
+        for name, rows in news.past.items():
+            by_attempt: dict[int, list[tuple[int, float | None]]] = {}
+            for attempt, step, value in rows:
+                by_attempt.setdefault(attempt, []).append((step, value))
+            self.past[name] = [Series(points) for points in by_attempt.values()]
+        if news.events:
+            self.events = thinned(self.events + news.events)
+            self._markers = None
+        if news.labels is not None:
+            self.labels = news.labels
+        for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
+            if (value := getattr(news, key)) is not None:
+                setattr(self, key, value)
+                self._markers = None
+        if news.connected is False:
+            self.telemetry = None
+        if news.phases is not None:
+            self._take_phases(news.phases)
+        if news.problem is not None:
+            self.problem = news.problem
+
+    def _take_phases(self, phases: list[Phase]) -> None:
+        before = {p.rank: (p.name, p.step) for p in self.phases}
+        for phase in phases:
+            if before.get(phase.rank) != (phase.name, phase.step):
+                self.phase_since[phase.rank] = self.now()
+        self.phases = phases
+
+    # -- the numbers ---------------------------------------------------------------------------
+
+    def series(self, name: str) -> Series:
+        """A metric's values; empty where it is unknown."""
+        return self.curves.get(name) or Series()
+
+    def outline(self, name: str) -> Series | None:
+        """The shape of a curve that is not read yet; None once it is."""
+        return None if name in self.curves else self.outlines.get(name)
+
+    def smoothed(self, name: str, weight: float) -> Series:
+        """A metric's moving average."""
+        source = self.curves.get(name)
+        if source is None or not weight:
+            return source or Series()
+        found = self._smoothed.get((name, weight))
+        if found is None or found.source is not source:
+            found = self._smoothed[name, weight] = Smoothed(source, weight)
+        found.follow()
+        return found
+
+    def recent_mean(self, name: str) -> float | None:
+        """The mean of the last steps."""
+        return self.series(name).mean(self.head.step - RECENT + 1, self.head.step)
+
+    def setting(self, key: str) -> Any:
+        """A setting in force, None where unknown."""
+        return self.head.settings.get(key)
+
+    @property
+    def live(self) -> bool:
+        """Whether an engine is there."""
+        return self.head.pid is not None
+
+    @property
+    def training(self) -> bool:
+        """Whether steps go on."""
+        return self.live and self.head.state in ("running", "pausing", "stopping")
+
+    def seconds_left(self) -> float | None:
+        """For the rest of the run, reckoned from the last steps."""
+        seconds, head = self.recent_mean(STEP_TIME), self.head
+        if seconds is None or not head.total_steps:
+            return None
+        return max(0, head.total_steps - head.step) * seconds
+
+    def boundary_in(self) -> float | None:
+        """Seconds to the end of the step in hand, reckoned; None where no step goes on."""
+        seconds = self.recent_mean(STEP_TIME)
+        if seconds is None or not self.training or not self.phases:
+            return None
+        return max(0.0, seconds - self._into_step())
+
+    def _into_step(self) -> float:
+        """Seconds of the step that are over: whole phases by their usual length."""
+        phase = self.phases[0]
+        if phase.name not in PHASES:
+            return 0.0
+        done = sum(
+            self.recent_mean(f"time/{name}") or 0.0 for name in PHASES[: PHASES.index(phase.name)]
+        )
+        return done + self.now() - self.phase_since.get(phase.rank, self.now())
+
+    # -- what happened -------------------------------------------------------------------------
+
+    def pending(self) -> list[Row]:
+        """Commands that have not ended."""
+        return [c for c in self.commands if c["status"] in ("queued", "accepted")]
+
+    def beta_source(self, *, short: bool = False) -> str:
+        """Where the present beta comes from."""
+        manual = next(
+            (
+                c
+                for c in reversed(self.commands)
+                if c["status"] == "applied" and c["live"] and _changes(c, "beta")
+            ),
+            None,
+        )
+        if manual is not None:
+            person, step = manual["who"].split(" ")[0], manual["applied_step"]
+            if short:
+                return f"{person} @{step}"
+            if self.setting("controller") == "adaptive":
+                return f"goes on from {person}'s, step {step}"
+            return f"set by {person} at step {step}"
+        return "controller" if self.setting("controller") == "adaptive" else "configuration"
+
+    def markers(self) -> list[Marker]:
+        """Everything that stands on the curves, by step."""
+        if self._markers is None:
+            found = [m for e in self.events if (m := _event_marker(e)) is not None]
+            found += [_command_marker(c) for c in self.commands if _shown(c)]
+            self._markers = sorted(found, key=lambda m: (m.step, m.time))
+        return self._markers
+
+    def before_and_after(self, name: str, step: int) -> tuple[float | None, float | None]:
+        """A metric's mean over the steps before one, and over those from it on."""
+        series = self.series(name)
+        return series.mean(step - RECENT, step - 1), series.mean(step, step + RECENT - 1)
+
+
+def _changes(command: Row, key: str) -> bool:
+    return any(change["key"] == key for change in command["changes"])
+
+
+def _shown(command: Row) -> bool:
+    """Commands that left a trace: notes and probes and pauses have none on a curve."""
+    return (
+        command["status"] == "applied"
+        and bool(command["live"])
+        and command["applied_step"] is not None
+        and command["command"] not in ("note", "probe", "checkpoint")
+    )
+
+
+def command_text(command: Row) -> str:
+    """A command in words: `beta 0.05 → 0.08`, `pause`."""
+    changes = command.get("changes") or []
+    if changes:
+        words = ", ".join(
+            f"{c['key']} {value_text(c['old'])} → {value_text(c['new'])}" for c in changes
+        )
+        return f"undo: {words}" if command.get("command") == "undo" else words
+    args = command.get("args") or {}
+    given = " ".join(value_text(v) for v in args.values() if v not in (None, False))
+    return f"{command['command']} {given}".strip()
+
+
+def value_text(value: Any) -> str:
+    """A setting's value, short."""
+    if value is None:
+        return "off"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _command_marker(command: Row) -> Marker:
+    return Marker(
+        command["applied_step"],
+        "command",
+        command_text(command),
+        command["who"],
+        command["ended"] or command["queued"],
+    )
+
+
+def _event_marker(event: Row) -> Marker | None:
+    step, when = event["step"], event["time"]
+    match event["kind"]:
+        case "checkpoint":
+            words = (
+                f"checkpoint, score {number(event.get('score'))}, KL {number(event.get('kl'), 2)}"
+            )
+            return Marker(step, "checkpoint", words, time=when)
+        case "attempt" if event.get("attempt", 1) > 1:
+            words = f"attempt {event['attempt']} goes on from step {event['from_step']}"
+            return Marker(event["from_step"], "attempt", words, time=when)
+        case "alert":
+            text = str(event.get("text", "")).removeprefix("look here: ")
+            words = f"{event.get('rule', 'alert')}: {text}"
+            return Marker(step, "alert", words, time=when)
+        case "note":
+            return Marker(step, "note", str(event.get("text", "")), str(event.get("who", "")), when)
+    return None

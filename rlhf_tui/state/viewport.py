@@ -1,0 +1,111 @@
+"""The part of the run that all charts show, and the crosshair they share."""
+
+import math
+from dataclasses import dataclass, field
+
+from rlhf_tui.state.series import Series
+from rlhf_tui.state.session_state import SessionState
+
+WEIGHTS = (0.0, 0.6, 0.9, 0.97)
+"""Of the moving average, as offered one after another."""
+NARROWEST = 10
+
+
+@dataclass
+class Viewport:
+    """Shared by the charts of one dashboard."""
+
+    cursor: int | None = None
+    width: float | None = None
+    """Steps shown; None for all."""
+    end: float | None = None
+    """The last step shown; None follows the run."""
+    weight: float = WEIGHTS[1]
+    past: bool = True
+    """Earlier attempts are seen, too."""
+    others: dict[str, dict[str, Series]] = field(default_factory=dict)
+    """Other sessions' curves, by session and metric."""
+
+    def window(self, state: SessionState) -> tuple[float, float]:
+        """The first and the last step shown.
+
+        The right end moves in jumps: a picture that shifts with every step would be sent whole.
+        """
+        first, full = 1.0, self._whole(state)
+        if self.width is None:
+            return first, full
+        if self.end is not None:
+            return self.end - self.width, self.end
+        jump = max(1, round(self.width / 8))
+        end = math.ceil(max(state.head.step, 1) / jump) * jump
+        return max(first, end - self.width), max(end, first + self.width)
+
+    def _whole(self, state: SessionState) -> float:
+        """The last step of the longest curve that is shown, rounded where it is this run's."""
+        end = round_end(state.head.step, state.head.total_steps)
+        curves = (s for found in self.others.values() for s in found.values() if s)
+        return max([end, *(s.steps[-1] for s in curves)])
+
+    def zoom(self, state: SessionState, factor: float) -> None:
+        """Shows fewer (factor below 1) or more steps, around the crosshair or the newest step."""
+        first, last = self.window(state)
+        newest = max(state.head.step, 1)
+        width = max((last - first) * factor, NARROWEST)
+        if width >= self._whole(state) - 1:
+            self.width = self.end = None
+            return
+        self.width = width
+        if self.cursor is None and (self.end is None or self.end >= newest):
+            self.end = None
+            return
+        centre = self.cursor if self.cursor is not None else (first + last) / 2
+        share = (centre - first) / max(last - first, 1)
+        self._end_at(state, centre + width * (1 - min(max(share, 0), 1)))
+
+    def pan(self, state: SessionState, share: float) -> None:
+        """Moves the window by a share of its width."""
+        first, last = self.window(state)
+        if self.width is None:
+            return
+        self._end_at(state, last + share * (last - first))
+
+    def _end_at(self, state: SessionState, end: float) -> None:
+        width = self.width or 0
+        newest = max(state.head.step, 1)
+        self.end = max(end, 1 + width)
+        if self.end >= newest + width / 8:
+            self.end = None
+
+    def all(self) -> None:
+        """Shows the whole run."""
+        self.width = self.end = None
+
+    def move(self, state: SessionState, steps: float) -> None:
+        """Moves the crosshair; it appears at the newest step."""
+        newest = max(state.head.step, 1)
+        if self.cursor is None:
+            self.cursor = newest
+            return
+        self.put(state, self.cursor + round(steps))
+
+    def put(self, state: SessionState, step: int) -> None:
+        """Sets the crosshair on a step, and brings the step into the window."""
+        newest = max(state.head.step, 1)
+        self.cursor = min(max(step, 1), newest)
+        first, last = self.window(state)
+        if self.width is not None and not first <= self.cursor <= last:
+            self._end_at(state, self.cursor + self.width / 2)
+
+    def stride(self, state: SessionState, cells: int) -> float:
+        """Steps to a cell of a chart, at least one."""
+        first, last = self.window(state)
+        return max(1.0, (last - first) / max(cells, 1))
+
+
+def round_end(step: int, total: int) -> float:
+    """A round step somewhat beyond the newest one, and not beyond the run's end."""
+    want = max(step, NARROWEST)
+    power = 10.0 ** math.floor(math.log10(want))
+    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
+    end = next(m * power for m in steps if m * power >= want)
+    return max(min(end, float(total)) if total else end, step, NARROWEST)

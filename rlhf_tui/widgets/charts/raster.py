@@ -1,0 +1,149 @@
+"""Braille pictures of series: decimation to columns, then dots.
+
+A cell holds 2×4 dots. Whatever the number of points, each column of dots shows the lowest and the
+highest value that falls into it, so that no spike is lost.
+"""
+
+import math
+from dataclasses import dataclass
+
+from rlhf_tui.state.series import Series
+
+BRAILLE = 0x2800
+# The bit of a dot, by its column and row in the cell (Unicode's numbering of Braille dots).
+_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+_RUNS = tuple(
+    tuple(tuple(sum(side[a : b + 1]) for b in range(4)) for a in range(4)) for side in _DOTS
+)
+"""Bits of the dots `a` to `b` of one side of a cell."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """The points that fall into one column of dots."""
+
+    x: int
+    low: float
+    high: float
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How values become rows of dots: from `low` (the lowest row) to `high`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def row(self, value: float, rows: int) -> int:
+        """The row of dots of a value, 0 on top, held to the picture."""
+        low, high = self.low, self.high
+        if self.log:
+            value = math.log10(max(value, low))
+            low, high = math.log10(low), math.log10(high)
+        share = (value - low) / (high - low)
+        return min(max(round((1 - share) * (rows - 1)), 0), rows - 1)
+
+    def value(self, share: float) -> float:
+        """The value at a share of the height, 0 at the bottom."""
+        if self.log:
+            return float(10 ** (math.log10(self.low) * (1 - share) + math.log10(self.high) * share))
+        return self.low * (1 - share) + self.high * share
+
+
+def column_of(step: float, first: float, last: float, columns: int) -> int:
+    """The column of a step in a window of steps; it may lie outside 0 … columns - 1."""
+    return math.floor((step - first) / max(last - first, 1) * (columns - 1) + 0.5)
+
+
+def step_of(column: int, first: float, last: float, columns: int) -> float:
+    """The step in the middle of a column."""
+    return first + column / max(columns - 1, 1) * max(last - first, 1)
+
+
+def decimate(series: Series, first: float, last: float, columns: int) -> list[Column]:
+    """The non-empty columns of a window of steps, left to right."""
+    begin, end = series.between(first, last)
+    if begin == end:
+        return []
+    if end - begin <= 2 * columns:
+        return _sparse(series, begin, end, first, last, columns)
+    found = []
+    width = max(last - first, 1) / max(columns - 1, 1)
+    i = begin
+    for x in range(columns):
+        j = min(series.between(first, first + (x + 0.5) * width)[1], end)
+        if j > i:
+            low, high = series.extremes(i, j)
+            found.append(Column(x, low, high, series.values[i], series.values[j - 1]))
+            i = j
+    return found
+
+
+def _sparse(
+    series: Series, begin: int, end: int, first: float, last: float, columns: int
+) -> list[Column]:
+    found: list[Column] = []
+    for i in range(begin, end):
+        x = column_of(series.steps[i], first, last, columns)
+        v = series.values[i]
+        if found and found[-1].x == x:
+            old = found[-1]
+            found[-1] = Column(x, min(old.low, v), max(old.high, v), old.first, v)
+        else:
+            found.append(Column(x, v, v, v, v))
+    return found
+
+
+class Raster:
+    """Dots in cells, each cell with the number of the line that was drawn there last."""
+
+    def __init__(self, width: int, height: int) -> None:
+        """Width and height in cells."""
+        self.width, self.height = width, height
+        self.bits = bytearray(width * height)
+        self.owner = bytearray(width * height)
+
+    def draw(self, columns: list[Column], scale: Scale, owner: int) -> None:
+        """Draws a line through decimated columns."""
+        rows = self.height * 4
+        before: Column | None = None
+        for column in columns:
+            top, bottom = scale.row(column.high, rows), scale.row(column.low, rows)
+            if before is not None:
+                start, end = scale.row(before.last, rows), scale.row(column.first, rows)
+                span = column.x - before.x
+                if span > 1:
+                    self._slope(before.x, column.x, start, end, owner)
+                elif top > start:
+                    top = min(start + 1, top)
+                elif bottom < start:
+                    bottom = max(start - 1, bottom)
+            self.fill(column.x, top, bottom, owner)
+            before = column
+
+    def _slope(self, x0: int, x1: int, y0: int, y1: int, owner: int) -> None:
+        """Between two columns with nothing in between."""
+        y = y0
+        for x in range(x0 + 1, x1 + 1):
+            to = round(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+            a, b = (y, to) if y <= to else (to, y)
+            # Without the row it comes from, so that a slope is as thin as it can be.
+            if a != b:
+                a, b = (a + 1, b) if y < to else (a, b - 1)
+            self.fill(x, a, b, owner)
+            y = to
+
+    def fill(self, x: int, top: int, bottom: int, owner: int) -> None:
+        """The dots of one column from row `top` down to row `bottom`."""
+        cell_x, side = x >> 1, _RUNS[x & 1]
+        for cell_y in range(top >> 2, (bottom >> 2) + 1):
+            a = max(top - cell_y * 4, 0)
+            b = min(bottom - cell_y * 4, 3)
+            i = cell_y * self.width + cell_x
+            # A cell has one colour: what was drawn there before would take on this line's.
+            if self.owner[i] != owner:
+                self.bits[i], self.owner[i] = 0, owner
+            self.bits[i] |= side[a][b]

@@ -1,0 +1,87 @@
+"""The line under the charts: what stands at the crosshair, and what an intervention did."""
+
+from rlhf_tui import format as fmt
+from rlhf_tui.state import session_state as facts
+from rlhf_tui.state.session_state import GLYPHS, RECENT, TONES, Marker, SessionState
+from rlhf_tui.state.viewport import Viewport
+from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.panels.panel import Panel
+
+MEASURED = (
+    (facts.SCORE, "score"),
+    (facts.KL, "KL"),
+    (facts.CLIP, "clip"),
+    (facts.LENGTH, "length"),
+)
+
+
+class CursorPanel(Panel):
+    """Two lines: a marker, and the means before and after it."""
+
+    def __init__(self, state: SessionState, view: Viewport) -> None:
+        """Of the marker under the view's crosshair, else of the newest intervention."""
+        super().__init__(state, id="readout")
+        self.view = view
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """Without a marker, the keys of the crosshair."""
+        cursor = self.view.cursor
+        if cursor is None:
+            changes = [m for m in self.state.markers() if m.kind == "command" and "→" in m.text]
+            return self._marker(changes[-1], width) if changes else _hint()
+        first, last = self.view.window(self.state)
+        reach = max((last - first) / max(width, 1), 0.5)
+        near = [m for m in self.state.markers() if abs(m.step - cursor) <= reach]
+        if not near:
+            return [self._values(cursor)]
+        near.sort(key=lambda m: (abs(m.step - cursor), m.kind != "command"))
+        return self._marker(near[0], width)
+
+    def _values(self, step: int) -> Row:
+        row: list[Piece] = [(f" step {step}", "strong")]
+        for name, label in (*MEASURED, (facts.BETA, "beta")):
+            value = self.state.series(name).at(step)
+            row += [(f"   {label} ", "dim"), (fmt.number(value), "")]
+        return row
+
+    def _marker(self, marker: Marker, width: int) -> list[Row]:
+        who = f" by {marker.who}" if marker.who else ""
+        when = f" · {fmt.clock(marker.time)[11:16]}" if marker.time else ""
+        first: Row = [
+            (f" {GLYPHS[marker.kind]} step {marker.step} ", TONES[marker.kind]),
+            (marker.text, "strong"),
+            (f"{who}{when}", "dim"),
+        ]
+        second: list[Piece] = [(f"   {RECENT} steps before → after: ", "dim")]
+        if width < 100:
+            second = [("  ±10 steps" if width > 78 else "  ±10", "dim")]
+        for name, label in MEASURED:
+            if width < 100 and name == facts.LENGTH:
+                label = "len"
+            before, after = self.state.before_and_after(name, marker.step)
+            second += [
+                (f"  {label} ", "dim"),
+                (f"{_short(before)}→{_short(after)}", ""),
+            ]
+        return [first, second]
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "–"
+    size = abs(value)
+    return f"{value:.{3 if size < 1 else 2 if size < 10 else 1 if size < 1000 else 0}f}"
+
+
+def _hint() -> list[Row]:
+    keys = (
+        ("← →", "crosshair"),
+        ("n N", "to a marker"),
+        ("+ -", "zoom"),
+        ("m", "metrics"),
+        ("z", "enlarge"),
+    )
+    row: list[Piece] = [(" ", "")]
+    for key, words in keys:
+        row += [(key, "key"), (f" {words}   ", "dim")]
+    return [row]

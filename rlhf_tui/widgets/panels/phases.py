@@ -1,0 +1,108 @@
+"""The phase strip: what each rank does now, how far it is, and how long each phase takes."""
+
+from engine.protocol.rank_messages import Phase
+from rlhf_tui.state import session_state as facts
+from rlhf_tui.state.session_state import PHASES
+from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
+from rlhf_tui.widgets.panels.panel import Panel, bar
+
+UNITS = {"generate": "tokens", "optimise": "updates"}
+
+
+class PhaseStrip(Panel):
+    """A line for each rank, as many as fit."""
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """The slowest ranks first where not all fit."""
+        phases = self.state.phases
+        if self.state.head.state == "starting" and not phases:
+            return [[(" starting: models and prompts are being loaded …", "dim")]]
+        if not self.state.live:
+            return [self._usual(width, "")]
+        if not phases:
+            return [self._usual(width, "")]
+        if self.state.head.state == "paused":
+            return [self._usual(width, "holding between steps;")]
+        shown = sorted(phases, key=lambda p: (p.step, _place(p)))[: max(height, 1)]
+        many = len(phases) > 1
+        return [self._line(phase, width, many) for phase in sorted(shown, key=lambda p: p.rank)]
+
+    def _usual(self, width: int, words: str) -> Row:
+        """No phase is known: how long they take."""
+        times = [(n, s) for n in PHASES if (s := self.state.recent_mean(f"time/{n}")) is not None]
+        if not times:
+            return [(f" {words} no step was measured yet".replace("  ", " "), "dim")]
+        total = self.state.recent_mean(facts.STEP_TIME)
+        pieces: list[Piece] = [(f" {words} " if words else " ", "dim")]
+        pieces += [("a step took ", "dim"), (f"{total or 0:.1f}s", ""), (": ", "dim")]
+        for i, (name, seconds) in enumerate(times):
+            more = [(" · " if i else "", "dim"), (f"{name} ", "dim"), (f"{seconds:.1f}s", "")]
+            if row_width(pieces) + row_width(more) > width:
+                break
+            pieces += more
+        return pieces
+
+    def _line(self, phase: Phase, width: int, many: bool) -> Row:
+        lead: list[Piece] = [(f" rank {phase.rank}", "dim")] if many else []
+        if phase.name not in PHASES:
+            return self._loading(lead, phase, width)
+        after = self._clock(phase)
+        for times in (True, False):
+            before, later = self._others(phase, times=times)
+            room = width - row_width([*lead, *before, *later, *after])
+            now = self._now(phase, room)
+            if row_width(now) <= room:
+                break
+        return justified([*lead, *before, *now, *later], after, width)
+
+    def _others(self, phase: Phase, *, times: bool) -> tuple[list[Piece], list[Piece]]:
+        """The phases before and after this one, with how long they take."""
+        place = PHASES.index(phase.name)
+        before: list[Piece] = []
+        later: list[Piece] = []
+        for i, name in enumerate(PHASES):
+            seconds = self.state.recent_mean(f"time/{name}") if times else None
+            took = f" {seconds:.1f}s" if seconds is not None else ""
+            if i < place:
+                before.append((f" ✓ {name}{took}", "dim"))
+            elif i > place and name != "checkpoint":
+                later.append((f" · {name}{took}", "dim"))
+        return before, later
+
+    def _now(self, phase: Phase, room: int) -> list[Piece]:
+        found: list[Piece] = [(f" ▶ {phase.name}", "accent")]
+        if not phase.total:
+            return found
+        share = phase.done / phase.total
+        found.append((f" {share:4.0%} ", "strong"))
+        count = f" {phase.done:,}/{phase.total:,} {UNITS.get(phase.name, '')}"
+        room -= row_width(found) + 1
+        if room >= len(count) + 12:
+            return [*found, *bar(share, min(room - len(count), 30)), (count, "dim")]
+        return [*found, *bar(share, min(room, 20))] if room >= 4 else found
+
+    def _clock(self, phase: Phase) -> list[Piece]:
+        """The step in hand: the time it took so far of the time it usually takes."""
+        usual, left = self.state.recent_mean(facts.STEP_TIME), self.state.boundary_in()
+        found: list[Piece] = [(f"  step {phase.step}", "dim")]
+        if usual is not None and left is not None and left > 0:
+            found.append((f"  ~{left:.0f}s left", ""))
+        return [*found, (" ", "")]
+
+    def _loading(self, lead: list[Piece], phase: Phase, width: int) -> Row:
+        since = self.state.now() - self.state.phase_since.get(phase.rank, self.state.now())
+        after: list[Piece] = [(f"{since:.0f}s ", "dim")]
+        now: list[Piece] = [*lead, (f" ▶ {phase.name} ", "accent")]
+        if phase.total:
+            now += bar(phase.done / phase.total, min(30, max(width - row_width(now) - 24, 4)))
+            now.append((f" {phase.done:,}/{phase.total:,}", "dim"))
+        else:
+            now.append(("…", "dim"))
+        return justified(now, after, width)
+
+
+def _place(phase: Phase) -> float:
+    """How far a rank is in its step."""
+    if phase.name not in PHASES:
+        return -1
+    return PHASES.index(phase.name) + (phase.done / phase.total if phase.total else 0)

@@ -1,0 +1,142 @@
+"""The steering panel: beta, where it came from, where it goes, and the commands on their way."""
+
+import msgspec
+
+from engine.config.settings import Settings
+from engine.kl import MAX_ERROR, next_beta
+from rlhf_tui import format as fmt
+from rlhf_tui.state import session_state as facts
+from rlhf_tui.state.session_state import SessionState, command_text, value_text
+from rlhf_tui.widgets.lines import Piece, Row, row_width
+from rlhf_tui.widgets.panels.panel import Panel, heading
+
+OTHERS = (
+    ("learning_rate", "lr"), ("clip_range", "clip"), ("epochs", "epochs"),
+    ("temperature", "temp"), ("max_new_tokens", "length"), ("stop_kl", "stop KL"),
+    ("save_every", "save every"), ("horizon", "horizon"),
+)  # fmt: skip
+LABEL = 9
+MARKS = {
+    "queued": ("⧗", "warn"),
+    "accepted": ("⧗", "warn"),
+    "applied": ("✓", "good"),
+    "rejected": ("✗", "bad"),
+}
+"""A command's status; the word stands beside it."""
+
+
+class SteeringPanel(Panel):
+    """What can be turned, and what was turned last."""
+
+    read_only = False
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """The most important first; commands on their way always have a line."""
+        state = self.state
+        keys = "read-only" if self.read_only else "b set  [ ] ±10%  a adaptive  u undo"
+        if width < 50 and not self.read_only:
+            keys = "b  [ ]  a  u  e"
+        top = heading("Steering", keys, width)
+        if not state.head.settings:
+            words = "no settings known yet" if state.known else "reading …"
+            return [top, [(f" {words}", "dim")]]
+        commands = [self._command(c, width) for c in self._recent()]
+        body = [self._beta(width), self._kl(), self._next(width), *self._others(width)]
+        room = max(height - 1 - min(len(commands), 1 if height < 8 else 5), 3)
+        body = body[:room]
+        return [top, *body, *commands[: max(height - 1 - len(body), 0)]]
+
+    def _beta(self, width: int) -> Row:
+        state = self.state
+        beta = state.setting("beta")
+        return [
+            *_label("beta"),
+            (f"{fmt.number(beta, 4):<8}", "strong"),
+            (f" {state.setting('controller')}", "accent"),
+            (f" · {state.beta_source(short=width < 50)}", "dim"),
+        ]
+
+    def _kl(self) -> Row:
+        state = self.state
+        kl, target = state.series(facts.KL).last, state.setting("target")
+        row: list[Piece] = [*_label("KL"), (f"{fmt.number(kl, 2):<8}", "strong")]
+        if kl is not None and target:
+            ratio = kl / target
+            arrow, tone = (
+                ("▲", "warn") if ratio > 1.2 else ("▼", "warn") if ratio < 0.8 else ("•", "good")
+            )
+            row += [(f" {arrow} {ratio:.2f}×", tone)]
+        return [*row, (f" target {value_text(target)} nats", "dim")]
+
+    def _next(self, width: int) -> Row:
+        now = settings_of(self.state)
+        kl = self.state.series(facts.KL).last
+        row: list[Piece] = [*_label("next")]
+        if now is None or kl is None:
+            first = not self.state.head.step
+            words = "after the first step" if first else "unknown: the last step has no KL"
+            return [*row, (words, "dim")]
+        if now.controller == "fixed":
+            then = next_beta(
+                msgspec.structs.replace(now, controller="adaptive"), kl, self.state.batch_size
+            )
+            words = f"stays; adaptive would give {then:.4g}"
+            return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (f" {words}", "dim")]
+        then = next_beta(now, kl, self.state.batch_size)
+        change = then / now.beta - 1 if now.beta else 0.0
+        row += [(f"{fmt.number(then, 4):<8}", ""), (f" {change:+.1%}", "accent")]
+        if then in (now.beta_min, now.beta_max):
+            return [*row, (" at its bound", "warn")]
+        if abs(kl / now.target - 1) >= MAX_ERROR:
+            words = " saturated: it moves no faster" if width >= 50 else " saturated"
+            return [*row, (words, "warn")]
+        return row
+
+    def _others(self, width: int) -> list[Row]:
+        rows: list[list[Piece]] = [[*_label("others")]]
+        for key, name in OTHERS:
+            value = value_text(self.state.setting(key))
+            if row_width(rows[-1]) + len(name) + len(value) + 3 > width:
+                rows.append([*_label("")])
+            rows[-1] += [(f"{name} ", "dim"), (f"{value}  ", "")]
+        return [*rows]
+
+    def _recent(self) -> list[dict[str, object]]:
+        """Those on their way, then the last ones that ended."""
+        pending = self.state.pending()
+        ended = [c for c in self.state.commands if c not in pending]
+        ended.sort(key=lambda c: c["ended"] or 0, reverse=True)
+        return [*pending, *ended[:8]]
+
+    def _command(self, command: dict[str, object], width: int) -> Row:
+        status = str(command["status"])
+        mark, tone = MARKS.get(status, ("?", "warn"))
+        words = f"{mark} {status}"
+        if status == "applied" and command["applied_step"] is not None:
+            words += f" at step {command['applied_step']}"
+        elif status in ("queued", "accepted"):
+            wait = self.state.boundary_in()
+            words += f", at step {self.state.head.step + 2 if wait else '…'}".replace(
+                ", at step …", ""
+            )
+            words += f" in ~{wait:.0f}s" if wait else ""
+        elif status == "rejected":
+            words += f": {command['reason']}"
+        text = command_text(command)
+        if width < 50:
+            for key, name in OTHERS:
+                text = text.replace(f"{key} ", f"{name} ")
+            words = words.replace("applied at ", "")
+        return [(f" {text}", ""), (f"  {words}", tone)]
+
+
+def _label(text: str) -> list[Piece]:
+    return [(f" {text:<{LABEL - 1}}", "dim")]
+
+
+def settings_of(state: SessionState) -> Settings | None:
+    """The settings in force; None where the journal's are of another version."""
+    try:
+        return msgspec.convert(state.head.settings, Settings, strict=False)
+    except msgspec.ValidationError:
+        return None

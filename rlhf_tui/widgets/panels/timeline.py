@@ -1,0 +1,59 @@
+"""What happened, newest first: interventions, alerts, checkpoints, notes."""
+
+from rlhf_tui import format as fmt
+from rlhf_tui.state.session_state import GLYPHS, TONES, Marker
+from rlhf_tui.widgets.lines import Row, justified
+from rlhf_tui.widgets.panels.panel import Panel, heading
+
+
+class TimelinePanel(Panel):
+    """One line each."""
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """As many of the newest as fit."""
+        markers = self.state.markers()
+        top = heading("What happened", "n N jump  w note" if width >= 40 else "n N", width)
+        if not markers:
+            return [top, [(" nothing yet: changes, alerts and checkpoints stand here", "dim")]]
+        return [top, *(_row(m, width) for m in reversed(markers[-(height - 1) :]))]
+
+
+def _row(marker: Marker, width: int) -> Row:
+    tone = TONES[marker.kind]
+    left: Row = [
+        (f" {marker.step:>6} ", "dim"),
+        (f"{GLYPHS[marker.kind]} ", tone),
+        (marker.text, tone if marker.kind == "alert" else ""),
+    ]
+    who = marker.who.split(" ")[0]
+    return justified(left, [(f" {who} ", "dim")], width) if who else left
+
+
+class LatestSamplesPanel(Panel):
+    """The newest step's answers, the best and the worst first to be seen."""
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """Score, KL and length before each."""
+        samples = self.state.samples
+        step = samples[-1]["step"] if samples else 0
+        title = f"Newest answers, step {step}" if samples else "Newest answers"
+        top = heading(title, "3 read" if width >= 40 else "3", width)
+        if not samples:
+            return [top, [(" none yet: they come with the first step", "dim")]]
+        newest = [s for s in samples if s["step"] == step]
+        rows: list[Row] = []
+        for s in newest[: height - 1]:
+            score, kl = s["score"], s["kl"]
+            rows.append(
+                [
+                    (f" {fmt.number(score, 2):>7}", "strong"),
+                    (f" {fmt.number(kl, 1):>6}" if width >= 60 else "", "dim"),
+                    (f" {s['length']:>3}" if width >= 60 else "", "dim"),
+                    ("  " if s["ended"] else " ✂", "warn"),
+                    (" ", ""),
+                    (s["prompt"].strip()[-max(width // 4, 8) :], "dim"),
+                    ("│", "dim"),
+                    (s["response"].strip(), ""),
+                ]
+            )
+        return [top, *rows]

@@ -1,0 +1,187 @@
+"""One answer to be read: prompt, answer, numbers, judgement, token by token, beside another one."""
+
+import math
+from typing import Any
+
+from rich.cells import cell_len
+
+from engine.protocol.rank_messages import TokenArrays
+from rlhf_tui import format as fmt
+from rlhf_tui.text import sanitise
+from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
+from rlhf_tui.widgets.samples.judgement import judgement_rows, key_of
+from rlhf_tui.widgets.table import ScrollText
+from rlhf_tui.widgets.wrap import wrap
+
+VIEWS = ("text", "KL", "log-prob", "advantage", "value")
+HEAT = ("", "heat1", "heat2", "heat3")
+COLD = ("", "cold1", "cold2", "cold3")
+UNDEFINED = "bad"
+"""The tone of what is no finite number."""
+
+
+class SampleView(ScrollText):
+    """Shows a sample; :attr:`mode` says as what."""
+
+    def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self.sample: dict[str, Any] | None = None
+        self.arrays: TokenArrays | None = None
+        self.mode = VIEWS[0]
+        self.beside: ComparisonTarget | None = None
+        """What it is held against."""
+
+    def read(self, sample: dict[str, Any] | None, arrays: TokenArrays | None) -> None:
+        """Another answer."""
+        same = (
+            sample is not None and self.sample is not None and key_of(sample) == key_of(self.sample)
+        )
+        if not same:
+            self.beside = None
+        self.sample, self.arrays = sample, arrays
+        self.compose_body(keep=same)
+
+    def hold_against(self, beside: ComparisonTarget | None) -> None:
+        """Shows another answer with it, or none."""
+        if beside is None and self.beside is None:
+            return
+        keep = self.beside is not None and beside is not None and beside.kind == self.beside.kind
+        self.beside = beside
+        self.compose_body(keep=keep)
+
+    @property
+    def comparing(self) -> bool:
+        """Whether another answer is to be seen with it."""
+        return self.beside is not None and self.mode == VIEWS[0]
+
+    def cycle(self) -> None:
+        """The next view of the same answer."""
+        self.mode = VIEWS[(VIEWS.index(self.mode) + 1) % len(VIEWS)]
+        self.compose_body(keep=False)
+
+    def as_text(self) -> None:
+        """The words, without numbers of the tokens."""
+        self.mode = VIEWS[0]
+        self.compose_body(keep=False)
+
+    def on_resize(self) -> None:
+        """Lines are broken for the width."""
+        super().on_resize()
+        self.compose_body(keep=True)
+
+    def compose_body(self, *, keep: bool) -> None:
+        """Breaks everything into lines."""
+        width = max(self.size.width - 2, 10)
+        if self.sample is None:
+            self.set_body([[(" no answer chosen", "dim")]])
+            return
+        if self.beside is not None and self.comparing:
+            lines = comparison(self.sample, self.beside, width)
+        else:
+            lines = body(self.sample, self.arrays, self.mode, width)
+        self.set_body([[(" ", ""), *row] for row in lines], keep=keep)
+
+
+def body(sample: dict[str, Any], arrays: TokenArrays | None, mode: str, width: int) -> list[Row]:
+    """All lines of an answer."""
+    s = sample
+    rows: list[Row] = [
+        [
+            ("score ", "dim"), (fmt.number(s["score"]), "strong"),
+            ("   KL ", "dim"), (f"{fmt.number(s['kl'], 2)} nats", "strong"),
+            ("   length ", "dim"), (str(s["length"]), "strong"),
+            ("   ended" if s["ended"] else "   ✂ cut off", "dim" if s["ended"] else "warn"),
+        ],
+        *judgement_rows(s, width),
+    ]  # fmt: skip
+    if len(s["parts"]) > 1:
+        parts: list[Piece] = []
+        for name, value in s["parts"].items():
+            parts += [(f"{name} ", "dim"), (f"{fmt.number(value)}   ", "")]
+        rows.append(parts)
+    rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s["prompt"], width)), []]
+    if mode == VIEWS[0]:
+        return [*rows, [("ANSWER", "dim")], *([(line, "")] for line in wrap(s["response"], width))]
+    if arrays is None:
+        words = "no token values were kept of this answer (log.arrays: how many a step)"
+        return [*rows, *([(line, "warn")] for line in wrap(words, width))]
+    return [*rows, *token_rows(arrays, mode, width)]
+
+
+def values_of(arrays: TokenArrays, mode: str) -> list[float]:
+    """The numbers of a view, one a token."""
+    match mode:
+        case "KL":
+            return [p - r for p, r in zip(arrays.logprob, arrays.ref_logprob, strict=True)]
+        case "log-prob":
+            return arrays.logprob
+        case "advantage":
+            return arrays.advantage
+        case _:
+            return arrays.value
+
+
+def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
+    """The answer with each token's number by its colour, and the largest in figures.
+
+    What is no finite number stands before the largest: it is what went wrong first.
+    """
+    values = values_of(arrays, mode)
+    if not values:
+        return [[(f"{mode}: not measured in this run", "warn")]]
+    finite = [v for v in values if math.isfinite(v)]
+    largest = max(map(abs, finite), default=0.0) or 1.0
+    ends = [f"{end(finite):.2f}" if finite else "–" for end in (min, max)]
+    rows: list[Row] = [
+        [
+            (f"ANSWER, {mode} of each token  ", "dim"),
+            (f"{ends[0]} ", "cold2"), ("… ", "dim"), (ends[1], "heat2"),
+        ]
+    ]  # fmt: skip
+    line: list[Piece] = []
+    used = 0
+    for token, value in zip(arrays.tokens, values, strict=True):
+        text = sanitise(token).replace("\t", " ")
+        pieces = text.split("\n")
+        for i, piece in enumerate(pieces):
+            shown = piece + ("␤" if i < len(pieces) - 1 else "")
+            if used + cell_len(shown) > width:
+                rows.append(line)
+                line, used = [], 0
+            line.append((shown, heat(value, largest)))
+            used += cell_len(shown)
+            if i < len(pieces) - 1:
+                rows.append(line)
+                line, used = [], 0
+    rows += [line, [], [(f"largest {mode}", "dim")]]
+    order = sorted(range(len(values)), key=lambda i: _rank(values[i]))[:12]
+    for i in order:
+        rows.append(
+            [
+                (f"{i + 1:>4}  ", "dim"),
+                (f"{values[i]:>8.3f} ", "strong"),
+                _bar(values[i], largest),
+                (f" {arrays.tokens[i]!r}", ""),
+            ]
+        )
+    return rows
+
+
+def _rank(value: float) -> float:
+    return -abs(value) if math.isfinite(value) else -math.inf
+
+
+def _bar(value: float, largest: float) -> Piece:
+    if not math.isfinite(value):
+        return "?" * 12, UNDEFINED
+    share = round(abs(value) / largest * 12)
+    return "█" * share + " " * (12 - share), "s6" if value >= 0 else "s1"
+
+
+def heat(value: float, largest: float) -> str:
+    """The tone of a token's number; `largest` is that of the finite ones."""
+    if not math.isfinite(value):
+        return UNDEFINED
+    strength = min(3, int(4 * (abs(value) / largest)))
+    return (HEAT if value >= 0 else COLD)[strength]

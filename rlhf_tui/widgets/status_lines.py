@@ -1,0 +1,135 @@
+"""The two lines on top of every screen: where one is, and how the run is."""
+
+from rlhf_tui import format as fmt
+from rlhf_tui.state import session_state as facts
+from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
+from rlhf_tui.widgets.panels.panel import Panel, bar
+
+SCREENS = (
+    ("sessions", "Sessions"),
+    ("dashboard", "Dashboard"),
+    ("samples", "Samples"),
+    ("checkpoints", "Checkpoints"),
+    ("log", "Log"),
+)
+MARKS = {
+    "starting": ("○", "accent"),
+    "running": ("●", "good"),
+    "pausing": ("◐", "warn"),
+    "paused": ("‖", "warn"),
+    "stopping": ("◐", "warn"),
+    "finished": ("✓", "good"),
+    "stopped": ("■", "dim"),
+    "failed": ("✗", "bad"),
+    "crashed": ("✗", "bad"),
+}
+"""A state's mark and tone."""
+
+
+def state_pieces(state: str) -> list[Piece]:
+    """A state with its mark."""
+    mark, tone = MARKS.get(state, ("?", "warn"))
+    return [(f"{mark} {state}", tone)]
+
+
+class Tabs(Panel):
+    """The screens with their keys, and the session's name and state."""
+
+    def __init__(self, state: SessionState, here: str, *, read_only: bool = False) -> None:
+        """`here` is the mode of the screen it stands on."""
+        super().__init__(state, id="tabs")
+        self.here = here
+        self.read_only = read_only
+        self._room = 0
+        """Cells that the tabs had when they were drawn."""
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """One line."""
+        state = self.state
+        right: list[Piece] = []
+        if state.name:
+            right = [(f"{state.name}  ", "strong"), *state_pieces(state.head.state), (" ", "")]
+        if self.read_only:
+            right = [("read-only  ", "warn"), *right]
+        self._room = width - row_width(right)
+        return [justified(self._tabs(self._room), right, width)]
+
+    def _tabs(self, width: int) -> Row:
+        # Where the names do not fit, that of this screen stands, and the others' keys.
+        whole = sum(len(label) + 4 for _, label in SCREENS) < width
+        tabs: list[Piece] = []
+        for number, (mode, label) in enumerate(SCREENS, start=1):
+            here = mode == self.here
+            name = f" {label}" if whole or here else ""
+            tabs.append((f" {number}{name} ", "here" if here else "tab"))
+        return tabs
+
+    async def on_click(self, event: object) -> None:
+        """A click on a name goes there."""
+        at, x = 0, getattr(event, "x", 0)
+        for (text, _), (mode, _) in zip(self._tabs(self._room), SCREENS, strict=True):
+            at += len(text)
+            if x < at:
+                await self.app.run_action(f"app.go('{mode}')")
+                return
+
+
+class StatusLine(Panel):
+    """Step, time left, speed and memory; or what is wrong."""
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """One line."""
+        state = self.state
+        if state.problem:
+            return [[(f" {state.problem}", "bad")]]
+        if not state.known:
+            return [[(" reading …", "dim")]]
+        head = state.head
+        left: list[Piece] = [(" step ", "dim"), (f"{head.step}", "strong")]
+        if head.total_steps:
+            left += [(f"/{head.total_steps} ", "dim")]
+            share = head.step / head.total_steps
+            left += [*bar(share, 10 if width < 110 else 20), (f" {share:.0%}", "")]
+        if note := self._note():
+            return [justified(left, [note, (" ", "")], width)]
+        return [justified(left, self._facts(width - row_width(left)), width)]
+
+    def _note(self) -> Piece | None:
+        """What stands in the way of going on, with the command that helps."""
+        head, resume = self.state.head, f"rlhf-tui resume {self.state.name}"
+        first = head.message.partition("\n")[0]
+        if head.state == "finished" and head.step >= head.total_steps:
+            return f"extend: {resume} -o train.steps={2 * head.step}", "dim"
+        why = f"{first}; go on" if first else "go on"
+        connecting = self.state.live and not self.state.connected
+        return {
+            "crashed": (f"its engine is gone; go on: {resume}", "bad"),
+            "failed": (f"failed: {first or 'see 5 Log'}", "bad"),
+            "finished": (f"{why}: {resume}", "dim"),
+            "stopped": (f"{why}: {resume}", "dim"),
+            "paused": (f"paused after step {head.step}; p goes on", "warn"),
+        }.get(head.state, ("connecting to the engine …", "dim") if connecting else None)
+
+    def _facts(self, width: int) -> list[Piece]:
+        state = self.state
+        left, speed = state.seconds_left(), state.recent_mean(facts.TOKENS)
+        memory = state.series(facts.MEMORY).last
+        found: list[tuple[str, str]] = []
+        if left is not None:
+            found.append((fmt.duration(left), "left"))
+        if speed is not None:
+            found.append((f"{speed:,.0f}", "tok/s"))
+        if memory is not None:
+            found.append((f"{memory:.1f}", "GB"))
+        beta = state.setting("beta")
+        if beta is not None:
+            found.append((f"{beta:.4g}", "beta"))
+        if len(state.head.attempts) > 1:
+            found.append((str(len(state.head.attempts)), "attempts"))
+        pieces: list[Piece] = []
+        for value, unit in found:
+            if row_width(pieces) + len(value) + len(unit) + 5 > width:
+                break
+            pieces += [(f"   {value}", "strong"), (f" {unit}", "dim")]
+        return [*pieces, (" ", "")]

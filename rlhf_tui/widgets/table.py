@@ -1,0 +1,261 @@
+"""Long lists of lines, of which only those in sight are drawn: tables, logs, texts."""
+
+from typing import Any, ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+
+from rlhf_tui.state.messages import RowHighlighted, RowSelected
+from rlhf_tui.text import one_line
+from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, shorten
+
+WHEEL = 3
+
+
+class ScrollList(Lines, can_focus=True):
+    """Scrolls over :meth:`count` lines, given by :meth:`row`; with a cursor or without."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("down,j", "move(1)", "down", show=False),
+        Binding("up,k", "move(-1)", "up", show=False),
+        Binding("pagedown,space", "page(1)", "a page down", show=False),
+        Binding("pageup", "page(-1)", "a page up", show=False),
+        Binding("home,g", "edge(0)", "to the first", show=False),
+        Binding("end,G", "edge(1)", "to the last", show=False),
+    ]
+    with_cursor = False
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id, classes=classes)
+        self.top = 0
+        self.cursor = 0
+        self.matching = ""
+        """Text that is marked where it occurs."""
+
+    def count(self) -> int:
+        """How many lines there are."""
+        return 0
+
+    def row(self, index: int, width: int) -> Row:
+        """One of them; overridden with :meth:`count`."""
+        return []
+
+    def header(self, width: int) -> list[Row]:
+        """Lines that stay on top."""
+        return []
+
+    def empty(self) -> list[Row]:
+        """What stands there when there is nothing, with what helps."""
+        return []
+
+    @property
+    def page_size(self) -> int:
+        """Lines in sight."""
+        return max(self.size.height - len(self.header(self.size.width)), 1)
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """The header and the lines in sight."""
+        header = self.header(width)
+        count = self.count()
+        if not count:
+            return [*header, *self.empty()]
+        self._hold()
+        body = []
+        for index in range(self.top, min(self.top + height - len(header), count)):
+            row = self.row(index, width)
+            if self.matching:
+                row = marked(row, self.matching)
+            if self.with_cursor and index == self.cursor:
+                row = [(text, CHOSEN + tone) for text, tone in row]
+            body.append(row)
+        return [*header, *body]
+
+    def _hold(self) -> None:
+        """Keeps cursor and window inside, and the cursor in the window."""
+        count, page = self.count(), self.page_size
+        self.cursor = min(max(self.cursor, 0), max(count - 1, 0))
+        if self.with_cursor:
+            self.top = min(max(self.top, self.cursor - page + 1), self.cursor)
+        self.top = min(max(self.top, 0), max(count - page, 0))
+
+    # -- moving --------------------------------------------------------------------------------
+
+    def go(self, index: int) -> None:
+        """To a line."""
+        if self.with_cursor:
+            self.cursor = index
+        else:
+            self.top = index
+        self._hold()
+        self.moved()
+        self.update()
+
+    def moved(self) -> None:
+        """After each move; for those who want to know."""
+
+    def action_move(self, lines: int) -> None:
+        """By lines."""
+        self.go((self.cursor if self.with_cursor else self.top) + lines)
+
+    def action_page(self, pages: int) -> None:
+        """By windows."""
+        self.action_move(pages * max(self.page_size - 1, 1))
+
+    def action_edge(self, end: int) -> None:
+        """To one end."""
+        self.go(self.count() - 1 if end else 0)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        """The wheel."""
+        event.stop()
+        self.action_move(WHEEL)
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        """The wheel."""
+        event.stop()
+        self.action_move(-WHEEL)
+
+
+class ScrollText(ScrollList):
+    """A list of rows without a cursor: a text to be read."""
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002
+        super().__init__(id=id, classes=classes)
+        self._body: list[Row] = []
+
+    def set_body(self, rows: list[Row], *, keep: bool = False) -> None:
+        """Other lines, from the top unless told to keep the place."""
+        self._body = rows
+        self.top = self.top if keep else 0
+        self.update()
+
+    def count(self) -> int:
+        """The rows that were set."""
+        return len(self._body)
+
+    def row(self, index: int, width: int) -> Row:
+        """A row that was set."""
+        return self._body[index]
+
+
+class Column:
+    """A column of a table."""
+
+    def __init__(
+        self, title: str, width: int, *, right: bool = False, flexible: bool = False, least: int = 0
+    ) -> None:
+        """A flexible column takes what is left; `least`: hidden where the table is narrower."""
+        self.title, self.width = title, width
+        self.right, self.flexible, self.least = right, flexible, least
+
+
+class Table(ScrollList):
+    """Rows of cells with a cursor; says which row was pointed at and which was chosen."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "choose", show=False)]
+    with_cursor = True
+
+    def __init__(self, columns: list[Column], *, id: str, empty: list[Row] | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self.columns = columns
+        self.sorted_by = ""
+        self.descending = True
+        self._empty = empty or []
+        self._cells: list[list[Piece]] = []
+        self._keys: list[Any] = []
+
+    def set_rows(self, rows: list[tuple[Any, list[Piece]]], empty: list[Row] | None = None) -> None:
+        """Other rows; the cursor stays on the row of the same key where there still is one."""
+        key = self.key
+        self._keys = [k for k, _ in rows]
+        self._cells = [cells for _, cells in rows]
+        if empty is not None:
+            self._empty = empty
+        if key in self._keys:
+            self.cursor = self._keys.index(key)
+        self._hold()
+        self.update()
+        if self.key != key:
+            self.moved()
+
+    @property
+    def key(self) -> Any:
+        """The key of the row under the cursor; None without rows."""
+        return self._keys[self.cursor] if self.cursor < len(self._keys) else None
+
+    def count(self) -> int:
+        """The rows that were set."""
+        return len(self._keys)
+
+    def empty(self) -> list[Row]:
+        """What the screen wants said."""
+        return self._empty
+
+    def moved(self) -> None:
+        """Tells the screen."""
+        self.post_message(RowHighlighted(self.id or "", self.key))
+
+    def action_choose(self) -> None:
+        """Tells the screen."""
+        if self.key is not None:
+            self.post_message(RowSelected(self.id or "", self.key))
+
+    def on_click(self, event: events.Click) -> None:
+        """Points at a row; a second click chooses it."""
+        index = self.top + event.y - len(self.header(self.size.width))
+        if 0 <= index < self.count():
+            again = index == self.cursor
+            self.go(index)
+            if again:
+                self.action_choose()
+
+    def header(self, width: int) -> list[Row]:
+        """The columns' titles; the sorted one has an arrow."""
+        if not any(column.title for column in self.columns):
+            return []
+        titles: list[Piece] = []
+        for column in self.columns:
+            arrow = (
+                ("▾" if self.descending else "▴")
+                if column.title and column.title == self.sorted_by
+                else ""
+            )
+            titles.append((column.title + arrow, "head"))
+        return [[*self._line(titles, width, "head"), (" " * width, "head")]]
+
+    def row(self, index: int, width: int) -> Row:
+        """A row, its cells in their columns."""
+        return self._line(self._cells[index], width, "")
+
+    def _line(self, cells: list[Piece], width: int, gap: str) -> list[Piece]:
+        shown = [c for c in self.columns if width >= c.least]
+        fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
+        flexible = max(width - fixed, 4) // max(sum(c.flexible for c in shown), 1)
+        found: list[Piece] = [(" ", gap)]
+        for column, (text, tone) in zip(self.columns, cells, strict=True):
+            if column in shown:
+                room = flexible if column.flexible else column.width
+                found += [(fitted(text, room, right=column.right), tone), (" ", gap)]
+        return found
+
+
+def fitted(text: str, width: int, *, right: bool = False) -> str:
+    """Text in exactly `width` cells."""
+    text = one_line(text)
+    if right and len(text) < width:
+        return text.rjust(width)
+    return shorten(text, width)
+
+
+def marked(row: Row, words: str) -> Row:
+    """A row with each occurrence of some words in another tone, whatever the case."""
+    found: list[Piece] = []
+    needle = words.lower()
+    for text, tone in row:
+        lower, at = text.lower(), 0
+        # Some letters change their length in lower case; then the place would be wrong.
+        while len(lower) == len(text) and (hit := lower.find(needle, at)) >= 0:
+            found += [(text[at:hit], tone), (text[hit : hit + len(words)], "match")]
+            at = hit + len(words)
+        found.append((text[at:], tone))
+    return found
