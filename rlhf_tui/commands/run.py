@@ -192,4 +192,5 @@ def _become_engine(session: Session, start: StartOptions) -> None:
     click.echo(one_line(f"session {session.name}: {words}; folder {session.folder}"), err=True)
     text = msgspec.json.encode(start).decode()
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "rlhf_tui.headless", str(session.folder), text])
+    module = [sys.executable, "-m", "rlhf_tui.headless"]
+    os.execv(sys.executable, [*module, str(session.folder), text])  # noqa: S606 - ourselves
