@@ -118,9 +118,9 @@ class Printer:
         if code == 0 and scores:
             span = f"score {fmt.number(scores[0][1])} at step {scores[0][0]}"
             span += f", {fmt.number(scores[-1][1])} at step {scores[-1][0]}"
-            self._print(f"{meta.get('state')}: {span}; session {one_line(str(session.folder))}")
+            self._print(f"{meta.state}: {span}; session {one_line(str(session.folder))}")
         elif code != 0:
-            self._print(f"rlhf-tui: {one_line(str(meta.get('message', '')))}", sys.stderr)
+            self._print(f"rlhf-tui: {one_line(meta.message)}", sys.stderr)
 
 
 def main() -> None:
