@@ -12,9 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.config.settings import SettingChange
-
-Json = dict[str, Any]
-"""A JSON object for scripts: its keys are the contract, its values are whatever JSON holds."""
+from engine.journal.json_values import Json
 
 
 class SessionMeta(Struct, frozen=True, kw_only=True):

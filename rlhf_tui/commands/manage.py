@@ -14,8 +14,8 @@ import msgspec
 
 from engine import starter
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
+from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
-from engine.journal.rows import Json
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
 from engine.launch.start import checkpoint_steps, last_checkpoint

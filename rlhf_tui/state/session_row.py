@@ -5,11 +5,10 @@ from typing import Any
 import msgspec
 
 from engine.errors import RlhfError
+from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
-from engine.journal.rows import Json
 from engine.session.folder import Session
-
-SCORE, KL = "objective/scores", "objective/kl"
+from rlhf_tui.state.session_state import KL, SCORE
 
 
 class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
