@@ -8,6 +8,7 @@ import asyncio
 import shutil
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
@@ -90,21 +91,21 @@ class Printer:
             width = shutil.get_terminal_size().columns - 1
             self._write(f"\r\x1b[K{line[:width]}", sys.stdout)
 
-    def _say(self, line: str, stream: object = None) -> None:
+    def _say(self, line: str, stream: TextIO | None = None) -> None:
         if self._live:
             self._write("\r\x1b[K", sys.stdout)
         self._print(line, stream)
         self._redraw()
 
-    def _print(self, line: str, stream: object = None) -> None:
+    def _print(self, line: str, stream: TextIO | None = None) -> None:
         self._write(line + "\n", stream or sys.stdout)
 
-    def _write(self, text: str, stream: object) -> None:
+    def _write(self, text: str, stream: TextIO) -> None:
         """A closed terminal or pipe must not end the training that goes on behind it."""
         if self._closed:
             return
         try:
-            print(text, end="", file=stream, flush=True)  # type: ignore[call-overload]
+            print(text, end="", file=stream, flush=True)
         except OSError:
             self._closed = True
 
@@ -118,9 +119,9 @@ class Printer:
         if code == 0 and scores:
             span = f"score {fmt.number(scores[0][1])} at step {scores[0][0]}"
             span += f", {fmt.number(scores[-1][1])} at step {scores[-1][0]}"
-            self._print(f"{meta.get('state')}: {span}; session {one_line(str(session.folder))}")
+            self._print(f"{meta.state}: {span}; session {one_line(str(session.folder))}")
         elif code != 0:
-            self._print(f"rlhf-tui: {one_line(str(meta.get('message', '')))}", sys.stderr)
+            self._print(f"rlhf-tui: {one_line(meta.message)}", sys.stderr)
 
 
 def main() -> None:

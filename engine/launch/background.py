@@ -69,7 +69,7 @@ def _ended(session: Session, code: int, state: str, pid: int) -> int:
     if code == 0:
         return pid
     with JournalReader(session) as record:
-        message = str(record.meta().get("message") or "")
+        message = record.meta().message
     if not message or state in LIVE_STATES:
         lines = session.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         message = lines[-1].removeprefix("rlhf-tui: ") if lines else f"it ended with {code}"

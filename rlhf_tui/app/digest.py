@@ -1,5 +1,6 @@
 """What happened since the operator last looked."""
 
+from engine.journal.rows import ErrorEvent, StateEvent
 from rlhf_tui import format as fmt
 from rlhf_tui.app.preferences import Seen
 from rlhf_tui.state import session_state as facts
@@ -14,7 +15,7 @@ AWAY = 60.0
 def digest(state: SessionState, seen: Seen) -> list[Row]:
     """Lines for a dialog; none where there is nothing to tell."""
     away = state.now() - seen.time
-    new = [e for e in state.events if e["event"] > seen.event]
+    new = [e for e in state.events if e.event > seen.event]
     steps = state.head.step - seen.step
     if away < AWAY or (steps == 0 and not new):
         return []
@@ -48,7 +49,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
         )
     if len(since) > MOST:
         rows.append([(f"       and {len(since) - MOST} before these", "dim")])
-    states = [e for e in new if e["kind"] in ("state", "error")]
-    if states and states[-1].get("text"):
-        rows.append([(str(states[-1]["text"]).partition("\n")[0], "warn")])
+    states = [e.payload for e in new if isinstance(e.payload, StateEvent | ErrorEvent)]
+    if states and states[-1].text:
+        rows.append([(states[-1].text.partition("\n")[0], "warn")])
     return rows

@@ -131,7 +131,7 @@ class Follower(SequentialKeys, inherit_bindings=False):
         if not self._digested:
             return
         if self.session is not None and self.state.known and self.follow:
-            newest = self.state.events[-1]["event"] if self.state.events else 0
+            newest = self.state.events[-1].event if self.state.events else 0
             seen = prefs.Seen(time=self.now(), step=self.state.head.step, event=newest)
             prefs.remember_seen(str(self.session.folder), seen)
 

@@ -8,6 +8,7 @@ from textual.binding import Binding, BindingType
 
 from engine.config.settings import LIVE_SETTINGS, Settings
 from engine.errors import RlhfError
+from engine.journal.rows import ProbeResult
 from engine.protocol.commands import (
     Checkpoint,
     Command,
@@ -193,7 +194,7 @@ class Steer(Follower, inherit_bindings=False):
         self.push_screen(ChoiceDialog("Stop the run?", rows, choices), answer)
 
     def _last_saved(self) -> str:
-        steps = [c["step"] for c in self.state.checkpoints if c["status"] == "complete"]
+        steps = [c.step for c in self.state.checkpoints if c.status == "complete"]
         return f"the last checkpoint is of step {max(steps)}" if steps else "no checkpoint yet"
 
     def action_note(self) -> None:
@@ -296,6 +297,6 @@ class Steer(Follower, inherit_bindings=False):
             if answer.result:
                 from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps the start quick
 
-                self.push_screen(ProbeDialog(answer.result))
+                self.push_screen(ProbeDialog(ProbeResult.of(answer.result)))
         else:
             self.say(f"{text}: {answer.status}, {self.when()}")

@@ -12,6 +12,7 @@ from engine.config.rules import check_rule
 from engine.config.schema import GuardrailConfig
 from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
+from engine.journal.rows import SampleRow
 from engine.monitoring.guardrails import Guardrails
 from engine.protocol.rank_messages import Sample
 from rlhf_tui import format as fmt
@@ -83,15 +84,15 @@ def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
         "clip_range": run.ppo.clip_range,
         "stop_kl": run.ppo.stop_kl,
     }
+    # By step and setting; values of every type that a setting has.
     changes: dict[int, dict[str, Any]] = {}
     for command in record.commands():
-        if command["status"] == "applied" and command["live"]:
-            for change in command["changes"]:
-                changes.setdefault(command["applied_step"], {})[change["key"]] = change["new"]
+        if command.status == "applied" and command.live and command.applied_step is not None:
+            for change in command.changes:
+                changes.setdefault(command.applied_step, {})[change.key] = change.new
     samples: dict[int, list[Sample]] = {}
-    for row in record.samples():
-        row |= {key: math.nan for key in ("score", "kl") if row[key] is None}
-        samples.setdefault(row["step"], []).append(msgspec.convert(row, Sample))
+    for row in record.samples.newest():
+        samples.setdefault(row.step, []).append(_as_reported(row))
     metrics: dict[int, dict[str, float | None]] = {}
     for name in record.metric_names():
         for step, value in record.series(name):
@@ -102,6 +103,16 @@ def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
         settings |= {"beta": values["objective/kl_coef"], "learning_rate": values["lr"]}
         for alert in rails.check(step, values, settings, samples.get(step)):
             yield alert.as_data() | {"step": step}
+
+
+def _as_reported(row: SampleRow) -> Sample:
+    """A sample as the ranks reported it: the journal has None for what is not finite."""
+    return Sample(
+        index=row.index, prompt=row.prompt, response=row.response,
+        score=math.nan if row.score is None else row.score,
+        kl=math.nan if row.kl is None else row.kl,
+        length=row.length, ended=row.ended, parts=row.parts,
+    )  # fmt: skip
 
 
 def _rules(path: Path) -> GuardrailConfig:

@@ -9,6 +9,7 @@ import click
 
 from engine.config import file as config_file
 from engine.errors import RlhfError, UserInputError
+from engine.journal.json_values import Json
 from engine.journal.writer import JournalWriter
 from engine.protocol.client import Client, new_id
 from engine.protocol.client_messages import CommandReply
@@ -98,7 +99,7 @@ class Steering:
 
     def _print(self, answer: CommandReply, left: float | None) -> None:
         if self._as_json:
-            row: dict[str, Any] = config_file.as_mapping(answer)
+            row: Json = config_file.as_mapping(answer)
             print_json(row | {"applied_step": row.pop("step")})
         elif answer.status == "accepted":
             soon = "" if left is None else f", in about {fmt.duration(left)}"

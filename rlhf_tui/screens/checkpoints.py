@@ -1,13 +1,14 @@
 """Checkpoints: save, roll back, branch, export."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
 from engine.errors import RlhfError
+from engine.journal.rows import CheckpointRow
 from engine.session.folder import check_name, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
@@ -46,12 +47,10 @@ class CheckpointsScreen(SessionScreen):
     def refresh_content(self) -> None:
         """Newest on top."""
         found = self.desk.state.checkpoints
-        current = [c for c in found if c["status"] == "complete"]
-        best = max(current, key=lambda c: _or(c["score"], float("-inf")), default=None)
-        last = max(current, key=lambda c: c["step"], default=None)
-        rows = [
-            ((c["step"], c["attempt"]), _cells(c, best is c, last is c)) for c in reversed(found)
-        ]
+        current = [c for c in found if c.status == "complete"]
+        best = max(current, key=lambda c: _or(c.score, float("-inf")), default=None)
+        last = max(current, key=lambda c: c.step, default=None)
+        rows = [((c.step, c.attempt), _cells(c, best is c, last is c)) for c in reversed(found)]
         self.query_one(Table).set_rows(rows, self._empty())
 
     def _empty(self) -> list[Row]:
@@ -62,14 +61,12 @@ class CheckpointsScreen(SessionScreen):
             [(f" {words}; ", "dim"), ("c", "key"), (" saves one after this step", "dim")],
         ]
 
-    def _chosen(self) -> dict[str, Any] | None:
+    def _chosen(self) -> CheckpointRow | None:
         key = self.query_one(Table).key
-        found = next(
-            (c for c in self.desk.state.checkpoints if (c["step"], c["attempt"]) == key), None
-        )
+        found = next((c for c in self.desk.state.checkpoints if (c.step, c.attempt) == key), None)
         if found is None:
             self.desk.say("no checkpoint chosen")
-        elif found["status"] != "complete":
+        elif found.status != "complete":
             self.desk.say("that one belongs to a timeline that was left", "warning")
             return None
         return found
@@ -78,7 +75,7 @@ class CheckpointsScreen(SessionScreen):
         """In place, or by a resume without an engine; asks where steps are lost."""
         if (found := self._chosen()) is None:
             return
-        session, step = self.desk.session, found["step"]
+        session, step = self.desk.session, found.step
         if session is None or session.is_live() or self.desk.read_only:
             self.desk.roll_back(step)
             return
@@ -96,13 +93,13 @@ class CheckpointsScreen(SessionScreen):
     def action_fork(self) -> None:
         """A session of its own from there."""
         if (found := self._chosen()) is not None:
-            self.desk.ask_fork(self.desk.state.name, found["step"])
+            self.desk.ask_fork(self.desk.state.name, found.step)
 
     def action_export(self) -> None:
         """The policy as a model folder."""
         if (found := self._chosen()) is None:
             return
-        name, step = self.desk.state.name, found["step"]
+        name, step = self.desk.state.name, found.step
         target = str(Path.cwd() / f"{name}-step-{step}")
         rows: list[Row] = [[(f"The policy of step {step} as a Hugging Face model folder.", "dim")]]
 
@@ -120,19 +117,19 @@ class CheckpointsScreen(SessionScreen):
         self.desk.say("r rolls back to it, f branches off it, E exports its policy")
 
 
-def _cells(c: dict[str, Any], best: bool, last: bool) -> list[Piece]:
+def _cells(c: CheckpointRow, best: bool, last: bool) -> list[Piece]:
     words = ["last"] if last else []
     words += ["best score"] if best else []
-    if c["status"] == "superseded":
+    if c.status == "superseded":
         words = ["of a timeline that was left"]
-    dim = "dim" if c["status"] == "superseded" else ""
+    dim = "dim" if c.status == "superseded" else ""
     return [
-        (str(c["step"]), dim or "strong"),
-        (str(c["attempt"]), "dim"),
-        (fmt.clock(c["time"]), "dim"),
-        (fmt.size(c["size"]), dim),
-        (fmt.number(c["score"]), dim or "strong"),
-        (fmt.number(c["kl"], 2), dim),
+        (str(c.step), dim or "strong"),
+        (str(c.attempt), "dim"),
+        (fmt.clock(c.time), "dim"),
+        (fmt.size(c.size), dim),
+        (fmt.number(c.score), dim or "strong"),
+        (fmt.number(c.kl, 2), dim),
         (", ".join(words), "dim" if dim else "good"),
     ]
 

@@ -1,8 +1,9 @@
 """The answer under the cursor beside another one, and which of the two is the better one."""
 
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import msgspec
 from textual import work
 from textual.binding import Binding, BindingType
 from textual.message import Message
@@ -11,6 +12,7 @@ from textual.worker import get_current_worker
 from engine.errors import RlhfError
 from engine.journal.labels import Key, LabelReader, Preference, Response, forget_preference, prefer
 from engine.journal.reader import JournalReader
+from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
 from engine.journal.samples import OTHERS
 from engine.protocol.commands import Probe
 from rlhf_tui.screens.sample_labels import Judging
@@ -22,15 +24,15 @@ from rlhf_tui.widgets.samples.sample_view import SampleView
 
 KINDS = ("", "earlier", "reference")
 """What an answer stands beside, in the order in which the key goes through them."""
-PLACE = ("attempt", "step", "index")
-Sample = dict[str, Any]
+Other = SampleRow | ProbeResponse
+"""What an answer is held against: another one, or what the reference answered to a probe."""
 
 
 class ComparisonRead(Message):
     """What an answer can be held against, and what was said of such pairs."""
 
     def __init__(
-        self, key: Key, kind: str, others: list[Sample],
+        self, key: Key, kind: str, others: list[Other],
         said: list[Preference], *, ask: bool,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -53,7 +55,7 @@ class Comparing(Judging):
     def __init__(self) -> None:
         super().__init__()
         self._kind = KINDS[0]
-        self._others: list[Sample] = []
+        self._others: list[Other] = []
         self._at = 0
         self._said: list[Preference] = []
         self._of: Key | None = None
@@ -90,7 +92,7 @@ class Comparing(Judging):
         self.pointed_at(None)
         return left
 
-    def pointed_at(self, row: Sample | None, *, ask: bool = False) -> None:
+    def pointed_at(self, row: SampleRow | None, *, ask: bool = False) -> None:
         """Others stand beside it now; `ask`: the reference is asked where it has not answered."""
         self._others, self._said, self._at, self._known = [], [], 0, False
         self._of = key_of(row) if row is not None else None
@@ -105,19 +107,19 @@ class Comparing(Judging):
             self.read_beside(row, self._kind)
 
     @work(thread=True, exclusive=True, group="beside")
-    def read_beside(self, row: Sample, kind: str, *, ask: bool = False) -> None:
+    def read_beside(self, row: SampleRow, kind: str, *, ask: bool = False) -> None:
         """Asks the journal."""
         session = self.desk.session
         if session is None:
             return
         try:
             with JournalReader(session) as record, LabelReader(session) as labels:
+                others: list[Other] = []
                 if kind == "earlier":
-                    others = record.earlier(row)
-                else:
-                    found = record.referred(row["prompt"])
-                    others = [found] if found else []
-                said = labels.preferences(row["prompt"])
+                    others += record.samples.earlier(row)
+                elif (found := record.last_reference_probe(row.prompt)) is not None:
+                    others.append(found)
+                said = labels.preferences(row.prompt)
         except RlhfError as error:
             self.desk.say_later(str(error), "error")
             return
@@ -136,7 +138,7 @@ class Comparing(Judging):
         same = (i for i, other in enumerate(self._others) if _same(other, shown))
         self._at = next(same, 0)
         if message.ask and self._kind == "reference" and not self._others and self._may_ask(row):
-            self._ask(row["prompt"])
+            self._ask(row.prompt)
         self._show()
 
     def action_other(self, by: int) -> None:
@@ -155,27 +157,27 @@ class Comparing(Judging):
         if not self._others:
             title = "REFERENCE" if self._kind == "reference" else "OTHERS"
             reading.hold_against(
-                ComparisonTarget(self._kind, title, row["response"], lack=self._lack(row))
+                ComparisonTarget(self._kind, title, row.response, lack=self._lack(row))
             )
             return
         other = self._others[self._at]
-        if self._kind == "reference":
-            title = f"REFERENCE, asked at step {other['step']}"
+        if isinstance(other, ProbeResponse):
+            title = f"REFERENCE, asked at step {other.step}"
         else:
             count = len(self._others)
-            title = f"OTHER, step {other['step']} #{other['index']}"
-            title += f" of attempt {other['attempt']}" * other["left"]
+            title = f"OTHER, step {other.step} #{other.index}"
+            title += f" of attempt {other.attempt}" * other.left
             title += f" ({self._at + 1}/{count}{'+' * (count == OTHERS)})"
-        better, who = self._verdict(row["response"], other["response"])
+        better, who = self._verdict(row.response, other.response)
         reading.hold_against(
-            ComparisonTarget(self._kind, title, row["response"], other, "", better, who)
+            ComparisonTarget(self._kind, title, row.response, other, "", better, who)
         )
 
     # -- the reference -------------------------------------------------------------------------
 
-    def _lack(self, row: Sample) -> str:
+    def _lack(self, row: SampleRow) -> str:
         name = self.desk.state.name
-        if row["prompt"] in self._probed:
+        if row.prompt in self._probed:
             return "asked just now; it answers after the step in hand"
         if not self._known:
             return "reading …"
@@ -187,10 +189,10 @@ class Comparing(Judging):
             return "it was not asked this prompt yet, and this terminal is read-only"
         return f"it was not asked this prompt yet; with an engine it can be: rlhf-tui resume {name}"
 
-    def _may_ask(self, row: Sample) -> bool:
+    def _may_ask(self, row: SampleRow) -> bool:
         session = self.desk.session
         live = session is not None and session.is_live() and not self.desk.read_only
-        return live and row["prompt"] not in self._probed
+        return live and row.prompt not in self._probed
 
     @functools.cached_property
     def _sender(self) -> CommandSender:
@@ -213,8 +215,9 @@ class Comparing(Judging):
         if answer is not None and answer.result:
             message.stop()
             self.desk.say("the reference has answered")
-            if row is not None and row["prompt"] == command.text and self._kind == "reference":
-                self._others = [answer.result["reference"] | {"step": answer.step}]
+            if row is not None and row.prompt == command.text and self._kind == "reference":
+                found = ProbeResult.of(answer.result).reference
+                self._others = [msgspec.structs.replace(found, step=answer.step)]
                 self._known = True
         self._show()
 
@@ -235,13 +238,11 @@ class Comparing(Judging):
             return
         if not self.may_judge():
             return
-        other, prompt, who = self._others[self._at], row["prompt"], self.desk.who
-        mine, theirs = Response.of(row), Response.of(other)
-        if self._kind == "reference":
-            theirs = Response(response=other["response"])
+        other, prompt, who = self._others[self._at], row.prompt, self.desk.who
+        mine, theirs = Response.of(row), _response(other)
         if self._verdict(mine.response, theirs.response)[0] == which:
             self.write(lambda session: forget_preference(session, prompt, mine, theirs))
-            said = []
+            said: list[Preference] = []
         else:
             chosen, rejected = (mine, theirs) if which == "this" else (theirs, mine)
             self.write(lambda session: prefer(session, prompt, chosen, rejected, who))
@@ -263,5 +264,14 @@ def _pair(said: Preference) -> set[str]:
     return {said.chosen.response, said.rejected.response}
 
 
-def _same(one: Sample, other: Sample | None) -> bool:
-    return other is not None and [one.get(n) for n in PLACE] == [other.get(n) for n in PLACE]
+def _response(other: Other) -> Response:
+    """As a preference names it: without a place where it is the reference's."""
+    if isinstance(other, SampleRow):
+        return Response.of(other)
+    return Response(response=other.response)
+
+
+def _same(one: Other, other: Other | None) -> bool:
+    if isinstance(one, SampleRow) and isinstance(other, SampleRow):
+        return key_of(one) == key_of(other)
+    return type(one) is type(other) and other is not None and one.step == other.step

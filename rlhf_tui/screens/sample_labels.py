@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
 from engine.journal.labels import Response, set_label, set_note
+from engine.journal.rows import Judgement, SampleRow
 from engine.session.folder import Session
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
@@ -42,11 +44,11 @@ class Judging(SessionScreen):
         self.unwritten = 0
         """Judgements that are not on the file yet: what is read meanwhile may be older."""
 
-    def chosen(self) -> dict[str, Any] | None:
+    def chosen(self) -> SampleRow | None:
         """The answer that is meant; overridden."""
         return None
 
-    def show_again(self, row: dict[str, Any]) -> None:
+    def show_again(self, row: SampleRow) -> None:
         """It is judged otherwise now; overridden."""
 
     def read_again(self) -> None:
@@ -61,10 +63,10 @@ class Judging(SessionScreen):
         row = self.chosen()
         if row is None or not self.may_judge():
             return
-        new = None if row["label"] == label else label
+        new = None if row.label == label else label
         answer, who = Response.of(row), self.desk.who
-        self.write(lambda session: set_label(session, row["prompt"], answer, new, who))
-        self._now(row, label=new)
+        self.write(lambda session: set_label(session, row.prompt, answer, new, who))
+        self._now(row, new, row.note)
 
     def action_remark(self) -> None:
         """A note on it."""
@@ -72,23 +74,23 @@ class Judging(SessionScreen):
         if row is None or not self.may_judge():
             return
         rows: list[Row] = [
-            [(f"On answer #{row['index']} of step {row['step']}; empty takes it away.", "dim")]
+            [(f"On answer #{row.index} of step {row.step}; empty takes it away.", "dim")]
         ]
         answer, who = Response.of(row), self.desk.who
 
         def take(text: str | None) -> None:
             if text is not None:
-                self.write(lambda session: set_note(session, row["prompt"], answer, text, who))
-                self._now(row, note=text or None)
+                self.write(lambda session: set_note(session, row.prompt, answer, text, who))
+                self._now(row, row.label, text or None)
 
-        note = row["note"] or ""
+        note = row.note or ""
         self.app.push_screen(
             InputDialog("Note on this answer", rows, note, lambda _: (True, "")), take
         )
 
-    def _now(self, row: dict[str, Any], **changed: str | None) -> None:
-        row = row | changed | {"who": self.desk.who, "time": self.desk.now()}
-        self.show_again(row)
+    def _now(self, row: SampleRow, label: str | None, note: str | None) -> None:
+        now = Judgement(label=label, note=note, who=self.desk.who, time=self.desk.now())
+        self.show_again(msgspec.structs.replace(row, judgement=now))
 
     def may_judge(self) -> bool:
         """Whether judgements are taken here; says so where not."""

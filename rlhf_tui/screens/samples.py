@@ -1,6 +1,6 @@
 """What the policy wrote: a table over all steps, and one answer to be read."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import msgspec
 from textual import on, work
@@ -11,6 +11,7 @@ from textual.message import Message
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
+from engine.journal.rows import SampleRow
 from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui import format as fmt
@@ -30,7 +31,7 @@ COLUMNS = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 class SamplesRead(Message):
     """A page of samples."""
 
-    def __init__(self, query: SampleQuery, page: int, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, query: SampleQuery, page: int, rows: list[SampleRow]) -> None:
         super().__init__()
         self.query, self.page, self.rows = query, page, rows
 
@@ -66,7 +67,7 @@ class SamplesScreen(Comparing):
         self._asked = SampleQuery()
         self._filter = ""
         self._page = 0
-        self._rows: dict[tuple[int, int], dict[str, Any]] = {}
+        self._rows: dict[tuple[int, int], SampleRow] = {}
         self._shown: tuple[object, ...] | None = None
         self._labels: tuple[int, ...] = ()
 
@@ -122,8 +123,8 @@ class SamplesScreen(Comparing):
         if session is None:
             return
         try:
-            with SampleReader(session) as answers:
-                rows = answers.sample_page(query, PAGE, page * PAGE)
+            with SampleReader(session) as samples:
+                rows = samples.page(query, PAGE, page * PAGE)
         except RlhfError as error:
             self.desk.say_later(str(error), "error")
             return
@@ -137,8 +138,8 @@ class SamplesScreen(Comparing):
         if session is None:
             return
         try:
-            with SampleReader(session) as answers:
-                arrays = answers.arrays(*key, attempt)
+            with SampleReader(session) as samples:
+                arrays = samples.arrays(*key, attempt)
         except RlhfError:
             arrays = None
         if not get_current_worker().is_cancelled:
@@ -152,7 +153,7 @@ class SamplesScreen(Comparing):
             self._page -= 1
             self.desk.say("that was the last page")
             return
-        self._rows = {(r["step"], r["index"]): r for r in message.rows}
+        self._rows = {(r.step, r.index): r for r in message.rows}
         table = self.query_one(Table)
         table.sorted_by = COLUMNS[self._asked.order]
         table.descending = self._asked.descending
@@ -196,16 +197,16 @@ class SamplesScreen(Comparing):
         row = self._rows.get(key) if key else None
         self.query_one(SampleView).read(row, None)
         if key is not None and row is not None:
-            self.read_arrays(key, row["attempt"])
+            self.read_arrays(key, row.attempt)
         self.pointed_at(row)
 
-    def chosen(self) -> dict[str, Any] | None:
+    def chosen(self) -> SampleRow | None:
         """The answer under the cursor."""
         return self._rows.get(self.query_one(Table).key)
 
-    def show_again(self, row: dict[str, Any]) -> None:
+    def show_again(self, row: SampleRow) -> None:
         """Something is thought of an answer that is on the page."""
-        self._rows[row["step"], row["index"]] = row
+        self._rows[row.step, row.index] = row
         table, reading = self.query_one(Table), self.query_one(SampleView)
         table.set_rows([(key, _cells(r)) for key, r in self._rows.items()])
         if reading.sample is not None and key_of(reading.sample) == key_of(row):
@@ -294,15 +295,15 @@ class SamplesScreen(Comparing):
             self._set("")
 
 
-def _cells(row: dict[str, Any]) -> list[Piece]:
-    score = row["score"]
+def _cells(row: SampleRow) -> list[Piece]:
+    score = row.score
     return [
-        (str(row["step"]), "dim"),
-        (str(row["index"]), "dim"),
+        (str(row.step), "dim"),
+        (str(row.index), "dim"),
         (fmt.number(score, 2), "strong"),
-        (fmt.number(row["kl"], 1), ""),
-        (str(row["length"]), ""),
-        ("" if row["ended"] else "✂", "warn"),
+        (fmt.number(row.kl, 1), ""),
+        (str(row.length), ""),
+        ("" if row.ended else "✂", "warn"),
         mark(row),
-        (row["response"].strip(), ""),
+        (row.response.strip(), ""),
     ]

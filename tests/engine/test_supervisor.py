@@ -143,4 +143,4 @@ async def test_an_older_checkpoint_serves_until_the_one_it_makes_way_for_is_whol
     assert last_checkpoint(writer.session) == 2
     engine.hearing.handle(CheckpointComplete(step=4, removed=[2]))
     with JournalReader(writer.session) as record:
-        assert [c["step"] for c in record.checkpoints()] == [4]
+        assert [c.step for c in record.checkpoints()] == [4]

@@ -61,6 +61,6 @@ def test_a_run_that_is_to_stop_at_once_is_not_started_again(writer, echo):
 def test_where_all_ranks_of_a_machine_waited_in_vain_the_first_to_say_so_is_heard(writer):
     ended(writer, ECHO)
     with JournalReader(writer.session) as record:
-        (error,) = [e for e in record.events() if e["kind"] == "error"]
-    assert error["text"] == ECHO.text
-    assert error["traceback"] == "where"
+        (error,) = [e for e in record.events() if e.kind == "error"]
+    assert error.payload.text == ECHO.text
+    assert error.payload.traceback == "where"

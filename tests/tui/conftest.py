@@ -185,8 +185,8 @@ def freeze(session: Session) -> None:
 def judge(session: Session) -> None:
     """What two people think of some answers to the last step's prompt."""
     with JournalReader(session) as record:
-        rows = {r["index"]: r for r in record.sample_page(SampleQuery(), 8)}
-    prompt, of = rows[0]["prompt"], {i: Response.of(row) for i, row in rows.items()}
+        rows = {r.index: r for r in record.samples.page(SampleQuery(), 8)}
+    prompt, of = rows[0].prompt, {i: Response.of(row) for i, row in rows.items()}
     for index, label in ((1, "good"), (2, "bad"), (3, "hack")):
         set_label(session, prompt, of[index], label, "ana on pts/1")
     set_note(session, prompt, of[3], "says 'film' wherever it can", "ana on pts/1")

@@ -43,7 +43,7 @@ def pairs(session):
 
 def rows(session, count):
     with JournalReader(session) as record:
-        return record.sample_page(SampleQuery(), count)
+        return record.samples.page(SampleQuery(), count)
 
 
 async def test_d_goes_from_nothing_to_an_earlier_one_to_the_reference_and_back(
@@ -54,7 +54,7 @@ async def test_d_goes_from_nothing_to_an_earlier_one_to_the_reference_and_back(
         assert beside(desk) is None
         await pilot.press("d")
         await until(pilot, lambda: beside(desk).row is not None)
-        assert (beside(desk).kind, beside(desk).row["index"]) == ("earlier", 1)
+        assert (beside(desk).kind, beside(desk).row.index) == ("earlier", 1)
         assert "OTHER, step 6 #1 (1/47)" in pane(desk)
         await pilot.press("d")
         await until(pilot, lambda: beside(desk).row is not None)
@@ -148,7 +148,7 @@ async def test_the_reference_may_be_the_better_one(samples, judged, until):
 
 
 async def test_of_the_same_words_neither_is_better(samples, judged, until):
-    reference(judged, rows(judged, 1)[0]["response"])
+    reference(judged, rows(judged, 1)[0].response)
     async with samples() as (desk, pilot):
         await pilot.press("d", "d")
         await until(pilot, lambda: beside(desk).row is not None)
@@ -176,7 +176,7 @@ async def test_what_is_typed_ahead_never_pairs_answers_to_two_prompts(samples, j
         await until(pilot, lambda: beside(desk).row is not None)
         for key in keys:  # as they come over a slow line: all at once
             desk.post_message(Key(key, key))
-        await until(pilot, lambda: desk.screen.chosen()["index"] == 1)
+        await until(pilot, lambda: desk.screen.chosen().index == 1)
         await until(pilot, lambda: beside(desk).row is not None)
         await until(pilot, lambda: not desk.screen.unwritten)
         assert pairs(judged) == []

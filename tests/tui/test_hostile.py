@@ -7,14 +7,17 @@ import sqlite3
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.style import Style
 
+from engine.journal.rows import Judgement
 from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.widgets.lines import Lines
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.sample_view import body
 from rlhf_tui.widgets.wrap import wrap
+from tests.judging import sample
 
 ATTACKS = (
     "\x1b[2J", "\x1b]52;c;aGVsbG8=\x07", "\x1b]0;title\x1b\\", "\x9b31m", "\x9d52;c;x\x9c",
@@ -113,11 +116,10 @@ async def test_no_screen_shows_anything_raw(make_desk, root, tmp_path, until):
 @given(text=hostile)
 @settings(max_examples=40, deadline=None)
 def test_any_prompt_and_answer_can_be_read(text):
-    sample = {"score": 1.0, "kl": 1.0, "length": 3, "ended": True, "parts": {text: 1.0, "b": None},
-              "prompt": text, "response": text}  # fmt: skip
-    assert body(sample, None, "text", 40)
-    sample |= {"step": 1, "index": 0, "label": "good", "note": text, "who": text, "time": 0.0}
-    other = sample | {"response": text[::-1]}
+    row = sample(1, prompt=text, response=text, parts={text: 1.0, "b": None})
+    assert body(row, None, "text", 40)
+    row = replace(row, judgement=Judgement(label="good", note=text, who=text, time=0.0))
+    other = replace(row, response=text[::-1])
     beside = ComparisonTarget("earlier", text, text, other, better="this", who=text)
     for width in (40, 120):
-        assert comparison(sample, beside, width)
+        assert comparison(row, beside, width)

@@ -6,6 +6,7 @@ import pytest
 
 from engine.journal.labels import Response, set_label, set_note
 from engine.journal.reader import JournalReader
+from engine.journal.rows import Judgement
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
 from rlhf_tui.dialogs.base import InputDialog
@@ -14,12 +15,12 @@ from rlhf_tui.state.label_writer import LabelWriter
 from rlhf_tui.widgets.samples.judgement import mark
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Table
-from tests.judging import STEPS, judgements
+from tests.judging import STEPS, judgements, sample
 
 
 def newest(session):
     with JournalReader(session) as record:
-        return record.sample_page(SampleQuery(), 1)[0]
+        return record.samples.page(SampleQuery(), 1)[0]
 
 
 def shown(desk):
@@ -96,9 +97,9 @@ async def test_what_no_longer_fits_the_filter_makes_way_for_the_next(samples, ju
         await until(pilot, lambda: desk.screen._asked.judged is False)
         await pilot.press("plus")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * STEPS - 1)
-        await until(pilot, lambda: desk.screen.chosen()["index"] == 1)
+        await until(pilot, lambda: desk.screen.chosen().index == 1)
         reading = desk.screen.query_one(SampleView)
-        await until(pilot, lambda: reading.sample["index"] == 1)
+        await until(pilot, lambda: reading.sample.index == 1)
         await pilot.press("slash", *"good", "enter")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 1)
 
@@ -120,9 +121,9 @@ async def test_what_others_say_is_seen_without_an_engine_and_without_a_restart(
 ):
     async with samples(follow=True) as (desk, pilot):
         row = newest(judged)
-        set_label(judged, row["prompt"], Response.of(row), "bad", "ben on pts/2")
+        set_label(judged, row.prompt, Response.of(row), "bad", "ben on pts/2")
         await until(pilot, lambda: shown(desk)[0][0] == "-", "the label")
-        set_note(judged, row["prompt"], Response.of(row), "see\x1b[2J here", "ana")
+        set_note(judged, row.prompt, Response.of(row), "see\x1b[2J here", "ana")
         await until(pilot, lambda: shown(desk)[0][0] == "-✎", "the note")
         assert any("see␛ here" in line for line in shown(desk)[1])
 
@@ -147,6 +148,9 @@ def test_words_of_the_filter_and_the_same_in_quotes():
 
 @pytest.mark.parametrize("label", [None, "good", "bad", "hack"])
 def test_a_mark_is_told_apart_without_colour(label):
-    marks = {mark({"label": name, "note": None})[0] for name in (None, "good", "bad", "hack")}
-    assert len(marks) == 4
-    assert mark({"label": label, "note": "x"})[0].endswith("✎")
+    def shown(name, note):
+        judgement = Judgement(label=name, note=note, who="ana", time=0.0)
+        return mark(sample(1, judgement=judgement))[0]
+
+    assert len({shown(name, None) for name in (None, "good", "bad", "hack")}) == 4
+    assert shown(label, "x").endswith("✎")

@@ -41,9 +41,7 @@ async def test_the_answer_under_the_cursor_is_read(samples, until):
             "home",
         ):
             await pilot.press(key)
-            await until(
-                pilot, lambda: (reading.sample["step"], reading.sample["index"]) == table.key
-            )
+            await until(pilot, lambda: (reading.sample.step, reading.sample.index) == table.key)
 
 
 async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):
@@ -52,7 +50,7 @@ async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):
         table = desk.screen.query_one(Table)
         await until(pilot, lambda: table.sorted_by == "score")
         rows = desk.screen._rows
-        assert list(rows.values()) == sorted(rows.values(), key=lambda r: -r["score"])
+        assert list(rows.values()) == sorted(rows.values(), key=lambda r: -r.score)
         await pilot.press("r")
         await until(pilot, lambda: not table.descending)
         await pilot.press("s")
@@ -69,7 +67,7 @@ async def test_a_filter_narrows_the_table_and_esc_takes_it_away(samples, key, un
             pilot,
             lambda: (
                 desk.screen._rows
-                and all(r["score"] >= 2 and r["kl"] <= 8 for r in desk.screen._rows.values())
+                and all(r.score >= 2 and r.kl <= 8 for r in desk.screen._rows.values())
             ),
         )
         await pilot.press("escape")

@@ -46,7 +46,7 @@ async def test_nudges_add_up(make_desk, engine, running, until):
     async with running(desk) as pilot:
         await pilot.press("right_square_bracket", "right_square_bracket")
         await until(
-            pilot, lambda: engine == [steering.SetBeta(value=0.088), steering.XBeta(value=0.0968)]
+            pilot, lambda: engine == [steering.SetBeta(value=0.088), steering.SetBeta(value=0.0968)]
         )
 
 

@@ -3,6 +3,7 @@
 import msgspec
 
 from engine.config.settings import Settings
+from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
 from rlhf_tui import format as fmt
 from rlhf_tui.state import session_state as facts
@@ -101,19 +102,19 @@ class SteeringPanel(Panel):
             rows[-1] += [(f"{name} ", "dim"), (f"{value}  ", "")]
         return [*rows]
 
-    def _recent(self) -> list[dict[str, object]]:
+    def _recent(self) -> list[CommandRow]:
         """Those on their way, then the last ones that ended."""
         pending = self.state.pending()
         ended = [c for c in self.state.commands if c not in pending]
-        ended.sort(key=lambda c: c["ended"] or 0, reverse=True)
+        ended.sort(key=lambda c: c.ended or 0, reverse=True)
         return [*pending, *ended[:8]]
 
-    def _command(self, command: dict[str, object], width: int) -> Row:
-        status = str(command["status"])
+    def _command(self, command: CommandRow, width: int) -> Row:
+        status = command.status
         mark, tone = MARKS.get(status, ("?", "warn"))
         words = f"{mark} {status}"
-        if status == "applied" and command["applied_step"] is not None:
-            words += f" at step {command['applied_step']}"
+        if status == "applied" and command.applied_step is not None:
+            words += f" at step {command.applied_step}"
         elif status in ("queued", "accepted"):
             wait = self.state.boundary_in()
             words += f", at step {self.state.head.step + 2 if wait else '…'}".replace(
@@ -121,7 +122,7 @@ class SteeringPanel(Panel):
             )
             words += f" in ~{wait:.0f}s" if wait else ""
         elif status == "rejected":
-            words += f": {command['reason']}"
+            words += f": {command.reason}"
         text = command_text(command)
         if width < 50:
             for key, name in OTHERS:
