@@ -9,6 +9,15 @@ import click
 from engine.errors import RlhfError
 from engine.journal.labels import with_judgements
 from engine.journal.reader import JournalReader
+from engine.metrics import (
+    BETA,
+    CLIP_FRACTION,
+    ENTROPY,
+    KL,
+    RESPONSE_LENGTH,
+    SCORE,
+    STEP_TIME,
+)
 from engine.session.folder import ENDED_STATES, Session, all_sessions
 from engine.session.registry import live_sessions
 from rlhf_tui import format as fmt
@@ -25,10 +34,7 @@ from rlhf_tui.text import one_line, sanitise
 
 FOLLOW_INTERVAL = 0.2
 """Seconds between looks at a log that is followed."""
-COLUMNS = (
-    "objective/scores", "objective/kl", "objective/kl_coef", "policy/clipfrac_avg",
-    "policy/entropy_avg", "tokens/response_len_mean", "time/step",
-)  # fmt: skip
+COLUMNS = (SCORE, KL, BETA, CLIP_FRACTION, ENTROPY, RESPONSE_LENGTH, STEP_TIME)
 
 
 @click.command()
@@ -88,8 +94,8 @@ def summary(session: Session) -> dict[str, Any]:
         "beta": settings.get("beta", session.config().kl.beta),
         "pid": engine.pid if engine else None,
         "host": engine.host if engine else None,
-        "score": row.get("objective/scores"),
-        "kl": row.get("objective/kl"),
+        "score": row.get(SCORE),
+        "kl": row.get(KL),
         "settings": settings,
         "checkpoints": checkpoints,
         "message": meta.get("message", ""),

@@ -9,6 +9,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.worker import get_current_worker
 
+from engine import metrics
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.session.folder import Session, all_sessions
@@ -16,7 +17,6 @@ from rlhf_tui import format as fmt
 from rlhf_tui.commands.read import summary
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.feed import file_id
 from rlhf_tui.state.messages import RowHighlighted, RowSelected, SessionsListed
 from rlhf_tui.widgets.lines import Lines, Piece, Row
@@ -47,7 +47,7 @@ def look_at(session: Session) -> dict[str, Any]:
     try:
         row = summary(session)
         with JournalReader(session) as record:
-            scores = record.series(facts.SCORE, after=max(row["step"] - SPARK_STEPS, 0))
+            scores = record.series(metrics.SCORE, after=max(row["step"] - SPARK_STEPS, 0))
         row["spark"] = spark([v for _, v in scores if v is not None])
     except (RlhfError, OSError) as error:
         return {"name": session.name, "state": "unreadable", "message": str(error), "step": 0,

@@ -20,7 +20,7 @@ HEAVY = {
 }  # fmt: skip
 OF_A_RANK = {
     "engine.config", "engine.protocol", "engine.session", "engine.memory", "engine.launch",
-    "engine.errors", "engine.starter", "engine.kl",
+    "engine.errors", "engine.metrics", "engine.starter", "engine.kl",
 }  # fmt: skip
 """Packages and modules of the engine that ranks use besides their own."""
 LIGHT = [
