@@ -46,14 +46,20 @@ class Chart(Widget, can_focus=True):
         width, height = self.size
         if not width or not height:
             return
-        old, new = self._picture, paint(self._plot(), width, height)
+        old, new = self._picture, paint(self.plot(), width, height)
         self._picture = new
         if old is None or (old.width, old.height) != (width, height):
             self.refresh()
         elif regions := changed(old, new):
             self.refresh(*regions)
 
-    def _plot(self) -> Plot:
+    def text(self) -> str:
+        """What is shown, as plain text."""
+        picture = self._picture
+        return "\n".join(map(picture.row_text, range(picture.height))) if picture else ""
+
+    def plot(self) -> Plot:
+        """What is to be painted: curves, markers, title, window."""
         first, last = self.view.window(self.state)
         name = self.names[0]
         title = " + ".join(metrics.title_of(n) for n in self.names)
