@@ -12,6 +12,7 @@ from typing import TextIO
 
 import msgspec
 
+from engine import metrics
 from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
@@ -62,7 +63,7 @@ class Printer:
                 self._say(f"checkpoint: step {step}")
 
     def _take(self, report: StepReport) -> None:
-        seconds = report.metrics["time/step"]
+        seconds = report.metrics[metrics.STEP_TIME]
         before = self._seconds
         self._seconds = (
             seconds if before is None else SMOOTHING * before + (1 - SMOOTHING) * seconds
@@ -79,10 +80,10 @@ class Printer:
         m, step = self._step.metrics, self._step.step
         left = (self._total - step) * (self._seconds or 0)
         return (
-            f"step {step}/{self._total}  score {m['objective/scores']:.3f}  "
-            f"kl {m['objective/kl']:.3f}  beta {fmt.number(m['objective/kl_coef'], 4)}  "
-            f"clip {m.get('policy/clipfrac_avg', 0):.3f}  "
-            f"{m['perf/tokens_per_second']:.0f} tok/s  {fmt.duration(left)} left"
+            f"step {step}/{self._total}  score {m[metrics.SCORE]:.3f}  "
+            f"kl {m[metrics.KL]:.3f}  beta {fmt.number(m[metrics.BETA], 4)}  "
+            f"clip {m.get(metrics.CLIP_FRACTION, 0):.3f}  "
+            f"{m[metrics.TOKENS_PER_SECOND]:.0f} tok/s  {fmt.duration(left)} left"
         )
 
     def _redraw(self) -> None:
@@ -115,7 +116,7 @@ class Printer:
             self._write("\r\x1b[K", sys.stdout)
         with JournalReader(session) as record:
             meta = record.meta()
-            scores = record.series("objective/scores")
+            scores = record.series(metrics.SCORE)
         if code == 0 and scores:
             span = f"score {fmt.number(scores[0][1])} at step {scores[0][0]}"
             span += f", {fmt.number(scores[-1][1])} at step {scores[-1][0]}"

@@ -9,20 +9,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config.schema import GuardrailConfig, Rule
+from engine.metrics import (
+    CLIP_FRACTION,
+    DISTINCT_2,
+    ENTROPY,
+    KL,
+    NONFINITE_UPDATES,
+    RESPONSE_LENGTH,
+    SCORE_STD,
+)
 from engine.protocol.rank_messages import Sample
 
 DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(name="non_finite", metric="*", action="pause"),
-    Rule(name="non_finite_updates", metric="policy/nonfinite_updates", above=0.0, action="pause"),
-    Rule(name="kl_high", metric="objective/kl", above=2.0, of="target"),
-    Rule(name="clip_fraction", metric="policy/clipfrac_avg", above=0.5),
-    Rule(name="entropy_falls", metric="policy/entropy_avg", falls=0.5),
-    Rule(name="repetition", metric="text/distinct_2", falls=0.4),
-    Rule(name="length_bound", metric="tokens/response_len_mean", above=0.95, of="max_new_tokens"),
-    Rule(name="score_std", metric="objective/scores_std", below=1e-3),
+    Rule(name="non_finite_updates", metric=NONFINITE_UPDATES, above=0.0, action="pause"),
+    Rule(name="kl_high", metric=KL, above=2.0, of="target"),
+    Rule(name="clip_fraction", metric=CLIP_FRACTION, above=0.5),
+    Rule(name="entropy_falls", metric=ENTROPY, falls=0.5),
+    Rule(name="repetition", metric=DISTINCT_2, falls=0.4),
+    Rule(name="length_bound", metric=RESPONSE_LENGTH, above=0.95, of="max_new_tokens"),
+    Rule(name="score_std", metric=SCORE_STD, below=1e-3),
 )
 """Those that come with the software; a rule of the same name takes one's place."""
-WORST_BY = {"objective/kl": "kl", "tokens/response_len_mean": "length"}
+WORST_BY = {KL: "kl", RESPONSE_LENGTH: "length"}
 """Which number of a sample shows a metric best; otherwise its score, lowest first."""
 EVIDENCE_SAMPLES = 5
 

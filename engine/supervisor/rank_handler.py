@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Callable
 
 from engine.errors import LinkError
+from engine.metrics import STEP_TIME
 from engine.monitoring.guardrails import Alert
 from engine.protocol import rank_messages
 from engine.protocol.commands import Pause, Undo, Unpause
@@ -135,7 +136,7 @@ class RankMessageHandler:
     def _take_step(self, report: StepReport) -> None:
         live = self._live
         # A paused step's clock stood still for nobody.
-        live.pace.step(report.metrics["time/step"] if live.paused else None)
+        live.pace.step(report.metrics[STEP_TIME] if live.paused else None)
         live.journal.record_step(report)
         live.watchman.times = {t.rank: t for t in report.ranks}
         alerts = live.guardrails.check(

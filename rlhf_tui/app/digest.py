@@ -1,10 +1,10 @@
 """What happened since the operator last looked."""
 
+from engine import metrics
 from engine.journal.rows import ErrorEvent, StateEvent
 from rlhf_tui import format as fmt
 from rlhf_tui.app.preferences import Seen
-from rlhf_tui.state import session_state as facts
-from rlhf_tui.state.session_state import GLYPHS, TONES, SessionState
+from rlhf_tui.state.session_state import GLYPHS, RECENT, TONES, SessionState
 from rlhf_tui.widgets.lines import Row
 
 MOST = 8
@@ -27,10 +27,10 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     ]  # fmt: skip
     if steps > 0:
         rows.append([(f"steps {seen.step} → {state.head.step}", "strong")])
-        for name, label in ((facts.SCORE, "score"), (facts.KL, "KL"), (facts.BETA, "beta")):
+        for name, label in ((metrics.SCORE, "score"), (metrics.KL, "KL"), (metrics.BETA, "beta")):
             series = state.series(name)
-            old = series.mean(seen.step - facts.RECENT + 1, seen.step)
-            now = series.mean(state.head.step - facts.RECENT + 1, state.head.step)
+            old = series.mean(seen.step - RECENT + 1, seen.step)
+            now = series.mean(state.head.step - RECENT + 1, state.head.step)
             rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(now)}", "")])
     elif steps < 0:
         rows.append([(f"the run went back: step {seen.step} → {state.head.step}", "warn")])

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from engine.errors import RlhfError
+from engine.metrics import BETA, KL, SCORE
 from engine.session.folder import Session, find
 from rlhf_tui.app import preferences as prefs
 from rlhf_tui.app.sequential_keys import SequentialKeys
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.state.feed import Feed
 from rlhf_tui.state.messages import SessionUpdated
-from rlhf_tui.state.session_state import ALWAYS, BETA, KL, SCORE, SessionState
+from rlhf_tui.state.session_state import ALWAYS, SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.key_footer import KeyFooter

@@ -13,6 +13,7 @@ from engine.config.schema import GuardrailConfig
 from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import SampleRow
+from engine.metrics import BETA, DISTINCT_2, KL, LEARNING_RATE, RESPONSE_LENGTH, SCORE
 from engine.monitoring.guardrails import Guardrails
 from engine.protocol.rank_messages import Sample
 from rlhf_tui import format as fmt
@@ -26,7 +27,7 @@ from rlhf_tui.commands.options import (
 )
 from rlhf_tui.text import one_line
 
-HEADLINES = ("objective/scores", "objective/kl", "tokens/response_len_mean", "text/distinct_2")
+HEADLINES = (SCORE, KL, RESPONSE_LENGTH, DISTINCT_2)
 
 
 @click.command()
@@ -100,7 +101,7 @@ def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
             metrics.setdefault(step, {})[name] = math.nan if value is None else value
     for step, values in sorted(metrics.items()):
         settings |= changes.get(step, {})
-        settings |= {"beta": values["objective/kl_coef"], "learning_rate": values["lr"]}
+        settings |= {"beta": values[BETA], "learning_rate": values[LEARNING_RATE]}
         for alert in rails.check(step, values, settings, samples.get(step)):
             yield alert.as_data() | {"step": step}
 

@@ -9,6 +9,15 @@ from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.journal.samples import SampleReader, with_judgements
+from engine.metrics import (
+    BETA,
+    CLIP_FRACTION,
+    ENTROPY,
+    KL,
+    RESPONSE_LENGTH,
+    SCORE,
+    STEP_TIME,
+)
 from engine.session.folder import ENDED_STATES, Session, all_sessions
 from engine.session.registry import live_sessions
 from rlhf_tui import format as fmt
@@ -26,10 +35,7 @@ from rlhf_tui.text import one_line, sanitise
 
 FOLLOW_INTERVAL = 0.2
 """Seconds between looks at a log that is followed."""
-COLUMNS = (
-    "objective/scores", "objective/kl", "objective/kl_coef", "policy/clipfrac_avg",
-    "policy/entropy_avg", "tokens/response_len_mean", "time/step",
-)  # fmt: skip
+COLUMNS = (SCORE, KL, BETA, CLIP_FRACTION, ENTROPY, RESPONSE_LENGTH, STEP_TIME)
 
 
 @click.command()

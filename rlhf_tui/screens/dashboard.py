@@ -6,11 +6,11 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 
+from engine.metrics import title_of
 from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.state.messages import CursorMoved
 from rlhf_tui.state.viewport import WEIGHTS
-from rlhf_tui.widgets.charts.chart import title_of
 from rlhf_tui.widgets.charts.grid import ChartGrid
 from rlhf_tui.widgets.panels.cursor import CursorPanel
 from rlhf_tui.widgets.panels.machine import MachinePanel

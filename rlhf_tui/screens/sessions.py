@@ -9,13 +9,13 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.worker import get_current_worker
 
+from engine import metrics
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.session.folder import Session, all_sessions
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.feed import file_id
 from rlhf_tui.state.messages import RowHighlighted, RowSelected, SessionsListed
 from rlhf_tui.state.session_row import (
@@ -52,7 +52,7 @@ def look_at(session: Session) -> ListedSession:
     try:
         row = read_session_row(session)
         with JournalReader(session) as record:
-            scores = record.series(facts.SCORE, after=max(row.step - SPARK_STEPS, 0))
+            scores = record.series(metrics.SCORE, after=max(row.step - SPARK_STEPS, 0))
     except (RlhfError, OSError) as error:
         return ListedSession(row=unreadable_row(session, error))
     return ListedSession(row=row, spark=spark([v for _, v in scores if v is not None]))

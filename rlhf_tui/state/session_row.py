@@ -7,8 +7,8 @@ import msgspec
 from engine.errors import RlhfError
 from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
+from engine.metrics import KL, SCORE
 from engine.session.folder import Session
-from rlhf_tui.state.session_state import KL, SCORE
 
 
 class SessionRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,18 +15,27 @@ from engine.journal.rows import (
     NoteEvent,
     SampleRow,
 )
+from engine.metrics import (
+    BETA,
+    CLIP_FRACTION,
+    KL,
+    PEAK_MEMORY,
+    PHASES,
+    RESPONSE_LENGTH,
+    SCORE,
+    STEP_TIME,
+    TOKENS_PER_SECOND,
+    phase_time,
+)
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.format import number
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
 
-SCORE, KL, CLIP = "objective/scores", "objective/kl", "policy/clipfrac_avg"
-BETA, LENGTH = "objective/kl_coef", "tokens/response_len_mean"
-STEP_TIME, TOKENS, MEMORY = "time/step", "perf/tokens_per_second", "perf/peak_memory_gb"
-PHASES = ("generate", "score", "reference", "optimise", "checkpoint")
 ALWAYS = (
-    SCORE, KL, CLIP, BETA, LENGTH, STEP_TIME, TOKENS, MEMORY, *(f"time/{p}" for p in PHASES),
+    SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH, STEP_TIME, TOKENS_PER_SECOND, PEAK_MEMORY,
+    *map(phase_time, PHASES),
 )  # fmt: skip
 """Metrics that every screen may speak of."""
 RECENT = 10
@@ -186,7 +195,7 @@ class SessionState:
         if phase.name not in PHASES:
             return 0.0
         done = sum(
-            self.recent_mean(f"time/{name}") or 0.0 for name in PHASES[: PHASES.index(phase.name)]
+            self.recent_mean(phase_time(name)) or 0.0 for name in PHASES[: PHASES.index(phase.name)]
         )
         return done + self.now() - self.phase_since.get(phase.rank, self.now())
 

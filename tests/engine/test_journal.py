@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import JournalError
-from engine.journal import schema
-from engine.journal.database import ReadOnlyDatabase
+from engine.journal import database, schema
+from engine.journal.database import open_read_only
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
 from engine.journal.samples import SampleQuery
@@ -53,18 +53,23 @@ def test_a_metric_that_begins_later_is_null_before(writer):
 
 
 def test_a_step_that_is_written_while_metrics_are_read_is_whole_or_not_there(writer, monkeypatch):
-    read = ReadOnlyDatabase.rows
-
-    def interrupted(database, *query):
-        rows = read(database, *query)
+    def write_a_step(_query):
         step = writer.journal.step + 1
         writer.steps(step, **{f"only_{step}": 1.0})
-        return rows
 
-    monkeypatch.setattr(ReadOnlyDatabase, "rows", interrupted)
+    def open_interrupted(path, newest):
+        db = open_read_only(path, newest)
+        db.set_trace_callback(write_a_step)  # called before each query
+        return db
+
+    writer.steps(1, only_1=1.0)
+    monkeypatch.setattr(database, "open_read_only", open_interrupted)
     with JournalReader(writer.session) as record:
         for _ in range(3):
-            for row in record.metrics():
+            written = writer.journal.step
+            rows = record.metrics()
+            assert writer.journal.step >= written + 3, "steps are written between the queries"
+            for row in rows:
                 assert row.values[f"only_{row.step}"] == 1.0
 
 

@@ -74,7 +74,7 @@ async def test_ranks_that_were_to_end_before_they_had_begun_are_ended(engine):
     await asyncio.sleep(0)  # it is starting a process now, which cannot be killed yet
     engine.ask(Stop(now=True))
     assert await trying == 0
-    assert engine.live.ranks._process.returncode == -signal.SIGKILL
+    assert await engine.live.ranks.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("orders", [[Pause()], [Pause(), Unpause()]])

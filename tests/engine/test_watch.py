@@ -1,6 +1,7 @@
 """When silence, a last word or an order to stop ends a run, and what is said of it."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,7 +9,6 @@ from engine import starter
 from engine.config import file as config_file
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
-from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Failed
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.supervisor import Supervisor
@@ -19,12 +19,21 @@ ECHO = Failed(rank=0, text="rank 0 lost the others: timed out", traceback="where
 
 
 def silent_after_a_start(writer, *overrides):
-    """The ranks that are taken for hung before any has said a word."""
+    """The ranks that the first look takes for hung, before any has said a word."""
     config = config_file.load(starter.FOLDER / "demo.yaml", ["launch.silence=1e-9", *overrides])
-    watchman = Watchdog(writer.session, config, writer.journal, None)
-    look = Telemetry(time=0.0, cpu=0.0, memory_used=0, memory_total=0, disk_free=10**12)
+    server = SimpleNamespace(show=lambda _telemetry: None)  # nobody is connected
+    watchdog = Watchdog(writer.session, config, writer.journal, server)
     hung = []
-    watchman._check(look, lambda rank, _seconds: hung.append(rank), lambda _alert: None)
+
+    async def look_once():
+        looking = asyncio.create_task(
+            watchdog.run(lambda rank, _seconds: hung.append(rank), lambda _alert: None)
+        )
+        await asyncio.sleep(0)  # it runs as far as its pause between two looks
+        assert watchdog.latest is not None
+        looking.cancel()
+
+    asyncio.run(look_once())
     return hung
 
 

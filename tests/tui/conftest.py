@@ -230,9 +230,9 @@ def session_maker():
 DEADLINE = 10.0
 
 
-async def wait_until(pilot, condition, what=""):
+async def wait_until(pilot, condition, what="", deadline=DEADLINE):
     """Waits for a condition, with a deadline."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end, f"waited in vain for {what or condition}"
         await pilot.pause(0.02)
@@ -249,7 +249,7 @@ def running():
 
     @contextlib.asynccontextmanager
     async def run(desk, size=(120, 40)):
-        async with desk.run_test(size=size) as pilot:
+        async with desk.run_test(size=size, notifications=True) as pilot:
             await wait_until(
                 pilot, lambda: desk.state.known or desk.current_mode == "sessions", "the state"
             )

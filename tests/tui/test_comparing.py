@@ -14,6 +14,7 @@ from engine.session.folder import Session
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Table
 from tests.judging import STEPS
+from tests.tui.screen import notices
 
 PROMPT = "I watched this one with"
 
@@ -33,7 +34,7 @@ def beside(desk):
 
 
 def pane(desk):
-    return "\n".join("".join(p for p, _ in row) for row in desk.screen.query_one(SampleView)._body)
+    return desk.screen.query_one(SampleView).text()
 
 
 def pairs(session):
@@ -153,8 +154,8 @@ async def test_of_the_same_words_neither_is_better(samples, judged, until):
         await pilot.press("d", "d")
         await until(pilot, lambda: beside(desk).row is not None)
         await pilot.press("y")
-        await until(pilot, lambda: desk._notifications)
-        assert "the same words" in next(iter(desk._notifications)).message
+        await until(pilot, lambda: notices(desk))
+        assert "the same words" in notices(desk)[0]
         assert beside(desk).better == ""
 
 
@@ -191,8 +192,8 @@ async def test_without_another_answer_the_keys_say_what_comes_first(samples, jud
     async with samples() as (desk, pilot):
         for key in ("y", "o", "left", "right"):
             await pilot.press(key)
-            line = desk.screen.query_one("#keys")._notice
-            assert line.startswith("d puts an")
+            line = desk.screen.query_one("#keys").text()
+            assert line.strip().startswith("d puts an")
         assert not judged.labels_file.exists()
 
 
@@ -201,9 +202,8 @@ async def test_read_only_no_pair_is_judged(samples, judged, until):
         await pilot.press("d")
         await until(pilot, lambda: beside(desk).row is not None)
         await pilot.press("y")
-        assert [n.message for n in desk._notifications] == [
-            "read-only: nothing is judged from here"
-        ]
+        await until(pilot, lambda: notices(desk))
+        assert notices(desk) == ["read-only: nothing is judged from here"]
         assert not judged.labels_file.exists()
 
 
@@ -232,8 +232,8 @@ async def test_the_probe_s_refusal_is_told(samples, engine, monkeypatch, until):
     )
     async with samples() as (desk, pilot):
         await pilot.press("d", "d")
-        await until(pilot, lambda: desk._notifications)
-        assert reason in next(iter(desk._notifications)).message
+        await until(pilot, lambda: notices(desk))
+        assert reason in notices(desk)[0]
         await until(pilot, lambda: "d asks it" in pane(desk))
 
 

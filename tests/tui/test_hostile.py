@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from rich.style import Style
+from textual.geometry import Region
 
 from engine.journal.rows import Judgement
 from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
-from rlhf_tui.widgets.lines import Lines
+from rlhf_tui.widgets.lines import drawn
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.sample_view import body
 from rlhf_tui.widgets.wrap import wrap
@@ -32,8 +33,13 @@ hostile = st.lists(
 
 
 def shown(desk: RlhfApp) -> str:
-    """Every character that the screen would send."""
-    strips = desk.screen._compositor.render_strips()
+    """Every character that the screen's widgets would send, covered ones included."""
+    strips = [
+        strip
+        for widget in [desk.screen, *desk.screen.walk_children()]
+        if widget.display and widget.size
+        for strip in widget.render_lines(Region(0, 0, *widget.size))
+    ]
     return "\n".join(segment.text for strip in strips for segment in strip)
 
 
@@ -46,11 +52,8 @@ def test_wrapped_text_has_nothing_to_obey(text, width):
 @given(text=hostile)
 @settings(max_examples=60, deadline=None)
 def test_a_line_is_as_wide_as_it_says_and_has_nothing_to_obey(text):
-    lines = Lines()
-    lines._tones = {"": Style(), "dim": Style()}
-    strip = lines._strip([(text, ""), (text, "dim")], 30)
-    drawn = "".join(s.text for s in strip)
-    assert not RAW.search(drawn)
+    strip = drawn([(text, ""), (text, "dim")], 30, lambda _tone: Style())
+    assert not RAW.search("".join(s.text for s in strip))
     assert sum(s.cell_length for s in strip) == 30
 
 
@@ -97,7 +100,7 @@ async def test_no_screen_shows_anything_raw(make_desk, root, tmp_path, until):
     session = Session(tmp_path / "poisoned" / "frozen")
     poison(session, " ".join(ATTACKS))
     desk = make_desk(root=tmp_path / "poisoned")
-    async with desk.run_test(size=(120, 40)) as pilot:
+    async with desk.run_test(size=(120, 40), notifications=True) as pilot:
         await until(pilot, lambda: desk.state.known)
         for keys in (
             ["2", "n"], ["m"], ["escape", "3"], ["j", "d"], ["d"], ["z"], ["v"], ["v"], ["4"],

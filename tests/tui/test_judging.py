@@ -16,6 +16,7 @@ from rlhf_tui.widgets.samples.judgement import mark
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Table
 from tests.judging import STEPS, judgements, sample
+from tests.tui.screen import cells, notices
 
 
 def newest(session):
@@ -26,8 +27,8 @@ def newest(session):
 def shown(desk):
     """What the table's marks and the pane say."""
     table, reading = desk.screen.query_one(Table), desk.screen.query_one(SampleView)
-    marks = [cells[6][0] for cells in table._cells]
-    return marks, ["".join(p for p, _ in row).strip() for row in reading._body]
+    marks = [cells(table, index)[6] for index in range(table.count())]
+    return marks, [line.strip() for line in reading.text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ async def test_a_note_is_written_and_an_empty_one_takes_it_away(samples, judged,
 async def test_after_a_roll_back_every_order_shows_what_there_is_now(samples, judged, until):
     async with samples(follow=True) as (desk, pilot):
         await pilot.press("s")
-        await until(pilot, lambda: desk.screen._asked.order == "score")
+        await until(pilot, lambda: desk.screen.query_one(Table).sorted_by == "score")
         journal = JournalWriter(judged)
         journal.begin_attempt(3, fresh=True)
         journal.close()
@@ -94,7 +95,7 @@ def test_whatever_goes_wrong_in_writing_is_told():
 async def test_what_no_longer_fits_the_filter_makes_way_for_the_next(samples, judged, until):
     async with samples() as (desk, pilot):
         await pilot.press("slash", *"unjudged", "enter")
-        await until(pilot, lambda: desk.screen._asked.judged is False)
+        await until(pilot, lambda: "only unjudged" in desk.screen.query_one("#filter").text())
         await pilot.press("plus")
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * STEPS - 1)
         await until(pilot, lambda: desk.screen.chosen().index == 1)
@@ -104,14 +105,14 @@ async def test_what_no_longer_fits_the_filter_makes_way_for_the_next(samples, ju
         await until(pilot, lambda: desk.screen.query_one(Table).count() == 1)
 
 
-async def test_read_only_nothing_is_judged_and_it_is_said(samples, judged):
+async def test_read_only_nothing_is_judged_and_it_is_said(samples, judged, until):
     async with samples(read_only=True) as (desk, pilot):
         for key in ("plus", "minus", "exclamation_mark", "W"):
             desk.clear_notifications()
+            await until(pilot, lambda: not notices(desk))
             await pilot.press(key)
-            assert [n.message for n in desk._notifications] == [
-                "read-only: nothing is judged from here"
-            ]
+            await until(pilot, lambda: notices(desk))
+            assert notices(desk) == ["read-only: nothing is judged from here"]
         assert shown(desk)[0] == [""] * 8 * STEPS
         assert not judged.labels_file.exists()
 
@@ -132,8 +133,8 @@ async def test_what_cannot_be_written_is_said_and_not_shown(samples, judged, unt
     async with samples() as (desk, pilot):
         judged.labels_file.mkdir()
         await pilot.press("plus")
-        await until(pilot, lambda: desk._notifications)
-        assert "folder must be one that you can write in" in next(iter(desk._notifications)).message
+        await until(pilot, lambda: notices(desk))
+        assert "folder must be one that you can write in" in notices(desk)[0]
         await until(pilot, lambda: shown(desk)[0][0] == "")
 
 

@@ -2,11 +2,11 @@
 
 import msgspec
 
+from engine import metrics
 from engine.config.settings import Settings
 from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
 from rlhf_tui import format as fmt
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.session_state import SessionState, command_text, value_text
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
@@ -59,7 +59,7 @@ class SteeringPanel(Panel):
 
     def _kl(self) -> Row:
         state = self.state
-        kl, target = state.series(facts.KL).last, state.setting("target")
+        kl, target = state.series(metrics.KL).last, state.setting("target")
         row: list[Piece] = [*_label("KL"), (f"{fmt.number(kl, 2):<8}", "strong")]
         if kl is not None and target:
             ratio = kl / target
@@ -71,7 +71,7 @@ class SteeringPanel(Panel):
 
     def _next(self, width: int) -> Row:
         now = settings_of(self.state)
-        kl = self.state.series(facts.KL).last
+        kl = self.state.series(metrics.KL).last
         row: list[Piece] = [*_label("next")]
         if now is None or kl is None:
             first = not self.state.head.step
