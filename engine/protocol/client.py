@@ -88,6 +88,7 @@ class Client:
     def send(self, command: Command, command_id: str | None = None) -> CommandReply:
         """Sends a command; the answer that comes at once: accepted, applied or rejected."""
         chosen = command_id or new_id()
+        # Whoever sends one holds it as its base class.
         self._send(CommandRequest(id=chosen, command=command))  # type: ignore[arg-type]
         try:
             return self._answer(chosen, time.monotonic() + REPLY_TIMEOUT)

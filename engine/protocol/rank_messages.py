@@ -14,7 +14,7 @@ from engine import __version__
 from engine.config.schema import LaunchConfig
 from engine.config.settings import SettingChange
 from engine.errors import LinkError
-from engine.protocol.commands import AnyCommand
+from engine.protocol.commands import BoundaryCommand
 from engine.protocol.frames import VERSION, Message
 
 
@@ -202,7 +202,7 @@ class RankCommand(Message, frozen=True, tag="order"):
     """An operator's command, to be carried out at the next step boundary."""
 
     id: str
-    command: AnyCommand
+    command: BoundaryCommand
 
 
 class JoinInfo(Struct, frozen=True, kw_only=True):

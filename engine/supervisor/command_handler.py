@@ -2,18 +2,33 @@
 
 import os
 import signal
+from functools import partial
+
+import msgspec
 
 from engine.config import file as config_file
+from engine.config.settings import Settings
 from engine.errors import RlhfError
-from engine.launch.start import StartOptions
+from engine.launch.start import StartOptions, timeline_checkpoints
 from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandReply, CommandRequest, JournalAdvanced, Status
-from engine.protocol.commands import Checkpoint, Pause, Rollback, Stop, command_name
+from engine.protocol.commands import (
+    AnyCommand,
+    Checkpoint,
+    Moment,
+    Note,
+    Pause,
+    Rollback,
+    Stop,
+    check_command,
+)
 from engine.protocol.rank_messages import RankCommand
-from engine.session.folder import ENDED_STATES
-from engine.supervisor.command_checks import check_command
+from engine.session.states import ENDED_STATES
 from engine.supervisor.state import SupervisorState
+
+ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
+"""`action` of a guard rail → what is asked when it speaks; `notify` asks for nothing."""
 
 
 class CommandHandler:
@@ -27,15 +42,11 @@ class CommandHandler:
         live = self._live
         command = request.command
         if not live.journal.record_command(
-            request.id, command_name(command), config_file.as_mapping(command), who
+            request.id, command.name(), config_file.as_mapping(command), who
         ):
             return live.journal.answer(request.id)
-        state = "stopping" if live.stop_now else live.herald.state
-        batch = live.config.rollout.batch_size
         try:
-            check_command(
-                command, state, live.settings, live.session, paused=live.paused, batch=batch
-            )
+            check_command(command, self._moment())
         except RlhfError as error:
             live.journal.reject_command(request.id, str(error))
             live.server.wake()
@@ -45,7 +56,18 @@ class CommandHandler:
         live.server.wake()
         return live.journal.answer(request.id)
 
+    def _moment(self) -> Moment:
+        live = self._live
+        return Moment(
+            state="stopping" if live.stop_now else live.herald.state,
+            paused=live.paused,
+            settings=msgspec.convert(live.settings, Settings, strict=False),
+            batch_size=live.config.rollout.batch_size,
+            checkpoint_steps=partial(timeline_checkpoints, live.session),
+        )
+
     def _act(self, request: CommandRequest, who: str) -> None:
+        """Carries out what is the supervisor's; the type of a RankCommand holds only the rest."""
         live = self._live
         match request.command:
             case Stop(now=now) if now or live.herald.state == "starting":
@@ -54,14 +76,12 @@ class CommandHandler:
                 live.next = StartOptions(from_step=step, fresh=True, reseed=reseed, who=who)
                 live.journal.apply_command(request.id, step + 1, [])
                 live.ranks.kill()
-            case command if command_name(command) == "note":
+            case Note():
                 live.journal.apply_command(request.id, live.journal.step + 1, [])
             case command:
-                if isinstance(command, Stop):
-                    live.stopping = True
-                    live.herald.set_state("stopping")
-                elif isinstance(command, Pause):
-                    live.herald.set_state("pausing")
+                live.stopping = live.stopping or isinstance(command, Stop)
+                if command.state_when_accepted is not None:
+                    live.herald.set_state(command.state_when_accepted)
                 order = RankCommand(id=request.id, command=command)
                 live.orders.add(order, who)
                 live.attempt.send(order)
@@ -82,10 +102,9 @@ class CommandHandler:
     def on_alert(self, alert: Alert) -> None:
         """Something deserves a look, and may ask for a command."""
         self._live.herald.alert(alert)
-        acts = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
-        if alert.action in acts and self._live.herald.state not in ("stopping", *ENDED_STATES):
-            request = CommandRequest(id=new_id(), command=acts[alert.action])  # type: ignore[arg-type]
-            self.answer(request, f"guard rail {alert.rule}")
+        command = ACTIONS.get(alert.action)
+        if command is not None and self._live.herald.state not in ("stopping", *ENDED_STATES):
+            self.answer(CommandRequest(id=new_id(), command=command), f"guard rail {alert.rule}")
 
     def status(self) -> Status:
         """How things stand."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import PendingCommand
-from engine.protocol.commands import AnyCommand, Pause, Stop, command_name
+from engine.protocol.commands import BoundaryCommand
 from engine.protocol.rank_messages import RankCommand
 from engine.supervisor.server import Server
 
@@ -37,13 +37,11 @@ class PendingCommands:
     def pending(self) -> list[PendingCommand]:
         """The same for those who watch."""
         return [
-            PendingCommand(
-                id=i, command=command_name(w.order.command), who=w.who, status="accepted"
-            )
+            PendingCommand(id=i, command=w.order.command.name(), who=w.who, status="accepted")
             for i, w in self._waiting.items()
         ]
 
-    def carried_out(self, command_id: str) -> AnyCommand | None:
+    def carried_out(self, command_id: str) -> BoundaryCommand | None:
         """It waits no more; None where it is not known."""
         waiting = self._waiting.pop(command_id, None)
         return None if waiting is None else waiting.order.command
@@ -57,11 +55,10 @@ class PendingCommands:
     def attempt_failed(self) -> None:
         """An attempt failed that had been ready; the order it was at, the first, may be why.
 
-        A single command that no rank survives would take every restart that is left. To stop and to
-        pause are kept: a run must not go on for having failed.
+        A single command that no rank survives would take every restart that is left.
         """
         for command_id, waiting in self._waiting.items():
-            if isinstance(waiting.order.command, Stop | Pause):
+            if not waiting.order.command.dropped_after_failures:
                 continue
             waiting.failures += 1
             if waiting.failures == MAX_FAILURES:

@@ -1,13 +1,17 @@
 """Tells how a session stands and what deserves a look: the journal first, then whoever watches."""
 
 import asyncio
+import logging
 from typing import Any, Protocol
 
 from engine.journal.writer import JournalWriter
 from engine.monitoring.guardrails import Alert
 from engine.monitoring.notify import notify
 from engine.protocol.rank_messages import FromRank
+from engine.session.states import State, is_legal
 from engine.supervisor.server import Server
+
+log = logging.getLogger("engine")
 
 
 class Observer(Protocol):
@@ -46,13 +50,24 @@ class EventPublisher:
         self._name, self._journal, self._server = name, journal, server
         self._command, self._observer = command, observer
         self._tasks: set[asyncio.Task[None]] = set()
-        self.state = ""
+        self._state: State | None = None
 
-    def set_state(self, state: str, text: str = "") -> None:
-        """The session is in another state, if it is another one."""
-        if state == self.state:
+    @property
+    def state(self) -> State:
+        """The session's; `starting` even before the first attempt begins."""
+        return self._state or "starting"
+
+    def set_state(self, state: State, text: str = "") -> None:
+        """The session is in another state, if it is another one.
+
+        A transition that :data:`~engine.session.states.TRANSITIONS` does not have is a mistake of
+        the supervisor's. It is logged as an error, and the training goes on.
+        """
+        if state == self._state:
             return
-        self.state = state
+        if not is_legal(self._state, state):
+            log.error("illegal transition of the session's state: %s → %s", self._state, state)
+        self._state = state
         data: dict[str, Any] = {"state": state, "text": text}
         self._journal.set_meta(state=state, message=text)
         self._journal.record_event("state", data)

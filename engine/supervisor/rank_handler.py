@@ -8,7 +8,7 @@ from collections.abc import Callable
 from engine.errors import LinkError
 from engine.monitoring.guardrails import Alert
 from engine.protocol import rank_messages
-from engine.protocol.commands import Pause, Undo, Unpause
+from engine.protocol.commands import Pause, Unpause
 from engine.protocol.rank_messages import (
     Applied,
     Begin,
@@ -25,6 +25,7 @@ from engine.protocol.rank_messages import (
     Rejected,
     StepReport,
 )
+from engine.session.states import State
 from engine.supervisor.server import receive
 from engine.supervisor.state import SupervisorState
 
@@ -154,12 +155,12 @@ class RankMessageHandler:
             live.paused = isinstance(command, Pause)
             live.pace.restart()
             self._show_state()
-        elif isinstance(command, Undo) or message.changes:
+        elif message.changes:
             live.journal.set_meta(settings=live.settings)
         live.server.tell(live.journal.answer(message.id))
 
     def _show_state(self) -> None:
         live = self._live
-        going = "paused" if live.paused else "running"
+        going: State = "paused" if live.paused else "running"
         # One that is to stop does, though its rank died or paused on the way.
         live.herald.set_state("stopping" if live.stopping else going)

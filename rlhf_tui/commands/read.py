@@ -9,8 +9,9 @@ import click
 from engine.errors import RlhfError
 from engine.journal.labels import with_judgements
 from engine.journal.reader import JournalReader
-from engine.session.folder import ENDED_STATES, Session, all_sessions
+from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
+from engine.session.states import ENDED_STATES
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     existing,

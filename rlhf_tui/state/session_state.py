@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.protocol.client_messages import Telemetry
+from engine.protocol.commands import COMMANDS, Undo
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.format import number
 from rlhf_tui.state.series import Series, Smoothed
@@ -226,12 +227,13 @@ def _changes(command: Row, key: str) -> bool:
 
 
 def _shown(command: Row) -> bool:
-    """Commands that left a trace: notes and probes and pauses have none on a curve."""
+    """Whether a command stands on the curves; one that this version does not know does."""
+    kind = COMMANDS.get(command["command"])
     return (
         command["status"] == "applied"
         and bool(command["live"])
         and command["applied_step"] is not None
-        and command["command"] not in ("note", "probe", "checkpoint")
+        and (kind is None or kind.on_charts)
     )
 
 
@@ -242,7 +244,7 @@ def command_text(command: Row) -> str:
         words = ", ".join(
             f"{c['key']} {value_text(c['old'])} → {value_text(c['new'])}" for c in changes
         )
-        return f"undo: {words}" if command.get("command") == "undo" else words
+        return f"undo: {words}" if command.get("command") == Undo.name() else words
     args = command.get("args") or {}
     given = " ".join(value_text(v) for v in args.values() if v not in (None, False))
     return f"{command['command']} {given}".strip()

@@ -66,6 +66,13 @@ class Writer:
         (folder / "COMPLETE").touch()
 
 
+@pytest.fixture(autouse=True)
+def no_illegal_state(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever a test makes of a session, its states follow each other as they may."""
+    yield
+    assert "illegal transition" not in "".join(r.getMessage() for r in caplog.get_records("call"))
+
+
 @pytest.fixture
 def make_session(tmp_path: Path) -> Callable[..., Session]:
     """A session of the demo's configuration."""

@@ -26,7 +26,7 @@ def session(make_session):
 MANY = """
 import sys
 from pathlib import Path
-from engine.labels import Response, prefer, set_label
+from engine.journal.labels import Response, prefer, set_label
 from engine.session import Session
 session, me = Session(Path(sys.argv[1])), int(sys.argv[2])
 sys.stdin.readline()
@@ -115,7 +115,7 @@ import sys
 from pathlib import Path
 from engine.answers import SampleQuery
 from engine.errors import JournalError
-from engine.labels import Response, set_label
+from engine.journal.labels import Response, set_label
 from engine.record import Record
 from engine.session import Session
 session = Session(Path(sys.argv[1]))

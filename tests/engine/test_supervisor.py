@@ -33,6 +33,7 @@ class Engine:
         self.desk = CommandHandler(self.live)
         self.hearing = RankMessageHandler(self.live, self.desk.on_alert)
         self.supervisor = Supervisor(self.live)
+        self.live.herald.set_state("starting")
         self.live.herald.set_state("running")
 
     def ask(self, command):

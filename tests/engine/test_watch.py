@@ -44,6 +44,7 @@ def ended(writer, failure, *, at_once=False):
         live = SupervisorState.of(
             session, session.config(), writer.journal, socket, StartOptions(), None
         )
+        live.herald.set_state("starting")
         live.next, live.attempt.failure, live.stop_now = None, failure, at_once
         return Supervisor(live).conclude(1), live
 

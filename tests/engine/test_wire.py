@@ -30,8 +30,6 @@ from engine.protocol.commands import (
     SetBeta,
     SetKLController,
     SetSetting,
-    command_name,
-    new_values,
 )
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)
@@ -56,7 +54,8 @@ def values(kind):
         return st.lists(values(arguments[0]), max_size=2)
     if origin is dict:
         return st.dictionaries(*map(values, arguments), max_size=2)
-    return st.builds(kind, **{k: values(v) for k, v in get_type_hints(kind).items()})
+    hints = get_type_hints(kind)
+    return st.builds(kind, **{k: values(hints[k]) for k in kind.__struct_fields__})
 
 
 def body_of(message):
@@ -134,7 +133,7 @@ def test_an_unknown_field_of_a_command_is_refused():
 @given(values(AnyCommand))
 def test_each_command_has_a_name(command):
     assert isinstance(command, Command)
-    assert command_name(command) == msgspec.to_builtins(command)["command"]
+    assert command.name() == msgspec.to_builtins(command)["command"]
 
 
 NOW = Settings(
@@ -158,7 +157,7 @@ NOW = Settings(
     ],
 )
 def test_a_command_says_what_it_changes(command, values):
-    assert new_values(command, NOW) == values
+    assert command.new_values(NOW) == values
 
 
 @pytest.mark.parametrize(
@@ -177,7 +176,7 @@ def test_a_command_says_what_it_changes(command, values):
 )  # fmt: skip
 def test_a_value_that_cannot_be_is_rejected(command):
     with pytest.raises(CommandRejectedError):
-        new_values(command, NOW)
+        command.new_values(NOW)
 
 
 def test_a_setting_is_known_by_its_name_and_by_its_key():
