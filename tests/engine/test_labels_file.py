@@ -27,7 +27,7 @@ MANY = """
 import sys
 from pathlib import Path
 from engine.journal.labels import Response, prefer, set_label
-from engine.session import Session
+from engine.session.folder import Session
 session, me = Session(Path(sys.argv[1])), int(sys.argv[2])
 sys.stdin.readline()
 for step in range(20):
@@ -113,13 +113,13 @@ def test_a_damaged_file_is_named_with_what_to_do(session):
 ARCHIVE = """
 import sys
 from pathlib import Path
-from engine.answers import SampleQuery
 from engine.errors import JournalError
 from engine.journal.labels import Response, set_label
-from engine.record import Record
-from engine.session import Session
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
+from engine.session.folder import Session
 session = Session(Path(sys.argv[1]))
-with Record(session) as record:
+with JournalReader(session) as record:
     print([r["label"] for r in record.sample_page(SampleQuery(), 10)])
 try:
     set_label(session, "prompt 0", Response(response="a", attempt=1, step=1, index=0), "bad", "me")
