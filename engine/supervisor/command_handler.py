@@ -41,20 +41,20 @@ class CommandHandler:
         """Takes a command in: journalled, checked, and passed on where it needs a rank."""
         live = self._live
         command = request.command
-        if not live.journal.record_command(
+        if not live.journal.commands.record(
             request.id, command.name(), config_file.as_mapping(command), who
         ):
-            return live.journal.answer(request.id)
+            return live.journal.commands.reply(request.id)
         try:
             check_command(command, self._moment())
         except RlhfError as error:
-            live.journal.reject_command(request.id, str(error))
+            live.journal.commands.reject(request.id, str(error))
             live.server.wake()
-            return live.journal.answer(request.id)
-        live.journal.accept_command(request.id)
+            return live.journal.commands.reply(request.id)
+        live.journal.commands.accept(request.id)
         self._act(request, who)
         live.server.wake()
-        return live.journal.answer(request.id)
+        return live.journal.commands.reply(request.id)
 
     def _moment(self) -> Moment:
         live = self._live
@@ -74,10 +74,10 @@ class CommandHandler:
                 self._end_now(request.id)  # while loading there is nothing to save
             case Rollback(step=step, reseed=reseed):
                 live.next = StartOptions(from_step=step, fresh=True, reseed=reseed, who=who)
-                live.journal.apply_command(request.id, step + 1, [])
+                live.journal.commands.apply(request.id, step + 1, [])
                 live.ranks.kill()
             case Note():
-                live.journal.apply_command(request.id, live.journal.step + 1, [])
+                live.journal.commands.apply(request.id, live.journal.step + 1, [])
             case command:
                 live.stopping = live.stopping or isinstance(command, Stop)
                 if command.state_when_accepted is not None:
@@ -90,7 +90,7 @@ class CommandHandler:
         live = self._live
         live.stopping = live.stop_now = True
         live.next = None  # nor does a roll back under way begin
-        live.journal.apply_command(command_id, live.journal.step + 1, [])
+        live.journal.commands.apply(command_id, live.journal.step + 1, [])
         live.ranks.kill()
 
     def on_signal(self, number: signal.Signals) -> None:

@@ -49,8 +49,8 @@ class PendingCommands:
     def reject(self, command_id: str, reason: str) -> None:
         """It waits no more, and was not carried out."""
         self._waiting.pop(command_id, None)
-        self._journal.reject_command(command_id, reason)
-        self._server.tell(self._journal.answer(command_id))
+        self._journal.commands.reject(command_id, reason)
+        self._server.tell(self._journal.commands.reply(command_id))
 
     def attempt_failed(self) -> None:
         """An attempt failed that had been ready; the order it was at, the first, may be why.

@@ -85,8 +85,8 @@ class RankMessageHandler:
                 reseed=live.journal.reseeded(step),
                 checkpoints=live.journal.timeline(),
                 paused=live.paused,
-                replay=live.journal.settled_after(step),
-                undoable=live.journal.undoable(step),
+                replay=live.journal.commands.changes_after(step),
+                undoable=live.journal.commands.undoable(step),
             )
         )
         for order in live.orders.all():
@@ -149,7 +149,7 @@ class RankMessageHandler:
     def _applied(self, message: Applied) -> None:
         live = self._live
         command = live.orders.carried_out(message.id)
-        live.journal.apply_command(message.id, message.step, message.changes, message.result)
+        live.journal.commands.apply(message.id, message.step, message.changes, message.result)
         live.settings = live.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
             live.paused = isinstance(command, Pause)
@@ -157,7 +157,7 @@ class RankMessageHandler:
             self._show_state()
         elif message.changes:
             live.journal.set_meta(settings=live.settings)
-        live.server.tell(live.journal.answer(message.id))
+        live.server.tell(live.journal.commands.reply(message.id))
 
     def _show_state(self) -> None:
         live = self._live

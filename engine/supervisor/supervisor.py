@@ -72,7 +72,7 @@ async def _serve(
     config = config_file.override(before, start.overrides)
     session.write_config(config)
     journal.set_meta(total_steps=config.train.steps)
-    journal.reject_unfinished("the engine ended before it was carried out")
+    journal.commands.reject_unfinished("the engine ended before it was carried out")
     listener, path = sockets.listen(session.folder)
     live = SupervisorState.of(session, config, journal, path, start, observer)
     desk = CommandHandler(live)
@@ -160,8 +160,8 @@ class Supervisor:
         for change in start.changes:
             command_id = f"start-{journal.attempt}-{change.key}"
             args = {"key": change.key, "value": change.new}
-            journal.record_command(command_id, "set", args, start.who)
-            journal.apply_command(command_id, start.from_step + 1, [change])
+            journal.commands.record(command_id, "set", args, start.who)
+            journal.commands.apply(command_id, start.from_step + 1, [change])
 
     def conclude(self, status: int) -> int:
         """The ranks have ended with this status: how the session stands now; the exit code."""

@@ -132,7 +132,7 @@ async def test_only_ranks_that_were_ready_can_have_failed_by_an_order(engine):
             engine.hearing.handle(Ready(info={}, settings=engine.live.settings))
         engine.supervisor.conclude(-signal.SIGKILL)
     assert engine.live.orders.all() == []
-    assert "failed 2 times" in engine.live.journal.answer(order.id).reason
+    assert "failed 2 times" in engine.live.journal.commands.reply(order.id).reason
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
