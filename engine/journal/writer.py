@@ -134,7 +134,7 @@ class JournalWriter:
         )
         self._db.execute("DELETE FROM metrics WHERE step > ?", after)
         self._db.execute("DELETE FROM steps WHERE step > ?", after)
-        # The checkpoint we resume from is complete on disk, even if its rank died before reporting it.
+        # The checkpoint we resume from is complete, even if its rank died before reporting it.
         written = "SELECT attempt FROM checkpoints WHERE step = ? AND status = 'written'"
         for (attempt,) in self._db.execute(written, after).fetchall():
             self._complete(from_step, attempt)

@@ -34,9 +34,14 @@ class Phase(Message, frozen=True, tag="phase"):
     rank: int
     step: int
     name: str
-    """generate, score, reference, optimise, checkpoint, or one of loading: `load policy` …"""
+    """generate, score, reference, optimise, checkpoint, paused; while loading `load policy` …"""
     done: int = 0
     total: int = 0
+
+    @property
+    def loading(self) -> bool:
+        """Whether it is one of the phases before the first step."""
+        return self.name.startswith("load ")
 
 
 class Ready(Message, frozen=True, tag="ready"):
