@@ -288,6 +288,10 @@ class Rule(Section, frozen=True):
     """What is done besides telling."""
 
 
+RULE_CONDITIONS = ("above", "below", "falls", "rises")
+"""Keys of a rule that are conditions; :mod:`engine.monitoring.conditions` evaluates them."""
+
+
 class GuardrailConfig(Section, frozen=True):
     """Rules over metrics that tell the operator where to look."""
 

@@ -20,6 +20,7 @@ from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions, last_checkpoint
 from engine.monitoring.guardrails import Guardrails
+from engine.monitoring.notify import open_channels
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol import sockets
 from engine.protocol.commands import SetSetting
@@ -144,7 +145,7 @@ class Supervisor:
         self.state = SupervisorState(settings=settings, attempt=Attempt(start), next=start)
         self.server = Server()
         self.publisher = EventPublisher(
-            session.name, journal, self.server, config.notify.command, observer
+            session.name, journal, self.server, open_channels(config.notify), observer
         )
         self.pending = PendingCommands(journal.commands, self.server)
         self.ranks = RankProcesses(session, socket, config.launch)
