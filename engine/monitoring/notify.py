@@ -1,7 +1,7 @@
 """Takes alerts out of the terminal: one class for each channel, found by its `notify.*` key.
 
-To add one, write a class of the :class:`Channel` protocol, enter it in :data:`CHANNELS`, and declare
-its key in :class:`engine.config.schema.NotifyConfig`.
+To add one, write a class of the :class:`Channel` protocol, enter it in :data:`CHANNELS`, and
+declare its key in :class:`engine.config.schema.NotifyConfig`.
 """
 
 import asyncio

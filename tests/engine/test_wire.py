@@ -1,6 +1,8 @@
 """What processes say to one another: frames that come back as they were sent, or not at all."""
 
+import socket
 import struct
+import threading
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -121,6 +123,20 @@ def test_a_frame_over_the_limit_is_refused_on_both_sides(monkeypatch):
     monkeypatch.setattr(frames, "MAX_FRAME", 100)
     with pytest.raises(LinkError, match="over the limit"):
         frames.encode(ClientHello(who="x" * 100))
+
+
+def test_a_frame_is_read_whole_however_it_comes():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        message = ClientHello(who="x" * 300_000)  # more than a socket's buffer
+        sender = threading.Thread(target=theirs.sendall, args=(frames.encode(message),))
+        sender.start()
+        assert decode_from_client(frames.receive(ours)) == message
+        sender.join()
+        theirs.sendall(frames.encode(message)[:100])
+        theirs.close()
+        with pytest.raises(ConnectionError):
+            frames.receive(ours)
 
 
 def test_an_unknown_field_of_a_command_is_refused():
