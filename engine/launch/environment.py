@@ -1,7 +1,6 @@
 """The environment and command line that ranks are started with."""
 
 import os
-import signal
 import sys
 
 import msgspec
@@ -72,16 +71,3 @@ def rank_environment(launch: LaunchConfig) -> dict[str, str]:
     if launch.gpus:
         given["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, launch.gpus))
     return OPENMP_WAITING | MALLOC_SETTINGS | clean_environment() | given
-
-
-def describe_exit(status: int) -> str:
-    """An exit status in words; torchrun's agent passes signal N on as 128 + N."""
-    status = 128 - status if status > 128 else status
-    if status < 0:
-        try:
-            name = signal.Signals(-status).name
-        except ValueError:
-            name = f"signal {-status}"
-        hint = " (the kernel does this when memory runs out)" if status == -signal.SIGKILL else ""
-        return f"was ended by {name}{hint}"
-    return f"ended with status {status}"
