@@ -13,7 +13,7 @@ from tests.e2e.lab import LONG
 TWO = ("launch.processes=2", "launch.threads=1")
 FAULTS = Path(__file__).with_name("faults")
 PATIENCE = 10.0
-"""Seconds of `launch.timeout`, instead of half an hour: more than one rank loads longer than another."""
+"""Seconds of `launch.timeout`, instead of half an hour; one rank may load longer than the other."""
 PHASES = ("load policy", "generate", "score", "reference", "optimise", "checkpoint")
 
 

@@ -6,8 +6,8 @@ import time
 import pytest
 
 SILENCE = 12.0
-"""Seconds of `launch.silence`, instead of half an hour: six times as long as a paused rank takes from
-one report to the next. While it loads, another limit holds."""
+"""Seconds of `launch.silence`, instead of half an hour: six times what a paused rank takes from one
+report to the next. While it loads, another limit holds."""
 
 
 @pytest.fixture(scope="module")
