@@ -26,7 +26,8 @@ from engine.journal.rows import (
 )
 from engine.journal.samples import SampleReader
 from engine.protocol.client_messages import Telemetry
-from engine.session.folder import LIVE_STATES, Session
+from engine.session.folder import Session
+from engine.session.states import LIVE_STATES
 
 METRICS_SINCE = """
 SELECT names.name, step, value FROM names CROSS JOIN metrics

@@ -10,7 +10,8 @@ import msgspec
 from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
-from engine.session.folder import LIVE_STATES, Session
+from engine.session.folder import Session
+from engine.session.states import LIVE_STATES
 
 POLL_INTERVAL = 0.05
 

@@ -1,7 +1,6 @@
 """The environment and command line that ranks are started with."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -90,16 +89,3 @@ def mkl_settings() -> dict[str, str]:
     if "GenuineIntel" not in processor:
         return {}
     return {"MKL_CBWR": "AVX512,STRICT" if "avx512f" in processor else "AVX2,STRICT"}
-
-
-def describe_exit(status: int) -> str:
-    """An exit status in words; torchrun's agent passes signal N on as 128 + N."""
-    status = 128 - status if status > 128 else status
-    if status < 0:
-        try:
-            name = signal.Signals(-status).name
-        except ValueError:
-            name = f"signal {-status}"
-        hint = " (the kernel does this when memory runs out)" if status == -signal.SIGKILL else ""
-        return f"was ended by {name}{hint}"
-    return f"ended with status {status}"

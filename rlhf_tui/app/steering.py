@@ -22,7 +22,6 @@ from engine.protocol.commands import (
     Stop,
     Undo,
     Unpause,
-    new_values,
 )
 from engine.session.folder import Session
 from rlhf_tui.app.following import Follower
@@ -162,7 +161,7 @@ class Steer(Follower, inherit_bindings=False):
                     break
                 except ValueError:
                     continue
-        return new_values(SetSetting(key=key, value=value), settings)[key]
+        return SetSetting(key=key, value=value).new_values(settings)[key]
 
     def when(self) -> str:
         """When a command takes effect."""

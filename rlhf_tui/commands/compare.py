@@ -10,6 +10,7 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.rules import check_rule
 from engine.config.schema import GuardrailConfig
+from engine.config.settings import initial_settings
 from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import SampleRow
@@ -79,13 +80,7 @@ def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json
 
 def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
     rails = Guardrails(config)
-    settings = {
-        "target": run.kl.target,
-        "max_new_tokens": run.rollout.max_new_tokens,
-        "clip_range": run.ppo.clip_range,
-        "stop_kl": run.ppo.stop_kl,
-    }
-    # By step and setting; values of every type that a setting has.
+    settings = config_file.as_mapping(initial_settings(run))
     changes: dict[int, dict[str, Any]] = {}
     for command in record.commands():
         if command.status == "applied" and command.live and command.applied_step is not None:

@@ -216,14 +216,15 @@ def _version(package: str) -> str | None:
 
 
 def _gpus() -> list[str]:
-    import pynvml  # noqa: PLC0415 - opens the driver
+    import pynvml  # noqa: PLC0415 - most commands of this module do without
 
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [str(pynvml.nvmlDeviceGetName(h)) for h in handles]
-    except pynvml.NVMLError:
-        return []
+    from engine.nvml import gpu_handles  # noqa: PLC0415 - as above
+
+    with gpu_handles() as handles:
+        try:
+            return [str(pynvml.nvmlDeviceGetName(h)) for h in handles]
+        except pynvml.NVMLError:
+            return []
 
 
 def _folder(root: Path) -> FolderFacts:

@@ -18,8 +18,9 @@ from engine.metrics import (
     SCORE,
     STEP_TIME,
 )
-from engine.session.folder import ENDED_STATES, Session, all_sessions
+from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
+from engine.session.states import ENDED_STATES
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     existing,

@@ -28,6 +28,7 @@ from engine.metrics import (
     phase_time,
 )
 from engine.protocol.client_messages import Telemetry
+from engine.protocol.commands import COMMANDS, Undo
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.format import number
 from rlhf_tui.state.series import Series, Smoothed
@@ -243,12 +244,13 @@ def _changes(command: CommandRow, key: str) -> bool:
 
 
 def _shown(command: CommandRow) -> bool:
-    """Commands that left a trace: notes and probes and pauses have none on a curve."""
+    """Whether a command stands on the curves; one that this version does not know does."""
+    kind = COMMANDS.get(command.command)
     return (
         command.status == "applied"
         and command.live
         and command.applied_step is not None
-        and command.command not in ("note", "probe", "checkpoint")
+        and (kind is None or kind.on_charts)
     )
 
 
@@ -258,7 +260,7 @@ def command_text(command: CommandRow) -> str:
         words = ", ".join(
             f"{c.key} {value_text(c.old)} → {value_text(c.new)}" for c in command.changes
         )
-        return f"undo: {words}" if command.command == "undo" else words
+        return f"undo: {words}" if command.command == Undo.name() else words
     given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
     return f"{command.command} {given}".strip()
 

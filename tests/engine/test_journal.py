@@ -152,7 +152,7 @@ def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(wr
     writer.change("b", 5, 1e-5, 2e-5, key="learning_rate")
     writer.change("c", 5, 0.2, 0.3)
     writer.journal.begin_attempt(4, fresh=False)
-    settled = writer.journal.settled_after(4)
+    settled = writer.journal.commands.changes_after(4)
     assert [(s.step, s.changes[0].key, s.changes[0].new) for s in settled] == [
         (5, "learning_rate", 2e-5), (5, "beta", 0.3),
     ]  # fmt: skip
@@ -162,8 +162,8 @@ def test_starting_afresh_forgets_them(writer):
     writer.change("a", 3, 0.1, 0.2)
     writer.change("b", 5, 0.2, 0.3)
     writer.journal.begin_attempt(4, fresh=True)
-    assert writer.journal.settled_after(4) == []
-    assert [s.changes[0].new for s in writer.journal.settled_after(0)] == [0.2]
+    assert writer.journal.commands.changes_after(4) == []
+    assert [s.changes[0].new for s in writer.journal.commands.changes_after(0)] == [0.2]
 
 
 def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer):
@@ -172,7 +172,7 @@ def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer
     writer.journal.begin_attempt(4, fresh=False)
     writer.change("c", 5, 0.1, 0.9)
     writer.journal.begin_attempt(4, fresh=False)
-    settled = {c.key: c.new for s in writer.journal.settled_after(4) for c in s.changes}
+    settled = {c.key: c.new for s in writer.journal.commands.changes_after(4) for c in s.changes}
     assert settled == {"beta": 0.9, "learning_rate": 2e-5}
 
 
@@ -181,32 +181,32 @@ def test_undo_finds_the_last_change_that_was_not_taken_back(writer):
     writer.change("b", 3, 0.2, 0.3)
     writer.undo("u", 4, 0.3, 0.2)
     writer.change("late", 9, 0.2, 0.7)
-    (change,) = writer.journal.undoable(4)[-1]
+    (change,) = writer.journal.commands.undoable(4)[-1]
     assert (change.old, change.new) == (0.1, 0.2)
-    assert len(writer.journal.undoable(9)) == 2
-    assert writer.journal.undoable(1) == []
+    assert len(writer.journal.commands.undoable(9)) == 2
+    assert writer.journal.commands.undoable(1) == []
 
 
 def test_a_command_is_taken_once_and_its_answer_stays(writer):
     writer.change("a", 2, 0.1, 0.2)
-    assert not writer.journal.record_command("a", "set", {}, "somebody else")
-    answer = writer.journal.answer("a")
+    assert not writer.journal.commands.record("a", "set", {}, "somebody else")
+    answer = writer.journal.commands.reply("a")
     assert (answer.status, answer.step, answer.changes[0].new) == ("applied", 2, 0.2)
     with pytest.raises(JournalError, match="nobody"):
-        writer.journal.answer("nobody")
+        writer.journal.commands.reply("nobody")
 
 
 def test_what_an_engine_left_open_is_rejected_by_the_next(writer):
     writer.order("left", "pause")
     writer.change("done", 2, 0.1, 0.2)
-    writer.journal.reject_unfinished("it ended")
-    assert writer.journal.answer("left").reason == "it ended"
-    assert writer.journal.answer("done").status == "applied"
+    writer.journal.commands.reject_unfinished("it ended")
+    assert writer.journal.commands.reply("left").reason == "it ended"
+    assert writer.journal.commands.reply("done").status == "applied"
 
 
 def test_a_commands_event_carries_its_whole_life(writer):
     writer.change("a", 2, 0.1, 0.2)
-    writer.journal.record_command("n", "note", {"text": "look"}, "me")
+    writer.journal.commands.record("n", "note", {"text": "look"}, "me")
     with JournalReader(writer.session) as record:
         events = record.events()
         assert record.events(after=events[-2].event) == events[-1:]
@@ -338,7 +338,7 @@ def test_an_old_journal_is_migrated_and_goes_on(old):
     journal = JournalWriter(old)
     assert (journal.attempt, journal.step) == (2, 3)
     journal.begin_attempt(3, fresh=False)
-    assert [s.changes[0].new for s in journal.settled_after(1)] == [0.2]
+    assert [s.changes[0].new for s in journal.commands.changes_after(1)] == [0.2]
     journal.close()
     assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
 

@@ -125,10 +125,10 @@ def test_the_reference_s_answer_is_that_of_the_last_probe_that_was_answered(writ
     def probe(command_id, text, said):
         writer.order(command_id, "probe", text=text)
         if said is None:
-            writer.journal.reject_command(command_id, "too long")
+            writer.journal.commands.reject(command_id, "too long")
         else:
             result = {"policy": {"response": "x"}, "reference": {"response": said}}
-            writer.journal.apply_command(command_id, 5, [], result)
+            writer.journal.commands.apply(command_id, 5, [], result)
 
     probe("a", "a prompt", "once")
     probe("b", "a prompt", "again")

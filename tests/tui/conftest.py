@@ -128,9 +128,9 @@ def write_steps(journal: JournalWriter, settings: dict, first: int, last: int, r
 def change(journal: JournalWriter, settings: dict, key: str, new: object, step: int, who: str):
     command = "beta" if key == "beta" else "set"
     args = {"value": new} if key == "beta" else {"key": key, "value": new}
-    journal.record_command(f"c{step}", command, args, who)
-    journal.accept_command(f"c{step}")
-    journal.apply_command(f"c{step}", step, [SettingChange(key=key, old=settings[key], new=new)])
+    journal.commands.record(f"c{step}", command, args, who)
+    journal.commands.accept(f"c{step}")
+    journal.commands.apply(f"c{step}", step, [SettingChange(key=key, old=settings[key], new=new)])
     settings[key] = new
 
 
@@ -148,8 +148,8 @@ def make_session(root: Path, name: str = "frozen", steps: int = 200) -> Session:
         write_steps(journal, settings, 101, steps, rng)
     else:
         write_steps(journal, settings, 1, steps, rng)
-    journal.record_command("p1", "beta", {"value": 3.5}, "ben on pts/2")
-    journal.reject_command("p1", "beta must be at most 1.0")
+    journal.commands.record("p1", "beta", {"value": 3.5}, "ben on pts/2")
+    journal.commands.reject("p1", "beta must be at most 1.0")
     journal.set_meta(state="finished")
     journal.record_event("state", {"state": "finished", "text": ""})
     journal.close()

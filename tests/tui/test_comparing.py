@@ -22,10 +22,10 @@ PROMPT = "I watched this one with"
 def reference(session, text="the reference's words"):
     """A probe of the prompt, as a finished run has it."""
     journal = JournalWriter(session)
-    journal.record_command("p", "probe", {"text": PROMPT}, "ana")
-    journal.accept_command("p")
+    journal.commands.record("p", "probe", {"text": PROMPT}, "ana")
+    journal.commands.accept("p")
     answer = {"response": text, "score": 0.1, "kl": 0.0, "length": 3}
-    journal.apply_command("p", 4, [], {"policy": answer, "reference": answer})
+    journal.commands.apply("p", 4, [], {"policy": answer, "reference": answer})
     journal.close()
 
 

@@ -17,9 +17,7 @@ class PhaseStrip(Panel):
         phases = self.state.phases
         if self.state.head.state == "starting" and not phases:
             return [[(" starting: models and prompts are being loaded …", "dim")]]
-        if not self.state.live:
-            return [self._usual(width, "")]
-        if not phases:
+        if not self.state.live or not phases:
             return [self._usual(width, "")]
         if self.state.head.state == "paused":
             return [self._usual(width, "holding between steps;")]

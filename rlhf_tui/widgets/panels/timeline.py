@@ -30,7 +30,7 @@ def _row(marker: Marker, width: int) -> Row:
 
 
 class LatestSamplesPanel(Panel):
-    """The newest step's answers, the best and the worst first to be seen."""
+    """The newest step's responses, in the order of their prompts, as many as fit."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Score, KL and length before each."""
