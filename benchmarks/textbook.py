@@ -60,7 +60,7 @@ def rollout_forward(
 
 def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old by a forward pass of their own."""
-    size, temperature = run.config.ppo.micro_batch_size, run.state.settings.temperature
+    size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     return score_tokens(run.policy, rollout, temperature, size, rows=own)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.config.settings import initial_settings
+from engine.config.settings import settings_of
 from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions
 from engine.monitoring.guardrails import Guardrails
@@ -83,7 +83,7 @@ class SupervisorState:
             ranks=RankProcesses(session, socket, config.launch),
             watchman=Watchdog(session, config, journal, server),
             guardrails=Guardrails(config.guardrails),
-            settings=config_file.as_mapping(initial_settings(config)),
+            settings=config_file.as_mapping(settings_of(config)),
             attempt=Attempt(start),
             next=start,
         )

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from engine import starter
 from engine.config.schema import RunConfig
-from engine.config.settings import initial_settings
+from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
-from engine.train.checkpoints.folder import TrainingState
+from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.checkpoints.shards import load_training
 from engine.train.data.prompts import Prompts, batch_prompts, load_prompts
 from engine.train.data.randomness import derived_seed, sampling_uniforms
@@ -67,11 +67,11 @@ def load_run(
     threads = set_threads_and_nice(ranks, config.launch)
     source = starter.resolve(config.model.policy)
     saved: Path | None = None
-    state = TrainingState(sampling_seed=config.seed, settings=initial_settings(config))
+    state = TrainingState(sampling_seed=config.seed)
     if begin.from_step:
         saved = checkpoint_folder.folder_of(session.checkpoints, begin.from_step)
         source = str(saved / "policy")
-        state = read_state(saved, ranks)
+        state, config = read_state(saved, ranks).restored(config)
 
     stages = itertools.count()
 
@@ -83,7 +83,7 @@ def load_run(
     loading("prompts")
     tokenizer = load_tokenizer(source, "model.policy", ranks)
     prompts = share_prompts(config, tokenizer, ranks)
-    strategy, memory = check_memory(config, prompts.longest, ranks, warn)
+    strategy, memory = check_memory(next_config(config, begin), prompts.longest, ranks, warn)
     on_host = config.parallel.frozen == "offload"
     loading("reward")
     rewards = load_rewards(config.reward, tokenizer.get_vocab(), ranks)
@@ -152,10 +152,21 @@ def reference_scores(run: Run) -> Tensor:
     return run.rewards(RewardInputs.of(answers, 0))[0]
 
 
-def read_state(folder: Path, ranks: RankGroup) -> TrainingState:
+def next_config(config: RunConfig, begin: Begin) -> RunConfig:
+    """The configuration of the first step: with the changes that are repeated before it.
+
+    They come from an attempt that ended after the checkpoint, or from a resume's own overrides.
+    """
+    for replayed in begin.replay:
+        if replayed.step == begin.from_step + 1:
+            config = change_settings(config, {c.key: c.new for c in replayed.changes})
+    return config
+
+
+def read_state(folder: Path, ranks: RankGroup) -> SavedState:
     """A checkpoint's state on every rank; rank 0 holds the files against their hashes."""
     own = msgspec.msgpack.encode(checkpoint_folder.read_state(folder)) if ranks.is_lead else b""
-    return msgspec.msgpack.decode(ranks.broadcast_bytes(own), type=TrainingState)
+    return msgspec.msgpack.decode(ranks.broadcast_bytes(own), type=SavedState)
 
 
 def share_prompts(
@@ -210,7 +221,7 @@ def _recognise(
 
 
 def _check_room(run: Run) -> None:
-    room, wanted = max_response_tokens(run), run.state.settings.max_new_tokens
+    room, wanted = max_response_tokens(run), run.config.rollout.max_new_tokens
     if room is not None and wanted > room:
         raise UserInputError(
             f"rollout.max_new_tokens ({wanted}) may be {room} at most: there the model ends, after "

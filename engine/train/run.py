@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.schema import RunConfig
 from engine.memory.model import Estimate
 from engine.protocol.rank_messages import RankTimes
-from engine.train.checkpoints.folder import TrainingState
+from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.data.prompts import Prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import AnyModel, LanguageModel
@@ -48,6 +48,7 @@ class Run:
     """Everything a step works with."""
 
     config: RunConfig
+    """In force for the next step; only its live settings change, at step boundaries."""
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     ending: StopCriteria
@@ -70,6 +71,10 @@ class Run:
     checked: bool = False
     """Whether this attempt's first rollout was held against a full forward pass."""
     clock: PhaseTimer = field(default_factory=PhaseTimer)
+
+    def saved_state(self) -> SavedState:
+        """What a checkpoint made now holds besides the weights."""
+        return SavedState.of(self.state, self.config)
 
 
 def max_response_tokens(run: Run) -> int | None:

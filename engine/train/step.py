@@ -48,7 +48,7 @@ def train_step(
     Returns:
         The step's metrics, and the samples that are kept.
     """
-    config, settings, state, ranks = run.config, run.state.settings, run.state, run.ranks
+    config, state, ranks = run.config, run.state, run.ranks
     began, clock = time.perf_counter(), run.clock
     clock.seconds.clear()
 
@@ -67,7 +67,7 @@ def train_step(
     with clock.phase(run, step, "reference") as report:
         size = config.ppo.micro_batch_size
         ref_logprobs, _ = score_tokens(
-            run.reference, rollout, settings.temperature, size,
+            run.reference, rollout, config.rollout.temperature, size,
             rows=own, want="logits", report=report,
         )  # fmt: skip
         old_logprobs, old_values = old_policy(run, rollout, own)
@@ -82,15 +82,15 @@ def train_step(
     # 5. Several epochs of clipped updates.
     with clock.phase(run, step, "optimise") as report:
         done = optimise(
-            ranks, run.learner, run.optimiser, rollout, targets, config, settings,
+            ranks, run.learner, run.optimiser, rollout, targets, config,
             seed=state.sampling_seed, step=step, report=report,
         )  # fmt: skip
 
     # 6. What there is to tell.
     state.episodes += len(scores)
-    metrics = step_metrics(rollout, scores, ref_logprobs, targets, done, settings)
+    metrics = step_metrics(rollout, scores, ref_logprobs, targets, done, config.kl.beta)
     metrics["episode"] = float(state.episodes)
-    metrics["lr"] = learning_rate(config, settings, step)
+    metrics["lr"] = learning_rate(config.train, step)
     metrics |= _mean_parts(parts)
     clock.ranks = gather_rank_times(run)
     metrics |= _speed(clock.ranks, rollout, time.perf_counter() - began)
@@ -104,13 +104,13 @@ def train_step(
 
 def take_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
     """The policy's answers to the step's prompts; each rank writes those to a stretch of them."""
-    config, settings, limit = run.config, run.state.settings, run.state.settings.max_new_tokens
+    config, limit = run.config, run.config.rollout.max_new_tokens
     prompts = run.prompts.for_step(step)
     batch = batch_prompts(prompts, config.answers_per_prompt, run.tokenizer.eos_token_id or 0)
     uniforms = sampling_uniforms(run.state.sampling_seed, step, config.rollout.batch_size, limit)
     own = own_rows(run.ranks, len(prompts), config.answers_per_prompt)
     part = generate(
-        run.policy, batch.select(own), uniforms[own], settings.temperature, run.ending,
+        run.policy, batch.select(own), uniforms[own], config.rollout.temperature, run.ending,
         run.tokenizer, report, per_prompt=config.answers_per_prompt,
     )  # fmt: skip
     return merge_rollouts(run.ranks, batch, part, own, limit, run.tokenizer)
@@ -129,7 +129,7 @@ def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]
     bfloat16 they do not, and are always computed again by the forward pass that training uses. A
     separate value trunk has not seen the tokens yet. What is computed is shared out: `own` rows.
     """
-    size, temperature = run.config.ppo.micro_batch_size, run.state.settings.temperature
+    size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     if run.config.model.dtype != "float32":
         logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=own)
         return run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
@@ -157,7 +157,7 @@ def make_targets(
     old_values: Tensor,
 ) -> Targets:
     """Advantages (and, for gae, returns) by `ppo.advantage`."""
-    config, beta, mask = run.config.ppo, run.state.settings.beta, rollout.mask
+    config, beta, mask = run.config.ppo, run.config.kl.beta, rollout.mask
     if config.advantage == "gae":
         rewards = advantages.token_rewards(
             scores, old_logprobs, ref_logprobs, rollout.lengths, beta
@@ -209,7 +209,7 @@ def check_first_rollout(
     few, name = rollout.rows[:4], type(run.policy.lm).__name__
     exact = run.config.model.dtype == "float32"
     full, _ = score_tokens(
-        run.policy, rollout.select(few), run.state.settings.temperature, len(few), want="logits"
+        run.policy, rollout.select(few), run.config.rollout.temperature, len(few), want="logits"
     )
     gap = float((full - rollout.logprobs[few] * rollout.mask[few]).abs().max())
     if gap > (GAP_LIMIT if exact else MIXED_GAP_LIMIT):

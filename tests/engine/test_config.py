@@ -11,6 +11,12 @@ from hypothesis import strategies as st
 from engine import starter
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
+from engine.config.settings import (
+    LIVE_SETTINGS,
+    apply_settings,
+    change_settings,
+    settings_of,
+)
 from engine.errors import ConfigError
 
 modest = settings(max_examples=50, deadline=None, derandomize=True)
@@ -211,6 +217,24 @@ def test_changes_are_listed_by_their_dotted_keys():
         "kl.beta": (demo().kl.beta, 0.25),
         "train.steps": (demo().train.steps, 9),
     }
+
+
+CHANGED = {
+    "beta": 0.9, "controller": "fixed", "target": 3.0, "horizon": 500.0, "beta_min": 0.01,
+    "beta_max": 2.0, "learning_rate": 3e-4, "save_every": 7, "clip_range": 0.31, "epochs": 5,
+    "stop_kl": 0.4, "temperature": 0.8, "max_new_tokens": 33,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIVE_SETTINGS)
+def test_a_live_setting_changes_its_own_key_and_no_other(name):
+    changed = change_settings(demo(), {name: CHANGED[name]})
+    assert list(config_file.changes(demo(), changed)) == [LIVE_SETTINGS[name]]
+    assert getattr(settings_of(changed), name) == CHANGED[name]
+
+
+def test_settings_of_a_configuration_put_back_into_it_change_nothing():
+    assert apply_settings(demo(), settings_of(demo())) == demo()
 
 
 def test_nothing_that_is_not_finite_gets_through():

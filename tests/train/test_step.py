@@ -127,7 +127,7 @@ def test_a_policy_that_ran_away_from_the_rollout_is_not_updated(make_run):
     far = rollout.logprobs * rollout.mask - 5.0
     targets = Targets(far, torch.ones_like(far), torch.zeros_like(far), torch.zeros_like(far))
     done = optimise(
-        run.ranks, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
+        run.ranks, run.learner, run.optimiser, rollout, targets, run.config,
         seed=0, step=1,
     )  # fmt: skip
     assert done.updates == 0
@@ -184,7 +184,7 @@ def rollout_of(run):
     from engine.train.rollout.native import generate  # noqa: PLC0415
 
     batch = batch_prompts(run.prompts.for_step(1), run.config.answers_per_prompt, 0)
-    uniforms = sampling_uniforms(0, 1, 8, run.state.settings.max_new_tokens)
+    uniforms = sampling_uniforms(0, 1, 8, run.config.rollout.max_new_tokens)
     return generate(run.policy, batch, uniforms, 1.0, run.ending, run.tokenizer)
 
 
@@ -194,7 +194,7 @@ def optimise_once(run, poison=1.0):
     advantages = torch.full_like(old, poison)
     targets = Targets(old, advantages, torch.zeros_like(old), torch.zeros_like(old))
     return optimise(
-        run.ranks, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
+        run.ranks, run.learner, run.optimiser, rollout, targets, run.config,
         seed=0, step=1,
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ import resource
 import torch
 from torch import Tensor
 
-from engine.config.settings import Settings
 from engine.train.ppo import masked
 from engine.train.ppo.optimise import Targets, UpdateStats
 from engine.train.rollout.rollout import Rollout
@@ -19,13 +18,12 @@ def step_metrics(
     ref_logprobs: Tensor,
     targets: Targets,
     done: UpdateStats,
-    settings: Settings,
+    beta: float,
 ) -> dict[str, float]:
     """Everything but times and counters. Means are masked; what is undefined is left out."""
     mask = rollout.mask
     old = targets.old_logprobs
     kl = masked.sequence_kl(old, ref_logprobs, mask)
-    beta = settings.beta
     lengths = rollout.lengths.float()
     count = len(scores)
     metrics = {

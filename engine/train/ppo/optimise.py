@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from engine.config.schema import RunConfig
-from engine.config.settings import Settings
+from engine.config.schema import RunConfig, TrainConfig
 from engine.train.data.randomness import permutation
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor, synchronised
@@ -86,7 +85,6 @@ def optimise(
     rollout: Rollout,
     targets: Targets,
     config: RunConfig,
-    settings: Settings,
     *,
     seed: int,
     step: int,
@@ -98,19 +96,19 @@ def optimise(
     decided from sums over all ranks, and so the same on each.
     """
     done = UpdateStats()
-    total = settings.epochs * config.ppo.minibatches
+    total = config.ppo.epochs * config.ppo.minibatches
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate(config, settings, step) * group["times"]
+        group["lr"] = learning_rate(config.train, step) * group["times"]
     warming_up = step <= config.ppo.value_warmup and targets.returns is not None
     # transformers computes activations again in training mode alone; dropout is 0 in any mode.
     learner.train(config.parallel.activation_checkpointing)
-    for epoch in range(settings.epochs):
+    for epoch in range(config.ppo.epochs):
         order = permutation(seed, "minibatches", (step, epoch), len(rollout.ids))
         for k, rows in enumerate(order.to(rollout.ids.device).chunk(config.ppo.minibatches)):
-            sums = backward(ranks, learner, rollout, targets, rows, config, settings, warming_up)
+            sums = backward(ranks, learner, rollout, targets, rows, config, warming_up)
             if done.first is None:
                 done.first = sums
-            if settings.stop_kl is not None and sums.approx_kl > settings.stop_kl:
+            if config.ppo.stop_kl is not None and sums.approx_kl > config.ppo.stop_kl:
                 done.stopped_early = True
                 optimiser.zero_grad(set_to_none=True)
                 learner.eval()
@@ -145,7 +143,6 @@ def backward(
     targets: Targets,
     rows: Tensor,
     config: RunConfig,
-    settings: Settings,
     warming_up: bool = False,
 ) -> LossSums:
     """Accumulates the gradient of one minibatch and returns its sums over all ranks.
@@ -165,9 +162,7 @@ def backward(
         idle = k >= len(micros)
         with synchronised(learner, last=k == count - 1):
             micro = rows[:1] if idle else micros[k]
-            loss, sums = micro_batch(
-                learner, rollout, targets, micro, config, settings, warming_up, want
-            )
+            loss, sums = micro_batch(learner, rollout, targets, micro, config, warming_up, want)
             # DDP and FSDP2 average over ranks what is to be a sum.
             (loss * (0.0 if idle else ranks.size / tokens)).backward()
         if not idle:
@@ -192,7 +187,6 @@ def micro_batch(
     targets: Targets,
     micro: Tensor,
     config: RunConfig,
-    settings: Settings,
     warming_up: bool,
     want: str = "both",
 ) -> tuple[Tensor, LossSums]:
@@ -201,14 +195,14 @@ def micro_batch(
     `want` is `both`, or `logits` or `values` for one of the two losses alone.
     """
     logprobs, values, width = rollout_forward(
-        learner, rollout, micro, settings.temperature, want=want, detach_trunk=warming_up
+        learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up
     )
     mask = rollout.mask[micro, :width]
     loss, sums = torch.zeros((), device=mask.device), LossSums()
     if want != "values":
         old, advantages = (x[micro, :width] for x in (targets.old_logprobs, targets.advantages))
         terms = losses.policy_terms(
-            logprobs, old, advantages, mask, settings.clip_range, config.ppo.ratio
+            logprobs, old, advantages, mask, config.ppo.clip_range, config.ppo.ratio
         )
         sums = LossSums(
             tokens=float(mask.sum()),
@@ -241,18 +235,18 @@ def _keep_policy(learner: nn.Module) -> None:
             parameter.grad = None
 
 
-def learning_rate(config: RunConfig, settings: Settings, step: int) -> float:
+def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of step `step` (from 1): linear warm-up, then the schedule down to 0 at the end."""
-    train = config.train
-    if step <= train.warmup_steps:
-        return settings.learning_rate * step / train.warmup_steps
-    span = max(1, train.steps - train.warmup_steps)
-    left = 1 - (step - 1 - train.warmup_steps) / span
-    if train.schedule == "linear":
-        return settings.learning_rate * left
-    if train.schedule == "cosine":
-        return settings.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
-    return settings.learning_rate
+    rate = config.learning_rate
+    if step <= config.warmup_steps:
+        return rate * step / config.warmup_steps
+    span = max(1, config.steps - config.warmup_steps)
+    left = 1 - (step - 1 - config.warmup_steps) / span
+    if config.schedule == "linear":
+        return rate * left
+    if config.schedule == "cosine":
+        return rate * 0.5 * (1 - math.cos(math.pi * left))
+    return rate
 
 
 def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Optimizer:

@@ -49,17 +49,21 @@ def _typed(run: Run, text: str) -> Prompt:
 
 
 def _answer(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
-    settings, state = run.state.settings, run.state
+    config, state = run.config, run.state
     batch = batch_prompts([prompt], 1, run.tokenizer.eos_token_id or 0)
-    uniforms = sampling_uniforms(PROBE_SEED, 0, 1, settings.max_new_tokens)
-    rollout = generate(model, batch, uniforms, settings.temperature, run.ending, run.tokenizer)
+    uniforms = sampling_uniforms(PROBE_SEED, 0, 1, config.rollout.max_new_tokens)
+    rollout = generate(
+        model, batch, uniforms, config.rollout.temperature, run.ending, run.tokenizer
+    )
     try:
         raw, _ = run.rewards(RewardInputs.of(rollout, state.step))
     except (RewardError, FunctionError, PeerRankError) as error:
         raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
     normalise = Normaliser(state.reward_mean, state.reward_std)
-    score = normalise(raw.to(run.device), run.config.reward, rollout.ended)
-    reference, _ = score_tokens(run.reference, rollout, settings.temperature, 1, want="logits")
+    score = normalise(raw.to(run.device), config.reward, rollout.ended)
+    reference, _ = score_tokens(
+        run.reference, rollout, config.rollout.temperature, 1, want="logits"
+    )
     return {
         "response": rollout.texts[0],
         "score": float(score[0]),
