@@ -91,8 +91,12 @@ def _names_a_function(text: str) -> bool:
 
 def _check_batches(config: RunConfig) -> None:
     batch, per_prompt = config.rollout.batch_size, config.answers_per_prompt
-    if config.ppo.advantage == "rloo" and per_prompt < 2:
-        raise ConfigError("rollout.per_prompt must be 2 or more for ppo.advantage: rloo")
+    traits = config.ppo.traits
+    if per_prompt < traits.least_per_prompt:
+        raise ConfigError(
+            f"rollout.per_prompt must be {traits.least_per_prompt} or more for "
+            f"ppo.advantage: {config.ppo.advantage}"
+        )
     if batch % per_prompt:
         raise ConfigError(
             f"rollout.batch_size ({batch}) must be a multiple of rollout.per_prompt ({per_prompt})"
@@ -102,5 +106,5 @@ def _check_batches(config: RunConfig) -> None:
             f"rollout.batch_size ({batch}) must be a multiple of "
             f"ppo.minibatches ({config.ppo.minibatches})"
         )
-    if batch < 2 and config.ppo.baseline == "batch" and config.ppo.advantage == "reward":
+    if batch < 2 and traits.baseline and config.ppo.baseline == "batch":
         raise ConfigError("ppo.baseline: batch needs rollout.batch_size of 2 or more")

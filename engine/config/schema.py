@@ -128,6 +128,30 @@ class RolloutConfig(Section, frozen=True):
     """An answer also ends where one of these stands in it."""
 
 
+class AdvantageTraits(Struct, frozen=True, kw_only=True):
+    """What the rest of the configuration needs to know of an advantage estimator."""
+
+    value_function: bool = False
+    """Whether a value function is trained beside the policy."""
+    baseline: bool = False
+    """Whether `ppo.baseline` has an effect."""
+    whiten: bool = False
+    """`ppo.whiten`, when left out."""
+    per_prompt: int = 1
+    """`rollout.per_prompt`, when left out."""
+    least_per_prompt: int = 1
+    """What `rollout.per_prompt` must be at least."""
+
+
+ADVANTAGES = {
+    "gae": AdvantageTraits(value_function=True, whiten=True),
+    "reward": AdvantageTraits(baseline=True),
+    "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
+}
+"""Every estimator, by its name in `ppo.advantage`; :mod:`engine.train.ppo.advantages` has the
+functions. The key's type below lists the same names."""
+
+
 class PPOConfig(Section, frozen=True):
     """The objective and its optimisation."""
 
@@ -166,6 +190,11 @@ class PPOConfig(Section, frozen=True):
     """Passes end when the approximate KL to the rollout's policy exceeds this."""
     max_grad_norm: Positive = 1.0
     """Longer gradients are shortened to it."""
+
+    @property
+    def traits(self) -> AdvantageTraits:
+        """What the chosen estimator needs."""
+        return ADVANTAGES[self.advantage]
 
 
 class KLConfig(Section, frozen=True):

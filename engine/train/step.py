@@ -11,10 +11,11 @@ from engine.protocol.rank_messages import RankTimes, Sample
 from engine.train.data.prompts import batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.distributed.ranks import RankGroup
-from engine.train.ppo import advantages, masked
+from engine.train.ppo import masked
+from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens
 from engine.train.ppo.metrics import peak_memory, step_metrics
-from engine.train.ppo.optimise import Targets, learning_rate, optimise
+from engine.train.ppo.optimise import learning_rate, optimise
 from engine.train.reports.samples import kept_samples
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
@@ -27,8 +28,6 @@ GAP_LIMIT = 1e-4
 
 MIXED_GAP_LIMIT = 0.5
 """… and to this in bfloat16, where only gross mistakes can be told."""
-
-BASELINE_DECAY = 0.9
 
 
 def train_step(
@@ -77,7 +76,14 @@ def train_step(
         check_first_rollout(run, rollout, old_logprobs, ref_logprobs)
 
     # 4. Advantages, from the whole global batch.
-    targets = make_targets(run, rollout, scores, old_logprobs, ref_logprobs, old_values)
+    targets = make_targets(
+        AdvantageInputs(
+            scores, old_logprobs, ref_logprobs, old_values, rollout.mask, rollout.lengths,
+            config.ppo, config.kl.beta, config.answers_per_prompt, state.baseline,
+        )
+    )  # fmt: skip
+    if targets.baseline is not None:
+        state.baseline = targets.baseline
 
     # 5. Several epochs of clipped updates.
     with clock.phase(run, step, "optimise") as report:
@@ -146,52 +152,6 @@ def gather_rank_times(run: Run) -> list[RankTimes]:
     )
     told = run.ranks.all_gather_bytes(msgspec.msgpack.encode(mine))
     return [msgspec.msgpack.decode(t, type=RankTimes) for t in told]
-
-
-def make_targets(
-    run: Run,
-    rollout: Rollout,
-    scores: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    old_values: Tensor,
-) -> Targets:
-    """Advantages (and, for gae, returns) by `ppo.advantage`."""
-    config, beta, mask = run.config.ppo, run.config.kl.beta, rollout.mask
-    if config.advantage == "gae":
-        rewards = advantages.token_rewards(
-            scores, old_logprobs, ref_logprobs, rollout.lengths, beta
-        )
-        if config.whiten_rewards:
-            rewards = masked.whiten(rewards, mask, shift_mean=False)
-        advantage = advantages.generalised_advantages(
-            rewards, old_values, mask, config.gamma, config.lam
-        )
-        returns = (advantage + old_values) * mask
-        advantage = masked.whiten(advantage, mask) if config.whiten else advantage
-        return Targets(old_logprobs, advantage, old_values, returns)
-    outcome = scores - beta * masked.sequence_kl(old_logprobs, ref_logprobs, mask)
-    if config.advantage == "rloo":
-        outcome = advantages.leave_one_out(outcome, run.config.answers_per_prompt)
-    else:
-        outcome = outcome - _baseline(run, outcome)
-    advantage = outcome[:, None] * mask
-    advantage = masked.whiten(advantage, mask) if config.whiten else advantage
-    return Targets(old_logprobs, advantage)
-
-
-def _baseline(run: Run, outcome: Tensor) -> float:
-    """What `ppo.baseline` subtracts; the running one is a mean over earlier steps."""
-    mean = float(outcome.mean())
-    if run.config.ppo.baseline == "none":
-        return 0.0
-    if run.config.ppo.baseline == "batch":
-        return mean
-    before = run.state.baseline
-    run.state.baseline = (
-        mean if before is None else BASELINE_DECAY * before + (1 - BASELINE_DECAY) * mean
-    )
-    return mean if before is None else before
 
 
 def check_first_rollout(

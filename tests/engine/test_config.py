@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine import starter
 from engine.config import file as config_file
-from engine.config.schema import RunConfig
+from engine.config.schema import ADVANTAGES, PPOConfig, RunConfig
 from engine.config.settings import (
     LIVE_SETTINGS,
     apply_settings,
@@ -235,6 +236,23 @@ def test_a_live_setting_changes_its_own_key_and_no_other(name):
 
 def test_settings_of_a_configuration_put_back_into_it_change_nothing():
     assert apply_settings(demo(), settings_of(demo())) == demo()
+
+
+def test_the_advantage_key_takes_the_estimators_of_the_table_and_no_others():
+    assert get_args(get_type_hints(PPOConfig)["advantage"]) == tuple(ADVANTAGES)
+    with pytest.raises(ConfigError, match="one of gae, reward, rloo"):
+        demo("ppo.advantage=grpo")
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_what_an_estimator_declares_fills_in_the_keys_left_out(name):
+    config = demo(f"ppo.advantage={name}")
+    assert config.ppo.whiten == ADVANTAGES[name].whiten
+    assert config.rollout.per_prompt == ADVANTAGES[name].per_prompt
+    least = ADVANTAGES[name].least_per_prompt
+    if least > 1:
+        with pytest.raises(ConfigError, match=f"must be {least} or more for ppo.advantage: {name}"):
+            demo(f"ppo.advantage={name}", f"rollout.per_prompt={least - 1}")
 
 
 def test_nothing_that_is_not_finite_gets_through():

@@ -8,8 +8,9 @@ import torch
 
 from engine.errors import CommandRejectedError
 from engine.train.models.language_model import fingerprint
+from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
-from engine.train.ppo.optimise import Targets, optimise
+from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
 from engine.train.step import train_step
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from engine.train.ppo import masked
-from engine.train.ppo.optimise import Targets, UpdateStats
+from engine.train.ppo.advantages import Targets
+from engine.train.ppo.optimise import UpdateStats
 from engine.train.rollout.rollout import Rollout
 
 

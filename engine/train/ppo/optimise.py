@@ -14,22 +14,12 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor, synchronised
 from engine.train.models.language_model import LanguageModel
 from engine.train.ppo import losses
+from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import by_length, longest_first, rollout_forward
 from engine.train.rollout.rollout import Rollout
 
 MAX_MEAN_RATIO = 10.0
 """A minibatch whose mean ratio exceeds this would wreck the policy: it is skipped and counted."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the epochs learn from; (B, T) float32 each, 0 beyond the length."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    old_values: Tensor | None = None
-    returns: Tensor | None = None
-    """Both None without a value function."""
 
 
 @dataclass
