@@ -1,6 +1,8 @@
 """The rules between a configuration's keys; each key's own range is in its type."""
 
-from engine.config.schema import RewardConfig, Rule, RunConfig
+from collections.abc import Sequence
+
+from engine.config.schema import SOURCE_KEYS, RewardConfig, Rule, RunConfig
 from engine.errors import ConfigError
 
 RELATIVE_TO = ("target", "max_new_tokens", "beta", "clip_range", "learning_rate", "stop_kl")
@@ -8,7 +10,7 @@ RELATIVE_TO = ("target", "max_new_tokens", "beta", "clip_range", "learning_rate"
 
 
 def check_config(config: RunConfig) -> None:
-    """Holds them all.
+    """Raises ConfigError if keys contradict each other.
 
     Raises:
         ConfigError: names the keys that do not go together and what would.
@@ -68,20 +70,24 @@ def check_rule(rule: Rule) -> None:
 
 
 def _check_reward(reward: RewardConfig) -> None:
-    given = [k for k in ("model", "function", "mix") if getattr(reward, k)]
+    keys = [f"reward.{key}" for key in (*SOURCE_KEYS, "mix")]
+    given = [key for key in keys if getattr(reward, key.removeprefix("reward."))]
     if len(given) != 1:
-        have = " and ".join(f"reward.{k}" for k in given) or "none"
-        raise ConfigError(
-            f"give exactly one of reward.model, reward.function and reward.mix (given: {have})"
-        )
+        have = " and ".join(given) or "none"
+        raise ConfigError(f"give exactly one of {_listed(keys)} (given: {have})")
     for i, source in enumerate(reward.sources()):
         where = f"reward.mix[{i}]" if reward.mix else "reward"
-        if (source.model is None) == (source.function is None):
-            raise ConfigError(f"{where} needs exactly one of model and function")
+        if len(source.keys_given) != 1:
+            raise ConfigError(f"{where} needs exactly one of {_listed(SOURCE_KEYS)}")
         if source.function is not None and not _names_a_function(source.function):
             raise ConfigError(
                 f"{where}.function must be written module:function, not '{source.function}'"
             )
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return ", ".join(words[:-1]) + f" and {words[-1]}"
 
 
 def _names_a_function(text: str) -> bool:

@@ -63,6 +63,11 @@ class LoRAConfig(Section, frozen=True):
     """Linear layers by the ends of their names (`q_proj`); all but the output's when left out."""
 
 
+SOURCE_KEYS = ("model", "function")
+"""The keys that each say where a score comes from; a source of rewards has exactly one.
+:mod:`engine.train.rewards.mix` has what loads each."""
+
+
 class RewardSource(Section, frozen=True):
     """One voice in a mix of rewards: exactly one of `model` and `function`."""
 
@@ -76,6 +81,21 @@ class RewardSource(Section, frozen=True):
     """What its score is multiplied by in the sum."""
     name: str | None = None
     """What its own score is called in the metrics (`reward/NAME`)."""
+
+    @property
+    def keys_given(self) -> list[str]:
+        """Which of :data:`SOURCE_KEYS` are given."""
+        return [key for key in SOURCE_KEYS if getattr(self, key) is not None]
+
+    @property
+    def kind(self) -> str:
+        """The one that is given, once the rules hold."""
+        return self.keys_given[0]
+
+    @property
+    def value(self) -> str:
+        """Its value."""
+        return str(getattr(self, self.kind))
 
 
 class RewardConfig(Section, frozen=True):
@@ -110,7 +130,8 @@ class RewardConfig(Section, frozen=True):
         """The rewards to be summed, whichever way they were written."""
         if self.mix:
             return self.mix
-        return [RewardSource(model=self.model, label=self.label, function=self.function)]
+        given = {key: getattr(self, key) for key in SOURCE_KEYS}
+        return [RewardSource(**given, label=self.label)]
 
 
 class RolloutConfig(Section, frozen=True):

@@ -33,7 +33,7 @@ from engine.train.models.pretrained import eos_ids, load_policy, load_reference,
 from engine.train.ppo.optimise import make_optimiser
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import RewardInputs
+from engine.train.rewards.source import LoadContext, RewardInputs
 from engine.train.rollout.native import generate
 from engine.train.rollout.rollout import merge_rollouts
 from engine.train.rollout.stop_criteria import StopCriteria
@@ -86,9 +86,9 @@ def load_run(
     strategy, memory = check_memory(next_config(config, begin), prompts.longest, ranks, warn)
     on_host = config.parallel.frozen == "offload"
     loading("reward")
-    rewards = load_rewards(config.reward, tokenizer.get_vocab(), ranks)
-    for model in rewards.models:
-        model.settle(ranks, strategy, on_host=on_host)
+    rewards = load_rewards(
+        LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
+    )
     loading("policy")
     policy = load_policy(config, source, ranks, strategy)
     optimiser = make_optimiser(policy, config)

@@ -9,9 +9,8 @@ from engine.train.distributed.ranks import PeerRankError
 from engine.train.models.language_model import AnyModel
 from engine.train.ppo import masked
 from engine.train.ppo.forward import score_tokens
-from engine.train.rewards.function import FunctionError
 from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import RewardInputs
+from engine.train.rewards.source import FunctionError, RewardInputs
 from engine.train.rollout.native import generate
 from engine.train.run import Run
 
