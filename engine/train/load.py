@@ -18,8 +18,8 @@ from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.checkpoints.shards import load_training
-from engine.train.data.prompts import Prompts, batch_prompts, load_prompts
-from engine.train.data.randomness import derived_seed, sampling_uniforms
+from engine.train.data.prompts import Prompts, load_prompts
+from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.distributed.sharding import learner
 from engine.train.models.language_model import (
@@ -30,15 +30,13 @@ from engine.train.models.language_model import (
 )
 from engine.train.models.memory_check import check_memory
 from engine.train.models.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
-from engine.train.ppo.optimise import make_optimiser
+from engine.train.ppo.adamw import make_optimiser
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import LoadContext, RewardInputs
-from engine.train.rollout.native import generate
-from engine.train.rollout.rollout import merge_rollouts
+from engine.train.rollout.backend import BACKENDS, SamplingOptions, generate_responses
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Announce, Run, max_response_tokens
-from engine.train.step import own_rows
 
 log = logging.getLogger("engine")
 
@@ -103,8 +101,9 @@ def load_run(
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
 
     ending = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
+    backend = BACKENDS["native"](ending, tokenizer)
     run = Run(
-        config=config, device=ranks.device, tokenizer=tokenizer, ending=ending, prompts=prompts,
+        config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
         memory=memory,
@@ -137,18 +136,22 @@ def check_shares(config: RunConfig, ranks: int) -> None:
 
 
 def reference_scores(run: Run) -> Tensor:
-    """Raw scores (n,) of the reference model's own answers to the first prompts."""
+    """Raw scores (n,) of the reference model's own responses to the first prompts.
+
+    Called before the first step, so that the configuration in force is the one the run began with.
+    """
     config = run.config
     count = config.reward.normalise_samples
-    rows = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
-    batch = batch_prompts(rows, 1, run.tokenizer.eos_token_id or 0)
-    limit, temperature = config.rollout.max_new_tokens, config.rollout.temperature
-    uniforms = sampling_uniforms(config.seed, 0, count, limit)
-    own = own_rows(run.ranks, count, 1)
-    part = generate(
-        run.reference, batch.select(own), uniforms[own], temperature, run.ending, run.tokenizer
+    prompts = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
+    options = SamplingOptions(
+        seed=config.seed,
+        step=0,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
     )
-    answers = merge_rollouts(run.ranks, batch, part, own, limit, run.tokenizer)
+    answers = generate_responses(
+        run.backend, run.reference, prompts, options, run.tokenizer, run.ranks
+    )
     return run.rewards(RewardInputs.of(answers, 0))[0]
 
 

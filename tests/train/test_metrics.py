@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.train.data.prompts import PromptBatch
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.metrics import distinct_2, step_metrics
-from engine.train.ppo.optimise import LossSums, UpdateStats
+from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
 
 modest = settings(max_examples=40, deadline=None, derandomize=True)

@@ -27,9 +27,11 @@ from engine.config.settings import change_settings
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
+from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
-from engine.train.ppo.optimise import LossSums, backward, learning_rate
+from engine.train.ppo.optimise import backward
+from engine.train.ppo.update_stats import LossSums
 from engine.train.rollout.rollout import Rollout
 
 ALONE = RankGroup(LaunchConfig(device="cpu"))

@@ -3,69 +3,23 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from engine.config.schema import RunConfig, TrainConfig
+from engine.config.schema import RunConfig
 from engine.train.data.randomness import permutation
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor, synchronised
-from engine.train.models.language_model import LanguageModel
 from engine.train.ppo import losses
+from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import by_length, longest_first, rollout_forward
+from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
 
 MAX_MEAN_RATIO = 10.0
 """A minibatch whose mean ratio exceeds this would wreck the policy: it is skipped and counted."""
-
-
-@dataclass
-class LossSums:
-    """Sums over response tokens, of a minibatch or of all epochs."""
-
-    tokens: float = 0.0
-    policy_loss: float = 0.0
-    value_loss: float = 0.0
-    clipped: float = 0.0
-    value_clipped: float = 0.0
-    squared_log_ratio: float = 0.0
-    ratio: float = 0.0
-    squared_ratio: float = 0.0
-
-    def add(self, other: "LossSums") -> None:
-        """Adds another's sums to these."""
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def over(self, ranks: RankGroup) -> "LossSums":
-        """All ranks' sums together."""
-        if ranks.size == 1:
-            return self
-        numbers = torch.tensor([getattr(self, n) for n in self.__dataclass_fields__]).double()
-        return LossSums(*ranks.all_reduce_sum(numbers).tolist())
-
-    @property
-    def approx_kl(self) -> float:
-        """0.5·mean (log ρ)², to the rollout's policy."""
-        return 0.5 * self.squared_log_ratio / self.tokens
-
-
-@dataclass
-class UpdateStats:
-    """What happened in the epochs."""
-
-    sums: LossSums = field(default_factory=LossSums)
-    first: LossSums | None = None
-    """The first minibatch's, before any update: its ratio must be 1."""
-    grad_norms: list[float] = field(default_factory=list)
-    updates: int = 0
-    skipped: int = 0
-    nonfinite: int = 0
-    """Of the skipped ones, those whose loss or gradient was not finite."""
-    stopped_early: bool = False
 
 
 def optimise(
@@ -223,41 +177,3 @@ def _keep_policy(learner: nn.Module) -> None:
     for name, parameter in learner.named_parameters():
         if "value_head." not in name and "value_trunk." not in name:
             parameter.grad = None
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step `step` (from 1): linear warm-up, then the schedule down to 0 at the end."""
-    rate = config.learning_rate
-    if step <= config.warmup_steps:
-        return rate * step / config.warmup_steps
-    span = max(1, config.steps - config.warmup_steps)
-    left = 1 - (step - 1 - config.warmup_steps) / span
-    if config.schedule == "linear":
-        return rate * left
-    if config.schedule == "cosine":
-        return rate * 0.5 * (1 - math.cos(math.pi * left))
-    return rate
-
-
-def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW, fused. eps 1e-5: 1e-8 gave about six times the early approximate KL.
-
-    The value head has a rate of its own, `ppo.value_head_rate` times the others': it starts from
-    zero, and AdamW moves a weight by about the rate an update, so that at a rate made for a
-    trained model it is far from the returns for most of a run. (OpenRLHF's examples have 9 and 18
-    times for a whole critic.)
-    """
-    head = {id(p) for p in policy.value_head.parameters()} if policy.value_head is not None else ()
-    learning = [p for p in policy.parameters() if p.requires_grad]
-    times = config.ppo.value_head_rate or 1.0  # filled in by configfile.complete
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in learning if id(p) not in head], "times": 1.0},
-            {"params": [p for p in learning if id(p) in head], "times": times},
-        ],
-        lr=config.train.learning_rate,
-        betas=config.train.adam_betas,
-        eps=config.train.adam_eps,
-        weight_decay=config.train.weight_decay,
-        fused=True,
-    )
