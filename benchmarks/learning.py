@@ -52,7 +52,7 @@ BY_LENGTH = Undone(
     "micro-batches by length",
     {
         f"engine.train.{place}.longest_first": textbook.longest_first
-        for place in ("optimise", "rollout", "step")
+        for place in ("ppo.optimise", "ppo.forward", "step")
     },
 )
 ALWAYS = [
@@ -65,7 +65,7 @@ ALWAYS = [
     ),
     Undone(
         "log-probabilities without copies",
-        {"engine.train.rollout.rollout.token_logprobs": textbook.token_logprobs},
+        {"engine.train.ppo.forward.token_logprobs": textbook.token_logprobs},
     ),
     BY_LENGTH,
     Undone(
@@ -75,7 +75,9 @@ ALWAYS = [
             "engine.train.ppo.forward.rollout_forward": textbook.rollout_forward,
         },
     ),
-    Undone("cache, ended answers leave", {"engine.train.step.generate": textbook.generate}),
+    Undone(
+        "cache, ended answers leave", {"engine.train.rollout.native.generate": textbook.generate}
+    ),
     Undone("the rollout's log π used again", {"engine.train.step.old_policy": textbook.old_policy}),
     Undone(
         "frozen models in a file",
@@ -89,7 +91,7 @@ ON_THE_TRUNK = Undone(
 """Without them it is what TRL does: a second model, and one learning rate."""
 FLOAT32 = Undone("… and bfloat16 instead of float32", settings=("model.dtype=bfloat16",))
 GROUPS_ONCE = Undone(
-    "a group's prompt read once", {"engine.train.step.generate": textbook.generate}
+    "a group's prompt read once", {"engine.train.rollout.native.generate": textbook.generate}
 )
 ONE_BY_ONE = Undone(
     "policy and value one by one", {"engine.train.ppo.optimise.one_after_the_other": textbook.no}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from engine.train.data.prompts import PromptBatch
+from engine.train.ppo import forward
 from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.masked import response_mask
-from engine.train.rollout import rollout
-from engine.train.rollout.rollout import Rollout
+from engine.train.rollout.rollout import Rollout, assemble, left_mask
 from engine.train.rollout.sampling import sample
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Run
@@ -45,7 +45,7 @@ def rollout_forward(
     tokens = torch.cat([prompts, answers], 1)
     attention = torch.cat(
         [
-            rollout.left_mask(rollout.batch.lengths[rows], prompts.shape[1]),
+            left_mask(rollout.batch.lengths[rows], prompts.shape[1]),
             response_mask(rollout.lengths[rows], width).long(),
         ],
         1,
@@ -54,13 +54,13 @@ def rollout_forward(
     values = None if values is None else values[:, -width - 1 : -1]
     if logits is None or want == "values":
         return torch.zeros(answers.shape, device=answers.device), values, width
-    logprobs = rollout.token_logprobs(logits[:, -width - 1 : -1], answers, temperature)
+    logprobs = forward.token_logprobs(logits[:, -width - 1 : -1], answers, temperature)
     return logprobs, values, width
 
 
 def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old by a forward pass of their own."""
-    size, temperature = run.config.ppo.micro_batch_size, run.state.settings.temperature
+    size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     return score_tokens(run.policy, rollout, temperature, size, rows=own)
 
 
@@ -84,7 +84,7 @@ def generate(
     lengths = torch.full((count,), limit, dtype=torch.int64)
     eos, ended = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
     tokens = batch.ids
-    attention = rollout.left_mask(batch.lengths, tokens.shape[1])
+    attention = left_mask(batch.lengths, tokens.shape[1])
     for t in range(limit):
         logits, values = model(tokens, attention, 1)
         token, logprob, entropy = sample(logits[:, 0], uniforms[:, t], temperature)
@@ -102,7 +102,7 @@ def generate(
     beyond = ~response_mask(lengths, limit)
     ids[beyond] = 0
     floats[:, beyond] = 0
-    return rollout.assemble(batch, ids, lengths, eos, ended, floats, tokenizer)
+    return assemble(batch, ids, lengths, eos, ended, floats, tokenizer)
 
 
 def nothing(*_args: Any, **_named: Any) -> None:

@@ -91,13 +91,11 @@ def _check_finite(value: Any, path: str = "") -> None:
 
 def complete(config: RunConfig) -> RunConfig:
     """Fills in the defaults that depend on other keys."""
-    gae = config.ppo.advantage == "gae"
-    rollout, ppo = config.rollout, config.ppo
+    rollout, ppo, traits = config.rollout, config.ppo, config.ppo.traits
     if rollout.per_prompt is None:
-        answers = 4 if ppo.advantage == "rloo" else 1
-        rollout = msgspec.structs.replace(rollout, per_prompt=answers)
+        rollout = msgspec.structs.replace(rollout, per_prompt=traits.per_prompt)
     if ppo.whiten is None:
-        ppo = msgspec.structs.replace(ppo, whiten=gae)
+        ppo = msgspec.structs.replace(ppo, whiten=traits.whiten)
     lora = config.lora
     if ppo.value_head_rate is None:
         ppo = msgspec.structs.replace(ppo, value_head_rate=10.0 if lora.rank is None else 1.0)

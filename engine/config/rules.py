@@ -1,10 +1,11 @@
 """The rules between a configuration's keys; each key's own range is in its type."""
 
+from collections.abc import Sequence
 from functools import cache
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from engine.config.schema import RULE_CONDITIONS, RewardConfig, Rule, RunConfig
+from engine.config.schema import RULE_CONDITIONS, SOURCE_KEYS, RewardConfig, Rule, RunConfig
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
 
@@ -78,20 +79,24 @@ def check_rule(rule: Rule) -> None:
 
 
 def _check_reward(reward: RewardConfig) -> None:
-    given = [k for k in ("model", "function", "mix") if getattr(reward, k)]
+    keys = [f"reward.{key}" for key in (*SOURCE_KEYS, "mix")]
+    given = [key for key in keys if getattr(reward, key.removeprefix("reward."))]
     if len(given) != 1:
-        have = " and ".join(f"reward.{k}" for k in given) or "none"
-        raise ConfigError(
-            f"give exactly one of reward.model, reward.function and reward.mix (given: {have})"
-        )
+        have = " and ".join(given) or "none"
+        raise ConfigError(f"give exactly one of {_listed(keys)} (given: {have})")
     for i, source in enumerate(reward.sources()):
         where = f"reward.mix[{i}]" if reward.mix else "reward"
-        if (source.model is None) == (source.function is None):
-            raise ConfigError(f"{where} needs exactly one of model and function")
+        if len(source.keys_given) != 1:
+            raise ConfigError(f"{where} needs exactly one of {_listed(SOURCE_KEYS)}")
         if source.function is not None and not _names_a_function(source.function):
             raise ConfigError(
                 f"{where}.function must be written module:function, not '{source.function}'"
             )
+
+
+def _listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return ", ".join(words[:-1]) + f" and {words[-1]}"
 
 
 def _names_a_function(text: str) -> bool:
@@ -101,8 +106,12 @@ def _names_a_function(text: str) -> bool:
 
 def _check_batches(config: RunConfig) -> None:
     batch, per_prompt = config.rollout.batch_size, config.answers_per_prompt
-    if config.ppo.advantage == "rloo" and per_prompt < 2:
-        raise ConfigError("rollout.per_prompt must be 2 or more for ppo.advantage: rloo")
+    traits = config.ppo.traits
+    if per_prompt < traits.least_per_prompt:
+        raise ConfigError(
+            f"rollout.per_prompt must be {traits.least_per_prompt} or more for "
+            f"ppo.advantage: {config.ppo.advantage}"
+        )
     if batch % per_prompt:
         raise ConfigError(
             f"rollout.batch_size ({batch}) must be a multiple of rollout.per_prompt ({per_prompt})"
@@ -112,5 +121,5 @@ def _check_batches(config: RunConfig) -> None:
             f"rollout.batch_size ({batch}) must be a multiple of "
             f"ppo.minibatches ({config.ppo.minibatches})"
         )
-    if batch < 2 and config.ppo.baseline == "batch" and config.ppo.advantage == "reward":
+    if batch < 2 and traits.baseline and config.ppo.baseline == "batch":
         raise ConfigError("ppo.baseline: batch needs rollout.batch_size of 2 or more")

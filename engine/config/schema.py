@@ -63,6 +63,11 @@ class LoRAConfig(Section, frozen=True):
     """Linear layers by the ends of their names (`q_proj`); all but the output's when left out."""
 
 
+SOURCE_KEYS = ("model", "function")
+"""The keys that each say where a score comes from; a source of rewards has exactly one.
+:mod:`engine.train.rewards.mix` has what loads each."""
+
+
 class RewardSource(Section, frozen=True):
     """One voice in a mix of rewards: exactly one of `model` and `function`."""
 
@@ -76,6 +81,21 @@ class RewardSource(Section, frozen=True):
     """What its score is multiplied by in the sum."""
     name: str | None = None
     """What its own score is called in the metrics (`reward/NAME`)."""
+
+    @property
+    def keys_given(self) -> list[str]:
+        """Which of :data:`SOURCE_KEYS` are given."""
+        return [key for key in SOURCE_KEYS if getattr(self, key) is not None]
+
+    @property
+    def kind(self) -> str:
+        """The one that is given, once the rules hold."""
+        return self.keys_given[0]
+
+    @property
+    def value(self) -> str:
+        """Its value."""
+        return str(getattr(self, self.kind))
 
 
 class RewardConfig(Section, frozen=True):
@@ -110,7 +130,8 @@ class RewardConfig(Section, frozen=True):
         """The rewards to be summed, whichever way they were written."""
         if self.mix:
             return self.mix
-        return [RewardSource(model=self.model, label=self.label, function=self.function)]
+        given = {key: getattr(self, key) for key in SOURCE_KEYS}
+        return [RewardSource(**given, label=self.label)]
 
 
 class RolloutConfig(Section, frozen=True):
@@ -126,6 +147,30 @@ class RolloutConfig(Section, frozen=True):
     """Divides the logits of the policy and of the reference, everywhere."""
     stop: list[str] = []
     """An answer also ends where one of these stands in it."""
+
+
+class AdvantageTraits(Struct, frozen=True, kw_only=True):
+    """What the rest of the configuration needs to know of an advantage estimator."""
+
+    value_function: bool = False
+    """Whether a value function is trained beside the policy."""
+    baseline: bool = False
+    """Whether `ppo.baseline` has an effect."""
+    whiten: bool = False
+    """`ppo.whiten`, when left out."""
+    per_prompt: int = 1
+    """`rollout.per_prompt`, when left out."""
+    least_per_prompt: int = 1
+    """What `rollout.per_prompt` must be at least."""
+
+
+ADVANTAGES = {
+    "gae": AdvantageTraits(value_function=True, whiten=True),
+    "reward": AdvantageTraits(baseline=True),
+    "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
+}
+"""Every estimator, by its name in `ppo.advantage`; :mod:`engine.train.ppo.advantages` has the
+functions. The key's type below lists the same names."""
 
 
 class PPOConfig(Section, frozen=True):
@@ -166,6 +211,11 @@ class PPOConfig(Section, frozen=True):
     """Passes end when the approximate KL to the rollout's policy exceeds this."""
     max_grad_norm: Positive = 1.0
     """Longer gradients are shortened to it."""
+
+    @property
+    def traits(self) -> AdvantageTraits:
+        """What the chosen estimator needs."""
+        return ADVANTAGES[self.advantage]
 
 
 class KLConfig(Section, frozen=True):

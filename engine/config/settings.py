@@ -1,7 +1,9 @@
 """The values an operator may change while the run goes on, and what each may be set to.
 
-A step is homogeneous: the settings in force when it begins hold to its end. Every change is one
-:class:`Change`, recorded with its old and its new value.
+A rank keeps them in one place, its :class:`~engine.config.schema.RunConfig` in force:
+:func:`apply_settings` writes them into it and :func:`settings_of` reads them back, for checkpoints
+and messages. They change between two steps only. Every change is one :class:`SettingChange`,
+recorded with its old and its new value.
 """
 
 import math
@@ -9,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.config.schema import RunConfig
 from engine.errors import CommandRejectedError
@@ -28,7 +31,7 @@ LIVE_SETTINGS = {
     "temperature": "rollout.temperature",
     "max_new_tokens": "rollout.max_new_tokens",
 }
-"""Setting → the configuration key that gives its first value (and its type and range)."""
+"""Setting → its configuration key, which gives the first value, the type and the range."""
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,13 +63,29 @@ class SettingChange(Struct, frozen=True, kw_only=True):
     new: Any
 
 
-def initial_settings(config: RunConfig) -> Settings:
-    """What the configuration starts with."""
+def settings_of(config: RunConfig) -> Settings:
+    """The settings in a configuration."""
     values = {}
     for name, path in LIVE_SETTINGS.items():
         section, key = path.split(".")
         values[name] = getattr(getattr(config, section), key)
     return msgspec.convert(values, Settings, strict=False)
+
+
+def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
+    """The configuration with these settings in force; every other key stays."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, path in LIVE_SETTINGS.items():
+        section, key = path.split(".")
+        sections.setdefault(section, {})[key] = getattr(settings, name)
+    changed = {name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    return replace(config, **changed)
+
+
+def change_settings(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """The configuration with some settings changed, by name."""
+    merged = msgspec.structs.asdict(settings_of(config)) | values
+    return apply_settings(config, msgspec.convert(merged, Settings, strict=False))
 
 
 def check_settings(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:

@@ -53,8 +53,9 @@ class _Estimator:
         # LoRA's reference is the policy with its adapters off.
         self._borrowed = layout.lora_rank is not None and config.model.reference is None
         self._adapters = self._adapter_parameters()
-        self._separate = config.ppo.advantage == "gae" and config.model.value == "separate"
-        head = policy.hidden + 1 if config.ppo.advantage == "gae" else 0
+        valued = config.ppo.traits.value_function
+        self._separate = valued and config.model.value == "separate"
+        head = policy.hidden + 1 if valued else 0
         self._trunk = policy.parameters - policy.head if self._separate else 0
         adapters = self._adapters * (2 if self._separate else 1)
         self._trained = (adapters or policy.parameters + self._trunk) + head

@@ -15,7 +15,7 @@ from pathlib import Path
 from engine import __version__
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.config.settings import initial_settings
+from engine.config.settings import settings_of
 from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions, last_checkpoint
@@ -141,7 +141,7 @@ class Supervisor:
         self._config = config
         self._journal = journal
         self._restarts = 0
-        settings = config_file.as_mapping(initial_settings(config))
+        settings = config_file.as_mapping(settings_of(config))
         self.state = SupervisorState(settings=settings, attempt=Attempt(start), next=start)
         self.server = Server()
         self.publisher = EventPublisher(

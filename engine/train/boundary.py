@@ -10,7 +10,7 @@ from typing import Any, assert_never
 
 import msgspec
 
-from engine.config.settings import SettingChange, Settings
+from engine.config.settings import SettingChange, change_settings, settings_of
 from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
 from engine.kl import next_beta
 from engine.protocol.commands import (
@@ -109,9 +109,7 @@ class Boundary:
         if run.ranks.is_lead:
             heard = self._link.orders(wait)
             own = msgspec.msgpack.encode(
-                BoundaryBroadcast(
-                    orders=heard, seconds=run.state.seconds, beta=run.state.settings.beta
-                )
+                BoundaryBroadcast(orders=heard, seconds=run.state.seconds, beta=run.config.kl.beta)
             )
         word = msgspec.msgpack.decode(run.ranks.broadcast_bytes(own), type=BoundaryBroadcast)
         run.state.seconds = word.seconds
@@ -147,7 +145,7 @@ class Boundary:
             case Checkpoint():
                 self._checkpoint_now()
             case SetBeta() | SetKLController() | SetSetting():
-                changes = self._steer(command.new_values(self._run.state.settings))
+                changes = self._steer(command.new_values(settings_of(self._run.config)))
                 self._undoable.append(changes)
             case Undo():
                 changes = self._undo()
@@ -191,14 +189,12 @@ class Boundary:
         return self._change(values)
 
     def _change(self, values: dict[str, Any]) -> list[SettingChange]:
-        before = msgspec.structs.asdict(self._run.state.settings)
+        before = msgspec.structs.asdict(settings_of(self._run.config))
         self._set(values)
         return [SettingChange(key=k, old=before[k], new=v) for k, v in values.items()]
 
     def _set(self, values: dict[str, Any]) -> None:
-        state = self._run.state
-        merged = msgspec.structs.asdict(state.settings) | values
-        state.settings = msgspec.convert(merged, Settings, strict=False)
+        self._run.config = change_settings(self._run.config, values)
 
     # -- after a step -------------------------------------------------------------------------
 
@@ -207,11 +203,11 @@ class Boundary:
 
         `metrics` gains `time/checkpoint`, what saving took since the step before.
         """
-        state, kl = self._run.state, metrics["objective/kl"]
+        state, config, kl = self._run.state, self._run.config, metrics["objective/kl"]
         state.step, state.seconds = step, state.seconds + seconds
         metrics["time/checkpoint"] = self.keeper.step_done(metrics["objective/scores"], kl)
-        new = next_beta(state.settings, kl, self._run.config.rollout.batch_size)
-        return [] if new == state.settings.beta else self._change({"beta": new})
+        new = next_beta(config.kl, kl, config.rollout.batch_size)
+        return [] if new == config.kl.beta else self._change({"beta": new})
 
     def close(self) -> None:
         """Lets a save in flight finish when a step has failed."""

@@ -11,7 +11,7 @@ import msgspec
 from engine.errors import CheckpointError, RlhfError
 from engine.protocol.rank_messages import Begin, CheckpointComplete, CheckpointWritten, Notice
 from engine.train.checkpoints import folder as checkpoint_folder
-from engine.train.checkpoints.folder import TrainingState
+from engine.train.checkpoints.folder import SavedState
 from engine.train.checkpoints.saver import Outcome, Saved, Saver
 from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
@@ -25,10 +25,11 @@ CLOSE_TIMEOUT = 30.0
 """Seconds a save in flight is given when the run fails."""
 
 
-def settings_digest(state: TrainingState) -> bytes:
-    """What all ranks must agree on before a save.
+def settings_digest(state: SavedState) -> bytes:
+    """What all ranks must agree on before a save, as bytes to compare.
 
-    Not beta: the controller's last bit may differ on unlike processors until rank 0 tells its own.
+    Beta is left out: the controller's last bit may differ between unlike processors until rank 0
+    broadcasts its own.
     """
     settings = msgspec.structs.replace(state.settings, beta=0.0)
     return msgspec.msgpack.encode((state.step, state.episodes, state.sampling_seed, settings))
@@ -71,7 +72,7 @@ class CheckpointManager:
 
     def save_if_due(self) -> None:
         """At every `save_every` steps a save begins; a failure is a notice, the run goes on."""
-        every = self._run.state.settings.save_every
+        every = self._run.config.train.save_every
         if every and self._run.state.step % every == 0:
             self._begin_save()
 
@@ -91,21 +92,22 @@ class CheckpointManager:
         self._link.phase(state.step, "checkpoint")
         began = time.monotonic()
         self._saver.begin(
-            state, run.policy, run.tokenizer, run.optimiser, score=self._score, kl=self._kl
-        )
+            run.saved_state(), run.policy, run.tokenizer, run.optimiser,
+            score=self._score, kl=self._kl,
+        )  # fmt: skip
         self._saved = state.step
         self._seconds += time.monotonic() - began
 
     def _compare_ranks(self) -> None:
-        """All ranks must be at one place with one mind; what is saved would be one rank's.
+        """All ranks must agree on step and settings; otherwise the checkpoint would mix states.
 
         Raises:
-            RlhfError: they obeyed differently, which must never happen.
+            RlhfError: they differ, which must never happen.
         """
         ranks, state = self._run.ranks, self._run.state
         if ranks.size == 1:
             return
-        if len(set(ranks.all_gather_bytes(settings_digest(state)))) > 1:
+        if len(set(ranks.all_gather_bytes(settings_digest(self._run.saved_state())))) > 1:
             raise RlhfError(f"the ranks have come apart by step {state.step}; resume the run")
         # Whole on each rank, the weights agree to the last bit where the processors are alike.
         weights = fingerprint(self._run.policy) if self._run.strategy == "ddp" else ""

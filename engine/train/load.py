@@ -11,15 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from engine import starter
 from engine.config.schema import RunConfig
-from engine.config.settings import initial_settings
+from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
-from engine.train.checkpoints.folder import TrainingState
+from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.checkpoints.shards import load_training
-from engine.train.data.prompts import Prompts, batch_prompts, load_prompts
-from engine.train.data.randomness import derived_seed, sampling_uniforms
+from engine.train.data.prompts import Prompts, load_prompts
+from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.distributed.sharding import learner
 from engine.train.models.language_model import (
@@ -30,15 +30,13 @@ from engine.train.models.language_model import (
 )
 from engine.train.models.memory_check import check_memory
 from engine.train.models.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
-from engine.train.ppo.optimise import make_optimiser
+from engine.train.ppo.adamw import make_optimiser
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import RewardInputs
-from engine.train.rollout.native import generate
-from engine.train.rollout.rollout import merge_rollouts
+from engine.train.rewards.source import LoadContext, RewardInputs
+from engine.train.rollout.backend import BACKENDS, SamplingOptions, generate_responses
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Announce, Run, max_response_tokens
-from engine.train.step import own_rows
 
 log = logging.getLogger("engine")
 
@@ -67,11 +65,11 @@ def load_run(
     threads = set_threads_and_nice(ranks, config.launch)
     source = starter.resolve(config.model.policy)
     saved: Path | None = None
-    state = TrainingState(sampling_seed=config.seed, settings=initial_settings(config))
+    state = TrainingState(sampling_seed=config.seed)
     if begin.from_step:
         saved = checkpoint_folder.folder_of(session.checkpoints, begin.from_step)
         source = str(saved / "policy")
-        state = read_state(saved, ranks)
+        state, config = read_state(saved, ranks).restored(config)
 
     stages = itertools.count()
 
@@ -83,12 +81,12 @@ def load_run(
     loading("prompts")
     tokenizer = load_tokenizer(source, "model.policy", ranks)
     prompts = share_prompts(config, tokenizer, ranks)
-    strategy, memory = check_memory(config, prompts.longest, ranks, warn)
+    strategy, memory = check_memory(next_config(config, begin), prompts.longest, ranks, warn)
     on_host = config.parallel.frozen == "offload"
     loading("reward")
-    rewards = load_rewards(config.reward, tokenizer.get_vocab(), ranks)
-    for model in rewards.models:
-        model.settle(ranks, strategy, on_host=on_host)
+    rewards = load_rewards(
+        LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
+    )
     loading("policy")
     policy = load_policy(config, source, ranks, strategy)
     optimiser = make_optimiser(policy, config)
@@ -103,8 +101,9 @@ def load_run(
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
 
     ending = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
+    backend = BACKENDS["native"](ending, tokenizer)
     run = Run(
-        config=config, device=ranks.device, tokenizer=tokenizer, ending=ending, prompts=prompts,
+        config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
         memory=memory,
@@ -137,25 +136,40 @@ def check_shares(config: RunConfig, ranks: int) -> None:
 
 
 def reference_scores(run: Run) -> Tensor:
-    """Raw scores (n,) of the reference model's own answers to the first prompts."""
+    """Raw scores (n,) of the reference model's own responses to the first prompts.
+
+    Called before the first step, so that the configuration in force is the one the run began with.
+    """
     config = run.config
     count = config.reward.normalise_samples
-    rows = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
-    batch = batch_prompts(rows, 1, run.tokenizer.eos_token_id or 0)
-    limit, temperature = config.rollout.max_new_tokens, config.rollout.temperature
-    uniforms = sampling_uniforms(config.seed, 0, count, limit)
-    own = own_rows(run.ranks, count, 1)
-    part = generate(
-        run.reference, batch.select(own), uniforms[own], temperature, run.ending, run.tokenizer
+    prompts = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
+    options = SamplingOptions(
+        seed=config.seed,
+        step=0,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
     )
-    answers = merge_rollouts(run.ranks, batch, part, own, limit, run.tokenizer)
+    answers = generate_responses(
+        run.backend, run.reference, prompts, options, run.tokenizer, run.ranks
+    )
     return run.rewards(RewardInputs.of(answers, 0))[0]
 
 
-def read_state(folder: Path, ranks: RankGroup) -> TrainingState:
+def next_config(config: RunConfig, begin: Begin) -> RunConfig:
+    """The configuration of the first step: with the changes that are repeated before it.
+
+    They come from an attempt that ended after the checkpoint, or from a resume's own overrides.
+    """
+    for replayed in begin.replay:
+        if replayed.step == begin.from_step + 1:
+            config = change_settings(config, {c.key: c.new for c in replayed.changes})
+    return config
+
+
+def read_state(folder: Path, ranks: RankGroup) -> SavedState:
     """A checkpoint's state on every rank; rank 0 holds the files against their hashes."""
     own = msgspec.msgpack.encode(checkpoint_folder.read_state(folder)) if ranks.is_lead else b""
-    return msgspec.msgpack.decode(ranks.broadcast_bytes(own), type=TrainingState)
+    return msgspec.msgpack.decode(ranks.broadcast_bytes(own), type=SavedState)
 
 
 def share_prompts(
@@ -210,7 +224,7 @@ def _recognise(
 
 
 def _check_room(run: Run) -> None:
-    room, wanted = max_response_tokens(run), run.state.settings.max_new_tokens
+    room, wanted = max_response_tokens(run), run.config.rollout.max_new_tokens
     if room is not None and wanted > room:
         raise UserInputError(
             f"rollout.max_new_tokens ({wanted}) may be {room} at most: there the model ends, after "

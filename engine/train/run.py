@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -12,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.schema import RunConfig
 from engine.memory.model import Estimate
 from engine.protocol.rank_messages import RankTimes
-from engine.train.checkpoints.folder import TrainingState
+from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.data.prompts import Prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import AnyModel, LanguageModel
+from engine.train.ppo.metrics import peak_memory
 from engine.train.rewards.mix import RewardMix
+from engine.train.rollout.backend import RolloutBackend
 from engine.train.rollout.rollout import ReportProgress
-from engine.train.rollout.stop_criteria import StopCriteria
 
 
 class PhaseTimer:
@@ -38,6 +40,14 @@ class PhaseTimer:
             torch.cuda.synchronize(run.device)
         self.seconds[name] = time.perf_counter() - began
 
+    def gather(self, run: "Run") -> None:
+        """Sets :attr:`ranks`, on every rank, to what this step took each of them so far."""
+        own = RankTimes(
+            rank=run.ranks.rank, seconds=self.seconds, peak_memory=peak_memory(run.device)
+        )
+        gathered = run.ranks.all_gather_bytes(msgspec.msgpack.encode(own))
+        self.ranks = [msgspec.msgpack.decode(g, type=RankTimes) for g in gathered]
+
 
 Announce = Callable[..., ReportProgress]
 """Takes a step, a phase's name and, where known, what is done of how much."""
@@ -48,9 +58,11 @@ class Run:
     """Everything a step works with."""
 
     config: RunConfig
+    """In force for the next step; only its live settings change, at step boundaries."""
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
-    ending: StopCriteria
+    backend: RolloutBackend
+    """Generates responses."""
     prompts: Prompts
     ranks: RankGroup
     """The ranks of this attempt."""
@@ -70,6 +82,10 @@ class Run:
     checked: bool = False
     """Whether this attempt's first rollout was held against a full forward pass."""
     clock: PhaseTimer = field(default_factory=PhaseTimer)
+
+    def saved_state(self) -> SavedState:
+        """What a checkpoint made now holds besides the weights."""
+        return SavedState.of(self.state, self.config)
 
 
 def max_response_tokens(run: Run) -> int | None:

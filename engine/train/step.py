@@ -2,33 +2,21 @@
 
 import time
 
-import msgspec
-import torch
 from torch import Tensor
 
-from engine.errors import RlhfError
-from engine.protocol.rank_messages import RankTimes, Sample
-from engine.train.data.prompts import batch_prompts
-from engine.train.data.randomness import sampling_uniforms
-from engine.train.distributed.ranks import RankGroup
-from engine.train.ppo import advantages, masked
+from engine.protocol.rank_messages import Sample
+from engine.train.ppo.adamw import learning_rate
+from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens
-from engine.train.ppo.metrics import peak_memory, step_metrics
-from engine.train.ppo.optimise import Targets, learning_rate, optimise
+from engine.train.ppo.metrics import source_metrics, speed_metrics, step_metrics
+from engine.train.ppo.optimise import optimise
 from engine.train.reports.samples import kept_samples
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
-from engine.train.rollout.native import generate
-from engine.train.rollout.rollout import ReportProgress, Rollout, merge_rollouts
+from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.validate import check_first_rollout
 from engine.train.run import Run
-
-GAP_LIMIT = 1e-4
-"""Cached and full forward passes of one model agree to this, nats a token, in float32 …"""
-
-MIXED_GAP_LIMIT = 0.5
-"""… and to this in bfloat16, where only gross mistakes can be told."""
-
-BASELINE_DECAY = 0.9
 
 
 def train_step(
@@ -48,7 +36,7 @@ def train_step(
     Returns:
         The step's metrics, and the samples that are kept.
     """
-    config, settings, state, ranks = run.config, run.state.settings, run.state, run.ranks
+    config, state, ranks = run.config, run.state, run.ranks
     began, clock = time.perf_counter(), run.clock
     clock.seconds.clear()
 
@@ -67,7 +55,7 @@ def train_step(
     with clock.phase(run, step, "reference") as report:
         size = config.ppo.micro_batch_size
         ref_logprobs, _ = score_tokens(
-            run.reference, rollout, settings.temperature, size,
+            run.reference, rollout, config.rollout.temperature, size,
             rows=own, want="logits", report=report,
         )  # fmt: skip
         old_logprobs, old_values = old_policy(run, rollout, own)
@@ -75,25 +63,33 @@ def train_step(
 
     if not run.checked and recorded is None:
         check_first_rollout(run, rollout, old_logprobs, ref_logprobs)
+        run.checked = True
 
     # 4. Advantages, from the whole global batch.
-    targets = make_targets(run, rollout, scores, old_logprobs, ref_logprobs, old_values)
+    targets = make_targets(
+        AdvantageInputs(
+            scores, old_logprobs, ref_logprobs, old_values, rollout.mask, rollout.lengths,
+            config.ppo, config.kl.beta, config.answers_per_prompt, state.baseline,
+        )
+    )  # fmt: skip
+    if targets.baseline is not None:
+        state.baseline = targets.baseline
 
     # 5. Several epochs of clipped updates.
     with clock.phase(run, step, "optimise") as report:
         done = optimise(
-            ranks, run.learner, run.optimiser, rollout, targets, config, settings,
+            ranks, run.learner, run.optimiser, rollout, targets, config,
             seed=state.sampling_seed, step=step, report=report,
         )  # fmt: skip
 
-    # 6. What there is to tell.
+    # 6. Metrics and samples.
     state.episodes += len(scores)
-    metrics = step_metrics(rollout, scores, ref_logprobs, targets, done, settings)
+    metrics = step_metrics(rollout, scores, ref_logprobs, targets, done, config.kl.beta)
     metrics["episode"] = float(state.episodes)
-    metrics["lr"] = learning_rate(config, settings, step)
-    metrics |= _mean_parts(parts)
-    clock.ranks = gather_rank_times(run)
-    metrics |= _speed(clock.ranks, rollout, time.perf_counter() - began)
+    metrics["lr"] = learning_rate(config.train, step)
+    metrics |= source_metrics(parts)
+    clock.gather(run)
+    metrics |= speed_metrics(clock.ranks, rollout, time.perf_counter() - began)
     kept: list[Sample] = []
     if ranks.is_lead:  # it tells of them, so the others need none
         kept = kept_samples(
@@ -103,23 +99,19 @@ def train_step(
 
 
 def take_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
-    """The policy's answers to the step's prompts; each rank writes those to a stretch of them."""
-    config, settings, limit = run.config, run.state.settings, run.state.settings.max_new_tokens
+    """The policy's responses to the step's prompts."""
+    rollout = run.config.rollout
+    options = SamplingOptions(
+        seed=run.state.sampling_seed,
+        step=step,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
+        per_prompt=run.config.answers_per_prompt,
+    )
     prompts = run.prompts.for_step(step)
-    batch = batch_prompts(prompts, config.answers_per_prompt, run.tokenizer.eos_token_id or 0)
-    uniforms = sampling_uniforms(run.state.sampling_seed, step, config.rollout.batch_size, limit)
-    own = own_rows(run.ranks, len(prompts), config.answers_per_prompt)
-    part = generate(
-        run.policy, batch.select(own), uniforms[own], settings.temperature, run.ending,
-        run.tokenizer, report, per_prompt=config.answers_per_prompt,
-    )  # fmt: skip
-    return merge_rollouts(run.ranks, batch, part, own, limit, run.tokenizer)
-
-
-def own_rows(ranks: RankGroup, prompts: int, per_prompt: int) -> Tensor:
-    """This rank's rows of the batch, (n,) int64: all answers to a stretch of the prompts."""
-    share = ranks.contiguous_share(prompts)
-    return torch.arange(share.start * per_prompt, share.stop * per_prompt)
+    return generate_responses(
+        run.backend, run.policy, prompts, options, run.tokenizer, run.ranks, report
+    )
 
 
 def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +121,7 @@ def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]
     bfloat16 they do not, and are always computed again by the forward pass that training uses. A
     separate value trunk has not seen the tokens yet. What is computed is shared out: `own` rows.
     """
-    size, temperature = run.config.ppo.micro_batch_size, run.state.settings.temperature
+    size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     if run.config.model.dtype != "float32":
         logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=own)
         return run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
@@ -137,110 +129,3 @@ def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]
         _, values = score_tokens(run.policy, rollout, temperature, size, rows=own, want="values")
         return rollout.logprobs * rollout.mask, run.ranks.all_reduce_sum(values)
     return rollout.logprobs * rollout.mask, rollout.values * rollout.mask
-
-
-def gather_rank_times(run: Run) -> list[RankTimes]:
-    """What this step took each rank so far; by rank, on all of them."""
-    mine = RankTimes(
-        rank=run.ranks.rank, seconds=run.clock.seconds, peak_memory=peak_memory(run.device)
-    )
-    told = run.ranks.all_gather_bytes(msgspec.msgpack.encode(mine))
-    return [msgspec.msgpack.decode(t, type=RankTimes) for t in told]
-
-
-def make_targets(
-    run: Run,
-    rollout: Rollout,
-    scores: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    old_values: Tensor,
-) -> Targets:
-    """Advantages (and, for gae, returns) by `ppo.advantage`."""
-    config, beta, mask = run.config.ppo, run.state.settings.beta, rollout.mask
-    if config.advantage == "gae":
-        rewards = advantages.token_rewards(
-            scores, old_logprobs, ref_logprobs, rollout.lengths, beta
-        )
-        if config.whiten_rewards:
-            rewards = masked.whiten(rewards, mask, shift_mean=False)
-        advantage = advantages.generalised_advantages(
-            rewards, old_values, mask, config.gamma, config.lam
-        )
-        returns = (advantage + old_values) * mask
-        advantage = masked.whiten(advantage, mask) if config.whiten else advantage
-        return Targets(old_logprobs, advantage, old_values, returns)
-    outcome = scores - beta * masked.sequence_kl(old_logprobs, ref_logprobs, mask)
-    if config.advantage == "rloo":
-        outcome = advantages.leave_one_out(outcome, run.config.answers_per_prompt)
-    else:
-        outcome = outcome - _baseline(run, outcome)
-    advantage = outcome[:, None] * mask
-    advantage = masked.whiten(advantage, mask) if config.whiten else advantage
-    return Targets(old_logprobs, advantage)
-
-
-def _baseline(run: Run, outcome: Tensor) -> float:
-    """What `ppo.baseline` subtracts; the running one is a mean over earlier steps."""
-    mean = float(outcome.mean())
-    if run.config.ppo.baseline == "none":
-        return 0.0
-    if run.config.ppo.baseline == "batch":
-        return mean
-    before = run.state.baseline
-    run.state.baseline = (
-        mean if before is None else BASELINE_DECAY * before + (1 - BASELINE_DECAY) * mean
-    )
-    return mean if before is None else before
-
-
-def check_first_rollout(
-    run: Run, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor
-) -> None:
-    """Holds an attempt's first rollout against what must be true of any.
-
-    A model whose cache, positions or masks are used wrongly still trains, on the wrong ratios: a
-    few answers' log-probabilities while generating must be those of a full forward pass. Before the
-    first update the policy is its reference, so the KL must be 0.
-
-    Raises:
-        RlhfError: they disagree by more than rounding.
-    """
-    few, name = rollout.rows[:4], type(run.policy.lm).__name__
-    exact = run.config.model.dtype == "float32"
-    full, _ = score_tokens(
-        run.policy, rollout.select(few), run.state.settings.temperature, len(few), want="logits"
-    )
-    gap = float((full - rollout.logprobs[few] * rollout.mask[few]).abs().max())
-    if gap > (GAP_LIMIT if exact else MIXED_GAP_LIMIT):
-        raise RlhfError(
-            f"{name}: log-probabilities while generating and in a full forward pass differ by "
-            f"{gap:.2g} nats on a token, more than rounding explains: this architecture cannot be "
-            "trained safely here"
-        )
-    kl = float(masked.sequence_kl(old_logprobs, ref_logprobs, rollout.mask).abs().mean())
-    own_start = run.config.model.reference is None and run.state.step == 0
-    if exact and own_start and kl > GAP_LIMIT * rollout.ids.shape[1]:
-        raise RlhfError(
-            f"{name}: the KL to the reference is {kl:.2g} nats before the first update, not 0"
-        )
-    run.checked = True
-
-
-def _mean_parts(parts: dict[str, list[float | None]]) -> dict[str, float]:
-    """Each source's own mean score, where there are several."""
-    if len(parts) < 2:
-        return {}
-    heard = {k: [s for s in v if s is not None] for k, v in parts.items()}
-    return {f"reward/{k}": sum(v) / len(v) for k, v in heard.items() if v}
-
-
-def _speed(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> dict[str, float]:
-    """Of each phase the slowest rank's time: the others wait for it."""
-    times = {f"time/{k}": max(r.seconds[k] for r in ranks) for k in ranks[0].seconds}
-    return times | {
-        "time/step": seconds,
-        "perf/tokens_per_second": float(rollout.lengths.sum()) / seconds,
-        "perf/episodes_per_second": len(rollout.ids) / seconds,
-        "perf/peak_memory_gb": max(r.peak_memory for r in ranks) / 1e9,
-    }

@@ -19,6 +19,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import LaunchConfig, RunConfig
+from engine.config.settings import settings_of
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.launch.environment import LAUNCH_VARIABLE, PARENT_VARIABLE
 from engine.protocol.rank_messages import Begin, Failed, Notice, Ready, StepReport
@@ -120,7 +121,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
 
     run = load_run(session, config, begin, ranks, link.phase, short_of_memory)
     boundary = Boundary(session, run, begin, link)
-    link.send(Ready(info=facts(run), settings=msgspec.to_builtins(run.state.settings)))
+    link.send(Ready(info=facts(run), settings=msgspec.to_builtins(settings_of(run.config))))
     events = None
     if config.log.tensorboard and ranks.is_lead:
         events = EventFiles(session.tensorboard, begin.from_step)
@@ -135,7 +136,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
             changes = boundary.after(step, metrics, time.monotonic() - began)
             if events is not None:
                 events.step(step, metrics, samples)
-            settings = msgspec.to_builtins(run.state.settings)
+            settings = msgspec.to_builtins(settings_of(run.config))
             link.send(
                 StepReport(
                     step=step,

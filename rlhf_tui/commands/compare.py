@@ -10,7 +10,7 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.rules import check_rule
 from engine.config.schema import GuardrailConfig
-from engine.config.settings import initial_settings
+from engine.config.settings import settings_of
 from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import SampleRow
@@ -80,7 +80,7 @@ def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json
 
 def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
     rails = Guardrails(config)
-    settings = config_file.as_mapping(initial_settings(run))
+    settings = config_file.as_mapping(settings_of(run))
     changes: dict[int, dict[str, Any]] = {}
     for command in record.commands():
         if command.status == "applied" and command.live and command.applied_step is not None:

@@ -7,7 +7,7 @@ import pytest
 
 from engine import starter
 from engine.config import file as config_file
-from engine.config.settings import initial_settings
+from engine.config.settings import settings_of
 from engine.errors import CommandRejectedError
 from engine.protocol.commands import (
     COMMANDS,
@@ -35,7 +35,7 @@ CONFIG = config_file.load(starter.FOLDER / "demo.yaml")
 
 def moment(**changed):
     values = {
-        "state": "running", "paused": False, "settings": initial_settings(CONFIG),
+        "state": "running", "paused": False, "settings": settings_of(CONFIG),
         "batch_size": CONFIG.rollout.batch_size, "checkpoint_steps": lambda: [2, 4],
     }  # fmt: skip
     return Moment(**(values | changed))
@@ -118,7 +118,7 @@ def test_only_commands_that_change_settings_say_that_they_do():
         kind
         for kind in COMMANDS.values()
         if msgspec.convert(examples.get(kind, {}) | {"command": kind.name()}, kind).new_values(
-            initial_settings(CONFIG)
+            settings_of(CONFIG)
         )
     }
     assert changing == {SetBeta, SetSetting, SetKLController}

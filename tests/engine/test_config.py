@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 
 from engine import starter
 from engine.config import file as config_file
-from engine.config.schema import RunConfig
+from engine.config.schema import ADVANTAGES, PPOConfig, RunConfig
+from engine.config.settings import (
+    LIVE_SETTINGS,
+    apply_settings,
+    change_settings,
+    settings_of,
+)
 from engine.errors import ConfigError
 
 modest = settings(max_examples=50, deadline=None, derandomize=True)
@@ -211,6 +218,41 @@ def test_changes_are_listed_by_their_dotted_keys():
         "kl.beta": (demo().kl.beta, 0.25),
         "train.steps": (demo().train.steps, 9),
     }
+
+
+CHANGED = {
+    "beta": 0.9, "controller": "fixed", "target": 3.0, "horizon": 500.0, "beta_min": 0.01,
+    "beta_max": 2.0, "learning_rate": 3e-4, "save_every": 7, "clip_range": 0.31, "epochs": 5,
+    "stop_kl": 0.4, "temperature": 0.8, "max_new_tokens": 33,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIVE_SETTINGS)
+def test_a_live_setting_changes_its_own_key_and_no_other(name):
+    changed = change_settings(demo(), {name: CHANGED[name]})
+    assert list(config_file.changes(demo(), changed)) == [LIVE_SETTINGS[name]]
+    assert getattr(settings_of(changed), name) == CHANGED[name]
+
+
+def test_settings_of_a_configuration_put_back_into_it_change_nothing():
+    assert apply_settings(demo(), settings_of(demo())) == demo()
+
+
+def test_the_advantage_key_takes_the_estimators_of_the_table_and_no_others():
+    assert get_args(get_type_hints(PPOConfig)["advantage"]) == tuple(ADVANTAGES)
+    with pytest.raises(ConfigError, match="one of gae, reward, rloo"):
+        demo("ppo.advantage=grpo")
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_what_an_estimator_declares_fills_in_the_keys_left_out(name):
+    config = demo(f"ppo.advantage={name}")
+    assert config.ppo.whiten == ADVANTAGES[name].whiten
+    assert config.rollout.per_prompt == ADVANTAGES[name].per_prompt
+    least = ADVANTAGES[name].least_per_prompt
+    if least > 1:
+        with pytest.raises(ConfigError, match=f"must be {least} or more for ppo.advantage: {name}"):
+            demo(f"ppo.advantage={name}", f"rollout.per_prompt={least - 1}")
 
 
 def test_nothing_that_is_not_finite_gets_through():

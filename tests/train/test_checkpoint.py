@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.config.settings import SettingChange, change_settings
 from engine.errors import CheckpointError
-from engine.protocol.rank_messages import Begin
+from engine.memory.estimate import estimate
+from engine.memory.model import Layout
+from engine.protocol.rank_messages import Begin, ReplayedChange
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
+from engine.train.models.shapes import models_of
 from engine.train.step import train_step
 
 DEADLINE = 120
@@ -25,7 +29,7 @@ DEADLINE = 120
 
 
 def begin(saver, run, score=1.0):
-    saver.begin(run.state, run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5)
+    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5)
 
 
 def save(run, session, score=1.0):
@@ -50,9 +54,9 @@ def silent(_step, _name, *_progress):
     return lambda _done, _total: None
 
 
-def resumed(session):
+def resumed(session, **words):
     config = session.config()
-    begin = Begin(attempt=2, from_step=1)
+    begin = Begin(attempt=2, from_step=1, **words)
     return load_run(session, config, begin, RankGroup(config.launch), silent)
 
 
@@ -63,6 +67,28 @@ def test_a_resumed_run_takes_the_very_same_next_step(make_run, assert_same_step,
     run.state.step = 1
     save(run, session)
     assert_same_step(run, resumed(session), 2)
+
+
+def test_settings_that_changed_live_are_in_force_from_the_first_moment_of_a_resume(trained):
+    run, session = trained
+    run.config = change_settings(run.config, {"max_new_tokens": 40, "beta": 0.5})
+    save(run, session)
+    again = resumed(session)
+    assert again.config == run.config != session.config()
+    models = models_of(run.config, run.prompts.longest, "cpu")
+    expected = estimate(run.config, models, Layout()).phases["generate"]["KV cache"]
+    assert again.memory.phases["generate"]["KV cache"] == expected
+
+
+def test_memory_is_checked_for_what_a_resumes_own_overrides_ask_for(trained):
+    run, session = trained
+    save(run, session)
+    change = SettingChange(key="max_new_tokens", old=10, new=50)
+    repeated = ReplayedChange(step=2, command="resume", changes=[change])
+    again = resumed(session, replay=[repeated])
+    assert again.config.rollout.max_new_tokens == 10, "it changes at the boundary"
+    sizes = [r.memory.phases["generate"]["KV cache"] for r in (run, again)]
+    assert sizes[1] > sizes[0]
 
 
 def test_plain_transformers_loads_the_policy_with_its_tokenizer(trained):

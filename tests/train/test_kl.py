@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config.schema import DataConfig, ModelConfig, RewardConfig, RunConfig
-from engine.config.settings import initial_settings
+from engine.config.schema import KLConfig
 from engine.kl import next_beta
 from engine.train.ppo import advantages, masked
 from engine.train.ppo.logprobs import token_logprobs
@@ -19,12 +18,7 @@ BETAS = st.sampled_from([0.0, 0.05, 0.5, 2.0])
 
 
 def controller(**values):
-    config = RunConfig(
-        model=ModelConfig(policy="p"),
-        data=DataConfig(prompts="d"),
-        reward=RewardConfig(function="m:f"),
-    )
-    return msgspec.structs.replace(initial_settings(config), controller="adaptive", **values)
+    return KLConfig(controller="adaptive", **values)
 
 
 def slow_step(beta, kl, episodes, *, target, horizon, low, high):

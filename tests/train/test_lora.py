@@ -42,7 +42,7 @@ variants = pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.
 
 def save(run, session):
     saver = Saver(session.checkpoints)
-    saver.begin(run.state, run.policy, run.tokenizer, run.optimiser, score=1.0, kl=0.5)
+    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=1.0, kl=0.5)
     outcome = saver.wait(DEADLINE)
     if isinstance(outcome, CheckpointError):
         raise outcome

@@ -5,29 +5,18 @@ Relative tolerance 1e-5: float32 sums of at most 32 numbers.
 
 import math
 
-import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config.schema import DataConfig, ModelConfig, RewardConfig, RunConfig
-from engine.config.settings import initial_settings
 from engine.train.data.prompts import PromptBatch
+from engine.train.ppo.advantages import Targets
 from engine.train.ppo.metrics import distinct_2, step_metrics
-from engine.train.ppo.optimise import LossSums, Targets, UpdateStats
+from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
 
 modest = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-def in_force(beta):
-    config = RunConfig(
-        model=ModelConfig(policy="p"),
-        data=DataConfig(prompts="d"),
-        reward=RewardConfig(function="m:f"),
-    )
-    return msgspec.structs.replace(initial_settings(config), beta=beta)
 
 
 def optimised(**sums):
@@ -70,7 +59,7 @@ def steps(draw, min_answers=1):
 
 
 def measure(step, beta=0.5, done=None):
-    return step_metrics(*step, done or optimised(), in_force(beta))
+    return step_metrics(*step, done or optimised(), beta)
 
 
 def tokens(rollout):

@@ -23,12 +23,15 @@ from engine.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from engine.config.settings import initial_settings
+from engine.config.settings import change_settings
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
+from engine.train.ppo.adamw import learning_rate
+from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
-from engine.train.ppo.optimise import LossSums, Targets, backward, learning_rate
+from engine.train.ppo.optimise import backward
+from engine.train.ppo.update_stats import LossSums
 from engine.train.rollout.rollout import Rollout
 
 ALONE = RankGroup(LaunchConfig(device="cpu"))
@@ -151,7 +154,7 @@ def gradients(policy):
 
 
 def fast(policy, minibatch, config, rows=ALL, warming_up=False):
-    sums = backward(ALONE, policy, *minibatch, rows, config, initial_settings(config), warming_up)
+    sums = backward(ALONE, policy, *minibatch, rows, config, warming_up)
     return gradients(policy), sums
 
 
@@ -256,10 +259,7 @@ def test_while_warming_up_the_value_alone_learns(value):
 
 def rates(**of_train):
     config = run_config(**of_train)
-    return [
-        learning_rate(config, initial_settings(config), step)
-        for step in range(1, config.train.steps + 1)
-    ]
+    return [learning_rate(config.train, step) for step in range(1, config.train.steps + 1)]
 
 
 def test_the_constant_schedule_stays_at_the_settings_rate():
@@ -290,9 +290,8 @@ def test_the_cosine_schedule_falls_by_half_a_wave(warmup):
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_a_rate_set_by_hand_scales_the_whole_schedule(schedule):
-    config = run_config(schedule=schedule, warmup=3)
-    doubled = msgspec.structs.replace(initial_settings(config), learning_rate=4e-3)
-    got = [learning_rate(config, doubled, step) for step in range(1, 11)]
+    config = change_settings(run_config(schedule=schedule, warmup=3), {"learning_rate": 4e-3})
+    got = [learning_rate(config.train, step) for step in range(1, 11)]
     assert got == pytest.approx([2 * x for x in rates(schedule=schedule, warmup=3)])
 
 

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config.schema import ADVANTAGES, PPOConfig
 from engine.train.ppo import advantages, losses, masked
+from engine.train.ppo.advantages import AdvantageInputs, generalised_advantages, make_targets
 
 CLIPS = st.sampled_from([0.1, 0.2, 0.3])
 KINDS = st.sampled_from(["token", "sequence"])
@@ -282,7 +284,7 @@ def test_what_stands_beyond_the_length_changes_nothing(batch, kind, junk):
 
     def everything(new, old, advantage, returns):
         terms = losses.policy_terms(new, old, advantage, mask, 0.2, kind)
-        gae = advantages.generalised_advantages(new, old, mask, 0.9, 0.8)
+        gae = generalised_advantages(new, old, mask, 0.9, 0.8)
         tables = [gae, masked.whiten(advantage, mask), losses.log_ratio(new, old, mask, kind)]
         return [
             *[x[mask] for x in tables],
@@ -293,3 +295,35 @@ def test_what_stands_beyond_the_length_changes_nothing(batch, kind, junk):
 
     for a, b in zip(everything(*clean), everything(*dirty), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def inputs_of(scores, config, baseline=None):
+    """Responses of two tokens under a policy that is its reference: outcomes are the scores."""
+    b = len(scores)
+    zeros, lengths = torch.zeros(b, 2), torch.full((b,), 2)
+    mask = torch.ones(b, 2, dtype=torch.bool)
+    return AdvantageInputs(
+        torch.tensor(scores), zeros, zeros, zeros, mask, lengths, config, 0.1, 2, baseline
+    )
+
+
+def test_every_estimator_that_can_be_configured_has_a_function_and_the_other_way_round():
+    assert set(advantages.ESTIMATORS) == set(ADVANTAGES)
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_an_estimator_returns_values_exactly_where_it_declares_a_value_function(name):
+    targets = make_targets(inputs_of([1.0, 3.0], PPOConfig(advantage=name, whiten=False)))
+    assert (targets.returns is not None) == ADVANTAGES[name].value_function
+    assert (targets.old_values is not None) == ADVANTAGES[name].value_function
+    assert targets.advantages.shape == (2, 2)
+
+
+def test_the_running_baseline_is_a_mean_over_earlier_steps_that_moves_by_a_tenth():
+    config = PPOConfig(advantage="reward", baseline="running", whiten=False)
+    first = make_targets(inputs_of([1.0, 3.0], config))
+    assert first.advantages[:, 0].tolist() == [-1.0, 1.0]
+    assert first.baseline == 2.0
+    second = make_targets(inputs_of([12.0, 12.0], config, first.baseline))
+    assert second.advantages[:, 0].tolist() == [10.0, 10.0]
+    assert second.baseline == pytest.approx(0.9 * 2.0 + 0.1 * 12.0)

@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -14,15 +15,15 @@ from transformers import (
 )
 
 from engine import starter
-from engine.config.schema import LaunchConfig, RewardConfig
+from engine.config.schema import SOURCE_KEYS, LaunchConfig, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards.function import FunctionReward
-from engine.train.rewards.mix import RewardMix, load_rewards
+from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
 from engine.train.rewards.model import RewardModel
 from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import RewardInputs
+from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn
 
 ALONE = RankGroup(LaunchConfig(device="cpu"))
 
@@ -86,11 +87,32 @@ def test_a_coroutine_function_is_awaited(module, answers):
 
 def test_a_mix_is_the_weighted_sum_of_those_that_have_an_opinion(module, answers):
     both = RewardMix(
-        {"a": (0.5, judge(module, "length")), "b": (2.0, judge(module, "picky"))}, ALONE
+        {
+            "a": WeightedReward(0.5, RunsOn.RANK_0, judge(module, "length")),
+            "b": WeightedReward(2.0, RunsOn.RANK_0, judge(module, "picky")),
+        },
+        ALONE,
     )
     scores, parts = both(answers)
     assert scores.tolist() == [5.5 + 3.0, 17.0, 1.5]
     assert parts["b"] == [1.5, None, None]
+
+
+def test_every_key_that_selects_a_source_has_a_loader_and_the_other_way_round():
+    assert tuple(KINDS) == SOURCE_KEYS
+    fields = {f.name for f in msgspec.structs.fields(RewardConfig)}
+    assert fields >= set(SOURCE_KEYS)
+    assert {f.name for f in msgspec.structs.fields(RewardSource)} >= set(SOURCE_KEYS)
+
+
+def test_sources_of_a_mix_are_named_after_their_value_and_told_apart(module, answers, tokenizer):
+    function = RewardSource(function="judges_for_test:length")
+    sources = [function, RewardSource(model="starter:reward"), function]
+    mix = load_rewards(
+        LoadContext(RewardConfig(mix=sources, path=module), tokenizer.get_vocab(), ALONE)
+    )
+    _, parts = mix(answers)
+    assert list(parts) == ["length", "reward", "length-2"]
 
 
 BAD = {
@@ -104,7 +126,8 @@ BAD = {
 @pytest.mark.parametrize(("name", "message"), BAD.items())
 def test_a_reward_that_cannot_be_used_ends_the_step_with_a_sentence(module, answers, name, message):
     with pytest.raises(RewardError, match=message):
-        RewardMix({name: (1.0, judge(module, name))}, ALONE)(answers)
+        source = WeightedReward(1.0, RunsOn.RANK_0, judge(module, name))
+        RewardMix({name: source}, ALONE)(answers)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +190,8 @@ def test_of_several_labels_one_must_be_chosen(stranger, tokenizer):
 
 def test_a_folder_that_is_no_classifier_is_one_sentence(tmp_path, tokenizer):
     with pytest.raises(UserInputError) as caught:
-        load_rewards(RewardConfig(model=str(tmp_path)), tokenizer.get_vocab(), ALONE)
+        config = RewardConfig(model=str(tmp_path))
+        load_rewards(LoadContext(config, tokenizer.get_vocab(), ALONE))
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 

@@ -135,7 +135,7 @@ def test_an_order_that_comes_while_a_save_waits_is_obeyed_at_the_next_boundary(t
     boundary.keeper.save_if_due()
     supervisor.wait_for(CheckpointWritten)
     supervisor.send(RankCommand(id="quick", command=SetSetting(key="learning_rate", value=1e-5)))
-    until(lambda: boundary.more() and run.state.settings.learning_rate == 1e-5)
+    until(lambda: boundary.more() and run.config.train.learning_rate == 1e-5)
     assert supervisor.wait_for(Applied).step == 2
     assert not supervisor.of(CheckpointComplete)
 
@@ -223,7 +223,7 @@ def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, 
     def no_room(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_folder, "put_in_place", no_room)
+    monkeypatch.setattr(checkpoint_folder, "publish", no_room)
     boundary.keeper.save_if_due()
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (1, "checkpoint")
@@ -271,7 +271,7 @@ def test_what_a_step_waited_for_saving_is_in_its_metrics(trained):
 
 
 def test_ranks_on_unlike_processors_may_differ_in_betas_last_bit_when_they_save(trained):
-    state = trained[0].state
+    state = trained[0].saved_state()
     settings = state.settings
     nearly = replace(state, settings=replace(settings, beta=settings.beta * (1 + 2**-52)))
     assert nearly.settings != settings

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from engine.errors import CommandRejectedError
+from engine.train.load import reference_scores
 from engine.train.models.language_model import fingerprint
+from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
-from engine.train.ppo.optimise import Targets, optimise
+from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
 from engine.train.step import train_step
 
@@ -127,7 +129,7 @@ def test_a_policy_that_ran_away_from_the_rollout_is_not_updated(make_run):
     far = rollout.logprobs * rollout.mask - 5.0
     targets = Targets(far, torch.ones_like(far), torch.zeros_like(far), torch.zeros_like(far))
     done = optimise(
-        run.ranks, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
+        run.ranks, run.learner, run.optimiser, rollout, targets, run.config,
         seed=0, step=1,
     )  # fmt: skip
     assert done.updates == 0
@@ -181,11 +183,13 @@ def test_activations_that_are_computed_again_are_not_kept_meanwhile(make_run):
 def rollout_of(run):
     from engine.train.data.prompts import batch_prompts  # noqa: PLC0415
     from engine.train.data.randomness import sampling_uniforms  # noqa: PLC0415
-    from engine.train.rollout.native import generate  # noqa: PLC0415
 
     batch = batch_prompts(run.prompts.for_step(1), run.config.answers_per_prompt, 0)
-    uniforms = sampling_uniforms(0, 1, 8, run.state.settings.max_new_tokens)
-    return generate(run.policy, batch, uniforms, 1.0, run.ending, run.tokenizer)
+    uniforms = sampling_uniforms(0, 1, 8, run.config.rollout.max_new_tokens)
+    return run.backend.generate(
+        run.policy, batch, uniforms, 1.0, per_prompt=run.config.answers_per_prompt,
+        report=lambda _done, _total: None,
+    )  # fmt: skip
 
 
 def optimise_once(run, poison=1.0):
@@ -194,7 +198,7 @@ def optimise_once(run, poison=1.0):
     advantages = torch.full_like(old, poison)
     targets = Targets(old, advantages, torch.zeros_like(old), torch.zeros_like(old))
     return optimise(
-        run.ranks, run.learner, run.optimiser, rollout, targets, run.config, run.state.settings,
+        run.ranks, run.learner, run.optimiser, rollout, targets, run.config,
         seed=0, step=1,
     )  # fmt: skip
 
@@ -223,3 +227,27 @@ def test_a_probe_with_one_of_the_run_s_prompts_has_its_other_columns(
     )  # fmt: skip
     for prompt in run.prompts.for_step(1):
         assert set(answer_probe(run, prompt.text)) == {"policy", "reference"}
+
+
+class CountingBackend:
+    """Counts what it is asked for, and lets another do it."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.asked = []
+
+    def generate(self, model, batch, uniforms, temperature, *, per_prompt, report):
+        self.asked.append(len(batch.prompts))
+        return self.backend.generate(
+            model, batch, uniforms, temperature, per_prompt=per_prompt, report=report
+        )
+
+
+def test_every_response_comes_from_the_run_s_rollout_backend(make_run):
+    run, _ = make_run("reward.normalise=reference", "reward.normalise_samples=6")
+    backend = CountingBackend(run.backend)
+    run.backend = backend
+    reference_scores(run)
+    train_step(run, 1)
+    answer_probe(run, "hello there")
+    assert backend.asked == [6, 8, 1, 1]

@@ -11,7 +11,7 @@ import pytest
 
 from engine import starter
 from engine.config import file as config_file
-from engine.config.settings import SettingChange, initial_settings
+from engine.config.settings import SettingChange, settings_of
 from engine.journal.labels import Response, prefer, set_label, set_note
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
@@ -162,7 +162,7 @@ def make_session(root: Path, name: str = "frozen", steps: int = 200) -> Session:
 
 
 def _dict(session: Session) -> dict:
-    settings = initial_settings(session.config())
+    settings = settings_of(session.config())
     return {name: getattr(settings, name) for name in settings.__struct_fields__}
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config.settings import Settings
+from engine.config.schema import RunConfig
+from engine.config.settings import Settings, apply_settings, settings_of
 from engine.errors import CheckpointError
 
 FORMAT = 2
@@ -29,14 +30,12 @@ SPARE = 1.1
 
 
 class TrainingState(msgspec.Struct, kw_only=True):
-    """Everything about a run at a step boundary that is not a large tensor."""
+    """What a run at a step boundary is besides its configuration and large tensors."""
 
     step: int = 0
     """The last completed step."""
     episodes: int = 0
     sampling_seed: int
-    settings: Settings
-    """In force for the next step."""
     seconds: float = 0.0
     """Spent training, over all attempts of this timeline."""
     reward_mean: float = 0.0
@@ -50,11 +49,29 @@ class TrainingState(msgspec.Struct, kw_only=True):
     threads: int = 0
 
 
+class SavedState(TrainingState, kw_only=True):
+    """The state as a checkpoint holds it, with the live part of the configuration in force."""
+
+    settings: Settings
+    """For the next step."""
+
+    @classmethod
+    def of(cls, state: TrainingState, config: RunConfig) -> "SavedState":
+        """What is saved of a run."""
+        return cls(**msgspec.structs.asdict(state), settings=settings_of(config))
+
+    def restored(self, config: RunConfig) -> tuple[TrainingState, RunConfig]:
+        """The run's state, and its configuration with the saved settings in force."""
+        values = msgspec.structs.asdict(self)
+        settings = values.pop("settings")
+        return TrainingState(**values), apply_settings(config, settings)
+
+
 class StateFile(msgspec.Struct, kw_only=True):
     """state.json."""
 
     format: int = FORMAT
-    state: TrainingState
+    state: SavedState
     score: float
     kl: float
     torch: str
@@ -155,7 +172,7 @@ def to_remove(scores: dict[int, float], keep_last: int, keep_best: int) -> list[
     return [s for s in sorted(scores) if s not in newest and s not in best]
 
 
-def read_state(folder: Path, *, verify: bool = True) -> TrainingState:
+def read_state(folder: Path, *, verify: bool = True) -> SavedState:
     """The state of a whole checkpoint.
 
     Args:

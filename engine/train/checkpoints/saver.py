@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.errors import CheckpointError
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import shards
-from engine.train.checkpoints.folder import StateFile, TrainingState
+from engine.train.checkpoints.folder import SavedState, StateFile
 from engine.train.checkpoints.host_copy import HostCopies
 from engine.train.checkpoints.policy_folder import policy_files, policy_tensors, write_policy
 from engine.train.models.language_model import LanguageModel
@@ -98,7 +98,7 @@ class Saver:
 
     def begin(
         self,
-        state: TrainingState,
+        state: SavedState,
         policy: LanguageModel,
         tokenizer: PreTrainedTokenizerBase,
         optimiser: torch.optim.Optimizer,

@@ -154,16 +154,21 @@ def _unreadable(source: str, kind: str | None, error: Exception) -> str:
     return f"data.prompts: cannot read {source} as {kind}: {first}"
 
 
+def tokenise_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A plain text's token ids, ready to be continued."""
+    ids = list(tokenizer(text)["input_ids"])
+    # Some tokenizers end every text; a response cannot begin after the end.
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
 def _prompt(
     row: dict[str, Any], number: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Prompt:
     content = row[config.column]
     if isinstance(content, str):
-        ids = list(tokenizer(content)["input_ids"])
-        # Some tokenizers end every text; an answer cannot begin after the end.
-        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-            ids.pop()
-        return Prompt(ids, content, row)
+        return Prompt(tokenise_prompt(tokenizer, content), content, row)
     messages = _messages(content)
     if messages is None:
         raise UserInputError(

@@ -45,7 +45,7 @@ def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str)
         CheckpointError: the checkpoint holds adapters and the configuration asks for none, or the
             other way round.
     """
-    value = config.model.value if config.ppo.advantage == "gae" else None
+    value = config.model.value if config.ppo.traits.value_function else None
     adapted = config.lora.rank is not None
     base = starter.resolve(config.model.policy) if adapted else source
     dtype = compute_dtype(config) if adapted else torch.float32

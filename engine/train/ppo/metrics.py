@@ -7,9 +7,10 @@ import resource
 import torch
 from torch import Tensor
 
-from engine.config.settings import Settings
+from engine.protocol.rank_messages import RankTimes
 from engine.train.ppo import masked
-from engine.train.ppo.optimise import Targets, UpdateStats
+from engine.train.ppo.advantages import Targets
+from engine.train.ppo.update_stats import UpdateStats
 from engine.train.rollout.rollout import Rollout
 
 
@@ -19,13 +20,12 @@ def step_metrics(
     ref_logprobs: Tensor,
     targets: Targets,
     done: UpdateStats,
-    settings: Settings,
+    beta: float,
 ) -> dict[str, float]:
-    """Everything but times and counters. Means are masked; what is undefined is left out."""
+    """All metrics but times and counters. Means are masked; what is undefined is left out."""
     mask = rollout.mask
     old = targets.old_logprobs
     kl = masked.sequence_kl(old, ref_logprobs, mask)
-    beta = settings.beta
     lengths = rollout.lengths.float()
     count = len(scores)
     metrics = {
@@ -76,6 +76,25 @@ def _value_metrics(mask: Tensor, targets: Targets, done: UpdateStats) -> dict[st
     }
     explained = float(masked.explained_variance(targets.old_values, targets.returns, mask))
     return metrics | ({} if math.isnan(explained) else {"val/explained_var": explained})
+
+
+def source_metrics(parts: dict[str, list[float | None]]) -> dict[str, float]:
+    """Each reward source's own mean score, where there are several."""
+    if len(parts) < 2:
+        return {}
+    heard = {k: [s for s in v if s is not None] for k, v in parts.items()}
+    return {f"reward/{k}": sum(v) / len(v) for k, v in heard.items() if v}
+
+
+def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> dict[str, float]:
+    """Times and rates; of each phase the slowest rank's time, since the others wait for it."""
+    times = {f"time/{k}": max(r.seconds[k] for r in ranks) for k in ranks[0].seconds}
+    return times | {
+        "time/step": seconds,
+        "perf/tokens_per_second": float(rollout.lengths.sum()) / seconds,
+        "perf/episodes_per_second": len(rollout.ids) / seconds,
+        "perf/peak_memory_gb": max(r.peak_memory for r in ranks) / 1e9,
+    }
 
 
 def distinct_2(texts: list[str]) -> float:

@@ -3,80 +3,23 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from engine.config.schema import RunConfig
-from engine.config.settings import Settings
 from engine.train.data.randomness import permutation
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor, synchronised
-from engine.train.models.language_model import LanguageModel
 from engine.train.ppo import losses
+from engine.train.ppo.adamw import learning_rate
+from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import by_length, longest_first, rollout_forward
+from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
 
 MAX_MEAN_RATIO = 10.0
 """A minibatch whose mean ratio exceeds this would wreck the policy: it is skipped and counted."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the epochs learn from; (B, T) float32 each, 0 beyond the length."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    old_values: Tensor | None = None
-    returns: Tensor | None = None
-    """Both None without a value function."""
-
-
-@dataclass
-class LossSums:
-    """Sums over response tokens, of a minibatch or of all epochs."""
-
-    tokens: float = 0.0
-    policy_loss: float = 0.0
-    value_loss: float = 0.0
-    clipped: float = 0.0
-    value_clipped: float = 0.0
-    squared_log_ratio: float = 0.0
-    ratio: float = 0.0
-    squared_ratio: float = 0.0
-
-    def add(self, other: "LossSums") -> None:
-        """Adds another's sums to these."""
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def over(self, ranks: RankGroup) -> "LossSums":
-        """All ranks' sums together."""
-        if ranks.size == 1:
-            return self
-        numbers = torch.tensor([getattr(self, n) for n in self.__dataclass_fields__]).double()
-        return LossSums(*ranks.all_reduce_sum(numbers).tolist())
-
-    @property
-    def approx_kl(self) -> float:
-        """0.5·mean (log ρ)², to the rollout's policy."""
-        return 0.5 * self.squared_log_ratio / self.tokens
-
-
-@dataclass
-class UpdateStats:
-    """What happened in the epochs."""
-
-    sums: LossSums = field(default_factory=LossSums)
-    first: LossSums | None = None
-    """The first minibatch's, before any update: its ratio must be 1."""
-    grad_norms: list[float] = field(default_factory=list)
-    updates: int = 0
-    skipped: int = 0
-    nonfinite: int = 0
-    """Of the skipped ones, those whose loss or gradient was not finite."""
-    stopped_early: bool = False
 
 
 def optimise(
@@ -86,7 +29,6 @@ def optimise(
     rollout: Rollout,
     targets: Targets,
     config: RunConfig,
-    settings: Settings,
     *,
     seed: int,
     step: int,
@@ -98,19 +40,19 @@ def optimise(
     decided from sums over all ranks, and so the same on each.
     """
     done = UpdateStats()
-    total = settings.epochs * config.ppo.minibatches
+    total = config.ppo.epochs * config.ppo.minibatches
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate(config, settings, step) * group["times"]
+        group["lr"] = learning_rate(config.train, step) * group["times"]
     warming_up = step <= config.ppo.value_warmup and targets.returns is not None
     # transformers computes activations again in training mode alone; dropout is 0 in any mode.
     learner.train(config.parallel.activation_checkpointing)
-    for epoch in range(settings.epochs):
+    for epoch in range(config.ppo.epochs):
         order = permutation(seed, "minibatches", (step, epoch), len(rollout.ids))
         for k, rows in enumerate(order.to(rollout.ids.device).chunk(config.ppo.minibatches)):
-            sums = backward(ranks, learner, rollout, targets, rows, config, settings, warming_up)
+            sums = backward(ranks, learner, rollout, targets, rows, config, warming_up)
             if done.first is None:
                 done.first = sums
-            if settings.stop_kl is not None and sums.approx_kl > settings.stop_kl:
+            if config.ppo.stop_kl is not None and sums.approx_kl > config.ppo.stop_kl:
                 done.stopped_early = True
                 optimiser.zero_grad(set_to_none=True)
                 learner.eval()
@@ -145,7 +87,6 @@ def backward(
     targets: Targets,
     rows: Tensor,
     config: RunConfig,
-    settings: Settings,
     warming_up: bool = False,
 ) -> LossSums:
     """Accumulates the gradient of one minibatch and returns its sums over all ranks.
@@ -165,9 +106,7 @@ def backward(
         idle = k >= len(micros)
         with synchronised(learner, last=k == count - 1):
             micro = rows[:1] if idle else micros[k]
-            loss, sums = micro_batch(
-                learner, rollout, targets, micro, config, settings, warming_up, want
-            )
+            loss, sums = micro_batch(learner, rollout, targets, micro, config, warming_up, want)
             # DDP and FSDP2 average over ranks what is to be a sum.
             (loss * (0.0 if idle else ranks.size / tokens)).backward()
         if not idle:
@@ -192,7 +131,6 @@ def micro_batch(
     targets: Targets,
     micro: Tensor,
     config: RunConfig,
-    settings: Settings,
     warming_up: bool,
     want: str = "both",
 ) -> tuple[Tensor, LossSums]:
@@ -201,14 +139,14 @@ def micro_batch(
     `want` is `both`, or `logits` or `values` for one of the two losses alone.
     """
     logprobs, values, width = rollout_forward(
-        learner, rollout, micro, settings.temperature, want=want, detach_trunk=warming_up
+        learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up
     )
     mask = rollout.mask[micro, :width]
     loss, sums = torch.zeros((), device=mask.device), LossSums()
     if want != "values":
         old, advantages = (x[micro, :width] for x in (targets.old_logprobs, targets.advantages))
         terms = losses.policy_terms(
-            logprobs, old, advantages, mask, settings.clip_range, config.ppo.ratio
+            logprobs, old, advantages, mask, config.ppo.clip_range, config.ppo.ratio
         )
         sums = LossSums(
             tokens=float(mask.sum()),
@@ -239,41 +177,3 @@ def _keep_policy(learner: nn.Module) -> None:
     for name, parameter in learner.named_parameters():
         if "value_head." not in name and "value_trunk." not in name:
             parameter.grad = None
-
-
-def learning_rate(config: RunConfig, settings: Settings, step: int) -> float:
-    """The rate of step `step` (from 1): linear warm-up, then the schedule down to 0 at the end."""
-    train = config.train
-    if step <= train.warmup_steps:
-        return settings.learning_rate * step / train.warmup_steps
-    span = max(1, train.steps - train.warmup_steps)
-    left = 1 - (step - 1 - train.warmup_steps) / span
-    if train.schedule == "linear":
-        return settings.learning_rate * left
-    if train.schedule == "cosine":
-        return settings.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
-    return settings.learning_rate
-
-
-def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW, fused. eps 1e-5: 1e-8 gave about six times the early approximate KL.
-
-    The value head has a rate of its own, `ppo.value_head_rate` times the others': it starts from
-    zero, and AdamW moves a weight by about the rate an update, so that at a rate made for a
-    trained model it is far from the returns for most of a run. (OpenRLHF's examples have 9 and 18
-    times for a whole critic.)
-    """
-    head = {id(p) for p in policy.value_head.parameters()} if policy.value_head is not None else ()
-    learning = [p for p in policy.parameters() if p.requires_grad]
-    times = config.ppo.value_head_rate or 1.0  # filled in by configfile.complete
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in learning if id(p) not in head], "times": 1.0},
-            {"params": [p for p in learning if id(p) in head], "times": times},
-        ],
-        lr=config.train.learning_rate,
-        betas=config.train.adam_betas,
-        eps=config.train.adam_eps,
-        weight_decay=config.train.weight_decay,
-        fused=True,
-    )

@@ -3,16 +3,14 @@
 from typing import Any
 
 from engine.errors import CommandRejectedError, RewardError
-from engine.train.data.prompts import Prompt, batch_prompts
-from engine.train.data.randomness import sampling_uniforms
+from engine.train.data.prompts import Prompt, tokenise_prompt
 from engine.train.distributed.ranks import PeerRankError
 from engine.train.models.language_model import AnyModel
 from engine.train.ppo import masked
 from engine.train.ppo.forward import score_tokens
-from engine.train.rewards.function import FunctionError
 from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import RewardInputs
-from engine.train.rollout.native import generate
+from engine.train.rewards.source import FunctionError, RewardInputs
+from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.run import Run
 
 PROBE_SEED = 0
@@ -38,9 +36,7 @@ def answer_probe(run: Run, text: str) -> dict[str, Any]:
 
 
 def _typed(run: Run, text: str) -> Prompt:
-    ids = list(run.tokenizer(text)["input_ids"])
-    if len(ids) > 1 and ids[-1] == run.tokenizer.eos_token_id:
-        ids.pop()
+    ids = tokenise_prompt(run.tokenizer, text)
     if not 0 < len(ids) <= run.config.data.max_prompt_tokens:
         raise CommandRejectedError(
             f"a probe needs 1 to {run.config.data.max_prompt_tokens} tokens, this has {len(ids)}"
@@ -49,17 +45,23 @@ def _typed(run: Run, text: str) -> Prompt:
 
 
 def _answer(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
-    settings, state = run.state.settings, run.state
-    batch = batch_prompts([prompt], 1, run.tokenizer.eos_token_id or 0)
-    uniforms = sampling_uniforms(PROBE_SEED, 0, 1, settings.max_new_tokens)
-    rollout = generate(model, batch, uniforms, settings.temperature, run.ending, run.tokenizer)
+    config, state = run.config, run.state
+    options = SamplingOptions(
+        seed=PROBE_SEED,
+        step=0,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    rollout = generate_responses(run.backend, model, [prompt], options, run.tokenizer)
     try:
         raw, _ = run.rewards(RewardInputs.of(rollout, state.step))
     except (RewardError, FunctionError, PeerRankError) as error:
         raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
     normalise = Normaliser(state.reward_mean, state.reward_std)
-    score = normalise(raw.to(run.device), run.config.reward, rollout.ended)
-    reference, _ = score_tokens(run.reference, rollout, settings.temperature, 1, want="logits")
+    score = normalise(raw.to(run.device), config.reward, rollout.ended)
+    reference, _ = score_tokens(
+        run.reference, rollout, config.rollout.temperature, 1, want="logits"
+    )
     return {
         "response": rollout.texts[0],
         "score": float(score[0]),

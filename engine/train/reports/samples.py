@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.schema import LogConfig
 from engine.protocol.rank_messages import Sample, TokenArrays
 from engine.train.ppo import masked
-from engine.train.ppo.optimise import Targets
+from engine.train.ppo.advantages import Targets
 from engine.train.rollout.rollout import Rollout
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.config.schema import RewardSource
 from engine.errors import UserInputError
-from engine.train.rewards.source import RewardInputs
+from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
 
@@ -78,5 +79,12 @@ async def _result_of(awaitable: Any) -> Any:
     return await awaitable
 
 
-class FunctionError(Exception):
-    """A user's function raised; not final, for it may ask a service that will be back."""
+def _load(given: RewardSource, context: LoadContext) -> FunctionReward:
+    return FunctionReward(given.value, context.config.path)
+
+
+KIND = SourceKind(
+    runs_on=RunsOn.RANK_0,
+    load=_load,
+    default_name=lambda value: value.partition(":")[2],
+)

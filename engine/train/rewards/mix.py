@@ -1,37 +1,48 @@
-"""Where an answer's score comes from: reward models, Python functions, and weighted mixes."""
+"""Where a response's score comes from: one source, or the weighted sum of several."""
 
 import math
+from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-from engine.config.schema import RewardConfig, RewardSource
 from engine.errors import RewardError
 from engine.train.distributed.ranks import PeerRankError, RankGroup
-from engine.train.rewards.function import FunctionError, FunctionReward
-from engine.train.rewards.model import RewardModel
-from engine.train.rewards.source import Reward, RewardInputs
+from engine.train.rewards import function, model
+from engine.train.rewards.source import (
+    FunctionError,
+    LoadContext,
+    Reward,
+    RewardInputs,
+    RunsOn,
+    SourceKind,
+)
 from engine.train.rollout.rollout import ReportProgress
+
+KINDS: dict[str, SourceKind] = {"model": model.KIND, "function": function.KIND}
+"""By the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """One source of a mix."""
+
+    weight: float
+    runs_on: RunsOn
+    reward: Reward | None
+    """None on the ranks that do not ask it."""
 
 
 class RewardMix:
-    """The weighted sum of a run's reward sources.
+    """The weighted sum of a run's reward sources."""
 
-    Of several ranks each asks a reward model about its share of the answers. A function is called
-    once, by rank 0, with all of them: it may compare them, count its calls or ask a service.
-    """
-
-    def __init__(self, sources: dict[str, tuple[float, Reward]], ranks: RankGroup) -> None:
-        """`sources`: by name, a weight and the source."""
+    def __init__(self, sources: dict[str, WeightedReward], ranks: RankGroup) -> None:
+        """`sources`: by name."""
         self._sources = sources
         self._ranks = ranks
-
-    @property
-    def models(self) -> list[RewardModel]:
-        """Those of the sources that are models."""
-        return [s for _, s in self._sources.values() if isinstance(s, RewardModel)]
 
     def __call__(
         self, answers: RewardInputs, report: ReportProgress = lambda _done, _total: None
@@ -40,19 +51,19 @@ class RewardMix:
 
         Raises:
             RewardError: a source returned the wrong number of scores, something that is no finite
-                number, or no source had an opinion on an answer.
-            FunctionError: a function raised.
-            OtherRankError: either, on the ranks that do not call functions.
+                number, or no source had an opinion on a response.
+            FunctionError: a source that rank 0 asks raised.
+            PeerRankError: either, on the other ranks.
         """
         parts: dict[str, list[float | None]] = {}
         total = [0.0] * len(answers)
         heard = [False] * len(answers)
-        for name, (weight, source) in self._sources.items():
+        for name, source in self._sources.items():
             scores = self._ask(name, source, answers, report)
             parts[name] = scores
             for i, score in enumerate(scores):
                 if score is not None:
-                    total[i] += weight * score
+                    total[i] += source.weight * score
                     heard[i] = True
         if not all(heard):
             i = heard.index(False)
@@ -63,26 +74,33 @@ class RewardMix:
         return torch.tensor(total, dtype=torch.float32), parts
 
     def _ask(
-        self, name: str, source: Reward, answers: RewardInputs, report: ReportProgress
+        self, name: str, source: WeightedReward, answers: RewardInputs, report: ReportProgress
     ) -> list[float | None]:
-        ranks = self._ranks
-        if not isinstance(source, RewardModel):
-            return self._call(name, source, answers, report)
-        lengths = torch.tensor([len(ids) for ids in answers.ids])
-        rows = ranks.strided_share(lengths.argsort(descending=True, stable=True))
-        scores = torch.zeros(len(answers), dtype=torch.float64)
-        scores[rows] = torch.tensor(source(answers.select(rows), report), dtype=torch.float64)
-        return validate_scores(name, ranks.all_reduce_sum(scores).tolist(), answers)
+        if source.runs_on is RunsOn.RANK_0:
+            return self._ask_on_rank_0(name, source.reward, answers, report)
+        if source.reward is None:
+            raise TypeError(f"reward '{name}' is missing on a rank")
+        return self._ask_on_every_rank(name, source.reward, answers, report)
 
-    def _call(
-        self, name: str, source: Reward, answers: RewardInputs, report: ReportProgress
+    def _ask_on_every_rank(
+        self, name: str, reward: Reward, answers: RewardInputs, report: ReportProgress
     ) -> list[float | None]:
-        """Rank 0 calls the function; what comes of it, good or bad, comes to all."""
+        """Each rank asks about its share; the scores come to all."""
+        lengths = torch.tensor([len(ids) for ids in answers.ids])
+        rows = self._ranks.strided_share(lengths.argsort(descending=True, stable=True))
+        scores = torch.zeros(len(answers), dtype=torch.float64)
+        scores[rows] = torch.tensor(reward(answers.select(rows), report), dtype=torch.float64)
+        return validate_scores(name, self._ranks.all_reduce_sum(scores).tolist(), answers)
+
+    def _ask_on_rank_0(
+        self, name: str, reward: Reward | None, answers: RewardInputs, report: ReportProgress
+    ) -> list[float | None]:
+        """Rank 0 asks about all of them; what comes of it, good or bad, comes to all."""
         own: list[float | None] = []
         failure: Exception | None = None
-        if self._ranks.is_lead:
+        if reward is not None:
             try:
-                own = validate_scores(name, source(answers, report), answers)
+                own = validate_scores(name, reward(answers, report), answers)
             except RewardError as error:
                 failure = error
             except Exception as error:  # raised below, once the others know
@@ -124,37 +142,19 @@ def validate_scores(name: str, scores: list[Any], answers: RewardInputs) -> list
     return numbers
 
 
-def load_rewards(
-    config: RewardConfig, policy_vocabulary: dict[str, int], ranks: RankGroup
-) -> RewardMix:
+def load_rewards(context: LoadContext) -> RewardMix:
     """Every source of the configuration, loaded. Raises UserInputError."""
-    sources: dict[str, tuple[float, Reward]] = {}
-    for given in config.sources():
-        reward: Reward
-        if given.model is not None:
-            reward = RewardModel(given.model, given.label, config, policy_vocabulary, ranks)
-        elif ranks.is_lead:
-            reward = FunctionReward(given.function or "", config.path)
-        else:
-            reward = _never
-        sources[_free(_name(given), sources)] = (given.weight, reward)
-    return RewardMix(sources, ranks)
+    sources: dict[str, WeightedReward] = {}
+    for given in context.config.sources():
+        kind = KINDS[given.kind]
+        runs_here = kind.runs_on is RunsOn.EVERY_RANK or context.ranks.is_lead
+        reward = kind.load(given, context) if runs_here else None
+        name = _unused_name(given.name or kind.default_name(given.value), sources)
+        sources[name] = WeightedReward(given.weight, kind.runs_on, reward)
+    return RewardMix(sources, context.ranks)
 
 
-def _never(answers: RewardInputs, report: ReportProgress) -> list[float | None]:
-    """In a function's place on the ranks that do not call it."""
-    raise RewardError("a reward function is rank 0's to call")
-
-
-def _name(source: RewardSource) -> str:
-    if source.name:
-        return source.name
-    if source.function:
-        return source.function.partition(":")[2]
-    return (source.model or "").rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
-
-
-def _free(name: str, taken: dict[str, Any]) -> str:
+def _unused_name(name: str, taken: Container[str]) -> str:
     n = 2
     found = name
     while found in taken:

@@ -1,22 +1,20 @@
 """A Hugging Face sequence classifier as a reward."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from engine import starter
-from engine.config.schema import RewardConfig
+from engine.config.schema import RewardConfig, RewardSource
 from engine.errors import UserInputError
 from engine.train.distributed import sharding
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.pretrained import load_tokenizer
+from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
-
-if TYPE_CHECKING:
-    from engine.train.rewards.source import RewardInputs
 
 
 class RewardModel:
@@ -35,7 +33,7 @@ class RewardModel:
         policy_vocabulary: dict[str, int],
         ranks: RankGroup,
     ) -> None:
-        """Reads it on rank 0; :meth:`settle` puts it in its place. Raises UserInputError."""
+        """Reads it on rank 0; :meth:`place` distributes it. Raises UserInputError."""
         path = starter.resolve(source)
         self._tokenizer = load_tokenizer(path, "reward.model", ranks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -56,19 +54,19 @@ class RewardModel:
         self._limit = min(config.max_tokens, limit)
         self._same_tokens = self._tokenizer.get_vocab() == policy_vocabulary
 
-    def settle(self, ranks: RankGroup, strategy: str, *, on_host: bool) -> None:
+    def place(self, ranks: RankGroup, strategy: str, *, on_host: bool) -> None:
         """Places the weights on every rank: see :mod:`engine.train.distributed.sharding`."""
         placed = "ddp" if on_host else strategy
         sharding.place_model(self._model, ranks, placed)
         sharding.offload_between_uses(self._model, ranks, placed, on_host=on_host)
 
-    def __call__(self, answers: "RewardInputs", report: ReportProgress) -> list[float | None]:
+    def __call__(self, answers: RewardInputs, report: ReportProgress) -> list[float | None]:
         """The chosen logit for each answer, in batches of like lengths."""
         with sharding.materialised(self._model):
             return self._scores(answers, report)
 
     @torch.no_grad()
-    def _scores(self, answers: "RewardInputs", report: ReportProgress) -> list[float | None]:
+    def _scores(self, answers: RewardInputs, report: ReportProgress) -> list[float | None]:
         sequences = self._sequences(answers)
         pad = _unused(sequences) if self._pad is None else self._pad
         self._model.config.pad_token_id = pad
@@ -90,7 +88,7 @@ class RewardModel:
             report(first + len(rows), len(order))
         return scores
 
-    def _sequences(self, answers: "RewardInputs") -> list[list[int]]:
+    def _sequences(self, answers: RewardInputs) -> list[list[int]]:
         """Token ids of prompt and answer, cut to the last `limit` tokens."""
         prompts = answers.batch.prompts
         if self._same_tokens:
@@ -146,3 +144,18 @@ def _unused(sequences: list[list[int]]) -> int:
     """A token id that stands in none of the sequences, to pad with."""
     used = {i for ids in sequences for i in ids}
     return next(i for i in range(len(used) + 1) if i not in used)
+
+
+def _load(given: RewardSource, context: LoadContext) -> RewardModel:
+    model = RewardModel(
+        given.value, given.label, context.config, context.policy_vocabulary, context.ranks
+    )
+    model.place(context.ranks, context.strategy, on_host=context.on_host)
+    return model
+
+
+KIND = SourceKind(
+    runs_on=RunsOn.EVERY_RANK,
+    load=_load,
+    default_name=lambda value: value.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1],
+)

@@ -1,4 +1,6 @@
-"""Generation: an answer to each prompt, sampled from the whole distribution."""
+"""Generation by the model itself: an answer to each prompt, from the whole distribution."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +13,30 @@ from engine.train.rollout.kv_cache import preallocated_cache
 from engine.train.rollout.rollout import ReportProgress, Rollout, assemble, left_mask
 from engine.train.rollout.sampling import sample
 from engine.train.rollout.stop_criteria import StopCriteria
+
+
+@dataclass(frozen=True)
+class NativeBackend:
+    """Generates with the model that is trained, where it lies."""
+
+    ending: StopCriteria
+    tokenizer: PreTrainedTokenizerBase
+
+    def generate(
+        self,
+        model: AnyModel,
+        batch: PromptBatch,
+        uniforms: Tensor,
+        temperature: float,
+        *,
+        per_prompt: int = 1,
+        report: ReportProgress = lambda _done, _total: None,
+    ) -> Rollout:
+        """See :func:`generate`."""
+        return generate(
+            model, batch, uniforms, temperature, self.ending, self.tokenizer, report,
+            per_prompt=per_prompt,
+        )  # fmt: skip
 
 
 @torch.no_grad()

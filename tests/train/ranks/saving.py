@@ -24,11 +24,11 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from engine import starter
 from engine.config import file as config_file
-from engine.config.settings import initial_settings
+from engine.config.settings import settings_of
 from engine.errors import CheckpointError
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import saver, shards
-from engine.train.checkpoints.folder import TrainingState
+from engine.train.checkpoints.folder import SavedState
 from engine.train.checkpoints.saver import Saver
 from engine.train.models.language_model import LanguageModel
 
@@ -105,8 +105,8 @@ def save(group: Any, strategy: str, folder: Path, trouble: str) -> Any:
         break_on(1)
     concluded = []
     saving = Saver(folder / "checkpoints", group, lambda *args: concluded.append(args))
-    settings = initial_settings(config_file.load(starter.FOLDER / "demo.yaml", []))
-    state = TrainingState(step=7, sampling_seed=1, settings=settings)
+    settings = settings_of(config_file.load(starter.FOLDER / "demo.yaml", []))
+    state = SavedState(step=7, sampling_seed=1, settings=settings)
     tokenizer = AutoTokenizer.from_pretrained(starter.FOLDER / "policy")
     if trouble == "crash" and rank() == 0:
         checkpoint_folder.publish = lambda *_args: os._exit(9)  # type: ignore[assignment]
