@@ -223,7 +223,7 @@ def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, 
     def no_room(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_folder, "put_in_place", no_room)
+    monkeypatch.setattr(checkpoint_folder, "publish", no_room)
     boundary.keeper.save_if_due()
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (1, "checkpoint")
