@@ -10,7 +10,7 @@ RELATIVE_TO = ("target", "max_new_tokens", "beta", "clip_range", "learning_rate"
 
 
 def check_config(config: RunConfig) -> None:
-    """Raises ConfigError if keys contradict each other.
+    """Checks that no keys contradict each other.
 
     Raises:
         ConfigError: names the keys that do not go together and what would.
