@@ -8,7 +8,8 @@ import asyncio
 import sys
 from pathlib import Path
 
-from rlhf_tui.app.app import SCREENS, RlhfApp
+from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.screens.modes import MODES
 
 FOLDER = Path(__file__).parent.parent / "docs" / "screens"
 SIZE = (120, 36)
@@ -20,7 +21,7 @@ async def draw(root: Path, name: str, wanted: list[str]) -> None:
     """Each of the screens, once."""
     desk = RlhfApp(root, name, read_only=False, follow=False)
     async with desk.run_test(size=SIZE) as pilot:
-        for key, mode in enumerate(SCREENS, start=1):
+        for key, mode in enumerate(MODES, start=1):
             if mode not in wanted:
                 continue
             await pilot.press(str(key))
@@ -32,4 +33,4 @@ async def draw(root: Path, name: str, wanted: list[str]) -> None:
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    asyncio.run(draw(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(SCREENS)))
+    asyncio.run(draw(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(MODES)))

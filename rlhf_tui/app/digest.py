@@ -1,8 +1,8 @@
 """What happened since the operator last looked."""
 
 from rlhf_tui import format as fmt
-from rlhf_tui.app.preferences import Seen
 from rlhf_tui.state import session_state as facts
+from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.session_state import GLYPHS, TONES, SessionState
 from rlhf_tui.widgets.lines import Row
 
@@ -52,3 +52,10 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     if states and states[-1].get("text"):
         rows.append([(str(states[-1]["text"]).partition("\n")[0], "warn")])
     return rows
+
+
+def curves_are_read(state: SessionState) -> bool:
+    """Whether the curves of a digest are read: those of a long run come one after another."""
+    return bool(state.names) and all(
+        name in state.curves for name in (facts.SCORE, facts.KL, facts.BETA) if name in state.names
+    )

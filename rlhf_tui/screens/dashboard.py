@@ -6,9 +6,14 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 
+from engine.errors import RlhfError
+from engine.journal.reader import JournalReader
+from engine.session.folder import all_sessions, find
 from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.state.first_read import SPANS
 from rlhf_tui.state.messages import CursorMoved
+from rlhf_tui.state.series import Series
 from rlhf_tui.state.viewport import WEIGHTS
 from rlhf_tui.widgets.charts.chart import title_of
 from rlhf_tui.widgets.charts.grid import ChartGrid
@@ -56,17 +61,17 @@ class DashboardScreen(SessionScreen):
 
     def compose_body(self) -> ComposeResult:
         """Phases, charts, panels."""
-        state, prefs = self.desk.state, self.desk.preferences
+        state, prefs = self.context.state, self.context.preferences
         yield PhaseStrip(state, id="phases")
         with Container(id="body"):
             with Vertical(id="curves"):
-                grid = ChartGrid(state, self.desk.view, list(prefs.charts), prefs.log)
+                grid = ChartGrid(state, self.context.view, list(prefs.charts), prefs.log)
                 grid.columns = prefs.columns
                 yield grid
-                yield CursorPanel(state, self.desk.view)
+                yield CursorPanel(state, self.context.view)
             with Container(id="side", classes="ledger"):
                 steering = SteeringPanel(state, id="steering")
-                steering.read_only = self.desk.read_only
+                steering.read_only = self.context.read_only
                 yield steering
                 yield MachinePanel(state, id="machine")
                 yield TimelinePanel(state, id="ledger")
@@ -79,7 +84,7 @@ class DashboardScreen(SessionScreen):
 
     def draw(self, *, only_live: bool = False) -> None:
         """A line for each rank where there are several, as far as there is room."""
-        ranks = len(self.desk.state.phases)
+        ranks = len(self.context.state.phases)
         phases = self.query_one(PhaseStrip)
         wanted = min(max(ranks, 1), max(1, self.size.height // 10))
         if phases.styles.height is None or phases.styles.height.value != wanted:
@@ -100,43 +105,43 @@ class DashboardScreen(SessionScreen):
 
     def refresh_content(self) -> None:
         """The charts."""
-        self.grid.read(self.desk.state, self.desk.view)
+        self.grid.read(self.context.state, self.context.view)
 
     def session_changed(self) -> None:
         """Another session, another view."""
-        self.query_one(CursorPanel).view = self.desk.view
+        self.query_one(CursorPanel).view = self.context.view
 
-    def look(self) -> None:
-        """The view has changed."""
+    def refresh_view(self) -> None:
+        """Draws what depends on the viewport."""
         self.grid.update()
         self.query_one(CursorPanel).update()
 
     def on_cursor_moved(self, message: CursorMoved) -> None:
         """The pointer was put on a step."""
         if message.step is not None:
-            self.desk.view.put(self.desk.state, message.step)
-            self.look()
+            self.context.view.put(self.context.state, message.step)
+            self.refresh_view()
 
     # -- the crosshair -------------------------------------------------------------------------
 
     def action_cursor(self, cells: int) -> None:
         """Moves it by cells of a chart, at least by one step a cell."""
         chart = self.grid.current
-        stride = self.desk.view.stride(self.desk.state, chart.cells if chart else 1)
-        self.desk.view.move(self.desk.state, cells * stride)
-        self.look()
+        stride = self.context.view.stride(self.context.state, chart.cells if chart else 1)
+        self.context.view.move(self.context.state, cells * stride)
+        self.refresh_view()
 
     def action_cursor_to(self, end: int) -> None:
         """To the first or the newest step."""
-        self.desk.view.put(self.desk.state, self.desk.state.head.step if end else 1)
-        self.look()
+        self.context.view.put(self.context.state, self.context.state.head.step if end else 1)
+        self.refresh_view()
 
     def action_marker(self, way: int) -> None:
         """To the next marker; the first press goes to the newest."""
-        view, state = self.desk.view, self.desk.state
+        view, state = self.context.view, self.context.state
         steps = sorted({m.step for m in state.markers() if m.step >= 1})
         if not steps:
-            self.desk.say("no markers yet: changes, alerts, checkpoints and notes make them")
+            self.context.say("no markers yet: changes, alerts, checkpoints and notes make them")
             return
         at = view.cursor
         if at is None:
@@ -145,42 +150,42 @@ class DashboardScreen(SessionScreen):
             view.put(state, next((s for s in steps if s > at), steps[0]))
         else:
             view.put(state, next((s for s in reversed(steps) if s < at), steps[-1]))
-        self.look()
+        self.refresh_view()
 
     # -- the window ----------------------------------------------------------------------------
 
     def action_zoom(self, factor: float) -> None:
         """In or out."""
-        self.desk.view.zoom(self.desk.state, factor)
-        self.look()
+        self.context.view.zoom(self.context.state, factor)
+        self.refresh_view()
 
     def action_pan(self, share: float) -> None:
         """Earlier or later."""
-        self.desk.view.pan(self.desk.state, share)
-        self.look()
+        self.context.view.pan(self.context.state, share)
+        self.refresh_view()
 
     def action_fit(self) -> None:
         """Everything."""
-        self.desk.view.all()
-        self.look()
+        self.context.view.all()
+        self.refresh_view()
 
     def action_back(self) -> None:
         """One level out: enlarged, crosshair, zoom."""
-        view = self.desk.view
+        view = self.context.view
         if self.grid.enlarged:
             self.action_enlarge()
         elif view.cursor is not None:
             view.cursor = None
         else:
             view.all()
-        self.look()
+        self.refresh_view()
 
     # -- the charts ----------------------------------------------------------------------------
 
     def action_chart(self, by: int) -> None:
         """The focus to another chart."""
         self.grid.step(by)
-        self.look()
+        self.refresh_view()
 
     def action_enlarge(self) -> None:
         """One chart alone, or all again."""
@@ -192,12 +197,12 @@ class DashboardScreen(SessionScreen):
 
     def action_columns(self) -> None:
         """As many as fit, one, two, three, four."""
-        prefs = self.desk.preferences
+        prefs = self.context.preferences
         prefs.columns = (prefs.columns + 1) % 5
         self.grid.columns = prefs.columns
         self.grid.lay_out()
-        self.desk.remember()
-        self.desk.say(f"charts beside one another: {prefs.columns or 'as many as fit'}")
+        self.context.save_preferences()
+        self.context.say(f"charts beside one another: {prefs.columns or 'as many as fit'}")
 
     def action_log(self) -> None:
         """The scale of the chart that has the focus."""
@@ -205,26 +210,26 @@ class DashboardScreen(SessionScreen):
         if chart is None:
             return
         chart.log_scale = not chart.log_scale
-        prefs, name = self.desk.preferences, chart.names[0]
+        prefs, name = self.context.preferences, chart.names[0]
         prefs.log = [n for n in prefs.log if n != name] + ([name] if chart.log_scale else [])
-        self.desk.remember()
+        self.context.save_preferences()
         chart.update()
 
     def action_smooth(self) -> None:
         """Off, and three strengths."""
-        view, prefs = self.desk.view, self.desk.preferences
+        view, prefs = self.context.view, self.context.preferences
         after = [w for w in WEIGHTS if w > view.weight + 1e-9]
         view.weight = prefs.weight = after[0] if after else 0.0
-        self.desk.remember()
-        self.look()
+        self.context.save_preferences()
+        self.refresh_view()
 
     def action_past(self) -> None:
         """Earlier attempts as ghosts."""
-        view = self.desk.view
-        view.past = self.desk.preferences.past = not view.past
-        self.desk.remember()
-        self.desk.say(f"earlier attempts: {'shown' if view.past else 'hidden'}")
-        self.look()
+        view = self.context.view
+        view.past = self.context.preferences.past = not view.past
+        self.context.save_preferences()
+        self.context.say(f"earlier attempts: {'shown' if view.past else 'hidden'}")
+        self.refresh_view()
 
     def action_page(self) -> None:
         """Where the terminal is narrow: the next of the panels that share a place."""
@@ -239,24 +244,47 @@ class DashboardScreen(SessionScreen):
         shown = [name for group in groups for name in group]
         options = [
             Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "")
-            for n in dict.fromkeys([*shown, *self.desk.state.names])
+            for n in dict.fromkeys([*shown, *self.context.state.names])
         ]
 
         async def take(answer: str | None) -> None:
             if answer:
                 chosen = answer.split("\n")
-                self.desk.preferences.charts = chosen
-                self.desk.remember()
-                self.desk.want(chosen)
+                self.context.preferences.charts = chosen
+                self.context.save_preferences()
+                self.context.read_metrics(chosen)
                 await self.grid.set_charts(chosen)
 
         self.app.push_screen(PickerDialog("Charts, in the order of marking", options, groups), take)
 
     def _newest(self, name: str) -> str:
-        state = self.desk.state
+        state = self.context.state
         value = (state.outline(name) or state.series(name)).last
         return "" if value is None else f"{value:.4g}"
 
     def action_others(self) -> None:
         """Another session's curves beside these, or away again."""
-        self.desk.pick_other()
+        state, view = self.context.state, self.context.view
+        names = [s.name for s in all_sessions(self.context.root) if s.name != state.name]
+        if not names:
+            self.context.say(f"there is no other session in {self.context.root}")
+            return
+        options = [Option(n, n, "shown" if n in view.others else "") for n in names]
+
+        def take(name: str | None) -> None:
+            if name is None:
+                return
+            if view.others.pop(name, None) is None:
+                try:
+                    view.others[name] = self._curves_of(name)
+                except RlhfError as error:
+                    self.context.say(str(error), "error")
+            self.draw()
+
+        self.app.push_screen(PickerDialog("Beside these curves", options), take)
+
+    def _curves_of(self, name: str) -> dict[str, Series]:
+        """The outlines of another session's curves. Raises JournalError."""
+        with JournalReader(find(self.context.root, name)) as record:
+            found = record.outlines(self.context.preferences.metrics(), SPANS)
+        return {metric: Series(points) for metric, points in found.items()}

@@ -90,26 +90,26 @@ class LogScreen(SessionScreen):
         yield LogView()
 
     def on_mount(self) -> None:
-        """Looks for more while it is seen."""
-        self.set_interval(EVERY, self.look)
+        """Reads on every second."""
+        self.set_interval(EVERY, self.read_more)
 
     def refresh_content(self) -> None:
         """The screen is seen again."""
-        self.look()
+        self.read_more()
         self._about()
 
-    def look(self) -> None:
-        """Reads on, in a thread."""
-        session = self.desk.session
+    def read_more(self) -> None:
+        """Reads what was appended, in a thread, if the screen is visible."""
+        session = self.context.session
         if session is None or not self.is_current:
             return
         if str(session.folder) != self._folder:
             self._folder, self._at = str(session.folder), 0
-        self.read_on(session.log_file, self._folder, self._at)
+        self.read_from(session.log_file, self._folder, self._at)
 
     @work(thread=True, exclusive=True, group="log")
-    def read_on(self, path: Path, folder: str, at: int) -> None:
-        """Whole lines from a place on."""
+    def read_from(self, path: Path, folder: str, at: int) -> None:
+        """Reads whole lines from byte `at` on."""
         try:
             size = path.stat().st_size
             if size == at:
@@ -140,7 +140,7 @@ class LogScreen(SessionScreen):
 
     def _about(self) -> None:
         view = self.query_one(LogView)
-        name = self.desk.state.name
+        name = self.context.state.name
         view.hint = [
             [(" nothing was printed yet", "dim")],
             [(" the same from a shell: ", "dim"), (f"rlhf-tui logs {name}", "key")],
@@ -172,11 +172,11 @@ class LogScreen(SessionScreen):
         """To the next line that has the words."""
         view, words = self.query_one(LogView), self._words.lower()
         if not words:
-            self.desk.say("nothing to search for yet: / asks")
+            self.context.say("nothing to search for yet: / asks")
             return
         hits = [i for i, line in enumerate(view.lines) if words in line.lower()]
         if not hits:
-            self.desk.say(f"'{self._words}' is not in the log")
+            self.context.say(f"'{self._words}' is not in the log")
             return
         if way > 0:
             view.go(next((i for i in hits if i > view.top), hits[0]))

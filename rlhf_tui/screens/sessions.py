@@ -42,7 +42,7 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
     return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
 
 
-def look_at(session: Session) -> dict[str, Any]:
+def session_row(session: Session) -> dict[str, Any]:
     """A session's row; one that cannot be read says why."""
     try:
         row = summary(session)
@@ -70,7 +70,7 @@ class SessionListCache:
             stamp = _stamp(session)
             known = self._known.get(session.folder)
             if known is None or known[0] != stamp:
-                known = stamp, look_at(session)
+                known = stamp, session_row(session)
                 self._known[session.folder] = known
             found.append(known[1])
         found.sort(key=lambda r: (r["pid"] is None, -(r["updated"] or 0), r["name"]))
@@ -108,7 +108,7 @@ class SessionsScreen(SessionScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._looker = SessionListCache()
+        self._cache = SessionListCache()
         self._rows: dict[str, dict[str, Any]] = {}
         self._listed = False
 
@@ -132,33 +132,33 @@ class SessionsScreen(SessionScreen):
         yield Lines(id="about")
 
     def on_mount(self) -> None:
-        """Looks again now and then while it is seen."""
-        self.look()
-        self.set_interval(EVERY, self.look)
+        """Reads the folder again every two seconds."""
+        self.read_sessions()
+        self.set_interval(EVERY, self.read_sessions)
 
     def refresh_content(self) -> None:
         """The screen is seen again."""
-        self.look()
+        self.read_sessions()
 
-    def look(self) -> None:
-        """Reads the folder, in a thread."""
+    def read_sessions(self) -> None:
+        """Reads the folder in a thread, if the screen is visible."""
         if self.is_current:
-            self.read_folder(self.desk.root)
+            self.read_folder(self.context.root)
 
     @work(thread=True, exclusive=True, group="sessions")
     def read_folder(self, root: Path) -> None:
         """Every session's row."""
-        rows = self._looker.rows(root)
+        rows = self._cache.rows(root)
         if not get_current_worker().is_cancelled:
             self.post_message(SessionsListed(rows))
 
     def on_sessions_listed(self, message: SessionsListed) -> None:
         """The rows have come."""
         self._rows = {r["name"]: r for r in message.rows}
-        now = self.desk.now()
+        now = self.context.now()
         cells = [(r["name"], _cells(r, now)) for r in message.rows]
         empty: list[Row] = [
-            [(f" no sessions in {short_path(self.desk.root)}", "dim")],
+            [(f" no sessions in {short_path(self.context.root)}", "dim")],
             [],
             [(" n ", "key"), ("starts the demo: a small model, a few minutes, no downloads", "")],
             [(" or from a shell: ", "dim"), ("rlhf-tui demo", "key"), ("  or  ", "dim"),
@@ -167,8 +167,8 @@ class SessionsScreen(SessionScreen):
         table = self.query_one(Table)
         first, self._listed = not self._listed, True
         table.set_rows(cells, empty)
-        if first and self.desk.state.name in self._rows:
-            table.go([r["name"] for r in message.rows].index(self.desk.state.name))
+        if first and self.context.state.name in self._rows:
+            table.go([r["name"] for r in message.rows].index(self.context.state.name))
         self._about()
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
@@ -182,48 +182,48 @@ class SessionsScreen(SessionScreen):
 
     def on_row_selected(self, message: RowSelected) -> None:
         """Enter, or a second click."""
-        self.desk.open_session(message.key)
+        self.context.open_session(message.key)
 
-    def _chosen(self) -> dict[str, Any] | None:
+    def _selected(self) -> dict[str, Any] | None:
         row = self._rows.get(self.query_one(Table).key or "")
         if row is None:
-            self.desk.say("no session chosen; n starts a demo")
+            self.context.say("no session chosen; n starts a demo")
         return row
 
     # -- keys ----------------------------------------------------------------------------------
 
     def action_new(self) -> None:
         """The starter run, in the background."""
-        self.desk.start_engine(["demo"], "")
+        self.context.engines.start(["demo"], "")
 
     def action_resume(self) -> None:
         """On from its last checkpoint."""
-        row = self._chosen()
+        row = self._selected()
         if row is None:
             return
         if row["pid"]:
-            self.desk.say(f"'{row['name']}' runs already: enter opens it")
+            self.context.say(f"'{row['name']}' runs already: enter opens it")
             return
-        self.desk.start_engine(["resume", row["name"]], row["name"])
+        self.context.engines.start(["resume", row["name"]], row["name"])
 
     def action_fork(self) -> None:
         """A branch off its last checkpoint; others: 4 Checkpoints."""
-        row = self._chosen()
+        row = self._selected()
         if row is None:
             return
         if not row["checkpoints"]:
-            self.desk.say(f"'{row['name']}' has no checkpoint to branch from", "warning")
+            self.context.say(f"'{row['name']}' has no checkpoint to branch from", "warning")
             return
-        self.desk.ask_fork(row["name"], max(row["checkpoints"]))
+        self.context.engines.ask_fork(row["name"], max(row["checkpoints"]))
 
     def action_delete(self) -> None:
         """Asks first."""
-        row = self._chosen()
-        if row is None or self.desk.refuse_read_only():
+        row = self._selected()
+        if row is None or self.context.engines.refuse_read_only():
             return
         name = row["name"]
         if row["pid"]:
-            self.desk.say(
+            self.context.say(
                 f"'{name}' has a running engine: open it and stop it first (S)", "warning"
             )
             return
@@ -237,8 +237,8 @@ class SessionsScreen(SessionScreen):
 
         def answer(result: str | None) -> None:
             if result == "delete":
-                self.desk.forget_session(name)
-                self.desk.run_command(["rm", name, "-y"], f"'{name}' is deleted")
+                self.context.forget_session(name)
+                self.context.engines.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
         self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), answer)
 

@@ -8,6 +8,7 @@ from typing import Any
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.format import number
+from rlhf_tui.state import time_left
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
 
@@ -159,21 +160,21 @@ class SessionState:
         return self.live and self.head.state in ("running", "pausing", "stopping")
 
     def seconds_left(self) -> float | None:
-        """For the rest of the run, reckoned from the last steps."""
+        """Seconds until the end of the run, at the mean of the last steps; None if unknown."""
         seconds, head = self.recent_mean(STEP_TIME), self.head
         if seconds is None or not head.total_steps:
             return None
-        return max(0, head.total_steps - head.step) * seconds
+        return time_left.until_end(head.step, head.total_steps, seconds)
 
     def boundary_in(self) -> float | None:
-        """Seconds to the end of the step in hand, reckoned; None where no step goes on."""
+        """Seconds until the current step is done, estimated; None if no step is running."""
         seconds = self.recent_mean(STEP_TIME)
         if seconds is None or not self.training or not self.phases:
             return None
-        return max(0.0, seconds - self._into_step())
+        return time_left.until_boundary(seconds, self._into_step())
 
     def _into_step(self) -> float:
-        """Seconds of the step that are over: whole phases by their usual length."""
+        """Seconds since the current step began, its finished phases at their usual length."""
         phase = self.phases[0]
         if phase.name not in PHASES:
             return 0.0

@@ -62,7 +62,7 @@ def test_the_only_live_session_is_found_although_it_was_started_elsewhere(
 
 
 def test_importing_the_app_does_not_import_torch():
-    code = "import sys, rlhf_tui.app; sys.exit('torch' in sys.modules)"
+    code = "import sys, rlhf_tui.app.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -72,7 +72,7 @@ class Terminal:
     def __init__(self, root, tmp_path, **environment):
         self.master, slave = pty.openpty()
         code = (
-            "import sys; from pathlib import Path; from rlhf_tui.app import open_app; "
+            "import sys; from pathlib import Path; from rlhf_tui.app.app import open_app; "
             "sys.exit(open_app(Path(sys.argv[1]), 'frozen', False))"
         )
         self.process = subprocess.Popen(

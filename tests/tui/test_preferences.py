@@ -1,6 +1,6 @@
 """What is remembered between two sittings."""
 
-from rlhf_tui.app import preferences as prefs
+from rlhf_tui.state import preferences as prefs
 
 
 def test_what_was_chosen_comes_back():

@@ -7,6 +7,7 @@ from engine.kl import MAX_ERROR, next_beta
 from rlhf_tui import format as fmt
 from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.session_state import SessionState, command_text, value_text
+from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 
@@ -115,11 +116,8 @@ class SteeringPanel(Panel):
         if status == "applied" and command["applied_step"] is not None:
             words += f" at step {command['applied_step']}"
         elif status in ("queued", "accepted"):
-            wait = self.state.boundary_in()
-            words += f", at step {self.state.head.step + 2 if wait else '…'}".replace(
-                ", at step …", ""
-            )
-            words += f" in ~{wait:.0f}s" if wait else ""
+            if wait := about(self.state.boundary_in()):
+                words += f", at step {self.state.head.step + 2} in {wait}"
         elif status == "rejected":
             words += f": {command['reason']}"
         text = command_text(command)
