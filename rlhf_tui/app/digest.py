@@ -1,18 +1,18 @@
-"""What happened since the operator last looked."""
+"""The digest: what happened since the operator last saw the session."""
 
 from rlhf_tui import format as fmt
 from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.preferences import Seen
-from rlhf_tui.state.session_state import GLYPHS, TONES, SessionState
+from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, SessionState
 from rlhf_tui.widgets.lines import Row
 
 MOST = 8
 AWAY = 60.0
-"""Seconds under which nobody has been away."""
+"""Seconds of absence below which there is no digest."""
 
 
 def digest(state: SessionState, seen: Seen) -> list[Row]:
-    """Lines for a dialog; none where there is nothing to tell."""
+    """Lines for a dialog; empty if nothing happened."""
     away = state.now() - seen.time
     new = [e for e in state.events if e["event"] > seen.event]
     steps = state.head.step - seen.step
@@ -41,7 +41,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
         rows.append(
             [
                 (f"{marker.step:>6} ", "dim"),
-                (f"{GLYPHS[marker.kind]} ", TONES[marker.kind]),
+                (f"{MARKER_GLYPHS[marker.kind]} ", MARKER_TONES[marker.kind]),
                 (marker.text, ""),
                 (who, "dim"),
             ]

@@ -1,4 +1,4 @@
-"""What all screens have in common: the lines on top, the keys below, and the open session."""
+"""What all screens share: tabs and status on top, keys at the bottom, the open session."""
 
 from typing import cast
 
@@ -55,4 +55,4 @@ class SessionScreen(Screen[None]):
         """Another session was opened: drops what is kept of the last one; overridden."""
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """Overridden by the screens that follow their table."""
+        """The cursor of a table has moved; overridden."""

@@ -42,7 +42,7 @@ class CheckpointsScreen(SessionScreen):
         )
 
     def refresh_content(self) -> None:
-        """Newest on top."""
+        """Shows the checkpoints, newest first."""
         found = self.context.state.checkpoints
         current = [c for c in found if c["status"] == "complete"]
         best = max(current, key=lambda c: _or(c["score"], float("-inf")), default=None)
@@ -73,7 +73,7 @@ class CheckpointsScreen(SessionScreen):
         return found
 
     def action_roll_back(self) -> None:
-        """In place, or by a resume without an engine; asks where steps are lost."""
+        """Rolls back: by a command to the engine, or by a resume if none runs."""
         if (found := self._selected()) is None:
             return
         session, step = self.context.session, found["step"]
@@ -92,12 +92,12 @@ class CheckpointsScreen(SessionScreen):
             resume(False)
 
     def action_fork(self) -> None:
-        """A session of its own from there."""
+        """Forks a session from the checkpoint."""
         if (found := self._selected()) is not None:
             self.context.engines.ask_fork(self.context.state.name, found["step"])
 
     def action_export(self) -> None:
-        """The policy as a model folder."""
+        """Exports the policy as a model folder."""
         if (found := self._selected()) is None:
             return
         name, step = self.context.state.name, found["step"]

@@ -23,7 +23,7 @@ from rlhf_tui.widgets.panels.phases import PhaseStrip
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel, TimelinePanel
 
-PAGES = ("ledger", "newest", "machine")
+PAGES = ("timeline", "latest", "machine")
 """What shares one place where the terminal is narrow."""
 
 
@@ -69,13 +69,13 @@ class DashboardScreen(SessionScreen):
                 grid.columns = prefs.columns
                 yield grid
                 yield CursorPanel(state, self.context.view)
-            with Container(id="side", classes="ledger"):
+            with Container(id="side", classes="timeline"):
                 steering = SteeringPanel(state, id="steering")
                 steering.read_only = self.context.read_only
                 yield steering
                 yield MachinePanel(state, id="machine")
-                yield TimelinePanel(state, id="ledger")
-                yield LatestSamplesPanel(state, id="newest")
+                yield TimelinePanel(state, id="timeline")
+                yield LatestSamplesPanel(state, id="latest")
 
     @property
     def grid(self) -> ChartGrid:
@@ -83,7 +83,7 @@ class DashboardScreen(SessionScreen):
         return self.query_one(ChartGrid)
 
     def draw(self, *, only_live: bool = False) -> None:
-        """A line for each rank where there are several, as far as there is room."""
+        """Shows the state; the phases get a line for each rank, up to a tenth of the screen."""
         ranks = len(self.context.state.phases)
         phases = self.query_one(PhaseStrip)
         wanted = min(max(ranks, 1), max(1, self.size.height // 10))
@@ -93,7 +93,7 @@ class DashboardScreen(SessionScreen):
         super().draw(only_live=only_live)
 
     def _fit_machine(self) -> None:
-        """A line for each device and rank, up to a third of the screen; all there is at a side."""
+        """Gives the machine a line for each device and rank, up to a third of the screen."""
         machine = self.query_one(MachinePanel)
         if self.has_class("-narrow"):
             machine.styles.clear_rule("height")
@@ -104,11 +104,11 @@ class DashboardScreen(SessionScreen):
             machine.styles.height = wanted
 
     def refresh_content(self) -> None:
-        """The charts."""
+        """Draws the charts."""
         self.grid.read(self.context.state, self.context.view)
 
     def session_changed(self) -> None:
-        """Another session, another view."""
+        """Another session has another viewport."""
         self.query_one(CursorPanel).view = self.context.view
 
     def refresh_view(self) -> None:
@@ -117,7 +117,7 @@ class DashboardScreen(SessionScreen):
         self.query_one(CursorPanel).update()
 
     def on_cursor_moved(self, message: CursorMoved) -> None:
-        """The pointer was put on a step."""
+        """Puts the crosshair on the step under the mouse."""
         if message.step is not None:
             self.context.view.put(self.context.state, message.step)
             self.refresh_view()
@@ -125,19 +125,19 @@ class DashboardScreen(SessionScreen):
     # -- the crosshair -------------------------------------------------------------------------
 
     def action_cursor(self, cells: int) -> None:
-        """Moves it by cells of a chart, at least by one step a cell."""
+        """Moves the crosshair by cells of a chart, at least one step for each cell."""
         chart = self.grid.current
         stride = self.context.view.stride(self.context.state, chart.cells if chart else 1)
         self.context.view.move(self.context.state, cells * stride)
         self.refresh_view()
 
     def action_cursor_to(self, end: int) -> None:
-        """To the first or the newest step."""
+        """Moves the crosshair to the first or the newest step."""
         self.context.view.put(self.context.state, self.context.state.head.step if end else 1)
         self.refresh_view()
 
     def action_marker(self, way: int) -> None:
-        """To the next marker; the first press goes to the newest."""
+        """Moves the crosshair to the next marker; at first to the newest one."""
         view, state = self.context.view, self.context.state
         steps = sorted({m.step for m in state.markers() if m.step >= 1})
         if not steps:
@@ -155,22 +155,22 @@ class DashboardScreen(SessionScreen):
     # -- the window ----------------------------------------------------------------------------
 
     def action_zoom(self, factor: float) -> None:
-        """In or out."""
+        """Zooms in or out."""
         self.context.view.zoom(self.context.state, factor)
         self.refresh_view()
 
     def action_pan(self, share: float) -> None:
-        """Earlier or later."""
+        """Moves the window to earlier or later steps."""
         self.context.view.pan(self.context.state, share)
         self.refresh_view()
 
     def action_fit(self) -> None:
-        """Everything."""
+        """Shows the whole run."""
         self.context.view.all()
         self.refresh_view()
 
     def action_back(self) -> None:
-        """One level out: enlarged, crosshair, zoom."""
+        """Leaves one level: the enlarged chart, the crosshair, the zoom."""
         view = self.context.view
         if self.grid.enlarged:
             self.action_enlarge()
@@ -183,12 +183,12 @@ class DashboardScreen(SessionScreen):
     # -- the charts ----------------------------------------------------------------------------
 
     def action_chart(self, by: int) -> None:
-        """The focus to another chart."""
+        """Gives the focus to another chart."""
         self.grid.step(by)
         self.refresh_view()
 
     def action_enlarge(self) -> None:
-        """One chart alone, or all again."""
+        """Shows one chart alone, or all of them again."""
         chart = self.grid.current
         self.grid.enlarged = not self.grid.enlarged
         self.grid.lay_out()
@@ -196,7 +196,7 @@ class DashboardScreen(SessionScreen):
             chart.focus()
 
     def action_columns(self) -> None:
-        """As many as fit, one, two, three, four."""
+        """Cycles through the number of columns: as many as fit, one to four."""
         prefs = self.context.preferences
         prefs.columns = (prefs.columns + 1) % 5
         self.grid.columns = prefs.columns
@@ -205,7 +205,7 @@ class DashboardScreen(SessionScreen):
         self.context.say(f"charts beside one another: {prefs.columns or 'as many as fit'}")
 
     def action_log(self) -> None:
-        """The scale of the chart that has the focus."""
+        """Switches the scale of the focused chart between linear and logarithmic."""
         chart = self.grid.current
         if chart is None:
             return
@@ -216,7 +216,7 @@ class DashboardScreen(SessionScreen):
         chart.update()
 
     def action_smooth(self) -> None:
-        """Off, and three strengths."""
+        """Cycles through the smoothing: off and three strengths."""
         view, prefs = self.context.view, self.context.preferences
         after = [w for w in WEIGHTS if w > view.weight + 1e-9]
         view.weight = prefs.weight = after[0] if after else 0.0
@@ -224,7 +224,7 @@ class DashboardScreen(SessionScreen):
         self.refresh_view()
 
     def action_past(self) -> None:
-        """Earlier attempts as ghosts."""
+        """Shows or hides earlier attempts."""
         view = self.context.view
         view.past = self.context.preferences.past = not view.past
         self.context.save_preferences()
@@ -232,14 +232,14 @@ class DashboardScreen(SessionScreen):
         self.refresh_view()
 
     def action_page(self) -> None:
-        """Where the terminal is narrow: the next of the panels that share a place."""
+        """Shows the next of the panels that share a place on a narrow terminal."""
         side = self.query_one("#side")
         now = next(p for p in PAGES if side.has_class(p))
         side.remove_class(now)
         side.add_class(PAGES[(PAGES.index(now) + 1) % len(PAGES)])
 
     def action_metrics(self) -> None:
-        """Which metrics have a chart."""
+        """Asks which metrics have a chart."""
         groups = [spec.split(" + ") for spec in self.grid.specs]
         shown = [name for group in groups for name in group]
         options = [
@@ -263,7 +263,7 @@ class DashboardScreen(SessionScreen):
         return "" if value is None else f"{value:.4g}"
 
     def action_others(self) -> None:
-        """Another session's curves beside these, or away again."""
+        """Adds another session's curves, or removes them."""
         state, view = self.context.state, self.context.view
         names = [s.name for s in all_sessions(self.context.root) if s.name != state.name]
         if not names:

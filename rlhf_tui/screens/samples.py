@@ -28,11 +28,11 @@ from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Column, Table
 
 PAGE = 500
-COLUMNS = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
+ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 
 
 class SamplesRead(Message):
-    """A page of samples."""
+    """A page of samples was read."""
 
     def __init__(self, query: SampleQuery, page: int, rows: list[dict[str, Any]]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class SamplesRead(Message):
 
 
 class ArraysRead(Message):
-    """One sample's token values."""
+    """The token values of a sample were read."""
 
     def __init__(self, key: tuple[int, int], arrays: TokenArrays | None) -> None:
         super().__init__()
@@ -91,9 +91,9 @@ class SamplesScreen(SessionScreen):
         return SampleComparison(self, self.context, self.labels, selected=self.selected)
 
     def compose_body(self) -> ComposeResult:
-        """The table, and beside or below it the answer."""
+        """The table, and beside or below it the selected sample."""
         yield Lines(id="filter")
-        with Container(id="room"):
+        with Container(id="panes"):
             yield Table(
                 [
                     Column("step", 6, right=True),
@@ -107,10 +107,10 @@ class SamplesScreen(SessionScreen):
                 ],
                 id="samples",
             )
-            yield SampleView(id="reading")
+            yield SampleView(id="sample")
 
     def refresh_content(self) -> None:
-        """Reads again where new answers may belong on this page."""
+        """Reads the page again if it may have changed."""
         state = self.context.state
         live_page = self._page == 0 and self._query.order == "step" and self._query.descending
         step = state.head.step if live_page else -1
@@ -125,7 +125,7 @@ class SamplesScreen(SessionScreen):
         self._show_query()
 
     def session_changed(self) -> None:
-        """Another session's samples."""
+        """Drops the samples of the last session."""
         self.comparison.session_changed()
         self._rows = {}
         self._page = 0
@@ -133,11 +133,11 @@ class SamplesScreen(SessionScreen):
         self.query_one(Table).set_rows([])
         self.query_one(SampleView).read(None, None)
 
-    # -- reading, in a thread ------------------------------------------------------------------
+    # -- view, in a thread ------------------------------------------------------------------
 
     @work(thread=True, exclusive=True, group="page")
     def read_page(self, query: SampleQuery, page: int) -> None:
-        """Asks the journal."""
+        """Reads a page of samples."""
         session = self.context.session
         if session is None:
             return
@@ -152,7 +152,7 @@ class SamplesScreen(SessionScreen):
 
     @work(thread=True, exclusive=True, group="arrays")
     def read_arrays(self, key: tuple[int, int], attempt: int) -> None:
-        """Asks for one answer's token values."""
+        """Reads the token values of a sample."""
         session = self.context.session
         if session is None:
             return
@@ -165,7 +165,7 @@ class SamplesScreen(SessionScreen):
             self.post_message(ArraysRead(key, arrays))
 
     def on_samples_read(self, message: SamplesRead) -> None:
-        """A page has come."""
+        """Shows a page, unless another one was asked for meanwhile."""
         if (message.query, message.page) != (self._query, self._page) or self.labels.unwritten:
             return
         if not message.rows and self._page:
@@ -174,13 +174,13 @@ class SamplesScreen(SessionScreen):
             return
         self._rows = {(r["step"], r["index"]): r for r in message.rows}
         table = self.query_one(Table)
-        table.sorted_by = COLUMNS[self._query.order]
+        table.sorted_by = ORDER_TITLES[self._query.order]
         table.descending = self._query.descending
         table.matching = self._query.text
         table.set_rows([(key, _cells(row)) for key, row in self._rows.items()], self._empty())
         self._show_query()
-        reading, row = self.query_one(SampleView), self._rows.get(table.key)
-        if row is not None and reading.sample is not None and key_of(row) == key_of(reading.sample):
+        view, row = self.query_one(SampleView), self._rows.get(table.key)
+        if row is not None and view.sample is not None and key_of(row) == key_of(view.sample):
             self.show_judgement(row)
         elif row is not None:
             self._select(table.key)
@@ -195,7 +195,7 @@ class SamplesScreen(SessionScreen):
 
     def _show_query(self) -> None:
         table = self.query_one(Table)
-        row: list[Piece] = [(" sorted by ", "dim"), (COLUMNS[self._query.order], "strong")]
+        row: list[Piece] = [(" sorted by ", "dim"), (ORDER_TITLES[self._query.order], "strong")]
         row.append((" falling" if self._query.descending else " rising", "dim"))
         if self._filter:
             row += [("   only ", "dim"), (self._filter, "accent")]
@@ -205,10 +205,10 @@ class SamplesScreen(SessionScreen):
         row += [("   tokens: ", "dim"), (self.query_one(SampleView).mode, "strong")]
         self.query_one("#filter", Lines).show([row])
 
-    # -- what was pointed at -------------------------------------------------------------------
+    # -- the sample under the cursor -----------------------------------------------------------
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """The answer under the cursor."""
+        """Shows the sample under the cursor."""
         if message.table == "samples":
             self._select(message.key)
 
@@ -226,10 +226,10 @@ class SamplesScreen(SessionScreen):
     def show_judgement(self, row: dict[str, Any]) -> None:
         """Shows a sample of this page with another judgement."""
         self._rows[row["step"], row["index"]] = row
-        table, reading = self.query_one(Table), self.query_one(SampleView)
+        table, view = self.query_one(Table), self.query_one(SampleView)
         table.set_rows([(key, _cells(r)) for key, r in self._rows.items()])
-        if reading.sample is not None and key_of(reading.sample) == key_of(row):
-            reading.read(row, reading.arrays)
+        if view.sample is not None and key_of(view.sample) == key_of(row):
+            view.read(row, view.arrays)
 
     def read_again(self) -> None:
         """Reads the page and the comparison again."""
@@ -238,7 +238,7 @@ class SamplesScreen(SessionScreen):
         self.refresh_content()
 
     def on_arrays_read(self, message: ArraysRead) -> None:
-        """Token values have come."""
+        """Shows token values."""
         if message.key == self.query_one(Table).key:
             self.query_one(SampleView).read(self._rows.get(message.key), message.arrays)
 
@@ -281,7 +281,7 @@ class SamplesScreen(SessionScreen):
         self.comparison.toggle_preference(which)
 
     def action_filter(self) -> None:
-        """Words and bounds."""
+        """Asks for a filter."""
 
         def take(text: str | None) -> None:
             if text is not None:
@@ -296,21 +296,21 @@ class SamplesScreen(SessionScreen):
         self.refresh_content()
 
     def action_sort(self) -> None:
-        """By the next column."""
+        """Sorts by the next column."""
         at = (SAMPLE_ORDERS.index(self._query.order) + 1) % len(SAMPLE_ORDERS)
         self._query = msgspec.structs.replace(self._query, order=SAMPLE_ORDERS[at])
         self._page = 0
         self.refresh_content()
 
     def action_reverse(self) -> None:
-        """Rising or falling."""
+        """Reverses the order."""
         falling = not self._query.descending
         self._query = msgspec.structs.replace(self._query, descending=falling)
         self._page = 0
         self.refresh_content()
 
     def action_page(self, by: int) -> None:
-        """Other pages of the table."""
+        """Turns pages of the table."""
         if by > 0 and self.query_one(Table).count() < PAGE:
             self.context.say("that was the last page")
             return
@@ -318,25 +318,25 @@ class SamplesScreen(SessionScreen):
         self.refresh_content()
 
     def action_next(self, by: int) -> None:
-        """The next answer, wherever the focus is."""
+        """Selects the next sample, whatever has the focus."""
         self.query_one(Table).action_move(by)
 
     def action_view(self) -> None:
-        """Text, or a number of each token."""
+        """Cycles through text and the numbers of each token."""
         self.query_one(SampleView).cycle()
         self._show_query()
 
     def action_enlarge(self) -> None:
-        """The answer alone, or with its table."""
-        room = self.query_one("#room")
-        room.toggle_class("alone")
-        target = SampleView if room.has_class("alone") else Table
+        """Shows the sample alone, or with the table."""
+        panes = self.query_one("#panes")
+        panes.toggle_class("alone")
+        target = SampleView if panes.has_class("alone") else Table
         self.query_one(target).focus()
 
     def action_back(self) -> None:
-        """One level out."""
-        room = self.query_one("#room")
-        if room.has_class("alone"):
+        """Leaves one level: the sample alone, the comparison, the sample, the filter."""
+        panes = self.query_one("#panes")
+        if panes.has_class("alone"):
             self.action_enlarge()
         elif self.comparison.leave():
             return

@@ -20,7 +20,7 @@ from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.feed import file_id
 from rlhf_tui.state.messages import RowHighlighted, RowSelected, SessionsListed
 from rlhf_tui.widgets.lines import Lines, Piece, Row
-from rlhf_tui.widgets.status_lines import MARKS
+from rlhf_tui.widgets.status_lines import STATE_MARKS
 from rlhf_tui.widgets.table import Column, Table
 
 EVERY = 2.0
@@ -31,7 +31,7 @@ SPARK_STEPS = 400
 
 
 def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
-    """A line of blocks: the mean of each part of the values."""
+    """A sparkline of `width` blocks; each one is the mean of its share of the values."""
     if not values:
         return ""
     count = min(width, len(values))
@@ -43,7 +43,7 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
 
 
 def session_row(session: Session) -> dict[str, Any]:
-    """A session's row; one that cannot be read says why."""
+    """The row of a session; if it cannot be read, with the reason."""
     try:
         row = summary(session)
         with JournalReader(session) as record:
@@ -58,7 +58,7 @@ def session_row(session: Session) -> dict[str, Any]:
 
 
 class SessionListCache:
-    """Reads again only those sessions in which something has changed."""
+    """Rows of sessions; reads only those again that have changed."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[object, dict[str, Any]]] = {}
@@ -89,7 +89,7 @@ def _stamp(session: Session) -> object:
 
 
 class Sessions(Table):
-    """The table; enter stands among the keys below."""
+    """The table of sessions. Its enter key is shown in the line of keys."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "open")]
 
@@ -113,7 +113,7 @@ class SessionsScreen(SessionScreen):
         self._listed = False
 
     def compose_body(self) -> ComposeResult:
-        """The table and a few lines about the one under the cursor."""
+        """The table, and a few lines about the selected session."""
         yield Sessions(
             [
                 Column("", 1),
@@ -137,7 +137,7 @@ class SessionsScreen(SessionScreen):
         self.set_interval(EVERY, self.read_sessions)
 
     def refresh_content(self) -> None:
-        """The screen is seen again."""
+        """Reads the folder when the screen becomes visible."""
         self.read_sessions()
 
     def read_sessions(self) -> None:
@@ -147,13 +147,13 @@ class SessionsScreen(SessionScreen):
 
     @work(thread=True, exclusive=True, group="sessions")
     def read_folder(self, root: Path) -> None:
-        """Every session's row."""
+        """Reads the row of every session."""
         rows = self._cache.rows(root)
         if not get_current_worker().is_cancelled:
             self.post_message(SessionsListed(rows))
 
     def on_sessions_listed(self, message: SessionsListed) -> None:
-        """The rows have come."""
+        """Shows the rows."""
         self._rows = {r["name"]: r for r in message.rows}
         now = self.context.now()
         cells = [(r["name"], _cells(r, now)) for r in message.rows]
@@ -172,7 +172,7 @@ class SessionsScreen(SessionScreen):
         self._about()
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """The lines below follow the cursor."""
+        """Shows the lines about the selected session."""
         if message.table == "sessions":
             self._about()
 
@@ -181,7 +181,7 @@ class SessionsScreen(SessionScreen):
         self.query_one("#about", Lines).show(_about(row) if row else [])
 
     def on_row_selected(self, message: RowSelected) -> None:
-        """Enter, or a second click."""
+        """Opens a session: enter, or a second click."""
         self.context.open_session(message.key)
 
     def _selected(self) -> dict[str, Any] | None:
@@ -193,11 +193,11 @@ class SessionsScreen(SessionScreen):
     # -- keys ----------------------------------------------------------------------------------
 
     def action_new(self) -> None:
-        """The starter run, in the background."""
+        """Starts the demo."""
         self.context.engines.start(["demo"], "")
 
     def action_resume(self) -> None:
-        """On from its last checkpoint."""
+        """Resumes the session from its last checkpoint."""
         row = self._selected()
         if row is None:
             return
@@ -207,7 +207,7 @@ class SessionsScreen(SessionScreen):
         self.context.engines.start(["resume", row["name"]], row["name"])
 
     def action_fork(self) -> None:
-        """A branch off its last checkpoint; others: 4 Checkpoints."""
+        """Forks the session from its last checkpoint."""
         row = self._selected()
         if row is None:
             return
@@ -217,7 +217,7 @@ class SessionsScreen(SessionScreen):
         self.context.engines.ask_fork(row["name"], max(row["checkpoints"]))
 
     def action_delete(self) -> None:
-        """Asks first."""
+        """Asks, then deletes the session."""
         row = self._selected()
         if row is None or self.context.engines.refuse_read_only():
             return
@@ -244,7 +244,7 @@ class SessionsScreen(SessionScreen):
 
 
 def _cells(row: dict[str, Any], now: float) -> list[Piece]:
-    mark, tone = MARKS.get(row["state"], ("✗", "bad"))
+    mark, tone = STATE_MARKS.get(row["state"], ("✗", "bad"))
     age = fmt.duration(now - row["updated"]) if row["updated"] else "–"
     steps = f"{row['step']:,}/{row['total_steps']:,}" if row["total_steps"] else "–"
     return [

@@ -1,4 +1,4 @@
-"""What is known of the open session: the feed's news put together, for all screens."""
+"""What is known of the open session: the updates of the feed put together, for all screens."""
 
 import time
 from collections.abc import Callable
@@ -38,8 +38,8 @@ class Marker:
     time: float = 0.0
 
 
-GLYPHS = {"command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎"}
-TONES = {
+MARKER_GLYPHS = {"command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎"}
+MARKER_TONES = {
     "command": "accent",
     "checkpoint": "good",
     "attempt": "dim",
@@ -82,36 +82,36 @@ class SessionState:
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
         self._markers: list[Marker] | None = None
 
-    def take(self, news: SessionUpdate) -> None:
-        """Puts news in."""
-        if news.reset:
+    def take(self, update: SessionUpdate) -> None:
+        """Adds an update."""
+        if update.reset:
             self._clear()
-        if news.head is not None:
-            self.head, self.known, self._markers = news.head, True, None
-        self.outlines |= {n: Series(points) for n, points in news.outlines.items()}
-        for name, points in news.curves.items():
+        if update.head is not None:
+            self.head, self.known, self._markers = update.head, True, None
+        self.outlines |= {n: Series(points) for n, points in update.outlines.items()}
+        for name, points in update.curves.items():
             self.outlines.pop(name, None)
             self.curves.setdefault(name, Series()).extend(points)
-        for name, rows in news.past.items():
+        for name, rows in update.past.items():
             by_attempt: dict[int, list[tuple[int, float | None]]] = {}
             for attempt, step, value in rows:
                 by_attempt.setdefault(attempt, []).append((step, value))
             self.past[name] = [Series(points) for points in by_attempt.values()]
-        if news.events:
-            self.events = thinned(self.events + news.events)
+        if update.events:
+            self.events = thinned(self.events + update.events)
             self._markers = None
-        if news.labels is not None:
-            self.labels = news.labels
+        if update.labels is not None:
+            self.labels = update.labels
         for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
-            if (value := getattr(news, key)) is not None:
+            if (value := getattr(update, key)) is not None:
                 setattr(self, key, value)
                 self._markers = None
-        if news.connected is False:
+        if update.connected is False:
             self.telemetry = None
-        if news.phases is not None:
-            self._take_phases(news.phases)
-        if news.problem is not None:
-            self.problem = news.problem
+        if update.phases is not None:
+            self._take_phases(update.phases)
+        if update.problem is not None:
+            self.problem = update.problem
 
     def _take_phases(self, phases: list[Phase]) -> None:
         before = {p.rank: (p.name, p.step) for p in self.phases}

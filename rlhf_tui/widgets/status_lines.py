@@ -1,4 +1,4 @@
-"""The two lines on top of every screen: where one is, and how the run is."""
+"""The two lines on top of every screen: the tabs, and the status of the run."""
 
 from rlhf_tui import format as fmt
 from rlhf_tui.state import session_state as facts
@@ -6,7 +6,7 @@ from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar
 
-MARKS = {
+STATE_MARKS = {
     "starting": ("○", "accent"),
     "running": ("●", "good"),
     "pausing": ("◐", "warn"),
@@ -22,7 +22,7 @@ MARKS = {
 
 def state_pieces(state: str) -> list[Piece]:
     """A state with its mark."""
-    mark, tone = MARKS.get(state, ("?", "warn"))
+    mark, tone = STATE_MARKS.get(state, ("?", "warn"))
     return [(f"{mark} {state}", tone)]
 
 
@@ -62,7 +62,7 @@ class Tabs(Panel):
         return tabs
 
     async def on_click(self, event: object) -> None:
-        """A click on a name goes there."""
+        """Shows the screen whose name was clicked."""
         at, x = 0, getattr(event, "x", 0)
         for (text, _), mode in zip(self._tabs(self._room), self.modes, strict=True):
             at += len(text)
@@ -72,7 +72,7 @@ class Tabs(Panel):
 
 
 class StatusLine(Panel):
-    """Step, time left, speed and memory; or what is wrong."""
+    """Step, time left, speed and memory; or the problem."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
@@ -92,7 +92,7 @@ class StatusLine(Panel):
         return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self) -> Piece | None:
-        """What stands in the way of going on, with the command that helps."""
+        """Why the run does not go on, with the command that helps."""
         head, resume = self.state.head, f"rlhf-tui resume {self.state.name}"
         first = head.message.partition("\n")[0]
         if head.state == "finished" and head.step >= head.total_steps:

@@ -132,20 +132,20 @@ def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, m
     feed = Feed(session, "tester", NAMES, seen.append)
     feed.read_all()
     state = SessionState(session.name)
-    places = [i for i, news in enumerate(seen) if news.outlines]
-    for news in seen[: places[0] + 1]:
-        state.take(news)
+    places = [i for i, update in enumerate(seen) if update.outlines]
+    for update in seen[: places[0] + 1]:
+        state.take(update)
     assert len(state.outline(NAMES[0])) == 20
-    for news in seen[places[0] + 1 :]:
-        state.take(news)
+    for update in seen[places[0] + 1 :]:
+        state.take(update)
     assert state.outline(NAMES[0]) is None
     assert len(state.series(NAMES[0])) == 20
 
 
 def test_a_first_read_has_the_head_and_the_outlines(session):
-    news = FirstRead(session, NAMES).update()
-    assert news.head.state == "finished"
-    assert news.outlines.keys() == set(NAMES)
+    update = FirstRead(session, NAMES).update()
+    assert update.head.state == "finished"
+    assert update.outlines.keys() == set(NAMES)
 
 
 def test_a_first_read_of_what_cannot_be_read_is_empty(session):

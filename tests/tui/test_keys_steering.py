@@ -56,8 +56,8 @@ async def test_b_asks_for_beta_and_shows_old_and_new(make_app, engine, running, 
         await pilot.press("b")
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"0.12")
-        outlook = app.screen.query_one("#outlook")
-        await until(pilot, lambda: "0.08 → 0.12" in outlook._rows[0][0][0])
+        effect = app.screen.query_one("#effect")
+        await until(pilot, lambda: "0.08 → 0.12" in effect._rows[0][0][0])
         await pilot.press("enter")
         await until(pilot, lambda: engine == [steering.SetBeta(value=0.12)])
 
@@ -69,7 +69,7 @@ async def test_a_wrong_value_is_not_sent_and_the_dialog_says_why(make_app, engin
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"-3", "enter")
         assert isinstance(app.screen, InputDialog)
-        assert app.screen.query_one("#outlook")._rows[0][0][1] == "warn"
+        assert app.screen.query_one("#effect")._rows[0][0][1] == "warn"
         await pilot.press("escape")
         await until(pilot, lambda: not isinstance(app.screen, InputDialog))
     assert engine == []

@@ -11,13 +11,13 @@ from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 
-OTHERS = (
+OTHER_SETTINGS = (
     ("learning_rate", "lr"), ("clip_range", "clip"), ("epochs", "epochs"),
     ("temperature", "temp"), ("max_new_tokens", "length"), ("stop_kl", "stop KL"),
     ("save_every", "save every"), ("horizon", "horizon"),
 )  # fmt: skip
 LABEL = 9
-MARKS = {
+STATUS_MARKS = {
     "queued": ("⧗", "warn"),
     "accepted": ("⧗", "warn"),
     "applied": ("✓", "good"),
@@ -95,7 +95,7 @@ class SteeringPanel(Panel):
 
     def _others(self, width: int) -> list[Row]:
         rows: list[list[Piece]] = [[*_label("others")]]
-        for key, name in OTHERS:
+        for key, name in OTHER_SETTINGS:
             value = value_text(self.state.setting(key))
             if row_width(rows[-1]) + len(name) + len(value) + 3 > width:
                 rows.append([*_label("")])
@@ -111,7 +111,7 @@ class SteeringPanel(Panel):
 
     def _command(self, command: dict[str, object], width: int) -> Row:
         status = str(command["status"])
-        mark, tone = MARKS.get(status, ("?", "warn"))
+        mark, tone = STATUS_MARKS.get(status, ("?", "warn"))
         words = f"{mark} {status}"
         if status == "applied" and command["applied_step"] is not None:
             words += f" at step {command['applied_step']}"
@@ -122,7 +122,7 @@ class SteeringPanel(Panel):
             words += f": {command['reason']}"
         text = command_text(command)
         if width < 50:
-            for key, name in OTHERS:
+            for key, name in OTHER_SETTINGS:
                 text = text.replace(f"{key} ", f"{name} ")
             words = words.replace("applied at ", "")
         return [(f" {text}", ""), (f"  {words}", tone)]

@@ -6,7 +6,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.wrap import wrap
 
-MARKS: dict[str, Piece] = {"good": ("+", "good"), "bad": ("-", "bad"), "hack": ("!", "warn")}
+LABEL_MARKS: dict[str, Piece] = {"good": ("+", "good"), "bad": ("-", "bad"), "hack": ("!", "warn")}
 """By label; the mark is also the key that sets it."""
 NOTE = "✎"
 
@@ -18,7 +18,7 @@ def key_of(sample: dict[str, Any]) -> tuple[int, int, int]:
 
 def mark(sample: dict[str, Any]) -> Piece:
     """Two cells at most: the label, and whether there is a note."""
-    text, tone = MARKS.get(sample.get("label") or "", ("", "key"))
+    text, tone = LABEL_MARKS.get(sample.get("label") or "", ("", "key"))
     return text + (NOTE if sample.get("note") else ""), tone
 
 
@@ -27,7 +27,11 @@ def judgement_rows(sample: dict[str, Any], width: int) -> list[Row]:
     label, note = sample.get("label"), sample.get("note")
     if not label and not note:
         return []
-    said = [(f"{MARKS[label][0]} {label}", MARKS[label][1])] if label else [(f"{NOTE} note", "key")]
+    said = (
+        [(f"{LABEL_MARKS[label][0]} {label}", LABEL_MARKS[label][1])]
+        if label
+        else [(f"{NOTE} note", "key")]
+    )
     rows: list[Row] = [[*said, (f"   {sample['who']}, {fmt.clock(sample['time'])}", "dim")]]
     if note:
         lead = f"{NOTE} " if label else ""
