@@ -37,8 +37,9 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-docs: $(STAMP)  ## write docs/configuration.md again
+docs: $(STAMP)  ## write docs/configuration.md and docs/metrics.md again
 	$(BIN)/python -m scripts.configuration_page
+	$(BIN)/python -m scripts.metrics_page
 
 bench-extra: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'

@@ -28,42 +28,53 @@ def main() -> None:
     """Measures and prints; without a GPU it says so and is done."""
     options = argparse.ArgumentParser()
     options.add_argument("--iterations", type=int, default=3)
+    options.add_argument("--no-trl", action="store_true", help="measure our engine alone")
     given = options.parse_args()
     if not torch.cuda.is_available():
         print("gpu-bench: torch sees no GPU here, nothing was measured; make bench is for the CPU")
         sys.exit(0)
-    print(machine.describe())
+    print(machine.describe(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        compare(Path(folder), GPU_TASK, given.iterations)
+        compare(Path(folder), GPU_TASK, given.iterations, with_trl=not given.no_trl)
 
 
-def compare(folder: Path, task: Task, iterations: int) -> None:
-    """The table, and the decoding step's share of the bandwidth."""
+def compare(folder: Path, task: Task, iterations: int, *, with_trl: bool) -> None:
+    """Our engine first, each figure printed as it is known; TRL last, so that it can cost none."""
     write_models(folder, task)
     ours = [str(folder), *settings(task), *HALF]
-    sides = []
-    for name, module, arguments in (
-        ("TRL", "benchmarks.trl_side", [str(folder), json.dumps(asdict(task)), "bf16"]),
-        ("ours, equal work", OURS, [*ours, "model.value=separate"]),
-        ("ours, defaults", OURS, ours),
-    ):
-        side = Side(name, module, arguments, folder / f"{name}.log")
-        try:
-            side.wait_ready()
-            for turn in range(iterations + 1):
-                side.iterate(keep=turn > 0)
-            side.count()
-        finally:
-            side.close()
-        sides.append(side)
     peak, bandwidth = machine.matmul_peak(torch.bfloat16), machine.bandwidth_peak()
     print(f"peak        {peak:.0f} GFLOP/s of bfloat16 products, {bandwidth:.0f} GB/s copied\n")
-    print_table(sides, task, peak)
+    sides = [
+        measured(folder, iterations, "ours, defaults", OURS, ours),
+        measured(folder, iterations, "ours, equal work", OURS, [*ours, "model.value=separate"]),
+    ]
     print_phases(sides)
-    generate = min(i.phases["time/generate"] for i in sides[-1].iterations)
+    generate = min(i.phases["time/generate"] for i in sides[0].iterations)
     step, least = generate / task.new_tokens, bytes_of_a_token(task) / bandwidth / 1e9
-    print(f"decoding    {1000 * step:.2f} ms a token of {task.prompts} answers; to read weights")
+    print(f"decoding    {1000 * step:.2f} ms a token of {task.prompts} responses; to read weights")
     print(f"            and cache once takes {1000 * least:.2f} ms, {least / step:.0%} of that")
+    if with_trl:
+        arguments = [str(folder), json.dumps(asdict(task)), "bf16"]
+        try:
+            sides.insert(0, measured(folder, iterations, "TRL", "benchmarks.trl_side", arguments))
+        except RuntimeError as error:
+            print(f"TRL         {error}")
+    print_table(sides, task, peak)
+
+
+def measured(folder: Path, iterations: int, name: str, module: str, arguments: list[str]) -> Side:
+    """One side that has the GPU to itself; a line for each iteration as it ends."""
+    side = Side(name, module, arguments, folder / f"{name}.log")
+    try:
+        side.wait_ready()
+        for turn in range(iterations + 1):
+            done = side.iterate(keep=turn > 0)
+            warm_up = "" if turn else " (warm-up)"
+            print(f"{name:<18}{done.seconds:.2f} s, {done.peak_gb:.1f} GB{warm_up}", flush=True)
+        side.count()
+    finally:
+        side.close()
+    return side
 
 
 def bytes_of_a_token(task: Task) -> float:

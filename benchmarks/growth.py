@@ -191,7 +191,7 @@ def _questions(session: Session, steps: int) -> dict[str, float]:
         "page of samples by score (ms)": SampleQuery(order="score"),
         "page of samples with a word (ms)": SampleQuery(text="nowhere to be found"),
     }.items():
-        found[name] = ask_it(lambda r, q=query: r.sample_page(q, 50), times=3)
+        found[name] = ask_it(lambda r, q=query: r.samples.page(q, 50), times=3)
     return found
 
 

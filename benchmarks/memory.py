@@ -131,7 +131,7 @@ def run(root: Path, name: str, options: list[str]) -> tuple[float, float]:
     if done.returncode:
         sys.exit(f"{name} failed: {done.stderr.strip() or done.stdout.strip()}")
     with JournalReader(Session(root / "sessions" / name)) as record:
-        ready = next(e for e in record.events() if e["kind"] == "ready")
+        ready = next(e for e in record.events() if e.kind == "ready").as_json()
         measured = max(v for _, v in record.series("perf/peak_memory_gb"))
     return float(ready["planned_memory_gb"]), measured
 

@@ -97,9 +97,9 @@ def supervised(folder: Path, name: str, steps: int) -> Supervised:
         raise RuntimeError((folder / f"{name}.log").read_text(errors="replace")[-2000:])
     with JournalReader(Session(folder / "sessions" / name)) as record:
         rows = record.metrics()
-    times = [row["time"] for row in rows]
+    times = [row.time for row in rows]
     periods = [b - a for a, b in itertools.pairwise(times)]
-    return Supervised(periods, [row["time/step"] for row in rows[1:]], cpu)
+    return Supervised(periods, [row.values["time/step"] or 0.0 for row in rows[1:]], cpu)
 
 
 def _watch(process: subprocess.Popen[bytes], session: Session, steps: int) -> float:

@@ -8,9 +8,11 @@ import asyncio
 import shutil
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
+from engine import metrics
 from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
@@ -59,7 +61,7 @@ class Printer:
                 self._say(f"checkpoint: step {step}")
 
     def _take(self, report: StepReport) -> None:
-        self._step_seconds.add(report.metrics["time/step"])
+        self._step_seconds.add(report.metrics[metrics.STEP_TIME])
         self._step = report
         if self._live:
             self._redraw()
@@ -72,10 +74,10 @@ class Printer:
         m, step = self._step.metrics, self._step.step
         left = until_end(step, self._total, self._step_seconds.mean or 0)
         return (
-            f"step {step}/{self._total}  score {m['objective/scores']:.3f}  "
-            f"kl {m['objective/kl']:.3f}  beta {fmt.number(m['objective/kl_coef'], 4)}  "
-            f"clip {m.get('policy/clipfrac_avg', 0):.3f}  "
-            f"{m['perf/tokens_per_second']:.0f} tok/s  {fmt.duration(left)} left"
+            f"step {step}/{self._total}  score {m[metrics.SCORE]:.3f}  "
+            f"kl {m[metrics.KL]:.3f}  beta {fmt.number(m[metrics.BETA], 4)}  "
+            f"clip {m.get(metrics.CLIP_FRACTION, 0):.3f}  "
+            f"{m[metrics.TOKENS_PER_SECOND]:.0f} tok/s  {fmt.duration(left)} left"
         )
 
     def _redraw(self) -> None:
@@ -84,21 +86,21 @@ class Printer:
             width = shutil.get_terminal_size().columns - 1
             self._write(f"\r\x1b[K{line[:width]}", sys.stdout)
 
-    def _say(self, line: str, stream: object = None) -> None:
+    def _say(self, line: str, stream: TextIO | None = None) -> None:
         if self._live:
             self._write("\r\x1b[K", sys.stdout)
         self._print(line, stream)
         self._redraw()
 
-    def _print(self, line: str, stream: object = None) -> None:
+    def _print(self, line: str, stream: TextIO | None = None) -> None:
         self._write(line + "\n", stream or sys.stdout)
 
-    def _write(self, text: str, stream: object) -> None:
+    def _write(self, text: str, stream: TextIO) -> None:
         """A closed terminal or pipe must not end the training that goes on behind it."""
         if self._closed:
             return
         try:
-            print(text, end="", file=stream, flush=True)  # type: ignore[call-overload]
+            print(text, end="", file=stream, flush=True)
         except OSError:
             self._closed = True
 
@@ -108,13 +110,13 @@ class Printer:
             self._write("\r\x1b[K", sys.stdout)
         with JournalReader(session) as record:
             meta = record.meta()
-            scores = record.series("objective/scores")
+            scores = record.series(metrics.SCORE)
         if code == 0 and scores:
             span = f"score {fmt.number(scores[0][1])} at step {scores[0][0]}"
             span += f", {fmt.number(scores[-1][1])} at step {scores[-1][0]}"
-            self._print(f"{meta.get('state')}: {span}; session {one_line(str(session.folder))}")
+            self._print(f"{meta.state}: {span}; session {one_line(str(session.folder))}")
         elif code != 0:
-            self._print(f"rlhf-tui: {one_line(str(meta.get('message', '')))}", sys.stderr)
+            self._print(f"rlhf-tui: {one_line(meta.message)}", sys.stderr)
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ KEYS = {"samples": [*"jjjjjjjj", "d"]}
 
 async def draw(root: Path, name: str, wanted: list[str]) -> None:
     """Each of the screens, once."""
-    desk = RlhfApp(root, name, read_only=False, follow=False)
-    async with desk.run_test(size=SIZE) as pilot:
+    app = RlhfApp(root, name, read_only=False, follow=False)
+    async with app.run_test(size=SIZE) as pilot:
         for key, mode in enumerate(MODES, start=1):
             if mode not in wanted:
                 continue
@@ -28,7 +28,7 @@ async def draw(root: Path, name: str, wanted: list[str]) -> None:
             await pilot.pause(1.0)
             await pilot.press(*KEYS.get(mode, ()))
             await pilot.pause(1.0)
-            desk.save_screenshot(f"{mode}.svg", str(FOLDER))
+            app.save_screenshot(f"{mode}.svg", str(FOLDER))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Answers to be judged, and what is on file of them."""
 
 from engine.journal.labels import LabelReader, Response
+from engine.journal.rows import SampleRow
 
 STEPS = 6
 """Of the session whose answers are judged in the app."""
@@ -13,10 +14,19 @@ def answer(step, index=0, attempt=1, response=None):
     )
 
 
+def sample(step, **given):
+    """A row of samples.db."""
+    row = {
+        "index": 0, "attempt": 1, "prompt": "a", "response": "b", "score": 1.0, "kl": 1.0,
+        "length": 2, "ended": True,
+    }  # fmt: skip
+    return SampleRow(step=step, **(row | given))
+
+
 def judgements(session):
     """Label and note by step and index."""
     with LabelReader(session) as labels:
         return {
-            (j.answer.step, j.answer.index): (j.label, j.note)
+            (j.answer.step, j.answer.index): (j.judgement.label, j.judgement.note)
             for j in labels.judgements().values()
         }  # fmt: skip

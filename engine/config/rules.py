@@ -1,18 +1,28 @@
 """The rules between a configuration's keys; each key's own range is in its type."""
 
-from engine.config.schema import RewardConfig, Rule, RunConfig
+from functools import cache
+from types import NoneType
+from typing import get_args, get_type_hints
+
+from engine.config.schema import RULE_CONDITIONS, RewardConfig, Rule, RunConfig
+from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
 
-RELATIVE_TO = ("target", "max_new_tokens", "beta", "clip_range", "learning_rate", "stop_kl")
-"""Settings that a guard rail's bound may be a multiple of."""
+
+@cache
+def relative_to() -> tuple[str, ...]:
+    """The settings that a guard rail's bound may be a multiple of: those that are numbers."""
+    return tuple(name for name, path in LIVE_SETTINGS.items() if _is_number(path))
+
+
+def _is_number(path: str) -> bool:
+    section, key = path.split(".")
+    kind = get_type_hints(get_type_hints(RunConfig)[section])[key]
+    return {*(get_args(kind) or (kind,))} <= {int, float, NoneType}
 
 
 def check_config(config: RunConfig) -> None:
-    """Holds them all.
-
-    Raises:
-        ConfigError: names the keys that do not go together and what would.
-    """
+    """Raises ConfigError if keys contradict each other; it names them and a way out."""
     _check_reward(config.reward)
     _check_batches(config)
     if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):
@@ -60,11 +70,11 @@ def check_address(text: str) -> tuple[str, int]:
 def check_rule(rule: Rule) -> None:
     """Whether a guard rail says when it speaks. Raises ConfigError."""
     where = f"guardrails.rules '{rule.name}'"
-    conditions = (rule.above, rule.below, rule.rises, rule.falls)
-    if rule.metric != "*" and all(c is None for c in conditions):
-        raise ConfigError(f"{where} needs one of above, below, rises and falls")
-    if rule.of is not None and rule.of not in RELATIVE_TO:
-        raise ConfigError(f"{where}.of must be one of {', '.join(RELATIVE_TO)} (it is '{rule.of}')")
+    if rule.metric != "*" and all(getattr(rule, key) is None for key in RULE_CONDITIONS):
+        raise ConfigError(f"{where} needs one of {', '.join(RULE_CONDITIONS)}")
+    if rule.of is not None and rule.of not in relative_to():
+        known = ", ".join(relative_to())
+        raise ConfigError(f"{where}.of must be one of {known} (it is '{rule.of}')")
 
 
 def _check_reward(reward: RewardConfig) -> None:

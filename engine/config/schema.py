@@ -233,7 +233,10 @@ class LaunchConfig(Section, frozen=True):
     max_restarts: Whole = 3
     """Starts again, from the last checkpoint, after ranks that died."""
     silence: Positive = 1800.0
-    """Seconds without a sign of life after which a rank is taken for hung, ended and restarted."""
+    """Seconds without a sign of life after which a rank is taken for hung, ended and restarted.
+    Counts from a rank's first step on."""
+    load_silence: Positive = 1800.0
+    """The same while a rank starts and loads, and downloads and reads of large files are silent."""
     nice: Annotated[int, Meta(ge=0, le=19)] = 5
     """Of ranks on a CPU, so that the machine stays usable; 0: like any process."""
 
@@ -283,6 +286,10 @@ class Rule(Section, frozen=True):
     """Steps that `rises` and `falls` look back over."""
     action: Literal["notify", "checkpoint", "pause", "stop"] = "notify"
     """What is done besides telling."""
+
+
+RULE_CONDITIONS = ("above", "below", "falls", "rises")
+"""Keys of a rule that are conditions; :mod:`engine.monitoring.conditions` evaluates them."""
 
 
 class GuardrailConfig(Section, frozen=True):

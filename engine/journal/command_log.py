@@ -12,31 +12,21 @@ import msgspec
 
 from engine.config.settings import SettingChange
 from engine.errors import JournalError
+from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
 from engine.protocol.client_messages import CommandReply
+from engine.protocol.commands import Note, Undo
 from engine.protocol.rank_messages import ReplayedChange
 
 
 class CommandLog:
-    """Writes and reads commands, and the events they share with the rest of the journal."""
+    """Writes and reads commands; each is an event, too."""
 
-    _db: sqlite3.Connection
-    attempt: int
-    step: int
-    last_event: int
-    """The newest event's id."""
+    def __init__(self, db: sqlite3.Connection, events: EventLog) -> None:
+        self._db = db
+        self._events = events
 
-    def _event(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
-        """An event, inside the transaction that is open; its id."""
-        cursor = self._db.execute(
-            "INSERT INTO events (time, attempt, step, kind, data) VALUES (?, ?, ?, ?, ?)",
-            (time.time(), self.attempt, self.step if step is None else step, kind,
-             json.dumps(finite(data))),
-        )  # fmt: skip
-        self.last_event = int(cursor.lastrowid or 0)
-        return self.last_event
-
-    def settled_after(self, step: int) -> list[ReplayedChange]:
+    def changes_after(self, step: int) -> list[ReplayedChange]:
         """What commands changed after a step, in the order in which it took effect."""
         rows = self._db.execute(
             "SELECT applied_step, command, changes FROM commands "
@@ -53,22 +43,29 @@ class CommandLog:
             for applied, command, text in rows
         ]
 
-    def record_command(self, command_id: str, command: str, args: dict[str, Any], who: str) -> bool:
+    def record(self, command_id: str, command: str, args: dict[str, Any], who: str) -> bool:
         """A command as queued, with its event. False when one of that id is there already."""
         with self._db:
             new = self._db.execute(
                 "INSERT OR IGNORE INTO commands "
                 "(id, command, args, who, status, queued, attempt, changes) "
                 "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]')",
-                (command_id, command, json.dumps(finite(args)), who, time.time(), self.attempt),
+                (
+                    command_id,
+                    command,
+                    json.dumps(finite(args)),
+                    who,
+                    time.time(),
+                    self._events.attempt,
+                ),
             ).rowcount
-            if new and command == "note":
-                self._event("note", {"id": command_id, "who": who, "text": args["text"]})
+            if new and command == Note.name():
+                self._events.write("note", {"id": command_id, "who": who, "text": args["text"]})
             elif new:
-                self._event("command", {"id": command_id})
+                self._events.write("command", {"id": command_id})
         return bool(new)
 
-    def accept_command(self, command_id: str) -> None:
+    def accept(self, command_id: str) -> None:
         """The engine will carry it out at the next step boundary."""
         with self._db:
             self._db.execute(
@@ -76,7 +73,7 @@ class CommandLog:
                 (time.time(), command_id),
             )
 
-    def apply_command(
+    def apply(
         self,
         command_id: str,
         step: int,
@@ -88,7 +85,7 @@ class CommandLog:
             self._db.execute(
                 "UPDATE commands SET status = 'applied', ended = ?, applied_step = ?, "
                 "attempt = ?, changes = ?, result = ? WHERE id = ?",
-                (time.time(), step, self.attempt, msgspec.json.encode(changes).decode(),
+                (time.time(), step, self._events.attempt, msgspec.json.encode(changes).decode(),
                  json.dumps(finite(result or {})), command_id),
             )  # fmt: skip
             self._contradict(step, {c.key for c in changes})
@@ -98,12 +95,12 @@ class CommandLog:
         rows = self._db.execute(
             "SELECT id, changes FROM commands "
             "WHERE status = 'applied' AND live AND attempt < ? AND applied_step >= ?",
-            (self.attempt, step),
+            (self._events.attempt, step),
         ).fetchall()
         over = [(i,) for i, text in rows if keys & {c["key"] for c in json.loads(text)}]
         self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", over)
 
-    def reject_command(self, command_id: str, reason: str) -> None:
+    def reject(self, command_id: str, reason: str) -> None:
         """It will not be carried out."""
         with self._db:
             self._db.execute(
@@ -120,7 +117,7 @@ class CommandLog:
                 (time.time(), reason),
             )
 
-    def answer(self, command_id: str) -> CommandReply:
+    def reply(self, command_id: str) -> CommandReply:
         """Where a command stands. Raises JournalError for an unknown one."""
         row = self._db.execute(
             "SELECT status, applied_step, reason, changes, result FROM commands WHERE id = ?",
@@ -148,7 +145,7 @@ class CommandLog:
         ).fetchall()
         stack: list[list[SettingChange]] = []
         for command, text in rows:
-            if command != "undo":
+            if command != Undo.name():
                 stack.append(msgspec.json.decode(text, type=list[SettingChange]))
             elif stack:
                 stack.pop()

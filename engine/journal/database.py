@@ -1,65 +1,50 @@
-"""A session's databases as everybody reads them: short reads, never a write."""
+"""One SQLite file of a session as everybody reads it: short reads, never a write."""
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from engine.errors import JournalError
 from engine.journal import schema
-from engine.session.folder import Session
 
-Row = dict[str, Any]
+Values = Iterable[Any] | Mapping[str, Any]
+"""A query's parameters, by place or by name: whatever SQLite can hold."""
 
 
-class DatabaseReader:
-    """Databases of one session; one that is not there reads as empty."""
+class ReadOnlyDatabase:
+    """A database that reads as empty where there is none yet."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self._open: list[sqlite3.Connection] = []
+    def __init__(self, path: Path, migrations: list[str]) -> None:
+        """Opens it.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        Raises:
+            JournalError: it cannot be read, or a newer version wrote it.
+        """
+        self._path = path
+        self.connection = open_read_only(path, len(migrations))
+        """None where there is no database, or none is finished yet."""
 
     def close(self) -> None:
-        """Closes the files."""
-        for db in self._open:
-            db.close()
+        """Closes the file."""
+        if self.connection is not None:
+            self.connection.close()
 
-    def _opened(self, path: Path, migrations: list[str]) -> sqlite3.Connection | None:
-        db = open_read_only(path, len(migrations))
-        if db is not None:
-            self._open.append(db)
-        return db
+    def rows(self, query: str, values: Values = ()) -> list[Any]:
+        """The tuples of a query; their types are the query's columns, which no checker knows.
 
-    def _all(
-        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] | Row = ()
-    ) -> list[Any]:
-        if db is None:
+        Raises:
+            JournalError: the file cannot be read.
+        """
+        if self.connection is None:
             return []
+        given = dict(values) if isinstance(values, Mapping) else tuple(values)
         try:
-            return db.execute(
-                query, values if isinstance(values, dict) else tuple(values)
-            ).fetchall()
+            return self.connection.execute(query, given).fetchall()
         except sqlite3.Error as error:
             raise JournalError(
-                f"cannot read the journal of {self.session.folder}: {error}"
+                f"cannot read the journal of {self._path.parent}: {error}"
             ) from error
-
-    def _rows(
-        self, db: sqlite3.Connection | None, query: str, values: Iterable[Any] | Row = ()
-    ) -> list[Row]:
-        if db is None:
-            return []
-        db.row_factory = sqlite3.Row
-        try:
-            return [dict(r) for r in self._all(db, query, values)]
-        finally:
-            db.row_factory = None
 
 
 def limit(last: int | None) -> int:

@@ -3,6 +3,9 @@
 import math
 from typing import Any
 
+Json = dict[str, Any]
+"""An object for scripts: its keys are a contract, its values whatever JSON can hold."""
+
 
 def finite(value: Any) -> Any:
     """JSON has neither NaN nor infinity: null, here and in every list and mapping below."""

@@ -13,12 +13,14 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import msgspec
 
 from engine.errors import JournalError, UserInputError
 from engine.journal import schema
-from engine.journal.database import DatabaseReader, Row, connect
+from engine.journal.database import ReadOnlyDatabase, connect
+from engine.journal.rows import Judgement, SampleRow
 from engine.session.folder import Session
 
 LABELS = ("good", "bad", "hack")
@@ -38,22 +40,19 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     index: int | None = None
 
     @classmethod
-    def of(cls, row: Row) -> "Response":
-        """Of a row that has these names."""
-        places = {name: row.get(name) for name in ("attempt", "step", "index")}
-        return cls(response=row["response"], **places)
+    def of(cls, sample: SampleRow) -> "Response":
+        """Of a sample."""
+        return cls(
+            response=sample.response, attempt=sample.attempt, step=sample.step, index=sample.index
+        )
 
 
-class Judgement(msgspec.Struct, frozen=True, kw_only=True):
-    """What is thought of an answer: a label, a note, or both."""
+class JudgedResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """A response with what is thought of it."""
 
     prompt: str
     answer: Response
-    label: str | None
-    """One of LABELS."""
-    note: str | None
-    who: str
-    time: float
+    judgement: Judgement
 
 
 class Preference(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,53 +172,63 @@ ADVICE = {
 # -- reading ---------------------------------------------------------------------------------------
 
 
-class LabelReader(DatabaseReader):
+class LabelReader:
     """What the operators think; a session that nobody has judged reads as empty."""
 
     def __init__(self, session: Session) -> None:
-        super().__init__(session)
-        _finish_change(session.labels_file)
-        self._db = self._opened(session.labels_file, schema.LABELS)
+        """Opens the labels.
 
-    def judgements(self) -> dict[Key, Judgement]:
+        Raises:
+            JournalError: they cannot be read, or a newer version wrote them.
+        """
+        _finish_change(session.labels_file)
+        self._db = ReadOnlyDatabase(session.labels_file, schema.LABELS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    def judgements(self) -> dict[Key, JudgedResponse]:
         """Every judgement, the oldest first."""
-        rows = self._rows(self._db, "SELECT *, idx AS 'index' FROM judgements ORDER BY time")
+        rows = self._db.rows(
+            "SELECT attempt, step, idx, prompt, response, label, note, who, time "
+            "FROM judgements ORDER BY time"
+        )
         return {
-            (r["attempt"], r["step"], r["index"]): Judgement(
-                prompt=r["prompt"], answer=Response.of(r), label=r["label"], note=r["note"],
-                who=r["who"], time=r["time"],
+            (attempt, step, index): JudgedResponse(
+                prompt=prompt,
+                answer=Response(response=response, attempt=attempt, step=step, index=index),
+                judgement=Judgement(label=label, note=note, who=who, time=time),
             )
-            for r in rows
-        }  # fmt: skip
+            for attempt, step, index, prompt, response, label, note, who, time in rows
+        }
 
     def preferences(self, prompt: str | None = None) -> list[Preference]:
         """Every pair, or those of one prompt, the oldest first."""
-        query = "SELECT * FROM preferences WHERE :prompt IS NULL OR prompt = :prompt ORDER BY time"
+        rows = self._db.rows(
+            "SELECT prompt, who, time, chosen, chosen_attempt, chosen_step, chosen_idx, "
+            "rejected, rejected_attempt, rejected_step, rejected_idx FROM preferences "
+            "WHERE :prompt IS NULL OR prompt = :prompt ORDER BY time",
+            {"prompt": prompt},
+        )
         return [
             Preference(
-                prompt=r["prompt"], who=r["who"], time=r["time"],
-                chosen=_side(r, "chosen"), rejected=_side(r, "rejected"),
+                prompt=asked, who=who, time=time, chosen=_response(sides[:4]),
+                rejected=_response(sides[4:]),
             )
-            for r in self._rows(self._db, query, {"prompt": prompt})
+            for asked, who, time, *sides in rows
         ]  # fmt: skip
 
 
-def _side(row: Row, name: str) -> Response:
-    return Response(
-        response=row[name], attempt=row[f"{name}_attempt"], step=row[f"{name}_step"],
-        index=row[f"{name}_idx"],
-    )  # fmt: skip
-
-
-def with_judgements(session: Session, rows: list[Row]) -> list[Row]:
-    """Samples with their `label` and `note`, None where there is none. Raises JournalError."""
-    with LabelReader(session) as labels:
-        known = labels.judgements()
-    for row in rows:
-        found = known.get((row["attempt"], row["step"], row["index"]))
-        same = found is not None and found.answer.response == row["response"]
-        row["label"], row["note"] = (found.label, found.note) if found and same else (None, None)
-    return rows
+def _response(columns: list[Any]) -> Response:
+    response, attempt, step, index = columns
+    return Response(response=response, attempt=attempt, step=step, index=index)
 
 
 def attach(db: sqlite3.Connection, session: Session) -> bool:

@@ -4,16 +4,35 @@ In the columns that trainers of preferences read (`prompt`, `chosen`, `rejected`
 who said so, when, and where each answer came from.
 """
 
-from typing import Any
+import msgspec
 
 from engine.errors import NoSuchSessionError
-from engine.journal.labels import Judgement, LabelReader, Response
+from engine.journal.labels import JudgedResponse, LabelReader, Response
 from engine.session.folder import Session
 
 WORSE = ("bad", "hack")
 
 
-def preference_pairs(session: Session) -> list[dict[str, Any]]:
+class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of an export; the fields are its columns, in their order."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    source: str
+    """`pair`: the two were compared; `labels`: each was labelled."""
+    who: str
+    time: float
+    chosen_attempt: int | None
+    """None, as step and index are: the response is the reference's."""
+    chosen_step: int | None
+    chosen_index: int | None
+    rejected_attempt: int | None
+    rejected_step: int | None
+    rejected_index: int | None
+
+
+def preference_pairs(session: Session) -> list[PreferencePair]:
     """Every pair once, the oldest first.
 
     Two answers that were held against each other (`source` "pair"), and of those to the same prompt
@@ -27,47 +46,46 @@ def preference_pairs(session: Session) -> list[dict[str, Any]]:
     """
     with LabelReader(session) as labels:
         said, judged = labels.preferences(), list(labels.judgements().values())
-    rows = [_row("pair", p.prompt, p.chosen, p.rejected, p.who, p.time) for p in said]
+    rows = [_pair("pair", p.prompt, p.chosen, p.rejected, p.who, p.time) for p in said]
     rows += _labelled(judged)
     if not rows:
         raise NoSuchSessionError(_none_yet(session, judged))
-    found: dict[tuple[str, frozenset[str]], dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda r: (r["source"] != "pair", -r["time"])):
-        found.setdefault((row["prompt"], frozenset((row["chosen"], row["rejected"]))), row)
-    return sorted(found.values(), key=lambda r: r["time"])
+    found: dict[tuple[str, frozenset[str]], PreferencePair] = {}
+    for row in sorted(rows, key=lambda r: (r.source != "pair", -r.time)):
+        found.setdefault((row.prompt, frozenset((row.chosen, row.rejected))), row)
+    return sorted(found.values(), key=lambda r: r.time)
 
 
-def _labelled(judged: list[Judgement]) -> list[dict[str, Any]]:
-    worse: dict[str, list[Judgement]] = {}
-    for judgement in judged:
-        if judgement.label in WORSE:
-            worse.setdefault(judgement.prompt, []).append(judgement)
+def _labelled(judged: list[JudgedResponse]) -> list[PreferencePair]:
+    worse: dict[str, list[JudgedResponse]] = {}
+    for response in judged:
+        if response.judgement.label in WORSE:
+            worse.setdefault(response.prompt, []).append(response)
     return [
-        _row(
+        _pair(
             "labels", good.prompt, good.answer, bad.answer,
-            " and ".join(dict.fromkeys((good.who, bad.who))), max(good.time, bad.time),
+            " and ".join(dict.fromkeys((good.judgement.who, bad.judgement.who))),
+            max(good.judgement.time, bad.judgement.time),
         )
         for good in judged
-        if good.label == "good"
+        if good.judgement.label == "good"
         for bad in worse.get(good.prompt, ())
         if good.answer.response != bad.answer.response
     ]  # fmt: skip
 
 
-def _row(
+def _pair(
     source: str, prompt: str, chosen: Response, rejected: Response, who: str, time: float
-) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "prompt": prompt, "chosen": chosen.response, "rejected": rejected.response,
-        "source": source, "who": who, "time": time,
-    }  # fmt: skip
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        for place in ("attempt", "step", "index"):
-            row[f"{name}_{place}"] = getattr(side, place)
-    return row
+) -> PreferencePair:
+    return PreferencePair(
+        prompt=prompt, chosen=chosen.response, rejected=rejected.response, source=source,
+        who=who, time=time, chosen_attempt=chosen.attempt, chosen_step=chosen.step,
+        chosen_index=chosen.index, rejected_attempt=rejected.attempt,
+        rejected_step=rejected.step, rejected_index=rejected.index,
+    )  # fmt: skip
 
 
-def _none_yet(session: Session, judged: list[Judgement]) -> str:
+def _none_yet(session: Session, judged: list[JudgedResponse]) -> str:
     lack = "judgements but no pair of answers to one prompt" if judged else "no preferences"
     return (
         f"session '{session.name}' has {lack} yet: on screen 3 of rlhf-tui attach {session.name}, "

@@ -22,6 +22,7 @@ from engine.errors import JournalError
 from engine.journal import schema
 from engine.journal.command_log import CommandLog
 from engine.journal.database import open_read_only
+from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Sample, StepReport
@@ -34,7 +35,7 @@ NETWORK_FILE_SYSTEMS = {
 """Where WAL's shared memory does not work between hosts."""
 
 
-class JournalWriter(CommandLog):
+class JournalWriter:
     """Opened by the holder of the session's lock, for one attempt at a time."""
 
     def __init__(self, session: Session) -> None:
@@ -47,9 +48,23 @@ class JournalWriter(CommandLog):
         self._db = _open(session.journal_file, schema.JOURNAL, mode)
         self._samples = _open(session.samples_file, schema.SAMPLES, mode)
         self._names: dict[str, int] = dict(self._db.execute("SELECT name, id FROM names"))
-        self.attempt = self._db.execute("SELECT max(attempt) FROM attempts").fetchone()[0] or 0
-        self.step = self._db.execute("SELECT max(step) FROM steps").fetchone()[0] or 0
-        self.last_event = self._db.execute("SELECT max(id) FROM events").fetchone()[0] or 0
+        self._events = EventLog(self._db)
+        self.commands = CommandLog(self._db, self._events)
+
+    @property
+    def attempt(self) -> int:
+        """The present attempt's number, from 1."""
+        return self._events.attempt
+
+    @property
+    def step(self) -> int:
+        """The last finished step of the current timeline."""
+        return self._events.step
+
+    @property
+    def last_event(self) -> int:
+        """The newest event's id."""
+        return self._events.last
 
     def close(self) -> None:
         """Ends the attempt and closes the files."""
@@ -94,7 +109,7 @@ class JournalWriter(CommandLog):
             self._samples.execute("DELETE FROM arrays WHERE step > ?", (from_step,))
         with self._db:
             self._supersede(from_step, fresh)
-            self.attempt += 1
+            self._events.attempt += 1
             if reseed:
                 self._set_meta({"reseed": [from_step, self.attempt]})
             self._db.execute(
@@ -102,9 +117,9 @@ class JournalWriter(CommandLog):
                 (self.attempt, from_step, fresh, time.time(), os.getpid(), socket.gethostname(),
                  __version__),
             )  # fmt: skip
-            self.step = from_step
+            self._events.step = from_step
             data = {"attempt": self.attempt, "from_step": from_step, "fresh": fresh}
-            self._event("attempt", data | ({"fork": origin} if origin else {}))
+            self._events.write("attempt", data | ({"fork": origin} if origin else {}))
         return self.attempt
 
     def _supersede(self, from_step: int, fresh: bool) -> None:
@@ -119,7 +134,7 @@ class JournalWriter(CommandLog):
         )
         self._db.execute("DELETE FROM metrics WHERE step > ?", after)
         self._db.execute("DELETE FROM steps WHERE step > ?", after)
-        # What is gone on from is whole on the disk, though its rank may not have lived to say so.
+        # The checkpoint we resume from is complete, even if its rank died before reporting it.
         written = "SELECT attempt FROM checkpoints WHERE step = ? AND status = 'written'"
         for (attempt,) in self._db.execute(written, after).fetchall():
             self._complete(from_step, attempt)
@@ -169,7 +184,7 @@ class JournalWriter(CommandLog):
                 [(self._name(k), report.step, finite(v)) for k, v in report.metrics.items()],
             )
             self._set_meta({"settings": report.settings})
-            self.step = report.step
+            self._events.step = report.step
 
     def _sample(self, step: int, sample: Sample) -> None:
         self._samples.execute(
@@ -187,7 +202,7 @@ class JournalWriter(CommandLog):
     def record_event(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
         """An event for ever: state, alert, error, note, checkpoint. Returns its id."""
         with self._db:
-            return self._event(kind, data, step)
+            return self._events.write(kind, data, step)
 
     def record_telemetry(self, telemetry: Telemetry) -> None:
         """One reading of the machine."""
@@ -232,7 +247,7 @@ class JournalWriter(CommandLog):
             "RETURNING size, score, kl",
             (step, attempt),
         ).fetchone()
-        self._event("checkpoint", {"size": size, "score": score, "kl": kl}, step)
+        self._events.write("checkpoint", {"size": size, "score": score, "kl": kl}, step)
 
     def _set_meta(self, values: dict[str, Any]) -> None:
         self._db.executemany(

@@ -10,7 +10,8 @@ import msgspec
 from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
-from engine.session.folder import LIVE_STATES, Session
+from engine.session.folder import Session
+from engine.session.states import LIVE_STATES
 
 POLL_INTERVAL = 0.05
 
@@ -69,7 +70,7 @@ def _ended(session: Session, code: int, state: str, pid: int) -> int:
     if code == 0:
         return pid
     with JournalReader(session) as record:
-        message = str(record.meta().get("message") or "")
+        message = record.meta().message
     if not message or state in LIVE_STATES:
         lines = session.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         message = lines[-1].removeprefix("rlhf-tui: ") if lines else f"it ended with {code}"

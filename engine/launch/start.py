@@ -48,7 +48,7 @@ def timeline_checkpoints(session: Session) -> list[int]:
     """
     with JournalReader(session) as record:
         # `written` is enough: COMPLETE on disk says that the journal was confirmed before it.
-        known = {c["step"] for c in record.checkpoints(("complete", "written"))}
+        known = {c.step for c in record.checkpoints(("complete", "written"))}
     return [step for step in checkpoint_steps(session) if step in known]
 
 
@@ -145,9 +145,9 @@ def _check_step(session: Session, step: int) -> None:
 
 def _settings_now(session: Session, config: RunConfig) -> dict[str, Any]:
     with JournalReader(session) as record:
-        now = record.meta().get("settings")
+        now = record.meta().settings
     flat = config_file.flatten(config_file.to_tree(config))
-    return now if isinstance(now, dict) else {k: flat[path] for k, path in LIVE_SETTINGS.items()}
+    return now if now is not None else {k: flat[path] for k, path in LIVE_SETTINGS.items()}
 
 
 def _settings_in(

@@ -60,9 +60,8 @@ def _smaller(
     while size > 1:
         size //= 2
         yield "reward.batch_size", str(size), ("reward", {"batch_size": size}), None
-    if hasattr(config.parallel, "activation_checkpointing"):
-        again: Change = ("parallel", {"activation_checkpointing": True})
-        yield "parallel.activation_checkpointing", "true", again, None
+    again: Change = ("parallel", {"activation_checkpointing": True})
+    yield "parallel.activation_checkpointing", "true", again, None
     yield "reward.dtype", "bfloat16", ("reward", {"dtype": "bfloat16"}), None
     yield "model.dtype", "bfloat16", ("model", {"dtype": "bfloat16"}), None
     yield "model.value", "shared", ("model", {"value": "shared"}), None

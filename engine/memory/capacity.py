@@ -8,6 +8,8 @@ import psutil
 import pynvml
 from msgspec import Struct
 
+from engine.nvml import gpu_handles
+
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where a container or a batch scheduler says how much of the machine a job may have."""
 
@@ -40,13 +42,11 @@ def of_host() -> Capacity:
 
 def of_gpus(chosen: list[int]) -> Capacity | None:
     """The chosen GPUs' memory (all GPUs', when none is named); None where there is no GPU."""
-    try:
-        pynvml.nvmlInit()
-        numbers = chosen or list(range(pynvml.nvmlDeviceGetCount()))
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in numbers]
-        memories = [pynvml.nvmlDeviceGetMemoryInfo(h) for h in handles]
-    except pynvml.NVMLError:
-        return None
+    with gpu_handles(chosen) as handles:
+        try:
+            memories = [pynvml.nvmlDeviceGetMemoryInfo(h) for h in handles]
+        except pynvml.NVMLError:
+            return None
     if not memories:
         return None
     total = min(int(m.total) for m in memories)

@@ -1,6 +1,7 @@
 """Rules over metrics that say "look here": pure, so that they can be replayed over any session.
 
-A rule speaks once when its condition begins to hold, and again only after it has ceased to.
+A rule speaks once when one of its conditions begins to hold, and again only after none does. The
+conditions are those of :mod:`engine.monitoring.conditions`.
 """
 
 import math
@@ -9,20 +10,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config.schema import GuardrailConfig, Rule
+from engine.metrics import (
+    CLIP_FRACTION,
+    DISTINCT_2,
+    ENTROPY,
+    KL,
+    NONFINITE_UPDATES,
+    RESPONSE_LENGTH,
+    SCORE_STD,
+)
+from engine.monitoring.conditions import CONDITIONS, Observation, not_finite
 from engine.protocol.rank_messages import Sample
 
 DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(name="non_finite", metric="*", action="pause"),
-    Rule(name="non_finite_updates", metric="policy/nonfinite_updates", above=0.0, action="pause"),
-    Rule(name="kl_high", metric="objective/kl", above=2.0, of="target"),
-    Rule(name="clip_fraction", metric="policy/clipfrac_avg", above=0.5),
-    Rule(name="entropy_falls", metric="policy/entropy_avg", falls=0.5),
-    Rule(name="repetition", metric="text/distinct_2", falls=0.4),
-    Rule(name="length_bound", metric="tokens/response_len_mean", above=0.95, of="max_new_tokens"),
-    Rule(name="score_std", metric="objective/scores_std", below=1e-3),
+    Rule(name="non_finite_updates", metric=NONFINITE_UPDATES, above=0.0, action="pause"),
+    Rule(name="kl_high", metric=KL, above=2.0, of="target"),
+    Rule(name="clip_fraction", metric=CLIP_FRACTION, above=0.5),
+    Rule(name="entropy_falls", metric=ENTROPY, falls=0.5),
+    Rule(name="repetition", metric=DISTINCT_2, falls=0.4),
+    Rule(name="length_bound", metric=RESPONSE_LENGTH, above=0.95, of="max_new_tokens"),
+    Rule(name="score_std", metric=SCORE_STD, below=1e-3),
 )
 """Those that come with the software; a rule of the same name takes one's place."""
-WORST_BY = {"objective/kl": "kl", "tokens/response_len_mean": "length"}
+WORST_BY = {KL: "kl", RESPONSE_LENGTH: "length"}
 """Which number of a sample shows a metric best; otherwise its score, lowest first."""
 EVIDENCE_SAMPLES = 5
 
@@ -52,7 +63,8 @@ class Guardrails:
         self._windows: dict[str, deque[float]] = {
             r.name: deque(maxlen=r.window) for r in self.rules
         }
-        self._speaking: set[str] = set()
+        self._holding: set[str] = set()
+        self._without_scale: set[str] = set()
 
     def check(
         self,
@@ -67,63 +79,69 @@ class Guardrails:
             step: its number.
             metrics: all of them.
             settings: in force during it, for the rules that are relative to one.
-            samples: its answers, from which those that show it best are chosen.
+            samples: its responses, from which those that show it best are chosen.
         """
         alerts = []
         for rule in self.rules:
-            text = self._judge(rule, metrics, settings)
-            if text is None:
-                self._speaking.discard(rule.name)
-            elif rule.name not in self._speaking:
-                self._speaking.add(rule.name)
-                evidence = {
-                    "metric": rule.metric,
-                    "value": metrics.get(rule.metric),
-                    "window": list(self._windows[rule.name]),
-                    "samples": [
-                        {"index": s.index, "prompt": s.prompt, "response": s.response,
-                         "score": s.score, "kl": s.kl, "length": s.length}
-                        for s in worst_samples(rule.metric, samples or [])
-                    ],
-                }  # fmt: skip
-                alerts.append(Alert(rule.name, rule.action, text, step, evidence))
             value = metrics.get(rule.metric)
+            known = value is not None and math.isfinite(value)
+            if known and (text := self._missing_scale(rule, settings)) is not None:
+                alerts.append(Alert(rule.name, "notify", text, step))
+            text = self._evaluate(rule, metrics, settings)
+            if text is None:
+                self._holding.discard(rule.name)
+            elif rule.name not in self._holding:
+                self._holding.add(rule.name)
+                evidence = self._evidence(rule, value, samples or [])
+                alerts.append(Alert(rule.name, rule.action, f"look here: {text}", step, evidence))
             if value is not None and math.isfinite(value):
                 self._windows[rule.name].append(value)
         return alerts
 
-    def _judge(
+    def _evaluate(
         self, rule: Rule, metrics: dict[str, float | None], settings: dict[str, Any]
     ) -> str | None:
-        """The sentence, or None where there is nothing to say."""
+        """The sentence, or None where no condition holds."""
         if rule.metric == "*":
-            bad = [k for k, v in metrics.items() if v is not None and not math.isfinite(v)]
-            return f"look here: {', '.join(bad)} not finite" if bad else None
+            return not_finite(metrics)
         value = metrics.get(rule.metric)
         if value is None or not math.isfinite(value):
             return None
-        scale = float(settings.get(rule.of) or 1.0) if rule.of else 1.0
-        unit = f" × {rule.of} ({scale:g})" if rule.of else ""
-        if rule.above is not None and value > rule.above * scale:
-            return f"look here: {rule.metric} is {value:.4g}, above {rule.above:g}{unit}"
-        if rule.below is not None and value < rule.below * scale:
-            return f"look here: {rule.metric} is {value:.4g}, below {rule.below:g}{unit}"
-        return self._judge_change(rule, value)
+        seen = Observation(value, _scale(rule, settings), self._windows[rule.name])
+        said = (condition(rule, seen) for condition in CONDITIONS.values())
+        text = next((words for words in said if words is not None), None)
+        return None if text is None else f"{rule.metric} {text}"
 
-    def _judge_change(self, rule: Rule, value: float) -> str | None:
-        window = self._windows[rule.name]
-        if len(window) < rule.window:
+    def _missing_scale(self, rule: Rule, settings: dict[str, Any]) -> str | None:
+        """That a bound has no value; said once, and again only after it had one."""
+        if _scale(rule, settings) is not None:
+            self._without_scale.discard(rule.name)
             return None
-        mean = sum(window) / len(window)
-        if mean == 0:
+        if rule.name in self._without_scale:
             return None
-        change = (value - mean) / abs(mean)
-        over = f"against its mean of the last {rule.window} steps ({mean:.4g})"
-        if rule.falls is not None and change < -rule.falls:
-            return f"look here: {rule.metric} fell by {-change:.0%} to {value:.4g} {over}"
-        if rule.rises is not None and change > rule.rises:
-            return f"look here: {rule.metric} rose by {change:.0%} to {value:.4g} {over}"
-        return None
+        self._without_scale.add(rule.name)
+        why = "unset" if settings.get(rule.of or "") is None else "0"
+        return f"rule {rule.name} cannot be evaluated: {rule.of}, which it is relative to, is {why}"
+
+    def _evidence(self, rule: Rule, value: float | None, samples: list[Sample]) -> dict[str, Any]:
+        return {
+            "metric": rule.metric,
+            "value": value,
+            "window": list(self._windows[rule.name]),
+            "samples": [
+                {"index": s.index, "prompt": s.prompt, "response": s.response,
+                 "score": s.score, "kl": s.kl, "length": s.length}
+                for s in worst_samples(rule.metric, samples)
+            ],
+        }  # fmt: skip
+
+
+def _scale(rule: Rule, settings: dict[str, Any]) -> float | None:
+    """What the bounds are multiples of; None where that setting is unset or 0."""
+    if rule.of is None:
+        return 1.0
+    value = settings.get(rule.of)
+    return float(value) if value else None
 
 
 def worst_samples(metric: str, samples: list[Sample]) -> list[Sample]:

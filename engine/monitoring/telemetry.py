@@ -3,11 +3,13 @@
 import logging
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pynvml
 
+from engine.nvml import gpu_handles
 from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
 from engine.protocol.rank_messages import RankTimes
 
@@ -22,12 +24,9 @@ class Sampler:
         self._folder = folder
         self._ranks: dict[int, psutil.Process] = {}
         psutil.cpu_percent()  # the first reading of a span is meaningless
-        try:
-            pynvml.nvmlInit()
-            count = pynvml.nvmlDeviceGetCount()
-            self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
-        except pynvml.NVMLError:
-            self._gpus = []
+        # Kept open: to open the driver for each reading would cost more than the reading.
+        self._open = ExitStack()
+        self._gpus = self._open.enter_context(gpu_handles())
 
     def sample(self, rank_pids: dict[int, int], times: dict[int, RankTimes]) -> Telemetry:
         """One reading; ranks by number, those on this machine with their process id."""
@@ -92,21 +91,14 @@ def gpu_count() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
-    try:
-        pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetCount())
-    except pynvml.NVMLError:
-        return 0
+    with gpu_handles() as handles:
+        return len(handles)
 
 
 def busy_gpus(chosen: list[int]) -> list[str]:
     """Those of the chosen GPUs (all, when none is named) that hold over 1 GB already, in words."""
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    with gpu_handles() as handles:
         gpus = [g for i, h in enumerate(handles) if (g := _gpu(i, h)) is not None]
-    except pynvml.NVMLError:
-        return []
     return [
         f"GPU {g.index} ({g.name}) already holds {g.memory_used / 1e9:.1f} GB"
         for g in gpus

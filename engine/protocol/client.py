@@ -88,6 +88,7 @@ class Client:
     def send(self, command: Command, command_id: str | None = None) -> CommandReply:
         """Sends a command; the answer that comes at once: accepted, applied or rejected."""
         chosen = command_id or new_id()
+        # Whoever sends one holds it as its base class.
         self._send(CommandRequest(id=chosen, command=command))  # type: ignore[arg-type]
         try:
             return self._answer(chosen, time.monotonic() + REPLY_TIMEOUT)
@@ -135,20 +136,10 @@ class Client:
             raise LinkError(f"the engine of '{self._session.name}' is gone: {error}") from error
 
     def _receive(self) -> ToClient:
-        length = frames.frame_length(self._exactly(frames.HEADER.size))
-        return decode_to_client(self._exactly(length))
-
-    def _exactly(self, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            try:
-                piece = self._sock.recv(count - len(data))
-            except ConnectionError:
-                piece = b""
-            if not piece:
-                raise LinkError(f"the engine of '{self._session.name}' hung up")
-            data += piece
-        return bytes(data)
+        try:
+            return decode_to_client(frames.receive(self._sock))
+        except ConnectionError as error:
+            raise LinkError(f"the engine of '{self._session.name}' hung up") from error
 
 
 def new_id() -> str:

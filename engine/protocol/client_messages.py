@@ -7,13 +7,12 @@ is the client's :class:`ClientHello`, answered by :class:`Welcome`; then :class:
 
 from typing import Any
 
-import msgspec
 from msgspec import Struct
+from msgspec.msgpack import Decoder
 
 from engine.config.settings import SettingChange
-from engine.errors import LinkError
 from engine.protocol.commands import AnyCommand
-from engine.protocol.frames import VERSION, Message
+from engine.protocol.frames import VERSION, Message, decode
 from engine.protocol.rank_messages import Phase
 
 
@@ -152,23 +151,15 @@ class JournalAdvanced(Message, frozen=True, tag="wake"):
 FromClient = ClientHello | CommandRequest | StatusRequest | Watch
 ToClient = Welcome | CommandReply | Status | JournalAdvanced | Phase | Telemetry
 
-_from_client = msgspec.msgpack.Decoder(FromClient)
-_to_client = msgspec.msgpack.Decoder(ToClient)
+_from_client: Decoder[FromClient] = Decoder(FromClient)
+_to_client: Decoder[ToClient] = Decoder(ToClient)
 
 
 def decode_from_client(body: bytes) -> FromClient:
     """A client's message. Raises LinkError when it is none."""
-    try:
-        message: FromClient = _from_client.decode(body)
-    except msgspec.DecodeError as error:
-        raise LinkError(f"not a client's message of protocol {VERSION}: {error}") from error
-    return message
+    return decode(_from_client, body, "a client's message")
 
 
 def decode_to_client(body: bytes) -> ToClient:
     """A supervisor's message to a client. Raises LinkError when it is none."""
-    try:
-        message: ToClient = _to_client.decode(body)
-    except msgspec.DecodeError as error:
-        raise LinkError(f"not an engine's message of protocol {VERSION}: {error}") from error
-    return message
+    return decode(_to_client, body, "an engine's message")

@@ -1,48 +1,155 @@
 """What an operator can ask of a running engine: one frozen struct a command.
 
+A struct declares everything about its command but how it is carried out: its tag on the wire, its
+line of help, its checks, the settings it changes, and whether the charts show it. The union that it
+is a member of says who carries it out: the supervisor at once (:data:`SupervisorCommand`) or all
+ranks at the next step boundary (:data:`BoundaryCommand`).
+
 A command's life is kept in the journal: `queued → accepted → applied at step S`, or
 `rejected: reason`. Each works while paused.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
 
 import msgspec
 from msgspec import Struct
 
 from engine.config.settings import Settings, check_settings, setting_name
 from engine.errors import CommandRejectedError
+from engine.session.states import State
+
+MAX_TEXT = 10_000
+"""Characters in a note or a probe."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How things stand when a command arrives."""
+
+    state: State
+    paused: bool
+    settings: Settings
+    """In force."""
+    batch_size: int
+    """`rollout.batch_size`."""
+    checkpoint_steps: Callable[[], list[int]]
+    """The steps that a roll back may name; reads the journal and may raise JournalError."""
 
 
 class Command(Struct, frozen=True, kw_only=True, tag_field="command", forbid_unknown_fields=True):
-    """Anything that can be asked."""
+    """The base of all commands, and what each of them declares."""
+
+    summary: ClassVar[str]
+    """One line for the help of the command line."""
+    on_charts: ClassVar[bool]
+    """Whether it draws a marker of its own once it is applied."""
+    while_stopping: ClassVar[bool] = False
+    """Whether it is accepted while the run is stopping."""
+    state_when_accepted: ClassVar[State | None] = None
+    """The session's state until it is applied, where that is another one."""
+    dropped_after_failures: ClassVar[bool] = True
+    """Whether it is rejected when the ranks fail again and again with it in hand."""
+
+    @classmethod
+    def name(cls) -> str:
+        """Its tag, as in the journal and on the command line: `pause`, `beta`."""
+        return str(cls.__struct_config__.tag)
+
+    def check_arguments(self) -> None:
+        """Raises CommandRejectedError where its own values are wrong at any moment."""
+
+    def check(self, moment: Moment) -> None:
+        """Raises CommandRejectedError where it cannot be carried out at this moment."""
+
+    def new_values(self, settings: Settings) -> dict[str, Any]:
+        """What it changes settings to, checked against their types and ranges; {} for none.
+
+        Raises:
+            CommandRejectedError: an unknown setting, a wrong type or a value out of range.
+        """
+        del settings
+        return {}
 
 
 class Pause(Command, frozen=True, tag="pause"):
-    """Hold at the next step boundary."""
+    """The ranks hold at the next step boundary."""
+
+    summary: ClassVar[str] = "Hold at the next step boundary."
+    on_charts: ClassVar[bool] = True
+    state_when_accepted: ClassVar[State | None] = "pausing"
+    dropped_after_failures: ClassVar[bool] = False  # a run must not go on for having failed
+
+    def check(self, moment: Moment) -> None:
+        if moment.paused or moment.state == "pausing":
+            raise CommandRejectedError("the run is paused already")
 
 
 class Unpause(Command, frozen=True, tag="unpause"):
-    """Go on."""
+    """The end of a pause."""
+
+    summary: ClassVar[str] = "Go on."
+    on_charts: ClassVar[bool] = True
+
+    def check(self, moment: Moment) -> None:
+        if not moment.paused and moment.state != "pausing":
+            raise CommandRejectedError("the run is not paused")
 
 
 class Stop(Command, frozen=True, tag="stop"):
-    """End the run: after the step in hand, saved; with `now` at once, unsaved."""
+    """The end of the run: after the step in hand, saved; with `now` at once, unsaved."""
+
+    summary: ClassVar[str] = "Finish the step, save, and end."
+    on_charts: ClassVar[bool] = True
+    while_stopping: ClassVar[bool] = True
+    state_when_accepted: ClassVar[State | None] = "stopping"
+    dropped_after_failures: ClassVar[bool] = False  # as for a pause
 
     now: bool = False
 
+    def check(self, moment: Moment) -> None:
+        if moment.state == "stopping" and not self.now:
+            raise CommandRejectedError("the run is stopping already")
+
 
 class Checkpoint(Command, frozen=True, tag="checkpoint"):
-    """Save at the next step boundary."""
+    """A checkpoint at the next step boundary."""
+
+    summary: ClassVar[str] = "Save at the next step boundary."
+    on_charts: ClassVar[bool] = False  # the checkpoint's own event is
 
 
-class SetBeta(Command, frozen=True, tag="beta"):
-    """Set the KL coefficient; an adaptive controller goes on from it."""
+class SettingCommand(Command, frozen=True):
+    """The base of those that change settings; :meth:`new_values` says which."""
+
+    on_charts: ClassVar[bool] = True
+
+    def check(self, moment: Moment) -> None:
+        now = msgspec.structs.asdict(moment.settings) | self.new_values(moment.settings)
+        least = 0.2 * moment.batch_size
+        # As for the configuration: one step may not take beta to zero or below.
+        if now["controller"] == "adaptive" and now["horizon"] <= least:
+            raise CommandRejectedError(
+                f"horizon ({now['horizon']:g}) must exceed {least:g}, a fifth of the batch"
+            )
+
+
+class SetBeta(SettingCommand, frozen=True, tag="beta"):
+    """A KL coefficient; an adaptive controller goes on from it."""
+
+    summary: ClassVar[str] = "Set the KL coefficient."
 
     value: float
 
+    def new_values(self, settings: Settings) -> dict[str, Any]:
+        return check_settings(settings, {"beta": self.value})
 
-class SetKLController(Command, frozen=True, tag="kl"):
-    """Choose the KL controller and what it aims at; what is None stays as it is."""
+
+class SetKLController(SettingCommand, frozen=True, tag="kl"):
+    """The KL controller and what it aims at; what is None stays as it is."""
+
+    summary: ClassVar[str] = "Hand beta to the adaptive controller, or take it back."
 
     controller: Literal["fixed", "adaptive"]
     target: float | None = None
@@ -50,74 +157,102 @@ class SetKLController(Command, frozen=True, tag="kl"):
     beta_min: float | None = None
     beta_max: float | None = None
 
+    def new_values(self, settings: Settings) -> dict[str, Any]:
+        given = msgspec.structs.asdict(self)
+        return check_settings(settings, {k: v for k, v in given.items() if v is not None})
 
-class SetSetting(Command, frozen=True, tag="set"):
-    """Change one setting, by its own name or its configuration key."""
+
+class SetSetting(SettingCommand, frozen=True, tag="set"):
+    """One setting's new value, by its own name or its configuration key."""
+
+    summary: ClassVar[str] = "Change a setting, such as learning_rate=1e-5."
 
     key: str
     value: Any
 
+    def new_values(self, settings: Settings) -> dict[str, Any]:
+        return check_settings(settings, {setting_name(self.key): self.value})
+
 
 class Undo(Command, frozen=True, tag="undo"):
-    """Take back the last change of a setting that an operator made."""
+    """The last change of a setting that an operator made, taken back."""
+
+    summary: ClassVar[str] = "Take back the last change of a setting."
+    on_charts: ClassVar[bool] = True
 
 
 class Rollback(Command, frozen=True, tag="rollback"):
-    """Go back to a checkpoint in place: a new attempt from there."""
+    """A new attempt, in place, from an earlier checkpoint."""
+
+    summary: ClassVar[str] = "Go back to the checkpoint of STEP."
+    on_charts: ClassVar[bool] = True
 
     step: int
     reseed: bool = False
 
+    def check(self, moment: Moment) -> None:
+        steps = moment.checkpoint_steps()
+        if self.step not in steps:
+            have = ", ".join(map(str, steps)) if steps else "none yet"
+            raise CommandRejectedError(
+                f"there is no checkpoint of step {self.step} (there is: {have})"
+            )
+
 
 class Probe(Command, frozen=True, tag="probe"):
-    """Answer a prompt with the current policy and with the reference."""
+    """A prompt for the current policy and for the reference."""
+
+    summary: ClassVar[str] = "Let the policy, and the reference, answer TEXT."
+    on_charts: ClassVar[bool] = False
 
     text: str
+
+    def check_arguments(self) -> None:
+        _check_text(self.text)
 
 
 class Note(Command, frozen=True, tag="note"):
-    """A line in the ledger."""
+    """A line in the journal."""
+
+    summary: ClassVar[str] = "Write a line into the session's ledger."
+    on_charts: ClassVar[bool] = False  # the note's own event is
+    while_stopping: ClassVar[bool] = True
 
     text: str
 
+    def check_arguments(self) -> None:
+        _check_text(self.text)
 
-AnyCommand = (
-    Pause
-    | Unpause
-    | Stop
-    | Checkpoint
-    | SetBeta
-    | SetKLController
-    | SetSetting
-    | Undo
-    | Rollback
-    | Probe
-    | Note
+
+SupervisorCommand = Stop | Rollback | Note
+"""Carried out at once by :class:`~engine.supervisor.command_handler.CommandHandler`."""
+
+BoundaryCommand = (
+    Pause | Unpause | Stop | Checkpoint | SetBeta | SetKLController | SetSetting | Undo | Probe
 )
+"""Carried out by every rank at the next step boundary, :class:`~engine.train.boundary.Boundary`.
+
+A stop is both: with `now`, or while the models are loaded, there is no boundary to wait for."""
+
+AnyCommand = BoundaryCommand | SupervisorCommand
+
+COMMANDS: dict[str, type[Command]] = {kind.name(): kind for kind in get_args(AnyCommand)}
+"""Tag → command."""
 
 
-def new_values(
-    command: SetBeta | SetKLController | SetSetting, settings: Settings
-) -> dict[str, Any]:
-    """What a command that changes settings changes them to, checked against what it may be.
+def check_command(command: Command, moment: Moment) -> None:
+    """Whether a command can be accepted, as far as this can be told without asking a rank.
 
     Raises:
-        CommandRejectedError: an unknown setting, a wrong type or a value out of range.
+        CommandRejectedError: says what is wrong with it, or with the moment.
+        JournalError: the session cannot be read.
     """
-    match command:
-        case SetBeta(value=value):
-            values: dict[str, Any] = {"beta": value}
-        case SetKLController():
-            given = msgspec.structs.asdict(command)
-            values = {k: v for k, v in given.items() if v is not None}
-        case SetSetting(key=key, value=value):
-            values = {setting_name(key): value}
-    return check_settings(settings, values)
+    command.check_arguments()
+    if moment.state == "stopping" and not command.while_stopping:
+        raise CommandRejectedError("the run is stopping; resume it first")
+    command.check(moment)
 
 
-def command_name(command: Command) -> str:
-    """The word it is known by: `pause`, `beta`."""
-    tag = type(command).__struct_config__.tag
-    if not isinstance(tag, str):
-        raise CommandRejectedError(f"{type(command).__name__} is no command")
-    return tag
+def _check_text(text: str) -> None:
+    if not 0 < len(text.strip()) <= MAX_TEXT:
+        raise CommandRejectedError(f"the text must have 1 to {MAX_TEXT} characters")

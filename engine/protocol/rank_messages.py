@@ -7,15 +7,14 @@ bytes; a longer one than :data:`MAX_FRAME` ends the connection.
 
 from typing import Any
 
-import msgspec
 from msgspec import Struct
+from msgspec.msgpack import Decoder
 
 from engine import __version__
 from engine.config.schema import LaunchConfig
 from engine.config.settings import SettingChange
-from engine.errors import LinkError
-from engine.protocol.commands import AnyCommand
-from engine.protocol.frames import VERSION, Message
+from engine.protocol.commands import BoundaryCommand
+from engine.protocol.frames import VERSION, Message, decode
 
 
 class RankHello(Message, frozen=True, tag="rank_hello"):
@@ -34,9 +33,14 @@ class Phase(Message, frozen=True, tag="phase"):
     rank: int
     step: int
     name: str
-    """generate, score, reference, optimise, checkpoint, or one of loading: `load policy` …"""
+    """generate, score, reference, optimise, checkpoint, paused; while loading `load policy` …"""
     done: int = 0
     total: int = 0
+
+    @property
+    def loading(self) -> bool:
+        """Whether it is one of the phases before the first step."""
+        return self.name.startswith("load ")
 
 
 class Ready(Message, frozen=True, tag="ready"):
@@ -202,7 +206,7 @@ class RankCommand(Message, frozen=True, tag="order"):
     """An operator's command, to be carried out at the next step boundary."""
 
     id: str
-    command: AnyCommand
+    command: BoundaryCommand
 
 
 class JoinInfo(Struct, frozen=True, kw_only=True):
@@ -234,24 +238,15 @@ FromRank = (
 
 ToRank = Begin | Confirm | RankCommand
 
-_from_rank = msgspec.msgpack.Decoder(FromRank)
-
-_to_rank = msgspec.msgpack.Decoder(ToRank)
+_from_rank: Decoder[FromRank] = Decoder(FromRank)
+_to_rank: Decoder[ToRank] = Decoder(ToRank)
 
 
 def decode_from_rank(body: bytes) -> FromRank:
     """A rank's message. Raises LinkError when it is none."""
-    try:
-        message: FromRank = _from_rank.decode(body)
-    except msgspec.DecodeError as error:
-        raise LinkError(f"not a message of protocol {VERSION}: {error}") from error
-    return message
+    return decode(_from_rank, body, "a rank's message")
 
 
 def decode_to_rank(body: bytes) -> ToRank:
     """A supervisor's message to a rank. Raises LinkError when it is none."""
-    try:
-        message: ToRank = _to_rank.decode(body)
-    except msgspec.DecodeError as error:
-        raise LinkError(f"not a message of protocol {VERSION}: {error}") from error
-    return message
+    return decode(_to_rank, body, "a supervisor's message")

@@ -18,8 +18,6 @@ from engine.session import lock
 if TYPE_CHECKING:
     from engine.config.schema import RunConfig
 
-LIVE_STATES = ("starting", "running", "pausing", "paused", "stopping")
-ENDED_STATES = ("finished", "stopped", "failed")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 

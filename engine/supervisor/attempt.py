@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
+import signal
 import time
 
 import msgspec
 
 from engine.config.schema import LaunchConfig
-from engine.launch.environment import describe_exit
 from engine.launch.start import StartOptions
 from engine.protocol import frames
 from engine.protocol.frames import Message
@@ -27,7 +27,7 @@ class Attempt:
         self.ended: Ended | None = None
         """That it ended as it should."""
         self.ready = False
-        """Whether everything was loaded: before that, its ranks have obeyed no order."""
+        """Whether everything was loaded: before that, its ranks have carried out no command."""
         self._lead: asyncio.StreamWriter | None = None
         self._talking: set[int] = set()
         self._silent = asyncio.Event()
@@ -39,7 +39,7 @@ class Attempt:
         return rank in self._talking
 
     def opened(self, rank: int, writer: asyncio.StreamWriter) -> None:
-        """A rank has said hello; orders go to rank 0."""
+        """A rank has said hello; commands go to rank 0."""
         self._talking.add(rank)
         if rank == 0:
             self._lead = writer
@@ -123,3 +123,16 @@ class StepTimer:
         if self.step_seconds is None:
             return None
         return max(0.0, self.step_seconds - (time.monotonic() - self._began))
+
+
+def describe_exit(status: int) -> str:
+    """An exit status in words; torchrun's agent passes signal N on as 128 + N."""
+    status = 128 - status if status > 128 else status
+    if status < 0:
+        try:
+            name = signal.Signals(-status).name
+        except ValueError:
+            name = f"signal {-status}"
+        hint = " (the kernel does this when memory runs out)" if status == -signal.SIGKILL else ""
+        return f"was ended by {name}{hint}"
+    return f"ended with status {status}"

@@ -1,114 +1,154 @@
-"""The desk of a live session: takes commands in, and says how things stand."""
+"""Takes commands in, from clients, signals and guard rails, and says how things stand."""
 
 import os
 import signal
+from functools import partial
+
+import msgspec
 
 from engine.config import file as config_file
+from engine.config.schema import RunConfig
+from engine.config.settings import Settings
 from engine.errors import RlhfError
-from engine.launch.start import StartOptions
+from engine.journal.writer import JournalWriter
+from engine.launch.start import StartOptions, timeline_checkpoints
 from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandReply, CommandRequest, JournalAdvanced, Status
-from engine.protocol.commands import Checkpoint, Pause, Rollback, Stop, command_name
+from engine.protocol.commands import (
+    AnyCommand,
+    Checkpoint,
+    Moment,
+    Note,
+    Pause,
+    Rollback,
+    Stop,
+    check_command,
+)
 from engine.protocol.rank_messages import RankCommand
-from engine.session.folder import ENDED_STATES
-from engine.supervisor.command_checks import check_command
+from engine.session.folder import Session
+from engine.session.states import ENDED_STATES
+from engine.supervisor.pending_commands import PendingCommands
+from engine.supervisor.publisher import EventPublisher
+from engine.supervisor.rank_processes import RankProcesses
+from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
+from engine.supervisor.watchdog import Watchdog
+
+ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
+"""`action` of a guard rail → what is asked when it fires; `notify` asks for nothing."""
 
 
 class CommandHandler:
-    """Handles requests of clients, and signals."""
+    """Checks commands, carries out the supervisor's, and passes the others on to rank 0."""
 
-    def __init__(self, live: SupervisorState) -> None:
-        self._live = live
+    def __init__(
+        self,
+        state: SupervisorState,
+        session: Session,
+        config: RunConfig,
+        *,
+        journal: JournalWriter,
+        server: Server,
+        publisher: EventPublisher,
+        pending: PendingCommands,
+        ranks: RankProcesses,
+        watchdog: Watchdog,
+    ) -> None:
+        self._state = state
+        self._session = session
+        self._config = config
+        self._journal = journal
+        self._server = server
+        self._publisher = publisher
+        self._pending = pending
+        self._ranks = ranks
+        self._watchdog = watchdog
 
     def answer(self, request: CommandRequest, who: str) -> CommandReply:
         """Takes a command in: journalled, checked, and passed on where it needs a rank."""
-        live = self._live
-        command = request.command
-        if not live.journal.record_command(
-            request.id, command_name(command), config_file.as_mapping(command), who
-        ):
-            return live.journal.answer(request.id)
-        state = "stopping" if live.stop_now else live.herald.state
-        batch = live.config.rollout.batch_size
+        command, log = request.command, self._journal.commands
+        if not log.record(request.id, command.name(), config_file.as_mapping(command), who):
+            return log.reply(request.id)
         try:
-            check_command(
-                command, state, live.settings, live.session, paused=live.paused, batch=batch
-            )
+            check_command(command, self._moment())
         except RlhfError as error:
-            live.journal.reject_command(request.id, str(error))
-            live.server.wake()
-            return live.journal.answer(request.id)
-        live.journal.accept_command(request.id)
-        self._act(request, who)
-        live.server.wake()
-        return live.journal.answer(request.id)
+            log.reject(request.id, str(error))
+        else:
+            log.accept(request.id)
+            self._carry_out(request, who)
+        self._server.wake()
+        return log.reply(request.id)
 
-    def _act(self, request: CommandRequest, who: str) -> None:
-        live = self._live
+    def _moment(self) -> Moment:
+        return Moment(
+            state="stopping" if self._state.stop_now else self._publisher.state,
+            paused=self._state.paused,
+            settings=msgspec.convert(self._state.settings, Settings, strict=False),
+            batch_size=self._config.rollout.batch_size,
+            checkpoint_steps=partial(timeline_checkpoints, self._session),
+        )
+
+    def _carry_out(self, request: CommandRequest, who: str) -> None:
+        """Carries out what is the supervisor's; a RankCommand's type holds only the rest."""
+        state = self._state
         match request.command:
-            case Stop(now=now) if now or live.herald.state == "starting":
-                self._end_now(request.id)  # while loading there is nothing to save
+            case Stop(now=now) if now or self._publisher.state == "starting":
+                self._stop_now(request.id)  # while loading there is nothing to save
             case Rollback(step=step, reseed=reseed):
-                live.next = StartOptions(from_step=step, fresh=True, reseed=reseed, who=who)
-                live.journal.apply_command(request.id, step + 1, [])
-                live.ranks.kill()
-            case command if command_name(command) == "note":
-                live.journal.apply_command(request.id, live.journal.step + 1, [])
+                state.next = StartOptions(from_step=step, fresh=True, reseed=reseed, who=who)
+                self._journal.commands.apply(request.id, step + 1, [])
+                self._ranks.kill()
+            case Note():
+                self._journal.commands.apply(request.id, self._journal.step + 1, [])
             case command:
-                if isinstance(command, Stop):
-                    live.stopping = True
-                    live.herald.set_state("stopping")
-                elif isinstance(command, Pause):
-                    live.herald.set_state("pausing")
-                order = RankCommand(id=request.id, command=command)
-                live.orders.add(order, who)
-                live.attempt.send(order)
+                state.stopping = state.stopping or isinstance(command, Stop)
+                if command.state_when_accepted is not None:
+                    self._publisher.set_state(command.state_when_accepted)
+                passed_on = RankCommand(id=request.id, command=command)
+                self._pending.add(passed_on, who)
+                state.attempt.send(passed_on)
 
-    def _end_now(self, command_id: str) -> None:
-        live = self._live
-        live.stopping = live.stop_now = True
-        live.next = None  # nor does a roll back under way begin
-        live.journal.apply_command(command_id, live.journal.step + 1, [])
-        live.ranks.kill()
+    def _stop_now(self, command_id: str) -> None:
+        self._state.stopping = self._state.stop_now = True
+        self._state.next = None  # nor does a roll back under way begin
+        self._journal.commands.apply(command_id, self._journal.step + 1, [])
+        self._ranks.kill()
 
     def on_signal(self, number: signal.Signals) -> None:
         """The first one stops after the step in hand, saved; a second ctrl+c does not wait."""
-        again = self._live.stopping and number == signal.SIGINT
-        if again or not self._live.stopping:
+        again = self._state.stopping and number == signal.SIGINT
+        if again or not self._state.stopping:
             self.answer(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
 
     def on_alert(self, alert: Alert) -> None:
         """Something deserves a look, and may ask for a command."""
-        self._live.herald.alert(alert)
-        acts = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
-        if alert.action in acts and self._live.herald.state not in ("stopping", *ENDED_STATES):
-            request = CommandRequest(id=new_id(), command=acts[alert.action])  # type: ignore[arg-type]
-            self.answer(request, f"guard rail {alert.rule}")
+        self._publisher.alert(alert)
+        command = ACTIONS.get(alert.action)
+        if command is not None and self._publisher.state not in ("stopping", *ENDED_STATES):
+            self.answer(CommandRequest(id=new_id(), command=command), f"guard rail {alert.rule}")
 
     def status(self) -> Status:
         """How things stand."""
-        live = self._live
-        moving = live.herald.state in ("running", "pausing", "stopping")
+        state = self._state
+        moving = self._publisher.state in ("running", "pausing", "stopping")
         return Status(
-            state=live.herald.state,
-            step=live.journal.step,
-            total_steps=live.config.train.steps,
-            attempt=live.journal.attempt,
-            settings=live.settings,
-            phases=list(live.phases.values()),
-            step_seconds=live.pace.step_seconds,
-            boundary_in=live.pace.left() if moving else None,
-            pending=live.orders.pending(),
-            telemetry=live.watchman.latest,
-            watchers=live.server.watchers,
+            state=self._publisher.state,
+            step=self._journal.step,
+            total_steps=self._config.train.steps,
+            attempt=self._journal.attempt,
+            settings=state.settings,
+            phases=list(state.phases.values()),
+            step_seconds=state.timer.step_seconds,
+            boundary_in=state.timer.left() if moving else None,
+            pending=self._pending.pending(),
+            telemetry=self._watchdog.latest,
+            watchers=self._server.watchers,
             pid=os.getpid(),
         )
 
     def wake(self) -> JournalAdvanced:
         """How far the journal is."""
-        live = self._live
         return JournalAdvanced(
-            step=live.journal.step, event=live.journal.last_event, state=live.herald.state
+            step=self._journal.step, event=self._journal.last_event, state=self._publisher.state
         )

@@ -2,19 +2,19 @@
 
 from dataclasses import dataclass
 
-from engine.journal.writer import JournalWriter
+from engine.journal.command_log import CommandLog
 from engine.protocol.client_messages import PendingCommand
-from engine.protocol.commands import AnyCommand, Pause, Stop, command_name
+from engine.protocol.commands import BoundaryCommand
 from engine.protocol.rank_messages import RankCommand
 from engine.supervisor.server import Server
 
 MAX_FAILURES = 2
-"""With an order in hand, before it is taken for the cause."""
+"""Of the ranks with a command in hand, before it is taken for the cause."""
 
 
 @dataclass
 class _Waiting:
-    order: RankCommand
+    message: RankCommand
     who: str
     failures: int = 0
 
@@ -22,46 +22,43 @@ class _Waiting:
 class PendingCommands:
     """In the order in which they were given; those who wait for an answer get one in the end."""
 
-    def __init__(self, journal: JournalWriter, server: Server) -> None:
-        self._journal, self._server = journal, server
+    def __init__(self, commands: CommandLog, server: Server) -> None:
+        self._commands, self._server = commands, server
         self._waiting: dict[str, _Waiting] = {}
 
-    def add(self, order: RankCommand, who: str) -> None:
+    def add(self, message: RankCommand, who: str) -> None:
         """One more."""
-        self._waiting[order.id] = _Waiting(order, who)
+        self._waiting[message.id] = _Waiting(message, who)
 
     def all(self) -> list[RankCommand]:
         """Those that wait, as each attempt's rank 0 is told."""
-        return [waiting.order for waiting in self._waiting.values()]
+        return [waiting.message for waiting in self._waiting.values()]
 
     def pending(self) -> list[PendingCommand]:
         """The same for those who watch."""
         return [
-            PendingCommand(
-                id=i, command=command_name(w.order.command), who=w.who, status="accepted"
-            )
+            PendingCommand(id=i, command=w.message.command.name(), who=w.who, status="accepted")
             for i, w in self._waiting.items()
         ]
 
-    def carried_out(self, command_id: str) -> AnyCommand | None:
+    def carried_out(self, command_id: str) -> BoundaryCommand | None:
         """It waits no more; None where it is not known."""
         waiting = self._waiting.pop(command_id, None)
-        return None if waiting is None else waiting.order.command
+        return None if waiting is None else waiting.message.command
 
     def reject(self, command_id: str, reason: str) -> None:
         """It waits no more, and was not carried out."""
         self._waiting.pop(command_id, None)
-        self._journal.reject_command(command_id, reason)
-        self._server.tell(self._journal.answer(command_id))
+        self._commands.reject(command_id, reason)
+        self._server.tell(self._commands.reply(command_id))
 
     def attempt_failed(self) -> None:
-        """An attempt failed that had been ready; the order it was at, the first, may be why.
+        """An attempt failed that had been ready; the command in hand, the first, may be why.
 
-        A single command that no rank survives would take every restart that is left. To stop and to
-        pause are kept: a run must not go on for having failed.
+        A single command that no rank survives would take every restart that is left.
         """
         for command_id, waiting in self._waiting.items():
-            if isinstance(waiting.order.command, Stop | Pause):
+            if not waiting.message.command.dropped_after_failures:
                 continue
             waiting.failures += 1
             if waiting.failures == MAX_FAILURES:

@@ -1,13 +1,18 @@
 """Tells how a session stands and what deserves a look: the journal first, then whoever watches."""
 
 import asyncio
+import logging
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from engine.journal.writer import JournalWriter
 from engine.monitoring.guardrails import Alert
-from engine.monitoring.notify import notify
+from engine.monitoring.notify import Channel
 from engine.protocol.rank_messages import FromRank
+from engine.session.states import State, is_legal
 from engine.supervisor.server import Server
+
+log = logging.getLogger("engine")
 
 
 class Observer(Protocol):
@@ -31,7 +36,7 @@ class EventPublisher:
         name: str,
         journal: JournalWriter,
         server: Server,
-        command: str | None,
+        channels: Sequence[Channel],
         observer: Observer | None,
     ) -> None:
         """Says nothing yet.
@@ -40,19 +45,30 @@ class EventPublisher:
             name: the session's.
             journal: where everything is written down first.
             server: wakes those who are connected.
-            command: `notify.command`, run for each alert.
+            channels: each is sent every alert.
             observer: in this process.
         """
         self._name, self._journal, self._server = name, journal, server
-        self._command, self._observer = command, observer
+        self._channels, self._observer = channels, observer
         self._tasks: set[asyncio.Task[None]] = set()
-        self.state = ""
+        self._state: State | None = None
 
-    def set_state(self, state: str, text: str = "") -> None:
-        """The session is in another state, if it is another one."""
-        if state == self.state:
+    @property
+    def state(self) -> State:
+        """The session's; `starting` even before the first attempt begins."""
+        return self._state or "starting"
+
+    def set_state(self, state: State, text: str = "") -> None:
+        """The session is in another state, if it is another one.
+
+        A transition that :data:`~engine.session.states.TRANSITIONS` does not have is a mistake of
+        the supervisor's. It is logged as an error, and the training goes on.
+        """
+        if state == self._state:
             return
-        self.state = state
+        if not is_legal(self._state, state):
+            log.error("illegal transition of the session's state: %s → %s", self._state, state)
+        self._state = state
         data: dict[str, Any] = {"state": state, "text": text}
         self._journal.set_meta(state=state, message=text)
         self._journal.record_event("state", data)
@@ -66,8 +82,8 @@ class EventPublisher:
         if self._observer is not None:
             self._observer.alert(alert.text, alert.step)
         self._server.wake()
-        if self._command:
-            task = asyncio.create_task(notify(self._command, self._name, alert))
+        for channel in self._channels:
+            task = asyncio.create_task(channel.send(self._name, alert))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -81,5 +97,5 @@ class EventPublisher:
             self._observer.message(message)
 
     async def finish(self) -> None:
-        """Waits until the commands that were started are through."""
+        """Waits until every channel has sent what it was given."""
         await asyncio.gather(*self._tasks, return_exceptions=True)

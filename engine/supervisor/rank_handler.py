@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
-import sqlite3
 from collections.abc import Callable
+from typing import assert_never
 
 from engine.errors import LinkError
-from engine.monitoring.guardrails import Alert
+from engine.journal.writer import JournalWriter
+from engine.metrics import STEP_TIME
+from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages
-from engine.protocol.commands import Pause, Undo, Unpause
+from engine.protocol.commands import Pause, Unpause
 from engine.protocol.rank_messages import (
     Applied,
     Begin,
@@ -25,8 +27,13 @@ from engine.protocol.rank_messages import (
     Rejected,
     StepReport,
 )
-from engine.supervisor.server import receive
+from engine.session.states import State
+from engine.supervisor.pending_commands import PendingCommands
+from engine.supervisor.publisher import EventPublisher
+from engine.supervisor.rank_processes import RankProcesses
+from engine.supervisor.server import Server, receive
 from engine.supervisor.state import SupervisorState
+from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
 
@@ -37,129 +44,160 @@ FAILURE_GRACE = 3.0
 class RankMessageHandler:
     """Listens to the ranks of all attempts."""
 
-    def __init__(self, live: SupervisorState, on_alert: Callable[[Alert], None]) -> None:
-        self._live = live
+    def __init__(
+        self,
+        state: SupervisorState,
+        *,
+        journal: JournalWriter,
+        server: Server,
+        publisher: EventPublisher,
+        pending: PendingCommands,
+        ranks: RankProcesses,
+        watchdog: Watchdog,
+        guardrails: Guardrails,
+        on_alert: Callable[[Alert], None],
+        give_up: Callable[[Exception], None],
+    ) -> None:
+        """Collaborators, and two calls upwards.
+
+        Args:
+            state: shared with the other parts.
+            journal: everything is written down first.
+            server: wakes those who watch.
+            publisher: the session's state, notices and observer.
+            pending: what rank 0 has still to carry out.
+            ranks: the processes.
+            watchdog: told of each sign of life.
+            guardrails: evaluated on each step.
+            on_alert: takes what a guard rail says.
+            give_up: ends the attempt for an error in this process.
+        """
+        self._state = state
+        self._journal = journal
+        self._server = server
+        self._publisher = publisher
+        self._pending = pending
+        self._ranks = ranks
+        self._watchdog = watchdog
+        self._guardrails = guardrails
         self._on_alert = on_alert
+        self._give_up = give_up
 
     async def converse(
         self, hello: RankHello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Takes in what a rank says until it hangs up; one of somebody else's is turned away."""
-        live = self._live
-        rank, attempt = hello.rank, live.attempt
-        if hello.token != live.ranks.token or attempt.is_heard(rank):
+        rank, attempt = hello.rank, self._state.attempt
+        if hello.token != self._ranks.token or attempt.is_heard(rank):
             log.warning("turned away a rank that is not ours (pid %s)", hello.pid)
             return
-        live.ranks.pids[rank] = hello.pid
-        live.watchman.rank_pids = live.ranks.pids
+        self._ranks.pids[rank] = hello.pid
+        self._watchdog.opened(rank)
         attempt.opened(rank, writer)
         if rank == 0:
             self._brief()
         try:
             while True:
                 message = rank_messages.decode_from_rank(await receive(reader))
-                live.watchman.heard(rank)
+                self._watchdog.heard(rank, message)
                 self.handle(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
-        except sqlite3.Error as error:
-            text = f"cannot write the journal: {error}"
-            log.error(text)  # noqa: TRY400 - a full disk needs no traceback
-            live.fail(text, final=True)
         except Exception as error:
-            live.give_up(error)
+            self._give_up(error)
         finally:
             attempt.closed(rank)
-            if attempt is live.attempt:
-                live.watchman.gone(rank)
+            if attempt is self._state.attempt:
+                self._watchdog.gone(rank)
 
     def _brief(self) -> None:
-        """Tells rank 0 where to start, and what was ordered and not yet carried out."""
-        live = self._live
-        step = live.attempt.start.from_step
-        live.attempt.send(
+        """Tells rank 0 where to start, and which commands are not yet carried out."""
+        attempt, journal = self._state.attempt, self._journal
+        step = attempt.start.from_step
+        attempt.send(
             Begin(
-                attempt=live.journal.attempt,
+                attempt=journal.attempt,
                 from_step=step,
-                reseed=live.journal.reseeded(step),
-                checkpoints=live.journal.timeline(),
-                paused=live.paused,
-                replay=live.journal.settled_after(step),
-                undoable=live.journal.undoable(step),
+                reseed=journal.reseeded(step),
+                checkpoints=journal.timeline(),
+                paused=self._state.paused,
+                replay=journal.commands.changes_after(step),
+                undoable=journal.commands.undoable(step),
             )
         )
-        for order in live.orders.all():
-            live.attempt.send(order)
+        for message in self._pending.all():
+            attempt.send(message)
 
     def handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short act a kind
         """One short act for each thing a rank says; the journal first, observers after."""
-        live, journal = self._live, self._live.journal
+        state, journal = self._state, self._journal
         match message:
             case Phase():
-                live.phases[message.rank] = message
-                live.server.show(message)
+                state.phases[message.rank] = message
+                self._server.show(message)
             case Ready(info=info, settings=settings):
                 journal.record_event("ready", info)
                 journal.set_meta(settings=settings)
-                live.settings = settings
-                live.pace.restart()
-                live.began = live.attempt.ready = True
+                state.settings = settings
+                state.timer.restart()
+                state.began = state.attempt.ready = True
                 self._show_state()
             case StepReport():
                 self._take_step(message)
             case CheckpointWritten(step=step, size=size, score=score, kl=kl):
                 journal.record_checkpoint(step, size, score, kl)
-                live.attempt.send(Confirm(step=step))
+                state.attempt.send(Confirm(step=step))
             case CheckpointComplete(step=step, removed=removed):
                 journal.complete_checkpoint(step, removed)
             case Applied():
                 self._applied(message)
             case Rejected(id=command_id, reason=reason):
-                live.orders.reject(command_id, reason)
+                self._pending.reject(command_id, reason)
             case Notice(step=step, rule=rule, text=text):
-                live.herald.notice(rule, text, step)
+                self._publisher.notice(rule, text, step)
             case Failed():
-                live.attempt.failed(message)
-                if live.ranks.count > 1:  # the others wait for it in a collective
+                state.attempt.failed(message)
+                if self._ranks.count > 1:  # the others wait for it in a collective
                     asyncio.get_running_loop().call_later(
-                        FAILURE_GRACE, live.ranks.kill, live.ranks.token
+                        FAILURE_GRACE, self._ranks.kill, self._ranks.token
                     )
             case Ended():
-                live.attempt.ended = message
+                state.attempt.ended = message
             case RankHello():
                 raise LinkError("a second hello on one connection")
+            case _:
+                assert_never(message)
         if not isinstance(message, Phase):
-            live.server.wake()
-        live.herald.pass_on(message)
+            self._server.wake()
+        self._publisher.pass_on(message)
 
     def _take_step(self, report: StepReport) -> None:
-        live = self._live
-        # A paused step's clock stood still for nobody.
-        live.pace.step(report.metrics["time/step"] if live.paused else None)
-        live.journal.record_step(report)
-        live.watchman.times = {t.rank: t for t in report.ranks}
-        alerts = live.guardrails.check(
-            report.step, dict(report.metrics), live.settings, report.samples
+        state = self._state
+        # The wall clock kept running during a pause: use the measured step time.
+        state.timer.step(report.metrics[STEP_TIME] if state.paused else None)
+        self._journal.record_step(report)
+        self._watchdog.step_done(report.ranks)
+        alerts = self._guardrails.check(
+            report.step, dict(report.metrics), state.settings, report.samples
         )
-        live.settings = report.settings
+        state.settings = report.settings
         for alert in alerts:
             self._on_alert(alert)
 
     def _applied(self, message: Applied) -> None:
-        live = self._live
-        command = live.orders.carried_out(message.id)
-        live.journal.apply_command(message.id, message.step, message.changes, message.result)
-        live.settings = live.settings | {c.key: c.new for c in message.changes}
+        state, commands = self._state, self._journal.commands
+        command = self._pending.carried_out(message.id)
+        commands.apply(message.id, message.step, message.changes, message.result)
+        state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
-            live.paused = isinstance(command, Pause)
-            live.pace.restart()
+            state.paused = isinstance(command, Pause)
+            state.timer.restart()
             self._show_state()
-        elif isinstance(command, Undo) or message.changes:
-            live.journal.set_meta(settings=live.settings)
-        live.server.tell(live.journal.answer(message.id))
+        elif message.changes:
+            self._journal.set_meta(settings=state.settings)
+        self._server.tell(commands.reply(message.id))
 
     def _show_state(self) -> None:
-        live = self._live
-        going = "paused" if live.paused else "running"
+        going: State = "paused" if self._state.paused else "running"
         # One that is to stop does, though its rank died or paused on the way.
-        live.herald.set_state("stopping" if live.stopping else going)
+        self._publisher.set_state("stopping" if self._state.stopping else going)

@@ -206,7 +206,4 @@ async def receive(reader: asyncio.StreamReader, limit: int = frames.MAX_FRAME) -
 
 
 async def _body(reader: asyncio.StreamReader, header: bytes, limit: int) -> bytes:
-    length = frames.frame_length(header)
-    if length > limit:
-        raise LinkError(f"a frame of {length} bytes is over the limit of {limit}")
-    return await reader.readexactly(length)
+    return await reader.readexactly(frames.frame_length(header, limit))

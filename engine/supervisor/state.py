@@ -1,99 +1,30 @@
-"""What the parts of a supervisor share: a live session's collaborators, and how things stand."""
+"""How things stand with a live session: the plain data that the parts of its supervisor share."""
 
-import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from engine.config import file as config_file
-from engine.config.schema import RunConfig
-from engine.config.settings import initial_settings
-from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions
-from engine.monitoring.guardrails import Guardrails
-from engine.protocol.rank_messages import Failed, Phase
-from engine.session.folder import Session
+from engine.protocol.rank_messages import Phase
 from engine.supervisor.attempt import Attempt, StepTimer
-from engine.supervisor.pending_commands import PendingCommands
-from engine.supervisor.publisher import EventPublisher, Observer
-from engine.supervisor.rank_processes import RankProcesses
-from engine.supervisor.server import Server
-from engine.supervisor.watchdog import Watchdog
-
-log = logging.getLogger("engine")
 
 
 @dataclass
 class SupervisorState:
-    """One live session; changed in the event loop's thread alone."""
+    """Changed in the event loop's thread alone."""
 
-    session: Session
-    config: RunConfig
-    journal: JournalWriter
-    server: Server
-    orders: PendingCommands
-    herald: EventPublisher
-    ranks: RankProcesses
-    watchman: Watchdog
-    guardrails: Guardrails
     settings: dict[str, Any]
     """In force, by name."""
     attempt: Attempt
-    """The one that goes on, or the last."""
+    """The present one, or the last."""
     next: StartOptions | None
-    """Of the attempt that follows."""
+    """Of the attempt that follows; None where none does."""
     paused: bool = False
     stopping: bool = False
+    """A stop was accepted; holds over a restart."""
     stop_now: bool = False
     """Stopping, without another save."""
     began: bool = False
-    """Something was trained, or could have been."""
+    """Some attempt's models were loaded, so that something was or could have been trained."""
     phases: dict[int, Phase] = field(default_factory=dict)
-    """What each rank does."""
-    pace: StepTimer = field(default_factory=StepTimer)
-
-    @classmethod
-    def of(
-        cls,
-        session: Session,
-        config: RunConfig,
-        journal: JournalWriter,
-        socket: Path,
-        start: StartOptions,
-        observer: Observer | None,
-    ) -> "SupervisorState":
-        """A session whose engine has not begun yet.
-
-        Args:
-            session: its lock is held.
-            config: what it runs by.
-            journal: opened for writing.
-            socket: where ranks and clients find the server.
-            start: of the first attempt.
-            observer: told what happens, in this process.
-        """
-        server = Server()
-        return cls(
-            session=session,
-            config=config,
-            journal=journal,
-            server=server,
-            orders=PendingCommands(journal, server),
-            herald=EventPublisher(session.name, journal, server, config.notify.command, observer),
-            ranks=RankProcesses(session, socket, config.launch),
-            watchman=Watchdog(session, config, journal, server),
-            guardrails=Guardrails(config.guardrails),
-            settings=config_file.as_mapping(initial_settings(config)),
-            attempt=Attempt(start),
-            next=start,
-        )
-
-    def fail(self, text: str, rank: int = 0, *, final: bool = False) -> None:
-        """Ends the attempt for a reason that no rank gave; a final one is not tried again."""
-        self.attempt.failure = Failed(rank=rank, text=text, final=final)
-        self.ranks.kill()
-
-    def give_up(self, error: BaseException) -> None:
-        """The journal cannot be written, a rank speaks nonsense: something that must not go on."""
-        log.error("cannot go on", exc_info=error)
-        self.fail(f"{type(error).__name__}: {error}", final=True)
+    """The latest of each rank."""
+    timer: StepTimer = field(default_factory=StepTimer)

@@ -10,22 +10,32 @@ import asyncio
 import logging
 import signal
 import sqlite3
+from pathlib import Path
 
 from engine import __version__
 from engine.config import file as config_file
+from engine.config.schema import RunConfig
+from engine.config.settings import initial_settings
 from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions, last_checkpoint
+from engine.monitoring.guardrails import Guardrails
+from engine.monitoring.notify import open_channels
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol import sockets
-from engine.protocol.rank_messages import Phase
+from engine.protocol.commands import SetSetting
+from engine.protocol.rank_messages import Failed, Phase
 from engine.session import registry
 from engine.session.folder import Session
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.command_handler import CommandHandler
-from engine.supervisor.publisher import Observer
+from engine.supervisor.pending_commands import PendingCommands
+from engine.supervisor.publisher import EventPublisher, Observer
 from engine.supervisor.rank_handler import RankMessageHandler
+from engine.supervisor.rank_processes import RankProcesses
+from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
+from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
 
@@ -72,20 +82,19 @@ async def _serve(
     config = config_file.override(before, start.overrides)
     session.write_config(config)
     journal.set_meta(total_steps=config.train.steps)
-    journal.reject_unfinished("the engine ended before it was carried out")
+    journal.commands.reject_unfinished("the engine ended before it was carried out")
     listener, path = sockets.listen(session.folder)
-    live = SupervisorState.of(session, config, journal, path, start, observer)
-    desk = CommandHandler(live)
-    hearing = RankMessageHandler(live, desk.on_alert)
-    supervisor = Supervisor(live)
+    supervisor = Supervisor(session, config, journal, path, start, observer)
     session.write_engine(str(path), __version__)
     registry.announce(session)
-    await live.server.start(listener, desk, hearing.converse)
-    watching = asyncio.create_task(live.watchman.run(supervisor.on_silence, desk.on_alert))
+    await supervisor.server.start(listener, supervisor.commands, supervisor.rank_messages.converse)
+    watching = asyncio.create_task(
+        supervisor.watchdog.run(supervisor.on_silence, supervisor.commands.on_alert)
+    )
     watching.add_done_callback(supervisor.on_watch_end)
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, desk.on_signal, number)
+        loop.add_signal_handler(number, supervisor.commands.on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     try:
         code = await supervisor.run()
@@ -94,9 +103,9 @@ async def _serve(
         return code
     finally:
         watching.cancel()
-        live.ranks.kill()
-        live.server.close()
-        await asyncio.gather(watching, live.herald.finish(), return_exceptions=True)
+        supervisor.ranks.kill()
+        supervisor.server.close()
+        await asyncio.gather(watching, supervisor.publisher.finish(), return_exceptions=True)
         path.unlink(missing_ok=True)
         registry.withdraw(session)
         for number in (*STOP_SIGNALS, signal.SIGHUP):
@@ -104,102 +113,173 @@ async def _serve(
 
 
 class Supervisor:
-    """Starts the ranks, waits for their end, and decides whether they are started again."""
+    """Starts the ranks, waits for their end, and decides whether they are started again.
 
-    def __init__(self, live: SupervisorState) -> None:
-        self._live = live
+    Its public attributes are the parts that it is made of and the state that they share.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        config: RunConfig,
+        journal: JournalWriter,
+        socket: Path,
+        start: StartOptions,
+        observer: Observer | None = None,
+    ) -> None:
+        """Makes the parts; nothing has begun yet.
+
+        Args:
+            session: its lock is held.
+            config: what it runs by.
+            journal: opened for writing.
+            socket: where ranks and clients find the server.
+            start: of the first attempt.
+            observer: told what happens, in this process.
+        """
+        self._session = session
+        self._config = config
+        self._journal = journal
         self._restarts = 0
+        settings = config_file.as_mapping(initial_settings(config))
+        self.state = SupervisorState(settings=settings, attempt=Attempt(start), next=start)
+        self.server = Server()
+        self.publisher = EventPublisher(
+            session.name, journal, self.server, open_channels(config.notify), observer
+        )
+        self.pending = PendingCommands(journal.commands, self.server)
+        self.ranks = RankProcesses(session, socket, config.launch)
+        self.watchdog = Watchdog(session, config, journal, self.server, self.ranks)
+        self.commands = CommandHandler(
+            self.state,
+            session,
+            config,
+            journal=journal,
+            server=self.server,
+            publisher=self.publisher,
+            pending=self.pending,
+            ranks=self.ranks,
+            watchdog=self.watchdog,
+        )
+        self.rank_messages = RankMessageHandler(
+            self.state,
+            journal=journal,
+            server=self.server,
+            publisher=self.publisher,
+            pending=self.pending,
+            ranks=self.ranks,
+            watchdog=self.watchdog,
+            guardrails=Guardrails(config.guardrails),
+            on_alert=self.commands.on_alert,
+            give_up=self.give_up,
+        )
 
     async def run(self) -> int:
         """As many attempts as it takes; the exit code."""
-        live, code = self._live, 0
-        if live.config.launch.device != "cpu":
-            for text in busy_gpus(live.config.launch.gpus):
-                live.herald.notice("busy_gpu", f"look here: {text}", live.journal.step)
-        while live.next is not None:
-            start, live.next = live.next, None
+        state, code = self.state, 0
+        if self._config.launch.device != "cpu":
+            for text in busy_gpus(self._config.launch.gpus):
+                self.publisher.notice("busy_gpu", f"look here: {text}", self._journal.step)
+        while state.next is not None:
+            start, state.next = state.next, None
             code = await self.attempt(start)
-        live.orders.run_ended()
+        self.pending.run_ended()
         return code
 
     async def attempt(self, start: StartOptions) -> int:
-        """One start of the ranks; sets `live.next` where another one follows."""
-        live = self._live
-        live.attempt = Attempt(start)
-        live.journal.begin_attempt(
+        """One start of the ranks; sets `state.next` where another one follows."""
+        state = self.state
+        state.attempt = Attempt(start)
+        self._journal.begin_attempt(
             start.from_step, fresh=start.fresh, reseed=start.reseed, origin=start.origin
         )
         self._record_given(start)
-        live.herald.set_state("starting")
-        live.watchman.begin()
+        self.publisher.set_state("starting")
+        self.watchdog.begin()
         self._await_machines(start.from_step)
-        await live.ranks.start()
-        if live.stop_now or live.next is not None:  # ordered before there was anything to end
-            live.ranks.kill()
-        status = await live.ranks.wait()
-        await live.attempt.silence()
-        if live.next is not None:  # rolled back
+        await self.ranks.start()
+        if state.stop_now or state.next is not None:  # asked for before there was a process to end
+            self.ranks.kill()
+        status = await self.ranks.wait()
+        await state.attempt.silence()
+        if state.next is not None:  # rolled back
             return 0
         return self.conclude(status)
 
     def _await_machines(self, step: int) -> None:
         """Says what a run on several machines waits for, until its ranks say better."""
-        live = self._live
-        others, place = live.config.launch.nodes - 1, live.config.launch.rendezvous
-        live.phases.clear()
+        launch = self._config.launch
+        others, place = launch.nodes - 1, launch.rendezvous
+        self.state.phases.clear()
         if others:
             waiting = Phase(rank=0, step=step, name=f"wait for rlhf-tui join {place}")
-            live.phases[0] = waiting
-            live.server.show(waiting)
+            self.state.phases[0] = waiting
+            self.server.show(waiting)
             text = f"waiting for {others} more machine(s): there, rlhf-tui join {place}"
-            live.herald.notice("machines", text, step)
+            self.publisher.notice("machines", text, step)
 
     def _record_given(self, start: StartOptions) -> None:
         """Settings given with this start are commands like any other, applied at once."""
-        journal = self._live.journal
+        commands = self._journal.commands
         for change in start.changes:
-            command_id = f"start-{journal.attempt}-{change.key}"
+            command_id = f"start-{self._journal.attempt}-{change.key}"
             args = {"key": change.key, "value": change.new}
-            journal.record_command(command_id, "set", args, start.who)
-            journal.apply_command(command_id, start.from_step + 1, [change])
+            commands.record(command_id, SetSetting.name(), args, start.who)
+            commands.apply(command_id, start.from_step + 1, [change])
 
     def conclude(self, status: int) -> int:
         """The ranks have ended with this status: how the session stands now; the exit code."""
-        live, attempt = self._live, self._live.attempt
-        if live.stop_now and attempt.ended is None and not attempt.failed_by_itself:
-            live.herald.set_state("stopped", "stopped at once, nothing was saved")
+        state, attempt, launch = self.state, self.state.attempt, self._config.launch
+        if state.stop_now and attempt.ended is None and not attempt.failed_by_itself:
+            self.publisher.set_state("stopped", "stopped at once, nothing was saved")
             return 0
         if attempt.ended is not None:
             reason = attempt.ended.reason
             text = "train.max_hours is used up" if reason == "max_hours" else ""
-            live.herald.set_state("stopped" if reason == "stopped" else "finished", text)
+            self.publisher.set_state("stopped" if reason == "stopped" else "finished", text)
             return 0
-        failure = attempt.cause(status, live.config.launch, live.session.name)
+        failure = attempt.cause(status, launch, self._session.name)
         data = {
             "text": failure.text,
             "traceback": failure.traceback,
             "user_input": failure.user_input,
         }
-        live.journal.record_event("error", data)
-        limit = live.config.launch.max_restarts
-        final = failure.final or failure.user_input or live.stop_now
+        self._journal.record_event("error", data)
+        limit = launch.max_restarts
+        final = failure.final or failure.user_input or state.stop_now
         if final or self._restarts >= limit:
-            live.herald.set_state("failed", failure.text)
-            return 2 if failure.user_input and not live.began else 1
+            self.publisher.set_state("failed", failure.text)
+            return 2 if failure.user_input and not state.began else 1
         self._restarts += 1
         if attempt.ready:
-            live.orders.attempt_failed()
-        live.next = StartOptions(from_step=last_checkpoint(live.session))
+            self.pending.attempt_failed()
+        step = last_checkpoint(self._session)
+        state.next = StartOptions(from_step=step)
         log.error("%s; restart %d of %d", failure.text, self._restarts, limit)
-        text = f"{failure.text}: restart {self._restarts} of {limit} from step"
-        live.herald.notice("restart", f"{text} {live.next.from_step}", live.journal.step)
+        text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
+        self.publisher.notice("restart", text, self._journal.step)
         return 1
 
     def on_silence(self, rank: int, seconds: float) -> None:
         """A rank that has not said a word for too long is taken for hung."""
-        self._live.fail(f"rank {rank} has been silent for {seconds:.0f} s", rank)
+        self._fail(f"rank {rank} has been silent for {seconds:.0f} s", rank)
 
     def on_watch_end(self, task: asyncio.Task[None]) -> None:
         """Training on unwatched would be worse than ending."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._live.give_up(error)
+            self.give_up(error)
+
+    def give_up(self, error: BaseException) -> None:
+        """The journal cannot be written, a rank speaks nonsense: something that must not go on."""
+        if isinstance(error, sqlite3.Error):  # a full disk needs no traceback
+            text = f"cannot write the journal: {error}"
+            log.error(text)
+        else:
+            text = f"{type(error).__name__}: {error}"
+            log.error("cannot go on", exc_info=error)
+        self._fail(text, final=True)
+
+    def _fail(self, text: str, rank: int = 0, *, final: bool = False) -> None:
+        """Ends the attempt for a reason that no rank gave; a final one is not tried again."""
+        self.state.attempt.failure = Failed(rank=rank, text=text, final=final)
+        self.ranks.kill()

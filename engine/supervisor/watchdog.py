@@ -4,15 +4,16 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from engine.config.schema import RunConfig
 from engine.journal.writer import JournalWriter
 from engine.monitoring.guardrails import Alert
 from engine.monitoring.telemetry import Sampler
 from engine.protocol.client_messages import Telemetry
-from engine.protocol.rank_messages import RankTimes
+from engine.protocol.rank_messages import FromRank, Phase, RankTimes, Ready
 from engine.session.folder import Session
+from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.server import Server
 
 log = logging.getLogger("engine")
@@ -27,16 +28,20 @@ class Watchdog:
     """Runs beside the supervisor."""
 
     def __init__(
-        self, session: Session, config: RunConfig, journal: JournalWriter, server: Server
+        self,
+        session: Session,
+        config: RunConfig,
+        journal: JournalWriter,
+        server: Server,
+        ranks: RankProcesses,
     ) -> None:
         self._config = config
         self._journal = journal
         self._server = server
+        self._ranks = ranks
         self._sampler = Sampler(session.folder)
         self._spoke: set[str] = set()
-        self.rank_pids: dict[int, int] = {}
-        self.times: dict[int, RankTimes] = {}
-        """What the last step took each rank."""
+        self._times: dict[int, RankTimes] = {}
         self.latest: Telemetry | None = None
         self.begin()
 
@@ -46,14 +51,28 @@ class Watchdog:
         With several machines they all wait, for as long as torchrun does, for the last to join.
         """
         self._last = {} if self._config.launch.nodes > 1 else {0: time.monotonic()}
+        self._loaded: set[int] = set()
 
-    def heard(self, rank: int) -> None:
-        """A rank gave a sign of life."""
+    def opened(self, rank: int) -> None:
+        """A rank has said hello."""
         self._last[rank] = time.monotonic()
+
+    def heard(self, rank: int, message: FromRank) -> None:
+        """A rank gave a sign of life.
+
+        It loads until it says otherwise: only rank 0 sends a Ready, the others a phase of a step.
+        """
+        self._last[rank] = time.monotonic()
+        if isinstance(message, Ready) or (isinstance(message, Phase) and not message.loading):
+            self._loaded.add(rank)
 
     def gone(self, rank: int) -> None:
         """A rank has hung up: nothing more is expected of it."""
         self._last.pop(rank, None)
+
+    def step_done(self, times: Iterable[RankTimes]) -> None:
+        """What the last step took each rank, for the next telemetry."""
+        self._times = {t.rank: t for t in times}
 
     async def run(
         self, on_silence: Callable[[int, float], None], on_alert: Callable[[Alert], None]
@@ -62,35 +81,41 @@ class Watchdog:
         looks = 0
         while True:
             try:
-                self.latest = self._sampler.sample(self.rank_pids, self.times)
+                self.latest = self._sampler.sample(self._ranks.pids, self._times)
                 self._server.show(self.latest)
                 if looks % JOURNAL_EVERY == 0:
                     self._journal.record_telemetry(self.latest)
-                self._check(self.latest, on_silence, on_alert)
+                self.check(self.latest, on_silence, on_alert)
             except (OSError, sqlite3.Error) as error:
                 # A look that fails must not be the last one.
                 log.warning("could not look after the session: %s", error)
             looks += 1
             await asyncio.sleep(CHECK_INTERVAL)
 
-    def _check(
+    def check(
         self,
         telemetry: Telemetry,
         on_silence: Callable[[int, float], None],
         on_alert: Callable[[Alert], None],
     ) -> None:
+        """One look: says what deserves an alert, and which rank is to be taken for hung."""
         rails, now = self._config.guardrails, time.monotonic()
-        # A rank that waits for the others is as silent as the one that hangs: all are named.
-        since = sorted((now - t, r) for r, t in self._last.items())
-        silent, rank = since[-1] if since else (0.0, 0)
+        # A rank that waits for the others is as silent as the one that hangs: the longest counts.
+        since = sorted(((now - t, r) for r, t in self._last.items()), reverse=True)
+        silent, rank = since[0] if since else (0.0, 0)
         free = telemetry.disk_free / 1e9
         text = f"look here: no sign of life from rank {rank} for {silent:.0f} s"
         self._speak("silent_rank", silent > rails.silent_rank, text, on_alert)
         text = f"look here: {free:.1f} GB are free where the session lies"
         self._speak("disk", free < rails.disk_free_gb, text, on_alert)
-        if silent > self._config.launch.silence:
+        hung = [(silent, rank) for silent, rank in since if silent > self._limit(rank)]
+        if hung:
             self.begin()
-            on_silence(rank, silent)
+            on_silence(hung[0][1], hung[0][0])
+
+    def _limit(self, rank: int) -> float:
+        launch = self._config.launch
+        return launch.silence if rank in self._loaded else launch.load_silence
 
     def _speak(self, rule: str, holds: bool, text: str, on_alert: Callable[[Alert], None]) -> None:
         """Once when it begins to hold."""

@@ -6,7 +6,7 @@ same place.
 
 import logging
 import time
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 
@@ -14,7 +14,7 @@ from engine.config.settings import SettingChange, Settings
 from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
 from engine.kl import next_beta
 from engine.protocol.commands import (
-    AnyCommand,
+    BoundaryCommand,
     Checkpoint,
     Pause,
     Probe,
@@ -24,7 +24,6 @@ from engine.protocol.commands import (
     Stop,
     Undo,
     Unpause,
-    new_values,
 )
 from engine.protocol.rank_messages import (
     Applied,
@@ -134,7 +133,7 @@ class Boundary:
                 if done is not None:
                     self._link.send(done)
 
-    def _carry_out(self, order_id: str, command: AnyCommand) -> Applied | None:
+    def _carry_out(self, order_id: str, command: BoundaryCommand) -> Applied | None:
         """One order; what was done, or None where that is told later."""
         step, changes, result = self._run.state.step + 1, [], {}
         match command:
@@ -148,14 +147,14 @@ class Boundary:
             case Checkpoint():
                 self._checkpoint_now()
             case SetBeta() | SetKLController() | SetSetting():
-                changes = self._steer(new_values(command, self._run.state.settings))
+                changes = self._steer(command.new_values(self._run.state.settings))
                 self._undoable.append(changes)
             case Undo():
                 changes = self._undo()
             case Probe(text=text):
                 result = answer_probe(self._run, text)
             case _:
-                raise CommandRejectedError(f"{command} is not for a rank")
+                assert_never(command)
         return Applied(id=order_id, step=step, changes=changes, result=result)
 
     def _checkpoint_now(self) -> None:
@@ -172,7 +171,7 @@ class Boundary:
     def _repeat(self, settled: ReplayedChange) -> None:
         """A change from before a crash, once more; it can be taken back like any other."""
         changes = self._change({c.key: c.new for c in settled.changes})
-        if settled.command == "undo":
+        if settled.command == Undo.name():
             del self._undoable[-1:]
         elif changes:
             self._undoable.append(changes)

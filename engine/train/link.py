@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from engine.errors import LinkError
 from engine.launch.environment import SOCKET_VARIABLE, TOKEN_VARIABLE
@@ -113,8 +113,7 @@ class Link:
     def _read(self, sock: socket.socket) -> None:
         try:
             while True:
-                length = frames.frame_length(_exactly(sock, frames.HEADER.size))
-                message = rank_messages.decode_to_rank(_exactly(sock, length))
+                message = rank_messages.decode_to_rank(frames.receive(sock))
                 if isinstance(message, Confirm):
                     self._confirmed.put(message)
                 else:
@@ -122,13 +121,3 @@ class Link:
         except (OSError, LinkError):
             self._inbox.put(None)
             self._confirmed.put(None)
-
-
-def _exactly(sock: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        piece: Any = sock.recv(count - len(data))
-        if not piece:
-            raise LinkError("the connection ended")
-        data += piece
-    return data

@@ -1,9 +1,10 @@
 """The digest: what happened since the operator last saw the session."""
 
+from engine import metrics
+from engine.journal.rows import ErrorEvent, StateEvent
 from rlhf_tui import format as fmt
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.preferences import Seen
-from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, SessionState
+from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, RECENT, SessionState
 from rlhf_tui.widgets.lines import Row
 
 MOST = 8
@@ -14,7 +15,7 @@ AWAY = 60.0
 def digest(state: SessionState, seen: Seen) -> list[Row]:
     """Lines for a dialog; empty if nothing happened."""
     away = state.now() - seen.time
-    new = [e for e in state.events if e["event"] > seen.event]
+    new = [e for e in state.events if e.event > seen.event]
     steps = state.head.step - seen.step
     if away < AWAY or (steps == 0 and not new):
         return []
@@ -26,10 +27,10 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     ]  # fmt: skip
     if steps > 0:
         rows.append([(f"steps {seen.step} → {state.head.step}", "strong")])
-        for name, label in ((facts.SCORE, "score"), (facts.KL, "KL"), (facts.BETA, "beta")):
+        for name, label in ((metrics.SCORE, "score"), (metrics.KL, "KL"), (metrics.BETA, "beta")):
             series = state.series(name)
-            old = series.mean(seen.step - facts.RECENT + 1, seen.step)
-            now = series.mean(state.head.step - facts.RECENT + 1, state.head.step)
+            old = series.mean(seen.step - RECENT + 1, seen.step)
+            now = series.mean(state.head.step - RECENT + 1, state.head.step)
             rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(now)}", "")])
     elif steps < 0:
         rows.append([(f"the run went back: step {seen.step} → {state.head.step}", "warn")])
@@ -48,14 +49,16 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
         )
     if len(since) > MOST:
         rows.append([(f"       and {len(since) - MOST} before these", "dim")])
-    states = [e for e in new if e["kind"] in ("state", "error")]
-    if states and states[-1].get("text"):
-        rows.append([(str(states[-1]["text"]).partition("\n")[0], "warn")])
+    states = [e.payload for e in new if isinstance(e.payload, StateEvent | ErrorEvent)]
+    if states and states[-1].text:
+        rows.append([(states[-1].text.partition("\n")[0], "warn")])
     return rows
 
 
 def curves_are_read(state: SessionState) -> bool:
     """Whether the curves of a digest are read: those of a long run come one after another."""
     return bool(state.names) and all(
-        name in state.curves for name in (facts.SCORE, facts.KL, facts.BETA) if name in state.names
+        name in state.curves
+        for name in (metrics.SCORE, metrics.KL, metrics.BETA)
+        if name in state.names
     )

@@ -172,7 +172,7 @@ class SessionFollower:
         if not self._digest_shown:
             return
         if self.session is not None and self.state.known and self._follow:
-            newest = self.state.events[-1]["event"] if self.state.events else 0
+            newest = self.state.events[-1].event if self.state.events else 0
             seen = prefs.Seen(time=self._now(), step=self.state.head.step, event=newest)
             prefs.remember_seen(str(self.session.folder), seen)
 

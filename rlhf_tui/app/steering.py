@@ -8,6 +8,7 @@ from textual.binding import Binding, BindingType
 
 from engine.config.settings import LIVE_SETTINGS, Settings
 from engine.errors import RlhfError
+from engine.journal.rows import ProbeResult
 from engine.protocol.commands import (
     Checkpoint,
     Command,
@@ -21,7 +22,6 @@ from engine.protocol.commands import (
     Stop,
     Undo,
     Unpause,
-    new_values,
 )
 from rlhf_tui.app.following import SessionFollower
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
@@ -203,7 +203,7 @@ class Steering:
         self._app.push_screen(ChoiceDialog("Stop the run?", rows, choices), answer)
 
     def _last_saved(self) -> str:
-        steps = [c["step"] for c in self._state.checkpoints if c["status"] == "complete"]
+        steps = [c.step for c in self._state.checkpoints if c.status == "complete"]
         return f"the last checkpoint is of step {max(steps)}" if steps else "no checkpoint yet"
 
     def ask_note(self) -> None:
@@ -319,7 +319,7 @@ class Steering:
             if reply.result:
                 from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps start-up short
 
-                self._app.push_screen(ProbeDialog(reply.result))
+                self._app.push_screen(ProbeDialog(ProbeResult.of(reply.result)))
         else:
             self._say(f"{text}: {reply.status}, {self.when()}")
 
@@ -336,4 +336,4 @@ def parse_value(key: str, text: str, settings: Settings) -> Any:
                 break
             except ValueError:
                 continue
-    return new_values(SetSetting(key=key, value=value), settings)[key]
+    return SetSetting(key=key, value=value).new_values(settings)[key]

@@ -10,8 +10,11 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.rules import check_rule
 from engine.config.schema import GuardrailConfig
+from engine.config.settings import initial_settings
 from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
+from engine.journal.rows import SampleRow
+from engine.metrics import BETA, DISTINCT_2, KL, LEARNING_RATE, RESPONSE_LENGTH, SCORE
 from engine.monitoring.guardrails import Guardrails
 from engine.protocol.rank_messages import Sample
 from rlhf_tui import format as fmt
@@ -25,7 +28,7 @@ from rlhf_tui.commands.options import (
 )
 from rlhf_tui.text import one_line
 
-HEADLINES = ("objective/scores", "objective/kl", "tokens/response_len_mean", "text/distinct_2")
+HEADLINES = (SCORE, KL, RESPONSE_LENGTH, DISTINCT_2)
 
 
 @click.command()
@@ -77,21 +80,15 @@ def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json
 
 def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
     rails = Guardrails(config)
-    settings = {
-        "target": run.kl.target,
-        "max_new_tokens": run.rollout.max_new_tokens,
-        "clip_range": run.ppo.clip_range,
-        "stop_kl": run.ppo.stop_kl,
-    }
+    settings = config_file.as_mapping(initial_settings(run))
     changes: dict[int, dict[str, Any]] = {}
     for command in record.commands():
-        if command["status"] == "applied" and command["live"]:
-            for change in command["changes"]:
-                changes.setdefault(command["applied_step"], {})[change["key"]] = change["new"]
+        if command.status == "applied" and command.live and command.applied_step is not None:
+            for change in command.changes:
+                changes.setdefault(command.applied_step, {})[change.key] = change.new
     samples: dict[int, list[Sample]] = {}
-    for row in record.samples():
-        row |= {key: math.nan for key in ("score", "kl") if row[key] is None}
-        samples.setdefault(row["step"], []).append(msgspec.convert(row, Sample))
+    for row in record.samples.newest():
+        samples.setdefault(row.step, []).append(_as_reported(row))
     metrics: dict[int, dict[str, float | None]] = {}
     for name in record.metric_names():
         for step, value in record.series(name):
@@ -99,9 +96,19 @@ def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
             metrics.setdefault(step, {})[name] = math.nan if value is None else value
     for step, values in sorted(metrics.items()):
         settings |= changes.get(step, {})
-        settings |= {"beta": values["objective/kl_coef"], "learning_rate": values["lr"]}
+        settings |= {"beta": values[BETA], "learning_rate": values[LEARNING_RATE]}
         for alert in rails.check(step, values, settings, samples.get(step)):
             yield alert.as_data() | {"step": step}
+
+
+def _as_reported(row: SampleRow) -> Sample:
+    """A sample as the ranks reported it: the journal has None for what is not finite."""
+    return Sample(
+        index=row.index, prompt=row.prompt, response=row.response,
+        score=math.nan if row.score is None else row.score,
+        kl=math.nan if row.kl is None else row.kl,
+        length=row.length, ended=row.ended, parts=row.parts,
+    )  # fmt: skip
 
 
 def _rules(path: Path) -> GuardrailConfig:

@@ -6,16 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import click
+import msgspec
 
 from engine import starter
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
-from engine.journal.labels import with_judgements
+from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
-from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
 from engine.launch.start import checkpoint_steps, last_checkpoint
 from engine.protocol import sockets
@@ -90,13 +91,13 @@ def export(
             raise NoSuchSessionError(f"session '{name}' has no checkpoint {missing}to export")
         say(_export_policy(session, chosen, policy, merged))
     if samples is not None:
-        with JournalReader(session) as record:
-            rows = with_judgements(session, record.samples())
-        _write_lines(samples, rows)
+        with SampleReader(session) as reader:
+            rows = with_judgements(session, reader.newest())
+        _write_lines(samples, (row.as_json() for row in rows))
         say(f"{len(rows)} samples are in {samples}")
     if preferences is not None:
         found = preference_pairs(session)
-        _write_lines(preferences, found)
+        _write_lines(preferences, (msgspec.structs.asdict(pair) for pair in found))
         say(f"{'1 pair is' if len(found) == 1 else f'{len(found)} pairs are'} in {preferences}")
 
 
@@ -137,7 +138,7 @@ def _copy_policy(source: Path, target: Path) -> None:
         raise UserInputError(f"--policy: cannot write {target}: {error}") from error
 
 
-def _write_lines(target: Path, rows: list[dict[str, Any]]) -> None:
+def _write_lines(target: Path, rows: Iterable[Json]) -> None:
     try:
         with target.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -145,25 +146,57 @@ def _write_lines(target: Path, rows: list[dict[str, Any]]) -> None:
         raise UserInputError(f"cannot write {target}: {error.strerror}") from error
 
 
+class FolderFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the folder of the sessions is like."""
+
+    folder: str
+    writable: bool
+    free_gb: float
+    sockets: bool
+    """Whether a Unix socket can be made there."""
+
+
+class TerminalFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the output goes to."""
+
+    term: str | None
+    full_screen: bool
+
+
+class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What `doctor` finds, in the order in which it prints."""
+
+    python: str
+    packages: dict[str, str | None]
+    """Versions; None for what is not installed."""
+    cores: int
+    gpus: list[str]
+    sessions: FolderFacts
+    starter: bool
+    """Whether the models of the demo are there."""
+    terminal: TerminalFacts
+
+
 @click.command()
 @sessions_option
 @json_option
 def doctor(root: Path, as_json: bool) -> None:
     """Check this machine: versions, GPUs, disk, sockets, terminal."""
-    facts = {
-        "python": sys.version.split()[0],
-        "packages": {p: _version(p) for p in PACKAGES},
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": _gpus(),
-        "sessions": _folder(root.resolve()),
-        "starter": all((starter.FOLDER / p).exists() for p in starter.PARTS.values()),
-        "terminal": {"term": os.environ.get("TERM"), "full_screen": is_terminal()},
-    }
+    facts = MachineFacts(
+        python=sys.version.split()[0],
+        packages={p: _version(p) for p in PACKAGES},
+        cores=len(os.sched_getaffinity(0)),
+        gpus=_gpus(),
+        sessions=_folder(root.resolve()),
+        starter=all((starter.FOLDER / p).exists() for p in starter.PARTS.values()),
+        terminal=TerminalFacts(term=os.environ.get("TERM"), full_screen=is_terminal()),
+    )
     problems = _problems(facts)
+    shown: Json = msgspec.to_builtins(facts)
     if as_json:
-        print_json(facts | {"problems": problems})
+        print_json(shown | {"problems": problems})
     else:
-        for key, value in facts.items():
+        for key, value in shown.items():
             text = (
                 ", ".join(f"{k} {v}" for k, v in value.items())
                 if isinstance(value, dict)
@@ -183,25 +216,26 @@ def _version(package: str) -> str | None:
 
 
 def _gpus() -> list[str]:
-    import pynvml  # noqa: PLC0415 - opens the driver
+    import pynvml  # noqa: PLC0415 - most commands of this module do without
 
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [str(pynvml.nvmlDeviceGetName(h)) for h in handles]
-    except pynvml.NVMLError:
-        return []
+    from engine.nvml import gpu_handles  # noqa: PLC0415 - as above
+
+    with gpu_handles() as handles:
+        try:
+            return [str(pynvml.nvmlDeviceGetName(h)) for h in handles]
+        except pynvml.NVMLError:
+            return []
 
 
-def _folder(root: Path) -> dict[str, Any]:
+def _folder(root: Path) -> FolderFacts:
     there = next(p for p in (root, *root.parents) if p.exists())
     free = shutil.disk_usage(there).free
-    return {
-        "folder": str(root),
-        "writable": os.access(there, os.W_OK),
-        "free_gb": round(free / 1e9, 1),
-        "sockets": _sockets_work(there),
-    }
+    return FolderFacts(
+        folder=str(root),
+        writable=os.access(there, os.W_OK),
+        free_gb=round(free / 1e9, 1),
+        sockets=_sockets_work(there),
+    )
 
 
 def _sockets_work(folder: Path) -> bool:
@@ -214,14 +248,14 @@ def _sockets_work(folder: Path) -> bool:
     return True
 
 
-def _problems(facts: dict[str, Any]) -> list[str]:
-    found = [f"{p} is not installed" for p, v in facts["packages"].items() if v is None]
-    if not facts["sessions"]["writable"]:
-        found.append(f"{facts['sessions']['folder']} cannot be written; give --sessions DIR")
-    if facts["sessions"]["free_gb"] < 1:
+def _problems(facts: MachineFacts) -> list[str]:
+    found = [f"{p} is not installed" for p, v in facts.packages.items() if v is None]
+    if not facts.sessions.writable:
+        found.append(f"{facts.sessions.folder} cannot be written; give --sessions DIR")
+    if facts.sessions.free_gb < 1:
         found.append("less than 1 GB is free where the sessions lie")
-    if not facts["starter"]:
+    if not facts.starter:
         found.append("the starter models are missing; install rlhf-tui again")
-    if facts["gpus"] and "+cpu" in (facts["packages"]["torch"] or ""):
+    if facts.gpus and "+cpu" in (facts.packages["torch"] or ""):
         found.append("there is a GPU, but torch is a CPU build; install a CUDA build of torch")
     return found

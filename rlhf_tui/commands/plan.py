@@ -4,7 +4,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
@@ -12,6 +11,7 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError
+from engine.journal.json_values import Json
 from engine.launch.environment import clean_environment
 from engine.launch.start import check_inputs
 from engine.memory.advice import can_start, changes_to_fit, fits
@@ -192,7 +192,7 @@ def _machine(capacity: Capacity) -> str:
 
 def _as_data(
     config: RunConfig, models: Models, capacity: Capacity, found: list[Estimate], mine: Layout
-) -> dict[str, Any]:
+) -> Json:
     """Everything, for scripts; bytes."""
     own = estimate(config, models, mine)
     changes: list[str] = []
@@ -211,7 +211,7 @@ def _as_data(
     }
 
 
-def _column(found: Estimate, capacity: Capacity) -> dict[str, Any]:
+def _column(found: Estimate, capacity: Capacity) -> Json:
     return {
         **msgspec.to_builtins(found.layout),
         "phases": found.phases,

@@ -2,15 +2,25 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 from engine.errors import RlhfError
-from engine.journal.labels import with_judgements
 from engine.journal.reader import JournalReader
-from engine.session.folder import ENDED_STATES, Session, all_sessions
+from engine.journal.rows import ErrorEvent
+from engine.journal.samples import SampleReader, with_judgements
+from engine.metrics import (
+    BETA,
+    CLIP_FRACTION,
+    ENTROPY,
+    KL,
+    RESPONSE_LENGTH,
+    SCORE,
+    STEP_TIME,
+)
+from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
+from engine.session.states import ENDED_STATES
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     existing,
@@ -21,14 +31,12 @@ from rlhf_tui.commands.options import (
     say,
     sessions_option,
 )
+from rlhf_tui.state.session_row import SessionRow, read_session_row, unreadable_row
 from rlhf_tui.text import one_line, sanitise
 
 FOLLOW_INTERVAL = 0.2
 """Seconds between looks at a log that is followed."""
-COLUMNS = (
-    "objective/scores", "objective/kl", "objective/kl_coef", "policy/clipfrac_avg",
-    "policy/entropy_avg", "tokens/response_len_mean", "time/step",
-)  # fmt: skip
+COLUMNS = (SCORE, KL, BETA, CLIP_FRACTION, ENTROPY, RESPONSE_LENGTH, STEP_TIME)
 
 
 @click.command()
@@ -38,64 +46,30 @@ def ls(root: Path, as_json: bool) -> None:
     """List the sessions."""
     here = all_sessions(root.resolve())
     elsewhere = [s for s in live_sessions() if s not in here]
-    rows = [_summary_or_why_not(s) for s in [*here, *elsewhere]]
+    rows = [_row_or_why_not(s) for s in [*here, *elsewhere]]
     if as_json:
-        print_json(rows)
+        print_json([r.as_json() for r in rows])
     elif not rows:
         say(f"no sessions in {root}; start one with: rlhf-tui demo")
     else:
         header = ["name", "state", "step", "beta", "score", "last active"]
         inside = {str(s.folder) for s in here}
-        say(fmt.table([_ls_row(r | {"here": r["folder"] in inside}) for r in rows], header))
+        say(fmt.table([_ls_cells(r, here=r.folder in inside) for r in rows], header))
 
 
-def _summary_or_why_not(session: Session) -> dict[str, Any]:
-    """A session that was damaged, or is of a newer version, must not hide the others."""
+def _row_or_why_not(session: Session) -> SessionRow:
     try:
-        return summary(session)
-    except RlhfError as error:
-        unknown = dict.fromkeys(("pid", "host", "beta", "score", "kl", "total_steps", "updated"))
-        return unknown | {
-            "name": session.name, "state": "unreadable", "step": 0, "attempt": 0, "settings": {},
-            "checkpoints": [], "message": str(error), "folder": str(session.folder),
-        }  # fmt: skip
+        return read_session_row(session)
+    except (RlhfError, OSError) as error:
+        return unreadable_row(session, error)
 
 
-def _ls_row(row: dict[str, Any]) -> list[str]:
-    age = f"{fmt.duration(time.time() - row['updated'])} ago" if row["updated"] else "–"
-    name = row["name"] if row["here"] else f"{row['name']} ({row['folder']})"
+def _ls_cells(row: SessionRow, *, here: bool) -> list[str]:
+    age = f"{fmt.duration(time.time() - row.updated)} ago" if row.updated else "–"
     return [
-        name, row["state"], f"{row['step']}/{row['total_steps'] or '?'}",
-        fmt.number(row["beta"], 4), fmt.number(row["score"]), age,
+        row.name if here else f"{row.name} ({row.folder})", row.state,
+        f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score), age,
     ]  # fmt: skip
-
-
-def summary(session: Session) -> dict[str, Any]:
-    """A session in one row: what `status --json` prints."""
-    with JournalReader(session) as record:
-        meta, attempts = record.meta(), record.attempts()
-        state, last = record.state(), record.metrics(last=1)
-        checkpoints = [c["step"] for c in record.checkpoints(("complete",))]
-    engine = session.engine() if session.is_live() else None
-    row = last[0] if last else {}
-    settings = meta.get("settings") or {}
-    return {
-        "name": session.name,
-        "state": state,
-        "step": row.get("step", 0),
-        "total_steps": meta.get("total_steps") or session.config().train.steps,
-        "attempt": len(attempts),
-        "beta": settings.get("beta", session.config().kl.beta),
-        "pid": engine.pid if engine else None,
-        "host": engine.host if engine else None,
-        "score": row.get("objective/scores"),
-        "kl": row.get("objective/kl"),
-        "settings": settings,
-        "checkpoints": checkpoints,
-        "message": meta.get("message", ""),
-        "updated": row.get("time") or (attempts[-1]["started"] if attempts else None),
-        "folder": str(session.folder),
-    }
 
 
 @click.command()
@@ -104,20 +78,20 @@ def summary(session: Session) -> dict[str, Any]:
 @json_option
 def status(root: Path, name: str, as_json: bool) -> None:
     """Say how a session is."""
-    row = summary(existing(root, name))
+    row = read_session_row(existing(root, name))
     if as_json:
-        print_json(row)
+        print_json(row.as_json())
         return
-    engine = f"pid {row['pid']} on {row['host']}" if row["pid"] else "none"
-    say(f"{row['name']}: {row['state']}" + (f" ({row['message']})" if row["message"] else ""))
-    say(f"  step        {row['step']} of {row['total_steps']}, attempt {row['attempt']}")
-    say(f"  score, KL   {fmt.number(row['score'])}, {fmt.number(row['kl'])} nats per response")
-    say(f"  beta        {fmt.number(row['beta'], 4)}")
-    say(f"  checkpoints {', '.join(map(str, row['checkpoints'])) or 'none'}")
+    engine = f"pid {row.pid} on {row.host}" if row.pid else "none"
+    say(f"{row.name}: {row.state}" + (f" ({row.message})" if row.message else ""))
+    say(f"  step        {row.step} of {row.total_steps}, attempt {row.attempt}")
+    say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
+    say(f"  beta        {fmt.number(row.beta, 4)}")
+    say(f"  checkpoints {', '.join(map(str, row.checkpoints)) or 'none'}")
     say(f"  engine      {engine}")
-    say(f"  folder      {row['folder']}")
-    if row["state"] not in ENDED_STATES and not row["pid"]:
-        say(f"  go on with  rlhf-tui resume {row['name']}")
+    say(f"  folder      {row.folder}")
+    if row.state not in ENDED_STATES and not row.pid:
+        say(f"  go on with  rlhf-tui resume {row.name}")
 
 
 @click.command()
@@ -130,9 +104,9 @@ def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
     with JournalReader(existing(root, name)) as record:
         rows = record.metrics(last)
     if as_json:
-        print_json(rows)
+        print_json([r.as_json() for r in rows])
         return
-    body = [[str(r["step"]), *(fmt.number(r.get(c)) for c in COLUMNS)] for r in rows]
+    body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in COLUMNS)] for r in rows]
     say(fmt.table(body, ["step", *(c.split("/")[1] for c in COLUMNS)]))
 
 
@@ -144,18 +118,18 @@ def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
 def samples(root: Path, name: str, last: int | None, as_json: bool) -> None:
     """Print what the policy wrote."""
     session = existing(root, name)
-    with JournalReader(session) as record:
-        rows = with_judgements(session, record.samples(last if last or as_json else 16))
+    with SampleReader(session) as reader:
+        rows = with_judgements(session, reader.newest(last if last or as_json else 16))
     if as_json:
-        print_json(rows)
+        print_json([r.as_json() for r in rows])
         return
     for row in rows:
-        score, kl = fmt.number(row["score"]), fmt.number(row["kl"], 2)
-        label = f"  {row['label']}" if row["label"] else ""
-        say(f"step {row['step']} #{row['index']}  score {score}  kl {kl}{label}")
-        say(f"  {one_line(row['prompt'])}│{one_line(row['response'])}")
-        if row["note"]:
-            say(f"  note: {one_line(row['note'])}")
+        score, kl = fmt.number(row.score), fmt.number(row.kl, 2)
+        label = f"  {row.label}" if row.label else ""
+        say(f"step {row.step} #{row.index}  score {score}  kl {kl}{label}")
+        say(f"  {one_line(row.prompt)}│{one_line(row.response)}")
+        if row.note:
+            say(f"  note: {one_line(row.note)}")
 
 
 @click.command()
@@ -168,16 +142,16 @@ def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
     with JournalReader(existing(root, name)) as record:
         rows = record.events(last)
     if as_json:
-        print_json(rows)
+        print_json([r.as_json() for r in rows])
         return
     common = {"event", "time", "attempt", "step", "kind", "traceback"}
     for row in rows:
-        details = "  ".join(f"{k}={v}" for k, v in row.items() if k not in common and v)
-        say(
-            f"{fmt.clock(row['time'])}  step {row['step']:<6} {row['kind']:<10} {one_line(details)}"
-        )
-        if row.get("traceback"):
-            say(row["traceback"])
+        # Every key that the event has, those of another version too.
+        given = {k: v for k, v in row.as_json().items() if k not in common and v}
+        details = one_line("  ".join(f"{k}={v}" for k, v in given.items()))
+        say(f"{fmt.clock(row.time)}  step {row.step:<6} {row.kind:<10} {details}")
+        if isinstance(row.payload, ErrorEvent) and row.payload.traceback:
+            say(row.payload.traceback)
 
 
 @click.command()

@@ -15,6 +15,7 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
+from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine
 from engine.launch.start import StartOptions, check_inputs
 from engine.launch.start import fork as start_fork
@@ -167,11 +168,11 @@ def _watch(session: Session, start: StartOptions) -> None:
     start_engine(session, start, timeout=0.0)
     code = view.open_screen(session.folder.parent, session)
     with JournalReader(session) as record:
-        errors = [e for e in record.events() if e["kind"] == "error"]
+        errors = [e.payload for e in record.events() if isinstance(e.payload, ErrorEvent)]
         trained = record.last_step() > start.from_step
-    if new and errors and errors[-1].get("user_input") and not trained and not session.is_live():
+    if new and errors and errors[-1].user_input and not trained and not session.is_live():
         shutil.rmtree(session.folder, ignore_errors=True)
-        raise UserInputError(errors[-1]["text"])
+        raise UserInputError(errors[-1].text)
     sys.exit(code)
 
 
@@ -192,4 +193,6 @@ def _become_engine(session: Session, start: StartOptions) -> None:
     click.echo(one_line(f"session {session.name}: {words}; folder {session.folder}"), err=True)
     text = msgspec.json.encode(start).decode()
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "rlhf_tui.headless", str(session.folder), text])
+    os.execv(  # noqa: S606 - ourselves
+        sys.executable, [sys.executable, "-m", "rlhf_tui.headless", str(session.folder), text]
+    )

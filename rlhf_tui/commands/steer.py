@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import click
 
 from engine.config import file as config_file
 from engine.errors import RlhfError, UserInputError
+from engine.journal.json_values import Json
 from engine.journal.writer import JournalWriter
 from engine.protocol.client import Client, new_id
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import (
     AnyCommand,
     Checkpoint,
+    Command,
     Note,
     Pause,
     Probe,
@@ -27,7 +30,6 @@ from engine.protocol.commands import (
     Unpause,
 )
 from engine.session.folder import Session
-from engine.supervisor.command_checks import check_command
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     existing,
@@ -98,7 +100,7 @@ class Steering:
 
     def _print(self, answer: CommandReply, left: float | None) -> None:
         if self._as_json:
-            row: dict[str, Any] = config_file.as_mapping(answer)
+            row: Json = config_file.as_mapping(answer)
             print_json(row | {"applied_step": row.pop("step")})
         elif answer.status == "accepted":
             soon = "" if left is None else f", in about {fmt.duration(left)}"
@@ -134,60 +136,59 @@ def ctl(
     )
 
 
-@ctl.command()
+def _verb(kind: type[Command], **options: Any) -> Callable[[Callable[..., None]], click.Command]:
+    """A verb of `ctl`: its name and its line of help are those that its command declares."""
+    return ctl.command(name=kind.name(), help=kind.summary, **options)
+
+
+@_verb(Pause)
 @click.pass_obj
 def pause(steering: Steering) -> None:
-    """Hold at the next step boundary."""
     steering.send(Pause())
 
 
-@ctl.command()
+@_verb(Unpause)
 @click.pass_obj
 def unpause(steering: Steering) -> None:
-    """Go on."""
     steering.send(Unpause())
 
 
-@ctl.command()
+@_verb(Stop)
 @click.option("--now", is_flag=True, help="At once, without saving.")
 @click.pass_obj
 def stop(steering: Steering, now: bool) -> None:
-    """Finish the step, save, and end."""
     steering.send(Stop(now=now))
 
 
-@ctl.command()
+@_verb(Checkpoint)
 @click.pass_obj
 def checkpoint(steering: Steering) -> None:
-    """Save at the next step boundary."""
     steering.send(Checkpoint())
 
 
-@ctl.command()
+@_verb(Undo)
 @click.pass_obj
 def undo(steering: Steering) -> None:
-    """Take back the last change of a setting."""
     steering.send(Undo())
 
 
-@ctl.command()
+@_verb(Rollback)
 @click.argument("step", type=click.IntRange(min=1))
 @click.option("--reseed", is_flag=True, help="Sample anew rather than meet the same answers.")
 @click.pass_obj
 def rollback(steering: Steering, step: int, reseed: bool) -> None:
-    """Go back to the checkpoint of STEP."""
     steering.send(Rollback(step=step, reseed=reseed))
 
 
-@ctl.command(context_settings={"ignore_unknown_options": True})  # -1 is a number here
+# -1 is a number here.
+@_verb(SetBeta, context_settings={"ignore_unknown_options": True})
 @click.argument("value", type=float)
 @click.pass_obj
 def beta(steering: Steering, value: float) -> None:
-    """Set the KL coefficient."""
     steering.send(SetBeta(value=value))
 
 
-@ctl.command()
+@_verb(SetKLController)
 @click.argument("controller", type=click.Choice(["fixed", "adaptive"]))
 @click.option("--target", type=float, help="Nats per response.")
 @click.option("--horizon", type=float, help="Episodes.")
@@ -195,26 +196,23 @@ def beta(steering: Steering, value: float) -> None:
 @click.option("--beta-max", type=float)
 @click.pass_obj
 def kl(steering: Steering, /, **given: Any) -> None:
-    """Hand beta to the adaptive controller, or take it back."""
     steering.send(SetKLController(**given))
 
 
-@ctl.command(name="set")
+@_verb(SetSetting)
 @click.argument("assignment", metavar="KEY=VALUE")
 @click.pass_obj
 def set_(steering: Steering, assignment: str) -> None:
-    """Change a setting, such as learning_rate=1e-5."""
     key, equals, text = assignment.partition("=")
     if not equals:
         raise UserInputError(f"set takes key=value, not '{assignment}'")
     steering.send(SetSetting(key=key.strip(), value=config_file.parse_yaml(text, key)))
 
 
-@ctl.command()
+@_verb(Probe)
 @click.argument("text")
 @click.pass_obj
 def probe(steering: Steering, text: str) -> None:
-    """Let the policy, and the reference, answer TEXT."""
     steering.send(Probe(text=text))
 
 
@@ -247,12 +245,11 @@ for _command in ctl.commands.values():
     _lift_options(_command)
 
 
-@click.command()
+@click.command(help=Note.summary)
 @name_argument
 @click.argument("text")
 @sessions_option
 def note(root: Path, name: str, text: str) -> None:
-    """Write a line into the session's ledger."""
     session = existing(root, name)
     if session.is_live():
         with Client(session, who()) as client:
@@ -260,7 +257,7 @@ def note(root: Path, name: str, text: str) -> None:
         if answer.status == "rejected":
             raise RlhfError(f"rejected: {answer.reason}")
         return
-    check_command(Note(text=text), "finished", {}, session, paused=False)
+    Note(text=text).check_arguments()
     lock = session.acquire()  # nobody writes the journal but the holder of the lock
     try:
         journal = JournalWriter(session)

@@ -1,10 +1,11 @@
 """Dialogs that show text, which scrolls if it is higher than the terminal."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
+from engine.journal.rows import ProbeResult
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Dialog, MessageLine
 from rlhf_tui.widgets.lines import Row
@@ -64,17 +65,16 @@ class TextDialog(Dialog):
 class ProbeDialog(TextDialog):
     """The responses of the policy and of the reference to a probe."""
 
-    def __init__(self, result: dict[str, Any]) -> None:
-        """`result`: model → `response`, `score` and `kl`."""
+    def __init__(self, result: ProbeResult) -> None:
         super().__init__("Probe")
         self._result = result
 
     def lines(self) -> list[Row]:
         """One response below the other, each with its numbers."""
         rows: list[Row] = []
-        for name in ("policy", "reference"):
-            found = self._result.get(name) or {}
-            score, kl = fmt.number(found.get("score")), fmt.number(found.get("kl"), 2)
+        result = self._result
+        for name, found in (("policy", result.policy), ("reference", result.reference)):
+            score, kl = fmt.number(found.score), fmt.number(found.kl, 2)
             rows += [[], [(f"{name}  ", "strong"), (f"score {score}  KL {kl}", "dim")]]
-            rows += [[(x, "")] for x in wrap(str(found.get("response", "")), self.width)]
+            rows += [[(x, "")] for x in wrap(found.response, self.width)]
         return rows[1:]

@@ -1,12 +1,13 @@
 """Checkpoints: save, roll back, branch, export."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
+from engine.journal.rows import CheckpointRow
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
@@ -44,12 +45,10 @@ class CheckpointsScreen(SessionScreen):
     def refresh_content(self) -> None:
         """Shows the checkpoints, newest first."""
         found = self.context.state.checkpoints
-        current = [c for c in found if c["status"] == "complete"]
-        best = max(current, key=lambda c: _or(c["score"], float("-inf")), default=None)
-        last = max(current, key=lambda c: c["step"], default=None)
-        rows = [
-            ((c["step"], c["attempt"]), _cells(c, best is c, last is c)) for c in reversed(found)
-        ]
+        current = [c for c in found if c.status == "complete"]
+        best = max(current, key=lambda c: _or(c.score, float("-inf")), default=None)
+        last = max(current, key=lambda c: c.step, default=None)
+        rows = [((c.step, c.attempt), _cells(c, best is c, last is c)) for c in reversed(found)]
         self.query_one(Table).set_rows(rows, self._empty())
 
     def _empty(self) -> list[Row]:
@@ -60,14 +59,14 @@ class CheckpointsScreen(SessionScreen):
             [(f" {words}; ", "dim"), ("c", "key"), (" saves one after this step", "dim")],
         ]
 
-    def _selected(self) -> dict[str, Any] | None:
+    def _selected(self) -> CheckpointRow | None:
         key = self.query_one(Table).key
         found = next(
-            (c for c in self.context.state.checkpoints if (c["step"], c["attempt"]) == key), None
+            (c for c in self.context.state.checkpoints if (c.step, c.attempt) == key), None
         )
         if found is None:
             self.context.say("no checkpoint chosen")
-        elif found["status"] != "complete":
+        elif found.status != "complete":
             self.context.say("that one belongs to a timeline that was left", "warning")
             return None
         return found
@@ -76,7 +75,7 @@ class CheckpointsScreen(SessionScreen):
         """Rolls back: by a command to the engine, or by a resume if none runs."""
         if (found := self._selected()) is None:
             return
-        session, step = self.context.session, found["step"]
+        session, step = self.context.session, found.step
         if session is None or session.is_live() or self.context.read_only:
             self.context.commands.roll_back(step)
             return
@@ -94,13 +93,13 @@ class CheckpointsScreen(SessionScreen):
     def action_fork(self) -> None:
         """Forks a session from the checkpoint."""
         if (found := self._selected()) is not None:
-            self.context.engines.ask_fork(self.context.state.name, found["step"])
+            self.context.engines.ask_fork(self.context.state.name, found.step)
 
     def action_export(self) -> None:
         """Exports the policy as a model folder."""
         if (found := self._selected()) is None:
             return
-        name, step = self.context.state.name, found["step"]
+        name, step = self.context.state.name, found.step
         target = str(Path.cwd() / f"{name}-step-{step}")
         rows: list[Row] = [[(f"The policy of step {step} as a Hugging Face model folder.", "dim")]]
 
@@ -118,19 +117,19 @@ class CheckpointsScreen(SessionScreen):
         self.context.say("r rolls back to it, f branches off it, E exports its policy")
 
 
-def _cells(c: dict[str, Any], best: bool, last: bool) -> list[Piece]:
+def _cells(c: CheckpointRow, best: bool, last: bool) -> list[Piece]:
     words = ["last"] if last else []
     words += ["best score"] if best else []
-    if c["status"] == "superseded":
+    if c.status == "superseded":
         words = ["of a timeline that was left"]
-    dim = "dim" if c["status"] == "superseded" else ""
+    dim = "dim" if c.status == "superseded" else ""
     return [
-        (str(c["step"]), dim or "strong"),
-        (str(c["attempt"]), "dim"),
-        (fmt.clock(c["time"]), "dim"),
-        (fmt.size(c["size"]), dim),
-        (fmt.number(c["score"]), dim or "strong"),
-        (fmt.number(c["kl"], 2), dim),
+        (str(c.step), dim or "strong"),
+        (str(c.attempt), "dim"),
+        (fmt.clock(c.time), "dim"),
+        (fmt.size(c.size), dim),
+        (fmt.number(c.score), dim or "strong"),
+        (fmt.number(c.kl, 2), dim),
         (", ".join(words), "dim" if dim else "good"),
     ]
 

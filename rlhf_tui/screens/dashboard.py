@@ -8,6 +8,7 @@ from textual.containers import Container, Vertical
 
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
+from engine.metrics import title_of
 from engine.session.folder import all_sessions, find
 from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.base import SessionScreen
@@ -15,7 +16,6 @@ from rlhf_tui.state.first_read import SPANS
 from rlhf_tui.state.messages import CursorMoved
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.viewport import WEIGHTS
-from rlhf_tui.widgets.charts.chart import title_of
 from rlhf_tui.widgets.charts.grid import ChartGrid
 from rlhf_tui.widgets.panels.cursor import CursorPanel
 from rlhf_tui.widgets.panels.machine import MachinePanel

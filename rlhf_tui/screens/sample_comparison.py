@@ -2,8 +2,8 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
+import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.screen import Screen
@@ -12,6 +12,7 @@ from textual.worker import get_current_worker
 from engine.errors import RlhfError
 from engine.journal.labels import Key, LabelReader, Preference, Response, forget_preference, prefer
 from engine.journal.reader import JournalReader
+from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
 from engine.journal.samples import OTHERS
 from engine.protocol.commands import Probe
 from engine.session.folder import Session
@@ -24,8 +25,8 @@ from rlhf_tui.widgets.samples.sample_view import SampleView
 
 KINDS = ("", "earlier", "reference")
 """What a sample is compared with, in the order in which the key goes through them."""
-PLACE = ("attempt", "step", "index")
-Sample = dict[str, Any]
+Other = SampleRow | ProbeResponse
+"""What a sample is compared with: another one, or the response of the reference to a probe."""
 BINDINGS: list[BindingType] = [
     Binding("d", "beside", "beside another"),
     Binding("y", "better('this')", "this one is better", show=False),
@@ -40,7 +41,7 @@ class ComparisonRead(Message):
     """The responses a sample can be compared with, and the preferences between such pairs."""
 
     def __init__(
-        self, key: Key, kind: str, others: list[Sample],
+        self, key: Key, kind: str, others: list[Other],
         preferences: list[Preference], *, ask: bool,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -58,7 +59,7 @@ class SampleComparison:
         context: AppContext,
         labels: SampleLabels,
         *,
-        selected: Callable[[], Sample | None],
+        selected: Callable[[], SampleRow | None],
     ) -> None:
         """Of a screen with a :class:`SampleView`.
 
@@ -73,7 +74,7 @@ class SampleComparison:
         self._labels = labels
         self._selected = selected
         self._kind = KINDS[0]
-        self._others: list[Sample] = []
+        self._others: list[Other] = []
         self._index = 0
         self._preferences: list[Preference] = []
         self._shown: Key | None = None
@@ -114,7 +115,7 @@ class SampleComparison:
         self.select(None)
         return left
 
-    def select(self, row: Sample | None, *, ask: bool = False) -> None:
+    def select(self, row: SampleRow | None, *, ask: bool = False) -> None:
         """Compares another sample; `ask`: asks the reference if it has no response yet."""
         self._others, self._preferences, self._index, self._known = [], [], 0, False
         self._shown = key_of(row) if row is not None else None
@@ -128,22 +129,22 @@ class SampleComparison:
         if row is not None and self._kind:
             self._read(row)
 
-    def _read(self, row: Sample, *, ask: bool = False) -> None:
+    def _read(self, row: SampleRow, *, ask: bool = False) -> None:
         session = self._context.session
         if session is not None:
             work = functools.partial(self._read_others, session, row, self._kind, ask=ask)
             self._screen.run_worker(work, group="beside", exclusive=True, thread=True)
 
-    def _read_others(self, session: Session, row: Sample, kind: str, *, ask: bool) -> None:
+    def _read_others(self, session: Session, row: SampleRow, kind: str, *, ask: bool) -> None:
         """Reads the journal, in a worker thread."""
         try:
             with JournalReader(session) as record, LabelReader(session) as labels:
+                others: list[Other] = []
                 if kind == "earlier":
-                    others = record.earlier(row)
-                else:
-                    found = record.referred(row["prompt"])
-                    others = [found] if found else []
-                preferences = labels.preferences(row["prompt"])
+                    others += record.samples.earlier(row)
+                elif (found := record.last_reference_probe(row.prompt)) is not None:
+                    others.append(found)
+                preferences = labels.preferences(row.prompt)
         except RlhfError as error:
             self._context.say_later(str(error), "error")
             return
@@ -163,7 +164,7 @@ class SampleComparison:
         same = (i for i, other in enumerate(self._others) if _same(other, shown))
         self._index = next(same, 0)
         if message.ask and self._kind == "reference" and not self._others and self._may_ask(row):
-            self._ask(row["prompt"])
+            self._ask(row.prompt)
         self._show()
 
     def show_other(self, by: int) -> None:
@@ -181,24 +182,24 @@ class SampleComparison:
             return
         if not self._others:
             title = "REFERENCE" if self._kind == "reference" else "OTHERS"
-            view.compare(ComparisonTarget(self._kind, title, row["response"], lack=self._lack(row)))
+            view.compare(ComparisonTarget(self._kind, title, row.response, lack=self._lack(row)))
             return
         other = self._others[self._index]
-        if self._kind == "reference":
-            title = f"REFERENCE, asked at step {other['step']}"
+        if isinstance(other, ProbeResponse):
+            title = f"REFERENCE, asked at step {other.step}"
         else:
             count = len(self._others)
-            title = f"OTHER, step {other['step']} #{other['index']}"
-            title += f" of attempt {other['attempt']}" * other["left"]
+            title = f"OTHER, step {other.step} #{other.index}"
+            title += f" of attempt {other.attempt}" * other.left
             title += f" ({self._index + 1}/{count}{'+' * (count == OTHERS)})"
-        better, who = self._preferred(row["response"], other["response"])
-        view.compare(ComparisonTarget(self._kind, title, row["response"], other, "", better, who))
+        better, who = self._preferred(row.response, other.response)
+        view.compare(ComparisonTarget(self._kind, title, row.response, other, "", better, who))
 
     # -- the reference -------------------------------------------------------------------------
 
-    def _lack(self, row: Sample) -> str:
+    def _lack(self, row: SampleRow) -> str:
         name = self._context.state.name
-        if row["prompt"] in self._probed:
+        if row.prompt in self._probed:
             return "asked just now; it answers after the step in hand"
         if not self._known:
             return "reading …"
@@ -210,10 +211,10 @@ class SampleComparison:
             return "it was not asked this prompt yet, and this terminal is read-only"
         return f"it was not asked this prompt yet; with an engine it can be: rlhf-tui resume {name}"
 
-    def _may_ask(self, row: Sample) -> bool:
+    def _may_ask(self, row: SampleRow) -> bool:
         session = self._context.session
         live = session is not None and session.is_live() and not self._context.read_only
-        return live and row["prompt"] not in self._probed
+        return live and row.prompt not in self._probed
 
     def _ask(self, prompt: str) -> None:
         sent = self._context.commands.command(
@@ -233,8 +234,9 @@ class SampleComparison:
         if reply is not None and reply.result:
             message.stop()
             self._context.say("the reference has answered")
-            if row is not None and row["prompt"] == command.text and self._kind == "reference":
-                self._others = [reply.result["reference"] | {"step": reply.step}]
+            if row is not None and row.prompt == command.text and self._kind == "reference":
+                found = ProbeResult.of(reply.result).reference
+                self._others = [msgspec.structs.replace(found, step=reply.step)]
                 self._known = True
         self._show()
 
@@ -255,13 +257,11 @@ class SampleComparison:
             return
         if not self._labels.may_judge():
             return
-        other, prompt, who = self._others[self._index], row["prompt"], self._context.who
-        mine, theirs = Response.of(row), Response.of(other)
-        if self._kind == "reference":
-            theirs = Response(response=other["response"])
+        other, prompt, who = self._others[self._index], row.prompt, self._context.who
+        mine, theirs = Response.of(row), _response(other)
         if self._preferred(mine.response, theirs.response)[0] == which:
             self._labels.write(lambda session: forget_preference(session, prompt, mine, theirs))
-            added = []
+            added: list[Preference] = []
         else:
             chosen, rejected = (mine, theirs) if which == "this" else (theirs, mine)
             self._labels.write(lambda session: prefer(session, prompt, chosen, rejected, who))
@@ -285,5 +285,14 @@ def _pair(preference: Preference) -> set[str]:
     return {preference.chosen.response, preference.rejected.response}
 
 
-def _same(one: Sample, other: Sample | None) -> bool:
-    return other is not None and [one.get(n) for n in PLACE] == [other.get(n) for n in PLACE]
+def _response(other: Other) -> Response:
+    """As a preference names it: without a place where it is the reference's."""
+    if isinstance(other, SampleRow):
+        return Response.of(other)
+    return Response(response=other.response)
+
+
+def _same(one: Other, other: Other | None) -> bool:
+    if isinstance(one, SampleRow) and isinstance(other, SampleRow):
+        return key_of(one) == key_of(other)
+    return type(one) is type(other) and other is not None and one.step == other.step

@@ -2,20 +2,20 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
+import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.screen import Screen
 
 from engine.journal.labels import Response, set_label, set_note
+from engine.journal.rows import Judgement, SampleRow
 from engine.session.folder import Session
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.label_writer import LabelWriter
 from rlhf_tui.widgets.lines import Row
 
-Sample = dict[str, Any]
 BINDINGS: list[BindingType] = [
     Binding("plus", "label('good')", "good"),
     Binding("minus", "label('bad')", "bad"),
@@ -45,8 +45,8 @@ class SampleLabels:
         screen: Screen[None],
         context: AppContext,
         *,
-        selected: Callable[[], Sample | None],
-        show: Callable[[Sample], None],
+        selected: Callable[[], SampleRow | None],
+        show: Callable[[SampleRow], None],
         read_again: Callable[[], None],
     ) -> None:
         """Of a screen of samples.
@@ -75,10 +75,10 @@ class SampleLabels:
         row = self._selected()
         if row is None or not self.may_judge():
             return
-        new = None if row["label"] == label else label
+        new = None if row.label == label else label
         response, who = Response.of(row), self._context.who
-        self.write(lambda session: set_label(session, row["prompt"], response, new, who))
-        self._show_changed(row, label=new)
+        self.write(lambda session: set_label(session, row.prompt, response, new, who))
+        self._show_changed(row, new, row.note)
 
     def ask_note(self) -> None:
         """Asks for a note on the selected sample."""
@@ -86,22 +86,24 @@ class SampleLabels:
         if row is None or not self.may_judge():
             return
         rows: list[Row] = [
-            [(f"On answer #{row['index']} of step {row['step']}; empty takes it away.", "dim")]
+            [(f"On answer #{row.index} of step {row.step}; empty takes it away.", "dim")]
         ]
         response, who = Response.of(row), self._context.who
 
         def take(text: str | None) -> None:
             if text is not None:
-                self.write(lambda session: set_note(session, row["prompt"], response, text, who))
-                self._show_changed(row, note=text or None)
+                self.write(lambda session: set_note(session, row.prompt, response, text, who))
+                self._show_changed(row, row.label, text or None)
 
-        note = row["note"] or ""
+        note = row.note or ""
         self._screen.app.push_screen(
             InputDialog("Note on this answer", rows, note, lambda _: (True, "")), take
         )
 
-    def _show_changed(self, row: Sample, **changed: str | None) -> None:
-        self._show(row | changed | {"who": self._context.who, "time": self._context.now()})
+    def _show_changed(self, row: SampleRow, label: str | None, note: str | None) -> None:
+        context = self._context
+        now = Judgement(label=label, note=note, who=context.who, time=context.now())
+        self._show(msgspec.structs.replace(row, judgement=now))
 
     def may_judge(self) -> bool:
         """Whether judgements are accepted here; shows a notice if this terminal is read-only."""

@@ -1,7 +1,7 @@
 """What the policy wrote: a table of samples over all steps, and one of them to be read."""
 
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import msgspec
 from textual import on, work
@@ -12,6 +12,7 @@ from textual.message import Message
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
+from engine.journal.rows import SampleRow
 from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui import format as fmt
@@ -34,7 +35,7 @@ ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 class SamplesRead(Message):
     """A page of samples was read."""
 
-    def __init__(self, query: SampleQuery, page: int, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, query: SampleQuery, page: int, rows: list[SampleRow]) -> None:
         super().__init__()
         self.query, self.page, self.rows = query, page, rows
 
@@ -72,7 +73,7 @@ class SamplesScreen(SessionScreen):
         self._query = SampleQuery()
         self._filter = ""
         self._page = 0
-        self._rows: dict[tuple[int, int], dict[str, Any]] = {}
+        self._rows: dict[tuple[int, int], SampleRow] = {}
         self._shown: tuple[object, ...] | None = None
         self._labels_read: tuple[int, ...] = ()
         """The value of `state.labels` for which the screen was read."""
@@ -142,8 +143,8 @@ class SamplesScreen(SessionScreen):
         if session is None:
             return
         try:
-            with SampleReader(session) as answers:
-                rows = answers.sample_page(query, PAGE, page * PAGE)
+            with SampleReader(session) as samples:
+                rows = samples.page(query, PAGE, page * PAGE)
         except RlhfError as error:
             self.context.say_later(str(error), "error")
             return
@@ -157,8 +158,8 @@ class SamplesScreen(SessionScreen):
         if session is None:
             return
         try:
-            with SampleReader(session) as answers:
-                arrays = answers.arrays(*key, attempt)
+            with SampleReader(session) as samples:
+                arrays = samples.arrays(*key, attempt)
         except RlhfError:
             arrays = None
         if not get_current_worker().is_cancelled:
@@ -172,7 +173,7 @@ class SamplesScreen(SessionScreen):
             self._page -= 1
             self.context.say("that was the last page")
             return
-        self._rows = {(r["step"], r["index"]): r for r in message.rows}
+        self._rows = {(r.step, r.index): r for r in message.rows}
         table = self.query_one(Table)
         table.sorted_by = ORDER_TITLES[self._query.order]
         table.descending = self._query.descending
@@ -216,16 +217,16 @@ class SamplesScreen(SessionScreen):
         row = self._rows.get(key) if key else None
         self.query_one(SampleView).read(row, None)
         if key is not None and row is not None:
-            self.read_arrays(key, row["attempt"])
+            self.read_arrays(key, row.attempt)
         self.comparison.select(row)
 
-    def selected(self) -> dict[str, Any] | None:
+    def selected(self) -> SampleRow | None:
         """The sample under the cursor."""
         return self._rows.get(self.query_one(Table).key)
 
-    def show_judgement(self, row: dict[str, Any]) -> None:
+    def show_judgement(self, row: SampleRow) -> None:
         """Shows a sample of this page with another judgement."""
-        self._rows[row["step"], row["index"]] = row
+        self._rows[row.step, row.index] = row
         table, view = self.query_one(Table), self.query_one(SampleView)
         table.set_rows([(key, _cells(r)) for key, r in self._rows.items()])
         if view.sample is not None and key_of(view.sample) == key_of(row):
@@ -346,15 +347,15 @@ class SamplesScreen(SessionScreen):
             self._set("")
 
 
-def _cells(row: dict[str, Any]) -> list[Piece]:
-    score = row["score"]
+def _cells(row: SampleRow) -> list[Piece]:
+    score = row.score
     return [
-        (str(row["step"]), "dim"),
-        (str(row["index"]), "dim"),
+        (str(row.step), "dim"),
+        (str(row.index), "dim"),
         (fmt.number(score, 2), "strong"),
-        (fmt.number(row["kl"], 1), ""),
-        (str(row["length"]), ""),
-        ("" if row["ended"] else "✂", "warn"),
+        (fmt.number(row.kl, 1), ""),
+        (str(row.length), ""),
+        ("" if row.ended else "✂", "warn"),
         mark(row),
-        (row["response"].strip(), ""),
+        (row.response.strip(), ""),
     ]

@@ -2,23 +2,28 @@
 
 import itertools
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.worker import get_current_worker
 
+from engine import metrics
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.session.folder import Session, all_sessions
 from rlhf_tui import format as fmt
-from rlhf_tui.commands.read import summary
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.feed import file_id
 from rlhf_tui.state.messages import RowHighlighted, RowSelected, SessionsListed
+from rlhf_tui.state.session_row import (
+    ListedSession,
+    SessionRow,
+    read_session_row,
+    unreadable_row,
+)
 from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.status_lines import STATE_MARKS
 from rlhf_tui.widgets.table import Column, Table
@@ -42,28 +47,24 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
     return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
 
 
-def session_row(session: Session) -> dict[str, Any]:
+def session_row(session: Session) -> ListedSession:
     """The row of a session; if it cannot be read, with the reason."""
     try:
-        row = summary(session)
+        row = read_session_row(session)
         with JournalReader(session) as record:
-            scores = record.series(facts.SCORE, after=max(row["step"] - SPARK_STEPS, 0))
-        row["spark"] = spark([v for _, v in scores if v is not None])
+            scores = record.series(metrics.SCORE, after=max(row.step - SPARK_STEPS, 0))
     except (RlhfError, OSError) as error:
-        return {"name": session.name, "state": "unreadable", "message": str(error), "step": 0,
-                "total_steps": 0, "beta": None, "score": None, "kl": None, "updated": None,
-                "spark": "", "checkpoints": [], "pid": None, "host": None,
-                "folder": str(session.folder)}  # fmt: skip
-    return row
+        return ListedSession(row=unreadable_row(session, error))
+    return ListedSession(row=row, spark=spark([v for _, v in scores if v is not None]))
 
 
 class SessionListCache:
     """Rows of sessions; reads only those again that have changed."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[object, dict[str, Any]]] = {}
+        self._known: dict[Path, tuple[object, ListedSession]] = {}
 
-    def rows(self, root: Path) -> list[dict[str, Any]]:
+    def rows(self, root: Path) -> list[ListedSession]:
         """All sessions, those with an engine first, then the newest."""
         found = []
         for session in all_sessions(root):
@@ -73,7 +74,7 @@ class SessionListCache:
                 known = stamp, session_row(session)
                 self._known[session.folder] = known
             found.append(known[1])
-        found.sort(key=lambda r: (r["pid"] is None, -(r["updated"] or 0), r["name"]))
+        found.sort(key=lambda s: (s.row.pid is None, -(s.row.updated or 0), s.row.name))
         return found
 
 
@@ -109,7 +110,7 @@ class SessionsScreen(SessionScreen):
     def __init__(self) -> None:
         super().__init__()
         self._cache = SessionListCache()
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, ListedSession] = {}
         self._listed = False
 
     def compose_body(self) -> ComposeResult:
@@ -154,9 +155,9 @@ class SessionsScreen(SessionScreen):
 
     def on_sessions_listed(self, message: SessionsListed) -> None:
         """Shows the rows."""
-        self._rows = {r["name"]: r for r in message.rows}
+        self._rows = {s.row.name: s for s in message.rows}
         now = self.context.now()
-        cells = [(r["name"], _cells(r, now)) for r in message.rows]
+        cells = [(s.row.name, _cells(s, now)) for s in message.rows]
         empty: list[Row] = [
             [(f" no sessions in {short_path(self.context.root)}", "dim")],
             [],
@@ -168,7 +169,7 @@ class SessionsScreen(SessionScreen):
         first, self._listed = not self._listed, True
         table.set_rows(cells, empty)
         if first and self.context.state.name in self._rows:
-            table.go([r["name"] for r in message.rows].index(self.context.state.name))
+            table.go([s.row.name for s in message.rows].index(self.context.state.name))
         self._about()
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
@@ -177,18 +178,19 @@ class SessionsScreen(SessionScreen):
             self._about()
 
     def _about(self) -> None:
-        row = self._rows.get(self.query_one(Table).key or "")
-        self.query_one("#about", Lines).show(_about(row) if row else [])
+        found = self._rows.get(self.query_one(Table).key or "")
+        self.query_one("#about", Lines).show(_about(found.row) if found else [])
 
     def on_row_selected(self, message: RowSelected) -> None:
         """Opens a session: enter, or a second click."""
         self.context.open_session(message.key)
 
-    def _selected(self) -> dict[str, Any] | None:
-        row = self._rows.get(self.query_one(Table).key or "")
-        if row is None:
+    def _selected(self) -> SessionRow | None:
+        found = self._rows.get(self.query_one(Table).key or "")
+        if found is None:
             self.context.say("no session chosen; n starts a demo")
-        return row
+            return None
+        return found.row
 
     # -- keys ----------------------------------------------------------------------------------
 
@@ -201,37 +203,37 @@ class SessionsScreen(SessionScreen):
         row = self._selected()
         if row is None:
             return
-        if row["pid"]:
-            self.context.say(f"'{row['name']}' runs already: enter opens it")
+        if row.pid:
+            self.context.say(f"'{row.name}' runs already: enter opens it")
             return
-        self.context.engines.start(["resume", row["name"]], row["name"])
+        self.context.engines.start(["resume", row.name], row.name)
 
     def action_fork(self) -> None:
         """Forks the session from its last checkpoint."""
         row = self._selected()
         if row is None:
             return
-        if not row["checkpoints"]:
-            self.context.say(f"'{row['name']}' has no checkpoint to branch from", "warning")
+        if not row.checkpoints:
+            self.context.say(f"'{row.name}' has no checkpoint to branch from", "warning")
             return
-        self.context.engines.ask_fork(row["name"], max(row["checkpoints"]))
+        self.context.engines.ask_fork(row.name, max(row.checkpoints))
 
     def action_delete(self) -> None:
         """Asks, then deletes the session."""
         row = self._selected()
         if row is None or self.context.engines.refuse_read_only():
             return
-        name = row["name"]
-        if row["pid"]:
+        name = row.name
+        if row.pid:
             self.context.say(
                 f"'{name}' has a running engine: open it and stop it first (S)", "warning"
             )
             return
-        count = len(row["checkpoints"])
+        count = len(row.checkpoints)
         rows: list[Row] = [
             [("Its journal, samples and ", ""), (f"{count} checkpoints", "strong"),
              (" are gone for good.", "")],
-            [(short_path(row["folder"]), "dim")],
+            [(short_path(row.folder), "dim")],
         ]  # fmt: skip
         choices = [Choice("c", "Cancel", "cancel"), Choice("d", "Delete", "delete", danger=True)]
 
@@ -243,14 +245,15 @@ class SessionsScreen(SessionScreen):
         self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), answer)
 
 
-def _cells(row: dict[str, Any], now: float) -> list[Piece]:
-    mark, tone = STATE_MARKS.get(row["state"], ("✗", "bad"))
-    age = fmt.duration(now - row["updated"]) if row["updated"] else "–"
-    steps = f"{row['step']:,}/{row['total_steps']:,}" if row["total_steps"] else "–"
+def _cells(listed: ListedSession, now: float) -> list[Piece]:
+    row = listed.row
+    mark, tone = STATE_MARKS.get(row.state, ("✗", "bad"))
+    age = fmt.duration(now - row.updated) if row.updated else "–"
+    steps = f"{row.step:,}/{row.total_steps:,}" if row.total_steps else "–"
     return [
-        (mark, tone), (row["name"], "strong"), (row["state"], tone), (steps, ""),
-        (fmt.number(row["beta"], 4), ""), (fmt.number(row["score"], 3), "strong"),
-        (fmt.number(row["kl"], 2), ""), (row["spark"], "s1"), (age, "dim"),
+        (mark, tone), (row.name, "strong"), (row.state, tone), (steps, ""),
+        (fmt.number(row.beta, 4), ""), (fmt.number(row.score, 3), "strong"),
+        (fmt.number(row.kl, 2), ""), (listed.spark, "s1"), (age, "dim"),
     ]  # fmt: skip
 
 
@@ -262,17 +265,17 @@ def short_path(path: str | Path) -> str:
         return str(path)
 
 
-def _about(row: dict[str, Any]) -> list[Row]:
-    engine = f"engine pid {row['pid']} on {row['host']}" if row["pid"] else "no engine"
-    steps = ", ".join(map(str, row["checkpoints"][-6:])) or "none"
+def _about(row: SessionRow) -> list[Row]:
+    engine = f"engine pid {row.pid} on {row.host}" if row.pid else "no engine"
+    steps = ", ".join(map(str, row.checkpoints[-6:])) or "none"
     found: list[Row] = [
-        [(f" {short_path(row['folder'])}", "dim")],
+        [(f" {short_path(row.folder)}", "dim")],
         [(" ", ""), (engine, ""), ("   checkpoints ", "dim"), (steps, "")],
     ]
-    if row["message"]:
-        tone = "bad" if row["state"] in ("failed", "unreadable") else "dim"
-        found.append([(f" {row['message']}", tone)])
-    elif row["state"] == "crashed":
+    if row.message:
+        tone = "bad" if row.state in ("failed", "unreadable") else "dim"
+        found.append([(f" {row.message}", tone)])
+    elif row.state == "crashed":
         words = "its engine is gone without a word; go on: "
-        found.append([(f" {words}", "bad"), (f"rlhf-tui resume {row['name']}", "key")])
+        found.append([(f" {words}", "bad"), (f"rlhf-tui resume {row.name}", "key")])
     return found

@@ -8,11 +8,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
+from engine.journal.rows import CheckpointRow, CommandRow
 from engine.protocol.client import Client
 from engine.protocol.client_messages import JournalAdvanced, Telemetry
 from engine.protocol.rank_messages import Phase
@@ -158,8 +159,8 @@ class Feed:
         self._at: dict[str, int] = {}
         self._past: set[str] = set()
         self._names: list[str] = []
-        self._commands: list[dict[str, Any]] = []
-        self._checkpoints: list[dict[str, Any]] = []
+        self._commands: list[CommandRow] = []
+        self._checkpoints: list[CheckpointRow] = []
         self._samples_step = -1
         self._labels: tuple[int, ...] = ()
 
@@ -177,36 +178,39 @@ class Feed:
         advanced = self._head is None or head.step != self._head.step
         changed = head != self._head
         self._head = head
-        fields: dict[str, Any] = {"reset": reset, "head": head if changed else None}
-        fields |= self._live_fields()
+        news = SessionUpdate(reset=reset, head=head if changed else None)
+        news = self._with_live_news(news)
         # Clients write it, with an engine or without: no wake-up comes.
         if (labels := stamp(self._session.labels_file)) != self._labels:
-            self._labels = fields["labels"] = labels
+            self._labels = labels
+            news = replace(news, labels=labels)
         events = record.events(last=EVENTS_READ, after=self._event)
         if events:
-            self._event = events[-1]["event"]
-            fields["events"] = thinned(events)
-        if events or advanced or any(c["ended"] is None for c in self._commands):
-            fields |= self._lists(record)
-        self._send(SessionUpdate(**fields))
+            self._event = events[-1].event
+            news = replace(news, events=thinned(events))
+        if events or advanced or any(c.ended is None for c in self._commands):
+            news = self._with_lists(news, record)
+        self._send(news)
         if first and head.step > LONG:
             self._send(SessionUpdate(outlines=record.outlines(self._wanted, SPANS)))
         self._read_curves(record, at_once=not (first or reset))
         if advanced and head.step != self._samples_step:
             self._samples_step = head.step
-            self._send(SessionUpdate(samples=record.samples(last=SAMPLES_SHOWN)))
+            self._send(SessionUpdate(samples=record.samples.newest(SAMPLES_SHOWN)))
 
-    def _lists(self, record: JournalReader) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _with_lists(self, news: SessionUpdate, record: JournalReader) -> SessionUpdate:
         commands, checkpoints = record.commands(), record.checkpoints()
         if commands != self._commands:
-            self._commands = found["commands"] = commands
+            self._commands = commands
+            news = replace(news, commands=commands)
         if checkpoints != self._checkpoints:
-            self._checkpoints = found["checkpoints"] = checkpoints
+            self._checkpoints = checkpoints
+            news = replace(news, checkpoints=checkpoints)
         names = record.metric_names()
         if names != self._names:
-            self._names = found["names"] = names
-        return found
+            self._names = names
+            news = replace(news, names=names)
+        return news
 
     def _read_curves(self, record: JournalReader, *, at_once: bool) -> None:
         with self._lock:
@@ -269,16 +273,17 @@ class Feed:
                     self._telemetry = None
         self._wake.set()
 
-    def _live_fields(self) -> dict[str, Any]:
+    def _with_live_news(self, news: SessionUpdate) -> SessionUpdate:
         with self._lock:
             if not self._live_changed:
-                return {}
+                return news
             self._live_changed = False
-            return {
-                "phases": sorted(self._phases.values(), key=lambda p: p.rank),
-                "telemetry": self._telemetry,
-                "connected": self._connected,
-            }
+            return replace(
+                news,
+                phases=sorted(self._phases.values(), key=lambda p: p.rank),
+                telemetry=self._telemetry,
+                connected=self._connected,
+            )
 
 
 def stamp(path: Path) -> tuple[int, ...]:

@@ -23,13 +23,12 @@ def read_summary(session: Session, record: JournalReader) -> SessionSummary:
     meta = record.meta()
     live = session.is_live()
     engine = session.engine() if live else None
-    state = str(meta.get("state", "starting"))
     return SessionSummary(
-        state=state if live else record.state(),
+        state=meta.state if live else record.state(),
         step=record.last_step(),
-        total_steps=int(meta.get("total_steps") or 0),
-        settings=meta.get("settings") or {},
-        message=str(meta.get("message", "")),
+        total_steps=meta.total_steps,
+        settings=meta.settings or {},
+        message=meta.message,
         attempts=record.attempts(),
         pid=engine.pid if engine else None,
         host=engine.host if engine else None,

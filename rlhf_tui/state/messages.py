@@ -6,7 +6,8 @@ from textual.message import Message
 
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
-from rlhf_tui.state.updates import Row, SessionUpdate
+from rlhf_tui.state.session_row import ListedSession
+from rlhf_tui.state.updates import SessionUpdate
 
 
 class SessionUpdated(Message):
@@ -35,7 +36,7 @@ class CommandAnswered(Message):
 class SessionsListed(Message):
     """The sessions of the folder, newest first."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[ListedSession]) -> None:
         super().__init__()
         self.rows = rows
 

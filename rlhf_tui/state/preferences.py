@@ -11,10 +11,10 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from engine import metrics
 from engine.session.folder import write_atomically
-from rlhf_tui.state import session_state as facts
 
-CHARTS = [facts.SCORE, facts.KL, facts.CLIP, facts.BETA]
+CHARTS = [metrics.SCORE, metrics.KL, metrics.CLIP_FRACTION, metrics.BETA]
 THEME_NAMES = ("dark", "light", "contrast")
 SEEN_KEPT = 200
 

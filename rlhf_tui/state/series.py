@@ -31,6 +31,7 @@ class Series:
             newest = values[-1]
             self._ends_undefined = newest is None or not math.isfinite(newest)
         # What holds for nearly all metrics is quick; a sum tells whether a NaN is among them.
+        # `None in values` narrows nothing for mypy, here and below.
         if None in values or not math.isfinite(sum(values)):  # type: ignore[arg-type]
             points = [p for p in points if p[1] is not None and math.isfinite(p[1])]
             values = [value for _, value in points]

@@ -5,21 +5,39 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from engine.journal.rows import (
+    AlertEvent,
+    AttemptEvent,
+    CheckpointEvent,
+    CheckpointRow,
+    CommandRow,
+    EventRow,
+    NoteEvent,
+    SampleRow,
+)
+from engine.metrics import (
+    BETA,
+    CLIP_FRACTION,
+    KL,
+    PEAK_MEMORY,
+    PHASES,
+    RESPONSE_LENGTH,
+    SCORE,
+    STEP_TIME,
+    TOKENS_PER_SECOND,
+    phase_time,
+)
 from engine.protocol.client_messages import Telemetry
+from engine.protocol.commands import COMMANDS, Undo
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.format import number
 from rlhf_tui.state import time_left
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
 
-Row = dict[str, Any]
-
-SCORE, KL, CLIP = "objective/scores", "objective/kl", "policy/clipfrac_avg"
-BETA, LENGTH = "objective/kl_coef", "tokens/response_len_mean"
-STEP_TIME, TOKENS, MEMORY = "time/step", "perf/tokens_per_second", "perf/peak_memory_gb"
-PHASES = ("generate", "score", "reference", "optimise", "checkpoint")
 ALWAYS = (
-    SCORE, KL, CLIP, BETA, LENGTH, STEP_TIME, TOKENS, MEMORY, *(f"time/{p}" for p in PHASES),
+    SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH, STEP_TIME, TOKENS_PER_SECOND, PEAK_MEMORY,
+    *map(phase_time, PHASES),
 )  # fmt: skip
 """Metrics that every screen may speak of."""
 RECENT = 10
@@ -73,10 +91,10 @@ class SessionState:
         """Of curves that are still being read."""
         self.past: dict[str, list[Series]] = {}
         self.names: list[str] = []
-        self.events: list[Row] = []
-        self.commands: list[Row] = []
-        self.checkpoints: list[Row] = []
-        self.samples: list[Row] = []
+        self.events: list[EventRow] = []
+        self.commands: list[CommandRow] = []
+        self.checkpoints: list[CheckpointRow] = []
+        self.samples: list[SampleRow] = []
         self.labels: tuple[int, ...] = ()
         """Another value whenever somebody has judged an answer."""
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
@@ -179,15 +197,15 @@ class SessionState:
         if phase.name not in PHASES:
             return 0.0
         done = sum(
-            self.recent_mean(f"time/{name}") or 0.0 for name in PHASES[: PHASES.index(phase.name)]
+            self.recent_mean(phase_time(name)) or 0.0 for name in PHASES[: PHASES.index(phase.name)]
         )
         return done + self.now() - self.phase_since.get(phase.rank, self.now())
 
     # -- what happened -------------------------------------------------------------------------
 
-    def pending(self) -> list[Row]:
+    def pending(self) -> list[CommandRow]:
         """Commands that have not ended."""
-        return [c for c in self.commands if c["status"] in ("queued", "accepted")]
+        return [c for c in self.commands if c.status in ("queued", "accepted")]
 
     def beta_source(self, *, short: bool = False) -> str:
         """Where the present beta comes from."""
@@ -195,12 +213,12 @@ class SessionState:
             (
                 c
                 for c in reversed(self.commands)
-                if c["status"] == "applied" and c["live"] and _changes(c, "beta")
+                if c.status == "applied" and c.live and _changes(c, "beta")
             ),
             None,
         )
         if manual is not None:
-            person, step = manual["who"].split(" ")[0], manual["applied_step"]
+            person, step = manual.who.split(" ")[0], manual.applied_step
             if short:
                 return f"{person} @{step}"
             if self.setting("controller") == "adaptive":
@@ -222,31 +240,30 @@ class SessionState:
         return series.mean(step - RECENT, step - 1), series.mean(step, step + RECENT - 1)
 
 
-def _changes(command: Row, key: str) -> bool:
-    return any(change["key"] == key for change in command["changes"])
+def _changes(command: CommandRow, key: str) -> bool:
+    return any(change.key == key for change in command.changes)
 
 
-def _shown(command: Row) -> bool:
-    """Commands that left a trace: notes and probes and pauses have none on a curve."""
+def _shown(command: CommandRow) -> bool:
+    """Whether a command stands on the curves; one that this version does not know does."""
+    kind = COMMANDS.get(command.command)
     return (
-        command["status"] == "applied"
-        and bool(command["live"])
-        and command["applied_step"] is not None
-        and command["command"] not in ("note", "probe", "checkpoint")
+        command.status == "applied"
+        and command.live
+        and command.applied_step is not None
+        and (kind is None or kind.on_charts)
     )
 
 
-def command_text(command: Row) -> str:
+def command_text(command: CommandRow) -> str:
     """A command in words: `beta 0.05 → 0.08`, `pause`."""
-    changes = command.get("changes") or []
-    if changes:
+    if command.changes:
         words = ", ".join(
-            f"{c['key']} {value_text(c['old'])} → {value_text(c['new'])}" for c in changes
+            f"{c.key} {value_text(c.old)} → {value_text(c.new)}" for c in command.changes
         )
-        return f"undo: {words}" if command.get("command") == "undo" else words
-    args = command.get("args") or {}
-    given = " ".join(value_text(v) for v in args.values() if v not in (None, False))
-    return f"{command['command']} {given}".strip()
+        return f"undo: {words}" if command.command == Undo.name() else words
+    given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
+    return f"{command.command} {given}".strip()
 
 
 def value_text(value: Any) -> str:
@@ -258,31 +275,29 @@ def value_text(value: Any) -> str:
     return str(value)
 
 
-def _command_marker(command: Row) -> Marker:
+def _command_marker(command: CommandRow) -> Marker:
     return Marker(
-        command["applied_step"],
+        command.applied_step or 0,
         "command",
         command_text(command),
-        command["who"],
-        command["ended"] or command["queued"],
+        command.who,
+        command.ended or command.queued,
     )
 
 
-def _event_marker(event: Row) -> Marker | None:
-    step, when = event["step"], event["time"]
-    match event["kind"]:
-        case "checkpoint":
-            words = (
-                f"checkpoint, score {number(event.get('score'))}, KL {number(event.get('kl'), 2)}"
-            )
+def _event_marker(event: EventRow) -> Marker | None:
+    step, when = event.step, event.time
+    match event.payload:
+        case CheckpointEvent(score=score, kl=kl):
+            words = f"checkpoint, score {number(score)}, KL {number(kl, 2)}"
             return Marker(step, "checkpoint", words, time=when)
-        case "attempt" if event.get("attempt", 1) > 1:
-            words = f"attempt {event['attempt']} goes on from step {event['from_step']}"
-            return Marker(event["from_step"], "attempt", words, time=when)
-        case "alert":
-            text = str(event.get("text", "")).removeprefix("look here: ")
-            words = f"{event.get('rule', 'alert')}: {text}"
+        case AttemptEvent(attempt=attempt, from_step=first) if attempt > 1:
+            words = f"attempt {attempt} goes on from step {first}"
+            return Marker(first, "attempt", words, time=when)
+        case AlertEvent(rule=rule, text=text):
+            words = f"{rule}: {text.removeprefix('look here: ')}"
             return Marker(step, "alert", words, time=when)
-        case "note":
-            return Marker(step, "note", str(event.get("text", "")), str(event.get("who", "")), when)
-    return None
+        case NoteEvent(text=text, who=who):
+            return Marker(step, "note", text, who, when)
+        case _:
+            return None

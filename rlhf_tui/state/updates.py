@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.journal.rows import AttemptRow, CheckpointRow, CommandRow, EventRow, SampleRow
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
 
-Row = dict[str, Any]
 Points = list[tuple[int, float | None]]
 
 
@@ -17,9 +17,10 @@ class SessionSummary:
     state: str
     step: int
     total_steps: int
-    settings: Row
+    settings: dict[str, Any]
+    """In force. A mapping: a session of another version has other settings."""
     message: str
-    attempts: list[Row]
+    attempts: list[AttemptRow]
     pid: int | None
     host: str | None
 
@@ -38,10 +39,10 @@ class SessionUpdate:
     past: dict[str, list[tuple[int, int, float | None]]] = field(default_factory=dict)
     """(attempt, step, value) of timelines that were left."""
     names: list[str] | None = None
-    events: list[Row] = field(default_factory=list)
-    commands: list[Row] | None = None
-    checkpoints: list[Row] | None = None
-    samples: list[Row] | None = None
+    events: list[EventRow] = field(default_factory=list)
+    commands: list[CommandRow] | None = None
+    checkpoints: list[CheckpointRow] | None = None
+    samples: list[SampleRow] | None = None
     """The newest step's."""
     labels: tuple[int, ...] | None = None
     """Another value whenever somebody has judged an answer."""
@@ -67,7 +68,7 @@ REGULAR = ("checkpoint", "command")
 REGULAR_KEPT, OTHERS_KEPT = 500, 5000
 
 
-def thinned(events: list[Row]) -> list[Row]:
+def thinned(events: list[EventRow]) -> list[EventRow]:
     """The newest of them: what comes all the time must not push out what stands on the curves.
 
     Args:
@@ -81,7 +82,7 @@ def thinned(events: list[Row]) -> list[Row]:
     left = {True: REGULAR_KEPT, False: OTHERS_KEPT}
     kept = []
     for event in reversed(events):
-        regular = event["kind"] in REGULAR
+        regular = event.kind in REGULAR
         if left[regular]:
             left[regular] -= 1
             kept.append(event)

@@ -3,7 +3,7 @@
 Everything shown passes :func:`~rlhf_tui.text.one_line` here, whoever wrote it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.cells import cell_len, set_cell_size
 from rich.segment import Segment
@@ -48,7 +48,7 @@ class Lines(Widget):
             return
         rows = self.rows(width, height)[:height]
         rows += [[]] * (height - len(rows))
-        new = [self._strip(row, width) for row in rows]
+        new = [drawn(row, width, self.tone) for row in rows]
         if len(self._strips) != height:
             self._strips = new
             self.refresh()
@@ -95,22 +95,40 @@ class Lines(Widget):
             self._tones[name] = style
         return self._tones[name]
 
-    def _strip(self, row: Row, width: int) -> Strip:
-        segments, left = [], width
-        for text, tone in row:
-            text = one_line(text)
-            size = cell_len(text)
-            if size > left:
-                text, size = shorten(text, left), left
-            if text:
-                segments.append(Segment(text, self.tone(tone)))
-            left -= size
-            if left <= 0:
-                break
-        if left > 0:
-            chosen = bool(row) and row[-1][1].startswith(CHOSEN)
-            segments.append(Segment(" " * left, self.tone(CHOSEN if chosen else "")))
-        return Strip(segments, width)
+    def text(self) -> str:
+        """What is shown, as plain text: lines cut to the width, without spaces at their ends."""
+        width, height = self.size
+        return plain_text(self.rows(width, height)[:height], width)
+
+
+def drawn(row: Row, width: int, style: Callable[[str], Style]) -> Strip:
+    """A row in exactly `width` cells.
+
+    Args:
+        row: the pieces; what does not fit is cut off with an ellipsis.
+        width: cells.
+        style: a tone's style.
+    """
+    segments, left = [], width
+    for text, tone in row:
+        text = one_line(text)
+        size = cell_len(text)
+        if size > left:
+            text, size = shorten(text, left), left
+        if text:
+            segments.append(Segment(text, style(tone)))
+        left -= size
+        if left <= 0:
+            break
+    if left > 0:
+        chosen = bool(row) and row[-1][1].startswith(CHOSEN)
+        segments.append(Segment(" " * left, style(CHOSEN if chosen else "")))
+    return Strip(segments, width)
+
+
+def plain_text(rows: Iterable[Row], width: int) -> str:
+    """Rows as they are drawn in `width` cells, without styles."""
+    return "\n".join(drawn(row, width, lambda _tone: Style()).text.rstrip() for row in rows)
 
 
 def shorten(text: str, width: int) -> str:

@@ -1,7 +1,7 @@
 """The two lines on top of every screen: the tabs, and the status of the run."""
 
+from engine import metrics
 from rlhf_tui import format as fmt
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar
@@ -109,8 +109,8 @@ class StatusLine(Panel):
 
     def _facts(self, width: int) -> list[Piece]:
         state = self.state
-        left, speed = state.seconds_left(), state.recent_mean(facts.TOKENS)
-        memory = state.series(facts.MEMORY).last
+        left, speed = state.seconds_left(), state.recent_mean(metrics.TOKENS_PER_SECOND)
+        memory = state.series(metrics.PEAK_MEMORY).last
         found: list[tuple[str, str]] = []
         if left is not None:
             found.append((fmt.duration(left), "left"))

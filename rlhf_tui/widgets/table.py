@@ -7,7 +7,7 @@ from textual.binding import Binding, BindingType
 
 from rlhf_tui.state.messages import RowHighlighted, RowSelected
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, shorten
+from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, plain_text, shorten
 
 WHEEL = 3
 
@@ -69,6 +69,12 @@ class ScrollList(Lines, can_focus=True):
                 row = [(text, CHOSEN + tone) for text, tone in row]
             body.append(row)
         return [*header, *body]
+
+    def text(self) -> str:
+        """All lines as plain text, those out of sight included."""
+        width, count = self.size.width, self.count()
+        body = [self.row(index, width) for index in range(count)] if count else self.empty()
+        return plain_text([*self.header(width), *body], width)
 
     def _hold(self) -> None:
         """Keeps cursor and window within the list, and the cursor in the window."""
@@ -182,6 +188,11 @@ class Table(ScrollList):
     def key(self) -> Any:
         """The key of the row under the cursor; None without rows."""
         return self._keys[self.cursor] if self.cursor < len(self._keys) else None
+
+    @property
+    def keys(self) -> list[Any]:
+        """The rows' keys, from the top."""
+        return list(self._keys)
 
     def count(self) -> int:
         """The rows that were set."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from engine import starter
 from engine.config import file as config_file
 from engine.config.file import known_keys
+from scripts import metrics_page
 from scripts.configuration_page import page
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -14,6 +15,11 @@ EXAMPLES = DOCS.parent / "examples"
 def test_the_configuration_page_is_what_the_code_would_write():
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     assert text == page(), "run: python -m scripts.configuration_page"
+
+
+def test_the_metrics_page_is_what_the_code_would_write():
+    text = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    assert text == metrics_page.page(), "run: python -m scripts.metrics_page"
 
 
 def test_every_key_stands_on_the_page_and_is_explained():

@@ -26,6 +26,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for process in left:
         process.kill()
     assert not left, f"processes were left behind: {lines}"
+    logs = [f for f in root.rglob("engine.log") if b"illegal transition" in f.read_bytes()]
+    assert not logs, f"a session's state followed one that it may not follow: {logs}"
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,7 @@ class Run:
     def numbers(self) -> list[dict[str, Any]]:
         """Its metrics, as far as they must be the same bit for bit."""
         with self.record() as record:
-            return numbers(record.metrics())
+            return numbers([row.as_json() for row in record.metrics()])
 
     def betas(self) -> dict[int, float]:
         """The KL coefficient of each step."""
@@ -234,14 +234,14 @@ class Run:
             return dict(record.series("objective/kl_coef"))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """Its events of a kind."""
+        """Its events of a kind, as `events --json` prints them."""
         with self.record() as record:
-            return [e for e in record.events() if e["kind"] == kind]
+            return [e.as_json() for e in record.events() if e.kind == kind]
 
     def commands(self) -> dict[str, dict[str, Any]]:
-        """Its commands by id."""
+        """Its commands by id, as their events are printed."""
         with self.record() as record:
-            return {c["id"]: c for c in record.commands()}
+            return {c.id: c.as_json() for c in record.commands()}
 
     def checkpoint(self, step: int) -> dict[str, Any]:
         """A checkpoint's state.json: settings, and the hash of every file of weights."""

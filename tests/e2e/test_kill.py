@@ -151,7 +151,7 @@ def bereft(lab, wait_until):
 def test_a_killed_rank_is_started_again_from_the_last_checkpoint(bereft):
     assert bereft.second_pid
     with bereft.record() as record:
-        assert [a["from_step"] for a in record.attempts()] == [0, 4]
+        assert [a.from_step for a in record.attempts()] == [0, 4]
 
 
 def test_the_restart_and_its_reason_are_in_the_ledger(bereft):

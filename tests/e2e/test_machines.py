@@ -78,7 +78,7 @@ def test_a_machine_that_is_lost_is_named_and_the_run_goes_on_when_it_is_back(mac
     assert "another machine" in alert["text"]
     assert "rlhf-tui join" in alert["text"]
     with machines.record() as record:
-        assert [a["from_step"] for a in record.attempts()] == [0, 4]
+        assert [a.from_step for a in record.attempts()] == [0, 4]
 
 
 def test_it_ends_where_one_machine_ends(machines, whole):

@@ -96,7 +96,7 @@ def test_the_whole_way_of_a_new_user(run, wait_until):
         terminal.close()
     run.wait_gone()
     last = run.step
-    assert max(c["step"] for c in run.record().checkpoints()) == last
+    assert max(c.step for c in run.record().checkpoints()) == last
 
     terminal = Terminal(lab, "resume", run.name, "-o", f"train.steps={last + 2}")
     try:

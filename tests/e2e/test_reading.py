@@ -134,7 +134,7 @@ def make_judged(whole, make_lab, request):
         session = Session(lab.root / "judged")
         shutil.copytree(whole.session.folder, session.folder)
         with JournalReader(session) as record:
-            judge(session, record.samples())
+            judge(session, record.samples.newest())
         return SimpleNamespace(lab=lab, name=session.name)
 
     return make
@@ -181,8 +181,8 @@ def test_samples_are_exported_as_json_lines(whole, tmp_path):
 
 def test_samples_have_their_labels_and_notes(make_judged):
     run = make_judged(lambda session, rows: [
-        labels.set_label(session, rows[0]["prompt"], Response.of(rows[0]), "hack", "ana"),
-        labels.set_note(session, rows[1]["prompt"], Response.of(rows[1]), "odd \x1b[2J", "ana"),
+        labels.set_label(session, rows[0].prompt, Response.of(rows[0]), "hack", "ana"),
+        labels.set_note(session, rows[1].prompt, Response.of(rows[1]), "odd \x1b[2J", "ana"),
     ])  # fmt: skip
     rows = run.lab.json("samples", run.name)
     assert [(r["label"], r["note"]) for r in rows[:3]] == [
@@ -197,8 +197,8 @@ def test_samples_have_their_labels_and_notes(make_judged):
 def test_preferences_are_exported_as_json_lines(make_judged, tmp_path):
     def judge(session, rows):
         first, second = Response.of(rows[0]), Response.of(rows[4])
-        labels.prefer(session, rows[0]["prompt"], first, second, "ana on pts/1")
-        labels.prefer(session, rows[0]["prompt"], Response(response="reference"), first, "ben")
+        labels.prefer(session, rows[0].prompt, first, second, "ana on pts/1")
+        labels.prefer(session, rows[0].prompt, Response(response="reference"), first, "ben")
 
     run = make_judged(judge)
     target = tmp_path / "pairs.jsonl"

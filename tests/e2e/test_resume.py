@@ -60,14 +60,14 @@ def test_the_weights_and_the_optimiser_are_the_same_bit_for_bit(whole, cut):
 def test_the_samples_are_the_same_each_once(whole, cut):
     def texts(run):
         with run.record() as record:
-            return [(s["step"], s["index"], s["response"], s["score"]) for s in record.samples()]
+            return [(s.step, s.index, s.response, s.score) for s in record.samples.newest()]
 
     assert texts(cut) == texts(whole)
 
 
 def test_what_the_first_attempt_wrote_after_the_checkpoint_stays_out_of_the_timeline(cut):
     with cut.record() as record:
-        assert [a["from_step"] for a in record.attempts()] == [0, 4]
+        assert [a.from_step for a in record.attempts()] == [0, 4]
         assert {(attempt, step) for attempt, step, _ in record.past_series("lr")} == {(1, 5)}
 
 
@@ -123,8 +123,8 @@ def test_resuming_from_a_step_starts_afresh_there(lab, whole, branch):
     assert done.returncode == 0, done.stderr
     assert branch.numbers() == before
     with branch.record() as record:
-        assert record.attempts()[-1]["from_step"] == 4
-        assert record.attempts()[-1]["fresh"] == 1
+        assert record.attempts()[-1].from_step == 4
+        assert record.attempts()[-1].fresh == 1
 
 
 def test_a_resume_whose_input_is_wrong_leaves_the_configuration_as_it_was(lab, whole):

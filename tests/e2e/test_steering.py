@@ -217,7 +217,7 @@ def test_what_was_set_is_in_force_after_a_resume(lab, steered):
     assert done.returncode == 0, done.stderr
     with steered.record() as record:
         assert dict(record.series("lr"))[9] == 1e-4
-        assert record.meta()["settings"]["target"] == 2.0
+        assert record.meta().settings["target"] == 2.0
     assert steered.numbers()[8]["objective/kl_coef"] != 0.05
 
 
@@ -238,19 +238,19 @@ def test_a_roll_back_goes_on_from_the_checkpoint_in_place(lab, whole, wait_until
     # Nothing else was changed and nothing reseeded: the same steps once more.
     assert run.numbers() == whole.numbers()
     with run.record() as record:
-        assert [a["from_step"] for a in record.attempts()] == [0, 2]
+        assert [a.from_step for a in record.attempts()] == [0, 2]
 
 
 def test_a_roll_back_that_samples_anew_does_so_after_a_crash_before_the_next_save(lab, wait_until):
     def third_step(attempt):
         def there():
             with run.record() as record:
-                return [row for row in record.metrics() if row["step"] == 3]
+                return [row for row in record.metrics() if row.step == 3]
 
         (row,) = wait_until(
-            lambda: [r for r in there() if r["attempt"] == attempt], f"step 3 of {attempt}"
+            lambda: [r for r in there() if r.attempt == attempt], f"step 3 of {attempt}"
         )
-        return row["objective/scores"], row["objective/kl"]
+        return row.values["objective/scores"], row.values["objective/kl"]
 
     run = lab.run("anew", "train.save_every=2")
     run.hold(4)

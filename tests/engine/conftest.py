@@ -45,17 +45,17 @@ class Writer:
     def change(self, command_id: str, step: int, old: float, new: float, key: str = "beta") -> None:
         """A setting changed by a command, applied at a step."""
         self.order(command_id, "set", key=key, value=new)
-        self.journal.apply_command(command_id, step, [SettingChange(key=key, old=old, new=new)])
+        self.journal.commands.apply(command_id, step, [SettingChange(key=key, old=old, new=new)])
 
     def undo(self, command_id: str, step: int, old: float, new: float, key: str = "beta") -> None:
         """The last change taken back."""
         self.order(command_id, "undo")
-        self.journal.apply_command(command_id, step, [SettingChange(key=key, old=old, new=new)])
+        self.journal.commands.apply(command_id, step, [SettingChange(key=key, old=old, new=new)])
 
     def order(self, command_id: str, command: str, **args: object) -> None:
         """A command, accepted."""
-        assert self.journal.record_command(command_id, command, args, "me")
-        self.journal.accept_command(command_id)
+        assert self.journal.commands.record(command_id, command, args, "me")
+        self.journal.commands.accept(command_id)
 
     def checkpoint(self, step: int) -> None:
         """A whole checkpoint, in the journal and in the folder."""
@@ -64,6 +64,13 @@ class Writer:
         folder = self.session.checkpoints / f"step-{step:06d}"
         folder.mkdir(exist_ok=True)
         (folder / "COMPLETE").touch()
+
+
+@pytest.fixture(autouse=True)
+def no_illegal_state(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Whatever a test makes of a session, its states follow each other as they may."""
+    yield
+    assert "illegal transition" not in "".join(r.getMessage() for r in caplog.get_records("call"))
 
 
 @pytest.fixture

@@ -4,7 +4,11 @@ import math
 
 import pytest
 
-from engine.config.schema import GuardrailConfig, Rule
+from engine.config.rules import check_rule
+from engine.config.schema import RULE_CONDITIONS, GuardrailConfig, Rule
+from engine.config.settings import LIVE_SETTINGS
+from engine.errors import ConfigError
+from engine.monitoring.conditions import CONDITIONS
 from engine.monitoring.guardrails import DEFAULT_RULES, Guardrails, worst_samples
 from engine.protocol.rank_messages import Sample
 
@@ -40,7 +44,42 @@ def test_a_threshold_itself_is_still_well():
 def test_a_bound_may_be_a_multiple_of_a_setting():
     rule = Rule(name="kl", metric="m", above=2.0, of="target")
     assert spoken(rails(rule), [11, 13], settings={"target": 6.0}) == [2]
-    assert spoken(rails(rule), [1.9, 2.1], settings={"target": None}) == [2]
+
+
+@pytest.mark.parametrize(("value", "why"), [(None, "unset"), (0, "0"), (0.0, "0")])
+def test_a_bound_relative_to_nothing_is_not_taken_for_an_absolute_one(value, why):
+    guardrails = rails(Rule(name="kl", metric="m", above=2.0, of="stop_kl", action="stop"))
+    (notice,) = guardrails.check(1, {"m": 9.0}, {"stop_kl": value})
+    assert (notice.rule, notice.action) == ("kl", "notify")
+    assert "rule kl cannot be evaluated" in notice.text
+    assert notice.text.endswith(f"stop_kl, which it is relative to, is {why}")
+    assert guardrails.check(2, {"m": 9.0}, {"stop_kl": value}) == []
+    (alert,) = guardrails.check(3, {"m": 9.0}, {"stop_kl": 1.0})
+    assert (alert.action, "above 2" in alert.text) == ("stop", True)
+
+
+def test_what_needs_no_setting_is_evaluated_without_it():
+    rule = Rule(name="r", metric="m", above=9.0, of="beta", falls=0.5, window=2)
+    assert spoken(rails(rule), [4, 4, 1], settings={"beta": 0.0}) == [1, 3]
+
+
+@pytest.mark.parametrize("setting", LIVE_SETTINGS)
+def test_a_bound_may_be_a_multiple_of_every_setting_that_is_a_number(setting):
+    rule = Rule(name="r", metric="m", above=1.0, of=setting)
+    if setting == "controller":
+        with pytest.raises(ConfigError, match="must be one of"):
+            check_rule(rule)
+    else:
+        check_rule(rule)
+
+
+def test_each_condition_of_a_rule_has_its_key_and_its_function():
+    assert set(CONDITIONS) == set(RULE_CONDITIONS)
+    assert set(CONDITIONS) <= set(Rule.__struct_fields__)
+    for key in CONDITIONS:
+        check_rule(Rule(name="r", metric="m", **{key: 1.0}))
+    with pytest.raises(ConfigError, match="needs one of above, below, falls, rises"):
+        check_rule(Rule(name="r", metric="m"))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from engine.errors import JournalError
-from engine.journal import schema
+from engine.journal import database, schema
+from engine.journal.database import open_read_only
 from engine.journal.reader import JournalReader
+from engine.journal.rows import AlertEvent
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter, copy_until, on_network
 from engine.session.folder import Session
@@ -27,40 +29,48 @@ def test_a_step_is_read_as_it_was_written(writer):
     writer.steps(1, 2)
     with JournalReader(writer.session) as record:
         rows = record.metrics()
-        assert [(r["step"], r["attempt"], r["lr"]) for r in rows] == [(1, 1, 1e-5), (2, 1, 1e-5)]
+        assert [(r.step, r.attempt, r.values["lr"]) for r in rows] == [(1, 1, 1e-5), (2, 1, 1e-5)]
         assert record.metrics(last=1) == rows[1:]
         assert record.last_step() == 2
-        assert record.meta()["settings"] == {"beta": 0.1}
-        samples = record.samples()
-        assert [(s["step"], s["index"]) for s in samples] == [(1, 0), (1, 1), (2, 0), (2, 1)]
-        assert samples[0]["parts"] == {"reward": 1.0}
-        assert (samples[0]["ended"], samples[1]["ended"]) == (True, False)
-        assert record.arrays(1, 0, 1).ref_logprob == [-1.0, -2.5]
-        assert record.arrays(1, 1, 1) is None
-        assert record.arrays(1, 0, 2) is None  # of another attempt there are none in its place
+        assert record.meta().settings == {"beta": 0.1}
+        samples = record.samples.newest()
+        assert [(s.step, s.index) for s in samples] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+        assert samples[0].parts == {"reward": 1.0}
+        assert (samples[0].ended, samples[1].ended) == (True, False)
+        assert record.samples.arrays(1, 0, 1).ref_logprob == [-1.0, -2.5]
+        assert record.samples.arrays(1, 1, 1) is None
+        # Of another attempt there are none in its place.
+        assert record.samples.arrays(1, 0, 2) is None
 
 
 def test_a_metric_that_begins_later_is_null_before(writer):
     writer.steps(1)
     writer.steps(2, late=3.0)
     with JournalReader(writer.session) as record:
-        assert [r["late"] for r in record.metrics()] == [None, 3.0]
+        assert [r.values["late"] for r in record.metrics()] == [None, 3.0]
         assert record.series("late") == [(2, 3.0)]
         assert record.series("unheard of") == []
 
 
-def test_a_step_that_is_written_while_metrics_are_read_is_whole_or_not_there(writer):
-    class Interrupted(JournalReader):
-        def _all(self, *query):
-            rows = super()._all(*query)
-            step = writer.journal.step + 1
-            writer.steps(step, **{f"only_{step}": 1.0})
-            return rows
+def test_a_step_that_is_written_while_metrics_are_read_is_whole_or_not_there(writer, monkeypatch):
+    def write_a_step(_query):
+        step = writer.journal.step + 1
+        writer.steps(step, **{f"only_{step}": 1.0})
 
-    with Interrupted(writer.session) as record:
+    def open_interrupted(path, newest):
+        db = open_read_only(path, newest)
+        db.set_trace_callback(write_a_step)  # called before each query
+        return db
+
+    writer.steps(1, only_1=1.0)
+    monkeypatch.setattr(database, "open_read_only", open_interrupted)
+    with JournalReader(writer.session) as record:
         for _ in range(3):
-            for row in record.metrics():
-                assert row[f"only_{row['step']}"] == 1.0
+            written = writer.journal.step
+            rows = record.metrics()
+            assert writer.journal.step >= written + 3, "steps are written between the queries"
+            for row in rows:
+                assert row.values[f"only_{row.step}"] == 1.0
 
 
 def test_what_is_not_finite_is_null_everywhere(writer):
@@ -71,7 +81,8 @@ def test_what_is_not_finite_is_null_everywhere(writer):
     writer.journal.record_event("alert", {"window": [1.0, math.nan], "deep": {"a": math.inf}})
     writer.order("nan", "beta", value=math.nan)
     with JournalReader(writer.session) as record:
-        everything = [record.metrics(), record.samples(), record.events(), record.meta()]
+        rows = [*record.metrics(), *record.samples.newest(), *record.events()]
+        everything = [*(row.as_json() for row in rows), record.meta().settings]
         text = json.dumps(everything, allow_nan=False)
     assert "null" in text
     # Written without a value is not the same as never written: a replay can tell.
@@ -87,11 +98,11 @@ def test_a_resume_takes_over_the_timeline_and_keeps_the_past(writer):
     assert scores(writer.session) == {1: 1.1, 2: 2.2}
     with JournalReader(writer.session) as record:
         assert record.past_series("objective/scores") == [(1, 2, 2.1), (1, 3, 3.1)]
-        assert [a["from_step"] for a in record.attempts()] == [0, 1]
-        assert [(s["step"], s["attempt"]) for s in record.samples()] == [
+        assert [a.from_step for a in record.attempts()] == [0, 1]
+        assert [(s.step, s.attempt) for s in record.samples.newest()] == [
             (1, 1), (1, 1), (2, 2), (2, 2),
         ]  # fmt: skip
-        assert record.arrays(3, 0, 1) is None
+        assert record.samples.arrays(3, 0, 1) is None
 
 
 def test_a_timeline_can_be_replaced_again_and_again(writer):
@@ -108,12 +119,12 @@ def test_checkpoints_after_a_resume_belong_to_the_past(writer):
     writer.checkpoint(4)
     writer.journal.begin_attempt(2, fresh=False)
     with JournalReader(writer.session) as record:
-        assert [c["step"] for c in record.checkpoints(("complete",))] == [2]
-        assert [c["step"] for c in record.checkpoints()] == [2, 4]
+        assert [c.step for c in record.checkpoints(("complete",))] == [2]
+        assert [c.step for c in record.checkpoints()] == [2, 4]
     writer.journal.record_checkpoint(4, 1000, math.nan, math.nan)
     writer.journal.complete_checkpoint(4, removed=[2])
     with JournalReader(writer.session) as record:
-        assert [(c["step"], c["attempt"]) for c in record.checkpoints(("complete",))] == [(4, 2)]
+        assert [(c.step, c.attempt) for c in record.checkpoints(("complete",))] == [(4, 2)]
 
 
 def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_say_so(writer):
@@ -121,9 +132,9 @@ def test_a_checkpoint_that_is_gone_on_from_is_complete_though_nobody_lived_to_sa
     writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
     with JournalReader(writer.session) as record:
-        assert [c["step"] for c in record.checkpoints(("complete",))] == [4]
-        (told,) = [e for e in record.events() if e["kind"] == "checkpoint"]
-        assert (told["step"], told["score"]) == (4, 1.5)
+        assert [c.step for c in record.checkpoints(("complete",))] == [4]
+        (told,) = [e for e in record.events() if e.kind == "checkpoint"]
+        assert (told.step, told.payload.score) == (4, 1.5)
 
 
 def test_one_folder_is_one_checkpoint_though_nobody_lived_to_say_whose(writer):
@@ -133,7 +144,7 @@ def test_one_folder_is_one_checkpoint_though_nobody_lived_to_say_whose(writer):
     writer.journal.record_checkpoint(4, 1000, 1.5, 2.5)
     writer.journal.begin_attempt(4, fresh=False)
     with JournalReader(writer.session) as record:
-        assert [(c["step"], c["attempt"]) for c in record.checkpoints()] == [(2, 1), (4, 2)]
+        assert [(c.step, c.attempt) for c in record.checkpoints()] == [(2, 1), (4, 2)]
 
 
 def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(writer):
@@ -141,7 +152,7 @@ def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(wr
     writer.change("b", 5, 1e-5, 2e-5, key="learning_rate")
     writer.change("c", 5, 0.2, 0.3)
     writer.journal.begin_attempt(4, fresh=False)
-    settled = writer.journal.settled_after(4)
+    settled = writer.journal.commands.changes_after(4)
     assert [(s.step, s.changes[0].key, s.changes[0].new) for s in settled] == [
         (5, "learning_rate", 2e-5), (5, "beta", 0.3),
     ]  # fmt: skip
@@ -151,8 +162,8 @@ def test_starting_afresh_forgets_them(writer):
     writer.change("a", 3, 0.1, 0.2)
     writer.change("b", 5, 0.2, 0.3)
     writer.journal.begin_attempt(4, fresh=True)
-    assert writer.journal.settled_after(4) == []
-    assert [s.changes[0].new for s in writer.journal.settled_after(0)] == [0.2]
+    assert writer.journal.commands.changes_after(4) == []
+    assert [s.changes[0].new for s in writer.journal.commands.changes_after(0)] == [0.2]
 
 
 def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer):
@@ -161,7 +172,7 @@ def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer
     writer.journal.begin_attempt(4, fresh=False)
     writer.change("c", 5, 0.1, 0.9)
     writer.journal.begin_attempt(4, fresh=False)
-    settled = {c.key: c.new for s in writer.journal.settled_after(4) for c in s.changes}
+    settled = {c.key: c.new for s in writer.journal.commands.changes_after(4) for c in s.changes}
     assert settled == {"beta": 0.9, "learning_rate": 2e-5}
 
 
@@ -170,39 +181,55 @@ def test_undo_finds_the_last_change_that_was_not_taken_back(writer):
     writer.change("b", 3, 0.2, 0.3)
     writer.undo("u", 4, 0.3, 0.2)
     writer.change("late", 9, 0.2, 0.7)
-    (change,) = writer.journal.undoable(4)[-1]
+    (change,) = writer.journal.commands.undoable(4)[-1]
     assert (change.old, change.new) == (0.1, 0.2)
-    assert len(writer.journal.undoable(9)) == 2
-    assert writer.journal.undoable(1) == []
+    assert len(writer.journal.commands.undoable(9)) == 2
+    assert writer.journal.commands.undoable(1) == []
 
 
 def test_a_command_is_taken_once_and_its_answer_stays(writer):
     writer.change("a", 2, 0.1, 0.2)
-    assert not writer.journal.record_command("a", "set", {}, "somebody else")
-    answer = writer.journal.answer("a")
+    assert not writer.journal.commands.record("a", "set", {}, "somebody else")
+    answer = writer.journal.commands.reply("a")
     assert (answer.status, answer.step, answer.changes[0].new) == ("applied", 2, 0.2)
     with pytest.raises(JournalError, match="nobody"):
-        writer.journal.answer("nobody")
+        writer.journal.commands.reply("nobody")
 
 
 def test_what_an_engine_left_open_is_rejected_by_the_next(writer):
     writer.order("left", "pause")
     writer.change("done", 2, 0.1, 0.2)
-    writer.journal.reject_unfinished("it ended")
-    assert writer.journal.answer("left").reason == "it ended"
-    assert writer.journal.answer("done").status == "applied"
+    writer.journal.commands.reject_unfinished("it ended")
+    assert writer.journal.commands.reply("left").reason == "it ended"
+    assert writer.journal.commands.reply("done").status == "applied"
 
 
 def test_a_commands_event_carries_its_whole_life(writer):
     writer.change("a", 2, 0.1, 0.2)
-    writer.journal.record_command("n", "note", {"text": "look"}, "me")
+    writer.journal.commands.record("n", "note", {"text": "look"}, "me")
     with JournalReader(writer.session) as record:
         events = record.events()
-        assert record.events(after=events[-2]["event"]) == events[-1:]
-    command = next(e for e in events if e["kind"] == "command")
-    assert (command["status"], command["applied_step"]) == ("applied", 2)
-    assert (command["old"], command["new"], command["who"]) == (0.1, 0.2, "me")
-    assert [(e["text"], e["who"]) for e in events if e["kind"] == "note"] == [("look", "me")]
+        assert record.events(after=events[-2].event) == events[-1:]
+    event = next(e for e in events if e.kind == "command")
+    assert (event.command.status, event.command.applied_step) == ("applied", 2)
+    assert (event.command.changes[0].old, event.command.changes[0].new) == (0.1, 0.2)
+    printed = event.as_json()
+    assert (printed["old"], printed["new"], printed["who"]) == (0.1, 0.2, "me")
+    notes = [e.payload for e in events if e.kind == "note"]
+    assert [(n.text, n.who) for n in notes] == [("look", "me")]
+
+
+def test_an_event_of_another_version_is_printed_whole_and_known_as_far_as_it_can_be(writer):
+    more = {"rule": "kl", "text": "high", "of_a_later_version": [1]}
+    writer.journal.record_event("alert", more)
+    writer.journal.record_event("unheard of", {"x": 1})
+    writer.journal.record_event("checkpoint", {"size": "of another form"})
+    with JournalReader(writer.session) as record:
+        alert, unknown, other = record.events()[-3:]
+    assert alert.payload == AlertEvent(rule="kl", text="high")
+    assert alert.as_json().items() >= more.items()
+    assert (unknown.payload, unknown.as_json()["x"]) == (None, 1)
+    assert (other.payload, other.as_json()["size"]) == (None, "of another form")
 
 
 def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
@@ -218,10 +245,10 @@ def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
     copy_until(writer.session, child, 2)
     assert scores(child) == {1: 1.1, 2: 2.1}
     with JournalReader(child) as record:
-        assert {c["id"] for c in record.commands()} == {"early"}
-        assert [c["step"] for c in record.checkpoints()] == [2]
-        assert [e["id"] for e in record.events() if e["kind"] == "command"] == ["early"]
-        assert {s["step"] for s in record.samples()} == {1, 2}
+        assert {c.id for c in record.commands()} == {"early"}
+        assert [c.step for c in record.checkpoints()] == [2]
+        assert [e.command.id for e in record.events() if e.kind == "command"] == ["early"]
+        assert {s.step for s in record.samples.newest()} == {1, 2}
     # The source is as it was.
     assert scores(writer.session) == {1: 1.1, 2: 2.1, 3: 3.1}
 
@@ -229,14 +256,14 @@ def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
 def test_samples_are_searched_and_ordered(writer):
     writer.steps(1, 2, 3)
     with JournalReader(writer.session) as record:
-        page = record.sample_page(SampleQuery(order="score", descending=False), limit=3)
-        assert [s["score"] for s in page] == [1.0, 1.0, 2.0]
-        found = record.sample_page(SampleQuery(text="ANSWER 2"), limit=10)
-        assert {s["step"] for s in found} == {2}
-        assert len(record.sample_page(SampleQuery(cut_off=True), limit=10)) == 3
-        assert len(record.sample_page(SampleQuery(score_from=2, score_to=2), limit=10)) == 2
+        page = record.samples.page(SampleQuery(order="score", descending=False), limit=3)
+        assert [s.score for s in page] == [1.0, 1.0, 2.0]
+        found = record.samples.page(SampleQuery(text="ANSWER 2"), limit=10)
+        assert {s.step for s in found} == {2}
+        assert len(record.samples.page(SampleQuery(cut_off=True), limit=10)) == 3
+        assert len(record.samples.page(SampleQuery(score_from=2, score_to=2), limit=10)) == 2
         evil = SampleQuery(order="score; DROP TABLE samples", text="%'\"")
-        assert record.sample_page(evil, limit=1) == []
+        assert record.samples.page(evil, limit=1) == []
 
 
 def test_a_session_that_never_began_reads_as_empty(make_session):
@@ -299,11 +326,11 @@ def old(tmp_path, make_session):
 def test_an_old_journal_is_read(old):
     assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
     with JournalReader(old) as record:
-        assert [a["from_step"] for a in record.attempts()] == [0, 1]
-        assert record.commands()[0]["new"] == 0.2
-        assert record.samples()[-1]["response"] == "answer 3.1"
-        assert record.arrays(3, 0, 2).tokens == ["a", "b"]
-        assert [c["step"] for c in record.checkpoints()] == [1, 3]
+        assert [a.from_step for a in record.attempts()] == [0, 1]
+        assert record.commands()[0].changes[0].new == 0.2
+        assert record.samples.newest()[-1].response == "answer 3.1"
+        assert record.samples.arrays(3, 0, 2).tokens == ["a", "b"]
+        assert [c.step for c in record.checkpoints()] == [1, 3]
         assert record.past_series("objective/scores") == [(1, 2, 2.1)]
 
 
@@ -311,7 +338,7 @@ def test_an_old_journal_is_migrated_and_goes_on(old):
     journal = JournalWriter(old)
     assert (journal.attempt, journal.step) == (2, 3)
     journal.begin_attempt(3, fresh=False)
-    assert [s.changes[0].new for s in journal.settled_after(1)] == [0.2]
+    assert [s.changes[0].new for s in journal.commands.changes_after(1)] == [0.2]
     journal.close()
     assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
 

@@ -3,10 +3,11 @@
 import pytest
 
 from engine.errors import UserInputError
-from engine.journal.labels import LabelReader, set_label, set_note, with_judgements
+from engine.journal.labels import LabelReader, set_label, set_note
 from engine.journal.reader import JournalReader
-from engine.journal.samples import SampleQuery
-from tests.judging import answer, judgements
+from engine.journal.rows import ProbeResponse
+from engine.journal.samples import SampleQuery, with_judgements
+from tests.judging import answer, judgements, sample
 
 
 @pytest.fixture
@@ -26,9 +27,10 @@ def test_a_judgement_has_the_words_who_and_when(session):
     with LabelReader(session) as labels:
         ((key, found),) = labels.judgements().items()
     assert key == (1, 3, 1)
-    assert (found.prompt, found.answer, found.label) == ("prompt", answer(3, 1), "hack")
-    assert (found.note, found.who) == (None, "ana on pts/1")
-    assert abs(found.time - session.labels_file.stat().st_mtime) < 60
+    assert (found.prompt, found.answer) == ("prompt", answer(3, 1))
+    judgement = found.judgement
+    assert (judgement.label, judgement.note, judgement.who) == ("hack", None, "ana on pts/1")
+    assert abs(judgement.time - session.labels_file.stat().st_mtime) < 60
 
 
 def test_a_later_label_replaces_the_earlier_one_and_a_note_stays(session):
@@ -37,19 +39,19 @@ def test_a_later_label_replaces_the_earlier_one_and_a_note_stays(session):
     set_label(session, "p", answer(1), "hack", "ben")
     assert judgements(session) == {(1, 0): ("hack", "repeats itself")}
     with LabelReader(session) as labels:
-        assert [j.who for j in labels.judgements().values()] == ["ben"]
+        assert [j.judgement.who for j in labels.judgements().values()] == ["ben"]
 
 
 def test_a_judgement_never_stands_on_other_words(session):
     set_label(session, "p", answer(1), "bad", "ana")
     set_note(session, "p", answer(1), "dull", "ana")
     other = answer(1, response="after samples.db was replaced")
-    row = {"attempt": 1, "step": 1, "index": 0, "response": other.response}
-    assert with_judgements(session, [row])[0]["label"] is None
+    row = sample(1, response=other.response)
+    assert with_judgements(session, [row])[0].label is None
     set_label(session, "p", other, "good", "ben")
     with LabelReader(session) as labels:
         (found,) = labels.judgements().values()
-    assert (found.answer, found.label, found.note) == (other, "good", None)
+    assert (found.answer, found.judgement.label, found.judgement.note) == (other, "good", None)
 
 
 def test_what_is_taken_away_is_gone(session):
@@ -73,37 +75,35 @@ def test_after_a_roll_back_the_same_step_has_another_answer(writer):
     writer.steps(2)
     set_label(writer.session, "prompt 0", answer(2, attempt=2), "good", "ana")
     with JournalReader(writer.session) as record:
-        rows = with_judgements(writer.session, record.samples())
-        (found,) = record.sample_page(SampleQuery(judged=True), 10)
-        (left,) = [r for r in record.earlier(found) if r["attempt"] == 1 and r["step"] == 2]
-    assert [r["label"] for r in rows] == [None, None, "good", None]
-    assert (found["step"], found["attempt"], found["label"]) == (2, 2, "good")
-    assert left["label"] == "bad"
+        rows = with_judgements(writer.session, record.samples.newest())
+        (found,) = record.samples.page(SampleQuery(judged=True), 10)
+        (left,) = [r for r in record.samples.earlier(found) if r.attempt == 1 and r.step == 2]
+    assert [r.label for r in rows] == [None, None, "good", None]
+    assert (found.step, found.attempt, found.label) == (2, 2, "good")
+    assert left.label == "bad"
 
 
 def test_a_page_has_the_judgements_and_can_be_narrowed_to_them(writer):
     writer.steps(1, 2, 3)
     with JournalReader(writer.session) as record:
-        everything = record.sample_page(SampleQuery(), 10)
-        assert {(r["label"], r["note"], r["who"], r["time"]) for r in everything} == {
-            (None, None, None, None)
-        }
-        assert record.sample_page(SampleQuery(labels="good"), 10) == []
+        everything = record.samples.page(SampleQuery(), 10)
+        assert {r.judgement for r in everything} == {None}
+        assert record.samples.page(SampleQuery(labels="good"), 10) == []
         for step, label in ((1, "good"), (2, "bad"), (3, "hack")):
             set_label(writer.session, "prompt 0", answer(step), label, "ana")
         set_note(writer.session, "prompt 1", answer(3, 1), "look at this", "ben")
 
         def steps(**asked):
-            rows = record.sample_page(SampleQuery(descending=False, **asked), 10)
-            return [(r["step"], r["index"]) for r in rows]
+            rows = record.samples.page(SampleQuery(descending=False, **asked), 10)
+            return [(r.step, r.index) for r in rows]
 
         assert steps(labels="good") == [(1, 0)]
         assert steps(labels="bad hack") == [(2, 0), (3, 0)]
         assert steps(judged=True) == [(1, 0), (2, 0), (3, 0), (3, 1)]
         assert steps(judged=False) == [(1, 1), (2, 1)]
         assert steps(judged=True, text="answer 3.1") == [(3, 1)]
-        (noted,) = record.sample_page(SampleQuery(text="answer 3.1"), 10)
-        assert (noted["label"], noted["note"], noted["who"]) == (None, "look at this", "ben")
+        (noted,) = record.samples.page(SampleQuery(text="answer 3.1"), 10)
+        assert (noted.label, noted.note, noted.judgement.who) == (None, "look at this", "ben")
 
 
 def test_earlier_answers_are_those_to_the_same_prompt_newest_first(writer):
@@ -111,29 +111,30 @@ def test_earlier_answers_are_those_to_the_same_prompt_newest_first(writer):
     writer.journal.begin_attempt(1, fresh=True)
     writer.steps(2, 3, 4)
     with JournalReader(writer.session) as record:
-        newest = record.sample_page(SampleQuery(), 1)[0]
-        found = [(r["attempt"], r["step"], r["prompt"]) for r in record.earlier(newest)]
+        newest = record.samples.page(SampleQuery(), 1)[0]
+        found = [(r.attempt, r.step, r.prompt) for r in record.samples.earlier(newest)]
         assert found == [
             (2, 3, "prompt 0"), (2, 2, "prompt 0"), (1, 3, "prompt 0"), (1, 2, "prompt 0"),
             (1, 1, "prompt 0"),
         ]  # fmt: skip
-        (oldest,) = record.sample_page(SampleQuery(descending=False), 1)
-        assert record.earlier(oldest) == []
+        (oldest,) = record.samples.page(SampleQuery(descending=False), 1)
+        assert record.samples.earlier(oldest) == []
 
 
 def test_the_reference_s_answer_is_that_of_the_last_probe_that_was_answered(writer):
     def probe(command_id, text, said):
         writer.order(command_id, "probe", text=text)
         if said is None:
-            writer.journal.reject_command(command_id, "too long")
+            writer.journal.commands.reject(command_id, "too long")
         else:
             result = {"policy": {"response": "x"}, "reference": {"response": said}}
-            writer.journal.apply_command(command_id, 5, [], result)
+            writer.journal.commands.apply(command_id, 5, [], result)
 
     probe("a", "a prompt", "once")
     probe("b", "a prompt", "again")
     probe("c", "a prompt", None)
     probe("d", "another", "other words")
     with JournalReader(writer.session) as record:
-        assert record.referred("a prompt") == {"response": "again", "step": 5}
-        assert record.referred("never asked") is None
+        again = ProbeResponse(response="again", step=5)
+        assert record.last_reference_probe("a prompt") == again
+        assert record.last_reference_probe("never asked") is None

@@ -26,8 +26,8 @@ def session(make_session):
 MANY = """
 import sys
 from pathlib import Path
-from engine.labels import Response, prefer, set_label
-from engine.session import Session
+from engine.journal.labels import Response, prefer, set_label
+from engine.session.folder import Session
 session, me = Session(Path(sys.argv[1])), int(sys.argv[2])
 sys.stdin.readline()
 for step in range(20):
@@ -77,8 +77,8 @@ def test_a_client_that_is_killed_in_the_middle_of_a_change_leaves_the_earlier_st
     assert {note[:9] for _, note in judgements(session).values()} == {"as it was"}
     kill_a_client()
     with JournalReader(session) as record:
-        rows = record.sample_page(SampleQuery(judged=True), 10)
-    assert {row["note"][:9] for row in rows} == {"as it was"}
+        rows = record.samples.page(SampleQuery(judged=True), 10)
+    assert {row.note[:9] for row in rows} == {"as it was"}
 
 
 def test_the_file_of_a_newer_version_is_refused(writer):
@@ -90,7 +90,7 @@ def test_the_file_of_a_newer_version_is_refused(writer):
     for act in (
         lambda: LabelReader(writer.session),
         lambda: set_label(writer.session, "p", answer(1), "bad", "ana"),
-        lambda: JournalReader(writer.session).sample_page(SampleQuery(), 1),
+        lambda: JournalReader(writer.session).samples.page(SampleQuery(), 1),
     ):
         with pytest.raises(JournalError, match="newer rlhf-tui"):
             act()
@@ -113,14 +113,13 @@ def test_a_damaged_file_is_named_with_what_to_do(session):
 ARCHIVE = """
 import sys
 from pathlib import Path
-from engine.answers import SampleQuery
 from engine.errors import JournalError
-from engine.labels import Response, set_label
-from engine.record import Record
-from engine.session import Session
+from engine.journal.labels import Response, set_label
+from engine.journal.samples import SampleQuery, SampleReader
+from engine.session.folder import Session
 session = Session(Path(sys.argv[1]))
-with Record(session) as record:
-    print([r["label"] for r in record.sample_page(SampleQuery(), 10)])
+with SampleReader(session) as samples:
+    print([s.label for s in samples.page(SampleQuery(), 10)])
 try:
     set_label(session, "prompt 0", Response(response="a", attempt=1, step=1, index=0), "bad", "me")
 except JournalError as error:

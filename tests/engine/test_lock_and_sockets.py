@@ -14,7 +14,7 @@ from engine.session import lock
 HOLD = """
 import sys
 from pathlib import Path
-from engine.lock import SessionLock
+from engine.session.lock import SessionLock
 held = SessionLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

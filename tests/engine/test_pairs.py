@@ -41,15 +41,15 @@ def test_pairs_come_from_what_was_said_and_from_labels(session):
     set_label(session, "p", answer(4), "hack", "ana")
     set_label(session, "q", answer(5), "bad", "ana")
     rows = preference_pairs(session)
-    assert [(r["source"], r["chosen"], r["rejected"], r["who"]) for r in rows] == [
+    assert [(r.source, r.chosen, r.rejected, r.who) for r in rows] == [
         ("pair", "the reference's", "answer 1.0", "ana"),
         ("labels", "answer 2.0", "answer 3.0", "ana and ben"),
         ("labels", "answer 2.0", "answer 4.0", "ana"),
     ]
     first, second = rows[0], rows[1]
-    assert (first["chosen_step"], first["rejected_step"]) == (None, 1)
-    assert [second[f"chosen_{n}"] for n in ("attempt", "step", "index")] == [1, 2, 0]
-    assert {r["prompt"] for r in rows} == {"p"}
+    assert (first.chosen_step, first.rejected_step) == (None, 1)
+    assert (second.chosen_attempt, second.chosen_step, second.chosen_index) == (1, 2, 0)
+    assert {r.prompt for r in rows} == {"p"}
 
 
 def test_no_pair_stands_there_twice_and_what_was_said_counts_before_labels(session):
@@ -59,10 +59,10 @@ def test_no_pair_stands_there_twice_and_what_was_said_counts_before_labels(sessi
     set_label(session, "p", answer(3, response="answer 1.0"), "good", "ana")
     set_label(session, "p", answer(4, response="answer 1.0"), "bad", "ana")
     (row,) = preference_pairs(session)
-    assert (row["source"], row["chosen"], row["rejected"]) == ("labels", "answer 1.0", "answer 2.0")
+    assert (row.source, row.chosen, row.rejected) == ("labels", "answer 1.0", "answer 2.0")
     prefer(session, "p", answer(2), answer(1), "ben")
     (row,) = preference_pairs(session)
-    assert (row["source"], row["chosen"], row["who"]) == ("pair", "answer 2.0", "ben")
+    assert (row.source, row.chosen, row.who) == ("pair", "answer 2.0", "ben")
 
 
 def test_without_a_pair_it_is_said_how_to_make_one(session):

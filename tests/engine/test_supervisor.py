@@ -1,4 +1,4 @@
-"""What a supervisor makes of orders, alerts and its ranks' words; prepared without ranks."""
+"""What a supervisor makes of commands, alerts and its ranks' messages; prepared without ranks."""
 
 import asyncio
 import signal
@@ -15,32 +15,35 @@ from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
 from engine.protocol.rank_messages import Applied, CheckpointComplete, CheckpointWritten, Ready
 from engine.supervisor.attempt import Attempt
-from engine.supervisor.command_handler import CommandHandler
-from engine.supervisor.rank_handler import RankMessageHandler
-from engine.supervisor.state import SupervisorState
 from engine.supervisor.supervisor import Supervisor
 
 
 class Engine:
-    """A supervisor's parts around one live session."""
+    """A supervisor of one live session that says it runs."""
 
     def __init__(self, writer):
-        start, socket = StartOptions(), writer.session.folder / "engine.sock"
-        self.live = SupervisorState.of(
-            writer.session, writer.session.config(), writer.journal, socket, start, None
+        session = writer.session
+        socket = session.folder / "engine.sock"
+        self.supervisor = Supervisor(
+            session, session.config(), writer.journal, socket, StartOptions()
         )
+        self.live = self.supervisor.state
         self.live.next = None
-        self.desk = CommandHandler(self.live)
-        self.hearing = RankMessageHandler(self.live, self.desk.on_alert)
-        self.supervisor = Supervisor(self.live)
-        self.live.herald.set_state("running")
+        self.supervisor.publisher.set_state("starting")
+        self.supervisor.publisher.set_state("running")
 
     def ask(self, command):
-        return self.desk.answer(CommandRequest(id=new_id(), command=command), "me")
+        return self.supervisor.commands.answer(CommandRequest(id=new_id(), command=command), "me")
+
+    def hear(self, message):
+        self.supervisor.rank_messages.handle(message)
+
+    def alert(self, action):
+        self.supervisor.commands.on_alert(Alert("much", action, "look here", 3))
 
     @property
     def state(self):
-        return self.live.herald.state
+        return self.supervisor.publisher.state
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ async def test_ranks_that_were_to_end_before_they_had_begun_are_ended(engine):
     await asyncio.sleep(0)  # it is starting a process now, which cannot be killed yet
     engine.ask(Stop(now=True))
     assert await trying == 0
-    assert engine.live.ranks._process.returncode == -signal.SIGKILL
+    assert await engine.supervisor.ranks.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("orders", [[Pause()], [Pause(), Unpause()]])
@@ -82,7 +85,7 @@ async def test_what_is_carried_out_on_the_way_to_a_stop_does_not_hide_it(engine,
     answers = [engine.ask(order) for order in orders]
     engine.ask(Stop())
     for answer in answers:
-        engine.hearing.handle(Applied(id=answer.id, step=2))
+        engine.hear(Applied(id=answer.id, step=2))
         assert engine.state == "stopping"
 
 
@@ -92,14 +95,14 @@ async def test_what_is_carried_out_on_the_way_to_a_stop_does_not_hide_it(engine,
 async def test_a_guard_rail_stops_a_run_that_is_about_to_pause(engine):
     engine.ask(Pause())
     assert engine.state == "pausing"
-    engine.desk.on_alert(Alert("much", "stop", "look here", 3))
+    engine.alert("stop")
     assert engine.state == "stopping"
 
 
 @pytest.mark.parametrize("ending", ["stopping", "finished"])
 async def test_a_guard_rail_asks_nothing_of_a_run_that_ends(engine, writer, ending):
-    engine.live.herald.set_state(ending)
-    engine.desk.on_alert(Alert("much", "stop", "look here", 3))
+    engine.supervisor.publisher.set_state(ending)
+    engine.alert("stop")
     with JournalReader(writer.session) as record:
         assert record.commands() == []
 
@@ -122,16 +125,16 @@ async def test_a_command_that_cannot_be_looked_into_is_rejected_and_says_why(eng
     assert "samples.db" in answer.reason
 
 
-async def test_only_ranks_that_were_ready_can_have_failed_by_an_order(engine):
+async def test_only_ranks_that_were_ready_can_have_failed_by_a_command(engine, writer):
     order = engine.ask(SetBeta(value=0.2))
     for ready in (False, True, True):
-        assert [o.id for o in engine.live.orders.all()] == [order.id]
+        assert [o.id for o in engine.supervisor.pending.all()] == [order.id]
         engine.live.attempt = Attempt(StartOptions())
         if ready:
-            engine.hearing.handle(Ready(info={}, settings=engine.live.settings))
+            engine.hear(Ready(info={}, settings=engine.live.settings))
         engine.supervisor.conclude(-signal.SIGKILL)
-    assert engine.live.orders.all() == []
-    assert "failed 2 times" in engine.live.journal.answer(order.id).reason
+    assert engine.supervisor.pending.all() == []
+    assert "failed 2 times" in writer.journal.commands.reply(order.id).reason
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
@@ -139,8 +142,8 @@ async def test_only_ranks_that_were_ready_can_have_failed_by_an_order(engine):
 
 async def test_an_older_checkpoint_serves_until_the_one_it_makes_way_for_is_whole(engine, writer):
     writer.checkpoint(2)
-    engine.hearing.handle(CheckpointWritten(step=4, size=1, score=0.0, kl=0.0))
+    engine.hear(CheckpointWritten(step=4, size=1, score=0.0, kl=0.0))
     assert last_checkpoint(writer.session) == 2
-    engine.hearing.handle(CheckpointComplete(step=4, removed=[2]))
+    engine.hear(CheckpointComplete(step=4, removed=[2]))
     with JournalReader(writer.session) as record:
-        assert [c["step"] for c in record.checkpoints()] == [4]
+        assert [c.step for c in record.checkpoints()] == [4]

@@ -9,8 +9,9 @@ from engine.config import file as config_file
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
 from engine.protocol.client_messages import Telemetry
-from engine.protocol.rank_messages import Failed
-from engine.supervisor.state import SupervisorState
+from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
+from engine.supervisor.rank_processes import RankProcesses
+from engine.supervisor.server import Server
 from engine.supervisor.supervisor import Supervisor
 from engine.supervisor.watchdog import Watchdog
 
@@ -18,22 +19,72 @@ SEVERAL = ("launch.nodes=2", "launch.rendezvous=10.0.0.1:29400")
 ECHO = Failed(rank=0, text="rank 0 lost the others: timed out", traceback="where", echo=True)
 
 
-def silent_after_a_start(writer, *overrides):
-    """The ranks that are taken for hung before any has said a word."""
-    config = config_file.load(starter.FOLDER / "demo.yaml", ["launch.silence=1e-9", *overrides])
-    watchman = Watchdog(writer.session, config, writer.journal, None)
+@pytest.fixture
+def watch(writer):
+    """A watchdog of ranks that are just being started, and its judgement of them."""
+
+    def make(*overrides):
+        config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
+        ranks = RankProcesses(writer.session, writer.session.folder / "x", config.launch)
+        return Watchdog(writer.session, config, writer.journal, Server(), ranks)
+
+    return make
+
+
+def hung(watchdog):
+    """The ranks that one look takes for hung."""
     look = Telemetry(time=0.0, cpu=0.0, memory_used=0, memory_total=0, disk_free=10**12)
-    hung = []
-    watchman._check(look, lambda rank, _seconds: hung.append(rank), lambda _alert: None)
-    return hung
+    found = []
+    watchdog.check(look, lambda rank, _seconds: found.append(rank), lambda _alert: None)
+    return found
 
 
-def test_a_first_rank_that_never_speaks_is_taken_for_hung(writer):
-    assert silent_after_a_start(writer) == [0]
+def test_a_first_rank_that_never_speaks_is_taken_for_hung(watch):
+    assert hung(watch("launch.load_silence=1e-9")) == [0]
 
 
-def test_ranks_that_wait_for_another_machine_are_not(writer):
-    assert silent_after_a_start(writer, *SEVERAL) == []
+def test_ranks_that_wait_for_another_machine_are_not(watch):
+    assert hung(watch("launch.load_silence=1e-9", *SEVERAL)) == []
+
+
+def test_a_rank_that_loads_is_not_held_to_the_silence_of_steps(watch):
+    watchdog = watch("launch.silence=1e-9")
+    assert hung(watchdog) == []
+    for rank in (0, 1):
+        watchdog.opened(rank)
+        watchdog.heard(rank, Phase(rank=rank, step=0, name="load policy"))
+    watchdog.heard(0, Notice(step=0, rule="memory", text="little is left"))
+    assert hung(watchdog) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, Ready(info={}, settings={})),
+        (1, Phase(rank=1, step=1, name="generate")),
+        (1, Phase(rank=1, step=0, name="paused")),
+    ],
+)
+def test_a_rank_that_has_loaded_is(watch, rank, message):
+    watchdog = watch("launch.silence=1e-9")
+    watchdog.opened(1)
+    watchdog.heard(rank, message)
+    assert hung(watchdog) == [rank]
+
+
+def test_a_rank_that_hangs_while_it_loads_is_ended_in_the_end(watch):
+    watchdog = watch("launch.load_silence=1e-9")
+    watchdog.heard(0, Ready(info={}, settings={}))
+    watchdog.heard(1, Phase(rank=1, step=0, name="load policy"))
+    assert hung(watchdog) == [1]
+
+
+def test_the_ranks_of_a_restart_load_again(watch):
+    watchdog = watch("launch.silence=1e-9")
+    watchdog.heard(0, Ready(info={}, settings={}))
+    assert hung(watchdog) == [0]
+    watchdog.begin()
+    assert hung(watchdog) == []
 
 
 def ended(writer, failure, *, at_once=False):
@@ -41,11 +92,10 @@ def ended(writer, failure, *, at_once=False):
 
     async def conclude():
         session, socket = writer.session, writer.session.folder / "engine.sock"
-        live = SupervisorState.of(
-            session, session.config(), writer.journal, socket, StartOptions(), None
-        )
-        live.next, live.attempt.failure, live.stop_now = None, failure, at_once
-        return Supervisor(live).conclude(1), live
+        made = Supervisor(session, session.config(), writer.journal, socket, StartOptions())
+        made.publisher.set_state("starting")
+        made.state.next, made.state.attempt.failure, made.state.stop_now = None, failure, at_once
+        return made.conclude(1), made
 
     return asyncio.run(conclude())
 
@@ -53,14 +103,14 @@ def ended(writer, failure, *, at_once=False):
 @pytest.mark.parametrize("echo", [True, False])
 def test_a_run_that_is_to_stop_at_once_is_not_started_again(writer, echo):
     failure = Failed(rank=1, text="rank 1: a fault", echo=echo)
-    code, live = ended(writer, failure, at_once=True)
-    assert live.next is None
-    assert (code, live.herald.state) == ((0, "stopped") if echo else (1, "failed"))
+    code, made = ended(writer, failure, at_once=True)
+    assert made.state.next is None
+    assert (code, made.publisher.state) == ((0, "stopped") if echo else (1, "failed"))
 
 
 def test_where_all_ranks_of_a_machine_waited_in_vain_the_first_to_say_so_is_heard(writer):
     ended(writer, ECHO)
     with JournalReader(writer.session) as record:
-        (error,) = [e for e in record.events() if e["kind"] == "error"]
-    assert error["text"] == ECHO.text
-    assert error["traceback"] == "where"
+        (error,) = [e for e in record.events() if e.kind == "error"]
+    assert error.payload.text == ECHO.text
+    assert error.payload.traceback == "where"

@@ -1,6 +1,8 @@
 """What processes say to one another: frames that come back as they were sent, or not at all."""
 
+import socket
 import struct
+import threading
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -30,8 +32,6 @@ from engine.protocol.commands import (
     SetBeta,
     SetKLController,
     SetSetting,
-    command_name,
-    new_values,
 )
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)
@@ -56,7 +56,8 @@ def values(kind):
         return st.lists(values(arguments[0]), max_size=2)
     if origin is dict:
         return st.dictionaries(*map(values, arguments), max_size=2)
-    return st.builds(kind, **{k: values(v) for k, v in get_type_hints(kind).items()})
+    hints = get_type_hints(kind)
+    return st.builds(kind, **{k: values(hints[k]) for k in kind.__struct_fields__})
 
 
 def body_of(message):
@@ -124,6 +125,20 @@ def test_a_frame_over_the_limit_is_refused_on_both_sides(monkeypatch):
         frames.encode(ClientHello(who="x" * 100))
 
 
+def test_a_frame_is_read_whole_however_it_comes():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        message = ClientHello(who="x" * 300_000)  # more than a socket's buffer
+        sender = threading.Thread(target=theirs.sendall, args=(frames.encode(message),))
+        sender.start()
+        assert decode_from_client(frames.receive(ours)) == message
+        sender.join()
+        theirs.sendall(frames.encode(message)[:100])
+        theirs.close()
+        with pytest.raises(ConnectionError):
+            frames.receive(ours)
+
+
 def test_an_unknown_field_of_a_command_is_refused():
     data = {"type": "request", "id": "1", "command": {"command": "pause", "loudly": True}}
     with pytest.raises(LinkError):
@@ -134,7 +149,7 @@ def test_an_unknown_field_of_a_command_is_refused():
 @given(values(AnyCommand))
 def test_each_command_has_a_name(command):
     assert isinstance(command, Command)
-    assert command_name(command) == msgspec.to_builtins(command)["command"]
+    assert command.name() == msgspec.to_builtins(command)["command"]
 
 
 NOW = Settings(
@@ -158,7 +173,7 @@ NOW = Settings(
     ],
 )
 def test_a_command_says_what_it_changes(command, values):
-    assert new_values(command, NOW) == values
+    assert command.new_values(NOW) == values
 
 
 @pytest.mark.parametrize(
@@ -177,7 +192,7 @@ def test_a_command_says_what_it_changes(command, values):
 )  # fmt: skip
 def test_a_value_that_cannot_be_is_rejected(command):
     with pytest.raises(CommandRejectedError):
-        new_values(command, NOW)
+        command.new_values(NOW)
 
 
 def test_a_setting_is_known_by_its_name_and_by_its_key():

@@ -273,17 +273,17 @@ def test_explained_variance_is_one_less_the_unexplained_share(batch):
 @modest
 @given(batches(4), KINDS, st.floats(-1e4, 1e4, width=32))
 def test_what_stands_beyond_the_length_changes_nothing(batch, kind, junk):
-    lengths, new, old, advantages, returns = batch
+    lengths, new, old, advantage, returns = batch
     mask = masked.response_mask(lengths, new.shape[1])
     clean, dirty = [
-        [torch.where(mask, x, filler) for x in (new, old, advantages, returns)]
+        [torch.where(mask, x, filler) for x in (new, old, advantage, returns)]
         for filler in (torch.zeros(()), torch.tensor(junk))
     ]
 
-    def everything(new, old, advantages, returns):
-        terms = losses.policy_terms(new, old, advantages, mask, 0.2, kind)
+    def everything(new, old, advantage, returns):
+        terms = losses.policy_terms(new, old, advantage, mask, 0.2, kind)
         gae = advantages.generalised_advantages(new, old, mask, 0.9, 0.8)
-        tables = [gae, masked.whiten(advantages, mask), losses.log_ratio(new, old, mask, kind)]
+        tables = [gae, masked.whiten(advantage, mask), losses.log_ratio(new, old, mask, kind)]
         return [
             *[x[mask] for x in tables],
             *[torch.as_tensor(x) for x in vars(terms).values()],

@@ -164,7 +164,7 @@ def test_a_permutation_holds_every_number_once_and_comes_out_the_same_again(seed
 
 def test_another_process_makes_the_same_choices():
     code = (
-        "from engine.train.randomness import permutation as p, sampling_uniforms as s;"
+        "from engine.train.data.randomness import permutation as p, sampling_uniforms as s;"
         "print(p(3, 'order', (1, 2), 30).tolist(), s(3, 4, 2, 5).tolist())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}

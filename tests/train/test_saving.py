@@ -70,13 +70,23 @@ class Supervisor:
 
 
 @pytest.fixture
-def trained(make_run, tmp_path, monkeypatch):
-    """A run after its first step, with its boundary and its supervisor."""
-    run, session = make_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
-    supervisor = Supervisor(tmp_path)
+def supervisor(tmp_path):
+    return Supervisor(tmp_path)
+
+
+@pytest.fixture
+def link(supervisor, monkeypatch):
+    """Rank 0's link to it."""
     monkeypatch.setenv(environment.SOCKET_VARIABLE, str(supervisor.path))
     monkeypatch.setenv(environment.TOKEN_VARIABLE, "token")
-    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
+    return Link(0)
+
+
+@pytest.fixture
+def trained(make_run, supervisor, link):
+    """A run after its first step, with its boundary and its supervisor."""
+    run, session = make_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
+    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), link)
     boundary.after(1, dict(METRICS), 0.1)
     supervisor.wait_for(RankHello)
     yield run, session, boundary, supervisor
@@ -172,12 +182,12 @@ def test_those_of_a_timeline_that_was_left_take_no_places_and_stay(trained):
     assert [*checkpoint_folder.completed(session.checkpoints)] == [1, 2, 3]
 
 
-def test_those_that_an_earlier_attempt_of_the_timeline_saved_make_way(trained):
+def test_those_that_an_earlier_attempt_of_the_timeline_saved_make_way(trained, link):
     run, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     assert boundary.keeper.save() is None
     begin = Begin(attempt=2, from_step=1, checkpoints=[1])
-    later = Boundary(session, run, begin, boundary._link)
+    later = Boundary(session, run, begin, link)
     later.after(2, dict(METRICS), 0.1)
     assert later.keeper.save() is None
     assert [*checkpoint_folder.completed(session.checkpoints)] == [2]

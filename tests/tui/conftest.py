@@ -128,9 +128,9 @@ def write_steps(journal: JournalWriter, settings: dict, first: int, last: int, r
 def change(journal: JournalWriter, settings: dict, key: str, new: object, step: int, who: str):
     command = "beta" if key == "beta" else "set"
     args = {"value": new} if key == "beta" else {"key": key, "value": new}
-    journal.record_command(f"c{step}", command, args, who)
-    journal.accept_command(f"c{step}")
-    journal.apply_command(f"c{step}", step, [SettingChange(key=key, old=settings[key], new=new)])
+    journal.commands.record(f"c{step}", command, args, who)
+    journal.commands.accept(f"c{step}")
+    journal.commands.apply(f"c{step}", step, [SettingChange(key=key, old=settings[key], new=new)])
     settings[key] = new
 
 
@@ -148,8 +148,8 @@ def make_session(root: Path, name: str = "frozen", steps: int = 200) -> Session:
         write_steps(journal, settings, 101, steps, rng)
     else:
         write_steps(journal, settings, 1, steps, rng)
-    journal.record_command("p1", "beta", {"value": 3.5}, "ben on pts/2")
-    journal.reject_command("p1", "beta must be at most 1.0")
+    journal.commands.record("p1", "beta", {"value": 3.5}, "ben on pts/2")
+    journal.commands.reject("p1", "beta must be at most 1.0")
     journal.set_meta(state="finished")
     journal.record_event("state", {"state": "finished", "text": ""})
     journal.close()
@@ -185,8 +185,8 @@ def freeze(session: Session) -> None:
 def judge(session: Session) -> None:
     """What two people think of some answers to the last step's prompt."""
     with JournalReader(session) as record:
-        rows = {r["index"]: r for r in record.sample_page(SampleQuery(), 8)}
-    prompt, of = rows[0]["prompt"], {i: Response.of(row) for i, row in rows.items()}
+        rows = {r.index: r for r in record.samples.page(SampleQuery(), 8)}
+    prompt, of = rows[0].prompt, {i: Response.of(row) for i, row in rows.items()}
     for index, label in ((1, "good"), (2, "bad"), (3, "hack")):
         set_label(session, prompt, of[index], label, "ana on pts/1")
     set_note(session, prompt, of[3], "says 'film' wherever it can", "ana on pts/1")
@@ -230,9 +230,9 @@ def session_maker():
 DEADLINE = 10.0
 
 
-async def wait_until(pilot, condition, what=""):
+async def wait_until(pilot, condition, what="", deadline=DEADLINE):
     """Waits for a condition, with a deadline."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end, f"waited in vain for {what or condition}"
         await pilot.pause(0.02)
@@ -249,7 +249,7 @@ def running():
 
     @contextlib.asynccontextmanager
     async def run(app, size=(120, 40)):
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=size, notifications=True) as pilot:
             await wait_until(
                 pilot, lambda: app.state.known or app.current_mode == "sessions", "the state"
             )

@@ -1,8 +1,12 @@
 """A run's state, made without a journal, and what a panel shows of it."""
 
+from engine.journal.rows import AttemptRow, CommandRow
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate
 
+FIRST = AttemptRow(
+    attempt=1, from_step=0, fresh=False, started=1.0, ended=None, pid=77, host="box", version="1"
+)
 SETTINGS = {
     "beta": 0.05, "controller": "adaptive", "target": 6.0, "horizon": 1000.0, "beta_min": 0.01,
     "beta_max": 1.0, "learning_rate": 1e-5, "save_every": 50, "clip_range": 0.2, "epochs": 4,
@@ -11,7 +15,7 @@ SETTINGS = {
 
 
 def head(**given):
-    base = SessionSummary("running", 50, 100, SETTINGS, "", [{"attempt": 1}], 77, "box")
+    base = SessionSummary("running", 50, 100, SETTINGS, "", [FIRST], 77, "box")
     return SessionSummary(
         **{f: given.get(f, getattr(base, f)) for f in SessionSummary.__dataclass_fields__}
     )
@@ -39,7 +43,6 @@ def text(panel, width=100, height=20):
 def command(status, **given):
     base = {
         "id": "1", "command": "beta", "args": {"value": 0.1}, "who": "ana on pts/1",
-        "status": status, "queued": 1.0, "accepted": None, "ended": None, "attempt": 1,
-        "applied_step": None, "reason": None, "changes": [], "live": 1,
+        "status": status, "queued": 1.0, "attempt": 1,
     }  # fmt: skip
-    return base | given
+    return CommandRow(**(base | given))

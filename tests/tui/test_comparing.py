@@ -14,6 +14,7 @@ from engine.session.folder import Session
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Table
 from tests.judging import STEPS
+from tests.tui.screen import notices
 
 PROMPT = "I watched this one with"
 
@@ -21,10 +22,10 @@ PROMPT = "I watched this one with"
 def reference(session, text="the reference's words"):
     """A probe of the prompt, as a finished run has it."""
     journal = JournalWriter(session)
-    journal.record_command("p", "probe", {"text": PROMPT}, "ana")
-    journal.accept_command("p")
+    journal.commands.record("p", "probe", {"text": PROMPT}, "ana")
+    journal.commands.accept("p")
     answer = {"response": text, "score": 0.1, "kl": 0.0, "length": 3}
-    journal.apply_command("p", 4, [], {"policy": answer, "reference": answer})
+    journal.commands.apply("p", 4, [], {"policy": answer, "reference": answer})
     journal.close()
 
 
@@ -33,7 +34,7 @@ def beside(app):
 
 
 def pane(app):
-    return "\n".join("".join(p for p, _ in row) for row in app.screen.query_one(SampleView)._body)
+    return app.screen.query_one(SampleView).text()
 
 
 def pairs(session):
@@ -43,7 +44,7 @@ def pairs(session):
 
 def rows(session, count):
     with JournalReader(session) as record:
-        return record.sample_page(SampleQuery(), count)
+        return record.samples.page(SampleQuery(), count)
 
 
 async def test_d_goes_from_nothing_to_an_earlier_one_to_the_reference_and_back(
@@ -54,7 +55,7 @@ async def test_d_goes_from_nothing_to_an_earlier_one_to_the_reference_and_back(
         assert beside(app) is None
         await pilot.press("d")
         await until(pilot, lambda: beside(app).row is not None)
-        assert (beside(app).kind, beside(app).row["index"]) == ("earlier", 1)
+        assert (beside(app).kind, beside(app).row.index) == ("earlier", 1)
         assert "OTHER, step 6 #1 (1/47)" in pane(app)
         await pilot.press("d")
         await until(pilot, lambda: beside(app).row is not None)
@@ -148,13 +149,13 @@ async def test_the_reference_may_be_the_better_one(samples, judged, until):
 
 
 async def test_of_the_same_words_neither_is_better(samples, judged, until):
-    reference(judged, rows(judged, 1)[0]["response"])
+    reference(judged, rows(judged, 1)[0].response)
     async with samples() as (app, pilot):
         await pilot.press("d", "d")
         await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("y")
-        await until(pilot, lambda: app._notifications)
-        assert "the same words" in next(iter(app._notifications)).message
+        await until(pilot, lambda: notices(app))
+        assert "the same words" in notices(app)[0]
         assert beside(app).better == ""
 
 
@@ -176,7 +177,7 @@ async def test_what_is_typed_ahead_never_pairs_answers_to_two_prompts(samples, j
         await until(pilot, lambda: beside(app).row is not None)
         for key in keys:  # as they come over a slow line: all at once
             app.post_message(Key(key, key))
-        await until(pilot, lambda: app.screen.selected()["index"] == 1)
+        await until(pilot, lambda: app.screen.selected().index == 1)
         await until(pilot, lambda: beside(app).row is not None)
         await until(pilot, lambda: not app.screen.labels.unwritten)
         assert pairs(judged) == []
@@ -191,8 +192,8 @@ async def test_without_another_answer_the_keys_say_what_comes_first(samples, jud
     async with samples() as (app, pilot):
         for key in ("y", "o", "left", "right"):
             await pilot.press(key)
-            line = app.screen.query_one("#keys")._notice
-            assert line.startswith("d puts an")
+            line = app.screen.query_one("#keys").text()
+            assert line.strip().startswith("d puts an")
         assert not judged.labels_file.exists()
 
 
@@ -201,7 +202,8 @@ async def test_read_only_no_pair_is_judged(samples, judged, until):
         await pilot.press("d")
         await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("y")
-        assert [n.message for n in app._notifications] == ["read-only: nothing is judged from here"]
+        await until(pilot, lambda: notices(app))
+        assert notices(app) == ["read-only: nothing is judged from here"]
         assert not judged.labels_file.exists()
 
 
@@ -230,8 +232,8 @@ async def test_the_probe_s_refusal_is_told(samples, engine, monkeypatch, until):
     )
     async with samples() as (app, pilot):
         await pilot.press("d", "d")
-        await until(pilot, lambda: app._notifications)
-        assert reason in next(iter(app._notifications)).message
+        await until(pilot, lambda: notices(app))
+        assert reason in notices(app)[0]
         await until(pilot, lambda: "d asks it" in pane(app))
 
 

@@ -12,6 +12,7 @@ from rlhf_tui.widgets.samples.comparison import SIDE_BY_SIDE, ComparisonTarget, 
 from rlhf_tui.widgets.samples.diff import MOST, in_common, marked_lines, own_words, words_of
 from rlhf_tui.widgets.tones import TONES
 from rlhf_tui.widgets.wrap import wrap
+from tests.judging import sample
 
 few_words = st.lists(st.sampled_from("abcd"), max_size=14)
 any_text = st.text(st.one_of(st.sampled_from(" \n\tab字"), st.characters()), max_size=60)
@@ -86,22 +87,19 @@ def test_an_answer_without_a_blank_is_broken_in_one_pass():
     assert wrap("!" * 100_000, 60) == ["!" * 60] * 1_666 + ["!" * 40]
 
 
-def sample(response, **given):
-    return {
-        "step": 7, "index": 1, "attempt": 1, "prompt": "a prompt", "response": response,
-        "score": 1.0, "kl": 2.0, "length": 9, "label": None, "note": None,
-    } | given  # fmt: skip
+def answer(response):
+    return sample(7, index=1, prompt="a prompt", response=response)
 
 
 def held(one, other, **given):
-    return ComparisonTarget("earlier", "OTHER, step 3 #1 (1/1)", one, sample(other), **given)
+    return ComparisonTarget("earlier", "OTHER, step 3 #1 (1/1)", one, answer(other), **given)
 
 
 def test_answers_stand_abreast_where_there_is_room_and_below_one_another_else():
     one, other = "the film was good", "the film was dull"
-    wide = text(comparison(sample(one), held(one, other), SIDE_BY_SIDE))
+    wide = text(comparison(answer(one), held(one, other), SIDE_BY_SIDE))
     assert any("good" in line and "dull" in line for line in wide)
-    narrow = text(comparison(sample(one), held(one, other), SIDE_BY_SIDE - 1))
+    narrow = text(comparison(answer(one), held(one, other), SIDE_BY_SIDE - 1))
     assert not any("good" in line and "dull" in line for line in narrow)
     for lines in (wide, narrow):
         assert lines.index("PROMPT") > max(i for i, line in enumerate(lines) if "dull" in line)
@@ -114,7 +112,7 @@ def test_the_tones_of_the_two_are_told_apart_without_colour():
 
 def test_the_words_of_each_have_a_tone_of_their_own():
     one, other = "the film was good", "the film was dull"
-    rows = comparison(sample(one), held(one, other), 60)
+    rows = comparison(answer(one), held(one, other), 60)
     assert toned(rows, "mine") == ["good", "only here"]
     assert toned(rows, "theirs") == ["dull", "only there"]
 
@@ -123,7 +121,7 @@ def test_the_words_of_each_have_a_tone_of_their_own():
 @pytest.mark.parametrize("better", ["this", "other"])
 def test_the_better_one_says_so_and_who_said_it(width, better):
     one, other = "the film was good", "the film was dull"
-    lines = text(comparison(sample(one), held(one, other, better=better, who="ana"), width))
+    lines = text(comparison(answer(one), held(one, other, better=better, who="ana"), width))
     (line,) = [x for x in lines if "better" in x and "ana" in x]
     at = line.index("✓ better")
     assert (at >= width // 2) == (better == "other") or width < SIDE_BY_SIDE
@@ -136,5 +134,5 @@ def test_answers_of_any_length_keep_to_the_width():
     one = " ".join(rng.choice(["good", "字" * 40, "x"]) for _ in range(300))
     other = " ".join(rng.choice(["good", "dull", "x"]) for _ in range(10))
     for width in (58, 78, 100, 150):
-        lines = text(comparison(sample(one), held(one, other), width))
+        lines = text(comparison(answer(one), held(one, other), width))
         assert all(cell_len(line) <= width for line in lines)

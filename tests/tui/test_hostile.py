@@ -7,14 +7,18 @@ import sqlite3
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.style import Style
+from textual.geometry import Region
 
+from engine.journal.rows import Judgement
 from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
-from rlhf_tui.widgets.lines import Lines
+from rlhf_tui.widgets.lines import drawn
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.sample_view import body
 from rlhf_tui.widgets.wrap import wrap
+from tests.judging import sample
 
 ATTACKS = (
     "\x1b[2J", "\x1b]52;c;aGVsbG8=\x07", "\x1b]0;title\x1b\\", "\x9b31m", "\x9d52;c;x\x9c",
@@ -29,8 +33,13 @@ hostile = st.lists(
 
 
 def shown(app: RlhfApp) -> str:
-    """Every character that the screen would send."""
-    strips = app.screen._compositor.render_strips()
+    """Every character that the screen's widgets would send, covered ones included."""
+    strips = [
+        strip
+        for widget in [app.screen, *app.screen.walk_children()]
+        if widget.display and widget.size
+        for strip in widget.render_lines(Region(0, 0, *widget.size))
+    ]
     return "\n".join(segment.text for strip in strips for segment in strip)
 
 
@@ -43,11 +52,8 @@ def test_wrapped_text_has_nothing_to_obey(text, width):
 @given(text=hostile)
 @settings(max_examples=60, deadline=None)
 def test_a_line_is_as_wide_as_it_says_and_has_nothing_to_obey(text):
-    lines = Lines()
-    lines._tones = {"": Style(), "dim": Style()}
-    strip = lines._strip([(text, ""), (text, "dim")], 30)
-    drawn = "".join(s.text for s in strip)
-    assert not RAW.search(drawn)
+    strip = drawn([(text, ""), (text, "dim")], 30, lambda _tone: Style())
+    assert not RAW.search("".join(s.text for s in strip))
     assert sum(s.cell_length for s in strip) == 30
 
 
@@ -94,7 +100,7 @@ async def test_no_screen_shows_anything_raw(make_app, root, tmp_path, until):
     session = Session(tmp_path / "poisoned" / "frozen")
     poison(session, " ".join(ATTACKS))
     app = make_app(root=tmp_path / "poisoned")
-    async with app.run_test(size=(120, 40)) as pilot:
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await until(pilot, lambda: app.state.known)
         for keys in (
             ["2", "n"], ["m"], ["escape", "3"], ["j", "d"], ["d"], ["z"], ["v"], ["v"], ["4"],
@@ -113,11 +119,10 @@ async def test_no_screen_shows_anything_raw(make_app, root, tmp_path, until):
 @given(text=hostile)
 @settings(max_examples=40, deadline=None)
 def test_any_prompt_and_answer_can_be_read(text):
-    sample = {"score": 1.0, "kl": 1.0, "length": 3, "ended": True, "parts": {text: 1.0, "b": None},
-              "prompt": text, "response": text}  # fmt: skip
-    assert body(sample, None, "text", 40)
-    sample |= {"step": 1, "index": 0, "label": "good", "note": text, "who": text, "time": 0.0}
-    other = sample | {"response": text[::-1]}
+    row = sample(1, prompt=text, response=text, parts={text: 1.0, "b": None})
+    assert body(row, None, "text", 40)
+    row = replace(row, judgement=Judgement(label="good", note=text, who=text, time=0.0))
+    other = replace(row, response=text[::-1])
     beside = ComparisonTarget("earlier", text, text, other, better="this", who=text)
     for width in (40, 120):
-        assert comparison(sample, beside, width)
+        assert comparison(row, beside, width)

@@ -6,6 +6,7 @@ import pytest
 
 from engine.journal.labels import Response, set_label, set_note
 from engine.journal.reader import JournalReader
+from engine.journal.rows import Judgement
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
 from rlhf_tui.dialogs.base import InputDialog
@@ -14,19 +15,20 @@ from rlhf_tui.state.label_writer import LabelWriter
 from rlhf_tui.widgets.samples.judgement import mark
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Table
-from tests.judging import STEPS, judgements
+from tests.judging import STEPS, judgements, sample
+from tests.tui.screen import cells, notices
 
 
 def newest(session):
     with JournalReader(session) as record:
-        return record.sample_page(SampleQuery(), 1)[0]
+        return record.samples.page(SampleQuery(), 1)[0]
 
 
 def shown(app):
     """What the table's marks and the pane say."""
     table, reading = app.screen.query_one(Table), app.screen.query_one(SampleView)
-    marks = [cells[6][0] for cells in table._cells]
-    return marks, ["".join(p for p, _ in row).strip() for row in reading._body]
+    marks = [cells(table, index)[6] for index in range(table.count())]
+    return marks, [line.strip() for line in reading.text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ async def test_a_note_is_written_and_an_empty_one_takes_it_away(samples, judged,
 async def test_after_a_roll_back_every_order_shows_what_there_is_now(samples, judged, until):
     async with samples(follow=True) as (app, pilot):
         await pilot.press("s")
-        await until(pilot, lambda: app.screen._query.order == "score")
+        await until(pilot, lambda: app.screen.query_one(Table).sorted_by == "score")
         journal = JournalWriter(judged)
         journal.begin_attempt(3, fresh=True)
         journal.close()
@@ -93,24 +95,24 @@ def test_whatever_goes_wrong_in_writing_is_told():
 async def test_what_no_longer_fits_the_filter_makes_way_for_the_next(samples, judged, until):
     async with samples() as (app, pilot):
         await pilot.press("slash", *"unjudged", "enter")
-        await until(pilot, lambda: app.screen._query.judged is False)
+        await until(pilot, lambda: "only unjudged" in app.screen.query_one("#filter").text())
         await pilot.press("plus")
         await until(pilot, lambda: app.screen.query_one(Table).count() == 8 * STEPS - 1)
-        await until(pilot, lambda: app.screen.selected()["index"] == 1)
+        await until(pilot, lambda: app.screen.selected().index == 1)
         reading = app.screen.query_one(SampleView)
-        await until(pilot, lambda: reading.sample["index"] == 1)
+        await until(pilot, lambda: reading.sample.index == 1)
         await pilot.press("slash", *"good", "enter")
         await until(pilot, lambda: app.screen.query_one(Table).count() == 1)
 
 
-async def test_read_only_nothing_is_judged_and_it_is_said(samples, judged):
+async def test_read_only_nothing_is_judged_and_it_is_said(samples, judged, until):
     async with samples(read_only=True) as (app, pilot):
         for key in ("plus", "minus", "exclamation_mark", "W"):
             app.clear_notifications()
+            await until(pilot, lambda: not notices(app))
             await pilot.press(key)
-            assert [n.message for n in app._notifications] == [
-                "read-only: nothing is judged from here"
-            ]
+            await until(pilot, lambda: notices(app))
+            assert notices(app) == ["read-only: nothing is judged from here"]
         assert shown(app)[0] == [""] * 8 * STEPS
         assert not judged.labels_file.exists()
 
@@ -120,9 +122,9 @@ async def test_what_others_say_is_seen_without_an_engine_and_without_a_restart(
 ):
     async with samples(follow=True) as (app, pilot):
         row = newest(judged)
-        set_label(judged, row["prompt"], Response.of(row), "bad", "ben on pts/2")
+        set_label(judged, row.prompt, Response.of(row), "bad", "ben on pts/2")
         await until(pilot, lambda: shown(app)[0][0] == "-", "the label")
-        set_note(judged, row["prompt"], Response.of(row), "see\x1b[2J here", "ana")
+        set_note(judged, row.prompt, Response.of(row), "see\x1b[2J here", "ana")
         await until(pilot, lambda: shown(app)[0][0] == "-✎", "the note")
         assert any("see␛ here" in line for line in shown(app)[1])
 
@@ -131,8 +133,8 @@ async def test_what_cannot_be_written_is_said_and_not_shown(samples, judged, unt
     async with samples() as (app, pilot):
         judged.labels_file.mkdir()
         await pilot.press("plus")
-        await until(pilot, lambda: app._notifications)
-        assert "folder must be one that you can write in" in next(iter(app._notifications)).message
+        await until(pilot, lambda: notices(app))
+        assert "folder must be one that you can write in" in notices(app)[0]
         await until(pilot, lambda: shown(app)[0][0] == "")
 
 
@@ -147,6 +149,9 @@ def test_words_of_the_filter_and_the_same_in_quotes():
 
 @pytest.mark.parametrize("label", [None, "good", "bad", "hack"])
 def test_a_mark_is_told_apart_without_colour(label):
-    marks = {mark({"label": name, "note": None})[0] for name in (None, "good", "bad", "hack")}
-    assert len(marks) == 4
-    assert mark({"label": label, "note": "x"})[0].endswith("✎")
+    def shown(name, note):
+        judgement = Judgement(label=name, note=note, who="ana", time=0.0)
+        return mark(sample(1, judgement=judgement))[0]
+
+    assert len({shown(name, None) for name in (None, "good", "bad", "hack")}) == 4
+    assert shown(label, "x").endswith("✎")

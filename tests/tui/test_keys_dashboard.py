@@ -40,7 +40,7 @@ async def test_all_charts_share_the_crosshair(make_app, running):
         columns = {
             row.index("│")
             for chart in app.screen.query(Chart)
-            for row in [chart._canvas.row_text(2)]
+            for row in [chart.text().splitlines()[2]]
             if "│" in row
         }
         assert len(columns) == 1
@@ -128,8 +128,8 @@ async def test_two_metrics_are_put_on_one_chart_by_keyboard(make_app, running, u
         await until(pilot, lambda: len(app.screen.query_one(ChartGrid).charts[3].names) == 2)
         assert app.preferences.charts[-1] == "objective/kl_coef + grad_norm"
         chart = app.screen.query_one(ChartGrid).charts[3]
-        await until(pilot, lambda: "beta + gradient norm" in chart._canvas.row_text(0))
-        assert "·" in chart._canvas.row_text(0), "one of the values is missing"
+        await until(pilot, lambda: "beta + gradient norm" in chart.text().splitlines()[0])
+        assert "·" in chart.text().splitlines()[0], "one of the values is missing"
 
 
 async def test_what_shares_a_chart_can_be_taken_out_of_it(make_app, running, until):
@@ -159,7 +159,7 @@ async def test_L_makes_the_focused_chart_logarithmic(make_app, running):  # noqa
         await pilot.press("j", "L")
         chart = app.screen.query_one(ChartGrid).charts[1]
         assert chart.log_scale
-        assert "log" in chart._canvas.row_text(0)
+        assert "log" in chart.text().splitlines()[0]
         assert app.preferences.log == ["objective/kl"]
 
 
@@ -177,12 +177,10 @@ async def test_s_changes_the_smoothing(make_app, running):
 async def test_o_hides_earlier_attempts(make_app, running):
     app = make_app()
     async with running(app) as pilot:
-        assert any(
-            line.style == "past" for c in app.screen.query(Chart) for line in c._plot().lines
-        )
+        assert any(line.style == "past" for c in app.screen.query(Chart) for line in c.plot().lines)
         await pilot.press("o")
         assert not any(
-            line.style == "past" for c in app.screen.query(Chart) for line in c._plot().lines
+            line.style == "past" for c in app.screen.query(Chart) for line in c.plot().lines
         )
 
 

@@ -1,6 +1,8 @@
 """Every key that works on all screens, pressed on a frozen session."""
 
 import contextlib
+import shutil
+from pathlib import Path
 
 import pytest
 from textual.events import Key
@@ -10,7 +12,11 @@ from engine.session.folder import Session
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.help import HelpDialog
 from rlhf_tui.widgets.key_footer import KeyFooter
-from rlhf_tui.widgets.table import Table
+from rlhf_tui.widgets.table import ScrollText, Table
+from tests.tui.screen import notices
+
+FINISHED = Path(__file__).parents[1] / "data" / "sessions-0.1.0" / "sessions" / "finished"
+"""A whole session, checkpoints and all."""
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,7 @@ async def test_a_click_is_measured_by_the_tabs_as_they_are_drawn(
     session_maker(tmp_path / "s", "a-session-of-a-long-name", 3)
     app = make_app("a-session-of-a-long-name", root=tmp_path / "s")
     async with running(app, (80, 24)) as pilot:
-        drawn = app.screen.query_one("#tabs")._strips[0].text
+        drawn = app.screen.query_one("#tabs").text()
         await pilot.click("#tabs", offset=(drawn.index("3"), 0))
         await until(pilot, lambda: app.current_mode == "samples")
 
@@ -47,7 +53,7 @@ async def test_a_click_needs_a_session_as_the_key_does(make_app, running, until)
     async with running(app) as pilot:
         keys = app.screen.query_one(KeyFooter)
         await pilot.click("#tabs", offset=(16, 0))
-        await until(pilot, lambda: "open a session first" in keys._notice)
+        await until(pilot, lambda: "open a session first" in keys.text())
         assert app.current_mode == "sessions"
 
 
@@ -77,7 +83,7 @@ async def test_help_lists_every_binding_that_has_words(make_app, running, until)
     async with running(app) as pilot:
         await pilot.press("question_mark")
         await until(pilot, lambda: isinstance(app.screen, HelpDialog))
-        text = "\n".join("".join(p for p, _ in row) for row in app.screen._lines)
+        text = app.screen.query_one(ScrollText).text()
         for words in ("pause", "beta +10 %", "crosshair left", "next marker", "detach", "probe"):
             assert words in text
         await pilot.press("escape")
@@ -147,14 +153,21 @@ async def test_a_resume_that_had_nothing_to_do_is_told_in_its_own_words(
         words = "session 'frozen' has finished its 200 steps"
         monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ("", words))
         await pilot.press("r")
-        await until(pilot, lambda: app._notifications)
-        assert [n.message for n in app._notifications] == [words]
+        await until(pilot, lambda: notices(app))
+        assert notices(app) == [words]
 
 
-def test_the_last_words_of_our_own_command_are_kept(make_app):
-    problem, said = make_app().engines.run_cli(["ls"])
-    assert problem == ""
-    assert "frozen" in said
+async def test_the_last_words_of_our_own_command_are_told(make_app, tmp_path, running, until):
+    shutil.copytree(FINISHED, tmp_path / "finished")
+    config = tmp_path / "finished" / "config.yaml"
+    config.write_text(config.read_text().replace("@FOLDER@", str(tmp_path)))
+    app = make_app(None, root=tmp_path)
+    async with running(app) as pilot:
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 1)
+        await pilot.press("r")
+        await until(pilot, lambda: notices(app), deadline=60)  # it is a process of its own
+        (said,) = notices(app)
+        assert said.startswith("session 'finished' has finished its 6 steps")
 
 
 async def test_deleting_asks_and_cancel_has_the_focus(browser, until):
@@ -183,8 +196,8 @@ async def test_screens_of_a_session_need_one(make_app, running):
 async def test_a_session_that_is_not_there_is_named(make_app, running, until):
     app = make_app("nobody")
     async with running(app) as pilot:
-        await until(pilot, lambda: app._notifications)
-        assert "nobody" in str([n.message for n in app._notifications])
+        await until(pilot, lambda: notices(app))
+        assert "nobody" in str(notices(app))
         assert app.current_mode == "sessions"
 
 

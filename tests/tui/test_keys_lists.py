@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 
+from engine.journal.reader import JournalReader
 from rlhf_tui.app import steering
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
 from rlhf_tui.widgets.samples.sample_view import SampleView
@@ -21,6 +22,13 @@ def samples(make_app, running, until):
             yield app, pilot
 
     return open_samples
+
+
+def shown_samples(app):
+    """What the journal holds of the answers in the table, from the top."""
+    with JournalReader(app.session) as record:
+        rows = {(row.step, row.index): row for row in record.samples.newest()}
+    return [rows[key] for key in app.screen.query_one(Table).keys]
 
 
 async def test_the_answer_under_the_cursor_is_read(samples, until):
@@ -41,9 +49,7 @@ async def test_the_answer_under_the_cursor_is_read(samples, until):
             "home",
         ):
             await pilot.press(key)
-            await until(
-                pilot, lambda: (reading.sample["step"], reading.sample["index"]) == table.key
-            )
+            await until(pilot, lambda: (reading.sample.step, reading.sample.index) == table.key)
 
 
 async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):
@@ -51,8 +57,8 @@ async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):
         await pilot.press("s")
         table = app.screen.query_one(Table)
         await until(pilot, lambda: table.sorted_by == "score")
-        rows = app.screen._rows
-        assert list(rows.values()) == sorted(rows.values(), key=lambda r: -r["score"])
+        rows = shown_samples(app)
+        assert rows == sorted(rows, key=lambda r: -r.score)
         await pilot.press("r")
         await until(pilot, lambda: not table.descending)
         await pilot.press("s")
@@ -67,10 +73,7 @@ async def test_a_filter_narrows_the_table_and_esc_takes_it_away(samples, key, un
         await pilot.press(*"score>2 kl<8", "enter")
         await until(
             pilot,
-            lambda: (
-                app.screen._rows
-                and all(r["score"] >= 2 and r["kl"] <= 8 for r in app.screen._rows.values())
-            ),
+            lambda: (rows := shown_samples(app)) and all(r.score >= 2 and r.kl <= 8 for r in rows),
         )
         await pilot.press("escape")
         await until(pilot, lambda: app.screen.query_one(Table).count() == 500)
@@ -81,11 +84,12 @@ async def test_a_filter_narrows_the_table_and_esc_takes_it_away(samples, key, un
 )
 async def test_pages_are_turned(samples, forth, back, until):
     async with samples() as (app, pilot):
-        first = next(iter(app.screen._rows))
+        table = app.screen.query_one(Table)
+        first = table.keys[0]
         await pilot.press(forth)
-        await until(pilot, lambda: next(iter(app.screen._rows)) != first)
+        await until(pilot, lambda: table.keys[0] != first)
         await pilot.press(back)
-        await until(pilot, lambda: next(iter(app.screen._rows)) == first)
+        await until(pilot, lambda: table.keys[0] == first)
 
 
 async def test_v_shows_a_number_of_each_token(samples, until):
@@ -95,8 +99,7 @@ async def test_v_shows_a_number_of_each_token(samples, until):
         for mode in ("KL", "log-prob", "advantage", "value", "text"):
             await pilot.press("v")
             assert reading.mode == mode
-            text = "".join(p for row in reading._body for p, _ in row)
-            assert ("largest" in text) == (mode != "text")
+            assert ("largest" in reading.text()) == (mode != "text")
 
 
 async def test_enter_reads_and_z_reads_alone(samples, until):
@@ -187,7 +190,7 @@ async def test_the_log_is_searched(make_app, running, until):
         await pilot.press("slash")
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"step 2 ", "enter")
-        await until(pilot, lambda: app.screen._words == "step 2")
+        await until(pilot, lambda: view.matching == "step 2")
         top = view.top
         await pilot.press("N")
         assert view.top < top

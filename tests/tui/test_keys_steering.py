@@ -11,6 +11,7 @@ from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.table import ScrollText
+from tests.tui.screen import notices
 
 
 async def test_p_pauses(make_app, engine, running, until):
@@ -57,7 +58,7 @@ async def test_b_asks_for_beta_and_shows_old_and_new(make_app, engine, running, 
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"0.12")
         effect = app.screen.query_one("#effect")
-        await until(pilot, lambda: "0.08 → 0.12" in effect._rows[0][0][0])
+        await until(pilot, lambda: "0.08 → 0.12" in effect.text())
         await pilot.press("enter")
         await until(pilot, lambda: engine == [steering.SetBeta(value=0.12)])
 
@@ -69,7 +70,8 @@ async def test_a_wrong_value_is_not_sent_and_the_dialog_says_why(make_app, engin
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"-3", "enter")
         assert isinstance(app.screen, InputDialog)
-        assert app.screen.query_one("#effect")._rows[0][0][1] == "warn"
+        effect = app.screen.query_one("#effect")
+        assert effect.rows(*effect.size)[0][0][1] == "warn"
         await pilot.press("escape")
         await until(pilot, lambda: not isinstance(app.screen, InputDialog))
     assert engine == []
@@ -135,7 +137,8 @@ async def test_x_probes_and_shows_both_answers(make_app, engine, running, until)
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"hello", "enter")
         await until(pilot, lambda: isinstance(app.screen, ProbeDialog), "the answers")
-        text = str([p for row in app.screen._lines for p, _ in row])
+        await until(pilot, lambda: app.screen.query_one(ScrollText).size.width > 0)
+        text = app.screen.query_one(ScrollText).text()
         assert "policy says" in text
         assert "reference says" in text
 
@@ -152,7 +155,8 @@ async def test_long_answers_to_a_probe_are_whole_and_scroll(make_app, size, runn
         await until(pilot, lambda: app.screen.query_one(ScrollText).size.height > 0)
         texts = app.screen.query_one(ScrollText)
         assert app.screen.query_one(".dialog").region.bottom <= size[1]
-        assert all(row_width(row) <= texts.size.width for row in texts._body)
+        rows = [texts.row(index, texts.size.width) for index in range(texts.count())]
+        assert all(row_width(row) <= texts.size.width for row in rows)
         await pilot.press("G")
         assert "end" in texts.rows(*texts.size)[-1][0][0]
         await pilot.press("enter")
@@ -177,8 +181,8 @@ async def test_without_an_engine_a_command_names_what_starts_one(make_app, runni
     app = make_app()
     async with running(app) as pilot:
         await pilot.press("p")
-        await until(pilot, lambda: app._notifications)
-        assert "rlhf-tui resume frozen" in str([n.message for n in app._notifications])
+        await until(pilot, lambda: notices(app))
+        assert "rlhf-tui resume frozen" in str(notices(app))
 
 
 async def test_a_command_s_life_is_told(make_app, engine, running, until):
@@ -186,4 +190,4 @@ async def test_a_command_s_life_is_told(make_app, engine, running, until):
     async with running(app) as pilot:
         await pilot.press("c")
         keys = app.screen.query_one(KeyFooter)
-        await until(pilot, lambda: "applied at step 201" in keys._notice)
+        await until(pilot, lambda: "applied at step 201" in keys.text())

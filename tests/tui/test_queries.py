@@ -23,25 +23,25 @@ def test_a_left_timeline_is_read_by_attempt(record):
 def test_a_page_is_sorted_and_the_next_one_follows(record, order):
     rows = []
     for page in range(3):
-        rows += record.sample_page(SampleQuery(order=order, descending=False), 50, 50 * page)
-    assert len({(r["step"], r["index"]) for r in rows}) == 150
-    assert [r[order] for r in rows] == sorted(r[order] for r in rows)
+        rows += record.samples.page(SampleQuery(order=order, descending=False), 50, 50 * page)
+    assert len({(r.step, r.index) for r in rows}) == 150
+    assert [getattr(r, order) for r in rows] == sorted(getattr(r, order) for r in rows)
 
 
 def test_bounds_and_words_narrow_a_page(record):
     query = parse_filter("score>1.5 kl<=8 LOVED cut", SampleQuery())
-    rows = record.sample_page(query, 500)
+    rows = record.samples.page(query, 500)
     assert rows
     for row in rows:
-        assert row["score"] >= 1.5
-        assert row["kl"] <= 8
-        assert "loved" in row["response"]
-        assert not row["ended"]
+        assert row.score >= 1.5
+        assert row.kl <= 8
+        assert "loved" in row.response
+        assert not row.ended
 
 
 def test_a_column_that_is_none_of_ours_is_not_sorted_by(record):
-    rows = record.sample_page(SampleQuery(order="step; DROP TABLE samples"), 3)
-    assert [r["step"] for r in rows] == [200, 200, 200]
+    rows = record.samples.page(SampleQuery(order="step; DROP TABLE samples"), 3)
+    assert [r.step for r in rows] == [200, 200, 200]
 
 
 @pytest.mark.parametrize(

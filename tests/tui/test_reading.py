@@ -10,6 +10,7 @@ from rlhf_tui.state.updates import SessionSummary, SessionUpdate
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel
 from rlhf_tui.widgets.samples.sample_view import UNDEFINED, VIEWS, token_rows
+from tests.judging import sample
 
 
 def arrays_of(*values):
@@ -45,9 +46,7 @@ def test_numbers_near_the_largest_there_are_can_be_read():
 
 def test_a_kl_that_is_undefined_is_no_zero():
     state = SessionState("run")
-    answer = {"step": 3, "score": None, "kl": None, "length": 2, "ended": True,
-              "prompt": "a", "response": "b"}  # fmt: skip
-    state.take(SessionUpdate(samples=[answer]))
+    state.take(SessionUpdate(samples=[sample(3, score=None, kl=None)]))
     row = text(LatestSamplesPanel(state).rows(80, 5))[1]
     assert row.split()[:2] == ["–", "–"]
 

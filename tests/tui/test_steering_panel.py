@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from engine.config.settings import Settings
+from engine.config.settings import SettingChange, Settings
 from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from tests.tui.panels import SETTINGS, command, make_state, text
@@ -31,7 +31,7 @@ def test_a_fixed_beta_stays_and_the_panel_says_what_the_controller_would_do():
 
 def test_beta_names_who_set_it():
     state = make_state()
-    change = [{"key": "beta", "old": 0.04, "new": 0.05}]
+    change = [SettingChange(key="beta", old=0.04, new=0.05)]
     done = command("applied", applied_step=12, changes=change, ended=2.0)
     state.take(SessionUpdate(commands=[done]))
     assert "goes on from ana's, step 12" in text(SteeringPanel(state))

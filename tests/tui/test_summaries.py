@@ -2,6 +2,8 @@
 
 import pytest
 
+from engine.config.settings import SettingChange
+from engine.journal.rows import AlertEvent, EventRow
 from rlhf_tui.app.digest import digest
 from rlhf_tui.screens.modes import MODES
 from rlhf_tui.screens.sessions import spark
@@ -50,7 +52,7 @@ def test_where_one_is_and_the_state_are_always_there(width):
 
 def test_an_intervention_s_effect_is_the_means_before_and_after():
     state = make_state()
-    change = [{"key": "beta", "old": 0.04, "new": 0.05}]
+    change = [SettingChange(key="beta", old=0.04, new=0.05)]
     done = command("applied", applied_step=21, changes=change, ended=2.0)
     state.take(SessionUpdate(commands=[done]))
     shown = text(CursorPanel(state, Viewport()), 120, 2)
@@ -65,8 +67,8 @@ def test_the_crosshair_reads_the_values_of_its_step():
 
 def test_a_digest_tells_what_came_since():
     state = make_state()
-    alert = {"event": 9, "time": 900.0, "attempt": 1, "step": 40, "kind": "alert",
-             "rule": "kl", "text": "KL is high"}  # fmt: skip
+    payload = AlertEvent(rule="kl", text="KL is high")
+    alert = EventRow(event=9, time=900.0, attempt=1, step=40, kind="alert", payload=payload)
     state.take(SessionUpdate(events=[alert]))
     rows = digest(state, Seen(time=500.0, step=20, event=3))
     shown = "\n".join("".join(p for p, _ in row) for row in rows)

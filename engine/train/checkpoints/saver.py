@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import CheckpointError
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import shards
 from engine.train.checkpoints.folder import StateFile, TrainingState
+from engine.train.checkpoints.host_copy import HostCopies
 from engine.train.checkpoints.policy_folder import policy_files, policy_tensors, write_policy
 from engine.train.models.language_model import LanguageModel
 
@@ -92,7 +92,7 @@ class Saver:
         self._conclude = conclude
         self._confirm = confirm
         self._files: dict[str, bytes] = {}
-        self._pinned: DefaultStager | None = None
+        self._host_copies = HostCopies()
         self._running: Future[Outcome] | None = None
         self._reported = True
 
@@ -123,7 +123,7 @@ class Saver:
                 self._files = policy_files(policy, tokenizer)
             except OSError as error:  # told like the rest: the other ranks have begun already
                 trouble = error
-        copies = self._copy(shards.share(wanted, self._group))
+        copies = self._host_copies.copy(shards.share(wanted, self._group))
         content = StateFile(
             state=copy.deepcopy(state),
             score=score,
@@ -181,17 +181,6 @@ class Saver:
         """Gives the save in flight some seconds to finish; raises nothing."""
         if self._running is not None:
             wait([self._running], timeout)
-
-    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """True copies on the CPU; DTensors stay DTensors."""
-        if any(t.is_cuda for t in tensors.values()):
-            # Pinned memory is quick to fill and slow to get, so it is kept from save to save.
-            self._pinned = self._pinned or DefaultStager(StagingOptions(True, False, False, True))
-            return dict(self._pinned.stage(tensors))  # type: ignore[arg-type]
-        stager = DefaultStager(StagingOptions(False, False, False, False))
-        copies = dict(stager.stage(tensors))  # type: ignore[arg-type]
-        stager.close()
-        return copies
 
     # -- in the background -------------------------------------------------------------------------
 

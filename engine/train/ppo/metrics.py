@@ -1,4 +1,4 @@
-"""A step's metrics, by TRL's names where TRL has one. Units stand in docs/metrics.md."""
+"""A step's metrics, by TRL's names where TRL has one. They are declared in engine/metrics.py."""
 
 import itertools
 import math

@@ -8,9 +8,10 @@ from torch.utils.tensorboard.summary import hparams
 
 from engine.config.file import flatten, to_tree
 from engine.config.schema import RunConfig
+from engine.metrics import KL, RLHF_REWARD, SCORE
 from engine.protocol.rank_messages import Sample
 
-HEADLINE = ("objective/scores", "objective/kl", "objective/rlhf_reward")
+HEADLINE = (SCORE, KL, RLHF_REWARD)
 """What the hparams view compares runs by."""
 
 

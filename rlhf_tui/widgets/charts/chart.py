@@ -8,8 +8,8 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
+from engine import metrics
 from rlhf_tui import format as fmt
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.messages import CursorMoved
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
@@ -17,39 +17,6 @@ from rlhf_tui.text import one_line
 from rlhf_tui.widgets.charts.plot import GROUNDS, GUTTER, STYLES, Canvas, Line, Plot, paint
 from rlhf_tui.widgets.charts.raster import step_of
 from rlhf_tui.widgets.tones import style_of
-
-TITLES = {
-    facts.SCORE: "score",
-    facts.KL: "KL",
-    facts.CLIP: "clip fraction",
-    facts.BETA: "beta",
-    facts.LENGTH: "length",
-    facts.TOKENS: "tokens/s",
-    "objective/kl_per_token": "KL per token",
-    "objective/scores_std": "score, std",
-    "policy/entropy_avg": "entropy",
-    "policy/approxkl_avg": "approximate KL",
-    "val/explained_var": "explained variance",
-    "tokens/truncated_frac": "cut off",
-    "text/distinct_2": "distinct word pairs",
-    "lr": "learning rate",
-    "grad_norm": "gradient norm",
-}
-
-UNITS = {
-    facts.KL: "nats/response",
-    facts.LENGTH: "tokens",
-    "objective/kl_per_token": "nats",
-    "policy/entropy_avg": "nats/token",
-    "tokens/truncated_frac": "fraction",
-}
-EXACT = (facts.BETA, "lr")
-"""Set, not measured: a moving average would show values that never were in force."""
-
-
-def title_of(name: str) -> str:
-    """What a metric is called above its chart."""
-    return TITLES.get(name, name)
 
 
 class Chart(Widget, can_focus=True):
@@ -79,17 +46,23 @@ class Chart(Widget, can_focus=True):
         width, height = self.size
         if not width or not height:
             return
-        old, new = self._canvas, paint(self._plot(), width, height)
+        old, new = self._canvas, paint(self.plot(), width, height)
         self._canvas = new
         if old is None or (old.width, old.height) != (width, height):
             self.refresh()
         elif regions := changed(old, new):
             self.refresh(*regions)
 
-    def _plot(self) -> Plot:
+    def text(self) -> str:
+        """What is shown, as plain text."""
+        picture = self._canvas
+        return "\n".join(map(picture.row_text, range(picture.height))) if picture else ""
+
+    def plot(self) -> Plot:
+        """What is to be painted: curves, markers, title, window."""
         first, last = self.view.window(self.state)
         name = self.names[0]
-        title = " + ".join(title_of(n) for n in self.names)
+        title = " + ".join(metrics.title_of(n) for n in self.names)
         return Plot(
             title="".join(c if cell_len(c) == 1 else "?" for c in one_line(title)),
             value=" · ".join(self._value(n) for n in self.names),
@@ -97,10 +70,10 @@ class Chart(Widget, can_focus=True):
             last=last,
             lines=self._lines(name),
             legend=[f"s{i}" for i in range(1, len(self.names) + 1)][:6],
-            unit=UNITS.get(name, "") if len(self.names) == 1 else "",
+            unit=metrics.describe(name).chart_unit if len(self.names) == 1 else "",
             note=self._note(),
             log=self.log_scale,
-            target=self.state.setting("target") if name == facts.KL else None,
+            target=self.state.setting("target") if name == metrics.KL else None,
             markers=self.state.markers(),
             cursor=self.view.cursor,
             focused=self.has_focus,
@@ -111,12 +84,12 @@ class Chart(Widget, can_focus=True):
         series = self.state.outline(name) or self.state.series(name)
         cursor = self.view.cursor
         value = series.last if cursor is None else series.at(cursor)
-        return fmt.number(value, 4 if name == facts.BETA else 3)
+        return fmt.number(value, metrics.describe(name).digits)
 
     def _note(self) -> str:
         words = [self.place] if self.place and self.has_focus else []
         words += ["log"] if self.log_scale else []
-        if self.view.weight and self.names[0] not in EXACT:
+        if self.view.weight and not metrics.describe(self.names[0]).is_set:
             words.append(f"ema {self.view.weight:g}")
         return " ".join(words)
 
@@ -135,7 +108,7 @@ class Chart(Widget, can_focus=True):
         for i, curves in enumerate(view.others.values()):
             if name in curves:
                 found.append(Line(curves[name], f"s{min(6, 2 + i)}"))
-        weight = 0.0 if name in EXACT else view.weight
+        weight = 0.0 if metrics.describe(name).is_set else view.weight
         for i, each in enumerate(self.names):
             if (outline := state.outline(each)) is not None:
                 # An average over the extremes would not be that over the values.

@@ -1,17 +1,17 @@
 """The line under the charts: what stands at the crosshair, and what an intervention did."""
 
+from engine import metrics
 from rlhf_tui import format as fmt
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, RECENT, Marker, SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.panels.panel import Panel
 
 MEASURED = (
-    (facts.SCORE, "score"),
-    (facts.KL, "KL"),
-    (facts.CLIP, "clip"),
-    (facts.LENGTH, "length"),
+    (metrics.SCORE, "score"),
+    (metrics.KL, "KL"),
+    (metrics.CLIP_FRACTION, "clip"),
+    (metrics.RESPONSE_LENGTH, "length"),
 )
 
 
@@ -39,7 +39,7 @@ class CursorPanel(Panel):
 
     def _values(self, step: int) -> Row:
         row: list[Piece] = [(f" step {step}", "strong")]
-        for name, label in (*MEASURED, (facts.BETA, "beta")):
+        for name, label in (*MEASURED, (metrics.BETA, "beta")):
             value = self.state.series(name).at(step)
             row += [(f"   {label} ", "dim"), (fmt.number(value), "")]
         return row
@@ -56,7 +56,7 @@ class CursorPanel(Panel):
         if width < 100:
             second = [("  ±10 steps" if width > 78 else "  ±10", "dim")]
         for name, label in MEASURED:
-            if width < 100 and name == facts.LENGTH:
+            if width < 100 and name == metrics.RESPONSE_LENGTH:
                 label = "len"
             before, after = self.state.before_and_after(name, marker.step)
             second += [

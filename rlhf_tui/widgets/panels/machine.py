@@ -1,8 +1,8 @@
 """The machine: GPUs where there are some, else the processors; and each rank."""
 
+from engine import metrics
 from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
 from rlhf_tui import format as fmt
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar, heading
 
@@ -52,7 +52,7 @@ class MachinePanel(Panel):
         return [top, *devices, *lines, *more][:height]
 
     def _without(self) -> list[Row]:
-        peak = self.state.series(facts.MEMORY).last
+        peak = self.state.series(metrics.PEAK_MEMORY).last
         row: Row = [(" peak memory ", "dim"), (f"{peak:.2f} GB", "")] if peak is not None else []
         words = "waiting for the engine" if self.state.live else "no engine runs"
         return [[(f" {words}", "dim")], *([row] if row else [])]

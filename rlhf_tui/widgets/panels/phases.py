@@ -1,8 +1,8 @@
 """The phase strip: what each rank does now, how far it is, and how long each phase takes."""
 
+from engine import metrics
+from engine.metrics import PHASES, phase_time
 from engine.protocol.rank_messages import Phase
-from rlhf_tui.state import session_state as facts
-from rlhf_tui.state.session_state import PHASES
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar
@@ -18,9 +18,7 @@ class PhaseStrip(Panel):
         phases = self.state.phases
         if self.state.head.state == "starting" and not phases:
             return [[(" starting: models and prompts are being loaded …", "dim")]]
-        if not self.state.live:
-            return [self._usual(width, "")]
-        if not phases:
+        if not self.state.live or not phases:
             return [self._usual(width, "")]
         if self.state.head.state == "paused":
             return [self._usual(width, "holding between steps;")]
@@ -30,10 +28,10 @@ class PhaseStrip(Panel):
 
     def _usual(self, width: int, words: str) -> Row:
         """No phase is known: how long they take."""
-        times = [(n, s) for n in PHASES if (s := self.state.recent_mean(f"time/{n}")) is not None]
+        times = [(n, s) for n in PHASES if (s := self.state.recent_mean(phase_time(n))) is not None]
         if not times:
             return [(f" {words} no step was measured yet".replace("  ", " "), "dim")]
-        total = self.state.recent_mean(facts.STEP_TIME)
+        total = self.state.recent_mean(metrics.STEP_TIME)
         pieces: list[Piece] = [(f" {words} " if words else " ", "dim")]
         pieces += [("a step took ", "dim"), (f"{total or 0:.1f}s", ""), (": ", "dim")]
         for i, (name, seconds) in enumerate(times):
@@ -62,7 +60,7 @@ class PhaseStrip(Panel):
         before: list[Piece] = []
         later: list[Piece] = []
         for i, name in enumerate(PHASES):
-            seconds = self.state.recent_mean(f"time/{name}") if times else None
+            seconds = self.state.recent_mean(phase_time(name)) if times else None
             took = f" {seconds:.1f}s" if seconds is not None else ""
             if i < place:
                 before.append((f" ✓ {name}{took}", "dim"))

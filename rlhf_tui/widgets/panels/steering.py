@@ -2,10 +2,11 @@
 
 import msgspec
 
+from engine import metrics
 from engine.config.settings import Settings
+from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
 from rlhf_tui import format as fmt
-from rlhf_tui.state import session_state as facts
 from rlhf_tui.state.session_state import SessionState, command_text, value_text
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, row_width
@@ -59,7 +60,7 @@ class SteeringPanel(Panel):
 
     def _kl(self) -> Row:
         state = self.state
-        kl, target = state.series(facts.KL).last, state.setting("target")
+        kl, target = state.series(metrics.KL).last, state.setting("target")
         row: list[Piece] = [*_label("KL"), (f"{fmt.number(kl, 2):<8}", "strong")]
         if kl is not None and target:
             ratio = kl / target
@@ -71,7 +72,7 @@ class SteeringPanel(Panel):
 
     def _next(self, width: int) -> Row:
         now = settings_of(self.state)
-        kl = self.state.series(facts.KL).last
+        kl = self.state.series(metrics.KL).last
         row: list[Piece] = [*_label("next")]
         if now is None or kl is None:
             first = not self.state.head.step
@@ -102,24 +103,24 @@ class SteeringPanel(Panel):
             rows[-1] += [(f"{name} ", "dim"), (f"{value}  ", "")]
         return [*rows]
 
-    def _recent(self) -> list[dict[str, object]]:
+    def _recent(self) -> list[CommandRow]:
         """Those on their way, then the last ones that ended."""
         pending = self.state.pending()
         ended = [c for c in self.state.commands if c not in pending]
-        ended.sort(key=lambda c: c["ended"] or 0, reverse=True)
+        ended.sort(key=lambda c: c.ended or 0, reverse=True)
         return [*pending, *ended[:8]]
 
-    def _command(self, command: dict[str, object], width: int) -> Row:
-        status = str(command["status"])
+    def _command(self, command: CommandRow, width: int) -> Row:
+        status = command.status
         mark, tone = STATUS_MARKS.get(status, ("?", "warn"))
         words = f"{mark} {status}"
-        if status == "applied" and command["applied_step"] is not None:
-            words += f" at step {command['applied_step']}"
+        if status == "applied" and command.applied_step is not None:
+            words += f" at step {command.applied_step}"
         elif status in ("queued", "accepted"):
             if wait := about(self.state.boundary_in()):
                 words += f", at step {self.state.head.step + 2} in {wait}"
         elif status == "rejected":
-            words += f": {command['reason']}"
+            words += f": {command.reason}"
         text = command_text(command)
         if width < 50:
             for key, name in OTHER_SETTINGS:

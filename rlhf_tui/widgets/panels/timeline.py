@@ -30,30 +30,30 @@ def _row(marker: Marker, width: int) -> Row:
 
 
 class LatestSamplesPanel(Panel):
-    """The newest step's answers, the best and the worst first to be seen."""
+    """The newest step's responses, in the order of their prompts, as many as fit."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Score, KL and length before each."""
         samples = self.state.samples
-        step = samples[-1]["step"] if samples else 0
+        step = samples[-1].step if samples else 0
         title = f"Newest answers, step {step}" if samples else "Newest answers"
         top = heading(title, "3 read" if width >= 40 else "3", width)
         if not samples:
             return [top, [(" none yet: they come with the first step", "dim")]]
-        newest = [s for s in samples if s["step"] == step]
+        newest = [s for s in samples if s.step == step]
         rows: list[Row] = []
         for s in newest[: height - 1]:
-            score, kl = s["score"], s["kl"]
+            score, kl = s.score, s.kl
             rows.append(
                 [
                     (f" {fmt.number(score, 2):>7}", "strong"),
                     (f" {fmt.number(kl, 1):>6}" if width >= 60 else "", "dim"),
-                    (f" {s['length']:>3}" if width >= 60 else "", "dim"),
-                    ("  " if s["ended"] else " ✂", "warn"),
+                    (f" {s.length:>3}" if width >= 60 else "", "dim"),
+                    ("  " if s.ended else " ✂", "warn"),
                     (" ", ""),
-                    (s["prompt"].strip()[-max(width // 4, 8) :], "dim"),
+                    (s.prompt.strip()[-max(width // 4, 8) :], "dim"),
                     ("│", "dim"),
-                    (s["response"].strip(), ""),
+                    (s.response.strip(), ""),
                 ]
             )
         return [top, *rows]

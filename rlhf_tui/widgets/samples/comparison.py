@@ -2,8 +2,8 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
+from engine.journal.rows import ProbeResponse, SampleRow
 from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.samples.diff import MOST, Own, marked_lines, own_words
@@ -25,8 +25,8 @@ class ComparisonTarget:
     """Which one it is."""
     mine: str
     """The answer's own words."""
-    row: dict[str, Any] | None = None
-    """`response`, `score`, `kl`, `length`, and the label if there is one; None: there is none."""
+    row: SampleRow | ProbeResponse | None = None
+    """The other response; None: there is none."""
     lack: str = ""
     """Why there is none, and what can be done about it."""
     better: str = ""
@@ -36,16 +36,16 @@ class ComparisonTarget:
     @functools.cached_property
     def own(self) -> Own:
         """The words that only one of them has."""
-        return own_words(self.mine, self.row["response"] if self.row else "")
+        return own_words(self.mine, self.row.response if self.row else "")
 
 
-def comparison(sample: dict[str, Any], beside: ComparisonTarget, width: int) -> list[Row]:
+def comparison(sample: SampleRow, beside: ComparisonTarget, width: int) -> list[Row]:
     """All lines: both answers, the keys, and the prompt, which they have in common, last."""
     wide = width >= SIDE_BY_SIDE and beside.row is not None
     half = (width - len(GAP)) // 2 if wide else width
-    left = _head(f"THIS, step {sample['step']} #{sample['index']}", sample, beside, "this", half)
+    left = _head(f"THIS, step {sample.step} #{sample.index}", sample, beside, "this", half)
     if beside.row is None:
-        rows = [*left, *([(line, "")] for line in wrap(sample["response"], half)), []]
+        rows = [*left, *([(line, "")] for line in wrap(sample.response, half)), []]
         rows += [
             [(beside.title, "strong")],
             *([(line, "warn")] for line in wrap(beside.lack, width)),
@@ -56,24 +56,24 @@ def comparison(sample: dict[str, Any], beside: ComparisonTarget, width: int) -> 
             longer = max(len(left), len(right))
             left += [[]] * (longer - len(left))
             right += [[]] * (longer - len(right))
-        left += marked_lines(sample["response"], beside.own.mine, "mine", half)
-        right += marked_lines(beside.row["response"], beside.own.theirs, "theirs", half)
+        left += marked_lines(sample.response, beside.own.mine, "mine", half)
+        right += marked_lines(beside.row.response, beside.own.theirs, "theirs", half)
         rows = _abreast(left, right, half) if wide else [*left, [], *right]
     rows += [[], *_legend(beside, width), []]
-    prompt = [[(line, "dim")] for line in wrap(sample["prompt"], width)]
+    prompt = [[(line, "dim")] for line in wrap(sample.prompt, width)]
     return [*rows, [("PROMPT", "dim")], *prompt]
 
 
 def _head(
-    title: str, row: dict[str, Any], beside: ComparisonTarget, which: str, width: int
+    title: str, row: SampleRow | ProbeResponse, beside: ComparisonTarget, which: str, width: int
 ) -> list[Row]:
-    numbers = [f"score {fmt.number(row['score'], 2)}", f"{row['length']} tokens"]
+    numbers = [f"score {fmt.number(row.score, 2)}", f"{row.length} tokens"]
     if (which, beside.kind) != ("other", "reference"):  # which has none to itself
-        numbers.insert(1, f"KL {fmt.number(row['kl'], 1)}")
+        numbers.insert(1, f"KL {fmt.number(row.kl, 1)}")
     rows: list[Row] = [justified([(title, "strong")], [("  ".join(numbers), "dim")], width)]
     if beside.better == which:
         rows.append([("✓ better", "good"), (f"   {beside.who}", "dim")])
-    return rows + judgement_rows(row, width)
+    return rows + (judgement_rows(row.judgement, width) if isinstance(row, SampleRow) else [])
 
 
 def _abreast(left: list[Row], right: list[Row], half: int) -> list[Row]:

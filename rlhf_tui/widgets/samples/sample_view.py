@@ -1,10 +1,10 @@
 """One answer to be read: prompt, answer, numbers, judgement, token by token, beside another one."""
 
 import math
-from typing import Any
 
 from rich.cells import cell_len
 
+from engine.journal.rows import SampleRow
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui import format as fmt
 from rlhf_tui.text import sanitise
@@ -26,13 +26,13 @@ class SampleView(ScrollText):
 
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id)
-        self.sample: dict[str, Any] | None = None
+        self.sample: SampleRow | None = None
         self.arrays: TokenArrays | None = None
         self.mode = VIEWS[0]
         self.beside: ComparisonTarget | None = None
         """What it is compared with."""
 
-    def read(self, sample: dict[str, Any] | None, arrays: TokenArrays | None) -> None:
+    def read(self, sample: SampleRow | None, arrays: TokenArrays | None) -> None:
         """Another answer."""
         same = (
             sample is not None and self.sample is not None and key_of(sample) == key_of(self.sample)
@@ -83,26 +83,26 @@ class SampleView(ScrollText):
         self.set_body([[(" ", ""), *row] for row in lines], keep=keep)
 
 
-def body(sample: dict[str, Any], arrays: TokenArrays | None, mode: str, width: int) -> list[Row]:
+def body(sample: SampleRow, arrays: TokenArrays | None, mode: str, width: int) -> list[Row]:
     """All lines of an answer."""
     s = sample
     rows: list[Row] = [
         [
-            ("score ", "dim"), (fmt.number(s["score"]), "strong"),
-            ("   KL ", "dim"), (f"{fmt.number(s['kl'], 2)} nats", "strong"),
-            ("   length ", "dim"), (str(s["length"]), "strong"),
-            ("   ended" if s["ended"] else "   ✂ cut off", "dim" if s["ended"] else "warn"),
+            ("score ", "dim"), (fmt.number(s.score), "strong"),
+            ("   KL ", "dim"), (f"{fmt.number(s.kl, 2)} nats", "strong"),
+            ("   length ", "dim"), (str(s.length), "strong"),
+            ("   ended" if s.ended else "   ✂ cut off", "dim" if s.ended else "warn"),
         ],
-        *judgement_rows(s, width),
+        *judgement_rows(s.judgement, width),
     ]  # fmt: skip
-    if len(s["parts"]) > 1:
+    if len(s.parts) > 1:
         parts: list[Piece] = []
-        for name, value in s["parts"].items():
+        for name, value in s.parts.items():
             parts += [(f"{name} ", "dim"), (f"{fmt.number(value)}   ", "")]
         rows.append(parts)
-    rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s["prompt"], width)), []]
+    rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s.prompt, width)), []]
     if mode == VIEWS[0]:
-        return [*rows, [("ANSWER", "dim")], *([(line, "")] for line in wrap(s["response"], width))]
+        return [*rows, [("ANSWER", "dim")], *([(line, "")] for line in wrap(s.response, width))]
     if arrays is None:
         words = "no token values were kept of this answer (log.arrays: how many a step)"
         return [*rows, *([(line, "warn")] for line in wrap(words, width))]

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -140,7 +141,8 @@ def main() -> None:
     torch.set_num_threads(1)
     group = None
     if strategy != "alone":
-        dist.init_process_group("gloo")
+        store, number, count = next(rendezvous("env://"))
+        dist.init_process_group("gloo", store=store, rank=number, world_size=count)
         group = dist.new_group(backend="gloo")
     if act == "save":
         folder, trouble = Path(rest[0]), rest[1] if len(rest) > 1 else ""
@@ -152,7 +154,6 @@ def main() -> None:
             (folder / f"load-{rank()}.json").write_text(json.dumps(seen))
     if group is not None:
         # As a rank does: one that ends in the midst of a barrier is a loss to the others.
-        store = dist.distributed_c10d._get_default_store()
         store.set(f"parting/{rank()}", "1")
         store.wait([f"parting/{r}" for r in range(dist.get_world_size())])
         os._exit(0)  # as a rank does: groups that are taken down abort it now and then

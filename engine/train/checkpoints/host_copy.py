@@ -1,0 +1,72 @@
+"""Copies of tensors in the host's memory, pinned and reused where they come from a GPU."""
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+log = logging.getLogger("engine")
+
+
+class HostCopies:
+    """Copies named tensors to the host; call :meth:`copy` once per save.
+
+    Buffers for GPU tensors are pinned and kept from one call to the next, since pinned memory is
+    slow to allocate. A call overwrites the copies of the call before. Tensors on the CPU are
+    cloned, so that their memory is free again once the save has ended.
+    """
+
+    def __init__(self) -> None:
+        self._pinned: dict[str, Tensor] = {}
+        self._can_pin = True
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies tensors, by name; a DTensor's copy is a DTensor with its shard on the CPU.
+
+        Returns once all copies are complete.
+        """
+        copies: dict[str, Tensor] = {}
+        devices: set[torch.device] = set()
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if local.device.type == "cpu":
+                host = local.detach().clone(memory_format=torch.contiguous_format)
+            else:
+                devices.add(local.device)
+                host = self._buffer(name, local)
+                host.copy_(local.detach(), non_blocking=True)
+            copies[name] = _like(tensor, host)
+        for device in devices:
+            torch.accelerator.synchronize(device)
+        return copies
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        buffer = self._pinned.get(name)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = self._allocate(like)
+            self._pinned[name] = buffer
+        return buffer
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        if self._can_pin:
+            try:
+                return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            except RuntimeError as error:  # a container's limit on locked memory, for example
+                self._can_pin = False
+                log.warning("checkpoints are copied through pageable memory: %s", error)
+        return torch.empty(like.shape, dtype=like.dtype)
+
+
+def _like(tensor: Tensor, local: Tensor) -> Tensor:
+    """`local` as the shard of a DTensor like `tensor`, or as it is where that is no DTensor.
+
+    `DTensor.from_local` would move a CPU shard to the mesh's GPU; the protocol of wrapper
+    subclasses (torch.utils._python_dispatch.is_traceable_wrapper_subclass) leaves it on the CPU.
+    """
+    if not isinstance(tensor, DTensor):
+        return local
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names}  # the shard; in some versions the mesh
+    parts = {name: local if isinstance(part, Tensor) else part for name, part in parts.items()}
+    return DTensor.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())

@@ -1,0 +1,89 @@
+"""One session in a row: what `ls` and `status` print and the session browser shows."""
+
+from typing import Any
+
+import msgspec
+
+from engine.errors import RlhfError
+from engine.journal.json_values import Json
+from engine.journal.reader import JournalReader
+from engine.metrics import KL, SCORE
+from engine.session.folder import Session
+
+
+class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A session. The fields are the keys that `status --json` prints, in their order."""
+
+    name: str
+    state: str
+    step: int = 0
+    total_steps: int | None = None
+    attempt: int = 0
+    beta: float | None = None
+    pid: int | None = None
+    """Of its engine; None where there is none."""
+    host: str | None = None
+    score: float | None = None
+    kl: float | None = None
+    settings: dict[str, Any] = {}
+    """In force. A mapping: a session of another version has other settings."""
+    checkpoints: list[int] = []
+    """Steps that can be resumed from."""
+    message: str = ""
+    updated: float | None = None
+    """When its last step was done, or its last engine started."""
+    folder: str
+
+    def as_json(self) -> Json:
+        """As `status --json` prints it."""
+        return msgspec.structs.asdict(self)
+
+
+class ListedSession(msgspec.Struct, frozen=True, kw_only=True):
+    """A session as the browser lists it."""
+
+    row: SessionRow
+    spark: str = ""
+    """Its newest scores as a line of blocks."""
+
+
+def read_session_row(session: Session) -> SessionRow:
+    """A session in a row.
+
+    Raises:
+        RlhfError: its journal or its configuration cannot be read.
+        OSError: its folder cannot be read.
+    """
+    with JournalReader(session) as record:
+        meta, attempts = record.meta(), record.attempts()
+        state, newest = record.state(), record.metrics(last=1)
+        checkpoints = [c.step for c in record.checkpoints(("complete",))]
+    engine = session.engine() if session.is_live() else None
+    last = newest[0] if newest else None
+    metrics = last.values if last is not None else {}
+    settings = meta.settings or {}
+    started = attempts[-1].started if attempts else None
+    return SessionRow(
+        name=session.name,
+        state=state,
+        step=last.step if last is not None else 0,
+        total_steps=meta.total_steps or session.config().train.steps,
+        attempt=len(attempts),
+        beta=settings.get("beta", session.config().kl.beta),
+        pid=engine.pid if engine else None,
+        host=engine.host if engine else None,
+        score=metrics.get(SCORE),
+        kl=metrics.get(KL),
+        settings=settings,
+        checkpoints=checkpoints,
+        message=meta.message,
+        updated=last.time if last is not None else started,
+        folder=str(session.folder),
+    )
+
+
+def unreadable_row(session: Session, error: RlhfError | OSError) -> SessionRow:
+    """The row of a session that is damaged or of a newer version: it must not hide the others."""
+    return SessionRow(
+        name=session.name, state="unreadable", message=str(error), folder=str(session.folder)
+    )

@@ -1,0 +1,27 @@
+"""Writes docs/metrics.md from engine/metrics.py: ``python -m scripts.metrics_page``.
+
+A test compares the page with the code.
+"""
+
+from pathlib import Path
+
+from engine.metrics import METRICS
+
+PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
+HEAD = """# Metrics and their units
+
+Each step yields one value of each metric. They are in the journal (`rlhf-tui metrics NAME`), on the
+dashboard and in the TensorBoard files. Names are TRL's where TRL has one. Every mean is masked:
+padding does not count. A metric that is undefined at a step is left out (`null` in JSON).
+"""
+COLUMNS = "| name | unit | description |\n|---|---|---|"
+
+
+def page() -> str:
+    """The whole page."""
+    rows = [f"| `{m.name}` | {m.unit or '–'} | {m.description} |" for m in METRICS]
+    return "\n".join([HEAD, COLUMNS, *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

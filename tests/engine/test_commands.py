@@ -1,0 +1,134 @@
+"""What each command declares, and at which moments it is accepted."""
+
+import typing
+
+import msgspec
+import pytest
+
+from engine import starter
+from engine.config import file as config_file
+from engine.config.settings import initial_settings
+from engine.errors import CommandRejectedError
+from engine.protocol.commands import (
+    COMMANDS,
+    MAX_TEXT,
+    BoundaryCommand,
+    Command,
+    Moment,
+    Note,
+    Pause,
+    Probe,
+    Rollback,
+    SetBeta,
+    SetKLController,
+    SetSetting,
+    Stop,
+    SupervisorCommand,
+    Unpause,
+    check_command,
+)
+from engine.session.states import ENDED_STATES, LIVE_STATES, STATES, TRANSITIONS, is_legal
+from rlhf_tui.commands.steer import ctl, note
+
+CONFIG = config_file.load(starter.FOLDER / "demo.yaml")
+
+
+def moment(**changed):
+    values = {
+        "state": "running", "paused": False, "settings": initial_settings(CONFIG),
+        "batch_size": CONFIG.rollout.batch_size, "checkpoint_steps": lambda: [2, 4],
+    }  # fmt: skip
+    return Moment(**(values | changed))
+
+
+def every_command(kind=Command):
+    """Each struct below the base that has a tag of its own."""
+    for below in kind.__subclasses__():
+        if below.__subclasses__():
+            yield from every_command(below)
+        else:
+            yield below
+
+
+@pytest.mark.parametrize("kind", every_command(), ids=lambda kind: kind.__name__)
+def test_each_command_declares_everything(kind):
+    assert COMMANDS[kind.name()] is kind  # so it is a member of one of the two unions
+    assert kind.summary.endswith(".")
+    assert "\n" not in kind.summary
+    assert isinstance(kind.on_charts, bool)
+    assert kind.state_when_accepted in (None, *LIVE_STATES)
+
+
+@pytest.mark.parametrize("kind", COMMANDS.values(), ids=lambda kind: kind.__name__)
+def test_each_command_has_its_verb_and_its_own_line_of_help(kind):
+    verb = note if kind is Note else ctl.commands[kind.name()]
+    assert verb.help == kind.summary
+
+
+def test_who_carries_a_command_out_is_its_union():
+    at_once = set(typing.get_args(SupervisorCommand))
+    at_boundary = set(typing.get_args(BoundaryCommand))
+    assert at_once | at_boundary == set(COMMANDS.values())
+    assert at_once & at_boundary == {Stop}
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "reason"),
+    [
+        (Pause(), {"paused": True, "state": "paused"}, "paused already"),
+        (Pause(), {"state": "pausing"}, "paused already"),
+        (Unpause(), {}, "not paused"),
+        (Stop(), {"state": "stopping"}, "stopping already"),
+        (Pause(), {"state": "stopping"}, "resume it first"),
+        (Rollback(step=2), {"state": "stopping"}, "resume it first"),
+        (Rollback(step=3), {}, "there is: 2, 4"),
+        (Rollback(step=3), {"checkpoint_steps": list}, "none yet"),
+        (SetBeta(value=-1), {}, "beta must be"),
+        (SetSetting(key="seed", value=1), {}, "cannot be set"),
+        (SetKLController(controller="adaptive", horizon=0.1), {}, "a fifth of the batch"),
+        (Probe(text=" "), {}, "1 to 10000 characters"),
+        (Note(text="x" * (MAX_TEXT + 1)), {}, "1 to 10000 characters"),
+    ],
+)
+def test_what_cannot_be_carried_out_at_a_moment_is_rejected_and_says_why(command, given, reason):
+    with pytest.raises(CommandRejectedError, match=reason):
+        check_command(command, moment(**given))
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        (Stop(now=True), {"state": "stopping"}),
+        (Note(text="n"), {"state": "stopping"}),
+        (Unpause(), {"state": "pausing"}),
+        (Unpause(), {"paused": True, "state": "starting"}),
+        (Rollback(step=4), {}),
+        (Probe(text="x" * MAX_TEXT), {"paused": True, "state": "paused"}),
+    ],
+)
+def test_what_can_be_carried_out_is_accepted(command, given):
+    check_command(command, moment(**given))
+
+
+def test_only_commands_that_change_settings_say_that_they_do():
+    examples = {SetBeta: {"value": 1}, SetSetting: {"key": "beta", "value": 1},
+                SetKLController: {"controller": "fixed"}, Rollback: {"step": 2},
+                Probe: {"text": "t"}, Note: {"text": "n"}}  # fmt: skip
+    changing = {
+        kind
+        for kind in COMMANDS.values()
+        if msgspec.convert(examples.get(kind, {}) | {"command": kind.name()}, kind).new_values(
+            initial_settings(CONFIG)
+        )
+    }
+    assert changing == {SetBeta, SetSetting, SetKLController}
+
+
+def test_a_session_is_live_until_no_state_can_follow():
+    assert (*LIVE_STATES, *ENDED_STATES) == STATES
+    assert ENDED_STATES == ("finished", "stopped", "failed")
+    assert all(is_legal(state, "failed") for state in LIVE_STATES)
+    assert not any(is_legal(state, "starting") for state in ENDED_STATES)
+    assert is_legal(None, "starting")
+    assert not is_legal(None, "running")
+    assert set().union(*TRANSITIONS.values()) == set(STATES)

@@ -1,0 +1,37 @@
+"""Rules for the tests themselves."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PUBLIC = {"_exit", "_replace"}
+"""Documented names that begin with an underscore: `os._exit`, a named tuple's `_replace`."""
+EXCEPTIONS = {
+    # torch has no public way to read what FSDP2 reduces in, and whether it shards again.
+    ("train/test_sharding.py", "_get_fsdp_state"): 2,
+    ("train/test_sharding.py", "_fsdp_param_group"): 2,
+    ("train/test_sharding.py", "_reduce_dtype"): 1,
+    ("train/test_sharding.py", "_reshard_after_forward"): 1,
+}
+"""File and attribute, with the number of accesses."""
+
+
+def private_accesses(path):
+    """Attributes with an underscore before them, of anything but `self` and `cls`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
+            continue
+        own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        special = node.attr.startswith("__") and node.attr.endswith("__")
+        if not own and not special and node.attr not in PUBLIC:
+            yield node.attr
+
+
+def test_tests_use_what_is_public():
+    found = Counter(
+        (path.relative_to(TESTS).as_posix(), name)
+        for path in sorted(TESTS.rglob("*.py"))
+        for name in private_accesses(path)
+    )
+    assert found == Counter(EXCEPTIONS)

@@ -1,0 +1,200 @@
+"""Who imports whom: no circles, nothing upward, a light start-up, and torch behind its wall."""
+
+import ast
+import functools
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import engine
+import rlhf_tui
+from rlhf_tui.cli import COMMANDS
+
+ENGINE = Path(engine.__file__).parent
+TUI = Path(rlhf_tui.__file__).parent
+HEAVY = {
+    "torch", "transformers", "accelerate", "datasets", "numpy", "pandas", "pyarrow", "scipy",
+    "safetensors", "tensorboard", "peft", "tokenizers",
+}  # fmt: skip
+OF_A_RANK = {
+    "engine.config", "engine.protocol", "engine.session", "engine.memory", "engine.launch",
+    "engine.errors", "engine.metrics", "engine.starter", "engine.kl",
+}  # fmt: skip
+"""Packages and modules of the engine that ranks use besides their own."""
+FLOORS = [
+    ("engine", "engine.errors", "engine.metrics", "engine.starter"),
+    ("engine.config",),
+    ("engine.kl", "engine.memory", "engine.session"),
+    ("engine.protocol",),
+    ("engine.journal", "engine.monitoring"),
+    ("engine.launch",),
+    ("engine.supervisor",),
+    ("engine.__main__",),
+    # What runs in a rank, beside the supervisor. Masked means are used by rollouts and losses.
+    ("engine.train", "engine.train.data", "engine.train.distributed", "engine.train.ppo.masked"),
+    ("engine.train.models",),
+    ("engine.train.rollout",),
+    ("engine.train.link", "engine.train.ppo", "engine.train.rewards"),
+    ("engine.train.checkpoints",),
+    ("engine.train.run",),
+    ("engine.train.checkpointing", "engine.train.reports"),
+    ("engine.train.boundary", "engine.train.step"),
+    ("engine.train.load",),
+    ("engine.train.worker",),
+    ("engine.train.torchrun",),
+    # The dashboard and the command line.
+    ("rlhf_tui", "rlhf_tui.format", "rlhf_tui.identity", "rlhf_tui.text"),
+    ("rlhf_tui.state",),
+    ("rlhf_tui.widgets",),
+    ("rlhf_tui.dialogs",),
+    ("rlhf_tui.screens",),
+    ("rlhf_tui.app",),
+    ("rlhf_tui.commands", "rlhf_tui.headless"),
+    ("rlhf_tui.cli",),
+]
+"""From the bottom up. A package imports from floors below its own, not from its own or above."""
+MOST_MODULES = 15
+"""In one folder. About ten is what a reader takes in at a glance."""
+LIGHT = [
+    "rlhf_tui.cli", "rlhf_tui.headless", "rlhf_tui.app.app", "engine.supervisor.supervisor",
+    "engine.__main__",
+    *(f"rlhf_tui.commands.{name}" for name in sorted(set(COMMANDS.values()))),
+]  # fmt: skip
+
+
+def files(folder):
+    return sorted(folder.rglob("*.py"))
+
+
+def module_of(path):
+    package = ENGINE.parent if path.is_relative_to(ENGINE) else TUI.parent
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path):
+    """Every module a file imports, anywhere in it; `from engine import x` names engine.x.
+
+    What stands under `TYPE_CHECKING` is imported by no process, but the file depends on it.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if is_module(whole) else str(node.module))
+    return found
+
+
+def is_module(name):
+    package = ENGINE.parent if name.startswith("engine") else TUI.parent
+    path = package.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("module", [m for m in LIGHT if find_spec(m)])
+def test_what_must_start_at_once_loads_nothing_heavy(module):
+    script = f"import sys, {module}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert not HEAVY & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("path", files(ENGINE), ids=module_of)
+def test_the_engine_knows_nothing_of_its_dashboard(path):
+    assert not {m for m in imported(path) if m.split(".")[0] in ("rlhf_tui", "textual", "click")}
+
+
+@pytest.mark.parametrize("path", files(ENGINE / "train"), ids=module_of)
+def test_a_rank_imports_little_of_the_engine(path):
+    ours = {m for m in imported(path) if m.split(".")[0] == "engine"}
+    others = {".".join(m.split(".")[:2]) for m in ours} - {"engine", "engine.train"}
+    assert not others - OF_A_RANK
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in files(ENGINE) + files(TUI) if not p.is_relative_to(ENGINE / "train")],
+    ids=module_of,
+)
+def test_only_a_rank_imports_torch_and_its_kind(path):
+    names = imported(path)
+    assert not {m for m in names if m.split(".")[0] in HEAVY}
+    assert not {m for m in names if m.startswith("engine.train")}
+
+
+def unit_of(module):
+    """The entry of `FLOORS` that a module belongs to: the longest that its name begins with."""
+    known = [u for floor in FLOORS for u in floor if f"{module}.".startswith(f"{u}.")]
+    assert known, f"{module} stands on no floor: add its package to FLOORS"
+    return max(known, key=len)
+
+
+@functools.cache
+def import_graph():
+    """Our modules, and which of ours each imports."""
+    graph = {module_of(p): imported(p) for p in files(ENGINE) + files(TUI)}
+    return {m: {n for n in names if n in graph} for m, names in graph.items()}
+
+
+UNITS = sorted(u for floor in FLOORS for u in floor)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_package_imports_only_from_floors_below(unit):
+    floor = {u: number for number, units in enumerate(FLOORS) for u in units}
+    upward = {
+        f"{module} → {other}"
+        for module, others in import_graph().items()
+        if unit_of(module) == unit
+        for other in others
+        if unit_of(other) != unit and floor[unit_of(other)] >= floor[unit]
+    }
+    assert not upward
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_floor_is_of_a_package_that_exists(unit):
+    assert is_module(unit)
+
+
+def circles():
+    """Each group of modules that import each other, directly or through others."""
+    graph = import_graph()
+
+    def reached(start):
+        found, left = set(), [start]
+        while left:
+            for other in graph[left.pop()] - found:
+                found.add(other)
+                left.append(other)
+        return found
+
+    reach = {module: reached(module) for module in graph}
+    return {
+        frozenset(other for other in reach[module] if module in reach[other])
+        for module in graph
+        if module in reach[module]
+    }
+
+
+@pytest.mark.parametrize("package", ["engine", "rlhf_tui"])
+def test_no_modules_import_each_other_in_a_circle(package):
+    assert not {" ⇄ ".join(sorted(c)) for c in circles() if min(c).split(".")[0] == package}
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted({p.parent for p in files(ENGINE) + files(TUI)}),
+    ids=lambda f: str(f.relative_to(ENGINE.parent if f.is_relative_to(ENGINE) else TUI.parent)),
+)
+def test_a_folder_has_few_modules(folder):
+    names = {p.stem for p in folder.glob("*.py")} - {"__init__"}
+    assert len(names) <= MOST_MODULES, sorted(names)

@@ -1,0 +1,25 @@
+"""What a step yields is what engine/metrics.py declares."""
+
+from engine import metrics
+from engine.protocol.rank_messages import Begin
+from engine.train.boundary import Boundary
+from engine.train.link import Link
+from engine.train.step import train_step
+
+TWO_SOURCES = (
+    "reward.model=null",
+    "reward.mix=[{model: 'starter:reward', name: a}, {model: 'starter:reward', name: b}]",
+)
+
+
+def test_a_step_yields_every_declared_metric_and_no_other(make_run):
+    run, session = make_run(*TWO_SOURCES)
+    found, _ = train_step(run, 1)
+    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
+    boundary.after(1, found, 0.1)
+    boundary.close()
+    undeclared = {name for name in found if metrics.declaration(name) is None}
+    assert not undeclared, "declare them in engine/metrics.py"
+    covered = {metrics.describe(name).name for name in found}
+    assert covered == {metric.name for metric in metrics.METRICS}
+    assert {"reward/a", "reward/b"} <= set(found)
