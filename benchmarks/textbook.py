@@ -70,7 +70,7 @@ def generate(
     batch: PromptBatch,
     uniforms: Tensor,
     temperature: float,
-    ending: StopCriteria,
+    stop_criteria: StopCriteria,
     tokenizer: Any,
     report: Any = None,
     *,
@@ -91,8 +91,8 @@ def generate(
         ids[:, t], floats[0, :, t], floats[1, :, t] = token, logprob, entropy
         if values is not None:
             floats[2, :, t] = values[:, 0]
-        is_eos = ending.is_eos(token)
-        over = ~ended & (is_eos | ending.stops(ids, t + 1))
+        is_eos = stop_criteria.is_eos(token)
+        over = ~ended & (is_eos | stop_criteria.stops(ids, t + 1))
         lengths[over], eos[over] = t + 1, is_eos[over]
         ended |= over
         if ended.all():
