@@ -69,7 +69,7 @@ def train_step(
     targets = make_targets(
         AdvantageInputs(
             scores, old_logprobs, ref_logprobs, old_values, rollout.mask, rollout.lengths,
-            config.ppo, config.kl.beta, config.answers_per_prompt, state.baseline,
+            config.ppo, config.kl.beta, config.responses_per_prompt, state.baseline,
         )
     )  # fmt: skip
     if targets.baseline is not None:
@@ -106,7 +106,7 @@ def take_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
         step=step,
         temperature=rollout.temperature,
         max_new_tokens=rollout.max_new_tokens,
-        per_prompt=run.config.answers_per_prompt,
+        per_prompt=run.config.responses_per_prompt,
     )
     prompts = run.prompts.for_step(step)
     return generate_responses(
