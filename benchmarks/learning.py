@@ -94,7 +94,7 @@ GROUPS_ONCE = Undone(
     "a group's prompt read once", {"engine.train.rollout.native.generate": textbook.generate}
 )
 ONE_BY_ONE = Undone(
-    "policy and value one by one", {"engine.train.ppo.optimise.one_after_the_other": textbook.no}
+    "policy and value one by one", {"engine.train.ppo.optimise.separate_passes": textbook.no}
 )
 
 TASKS: dict[str, tuple[list[str], list[list[Undone]]]] = {
