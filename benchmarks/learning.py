@@ -78,7 +78,10 @@ ALWAYS = [
     Undone(
         "cache, ended answers leave", {"engine.train.rollout.native.generate": textbook.generate}
     ),
-    Undone("the rollout's log π used again", {"engine.train.step.old_policy": textbook.old_policy}),
+    Undone(
+        "the rollout's log π used again",
+        {"engine.train.step.old_policy_outputs": textbook.old_policy_outputs},
+    ),
     Undone(
         "frozen models in a file",
         {"engine.train.distributed.sharding.back_by_file": textbook.nothing},

@@ -58,10 +58,10 @@ def rollout_forward(
     return logprobs, values, width
 
 
-def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]:
+def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old by a forward pass of their own."""
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
-    return score_tokens(run.policy, rollout, temperature, size, rows=own)
+    return score_tokens(run.policy, rollout, temperature, size, rows=rows)
 
 
 @torch.no_grad()

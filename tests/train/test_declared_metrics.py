@@ -16,7 +16,7 @@ def test_a_step_yields_every_declared_metric_and_no_other(make_run):
     run, session = make_run(*TWO_SOURCES)
     found, _ = train_step(run, 1)
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
-    boundary.after(1, found, 0.1)
+    boundary.after_step(1, found, 0.1)
     boundary.close()
     undeclared = {name for name in found if metrics.declaration(name) is None}
     assert not undeclared, "declare them in engine/metrics.py"

@@ -21,8 +21,8 @@ from engine.errors import UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup, agree_on_device
-from engine.train.load import check_shares, load_run
-from engine.train.step import take_rollout, train_step
+from engine.train.load import check_rank_count, load_run
+from engine.train.step import generate_rollout, train_step
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
 DEADLINE = 400
@@ -88,7 +88,7 @@ def record(folder, name, variant):
     """Answers of a policy that has learnt a little, so that neither KL nor log-ratio is 0."""
     run = one_process(create(folder, name, config_of("auto", variant)))
     train_step(run, 1)
-    rollout = take_rollout(run, 2, lambda _done, _total: None)
+    rollout = generate_rollout(run, 2, lambda _done, _total: None)
     assert len(set(rollout.lengths.tolist())) > 2, "the answers must differ in length"
     (folder / f"{name}.pickle").write_bytes(pickle.dumps(rollout))
     return rollout
@@ -131,9 +131,9 @@ def test_a_machine_with_another_kind_of_device_is_told_before_ranks_wait(other, 
 def test_more_ranks_than_there_is_work_for_are_one_sentence(override, key):
     given = ["ppo.minibatches=1", "reward.normalise_samples=6", override]
     config = config_file.load(starter.FOLDER / "demo.yaml", given)
-    check_shares(config, 4)
+    check_rank_count(config, 4)
     with pytest.raises(UserInputError, match=key):
-        check_shares(config, 7)
+        check_rank_count(config, 7)
 
 
 @pytest.mark.parametrize("way", WAYS)

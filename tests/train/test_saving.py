@@ -87,7 +87,7 @@ def trained(make_run, supervisor, link):
     """A run after its first step, with its boundary and its supervisor."""
     run, session = make_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), link)
-    boundary.after(1, dict(METRICS), 0.1)
+    boundary.after_step(1, dict(METRICS), 0.1)
     supervisor.wait_for(RankHello)
     yield run, session, boundary, supervisor
     supervisor.may_confirm.set()
@@ -105,9 +105,9 @@ def until(condition):
 
 def test_the_next_step_begins_before_the_checkpoint_is_whole(trained):
     run, session, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
-    assert boundary.more()
-    boundary.after(2, dict(METRICS), 0.1)
+    boundary.checkpoints.save_if_due()
+    assert boundary.before_step()
+    boundary.after_step(2, dict(METRICS), 0.1)
     assert checkpoint_folder.completed(session.checkpoints) == {}
     supervisor.may_confirm.set()
     assert supervisor.wait_for(CheckpointComplete).step == 1
@@ -118,13 +118,13 @@ def test_the_next_step_begins_before_the_checkpoint_is_whole(trained):
 def test_a_checkpoint_becomes_whole_without_another_boundary(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     until(lambda: [*checkpoint_folder.completed(session.checkpoints)] == [1])
 
 
 def test_it_is_whole_only_once_the_journal_was_confirmed(trained):
     _, session, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     assert supervisor.wait_for(CheckpointWritten).step == 1
     assert checkpoint_folder.folder_of(session.checkpoints, 1).is_dir()
     assert checkpoint_folder.completed(session.checkpoints) == {}
@@ -132,10 +132,10 @@ def test_it_is_whole_only_once_the_journal_was_confirmed(trained):
 
 def test_an_order_that_comes_while_a_save_waits_is_obeyed_at_the_next_boundary(trained):
     run, _, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     supervisor.wait_for(CheckpointWritten)
     supervisor.send(RankCommand(id="quick", command=SetSetting(key="learning_rate", value=1e-5)))
-    until(lambda: boundary.more() and run.config.train.learning_rate == 1e-5)
+    until(lambda: boundary.before_step() and run.config.train.learning_rate == 1e-5)
     assert supervisor.wait_for(Applied).step == 2
     assert not supervisor.of(CheckpointComplete)
 
@@ -144,7 +144,7 @@ def test_an_operators_checkpoint_is_answered_when_it_is_whole(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     supervisor.send(RankCommand(id="keep", command=Checkpoint()))
-    until(lambda: boundary.more() and supervisor.of(Applied))
+    until(lambda: boundary.before_step() and supervisor.of(Applied))
     kinds = [type(m) for m in supervisor.heard]
     assert kinds.index(CheckpointComplete) < kinds.index(Applied)
     assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
@@ -152,20 +152,20 @@ def test_an_operators_checkpoint_is_answered_when_it_is_whole(trained):
 
 def test_a_regular_save_in_flight_serves_an_operators_checkpoint_of_the_same_step(trained):
     _, _, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None
+    assert boundary.checkpoints.save() is None
     assert [m.step for m in supervisor.of(CheckpointWritten)] == [1]
 
 
 def test_older_ones_make_way_for_each(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    boundary.keeper.save_if_due()
-    boundary.after(2, dict(METRICS), 0.1)
-    boundary.keeper.save_if_due()
-    boundary.after(3, dict(METRICS), 0.1)
-    assert boundary.keeper.save() is None
+    boundary.checkpoints.save_if_due()
+    boundary.after_step(2, dict(METRICS), 0.1)
+    boundary.checkpoints.save_if_due()
+    boundary.after_step(3, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
     assert [*checkpoint_folder.completed(session.checkpoints)] == [3]
     assert [m.removed for m in supervisor.of(CheckpointComplete)] == [[], [1], [2]]
 
@@ -174,47 +174,47 @@ def test_those_of_a_timeline_that_was_left_take_no_places_and_stay(trained):
     run, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     run.config = replace(run.config, train=replace(run.config.train, keep_last=2))
-    assert boundary.keeper.save() is None
+    assert boundary.checkpoints.save() is None
     own, left = (checkpoint_folder.folder_of(session.checkpoints, step) for step in (1, 2))
     shutil.copytree(own, left)
-    boundary.after(3, dict(METRICS), 0.1)
-    assert boundary.keeper.save() is None
+    boundary.after_step(3, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
     assert [*checkpoint_folder.completed(session.checkpoints)] == [1, 2, 3]
 
 
 def test_those_that_an_earlier_attempt_of_the_timeline_saved_make_way(trained, link):
     run, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None
+    assert boundary.checkpoints.save() is None
     begin = Begin(attempt=2, from_step=1, checkpoints=[1])
     later = Boundary(session, run, begin, link)
-    later.after(2, dict(METRICS), 0.1)
-    assert later.keeper.save() is None
+    later.after_step(2, dict(METRICS), 0.1)
+    assert later.checkpoints.save() is None
     assert [*checkpoint_folder.completed(session.checkpoints)] == [2]
 
 
 def test_an_old_one_that_cannot_be_read_is_left_alone_and_the_run_goes_on(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None
+    assert boundary.checkpoints.save() is None
     (checkpoint_folder.folder_of(session.checkpoints, 1) / "state.json").write_text("{")
-    boundary.after(2, dict(METRICS), 0.1)
-    assert boundary.keeper.save() is None
+    boundary.after_step(2, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
     assert [*checkpoint_folder.completed(session.checkpoints)] == [1, 2]
 
 
 def test_an_old_one_that_cannot_be_removed_is_a_notice_and_the_run_goes_on(trained, tmp_path):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None
+    assert boundary.checkpoints.save() is None
     old = checkpoint_folder.folder_of(session.checkpoints, 1)
     old.symlink_to(old.rename(tmp_path / "another-disk"))
-    boundary.after(2, dict(METRICS), 0.1)
-    assert boundary.keeper.save() is None
+    boundary.after_step(2, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (2, "checkpoint")
     assert "step 1 cannot be removed" in notice.text
-    assert boundary.more()
+    assert boundary.before_step()
 
 
 def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, monkeypatch):
@@ -224,21 +224,21 @@ def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_folder, "publish", no_room)
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (1, "checkpoint")
     assert "No space left" in notice.text
-    assert boundary.more()
+    assert boundary.before_step()
     assert list(session.checkpoints.iterdir()) == []
     monkeypatch.undo()
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None  # of the same step, once there is room
+    assert boundary.checkpoints.save() is None  # of the same step, once there is room
     assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
 
 
 def test_a_checkpoint_that_cannot_be_marked_whole_is_a_notice_and_the_run_goes_on(trained):
     _, session, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     supervisor.wait_for(CheckpointWritten)
     # Even root cannot make a file where a folder's link leads nowhere.
     marker = checkpoint_folder.folder_of(session.checkpoints, 1) / "COMPLETE"
@@ -248,24 +248,24 @@ def test_a_checkpoint_that_cannot_be_marked_whole_is_a_notice_and_the_run_goes_o
     assert (notice.step, notice.rule) == (1, "checkpoint")
     assert not marker.is_symlink()
     assert not supervisor.of(CheckpointComplete)
-    assert boundary.more()
-    assert boundary.keeper.save() is None  # of the same step, once it can be
+    assert boundary.before_step()
+    assert boundary.checkpoints.save() is None  # of the same step, once it can be
     assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
 
 
 def test_a_run_that_fails_lets_the_save_in_flight_finish(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     boundary.close()
     assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
 
 
 def test_what_a_step_waited_for_saving_is_in_its_metrics(trained):
     _, _, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     metrics = dict(METRICS)
-    boundary.after(2, metrics, 0.1)
+    boundary.after_step(2, metrics, 0.1)
     assert metrics["time/checkpoint"] > 0
     supervisor.may_confirm.set()
 
