@@ -81,9 +81,9 @@ def exit_now(code: int) -> NoReturn:
 def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Failed:
     """Describes the error that ends this rank.
 
-    If the error only says that another rank is gone, the message is that rank's own, which it has
-    left in the store. If it left none, the message has `echo` set: the supervisor then looks for
-    the cause in the other ranks.
+    If the error only says that another rank is gone, the message is the one that rank has left in
+    the store. If there is none, `echo` is set: this error is a consequence, and the supervisor
+    looks for the cause in the messages of other ranks.
 
     Args:
         error: what was raised.

@@ -93,7 +93,7 @@ def gae(inputs: AdvantageInputs) -> Targets:
 
 
 def reward(inputs: AdvantageInputs) -> Targets:
-    """REINFORCE: each response's outcome minus `ppo.baseline`, on each of its tokens."""
+    """REINFORCE (Williams 1992): each outcome minus `ppo.baseline`, on each response token."""
     outcomes = inputs.outcomes
     baseline, updated = _baseline(inputs, float(outcomes.mean()))
     advantages = (outcomes - baseline)[:, None] * inputs.mask
