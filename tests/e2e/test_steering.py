@@ -130,7 +130,7 @@ def test_what_does_not_apply_now_is_rejected_and_says_why(held):
 
 def test_an_undo_with_nothing_to_undo_is_rejected_at_the_boundary(held):
     rejected = [c for c in held.commands().values() if c["status"] == "rejected"]
-    assert "there is no change to take back" in [c["reason"] for c in rejected]
+    assert "there is no change to undo" in [c["reason"] for c in rejected]
 
 
 def test_the_ledger_says_who_did_what_when_and_what_it_was_before(held):

@@ -1,4 +1,4 @@
-"""What a machine that joins makes of what it hears from the first one."""
+"""How a joining machine handles the join information of the first machine."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ from engine.train.torchrun import join
 
 @pytest.fixture
 def first():
-    """The first machine's store."""
+    """The store of the first machine."""
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
@@ -24,15 +24,15 @@ def invitation(folder, start="a", **changed):
 
 
 @pytest.mark.parametrize("changed", [{"software": "0"}, {"launch": {"unheard_of": 1}}])
-def test_another_version_is_told_whatever_else_it_says(tmp_path, changed):
+def test_another_version_is_an_error_whatever_else_the_message_contains(tmp_path, changed):
     assert join.read(invitation(tmp_path, **changed)) == join.OTHER_VERSION
 
 
-def test_a_folder_that_is_not_shared_is_told(tmp_path):
+def test_a_folder_that_is_not_shared_is_an_error(tmp_path):
     assert "file system they share" in join.read(invitation(tmp_path / "elsewhere"))
 
 
-def test_ranks_that_were_left_are_not_joined_again(first, tmp_path):
+def test_a_rank_group_that_was_left_is_not_joined_again(first, tmp_path):
     first.set("invitation", invitation(tmp_path, start="a"))
     later = invitation(tmp_path, start="b")
     threading.Timer(0.2, first.set, ("invitation", later)).start()
@@ -40,11 +40,11 @@ def test_ranks_that_were_left_are_not_joined_again(first, tmp_path):
     assert found.start == "b"
 
 
-def test_a_first_machine_that_is_gone_is_noticed():
+def test_the_end_of_the_first_machine_is_detected():
     first = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     there = TCPStore("127.0.0.1", first.port, is_master=False)
     first.set("invitation", "")
-    there.get("invitation")  # what one client sets, another may ask for before it is there
+    there.get("invitation")  # until the value that another client sets is there
     assert join.is_there(there)
     del first
     assert not join.is_there(there)
