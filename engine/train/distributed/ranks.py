@@ -19,7 +19,7 @@ from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-de
 
 from engine.config.schema import LaunchConfig
 from engine.errors import LinkError, RlhfError, UserInputError
-from engine.launch.environment import NICE_VARIABLE, SOCKET_VARIABLE, STORE_VARIABLE
+from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
 
 FINAL_BARRIER_TIMEOUT = 20.0
 """Seconds that ranks which are done wait for one another."""
@@ -56,7 +56,7 @@ class RankGroup:
         """For threads that save: two threads must not share a group."""
         if self.size > 1:
             self._store = _store()
-            self.rank = _own_rank(self._store)
+            self.rank = int(os.environ["RANK"])
             patience = timedelta(seconds=launch.timeout)
             self._store.set_timeout(patience)
             agree_on_device(self._store, self.rank, self.size, on_gpu, problem)
@@ -175,21 +175,6 @@ def _store() -> Store:
         return TCPStore(host, int(port), is_master=False)
     except (dist.DistError, RuntimeError) as error:
         raise LinkError(f"cannot reach the first machine at {place}: {error}") from error
-
-
-def _own_rank(store: Store) -> int:
-    """This rank's number, counted from the one that has the supervisor beside it.
-
-    Several machines meet in an order that torchrun decides; rank 0 must be where the link is. Taken
-    round, neighbours on one machine stay neighbours.
-    """
-    number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if isinstance(store, FileStore):
-        return number
-    if SOCKET_VARIABLE in os.environ and os.environ["LOCAL_RANK"] == "0":
-        store.set("lead", str(number))
-    os.environ["RANK"] = str((number - int(store.get("lead"))) % size)
-    return int(os.environ["RANK"])
 
 
 def _look_for_gpus(launch: LaunchConfig) -> tuple[bool, str]:

@@ -32,6 +32,7 @@ from engine.launch.environment import (
 from engine.protocol.rank_messages import Failed, JoinInfo
 from engine.train.distributed.ranks import threads_of_a_rank
 from engine.train.link import Link
+from engine.train.torchrun import rendezvous
 from engine.train.worker import die_with_parent
 
 JOIN_TIMEOUT = 3600
@@ -69,10 +70,9 @@ def main() -> None:
 
 
 def torch_launch(launch: LaunchConfig, count: int) -> TorchLaunch:
-    """What torchrun is told: one machine meets in a file, several at the first one's port."""
-    kind, _, place = os.environ[STORE_VARIABLE].partition(":")
-    # The agents' own server would listen on every address; ranks meet where STORE_VARIABLE says.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    """torchrun's configuration; the agents of several machines meet at the first one's store."""
+    kind, _, address = os.environ[STORE_VARIABLE].partition(":")
+    rendezvous.register()
     if kind == "file":
         # Nothing of a run on one machine is to be reached from another one.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -82,10 +82,9 @@ def torch_launch(launch: LaunchConfig, count: int) -> TorchLaunch:
         max_nodes=launch.nodes,
         nproc_per_node=count,
         run_id="rlhf-tui",
-        rdzv_backend="c10d",
-        rdzv_endpoint=place if kind == "tcp" else f"{place}.agents",
-        rdzv_configs={"store_type": kind, "is_host": "false"},
-        rdzv_timeout=JOIN_TIMEOUT,
+        rdzv_backend=rendezvous.BACKEND,
+        rdzv_endpoint=address,
+        rdzv_configs={"first": JOINED_VARIABLE not in os.environ, "timeout": JOIN_TIMEOUT},
         local_addr="127.0.0.1" if kind == "file" else None,
         max_restarts=0,
         monitor_interval=0.1,
