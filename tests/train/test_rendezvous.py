@@ -1,4 +1,4 @@
-"""Where the agents of several machines meet."""
+"""The rendezvous of the agents of several machines."""
 
 import base64
 import os
@@ -15,50 +15,50 @@ from engine.train.torchrun.rendezvous import StoreRendezvous
 
 @pytest.fixture
 def store():
-    """The first machine's store, with an address for the others."""
+    """The first machine's store."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def meet(store, machines, *, first, timeout=60.0):
-    place = f"127.0.0.1:{store.port}"
-    return StoreRendezvous(place, machines, timeout, first=first).next_rendezvous()
+def rendezvous(store, machines, *, first, timeout=60.0):
+    address = f"127.0.0.1:{store.port}"
+    return StoreRendezvous(address, machines, timeout, first=first).next_rendezvous()
 
 
-def test_the_machine_with_the_supervisor_is_number_0_whoever_comes_first(store):
+def test_the_machine_with_the_supervisor_is_number_0_whichever_machine_arrives_first(store):
     found = {}
 
     def join():
-        found["other"] = meet(store, 2, first=False)
+        found["other"] = rendezvous(store, 2, first=False)
 
     other = threading.Thread(target=join)
     other.start()
-    found["first"] = meet(store, 2, first=True)
+    found["first"] = rendezvous(store, 2, first=True)
     other.join(60)
     assert [found[name].rank for name in ("first", "other")] == [0, 1]
     assert {info.world_size for info in found.values()} == {2}
 
 
-def test_a_machine_too_many_is_refused(store):
+def test_one_machine_too_many_is_refused(store):
     store.add("agents/machines", 1)
     with pytest.raises(LinkError, match="all 2 machines"):
-        meet(store, 2, first=False)
+        rendezvous(store, 2, first=False)
 
 
-def test_machines_that_do_not_come_are_told_in_time(store):
+def test_missing_machines_are_reported_after_the_timeout(store):
     with pytest.raises(LinkError, match="not all 2 machines"):
-        meet(store, 2, first=True, timeout=0.2)
+        rendezvous(store, 2, first=True, timeout=0.2)
 
 
-def test_a_first_machine_that_is_not_there_is_told():
+def test_an_unreachable_first_machine_is_reported():
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{unused.getsockname()[1]}"
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(LinkError, match="cannot reach"):
-            StoreRendezvous(place, 2, 1.0, first=True).next_rendezvous()
+            StoreRendezvous(address, 2, 1.0, first=True).next_rendezvous()
 
 
 class Payload:
-    """Leaves a file where it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self._path = str(path)
@@ -71,6 +71,6 @@ def test_a_pickle_that_a_peer_puts_into_the_store_is_not_executed(store, tmp_pat
     planted = base64.b64encode(pickle.dumps(Payload(tmp_path / "executed")))
     for key in ("torch.rendezvous.rlhf-tui", "/torch.rendezvous.rlhf-tui", "agents/machine/1"):
         store.set(key, planted)
-    info = meet(store, 2, first=True)
+    info = rendezvous(store, 2, first=True)
     assert info.rank == 0
     assert not (tmp_path / "executed").exists()

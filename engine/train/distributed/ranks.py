@@ -224,10 +224,10 @@ def set_threads_and_nice(ranks: RankGroup, launch: LaunchConfig) -> int:
     if ranks.device.type == "cpu":
         os.nice(int(os.environ.get(NICE_VARIABLE, "0")))
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(threads_of_a_rank(launch, here))
+        torch.set_num_threads(threads_per_rank(launch, here))
     return torch.get_num_threads()
 
 
-def threads_of_a_rank(launch: LaunchConfig, ranks: int) -> int:
+def threads_per_rank(launch: LaunchConfig, ranks: int) -> int:
     """`launch.threads`, or a fair share of the processors for each rank of this machine."""
     return launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)

@@ -1,7 +1,7 @@
-"""Where the torchrun agents of a run's machines meet.
+"""A torchrun rendezvous backend without pickles.
 
-torch's own `c10d` backend keeps its state as a pickle in a store that any peer can write, and
-unpickles what it finds there. This one keeps only counters and names in the store.
+torch's `c10d` backend keeps its state as a pickle in a store that any peer can write, and unpickles
+it on every machine. This backend stores only a counter and host names.
 """
 
 import os
@@ -19,18 +19,20 @@ from torch.distributed.elastic.rendezvous import (
 from engine.errors import LinkError
 
 BACKEND = "rlhf-tui"
-"""The name under which torchrun finds this backend; see :func:`register`."""
+"""The name that :func:`register` gives this backend in torchrun."""
+JOIN_INFO_KEY = "invitation"
+"""The store's key for the :class:`engine.protocol.rank_messages.JoinInfo` of the current start."""
 
 
 class StoreRendezvous(RendezvousHandler):
-    """Numbers the machines in the order in which they arrive; the one with the supervisor is 0."""
+    """Numbers the machines in order of arrival; the machine with the supervisor is always 0."""
 
     def __init__(self, endpoint: str, machines: int, timeout: float, *, first: bool) -> None:
-        """Connects to nothing yet.
+        """Stores the arguments; :meth:`next_rendezvous` connects.
 
         Args:
-            endpoint: `HOST:PORT` of the first machine's store; not used for a machine alone.
-            machines: how many meet.
+            endpoint: `HOST:PORT` of the first machine's store; unused if there is one machine.
+            machines: number of machines in the run.
             timeout: seconds to wait for all of them.
             first: whether the supervisor runs on this machine.
         """
@@ -40,27 +42,27 @@ class StoreRendezvous(RendezvousHandler):
         self._first = first
 
     def get_backend(self) -> str:
-        """The backend's name."""
+        """Returns :data:`BACKEND`."""
         return BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Waits until all machines are there.
+        """Waits until all machines have joined.
 
         Raises:
-            LinkError: the first machine cannot be reached, others do not come in time, or all
-                places are taken.
+            LinkError: the first machine cannot be reached, a machine does not join in time, or
+                enough machines have joined already.
         """
         store = self._connect()
         rank = 0 if self._first else int(store.add("machines", 1))
         if rank >= self._machines:
-            raise LinkError(f"all {self._machines} machines of this run are there already")
+            raise LinkError(f"all {self._machines} machines of this run have joined already")
         store.set(f"machine/{rank}", os.uname().nodename)
         names = [f"machine/{r}" for r in range(self._machines)]
         try:
             store.wait(names, self._timeout)
         except RuntimeError as error:
-            raise LinkError(f"not all {self._machines} machines came: {error}") from error
-        # Ranks do not meet at this address but at the store that their environment names.
+            raise LinkError(f"not all {self._machines} machines joined: {error}") from error
+        # Ranks ignore this address: they use the store named in RLHF_TUI_STORE.
         return RendezvousInfo(store, rank, self._machines, RendezvousStoreInfo("127.0.0.1", 0))
 
     def _connect(self) -> Store:
@@ -76,27 +78,27 @@ class StoreRendezvous(RendezvousHandler):
         return PrefixStore("agents", store)
 
     def is_closed(self) -> bool:
-        """Agents start their ranks once: nothing is ever closed for a later round."""
+        """False: an agent starts its ranks once, so there is no later rendezvous to close."""
         return False
 
     def set_closed(self) -> None:
-        """See :meth:`is_closed`."""
+        """Does nothing; see :meth:`is_closed`."""
 
     def num_nodes_waiting(self) -> int:
-        """None wait: a machine that comes late joins the next start of the ranks."""
+        """0: a machine that comes late waits for the next start of the ranks."""
         return 0
 
     def get_run_id(self) -> str:
-        """The same for all: each start of the ranks has a store of its own."""
+        """A constant: each start of the ranks has its own store."""
         return BACKEND
 
     def shutdown(self) -> bool:
-        """Nothing is left to close."""
+        """Returns True: there is nothing to close."""
         return True
 
 
 def register() -> None:
-    """Makes the backend known to torchrun; to be called before `elastic_launch`."""
+    """Registers the backend with torchrun. Call it once, before `elastic_launch`."""
     rendezvous_handler_registry.register(BACKEND, _create)
 
 
