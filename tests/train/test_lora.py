@@ -142,7 +142,7 @@ def test_switched_off_and_on_again_the_same_parameters_learn(make_run):
     run, _ = make_run(RANK)
     layers = lora.adapted_layers(run.policy.lm)
     wanted = [p.requires_grad for p in run.policy.parameters()]
-    with lora.switched_off(layers):
+    with lora.disabled(layers):
         assert all(layer.disable_adapters for layer in layers)
     assert not any(layer.disable_adapters for layer in layers)
     assert [p.requires_grad for p in run.policy.parameters()] == wanted
