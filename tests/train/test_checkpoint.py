@@ -106,7 +106,7 @@ def test_without_complete_a_folder_is_no_checkpoint(trained):
     folder = save(run, session)
     (folder / "COMPLETE").unlink()
     assert checkpoint_folder.completed(session.checkpoints) == {}
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         checkpoint_folder.read_state(folder)
 
 
