@@ -108,7 +108,7 @@ def test_a_folder_without_complete_is_not_a_checkpoint(trained):
     folder = save(run, session)
     (folder / "COMPLETE").unlink()
     assert checkpoint_folder.completed(session.checkpoints) == {}
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         checkpoint_folder.read_state(folder)
 
 

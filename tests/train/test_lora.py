@@ -142,7 +142,7 @@ def test_switching_adapters_off_and_on_keeps_requires_grad(make_run):
     run, _ = make_run(RANK)
     layers = lora.adapted_layers(run.policy.lm)
     wanted = [p.requires_grad for p in run.policy.parameters()]
-    with lora.switched_off(layers):
+    with lora.disabled(layers):
         assert all(layer.disable_adapters for layer in layers)
     assert not any(layer.disable_adapters for layer in layers)
     assert [p.requires_grad for p in run.policy.parameters()] == wanted

@@ -19,7 +19,7 @@ from engine.errors import UserInputError
 from engine.memory.estimate import estimate, kept_for_backward
 from engine.memory.model import Layout
 from engine.train.models.memory_check import facts
-from engine.train.models.shapes import look, models_of, shape_of
+from engine.train.models.shapes import describe_models, models_of, shape_of
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 128}
@@ -116,11 +116,11 @@ def test_the_longest_prompt_is_exact_for_a_small_file(write_prompts, monkeypatch
     demo = starter.FOLDER / "demo.yaml"
     text = "".join(json.dumps({"prompt": "so it was " * n}) + "\n" for n in (1, 3))
     config = config_file.load(demo, [f"data.prompts={write_prompts('p.jsonl', text)}"])
-    found = look(config)
+    found = describe_models(config)
     assert found.exact_prompts
     assert 9 <= found.prompt_tokens < config.data.max_prompt_tokens
     monkeypatch.setattr("engine.train.models.shapes.QUICKLY_READ", 1)
-    bound = look(config)
+    bound = describe_models(config)
     assert (bound.exact_prompts, bound.prompt_tokens) == (False, config.data.max_prompt_tokens)
 
 
