@@ -31,7 +31,7 @@ class CommandLog:
         rows = self._db.execute(
             "SELECT applied_step, command, changes FROM commands "
             "WHERE status = 'applied' AND live AND applied_step > ? AND changes <> '[]' "
-            "ORDER BY applied_step, ended",
+            "ORDER BY applied_step, applied_seq",
             (step,),
         ).fetchall()
         return [
@@ -48,8 +48,9 @@ class CommandLog:
         with self._db:
             new = self._db.execute(
                 "INSERT OR IGNORE INTO commands "
-                "(id, command, args, who, status, queued, attempt, changes) "
-                "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]')",
+                "(id, command, args, who, status, queued, attempt, changes, seq) "
+                "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]', "
+                "(SELECT ifnull(max(seq), 0) + 1 FROM commands))",
                 (
                     command_id,
                     command,
@@ -84,7 +85,9 @@ class CommandLog:
         with self._db:
             self._db.execute(
                 "UPDATE commands SET status = 'applied', ended = ?, applied_step = ?, "
-                "attempt = ?, changes = ?, result = ? WHERE id = ?",
+                "attempt = ?, changes = ?, result = ?, "
+                "applied_seq = (SELECT ifnull(max(applied_seq), 0) + 1 FROM commands) "
+                "WHERE id = ?",
                 (time.time(), step, self._events.attempt, msgspec.json.encode(changes).decode(),
                  json.dumps(finite(result or {})), command_id),
             )  # fmt: skip
@@ -140,7 +143,7 @@ class CommandLog:
         rows = self._db.execute(
             "SELECT command, changes FROM commands "
             "WHERE status = 'applied' AND live AND applied_step <= ? AND changes <> '[]' "
-            "ORDER BY applied_step, ended",
+            "ORDER BY applied_step, applied_seq",
             (step,),
         ).fetchall()
         stack: list[list[SettingChange]] = []

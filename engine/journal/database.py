@@ -24,6 +24,8 @@ class ReadOnlyDatabase:
         self._path = path
         self.connection = open_read_only(path, len(migrations))
         """None where there is no database, or none is finished yet."""
+        self.version = 0 if self.connection is None else schema.schema_version(self.connection)
+        """How many migrations the file had when it was opened: readers do not migrate."""
 
     def close(self) -> None:
         """Closes the file."""

@@ -25,7 +25,6 @@ from engine.journal.rows import (
     decode_payload,
 )
 from engine.journal.samples import SampleReader
-from engine.protocol.client_messages import Telemetry
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
 
@@ -50,16 +49,13 @@ NEWEST = """
 SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name)
 AND value IS NOT NULL ORDER BY step DESC LIMIT 1
 """
-REFERRED = """
+REFERENCE_PROBES = """
 SELECT json_extract(result, '$.reference'), applied_step FROM commands
 WHERE command = 'probe' AND status = 'applied' AND json_extract(args, '$.text') = ?
-ORDER BY ended DESC LIMIT 1
 """
-
-
 COMMANDS = """
 SELECT id, command, args, who, status, queued, accepted, ended, attempt, applied_step, reason,
-changes, result, live FROM commands ORDER BY queued
+changes, result, live FROM commands
 """
 
 
@@ -218,8 +214,9 @@ class JournalReader:
         return found
 
     def commands(self) -> list[CommandRow]:
-        """Every command with its status and, once applied, what it changed."""
-        return [_command(row) for row in self._db.rows(COMMANDS)]
+        """Every command with its status and, once applied, its changes, in order of arrival."""
+        order = "seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "queued"
+        return [_command(row) for row in self._db.rows(f"{COMMANDS} ORDER BY {order}")]
 
     def last_reference_probe(self, prompt: str) -> ProbeResponse | None:
         """What the reference answered to a prompt when somebody last probed with it.
@@ -227,17 +224,12 @@ class JournalReader:
         Returns:
             Its response, with the step after which it was asked; None where nobody asked.
         """
-        rows = self._db.rows(REFERRED, (prompt,))
+        order = "applied_seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "ended"
+        rows = self._db.rows(f"{REFERENCE_PROBES} ORDER BY {order} DESC LIMIT 1", (prompt,))
         if not rows or rows[0][0] is None:
             return None
         found = msgspec.json.decode(rows[0][0], type=ProbeResponse)
         return msgspec.structs.replace(found, step=rows[0][1])
-
-    def telemetry(self, last: int | None = None) -> list[Telemetry]:
-        """Readings of the machine, oldest first."""
-        query = "SELECT data FROM telemetry ORDER BY time DESC LIMIT ?"
-        rows = self._db.rows(query, (limit(last),))
-        return [msgspec.json.decode(r[0], type=Telemetry) for r in reversed(rows)]
 
     def checkpoints(
         self, statuses: tuple[str, ...] = ("complete", "superseded")

@@ -51,7 +51,28 @@ JOURNAL: list[str] = [
         PRIMARY KEY (step, attempt)
     ) WITHOUT ROWID;
     """,
+    # The wall clock may be set back, so commands are ordered by number: `seq` in the order of
+    # arrival, `applied_seq` in the order of application. Commands of an older journal are numbered
+    # by their events; the engine applied them in that order.
+    """
+    ALTER TABLE commands ADD COLUMN seq INTEGER;
+    ALTER TABLE commands ADD COLUMN applied_seq INTEGER;
+    WITH arrivals AS (
+        SELECT json_extract(data, '$.id') AS id, min(id) AS event FROM events
+        WHERE kind IN ('command', 'note') GROUP BY 1
+    ), numbered AS (
+        SELECT commands.id, row_number() OVER (
+            ORDER BY event IS NULL, event, queued, commands.id
+        ) AS number
+        FROM commands LEFT JOIN arrivals ON arrivals.id = commands.id
+    )
+    UPDATE commands SET seq = number, applied_seq = iif(status = 'applied', number, NULL)
+    FROM numbered WHERE numbered.id = commands.id;
+    """,
 ]
+
+COMMANDS_ARE_NUMBERED = 2
+"""The journal's version from which commands have `seq` and `applied_seq`."""
 
 SAMPLES: list[str] = [
     """
