@@ -21,6 +21,7 @@ from engine.errors import JournalError, UserInputError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, connect
 from engine.journal.rows import Judgement, SampleRow
+from engine.session import access
 from engine.session.folder import Session
 
 LABELS = ("good", "bad", "hack")
@@ -150,18 +151,22 @@ def _forget(db: sqlite3.Connection, prompt: str, one: Response, other: Response)
 def _writing(path: Path) -> Iterator[sqlite3.Connection]:
     """One change, whole or not at all; makes the file where there is none."""
     try:
+        access.create_file(path)
         with contextlib.closing(sqlite3.connect(path, timeout=BUSY)) as db:
             db.execute("PRAGMA journal_mode = DELETE")
             schema.migrate(db, schema.LABELS, path)
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 yield db
+    except OSError as error:
+        raise JournalError(f"cannot write {path}: {error.strerror}; {ADVICE_ELSE}") from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the kind, without its details
-        advice = ADVICE.get(code, "the session's folder must be one that you can write in")
+        advice = ADVICE.get(code, ADVICE_ELSE)
         raise JournalError(f"cannot write {path}: {error}; {advice}") from error
 
 
+ADVICE_ELSE = "the session's folder must be one that you can write in"
 ADVICE = {
     sqlite3.SQLITE_BUSY: "another program holds it: try again",
     sqlite3.SQLITE_FULL: "free some space and try again",

@@ -26,6 +26,7 @@ from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Sample, StepReport
+from engine.session import access
 from engine.session.folder import Session
 
 NETWORK_FILE_SYSTEMS = {
@@ -271,6 +272,7 @@ def copy_until(source: Session, target: Session, step: int) -> None:
         reader = open_read_only(old, newest)
         if reader is None:
             continue
+        access.create_file(new)
         with closing(reader), closing(sqlite3.connect(new)) as writer:
             reader.backup(writer)
             with writer:
@@ -312,10 +314,11 @@ def on_network(folder: Path) -> bool:
 
 def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
     try:
+        access.create_file(path)
         db = sqlite3.connect(path, timeout=30.0)
         db.execute(f"PRAGMA journal_mode = {mode}")
         db.execute("PRAGMA synchronous = NORMAL")
         schema.migrate(db, migrations, path)
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         raise JournalError(f"cannot open {path}: {error}") from error
     return db

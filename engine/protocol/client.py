@@ -45,7 +45,9 @@ class Client:
         Raises:
             NoSuchSessionError: no engine lives there.
             LinkError: it speaks another version, or does not answer.
+            SessionError: the session belongs to another user. The engine lets root in, too.
         """
+        session.check_owner(allow_root=True)  # engine.json decides what is connected to
         self._session = session
         engine = session.engine() if session.is_live() else None
         if engine is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from engine.errors import NoSuchSessionError, SessionError, SessionLockedError, SessionNameError
-from engine.session import lock
+from engine.session import access, lock
 
 if TYPE_CHECKING:
     from engine.config.schema import RunConfig
@@ -108,7 +108,9 @@ class Session:
 
         Raises:
             SessionLockedError: names the engine that has it.
+            SessionError: the session belongs to another user.
         """
+        self.check_owner()
         try:
             return lock.SessionLock(self.lock_file)
         except SessionLockedError:
@@ -118,6 +120,14 @@ class Session:
                 f"session '{self.name}' already has an engine ({who}); "
                 f"look with: rlhf-tui status {self.name}"
             ) from None
+
+    def check_owner(self, *, allow_root: bool = False) -> None:
+        """Refuses a session that belongs to another user, see :func:`access.check_owner`.
+
+        Raises:
+            SessionError: it names the owner.
+        """
+        access.check_owner(self.folder, self.config_file, allow_root=allow_root)
 
     def engine(self) -> EngineInfo | None:
         """Who engine.json says lives here; it may be stale, :meth:`is_live` knows."""
@@ -140,6 +150,8 @@ class Session:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small file so that a reader sees the old one or the new one, never half."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.unlink(missing_ok=True)  # left by a process that was killed
+    access.create_file(part)
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -166,9 +178,10 @@ def create(root: Path, name: str, config: "RunConfig") -> Session:
     """
     session = Session(root / check_name(name))
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        session.folder.mkdir(mode=0o700)
-        session.checkpoints.mkdir()
+        access.make_folders(root)
+        session.folder.mkdir(mode=access.FOLDER_MODE)
+        session.checkpoints.mkdir(mode=access.FOLDER_MODE)
+        access.create_file(session.log_file)
     except FileExistsError:
         if not root.is_dir():
             raise SessionError(

@@ -11,6 +11,7 @@ import os
 import socket
 from pathlib import Path
 
+from engine.session import access
 from engine.session.folder import Session
 
 log = logging.getLogger("engine")
@@ -28,8 +29,9 @@ def _entry(session: Session) -> Path:
 def announce(session: Session) -> None:
     """Enters a session. A home that cannot be written costs the convenience, not the run."""
     try:
-        _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        access.make_folders(_folder())
         text = f"{session.folder}\n{socket.gethostname()}\n"
+        access.create_file(_entry(session))
         _entry(session).write_text(text, encoding="utf-8")
     except OSError as error:
         log.warning("this session will not be found from other folders: %s", error)
