@@ -23,19 +23,22 @@ A resume (`rlhf-tui resume NAME -o …`) may change any key but those that decid
 data's order: `seed`, `data.*`, `model.*`, `lora.*`, `rollout.batch_size`, `rollout.per_prompt` and
 `ppo.advantage`; a fork may change these too, but for `lora.*`. Keys marked ⇄ can also be changed
 while the run goes on (`rlhf-tui ctl NAME set key=value`).
+
+Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
+they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) lie far outside of what is useful.
 """
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
 OTHERS = {"A source of `reward.mix`": "RewardSource", "A rule of `guardrails.rules`": "Rule"}
 WORDS = [
-    (r"Annotated\[float, Meta\(gt=0, lt=1\)\]", "number in (0, 1)"),
-    (r"Annotated\[int, Meta\(ge=2\)\]", "whole number ≥ 2"),
-    (r"Annotated\[int, Meta\(ge=0, le=19\)\]", "0 to 19"),
+    (r"Annotated\[(\w+), Meta\(ge=(.+?), (le|lt)=(.+?)\)\]", lambda m: _interval(*m.groups())),
+    (r"tuple\[Decay, Decay\]", "two numbers in [0, 1)"),
+    (r"\bCoefficient\b", "number in [0, 1e6]"),
+    (r"\bSeconds\b", "number > 0"),
     (r"Literal\[(.*?)\]", lambda m: re.sub(r"'(\w+)'", r"`\1`", m[1]).replace(", ", " | ")),
     (r"list\[RewardSource\]", "list of sources"),
     (r"list\[Rule\]", "list of rules"),
     (r"list\[str\]", "list of texts"),
     (r"list\[Whole\]", "list of whole numbers"),
-    (r"tuple\[Fraction, Fraction\]", "two numbers in [0, 1]"),
     (r"\bPositive\b", "number > 0"),
     (r"\bNonNegative\b", "number ≥ 0"),
     (r"\bFraction\b", "number in [0, 1]"),
@@ -48,6 +51,18 @@ WORDS = [
     (r" \| None", ""),
     (r" \| ", r" \\| "),
 ]
+
+
+def _interval(kind: str, low: str, end: str, high: str) -> str:
+    close = "]" if end == "le" else ")"
+    return f"{kind} in [{_bound(low)}, {_bound(high)}{close}"
+
+
+def _bound(text: str) -> str:
+    """A bound as a person writes it: 10000, 1e6."""
+    mantissa, _, exponent = f"{float(text):.0e}".partition("e")
+    large_or_small = text != "0" and not -3 < int(exponent) < 5
+    return f"{mantissa}e{int(exponent)}" if large_or_small else text
 
 
 def page() -> str:

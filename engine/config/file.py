@@ -16,9 +16,8 @@ import yaml
 
 from engine.config.rules import check_config
 from engine.config.schema import FIXED_AT_START, RunConfig
+from engine.config.type_errors import expected, shown
 from engine.errors import ConfigError
-
-type_names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,11 +66,11 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
     """Decodes, completes and checks. Raises ConfigError."""
+    _check_finite(tree)
     try:
         config = msgspec.convert(tree, RunConfig, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), tree)) from None
-    _check_finite(tree)
     config = complete(config)
     check_config(config)
     return config
@@ -221,15 +220,12 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
         key = f"{path}.{match[1]}" if path else match[1]
         hint = " (a section)" if key in ("model", "data", "reward") else ""
         return f"'{key}' is missing{hint}: it has no default"
-    wanted = text.replace("Expected ", "").replace("`", "")
-    wanted = re.sub(r"\b(int|float|str|bool)\b", lambda m: type_names[m[1]], wanted)
-    wanted = wanted.replace(" | null", ", or nothing").replace("object", "a section of keys")
-    wanted = re.sub(r"^Invalid enum value (.+)$", "", wanted)
+    wanted = expected(text)
     value = flatten(tree).get(path, _lookup(tree, path))
     choices = _choices(path)
     if choices and ("enum" in text or not wanted):
         wanted = "one of " + ", ".join(choices)
-    return f"{path} must be {wanted} (it is {value!r})"
+    return f"{path} must be {wanted} (it is {shown(value)})"
 
 
 def _lookup(tree: Any, path: str) -> Any:

@@ -9,11 +9,16 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-Positive = Annotated[float, Meta(gt=0)]
-NonNegative = Annotated[float, Meta(ge=0)]
+# Every number has two bounds. They leave room for any value that a person could mean, and keep out
+# those with which a step overflows or never ends.
+Positive = Annotated[float, Meta(ge=1e-12, le=1e12)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e12)]
+Coefficient = Annotated[float, Meta(ge=0, le=1e6)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
-Count = Annotated[int, Meta(ge=1)]
-Whole = Annotated[int, Meta(ge=0)]
+Decay = Annotated[float, Meta(ge=0, lt=1)]
+Seconds = Annotated[float, Meta(ge=1e-9, le=1e9)]
+Count = Annotated[int, Meta(ge=1, le=10**12)]
+Whole = Annotated[int, Meta(ge=0, le=10**12)]
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,7 +82,7 @@ class RewardSource(Section, frozen=True):
     """Which of several labels is the score (its logit), by index or name."""
     function: str | None = None
     """`module:function`, called as TRL calls its reward functions."""
-    weight: float = 1.0
+    weight: Annotated[float, Meta(ge=-1e6, le=1e6)] = 1.0
     """What its score is multiplied by in the sum."""
     name: str | None = None
     """What its own score is called in the metrics (`reward/NAME`)."""
@@ -113,11 +118,11 @@ class RewardConfig(Section, frozen=True):
     """The folder `function` modules are imported from; the configuration file's when left out."""
     normalise: Literal["none", "reference"] = "none"
     """`reference`: mean 0 and standard deviation 1 over answers of the reference model."""
-    normalise_samples: Annotated[int, Meta(ge=2)] = 64
+    normalise_samples: Annotated[int, Meta(ge=2, le=1_000_000)] = 64
     """Answers of the reference that are scored for it, once, before the first step."""
     clip: Positive | None = None
     """Scores are held to ±clip, after normalising."""
-    missing_eos_penalty: NonNegative | None = None
+    missing_eos_penalty: Coefficient | None = None
     """Subtracted from the score of an answer that was cut off."""
     batch_size: Count = 32
     """Answers that a reward model reads at once."""
@@ -137,13 +142,13 @@ class RewardConfig(Section, frozen=True):
 class RolloutConfig(Section, frozen=True):
     """Generation."""
 
-    batch_size: Count = 64
+    batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Responses in a step, over all ranks."""
     per_prompt: Count | None = None
     """Responses to each prompt; 4 for rloo, else 1, when left out."""
-    max_new_tokens: Count = 64
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Longer answers are cut off."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Meta(ge=1e-6, le=1000)] = 1.0
     """Divides the logits of the policy and of the reference, everywhere."""
     stop: list[str] = []
     """An answer also ends where one of these stands in it."""
@@ -178,13 +183,13 @@ class PPOConfig(Section, frozen=True):
 
     advantage: Literal["gae", "reward", "rloo"] = "gae"
     """A value function; the answer's reward as it is; or against the prompt's other answers."""
-    epochs: Count = 4
+    epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
     """Passes over one step's rollout."""
     minibatches: Count = 4
     """Optimiser steps in each pass."""
     micro_batch_size: Count = 16
     """Responses in one forward and backward pass; memory, not mathematics."""
-    clip_range: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    clip_range: Annotated[float, Meta(ge=1e-9, lt=1)] = 0.2
     """ε: how far the ratio to the rollout's policy counts."""
     ratio: Literal["token", "sequence"] = "token"
     """Each token's own, or the whole answer's."""
@@ -198,9 +203,9 @@ class PPOConfig(Section, frozen=True):
     """Advantages over the global batch; on for gae, off for the others, when left out."""
     whiten_rewards: bool = False
     """Scale the token rewards by their standard deviation (gae only)."""
-    value_coef: NonNegative = 0.1
+    value_coef: Coefficient = 0.1
     """Weight of the value loss."""
-    value_head_rate: Positive | None = None
+    value_head_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] | None = None
     """The value head learns at this many times the learning rate, since it starts from nothing; 10,
     or 1 beside adapters, whose own rate is ten times that of whole weights, when left out."""
     value_clip: Positive | None = None
@@ -223,7 +228,7 @@ class KLConfig(Section, frozen=True):
 
     controller: Literal["fixed", "adaptive"] = "fixed"
     """`adaptive` moves beta so that the KL stays near the target."""
-    beta: NonNegative = 0.05
+    beta: Coefficient = 0.05
     """The coefficient to begin with."""
     target: Positive = 6.0
     """Nats per response."""
@@ -242,17 +247,17 @@ class TrainConfig(Section, frozen=True):
     """The run ends after this many."""
     max_hours: Positive | None = None
     """Ends the run after this much training time, with a checkpoint."""
-    learning_rate: Positive = 1e-5
+    learning_rate: Annotated[float, Meta(ge=1e-12, le=10)] = 1e-5
     """AdamW's, before the schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What the learning rate does after its warm-up; the last two end near 0."""
     warmup_steps: Whole = 0
     """The learning rate rises over these."""
-    adam_eps: Positive = 1e-5
+    adam_eps: Annotated[float, Meta(ge=1e-20, le=100)] = 1e-5
     """AdamW's ε; 1e-8 gives a much larger early KL."""
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's β1 and β2."""
-    weight_decay: NonNegative = 0.0
+    weight_decay: Annotated[float, Meta(ge=0, le=1000)] = 0.0
     """AdamW's."""
     save_every: Whole = 50
     """Steps between checkpoints; 0: only the last one."""
@@ -265,16 +270,16 @@ class TrainConfig(Section, frozen=True):
 class LaunchConfig(Section, frozen=True):
     """The processes."""
 
-    processes: Count | Literal["auto"] = "auto"
+    processes: Annotated[int, Meta(ge=1, le=10_000)] | Literal["auto"] = "auto"
     """Ranks on each machine; `auto`: one for each GPU, one without."""
-    nodes: Count = 1
+    nodes: Annotated[int, Meta(ge=1, le=100_000)] = 1
     """Machines; the others come by `rlhf-tui join`."""
     rendezvous: str | None = None
     """`HOST:PORT` by which other machines reach this one; needed for more than one."""
-    timeout: Positive = 1800.0
+    timeout: Seconds = 1800.0
     """Seconds a rank waits for the others before it takes them for lost: more than the slowest
     reward service, model download or write of the journal takes, for which rank 0 waits."""
-    threads: Count | None = None
+    threads: Annotated[int, Meta(ge=1, le=10_000)] | None = None
     """CPU threads a rank computes with; all cores shared out when left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
@@ -282,10 +287,10 @@ class LaunchConfig(Section, frozen=True):
     """Which GPUs the ranks may use, by the driver's numbers; all when left out."""
     max_restarts: Whole = 3
     """Starts again, from the last checkpoint, after ranks that died."""
-    silence: Positive = 1800.0
+    silence: Seconds = 1800.0
     """Seconds without a sign of life after which a rank is taken for hung, ended and restarted.
     Counts from a rank's first step on."""
-    load_silence: Positive = 1800.0
+    load_silence: Seconds = 1800.0
     """The same while a rank starts and loads, and downloads and reads of large files are silent."""
     nice: Annotated[int, Meta(ge=0, le=19)] = 5
     """Of ranks on a CPU, so that the machine stays usable; 0: like any process."""
@@ -349,7 +354,7 @@ class GuardrailConfig(Section, frozen=True):
     """The rules that come with the software; one of the same name replaces its default."""
     rules: list[Rule] = []
     """The user's own."""
-    silent_rank: Positive = 300.0
+    silent_rank: Seconds = 300.0
     """Seconds without a sign of life from a rank that are worth a notice."""
     disk_free_gb: NonNegative = 2.0
     """Less than this is worth a notice."""
@@ -368,7 +373,7 @@ class RunConfig(Section, frozen=True):
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig
-    seed: Whole = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
     lora: LoRAConfig = LoRAConfig()
     rollout: RolloutConfig = RolloutConfig()
     ppo: PPOConfig = PPOConfig()

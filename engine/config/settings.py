@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from engine.config.schema import RunConfig
+from engine.config.type_errors import expected, shown
 from engine.errors import CommandRejectedError
 
 LIVE_SETTINGS = {
@@ -94,15 +95,13 @@ def check_settings(settings: Settings, values: dict[str, Any]) -> dict[str, Any]
     for name, value in values.items():
         section, key = LIVE_SETTINGS[name].split(".")
         kind = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
         try:
             now[name] = msgspec.convert(value, kind, strict=True)
         except msgspec.ValidationError as error:
-            wanted = str(error).replace("Expected ", "").replace("`", "").partition(", got")[0]
-            wanted = wanted.replace("float", "a number").replace("int", "a whole number")
-            wanted = wanted.replace(" | null", ", or null")
-            raise CommandRejectedError(f"{name} must be {wanted} (it is {value!r})") from None
-        if isinstance(value, float) and not math.isfinite(value):
-            raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
+            wanted = expected(str(error).partition(", got")[0])
+            raise CommandRejectedError(f"{name} must be {wanted} (it is {shown(value)})") from None
     if not now["beta_min"] < now["beta_max"]:
         raise CommandRejectedError(
             f"beta_min ({now['beta_min']:g}) must be below beta_max ({now['beta_max']:g})"

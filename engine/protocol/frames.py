@@ -27,8 +27,11 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: Message) -> bytes:
-    """One frame. Raises LinkError when it would be longer than MAX_FRAME."""
-    body = _encoder.encode(message)
+    """One frame. Raises LinkError when it would be longer than MAX_FRAME or cannot be encoded."""
+    try:
+        body = _encoder.encode(message)
+    except OverflowError as error:  # MessagePack holds integers of 64 bits
+        raise LinkError(f"a number in the message is too large to be sent: {error}") from error
     if len(body) > MAX_FRAME:
         raise LinkError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
     return HEADER.pack(len(body)) + body
