@@ -75,13 +75,13 @@ def test_who_carries_a_command_out_is_its_union():
 @pytest.mark.parametrize(
     ("command", "given", "reason"),
     [
-        (Pause(), {"paused": True, "state": "paused"}, "paused already"),
-        (Pause(), {"state": "pausing"}, "paused already"),
+        (Pause(), {"paused": True, "state": "paused"}, "already paused"),
+        (Pause(), {"state": "pausing"}, "already paused"),
         (Unpause(), {}, "not paused"),
-        (Stop(), {"state": "stopping"}, "stopping already"),
+        (Stop(), {"state": "stopping"}, "already stopping"),
         (Pause(), {"state": "stopping"}, "resume it first"),
         (Rollback(step=2), {"state": "stopping"}, "resume it first"),
-        (Rollback(step=3), {}, "there is: 2, 4"),
+        (Rollback(step=3), {}, "available: 2, 4"),
         (Rollback(step=3), {"checkpoint_steps": list}, "none yet"),
         (SetBeta(value=-1), {}, "beta must be"),
         (SetSetting(key="epochs", value=2**64 - 1), {}, "epochs must be a whole number <= 1000"),

@@ -316,7 +316,9 @@ def test_what_an_estimator_declares_fills_in_the_keys_left_out(name):
     assert config.rollout.per_prompt == ADVANTAGES[name].per_prompt
     least = ADVANTAGES[name].least_per_prompt
     if least > 1:
-        with pytest.raises(ConfigError, match=f"must be {least} or more for ppo.advantage: {name}"):
+        with pytest.raises(
+            ConfigError, match=f"must be at least {least} for ppo.advantage: {name}"
+        ):
             demo(f"ppo.advantage={name}", f"rollout.per_prompt={least - 1}")
 
 
