@@ -1,7 +1,7 @@
-"""Who may use a session: the modes of its files, and the check of its owner.
+"""Access rights of sessions: modes of files and folders, and the check of the owner.
 
-A session's configuration can name Python code, so whoever can write a session can run code as the
-user who resumes it. Modes are therefore set explicitly: the umask may be 000.
+A session's configuration can name Python code, so anyone who can write to a session can run code as
+the user who resumes it. Modes are therefore set explicitly and do not depend on the umask.
 """
 
 import os
@@ -30,8 +30,8 @@ def make_folders(path: Path) -> None:
 def create_file(path: Path) -> None:
     """Creates an empty file with mode 0600; an existing file stays as it is.
 
-    SQLite and ``open`` would create it with a mode that the umask decides. Journals beside a
-    database (``-wal``, ``-journal``) take the mode of the database.
+    Call it before SQLite or ``open`` would create the file with a mode that depends on the umask.
+    SQLite gives the files beside a database (``-wal``, ``-journal``) the mode of the database.
 
     Raises:
         OSError: the file cannot be created.
@@ -40,14 +40,14 @@ def create_file(path: Path) -> None:
 
 
 def check_owner(folder: Path, *files: Path, allow_root: bool = False) -> None:
-    """Refuses a session that belongs to another user.
+    """Checks that a session belongs to this user.
 
-    Call it before anything in the session is acted upon. Reading needs no such check.
+    Call it before running or writing a session. Reading a session needs no check.
 
     Args:
         folder: the session's.
-        files: files of the session that must have the same owner; missing ones are skipped.
-        allow_root: whether root may use everybody's sessions.
+        files: files of the session that must belong to this user, too; missing ones are skipped.
+        allow_root: whether root passes the check for every session.
 
     Raises:
         SessionError: the session belongs to another user, or its owner cannot be read.
@@ -56,14 +56,14 @@ def check_owner(folder: Path, *files: Path, allow_root: bool = False) -> None:
     if allow_root and user == 0:
         return
     try:
-        # A symbolic link counts by its own owner and by that of its target.
+        # For a symbolic link, both its own owner and the owner of its target count.
         owners = {folder.lstat().st_uid, folder.stat().st_uid}
         owners |= {file.stat().st_uid for file in files if file.exists()}
         others = owners - {user}
         if not others or others == {_owner_of_new_files(folder)}:
             return
     except OSError as error:
-        raise SessionError(f"cannot look into {folder}: {error.strerror}") from error
+        raise SessionError(f"cannot read {folder}: {error.strerror}") from error
     raise SessionError(
         f"session '{folder.name}' belongs to {_user_name(min(others))}, and its configuration can "
         "run code: copy the folder to make it yours"
@@ -71,9 +71,9 @@ def check_owner(folder: Path, *files: Path, allow_root: bool = False) -> None:
 
 
 def _owner_of_new_files(folder: Path) -> int | None:
-    """Which owner the file system gives to this user's files; None where none can be created.
+    """The owner of a file that this user creates in a folder; None if it cannot be created.
 
-    Some network file systems and mounts record another user than the one who writes.
+    Some network file systems and mounts record another owner than the user who writes.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

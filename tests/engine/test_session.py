@@ -162,7 +162,7 @@ def test_another_users_session_can_be_read_and_not_steered(another_user):
 def test_a_sessions_folder_that_is_a_file_is_told(tmp_path):
     (tmp_path / "file").touch()
     config = config_file.load(starter.FOLDER / "demo.yaml")
-    with pytest.raises(SessionError, match="cannot make"):
+    with pytest.raises(SessionError, match="cannot create"):
         session_folder.create(tmp_path / "file", "run", config)
 
 
@@ -379,7 +379,7 @@ def test_a_state_folder_that_cannot_be_written_costs_nothing_but_a_line(
     (tmp_path / "state").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     registry.announce(make_session())
-    assert "will not be found" in caplog.text
+    assert "will not be listed" in caplog.text
 
 
 def test_a_session_of_another_user_is_one_line_that_says_so(make_session):
@@ -389,7 +389,7 @@ def test_a_session_of_another_user_is_one_line_that_says_so(make_session):
     try:
         if user == 0:  # whom no mode keeps out
             os.seteuid(65534)
-        with pytest.raises(SessionError, match=r"cannot look into .*: Permission denied"):
+        with pytest.raises(SessionError, match=r"cannot read .*: Permission denied"):
             session_folder.find(made.folder.parent, made.name)
     finally:
         os.seteuid(user)
