@@ -13,7 +13,7 @@ from engine.errors import RlhfError
 from engine.journal.labels import Key, LabelReader, Preference, Response, forget_preference, prefer
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
-from engine.journal.samples import OTHERS
+from engine.journal.samples import MAX_COMPARED
 from engine.protocol.commands import Probe
 from rlhf_tui.screens.sample_labels import Judging
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand
@@ -167,7 +167,7 @@ class Comparing(Judging):
             count = len(self._others)
             title = f"OTHER, step {other.step} #{other.index}"
             title += f" of attempt {other.attempt}" * other.left
-            title += f" ({self._at + 1}/{count}{'+' * (count == OTHERS)})"
+            title += f" ({self._at + 1}/{count}{'+' * (count == MAX_COMPARED)})"
         better, who = self._verdict(row.response, other.response)
         reading.hold_against(
             ComparisonTarget(self._kind, title, row.response, other, "", better, who)
