@@ -109,7 +109,7 @@ def _names_a_function(text: str) -> bool:
 
 
 def _check_batches(config: RunConfig) -> None:
-    batch, per_prompt = config.rollout.batch_size, config.answers_per_prompt
+    batch, per_prompt = config.rollout.batch_size, config.responses_per_prompt
     traits = config.ppo.traits
     if per_prompt < traits.least_per_prompt:
         raise ConfigError(

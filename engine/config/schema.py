@@ -399,14 +399,14 @@ class RunConfig(Section, frozen=True):
     notify: NotifyConfig = NotifyConfig()
 
     @property
-    def answers_per_prompt(self) -> int:
+    def responses_per_prompt(self) -> int:
         """Responses to each prompt of a step."""
         return self.rollout.per_prompt or 1
 
     @property
     def prompts_per_step(self) -> int:
         """Prompts per step, over all ranks."""
-        return self.rollout.batch_size // self.answers_per_prompt
+        return self.rollout.batch_size // self.responses_per_prompt
 
 
 FIXED_AT_START = (

@@ -53,7 +53,7 @@ class JudgedResponse(msgspec.Struct, frozen=True, kw_only=True):
     """A response and its judgement."""
 
     prompt: str
-    answer: Response
+    response: Response
     judgement: Judgement
 
 
@@ -70,7 +70,9 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True):
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def set_label(session: Session, prompt: str, answer: Response, label: str | None, who: str) -> None:
+def set_label(
+    session: Session, prompt: str, response: Response, label: str | None, who: str
+) -> None:
     """Sets or replaces the label of a response, or removes it if `label` is None. Keeps a note.
 
     Raises:
@@ -79,22 +81,22 @@ def set_label(session: Session, prompt: str, answer: Response, label: str | None
     """
     if label is not None and label not in LABELS:
         raise UserInputError(f"'{label}' is not a label: use one of {', '.join(LABELS)}")
-    _judge(session, prompt, answer, "label", label, who)
+    _judge(session, prompt, response, "label", label, who)
 
 
-def set_note(session: Session, prompt: str, answer: Response, note: str, who: str) -> None:
+def set_note(session: Session, prompt: str, response: Response, note: str, who: str) -> None:
     """Sets or replaces the note on a response, or removes it if `note` is empty. Keeps a label.
 
     Raises:
         JournalError: the file cannot be written.
     """
-    _judge(session, prompt, answer, "note", note.strip() or None, who)
+    _judge(session, prompt, response, "note", note.strip() or None, who)
 
 
 def _judge(
-    session: Session, prompt: str, answer: Response, column: str, value: str | None, who: str
+    session: Session, prompt: str, response: Response, column: str, value: str | None, who: str
 ) -> None:
-    values = msgspec.structs.asdict(answer)
+    values = msgspec.structs.asdict(response)
     with _writing(session.labels_file) as db:
         # Another response under the same key: samples.db was replaced, so attempts restarted at 1.
         db.execute(
@@ -211,7 +213,7 @@ class LabelReader:
         return {
             (attempt, step, index): JudgedResponse(
                 prompt=prompt,
-                answer=Response(response=response, attempt=attempt, step=step, index=index),
+                response=Response(response=response, attempt=attempt, step=step, index=index),
                 judgement=Judgement(label=label, note=note, who=who, time=time),
             )
             for attempt, step, index, prompt, response, label, note, who, time in rows

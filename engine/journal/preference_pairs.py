@@ -62,14 +62,14 @@ def _labelled(judged: list[JudgedResponse]) -> list[PreferencePair]:
             worse.setdefault(response.prompt, []).append(response)
     return [
         _pair(
-            "labels", good.prompt, good.answer, bad.answer,
+            "labels", good.prompt, good.response, bad.response,
             " and ".join(dict.fromkeys((good.judgement.who, bad.judgement.who))),
             max(good.judgement.time, bad.judgement.time),
         )
         for good in judged
         if good.judgement.label == "good"
         for bad in worse.get(good.prompt, ())
-        if good.answer.response != bad.answer.response
+        if good.response.response != bad.response.response
     ]  # fmt: skip
 
 

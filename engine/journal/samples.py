@@ -159,7 +159,7 @@ def with_judgements(session: Session, samples: Iterable[SampleRow]) -> list[Samp
     judged = []
     for sample in samples:
         match = judgements.get((sample.attempt, sample.step, sample.index))
-        same = match is not None and match.answer.response == sample.response
+        same = match is not None and match.response.response == sample.response
         judgement = match.judgement if match is not None and same else None
         judged.append(msgspec.structs.replace(sample, judgement=judgement))
     return judged

@@ -68,7 +68,7 @@ def _smaller(
     if layout.lora_rank is None:
         yield "lora.rank", str(WHAT_IF_RANK), None, replace(layout, lora_rank=WHAT_IF_RANK)
     size = config.rollout.batch_size
-    step = config.answers_per_prompt * config.ppo.minibatches
+    step = config.responses_per_prompt * config.ppo.minibatches
     while size % (2 * step) == 0:
         size //= 2
         yield "rollout.batch_size", str(size), ("rollout", {"batch_size": size}), None

@@ -70,7 +70,7 @@ def train_step(
         AdvantageInputs(
             scores=scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
             values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
-            beta=config.kl.beta, per_prompt=config.answers_per_prompt, baseline=state.baseline,
+            beta=config.kl.beta, per_prompt=config.responses_per_prompt, baseline=state.baseline,
         )
     )  # fmt: skip
     if targets.baseline is not None:
@@ -107,7 +107,7 @@ def take_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
         step=step,
         temperature=rollout.temperature,
         max_new_tokens=rollout.max_new_tokens,
-        per_prompt=run.config.answers_per_prompt,
+        per_prompt=run.config.responses_per_prompt,
     )
     prompts = run.prompts.for_step(step)
     return generate_responses(

@@ -105,7 +105,7 @@ def test_a_written_configuration_reads_as_itself(tmp_path):
 def test_defaults_depend_on_the_advantage():
     rloo = demo("ppo.advantage=rloo")
     assert (rloo.rollout.per_prompt, rloo.ppo.whiten) == (4, False)
-    assert rloo.prompts_per_step * rloo.answers_per_prompt == rloo.rollout.batch_size
+    assert rloo.prompts_per_step * rloo.responses_per_prompt == rloo.rollout.batch_size
     assert (demo().rollout.per_prompt, demo().ppo.whiten) == (1, True)
 
 

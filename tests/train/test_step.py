@@ -184,10 +184,10 @@ def rollout_of(run):
     from engine.train.data.prompts import batch_prompts  # noqa: PLC0415
     from engine.train.data.randomness import sampling_uniforms  # noqa: PLC0415
 
-    batch = batch_prompts(run.prompts.for_step(1), run.config.answers_per_prompt, 0)
+    batch = batch_prompts(run.prompts.for_step(1), run.config.responses_per_prompt, 0)
     uniforms = sampling_uniforms(0, 1, 8, run.config.rollout.max_new_tokens)
     return run.backend.generate(
-        run.policy, batch, uniforms, 1.0, per_prompt=run.config.answers_per_prompt,
+        run.policy, batch, uniforms, 1.0, per_prompt=run.config.responses_per_prompt,
         report=lambda _done, _total: None,
     )  # fmt: skip
 
