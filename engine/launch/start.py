@@ -65,7 +65,9 @@ def resume(
     Raises:
         ConfigError: an override is wrong, or would change the model or the data's order.
         NoSuchSessionError: there is no checkpoint of that step.
+        SessionError: the session belongs to another user.
     """
+    session.check_owner()
     old = session.config()
     new = config_file.override(old, overrides)
     config_file.check_resumable(old, new)
@@ -90,8 +92,9 @@ def fork(
         ConfigError: an override is wrong.
         NoSuchSessionError: there is no checkpoint of that step.
         SessionNameError: the new name cannot be used or is taken.
-        SessionError: the files cannot be copied.
+        SessionError: the files cannot be copied, or the session belongs to another user.
     """
+    session.check_owner()
     old = session.config()
     new = config_file.override(old, overrides)
     config_file.check_forkable(old, new)

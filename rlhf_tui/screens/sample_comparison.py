@@ -13,7 +13,7 @@ from engine.errors import RlhfError
 from engine.journal.labels import Key, LabelReader, Preference, Response, forget_preference, prefer
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
-from engine.journal.samples import OTHERS
+from engine.journal.samples import MAX_COMPARED
 from engine.protocol.commands import Probe
 from engine.session.folder import Session
 from rlhf_tui.screens.context import AppContext
@@ -191,7 +191,7 @@ class SampleComparison:
             count = len(self._others)
             title = f"OTHER, step {other.step} #{other.index}"
             title += f" of attempt {other.attempt}" * other.left
-            title += f" ({self._index + 1}/{count}{'+' * (count == OTHERS)})"
+            title += f" ({self._index + 1}/{count}{'+' * (count == MAX_COMPARED)})"
         better, who = self._preferred(row.response, other.response)
         view.compare(ComparisonTarget(self._kind, title, row.response, other, "", better, who))
 

@@ -121,7 +121,7 @@ def test_waiting_for_a_command_has_an_end_and_its_own_exit_code(held):
 
 def test_what_does_not_apply_now_is_rejected_and_says_why(held):
     for done, why in (
-        (held.seen.pause_again, "paused already"),
+        (held.seen.pause_again, "already paused"),
         (held.seen.unpause_again, "not paused"),
     ):
         assert done.returncode == 1

@@ -134,7 +134,7 @@ async def test_what_cannot_be_written_is_said_and_not_shown(samples, judged, unt
         judged.labels_file.mkdir()
         await pilot.press("plus")
         await until(pilot, lambda: notices(app))
-        assert "folder must be one that you can write in" in notices(app)[0]
+        assert "you need write permission" in notices(app)[0]
         await until(pilot, lambda: shown(app)[0][0] == "")
 
 
