@@ -42,6 +42,8 @@ class Watchdog:
         self._sampler = Sampler(session.folder)
         self._spoke: set[str] = set()
         self._times: dict[int, RankTimes] = {}
+        self._checked: float | None = None
+        """When the last check was made; None before the first."""
         self.latest: Telemetry | None = None
         self.begin()
 
@@ -85,7 +87,7 @@ class Watchdog:
                 self._server.show(self.latest)
                 if looks % JOURNAL_EVERY == 0:
                     self._journal.record_telemetry(self.latest)
-                self.check(self.latest, on_silence, on_alert)
+                self.check(self.latest, on_silence, on_alert, time.monotonic())
             except (OSError, sqlite3.Error) as error:
                 # A look that fails must not be the last one.
                 log.warning("could not look after the session: %s", error)
@@ -97,9 +99,18 @@ class Watchdog:
         telemetry: Telemetry,
         on_silence: Callable[[int, float], None],
         on_alert: Callable[[Alert], None],
+        now: float,
     ) -> None:
-        """One look: says what deserves an alert, and which rank is to be taken for hung."""
-        rails, now = self._config.guardrails, time.monotonic()
+        """Checks the disk and the silence of ranks once.
+
+        Args:
+            telemetry: the latest reading.
+            on_silence: called with a rank that counts as hung, and its seconds of silence.
+            on_alert: called with each condition that begins to hold.
+            now: from :func:`time.monotonic`, like the times at which ranks sent a message.
+        """
+        self._exclude_absence(now)
+        rails = self._config.guardrails
         # A rank that waits for the others is as silent as the one that hangs: the longest counts.
         since = sorted(((now - t, r) for r, t in self._last.items()), reverse=True)
         silent, rank = since[0] if since else (0.0, 0)
@@ -112,6 +123,18 @@ class Watchdog:
         if hung:
             self.begin()
             on_silence(hung[0][1], hung[0][0])
+
+    def _exclude_absence(self, now: float) -> None:
+        """Moves the ranks' last messages forward by the time this process did not run.
+
+        A supervisor that was stopped (SIGSTOP, a frozen container, a stalled file system) could
+        not read what ranks sent meanwhile; their silence would be its own. Where a whole machine
+        is suspended, CLOCK_MONOTONIC stands still on Linux, for the checks and for the ranks.
+        """
+        if self._checked is not None:
+            absence = max(0.0, now - self._checked - CHECK_INTERVAL)
+            self._last = {rank: min(now, last + absence) for rank, last in self._last.items()}
+        self._checked = now
 
     def _limit(self, rank: int) -> float:
         launch = self._config.launch

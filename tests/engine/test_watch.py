@@ -1,6 +1,7 @@
 """When silence, a last word or an order to stop ends a run, and what is said of it."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -13,7 +14,7 @@ from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
 from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.server import Server
 from engine.supervisor.supervisor import Supervisor
-from engine.supervisor.watchdog import Watchdog
+from engine.supervisor.watchdog import CHECK_INTERVAL, Watchdog
 
 SEVERAL = ("launch.nodes=2", "launch.rendezvous=10.0.0.1:29400")
 ECHO = Failed(rank=0, text="rank 0 lost the others: timed out", traceback="where", echo=True)
@@ -31,11 +32,12 @@ def watch(writer):
     return make
 
 
-def hung(watchdog):
-    """The ranks that one look takes for hung."""
-    look = Telemetry(time=0.0, cpu=0.0, memory_used=0, memory_total=0, disk_free=10**12)
+def hung(watchdog, now=None):
+    """The ranks that one check takes for hung; `now` on the clock of `time.monotonic`."""
+    now = time.monotonic() if now is None else now
+    reading = Telemetry(time=0.0, cpu=0.0, memory_used=0, memory_total=0, disk_free=10**12)
     found = []
-    watchdog.check(look, lambda rank, _seconds: found.append(rank), lambda _alert: None)
+    watchdog.check(reading, lambda rank, _seconds: found.append(rank), lambda _alert: None, now)
     return found
 
 
@@ -85,6 +87,17 @@ def test_the_ranks_of_a_restart_load_again(watch):
     assert hung(watchdog) == [0]
     watchdog.begin()
     assert hung(watchdog) == []
+
+
+def test_a_supervisor_that_was_stopped_does_not_count_its_absence_as_silence(watch):
+    watchdog = watch("launch.silence=60")
+    watchdog.heard(0, Ready(info={}, settings={}))
+    woken = time.monotonic() + 1000
+    assert hung(watchdog) == []
+    assert hung(watchdog, woken) == []
+    # Silence counts from one interval before it woke.
+    checks = range(int(CHECK_INTERVAL), 100, int(CHECK_INTERVAL))
+    assert next(t for t in checks if hung(watchdog, woken + t)) == 60 - CHECK_INTERVAL
 
 
 def ended(writer, failure, *, at_once=False):
