@@ -16,7 +16,7 @@ from engine import metrics
 from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.launch.start import StartOptions
+from engine.launch.start import StartOptions, is_new
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, StepReport
 from engine.session.folder import Session
 from engine.supervisor.supervisor import supervise
@@ -129,7 +129,7 @@ def main() -> None:
     """Runs to the end and exits with the contract's codes."""
     session = Session(Path(sys.argv[1]))
     start = msgspec.json.decode(sys.argv[2], type=StartOptions)
-    new = bool(start.origin) or not session.journal_file.exists()
+    new = is_new(session, start)
     try:
         printer = Printer(_total(session, start), live=sys.stdout.isatty())
         code = asyncio.run(supervise(session, start, printer))

@@ -35,6 +35,16 @@ NETWORK_FILE_SYSTEMS = {
 """Where WAL's shared memory does not work between hosts."""
 
 
+class AdoptedCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A complete checkpoint on disk that the journal does not know."""
+
+    size: int
+    """Bytes."""
+    score: float | None
+    kl: float | None
+    """Of its step; None where they cannot be read."""
+
+
 class JournalWriter:
     """Opened by the holder of the session's lock, for one attempt at a time."""
 
@@ -85,6 +95,7 @@ class JournalWriter:
         fresh: bool,
         reseed: bool = False,
         origin: dict[str, Any] | None = None,
+        adopt: AdoptedCheckpoint | None = None,
     ) -> int:
         """A new attempt that goes on from a step; what was written after it leaves the timeline.
 
@@ -94,6 +105,7 @@ class JournalWriter:
                 else they will be applied again (a resume).
             reseed: it samples anew; so does any that goes on from the same step after it.
             origin: of a fork, where it comes from.
+            adopt: the checkpoint of `from_step`, where this journal does not know it.
 
         Returns:
             The attempt's number, from 1.
@@ -117,6 +129,11 @@ class JournalWriter:
                 (self.attempt, from_step, fresh, time.time(), os.getpid(), socket.gethostname(),
                  __version__),
             )  # fmt: skip
+            if adopt is not None:
+                self._db.execute(
+                    "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'complete')",
+                    (from_step, self.attempt, time.time(), adopt.size, adopt.score, adopt.kl),
+                )
             self._events.step = from_step
             data = {"attempt": self.attempt, "from_step": from_step, "fresh": fresh}
             self._events.write("attempt", data | ({"fork": origin} if origin else {}))

@@ -12,9 +12,15 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange
-from engine.errors import ConfigError, JournalError, NoSuchSessionError, SessionError
+from engine.errors import (
+    ConfigError,
+    JournalError,
+    NoSuchSessionError,
+    SessionError,
+    UserInputError,
+)
 from engine.journal.reader import JournalReader
-from engine.journal.writer import copy_until
+from engine.journal.writer import AdoptedCheckpoint, copy_until
 from engine.session.folder import Session, check_name, create
 
 
@@ -35,6 +41,13 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Of a fork: `from` (a session's name) and `step`."""
 
 
+class _CheckpointNumbers(msgspec.Struct):
+    """The part of a checkpoint's state.json that the journal repeats."""
+
+    score: float | None = None
+    kl: float | None = None
+
+
 def checkpoint_steps(session: Session) -> list[int]:
     """Steps of all whole checkpoints on disk."""
     folders = [m.parent.name for m in session.checkpoints.glob("step-*/COMPLETE")]
@@ -52,6 +65,41 @@ def timeline_checkpoints(session: Session) -> list[int]:
     return [step for step in checkpoint_steps(session) if step in known]
 
 
+def has_history(session: Session) -> bool:
+    """Whether the session's journal holds an attempt; false where it is missing or empty."""
+    with JournalReader(session) as record:
+        return bool(record.attempts())
+
+
+def is_new(session: Session, start: StartOptions) -> bool:
+    """Whether the session was created for this start, and holds nothing but its configuration.
+
+    Such a session is removed when the start fails because of the user's input. One whose journal
+    is lost but which has checkpoints is not new.
+    """
+    return bool(start.origin) or not (
+        session.journal_file.exists() or any(session.checkpoints.glob("step-*"))
+    )
+
+
+def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
+    """What a journal that knows nothing of a complete checkpoint needs to record it.
+
+    Returns:
+        None where there is no such checkpoint, or the journal has it already.
+    """
+    if step not in checkpoint_steps(session) or step in timeline_checkpoints(session):
+        return None
+    folder = session.checkpoints / f"step-{step:06d}"
+    try:
+        text = (folder / "state.json").read_bytes()
+        numbers = msgspec.json.decode(text, type=_CheckpointNumbers)
+    except (OSError, msgspec.DecodeError):  # the rank that loads it says what is wrong
+        numbers = _CheckpointNumbers()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return AdoptedCheckpoint(size=size, score=numbers.score, kl=numbers.kl)
+
+
 def last_checkpoint(session: Session) -> int:
     """The newest whole checkpoint of the current timeline; 0 where there is none."""
     return max(timeline_checkpoints(session), default=0)
@@ -65,12 +113,15 @@ def resume(
     Raises:
         ConfigError: an override is wrong, or would change the model or the data's order.
         NoSuchSessionError: there is no checkpoint of that step.
+        UserInputError: there are checkpoints but no journal, and no step was chosen.
     """
     old = session.config()
     new = config_file.override(old, overrides)
     config_file.check_resumable(old, new)
     if from_step is not None:
         _check_step(session, from_step)
+    else:
+        _check_history(session)
     return StartOptions(
         from_step=last_checkpoint(session) if from_step is None else from_step,
         fresh=from_step is not None,
@@ -134,8 +185,20 @@ def _link_or_copy(source: str, target: str) -> str:
     return target
 
 
+def _check_history(session: Session) -> None:
+    """A resume without a journal would start at step 0 and replace the checkpoints it passes."""
+    steps = checkpoint_steps(session)
+    if steps and not has_history(session):
+        problem = "is empty" if session.journal_file.exists() else "is missing"
+        raise UserInputError(
+            f"session '{session.name}' has checkpoints (of steps {', '.join(map(str, steps))}) but "
+            f"its journal {session.journal_file} {problem}; restore that file, or continue without "
+            f"the history: rlhf-tui resume {session.name} --from {steps[-1]}"
+        )
+
+
 def _check_step(session: Session, step: int) -> None:
-    steps = timeline_checkpoints(session)
+    steps = timeline_checkpoints(session) if has_history(session) else checkpoint_steps(session)
     if step not in steps:
         have = ", ".join(map(str, steps)) if steps else "none yet"
         raise NoSuchSessionError(

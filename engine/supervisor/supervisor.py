@@ -18,7 +18,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
-from engine.launch.start import StartOptions, last_checkpoint
+from engine.launch.start import StartOptions, adopted_checkpoint, last_checkpoint
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import open_channels
 from engine.monitoring.telemetry import busy_gpus
@@ -191,7 +191,11 @@ class Supervisor:
         state = self.state
         state.attempt = Attempt(start)
         self._journal.begin_attempt(
-            start.from_step, fresh=start.fresh, reseed=start.reseed, origin=start.origin
+            start.from_step,
+            fresh=start.fresh,
+            reseed=start.reseed,
+            origin=start.origin,
+            adopt=adopted_checkpoint(self._session, start.from_step),
         )
         self._record_given(start)
         self.publisher.set_state("starting")
