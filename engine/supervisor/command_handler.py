@@ -23,6 +23,7 @@ from engine.protocol.commands import (
     Pause,
     Rollback,
     Stop,
+    Unpause,
     check_command,
 )
 from engine.protocol.rank_messages import RankCommand
@@ -83,7 +84,7 @@ class CommandHandler:
     def _moment(self) -> Moment:
         return Moment(
             state="stopping" if self._state.stop_now else self._publisher.state,
-            paused=self._state.paused,
+            paused=self._pending.paused_after(self._state.paused),
             settings=msgspec.convert(self._state.settings, Settings, strict=False),
             batch_size=self._config.rollout.batch_size,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
@@ -105,6 +106,8 @@ class CommandHandler:
                 state.stopping = state.stopping or isinstance(command, Stop)
                 if command.state_when_accepted is not None:
                     self._publisher.set_state(command.state_when_accepted)
+                elif isinstance(command, Unpause) and self._publisher.state == "pausing":
+                    self._publisher.set_state("running")
                 passed_on = RankCommand(id=request.id, command=command)
                 self._pending.add(passed_on, who)
                 state.attempt.send(passed_on)

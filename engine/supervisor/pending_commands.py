@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from engine.journal.command_log import CommandLog
 from engine.protocol.client_messages import PendingCommand
-from engine.protocol.commands import BoundaryCommand
+from engine.protocol.commands import BoundaryCommand, Pause, Unpause
 from engine.protocol.rank_messages import RankCommand
 from engine.supervisor.server import Server
 
@@ -40,6 +40,13 @@ class PendingCommands:
             PendingCommand(id=i, command=w.message.command.name(), who=w.who, status="accepted")
             for i, w in self._waiting.items()
         ]
+
+    def paused_after(self, paused: bool) -> bool:
+        """Whether the run is paused once all of them are carried out; `paused`: it is now."""
+        for waiting in self._waiting.values():
+            if isinstance(waiting.message.command, Pause | Unpause):
+                paused = isinstance(waiting.message.command, Pause)
+        return paused
 
     def carried_out(self, command_id: str) -> BoundaryCommand | None:
         """It waits no more; None where it is not known."""

@@ -52,6 +52,27 @@ async def engine(writer):
     return Engine(writer)
 
 
+# -- to pause --------------------------------------------------------------------------------------
+
+
+async def test_commands_are_checked_against_the_state_at_the_boundary(engine):
+    commands = (Pause(), Pause(), Unpause(), Unpause(), Pause())
+    replies = [engine.ask(command) for command in commands]
+    expected = ["accepted", "rejected", "accepted", "rejected", "accepted"]
+    assert [reply.status for reply in replies] == expected
+    assert engine.state == "pausing"
+    for reply in replies:
+        if reply.status == "accepted":
+            engine.hear(Applied(id=reply.id, step=1))
+    assert engine.state == "paused"
+
+
+async def test_a_pause_that_was_taken_back_is_no_longer_shown(engine):
+    engine.ask(Pause())
+    engine.ask(Unpause())
+    assert engine.state == "running"
+
+
 # -- to stop ---------------------------------------------------------------------------------------
 
 
