@@ -1,7 +1,10 @@
 """Takes commands in, from clients, signals and guard rails, and says how things stand."""
 
+import contextlib
+import logging
 import os
 import signal
+import sqlite3
 from functools import partial
 
 import msgspec
@@ -36,6 +39,8 @@ from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
 
+log = logging.getLogger("engine")
+
 ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
 """`action` of a guard rail → what is asked when it fires; `notify` asks for nothing."""
 
@@ -67,7 +72,19 @@ class CommandHandler:
         self._watchdog = watchdog
 
     def answer(self, request: CommandRequest, who: str) -> CommandReply:
-        """Takes a command in: journalled, checked, and passed on where it needs a rank."""
+        """Takes a command in: journalled, checked, and passed on where it needs a rank.
+
+        A stop is carried out even where the journal cannot be written, as on a full disk; every
+        other command is then rejected.
+        """
+        try:
+            return self._record_and_carry_out(request, who)
+        except sqlite3.Error as error:
+            reason = f"cannot write the journal: {error}"
+            log.error("%s from %s: %s", request.command.name(), who, reason)
+            return self._carry_out_unrecorded(request, who, reason)
+
+    def _record_and_carry_out(self, request: CommandRequest, who: str) -> CommandReply:
         command, log = request.command, self._journal.commands
         if not log.record(request.id, command.name(), config_file.as_mapping(command), who):
             return log.reply(request.id)
@@ -80,6 +97,29 @@ class CommandHandler:
             self._carry_out(request, who)
         self._server.wake()
         return log.reply(request.id)
+
+    def _carry_out_unrecorded(
+        self, request: CommandRequest, who: str, reason: str
+    ) -> CommandReply:
+        command = request.command
+        if not isinstance(command, Stop):
+            return CommandReply(id=request.id, status="rejected", reason=reason)
+        try:
+            check_command(command, self._moment())
+        except RlhfError as error:
+            return CommandReply(id=request.id, status="rejected", reason=str(error))
+        if self._is_immediate(command):
+            self._end_ranks()
+            step = self._journal.step + 1
+            return CommandReply(id=request.id, status="applied", step=step, reason=reason)
+        # The ranks try to save. Where that fails too, the error ends the run.
+        self._state.stopping = True
+        with contextlib.suppress(sqlite3.Error):
+            self._publisher.set_state("stopping")
+        stop = RankCommand(id=request.id, command=command)
+        self._pending.add(stop, who, recorded=False)
+        self._state.attempt.send(stop)
+        return CommandReply(id=request.id, status="accepted", reason=reason)
 
     def _moment(self) -> Moment:
         return Moment(
@@ -94,8 +134,9 @@ class CommandHandler:
         """Carries out what is the supervisor's; a RankCommand's type holds only the rest."""
         state = self._state
         match request.command:
-            case Stop(now=now) if now or self._publisher.state == "starting":
-                self._stop_now(request.id)  # while loading there is nothing to save
+            case Stop() if self._is_immediate(request.command):
+                self._end_ranks()
+                self._journal.commands.apply(request.id, self._journal.step + 1, [])
             case Rollback(step=step, reseed=reseed):
                 state.next = StartOptions(from_step=step, fresh=True, reseed=reseed, who=who)
                 self._journal.commands.apply(request.id, step + 1, [])
@@ -112,10 +153,13 @@ class CommandHandler:
                 self._pending.add(passed_on, who)
                 state.attempt.send(passed_on)
 
-    def _stop_now(self, command_id: str) -> None:
+    def _is_immediate(self, stop: Stop) -> bool:
+        """While the models are loaded there is nothing to save."""
+        return stop.now or self._publisher.state == "starting"
+
+    def _end_ranks(self) -> None:
         self._state.stopping = self._state.stop_now = True
-        self._state.next = None  # nor does a roll back under way begin
-        self._journal.commands.apply(command_id, self._journal.step + 1, [])
+        self._state.next = None  # a roll back under way does not begin either
         self._ranks.kill()
 
     def on_signal(self, number: signal.Signals) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from engine.config import file as config_file
 from engine.journal.command_log import CommandLog
 from engine.protocol.client_messages import PendingCommand
 from engine.protocol.commands import BoundaryCommand, Pause, Unpause
@@ -16,6 +17,8 @@ MAX_FAILURES = 2
 class _Waiting:
     message: RankCommand
     who: str
+    recorded: bool
+    """Whether the journal has it."""
     failures: int = 0
 
 
@@ -26,9 +29,9 @@ class PendingCommands:
         self._commands, self._server = commands, server
         self._waiting: dict[str, _Waiting] = {}
 
-    def add(self, message: RankCommand, who: str) -> None:
-        """One more."""
-        self._waiting[message.id] = _Waiting(message, who)
+    def add(self, message: RankCommand, who: str, *, recorded: bool = True) -> None:
+        """Adds a command; one that is not in the journal is recorded when it ends."""
+        self._waiting[message.id] = _Waiting(message, who, recorded)
 
     def all(self) -> list[RankCommand]:
         """Those that wait, as each attempt's rank 0 is told."""
@@ -50,14 +53,23 @@ class PendingCommands:
 
     def carried_out(self, command_id: str) -> BoundaryCommand | None:
         """It waits no more; None where it is not known."""
-        waiting = self._waiting.pop(command_id, None)
+        waiting = self._take(command_id)
         return None if waiting is None else waiting.message.command
 
     def reject(self, command_id: str, reason: str) -> None:
         """It waits no more, and was not carried out."""
-        self._waiting.pop(command_id, None)
+        self._take(command_id)
         self._commands.reject(command_id, reason)
         self._server.tell(self._commands.reply(command_id))
+
+    def _take(self, command_id: str) -> _Waiting | None:
+        waiting = self._waiting.pop(command_id, None)
+        if waiting is not None and not waiting.recorded:
+            command = waiting.message.command
+            self._commands.record(
+                command_id, command.name(), config_file.as_mapping(command), waiting.who
+            )
+        return waiting
 
     def attempt_failed(self) -> None:
         """An attempt failed that had been ready; the command in hand, the first, may be why.

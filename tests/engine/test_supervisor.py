@@ -1,9 +1,10 @@
 """What a supervisor makes of commands, alerts and its ranks' messages; prepared without ranks."""
 
 import asyncio
+import resource
 import signal
 import sqlite3
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -108,6 +109,48 @@ async def test_what_is_carried_out_on_the_way_to_a_stop_does_not_hide_it(engine,
     for answer in answers:
         engine.hear(Applied(id=answer.id, step=2))
         assert engine.state == "stopping"
+
+
+# -- a journal that cannot be written --------------------------------------------------------------
+
+
+@contextmanager
+def no_room_for_files():
+    """No file of this process can grow, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_stop_at_once_needs_no_journal(engine):
+    with no_room_for_files():
+        reply = engine.ask(Stop(now=True))
+    assert reply.status == "applied"
+    assert reply.reason.startswith("cannot write the journal")
+    assert engine.live.stop_now
+
+
+async def test_a_stop_reaches_the_ranks_without_a_journal_and_is_recorded_later(engine, writer):
+    with no_room_for_files():
+        engine.supervisor.commands.on_signal(signal.SIGTERM)
+        assert engine.ask(Stop()).reason == "the run is stopping already"
+    (command,) = engine.supervisor.pending.all()
+    assert command.command == Stop()
+    assert engine.state == "stopping"
+    engine.hear(Applied(id=command.id, step=4))
+    with JournalReader(writer.session) as record:
+        assert [(c.who, c.status) for c in record.commands()] == [("SIGTERM", "applied")]
+
+
+async def test_another_command_is_rejected_without_a_journal(engine):
+    with no_room_for_files():
+        reply = engine.ask(SetBeta(value=0.2))
+    assert reply.status == "rejected"
+    assert reply.reason.startswith("cannot write the journal")
+    assert engine.supervisor.pending.all() == []
 
 
 # -- guard rails -----------------------------------------------------------------------------------
