@@ -81,7 +81,8 @@ class CommandHandler:
             return self._record_and_carry_out(request, who)
         except sqlite3.Error as error:
             reason = f"cannot write the journal: {error}"
-            log.error("%s from %s: %s", request.command.name(), who, reason)
+            # A full disk needs no traceback.
+            log.error("%s from %s: %s", request.command.name(), who, reason)  # noqa: TRY400
             return self._carry_out_unrecorded(request, who, reason)
 
     def _record_and_carry_out(self, request: CommandRequest, who: str) -> CommandReply:
@@ -98,9 +99,7 @@ class CommandHandler:
         self._server.wake()
         return log.reply(request.id)
 
-    def _carry_out_unrecorded(
-        self, request: CommandRequest, who: str, reason: str
-    ) -> CommandReply:
+    def _carry_out_unrecorded(self, request: CommandRequest, who: str, reason: str) -> CommandReply:
         command = request.command
         if not isinstance(command, Stop):
             return CommandReply(id=request.id, status="rejected", reason=reason)
