@@ -5,9 +5,12 @@ process (exec), so that `ps` shows the session's folder.
 """
 
 import asyncio
+import logging
 import shutil
 import sys
 from pathlib import Path
+from traceback import format_exception
+from types import TracebackType
 from typing import TextIO
 
 import msgspec
@@ -21,7 +24,7 @@ from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, S
 from engine.session.folder import Session
 from engine.supervisor.supervisor import supervise
 from rlhf_tui import format as fmt
-from rlhf_tui.text import one_line
+from rlhf_tui.text import one_line, sanitise
 
 SMOOTHING = 0.9
 """Of the step time, for the time left."""
@@ -51,11 +54,15 @@ class Printer:
         """A guard rail, or the engine, wants a look."""
         self._say(f"step {step}: {one_line(text)}", sys.stderr)
 
+    def log(self, text: str) -> None:
+        """Prints a record of the engine's log."""
+        self._say(text, sys.stderr)
+
     def message(self, message: FromRank) -> None:
         """Prints what a rank said, if it is for people."""
         match message:
             case Phase(rank=0, name=name, done=done, total=total):
-                self._phase = f"{name} {done}/{total}" if total else name
+                self._phase = one_line(f"{name} {done}/{total}" if total else name)
                 self._redraw()
             case StepReport():
                 self._take(message)
@@ -99,7 +106,7 @@ class Printer:
         self._redraw()
 
     def _print(self, line: str, stream: TextIO | None = None) -> None:
-        self._write(line + "\n", stream or sys.stdout)
+        self._write(sanitise(line) + "\n", stream or sys.stdout)
 
     def _write(self, text: str, stream: TextIO) -> None:
         """A closed terminal or pipe must not end the training that goes on behind it."""
@@ -125,13 +132,38 @@ class Printer:
             self._print(f"rlhf-tui: {one_line(meta.message)}", sys.stderr)
 
 
+class PrinterHandler(logging.Handler):
+    """Prints warnings and errors of the engine, in place of logging's last resort.
+
+    The last resort writes a record as it is, with whatever a reward function put into its error.
+    """
+
+    def __init__(self, printer: Printer) -> None:
+        super().__init__(logging.WARNING)
+        self._printer = printer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record; called by :mod:`logging`."""
+        self._printer.log(self.format(record))
+
+
+def print_exception(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Prints an uncaught exception without control characters; for :data:`sys.excepthook`."""
+    lines = format_exception(kind, error, traceback)
+    print(sanitise("".join(lines)), end="", file=sys.stderr)  # noqa: T201
+
+
 def main() -> None:
     """Runs to the end and exits with the contract's codes."""
+    sys.excepthook = print_exception
     session = Session(Path(sys.argv[1]))
     start = msgspec.json.decode(sys.argv[2], type=StartOptions)
     new = is_new(session, start)
     try:
         printer = Printer(_total(session, start), live=sys.stdout.isatty())
+        logging.basicConfig(handlers=[PrinterHandler(printer)], format="%(message)s")
         code = asyncio.run(supervise(session, start, printer))
         printer.close(session, code)
     except RlhfError as error:
