@@ -24,10 +24,8 @@ from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, S
 from engine.session.folder import Session
 from engine.supervisor.supervisor import supervise
 from rlhf_tui import format as fmt
+from rlhf_tui.state.time_left import StepSeconds, until_end
 from rlhf_tui.text import one_line, sanitise
-
-SMOOTHING = 0.9
-"""Of the step time, for the time left."""
 
 
 class Printer:
@@ -38,7 +36,7 @@ class Printer:
         self._live = live
         self._closed = False
         self._step: StepReport | None = None
-        self._seconds: float | None = None
+        self._step_seconds = StepSeconds()
         self._phase = ""
 
     def state(self, state: str, text: str) -> None:
@@ -70,11 +68,7 @@ class Printer:
                 self._say(f"checkpoint: step {step}")
 
     def _take(self, report: StepReport) -> None:
-        seconds = report.metrics[metrics.STEP_TIME]
-        before = self._seconds
-        self._seconds = (
-            seconds if before is None else SMOOTHING * before + (1 - SMOOTHING) * seconds
-        )
+        self._step_seconds.add(report.metrics[metrics.STEP_TIME])
         self._step = report
         if self._live:
             self._redraw()
@@ -85,7 +79,7 @@ class Printer:
         if self._step is None:
             return ""
         m, step = self._step.metrics, self._step.step
-        left = (self._total - step) * (self._seconds or 0)
+        left = until_end(step, self._total, self._step_seconds.mean or 0)
         return (
             f"step {step}/{self._total}  score {m[metrics.SCORE]:.3f}  "
             f"kl {m[metrics.KL]:.3f}  beta {fmt.number(m[metrics.BETA], 4)}  "

@@ -8,7 +8,8 @@ import asyncio
 import sys
 from pathlib import Path
 
-from rlhf_tui.app.app import SCREENS, RlhfApp
+from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.screens.modes import MODES
 
 FOLDER = Path(__file__).parent.parent / "docs" / "screens"
 SIZE = (120, 36)
@@ -18,18 +19,18 @@ KEYS = {"samples": [*"jjjjjjjj", "d"]}
 
 async def draw(root: Path, name: str, wanted: list[str]) -> None:
     """Each of the screens, once."""
-    desk = RlhfApp(root, name, read_only=False, follow=False)
-    async with desk.run_test(size=SIZE) as pilot:
-        for key, mode in enumerate(SCREENS, start=1):
+    app = RlhfApp(root, name, read_only=False, follow=False)
+    async with app.run_test(size=SIZE) as pilot:
+        for key, mode in enumerate(MODES, start=1):
             if mode not in wanted:
                 continue
             await pilot.press(str(key))
             await pilot.pause(1.0)
             await pilot.press(*KEYS.get(mode, ()))
             await pilot.pause(1.0)
-            desk.save_screenshot(f"{mode}.svg", str(FOLDER))
+            app.save_screenshot(f"{mode}.svg", str(FOLDER))
 
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    asyncio.run(draw(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(SCREENS)))
+    asyncio.run(draw(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(MODES)))

@@ -23,7 +23,11 @@ def _is_number(path: str) -> bool:
 
 
 def check_config(config: RunConfig) -> None:
-    """Raises ConfigError if keys contradict each other; it names them and a way out."""
+    """Checks that no keys contradict each other.
+
+    Raises:
+        ConfigError: names the keys that do not go together and what would.
+    """
     _check_reward(config.reward)
     _check_batches(config)
     if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):

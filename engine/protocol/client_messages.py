@@ -1,7 +1,7 @@
 """What clients (the TUI, `ctl`) and a supervisor say to each other.
 
 The socket carries commands and wake-ups; the data itself is read from the journal. The first frame
-is the client's :class:`ClientHello`, answered by :class:`Welcome`; then :class:`Request`,
+is the client's :class:`ClientHello`, answered by :class:`Welcome`; then :class:`CommandRequest`,
 :class:`StatusRequest` and :class:`Watch` in any order.
 """
 
@@ -20,7 +20,7 @@ class ClientHello(Message, frozen=True, tag="client_hello"):
     """The first frame of a client."""
 
     who: str
-    """User, terminal, SSH client: stands in the ledger beside what is asked."""
+    """User, terminal, SSH client: stands in the journal beside each command."""
     version: int = VERSION
 
 
@@ -32,11 +32,11 @@ class CommandRequest(Message, frozen=True, tag="request"):
 
 
 class StatusRequest(Message, frozen=True, tag="status_request"):
-    """How is it?"""
+    """Asks for a :class:`Status`."""
 
 
 class Watch(Message, frozen=True, tag="watch"):
-    """From now on, send :class:`Wake`, :class:`Phase` and :class:`Telemetry` as they come."""
+    """Asks for each :class:`JournalAdvanced`, :class:`Phase` and :class:`Telemetry` from now on."""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):

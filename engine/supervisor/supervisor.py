@@ -1,8 +1,8 @@
 """The supervisor: one live session's engine, an asyncio coroutine that never imports torch.
 
 It holds the session's lock, serves the socket, starts and watches the ranks, and is the only writer
-of the journal. The same coroutine runs in the foreground and in the background. What clients ask is
-handled by :mod:`engine.supervisor.command_handler`, what ranks say by
+of the journal. The same coroutine runs in the foreground and in the background. Commands are
+handled by :mod:`engine.supervisor.command_handler`, messages of ranks by
 :mod:`engine.supervisor.rank_handler`.
 """
 

@@ -68,8 +68,9 @@ def train_step(
     # 4. Advantages, from the whole global batch.
     targets = make_targets(
         AdvantageInputs(
-            scores, old_logprobs, ref_logprobs, old_values, rollout.mask, rollout.lengths,
-            config.ppo, config.kl.beta, config.answers_per_prompt, state.baseline,
+            scores=scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+            values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
+            beta=config.kl.beta, per_prompt=config.answers_per_prompt, baseline=state.baseline,
         )
     )  # fmt: skip
     if targets.baseline is not None:

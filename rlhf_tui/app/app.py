@@ -1,11 +1,12 @@
-"""The terminal app: five screens on one session, which it watches and steers but never trains.
+"""The Textual app: keys, modes, themes and the command palette.
 
-It may end, or lose its terminal, at any moment: the engine lives elsewhere and the journal keeps
-everything.
+The parts it owns do the work: :class:`SessionFollower` follows the open session, :class:`Steering`
+sends commands, :class:`EngineStarter` starts engines. The app never trains: it may end or lose its
+terminal at any moment, and the engine goes on.
 """
 
 import functools
-import importlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,46 +15,42 @@ from typing import Any, ClassVar
 from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.filter import LineFilter
+from textual.notifications import SeverityLevel
 from textual.screen import Screen
 
 from engine.errors import RlhfError
-from engine.journal.reader import JournalReader
-from engine.session.folder import all_sessions, find
-from rlhf_tui.app import hangup
-from rlhf_tui.app import preferences as prefs
-from rlhf_tui.app.following import TICK
-from rlhf_tui.app.launching import Launch
+from engine.session.folder import Session, find
+from rlhf_tui.app import hangup, steering
+from rlhf_tui.app.following import TICK, SessionFollower
+from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
-from rlhf_tui.app.steering import ACTIONS, Steer
+from rlhf_tui.app.sequential_keys import SequentialKeys
 from rlhf_tui.app.themes import THEMES
-from rlhf_tui.state.first_read import SPANS, FirstRead
-from rlhf_tui.state.series import Series
-from rlhf_tui.text import one_line
-from rlhf_tui.widgets.key_footer import key_name
+from rlhf_tui.identity import who
+from rlhf_tui.screens import modes
+from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.screens.context import AppContext
+from rlhf_tui.state import preferences as prefs
+from rlhf_tui.state.first_read import FirstRead
+from rlhf_tui.state.messages import CommandAnswered, EngineStarted, SessionUpdated
+from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.viewport import Viewport
+from rlhf_tui.text import one_line, sanitise
+from rlhf_tui.widgets.key_footer import KeyFooter, key_name
+from rlhf_tui.widgets.textual_internals import screens_of_all_modes, screens_of_current_mode
 
-SCREENS = {
-    "sessions": "SessionsScreen",
-    "dashboard": "DashboardScreen",
-    "samples": "SamplesScreen",
-    "checkpoints": "CheckpointsScreen",
-    "log": "LogScreen",
-}
-"""Mode (and module) → the screen's class, in the order of the keys 1 to 5."""
-
-
-def _screen(mode: str) -> Screen[Any]:
-    """A screen, imported when it is first seen: the first picture does not wait for the others."""
-    module = importlib.import_module(f"rlhf_tui.screens.{mode}")
-    screen: Screen[Any] = getattr(module, SCREENS[mode])()
-    return screen
+NOTICE = 5.0
+"""Seconds of a notice in the line of keys."""
+SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
+"""Of a notice in a box of its own."""
 
 
-class RlhfApp(Steer, Launch, inherit_bindings=False):
-    """What the operator sits at."""
+class RlhfApp(SequentialKeys, inherit_bindings=False):
+    """The dashboard; an :class:`AppContext` for its screens."""
 
     TITLE = "rlhf-tui"
     CSS_PATH = "app.tcss"
-    MODES = {mode: functools.partial(_screen, mode) for mode in SCREENS}
+    MODES = {mode: functools.partial(modes.create_screen, mode) for mode in modes.MODES}
     HORIZONTAL_BREAKPOINTS = [
         (0, "-narrow"), (110, "-normal"), (170, "-wide"),
     ]  # fmt: skip
@@ -65,9 +62,9 @@ class RlhfApp(Steer, Launch, inherit_bindings=False):
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
             Binding(str(i), f"go('{mode}')", mode, show=False)
-            for i, mode in enumerate(SCREENS, start=1)
+            for i, mode in enumerate(modes.MODES, start=1)
         ),
-        *Steer.STEERING,
+        *steering.BINDINGS,
         Binding("t", "theme", "theme", show=False),
         Binding("question_mark", "help", "help", show=False),
         Binding("q", "detach", "detach"),
@@ -82,7 +79,7 @@ class RlhfApp(Steer, Launch, inherit_bindings=False):
         read_only: bool = False,
         now: Callable[[], float] = time.time,
         follow: bool = True,
-        glance: FirstRead | None = None,
+        first_read: FirstRead | None = None,
     ) -> None:
         """On a folder of sessions, and one of them.
 
@@ -90,45 +87,146 @@ class RlhfApp(Steer, Launch, inherit_bindings=False):
             root: the folder.
             name: the session to open; None for the browser.
             read_only: no commands.
-            now: the clock, for tests.
-            follow: False reads each session once and no more, for tests.
-            glance: a first look at that session, which is under way.
+            now: the wall clock.
+            follow: False reads each session once and never again, for tests.
+            first_read: of that session, if it has begun already.
         """
-        self.farewell = ""
-        """The last line, printed after the screen is given back."""
-        preferences, self._complaint = prefs.load_preferences()
+        self.root = root.resolve()
+        self.read_only = read_only
+        self.now = now
+        self.who = who()
+        self.exit_message = ""
+        """Printed after the terminal was given back."""
+        self.preferences, self._problem = prefs.load_preferences()
         try:
-            session = find(root.resolve(), name) if name is not None else None
+            session = find(self.root, name) if name is not None else None
         except RlhfError as error:
-            session, self._complaint = None, str(error)
-        # The first screen is the one to be seen: an empty one would be laid out before it.
-        self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc]
-        super().__init__(root, read_only=read_only, now=now, follow=follow, preferences=preferences)
-        self._glance = glance
+            session, self._problem = None, str(error)
+        # Textual would lay out an empty default screen before the one that is wanted.
+        self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc] # a class variable there
+        super().__init__()
+        self.animation_level = "none"
+        self.follower = SessionFollower(
+            self, self.preferences, self.who,
+            now=now, follow=follow, say=self.say, draw=self.draw_screens,
+        )  # fmt: skip
+        self.commands = steering.Steering(
+            self, self.follower, self.who, read_only=read_only, say=self.say
+        )
+        self.engines = EngineStarter(
+            self, self.follower, self.root,
+            now=now, read_only=read_only, say=self.say, open_session=self.open_session,
+        )  # fmt: skip
+        self._first_read = first_read
         if session is not None:
-            self.take_session(session)
+            self._follow(session)
         for theme in THEMES:
             self.register_theme(theme)
-        self.theme = preferences.theme
+        self.theme = self.preferences.theme
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """With NO_COLOR no colour codes at all; Textual alone would send greys."""
         return [NoColorFilter()] if self.no_color else super().get_line_filters()
 
     def on_load(self) -> None:
-        """Before the first picture: what was seen so far shall be in it."""
-        if self._glance is not None and self._glance.session == self.session:
-            self.state.take(self._glance.news())
+        """The first picture shows what was read before it."""
+        if self._first_read is not None and self._first_read.session == self.session:
+            self.state.take(self._first_read.update())
 
     def on_mount(self) -> None:
-        """The first screen is there: the rest may take its time."""
-        self.call_after_refresh(self.begin)
-        self.set_interval(TICK, self.tick)
-        if self._complaint:
-            self.say(self._complaint, "warning")
+        """Reading begins after the first picture."""
+        self.call_after_refresh(self.follower.begin)
+        self.set_interval(TICK, self.follower.tick)
+        if self._problem:
+            self.say(self._problem, "warning")
         if not self.is_headless:
             hangup.on_hang_up(self.hang_up)
             hangup.watch_terminal()
+
+    # -- the open session ----------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session | None:
+        """The open session; None in the browser before any was opened."""
+        return self.follower.session
+
+    @property
+    def state(self) -> SessionState:
+        """What is known of the open session."""
+        return self.follower.state
+
+    @property
+    def view(self) -> Viewport:
+        """The window and crosshair that the charts share."""
+        return self.follower.view
+
+    def open_session(self, name: str) -> bool:
+        """Follows a session and shows its dashboard; False, with a notice, if there is none."""
+        if not self.follower.follows(name):
+            try:
+                session = find(self.root, name)
+            except RlhfError as error:
+                self.say(str(error), "error")
+                return False
+            self._follow(session)
+            for screen in screens_of_all_modes(self):
+                if isinstance(screen, SessionScreen) and screen.is_mounted:
+                    screen.session_changed()
+            self.follower.begin()
+        self.switch_mode("dashboard")
+        return True
+
+    def _follow(self, session: Session) -> None:
+        self.follower.open(session)
+        self.commands.session_opened()
+
+    def forget_session(self, name: str) -> None:
+        """Stops following a session that is about to be deleted."""
+        self.follower.forget(name)
+
+    def read_metrics(self, specs: Iterable[str]) -> None:
+        """Reads the metrics of new charts, given as in the preferences."""
+        self.follower.read_metrics(specs)
+
+    def draw_screens(self, *, only_live: bool) -> None:
+        """Draws the screens of this mode; `only_live`: only phases and machine have changed."""
+        for screen in screens_of_current_mode(self):
+            if isinstance(screen, SessionScreen) and screen.is_mounted:
+                screen.draw(only_live=only_live)
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def on_session_updated(self, message: SessionUpdated) -> None:
+        """The feed has read something; what is left of another session's is dropped."""
+        if self.follower.take(message):
+            self.commands.session_updated(message)
+
+    def on_command_answered(self, message: CommandAnswered) -> None:
+        """The engine has replied to a command."""
+        self.commands.command_answered(message)
+
+    def on_engine_started(self, message: EngineStarted) -> None:
+        """An engine has started, or failed to."""
+        self.engines.started(message)
+
+    # -- notices -------------------------------------------------------------------------------
+
+    def say(self, text: str, severity: SeverityLevel = "information") -> None:
+        """Shows a notice for a few seconds; nothing in it is markup.
+
+        Information stands in the line of keys: it covers nothing and costs one line.
+        """
+        screen = next(iter(screens_of_current_mode(self)), None)
+        if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
+            screen.query_one(KeyFooter).say(text, NOTICE)
+            return
+        self.notify(
+            sanitise(text), severity=severity, markup=False, timeout=SECONDS_SHOWN[severity]
+        )
+
+    def say_later(self, text: str, severity: SeverityLevel = "information") -> None:
+        """Shows a notice. Call it from another thread."""
+        self.call_later(self.say, text, severity)
 
     # -- leaving -------------------------------------------------------------------------------
 
@@ -137,19 +235,19 @@ class RlhfApp(Steer, Launch, inherit_bindings=False):
         self.detach()
 
     def detach(self, code: int = 0) -> None:
-        """Gives the terminal back, and says what goes on behind it."""
-        self.leave()
+        """Gives the terminal back; a line says which engine goes on."""
+        self.follower.leave()
         engine = self.session.engine() if self.session and self.session.is_live() else None
         if engine is not None and self.session is not None:
             name = self.session.name
-            self.farewell = (
+            self.exit_message = (
                 f"detached; engine pid {engine.pid} still running; "
                 f"reattach with rlhf-tui attach {name}"
             )
         self.exit(return_code=code)
 
     def hang_up(self, code: int) -> None:
-        """The connection has dropped, or the process shall end."""
+        """The connection has dropped, or a signal asks the process to end."""
         self.detach(code)
         hangup.end_soon(code)
 
@@ -157,51 +255,80 @@ class RlhfApp(Steer, Launch, inherit_bindings=False):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """With --read-only there are no commands."""
-        return not (self.read_only and action in ACTIONS)
+        return not (self.read_only and action in steering.ACTIONS)
+
+    def action_pause(self) -> None:
+        """Holds the run at the next step boundary, or continues it."""
+        self.commands.toggle_pause()
+
+    def action_beta(self) -> None:
+        """Asks for beta."""
+        self.commands.ask_beta()
+
+    def action_nudge(self, direction: int) -> None:
+        """Sets beta a tenth higher or lower."""
+        self.commands.nudge_beta(direction)
+
+    def action_adaptive(self) -> None:
+        """Switches between the adaptive controller and a fixed beta."""
+        self.commands.toggle_adaptive()
+
+    def action_undo(self) -> None:
+        """Takes back the last change."""
+        self.commands.undo()
+
+    def action_change(self) -> None:
+        """Asks for a setting and its value."""
+        self.commands.choose_setting()
+
+    def action_save(self) -> None:
+        """Saves a checkpoint at the next step boundary."""
+        self.commands.checkpoint()
+
+    def action_note(self) -> None:
+        """Asks for a note."""
+        self.commands.ask_note()
+
+    def action_probe(self) -> None:
+        """Asks for a prompt."""
+        self.commands.ask_probe()
+
+    def action_stop(self) -> None:
+        """Asks how to end the run."""
+        self.commands.ask_stop()
 
     async def action_go(self, mode: str) -> None:
-        """To another screen."""
+        """Shows another screen."""
         if mode != "sessions" and self.session is None:
             self.say("open a session first: enter opens the chosen one")
             return
         await self.switch_mode(mode)
 
-    def action_theme(self) -> None:
-        """The next theme."""
-        names = [t.name for t in THEMES]
-        self.theme = names[(names.index(self.theme) + 1) % len(names)]
-        self.remember()
-        self.say(f"theme: {self.theme}")
-
     def action_help(self) -> None:
-        """Every key that works here."""
-        from rlhf_tui.dialogs.help import HelpDialog  # noqa: PLC0415 - keeps the start quick
+        """Lists every key that works here."""
+        from rlhf_tui.dialogs.help import HelpDialog  # noqa: PLC0415 - keeps start-up short
 
         self.push_screen(HelpDialog(self.screen))
 
-    def pick_other(self) -> None:
-        """Another session's curves beside these; chosen again, away."""
-        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - keeps the start quick
+    # -- themes and palette --------------------------------------------------------------------
 
-        names = [s.name for s in all_sessions(self.root) if s.name != self.state.name]
-        if not names:
-            self.say(f"there is no other session in {self.root}")
-            return
-        options = [Option(n, n, "shown" if n in self.view.others else "") for n in names]
+    def action_theme(self) -> None:
+        """Chooses the next theme."""
+        names = [t.name for t in THEMES]
+        self.choose_theme(names[(names.index(self.theme) + 1) % len(names)])
+        self.say(f"theme: {self.theme}")
 
-        def take(name: str | None) -> None:
-            if name is None:
-                return
-            if self.view.others.pop(name, None) is None:
-                try:
-                    with JournalReader(find(self.root, name)) as record:
-                        found = record.outlines(self.preferences.metrics(), SPANS)
-                        self.view.others[name] = {n: Series(found[n]) for n in found}
-                except RlhfError as error:
-                    self.say(str(error), "error")
-            self.draw_all()
+    def choose_theme(self, name: str) -> None:
+        """Chooses a theme, also for the next start."""
+        self.theme = name
+        self.save_preferences()
 
-        self.push_screen(PickerDialog("Beside these curves", options), take)
+    def save_preferences(self) -> None:
+        """Writes the preferences in a thread: a home on a network may be slow."""
+        self.preferences.theme = self.theme
+        threading.Thread(
+            target=prefs.save, args=(prefs.preferences_file(), self.preferences), daemon=True
+        ).start()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """The palette: everything that has a key, by name, with its key."""
@@ -214,35 +341,28 @@ class RlhfApp(Steer, Launch, inherit_bindings=False):
                 yield SystemCommand(
                     words[0].upper() + words[1:],
                     f"key {binding.key_display or key_name(binding.key)}",
-                    _action(self, binding.action, active.node),
+                    functools.partial(self.run_action, binding.action, active.node),
                 )
         for theme in THEMES:
-            yield SystemCommand(f"Theme: {theme.name}", "colours", _setter(self, theme.name))
+            choose = functools.partial(self.choose_theme, theme.name)
+            yield SystemCommand(f"Theme: {theme.name}", "colours", choose)
 
 
-def _action(desk: RlhfApp, action: str, node: Any) -> Callable[[], Any]:
-    async def run() -> None:
-        await desk.run_action(action, node)
-
-    return run
+def as_context(app: RlhfApp) -> AppContext:
+    """The app as its screens see it: here the type checker compares the two."""
+    return app
 
 
-def _setter(desk: RlhfApp, theme: str) -> Callable[[], None]:
-    def choose() -> None:
-        desk.theme = theme
-        desk.remember()
-
-    return choose
-
-
-def open_app(root: Path, name: str | None, read_only: bool, glance: FirstRead | None = None) -> int:
-    """Opens the terminal app on a folder of sessions, or on one of them.
+def open_app(
+    root: Path, name: str | None, read_only: bool, first_read: FirstRead | None = None
+) -> int:
+    """Runs the app on a folder of sessions, or on one of them.
 
     Returns:
         The exit code.
     """
-    desk = RlhfApp(root, name, read_only=read_only, glance=glance)
-    desk.run()
-    if desk.farewell:
-        print(one_line(desk.farewell))  # noqa: T201
-    return desk.return_code or 0
+    app = RlhfApp(root, name, read_only=read_only, first_read=first_read)
+    app.run()
+    if app.exit_message:
+        print(one_line(app.exit_message))  # noqa: T201
+    return app.return_code or 0

@@ -1,19 +1,19 @@
-"""What happened since the operator last looked."""
+"""The digest: what happened since the operator last saw the session."""
 
 from engine import metrics
 from engine.journal.rows import ErrorEvent, StateEvent
 from rlhf_tui import format as fmt
-from rlhf_tui.app.preferences import Seen
-from rlhf_tui.state.session_state import GLYPHS, RECENT, TONES, SessionState
+from rlhf_tui.state.preferences import Seen
+from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, RECENT, SessionState
 from rlhf_tui.widgets.lines import Row
 
 MOST = 8
 AWAY = 60.0
-"""Seconds under which nobody has been away."""
+"""Seconds of absence below which there is no digest."""
 
 
 def digest(state: SessionState, seen: Seen) -> list[Row]:
-    """Lines for a dialog; none where there is nothing to tell."""
+    """Lines for a dialog; empty if nothing happened."""
     away = state.now() - seen.time
     new = [e for e in state.events if e.event > seen.event]
     steps = state.head.step - seen.step
@@ -42,7 +42,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
         rows.append(
             [
                 (f"{marker.step:>6} ", "dim"),
-                (f"{GLYPHS[marker.kind]} ", TONES[marker.kind]),
+                (f"{MARKER_GLYPHS[marker.kind]} ", MARKER_TONES[marker.kind]),
                 (marker.text, ""),
                 (who, "dim"),
             ]
@@ -53,3 +53,12 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     if states and states[-1].text:
         rows.append([(states[-1].text.partition("\n")[0], "warn")])
     return rows
+
+
+def curves_are_read(state: SessionState) -> bool:
+    """Whether the curves of a digest are read: those of a long run come one after another."""
+    return bool(state.names) and all(
+        name in state.curves
+        for name in (metrics.SCORE, metrics.KL, metrics.BETA)
+        if name in state.names
+    )

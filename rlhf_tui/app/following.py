@@ -1,239 +1,185 @@
-"""The app as far as it follows a session: what is open, what is known of it, when it is drawn."""
+"""Follows one session: which one is open, what is known of it, and when it is drawn."""
 
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from typing import Protocol
+
+from textual.app import App
 
 from engine.errors import RlhfError
-from engine.metrics import BETA, KL, SCORE
-from engine.session.folder import Session, find
-from rlhf_tui.app import preferences as prefs
-from rlhf_tui.app.sequential_keys import SequentialKeys
-from rlhf_tui.screens.base import SessionScreen
+from engine.session.folder import Session
+from rlhf_tui.app.digest import curves_are_read, digest
+from rlhf_tui.dialogs.base import Choice, ChoiceDialog
+from rlhf_tui.screens.context import Say
+from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.feed import Feed
 from rlhf_tui.state.messages import SessionUpdated
 from rlhf_tui.state.session_state import ALWAYS, SessionState
 from rlhf_tui.state.viewport import Viewport
-from rlhf_tui.text import sanitise
-from rlhf_tui.widgets.key_footer import KeyFooter
 
 DRAW_AFTER = 0.04
-"""Seconds in which news that comes together is drawn together."""
+"""Seconds in which updates that arrive together are drawn together."""
 TICK = 1.0
-NOTICE = 5.0
-NOTED_EVERY = 30.0
+"""Seconds between two calls of :meth:`SessionFollower.tick`."""
+NOTE_SEEN_EVERY = 30.0
 
 
-class Follower(SequentialKeys, inherit_bindings=False):
-    """Holds the state, and says things; what the operator can do comes on top."""
+class DrawScreens(Protocol):
+    """Draws the screens that are visible."""
+
+    def __call__(self, *, only_live: bool) -> None:
+        """`only_live`: only the phases and the machine have changed."""
+
+
+class SessionFollower:
+    """Holds the open session, its feed, its state and the viewport of its charts."""
 
     def __init__(
         self,
-        root: Path,
+        app: App[None],
+        preferences: prefs.Preferences,
+        who: str,
         *,
-        read_only: bool,
         now: Callable[[], float],
         follow: bool,
-        preferences: prefs.Preferences,
+        say: Say,
+        draw: DrawScreens,
     ) -> None:
-        """On a folder of sessions, none of them open.
+        """No session is open yet.
 
         Args:
-            root: the folder.
-            read_only: no commands.
-            now: the clock.
-            follow: False reads each session once and no more.
+            app: takes the feed's messages, and has timers and dialogs.
             preferences: the operator's.
+            who: the operator.
+            now: the wall clock.
+            follow: False reads each session once and never again.
+            say: shows a notice.
+            draw: draws the visible screens.
         """
-        super().__init__()
-        self.animation_level = "none"
-        self.root = root.resolve()
-        self.read_only = read_only
-        self.now = now
-        self.follow = follow
-        self.preferences = preferences
-        self.who = _who()
+        self._app = app
+        self._preferences = preferences
+        self._who = who
+        self._now = now
+        self._follow = follow
+        self._say = say
+        self._draw_screens = draw
         self.session: Session | None = None
         self.state = SessionState(now=now)
         self.view = self._new_view()
         self._feed: Feed | None = None
         self._draw_due = False
-        self._only_now = True
-        """Since the last drawing nothing has changed but what the ranks do now."""
-        self._digested = True
-        self._noted = now()
+        self._only_live = True
+        """Since the last drawing only phases and machine have changed."""
+        self._digest_shown = True
+        self._seen_noted = now()
 
     # -- the open session ----------------------------------------------------------------------
 
-    def take_session(self, session: Session) -> None:
-        """Makes a session the open one; :meth:`begin` follows it."""
+    def follows(self, name: str) -> bool:
+        """Whether the session of this name is open."""
+        return self._feed is not None and self.session is not None and self.session.name == name
+
+    def open(self, session: Session) -> None:
+        """Makes a session the open one; :meth:`begin` starts to read it."""
         self.leave()
         self.session = session
-        self.state = SessionState(session.name, now=self.now)
+        self.state = SessionState(session.name, now=self._now)
         self.view = self._new_view()
-        self._digested = False
-        folder = str(session.folder)
-        names = [*self.preferences.metrics(), *ALWAYS]
+        self._digest_shown = False
+        folder, app = str(session.folder), self._app
+        names = [*self._preferences.metrics(), *ALWAYS]
         self._feed = Feed(
-            session, self.who, names, lambda news: self.post_message(SessionUpdated(folder, news))
+            session,
+            self._who,
+            names,
+            lambda update: app.post_message(SessionUpdated(folder, update)),
         )
 
     def begin(self) -> None:
-        """Follows the open session from now on."""
+        """Reads the open session from now on."""
         if self._feed is None:
             return
-        if self.follow:
+        if self._follow:
             self._feed.start()
         else:
             self._feed.read_all()
         self._read_config()
 
     def _read_config(self) -> None:
-        """What the journal does not say; without it the run can still be seen."""
+        """What the journal does not hold; without it the run can still be shown."""
         try:
             if self.session is not None:
                 self.state.batch_size = self.session.config().rollout.batch_size
         except (RlhfError, OSError) as error:
-            self.say(str(error), "error")
-
-    def open_session(self, name: str) -> bool:
-        """Follows another session and shows its dashboard; False where there is none."""
-        if self.session is None or self.session.name != name or self._feed is None:
-            try:
-                session = find(self.root, name)
-            except RlhfError as error:
-                self.say(str(error), "error")
-                return False
-            self.take_session(session)
-            for screen in self._places():
-                if screen.is_mounted:
-                    screen.session_changed()
-            self.begin()
-        self.switch_mode("dashboard")
-        return True
+            self._say(str(error), "error")
 
     def _new_view(self) -> Viewport:
-        return Viewport(weight=self.preferences.weight, past=self.preferences.past)
+        return Viewport(weight=self._preferences.weight, past=self._preferences.past)
 
-    def want(self, specs: Iterable[str]) -> None:
-        """Reads the metrics of new charts."""
+    def read_metrics(self, specs: Iterable[str]) -> None:
+        """Reads the metrics of new charts, given as in the preferences."""
         if self._feed is not None:
             self._feed.want(n.strip() for spec in specs for n in spec.split(" + "))
 
     def leave(self) -> None:
-        """Notes what was seen, and stops following."""
+        """Stops following, and notes what was seen."""
         if self._feed is not None:
             self._feed.stop()
             self._feed = None
         self._note_seen()
 
-    def _note_seen(self) -> None:
-        self._noted = self.now()
-        if not self._digested:
-            return
-        if self.session is not None and self.state.known and self.follow:
-            newest = self.state.events[-1].event if self.state.events else 0
-            seen = prefs.Seen(time=self.now(), step=self.state.head.step, event=newest)
-            prefs.remember_seen(str(self.session.folder), seen)
-
-    def forget_session(self, name: str) -> None:
-        """It is being deleted."""
+    def forget(self, name: str) -> None:
+        """Stops following a session that is about to be deleted."""
         if self.session is not None and self.session.name == name:
             if self._feed is not None:
                 self._feed.stop()
             self._feed = self.session = None
-            self.state = SessionState(now=self.now)
+            self.state = SessionState(now=self._now)
 
-    def _places(self) -> list[SessionScreen]:
-        return [
-            s
-            for stack in self._screen_stacks.values()
-            for s in stack
-            if isinstance(s, SessionScreen)
-        ]
+    # -- updates -------------------------------------------------------------------------------
 
-    def on_session_updated(self, message: SessionUpdated) -> None:
-        """News of the open session; what is left of another one's is dropped."""
+    def take(self, message: SessionUpdated) -> bool:
+        """Adds an update to the state and has it drawn; False if it is of another session."""
         if self.session is None or message.folder != str(self.session.folder):
-            return
-        self.state.take(message.news)
-        self._only_now = self._only_now and message.news.only_live
+            return False
+        self.state.take(message.update)
+        self._only_live = self._only_live and message.update.only_live
         if not self._draw_due:
             self._draw_due = True
-            self.set_timer(DRAW_AFTER, self._draw)
+            self._app.set_timer(DRAW_AFTER, self._draw)
+        return True
 
     def _draw(self) -> None:
         self._draw_due = False
-        only_live, self._only_now = self._only_now, True
-        stack = self._screen_stacks.get(self.current_mode, [])
-        for screen in stack:
-            if isinstance(screen, SessionScreen) and screen.is_mounted:
-                screen.draw(only_live=only_live)
-        if not self._digested and can_be_told(self.state):
-            self._digested = True
+        only_live, self._only_live = self._only_live, True
+        self._draw_screens(only_live=only_live)
+        if not self._digest_shown and curves_are_read(self.state):
+            self._digest_shown = True
             self._show_digest()
 
-    def draw_all(self) -> None:
-        """Draws everything again, for something else than news has changed."""
-        self._only_now = False
-        self._draw()
-
     def tick(self) -> None:
-        """Clocks go on between two steps."""
+        """Draws the clocks, which move between two updates, too."""
         if self.state.live and not self._draw_due:
             self._draw()
-        if self.now() - self._noted > NOTED_EVERY:
-            # The terminal may go without a word: what was seen until then was seen.
+        if self._now() - self._seen_noted > NOTE_SEEN_EVERY:
+            # The terminal may disappear at any time: what was on the screen counts as seen.
             threading.Thread(target=self._note_seen, daemon=True).start()
 
-    def _show_digest(self) -> None:
-        if self.session is None or not self.follow:
-            return
-        # Imported here to keep the start quick.
-        from rlhf_tui.app.digest import digest  # noqa: PLC0415
-        from rlhf_tui.dialogs.base import Choice, ChoiceDialog  # noqa: PLC0415
+    # -- what the operator has seen ------------------------------------------------------------
 
+    def _note_seen(self) -> None:
+        self._seen_noted = self._now()
+        if not self._digest_shown:
+            return
+        if self.session is not None and self.state.known and self._follow:
+            newest = self.state.events[-1].event if self.state.events else 0
+            seen = prefs.Seen(time=self._now(), step=self.state.head.step, event=newest)
+            prefs.remember_seen(str(self.session.folder), seen)
+
+    def _show_digest(self) -> None:
+        if self.session is None or not self._follow:
+            return
         seen = prefs.load_seen().get(str(self.session.folder))
         rows = digest(self.state, seen) if seen is not None else []
         if rows:
-            self.push_screen(ChoiceDialog("Since you left", rows, [Choice("o", "OK", "ok")]))
-
-    # -- words ---------------------------------------------------------------------------------
-
-    def say(self, text: str, severity: str = "information") -> None:
-        """A notice for some seconds; nothing in it is markup.
-
-        What is only information stands in the line of keys: it covers nothing and costs one line.
-        """
-        place = self._screen_stacks.get(self.current_mode, [None])[0]
-        if severity == "information" and isinstance(place, SessionScreen) and place.is_mounted:
-            place.query_one(KeyFooter).say(text, NOTICE)
-            return
-        self.notify(
-            sanitise(text), severity=severity, markup=False,  # type: ignore[arg-type]
-            timeout=8 if severity == "error" else 4,
-        )  # fmt: skip
-
-    def say_later(self, text: str, severity: str = "information") -> None:
-        """The same from a thread."""
-        self.call_later(self.say, text, severity)
-
-    def remember(self) -> None:
-        """Writes the preferences, in a thread: a home over the network may be slow."""
-        self.preferences.theme = self.theme
-        threading.Thread(
-            target=prefs.save, args=(prefs.preferences_file(), self.preferences), daemon=True
-        ).start()
-
-
-def can_be_told(state: SessionState) -> bool:
-    """Whether a digest would find its curves: those of a long run are read one after another."""
-    return bool(state.names) and all(
-        name in state.curves for name in (SCORE, KL, BETA) if name in state.names
-    )
-
-
-def _who() -> str:
-    from rlhf_tui.identity import who  # noqa: PLC0415 - click need not be there for it
-
-    return who()
+            self._app.push_screen(ChoiceDialog("Since you left", rows, [Choice("o", "OK", "ok")]))

@@ -1,118 +1,168 @@
-"""Commands of our own that the app runs: those that start engines, and those that tidy up."""
+"""Commands of the CLI that the app runs: those that start engines, and those that tidy up."""
 
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from textual.app import App
+from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
-from engine.session.folder import all_sessions, find
-from rlhf_tui.app.following import Follower
+from engine.session.folder import all_sessions, check_name, find, free_name
+from rlhf_tui.app.following import SessionFollower
 from rlhf_tui.dialogs.base import InputDialog
+from rlhf_tui.screens.context import Say
 from rlhf_tui.state.messages import EngineStarted
 from rlhf_tui.widgets.lines import Row
 
 APPEARS = 10.0
-"""Seconds within which a new session's folder is there."""
+"""Seconds within which the folder of a new session exists."""
+LOOK_AGAIN = 0.3
 
 
-class Launch(Follower, inherit_bindings=False):
-    """The app as far as it starts engines and runs commands."""
+class EngineStarter:
+    """Starts, resumes and forks runs; each command is a process of its own."""
+
+    def __init__(
+        self,
+        app: App[None],
+        follower: SessionFollower,
+        root: Path,
+        *,
+        now: Callable[[], float],
+        read_only: bool,
+        say: Say,
+        open_session: Callable[[str], bool],
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            app: takes :class:`EngineStarted`, and has timers and dialogs.
+            follower: the open session.
+            root: the folder of sessions.
+            now: the wall clock.
+            read_only: nothing may be started.
+            say: shows a notice.
+            open_session: shows the dashboard of a session.
+        """
+        self._app = app
+        self._follower = follower
+        self._root = root
+        self._now = now
+        self._read_only = read_only
+        self._say = say
+        self._open_session = open_session
 
     def refuse_read_only(self) -> bool:
-        """Whether nothing may be done from here; says so."""
-        if self.read_only:
-            self.say("read-only: nothing can be started or deleted from here", "warning")
-        return self.read_only
+        """Whether this terminal is read-only; shows a notice if so."""
+        if self._read_only:
+            self._say("read-only: nothing can be started or deleted from here", "warning")
+        return self._read_only
 
     def ask_fork(self, name: str, step: int) -> None:
-        """The name of a branch off a checkpoint."""
+        """Asks for a name, then forks session `name` from the checkpoint of `step`."""
         if self.refuse_read_only():
             return
-        # Imported here to keep the start of the app quick.
-        from rlhf_tui.screens.checkpoints import check_new_name, fork_name  # noqa: PLC0415
-
         rows: list[Row] = [[(f"A new session that shares {name} up to step {step}.", "dim")]]
 
         def take(new: str | None) -> None:
             if new:
-                self.start_engine(["fork", name, "--from", str(step), "--name", new], new)
+                self.start(["fork", name, "--from", str(step), "--name", new], new)
 
         def check(text: str) -> tuple[bool, str]:
-            return check_new_name(self.root, text)
+            return check_new_name(self._root, text)
 
-        self.push_screen(
-            InputDialog(f"Branch off {name}, step {step}", rows, fork_name(self.root, name), check),
-            take,
-        )
+        proposal = free_name(self._root, f"{name}-fork")
+        title = f"Branch off {name}, step {step}"
+        self._app.push_screen(InputDialog(title, rows, proposal, check), take)
 
-    def start_engine(self, arguments: list[str], name: str) -> None:
-        """`rlhf-tui …  --detach` in a thread; opens the session once it is there."""
+    def start(self, arguments: list[str], name: str) -> None:
+        """Runs `rlhf-tui <arguments> --detach` in a thread; opens the session once it exists."""
         if self.refuse_read_only():
             return
-        before = {s.name for s in all_sessions(self.root)}
-        self.say(f"starting: rlhf-tui {' '.join(arguments)}")
+        before = {s.name for s in all_sessions(self._root)}
+        self._say(f"starting: rlhf-tui {' '.join(arguments)}")
 
         def start() -> None:
-            problem, said = self._run([*arguments, "--detach"])
-            new = {s.name for s in all_sessions(self.root)} - before
-            self.post_message(EngineStarted(name or next(iter(sorted(new)), ""), problem, said))
+            problem, last_line = self.run_cli([*arguments, "--detach"])
+            new = {s.name for s in all_sessions(self._root)} - before
+            started = name or next(iter(sorted(new)), "")
+            self._app.post_message(EngineStarted(started, problem, last_line))
 
         threading.Thread(target=start, daemon=True, name="start").start()
-        # Worth seeing while its models are still being loaded.
+        # The dashboard is useful while the models are still loading.
         if name in before:
-            self.open_session(name)
+            self._open_session(name)
         else:
-            self._open_when_there(before, self.now() + APPEARS)
+            self._open_when_created(before, self._now() + APPEARS)
 
-    def _open_when_there(self, before: set[str], deadline: float) -> None:
-        """Opens a new session as soon as its folder is there."""
-        new = sorted({s.name for s in all_sessions(self.root)} - before)
+    def _open_when_created(self, before: set[str], deadline: float) -> None:
+        new = sorted({s.name for s in all_sessions(self._root)} - before)
         if new:
-            self.open_session(new[0])
-        elif self.now() < deadline:
-            self.set_timer(0.3, lambda: self._open_when_there(before, deadline))
+            self._open_session(new[0])
+        elif self._now() < deadline:
+            self._app.set_timer(LOOK_AGAIN, lambda: self._open_when_created(before, deadline))
 
-    def on_engine_started(self, message: EngineStarted) -> None:
-        """An engine has started, or could not."""
+    def started(self, message: EngineStarted) -> None:
+        """Shows how a start ended, and opens the session from the browser."""
         if message.problem:
-            self.say(message.problem, "error")
+            self._say(message.problem, "error")
             return
-        if not self._runs(message.name) and message.said:
-            # It had nothing to do, or is done already: the command knows which.
-            self.say(message.said, "warning")
-        elif self.state.name == message.name or self.current_mode != "sessions":
-            self.say(f"'{message.name}' runs")
+        if not self._is_live(message.name) and message.last_line:
+            # Nothing to do, or finished already: the command's own line explains which.
+            self._say(message.last_line, "warning")
+        elif self._follower.state.name == message.name or self._app.current_mode != "sessions":
+            self._say(f"'{message.name}' runs")
         elif message.name:
-            self.open_session(message.name)
+            self._open_session(message.name)
 
-    def _runs(self, name: str) -> bool:
+    def _is_live(self, name: str) -> bool:
         try:
-            return find(self.root, name).is_live()
+            return find(self._root, name).is_live()
         except RlhfError:
             return False
 
     def run_command(self, arguments: list[str], done: str) -> None:
-        """Another command of ours, in a thread; says how it ended."""
+        """Runs `rlhf-tui <arguments>` in a thread; shows the error, or `done` when it succeeds."""
         if self.refuse_read_only():
             return
 
         def run() -> None:
-            problem, _ = self._run(arguments)
-            self.say_later(problem or done, "error" if problem else "information")
+            problem, _ = self.run_cli(arguments)
+            severity: SeverityLevel = "error" if problem else "information"
+            self._app.call_later(self._say, problem or done, severity)
 
         threading.Thread(target=run, daemon=True, name=arguments[0]).start()
 
-    def _run(self, arguments: list[str]) -> tuple[str, str]:
-        """Runs ``rlhf-tui``; its last line of complaint, empty where it went well, and of words."""
-        where = ["--sessions", str(self.root)]
+    def run_cli(self, arguments: list[str]) -> tuple[str, str]:
+        """Runs ``rlhf-tui`` and waits for its end. Call it in a thread.
+
+        Returns:
+            The last line of its error output, empty if it succeeded; the last line of its output.
+        """
+        where = ["--sessions", str(self._root)]
         done = subprocess.run(  # noqa: S603 - ourselves
             [sys.executable, "-m", "rlhf_tui.cli", *arguments, *where],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
             check=False, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip
-        said = (done.stdout.strip().splitlines() or [""])[-1]
+        last_line = (done.stdout.strip().splitlines() or [""])[-1]
         if done.returncode == 0:
-            return "", said
+            return "", last_line
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return lines[-1].removeprefix("rlhf-tui: "), said
+        return lines[-1].removeprefix("rlhf-tui: "), last_line
+
+
+def check_new_name(root: Path, text: str) -> tuple[bool, str]:
+    """Whether a new session can have this name, and the folder it gets or the reason why not."""
+    name = text.strip()
+    try:
+        check_name(name)
+    except RlhfError as error:
+        return False, str(error)
+    if (root / name).exists():
+        return False, f"'{name}' is there already"
+    return True, f"goes to {root / name}"

@@ -4,23 +4,29 @@ from textual import events
 from textual.app import App
 from textual.widgets import Input
 
+from rlhf_tui.widgets.textual_internals import run_key_binding, wait_until_mounted
+
 
 class SequentialKeys(App[None], inherit_bindings=False):
-    """An app that carries out a key before it looks at the next one."""
+    """An app that finishes one key before it handles the next.
+
+    Textual lets a key event travel through the queues of all parents before its binding runs. Keys
+    typed ahead then reach the screen on which a dialog is about to open, not the dialog.
+    """
 
     async def on_event(self, event: events.Event) -> None:
-        """A key outside a field is carried out here and now, with the dialog it may open."""
+        """Runs the binding of a key at once, unless an input field has the focus."""
         if (
             not isinstance(event, events.Key)
             or event.is_forwarded
             or isinstance(self.focused, Input)
-            or not await self._carry_out(event.key)
+            or not await self._run_key(event.key)
         ):
             await super().on_event(event)
 
-    async def _carry_out(self, key: str) -> bool:
-        """Whether something is bound to a key; waits for the screen it opens."""
-        done = await self._check_bindings(key, priority=True) or await self._check_bindings(key)
+    async def _run_key(self, key: str) -> bool:
+        """Whether something is bound to a key; waits for the screen that it opens."""
+        done = await run_key_binding(self, key)
         if done:
-            await self.screen._mounted_event.wait()
+            await wait_until_mounted(self.screen)
         return done

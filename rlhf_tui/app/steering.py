@@ -1,9 +1,9 @@
-"""The operator's commands: keys and dialogs, from any screen, to the engine of the open session."""
+"""What keys and dialogs ask of the engine: every command of the app is sent from here."""
 
-import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
+from textual.app import App
 from textual.binding import Binding, BindingType
 
 from engine.config.settings import LIVE_SETTINGS, Settings
@@ -23,17 +23,32 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
-from engine.session.folder import Session
-from rlhf_tui.app.following import Follower
+from rlhf_tui.app.following import SessionFollower
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.picker import Option, PickerDialog
+from rlhf_tui.screens.context import Say
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
 from rlhf_tui.state.messages import CommandAnswered, SessionUpdated
-from rlhf_tui.state.session_state import value_text
+from rlhf_tui.state.session_state import SessionState, value_text
+from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.steering import settings_of
 
 NUDGE = 1.1
+BINDINGS: list[BindingType] = [
+    Binding("p", "pause", "pause"),
+    Binding("b", "beta", "beta"),
+    Binding("left_square_bracket", "nudge(-1)", "beta −10 %", show=False),
+    Binding("right_square_bracket", "nudge(1)", "beta +10 %", show=False),
+    Binding("a", "adaptive", "adaptive"),
+    Binding("u", "undo", "undo"),
+    Binding("e", "change", "set"),
+    Binding("c", "save", "checkpoint"),
+    Binding("w", "note", "note"),
+    Binding("x", "probe", "probe"),
+    Binding("S", "stop", "stop"),
+]
+"""The keys of the app whose actions call :class:`Steering`."""
 ACTIONS = (
     "pause", "beta", "nudge", "adaptive", "save", "undo", "change", "stop", "note", "probe",
     "roll_back",
@@ -41,104 +56,112 @@ ACTIONS = (
 """What --read-only takes away."""
 
 
-class Steer(Follower, inherit_bindings=False):
-    """The app as far as it steers."""
+class Steering:
+    """Sends the operator's commands to the engine of the open session, all through one sender."""
 
-    STEERING: ClassVar[list[BindingType]] = [
-        Binding("p", "pause", "pause"),
-        Binding("b", "beta", "beta"),
-        Binding("left_square_bracket", "nudge(-1)", "beta −10 %", show=False),
-        Binding("right_square_bracket", "nudge(1)", "beta +10 %", show=False),
-        Binding("a", "adaptive", "adaptive"),
-        Binding("u", "undo", "undo"),
-        Binding("e", "change", "set"),
-        Binding("c", "save", "checkpoint"),
-        Binding("w", "note", "note"),
-        Binding("x", "probe", "probe"),
-        Binding("S", "stop", "stop"),
-    ]
+    def __init__(
+        self, app: App[None], follower: SessionFollower, who: str, *, read_only: bool, say: Say
+    ) -> None:
+        """Sends nothing yet.
 
-    def take_session(self, session: Session) -> None:
-        """With another session nothing is on its way."""
-        self._ahead = PendingEffects()
-        super().take_session(session)
+        Args:
+            app: takes the replies, and has the dialogs.
+            follower: the open session.
+            who: the operator.
+            read_only: nothing may be sent.
+            say: shows a notice.
+        """
+        self._app = app
+        self._follower = follower
+        self._read_only = read_only
+        self._say = say
+        self._sender = CommandSender(who)
+        self._effects = PendingEffects()
+
+    @property
+    def _state(self) -> SessionState:
+        return self._follower.state
 
     # -- one key -------------------------------------------------------------------------------
 
-    def action_pause(self) -> None:
-        """Hold between two steps, or go on."""
+    def toggle_pause(self) -> None:
+        """Holds the run at the next step boundary, or continues it."""
         if not self.can_steer():
             return
-        if self._ahead.held(self.state.head.state):
+        state = self._state
+        if self._effects.held(state.head.state):
             self.command(Unpause(), "go on")
             return
-        wait = self.state.boundary_in()
-        self.command(Pause(), "pause" + (f" (in ~{wait:.0f}s)" if wait else ""))
+        wait = about(state.boundary_in())
+        self.command(Pause(), f"pause (in {wait})" if wait else "pause")
 
-    def action_nudge(self, way: int) -> None:
-        """Beta a tenth up or down."""
-        beta = self._ahead.beta(self.state.setting("beta")) if self.can_steer() else None
+    def nudge_beta(self, direction: int) -> None:
+        """Sets beta a tenth higher (1) or lower (-1)."""
+        if not self.can_steer():
+            return
+        beta = self._effects.beta(self._state.setting("beta"))
         if beta is None:
             return
-        new = float(f"{beta * NUDGE**way:.4g}")
+        new = float(f"{beta * NUDGE**direction:.4g}")
         self.command(SetBeta(value=new), f"beta {value_text(beta)} → {value_text(new)}")
 
-    def action_adaptive(self) -> None:
-        """Beta to the controller, and back."""
-        adaptive = self.state.setting("controller") == "adaptive"
+    def toggle_adaptive(self) -> None:
+        """Switches between the adaptive controller and a fixed beta."""
+        adaptive = self._state.setting("controller") == "adaptive"
         self.command(
             SetKLController(controller="fixed" if adaptive else "adaptive"),
             "adaptive → fixed" if adaptive else "fixed → adaptive",
         )
 
-    def action_undo(self) -> None:
-        """The last change back."""
+    def undo(self) -> None:
+        """Takes back the last change."""
         self.command(Undo(), "undo")
 
-    def action_save(self) -> None:
-        """A checkpoint at the next step boundary."""
+    def checkpoint(self) -> None:
+        """Saves a checkpoint at the next step boundary."""
         self.command(Checkpoint(), "checkpoint")
 
     # -- dialogs -------------------------------------------------------------------------------
 
-    def action_beta(self) -> None:
-        """Type beta."""
-        if self.can_steer():
-            self.ask_value("beta")
-
-    def action_change(self) -> None:
-        """Choose a setting, then type its value."""
+    def choose_setting(self) -> None:
+        """Asks for a setting, then for its value."""
         if not self.can_steer():
             return
         options = [
-            Option(key, f"{key:<15}", value_text(self.state.setting(key)), path)
+            Option(key, f"{key:<15}", value_text(self._state.setting(key)), path)
             for key, path in LIVE_SETTINGS.items()
         ]
-        self.push_screen(PickerDialog("Set", options), self._changed)
 
-    def _changed(self, key: str | None) -> None:
-        if key == "controller":
-            self.action_adaptive()
-        elif key:
-            self.ask_value(key)
+        def take(key: str | None) -> None:
+            if key == "controller":
+                self.toggle_adaptive()
+            elif key:
+                self.ask_value(key)
+
+        self._app.push_screen(PickerDialog("Set", options), take)
+
+    def ask_beta(self) -> None:
+        """Asks for beta."""
+        if self.can_steer():
+            self.ask_value("beta")
 
     def ask_value(self, key: str) -> None:
-        """A dialog for one setting."""
-        settings = settings_of(self.state)
+        """Asks for the value of a setting."""
+        settings = settings_of(self._state)
         if settings is None:
             return
-        old = self.state.setting(key)
+        old = self._state.setting(key)
 
         def check(text: str) -> tuple[bool, str]:
             try:
-                value = self.parse(key, text, settings)
+                value = parse_value(key, text, settings)
             except RlhfError as error:
                 return False, str(error)
             return True, f"{value_text(old)} → {value_text(value)}   {self.when()}"
 
         def send(text: str | None) -> None:
             if text is not None:
-                value = self.parse(key, text, settings)
+                value = parse_value(key, text, settings)
                 command: Command = (
                     SetBeta(value=value) if key == "beta" else SetSetting(key=key, value=value)
                 )
@@ -147,39 +170,26 @@ class Steer(Follower, inherit_bindings=False):
         hint: list[Row] = [[(f"{LIVE_SETTINGS[key]}, now ", "dim"), (value_text(old), "strong")]]
         if key == "stop_kl":
             hint.append([("off: the passes never end early", "dim")])
-        self.push_screen(InputDialog(key, hint, value_text(old), check), send)
-
-    def parse(self, key: str, text: str, settings: Settings) -> Any:
-        """A typed value as the setting would hold it. Raises CommandRejectedError."""
-        value: Any = text.strip()
-        if key == "stop_kl" and value in ("off", "none", ""):
-            value = None
-        else:
-            for kind in (int, float):
-                try:
-                    value = kind(text)
-                    break
-                except ValueError:
-                    continue
-        return SetSetting(key=key, value=value).new_values(settings)[key]
+        self._app.push_screen(InputDialog(key, hint, value_text(old), check), send)
 
     def when(self) -> str:
         """When a command takes effect."""
-        wait = self.state.boundary_in()
-        if self.state.head.state == "paused":
-            return f"in force from step {self.state.head.step + 1}"
-        return "in force from the next step" + (f", in ~{wait:.0f}s" if wait else "")
+        state = self._state
+        if state.head.state == "paused":
+            return f"in force from step {state.head.step + 1}"
+        wait = about(state.boundary_in())
+        return "in force from the next step" + (f", in {wait}" if wait else "")
 
-    def action_stop(self) -> None:
+    def ask_stop(self) -> None:
         """Asks how to end the run."""
         if not self.can_steer():
             return
-        wait = self.state.boundary_in()
+        wait = about(self._state.boundary_in())
         rows: list[Row] = [
             [("The run ends; it can be resumed from its last checkpoint.", "")],
-            [(f"Step {self.state.head.step} is done, ", "dim"), (self._last_saved(), "dim")],
+            [(f"Step {self._state.head.step} is done, ", "dim"), (self._last_saved(), "dim")],
         ]
-        soon = f" (~{wait:.0f}s)" if wait else ""
+        soon = f" ({wait})" if wait else ""
         choices = [
             Choice("s", f"Save, then stop{soon}", "save"),
             Choice("n", "Stop now, unsaved", "now", danger=True),
@@ -190,26 +200,26 @@ class Steer(Follower, inherit_bindings=False):
             if result in ("save", "now"):
                 self.command(Stop(now=result == "now"), "stop")
 
-        self.push_screen(ChoiceDialog("Stop the run?", rows, choices), answer)
+        self._app.push_screen(ChoiceDialog("Stop the run?", rows, choices), answer)
 
     def _last_saved(self) -> str:
-        steps = [c.step for c in self.state.checkpoints if c.status == "complete"]
+        steps = [c.step for c in self._state.checkpoints if c.status == "complete"]
         return f"the last checkpoint is of step {max(steps)}" if steps else "no checkpoint yet"
 
-    def action_note(self) -> None:
-        """A line that stays with the run."""
+    def ask_note(self) -> None:
+        """Asks for a note, a line that stays with the run."""
         if not self.can_steer():
             return
-        rows: list[Row] = [[(f"Stands on the curves at step {self.state.head.step}.", "dim")]]
+        rows: list[Row] = [[(f"Stands on the curves at step {self._state.head.step}.", "dim")]]
 
         def send(text: str | None) -> None:
             if text:
                 self.command(Note(text=text), "note")
 
-        self.push_screen(InputDialog("Note", rows), send)
+        self._app.push_screen(InputDialog("Note", rows), send)
 
-    def action_probe(self) -> None:
-        """A prompt for the policy and for the reference."""
+    def ask_probe(self) -> None:
+        """Asks for a prompt, which the policy and the reference complete."""
         if not self.can_steer():
             return
         rows: list[Row] = [[("The policy and the reference answer it after this step.", "dim")]]
@@ -218,10 +228,10 @@ class Steer(Follower, inherit_bindings=False):
             if text:
                 self.command(Probe(text=text), "probe")
 
-        self.push_screen(InputDialog("Probe", rows), send)
+        self._app.push_screen(InputDialog("Probe", rows), send)
 
     def roll_back(self, step: int) -> None:
-        """Asks, then goes back to a checkpoint."""
+        """Asks, then sends a rollback to the checkpoint of `step`."""
 
         def send(reseed: bool) -> None:
             self.command(Rollback(step=step, reseed=reseed), f"roll back to {step}")
@@ -229,9 +239,9 @@ class Steer(Follower, inherit_bindings=False):
         if self.can_steer():
             self.ask_roll_back(step, send)
 
-    def ask_roll_back(self, step: int, go: Callable[[bool], None]) -> None:
-        """Asks whether to go back to a checkpoint; `go` does it, sampling anew if so told."""
-        lost = max(self.state.head.step - step, 0)
+    def ask_roll_back(self, step: int, confirmed: Callable[[bool], None]) -> None:
+        """Asks for confirmation; `confirmed` gets whether to sample with a new seed."""
+        lost = max(self._state.head.step - step, 0)
         rows: list[Row] = [
             [(f"The run goes back to step {step} and on from there, at once.", "")],
             [(f"{lost} steps leave the curves; they stay in the journal as a ghost.", "dim")],
@@ -244,58 +254,86 @@ class Steer(Follower, inherit_bindings=False):
 
         def answer(result: str | None) -> None:
             if result in ("back", "reseed"):
-                go(result == "reseed")
+                confirmed(result == "reseed")
 
-        self.push_screen(ChoiceDialog(f"Roll back to step {step}?", rows, choices), answer)
+        self._app.push_screen(ChoiceDialog(f"Roll back to step {step}?", rows, choices), answer)
 
     # -- sending -------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def _sender(self) -> CommandSender:
-        return CommandSender(self.who, self.post_message)
-
     def can_steer(self) -> bool:
-        """Whether commands reach an engine; says what is missing where not."""
-        if self.read_only:
-            self.say("read-only: no commands from here", "warning")
-        elif self.session is None:
-            self.say("open a session first (1)", "warning")
-        elif not self.session.is_live():
-            self.say(
-                f"no engine runs '{self.state.name}'; start one: rlhf-tui resume {self.state.name}",
-                "warning",
-            )
+        """Whether a command would reach an engine; shows a notice if not."""
+        if self._read_only:
+            self._say("read-only: no commands from here", "warning")
+        elif self._follower.session is None:
+            self._say("open a session first (1)", "warning")
+        elif not self._follower.session.is_live():
+            name = self._state.name
+            self._say(f"no engine runs '{name}'; start one: rlhf-tui resume {name}", "warning")
         else:
             return True
         return False
 
-    def command(self, command: Command, text: str) -> None:
-        """Sends a command after all that were given before it; what becomes of it is posted."""
-        if not self.can_steer() or self.session is None:
-            return
-        self._ahead.sent(command, self.state.head.state)
-        self._sender.send(OutgoingCommand(self.session, command, text))
+    def command(
+        self,
+        command: Command,
+        text: str,
+        post: Callable[[CommandAnswered], object] | None = None,
+    ) -> bool:
+        """Sends a command after all earlier ones; False, with a notice, if no engine takes it.
 
-    def on_session_updated(self, message: SessionUpdated) -> None:
-        """What commands did is there to be read."""
-        head = message.news.head
-        if head is not None and self.session and message.folder == str(self.session.folder):
-            self._ahead.read(head.state, head.settings.get("beta"))
+        Args:
+            command: what to send.
+            text: the same for people.
+            post: takes the replies, from another thread; None: the app, which shows them.
+        """
+        session = self._follower.session
+        if not self.can_steer() or session is None:
+            return False
+        self._effects.sent(command, self._state.head.state)
+        self._sender.send(OutgoingCommand(session, command, text, post or self._app.post_message))
+        return True
 
-    def on_command_answered(self, message: CommandAnswered) -> None:
-        """Says how a command stands."""
-        answer, text = message.answer, message.text
-        self._ahead.answered(message.command, answer, self.state.setting("beta"))
-        if answer is None:
-            self.say(f"{text}: {message.problem}", "error")
-        elif answer.status == "rejected":
-            self.say(f"{text}: rejected: {answer.reason}", "error")
-        elif answer.status == "applied":
-            at = f" at step {answer.step}" if answer.step is not None else ""
-            self.say(f"{text}: applied{at}")
-            if answer.result:
-                from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps the start quick
+    # -- what becomes of commands --------------------------------------------------------------
 
-                self.push_screen(ProbeDialog(ProbeResult.of(answer.result)))
+    def session_opened(self) -> None:
+        """Another session is open: no command of the earlier one is pending here."""
+        self._effects = PendingEffects()
+
+    def session_updated(self, message: SessionUpdated) -> None:
+        """The journal may show effects of commands now. Call it for updates of the open session."""
+        head = message.update.head
+        if head is not None:
+            self._effects.read(head.state, head.settings.get("beta"))
+
+    def command_answered(self, message: CommandAnswered) -> None:
+        """Shows how a command stands."""
+        reply, text = message.reply, message.text
+        self._effects.replied(message.command, reply, self._state.setting("beta"))
+        if reply is None:
+            self._say(f"{text}: {message.problem}", "error")
+        elif reply.status == "rejected":
+            self._say(f"{text}: rejected: {reply.reason}", "error")
+        elif reply.status == "applied":
+            at = f" at step {reply.step}" if reply.step is not None else ""
+            self._say(f"{text}: applied{at}")
+            if reply.result:
+                from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps start-up short
+
+                self._app.push_screen(ProbeDialog(ProbeResult.of(reply.result)))
         else:
-            self.say(f"{text}: {answer.status}, {self.when()}")
+            self._say(f"{text}: {reply.status}, {self.when()}")
+
+
+def parse_value(key: str, text: str, settings: Settings) -> Any:
+    """A typed value as the setting would hold it. Raises CommandRejectedError."""
+    value: Any = text.strip()
+    if key == "stop_kl" and value in ("off", "none", ""):
+        value = None
+    else:
+        for kind in (int, float):
+            try:
+                value = kind(text)
+                break
+            except ValueError:
+                continue
+    return SetSetting(key=key, value=value).new_values(settings)[key]

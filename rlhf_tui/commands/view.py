@@ -13,7 +13,7 @@ from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
 from rlhf_tui.commands.options import existing, is_terminal, sessions_option
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app imports them
     from rlhf_tui.state.first_read import FirstRead
 
 
@@ -40,16 +40,16 @@ def open_screen(root: Path, session: Session | None, *, read_only: bool = False)
     # A long session is millions of small objects, and so are the modules that are imported now,
     # none of them garbage: looking for some among them took a third of the time to the first curve.
     gc.set_threshold(200_000, 20, 20)
-    glance = look_at(session) if session is not None else None
+    first_read = begin_first_read(session) if session is not None else None
     from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual takes its time to be imported
 
-    return open_app(root, session.name if session is not None else None, read_only, glance)
+    return open_app(root, session.name if session is not None else None, read_only, first_read)
 
 
-def look_at(session: Session) -> "FirstRead":
-    """The first look at a session, of the charts the operator has chosen."""
-    from rlhf_tui.app.preferences import load_preferences  # noqa: PLC0415
+def begin_first_read(session: Session) -> "FirstRead":
+    """Reads the outlines of the operator's charts while the app is being imported."""
     from rlhf_tui.state.first_read import FirstRead  # noqa: PLC0415
+    from rlhf_tui.state.preferences import load_preferences  # noqa: PLC0415
 
     return FirstRead(session, load_preferences()[0].metrics())
 

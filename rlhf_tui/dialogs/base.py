@@ -14,25 +14,25 @@ from textual.screen import ModalScreen
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Lines, Row
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up stays short
     from textual.widgets import Button, Input
 
 
 class MessageLine(Lines):
-    """Lines of a dialog, as high as they are many."""
+    """Lines of a dialog; its height is their number."""
 
     def __init__(self, rows: list[Row], *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id)
         self.say(rows)
 
     def say(self, rows: list[Row]) -> None:
-        """Other lines, the same height or another one."""
+        """Replaces the lines, and changes the height with them."""
         self.styles.height = max(len(rows), 1)
         self.show(rows)
 
 
 class Dialog(ModalScreen[str | None]):
-    """A box over the screen; esc closes it without an answer."""
+    """A box over the screen; escape closes it without a result."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "cancel", show=False)]
 
@@ -48,23 +48,23 @@ class Dialog(ModalScreen[str | None]):
             yield from self.body()
 
     def body(self) -> ComposeResult:
-        """What the box holds."""
+        """The widgets in the box; overridden."""
         yield from ()
 
     def answer(self, result: str | None) -> None:
-        """Closes with an answer: the first one, for a second key may be on its way already."""
+        """Closes with a result. Later calls do nothing: a second key may be queued already."""
         if not self._answered:
             self._answered = True
             self.dismiss(result)
 
     def action_cancel(self) -> None:
-        """No answer."""
+        """Closes without a result."""
         self.answer(None)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An answer to a question."""
+    """A choice of a :class:`ChoiceDialog`."""
 
     key: str
     label: str
@@ -73,7 +73,7 @@ class Choice:
 
 
 class ChoiceDialog(Dialog):
-    """A question; the first answer is the safe one and has the focus."""
+    """A question with a button for each choice; the first one is safe and has the focus."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,up,k", "app.focus_previous", show=False),
@@ -81,13 +81,13 @@ class ChoiceDialog(Dialog):
     ]
 
     def __init__(self, title: str, rows: list[Row], choices: list[Choice]) -> None:
-        """Each choice has a key of its own, too."""
+        """Each choice can also be taken by its own key."""
         super().__init__(title)
         self.rows = rows
         self.choices = choices
 
     def body(self) -> ComposeResult:
-        """The text and the answers."""
+        """The text and the buttons."""
         from textual.widgets import Button  # noqa: PLC0415 - keeps the start quick
 
         yield MessageLine(self.rows)
@@ -100,11 +100,11 @@ class ChoiceDialog(Dialog):
                 )  # fmt: skip
 
     def on_button_pressed(self, event: "Button.Pressed") -> None:
-        """An answer was chosen."""
+        """Closes with the choice of a button."""
         self.answer((event.button.id or "").removeprefix("answer-"))
 
     def on_key(self, event: events.Key) -> None:
-        """An answer's own key."""
+        """Closes with the choice of a key."""
         result = next((c.result for c in self.choices if c.key == event.character), None)
         if result is not None:
             event.stop()
@@ -115,41 +115,41 @@ Check = Callable[[str], tuple[bool, str]]
 
 
 class InputDialog(Dialog):
-    """A value to be typed, with what it would do below it."""
+    """An input field, and below it what the typed value would do."""
 
     def __init__(
         self, title: str, rows: list[Row], value: str = "", check: Check | None = None
     ) -> None:
-        """`check` says of a text whether it will do, and in words what it would do or lacks."""
+        """`check` returns whether a text is valid, and its effect or what is wrong with it."""
         super().__init__(title)
         self.rows = rows
         self.value = value
         self.check = check
 
     def body(self) -> ComposeResult:
-        """The text, the field, the outlook, the keys."""
+        """The text, the field, the effect of the value, the keys."""
         from rlhf_tui.widgets.text_input import TextInput  # noqa: PLC0415 - keeps the start quick
 
         yield MessageLine(self.rows)
         yield TextInput(one_line(self.value), id="field", compact=True, select_on_focus=True)
-        yield MessageLine([[]], id="outlook")
+        yield MessageLine([[]], id="effect")
         yield MessageLine([[("enter send · esc cancel", "dim")]])
 
     def on_mount(self) -> None:
-        """The field is ready to be typed in."""
+        """Gives the focus to the field."""
         self.set_focus(self.query_one("#field"))
-        self._look(self.value)
+        self._show_effect(self.value)
 
     def on_input_changed(self, event: "Input.Changed") -> None:
-        """The outlook follows what is typed."""
-        self._look(event.value)
+        """Shows what the typed value would do."""
+        self._show_effect(event.value)
 
-    def _look(self, text: str) -> bool:
+    def _show_effect(self, text: str) -> bool:
         good, words = self.check(text) if self.check else (bool(text.strip()), "")
-        self.query_one("#outlook", MessageLine).say([[(words, "dim" if good else "warn")]])
+        self.query_one("#effect", MessageLine).say([[(words, "dim" if good else "warn")]])
         return good
 
     def on_input_submitted(self, event: "Input.Submitted") -> None:
-        """Takes the value, if it will do."""
-        if self._look(event.value):
+        """Closes with the value if it is valid."""
+        if self._show_effect(event.value):
             self.answer(event.value.strip())

@@ -18,7 +18,7 @@ WORDS = {"app.focus_next": "next panel", "app.focus_previous": "panel before"}
 
 
 class HelpDialog(TextDialog):
-    """Keys in groups: the widget that has the focus, the screen, everywhere."""
+    """Lists the keys in groups: of this screen, of the focused list, of the app."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("question_mark", "cancel", "close", show=False)
@@ -26,12 +26,12 @@ class HelpDialog(TextDialog):
     HINT = "esc close · ctrl+p all commands by name"
 
     def __init__(self, screen: Screen[Any]) -> None:
-        """Of the screen it was asked on, read now: on top of it the bindings are others."""
+        """Reads the bindings of `screen` now: while the dialog is open, they are the dialog's."""
         super().__init__("Keys")
         self._groups = help_groups(screen)
 
     def lines(self) -> list[Row]:
-        """The list, in two columns where there is room."""
+        """The list, in two columns if the terminal is wide enough."""
         wide = self.app.size.width >= WIDE
         return beside(self._groups) if wide else below(self._groups)
 
@@ -41,7 +41,7 @@ Group = list[tuple[str, str]]
 
 
 def help_groups(screen: Screen[Any]) -> dict[str, Group]:
-    """A line for each action, with all its keys."""
+    """The actions of a screen in groups, each action with all its keys."""
     found: dict[str, dict[str, tuple[list[str], str]]] = {}
     for active in screen.active_bindings.values():
         binding = active.binding
@@ -78,7 +78,7 @@ def below(groups: dict[str, Group]) -> list[Row]:
 
 
 def beside(groups: dict[str, Group]) -> list[Row]:
-    """What holds everywhere at the right of what holds here."""
+    """The keys of the app to the right of those of the screen."""
     left = below({n: g for n, g in groups.items() if n != "Everywhere"})
     right = below({n: g for n, g in groups.items() if n == "Everywhere"})
     rows: list[Row] = []

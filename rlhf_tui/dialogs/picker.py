@@ -11,7 +11,7 @@ from rlhf_tui.state.messages import RowSelected
 from rlhf_tui.widgets.lines import Piece
 from rlhf_tui.widgets.table import Column, Table
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up stays short
     from textual.widgets import Input
 
 HIGHEST = 16
@@ -30,7 +30,7 @@ class Option:
 
 
 class PickerDialog(Dialog):
-    """Type to narrow the list; enter takes the line, or with `several` all that are marked."""
+    """A list that typing filters. Enter takes the line, or with `several` all marked lines."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down", "move(1)", "down", show=False, priority=True),
@@ -53,7 +53,7 @@ class PickerDialog(Dialog):
         self._words = ""
 
     def body(self) -> ComposeResult:
-        """Search field, list, keys."""
+        """The search field, the list, the keys."""
         from rlhf_tui.widgets.text_input import TextInput  # noqa: PLC0415 - keeps the start quick
 
         yield TextInput(placeholder="type to search", id="search", compact=True)
@@ -70,12 +70,12 @@ class PickerDialog(Dialog):
         yield MessageLine([[(words, "dim")]])
 
     def on_mount(self) -> None:
-        """The list is there at once."""
+        """Fills the list and gives the focus to the search field."""
         self.set_focus(self.query_one("#search"))
         self._fill("")
 
     def on_input_changed(self, event: "Input.Changed") -> None:
-        """The list follows what is typed."""
+        """Filters the list by what is typed."""
         self._words = event.value
         self._fill(event.value)
 
@@ -102,18 +102,18 @@ class PickerDialog(Dialog):
         self.query_one(Table).set_rows(rows, empty=[[(" nothing of that name", "dim")]])
 
     def _mark_of(self, key: str) -> str:
-        """The number of its group; the first one has a tick, those with it a plus."""
+        """The number of the group: with a tick for its first key, with a plus for the others."""
         for i, group in enumerate(self.marked, start=1):
             if key in group:
                 return f"{i:>2} {'✓' if group[0] == key else '+'}"
         return "  ·"
 
     def action_move(self, lines: int) -> None:
-        """Through the list while the search field has the focus."""
+        """Moves in the list while the search field has the focus."""
         self.query_one(Table).action_move(lines)
 
     def action_mark(self) -> None:
-        """Marks the line, or takes the mark away."""
+        """Marks the line, or removes its mark."""
         self._toggle(join=False)
 
     def action_join(self) -> None:
@@ -134,11 +134,11 @@ class PickerDialog(Dialog):
         self._fill(self._words)
 
     def on_input_submitted(self) -> None:
-        """Enter in the search field."""
+        """Takes the line of the cursor: enter in the search field."""
         self._take(self.query_one(Table).key)
 
     def on_row_selected(self, message: RowSelected) -> None:
-        """Enter or a click in the list."""
+        """Takes a line: enter or a click in the list."""
         message.stop()
         self._take(message.key)
 

@@ -1,4 +1,4 @@
-"""Dialogs that only tell: lines which scroll where they are more than fit."""
+"""Dialogs that show text, which scrolls if it is higher than the terminal."""
 
 from typing import ClassVar
 
@@ -19,29 +19,29 @@ MARGIN, WIDEST = 4, 84
 
 
 class TextDialog(Dialog):
-    """The usual keys scroll, and esc, q or enter closes it."""
+    """Text in a box. The keys of a list scroll it; escape, q and enter close it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("q,enter", "cancel", "close", show=False)]
     HINT = "esc close"
 
     def __init__(self, title: str) -> None:
-        """Under a title; :meth:`lines` says what stands there."""
+        """`title` stands on the border; :meth:`lines` returns the text."""
         super().__init__(title)
         self._lines: list[Row] = []
 
     def lines(self) -> list[Row]:
-        """What is told; overridden."""
+        """The text; overridden."""
         return []
 
     @property
     def width(self) -> int:
-        """Cells of a line."""
+        """Cells that a line can use."""
         return max(min(self.app.size.width * 9 // 10, WIDEST) - MARGIN, 10)
 
     def body(self) -> ComposeResult:
         """The lines, and the keys below them."""
         self._lines = self.lines()
-        texts = ScrollText(id="told")
+        texts = ScrollText(id="text")
         texts.styles.height = self._height()
         yield texts
         more = "↓ ↑ more · " if len(self._lines) > self._height() else ""
@@ -51,26 +51,26 @@ class TextDialog(Dialog):
         return min(len(self._lines), max(self.app.size.height - FRAME, 1))
 
     def on_mount(self) -> None:
-        """The lines scroll by the usual keys."""
+        """Gives the focus to the text."""
         texts = self.query_one(ScrollText)
         texts.set_body(self._lines)
         texts.focus()
 
     def on_resize(self) -> None:
-        """No higher than the terminal, so that all can still be reached."""
+        """Keeps the dialog within the terminal, so that every line can be reached."""
         for texts in self.query(ScrollText):
             texts.styles.height = self._height()
 
 
 class ProbeDialog(TextDialog):
-    """What the policy and the reference answered to a probe."""
+    """The responses of the policy and of the reference to a probe."""
 
     def __init__(self, result: ProbeResult) -> None:
         super().__init__("Probe")
         self._result = result
 
     def lines(self) -> list[Row]:
-        """One answer below the other, with its numbers."""
+        """One response below the other, each with its numbers."""
         rows: list[Row] = []
         result = self._result
         for name, found in (("policy", result.policy), ("reference", result.reference)):

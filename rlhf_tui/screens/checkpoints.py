@@ -7,9 +7,7 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
-from engine.errors import RlhfError
 from engine.journal.rows import CheckpointRow
-from engine.session.folder import check_name, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
@@ -45,8 +43,8 @@ class CheckpointsScreen(SessionScreen):
         )
 
     def refresh_content(self) -> None:
-        """Newest on top."""
-        found = self.desk.state.checkpoints
+        """Shows the checkpoints, newest first."""
+        found = self.context.state.checkpoints
         current = [c for c in found if c.status == "complete"]
         best = max(current, key=lambda c: _or(c.score, float("-inf")), default=None)
         last = max(current, key=lambda c: c.step, default=None)
@@ -54,58 +52,60 @@ class CheckpointsScreen(SessionScreen):
         self.query_one(Table).set_rows(rows, self._empty())
 
     def _empty(self) -> list[Row]:
-        every = self.desk.state.setting("save_every")
+        every = self.context.state.setting("save_every")
         words = f"the next one comes after every {every} steps" if every else "one comes at the end"
         return [
             [(" no checkpoint yet", "dim")],
             [(f" {words}; ", "dim"), ("c", "key"), (" saves one after this step", "dim")],
         ]
 
-    def _chosen(self) -> CheckpointRow | None:
+    def _selected(self) -> CheckpointRow | None:
         key = self.query_one(Table).key
-        found = next((c for c in self.desk.state.checkpoints if (c.step, c.attempt) == key), None)
+        found = next(
+            (c for c in self.context.state.checkpoints if (c.step, c.attempt) == key), None
+        )
         if found is None:
-            self.desk.say("no checkpoint chosen")
+            self.context.say("no checkpoint chosen")
         elif found.status != "complete":
-            self.desk.say("that one belongs to a timeline that was left", "warning")
+            self.context.say("that one belongs to a timeline that was left", "warning")
             return None
         return found
 
     def action_roll_back(self) -> None:
-        """In place, or by a resume without an engine; asks where steps are lost."""
-        if (found := self._chosen()) is None:
+        """Rolls back: by a command to the engine, or by a resume if none runs."""
+        if (found := self._selected()) is None:
             return
-        session, step = self.desk.session, found.step
-        if session is None or session.is_live() or self.desk.read_only:
-            self.desk.roll_back(step)
+        session, step = self.context.session, found.step
+        if session is None or session.is_live() or self.context.read_only:
+            self.context.commands.roll_back(step)
             return
         name = session.name
 
         def resume(reseed: bool) -> None:
             anew = ["--reseed"] if reseed else []
-            self.desk.start_engine(["resume", name, "--from", str(step), *anew], name)
+            self.context.engines.start(["resume", name, "--from", str(step), *anew], name)
 
-        if step < self.desk.state.head.step:
-            self.desk.ask_roll_back(step, resume)
+        if step < self.context.state.head.step:
+            self.context.commands.ask_roll_back(step, resume)
         else:
             resume(False)
 
     def action_fork(self) -> None:
-        """A session of its own from there."""
-        if (found := self._chosen()) is not None:
-            self.desk.ask_fork(self.desk.state.name, found.step)
+        """Forks a session from the checkpoint."""
+        if (found := self._selected()) is not None:
+            self.context.engines.ask_fork(self.context.state.name, found.step)
 
     def action_export(self) -> None:
-        """The policy as a model folder."""
-        if (found := self._chosen()) is None:
+        """Exports the policy as a model folder."""
+        if (found := self._selected()) is None:
             return
-        name, step = self.desk.state.name, found.step
+        name, step = self.context.state.name, found.step
         target = str(Path.cwd() / f"{name}-step-{step}")
         rows: list[Row] = [[(f"The policy of step {step} as a Hugging Face model folder.", "dim")]]
 
         def take(text: str | None) -> None:
             if text:
-                self.desk.run_command(
+                self.context.engines.run_command(
                     ["export", name, "--policy", text, "--step", str(step)],
                     f"the policy of step {step} is in {text}",
                 )
@@ -114,7 +114,7 @@ class CheckpointsScreen(SessionScreen):
 
     @on(RowSelected)
     def _enter(self) -> None:
-        self.desk.say("r rolls back to it, f branches off it, E exports its policy")
+        self.context.say("r rolls back to it, f branches off it, E exports its policy")
 
 
 def _cells(c: CheckpointRow, best: bool, last: bool) -> list[Piece]:
@@ -136,19 +136,3 @@ def _cells(c: CheckpointRow, best: bool, last: bool) -> list[Piece]:
 
 def _or(value: float | None, other: float) -> float:
     return other if value is None else value
-
-
-def fork_name(root: Path, name: str) -> str:
-    """A free name for a branch."""
-    return free_name(root, f"{name}-fork")
-
-
-def check_new_name(root: Path, text: str) -> tuple[bool, str]:
-    """Whether a session can be called that, and in words."""
-    try:
-        check_name(text.strip())
-    except RlhfError as error:
-        return False, str(error)
-    if (root / text.strip()).exists():
-        return False, f"'{text.strip()}' is there already"
-    return True, f"goes to {root / text.strip()}"

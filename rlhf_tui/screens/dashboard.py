@@ -6,10 +6,15 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 
+from engine.errors import RlhfError
+from engine.journal.reader import JournalReader
 from engine.metrics import title_of
+from engine.session.folder import all_sessions, find
 from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.state.first_read import SPANS
 from rlhf_tui.state.messages import CursorMoved
+from rlhf_tui.state.series import Series
 from rlhf_tui.state.viewport import WEIGHTS
 from rlhf_tui.widgets.charts.grid import ChartGrid
 from rlhf_tui.widgets.panels.cursor import CursorPanel
@@ -18,7 +23,7 @@ from rlhf_tui.widgets.panels.phases import PhaseStrip
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel, TimelinePanel
 
-PAGES = ("ledger", "newest", "machine")
+PAGES = ("timeline", "latest", "machine")
 """What shares one place where the terminal is narrow."""
 
 
@@ -56,21 +61,21 @@ class DashboardScreen(SessionScreen):
 
     def compose_body(self) -> ComposeResult:
         """Phases, charts, panels."""
-        state, prefs = self.desk.state, self.desk.preferences
+        state, prefs = self.context.state, self.context.preferences
         yield PhaseStrip(state, id="phases")
         with Container(id="body"):
             with Vertical(id="curves"):
-                grid = ChartGrid(state, self.desk.view, list(prefs.charts), prefs.log)
+                grid = ChartGrid(state, self.context.view, list(prefs.charts), prefs.log)
                 grid.columns = prefs.columns
                 yield grid
-                yield CursorPanel(state, self.desk.view)
-            with Container(id="side", classes="ledger"):
+                yield CursorPanel(state, self.context.view)
+            with Container(id="side", classes="timeline"):
                 steering = SteeringPanel(state, id="steering")
-                steering.read_only = self.desk.read_only
+                steering.read_only = self.context.read_only
                 yield steering
                 yield MachinePanel(state, id="machine")
-                yield TimelinePanel(state, id="ledger")
-                yield LatestSamplesPanel(state, id="newest")
+                yield TimelinePanel(state, id="timeline")
+                yield LatestSamplesPanel(state, id="latest")
 
     @property
     def grid(self) -> ChartGrid:
@@ -78,8 +83,8 @@ class DashboardScreen(SessionScreen):
         return self.query_one(ChartGrid)
 
     def draw(self, *, only_live: bool = False) -> None:
-        """A line for each rank where there are several, as far as there is room."""
-        ranks = len(self.desk.state.phases)
+        """Shows the state; the phases get a line for each rank, up to a tenth of the screen."""
+        ranks = len(self.context.state.phases)
         phases = self.query_one(PhaseStrip)
         wanted = min(max(ranks, 1), max(1, self.size.height // 10))
         if phases.styles.height is None or phases.styles.height.value != wanted:
@@ -88,7 +93,7 @@ class DashboardScreen(SessionScreen):
         super().draw(only_live=only_live)
 
     def _fit_machine(self) -> None:
-        """A line for each device and rank, up to a third of the screen; all there is at a side."""
+        """Gives the machine a line for each device and rank, up to a third of the screen."""
         machine = self.query_one(MachinePanel)
         if self.has_class("-narrow"):
             machine.styles.clear_rule("height")
@@ -99,44 +104,44 @@ class DashboardScreen(SessionScreen):
             machine.styles.height = wanted
 
     def refresh_content(self) -> None:
-        """The charts."""
-        self.grid.read(self.desk.state, self.desk.view)
+        """Draws the charts."""
+        self.grid.read(self.context.state, self.context.view)
 
     def session_changed(self) -> None:
-        """Another session, another view."""
-        self.query_one(CursorPanel).view = self.desk.view
+        """Another session has another viewport."""
+        self.query_one(CursorPanel).view = self.context.view
 
-    def look(self) -> None:
-        """The view has changed."""
+    def refresh_view(self) -> None:
+        """Draws what depends on the viewport."""
         self.grid.update()
         self.query_one(CursorPanel).update()
 
     def on_cursor_moved(self, message: CursorMoved) -> None:
-        """The pointer was put on a step."""
+        """Puts the crosshair on the step under the mouse."""
         if message.step is not None:
-            self.desk.view.put(self.desk.state, message.step)
-            self.look()
+            self.context.view.put(self.context.state, message.step)
+            self.refresh_view()
 
     # -- the crosshair -------------------------------------------------------------------------
 
     def action_cursor(self, cells: int) -> None:
-        """Moves it by cells of a chart, at least by one step a cell."""
+        """Moves the crosshair by cells of a chart, at least one step for each cell."""
         chart = self.grid.current
-        stride = self.desk.view.stride(self.desk.state, chart.cells if chart else 1)
-        self.desk.view.move(self.desk.state, cells * stride)
-        self.look()
+        stride = self.context.view.stride(self.context.state, chart.cells if chart else 1)
+        self.context.view.move(self.context.state, cells * stride)
+        self.refresh_view()
 
     def action_cursor_to(self, end: int) -> None:
-        """To the first or the newest step."""
-        self.desk.view.put(self.desk.state, self.desk.state.head.step if end else 1)
-        self.look()
+        """Moves the crosshair to the first or the newest step."""
+        self.context.view.put(self.context.state, self.context.state.head.step if end else 1)
+        self.refresh_view()
 
     def action_marker(self, way: int) -> None:
-        """To the next marker; the first press goes to the newest."""
-        view, state = self.desk.view, self.desk.state
+        """Moves the crosshair to the next marker; at first to the newest one."""
+        view, state = self.context.view, self.context.state
         steps = sorted({m.step for m in state.markers() if m.step >= 1})
         if not steps:
-            self.desk.say("no markers yet: changes, alerts, checkpoints and notes make them")
+            self.context.say("no markers yet: changes, alerts, checkpoints and notes make them")
             return
         at = view.cursor
         if at is None:
@@ -145,45 +150,45 @@ class DashboardScreen(SessionScreen):
             view.put(state, next((s for s in steps if s > at), steps[0]))
         else:
             view.put(state, next((s for s in reversed(steps) if s < at), steps[-1]))
-        self.look()
+        self.refresh_view()
 
     # -- the window ----------------------------------------------------------------------------
 
     def action_zoom(self, factor: float) -> None:
-        """In or out."""
-        self.desk.view.zoom(self.desk.state, factor)
-        self.look()
+        """Zooms in or out."""
+        self.context.view.zoom(self.context.state, factor)
+        self.refresh_view()
 
     def action_pan(self, share: float) -> None:
-        """Earlier or later."""
-        self.desk.view.pan(self.desk.state, share)
-        self.look()
+        """Moves the window to earlier or later steps."""
+        self.context.view.pan(self.context.state, share)
+        self.refresh_view()
 
     def action_fit(self) -> None:
-        """Everything."""
-        self.desk.view.all()
-        self.look()
+        """Shows the whole run."""
+        self.context.view.all()
+        self.refresh_view()
 
     def action_back(self) -> None:
-        """One level out: enlarged, crosshair, zoom."""
-        view = self.desk.view
+        """Leaves one level: the enlarged chart, the crosshair, the zoom."""
+        view = self.context.view
         if self.grid.enlarged:
             self.action_enlarge()
         elif view.cursor is not None:
             view.cursor = None
         else:
             view.all()
-        self.look()
+        self.refresh_view()
 
     # -- the charts ----------------------------------------------------------------------------
 
     def action_chart(self, by: int) -> None:
-        """The focus to another chart."""
+        """Gives the focus to another chart."""
         self.grid.step(by)
-        self.look()
+        self.refresh_view()
 
     def action_enlarge(self) -> None:
-        """One chart alone, or all again."""
+        """Shows one chart alone, or all of them again."""
         chart = self.grid.current
         self.grid.enlarged = not self.grid.enlarged
         self.grid.lay_out()
@@ -191,72 +196,95 @@ class DashboardScreen(SessionScreen):
             chart.focus()
 
     def action_columns(self) -> None:
-        """As many as fit, one, two, three, four."""
-        prefs = self.desk.preferences
+        """Cycles through the number of columns: as many as fit, one to four."""
+        prefs = self.context.preferences
         prefs.columns = (prefs.columns + 1) % 5
         self.grid.columns = prefs.columns
         self.grid.lay_out()
-        self.desk.remember()
-        self.desk.say(f"charts beside one another: {prefs.columns or 'as many as fit'}")
+        self.context.save_preferences()
+        self.context.say(f"charts beside one another: {prefs.columns or 'as many as fit'}")
 
     def action_log(self) -> None:
-        """The scale of the chart that has the focus."""
+        """Switches the scale of the focused chart between linear and logarithmic."""
         chart = self.grid.current
         if chart is None:
             return
         chart.log_scale = not chart.log_scale
-        prefs, name = self.desk.preferences, chart.names[0]
+        prefs, name = self.context.preferences, chart.names[0]
         prefs.log = [n for n in prefs.log if n != name] + ([name] if chart.log_scale else [])
-        self.desk.remember()
+        self.context.save_preferences()
         chart.update()
 
     def action_smooth(self) -> None:
-        """Off, and three strengths."""
-        view, prefs = self.desk.view, self.desk.preferences
+        """Cycles through the smoothing: off and three strengths."""
+        view, prefs = self.context.view, self.context.preferences
         after = [w for w in WEIGHTS if w > view.weight + 1e-9]
         view.weight = prefs.weight = after[0] if after else 0.0
-        self.desk.remember()
-        self.look()
+        self.context.save_preferences()
+        self.refresh_view()
 
     def action_past(self) -> None:
-        """Earlier attempts as ghosts."""
-        view = self.desk.view
-        view.past = self.desk.preferences.past = not view.past
-        self.desk.remember()
-        self.desk.say(f"earlier attempts: {'shown' if view.past else 'hidden'}")
-        self.look()
+        """Shows or hides earlier attempts."""
+        view = self.context.view
+        view.past = self.context.preferences.past = not view.past
+        self.context.save_preferences()
+        self.context.say(f"earlier attempts: {'shown' if view.past else 'hidden'}")
+        self.refresh_view()
 
     def action_page(self) -> None:
-        """Where the terminal is narrow: the next of the panels that share a place."""
+        """Shows the next of the panels that share a place on a narrow terminal."""
         side = self.query_one("#side")
         now = next(p for p in PAGES if side.has_class(p))
         side.remove_class(now)
         side.add_class(PAGES[(PAGES.index(now) + 1) % len(PAGES)])
 
     def action_metrics(self) -> None:
-        """Which metrics have a chart."""
+        """Asks which metrics have a chart."""
         groups = [spec.split(" + ") for spec in self.grid.specs]
         shown = [name for group in groups for name in group]
         options = [
             Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "")
-            for n in dict.fromkeys([*shown, *self.desk.state.names])
+            for n in dict.fromkeys([*shown, *self.context.state.names])
         ]
 
         async def take(answer: str | None) -> None:
             if answer:
                 chosen = answer.split("\n")
-                self.desk.preferences.charts = chosen
-                self.desk.remember()
-                self.desk.want(chosen)
+                self.context.preferences.charts = chosen
+                self.context.save_preferences()
+                self.context.read_metrics(chosen)
                 await self.grid.set_charts(chosen)
 
         self.app.push_screen(PickerDialog("Charts, in the order of marking", options, groups), take)
 
     def _newest(self, name: str) -> str:
-        state = self.desk.state
+        state = self.context.state
         value = (state.outline(name) or state.series(name)).last
         return "" if value is None else f"{value:.4g}"
 
     def action_others(self) -> None:
-        """Another session's curves beside these, or away again."""
-        self.desk.pick_other()
+        """Adds another session's curves, or removes them."""
+        state, view = self.context.state, self.context.view
+        names = [s.name for s in all_sessions(self.context.root) if s.name != state.name]
+        if not names:
+            self.context.say(f"there is no other session in {self.context.root}")
+            return
+        options = [Option(n, n, "shown" if n in view.others else "") for n in names]
+
+        def take(name: str | None) -> None:
+            if name is None:
+                return
+            if view.others.pop(name, None) is None:
+                try:
+                    view.others[name] = self._curves_of(name)
+                except RlhfError as error:
+                    self.context.say(str(error), "error")
+            self.draw()
+
+        self.app.push_screen(PickerDialog("Beside these curves", options), take)
+
+    def _curves_of(self, name: str) -> dict[str, Series]:
+        """The outlines of another session's curves. Raises JournalError."""
+        with JournalReader(find(self.context.root, name)) as record:
+            found = record.outlines(self.context.preferences.metrics(), SPANS)
+        return {metric: Series(points) for metric, points in found.items()}

@@ -20,7 +20,7 @@ EVERY = 1.0
 
 
 class LogRead(Message):
-    """More of the log; `fresh`: from its beginning, or from where it was cut."""
+    """New lines of the log; `fresh`: they replace all earlier ones."""
 
     def __init__(self, folder: str, lines: list[str], at: int, *, fresh: bool) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class LogRead(Message):
 
 
 class LogView(ScrollList):
-    """Lines of the log; stays at the end where it was at the end."""
+    """The lines of the log. If it shows the end, it goes on showing the end."""
 
     def __init__(self) -> None:
         super().__init__(id="log")
@@ -37,15 +37,15 @@ class LogView(ScrollList):
         self.shift = 0
 
     def count(self) -> int:
-        """Lines there are."""
+        """The number of lines."""
         return len(self.lines)
 
     def empty(self) -> list[Row]:
-        """What is missing."""
+        """The hint that stands in an empty log."""
         return self.hint
 
     def row(self, index: int, width: int) -> Row:
-        """A line, from where it was shifted to; errors stand out."""
+        """A line from the column it is shifted to; errors have another tone."""
         line = self.lines[index]
         lower = line.lower()
         tone = ""
@@ -56,7 +56,7 @@ class LogView(ScrollList):
         return [(" ", ""), (line[self.shift :], tone)]
 
     def add(self, lines: list[str], *, fresh: bool) -> None:
-        """More lines."""
+        """Appends lines, or with `fresh` replaces all of them."""
         at_end = fresh or self.top >= self.count() - self.page_size
         self.lines = (lines if fresh else self.lines + lines)[-MOST_LINES:]
         if at_end:
@@ -90,26 +90,26 @@ class LogScreen(SessionScreen):
         yield LogView()
 
     def on_mount(self) -> None:
-        """Looks for more while it is seen."""
-        self.set_interval(EVERY, self.look)
+        """Reads on every second."""
+        self.set_interval(EVERY, self.read_more)
 
     def refresh_content(self) -> None:
-        """The screen is seen again."""
-        self.look()
+        """Reads on when the screen becomes visible."""
+        self.read_more()
         self._about()
 
-    def look(self) -> None:
-        """Reads on, in a thread."""
-        session = self.desk.session
+    def read_more(self) -> None:
+        """Reads what was appended, in a thread, if the screen is visible."""
+        session = self.context.session
         if session is None or not self.is_current:
             return
         if str(session.folder) != self._folder:
             self._folder, self._at = str(session.folder), 0
-        self.read_on(session.log_file, self._folder, self._at)
+        self.read_from(session.log_file, self._folder, self._at)
 
     @work(thread=True, exclusive=True, group="log")
-    def read_on(self, path: Path, folder: str, at: int) -> None:
-        """Whole lines from a place on."""
+    def read_from(self, path: Path, folder: str, at: int) -> None:
+        """Reads whole lines from byte `at` on."""
         try:
             size = path.stat().st_size
             if size == at:
@@ -127,20 +127,20 @@ class LogScreen(SessionScreen):
             self.post_message(LogRead(folder, lines, begin + end, fresh=fresh))
 
     def on_log_read(self, message: LogRead) -> None:
-        """More lines."""
+        """Shows lines that were read."""
         if message.folder == self._folder and (message.fresh or message.at > self._at):
             self._at = message.at
             self.query_one(LogView).add(message.lines, fresh=message.fresh)
             self._about()
 
     def session_changed(self) -> None:
-        """Another session's log."""
+        """Drops the log of the last session."""
         self._folder, self._at = "", 0
         self.query_one(LogView).add([], fresh=True)
 
     def _about(self) -> None:
         view = self.query_one(LogView)
-        name = self.desk.state.name
+        name = self.context.state.name
         view.hint = [
             [(" nothing was printed yet", "dim")],
             [(" the same from a shell: ", "dim"), (f"rlhf-tui logs {name}", "key")],
@@ -155,7 +155,7 @@ class LogScreen(SessionScreen):
         view.update()
 
     def action_search(self) -> None:
-        """Words to be found."""
+        """Asks for words to search for."""
 
         def take(text: str | None) -> None:
             if text is not None:
@@ -169,14 +169,14 @@ class LogScreen(SessionScreen):
         )
 
     def action_match(self, way: int) -> None:
-        """To the next line that has the words."""
+        """Moves to the next line that has the words."""
         view, words = self.query_one(LogView), self._words.lower()
         if not words:
-            self.desk.say("nothing to search for yet: / asks")
+            self.context.say("nothing to search for yet: / asks")
             return
         hits = [i for i, line in enumerate(view.lines) if words in line.lower()]
         if not hits:
-            self.desk.say(f"'{self._words}' is not in the log")
+            self.context.say(f"'{self._words}' is not in the log")
             return
         if way > 0:
             view.go(next((i for i in hits if i > view.top), hits[0]))
@@ -184,13 +184,13 @@ class LogScreen(SessionScreen):
             view.go(next((i for i in reversed(hits) if i < view.top), hits[-1]))
 
     def action_shift(self, by: int) -> None:
-        """Long lines, sideways."""
+        """Moves sideways in long lines."""
         view = self.query_one(LogView)
         view.shift = max(view.shift + by, 0)
         self._about()
 
     def action_back(self) -> None:
-        """Search and shift away."""
+        """Ends the search and moves back to the first column."""
         view = self.query_one(LogView)
         self._words = view.matching = ""
         view.shift = 0
@@ -198,5 +198,5 @@ class LogScreen(SessionScreen):
 
 
 def _visible(line: str) -> str:
-    """What stands in a line at last: progress bars write over themselves."""
+    """The text after the last carriage return: progress bars overwrite themselves."""
     return line.rstrip("\r").rpartition("\r")[2]

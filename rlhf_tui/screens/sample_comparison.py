@@ -1,12 +1,12 @@
-"""The answer under the cursor beside another one, and which of the two is the better one."""
+"""The selected sample beside another response to its prompt, and which of the two is better."""
 
 import functools
-from typing import ClassVar
+from collections.abc import Callable
 
 import msgspec
-from textual import work
 from textual.binding import Binding, BindingType
 from textual.message import Message
+from textual.screen import Screen
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
@@ -15,103 +15,128 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
 from engine.journal.samples import OTHERS
 from engine.protocol.commands import Probe
-from rlhf_tui.screens.sample_labels import Judging
-from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand
+from engine.session.folder import Session
+from rlhf_tui.screens.context import AppContext
+from rlhf_tui.screens.sample_labels import SampleLabels
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
 
 KINDS = ("", "earlier", "reference")
-"""What an answer stands beside, in the order in which the key goes through them."""
+"""What a sample is compared with, in the order in which the key goes through them."""
 Other = SampleRow | ProbeResponse
-"""What an answer is held against: another one, or what the reference answered to a probe."""
+"""What a sample is compared with: another one, or the response of the reference to a probe."""
+BINDINGS: list[BindingType] = [
+    Binding("d", "beside", "beside another"),
+    Binding("y", "better('this')", "this one is better", show=False),
+    Binding("o", "better('other')", "the other is better", show=False),
+    Binding("left,h", "other(-1)", "beside a newer one", show=False),
+    Binding("right,l", "other(1)", "beside an older one", show=False),
+]
+"""Keys of the screen whose actions call :class:`SampleComparison`."""
 
 
 class ComparisonRead(Message):
-    """What an answer can be held against, and what was said of such pairs."""
+    """The responses a sample can be compared with, and the preferences between such pairs."""
 
     def __init__(
         self, key: Key, kind: str, others: list[Other],
-        said: list[Preference], *, ask: bool,
+        preferences: list[Preference], *, ask: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.key, self.kind, self.others, self.said = key, kind, others, said
+        self.key, self.kind, self.others, self.preferences = key, kind, others, preferences
         self.ask = ask
-        """Whether the reference is asked where it has not answered."""
+        """Whether to ask the reference if it has no response to the prompt yet."""
 
 
-class Comparing(Judging):
-    """A screen with a :class:`Reading`, which holds an answer against others to its prompt."""
+class SampleComparison:
+    """Chooses what the selected sample is compared with, and records preferences."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("d", "beside", "beside another"),
-        Binding("y", "better('this')", "this one is better", show=False),
-        Binding("o", "better('other')", "the other is better", show=False),
-        Binding("left,h", "other(-1)", "beside a newer one", show=False),
-        Binding("right,l", "other(1)", "beside an older one", show=False),
-    ]
+    def __init__(
+        self,
+        screen: Screen[None],
+        context: AppContext,
+        labels: SampleLabels,
+        *,
+        selected: Callable[[], SampleRow | None],
+    ) -> None:
+        """Of a screen with a :class:`SampleView`.
 
-    def __init__(self) -> None:
-        super().__init__()
+        Args:
+            screen: has the view and the workers, takes the messages.
+            context: the app.
+            labels: writes the preferences.
+            selected: returns the sample under the cursor.
+        """
+        self._screen = screen
+        self._context = context
+        self._labels = labels
+        self._selected = selected
         self._kind = KINDS[0]
         self._others: list[Other] = []
-        self._at = 0
-        self._said: list[Preference] = []
-        self._of: Key | None = None
-        """The answer that is shown with them."""
+        self._index = 0
+        self._preferences: list[Preference] = []
+        self._shown: Key | None = None
+        """The sample that the others were read for."""
         self._known = False
-        """Whether the others of the answer under the cursor are known."""
+        """Whether the others of the selected sample are read."""
         self._probed: set[str] = set()
-        """Prompts whose probe is on its way."""
+        """Prompts whose probe has no reply yet."""
+
+    @property
+    def _view(self) -> SampleView:
+        return self._screen.query_one(SampleView)
 
     def session_changed(self) -> None:
-        """Of another session nothing is known."""
+        """Another session was opened: no comparison, no pending probe."""
         self._probed.clear()
-        self.leave_comparison()
+        self.leave()
 
-    # -- what it stands beside -----------------------------------------------------------------
+    # -- what it is compared with --------------------------------------------------------------
 
-    def action_beside(self) -> None:
-        """Nothing, an earlier answer to the same prompt, the reference's answer, and again."""
-        row, reading = self.chosen(), self.query_one(SampleView)
+    def next_kind(self) -> None:
+        """Goes on from nothing to earlier responses, to the reference's, and to nothing again."""
+        row, view = self._selected(), self._view
         if row is None:
             return
-        if self._kind and not reading.comparing:
-            reading.as_text()
+        if self._kind and not view.comparing:
+            view.as_text()
         elif self._kind == "reference" and self._known and not self._others and self._may_ask(row):
-            self.pointed_at(row, ask=True)  # somebody else may have asked it
+            self.select(row, ask=True)  # another client may have asked it
         else:
             self._kind = KINDS[(KINDS.index(self._kind) + 1) % len(KINDS)]
-            reading.as_text()
-            self.pointed_at(row, ask=True)
+            view.as_text()
+            self.select(row, ask=True)
 
-    def leave_comparison(self) -> bool:
-        """Whether there was one to leave."""
+    def leave(self) -> bool:
+        """Ends the comparison; False if there was none."""
         left, self._kind = bool(self._kind), KINDS[0]
-        self.pointed_at(None)
+        self.select(None)
         return left
 
-    def pointed_at(self, row: SampleRow | None, *, ask: bool = False) -> None:
-        """Others stand beside it now; `ask`: the reference is asked where it has not answered."""
-        self._others, self._said, self._at, self._known = [], [], 0, False
-        self._of = key_of(row) if row is not None else None
+    def select(self, row: SampleRow | None, *, ask: bool = False) -> None:
+        """Compares another sample; `ask`: asks the reference if it has no response yet."""
+        self._others, self._preferences, self._index, self._known = [], [], 0, False
+        self._shown = key_of(row) if row is not None else None
         self._show()
         if row is not None and self._kind:
-            self.read_beside(row, self._kind, ask=ask)
+            self._read(row, ask=ask)
 
     def read_again(self) -> None:
-        """The others may be judged otherwise, too."""
-        row = self.chosen()
+        """Reads the other responses again: their labels may have changed."""
+        row = self._selected()
         if row is not None and self._kind:
-            self.read_beside(row, self._kind)
+            self._read(row)
 
-    @work(thread=True, exclusive=True, group="beside")
-    def read_beside(self, row: SampleRow, kind: str, *, ask: bool = False) -> None:
-        """Asks the journal."""
-        session = self.desk.session
-        if session is None:
-            return
+    def _read(self, row: SampleRow, *, ask: bool = False) -> None:
+        session = self._context.session
+        if session is not None:
+            work = functools.partial(self._read_others, session, row, self._kind, ask=ask)
+            self._screen.run_worker(work, group="beside", exclusive=True, thread=True)
+
+    def _read_others(self, session: Session, row: SampleRow, kind: str, *, ask: bool) -> None:
+        """Reads the journal, in a worker thread."""
         try:
             with JournalReader(session) as record, LabelReader(session) as labels:
                 others: list[Other] = []
@@ -119,64 +144,61 @@ class Comparing(Judging):
                     others += record.samples.earlier(row)
                 elif (found := record.last_reference_probe(row.prompt)) is not None:
                     others.append(found)
-                said = labels.preferences(row.prompt)
+                preferences = labels.preferences(row.prompt)
         except RlhfError as error:
-            self.desk.say_later(str(error), "error")
+            self._context.say_later(str(error), "error")
             return
-        if get_current_worker().is_cancelled:
-            return
-        self.post_message(ComparisonRead(key_of(row), kind, others, said, ask=ask))
+        if not get_current_worker().is_cancelled:
+            self._screen.post_message(
+                ComparisonRead(key_of(row), kind, others, preferences, ask=ask)
+            )
 
-    def on_comparison_read(self, message: ComparisonRead) -> None:
-        """The others have come; the one that is shown stays."""
-        row = self.chosen()
+    def take(self, message: ComparisonRead) -> None:
+        """Shows the responses that were read; the one that is shown stays."""
+        row = self._selected()
         asked = (message.key, message.kind)
-        if row is None or (key_of(row), self._kind) != asked or self.unwritten:
+        if row is None or (key_of(row), self._kind) != asked or self._labels.unwritten:
             return
-        shown = self._others[self._at] if self._others else None
-        self._others, self._said, self._known = message.others, message.said, True
+        shown = self._others[self._index] if self._others else None
+        self._others, self._preferences, self._known = message.others, message.preferences, True
         same = (i for i, other in enumerate(self._others) if _same(other, shown))
-        self._at = next(same, 0)
+        self._index = next(same, 0)
         if message.ask and self._kind == "reference" and not self._others and self._may_ask(row):
             self._ask(row.prompt)
         self._show()
 
-    def action_other(self, by: int) -> None:
-        """Another one of the earlier answers."""
+    def show_other(self, by: int) -> None:
+        """Shows another one of the earlier responses."""
         if self._kind != "earlier":
-            self.desk.say("d puts an earlier answer to the same prompt beside this one")
+            self._context.say("d puts an earlier answer to the same prompt beside this one")
             return
-        self._at = min(max(self._at + by, 0), max(len(self._others) - 1, 0))
+        self._index = min(max(self._index + by, 0), max(len(self._others) - 1, 0))
         self._show()
 
     def _show(self) -> None:
-        row, reading = self.chosen(), self.query_one(SampleView)
+        row, view = self._selected(), self._view
         if row is None or not self._kind:
-            reading.hold_against(None)
+            view.compare(None)
             return
         if not self._others:
             title = "REFERENCE" if self._kind == "reference" else "OTHERS"
-            reading.hold_against(
-                ComparisonTarget(self._kind, title, row.response, lack=self._lack(row))
-            )
+            view.compare(ComparisonTarget(self._kind, title, row.response, lack=self._lack(row)))
             return
-        other = self._others[self._at]
+        other = self._others[self._index]
         if isinstance(other, ProbeResponse):
             title = f"REFERENCE, asked at step {other.step}"
         else:
             count = len(self._others)
             title = f"OTHER, step {other.step} #{other.index}"
             title += f" of attempt {other.attempt}" * other.left
-            title += f" ({self._at + 1}/{count}{'+' * (count == OTHERS)})"
-        better, who = self._verdict(row.response, other.response)
-        reading.hold_against(
-            ComparisonTarget(self._kind, title, row.response, other, "", better, who)
-        )
+            title += f" ({self._index + 1}/{count}{'+' * (count == OTHERS)})"
+        better, who = self._preferred(row.response, other.response)
+        view.compare(ComparisonTarget(self._kind, title, row.response, other, "", better, who))
 
     # -- the reference -------------------------------------------------------------------------
 
     def _lack(self, row: SampleRow) -> str:
-        name = self.desk.state.name
+        name = self._context.state.name
         if row.prompt in self._probed:
             return "asked just now; it answers after the step in hand"
         if not self._known:
@@ -185,83 +207,82 @@ class Comparing(Judging):
             return "no other answer to this prompt was kept up to this step; d: the reference's"
         if self._may_ask(row):
             return "it was not asked this prompt yet; d asks it"
-        if self.desk.read_only:
+        if self._context.read_only:
             return "it was not asked this prompt yet, and this terminal is read-only"
         return f"it was not asked this prompt yet; with an engine it can be: rlhf-tui resume {name}"
 
     def _may_ask(self, row: SampleRow) -> bool:
-        session = self.desk.session
-        live = session is not None and session.is_live() and not self.desk.read_only
+        session = self._context.session
+        live = session is not None and session.is_live() and not self._context.read_only
         return live and row.prompt not in self._probed
 
-    @functools.cached_property
-    def _sender(self) -> CommandSender:
-        return CommandSender(self.desk.who, self.post_message)
-
     def _ask(self, prompt: str) -> None:
-        if self.desk.session is not None:
+        sent = self._context.commands.command(
+            Probe(text=prompt), "probe with this prompt", self._screen.post_message
+        )
+        if sent:
             self._probed.add(prompt)
-            order = OutgoingCommand(self.desk.session, Probe(text=prompt), "probe with this prompt")
-            self._sender.send(order)
             self._show()
 
-    def on_command_answered(self, message: CommandAnswered) -> None:
-        """The reference has answered; what else becomes of the probe, the app tells."""
-        answer, command = message.answer, message.command
-        if not isinstance(command, Probe) or (answer is not None and not answer.final):
+    def take_reply(self, message: CommandAnswered) -> None:
+        """Shows the reference's response to a probe; the app shows any other reply."""
+        reply, command = message.reply, message.command
+        if not isinstance(command, Probe) or (reply is not None and not reply.final):
             return
         self._probed.discard(command.text)
-        row = self.chosen()
-        if answer is not None and answer.result:
+        row = self._selected()
+        if reply is not None and reply.result:
             message.stop()
-            self.desk.say("the reference has answered")
+            self._context.say("the reference has answered")
             if row is not None and row.prompt == command.text and self._kind == "reference":
-                found = ProbeResult.of(answer.result).reference
-                self._others = [msgspec.structs.replace(found, step=answer.step)]
+                found = ProbeResult.of(reply.result).reference
+                self._others = [msgspec.structs.replace(found, step=reply.step)]
                 self._known = True
         self._show()
 
-    # -- the better one ------------------------------------------------------------------------
+    # -- preferences ---------------------------------------------------------------------------
 
-    def action_better(self, which: str) -> None:
-        """Says which one is better; the same again takes it back."""
-        row = self.chosen()
-        if row is not None and self._kind and key_of(row) != self._of:
-            self.pointed_at(row)  # typed ahead: what is shown are still another answer's others
-        if row is None or not self._others or not self.query_one(SampleView).comparing:
+    def toggle_preference(self, which: str) -> None:
+        """Prefers `this` or the `other` response, or removes that preference if it is set."""
+        row = self._selected()
+        if row is not None and self._kind and key_of(row) != self._shown:
+            self.select(row)  # the key came before the others of this sample were read
+        if row is None or not self._others or not self._view.comparing:
             reading = self._kind and not self._known
-            self.desk.say(
+            self._context.say(
                 "the other answer is still being read: y or o once it is shown"
                 if reading
                 else "d puts another answer beside this one; then y or o says which is better"
             )
             return
-        if not self.may_judge():
+        if not self._labels.may_judge():
             return
-        other, prompt, who = self._others[self._at], row.prompt, self.desk.who
+        other, prompt, who = self._others[self._index], row.prompt, self._context.who
         mine, theirs = Response.of(row), _response(other)
-        if self._verdict(mine.response, theirs.response)[0] == which:
-            self.write(lambda session: forget_preference(session, prompt, mine, theirs))
-            said: list[Preference] = []
+        if self._preferred(mine.response, theirs.response)[0] == which:
+            self._labels.write(lambda session: forget_preference(session, prompt, mine, theirs))
+            added: list[Preference] = []
         else:
             chosen, rejected = (mine, theirs) if which == "this" else (theirs, mine)
-            self.write(lambda session: prefer(session, prompt, chosen, rejected, who))
-            now = self.desk.now()
-            said = [Preference(prompt=prompt, chosen=chosen, rejected=rejected, who=who, time=now)]
+            self._labels.write(lambda session: prefer(session, prompt, chosen, rejected, who))
+            now = self._context.now()
+            added = [Preference(prompt=prompt, chosen=chosen, rejected=rejected, who=who, time=now)]
         pair = {mine.response, theirs.response}
-        if len(pair) == 2:  # else the writing says that they are the same
-            self._said = [*(p for p in self._said if _pair(p) != pair), *said]
+        if len(pair) == 2:  # two equal responses: the write fails and reports it
+            self._preferences = [*(p for p in self._preferences if _pair(p) != pair), *added]
         self._show()
 
-    def _verdict(self, mine: str, theirs: str) -> tuple[str, str]:
-        for said in self._said:
-            if _pair(said) == {mine, theirs}:
-                return ("this" if said.chosen.response == mine else "other"), said.who
+    def _preferred(self, mine: str, theirs: str) -> tuple[str, str]:
+        """`this` or `other`, and who said so; empty if nobody did."""
+        for preference in self._preferences:
+            if _pair(preference) == {mine, theirs}:
+                which = "this" if preference.chosen.response == mine else "other"
+                return which, preference.who
         return "", ""
 
 
-def _pair(said: Preference) -> set[str]:
-    return {said.chosen.response, said.rejected.response}
+def _pair(preference: Preference) -> set[str]:
+    return {preference.chosen.response, preference.rejected.response}
 
 
 def _response(other: Other) -> Response:

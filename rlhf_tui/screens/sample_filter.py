@@ -1,4 +1,4 @@
-"""What is typed to filter the answers."""
+"""The language of the filter of samples."""
 
 import contextlib
 import re
@@ -26,7 +26,7 @@ HINT: list[Row] = [
 def parse_filter(text: str, query: SampleQuery) -> SampleQuery:
     """`score>1 kl<8 cut good words`: bounds, what answers are, and words to be found.
 
-    In quotes words are but words: `"good"` is one to be found.
+    Quoted words are always searched for: `"good"` is not a label.
     """
     bounds: dict[str, float | None] = dict.fromkeys(("score_from", "score_to", "kl_from", "kl_to"))
     found: list[str] = []

@@ -1,114 +1,127 @@
-"""Labels and notes on the answer under the cursor."""
+"""Labels and notes on the selected sample."""
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
 
 import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
+from textual.screen import Screen
 
 from engine.journal.labels import Response, set_label, set_note
 from engine.journal.rows import Judgement, SampleRow
 from engine.session.folder import Session
 from rlhf_tui.dialogs.base import InputDialog
-from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.label_writer import LabelWriter
 from rlhf_tui.widgets.lines import Row
 
+BINDINGS: list[BindingType] = [
+    Binding("plus", "label('good')", "good"),
+    Binding("minus", "label('bad')", "bad"),
+    Binding("exclamation_mark", "label('hack')", "hack"),
+    Binding("W", "remark", "note on this answer", show=False),
+]
+"""Keys of the screen whose actions call :class:`SampleLabels`."""
+
 
 class LabelWritten(Message):
-    """A judgement was written; `problem`: why not."""
+    """A label, note or preference was written; `problem`: why not."""
 
     def __init__(self, problem: str) -> None:
         super().__init__()
         self.problem = problem
 
 
-class Judging(SessionScreen):
-    """A screen of answers that can be judged.
+class SampleLabels:
+    """Sets labels and notes, and has every judgement of the screen written in order.
 
-    What a key says is shown at once and written after that; if it cannot be written, what the file
-    says is shown again.
+    A judgement is shown at once and written afterwards. If it cannot be written, the screen shows
+    again what the file holds.
     """
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("plus", "label('good')", "good"),
-        Binding("minus", "label('bad')", "bad"),
-        Binding("exclamation_mark", "label('hack')", "hack"),
-        Binding("W", "remark", "note on this answer", show=False),
-    ]
+    def __init__(
+        self,
+        screen: Screen[None],
+        context: AppContext,
+        *,
+        selected: Callable[[], SampleRow | None],
+        show: Callable[[SampleRow], None],
+        read_again: Callable[[], None],
+    ) -> None:
+        """Of a screen of samples.
 
-    def __init__(self) -> None:
-        super().__init__()
+        Args:
+            screen: takes :class:`LabelWritten`, and has the dialog.
+            context: the app.
+            selected: returns the sample under the cursor.
+            show: shows a sample with its new judgement.
+            read_again: reads again what the file holds.
+        """
+        self._screen = screen
+        self._context = context
+        self._selected = selected
+        self._show = show
+        self._read_again = read_again
         self.unwritten = 0
-        """Judgements that are not on the file yet: what is read meanwhile may be older."""
-
-    def chosen(self) -> SampleRow | None:
-        """The answer that is meant; overridden."""
-        return None
-
-    def show_again(self, row: SampleRow) -> None:
-        """It is judged otherwise now; overridden."""
-
-    def read_again(self) -> None:
-        """The file is to be asked again; overridden."""
+        """Judgements that are not in the file yet; what is read meanwhile may be older."""
 
     @functools.cached_property
-    def _judge(self) -> LabelWriter:
-        return LabelWriter(lambda problem: self.post_message(LabelWritten(problem)))
+    def _writer(self) -> LabelWriter:
+        return LabelWriter(lambda problem: self._screen.post_message(LabelWritten(problem)))
 
-    def action_label(self, label: str) -> None:
-        """Labels it; the same label again takes it away."""
-        row = self.chosen()
+    def toggle(self, label: str) -> None:
+        """Sets the label of the selected sample, or removes it if it is set already."""
+        row = self._selected()
         if row is None or not self.may_judge():
             return
         new = None if row.label == label else label
-        answer, who = Response.of(row), self.desk.who
-        self.write(lambda session: set_label(session, row.prompt, answer, new, who))
-        self._now(row, new, row.note)
+        response, who = Response.of(row), self._context.who
+        self.write(lambda session: set_label(session, row.prompt, response, new, who))
+        self._show_changed(row, new, row.note)
 
-    def action_remark(self) -> None:
-        """A note on it."""
-        row = self.chosen()
+    def ask_note(self) -> None:
+        """Asks for a note on the selected sample."""
+        row = self._selected()
         if row is None or not self.may_judge():
             return
         rows: list[Row] = [
             [(f"On answer #{row.index} of step {row.step}; empty takes it away.", "dim")]
         ]
-        answer, who = Response.of(row), self.desk.who
+        response, who = Response.of(row), self._context.who
 
         def take(text: str | None) -> None:
             if text is not None:
-                self.write(lambda session: set_note(session, row.prompt, answer, text, who))
-                self._now(row, row.label, text or None)
+                self.write(lambda session: set_note(session, row.prompt, response, text, who))
+                self._show_changed(row, row.label, text or None)
 
         note = row.note or ""
-        self.app.push_screen(
+        self._screen.app.push_screen(
             InputDialog("Note on this answer", rows, note, lambda _: (True, "")), take
         )
 
-    def _now(self, row: SampleRow, label: str | None, note: str | None) -> None:
-        now = Judgement(label=label, note=note, who=self.desk.who, time=self.desk.now())
-        self.show_again(msgspec.structs.replace(row, judgement=now))
+    def _show_changed(self, row: SampleRow, label: str | None, note: str | None) -> None:
+        context = self._context
+        now = Judgement(label=label, note=note, who=context.who, time=context.now())
+        self._show(msgspec.structs.replace(row, judgement=now))
 
     def may_judge(self) -> bool:
-        """Whether judgements are taken here; says so where not."""
-        if self.desk.read_only:
-            self.desk.say("read-only: nothing is judged from here", "warning")
-        return not self.desk.read_only and self.desk.session is not None
+        """Whether judgements are accepted here; shows a notice if this terminal is read-only."""
+        if self._context.read_only:
+            self._context.say("read-only: nothing is judged from here", "warning")
+        return not self._context.read_only and self._context.session is not None
 
     def write(self, change: Callable[[Session], None]) -> None:
-        """Has a judgement written."""
-        session = self.desk.session
+        """Writes a judgement of the open session in a thread; :class:`LabelWritten` follows."""
+        session = self._context.session
         if session is not None:
             self.unwritten += 1
-            self._judge.write(functools.partial(change, session))
+            self._writer.write(functools.partial(change, session))
 
-    def on_label_written(self, message: LabelWritten) -> None:
-        """What is on the file now may be another page than the one that is shown."""
+    def written(self, message: LabelWritten) -> None:
+        """Reads again after the last write: another page may be right now."""
         self.unwritten -= 1
         if message.problem:
-            self.desk.say(message.problem, "error")
+            self._context.say(message.problem, "error")
         if not self.unwritten:
-            self.read_again()
+            self._read_again()

@@ -1,5 +1,6 @@
-"""What the policy wrote: a table over all steps, and one answer to be read."""
+"""What the policy wrote: a table of samples over all steps, and one of them to be read."""
 
+import functools
 from typing import ClassVar
 
 import msgspec
@@ -16,20 +17,23 @@ from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
-from rlhf_tui.screens.sample_comparison import Comparing
+from rlhf_tui.screens import sample_comparison, sample_labels
+from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.screens.sample_comparison import ComparisonRead, SampleComparison
 from rlhf_tui.screens.sample_filter import HINT, parse_filter
-from rlhf_tui.state.messages import RowHighlighted, RowSelected
+from rlhf_tui.screens.sample_labels import LabelWritten, SampleLabels
+from rlhf_tui.state.messages import CommandAnswered, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.samples.judgement import key_of, mark
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Column, Table
 
 PAGE = 500
-COLUMNS = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
+ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 
 
 class SamplesRead(Message):
-    """A page of samples."""
+    """A page of samples was read."""
 
     def __init__(self, query: SampleQuery, page: int, rows: list[SampleRow]) -> None:
         super().__init__()
@@ -37,19 +41,21 @@ class SamplesRead(Message):
 
 
 class ArraysRead(Message):
-    """One sample's token values."""
+    """The token values of a sample were read."""
 
     def __init__(self, key: tuple[int, int], arrays: TokenArrays | None) -> None:
         super().__init__()
         self.key, self.arrays = key, arrays
 
 
-class SamplesScreen(Comparing):
+class SamplesScreen(SessionScreen):
     """Mode 3."""
 
     MODE = "samples"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
+        *sample_labels.BINDINGS,
+        *sample_comparison.BINDINGS,
         Binding("slash,f", "filter", "filter"),
         Binding("v", "view", "tokens"),
         Binding("n", "next(1)", "next answer", show=False),
@@ -64,17 +70,31 @@ class SamplesScreen(Comparing):
 
     def __init__(self) -> None:
         super().__init__()
-        self._asked = SampleQuery()
+        self._query = SampleQuery()
         self._filter = ""
         self._page = 0
         self._rows: dict[tuple[int, int], SampleRow] = {}
         self._shown: tuple[object, ...] | None = None
-        self._labels: tuple[int, ...] = ()
+        self._labels_read: tuple[int, ...] = ()
+        """The value of `state.labels` for which the screen was read."""
+
+    @functools.cached_property
+    def labels(self) -> SampleLabels:
+        """Labels and notes."""
+        return SampleLabels(
+            self, self.context,
+            selected=self.selected, show=self.show_judgement, read_again=self.read_again,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def comparison(self) -> SampleComparison:
+        """The selected sample beside another response."""
+        return SampleComparison(self, self.context, self.labels, selected=self.selected)
 
     def compose_body(self) -> ComposeResult:
-        """The table, and beside or below it the answer."""
+        """The table, and beside or below it the selected sample."""
         yield Lines(id="filter")
-        with Container(id="room"):
+        with Container(id="panes"):
             yield Table(
                 [
                     Column("step", 6, right=True),
@@ -88,53 +108,53 @@ class SamplesScreen(Comparing):
                 ],
                 id="samples",
             )
-            yield SampleView(id="reading")
+            yield SampleView(id="sample")
 
     def refresh_content(self) -> None:
-        """Reads again where new answers may belong on this page."""
-        state = self.desk.state
-        live_page = self._page == 0 and self._asked.order == "step" and self._asked.descending
+        """Reads the page again if it may have changed."""
+        state = self.context.state
+        live_page = self._page == 0 and self._query.order == "step" and self._query.descending
         step = state.head.step if live_page else -1
         timeline = len(state.head.attempts)  # a roll back changes every page
-        wanted = (state.name, timeline, step, state.labels, self._asked, self._page)
-        if wanted != self._shown and self.desk.session is not None:
+        wanted = (state.name, timeline, step, state.labels, self._query, self._page)
+        if wanted != self._shown and self.context.session is not None:
             self._shown = wanted
-            self.read_page(self._asked, self._page)
-        if state.labels != self._labels:
-            self._labels = state.labels
-            super().read_again()
-        self._say_filter()
+            self.read_page(self._query, self._page)
+        if state.labels != self._labels_read:
+            self._labels_read = state.labels
+            self.comparison.read_again()
+        self._show_query()
 
     def session_changed(self) -> None:
-        """Another session's answers."""
-        super().session_changed()
+        """Drops the samples of the last session."""
+        self.comparison.session_changed()
         self._rows = {}
         self._page = 0
         self._shown = None
         self.query_one(Table).set_rows([])
         self.query_one(SampleView).read(None, None)
 
-    # -- reading, in a thread ------------------------------------------------------------------
+    # -- view, in a thread ------------------------------------------------------------------
 
     @work(thread=True, exclusive=True, group="page")
     def read_page(self, query: SampleQuery, page: int) -> None:
-        """Asks the journal."""
-        session = self.desk.session
+        """Reads a page of samples."""
+        session = self.context.session
         if session is None:
             return
         try:
             with SampleReader(session) as samples:
                 rows = samples.page(query, PAGE, page * PAGE)
         except RlhfError as error:
-            self.desk.say_later(str(error), "error")
+            self.context.say_later(str(error), "error")
             return
         if not get_current_worker().is_cancelled:
             self.post_message(SamplesRead(query, page, rows))
 
     @work(thread=True, exclusive=True, group="arrays")
     def read_arrays(self, key: tuple[int, int], attempt: int) -> None:
-        """Asks for one answer's token values."""
-        session = self.desk.session
+        """Reads the token values of a sample."""
+        session = self.context.session
         if session is None:
             return
         try:
@@ -146,38 +166,38 @@ class SamplesScreen(Comparing):
             self.post_message(ArraysRead(key, arrays))
 
     def on_samples_read(self, message: SamplesRead) -> None:
-        """A page has come."""
-        if (message.query, message.page) != (self._asked, self._page) or self.unwritten:
+        """Shows a page, unless another one was asked for meanwhile."""
+        if (message.query, message.page) != (self._query, self._page) or self.labels.unwritten:
             return
         if not message.rows and self._page:
             self._page -= 1
-            self.desk.say("that was the last page")
+            self.context.say("that was the last page")
             return
         self._rows = {(r.step, r.index): r for r in message.rows}
         table = self.query_one(Table)
-        table.sorted_by = COLUMNS[self._asked.order]
-        table.descending = self._asked.descending
-        table.matching = self._asked.text
+        table.sorted_by = ORDER_TITLES[self._query.order]
+        table.descending = self._query.descending
+        table.matching = self._query.text
         table.set_rows([(key, _cells(row)) for key, row in self._rows.items()], self._empty())
-        self._say_filter()
-        reading, row = self.query_one(SampleView), self._rows.get(table.key)
-        if row is not None and reading.sample is not None and key_of(row) == key_of(reading.sample):
-            self.show_again(row)
+        self._show_query()
+        view, row = self.query_one(SampleView), self._rows.get(table.key)
+        if row is not None and view.sample is not None and key_of(row) == key_of(view.sample):
+            self.show_judgement(row)
         elif row is not None:
-            self._point(table.key)
+            self._select(table.key)
 
     def _empty(self) -> list[Row]:
-        name = self.desk.state.name
+        name = self.context.state.name
         if self._filter:
             return [[(f" no answer fits '{self._filter}'; esc takes the filter away", "dim")]]
-        if not self.desk.state.head.step:
+        if not self.context.state.head.step:
             return [[(" no answers yet: they come with the first step", "dim")]]
         return [[(f" no answers were kept (log.samples); see rlhf-tui samples {name}", "dim")]]
 
-    def _say_filter(self) -> None:
+    def _show_query(self) -> None:
         table = self.query_one(Table)
-        row: list[Piece] = [(" sorted by ", "dim"), (COLUMNS[self._asked.order], "strong")]
-        row.append((" falling" if self._asked.descending else " rising", "dim"))
+        row: list[Piece] = [(" sorted by ", "dim"), (ORDER_TITLES[self._query.order], "strong")]
+        row.append((" falling" if self._query.descending else " rising", "dim"))
         if self._filter:
             row += [("   only ", "dim"), (self._filter, "accent")]
         if self._page or table.count() == PAGE:
@@ -186,51 +206,83 @@ class SamplesScreen(Comparing):
         row += [("   tokens: ", "dim"), (self.query_one(SampleView).mode, "strong")]
         self.query_one("#filter", Lines).show([row])
 
-    # -- what was pointed at -------------------------------------------------------------------
+    # -- the sample under the cursor -----------------------------------------------------------
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """The answer under the cursor."""
+        """Shows the sample under the cursor."""
         if message.table == "samples":
-            self._point(message.key)
+            self._select(message.key)
 
-    def _point(self, key: tuple[int, int] | None) -> None:
+    def _select(self, key: tuple[int, int] | None) -> None:
         row = self._rows.get(key) if key else None
         self.query_one(SampleView).read(row, None)
         if key is not None and row is not None:
             self.read_arrays(key, row.attempt)
-        self.pointed_at(row)
+        self.comparison.select(row)
 
-    def chosen(self) -> SampleRow | None:
-        """The answer under the cursor."""
+    def selected(self) -> SampleRow | None:
+        """The sample under the cursor."""
         return self._rows.get(self.query_one(Table).key)
 
-    def show_again(self, row: SampleRow) -> None:
-        """Something is thought of an answer that is on the page."""
+    def show_judgement(self, row: SampleRow) -> None:
+        """Shows a sample of this page with another judgement."""
         self._rows[row.step, row.index] = row
-        table, reading = self.query_one(Table), self.query_one(SampleView)
+        table, view = self.query_one(Table), self.query_one(SampleView)
         table.set_rows([(key, _cells(r)) for key, r in self._rows.items()])
-        if reading.sample is not None and key_of(reading.sample) == key_of(row):
-            reading.read(row, reading.arrays)
+        if view.sample is not None and key_of(view.sample) == key_of(row):
+            view.read(row, view.arrays)
 
     def read_again(self) -> None:
-        """What the page shows may not be so."""
-        super().read_again()
+        """Reads the page and the comparison again."""
+        self.comparison.read_again()
         self._shown = None
         self.refresh_content()
 
     def on_arrays_read(self, message: ArraysRead) -> None:
-        """Token values have come."""
+        """Shows token values."""
         if message.key == self.query_one(Table).key:
             self.query_one(SampleView).read(self._rows.get(message.key), message.arrays)
 
     @on(RowSelected)
-    def _read(self) -> None:
+    def _focus_sample(self) -> None:
         self.query_one(SampleView).focus()
+
+    def on_label_written(self, message: LabelWritten) -> None:
+        """A judgement was written."""
+        self.labels.written(message)
+
+    def on_comparison_read(self, message: ComparisonRead) -> None:
+        """The other responses were read."""
+        self.comparison.take(message)
+
+    def on_command_answered(self, message: CommandAnswered) -> None:
+        """A reply to the probe of a comparison."""
+        self.comparison.take_reply(message)
 
     # -- keys ----------------------------------------------------------------------------------
 
+    def action_label(self, label: str) -> None:
+        """Sets a label, or removes it."""
+        self.labels.toggle(label)
+
+    def action_remark(self) -> None:
+        """Asks for a note."""
+        self.labels.ask_note()
+
+    def action_beside(self) -> None:
+        """Compares with an earlier response, with the reference's, and with none again."""
+        self.comparison.next_kind()
+
+    def action_other(self, by: int) -> None:
+        """Compares with another earlier response."""
+        self.comparison.show_other(by)
+
+    def action_better(self, which: str) -> None:
+        """Prefers this response or the other one, or neither again."""
+        self.comparison.toggle_preference(which)
+
     def action_filter(self) -> None:
-        """Words and bounds."""
+        """Asks for a filter."""
 
         def take(text: str | None) -> None:
             if text is not None:
@@ -240,54 +292,54 @@ class SamplesScreen(Comparing):
 
     def _set(self, text: str) -> None:
         self._filter = text
-        self._asked = parse_filter(text, self._asked)
+        self._query = parse_filter(text, self._query)
         self._page = 0
         self.refresh_content()
 
     def action_sort(self) -> None:
-        """By the next column."""
-        at = (SAMPLE_ORDERS.index(self._asked.order) + 1) % len(SAMPLE_ORDERS)
-        self._asked = msgspec.structs.replace(self._asked, order=SAMPLE_ORDERS[at])
+        """Sorts by the next column."""
+        at = (SAMPLE_ORDERS.index(self._query.order) + 1) % len(SAMPLE_ORDERS)
+        self._query = msgspec.structs.replace(self._query, order=SAMPLE_ORDERS[at])
         self._page = 0
         self.refresh_content()
 
     def action_reverse(self) -> None:
-        """Rising or falling."""
-        falling = not self._asked.descending
-        self._asked = msgspec.structs.replace(self._asked, descending=falling)
+        """Reverses the order."""
+        falling = not self._query.descending
+        self._query = msgspec.structs.replace(self._query, descending=falling)
         self._page = 0
         self.refresh_content()
 
     def action_page(self, by: int) -> None:
-        """Other pages of the table."""
+        """Turns pages of the table."""
         if by > 0 and self.query_one(Table).count() < PAGE:
-            self.desk.say("that was the last page")
+            self.context.say("that was the last page")
             return
         self._page = max(self._page + by, 0)
         self.refresh_content()
 
     def action_next(self, by: int) -> None:
-        """The next answer, wherever the focus is."""
+        """Selects the next sample, whatever has the focus."""
         self.query_one(Table).action_move(by)
 
     def action_view(self) -> None:
-        """Text, or a number of each token."""
+        """Cycles through text and the numbers of each token."""
         self.query_one(SampleView).cycle()
-        self._say_filter()
+        self._show_query()
 
     def action_enlarge(self) -> None:
-        """The answer alone, or with its table."""
-        room = self.query_one("#room")
-        room.toggle_class("alone")
-        target = SampleView if room.has_class("alone") else Table
+        """Shows the sample alone, or with the table."""
+        panes = self.query_one("#panes")
+        panes.toggle_class("alone")
+        target = SampleView if panes.has_class("alone") else Table
         self.query_one(target).focus()
 
     def action_back(self) -> None:
-        """One level out."""
-        room = self.query_one("#room")
-        if room.has_class("alone"):
+        """Leaves one level: the sample alone, the comparison, the sample, the filter."""
+        panes = self.query_one("#panes")
+        if panes.has_class("alone"):
             self.action_enlarge()
-        elif self.leave_comparison():
+        elif self.comparison.leave():
             return
         elif not self.query_one(Table).has_focus:
             self.query_one(Table).focus()

@@ -25,7 +25,7 @@ from rlhf_tui.state.session_row import (
     unreadable_row,
 )
 from rlhf_tui.widgets.lines import Lines, Piece, Row
-from rlhf_tui.widgets.status_lines import MARKS
+from rlhf_tui.widgets.status_lines import STATE_MARKS
 from rlhf_tui.widgets.table import Column, Table
 
 EVERY = 2.0
@@ -36,7 +36,7 @@ SPARK_STEPS = 400
 
 
 def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
-    """A line of blocks: the mean of each part of the values."""
+    """A sparkline of `width` blocks; each one is the mean of its share of the values."""
     if not values:
         return ""
     count = min(width, len(values))
@@ -47,8 +47,8 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
     return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
 
 
-def look_at(session: Session) -> ListedSession:
-    """A session's row; one that cannot be read says why."""
+def session_row(session: Session) -> ListedSession:
+    """The row of a session; if it cannot be read, with the reason."""
     try:
         row = read_session_row(session)
         with JournalReader(session) as record:
@@ -59,7 +59,7 @@ def look_at(session: Session) -> ListedSession:
 
 
 class SessionListCache:
-    """Reads again only those sessions in which something has changed."""
+    """Rows of sessions; reads only those again that have changed."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[object, ListedSession]] = {}
@@ -71,7 +71,7 @@ class SessionListCache:
             stamp = _stamp(session)
             known = self._known.get(session.folder)
             if known is None or known[0] != stamp:
-                known = stamp, look_at(session)
+                known = stamp, session_row(session)
                 self._known[session.folder] = known
             found.append(known[1])
         found.sort(key=lambda s: (s.row.pid is None, -(s.row.updated or 0), s.row.name))
@@ -90,7 +90,7 @@ def _stamp(session: Session) -> object:
 
 
 class Sessions(Table):
-    """The table; enter stands among the keys below."""
+    """The table of sessions. Its enter key is shown in the line of keys."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "open")]
 
@@ -109,12 +109,12 @@ class SessionsScreen(SessionScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._looker = SessionListCache()
+        self._cache = SessionListCache()
         self._rows: dict[str, ListedSession] = {}
         self._listed = False
 
     def compose_body(self) -> ComposeResult:
-        """The table and a few lines about the one under the cursor."""
+        """The table, and a few lines about the selected session."""
         yield Sessions(
             [
                 Column("", 1),
@@ -133,33 +133,33 @@ class SessionsScreen(SessionScreen):
         yield Lines(id="about")
 
     def on_mount(self) -> None:
-        """Looks again now and then while it is seen."""
-        self.look()
-        self.set_interval(EVERY, self.look)
+        """Reads the folder again every two seconds."""
+        self.read_sessions()
+        self.set_interval(EVERY, self.read_sessions)
 
     def refresh_content(self) -> None:
-        """The screen is seen again."""
-        self.look()
+        """Reads the folder when the screen becomes visible."""
+        self.read_sessions()
 
-    def look(self) -> None:
-        """Reads the folder, in a thread."""
+    def read_sessions(self) -> None:
+        """Reads the folder in a thread, if the screen is visible."""
         if self.is_current:
-            self.read_folder(self.desk.root)
+            self.read_folder(self.context.root)
 
     @work(thread=True, exclusive=True, group="sessions")
     def read_folder(self, root: Path) -> None:
-        """Every session's row."""
-        rows = self._looker.rows(root)
+        """Reads the row of every session."""
+        rows = self._cache.rows(root)
         if not get_current_worker().is_cancelled:
             self.post_message(SessionsListed(rows))
 
     def on_sessions_listed(self, message: SessionsListed) -> None:
-        """The rows have come."""
+        """Shows the rows."""
         self._rows = {s.row.name: s for s in message.rows}
-        now = self.desk.now()
+        now = self.context.now()
         cells = [(s.row.name, _cells(s, now)) for s in message.rows]
         empty: list[Row] = [
-            [(f" no sessions in {short_path(self.desk.root)}", "dim")],
+            [(f" no sessions in {short_path(self.context.root)}", "dim")],
             [],
             [(" n ", "key"), ("starts the demo: a small model, a few minutes, no downloads", "")],
             [(" or from a shell: ", "dim"), ("rlhf-tui demo", "key"), ("  or  ", "dim"),
@@ -168,12 +168,12 @@ class SessionsScreen(SessionScreen):
         table = self.query_one(Table)
         first, self._listed = not self._listed, True
         table.set_rows(cells, empty)
-        if first and self.desk.state.name in self._rows:
-            table.go([s.row.name for s in message.rows].index(self.desk.state.name))
+        if first and self.context.state.name in self._rows:
+            table.go([s.row.name for s in message.rows].index(self.context.state.name))
         self._about()
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """The lines below follow the cursor."""
+        """Shows the lines about the selected session."""
         if message.table == "sessions":
             self._about()
 
@@ -182,50 +182,50 @@ class SessionsScreen(SessionScreen):
         self.query_one("#about", Lines).show(_about(found.row) if found else [])
 
     def on_row_selected(self, message: RowSelected) -> None:
-        """Enter, or a second click."""
-        self.desk.open_session(message.key)
+        """Opens a session: enter, or a second click."""
+        self.context.open_session(message.key)
 
-    def _chosen(self) -> SessionRow | None:
+    def _selected(self) -> SessionRow | None:
         found = self._rows.get(self.query_one(Table).key or "")
         if found is None:
-            self.desk.say("no session chosen; n starts a demo")
+            self.context.say("no session chosen; n starts a demo")
             return None
         return found.row
 
     # -- keys ----------------------------------------------------------------------------------
 
     def action_new(self) -> None:
-        """The starter run, in the background."""
-        self.desk.start_engine(["demo"], "")
+        """Starts the demo."""
+        self.context.engines.start(["demo"], "")
 
     def action_resume(self) -> None:
-        """On from its last checkpoint."""
-        row = self._chosen()
+        """Resumes the session from its last checkpoint."""
+        row = self._selected()
         if row is None:
             return
         if row.pid:
-            self.desk.say(f"'{row.name}' runs already: enter opens it")
+            self.context.say(f"'{row.name}' runs already: enter opens it")
             return
-        self.desk.start_engine(["resume", row.name], row.name)
+        self.context.engines.start(["resume", row.name], row.name)
 
     def action_fork(self) -> None:
-        """A branch off its last checkpoint; others: 4 Checkpoints."""
-        row = self._chosen()
+        """Forks the session from its last checkpoint."""
+        row = self._selected()
         if row is None:
             return
         if not row.checkpoints:
-            self.desk.say(f"'{row.name}' has no checkpoint to branch from", "warning")
+            self.context.say(f"'{row.name}' has no checkpoint to branch from", "warning")
             return
-        self.desk.ask_fork(row.name, max(row.checkpoints))
+        self.context.engines.ask_fork(row.name, max(row.checkpoints))
 
     def action_delete(self) -> None:
-        """Asks first."""
-        row = self._chosen()
-        if row is None or self.desk.refuse_read_only():
+        """Asks, then deletes the session."""
+        row = self._selected()
+        if row is None or self.context.engines.refuse_read_only():
             return
         name = row.name
         if row.pid:
-            self.desk.say(
+            self.context.say(
                 f"'{name}' has a running engine: open it and stop it first (S)", "warning"
             )
             return
@@ -239,15 +239,15 @@ class SessionsScreen(SessionScreen):
 
         def answer(result: str | None) -> None:
             if result == "delete":
-                self.desk.forget_session(name)
-                self.desk.run_command(["rm", name, "-y"], f"'{name}' is deleted")
+                self.context.forget_session(name)
+                self.context.engines.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
         self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), answer)
 
 
 def _cells(listed: ListedSession, now: float) -> list[Piece]:
     row = listed.row
-    mark, tone = MARKS.get(row.state, ("✗", "bad"))
+    mark, tone = STATE_MARKS.get(row.state, ("✗", "bad"))
     age = fmt.duration(now - row.updated) if row.updated else "–"
     steps = f"{row.step:,}/{row.total_steps:,}" if row.total_steps else "–"
     return [

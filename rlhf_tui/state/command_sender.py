@@ -1,8 +1,8 @@
-"""Sends the operator's commands in the order in which they were given, and knows what they will do.
+"""Sends the operator's commands in order, and predicts their effects.
 
-One thread begins them all, one after another: each has its first answer before the next is sent, so
-that an undo never overtakes what it shall undo. What becomes of them may take a step, or a day, and
-is awaited beside that, by a thread and a connection for each.
+One thread sends all commands, one after another: each has its first reply before the next is sent,
+so that an undo never overtakes the change it takes back. The last reply may take a step or a day;
+a thread and a connection for each command wait for it.
 """
 
 import contextlib
@@ -27,110 +27,113 @@ from engine.session.folder import Session
 from rlhf_tui.state.messages import CommandAnswered
 
 WAIT = 24 * 3600.0
-"""Seconds a terminal waits for a command's end; the engine carries it out without it, too."""
+"""Seconds a terminal waits for the last reply; the engine carries a command out in any case."""
 
 
 @dataclass(frozen=True)
 class OutgoingCommand:
-    """A command on its way."""
+    """A command to be sent."""
 
     session: Session
     command: Command
     text: str
-    """The same for people."""
+    """The command, for people."""
+    post: Callable[[CommandAnswered], object]
+    """Takes each reply, or why there is none, from another thread."""
 
 
 class CommandSender:
-    """Posts what becomes of each command as :class:`~rlhf_tui.state.messages.Answered`."""
+    """Sends commands one after another; an app has one."""
 
-    def __init__(self, who: str, post: Callable[[CommandAnswered], object]) -> None:
-        """Starts nothing yet.
-
-        Args:
-            who: what the engine calls this operator.
-            post: takes the news, from another thread.
-        """
+    def __init__(self, who: str) -> None:
+        """Starts nothing yet; `who` is the operator's name in the command log."""
         self._who = who
-        self._post = post
-        self._orders: queue.SimpleQueue[OutgoingCommand] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[OutgoingCommand] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def send(self, order: OutgoingCommand) -> None:
-        """Takes a command; returns at once."""
-        self._orders.put(order)
+    def send(self, outgoing: OutgoingCommand) -> None:
+        """Queues a command; returns at once."""
+        self._queue.put(outgoing)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._send_on, daemon=True, name="commands")
+            self._thread = threading.Thread(target=self._send_all, daemon=True, name="commands")
             self._thread.start()
 
-    def _send_on(self) -> None:
+    def _send_all(self) -> None:
         while True:
-            self._begin(self._orders.get())
+            self._send_one(self._queue.get())
 
-    def _begin(self, order: OutgoingCommand) -> None:
-        chosen = new_id()
+    def _send_one(self, outgoing: OutgoingCommand) -> None:
+        command_id = new_id()
         try:
             with contextlib.ExitStack() as stack:
-                client = stack.enter_context(Client(order.session, self._who))
-                answer = client.send(order.command, chosen)
-                self._post(CommandAnswered(order.text, order.command, answer))
-                if not answer.final:
-                    given = (order, client, chosen, stack.pop_all())
+                client = stack.enter_context(Client(outgoing.session, self._who))
+                reply = client.send(outgoing.command, command_id)
+                _post(outgoing, reply)
+                if not reply.final:
+                    given = (outgoing, client, command_id, stack.pop_all())
                     threading.Thread(
-                        target=self._await_end, args=given, daemon=True, name="command"
+                        target=_await_end, args=given, daemon=True, name="command"
                     ).start()
         except (RlhfError, OSError) as error:
-            self._post(CommandAnswered(order.text, order.command, problem=str(error)))
+            _post(outgoing, problem=str(error))
 
-    def _await_end(
-        self, order: OutgoingCommand, client: Client, chosen: str, stack: contextlib.ExitStack
-    ) -> None:
-        try:
-            with stack:
-                answer = client.wait(chosen, WAIT)
-            self._post(CommandAnswered(order.text, order.command, answer))
-        except (RlhfError, OSError) as error:
-            self._post(CommandAnswered(order.text, order.command, problem=str(error)))
+
+def _await_end(
+    outgoing: OutgoingCommand, client: Client, command_id: str, stack: contextlib.ExitStack
+) -> None:
+    """Waits for the last reply, then closes the connection, which `stack` holds."""
+    try:
+        with stack:
+            reply = client.wait(command_id, WAIT)
+        _post(outgoing, reply)
+    except (RlhfError, OSError) as error:
+        _post(outgoing, problem=str(error))
+
+
+def _post(outgoing: OutgoingCommand, reply: CommandReply | None = None, problem: str = "") -> None:
+    outgoing.post(CommandAnswered(outgoing.text, outgoing.command, reply, problem))
 
 
 class PendingEffects:
-    """What the last commands will make of a session, until the journal says so.
+    """The state and beta that the last commands lead to, until the journal shows them.
 
-    A command takes effect at the next step boundary and is read back after that; a key that goes by
-    what is shown (pause or go on, a tenth more) would do the same twice when it is pressed twice.
+    A command takes effect at the next step boundary and is read back after that. A key that depends
+    on what is shown (pause or continue, a tenth more) would otherwise send the same command twice
+    when it is pressed twice.
     """
 
     def __init__(self) -> None:
         self._hold: tuple[Command, str] | None = None
-        """Pause or go on, and the state in which it was sent."""
+        """Pause or unpause, and the state in which it was sent."""
         self._beta: SetBeta | None = None
-        self._over: float | None = None
-        """The beta that was shown when the command had been carried out; None until then."""
+        self._replaced: float | None = None
+        """The beta that was shown when the command was applied; None until then."""
 
     def sent(self, command: Command, state: str) -> None:
-        """A command is on its way; `state`: the session's, as shown."""
+        """A command was sent; `state`: the session's, as shown."""
         if isinstance(command, Pause | Unpause):
             self._hold = command, state
         elif isinstance(command, SetBeta):
-            self._beta, self._over = command, None
+            self._beta, self._replaced = command, None
         elif isinstance(command, Undo | SetKLController | Rollback):
             self._beta = None
 
-    def answered(self, command: Command, answer: CommandReply | None, beta: float | None) -> None:
-        """How a command stands, None: it was not sent; `beta`: the one shown now."""
-        if answer is not None and not answer.final:
+    def replied(self, command: Command, reply: CommandReply | None, beta: float | None) -> None:
+        """A reply came, or None if the command could not be sent; `beta`: as shown now."""
+        if reply is not None and not reply.final:
             return
-        applied = answer is not None and answer.status == "applied"
+        applied = reply is not None and reply.status == "applied"
         if command is self._beta:
-            self._beta, self._over = (self._beta, beta) if applied else (None, None)
+            self._beta, self._replaced = (self._beta, beta) if applied else (None, None)
         if self._hold is not None and command is self._hold[0] and not applied:
             self._hold = None
 
     def read(self, state: str, beta: float | None) -> None:
-        """What the journal says now."""
+        """The journal was read: state and beta in force."""
         if self._hold is not None and state != self._hold[1]:
             self._hold = None
-        if self._over is not None and beta != self._over:
-            self._beta = self._over = None
+        if self._replaced is not None and beta != self._replaced:
+            self._beta = self._replaced = None
 
     def held(self, state: str) -> bool:
         """Whether the run is paused, or will be; `state`: as shown."""
@@ -139,5 +142,5 @@ class PendingEffects:
         return state in ("paused", "pausing")
 
     def beta(self, shown: float | None) -> float | None:
-        """Beta as it will be."""
+        """Beta as it will be; `shown`: the one in force."""
         return shown if self._beta is None else self._beta.value

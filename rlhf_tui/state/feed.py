@@ -1,7 +1,7 @@
-"""Follows a session: reads its journal in a thread of its own and posts what is new.
+"""Follows a session: reads its journal in a thread and posts what is new.
 
-The engine's wake-ups only make it look sooner; without an engine it looks now and then. Everything
-comes from the journal, so a lost connection loses nothing.
+Messages of the engine only make it read sooner; without an engine it reads once a second.
+Everything comes from the journal, so a lost connection loses nothing.
 """
 
 import os
@@ -24,17 +24,17 @@ from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
 SHORTEST = 0.3
 """Seconds between two readings: no more than about three pictures a second."""
 IDLE = 1.0
-"""Seconds after which it looks again although nothing was heard."""
+"""Seconds after which it reads again although no message came."""
 RECONNECT = 0.5
 EVENTS_READ = 20_000
-"""Of the newest; a tenth of a second. The many of one kind are thinned out after that."""
+"""Newest events read at once, which takes a tenth of a second; see :func:`thinned`."""
 LONG = 10_000
-"""Steps from which on curves are shown in outline first: reading them takes longer than a blink."""
+"""Steps from which on outlines of the curves are read first: whole curves take too long."""
 SAMPLES_SHOWN = 16
 
 
 class Feed:
-    """One session's news, from construction until :meth:`stop`."""
+    """Posts the updates of one session, from :meth:`start` to :meth:`stop`."""
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class Feed:
 
         Args:
             session: whose journal.
-            who: what the engine shall call this watcher.
+            who: the name of this client in the engine.
             names: metrics to read; :meth:`want` adds to them.
-            post: takes the news, from another thread.
+            post: takes each update, from another thread.
         """
         self._session = session
         self._who = who
@@ -61,36 +61,36 @@ class Feed:
         self._phases: dict[int, Phase] = {}
         self._telemetry: Telemetry | None = None
         self._connected = False
-        self._heard = False
+        self._live_changed = False
         self._problem = ""
         self._record: JournalReader | None = None
         self._file: tuple[int, int] | None = None
         self._head: SessionSummary | None = None
-        self._forget()
+        self._reset()
 
     def start(self) -> None:
-        """Begins. The threads die with the process and hold nothing back."""
-        for target in (self._read_on, self._watch_on):
+        """Starts the threads. They are daemons: they end with the process."""
+        for target in (self._read_loop, self._watch_loop):
             threading.Thread(target=target, daemon=True, name=target.__name__).start()
 
     def read_all(self) -> None:
-        """Reads everything once, here and now, and no more."""
+        """Reads everything once, in the calling thread."""
         self._read_once()
 
     def stop(self) -> None:
-        """No more news."""
+        """Posts no more updates."""
         self._stopped.set()
         self._wake.set()
 
     def want(self, names: Iterable[str]) -> None:
-        """Reads these metrics, too, from now on."""
+        """Also reads these metrics from now on."""
         with self._lock:
             self._wanted += [n for n in names if n not in self._wanted]
         self._wake.set()
 
     # -- reading ------------------------------------------------------------------------------
 
-    def _read_on(self) -> None:
+    def _read_loop(self) -> None:
         while not self._stopped.is_set():
             began = time.monotonic()
             self._read_once()
@@ -104,19 +104,19 @@ class Feed:
             if self._record is not None:
                 self._read(self._record)
         except (RlhfError, OSError) as error:
-            self._say(str(error))
+            self._report(str(error))
             self._close()
         else:
-            self._say("")
+            self._report("")
 
-    def _say(self, problem: str) -> None:
+    def _report(self, problem: str) -> None:
         if problem != self._problem:
             self._problem = problem
             self._send(SessionUpdate(problem=problem))
 
-    def _send(self, news: SessionUpdate) -> None:
-        if news and not self._stopped.is_set():
-            self._post(news)
+    def _send(self, update: SessionUpdate) -> None:
+        if update and not self._stopped.is_set():
+            self._post(update)
 
     def _open(self) -> None:
         """The journal may be new, replaced by another one, or gone."""
@@ -150,9 +150,9 @@ class Feed:
         if self._record is not None:
             self._record.close()
         self._record = None
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._head = None
         self._attempts = 0
         self._event = 0
@@ -161,7 +161,7 @@ class Feed:
         self._names: list[str] = []
         self._commands: list[CommandRow] = []
         self._checkpoints: list[CheckpointRow] = []
-        self._sampled = -1
+        self._samples_step = -1
         self._labels: tuple[int, ...] = ()
 
     def _read(self, record: JournalReader) -> None:
@@ -173,7 +173,7 @@ class Feed:
             or (self._head is not None and head.step < self._head.step)
         )
         if reset:
-            self._forget()
+            self._reset()
         self._attempts = len(head.attempts)
         advanced = self._head is None or head.step != self._head.step
         changed = head != self._head
@@ -194,8 +194,8 @@ class Feed:
         if first and head.step > LONG:
             self._send(SessionUpdate(outlines=record.outlines(self._wanted, SPANS)))
         self._read_curves(record, at_once=not (first or reset))
-        if advanced and head.step != self._sampled:
-            self._sampled = head.step
+        if advanced and head.step != self._samples_step:
+            self._samples_step = head.step
             self._send(SessionUpdate(samples=record.samples.newest(SAMPLES_SHOWN)))
 
     def _with_lists(self, news: SessionUpdate, record: JournalReader) -> SessionUpdate:
@@ -233,41 +233,41 @@ class Feed:
                 curves, past = {}, {}
         self._send(SessionUpdate(curves=curves, past=past))
 
-    # -- the engine's own voice ---------------------------------------------------------------
+    # -- messages of the engine ----------------------------------------------------------------
 
-    def _watch_on(self) -> None:
+    def _watch_loop(self) -> None:
         while not self._stopped.is_set():
             try:
                 with Client(self._session, self._who) as client:
                     status = client.status()
-                    self._take_live(*status.phases, status.telemetry)
+                    self._take_messages(*status.phases, status.telemetry)
                     self._set_connected(True)
                     for message in client.watch():
                         if self._stopped.is_set():
                             return
-                        self._take_live(message)
+                        self._take_messages(message)
             except (RlhfError, OSError):
                 pass  # no engine there; the journal says how the session is
             self._set_connected(False)
             self._stopped.wait(RECONNECT)
 
-    def _take_live(self, *messages: JournalAdvanced | Phase | Telemetry | None) -> None:
+    def _take_messages(self, *messages: JournalAdvanced | Phase | Telemetry | None) -> None:
         with self._lock:
             for message in messages:
                 match message:
                     case Phase():
                         self._phases[message.rank] = message
-                        self._heard = True
+                        self._live_changed = True
                     case Telemetry():
                         self._telemetry = message
-                        self._heard = True
+                        self._live_changed = True
         self._wake.set()
 
     def _set_connected(self, connected: bool) -> None:
         with self._lock:
             if self._connected != connected:
                 self._connected = connected
-                self._heard = True
+                self._live_changed = True
                 if not connected:
                     self._phases.clear()
                     self._telemetry = None
@@ -275,9 +275,9 @@ class Feed:
 
     def _with_live_news(self, news: SessionUpdate) -> SessionUpdate:
         with self._lock:
-            if not self._heard:
+            if not self._live_changed:
                 return news
-            self._heard = False
+            self._live_changed = False
             return replace(
                 news,
                 phases=sorted(self._phases.values(), key=lambda p: p.rank),

@@ -1,4 +1,4 @@
-"""A first look at a session, taken in a thread while the app is still being imported.
+"""Reads a session's summary in a thread while the app is still being imported.
 
 SQLite works without holding the interpreter, so that on two processors the curves' outlines cost
 nothing: they are there when the first picture is drawn.
@@ -36,28 +36,28 @@ def read_summary(session: Session, record: JournalReader) -> SessionSummary:
 
 
 class FirstRead:
-    """Begins at construction. What it cannot read is left to the feed, which says why."""
+    """Starts at construction. What it cannot read is left to the feed, which reports why."""
 
     def __init__(self, session: Session, names: Iterable[str]) -> None:
         """`names`: metrics whose outlines are wanted."""
         self.session = session
         self._names = list(names)
-        self._news = SessionUpdate()
-        self._thread = threading.Thread(target=self._look, daemon=True, name="glance")
+        self._update = SessionUpdate()
+        self._thread = threading.Thread(target=self._read, daemon=True, name="first-read")
         self._thread.start()
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         try:
             with JournalReader(self.session) as record:
                 if record.attempts():
                     head = read_summary(self.session, record)
-                    self._news = SessionUpdate(
+                    self._update = SessionUpdate(
                         head=head, outlines=record.outlines(self._names, SPANS)
                     )
         except (RlhfError, OSError):
             return
 
-    def news(self) -> SessionUpdate:
-        """What was seen; empty where there was nothing, or not in time."""
+    def update(self) -> SessionUpdate:
+        """What was read; empty if there was nothing, or not in time."""
         self._thread.join(PATIENCE)
-        return self._news
+        return self._update

@@ -12,7 +12,7 @@ from engine.errors import RlhfError
 
 
 class LabelWriter:
-    """Says of each judgement how it went."""
+    """Writes changes one after another, and reports each one."""
 
     def __init__(self, post: Callable[[str], object]) -> None:
         """`post` takes why it could not be written, or "", from another thread."""

@@ -1,4 +1,4 @@
-"""What the threads and the widgets say to one another."""
+"""Messages between threads, widgets, screens and the app."""
 
 from typing import Any
 
@@ -11,25 +11,25 @@ from rlhf_tui.state.updates import SessionUpdate
 
 
 class SessionUpdated(Message):
-    """The feed has read something."""
+    """The feed has read something of the session in `folder`."""
 
-    def __init__(self, folder: str, news: SessionUpdate) -> None:
+    def __init__(self, folder: str, update: SessionUpdate) -> None:
         super().__init__()
         self.folder = folder
-        self.news = news
+        self.update = update
 
 
 class CommandAnswered(Message):
-    """A command has come a step further, or could not be sent (`problem`)."""
+    """A reply to a command, or why it could not be sent (`problem`)."""
 
     def __init__(
-        self, text: str, command: Command, answer: CommandReply | None = None, problem: str = ""
+        self, text: str, command: Command, reply: CommandReply | None = None, problem: str = ""
     ) -> None:
         super().__init__()
         self.text = text
         """The command, for people."""
         self.command = command
-        self.answer = answer
+        self.reply = reply
         self.problem = problem
 
 
@@ -42,13 +42,17 @@ class SessionsListed(Message):
 
 
 class EngineStarted(Message):
-    """A command that starts an engine in the background has ended; `said`: its last words."""
+    """A command that starts an engine in the background has ended.
 
-    def __init__(self, name: str, problem: str, said: str) -> None:
+    `problem` is the last line of its error output, empty if it succeeded; `last_line` that of its
+    output.
+    """
+
+    def __init__(self, name: str, problem: str, last_line: str) -> None:
         super().__init__()
         self.name = name
         self.problem = problem
-        self.said = said
+        self.last_line = last_line
 
 
 class RowSelected(Message):

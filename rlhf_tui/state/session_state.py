@@ -1,4 +1,4 @@
-"""What is known of the open session: the feed's news put together, for all screens."""
+"""What is known of the open session: the updates of the feed put together, for all screens."""
 
 import time
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from engine.protocol.client_messages import Telemetry
 from engine.protocol.commands import COMMANDS, Undo
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.format import number
+from rlhf_tui.state import time_left
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
 
@@ -55,8 +56,8 @@ class Marker:
     time: float = 0.0
 
 
-GLYPHS = {"command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎"}
-TONES = {
+MARKER_GLYPHS = {"command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎"}
+MARKER_TONES = {
     "command": "accent",
     "checkpoint": "good",
     "attempt": "dim",
@@ -99,36 +100,36 @@ class SessionState:
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
         self._markers: list[Marker] | None = None
 
-    def take(self, news: SessionUpdate) -> None:
-        """Puts news in."""
-        if news.reset:
+    def take(self, update: SessionUpdate) -> None:
+        """Adds an update."""
+        if update.reset:
             self._clear()
-        if news.head is not None:
-            self.head, self.known, self._markers = news.head, True, None
-        self.outlines |= {n: Series(points) for n, points in news.outlines.items()}
-        for name, points in news.curves.items():
+        if update.head is not None:
+            self.head, self.known, self._markers = update.head, True, None
+        self.outlines |= {n: Series(points) for n, points in update.outlines.items()}
+        for name, points in update.curves.items():
             self.outlines.pop(name, None)
             self.curves.setdefault(name, Series()).extend(points)
-        for name, rows in news.past.items():
+        for name, rows in update.past.items():
             by_attempt: dict[int, list[tuple[int, float | None]]] = {}
             for attempt, step, value in rows:
                 by_attempt.setdefault(attempt, []).append((step, value))
             self.past[name] = [Series(points) for points in by_attempt.values()]
-        if news.events:
-            self.events = thinned(self.events + news.events)
+        if update.events:
+            self.events = thinned(self.events + update.events)
             self._markers = None
-        if news.labels is not None:
-            self.labels = news.labels
+        if update.labels is not None:
+            self.labels = update.labels
         for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
-            if (value := getattr(news, key)) is not None:
+            if (value := getattr(update, key)) is not None:
                 setattr(self, key, value)
                 self._markers = None
-        if news.connected is False:
+        if update.connected is False:
             self.telemetry = None
-        if news.phases is not None:
-            self._take_phases(news.phases)
-        if news.problem is not None:
-            self.problem = news.problem
+        if update.phases is not None:
+            self._take_phases(update.phases)
+        if update.problem is not None:
+            self.problem = update.problem
 
     def _take_phases(self, phases: list[Phase]) -> None:
         before = {p.rank: (p.name, p.step) for p in self.phases}
@@ -177,21 +178,21 @@ class SessionState:
         return self.live and self.head.state in ("running", "pausing", "stopping")
 
     def seconds_left(self) -> float | None:
-        """For the rest of the run, reckoned from the last steps."""
+        """Seconds until the end of the run, at the mean of the last steps; None if unknown."""
         seconds, head = self.recent_mean(STEP_TIME), self.head
         if seconds is None or not head.total_steps:
             return None
-        return max(0, head.total_steps - head.step) * seconds
+        return time_left.until_end(head.step, head.total_steps, seconds)
 
     def boundary_in(self) -> float | None:
-        """Seconds to the end of the step in hand, reckoned; None where no step goes on."""
+        """Seconds until the current step is done, estimated; None if no step is running."""
         seconds = self.recent_mean(STEP_TIME)
         if seconds is None or not self.training or not self.phases:
             return None
-        return max(0.0, seconds - self._into_step())
+        return time_left.until_boundary(seconds, self._into_step())
 
     def _into_step(self) -> float:
-        """Seconds of the step that are over: whole phases by their usual length."""
+        """Seconds since the current step began, its finished phases at their usual length."""
         phase = self.phases[0]
         if phase.name not in PHASES:
             return 0.0

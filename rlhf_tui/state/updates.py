@@ -1,4 +1,4 @@
-"""What a reading of the journal brought. No Textual here: it is read while that is imported."""
+"""What a reading of the journal found. No Textual here: it is used while that is imported."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ class SessionSummary:
 
 @dataclass(frozen=True)
 class SessionUpdate:
-    """What a reading brought; what is None has not changed."""
+    """What a reading found; a field that is None has not changed."""
 
     reset: bool = False
     """Forget everything: another timeline, or another journal."""

@@ -1,4 +1,4 @@
-"""The last line: the keys that do something here, as many as fit."""
+"""The last line of a screen: the keys that work here, as many as fit."""
 
 from textual.binding import Binding
 from textual.timer import Timer
@@ -16,7 +16,7 @@ NAMES = {
 
 
 def key_name(key: str) -> str:
-    """A key as it stands on the keyboard."""
+    """The label of a key on the keyboard."""
     return NAMES.get(key, key.replace("shift+", "⇧").replace("⇧left", "⇧←").replace("⇧right", "⇧→"))
 
 
@@ -66,5 +66,5 @@ class KeyFooter(Lines):
         return own + general
 
     def on_mount(self) -> None:
-        """The bindings change with the focus and the state."""
+        """Draws again when the bindings change."""
         self.screen.bindings_updated_signal.subscribe(self, lambda _: self.update())

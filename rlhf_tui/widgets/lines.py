@@ -20,7 +20,7 @@ Piece = tuple[str, str]
 Row = Sequence[Piece]
 
 CHOSEN = "*"
-"""Before a tone: on the background of the chosen line."""
+"""Prefix of a tone: on the background of the selected line."""
 
 
 class Lines(Widget):
@@ -33,7 +33,7 @@ class Lines(Widget):
         self._tones: dict[str, Style] = {}
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """What is to be seen in this size; overridden by what shows something of its own."""
+        """The lines for this size; overridden by widgets that compute them."""
         return self._rows
 
     def show(self, rows: list[Row]) -> None:
@@ -42,7 +42,7 @@ class Lines(Widget):
         self.update()
 
     def update(self) -> None:
-        """Draws again where something has changed."""
+        """Draws the lines again; only cells that have changed are sent."""
         width, height = self.size
         if not width or not height:
             return
@@ -63,7 +63,7 @@ class Lines(Widget):
             self.refresh(*changed)
 
     def notify_style_update(self) -> None:
-        """A new theme: nothing drawn before holds."""
+        """Another theme: drops every cached style and line."""
         self._tones.clear()
         self._strips = []
         super().notify_style_update()
@@ -71,12 +71,12 @@ class Lines(Widget):
             self.update()
 
     def on_resize(self) -> None:
-        """Another size, other lines."""
+        """Another size: draws all lines."""
         self._strips = []
         self.update()
 
     def render_line(self, y: int) -> Strip:
-        """Textual's question for one line."""
+        """Called by Textual for each line."""
         if y < len(self._strips):
             return self._strips[y]
         return Strip.blank(self.size.width, self.rich_style)
@@ -144,7 +144,7 @@ def row_width(row: Row) -> int:
 
 
 def justified(left: Row, right: Row, width: int) -> Row:
-    """`left` at the left, `right` at the right; `left` gives way."""
+    """`left` and `right` at the two ends of a line; `left` is shortened if needed."""
     room = width - row_width(right)
     gap = room - row_width(left)
     if gap >= 0:

@@ -1,4 +1,4 @@
-"""The two lines on top of every screen: where one is, and how the run is."""
+"""The two lines on top of every screen: the tabs, and the status of the run."""
 
 from engine import metrics
 from rlhf_tui import format as fmt
@@ -6,14 +6,7 @@ from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar
 
-SCREENS = (
-    ("sessions", "Sessions"),
-    ("dashboard", "Dashboard"),
-    ("samples", "Samples"),
-    ("checkpoints", "Checkpoints"),
-    ("log", "Log"),
-)
-MARKS = {
+STATE_MARKS = {
     "starting": ("○", "accent"),
     "running": ("●", "good"),
     "pausing": ("◐", "warn"),
@@ -29,17 +22,20 @@ MARKS = {
 
 def state_pieces(state: str) -> list[Piece]:
     """A state with its mark."""
-    mark, tone = MARKS.get(state, ("?", "warn"))
+    mark, tone = STATE_MARKS.get(state, ("?", "warn"))
     return [(f"{mark} {state}", tone)]
 
 
 class Tabs(Panel):
     """The screens with their keys, and the session's name and state."""
 
-    def __init__(self, state: SessionState, here: str, *, read_only: bool = False) -> None:
-        """`here` is the mode of the screen it stands on."""
+    def __init__(
+        self, state: SessionState, here: str, modes: tuple[str, ...], *, read_only: bool = False
+    ) -> None:
+        """`here` is the mode of the screen it stands on, one of `modes`."""
         super().__init__(state, id="tabs")
         self.here = here
+        self.modes = modes
         self.read_only = read_only
         self._room = 0
         """Cells that the tabs had when they were drawn."""
@@ -57,18 +53,18 @@ class Tabs(Panel):
 
     def _tabs(self, width: int) -> Row:
         # Where the names do not fit, that of this screen stands, and the others' keys.
-        whole = sum(len(label) + 4 for _, label in SCREENS) < width
+        whole = sum(len(mode) + 4 for mode in self.modes) < width
         tabs: list[Piece] = []
-        for number, (mode, label) in enumerate(SCREENS, start=1):
+        for number, mode in enumerate(self.modes, start=1):
             here = mode == self.here
-            name = f" {label}" if whole or here else ""
+            name = f" {mode.capitalize()}" if whole or here else ""
             tabs.append((f" {number}{name} ", "here" if here else "tab"))
         return tabs
 
     async def on_click(self, event: object) -> None:
-        """A click on a name goes there."""
+        """Shows the screen whose name was clicked."""
         at, x = 0, getattr(event, "x", 0)
-        for (text, _), (mode, _) in zip(self._tabs(self._room), SCREENS, strict=True):
+        for (text, _), mode in zip(self._tabs(self._room), self.modes, strict=True):
             at += len(text)
             if x < at:
                 await self.app.run_action(f"app.go('{mode}')")
@@ -76,7 +72,7 @@ class Tabs(Panel):
 
 
 class StatusLine(Panel):
-    """Step, time left, speed and memory; or what is wrong."""
+    """Step, time left, speed and memory; or the problem."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
@@ -96,7 +92,7 @@ class StatusLine(Panel):
         return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self) -> Piece | None:
-        """What stands in the way of going on, with the command that helps."""
+        """Why the run does not go on, with the command that helps."""
         head, resume = self.state.head, f"rlhf-tui resume {self.state.name}"
         first = head.message.partition("\n")[0]
         if head.state == "finished" and head.step >= head.total_steps:

@@ -1,4 +1,4 @@
-"""Long lists of lines, of which only those in sight are drawn: tables, logs, texts."""
+"""Scrolling lists that draw only the visible lines: tables, logs, texts."""
 
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ WHEEL = 3
 
 
 class ScrollList(Lines, can_focus=True):
-    """Scrolls over :meth:`count` lines, given by :meth:`row`; with a cursor or without."""
+    """Scrolls over :meth:`count` lines from :meth:`row`; a subclass may have a cursor."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down,j", "move(1)", "down", show=False),
@@ -30,31 +30,31 @@ class ScrollList(Lines, can_focus=True):
         self.top = 0
         self.cursor = 0
         self.matching = ""
-        """Text that is marked where it occurs."""
+        """Text that is highlighted wherever it occurs."""
 
     def count(self) -> int:
-        """How many lines there are."""
+        """The number of lines; overridden."""
         return 0
 
     def row(self, index: int, width: int) -> Row:
-        """One of them; overridden with :meth:`count`."""
+        """The line at `index`; overridden."""
         return []
 
     def header(self, width: int) -> list[Row]:
-        """Lines that stay on top."""
+        """Lines that do not scroll; overridden."""
         return []
 
     def empty(self) -> list[Row]:
-        """What stands there when there is nothing, with what helps."""
+        """What an empty list shows; overridden."""
         return []
 
     @property
     def page_size(self) -> int:
-        """Lines in sight."""
+        """The number of visible lines."""
         return max(self.size.height - len(self.header(self.size.width)), 1)
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """The header and the lines in sight."""
+        """The header and the visible lines."""
         header = self.header(width)
         count = self.count()
         if not count:
@@ -77,7 +77,7 @@ class ScrollList(Lines, can_focus=True):
         return plain_text([*self.header(width), *body], width)
 
     def _hold(self) -> None:
-        """Keeps cursor and window inside, and the cursor in the window."""
+        """Keeps cursor and window within the list, and the cursor in the window."""
         count, page = self.count(), self.page_size
         self.cursor = min(max(self.cursor, 0), max(count - 1, 0))
         if self.with_cursor:
@@ -87,7 +87,7 @@ class ScrollList(Lines, can_focus=True):
     # -- moving --------------------------------------------------------------------------------
 
     def go(self, index: int) -> None:
-        """To a line."""
+        """Moves to a line."""
         if self.with_cursor:
             self.cursor = index
         else:
@@ -97,40 +97,40 @@ class ScrollList(Lines, can_focus=True):
         self.update()
 
     def moved(self) -> None:
-        """After each move; for those who want to know."""
+        """Called after each move; overridden."""
 
     def action_move(self, lines: int) -> None:
-        """By lines."""
+        """Moves by lines."""
         self.go((self.cursor if self.with_cursor else self.top) + lines)
 
     def action_page(self, pages: int) -> None:
-        """By windows."""
+        """Moves by pages."""
         self.action_move(pages * max(self.page_size - 1, 1))
 
     def action_edge(self, end: int) -> None:
-        """To one end."""
+        """Moves to the first or the last line."""
         self.go(self.count() - 1 if end else 0)
 
     def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """The wheel."""
+        """Scrolls."""
         event.stop()
         self.action_move(WHEEL)
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        """The wheel."""
+        """Scrolls."""
         event.stop()
         self.action_move(-WHEEL)
 
 
 class ScrollText(ScrollList):
-    """A list of rows without a cursor: a text to be read."""
+    """A text: a list of rows without a cursor."""
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002
         super().__init__(id=id, classes=classes)
         self._body: list[Row] = []
 
     def set_body(self, rows: list[Row], *, keep: bool = False) -> None:
-        """Other lines, from the top unless told to keep the place."""
+        """Replaces the lines; scrolls to the top unless `keep` is set."""
         self._body = rows
         self.top = self.top if keep else 0
         self.update()
@@ -156,7 +156,7 @@ class Column:
 
 
 class Table(ScrollList):
-    """Rows of cells with a cursor; says which row was pointed at and which was chosen."""
+    """Rows of cells with a cursor. Posts :class:`RowHighlighted` and :class:`RowSelected`."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "choose", show=False)]
     with_cursor = True
@@ -171,7 +171,7 @@ class Table(ScrollList):
         self._keys: list[Any] = []
 
     def set_rows(self, rows: list[tuple[Any, list[Piece]]], empty: list[Row] | None = None) -> None:
-        """Other rows; the cursor stays on the row of the same key where there still is one."""
+        """Replaces the rows; the cursor stays on the row with the same key if it still exists."""
         key = self.key
         self._keys = [k for k, _ in rows]
         self._cells = [cells for _, cells in rows]
@@ -199,20 +199,20 @@ class Table(ScrollList):
         return len(self._keys)
 
     def empty(self) -> list[Row]:
-        """What the screen wants said."""
+        """What the screen has set for an empty table."""
         return self._empty
 
     def moved(self) -> None:
-        """Tells the screen."""
+        """Posts the row under the cursor."""
         self.post_message(RowHighlighted(self.id or "", self.key))
 
     def action_choose(self) -> None:
-        """Tells the screen."""
+        """Posts that the row was selected."""
         if self.key is not None:
             self.post_message(RowSelected(self.id or "", self.key))
 
     def on_click(self, event: events.Click) -> None:
-        """Points at a row; a second click chooses it."""
+        """Moves the cursor to a row; a second click selects it."""
         index = self.top + event.y - len(self.header(self.size.width))
         if 0 <= index < self.count():
             again = index == self.cursor
@@ -259,7 +259,7 @@ def fitted(text: str, width: int, *, right: bool = False) -> str:
 
 
 def marked(row: Row, words: str) -> Row:
-    """A row with each occurrence of some words in another tone, whatever the case."""
+    """A row with every occurrence of `words` highlighted, in upper or lower case."""
     found: list[Piece] = []
     needle = words.lower()
     for text, tone in row:

@@ -1,26 +1,29 @@
-"""A line to type in, and keys that take effect in the order in which they were typed.
+"""An input field whose keys take effect in the order in which they were typed.
 
-Textual carries out the key of a binding only when it has gone up through all parents, each with a
-queue of its own; letters it takes at once. In a burst, which is what a slow connection makes of
-quick typing, a backspace would come after the letters that follow it, and what was typed for a
-dialog would go, letter by letter, to the screen it was opened on.
+Textual runs the binding of a key only after the event has gone up through all parents, each with a
+queue of its own, but inserts letters at once. In a burst, which is what a slow connection makes of
+quick typing, a backspace would come after the letters that follow it.
 """
 
 from textual import events
 from textual.widgets import Input
 
+from rlhf_tui.widgets.textual_internals import bindings_of_key
+
 
 class TextInput(Input):
-    """An input that carries out its own keys at once; its cursor stands still, as all else does."""
+    """An input that runs its own bindings at once. Its cursor does not blink."""
 
     def on_mount(self) -> None:
-        """Blinking would be sent over the wire twice a second."""
+        """A blinking cursor would be sent over the wire twice a second."""
         self.cursor_blink = False
 
-    async def _on_key(self, event: events.Key) -> None:
-        await super()._on_key(event)
-        for binding in self._bindings.key_to_bindings.get(event.key, ()):
-            if not event.is_printable and await self.app.run_action(binding.action, self):
+    async def on_key(self, event: events.Key) -> None:
+        """Runs the binding of a key; Textual inserts what is printable after this."""
+        if event.is_printable:
+            return
+        for binding in bindings_of_key(self, event.key):
+            if await self.app.run_action(binding.action, self):
                 event.stop()
                 event.prevent_default()
                 return

@@ -19,24 +19,24 @@ class Tone:
     ground: str = ""
     share: float = 1.0
     """How much of the ground's colour lies over the widget's own."""
-    look: str = ""
+    style: str = ""
     """bold, underline, reverse."""
     plain: str | None = None
-    """The look where no colours are to be sent, if it differs."""
+    """The style where no colours are to be sent, if it differs."""
 
 
 TONES = {
     "": Tone(),
     "dim": Tone("dim"),
-    "strong": Tone(look="bold"),
+    "strong": Tone(style="bold"),
     "good": Tone("good"),
     "warn": Tone("warn"),
-    "bad": Tone("bad", look="bold"),
+    "bad": Tone("bad", style="bold"),
     "accent": Tone("primary"),
-    "key": Tone("key", look="bold"),
-    "head": Tone("dim", "bar", look="bold", plain="reverse"),
+    "key": Tone("key", style="bold"),
+    "head": Tone("dim", "bar", style="bold", plain="reverse"),
     "tab": Tone("dim", "bar", plain=""),
-    "here": Tone("", "focus-bar", look="bold", plain="reverse"),
+    "here": Tone("", "focus-bar", style="bold", plain="reverse"),
     "match": Tone("background", "warn", plain="reverse"),
     "cursor": Tone("", "chosen", plain="reverse"),
     "notice": Tone("", "focus-bar", plain="reverse"),
@@ -48,23 +48,23 @@ TONES = {
     "cold2": Tone("", "s1", 0.4, "bold", "underline"),
     "cold3": Tone("", "s1", 0.65, "bold underline", "reverse"),
     # -- words that only one of two answers has
-    "mine": Tone("s1", look="bold"),
-    "theirs": Tone("s6", look="underline"),
+    "mine": Tone("s1", style="bold"),
+    "theirs": Tone("s6", style="underline"),
     # -- charts
     "title": Tone("", "bar", plain="bold"),
-    "value": Tone("", "bar", look="bold"),
-    "focus": Tone("", "focus-bar", look="bold", plain="reverse"),
+    "value": Tone("", "bar", style="bold"),
+    "focus": Tone("", "focus-bar", style="bold", plain="reverse"),
     "raw": Tone("raw"),
     "past": Tone("dim"),
     "target": Tone("good"),
-    "rule": Tone("warn", look="bold"),
-    "command": Tone("primary", look="bold"),
+    "rule": Tone("warn", style="bold"),
+    "command": Tone("primary", style="bold"),
     "checkpoint": Tone("good"),
-    "attempt": Tone("dim", look="bold"),
-    "alert": Tone("warn", look="bold reverse"),
+    "attempt": Tone("dim", style="bold"),
+    "alert": Tone("warn", style="bold reverse"),
     "note": Tone("key"),
     "band": Tone("", "band"),
-    "crosshair": Tone("", "focus-bar", look="bold"),
+    "crosshair": Tone("", "focus-bar", style="bold"),
 }
 
 
@@ -77,8 +77,8 @@ def style_of(widget: Widget, name: str) -> Style:
         style += Style(color=Color.parse(variables[tone.colour]).rich_color)
     if tone.ground:
         style += Style(bgcolor=ground_of(widget, tone).rich_color)
-    look = tone.plain if widget.app.no_color and tone.plain is not None else tone.look
-    return style + Style.parse(look) if look else style
+    words = tone.plain if widget.app.no_color and tone.plain is not None else tone.style
+    return style + Style.parse(words) if words else style
 
 
 def ground_of(widget: Widget, tone: Tone) -> Color:

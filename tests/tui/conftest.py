@@ -211,7 +211,7 @@ def root(frozen_folder) -> Path:
 
 
 @pytest.fixture
-def make_desk(root):
+def make_app(root):
     """The app on the frozen session, its clock stopped."""
 
     def make(name: str | None = "frozen", **options) -> RlhfApp:
@@ -248,10 +248,10 @@ def running():
     """Runs an app until it knows its session."""
 
     @contextlib.asynccontextmanager
-    async def run(desk, size=(120, 40)):
-        async with desk.run_test(size=size, notifications=True) as pilot:
+    async def run(app, size=(120, 40)):
+        async with app.run_test(size=size, notifications=True) as pilot:
             await wait_until(
-                pilot, lambda: desk.state.known or desk.current_mode == "sessions", "the state"
+                pilot, lambda: app.state.known or app.current_mode == "sessions", "the state"
             )
             await pilot.pause()
             yield pilot
@@ -308,12 +308,12 @@ def samples(judged, running, until):
     @contextlib.asynccontextmanager
     async def open_samples(size=(120, 40), **options):
         options = {"follow": False} | options
-        desk = RlhfApp(judged.folder.parent, "judged", now=lambda: 1_700_003_600.0, **options)
-        async with running(desk, size) as pilot:
+        app = RlhfApp(judged.folder.parent, "judged", now=lambda: 1_700_003_600.0, **options)
+        async with running(app, size) as pilot:
             await pilot.press("3")
-            table = desk.screen.query_one(Table)
+            table = app.screen.query_one(Table)
             await until(pilot, lambda: table.count() == 8 * STEPS)
-            await until(pilot, lambda: desk.screen.query_one(SampleView).sample is not None)
-            yield desk, pilot
+            await until(pilot, lambda: app.screen.query_one(SampleView).sample is not None)
+            yield app, pilot
 
     return open_samples

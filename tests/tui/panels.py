@@ -21,7 +21,7 @@ def head(**given):
     )
 
 
-def make_book(kl=6.0, **given):
+def make_state(kl=6.0, **given):
     """Fifty steps of a run that goes on; `state.clock[0]` is the time."""
     clock = [1000.0]
     state = SessionState("run", batch_size=100, now=lambda: clock[0])

@@ -1,9 +1,9 @@
 """What a person reads on the app's screen."""
 
 
-def notices(desk):
+def notices(app):
     """The notices in sight, oldest first."""
-    return [str(toast.render()) for toast in desk.screen.query("Toast")]
+    return [str(toast.render()) for toast in app.screen.query("Toast")]
 
 
 def cells(table, index):

@@ -29,12 +29,12 @@ def reference(session, text="the reference's words"):
     journal.close()
 
 
-def beside(desk):
-    return desk.screen.query_one(SampleView).beside
+def beside(app):
+    return app.screen.query_one(SampleView).beside
 
 
-def pane(desk):
-    return desk.screen.query_one(SampleView).text()
+def pane(app):
+    return app.screen.query_one(SampleView).text()
 
 
 def pairs(session):
@@ -51,63 +51,63 @@ async def test_d_goes_from_nothing_to_an_earlier_one_to_the_reference_and_back(
     samples, judged, until
 ):
     reference(judged)
-    async with samples() as (desk, pilot):
-        assert beside(desk) is None
+    async with samples() as (app, pilot):
+        assert beside(app) is None
         await pilot.press("d")
-        await until(pilot, lambda: beside(desk).row is not None)
-        assert (beside(desk).kind, beside(desk).row.index) == ("earlier", 1)
-        assert "OTHER, step 6 #1 (1/47)" in pane(desk)
+        await until(pilot, lambda: beside(app).row is not None)
+        assert (beside(app).kind, beside(app).row.index) == ("earlier", 1)
+        assert "OTHER, step 6 #1 (1/47)" in pane(app)
         await pilot.press("d")
-        await until(pilot, lambda: beside(desk).row is not None)
-        assert "REFERENCE, asked at step 4" in pane(desk)
-        assert "the reference's words" in pane(desk)
+        await until(pilot, lambda: beside(app).row is not None)
+        assert "REFERENCE, asked at step 4" in pane(app)
+        assert "the reference's words" in pane(app)
         await pilot.press("d")
-        assert beside(desk) is None
-        assert "THIS" not in pane(desk)
+        assert beside(app) is None
+        assert "THIS" not in pane(app)
 
 
 @pytest.mark.parametrize(("forth", "back"), [("right", "left"), ("l", "h")])
 async def test_each_earlier_answer_comes_in_turn(samples, forth, back, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press(*[forth] * 8)
-        assert "OTHER, step 5 #1 (9/47)" in pane(desk)
+        assert "OTHER, step 5 #1 (9/47)" in pane(app)
         await pilot.press(back)
-        assert "OTHER, step 5 #0 (8/47)" in pane(desk)
+        assert "OTHER, step 5 #0 (8/47)" in pane(app)
         await pilot.press(*[back] * 9)
-        assert "(1/47)" in pane(desk)
+        assert "(1/47)" in pane(app)
 
 
 async def test_the_next_answer_has_others_of_its_own(samples, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d", "n")
-        await until(pilot, lambda: beside(desk) and beside(desk).row is not None)
-        await until(pilot, lambda: "THIS, step 6 #1" in pane(desk))
-        assert "OTHER, step 6 #0 (1/47)" in pane(desk)
+        await until(pilot, lambda: beside(app) and beside(app).row is not None)
+        await until(pilot, lambda: "THIS, step 6 #1" in pane(app))
+        assert "OTHER, step 6 #0 (1/47)" in pane(app)
         await pilot.press("G")
-        await until(pilot, lambda: "OTHER, step 1 #0 (1/7)" in pane(desk))
+        await until(pilot, lambda: "OTHER, step 1 #0 (1/7)" in pane(app))
 
 
 async def test_esc_leaves_the_comparison_before_the_answer(samples, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("enter", "d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("escape")
-        assert beside(desk) is None
-        assert desk.screen.query_one(SampleView).has_focus
+        assert beside(app) is None
+        assert app.screen.query_one(SampleView).has_focus
         await pilot.press("escape")
-        assert desk.screen.query_one(Table).has_focus
+        assert app.screen.query_one(Table).has_focus
 
 
 async def test_tokens_hide_the_other_answer_and_d_shows_it_again(samples, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("v")
-        assert "OTHER" not in pane(desk)
+        assert "OTHER" not in pane(app)
         await pilot.press("d")
-        assert "(1/47)" in pane(desk)
+        assert "(1/47)" in pane(app)
 
 
 @pytest.mark.parametrize(("key", "better"), [("y", "this"), ("o", "other")])
@@ -115,34 +115,34 @@ async def test_a_key_says_which_is_better_and_again_takes_it_back(
     samples, judged, key, better, until
 ):
     mine, theirs = (Response.of(row) for row in rows(judged, 2))
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press(key)
-        assert beside(desk).better == better
-        assert f"✓ better   {desk.who}" in pane(desk)
+        assert beside(app).better == better
+        assert f"✓ better   {app.who}" in pane(app)
         said = [(mine, theirs) if better == "this" else (theirs, mine)]
         await until(pilot, lambda: pairs(judged) == said)
         await pilot.press(key)
-        assert beside(desk).better == ""
+        assert beside(app).better == ""
         await until(pilot, lambda: pairs(judged) == [])
 
 
 async def test_the_other_key_turns_it_round(samples, judged, until):
     mine, theirs = (Response.of(row) for row in rows(judged, 2))
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("y", "o")
-        assert beside(desk).better == "other"
+        assert beside(app).better == "other"
         await until(pilot, lambda: pairs(judged) == [(theirs, mine)])
 
 
 async def test_the_reference_may_be_the_better_one(samples, judged, until):
     reference(judged)
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d", "d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("o")
         chosen = Response(response="the reference's words")
         await until(pilot, lambda: [c for c, _ in pairs(judged)] == [chosen])
@@ -150,36 +150,36 @@ async def test_the_reference_may_be_the_better_one(samples, judged, until):
 
 async def test_of_the_same_words_neither_is_better(samples, judged, until):
     reference(judged, rows(judged, 1)[0].response)
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d", "d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("y")
-        await until(pilot, lambda: notices(desk))
-        assert "the same words" in notices(desk)[0]
-        assert beside(desk).better == ""
+        await until(pilot, lambda: notices(app))
+        assert "the same words" in notices(app)[0]
+        assert beside(app).better == ""
 
 
 async def test_what_another_client_says_of_the_pair_is_seen(samples, judged, until):
     mine, theirs = (Response.of(row) for row in rows(judged, 2))
-    async with samples(follow=True) as (desk, pilot):
+    async with samples(follow=True) as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         prefer(judged, PROMPT, theirs, mine, "ben on pts/2")
-        await until(pilot, lambda: "✓ better   ben on pts/2" in pane(desk), "the verdict")
+        await until(pilot, lambda: "✓ better   ben on pts/2" in pane(app), "the verdict")
 
 
 @pytest.mark.parametrize("keys", ["ny", "jo"])
 async def test_what_is_typed_ahead_never_pairs_answers_to_two_prompts(samples, judged, keys, until):
     with contextlib.closing(sqlite3.connect(judged.samples_file)) as db, db:
         db.execute("UPDATE samples SET prompt = 'another prompt' WHERE idx = 1")
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         for key in keys:  # as they come over a slow line: all at once
-            desk.post_message(Key(key, key))
-        await until(pilot, lambda: desk.screen.chosen().index == 1)
-        await until(pilot, lambda: beside(desk).row is not None)
-        await until(pilot, lambda: not desk.screen.unwritten)
+            app.post_message(Key(key, key))
+        await until(pilot, lambda: app.screen.selected().index == 1)
+        await until(pilot, lambda: beside(app).row is not None)
+        await until(pilot, lambda: not app.screen.labels.unwritten)
         assert pairs(judged) == []
         await pilot.press(keys[1])
         await until(pilot, lambda: pairs(judged))
@@ -189,21 +189,21 @@ async def test_what_is_typed_ahead_never_pairs_answers_to_two_prompts(samples, j
 
 
 async def test_without_another_answer_the_keys_say_what_comes_first(samples, judged, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         for key in ("y", "o", "left", "right"):
             await pilot.press(key)
-            line = desk.screen.query_one("#keys").text()
+            line = app.screen.query_one("#keys").text()
             assert line.strip().startswith("d puts an")
         assert not judged.labels_file.exists()
 
 
 async def test_read_only_no_pair_is_judged(samples, judged, until):
-    async with samples(read_only=True) as (desk, pilot):
+    async with samples(read_only=True) as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("y")
-        await until(pilot, lambda: notices(desk))
-        assert notices(desk) == ["read-only: nothing is judged from here"]
+        await until(pilot, lambda: notices(app))
+        assert notices(app) == ["read-only: nothing is judged from here"]
         assert not judged.labels_file.exists()
 
 
@@ -211,13 +211,13 @@ async def test_read_only_no_pair_is_judged(samples, judged, until):
 
 
 async def test_a_living_engine_is_asked_for_the_reference_s_answer(samples, engine, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d", "d")
         await until(pilot, lambda: [c.text for c in engine] == [PROMPT])
-        await until(pilot, lambda: beside(desk).row is not None)
-        assert "reference says" in pane(desk)
-        assert "REFERENCE, asked at step 201" in pane(desk)
-        assert len(desk.screen_stack) == 1, "no dialog"
+        await until(pilot, lambda: beside(app).row is not None)
+        assert "reference says" in pane(app)
+        assert "REFERENCE, asked at step 201" in pane(app)
+        assert len(app.screen_stack) == 1, "no dialog"
 
 
 async def test_the_probe_s_refusal_is_told(samples, engine, monkeypatch, until):
@@ -230,59 +230,59 @@ async def test_the_probe_s_refusal_is_told(samples, engine, monkeypatch, until):
         "send",
         lambda *a: CommandReply(id=a[-1], status="rejected", reason=reason),
     )
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d", "d")
-        await until(pilot, lambda: notices(desk))
-        assert reason in notices(desk)[0]
-        await until(pilot, lambda: "d asks it" in pane(desk))
+        await until(pilot, lambda: notices(app))
+        assert reason in notices(app)[0]
+        await until(pilot, lambda: "d asks it" in pane(app))
 
 
 async def test_what_was_not_answered_yet_is_asked_by_d_not_by_going_to_it(samples, engine, until):
     # This engine writes no journal: what it answered is not found again.
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d", "d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("n")
-        await until(pilot, lambda: "d asks it" in pane(desk))
+        await until(pilot, lambda: "d asks it" in pane(app))
         assert len(engine) == 1
         await pilot.press("d")
-        await until(pilot, lambda: "reference says" in pane(desk))
+        await until(pilot, lambda: "reference says" in pane(app))
         assert len(engine) == 2
 
 
 async def test_what_somebody_else_has_asked_meanwhile_is_not_asked_again(
     samples, judged, engine, until
 ):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d", "d")
-        await until(pilot, lambda: beside(desk).row is not None)
+        await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("n")
-        await until(pilot, lambda: "d asks it" in pane(desk))
+        await until(pilot, lambda: "d asks it" in pane(app))
         reference(judged)
         await pilot.press("d")
-        await until(pilot, lambda: "the reference's words" in pane(desk))
+        await until(pilot, lambda: "the reference's words" in pane(app))
         assert len(engine) == 1
 
 
 async def test_without_an_engine_it_is_said_how_to_start_one(samples, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d", "d")
-        await until(pilot, lambda: "rlhf-tui resume judged" in pane(desk))
+        await until(pilot, lambda: "rlhf-tui resume judged" in pane(app))
         await pilot.press("d")
-        assert beside(desk) is None
+        assert beside(app) is None
 
 
 async def test_read_only_the_reference_is_not_asked(samples, engine, monkeypatch, until):
     monkeypatch.setattr(Session, "is_live", lambda self: True)
-    async with samples(read_only=True) as (desk, pilot):
+    async with samples(read_only=True) as (app, pilot):
         await pilot.press("d", "d")
-        await until(pilot, lambda: "read-only" in pane(desk))
+        await until(pilot, lambda: "read-only" in pane(app))
         assert engine == []
 
 
 async def test_a_prompt_with_a_single_answer_says_so(samples, judged, until):
     with contextlib.closing(sqlite3.connect(judged.samples_file)) as db, db:
         db.execute("UPDATE samples SET prompt = 'another one' WHERE (step, idx) = (?, 0)", (STEPS,))
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: "no other answer to this prompt" in pane(desk))
+        await until(pilot, lambda: "no other answer to this prompt" in pane(app))

@@ -106,7 +106,7 @@ def test_answers_stand_abreast_where_there_is_room_and_below_one_another_else():
 
 
 def test_the_tones_of_the_two_are_told_apart_without_colour():
-    looks = {TONES[name].look for name in ("mine", "theirs", "")}
+    looks = {TONES[name].style for name in ("mine", "theirs", "")}
     assert len(looks) == 3
 
 

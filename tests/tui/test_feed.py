@@ -8,7 +8,7 @@ import pytest
 
 from engine.journal.writer import JournalWriter
 from engine.protocol.rank_messages import StepReport
-from rlhf_tui.app.following import can_be_told
+from rlhf_tui.app.digest import curves_are_read
 from rlhf_tui.state import feed as feeds
 from rlhf_tui.state.feed import Feed
 from rlhf_tui.state.first_read import FirstRead
@@ -132,25 +132,25 @@ def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, m
     feed = Feed(session, "tester", NAMES, seen.append)
     feed.read_all()
     state = SessionState(session.name)
-    places = [i for i, news in enumerate(seen) if news.outlines]
-    for news in seen[: places[0] + 1]:
-        state.take(news)
+    places = [i for i, update in enumerate(seen) if update.outlines]
+    for update in seen[: places[0] + 1]:
+        state.take(update)
     assert len(state.outline(NAMES[0])) == 20
-    for news in seen[places[0] + 1 :]:
-        state.take(news)
+    for update in seen[places[0] + 1 :]:
+        state.take(update)
     assert state.outline(NAMES[0]) is None
     assert len(state.series(NAMES[0])) == 20
 
 
-def test_a_glance_has_the_head_and_the_outlines(session):
-    news = FirstRead(session, NAMES).news()
-    assert news.head.state == "finished"
-    assert news.outlines.keys() == set(NAMES)
+def test_a_first_read_has_the_head_and_the_outlines(session):
+    update = FirstRead(session, NAMES).update()
+    assert update.head.state == "finished"
+    assert update.outlines.keys() == set(NAMES)
 
 
-def test_a_glance_at_what_cannot_be_read_is_empty(session):
+def test_a_first_read_of_what_cannot_be_read_is_empty(session):
     session.journal_file.write_bytes(b"no database at all" * 100)
-    assert not FirstRead(session, NAMES).news()
+    assert not FirstRead(session, NAMES).update()
 
 
 def test_many_checkpoints_do_not_push_out_notes_and_alerts(following, session):
@@ -173,6 +173,6 @@ def test_a_digest_waits_for_all_its_curves():
     names = ("objective/scores", "objective/kl", "objective/kl_coef")
     state.take(SessionUpdate(names=[*names, "lr"]))
     for name in names:
-        assert not can_be_told(state)
+        assert not curves_are_read(state)
         state.take(SessionUpdate(curves={name: [(1, 1.0)]}))
-    assert can_be_told(state)
+    assert curves_are_read(state)

@@ -32,11 +32,11 @@ hostile = st.lists(
 ).map("".join)
 
 
-def shown(desk: RlhfApp) -> str:
+def shown(app: RlhfApp) -> str:
     """Every character that the screen's widgets would send, covered ones included."""
     strips = [
         strip
-        for widget in [desk.screen, *desk.screen.walk_children()]
+        for widget in [app.screen, *app.screen.walk_children()]
         if widget.display and widget.size
         for strip in widget.render_lines(Region(0, 0, *widget.size))
     ]
@@ -94,26 +94,26 @@ def poison(session: Session, text: str) -> None:
     session.log_file.write_bytes((text + "\n").encode("utf-8", "surrogatepass") * 50)
 
 
-async def test_no_screen_shows_anything_raw(make_desk, root, tmp_path, until):
+async def test_no_screen_shows_anything_raw(make_app, root, tmp_path, until):
     """Each attack at once, and each way of looking at it."""
     shutil.copytree(root, tmp_path / "poisoned")
     session = Session(tmp_path / "poisoned" / "frozen")
     poison(session, " ".join(ATTACKS))
-    desk = make_desk(root=tmp_path / "poisoned")
-    async with desk.run_test(size=(120, 40), notifications=True) as pilot:
-        await until(pilot, lambda: desk.state.known)
+    app = make_app(root=tmp_path / "poisoned")
+    async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await until(pilot, lambda: app.state.known)
         for keys in (
             ["2", "n"], ["m"], ["escape", "3"], ["j", "d"], ["d"], ["z"], ["v"], ["v"], ["4"],
             ["5"], ["1"], ["question_mark"], ["escape", "2", "ctrl+p"], ["escape"],
         ):  # fmt: skip
             await pilot.press(*keys)
             await pilot.pause(0.15)
-            text = shown(desk)
+            text = shown(app)
             assert not RAW.search(text.replace("\n", "")), keys
-        desk.say(" ".join(ATTACKS), "error")
-        desk.say(" ".join(ATTACKS))
+        app.say(" ".join(ATTACKS), "error")
+        app.say(" ".join(ATTACKS))
         await pilot.pause(0.1)
-        assert not RAW.search(shown(desk).replace("\n", ""))
+        assert not RAW.search(shown(app).replace("\n", ""))
 
 
 @given(text=hostile)

@@ -24,9 +24,9 @@ def newest(session):
         return record.samples.page(SampleQuery(), 1)[0]
 
 
-def shown(desk):
+def shown(app):
     """What the table's marks and the pane say."""
-    table, reading = desk.screen.query_one(Table), desk.screen.query_one(SampleView)
+    table, reading = app.screen.query_one(Table), app.screen.query_one(SampleView)
     marks = [cells(table, index)[6] for index in range(table.count())]
     return marks, [line.strip() for line in reading.text().splitlines()]
 
@@ -38,49 +38,49 @@ def shown(desk):
 async def test_a_key_labels_the_answer_and_takes_it_away_again(
     samples, judged, key, label, glyph, until
 ):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("j", key)
-        assert shown(desk)[0][:3] == ["", glyph, ""]
-        said = f"{glyph} {label}   {desk.who}, "
-        await until(pilot, lambda: any(line.startswith(said) for line in shown(desk)[1]))
+        assert shown(app)[0][:3] == ["", glyph, ""]
+        said = f"{glyph} {label}   {app.who}, "
+        await until(pilot, lambda: any(line.startswith(said) for line in shown(app)[1]))
         await until(pilot, lambda: judgements(judged) == {(STEPS, 1): (label, None)})
         await pilot.press(key)
-        assert shown(desk)[0][:3] == ["", "", ""]
+        assert shown(app)[0][:3] == ["", "", ""]
         await until(pilot, lambda: judgements(judged) == {})
 
 
 async def test_another_label_replaces_the_first(samples, judged, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("plus", "minus", "exclamation_mark")
         await until(pilot, lambda: judgements(judged) == {(STEPS, 0): ("hack", None)})
-        assert shown(desk)[0][0] == "!"
+        assert shown(app)[0][0] == "!"
 
 
 async def test_a_note_is_written_and_an_empty_one_takes_it_away(samples, judged, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("plus", "W", *"odd end", "enter")
         await until(pilot, lambda: judgements(judged) == {(STEPS, 0): ("good", "odd end")})
-        marks, lines = shown(desk)
+        marks, lines = shown(app)
         assert marks[0] == "+✎"
         assert "✎ odd end" in lines
         await pilot.press("plus")
         await until(pilot, lambda: judgements(judged) == {(STEPS, 0): (None, "odd end")})
-        assert shown(desk)[0][0] == "✎"
+        assert shown(app)[0][0] == "✎"
         await pilot.press("W")
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
-        assert desk.screen.query_one("#field").value == "odd end"
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        assert app.screen.query_one("#field").value == "odd end"
         await pilot.press("delete", "enter")
         await until(pilot, lambda: judgements(judged) == {})
 
 
 async def test_after_a_roll_back_every_order_shows_what_there_is_now(samples, judged, until):
-    async with samples(follow=True) as (desk, pilot):
+    async with samples(follow=True) as (app, pilot):
         await pilot.press("s")
-        await until(pilot, lambda: desk.screen.query_one(Table).sorted_by == "score")
+        await until(pilot, lambda: app.screen.query_one(Table).sorted_by == "score")
         journal = JournalWriter(judged)
         journal.begin_attempt(3, fresh=True)
         journal.close()
-        await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * 3)
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 8 * 3)
 
 
 def test_whatever_goes_wrong_in_writing_is_told():
@@ -93,49 +93,49 @@ def test_whatever_goes_wrong_in_writing_is_told():
 
 
 async def test_what_no_longer_fits_the_filter_makes_way_for_the_next(samples, judged, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("slash", *"unjudged", "enter")
-        await until(pilot, lambda: "only unjudged" in desk.screen.query_one("#filter").text())
+        await until(pilot, lambda: "only unjudged" in app.screen.query_one("#filter").text())
         await pilot.press("plus")
-        await until(pilot, lambda: desk.screen.query_one(Table).count() == 8 * STEPS - 1)
-        await until(pilot, lambda: desk.screen.chosen().index == 1)
-        reading = desk.screen.query_one(SampleView)
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 8 * STEPS - 1)
+        await until(pilot, lambda: app.screen.selected().index == 1)
+        reading = app.screen.query_one(SampleView)
         await until(pilot, lambda: reading.sample.index == 1)
         await pilot.press("slash", *"good", "enter")
-        await until(pilot, lambda: desk.screen.query_one(Table).count() == 1)
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 1)
 
 
 async def test_read_only_nothing_is_judged_and_it_is_said(samples, judged, until):
-    async with samples(read_only=True) as (desk, pilot):
+    async with samples(read_only=True) as (app, pilot):
         for key in ("plus", "minus", "exclamation_mark", "W"):
-            desk.clear_notifications()
-            await until(pilot, lambda: not notices(desk))
+            app.clear_notifications()
+            await until(pilot, lambda: not notices(app))
             await pilot.press(key)
-            await until(pilot, lambda: notices(desk))
-            assert notices(desk) == ["read-only: nothing is judged from here"]
-        assert shown(desk)[0] == [""] * 8 * STEPS
+            await until(pilot, lambda: notices(app))
+            assert notices(app) == ["read-only: nothing is judged from here"]
+        assert shown(app)[0] == [""] * 8 * STEPS
         assert not judged.labels_file.exists()
 
 
 async def test_what_others_say_is_seen_without_an_engine_and_without_a_restart(
     samples, judged, until
 ):
-    async with samples(follow=True) as (desk, pilot):
+    async with samples(follow=True) as (app, pilot):
         row = newest(judged)
         set_label(judged, row.prompt, Response.of(row), "bad", "ben on pts/2")
-        await until(pilot, lambda: shown(desk)[0][0] == "-", "the label")
+        await until(pilot, lambda: shown(app)[0][0] == "-", "the label")
         set_note(judged, row.prompt, Response.of(row), "see\x1b[2J here", "ana")
-        await until(pilot, lambda: shown(desk)[0][0] == "-✎", "the note")
-        assert any("see␛ here" in line for line in shown(desk)[1])
+        await until(pilot, lambda: shown(app)[0][0] == "-✎", "the note")
+        assert any("see␛ here" in line for line in shown(app)[1])
 
 
 async def test_what_cannot_be_written_is_said_and_not_shown(samples, judged, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         judged.labels_file.mkdir()
         await pilot.press("plus")
-        await until(pilot, lambda: notices(desk))
-        assert "folder must be one that you can write in" in notices(desk)[0]
-        await until(pilot, lambda: shown(desk)[0][0] == "")
+        await until(pilot, lambda: notices(app))
+        assert "folder must be one that you can write in" in notices(app)[0]
+        await until(pilot, lambda: shown(app)[0][0] == "")
 
 
 def test_words_of_the_filter_and_the_same_in_quotes():

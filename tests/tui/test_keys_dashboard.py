@@ -14,203 +14,201 @@ from rlhf_tui.widgets.charts.grid import ChartGrid
         (["G"], 200), (["end"], 200), (["n"], 200), (["N", "N"], 150), (["g", "n"], 50),
     ],
 )  # fmt: skip
-async def test_the_crosshair_moves(make_desk, keys, cursor, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_the_crosshair_moves(make_app, keys, cursor, running):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press(*keys)
-        assert desk.view.cursor == cursor
+        assert app.view.cursor == cursor
 
 
-async def test_left_and_right_move_by_a_cell_and_with_shift_by_ten(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_left_and_right_move_by_a_cell_and_with_shift_by_ten(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("g", "right")
-        one = desk.view.cursor - 1
+        one = app.view.cursor - 1
         await pilot.press("g", "shift+right")
         assert one >= 1
-        assert desk.view.cursor - 1 >= 8 * one
+        assert app.view.cursor - 1 >= 8 * one
         await pilot.press("shift+left")
-        assert desk.view.cursor == 1
+        assert app.view.cursor == 1
 
 
-async def test_all_charts_share_the_crosshair(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_all_charts_share_the_crosshair(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("g", "right", "right")
         columns = {
             row.index("│")
-            for chart in desk.screen.query(Chart)
+            for chart in app.screen.query(Chart)
             for row in [chart.text().splitlines()[2]]
             if "│" in row
         }
         assert len(columns) == 1
 
 
-async def test_a_click_puts_the_crosshair_there(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_a_click_puts_the_crosshair_there(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.click(Chart, offset=(20, 5))
-        assert 1 < desk.view.cursor < 200
+        assert 1 < app.view.cursor < 200
 
 
-async def test_j_and_k_choose_a_chart(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
-        grid = desk.screen.query_one(ChartGrid)
+async def test_j_and_k_choose_a_chart(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
+        grid = app.screen.query_one(ChartGrid)
         for key, at in (("j", 1), ("down", 2), ("k", 1), ("up", 0), ("k", 3)):
             await pilot.press(key)
             assert grid.charts.index(grid.current) == at
             assert grid.current.has_focus
 
 
-async def test_tab_goes_from_chart_to_chart(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_tab_goes_from_chart_to_chart(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("tab")
-        assert desk.screen.query_one(ChartGrid).charts[1].has_focus
+        assert app.screen.query_one(ChartGrid).charts[1].has_focus
         await pilot.press("shift+tab")
-        assert desk.screen.query_one(ChartGrid).charts[0].has_focus
+        assert app.screen.query_one(ChartGrid).charts[0].has_focus
 
 
-async def test_plus_minus_comma_stop_and_zero_choose_the_window(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
-        whole = desk.view.window(desk.state)
+async def test_plus_minus_comma_stop_and_zero_choose_the_window(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
+        whole = app.view.window(app.state)
         await pilot.press("plus")
-        near = desk.view.window(desk.state)
+        near = app.view.window(app.state)
         assert near[1] - near[0] < whole[1] - whole[0]
         await pilot.press("equals_sign", "comma")
-        earlier = desk.view.window(desk.state)
+        earlier = app.view.window(app.state)
         assert earlier[1] < near[1]
         await pilot.press("full_stop")
-        assert desk.view.window(desk.state)[1] > earlier[1]
+        assert app.view.window(app.state)[1] > earlier[1]
         await pilot.press("minus", "0")
-        assert desk.view.window(desk.state) == whole
+        assert app.view.window(app.state) == whole
 
 
 @pytest.mark.parametrize("key", ["z", "enter"])
-async def test_a_chart_is_enlarged_and_esc_takes_it_back(make_desk, key, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_a_chart_is_enlarged_and_esc_takes_it_back(make_app, key, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("j", key)
-        await until(pilot, lambda: sum(c.display for c in desk.screen.query(Chart)) == 1)
+        await until(pilot, lambda: sum(c.display for c in app.screen.query(Chart)) == 1)
         await pilot.press("escape")
-        await until(pilot, lambda: sum(c.display for c in desk.screen.query(Chart)) == 4)
+        await until(pilot, lambda: sum(c.display for c in app.screen.query(Chart)) == 4)
 
 
-async def test_esc_goes_out_one_level_at_a_time(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_esc_goes_out_one_level_at_a_time(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("plus", "g", "escape")
-        assert desk.view.cursor is None
-        assert desk.view.width is not None
+        assert app.view.cursor is None
+        assert app.view.width is not None
         await pilot.press("escape")
-        assert desk.view.width is None
+        assert app.view.width is None
 
 
-async def test_metrics_are_picked_and_remembered(make_desk, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_metrics_are_picked_and_remembered(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("m")
-        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
         await pilot.press(*"grad_norm", "tab", "enter")
-        await until(pilot, lambda: len(desk.screen.query(Chart)) == 5)
-        assert desk.preferences.charts[-1] == "grad_norm"
-        await until(pilot, lambda: len(make_desk().preferences.charts) == 5, "the file")
+        await until(pilot, lambda: len(app.screen.query(Chart)) == 5)
+        assert app.preferences.charts[-1] == "grad_norm"
+        await until(pilot, lambda: len(make_app().preferences.charts) == 5, "the file")
 
 
-async def test_two_metrics_are_put_on_one_chart_by_keyboard(make_desk, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_two_metrics_are_put_on_one_chart_by_keyboard(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("m")
-        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
         await pilot.press(*"grad_norm", "shift+tab", "enter")
-        await until(pilot, lambda: len(desk.screen.query_one(ChartGrid).charts[3].names) == 2)
-        assert desk.preferences.charts[-1] == "objective/kl_coef + grad_norm"
-        chart = desk.screen.query_one(ChartGrid).charts[3]
+        await until(pilot, lambda: len(app.screen.query_one(ChartGrid).charts[3].names) == 2)
+        assert app.preferences.charts[-1] == "objective/kl_coef + grad_norm"
+        chart = app.screen.query_one(ChartGrid).charts[3]
         await until(pilot, lambda: "beta + gradient norm" in chart.text().splitlines()[0])
         assert "·" in chart.text().splitlines()[0], "one of the values is missing"
 
 
-async def test_what_shares_a_chart_can_be_taken_out_of_it(make_desk, running, until):
-    desk = make_desk()
-    desk.preferences.charts = ["objective/scores + objective/kl", "grad_norm"]
-    async with running(desk) as pilot:
+async def test_what_shares_a_chart_can_be_taken_out_of_it(make_app, running, until):
+    app = make_app()
+    app.preferences.charts = ["objective/scores + objective/kl", "grad_norm"]
+    async with running(app) as pilot:
         await pilot.press("m")
-        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
-        assert desk.screen.marked == [["objective/scores", "objective/kl"], ["grad_norm"]]
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
+        assert app.screen.marked == [["objective/scores", "objective/kl"], ["grad_norm"]]
         await pilot.press(*"scores", "tab", "enter")
-        await until(pilot, lambda: not isinstance(desk.screen, PickerDialog))
-        assert desk.preferences.charts == ["objective/kl", "grad_norm"]
+        await until(pilot, lambda: not isinstance(app.screen, PickerDialog))
+        assert app.preferences.charts == ["objective/kl", "grad_norm"]
 
 
-async def test_d_changes_how_many_charts_stand_side_by_side(make_desk, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_d_changes_how_many_charts_stand_side_by_side(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("d")
-        await until(pilot, lambda: desk.screen.query_one(ChartGrid).styles.grid_size_columns == 1)
+        await until(pilot, lambda: app.screen.query_one(ChartGrid).styles.grid_size_columns == 1)
         await pilot.press("d", "d")
-        await until(pilot, lambda: desk.screen.query_one(ChartGrid).styles.grid_size_columns == 3)
+        await until(pilot, lambda: app.screen.query_one(ChartGrid).styles.grid_size_columns == 3)
 
 
-async def test_L_makes_the_focused_chart_logarithmic(make_desk, running):  # noqa: N802 - the key's name
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_L_makes_the_focused_chart_logarithmic(make_app, running):  # noqa: N802 - the key's name
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("j", "L")
-        chart = desk.screen.query_one(ChartGrid).charts[1]
+        chart = app.screen.query_one(ChartGrid).charts[1]
         assert chart.log_scale
         assert "log" in chart.text().splitlines()[0]
-        assert desk.preferences.log == ["objective/kl"]
+        assert app.preferences.log == ["objective/kl"]
 
 
-async def test_s_changes_the_smoothing(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
-        weights = [desk.view.weight]
+async def test_s_changes_the_smoothing(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
+        weights = [app.view.weight]
         for _ in range(4):
             await pilot.press("s")
-            weights.append(desk.view.weight)
+            weights.append(app.view.weight)
         assert weights[0] == weights[-1]
         assert len(set(weights)) == 4
 
 
-async def test_o_hides_earlier_attempts(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
-        assert any(
-            line.style == "past" for c in desk.screen.query(Chart) for line in c.plot().lines
-        )
+async def test_o_hides_earlier_attempts(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
+        assert any(line.style == "past" for c in app.screen.query(Chart) for line in c.plot().lines)
         await pilot.press("o")
         assert not any(
-            line.style == "past" for c in desk.screen.query(Chart) for line in c.plot().lines
+            line.style == "past" for c in app.screen.query(Chart) for line in c.plot().lines
         )
 
 
 async def test_another_session_s_curves_are_laid_beside(
-    make_desk, tmp_path, session_maker, running, until
+    make_app, tmp_path, session_maker, running, until
 ):
     session_maker(tmp_path / "two", "frozen")
     session_maker(tmp_path / "two", "other", 30)
-    desk = make_desk(root=tmp_path / "two")
-    async with running(desk) as pilot:
+    app = make_app(root=tmp_path / "two")
+    async with running(app) as pilot:
         await pilot.press("O")
-        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
         await pilot.press("enter")
-        await until(pilot, lambda: "other" in desk.view.others)
+        await until(pilot, lambda: "other" in app.view.others)
 
 
-async def test_v_turns_the_panels_of_a_narrow_terminal(make_desk, running):
-    desk = make_desk()
-    async with running(desk, (80, 24)) as pilot:
+async def test_v_turns_the_panels_of_a_narrow_terminal(make_app, running):
+    app = make_app()
+    async with running(app, (80, 24)) as pilot:
         shown = []
         for _ in range(3):
             await pilot.pause()
             shown.append(
                 {
                     i
-                    for i in ("ledger", "newest", "machine")
-                    if desk.screen.query_one(f"#{i}").display
+                    for i in ("timeline", "latest", "machine")
+                    if app.screen.query_one(f"#{i}").display
                 }
             )
             await pilot.press("v")
-        assert shown == [{"ledger"}, {"newest"}, {"machine"}]
+        assert shown == [{"timeline"}, {"latest"}, {"machine"}]

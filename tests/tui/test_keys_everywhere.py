@@ -23,110 +23,112 @@ FINISHED = Path(__file__).parents[1] / "data" / "sessions-0.1.0" / "sessions" / 
     ("key", "mode"),
     [("1", "sessions"), ("2", "dashboard"), ("3", "samples"), ("4", "checkpoints"), ("5", "log")],
 )
-async def test_a_digit_goes_to_its_screen(make_desk, key, mode, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_a_digit_goes_to_its_screen(make_app, key, mode, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("4" if key == "2" else "2", key)
-        await until(pilot, lambda: desk.current_mode == mode)
+        await until(pilot, lambda: app.current_mode == mode)
 
 
-async def test_a_click_on_a_tab_goes_to_its_screen(make_desk, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_a_click_on_a_tab_goes_to_its_screen(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.click("#tabs", offset=(28, 0))
-        await until(pilot, lambda: desk.current_mode == "samples")
+        await until(pilot, lambda: app.current_mode == "samples")
 
 
 async def test_a_click_is_measured_by_the_tabs_as_they_are_drawn(
-    make_desk, tmp_path, session_maker, running, until
+    make_app, tmp_path, session_maker, running, until
 ):
     session_maker(tmp_path / "s", "a-session-of-a-long-name", 3)
-    desk = make_desk("a-session-of-a-long-name", root=tmp_path / "s")
-    async with running(desk, (80, 24)) as pilot:
-        drawn = desk.screen.query_one("#tabs").text()
+    app = make_app("a-session-of-a-long-name", root=tmp_path / "s")
+    async with running(app, (80, 24)) as pilot:
+        drawn = app.screen.query_one("#tabs").text()
         await pilot.click("#tabs", offset=(drawn.index("3"), 0))
-        await until(pilot, lambda: desk.current_mode == "samples")
+        await until(pilot, lambda: app.current_mode == "samples")
 
 
-async def test_a_click_needs_a_session_as_the_key_does(make_desk, running, until):
-    desk = make_desk(None)
-    async with running(desk) as pilot:
-        keys = desk.screen.query_one(KeyFooter)
+async def test_a_click_needs_a_session_as_the_key_does(make_app, running, until):
+    app = make_app(None)
+    async with running(app) as pilot:
+        keys = app.screen.query_one(KeyFooter)
         await pilot.click("#tabs", offset=(16, 0))
         await until(pilot, lambda: "open a session first" in keys.text())
-        assert desk.current_mode == "sessions"
+        assert app.current_mode == "sessions"
 
 
 @pytest.mark.parametrize("key", ["q", "ctrl+c"])
 async def test_leaving_detaches_and_says_how_to_come_back(
-    make_desk, monkeypatch, key, root, running, until
+    make_app, monkeypatch, key, root, running, until
 ):
-    desk = make_desk()
+    app = make_app()
     Session(root / "frozen").write_engine("nowhere", "1")
     monkeypatch.setattr(Session, "is_live", lambda self: True)
-    async with running(desk) as pilot:
+    async with running(app) as pilot:
         await pilot.press(key)
-        await until(pilot, lambda: desk.farewell)
-    assert "still running; reattach with rlhf-tui attach frozen" in desk.farewell
+        await until(pilot, lambda: app.exit_message)
+    assert "still running; reattach with rlhf-tui attach frozen" in app.exit_message
     Session(root / "frozen").engine_file.unlink()
 
 
-async def test_leaving_a_finished_session_says_nothing(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_leaving_a_finished_session_says_nothing(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("q")
-    assert desk.farewell == ""
+    assert app.exit_message == ""
 
 
-async def test_help_lists_every_binding_that_has_words(make_desk, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_help_lists_every_binding_that_has_words(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("question_mark")
-        await until(pilot, lambda: isinstance(desk.screen, HelpDialog))
-        text = desk.screen.query_one(ScrollText).text()
+        await until(pilot, lambda: isinstance(app.screen, HelpDialog))
+        text = app.screen.query_one(ScrollText).text()
         for words in ("pause", "beta +10 %", "crosshair left", "next marker", "detach", "probe"):
             assert words in text
         await pilot.press("escape")
-        await until(pilot, lambda: desk.current_mode == "dashboard" and len(desk.screen_stack) == 1)
+        await until(pilot, lambda: app.current_mode == "dashboard" and len(app.screen_stack) == 1)
 
 
-async def test_the_palette_has_every_command(make_desk, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
-        titles = {c.title for c in desk.get_system_commands(desk.screen)}
+async def test_the_palette_has_every_command(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        titles = {c.title for c in app.get_system_commands(app.screen)}
         assert {"Pause", "Beta", "Checkpoint", "Metrics", "Zoom in", "Theme: light"} <= titles
         await pilot.press("ctrl+p")
-        await until(pilot, lambda: len(desk.screen_stack) == 2)
+        await until(pilot, lambda: len(app.screen_stack) == 2)
 
 
-async def test_t_changes_the_theme(make_desk, running):
-    desk = make_desk()
-    async with running(desk) as pilot:
-        seen = {desk.theme}
+async def test_t_changes_the_theme(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
+        seen = {app.theme}
         for _ in range(2):
             await pilot.press("t")
-            seen.add(desk.theme)
+            seen.add(app.theme)
         assert seen == {"dark", "light", "contrast"}
 
 
 @pytest.fixture
-def browser(make_desk, monkeypatch, running, until):
+def browser(make_app, monkeypatch, running, until):
     @contextlib.asynccontextmanager
     async def open_browser():
-        desk = make_desk(None)
-        desk.ran = []
-        monkeypatch.setattr(desk, "_run", lambda arguments: desk.ran.append(arguments) or ("", ""))
-        async with running(desk) as pilot:
-            await until(pilot, lambda: desk.screen.query_one(Table).count() >= 1)
-            yield desk, pilot
+        app = make_app(None)
+        app.ran = []
+        monkeypatch.setattr(
+            app.engines, "run_cli", lambda arguments: app.ran.append(arguments) or ("", "")
+        )
+        async with running(app) as pilot:
+            await until(pilot, lambda: app.screen.query_one(Table).count() >= 1)
+            yield app, pilot
 
     return open_browser
 
 
 async def test_enter_opens_a_session(browser, until):
-    async with browser() as (desk, pilot):
+    async with browser() as (app, pilot):
         await pilot.press("enter")
-        await until(pilot, lambda: desk.current_mode == "dashboard" and desk.state.head.step == 200)
+        await until(pilot, lambda: app.current_mode == "dashboard" and app.state.head.step == 200)
 
 
 @pytest.mark.parametrize(
@@ -135,119 +137,119 @@ async def test_enter_opens_a_session(browser, until):
      (["f", "enter"], ["fork", "frozen", "--from", "200"]), (["d", "d"], ["rm", "frozen", "-y"])],
 )  # fmt: skip
 async def test_sessions_are_started_resumed_forked_and_deleted(browser, keys, words, until):
-    async with browser() as (desk, pilot):
+    async with browser() as (app, pilot):
         await pilot.press(keys[0])
         if len(keys) > 1:
-            await until(pilot, lambda: len(desk.screen_stack) == 2)
+            await until(pilot, lambda: len(app.screen_stack) == 2)
             await pilot.press(keys[1])
-        await until(pilot, lambda: desk.ran)
-        assert desk.ran[0][: len(words)] == words
+        await until(pilot, lambda: app.ran)
+        assert app.ran[0][: len(words)] == words
 
 
 async def test_a_resume_that_had_nothing_to_do_is_told_in_its_own_words(
     browser, monkeypatch, until
 ):
-    async with browser() as (desk, pilot):
+    async with browser() as (app, pilot):
         words = "session 'frozen' has finished its 200 steps"
-        monkeypatch.setattr(desk, "_run", lambda arguments: ("", words))
+        monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ("", words))
         await pilot.press("r")
-        await until(pilot, lambda: notices(desk))
-        assert notices(desk) == [words]
+        await until(pilot, lambda: notices(app))
+        assert notices(app) == [words]
 
 
-async def test_the_last_words_of_our_own_command_are_told(make_desk, tmp_path, running, until):
+async def test_the_last_words_of_our_own_command_are_told(make_app, tmp_path, running, until):
     shutil.copytree(FINISHED, tmp_path / "finished")
     config = tmp_path / "finished" / "config.yaml"
     config.write_text(config.read_text().replace("@FOLDER@", str(tmp_path)))
-    desk = make_desk(None, root=tmp_path)
-    async with running(desk) as pilot:
-        await until(pilot, lambda: desk.screen.query_one(Table).count() == 1)
+    app = make_app(None, root=tmp_path)
+    async with running(app) as pilot:
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 1)
         await pilot.press("r")
-        await until(pilot, lambda: notices(desk), deadline=60)  # it is a process of its own
-        (said,) = notices(desk)
+        await until(pilot, lambda: notices(app), deadline=60)  # it is a process of its own
+        (said,) = notices(app)
         assert said.startswith("session 'finished' has finished its 6 steps")
 
 
 async def test_deleting_asks_and_cancel_has_the_focus(browser, until):
-    async with browser() as (desk, pilot):
+    async with browser() as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: isinstance(desk.screen, ChoiceDialog))
+        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
         await pilot.press("enter")
-        await until(pilot, lambda: len(desk.screen_stack) == 1)
-        assert desk.ran == []
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert app.ran == []
 
 
-async def test_an_empty_folder_says_what_starts_a_run(make_desk, tmp_path, running, until):
-    desk = make_desk(None, root=tmp_path / "none")
-    async with running(desk) as pilot:
-        table = desk.screen.query_one(Table)
+async def test_an_empty_folder_says_what_starts_a_run(make_app, tmp_path, running, until):
+    app = make_app(None, root=tmp_path / "none")
+    async with running(app) as pilot:
+        table = app.screen.query_one(Table)
         await until(pilot, lambda: any("rlhf-tui demo" in p for r in table.empty() for p, _ in r))
 
 
-async def test_screens_of_a_session_need_one(make_desk, running):
-    desk = make_desk(None)
-    async with running(desk) as pilot:
+async def test_screens_of_a_session_need_one(make_app, running):
+    app = make_app(None)
+    async with running(app) as pilot:
         await pilot.press("2")
-        assert desk.current_mode == "sessions"
+        assert app.current_mode == "sessions"
 
 
-async def test_a_session_that_is_not_there_is_named(make_desk, running, until):
-    desk = make_desk("nobody")
-    async with running(desk) as pilot:
-        await until(pilot, lambda: notices(desk))
-        assert "nobody" in str(notices(desk))
-        assert desk.current_mode == "sessions"
+async def test_a_session_that_is_not_there_is_named(make_app, running, until):
+    app = make_app("nobody")
+    async with running(app) as pilot:
+        await until(pilot, lambda: notices(app))
+        assert "nobody" in str(notices(app))
+        assert app.current_mode == "sessions"
 
 
 @pytest.mark.parametrize("key", ["S", "b", "m", "question_mark"])
 async def test_a_key_on_its_way_to_a_dialog_that_closes_does_no_harm(
-    make_desk, engine, key, running, until
+    make_app, engine, key, running, until
 ):
-    desk = make_desk()
-    async with running(desk) as pilot:
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press(key)
-        await until(pilot, lambda: len(desk.screen_stack) == 2)
-        dialog = desk.screen
+        await until(pilot, lambda: len(app.screen_stack) == 2)
+        dialog = app.screen
         for _ in range(3):
             dialog.post_message(Key("escape", None))
             dialog.action_cancel()
-        await until(pilot, lambda: len(desk.screen_stack) == 1)
+        await until(pilot, lambda: len(app.screen_stack) == 1)
         await pilot.pause()
-        assert desk.is_running
+        assert app.is_running
 
 
-def burst(desk, *keys):
+def burst(app, *keys):
     """Keys that arrive together, as quick typing does over a slow connection."""
     for key in keys:
         character = {"backspace": "\x7f", "enter": "\r", "full_stop": "."}.get(key, key)
-        desk.post_message(Key(key, character))
+        app.post_message(Key(key, character))
 
 
-async def test_what_is_typed_ahead_goes_into_the_dialog(make_desk, running, until):
-    desk = make_desk()
-    desk.can_steer = lambda: True
-    async with running(desk) as pilot:
-        burst(desk, "b", "1", "full_stop", "5")
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
-        await until(pilot, lambda: desk.screen.query_one("#field").value == "1.5")
-        assert desk.current_mode == "dashboard"
+async def test_what_is_typed_ahead_goes_into_the_dialog(make_app, running, until):
+    app = make_app()
+    app.commands.can_steer = lambda: True
+    async with running(app) as pilot:
+        burst(app, "b", "1", "full_stop", "5")
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await until(pilot, lambda: app.screen.query_one("#field").value == "1.5")
+        assert app.current_mode == "dashboard"
 
 
-async def test_a_burst_of_backspaces_and_text_keeps_its_order(make_desk, running, until):
-    desk = make_desk()
-    desk.can_steer = lambda: True
-    async with running(desk) as pilot:
+async def test_a_burst_of_backspaces_and_text_keeps_its_order(make_app, running, until):
+    app = make_app()
+    app.commands.can_steer = lambda: True
+    async with running(app) as pilot:
         await pilot.press("b")
-        burst(desk, *["backspace"] * 4, "0", "full_stop", "2", "backspace", "3")
-        await until(pilot, lambda: desk.screen.query_one("#field").value == "0.3")
+        burst(app, *["backspace"] * 4, "0", "full_stop", "2", "backspace", "3")
+        await until(pilot, lambda: app.screen.query_one("#field").value == "0.3")
 
 
-async def test_a_note_typed_in_one_go_is_sent_whole(make_desk, running, until, monkeypatch):
-    desk = make_desk()
+async def test_a_note_typed_in_one_go_is_sent_whole(make_app, running, until, monkeypatch):
+    app = make_app()
     sent = []
-    monkeypatch.setattr(desk, "can_steer", lambda: True)
-    monkeypatch.setattr(desk, "command", lambda command, text: sent.append(command))
-    async with running(desk) as pilot:
-        burst(desk, *"wpause q", "enter")
+    monkeypatch.setattr(app.commands, "can_steer", lambda: True)
+    monkeypatch.setattr(app.commands, "command", lambda command, text: sent.append(command))
+    async with running(app) as pilot:
+        burst(app, *"wpause q", "enter")
         await until(pilot, lambda: sent == [Note(text="pause q")])
-        assert desk.is_running
+        assert app.is_running

@@ -12,28 +12,28 @@ from rlhf_tui.widgets.table import Table
 
 
 @pytest.fixture
-def samples(make_desk, running, until):
+def samples(make_app, running, until):
     @contextlib.asynccontextmanager
     async def open_samples():
-        desk = make_desk()
-        async with running(desk) as pilot:
+        app = make_app()
+        async with running(app) as pilot:
             await pilot.press("3")
-            await until(pilot, lambda: desk.screen.query_one(Table).count() == 500, "the table")
-            yield desk, pilot
+            await until(pilot, lambda: app.screen.query_one(Table).count() == 500, "the table")
+            yield app, pilot
 
     return open_samples
 
 
-def shown_samples(desk):
+def shown_samples(app):
     """What the journal holds of the answers in the table, from the top."""
-    with JournalReader(desk.session) as record:
+    with JournalReader(app.session) as record:
         rows = {(row.step, row.index): row for row in record.samples.newest()}
-    return [rows[key] for key in desk.screen.query_one(Table).keys]
+    return [rows[key] for key in app.screen.query_one(Table).keys]
 
 
 async def test_the_answer_under_the_cursor_is_read(samples, until):
-    async with samples() as (desk, pilot):
-        reading, table = desk.screen.query_one(SampleView), desk.screen.query_one(Table)
+    async with samples() as (app, pilot):
+        reading, table = app.screen.query_one(SampleView), app.screen.query_one(Table)
         for key in (
             "j",
             "down",
@@ -53,11 +53,11 @@ async def test_the_answer_under_the_cursor_is_read(samples, until):
 
 
 async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("s")
-        table = desk.screen.query_one(Table)
+        table = app.screen.query_one(Table)
         await until(pilot, lambda: table.sorted_by == "score")
-        rows = shown_samples(desk)
+        rows = shown_samples(app)
         assert rows == sorted(rows, key=lambda r: -r.score)
         await pilot.press("r")
         await until(pilot, lambda: not table.descending)
@@ -67,24 +67,24 @@ async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):
 
 @pytest.mark.parametrize("key", ["slash", "f"])
 async def test_a_filter_narrows_the_table_and_esc_takes_it_away(samples, key, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press(key)
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"score>2 kl<8", "enter")
         await until(
             pilot,
-            lambda: (rows := shown_samples(desk)) and all(r.score >= 2 and r.kl <= 8 for r in rows),
+            lambda: (rows := shown_samples(app)) and all(r.score >= 2 and r.kl <= 8 for r in rows),
         )
         await pilot.press("escape")
-        await until(pilot, lambda: desk.screen.query_one(Table).count() == 500)
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 500)
 
 
 @pytest.mark.parametrize(
     ("forth", "back"), [("full_stop", "comma"), ("greater_than_sign", "less_than_sign")]
 )
 async def test_pages_are_turned(samples, forth, back, until):
-    async with samples() as (desk, pilot):
-        table = desk.screen.query_one(Table)
+    async with samples() as (app, pilot):
+        table = app.screen.query_one(Table)
         first = table.keys[0]
         await pilot.press(forth)
         await until(pilot, lambda: table.keys[0] != first)
@@ -93,8 +93,8 @@ async def test_pages_are_turned(samples, forth, back, until):
 
 
 async def test_v_shows_a_number_of_each_token(samples, until):
-    async with samples() as (desk, pilot):
-        reading = desk.screen.query_one(SampleView)
+    async with samples() as (app, pilot):
+        reading = app.screen.query_one(SampleView)
         await until(pilot, lambda: reading.arrays is not None, "the arrays")
         for mode in ("KL", "log-prob", "advantage", "value", "text"):
             await pilot.press("v")
@@ -103,44 +103,44 @@ async def test_v_shows_a_number_of_each_token(samples, until):
 
 
 async def test_enter_reads_and_z_reads_alone(samples, until):
-    async with samples() as (desk, pilot):
+    async with samples() as (app, pilot):
         await pilot.press("enter")
-        await until(pilot, lambda: desk.screen.query_one(SampleView).has_focus)
+        await until(pilot, lambda: app.screen.query_one(SampleView).has_focus)
         await pilot.press("escape")
-        await until(pilot, lambda: desk.screen.query_one(Table).has_focus)
+        await until(pilot, lambda: app.screen.query_one(Table).has_focus)
         await pilot.press("z")
-        await until(pilot, lambda: not desk.screen.query_one(Table).display)
+        await until(pilot, lambda: not app.screen.query_one(Table).display)
         await pilot.press("escape")
-        await until(pilot, lambda: desk.screen.query_one(Table).display)
+        await until(pilot, lambda: app.screen.query_one(Table).display)
 
 
-async def test_roll_back_asks_and_cancel_has_the_focus(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_roll_back_asks_and_cancel_has_the_focus(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("4")
-        await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
         await pilot.press("j", "r")
-        await until(pilot, lambda: isinstance(desk.screen, ChoiceDialog))
+        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
         await pilot.press("enter")
-        await until(pilot, lambda: len(desk.screen_stack) == 1)
+        await until(pilot, lambda: len(app.screen_stack) == 1)
         assert engine == []
         await pilot.press("r", "r")
         await until(pilot, lambda: engine == [steering.Rollback(step=150)])
 
 
 async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
-    make_desk, monkeypatch, running, until
+    make_app, monkeypatch, running, until
 ):
     ran = []
-    desk = make_desk()
-    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or ("", ""))
-    async with running(desk) as pilot:
+    app = make_app()
+    monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ran.append(arguments) or ("", ""))
+    async with running(app) as pilot:
         await pilot.press("4")
-        await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
         await pilot.press("j", "r")
-        await until(pilot, lambda: isinstance(desk.screen, ChoiceDialog))
+        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
         await pilot.press("enter")
-        await until(pilot, lambda: len(desk.screen_stack) == 1)
+        await until(pilot, lambda: len(app.screen_stack) == 1)
         assert ran == []
         await pilot.press("r", "n")
         await until(pilot, lambda: ran)
@@ -148,14 +148,14 @@ async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
 
 
 async def test_from_the_newest_step_it_goes_on_without_asking(
-    make_desk, monkeypatch, running, until
+    make_app, monkeypatch, running, until
 ):
     ran = []
-    desk = make_desk()
-    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or ("", ""))
-    async with running(desk) as pilot:
+    app = make_app()
+    monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ran.append(arguments) or ("", ""))
+    async with running(app) as pilot:
         await pilot.press("4")
-        await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
         await pilot.press("r")
         await until(pilot, lambda: ran)
         assert ran == [["resume", "frozen", "--from", "200", "--detach"]]
@@ -166,29 +166,29 @@ async def test_from_the_newest_step_it_goes_on_without_asking(
     [("f", ["fork", "frozen", "--from", "200"]), ("E", ["export", "frozen", "--policy"])],
 )
 async def test_branch_and_export_run_our_own_commands(
-    make_desk, monkeypatch, key, words, running, until
+    make_app, monkeypatch, key, words, running, until
 ):
     ran = []
-    desk = make_desk()
-    monkeypatch.setattr(desk, "_run", lambda arguments: ran.append(arguments) or ("", ""))
-    async with running(desk) as pilot:
+    app = make_app()
+    monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ran.append(arguments) or ("", ""))
+    async with running(app) as pilot:
         await pilot.press("4")
-        await until(pilot, lambda: desk.screen.query_one(Table).count() == 4)
+        await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
         await pilot.press(key)
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press("enter")
         await until(pilot, lambda: ran)
         assert ran[0][: len(words)] == words
 
 
-async def test_the_log_is_searched(make_desk, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_the_log_is_searched(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("5")
-        view = desk.screen.query_one("#log")
+        view = app.screen.query_one("#log")
         await until(pilot, lambda: view.count() == 303)
         await pilot.press("slash")
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"step 2 ", "enter")
         await until(pilot, lambda: view.matching == "step 2")
         top = view.top

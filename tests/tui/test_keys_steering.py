@@ -14,18 +14,18 @@ from rlhf_tui.widgets.table import ScrollText
 from tests.tui.screen import notices
 
 
-async def test_p_pauses(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_p_pauses(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("p")
         await until(pilot, lambda: engine == [steering.Pause()])
 
 
 async def test_a_second_p_goes_on_although_the_first_is_not_read_back_yet(
-    make_desk, engine, running, until
+    make_app, engine, running, until
 ):
-    desk = make_desk()
-    async with running(desk) as pilot:
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("p", "p", "p")
         await until(
             pilot, lambda: engine == [steering.Pause(), steering.Unpause(), steering.Pause()]
@@ -35,70 +35,70 @@ async def test_a_second_p_goes_on_although_the_first_is_not_read_back_yet(
 @pytest.mark.parametrize(
     ("key", "value"), [("right_square_bracket", 0.088), ("left_square_bracket", 0.07273)]
 )
-async def test_brackets_nudge_beta_by_a_tenth(make_desk, engine, key, value, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_brackets_nudge_beta_by_a_tenth(make_app, engine, key, value, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press(key)
         await until(pilot, lambda: engine == [steering.SetBeta(value=value)])
 
 
-async def test_nudges_add_up(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_nudges_add_up(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("right_square_bracket", "right_square_bracket")
         await until(
             pilot, lambda: engine == [steering.SetBeta(value=0.088), steering.SetBeta(value=0.0968)]
         )
 
 
-async def test_b_asks_for_beta_and_shows_old_and_new(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_b_asks_for_beta_and_shows_old_and_new(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("b")
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"0.12")
-        outlook = desk.screen.query_one("#outlook")
-        await until(pilot, lambda: "0.08 → 0.12" in outlook.text())
+        effect = app.screen.query_one("#effect")
+        await until(pilot, lambda: "0.08 → 0.12" in effect.text())
         await pilot.press("enter")
         await until(pilot, lambda: engine == [steering.SetBeta(value=0.12)])
 
 
-async def test_a_wrong_value_is_not_sent_and_the_dialog_says_why(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_a_wrong_value_is_not_sent_and_the_dialog_says_why(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("b")
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"-3", "enter")
-        assert isinstance(desk.screen, InputDialog)
-        outlook = desk.screen.query_one("#outlook")
-        assert outlook.rows(*outlook.size)[0][0][1] == "warn"
+        assert isinstance(app.screen, InputDialog)
+        effect = app.screen.query_one("#effect")
+        assert effect.rows(*effect.size)[0][0][1] == "warn"
         await pilot.press("escape")
-        await until(pilot, lambda: not isinstance(desk.screen, InputDialog))
+        await until(pilot, lambda: not isinstance(app.screen, InputDialog))
     assert engine == []
 
 
-async def test_a_hands_beta_over_and_takes_it_back(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_a_hands_beta_over_and_takes_it_back(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("a")
         await until(pilot, lambda: engine == [steering.SetKLController(controller="fixed")])
 
 
 @pytest.mark.parametrize(("key", "command"), [("u", steering.Undo()), ("c", steering.Checkpoint())])
-async def test_undo_and_checkpoint_are_one_key(make_desk, engine, key, command, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_undo_and_checkpoint_are_one_key(make_app, engine, key, command, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press(key)
         await until(pilot, lambda: engine == [command])
 
 
-async def test_e_sets_any_setting(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_e_sets_any_setting(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(desk.screen, PickerDialog))
+        await until(pilot, lambda: isinstance(app.screen, PickerDialog))
         await pilot.press(*"learning", "enter")
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"1e-4", "enter")
         await until(pilot, lambda: engine == [steering.SetSetting(key="learning_rate", value=1e-4)])
 
@@ -110,84 +110,84 @@ async def test_e_sets_any_setting(make_desk, engine, running, until):
      (["right", "right", "enter"], [])],
 )  # fmt: skip
 async def test_stop_asks_and_the_safe_answer_has_the_focus(
-    make_desk, engine, keys, sent, running, until
+    make_app, engine, keys, sent, running, until
 ):
-    desk = make_desk()
-    async with running(desk) as pilot:
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("S")
-        await until(pilot, lambda: isinstance(desk.screen, ChoiceDialog))
+        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
         await pilot.press(*keys)
-        await until(pilot, lambda: not isinstance(desk.screen, ChoiceDialog))
+        await until(pilot, lambda: not isinstance(app.screen, ChoiceDialog))
         await until(pilot, lambda: engine == sent)
 
 
-async def test_w_writes_a_note(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_w_writes_a_note(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("w")
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"odd", "enter")
         await until(pilot, lambda: engine == [steering.Note(text="odd")])
 
 
-async def test_x_probes_and_shows_both_answers(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_x_probes_and_shows_both_answers(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("x")
-        await until(pilot, lambda: isinstance(desk.screen, InputDialog))
+        await until(pilot, lambda: isinstance(app.screen, InputDialog))
         await pilot.press(*"hello", "enter")
-        await until(pilot, lambda: isinstance(desk.screen, ProbeDialog), "the answers")
-        await until(pilot, lambda: desk.screen.query_one(ScrollText).size.width > 0)
-        text = desk.screen.query_one(ScrollText).text()
+        await until(pilot, lambda: isinstance(app.screen, ProbeDialog), "the answers")
+        await until(pilot, lambda: app.screen.query_one(ScrollText).size.width > 0)
+        text = app.screen.query_one(ScrollText).text()
         assert "policy says" in text
         assert "reference says" in text
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-async def test_long_answers_to_a_probe_are_whole_and_scroll(make_desk, size, running, until):
-    desk = make_desk()
+async def test_long_answers_to_a_probe_are_whole_and_scroll(make_app, size, running, until):
+    app = make_app()
     long = {"response": "word " * 600 + "end", "score": 1.0, "kl": 2.0}
     result = {"policy": long, "reference": long}
     answer = CommandReply(id="1", status="applied", step=201, result=result)
-    async with running(desk, size) as pilot:
-        desk.post_message(CommandAnswered("probe", steering.Probe(text="x"), answer))
-        await until(pilot, lambda: len(desk.screen_stack) == 2)
-        await until(pilot, lambda: desk.screen.query_one(ScrollText).size.height > 0)
-        texts = desk.screen.query_one(ScrollText)
-        assert desk.screen.query_one(".dialog").region.bottom <= size[1]
+    async with running(app, size) as pilot:
+        app.post_message(CommandAnswered("probe", steering.Probe(text="x"), answer))
+        await until(pilot, lambda: len(app.screen_stack) == 2)
+        await until(pilot, lambda: app.screen.query_one(ScrollText).size.height > 0)
+        texts = app.screen.query_one(ScrollText)
+        assert app.screen.query_one(".dialog").region.bottom <= size[1]
         rows = [texts.row(index, texts.size.width) for index in range(texts.count())]
         assert all(row_width(row) <= texts.size.width for row in rows)
         await pilot.press("G")
         assert "end" in texts.rows(*texts.size)[-1][0][0]
         await pilot.press("enter")
-        await until(pilot, lambda: len(desk.screen_stack) == 1)
+        await until(pilot, lambda: len(app.screen_stack) == 1)
 
 
 @pytest.mark.parametrize(
     "key", ["p", "b", "a", "u", "c", "e", "S", "w", "x", "right_square_bracket"]
 )
-async def test_read_only_has_no_commands(make_desk, engine, key, running):
-    desk = make_desk(read_only=True)
-    async with running(desk) as pilot:
+async def test_read_only_has_no_commands(make_app, engine, key, running):
+    app = make_app(read_only=True)
+    async with running(app) as pilot:
         await pilot.press(key)
         await pilot.pause()
-        assert len(desk.screen_stack) == 1
+        assert len(app.screen_stack) == 1
         assert engine == []
-        actions = {b.binding.action for b in desk.screen.active_bindings.values()}
+        actions = {b.binding.action for b in app.screen.active_bindings.values()}
         assert not actions & set(steering.ACTIONS)
 
 
-async def test_without_an_engine_a_command_names_what_starts_one(make_desk, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_without_an_engine_a_command_names_what_starts_one(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("p")
-        await until(pilot, lambda: notices(desk))
-        assert "rlhf-tui resume frozen" in str(notices(desk))
+        await until(pilot, lambda: notices(app))
+        assert "rlhf-tui resume frozen" in str(notices(app))
 
 
-async def test_a_command_s_life_is_told(make_desk, engine, running, until):
-    desk = make_desk()
-    async with running(desk) as pilot:
+async def test_a_command_s_life_is_told(make_app, engine, running, until):
+    app = make_app()
+    async with running(app) as pilot:
         await pilot.press("c")
-        keys = desk.screen.query_one(KeyFooter)
+        keys = app.screen.query_one(KeyFooter)
         await until(pilot, lambda: "applied at step 201" in keys.text())

@@ -7,13 +7,13 @@ from engine.protocol.rank_messages import Phase
 from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.widgets.panels.machine import MachinePanel
 from rlhf_tui.widgets.panels.phases import PhaseStrip
-from tests.tui.panels import make_book, text
+from tests.tui.panels import make_state, text
 
 # -- phases ----------------------------------------------------------------------------------------
 
 
 def test_a_phase_has_its_share_and_what_is_left_of_the_step():
-    state = make_book()
+    state = make_state()
     state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="generate", done=25, total=100)]))
     state.clock[0] += 4
     shown = text(PhaseStrip(state), 120, 1)
@@ -23,20 +23,20 @@ def test_a_phase_has_its_share_and_what_is_left_of_the_step():
 
 
 def test_what_came_before_in_the_step_is_ticked():
-    state = make_book()
+    state = make_state()
     state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="optimise", done=1, total=4)]))
     assert "✓ generate 6.0s ✓ score" in text(PhaseStrip(state), 120, 1)
 
 
 def test_loading_shows_progress_too():
-    state = make_book()
+    state = make_state()
     state.take(SessionUpdate(phases=[Phase(rank=0, step=0, name="load policy", done=3, total=12)]))
     assert "load policy" in text(PhaseStrip(state), 80, 1)
     assert "3/12" in text(PhaseStrip(state), 80, 1)
 
 
 def test_each_rank_has_a_line_and_the_slowest_is_never_left_out():
-    state = make_book()
+    state = make_state()
     phases = [Phase(rank=r, step=51, name="optimise") for r in range(4)]
     phases[2] = Phase(rank=2, step=51, name="generate")
     state.take(SessionUpdate(phases=phases))
@@ -46,7 +46,7 @@ def test_each_rank_has_a_line_and_the_slowest_is_never_left_out():
 
 @pytest.mark.parametrize("width", range(10, 130, 7))
 def test_the_strip_fits_every_width(width):
-    state = make_book()
+    state = make_state()
     state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name="reference", done=5, total=9)]))
     assert text(PhaseStrip(state), width, 1)
 
@@ -55,7 +55,7 @@ def test_the_strip_fits_every_width(width):
 
 
 def test_gpus_stand_with_load_memory_heat_and_power():
-    state = make_book()
+    state = make_state()
     gpu = Gpu(
         index=1, name="H200", utilisation=93, memory_used=31_000_000_000,
         memory_total=141_000_000_000, temperature=64, power=412,
@@ -75,7 +75,7 @@ def test_gpus_stand_with_load_memory_heat_and_power():
 
 
 def test_without_a_gpu_the_processors_stand():
-    state = make_book()
+    state = make_state()
     state.take(
         SessionUpdate(
             telemetry=Telemetry(
@@ -88,7 +88,7 @@ def test_without_a_gpu_the_processors_stand():
 
 
 def test_what_does_not_fit_is_counted():
-    state = make_book()
+    state = make_state()
     ranks = [RankLoad(rank=i, pid=i, cpu=1, memory=1) for i in range(16)]
     state.take(
         SessionUpdate(
@@ -108,7 +108,7 @@ def rank_of(number, generate=2.0, **given):
 
 def machine_with(ranks, gpus=0):
     gpu = {"name": "H100", "utilisation": 96, "memory_used": 61e9, "memory_total": 85e9}
-    state = make_book()
+    state = make_state()
     state.take(
         SessionUpdate(
             telemetry=Telemetry(

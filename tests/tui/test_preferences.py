@@ -1,6 +1,6 @@
 """What is remembered between two sittings."""
 
-from rlhf_tui.app import preferences as prefs
+from rlhf_tui.state import preferences as prefs
 
 
 def test_what_was_chosen_comes_back():
@@ -24,7 +24,7 @@ def test_without_a_file_there_is_nothing_to_complain_about():
 
 def test_an_unknown_theme_becomes_the_first():
     prefs.save(prefs.preferences_file(), prefs.Preferences(theme="neon"))
-    assert prefs.load_preferences()[0].theme == prefs.THEMES[0]
+    assert prefs.load_preferences()[0].theme == prefs.THEME_NAMES[0]
 
 
 def test_a_folder_that_cannot_be_written_only_costs_the_remembering(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ DEADLINE = 10.0
 
 def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
     # The first one dawdles for as long as another one could have passed it.
-    passed, kind, answers = threading.Event(), command_sender.Client, []
+    passed, kind, replies = threading.Event(), command_sender.Client, []
     send = kind.send
 
     def dawdle(self, command, command_id):
@@ -27,53 +27,54 @@ def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
         return send(self, command, command_id)
 
     monkeypatch.setattr(kind, "send", dawdle)
-    commands = CommandSender("me", answers.append)
+    sender = CommandSender("me")
     for command in (Checkpoint(), Undo()):
-        commands.send(OutgoingCommand(Session(root / "frozen"), command, "it"))
+        session = Session(root / "frozen")
+        sender.send(OutgoingCommand(session, command, "it", replies.append))
     end = time.monotonic() + DEADLINE
-    while len(answers) < 4:
-        assert time.monotonic() < end, answers
+    while len(replies) < 4:
+        assert time.monotonic() < end, replies
         time.sleep(0.01)
     assert engine == [Checkpoint(), Undo()]
-    assert sum(a.answer.status == "applied" for a in answers) == 2
+    assert sum(r.reply.status == "applied" for r in replies) == 2
 
 
 @pytest.fixture
-def ahead():
-    ahead = PendingEffects()
-    ahead.sent(command := SetBeta(value=0.2), "running")
-    return ahead, command
+def effects():
+    effects = PendingEffects()
+    effects.sent(command := SetBeta(value=0.2), "running")
+    return effects, command
 
 
-def test_beta_on_its_way_counts_until_the_journal_has_it(ahead):
-    ahead, command = ahead
-    ahead.read("running", 0.1)
-    ahead.answered(command, CommandReply(id="1", status="accepted"), 0.1)
-    assert ahead.beta(0.1) == 0.2
-    ahead.answered(command, CommandReply(id="1", status="applied", step=3), 0.1)
-    assert ahead.beta(0.1) == 0.2
-    ahead.read("running", 0.2)
-    ahead.read("running", 0.21)
-    assert ahead.beta(0.21) == 0.21
+def test_beta_on_its_way_counts_until_the_journal_has_it(effects):
+    effects, command = effects
+    effects.read("running", 0.1)
+    effects.replied(command, CommandReply(id="1", status="accepted"), 0.1)
+    assert effects.beta(0.1) == 0.2
+    effects.replied(command, CommandReply(id="1", status="applied", step=3), 0.1)
+    assert effects.beta(0.1) == 0.2
+    effects.read("running", 0.2)
+    effects.read("running", 0.21)
+    assert effects.beta(0.21) == 0.21
 
 
 @pytest.mark.parametrize("answer", [None, CommandReply(id="1", status="rejected", reason="no")])
-def test_a_beta_that_was_not_taken_counts_no_more(ahead, answer):
-    ahead, command = ahead
-    ahead.answered(command, answer, 0.1)
-    assert ahead.beta(0.1) == 0.1
+def test_a_beta_that_was_not_taken_counts_no_more(effects, answer):
+    effects, command = effects
+    effects.replied(command, answer, 0.1)
+    assert effects.beta(0.1) == 0.1
 
 
-def test_after_an_undo_the_beta_in_force_counts(ahead):
-    ahead, _ = ahead
-    ahead.sent(Undo(), "running")
-    assert ahead.beta(0.1) == 0.1
+def test_after_an_undo_the_beta_in_force_counts(effects):
+    effects, _ = effects
+    effects.sent(Undo(), "running")
+    assert effects.beta(0.1) == 0.1
 
 
 def test_a_pause_that_others_ended_is_not_held_on_to():
-    ahead = PendingEffects()
-    ahead.sent(Pause(), "running")
-    assert ahead.held("running")
-    ahead.read("paused", 0.1)
-    ahead.read("running", 0.1)
-    assert not ahead.held("running")
+    effects = PendingEffects()
+    effects.sent(Pause(), "running")
+    assert effects.held("running")
+    effects.read("paused", 0.1)
+    effects.read("running", 0.1)
+    assert not effects.held("running")

@@ -15,28 +15,28 @@ CASES += [(screen, (160, 50)) for screen in ("labels", "beside", "abreast")]
 @pytest.mark.parametrize(
     ("screen", "size"), CASES, ids=[f"{screen}-{w}x{h}" for screen, (w, h) in CASES]
 )
-def test_a_screen_looks_as_it_did(snap_compare, make_desk, root, monkeypatch, screen, size, until):
+def test_a_screen_looks_as_it_did(snap_compare, make_app, root, monkeypatch, screen, size, until):
     monkeypatch.setenv("HOME", str(root.parent))
-    desk = make_desk()
+    app = make_app()
     if screen == "stop":
-        monkeypatch.setattr(desk, "can_steer", lambda: True)
+        monkeypatch.setattr(app.commands, "can_steer", lambda: True)
 
     async def settle(pilot):
-        await until(pilot, lambda: desk.state.known)
+        await until(pilot, lambda: app.state.known)
         await pilot.press(*SCREENS[screen])
         for _ in range(10):
             await pilot.pause(0.05)
 
-    assert snap_compare(desk, terminal_size=size, run_before=settle)
+    assert snap_compare(app, terminal_size=size, run_before=settle)
 
 
 @pytest.mark.parametrize("theme", ["light", "contrast"])
-def test_a_theme_looks_as_it_did(snap_compare, make_desk, theme, until):
-    desk = make_desk()
-    desk.theme = theme
+def test_a_theme_looks_as_it_did(snap_compare, make_app, theme, until):
+    app = make_app()
+    app.theme = theme
 
     async def settle(pilot):
-        await until(pilot, lambda: desk.state.known)
+        await until(pilot, lambda: app.state.known)
         await pilot.pause(0.2)
 
-    assert snap_compare(desk, terminal_size=(80, 24), run_before=settle)
+    assert snap_compare(app, terminal_size=(80, 24), run_before=settle)

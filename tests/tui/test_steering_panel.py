@@ -6,31 +6,31 @@ import pytest
 from engine.config.settings import SettingChange, Settings
 from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.widgets.panels.steering import SteeringPanel
-from tests.tui.panels import SETTINGS, command, make_book, text
+from tests.tui.panels import SETTINGS, command, make_state, text
 
 
 def test_the_next_beta_is_the_controller_s():
     # e = 6.6/6 - 1 = 0.1 and n/horizon = 0.1, so beta grows by 1 %.
-    assert "0.0505   +1.0%" in text(SteeringPanel(make_book(kl=6.6)))
+    assert "0.0505   +1.0%" in text(SteeringPanel(make_state(kl=6.6)))
 
 
 def test_a_saturated_controller_says_so():
-    assert "+2.0% saturated" in text(SteeringPanel(make_book(kl=60.0)))
+    assert "+2.0% saturated" in text(SteeringPanel(make_state(kl=60.0)))
 
 
 def test_a_bound_that_holds_beta_says_so():
     settings = SETTINGS | {"beta": 1.0}
-    assert "at its bound" in text(SteeringPanel(make_book(kl=60.0, settings=settings)))
+    assert "at its bound" in text(SteeringPanel(make_state(kl=60.0, settings=settings)))
 
 
 def test_a_fixed_beta_stays_and_the_panel_says_what_the_controller_would_do():
     settings = SETTINGS | {"controller": "fixed"}
-    shown = text(SteeringPanel(make_book(kl=6.6, settings=settings)))
+    shown = text(SteeringPanel(make_state(kl=6.6, settings=settings)))
     assert "stays; adaptive would give 0.0505" in shown
 
 
 def test_beta_names_who_set_it():
-    state = make_book()
+    state = make_state()
     change = [SettingChange(key="beta", old=0.04, new=0.05)]
     done = command("applied", applied_step=12, changes=change, ended=2.0)
     state.take(SessionUpdate(commands=[done]))
@@ -47,19 +47,19 @@ def test_beta_names_who_set_it():
     ],
 )
 def test_a_command_s_life_is_shown(given, words):
-    state = make_book()
+    state = make_state()
     state.take(SessionUpdate(commands=[given]))
     assert words in text(SteeringPanel(state))
 
 
 def test_a_pending_command_has_a_line_even_in_the_smallest_panel():
-    state = make_book()
+    state = make_state()
     state.take(SessionUpdate(commands=[command("accepted", accepted=1.0)]))
     assert "accepted" in text(SteeringPanel(state), 40, 6)
 
 
 def test_read_only_stands_in_the_panel_s_heading():
-    panel = SteeringPanel(make_book())
+    panel = SteeringPanel(make_state())
     panel.read_only = True
     assert "read-only" in text(panel)
     assert "±10%" not in text(panel)

@@ -5,13 +5,14 @@ import pytest
 from engine.config.settings import SettingChange
 from engine.journal.rows import AlertEvent, EventRow
 from rlhf_tui.app.digest import digest
-from rlhf_tui.app.preferences import Seen
+from rlhf_tui.screens.modes import MODES
 from rlhf_tui.screens.sessions import spark
+from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.panels.cursor import CursorPanel
 from rlhf_tui.widgets.status_lines import StatusLine, Tabs
-from tests.tui.panels import command, make_book, text
+from tests.tui.panels import command, make_state, text
 
 # -- top lines -------------------------------------------------------------------------------------
 
@@ -26,22 +27,22 @@ from tests.tui.panels import command, make_book, text
     ],
 )
 def test_a_state_says_what_helps(given, words):
-    assert words in text(StatusLine(make_book(**given)))
+    assert words in text(StatusLine(make_state(**given)))
 
 
 def test_time_left_is_reckoned_from_the_last_steps():
-    assert "8m20s left" in text(StatusLine(make_book()))
+    assert "8m20s left" in text(StatusLine(make_state()))
 
 
 def test_a_problem_takes_the_line():
-    state = make_book()
+    state = make_state()
     state.take(SessionUpdate(problem="the journal is gone"))
     assert "the journal is gone" in text(StatusLine(state))
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
 def test_where_one_is_and_the_state_are_always_there(width):
-    shown = text(Tabs(make_book(), "samples"), width, 1)
+    shown = text(Tabs(make_state(), "samples", tuple(MODES)), width, 1)
     assert "running" in shown
     assert "Samples" in shown or width < 60
 
@@ -50,7 +51,7 @@ def test_where_one_is_and_the_state_are_always_there(width):
 
 
 def test_an_intervention_s_effect_is_the_means_before_and_after():
-    state = make_book()
+    state = make_state()
     change = [SettingChange(key="beta", old=0.04, new=0.05)]
     done = command("applied", applied_step=21, changes=change, ended=2.0)
     state.take(SessionUpdate(commands=[done]))
@@ -61,11 +62,11 @@ def test_an_intervention_s_effect_is_the_means_before_and_after():
 
 
 def test_the_crosshair_reads_the_values_of_its_step():
-    assert "score 0.500" in text(CursorPanel(make_book(), Viewport(cursor=25)), 120, 2)
+    assert "score 0.500" in text(CursorPanel(make_state(), Viewport(cursor=25)), 120, 2)
 
 
 def test_a_digest_tells_what_came_since():
-    state = make_book()
+    state = make_state()
     payload = AlertEvent(rule="kl", text="KL is high")
     alert = EventRow(event=9, time=900.0, attempt=1, step=40, kind="alert", payload=payload)
     state.take(SessionUpdate(events=[alert]))
@@ -77,7 +78,7 @@ def test_a_digest_tells_what_came_since():
 
 
 def test_there_is_no_digest_for_who_was_not_away():
-    state = make_book()
+    state = make_state()
     assert digest(state, Seen(time=990.0, step=20, event=3)) == []
     assert digest(state, Seen(time=100.0, step=50, event=3)) == []
 

@@ -33,8 +33,8 @@ class Chart(Widget, can_focus=True):
         self.log_scale = log
         self.place = ""
         """`2/6` where not all charts are in sight."""
-        self._picture: Canvas | None = None
-        self._looks: dict[int, Style] = {}
+        self._canvas: Canvas | None = None
+        self._style_cache: dict[int, Style] = {}
 
     @property
     def cells(self) -> int:
@@ -46,8 +46,8 @@ class Chart(Widget, can_focus=True):
         width, height = self.size
         if not width or not height:
             return
-        old, new = self._picture, paint(self.plot(), width, height)
-        self._picture = new
+        old, new = self._canvas, paint(self.plot(), width, height)
+        self._canvas = new
         if old is None or (old.width, old.height) != (width, height):
             self.refresh()
         elif regions := changed(old, new):
@@ -55,7 +55,7 @@ class Chart(Widget, can_focus=True):
 
     def text(self) -> str:
         """What is shown, as plain text."""
-        picture = self._picture
+        picture = self._canvas
         return "\n".join(map(picture.row_text, range(picture.height))) if picture else ""
 
     def plot(self) -> Plot:
@@ -125,7 +125,7 @@ class Chart(Widget, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         """One line of the cached picture."""
-        picture = self._picture
+        picture = self._canvas
         if picture is None or y >= picture.height:
             return Strip.blank(self.size.width, self.rich_style)
         segments = []
@@ -133,23 +133,23 @@ class Chart(Widget, can_focus=True):
         begin = 0
         for x in range(1, picture.width + 1):
             if x == picture.width or styles[x] != styles[begin]:
-                segments.append(Segment("".join(chars[begin:x]), self._look(styles[begin])))
+                segments.append(Segment("".join(chars[begin:x]), self._style_of(styles[begin])))
                 begin = x
         return Strip(segments, picture.width)
 
-    def _look(self, number: int) -> Style:
-        if number not in self._looks:
+    def _style_of(self, number: int) -> Style:
+        if number not in self._style_cache:
             style = style_of(self, STYLES[number & 31])
             for flag, name in GROUNDS.items():
                 if number & flag:
                     over = style_of(self, name)
                     style += Style(bgcolor=over.bgcolor, bold=over.bold, reverse=over.reverse)
-            self._looks[number] = style
-        return self._looks[number]
+            self._style_cache[number] = style
+        return self._style_cache[number]
 
     def notify_style_update(self) -> None:
         """A new theme, other styles."""
-        self._looks.clear()
+        self._style_cache.clear()
         super().notify_style_update()
 
     def on_resize(self) -> None:

@@ -62,7 +62,7 @@ class ChartGrid(Container):
             self.charts[0].focus()
 
     def read(self, state: SessionState, view: Viewport) -> None:
-        """Another session was opened, or there is news."""
+        """Another session was opened, or the state has changed."""
         self.state, self.view = state, view
         for chart in self.charts:
             chart.state, chart.view = state, view

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from rlhf_tui.state.series import Series
-from rlhf_tui.state.session_state import GLYPHS, Marker
+from rlhf_tui.state.session_state import MARKER_GLYPHS, Marker
 from rlhf_tui.widgets.charts.raster import BRAILLE, Column, Raster, Scale, column_of, decimate
 
 STYLES = (
@@ -140,16 +140,16 @@ def _curves(
         flag = BAND if y in band_rows else 0
         for x in range(cells):
             bits = raster.bits[y * cells + x]
-            char, look = " ", 0
+            char, number = " ", 0
             if bits:
-                char, look = chr(BRAILLE + bits), raster.owner[y * cells + x]
-                look |= CURSOR if x == cursor else 0
+                char, number = chr(BRAILLE + bits), raster.owner[y * cells + x]
+                number |= CURSOR if x == cursor else 0
             elif x == cursor:
-                char, look = "│", STYLE["rule"]
+                char, number = "│", STYLE["rule"]
             elif x in ruled:
-                char, look = "┊", STYLE["dim"]
+                char, number = "┊", STYLE["dim"]
             chars[GUTTER + x] = char
-            styles[GUTTER + x] = look | flag
+            styles[GUTTER + x] = number | flag
 
 
 def _target(raster: Raster, plot: Plot, scale: Scale) -> range:
@@ -181,7 +181,7 @@ def _axis(picture: Canvas, plot: Plot, cells: int, rows: int) -> None:
         for marker in plot.markers:
             x = _cell(marker.step, plot, cells) if marker.kind == kind else None
             if x is not None:
-                picture.write(GUTTER + x, y, GLYPHS[kind], STYLE[kind])
+                picture.write(GUTTER + x, y, MARKER_GLYPHS[kind], STYLE[kind])
     if plot.cursor is not None and (x := _cell(plot.cursor, plot, cells)) is not None:
         label = steps_text(plot.cursor)
         at = min(max(GUTTER + x - len(label) // 2, GUTTER), picture.width - len(label))

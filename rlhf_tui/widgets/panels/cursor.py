@@ -2,7 +2,7 @@
 
 from engine import metrics
 from rlhf_tui import format as fmt
-from rlhf_tui.state.session_state import GLYPHS, RECENT, TONES, Marker, SessionState
+from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, RECENT, Marker, SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.panels.panel import Panel
@@ -20,7 +20,7 @@ class CursorPanel(Panel):
 
     def __init__(self, state: SessionState, view: Viewport) -> None:
         """Of the marker under the view's crosshair, else of the newest intervention."""
-        super().__init__(state, id="readout")
+        super().__init__(state, id="cursor")
         self.view = view
 
     def rows(self, width: int, height: int) -> list[Row]:
@@ -48,7 +48,7 @@ class CursorPanel(Panel):
         who = f" by {marker.who}" if marker.who else ""
         when = f" · {fmt.clock(marker.time)[11:16]}" if marker.time else ""
         first: Row = [
-            (f" {GLYPHS[marker.kind]} step {marker.step} ", TONES[marker.kind]),
+            (f" {MARKER_GLYPHS[marker.kind]} step {marker.step} ", MARKER_TONES[marker.kind]),
             (marker.text, "strong"),
             (f"{who}{when}", "dim"),
         ]

@@ -8,7 +8,7 @@ from rlhf_tui.widgets.panels.panel import Panel, bar, heading
 
 SHORT, SHORTEST = 23, 19
 """Cells of a GPU in few words, and in fewer."""
-PHASES = {"generate": ("█", "s1"), "score": ("▓", "s2"), "reference": ("▒", "s3"),
+PHASE_BARS = {"generate": ("█", "s1"), "score": ("▓", "s2"), "reference": ("▒", "s3"),
           "optimise": ("░", "s4")}  # fmt: skip
 """How a phase is drawn in a rank's bar; the characters tell them apart without colours."""
 BEHIND = 1.05
@@ -98,7 +98,7 @@ def _blocks(rank: RankLoad, width: int, longest: float) -> list[Piece]:
     """Its seconds by phase, on the scale of the longest rank's."""
     found: list[Piece] = []
     done, used = 0.0, 0
-    for name, (char, tone) in PHASES.items():
+    for name, (char, tone) in PHASE_BARS.items():
         done += rank.seconds.get(name, 0.0)
         end = round(done / longest * width) if longest else 0
         found.append((char * (end - used), tone))
@@ -109,7 +109,7 @@ def _blocks(rank: RankLoad, width: int, longest: float) -> list[Piece]:
 def _legend(telemetry: Telemetry, width: int) -> str:
     if not any(r.seconds for r in telemetry.ranks):
         return ""
-    names = [f"{char} {name}" for name, (char, _) in PHASES.items()]
+    names = [f"{char} {name}" for name, (char, _) in PHASE_BARS.items()]
     words = " ".join(names)
     return words if len(words) < width - 12 else " ".join(n[:5] for n in names)
 

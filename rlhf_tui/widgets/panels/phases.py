@@ -3,6 +3,7 @@
 from engine import metrics
 from engine.metrics import PHASES, phase_time
 from engine.protocol.rank_messages import Phase
+from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar
 
@@ -80,11 +81,10 @@ class PhaseStrip(Panel):
         return [*found, *bar(share, min(room, 20))] if room >= 4 else found
 
     def _clock(self, phase: Phase) -> list[Piece]:
-        """The step in hand: the time it took so far of the time it usually takes."""
-        usual, left = self.state.recent_mean(metrics.STEP_TIME), self.state.boundary_in()
+        """The current step, and about how long it takes still."""
         found: list[Piece] = [(f"  step {phase.step}", "dim")]
-        if usual is not None and left is not None and left > 0:
-            found.append((f"  ~{left:.0f}s left", ""))
+        if left := about(self.state.boundary_in()):
+            found.append((f"  {left} left", ""))
         return [*found, (" ", "")]
 
     def _loading(self, lead: list[Piece], phase: Phase, width: int) -> Row:

@@ -8,16 +8,17 @@ from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import SessionState, command_text, value_text
+from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 
-OTHERS = (
+OTHER_SETTINGS = (
     ("learning_rate", "lr"), ("clip_range", "clip"), ("epochs", "epochs"),
     ("temperature", "temp"), ("max_new_tokens", "length"), ("stop_kl", "stop KL"),
     ("save_every", "save every"), ("horizon", "horizon"),
 )  # fmt: skip
 LABEL = 9
-MARKS = {
+STATUS_MARKS = {
     "queued": ("⧗", "warn"),
     "accepted": ("⧗", "warn"),
     "applied": ("✓", "good"),
@@ -95,7 +96,7 @@ class SteeringPanel(Panel):
 
     def _others(self, width: int) -> list[Row]:
         rows: list[list[Piece]] = [[*_label("others")]]
-        for key, name in OTHERS:
+        for key, name in OTHER_SETTINGS:
             value = value_text(self.state.setting(key))
             if row_width(rows[-1]) + len(name) + len(value) + 3 > width:
                 rows.append([*_label("")])
@@ -111,21 +112,18 @@ class SteeringPanel(Panel):
 
     def _command(self, command: CommandRow, width: int) -> Row:
         status = command.status
-        mark, tone = MARKS.get(status, ("?", "warn"))
+        mark, tone = STATUS_MARKS.get(status, ("?", "warn"))
         words = f"{mark} {status}"
         if status == "applied" and command.applied_step is not None:
             words += f" at step {command.applied_step}"
         elif status in ("queued", "accepted"):
-            wait = self.state.boundary_in()
-            words += f", at step {self.state.head.step + 2 if wait else '…'}".replace(
-                ", at step …", ""
-            )
-            words += f" in ~{wait:.0f}s" if wait else ""
+            if wait := about(self.state.boundary_in()):
+                words += f", at step {self.state.head.step + 2} in {wait}"
         elif status == "rejected":
             words += f": {command.reason}"
         text = command_text(command)
         if width < 50:
-            for key, name in OTHERS:
+            for key, name in OTHER_SETTINGS:
                 text = text.replace(f"{key} ", f"{name} ")
             words = words.replace("applied at ", "")
         return [(f" {text}", ""), (f"  {words}", tone)]

@@ -1,7 +1,7 @@
 """What happened, newest first: interventions, alerts, checkpoints, notes."""
 
 from rlhf_tui import format as fmt
-from rlhf_tui.state.session_state import GLYPHS, TONES, Marker
+from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, Marker
 from rlhf_tui.widgets.lines import Row, justified
 from rlhf_tui.widgets.panels.panel import Panel, heading
 
@@ -19,10 +19,10 @@ class TimelinePanel(Panel):
 
 
 def _row(marker: Marker, width: int) -> Row:
-    tone = TONES[marker.kind]
+    tone = MARKER_TONES[marker.kind]
     left: Row = [
         (f" {marker.step:>6} ", "dim"),
-        (f"{GLYPHS[marker.kind]} ", tone),
+        (f"{MARKER_GLYPHS[marker.kind]} ", tone),
         (marker.text, tone if marker.kind == "alert" else ""),
     ]
     who = marker.who.split(" ")[0]

@@ -5,7 +5,7 @@ from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.wrap import wrap
 
-MARKS: dict[str, Piece] = {"good": ("+", "good"), "bad": ("-", "bad"), "hack": ("!", "warn")}
+LABEL_MARKS: dict[str, Piece] = {"good": ("+", "good"), "bad": ("-", "bad"), "hack": ("!", "warn")}
 """By label; the mark is also the key that sets it."""
 NOTE = "✎"
 
@@ -17,7 +17,7 @@ def key_of(sample: SampleRow) -> tuple[int, int, int]:
 
 def mark(sample: SampleRow) -> Piece:
     """Two cells at most: the label, and whether there is a note."""
-    text, tone = MARKS.get(sample.label or "", ("", "key"))
+    text, tone = LABEL_MARKS.get(sample.label or "", ("", "key"))
     return text + (NOTE if sample.note else ""), tone
 
 
@@ -26,7 +26,11 @@ def judgement_rows(judgement: Judgement | None, width: int) -> list[Row]:
     if judgement is None or not (judgement.label or judgement.note):
         return []
     label, note = judgement.label, judgement.note
-    said = [(f"{MARKS[label][0]} {label}", MARKS[label][1])] if label else [(f"{NOTE} note", "key")]
+    said = (
+        [(f"{LABEL_MARKS[label][0]} {label}", LABEL_MARKS[label][1])]
+        if label
+        else [(f"{NOTE} note", "key")]
+    )
     rows: list[Row] = [[*said, (f"   {judgement.who}, {fmt.clock(judgement.time)}", "dim")]]
     if note:
         lead = f"{NOTE} " if label else ""

@@ -30,7 +30,7 @@ class SampleView(ScrollText):
         self.arrays: TokenArrays | None = None
         self.mode = VIEWS[0]
         self.beside: ComparisonTarget | None = None
-        """What it is held against."""
+        """What it is compared with."""
 
     def read(self, sample: SampleRow | None, arrays: TokenArrays | None) -> None:
         """Another answer."""
@@ -40,15 +40,15 @@ class SampleView(ScrollText):
         if not same:
             self.beside = None
         self.sample, self.arrays = sample, arrays
-        self.compose_body(keep=same)
+        self._lay_out(keep=same)
 
-    def hold_against(self, beside: ComparisonTarget | None) -> None:
-        """Shows another answer with it, or none."""
+    def compare(self, beside: ComparisonTarget | None) -> None:
+        """Shows another response with it, or none."""
         if beside is None and self.beside is None:
             return
         keep = self.beside is not None and beside is not None and beside.kind == self.beside.kind
         self.beside = beside
-        self.compose_body(keep=keep)
+        self._lay_out(keep=keep)
 
     @property
     def comparing(self) -> bool:
@@ -58,19 +58,19 @@ class SampleView(ScrollText):
     def cycle(self) -> None:
         """The next view of the same answer."""
         self.mode = VIEWS[(VIEWS.index(self.mode) + 1) % len(VIEWS)]
-        self.compose_body(keep=False)
+        self._lay_out(keep=False)
 
     def as_text(self) -> None:
         """The words, without numbers of the tokens."""
         self.mode = VIEWS[0]
-        self.compose_body(keep=False)
+        self._lay_out(keep=False)
 
     def on_resize(self) -> None:
         """Lines are broken for the width."""
         super().on_resize()
-        self.compose_body(keep=True)
+        self._lay_out(keep=True)
 
-    def compose_body(self, *, keep: bool) -> None:
+    def _lay_out(self, *, keep: bool) -> None:
         """Breaks everything into lines."""
         width = max(self.size.width - 2, 10)
         if self.sample is None:

@@ -15,14 +15,14 @@ from engine import metrics
 from engine.session.folder import write_atomically
 
 CHARTS = [metrics.SCORE, metrics.KL, metrics.CLIP_FRACTION, metrics.BETA]
-THEMES = ("dark", "light", "contrast")
+THEME_NAMES = ("dark", "light", "contrast")
 SEEN_KEPT = 200
 
 
 class Preferences(Struct, kw_only=True):
-    """How the operator likes it."""
+    """The operator's choices."""
 
-    theme: str = THEMES[0]
+    theme: str = THEME_NAMES[0]
     charts: list[str] = msgspec.field(default_factory=lambda: list(CHARTS))
     """Metrics; `a + b` puts two on one chart."""
     columns: Annotated[int, Meta(ge=0, le=4)] = 0
@@ -40,7 +40,7 @@ class Preferences(Struct, kw_only=True):
 
 
 class Seen(Struct, kw_only=True):
-    """How a session was when the operator last looked."""
+    """A session as the operator last saw it."""
 
     time: float
     step: int
@@ -52,12 +52,12 @@ _T = TypeVar("_T")
 
 
 def preferences_file() -> Path:
-    """Where preferences lie."""
+    """The file of the preferences."""
     return _base("XDG_CONFIG_HOME", ".config") / "preferences.json"
 
 
 def seen_file() -> Path:
-    """Where it stands what was seen."""
+    """The file of what was seen."""
     return _base("XDG_STATE_HOME", ".local/state") / "seen.json"
 
 
@@ -72,8 +72,8 @@ def load_preferences() -> tuple[Preferences, str]:
     """The preferences, and what was wrong with their file (empty: nothing)."""
     found, problem = _load(preferences_file(), Preferences)
     found = found or Preferences()
-    if found.theme not in THEMES:
-        found.theme = THEMES[0]
+    if found.theme not in THEME_NAMES:
+        found.theme = THEME_NAMES[0]
     found.charts = found.charts or list(CHARTS)
     return found, problem
 
@@ -94,7 +94,7 @@ def save(path: Path, value: Preferences | SeenAll) -> str:
 
 
 def remember_seen(folder: str, seen: Seen) -> None:
-    """Notes what was seen of a session, beside what other terminals noted meanwhile."""
+    """Adds what was seen of a session to what other terminals have noted."""
     known = load_seen() | {folder: seen}
     newest = sorted(known, key=lambda f: known[f].time)[-SEEN_KEPT:]
     save(seen_file(), {f: known[f] for f in newest})

@@ -1,0 +1,117 @@
+"""What a screen may use of the app, as protocols: screens never import the app itself."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from textual.notifications import SeverityLevel
+
+from engine.protocol.commands import Command
+from engine.session.folder import Session
+from rlhf_tui.state.messages import CommandAnswered
+from rlhf_tui.state.preferences import Preferences
+from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.viewport import Viewport
+
+
+class Say(Protocol):
+    """Shows a notice for a few seconds. Call it in the app's thread."""
+
+    def __call__(self, text: str, severity: SeverityLevel = "information") -> None:
+        """Any text is safe here: it is sanitised, and nothing in it is markup."""
+
+
+class CommandActions(Protocol):
+    """Sending commands to the engine of the open session."""
+
+    def command(
+        self,
+        command: Command,
+        text: str,
+        post: Callable[[CommandAnswered], object] | None = None,
+    ) -> bool:
+        """Sends a command after all earlier ones; False, with a notice, if no engine takes it.
+
+        Args:
+            command: what to send.
+            text: the same for people.
+            post: takes the replies, from another thread; None: the app, which shows them.
+        """
+
+    def roll_back(self, step: int) -> None:
+        """Asks, then sends a rollback to the checkpoint of `step`."""
+
+    def ask_roll_back(self, step: int, confirmed: Callable[[bool], None]) -> None:
+        """Asks for confirmation; `confirmed` gets whether to sample with a new seed."""
+
+
+class EngineActions(Protocol):
+    """Commands of the CLI, run in a process of their own."""
+
+    def refuse_read_only(self) -> bool:
+        """Whether this terminal is read-only; shows a notice if so."""
+
+    def start(self, arguments: list[str], name: str) -> None:
+        """Runs `rlhf-tui <arguments> --detach`, and opens the session.
+
+        Args:
+            arguments: of the command.
+            name: the session; empty if the command chooses a name.
+        """
+
+    def run_command(self, arguments: list[str], done: str) -> None:
+        """Runs `rlhf-tui <arguments>`; shows the error, or `done` when it succeeds."""
+
+    def ask_fork(self, name: str, step: int) -> None:
+        """Asks for a name, then forks session `name` from the checkpoint of `step`."""
+
+
+class AppContext(Protocol):
+    """The app as its screens see it."""
+
+    root: Path
+    """The folder of sessions."""
+    read_only: bool
+    who: str
+    """The operator's name in the command log and in labels."""
+    preferences: Preferences
+    now: Callable[[], float]
+    """The wall clock, seconds since the epoch."""
+
+    @property
+    def session(self) -> Session | None:
+        """The open session; None in the browser before any was opened."""
+
+    @property
+    def state(self) -> SessionState:
+        """What is known of the open session."""
+
+    @property
+    def view(self) -> Viewport:
+        """The window and crosshair that the charts share."""
+
+    @property
+    def commands(self) -> CommandActions:
+        """Sends commands."""
+
+    @property
+    def engines(self) -> EngineActions:
+        """Starts engines."""
+
+    def open_session(self, name: str) -> bool:
+        """Follows a session and shows its dashboard; False, with a notice, if there is none."""
+
+    def forget_session(self, name: str) -> None:
+        """Stops following a session that is about to be deleted."""
+
+    def read_metrics(self, specs: Iterable[str]) -> None:
+        """Reads the metrics of new charts, given as in the preferences."""
+
+    def save_preferences(self) -> None:
+        """Writes the preferences in a thread: a home on a network may be slow."""
+
+    def say(self, text: str, severity: SeverityLevel = "information") -> None:
+        """Shows a notice; see :class:`Say`."""
+
+    def say_later(self, text: str, severity: SeverityLevel = "information") -> None:
+        """Shows a notice. Call it from another thread."""

@@ -1,0 +1,32 @@
+"""Time left: of a step and of a run, as every part of the dashboard and the CLI shows it."""
+
+SMOOTHING = 0.9
+"""Weight of the past in :class:`StepSeconds`."""
+
+
+def until_end(step: int, total_steps: int, step_seconds: float) -> float:
+    """Seconds until the last step is done, at `step_seconds` a step."""
+    return max(0, total_steps - step) * step_seconds
+
+
+def until_boundary(step_seconds: float, elapsed: float) -> float:
+    """Seconds until the current step is done; 0 if it takes longer than usual."""
+    return max(0.0, step_seconds - elapsed)
+
+
+def about(seconds: float | None) -> str:
+    """`~12s`, in whole seconds; empty if the time is unknown or there is none left."""
+    return f"~{seconds:.0f}s" if seconds else ""
+
+
+class StepSeconds:
+    """Exponential moving average of the seconds of a step."""
+
+    def __init__(self) -> None:
+        self.mean: float | None = None
+        """None before the first step."""
+
+    def add(self, seconds: float) -> None:
+        """Adds a step."""
+        before = self.mean
+        self.mean = seconds if before is None else SMOOTHING * before + (1 - SMOOTHING) * seconds

@@ -1,0 +1,49 @@
+"""Every use of a private part of Textual, each with its reason.
+
+tests/tui/test_textual_internals.py fails when Textual changes one of them.
+"""
+
+from typing import Any
+
+from textual.app import App
+from textual.binding import Binding
+from textual.screen import Screen
+from textual.widget import Widget
+
+
+async def run_key_binding(app: App[Any], key: str) -> bool:
+    """Runs the binding of a key now, as Textual would later; False if nothing is bound to it.
+
+    Textual offers no public way to run a binding before the event loop handles the next key.
+    `App.simulate_key` queues the key behind those that have arrived already.
+    """
+    return await app._check_bindings(key, priority=True) or await app._check_bindings(key)
+
+
+def bindings_of_key(widget: Widget, key: str) -> list[Binding]:
+    """The bindings of a widget's own, inherited ones included, for a key.
+
+    `Screen.active_bindings` has one binding a key, which may be that of a parent.
+    """
+    return list(widget._bindings.key_to_bindings.get(key, ()))
+
+
+async def wait_until_mounted(screen: Screen[Any]) -> None:
+    """Waits until a screen can take keys.
+
+    `push_screen` returns an awaitable, but an action that is run by name does not pass it on.
+    """
+    await screen._mounted_event.wait()
+
+
+def screens_of_all_modes(app: App[Any]) -> list[Screen[Any]]:
+    """Every screen that was created, also those of other modes. `screen_stack` has one mode's."""
+    return [screen for stack in app._screen_stacks.values() for screen in stack]
+
+
+def screens_of_current_mode(app: App[Any]) -> list[Screen[Any]]:
+    """The screens of the present mode, bottom first; none before the first one is created.
+
+    `App.screen_stack` raises KeyError while modes are being switched, and after the end.
+    """
+    return list(app._screen_stacks.get(app.current_mode, []))
