@@ -1,4 +1,4 @@
-"""Takes commands in, from clients, signals and guard rails, and says how things stand."""
+"""Handles commands from clients, signals and guard rails, and reports the session's status."""
 
 import contextlib
 import logging
@@ -42,11 +42,11 @@ from engine.supervisor.watchdog import Watchdog
 log = logging.getLogger("engine")
 
 ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
-"""`action` of a guard rail → what is asked when it fires; `notify` asks for nothing."""
+"""`action` of a guard rail → the command it issues; `notify` issues none."""
 
 
 class CommandHandler:
-    """Checks commands, carries out the supervisor's, and passes the others on to rank 0."""
+    """Checks commands, carries out the supervisor's, and sends the others to rank 0."""
 
     def __init__(
         self,
@@ -71,10 +71,10 @@ class CommandHandler:
         self._ranks = ranks
         self._watchdog = watchdog
 
-    def answer(self, request: CommandRequest, who: str) -> CommandReply:
-        """Takes a command in: journalled, checked, and passed on where it needs a rank.
+    def handle(self, request: CommandRequest, who: str) -> CommandReply:
+        """Records and checks a command, then carries it out or sends it to rank 0.
 
-        A stop is carried out even where the journal cannot be written, as on a full disk; every
+        A stop is carried out even if the journal cannot be written, such as on a full disk; every
         other command is then rejected.
         """
         try:
@@ -86,18 +86,18 @@ class CommandHandler:
             return self._carry_out_unrecorded(request, who, reason)
 
     def _record_and_carry_out(self, request: CommandRequest, who: str) -> CommandReply:
-        command, log = request.command, self._journal.commands
-        if not log.record(request.id, command.name(), config_file.as_mapping(command), who):
-            return log.reply(request.id)
+        command, commands = request.command, self._journal.commands
+        if not commands.record(request.id, command.name(), config_file.as_mapping(command), who):
+            return commands.reply(request.id)
         try:
             check_command(command, self._moment())
         except RlhfError as error:
-            log.reject(request.id, str(error))
+            commands.reject(request.id, str(error))
         else:
-            log.accept(request.id)
+            commands.accept(request.id)
             self._carry_out(request, who)
-        self._server.wake()
-        return log.reply(request.id)
+        self._server.notify_watchers()
+        return commands.reply(request.id)
 
     def _carry_out_unrecorded(self, request: CommandRequest, who: str, reason: str) -> CommandReply:
         command = request.command
@@ -111,7 +111,7 @@ class CommandHandler:
             self._end_ranks()
             step = self._journal.step + 1
             return CommandReply(id=request.id, status="applied", step=step, reason=reason)
-        # The ranks try to save. Where that fails too, the error ends the run.
+        # The ranks try to save. If that fails too, the error ends the run.
         self._state.stopping = True
         with contextlib.suppress(sqlite3.Error):
             self._publisher.set_state("stopping")
@@ -130,7 +130,7 @@ class CommandHandler:
         )
 
     def _carry_out(self, request: CommandRequest, who: str) -> None:
-        """Carries out what is the supervisor's; a RankCommand's type holds only the rest."""
+        """Carries out a supervisor's command; the type of a RankCommand admits all others."""
         state = self._state
         match request.command:
             case Stop() if self._is_immediate(request.command):
@@ -148,9 +148,9 @@ class CommandHandler:
                     self._publisher.set_state(command.state_when_accepted)
                 elif isinstance(command, Unpause) and self._publisher.state == "pausing":
                     self._publisher.set_state("running")
-                passed_on = RankCommand(id=request.id, command=command)
-                self._pending.add(passed_on, who)
-                state.attempt.send(passed_on)
+                message = RankCommand(id=request.id, command=command)
+                self._pending.add(message, who)
+                state.attempt.send(message)
 
     def _is_immediate(self, stop: Stop) -> bool:
         """While the models are loaded there is nothing to save."""
@@ -158,24 +158,24 @@ class CommandHandler:
 
     def _end_ranks(self) -> None:
         self._state.stopping = self._state.stop_now = True
-        self._state.next = None  # a roll back under way does not begin either
+        self._state.next = None  # cancels a roll back whose attempt has not begun
         self._ranks.kill()
 
     def on_signal(self, number: signal.Signals) -> None:
-        """The first one stops after the step in hand, saved; a second ctrl+c does not wait."""
+        """Stops after the current step, with a save; at once on a second SIGINT (ctrl+c)."""
         again = self._state.stopping and number == signal.SIGINT
         if again or not self._state.stopping:
-            self.answer(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
+            self.handle(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
 
     def on_alert(self, alert: Alert) -> None:
-        """Something deserves a look, and may ask for a command."""
+        """Publishes an alert and issues the command of its action."""
         self._publisher.alert(alert)
         command = ACTIONS.get(alert.action)
         if command is not None and self._publisher.state not in ("stopping", *ENDED_STATES):
-            self.answer(CommandRequest(id=new_id(), command=command), f"guard rail {alert.rule}")
+            self.handle(CommandRequest(id=new_id(), command=command), f"guard rail {alert.rule}")
 
     def status(self) -> Status:
-        """How things stand."""
+        """The session's current status."""
         state = self._state
         moving = self._publisher.state in ("running", "pausing", "stopping")
         return Status(
@@ -186,15 +186,15 @@ class CommandHandler:
             settings=state.settings,
             phases=list(state.phases.values()),
             step_seconds=state.timer.step_seconds,
-            boundary_in=state.timer.left() if moving else None,
-            pending=self._pending.pending(),
+            boundary_in=state.timer.remaining() if moving else None,
+            pending=self._pending.rows(),
             telemetry=self._watchdog.latest,
             watchers=self._server.watchers,
             pid=os.getpid(),
         )
 
-    def wake(self) -> JournalAdvanced:
-        """How far the journal is."""
+    def journal_position(self) -> JournalAdvanced:
+        """The newest rows of the journal."""
         return JournalAdvanced(
             step=self._journal.step, event=self._journal.last_event, state=self._publisher.state
         )

@@ -34,7 +34,7 @@ class Engine:
         self.supervisor.publisher.set_state("running")
 
     def ask(self, command):
-        return self.supervisor.commands.answer(CommandRequest(id=new_id(), command=command), "me")
+        return self.supervisor.commands.handle(CommandRequest(id=new_id(), command=command), "me")
 
     def hear(self, message):
         self.supervisor.rank_messages.handle(message)
@@ -137,7 +137,7 @@ async def test_a_stop_reaches_the_ranks_without_a_journal_and_is_recorded_later(
     with no_room_for_files():
         engine.supervisor.commands.on_signal(signal.SIGTERM)
         assert engine.ask(Stop()).reason == "the run is stopping already"
-    (command,) = engine.supervisor.pending.all()
+    (command,) = engine.supervisor.pending.messages()
     assert command.command == Stop()
     assert engine.state == "stopping"
     engine.hear(Applied(id=command.id, step=4))
@@ -150,7 +150,7 @@ async def test_another_command_is_rejected_without_a_journal(engine):
         reply = engine.ask(SetBeta(value=0.2))
     assert reply.status == "rejected"
     assert reply.reason.startswith("cannot write the journal")
-    assert engine.supervisor.pending.all() == []
+    assert engine.supervisor.pending.messages() == []
 
 
 # -- guard rails -----------------------------------------------------------------------------------
@@ -192,12 +192,12 @@ async def test_a_command_that_cannot_be_looked_into_is_rejected_and_says_why(eng
 async def test_only_ranks_that_were_ready_can_have_failed_by_a_command(engine, writer):
     order = engine.ask(SetBeta(value=0.2))
     for ready in (False, True, True):
-        assert [o.id for o in engine.supervisor.pending.all()] == [order.id]
+        assert [o.id for o in engine.supervisor.pending.messages()] == [order.id]
         engine.live.attempt = Attempt(StartOptions())
         if ready:
             engine.hear(Ready(info={}, settings=engine.live.settings))
         engine.supervisor.conclude(-signal.SIGKILL)
-    assert engine.supervisor.pending.all() == []
+    assert engine.supervisor.pending.messages() == []
     assert "failed 2 times" in writer.journal.commands.reply(order.id).reason
 
 

@@ -53,9 +53,9 @@ def test_a_rank_that_loads_is_not_held_to_the_silence_of_steps(watch):
     watchdog = watch("launch.silence=1e-9")
     assert hung(watchdog) == []
     for rank in (0, 1):
-        watchdog.opened(rank)
-        watchdog.heard(rank, Phase(rank=rank, step=0, name="load policy"))
-    watchdog.heard(0, Notice(step=0, rule="memory", text="little is left"))
+        watchdog.rank_connected(rank)
+        watchdog.message_received(rank, Phase(rank=rank, step=0, name="load policy"))
+    watchdog.message_received(0, Notice(step=0, rule="memory", text="little is left"))
     assert hung(watchdog) == []
 
 
@@ -69,29 +69,29 @@ def test_a_rank_that_loads_is_not_held_to_the_silence_of_steps(watch):
 )
 def test_a_rank_that_has_loaded_is(watch, rank, message):
     watchdog = watch("launch.silence=1e-9")
-    watchdog.opened(1)
-    watchdog.heard(rank, message)
+    watchdog.rank_connected(1)
+    watchdog.message_received(rank, message)
     assert hung(watchdog) == [rank]
 
 
 def test_a_rank_that_hangs_while_it_loads_is_ended_in_the_end(watch):
     watchdog = watch("launch.load_silence=1e-9")
-    watchdog.heard(0, Ready(info={}, settings={}))
-    watchdog.heard(1, Phase(rank=1, step=0, name="load policy"))
+    watchdog.message_received(0, Ready(info={}, settings={}))
+    watchdog.message_received(1, Phase(rank=1, step=0, name="load policy"))
     assert hung(watchdog) == [1]
 
 
 def test_the_ranks_of_a_restart_load_again(watch):
     watchdog = watch("launch.silence=1e-9")
-    watchdog.heard(0, Ready(info={}, settings={}))
+    watchdog.message_received(0, Ready(info={}, settings={}))
     assert hung(watchdog) == [0]
-    watchdog.begin()
+    watchdog.ranks_starting()
     assert hung(watchdog) == []
 
 
 def test_a_supervisor_that_was_stopped_does_not_count_its_absence_as_silence(watch):
     watchdog = watch("launch.silence=60")
-    watchdog.heard(0, Ready(info={}, settings={}))
+    watchdog.message_received(0, Ready(info={}, settings={}))
     woken = time.monotonic() + 1000
     assert hung(watchdog) == []
     assert hung(watchdog, woken) == []
