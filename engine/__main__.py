@@ -1,7 +1,7 @@
 """An engine in the background: ``python -m engine SESSION_FOLDER START``.
 
-Started in a session of its own (setsid), with the log file for its output; see
-:mod:`engine.launch.background`.
+:mod:`engine.launch.background` starts it in a session of its own (setsid), with engine.log as its
+output. The log is not sanitised; `rlhf-tui logs` and the dashboard sanitise what they show of it.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from engine.supervisor.supervisor import supervise
 
 
 def main() -> None:
-    """Runs to the end; the exit code is the contract's."""
+    """Runs the session to its end and exits with the supervisor's exit code."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )

@@ -52,7 +52,7 @@ def test_a_bound_relative_to_nothing_is_not_taken_for_an_absolute_one(value, why
     (notice,) = guardrails.check(1, {"m": 9.0}, {"stop_kl": value})
     assert (notice.rule, notice.action) == ("kl", "notify")
     assert "rule kl cannot be evaluated" in notice.text
-    assert notice.text.endswith(f"stop_kl, which it is relative to, is {why}")
+    assert notice.text.endswith(f"it is relative to stop_kl, which is {why}")
     assert guardrails.check(2, {"m": 9.0}, {"stop_kl": value}) == []
     (alert,) = guardrails.check(3, {"m": 9.0}, {"stop_kl": 1.0})
     assert (alert.action, "above 2" in alert.text) == ("stop", True)
@@ -128,7 +128,7 @@ def test_an_alert_shows_metric_value_window_and_the_samples():
     data = alert.as_data()
     assert (data["metric"], data["value"], data["window"]) == ("m", 3.0, [1.0, 1.5])
     assert [s["index"] for s in data["samples"]] == [7, 6, 5, 4, 3]
-    assert alert.text.startswith("look here")
+    assert alert.text == "m is 3, above 2"
 
 
 def test_the_samples_are_those_that_show_the_metric():

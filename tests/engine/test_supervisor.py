@@ -40,7 +40,7 @@ class Engine:
         self.supervisor.rank_messages.handle(message)
 
     def alert(self, action):
-        self.supervisor.commands.on_alert(Alert("much", action, "look here", 3))
+        self.supervisor.commands.on_alert(Alert("much", action, "too much", 3))
 
     @property
     def state(self):

@@ -17,7 +17,7 @@ def hostile_error():
     return ValueError(HOSTILE).with_traceback(caught.value.__traceback__)
 
 
-def say_all(printer):
+def print_all(printer):
     """Hostile text on every way to the terminal."""
     log = logging.Logger("engine")
     log.addHandler(PrinterHandler(printer))
@@ -32,7 +32,7 @@ def say_all(printer):
 
 @pytest.mark.parametrize("live", [False, True])
 def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
-    say_all(Printer(8, live=live))
+    print_all(Printer(8, live=live))
     out, err = capsys.readouterr()
     for text in (out.replace("\r\x1b[K", ""), err):
         assert not set(text) & set("\x1b\x07\x9b\r\u202e")
@@ -40,7 +40,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
     assert err.count("Traceback") == 2
 
 
-def test_an_engine_in_the_foreground_warns_and_does_not_chat(capsys):
+def test_only_warnings_and_errors_of_the_log_are_printed(capsys):
     log = logging.Logger("engine")
     log.addHandler(PrinterHandler(Printer(8, live=False)))
     log.info("a connection was closed")
