@@ -15,7 +15,7 @@ from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.rollout.rollout import ReportProgress, Rollout
-from engine.train.rollout.validate import check_first_rollout
+from engine.train.rollout_check import check_first_rollout
 from engine.train.run import Run
 
 

@@ -26,7 +26,7 @@ from rlhf_tui.widgets.samples.sample_view import SampleView
 KINDS = ("", "earlier", "reference")
 """What a sample is compared with, in the order in which the key goes through them."""
 Other = SampleRow | ProbeResponse
-"""What a sample is compared with: another one, or the response of the reference to a probe."""
+"""What a sample is compared with: another sample, or the reference's response to a probe."""
 BINDINGS: list[BindingType] = [
     Binding("d", "beside", "beside another"),
     Binding("y", "better('this')", "this one is better", show=False),
@@ -286,7 +286,7 @@ def _pair(preference: Preference) -> set[str]:
 
 
 def _response(other: Other) -> Response:
-    """As a preference names it: without a place where it is the reference's."""
+    """A response as a preference names it; the reference's has no step or index."""
     if isinstance(other, SampleRow):
         return Response.of(other)
     return Response(response=other.response)

@@ -101,9 +101,10 @@ class SampleLabels:
         )
 
     def _show_changed(self, row: SampleRow, label: str | None, note: str | None) -> None:
-        context = self._context
-        now = Judgement(label=label, note=note, who=context.who, time=context.now())
-        self._show(msgspec.structs.replace(row, judgement=now))
+        judgement = Judgement(
+            label=label, note=note, who=self._context.who, time=self._context.now()
+        )
+        self._show(msgspec.structs.replace(row, judgement=judgement))
 
     def may_judge(self) -> bool:
         """Whether judgements are accepted here; shows a notice if this terminal is read-only."""

@@ -47,8 +47,8 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
     return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
 
 
-def session_row(session: Session) -> ListedSession:
-    """The row of a session; if it cannot be read, with the reason."""
+def listed_session(session: Session) -> ListedSession:
+    """A session as the browser lists it; if it cannot be read, with the reason."""
     try:
         row = read_session_row(session)
         with JournalReader(session) as record:
@@ -71,7 +71,7 @@ class SessionListCache:
             stamp = _stamp(session)
             known = self._known.get(session.folder)
             if known is None or known[0] != stamp:
-                known = stamp, session_row(session)
+                known = stamp, listed_session(session)
                 self._known[session.folder] = known
             found.append(known[1])
         found.sort(key=lambda s: (s.row.pid is None, -(s.row.updated or 0), s.row.name))

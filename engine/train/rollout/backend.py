@@ -2,7 +2,7 @@
 
 To add a backend, write a module with a class that has :meth:`RolloutBackend.generate` and list it
 in :data:`BACKENDS`. What a backend returns is held against a full forward pass of the policy once
-an attempt (:mod:`engine.train.rollout.validate`).
+an attempt (:mod:`engine.train.rollout_check`).
 """
 
 from collections.abc import Callable

@@ -82,30 +82,31 @@ def generate(
     tokens = batch.ids[::per_prompt]
     cache = preallocated_cache(model.lm.config, tokens.shape[1] + limit)
     attention = left_mask(batch.lengths, tokens.shape[1])
-    for t in range(limit):
-        mask = attention if t else attention[::per_prompt]
-        logits, values = model(tokens, mask, 1, cache=cache)
-        if t == 0 and per_prompt > 1:
-            cache.batch_repeat_interleave(per_prompt)
-            logits = logits.repeat_interleave(per_prompt, 0)
-            values = None if values is None else values.repeat_interleave(per_prompt, 0)
-        token, logprob, entropy = sample(logits[:, 0], uniforms[rows, t], temperature)
-        ids[rows, t] = token
-        floats[0, rows, t], floats[1, rows, t] = logprob, entropy
-        if values is not None:
-            floats[2, rows, t] = values[:, 0]
-        is_eos = ending.is_eos(token)
-        over = is_eos | ending.stops(ids[rows], t + 1)
-        lengths[rows[over]] = t + 1
-        eos[rows] = is_eos
-        ended[rows] = over
-        report(t + 1, limit)
-        if over.all():
-            break
-        tokens = token[:, None]
-        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
-        if over.any():
-            keep = (~over).nonzero().squeeze(1)
-            rows, tokens, attention = rows[keep], tokens[keep], attention[keep]
-            cache.batch_select_indices(keep)
+    with model.autocast(device.type):  # casts weights once for the whole rollout
+        for t in range(limit):
+            mask = attention if t else attention[::per_prompt]
+            logits, values = model(tokens, mask, 1, cache=cache)
+            if t == 0 and per_prompt > 1:
+                cache.batch_repeat_interleave(per_prompt)
+                logits = logits.repeat_interleave(per_prompt, 0)
+                values = None if values is None else values.repeat_interleave(per_prompt, 0)
+            token, logprob, entropy = sample(logits[:, 0], uniforms[rows, t], temperature)
+            ids[rows, t] = token
+            floats[0, rows, t], floats[1, rows, t] = logprob, entropy
+            if values is not None:
+                floats[2, rows, t] = values[:, 0]
+            is_eos = ending.is_eos(token)
+            over = is_eos | ending.stops(ids[rows], t + 1)
+            lengths[rows[over]] = t + 1
+            eos[rows] = is_eos
+            ended[rows] = over
+            report(t + 1, limit)
+            if over.all():
+                break
+            tokens = token[:, None]
+            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
+            if over.any():
+                keep = (~over).nonzero().squeeze(1)
+                rows, tokens, attention = rows[keep], tokens[keep], attention[keep]
+                cache.batch_select_indices(keep)
     return assemble(batch, ids, lengths, eos, ended, floats, tokenizer)

@@ -55,8 +55,8 @@ class Chart(Widget, can_focus=True):
 
     def text(self) -> str:
         """What is shown, as plain text."""
-        picture = self._canvas
-        return "\n".join(map(picture.row_text, range(picture.height))) if picture else ""
+        canvas = self._canvas
+        return "\n".join(map(canvas.row_text, range(canvas.height))) if canvas else ""
 
     def plot(self) -> Plot:
         """What is to be painted: curves, markers, title, window."""
