@@ -147,7 +147,7 @@ class CommandHandler:
                 if command.state_when_accepted is not None:
                     self._publisher.set_state(command.state_when_accepted)
                 elif isinstance(command, Unpause) and self._publisher.state == "pausing":
-                    self._publisher.set_state("running")
+                    self._publisher.set_state("running" if state.attempt.ready else "starting")
                 message = RankCommand(id=request.id, command=command)
                 self._pending.add(message, who)
                 state.attempt.send(message)

@@ -69,9 +69,16 @@ async def test_commands_are_checked_against_the_state_at_the_boundary(engine):
 
 
 async def test_a_pause_that_was_taken_back_is_no_longer_shown(engine):
+    engine.receive(Ready(info={}, settings=engine.shared.settings))
     engine.send(Pause())
     engine.send(Unpause())
     assert engine.state == "running"
+
+
+async def test_a_run_that_loads_is_not_shown_as_running_after_a_pause_was_taken_back(engine):
+    engine.send(Pause())
+    engine.send(Unpause())
+    assert engine.state == "starting"
 
 
 # -- to stop ---------------------------------------------------------------------------------------
