@@ -1,7 +1,8 @@
 """Runs an engine in the background: ``python -m engine SESSION_FOLDER START``.
 
 START is a :class:`~engine.launch.start.StartOptions` in JSON. :mod:`engine.launch.background`
-starts this module in a new process session (setsid), with its output in the log file.
+starts this module in a new process session (setsid), with engine.log as its output. The log is not
+sanitised; `rlhf-tui logs` and the dashboard sanitise what they show of it.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from engine.supervisor.supervisor import supervise
 
 
 def main() -> None:
-    """Runs the engine and exits with the code of the command line's contract."""
+    """Runs the session to its end and exits with the supervisor's exit code."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )

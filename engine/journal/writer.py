@@ -36,6 +36,16 @@ NETWORK_FILE_SYSTEMS = {
 """File systems on which the shared memory of WAL does not work between hosts."""
 
 
+class AdoptedCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A complete checkpoint on disk that the journal does not know."""
+
+    size: int
+    """Bytes."""
+    score: float | None
+    kl: float | None
+    """Of its step; None where they cannot be read."""
+
+
 class JournalWriter:
     """Writes the journal and the samples. Only the holder of the session's lock may open it."""
 
@@ -86,6 +96,7 @@ class JournalWriter:
         fresh: bool,
         reseed: bool = False,
         origin: dict[str, Any] | None = None,
+        adopt: AdoptedCheckpoint | None = None,
     ) -> int:
         """Begins an attempt. Rows of later steps move from the timeline to an abandoned branch.
 
@@ -95,6 +106,7 @@ class JournalWriter:
                 instead of replaying them (resume).
             reseed: whether this and later attempts from the same step sample with another seed.
             origin: for a fork, the source session and step.
+            adopt: the checkpoint of `from_step`, if this journal does not know it.
 
         Returns:
             The number of the attempt, from 1.
@@ -118,6 +130,11 @@ class JournalWriter:
                 (self.attempt, from_step, fresh, time.time(), os.getpid(), socket.gethostname(),
                  __version__),
             )  # fmt: skip
+            if adopt is not None:
+                self._db.execute(
+                    "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'complete')",
+                    (from_step, self.attempt, time.time(), adopt.size, adopt.score, adopt.kl),
+                )
             self._events.step = from_step
             data = {"attempt": self.attempt, "from_step": from_step, "fresh": fresh}
             self._events.write("attempt", data | ({"fork": origin} if origin else {}))

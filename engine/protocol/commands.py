@@ -30,6 +30,7 @@ class Moment:
 
     state: State
     paused: bool
+    """Whether the run is paused once the accepted commands are carried out."""
     settings: Settings
     """The current ones."""
     batch_size: int
@@ -82,7 +83,7 @@ class Pause(Command, frozen=True, tag="pause"):
     dropped_after_failures: ClassVar[bool] = False  # a failure must not end a pause
 
     def check(self, moment: Moment) -> None:
-        if moment.paused or moment.state == "pausing":
+        if moment.paused:
             raise CommandRejectedError("the run is already paused")
 
 
@@ -93,7 +94,7 @@ class Unpause(Command, frozen=True, tag="unpause"):
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
-        if not moment.paused and moment.state != "pausing":
+        if not moment.paused:
             raise CommandRejectedError("the run is not paused")
 
 

@@ -85,6 +85,8 @@ class Steering:
                     )
                     sys.exit(TIMED_OUT)
             left = None if answer.final else client.status().boundary_in
+        if answer.reason and answer.status != "rejected":
+            click.echo(f"rlhf-tui: {one_line(answer.reason)}", err=True)
         if self._wait and isinstance(command, Stop) and answer.status == "applied":
             self._await_end(session)
         self._print(answer, left)

@@ -4,6 +4,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 
@@ -219,6 +220,25 @@ def test_what_was_set_is_in_force_after_a_resume(lab, steered):
         assert dict(record.series("lr"))[9] == 1e-4
         assert record.meta().settings["target"] == 2.0
     assert steered.numbers()[8]["objective/kl_coef"] != 0.05
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "stop", "stop --now"])
+def test_a_paused_run_can_be_stopped_when_the_disk_is_full(lab, how):
+    run = lab.run(f"full-{how.replace(' ', '')}", steps=1000)
+    try:
+        run.start()
+        assert run.order("pause")["status"] == "applied"
+        engine = run.engine()
+        engine.rlimit(psutil.RLIMIT_FSIZE, (0, 0))  # no file of the engine's can grow
+        if how == "SIGTERM":
+            engine.terminate()
+        else:
+            done = run.ctl(*how.split())
+            assert done.returncode == 0, done.stderr
+            assert "cannot write the journal" in done.stderr
+        run.wait_gone()
+    finally:
+        run.end()
 
 
 def test_a_roll_back_goes_on_from_the_checkpoint_in_place(lab, whole, wait_until):

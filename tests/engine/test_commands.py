@@ -76,7 +76,7 @@ def test_who_carries_a_command_out_is_its_union():
     ("command", "given", "reason"),
     [
         (Pause(), {"paused": True, "state": "paused"}, "already paused"),
-        (Pause(), {"state": "pausing"}, "already paused"),
+        (Pause(), {"paused": True, "state": "pausing"}, "already paused"),
         (Unpause(), {}, "not paused"),
         (Stop(), {"state": "stopping"}, "already stopping"),
         (Pause(), {"state": "stopping"}, "resume it first"),
@@ -104,7 +104,8 @@ def test_what_cannot_be_carried_out_at_a_moment_is_rejected_and_says_why(command
     [
         (Stop(now=True), {"state": "stopping"}),
         (Note(text="n"), {"state": "stopping"}),
-        (Unpause(), {"state": "pausing"}),
+        (Pause(), {"state": "pausing"}),  # and an accepted unpause after it
+        (Unpause(), {"paused": True, "state": "pausing"}),
         (Unpause(), {"paused": True, "state": "starting"}),
         (Rollback(step=4), {}),
         (Probe(text="x" * MAX_TEXT), {"paused": True, "state": "paused"}),

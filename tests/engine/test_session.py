@@ -19,14 +19,18 @@ from engine.errors import (
     SessionError,
     SessionLockedError,
     SessionNameError,
+    UserInputError,
 )
 from engine.journal import labels
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch.start import (
+    StartOptions,
+    adopted_checkpoint,
     check_inputs,
     checkpoint_steps,
     fork,
+    is_new,
     last_checkpoint,
     resume,
     timeline_checkpoints,
@@ -252,6 +256,49 @@ def test_nor_is_one_that_was_whole_before_the_journal_heard_of_it(writer):
     assert last_checkpoint(writer.session) == 4
     writer.journal.begin_attempt(2, fresh=True)
     assert last_checkpoint(writer.session) == 2
+
+
+@pytest.fixture
+def without_journal(make_session, write_in):
+    """A session with two complete checkpoints whose journal is lost."""
+    session = make_session()
+    before = write_in(session)
+    before.journal.begin_attempt(0, fresh=False)
+    for step in (4, 8):
+        before.checkpoint(step)
+    before.journal.close()
+    for file in (session.journal_file, session.samples_file):
+        file.unlink()
+    return session
+
+
+@pytest.mark.parametrize("problem", ["is missing", "is empty"])
+def test_a_resume_without_a_journal_does_not_start_over_from_step_0(without_journal, problem):
+    if problem == "is empty":
+        without_journal.journal_file.touch()
+    with pytest.raises(UserInputError, match=rf"journal\.db {problem};.*resume run --from 8$"):
+        resume(without_journal, from_step=None, reseed=False, overrides=[], who="me")
+
+
+def test_a_session_whose_journal_is_lost_is_not_new(without_journal):
+    # A new one is removed when its configuration turns out to be wrong.
+    assert not is_new(without_journal, StartOptions(from_step=8))
+
+
+def test_a_chosen_checkpoint_can_be_resumed_from_without_a_journal(without_journal, write_in):
+    (without_journal.checkpoints / "step-000008" / "state.json").write_text('{"score": 0.5}')
+    start = resume(without_journal, from_step=8, reseed=False, overrides=[], who="me")
+    assert (start.from_step, start.fresh) == (8, True)
+    new = write_in(without_journal)
+    adopted = adopted_checkpoint(without_journal, 8)
+    new.journal.begin_attempt(8, fresh=True, adopt=adopted)
+    # An attempt that fails before its first save starts again from there.
+    assert last_checkpoint(without_journal) == 8
+    assert new.journal.timeline() == [8]
+    with JournalReader(without_journal) as record:
+        assert [(c.step, c.score) for c in record.checkpoints()] == [(8, 0.5)]
+    assert adopted_checkpoint(without_journal, 8) is None
+    new.journal.close()
 
 
 def test_who_is_to_sample_anew_does_so_until_a_checkpoint_knows_of_it(writer):

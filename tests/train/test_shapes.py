@@ -77,7 +77,7 @@ def test_the_activation_formula_matches_what_autograd_saves(config, dtype, off, 
     shape = shape_from(config, tmp_path)
     kept = autograd_keeps(config, dtype, rows, length)
     width = 4 if dtype == "float32" else 2
-    formula = kept_for_backward(shape, rows, length, width, again=False)
+    formula = kept_for_backward(shape, rows, length, width, checkpointing=False)
     if dtype == "bfloat16":  # the formula leaves out autocast's copies of the weights
         formula += width * (shape.layers * shape.largest_layer + shape.hidden * shape.vocabulary)
     assert formula == pytest.approx(kept, rel=off)
