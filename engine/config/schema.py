@@ -148,6 +148,8 @@ class RewardConfig(Section, frozen=True):
 class RolloutConfig(Section, frozen=True):
     """Generation of responses."""
 
+    engine: Literal["native"] = "native"
+    """What generates: `native` is the trained model itself, in the rank that trains it."""
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Responses per step, over all ranks."""
     per_prompt: Count | None = None

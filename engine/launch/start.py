@@ -21,6 +21,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.session.folder import Session, check_name, create
 
 
@@ -52,8 +53,7 @@ class _CheckpointNumbers(msgspec.Struct):
 
 def checkpoint_steps(session: Session) -> list[int]:
     """The steps of all complete checkpoints on disk, in order."""
-    folders = [m.parent.name for m in session.checkpoints.glob("step-*/COMPLETE")]
-    return sorted(int(n.removeprefix("step-")) for n in folders if n[5:].isdigit())
+    return list(complete_checkpoints(session.checkpoints))
 
 
 def timeline_checkpoints(session: Session) -> list[int]:
@@ -93,7 +93,7 @@ def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
     """
     if step not in checkpoint_steps(session) or step in timeline_checkpoints(session):
         return None
-    folder = session.checkpoints / f"step-{step:06d}"
+    folder = checkpoint_path(session.checkpoints, step)
     try:
         text = (folder / "state.json").read_bytes()
         numbers = msgspec.json.decode(text, type=_CheckpointNumbers)
@@ -173,10 +173,11 @@ def fork(
 
 
 def _copy_history(session: Session, child: Session, step: int) -> None:
-    folder = f"step-{step:06d}"
     # Files of a checkpoint are never changed in place, so both sessions can share them.
     shutil.copytree(
-        session.checkpoints / folder, child.checkpoints / folder, copy_function=_link_or_copy
+        checkpoint_path(session.checkpoints, step),
+        checkpoint_path(child.checkpoints, step),
+        copy_function=_link_or_copy,
     )
     if session.tensorboard.is_dir():
         shutil.copytree(session.tensorboard, child.tensorboard)

@@ -10,6 +10,7 @@ import msgspec
 
 from engine.errors import CheckpointError, RlhfError
 from engine.protocol.rank_messages import Begin, CheckpointComplete, CheckpointWritten, Notice
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState
 from engine.train.checkpoints.saver import Outcome, Saved, Saver
@@ -168,7 +169,7 @@ class CheckpointManager:
         cannot be read is left alone as well.
         """
         train, scores = self._run.config.train, {saved_step: score}
-        for step, folder in checkpoint_folder.completed(self._folder).items():
+        for step, folder in complete_checkpoints(self._folder).items():
             if step in self._branch and step < saved_step:
                 with contextlib.suppress(CheckpointError):
                     scores[step] = checkpoint_folder.read_score(folder)
@@ -178,7 +179,7 @@ class CheckpointManager:
     def _remove(self, step: int, saved_step: int) -> None:
         """Removes a checkpoint. If that fails, the operator gets a notice and the run continues."""
         try:
-            checkpoint_folder.remove(checkpoint_folder.folder_of(self._folder, step))
+            checkpoint_folder.remove(checkpoint_path(self._folder, step))
         except OSError as error:
             text = f"look here: the old checkpoint of step {step} cannot be removed: {error}"
             self._link.send(Notice(step=saved_step, rule="checkpoint", text=text))

@@ -14,6 +14,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
+from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState, TrainingState
@@ -75,7 +76,7 @@ def load_run(
     saved: Path | None = None
     state = TrainingState(sampling_seed=config.seed)
     if begin.from_step:
-        saved = checkpoint_folder.folder_of(session.checkpoints, begin.from_step)
+        saved = checkpoint_path(session.checkpoints, begin.from_step)
         source = str(saved / "policy")
         state, config = read_state(saved, ranks).restored(config)
 
@@ -108,7 +109,7 @@ def load_run(
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
 
     stop_criteria = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
-    backend = BACKENDS["native"](stop_criteria, tokenizer)
+    backend = BACKENDS[config.rollout.engine](stop_criteria, tokenizer)
     run = Run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),

@@ -16,6 +16,7 @@ from engine.errors import CheckpointError
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
 from engine.protocol.rank_messages import Begin, ReplayedChange
+from engine.session.checkpoints import complete_checkpoints
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
@@ -107,7 +108,7 @@ def test_a_folder_without_complete_is_not_a_checkpoint(trained):
     run, session = trained
     folder = save(run, session)
     (folder / "COMPLETE").unlink()
-    assert checkpoint_folder.completed(session.checkpoints) == {}
+    assert complete_checkpoints(session.checkpoints) == {}
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         checkpoint_folder.read_state(folder)
 

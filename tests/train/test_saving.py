@@ -21,6 +21,7 @@ from engine.protocol.rank_messages import (
     RankCommand,
     RankHello,
 )
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.boundary import Boundary
 from engine.train.checkpointing import settings_digest
 from engine.train.checkpoints import folder as checkpoint_folder
@@ -108,10 +109,10 @@ def test_the_next_step_begins_before_the_checkpoint_is_complete(trained):
     boundary.checkpoints.save_if_due()
     assert boundary.before_step()
     boundary.after_step(2, dict(METRICS), 0.1)
-    assert checkpoint_folder.completed(session.checkpoints) == {}
+    assert complete_checkpoints(session.checkpoints) == {}
     supervisor.may_confirm.set()
     assert supervisor.wait_for(CheckpointComplete).step == 1
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
     assert run.state.step == 2
 
 
@@ -119,15 +120,15 @@ def test_a_checkpoint_becomes_complete_without_another_boundary(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     boundary.checkpoints.save_if_due()
-    until(lambda: [*checkpoint_folder.completed(session.checkpoints)] == [1])
+    until(lambda: [*complete_checkpoints(session.checkpoints)] == [1])
 
 
 def test_a_checkpoint_is_complete_only_after_the_journal_is_confirmed(trained):
     _, session, boundary, supervisor = trained
     boundary.checkpoints.save_if_due()
     assert supervisor.wait_for(CheckpointWritten).step == 1
-    assert checkpoint_folder.folder_of(session.checkpoints, 1).is_dir()
-    assert checkpoint_folder.completed(session.checkpoints) == {}
+    assert checkpoint_path(session.checkpoints, 1).is_dir()
+    assert complete_checkpoints(session.checkpoints) == {}
 
 
 def test_a_command_that_arrives_during_a_save_is_executed_at_the_next_boundary(trained):
@@ -147,7 +148,7 @@ def test_a_checkpoint_command_gets_its_reply_when_the_checkpoint_is_complete(tra
     until(lambda: boundary.before_step() and supervisor.of(Applied))
     kinds = [type(m) for m in supervisor.received]
     assert kinds.index(CheckpointComplete) < kinds.index(Applied)
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
 def test_a_checkpoint_command_waits_for_a_running_save_of_the_same_step(trained):
@@ -166,7 +167,7 @@ def test_older_checkpoints_are_removed_after_each_save(trained):
     boundary.checkpoints.save_if_due()
     boundary.after_step(3, dict(METRICS), 0.1)
     assert boundary.checkpoints.save() is None
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [3]
+    assert [*complete_checkpoints(session.checkpoints)] == [3]
     assert [m.removed for m in supervisor.of(CheckpointComplete)] == [[], [1], [2]]
 
 
@@ -175,11 +176,11 @@ def test_checkpoints_of_an_abandoned_branch_are_neither_counted_nor_removed(trai
     supervisor.may_confirm.set()
     run.config = replace(run.config, train=replace(run.config.train, keep_last=2))
     assert boundary.checkpoints.save() is None
-    saved, abandoned = (checkpoint_folder.folder_of(session.checkpoints, step) for step in (1, 2))
+    saved, abandoned = (checkpoint_path(session.checkpoints, step) for step in (1, 2))
     shutil.copytree(saved, abandoned)
     boundary.after_step(3, dict(METRICS), 0.1)
     assert boundary.checkpoints.save() is None
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1, 2, 3]
+    assert [*complete_checkpoints(session.checkpoints)] == [1, 2, 3]
 
 
 def test_checkpoints_of_earlier_attempts_of_the_branch_are_removed(trained, link):
@@ -190,17 +191,17 @@ def test_checkpoints_of_earlier_attempts_of_the_branch_are_removed(trained, link
     later = Boundary(session, run, begin, link)
     later.after_step(2, dict(METRICS), 0.1)
     assert later.checkpoints.save() is None
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [2]
+    assert [*complete_checkpoints(session.checkpoints)] == [2]
 
 
 def test_an_old_checkpoint_that_cannot_be_read_is_kept_and_the_run_continues(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     assert boundary.checkpoints.save() is None
-    (checkpoint_folder.folder_of(session.checkpoints, 1) / "state.json").write_text("{")
+    (checkpoint_path(session.checkpoints, 1) / "state.json").write_text("{")
     boundary.after_step(2, dict(METRICS), 0.1)
     assert boundary.checkpoints.save() is None
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1, 2]
+    assert [*complete_checkpoints(session.checkpoints)] == [1, 2]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_notice_and_the_run_continues(
@@ -209,7 +210,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_notice_and_the_run_contin
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     assert boundary.checkpoints.save() is None
-    old = checkpoint_folder.folder_of(session.checkpoints, 1)
+    old = checkpoint_path(session.checkpoints, 1)
     old.symlink_to(old.rename(tmp_path / "another-disk"))
     boundary.after_step(2, dict(METRICS), 0.1)
     assert boundary.checkpoints.save() is None
@@ -235,7 +236,7 @@ def test_a_failed_save_is_a_notice_of_its_step_and_the_run_continues(trained, mo
     monkeypatch.undo()
     supervisor.may_confirm.set()
     assert boundary.checkpoints.save() is None  # the same step, now that there is space
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
 def test_a_checkpoint_that_cannot_be_marked_complete_is_a_notice_and_the_run_continues(trained):
@@ -243,7 +244,7 @@ def test_a_checkpoint_that_cannot_be_marked_complete_is_a_notice_and_the_run_con
     boundary.checkpoints.save_if_due()
     supervisor.wait_for(CheckpointWritten)
     # A dangling link: not even root can create the file.
-    marker = checkpoint_folder.folder_of(session.checkpoints, 1) / "COMPLETE"
+    marker = checkpoint_path(session.checkpoints, 1) / "COMPLETE"
     marker.symlink_to("no such folder/COMPLETE")
     supervisor.may_confirm.set()
     notice = supervisor.wait_for(Notice)
@@ -252,7 +253,7 @@ def test_a_checkpoint_that_cannot_be_marked_complete_is_a_notice_and_the_run_con
     assert not supervisor.of(CheckpointComplete)
     assert boundary.before_step()
     assert boundary.checkpoints.save() is None  # the same step, now that it is possible
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
 def test_a_run_that_fails_lets_a_running_save_finish(trained):
@@ -260,7 +261,7 @@ def test_a_run_that_fails_lets_a_running_save_finish(trained):
     supervisor.may_confirm.set()
     boundary.checkpoints.save_if_due()
     boundary.close()
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
 def test_the_time_that_saving_blocked_a_step_is_in_its_metrics(trained):

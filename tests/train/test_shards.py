@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.checkpoints import folder as checkpoint_folder
 
 SCRIPT = Path(__file__).parent / "ranks" / "saving.py"
@@ -87,7 +88,7 @@ def test_optimiser_and_value_function_are_read_bit_for_bit_by_any_strategy(saved
 @pytest.mark.parametrize("writer", STRATEGIES)
 def test_plain_transformers_loads_the_policy_that_many_ranks_wrote(saved, writer):
     folder = saved(writer)
-    policy = checkpoint_folder.folder_of(folder / "checkpoints", 7) / "policy"
+    policy = checkpoint_path(folder / "checkpoints", 7) / "policy"
     lm = AutoModelForCausalLM.from_pretrained(policy)
     wanted, _ = expected(folder)
     read = dict(lm.named_parameters())
@@ -135,6 +136,6 @@ def test_a_writer_that_dies_leaves_no_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     done = start("save", "fsdp", tmp_path, "crash")
     assert done.code != 0
-    assert checkpoint_folder.completed(tmp_path / "checkpoints") == {}
+    assert complete_checkpoints(tmp_path / "checkpoints") == {}
     checkpoint_folder.clear_parts(tmp_path / "checkpoints")
     assert list((tmp_path / "checkpoints").iterdir()) == []
