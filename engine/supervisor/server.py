@@ -151,6 +151,8 @@ class Server:
             log.info("a connection was closed: %s", str(error) or type(error).__name__)
         except (msgspec.DecodeError, RecursionError) as error:
             log.warning("a connection spoke no protocol of ours: %s", error)
+        except asyncio.CancelledError:
+            pass  # The engine ends. asyncio would log a cancelled handler with its traceback.
         finally:
             writer.close()
 
