@@ -225,9 +225,8 @@ def burst(app, *keys):
         app.post_message(Key(key, character))
 
 
-async def test_what_is_typed_ahead_goes_into_the_dialog(make_app, running, until):
+async def test_what_is_typed_ahead_goes_into_the_dialog(make_app, engine, running, until):
     app = make_app()
-    app.commands.can_steer = lambda: True
     async with running(app) as pilot:
         burst(app, "b", "1", "full_stop", "5")
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
@@ -235,21 +234,17 @@ async def test_what_is_typed_ahead_goes_into_the_dialog(make_app, running, until
         assert app.current_mode == "dashboard"
 
 
-async def test_a_burst_of_backspaces_and_text_keeps_its_order(make_app, running, until):
+async def test_a_burst_of_backspaces_and_text_keeps_its_order(make_app, engine, running, until):
     app = make_app()
-    app.commands.can_steer = lambda: True
     async with running(app) as pilot:
         await pilot.press("b")
         burst(app, *["backspace"] * 4, "0", "full_stop", "2", "backspace", "3")
         await until(pilot, lambda: app.screen.query_one("#field").value == "0.3")
 
 
-async def test_a_note_typed_in_one_go_is_sent_whole(make_app, running, until, monkeypatch):
+async def test_a_note_typed_in_one_go_is_sent_whole(make_app, engine, running, until):
     app = make_app()
-    sent = []
-    monkeypatch.setattr(app.commands, "can_steer", lambda: True)
-    monkeypatch.setattr(app.commands, "command", lambda command, text: sent.append(command))
     async with running(app) as pilot:
         burst(app, *"wpause q", "enter")
-        await until(pilot, lambda: sent == [Note(text="pause q")])
+        await until(pilot, lambda: engine == [Note(text="pause q")])
         assert app.is_running
