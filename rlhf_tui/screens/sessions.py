@@ -12,7 +12,7 @@ from textual.worker import get_current_worker
 from engine import metrics
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.session.folder import Session, all_sessions
+from engine.session.folder import Session, all_sessions, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.screens.base import SessionScreen
@@ -227,8 +227,19 @@ class SessionsScreen(SessionScreen):
         return ""
 
     def action_new(self) -> None:
-        """Starts the demo."""
-        self.context.engines.start(["demo"], "")
+        """Asks, then starts the demo."""
+        root = self.context.root
+        rows: list[Row] = [
+            [("Trains a small model for a few minutes; nothing is downloaded.", "")],
+            [(f"New session: {short_path(root / free_name(root, 'demo'))}", "dim")],
+        ]
+        choices = [Choice("c", "Cancel", "cancel"), Choice("s", "Start", "start")]
+
+        def answer(result: str | None) -> None:
+            if result == "start":
+                self.context.engines.start(["demo"], "")
+
+        self.app.push_screen(ChoiceDialog("Start a demo run?", rows, choices), answer)
 
     def action_resume(self) -> None:
         """Resumes the session from its last checkpoint."""

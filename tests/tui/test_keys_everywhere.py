@@ -133,7 +133,7 @@ async def test_enter_opens_a_session(browser, until):
 
 @pytest.mark.parametrize(
     ("keys", "words"),
-    [(["n"], ["demo", "--detach"]), (["r"], ["resume", "frozen", "--detach"]),
+    [(["n", "s"], ["demo", "--detach"]), (["r"], ["resume", "frozen", "--detach"]),
      (["f", "enter"], ["fork", "frozen", "--from", "200"]), (["d", "d"], ["rm", "frozen", "-y"])],
 )  # fmt: skip
 async def test_sessions_are_started_resumed_forked_and_deleted(browser, keys, words, until):
@@ -170,9 +170,10 @@ async def test_the_last_words_of_our_own_command_are_told(make_app, tmp_path, ru
         assert said.startswith("session 'finished' has finished its 6 steps")
 
 
-async def test_deleting_asks_and_cancel_has_the_focus(browser, until):
+@pytest.mark.parametrize("key", ["d", "n"])
+async def test_deleting_and_starting_ask_and_cancel_has_the_focus(browser, key, until):
     async with browser() as (app, pilot):
-        await pilot.press("d")
+        await pilot.press(key)
         await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
         await pilot.press("enter")
         await until(pilot, lambda: len(app.screen_stack) == 1)
