@@ -160,6 +160,8 @@ class Server:
             log.info("a connection was closed: %s", str(error) or type(error).__name__)
         except (msgspec.DecodeError, RecursionError) as error:
             log.warning("a connection sent an unknown message: %s", error)
+        except asyncio.CancelledError:
+            return  # The engine ends. asyncio would log a cancelled handler with its traceback.
         finally:
             writer.close()
 

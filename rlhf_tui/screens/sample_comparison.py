@@ -6,7 +6,6 @@ from collections.abc import Callable
 import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.screen import Screen
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
@@ -16,6 +15,7 @@ from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
 from engine.journal.samples import MAX_COMPARED
 from engine.protocol.commands import Probe
 from engine.session.folder import Session
+from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.sample_labels import SampleLabels
 from rlhf_tui.state.messages import CommandAnswered
@@ -55,7 +55,7 @@ class SampleComparison:
 
     def __init__(
         self,
-        screen: Screen[None],
+        screen: SessionScreen,
         context: AppContext,
         labels: SampleLabels,
         *,
@@ -217,10 +217,10 @@ class SampleComparison:
         return live and row.prompt not in self._probed
 
     def _ask(self, prompt: str) -> None:
-        sent = self._context.commands.command(
-            Probe(text=prompt), "probe with this prompt", self._screen.post_message
-        )
-        if sent:
+        target = self._screen.steering_target()
+        if target is not None and self._context.commands.command(
+            target, Probe(text=prompt), "probe with this prompt", self._screen.post_message
+        ):
             self._probed.add(prompt)
             self._show()
 
@@ -229,6 +229,8 @@ class SampleComparison:
         reply, command = message.reply, message.command
         if not isinstance(command, Probe) or (reply is not None and not reply.final):
             return
+        if message.session != self._context.session:
+            return  # another session was opened meanwhile
         self._probed.discard(command.text)
         row = self._selected()
         if reply is not None and reply.result:
@@ -254,8 +256,6 @@ class SampleComparison:
                 if reading
                 else "d puts another answer beside this one; then y or o says which is better"
             )
-            return
-        if not self._labels.may_judge():
             return
         other, prompt, who = self._others[self._index], row.prompt, self._context.who
         mine, theirs = Response.of(row), _response(other)

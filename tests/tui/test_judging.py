@@ -112,7 +112,7 @@ async def test_read_only_nothing_is_judged_and_it_is_said(samples, judged, until
             await until(pilot, lambda: not notices(app))
             await pilot.press(key)
             await until(pilot, lambda: notices(app))
-            assert notices(app) == ["read-only: nothing is judged from here"]
+            assert notices(app) == ["read-only: labelling disabled"]
         assert shown(app)[0] == [""] * 8 * STEPS
         assert not judged.labels_file.exists()
 
