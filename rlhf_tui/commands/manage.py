@@ -38,16 +38,21 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "textual")
 @click.command()
 @name_argument
 @sessions_option
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "-y", "--yes", is_flag=True, help="Delete without confirmation; needed without a terminal."
+)
 def rm(root: Path, name: str, yes: bool) -> None:
     """Delete a session with all its checkpoints."""
     session = existing(root, name)
+    if not yes and not os.isatty(0):  # the output may be piped; the question is on stderr
+        raise UserInputError(
+            f"stdin is not a terminal: give -y to delete session '{name}' without confirmation"
+        )
     lock = session.acquire()
     try:
         used = sum(f.stat().st_size for f in session.folder.rglob("*") if f.is_file())
         question = f"delete session '{name}' and its checkpoints ({fmt.size(used)})?"
-        # Asked wherever the output goes; without a terminal there is nobody to answer.
-        if not yes and os.isatty(0) and not click.confirm(question, err=True):
+        if not yes and not click.confirm(question, err=True):
             return
         shutil.rmtree(session.folder)
     except OSError as error:

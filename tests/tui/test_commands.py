@@ -49,6 +49,20 @@ def test_deleting_asks_whoever_sits_there_wherever_the_output_goes(session_maker
     assert session.folder.exists() == (answer == "n")
 
 
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_without_a_terminal_only_y_deletes(session_maker, tmp_path, confirmed):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    command = [sys.executable, "-m", "rlhf_tui.cli", "rm", "mine", "--sessions"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "s"), *(["-y"] if confirmed else [])],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    assert session.folder.exists() != confirmed
+    assert done.returncode == (0 if confirmed else 2)
+    assert len(done.stderr.splitlines()) == (0 if confirmed else 1)
+    assert ("give -y" in done.stderr) != confirmed
+
+
 def test_a_user_without_an_entry_has_a_number(monkeypatch):
     def unknown():
         raise KeyError("getpwuid(): uid not found")
