@@ -15,6 +15,9 @@ from rlhf_tui.text import sanitise
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+SESSIONS = "The folder of sessions."
+JSON = "Print one JSON value."
+
 sessions_option: Decorator = click.option(
     "--sessions",
     "root",
@@ -22,12 +25,10 @@ sessions_option: Decorator = click.option(
     envvar="RLHF_TUI_SESSIONS",
     default=Path("sessions"),
     show_default="$RLHF_TUI_SESSIONS or ./sessions",
-    help="The folder of sessions.",
+    help=SESSIONS,
 )
 
-json_option: Decorator = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON value on stdout."
-)
+json_option: Decorator = click.option("--json", "as_json", is_flag=True, help=JSON)
 
 last_option: Decorator = click.option(
     "--last", type=click.IntRange(min=1), metavar="N", help="Only the last N."

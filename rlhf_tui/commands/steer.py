@@ -32,6 +32,8 @@ from engine.protocol.commands import (
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
+    JSON,
+    SESSIONS,
     existing,
     json_option,
     name_argument,
@@ -43,6 +45,9 @@ from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
+WAIT = "Return once the command is applied or rejected."
+TIMEOUT = "How long --wait waits."
+COMMAND_ID = "Idempotency key: a command sent again with the same id is not repeated."
 END_TIMEOUT = 30.0
 """Seconds for an engine that has stopped to be gone."""
 
@@ -116,10 +121,10 @@ class Steering:
 @click.group()
 @name_argument
 @sessions_option
-@click.option("--wait", is_flag=True, help="Return when it has been applied or rejected.")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds for --wait.")
+@click.option("--wait", is_flag=True, help=WAIT)
+@click.option("--timeout", default=600.0, show_default=True, metavar="SECONDS", help=TIMEOUT)
 @json_option
-@click.option("--id", "command_id", metavar="ID", help="Sent twice with one id, it acts once.")
+@click.option("--id", "command_id", metavar="ID", help=COMMAND_ID)
 @click.pass_context
 def ctl(
     context: click.Context,
@@ -190,10 +195,10 @@ def beta(steering: Steering, value: float) -> None:
 
 @_verb(SetKLController)
 @click.argument("controller", type=click.Choice(["fixed", "adaptive"]))
-@click.option("--target", type=float, help="Nats per response.")
-@click.option("--horizon", type=float, help="Episodes.")
-@click.option("--beta-min", type=float)
-@click.option("--beta-max", type=float)
+@click.option("--target", type=float, metavar="NATS", help="Target KL, nats per response.")
+@click.option("--horizon", type=float, metavar="N", help="Horizon of the controller, episodes.")
+@click.option("--beta-min", type=float, metavar="BETA", help="The adaptive controller's minimum.")
+@click.option("--beta-max", type=float, metavar="BETA", help="The adaptive controller's maximum.")
 @click.pass_obj
 def kl(steering: Steering, /, **given: Any) -> None:
     steering.send(SetKLController(**given))
@@ -216,33 +221,28 @@ def probe(steering: Steering, text: str) -> None:
     steering.send(Probe(text=text))
 
 
-# Options may stand behind the verb too: `ctl NAME pause --wait --json`.
-def _lift_options(command: click.Command) -> None:
-    for option in (
-        click.Option(["--wait"], is_flag=True, expose_value=False, callback=_lift("_wait")),
-        click.Option(["--json"], is_flag=True, expose_value=False, callback=_lift("_as_json")),
-        click.Option(["--timeout"], type=float, expose_value=False, callback=_lift("_timeout")),
-        click.Option(["--id"], metavar="ID", expose_value=False, callback=_lift("_id")),
-        click.Option(
-            ["--sessions"],
-            type=click.Path(path_type=Path),
-            expose_value=False,
-            callback=_lift("_root"),
-        ),
-    ):
-        command.params.append(option)
+def _shared_option(flag: str, attribute: str, text: str, **options: Any) -> click.Option:
+    """An option of `ctl` that may also follow the verb; it sets an attribute of Steering."""
 
-
-def _lift(attribute: str) -> Any:
     def callback(context: click.Context, _option: click.Parameter, value: Any) -> None:
         if value:
             setattr(context.obj, attribute, value)
 
-    return callback
+    return click.Option([flag], help=text, expose_value=False, callback=callback, **options)
+
+
+def _shared_options() -> list[click.Option]:
+    return [
+        _shared_option("--wait", "_wait", WAIT, is_flag=True),
+        _shared_option("--timeout", "_timeout", TIMEOUT, type=float, metavar="SECONDS"),
+        _shared_option("--json", "_as_json", JSON, is_flag=True),
+        _shared_option("--id", "_id", COMMAND_ID, metavar="ID"),
+        _shared_option("--sessions", "_root", SESSIONS, type=click.Path(path_type=Path)),
+    ]
 
 
 for _command in ctl.commands.values():
-    _lift_options(_command)
+    _command.params += _shared_options()
 
 
 @click.command(help=Note.summary)

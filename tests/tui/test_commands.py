@@ -7,11 +7,13 @@ import select
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from rlhf_tui import identity
-from rlhf_tui.cli import cli
+from rlhf_tui.cli import COMMANDS, cli
+from rlhf_tui.commands.steer import ctl
 
 DEADLINE = 60.0
 
@@ -61,6 +63,18 @@ def test_without_a_terminal_only_y_deletes(session_maker, tmp_path, confirmed):
     assert done.returncode == (0 if confirmed else 2)
     assert len(done.stderr.splitlines()) == (0 if confirmed else 1)
     assert ("give -y" in done.stderr) != confirmed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_has_a_line_of_help(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert [p.name for p in command.params if isinstance(p, click.Option) and not p.help] == []
+
+
+@pytest.mark.parametrize("verb", ctl.commands)
+def test_every_option_of_a_verb_has_a_line_of_help(verb):
+    params = ctl.commands[verb].params
+    assert [p.name for p in params if isinstance(p, click.Option) and not p.help] == []
 
 
 def test_a_user_without_an_entry_has_a_number(monkeypatch):
