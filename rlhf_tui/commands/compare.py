@@ -57,13 +57,15 @@ def diff(root: Path, name: str, other: str, as_json: bool) -> None:
 @click.command()
 @name_argument
 @sessions_option
-@click.option("--dry-run", is_flag=True, required=True, help="Replay the rules over the journal.")
 @click.option(
-    "--rules", type=click.Path(path_type=Path), help="A YAML file with a guardrails: section."
+    "--dry-run", is_flag=True, expose_value=False, help="The default: replay, change nothing."
+)
+@click.option(
+    "--rules", type=click.Path(path_type=Path), help="A YAML file with a guardrails section."
 )
 @json_option
-def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json: bool) -> None:
-    """Say what the guard rails would have said about a session."""
+def guardrails(root: Path, name: str, rules: Path | None, as_json: bool) -> None:
+    """Replay guard rails over a session: the alerts that they raise."""
     session = existing(root, name)
     config = _rules(rules) if rules else session.config().guardrails
     with JournalReader(session) as record:
@@ -75,7 +77,7 @@ def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json
     for alert in alerts:
         say(f"step {alert['step']}  {alert['rule']} ({alert['action']}): {one_line(alert['text'])}")
     if not alerts:
-        say("nothing: no rule would have spoken")
+        say("no rule raises an alert")
 
 
 def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
