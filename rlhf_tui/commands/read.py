@@ -36,7 +36,16 @@ from rlhf_tui.text import one_line, sanitise
 
 FOLLOW_INTERVAL = 0.2
 """Seconds between looks at a log that is followed."""
-COLUMNS = (SCORE, KL, BETA, CLIP_FRACTION, ENTROPY, RESPONSE_LENGTH, STEP_TIME)
+COLUMNS = {
+    SCORE: "score",
+    KL: "KL",
+    BETA: "beta",
+    CLIP_FRACTION: "clip fraction",
+    ENTROPY: "entropy",
+    RESPONSE_LENGTH: "length",
+    STEP_TIME: "seconds",
+}
+"""Metrics that `metrics` prints, with their titles."""
 
 
 @click.command()
@@ -52,7 +61,7 @@ def ls(root: Path, as_json: bool) -> None:
     elif not rows:
         say(f"no sessions in {root}; start one with: rlhf-tui demo")
     else:
-        header = ["name", "state", "step", "beta", "score", "last active"]
+        header = ["name", "state", "step", "beta", "score", "KL", "last active"]
         inside = {str(s.folder) for s in here}
         say(fmt.table([_ls_cells(r, here=r.folder in inside) for r in rows], header))
 
@@ -68,7 +77,8 @@ def _ls_cells(row: SessionRow, *, here: bool) -> list[str]:
     age = f"{fmt.duration(time.time() - row.updated)} ago" if row.updated else "–"
     return [
         row.name if here else f"{row.name} ({row.folder})", row.state,
-        f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score), age,
+        f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score),
+        fmt.number(row.kl, 2), age,
     ]  # fmt: skip
 
 
@@ -107,7 +117,7 @@ def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
         print_json([r.as_json() for r in rows])
         return
     body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in COLUMNS)] for r in rows]
-    say(fmt.table(body, ["step", *(c.split("/")[1] for c in COLUMNS)]))
+    say(fmt.table(body, ["step", *COLUMNS.values()]))
 
 
 @click.command()

@@ -1,8 +1,10 @@
 """What holds for all commands of the shell: the folder, who sits there, who is asked."""
 
 import getpass
+import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -82,6 +84,21 @@ def test_guard_rails_are_replayed_with_and_without_dry_run(root):
     plain, dry = (CliRunner().invoke(cli, [*replay, *more]) for more in ([], ["--dry-run"]))
     assert (plain.exit_code, dry.exit_code) == (0, 0)
     assert plain.output == dry.output
+
+
+def test_no_two_columns_of_the_metrics_have_one_title(root):
+    arguments = ["metrics", "frozen", "--last", "1", "--sessions", str(root)]
+    header = CliRunner().invoke(cli, arguments).output.splitlines()[0]
+    titles = re.split("  +", header)
+    assert len(titles) == len(set(titles))
+    assert "step" in titles
+
+
+def test_ls_has_the_kl_of_the_last_step(root):
+    where = ["--sessions", str(root)]
+    header, row = CliRunner().invoke(cli, ["ls", *where]).output.splitlines()
+    kl = json.loads(CliRunner().invoke(cli, ["status", "frozen", "--json", *where]).output)["kl"]
+    assert row[header.index("KL") :].split()[0] == f"{kl:.2f}"
 
 
 def test_a_user_without_an_entry_has_a_number(monkeypatch):
