@@ -1,5 +1,6 @@
 """Options that several commands share, and what they mean."""
 
+import difflib
 import json
 import os
 import sys
@@ -9,7 +10,8 @@ from typing import Any
 
 import click
 
-from engine.session.folder import Session, find
+from engine.errors import NoSuchSessionError
+from engine.session.folder import Session, all_sessions, find
 from engine.session.registry import live_sessions
 from rlhf_tui.text import sanitise
 
@@ -42,8 +44,29 @@ name_argument: Decorator = click.argument("name")
 
 
 def existing(root: Path, name: str) -> Session:
-    """The session of that name, here or alive elsewhere. Raises NoSuchSessionError."""
-    return find(root.resolve(), name, live_sessions())
+    """The session called `name`, in `root` or live elsewhere.
+
+    Raises:
+        NoSuchSessionError: there is none; the message suggests similar names.
+    """
+    root = root.resolve()
+    elsewhere = live_sessions()
+    try:
+        return find(root, name, elsewhere)
+    except NoSuchSessionError:
+        near = _similar(name, sorted({s.name for s in (*all_sessions(root), *elsewhere)}))
+        if not near:
+            raise
+        raise NoSuchSessionError(
+            f"no session '{name}' in {root}; did you mean {' or '.join(near)}? "
+            "(rlhf-tui ls lists all)"
+        ) from None
+
+
+def _similar(name: str, names: list[str]) -> list[str]:
+    """At most three names that are close to `name` or contain it."""
+    close = difflib.get_close_matches(name, names, n=3)
+    return [*close, *(n for n in names if name in n and n not in close)][:3]
 
 
 def print_json(value: Any) -> None:

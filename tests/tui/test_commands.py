@@ -13,8 +13,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from engine.errors import NoSuchSessionError
 from rlhf_tui import identity
 from rlhf_tui.cli import COMMANDS, cli
+from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.steer import ctl
 
 DEADLINE = 60.0
@@ -99,6 +101,18 @@ def test_ls_has_the_kl_of_the_last_step(root):
     header, row = CliRunner().invoke(cli, ["ls", *where]).output.splitlines()
     kl = json.loads(CliRunner().invoke(cli, ["status", "frozen", "--json", *where]).output)["kl"]
     assert row[header.index("KL") :].split()[0] == f"{kl:.2f}"
+
+
+@pytest.mark.parametrize("given", ["froze", "forzen", "roz"])
+def test_a_name_that_is_nearly_right_gets_a_suggestion(root, given):
+    with pytest.raises(NoSuchSessionError, match=r"did you mean frozen\?"):
+        existing(root, given)
+
+
+def test_a_name_that_is_like_no_other_gets_no_suggestion(root):
+    with pytest.raises(NoSuchSessionError, match="rlhf-tui ls") as raised:
+        existing(root, "unlike")
+    assert "did you mean" not in str(raised.value)
 
 
 def test_a_user_without_an_entry_has_a_number(monkeypatch):
