@@ -256,12 +256,15 @@ def note(root: Path, name: str, text: str) -> None:
             answer = client.send(Note(text=text))
         if answer.status == "rejected":
             raise RlhfError(f"rejected: {answer.reason}")
-        return
-    Note(text=text).check_arguments()
-    lock = session.acquire()  # nobody writes the journal but the holder of the lock
-    try:
-        journal = JournalWriter(session)
-        journal.record_event("note", {"text": text, "who": who()})
-        journal.close()
-    finally:
-        lock.release()
+        step = (answer.step or 1) - 1  # the reply has the next step, the note the last finished one
+    else:
+        Note(text=text).check_arguments()
+        lock = session.acquire()  # only the holder of the lock may write the journal
+        try:
+            journal = JournalWriter(session)
+            journal.record_event("note", {"text": text, "who": who()})
+            step = journal.step
+            journal.close()
+        finally:
+            lock.release()
+    say(f"noted at step {step}: {one_line(text)}")

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from engine.errors import NoSuchSessionError
+from engine.journal.reader import JournalReader
 from rlhf_tui import identity
 from rlhf_tui.cli import COMMANDS, cli
 from rlhf_tui.commands.options import existing
@@ -113,6 +114,15 @@ def test_a_name_that_is_like_no_other_gets_no_suggestion(root):
     with pytest.raises(NoSuchSessionError, match="rlhf-tui ls") as raised:
         existing(root, "unlike")
     assert "did you mean" not in str(raised.value)
+
+
+def test_note_prints_what_was_noted_and_at_which_step(session_maker, tmp_path):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    arguments = ["note", "mine", "looks\x1b[31m good", "--sessions", str(tmp_path / "s")]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.output == "noted at step 3: looks␛ good\n"
+    with JournalReader(session) as record:
+        assert record.events(1)[0].step == 3
 
 
 def test_a_user_without_an_entry_has_a_number(monkeypatch):
