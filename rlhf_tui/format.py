@@ -38,6 +38,11 @@ def clock(timestamp: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(timestamp))
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 sample`, `12 samples`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def table(rows: list[list[str]], header: list[str]) -> str:
     """Columns as wide as they need; numbers are the caller's to align."""
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]

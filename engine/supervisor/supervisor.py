@@ -215,7 +215,8 @@ class Supervisor:
             waiting = Phase(rank=0, step=step, name=f"wait for rlhf-tui join {place}")
             self.state.phases[0] = waiting
             self.server.show(waiting)
-            text = f"waiting for {others} more machine(s): there, rlhf-tui join {place}"
+            machines = "1 more machine" if others == 1 else f"{others} more machines"
+            text = f"waiting for {machines}; run there: rlhf-tui join {place}"
             self.publisher.notice("machines", text, step)
 
     def _record_given(self, start: StartOptions) -> None:

@@ -99,11 +99,11 @@ def export(
         with SampleReader(session) as reader:
             rows = with_judgements(session, reader.newest())
         _write_lines(samples, (row.as_json() for row in rows))
-        say(f"{len(rows)} samples are in {samples}")
+        say(f"wrote {fmt.plural(len(rows), 'sample')} to {samples}")
     if preferences is not None:
         found = preference_pairs(session)
         _write_lines(preferences, (msgspec.structs.asdict(pair) for pair in found))
-        say(f"{'1 pair is' if len(found) == 1 else f'{len(found)} pairs are'} in {preferences}")
+        say(f"wrote {fmt.plural(len(found), 'pair')} to {preferences}")
 
 
 def _export_policy(session: Session, step: int, target: Path, merged: bool) -> str:
@@ -202,15 +202,29 @@ def doctor(root: Path, as_json: bool) -> None:
         print_json(shown | {"problems": problems})
     else:
         for key, value in shown.items():
-            text = (
-                ", ".join(f"{k} {v}" for k, v in value.items())
-                if isinstance(value, dict)
-                else value
-            )
-            say(f"{key:<10} {text}")
+            say(f"{key:<10} {_fact_text(value)}")
         for problem in problems:
             say(f"problem: {problem}")
     sys.exit(1 if problems else 0)
+
+
+def _fact_text(value: object) -> str:
+    """A fact for people: `yes` and `no`, lists and mappings on one line."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case list():
+            return ", ".join(map(_fact_text, value)) or "none"
+        case dict():
+            return ", ".join(f"{_title(k)} {_fact_text(v)}" for k, v in value.items())
+        case None:
+            return "none"
+        case _:
+            return str(value)
+
+
+def _title(key: str) -> str:
+    return key.replace("_gb", " GB").replace("_", " ")
 
 
 def _version(package: str) -> str | None:

@@ -19,6 +19,7 @@ from rlhf_tui import identity
 from rlhf_tui.cli import COMMANDS, cli
 from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.steer import ctl
+from rlhf_tui.format import plural
 
 DEADLINE = 60.0
 
@@ -123,6 +124,20 @@ def test_note_prints_what_was_noted_and_at_which_step(session_maker, tmp_path):
     assert result.output == "noted at step 3: looks␛ good\n"
     with JournalReader(session) as record:
         assert record.events(1)[0].step == 3
+
+
+def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):
+    session_maker(tmp_path / "s", "mine", 3)
+    target = tmp_path / "rows"
+    arguments = ["export", "mine", "--samples", str(target), "--sessions", str(tmp_path / "s")]
+    assert CliRunner().invoke(cli, arguments).output == f"wrote 24 samples to {target}\n"
+    assert plural(1, "sample") == "1 sample"
+
+
+def test_doctor_prints_words_not_python(tmp_path):
+    printed = CliRunner().invoke(cli, ["doctor", "--sessions", str(tmp_path)]).output
+    assert re.search(r"^gpus +(none|\w)", printed, re.MULTILINE)
+    assert not re.search(r"True|False|None|\[", printed)
 
 
 def test_a_user_without_an_entry_has_a_number(monkeypatch):

@@ -55,7 +55,8 @@ def main() -> None:
             # Which GPUs the first machine may use says nothing of those here.
             launch = msgspec.structs.replace(invitation.launch, gpus=[])
             count = given or ranks_per_node(launch)
-            say(f"joining {Path(invitation.folder).name} at {place} with {count} rank(s)")
+            ranks = "1 rank" if count == 1 else f"{count} ranks"
+            say(f"joining {Path(invitation.folder).name} at {place} with {ranks}")
             if run_agent(store, place, launch, invitation.folder, count) == 0:
                 end("the run is over", DONE)
             say("the ranks ended before the run did; waiting for it to start again")
