@@ -158,6 +158,11 @@ def unpause(steering: Steering) -> None:
     steering.send(Unpause())
 
 
+ctl.add_command(
+    click.Command("resume", callback=unpause.callback, help=Unpause.summary, hidden=True)
+)
+
+
 @_verb(Stop)
 @click.option("--now", is_flag=True, help="At once, without saving.")
 @click.pass_obj

@@ -140,6 +140,13 @@ def test_doctor_prints_words_not_python(tmp_path):
     assert not re.search(r"True|False|None|\[", printed)
 
 
+def test_resume_is_a_hidden_name_of_unpause():
+    resume, unpause = ctl.commands["resume"], ctl.commands["unpause"]
+    assert resume.hidden
+    assert resume.callback is unpause.callback
+    assert [p.name for p in resume.params] == [p.name for p in unpause.params]
+
+
 def test_a_user_without_an_entry_has_a_number(monkeypatch):
     def unknown():
         raise KeyError("getpwuid(): uid not found")
