@@ -92,19 +92,19 @@ class StatusLine(Panel):
         return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self) -> Piece | None:
-        """Why the run does not go on, with the command that helps."""
+        """Why the run does not continue, with the command that resumes it."""
         head, resume = self.state.head, f"rlhf-tui resume {self.state.name}"
         first = head.message.partition("\n")[0]
         if head.state == "finished" and head.step >= head.total_steps:
             return f"extend: {resume} -o train.steps={2 * head.step}", "dim"
-        why = f"{first}; go on" if first else "go on"
+        stopped = f"{first}; resume: {resume}" if first else f"resume: {resume}"
         connecting = self.state.live and not self.state.connected
         return {
-            "crashed": (f"its engine is gone; go on: {resume}", "bad"),
+            "crashed": (f"engine died; resume: {resume}", "bad"),
             "failed": (f"failed: {first or 'see 5 Log'}", "bad"),
-            "finished": (f"{why}: {resume}", "dim"),
-            "stopped": (f"{why}: {resume}", "dim"),
-            "paused": (f"paused after step {head.step}; p goes on", "warn"),
+            "finished": (stopped, "dim"),
+            "stopped": (stopped, "dim"),
+            "paused": (f"paused after step {head.step}; p resumes", "warn"),
         }.get(head.state, ("connecting to the engine …", "dim") if connecting else None)
 
     def _facts(self, width: int) -> list[Piece]:

@@ -76,7 +76,7 @@ def _short(value: float | None) -> str:
 def _hint() -> list[Row]:
     keys = (
         ("← →", "crosshair"),
-        ("n N", "to a marker"),
+        ("n N", "marker"),
         ("+ -", "zoom"),
         ("m", "metrics"),
         ("z", "enlarge"),

@@ -54,7 +54,7 @@ class MachinePanel(Panel):
     def _without(self) -> list[Row]:
         peak = self.state.series(metrics.PEAK_MEMORY).last
         row: Row = [(" peak memory ", "dim"), (f"{peak:.2f} GB", "")] if peak is not None else []
-        words = "waiting for the engine" if self.state.live else "no engine runs"
+        words = "waiting for the engine" if self.state.live else "no engine is running"
         return [[(f" {words}", "dim")], *([row] if row else [])]
 
     def _rank(self, rank: RankLoad, ranks: list[RankLoad], width: int) -> Row:

@@ -17,29 +17,32 @@ class PhaseStrip(Panel):
         """The slowest ranks first where not all fit."""
         phases = self.state.phases
         if self.state.head.state == "starting" and not phases:
-            return [[(" starting: models and prompts are being loaded …", "dim")]]
+            return [[(" starting: loading models and prompts …", "dim")]]
         if not self.state.live or not phases:
-            return [self._usual(width, "")]
+            return [self._last_step(width, "")]
         if self.state.head.state == "paused":
-            return [self._usual(width, "holding between steps;")]
+            return [self._last_step(width, "paused; ")]
         shown = sorted(phases, key=lambda p: (p.step, _place(p)))[: max(height, 1)]
         many = len(phases) > 1
         return [self._line(phase, width, many) for phase in sorted(shown, key=lambda p: p.rank)]
 
-    def _usual(self, width: int, words: str) -> Row:
-        """No phase is known: how long they take."""
-        times = [(n, s) for n in PHASES if (s := self.state.recent_mean(phase_time(n))) is not None]
+    def _last_step(self, width: int, state: str) -> Row:
+        """How long the last step and its phases took, after `state`."""
+        times = [(n, s) for n in PHASES if (s := self._last(phase_time(n))) is not None]
         if not times:
-            return [(f" {words} no step was measured yet".replace("  ", " "), "dim")]
-        total = self.state.recent_mean(metrics.STEP_TIME)
-        pieces: list[Piece] = [(f" {words} " if words else " ", "dim")]
-        pieces += [("a step took ", "dim"), (f"{total or 0:.1f}s", ""), (": ", "dim")]
+            return [(f" {state}no step measured yet", "dim")]
+        total = self._last(metrics.STEP_TIME)
+        pieces: list[Piece] = [(f" {state}last step took ", "dim")]
+        pieces += [(f"{total or 0:.1f}s", ""), (": ", "dim")]
         for i, (name, seconds) in enumerate(times):
             more = [(" · " if i else "", "dim"), (f"{name} ", "dim"), (f"{seconds:.1f}s", "")]
             if row_width(pieces) + row_width(more) > width:
                 break
             pieces += more
         return pieces
+
+    def _last(self, metric: str) -> float | None:
+        return self.state.series(metric).last
 
     def _line(self, phase: Phase, width: int, many: bool) -> Row:
         lead: list[Piece] = [(f" rank {phase.rank}", "dim")] if many else []

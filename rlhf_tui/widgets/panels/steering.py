@@ -40,7 +40,7 @@ class SteeringPanel(Panel):
             keys = "b  [ ]  a  u  e"
         top = heading("Steering", keys, width)
         if not state.head.settings:
-            words = "no settings known yet" if state.known else "reading …"
+            words = "settings not known yet" if state.known else "reading …"
             return [top, [(f" {words}", "dim")]]
         commands = [self._command(c, width) for c in self._recent()]
         body = [self._beta(width), self._kl(), self._next(width), *self._others(width)]
@@ -82,7 +82,7 @@ class SteeringPanel(Panel):
             then = next_beta(
                 msgspec.structs.replace(now, controller="adaptive"), kl, self.state.batch_size
             )
-            words = f"stays; adaptive would give {then:.4g}"
+            words = f"unchanged; adaptive would give {then:.4g}"
             return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (f" {words}", "dim")]
         then = next_beta(now, kl, self.state.batch_size)
         change = then / now.beta - 1 if now.beta else 0.0
@@ -90,12 +90,12 @@ class SteeringPanel(Panel):
         if then in (now.beta_min, now.beta_max):
             return [*row, (" at its bound", "warn")]
         if abs(kl / now.target - 1) >= MAX_ERROR:
-            words = " saturated: it moves no faster" if width >= 50 else " saturated"
+            words = " saturated: at its maximum rate" if width >= 50 else " saturated"
             return [*row, (words, "warn")]
         return row
 
     def _others(self, width: int) -> list[Row]:
-        rows: list[list[Piece]] = [[*_label("others")]]
+        rows: list[list[Piece]] = [[*_label("other")]]
         for key, name in OTHER_SETTINGS:
             value = value_text(self.state.setting(key))
             if row_width(rows[-1]) + len(name) + len(value) + 3 > width:

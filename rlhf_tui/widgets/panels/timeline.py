@@ -14,7 +14,7 @@ class TimelinePanel(Panel):
         markers = self.state.markers()
         top = heading("What happened", "n N jump  w note" if width >= 40 else "n N", width)
         if not markers:
-            return [top, [(" nothing yet: changes, alerts and checkpoints stand here", "dim")]]
+            return [top, [(" nothing yet: changes, alerts and checkpoints appear here", "dim")]]
         return [top, *(_row(m, width) for m in reversed(markers[-(height - 1) :]))]
 
 
@@ -36,10 +36,10 @@ class LatestSamplesPanel(Panel):
         """Score, KL and length before each."""
         samples = self.state.samples
         step = samples[-1].step if samples else 0
-        title = f"Newest answers, step {step}" if samples else "Newest answers"
+        title = f"Newest responses, step {step}" if samples else "Newest responses"
         top = heading(title, "3 read" if width >= 40 else "3", width)
         if not samples:
-            return [top, [(" none yet: they come with the first step", "dim")]]
+            return [top, [(" none yet: they appear with the first step", "dim")]]
         newest = [s for s in samples if s.step == step]
         rows: list[Row] = []
         for s in newest[: height - 1]:
