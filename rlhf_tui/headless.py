@@ -39,9 +39,9 @@ class Printer:
     def state(self, state: str, text: str) -> None:
         """Announces a state in words, where it is not plain from the lines."""
         if state == "stopping":
-            self._say("stopping: finishing the step and saving (ctrl+c again: at once, unsaved)")
+            self._say("stopping: finishing the step and saving (ctrl+c again: stop without saving)")
         elif state == "paused":
-            self._say("paused; go on with: rlhf-tui ctl NAME unpause", sys.stderr)
+            self._say("paused; resume with: rlhf-tui ctl NAME unpause", sys.stderr)
         elif state in ("finished", "stopped") and text:
             self._say(one_line(text))
 

@@ -76,7 +76,7 @@ class Command(Struct, frozen=True, kw_only=True, tag_field="command", forbid_unk
 class Pause(Command, frozen=True, tag="pause"):
     """The ranks hold at the next step boundary."""
 
-    summary: ClassVar[str] = "Hold at the next step boundary."
+    summary: ClassVar[str] = "Pause at the next step boundary."
     on_charts: ClassVar[bool] = True
     state_when_accepted: ClassVar[State | None] = "pausing"
     dropped_after_failures: ClassVar[bool] = False  # a run must not go on for having failed
@@ -89,7 +89,7 @@ class Pause(Command, frozen=True, tag="pause"):
 class Unpause(Command, frozen=True, tag="unpause"):
     """The end of a pause."""
 
-    summary: ClassVar[str] = "Go on."
+    summary: ClassVar[str] = "Resume a paused run."
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
@@ -100,7 +100,7 @@ class Unpause(Command, frozen=True, tag="unpause"):
 class Stop(Command, frozen=True, tag="stop"):
     """The end of the run: after the step in hand, saved; with `now` at once, unsaved."""
 
-    summary: ClassVar[str] = "Finish the step, save, and end."
+    summary: ClassVar[str] = "Finish the current step, save a checkpoint and stop."
     on_charts: ClassVar[bool] = True
     while_stopping: ClassVar[bool] = True
     state_when_accepted: ClassVar[State | None] = "stopping"
@@ -116,7 +116,7 @@ class Stop(Command, frozen=True, tag="stop"):
 class Checkpoint(Command, frozen=True, tag="checkpoint"):
     """A checkpoint at the next step boundary."""
 
-    summary: ClassVar[str] = "Save at the next step boundary."
+    summary: ClassVar[str] = "Save a checkpoint at the next step boundary."
     on_charts: ClassVar[bool] = False  # the checkpoint's own event is
 
 
@@ -138,7 +138,7 @@ class SettingCommand(Command, frozen=True):
 class SetBeta(SettingCommand, frozen=True, tag="beta"):
     """A KL coefficient; an adaptive controller goes on from it."""
 
-    summary: ClassVar[str] = "Set the KL coefficient."
+    summary: ClassVar[str] = "Set beta, the KL coefficient."
 
     value: float
 
@@ -149,7 +149,7 @@ class SetBeta(SettingCommand, frozen=True, tag="beta"):
 class SetKLController(SettingCommand, frozen=True, tag="kl"):
     """The KL controller and what it aims at; what is None stays as it is."""
 
-    summary: ClassVar[str] = "Hand beta to the adaptive controller, or take it back."
+    summary: ClassVar[str] = "Choose the KL controller, adaptive or fixed."
 
     controller: Literal["fixed", "adaptive"]
     target: float | None = None
@@ -177,14 +177,14 @@ class SetSetting(SettingCommand, frozen=True, tag="set"):
 class Undo(Command, frozen=True, tag="undo"):
     """The last change of a setting that an operator made, taken back."""
 
-    summary: ClassVar[str] = "Take back the last change of a setting."
+    summary: ClassVar[str] = "Undo the last change of a setting."
     on_charts: ClassVar[bool] = True
 
 
 class Rollback(Command, frozen=True, tag="rollback"):
     """A new attempt, in place, from an earlier checkpoint."""
 
-    summary: ClassVar[str] = "Go back to the checkpoint of STEP."
+    summary: ClassVar[str] = "Return to the checkpoint of STEP and continue from there."
     on_charts: ClassVar[bool] = True
 
     step: int
@@ -202,7 +202,7 @@ class Rollback(Command, frozen=True, tag="rollback"):
 class Probe(Command, frozen=True, tag="probe"):
     """A prompt for the current policy and for the reference."""
 
-    summary: ClassVar[str] = "Let the policy, and the reference, answer TEXT."
+    summary: ClassVar[str] = "Generate a response to TEXT with policy and reference."
     on_charts: ClassVar[bool] = False
 
     text: str
@@ -214,7 +214,7 @@ class Probe(Command, frozen=True, tag="probe"):
 class Note(Command, frozen=True, tag="note"):
     """A line in the journal."""
 
-    summary: ClassVar[str] = "Write a line into the session's ledger."
+    summary: ClassVar[str] = "Add a note to the session's journal."
     on_charts: ClassVar[bool] = False  # the note's own event is
     while_stopping: ClassVar[bool] = True
 

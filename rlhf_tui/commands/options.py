@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean."""
+"""Options, arguments and output that commands share."""
 
 import difflib
 import json
@@ -33,11 +33,11 @@ sessions_option: Decorator = click.option(
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help=JSON)
 
 last_option: Decorator = click.option(
-    "--last", type=click.IntRange(min=1), metavar="N", help="Only the last N."
+    "--last", type=click.IntRange(min=1), metavar="N", help="Print only the last N."
 )
 
 override_option: Decorator = click.option(
-    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a configuration key."
+    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a configuration key."
 )
 
 name_argument: Decorator = click.argument("name")
@@ -70,15 +70,15 @@ def _similar(name: str, names: list[str]) -> list[str]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value; ASCII, so that no terminal can be made to obey it."""
+    """Prints one JSON value, in ASCII: it cannot contain control sequences."""
     click.echo(json.dumps(value, allow_nan=False))
 
 
 def say(text: str) -> None:
-    """A line for people, sanitised, on stdout."""
+    """Prints sanitised text on stdout. All output for people goes through it."""
     click.echo(sanitise(text))
 
 
 def is_terminal() -> bool:
-    """Whether a full screen can be shown here."""
+    """Whether the terminal app can run here."""
     return sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
