@@ -52,10 +52,10 @@ class Printer:
         """Prints the states that the lines of steps do not show."""
         if state == "stopping":
             self._print_above(
-                "stopping: finishing the step and saving (ctrl+c again: at once, unsaved)"
+                "stopping: finishing the step and saving (ctrl+c again: stop without saving)"
             )
         elif state == "paused":
-            self._print_above("paused; continue with: rlhf-tui ctl NAME unpause", sys.stderr)
+            self._print_above("paused; resume with: rlhf-tui ctl NAME unpause", sys.stderr)
         elif state in ("finished", "stopped") and text:
             self._print_above(one_line(text))
 

@@ -90,7 +90,7 @@ class Pause(Command, frozen=True, tag="pause"):
 class Unpause(Command, frozen=True, tag="unpause"):
     """Ends a pause."""
 
-    summary: ClassVar[str] = "Continue after a pause."
+    summary: ClassVar[str] = "Resume a paused run."
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
@@ -101,7 +101,7 @@ class Unpause(Command, frozen=True, tag="unpause"):
 class Stop(Command, frozen=True, tag="stop"):
     """Ends the run: after the current step and a checkpoint, or at once and unsaved with `now`."""
 
-    summary: ClassVar[str] = "Finish the step, save a checkpoint, and end the run."
+    summary: ClassVar[str] = "Finish the current step, save a checkpoint and stop."
     on_charts: ClassVar[bool] = True
     while_stopping: ClassVar[bool] = True
     state_when_accepted: ClassVar[State | None] = "stopping"
@@ -139,7 +139,7 @@ class SettingCommand(Command, frozen=True):
 class SetBeta(SettingCommand, frozen=True, tag="beta"):
     """Sets the KL coefficient; an adaptive controller continues from it."""
 
-    summary: ClassVar[str] = "Set the KL coefficient."
+    summary: ClassVar[str] = "Set beta, the KL coefficient."
 
     value: float
 
@@ -150,7 +150,7 @@ class SetBeta(SettingCommand, frozen=True, tag="beta"):
 class SetKLController(SettingCommand, frozen=True, tag="kl"):
     """Sets the KL controller and its parameters; parameters that are None do not change."""
 
-    summary: ClassVar[str] = "Choose the fixed or the adaptive KL controller."
+    summary: ClassVar[str] = "Choose the KL controller, adaptive or fixed."
 
     controller: Literal["fixed", "adaptive"]
     target: float | None = None
@@ -178,14 +178,14 @@ class SetSetting(SettingCommand, frozen=True, tag="set"):
 class Undo(Command, frozen=True, tag="undo"):
     """Reverts the last change of settings by an operator."""
 
-    summary: ClassVar[str] = "Revert the last change of a setting."
+    summary: ClassVar[str] = "Undo the last change of a setting."
     on_charts: ClassVar[bool] = True
 
 
 class Rollback(Command, frozen=True, tag="rollback"):
     """Starts a new attempt of the session from an earlier checkpoint."""
 
-    summary: ClassVar[str] = "Roll back to the checkpoint of STEP."
+    summary: ClassVar[str] = "Return to the checkpoint of STEP and continue from there."
     on_charts: ClassVar[bool] = True
 
     step: int
@@ -203,7 +203,7 @@ class Rollback(Command, frozen=True, tag="rollback"):
 class Probe(Command, frozen=True, tag="probe"):
     """Generates responses of the current policy and of the reference to a prompt."""
 
-    summary: ClassVar[str] = "Generate responses of the policy and of the reference to TEXT."
+    summary: ClassVar[str] = "Generate a response to TEXT with policy and reference."
     on_charts: ClassVar[bool] = False
 
     text: str

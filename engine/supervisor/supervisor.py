@@ -221,7 +221,8 @@ class Supervisor:
             waiting = Phase(rank=0, step=step, name=f"wait for rlhf-tui join {address}")
             self.state.phases[0] = waiting
             self.server.send_to_watchers(waiting)
-            text = f"waiting for {others} more machine(s): there, rlhf-tui join {address}"
+            machines = "1 more machine" if others == 1 else f"{others} more machines"
+            text = f"waiting for {machines}; run there: rlhf-tui join {address}"
             self.publisher.notice("machines", text, step)
 
     def _record_start_settings(self, start: StartOptions) -> None:

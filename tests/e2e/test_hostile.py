@@ -38,7 +38,7 @@ def hostile(make_lab):
 def test_the_app_shows_it_as_symbols_and_stays_up(hostile, wait_until):
     terminal = Terminal(hostile.lab, "attach", hostile.name)
     try:
-        for key, word in (("2", "Steering"), ("3", "ANSWER"), ("4", "saved"), ("5", "lines")):
+        for key, word in (("2", "Steering"), ("3", "RESPONSE"), ("4", "saved"), ("5", "lines")):
             terminal.type(key)
             wait_until(lambda word=word: word in terminal.text, f"screen {key}")
         terminal.type("1")

@@ -203,7 +203,7 @@ def test_preferences_are_exported_as_json_lines(make_judged, tmp_path):
     run = make_judged(judge)
     target = tmp_path / "pairs.jsonl"
     done = run.lab.cli("export", run.name, "--preferences", target)
-    assert (done.returncode, done.stdout) == (0, f"2 pairs are in {target}\n")
+    assert (done.returncode, done.stdout) == (0, f"wrote 2 pairs to {target}\n")
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     first = run.lab.json("samples", run.name)[0]
     keys = {"prompt", "chosen", "rejected", "source", "who", "time", "chosen_step"}

@@ -166,10 +166,10 @@ def test_an_archived_session_is_read_as_any_other(lab, archive, whole):
 def test_an_archived_session_is_shown(lab, archive, wait_until):
     terminal = Terminal(lab, "attach", "whole", "--read-only", "--sessions", archive)
     try:
-        wait_until(lambda: "Newest answers, step 8" in terminal.screen, "dashboard")
+        wait_until(lambda: "Newest responses, step 8" in terminal.screen, "dashboard")
         assert "read-only" in terminal.screen
         terminal.type("3")
-        wait_until(lambda: "ANSWER" in terminal.screen, "samples")
+        wait_until(lambda: "RESPONSE" in terminal.screen, "samples")
         terminal.type("q")
         wait_until(lambda: terminal.process.poll() == 0, "end of the app")
     finally:

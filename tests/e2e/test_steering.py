@@ -146,6 +146,7 @@ def test_the_ledger_says_who_did_what_when_and_what_it_was_before(held):
 def test_a_note_stands_in_the_ledger_with_who_wrote_it(held):
     assert held.seen.note.returncode == 0
     (note,) = held.events("note")
+    assert held.seen.note.stdout == f"noted at step {note['step']}: what is␛ this\n"
     assert note["text"] == "what is\x1b[31m this"
     assert note["who"]
     assert "\x1b" not in held.lab.cli("events", held.name).stdout

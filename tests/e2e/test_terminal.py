@@ -15,7 +15,7 @@ from engine.session.folder import create
 from tests.e2e.terminal import Terminal
 
 TITLES = {
-    "1": "enter", "2": "Newest answers, step 8", "3": "ANSWER", "4": " MB", "5": "lines",
+    "1": "enter", "2": "Newest responses, step 8", "3": "RESPONSE", "4": " MB", "5": "lines",
 }  # fmt: skip
 """What tells a screen from the others."""
 SETTLED = 1.0
@@ -88,7 +88,7 @@ def test_an_engine_that_dies_is_said_and_the_app_goes_on(lab, attach, leaves, wa
         wait_until(lambda: run.events("checkpoint"), "checkpoint")
         run.engine().kill()
         wait_until(lambda: "✗ crashed" in terminal.screen, "word of the end")
-        assert "its engine is gone; go on: rlhf-tui resume dies" in terminal.screen
+        assert "engine died; resume: rlhf-tui resume dies" in terminal.screen
         terminal.type("p")
         wait_until(lambda: "no engine runs 'dies'" in terminal.screen, "answer to a command")
         assert run.resume().returncode == 0

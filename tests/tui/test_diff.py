@@ -113,8 +113,8 @@ def test_the_tones_of_the_two_are_told_apart_without_colour():
 def test_the_words_of_each_have_a_tone_of_their_own():
     one, other = "the film was good", "the film was dull"
     rows = comparison(answer(one), held(one, other), 60)
-    assert toned(rows, "mine") == ["good", "only here"]
-    assert toned(rows, "theirs") == ["dull", "only there"]
+    assert toned(rows, "mine") == ["good", "only in this"]
+    assert toned(rows, "theirs") == ["dull", "only in other"]
 
 
 @pytest.mark.parametrize("width", [60, 120])

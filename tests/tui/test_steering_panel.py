@@ -26,7 +26,7 @@ def test_a_bound_that_holds_beta_says_so():
 def test_a_fixed_beta_stays_and_the_panel_says_what_the_controller_would_do():
     settings = SETTINGS | {"controller": "fixed"}
     shown = text(SteeringPanel(make_state(kl=6.6, settings=settings)))
-    assert "stays; adaptive would give 0.0505" in shown
+    assert "unchanged; adaptive would give 0.0505" in shown
 
 
 def test_beta_names_who_set_it():

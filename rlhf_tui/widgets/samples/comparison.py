@@ -86,20 +86,21 @@ def _abreast(left: list[Row], right: list[Row], half: int) -> list[Row]:
 
 
 def _legend(beside: ComparisonTarget, width: int) -> list[Row]:
-    keys: list[Piece] = [("d ", "key"), ("on", "dim")]
+    cycle: list[Piece] = [("d ", "key"), ("next", "dim")]
     if beside.row is None:
-        return [keys]
-    keys = [("y ", "key"), ("this is better  ", "dim"), ("o ", "key"), ("the other  ", "dim")]
+        return [cycle]
+    keys: list[Piece] = [("y ", "key"), ("this is better  ", "dim")]
+    keys += [("o ", "key"), ("other is better  ", "dim")]
     if beside.kind == "earlier":
-        keys += [("← → ", "key"), ("which  ", "dim")]
-    keys += [("d ", "key"), ("on", "dim")]
+        keys += [("← → ", "key"), ("choose  ", "dim")]
+    keys += cycle
     words: list[Piece] = [
-        ("only here", "mine"), ("  ", ""), ("only there", "theirs"),
+        ("only in this", "mine"), ("  ", ""), ("only in other", "theirs"),
         (f"  {beside.own.common} words in common", "dim"),
     ]  # fmt: skip
     rows: list[Row] = [keys, words]
     if row_width(keys) + row_width(words) + 3 <= width:
         rows = [[*keys, ("   ", ""), *words]]
     if beside.own.cut:
-        rows.append([(f"compared as far as word {MOST:,}", "warn")])
+        rows.append([(f"only the first {MOST:,} words are compared", "warn")])
     return rows

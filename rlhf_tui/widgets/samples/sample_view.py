@@ -15,6 +15,8 @@ from rlhf_tui.widgets.table import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
 VIEWS = ("text", "KL", "log-prob", "advantage", "value")
+EXTREMES = {"log-prob": "least likely tokens"}
+"""Title of the tokens with the largest values, where it is not "largest" and the view's name."""
 HEAT = ("", "heat1", "heat2", "heat3")
 COLD = ("", "cold1", "cold2", "cold3")
 UNDEFINED = "bad"
@@ -74,7 +76,7 @@ class SampleView(ScrollText):
         """Breaks everything into lines."""
         width = max(self.size.width - 2, 10)
         if self.sample is None:
-            self.set_body([[(" no answer chosen", "dim")]])
+            self.set_body([[(" no response selected", "dim")]])
             return
         if self.beside is not None and self.comparing:
             lines = comparison(self.sample, self.beside, width)
@@ -102,9 +104,9 @@ def body(sample: SampleRow, arrays: TokenArrays | None, mode: str, width: int) -
         rows.append(parts)
     rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s.prompt, width)), []]
     if mode == VIEWS[0]:
-        return [*rows, [("ANSWER", "dim")], *([(line, "")] for line in wrap(s.response, width))]
+        return [*rows, [("RESPONSE", "dim")], *([(line, "")] for line in wrap(s.response, width))]
     if arrays is None:
-        words = "no token values were kept of this answer (log.arrays: how many a step)"
+        words = "no token values were kept for this response (log.arrays: how many per step)"
         return [*rows, *([(line, "warn")] for line in wrap(words, width))]
     return [*rows, *token_rows(arrays, mode, width)]
 
@@ -135,7 +137,7 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
     ends = [f"{end(finite):.2f}" if finite else "–" for end in (min, max)]
     rows: list[Row] = [
         [
-            (f"ANSWER, {mode} of each token  ", "dim"),
+            (f"RESPONSE, {mode} of each token  ", "dim"),
             (f"{ends[0]} ", "cold2"), ("… ", "dim"), (ends[1], "heat2"),
         ]
     ]  # fmt: skip
@@ -154,7 +156,7 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
             if i < len(pieces) - 1:
                 rows.append(line)
                 line, used = [], 0
-    rows += [line, [], [(f"largest {mode}", "dim")]]
+    rows += [line, [], [(EXTREMES.get(mode, f"largest {mode}"), "dim")]]
     order = sorted(range(len(values)), key=lambda i: _rank(values[i]))[:12]
     for i in order:
         rows.append(
