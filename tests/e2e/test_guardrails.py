@@ -115,7 +115,7 @@ def test_who_waits_for_a_stop_finds_the_engine_gone(guarded):
 
 def test_following_a_log_ends_when_the_engine_does(guarded):
     assert guarded.follows
-    guarded.follower.wait(timeout=30)
+    guarded.follower.wait(timeout=240)
     assert guarded.follower.returncode == 0
 
 

@@ -210,7 +210,7 @@ def test_without_restarts_left_a_killed_rank_is_a_failed_run(lab):
     process = lab.popen(*run.arguments, "--headless")
     run.wait_at(2)
     os.kill(run.rank().pid, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "SIGKILL" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr

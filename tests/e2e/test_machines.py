@@ -44,8 +44,8 @@ def machines(lab, wait_until):
     os.kill(agent.pid, signal.SIGKILL)
     run.release(7)
     run.finish()
-    run.printed, run.warned = run.start_on.communicate(timeout=60)
-    run.joined, _ = helper.communicate(timeout=60)
+    run.printed, run.warned = run.start_on.communicate(timeout=240)
+    run.joined, _ = helper.communicate(timeout=240)
     run.helper_code = helper.returncode
     yield run
     helper.kill()

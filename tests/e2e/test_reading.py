@@ -120,7 +120,7 @@ def test_reading_closed_early_is_no_error(whole):
     script = f"{sys.executable} -m rlhf_tui.cli samples whole --json | head -c 10"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", script],
-        env=whole.lab.environment, capture_output=True, text=True, timeout=60, check=False,
+        env=whole.lab.environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.stderr == ""
 

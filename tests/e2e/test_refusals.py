@@ -33,7 +33,7 @@ def test_the_engine_itself_refuses_to_be_the_second(endless, lab):
     from engine.launch.start import StartOptions  # noqa: PLC0415
 
     with pytest.raises(SessionError, match=str(endless.engine().pid)):
-        start_engine(endless.session, StartOptions(), timeout=60)
+        start_engine(endless.session, StartOptions(), timeout=240)
     assert endless.state == "paused"
 
 

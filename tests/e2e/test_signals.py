@@ -84,14 +84,14 @@ def test_stop_now_ends_at_once_without_saving(lab):
     # Its pause is in the journal, so it is waiting for an answer now.
     run.wait_for("pausing")
     assert run.ctl("stop", "--now").returncode == 0
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 0
     run.wait_gone()
     assert run.state == "stopped"
     assert not list(run.session.checkpoints.iterdir())
     # What could not be carried out any more is not left open, and who waited is told.
     assert run.commands()["too-late"]["status"] == "rejected"
-    _, stderr = waiting.communicate(timeout=60)
+    _, stderr = waiting.communicate(timeout=240)
     assert waiting.returncode == 1
     assert "before it was carried out" in stderr
 
@@ -104,6 +104,6 @@ def test_a_rank_that_dies_while_stopping_is_not_taken_for_a_stop_at_once(lab):
     process.send_signal(signal.SIGTERM)
     run.wait_for("stopping")
     os.kill(run.rank().pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 1
     assert run.state == "failed"

@@ -7,7 +7,7 @@ from engine.protocol import frames, sockets
 from engine.protocol.client_messages import ClientHello
 from engine.supervisor.server import Server
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 def test_an_end_with_a_client_attached_logs_no_error(tmp_path, caplog):

@@ -227,7 +227,7 @@ def session_maker():
     return make_session
 
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 async def wait_until(pilot, condition, what="", deadline=DEADLINE):

@@ -21,7 +21,7 @@ from rlhf_tui.commands.options import existing
 from rlhf_tui.commands.steer import ctl
 from rlhf_tui.format import plural
 
-DEADLINE = 60.0
+DEADLINE = 240.0
 
 
 def test_the_folder_of_sessions_may_stand_before_the_command(root, tmp_path, monkeypatch):

@@ -88,8 +88,8 @@ def test_whatever_goes_wrong_in_writing_is_told():
     judge = LabelWriter(told.put)
     judge.write("\ud800".encode)
     judge.write(lambda: None)
-    assert told.get(timeout=10).startswith("this judgement was not written: UnicodeEncodeError")
-    assert told.get(timeout=10) == ""
+    assert told.get(timeout=60).startswith("this judgement was not written: UnicodeEncodeError")
+    assert told.get(timeout=60) == ""
 
 
 async def test_what_no_longer_fits_the_filter_makes_way_for_the_next(samples, judged, until):
