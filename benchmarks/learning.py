@@ -78,7 +78,10 @@ ALWAYS = [
     Undone(
         "cache, ended answers leave", {"engine.train.rollout.native.generate": textbook.generate}
     ),
-    Undone("the rollout's log π used again", {"engine.train.step.old_policy": textbook.old_policy}),
+    Undone(
+        "the rollout's log π used again",
+        {"engine.train.step.old_policy_outputs": textbook.old_policy_outputs},
+    ),
     Undone(
         "frozen models in a file",
         {"engine.train.distributed.sharding.back_by_file": textbook.nothing},
@@ -94,7 +97,7 @@ GROUPS_ONCE = Undone(
     "a group's prompt read once", {"engine.train.rollout.native.generate": textbook.generate}
 )
 ONE_BY_ONE = Undone(
-    "policy and value one by one", {"engine.train.ppo.optimise.one_after_the_other": textbook.no}
+    "policy and value one by one", {"engine.train.ppo.optimise.separate_passes": textbook.no}
 )
 
 TASKS: dict[str, tuple[list[str], list[list[Undone]]]] = {

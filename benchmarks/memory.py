@@ -1,14 +1,15 @@
-"""The memory planner against what runs really took: a table, and an exit code.
+"""Compares the memory planner's estimates with the measured peaks of real runs.
 
     python benchmarks/memory.py [--device cpu|cuda] [--only TEXT] [--threads N]
 
-Each row is a run of its own processes (`rlhf-tui demo --headless`, two steps): the estimate is the
-one its rank made before it loaded any model, the measured peak its `perf/peak_memory_gb` (on a CPU
-what was resident at most, on a GPU what torch allocated at most). Models have random weights in the
-shapes named, and the starter's tokenizer. An estimate is for answers as long as the limit allows.
+Each row is a run of two steps in processes of its own (`rlhf-tui demo --headless`). The estimate is
+what the rank computes before it loads a model; the measured peak is its `perf/peak_memory_gb`
+(resident memory on a CPU, torch's allocations on a GPU). Models have the named shapes, random
+weights and the starter's tokenizer. An estimate assumes responses of the maximum length.
 
-Exits with 1 where an estimate is off by over a quarter; with `--device cuda` on a machine without a
-GPU it says so and exits with 0.
+If a run fails, its row shows the error and the remaining rows are still measured. The exit code is
+1 if a run failed or an estimate is off by more than a quarter. With `--device cuda` on a machine
+without a GPU the program prints a message and exits with 0.
 """
 
 import argparse
@@ -44,9 +45,9 @@ QWEN_HALF_B = Qwen2Config(
 )  # fmt: skip
 SHORT = "ppo.epochs=1 train.save_every=0 log.tensorboard=false train.steps=2"
 LONG = "rollout.temperature=4 "
-"""The starter ends its answers long before the limit; hot enough, it does not."""
+"""A temperature at which the starter's responses reach the maximum length."""
 Case = tuple[str, str]
-"""A model's name and the settings that make the case."""
+"""A model's name and the settings of the run."""
 ON_CPU: list[Case] = [
     ("starter", ""),
     ("starter", "ppo.advantage=reward"),
@@ -68,37 +69,48 @@ ON_GPU: list[Case] = [
 ]
 
 
+class RunError(Exception):
+    """A run of a case failed; the message is what it printed last."""
+
+
 def main() -> int:
-    """Runs the cases. Returns the exit code."""
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    arguments.add_argument("--only", default="", help="cases whose name and settings hold this")
-    arguments.add_argument("--threads", type=int, default=1)
-    given = arguments.parse_args()
-    if given.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU that torch can use here: the planner was not checked on one")
+    """Runs the cases and prints one row each. Returns the exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="select cases by name or settings"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("torch finds no GPU on this machine: the planner was not checked")
         return 0
-    where = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
-    print(f"torch {torch.__version__}, {where}\n")
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"torch {torch.__version__}, {device}\n")
     print(f"{'model':<9}{'estimate':>9}{'measured':>9}{'off':>8}  settings")
-    worst = 0.0
+    worst, failed = 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for number, (model, settings) in enumerate(ON_CPU if given.device == "cpu" else ON_GPU):
-            if given.only not in f"{model} {settings}":
+        for number, (model, settings) in enumerate(ON_CPU if options.device == "cpu" else ON_GPU):
+            if options.only not in f"{model} {settings}":
                 continue
-            always = f"{SHORT} launch.device={given.device} launch.threads={given.threads}"
-            options = [*make(model, root), *always.split(), *settings.split()]
-            estimate, measured = run(root, f"case-{number}", options)
+            always = f"{SHORT} launch.device={options.device} launch.threads={options.threads}"
+            overrides = [*write_model(model, root), *always.split(), *settings.split()]
+            try:
+                estimate, measured = run(root, f"case-{number}", overrides)
+            except RunError as error:
+                failed += 1
+                print(f"{model:<9}{'failed':>26}  {settings}\n  {error}", flush=True)
+                continue
             off = estimate / measured - 1
             worst = max(worst, abs(off))
             print(f"{model:<9}{estimate:>9.2f}{measured:>9.2f}{off:>+8.0%}  {settings}", flush=True)
-    print(f"\nGB; off by {worst:.0%} at most, {TOLERANCE:.0%} are allowed")
-    return int(worst > TOLERANCE)
+    print(f"\nGB; off by {worst:.0%} at most, {TOLERANCE:.0%} are allowed; {failed} failed")
+    return int(worst > TOLERANCE or failed > 0)
 
 
-def make(model: str, root: Path) -> list[str]:
-    """The settings that name a model; it is made when it is first asked for."""
+def write_model(model: str, root: Path) -> list[str]:
+    """Writes a policy and a reward model on first use; returns the settings that select them."""
     if model == "starter":
         return []
     policy, reward = root / model, root / f"{model}-reward"
@@ -119,20 +131,24 @@ def make(model: str, root: Path) -> list[str]:
     return [f"model.policy={policy}", f"reward.model={reward}"]
 
 
-def run(root: Path, name: str, options: list[str]) -> tuple[float, float]:
-    """A run of two steps: its estimate and its measured peak, GB."""
-    words = [w for option in options for w in ("-o", option)]
-    command = [Path(sys.executable).with_name("rlhf-tui"), "demo", "--headless", "--name", name]
+def run(root: Path, name: str, overrides: list[str]) -> tuple[float, float]:
+    """Runs two steps; returns the estimate and the measured peak in GB. Raises RunError."""
+    options = [word for override in overrides for word in ("-o", override)]
+    # Through the interpreter: the command need not be installed beside it.
+    command = [sys.executable, "-m", "rlhf_tui.cli", "demo", "--headless", "--name", name]
     done = subprocess.run(
-        [*command, "--sessions", root / "sessions", *words],
+        [*command, "--sessions", root / "sessions", *options],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        sys.exit(f"{name} failed: {done.stderr.strip() or done.stdout.strip()}")
-    with JournalReader(Session(root / "sessions" / name)) as record:
-        ready = next(e for e in record.events() if e.kind == "ready").as_json()
-        measured = max(v for _, v in record.series("perf/peak_memory_gb"))
+        output = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+        raise RunError("\n  ".join([f"exit code {done.returncode}", *output[-5:]]))
+    with JournalReader(Session(root / "sessions" / name)) as reader:
+        ready = next((e.as_json() for e in reader.events() if e.kind == "ready"), {})
+        measured = max((v for _, v in reader.series("perf/peak_memory_gb")), default=0.0)
+    if "planned_memory_gb" not in ready or not measured:
+        raise RunError("the journal holds no estimate or no measured peak")
     return float(ready["planned_memory_gb"]), measured
 
 

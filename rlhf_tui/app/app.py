@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from textual import events
 from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
+from textual.dom import DOMNode
 from textual.filter import LineFilter
 from textual.notifications import SeverityLevel
 from textual.screen import Screen
@@ -34,10 +36,15 @@ from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.first_read import FirstRead
 from rlhf_tui.state.messages import CommandAnswered, EngineStarted, SessionUpdated
 from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import one_line, sanitise
 from rlhf_tui.widgets.key_footer import KeyFooter, key_name
-from rlhf_tui.widgets.textual_internals import screens_of_all_modes, screens_of_current_mode
+from rlhf_tui.widgets.textual_internals import (
+    bindings_of_key,
+    screens_of_all_modes,
+    screens_of_current_mode,
+)
 
 NOTICE = 5.0
 """Seconds of a notice in the line of keys."""
@@ -111,7 +118,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             now=now, follow=follow, say=self.say, draw=self.draw_screens,
         )  # fmt: skip
         self.commands = steering.Steering(
-            self, self.follower, self.who, read_only=read_only, say=self.say
+            self, self.who, target=self.steering_target, read_only=read_only, say=self.say
         )
         self.engines = EngineStarter(
             self, self.follower, self.root,
@@ -119,7 +126,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         )  # fmt: skip
         self._first_read = first_read
         if session is not None:
-            self._follow(session)
+            self.follower.open(session)
         for theme in THEMES:
             self.register_theme(theme)
         self.theme = self.preferences.theme
@@ -168,17 +175,13 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             except RlhfError as error:
                 self.say(str(error), "error")
                 return False
-            self._follow(session)
+            self.follower.open(session)
             for screen in screens_of_all_modes(self):
                 if isinstance(screen, SessionScreen) and screen.is_mounted:
                     screen.session_changed()
             self.follower.begin()
         self.switch_mode("dashboard")
         return True
-
-    def _follow(self, session: Session) -> None:
-        self.follower.open(session)
-        self.commands.session_opened()
 
     def forget_session(self, name: str) -> None:
         """Stops following a session that is about to be deleted."""
@@ -190,6 +193,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def draw_screens(self, *, only_live: bool) -> None:
         """Draws the screens of this mode; `only_live`: only phases and machine have changed."""
+        if not self.is_running:
+            return  # a timer may still fire while Textual removes the widgets
         for screen in screens_of_current_mode(self):
             if isinstance(screen, SessionScreen) and screen.is_mounted:
                 screen.draw(only_live=only_live)
@@ -198,8 +203,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def on_session_updated(self, message: SessionUpdated) -> None:
         """The feed has read something; what is left of another session's is dropped."""
-        if self.follower.take(message):
-            self.commands.session_updated(message)
+        if self.follower.take(message) and message.update.head and self.session is not None:
+            self.commands.run_read(SteeringTarget.of_state(self.session, self.state))
 
     def on_command_answered(self, message: CommandAnswered) -> None:
         """The engine has replied to a command."""
@@ -254,12 +259,38 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     # -- keys ----------------------------------------------------------------------------------
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """With --read-only there are no commands."""
-        return not (self.read_only and action in steering.ACTIONS)
+        """Steering keys are enabled only if the selected run takes commands."""
+        return self.commands.offered(action) if action in steering.ACTIONS else True
+
+    def on_key(self, event: events.Key) -> None:
+        """Shows why a key does nothing if its action is disabled."""
+        screen = self.screen
+        if not isinstance(screen, SessionScreen):
+            return
+        reasons = [
+            *(screen.why_disabled(action) for action in actions_of_key(screen, event.key)),
+            *(
+                self.commands.why_disabled()
+                for action in actions_of_key(self, event.key)
+                if action in steering.ACTIONS
+            ),
+        ]
+        if reason := next(filter(None, reasons), ""):
+            self.say(reason, "warning")
+
+    def steering_target(self) -> SteeringTarget | None:
+        """The run that the steering keys act on, which depends on the screen."""
+        screens = screens_of_current_mode(self)
+        screen = next((s for s in screens if isinstance(s, SessionScreen)), None)
+        return screen.steering_target() if screen is not None and screen.is_mounted else None
 
     def action_pause(self) -> None:
-        """Holds the run at the next step boundary, or continues it."""
-        self.commands.toggle_pause()
+        """Pauses the run at the next step boundary."""
+        self.commands.pause()
+
+    def action_unpause(self) -> None:
+        """Resumes the paused run."""
+        self.commands.unpause()
 
     def action_beta(self) -> None:
         """Asks for beta."""
@@ -335,17 +366,27 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         seen = set()
         for active in screen.active_bindings.values():
             binding = active.binding
-            words = binding.description
-            if words and active.enabled and binding.action not in seen and not binding.system:
+            title = binding.description
+            if title and binding.action not in seen and not binding.system:
                 seen.add(binding.action)
                 yield SystemCommand(
-                    words[0].upper() + words[1:],
+                    title[0].upper() + title[1:],
                     f"key {binding.key_display or key_name(binding.key)}",
-                    functools.partial(self.run_action, binding.action, active.node),
+                    functools.partial(self._run_or_explain, binding, active.node),
                 )
         for theme in THEMES:
             choose = functools.partial(self.choose_theme, theme.name)
             yield SystemCommand(f"Theme: {theme.name}", "colours", choose)
+
+    async def _run_or_explain(self, binding: Binding, node: DOMNode) -> None:
+        """Runs an action of the palette, or shows why it is disabled."""
+        if not await self.run_action(binding.action, node):
+            self.on_key(events.Key(binding.key, None))
+
+
+def actions_of_key(node: DOMNode, key: str) -> list[str]:
+    """The names of the actions that a node binds to a key, without their parameters."""
+    return [binding.action.partition("(")[0] for binding in bindings_of_key(node, key)]
 
 
 def as_context(app: RlhfApp) -> AppContext:

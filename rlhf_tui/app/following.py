@@ -182,4 +182,5 @@ class SessionFollower:
         seen = prefs.load_seen().get(str(self.session.folder))
         rows = digest(self.state, seen) if seen is not None else []
         if rows:
-            self._app.push_screen(ChoiceDialog("Since you left", rows, [Choice("o", "OK", "ok")]))
+            title = f"{self.session.name} since you left"
+            self._app.push_screen(ChoiceDialog(title, rows, [Choice("o", "OK", "ok")]))

@@ -56,16 +56,14 @@ class EngineStarter:
         self._say = say
         self._open_session = open_session
 
-    def refuse_read_only(self) -> bool:
-        """Whether this terminal is read-only; shows a notice if so."""
+    def _refused(self) -> bool:
+        """Whether this terminal is read-only; shows a notice if so. Screens hide such keys."""
         if self._read_only:
-            self._say("read-only: nothing can be started or deleted from here", "warning")
+            self._say("read-only: nothing can be started or deleted", "warning")
         return self._read_only
 
     def ask_fork(self, name: str, step: int) -> None:
         """Asks for a name, then forks session `name` from the checkpoint of `step`."""
-        if self.refuse_read_only():
-            return
         rows: list[Row] = [[(f"A new session that shares {name} up to step {step}.", "dim")]]
 
         def take(new: str | None) -> None:
@@ -76,12 +74,12 @@ class EngineStarter:
             return check_new_name(self._root, text)
 
         proposal = free_name(self._root, f"{name}-fork")
-        title = f"Branch off {name}, step {step}"
+        title = f"Fork {name} from step {step}"
         self._app.push_screen(InputDialog(title, rows, proposal, check), take)
 
     def start(self, arguments: list[str], name: str) -> None:
         """Runs `rlhf-tui <arguments> --detach` in a thread; opens the session once it exists."""
-        if self.refuse_read_only():
+        if self._refused():
             return
         before = {s.name for s in all_sessions(self._root)}
         self._say(f"starting: rlhf-tui {' '.join(arguments)}")
@@ -127,7 +125,7 @@ class EngineStarter:
 
     def run_command(self, arguments: list[str], done: str) -> None:
         """Runs `rlhf-tui <arguments>` in a thread; shows the error, or `done` when it succeeds."""
-        if self.refuse_read_only():
+        if self._refused():
             return
 
         def run() -> None:

@@ -20,6 +20,7 @@ from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
 from engine.launch.start import checkpoint_steps, last_checkpoint
 from engine.protocol import sockets
+from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
@@ -126,7 +127,7 @@ def _export_policy(session: Session, step: int, target: Path, merged: bool) -> s
     if adapted and merged:
         _merge(session, step, target)
         return f"the policy of step {step} is in {target}, adapters merged"
-    _copy_policy(session.checkpoints / f"step-{step:06d}" / "policy", target)
+    _copy_policy(checkpoint_path(session.checkpoints, step) / "policy", target)
     if adapted:
         return f"the adapters of step {step} are in {target}; base model: {config.model.policy}"
     note = "; all weights were trained, so there is nothing to merge" if merged else ""

@@ -17,7 +17,7 @@ from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine
-from engine.launch.start import StartOptions, check_inputs
+from engine.launch.start import StartOptions, check_inputs, is_new
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
 from engine.session.folder import Session, create, free_name
@@ -161,14 +161,9 @@ def _begin(session: Session, start: StartOptions, mode: str | None) -> None:
         _watch(session, start)
 
 
-def _is_new(session: Session, start: StartOptions) -> bool:
-    """Whether the session was created for this start. A fork has a journal from the start."""
-    return bool(start.origin) or not session.journal_file.exists()
-
-
 def _watch(session: Session, start: StartOptions) -> None:
     """Starts the engine in the background and opens the dashboard while it loads."""
-    new = _is_new(session, start)
+    new = is_new(session, start)
     start_engine(session, start, timeout=0.0)
     code = view.open_screen(session.folder.parent, session)
     with JournalReader(session) as record:
@@ -181,7 +176,7 @@ def _watch(session: Session, start: StartOptions) -> None:
 
 
 def _detach(session: Session, start: StartOptions) -> None:
-    new = _is_new(session, start)
+    new = is_new(session, start)
     try:
         pid = start_engine(session, start, timeout=LOADING_TIMEOUT)
     except UserInputError:

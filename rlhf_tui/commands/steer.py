@@ -94,6 +94,8 @@ class Steering:
                     )
                     sys.exit(TIMED_OUT)
             seconds_left = None if reply.final else client.status().boundary_in
+        if reply.reason and reply.status != "rejected":
+            click.echo(f"rlhf-tui: {one_line(reply.reason)}", err=True)
         if self._wait and isinstance(command, Stop) and reply.status == "applied":
             self._wait_for_exit(session)
         self._print(reply, seconds_left)

@@ -45,7 +45,7 @@ def help_groups(screen: Screen[Any]) -> dict[str, Group]:
     found: dict[str, dict[str, tuple[list[str], str]]] = {}
     for active in screen.active_bindings.values():
         binding = active.binding
-        if not binding.description or not active.enabled or binding.action in LEFT_OUT:
+        if not binding.description or binding.action in LEFT_OUT:
             continue
         here = "Everywhere" if active.node is screen.app else "Here"
         if active.node is not screen and here == "Here":

@@ -65,8 +65,9 @@ class TextDialog(Dialog):
 class ProbeDialog(TextDialog):
     """The responses of the policy and of the reference to a probe."""
 
-    def __init__(self, result: ProbeResult) -> None:
-        super().__init__("Probe")
+    def __init__(self, session: str, result: ProbeResult) -> None:
+        """`session`: the name of the run."""
+        super().__init__(f"Probe of {session}")
         self._result = result
 
     def lines(self) -> list[Row]:

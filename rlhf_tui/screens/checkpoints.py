@@ -20,6 +20,8 @@ class CheckpointsScreen(SessionScreen):
     """Mode 4."""
 
     MODE = "checkpoints"
+    WRITES = frozenset({"roll_back", "fork", "export"})
+    READ_ONLY = "read-only: checkpoints can only be listed"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "roll_back", "roll back"),
@@ -73,20 +75,20 @@ class CheckpointsScreen(SessionScreen):
 
     def action_roll_back(self) -> None:
         """Rolls back: by a command to the engine, or by a resume if none runs."""
-        if (found := self._selected()) is None:
+        found, target = self._selected(), self.steering_target()
+        if found is None or target is None:
             return
-        session, step = self.context.session, found.step
-        if session is None or session.is_live() or self.context.read_only:
-            self.context.commands.roll_back(step)
+        name, step = target.name, found.step
+        if target.session.is_live():
+            self.context.commands.roll_back(target, step)
             return
-        name = session.name
 
         def resume(reseed: bool) -> None:
-            anew = ["--reseed"] if reseed else []
-            self.context.engines.start(["resume", name, "--from", str(step), *anew], name)
+            seed = ["--reseed"] if reseed else []
+            self.context.engines.start(["resume", name, "--from", str(step), *seed], name)
 
-        if step < self.context.state.head.step:
-            self.context.commands.ask_roll_back(step, resume)
+        if step < target.step:
+            self.context.commands.ask_roll_back(target, step, resume)
         else:
             resume(False)
 
@@ -110,7 +112,7 @@ class CheckpointsScreen(SessionScreen):
                     f"the policy of step {step} is in {text}",
                 )
 
-        self.app.push_screen(InputDialog("Export to", rows, target), take)
+        self.app.push_screen(InputDialog(f"Export {name} to", rows, target), take)
 
     @on(RowSelected)
     def _enter(self) -> None:

@@ -6,16 +6,16 @@ from collections.abc import Callable
 import msgspec
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.screen import Screen
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
 from engine.journal.labels import Key, LabelReader, Preference, Response, forget_preference, prefer
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ProbeResponse, ProbeResult, SampleRow
-from engine.journal.samples import OTHERS
+from engine.journal.samples import MAX_COMPARED
 from engine.protocol.commands import Probe
 from engine.session.folder import Session
+from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.sample_labels import SampleLabels
 from rlhf_tui.state.messages import CommandAnswered
@@ -26,7 +26,7 @@ from rlhf_tui.widgets.samples.sample_view import SampleView
 KINDS = ("", "earlier", "reference")
 """What a sample is compared with, in the order in which the key goes through them."""
 Other = SampleRow | ProbeResponse
-"""What a sample is compared with: another one, or the response of the reference to a probe."""
+"""What a sample is compared with: another sample, or the reference's response to a probe."""
 BINDINGS: list[BindingType] = [
     Binding("d", "beside", "beside another"),
     Binding("y", "better('this')", "this one is better", show=False),
@@ -55,7 +55,7 @@ class SampleComparison:
 
     def __init__(
         self,
-        screen: Screen[None],
+        screen: SessionScreen,
         context: AppContext,
         labels: SampleLabels,
         *,
@@ -191,7 +191,7 @@ class SampleComparison:
             count = len(self._others)
             title = f"OTHER, step {other.step} #{other.index}"
             title += f" of attempt {other.attempt}" * other.left
-            title += f" ({self._index + 1}/{count}{'+' * (count == OTHERS)})"
+            title += f" ({self._index + 1}/{count}{'+' * (count == MAX_COMPARED)})"
         better, who = self._preferred(row.response, other.response)
         view.compare(ComparisonTarget(self._kind, title, row.response, other, "", better, who))
 
@@ -217,10 +217,10 @@ class SampleComparison:
         return live and row.prompt not in self._probed
 
     def _ask(self, prompt: str) -> None:
-        sent = self._context.commands.command(
-            Probe(text=prompt), "probe with this prompt", self._screen.post_message
-        )
-        if sent:
+        target = self._screen.steering_target()
+        if target is not None and self._context.commands.command(
+            target, Probe(text=prompt), "probe with this prompt", self._screen.post_message
+        ):
             self._probed.add(prompt)
             self._show()
 
@@ -229,6 +229,8 @@ class SampleComparison:
         reply, command = message.reply, message.command
         if not isinstance(command, Probe) or (reply is not None and not reply.final):
             return
+        if message.session != self._context.session:
+            return  # another session was opened meanwhile
         self._probed.discard(command.text)
         row = self._selected()
         if reply is not None and reply.result:
@@ -254,8 +256,6 @@ class SampleComparison:
                 if reading
                 else "d puts another answer beside this one; then y or o says which is better"
             )
-            return
-        if not self._labels.may_judge():
             return
         other, prompt, who = self._others[self._index], row.prompt, self._context.who
         mine, theirs = Response.of(row), _response(other)
@@ -286,7 +286,7 @@ def _pair(preference: Preference) -> set[str]:
 
 
 def _response(other: Other) -> Response:
-    """As a preference names it: without a place where it is the reference's."""
+    """A response as a preference names it; the reference's has no step or index."""
     if isinstance(other, SampleRow):
         return Response.of(other)
     return Response(response=other.response)

@@ -52,6 +52,8 @@ class SamplesScreen(SessionScreen):
     """Mode 3."""
 
     MODE = "samples"
+    WRITES = frozenset({"label", "remark", "better"})
+    READ_ONLY = "read-only: labelling disabled"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         *sample_labels.BINDINGS,

@@ -91,7 +91,8 @@ def _await_end(
 
 
 def _post(outgoing: OutgoingCommand, reply: CommandReply | None = None, problem: str = "") -> None:
-    outgoing.post(CommandAnswered(outgoing.text, outgoing.command, reply, problem))
+    answered = CommandAnswered(outgoing.session, outgoing.text, outgoing.command, reply, problem)
+    outgoing.post(answered)
 
 
 class PendingEffects:

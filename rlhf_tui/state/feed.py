@@ -178,19 +178,19 @@ class Feed:
         advanced = self._head is None or head.step != self._head.step
         changed = head != self._head
         self._head = head
-        news = SessionUpdate(reset=reset, head=head if changed else None)
-        news = self._with_live_news(news)
+        update = SessionUpdate(reset=reset, head=head if changed else None)
+        update = self._with_live(update)
         # Clients write it, with an engine or without: no wake-up comes.
         if (labels := stamp(self._session.labels_file)) != self._labels:
             self._labels = labels
-            news = replace(news, labels=labels)
+            update = replace(update, labels=labels)
         events = record.events(last=EVENTS_READ, after=self._event)
         if events:
             self._event = events[-1].event
-            news = replace(news, events=thinned(events))
+            update = replace(update, events=thinned(events))
         if events or advanced or any(c.ended is None for c in self._commands):
-            news = self._with_lists(news, record)
-        self._send(news)
+            update = self._with_lists(update, record)
+        self._send(update)
         if first and head.step > LONG:
             self._send(SessionUpdate(outlines=record.outlines(self._wanted, SPANS)))
         self._read_curves(record, at_once=not (first or reset))
@@ -198,19 +198,19 @@ class Feed:
             self._samples_step = head.step
             self._send(SessionUpdate(samples=record.samples.newest(SAMPLES_SHOWN)))
 
-    def _with_lists(self, news: SessionUpdate, record: JournalReader) -> SessionUpdate:
+    def _with_lists(self, update: SessionUpdate, record: JournalReader) -> SessionUpdate:
         commands, checkpoints = record.commands(), record.checkpoints()
         if commands != self._commands:
             self._commands = commands
-            news = replace(news, commands=commands)
+            update = replace(update, commands=commands)
         if checkpoints != self._checkpoints:
             self._checkpoints = checkpoints
-            news = replace(news, checkpoints=checkpoints)
+            update = replace(update, checkpoints=checkpoints)
         names = record.metric_names()
         if names != self._names:
             self._names = names
-            news = replace(news, names=names)
-        return news
+            update = replace(update, names=names)
+        return update
 
     def _read_curves(self, record: JournalReader, *, at_once: bool) -> None:
         with self._lock:
@@ -273,13 +273,13 @@ class Feed:
                     self._telemetry = None
         self._wake.set()
 
-    def _with_live_news(self, news: SessionUpdate) -> SessionUpdate:
+    def _with_live(self, update: SessionUpdate) -> SessionUpdate:
         with self._lock:
             if not self._live_changed:
-                return news
+                return update
             self._live_changed = False
             return replace(
-                news,
+                update,
                 phases=sorted(self._phases.values(), key=lambda p: p.rank),
                 telemetry=self._telemetry,
                 connected=self._connected,

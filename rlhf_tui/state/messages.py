@@ -6,6 +6,7 @@ from textual.message import Message
 
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
+from engine.session.folder import Session
 from rlhf_tui.state.session_row import ListedSession
 from rlhf_tui.state.updates import SessionUpdate
 
@@ -23,9 +24,15 @@ class CommandAnswered(Message):
     """A reply to a command, or why it could not be sent (`problem`)."""
 
     def __init__(
-        self, text: str, command: Command, reply: CommandReply | None = None, problem: str = ""
+        self,
+        session: Session,
+        text: str,
+        command: Command,
+        reply: CommandReply | None = None,
+        problem: str = "",
     ) -> None:
         super().__init__()
+        self.session = session
         self.text = text
         """The command, for people."""
         self.command = command

@@ -7,8 +7,8 @@ from typing import Any
 
 from textual.app import App
 from textual.binding import Binding
+from textual.dom import DOMNode
 from textual.screen import Screen
-from textual.widget import Widget
 
 
 async def run_key_binding(app: App[Any], key: str) -> bool:
@@ -20,12 +20,12 @@ async def run_key_binding(app: App[Any], key: str) -> bool:
     return await app._check_bindings(key, priority=True) or await app._check_bindings(key)
 
 
-def bindings_of_key(widget: Widget, key: str) -> list[Binding]:
-    """The bindings of a widget's own, inherited ones included, for a key.
+def bindings_of_key(node: DOMNode, key: str) -> list[Binding]:
+    """The bindings of a node's own, inherited ones included, for a key.
 
     `Screen.active_bindings` has one binding a key, which may be that of a parent.
     """
-    return list(widget._bindings.key_to_bindings.get(key, ()))
+    return list(node._bindings.key_to_bindings.get(key, ()))
 
 
 async def wait_until_mounted(screen: Screen[Any]) -> None:

@@ -178,7 +178,10 @@ class Run:
             (self.gate / f"hold-{step}").unlink(missing_ok=True)
 
     def answer_at(self, step: int, score: str) -> None:
-        """What the gate returns at a step instead: a number for each answer, or `short`."""
+        """What the gate returns at a step instead: a number for each response, or `short`.
+
+        `raise TEXT` has it raise an error of that text.
+        """
         (self.gate / f"score-{step}").write_text(score)
 
     # -- what it says ----------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_the_alert_carries_its_evidence(guarded):
     assert alert["value"] == 8
     assert alert["window"] == [4]
     assert alert["action"] == "pause"
-    assert alert["text"].startswith("look here")
+    assert alert["text"] == "episode is 8, above 7"
     scores = [s["score"] for s in alert["samples"]]
     assert len(scores) == 4
     assert scores == sorted(scores)

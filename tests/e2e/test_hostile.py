@@ -58,3 +58,16 @@ def test_the_command_line_prints_it_as_symbols(hostile, wait_until, command):
         assert not [bad for bad in NEVER if bad in terminal.raw]
     finally:
         terminal.close()
+
+
+def test_an_error_of_a_reward_function_is_printed_as_symbols(make_lab, wait_until):
+    lab = make_lab("hostile-reward")
+    run = lab.run("raises", "launch.max_restarts=1")
+    run.answer_at(1, "raise " + " ".join(HOSTILE))
+    terminal = Terminal(lab, *run.arguments, "--headless")
+    try:
+        wait_until(lambda: terminal.process.poll() is not None, "end of the run")
+        wait_until(lambda: "restart 1 of 1" in terminal.text, "output")
+        assert not [bad for bad in NEVER if bad in terminal.raw]
+    finally:
+        terminal.close()

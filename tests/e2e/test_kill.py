@@ -192,7 +192,7 @@ def poisoned(lab, wait_until):
 def test_an_order_with_which_the_ranks_fail_twice_is_given_up(poisoned):
     given_up = poisoned.commands()["poison"]
     assert given_up["status"] == "rejected"
-    assert given_up["reason"] == "the ranks failed 2 times with it in hand"
+    assert given_up["reason"] == "the ranks failed 2 times while it was pending"
     assert given_up["reason"] in poisoned.told
     with poisoned.record() as record:
         assert len(record.attempts()) == 3

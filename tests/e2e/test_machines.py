@@ -4,12 +4,9 @@ import os
 import signal
 import socket
 import subprocess
-from pathlib import Path
 
 import psutil
 import pytest
-
-FAULTS = Path(__file__).with_name("faults")
 
 
 def free_port():
@@ -33,13 +30,7 @@ def machines(lab, wait_until):
     run.start_on = lab.popen(*run.arguments, "--headless")
     wait_until(lambda: run.events("alert"), "call for another machine")
     run.call = run.events("alert")[0]["text"]
-    # torchrun numbers the machines by their names: the one that joins comes first.
-    first = {
-        "RLHF_TUI_TEST_HOST": "0",
-        "PYTHONPATH": f"{FAULTS}:{os.environ.get('PYTHONPATH', '')}",
-    }
-    environment = lab.environment | first
-    helper = lab.popen("join", place, "--wait", 120, stderr=subprocess.STDOUT, env=environment)
+    helper = lab.popen("join", place, "--wait", 120, stderr=subprocess.STDOUT)
     run.wait_at(3)
     run.beta = run.ctl("beta", "0.2")
     run.pause = run.ctl("pause")

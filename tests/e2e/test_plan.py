@@ -71,7 +71,7 @@ def test_a_run_warns_before_it_loads_what_will_not_fit(lab, huge):
     assert "estimated to need" in done.stderr
     # It would have gone on; what ended it is that this model has no weights.
     assert done.returncode == 2
-    assert "weights" in done.stderr or "none that can be loaded" in done.stderr
+    assert "weights" in done.stderr or "no model that can be loaded" in done.stderr
 
 
 def test_a_model_that_is_nowhere_is_wrong_input_in_one_line(lab, tmp_path):

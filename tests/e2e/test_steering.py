@@ -4,6 +4,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 
@@ -121,7 +122,7 @@ def test_waiting_for_a_command_has_an_end_and_its_own_exit_code(held):
 
 def test_what_does_not_apply_now_is_rejected_and_says_why(held):
     for done, why in (
-        (held.seen.pause_again, "paused already"),
+        (held.seen.pause_again, "already paused"),
         (held.seen.unpause_again, "not paused"),
     ):
         assert done.returncode == 1
@@ -130,7 +131,7 @@ def test_what_does_not_apply_now_is_rejected_and_says_why(held):
 
 def test_an_undo_with_nothing_to_undo_is_rejected_at_the_boundary(held):
     rejected = [c for c in held.commands().values() if c["status"] == "rejected"]
-    assert "there is no change to take back" in [c["reason"] for c in rejected]
+    assert "there is no change to undo" in [c["reason"] for c in rejected]
 
 
 def test_the_ledger_says_who_did_what_when_and_what_it_was_before(held):
@@ -220,6 +221,25 @@ def test_what_was_set_is_in_force_after_a_resume(lab, steered):
         assert dict(record.series("lr"))[9] == 1e-4
         assert record.meta().settings["target"] == 2.0
     assert steered.numbers()[8]["objective/kl_coef"] != 0.05
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "stop", "stop --now"])
+def test_a_paused_run_can_be_stopped_when_the_disk_is_full(lab, how):
+    run = lab.run(f"full-{how.replace(' ', '')}", steps=1000)
+    try:
+        run.start()
+        assert run.order("pause")["status"] == "applied"
+        engine = run.engine()
+        engine.rlimit(psutil.RLIMIT_FSIZE, (0, 0))  # no file of the engine's can grow
+        if how == "SIGTERM":
+            engine.terminate()
+        else:
+            done = run.ctl(*how.split())
+            assert done.returncode == 0, done.stderr
+            assert "cannot write the journal" in done.stderr
+        run.wait_gone()
+    finally:
+        run.end()
 
 
 def test_a_roll_back_goes_on_from_the_checkpoint_in_place(lab, whole, wait_until):

@@ -1,4 +1,4 @@
-"""The benchmarks that replace pieces of the engine name pieces that exist."""
+"""The functions that the benchmarks replace exist in the engine."""
 
 import pkgutil
 
@@ -18,5 +18,5 @@ REPLACED = sorted(
 
 
 @pytest.mark.parametrize("name", REPLACED)
-def test_what_the_learning_benchmark_replaces_is_used_under_that_name(name):
+def test_each_function_that_the_learning_benchmark_replaces_exists(name):
     assert callable(pkgutil.resolve_name(name))

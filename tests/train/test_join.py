@@ -1,4 +1,4 @@
-"""What a machine that joins makes of what it hears from the first one."""
+"""How a joining machine handles the join info of the first machine."""
 
 import json
 import threading
@@ -10,41 +10,42 @@ from torch.distributed import TCPStore
 from engine.config.schema import LaunchConfig
 from engine.protocol.rank_messages import JoinInfo
 from engine.train.torchrun import join
+from engine.train.torchrun.rendezvous import JOIN_INFO_KEY
 
 
 @pytest.fixture
 def first():
-    """The first machine's store."""
+    """The store of the first machine."""
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def invitation(folder, start="a", **changed):
+def join_info(folder, start="a", **changed):
     content = JoinInfo(launch=LaunchConfig(), folder=str(folder), processes=1, start=start)
     return json.dumps(msgspec.to_builtins(content) | changed)
 
 
 @pytest.mark.parametrize("changed", [{"software": "0"}, {"launch": {"unheard_of": 1}}])
-def test_another_version_is_told_whatever_else_it_says(tmp_path, changed):
-    assert join.read(invitation(tmp_path, **changed)) == join.OTHER_VERSION
+def test_another_version_is_reported_whatever_else_differs(tmp_path, changed):
+    assert join.decode_join_info(join_info(tmp_path, **changed)) == join.OTHER_VERSION
 
 
-def test_a_folder_that_is_not_shared_is_told(tmp_path):
-    assert "file system they share" in join.read(invitation(tmp_path / "elsewhere"))
+def test_a_folder_that_is_not_shared_is_reported(tmp_path):
+    assert "file system they share" in join.decode_join_info(join_info(tmp_path / "elsewhere"))
 
 
-def test_ranks_that_were_left_are_not_joined_again(first, tmp_path):
-    first.set("invitation", invitation(tmp_path, start="a"))
-    later = invitation(tmp_path, start="b")
-    threading.Timer(0.2, first.set, ("invitation", later)).start()
-    _, found = join.await_invitation(f"127.0.0.1:{first.port}", wait=60, left="a")
+def test_lost_ranks_are_not_joined_again(first, tmp_path):
+    first.set(JOIN_INFO_KEY, join_info(tmp_path, start="a"))
+    later = join_info(tmp_path, start="b")
+    threading.Timer(0.2, first.set, (JOIN_INFO_KEY, later)).start()
+    _, found = join.wait_for_join_info(f"127.0.0.1:{first.port}", 60, previous_start="a")
     assert found.start == "b"
 
 
-def test_a_first_machine_that_is_gone_is_noticed():
+def test_the_end_of_the_first_machine_is_detected():
     first = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    there = TCPStore("127.0.0.1", first.port, is_master=False)
-    first.set("invitation", "")
-    there.get("invitation")  # what one client sets, another may ask for before it is there
-    assert join.is_there(there)
+    other = TCPStore("127.0.0.1", first.port, is_master=False)
+    first.set(JOIN_INFO_KEY, "")
+    other.get(JOIN_INFO_KEY)  # a client may read a key before another client's set arrives
+    assert join.is_alive(other)
     del first
-    assert not join.is_there(there)
+    assert not join.is_alive(other)

@@ -155,7 +155,7 @@ async def test_of_the_same_words_neither_is_better(samples, judged, until):
         await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("y")
         await until(pilot, lambda: notices(app))
-        assert "the same words" in notices(app)[0]
+        assert "are identical" in notices(app)[0]
         assert beside(app).better == ""
 
 
@@ -203,7 +203,7 @@ async def test_read_only_no_pair_is_judged(samples, judged, until):
         await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("y")
         await until(pilot, lambda: notices(app))
-        assert notices(app) == ["read-only: nothing is judged from here"]
+        assert notices(app) == ["read-only: labelling disabled"]
         assert not judged.labels_file.exists()
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: the folder, and saving and loading by all ranks."""
+"""Checkpoints: their folder layout, and saving and loading by all ranks."""

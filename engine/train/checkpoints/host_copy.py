@@ -1,4 +1,4 @@
-"""Copies of tensors in the host's memory, pinned and reused where they come from a GPU."""
+"""Copies tensors to host memory, into pinned buffers that are reused for GPU tensors."""
 
 import logging
 
@@ -10,11 +10,11 @@ log = logging.getLogger("engine")
 
 
 class HostCopies:
-    """Copies named tensors to the host; call :meth:`copy` once per save.
+    """Copies named tensors to host memory; call :meth:`copy` once per save.
 
-    Buffers for GPU tensors are pinned and kept from one call to the next, since pinned memory is
-    slow to allocate. A call overwrites the copies of the call before. Tensors on the CPU are
-    cloned, so that their memory is free again once the save has ended.
+    Buffers for GPU tensors are pinned and kept between calls, because pinned memory is slow to
+    allocate; a call overwrites the previous call's copies. Tensors on the CPU are cloned, so their
+    memory is freed when the save ends.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class HostCopies:
 
 
 def _like(tensor: Tensor, local: Tensor) -> Tensor:
-    """`local` as the shard of a DTensor like `tensor`, or as it is where that is no DTensor.
+    """Wraps `local` as the shard of a DTensor like `tensor`; unchanged if `tensor` is not one.
 
     `DTensor.from_local` would move a CPU shard to the mesh's GPU; the protocol of wrapper
     subclasses (torch.utils._python_dispatch.is_traceable_wrapper_subclass) leaves it on the CPU.

@@ -1,9 +1,9 @@
-"""Merges adapters into their model.
+"""Merges LoRA adapters into their model.
 
 ``python -m engine.train.checkpoints.merge SESSION_FOLDER STEP TARGET``
 
-A process of its own for `rlhf-tui export --merged`, which never imports torch. What went wrong is
-one line on standard error, the exit code that of the error.
+`rlhf-tui export --merged` starts this process, because the command line never imports torch. An
+error is one line on standard error; the exit code is that of the exception.
 """
 
 import sys
@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine import starter
 from engine.config.schema import LaunchConfig
 from engine.errors import CheckpointError, RlhfError, UserInputError
+from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.distributed.ranks import RankGroup
@@ -34,28 +35,29 @@ def main() -> None:
 
 
 def merge(session: Session, step: int, target: Path) -> None:
-    """Writes the policy of a LoRA run's checkpoint as one whole model, with its tokenizer.
+    """Writes the policy of a LoRA run's checkpoint as a full model with its tokenizer.
 
-    In float32, like a run that trains in full: bfloat16 would blur the small changes of adapters.
+    The merged weights are float32, as in a run without LoRA: bfloat16 would round the small changes
+    of the adapters away.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or the model is not the one it was trained on.
-        UserInputError: the model cannot be loaded, or the folder cannot be written.
+        CheckpointError: the checkpoint is damaged, or the base model has changed since training.
+        UserInputError: the base model cannot be loaded, or the target cannot be written.
     """
     config = session.config()
-    saved = checkpoint_folder.folder_of(session.checkpoints, step)
+    saved = checkpoint_path(session.checkpoints, step)
     state = checkpoint_folder.read_state(saved)
-    # In the run's dtype first: it is those weights that the adapters were trained on.
-    alone = RankGroup(LaunchConfig(device="cpu"))
+    # In the run's dtype first, because the adapters were trained on these weights.
+    ranks = RankGroup(LaunchConfig(device="cpu"))
     source = starter.resolve(config.model.policy)
-    lm = load_lm(source, "model.policy", alone, compute_dtype(config))
+    lm = load_lm(source, "model.policy", ranks, compute_dtype(config))
     if fingerprint(LanguageModel(lm)) != state.base:
         raise CheckpointError(
-            "the model under the adapters is not the one this run began with: "
-            f"{config.model.policy} was changed; put it back to merge"
+            "the model under the adapters is not the one this run was started with: "
+            f"{config.model.policy} has changed; restore it to merge"
         )
     merged = PeftModel.from_pretrained(lm.float(), str(saved / "policy")).merge_and_unload()
-    tokenizer = load_tokenizer(str(saved / "policy"), "model.policy", alone)
+    tokenizer = load_tokenizer(str(saved / "policy"), "model.policy", ranks)
     try:
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -1,8 +1,8 @@
-"""Saves checkpoints beside the training: the step waits only for a copy to the host's memory.
+"""Saves checkpoints in the background: training waits only for a copy to host memory.
 
-Every rank has a saver. A background thread of each writes its share; they agree on every stage over
-a process group of their own, so that what one of them meets is the outcome of all, and so that
-their talk never mixes with the training's.
+Every rank has a saver, whose background thread writes the rank's share. After each stage the savers
+exchange their results over a process group of their own, separate from training. If one rank fails,
+the save fails on all ranks.
 """
 
 import copy
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import CheckpointError
+from engine.session.checkpoints import checkpoint_path
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import shards
 from engine.train.checkpoints.folder import SavedState, StateFile
@@ -31,21 +32,21 @@ from engine.train.models.language_model import LanguageModel
 
 T = TypeVar("T")
 FAILURES = (CheckpointError, OSError, SafetensorError)
-"""What a disk can do to a save; anything else is a mistake of ours, and ends the run."""
+"""Errors that fail a save. Any other exception is a bug and ends the run."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is in its place, and confirmed."""
+    """A checkpoint that has been published and confirmed."""
 
     step: int
     folder: Path
     size: int
-    """Bytes."""
+    """In bytes."""
     score: float
     kl: float
     seconds: float
-    """From the copy to the last rename."""
+    """From the start of the copy to the rename."""
 
 
 Outcome = Saved | CheckpointError
@@ -53,20 +54,20 @@ Outcome = Saved | CheckpointError
 
 @dataclass(frozen=True)
 class _Job:
-    """All that is written, as it was when the save began."""
+    """What a save writes, as of the call of :meth:`Saver.begin`."""
 
     began: float
     content: StateFile
     policy: LanguageModel
-    """For its structure only."""
+    """Used for its structure only."""
     policy_tensors: dict[str, Tensor]
     training_tensors: dict[str, Tensor]
-    trouble: OSError | None
-    """What went wrong before the save had begun."""
+    early_error: OSError | None
+    """Raised while the save was prepared."""
 
 
 class Saver:
-    """Writes one checkpoint at a time; all ranks begin the same ones in the same order."""
+    """Writes one checkpoint at a time. All ranks must begin the same saves in the same order."""
 
     def __init__(
         self,
@@ -75,15 +76,15 @@ class Saver:
         conclude: Callable[[int, Outcome], None] | None = None,
         confirm: Callable[[Saved], None] | None = None,
     ) -> None:
-        """Makes a saver.
+        """Initialises a saver.
 
         Args:
-            checkpoints: the session's folder of checkpoints; all ranks see the same.
-            group: of all ranks, for the CPU (gloo), used by nobody else; None for a rank alone.
-            conclude: called in rank 0's thread with the step and its outcome, before the save
-                counts as finished. What it raises comes out of :meth:`poll` and :meth:`wait`.
-            confirm: the last stage of a save, in rank 0's thread: marks as whole what is in its
-                place. An OSError is the save's outcome, on all ranks, like that of any other stage.
+            checkpoints: the session's folder of checkpoints, on a file system shared by all ranks.
+            group: a gloo group of all ranks for the exclusive use of the saver; None for one rank.
+            conclude: called in rank 0's thread with the step and the outcome, before the save
+                counts as finished. :meth:`poll` and :meth:`wait` raise its exceptions.
+            confirm: the last stage of a save, called in rank 0's thread: marks the published
+                checkpoint as complete. Like that of any other stage, its OSError fails the save.
         """
         self._checkpoints = checkpoints
         self._group = group
@@ -106,24 +107,32 @@ class Saver:
         score: float,
         kl: float,
     ) -> None:
-        """Copies everything to the host's memory, and has it written from there.
+        """Copies all tensors to host memory and starts to write them in the background.
 
-        Waits for the save before this one. Whatever goes wrong in writing is told by :meth:`poll`
-        and :meth:`wait`.
+        Waits for the previous save first. :meth:`poll` and :meth:`wait` report the outcome,
+        including errors.
+
+        Args:
+            state: the state to save; copied.
+            policy: the policy.
+            tokenizer: the policy's tokenizer.
+            optimiser: the policy's optimiser.
+            score: mean score of the last step.
+            kl: KL of the last step to the reference, in nats per response.
         """
         self.wait()
         began = time.monotonic()
-        wanted = {f"policy/{k}": t for k, t in policy_tensors(policy).items()}
-        wanted |= {
+        tensors = {f"policy/{k}": t for k, t in policy_tensors(policy).items()}
+        tensors |= {
             f"training/{k}": t for k, t in shards.training_tensors(policy, optimiser).items()
         }
-        trouble: OSError | None = None
+        early_error: OSError | None = None
         if not self._files and self._rank == 0:
             try:
                 self._files = policy_files(policy, tokenizer)
-            except OSError as error:  # told like the rest: the other ranks have begun already
-                trouble = error
-        copies = self._host_copies.copy(shards.share(wanted, self._group))
+            except OSError as error:  # raised in the first stage, on all ranks
+                early_error = error
+        copies = self._host_copies.copy(shards.share(tensors, self._group))
         content = StateFile(
             state=copy.deepcopy(state),
             score=score,
@@ -136,10 +145,10 @@ class Saver:
             {k.removeprefix(part): t for k, t in copies.items() if k.startswith(part)}
             for part in ("policy/", "training/")
         )
-        job = _Job(began, content, policy, policy_copies, training_copies, trouble)
+        job = _Job(began, content, policy, policy_copies, training_copies, early_error)
         future: Future[Outcome] = Future()
         self._running, self._reported = future, False
-        # A daemon: a process that must end does not wait for a peer that is gone.
+        # A daemon thread does not keep the process alive while it waits for a lost peer.
         threading.Thread(
             target=self._run,
             args=(job, future),
@@ -153,10 +162,10 @@ class Saver:
         return self._running is not None and not self._running.done()
 
     def poll(self) -> Outcome | None:
-        """What came of the save that has finished since the last look; never waits.
+        """Returns the outcome of a finished save once, otherwise None. Never waits.
 
-        The same on every rank, though one may see it a step before another: what all must decide
-        alike is decided after :meth:`wait`.
+        All ranks get the same outcome, but possibly in different steps. Take decisions that must be
+        the same on all ranks after :meth:`wait` instead.
         """
         if self._running is None or self.busy or self._reported:
             return None
@@ -167,8 +176,8 @@ class Saver:
         """Waits for the save in flight, at most `timeout` seconds.
 
         Returns:
-            What came of the last save, the same on every rank; None where there was none, or it
-            goes on still.
+            The outcome of the last save, the same on every rank. None if there was no save, or if
+            it is still running.
         """
         if self._running is None:
             return None
@@ -178,7 +187,7 @@ class Saver:
         return self._running.result()
 
     def close(self, timeout: float) -> None:
-        """Gives the save in flight some seconds to finish; raises nothing."""
+        """Waits up to `timeout` seconds for the save in flight. Does not raise its errors."""
         if self._running is not None:
             wait([self._running], timeout)
 
@@ -191,7 +200,7 @@ class Saver:
             try:
                 outcome = self._write(job)
             except CheckpointError as error:
-                final = checkpoint_folder.folder_of(self._checkpoints, step)
+                final = checkpoint_path(self._checkpoints, step)
                 if self._rank == 0:
                     shutil.rmtree(checkpoint_folder.part_of(final), ignore_errors=True)
                 outcome = error
@@ -203,28 +212,29 @@ class Saver:
             future.set_result(outcome)
 
     def _write(self, job: _Job) -> Saved:
-        """Stage by stage, all ranks together. Raises CheckpointError, on all ranks alike."""
+        """Runs the stages of a save. Raises CheckpointError on all ranks if one rank fails."""
         content = job.content
-        final = checkpoint_folder.folder_of(self._checkpoints, content.state.step)
+        final = checkpoint_path(self._checkpoints, content.state.step)
         part = checkpoint_folder.part_of(final)
         training, policy, policy_shards = (
             part / name for name in ("training", "policy", "policy-shards")
         )
 
-        held = shards.local_bytes(job.policy_tensors)
-        # Among many ranks the policy lies there in shards as well, for a while.
-        need = shards.local_bytes(job.training_tensors) + held * (1 if self._group is None else 2)
-        need = sum(self._together(final, lambda: need))
+        policy_bytes = shards.local_bytes(job.policy_tensors)
+        # With several ranks the policy is on disk twice for a while: as shards and as a model.
+        copies = 1 if self._group is None else 2
+        need = shards.local_bytes(job.training_tensors) + copies * policy_bytes
+        need = sum(self._on_all_ranks(final, lambda: need))
 
         def prepare() -> None:
-            if job.trouble is not None:
-                raise job.trouble
+            if job.early_error is not None:
+                raise job.early_error
             checkpoint_folder.check_space(self._checkpoints, need)
             checkpoint_folder.clear_parts(self._checkpoints)
             for folder in (training, policy, policy_shards):
                 folder.mkdir(parents=True)
 
-        self._first(final, prepare)
+        self._on_rank_0(final, prepare)
         try:
             shards.save_shards(training, job.training_tensors, self._group)
             if self._group is not None:
@@ -232,23 +242,23 @@ class Saver:
         except CheckpointError as error:
             raise CheckpointError(f"cannot write the checkpoint {final}: {error}") from error
 
-        def make_policy() -> list[Path]:
-            whole = job.policy_tensors
+        def assemble_policy() -> list[Path]:
+            tensors = job.policy_tensors
             if self._group is not None:
-                whole = shards.read_whole(policy_shards)
-            write_policy(policy, job.policy, whole, self._files)
+                tensors = shards.read_unsharded(policy_shards)
+            write_policy(policy, job.policy, tensors, self._files)
             shutil.rmtree(policy_shards)
             return [f for f in sorted(part.rglob("*")) if f.is_file()]
 
-        def seal() -> dict[str, str]:
-            mine = files[self._rank :: self._ranks]
-            return {str(f.relative_to(part)): checkpoint_folder.sync_and_hash(f) for f in mine}
+        def sync_share() -> dict[str, str]:
+            share = files[self._rank :: self._ranks]
+            return {str(f.relative_to(part)): checkpoint_folder.sync_and_hash(f) for f in share}
 
-        files = self._first(final, make_policy)
-        for hashes in self._together(final, seal):
+        files = self._on_rank_0(final, assemble_policy)
+        for hashes in self._on_all_ranks(final, sync_share):
             content.hashes |= hashes
         content.hashes = dict(sorted(content.hashes.items()))
-        size = self._first(final, lambda: checkpoint_folder.publish(part, final, content))
+        size = self._on_rank_0(final, lambda: checkpoint_folder.publish(part, final, content))
         saved = Saved(
             step=content.state.step,
             folder=final,
@@ -259,31 +269,35 @@ class Saver:
         )
         confirm = self._confirm
         if confirm is not None:
-            self._first(final, lambda: confirm(saved))
+            self._on_rank_0(final, lambda: confirm(saved))
         return saved
 
-    def _first(self, final: Path, act: Callable[[], T]) -> T:
-        """Rank 0 does it, and all have the result."""
-        done = self._together(final, lambda: act() if self._rank == 0 else None)
-        return cast("T", done[0])
+    def _on_rank_0(self, final: Path, act: Callable[[], T]) -> T:
+        """Calls a function on rank 0 and returns its result on all ranks."""
+        results = self._on_all_ranks(final, lambda: act() if self._rank == 0 else None)
+        return cast("T", results[0])
 
-    def _together(self, final: Path, act: Callable[[], T]) -> list[T]:
-        """Every rank does it: the results of all. One rank's failure is raised on all."""
+    def _on_all_ranks(self, final: Path, act: Callable[[], T]) -> list[T]:
+        """Calls a function on every rank and returns all results, by rank.
+
+        Raises:
+            CheckpointError: any rank failed; raised on all ranks.
+        """
         result: T | None = None
         raised: Exception | None = None
         problem = ""
         try:
             result = act()
-        except Exception as error:  # raised below, once the others know
+        except Exception as error:  # raised below, after the exchange with the other ranks
             raised, problem = error, str(error) or repr(error)
             if not isinstance(error, CheckpointError):
                 problem = f"cannot write the checkpoint {final}: {problem}"
-        found: list[tuple[T | None, str]] = [(result, problem)] * self._ranks
+        gathered: list[tuple[T | None, str]] = [(result, problem)] * self._ranks
         if self._group is not None:
-            dist.all_gather_object(found, (result, problem), group=self._group)
+            dist.all_gather_object(gathered, (result, problem), group=self._group)
         if raised is not None and not isinstance(raised, FAILURES):
             raise raised
-        for _, told in found:
-            if told:
-                raise CheckpointError(told) from raised
-        return [cast("T", done) for done, _ in found]
+        for _, text in gathered:
+            if text:
+                raise CheckpointError(text) from raised
+        return [cast("T", result) for result, _ in gathered]

@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint, shared among the ranks that write and read them.
+"""Writes and reads the tensors of a checkpoint, distributed over the ranks.
 
-torch.distributed.checkpoint plans who writes what and who reads what; it stores safetensors here.
-Its own format keeps a pickle beside the tensors, and a pickle that is loaded can run code.
+torch.distributed.checkpoint plans which rank writes and reads what. The files are safetensors: its
+default format stores a pickle beside the tensors, and loading a pickle can execute code.
 """
 
 import json
@@ -33,72 +33,74 @@ from engine.train.checkpoints.folder import read_optimiser
 from engine.train.models.language_model import LanguageModel
 
 FILE_SIZE = 4 << 30
-"""Bytes of tensors to a file."""
+"""Maximum bytes of tensors per file."""
 VALUE = ("value_head.", "value_trunk.")
 
-# That a rank is alone is no surprise here.
+# Expected for a single rank.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 def training_tensors(policy: LanguageModel, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The value function, and the optimiser's state as ``exp_avg/NAME_OF_PARAMETER``; not copied.
+    """The value function and the optimiser's state by name; not copied.
 
-    Where the policy is sharded they are DTensors, but for the step counts.
+    The names of the optimiser's state are ``exp_avg/NAME_OF_PARAMETER`` and so on. For a sharded
+    policy all tensors except the step counts are DTensors.
     """
-    tensors = _value_tensors(policy)  # first: puts gathered parameters back into shards
-    left = len(optimiser.state)
+    tensors = _value_tensors(policy)  # first, because it reshards gathered parameters
+    missing = len(optimiser.state)
     for name, parameter in policy.named_parameters():
         if parameter in optimiser.state:
             state: dict[str, Any] = optimiser.state[parameter]
             tensors |= {f"{part}/{name}": value.detach() for part, value in state.items()}
-            left -= 1
-    if left:
-        raise RuntimeError(f"the optimiser has {left} parameters that the policy has not")
-    # An optimiser that was loaded has its state in another order than one that has stepped.
+            missing -= 1
+    if missing:
+        raise RuntimeError(f"the optimiser has {missing} parameters that the policy has not")
+    # Sorted: the order differs between an optimiser that was loaded and one that has stepped.
     return dict(sorted(tensors.items()))
 
 
 def optimiser_kind(optimiser: torch.optim.Optimizer) -> str:
-    """What decides the rounding of a step."""
+    """The optimiser's class and whether it is fused, which determine the rounding of a step."""
     fused = " (fused)" if optimiser.defaults.get("fused") else ""
     return type(optimiser).__name__ + fused
 
 
 def share(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """What this rank has to write: its shards, and its part of the tensors that all ranks hold.
+    """Selects what this rank writes: its shards, and its share of the replicated tensors.
 
-    Taken before anything is copied, so that the copies of all ranks of a machine make one copy.
+    Call it before copying to host memory, so that the ranks of a machine together copy each
+    replicated tensor once.
     """
     if group is None:
         return tensors
     rank, loads = dist.get_rank(group), [0] * dist.get_world_size(group)
-    mine: dict[str, Tensor] = {}
+    selected: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            mine[name] = tensor
+            selected[name] = tensor
             continue
         writer = loads.index(min(loads))
         loads[writer] += tensor.nbytes
         if writer == rank:
-            mine[name] = tensor
-    return mine
+            selected[name] = tensor
+    return selected
 
 
 def local_bytes(tensors: dict[str, Tensor]) -> int:
-    """Bytes of what this rank holds of them."""
+    """Bytes of the tensors on this rank, counting only its shards of a DTensor."""
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
 
 
 def save_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Writes what each rank has of some tensors into one folder. All ranks call it.
+    """Writes the tensors of all ranks into one folder. All ranks must call it.
 
     Args:
-        folder: there already, and the same for all.
-        tensors: this rank's, on the CPU: shards, or whole tensors that no other rank gives.
-        group: of all ranks, able to communicate from the CPU; None for a rank alone.
+        folder: an existing folder, the same on all ranks.
+        tensors: this rank's tensors on the CPU: shards, or tensors that no other rank passes.
+        group: a gloo group of all ranks; None for one rank.
 
     Raises:
-        CheckpointError: any rank failed; on all ranks.
+        CheckpointError: any rank failed; raised on all ranks.
     """
     try:
         save(
@@ -111,9 +113,9 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGro
         raise CheckpointError(_first_failure(error)) from error
 
 
-def read_whole(folder: Path) -> dict[str, Tensor]:
-    """Puts the tensors of a folder of shards together, on the CPU. One rank calls it."""
-    stored = _stored(folder)
+def read_unsharded(folder: Path) -> dict[str, Tensor]:
+    """Reads a folder of shards into unsharded tensors on the CPU. Not a collective."""
+    stored = _stored_tensors(folder)
     tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in stored.items()}
     load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
@@ -125,28 +127,28 @@ def load_training(
     optimiser: torch.optim.Optimizer,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Puts the value function and the optimiser's state back, bit for bit. All ranks call it.
+    """Restores the value function and the optimiser's state bit for bit. All ranks must call it.
 
-    Each rank reads only what it holds, whatever the number of ranks and the sharding were when it
-    was written. The policy's weights are loaded from ``policy/`` like any model's.
+    Each rank reads only its own part. The number of ranks and the sharding may differ from those of
+    the save. The policy's weights are loaded from ``policy/`` like those of any model.
 
     Args:
-        folder: the checkpoint's.
-        policy: sharded already, where it will be.
-        optimiser: new, of this policy's parameters.
-        group: of all ranks, able to communicate from the CPU; None for a rank alone.
+        folder: the folder of the checkpoint.
+        policy: the policy, already sharded if it is going to be.
+        optimiser: a new optimiser of the policy's parameters.
+        group: a gloo group of all ranks; None for one rank.
 
     Raises:
-        CheckpointError: the files do not fit the model, or the optimiser is another one.
+        CheckpointError: the tensors do not match the model, or the kind of optimiser differs.
     """
     kind = read_optimiser(folder)
     if kind != optimiser_kind(optimiser):
-        # Fused and unfused AdamW round differently: a resumed run would not be the same run.
+        # Fused and unfused AdamW round differently, so a resumed run would not be reproducible.
         raise CheckpointError(
-            f"the checkpoint {folder} was written with {kind}, this machine would go on with "
+            f"the checkpoint {folder} was written with {kind}, but this machine uses "
             f"{optimiser_kind(optimiser)}: fork instead of resuming"
         )
-    stored = _stored(folder / "training")
+    stored = _stored_tensors(folder / "training")
     tensors = _value_tensors(policy)
     parameters = dict(policy.named_parameters())
     for key in (k for k in stored if not k.startswith(VALUE)):
@@ -155,8 +157,8 @@ def load_training(
             raise CheckpointError(f"{folder} holds the optimiser's state of another model: {name}")
         parameter = parameters[name]
         scalar = not len(stored[key].size) and parameter.dim()
-        # As torch's own AdamW keeps it: the step count stays float32 and whole on every rank, and
-        # is where the fused one wants it.
+        # As in torch's AdamW: the step count is float32 and replicated. Fused AdamW needs it on the
+        # device of the parameter.
         tensors[key] = optimiser.state[parameter][part] = (
             torch.zeros((), dtype=stored[key].properties.dtype, device=parameter.device)
             if scalar
@@ -175,14 +177,14 @@ def load_training(
         raise CheckpointError(f"cannot load {folder}: {_first_failure(error)}") from error
 
 
-def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Sizes and dtypes of what a folder of safetensors holds, from their headers."""
+def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Reads shapes and dtypes of the tensors in a folder from the safetensors headers."""
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {k: m for k, m in found.items() if isinstance(m, TensorStorageMetadata)}
 
 
 def _value_tensors(policy: nn.Module) -> dict[str, Tensor]:
-    """But for what lies under adapters: it is the model's that the configuration names."""
+    """The value function, without frozen weights: those are loaded from `model.policy`."""
     tensors = policy.state_dict()
     frozen = {k for k, p in policy.named_parameters() if not p.requires_grad}
     return {k: v for k, v in tensors.items() if k.startswith(VALUE) and k not in frozen}
@@ -194,11 +196,11 @@ def _first_failure(error: CheckpointException) -> str:
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
-    """Writes a rank's share as torch's own writer does, in the same layout, but for two things.
+    """Writes a rank's share in the layout of torch's writer, with two differences.
 
-    torch's makes the whole file in memory, which takes that memory once more and holds Python's
-    lock meanwhile, so that training would stand still. And its header has three entries in random
-    order, where the same tensors should be the same bytes.
+    torch's writer serialises the whole file in memory, which doubles the memory and holds the GIL,
+    so that training stops meanwhile. It also writes three entries of the header in random order,
+    whereas here the same tensors produce the same bytes.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -221,7 +223,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
 
 def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    """Divides a rank's share into files."""
+    """Divides a rank's share into files of at most :data:`FILE_SIZE` bytes of tensors."""
     file: list[WriteItem] = []
     size = 0
     for item in items:

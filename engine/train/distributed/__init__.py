@@ -1,1 +1,1 @@
-"""Many ranks: communication, sharding, and where frozen weights are kept."""
+"""Communication between ranks, sharding, and offloading of frozen weights."""

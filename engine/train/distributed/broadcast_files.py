@@ -1,4 +1,7 @@
-"""What rank 0 reads, on every rank: configurations and tokenizers (weights go by `sharding`)."""
+"""Broadcasts configurations and tokenizers that only rank 0 reads.
+
+Weights are broadcast by :mod:`engine.train.distributed.sharding`.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,25 +16,30 @@ from engine.train.distributed.ranks import RankGroup
 
 
 @contextmanager
-def broadcast_files(ranks: RankGroup, *things: Any) -> Iterator[Path]:
-    """A folder with what rank 0's things wrote by their `save_pretrained`, on every rank.
+def broadcast_files(ranks: RankGroup, *sources: Any) -> Iterator[Path]:
+    """Gives every rank a temporary folder with the files of rank 0's objects.
 
-    Other machines need no copy of a model's folder, and no way to the hub.
+    Only rank 0 needs the model's folder or access to the hub. All ranks must call it. For a single
+    rank the folder is empty.
+
+    Args:
+        ranks: all ranks.
+        sources: objects with a `save_pretrained` method; ignored on the other ranks.
     """
     with TemporaryDirectory(prefix="rlhf-tui-") as name:
         folder = Path(name)
         files: dict[str, bytes] = {}
         if ranks.is_lead and ranks.size > 1:
-            for thing in things:
-                thing.save_pretrained(folder)
+            for source in sources:
+                source.save_pretrained(folder)
             files = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
-        told = ranks.broadcast_bytes(msgspec.msgpack.encode(files))
+        received = ranks.broadcast_bytes(msgspec.msgpack.encode(files))
         if not ranks.is_lead:
-            for file, content in msgspec.msgpack.decode(told, type=dict[str, bytes]).items():
+            for file, content in msgspec.msgpack.decode(received, type=dict[str, bytes]).items():
                 (folder / Path(file).name).write_bytes(content)
         yield folder
 
 
 def without_weights(ranks: RankGroup) -> AbstractContextManager[Any]:
-    """Modules made in here have shapes and no memory, on all ranks but the first."""
+    """Modules constructed in this context are on the meta device, except on rank 0."""
     return nullcontext() if ranks.is_lead else torch.device("meta")

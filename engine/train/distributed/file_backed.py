@@ -1,10 +1,10 @@
-"""Frozen models on a CPU lie in a file, and take memory only while they are used.
+"""Memory-maps the frozen models of a CPU run, so that they occupy memory only while they are used.
 
-Reference and reward model are read in one phase of a step and idle in the others, above all while
-the policy is optimised, when gradients and activations need the room. Mapped from an unlinked
-temporary file, their pages are let go as soon as they are read, block by block: they stay in the
-system's cache as long as nobody else needs the memory, and come back at a page fault for 64 KB
-(20 ms for 540 MB). So a frozen model never has more than a block and its embedding in memory.
+The reference and the reward model are used in one phase of a step. In the other phases, above all
+during optimisation, gradients and activations need the memory. The weights are mapped from an
+unlinked temporary file and their pages dropped after use, one block at a time. Dropped pages stay
+in the page cache until the system needs the memory; reading them again costs one page fault per
+64 KB (20 ms for 540 MB). A frozen model therefore occupies about one block and its embedding.
 """
 
 import logging
@@ -21,51 +21,55 @@ from torch import nn
 log = logging.getLogger("engine")
 
 ALIGNMENT = 64
-"""Bytes; a tensor's place must not decide which kernel computes with it."""
+"""Bytes. A kernel may be chosen by the alignment of its arguments; this keeps the choice fixed."""
 
 
 def back_by_file(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
-    """Moves a frozen model's weights, whole and on the CPU, into a file under $TMPDIR.
+    """Moves the weights of a frozen model into a memory-mapped file under $TMPDIR.
 
-    Where that has no room they stay in memory.
+    If the file system has too little space the weights stay in memory and a warning is logged.
 
     Args:
-        module: the model.
-        blocks: its layers, each of which is let go when it has been passed through.
+        module: the model, unsharded and on the CPU.
+        blocks: its layers; the pages of each are dropped after its forward pass.
     """
-    places, size = {}, 0
-    for parameter in module.parameters():  # tied ones come once
-        places[parameter], size = size, size + -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+    offsets, size = {}, 0
+    for parameter in module.parameters():  # yields tied parameters once
+        offsets[parameter], size = size, size + -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
     with tempfile.TemporaryFile(prefix="rlhf-tui-") as file:
         try:
-            # A disk that is full must say so here; in a mapping it would be a bus error.
+            # Reserve the space now: writing to a mapping on a full disk raises SIGBUS.
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
         except OSError as error:
             log.warning("frozen weights stay in memory: %s: %s", tempfile.gettempdir(), error)
             return
-        space = mmap.mmap(file.fileno(), max(size, 1))
-    for parameter, place in places.items():
-        there = torch.frombuffer(
-            space, dtype=parameter.dtype, count=parameter.numel(), offset=place
+        mapping = mmap.mmap(file.fileno(), max(size, 1))
+    for parameter, offset in offsets.items():
+        mapped = torch.frombuffer(
+            mapping, dtype=parameter.dtype, count=parameter.numel(), offset=offset
         ).view(parameter.shape)
-        parameter.data = there.copy_(parameter.data)
-    module.rests_in_file = space  # type: ignore[assignment]
+        parameter.data = mapped.copy_(parameter.data)
+    module.file_mapping = mapping  # type: ignore[assignment]
     for block in blocks:
-        own = [(places[p], places[p] + p.nbytes) for p in block.parameters()]
-        if own:
-            # From the page it begins in: what shares that page with it is only read again.
-            first = min(a for a, _ in own) // mmap.PAGESIZE * mmap.PAGESIZE
-            drop = partial(space.madvise, mmap.MADV_DONTNEED, first, max(b for _, b in own) - first)
-            block.register_forward_hook(partial(_passed, drop))
+        extents = [(offsets[p], offsets[p] + p.nbytes) for p in block.parameters()]
+        if extents:
+            # Rounded down to a page: a neighbour on that page is read again when it is used.
+            start = min(a for a, _ in extents) // mmap.PAGESIZE * mmap.PAGESIZE
+            length = max(b for _, b in extents) - start
+            drop = partial(mapping.madvise, mmap.MADV_DONTNEED, start, length)
+            block.register_forward_hook(partial(_drop_after_forward, drop))
     drop_pages(module)
 
 
-def _passed(drop: Callable[[], None], *_args: Any) -> None:
+def _drop_after_forward(drop: Callable[[], None], *_hook_arguments: Any) -> None:
     drop()
 
 
 def drop_pages(model: Any) -> None:
-    """The pages of a model that rests in a file are dropped; the next use finds them again."""
-    space = getattr(model, "rests_in_file", None)
-    if space is not None:
-        space.madvise(mmap.MADV_DONTNEED)
+    """Drops the pages of a file-backed model; the next use reads them from the file.
+
+    Does nothing for a model that is not file-backed.
+    """
+    mapping = getattr(model, "file_mapping", None)
+    if mapping is not None:
+        mapping.madvise(mmap.MADV_DONTNEED)

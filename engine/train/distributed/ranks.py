@@ -1,9 +1,9 @@
-"""The ranks of a run, seen from one of them: its device, its place, and what it says to the others.
+"""The process group of a run: device, rank, and collectives on small data.
 
-torchrun starts the ranks and says who is who (RANK, LOCAL_RANK …), accelerate's `PartialState`
-picks the device; a rank alone is the case of one. What travels here is small (orders, token ids,
-log-probabilities: B × T at most) and goes over gloo on the CPU; gradients and weights are torch's
-own business (see `sharding.py`).
+torchrun starts the ranks and sets RANK, LOCAL_RANK and WORLD_SIZE; accelerate's `PartialState`
+selects the device. A single rank is a group of size 1. The collectives here carry commands, token
+ids and log-probabilities (B × T at most) over gloo on the CPU. torch communicates gradients and
+weights itself (see :mod:`engine.train.distributed.sharding`).
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-de
 
 from engine.config.schema import LaunchConfig
 from engine.errors import LinkError, RlhfError, UserInputError
-from engine.launch.environment import NICE_VARIABLE, SOCKET_VARIABLE, STORE_VARIABLE
+from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
 
 FINAL_BARRIER_TIMEOUT = 20.0
-"""Seconds that ranks which are done wait for one another."""
-PEER_LOSS_WORDS = (
+"""Seconds a finished rank waits for the other ranks."""
+PEER_LOSS_TEXTS = (
     "gloo",
     "NCCL",
     "Connection closed by peer",
@@ -31,57 +31,65 @@ PEER_LOSS_WORDS = (
     "Broken pipe",
     "TCPStore",
 )
-"""Words in the errors of collectives whose other side is gone."""
+"""Parts of the error messages of a collective whose peer has ended."""
 
 
 class PeerRankError(RlhfError):
-    """What another rank met, and said, at a place where all wait for it."""
+    """Another rank failed, and reported it in a collective that all ranks take part in."""
 
 
 class RankGroup:
-    """All ranks of an attempt. Every method is called by all of them, in the same order."""
+    """All ranks of an attempt.
+
+    The methods are collectives unless they say otherwise: every rank must call them, in the same
+    order.
+    """
 
     def __init__(self, launch: LaunchConfig) -> None:
-        """Joins the others; alone where torchrun started nobody else.
+        """Initialises the process groups; a group of one rank without torchrun.
 
         Raises:
-            UserInputError: a GPU was asked for and torch sees none, or fewer than ranks; or some
-                ranks have one and others have not.
+            UserInputError: `launch.device` is `cuda` and torch finds no GPU, there are more ranks
+                than GPUs on a machine, or only some ranks have a GPU.
+            LinkError: the store of the first machine cannot be reached.
         """
-        on_gpu, problem = _look_for_gpus(launch)
+        on_gpu, problem = _find_gpu(launch)
         self.rank, self.size = 0, int(os.environ.get("WORLD_SIZE", "1"))
         self.group: dist.ProcessGroup | None = None
-        """For what is said between steps, over gloo; None for a rank alone."""
+        """For the collectives of this class, over gloo; None for a single rank."""
         self.checkpoint_group: dist.ProcessGroup | None = None
-        """For threads that save: two threads must not share a group."""
+        """For the threads that save checkpoints: two threads must not share a group."""
         if self.size > 1:
             self._store = _store()
-            self.rank = _own_rank(self._store)
-            patience = timedelta(seconds=launch.timeout)
-            self._store.set_timeout(patience)
+            self.rank = int(os.environ["RANK"])
+            timeout = timedelta(seconds=launch.timeout)
+            self._store.set_timeout(timeout)
             agree_on_device(self._store, self.rank, self.size, on_gpu, problem)
             dist.init_process_group(
                 "cuda:nccl,cpu:gloo" if on_gpu else "gloo",
                 store=self._store,
                 rank=self.rank,
                 world_size=self.size,
-                timeout=patience,
+                timeout=timeout,
             )
-            self.group = dist.new_group(backend="gloo", timeout=patience)
-            self.checkpoint_group = dist.new_group(backend="gloo", timeout=patience)
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+            self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)
         elif problem:
             raise UserInputError(problem)
         self.device: torch.device = PartialState(cpu=not on_gpu).device
+        # cuDNN's attention makes a plan for each shape it meets, and decoding meets one per token:
+        # 37 ms for a call with a new length in bfloat16 on an H200 (torch 2.11), 0.09 ms without.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def is_lead(self) -> bool:
-        """Whether this is rank 0, which talks with the supervisor."""
+        """Whether this is rank 0, which communicates with the supervisor. Not a collective."""
         return self.rank == 0
 
-    # -- saying ------------------------------------------------------------------------------
+    # -- collectives --------------------------------------------------------------------------
 
     def broadcast_bytes(self, data: bytes = b"") -> bytes:
-        """Rank 0's bytes, on every rank. The others' argument is not looked at."""
+        """Returns rank 0's bytes on every rank; the argument of the other ranks is ignored."""
         if self.size == 1:
             return data
         length = torch.tensor([len(data) if self.is_lead else 0], dtype=torch.int64)
@@ -96,153 +104,153 @@ class RankGroup:
         return b""
 
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
-        """Every rank's bytes, by rank, on every rank."""
+        """Returns the bytes of all ranks, in rank order, on every rank. Lengths may differ."""
         if self.size == 1:
             return [data]
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
         longest = max(1, *(int(n) for n in lengths))
-        own = torch.zeros(longest, dtype=torch.uint8)
-        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else own[:0]
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own, group=self.group)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        if data:
+            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.group)
         return [p[: int(n)].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks, of any number or bool dtype.
+        """Returns the sum over ranks of a tensor with a numeric or bool dtype; `x` is not changed.
 
-        Where each rank fills rows of its own and leaves the others 0 this puts them together
-        exactly: x + 0 is x.
+        Also combines rows exactly: each rank fills its own rows and leaves the others 0.
         """
         if self.size == 1:
             return x
-        whole = x.to("cpu", torch.int64 if x.dtype == torch.bool else x.dtype, copy=True)
-        dist.all_reduce(whole, group=self.group)
-        return whole.to(x.device, x.dtype)
+        total = x.to("cpu", torch.int64 if x.dtype == torch.bool else x.dtype, copy=True)
+        dist.all_reduce(total, group=self.group)
+        return total.to(x.device, x.dtype)
 
-    # -- sharing out -------------------------------------------------------------------------
+    # -- shares of the work (not collectives) -------------------------------------------------
 
     def contiguous_share(self, count: int) -> range:
-        """This rank's part of `count` things, one stretch; parts differ by one at most."""
+        """The indices of this rank out of `count`, contiguous; shares differ by one at most."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def strided_share(self, rows: Tensor) -> Tensor:
-        """Every size-th of some rows: of rows in order of length, all ranks get like loads."""
+        """Every `size`-th row, from this rank's number on.
+
+        If rows are sorted by length, all ranks get a similar load.
+        """
         return rows[self.rank :: self.size]
 
     def largest_share(self, count: int) -> int:
-        """The largest share that :meth:`strided_share` makes of `count` rows."""
+        """Rows in the largest share that :meth:`strided_share` makes of `count` rows."""
         return -(-count // self.size)
 
     def final_barrier(self) -> None:
-        """Waits until all ranks are here: from now on each may end when it likes.
+        """Waits until all ranks have finished; after this a rank may exit.
 
-        A process that ends closes its sockets, and one that is still in its last collective would
-        take that for a loss. Asked at the meeting place, which needs none of these sockets.
+        A process that exits closes its sockets, and a rank still in its last collective would treat
+        that as the loss of a peer. Uses the store, not the sockets of the process groups. Waits at
+        most :data:`FINAL_BARRIER_TIMEOUT` seconds and raises nothing.
         """
         if self.size > 1:
             self._store.set(f"parting/{self.rank}", "1")
             keys = [f"parting/{rank}" for rank in range(self.size)]
-            with contextlib.suppress(RuntimeError):  # the first machine may be through already
+            with contextlib.suppress(RuntimeError):  # the first machine may have exited
                 self._store.wait(keys, timedelta(seconds=FINAL_BARRIER_TIMEOUT))
 
-    # -- trouble -----------------------------------------------------------------------------
+    # -- errors (not collectives) -------------------------------------------------------------
 
-    def leave_error(self, word: bytes) -> None:
-        """Tells why this rank fails, for rank 0 to find: it may be on another machine."""
-        self._store.set(f"failed/{self.rank}", word.decode())
+    def leave_error(self, error: bytes) -> None:
+        """Writes the error of this rank to the store, where rank 0 reads it.
+
+        A rank on another machine has no connection to the supervisor.
+        """
+        self._store.set(f"failed/{self.rank}", error.decode())
 
     def errors_left(self) -> list[bytes]:
-        """What other ranks said before they failed."""
+        """Returns the errors that the other ranks have written with :meth:`leave_error`."""
         keys = [f"failed/{r}" for r in range(self.size) if r != self.rank]
         return [self._store.get(k) for k in keys if self._store.check([k])]
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Whether an error is only the echo of another rank's end."""
+    """Whether an error is a consequence of another rank's end rather than a cause."""
     return isinstance(error, dist.DistError | PeerRankError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_LOSS_WORDS)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_LOSS_TEXTS)
     )
 
 
 def _store() -> Store:
-    """Where ranks meet: a file on one machine, which opens no port; else the first one's server."""
-    kind, _, place = os.environ[STORE_VARIABLE].partition(":")
+    """A file on a single machine, which opens no port; otherwise the first machine's server."""
+    kind, _, address = os.environ[STORE_VARIABLE].partition(":")
     if kind == "file":
-        return FileStore(place, int(os.environ["WORLD_SIZE"]))
-    host, _, port = place.rpartition(":")
+        return FileStore(address, int(os.environ["WORLD_SIZE"]))
+    host, _, port = address.rpartition(":")
     try:
         return TCPStore(host, int(port), is_master=False)
     except (dist.DistError, RuntimeError) as error:
-        raise LinkError(f"cannot reach the first machine at {place}: {error}") from error
+        raise LinkError(f"cannot reach the first machine at {address}: {error}") from error
 
 
-def _own_rank(store: Store) -> int:
-    """This rank's number, counted from the one that has the supervisor beside it.
-
-    Several machines meet in an order that torchrun decides; rank 0 must be where the link is. Taken
-    round, neighbours on one machine stay neighbours.
-    """
-    number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if isinstance(store, FileStore):
-        return number
-    if SOCKET_VARIABLE in os.environ and os.environ["LOCAL_RANK"] == "0":
-        store.set("lead", str(number))
-    os.environ["RANK"] = str((number - int(store.get("lead"))) % size)
-    return int(os.environ["RANK"])
-
-
-def _look_for_gpus(launch: LaunchConfig) -> tuple[bool, str]:
-    """Whether this rank computes on a GPU, and what is wrong with that, if anything is."""
-    seen = torch.cuda.device_count() if launch.device != "cpu" else 0
+def _find_gpu(launch: LaunchConfig) -> tuple[bool, str]:
+    """Whether this rank computes on a GPU, and an error text or ""."""
+    found = torch.cuda.device_count() if launch.device != "cpu" else 0
     ranks, problem = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), ""
-    if launch.device == "cuda" and not seen:
+    if launch.device == "cuda" and not found:
         problem = "launch.device: cuda, but torch sees no GPU here; see rlhf-tui doctor"
-    elif seen and ranks > seen:
+    elif found and ranks > found:
         problem = (
-            f"launch.processes: {ranks} ranks on this machine, but torch sees {seen} "
-            f"GPU{'s' if seen > 1 else ''} here: use launch.processes: {seen}"
+            f"launch.processes: {ranks} ranks on this machine, but torch sees {found} "
+            f"GPU{'s' if found > 1 else ''} here: use launch.processes: {found}"
         )
-    return seen > 0, problem
+    return found > 0, problem
 
 
 def agree_on_device(store: Store, rank: int, size: int, on_gpu: bool, problem: str) -> None:
-    """Holds the ranks' devices against one another, before any waits for another in a collective.
+    """Compares the devices of all ranks through the store, before the first collective.
+
+    Args:
+        store: shared by all ranks.
+        rank: this rank's number.
+        size: number of ranks.
+        on_gpu: whether this rank computes on a GPU.
+        problem: what prevents this rank from using its device, or "".
 
     Raises:
-        UserInputError: one has a problem, or they compute on different kinds; on all ranks alike.
+        UserInputError: a rank has a problem, or only some ranks have a GPU. Raised on all ranks.
     """
-    place = os.uname().nodename
-    store.set(f"device/{rank}", msgspec.json.encode((place, on_gpu, problem)).decode())
+    host = os.uname().nodename
+    store.set(f"device/{rank}", msgspec.json.encode((host, on_gpu, problem)).decode())
     kind = tuple[str, bool, str]
-    said = [msgspec.json.decode(store.get(f"device/{r}"), type=kind) for r in range(size)]
-    for there, _, told in said:
-        if told:
-            raise UserInputError(told if there == said[0][0] else f"on {there}: {told}")
-    with_gpu, without = ([there for there, on, _ in said if on is k] for k in (True, False))
+    devices = [msgspec.json.decode(store.get(f"device/{r}"), type=kind) for r in range(size)]
+    first_host = devices[0][0]
+    for host, _, text in devices:
+        if text:
+            raise UserInputError(text if host == first_host else f"on {host}: {text}")
+    with_gpu, without = ([host for host, gpu, _ in devices if gpu is k] for k in (True, False))
     if with_gpu and without:
         raise UserInputError(
-            f"launch.device: torch sees a GPU on {with_gpu[0]} and none on {without[0]}: mend that "
-            "(see rlhf-tui doctor), or use launch.device: cpu"
+            f"launch.device: torch sees a GPU on {with_gpu[0]} and none on {without[0]}: see "
+            "rlhf-tui doctor there, or use launch.device: cpu"
         )
 
 
 def set_threads_and_nice(ranks: RankGroup, launch: LaunchConfig) -> int:
-    """Threads and politeness of a rank on a CPU.
+    """Sets the number of threads and the niceness of a rank that computes on a CPU.
 
-    The number of threads decides the order of sums and with it their rounding, so it is part of
-    what makes a resumed run the same run.
+    The number of threads determines the order of sums, and so their rounding. A resumed run repeats
+    bit for bit only with the same number.
 
     Returns:
-        How many threads this rank computes with.
+        The number of threads this rank computes with.
     """
     if ranks.device.type == "cpu":
         os.nice(int(os.environ.get(NICE_VARIABLE, "0")))
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(threads_of_a_rank(launch, here))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(threads_per_rank(launch, local_ranks))
     return torch.get_num_threads()
 
 
-def threads_of_a_rank(launch: LaunchConfig, ranks: int) -> int:
-    """`launch.threads`, or a fair share of the processors for each rank of this machine."""
+def threads_per_rank(launch: LaunchConfig, ranks: int) -> int:
+    """`launch.threads`, or an equal share of the cores for each of `ranks` on this machine."""
     return launch.threads or max(1, len(os.sched_getaffinity(0)) // ranks)

@@ -1,7 +1,7 @@
-"""How a model lies on the ranks: whole on each (DDP), or sharded over them (torch's FSDP2).
+"""Places models on the ranks: replicated (DDP) or sharded (torch's FSDP2).
 
-One rank reads a model's weights and the others receive them: a run of many ranks reads each file
-once, and machines without it need no copy.
+Rank 0 reads a model's weights and broadcasts them. Each file is read once, and the other machines
+need no copy of it.
 """
 
 import warnings
@@ -30,13 +30,15 @@ R = TypeVar("R")
 def place_model(
     module: nn.Module, ranks: RankGroup, strategy: str, compute: torch.dtype = torch.float32
 ) -> None:
-    """Puts a model in its place, in rank 0's state, on every rank.
+    """Moves a model to the device, or shards it, and copies rank 0's weights to every rank.
+
+    Changes `module` in place. All ranks must call it.
 
     Args:
-        module: with its weights on rank 0; on the others of the same shape, on the meta device.
+        module: the model, with its weights on rank 0 and on the meta device on the other ranks.
         ranks: all ranks of this attempt.
-        strategy: `ddp` (whole) or `fsdp`.
-        compute: what FSDP gathers the weights in; their shards keep their own dtype.
+        strategy: `ddp` (replicated) or `fsdp`.
+        compute: dtype in which FSDP gathers the weights; the shards keep their own dtype.
     """
     if ranks.size == 1:
         module.to(ranks.device)
@@ -44,69 +46,69 @@ def place_model(
         _shard(module, ranks, compute)
     else:
         module.to(ranks.device) if ranks.is_lead else module.to_empty(device=ranks.device)
-        _tie(module)
+        _tie_weights(module)
         for tensor in [*module.parameters(), *module.buffers()]:
             _broadcast(tensor.data, ranks)
 
 
 def _shard(module: nn.Module, ranks: RankGroup, compute: torch.dtype) -> None:
-    """Each block a unit of its own, the rest the root's; rank 0 hands out the shards."""
-    read = dict(module.state_dict()) if ranks.is_lead else {}
+    """Shards each block as an FSDP unit and the rest as the root; rank 0 scatters the weights."""
+    weights = dict(module.state_dict()) if ranks.is_lead else {}
     buffers = dict(module.named_buffers())
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     if ranks.is_lead:
         module.to("meta")
-        _tie(module)
+        _tie_weights(module)
     mesh = _mesh(ranks)
-    # Gradients travel and add up in float32, as under DDP: in bfloat16 small ones would be lost.
+    # Gradients are reduced in float32, as under DDP: in bfloat16 small ones would be rounded away.
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute is torch.float32 else compute, reduce_dtype=torch.float32
     )
     head = getattr(module, "value_head", None)
-    if head is not None:  # one product a token: kept exact
+    if head is not None:  # one product per token: computed in float32
         fully_shard(head, mesh=mesh)
     for block in blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
     state: dict[str, Tensor] = {}
     for name, target in module.state_dict().items():
-        given = read.pop(name, None)
+        weight = weights.pop(name, None)
         full = torch.empty(target.shape, dtype=target.dtype, device=ranks.device)
-        if given is not None:
-            full.copy_(given)
+        if weight is not None:
+            full.copy_(weight)
         if isinstance(target, DTensor):
             state[name] = distribute_tensor(full, mesh, target.placements, src_data_rank=0)
         else:
             _broadcast(full, ranks)
             state[name] = full
     module.load_state_dict(state, assign=True)
-    _tie(module)
+    _tie_weights(module)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
-    for name, buffer in buffers.items():  # those that no state dict holds: rotary frequencies …
-        where, _, own = name.rpartition(".")
+    for name, buffer in buffers.items():  # not in the state dict: rotary frequencies, for example
+        parent, _, attribute = name.rpartition(".")
         if name not in state:
             full = torch.empty(buffer.shape, dtype=buffer.dtype, device=ranks.device)
             if ranks.is_lead:
                 full.copy_(buffer)
             _broadcast(full, ranks)
-            module.get_submodule(where).register_buffer(own, full, persistent=False)
+            module.get_submodule(parent).register_buffer(attribute, full, persistent=False)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The layers of the transformers inside, as transformers names what must not be split."""
+    """The transformer layers of a model: the classes in transformers' `_no_split_modules`."""
     names = {n for m in module.modules() for n in getattr(m, "_no_split_modules", None) or ()}
     return [m for m in module.modules() if type(m).__name__ in names]
 
 
-def _tie(module: nn.Module) -> None:
+def _tie_weights(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, PreTrainedModel):
             part.tie_weights()
 
 
 def _broadcast(tensor: Tensor, ranks: RankGroup) -> None:
-    """In place, whatever its strides."""
+    """Broadcasts rank 0's tensor in place; the tensor need not be contiguous."""
     content = tensor.contiguous()
     dist.broadcast(content, 0)
     if not ranks.is_lead and content.data_ptr() != tensor.data_ptr():
@@ -118,26 +120,27 @@ def _mesh(ranks: RankGroup) -> DeviceMesh:
 
 
 def learner(module: nn.Module, ranks: RankGroup, strategy: str) -> nn.Module:
-    """What the epochs enter: under DDP a wrapper that averages the gradients."""
+    """The module for training passes: the policy, wrapped in DDP where gradients are averaged."""
     if ranks.size == 1 or strategy == "fsdp":
         return module
     with warnings.catch_warnings():
-        # `broadcast_buffers` gets another name in torch 2.13, which 2.9 does not know.
+        # torch 2.13 renames `broadcast_buffers`; torch 2.9 does not know the new name.
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             module,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,  # nothing in them changes
+            broadcast_buffers=False,  # buffers are constant
             gradient_as_bucket_view=True,
-            init_sync=False,  # `settle` has done that
+            init_sync=False,  # `place_model` has synchronised the weights
         )
 
 
 @contextmanager
 def synchronised(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """One micro-batch; DDP averages the gradients over the ranks with the minibatch's last one.
+    """Context for a micro-batch: DDP averages the gradients only in the last of a minibatch.
 
-    FSDP2 does with each: gradients that wait are whole ones, of all layers, on every rank.
+    FSDP2 reduces the gradients of every micro-batch: postponing it would keep unsharded gradients
+    of all layers on every rank.
     """
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
@@ -148,59 +151,62 @@ def synchronised(model: nn.Module, *, last: bool) -> Iterator[None]:
 
 @contextmanager
 def materialised(model: Any) -> Iterator[None]:
-    """A model is whole and on the device in here, and its forward passes need no other rank.
+    """Context in which a model is unsharded and on the device.
 
-    A sharded one is gathered once for a rollout rather than once a token; that takes its full size
-    in its compute dtype. One that is kept on the host comes over. Ranks may do unequal work inside.
+    Forward passes inside need no communication, so ranks may do unequal amounts of work. A sharded
+    model is gathered once for a whole rollout instead of once per token; this takes its full size
+    in the compute dtype. A model that is offloaded to the host is moved to the device. All ranks
+    must enter and leave the context.
     """
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    away = getattr(model, "rests_on_host", None)
-    if away is not None:
-        model.to(away)
+    device = getattr(model, "device_in_use", None)
+    if device is not None:
+        model.to(device)
     try:
         yield
     finally:
-        if away is not None:
+        if device is not None:
             model.to("cpu")
         drop_pages(model)
         for unit in units:
             unit.reshard()
-            # But for the root, the first of them, which the backward pass begins with; `model` may
-            # be a view of it.
+            # Not for the root, the first unit: the backward pass begins with it. `model` may be an
+            # AdapterFreePolicy, so the root is not `model` itself.
             unit.set_reshard_after_forward(unit is not units[0], recurse=False)
 
 
 def offload_between_uses(
     module: nn.Module, ranks: RankGroup, strategy: str, *, on_host: bool
 ) -> None:
-    """A frozen model takes the device's memory only inside :func:`at_hand`.
+    """Lets a frozen model use device memory only inside :func:`materialised`.
 
-    Of a GPU's where it is to rest on the host; on a CPU it rests in a file, unless it is sharded.
+    On a GPU the model moves to host memory if `on_host` is set. On a CPU it is always mapped from a
+    file (:func:`back_by_file`), unless it is sharded.
     """
     if ranks.device.type == "cpu":
         if ranks.size == 1 or strategy != "fsdp":
             back_by_file(module, blocks(module))
     elif on_host:
-        module.rests_on_host = ranks.device  # type: ignore[assignment]
+        module.device_in_use = ranks.device  # type: ignore[assignment]
         module.to("cpu")
 
 
 def with_materialised_model(
     function: Callable[Concatenate[M, P], R],
 ) -> Callable[Concatenate[M, P], R]:
-    """For functions whose first argument is a model: it is at hand in them."""
+    """Decorator: calls a function inside :func:`materialised` of its first argument, a model."""
 
     @wraps(function)
-    def inside(model: M, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(model: M, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with materialised(model):
             return function(model, *args, **kwargs)
 
-    return inside
+    return wrapper
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor's full content; of a sharded one all ranks must ask."""
+    """Gathers a sharded tensor; all ranks must call it. Returns any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,1 +1,1 @@
-"""The policy with its value head, and how models are loaded."""
+"""Loads and wraps the models of a run: the policy with its value function, and the reference."""

@@ -1,4 +1,4 @@
-"""The policy with its value head, and how a frozen model is told from another."""
+"""The policy with its value function, the reference, and a fingerprint of their weights."""
 
 import hashlib
 import inspect
@@ -16,10 +16,10 @@ from engine.train.models.onednn_linear import use_onednn
 
 
 class LanguageModel(nn.Module):
-    """A causal language model, with a value function where one is asked for.
+    """A causal language model with an optional value function.
 
-    Policy and value head are one module entered by its own forward: sharded and wrapped modules
-    work only when entered at the root.
+    The policy and the value head are one module, called through its `forward`: FSDP and DDP modules
+    only work when the root is called.
     """
 
     def __init__(
@@ -28,12 +28,13 @@ class LanguageModel(nn.Module):
         value: str | None = None,
         compute: torch.dtype = torch.float32,
     ) -> None:
-        """Wraps a model.
+        """Wraps a language model.
 
         Args:
-            lm: the language model, with its head.
-            value: None, `shared` or `separate` (a trunk of its own, which the caller sets).
-            compute: what matrix products are computed in; weights keep their own dtype.
+            lm: the language model, with its output layer.
+            value: None for no value function; `shared` for a value head on the policy's trunk;
+                `separate` for a second trunk, which the caller assigns to `value_trunk`.
+            compute: dtype of the matrix products; the weights keep their own dtype.
         """
         super().__init__()
         self.lm = lm
@@ -43,12 +44,12 @@ class LanguageModel(nn.Module):
         self.value_head: nn.Linear | None = None
         head = lm.get_output_embeddings()
         if value is not None:
-            # Zero-initialised: the first advantages come from the rewards alone.
+            # Zero, so that the first advantages depend on the rewards only.
             self.value_head = nn.Linear(head.in_features, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         if value == "shared":
-            # The head's input: the trunk's last hidden state, exactly at the positions kept.
+            # The input of the output layer is the last hidden state at the kept positions.
             head.register_forward_pre_hook(self._keep_hidden)
         self._hidden: Tensor | None = None
         self._adapted = lora.adapted_layers(lm)
@@ -60,17 +61,25 @@ class LanguageModel(nn.Module):
     def forward(
         self, tokens: Tensor, *args: Any, adapters: bool = True, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        """:meth:`run` in the chosen compute dtype, with or without the adapters there may be.
+        """Calls :meth:`run` under autocast to the compute dtype.
 
-        That is an argument, not a state, so that it reaches a wrapped or sharded model as well, and
-        ends with the call. Not for two threads at once.
+        `adapters=False` disables the LoRA adapters for this call. It is an argument rather than a
+        state of the model, so that it also works through a DDP or FSDP wrapper. Not thread-safe.
         """
-        mixed = self._compute is not torch.float32
         with ExitStack() as stack:
             if not adapters:
-                stack.enter_context(lora.switched_off(self._adapted))
-            stack.enter_context(torch.autocast(tokens.device.type, self._compute, enabled=mixed))
+                stack.enter_context(lora.disabled(self._adapted))
+            stack.enter_context(self.autocast(tokens.device.type))
             return self.run(tokens, *args, **kwargs)
+
+    def autocast(self, device: str) -> torch.autocast:
+        """The context that forward passes compute in; does nothing in float32.
+
+        Autocast keeps its copies of trained weights until the outermost context ends. Enter this
+        one around many forward passes between which no weight changes, such as a rollout's, so
+        that weights are cast once and not once per token.
+        """
+        return torch.autocast(device, self._compute, enabled=self._compute is not torch.float32)
 
     def run(
         self,
@@ -82,21 +91,22 @@ class LanguageModel(nn.Module):
         want: str = "both",
         detach_trunk: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits and values at the last `keep` positions.
+        """Computes logits and values at the last `keep` positions.
 
         Args:
             tokens: (n, L) int64.
-            attention_mask: (n, L), or (n, past + L) with a cache; left padding is 0.
-            keep: positions wanted, from the end.
-            cache: a transformers cache, filled along the way.
+            attention_mask: (n, L), or (n, past + L) with a cache; 0 for left padding.
+            keep: number of positions, counted from the end.
+            cache: a transformers cache, which this call extends.
             want: `both`, `logits` or `values`.
-            detach_trunk: hold the value's gradient back from the trunk.
+            detach_trunk: do not propagate the value's gradient to a shared trunk.
 
         Returns:
-            logits (n, keep, V) in the model's dtype; values (n, keep) float32, None without a
-            value function, and with a cache where it has a trunk of its own.
+            The logits, (n, keep, V) in the model's dtype, or None if not computed; the values,
+            (n, keep) float32, or None: without a value function, with `want="logits"`, and with a
+            cache if the value function has a separate trunk.
         """
-        # Positions from the mask: left padding must not shift them (trl#6819: 34 nats off).
+        # From the mask, so that left padding does not shift positions (trl#6819: 34 nats of error).
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs: dict[str, Any] = {"attention_mask": attention_mask}
         if self._takes_positions:
@@ -111,7 +121,7 @@ class LanguageModel(nn.Module):
                 logits_to_keep=keep,
                 **inputs,
             ).logits
-        # A trunk of the value's own keeps no cache: it reads whole answers, once they are written.
+        # A separate value trunk has no cache: it reads complete responses.
         if self.value_head is None or want == "logits" or (separate and cache is not None):
             self._hidden = None
             return logits, None
@@ -120,21 +130,21 @@ class LanguageModel(nn.Module):
             hidden = trunk.last_hidden_state[:, -keep:]
         else:
             hidden, self._hidden = self._hidden, None
-        # A trunk of the value's own may learn whenever the value does.
+        # A separate trunk is trained together with the value head in every case.
         hidden = hidden.detach() if detach_trunk and not separate else hidden
-        # One product a token: kept exact.
+        # One product per token: computed in float32.
         with torch.autocast(tokens.device.type, enabled=False):
-            # Not a view: FSDP2 hooks on what leaves the module, and an operation in place on a view
-            # would lose the hook.
+            # A copy, not a view: FSDP2 registers hooks on the outputs, and an in-place operation on
+            # a view would lose them.
             values = self.value_head(hidden.float()).squeeze(-1).clone()
         return logits, values
 
 
 class AdapterFreePolicy:
-    """The model under a policy's adapters, used like a :class:`LanguageModel`; no copy of it.
+    """A LoRA policy without its adapters, used as the reference; shares the policy's weights.
 
-    It gives logits alone, and enters the policy's own forward, so it works where that is wrapped or
-    sharded.
+    Has the interface of :class:`LanguageModel` but computes logits only. It calls the policy's own
+    `forward` and therefore works for a sharded policy.
     """
 
     def __init__(self, policy: LanguageModel) -> None:
@@ -144,35 +154,38 @@ class AdapterFreePolicy:
     def __call__(
         self, tokens: Tensor, attention_mask: Tensor, keep: int, *, cache: Any = None, **_: Any
     ) -> tuple[Any, None]:
-        """As :meth:`LanguageModel.run`, with `want="logits"`."""
+        """Like :meth:`LanguageModel.run` with `want="logits"`; the values are None."""
         logits, _values = self._model(
             tokens, attention_mask, keep, cache=cache, want="logits", adapters=False
         )
         return logits, None
 
+    def autocast(self, device: str) -> torch.autocast:
+        """As :meth:`LanguageModel.autocast`."""
+        return self._model.autocast(device)
+
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The weights without the adapters."""
+        """The frozen weights under the adapters."""
         return (p for p in self.lm.parameters() if not p.requires_grad)
 
     def modules(self) -> Iterator[nn.Module]:
-        """The policy's, which are gathered for this one as for itself."""
+        """The policy's modules, so that `materialised` gathers the policy."""
         return self._model.modules()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights without the adapters, named as in a model that never had any."""
+        """The weights under the adapters, with the names they have in a model without adapters."""
         return {f"lm.{name}": tensor for name, tensor in lora.base_tensors(self.lm).items()}
 
 
 AnyModel = LanguageModel | AdapterFreePolicy
-"""What generates and scores: the policy, or either kind of reference."""
+"""The policy, or either kind of reference."""
 
 
 def fingerprint(module: nn.Module | AdapterFreePolicy) -> str:
-    """A hash of all weights, to tell whether a frozen model is the one it was.
+    """Hashes all weights, to detect that a frozen model has changed.
 
-    Adds up each tensor's bits rather than feeding them to a cryptographic hash: seconds for
-    billions of weights, and it guards against accidents, not attackers. Of a sharded model every
-    rank must ask.
+    Sums the bits of each tensor instead of hashing them, which takes seconds for billions of
+    weights. It detects accidents, not attacks. For a sharded model all ranks must call it.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):

@@ -1,7 +1,7 @@
-"""LoRA: small trained matrices beside frozen linear layers (Hu et al. 2021), by peft.
+"""LoRA adapters (Hu et al. 2021) through peft.
 
-The layers are replaced in place, so the model stays the transformers model it was, entered and
-asked for its head like any other. Adapters are float32 whatever the model's dtype.
+peft replaces the linear layers in place, so the model keeps its transformers class and interface.
+Adapters are float32 regardless of the model's dtype.
 """
 
 import copy
@@ -26,49 +26,49 @@ from engine.train.data.randomness import derived_key
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""What peft's files have before a parameter's own name."""
+"""The prefix of parameter names in peft's files."""
 
 
 def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: str) -> None:
-    """Freezes a model and puts adapters beside its linear layers; what it computes is unchanged.
+    """Freezes a model and adds adapters to its linear layers; its outputs do not change.
 
     Args:
-        lm: changed in place.
-        config: with a rank.
-        seed: decides the adapters' first values, and nothing else does.
-        base: the model's folder or hub id, which the saved adapters name.
+        lm: the model, changed in place.
+        config: the configuration, with `rank` set.
+        seed: determines the initial values of the adapters.
+        base: the model's folder or hub id, written to the saved adapters' configuration.
 
     Raises:
-        UserInputError: a target names no linear layer; says which there are.
+        UserInputError: a target matches no linear layer; the message lists the available ones.
     """
     linear = linear_layers(lm)
     for target in config.targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            found = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
             raise UserInputError(
-                f"lora.targets: {type(lm).__name__} has no linear layer '{target}'; it has: {there}"
+                f"lora.targets: {type(lm).__name__} has no linear layer '{target}'; it has: {found}"
             )
     adapters = LoraConfig(
         r=config.rank or 0,
         lora_alpha=config.alpha or 0,
         target_modules=config.targets or "all-linear",
-        lora_dropout=0.0,  # old and new log-probabilities must be of the same function
+        lora_dropout=0.0,  # old and new log-probabilities must come from the same function
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
     try:
         inject_adapter_in_model(adapters, lm)
-    except ValueError as error:  # a name that fits other kinds of layers as well
+    except ValueError as error:  # a target that also matches layers of other types
         raise UserInputError(f"lora.targets: {str(error).splitlines()[0]}") from error
     for name, layer in _named_layers(lm):
         _initialise(layer, derived_key(seed, f"adapter {name}"))
 
 
 def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
-    """What can have adapters, by name: every linear layer but the output's.
+    """The layers that can have adapters, by name: all linear layers except the output layer.
 
-    The output layer often is the embedding's own matrix, which a merge would change with it.
+    The output layer often shares its weight with the embedding, which a merge would change too.
     """
     head = lm.get_output_embeddings() if isinstance(lm, PreTrainedModel) else None
     kinds = (nn.Linear, Conv1D)
@@ -76,16 +76,16 @@ def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
 
 
 def adapted_layers(module: nn.Module) -> list[LoraLayer]:
-    """The layers with adapters; none in a model that is trained in full."""
+    """The layers with adapters; empty for a model that is trained in full."""
     return [layer for _, layer in _named_layers(module)]
 
 
 @contextmanager
-def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
-    """The layers compute what they did without adapters, until this is left, however it is left.
+def disabled(layers: list[LoraLayer]) -> Iterator[None]:
+    """Context in which the layers compute without their adapters.
 
-    The adapters are frozen meanwhile, which DDP and FSDP2 bear also before their first training
-    pass. About 50 µs a layer.
+    The adapters do not require gradients inside the context; DDP and FSDP2 support this even before
+    the first training pass. Takes about 50 µs per layer.
     """
     try:
         for layer in layers:
@@ -97,7 +97,7 @@ def switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 
 
 def base_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The weights without the adapters, by the names they had before there were any."""
+    """The weights under the adapters, with the names they have in a model without adapters."""
     adapters = tuple(
         f"{name}.{part}."
         for name, layer in _named_layers(module)
@@ -110,33 +110,38 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
 def adapter_tensors(
     lm: nn.Module, state_dict: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The adapters' own, by peft's names; `state_dict` is the model's, where there is one."""
-    # Embeddings are never adapted; asked to find out for itself, peft would ask the hub.
-    found: dict[str, Tensor] = get_peft_model_state_dict(
+    """The tensors of the adapters, by peft's names.
+
+    Args:
+        lm: the model with adapters.
+        state_dict: its state dict, if the caller has one already.
+    """
+    # Embeddings never have adapters. With the default, peft would query the hub to find out.
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
         lm, state_dict=state_dict, save_embedding_layers=False
     )
-    return found
+    return tensors
 
 
 def save_adapter_config(lm: Any, folder: Path) -> None:
-    """Writes peft's description of the adapters."""
+    """Writes peft's `adapter_config.json`."""
     config: Any = copy.copy(lm.peft_config["default"])
-    config.target_modules = sorted(config.target_modules)  # a set, in another order each time
-    config.inference_mode = True  # those who load it get it frozen, as from peft itself
+    config.target_modules = sorted(config.target_modules)  # a set has no stable order
+    config.inference_mode = True  # loaded adapters are frozen, as with peft's own save_pretrained
     config.save_pretrained(str(folder))
 
 
 def save_adapter_weights(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Writes :func:`adapter_tensors`, whole and on the CPU, as peft and transformers load them."""
+    """Writes :func:`adapter_tensors`, unsharded and on the CPU, in peft's format."""
     named = {PREFIX + k: v.contiguous() for k, v in tensors.items()}
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapters(lm: PreTrainedModel, folder: Path) -> None:
-    """Puts saved adapters in place of those a model has, bit for bit.
+    """Loads saved adapters into a model that has adapters.
 
     Raises:
-        CheckpointError: the folder holds none, or such as fit another model or configuration.
+        CheckpointError: the folder holds no adapters, or their names and shapes do not match.
     """
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} holds no adapters, but lora.rank is set")
@@ -154,8 +159,8 @@ def _named_layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 def _initialise(layer: LoraLayer, key: int) -> None:
-    """As peft does (A uniform in ±1/√in, B zero), from a random stream of the layer's own."""
-    # peft gives adapters the dtype of their layer; in bfloat16 small updates would be rounded away.
+    """Initialises as peft does (A uniform in ±1/√in, B zero), from a random stream per layer."""
+    # peft uses the layer's dtype for adapters; in bfloat16 small updates would be rounded away.
     inner, outer = (
         part["default"].float().get_parameter("weight") for part in (layer.lora_A, layer.lora_B)
     )

@@ -1,4 +1,4 @@
-"""What a rank that begins will hold in memory, told before it is held."""
+"""Estimates a rank's memory before it loads any model, and selects the parallel strategy."""
 
 import logging
 import os
@@ -24,24 +24,26 @@ log = logging.getLogger("engine")
 def check_memory(
     config: RunConfig, prompt_tokens: int, ranks: RankGroup, warn: Callable[[str], None]
 ) -> tuple[str, Estimate | None]:
-    """How the models will lie on the ranks, and what that will take one of them.
+    """Selects the parallel strategy and estimates the peak memory of one rank.
 
-    Called when the prompts are known and before any model is loaded: too late would be when the
-    kernel has ended the rank. Costs the models' shapes, a tenth of a second, and no weights.
+    Call it once the prompts are known and before a model is loaded: a rank that runs out of memory
+    is killed without an error message. Builds the models on the meta device, which takes a tenth of
+    a second and reads no weights. All ranks must call it.
 
     Args:
-        config: the run's.
-        prompt_tokens: of the longest prompt.
+        config: the configuration of the run.
+        prompt_tokens: length of the longest prompt.
         ranks: the ranks; rank 0 decides.
-        warn: is given a sentence where less is free than the run is likely to need.
+        warn: called on rank 0 with a sentence if the run probably needs more memory than is free.
 
     Returns:
-        `ddp` or `fsdp`, and the estimate: None for a model that cannot be planned with.
+        `ddp` or `fsdp`, and the estimate. The estimate is None on the other ranks, and for a model
+        whose shapes cannot be determined.
     """
-    strategy, found = (
+    strategy, estimated = (
         _check_memory(config, prompt_tokens, ranks, warn) if ranks.is_lead else ("", None)
     )
-    return ranks.broadcast_bytes(strategy.encode()).decode(), found
+    return ranks.broadcast_bytes(strategy.encode()).decode(), estimated
 
 
 def _check_memory(
@@ -53,46 +55,46 @@ def _check_memory(
     try:
         models = models_of(config, prompt_tokens, kind)
     except UserInputError as error:
-        # An onlooker must not end the run; loading will, in its own words, if the model is wrong.
+        # An estimate must not end the run. If the model is unusable, loading it raises the error.
         log.warning("memory: not estimated: %s", error)
         return _strategy(layout), None
     free = _free(device, layout.ranks)
-    lacking = shortage(config, models, layout, free)
-    if lacking is not None and config.parallel.strategy == "auto" and ranks.size > 1:
+    warning = shortage(config, models, layout, free)
+    if warning is not None and config.parallel.strategy == "auto" and ranks.size > 1:
         layout = replace(layout, strategy="fsdp")
-        lacking = shortage(config, models, layout, free)
-    found = estimate(config, models, layout)
+        warning = shortage(config, models, layout, free)
+    estimated = estimate(config, models, layout)
     log.info(
-        "memory: about %.2f GB at the most, in the phase '%s'; weights gathered: %.2f GB",
-        found.metric / 1e9, found.fullest, found.parts.get("gathered", 0) / 1e9,
+        "memory: estimated peak %.2f GB, in the phase '%s'; gathered weights: %.2f GB",
+        estimated.metric / 1e9, estimated.fullest, estimated.parts.get("gathered", 0) / 1e9,
     )  # fmt: skip
-    if lacking is not None:
-        log.warning("memory: %s", lacking)
-        warn(lacking)
-    return _strategy(layout), found
+    if warning is not None:
+        log.warning("memory: %s", warning)
+        warn(warning)
+    return _strategy(layout), estimated
 
 
 def _strategy(layout: Layout) -> str:
     return "fsdp" if layout.strategy == "fsdp" else "ddp"
 
 
-def facts(found: Estimate | None) -> dict[str, object]:
-    """For the event `ready`: to be held against `perf/peak_memory_gb`."""
-    if found is None:
+def facts(estimated: Estimate | None) -> dict[str, object]:
+    """The estimate for the event `ready`, in GB; comparable with `perf/peak_memory_gb`."""
+    if estimated is None:
         return {}
-    told: dict[str, object] = {"planned_memory_gb": round(found.metric / 1e9, 3)}
-    if gathered := found.parts.get("gathered", 0):
-        told["planned_gather_gb"] = round(gathered / 1e9, 3)
-    return told
+    values: dict[str, object] = {"planned_memory_gb": round(estimated.metric / 1e9, 3)}
+    if gathered := estimated.parts.get("gathered", 0):
+        values["planned_gather_gb"] = round(gathered / 1e9, 3)
+    return values
 
 
 def _free(device: torch.device, ranks: int) -> Capacity:
-    """What is free for the ranks, with what this one holds already."""
+    """Memory available to the ranks, including what this process already uses."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT  # its own context is made
+        free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT  # the CUDA context exists already
         return Capacity(device="cuda", total=free, free=free, gpus=ranks)
     host = of_host()
     free = min(host.total, host.free + psutil.Process().memory_info().rss)
-    # Only the ranks of this machine share its memory.
+    # Scaled to all ranks: only those on this machine share its memory.
     free = free * ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     return Capacity(device="cpu", total=free, free=free)

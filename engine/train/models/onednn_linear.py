@@ -1,10 +1,9 @@
-"""Matrix products on a CPU, by the library that is quickest on it.
+"""Computes float32 linear layers with oneDNN where it is faster than MKL.
 
-torch's float32 products go to MKL, which on processors that are not Intel's takes its AVX2 path:
-on one with AVX-512 that is half of what oneDNN, which torch brings too, gets out of it (measured:
-210 and 480 GFLOP/s on two Zen 5 cores, for every shape of a step's products, forward and backward).
-Results agree to rounding; the choice depends on the processor alone, so a resumed run makes it
-again.
+torch's float32 matrix products use MKL, which takes its AVX2 path on processors that are not by
+Intel. With AVX-512, oneDNN, which is also part of torch, is more than twice as fast: 480 against
+210 GFLOP/s on two Zen 5 cores, for all shapes of a training step, forward and backward. The results
+agree up to rounding. The choice depends only on the processor, so a resumed run makes the same one.
 """
 
 import functools
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 @functools.cache
 def onednn_is_quicker() -> bool:
-    """Whether this machine is one of those."""
+    """Whether this machine has AVX-512, is not by Intel, and torch has both MKL and oneDNN."""
     cpus = Path("/proc/cpuinfo")
     return (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -31,7 +30,7 @@ def onednn_is_quicker() -> bool:
 
 
 def use_onednn(module: nn.Module) -> None:
-    """Sends the float32 products of a model's linear layers to oneDNN, where that is quicker."""
+    """Makes a model's linear layers use oneDNN for float32 on the CPU, if it is faster."""
     if not onednn_is_quicker():
         return
     for part in module.modules():
@@ -40,7 +39,7 @@ def use_onednn(module: nn.Module) -> None:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`nn.Linear.forward`; anything but plain float32 on the CPU goes its usual way."""
+    """`nn.Linear.forward`; uses oneDNN for plain float32 tensors on the CPU only."""
     weight, bias = layer.weight, layer.bias
     plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     if not plain or torch.is_autocast_enabled("cpu") or type(weight.data) is not Tensor:
@@ -50,17 +49,17 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """X Wᵀ for x (n, i) and W (o, i), float32; (n, o)."""
+    """The product x Wᵀ of x (n, i) and W (o, i) in float32, shape (n, o)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """Keeps both for the gradient."""
+        """Saves both arguments for the backward pass."""
         ctx.save_for_backward(x, weight)
         return onednn_linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """DX = g W and dW = gᵀ x."""
+        """Returns the gradients g W and gᵀ x."""
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         return (
@@ -70,6 +69,6 @@ class OneDnnLinear(torch.autograd.Function):
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """X Wᵀ by oneDNN, without a gradient."""
-    # The operator that torch.compile itself emits for a linear layer; transposed views are fine.
+    """The product x Wᵀ by oneDNN, without autograd."""
+    # torch.compile emits the same operator for a linear layer. It accepts transposed views.
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

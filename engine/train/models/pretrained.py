@@ -1,4 +1,4 @@
-"""Models and tokenizers as they come from folders and the hub; rank 0 reads, the others receive."""
+"""Loads models and tokenizers from folders and the hub; rank 0 reads and broadcasts them."""
 
 import inspect
 import warnings
@@ -29,21 +29,20 @@ from engine.train.models.onednn_linear import use_onednn
 
 
 def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str) -> LanguageModel:
-    """The trainable policy, with the value function its advantage needs.
+    """Loads the trainable policy, with a value function if the advantage estimator needs one.
 
-    Trained weights are float32. With `lora.rank` only the adapters and the value head are trained;
-    the weights under them are held in `model.dtype`, once more for a value trunk of its own.
+    Trained weights are float32. With `lora.rank` only the adapters and the value head are trained,
+    and the frozen weights are stored in `model.dtype`; a separate value trunk has its own copy.
 
     Args:
-        config: the run's.
+        config: the configuration of the run.
         source: the model to start from, or a checkpoint's `policy/` folder.
         ranks: all ranks of this attempt.
-        strategy: how it lies on them.
+        strategy: `ddp` or `fsdp`.
 
     Raises:
         UserInputError: the model or the adapters' targets cannot be used.
-        CheckpointError: the checkpoint holds adapters and the configuration asks for none, or the
-            other way round.
+        CheckpointError: the checkpoint's adapters are missing or do not match the configuration.
     """
     value = config.model.value if config.ppo.traits.value_function else None
     adapted = config.lora.rank is not None
@@ -71,10 +70,10 @@ def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str)
 def load_reference(
     config: RunConfig, policy: LanguageModel, ranks: RankGroup, strategy: str
 ) -> AnyModel:
-    """The frozen reference: the policy's own start, or the model that is named.
+    """Loads the frozen reference: `model.reference`, or the initial policy by default.
 
-    With adapters the former is the policy itself without them; a model that is named is loaded
-    besides, for it need not be the one that is adapted.
+    With LoRA, and if the reference is the same model as the policy, the reference shares the
+    policy's weights.
     """
     name = config.model.reference or config.model.policy
     if config.lora.rank is not None and name == config.model.policy:
@@ -92,24 +91,30 @@ def load_reference(
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
-    """What `model.dtype` names."""
+    """The torch dtype for `model.dtype`."""
     return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
 
 
 def load_lm(
     source: str, key: str, ranks: RankGroup, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """A causal language model in a dtype; its weights on rank 0, its shape on the others.
+    """Loads a causal language model on rank 0; the other ranks build it on the meta device.
+
+    Args:
+        source: a folder or a hub id.
+        key: the configuration key that names the model, for error messages.
+        ranks: all ranks; all must call this.
+        dtype: dtype of the weights.
 
     Raises:
-        UserInputError: names the configuration key and what is wrong with the model.
+        UserInputError: the model cannot be loaded or used.
     """
     lm = _read_lm(source, key, dtype) if ranks.is_lead else None
     with broadcast_files(ranks, *((lm.config, lm.generation_config) if lm else ())) as folder:
         if lm is None:
             with without_weights(ranks):
-                shape = AutoConfig.from_pretrained(folder)
-                lm = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+                config = AutoConfig.from_pretrained(folder)
+                lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
             lm.generation_config = GenerationConfig.from_pretrained(folder)
     return lm
 
@@ -118,7 +123,7 @@ def _read_lm(source: str, key: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise UserInputError(_not_a_model(key, source, error)) from error
+        raise UserInputError(_load_error(key, source, error)) from error
     if lora.adapted_layers(lm):
         raise UserInputError(
             f"{key}: {source} holds adapters for another model; merge the two first "
@@ -127,39 +132,43 @@ def _read_lm(source: str, key: str, dtype: torch.dtype) -> PreTrainedModel:
     for needed in ("past_key_values", "logits_to_keep"):
         if needed not in inspect.signature(lm.forward).parameters:
             raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
-    return _own(lm)
+    return _copy_weights(lm)
 
 
 def _load_trunk(source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype) -> Any:
     if ranks.is_lead:
-        return _own(AutoModel.from_pretrained(source, dtype=dtype))
+        return _copy_weights(AutoModel.from_pretrained(source, dtype=dtype))
     return AutoModel.from_config(lm.config, dtype=dtype)
 
 
 def load_tokenizer(source: str, key: str, ranks: RankGroup) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, on every rank. Raises UserInputError."""
+    """Loads a tokenizer on rank 0 and broadcasts it; all ranks must call it.
+
+    Raises:
+        UserInputError: the tokenizer cannot be loaded.
+    """
     tokenizer = None
     if ranks.is_lead:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise UserInputError(_not_a_model(key, source, error, "tokenizer")) from error
+            raise UserInputError(_load_error(key, source, error, "tokenizer")) from error
     with broadcast_files(ranks, tokenizer) as folder:
         return tokenizer or AutoTokenizer.from_pretrained(folder)
 
 
 def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: chat models have several."""
-    of_model = getattr(lm.generation_config, "eos_token_id", None)
-    ids = of_model if isinstance(of_model, list) else [of_model]
+    """The ids of all tokens that end a response, sorted; chat models have several."""
+    eos = getattr(lm.generation_config, "eos_token_id", None)
+    ids = eos if isinstance(eos, list) else [eos]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def _own(module: nn.Module) -> Any:
-    """Copies the weights out of the file.
+def _copy_weights(module: nn.Module) -> Any:
+    """Copies the weights from the mapped file to memory.
 
-    Fresh from `from_pretrained` they are memory-mapped at odd offsets, which picks other kernels:
-    one-row products then differ in the last bit between a first run and a resumed one.
+    `from_pretrained` maps them at unaligned offsets, which selects other kernels: products of one
+    row would then differ in the last bit between a first run and a resumed one.
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
@@ -167,30 +176,30 @@ def _own(module: nn.Module) -> Any:
 
 
 def _disable_dropout(module: LanguageModel) -> LanguageModel:
-    """Dropout off for good: old and new log-probabilities must be of the same function."""
+    """Sets every dropout to 0: old and new log-probabilities must come from the same function."""
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
         elif isinstance(getattr(part, "attention_dropout", None), float):
-            vars(part)["attention_dropout"] = 0.0  # used as a number, and only in training mode
+            vars(part)["attention_dropout"] = 0.0  # a number, read in training mode only
     return module.eval()
 
 
 def _checkpoint_activations(policy: LanguageModel) -> None:
-    """Activations are computed again in the backward pass; takes effect in training mode alone."""
+    """Enables activation checkpointing, which takes effect in training mode only."""
     with warnings.catch_warnings():
-        # It gets another name in transformers 5.23, which earlier ones do not know.
+        # transformers 5.23 renames this method; earlier versions do not know the new name.
         warnings.simplefilter("ignore", FutureWarning)
         for part in (policy.lm, policy.value_trunk):
             if isinstance(part, PreTrainedModel):
                 part.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _not_a_model(key: str, source: str, error: Exception, what: str = "model") -> str:
+def _load_error(key: str, source: str, error: Exception, what: str = "model") -> str:
     if source.startswith(("/", ".", "~")):
-        problem = "holds none that can be loaded" if Path(source).is_dir() else "does not exist"
-        return f"{key}: the folder {source} {problem} (wanted: a Hugging Face {what} folder)"
+        problem = (
+            f"holds no {what} that can be loaded" if Path(source).is_dir() else "does not exist"
+        )
+        return f"{key}: the folder {source} {problem} (expected: a Hugging Face {what} folder)"
     first = str(error).strip().splitlines()[0]
-    return (
-        f"{key}: '{source}' is neither a {what} folder here nor one to be had from the hub: {first}"
-    )
+    return f"{key}: '{source}' is neither a {what} folder nor available from the hub: {first}"

@@ -1,9 +1,9 @@
-"""The sizes of a run's models, from their configurations: ``python -m engine.train.models.shapes``.
+"""Determines the shapes of a run's models: ``python -m engine.train.models.shapes``.
 
-Reads a run's configuration as JSON on standard input and writes
-:class:`engine.memory.model.Models`, or
-what is wrong with the input, as JSON on standard output. The models are built on torch's meta
-device, where parameters have shapes and no memory: no weights are read, and none need be there.
+Reads a :class:`engine.config.schema.RunConfig` as JSON from standard input and writes
+:class:`engine.memory.model.Models`, or ``{"error": TEXT}``, as JSON to standard output. The models
+are built on the meta device from their configurations, so their weights are neither read nor
+needed.
 """
 
 import sys
@@ -26,33 +26,47 @@ from engine.train.data.prompts import load_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.pretrained import load_tokenizer
 
-QUICKLY_READ = 20_000_000
-"""Bytes of a prompt file up to which its prompts are looked at; else the bound stands for them."""
+MAX_PROMPT_FILE = 20_000_000
+"""Bytes. For a larger file `data.max_prompt_tokens` is used instead of the longest prompt."""
 
 
 def main() -> None:
-    """Answers one question and ends."""
+    """Reads one configuration and writes one result."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=RunConfig)
     try:
-        answer: Any = look(config)
+        result: Any = describe_models(config)
     except UserInputError as error:
-        answer = {"error": str(error)}
-    sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+        result = {"error": str(error)}
+    sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
 
 
-def look(config: RunConfig) -> Models:
-    """The shapes of everything, and the longest prompt. Raises UserInputError."""
-    alone = RankGroup(config.launch)
+def describe_models(config: RunConfig) -> Models:
+    """The shapes of all models, and the length of the longest prompt if the file is small.
+
+    Raises:
+        UserInputError: a model or the prompts cannot be read.
+    """
+    ranks = RankGroup(config.launch)
     exact, tokens = False, config.data.max_prompt_tokens
-    if _quickly_read(config.data.prompts):
-        tokenizer = load_tokenizer(starter.resolve(config.model.policy), "model.policy", alone)
+    if _is_quick_to_read(config.data.prompts):
+        tokenizer = load_tokenizer(starter.resolve(config.model.policy), "model.policy", ranks)
         tokens, exact = load_prompts(config.data, tokenizer, per_step=1, seed=0).longest, True
-    device = "cuda" if alone.device.type == "cuda" else "cpu"
+    device = "cuda" if ranks.device.type == "cuda" else "cpu"
     return models_of(config, tokens, device, exact=exact)
 
 
 def models_of(config: RunConfig, prompt_tokens: int, device: str, *, exact: bool = True) -> Models:
-    """What is planned with, as seen by this very process. Raises UserInputError."""
+    """The planner's input; `process` is the resident memory of the calling process.
+
+    Args:
+        config: the configuration of the run.
+        prompt_tokens: length of the longest prompt, or an upper bound.
+        device: `cpu` or `cuda`.
+        exact: whether `prompt_tokens` is the length rather than a bound.
+
+    Raises:
+        UserInputError: the shape of a model cannot be determined.
+    """
     policy = shape_of(config.model.policy, "model.policy", AutoModelForCausalLM)
     reference = policy
     if config.model.reference is not None:
@@ -71,15 +85,15 @@ def models_of(config: RunConfig, prompt_tokens: int, device: str, *, exact: bool
 
 
 def shape_of(name: str, key: str, kind: Any) -> Shape:
-    """A model's sizes.
+    """Determines the shape of a model.
 
     Args:
         name: a folder, a hub id, or a starter model.
-        key: the configuration key that names it, for the error.
-        kind: the transformers Auto class it is used as.
+        key: the configuration key that names the model, for error messages.
+        kind: the transformers Auto class that loads it.
 
     Raises:
-        UserInputError: it has no configuration that transformers can build a model from.
+        UserInputError: transformers cannot build the model from its configuration.
     """
     try:
         config = AutoConfig.from_pretrained(starter.resolve(name))
@@ -87,9 +101,9 @@ def shape_of(name: str, key: str, kind: Any) -> Shape:
             model = kind.from_config(config)
         return _shape(model, config.get_text_config())
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
-        # As many ways as there are architectures; whichever, the name and the reason help.
+        # The type of the error depends on the architecture.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserInputError(f"{key}: cannot plan with '{name}': {first}") from error
+        raise UserInputError(f"{key}: cannot determine the shape of '{name}': {first}") from error
 
 
 def _shape(model: Any, config: Any) -> Shape:
@@ -113,13 +127,13 @@ def _shape(model: Any, config: Any) -> Shape:
 
 
 def _layers(model: nn.Module, count: int) -> list[nn.Module]:
-    """The repeated blocks: the first list of as many modules as the configuration has layers."""
+    """The transformer blocks: the first ModuleList whose length is the number of layers."""
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return list(next(lists, []))
 
 
 def _intermediate(config: Any) -> int:
-    """The MLP's width; of a mixture, that of the experts a token goes through."""
+    """The width of the MLP; for a mixture of experts, of all experts that a token uses."""
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     experts = getattr(config, "num_experts_per_tok", None)
     if experts:
@@ -141,10 +155,11 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _quickly_read(prompts: str) -> bool:
+def _is_quick_to_read(prompts: str) -> bool:
     path = Path(starter.resolve(prompts))
     return path.suffix.lower() in DATA_FILES and (
-        not path.is_file() or path.stat().st_size <= QUICKLY_READ  # a missing one is told of there
+        not path.is_file()
+        or path.stat().st_size <= MAX_PROMPT_FILE  # load_prompts reports a missing file
     )
 
 

@@ -1,1 +1,1 @@
-"""What a step leaves for people: samples, probes and TensorBoard files."""
+"""Reports for people: samples of a step, probes, and TensorBoard files."""

@@ -1,4 +1,4 @@
-"""A probe: what the policy of this moment, and its reference, answer to an operator's prompt."""
+"""Runs a probe: the responses of the current policy and the reference to an operator's prompt."""
 
 from typing import Any
 
@@ -14,37 +14,46 @@ from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.run import Run
 
 PROBE_SEED = 0
-"""The same for both models and every probe: what differs is the models' doing."""
+"""The same for both models and all probes, so that differences are due to the models alone."""
 
 
 def answer_probe(run: Run, text: str) -> dict[str, Any]:
-    """One answer of each model, with its score and its KL to the reference.
+    """Generates one response of each model, with its score and its KL to the reference.
 
-    Draws from a random stream of its own, so that a probed run stays the run it was. With one of
-    the run's own prompts it reads the tokens that a step reads: tokenised again, what a chat
-    template has rendered would begin twice.
+    Uses a random stream of its own, so a probe does not change the run. All ranks must call it. For
+    one of the run's own prompts it uses the stored tokens: tokenising the text of a rendered chat
+    template again would add a second beginning-of-sequence token.
+
+    Args:
+        run: the run.
+        text: the prompt.
+
+    Returns:
+        For each of `policy` and `reference`: `response`, `score`, `kl` (nats per response) and
+        `length` (tokens).
 
     Raises:
-        CommandRejectedError: the prompt holds no tokens, or too many; or a reward function cannot
-            do without what the data has besides prompts. On all ranks alike.
+        CommandRejectedError: the prompt has no tokens or too many, or the rewards cannot score it,
+            for example because a reward function needs other columns of the data. Raised on all
+            ranks.
     """
-    prompt = run.prompts.find(text) or _typed(run, text)
+    prompt = run.prompts.find(text) or _tokenise(run, text)
     return {
-        "policy": _answer(run, run.policy, prompt),
-        "reference": _answer(run, run.reference, prompt),
+        "policy": _probe_model(run, run.policy, prompt),
+        "reference": _probe_model(run, run.reference, prompt),
     }
 
 
-def _typed(run: Run, text: str) -> Prompt:
+def _tokenise(run: Run, text: str) -> Prompt:
     ids = tokenise_prompt(run.tokenizer, text)
     if not 0 < len(ids) <= run.config.data.max_prompt_tokens:
         raise CommandRejectedError(
-            f"a probe needs 1 to {run.config.data.max_prompt_tokens} tokens, this has {len(ids)}"
+            f"a probe needs 1 to {run.config.data.max_prompt_tokens} tokens, not {len(ids)}"
         )
     return Prompt(ids, text, {run.config.data.column: text})
 
 
-def _answer(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
+def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
     config, state = run.config, run.state
     options = SamplingOptions(
         seed=PROBE_SEED,

@@ -1,4 +1,4 @@
-"""The answers of a step that are kept for people to read."""
+"""Selects the responses of a step that are written to the journal."""
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,16 +19,16 @@ def kept_samples(
     targets: Targets,
     ref_logprobs: Tensor,
 ) -> list[Sample]:
-    """The first answers of the batch, the first of these with their per-token arrays.
+    """The first `log.samples` responses of the batch, the first `log.arrays` with per-token arrays.
 
     Args:
-        log: how many of each.
-        tokenizer: the policy's.
-        rollout: B answers of at most T tokens.
-        scores: (B,), as they are trained on.
-        parts: by reward source, B scores.
-        targets: what the epochs learn from.
-        ref_logprobs: (B, T).
+        log: the configuration section with both numbers.
+        tokenizer: the policy's tokenizer.
+        rollout: B responses of at most T tokens.
+        scores: (B,), the scores used for training.
+        parts: B scores for each reward source.
+        targets: the old log-probabilities, values and advantages.
+        ref_logprobs: (B, T), log-probabilities under the reference.
     """
     kl = masked.sequence_kl(targets.old_logprobs, ref_logprobs, rollout.mask).tolist()
     kept = []

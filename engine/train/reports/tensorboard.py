@@ -1,4 +1,4 @@
-"""TensorBoard event files of a run, beside the journal, for those who use its viewers."""
+"""Writes TensorBoard event files of a run, in addition to the journal."""
 
 import html
 from pathlib import Path
@@ -12,29 +12,32 @@ from engine.metrics import KL, RLHF_REWARD, SCORE
 from engine.protocol.rank_messages import Sample
 
 HEADLINE = (SCORE, KL, RLHF_REWARD)
-"""What the hparams view compares runs by."""
+"""The metrics by which TensorBoard's HParams view compares runs."""
 
 
 class EventFiles:
-    """Writes scalars, the answers as text, and the configuration as hparams."""
+    """Writes scalars, the samples as text, and the configuration as hparams."""
 
     def __init__(self, folder: Path, from_step: int) -> None:
-        """Opens a file of its own for this attempt.
+        """Creates a new event file for this attempt.
 
-        `purge_step` makes the viewer drop what an earlier attempt wrote for the same steps.
+        Args:
+            folder: the session's TensorBoard folder.
+            from_step: the last completed step. `purge_step` makes the viewer discard what earlier
+                attempts wrote for later steps.
         """
         self._writer = SummaryWriter(str(folder), purge_step=from_step + 1)
 
     def hparams(self, config: RunConfig) -> None:
-        """The configuration, once a run."""
+        """Writes the configuration; call it once per run."""
         flat = flatten(to_tree(config))
         values = {k: v if isinstance(v, int | float | bool) else str(v) for k, v in flat.items()}
-        # The parts of SummaryWriter.add_hparams, without the scalar it would write for each metric.
+        # Like SummaryWriter.add_hparams, which would also write a scalar for each metric.
         for summary in hparams(values, dict.fromkeys(HEADLINE, 0.0)):
             self._writer._get_file_writer().add_summary(summary)
 
     def step(self, step: int, metrics: dict[str, float], samples: list[Sample]) -> None:
-        """One step's scalars and answers."""
+        """Writes the scalars and samples of one step, and flushes the file."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         if samples:
@@ -42,12 +45,12 @@ class EventFiles:
         self._writer.flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         self._writer.close()
 
 
 def _table(samples: list[Sample]) -> str:
-    """A Markdown table; answers are escaped, a viewer would render what stands in them."""
+    """A Markdown table. Text is escaped, because the viewer renders HTML in it."""
 
     def cell(text: str) -> str:
         return html.escape(text).replace("|", "&#124;").replace("\n", "<br>")

@@ -1,1 +1,1 @@
-"""Starting ranks by torchrun, on one machine or several."""
+"""Starts the ranks of one machine through torchrun; joins further machines to a run."""

@@ -1,9 +1,9 @@
-"""Starts the ranks of one machine by torchrun.
+"""The torchrun agent: starts the ranks of one machine and waits for them to end.
 
-``python -m engine.train.torchrun.agent SESSION_FOLDER``
+``python -m engine.train.torchrun.agent SESSION_FOLDER PROCESSES``
 
-For more than one rank. Ranks are started once: restarting is the supervisor's business. Like a
-rank, the agent dies with who started it, and takes its ranks along.
+Used for runs of more than one rank. The agent starts the ranks once and never restarts them; the
+supervisor does. Like a rank, it is killed when its parent process ends, and its ranks with it.
 """
 
 import contextlib
@@ -30,51 +30,56 @@ from engine.launch.environment import (
     STORE_VARIABLE,
 )
 from engine.protocol.rank_messages import Failed, JoinInfo
-from engine.train.distributed.ranks import threads_of_a_rank
+from engine.train.distributed.ranks import threads_per_rank
 from engine.train.link import Link
+from engine.train.torchrun import rendezvous
+from engine.train.torchrun.rendezvous import JOIN_INFO_KEY
 from engine.train.worker import die_with_parent
 
 JOIN_TIMEOUT = 3600
-"""Seconds the first machine waits for the others."""
-SHUTDOWN = 2
-"""Seconds the ranks that are left have once one has failed; they heed no signal but the last."""
+"""Seconds an agent waits for the agents of the other machines."""
+SHUTDOWN_TIMEOUT = 2
+"""Seconds from SIGTERM to SIGKILL for the remaining ranks after one failed. They ignore SIGTERM."""
 
 
 def main() -> None:
-    """Runs the ranks to their end; exits with 1 where one failed, 128 + N where signal N did it."""
+    """Starts the ranks and waits; exits with 1 if one failed, 128 + N if signal N killed one."""
     die_with_parent()
-    os.environ[PARENT_VARIABLE] = str(os.getpid())  # the ranks'
+    os.environ[PARENT_VARIABLE] = str(os.getpid())  # the agent is the parent of its ranks
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stdout)
     folder = sys.argv[1]
     launch = msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=LaunchConfig)
     count = int(sys.argv[2])
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(launch, count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(launch, count)))
     try:
-        with meeting_place(launch, folder, count):
-            elastic_launch(torch_launch(launch, count), sys.executable)(
+        with serve_store(launch, folder, count):
+            elastic_launch(torchrun_config(launch, count), sys.executable)(
                 "-u", "-m", "engine.train.worker", folder
             )
     except ChildFailedError as error:
-        # One that was killed is the cause; those that end by themselves may only have noticed.
+        # A killed rank is the cause; a rank that exits may only have lost its connection to it.
         killed = [f.exitcode for f in error.failures.values() if f.exitcode < 0]
         sys.exit(128 - killed[0] if killed else 1)
     except UserInputError as error:
         Link(0).send(Failed(rank=0, text=str(error), user_input=True))
         sys.exit(error.exit_code)
     except Exception as error:
-        # No rank has begun: the agent says what a rank would have said.
-        text = f"the ranks cannot meet: {type(error).__name__}: {error}"
+        # No rank is running, so the agent reports the failure in place of a rank.
+        text = f"torchrun cannot start the ranks: {type(error).__name__}: {error}"
         Link(0).send(Failed(rank=0, text=text, traceback=traceback.format_exc()))
         raise
 
 
-def torch_launch(launch: LaunchConfig, count: int) -> TorchLaunch:
-    """What torchrun is told: one machine meets in a file, several at the first one's port."""
-    kind, _, place = os.environ[STORE_VARIABLE].partition(":")
-    # The agents' own server would listen on every address; ranks meet where STORE_VARIABLE says.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+def torchrun_config(launch: LaunchConfig, count: int) -> TorchLaunch:
+    """The torchrun configuration for `count` ranks on this machine.
+
+    Registers the rendezvous backend. With a `file:` store it also restricts gloo and NCCL to the
+    loopback interface, through the environment.
+    """
+    kind, _, address = os.environ[STORE_VARIABLE].partition(":")
+    rendezvous.register()
     if kind == "file":
-        # Nothing of a run on one machine is to be reached from another one.
+        # A run on one machine must not be reachable from the network.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
     return TorchLaunch(
@@ -82,40 +87,44 @@ def torch_launch(launch: LaunchConfig, count: int) -> TorchLaunch:
         max_nodes=launch.nodes,
         nproc_per_node=count,
         run_id="rlhf-tui",
-        rdzv_backend="c10d",
-        rdzv_endpoint=place if kind == "tcp" else f"{place}.agents",
-        rdzv_configs={"store_type": kind, "is_host": "false"},
-        rdzv_timeout=JOIN_TIMEOUT,
+        rdzv_backend=rendezvous.BACKEND,
+        rdzv_endpoint=address,
+        rdzv_configs={"first": JOINED_VARIABLE not in os.environ, "timeout": JOIN_TIMEOUT},
         local_addr="127.0.0.1" if kind == "file" else None,
         max_restarts=0,
         monitor_interval=0.1,
-        # A scheduler's broadcast is for the supervisor, which saves first: see `tie_to_parent`.
+        # torchrun would forward a scheduler's SIGTERM to the ranks. The supervisor handles it: it
+        # finishes and saves the step first. See `die_with_parent`.
         signals_to_handle="SIGQUIT",
-        shutdown_timeout=SHUTDOWN,
+        shutdown_timeout=SHUTDOWN_TIMEOUT,
     )
 
 
 @contextlib.contextmanager
-def meeting_place(launch: LaunchConfig, folder: str, count: int) -> Iterator[None]:
-    """On the first of several machines: the server at which ranks and agents meet.
+def serve_store(launch: LaunchConfig, folder: str, count: int) -> Iterator[None]:
+    """Serves the TCP store of all ranks and agents, on the first of several machines.
 
-    It also holds the invitation that `rlhf-tui join` reads.
+    The store also holds the :class:`JoinInfo` that `rlhf-tui join` reads. On every other machine,
+    and in a run on one machine, the context does nothing.
+
+    Raises:
+        UserInputError: the port of `launch.rendezvous` is in use.
     """
-    kind, _, place = os.environ[STORE_VARIABLE].partition(":")
+    kind, _, address = os.environ[STORE_VARIABLE].partition(":")
     if kind == "file" or JOINED_VARIABLE in os.environ:
         yield
         return
-    host, _, port = place.rpartition(":")
+    host, _, port = address.rpartition(":")
     check_port(int(port))
     store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
     start = secrets.token_hex(8)
-    invitation = JoinInfo(launch=launch, folder=folder, processes=count, start=start)
-    store.set("invitation", msgspec.json.encode(invitation).decode())
+    info = JoinInfo(launch=launch, folder=folder, processes=count, start=start)
+    store.set(JOIN_INFO_KEY, msgspec.json.encode(info).decode())
     yield
 
 
 def check_port(port: int) -> None:
-    """Whether this machine can listen there. Raises UserInputError."""
+    """Raises UserInputError if this machine cannot listen on the port."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -124,7 +133,7 @@ def check_port(port: int) -> None:
         except OSError as error:
             raise UserInputError(
                 f"launch.rendezvous: cannot listen on port {port} of this machine "
-                f"({error.strerror}): give it another one"
+                f"({error.strerror}): choose another port"
             ) from error
 
 

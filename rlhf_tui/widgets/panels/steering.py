@@ -8,6 +8,7 @@ from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import SessionState, command_text, value_text
+from rlhf_tui.state.steering_target import settings_in_force
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
@@ -135,7 +136,4 @@ def _label(text: str) -> list[Piece]:
 
 def settings_of(state: SessionState) -> Settings | None:
     """The settings in force; None where the journal's are of another version."""
-    try:
-        return msgspec.convert(state.head.settings, Settings, strict=False)
-    except msgspec.ValidationError:
-        return None
+    return settings_in_force(state.head.settings)

@@ -26,12 +26,12 @@ def judgement_rows(judgement: Judgement | None, width: int) -> list[Row]:
     if judgement is None or not (judgement.label or judgement.note):
         return []
     label, note = judgement.label, judgement.note
-    head: list[Piece] = (
-        [(f"{LABEL_MARKS[label][0]} {label}", LABEL_MARKS[label][1])]
-        if label
-        else [(f"{NOTE} note", "key")]
-    )
-    rows: list[Row] = [[*head, (f"   {judgement.who}, {fmt.clock(judgement.time)}", "dim")]]
+    if label:
+        mark_text, tone = LABEL_MARKS[label]
+        first: Piece = (f"{mark_text} {label}", tone)
+    else:
+        first = (f"{NOTE} note", "key")
+    rows: list[Row] = [[first, (f"   {judgement.who}, {fmt.clock(judgement.time)}", "dim")]]
     if note:
         lead = f"{NOTE} " if label else ""
         rows += [[(line, "key")] for line in wrap(f"{lead}{note}", width)]

@@ -2,13 +2,12 @@
 
 Python imports this at the start of every process that has the folder on its path. The rank raises,
 is killed, or hangs where it announces the phase of the second step; everything else is the software
-as it is. $RLHF_TUI_TEST_HOST gives the machine another name, for one machine that stands for two.
+as it is.
 """
 
 import importlib.util
 import os
 import signal
-import socket
 import sys
 import time
 
@@ -53,6 +52,3 @@ def sabotage(link):
 
 if os.environ.get("RLHF_TUI_TEST_FAULT") and os.environ.get("RANK") == "1":
     sys.meta_path.insert(0, Saboteur())
-
-if name := os.environ.get("RLHF_TUI_TEST_HOST"):
-    socket.getfqdn = lambda _name="": name

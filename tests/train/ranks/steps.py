@@ -1,7 +1,7 @@
-"""One step of recorded rollouts on the ranks torchrun started; rank 0 writes what came of each.
+"""Runs one step per recorded rollout, on ranks that torchrun started; rank 0 writes the results.
 
-``steps.py JOBS``: a JSON list of jobs, each with a session's folder, the recorded rollout, and
-where the metrics go; the updated weights go beside them.
+``steps.py JOBS``: a JSON list of jobs, each with a session's folder, a recorded rollout and the
+path for the metrics. The updated weights are written next to the metrics.
 """
 
 import json
@@ -29,7 +29,7 @@ def main():
     for job in json.loads(jobs.read_text()):
         one_step(ranks, Session(Path(job["session"])), Path(job["recorded"]), Path(job["result"]))
     ranks.final_barrier()
-    os._exit(0)  # as a rank does
+    os._exit(0)  # as in the engine
 
 
 def one_step(ranks, session, recorded, result):
@@ -38,7 +38,7 @@ def one_step(ranks, session, recorded, result):
 
     begin = Begin(attempt=1, from_step=0)
     run = load_run(session, session.config(), begin, ranks, quiet)
-    rollout = pickle.loads(recorded.read_bytes())  # noqa: S301 - the test's own
+    rollout = pickle.loads(recorded.read_bytes())  # noqa: S301 - written by the test
     metrics, _ = train_step(run, 1, rollout)
     weights = {
         k: full_tensor(p).detach().clone().contiguous() for k, p in run.policy.named_parameters()
