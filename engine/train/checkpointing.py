@@ -122,7 +122,7 @@ class CheckpointManager:
         # Under DDP each rank has all weights. On equal processors they are bitwise equal.
         weights = fingerprint(self._run.policy) if self._run.strategy == "ddp" else ""
         if len(set(ranks.all_gather_bytes(weights.encode()))) > 1:
-            text = "look here: the ranks' weights are no longer bitwise equal"
+            text = "the ranks' weights are no longer bitwise equal"
             self._link.send(Notice(step=state.step, rule="ranks", text=text))
 
     def _wait_for_save(self) -> str | None:
@@ -181,7 +181,7 @@ class CheckpointManager:
         try:
             checkpoint_folder.remove(checkpoint_path(self._folder, step))
         except OSError as error:
-            text = f"look here: the old checkpoint of step {step} cannot be removed: {error}"
+            text = f"the old checkpoint of step {step} cannot be removed: {error}"
             self._link.send(Notice(step=saved_step, rule="checkpoint", text=text))
 
     def close(self) -> None:

@@ -143,7 +143,7 @@ async def test_a_stop_at_once_needs_no_journal(engine):
 async def test_a_stop_reaches_the_ranks_without_a_journal_and_is_recorded_later(engine, writer):
     with no_room_for_files():
         engine.supervisor.commands.on_signal(signal.SIGTERM)
-        assert engine.send(Stop()).reason == "the run is stopping already"
+        assert engine.send(Stop()).reason == "the run is already stopping"
     (command,) = engine.supervisor.pending.messages()
     assert command.command == Stop()
     assert engine.state == "stopping"
