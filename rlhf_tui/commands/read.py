@@ -52,7 +52,7 @@ COLUMNS = {
 @sessions_option
 @json_option
 def ls(root: Path, as_json: bool) -> None:
-    """List sessions: those of the folder, and live ones of other folders."""
+    """List the sessions of the folder and live ones elsewhere."""
     local = all_sessions(root.resolve())
     elsewhere = [s for s in live_sessions() if s not in local]
     rows = [_read_row(s) for s in [*local, *elsewhere]]
