@@ -1,7 +1,9 @@
-"""Writes docs/configuration.md from engine/config.py: ``python -m scripts.configuration_page``.
+"""Writes docs/configuration.md from engine/config/schema.py.
 
-Each section's docstring, and each key's type, default and docstring, become a table. A test holds
-the page to the code.
+    python -m scripts.configuration_page
+
+The page has a table for each section, with the type, default and docstring of each key. A test
+compares the page with the code.
 """
 
 import ast
@@ -14,19 +16,19 @@ from engine.config.settings import LIVE_SETTINGS
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEAD = """# The configuration, key by key
 
-A run is described by one YAML file; `rlhf-tui run FILE`. Three sections have no defaults: `model`,
-`data` and `reward`. Any key can be given on the command line as `-o section.key=value`, values
-written as in YAML. Relative paths start at the file's folder. What was left out is filled in and
-written to the session's `config.yaml`, which is the whole truth about what ran.
+One YAML file describes a run: `rlhf-tui run FILE`. Three sections have no defaults: `model`, `data`
+and `reward`. Any key can be set on the command line with `-o section.key=value`; values are written
+as in YAML. Relative paths are relative to the file's folder. The complete configuration, defaults
+included, is written to the session's `config.yaml`.
 
-A resume (`rlhf-tui resume NAME -o …`) may change any key but those that decide the model or the
-data's order: `seed`, `data.*`, `model.*`, `lora.*`, `rollout.batch_size`, `rollout.per_prompt` and
-`ppo.advantage`; a fork may change these too, but for `lora.*`. Keys marked ⇄ can also be changed
-while the run goes on (`rlhf-tui ctl NAME set key=value`).
+A resume (`rlhf-tui resume NAME -o …`) may change all keys except those that determine the model or
+the order of the data: `seed`, `data.*`, `model.*`, `lora.*`, `rollout.batch_size`,
+`rollout.per_prompt` and `ppo.advantage`. A fork may change these too, except `lora.*`. Keys with ⇄
+can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
 """
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
-OTHERS = {"A source of `reward.mix`": "RewardSource", "A rule of `guardrails.rules`": "Rule"}
-WORDS = [
+NESTED = {"A source of `reward.mix`": "RewardSource", "A rule of `guardrails.rules`": "Rule"}
+TYPE_NAMES = [
     (r"Annotated\[float, Meta\(gt=0, lt=1\)\]", "number in (0, 1)"),
     (r"Annotated\[int, Meta\(ge=2\)\]", "whole number ≥ 2"),
     (r"Annotated\[int, Meta\(ge=0, le=19\)\]", "0 to 19"),
@@ -51,20 +53,18 @@ WORDS = [
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of the page."""
     source = Path(schema.__file__).read_text(encoding="utf-8")
     nodes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
     classes = {n.name: n for n in nodes}
-    seed = (
-        "| `seed` | whole number ≥ 0 | `0` | With a step's number, decides every random choice. |"
-    )
+    seed = "| `seed` | whole number ≥ 0 | `0` | With the step, determines all random numbers. |"
     parts = [HEAD, f"{COLUMNS}\n{seed}"]
     for node in classes["RunConfig"].body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in classes:
             section = classes[ast.unparse(node.annotation)]
             name = ast.unparse(node.target)
             parts.append(_table(f"`{name}`", section, f"{name}."))
-    parts += [_table(title, classes[name], "") for title, name in OTHERS.items()]
+    parts += [_table(title, classes[name], "") for title, name in NESTED.items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -76,11 +76,11 @@ def _table(title: str, section: ast.ClassDef, prefix: str) -> str:
         if isinstance(node, ast.AnnAssign):
             key = prefix + ast.unparse(node.target)
             mark = " ⇄" if key in LIVE_SETTINGS.values() else ""
-            takes = ast.unparse(node.annotation)
-            for pattern, words in WORDS:
-                takes = re.sub(pattern, words, takes)
+            values = ast.unparse(node.annotation)
+            for pattern, name in TYPE_NAMES:
+                values = re.sub(pattern, name, values)
             default = _default(node.value)
-            rows.append(f"| `{key}`{mark} | {takes} | {default} | {_docstring(after)} |")
+            rows.append(f"| `{key}`{mark} | {values} | {default} | {_docstring(after)} |")
     return "\n".join(rows)
 
 
