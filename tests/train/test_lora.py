@@ -212,7 +212,7 @@ def test_a_merge_says_in_one_line_what_is_wrong(trained, tmp_path):
         capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "was changed; put it back to merge" in done.stderr.splitlines()[-1]
+    assert "has changed; restore it to merge" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "merged").exists()
 
 
