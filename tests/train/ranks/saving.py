@@ -1,8 +1,9 @@
-"""One of several ranks that save and load a tiny policy, for test_shards.py.
+"""A rank that saves or loads a tiny policy, for test_shards.py.
 
-``saving.py save STRATEGY FOLDER [TROUBLE]`` trains one step, and trains on while the checkpoint is
-written; ``saving.py load STRATEGY FOLDER...`` reads some into other weights. Each rank leaves what
-it met in FOLDER as JSON, rank 0 the tensors, gathered, as safetensors.
+``saving.py save STRATEGY FOLDER [FAULT]`` trains one step, starts a save, and trains another step
+while the checkpoint is written. ``saving.py load STRATEGY FOLDER...`` loads checkpoints into a
+policy with different weights. Each rank writes its result to FOLDER as JSON; rank 0 also writes the
+gathered tensors as safetensors.
 """
 
 import json
@@ -34,12 +35,12 @@ from engine.train.models.language_model import LanguageModel
 
 
 def rank() -> int:
-    """This one's."""
+    """The rank of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def make_policy(strategy: str, seed: int) -> LanguageModel:
-    """A policy of 30 000 parameters, tied, with a value trunk; odd sizes split unevenly."""
+    """A policy of 30,000 parameters with tied weights and a value trunk; its sizes are odd."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=101, hidden_size=36, intermediate_size=50, num_hidden_layers=2,
@@ -56,59 +57,59 @@ def make_policy(strategy: str, seed: int) -> LanguageModel:
 
 
 def make_optimiser(policy: LanguageModel) -> torch.optim.Optimizer:
-    """Like the engine's."""
+    """An optimiser like that of the engine."""
     return torch.optim.AdamW(policy.parameters(), lr=1e-2, fused=True)
 
 
 def train(policy: LanguageModel, optimiser: torch.optim.Optimizer, strategy: str) -> None:
-    """One step on the same tokens everywhere: every strategy ends at the same weights."""
+    """One step on the same tokens on all ranks, so that all strategies give the same weights."""
     tokens = torch.arange(24).reshape(2, 12)
-    entered = DistributedDataParallel(policy) if strategy == "ddp" else policy
-    logits, values = entered(tokens, torch.ones_like(tokens), 12)
+    module = DistributedDataParallel(policy) if strategy == "ddp" else policy
+    logits, values = module(tokens, torch.ones_like(tokens), 12)
     (logits.logsumexp(-1).mean() + (values - 1).square().mean()).backward()
     optimiser.step()
     optimiser.zero_grad()
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gathered and copied."""
+def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gathers DTensors and copies all tensors, sorted by name."""
     return {
         k: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone().contiguous()
         for k, t in sorted(tensors.items())
     }
 
 
-def break_on(which: int) -> None:
-    """The disk of one rank is full, in the midst of the shards."""
+def fill_disk_of(number: int) -> None:
+    """Makes one rank fail with a full disk when it writes its shards."""
 
-    def full(*_args: Any, **_options: Any) -> None:
+    def no_space(*_args: Any, **_options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    if rank() == which:
-        shards.save_file = full  # type: ignore[assignment]
+    if rank() == number:
+        shards.save_file = no_space  # type: ignore[assignment]
 
 
-def save(group: Any, strategy: str, folder: Path, trouble: str) -> Any:
-    """Trains, saves, and trains on meanwhile."""
+def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
+    """Trains a step, starts a save, trains another step, and waits for the save."""
     policy = make_policy(strategy, seed=1)
     optimiser = make_optimiser(policy)
     train(policy, optimiser, strategy)
-    tensors = whole(shards.training_tensors(policy, optimiser))
-    lm = whole(dict(policy.lm.named_parameters()))
+    tensors = gathered(shards.training_tensors(policy, optimiser))
+    lm = gathered(dict(policy.lm.named_parameters()))
     if rank() == 0:
         save_file(tensors | {f"lm/{k}": t for k, t in lm.items()}, folder / "expected.safetensors")
-    if strategy == "fsdp":  # as a rollout leaves it: with parameters gathered
+    if strategy == "fsdp":  # with gathered parameters, as after a rollout
         policy.unshard()
         with torch.no_grad():
             policy(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64), 3)
-    if trouble == "full":
-        break_on(1)
+    if fault == "full":
+        fill_disk_of(1)
     concluded = []
     saving = Saver(folder / "checkpoints", group, lambda *args: concluded.append(args))
     settings = settings_of(config_file.load(starter.FOLDER / "demo.yaml", []))
     state = SavedState(step=7, sampling_seed=1, settings=settings)
     tokenizer = AutoTokenizer.from_pretrained(starter.FOLDER / "policy")
-    if trouble == "crash" and rank() == 0:
+    if fault == "crash" and rank() == 0:
         checkpoint_folder.publish = lambda *_args: os._exit(9)  # type: ignore[assignment]
     saving.begin(state, policy, tokenizer, optimiser, score=1.5, kl=0.5)
     state.step = 8
@@ -123,40 +124,40 @@ def save(group: Any, strategy: str, folder: Path, trouble: str) -> Any:
 
 
 def load(group: Any, strategy: str, folder: Path) -> Any:
-    """Loads into a policy of other weights."""
+    """Loads a checkpoint into a policy with different weights."""
     policy = make_policy(strategy, seed=2)
     optimiser = make_optimiser(policy)
     saved = checkpoint_folder.folder_of(folder / "checkpoints", 7)
     state = checkpoint_folder.read_state(saved, verify=rank() == 0)
     shards.load_training(saved, policy, optimiser, group)
-    tensors = whole(shards.training_tensors(policy, optimiser))
+    tensors = gathered(shards.training_tensors(policy, optimiser))
     if rank() == 0:
         save_file(tensors, folder / f"read-by-{strategy}.safetensors")
     return {"step": state.step}
 
 
 def main() -> None:
-    """One rank."""
-    act, strategy, *rest = sys.argv[1:]
+    """Runs one rank."""
+    action, strategy, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     group = None
     if strategy != "alone":
         store, number, count = next(rendezvous("env://"))
         dist.init_process_group("gloo", store=store, rank=number, world_size=count)
         group = dist.new_group(backend="gloo")
-    if act == "save":
-        folder, trouble = Path(rest[0]), rest[1] if len(rest) > 1 else ""
-        seen = save(group, strategy, folder, trouble)
-        (folder / f"save-{rank()}.json").write_text(json.dumps(seen))
+    if action == "save":
+        folder, fault = Path(rest[0]), rest[1] if len(rest) > 1 else ""
+        result = save(group, strategy, folder, fault)
+        (folder / f"save-{rank()}.json").write_text(json.dumps(result))
     else:
         for folder in map(Path, rest):
-            seen = load(group, strategy, folder)
-            (folder / f"load-{rank()}.json").write_text(json.dumps(seen))
+            result = load(group, strategy, folder)
+            (folder / f"load-{rank()}.json").write_text(json.dumps(result))
     if group is not None:
-        # As a rank does: one that ends in the midst of a barrier is a loss to the others.
+        # Like RankGroup.final_barrier: others would report a rank that exits early as lost.
         store.set(f"parting/{rank()}", "1")
         store.wait([f"parting/{r}" for r in range(dist.get_world_size())])
-        os._exit(0)  # as a rank does: groups that are taken down abort it now and then
+        os._exit(0)  # like a rank: destroying the process groups sometimes aborts the process
 
 
 main()
