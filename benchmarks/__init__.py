@@ -1,1 +1,1 @@
-"""Measurements of speed, memory and cost; benchmarks/README.md says what each is for."""
+"""Benchmarks of speed, memory and cost; see benchmarks/README.md."""

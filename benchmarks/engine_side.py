@@ -1,8 +1,8 @@
-"""Our engine as a side: a rank's own code, without a supervisor.
+"""The engine as a side of a comparison: the code of a rank, without a supervisor.
 
     python -m benchmarks.engine_side FOLDER [KEY=VALUE …]
 
-FOLDER holds what :func:`benchmarks.task.write_models` wrote.
+FOLDER is one that :func:`benchmarks.task.write_models` has written.
 """
 
 import sys
@@ -30,7 +30,7 @@ log: {{tensorboard: false}}
 
 
 def settings(task: Task) -> list[str]:
-    """The task in our configuration's keys."""
+    """The overrides that configure the engine for a task."""
     return [
         f"rollout.batch_size={task.prompts}",
         f"rollout.max_new_tokens={task.new_tokens}",
@@ -41,7 +41,7 @@ def settings(task: Task) -> list[str]:
 
 
 def load(folder: Path, sessions: Path, overrides: list[str]) -> Run:
-    """A run of the models in `folder`."""
+    """Loads a run with the models in `folder` and a new session in `sessions`."""
     file = sessions / "config.yaml"
     file.write_text(YAML.format(folder=folder.resolve()))
     config = config_file.load(file, overrides)
@@ -55,13 +55,13 @@ def _silent(_step: int, _name: str, *_progress: int) -> ReportProgress:
 
 
 def main() -> None:
-    """Iterates as it is told."""
+    """Loads the run and does one step per request of the parent."""
     child = Child()
     with tempfile.TemporaryDirectory() as sessions:
         run = load(Path(sys.argv[1]), Path(sessions), sys.argv[2:])
         child.ready()
         while True:
-            with child.turn() as phases:
+            with child.iteration() as phases:
                 metrics, _ = train_step(run, run.state.step + 1)
                 run.state.step += 1
                 phases |= {k: v for k, v in metrics.items() if k.startswith("time/")}

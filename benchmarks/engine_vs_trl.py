@@ -1,9 +1,10 @@
-"""Our engine and TRL's PPOTrainer on the same task, taking turns.
+"""Compares the engine with TRL's PPOTrainer on the same task.
 
     python -m benchmarks.engine_vs_trl [--iterations 3] [--tiny] [--phases]
 
-Three sides, each in its own process: TRL; our engine at TRL's work (a value model of its own,
-float32); our engine as it comes. One iteration each in turn, the first round dropped.
+Three sides run in processes of their own: TRL; the engine with TRL's workload (a separate value
+model, float32); the engine with its defaults. They do one iteration each in turn. The first round
+is a warm-up and is not counted.
 """
 
 import argparse
@@ -25,49 +26,53 @@ from engine.config.schema import LaunchConfig
 from engine.launch.environment import OPENMP_WAITING, rank_environment
 
 EQUAL = ["model.value=separate", "model.dtype=float32", "reward.dtype=float32"]
-"""What makes our work TRL's: it trains a value model apart, and computes in float32 as told to."""
+"""Settings that give the engine TRL's workload: a separate value model and float32."""
 OURS = "benchmarks.engine_side"
 NEEDED_GB = 19.0
-"""All three sides of the 135 M task at once."""
+"""Memory for all three sides of the 135 M task together."""
 
 
 def main() -> None:
-    """Measures and prints."""
-    options = argparse.ArgumentParser()
-    options.add_argument("--iterations", type=int, default=3)
-    options.add_argument("--tiny", action="store_true", help="a small model, to try the script")
-    options.add_argument("--layers", type=int, help="fewer than the model's 30, to be quicker")
-    options.add_argument("--phases", action="store_true", help="also where our seconds go")
-    options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for both ours")
-    given = options.parse_args()
-    task = Task(TINY) if given.tiny else SMALL_TASK
-    if given.layers:
-        task = replace(task, shape=replace(task.shape, layers=given.layers))
+    """Runs the comparison and prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try the script")
+    parser.add_argument(
+        "--layers", type=int, help="fewer layers than the model's 30, for a quick run"
+    )
+    parser.add_argument("--phases", action="store_true", help="print the engine's seconds by phase")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of both engine sides"
+    )
+    options = parser.parse_args()
+    task = Task(TINY) if options.tiny else SMALL_TASK
+    if options.layers:
+        task = replace(task, shape=replace(task.shape, layers=options.layers))
     if task == SMALL_TASK and machine.free_gb() < NEEDED_GB:
         sys.exit(
-            f"engine_vs_trl needs {NEEDED_GB:.0f} GB of free memory, here are "
-            f"{machine.free_gb():.0f}: close something, or try it with --tiny"
+            f"engine_vs_trl needs {NEEDED_GB:.0f} GB of free memory, but only "
+            f"{machine.free_gb():.0f} GB are free: close other programs, or use --tiny"
         )
     print(machine.describe())
     with tempfile.TemporaryDirectory() as folder:
-        compare(Path(folder), task, given.iterations, given.set, phases=given.phases)
+        compare(Path(folder), task, options.iterations, options.set, phases=options.phases)
 
 
 def compare(
-    folder: Path, task: Task, iterations: int, more: list[str], *, phases: bool = False
+    folder: Path, task: Task, iterations: int, extra: list[str], *, phases: bool = False
 ) -> None:
-    """The table of one task."""
+    """Measures one task and prints its table; `extra` are settings of both engine sides."""
     write_models(folder, task)
-    sides = start(folder, task, more)
+    sides = start(folder, task, extra)
     try:
         peak = machine.matmul_peak()
-        for turn in range(iterations + 1):
+        for number in range(iterations + 1):
             for side in sides:
-                done = side.iterate(keep=turn > 0)
-                print(f"round {turn}: {side.name} {done.seconds:.1f} s", file=sys.stderr)
+                iteration = side.iterate(keep=number > 0)
+                print(f"round {number}: {side.name} {iteration.seconds:.1f} s", file=sys.stderr)
         peak = max(peak, machine.matmul_peak())
         for side in sides:
-            side.count()
+            side.count_flop()
     finally:
         for side in sides:
             side.close()
@@ -80,35 +85,37 @@ def compare(
         print_phases(sides)
 
 
-def start(folder: Path, task: Task, more: list[str]) -> list[Side]:
-    """TRL, ours at equal work, ours as it comes; loaded one after another."""
+def start(folder: Path, task: Task, extra: list[str]) -> list[Side]:
+    """Starts TRL, the engine with equal work, and the engine with defaults, one after another."""
     trl = ("benchmarks.trl_side", [str(folder), json.dumps(asdict(task))])
-    equal = (OURS, [str(folder), *settings(task), *EQUAL, *more])
-    defaults = (OURS, [str(folder), *settings(task), *more])
-    # Threads that wait as our launcher has them: as libgomp has them, spinning would cost TRL more
-    # than anything else on a machine that others use.
-    theirs = OPENMP_WAITING | os.environ
-    own = rank_environment(LaunchConfig(nice=0))
+    equal = (OURS, [str(folder), *settings(task), *EQUAL, *extra])
+    defaults = (OURS, [str(folder), *settings(task), *extra])
+    # TRL gets the launcher's OpenMP wait settings too: with libgomp's defaults, threads that spin
+    # while they wait would slow TRL down most on a machine that other programs use.
+    trl_environment = OPENMP_WAITING | os.environ
+    ours = rank_environment(LaunchConfig(nice=0))
     sides = []
-    for name, (module, arguments), given in (
-        ("TRL", trl, theirs), ("ours, equal work", equal, own), ("ours, defaults", defaults, own)
-    ):  # fmt: skip
-        sides.append(Side(name, module, arguments, folder / f"{name}.log", given))
+    for name, (module, arguments), environment in (
+        ("TRL", trl, trl_environment),
+        ("ours, equal work", equal, ours),
+        ("ours, defaults", defaults, ours),
+    ):
+        sides.append(Side(name, module, arguments, folder / f"{name}.log", environment))
         sides[-1].wait_ready()
     return sides
 
 
 def print_table(sides: list[Side], task: Task, peak: float) -> None:
-    """One line a side."""
+    """Prints one row per side; ratios are relative to the first side."""
     first = sides[0]
     base = median_seconds(first), median_cpu(first), peak_gb(first)
     print(f"{'':<18}{'s/iteration':>22}{'CPU s':>8}{'tokens/s':>10}{'GB':>7}{'GFLOP':>8}"
           f"{'of peak':>9}{'speed':>8}{'by CPU':>8}{'memory':>8}")  # fmt: skip
     for side in sides:
         seconds, cpu, gb = median_seconds(side), median_cpu(side), peak_gb(side)
-        every = [i.seconds for i in side.iterations]
-        times = f"{seconds:.2f} ({min(every):.2f}–{max(every):.2f})"
-        print(f"{side.name:<18}{times:>22}{cpu:>8.1f}{task.answer_tokens / seconds:>10.1f}"
+        all_seconds = [i.seconds for i in side.iterations]
+        times = f"{seconds:.2f} ({min(all_seconds):.2f}–{max(all_seconds):.2f})"
+        print(f"{side.name:<18}{times:>22}{cpu:>8.1f}{task.response_tokens / seconds:>10.1f}"
               f"{gb:>7.2f}{arithmetic(side, seconds, peak)}"
               f"{base[0] / seconds:>7.2f}x{base[1] / cpu:>7.2f}x{gb / base[2]:>7.2f}x")  # fmt: skip
 
@@ -121,7 +128,7 @@ def arithmetic(side: Side, seconds: float, peak: float) -> str:
 
 
 def print_phases(sides: list[Side]) -> None:
-    """Medians of each phase, of the sides that tell."""
+    """Prints the median seconds of each phase, for the sides that report phases."""
     for side in sides:
         names = side.iterations[0].phases
         parts = [
@@ -133,17 +140,17 @@ def print_phases(sides: list[Side]) -> None:
 
 
 def median_seconds(side: Side) -> float:
-    """Of the iterations kept."""
+    """Median seconds of the kept iterations."""
     return statistics.median(i.seconds for i in side.iterations)
 
 
 def median_cpu(side: Side) -> float:
-    """Of the iterations kept: seconds of processor time."""
+    """Median processor time of the kept iterations, in seconds."""
     return statistics.median(i.cpu for i in side.iterations)
 
 
 def peak_gb(side: Side) -> float:
-    """Of the whole life of the process."""
+    """Peak memory of the process, loading included."""
     return max(i.peak_gb for i in side.iterations)
 
 

@@ -1,9 +1,9 @@
-"""How cost grows: batch, length and vocabulary ×4; long sessions; journals of many samples.
+"""Measures how cost grows with batch, length and vocabulary, and with the size of a journal.
 
     python -m benchmarks.growth [--steps 100000] [--samples 500000] [--only step|journal]
 
-Steps are of a small model, by a rank's own code, base and grown taking turns. Journals are filled
-to a hundredth, a tenth and all of the size, and asked the same questions at each.
+Steps of a small model are run by the code of a rank; the base and its variants take turns. Journals
+of three sizes (a hundredth, a tenth and all of the steps) are queried in the same ways.
 """
 
 import argparse
@@ -36,42 +36,42 @@ GROWN = {
     "vocabulary ×4": replace(BASE, shape=replace(BASE.shape, vocabulary=4 * 8192)),
 }
 METRICS = 40
-SAMPLES_A_STEP = 16
+SAMPLES_PER_STEP = 16
 WORDS = ["the", "film", "was", "fine", "and", "nobody", "would", "have", "seen", "it", "twice"]
 
 
 def main() -> None:
-    """Measures and prints."""
-    options = argparse.ArgumentParser()
-    options.add_argument("--steps", type=int, default=100_000)
-    options.add_argument("--samples", type=int, default=500_000)
-    options.add_argument("--only", choices=("step", "journal"))
-    given = options.parse_args()
+    """Runs both measurements and prints their tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--samples", type=int, default=500_000)
+    parser.add_argument("--only", choices=("step", "journal"))
+    options = parser.parse_args()
     print(machine.describe(), "\n")
     with tempfile.TemporaryDirectory() as folder:
-        if given.only != "journal":
+        if options.only != "journal":
             grow_step(Path(folder))
-        if given.only != "step":
-            grow_journal(Path(folder), given.steps, given.samples)
+        if options.only != "step":
+            grow_journal(Path(folder), options.steps, options.samples)
 
 
 # -- a step ----------------------------------------------------------------------------------
 
 
 def grow_step(folder: Path, iterations: int = 3) -> None:
-    """One table: seconds of processor time of each phase, and what 4 times as much costs."""
+    """Prints time, memory and seconds by phase of each variant, relative to the base."""
     sides = []
     for name, task in {"base": BASE, **GROWN}.items():
-        place = folder / name.replace(" ", "-")
-        write_models(place, task)
-        arguments = [str(place), *settings(task)]
-        own = rank_environment(LaunchConfig(nice=0))
-        sides.append(Side(name, "benchmarks.engine_side", arguments, folder / "log", own))
+        models = folder / name.replace(" ", "-")
+        write_models(models, task)
+        arguments = [str(models), *settings(task)]
+        environment = rank_environment(LaunchConfig(nice=0))
+        sides.append(Side(name, "benchmarks.engine_side", arguments, folder / "log", environment))
         sides[-1].wait_ready()
     try:
-        for turn in range(iterations + 1):
+        for number in range(iterations + 1):
             for side in sides:
-                side.iterate(keep=turn > 0)
+                side.iterate(keep=number > 0)
     finally:
         for side in sides:
             side.close()
@@ -101,7 +101,7 @@ def _phase(side: Side, name: str) -> float:
 
 
 def grow_journal(folder: Path, steps: int, samples: int) -> None:
-    """A row a question, a column a size; the last column says what 10 times the size costs."""
+    """Prints one row per query and one column per size; the last column is the growth for ×10."""
     table: dict[str, list[float]] = {}
     sizes = [steps // 100, steps // 10, steps]
     per_step = max(1, samples // steps)
@@ -110,7 +110,7 @@ def grow_journal(folder: Path, steps: int, samples: int) -> None:
             folder / "sessions", f"n{size}", config_file.load(starter.FOLDER / "demo.yaml")
         )
         fill(session, size, per_step)
-        for name, value in ask(session, size).items():
+        for name, value in measure_journal(session, size).items():
             table.setdefault(name, []).append(value)
     print(f"{'steps':<40}{''.join(f'{s:>12,}' for s in sizes)}{'×10 costs':>12}")
     print(f"{'samples':<40}{''.join(f'{s * per_step:>12,}' for s in sizes)}")
@@ -120,11 +120,11 @@ def grow_journal(folder: Path, steps: int, samples: int) -> None:
 
 
 def fill(session: Session, steps: int, per_step: int) -> None:
-    """By the journal's own methods, a few rows a transaction as a run writes them."""
+    """Writes steps with the journal's own methods, in small transactions as in a run."""
     random.seed(steps)
     journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
-    for db in (journal._db, journal._samples):  # filling is not what is measured
+    for db in (journal._db, journal._samples):  # writing the steps is not measured
         db.execute("PRAGMA synchronous = OFF")
     for step in range(1, steps + 1):
         journal.record_step(step_report(step, per_step, arrays=0))
@@ -132,7 +132,7 @@ def fill(session: Session, steps: int, per_step: int) -> None:
 
 
 def step_report(step: int, samples: int, arrays: int = 4) -> StepReport:
-    """One as a rank sends them."""
+    """A random step report as sent by a rank."""
     values = {f"other/metric_{i}": random.random() for i in range(METRICS - 1)}
     return StepReport(
         step=step,
@@ -143,7 +143,7 @@ def step_report(step: int, samples: int, arrays: int = 4) -> StepReport:
 
 
 def sample(index: int, *, with_arrays: bool) -> Sample:
-    """An answer of 32 words."""
+    """A random response of 32 words."""
     text = " ".join(random.choices(WORDS, k=32))
     numbers = [random.random() for _ in range(32)]
     arrays = TokenArrays(
@@ -156,53 +156,57 @@ def sample(index: int, *, with_arrays: bool) -> Sample:
     )  # fmt: skip
 
 
-def ask(session: Session, steps: int) -> dict[str, float]:
-    """Milliseconds of what the supervisor, the dashboard and the commands do; sizes in MB."""
+def measure_journal(session: Session, steps: int) -> dict[str, float]:
+    """Measures the operations of the supervisor, the dashboard and the commands.
+
+    Returns:
+        Milliseconds by operation, and the sizes of the files in MB.
+    """
     journal = JournalWriter(session)
-    fresh = iter(range(steps + 1, steps + 1000))
-    found = {
-        "write a step, 16 samples, 4 arrays (ms)": _timed(
-            lambda: journal.record_step(step_report(next(fresh), SAMPLES_A_STEP))
+    new_steps = iter(range(steps + 1, steps + 1000))
+    results = {
+        "write a step, 16 samples, 4 arrays (ms)": _time(
+            lambda: journal.record_step(step_report(next(new_steps), SAMPLES_PER_STEP))
         )
     }
     journal.close()
-    found |= _questions(session, steps)
-    found["journal.db (MB)"] = session.journal_file.stat().st_size / 1e6
-    found["samples.db (MB)"] = session.samples_file.stat().st_size / 1e6
-    return found
+    results |= _measure_queries(session, steps)
+    results["journal.db (MB)"] = session.journal_file.stat().st_size / 1e6
+    results["samples.db (MB)"] = session.samples_file.stat().st_size / 1e6
+    return results
 
 
-def _questions(session: Session, steps: int) -> dict[str, float]:
-    def ask_it(question: Callable[[JournalReader], object], times: int = 7) -> float:
+def _measure_queries(session: Session, steps: int) -> dict[str, float]:
+    def measure(query: Callable[[JournalReader], object], times: int = 7) -> float:
         def once() -> None:
-            with JournalReader(session) as record:
-                question(record)
+            with JournalReader(session) as reader:
+                query(reader)
 
-        return _timed(once, times)
+        return _time(once, times)
 
-    found = {
-        "open, state and last step (ms)": ask_it(lambda r: (r.meta(), r.last_step())),
-        "a whole curve (ms)": ask_it(lambda r: r.series("objective/scores")),
-        "a curve's new points (ms)": ask_it(lambda r: r.series("objective/scores", steps - 10)),
-        "the last 50 steps, all metrics (ms)": ask_it(lambda r: r.metrics(50)),
+    results = {
+        "open, state and last step (ms)": measure(lambda r: (r.meta(), r.last_step())),
+        "a whole curve (ms)": measure(lambda r: r.series("objective/scores")),
+        "a curve's new points (ms)": measure(lambda r: r.series("objective/scores", steps - 10)),
+        "the last 50 steps, all metrics (ms)": measure(lambda r: r.metrics(50)),
     }
     for name, query in {
         "newest page of samples (ms)": SampleQuery(),
         "page of samples by score (ms)": SampleQuery(order="score"),
         "page of samples with a word (ms)": SampleQuery(text="nowhere to be found"),
     }.items():
-        found[name] = ask_it(lambda r, q=query: r.samples.page(q, 50), times=3)
-    return found
+        results[name] = measure(lambda r, q=query: r.samples.page(q, 50), times=3)
+    return results
 
 
-def _timed(work: Callable[[], object], times: int = 7) -> float:
-    """The median, in milliseconds."""
-    taken = []
+def _time(function: Callable[[], object], times: int = 7) -> float:
+    """The median duration of several calls, in milliseconds."""
+    durations = []
     for _ in range(times):
         began = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - began)
-    return 1000 * statistics.median(taken)
+        function()
+        durations.append(time.perf_counter() - began)
+    return 1000 * statistics.median(durations)
 
 
 if __name__ == "__main__":

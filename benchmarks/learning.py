@@ -1,13 +1,13 @@
-"""The same learning: score against episodes with and without each optimisation.
+"""An ablation of the optimisations: does the policy learn the same with and without each?
 
     python -m benchmarks.learning [--steps 30] [--seeds 6] [--whole]
 
-The starter task in small, with everything on and with an optimisation undone, each with the same
-seeds. An optimisation that only rounds differently must lie within the spread of the seeds: so must
-the mean over seeds, in the last quarter of the run; the quarters before are shown. Most
-are undone by putting a textbook's way of doing it in the place of ours
-(:mod:`benchmarks.textbook`), the others by a setting. Scores depend on the seed, the machine's
-kernels and its number of threads, not on what else runs.
+Runs a small version of the starter task with all optimisations and without some of them, with the
+same seeds. An optimisation that only changes rounding must not change the result: the mean score
+over seeds in the last quarter of the run must lie within the range of the seeds with all
+optimisations. The other quarters are printed for information. Most ablations replace a function of
+the engine by a plain implementation (:mod:`benchmarks.textbook`); the others change a setting.
+Scores depend on the seed, the machine's kernels and its number of threads, but not on other load.
 """
 
 import argparse
@@ -39,150 +39,160 @@ QUARTERS = 4
 
 
 @dataclass(frozen=True)
-class Undone:
-    """One optimisation that is left out."""
+class Ablation:
+    """One optimisation that is left out of a run."""
 
     name: str
-    instead: dict[str, Any] = field(default_factory=dict)
-    """What stands where, by dotted name."""
+    replacements: dict[str, Any] = field(default_factory=dict)
+    """Functions to use instead of the engine's, by dotted name."""
     settings: tuple[str, ...] = ()
 
 
-BY_LENGTH = Undone(
+BY_LENGTH = Ablation(
     "micro-batches by length",
     {
-        f"engine.train.{place}.longest_first": textbook.longest_first
-        for place in ("ppo.optimise", "ppo.forward", "step")
+        f"engine.train.{module}.longest_first": textbook.longest_first
+        for module in ("ppo.optimise", "ppo.forward", "step")
     },
 )
 ALWAYS = [
-    Undone(
-        "products by oneDNN",
+    Ablation(
+        "oneDNN products",
         {
-            "engine.train.models.language_model.use_onednn": textbook.nothing,
-            "engine.train.rewards.model.use_onednn": textbook.nothing,
+            "engine.train.models.language_model.use_onednn": textbook.no_op,
+            "engine.train.rewards.model.use_onednn": textbook.no_op,
         },
     ),
-    Undone(
+    Ablation(
         "log-probabilities without copies",
         {"engine.train.ppo.forward.token_logprobs": textbook.token_logprobs},
     ),
     BY_LENGTH,
-    Undone(
-        "rows trimmed, logits of answers only",
+    Ablation(
+        "rows trimmed, response logits only",
         {
             "engine.train.ppo.optimise.rollout_forward": textbook.rollout_forward,
             "engine.train.ppo.forward.rollout_forward": textbook.rollout_forward,
         },
     ),
-    Undone(
-        "cache, ended answers leave", {"engine.train.rollout.native.generate": textbook.generate}
+    Ablation(
+        "cache, ended responses removed",
+        {"engine.train.rollout.native.generate": textbook.generate},
     ),
-    Undone(
-        "the rollout's log π used again",
+    Ablation(
+        "log π of the rollout reused",
         {"engine.train.step.old_policy_outputs": textbook.old_policy_outputs},
     ),
-    Undone(
-        "frozen models in a file",
-        {"engine.train.distributed.sharding.back_by_file": textbook.nothing},
+    Ablation(
+        "frozen models file-backed",
+        {"engine.train.distributed.sharding.back_by_file": textbook.no_op},
     ),
 ]
-ON_THE_TRUNK = Undone(
-    "value head on the trunk, its rate",
+SHARED_VALUE = Ablation(
+    "shared value head, tenfold rate",
     settings=("model.value=separate", "ppo.value_head_rate=1"),
 )
-"""Without them it is what TRL does: a second model, and one learning rate."""
-FLOAT32 = Undone("… and bfloat16 instead of float32", settings=("model.dtype=bfloat16",))
-GROUPS_ONCE = Undone(
-    "a group's prompt read once", {"engine.train.rollout.native.generate": textbook.generate}
+"""The ablation is TRL's variant: a second model and one learning rate."""
+FLOAT32 = Ablation("float32 (bfloat16 instead)", settings=("model.dtype=bfloat16",))
+PROMPT_PER_GROUP = Ablation(
+    "one prompt pass per group", {"engine.train.rollout.native.generate": textbook.generate}
 )
-ONE_BY_ONE = Undone(
-    "policy and value one by one", {"engine.train.ppo.optimise.separate_passes": textbook.no}
+SEPARATE_PASSES = Ablation(
+    "separate policy and value passes",
+    {"engine.train.ppo.optimise.separate_passes": textbook.always_false},
 )
 
-TASKS: dict[str, tuple[list[str], list[list[Undone]]]] = {
-    "gae, shared value": ([], [ALWAYS, *([one] for one in ALWAYS), [ON_THE_TRUNK], [FLOAT32]]),
-    "gae, the head at the policy's rate": (["ppo.value_head_rate=1"], []),
+TASKS: dict[str, tuple[list[str], list[list[Ablation]]]] = {
+    "gae, shared value": (
+        [],
+        [ALWAYS, *([ablation] for ablation in ALWAYS), [SHARED_VALUE], [FLOAT32]],
+    ),
+    "gae, value head at the policy's rate": (["ppo.value_head_rate=1"], []),
     "gae, micro-batches of 8": (["ppo.micro_batch_size=8"], [[BY_LENGTH]]),
-    "gae, separate value": (["model.value=separate"], [[ONE_BY_ONE]]),
-    "rloo, 4 answers a prompt": (["ppo.advantage=rloo"], [[GROUPS_ONCE]]),
+    "gae, separate value": (["model.value=separate"], [[SEPARATE_PASSES]]),
+    "rloo, 4 responses per prompt": (["ppo.advantage=rloo"], [[PROMPT_PER_GROUP]]),
 }
-"""Settings of each task, and what is undone in its runs."""
+"""The settings of each task, and the ablations of each of its variants."""
 
 
 def main() -> None:
-    """Runs every variant and prints its curve."""
-    options = argparse.ArgumentParser()
-    options.add_argument("--steps", type=int, default=30)
-    options.add_argument("--seeds", type=int, default=6)
-    options.add_argument("--whole", action="store_true", help="The starter task as it comes.")
-    given = options.parse_args()
-    size = [] if given.whole else SMALL
+    """Runs all variants and prints one row each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--whole", action="store_true", help="the starter task in full size")
+    options = parser.parse_args()
+    size = [] if options.whole else SMALL
     print(machine.describe())
-    episodes = 64 if given.whole else 32
+    episodes = 64 if options.whole else 32
     print(
-        f"\nmean score in each quarter of {given.steps} steps of {episodes} episodes, over seeds\n"
+        f"\nmean score over seeds in each quarter of {options.steps} steps of {episodes} episodes\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         for task, (settings, variants) in TASKS.items():
-            kept = size + settings
-            everything = curves(Path(folder), given.steps, given.seeds, kept, [])
-            ends = [curve[-1] for curve in everything]
-            print(f"{task:<42}{show(everything)}", flush=True)
-            for undone in variants:
-                extra = [setting for one in undone for setting in one.settings]
-                without = curves(Path(folder), given.steps, given.seeds, kept + extra, undone)
-                end = statistics.mean(curve[-1] for curve in without)
-                word = "within" if min(ends) <= end <= max(ends) else "OUTSIDE"
-                name = "none of the following" if len(undone) > 1 else f"not: {undone[0].name}"
-                print(f"  {name:<40}{show(without)}  {word}", flush=True)
+            base_settings = size + settings
+            base = curves(Path(folder), options.steps, options.seeds, base_settings, [])
+            ends = [curve[-1] for curve in base]
+            print(f"{task:<42}{format_curves(base)}", flush=True)
+            for ablations in variants:
+                extra = [setting for ablation in ablations for setting in ablation.settings]
+                ablated = curves(
+                    Path(folder), options.steps, options.seeds, base_settings + extra, ablations
+                )
+                end = statistics.mean(curve[-1] for curve in ablated)
+                verdict = "within" if min(ends) <= end <= max(ends) else "OUTSIDE"
+                if len(ablations) > 1:
+                    name = "none of the following"
+                else:
+                    name = f"not: {ablations[0].name}"
+                print(f"  {name:<40}{format_curves(ablated)}  {verdict}", flush=True)
 
 
 def curves(
-    folder: Path, steps: int, seeds: int, settings: list[str], undone: list[Undone]
+    folder: Path, steps: int, seeds: int, settings: list[str], ablations: list[Ablation]
 ) -> list[list[float]]:
-    """By seed, the mean score in each quarter of a run."""
-    found = []
+    """The mean score in each quarter of a run, for each seed."""
+    quarters = []
     for seed in range(seeds):
-        scores = run_scores(folder, seed, steps, settings, undone)
+        scores = run_scores(folder, seed, steps, settings, ablations)
         cuts = [len(scores) * i // QUARTERS for i in range(QUARTERS + 1)]
-        found.append([statistics.mean(scores[a:b]) for a, b in itertools.pairwise(cuts)])
-    return found
+        quarters.append([statistics.mean(scores[a:b]) for a, b in itertools.pairwise(cuts)])
+    return quarters
 
 
 def run_scores(
-    folder: Path, seed: int, steps: int, settings: list[str], undone: list[Undone]
+    folder: Path, seed: int, steps: int, settings: list[str], ablations: list[Ablation]
 ) -> list[float]:
-    """Mean score of each step of one run."""
+    """The mean score of each step of one run."""
     overrides = [f"seed={seed}", f"train.steps={steps}", *settings]
     config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
-    with replaced(undone), tempfile.TemporaryDirectory(dir=folder) as place:
-        session = create(Path(place), "run", config)
+    with patched(ablations), tempfile.TemporaryDirectory(dir=folder) as sessions:
+        session = create(Path(sessions), "run", config)
         begin = Begin(attempt=1, from_step=0)
         run = load_run(session, config, begin, RankGroup(config.launch), _silent)
-        found = []
+        scores = []
         for step in range(1, steps + 1):
             metrics, _ = train_step(run, step)
             run.state.step = step
-            found.append(metrics["objective/scores"])
-    return found
+            scores.append(metrics["objective/scores"])
+    return scores
 
 
 @contextmanager
-def replaced(undone: list[Undone]) -> Iterator[None]:
-    """With the textbook's pieces in the place of ours."""
+def patched(ablations: list[Ablation]) -> Iterator[None]:
+    """Context in which the replacements of all ablations are in use."""
     with ExitStack() as stack:
-        for one in undone:
-            for place, instead in one.instead.items():
-                stack.enter_context(patch(place, instead))
+        for ablation in ablations:
+            for name, replacement in ablation.replacements.items():
+                stack.enter_context(patch(name, replacement))
         yield
 
 
-def show(found: list[list[float]]) -> str:
-    """The mean curve, and where each seed ended."""
-    means = (statistics.mean(values) for values in zip(*found, strict=True))
-    every = ", ".join(f"{curve[-1]:.3f}" for curve in found)
-    return " ".join(f"{mean:7.3f}" for mean in means) + f"  ({every})"
+def format_curves(seeds: list[list[float]]) -> str:
+    """Formats the mean over seeds of each quarter, and the last quarter of each seed."""
+    means = (statistics.mean(values) for values in zip(*seeds, strict=True))
+    ends = ", ".join(f"{curve[-1]:.3f}" for curve in seeds)
+    return " ".join(f"{mean:7.3f}" for mean in means) + f"  ({ends})"
 
 
 def _silent(_step: int, _name: str, *_progress: int) -> Any:
@@ -191,8 +201,8 @@ def _silent(_step: int, _name: str, *_progress: int) -> Any:
 
 if __name__ == "__main__":
     if os.environ.get("OMP_WAIT_POLICY") != "PASSIVE":
-        # As ranks are started: threads that spin while they wait take several times as long on a
-        # machine that does anything else.
-        words = [sys.executable, "-m", "benchmarks.learning", *sys.argv[1:]]
-        os.execve(sys.executable, words, rank_environment(LaunchConfig(nice=0)))
+        # Restart with the environment of a rank: threads that spin while they wait take several
+        # times as long on a machine with other load.
+        command = [sys.executable, "-m", "benchmarks.learning", *sys.argv[1:]]
+        os.execve(sys.executable, command, rank_environment(LaunchConfig(nice=0)))
     main()

@@ -1,4 +1,4 @@
-"""What a measurement ran on, and what that can do at best."""
+"""Describes the machine of a measurement, and measures its peak performance."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "textual", "m
 
 
 def describe() -> str:
-    """Processor or GPU, memory, and the versions of what runs; one line each."""
+    """Processor, GPU, memory and package versions, one line each."""
     lines = [f"processor   {_processor()}, {len(os.sched_getaffinity(0))} cores"]
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -31,8 +31,8 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     names = [x.partition(":")[2].strip() for x in info if x.startswith("model name")]
     flags = next((x.split() for x in info if x.startswith("flags")), [])
-    has = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    return f"{names[0] if names else platform.machine()} ({', '.join(has)})"
+    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return f"{names[0] if names else platform.machine()} ({', '.join(known)})"
 
 
 def _version(package: str) -> str:
@@ -43,18 +43,18 @@ def _version(package: str) -> str:
 
 
 def free_gb() -> float:
-    """Memory that new processes can have."""
+    """Memory available to new processes, in GB."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable")) * 1024 / 1e9
 
 
-def best_of(times: int, work: Callable[[], object]) -> float:
-    """The shortest of several runs, seconds: what the machine can do when nothing disturbs."""
-    work()
+def best_of(times: int, function: Callable[[], object]) -> float:
+    """The shortest duration of several calls after a warm-up, in seconds."""
+    function()
     shortest = float("inf")
     for _ in range(times):
         began = time.perf_counter()
-        work()
+        function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         shortest = min(shortest, time.perf_counter() - began)
@@ -62,9 +62,9 @@ def best_of(times: int, work: Callable[[], object]) -> float:
 
 
 def matmul_peak(dtype: torch.dtype = torch.float32) -> float:
-    """GFLOP/s of square matrix products, on the GPU where there is one.
+    """GFLOP/s of square matrix products, on the GPU if there is one.
 
-    On a CPU by the quicker of the libraries that torch brings.
+    On a CPU the faster of MKL and oneDNN counts.
     """
     on_gpu = torch.cuda.is_available()
     n = 8192 if on_gpu else 1536
@@ -76,7 +76,7 @@ def matmul_peak(dtype: torch.dtype = torch.float32) -> float:
 
 
 def bandwidth_peak() -> float:
-    """GB/s read and written by a copy, on the GPU where there is one."""
+    """GB/s read and written by a copy, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.zeros((1 << 30) if device == "cuda" else (1 << 26), device=device)
     b = torch.empty_like(a)

@@ -1,7 +1,7 @@
-"""A side of a comparison: a process of its own that does one iteration each time it is told to.
+"""A side of a comparison: a child process that does one iteration per request.
 
-Parent and child speak lines of JSON over the child's stdin and stdout. All sides stay loaded and
-take turns, so that whatever else the machine does falls on all of them alike.
+The parent writes ``go`` or ``count`` to the child's stdin and reads lines of JSON from its stdout.
+All sides stay loaded and take turns, so that other load on the machine affects all of them alike.
 """
 
 import json
@@ -22,13 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 OFFLINE = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-def _product_flop(x: Any, weight: Any, *_args: Any, **_named: Any) -> int:
-    """Of oneDNN's linear operator, which the counter does not know; from shapes."""
+def _onednn_linear_flop(x: Any, weight: Any, *_args: Any, **_named: Any) -> int:
+    """Operations of oneDNN's linear operator, which FlopCounterMode does not know, from shapes."""
     return 2 * x[0] * x[1] * weight[0]
 
 
 _ONEDNN = (
-    {torch.ops.mkldnn._linear_pointwise: _product_flop}
+    {torch.ops.mkldnn._linear_pointwise: _onednn_linear_flop}
     if hasattr(torch.ops.mkldnn, "_linear_pointwise")
     else {}
 )
@@ -36,21 +36,21 @@ _ONEDNN = (
 
 @dataclass(frozen=True)
 class Iteration:
-    """What a side tells of one iteration."""
+    """The measurements of one iteration of a side."""
 
     seconds: float
     cpu: float
-    """Seconds of processor time, of all threads: what counts on a machine that others use."""
+    """Seconds of processor time of all threads; comparable on a machine with other load."""
     peak_gb: float
-    """The most the process ever held: resident, or of the GPU's memory (1e9 bytes)."""
+    """Peak memory of the process so far in GB (1e9 bytes): resident, or allocated on the GPU."""
     gflop: float = 0.0
-    """Arithmetic of its matrix products, where it was counted."""
+    """Arithmetic of the matrix products; 0 if it was not counted."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds of its parts, where known."""
+    """Seconds by phase, if known."""
 
 
 class Side:
-    """The parent's end."""
+    """The parent's handle of a child process."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Side:
         log: Path,
         environment: dict[str, str] | None = None,
     ) -> None:
-        """Starts `python -m module arguments`; what it prints besides goes to `log`."""
+        """Starts `python -m module arguments`; its stderr is written to `log`."""
         self.name = name
         self._log = log
         self.iterations: list[Iteration] = []
@@ -73,32 +73,32 @@ class Side:
             )  # fmt: skip
 
     def wait_ready(self) -> None:
-        """Until it has loaded."""
-        self._hear()
+        """Waits until the child has loaded. Raises RuntimeError if it ends."""
+        self._receive()
 
     def iterate(self, *, keep: bool = True) -> Iteration:
-        """One iteration; the first should not be kept."""
-        heard = self._turn("go")
+        """Runs one iteration. Pass `keep=False` for the warm-up."""
+        iteration = self._request("go")
         if keep:
-            self.iterations.append(heard)
-        return heard
+            self.iterations.append(iteration)
+        return iteration
 
-    def count(self) -> None:
-        """One more, in which the arithmetic is counted: that costs time and memory of its own."""
-        self.gflop = self._turn("count").gflop
+    def count_flop(self) -> None:
+        """Runs one more iteration to count its arithmetic; counting costs time and memory."""
+        self.gflop = self._request("count").gflop
 
-    def _turn(self, word: str) -> Iteration:
+    def _request(self, request: str) -> Iteration:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.write(f"{request}\n")
         self._process.stdin.flush()
-        return Iteration(**self._hear())
+        return Iteration(**self._receive())
 
     def close(self) -> None:
-        """Ends it."""
+        """Kills the child."""
         self._process.kill()
         self._process.wait()
 
-    def _hear(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -108,23 +108,23 @@ class Side:
 
 
 class Child:
-    """The child's end: waits for each turn, times it, and tells."""
+    """The child's side of the protocol: waits for requests, measures, and sends the results."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever a library prints must not get between our lines
+        os.dup2(2, 1)  # what libraries print must not mix with the results
         self._gpu = torch.cuda.is_available()
 
     def ready(self) -> None:
-        """Loading is over."""
-        self._tell({})
+        """Reports that loading is complete."""
+        self._send({})
 
     @contextmanager
-    def turn(self) -> Iterator[dict[str, float]]:
-        """One iteration; the dictionary handed out takes the seconds of its parts.
+    def iteration(self) -> Iterator[dict[str, float]]:
+        """Context for one iteration; write the seconds of its phases into the yielded dictionary.
 
         Raises:
-            SystemExit: the parent has closed the line.
+            SystemExit: the parent has closed the pipe.
         """
         self.wait()
         phases: dict[str, float] = {}
@@ -132,18 +132,18 @@ class Child:
         self.done(phases)
 
     def wait(self) -> None:
-        """Until told to go; the clock runs from here. Raises SystemExit."""
-        word = sys.stdin.readline()
-        if not word:
+        """Waits for a request and starts the clock. Raises SystemExit if the pipe is closed."""
+        request = sys.stdin.readline()
+        if not request:
             sys.exit(0)
-        count = word.strip() == "count"
+        count = request.strip() == "count"
         self._counter = FlopCounterMode(display=False, custom_mapping=_ONEDNN) if count else None
         if self._counter is not None:
             self._counter.__enter__()
         self._began, self._cpu = time.perf_counter(), time.process_time()
 
     def done(self, phases: dict[str, float]) -> None:
-        """The iteration is over."""
+        """Stops the clock and sends the measurements."""
         if self._gpu:
             torch.cuda.synchronize()
         seconds, cpu = time.perf_counter() - self._began, time.process_time() - self._cpu
@@ -151,13 +151,13 @@ class Child:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
             gflop = self._counter.get_total_flops() / 1e9
-        self._tell(asdict(Iteration(seconds, cpu, self._peak(), gflop, phases)))
+        self._send(asdict(Iteration(seconds, cpu, self._peak(), gflop, phases)))
 
     def _peak(self) -> float:
         if self._gpu:
             return torch.cuda.max_memory_allocated() / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-    def _tell(self, what: dict[str, Any]) -> None:
-        self._out.write(json.dumps(what) + "\n")
+    def _send(self, message: dict[str, Any]) -> None:
+        self._out.write(json.dumps(message) + "\n")
         self._out.flush()

@@ -1,12 +1,12 @@
-"""What supervision costs: journal, link, telemetry, samples with per-token arrays, guard rails.
+"""Measures the cost of supervision: journal, link, telemetry, samples, guard rails.
 
     python -m benchmarks.supervision [--steps 10] [--rounds 12]
 
-The same steps, of a second or so, by a rank's own code alone and by a whole supervised run, in
-pairs of fresh processes; which one comes first alternates. Two processes that do the same differ by
-more than supervision costs, so the mean over many pairs counts, with its standard error. The parts
-are also counted inside the supervised run: what of each step's period was not the step, and the
-processor time of the supervisor.
+The same steps of about a second are run by the code of a rank alone and by a supervised run, in
+pairs of new processes whose order alternates. Two identical processes differ by more than the cost
+of supervision, so the result is the mean over many pairs with its standard error. The cost is also
+measured inside the supervised run: the time between two steps, and the processor time of the
+supervisor.
 """
 
 import argparse
@@ -30,48 +30,47 @@ from engine.launch.environment import rank_environment
 from engine.session.folder import Session
 
 TASK = Task(replace(TINY, hidden=256, intermediate=768, layers=6), 32, 16, 32, 3, 2, 16)
-"""About a second a step on two cores."""
-ALL_OF_IT = ["log.tensorboard=true", "log.samples=16", "log.arrays=4"]
+"""About a second per step on two cores."""
+LOGGING = ["log.tensorboard=true", "log.samples=16", "log.arrays=4"]
 
 
 @dataclass
 class Supervised:
-    """What one supervised run's journal and processes say."""
+    """The measurements of one supervised run."""
 
     periods: list[float]
-    """Seconds from one step's report to the next's."""
+    """Seconds between the reports of two successive steps."""
     steps: list[float]
     """Seconds of the steps themselves, `time/step`."""
     supervisor_cpu: float
-    """Seconds of the supervisor's processor time for each step."""
+    """Processor time of the supervisor in seconds per step."""
 
 
 def main() -> None:
-    """Measures and prints."""
-    options = argparse.ArgumentParser()
-    options.add_argument("--steps", type=int, default=10)
-    options.add_argument("--rounds", type=int, default=12)
-    given = options.parse_args()
+    """Runs all pairs and prints the result."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=12)
+    options = parser.parse_args()
     print(machine.describe())
     bare: list[list[float]] = []
     runs: list[Supervised] = []
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), TASK)
-        for turn in range(given.rounds):
-            if turn % 2:
-                runs.append(supervised(Path(folder), f"s{turn}", given.steps))
-            bare.append(bare_steps(Path(folder), given.steps))
-            if not turn % 2:
-                runs.append(supervised(Path(folder), f"s{turn}", given.steps))
+        for number in range(options.rounds):
+            if number % 2:
+                runs.append(run_supervised(Path(folder), f"s{number}", options.steps))
+            bare.append(run_bare(Path(folder), options.steps))
+            if not number % 2:
+                runs.append(run_supervised(Path(folder), f"s{number}", options.steps))
     report(bare, runs)
 
 
-def bare_steps(folder: Path, steps: int) -> list[float]:
-    """Seconds of each step of a rank without a supervisor, the first left out."""
-    own = rank_environment(LaunchConfig(nice=0))
-    side = Side(
-        "bare", "benchmarks.engine_side", [str(folder), *settings(TASK)], folder / "bare.log", own
-    )
+def run_bare(folder: Path, steps: int) -> list[float]:
+    """Seconds of each step of a rank without a supervisor, except the first step."""
+    environment = rank_environment(LaunchConfig(nice=0))
+    arguments = [str(folder), *settings(TASK)]
+    side = Side("bare", "benchmarks.engine_side", arguments, folder / "bare.log", environment)
     try:
         side.wait_ready()
         for step in range(steps):
@@ -81,34 +80,34 @@ def bare_steps(folder: Path, steps: int) -> list[float]:
     return [i.seconds for i in side.iterations]
 
 
-def supervised(folder: Path, name: str, steps: int) -> Supervised:
-    """The same by `rlhf-tui run --headless`, everything on."""
+def run_supervised(folder: Path, name: str, steps: int) -> Supervised:
+    """Runs the same steps with `rlhf-tui run --headless` and all logging."""
     file = folder / "supervised.yaml"
     file.write_text(YAML.format(folder=folder.resolve()))
-    given = [*settings(TASK), *ALL_OF_IT, f"train.steps={steps}", "launch.nice=0"]
+    overrides = [*settings(TASK), *LOGGING, f"train.steps={steps}", "launch.nice=0"]
     command = [sys.executable, "-m", "rlhf_tui.cli", "run", str(file), "--headless",
                "--name", name, "--sessions", str(folder / "sessions")]  # fmt: skip
-    for setting in given:
-        command += ["-o", setting]
+    for override in overrides:
+        command += ["-o", override]
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-        cpu = _watch(process, Session(folder / "sessions" / name), steps)
+        cpu = _supervisor_cpu(process, Session(folder / "sessions" / name), steps)
     if process.returncode:
         raise RuntimeError((folder / f"{name}.log").read_text(errors="replace")[-2000:])
-    with JournalReader(Session(folder / "sessions" / name)) as record:
-        rows = record.metrics()
+    with JournalReader(Session(folder / "sessions" / name)) as reader:
+        rows = reader.metrics()
     times = [row.time for row in rows]
     periods = [b - a for a, b in itertools.pairwise(times)]
     return Supervised(periods, [row.values["time/step"] or 0.0 for row in rows[1:]], cpu)
 
 
-def _watch(process: subprocess.Popen[bytes], session: Session, steps: int) -> float:
-    """The supervisor's processor time a step, between the first step and the last."""
+def _supervisor_cpu(process: subprocess.Popen[bytes], session: Session, steps: int) -> float:
+    """Waits for the run to end; returns the supervisor's processor time in seconds per step."""
     first = last = (0, 0.0)
     while process.poll() is None:
         time.sleep(0.2)
-        with JournalReader(session) as record:
-            step = record.last_step()
+        with JournalReader(session) as reader:
+            step = reader.last_step()
         stat = Path(f"/proc/{process.pid}/stat")
         if step and stat.exists():
             fields = stat.read_text().rpartition(")")[2].split()
@@ -118,27 +117,28 @@ def _watch(process: subprocess.Popen[bytes], session: Session, steps: int) -> fl
 
 
 def report(bare: list[list[float]], runs: list[Supervised]) -> None:
-    """The table."""
+    """Prints the result."""
     without = statistics.median(itertools.chain(*bare))
     with_it = statistics.median(p for run in runs for p in run.periods)
-    more = [
+    differences = [
         statistics.median(run.periods) / statistics.median(alone) - 1
         for alone, run in zip(bare, runs, strict=True)
     ]
-    error = statistics.stdev(more) / len(more) ** 0.5 if len(more) > 1 else float("nan")
+    count = len(differences)
+    error = statistics.stdev(differences) / count**0.5 if count > 1 else float("nan")
     between = statistics.median(
         p - s for run in runs for p, s in zip(run.periods, run.steps, strict=True)
     )
     cpu = statistics.mean(run.supervisor_cpu for run in runs)
     share = cpu / (len(os.sched_getaffinity(0)) * with_it)
-    print(f"without supervision   {without:.3f} s a step, the median of {len(bare)} processes")
-    print(f"with supervision      {with_it:.3f} s a step")
-    print(f"by pairs              {statistics.mean(more):+.2%}, standard error {error:.2%}; "
-          f"from {min(more):+.2%} to {max(more):+.2%}")  # fmt: skip
+    print(f"without supervision   {without:.3f} s per step, median of {len(bare)} processes")
+    print(f"with supervision      {with_it:.3f} s per step")
+    print(f"difference of pairs   {statistics.mean(differences):+.2%}, standard error {error:.2%}; "
+          f"from {min(differences):+.2%} to {max(differences):+.2%}")  # fmt: skip
     print(f"between two steps     {1000 * between:.1f} ms, {between / with_it:.2%} of the period")
-    print(f"supervisor            {1000 * cpu:.1f} ms of processor time a step, "
+    print(f"supervisor            {1000 * cpu:.1f} ms of processor time per step, "
           f"{share:.2%} of the machine's")  # fmt: skip
-    print(f"by its parts          {between / with_it + share:.2%} of the step")
+    print(f"sum of the parts      {between / with_it + share:.2%} of the step")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What is measured on: models of a given shape with random weights, a tokenizer and prompts.
+"""The tasks of the benchmarks: models with random weights, a tokenizer and prompts.
 
-Nothing is downloaded. With random weights an end of sequence hardly ever comes (one token in the
-vocabulary), so all answers run to the limit and every side does the same work.
+Nothing is downloaded. With random weights the end-of-sequence token is sampled with probability one
+in the size of the vocabulary, so almost all responses have the maximum length and all sides do the
+same work.
 """
 
 import json
@@ -22,7 +23,7 @@ SPECIAL = ("<eos>", "<pad>", "<unk>")
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like model's."""
+    """The shape of a Llama-like model."""
 
     hidden: int
     intermediate: int
@@ -32,7 +33,7 @@ class Shape:
     vocabulary: int
 
     def config(self, **more: object) -> LlamaConfig:
-        """For transformers; embeddings are tied, as both shapes below have them."""
+        """The configuration for transformers, with tied embeddings."""
         return LlamaConfig(
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -50,16 +51,16 @@ class Shape:
 
 
 SMOL_135M = Shape(576, 1536, 30, 9, 3, 49152)
-"""SmolLM2-135M's."""
+"""The shape of SmolLM2-135M."""
 HALF_BILLION = Shape(896, 4864, 24, 14, 2, 151936)
-"""Qwen2.5-0.5B's."""
+"""The shape of Qwen2.5-0.5B."""
 TINY = Shape(128, 384, 4, 4, 2, 4096)
-"""Seconds for what the others take minutes for."""
+"""A shape for quick runs."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One PPO iteration's size."""
+    """The size of one PPO iteration."""
 
     shape: Shape
     prompts: int = 16
@@ -70,8 +71,8 @@ class Task:
     micro_batch: int = 8
 
     @property
-    def answer_tokens(self) -> int:
-        """Of all answers of an iteration."""
+    def response_tokens(self) -> int:
+        """Tokens of all responses of an iteration."""
         return self.prompts * self.new_tokens
 
 
@@ -80,7 +81,7 @@ GPU_TASK = Task(HALF_BILLION, 64, 128, 256, 2, 1, 8)
 
 
 def write_models(folder: Path, task: Task) -> None:
-    """Policy, value and reward model, tokenizer and prompts.jsonl, each under `folder`."""
+    """Writes policy, value model, reward model, tokenizer and prompts.jsonl to `folder`."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(task.shape.vocabulary)
     LlamaForCausalLM(task.shape.config()).save_pretrained(folder / "policy")
@@ -97,7 +98,7 @@ def write_models(folder: Path, task: Task) -> None:
 
 
 def _tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """One token a word: w3, w4 and so on."""
+    """A tokenizer with one token per word; the words are w3, w4 and so on."""
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), size))]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,11 +1,11 @@
-"""How quick and how quiet the terminal app is, measured from outside, in a pseudo-terminal.
+"""Measures latency, output and memory of the dashboard in a pseudo-terminal.
 
     python benchmarks/terminal.py [--steps 100000] [--metrics 40] [--seconds 15]
 
-A session of that size is written, then a bare Textual app and ours (`rlhf-tui attach`) are started
-in turn, several times each, and timed to their first picture; ratios are medians over the pairs.
-Then the session goes on living: one step a second with its wake-up, four phase reports a second,
-from a stand-in engine that speaks the real protocol.
+Writes a session of this size. Then starts a minimal Textual app and the dashboard (`rlhf-tui
+attach`) in turn, several times each, and measures the time to the first frame; ratios are medians
+over the pairs. Finally a simulated engine, which uses the real protocol, advances the session by
+one step and four phase reports per second.
 """
 
 import argparse
@@ -54,7 +54,7 @@ SETTINGS = {
 
 
 class Screen:
-    """A program in a pseudo-terminal, and what it has sent."""
+    """A program in a pseudo-terminal."""
 
     def __init__(self, arguments: list[str], home: Path) -> None:
         self.master, slave = pty.openpty()
@@ -69,7 +69,7 @@ class Screen:
         os.close(slave)
 
     def read(self, seconds: float) -> bytes:
-        """What comes within that time; returns at the first piece."""
+        """Reads the first output within that time; b"" after a timeout or at the end."""
         if not select.select([self.master], [], [], max(seconds, 0))[0]:
             return b""
         try:
@@ -77,35 +77,39 @@ class Screen:
         except OSError:
             return b""
 
-    def until(self, seen: Callable[[bytes], bool], seconds: float = 30.0) -> float:
-        """Seconds from the start until the output satisfies a condition."""
+    def wait_for(self, condition: Callable[[bytes], bool], seconds: float = 30.0) -> float:
+        """Waits until the output satisfies a condition; returns the seconds since the start.
+
+        Raises:
+            TimeoutError: the condition is not satisfied in time.
+        """
         data = b""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             data += self.read(0.05)
-            if seen(data):
+            if condition(data):
                 return time.perf_counter() - self.began
         raise TimeoutError(data[-500:])
 
     def count(self, seconds: float) -> int:
-        """Bytes sent within that time."""
+        """Counts the bytes of output within that time."""
         end, total = time.perf_counter() + seconds, 0
         while (left := end - time.perf_counter()) > 0:
             total += len(self.read(left))
         return total
 
     def cpu(self) -> float:
-        """Seconds of processor time so far."""
+        """Processor time so far, in seconds."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
-        """Resident megabytes."""
+        """Resident memory in MB."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(x.split()[1]) for x in lines if x.startswith("VmRSS")) / 1000
 
     def key(self, key: bytes) -> float:
-        """Seconds from a key press to the first thing painted after it, from a quiet moment on."""
+        """Waits for a pause in the output, presses a key, and returns the seconds to the output."""
         while self.read(0.08):
             continue
         began = time.perf_counter()
@@ -115,14 +119,14 @@ class Screen:
         return time.perf_counter() - began
 
     def close(self) -> None:
-        """Ends the program."""
+        """Kills the program."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         os.close(self.master)
 
 
 def write_session(root: Path, steps: int, metrics: int) -> Session:
-    """A long session, written by SQL: the journal itself would take minutes."""
+    """Writes a long session with SQL; the journal's own methods would take minutes."""
     config = config_file.load(starter.FOLDER / "demo.yaml", [f"train.steps={steps + 1000}"])
     session = create(root, "long", config)
     journal = JournalWriter(session)
@@ -149,7 +153,7 @@ def write_session(root: Path, steps: int, metrics: int) -> Session:
 
 
 class Engine:
-    """A stand-in: holds the lock, writes steps, and tells the watchers."""
+    """A simulated engine: holds the lock, writes steps, and notifies the watching clients."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -175,8 +179,8 @@ class Engine:
             sock.sendall(frames.encode(Welcome(pid=os.getpid())) + frames.encode(status))
             self.watchers.append(sock)
 
-    def live(self, seconds: float) -> None:
-        """One step a second, four phase reports a second."""
+    def run(self, seconds: float) -> None:
+        """Writes one step and sends four phase reports per second."""
         journal = JournalWriter(self.session)
         for tick in range(int(seconds * 4)):
             if self.stopped.is_set():
@@ -189,68 +193,68 @@ class Engine:
                 journal.record_step(
                     StepReport(step=step, metrics=values, samples=[], settings=SETTINGS)
                 )
-                self._tell(JournalAdvanced(step=step, event=1, state="running"))
+                self._publish(JournalAdvanced(step=step, event=1, state="running"))
             name = ("generate", "generate", "reference", "optimise")[tick % 4]
-            self._tell(Phase(rank=0, step=step + 1, name=name, done=tick % 4 * 25, total=100))
+            self._publish(Phase(rank=0, step=step + 1, name=name, done=tick % 4 * 25, total=100))
             time.sleep(0.25)
 
-    def _tell(self, message: frames.Message) -> None:
+    def _publish(self, message: frames.Message) -> None:
         for sock in self.watchers:
             sock.sendall(frames.encode(message))
 
 
 def has_curves(data: bytes) -> bool:
-    """Whether a curve was painted: Braille patterns, U+2800 and on."""
+    """Whether the output contains a curve, that is, Braille patterns (from U+2800)."""
     return b"\xe2\xa0" in data or b"\xe2\xa1" in data or b"\xe2\xa2" in data
 
 
 def main() -> None:
-    """Measures and prints."""
-    options = argparse.ArgumentParser()
-    options.add_argument("--steps", type=int, default=100_000)
-    options.add_argument("--metrics", type=int, default=40)
-    options.add_argument("--seconds", type=float, default=15.0)
-    options.add_argument("--times", type=int, default=5)
-    given = options.parse_args()
+    """Runs all measurements and prints the results."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--metrics", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--times", type=int, default=5)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        measure(Path(folder), given)
+        measure(Path(folder), options)
 
 
-def measure(home: Path, given: argparse.Namespace) -> None:
-    """All figures, one a line."""
-    session = write_session(home / "sessions", given.steps, given.metrics)
+def measure(home: Path, options: argparse.Namespace) -> None:
+    """Prints one result per line."""
+    session = write_session(home / "sessions", options.steps, options.metrics)
     size = session.journal_file.stat().st_size / 1e6
-    print(f"session        {given.steps:,} steps x {given.metrics} metrics, {size:.0f} MB")
+    print(f"session        {options.steps:,} steps x {options.metrics} metrics, {size:.0f} MB")
     print(f"terminal       {SIZE[0]}x{SIZE[1]}")
     ours = [sys.executable, "-m", "rlhf_tui.cli", "attach", "long"]
     ours += ["--sessions", str(home / "sessions")]
     bare_times, frame_times, curve_times = [], [], []
-    for _ in range(given.times):
+    for _ in range(options.times):
         screen = Screen([sys.executable, "-c", BARE], home)
-        bare_times.append(screen.until(lambda data: b"READY" in data))
+        bare_times.append(screen.wait_for(lambda data: b"READY" in data))
         screen.close()
         screen = Screen(ours, home)
-        frame_times.append(screen.until(lambda data: b"Dashboard" in data))
-        curve_times.append(screen.until(has_curves))
+        frame_times.append(screen.wait_for(lambda data: b"Dashboard" in data))
+        curve_times.append(screen.wait_for(has_curves))
         screen.close()
     measured = {"bare Textual": bare_times, "first frame": frame_times, "first curve": curve_times}
     for name, times in measured.items():
-        middle = statistics.median(times)
+        median = statistics.median(times)
         ratio = statistics.median(a / b for a, b in zip(times, bare_times, strict=True))
-        print(f"{name:<14} {middle:.2f} s ({min(times):.2f} to {max(times):.2f}), "
+        print(f"{name:<14} {median:.2f} s ({min(times):.2f} to {max(times):.2f}), "
               f"{ratio:.2f} x bare")  # fmt: skip
     engine = Engine(session)
     screen = Screen(ours, home)
-    screen.until(has_curves)
+    screen.wait_for(has_curves)
     screen.count(3.0)
-    writer = threading.Thread(target=engine.live, args=(given.seconds + 12,), daemon=True)
+    writer = threading.Thread(target=engine.run, args=(options.seconds + 12,), daemon=True)
     writer.start()
     screen.count(2.0)
     cpu, clock = screen.cpu(), time.perf_counter()
-    sent = screen.count(given.seconds)
+    sent = screen.count(options.seconds)
     took = time.perf_counter() - clock
     print(f"live processor {100 * (screen.cpu() - cpu) / took:.1f} % of one core")
-    print(f"live bytes     {sent / took:,.0f} a second")
+    print(f"live bytes     {sent / took:,.0f} per second")
     keys = [screen.key(key) for key in (b"g", b"G") * 10]
     print(f"key to paint   {1000 * statistics.median(keys):.0f} ms, at most {1000 * max(keys):.0f}")
     print(f"memory         {screen.memory():.0f} MB")

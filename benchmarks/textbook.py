@@ -1,7 +1,7 @@
-"""What the engine's optimised pieces compute, written as a textbook would: slower, and larger.
+"""Plain implementations of the engine's optimised functions, for :mod:`benchmarks.learning`.
 
-Each takes the place of the piece it is named after, with the same arguments and results, so that a
-run with it shows whether the optimisation changes what is learned.
+Each has the name, the arguments and the results of the function that it replaces. They are slower
+and use more memory.
 """
 
 from typing import Any
@@ -20,13 +20,13 @@ from engine.train.run import Run
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """With every copy."""
-    whole = torch.log_softmax(logits.float() / temperature, -1)
-    return whole.gather(2, tokens[:, :, None]).squeeze(2)
+    """Log-probabilities by way of the full log-softmax."""
+    logprobs = torch.log_softmax(logits.float() / temperature, -1)
+    return logprobs.gather(2, tokens[:, :, None]).squeeze(2)
 
 
 def longest_first(_rollout: Rollout, rows: Tensor) -> Tensor:
-    """The rows as they come."""
+    """Leaves the rows in their order."""
     return rows
 
 
@@ -39,10 +39,10 @@ def rollout_forward(
     want: str = "both",
     detach_trunk: bool = False,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Every row as wide as the batch's longest, and logits at all positions, the prompt's too."""
-    prompts, answers = rollout.batch.ids[rows], rollout.ids[rows]
-    width = answers.shape[1]
-    tokens = torch.cat([prompts, answers], 1)
+    """Pads all rows to the batch's longest and computes logits at the prompt positions too."""
+    prompts, responses = rollout.batch.ids[rows], rollout.ids[rows]
+    width = responses.shape[1]
+    tokens = torch.cat([prompts, responses], 1)
     attention = torch.cat(
         [
             left_mask(rollout.batch.lengths[rows], prompts.shape[1]),
@@ -53,13 +53,13 @@ def rollout_forward(
     logits, values = model(tokens, attention, tokens.shape[1], want=want, detach_trunk=detach_trunk)
     values = None if values is None else values[:, -width - 1 : -1]
     if logits is None or want == "values":
-        return torch.zeros(answers.shape, device=answers.device), values, width
-    logprobs = forward.token_logprobs(logits[:, -width - 1 : -1], answers, temperature)
+        return torch.zeros(responses.shape, device=responses.device), values, width
+    logprobs = forward.token_logprobs(logits[:, -width - 1 : -1], responses, temperature)
     return logprobs, values, width
 
 
 def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Log π_old and V_old by a forward pass of their own."""
+    """Computes log π_old and V_old in a separate forward pass."""
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     return score_tokens(run.policy, rollout, temperature, size, rows=rows)
 
@@ -76,7 +76,7 @@ def generate(
     *,
     per_prompt: int = 1,
 ) -> Rollout:
-    """Every answer by its own prompt, read again for each token; all rows stay to the last end."""
+    """Generates without a cache; every row is computed until the last response has ended."""
     del report, per_prompt
     count, limit = uniforms.shape
     ids = torch.zeros(count, limit, dtype=torch.int64)
@@ -105,10 +105,10 @@ def generate(
     return assemble(batch, ids, lengths, eos, ended, floats, tokenizer)
 
 
-def nothing(*_args: Any, **_named: Any) -> None:
-    """Instead of what only speeds up."""
+def no_op(*_args: Any, **_named: Any) -> None:
+    """Does nothing; replaces a function that only makes something faster."""
 
 
-def no(*_args: Any) -> bool:
-    """Instead of the question whether to."""
+def always_false(*_args: Any) -> bool:
+    """Returns False; replaces a check that enables an optimisation."""
     return False

@@ -1,9 +1,10 @@
-"""TRL's PPOTrainer as a side.
+"""TRL's PPOTrainer as a side of a comparison.
 
     python -m benchmarks.trl_side FOLDER TASK_AS_JSON [bf16]
 
-Gradient checkpointing and completions for display, both on by default in TRL, are off: the first
-would cost it a forward pass an epoch, the second an evaluation. Everything else is its own way.
+Gradient checkpointing and sample completions are on by default in TRL and are off here: they would
+cost TRL one forward pass per epoch and an evaluation. All other settings are TRL's defaults or
+follow from the task.
 """
 
 import json
@@ -25,28 +26,28 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 from benchmarks.side import Child
 
 
-class Turns(TrainerCallback):
-    """Lets the trainer go on when it is its turn."""
+class WaitForRequest(TrainerCallback):
+    """Makes the trainer wait for a request before each iteration."""
 
     def __init__(self, child: Child) -> None:
         self._child = child
 
     def on_train_begin(self, *_args: Any, **_named: Any) -> None:
-        """Models are loaded and placed."""
+        """Called when the models are loaded."""
         self._child.ready()
         self._child.wait()
 
     def on_step_end(self, *_args: Any, **_named: Any) -> None:
-        """One iteration is over."""
+        """Called at the end of an iteration."""
         self._child.done({})
         self._child.wait()
 
 
 def main() -> None:
-    """Iterates as it is told."""
+    """Loads the models and does one iteration per request of the parent."""
     child = Child()
     folder, task = Path(sys.argv[1]), json.loads(sys.argv[2])
-    # The weights' float32 stays; what is asked for is autocast.
+    # bf16 enables autocast; the weights stay float32.
     half = "bf16" in sys.argv[3:]
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     rows = [json.loads(x) for x in (folder / "prompts.jsonl").read_text().splitlines()]
@@ -87,7 +88,7 @@ def main() -> None:
             value_model=value,
             train_dataset=data,
             eval_dataset=data,
-            callbacks=[Turns(child)],
+            callbacks=[WaitForRequest(child)],
         ).train()
 
 

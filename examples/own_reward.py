@@ -1,8 +1,8 @@
-"""A reward function, called as TRL calls them: by keyword, one float an answer."""
+"""A reward function with TRL's interface: keyword arguments, and one float per response."""
 
 from typing import Any
 
 
 def brevity(completions: list[str], **_: Any) -> list[float]:
-    """1 for an empty answer, 0 for one of ten words, below for longer ones."""
+    """Returns 1 for an empty response, 0 for ten words, and less than 0 for longer responses."""
     return [1.0 - len(text.split()) / 10 for text in completions]

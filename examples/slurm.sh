@@ -4,24 +4,25 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
-# The engine gets the warning itself, five minutes before the end: it finishes its step and saves.
+# SLURM sends USR1 five minutes before the time limit: the engine finishes its step and saves.
 #SBATCH --signal=B:USR1@300
 
-# Sessions and this checkout must lie on a file system that all nodes share.
+# Sessions and this checkout must be on a file system that all nodes share.
 RLHF_TUI="${RLHF_TUI:-.venv/bin/rlhf-tui}"
 NAME="${NAME:-slurm-$SLURM_JOB_ID}"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-place="$first:${PORT:-29400}"
+address="$first:${PORT:-29400}"
 
-# The other nodes lend themselves to the run, and wait for it.
+# The other nodes wait for the run and join it.
 if [ "$SLURM_NNODES" -gt 1 ]; then
     srun --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$first" \
-        "$RLHF_TUI" join "$place" &
+        "$RLHF_TUI" join "$address" &
 fi
 
 "$RLHF_TUI" run "$1" --headless --name "$NAME" \
-    -o launch.nodes="$SLURM_NNODES" -o launch.rendezvous="$place" &
+    -o launch.nodes="$SLURM_NNODES" -o launch.rendezvous="$address" &
 engine=$!
-# This script gets the signal, the engine obeys it; attach from the first node: rlhf-tui attach
+# SLURM signals this script, which forwards the signal to the engine. To follow the run, use
+# `rlhf-tui attach` on the first node.
 trap 'kill -USR1 $engine' USR1 TERM
 while kill -0 $engine 2>/dev/null; do wait $engine; done

@@ -29,7 +29,7 @@ they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) lie 
 """
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
 LIST_ITEMS = {"A source of `reward.mix`": "RewardSource", "A rule of `guardrails.rules`": "Rule"}
-WORDS = [
+TYPE_NAMES = [
     (r"Annotated\[(\w+), Meta\(ge=(.+?), (le|lt)=(.+?)\)\]", lambda m: _interval(*m.groups())),
     (r"tuple\[Decay, Decay\]", "two numbers in [0, 1)"),
     (r"\bCoefficient\b", "number in [0, 1e6]"),
@@ -66,7 +66,7 @@ def _bound(text: str) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of the page."""
     source = Path(schema.__file__).read_text(encoding="utf-8")
     nodes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
     classes = {n.name: n for n in nodes}
@@ -89,11 +89,11 @@ def _table(title: str, section: ast.ClassDef, prefix: str) -> str:
         if isinstance(node, ast.AnnAssign):
             key = prefix + ast.unparse(node.target)
             mark = " ⇄" if key in LIVE_SETTINGS.values() else ""
-            takes = ast.unparse(node.annotation)
-            for pattern, words in WORDS:
-                takes = re.sub(pattern, words, takes)
+            values = ast.unparse(node.annotation)
+            for pattern, name in TYPE_NAMES:
+                values = re.sub(pattern, name, values)
             default = _default(node.value)
-            rows.append(f"| `{key}`{mark} | {takes} | {default} | {_docstring(after)} |")
+            rows.append(f"| `{key}`{mark} | {values} | {default} | {_docstring(after)} |")
     return "\n".join(rows)
 
 

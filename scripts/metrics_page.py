@@ -19,7 +19,7 @@ COLUMNS = "| name | unit | description |\n|---|---|---|"
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of the page."""
     rows = [f"| `{m.name}` | {m.unit or '–'} | {m.description} |" for m in METRICS]
     return "\n".join([HEAD, COLUMNS, *rows]) + "\n"
 

@@ -1,7 +1,7 @@
-"""Draws the README's pictures: ``python -m scripts.screenshots SESSIONS NAME [SCREEN]...``.
+"""Makes the README's screenshots: ``python -m scripts.screenshots SESSIONS NAME [SCREEN]...``.
 
-Opens the dashboard on a session, without a terminal, and writes each screen, or those that are
-named, to docs/screens as SVG.
+Opens the dashboard on a session without a terminal and writes the named screens (all by default) to
+docs/screens as SVG.
 """
 
 import asyncio
@@ -14,15 +14,15 @@ from rlhf_tui.screens.modes import MODES
 FOLDER = Path(__file__).parent.parent / "docs" / "screens"
 SIZE = (120, 36)
 KEYS = {"samples": [*"jjjjjjjj", "d"]}
-"""What is pressed on a screen before it is drawn."""
+"""Keys to press on a screen before its screenshot."""
 
 
-async def draw(root: Path, name: str, wanted: list[str]) -> None:
-    """Each of the screens, once."""
+async def save_screens(root: Path, name: str, screens: list[str]) -> None:
+    """Writes a screenshot of each of the screens."""
     app = RlhfApp(root, name, read_only=False, follow=False)
     async with app.run_test(size=SIZE) as pilot:
         for key, mode in enumerate(MODES, start=1):
-            if mode not in wanted:
+            if mode not in screens:
                 continue
             await pilot.press(str(key))
             await pilot.pause(1.0)
@@ -33,4 +33,4 @@ async def draw(root: Path, name: str, wanted: list[str]) -> None:
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    asyncio.run(draw(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(MODES)))
+    asyncio.run(save_screens(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] or list(MODES)))

@@ -1,8 +1,8 @@
-"""Whole processes: the real command line on the starter models, and gates that hold a step.
+"""Fixtures for tests of whole processes: the real command line on the starter models.
 
-Nothing here is mocked. A run's reward is the starter's reward model and a small Python function
-beside it, the *gate*, which waits while a file lies there: a test holds the run inside the step it
-means, does what it has to do, and lets it go. So nothing depends on how fast the machine is.
+Nothing is mocked. The reward of a run combines the starter's reward model with a Python function,
+the *gate*, which blocks a step while a certain file exists. A test blocks the run inside a step,
+acts, and releases it, so the tests do not depend on the speed of the machine.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,33 +18,33 @@ from tests.e2e.lab import LONG, Lab, Run, numbers, processes, until
 
 @pytest.fixture(scope="session", autouse=True)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Everything the whole-process tests make; nothing may run on in it when they are over."""
+    """The folder for all files of these tests; fails if processes are left at the end."""
     root = tmp_path_factory.mktemp("e2e")
     yield root
-    left = processes(root)
-    lines = [" ".join(p.cmdline())[:200] for p in left]
-    for process in left:
+    remaining = processes(root)
+    lines = [" ".join(p.cmdline())[:200] for p in remaining]
+    for process in remaining:
         process.kill()
-    assert not left, f"processes were left behind: {lines}"
+    assert not remaining, f"processes were left behind: {lines}"
     logs = [f for f in root.rglob("engine.log") if b"illegal transition" in f.read_bytes()]
-    assert not logs, f"a session's state followed one that it may not follow: {logs}"
+    assert not logs, f"a session made an illegal state transition: {logs}"
 
 
 @pytest.fixture(scope="session")
 def lab(place: Path) -> Lab:
-    """The sessions folder most tests share."""
+    """The sessions folder that most tests share."""
     return Lab(place / "sessions", place / "gates")
 
 
 @pytest.fixture(scope="session")
 def make_lab(place: Path) -> Callable[[str], Lab]:
-    """Another sessions folder, at a path below the place."""
+    """Creates another sessions folder at a relative path."""
     return lambda path: Lab(place / path, place / "gates" / path.replace("/", "_"))
 
 
 @pytest.fixture(scope="session")
 def whole(lab: Lab) -> Iterator[Run]:
-    """The undisturbed run of 8 steps, in the foreground."""
+    """An uninterrupted foreground run of 8 steps."""
     run = lab.run("whole")
     process = lab.popen(*run.arguments, "--headless")
     run.printed, run.warned = process.communicate(timeout=LONG)
@@ -55,7 +55,7 @@ def whole(lab: Lab) -> Iterator[Run]:
 
 @pytest.fixture(scope="session")
 def steered(lab: Lab) -> Iterator[Run]:
-    """8 steps: beta by hand from step 4 on, the controller aimed elsewhere from step 6 on."""
+    """A run of 8 steps; beta is set at step 4, the controller and learning rate at step 6."""
     run = lab.run("steered")
     run.hold(3, 5)
     run.start()
@@ -73,7 +73,7 @@ def steered(lab: Lab) -> Iterator[Run]:
 
 @pytest.fixture(scope="session")
 def endless(lab: Lab) -> Iterator[Run]:
-    """A run without an end in sight, paused; :func:`training` lets it train."""
+    """A paused run of very many steps; :func:`training` unpauses it for one test."""
     run = lab.run("endless", "train.save_every=0", steps=100_000)
     run.hold(3)
     run.start()
@@ -87,21 +87,21 @@ def endless(lab: Lab) -> Iterator[Run]:
 
 
 @contextmanager
-def trains(run: Run) -> Iterator[None]:
-    """Lets a paused run train for a while."""
-    assert run.order("unpause")["status"] == "applied"
+def unpaused(run: Run) -> Iterator[None]:
+    """Context in which a paused run trains; fails if no step completes."""
+    assert run.command("unpause")["status"] == "applied"
     try:
         yield
         before = run.step
         until(lambda: run.step > before, f"step after {before} of {run.name}")
     finally:
-        assert run.order("pause")["status"] == "applied"
+        assert run.command("pause")["status"] == "applied"
 
 
 @pytest.fixture
 def training(endless: Run) -> Iterator[Run]:
-    """The endless run, training for the length of a test, and seen to do so when that is over."""
-    with trains(endless):
+    """The endless run, training during one test; fails if it has stopped training."""
+    with unpaused(endless):
         yield endless
 
 

@@ -1,6 +1,6 @@
-"""A reward that holds a step, or answers nonsense at one, as files beside it say.
+"""A reward function controlled by files: it blocks a step, or returns invalid scores.
 
-It takes its process with it where a prompt is DEADLY.
+It kills its process if a prompt equals DEADLY.
 """
 
 import os
@@ -20,9 +20,9 @@ def score(prompts, completions, trainer_state, **_):
     while (FOLDER / f"hold-{step}").exists():
         time.sleep(0.01)
     scores = [len(set(text)) / 10 for text in completions]
-    odd = FOLDER / f"score-{step}"
-    if odd.exists():
-        text = odd.read_text()
+    override = FOLDER / f"score-{step}"
+    if override.exists():
+        text = override.read_text()
         if text.startswith("raise "):
             raise ValueError(text.removeprefix("raise "))
         return scores[:-1] if text == "short" else [float(text)] * len(scores)

@@ -1,4 +1,4 @@
-"""A folder of sessions, and a session in it, as the command line and the files show them."""
+"""Helpers to run `rlhf-tui` in a sessions folder and to inspect its sessions."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from engine.session.folder import Session
 
 PROGRAM = Path(sys.executable).with_name("rlhf-tui")
 LONG = 240.0
-"""Seconds after which something that should have happened will not: for a busy machine."""
+"""Timeout in seconds for conditions; long enough for a busy machine."""
 STEPS = 8
 TINY = (
     "rollout.batch_size=4", "rollout.max_new_tokens=6", "ppo.epochs=1", "ppo.minibatches=1",
@@ -27,12 +27,12 @@ TINY = (
     "kl.horizon=500", "train.learning_rate=3e-4", "train.save_every=4", "log.tensorboard=false",
     "launch.device=cpu", "launch.threads=1", "launch.nice=0",
 )  # fmt: skip
-"""A step of a tenth of a second on an idle core."""
+"""Overrides for steps of a tenth of a second on an idle core."""
 GATE = Path(__file__).with_name("gate.py")
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = LONG) -> Any:
-    """Waits for a condition and returns its value; a failure says what never came."""
+    """Waits for a condition and returns its value; `what` describes it in the failure message."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():
@@ -42,7 +42,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = LONG) -> Any
 
 
 def processes(folder: Path) -> list[psutil.Process]:
-    """Every process that shows a folder in its command line."""
+    """All processes whose command line contains a folder."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -56,13 +56,13 @@ def processes(folder: Path) -> list[psutil.Process]:
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What must be the same bit for bit: all metrics but times and speeds."""
+    """The metrics that must be equal bit for bit: all except times and speeds."""
     skip = ("time", "perf/", "attempt")
     return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in rows]
 
 
 class Lab:
-    """A folder of sessions and the command line on it."""
+    """A sessions folder, and the command line with it."""
 
     program = PROGRAM
 
@@ -78,7 +78,7 @@ class Lab:
         }
 
     def cli(self, *args: object, timeout: float = LONG) -> subprocess.CompletedProcess[str]:
-        """Runs `rlhf-tui` to its end."""
+        """Runs `rlhf-tui` and waits for it."""
         return subprocess.run(
             [PROGRAM, *map(str, args)],
             env=self.environment,
@@ -90,13 +90,13 @@ class Lab:
         )
 
     def json(self, *args: object) -> Any:
-        """What a command prints with --json."""
+        """Runs a command with --json and returns the decoded output."""
         done = self.cli(*args, "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def popen(self, *args: object, **options: Any) -> subprocess.Popen[str]:
-        """Starts `rlhf-tui` and goes on."""
+        """Starts `rlhf-tui` without waiting for it."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         options = {"env": self.environment} | options
         return subprocess.Popen(
@@ -107,7 +107,7 @@ class Lab:
         )
 
     def run(self, name: str, *overrides: str, steps: int = STEPS) -> "Run":
-        """A run that is to be, with a gate of its own."""
+        """Prepares a run with its own gate; does not start it."""
         gate = self._gates / name
         gate.mkdir(parents=True)
         shutil.copy(GATE, gate)
@@ -115,7 +115,7 @@ class Lab:
 
 
 class Run:
-    """One session, from the outside."""
+    """One session, accessed through the command line, its files and its socket."""
 
     def __init__(
         self, lab: Lab, name: str, gate: Path, overrides: tuple[str, ...], steps: int
@@ -125,141 +125,141 @@ class Run:
         self.gate = gate
         self.session = Session(lab.root / name)
         mix = "reward.mix=[{model: 'starter:reward'}, {function: 'gate:score', weight: 0.5}]"
-        given = (*TINY, "reward.model=null", mix, f"reward.path={gate}", *overrides)
-        options = [word for override in given for word in ("-o", override)]
+        combined = (*TINY, "reward.model=null", mix, f"reward.path={gate}", *overrides)
+        options = [word for override in combined for word in ("-o", override)]
         self.arguments = ["demo", "--name", name, "--steps", str(steps), *options]
 
-    # -- its life --------------------------------------------------------------------------------
+    # -- start, commands, end --------------------------------------------------------------------
 
     def start(self, mode: str = "--detach") -> subprocess.CompletedProcess[str]:
-        """Starts it and expects that to work."""
+        """Starts the run; fails if that does not succeed."""
         done = self.lab.cli(*self.arguments, mode)
         assert done.returncode == 0, done.stderr + done.stdout
         return done
 
     def resume(self, *options: str, mode: str = "--detach") -> subprocess.CompletedProcess[str]:
-        """Goes on with it and expects that to work."""
+        """Resumes the run; fails if that does not succeed."""
         done = self.lab.cli("resume", self.name, *options, mode)
         assert done.returncode == 0, done.stderr + done.stdout
         return done
 
     def ctl(self, *args: object) -> subprocess.CompletedProcess[str]:
-        """Steers it."""
+        """Runs `rlhf-tui ctl` on the session."""
         return self.lab.cli("ctl", self.name, *args)
 
-    def order(self, *args: object) -> dict[str, Any]:
-        """Steers it and waits: the final answer."""
+    def command(self, *args: object) -> dict[str, Any]:
+        """Sends a command and waits for its result, applied or rejected."""
         done = self.ctl(*args, "--wait", "--json")
         assert done.returncode in (0, 1), done.stderr
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
 
     def end(self) -> None:
-        """Ends whatever lives of it."""
+        """Kills all processes of the session."""
         for process in processes(self.session.folder):
             process.kill()
         until(lambda: not processes(self.session.folder), f"end of {self.name}")
 
-    # -- its gate --------------------------------------------------------------------------------
+    # -- the gate --------------------------------------------------------------------------------
 
     def hold(self, *steps: int) -> None:
-        """From now on, these steps wait for :meth:`release`."""
+        """Makes these steps block until :meth:`release`."""
         for step in steps:
             (self.gate / f"at-{step}").unlink(missing_ok=True)
             (self.gate / f"hold-{step}").touch()
 
     def wait_at(self, step: int) -> None:
-        """Until a held step has begun."""
+        """Waits until a held step has reached the gate."""
         until((self.gate / f"at-{step}").exists, f"step {step} of {self.name}")
 
     def release(self, *steps: int) -> None:
-        """Lets steps go on."""
+        """Unblocks steps."""
         for step in steps:
             (self.gate / f"hold-{step}").unlink(missing_ok=True)
 
-    def answer_at(self, step: int, score: str) -> None:
-        """What the gate returns at a step instead: a number for each response, or `short`.
+    def score_at(self, step: int, score: str) -> None:
+        """Replaces the scores of a step: by a number, or by one score too few if it is `short`.
 
-        `raise TEXT` has it raise an error of that text.
+        `raise TEXT` raises an error with that text instead.
         """
         (self.gate / f"score-{step}").write_text(score)
 
-    # -- what it says ----------------------------------------------------------------------------
+    # -- inspection ------------------------------------------------------------------------------
 
-    def record(self) -> JournalReader:
-        """Its journal, to read."""
+    def reader(self) -> JournalReader:
+        """Opens the journal for reading."""
         return JournalReader(self.session)
 
     def client(self) -> Client:
-        """A connection to its engine."""
+        """Opens a connection to the engine."""
         return Client(self.session, "a test")
 
     @property
     def state(self) -> str:
-        """As the journal has it."""
-        with self.record() as record:
-            return record.state()
+        """The state in the journal."""
+        with self.reader() as reader:
+            return reader.state()
 
     @property
     def step(self) -> int:
-        """The last completed one."""
-        with self.record() as record:
-            return record.last_step()
+        """The last completed step in the journal."""
+        with self.reader() as reader:
+            return reader.last_step()
 
     def wait_for(self, *states: str) -> str:
-        """Until it is in one of these states."""
+        """Waits until the session is in one of these states; returns the state."""
         until(lambda: self.state in states, f"state {' or '.join(states)} of {self.name}")
         return self.state
 
     def wait_gone(self) -> None:
-        """Until no process of it is left."""
+        """Waits until all processes of the session have ended."""
         until(lambda: not processes(self.session.folder), f"end of every process of {self.name}")
 
     def wait_saved(self, step: int) -> None:
-        """Until the checkpoint of a step, which is written beside the next ones, is whole."""
+        """Waits until the checkpoint of a step, written in the background, is complete."""
         marker = self.session.checkpoints / f"step-{step:06d}" / "COMPLETE"
         until(marker.exists, f"checkpoint of step {step} of {self.name}")
 
     def finish(self) -> None:
-        """Until it has ended as it should, and every process with it."""
+        """Waits until the run has finished and all its processes have ended."""
         state = self.wait_for("finished", "failed", "stopped", "crashed")
         assert state == "finished", self.session.log_file.read_text()[-3000:]
         self.wait_gone()
 
     def numbers(self) -> list[dict[str, Any]]:
-        """Its metrics, as far as they must be the same bit for bit."""
-        with self.record() as record:
-            return numbers([row.as_json() for row in record.metrics()])
+        """The metrics that must be equal bit for bit, by step."""
+        with self.reader() as reader:
+            return numbers([row.as_json() for row in reader.metrics()])
 
     def betas(self) -> dict[int, float]:
         """The KL coefficient of each step."""
-        with self.record() as record:
-            return dict(record.series("objective/kl_coef"))
+        with self.reader() as reader:
+            return dict(reader.series("objective/kl_coef"))
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """Its events of a kind, as `events --json` prints them."""
-        with self.record() as record:
-            return [e.as_json() for e in record.events() if e.kind == kind]
+        """The events of a kind, as `events --json` prints them."""
+        with self.reader() as reader:
+            return [e.as_json() for e in reader.events() if e.kind == kind]
 
     def commands(self) -> dict[str, dict[str, Any]]:
-        """Its commands by id, as their events are printed."""
-        with self.record() as record:
-            return {c.id: c.as_json() for c in record.commands()}
+        """The commands by id, as `events --json` prints them."""
+        with self.reader() as reader:
+            return {c.id: c.as_json() for c in reader.commands()}
 
     def checkpoint(self, step: int) -> dict[str, Any]:
-        """A checkpoint's state.json: settings, and the hash of every file of weights."""
+        """The state.json of a checkpoint, which holds the settings and a hash of every file."""
         path = self.session.checkpoints / f"step-{step:06d}" / "state.json"
         content: dict[str, Any] = msgspec.json.decode(path.read_bytes())
         return content
 
     def engine(self) -> psutil.Process:
-        """Its supervisor."""
-        found = self.session.engine()
-        assert found is not None
-        return psutil.Process(found.pid)
+        """The process of the supervisor."""
+        info = self.session.engine()
+        assert info is not None
+        return psutil.Process(info.pid)
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Its ranks on this machine, by torchrun's number."""
+        """The processes of the ranks on this machine, by rank."""
         return {
             int(p.environ().get("RANK", "0")): p
             for p in processes(self.session.folder)
@@ -267,6 +267,6 @@ class Run:
         }
 
     def rank(self) -> psutil.Process:
-        """Its one rank."""
+        """The process of the only rank."""
         (worker,) = self.ranks().values()
         return worker

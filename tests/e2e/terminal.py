@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal, as a person's terminal would run it, and what a person sees."""
+"""Runs a program in a pseudo-terminal and emulates the terminal's screen."""
 
 import codecs
 import fcntl
@@ -19,7 +19,7 @@ ESCAPES = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][0-9A-B]|\x1b."
 )
 PIECES = re.compile(rf"{ESCAPES.pattern}|[\x00-\x1f\x7f]|[^\x00-\x1f\x7f]+")
-# The terminal controls the program, so that the kernel tells it of sizes and hang-ups.
+# Makes it the controlling terminal, so that the kernel sends SIGWINCH and SIGHUP to the program.
 LOG_IN = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
 ROWS, COLUMNS = 40, 120
 MODES = {
@@ -30,11 +30,11 @@ MODES = {
     "?1006": False,
     "?2004": False,
 }
-"""Cursor; alternate screen, mouse, bracketed paste: as a shell has them."""
+"""Terminal modes in a shell: alternate screen, cursor, mouse and bracketed paste."""
 
 
 class Screen:
-    """What stands on a terminal now. As much of one as the app makes use of."""
+    """The screen of a terminal, as far as the app uses its escape sequences."""
 
     def __init__(self, columns, rows):
         self.modes = dict(MODES)
@@ -48,14 +48,14 @@ class Screen:
 
     def feed(self, data):
         text = self._rest + self._decode(data)
-        # A sequence may be cut in two; the last one waits for what follows.
+        # A read may end within a sequence: keep an incomplete sequence for the next one.
         cut = text.rfind("\x1b")
         found = ESCAPES.match(text, cut) if cut >= 0 else None
         whole = cut < 0 or (found is not None and found[0] not in ("\x1b[", "\x1b]"))
         self._rest = "" if whole else text[cut:]
         for piece in PIECES.findall(text if whole else text[:cut]):
             if piece[0] == "\x1b":
-                self._obey(piece)
+                self._apply(piece)
             elif piece == "\r":
                 self.x = 0
             elif piece == "\n":
@@ -69,17 +69,17 @@ class Screen:
                 self.cells[self.y][self.x] = char
             self.x += cell_len(char)
 
-    def _obey(self, sequence):
+    def _apply(self, sequence):
         found = re.fullmatch(r"\x1b\[(\??)([\d;]*)([A-Za-z])", sequence)
         if not found:
             return
-        private, numbers, verb = found.groups()
-        given = [int(n or 0) for n in numbers.split(";")]
-        if private and verb in "hl":
-            self.modes |= {f"?{n}": verb == "h" for n in given if f"?{n}" in MODES}
-        elif verb == "H":
-            self.y, self.x = (max(n, 1) - 1 for n in (*given, 1)[:2])
-        elif verb == "J":
+        private, numbers, final = found.groups()
+        parameters = [int(n or 0) for n in numbers.split(";")]
+        if private and final in "hl":
+            self.modes |= {f"?{n}": final == "h" for n in parameters if f"?{n}" in MODES}
+        elif final == "H":
+            self.y, self.x = (max(n, 1) - 1 for n in (*parameters, 1)[:2])
+        elif final == "J":
             self.resize(len(self.cells[0]), len(self.cells))
 
     @property
@@ -88,11 +88,11 @@ class Screen:
 
 
 class Terminal:
-    """A program on a pseudo-terminal of its own, and everything it ever showed."""
+    """A program in a pseudo-terminal, with its screen and all of its output."""
 
     def __init__(self, lab, *args, columns=COLUMNS, rows=ROWS, **environment):
         environment = lab.environment | {"TERM": "xterm-256color"} | environment
-        for size in ("COLUMNS", "LINES"):  # the terminal has a size of its own
+        for size in ("COLUMNS", "LINES"):  # the size is that of the terminal
             environment.pop(size, None)
         self._main, side = pty.openpty()
         self._screen = Screen(columns, rows)
@@ -129,36 +129,36 @@ class Terminal:
         os.write(self._main, keys.encode())
 
     def resize(self, columns, rows):
-        """As when the window is drawn smaller or larger."""
+        """Resizes the window."""
         with self._lock:
             self._screen.resize(columns, rows)
         self._size(columns, rows)
 
     def hang_up(self):
-        """As when the connection drops: the kernel sends SIGHUP, and nobody reads any more."""
+        """Drops the connection: the kernel sends SIGHUP, and the output is no longer read."""
         self._closed.set()
         self._reader.join()
         os.close(self._main)
 
     @property
     def quiet(self):
-        """Seconds since anything was drawn."""
+        """Seconds since the last output."""
         return time.monotonic() - self._drawn
 
     @property
     def text(self):
-        """What was printed, in the order in which it was, without escape sequences."""
+        """All output so far, without escape sequences."""
         return " ".join(ESCAPES.sub(" ", self.raw.decode(errors="replace")).split())
 
     @property
     def screen(self):
-        """What stands there now, line by line."""
+        """The current text of the screen, line by line."""
         with self._lock:
             return self._screen.text
 
     @property
-    def given_back(self):
-        """Whether it is as a shell wants it."""
+    def restored(self):
+        """Whether all modes are as in a shell."""
         with self._lock:
             return self._screen.modes == MODES
 

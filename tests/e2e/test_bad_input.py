@@ -1,4 +1,4 @@
-"""Wrong input: exit code 2, one line that names the key or file, and nothing half-made left."""
+"""Invalid input: exit code 2, one line that names the key or file, and no incomplete session."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +10,14 @@ from engine import starter
 
 
 def refused(lab, name, *arguments):
-    """Runs a command that must be refused; its one line on stderr."""
+    """Runs a command that must fail with exit code 2; returns its one line on stderr."""
     done = lab.cli(*arguments)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("session ")]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("rlhf-tui: ")
     assert "Traceback" not in done.stderr + done.stdout
-    assert not (lab.root / name).exists(), "a half-made session was left behind"
+    assert not (lab.root / name).exists(), "an incomplete session was left behind"
     return lines[0]
 
 
@@ -42,9 +42,7 @@ def refused(lab, name, *arguments):
         ("guardrails.rules=[{name: a, metric: b}]", "rules 'a'", "needs one of"),
     ],
 )
-def test_a_wrong_key_type_value_or_file_is_named_with_what_would_be_right(
-    lab, override, named, remedy
-):
+def test_a_wrong_key_type_value_or_file_is_named_with_the_remedy(lab, override, named, remedy):
     options = ("-o", "ppo.minibatches=4", "-o", override)
     line = refused(lab, "never", "demo", "--headless", "--name", "never", *options)
     assert named in line
@@ -70,35 +68,35 @@ def test_an_empty_prompt_file_is_named(lab, tmp_path):
         ("model: {policy: x}\nmodle: {}\n", "modle"),
     ],
 )
-def test_a_configuration_file_that_is_none_is_named(lab, tmp_path, text, named):
+def test_an_invalid_configuration_file_is_named(lab, tmp_path, text, named):
     config = tmp_path / "run.yaml"
     config.write_text(text)
     assert named in refused(lab, "run", "run", config, "--headless")
 
 
-def test_a_configuration_file_that_is_missing_is_named(lab, tmp_path):
+def test_a_missing_configuration_file_is_named(lab, tmp_path):
     assert "no.yaml" in refused(lab, "no", "run", tmp_path / "no.yaml", "--headless")
     assert str(tmp_path) in refused(lab, "x", "run", tmp_path, "--headless")
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "..", ".hidden", "", "x" * 81, "a b"])
-def test_a_name_that_climbs_out_or_cannot_be_one_is_refused(lab, name):
+def test_an_invalid_session_name_is_refused(lab, name):
     done = lab.cli("demo", "--headless", "--name", name)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert not list(lab.root.parent.glob("escaped*"))
-    for reading in ("status", "rm", "logs"):
-        assert lab.cli(reading, name).returncode == 2
+    for command in ("status", "rm", "logs"):
+        assert lab.cli(command, name).returncode == 2
 
 
-def test_a_name_that_is_taken_is_refused_and_the_session_stays(lab, whole):
+def test_an_existing_name_is_refused_and_its_session_is_kept(lab, whole):
     done = lab.cli("demo", "--headless", "--name", whole.name)
     assert done.returncode == 2
     assert "resume" in done.stderr
     assert whole.state == "finished"
 
 
-def test_options_that_click_refuses_are_one_line_too(lab):
+def test_an_invalid_option_is_one_line_too(lab):
     for arguments in (("demo", "--steps", "none"), ("fly",), ("metrics",), ("ls", "--loud")):
         done = lab.cli(*arguments)
         assert done.returncode == 2
@@ -107,7 +105,7 @@ def test_options_that_click_refuses_are_one_line_too(lab):
 
 @pytest.fixture(scope="module")
 def late(lab, place):
-    """Mistakes that only a rank can see, all tried at once: the outcome of each by name."""
+    """Errors that only a rank can detect, run in parallel; the error line of each by name."""
     files = place / "late"
     files.mkdir()
     (files / "other.jsonl").write_text(json.dumps({"question": "why?"}) + "\n")
@@ -132,7 +130,7 @@ def late(lab, place):
         return dict(zip(attempts, pool.map(attempt, attempts), strict=True))
 
 
-def test_a_column_that_is_not_there_is_named_with_those_that_are(late):
+def test_a_missing_column_is_named_with_the_existing_ones(late):
     assert "data.column" in late["column"]
     assert "question" in late["column"]
 
@@ -151,39 +149,39 @@ def test_a_reward_function_that_cannot_be_imported_is_named(late):
     assert "not_there" in late["import"]
 
 
-def test_a_reward_function_that_is_not_in_its_module_is_named_detached_too(late):
+def test_a_reward_function_missing_in_its_module_is_named_in_a_detached_run_too(late):
     assert "reward.function" in late["function"]
     assert "not_there" in late["function"]
 
 
 @pytest.fixture(scope="module", params=[("nan", "finite"), ("short", "one for each")])
 def odd_reward(request, lab):
-    """A run whose reward goes wrong in its second step."""
-    answer, why = request.param
-    run = lab.run(f"odd-{answer}")
-    run.answer_at(2, answer)
+    """A run whose reward function returns invalid scores in the second step."""
+    score, reason = request.param
+    run = lab.run(f"odd-{score}")
+    run.score_at(2, score)
     done = lab.cli(*run.arguments, "--headless")
-    yield run, why, done
+    yield run, reason, done
     run.end()
 
 
-def test_a_reward_that_is_no_number_or_too_short_ends_the_run_with_a_clear_error(odd_reward):
-    run, why, done = odd_reward
+def test_invalid_scores_end_the_run_with_a_clear_error(odd_reward):
+    run, reason, done = odd_reward
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert why in last
+    assert reason in last
     assert "step 2" in last
     assert run.state == "failed"
 
 
 def test_the_error_and_its_traceback_are_in_the_journal(odd_reward):
-    run, why, _ = odd_reward
+    run, reason, _ = odd_reward
     (error,) = run.events("error")
-    assert why in error["text"]
+    assert reason in error["text"]
     assert "Traceback" in error["traceback"]
 
 
-def test_the_step_that_went_wrong_is_not_recorded(odd_reward):
+def test_the_failed_step_is_not_recorded(odd_reward):
     run, _, _ = odd_reward
     assert [row["step"] for row in run.numbers()] == [1]
     assert Path(run.session.folder).is_dir()

@@ -1,9 +1,9 @@
-"""Sessions that version 0.1.0 wrote are read, resumed and forked by this one.
+"""Sessions written by version 0.1.0 can be read, resumed and forked.
 
-`tests/data/sessions-0.1.0` holds two of them with their models and prompts. `finished` ran six
-steps; one response has a label and a note. `killed` was paused after a checkpoint; beta and the
-learning rate were set by commands and it was killed some steps later. `@FOLDER@` stands for the
-folder that they were written in.
+`tests/data/sessions-0.1.0` holds two sessions with their models and prompts. `finished` ran six
+steps; one response has a label and a note. `killed` was paused after a checkpoint, got new values
+of beta and the learning rate by commands, and was killed some steps later. `@FOLDER@` is a
+placeholder for the folder in which they were written.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ SAVED = max(
     int(folder.name.removeprefix("step-"))
     for folder in (DATA / "sessions" / "killed" / "checkpoints").iterdir()
 )
-"""The last checkpoint of `killed`; its commands take effect at the step after."""
-READING = ("status", "metrics", "samples", "events")
+"""The last checkpoint of `killed`; its commands were applied at the next step."""
+READ_COMMANDS = ("status", "metrics", "samples", "events")
 
 
 @pytest.fixture
 def old(place, tmp_path_factory):
-    """A copy of the sessions, to work on."""
+    """A copy of the old sessions."""
     folder = tmp_path_factory.mktemp("old", numbered=True)
     shutil.copytree(DATA, folder, dirs_exist_ok=True)
     for name in ("config.yaml", "engine.json"):
@@ -36,10 +36,9 @@ def old(place, tmp_path_factory):
 
 
 def contents(folder):
-    """Every file below a folder, by a hash of its bytes.
+    """The hash of every file below a folder, by path.
 
-    But for the two files that SQLite puts beside a database for its readers: an index of what was
-    written since the last checkpoint, and that itself, which must be empty.
+    Leaves out the `-shm` and `-wal` files that SQLite creates for readers; `-wal` must be empty.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     assert not [path for path in files if path.name.endswith("-wal") and path.stat().st_size]
@@ -65,7 +64,7 @@ def test_they_are_listed_and_listing_changes_no_byte(old):
 
 def test_a_finished_one_is_read_and_reading_changes_no_byte(old):
     before = contents(old.root / "finished")
-    status, metrics, samples, events = (old.json(verb, "finished") for verb in READING)
+    status, metrics, samples, events = (old.json(verb, "finished") for verb in READ_COMMANDS)
     assert (status["state"], status["step"], status["total_steps"]) == ("finished", 6, 6)
     assert status["checkpoints"] == [3, 6]
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
@@ -78,7 +77,7 @@ def test_a_finished_one_is_read_and_reading_changes_no_byte(old):
 
 
 def test_a_killed_one_is_read(old):
-    status, metrics, samples, events = (old.json(verb, "killed") for verb in READING)
+    status, metrics, samples, events = (old.json(verb, "killed") for verb in READ_COMMANDS)
     assert (status["state"], status["pid"], status["checkpoints"]) == ("crashed", None, [SAVED])
     assert status["step"] > SAVED
     assert [row["step"] for row in metrics] == list(range(1, status["step"] + 1))
@@ -103,7 +102,7 @@ def test_a_finished_one_is_extended(old):
     assert [row["step"] for row in after] == list(range(1, 9))
 
 
-def test_a_killed_one_goes_on_from_its_checkpoint_with_the_settings_that_commands_gave_it(old):
+def test_a_killed_one_resumes_from_its_checkpoint_with_the_settings_of_its_commands(old):
     beta = series(old, "killed", "objective/kl_coef")
     last = SAVED + 7
     done = old.cli("resume", "killed", "-o", f"train.steps={last}", "--headless")
@@ -120,7 +119,7 @@ def test_a_killed_one_goes_on_from_its_checkpoint_with_the_settings_that_command
     assert again[SAVED + 2] != 0.2
 
 
-def test_a_branch_is_made_off_a_finished_one(old):
+def test_a_finished_one_is_forked(old):
     done = old.cli("fork", "finished", "--from", "3", "--name", "branch", "--headless")
     assert done.returncode == 0, done.stderr
     status = old.json("status", "branch")

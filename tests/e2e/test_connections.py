@@ -1,4 +1,4 @@
-"""Whatever connects, the engine keeps training; and what it costs while nobody needs it."""
+"""No connection disturbs the engine, and an idle supervisor uses few resources."""
 
 import json
 import os
@@ -19,8 +19,8 @@ def connect(run):
     return sockets.connect(run.session.folder / "engine.sock", 10)
 
 
-def introduced(run):
-    """A connection past its hello."""
+def after_hello(run):
+    """A connection that has completed the hello."""
     sock = connect(run)
     sock.sendall(frames.encode(ClientHello(who="a test")))
     read_frame(sock)
@@ -46,8 +46,8 @@ def frame(body):
     return frames.HEADER.pack(len(body)) + body
 
 
-def is_hung_up(sock):
-    """Reads until the engine closes; a time-out says that it did not."""
+def is_closed_by_engine(sock):
+    """Reads until the engine closes the connection; a timeout means that it did not."""
     sock.settimeout(60)
     try:
         while sock.recv(65536):
@@ -59,7 +59,7 @@ def is_hung_up(sock):
 
 REQUEST = frames.encode(CommandRequest(id="x", command=SetSetting(key="beta", value=0)))[4:]
 assert REQUEST.endswith(b"\x00")
-NONSENSE = {
+INVALID_START = {
     "nothing": b"",
     "no header": b"\x00\x00",
     "random bytes": frame(os.urandom(200)),
@@ -74,12 +74,12 @@ NONSENSE = {
 }
 
 
-@pytest.mark.parametrize("data", NONSENSE.values(), ids=NONSENSE)
-def test_a_connection_that_begins_with_nonsense_is_closed(training, data):
+@pytest.mark.parametrize("data", INVALID_START.values(), ids=INVALID_START)
+def test_a_connection_with_an_invalid_start_is_closed(training, data):
     with connect(training) as sock:
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)
-        assert is_hung_up(sock)
+        assert is_closed_by_engine(sock)
 
 
 AFTER_HELLO = {
@@ -93,54 +93,54 @@ AFTER_HELLO = {
 
 
 @pytest.mark.parametrize("data", AFTER_HELLO.values(), ids=AFTER_HELLO)
-def test_a_client_that_turns_to_nonsense_is_cut_off(training, data):
-    with introduced(training) as sock:
+def test_a_client_that_sends_an_invalid_message_is_disconnected(training, data):
+    with after_hello(training) as sock:
         sock.sendall(data)
-        assert is_hung_up(sock)
+        assert is_closed_by_engine(sock)
 
 
 def test_a_silent_connection_is_closed_after_a_while(training):
     with connect(training) as sock:
-        assert is_hung_up(sock)
+        assert is_closed_by_engine(sock)
 
 
 def test_a_client_that_stops_within_a_frame_is_closed_after_a_while(training):
-    with introduced(training) as sock:
+    with after_hello(training) as sock:
         sock.sendall(frames.HEADER.pack(1000) + b"x" * 10)
-        assert is_hung_up(sock)
+        assert is_closed_by_engine(sock)
 
 
-def test_abandoned_connections_do_not_add_up(training):
+def test_abandoned_connections_do_not_accumulate(training):
     for _ in range(200):
-        with introduced(training) as sock:
+        with after_hello(training) as sock:
             sock.sendall(frames.encode(StatusRequest()))
     with training.client() as client:
         assert client.status().state == "running"
 
 
-def test_more_clients_than_there_is_room_for_are_turned_away_and_room_comes_back(training):
+def test_clients_over_the_limit_are_refused_until_others_disconnect(training):
     with ExitStack() as stack:
-        many = [stack.enter_context(introduced(training)) for _ in range(64)]
-        with introduced(training) as late:
-            assert is_hung_up(late)
+        many = [stack.enter_context(after_hello(training)) for _ in range(64)]
+        with after_hello(training) as late:
+            assert is_closed_by_engine(late)
         assert len(many) == 64
     with training.client() as client:
         assert client.status().state == "running"
 
 
-def test_a_client_that_never_reads_is_cut_off(training):
-    with introduced(training) as sock:
+def test_a_client_that_never_reads_is_disconnected(training):
+    with after_hello(training) as sock:
         sock.sendall(frames.encode(Watch()))
-        asked = frames.encode(StatusRequest())
+        request = frames.encode(StatusRequest())
         with pytest.raises((ConnectionError, TimeoutError)):
             while True:
-                sock.sendall(asked)
+                sock.sendall(request)
     with training.client() as client:
         assert client.status().state == "running"
 
 
 def test_a_command_sent_by_a_client_that_hangs_up_is_carried_out(training, wait_until):
-    with introduced(training) as sock:
+    with after_hello(training) as sock:
         sock.sendall(
             frames.encode(
                 CommandRequest(id="and-gone", command=SetSetting(key="save_every", value=0))
@@ -163,10 +163,10 @@ def test_status_takes_less_than_20_ms(endless, record_property):
     assert median < 20
 
 
-def test_a_paused_supervisor_costs_next_to_nothing(endless):
+def test_a_paused_supervisor_uses_almost_no_resources(endless):
     engine = endless.engine()
     before, began = engine.cpu_times(), time.monotonic()
-    # The span that is measured, not a wait for anything.
+    # The measured interval; it does not wait for a condition.
     time.sleep(6)
     after, span = engine.cpu_times(), time.monotonic() - began
     share = (after.user + after.system - before.user - before.system) / span
@@ -176,7 +176,7 @@ def test_a_paused_supervisor_costs_next_to_nothing(endless):
     assert memory < 60
 
 
-def test_telemetry_knows_the_rank(endless, wait_until):
+def test_telemetry_contains_the_rank(endless, wait_until):
     def latest():
         with endless.client() as client:
             return client.status().telemetry.ranks
@@ -189,6 +189,6 @@ def test_telemetry_knows_the_rank(endless, wait_until):
 def test_the_engines_log_says_why_connections_were_closed(training):
     with connect(training) as sock:
         sock.sendall(frame(b"\xff\xff"))
-        assert is_hung_up(sock)
+        assert is_closed_by_engine(sock)
     lines = json.loads(training.lab.cli("logs", training.name, "--json").stdout)
     assert any("no protocol of ours" in line for line in lines)

@@ -1,4 +1,4 @@
-"""An engine in the background belongs to the machine, not to the terminal it was started from."""
+"""An engine in the background is independent of the terminal that it was started from."""
 
 import os
 import shlex
@@ -12,21 +12,21 @@ import pytest
 
 @pytest.fixture(scope="module")
 def orphan(lab, wait_until):
-    """A detached run, held in step 2, whose shell and terminal have been hung up."""
+    """A detached run, held in step 2, whose shell and terminal have been closed."""
     run = lab.run("from-a-terminal")
     run.hold(2)
     master, slave = os.openpty()
     run.terminal = os.ttyname(slave)
     started = run.gate / "shell-is-done"
-    words = shlex.join([str(lab.program), *run.arguments, "--detach"])
-    # A session leader that opens a terminal gets it for its controlling one.
-    script = f"exec <{run.terminal} >{run.terminal} 2>&1; {words} && touch {started}; sleep 600"
+    command = shlex.join([str(lab.program), *run.arguments, "--detach"])
+    # The terminal that a session leader opens becomes its controlling terminal.
+    script = f"exec <{run.terminal} >{run.terminal} 2>&1; {command} && touch {started}; sleep 600"
     environment = lab.environment | {"TERM": "xterm"}
     shell = subprocess.Popen(
         ["sh", "-c", script],
         env=environment,
         start_new_session=True,
-        # Whoever runs these tests may ignore SIGHUP (nohup does); this shell must not.
+        # The tests may run with SIGHUP ignored (nohup); this shell must not ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
     )
     wait_until(started.exists, "return of --detach")
@@ -41,7 +41,7 @@ def orphan(lab, wait_until):
 
 
 def open_files(process):
-    """What a process has open, as the kernel names it."""
+    """The open files of a process, by the kernel's names."""
     found = []
     for entry in Path(f"/proc/{process.pid}/fd").iterdir():
         try:
@@ -58,12 +58,12 @@ def test_the_engine_and_its_rank_are_in_sessions_of_their_own(orphan):
 
 
 def test_it_is_steered_from_another_process(orphan):
-    # 4 is what it is: only the ledger differs.
+    # 4 is the current value, so the command changes only the command log.
     assert orphan.ctl("set", "save_every=4", "--id", "from-outside").returncode == 0
     assert orphan.commands()["from-outside"]["status"] == "accepted"
 
 
-def test_nothing_of_the_callers_is_kept_open(orphan):
+def test_no_file_of_the_caller_is_kept_open(orphan):
     for process in (orphan.engine(), orphan.rank()):
         names = open_files(process)
         assert orphan.terminal not in names
@@ -72,10 +72,10 @@ def test_nothing_of_the_callers_is_kept_open(orphan):
 
 
 def test_a_callers_pipe_ends_when_detach_returns(endless):
-    # It was started with its output captured, which ends only when every copy is closed.
+    # Its output was captured through a pipe, which ends only when every copy is closed.
     names = open_files(endless.engine())
-    own = {str(os.readlink(f"/proc/self/fd/{n}")) for n in (0, 1, 2)}  # noqa: PTH115
-    assert not [n for n in names if n.startswith("pipe:") and n in own]
+    ours = {str(os.readlink(f"/proc/self/fd/{n}")) for n in (0, 1, 2)}  # noqa: PTH115
+    assert not [n for n in names if n.startswith("pipe:") and n in ours]
 
 
 def test_every_process_of_a_session_shows_its_folder(orphan, processes_of):
@@ -86,25 +86,25 @@ def test_every_process_of_a_session_shows_its_folder(orphan, processes_of):
     assert len(family) >= 2
 
 
-def test_a_rank_ignores_what_a_scheduler_sends_to_everyone(orphan):
+def test_a_rank_ignores_the_signals_of_a_scheduler(orphan):
     rank = orphan.rank()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         rank.send_signal(number)
-    # Signals are taken in order: had one ended it, it would not answer the next step.
+    # Signals are delivered in order: if one had ended the rank, the run would not finish.
     orphan.release(2)
     orphan.finish()
     assert rank.pid not in psutil.pids()
-    with orphan.record() as record:
-        assert len(record.attempts()) == 1
+    with orphan.reader() as reader:
+        assert len(reader.attempts()) == 1
 
 
-def test_it_trained_to_its_end_without_its_terminal(orphan, whole):
+def test_it_finishes_without_its_terminal(orphan, whole):
     orphan.release(2)
     orphan.finish()
     assert orphan.numbers() == whole.numbers()
 
 
-def test_the_session_is_its_owners_alone(endless):
+def test_the_session_is_accessible_to_its_owner_only(endless):
     folder = endless.session.folder
     assert folder.stat().st_mode & 0o777 == 0o700
     assert (folder / "engine.sock").stat().st_mode & 0o777 == 0o600

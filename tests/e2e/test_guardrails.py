@@ -1,4 +1,4 @@
-"""Guard rails on a living run and replayed over one: what they say, do and send."""
+"""Guard rails on a running session, and replayed over a session."""
 
 import json
 
@@ -7,9 +7,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def guarded(lab, place, wait_until):
-    """A run that a rule of its own pauses after step 2, and that meets infinity in step 5.
+    """A run that its own rule pauses after step 2, with infinite scores in step 5.
 
-    Its alerts go to a command that keeps what it is told, and to one line of its environment.
+    Its notify command stores the JSON of each alert, and the text from its environment.
     """
     box = place / "alerts"
     box.mkdir()
@@ -20,10 +20,10 @@ def guarded(lab, place, wait_until):
         f'notify.command=cat > {box}/$$.part; echo "$RLHF_TUI_ALERT" > {box}/$$.text; '
         f"mv {box}/$$.part {box}/$$.json",
     )
-    # Held in step 3, the pause that step 2 calls for is there before step 3 ends; if the supervisor
-    # is quick, even before step 3 begins.
+    # While step 3 is held, the supervisor requests the pause for step 2, possibly before step 3
+    # begins.
     run.hold(3)
-    run.answer_at(5, "1e39")
+    run.score_at(5, "1e39")
     run.follower = None
     run.start()
     run.wait_for("pausing", "paused")
@@ -31,15 +31,15 @@ def guarded(lab, place, wait_until):
     run.wait_for("paused")
     run.first_pause = run.step
     run.follower = lab.popen("logs", run.name, "-f")
-    assert run.order("unpause")["status"] == "applied"
+    assert run.command("unpause")["status"] == "applied"
     run.wait_for("paused")
     run.second_pause = run.step
-    run.follows = run.follower.poll() is None
+    run.was_following = run.follower.poll() is None
     wait_until(lambda: len(list(box.glob("*.json"))) >= len(run.events("alert")), "messages")
-    run.told = [json.loads(f.read_text()) for f in sorted(box.glob("*.json"))]
+    run.notified = [json.loads(f.read_text()) for f in sorted(box.glob("*.json"))]
     run.sentences = [f.read_text() for f in sorted(box.glob("*.text"))]
-    run.stopped = run.order("stop")
-    run.free = not run.session.is_live()
+    run.stopped = run.command("stop")
+    run.engine_gone = not run.session.is_live()
     run.wait_gone()
     yield run
     if run.follower is not None:
@@ -52,7 +52,7 @@ def alert_of(run, rule):
     return next(e for e in run.events("alert") if e["rule"] == rule)
 
 
-def test_a_rule_pauses_a_living_run_at_the_next_boundary(guarded):
+def test_a_rule_pauses_a_run_at_the_next_boundary(guarded):
     assert guarded.first_pause in (2, 3)
     pauses = [c["who"] for c in guarded.commands().values() if c["command"] == "pause"]
     assert pauses[0] == "guard rail enough"
@@ -72,18 +72,18 @@ def test_the_alert_carries_its_evidence(guarded):
     assert {"prompt", "response", "kl", "length", "index"} <= set(alert["samples"][0])
 
 
-def test_a_rule_speaks_once_while_its_condition_holds(guarded):
+def test_a_rule_alerts_once_while_its_condition_holds(guarded):
     assert len([e for e in guarded.events("alert") if e["rule"] == "enough"]) == 1
 
 
-def test_what_is_not_finite_pauses_a_run_that_says_nothing_about_it(guarded):
+def test_a_non_finite_metric_pauses_a_run_by_default(guarded):
     alert = alert_of(guarded, "non_finite")
     assert alert["step"] == 5
     assert "objective/scores" in alert["text"]
     assert guarded.second_pause in (5, 6)
 
 
-def test_infinity_is_null_for_whoever_reads_the_run(guarded):
+def test_infinity_is_null_in_json(guarded):
     row = next(r for r in guarded.lab.json("metrics", guarded.name) if r["step"] == 5)
     assert row["objective/scores"] is None
     samples = guarded.lab.json("samples", guarded.name)
@@ -95,7 +95,7 @@ def test_infinity_is_null_for_whoever_reads_the_run(guarded):
 
 
 def test_the_notify_command_is_given_each_alert_as_json(guarded):
-    by_rule = {alert["rule"]: alert for alert in guarded.told}
+    by_rule = {alert["rule"]: alert for alert in guarded.notified}
     assert {"enough", "non_finite"} <= set(by_rule)
     assert by_rule["enough"]["session"] == "guarded"
     assert by_rule["enough"]["step"] == 2
@@ -109,23 +109,23 @@ def test_a_paused_run_can_be_stopped_and_is_saved(guarded):
     assert guarded.checkpoint(guarded.second_pause)["state"]["step"] == guarded.second_pause
 
 
-def test_who_waits_for_a_stop_finds_the_engine_gone(guarded):
-    assert guarded.free
+def test_stop_with_wait_returns_after_the_engine_has_ended(guarded):
+    assert guarded.engine_gone
 
 
 def test_following_a_log_ends_when_the_engine_does(guarded):
-    assert guarded.follows
+    assert guarded.was_following
     guarded.follower.wait(timeout=240)
     assert guarded.follower.returncode == 0
 
 
-def test_a_dry_run_says_what_the_rules_said(guarded):
+def test_a_dry_run_repeats_the_alerts_of_the_run(guarded):
     replayed = guarded.lab.json("guardrails", guarded.name, "--dry-run")
-    spoken = [(a["rule"], a["step"]) for a in replayed]
-    assert ("enough", 2) in spoken
-    assert ("non_finite", 5) in spoken
+    alerts = [(a["rule"], a["step"]) for a in replayed]
+    assert ("enough", 2) in alerts
+    assert ("non_finite", 5) in alerts
     live = [(e["rule"], e["step"]) for e in guarded.events("alert")]
-    assert sorted(spoken) == sorted(live)
+    assert sorted(alerts) == sorted(live)
 
 
 def test_a_dry_run_tries_other_rules_on_a_finished_run(whole, tmp_path):
@@ -143,7 +143,7 @@ def test_a_dry_run_tries_other_rules_on_a_finished_run(whole, tmp_path):
 @pytest.mark.parametrize(
     "text", ["- 1\n", "guardrails: [\n", "rules: [{name: a}]\n", "rules: [{name: a, metric: b}]\n"]
 )
-def test_rules_that_are_none_are_the_users_mistake(whole, tmp_path, text):
+def test_invalid_rules_are_a_user_error(whole, tmp_path, text):
     rules = tmp_path / "rules.yaml"
     rules.write_text(text)
     done = whole.lab.cli("guardrails", whole.name, "--dry-run", "--rules", rules)

@@ -1,4 +1,4 @@
-"""Text that a terminal would obey never reaches one raw, and ends nothing."""
+"""Escape sequences and markup in data never reach the terminal, and crash nothing."""
 
 import json
 
@@ -14,19 +14,24 @@ HOSTILE = [
     "turned \u202e around \u2066 done",
     "markup [/nope] [bold] [@click=app.quit]x[/] done",
 ]
-NEVER = [b"\x1b]52;", b"\x1b]0;owned", b"\x1b[999", *(c.encode() for c in "\x9b\x9d\u202e\u2066")]
+FORBIDDEN = [
+    b"\x1b]52;",
+    b"\x1b]0;owned",
+    b"\x1b[999",
+    *(c.encode() for c in "\x9b\x9d\u202e\u2066"),
+]
 
 
 @pytest.fixture(scope="module")
 def hostile(make_lab):
-    """A paused run whose prompts, notes and log are hostile."""
+    """A paused run with hostile prompts, notes and log lines."""
     lab = make_lab("hostile")
     prompts = lab.root.with_name("prompts.jsonl")
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HOSTILE))
     run = lab.run("hostile", f"data.prompts={prompts}", steps=1000)
     run.start()
-    run.order("pause")
+    run.command("pause")
     for text in HOSTILE:
         assert lab.cli("note", run.name, text).returncode == 0
     with run.session.log_file.open("a", encoding="utf-8") as log:
@@ -38,13 +43,13 @@ def hostile(make_lab):
 def test_the_app_shows_it_as_symbols_and_stays_up(hostile, wait_until):
     terminal = Terminal(hostile.lab, "attach", hostile.name)
     try:
-        for key, word in (("2", "Steering"), ("3", "RESPONSE"), ("4", "saved"), ("5", "lines")):
+        for key, text in (("2", "Steering"), ("3", "RESPONSE"), ("4", "saved"), ("5", "lines")):
             terminal.type(key)
-            wait_until(lambda word=word: word in terminal.text, f"screen {key}")
+            wait_until(lambda text=text: text in terminal.text, f"screen {key}")
         terminal.type("1")
         wait_until(lambda: "enter" in terminal.text, "session browser")
         assert terminal.process.poll() is None
-        assert not [bad for bad in NEVER if bad in terminal.raw]
+        assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
     finally:
         terminal.close()
 
@@ -55,7 +60,7 @@ def test_the_command_line_prints_it_as_symbols(hostile, wait_until, command):
     try:
         wait_until(lambda: terminal.process.poll() is not None, f"end of {command}")
         wait_until(lambda: hostile.name in terminal.text or "done" in terminal.text, "output")
-        assert not [bad for bad in NEVER if bad in terminal.raw]
+        assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
     finally:
         terminal.close()
 
@@ -63,11 +68,11 @@ def test_the_command_line_prints_it_as_symbols(hostile, wait_until, command):
 def test_an_error_of_a_reward_function_is_printed_as_symbols(make_lab, wait_until):
     lab = make_lab("hostile-reward")
     run = lab.run("raises", "launch.max_restarts=1")
-    run.answer_at(1, "raise " + " ".join(HOSTILE))
+    run.score_at(1, "raise " + " ".join(HOSTILE))
     terminal = Terminal(lab, *run.arguments, "--headless")
     try:
         wait_until(lambda: terminal.process.poll() is not None, "end of the run")
         wait_until(lambda: "restart 1 of 1" in terminal.text, "output")
-        assert not [bad for bad in NEVER if bad in terminal.raw]
+        assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
     finally:
         terminal.close()

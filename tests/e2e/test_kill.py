@@ -1,4 +1,4 @@
-"""kill -9, of the supervisor and of a rank, at any moment: nothing is lost, nobody is left."""
+"""kill -9 of the supervisor or a rank at any moment loses no data and leaves no process."""
 
 import os
 import random
@@ -10,26 +10,26 @@ import pytest
 from tests.e2e.gate import DEADLY
 from tests.e2e.lab import LONG, until
 
-CRASH_IS_SEEN = 5.0
-"""Seconds, the contract's."""
+CRASH_TIMEOUT = 5.0
+"""Seconds in which a crash must become visible."""
 STEPS = 8
 
 
-ORDERS = {
+COMMANDS = {
     3: {"to-0.2": ("beta", "0.2")},
     5: {
         "aim": ("kl", "adaptive", "--target", "2", "--horizon", "50"),
         "slower": ("set", "learning_rate=1e-4"),
     },
 }
-"""What the steered run was told, inside which step."""
+"""The commands of the run `steered`, by the step in which they are sent, with their ids."""
 
 
 def steer(run, until_step=STEPS, suffix=""):
-    """Gives a run, held at those steps, the orders it has not carried out yet."""
-    for step, orders in ORDERS.items():
+    """Sends the commands that a run, held at their steps, has not applied yet."""
+    for step, commands in COMMANDS.items():
         done = {i for i, c in run.commands().items() if c["status"] == "applied"}
-        missing = {i: words for i, words in orders.items() if i not in done}
+        missing = {i: words for i, words in commands.items() if i not in done}
         if not missing or step > until_step:
             continue
         run.wait_at(step)
@@ -45,25 +45,25 @@ def state_in_ls(run):
 
 @pytest.fixture(scope="module")
 def crashed(lab, wait_until):
-    """A steered run whose supervisor is killed inside step 7, after everything was set."""
+    """A run like `steered` whose supervisor is killed inside step 7."""
     run = lab.run("crashed")
-    run.hold(*ORDERS, 7)
+    run.hold(*COMMANDS, 7)
     run.start()
     steer(run)
     run.wait_at(7)
     run.engine().kill()
-    run.seen = wait_until(lambda: state_in_ls(run) == "crashed", "crashed in ls", CRASH_IS_SEEN)
+    run.seen = wait_until(lambda: state_in_ls(run) == "crashed", "crashed in ls", CRASH_TIMEOUT)
     run.wait_gone()
     yield run
     run.end()
 
 
-def test_a_killed_supervisor_is_seen_as_crashed_and_leaves_no_process(crashed, processes_of):
+def test_a_killed_supervisor_is_shown_as_crashed_and_leaves_no_process(crashed, processes_of):
     assert crashed.seen
     assert not processes_of(crashed.session.folder)
 
 
-def test_a_crashed_session_can_be_read_and_says_how_to_go_on(crashed):
+def test_a_crashed_session_can_be_read_and_says_how_to_resume(crashed):
     done = crashed.lab.cli("status", crashed.name)
     assert done.returncode == 0
     assert f"rlhf-tui resume {crashed.name}" in done.stdout
@@ -76,43 +76,43 @@ def test_a_crashed_session_cannot_be_steered(crashed):
     assert f"rlhf-tui resume {crashed.name}" in done.stderr
 
 
-def test_resumed_it_ends_where_the_undisturbed_one_ends_settings_included(crashed, steered):
+def test_resumed_it_ends_like_the_uninterrupted_run_settings_included(crashed, steered):
     if crashed.state == "crashed":
         crashed.release(7)
         crashed.resume(mode="--headless")
     assert crashed.numbers() == steered.numbers()[:8]
     assert crashed.checkpoint(8)["hashes"] == steered.checkpoint(8)["hashes"]
-    mine, theirs = (r.checkpoint(8)["state"]["settings"] for r in (crashed, steered))
-    assert mine == theirs
+    resumed, expected = (r.checkpoint(8)["state"]["settings"] for r in (crashed, steered))
+    assert resumed == expected
 
 
 def kill_and_resume(run, rng):
     """Kills the supervisor at a random moment inside or after a random step, and resumes."""
     step = rng.randint(1, STEPS - 1)
-    run.hold(*ORDERS, step)
+    run.hold(*COMMANDS, step)
     run.start()
     steer(run, step)
     run.wait_at(step)
-    if rng.random() < 0.8:  # else it dies while the rank is held
+    if rng.random() < 0.8:  # otherwise the supervisor is killed while the rank is held
         run.release(step)
-    # Somewhere: generating, scoring, optimising, saving, or between two of these.
+    # A random moment of generation, scoring, optimisation or saving.
     time.sleep(rng.uniform(0, 0.5))
     if run.session.is_live():
         run.engine().kill()
     run.wait_gone()
-    # A dying process loses its command line before its lock.
-    until(lambda: run.state in ("finished", "crashed"), "end that is seen", CRASH_IS_SEEN)
-    if run.state == "finished":  # it was faster
+    # The kernel clears the command line of a process before it releases its lock.
+    until(lambda: run.state in ("finished", "crashed"), "final state", CRASH_TIMEOUT)
+    if run.state == "finished":  # before it was killed
         return
-    run.release(step, *ORDERS)
+    run.release(step, *COMMANDS)
     done = {i for i, c in run.commands().items() if c["status"] == "applied"}
-    run.hold(*(s for s, orders in ORDERS.items() if not done.issuperset(orders)))
+    run.hold(*(s for s, commands in COMMANDS.items() if not done.issuperset(commands)))
     run.resume()
     steer(run, suffix="-again")
     run.finish()
 
 
-def test_a_killed_foreground_run_takes_its_rank_along(lab):
+def test_the_rank_of_a_killed_foreground_run_ends_too(lab):
     run = lab.run("orphan")
     run.hold(1)
     process = lab.popen(*run.arguments, "--headless")
@@ -124,10 +124,10 @@ def test_a_killed_foreground_run_takes_its_rank_along(lab):
 
 
 @pytest.fixture(scope="module")
-def bereft(lab, wait_until):
-    """A steered run whose rank is killed inside step 7 with a pause on its way."""
-    run = lab.run("bereft")
-    run.hold(*ORDERS, 7)
+def lost_rank(lab, wait_until):
+    """A run like `steered` whose rank is killed inside step 7 while a pause is pending."""
+    run = lab.run("lost-rank")
+    run.hold(*COMMANDS, 7)
     run.start()
     steer(run)
     run.wait_at(7)
@@ -137,74 +137,74 @@ def bereft(lab, wait_until):
     run.release(7)
     run.hold(7)
     os.kill(first.pid, signal.SIGKILL)
-    # Restarted at the checkpoint of step 4, it meets the pause at once.
+    # After the restart from the checkpoint of step 4 the pause is applied at once.
     run.wait_for("paused")
     run.paused_at = run.step
     run.second_pid = run.rank().pid != first.pid
     run.release(7)
-    assert run.order("unpause")["status"] == "applied"
+    assert run.command("unpause")["status"] == "applied"
     run.finish()
     yield run
     run.end()
 
 
-def test_a_killed_rank_is_started_again_from_the_last_checkpoint(bereft):
-    assert bereft.second_pid
-    with bereft.record() as record:
-        assert [a.from_step for a in record.attempts()] == [0, 4]
+def test_a_killed_rank_is_restarted_from_the_last_checkpoint(lost_rank):
+    assert lost_rank.second_pid
+    with lost_rank.reader() as reader:
+        assert [a.from_step for a in reader.attempts()] == [0, 4]
 
 
-def test_the_restart_and_its_reason_are_in_the_ledger(bereft):
-    (alert,) = [e for e in bereft.events("alert") if e["rule"] == "restart"]
+def test_the_restart_and_its_reason_are_events(lost_rank):
+    (alert,) = [e for e in lost_rank.events("alert") if e["rule"] == "restart"]
     assert "SIGKILL" in alert["text"]
-    assert any("SIGKILL" in e["text"] for e in bereft.events("error"))
+    assert any("SIGKILL" in e["text"] for e in lost_rank.events("error"))
 
 
-def test_a_command_that_was_on_its_way_is_carried_out_after_the_restart(bereft):
-    assert bereft.paused_at == 4
-    assert bereft.commands()["survivor"]["applied_step"] == 5
+def test_a_pending_command_is_applied_after_the_restart(lost_rank):
+    assert lost_rank.paused_at == 4
+    assert lost_rank.commands()["survivor"]["applied_step"] == 5
 
 
-def test_a_run_whose_rank_was_killed_ends_where_the_undisturbed_one_ends(bereft, steered):
-    assert bereft.numbers() == steered.numbers()[:8]
-    assert bereft.checkpoint(8)["hashes"] == steered.checkpoint(8)["hashes"]
+def test_a_run_whose_rank_was_killed_ends_like_the_uninterrupted_run(lost_rank, steered):
+    assert lost_rank.numbers() == steered.numbers()[:8]
+    assert lost_rank.checkpoint(8)["hashes"] == steered.checkpoint(8)["hashes"]
 
 
 @pytest.fixture(scope="module")
 def poisoned(lab, wait_until):
-    """A run that was given, inside step 3, a probe that no rank survives, and another beta."""
+    """A run that gets, inside step 3, a probe that kills every rank, and then a new beta."""
     run = lab.run("poisoned")
     run.hold(3)
     try:
         run.start()
         run.wait_at(3)
-        asker = lab.popen("ctl", run.name, "probe", DEADLY, "--id", "poison")
+        prober = lab.popen("ctl", run.name, "probe", DEADLY, "--id", "poison")
         wait_until(lambda: "poison" in run.commands(), "the probe")
         assert run.ctl("beta", "0.2", "--id", "behind").returncode == 0
         run.release(3)
-        _, run.told = asker.communicate(timeout=LONG)
+        _, run.probe_stderr = prober.communicate(timeout=LONG)
         run.finish()
         yield run
     finally:
         run.end()
 
 
-def test_an_order_with_which_the_ranks_fail_twice_is_given_up(poisoned):
-    given_up = poisoned.commands()["poison"]
-    assert given_up["status"] == "rejected"
-    assert given_up["reason"] == "the ranks failed 2 times while it was pending"
-    assert given_up["reason"] in poisoned.told
-    with poisoned.record() as record:
-        assert len(record.attempts()) == 3
+def test_a_command_that_kills_the_ranks_twice_is_rejected(poisoned):
+    probe = poisoned.commands()["poison"]
+    assert probe["status"] == "rejected"
+    assert probe["reason"] == "the ranks failed 2 times while it was pending"
+    assert probe["reason"] in poisoned.probe_stderr
+    with poisoned.reader() as reader:
+        assert len(reader.attempts()) == 3
 
 
-def test_what_was_ordered_beside_it_is_carried_out(poisoned):
+def test_the_other_command_is_applied(poisoned):
     behind = poisoned.commands()["behind"]
     assert behind["status"] == "applied"
     assert poisoned.betas()[behind["applied_step"]] == 0.2
 
 
-def test_without_restarts_left_a_killed_rank_is_a_failed_run(lab):
+def test_without_restarts_left_a_killed_rank_fails_the_run(lab):
     run = lab.run("no-second-chance", "launch.max_restarts=0")
     run.hold(2)
     process = lab.popen(*run.arguments, "--headless")
@@ -220,10 +220,10 @@ def test_without_restarts_left_a_killed_rank_is_a_failed_run(lab):
 @pytest.mark.parametrize(
     "seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 2, 3, 4, 5, 6))]
 )
-def test_killed_at_a_random_moment_it_ends_where_the_undisturbed_one_ends(lab, steered, seed):
+def test_killed_at_a_random_moment_it_ends_like_the_uninterrupted_run(lab, steered, seed):
     run = lab.run(f"random-{seed}")
     try:
-        kill_and_resume(run, random.Random(seed))  # noqa: S311 - repeatable on purpose
+        kill_and_resume(run, random.Random(seed))  # noqa: S311 - reproducible
         assert run.numbers() == steered.numbers()[:8]
     finally:
         run.end()

@@ -1,4 +1,4 @@
-"""The main job, whole: the demo learns, keeps near its reference, and still writes sentences."""
+"""The demo learns, stays close to its reference, and still generates sentences."""
 
 import statistics
 
@@ -19,7 +19,7 @@ def learned(request, lab):
 
 
 @pytest.mark.slow
-def test_the_score_rises_by_most_of_its_first_spread(learned):
+def test_the_score_rises_by_most_of_its_initial_standard_deviation(learned):
     rows, _ = learned
     scores = [r["objective/scores"] for r in rows]
     gain = statistics.mean(scores[-10:]) - statistics.mean(scores[:10])
@@ -34,10 +34,10 @@ def test_the_kl_stays_within_twice_its_target(learned):
 
 
 @pytest.mark.slow
-def test_the_answers_at_the_end_still_read_as_sentences(learned):
+def test_the_last_responses_are_still_sentences(learned):
     _, samples = learned
-    whole = [s for s in samples if s["ended"] and s["response"].rstrip()[-1:] in ".!?"]
-    assert len(whole) >= 0.9 * len(samples)
+    sentences = [s for s in samples if s["ended"] and s["response"].rstrip()[-1:] in ".!?"]
+    assert len(sentences) >= 0.9 * len(samples)
     lengths = [len(s["response"].split()) for s in samples]
     assert 4 <= statistics.mean(lengths) <= 25
     assert len({s["response"] for s in samples}) >= 0.5 * len(samples)

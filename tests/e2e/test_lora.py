@@ -1,4 +1,4 @@
-"""A LoRA run from the command line: it starts, is branched off, and leaves in both forms."""
+"""A LoRA run on the command line: train, fork, and export with and without merging."""
 
 import json
 
@@ -22,12 +22,12 @@ def adapted(lab):
     return lab
 
 
-def test_both_exports_say_what_they_are(adapted, tmp_path):
+def test_both_exports_report_their_kind(adapted, tmp_path):
     done = adapted.cli("export", "adapted", "--policy", tmp_path / "adapters")
     assert done.returncode == 0, done.stderr
     assert "adapters of step 2" in done.stdout
-    described = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
-    assert described["r"] == 4
+    adapter_config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert adapter_config["r"] == 4
     done = adapted.cli("export", "adapted", "--policy", tmp_path / "whole", "--merged")
     assert done.returncode == 0, done.stderr
     assert "adapters merged" in done.stdout
@@ -35,7 +35,7 @@ def test_both_exports_say_what_they_are(adapted, tmp_path):
     assert not (tmp_path / "whole" / "adapter_config.json").exists()
 
 
-def test_a_merge_that_fails_is_told_in_one_line_and_leaves_nothing(adapted, tmp_path):
+def test_a_failed_merge_is_one_line_and_leaves_nothing(adapted, tmp_path):
     weights = adapted.root / "adapted" / "checkpoints" / "step-000002" / "policy"
     weights = weights / "adapter_model.safetensors"
     good = weights.read_bytes()
@@ -50,7 +50,7 @@ def test_a_merge_that_fails_is_told_in_one_line_and_leaves_nothing(adapted, tmp_
     assert not (tmp_path / "whole").exists()
 
 
-def test_a_fork_goes_on_from_the_adapters_and_cannot_change_them(adapted):
+def test_a_fork_starts_from_the_adapters_and_cannot_change_their_configuration(adapted):
     fork = ["fork", "adapted", "--from", 2, "--headless", "-o", "train.steps=3"]
     refused = adapted.cli(*fork, "--name", "wider", "-o", "lora.rank=8")
     assert refused.returncode == 2
@@ -63,7 +63,7 @@ def test_a_fork_goes_on_from_the_adapters_and_cannot_change_them(adapted):
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
 
 
-def test_merging_a_run_that_was_trained_in_full_copies_it_and_says_so(whole, tmp_path):
+def test_merging_a_run_without_adapters_copies_the_policy_and_reports_it(whole, tmp_path):
     done = whole.lab.cli("export", "whole", "--policy", tmp_path / "policy", "--merged")
     assert done.returncode == 0, done.stderr
     assert "nothing to merge" in done.stdout

@@ -1,4 +1,4 @@
-"""Two torchrun agents on one machine, as two machines: run, steered, one lost, found again."""
+"""A run over two simulated machines (two agents on one machine), one of which fails and rejoins."""
 
 import os
 import signal
@@ -16,44 +16,46 @@ def free_port():
 
 
 def agents_below(process):
-    """The torchrun agents that a process started."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in below if "engine.train.torchrun.agent" in " ".join(p.cmdline())]
+    """The torchrun agents among the descendants of a process."""
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in descendants if "engine.train.torchrun.agent" in " ".join(p.cmdline())]
 
 
 @pytest.fixture(scope="module")
 def machines(lab, wait_until):
-    """Steered over two machines, one of which loses its agent, and joins again by itself."""
-    place = f"127.0.0.1:{free_port()}"
-    run = lab.run("machines", "launch.nodes=2", "launch.processes=1", f"launch.rendezvous={place}")
+    """A steered run over two machines; the agent of one is killed and the machine rejoins."""
+    address = f"127.0.0.1:{free_port()}"
+    run = lab.run(
+        "machines", "launch.nodes=2", "launch.processes=1", f"launch.rendezvous={address}"
+    )
     run.hold(3, 7)
-    run.start_on = lab.popen(*run.arguments, "--headless")
-    wait_until(lambda: run.events("alert"), "call for another machine")
-    run.call = run.events("alert")[0]["text"]
-    helper = lab.popen("join", place, "--wait", 120, stderr=subprocess.STDOUT)
+    first = lab.popen(*run.arguments, "--headless")
+    wait_until(lambda: run.events("alert"), "alert that asks for another machine")
+    run.join_alert = run.events("alert")[0]["text"]
+    joiner = lab.popen("join", address, "--wait", 120, stderr=subprocess.STDOUT)
     run.wait_at(3)
     run.beta = run.ctl("beta", "0.2")
     run.pause = run.ctl("pause")
     run.release(3)
     run.wait_for("paused")
     run.paused_at = run.step
-    assert run.order("unpause")["status"] == "applied"
+    assert run.command("unpause")["status"] == "applied"
     run.wait_at(7)
     run.wait_saved(4)
-    (agent,) = agents_below(helper)
+    (agent,) = agents_below(joiner)
     os.kill(agent.pid, signal.SIGKILL)
     run.release(7)
     run.finish()
-    run.printed, run.warned = run.start_on.communicate(timeout=240)
-    run.joined, _ = helper.communicate(timeout=240)
-    run.helper_code = helper.returncode
+    run.printed, run.warned = first.communicate(timeout=240)
+    run.join_output, _ = joiner.communicate(timeout=240)
+    run.join_code = joiner.returncode
     yield run
-    helper.kill()
+    joiner.kill()
     run.end()
 
 
 def test_the_run_says_how_another_machine_joins(machines):
-    assert "rlhf-tui join 127.0.0.1:" in machines.call
+    assert "rlhf-tui join 127.0.0.1:" in machines.join_alert
 
 
 def test_a_run_over_two_machines_is_steered_as_one(machines):
@@ -64,34 +66,34 @@ def test_a_run_over_two_machines_is_steered_as_one(machines):
     assert machines.paused_at == 3
 
 
-def test_a_machine_that_is_lost_is_named_and_the_run_goes_on_when_it_is_back(machines):
+def test_a_lost_machine_is_reported_and_the_run_continues_when_it_rejoins(machines):
     (alert,) = [e for e in machines.events("alert") if e["rule"] == "restart"]
     assert "another machine" in alert["text"]
     assert "rlhf-tui join" in alert["text"]
-    with machines.record() as record:
-        assert [a.from_step for a in record.attempts()] == [0, 4]
+    with machines.reader() as reader:
+        assert [a.from_step for a in reader.attempts()] == [0, 4]
 
 
-def test_it_ends_where_one_machine_ends(machines, whole):
+def test_two_machines_compute_the_numbers_of_one(machines, whole):
     for one, two in zip(whole.numbers()[:3], machines.numbers()[:3], strict=True):
         for name, value in one.items():
             assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (one["step"], name)
 
 
-def test_the_joined_machine_says_what_it_did_and_ends_with_the_run(machines):
-    assert machines.helper_code == 0
-    assert machines.joined.count("joining machines") == 2
-    assert "the run is over" in machines.joined
+def test_join_reports_its_progress_and_ends_with_the_run(machines):
+    assert machines.join_code == 0
+    assert machines.join_output.count("joining machines") == 2
+    assert "the run is over" in machines.join_output
 
 
-def test_an_address_that_is_none_is_one_line(lab):
+def test_an_invalid_address_is_one_line(lab):
     done = lab.cli("join", "nowhere")
     assert done.returncode == 2
     assert "HOST:PORT" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_more_machines_need_a_place_to_meet(lab):
+def test_several_machines_need_a_rendezvous_address(lab):
     run = lab.run("nowhere", "launch.nodes=2")
     done = lab.cli(*run.arguments, "--headless")
     assert done.returncode == 2
@@ -99,12 +101,12 @@ def test_more_machines_need_a_place_to_meet(lab):
     assert not run.session.folder.exists()
 
 
-def test_a_port_that_is_taken_is_one_sentence_and_leaves_nothing(lab):
+def test_a_port_in_use_is_one_line_and_leaves_nothing(lab):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        place = f"127.0.0.1:{taken.getsockname()[1]}"
-        run = lab.run("taken", "launch.nodes=2", f"launch.rendezvous={place}")
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        run = lab.run("taken", "launch.nodes=2", f"launch.rendezvous={address}")
         done = lab.cli(*run.arguments, "--headless")
     assert done.returncode == 2
     assert "launch.rendezvous: cannot listen" in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The memory planner from outside: what it prints, what it warns of, and whether it is right."""
+"""The output, the warnings and the accuracy of the memory planner."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ DEMO = starter.FOLDER / "demo.yaml"
 
 @pytest.fixture
 def huge(tmp_path):
-    """A model folder of 400 billion parameters: a configuration, a tokenizer, and no weights."""
+    """The folder of a model with 400 billion parameters: configuration and tokenizer only."""
     folder = tmp_path / "huge"
     shutil.copytree(
         starter.FOLDER / "policy", folder, ignore=shutil.ignore_patterns("*.safetensors")
@@ -25,7 +25,7 @@ def huge(tmp_path):
     return folder
 
 
-def test_the_starters_estimate_is_within_a_quarter_of_what_it_took(lab):
+def test_the_estimate_for_the_starter_is_within_a_quarter_of_the_measured_peak(lab):
     done = lab.cli(
         "demo", "--headless", "--name", "measured", "--steps", 2,
         "-o", "ppo.epochs=1", "-o", "launch.device=cpu", "-o", "launch.threads=1",
@@ -35,7 +35,7 @@ def test_the_starters_estimate_is_within_a_quarter_of_what_it_took(lab):
     ready = next(e for e in lab.json("events", "measured") if e["kind"] == "ready")
     measured = max(row["perf/peak_memory_gb"] for row in lab.json("metrics", "measured"))
     assert ready["planned_memory_gb"] == pytest.approx(measured, rel=TOLERANCE)
-    # The planner's own figure is that of the rank: what runs is what was planned.
+    # `plan` and the rank compute the same estimate.
     planned = lab.json("plan", DEMO, "-o", "launch.device=cpu")
     assert planned["configured"]["peak"] / 1e9 == pytest.approx(measured, rel=TOLERANCE)
 
@@ -52,7 +52,7 @@ def test_the_strategies_stand_side_by_side_on_80_columns(lab):
     assert "the run fits" in done.stdout
 
 
-def test_what_does_not_fit_is_told_with_what_to_change(lab, huge):
+def test_a_run_that_does_not_fit_is_reported_with_changes_that_help(lab, huge):
     options = ("-o", f"model.policy={huge}", "-o", "launch.device=cpu")
     done = lab.cli("plan", DEMO, *options)
     assert done.returncode == 0, done.stderr
@@ -63,18 +63,18 @@ def test_what_does_not_fit_is_told_with_what_to_change(lab, huge):
     assert data["changed_peak"] < data["configured"]["peak"]
 
 
-def test_a_run_warns_before_it_loads_what_will_not_fit(lab, huge):
+def test_a_run_warns_before_it_loads_a_model_that_does_not_fit(lab, huge):
     done = lab.cli(
         "run", DEMO, "--headless", "--name", "too-large",
         "-o", f"model.policy={huge}", "-o", "launch.device=cpu",
     )  # fmt: skip
     assert "estimated to need" in done.stderr
-    # It would have gone on; what ended it is that this model has no weights.
+    # The warning does not end the run; the missing weights do.
     assert done.returncode == 2
     assert "weights" in done.stderr or "no model that can be loaded" in done.stderr
 
 
-def test_a_model_that_is_nowhere_is_wrong_input_in_one_line(lab, tmp_path):
+def test_a_missing_model_is_a_user_error_in_one_line(lab, tmp_path):
     for name in (tmp_path / "nowhere", "nobody/no-such-model"):
         done = lab.cli("plan", DEMO, "-o", f"model.policy={name}")
         assert done.returncode == 2

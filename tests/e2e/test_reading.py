@@ -1,4 +1,4 @@
-"""What the reading commands print: the contract's keys, for living and for finished sessions."""
+"""The output of the reading commands, for running and for finished sessions."""
 
 import json
 import shutil
@@ -33,13 +33,13 @@ def test_the_status_of_a_finished_run(whole):
     assert (row["step"], row["total_steps"], row["pid"]) == (8, 8, None)
 
 
-def test_the_status_of_a_living_run_names_its_supervisor(endless):
+def test_the_status_of_a_running_run_names_its_supervisor(endless):
     row = endless.lab.json("status", endless.name)
     assert row["state"] == "paused"
     assert row["pid"] == endless.engine().pid
 
 
-def test_metrics_are_one_object_a_step_with_the_names_that_are_documented(whole):
+def test_metrics_are_one_object_per_step_with_the_documented_names(whole):
     rows = whole.lab.json("metrics", "whole")
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert all(set(row) >= METRICS for row in rows)
@@ -64,7 +64,7 @@ def test_events_have_the_keys_of_the_contract(steered):
     assert {"attempt", "state", "ready", "checkpoint", "command"} <= {row["kind"] for row in rows}
 
 
-def test_the_states_of_a_run_stand_in_its_events(whole):
+def test_the_events_contain_the_states_of_a_run(whole):
     assert [e["state"] for e in whole.events("state")] == ["starting", "running", "finished"]
 
 
@@ -77,13 +77,13 @@ def test_ls_lists_every_session_as_status_does(whole, endless):
     assert "finished" in printed
 
 
-def test_an_empty_sessions_folder_says_how_to_begin(make_lab):
+def test_an_empty_sessions_folder_says_how_to_start(make_lab):
     empty = make_lab("nothing-yet/sessions")
     assert "rlhf-tui demo" in empty.cli("ls").stdout
     assert empty.json("ls") == []
 
 
-def test_a_living_session_is_found_from_another_folder(endless, tmp_path):
+def test_a_running_session_is_found_from_another_folder(endless, tmp_path):
     cli = endless.lab.cli
     elsewhere = ("--sessions", tmp_path)
     rows = json.loads(cli("ls", *elsewhere, "--json").stdout)
@@ -94,21 +94,21 @@ def test_a_living_session_is_found_from_another_folder(endless, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["status", "metrics", "samples", "events", "logs"])
-def test_what_is_for_people_is_text_of_several_lines(whole, command):
+def test_output_for_people_is_plain_text(whole, command):
     done = whole.lab.cli(command, "whole")
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
     assert done.stderr == ""
 
 
-def test_a_note_on_a_finished_run_stands_in_its_ledger(whole):
+def test_a_note_on_a_finished_run_is_an_event(whole):
     assert whole.lab.cli("note", "whole", "learned to repeat itself").returncode == 0
     assert [n["text"] for n in whole.events("note")] == ["learned to repeat itself"]
     assert whole.state == "finished"
 
 
-def test_diff_shows_what_was_configured_and_came_out_otherwise(whole, steered):
-    # The paths of their gates, and the metrics: nothing else was configured differently.
+def test_diff_shows_different_configuration_and_metrics(whole, steered):
+    # Only the paths of the gates differ in the configuration.
     found = whole.lab.json("diff", "whole", "steered")
     assert set(found["config"]) <= {"reward.path", "train.steps"}
     assert found["step"] == 8
@@ -116,7 +116,7 @@ def test_diff_shows_what_was_configured_and_came_out_otherwise(whole, steered):
     assert "reward.path" in whole.lab.cli("diff", "whole", "steered").stdout
 
 
-def test_reading_closed_early_is_no_error(whole):
+def test_a_closed_pipe_is_no_error(whole):
     script = f"{sys.executable} -m rlhf_tui.cli samples whole --json | head -c 10"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", script],
@@ -127,14 +127,14 @@ def test_reading_closed_early_is_no_error(whole):
 
 @pytest.fixture
 def make_judged(whole, make_lab, request):
-    """A copy of the finished run with judgements in it."""
+    """Creates a copy of the finished run with labels, notes or preferences."""
 
     def make(judge):
         lab = make_lab(f"judged/{request.node.name}/sessions")
         session = Session(lab.root / "judged")
         shutil.copytree(whole.session.folder, session.folder)
-        with JournalReader(session) as record:
-            judge(session, record.samples.newest())
+        with JournalReader(session) as reader:
+            judge(session, reader.samples.newest())
         return SimpleNamespace(lab=lab, name=session.name)
 
     return make
@@ -148,7 +148,7 @@ def exported(whole, tmp_path_factory):
     return folder / "policy"
 
 
-def test_the_exported_policy_answers_in_plain_transformers(exported):
+def test_the_exported_policy_generates_in_plain_transformers(exported):
     script = (
         "import sys\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -166,7 +166,7 @@ def test_the_exported_policy_answers_in_plain_transformers(exported):
     assert 1 <= int(done.stdout) <= 5
 
 
-def test_an_export_never_writes_over_something(whole, exported):
+def test_an_export_never_overwrites_anything(whole, exported):
     done = whole.lab.cli("export", "whole", "--policy", exported)
     assert done.returncode == 2
     assert str(exported) in done.stderr
@@ -214,7 +214,7 @@ def test_preferences_are_exported_as_json_lines(make_judged, tmp_path):
     assert [(r["chosen_step"], r["chosen_index"]) for r in rows] == [(1, 0), (None, None)]
 
 
-def test_without_judgements_an_export_says_how_to_judge_and_writes_nothing(whole, tmp_path):
+def test_without_preferences_an_export_says_how_to_make_them_and_writes_nothing(whole, tmp_path):
     done = whole.lab.cli("export", "whole", "--preferences", tmp_path / "pairs.jsonl")
     assert done.returncode == 3
     (line,) = done.stderr.splitlines()

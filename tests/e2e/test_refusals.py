@@ -1,4 +1,4 @@
-"""What cannot go well is refused with one clear line: a second engine, folders, a full disk."""
+"""A second engine, unusable folders and full disks are refused with one clear line."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def test_a_second_engine_is_refused_naming_the_first_ones_pid_and_host(endless):
 
 
 def test_the_engine_itself_refuses_to_be_the_second(endless, lab):
-    # Past the command line's own look: two that start at the same moment.
+    # Bypasses the check of the command line, as two engines that start at the same moment do.
     from engine.errors import SessionError  # noqa: PLC0415
     from engine.launch.background import start_engine  # noqa: PLC0415
     from engine.launch.start import StartOptions  # noqa: PLC0415
@@ -37,7 +37,7 @@ def test_the_engine_itself_refuses_to_be_the_second(endless, lab):
     assert endless.state == "paused"
 
 
-def test_a_living_session_is_not_deleted(endless):
+def test_a_running_session_is_not_deleted(endless):
     line = one_line(endless.lab.cli("rm", endless.name, "--yes"), 1)
     assert str(endless.engine().pid) in line
     assert endless.session.folder.is_dir()
@@ -60,10 +60,10 @@ def test_steering_a_session_without_an_engine_has_the_same_exit_code(whole):
 
 
 def test_a_sessions_folder_that_is_a_file_is_named(lab, tmp_path):
-    place = tmp_path / "file"
-    place.touch()
-    done = lab.cli("demo", "--headless", "--sessions", place)
-    assert str(place) in one_line(done, 1)
+    file = tmp_path / "file"
+    file.touch()
+    done = lab.cli("demo", "--headless", "--sessions", file)
+    assert str(file) in one_line(done, 1)
 
 
 def test_a_sessions_folder_that_cannot_be_made_is_named(lab):
@@ -72,7 +72,7 @@ def test_a_sessions_folder_that_cannot_be_made_is_named(lab):
 
 
 def test_a_lock_left_by_a_machine_that_went_down_is_no_obstacle(lab, whole):
-    # What a power cut leaves: engine.json and the lock file, but nobody who holds it.
+    # After a power cut engine.json and the lock file exist, but no process holds the lock.
     copy = lab.root / "after-a-power-cut"
     shutil.copytree(whole.session.folder, copy)
     (copy / "engine.json").write_text(
@@ -101,41 +101,41 @@ def test_a_damaged_session_does_not_hide_the_others(lab, whole):
 
 @pytest.fixture
 def mount(tmp_path):
-    """Mounts a file system in memory, with options of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    """Mounts a tmpfs with the given options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
 
     def at(options):
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
         if os.geteuid() or not shutil.which("mount"):
             pytest.skip("only root mounts a file system")
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-        return place
+        return folder
 
     yield at
-    if os.path.ismount(place):
-        subprocess.run(["umount", "-l", place], check=True)
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture
 def small_disk(mount):
-    """A file system of 12 MB: room for a journal, not for a checkpoint."""
+    """A file system of 12 MB: enough space for a journal, but not for a checkpoint."""
     return mount("size=12m")
 
 
 @pytest.fixture
 def archive(mount, whole):
-    """A sessions folder with one session in it, on a file system that not even root can write."""
-    place = mount("size=200m")
-    shutil.copytree(whole.session.folder, place / "whole")
-    subprocess.run(["mount", "-o", "remount,ro", place], check=True)
-    return place
+    """A sessions folder with one session, on a file system that is read-only even for root."""
+    folder = mount("size=200m")
+    shutil.copytree(whole.session.folder, folder / "whole")
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    return folder
 
 
 @pytest.mark.parametrize("mode", ["--detach", "--headless"])
-def test_a_sessions_folder_that_is_read_only_is_said(lab, archive, mode):
+def test_a_read_only_sessions_folder_is_reported(lab, archive, mode):
     line = one_line(lab.cli("demo", mode, "--name", "new", "--sessions", archive), 1)
     assert str(archive) in line
     assert "Read-only" in line
@@ -145,7 +145,7 @@ def test_a_sessions_folder_that_is_read_only_is_said(lab, archive, mode):
 @pytest.mark.parametrize(
     "command", [("resume", "-o", "train.steps=20", "--detach"), ("rm", "--yes"), ("note", "seen")]
 )
-def test_what_would_write_in_an_archived_session_is_said(lab, archive, command):
+def test_a_command_that_writes_to_an_archived_session_is_refused(lab, archive, command):
     name, *options = command
     done = lab.cli(name, "whole", *options, "--sessions", archive)
     assert done.returncode in (1, 3)
@@ -156,7 +156,7 @@ def test_what_would_write_in_an_archived_session_is_said(lab, archive, command):
 def test_an_archived_session_is_read_as_any_other(lab, archive, whole):
     where = ("--sessions", archive)
     states = {row["name"]: row["state"] for row in lab.json("ls", *where)}
-    assert states["whole"] == "finished"  # beside those that live elsewhere
+    assert states["whole"] == "finished"  # besides running sessions in other folders
     assert lab.json("status", "whole", *where)["step"] == 8
     for command in ("metrics", "samples", "events"):
         assert lab.json(command, "whole", *where) == lab.json(command, "whole")
@@ -176,7 +176,7 @@ def test_an_archived_session_is_shown(lab, archive, wait_until):
         terminal.close()
 
 
-def test_a_disk_too_full_for_a_checkpoint_is_said_and_the_run_goes_on_to_its_end(
+def test_a_disk_too_full_for_a_checkpoint_is_reported_and_the_run_continues_to_its_end(
     make_lab, small_disk
 ):
     run = make_lab("full").run("full", "train.save_every=3")
@@ -185,7 +185,7 @@ def test_a_disk_too_full_for_a_checkpoint_is_said_and_the_run_goes_on_to_its_end
     last = done.stderr.splitlines()[-1]
     assert "no room for a checkpoint" in last
     assert "Traceback" not in done.stderr
-    # Steps 3 and 6 could not be saved either: a notice each, and training went on.
+    # Steps 3 and 6 could not be saved either: each is an alert, and training continues.
     run.session = type(run.session)(small_disk / run.name)
     assert run.step == 8
     assert [e["step"] for e in run.events("alert") if e["rule"] == "checkpoint"][:2] == [3, 6]
@@ -211,6 +211,6 @@ def test_a_disk_too_full_for_the_journal_ends_the_run_with_a_line(make_lab, smal
     assert "Traceback" not in stderr
     assert str(run.session.folder) in stderr.splitlines()[-1]
     filler.unlink()
-    # What was journalled before is there, and says that it did not end well.
+    # The journal keeps the earlier steps, and the state shows the failure.
     assert run.step == 1
     assert run.state in ("crashed", "failed")

@@ -1,4 +1,4 @@
-"""A run that was cut off ends where the undisturbed one ends; a branch goes its own way."""
+"""A resumed run ends with the same numbers as an uninterrupted run; a fork differs."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def cut(make_lab):
-    """A run killed whole inside its sixth step, in a very deep folder, and resumed there."""
+    """A run in a very deep folder, killed with all its processes inside step 6, and resumed."""
     deep = "/".join(["deep", *("a-folder-with-a-long-name" for _ in range(8))])
     run = make_lab(deep).run("cut")
     run.hold(6)
@@ -33,7 +33,7 @@ def cut(make_lab):
 
 @pytest.fixture(scope="module")
 def branch(lab, whole):
-    """A fork of the undisturbed run at its fourth step, with another beta."""
+    """A fork of the uninterrupted run at step 4, with another beta."""
     done = lab.cli(
         "fork", "whole", "--from", "4", "--name", "branch", "-o", "kl.beta=0.5", "--headless"
     )
@@ -43,12 +43,12 @@ def branch(lab, whole):
     run.end()
 
 
-def test_eight_steps_in_one_go_and_cut_in_two_have_the_same_metrics(whole, cut):
+def test_eight_steps_uninterrupted_and_resumed_have_the_same_metrics(whole, cut):
     assert [row["step"] for row in cut.numbers()] == list(range(1, 9))
     assert cut.numbers() == whole.numbers()
 
 
-def test_the_controller_moves_beta_and_is_where_it_was_after_the_resume(whole, cut):
+def test_the_controller_changes_beta_and_its_state_survives_the_resume(whole, cut):
     assert len(set(whole.betas().values())) == 8
     assert cut.checkpoint(8)["state"]["settings"] == whole.checkpoint(8)["state"]["settings"]
 
@@ -59,16 +59,16 @@ def test_the_weights_and_the_optimiser_are_the_same_bit_for_bit(whole, cut):
 
 def test_the_samples_are_the_same_each_once(whole, cut):
     def texts(run):
-        with run.record() as record:
-            return [(s.step, s.index, s.response, s.score) for s in record.samples.newest()]
+        with run.reader() as reader:
+            return [(s.step, s.index, s.response, s.score) for s in reader.samples.newest()]
 
     assert texts(cut) == texts(whole)
 
 
-def test_what_the_first_attempt_wrote_after_the_checkpoint_stays_out_of_the_timeline(cut):
-    with cut.record() as record:
-        assert [a.from_step for a in record.attempts()] == [0, 4]
-        assert {(attempt, step) for attempt, step, _ in record.past_series("lr")} == {(1, 5)}
+def test_steps_of_the_first_attempt_after_the_checkpoint_are_on_an_abandoned_branch(cut):
+    with cut.reader() as reader:
+        assert [a.from_step for a in reader.attempts()] == [0, 4]
+        assert {(attempt, step) for attempt, step, _ in reader.past_series("lr")} == {(1, 5)}
 
 
 def test_a_socket_path_longer_than_an_address_works(cut):
@@ -88,12 +88,12 @@ def test_a_fork_shares_the_past(whole, branch):
 def test_a_fork_with_another_beta_differs_after(whole, branch):
     assert branch.betas()[5] == 0.5
     assert all(
-        mine != theirs
-        for mine, theirs in zip(branch.numbers()[4:], whole.numbers()[4:], strict=True)
+        forked != original
+        for forked, original in zip(branch.numbers()[4:], whole.numbers()[4:], strict=True)
     )
 
 
-def test_a_fork_says_where_it_comes_from(branch):
+def test_a_fork_records_its_origin(branch):
     assert branch.events("attempt")[-1]["fork"] == {"from": "whole", "step": 4}
 
 
@@ -103,7 +103,7 @@ def test_resuming_a_finished_run_says_how_to_extend_it(whole):
     assert "-o train.steps=" in done.stdout
 
 
-def test_a_crash_between_the_last_save_and_the_end_is_ended_by_a_resume(lab, whole, numbers):
+def test_a_resume_finishes_a_run_that_crashed_after_its_last_save(lab, whole, numbers):
     copy = lab.root / "almost"
     shutil.copytree(whole.session.folder, copy)
     with sqlite3.connect(copy / "journal.db") as db:
@@ -116,15 +116,15 @@ def test_a_crash_between_the_last_save_and_the_end_is_ended_by_a_resume(lab, who
     assert numbers(lab.json("metrics", "almost")) == whole.numbers()
 
 
-def test_resuming_from_a_step_starts_afresh_there(lab, whole, branch):
-    # The same seed and settings from the same checkpoint: the same steps once more.
+def test_resuming_from_a_step_starts_a_new_attempt_there(lab, whole, branch):
+    # The same seed and settings from the same checkpoint repeat the same steps.
     before = branch.numbers()
     done = lab.cli("resume", "branch", "--from", "4", "-o", "kl.beta=0.5", "--headless")
     assert done.returncode == 0, done.stderr
     assert branch.numbers() == before
-    with branch.record() as record:
-        assert record.attempts()[-1].from_step == 4
-        assert record.attempts()[-1].fresh == 1
+    with branch.reader() as reader:
+        assert reader.attempts()[-1].from_step == 4
+        assert reader.attempts()[-1].fresh == 1
 
 
 def test_a_resume_whose_input_is_wrong_leaves_the_configuration_as_it_was(lab, whole):
@@ -139,7 +139,7 @@ def test_a_resume_whose_input_is_wrong_leaves_the_configuration_as_it_was(lab, w
     assert len(lab.json("metrics", "misled")) == 8
 
 
-def test_a_fork_whose_input_is_wrong_leaves_nothing_half_made(lab, whole):
+def test_a_fork_whose_input_is_wrong_leaves_no_session(lab, whole):
     wrong = ("-o", "reward.mix=[]", "-o", "reward.function=not_there:score")
     done = lab.cli("fork", "whole", "--from", "4", "--name", "wrong", *wrong, "--detach")
     assert done.returncode == 2
@@ -147,7 +147,7 @@ def test_a_fork_whose_input_is_wrong_leaves_nothing_half_made(lab, whole):
     assert not (lab.root / "wrong").exists()
 
 
-def test_a_step_without_a_checkpoint_is_refused_naming_those_there_are(whole):
+def test_a_step_without_a_checkpoint_is_refused_with_a_list_of_checkpoints(whole):
     done = whole.lab.cli("resume", "whole", "--from", "3")
     assert done.returncode == 3
     assert "4, 8" in done.stderr
@@ -157,7 +157,7 @@ def test_a_step_without_a_checkpoint_is_refused_naming_those_there_are(whole):
 
 
 @pytest.mark.parametrize("key", ["seed=1", "data.column=other", "rollout.batch_size=8"])
-def test_a_resume_refuses_what_decides_the_model_or_the_order_of_the_data(whole, key):
+def test_a_resume_refuses_keys_that_determine_the_model_or_the_order_of_the_data(whole, key):
     done = whole.lab.cli("resume", "whole", "-o", key, "-o", "train.steps=9")
     assert done.returncode == 2
     assert key.partition("=")[0] in done.stderr

@@ -1,4 +1,4 @@
-"""A rank that says nothing: told apart from one that is paused, noticed, and started again."""
+"""A rank that hangs is detected and restarted; a paused rank is not."""
 
 import signal
 import time
@@ -6,18 +6,18 @@ import time
 import pytest
 
 SILENCE = 12.0
-"""Seconds of `launch.silence`, instead of half an hour: six times what a paused rank takes from one
-report to the next. While it loads, another limit holds."""
+"""`launch.silence` in seconds: six times the interval between two reports of a paused rank. Loading
+has a separate limit."""
 
 
 @pytest.fixture(scope="module")
 def quiet(lab, wait_until):
-    """A run that is paused for longer than a rank may be silent, and then stopped by the kernel."""
+    """A run that is paused for longer than `launch.silence`; then its rank gets SIGSTOP."""
     limits = (f"launch.silence={SILENCE}", f"guardrails.silent_rank={SILENCE / 2}")
     run = lab.run("quiet", *limits, steps=1000)
     run.start()
-    run.order("pause")
-    # To load may take longer than this: it deserves a notice, and no restart.
+    run.command("pause")
+    # Loading may have taken longer than silent_rank, which alerts but does not restart the run.
     before, starts = len(run.events("alert")), len(run.events("attempt"))
     began = time.monotonic()
     run.paused_at = run.step
@@ -35,7 +35,7 @@ def quiet(lab, wait_until):
     supervisor.send_signal(signal.SIGCONT)
     run.ctl("note", "awake")  # answered after the check that was due
     rank.send_signal(signal.SIGCONT)
-    run.order("checkpoint")
+    run.command("checkpoint")
     run.attempts_after_suspension = len(run.events("attempt"))
     run.alerts_after_suspension = [e["rule"] for e in run.events("alert")][before:]
     run.alerts_before_hang = len(run.events("alert"))
@@ -47,7 +47,7 @@ def quiet(lab, wait_until):
     run.end()
 
 
-def test_a_long_pause_is_not_taken_for_silence(quiet):
+def test_a_long_pause_is_not_silence(quiet):
     assert quiet.restarts_in_pause == 0
     assert not {"silent_rank", "restart"} & set(quiet.alerts_after_pause)
     assert quiet.step_after_pause == quiet.paused_at
@@ -58,7 +58,7 @@ def test_a_suspended_machine_is_not_taken_for_silent_ranks(quiet):
     assert "silent_rank" not in quiet.alerts_after_suspension
 
 
-def test_a_rank_that_hangs_is_noticed_ended_and_started_again(quiet):
+def test_a_rank_that_hangs_is_reported_and_restarted(quiet):
     rules = [e["rule"] for e in quiet.events("alert")][quiet.alerts_before_hang :]
     assert rules.index("silent_rank") < rules.index("restart")
     assert quiet.second_rank != quiet.first_rank

@@ -1,4 +1,4 @@
-"""Commands: where they take effect, what is said about them, and that a pause changes nothing."""
+"""Commands: when they are applied, how they are reported, and that a pause changes no numbers."""
 
 import os
 import signal
@@ -10,10 +10,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def held(lab):
-    """A run paused after its third step, looked at and played with there, and let go on.
+    """A run that is paused after step 3, gets commands that are undone again, and finishes.
 
-    Everything that was changed meanwhile was taken back, so its numbers must be the undisturbed
-    run's. What was seen on the way is in `seen`.
+    Its numbers must equal those of the uninterrupted run. `seen` holds the observations.
     """
     run = lab.run("held")
     seen = run.seen = SimpleNamespace()
@@ -32,20 +31,20 @@ def held(lab):
     seen.paused_at = run.step
     seen.pause_again = run.ctl("pause")
 
-    # Each of these is carried out while paused, and none lets a step complete.
-    seen.checkpoint = run.order("checkpoint")
-    seen.probe = run.order("probe", "The film was")
-    seen.beta = run.order("beta", "0.7", "--id", "once")
-    seen.beta_again = run.order("beta", "0.7", "--id", "once")
-    seen.undo = run.order("undo")
-    seen.kl = run.order("kl", "fixed", "--target", "3")
-    seen.undo_kl = run.order("undo")
+    # All of these are applied during the pause, without completing a step.
+    seen.checkpoint = run.command("checkpoint")
+    seen.probe = run.command("probe", "The film was")
+    seen.beta = run.command("beta", "0.7", "--id", "once")
+    seen.beta_again = run.command("beta", "0.7", "--id", "once")
+    seen.undo = run.command("undo")
+    seen.kl = run.command("kl", "fixed", "--target", "3")
+    seen.undo_kl = run.command("undo")
     seen.note = lab.cli("note", run.name, "what is\x1b[31m this")
     seen.still_at = run.step
     seen.still = run.state
     seen.pid = run.rank().pid
 
-    seen.unpause = run.order("unpause")
+    seen.unpause = run.command("unpause")
     seen.unpause_again = run.ctl("unpause")
     run.finish()
     yield run
@@ -58,7 +57,7 @@ def test_a_pause_is_accepted_at_once_and_announced(held):
     assert held.seen.pausing == "pausing"
 
 
-def test_a_pause_takes_effect_at_the_boundary_of_the_step_in_hand(held):
+def test_a_pause_takes_effect_at_the_end_of_the_current_step(held):
     assert held.seen.paused_at == 3
     assert held.commands()["hold-it"]["applied_step"] == 4
 
@@ -68,12 +67,12 @@ def test_no_step_completes_while_paused(held):
     assert held.seen.still == "paused"
 
 
-def test_the_status_says_how_far_the_boundary_is(held):
+def test_the_status_estimates_the_time_to_the_boundary(held):
     assert held.seen.boundary_in is not None
     assert held.seen.boundary_in >= 0
 
 
-def test_a_run_that_was_paused_has_the_numbers_of_one_that_never_was(held, whole):
+def test_a_paused_run_has_the_numbers_of_the_uninterrupted_run(held, whole):
     assert held.numbers() == whole.numbers()
     assert held.checkpoint(8)["hashes"] == whole.checkpoint(8)["hashes"]
 
@@ -84,15 +83,15 @@ def test_a_checkpoint_is_saved_while_paused(held):
     assert 3 in [e["step"] for e in held.events("checkpoint")]
 
 
-def test_a_probe_is_answered_by_policy_and_reference_while_paused(held):
+def test_a_probe_has_responses_of_policy_and_reference_while_paused(held):
     result = held.seen.probe["result"]
     assert set(result) == {"policy", "reference"}
-    for answer in result.values():
-        assert {"response", "score", "kl"} <= set(answer)
+    for response in result.values():
+        assert {"response", "score", "kl"} <= set(response)
     assert result["reference"]["kl"] == pytest.approx(0, abs=1e-3)
 
 
-def test_a_command_says_at_which_step_and_what_it_changed(held):
+def test_a_result_has_the_step_and_the_changes(held):
     assert held.seen.beta["applied_step"] == 4
     (change,) = held.seen.beta["changes"]
     assert change["key"] == "beta"
@@ -104,29 +103,29 @@ def test_a_command_sent_twice_with_one_id_acts_once(held):
     assert [e["id"] for e in held.events("command")].count("once") == 1
 
 
-def test_undo_takes_back_the_last_change_whole(held):
+def test_undo_reverts_all_of_the_last_change(held):
     (change,) = held.seen.undo["changes"]
     assert change["key"] == "beta"
     assert change["old"] == 0.7
     assert change["new"] == held.seen.beta["changes"][0]["old"]
-    back = {c["key"]: c["new"] for c in held.seen.undo_kl["changes"]}
-    assert back == {"controller": "adaptive", "target": 6.0}
+    restored = {c["key"]: c["new"] for c in held.seen.undo_kl["changes"]}
+    assert restored == {"controller": "adaptive", "target": 6.0}
 
 
-def test_waiting_for_a_command_has_an_end_and_its_own_exit_code(held):
+def test_waiting_for_a_command_times_out_with_its_own_exit_code(held):
     assert held.seen.timed_out.returncode == 4
     assert len(held.seen.timed_out.stderr.splitlines()) == 1
-    # It was only not waited for.
+    # Only the wait timed out; the command is applied.
     assert held.commands()["late"]["status"] == "applied"
 
 
-def test_what_does_not_apply_now_is_rejected_and_says_why(held):
-    for done, why in (
+def test_a_command_that_does_not_apply_is_rejected_with_a_reason(held):
+    for done, reason in (
         (held.seen.pause_again, "already paused"),
         (held.seen.unpause_again, "not paused"),
     ):
         assert done.returncode == 1
-        assert why in done.stderr
+        assert reason in done.stderr
 
 
 def test_an_undo_with_nothing_to_undo_is_rejected_at_the_boundary(held):
@@ -134,7 +133,7 @@ def test_an_undo_with_nothing_to_undo_is_rejected_at_the_boundary(held):
     assert "there is no change to undo" in [c["reason"] for c in rejected]
 
 
-def test_the_ledger_says_who_did_what_when_and_what_it_was_before(held):
+def test_the_events_have_author_time_and_old_values_of_commands(held):
     for row in held.lab.json("events", held.name):
         assert {"kind", "time", "step"} <= set(row)
         if row["kind"] == "command":
@@ -143,7 +142,7 @@ def test_the_ledger_says_who_did_what_when_and_what_it_was_before(held):
             assert row["who"]
 
 
-def test_a_note_stands_in_the_ledger_with_who_wrote_it(held):
+def test_a_note_is_an_event_with_its_author(held):
     assert held.seen.note.returncode == 0
     (note,) = held.events("note")
     assert held.seen.note.stdout == f"noted at step {note['step']}: what is␛ this\n"
@@ -153,7 +152,7 @@ def test_a_note_stands_in_the_ledger_with_who_wrote_it(held):
 
 
 @pytest.mark.parametrize(
-    ("order", "why"),
+    ("command", "reason"),
     [
         (("beta", "-1"), "beta must be"),
         (("beta", "nan"), "beta must be"),
@@ -169,18 +168,18 @@ def test_a_note_stands_in_the_ledger_with_who_wrote_it(held):
         (("probe", " "), "characters"),
     ],
 )
-def test_a_rejected_command_says_why_in_one_line_and_exits_1(endless, order, why):
-    done = endless.ctl(*order)
+def test_a_rejected_command_says_why_in_one_line_and_exits_1(endless, command, reason):
+    done = endless.ctl(*command)
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("rlhf-tui: rejected: ")
-    assert why in done.stderr
+    assert reason in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_answers_longer_than_the_model_has_positions_for_are_refused(endless):
-    answer = endless.order("set", "max_new_tokens=300")
-    assert answer["status"] == "rejected"
-    assert "at most" in answer["reason"]
+def test_responses_longer_than_the_models_positions_are_refused(endless):
+    result = endless.command("set", "max_new_tokens=300")
+    assert result["status"] == "rejected"
+    assert "at most" in result["reason"]
 
 
 def test_a_rejected_command_leaves_every_reading_command_working(endless):
@@ -189,9 +188,11 @@ def test_a_rejected_command_leaves_every_reading_command_working(endless):
     assert endless.lab.json("status", endless.name)
 
 
-@pytest.mark.parametrize("order", [("set", "beta"), ("kl", "sideways"), ("beta", "much"), ("fly",)])
-def test_a_command_that_cannot_be_read_is_the_users_mistake(endless, order):
-    done = endless.ctl(*order)
+@pytest.mark.parametrize(
+    "command", [("set", "beta"), ("kl", "sideways"), ("beta", "much"), ("fly",)]
+)
+def test_an_invalid_command_is_a_user_error(endless, command):
+    done = endless.ctl(*command)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
 
@@ -203,23 +204,23 @@ def test_beta_and_controller_change_at_the_step_the_acknowledgement_says(steered
     betas = steered.betas()
     assert betas[4] == 0.2
     assert betas[3] != 0.2
-    # From step 6 on the controller moves faster: a horizon of 50 against 500.
+    # From step 6 on the controller changes beta faster: horizon 50 instead of 500.
     assert abs(betas[7] / betas[6] - 1) > abs(betas[6] / betas[5] - 1)
     assert steered.checkpoint(8)["state"]["settings"]["horizon"] == 50.0
 
 
-def test_a_learning_rate_set_on_the_way_is_the_one_of_the_next_step(steered):
-    with steered.record() as record:
-        rates = dict(record.series("lr"))
+def test_a_learning_rate_set_during_a_step_is_used_in_the_next_step(steered):
+    with steered.reader() as reader:
+        rates = dict(reader.series("lr"))
     assert (rates[5], rates[6]) == (3e-4, 1e-4)
 
 
-def test_what_was_set_is_in_force_after_a_resume(lab, steered):
+def test_settings_are_in_force_after_a_resume(lab, steered):
     done = lab.cli("resume", "steered", "-o", "train.steps=9", "--headless")
     assert done.returncode == 0, done.stderr
-    with steered.record() as record:
-        assert dict(record.series("lr"))[9] == 1e-4
-        assert record.meta().settings["target"] == 2.0
+    with steered.reader() as reader:
+        assert dict(reader.series("lr"))[9] == 1e-4
+        assert reader.meta().settings["target"] == 2.0
     assert steered.numbers()[8]["objective/kl_coef"] != 0.05
 
 
@@ -228,7 +229,7 @@ def test_a_paused_run_can_be_stopped_when_the_disk_is_full(lab, how):
     run = lab.run(f"full-{how.replace(' ', '')}", steps=1000)
     try:
         run.start()
-        assert run.order("pause")["status"] == "applied"
+        assert run.command("pause")["status"] == "applied"
         engine = run.engine()
         engine.rlimit(psutil.RLIMIT_FSIZE, (0, 0))  # no file of the engine's can grow
         if how == "SIGTERM":
@@ -242,38 +243,38 @@ def test_a_paused_run_can_be_stopped_when_the_disk_is_full(lab, how):
         run.end()
 
 
-def test_a_roll_back_goes_on_from_the_checkpoint_in_place(lab, whole, wait_until):
+def test_a_roll_back_continues_from_the_checkpoint_in_the_same_engine(lab, whole, wait_until):
     run = lab.run("rolled", "train.save_every=2")
     run.hold(6)
     run.start()
     run.wait_at(6)
     engine = run.engine()
     run.hold(3)
-    assert run.order("rollback", "2")["status"] == "applied"
+    assert run.command("rollback", "2")["status"] == "applied"
     run.wait_at(3)
     assert run.step == 2
     assert run.engine() == engine
     wait_until(lambda: run.state == "running", "a running engine after the roll back")
     run.release(3, 6)
     run.finish()
-    # Nothing else was changed and nothing reseeded: the same steps once more.
+    # Without other changes and without reseeding the same steps are repeated.
     assert run.numbers() == whole.numbers()
-    with run.record() as record:
-        assert [a.from_step for a in record.attempts()] == [0, 2]
+    with run.reader() as reader:
+        assert [a.from_step for a in reader.attempts()] == [0, 2]
 
 
-def test_a_roll_back_that_samples_anew_does_so_after_a_crash_before_the_next_save(lab, wait_until):
+def test_a_reseeded_roll_back_survives_a_crash_before_the_next_save(lab, wait_until):
     def third_step(attempt):
-        def there():
-            with run.record() as record:
-                return [row for row in record.metrics() if row.step == 3]
+        def rows():
+            with run.reader() as reader:
+                return [row for row in reader.metrics() if row.step == 3]
 
         (row,) = wait_until(
-            lambda: [r for r in there() if r.attempt == attempt], f"step 3 of {attempt}"
+            lambda: [r for r in rows() if r.attempt == attempt], f"step 3 of {attempt}"
         )
         return row.values["objective/scores"], row.values["objective/kl"]
 
-    run = lab.run("anew", "train.save_every=2")
+    run = lab.run("reseeded", "train.save_every=2")
     run.hold(4)
     try:
         run.start()
@@ -281,11 +282,11 @@ def test_a_roll_back_that_samples_anew_does_so_after_a_crash_before_the_next_sav
         run.wait_saved(2)
         first = third_step(1)
         run.hold(4)
-        assert run.order("rollback", "2", "--reseed")["status"] == "applied"
+        assert run.command("rollback", "2", "--reseed")["status"] == "applied"
         run.wait_at(4)
-        anew = third_step(2)
-        assert anew != first
+        reseeded = third_step(2)
+        assert reseeded != first
         os.kill(run.rank().pid, signal.SIGKILL)
-        assert third_step(3) == anew
+        assert third_step(3) == reseeded
     finally:
         run.end()

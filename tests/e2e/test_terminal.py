@@ -1,5 +1,7 @@
-"""What may happen to a terminal, and to what it looks at: the app says so and goes on, or leaves
-with the terminal as it was."""
+"""The app in a real terminal: dropped connections, signals, lost engines, resizes.
+
+It continues, or it exits and restores the terminal.
+"""
 
 import re
 import shutil
@@ -17,16 +19,16 @@ from tests.e2e.terminal import Terminal
 TITLES = {
     "1": "enter", "2": "Newest responses, step 8", "3": "RESPONSE", "4": " MB", "5": "lines",
 }  # fmt: skip
-"""What tells a screen from the others."""
+"""Text that identifies each screen."""
 SETTLED = 1.0
-"""Seconds without a stroke, of a run that is over, after which nothing more is on its way."""
+"""Seconds without output after which the screen of a finished run is complete."""
 
 
 @pytest.fixture
 def attach(wait_until, tmp_path):
-    """The dashboard of a run on a terminal, once it shows the run.
+    """Opens the dashboard of a run in a terminal and waits until it shows the run.
 
-    As on a first visit: the digest of what happened since another test's would lie over it.
+    Uses a new state folder: the digest of changes since an earlier test would cover the dashboard.
     """
     opened = []
 
@@ -44,17 +46,17 @@ def attach(wait_until, tmp_path):
 
 
 @pytest.fixture
-def leaves(wait_until):
+def assert_exits(wait_until):
     def expect(terminal, code):
         assert wait_until(lambda: terminal.process.poll() is not None, "end of the app")
         assert terminal.process.returncode == code
-        wait_until(lambda: terminal.given_back, "terminal given back")
+        wait_until(lambda: terminal.restored, "restored terminal")
 
     return expect
 
 
 def test_a_dropped_connection_ends_the_app_and_leaves_the_engine_training(
-    training, attach, wait_until, leaves
+    training, attach, wait_until, assert_exits
 ):
     terminal = attach(training)
     terminal.hang_up()
@@ -62,44 +64,44 @@ def test_a_dropped_connection_ends_the_app_and_leaves_the_engine_training(
     step = training.step
     wait_until(lambda: training.step > step, "step behind a dropped connection")
     again = attach(training)
-    wait_until(lambda: "● running" in again.screen, "word that it runs")
+    wait_until(lambda: "● running" in again.screen, "state running")
     again.type("q")
-    leaves(again, 0)
+    assert_exits(again, 0)
 
 
 @pytest.mark.parametrize(
     ("way", "code"), [("q", 0), ("\x03", 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_however_it_is_left_the_terminal_is_as_it_was(endless, attach, leaves, way, code):
+def test_every_way_to_exit_restores_the_terminal(endless, attach, assert_exits, way, code):
     terminal = attach(endless)
     if isinstance(way, str):
         terminal.type(way)
     else:
         terminal.process.send_signal(way)
-    leaves(terminal, code)
+    assert_exits(terminal, code)
     assert f"detached; engine pid {endless.engine().pid} still running" in terminal.screen
 
 
-def test_an_engine_that_dies_is_said_and_the_app_goes_on(lab, attach, leaves, wait_until):
+def test_a_lost_engine_is_shown_and_the_app_continues(lab, attach, assert_exits, wait_until):
     run = lab.run("dies", "train.save_every=2", steps=1000)
     run.start()
     try:
         terminal = attach(run)
         wait_until(lambda: run.events("checkpoint"), "checkpoint")
         run.engine().kill()
-        wait_until(lambda: "✗ crashed" in terminal.screen, "word of the end")
+        wait_until(lambda: "✗ crashed" in terminal.screen, "state crashed")
         assert "engine died; resume: rlhf-tui resume dies" in terminal.screen
         terminal.type("p")
-        wait_until(lambda: "no engine runs 'dies'" in terminal.screen, "answer to a command")
+        wait_until(lambda: "no engine runs 'dies'" in terminal.screen, "result of a command")
         assert run.resume().returncode == 0
-        wait_until(lambda: "● running" in terminal.screen, "word that it runs again")
+        wait_until(lambda: "● running" in terminal.screen, "state running again")
         terminal.type("q")
-        leaves(terminal, 0)
+        assert_exits(terminal, 0)
     finally:
         run.end()
 
 
-def test_a_journal_that_is_replaced_is_read_anew(lab, whole, attach, leaves, wait_until, tmp_path):
+def test_a_replaced_journal_is_read_again(lab, whole, attach, assert_exits, wait_until, tmp_path):
     shutil.copytree(whole.session.folder, lab.root / "swapped")
     other = create(tmp_path, "other", config_file.load(starter.FOLDER / "demo.yaml"))
     journal = JournalWriter(other)
@@ -117,30 +119,30 @@ def test_a_journal_that_is_replaced_is_read_anew(lab, whole, attach, leaves, wai
         wait_until(lambda: "step 3/3" in terminal.screen, "the new journal")
         wait_until(lambda: "7.5" in terminal.screen, "its curve")
         terminal.type("q")
-        leaves(terminal, 0)
+        assert_exits(terminal, 0)
     finally:
         shutil.rmtree(lab.root / "swapped")
 
 
 def without_ages(screen):
-    """The same while time goes by."""
+    """The screen without ages and times, which change constantly."""
     return re.sub(r" *\b(\d+[mhd])?\d+[smh]\b *", " ", screen)
 
 
 @pytest.mark.parametrize("key", "12345")
-def test_a_terminal_made_tiny_and_large_again_shows_the_same_as_before(
-    whole, attach, leaves, wait_until, key
+def test_a_terminal_shrunk_and_enlarged_shows_the_same_as_before(
+    whole, attach, assert_exits, wait_until, key
 ):
     terminal = attach(whole)
     terminal.type(key)
     shown = TITLES[key]
     wait_until(lambda: shown in terminal.screen, f"screen {key}")
     wait_until(lambda: "✓ finished" in terminal.screen, "the state")
-    wait_until(lambda: terminal.quiet > SETTLED, "a screen at rest")
+    wait_until(lambda: terminal.quiet > SETTLED, "a complete screen")
     before = without_ages(terminal.screen)
     terminal.resize(20, 5)
     wait_until(lambda: "? help" in terminal.screen, "the tiny screen")
     terminal.resize(120, 40)
     wait_until(lambda: without_ages(terminal.screen) == before, "the screen as it was")
     terminal.type("q")
-    leaves(terminal, 0)
+    assert_exits(terminal, 0)

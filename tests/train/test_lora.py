@@ -212,7 +212,7 @@ def test_an_error_of_a_merge_is_one_line(trained, tmp_path):
         capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "was changed; put it back to merge" in done.stderr.splitlines()[-1]
+    assert "has changed; restore it to merge" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "merged").exists()
 
 

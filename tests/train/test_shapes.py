@@ -119,7 +119,7 @@ def test_the_longest_prompt_is_exact_for_a_small_file(write_prompts, monkeypatch
     found = describe_models(config)
     assert found.exact_prompts
     assert 9 <= found.prompt_tokens < config.data.max_prompt_tokens
-    monkeypatch.setattr("engine.train.models.shapes.QUICKLY_READ", 1)
+    monkeypatch.setattr("engine.train.models.shapes.MAX_PROMPT_FILE", 1)
     bound = describe_models(config)
     assert (bound.exact_prompts, bound.prompt_tokens) == (False, config.data.max_prompt_tokens)
 

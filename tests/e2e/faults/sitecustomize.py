@@ -1,8 +1,7 @@
-"""Makes one rank fail at the beginning of a phase, as $RLHF_TUI_TEST_FAULT says: PHASE|ACT.
+"""Makes rank 1 fail at the start of a phase; $RLHF_TUI_TEST_FAULT is PHASE|ACT.
 
-Python imports this at the start of every process that has the folder on its path. The rank raises,
-is killed, or hangs where it announces the phase of the second step; everything else is the software
-as it is.
+Python imports this module at the start of every process that has the folder on its path. The rank
+raises, is killed, or hangs when it reports the phase in the second step. No other code is changed.
 """
 
 import importlib.util
@@ -20,8 +19,8 @@ def fail(act):
     time.sleep(10_000)
 
 
-class Saboteur:
-    """Gives the `phase` of engine.train.link a fault when that module is imported."""
+class FaultFinder:
+    """Import hook: adds the fault to `Link.phase` when engine.train.link is imported."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "engine.train.link":
@@ -32,23 +31,23 @@ class Saboteur:
 
         def exec_module(module):
             load(module)
-            sabotage(module.Link)
+            add_fault(module.Link)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-def sabotage(link):
-    announce = link.phase
+def add_fault(link):
+    original = link.phase
     phase, act = os.environ["RLHF_TUI_TEST_FAULT"].split("|")
 
     def phase_with_fault(self, step, name, *progress):
         if name == phase and (step == 2 or name.startswith("load")):
             fail(act)
-        return announce(self, step, name, *progress)
+        return original(self, step, name, *progress)
 
     link.phase = phase_with_fault
 
 
 if os.environ.get("RLHF_TUI_TEST_FAULT") and os.environ.get("RANK") == "1":
-    sys.meta_path.insert(0, Saboteur())
+    sys.meta_path.insert(0, FaultFinder())

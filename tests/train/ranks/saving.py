@@ -1,8 +1,9 @@
 """A rank that saves or loads a tiny policy, for test_shards.py.
 
-``saving.py save STRATEGY FOLDER [FAULT]`` trains one step, and another while the checkpoint is
-written. ``saving.py load STRATEGY FOLDER...`` loads checkpoints into a policy with other weights.
-Each rank writes its result to FOLDER as JSON; rank 0 writes the gathered tensors as safetensors.
+``saving.py save STRATEGY FOLDER [FAULT]`` trains one step, starts a save, and trains another step
+while the checkpoint is written. ``saving.py load STRATEGY FOLDER...`` loads checkpoints into a
+policy with different weights. Each rank writes its result to FOLDER as JSON; rank 0 also writes the
+gathered tensors as safetensors.
 """
 
 import json
@@ -35,12 +36,12 @@ from engine.train.models.language_model import LanguageModel
 
 
 def rank() -> int:
-    """This process's rank."""
+    """The rank of this process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def make_policy(strategy: str, seed: int) -> LanguageModel:
-    """A policy of 30 000 parameters, tied, with a value trunk; odd sizes split unevenly."""
+    """A policy of 30,000 parameters with tied weights and a value trunk; its sizes are odd."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=101, hidden_size=36, intermediate_size=50, num_hidden_layers=2,
@@ -57,40 +58,40 @@ def make_policy(strategy: str, seed: int) -> LanguageModel:
 
 
 def make_optimiser(policy: LanguageModel) -> torch.optim.Optimizer:
-    """The kind of optimiser that the engine uses."""
+    """An optimiser like that of the engine."""
     return torch.optim.AdamW(policy.parameters(), lr=1e-2, fused=True)
 
 
 def train(policy: LanguageModel, optimiser: torch.optim.Optimizer, strategy: str) -> None:
-    """One step on fixed tokens, so that every strategy ends with the same weights."""
+    """One step on the same tokens on all ranks, so that all strategies give the same weights."""
     tokens = torch.arange(24).reshape(2, 12)
-    learner = DistributedDataParallel(policy) if strategy == "ddp" else policy
-    logits, values = learner(tokens, torch.ones_like(tokens), 12)
+    module = DistributedDataParallel(policy) if strategy == "ddp" else policy
+    logits, values = module(tokens, torch.ones_like(tokens), 12)
     (logits.logsumexp(-1).mean() + (values - 1).square().mean()).backward()
     optimiser.step()
     optimiser.zero_grad()
 
 
 def gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Full copies of the tensors, sorted by name."""
+    """Gathers DTensors and copies all tensors, sorted by name."""
     return {
         k: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone().contiguous()
         for k, t in sorted(tensors.items())
     }
 
 
-def fill_disk_of(failing_rank: int) -> None:
-    """Makes writing shards fail on one rank, as if its disk were full."""
+def fill_disk_of(number: int) -> None:
+    """Makes one rank fail with a full disk when it writes its shards."""
 
-    def full(*_args: Any, **_options: Any) -> None:
+    def no_space(*_args: Any, **_options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    if rank() == failing_rank:
-        shards.save_file = full  # type: ignore[assignment]
+    if rank() == number:
+        shards.save_file = no_space  # type: ignore[assignment]
 
 
 def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
-    """Trains a step, starts a save, and trains another step while it runs."""
+    """Trains a step, starts a save, trains another step, and waits for the save."""
     policy = make_policy(strategy, seed=1)
     optimiser = make_optimiser(policy)
     train(policy, optimiser, strategy)
@@ -98,7 +99,7 @@ def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
     lm = gathered(dict(policy.lm.named_parameters()))
     if rank() == 0:
         save_file(tensors | {f"lm/{k}": t for k, t in lm.items()}, folder / "expected.safetensors")
-    if strategy == "fsdp":  # as after a rollout: parameters are gathered
+    if strategy == "fsdp":  # with gathered parameters, as after a rollout
         policy.unshard()
         with torch.no_grad():
             policy(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64), 3)
@@ -124,7 +125,7 @@ def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
 
 
 def load(group: Any, strategy: str, folder: Path) -> Any:
-    """Loads a checkpoint into a policy with other weights."""
+    """Loads a checkpoint into a policy with different weights."""
     policy = make_policy(strategy, seed=2)
     optimiser = make_optimiser(policy)
     saved = checkpoint_path(folder / "checkpoints", 7)
@@ -138,14 +139,14 @@ def load(group: Any, strategy: str, folder: Path) -> Any:
 
 def main() -> None:
     """Runs one rank."""
-    act, strategy, *rest = sys.argv[1:]
+    action, strategy, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     group = None
     if strategy != "single":
         store, number, count = next(rendezvous("env://"))
         dist.init_process_group("gloo", store=store, rank=number, world_size=count)
         group = dist.new_group(backend="gloo")
-    if act == "save":
+    if action == "save":
         folder, fault = Path(rest[0]), rest[1] if len(rest) > 1 else ""
         result = save(group, strategy, folder, fault)
         (folder / f"save-{rank()}.json").write_text(json.dumps(result))
@@ -154,10 +155,10 @@ def main() -> None:
             result = load(group, strategy, folder)
             (folder / f"load-{rank()}.json").write_text(json.dumps(result))
     if group is not None:
-        # As in the engine: a rank that exits within a barrier is an error on the others.
+        # Like RankGroup.final_barrier: others would report a rank that exits early as lost.
         store.set(f"parting/{rank()}", "1")
         store.wait([f"parting/{r}" for r in range(dist.get_world_size())])
-        os._exit(0)  # as in the engine: destroying process groups sometimes aborts
+        os._exit(0)  # like a rank: destroying the process groups sometimes aborts the process
 
 
 main()

@@ -1,7 +1,8 @@
-"""Runs one step per recorded rollout, on ranks that torchrun started; rank 0 writes the results.
+"""Trains one step on recorded rollouts, as one of several ranks started by torchrun.
 
-``steps.py JOBS``: a JSON list of jobs, each with a session's folder, a recorded rollout and the
-path for the metrics. The updated weights are written next to the metrics.
+``steps.py JOBS``: JOBS is a JSON list of jobs, each with the folder of a session, a recorded
+rollout and a result file. Rank 0 writes the metrics to the result file and the updated weights
+beside it.
 """
 
 import json
@@ -27,17 +28,19 @@ def main():
     os.environ[STORE_VARIABLE] = f"file:{jobs}.store"
     ranks = RankGroup(LaunchConfig(device="cpu"))
     for job in json.loads(jobs.read_text()):
-        one_step(ranks, Session(Path(job["session"])), Path(job["recorded"]), Path(job["result"]))
+        train_one_step(
+            ranks, Session(Path(job["session"])), Path(job["recorded"]), Path(job["result"])
+        )
     ranks.final_barrier()
-    os._exit(0)  # as in the engine
+    os._exit(0)  # like a rank
 
 
-def one_step(ranks, session, recorded, result):
-    def quiet(_step, _name, *_progress):
+def train_one_step(ranks, session, recorded, result):
+    def no_progress(_step, _name, *_progress):
         return lambda _done, _total: None
 
     begin = Begin(attempt=1, from_step=0)
-    run = load_run(session, session.config(), begin, ranks, quiet)
+    run = load_run(session, session.config(), begin, ranks, no_progress)
     rollout = pickle.loads(recorded.read_bytes())  # noqa: S301 - written by the test
     metrics, _ = train_step(run, 1, rollout)
     weights = {
