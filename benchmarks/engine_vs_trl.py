@@ -116,8 +116,15 @@ def print_table(sides: list[Side], task: Task, peak: float) -> None:
         all_seconds = [i.seconds for i in side.iterations]
         times = f"{seconds:.2f} ({min(all_seconds):.2f}–{max(all_seconds):.2f})"
         print(f"{side.name:<18}{times:>22}{cpu:>8.1f}{task.response_tokens / seconds:>10.1f}"
-              f"{gb:>7.2f}{side.gflop:>8.0f}{side.gflop / seconds / peak:>9.0%}"
+              f"{gb:>7.2f}{arithmetic(side, seconds, peak)}"
               f"{base[0] / seconds:>7.2f}x{base[1] / cpu:>7.2f}x{gb / base[2]:>7.2f}x")  # fmt: skip
+
+
+def arithmetic(side: Side, seconds: float, peak: float) -> str:
+    """Two columns: GFLOP, and the share of the peak; empty where they were not counted."""
+    if not side.gflop:
+        return f"{'–':>8}{'–':>9}"
+    return f"{side.gflop:>8.0f}{side.gflop / seconds / peak:>9.0%}"
 
 
 def print_phases(sides: list[Side]) -> None:

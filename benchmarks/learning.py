@@ -79,7 +79,10 @@ ALWAYS = [
         "cache, ended responses removed",
         {"engine.train.rollout.native.generate": textbook.generate},
     ),
-    Ablation("log π of the rollout reused", {"engine.train.step.old_policy": textbook.old_policy}),
+    Ablation(
+        "log π of the rollout reused",
+        {"engine.train.step.old_policy_outputs": textbook.old_policy_outputs},
+    ),
     Ablation(
         "frozen models file-backed",
         {"engine.train.distributed.sharding.back_by_file": textbook.no_op},
@@ -96,7 +99,7 @@ PROMPT_PER_GROUP = Ablation(
 )
 SEPARATE_PASSES = Ablation(
     "separate policy and value passes",
-    {"engine.train.ppo.optimise.one_after_the_other": textbook.always_false},
+    {"engine.train.ppo.optimise.separate_passes": textbook.always_false},
 )
 
 TASKS: dict[str, tuple[list[str], list[list[Ablation]]]] = {

@@ -58,10 +58,10 @@ def rollout_forward(
     return logprobs, values, width
 
 
-def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]:
+def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Computes log π_old and V_old in a separate forward pass."""
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
-    return score_tokens(run.policy, rollout, temperature, size, rows=own)
+    return score_tokens(run.policy, rollout, temperature, size, rows=rows)
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def generate(
     batch: PromptBatch,
     uniforms: Tensor,
     temperature: float,
-    ending: StopCriteria,
+    stop_criteria: StopCriteria,
     tokenizer: Any,
     report: Any = None,
     *,
@@ -91,8 +91,8 @@ def generate(
         ids[:, t], floats[0, :, t], floats[1, :, t] = token, logprob, entropy
         if values is not None:
             floats[2, :, t] = values[:, 0]
-        is_eos = ending.is_eos(token)
-        over = ~ended & (is_eos | ending.stops(ids, t + 1))
+        is_eos = stop_criteria.is_eos(token)
+        over = ~ended & (is_eos | stop_criteria.stops(ids, t + 1))
         lengths[over], eos[over] = t + 1, is_eos[over]
         ended |= over
         if ended.all():

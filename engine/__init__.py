@@ -1,3 +1,3 @@
-"""The engine: trains a language model with PPO in the background and keeps the session's record."""
+"""The engine: trains a language model with PPO in the background and records the session."""
 
 __version__ = "0.1.0"

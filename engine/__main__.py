@@ -1,7 +1,8 @@
-"""An engine in the background: ``python -m engine SESSION_FOLDER START``.
+"""Runs an engine in the background: ``python -m engine SESSION_FOLDER START``.
 
-Started in a session of its own (setsid), with the log file for its output; see
-:mod:`engine.launch.background`.
+START is a :class:`~engine.launch.start.StartOptions` in JSON. :mod:`engine.launch.background`
+starts this module in a new process session (setsid), with engine.log as its output. The log is not
+sanitised; `rlhf-tui logs` and the dashboard sanitise what they show of it.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from engine.supervisor.supervisor import supervise
 
 
 def main() -> None:
-    """Runs to the end; the exit code is the contract's."""
+    """Runs the session to its end and exits with the supervisor's exit code."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
@@ -27,7 +28,7 @@ def main() -> None:
     try:
         code = asyncio.run(supervise(session, start))
     except RlhfError as error:
-        print(f"rlhf-tui: {error}", file=sys.stderr)  # noqa: T201 - into the log
+        print(f"rlhf-tui: {error}", file=sys.stderr)  # noqa: T201 - to the log
         code = error.exit_code
     sys.exit(code)
 

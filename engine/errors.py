@@ -1,33 +1,32 @@
-"""The error family.
+"""The exceptions of this software.
 
 ::
 
-    RlhfError                     anything this software raises on purpose
-    ├── UserInputError            what the user gave is wrong; one line, exit code 2
+    RlhfError                     base class; exit code 1
+    ├── UserInputError            the user's input is wrong; exit code 2
     │   ├── ConfigError           a configuration key, its type or its range
-    │   └── SessionNameError      a session's name
-    ├── SessionError              the session is not in a state for this
-    │   ├── NoSuchSessionError    no folder of that name; exit code 3
-    │   ├── SessionLockedError    another engine has it
+    │   └── SessionNameError      the name of a session
+    ├── SessionError              the session does not allow the operation
+    │   ├── NoSuchSessionError    no such session, or no live engine; exit code 3
+    │   ├── SessionLockedError    another engine holds the session
     │   └── JournalError          the journal cannot be read or written
     ├── CheckpointError           a checkpoint is missing, damaged or cannot be written
-    ├── RewardError               a reward source returned something unusable
-    ├── LinkError                 a rank and its supervisor lost each other
-    └── CommandRejectedError      an operator's command cannot be carried out
+    ├── RewardError               a reward source returned unusable rewards
+    ├── LinkError                 a connection between two processes failed
+    └── CommandRejectedError      an operator's command cannot be executed
 
-Every message is one sentence that names the thing and says what would be right; it is shown to the
-user as it stands.
+Each message is one sentence that names the cause and a remedy. It is shown to the user unchanged.
 """
 
 
 class RlhfError(Exception):
-    """Anything this software raises on purpose."""
+    """Base class of all exceptions that this software raises."""
 
     exit_code = 1
 
 
 class UserInputError(RlhfError):
-    """What the user gave is wrong."""
+    """The user's input is wrong."""
 
     exit_code = 2
 
@@ -37,15 +36,15 @@ class ConfigError(UserInputError):
 
 
 class SessionNameError(UserInputError):
-    """A session's name cannot be used."""
+    """The name of a session is invalid or taken."""
 
 
 class SessionError(RlhfError):
-    """The session is not in a state for what was asked."""
+    """The session does not allow the operation."""
 
 
 class NoSuchSessionError(SessionError):
-    """There is no session of that name, or no engine in it."""
+    """There is no session of that name, or it has no live engine."""
 
     exit_code = 3
 
@@ -63,12 +62,12 @@ class CheckpointError(RlhfError):
 
 
 class RewardError(RlhfError):
-    """A reward source returned something that cannot be used as rewards."""
+    """A reward source returned values that cannot be used as rewards."""
 
 
 class LinkError(RlhfError):
-    """A rank and its supervisor lost each other."""
+    """A connection between a supervisor and a rank or a client failed."""
 
 
 class CommandRejectedError(RlhfError):
-    """An operator's command cannot be carried out; the message says why."""
+    """An operator's command cannot be executed; the message gives the reason."""

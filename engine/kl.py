@@ -1,6 +1,6 @@
-"""The KL coefficient's controllers.
+"""The controllers of the KL coefficient.
 
-Source of the adaptive one: Ziegler et al. 2019, section 2.2, and `AdaptiveKLController` in
+Source of the adaptive controller: Ziegler et al. 2019, section 2.2, and `AdaptiveKLController` in
 openai/lm-human-preferences.
 """
 
@@ -8,11 +8,11 @@ import math
 from typing import Literal, Protocol
 
 MAX_ERROR = 0.2
-"""The proportional error is held to ±20 %, so one wild batch cannot move beta far."""
+"""The proportional error is clipped to ±20 %, which limits the effect of one outlying batch."""
 
 
 class KLControl(Protocol):
-    """What decides the next beta: the configuration's `kl` section, or a run's settings."""
+    """Parameters of a controller: the `kl` section of a configuration, or live settings."""
 
     @property
     def controller(self) -> Literal["fixed", "adaptive"]: ...  # noqa: D102
@@ -29,18 +29,17 @@ class KLControl(Protocol):
 
 
 def next_beta(control: KLControl, kl: float, episodes: int) -> float:
-    """The coefficient for the step after one that measured `kl`.
+    """The KL coefficient of the next step.
 
     Args:
-        control: in force during that step.
-        kl: nats per response, the batch's mean.
-        episodes: responses in the batch.
+        control: parameters of the step that measured `kl`.
+        kl: mean KL of the batch, in nats per response.
+        episodes: number of responses in the batch.
 
     Returns:
-        The same beta with the fixed controller, or where the KL is no number; else
-        β·(1 + e·episodes/horizon) with e = clip(KL/target − 1, ±0.2), within [beta_min, beta_max].
-        From beta 0 a product would never leave it, so the adaptive controller begins again at
-        beta_min.
+        The current beta with the fixed controller, or if the KL is not finite. Otherwise
+        β·(1 + e·episodes/horizon) with e = clip(KL/target − 1, ±0.2), clipped to
+        [beta_min, beta_max]. The product cannot leave 0, so from beta 0 the next value is beta_min.
     """
     if control.controller == "fixed" or not math.isfinite(kl):
         return control.beta

@@ -1,8 +1,8 @@
-"""Every metric, declared once: its name, title, unit and meaning.
+"""The declaration of every metric: name, title, unit and description.
 
-A step yields one value of each. Charts, guard rails, TensorBoard, the commands and docs/metrics.md
-take what they show from here. To add a metric, declare it in `METRICS` and compute it in
-`engine/train`; tests hold the two together.
+A step has one value of each metric. Charts, guard rails, TensorBoard, the command line and
+docs/metrics.md use these declarations. To add a metric, declare it in :data:`METRICS` and compute
+it in `engine/train`; a test compares the two.
 """
 
 import msgspec
@@ -23,41 +23,42 @@ TOKENS_PER_SECOND = "perf/tokens_per_second"
 PEAK_MEMORY = "perf/peak_memory_gb"
 
 PHASES = ("generate", "score", "reference", "optimise", "checkpoint")
-"""A step's phases, in order. Each has a metric, :func:`phase_time`."""
+"""The phases of a step, in order. Each has a metric, see :func:`phase_time`."""
 
 REWARD_SOURCE = "reward/NAME"
-"""The one name that stands for many: NAME is a reward source's."""
+"""Placeholder for one metric per reward source, whose name replaces NAME."""
 
 
 def phase_time(phase: str) -> str:
-    """The metric that holds a phase's seconds."""
+    """The name of the metric with the seconds of a phase."""
     return f"time/{phase}"
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """One number a step."""
+    """The declaration of a metric."""
 
     name: str
-    """TRL's, where TRL has one."""
+    """The name of the same metric in TRL, if there is one."""
     unit: str
-    """Empty where the value has no unit."""
+    """Empty for a value without a unit."""
     description: str
-    """Markdown for docs/metrics.md."""
+    """Markdown for docs/metrics.md; completes the name and the unit."""
     title: str = ""
-    """Above a chart. Empty: the name."""
+    """Title of a chart; the name if empty."""
     chart_unit: str = ""
-    """On a chart, where the title does not say it already."""
+    """Unit on a chart; empty if the title implies it."""
     digits: int = 3
-    """Significant digits that are shown."""
+    """Number of significant digits to display."""
     is_set: bool = False
-    """Set, not measured. No moving average: it would show values that were never in force."""
+    """Whether the value is set rather than measured. A set value has no moving average, which would
+    show values that were never in effect."""
 
 
 METRICS = (
     Metric(
         SCORE, "score",
-        "mean over responses of the score the policy is trained on: normalised, clipped, less the "
-        "penalty for a missing end",
+        "mean over responses of the score that the policy is trained on: normalised, clipped, less "
+        "the penalty for truncation",
         title="score",
     ),
     Metric(SCORE_STD, "score", "standard deviation of that score over the step's responses",
@@ -79,7 +80,7 @@ METRICS = (
            "mean over responses of −Σ log π of the sampled tokens"),
     Metric(
         ENTROPY, "nats per token",
-        "mean over tokens of the entropy of the whole distribution, during generation",
+        "mean over tokens of the entropy of the full distribution, during generation",
         title="entropy", chart_unit="nats/token",
     ),
     Metric(
@@ -87,66 +88,68 @@ METRICS = (
         "0.5 · mean (log ρ)² to the rollout's policy, over all updates of the step",
         title="approximate KL",
     ),
-    Metric(CLIP_FRACTION, "share of tokens", "where the clip decided the loss",
+    Metric(CLIP_FRACTION, "fraction of tokens", "tokens whose policy loss was clipped",
            title="clip fraction"),
     Metric(
         "policy/skipped_updates", "minibatches",
-        "skipped: mean ratio above 10, or a loss or gradient that is not finite",
+        "updates skipped because the mean ratio exceeded 10 or the loss or gradient was not finite",
     ),
-    Metric(NONFINITE_UPDATES, "minibatches", "skipped because the loss or gradient was not finite"),
-    Metric("loss/policy_avg", "", "the clipped objective's mean over response tokens"),
+    Metric(NONFINITE_UPDATES, "minibatches",
+           "updates skipped because the loss or gradient was not finite"),
+    Metric("loss/policy_avg", "", "mean over response tokens of the clipped objective"),
     Metric("loss/value_avg", "score²", "0.5 · mean (V − return)² (`ppo.advantage: gae` only)"),
-    Metric("val/clipfrac_avg", "share of tokens",
-           "where the value clip decided the loss (`ppo.advantage: gae` only)"),
+    Metric("val/clipfrac_avg", "fraction of tokens",
+           "tokens whose value loss was clipped (`ppo.advantage: gae` only)"),
     Metric(
         "val/explained_var", "",
-        "1 − Var(return − V)/Var(return); 1 is perfect, below 0 is worse than a constant "
+        "1 − Var(return − V)/Var(return); 1 is perfect, below 0 is worse than a constant value "
         "(`ppo.advantage: gae` only)",
         title="explained variance",
     ),
     Metric("val/ratio", "", "mean of ρ over response tokens"),
     Metric("val/ratio_var", "", "variance of ρ over response tokens"),
-    Metric("val/num_eos_tokens", "responses", "that ended with an end-of-sequence token"),
+    Metric("val/num_eos_tokens", "responses", "responses that ended with an end-of-sequence token"),
     Metric(
         "val/rollout_logprob_gap", "nats per token",
-        "largest difference between log π during generation and log π as trained on; 0 where the "
-        "former is used",
+        "largest difference between log π during generation and log π as used in training; 0 if "
+        "training uses the former",
     ),
-    Metric(RESPONSE_LENGTH, "tokens", "mean length, end-of-sequence included",
+    Metric(RESPONSE_LENGTH, "tokens", "mean length, including the end-of-sequence token",
            title="length", chart_unit="tokens"),
-    Metric("tokens/truncated_frac", "share of responses", "cut off at `rollout.max_new_tokens`",
+    Metric("tokens/truncated_frac", "fraction of responses",
+           "responses truncated at `rollout.max_new_tokens`",
            title="cut off", chart_unit="fraction"),
     Metric(
-        DISTINCT_2, "share",
-        "different pairs of neighbouring words over all pairs in the step's responses; falls when "
-        "responses repeat themselves or each other",
+        DISTINCT_2, "fraction",
+        "number of distinct pairs of adjacent words over the number of pairs, in the step's "
+        "responses; falls when responses repeat themselves or each other",
         title="distinct word pairs",
     ),
-    Metric(REWARD_SOURCE, "score", "each reward source's own mean, where there are several"),
-    Metric("grad_norm", "", "before clipping, mean over the step's updates",
+    Metric(REWARD_SOURCE, "score", "mean score of each reward source, if there are several"),
+    Metric("grad_norm", "", "norm before clipping, mean over the step's updates",
            title="gradient norm"),
-    Metric(LEARNING_RATE, "", "of this step", title="learning rate", is_set=True),
-    Metric("episode", "responses", "so far"),
-    Metric(phase_time("generate"), "seconds", "of the rollout, on the slowest rank"),
-    Metric(phase_time("score"), "seconds", "of the reward sources, on the slowest rank"),
+    Metric(LEARNING_RATE, "", "learning rate of this step", title="learning rate", is_set=True),
+    Metric("episode", "responses", "number of responses so far"),
+    Metric(phase_time("generate"), "seconds", "duration of the rollout on the slowest rank"),
+    Metric(phase_time("score"), "seconds", "duration of scoring on the slowest rank"),
     Metric(
         phase_time("reference"), "seconds",
-        "of the reference's log-probabilities, and of the old policy's where they are computed "
-        "again, on the slowest rank",
+        "duration of the reference's log-probabilities, and of the old policy's if they are "
+        "recomputed, on the slowest rank",
     ),
-    Metric(phase_time("optimise"), "seconds", "of the updates, on the slowest rank"),
+    Metric(phase_time("optimise"), "seconds", "duration of the updates on the slowest rank"),
     Metric(
         phase_time("checkpoint"), "seconds",
-        "training was blocked by saving since the step before: the copy to host memory, and "
-        "waiting for an earlier save",
+        "time for which saving blocked training since the previous step: the copy to host memory, "
+        "and waiting for an earlier save",
     ),
-    Metric(STEP_TIME, "seconds", "of the whole step"),
-    Metric(TOKENS_PER_SECOND, "tokens per second", "response tokens, over the whole step",
+    Metric(STEP_TIME, "seconds", "duration of the whole step"),
+    Metric(TOKENS_PER_SECOND, "tokens per second", "response tokens, mean over the whole step",
            title="tokens/s"),
-    Metric("perf/episodes_per_second", "responses per second", "over the whole step"),
+    Metric("perf/episodes_per_second", "responses per second", "mean over the whole step"),
     Metric(
         PEAK_MEMORY, "10⁹ bytes",
-        "highest use so far on any rank: of the GPU's memory, or resident memory on a CPU",
+        "peak use so far on any rank: GPU memory, or resident memory on a CPU",
     ),
 )  # fmt: skip
 """In the order of docs/metrics.md."""
@@ -155,17 +158,17 @@ _BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 def declaration(name: str) -> Metric | None:
-    """The declaration that covers a metric's name; None for a name that is not declared."""
+    """The declaration of a metric, None if there is none. `reward/NAME` has one for every NAME."""
     if name.startswith("reward/"):
         return _BY_NAME[REWARD_SOURCE]
     return _BY_NAME.get(name)
 
 
 def describe(name: str) -> Metric:
-    """What is known of a metric; of an undeclared one, as in a newer session, the name alone."""
+    """The declaration of a metric; one with only the name if undeclared, as in newer sessions."""
     return declaration(name) or Metric(name, "", "")
 
 
 def title_of(name: str) -> str:
-    """What a metric is called above its chart."""
+    """The title of a metric's chart."""
     return describe(name).title or name

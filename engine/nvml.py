@@ -1,4 +1,4 @@
-"""The library of NVIDIA's driver (NVML), open for as long as GPUs are asked about."""
+"""Access to NVML, the management library of NVIDIA's driver."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,10 +8,15 @@ import pynvml
 
 @contextmanager
 def gpu_handles(chosen: Sequence[int] = ()) -> Iterator[list[object]]:
-    """Handles of GPUs by the driver's numbers (of all, when none is named), for pynvml's queries.
+    """Context manager that opens NVML and yields handles of GPUs for the queries of pynvml.
 
-    The list is empty where there is no driver, or not every chosen GPU. Opening counts references:
-    handles stay valid while any block is open. Queries themselves may raise pynvml.NVMLError.
+    NVML counts references, so contexts can be nested. A query may raise pynvml.NVMLError.
+
+    Args:
+        chosen: indices of GPUs, as numbered by the driver; empty for all GPUs.
+
+    Yields:
+        The handles; an empty list if there is no driver or if a chosen GPU does not exist.
     """
     try:
         pynvml.nvmlInit()

@@ -1,7 +1,7 @@
 """The command line: ``rlhf-tui``.
 
-Each command is a short function in :mod:`rlhf_tui.commands`; this module finds it, and turns our
-errors into one line and an exit code.
+The commands are functions in :mod:`rlhf_tui.commands`. This module finds them and turns errors into
+one line and an exit code.
 """
 
 import importlib
@@ -23,19 +23,19 @@ COMMANDS = {
     "logs": "read", "rm": "manage", "export": "manage", "doctor": "manage",
     "attach": "view", "ctl": "steer", "note": "steer", "diff": "compare", "guardrails": "compare",
 }  # fmt: skip
-"""A command and its module, which is imported when it is asked for: attach does not wait for all
-the others."""
+"""Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,
+which keeps the start of attach short."""
 
 
 class Commands(click.Group):
-    """The commands of :data:`COMMANDS`."""
+    """The commands of :data:`COMMANDS`, imported lazily."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names, as help lists them."""
+        """All names, sorted."""
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """One of them; None where there is none of that name."""
+        """Imports a command; None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"rlhf_tui.commands.{COMMANDS[cmd_name]}")
@@ -52,39 +52,43 @@ class Commands(click.Group):
 @click.pass_context
 @click.version_option(__version__, prog_name="rlhf-tui")
 def cli(context: click.Context, root: Path) -> None:
-    """Train a language model with PPO against a reward model, and steer it while it runs.
+    """Train a language model with PPO against a reward model and steer the run.
 
-    Without a command: the session browser.
+    Without a command: opens the session browser.
     """
     if context.invoked_subcommand is None:
-        from rlhf_tui.commands import view  # noqa: PLC0415 - as the others, when it is asked for
+        from rlhf_tui.commands import view  # noqa: PLC0415 - imported lazily, as all commands
 
         view.browse(root)
     elif context.get_parameter_source("root") is ParameterSource.COMMANDLINE:
-        # The command has the same option of its own, which would look no further than this.
+        # The command has a --sessions option of its own, whose default is this variable.
         os.environ["RLHF_TUI_SESSIONS"] = str(root)
 
 
 def main() -> None:
-    """The entry point. Exits 0 done, 1 failed, 2 wrong input, 3 no such session, 4 timed out."""
+    """The entry point.
+
+    Exit codes: 0 success, 1 failure, 2 wrong input, 3 no such session or engine, 4 timeout,
+    130 interrupted.
+    """
     try:
         cli.main(standalone_mode=False)
     except RlhfError as error:
-        _end(str(error), error.exit_code)
+        _exit(str(error), error.exit_code)
     except click.UsageError as error:
-        where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        _end(error.format_message() + where, 2)
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        _exit(error.format_message() + hint, 2)
     except click.ClickException as error:
-        _end(error.format_message(), 2)
+        _exit(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
-        _end("interrupted", 130)
+        _exit("interrupted", 130)
     except BrokenPipeError:
-        # The reader is gone, and that is all right; Python's last flush must not complain.
+        # The reader has closed the pipe, which is no error. Without stdout, Python does not flush.
         sys.stdout = None
         sys.exit(0)
 
 
-def _end(text: str, code: int) -> None:
+def _exit(text: str, code: int) -> None:
     click.echo(f"rlhf-tui: {one_line(text)}", err=True)
     sys.exit(code)
 

@@ -1,10 +1,10 @@
-"""Numbers and times as people read them."""
+"""Formatting of numbers, durations and tables for people."""
 
 import time
 
 
 def duration(seconds: float) -> str:
-    """`42s`, `3m10s`, `2h05m`, `3d04h`."""
+    """Seconds as `42s`, `3m10s`, `2h05m` or `3d04h`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
@@ -16,7 +16,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A metric: `1.234`, `0.00012`, `12,345`; `–` where undefined."""
+    """A metric as `1.234`, `1.20e-04` or `12,345`; `–` for None."""
     if value is None:
         return "–"
     if value == 0 or 1e-3 <= abs(value) < 1e4:
@@ -25,7 +25,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes: `1.2 GB`."""
+    """Bytes as `1.2 GB`, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -34,12 +34,17 @@ def size(count: float) -> str:
 
 
 def clock(timestamp: float) -> str:
-    """A point in time, local."""
+    """A Unix timestamp as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(timestamp))
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 sample`, `12 samples`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def table(rows: list[list[str]], header: list[str]) -> str:
-    """Columns as wide as they need; numbers are the caller's to align."""
+    """Left-aligned columns, as wide as their longest cell."""
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     lines = [header, *rows]
     return "\n".join(

@@ -1,13 +1,16 @@
 """A run in the foreground: ``python -m rlhf_tui.headless SESSION_FOLDER START``.
 
-The supervisor's coroutine with an observer that prints. `rlhf-tui … --headless` becomes this
-process (exec), so that `ps` shows the session's folder.
+Runs the supervisor with an observer that prints. `rlhf-tui … --headless` replaces its process by
+this one (exec), so that `ps` shows the session's folder.
 """
 
 import asyncio
+import logging
 import shutil
 import sys
 from pathlib import Path
+from traceback import format_exception
+from types import TracebackType
 from typing import TextIO
 
 import msgspec
@@ -16,65 +19,80 @@ from engine import metrics
 from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.launch.start import StartOptions
+from engine.launch.start import StartOptions, is_new
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, StepReport
 from engine.session.folder import Session
 from engine.supervisor.supervisor import supervise
 from rlhf_tui import format as fmt
 from rlhf_tui.state.time_left import StepSeconds, until_end
-from rlhf_tui.text import one_line
+from rlhf_tui.text import one_line, sanitise
 
 
 class Printer:
-    """Prints a run: one plain line a step, or a line that is rewritten on a terminal."""
+    """The supervisor's observer: prints one line per step, or rewrites one line on a terminal.
+
+    Everything it prints is sanitised.
+    """
 
     def __init__(self, total_steps: int, *, live: bool) -> None:
-        self._total = total_steps
+        """Prints nothing yet.
+
+        Args:
+            total_steps: `train.steps`.
+            live: whether stdout is a terminal, on which a line can be rewritten.
+        """
+        self._total_steps = total_steps
         self._live = live
         self._closed = False
-        self._step: StepReport | None = None
+        self._report: StepReport | None = None
         self._step_seconds = StepSeconds()
         self._phase = ""
 
     def state(self, state: str, text: str) -> None:
-        """Announces a state in words, where it is not plain from the lines."""
+        """Prints the states that the lines of steps do not show."""
         if state == "stopping":
-            self._say("stopping: finishing the step and saving (ctrl+c again: at once, unsaved)")
+            self._print_above(
+                "stopping: finishing the step and saving (ctrl+c again: stop without saving)"
+            )
         elif state == "paused":
-            self._say("paused; go on with: rlhf-tui ctl NAME unpause", sys.stderr)
+            self._print_above("paused; resume with: rlhf-tui ctl NAME unpause", sys.stderr)
         elif state in ("finished", "stopped") and text:
-            self._say(one_line(text))
+            self._print_above(one_line(text))
 
     def alert(self, text: str, step: int) -> None:
-        """A guard rail, or the engine, wants a look."""
-        self._say(f"step {step}: {one_line(text)}", sys.stderr)
+        """Prints an alert."""
+        self._print_above(f"step {step}: {one_line(text)}", sys.stderr)
+
+    def log(self, text: str) -> None:
+        """Prints a record of the engine's log."""
+        self._print_above(text, sys.stderr)
 
     def message(self, message: FromRank) -> None:
-        """Prints what a rank said, if it is for people."""
+        """Prints a step's summary, a finished checkpoint or, on a terminal, the current phase."""
         match message:
             case Phase(rank=0, name=name, done=done, total=total):
-                self._phase = f"{name} {done}/{total}" if total else name
+                self._phase = one_line(f"{name} {done}/{total}" if total else name)
                 self._redraw()
             case StepReport():
-                self._take(message)
+                self._show_step(message)
             case CheckpointComplete(step=step):
-                self._say(f"checkpoint: step {step}")
+                self._print_above(f"checkpoint: step {step}")
 
-    def _take(self, report: StepReport) -> None:
+    def _show_step(self, report: StepReport) -> None:
         self._step_seconds.add(report.metrics[metrics.STEP_TIME])
-        self._step = report
+        self._report = report
         if self._live:
             self._redraw()
         else:
             self._print(self._summary())
 
     def _summary(self) -> str:
-        if self._step is None:
+        if self._report is None:
             return ""
-        m, step = self._step.metrics, self._step.step
-        left = until_end(step, self._total, self._step_seconds.mean or 0)
+        m, step = self._report.metrics, self._report.step
+        left = until_end(step, self._total_steps, self._step_seconds.mean or 0)
         return (
-            f"step {step}/{self._total}  score {m[metrics.SCORE]:.3f}  "
+            f"step {step}/{self._total_steps}  score {m[metrics.SCORE]:.3f}  "
             f"kl {m[metrics.KL]:.3f}  beta {fmt.number(m[metrics.BETA], 4)}  "
             f"clip {m.get(metrics.CLIP_FRACTION, 0):.3f}  "
             f"{m[metrics.TOKENS_PER_SECOND]:.0f} tok/s  {fmt.duration(left)} left"
@@ -86,17 +104,18 @@ class Printer:
             width = shutil.get_terminal_size().columns - 1
             self._write(f"\r\x1b[K{line[:width]}", sys.stdout)
 
-    def _say(self, line: str, stream: TextIO | None = None) -> None:
+    def _print_above(self, line: str, stream: TextIO | None = None) -> None:
+        """Prints a line and redraws the rewritten line below it."""
         if self._live:
             self._write("\r\x1b[K", sys.stdout)
         self._print(line, stream)
         self._redraw()
 
     def _print(self, line: str, stream: TextIO | None = None) -> None:
-        self._write(line + "\n", stream or sys.stdout)
+        self._write(sanitise(line) + "\n", stream or sys.stdout)
 
     def _write(self, text: str, stream: TextIO) -> None:
-        """A closed terminal or pipe must not end the training that goes on behind it."""
+        """Writes text; after an error nothing more, for a closed terminal must not end the run."""
         if self._closed:
             return
         try:
@@ -105,12 +124,12 @@ class Printer:
             self._closed = True
 
     def close(self, session: Session, code: int) -> None:
-        """The last words: how it ended and where to look."""
+        """Prints how the run ended and where its files are."""
         if self._live:
             self._write("\r\x1b[K", sys.stdout)
-        with JournalReader(session) as record:
-            meta = record.meta()
-            scores = record.series(metrics.SCORE)
+        with JournalReader(session) as reader:
+            meta = reader.meta()
+            scores = reader.series(metrics.SCORE)
         if code == 0 and scores:
             span = f"score {fmt.number(scores[0][1])} at step {scores[0][0]}"
             span += f", {fmt.number(scores[-1][1])} at step {scores[-1][0]}"
@@ -119,31 +138,57 @@ class Printer:
             self._print(f"rlhf-tui: {one_line(meta.message)}", sys.stderr)
 
 
+class PrinterHandler(logging.Handler):
+    """Prints the engine's warnings and errors through the printer.
+
+    Without a handler, :data:`logging.lastResort` would print records raw, and with them the control
+    characters of a reward function's error.
+    """
+
+    def __init__(self, printer: Printer) -> None:
+        super().__init__(logging.WARNING)
+        self._printer = printer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record; called by :mod:`logging`."""
+        self._printer.log(self.format(record))
+
+
+def print_exception(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Prints an uncaught exception without control characters; for :data:`sys.excepthook`."""
+    lines = format_exception(kind, error, traceback)
+    print(sanitise("".join(lines)), end="", file=sys.stderr)  # noqa: T201
+
+
 def main() -> None:
-    """Runs to the end and exits with the contract's codes."""
+    """Runs the session to its end and exits with the supervisor's exit code."""
+    sys.excepthook = print_exception
     session = Session(Path(sys.argv[1]))
     start = msgspec.json.decode(sys.argv[2], type=StartOptions)
-    new = bool(start.origin) or not session.journal_file.exists()
+    new = is_new(session, start)
     try:
-        printer = Printer(_total(session, start), live=sys.stdout.isatty())
+        printer = Printer(_total_steps(session, start), live=sys.stdout.isatty())
+        logging.basicConfig(handlers=[PrinterHandler(printer)], format="%(message)s")
         code = asyncio.run(supervise(session, start, printer))
         printer.close(session, code)
     except RlhfError as error:
         print(f"rlhf-tui: {one_line(str(error))}", file=sys.stderr)  # noqa: T201
         code = error.exit_code
     if code == 2 and new:
-        # Nothing was trained yet: a mistake in the input leaves nothing half-made behind.
+        # Nothing was trained: a new session with wrong input is removed.
         shutil.rmtree(session.folder, ignore_errors=True)
     _flush()
     sys.exit(code)
 
 
-def _total(session: Session, start: StartOptions) -> int:
+def _total_steps(session: Session, start: StartOptions) -> int:
     return config_file.override(session.config(), start.overrides).train.steps
 
 
 def _flush() -> None:
-    """Ends quietly where nobody reads any more."""
+    """Flushes stdout; if its pipe is closed, the interpreter's own flush must not fail."""
     try:
         sys.stdout.flush()
     except OSError:

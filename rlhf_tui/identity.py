@@ -1,4 +1,4 @@
-"""Who steers: user, host and terminal, as the command log shows them."""
+"""The operator's identity as the journal records it with each command."""
 
 import contextlib
 import getpass
@@ -6,26 +6,26 @@ import os
 
 
 def who() -> str:
-    """Who gives a command: the user, and from where."""
+    """User, terminal and SSH client: `ana on pts/1 from 10.0.0.7`."""
     parts = [_user()]
     if terminal := _terminal():
         parts.append(f"on {terminal.removeprefix('/dev/')}")
     if client := os.environ.get("SSH_CLIENT", "").split(" ")[0]:
         parts.append(f"from {client}")
-    # Names need not be UTF-8, and what is kept must be.
+    # User names need not be valid UTF-8, but the journal stores UTF-8.
     return " ".join(parts).encode("utf-8", "replace").decode()
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have an entry
+    except (KeyError, OSError):  # in a container the user may have no passwd entry
         return f"uid-{os.getuid()}"
 
 
 def _terminal() -> str | None:
     for fd in (0, 1, 2):
-        # In a container the terminal may be a device of the machine around it, without a name.
+        # In a container the terminal may be a device of the host, which has no name inside.
         with contextlib.suppress(OSError):
             return os.ttyname(fd)
     return None

@@ -1,17 +1,17 @@
-"""The one gate for text that is not ours: model output, prompts, names, errors, log lines.
+"""Sanitising of untrusted text: model output, prompts, names, errors, log lines.
 
-A terminal obeys what it is sent. :func:`sanitise` turns everything it could obey into visible
-symbols; nothing untrusted is printed or drawn without it.
+Terminals execute the control sequences that they receive. :func:`sanitise` replaces them by visible
+symbols. All untrusted text that is printed or drawn must pass through it.
 """
 
 import re
 
-# Whole sequences first, so that what they carry does not stay behind as text. Unfinished ones end
-# where the text does; ESC alone, or before anything else, is caught by the control characters.
+# Complete sequences are replaced first, so that their parameters do not remain as text. An
+# unterminated string sequence extends to the end of the text. Any other ESC is a control character.
 _SEQUENCE = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI
     r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f]).*?(?:\x07|\x1b\\|\x9c|\Z)"  # OSC, DCS, SOS, PM, APC
-    r"|\x1b[ -/]+[0-~]",  # escapes with intermediates: character sets and the like
+    r"|\x1b[ -/]+[0-~]",  # escapes with intermediates, such as character sets
     re.DOTALL,
 )
 _BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -27,11 +27,11 @@ ESCAPE_SYMBOL = "\u241b"
 
 
 def sanitise(text: str) -> str:
-    """The text with nothing left that a terminal obeys, but newlines and tabs."""
+    """Text without control characters and sequences. Newlines and tabs are kept."""
     return _SEQUENCE.sub(ESCAPE_SYMBOL, text).translate(_SYMBOLS)
 
 
 def one_line(text: str, width: int | None = None) -> str:
-    """Sanitised, on one line, cut to `width` characters."""
+    """Sanitised text on one line, cut to `width` characters with an ellipsis."""
     line = sanitise(text).replace("\n", "\u2424").replace("\t", " ")
     return line if width is None or len(line) <= width else line[: max(0, width - 1)] + "…"

@@ -1,9 +1,7 @@
 """Writes docs/configuration.md from engine/config/schema.py.
 
-    python -m scripts.configuration_page
-
-The page has a table for each section, with the type, default and docstring of each key. A test
-compares the page with the code.
+Run ``python -m scripts.configuration_page``. Each section becomes a table of its keys with their
+types, defaults and docstrings. A test compares the page with the code.
 """
 
 import ast
@@ -16,28 +14,31 @@ from engine.config.settings import LIVE_SETTINGS
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEAD = """# The configuration, key by key
 
-One YAML file describes a run: `rlhf-tui run FILE`. Three sections have no defaults: `model`, `data`
-and `reward`. Any key can be set on the command line with `-o section.key=value`; values are written
-as in YAML. Relative paths are relative to the file's folder. The complete configuration, defaults
-included, is written to the session's `config.yaml`.
+A run is described by one YAML file: `rlhf-tui run FILE`. The sections `model`, `data` and `reward`
+are required; the other sections can be omitted. Any key can be given on the command line as
+`-o section.key=value`, with the value written as in YAML. Relative paths start at the file's
+folder. The session's `config.yaml` states the value of every key, including the defaults.
 
-A resume (`rlhf-tui resume NAME -o …`) may change all keys except those that determine the model or
+A resume (`rlhf-tui resume NAME -o …`) can change any key except those that determine the model or
 the order of the data: `seed`, `data.*`, `model.*`, `lora.*`, `rollout.batch_size`,
-`rollout.per_prompt` and `ppo.advantage`. A fork may change these too, except `lora.*`. Keys with ⇄
-can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
+`rollout.per_prompt` and `ppo.advantage`. A fork can change these too, except `lora.*`. Keys marked
+⇄ can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
+
+Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
+they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) lie far outside of what is useful.
 """
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
-NESTED = {"A source of `reward.mix`": "RewardSource", "A rule of `guardrails.rules`": "Rule"}
+LIST_ITEMS = {"A source of `reward.mix`": "RewardSource", "A rule of `guardrails.rules`": "Rule"}
 TYPE_NAMES = [
-    (r"Annotated\[float, Meta\(gt=0, lt=1\)\]", "number in (0, 1)"),
-    (r"Annotated\[int, Meta\(ge=2\)\]", "whole number ≥ 2"),
-    (r"Annotated\[int, Meta\(ge=0, le=19\)\]", "0 to 19"),
+    (r"Annotated\[(\w+), Meta\(ge=(.+?), (le|lt)=(.+?)\)\]", lambda m: _interval(*m.groups())),
+    (r"tuple\[Decay, Decay\]", "two numbers in [0, 1)"),
+    (r"\bCoefficient\b", "number in [0, 1e6]"),
+    (r"\bSeconds\b", "number > 0"),
     (r"Literal\[(.*?)\]", lambda m: re.sub(r"'(\w+)'", r"`\1`", m[1]).replace(", ", " | ")),
     (r"list\[RewardSource\]", "list of sources"),
     (r"list\[Rule\]", "list of rules"),
     (r"list\[str\]", "list of texts"),
     (r"list\[Whole\]", "list of whole numbers"),
-    (r"tuple\[Fraction, Fraction\]", "two numbers in [0, 1]"),
     (r"\bPositive\b", "number > 0"),
     (r"\bNonNegative\b", "number ≥ 0"),
     (r"\bFraction\b", "number in [0, 1]"),
@@ -52,19 +53,31 @@ TYPE_NAMES = [
 ]
 
 
+def _interval(kind: str, low: str, end: str, high: str) -> str:
+    close = "]" if end == "le" else ")"
+    return f"{kind} in [{_bound(low)}, {_bound(high)}{close}"
+
+
+def _bound(text: str) -> str:
+    """A bound as a person writes it: 10000, 1e6."""
+    mantissa, _, exponent = f"{float(text):.0e}".partition("e")
+    large_or_small = text != "0" and not -3 < int(exponent) < 5
+    return f"{mantissa}e{int(exponent)}" if large_or_small else text
+
+
 def page() -> str:
     """The text of the page."""
     source = Path(schema.__file__).read_text(encoding="utf-8")
     nodes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
     classes = {n.name: n for n in nodes}
-    seed = "| `seed` | whole number ≥ 0 | `0` | With the step, determines all random numbers. |"
+    seed = "| `seed` | whole number ≥ 0 | `0` | Seed of every random choice. |"
     parts = [HEAD, f"{COLUMNS}\n{seed}"]
     for node in classes["RunConfig"].body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in classes:
             section = classes[ast.unparse(node.annotation)]
             name = ast.unparse(node.target)
             parts.append(_table(f"`{name}`", section, f"{name}."))
-    parts += [_table(title, classes[name], "") for title, name in NESTED.items()]
+    parts += [_table(title, classes[name], "") for title, name in LIST_ITEMS.items()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -27,6 +27,6 @@ def judgements(session):
     """Label and note by step and index."""
     with LabelReader(session) as labels:
         return {
-            (j.answer.step, j.answer.index): (j.judgement.label, j.judgement.note)
+            (j.response.step, j.response.index): (j.judgement.label, j.judgement.note)
             for j in labels.judgements().values()
         }  # fmt: skip

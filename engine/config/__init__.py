@@ -1,1 +1,1 @@
-"""The run's configuration: its schema, rules between keys, files, and what may change live."""
+"""The run's configuration: its schema, rules between keys, files and live settings."""

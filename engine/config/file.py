@@ -1,7 +1,7 @@
 """Reads, completes, compares and writes configurations.
 
-The keys are declared in :mod:`engine.config.schema`; this module turns files and ``-o key=value``
-overrides into one, and a bad line into one clear sentence.
+The keys are declared in :mod:`engine.config.schema`. This module turns a file and ``-o key=value``
+overrides into a configuration, and reports each mistake in one sentence.
 """
 
 import difflib
@@ -16,13 +16,12 @@ import yaml
 
 from engine.config.rules import check_config
 from engine.config.schema import FIXED_AT_START, RunConfig
+from engine.config.type_errors import expected, shown
 from engine.errors import ConfigError
-
-type_names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-5 is a number here too (YAML 1.1 makes it text)."""
+    """YAML in which 1e-5 is a number; in YAML 1.1 it is text."""
 
 
 _Loader.add_implicit_resolver(
@@ -33,7 +32,15 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """One YAML document. Raises ConfigError, naming `where`, when it is none."""
+    """Parses a YAML document.
+
+    Args:
+        text: the document.
+        where: its origin, for the error message.
+
+    Raises:
+        ConfigError: the text is not a YAML document.
+    """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (ValueError, RecursionError) as error:  # a date such as 2020-13-45; a thousand brackets
@@ -46,10 +53,14 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The configuration in a file, with overrides on top; relative paths start at its folder.
+    """Loads a configuration from a YAML file.
+
+    Args:
+        path: the file; relative paths in it start at its folder.
+        overrides: `key=value` pairs, applied on top of the file.
 
     Raises:
-        ConfigError: the file is missing or anything in it is wrong.
+        ConfigError: the file cannot be read, or a key or a value is wrong.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -59,26 +70,26 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"cannot read {path}: {error}") from error
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as model:, data: and reward:")
+        raise ConfigError(f"{path} must contain sections such as model:, data: and reward:")
     apply_overrides(tree, overrides)
     _anchor_paths(tree, path.resolve().parent)
     return from_tree(tree)
 
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
-    """Decodes, completes and checks. Raises ConfigError."""
+    """Decodes nested dictionaries, fills in defaults and checks the rules. Raises ConfigError."""
+    _check_finite(tree)
     try:
         config = msgspec.convert(tree, RunConfig, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error), tree)) from None
-    _check_finite(tree)
     config = complete(config)
     check_config(config)
     return config
 
 
 def _check_finite(value: Any, path: str = "") -> None:
-    """Infinity is above every lower bound, and no run can be made of it. Raises ConfigError."""
+    """Raises ConfigError for infinity and NaN, also where a key has no bounds."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path} must be a finite number (it is {value})")
     if isinstance(value, dict):
@@ -90,7 +101,7 @@ def _check_finite(value: Any, path: str = "") -> None:
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Fills in the defaults that depend on other keys."""
+    """Fills in the defaults that depend on other keys, such as `rollout.per_prompt`."""
     rollout, ppo, traits = config.rollout, config.ppo, config.ppo.traits
     if rollout.per_prompt is None:
         rollout = msgspec.structs.replace(rollout, per_prompt=traits.per_prompt)
@@ -105,7 +116,13 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
-    """The same configuration with `key=value` pairs changed. Raises ConfigError."""
+    """Applies `key=value` pairs to a configuration.
+
+    Relative paths in the values start at the current folder.
+
+    Raises:
+        ConfigError: a pair or the resulting configuration is wrong.
+    """
     tree = to_tree(config)
     apply_overrides(tree, overrides)
     _anchor_paths(tree, Path.cwd())
@@ -113,7 +130,7 @@ def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Writes `a.b=value` pairs into a tree of sections, values read as YAML."""
+    """Writes `section.key=value` pairs into nested dictionaries in place; values are YAML."""
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
@@ -129,26 +146,26 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
-    """Plain dictionaries, as YAML writes them."""
+    """The configuration as nested dictionaries of plain values."""
     tree = msgspec.to_builtins(config)
     if not isinstance(tree, dict):
-        raise TypeError("a configuration is a mapping")
+        raise TypeError("a configuration must be a mapping")
     return tree
 
 
 def as_mapping(value: msgspec.Struct) -> dict[str, Any]:
-    """A struct's own fields as plain values, its tag left out."""
+    """The fields of a struct as plain values, without its tag."""
     mapping: dict[str, Any] = msgspec.to_builtins(msgspec.structs.asdict(value))
     return mapping
 
 
 def dump(config: RunConfig) -> str:
-    """The configuration as YAML text, every key stated."""
+    """The configuration as YAML text, with every key."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"kl": {"beta": 1}}` as `{"kl.beta": 1}`."""
+    """Joins nested keys with dots: `{"kl": {"beta": 1}}` becomes `{"kl.beta": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -159,36 +176,44 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ: `{key: (old, new)}`."""
+    """The keys whose values differ, as `{key: (old, new)}`, sorted."""
     before, after = flatten(to_tree(old)), flatten(to_tree(new))
     keys = sorted(before.keys() | after.keys())
     return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
 
 
 def check_resumable(old: RunConfig, new: RunConfig) -> None:
-    """Refuses, on a resume, what would change the model or the data's order."""
+    """Checks that a resume keeps the model and the order of the data.
+
+    Raises:
+        ConfigError: a key that is fixed at the start of a run differs.
+    """
     for key in changes(old, new):
         if key.startswith(FIXED_AT_START):
-            # A checkpoint holds the adapters, or none: no fork can go on with others.
-            instead = "" if key.startswith("lora.") else ", or fork instead"
+            # A checkpoint has the adapters of its run, so not even a fork can change them.
+            alternative = "" if key.startswith("lora.") else ", or fork instead"
             raise ConfigError(
-                f"{key} cannot change on a resume, it decides the model or the data's order: "
-                f"start a run of its own with it{instead}"
+                f"{key} cannot change on a resume because it determines the model or the order of "
+                f"the data: start a new run with it{alternative}"
             )
 
 
 def check_forkable(old: RunConfig, new: RunConfig) -> None:
-    """Refuses, on a fork, what a checkpoint of the old run cannot go on with."""
+    """Checks that a fork can load a checkpoint of the old run.
+
+    Raises:
+        ConfigError: a `lora` key differs.
+    """
     for key in changes(old, new):
         if key.startswith("lora."):
             raise ConfigError(
-                f"{key} cannot change on a fork, the checkpoint holds what it decided: "
-                "export the policy with --merged and start a run from that"
+                f"{key} cannot change on a fork because the checkpoint depends on it: "
+                "export the policy with --merged and start a new run from it"
             )
 
 
 def known_keys() -> list[str]:
-    """Every dotted key a configuration can have."""
+    """Every dotted key of a configuration, in the order of the schema."""
     return list(_keys_of(RunConfig, ""))
 
 
@@ -201,7 +226,7 @@ def _keys_of(section: type[msgspec.Struct], prefix: str) -> Iterable[str]:
 
 
 def _nearest(key: str) -> str:
-    """`, did you mean 'ppo.epochs'?`, or what the section holds."""
+    """`; did you mean 'ppo.epochs'?`, or nothing if no key is similar."""
     keys = known_keys()
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not close:
@@ -211,7 +236,7 @@ def _nearest(key: str) -> str:
 
 
 def _explain(message: str, tree: dict[str, Any]) -> str:
-    """Msgspec's words for a wrong value, as one sentence about a dotted key."""
+    """Turns an error message of msgspec into one sentence about a dotted key."""
     text, _, at = message.partition(" - at `$")
     path = at.rstrip("`").lstrip(".").replace("...", "mix")
     if match := re.search(r"unknown field `(.+)`", text):
@@ -220,16 +245,13 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
     if match := re.search(r"missing required field `(.+)`", text):
         key = f"{path}.{match[1]}" if path else match[1]
         hint = " (a section)" if key in ("model", "data", "reward") else ""
-        return f"'{key}' is missing{hint}: it has no default"
-    wanted = text.replace("Expected ", "").replace("`", "")
-    wanted = re.sub(r"\b(int|float|str|bool)\b", lambda m: type_names[m[1]], wanted)
-    wanted = wanted.replace(" | null", ", or nothing").replace("object", "a section of keys")
-    wanted = re.sub(r"^Invalid enum value (.+)$", "", wanted)
+        return f"'{key}' is missing{hint} and has no default"
+    wanted = expected(text)
     value = flatten(tree).get(path, _lookup(tree, path))
     choices = _choices(path)
     if choices and ("enum" in text or not wanted):
         wanted = "one of " + ", ".join(choices)
-    return f"{path} must be {wanted} (it is {value!r})"
+    return f"{path} must be {wanted} (it is {shown(value)})"
 
 
 def _lookup(tree: Any, path: str) -> Any:
@@ -242,26 +264,26 @@ def _lookup(tree: Any, path: str) -> Any:
 
 
 def _choices(path: str) -> list[str]:
-    """The allowed words of a key, where it takes only some."""
+    """The allowed values of a key that is an enumeration; empty for any other key."""
     found: Any = msgspec.inspect.type_info(RunConfig)
     for part in path.split("."):
         fields = getattr(found, "fields", ())
         found = next((f.type for f in fields if f.encode_name == part), None)
     kinds = [found, *getattr(found, "types", ())]
-    words = [str(v) for kind in kinds for v in getattr(kind, "values", ())]
+    values = [str(v) for kind in kinds for v in getattr(kind, "values", ())]
     numbers = any(isinstance(kind, msgspec.inspect.IntType) for kind in kinds)
-    return [*(["a whole number"] if words and numbers else []), *words]
+    return [*(["a whole number"] if values and numbers else []), *values]
 
 
 def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
-    """Makes relative paths absolute where something lies there; a hub id stays as it is."""
+    """Makes relative paths absolute, in place; ids of models and data sets on the hub stay."""
 
     def anchored(value: Any) -> Any:
         if not isinstance(value, str) or value.startswith("starter:"):
             return value
         try:
             path = folder / Path(value).expanduser()
-        except RuntimeError:  # ~nobody
+        except RuntimeError:  # ~NAME where no user has that name
             return value
         looks_local = (
             value.startswith((".", "~", "/")) or path.exists() or path.suffix in DATA_FILES
@@ -286,5 +308,6 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 
 
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""File endings of prompt files, and what `datasets` calls each format."""
+"""Extension of a prompt file → name of its format in `datasets`."""
 PATH_KEYS = {"data": ["prompts"], "model": ["policy", "reference"], "reward": ["model", "path"]}
+"""Section → its keys that may hold a path."""

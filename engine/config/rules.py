@@ -1,4 +1,4 @@
-"""The rules between a configuration's keys; each key's own range is in its type."""
+"""Rules between the keys of a configuration. The range of a single key is part of its type."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -12,7 +12,7 @@ from engine.errors import ConfigError
 
 @cache
 def relative_to() -> tuple[str, ...]:
-    """The settings that a guard rail's bound may be a multiple of: those that are numbers."""
+    """The live settings that are numbers: `of` in a guard rail may name one of them."""
     return tuple(name for name, path in LIVE_SETTINGS.items() if _is_number(path))
 
 
@@ -23,16 +23,16 @@ def _is_number(path: str) -> bool:
 
 
 def check_config(config: RunConfig) -> None:
-    """Checks that no keys contradict each other.
+    """Checks the rules between keys.
 
     Raises:
-        ConfigError: names the keys that do not go together and what would.
+        ConfigError: keys contradict each other; the message names them and a remedy.
     """
     _check_reward(config.reward)
     _check_batches(config)
     if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):
         raise ConfigError(
-            "lora.alpha and lora.targets need lora.rank, without it nothing is adapted"
+            "lora.alpha and lora.targets need lora.rank: without a rank there are no adapters"
         )
     kl, rollout = config.kl, config.rollout
     if not kl.beta_min < kl.beta_max:
@@ -51,7 +51,7 @@ def _check_launch(config: RunConfig) -> None:
     launch = config.launch
     if launch.nodes > 1 and launch.rendezvous is None:
         raise ConfigError(
-            f"launch.nodes: {launch.nodes} needs launch.rendezvous: HOST:PORT, by which the other "
+            f"launch.nodes: {launch.nodes} needs launch.rendezvous: HOST:PORT, at which the other "
             "machines reach this one"
         )
     if launch.rendezvous is not None:
@@ -59,21 +59,21 @@ def _check_launch(config: RunConfig) -> None:
     per_node = launch.processes if isinstance(launch.processes, int) else 1
     if config.prompts_per_step < launch.nodes * per_node:
         raise ConfigError(
-            f"{launch.nodes * per_node} ranks need as many prompts a step, and there are "
+            f"{launch.nodes * per_node} ranks need at least as many prompts per step, not "
             f"{config.prompts_per_step}: raise rollout.batch_size"
         )
 
 
 def check_address(text: str) -> tuple[str, int]:
-    """`HOST:PORT`, taken apart. Raises ConfigError when it is none."""
+    """Splits `HOST:PORT` into host and port. Raises ConfigError for any other text."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"'{text}' is no address: write HOST:PORT, such as 10.0.0.1:29400")
+        raise ConfigError(f"'{text}' is not an address: write HOST:PORT, such as 10.0.0.1:29400")
     return host, int(port)
 
 
 def check_rule(rule: Rule) -> None:
-    """Whether a guard rail says when it speaks. Raises ConfigError."""
+    """Checks that a guard rail has a condition. Raises ConfigError."""
     where = f"guardrails.rules '{rule.name}'"
     if rule.metric != "*" and all(getattr(rule, key) is None for key in RULE_CONDITIONS):
         raise ConfigError(f"{where} needs one of {', '.join(RULE_CONDITIONS)}")
@@ -86,8 +86,8 @@ def _check_reward(reward: RewardConfig) -> None:
     keys = [f"reward.{key}" for key in (*SOURCE_KEYS, "mix")]
     given = [key for key in keys if getattr(reward, key.removeprefix("reward."))]
     if len(given) != 1:
-        have = " and ".join(given) or "none"
-        raise ConfigError(f"give exactly one of {_listed(keys)} (given: {have})")
+        found = " and ".join(given) or "none"
+        raise ConfigError(f"give exactly one of {_listed(keys)} (given: {found})")
     for i, source in enumerate(reward.sources()):
         where = f"reward.mix[{i}]" if reward.mix else "reward"
         if len(source.keys_given) != 1:
@@ -98,9 +98,9 @@ def _check_reward(reward: RewardConfig) -> None:
             )
 
 
-def _listed(words: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     """`a, b and c`."""
-    return ", ".join(words[:-1]) + f" and {words[-1]}"
+    return ", ".join(names[:-1]) + f" and {names[-1]}"
 
 
 def _names_a_function(text: str) -> bool:
@@ -109,11 +109,11 @@ def _names_a_function(text: str) -> bool:
 
 
 def _check_batches(config: RunConfig) -> None:
-    batch, per_prompt = config.rollout.batch_size, config.answers_per_prompt
+    batch, per_prompt = config.rollout.batch_size, config.responses_per_prompt
     traits = config.ppo.traits
     if per_prompt < traits.least_per_prompt:
         raise ConfigError(
-            f"rollout.per_prompt must be {traits.least_per_prompt} or more for "
+            f"rollout.per_prompt must be at least {traits.least_per_prompt} for "
             f"ppo.advantage: {config.ppo.advantage}"
         )
     if batch % per_prompt:
@@ -126,4 +126,4 @@ def _check_batches(config: RunConfig) -> None:
             f"ppo.minibatches ({config.ppo.minibatches})"
         )
     if batch < 2 and traits.baseline and config.ppo.baseline == "batch":
-        raise ConfigError("ppo.baseline: batch needs rollout.batch_size of 2 or more")
+        raise ConfigError("ppo.baseline: batch needs a rollout.batch_size of at least 2")

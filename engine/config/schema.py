@@ -1,133 +1,144 @@
 """The run's configuration: every key, its type, its range and its default.
 
-A configuration is a YAML file of the sections below. It is decoded strictly: an unknown key, a
-wrong type or a value out of range is a :class:`~engine.errors.ConfigError` of one line. What was
-left out is filled in, so that the ``config.yaml`` of a session states everything that ran.
+A configuration is a YAML file with the sections below. Decoding is strict: an unknown key, a wrong
+type or a value out of range raises a :class:`~engine.errors.ConfigError` of one line. Omitted keys
+are filled in, so a session's ``config.yaml`` states every value of the run.
+
+The docstrings of sections and keys are user documentation: docs/configuration.md is made of them.
 """
 
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-Positive = Annotated[float, Meta(gt=0)]
-NonNegative = Annotated[float, Meta(ge=0)]
+# Every number has two bounds. They admit any value that a person could mean and exclude values that
+# overflow or make a step endless.
+Positive = Annotated[float, Meta(ge=1e-12, le=1e12)]
+NonNegative = Annotated[float, Meta(ge=0, le=1e12)]
+Coefficient = Annotated[float, Meta(ge=0, le=1e6)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
-Count = Annotated[int, Meta(ge=1)]
-Whole = Annotated[int, Meta(ge=0)]
+Decay = Annotated[float, Meta(ge=0, lt=1)]
+Seconds = Annotated[float, Meta(ge=1e-9, le=1e9)]
+Count = Annotated[int, Meta(ge=1, le=10**12)]
+Whole = Annotated[int, Meta(ge=0, le=10**12)]
 
 
 class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One section of the file."""
+    """Base class of the sections."""
 
 
 class DataConfig(Section, frozen=True):
-    """The prompts."""
+    """The prompts that the policy is trained on."""
 
     prompts: str
-    """A .jsonl, .json, .csv or .parquet file, a hub data set id, or `starter:prompts`."""
+    """A .jsonl, .json, .csv or .parquet file, the id of a data set on the hub, or
+    `starter:prompts`."""
     column: str = "prompt"
-    """Holds the prompt: text, or a list of chat messages (`role`, `content`)."""
+    """The column that holds the prompt: text, or a list of chat messages (`role`, `content`)."""
     split: str = "train"
-    """Of a hub data set."""
+    """The split of a data set on the hub."""
     max_prompt_tokens: Count = 512
-    """Longer prompts are left out, and counted in the log."""
+    """Longer prompts are skipped; the log states how many."""
     shuffle: bool = True
-    """A new order each pass over the data, decided by the seed."""
+    """Shuffle the prompts for each pass over the data; the seed determines the order."""
 
 
 class ModelConfig(Section, frozen=True):
-    """The models that are trained or held against."""
+    """The policy, the reference and the value function."""
 
     policy: str
-    """A Hugging Face model folder or hub id, or `starter:policy`."""
+    """The model to train: a Hugging Face model folder, a hub id, or `starter:policy`."""
     reference: str | None = None
-    """What the KL is taken to; the policy's own start when left out."""
+    """The model that the KL is measured against. Default: the policy before training."""
     value: Literal["shared", "separate"] = "shared"
-    """The value head on the policy's trunk, or on a trunk of its own."""
+    """Whether the value head shares the policy's transformer or has a separate one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the forward and backward passes compute in; trained weights are float32."""
+    """Data type of the forward and backward passes. Trained weights are kept in float32."""
 
 
 class LoRAConfig(Section, frozen=True):
-    """Train small adapters beside frozen weights (LoRA), rather than the weights themselves.
+    """Low-rank adapters (LoRA): trains small adapters and freezes the weights of the model.
 
-    The reference is then the policy with its adapters off: the weights are held once, and in
-    `model.dtype`. Adapters want about ten times the learning rate of full training.
+    The reference is the policy with its adapters disabled, so the weights are held in memory once,
+    in `model.dtype`. Adapters need about ten times the learning rate of full training.
     """
 
     rank: Count | None = None
-    """Of the adapters; all weights are trained when left out."""
+    """Rank of the adapters. Default: no adapters, all weights are trained."""
     alpha: Count | None = None
-    """What an adapter adds is multiplied by alpha / rank; twice the rank when left out."""
+    """An adapter's output is scaled by alpha / rank. Default: twice the rank."""
     targets: list[str] = []
-    """Linear layers by the ends of their names (`q_proj`); all but the output's when left out."""
+    """Linear layers that get adapters, by the end of their names (`q_proj`). Default: all linear
+    layers except the output layer."""
 
 
 SOURCE_KEYS = ("model", "function")
-"""The keys that each say where a score comes from; a source of rewards has exactly one.
-:mod:`engine.train.rewards.mix` has what loads each."""
+"""The keys that name the origin of a score; a reward source has exactly one of them.
+:mod:`engine.train.rewards.mix` has the loader of each."""
 
 
 class RewardSource(Section, frozen=True):
-    """One voice in a mix of rewards: exactly one of `model` and `function`."""
+    """One source in a weighted sum of rewards; give either `model` or `function`."""
 
     model: str | None = None
-    """A sequence classifier: folder, hub id, or `starter:reward`."""
+    """A sequence classifier: a model folder, a hub id, or `starter:reward`."""
     label: int | str | None = None
-    """Which of several labels is the score (its logit), by index or name."""
+    """Index or name of the label whose logit is the score, if the classifier has several."""
     function: str | None = None
-    """`module:function`, called as TRL calls its reward functions."""
-    weight: float = 1.0
-    """What its score is multiplied by in the sum."""
+    """`module:function`, called with the arguments that TRL passes to reward functions."""
+    weight: Annotated[float, Meta(ge=-1e6, le=1e6)] = 1.0
+    """Weight of the score in the sum."""
     name: str | None = None
-    """What its own score is called in the metrics (`reward/NAME`)."""
+    """Name of the source in the metrics (`reward/NAME`)."""
 
     @property
     def keys_given(self) -> list[str]:
-        """Which of :data:`SOURCE_KEYS` are given."""
+        """Those of :data:`SOURCE_KEYS` that have a value."""
         return [key for key in SOURCE_KEYS if getattr(self, key) is not None]
 
     @property
     def kind(self) -> str:
-        """The one that is given, once the rules hold."""
+        """The given key; call it only after the rules were checked."""
         return self.keys_given[0]
 
     @property
     def value(self) -> str:
-        """Its value."""
+        """The value of the given key."""
         return str(getattr(self, self.kind))
 
 
 class RewardConfig(Section, frozen=True):
-    """Where the score of an answer comes from: one of `model`, `function` and `mix`."""
+    """The origin of a response's score; give one of `model`, `function` and `mix`."""
 
     model: str | None = None
-    """A sequence classifier: folder, hub id, or `starter:reward`."""
+    """A sequence classifier: a model folder, a hub id, or `starter:reward`."""
     label: int | str | None = None
-    """Which of several labels is the score (its logit), by index or name."""
+    """Index or name of the label whose logit is the score, if the classifier has several."""
     function: str | None = None
-    """`module:function`, called as TRL calls its reward functions."""
+    """`module:function`, called with the arguments that TRL passes to reward functions."""
     mix: list[RewardSource] = []
-    """Several sources, whose scores are added up by weight."""
+    """Several sources; the score is the weighted sum of theirs."""
     path: str | None = None
-    """The folder `function` modules are imported from; the configuration file's when left out."""
+    """Folder from which modules of `function` are imported. Default: the folder of the
+    configuration file."""
     normalise: Literal["none", "reference"] = "none"
-    """`reference`: mean 0 and standard deviation 1 over answers of the reference model."""
-    normalise_samples: Annotated[int, Meta(ge=2)] = 64
-    """Answers of the reference that are scored for it, once, before the first step."""
+    """`reference`: scale scores to mean 0 and standard deviation 1 over responses of the reference
+    model."""
+    normalise_samples: Annotated[int, Meta(ge=2, le=1_000_000)] = 64
+    """Responses of the reference that are scored once, before the first step, to normalise."""
     clip: Positive | None = None
-    """Scores are held to ±clip, after normalising."""
-    missing_eos_penalty: NonNegative | None = None
-    """Subtracted from the score of an answer that was cut off."""
+    """Clips scores to ±clip, after normalising."""
+    missing_eos_penalty: Coefficient | None = None
+    """Subtracted from the score of a truncated response."""
     batch_size: Count = 32
-    """Answers that a reward model reads at once."""
+    """Responses per forward pass of a reward model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What reward models are held and computed in."""
+    """Data type of the weights and of the computation of reward models."""
     max_tokens: Count = 1024
-    """What a reward model reads of prompt and answer, counted from the end."""
+    """Tokens of prompt and response that a reward model reads; earlier tokens are cut off."""
 
     def sources(self) -> list[RewardSource]:
-        """The rewards to be summed, whichever way they were written."""
+        """The sources to be summed; a single `model` or `function` is a list of one."""
         if self.mix:
             return self.mix
         given = {key: getattr(self, key) for key in SOURCE_KEYS}
@@ -135,33 +146,35 @@ class RewardConfig(Section, frozen=True):
 
 
 class RolloutConfig(Section, frozen=True):
-    """Generation."""
+    """Generation of responses."""
 
-    batch_size: Count = 64
-    """Responses in a step, over all ranks."""
+    engine: Literal["native"] = "native"
+    """What generates: `native` is the trained model itself, in the rank that trains it."""
+    batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    """Responses per step, over all ranks."""
     per_prompt: Count | None = None
-    """Responses to each prompt; 4 for rloo, else 1, when left out."""
-    max_new_tokens: Count = 64
-    """Longer answers are cut off."""
-    temperature: Positive = 1.0
-    """Divides the logits of the policy and of the reference, everywhere."""
+    """Responses to each prompt. Default: 4 for rloo, 1 otherwise."""
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    """Maximum length of a response, in tokens; longer responses are truncated."""
+    temperature: Annotated[float, Meta(ge=1e-6, le=1000)] = 1.0
+    """Divides the logits of the policy and of the reference, in generation and in training."""
     stop: list[str] = []
-    """An answer also ends where one of these stands in it."""
+    """Texts that end a response, in addition to the end-of-sequence token."""
 
 
 class AdvantageTraits(Struct, frozen=True, kw_only=True):
-    """What the rest of the configuration needs to know of an advantage estimator."""
+    """Properties of an advantage estimator that other keys depend on."""
 
     value_function: bool = False
-    """Whether a value function is trained beside the policy."""
+    """Whether the estimator needs a value function."""
     baseline: bool = False
     """Whether `ppo.baseline` has an effect."""
     whiten: bool = False
-    """`ppo.whiten`, when left out."""
+    """Default of `ppo.whiten`."""
     per_prompt: int = 1
-    """`rollout.per_prompt`, when left out."""
+    """Default of `rollout.per_prompt`."""
     least_per_prompt: int = 1
-    """What `rollout.per_prompt` must be at least."""
+    """Lower bound of `rollout.per_prompt`."""
 
 
 ADVANTAGES = {
@@ -169,206 +182,213 @@ ADVANTAGES = {
     "reward": AdvantageTraits(baseline=True),
     "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
 }
-"""Every estimator, by its name in `ppo.advantage`; :mod:`engine.train.ppo.advantages` has the
-functions. The key's type below lists the same names."""
+"""Every estimator, by its name in `ppo.advantage`. :mod:`engine.train.ppo.advantages` has the
+functions; the type of the key below lists the same names."""
 
 
 class PPOConfig(Section, frozen=True):
-    """The objective and its optimisation."""
+    """The PPO objective and its optimisation."""
 
     advantage: Literal["gae", "reward", "rloo"] = "gae"
-    """A value function; the answer's reward as it is; or against the prompt's other answers."""
-    epochs: Count = 4
-    """Passes over one step's rollout."""
+    """Advantage estimator: `gae` uses a value function; `reward` uses the response's reward, less a
+    baseline; `rloo` subtracts the mean reward of the prompt's other responses."""
+    epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
+    """Passes over the rollout of a step."""
     minibatches: Count = 4
-    """Optimiser steps in each pass."""
+    """Optimiser steps per pass."""
     micro_batch_size: Count = 16
-    """Responses in one forward and backward pass; memory, not mathematics."""
-    clip_range: Annotated[float, Meta(gt=0, lt=1)] = 0.2
-    """ε: how far the ratio to the rollout's policy counts."""
+    """Responses per forward and backward pass. Affects memory and speed, not the result."""
+    clip_range: Annotated[float, Meta(ge=1e-9, lt=1)] = 0.2
+    """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
+    1 ± ε."""
     ratio: Literal["token", "sequence"] = "token"
-    """Each token's own, or the whole answer's."""
+    """Whether the probability ratio is that of each token or that of the whole response."""
     gamma: Fraction = 1.0
-    """Discount (gae)."""
+    """Discount γ (gae only)."""
     lam: Fraction = 0.95
-    """λ (gae)."""
+    """λ of generalised advantage estimation (gae only)."""
     baseline: Literal["none", "batch", "running"] = "batch"
-    """Of `advantage: reward`: what is subtracted from R."""
+    """Subtracted from the reward with `advantage: reward`: nothing, the mean of the batch, or the
+    running mean over steps."""
     whiten: bool | None = None
-    """Advantages over the global batch; on for gae, off for the others, when left out."""
+    """Whiten advantages over the global batch. Default: on for gae, off otherwise."""
     whiten_rewards: bool = False
-    """Scale the token rewards by their standard deviation (gae only)."""
-    value_coef: NonNegative = 0.1
+    """Divide token rewards by their standard deviation (gae only)."""
+    value_coef: Coefficient = 0.1
     """Weight of the value loss."""
-    value_head_rate: Positive | None = None
-    """The value head learns at this many times the learning rate, since it starts from nothing; 10,
-    or 1 beside adapters, whose own rate is ten times that of whole weights, when left out."""
+    value_head_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] | None = None
+    """Learning rate of the value head, as a multiple of `train.learning_rate`. Default: 10, because
+    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher."""
     value_clip: Positive | None = None
-    """Holds V to the rollout's V ± this; 0.2 is usual with normalised scores."""
+    """Clips the value to that of the rollout ± this; 0.2 is usual with normalised scores. Default:
+    no clipping."""
     value_warmup: Whole = 0
-    """First steps in which the value function alone learns."""
+    """Number of first steps that train the value function only."""
     stop_kl: Positive | None = None
-    """Passes end when the approximate KL to the rollout's policy exceeds this."""
+    """Ends the updates of a step when the approximate KL to the rollout's policy exceeds this.
+    Default: never."""
     max_grad_norm: Positive = 1.0
-    """Longer gradients are shortened to it."""
+    """Clips the norm of the gradient to this."""
 
     @property
     def traits(self) -> AdvantageTraits:
-        """What the chosen estimator needs."""
+        """The properties of the chosen estimator."""
         return ADVANTAGES[self.advantage]
 
 
 class KLConfig(Section, frozen=True):
-    """The KL coefficient (beta) and its controller."""
+    """The KL coefficient β (beta) and its controller."""
 
     controller: Literal["fixed", "adaptive"] = "fixed"
-    """`adaptive` moves beta so that the KL stays near the target."""
-    beta: NonNegative = 0.05
-    """The coefficient to begin with."""
+    """`adaptive` adjusts beta after each step to keep the KL near the target."""
+    beta: Coefficient = 0.05
+    """Initial coefficient."""
     target: Positive = 6.0
-    """Nats per response."""
+    """KL that the adaptive controller aims for, in nats per response."""
     horizon: Positive = 10_000.0
-    """Episodes over which the adaptive controller may change beta by a factor of about e^0.2."""
+    """Number of responses over which the adaptive controller changes beta by a factor of at most
+    about e^0.2."""
     beta_min: Positive = 1e-4
-    """The adaptive controller goes no lower, and starts again from here when beta is 0."""
+    """Lower limit of the adaptive controller, which also starts from here if beta is 0."""
     beta_max: Positive = 10.0
-    """… and no higher."""
+    """Upper limit of the adaptive controller."""
 
 
 class TrainConfig(Section, frozen=True):
-    """Length, optimiser, schedule and checkpoints."""
+    """Length of the run, optimiser, schedule and checkpoints."""
 
     steps: Count = 200
-    """The run ends after this many."""
+    """Number of PPO steps."""
     max_hours: Positive | None = None
-    """Ends the run after this much training time, with a checkpoint."""
-    learning_rate: Positive = 1e-5
-    """AdamW's, before the schedule."""
+    """Saves a checkpoint and ends the run after this many hours of training. Default: no limit."""
+    learning_rate: Annotated[float, Meta(ge=1e-12, le=10)] = 1e-5
+    """Learning rate of AdamW, before the schedule is applied."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after its warm-up; the last two end near 0."""
+    """Learning rate after the warm-up; `linear` and `cosine` decay to nearly 0 at the last step."""
     warmup_steps: Whole = 0
-    """The learning rate rises over these."""
-    adam_eps: Positive = 1e-5
-    """AdamW's ε; 1e-8 gives a much larger early KL."""
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW's β1 and β2."""
-    weight_decay: NonNegative = 0.0
-    """AdamW's."""
+    """Number of first steps over which the learning rate rises linearly."""
+    adam_eps: Annotated[float, Meta(ge=1e-20, le=100)] = 1e-5
+    """ε of AdamW; 1e-8 leads to a much larger KL in the first steps."""
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """β1 and β2 of AdamW."""
+    weight_decay: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """Weight decay of AdamW."""
     save_every: Whole = 50
-    """Steps between checkpoints; 0: only the last one."""
+    """Number of steps between checkpoints; 0 saves at the end only."""
     keep_last: Count = 3
-    """The newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: Whole = 1
-    """Also kept: those with the highest mean score."""
+    """Number of further checkpoints to keep, those with the highest mean score."""
 
 
 class LaunchConfig(Section, frozen=True):
-    """The processes."""
+    """The processes of a run and their supervision."""
 
-    processes: Count | Literal["auto"] = "auto"
-    """Ranks on each machine; `auto`: one for each GPU, one without."""
-    nodes: Count = 1
-    """Machines; the others come by `rlhf-tui join`."""
+    processes: Annotated[int, Meta(ge=1, le=10_000)] | Literal["auto"] = "auto"
+    """Ranks on each machine. `auto`: one for each GPU, or one on a machine without GPUs."""
+    nodes: Annotated[int, Meta(ge=1, le=100_000)] = 1
+    """Number of machines; the others join with `rlhf-tui join`."""
     rendezvous: str | None = None
-    """`HOST:PORT` by which other machines reach this one; needed for more than one."""
-    timeout: Positive = 1800.0
-    """Seconds a rank waits for the others before it takes them for lost: more than the slowest
-    reward service, model download or write of the journal takes, for which rank 0 waits."""
-    threads: Count | None = None
-    """CPU threads a rank computes with; all cores shared out when left out."""
+    """`HOST:PORT` at which other machines reach this one; required if `nodes` is above 1."""
+    timeout: Seconds = 1800.0
+    """Seconds that a rank waits for the others before it fails. Choose more than the slowest reward
+    service, model download or journal write takes, because the other ranks wait for rank 0."""
+    threads: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    """CPU threads of a rank. Default: the cores divided among the ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: a GPU where there is one."""
+    """Device of the ranks. `auto`: GPUs if there are any."""
     gpus: list[Whole] = []
-    """Which GPUs the ranks may use, by the driver's numbers; all when left out."""
+    """Indices of the GPUs that the ranks may use, as numbered by the driver. Default: all."""
     max_restarts: Whole = 3
-    """Starts again, from the last checkpoint, after ranks that died."""
-    silence: Positive = 1800.0
-    """Seconds without a sign of life after which a rank is taken for hung, ended and restarted.
-    Counts from a rank's first step on."""
-    load_silence: Positive = 1800.0
-    """The same while a rank starts and loads, and downloads and reads of large files are silent."""
+    """How many times the ranks are restarted from the last checkpoint after one of them died."""
+    silence: Seconds = 1800.0
+    """Seconds without a message after which a rank counts as hung and is killed and restarted.
+    Applies from the first step of a rank."""
+    load_silence: Seconds = 1800.0
+    """The same before the first step; downloading or reading large files sends no messages."""
     nice: Annotated[int, Meta(ge=0, le=19)] = 5
-    """Of ranks on a CPU, so that the machine stays usable; 0: like any process."""
+    """Niceness of ranks on a CPU, which keeps the machine responsive; 0 is normal priority."""
 
 
 class ParallelConfig(Section, frozen=True):
-    """How several ranks share the models, and what saves memory."""
+    """Distribution of the models over ranks, and options that save memory."""
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """The policy whole on each rank, or sharded over them (FSDP2); `auto`: sharded where it would
-    not fit. Without effect for one rank."""
+    """`ddp` replicates the policy on each rank, `fsdp` shards it (FSDP2); `auto` shards it if it
+    would not fit otherwise. No effect with one rank."""
     frozen: Literal["keep", "offload"] = "keep"
-    """Reference and reward model: on the device (sharded where the policy is), or on the host and
-    on the device only while they are used. On a CPU they always rest in a file, unless sharded."""
+    """Reference and reward models: `keep` holds them on the device, sharded if the policy is;
+    `offload` holds them in host memory and moves them to the device while they are used. On a CPU,
+    unsharded ones are always memory-mapped from a file."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
 
 
 class LogConfig(Section, frozen=True):
-    """What is kept of each step."""
+    """What is recorded of each step."""
 
     samples: Whole = 16
-    """Answers a step that are kept whole."""
+    """Responses recorded per step."""
     arrays: Whole = 4
-    """Of these, how many with their per-token arrays."""
+    """How many of these are recorded with per-token arrays."""
     tensorboard: bool = True
-    """Write event files for TensorBoard into the session's `tb/`."""
+    """Write TensorBoard event files to the session's `tb/`."""
 
 
 class Rule(Section, frozen=True):
-    """One guard rail: when a metric is worth a look, and what is done about it."""
+    """One guard rail: a condition on a metric, and the action when it is met."""
 
     name: str
-    """What the alert is called."""
+    """Name of the alert."""
     metric: str
-    """By its name; `*`: any metric that is not finite."""
+    """Name of the metric; `*` matches every metric that is not finite."""
     above: float | None = None
-    """Speaks when the metric is above this …"""
+    """Fires when the metric is above this."""
     below: float | None = None
-    """… or below this."""
+    """Fires when the metric is below this."""
     of: str | None = None
-    """`above` and `below` are multiples of this setting (`target`, `max_new_tokens` …)."""
+    """A setting such as `target` or `max_new_tokens`; `above` and `below` are multiples of it."""
     rises: Positive | None = None
-    """By this share, against the mean of the last `window` steps."""
+    """Fires when the metric exceeds the mean of the last `window` steps by this fraction of it."""
     falls: Positive | None = None
-    """By this share, against the mean of the last `window` steps."""
+    """Fires when the metric is below the mean of the last `window` steps by this fraction of it."""
     window: Count = 20
-    """Steps that `rises` and `falls` look back over."""
+    """Number of steps in the mean that `rises` and `falls` compare with."""
     action: Literal["notify", "checkpoint", "pause", "stop"] = "notify"
-    """What is done besides telling."""
+    """Action in addition to the alert; `notify` is the alert alone."""
 
 
 RULE_CONDITIONS = ("above", "below", "falls", "rises")
-"""Keys of a rule that are conditions; :mod:`engine.monitoring.conditions` evaluates them."""
+"""The keys of a rule that are conditions; :mod:`engine.monitoring.conditions` evaluates them."""
 
 
 class GuardrailConfig(Section, frozen=True):
-    """Rules over metrics that tell the operator where to look."""
+    """Guard rails: rules over metrics and over the machine that alert the operator."""
 
     defaults: bool = True
-    """The rules that come with the software; one of the same name replaces its default."""
+    """Use the built-in rules; a rule of the same name in `rules` replaces a built-in one."""
     rules: list[Rule] = []
-    """The user's own."""
-    silent_rank: Positive = 300.0
-    """Seconds without a sign of life from a rank that are worth a notice."""
+    """Additional rules."""
+    silent_rank: Seconds = 300.0
+    """Seconds without a message from a rank before an alert."""
     disk_free_gb: NonNegative = 2.0
-    """Less than this is worth a notice."""
+    """Free disk space, in gigabytes, below which there is an alert."""
 
 
 class NotifyConfig(Section, frozen=True):
-    """Where alerts go besides the terminal."""
+    """Where alerts are sent in addition to the terminal."""
 
     command: str | None = None
-    """A shell command, run for each alert with the alert as JSON on its standard input."""
+    """A shell command that is run for each alert and gets the alert as JSON on standard input."""
 
 
 class RunConfig(Section, frozen=True):
-    """The whole file."""
+    """A complete configuration."""
 
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig
-    seed: Whole = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
     lora: LoRAConfig = LoRAConfig()
     rollout: RolloutConfig = RolloutConfig()
     ppo: PPOConfig = PPOConfig()
@@ -381,14 +401,14 @@ class RunConfig(Section, frozen=True):
     notify: NotifyConfig = NotifyConfig()
 
     @property
-    def answers_per_prompt(self) -> int:
+    def responses_per_prompt(self) -> int:
         """Responses to each prompt of a step."""
         return self.rollout.per_prompt or 1
 
     @property
     def prompts_per_step(self) -> int:
-        """Prompts drawn in a step, over all ranks."""
-        return self.rollout.batch_size // self.answers_per_prompt
+        """Prompts per step, over all ranks."""
+        return self.rollout.batch_size // self.responses_per_prompt
 
 
 FIXED_AT_START = (
@@ -400,4 +420,4 @@ FIXED_AT_START = (
     "rollout.per_prompt",
     "ppo.advantage",
 )
-"""Keys (or sections) that decide the model or the data's order: a resume may not change them."""
+"""Keys and sections that determine the model or the order of the data: fixed on a resume."""

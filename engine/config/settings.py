@@ -1,9 +1,9 @@
-"""The values an operator may change while the run goes on, and what each may be set to.
+"""Live settings: the configuration keys that an operator can change during a run.
 
-A rank keeps them in one place, its :class:`~engine.config.schema.RunConfig` in force:
-:func:`apply_settings` writes them into it and :func:`settings_of` reads them back, for checkpoints
-and messages. They change between two steps only. Every change is one :class:`SettingChange`,
-recorded with its old and its new value.
+A rank holds their values in its :class:`~engine.config.schema.RunConfig` only. For checkpoints and
+messages, :func:`settings_of` reads them from it and :func:`apply_settings` writes them into it.
+Settings change between two steps only. Each change is recorded as a :class:`SettingChange` with the
+old and the new value.
 """
 
 import math
@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from engine.config.schema import RunConfig
+from engine.config.type_errors import expected, shown
 from engine.errors import CommandRejectedError
 
 LIVE_SETTINGS = {
@@ -31,13 +32,13 @@ LIVE_SETTINGS = {
     "temperature": "rollout.temperature",
     "max_new_tokens": "rollout.max_new_tokens",
 }
-"""Setting → its configuration key, which gives the first value, the type and the range."""
+"""Setting → configuration key, which defines its initial value, type and range."""
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What may change at a step boundary. Fields carry the meaning of their configuration keys.
+    """Values of all live settings. A field has the meaning of its configuration key.
 
-    With the adaptive controller `beta` is the controller's present value: it moves by itself.
+    With the adaptive controller, `beta` is the current value of the controller.
     """
 
     beta: float
@@ -56,7 +57,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class SettingChange(Struct, frozen=True, kw_only=True):
-    """One setting's new value, as journalled: `old → new`, from step `step` on."""
+    """A change of one setting, as the journal records it."""
 
     key: str
     old: Any
@@ -64,7 +65,7 @@ class SettingChange(Struct, frozen=True, kw_only=True):
 
 
 def settings_of(config: RunConfig) -> Settings:
-    """The settings in a configuration."""
+    """The live settings of a configuration."""
     values = {}
     for name, path in LIVE_SETTINGS.items():
         section, key = path.split(".")
@@ -73,7 +74,7 @@ def settings_of(config: RunConfig) -> Settings:
 
 
 def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
-    """The configuration with these settings in force; every other key stays."""
+    """Returns the configuration with these settings; every other key is unchanged."""
     sections: dict[str, dict[str, Any]] = {}
     for name, path in LIVE_SETTINGS.items():
         section, key = path.split(".")
@@ -83,26 +84,38 @@ def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
 
 
 def change_settings(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The configuration with some settings changed, by name."""
+    """Returns the configuration with the named settings changed.
+
+    The values must have passed :func:`check_settings`; their ranges are not checked again.
+    """
     merged = msgspec.structs.asdict(settings_of(config)) | values
     return apply_settings(config, msgspec.convert(merged, Settings, strict=False))
 
 
 def check_settings(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
-    """The values as the settings would hold them. Raises CommandRejectedError."""
+    """Checks new values of settings against their types, their ranges and the current settings.
+
+    Args:
+        settings: the current ones.
+        values: setting → new value, as a command gives it.
+
+    Returns:
+        The same keys with values of the settings' types.
+
+    Raises:
+        CommandRejectedError: a value has the wrong type or is out of range.
+    """
     now = msgspec.structs.asdict(settings)
     for name, value in values.items():
         section, key = LIVE_SETTINGS[name].split(".")
         kind = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
         try:
             now[name] = msgspec.convert(value, kind, strict=True)
         except msgspec.ValidationError as error:
-            wanted = str(error).replace("Expected ", "").replace("`", "").partition(", got")[0]
-            wanted = wanted.replace("float", "a number").replace("int", "a whole number")
-            wanted = wanted.replace(" | null", ", or null")
-            raise CommandRejectedError(f"{name} must be {wanted} (it is {value!r})") from None
-        if isinstance(value, float) and not math.isfinite(value):
-            raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
+            wanted = expected(str(error).partition(", got")[0])
+            raise CommandRejectedError(f"{name} must be {wanted} (it is {shown(value)})") from None
     if not now["beta_min"] < now["beta_max"]:
         raise CommandRejectedError(
             f"beta_min ({now['beta_min']:g}) must be below beta_max ({now['beta_max']:g})"
@@ -117,10 +130,14 @@ def _section(name: str) -> type[Struct]:
 
 
 def setting_name(key: str) -> str:
-    """`kl.beta` and `beta` are both `beta`. Raises CommandRejectedError for an unknown one."""
+    """The name of a setting, given that name or its configuration key (`beta` or `kl.beta`).
+
+    Raises:
+        CommandRejectedError: there is no such setting; the message lists all of them.
+    """
     for name, path in LIVE_SETTINGS.items():
         if key in (name, path):
             return name
     raise CommandRejectedError(
-        f"'{key}' cannot be set while the run goes on; these can: {', '.join(LIVE_SETTINGS)}"
+        f"'{key}' cannot be set during a run; these can: {', '.join(LIVE_SETTINGS)}"
     )

@@ -1,1 +1,1 @@
-"""The journal, samples and labels of a session: one writer, many readers."""
+"""The databases of a session: journal, samples and labels."""

@@ -1,6 +1,7 @@
-"""The commands' part of the journal: who asked for what, and what became of it.
+"""The commands in the journal, with their status and the changes they made.
 
-A command's life: `queued → accepted → applied at step S`, or `rejected: reason`.
+The status of a command is `queued → accepted → applied at step S`, or `rejected: reason`. Commands
+are ordered by sequence numbers, never by wall clock, which may be set back.
 """
 
 import json
@@ -20,18 +21,18 @@ from engine.protocol.rank_messages import ReplayedChange
 
 
 class CommandLog:
-    """Writes and reads commands; each is an event, too."""
+    """Writes and reads commands. Each command also has an event."""
 
     def __init__(self, db: sqlite3.Connection, events: EventLog) -> None:
         self._db = db
         self._events = events
 
     def changes_after(self, step: int) -> list[ReplayedChange]:
-        """What commands changed after a step, in the order in which it took effect."""
+        """The changes of settings by commands after a step, in the order of their application."""
         rows = self._db.execute(
             "SELECT applied_step, command, changes FROM commands "
             "WHERE status = 'applied' AND live AND applied_step > ? AND changes <> '[]' "
-            "ORDER BY applied_step, ended",
+            "ORDER BY applied_step, applied_seq",
             (step,),
         ).fetchall()
         return [
@@ -44,12 +45,13 @@ class CommandLog:
         ]
 
     def record(self, command_id: str, command: str, args: dict[str, Any], who: str) -> bool:
-        """A command as queued, with its event. False when one of that id is there already."""
+        """Writes a queued command and its event. Returns False if the id exists already."""
         with self._db:
             new = self._db.execute(
                 "INSERT OR IGNORE INTO commands "
-                "(id, command, args, who, status, queued, attempt, changes) "
-                "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]')",
+                "(id, command, args, who, status, queued, attempt, changes, seq) "
+                "VALUES (?, ?, ?, ?, 'queued', ?, ?, '[]', "
+                "(SELECT ifnull(max(seq), 0) + 1 FROM commands))",
                 (
                     command_id,
                     command,
@@ -66,7 +68,7 @@ class CommandLog:
         return bool(new)
 
     def accept(self, command_id: str) -> None:
-        """The engine will carry it out at the next step boundary."""
+        """Marks a command as accepted: it will be executed at the next step boundary."""
         with self._db:
             self._db.execute(
                 "UPDATE commands SET status = 'accepted', accepted = ? WHERE id = ?",
@@ -80,28 +82,40 @@ class CommandLog:
         changes: list[SettingChange],
         result: dict[str, Any] | None = None,
     ) -> None:
-        """It took effect from this step on."""
+        """Marks a command as applied.
+
+        Args:
+            command_id: of the command.
+            step: the first step with the command in effect.
+            changes: the settings it changed.
+            result: of a probe.
+        """
         with self._db:
             self._db.execute(
                 "UPDATE commands SET status = 'applied', ended = ?, applied_step = ?, "
-                "attempt = ?, changes = ?, result = ? WHERE id = ?",
+                "attempt = ?, changes = ?, result = ?, "
+                "applied_seq = (SELECT ifnull(max(applied_seq), 0) + 1 FROM commands) "
+                "WHERE id = ?",
                 (time.time(), step, self._events.attempt, msgspec.json.encode(changes).decode(),
                  json.dumps(finite(result or {})), command_id),
             )  # fmt: skip
-            self._contradict(step, {c.key for c in changes})
+            self._invalidate_replay(step, {c.key for c in changes})
 
-    def _contradict(self, step: int, keys: set[str]) -> None:
-        """Earlier attempts' changes of the same settings, still to be repeated, no longer hold."""
+    def _invalidate_replay(self, step: int, keys: set[str]) -> None:
+        """Invalidates changes of the same settings that earlier attempts made from this step on.
+
+        They would otherwise be replayed after the next crash and override the new change.
+        """
         rows = self._db.execute(
             "SELECT id, changes FROM commands "
             "WHERE status = 'applied' AND live AND attempt < ? AND applied_step >= ?",
             (self._events.attempt, step),
         ).fetchall()
-        over = [(i,) for i, text in rows if keys & {c["key"] for c in json.loads(text)}]
-        self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", over)
+        overridden = [(i,) for i, text in rows if keys & {c["key"] for c in json.loads(text)}]
+        self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", overridden)
 
     def reject(self, command_id: str, reason: str) -> None:
-        """It will not be carried out."""
+        """Marks a command as rejected."""
         with self._db:
             self._db.execute(
                 "UPDATE commands SET status = 'rejected', ended = ?, reason = ? WHERE id = ?",
@@ -109,7 +123,7 @@ class CommandLog:
             )
 
     def reject_unfinished(self, reason: str) -> None:
-        """Commands that an engine took in and could not finish."""
+        """Rejects all commands that are queued or accepted, such as those of a dead engine."""
         with self._db:
             self._db.execute(
                 "UPDATE commands SET status = 'rejected', ended = ?, reason = ? "
@@ -118,7 +132,7 @@ class CommandLog:
             )
 
     def reply(self, command_id: str) -> CommandReply:
-        """Where a command stands. Raises JournalError for an unknown one."""
+        """The current status of a command. Raises JournalError if the id is unknown."""
         row = self._db.execute(
             "SELECT status, applied_step, reason, changes, result FROM commands WHERE id = ?",
             (command_id,),
@@ -136,11 +150,11 @@ class CommandLog:
         )
 
     def undoable(self, step: int) -> list[list[SettingChange]]:
-        """Operators' changes in force at a step, the latest last, those taken back left out."""
+        """The changes in effect at a step that `undo` can revert, in the order of application."""
         rows = self._db.execute(
             "SELECT command, changes FROM commands "
             "WHERE status = 'applied' AND live AND applied_step <= ? AND changes <> '[]' "
-            "ORDER BY applied_step, ended",
+            "ORDER BY applied_step, applied_seq",
             (step,),
         ).fetchall()
         stack: list[list[SettingChange]] = []

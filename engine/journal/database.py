@@ -1,4 +1,4 @@
-"""One SQLite file of a session as everybody reads it: short reads, never a write."""
+"""Read-only access to one SQLite file of a session, in short reads."""
 
 import sqlite3
 from collections.abc import Iterable, Mapping
@@ -9,21 +9,27 @@ from engine.errors import JournalError
 from engine.journal import schema
 
 Values = Iterable[Any] | Mapping[str, Any]
-"""A query's parameters, by place or by name: whatever SQLite can hold."""
+"""The parameters of a query, positional or named."""
 
 
 class ReadOnlyDatabase:
-    """A database that reads as empty where there is none yet."""
+    """A database opened for reading. A missing database reads as empty."""
 
     def __init__(self, path: Path, migrations: list[str]) -> None:
-        """Opens it.
+        """Opens the file if it exists.
+
+        Args:
+            path: of the file.
+            migrations: all migrations of this kind of file, see :mod:`engine.journal.schema`.
 
         Raises:
-            JournalError: it cannot be read, or a newer version wrote it.
+            JournalError: the file cannot be read, or a newer version wrote it.
         """
         self._path = path
         self.connection = open_read_only(path, len(migrations))
-        """None where there is no database, or none is finished yet."""
+        """None if the file is missing or has no tables yet."""
+        self.version = 0 if self.connection is None else schema.schema_version(self.connection)
+        """Number of migrations applied when the file was opened. Readers do not migrate."""
 
     def close(self) -> None:
         """Closes the file."""
@@ -31,16 +37,16 @@ class ReadOnlyDatabase:
             self.connection.close()
 
     def rows(self, query: str, values: Values = ()) -> list[Any]:
-        """The tuples of a query; their types are the query's columns, which no checker knows.
+        """Runs a query and returns its rows as tuples, whose types a type checker cannot know.
 
         Raises:
             JournalError: the file cannot be read.
         """
         if self.connection is None:
             return []
-        given = dict(values) if isinstance(values, Mapping) else tuple(values)
+        parameters = dict(values) if isinstance(values, Mapping) else tuple(values)
         try:
-            return self.connection.execute(query, given).fetchall()
+            return self.connection.execute(query, parameters).fetchall()
         except sqlite3.Error as error:
             raise JournalError(
                 f"cannot read the journal of {self._path.parent}: {error}"
@@ -48,22 +54,29 @@ class ReadOnlyDatabase:
 
 
 def limit(last: int | None) -> int:
-    """SQL's LIMIT for the last N; None for all."""
+    """The value of SQL's LIMIT for the last N rows, or for all rows if None."""
     return -1 if last is None else last
 
 
 def open_read_only(path: Path, newest: int) -> sqlite3.Connection | None:
-    """Opens a database for reading; None where there is none, or none is finished yet.
+    """Opens a database for reading.
+
+    Args:
+        path: of the file.
+        newest: number of migrations that this version knows.
+
+    Returns:
+        The connection; None if the file is missing or has no tables yet.
 
     Raises:
-        JournalError: it cannot be read, or a newer version wrote it.
+        JournalError: the file cannot be read, or a newer version wrote it.
     """
-    found = connect(path, newest)
-    return None if found is None else found[0]
+    opened = connect(path, newest)
+    return None if opened is None else opened[0]
 
 
 def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
-    """As :func:`open_read_only`, with the address by which it could be read."""
+    """Like :func:`open_read_only`, but also returns the URI that SQLite opened."""
     if not path.is_file():
         return None
     uri = f"{path.resolve().as_uri()}?mode=ro"
@@ -72,7 +85,7 @@ def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
             db = sqlite3.connect(uri, uri=True, timeout=5.0)
             version = schema.schema_version(db)
         except sqlite3.OperationalError:
-            # An archived, read-only folder: WAL wants to make a file beside the database there.
+            # In a read-only folder, WAL cannot create its files beside the database.
             uri += "&immutable=1"
             db = sqlite3.connect(uri, uri=True, timeout=5.0)
             version = schema.schema_version(db)

@@ -1,4 +1,4 @@
-"""The events' part of the journal, and the attempt and step that they are written under."""
+"""The events in the journal, and the attempt and step that they are recorded with."""
 
 import json
 import sqlite3
@@ -9,22 +9,28 @@ from engine.journal.json_values import finite
 
 
 class EventLog:
-    """Writes events inside whatever transaction is open, so that each stands beside its cause."""
+    """Writes events in the open transaction, so an event and its cause are committed together."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
-        """Goes on from what the journal holds."""
+        """Reads the last attempt, step and event of the journal."""
         self._db = db
         self.attempt: int = self._newest("SELECT max(attempt) FROM attempts")
         self.step: int = self._newest("SELECT max(step) FROM steps")
-        """The last finished one."""
+        """The last finished step."""
         self.last: int = self._newest("SELECT max(id) FROM events")
-        """The newest event's id."""
+        """Id of the newest event."""
 
     def _newest(self, query: str) -> int:
         return int(self._db.execute(query).fetchone()[0] or 0)
 
     def write(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
-        """An event of the present attempt, at a step or at the last finished one; its id."""
+        """Writes an event of the current attempt and returns its id.
+
+        Args:
+            kind: of the event, a key of :data:`engine.journal.rows.PAYLOADS`.
+            data: the payload.
+            step: at which it occurred; the last finished step if None.
+        """
         cursor = self._db.execute(
             "INSERT INTO events (time, attempt, step, kind, data) VALUES (?, ?, ?, ?, ?)",
             (time.time(), self.attempt, self.step if step is None else step, kind,

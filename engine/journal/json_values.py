@@ -1,14 +1,14 @@
-"""Values as JSON can hold them."""
+"""Values that JSON can represent."""
 
 import math
 from typing import Any
 
 Json = dict[str, Any]
-"""An object for scripts: its keys are a contract, its values whatever JSON can hold."""
+"""An object in JSON output. Its keys are a contract with scripts."""
 
 
 def finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: null, here and in every list and mapping below."""
+    """Replaces NaN and infinity, which JSON lacks, by None, also in nested lists and mappings."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

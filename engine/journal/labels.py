@@ -1,11 +1,12 @@
-"""The operators' judgements: labels and notes on answers, and which of two answers is better.
+"""The operators' judgements: labels and notes on responses, and preferences between responses.
 
-Clients write them, any number at once, whether an engine lives or not: SQLite locks `labels.db` for
-each change and not in between. A rollback journal, not WAL: it works between hosts, leaves nothing
-beside the file, and each change shows in the file's own time.
+Clients write them to `labels.db`, with or without a live engine. Several clients can write at the
+same time: SQLite locks the file for the duration of each change. The file uses a rollback journal
+instead of WAL, because that works across hosts, leaves no files beside the database, and updates
+the modification time of the file with each change.
 
-An answer is known by attempt, step and index: after a roll back the same step has other answers.
-Its words are kept with the judgement, so that an export needs nothing else.
+A response is identified by attempt, step and index, because after a rollback the same step has
+other responses. Prompt and response are stored with the judgement: an export needs no other file.
 """
 
 import contextlib
@@ -21,18 +22,19 @@ from engine.errors import JournalError, UserInputError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, connect
 from engine.journal.rows import Judgement, SampleRow
+from engine.session import access
 from engine.session.folder import Session
 
 LABELS = ("good", "bad", "hack")
 BUSY = 10.0
-"""Seconds to wait for another client's change."""
+"""Seconds to wait for the change of another client."""
 
 Key = tuple[int, int, int]
 """Attempt, step, index."""
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer's words and where they came from; None: from the reference."""
+    """A response and its origin. Attempt, step and index are None for the reference's responses."""
 
     response: str
     attempt: int | None = None
@@ -41,22 +43,22 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, sample: SampleRow) -> "Response":
-        """Of a sample."""
+        """The response of a sample."""
         return cls(
             response=sample.response, attempt=sample.attempt, step=sample.step, index=sample.index
         )
 
 
 class JudgedResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A response with what is thought of it."""
+    """A response and its judgement."""
 
     prompt: str
-    answer: Response
+    response: Response
     judgement: Judgement
 
 
 class Preference(msgspec.Struct, frozen=True, kw_only=True):
-    """Of two answers to a prompt the better one."""
+    """The preferred one of two responses to a prompt."""
 
     prompt: str
     chosen: Response
@@ -68,40 +70,42 @@ class Preference(msgspec.Struct, frozen=True, kw_only=True):
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def set_label(session: Session, prompt: str, answer: Response, label: str | None, who: str) -> None:
-    """Labels an answer in place of an earlier label; None takes that away. A note stays.
+def set_label(
+    session: Session, prompt: str, response: Response, label: str | None, who: str
+) -> None:
+    """Sets or replaces the label of a response, or removes it if `label` is None. Keeps a note.
 
     Raises:
         JournalError: the file cannot be written.
-        UserInputError: it is none of LABELS.
+        UserInputError: the label is not one of :data:`LABELS`.
     """
     if label is not None and label not in LABELS:
-        raise UserInputError(f"'{label}' is no label: give one of {', '.join(LABELS)}")
-    _judge(session, prompt, answer, "label", label, who)
+        raise UserInputError(f"'{label}' is not a label: use one of {', '.join(LABELS)}")
+    _judge(session, prompt, response, "label", label, who)
 
 
-def set_note(session: Session, prompt: str, answer: Response, note: str, who: str) -> None:
-    """Writes a note on an answer in place of an earlier one; "" takes that away. A label stays.
+def set_note(session: Session, prompt: str, response: Response, note: str, who: str) -> None:
+    """Sets or replaces the note on a response, or removes it if `note` is empty. Keeps a label.
 
     Raises:
         JournalError: the file cannot be written.
     """
-    _judge(session, prompt, answer, "note", note.strip() or None, who)
+    _judge(session, prompt, response, "note", note.strip() or None, who)
 
 
 def _judge(
-    session: Session, prompt: str, answer: Response, column: str, value: str | None, who: str
+    session: Session, prompt: str, response: Response, column: str, value: str | None, who: str
 ) -> None:
-    values = msgspec.structs.asdict(answer)
+    values = msgspec.structs.asdict(response)
     with _writing(session.labels_file) as db:
-        # Other words in its place: samples.db was replaced, and attempts began at 1 again.
+        # Another response under the same key: samples.db was replaced, so attempts restarted at 1.
         db.execute(
             "DELETE FROM judgements WHERE attempt = :attempt AND step = :step AND idx = :index "
             "AND response <> :response",
             values,
         )
         db.execute(
-            "INSERT INTO judgements "  # noqa: S608 - one of two columns of ours
+            "INSERT INTO judgements "  # noqa: S608 - one of two constant columns
             f"(attempt, step, idx, prompt, response, who, time, {column}) "
             "VALUES (:attempt, :step, :index, :prompt, :response, :who, :time, :value) "
             "ON CONFLICT DO UPDATE SET who = excluded.who, time = excluded.time, "
@@ -112,16 +116,16 @@ def _judge(
 
 
 def prefer(session: Session, prompt: str, chosen: Response, rejected: Response, who: str) -> None:
-    """Notes that one answer is better than another one, in place of what was said of the two.
+    """Records a preference between two responses; replaces an earlier one between the same two.
 
     Raises:
         JournalError: the file cannot be written.
-        UserInputError: they are the same words.
+        UserInputError: the responses have the same text.
     """
     if chosen.response == rejected.response:
-        raise UserInputError("these two answers are the same words: neither is the better one")
+        raise UserInputError("the two responses are identical: neither can be preferred")
     with _writing(session.labels_file) as db:
-        _forget(db, prompt, chosen, rejected)
+        _delete_preference(db, prompt, chosen, rejected)
         db.execute(
             "INSERT INTO preferences VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -133,12 +137,12 @@ def prefer(session: Session, prompt: str, chosen: Response, rejected: Response, 
 
 
 def forget_preference(session: Session, prompt: str, one: Response, other: Response) -> None:
-    """Takes back what was said of two answers. Raises JournalError."""
+    """Deletes the preference between two responses, if there is one. Raises JournalError."""
     with _writing(session.labels_file) as db:
-        _forget(db, prompt, one, other)
+        _delete_preference(db, prompt, one, other)
 
 
-def _forget(db: sqlite3.Connection, prompt: str, one: Response, other: Response) -> None:
+def _delete_preference(db: sqlite3.Connection, prompt: str, one: Response, other: Response) -> None:
     db.execute(
         "DELETE FROM preferences WHERE prompt = :prompt AND "
         "((chosen = :a AND rejected = :b) OR (chosen = :b AND rejected = :a))",
@@ -148,40 +152,46 @@ def _forget(db: sqlite3.Connection, prompt: str, one: Response, other: Response)
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """One change, whole or not at all; makes the file where there is none."""
+    """Context manager of one transaction; creates the file if it is missing."""
     try:
+        access.create_file(path)
         with contextlib.closing(sqlite3.connect(path, timeout=BUSY)) as db:
             db.execute("PRAGMA journal_mode = DELETE")
             schema.migrate(db, schema.LABELS, path)
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 yield db
+    except OSError as error:
+        raise JournalError(f"cannot write {path}: {error.strerror}; {DEFAULT_ADVICE}") from error
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the kind, without its details
-        advice = ADVICE.get(code, "the session's folder must be one that you can write in")
+        code = (
+            getattr(error, "sqlite_errorcode", 0) & 0xFF
+        )  # the primary code, without the extended part
+        advice = ADVICE.get(code, DEFAULT_ADVICE)
         raise JournalError(f"cannot write {path}: {error}; {advice}") from error
 
 
+DEFAULT_ADVICE = "you need write permission for the session's folder"
 ADVICE = {
-    sqlite3.SQLITE_BUSY: "another program holds it: try again",
-    sqlite3.SQLITE_FULL: "free some space and try again",
-    sqlite3.SQLITE_CORRUPT: "move it away to begin anew",
-    sqlite3.SQLITE_NOTADB: "move it away to begin anew",
+    sqlite3.SQLITE_BUSY: "another program has locked it: try again",
+    sqlite3.SQLITE_FULL: "free some disk space and try again",
+    sqlite3.SQLITE_CORRUPT: "move the file away to start a new one",
+    sqlite3.SQLITE_NOTADB: "move the file away to start a new one",
 }
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
 class LabelReader:
-    """What the operators think; a session that nobody has judged reads as empty."""
+    """Reads the judgements of a session. Without `labels.db` there are none."""
 
     def __init__(self, session: Session) -> None:
-        """Opens the labels.
+        """Opens `labels.db`.
 
         Raises:
-            JournalError: they cannot be read, or a newer version wrote them.
+            JournalError: it cannot be read, or a newer version wrote it.
         """
-        _finish_change(session.labels_file)
+        _roll_back_interrupted_change(session.labels_file)
         self._db = ReadOnlyDatabase(session.labels_file, schema.LABELS)
 
     def __enter__(self) -> Self:
@@ -195,7 +205,7 @@ class LabelReader:
         self._db.close()
 
     def judgements(self) -> dict[Key, JudgedResponse]:
-        """Every judgement, the oldest first."""
+        """All judgements, sorted by time."""
         rows = self._db.rows(
             "SELECT attempt, step, idx, prompt, response, label, note, who, time "
             "FROM judgements ORDER BY time"
@@ -203,14 +213,14 @@ class LabelReader:
         return {
             (attempt, step, index): JudgedResponse(
                 prompt=prompt,
-                answer=Response(response=response, attempt=attempt, step=step, index=index),
+                response=Response(response=response, attempt=attempt, step=step, index=index),
                 judgement=Judgement(label=label, note=note, who=who, time=time),
             )
             for attempt, step, index, prompt, response, label, note, who, time in rows
         }
 
     def preferences(self, prompt: str | None = None) -> list[Preference]:
-        """Every pair, or those of one prompt, the oldest first."""
+        """All preferences, or those of one prompt, sorted by time."""
         rows = self._db.rows(
             "SELECT prompt, who, time, chosen, chosen_attempt, chosen_step, chosen_idx, "
             "rejected, rejected_attempt, rejected_step, rejected_idx FROM preferences "
@@ -219,10 +229,10 @@ class LabelReader:
         )
         return [
             Preference(
-                prompt=asked, who=who, time=time, chosen=_response(sides[:4]),
-                rejected=_response(sides[4:]),
+                prompt=text, who=who, time=time, chosen=_response(columns[:4]),
+                rejected=_response(columns[4:]),
             )
-            for asked, who, time, *sides in rows
+            for text, who, time, *columns in rows
         ]  # fmt: skip
 
 
@@ -232,18 +242,21 @@ def _response(columns: list[Any]) -> Response:
 
 
 def attach(db: sqlite3.Connection, session: Session) -> bool:
-    """Makes `labels.judgements` known to a connection that reads; False where there are none yet.
+    """Attaches `labels.db` to a connection under the name `labels`.
+
+    Returns:
+        False if there are no labels yet.
 
     Raises:
-        JournalError: it cannot be read, or a newer version wrote it.
+        JournalError: the file cannot be read, or a newer version wrote it.
     """
     path = session.labels_file
-    _finish_change(path)
-    found = connect(path, len(schema.LABELS))
-    if found is None:
+    _roll_back_interrupted_change(path)
+    opened = connect(path, len(schema.LABELS))
+    if opened is None:
         return False
-    probe, uri = found
-    probe.close()
+    connection, uri = opened
+    connection.close()
     try:
         db.execute("ATTACH ? AS labels", (uri,))
     except sqlite3.Error as error:
@@ -251,12 +264,12 @@ def attach(db: sqlite3.Connection, session: Session) -> bool:
     return True
 
 
-def _finish_change(path: Path) -> None:
-    """Undoes what a client left half done when it was killed: who only reads could not read it."""
+def _roll_back_interrupted_change(path: Path) -> None:
+    """Rolls back the change of a killed client, which a read-only connection cannot do."""
     if path.with_name(f"{path.name}-journal").is_file():
         uri = f"{path.resolve().as_uri()}?mode=rw"
         with (
-            contextlib.suppress(sqlite3.Error),  # the reading that follows says what is wrong
+            contextlib.suppress(sqlite3.Error),  # the read that follows reports the error
             contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY)) as db,
         ):
             schema.schema_version(db)

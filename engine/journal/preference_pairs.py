@@ -1,7 +1,7 @@
-"""What an export of preferences holds: pairs of answers to one prompt, a better and a worse one.
+"""The export of preferences: pairs of a chosen and a rejected response to the same prompt.
 
-In the columns that trainers of preferences read (`prompt`, `chosen`, `rejected`), and beside them
-who said so, when, and where each answer came from.
+The columns `prompt`, `chosen` and `rejected` are those of preference trainers such as TRL's DPO.
+Further columns hold the operator, the time and the origin of each response.
 """
 
 import msgspec
@@ -14,17 +14,17 @@ WORSE = ("bad", "hack")
 
 
 class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of an export; the fields are its columns, in their order."""
+    """One row of an export; the fields are the columns, in order."""
 
     prompt: str
     chosen: str
     rejected: str
     source: str
-    """`pair`: the two were compared; `labels`: each was labelled."""
+    """`pair`: from a comparison of the two; `labels`: from the labels of each."""
     who: str
     time: float
     chosen_attempt: int | None
-    """None, as step and index are: the response is the reference's."""
+    """Attempt, step and index are None for a response of the reference."""
     chosen_step: int | None
     chosen_index: int | None
     rejected_attempt: int | None
@@ -33,27 +33,26 @@ class PreferencePair(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def preference_pairs(session: Session) -> list[PreferencePair]:
-    """Every pair once, the oldest first.
+    """All preference pairs of a session, each once, sorted by time.
 
-    Two answers that were held against each other (`source` "pair"), and of those to the same prompt
-    each that is labelled good with each that is bad or a hack ("labels"). What was said of a pair
-    counts before what its labels say, a later word before an earlier one. Answers of the reference
-    have no attempt, step and index.
+    A pair is either a recorded preference (`source` "pair"), or a response labelled good and one
+    labelled bad or hack to the same prompt ("labels"). For the same two responses, a recorded
+    preference takes precedence over labels, and a later judgement over an earlier one.
 
     Raises:
-        NoSuchSessionError: there is no pair; says how to make one.
+        NoSuchSessionError: there is no pair; the message explains how to make one.
         JournalError: the judgements cannot be read.
     """
     with LabelReader(session) as labels:
-        said, judged = labels.preferences(), list(labels.judgements().values())
-    rows = [_pair("pair", p.prompt, p.chosen, p.rejected, p.who, p.time) for p in said]
+        preferences, judged = labels.preferences(), list(labels.judgements().values())
+    rows = [_pair("pair", p.prompt, p.chosen, p.rejected, p.who, p.time) for p in preferences]
     rows += _labelled(judged)
     if not rows:
-        raise NoSuchSessionError(_none_yet(session, judged))
-    found: dict[tuple[str, frozenset[str]], PreferencePair] = {}
+        raise NoSuchSessionError(_no_pairs(session, judged))
+    unique: dict[tuple[str, frozenset[str]], PreferencePair] = {}
     for row in sorted(rows, key=lambda r: (r.source != "pair", -r.time)):
-        found.setdefault((row.prompt, frozenset((row.chosen, row.rejected))), row)
-    return sorted(found.values(), key=lambda r: r.time)
+        unique.setdefault((row.prompt, frozenset((row.chosen, row.rejected))), row)
+    return sorted(unique.values(), key=lambda r: r.time)
 
 
 def _labelled(judged: list[JudgedResponse]) -> list[PreferencePair]:
@@ -63,14 +62,14 @@ def _labelled(judged: list[JudgedResponse]) -> list[PreferencePair]:
             worse.setdefault(response.prompt, []).append(response)
     return [
         _pair(
-            "labels", good.prompt, good.answer, bad.answer,
+            "labels", good.prompt, good.response, bad.response,
             " and ".join(dict.fromkeys((good.judgement.who, bad.judgement.who))),
             max(good.judgement.time, bad.judgement.time),
         )
         for good in judged
         if good.judgement.label == "good"
         for bad in worse.get(good.prompt, ())
-        if good.answer.response != bad.answer.response
+        if good.response.response != bad.response.response
     ]  # fmt: skip
 
 
@@ -85,10 +84,10 @@ def _pair(
     )  # fmt: skip
 
 
-def _none_yet(session: Session, judged: list[JudgedResponse]) -> str:
-    lack = "judgements but no pair of answers to one prompt" if judged else "no preferences"
+def _no_pairs(session: Session, judged: list[JudgedResponse]) -> str:
+    state = "judgements but no pair of responses to one prompt" if judged else "no preferences yet"
     return (
-        f"session '{session.name}' has {lack} yet: on screen 3 of rlhf-tui attach {session.name}, "
-        "hold an answer against another one (d) and say which is better (y, o), or label answers "
-        "to one prompt good (+) and bad (-)"
+        f"session '{session.name}' has {state}: on screen 3 of rlhf-tui attach {session.name}, "
+        "compare a response with another one (d) and choose the better one (y, o), or label "
+        "responses to one prompt good (+) and bad (-)"
     )

@@ -1,7 +1,7 @@
-"""The journal as everybody else reads it: short reads, never a write.
+"""Reads the journal of a live, finished, crashed or archived session.
 
-Live, finished, crashed and archived sessions are read in the same way. Each method is one short
-transaction, so that a reader never holds back the writer's checkpointing.
+Each query is a short transaction of its own, so that a reader does not delay the checkpoints of the
+writer's WAL.
 """
 
 import json
@@ -25,7 +25,6 @@ from engine.journal.rows import (
     decode_payload,
 )
 from engine.journal.samples import SampleReader
-from engine.protocol.client_messages import Telemetry
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
 
@@ -33,9 +32,8 @@ METRICS_SINCE = """
 SELECT names.name, step, value FROM names CROSS JOIN metrics
 WHERE metrics.name = names.id AND step >= ?
 """
-"""One range of the index for each metric: the index begins with the name, so without the names in
-front all of it would be read."""
-# A range of the index for each span is quicker than grouping all rows; one array is one row.
+"""Metrics from a step on. The index begins with the name, so the join order makes SQLite read one
+range of the index per metric instead of the whole index."""
 DOWNSAMPLE_QUERY = """
 WITH RECURSIVE spans(first) AS (
     SELECT 1 UNION ALL SELECT first + :width FROM spans WHERE first + :width <= :last
@@ -46,35 +44,34 @@ SELECT json_group_array(json(
      AND step >= spans.first AND step < spans.first + :width)
 )) FROM spans
 """
-NEWEST = """
+"""Minimum and maximum per span of steps, as one JSON array. Reading one range of the index per span
+is faster than grouping all rows."""
+NEWEST_VALUE = """
 SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name)
 AND value IS NOT NULL ORDER BY step DESC LIMIT 1
 """
-REFERRED = """
+REFERENCE_PROBES = """
 SELECT json_extract(result, '$.reference'), applied_step FROM commands
 WHERE command = 'probe' AND status = 'applied' AND json_extract(args, '$.text') = ?
-ORDER BY ended DESC LIMIT 1
 """
-
-
 COMMANDS = """
 SELECT id, command, args, who, status, queued, accepted, ended, attempt, applied_step, reason,
-changes, result, live FROM commands ORDER BY queued
+changes, result, live FROM commands
 """
 
 
 class JournalReader:
-    """What a session's journal says; a session that never began reads as empty.
+    """Reads the journal of a session. A session without a journal reads as empty.
 
     Attributes:
-        samples: the session's responses, which are a file of their own.
+        samples: reads the session's responses, which are in another file.
     """
 
     def __init__(self, session: Session) -> None:
         """Opens the journal and the samples.
 
         Raises:
-            JournalError: one of them cannot be read, or a newer version wrote it.
+            JournalError: a file cannot be read, or a newer version wrote it.
         """
         self.session = session
         self._db = ReadOnlyDatabase(session.journal_file, schema.JOURNAL)
@@ -92,20 +89,20 @@ class JournalReader:
         self.samples.close()
 
     def meta(self) -> SessionMeta:
-        """What the supervisor keeps up to date."""
+        """The current state and settings, as the supervisor last recorded them."""
         rows = self._db.rows("SELECT key, value FROM meta")
-        found = {key: json.loads(value) for key, value in rows}
-        settings = found.get("settings")
+        values = {key: json.loads(value) for key, value in rows}
+        settings = values.get("settings")
         return SessionMeta(
-            state=str(found.get("state", "starting")),
-            total_steps=int(found.get("total_steps") or 0),
+            state=str(values.get("state", "starting")),
+            total_steps=int(values.get("total_steps") or 0),
             settings=settings if isinstance(settings, dict) else None,
-            message=str(found.get("message") or ""),
+            message=str(values.get("message") or ""),
         )
 
     def state(self) -> str:
-        """The session's state; `crashed` where it says it lives and no engine does."""
-        # The lock is asked before and after: an engine may end between the two questions.
+        """The session's state; `crashed` if the recorded state is live and there is no engine."""
+        # The lock is tested before and after reading: an engine may end in between.
         live = self.session.is_live()
         state = self.meta().state
         if state in LIVE_STATES and not live and not self.session.is_live():
@@ -119,7 +116,7 @@ class JournalReader:
         return int(rows[0][0] or 0) if rows else 0
 
     def attempts(self) -> list[AttemptRow]:
-        """Each start of the engine."""
+        """All attempts, in order."""
         rows = self._db.rows(
             "SELECT attempt, from_step, fresh, started, ended, pid, host, version "
             "FROM attempts ORDER BY attempt"
@@ -133,11 +130,11 @@ class JournalReader:
         ]  # fmt: skip
 
     def metric_names(self) -> list[str]:
-        """Every metric that was ever written."""
+        """The names of all metrics in the journal."""
         return [r[0] for r in self._db.rows("SELECT name FROM names ORDER BY id")]
 
     def series(self, name: str, after: int = 0) -> list[tuple[int, float | None]]:
-        """One metric of the current timeline: (step, value) for steps beyond `after`."""
+        """One metric of the current timeline, as (step, value) for the steps above `after`."""
         return self._db.rows(
             "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
             "AND step > ? ORDER BY step",
@@ -147,22 +144,22 @@ class JournalReader:
     def outlines(
         self, names: Iterable[str], spans: int
     ) -> dict[str, list[tuple[int, float | None]]]:
-        """The shape of long curves: of every span of steps the lowest and the highest value.
+        """Downsamples long curves to the minimum and the maximum of each span of steps.
 
-        A tenth of the time of :meth:`series`, and one row, so that a thread that asks for it never
-        waits for the interpreter between two rows. The newest value stands at the end;
-        the others have the 15 digits of SQLite's JSON.
+        Takes a tenth of the time of :meth:`series`. The result of SQLite is a single row, so a
+        thread does not wait for the GIL between rows. The last point is the newest value; other
+        values are rounded to the 15 digits of SQLite's JSON.
 
         Args:
             names: metrics of the current timeline.
-            spans: into how many spans of equal length the run is divided.
+            spans: number of spans of equal length that the run is divided into.
 
         Returns:
-            By metric, (step, value) with steps increasing; metrics without values are left out.
+            Metric → (step, value) with increasing steps. Metrics without values are omitted.
         """
         last = self.last_step()
         width = max(-(-last // spans), 1)
-        found = {}
+        curves = {}
         for name in names:
             rows = self._db.rows(DOWNSAMPLE_QUERY, {"name": name, "last": last, "width": width})
             points: list[tuple[int, float | None]] = []
@@ -170,12 +167,12 @@ class JournalReader:
                 if low is not None:
                     points += [(first, low), *([(first + 1, high)] if width > 1 else [])]
             if points:
-                newest = self._db.rows(NEWEST, {"name": name})[0]
-                found[name] = [p for p in points if p[0] < newest[0]] + [newest]
-        return found
+                newest = self._db.rows(NEWEST_VALUE, {"name": name})[0]
+                curves[name] = [p for p in points if p[0] < newest[0]] + [newest]
+        return curves
 
     def past_series(self, name: str) -> list[tuple[int, int, float | None]]:
-        """One metric of the timelines that were left: (attempt, step, value)."""
+        """One metric of the abandoned branches, as (attempt, step, value)."""
         return self._db.rows(
             "SELECT attempt, step, value FROM metrics_past "
             "WHERE name = (SELECT id FROM names WHERE name = ?) ORDER BY attempt, step",
@@ -183,10 +180,12 @@ class JournalReader:
         )
 
     def metrics(self, last: int | None = None) -> list[MetricRow]:
-        """One row a step of the current timeline."""
+        """One row per step of the current timeline, the last `last` or all, oldest first."""
         query = "SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT ?"
         steps = self._db.rows(query, (limit(last),))
-        names = dict.fromkeys(self.metric_names())  # after the steps: theirs are among them
+        names = dict.fromkeys(
+            self.metric_names()
+        )  # read after the steps, so it has all of their names
         rows = {
             step: MetricRow(step=step, attempt=attempt, time=time, values=dict(names))
             for step, attempt, time in reversed(steps)
@@ -198,60 +197,61 @@ class JournalReader:
         return list(rows.values())
 
     def events(self, last: int | None = None, after: int = 0) -> list[EventRow]:
-        """Events, oldest first; a command's with its whole life."""
+        """Events, oldest first; the event of a command has the command with its current status.
+
+        Args:
+            last: maximum number of events, the newest ones; None for all.
+            after: only events with a greater id.
+        """
         rows = self._db.rows(
             "SELECT id, time, attempt, step, kind, data FROM events WHERE id > ? "
             "ORDER BY id DESC LIMIT ?",
             (after, limit(last)),
         )
         commands = {c.id: c for c in self.commands()}
-        found = []
+        events = []
         for event, time, attempt, step, kind, data in reversed(rows):
             payload = decode_payload(kind, data)
             command = commands.get(payload.id) if isinstance(payload, CommandEvent) else None
-            found.append(
+            events.append(
                 EventRow(
                     event=event, time=time, attempt=attempt, step=step, kind=kind,
                     payload=payload, data=data, command=command,
                 )
             )  # fmt: skip
-        return found
+        return events
 
     def commands(self) -> list[CommandRow]:
-        """Every command with its status and, once applied, what it changed."""
-        return [_command(row) for row in self._db.rows(COMMANDS)]
+        """Every command with its status and, once applied, its changes, in order of arrival."""
+        order = "seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "queued"
+        return [_command(row) for row in self._db.rows(f"{COMMANDS} ORDER BY {order}")]
 
     def last_reference_probe(self, prompt: str) -> ProbeResponse | None:
-        """What the reference answered to a prompt when somebody last probed with it.
+        """The reference's response to a prompt in the last probe with that prompt.
 
         Returns:
-            Its response, with the step after which it was asked; None where nobody asked.
+            The response, with the step of the probe; None if there was no such probe.
         """
-        rows = self._db.rows(REFERRED, (prompt,))
+        order = "applied_seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "ended"
+        rows = self._db.rows(f"{REFERENCE_PROBES} ORDER BY {order} DESC LIMIT 1", (prompt,))
         if not rows or rows[0][0] is None:
             return None
-        found = msgspec.json.decode(rows[0][0], type=ProbeResponse)
-        return msgspec.structs.replace(found, step=rows[0][1])
-
-    def telemetry(self, last: int | None = None) -> list[Telemetry]:
-        """Readings of the machine, oldest first."""
-        query = "SELECT data FROM telemetry ORDER BY time DESC LIMIT ?"
-        rows = self._db.rows(query, (limit(last),))
-        return [msgspec.json.decode(r[0], type=Telemetry) for r in reversed(rows)]
+        response = msgspec.json.decode(rows[0][0], type=ProbeResponse)
+        return msgspec.structs.replace(response, step=rows[0][1])
 
     def checkpoints(
         self, statuses: tuple[str, ...] = ("complete", "superseded")
     ) -> list[CheckpointRow]:
-        """Checkpoints, oldest first; by default all that are whole, earlier timelines' too."""
+        """Checkpoints by step; by default all complete ones, also of abandoned branches."""
         columns = ", ".join(CheckpointRow.__struct_fields__)
         rows = self._db.rows(
-            f"SELECT {columns} FROM checkpoints ORDER BY step, attempt"  # noqa: S608 - ours
+            f"SELECT {columns} FROM checkpoints ORDER BY step, attempt"  # noqa: S608 - constants
         )
         return [c for c in (CheckpointRow(*row) for row in rows) if c.status in statuses]
 
 
 def _command(row: tuple[Any, ...]) -> CommandRow:
-    """From the columns of COMMANDS."""
+    """Builds a row from the columns of :data:`COMMANDS`."""
     (
         command_id, command, args, who, status, queued, accepted, ended, attempt, applied_step,
         reason, changes, result, live,

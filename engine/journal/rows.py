@@ -1,7 +1,7 @@
-"""What a session's databases hold, one frozen struct a row.
+"""The rows of a session's databases, as frozen structs.
 
-Readers build them once, at the edge. Where a row is printed (`--json`) or exported, `as_json` gives
-the object that stands there: its keys are a contract.
+Readers build them from the tuples of SQLite. `as_json` returns the object that `--json` and exports
+print; its keys are a contract.
 """
 
 import json
@@ -16,28 +16,29 @@ from engine.journal.json_values import Json
 
 
 class SessionMeta(Struct, frozen=True, kw_only=True):
-    """What the supervisor keeps up to date."""
+    """The current state and settings of a session."""
 
     state: str = "starting"
     total_steps: int = 0
-    """0 while it is not known."""
+    """0 while unknown."""
     settings: dict[str, Any] | None = None
-    """In force; None before the first ones. A mapping: another version has other settings."""
+    """Settings in effect, None before the first step. A mapping, because versions have different
+    settings."""
     message: str = ""
-    """Why the session is in this state, where there is a why."""
+    """The reason for the state, such as an error; may be empty."""
 
 
 class AttemptRow(Struct, frozen=True, kw_only=True):
-    """One start of the engine."""
+    """One attempt: a start of the ranks."""
 
     attempt: int
     from_step: int
-    """The checkpoint it goes on from, 0 for the start."""
+    """Step of the checkpoint that it started from, 0 for none."""
     fresh: bool
-    """Whether settings that were changed after that step are forgotten."""
+    """Whether changes of settings after that step are not replayed."""
     started: float
     ended: float | None
-    """None while it runs, or where it was killed."""
+    """None if the attempt is live or was killed."""
     pid: int
     host: str
     version: str
@@ -50,15 +51,15 @@ class MetricRow(Struct, frozen=True, kw_only=True):
     attempt: int
     time: float
     values: dict[str, float | None]
-    """Every metric of the session, None where undefined."""
+    """Value of every metric of the session, None where undefined."""
 
     def as_json(self) -> Json:
-        """The metrics beside step, attempt and time."""
+        """Step, attempt and time, and each metric under its name."""
         return {"step": self.step, "attempt": self.attempt, "time": self.time} | self.values
 
 
 class CheckpointRow(Struct, frozen=True):
-    """One checkpoint. Its fields are the columns, in their order."""
+    """One checkpoint. The fields are the columns, in order."""
 
     step: int
     attempt: int
@@ -72,13 +73,13 @@ class CheckpointRow(Struct, frozen=True):
 
 
 class CommandRow(Struct, frozen=True, kw_only=True):
-    """One command and what became of it."""
+    """One command and its status."""
 
     id: str
     command: str
-    """Its name: `pause`, `beta`."""
+    """Name of the command, such as `pause` or `beta`."""
     args: dict[str, Any]
-    """A mapping: each command has its own, and another version has other commands."""
+    """A mapping, because each command has different arguments and versions have other commands."""
     who: str
     status: str
     """queued, accepted, applied or rejected."""
@@ -87,17 +88,17 @@ class CommandRow(Struct, frozen=True, kw_only=True):
     ended: float | None = None
     attempt: int
     applied_step: int | None = None
-    """In force from this step on."""
+    """First step with the command in effect."""
     reason: str | None = None
-    """Why it was rejected."""
+    """Reason of a rejection."""
     changes: list[SettingChange] = []
     result: dict[str, Any] = {}
-    """A mapping: only a probe has one, see :class:`ProbeResult`."""
+    """Result of a probe, see :class:`ProbeResult`; empty for other commands."""
     live: bool = True
-    """Whether it still holds: not after a roll back to before it."""
+    """False if the command is no longer in effect, as after a rollback to an earlier step."""
 
     def as_json(self) -> Json:
-        """All fields, and the first change's `old` and `new`."""
+        """All fields, and `old` and `new` of the first change."""
         first = self.changes[0] if self.changes else None
         return msgspec.structs.asdict(self) | {
             "changes": msgspec.to_builtins(self.changes),
@@ -111,27 +112,27 @@ class CommandRow(Struct, frozen=True, kw_only=True):
 
 
 class StateEvent(Struct, frozen=True):
-    """The session is in another state."""
+    """The state of the session changed."""
 
     state: str = ""
     text: str = ""
 
 
 class CommandEvent(Struct, frozen=True):
-    """Somebody asked for something."""
+    """A command arrived."""
 
     id: str = ""
 
 
 class NoteEvent(Struct, frozen=True):
-    """A line that an operator left."""
+    """An operator added a note."""
 
     text: str = ""
     who: str = ""
 
 
 class AlertEvent(Struct, frozen=True):
-    """Something deserves a look. The evidence differs from rule to rule and stays in the JSON."""
+    """An alert. Further keys of the JSON depend on the rule."""
 
     rule: str = "alert"
     text: str = ""
@@ -148,7 +149,7 @@ class CheckpointEvent(Struct, frozen=True):
 
 
 class AttemptEvent(Struct, frozen=True):
-    """The engine was started."""
+    """An attempt started."""
 
     attempt: int = 1
     from_step: int = 0
@@ -156,16 +157,16 @@ class AttemptEvent(Struct, frozen=True):
 
 
 class ErrorEvent(Struct, frozen=True):
-    """The run broke off."""
+    """The run failed."""
 
     text: str = ""
     traceback: str | None = None
     user_input: bool = False
-    """Whether the user's input is to blame."""
+    """Whether the user's input caused the error."""
 
 
 class ReadyEvent(Struct, frozen=True):
-    """The models are loaded. What was loaded depends on the run and stays in the JSON."""
+    """Models and data are loaded. Keys of the JSON depend on the run."""
 
 
 Payload = (
@@ -189,13 +190,13 @@ PAYLOADS: dict[str, type[Payload]] = {
     "error": ErrorEvent,
     "ready": ReadyEvent,
 }
-"""By the event's kind."""
+"""Kind of an event → its payload."""
 
 _DECODERS = {kind: msgspec.json.Decoder(payload) for kind, payload in PAYLOADS.items()}
 
 
 def decode_payload(kind: str, data: str) -> Payload | None:
-    """What this version knows of an event; None for a kind or a form of another version."""
+    """Decodes the payload of an event; None if its kind or its fields are unknown."""
     decoder = _DECODERS.get(kind)
     try:
         return decoder.decode(data) if decoder is not None else None
@@ -204,23 +205,23 @@ def decode_payload(kind: str, data: str) -> Payload | None:
 
 
 class EventRow(Struct, frozen=True, kw_only=True):
-    """Something that happened."""
+    """One event."""
 
     event: int
-    """Its number, increasing."""
+    """Id, in increasing order."""
     time: float
     attempt: int
     step: int
     kind: str
     payload: Payload | None
-    """None for a kind or a form that this version does not know."""
+    """None if this version does not know the kind or the fields."""
     data: str = "{}"
-    """The payload as the journal has it, JSON with every key that its writer put there."""
+    """The payload in JSON, with all keys."""
     command: CommandRow | None = None
-    """Of a command's event, the command."""
+    """The command of a command's event."""
 
     def as_json(self) -> Json:
-        """The payload beside the other fields; a command's event with its whole life."""
+        """The fields, the keys of the payload and, for a command's event, those of the command."""
         row: Json = {
             "event": self.event, "time": self.time, "attempt": self.attempt,
             "step": self.step, "kind": self.kind,
@@ -233,7 +234,7 @@ class EventRow(Struct, frozen=True, kw_only=True):
 
 
 class Judgement(Struct, frozen=True, kw_only=True):
-    """What an operator thinks of a response: a label, a note, or both."""
+    """An operator's judgement of a response: a label, a note, or both."""
 
     label: str | None = None
     """One of :data:`~engine.journal.labels.LABELS`."""
@@ -243,40 +244,41 @@ class Judgement(Struct, frozen=True, kw_only=True):
 
 
 class SampleRow(Struct, frozen=True, kw_only=True):
-    """A response of the policy, with its judgement where it was asked for and there is one."""
+    """One response of the policy."""
 
     step: int
     index: int
-    """In the step's global batch."""
+    """Index in the step's global batch."""
     attempt: int
     prompt: str
     response: str
     score: float | None
-    """None where it was not finite."""
+    """None if it was not finite."""
     kl: float | None
-    """Nats, over the whole response; None where it was not finite."""
+    """Nats, summed over the response; None if it was not finite."""
     length: int
-    """Tokens, end-of-sequence included."""
+    """Tokens, including the end-of-sequence token."""
     ended: bool
-    """By itself; False where it was cut off."""
+    """False if the response was truncated."""
     parts: dict[str, float | None] = {}
-    """Each reward source's own score."""
+    """Score of each reward source."""
     judgement: Judgement | None = None
+    """None if there is no judgement, or if it was not read."""
     left: bool = False
-    """Whether its timeline was left."""
+    """Whether the sample belongs to an abandoned branch."""
 
     @property
     def label(self) -> str | None:
-        """The judgement's label."""
+        """Label of the judgement."""
         return self.judgement.label if self.judgement is not None else None
 
     @property
     def note(self) -> str | None:
-        """The judgement's note."""
+        """Note of the judgement."""
         return self.judgement.note if self.judgement is not None else None
 
     def as_json(self) -> Json:
-        """The sample beside its `label` and `note`."""
+        """The fields of the sample, and `label` and `note`."""
         row: Json = {
             name: getattr(self, name)
             for name in self.__struct_fields__
@@ -286,16 +288,16 @@ class SampleRow(Struct, frozen=True, kw_only=True):
 
 
 class ProbeResponse(Struct, frozen=True, kw_only=True):
-    """What one model answered to a probe."""
+    """The response of one model to a probe."""
 
     response: str = ""
     score: float | None = None
     kl: float | None = None
-    """Nats from the reference, over the whole response."""
+    """KL to the reference in nats, summed over the response."""
     length: int = 0
     """Tokens."""
     step: int | None = None
-    """The probe was answered after this step; None where that is not said."""
+    """The step of the probe, None if unknown."""
 
 
 class ProbeResult(Struct, frozen=True, kw_only=True):
@@ -306,5 +308,5 @@ class ProbeResult(Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> "ProbeResult":
-        """From a command's result."""
+        """Converts the result of a command."""
         return msgspec.convert(result, cls)

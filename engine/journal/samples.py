@@ -1,4 +1,4 @@
-"""What the policy wrote, with what the operators think of it: samples.db beside labels.db."""
+"""Reads the recorded responses (samples.db) together with their judgements (labels.db)."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,49 +15,49 @@ from engine.session.folder import Session
 
 SAMPLE_ORDERS = ("step", "score", "kl", "length")
 COLUMNS = """step, idx, attempt, prompt, response, score, kl, length, ended, parts"""
-JUDGED = "SELECT attempt, step, idx, response, label, note, who, time FROM labels.judgements"
-UNJUDGED = (
+JUDGEMENTS = "SELECT attempt, step, idx, response, label, note, who, time FROM labels.judgements"
+NO_JUDGEMENTS = (
     "SELECT NULL AS attempt, NULL AS step, NULL AS idx, NULL AS response, NULL AS label, "
     "NULL AS note, NULL AS who, NULL AS time WHERE 0"
 )
-"""The same where nobody has judged yet."""
-OTHERS = 200
-"""Answers to one prompt that are read to be held against another one."""
+"""The same columns without rows, for a session without judgements."""
+MAX_COMPARED = 200
+"""Maximum number of other responses to a prompt that :meth:`SampleReader.earlier` returns."""
 
 
 class SampleQuery(msgspec.Struct, frozen=True, kw_only=True):
-    """Which samples, and in what order; None does not limit."""
+    """Filter and order of samples. A filter that is None does not apply."""
 
     order: str = "step"
     """One of SAMPLE_ORDERS."""
     descending: bool = True
     text: str = ""
-    """Stands in the prompt or the response, whatever the case."""
+    """Text in the prompt or the response, ignoring case."""
     score_from: float | None = None
     score_to: float | None = None
     kl_from: float | None = None
     kl_to: float | None = None
     cut_off: bool = False
-    """Only answers that did not end by themselves."""
+    """Only truncated responses."""
     labels: str = ""
-    """Only answers with one of these labels, with spaces between."""
+    """Only responses with one of these labels, separated by spaces."""
     judged: bool | None = None
-    """Only answers with a label or a note; False: only those with neither."""
+    """Only responses with a judgement (True), or only those without (False)."""
 
 
 class SampleReader:
-    """The responses of a session; a session that has none reads as empty."""
+    """Reads the responses of a session. A session without responses reads as empty."""
 
     def __init__(self, session: Session) -> None:
-        """Opens the samples; the judgements once they are asked for.
+        """Opens samples.db. Judgements are opened when they are first read.
 
         Raises:
-            JournalError: they cannot be read, or a newer version wrote them.
+            JournalError: the file cannot be read, or a newer version wrote it.
         """
         self.session = session
         self._db = ReadOnlyDatabase(session.samples_file, schema.SAMPLES)
-        self._judged = False
-        """Whether labels.db is attached: nobody may have judged yet."""
+        self._labels_attached = False
+        """False as long as there is no labels.db."""
 
     def __enter__(self) -> Self:
         return self
@@ -70,18 +70,18 @@ class SampleReader:
         self._db.close()
 
     def newest(self, last: int | None = None) -> list[SampleRow]:
-        """The last samples of the current timeline, oldest first, without judgements."""
+        """The last samples of the current timeline, oldest first, without their judgements."""
         rows = self._db.rows(
-            f"SELECT {COLUMNS} FROM samples ORDER BY step DESC, idx DESC LIMIT ?",  # noqa: S608 - ours
+            f"SELECT {COLUMNS} FROM samples ORDER BY step DESC, idx DESC LIMIT ?",  # noqa: S608 - constants
             (limit(last),),
         )
         return [_sample(row) for row in reversed(rows)]
 
     def page(self, query: SampleQuery, limit: int, offset: int = 0) -> list[SampleRow]:
-        """A page of the current timeline's samples, as they are asked for, with judgements."""
-        # Column and direction come from fixed sets, never from what somebody typed.
+        """One page of the samples of the current timeline that match a query, with judgements."""
+        # Column and direction come from fixed sets, never from user input.
         order = query.order if query.order in SAMPLE_ORDERS else "step"
-        way = "DESC" if query.descending else "ASC"
+        direction = "DESC" if query.descending else "ASC"
         rows = self._judged_rows(
             f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608
             "FROM samples LEFT JOIN judged USING (attempt, step, idx, response) "
@@ -93,7 +93,7 @@ class SampleReader:
             "AND (NOT :cut_off OR NOT ended) "
             "AND (:labels = '' OR instr(:labels, label)) "
             "AND (:judged IS NULL OR :judged = (who IS NOT NULL)) "
-            f"ORDER BY {order} {way}, step DESC, idx LIMIT :limit OFFSET :offset",
+            f"ORDER BY {order} {direction}, step DESC, idx LIMIT :limit OFFSET :offset",
             msgspec.structs.asdict(query) | {"limit": limit, "offset": offset},
         )
         return [_sample(row) for row in rows]
@@ -101,11 +101,11 @@ class SampleReader:
     def earlier(self, sample: SampleRow) -> list[SampleRow]:
         """Other responses to the same prompt, up to the same step, newest first, with judgements.
 
-        The others of a group of its step are among them, and those of timelines that were left
-        (`left` says which).
+        They include other responses of the same step, and responses of abandoned branches, which
+        have `left` set. At most :data:`MAX_COMPARED`.
         """
-        given = {name: getattr(sample, name) for name in ("attempt", "step", "index", "prompt")}
-        found: list[SampleRow] = []
+        values = {name: getattr(sample, name) for name in ("attempt", "step", "index", "prompt")}
+        samples: list[SampleRow] = []
         for table in ("samples", "samples_past"):
             rows = self._judged_rows(
                 f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608 - one of two names
@@ -113,20 +113,20 @@ class SampleReader:
                 "WHERE prompt = :prompt AND (attempt, step) <= (:attempt, :step) "
                 "AND NOT (attempt = :attempt AND step = :step AND idx = :index) "
                 "ORDER BY attempt DESC, step DESC, idx LIMIT :limit",
-                given | {"limit": OTHERS},
+                values | {"limit": MAX_COMPARED},
             )
-            found += [_sample(row, left=table == "samples_past") for row in rows]
-        found.sort(key=lambda s: (-s.attempt, -s.step, s.index))
-        return found[:OTHERS]
+            samples += [_sample(row, left=table == "samples_past") for row in rows]
+        samples.sort(key=lambda s: (-s.attempt, -s.step, s.index))
+        return samples[:MAX_COMPARED]
 
     def _judged_rows(self, query: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        if self._db.connection is not None and not self._judged:
-            self._judged = attach(self._db.connection, self.session)
-        judged = f"WITH judged AS ({JUDGED if self._judged else UNJUDGED}) "
-        return self._db.rows(judged + query, values)
+        if self._db.connection is not None and not self._labels_attached:
+            self._labels_attached = attach(self._db.connection, self.session)
+        judgements = JUDGEMENTS if self._labels_attached else NO_JUDGEMENTS
+        return self._db.rows(f"WITH judged AS ({judgements}) {query}", values)
 
     def arrays(self, step: int, index: int, attempt: int) -> TokenArrays | None:
-        """The per-token arrays of one sample of the current timeline, where they were kept."""
+        """The per-token arrays of a sample of the current timeline; None if not recorded."""
         rows = self._db.rows(
             "SELECT data FROM arrays JOIN samples USING (step, idx) "
             "WHERE step = ? AND idx = ? AND attempt = ?",
@@ -136,7 +136,7 @@ class SampleReader:
 
 
 def _sample(row: tuple[Any, ...], *, left: bool = False) -> SampleRow:
-    """From COLUMNS and, where judgements were asked for, label, note, who and time."""
+    """Builds a row from :data:`COLUMNS`, optionally followed by label, note, who and time."""
     step, index, attempt, prompt, response, score, kl, length, ended, parts, *judged = row
     judgement = None
     if judged and judged[2] is not None:
@@ -150,13 +150,16 @@ def _sample(row: tuple[Any, ...], *, left: bool = False) -> SampleRow:
 
 
 def with_judgements(session: Session, samples: Iterable[SampleRow]) -> list[SampleRow]:
-    """Samples with the judgements on their words. Raises JournalError."""
+    """Adds judgements to samples. Raises JournalError.
+
+    A judgement of another response under the same key is ignored: samples.db was replaced.
+    """
     with LabelReader(session) as labels:
-        known = labels.judgements()
-    found = []
+        judgements = labels.judgements()
+    judged = []
     for sample in samples:
-        judged = known.get((sample.attempt, sample.step, sample.index))
-        same = judged is not None and judged.answer.response == sample.response
-        judgement = judged.judgement if judged is not None and same else None
-        found.append(msgspec.structs.replace(sample, judgement=judgement))
-    return found
+        match = judgements.get((sample.attempt, sample.step, sample.index))
+        same = match is not None and match.response.response == sample.response
+        judgement = match.judgement if match is not None and same else None
+        judged.append(msgspec.structs.replace(sample, judgement=judgement))
+    return judged

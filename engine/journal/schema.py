@@ -1,8 +1,8 @@
-"""The journal's schema: an ordered list of migrations for each of its files.
+"""The schemas of a session's databases: an ordered list of migrations for each of them.
 
-A migration is never edited once released; a change is a new one at the end. SQLite's `user_version`
-says how many a file has had. The holder of the session's lock migrates the journal; the labels, the
-client that writes first.
+A released migration is never edited; a change is a new migration at the end. SQLite's
+`user_version` is the number of migrations that a file has had. The holder of the session's lock
+migrates the journal and the samples. The first client that writes labels migrates those.
 """
 
 import sqlite3
@@ -19,7 +19,7 @@ JOURNAL: list[str] = [
         started REAL NOT NULL, ended REAL, pid INTEGER NOT NULL, host TEXT NOT NULL,
         version TEXT NOT NULL
     );
-    -- The current timeline. What a later attempt replaced moves to the tables named *_past.
+    -- The current timeline. Rows that a later attempt replaces move to the tables named *_past.
     CREATE TABLE steps (step INTEGER PRIMARY KEY, attempt INTEGER NOT NULL, time REAL NOT NULL);
     CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
     CREATE TABLE metrics (
@@ -51,7 +51,28 @@ JOURNAL: list[str] = [
         PRIMARY KEY (step, attempt)
     ) WITHOUT ROWID;
     """,
+    # The wall clock may be set back, so commands are ordered by number: `seq` in the order of
+    # arrival, `applied_seq` in the order of application. Commands of an older journal are numbered
+    # by their events; the engine applied them in that order.
+    """
+    ALTER TABLE commands ADD COLUMN seq INTEGER;
+    ALTER TABLE commands ADD COLUMN applied_seq INTEGER;
+    WITH arrivals AS (
+        SELECT json_extract(data, '$.id') AS id, min(id) AS event FROM events
+        WHERE kind IN ('command', 'note') GROUP BY 1
+    ), numbered AS (
+        SELECT commands.id, row_number() OVER (
+            ORDER BY event IS NULL, event, queued, commands.id
+        ) AS number
+        FROM commands LEFT JOIN arrivals ON arrivals.id = commands.id
+    )
+    UPDATE commands SET seq = number, applied_seq = iif(status = 'applied', number, NULL)
+    FROM numbered WHERE numbered.id = commands.id;
+    """,
 ]
+
+COMMANDS_ARE_NUMBERED = 2
+"""The journal's version from which commands have `seq` and `applied_seq`."""
 
 SAMPLES: list[str] = [
     """
@@ -82,7 +103,7 @@ LABELS: list[str] = [
         who TEXT NOT NULL, time REAL NOT NULL,
         PRIMARY KEY (attempt, step, idx)
     ) WITHOUT ROWID;
-    -- Where an answer came from is NULL where it is the reference's.
+    -- Attempt, step and index are NULL for a response of the reference.
     CREATE TABLE preferences (
         prompt TEXT NOT NULL, chosen TEXT NOT NULL, rejected TEXT NOT NULL,
         chosen_attempt INTEGER, chosen_step INTEGER, chosen_idx INTEGER,
@@ -95,7 +116,12 @@ LABELS: list[str] = [
 
 
 def migrate(db: sqlite3.Connection, migrations: list[str], path: Path) -> None:
-    """Brings a file up to date, all that is missing in one transaction.
+    """Applies the missing migrations to a file, in one transaction.
+
+    Args:
+        db: a connection to the file that can write.
+        migrations: all migrations of this kind of file.
+        path: of the file, for errors.
 
     Raises:
         JournalError: the file was written by a newer version of this software.
@@ -106,7 +132,7 @@ def migrate(db: sqlite3.Connection, migrations: list[str], path: Path) -> None:
     if version == len(migrations):
         return
     with db:
-        # Asked again, now that nobody else writes: of clients that come at once, one migrates.
+        # Read again under the lock: another client may have migrated the file in the meantime.
         db.execute("BEGIN IMMEDIATE")
         version = schema_version(db)
         for number, script in enumerate(migrations[version:], start=version + 1):
@@ -116,7 +142,7 @@ def migrate(db: sqlite3.Connection, migrations: list[str], path: Path) -> None:
 
 
 def _statements(script: str) -> Iterator[str]:
-    """One by one: `executescript` would end the transaction they belong to."""
+    """Splits a script into statements; `executescript` would commit the open transaction."""
     statement = ""
     for part in script.split(";"):
         statement += f"{part};"
@@ -126,5 +152,5 @@ def _statements(script: str) -> Iterator[str]:
 
 
 def schema_version(db: sqlite3.Connection) -> int:
-    """How many migrations a file has had."""
+    """The number of migrations that a file has had."""
     return int(db.execute("PRAGMA user_version").fetchone()[0])

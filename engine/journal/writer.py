@@ -1,8 +1,8 @@
-"""The journal as the supervisor writes it: the one and only writer of a session's record.
+"""Writes the journal and the samples of a session. The supervisor is the only writer.
 
-Two SQLite files, the record itself and the samples, so that charts never page through text. A step
-is one transaction in each, samples first: a crash between the two leaves samples of a step that the
-journal does not know, and the next attempt writes them again.
+Samples are in a file of their own, so that reading metrics does not page through text. A step is
+one transaction in each file, samples first. A crash between the two leaves samples of a step that
+is not in the journal; the next attempt overwrites them.
 """
 
 import json
@@ -26,23 +26,34 @@ from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Sample, StepReport
+from engine.session import access
 from engine.session.folder import Session
 
 NETWORK_FILE_SYSTEMS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "afs", "ceph",
     "9p", "glusterfs", "fuse.sshfs", "fuse.glusterfs", "fuse.juicefs",
 }  # fmt: skip
-"""Where WAL's shared memory does not work between hosts."""
+"""File systems on which the shared memory of WAL does not work between hosts."""
+
+
+class AdoptedCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A complete checkpoint on disk that the journal does not know."""
+
+    size: int
+    """Bytes."""
+    score: float | None
+    kl: float | None
+    """Of its step; None where they cannot be read."""
 
 
 class JournalWriter:
-    """Opened by the holder of the session's lock, for one attempt at a time."""
+    """Writes the journal and the samples. Only the holder of the session's lock may open it."""
 
     def __init__(self, session: Session) -> None:
-        """Opens both files, makes or migrates them.
+        """Opens both files, after creating or migrating them.
 
         Raises:
-            JournalError: they cannot be opened or belong to a newer version.
+            JournalError: a file cannot be opened, or a newer version wrote it.
         """
         mode = "TRUNCATE" if on_network(session.folder) else "WAL"
         self._db = _open(session.journal_file, schema.JOURNAL, mode)
@@ -53,7 +64,7 @@ class JournalWriter:
 
     @property
     def attempt(self) -> int:
-        """The present attempt's number, from 1."""
+        """Number of the current attempt, from 1."""
         return self._events.attempt
 
     @property
@@ -63,7 +74,7 @@ class JournalWriter:
 
     @property
     def last_event(self) -> int:
-        """The newest event's id."""
+        """Id of the newest event."""
         return self._events.last
 
     def close(self) -> None:
@@ -76,7 +87,7 @@ class JournalWriter:
         self._db.close()
         self._samples.close()
 
-    # -- attempts and their timeline ---------------------------------------------------------
+    # -- attempts and the timeline ---------------------------------------------------------
 
     def begin_attempt(
         self,
@@ -85,18 +96,20 @@ class JournalWriter:
         fresh: bool,
         reseed: bool = False,
         origin: dict[str, Any] | None = None,
+        adopt: AdoptedCheckpoint | None = None,
     ) -> int:
-        """A new attempt that goes on from a step; what was written after it leaves the timeline.
+        """Begins an attempt. Rows of later steps move from the timeline to an abandoned branch.
 
         Args:
-            from_step: the checkpoint's step, 0 for the start.
-            fresh: settings changed after that step are forgotten too (--from, fork, roll back);
-                else they will be applied again (a resume).
-            reseed: it samples anew; so does any that goes on from the same step after it.
-            origin: of a fork, where it comes from.
+            from_step: step of the checkpoint that the attempt starts from, 0 for none.
+            fresh: whether to discard changes of settings after that step (--from, fork, rollback)
+                instead of replaying them (resume).
+            reseed: whether this and later attempts from the same step sample with another seed.
+            origin: for a fork, the source session and step.
+            adopt: the checkpoint of `from_step`, if this journal does not know it.
 
         Returns:
-            The attempt's number, from 1.
+            The number of the attempt, from 1.
         """
         with self._samples:
             columns = "step, idx, attempt, prompt, response, score, kl, length, ended, parts"
@@ -117,60 +130,66 @@ class JournalWriter:
                 (self.attempt, from_step, fresh, time.time(), os.getpid(), socket.gethostname(),
                  __version__),
             )  # fmt: skip
+            if adopt is not None:
+                self._db.execute(
+                    "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'complete')",
+                    (from_step, self.attempt, time.time(), adopt.size, adopt.score, adopt.kl),
+                )
             self._events.step = from_step
             data = {"attempt": self.attempt, "from_step": from_step, "fresh": fresh}
             self._events.write("attempt", data | ({"fork": origin} if origin else {}))
         return self.attempt
 
     def _supersede(self, from_step: int, fresh: bool) -> None:
-        after = (from_step,)
+        parameters = (from_step,)
         self._db.execute(
             "INSERT INTO metrics_past SELECT m.name, s.attempt, m.step, m.value "
             "FROM metrics m JOIN steps s ON s.step = m.step WHERE m.step > ?",
-            after,
+            parameters,
         )
         self._db.execute(
-            "INSERT INTO steps_past SELECT attempt, step, time FROM steps WHERE step > ?", after
+            "INSERT INTO steps_past SELECT attempt, step, time FROM steps WHERE step > ?",
+            parameters,
         )
-        self._db.execute("DELETE FROM metrics WHERE step > ?", after)
-        self._db.execute("DELETE FROM steps WHERE step > ?", after)
+        self._db.execute("DELETE FROM metrics WHERE step > ?", parameters)
+        self._db.execute("DELETE FROM steps WHERE step > ?", parameters)
         # The checkpoint we resume from is complete, even if its rank died before reporting it.
         written = "SELECT attempt FROM checkpoints WHERE step = ? AND status = 'written'"
-        for (attempt,) in self._db.execute(written, after).fetchall():
+        for (attempt,) in self._db.execute(written, parameters).fetchall():
             self._complete(from_step, attempt)
-        # One that is only written may be whole on the disk, or become so: nobody goes on from it.
+        # A written checkpoint may be complete on disk or become so, but must not be resumed from.
         self._db.execute(
             "UPDATE checkpoints SET status = iif(status = 'written', 'abandoned', 'superseded') "
             "WHERE step > ? AND status IN ('complete', 'written')",
-            after,
+            parameters,
         )
         self._db.execute(
             "DELETE FROM meta WHERE key = 'reseed' AND (? OR json_extract(value, '$[0]') > ?)",
             (fresh, from_step),
         )
         if fresh:
-            self._db.execute("UPDATE commands SET live = 0 WHERE applied_step > ?", after)
+            self._db.execute("UPDATE commands SET live = 0 WHERE applied_step > ?", parameters)
 
     def reseeded(self, step: int) -> int:
-        """The attempt that was to sample anew from this very step on; 0 where none was."""
+        """The attempt that was started with `--reseed` from this step; 0 if there was none."""
         row = self._db.execute("SELECT value FROM meta WHERE key = 'reseed'").fetchone()
         at, attempt = json.loads(row[0]) if row else (0, 0)
         return int(attempt) if at == step else 0
 
     def timeline(self) -> list[int]:
-        """Steps whose checkpoints are of the current timeline."""
+        """Steps of the checkpoints of the current timeline."""
         query = "SELECT step FROM checkpoints WHERE status IN ('complete', 'written') ORDER BY step"
         return [row[0] for row in self._db.execute(query)]
 
-    # -- what an attempt writes ---------------------------------------------------------------
+    # -- rows of an attempt ---------------------------------------------------------------
 
     def set_meta(self, **values: Any) -> None:
-        """Keeps small facts: state, total_steps, settings, message."""
+        """Sets fields of :class:`~engine.journal.rows.SessionMeta`."""
         with self._db:
             self._set_meta(values)
 
     def record_step(self, report: StepReport) -> None:
-        """One finished step: metrics, settings, samples."""
+        """Writes the metrics, settings and samples of a finished step."""
         with self._samples:
             for sample in report.samples:
                 self._sample(report.step, sample)
@@ -200,12 +219,12 @@ class JournalWriter:
             )
 
     def record_event(self, kind: str, data: dict[str, Any], step: int | None = None) -> int:
-        """An event for ever: state, alert, error, note, checkpoint. Returns its id."""
+        """Writes an event and returns its id, see :meth:`EventLog.write`."""
         with self._db:
             return self._events.write(kind, data, step)
 
     def record_telemetry(self, telemetry: Telemetry) -> None:
-        """One reading of the machine."""
+        """Writes one reading of the machine."""
         with self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO telemetry VALUES (?, ?)",
@@ -213,10 +232,16 @@ class JournalWriter:
             )
 
     def record_checkpoint(self, step: int, size: int, score: float, kl: float) -> None:
-        """A checkpoint is on disk but for its COMPLETE.
+        """Records a checkpoint whose files are on disk except COMPLETE.
 
-        Everything before it is forced to the disk first: a COMPLETE checkpoint must never be ahead
-        of the journal, not even after a power cut.
+        Syncs the journal to disk: a complete checkpoint must never be ahead of the journal, not
+        even after a power failure.
+
+        Args:
+            step: of the checkpoint.
+            size: in bytes.
+            score: mean score of the step.
+            kl: mean KL of the step, in nats per response.
         """
         self._db.execute("PRAGMA synchronous = FULL")
         with self._db:
@@ -227,7 +252,7 @@ class JournalWriter:
         self._db.execute("PRAGMA synchronous = NORMAL")
 
     def complete_checkpoint(self, step: int, removed: Iterable[int] = ()) -> None:
-        """Its COMPLETE is written: it can be resumed from, and older ones make way for it."""
+        """Records that COMPLETE is written, and that older checkpoints are removed."""
         with self._db:
             self._complete(step, self.attempt)
             self._db.executemany(
@@ -237,7 +262,7 @@ class JournalWriter:
     # -- inside a transaction -----------------------------------------------------------------
 
     def _complete(self, step: int, attempt: int) -> None:
-        """A folder is one attempt's whole checkpoint, and no earlier one's any more."""
+        """Marks a checkpoint as complete, and earlier attempts' of the same step as replaced."""
         self._db.execute(
             "UPDATE checkpoints SET status = 'replaced' WHERE step = ? AND attempt <> ?",
             (step, attempt),
@@ -263,22 +288,28 @@ class JournalWriter:
 
 
 def copy_until(source: Session, target: Session, step: int) -> None:
-    """Copies journal and samples into a new session, up to a step. Raises sqlite3.Error."""
-    for old, new, newest, cuts in (
-        (source.journal_file, target.journal_file, len(schema.JOURNAL), _CUT),
-        (source.samples_file, target.samples_file, len(schema.SAMPLES), _CUT_SAMPLES),
+    """Copies journal and samples up to a step to a new session.
+
+    Raises:
+        JournalError: a file of the source cannot be read.
+        sqlite3.Error: a file cannot be copied.
+    """
+    for old, new, newest, queries in (
+        (source.journal_file, target.journal_file, len(schema.JOURNAL), _TRUNCATE),
+        (source.samples_file, target.samples_file, len(schema.SAMPLES), _TRUNCATE_SAMPLES),
     ):
         reader = open_read_only(old, newest)
         if reader is None:
             continue
+        access.create_file(new)
         with closing(reader), closing(sqlite3.connect(new)) as writer:
             reader.backup(writer)
             with writer:
-                for query in cuts:
+                for query in queries:
                     writer.execute(query, {"step": step})
 
 
-_CUT = (
+_TRUNCATE = (
     "DELETE FROM metrics WHERE step > :step",
     "DELETE FROM steps WHERE step > :step",
     "DELETE FROM metrics_past",
@@ -290,7 +321,7 @@ _CUT = (
     "DELETE FROM checkpoints WHERE step <> :step",
     "UPDATE checkpoints SET status = 'complete'",
 )
-_CUT_SAMPLES = (
+_TRUNCATE_SAMPLES = (
     "DELETE FROM samples WHERE step > :step",
     "DELETE FROM arrays WHERE step > :step",
     "DELETE FROM samples_past",
@@ -298,24 +329,25 @@ _CUT_SAMPLES = (
 
 
 def on_network(folder: Path) -> bool:
-    """Whether a folder lies on a network file system (from /proc/self/mountinfo)."""
-    best, kind = -1, ""
+    """Whether a folder is on a network file system, according to /proc/self/mountinfo."""
+    longest, kind = -1, ""
     path = str(folder.resolve())
     for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
         before, _, after = line.partition(" - ")
         mount = before.split()[4].replace("\\040", " ")
         inside = path == mount or path.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= best:
-            best, kind = len(mount), after.split()[0]
+        if inside and len(mount) >= longest:
+            longest, kind = len(mount), after.split()[0]
     return kind in NETWORK_FILE_SYSTEMS
 
 
 def _open(path: Path, migrations: list[str], mode: str) -> sqlite3.Connection:
     try:
+        access.create_file(path)
         db = sqlite3.connect(path, timeout=30.0)
         db.execute(f"PRAGMA journal_mode = {mode}")
         db.execute("PRAGMA synchronous = NORMAL")
         schema.migrate(db, migrations, path)
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         raise JournalError(f"cannot open {path}: {error}") from error
     return db

@@ -1,1 +1,1 @@
-"""Starting engines: a new run, a resume, a fork; in the background; the environment of ranks."""
+"""Starts engines: new, resumed or forked runs, in the background; the environment of ranks."""

@@ -1,4 +1,4 @@
-"""Starts an engine in the background and waits until it stands on its own feet."""
+"""Starts an engine in the background and waits until it trains or has failed."""
 
 import subprocess
 import sys
@@ -23,28 +23,28 @@ def start_engine(
     timeout: float,
     waiting: Callable[[str], None] = lambda _state: None,
 ) -> int:
-    """An engine that outlives this process, its terminal and its process group.
+    """Starts an engine that outlives this process, its terminal and its process group.
 
-    Waits until it trains, until it fails, or for `timeout` seconds (loading goes on behind).
+    Returns when the engine trains, or after `timeout` seconds; the engine then continues to load.
 
     Args:
-        session: whose engine.
-        start: where from.
+        session: its lock must be free.
+        start: the first attempt.
         timeout: seconds to wait for the models to be loaded.
-        waiting: called with the state now and then.
+        waiting: called with the session's state at each poll.
 
     Returns:
         The engine's process id.
 
     Raises:
-        UserInputError: what the configuration names cannot be used.
-        SessionError: it ended before it began; the message says why.
+        UserInputError: something that the configuration names cannot be used.
+        SessionError: the engine ended before the training began; the message is its reason.
     """
     attempts = _attempts(session)
     text = msgspec.json.encode(start).decode()
-    # Nothing of the caller's is kept open: a script that reads our output must see its end.
+    # The engine inherits no open file: a script that reads our output must see its end.
     with session.log_file.open("ab") as log:
-        process = subprocess.Popen(  # noqa: S603 - ourselves
+        process = subprocess.Popen(  # noqa: S603 - this program
             [sys.executable, "-m", "engine", str(session.folder), text],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -66,23 +66,27 @@ def start_engine(
 
 
 def _ended(session: Session, code: int, state: str, pid: int) -> int:
-    """A very short run may be over already; anything else is an error."""
+    """The process id of a run that has finished already; raises for any other exit code."""
     if code == 0:
         return pid
-    with JournalReader(session) as record:
-        message = record.meta().message
+    with JournalReader(session) as reader:
+        message = reader.meta().message
     if not message or state in LIVE_STATES:
         lines = session.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        message = lines[-1].removeprefix("rlhf-tui: ") if lines else f"it ended with {code}"
-    kinds: dict[int, type[RlhfError]] = {2: UserInputError}
-    raise kinds.get(code, SessionError)(message)
+        message = (
+            lines[-1].removeprefix("rlhf-tui: ")
+            if lines
+            else f"the engine ended with exit code {code}"
+        )
+    error: type[RlhfError] = UserInputError if code == UserInputError.exit_code else SessionError
+    raise error(message)
 
 
 def _attempts(session: Session) -> int:
-    with JournalReader(session) as record:
-        return len(record.attempts())
+    with JournalReader(session) as reader:
+        return len(reader.attempts())
 
 
 def _state(session: Session) -> str:
-    with JournalReader(session) as record:
-        return record.state()
+    with JournalReader(session) as reader:
+        return reader.state()

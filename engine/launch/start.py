@@ -1,4 +1,4 @@
-"""How an engine starts on a session: from scratch, from its last checkpoint, or as a fork."""
+"""Prepares the start of an engine: a new run, a resume from a checkpoint, or a fork."""
 
 import os
 import shutil
@@ -12,71 +12,127 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange
-from engine.errors import ConfigError, JournalError, NoSuchSessionError, SessionError
+from engine.errors import (
+    ConfigError,
+    JournalError,
+    NoSuchSessionError,
+    SessionError,
+    UserInputError,
+)
 from engine.journal.reader import JournalReader
-from engine.journal.writer import copy_until
+from engine.journal.writer import AdoptedCheckpoint, copy_until
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.session.folder import Session, check_name, create
 
 
 class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Where an engine starts, and with what."""
+    """The start of an attempt."""
 
     from_step: int = 0
-    """A checkpoint's step; 0 for the configuration's models."""
+    """The checkpoint's step; 0 starts from the configuration's models."""
     fresh: bool = False
-    """Forget what was changed after that step (--from, fork, roll back)."""
+    """Forget the settings changed after that step (--from, fork, roll back)."""
     reseed: bool = False
+    """Sample with other random numbers than the previous attempt from that step."""
     overrides: list[str] = []
-    """`key=value`, for config.yaml."""
+    """`key=value`, applied to config.yaml."""
     changes: list[SettingChange] = []
-    """Those of them that are settings: in force from the next step on."""
+    """The overrides of live settings, in force from the next step on."""
     who: str = ""
+    """The operator, for the journal."""
     origin: dict[str, Any] = {}
-    """Of a fork: `from` (a session's name) and `step`."""
+    """For a fork: `from` (the parent session's name) and `step`."""
+
+
+class _CheckpointNumbers(msgspec.Struct):
+    """The part of a checkpoint's state.json that the journal repeats."""
+
+    score: float | None = None
+    kl: float | None = None
 
 
 def checkpoint_steps(session: Session) -> list[int]:
-    """Steps of all whole checkpoints on disk."""
-    folders = [m.parent.name for m in session.checkpoints.glob("step-*/COMPLETE")]
-    return sorted(int(n.removeprefix("step-")) for n in folders if n[5:].isdigit())
+    """The steps of all complete checkpoints on disk, in order."""
+    return list(complete_checkpoints(session.checkpoints))
 
 
 def timeline_checkpoints(session: Session) -> list[int]:
-    """Steps of the whole checkpoints that a run can go on from: those of the current timeline.
+    """The steps of the complete checkpoints that a run can resume from: those of its timeline.
 
-    From one of a timeline that was left, the steps up to it would be missing or another's.
+    A checkpoint of an abandoned branch is left out: the journal's steps before it are missing or
+    belong to another branch.
     """
-    with JournalReader(session) as record:
-        # `written` is enough: COMPLETE on disk says that the journal was confirmed before it.
-        known = {c.step for c in record.checkpoints(("complete", "written"))}
+    with JournalReader(session) as reader:
+        # `written` is enough: the COMPLETE file follows the journal's confirmation.
+        known = {c.step for c in reader.checkpoints(("complete", "written"))}
     return [step for step in checkpoint_steps(session) if step in known]
 
 
+def has_history(session: Session) -> bool:
+    """Whether the session's journal holds an attempt; false if it is missing or empty."""
+    with JournalReader(session) as reader:
+        return bool(reader.attempts())
+
+
+def is_new(session: Session, start: StartOptions) -> bool:
+    """Whether the session was created for this start, and holds nothing but its configuration.
+
+    Such a session is removed when the start fails because of the user's input. One whose journal
+    is lost but which has checkpoints is not new.
+    """
+    return bool(start.origin) or not (
+        session.journal_file.exists() or any(session.checkpoints.glob("step-*"))
+    )
+
+
+def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
+    """Describes a complete checkpoint for a journal that does not have it.
+
+    Returns:
+        None if there is no such checkpoint, or the journal has it.
+    """
+    if step not in checkpoint_steps(session) or step in timeline_checkpoints(session):
+        return None
+    folder = checkpoint_path(session.checkpoints, step)
+    try:
+        text = (folder / "state.json").read_bytes()
+        numbers = msgspec.json.decode(text, type=_CheckpointNumbers)
+    except (OSError, msgspec.DecodeError):  # the rank that loads it reports what is wrong
+        numbers = _CheckpointNumbers()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return AdoptedCheckpoint(size=size, score=numbers.score, kl=numbers.kl)
+
+
 def last_checkpoint(session: Session) -> int:
-    """The newest whole checkpoint of the current timeline; 0 where there is none."""
+    """The step of the newest complete checkpoint of the timeline; 0 if there is none."""
     return max(timeline_checkpoints(session), default=0)
 
 
 def resume(
     session: Session, *, from_step: int | None, reseed: bool, overrides: list[str], who: str
 ) -> StartOptions:
-    """Goes on from the last checkpoint, or afresh from a chosen one.
+    """Prepares a resume from the last checkpoint, or from a chosen one without what followed it.
 
     Raises:
         ConfigError: an override is wrong, or would change the model or the data's order.
         NoSuchSessionError: there is no checkpoint of that step.
+        SessionError: the session belongs to another user.
+        UserInputError: there are checkpoints but no journal, and no step is chosen.
     """
+    session.check_owner()
     old = session.config()
     new = config_file.override(old, overrides)
     config_file.check_resumable(old, new)
     if from_step is not None:
         _check_step(session, from_step)
+    else:
+        _check_history(session)
     return StartOptions(
         from_step=last_checkpoint(session) if from_step is None else from_step,
         fresh=from_step is not None,
         reseed=reseed,
         overrides=overrides,
-        changes=_settings_in(overrides, new, _settings_now(session, old)),
+        changes=_setting_changes(overrides, new, _current_settings(session, old)),
         who=who,
     )
 
@@ -84,14 +140,15 @@ def resume(
 def fork(
     session: Session, name: str, *, from_step: int, reseed: bool, overrides: list[str], who: str
 ) -> tuple[Session, StartOptions]:
-    """A new session that shares the past up to a checkpoint and goes its own way after it.
+    """Creates a session with a copy of another one's history up to a checkpoint.
 
     Raises:
         ConfigError: an override is wrong.
         NoSuchSessionError: there is no checkpoint of that step.
         SessionNameError: the new name cannot be used or is taken.
-        SessionError: the files cannot be copied.
+        SessionError: the files cannot be copied, or the session belongs to another user.
     """
+    session.check_owner()
     old = session.config()
     new = config_file.override(old, overrides)
     config_file.check_forkable(old, new)
@@ -100,11 +157,11 @@ def fork(
     _check_step(session, from_step)
     child = create(session.folder.parent, name, new)
     try:
-        _copy_past(session, child, from_step)
+        _copy_history(session, child, from_step)
     except (OSError, sqlite3.Error, JournalError) as error:
         shutil.rmtree(child.folder, ignore_errors=True)
         raise SessionError(f"cannot copy {session.name} to {name}: {error}") from error
-    changes = _settings_in(overrides, new, _settings_now(session, old))
+    changes = _setting_changes(overrides, new, _current_settings(session, old))
     return child, StartOptions(
         from_step=from_step,
         fresh=True,
@@ -115,11 +172,12 @@ def fork(
     )
 
 
-def _copy_past(session: Session, child: Session, step: int) -> None:
-    folder = f"step-{step:06d}"
-    # Files of a checkpoint are never changed in place, so both sessions may share them.
+def _copy_history(session: Session, child: Session, step: int) -> None:
+    # Files of a checkpoint are never changed in place, so both sessions can share them.
     shutil.copytree(
-        session.checkpoints / folder, child.checkpoints / folder, copy_function=_link_or_copy
+        checkpoint_path(session.checkpoints, step),
+        checkpoint_path(child.checkpoints, step),
+        copy_function=_link_or_copy,
     )
     if session.tensorboard.is_dir():
         shutil.copytree(session.tensorboard, child.tensorboard)
@@ -129,47 +187,59 @@ def _copy_past(session: Session, child: Session, step: int) -> None:
 def _link_or_copy(source: str, target: str) -> str:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
     return target
 
 
-def _check_step(session: Session, step: int) -> None:
-    steps = timeline_checkpoints(session)
-    if step not in steps:
-        have = ", ".join(map(str, steps)) if steps else "none yet"
-        raise NoSuchSessionError(
-            f"session '{session.name}' has no checkpoint of step {step} (it has: {have})"
+def _check_history(session: Session) -> None:
+    """A resume without a journal would start at step 0 and replace the checkpoints it passes."""
+    steps = checkpoint_steps(session)
+    if steps and not has_history(session):
+        problem = "is empty" if session.journal_file.exists() else "is missing"
+        raise UserInputError(
+            f"session '{session.name}' has checkpoints (of steps {', '.join(map(str, steps))}) but "
+            f"its journal {session.journal_file} {problem}; restore that file, or continue without "
+            f"the history: rlhf-tui resume {session.name} --from {steps[-1]}"
         )
 
 
-def _settings_now(session: Session, config: RunConfig) -> dict[str, Any]:
-    with JournalReader(session) as record:
-        now = record.meta().settings
+def _check_step(session: Session, step: int) -> None:
+    steps = timeline_checkpoints(session) if has_history(session) else checkpoint_steps(session)
+    if step not in steps:
+        available = ", ".join(map(str, steps)) if steps else "none yet"
+        raise NoSuchSessionError(
+            f"session '{session.name}' has no checkpoint of step {step} (it has: {available})"
+        )
+
+
+def _current_settings(session: Session, config: RunConfig) -> dict[str, Any]:
+    with JournalReader(session) as reader:
+        settings = reader.meta().settings
     flat = config_file.flatten(config_file.to_tree(config))
-    return now if now is not None else {k: flat[path] for k, path in LIVE_SETTINGS.items()}
+    return settings if settings is not None else {k: flat[p] for k, p in LIVE_SETTINGS.items()}
 
 
-def _settings_in(
-    overrides: Iterable[str], config: RunConfig, now: dict[str, Any]
+def _setting_changes(
+    overrides: Iterable[str], config: RunConfig, current: dict[str, Any]
 ) -> list[SettingChange]:
-    """The overrides that are settings: they must win over what the checkpoint holds."""
-    given = {o.partition("=")[0].strip() for o in overrides}
+    """The overrides of live settings, which take precedence over the checkpoint's settings."""
+    overridden = {o.partition("=")[0].strip() for o in overrides}
     flat = config_file.flatten(config_file.to_tree(config))
     return [
-        SettingChange(key=key, old=now.get(key), new=flat[path])
+        SettingChange(key=key, old=current.get(key), new=flat[path])
         for key, path in LIVE_SETTINGS.items()
-        if path in given
+        if path in overridden
     ]
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Quick looks at what the configuration names, before anything is made or loaded.
+    """Checks the files that a configuration names, before a session is created.
 
-    The ranks look again, closely: this only saves the user from waiting for torch to be imported.
+    The ranks check them again in detail. This check is fast, because it does not import torch.
 
     Raises:
-        ConfigError: a file or a folder is not there, or plainly is not what it should be.
+        ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
     """
     prompts = Path(config.data.prompts)
     if prompts.is_absolute():
@@ -191,5 +261,5 @@ def check_inputs(config: RunConfig) -> None:
             if (folder / "adapter_config.json").is_file():
                 problem = "holds adapters without their model; export it with --merged"
             raise ConfigError(
-                f"{key}: the folder {folder} {problem} (wanted: a Hugging Face model folder)"
+                f"{key}: the folder {folder} {problem} (expected: a Hugging Face model folder)"
             )

@@ -1,1 +1,1 @@
-"""The memory planner: model shapes, the estimate, advice, and what the machine has."""
+"""The memory planner: shapes of models, estimate, advice, and the capacity of the machine."""

@@ -1,4 +1,4 @@
-"""What memory this machine has, for ranks to be planned into."""
+"""The memory of this machine."""
 
 import contextlib
 from pathlib import Path
@@ -11,37 +11,37 @@ from msgspec import Struct
 from engine.nvml import gpu_handles
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where a container or a batch scheduler says how much of the machine a job may have."""
+"""Files in which a container or a batch scheduler limits a job's memory."""
 
 
 class Capacity(Struct, frozen=True, kw_only=True):
-    """Memory that ranks may use."""
+    """Memory that ranks can use."""
 
     device: Literal["cpu", "cuda"]
     total: int
-    """Bytes: of the smallest chosen GPU, each rank's own; or of the host, shared by all ranks."""
+    """Bytes of the smallest chosen GPU (one per rank), or of the host (shared by all ranks)."""
     free: int
-    """Of it, what nobody else holds now."""
+    """Bytes of `total` that are not in use now."""
     gpus: int = 0
-    """How many were chosen."""
+    """The number of chosen GPUs."""
 
     def room(self, ranks: int) -> int:
-        """Bytes for each of so many ranks on this machine."""
+        """Bytes for each rank, with `ranks` of them on this machine."""
         return self.total if self.device == "cuda" else self.total // ranks
 
 
 def of_host() -> Capacity:
-    """The host's memory, or as much of it as this process may use."""
+    """The host's memory, or the limit of this process if that is lower."""
     memory = psutil.virtual_memory()
     total = memory.total
     for path in CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # not there, or `max`
+        with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
             total = min(total, int(Path(path).read_text(encoding="ascii")))
     return Capacity(device="cpu", total=total, free=min(total, memory.available))
 
 
 def of_gpus(chosen: list[int]) -> Capacity | None:
-    """The chosen GPUs' memory (all GPUs', when none is named); None where there is no GPU."""
+    """The memory of the chosen GPUs, of all if the list is empty; None without a GPU."""
     with gpu_handles(chosen) as handles:
         try:
             memories = [pynvml.nvmlDeviceGetMemoryInfo(h) for h in handles]
@@ -55,5 +55,5 @@ def of_gpus(chosen: list[int]) -> Capacity | None:
 
 
 def of_device(device: Literal["cpu", "cuda"], chosen: list[int]) -> Capacity:
-    """Of the GPUs where ranks compute on them, else of the host."""
+    """The memory of the device that ranks compute on; of the host if there is no GPU."""
     return (of_gpus(chosen) if device == "cuda" else None) or of_host()

@@ -1,11 +1,11 @@
-"""What a rank will hold in memory: the arithmetic, from shapes alone.
+"""Estimates the memory of a rank from the shapes of its models, without torch and without weights.
 
-Structs in, structs out: no torch, no weights, nothing is read. ``benchmarks/memory.py`` holds it
-against measured peaks, a test its formula against what autograd keeps.
+``benchmarks/memory.py`` compares the estimate with measured peaks; a test compares the formula of
+the activations with what autograd keeps.
 
-A run's memory is that of its fullest *phase*, so each phase is a sum of named parts, in bytes.
-n rows of L tokens, T of them the answer's; H hidden, A attention (heads × head size), I the MLP's
-width, V the vocabulary.
+A run needs the memory of its fullest *phase*. Each phase is a sum of named parts, in bytes.
+Notation: n rows of L tokens, of which T belong to the response; H hidden size, A attention size
+(heads × head size), I width of the MLP, V vocabulary.
 """
 
 from engine.config.schema import RunConfig
@@ -13,28 +13,34 @@ from engine.memory.model import Estimate, Layout, Models, Shape
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 MASTER = 4
-"""Bytes of a master weight, of its gradient and of each of AdamW's two moments: float32."""
+"""Bytes of a master weight, of its gradient and of each of AdamW's two moments (float32)."""
 BACKWARD_LOGITS = 1
-"""float32 tensors (n, T, V) alive at once in training: the gradient is written over the logits."""
+"""float32 tensors (n, T, V) alive at once in training; the gradient overwrites the logits."""
 FORWARD_LOGITS = 1
-"""… and in a pass without gradients: what is exponentiated goes in small pieces."""
+"""The same in a pass without gradients, which computes the softmax in small pieces."""
 SAMPLING = 6
-"""float32 tensors (n, V) alive at once in :func:`engine.train.generate.sample`."""
+"""float32 tensors (n, V) alive at once in :func:`engine.train.rollout.sampling.sample`."""
 LAZY = 80_000_000
-"""Code and buffers of torch's that a CPU rank touches in its first step, beyond what imports do."""
+"""Bytes of torch's code and buffers that a CPU rank first uses in its first step."""
 LAZY_BFLOAT16 = 80_000_000
-"""… and what oneDNN compiles and keeps for bfloat16 products."""
+"""Bytes that oneDNN's compiled kernels for bfloat16 take in addition."""
 CUDA_CONTEXT = 600_000_000
-"""What the driver, the kernels and cuBLAS take of a GPU; torch does not count it."""
+"""Bytes of the driver, the kernels and cuBLAS on a GPU; torch does not count them."""
 
 
 def estimate(config: RunConfig, models: Models, layout: Layout) -> Estimate:
-    """What one rank holds, phase by phase."""
+    """Estimates one rank's memory in each phase.
+
+    Args:
+        config: the run's configuration.
+        models: shapes of the models, and the length of the prompts.
+        layout: how the work is divided among ranks.
+    """
     return Estimate(layout=layout, phases=_Estimator(config, models, layout).phases())
 
 
 class _Estimator:
-    """The sizes that several phases share, worked out once."""
+    """Computes the sizes that several phases share, then the phases."""
 
     def __init__(self, config: RunConfig, models: Models, layout: Layout) -> None:
         self._config, self._models, self._layout = config, models, layout
@@ -47,44 +53,45 @@ class _Estimator:
         self._rows = -(-batch // ranks)
         minibatch = -(-batch // config.ppo.minibatches // ranks)
         self._micro = max(1, min(config.ppo.micro_batch_size, minibatch))
-        self._reading = max(1, min(config.ppo.micro_batch_size, self._rows))
-        self._answer = config.rollout.max_new_tokens
-        self._length = models.prompt_tokens + self._answer
-        # LoRA's reference is the policy with its adapters off.
-        self._borrowed = layout.lora_rank is not None and config.model.reference is None
+        self._read_rows = max(1, min(config.ppo.micro_batch_size, self._rows))
+        self._response = config.rollout.max_new_tokens
+        self._length = models.prompt_tokens + self._response
+        # With LoRA, the policy with disabled adapters serves as the reference.
+        self._shared_reference = layout.lora_rank is not None and config.model.reference is None
         self._adapters = self._adapter_parameters()
-        valued = config.ppo.traits.value_function
-        self._separate = valued and config.model.value == "separate"
-        head = policy.hidden + 1 if valued else 0
+        has_value = config.ppo.traits.value_function
+        self._separate = has_value and config.model.value == "separate"
+        head = policy.hidden + 1 if has_value else 0
         self._trunk = policy.parameters - policy.head if self._separate else 0
         adapters = self._adapters * (2 if self._separate else 1)
         self._trained = (adapters or policy.parameters + self._trunk) + head
-        # What lies under adapters is not trained, and held in the dtype it is computed in.
+        # The weights under adapters are frozen and kept in the compute dtype.
         self._frozen = policy.parameters + self._trunk if self._adapters else 0
 
     def _adapter_parameters(self) -> int:
         if self._layout.lora_rank is None:
             return 0
-        wanted = self._config.lora.targets or list(self._policy.linear)
-        return self._layout.lora_rank * sum(self._policy.linear.get(t, 0) for t in wanted)
+        targets = self._config.lora.targets or list(self._policy.linear)
+        return self._layout.lora_rank * sum(self._policy.linear.get(t, 0) for t in targets)
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Phase → part → bytes."""
-        held = self._at_rest()
-        # On a CPU a frozen model that is whole rests in a file. In memory while it is read are its
-        # embedding and a block or two; all of it is counted, for files that have no room.
-        resting = ("reference", "reward") if self._models.device == "cpu" else ()
-        resting = () if self._sharded else resting
-        at_rest = {k: v for k, v in held.items() if k not in resting}
+        static = self._static()
+        # On a CPU a frozen model that is not sharded stays in a file between uses. While it is used
+        # only its embedding and a few layers are in memory; all of it is counted, because the
+        # estimate must also hold where the file does not fit.
+        in_files = ("reference", "reward") if self._models.device == "cpu" else ()
+        in_files = () if self._sharded else in_files
+        always = {k: v for k, v in static.items() if k not in in_files}
         return {
             **({"load": self._loading()} if self._models.device == "cpu" else {}),
-            "generate": at_rest | self._generating(),
-            "score": at_rest | {"reward": held["reward"]} | self._scoring(),
-            "reference": at_rest | {"reference": held["reference"]} | self._reading_tokens(),
-            "optimise": at_rest | self._optimising(),
+            "generate": always | self._generating(),
+            "score": always | {"reward": static["reward"]} | self._scoring(),
+            "reference": always | {"reference": static["reference"]} | self._computing_logprobs(),
+            "optimise": always | self._optimising(),
         }
 
-    # -- what stays ---------------------------------------------------------------------------
+    # -- held in all phases -------------------------------------------------------------------
 
     def _process(self) -> dict[str, int]:
         if self._models.device == "cuda":
@@ -92,15 +99,15 @@ class _Estimator:
         narrow = "bfloat16" in (self._config.model.dtype, self._config.reward.dtype)
         return {"process": self._models.process + LAZY + (LAZY_BFLOAT16 if narrow else 0)}
 
-    def _at_rest(self) -> dict[str, int]:
-        """Weights and moments; those that are sharded are divided by the number of ranks."""
+    def _static(self) -> dict[str, int]:
+        """Process, weights and moments; sharded ones are divided by the number of ranks."""
         trunk = self._trunk * (self._compute if self._adapters else MASTER)
-        held = MASTER * self._trained + self._compute * self._frozen
+        weights = MASTER * self._trained + self._compute * self._frozen
         shards = self._shards
-        reference = 0 if self._borrowed else self._models.reference.parameters
+        reference = 0 if self._shared_reference else self._models.reference.parameters
         rewards = sum(r.parameters for r in self._models.rewards)
         return self._process() | {
-            "policy": (held - trunk) // shards,
+            "policy": (weights - trunk) // shards,
             "value": trunk // shards,
             "optimiser": 2 * MASTER * self._trained // shards,
             "reference": self._compute * reference // shards,
@@ -108,26 +115,28 @@ class _Estimator:
         }
 
     def _loading(self) -> dict[str, int]:
-        """The reference comes last: its file's pages and the copy out of them, side by side."""
-        last = self._policy if self._borrowed else self._models.reference
-        held = {k: v for k, v in self._at_rest().items() if k not in ("optimiser", "reference")}
-        return held | {"loading": (2 * MASTER) * last.parameters}
+        """The peak of loading: the pages of the last model's file, and the copy made of them."""
+        last = self._policy if self._shared_reference else self._models.reference
+        loaded = {k: v for k, v in self._static().items() if k not in ("optimiser", "reference")}
+        return loaded | {"loading": (2 * MASTER) * last.parameters}
 
     # -- the phases of a step -----------------------------------------------------------------
 
     def _generating(self) -> dict[str, int]:
         policy, rows = self._policy, self._rows
         cache = rows * self._length * 2 * policy.layers * policy.key_value * self._compute
-        # Rows that stay when others end pass through a copy; grouped heads are spread out to all.
+        # Removing finished rows copies the cache; grouped heads are expanded to all heads.
         copied = 2 * rows * self._length * self._compute * policy.key_value
-        spread = policy.attention if policy.key_value < policy.attention else 0
-        copied += 2 * rows * self._length * self._compute * spread
-        sampling = SAMPLING + (self._models.device == "cuda")  # its cumulative sums are float64
+        expanded = policy.attention if policy.key_value < policy.attention else 0
+        copied += 2 * rows * self._length * self._compute * expanded
+        sampling = SAMPLING + (self._models.device == "cuda")  # cumulative sums are float64 there
         return {
             "KV cache": cache + copied,
-            "activations": passing_forward(policy, rows, self._models.prompt_tokens, self._compute),
+            "activations": forward_activations(
+                policy, rows, self._models.prompt_tokens, self._compute
+            ),
             "logits": sampling * MASTER * rows * policy.vocabulary,
-            "gathered": self._whole(policy, self._compute),
+            "gathered": self._gathered(policy, self._compute),
             "casts": self._casts(),
         }
 
@@ -136,39 +145,41 @@ class _Estimator:
         config = self._config.reward
         rows, length = min(config.batch_size, self._rows), min(config.max_tokens, self._length)
         for shape in self._models.rewards:
-            passing = passing_forward(shape, rows, length, self._reward_width)
+            passing = forward_activations(shape, rows, length, self._reward_width)
             found["activations"] = max(found["activations"], passing)
-            found["gathered"] = max(found["gathered"], self._whole(shape, self._reward_width))
+            found["gathered"] = max(found["gathered"], self._gathered(shape, self._reward_width))
         return found
 
-    def _reading_tokens(self) -> dict[str, int]:
-        """A forward pass over finished answers: the reference's, or the policy's own again."""
-        readers, length = (self._policy, self._models.reference), self._length - 1
+    def _computing_logprobs(self) -> dict[str, int]:
+        """A forward pass over finished responses, of the reference or of the policy."""
+        models, length = (self._policy, self._models.reference), self._length - 1
         return {
             "activations": max(
-                passing_forward(r, self._reading, length, self._compute) for r in readers
+                forward_activations(m, self._read_rows, length, self._compute) for m in models
             ),
-            "logits": FORWARD_LOGITS * self._logits(self._reading),
-            "gathered": self._whole(self._models.reference, self._compute),
+            "logits": FORWARD_LOGITS * self._logits(self._read_rows),
+            "gathered": self._gathered(self._models.reference, self._compute),
             "casts": self._casts(),
         }
 
     def _optimising(self) -> dict[str, int]:
         policy, rows, length = self._policy, self._micro, self._length - 1
-        kept = kept_for_backward(policy, rows, length, self._compute, again=self._checkpointing)
-        # Both trunks' until the one backward; a rank alone does them one after the other.
+        kept = kept_for_backward(
+            policy, rows, length, self._compute, checkpointing=self._checkpointing
+        )
+        # Both trunks, until the common backward pass; a single rank runs one after the other.
         kept *= 2 if self._separate and self._layout.ranks > 1 else 1
         gathered = 0
         if self._sharded:
-            # The layer at hand and the next, and all that is in no layer; whole gradients of both.
+            # The current layer, the next one and the weights outside layers; their full gradients.
             outside = max(0, policy.parameters - policy.layers * policy.largest_layer)
             gathered = self._compute * (2 * policy.largest_layer + outside)
-            # … and, where they are computed narrower, their copies in float32 to be summed.
+            # In a narrower compute dtype also their float32 copies for the reduction.
             gradient = MASTER if self._compute == MASTER else self._compute + MASTER
             gathered += gradient * (policy.largest_layer + outside)
         return {
             "gradients": MASTER * self._trained // self._shards,
-            "activations": kept + passing_forward(policy, rows, length, self._compute),
+            "activations": kept + forward_activations(policy, rows, length, self._compute),
             "logits": BACKWARD_LOGITS * self._logits(rows),
             "gathered": gathered,
             "casts": self._casts(),
@@ -179,45 +190,52 @@ class _Estimator:
         return self._config.parallel.activation_checkpointing
 
     def _logits(self, rows: int) -> int:
-        return MASTER * rows * self._answer * self._policy.vocabulary
+        return MASTER * rows * self._response * self._policy.vocabulary
 
-    def _whole(self, shape: Shape, width: int) -> int:
-        """What fsdp gathers on each rank for a phase: every weight, once."""
+    def _gathered(self, shape: Shape, width: int) -> int:
+        """Bytes that fsdp gathers on each rank for a phase: every weight, once."""
         return width * shape.parameters if self._sharded else 0
 
     def _casts(self) -> int:
         """Autocast's bfloat16 copies of float32 weights; fsdp gathers in bfloat16 instead.
 
-        Made anew in each forward pass and held to its end, in training to that of the backward.
+        Recreated on every forward pass; freed when it ends, or in training after its backward pass.
         """
         if self._compute == MASTER or self._sharded:
             return 0
-        used = self._policy.parameters - self._policy.head  # an embedding that is no head stays
+        used = self._policy.parameters - self._policy.head  # an untied embedding is not cast
         return 0 if self._frozen else self._compute * (used + self._trunk)
 
 
-def kept_for_backward(shape: Shape, rows: int, length: int, width: int, *, again: bool) -> int:
-    """What autograd keeps of a forward pass for the backward.
+def kept_for_backward(
+    shape: Shape, rows: int, length: int, width: int, *, checkpointing: bool
+) -> int:
+    """Bytes that autograd keeps of a forward pass for the backward pass.
 
-    In float32 a layer keeps 6·H (each norm's input, its normed input and what it returns), 4·A
-    (queries, spread keys and values, the output) and 4·I of a gated MLP (gate, its activation, up,
+    In float32 a layer keeps 6·H (each norm's input, normalised input and output), 4·A
+    (queries, expanded keys and values, output) and 4·I of a gated MLP (gate, its activation, up,
     their product). Under autocast the norms stay float32, and each product keeps a bfloat16 copy of
-    its input. Each layer converts the mask, L×L a row. Held against autograd by a test.
+    its input. Each layer converts the mask, L×L per row.
 
-    `again`: activation checkpointing keeps a layer's input and computes the rest again.
+    Args:
+        shape: the model's shape.
+        rows: n.
+        length: L.
+        width: bytes of the compute dtype.
+        checkpointing: activation checkpointing keeps a layer's input and recomputes the rest.
     """
     h, a, i = shape.hidden, shape.attention, shape.intermediate
     layer = 4 * (6 * h + 4 * a + 4 * i) if width == MASTER else 26 * h + 8 * a + 8 * i
     tokens = rows * length
-    one = tokens * layer + rows * length**2 * width
+    one_layer = tokens * layer + rows * length**2 * width
     outside = 3 * MASTER * h * tokens
-    if again:
-        return shape.layers * tokens * MASTER * h + one + outside
-    return shape.layers * one + outside
+    if checkpointing:
+        return shape.layers * tokens * MASTER * h + one_layer + outside
+    return shape.layers * one_layer + outside
 
 
-def passing_forward(shape: Shape, rows: int, length: int, width: int) -> int:
-    """What a forward pass without gradients has at once: the stream and one layer's insides."""
+def forward_activations(shape: Shape, rows: int, length: int, width: int) -> int:
+    """Bytes of a forward pass without gradients: the residual stream and one layer's tensors."""
     h, a, i = shape.hidden, shape.attention, shape.intermediate
     return rows * length * (2 * MASTER * h + width * max(h + 3 * i, 2 * h + 6 * a)) + (
         rows * length**2 * (1 + width)

@@ -1,8 +1,8 @@
-"""What a run's memory is planned with: the models' shapes, the ranks' layout, the estimate.
+"""The structs of the memory planner: shapes of models, layout of ranks, estimate.
 
-:mod:`engine.train.models.shapes` finds the shapes, :mod:`engine.memory.estimate` does the
-arithmetic, :mod:`engine.memory.advice` compares it with what :mod:`engine.memory.capacity` finds.
-All sizes are in bytes.
+:mod:`engine.train.models.shapes` reads the shapes, :mod:`engine.memory.estimate` computes the
+estimate and :mod:`engine.memory.advice` compares it with :mod:`engine.memory.capacity`. All sizes
+are in bytes.
 """
 
 from typing import Any, Literal
@@ -13,16 +13,16 @@ from msgspec.structs import replace
 from engine.config.schema import RunConfig
 
 WHAT_IF_RANK = 16
-"""Of LoRA, where the configuration names none and the planner shows what it would save."""
+"""The LoRA rank of the planner's comparison if the configuration names none."""
 
 
 class Shape(Struct, frozen=True, kw_only=True):
-    """A model's sizes, from its configuration."""
+    """A model's sizes, read from its configuration."""
 
     parameters: int
-    """All of them; tied ones once."""
+    """The number of parameters; tied ones count once."""
     head: int = 0
-    """Of these, the language model head's own; 0 where it is tied to the embedding."""
+    """Parameters of the language model head; 0 if it is tied to the embedding."""
     largest_layer: int
     """Parameters of one layer."""
     layers: int
@@ -32,34 +32,36 @@ class Shape(Struct, frozen=True, kw_only=True):
     key_value: int
     """Key-value heads × head size."""
     intermediate: int
-    """Of the MLP; of a mixture, what one token goes through."""
+    """Width of the MLP; in a mixture of experts the width that one token uses."""
     vocabulary: int
     linear: dict[str, int] = {}
-    """Inputs + outputs of the linear modules in all layers, by the modules' names: LoRA's size."""
+    """Module name → inputs + outputs of the linear modules of that name in all layers.
+
+    Times the rank, this is the number of LoRA parameters."""
 
 
 class Models(Struct, frozen=True, kw_only=True):
-    """What a run consists of, as far as memory goes."""
+    """The models and prompts of a run."""
 
     policy: Shape
     reference: Shape
     rewards: list[Shape] = []
     prompt_tokens: int
-    """Of the longest prompt, or the most there may be."""
+    """Length of the longest prompt, or the configured maximum."""
     exact_prompts: bool = False
-    """Whether the prompts were looked at."""
+    """Whether `prompt_tokens` was measured on the prompts."""
     process: int = 0
-    """What a rank holds with nothing but its modules imported; host memory."""
+    """Host memory of a rank with all modules imported and no model loaded."""
     device: Literal["cpu", "cuda"] = "cpu"
 
 
 class Layout(Struct, frozen=True, kw_only=True):
-    """How the work is shared out."""
+    """How the work is divided among ranks."""
 
     strategy: Literal["one", "ddp", "fsdp"] = "one"
     ranks: int = 1
     lora_rank: int | None = None
-    """None: every weight is trained."""
+    """None if every weight is trained."""
 
     @property
     def title(self) -> str:
@@ -82,13 +84,13 @@ class Estimate(Struct, frozen=True, kw_only=True):
 
     @property
     def parts(self) -> dict[str, int]:
-        """Part → the most it takes in any phase."""
+        """Part → its largest size in any phase."""
         names = dict.fromkeys(n for parts in self.phases.values() for n in parts)
         return {n: max(p.get(n, 0) for p in self.phases.values()) for n in names}
 
     @property
     def peak(self) -> int:
-        """Of the fullest phase."""
+        """Bytes of the fullest phase."""
         return max(self.totals.values())
 
     @property
@@ -99,19 +101,19 @@ class Estimate(Struct, frozen=True, kw_only=True):
 
     @property
     def metric(self) -> int:
-        """What `perf/peak_memory_gb` will show: on a GPU, what torch allocates."""
+        """Bytes that `perf/peak_memory_gb` will show; on a GPU, those that torch allocates."""
         return self.peak - self.parts.get("CUDA context", 0)
 
 
 def layouts(config: RunConfig, ranks: int) -> list[Layout]:
-    """The strategies side by side: one rank, ddp, fsdp; each whole and by LoRA."""
+    """The layouts to compare: one rank, ddp and fsdp, each with full training and with LoRA."""
     lora = lora_rank(config) or WHAT_IF_RANK
-    plain = [Layout(), *(Layout(strategy=s, ranks=ranks) for s in ("ddp", "fsdp"))]
-    return [*plain, *(replace(layout, lora_rank=lora) for layout in plain)]
+    full = [Layout(), *(Layout(strategy=s, ranks=ranks) for s in ("ddp", "fsdp"))]
+    return [*full, *(replace(layout, lora_rank=lora) for layout in full)]
 
 
 def configured(config: RunConfig, ranks: int) -> Layout:
-    """What the configuration asks for; `auto` is ddp."""
+    """The configured layout; the strategy `auto` counts as ddp."""
     strategy: Any = "fsdp" if config.parallel.strategy == "fsdp" else "ddp"
     return Layout(
         strategy=strategy if ranks > 1 else "one", ranks=ranks, lora_rank=lora_rank(config)
@@ -119,5 +121,5 @@ def configured(config: RunConfig, ranks: int) -> Layout:
 
 
 def lora_rank(config: RunConfig) -> int | None:
-    """The rank of `lora`, if the run uses it."""
+    """`lora.rank`; None if the run does not use LoRA."""
     return config.lora.rank

@@ -1,7 +1,7 @@
-"""The kinds of condition that a guard rail can have: one function for each key of a rule.
+"""The conditions of guard rails: one function for each key of a rule.
 
-To add one, write a function of :data:`Condition`'s signature, enter it in :data:`CONDITIONS`, and
-declare its key in :class:`engine.config.schema.Rule`.
+To add one, write a function with the signature of :data:`Condition`, add it to :data:`CONDITIONS`
+and declare its key in :class:`engine.config.schema.Rule`.
 """
 
 import math
@@ -13,48 +13,60 @@ from engine.config.schema import Rule
 
 @dataclass(frozen=True)
 class Observation:
-    """What there is to know about a rule's metric when a step is done."""
+    """A rule's metric at the end of a step."""
 
     value: float
-    """Of the step; finite."""
+    """The step's value, finite."""
     scale: float | None
-    """The setting that the rule is relative to, 1 where it is absolute; None: not to be used."""
+    """The setting that bounds are multiples of, 1 if the rule names none; None if it is unset."""
     window: Sequence[float]
-    """The values of the steps before, `rule.window` of them at most, oldest first."""
+    """The values of at most `rule.window` earlier steps, oldest first."""
 
 
 Condition = Callable[[Rule, Observation], str | None]
-"""What is to be said of the metric (`is 3, above 2`), or None where the condition does not hold."""
+"""Returns a predicate for the alert (`is 3, above 2`), or None if the condition does not hold."""
 
 
-def above(rule: Rule, seen: Observation) -> str | None:
-    """The value is over a bound."""
-    if rule.above is None or seen.scale is None or seen.value <= rule.above * seen.scale:
+def above(rule: Rule, observed: Observation) -> str | None:
+    """The value is above the bound."""
+    if (
+        rule.above is None
+        or observed.scale is None
+        or observed.value <= rule.above * observed.scale
+    ):
         return None
-    return f"is {seen.value:.4g}, above {rule.above:g}{_unit(rule, seen.scale)}"
+    return f"is {observed.value:.4g}, above {rule.above:g}{_unit(rule, observed.scale)}"
 
 
-def below(rule: Rule, seen: Observation) -> str | None:
-    """The value is under a bound."""
-    if rule.below is None or seen.scale is None or seen.value >= rule.below * seen.scale:
+def below(rule: Rule, observed: Observation) -> str | None:
+    """The value is below the bound."""
+    if (
+        rule.below is None
+        or observed.scale is None
+        or observed.value >= rule.below * observed.scale
+    ):
         return None
-    return f"is {seen.value:.4g}, below {rule.below:g}{_unit(rule, seen.scale)}"
+    return f"is {observed.value:.4g}, below {rule.below:g}{_unit(rule, observed.scale)}"
 
 
-def falls(rule: Rule, seen: Observation) -> str | None:
-    """The value is lower than the window's mean, by a share of it."""
-    if rule.falls is None or (found := _against_mean(rule, seen)) is None:
+def falls(rule: Rule, observed: Observation) -> str | None:
+    """The value is below the window's mean by more than a fraction of that mean."""
+    if rule.falls is None or (change := _relative_change(rule, observed)) is None:
         return None
-    change, words = found
-    return f"fell by {-change:.0%} to {seen.value:.4g} {words}" if change < -rule.falls else None
-
-
-def rises(rule: Rule, seen: Observation) -> str | None:
-    """The value is higher than the window's mean, by a share of it."""
-    if rule.rises is None or (found := _against_mean(rule, seen)) is None:
+    share, mean = change
+    if share >= -rule.falls:
         return None
-    change, words = found
-    return f"rose by {change:.0%} to {seen.value:.4g} {words}" if change > rule.rises else None
+    return f"fell by {-share:.0%} to {observed.value:.4g} {mean}"
+
+
+def rises(rule: Rule, observed: Observation) -> str | None:
+    """The value is above the window's mean by more than a fraction of that mean."""
+    if rule.rises is None or (change := _relative_change(rule, observed)) is None:
+        return None
+    share, mean = change
+    if share <= rule.rises:
+        return None
+    return f"rose by {share:.0%} to {observed.value:.4g} {mean}"
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -63,11 +75,11 @@ CONDITIONS: dict[str, Condition] = {
     "falls": falls,
     "rises": rises,
 }
-"""Key of a rule → its condition. A rule says what the first one that holds says."""
+"""Key of a rule → its condition. The alert shows the first one that holds."""
 
 
 def not_finite(metrics: dict[str, float | None]) -> str | None:
-    """The condition of a rule over `*`: some metric is infinite or not a number."""
+    """The condition of a rule for `*`: a metric is infinite or not a number."""
     bad = [k for k, v in metrics.items() if v is not None and not math.isfinite(v)]
     return f"{', '.join(bad)} not finite" if bad else None
 
@@ -76,12 +88,15 @@ def _unit(rule: Rule, scale: float) -> str:
     return f" × {rule.of} ({scale:g})" if rule.of else ""
 
 
-def _against_mean(rule: Rule, seen: Observation) -> tuple[float, str] | None:
-    """The change as a share of the window's mean; None before the window is full, or at mean 0."""
-    if len(seen.window) < rule.window:
+def _relative_change(rule: Rule, observed: Observation) -> tuple[float, str] | None:
+    """The change relative to the window's mean, and that mean in words.
+
+    None before the window is full, and if the mean is 0.
+    """
+    if len(observed.window) < rule.window:
         return None
-    mean = sum(seen.window) / len(seen.window)
+    mean = sum(observed.window) / len(observed.window)
     if mean == 0:
         return None
-    words = f"against its mean of the last {rule.window} steps ({mean:.4g})"
-    return (seen.value - mean) / abs(mean), words
+    text = f"against its mean of the last {rule.window} steps ({mean:.4g})"
+    return (observed.value - mean) / abs(mean), text

@@ -1,7 +1,7 @@
-"""Rules over metrics that say "look here": pure, so that they can be replayed over any session.
+"""Guard rails: rules over metrics that raise alerts, without side effects.
 
-A rule speaks once when one of its conditions begins to hold, and again only after none does. The
-conditions are those of :mod:`engine.monitoring.conditions`.
+A rule raises an alert when one of its conditions begins to hold, and again only after none held.
+The conditions are those of :mod:`engine.monitoring.conditions`.
 """
 
 import math
@@ -32,15 +32,15 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(name="length_bound", metric=RESPONSE_LENGTH, above=0.95, of="max_new_tokens"),
     Rule(name="score_std", metric=SCORE_STD, below=1e-3),
 )
-"""Those that come with the software; a rule of the same name takes one's place."""
-WORST_BY = {KL: "kl", RESPONSE_LENGTH: "length"}
-"""Which number of a sample shows a metric best; otherwise its score, lowest first."""
+"""The built-in rules. A configured rule of the same name replaces one."""
+EVIDENCE_KEYS = {KL: "kl", RESPONSE_LENGTH: "length"}
+"""Metric → the field of a sample that explains it, highest first. Other metrics: lowest score."""
 EVIDENCE_SAMPLES = 5
 
 
 @dataclass(frozen=True)
 class Alert:
-    """A rule that speaks, with what made it."""
+    """An alert of a rule, with its evidence."""
 
     rule: str
     action: str
@@ -49,21 +49,21 @@ class Alert:
     evidence: dict[str, Any] = field(default_factory=dict)
 
     def as_data(self) -> dict[str, Any]:
-        """For the event `alert`."""
+        """The data of the event `alert`."""
         return {"rule": self.rule, "action": self.action, "text": self.text} | self.evidence
 
 
 class Guardrails:
-    """The rules of a run and what they have seen."""
+    """Evaluates a run's rules on each step and keeps the metrics' windows."""
 
     def __init__(self, config: GuardrailConfig) -> None:
-        own = {r.name: r for r in config.rules}
+        configured = {r.name: r for r in config.rules}
         defaults = {r.name: r for r in DEFAULT_RULES} if config.defaults else {}
-        self.rules = list((defaults | own).values())
+        self.rules = list((defaults | configured).values())
         self._windows: dict[str, deque[float]] = {
             r.name: deque(maxlen=r.window) for r in self.rules
         }
-        self._holding: set[str] = set()
+        self._active: set[str] = set()
         self._without_scale: set[str] = set()
 
     def check(
@@ -73,13 +73,18 @@ class Guardrails:
         settings: dict[str, Any],
         samples: list[Sample] | None = None,
     ) -> list[Alert]:
-        """What there is to say about one finished step.
+        """Evaluates all rules on a finished step.
+
+        Call it once for each step, in order.
 
         Args:
-            step: its number.
-            metrics: all of them.
-            settings: in force during it, for the rules that are relative to one.
-            samples: its responses, from which those that show it best are chosen.
+            step: the step's number.
+            metrics: all metrics of the step.
+            settings: in force during the step; some bounds are multiples of one.
+            samples: the step's responses, from which the evidence is chosen.
+
+        Returns:
+            An alert for each rule whose condition begins to hold.
         """
         alerts = []
         for rule in self.rules:
@@ -89,11 +94,11 @@ class Guardrails:
                 alerts.append(Alert(rule.name, "notify", text, step))
             text = self._evaluate(rule, metrics, settings)
             if text is None:
-                self._holding.discard(rule.name)
-            elif rule.name not in self._holding:
-                self._holding.add(rule.name)
+                self._active.discard(rule.name)
+            elif rule.name not in self._active:
+                self._active.add(rule.name)
                 evidence = self._evidence(rule, value, samples or [])
-                alerts.append(Alert(rule.name, rule.action, f"look here: {text}", step, evidence))
+                alerts.append(Alert(rule.name, rule.action, text, step, evidence))
             if value is not None and math.isfinite(value):
                 self._windows[rule.name].append(value)
         return alerts
@@ -101,27 +106,29 @@ class Guardrails:
     def _evaluate(
         self, rule: Rule, metrics: dict[str, float | None], settings: dict[str, Any]
     ) -> str | None:
-        """The sentence, or None where no condition holds."""
+        """The alert's text, or None if no condition holds."""
         if rule.metric == "*":
             return not_finite(metrics)
         value = metrics.get(rule.metric)
         if value is None or not math.isfinite(value):
             return None
-        seen = Observation(value, _scale(rule, settings), self._windows[rule.name])
-        said = (condition(rule, seen) for condition in CONDITIONS.values())
-        text = next((words for words in said if words is not None), None)
+        observed = Observation(value, _scale(rule, settings), self._windows[rule.name])
+        predicates = (condition(rule, observed) for condition in CONDITIONS.values())
+        text = next((predicate for predicate in predicates if predicate is not None), None)
         return None if text is None else f"{rule.metric} {text}"
 
     def _missing_scale(self, rule: Rule, settings: dict[str, Any]) -> str | None:
-        """That a bound has no value; said once, and again only after it had one."""
+        """A message for a bound that has no value; once, and again only after it had one."""
         if _scale(rule, settings) is not None:
             self._without_scale.discard(rule.name)
             return None
         if rule.name in self._without_scale:
             return None
         self._without_scale.add(rule.name)
-        why = "unset" if settings.get(rule.of or "") is None else "0"
-        return f"rule {rule.name} cannot be evaluated: {rule.of}, which it is relative to, is {why}"
+        state = "unset" if settings.get(rule.of or "") is None else "0"
+        return (
+            f"rule {rule.name} cannot be evaluated: it is relative to {rule.of}, which is {state}"
+        )
 
     def _evidence(self, rule: Rule, value: float | None, samples: list[Sample]) -> dict[str, Any]:
         return {
@@ -137,7 +144,7 @@ class Guardrails:
 
 
 def _scale(rule: Rule, settings: dict[str, Any]) -> float | None:
-    """What the bounds are multiples of; None where that setting is unset or 0."""
+    """The value that bounds are multiples of; None if that setting is unset or 0."""
     if rule.of is None:
         return 1.0
     value = settings.get(rule.of)
@@ -145,8 +152,8 @@ def _scale(rule: Rule, settings: dict[str, Any]) -> float | None:
 
 
 def worst_samples(metric: str, samples: list[Sample]) -> list[Sample]:
-    """The five samples that show a metric best."""
-    key = WORST_BY.get(metric)
+    """The samples that explain a metric best, at most :data:`EVIDENCE_SAMPLES`."""
+    key = EVIDENCE_KEYS.get(metric)
     if key:
         ordered = sorted(samples, key=lambda s: -float(getattr(s, key)))
     else:

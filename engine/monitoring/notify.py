@@ -1,6 +1,6 @@
-"""Takes alerts out of the terminal: one class for each channel, found by its `notify.*` key.
+"""Sends alerts to operators outside the terminal: one class for each key of `notify`.
 
-To add one, write a class of the :class:`Channel` protocol, enter it in :data:`CHANNELS`, and
+To add a channel, write a class of the :class:`Channel` protocol, add it to :data:`CHANNELS` and
 declare its key in :class:`engine.config.schema.NotifyConfig`.
 """
 
@@ -20,22 +20,22 @@ from engine.monitoring.guardrails import Alert
 log = logging.getLogger("engine")
 
 TIMEOUT = 30.0
-"""Seconds; a message that hangs must not pile up."""
+"""Seconds for one alert, so that channels that hang do not accumulate."""
 
 
 class Channel(Protocol):
-    """One way to an operator."""
+    """A way to send alerts."""
 
     async def send(self, session: str, alert: Alert) -> None:
         """Sends one alert of a session.
 
-        It raises nothing: what goes wrong is logged, a message that cannot be sent must not end a
-        training. It returns within :data:`TIMEOUT`.
+        Implementations log errors and raise none, so that a failed message never ends a training.
+        They return within :data:`TIMEOUT`.
         """
 
 
 class CommandChannel:
-    """`notify.command`: the user's own shell command."""
+    """`notify.command`: a shell command of the user."""
 
     def __init__(self, command: str) -> None:
         self._command = command
@@ -43,7 +43,7 @@ class CommandChannel:
     async def send(self, session: str, alert: Alert) -> None:
         """Runs the command with the alert as JSON on its standard input.
 
-        `RLHF_TUI_SESSION` and `RLHF_TUI_ALERT` (the sentence) are in its environment.
+        Its environment holds `RLHF_TUI_SESSION` and `RLHF_TUI_ALERT` (the text).
         """
         data = alert.as_data() | {"session": session, "step": alert.step}
         environment = os.environ | {"RLHF_TUI_SESSION": session, "RLHF_TUI_ALERT": alert.text}
@@ -60,13 +60,13 @@ class CommandChannel:
             log.warning("notify.command cannot be run: %s", error)
             return
         try:
-            # Unlike json's, this encoder writes null for what is not finite.
+            # Unlike json, this encoder writes null for NaN and infinity.
             text = msgspec.json.encode(data)
             _, errors = await asyncio.wait_for(process.communicate(text), TIMEOUT)
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            log.warning("notify.command took more than %.0f s: ended", TIMEOUT)
+            log.warning("notify.command took more than %.0f s and was killed", TIMEOUT)
             return
         if process.returncode:
             log.warning(
@@ -77,9 +77,9 @@ class CommandChannel:
 
 
 CHANNELS: dict[str, Callable[[str], Channel]] = {"command": CommandChannel}
-"""Key of `notify` → the channel, made from the key's value."""
+"""Key of `notify` → the channel's class; it is created with the key's value."""
 
 
 def open_channels(config: NotifyConfig) -> list[Channel]:
-    """The channels that a configuration names."""
-    return [make(value) for key, make in CHANNELS.items() if (value := getattr(config, key))]
+    """Creates the channels that a configuration names."""
+    return [kind(value) for key, kind in CHANNELS.items() if (value := getattr(config, key))]

@@ -1,4 +1,4 @@
-"""What the machine does: processors, memory, disk, and GPUs where there are any."""
+"""Measures the machine: processors, memory, disk and GPUs."""
 
 import logging
 import os
@@ -17,19 +17,28 @@ log = logging.getLogger("engine")
 
 
 class Sampler:
-    """Reads the machine; cheap enough for every few seconds."""
+    """Measures the machine's load; cheap enough to call every few seconds."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: whose disk is watched."""
+        """Opens the GPUs' driver.
+
+        Args:
+            folder: a folder on the disk whose free space is measured.
+        """
         self._folder = folder
         self._ranks: dict[int, psutil.Process] = {}
-        psutil.cpu_percent()  # the first reading of a span is meaningless
-        # Kept open: to open the driver for each reading would cost more than the reading.
+        psutil.cpu_percent()  # the first call only starts the measured interval
+        # Kept open: opening the driver costs more than a measurement.
         self._open = ExitStack()
         self._gpus = self._open.enter_context(gpu_handles())
 
     def sample(self, rank_pids: dict[int, int], times: dict[int, RankTimes]) -> Telemetry:
-        """One reading; ranks by number, those on this machine with their process id."""
+        """Measures once.
+
+        Args:
+            rank_pids: rank → process id, of the ranks on this machine.
+            times: rank → duration of the last step, of all ranks.
+        """
         memory = psutil.virtual_memory()
         disk = os.statvfs(self._folder)
         return Telemetry(
@@ -64,7 +73,7 @@ class Sampler:
                 seconds=seconds,
                 peak_memory=peak,
             )
-        except psutil.Error:  # it ended meanwhile
+        except psutil.Error:  # the process has ended
             self._ranks.pop(pid, None)
             return None
 
@@ -87,7 +96,7 @@ def _gpu(index: int, handle: object) -> Gpu | None:
 
 
 def gpu_count() -> int:
-    """GPUs that ranks will see; 0 without a driver."""
+    """The number of GPUs that ranks will see; 0 without a driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
@@ -96,7 +105,7 @@ def gpu_count() -> int:
 
 
 def busy_gpus(chosen: list[int]) -> list[str]:
-    """Those of the chosen GPUs (all, when none is named) that hold over 1 GB already, in words."""
+    """A line for each chosen GPU (of all, if none is named) with over 1 GB in use."""
     with gpu_handles() as handles:
         gpus = [g for i, h in enumerate(handles) if (g := _gpu(i, h)) is not None]
     return [

@@ -1,1 +1,1 @@
-"""What processes say to each other: frames, messages, commands, and a client."""
+"""Communication between processes: frames, messages, commands and a client."""

@@ -1,7 +1,7 @@
-"""A client of a running engine: send a command, await what becomes of it, watch.
+"""A client of a live engine: sends commands, waits for their replies, and follows events.
 
-Blocking; a TUI uses it from a thread worker. One connection is one conversation: use one for
-commands and another one for watching.
+Calls block; the TUI makes them in threads. A connection serves one purpose: use one for commands
+and another for :meth:`Client.watch`.
 """
 
 import os
@@ -33,7 +33,7 @@ from engine.protocol.rank_messages import Phase
 from engine.session.folder import Session
 
 REPLY_TIMEOUT = 5.0
-"""Seconds for an answer that needs no step."""
+"""Seconds to wait for a reply that does not depend on a training step."""
 
 
 class Client:
@@ -43,30 +43,33 @@ class Client:
         """Connects.
 
         Raises:
-            NoSuchSessionError: no engine lives there.
-            LinkError: it speaks another version, or does not answer.
+            NoSuchSessionError: the session has no live engine on this machine.
+            LinkError: the engine does not reply, or its protocol has another version.
+            SessionError: the session belongs to another user, and this user is not root.
         """
+        # engine.json names the socket, so its author must be trusted. The server accepts root, too.
+        session.check_owner(allow_root=True)
         self._session = session
         engine = session.engine() if session.is_live() else None
         if engine is None:
             raise NoSuchSessionError(
-                f"session '{session.name}' has no engine; start one with: "
+                f"session '{session.name}' has no live engine; start one with: "
                 f"rlhf-tui resume {session.name}"
             )
         if engine.host != socket.gethostname():
             raise NoSuchSessionError(
-                f"the engine of '{session.name}' runs on {engine.host}: steer it from there"
+                f"the engine of '{session.name}' runs on {engine.host}: send commands from there"
             )
         try:
             self._sock = sockets.connect(Path(engine.socket), REPLY_TIMEOUT)
             self._send(ClientHello(who=who))
             welcome = self._receive()
         except OSError as error:
-            raise LinkError(f"the engine of '{session.name}' does not answer: {error}") from error
+            raise LinkError(f"the engine of '{session.name}' does not reply: {error}") from error
         if not isinstance(welcome, Welcome) or welcome.version != frames.VERSION:
             raise LinkError(
-                f"the engine of '{session.name}' speaks another version; use the rlhf-tui that "
-                "started it, or stop and resume it with this one"
+                f"the engine of '{session.name}' uses another version of the protocol; use the "
+                "rlhf-tui that started it, or stop it and resume it with this one"
             )
         self.pid = welcome.pid
 
@@ -82,35 +85,48 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Hangs up; the engine goes on."""
+        """Closes the connection; the engine continues."""
         self._sock.close()
 
     def send(self, command: Command, command_id: str | None = None) -> CommandReply:
-        """Sends a command; the answer that comes at once: accepted, applied or rejected."""
-        chosen = command_id or new_id()
-        # Whoever sends one holds it as its base class.
-        self._send(CommandRequest(id=chosen, command=command))  # type: ignore[arg-type]
+        """Sends a command and returns the first reply: accepted, applied or rejected.
+
+        Args:
+            command: what to do.
+            command_id: a repeated id has no further effect. Default: a new one.
+
+        Raises:
+            LinkError: the engine is gone or does not reply.
+        """
+        request_id = command_id or new_id()
+        # Callers know a command by its base class only.
+        self._send(CommandRequest(id=request_id, command=command))  # type: ignore[arg-type]
         try:
-            return self._answer(chosen, time.monotonic() + REPLY_TIMEOUT)
+            return self._reply(request_id, time.monotonic() + REPLY_TIMEOUT)
         except TimeoutError as error:
-            raise LinkError(f"the engine of '{self._session.name}' does not answer") from error
+            raise LinkError(f"the engine of '{self._session.name}' does not reply") from error
 
     def wait(self, command_id: str, timeout: float | None = None) -> CommandReply:
-        """Waits until a command has ended. Raises TimeoutError."""
+        """Waits until a command is applied or rejected, at most `timeout` seconds.
+
+        Raises:
+            TimeoutError: it is still pending.
+            LinkError: the engine is gone.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not (answer := self._answer(command_id, deadline)).final:
+        while not (reply := self._reply(command_id, deadline)).final:
             continue
-        return answer
+        return reply
 
     def status(self) -> Status:
-        """How the engine is, now."""
+        """The engine's current status. Raises LinkError."""
         self._send(StatusRequest())
         while not isinstance(message := self._receive(), Status):
             continue
         return message
 
     def watch(self) -> Iterator[JournalAdvanced | Phase | Telemetry]:
-        """What happens, as it happens; ends when the engine does."""
+        """Yields events as they occur; ends when the connection does."""
         self._send(Watch())
         self._sock.settimeout(None)
         try:
@@ -121,10 +137,10 @@ class Client:
         except (OSError, LinkError):
             return
 
-    def _answer(self, command_id: str, deadline: float | None) -> CommandReply:
+    def _reply(self, command_id: str, deadline: float | None) -> CommandReply:
         while True:
-            left = None if deadline is None else max(0.001, deadline - time.monotonic())
-            self._sock.settimeout(left)
+            remaining = None if deadline is None else max(0.001, deadline - time.monotonic())
+            self._sock.settimeout(remaining)
             message = self._receive()
             if isinstance(message, CommandReply) and message.id == command_id:
                 return message
@@ -139,9 +155,11 @@ class Client:
         try:
             return decode_to_client(frames.receive(self._sock))
         except ConnectionError as error:
-            raise LinkError(f"the engine of '{self._session.name}' hung up") from error
+            raise LinkError(
+                f"the engine of '{self._session.name}' closed the connection"
+            ) from error
 
 
 def new_id() -> str:
-    """A command's id: unique, and readable in a ledger."""
+    """A unique id for a command."""
     return f"{os.getpid()}-{uuid.uuid4().hex[:12]}"

@@ -1,8 +1,8 @@
-"""What clients (the TUI, `ctl`) and a supervisor say to each other.
+"""Messages between clients (the TUI, `ctl`) and a supervisor.
 
-The socket carries commands and wake-ups; the data itself is read from the journal. The first frame
-is the client's :class:`ClientHello`, answered by :class:`Welcome`; then :class:`CommandRequest`,
-:class:`StatusRequest` and :class:`Watch` in any order.
+The socket carries commands and notifications; clients read the data itself from the journal. The
+client's first message is :class:`ClientHello`, and the supervisor replies with :class:`Welcome`.
+:class:`CommandRequest`, :class:`StatusRequest` and :class:`Watch` follow in any order.
 """
 
 from typing import Any
@@ -17,30 +17,30 @@ from engine.protocol.rank_messages import Phase
 
 
 class ClientHello(Message, frozen=True, tag="client_hello"):
-    """The first frame of a client."""
+    """The first message of a client."""
 
     who: str
-    """User, terminal, SSH client: stands in the journal beside each command."""
+    """User, terminal and SSH client; recorded with each command."""
     version: int = VERSION
 
 
 class CommandRequest(Message, frozen=True, tag="request"):
-    """A command. Sent twice with one id, it acts once and is answered twice."""
+    """A command. A request with a repeated id is not carried out again, but gets a reply."""
 
     id: str
     command: AnyCommand
 
 
 class StatusRequest(Message, frozen=True, tag="status_request"):
-    """Asks for a :class:`Status`."""
+    """Requests :class:`Status`."""
 
 
 class Watch(Message, frozen=True, tag="watch"):
-    """Asks for each :class:`JournalAdvanced`, :class:`Phase` and :class:`Telemetry` from now on."""
+    """Subscribes to :class:`JournalAdvanced`, :class:`Phase` and :class:`Telemetry`."""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """The engine's hello; a connection of another version is then closed."""
+    """The reply to :class:`ClientHello`. If the versions differ, the connection is closed."""
 
     pid: int
     version: int = VERSION
@@ -48,26 +48,26 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
 
 class CommandReply(Message, frozen=True, tag="answer"):
-    """Where a command stands. One comes at once, and one at each change until its end."""
+    """The status of a command: sent on its arrival and at each change of its status."""
 
     id: str
     status: str
     """accepted, applied or rejected."""
     step: int | None = None
-    """Applied: in force from this step on."""
+    """First step with the change in effect; None unless applied."""
     reason: str = ""
     changes: list[SettingChange] = []
     result: dict[str, Any] = {}
-    """Of a probe: `policy` and `reference`, each with `response`, `score`, `kl`."""
+    """For a probe: `policy` and `reference`, each with `response`, `score` and `kl`."""
 
     @property
     def final(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether this is the last reply to the command."""
         return self.status in ("applied", "rejected")
 
 
 class Gpu(Struct, frozen=True, kw_only=True):
-    """One device, as its driver sees it."""
+    """Readings of one GPU, from its driver."""
 
     index: int
     name: str
@@ -83,23 +83,22 @@ class Gpu(Struct, frozen=True, kw_only=True):
 
 
 class RankLoad(Struct, frozen=True, kw_only=True):
-    """One rank's process; of one on another machine `pid`, `cpu` and `memory` are 0."""
+    """Resource use of one rank. `pid`, `cpu` and `memory` are 0 for a rank on another machine."""
 
     rank: int
     pid: int
-    """0 on another machine, whose processes cannot be seen from here."""
     cpu: float
     """Percent of one core."""
     memory: int
-    """Bytes resident."""
+    """Resident bytes."""
     seconds: dict[str, float] = {}
-    """Of the last step, by phase: generate, score, reference, optimise."""
+    """Seconds of the last step by phase: generate, score, reference, optimise."""
     peak_memory: int = 0
-    """The most bytes it ever held: of the GPU's memory, or resident on a CPU."""
+    """Peak bytes so far: GPU memory, or resident memory on a CPU."""
 
 
 class Telemetry(Message, frozen=True, tag="telemetry"):
-    """The machine, every few seconds."""
+    """Readings of the machine, taken every few seconds. Memory and disk are in bytes."""
 
     time: float
     cpu: float
@@ -112,7 +111,7 @@ class Telemetry(Message, frozen=True, tag="telemetry"):
 
 
 class PendingCommand(Struct, frozen=True, kw_only=True):
-    """A command that has not ended yet."""
+    """A command that is neither applied nor rejected."""
 
     id: str
     command: str
@@ -121,7 +120,7 @@ class PendingCommand(Struct, frozen=True, kw_only=True):
 
 
 class Status(Message, frozen=True, tag="status"):
-    """The answer to :class:`StatusRequest`."""
+    """The reply to :class:`StatusRequest`."""
 
     state: str
     step: int
@@ -129,11 +128,11 @@ class Status(Message, frozen=True, tag="status"):
     attempt: int
     settings: dict[str, Any]
     phases: list[Phase]
-    """The latest of each rank."""
+    """The latest phase of each rank."""
     step_seconds: float | None
-    """How long a step takes, lately."""
+    """Mean duration of recent steps."""
     boundary_in: float | None
-    """Seconds until the next step boundary, reckoned."""
+    """Estimated seconds until the next step boundary."""
     pending: list[PendingCommand]
     telemetry: Telemetry | None
     watchers: int
@@ -141,7 +140,7 @@ class Status(Message, frozen=True, tag="status"):
 
 
 class JournalAdvanced(Message, frozen=True, tag="wake"):
-    """The journal holds rows up to these."""
+    """The journal has rows up to this step and this event."""
 
     step: int
     event: int
@@ -156,10 +155,10 @@ _to_client: Decoder[ToClient] = Decoder(ToClient)
 
 
 def decode_from_client(body: bytes) -> FromClient:
-    """A client's message. Raises LinkError when it is none."""
+    """Decodes a message of a client. Raises LinkError if the body is not one."""
     return decode(_from_client, body, "a client's message")
 
 
 def decode_to_client(body: bytes) -> ToClient:
-    """A supervisor's message to a client. Raises LinkError when it is none."""
+    """Decodes a message of a supervisor to a client. Raises LinkError if the body is not one."""
     return decode(_to_client, body, "an engine's message")

@@ -1,12 +1,12 @@
-"""What an operator can ask of a running engine: one frozen struct a command.
+"""The commands of an operator to a live engine, one frozen struct each.
 
-A struct declares everything about its command but how it is carried out: its tag on the wire, its
-line of help, its checks, the settings it changes, and whether the charts show it. The union that it
-is a member of says who carries it out: the supervisor at once (:data:`SupervisorCommand`) or all
-ranks at the next step boundary (:data:`BoundaryCommand`).
+A struct declares everything about its command except its execution: the tag in messages, the line
+of help, the checks, the settings it changes, and whether charts mark it. Its union determines who
+executes it: the supervisor at once (:data:`SupervisorCommand`), or all ranks at the next step
+boundary (:data:`BoundaryCommand`).
 
-A command's life is kept in the journal: `queued → accepted → applied at step S`, or
-`rejected: reason`. Each works while paused.
+The journal records the status of a command: `queued → accepted → applied at step S`, or
+`rejected: reason`. All commands work during a pause.
 """
 
 from collections.abc import Callable
@@ -21,50 +21,51 @@ from engine.errors import CommandRejectedError
 from engine.session.states import State
 
 MAX_TEXT = 10_000
-"""Characters in a note or a probe."""
+"""Maximum number of characters in a note or a probe."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """How things stand when a command arrives."""
+    """The state of a session when a command arrives."""
 
     state: State
     paused: bool
+    """Whether the run is paused once the accepted commands are carried out."""
     settings: Settings
-    """In force."""
+    """The current ones."""
     batch_size: int
     """`rollout.batch_size`."""
     checkpoint_steps: Callable[[], list[int]]
-    """The steps that a roll back may name; reads the journal and may raise JournalError."""
+    """Returns the steps that a rollback can name. Reads the journal; may raise JournalError."""
 
 
 class Command(Struct, frozen=True, kw_only=True, tag_field="command", forbid_unknown_fields=True):
-    """The base of all commands, and what each of them declares."""
+    """Base class of all commands, with what each of them declares."""
 
     summary: ClassVar[str]
-    """One line for the help of the command line."""
+    """One line of help for the command line."""
     on_charts: ClassVar[bool]
-    """Whether it draws a marker of its own once it is applied."""
+    """Whether charts mark the step at which the command is applied."""
     while_stopping: ClassVar[bool] = False
-    """Whether it is accepted while the run is stopping."""
+    """Whether the command is accepted while the run is stopping."""
     state_when_accepted: ClassVar[State | None] = None
-    """The session's state until it is applied, where that is another one."""
+    """State of the session from acceptance to application; None if it does not change."""
     dropped_after_failures: ClassVar[bool] = True
-    """Whether it is rejected when the ranks fail again and again with it in hand."""
+    """Whether the command is rejected if the ranks fail repeatedly while it is pending."""
 
     @classmethod
     def name(cls) -> str:
-        """Its tag, as in the journal and on the command line: `pause`, `beta`."""
+        """The command's tag, as in the journal and on the command line: `pause`, `beta`."""
         return str(cls.__struct_config__.tag)
 
     def check_arguments(self) -> None:
-        """Raises CommandRejectedError where its own values are wrong at any moment."""
+        """Checks the arguments, whatever the session's state. Raises CommandRejectedError."""
 
     def check(self, moment: Moment) -> None:
-        """Raises CommandRejectedError where it cannot be carried out at this moment."""
+        """Checks the command against the session's state. Raises CommandRejectedError."""
 
     def new_values(self, settings: Settings) -> dict[str, Any]:
-        """What it changes settings to, checked against their types and ranges; {} for none.
+        """The settings that the command changes, with their new values, checked.
 
         Raises:
             CommandRejectedError: an unknown setting, a wrong type or a value out of range.
@@ -74,33 +75,33 @@ class Command(Struct, frozen=True, kw_only=True, tag_field="command", forbid_unk
 
 
 class Pause(Command, frozen=True, tag="pause"):
-    """The ranks hold at the next step boundary."""
+    """Pauses training at the next step boundary."""
 
-    summary: ClassVar[str] = "Hold at the next step boundary."
+    summary: ClassVar[str] = "Pause at the next step boundary."
     on_charts: ClassVar[bool] = True
     state_when_accepted: ClassVar[State | None] = "pausing"
-    dropped_after_failures: ClassVar[bool] = False  # a run must not go on for having failed
+    dropped_after_failures: ClassVar[bool] = False  # a failure must not end a pause
 
     def check(self, moment: Moment) -> None:
-        if moment.paused or moment.state == "pausing":
-            raise CommandRejectedError("the run is paused already")
+        if moment.paused:
+            raise CommandRejectedError("the run is already paused")
 
 
 class Unpause(Command, frozen=True, tag="unpause"):
-    """The end of a pause."""
+    """Ends a pause."""
 
-    summary: ClassVar[str] = "Go on."
+    summary: ClassVar[str] = "Resume a paused run."
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
-        if not moment.paused and moment.state != "pausing":
+        if not moment.paused:
             raise CommandRejectedError("the run is not paused")
 
 
 class Stop(Command, frozen=True, tag="stop"):
-    """The end of the run: after the step in hand, saved; with `now` at once, unsaved."""
+    """Ends the run: after the current step and a checkpoint, or at once and unsaved with `now`."""
 
-    summary: ClassVar[str] = "Finish the step, save, and end."
+    summary: ClassVar[str] = "Finish the current step, save a checkpoint and stop."
     on_charts: ClassVar[bool] = True
     while_stopping: ClassVar[bool] = True
     state_when_accepted: ClassVar[State | None] = "stopping"
@@ -110,35 +111,35 @@ class Stop(Command, frozen=True, tag="stop"):
 
     def check(self, moment: Moment) -> None:
         if moment.state == "stopping" and not self.now:
-            raise CommandRejectedError("the run is stopping already")
+            raise CommandRejectedError("the run is already stopping")
 
 
 class Checkpoint(Command, frozen=True, tag="checkpoint"):
-    """A checkpoint at the next step boundary."""
+    """Saves a checkpoint at the next step boundary."""
 
-    summary: ClassVar[str] = "Save at the next step boundary."
-    on_charts: ClassVar[bool] = False  # the checkpoint's own event is
+    summary: ClassVar[str] = "Save a checkpoint at the next step boundary."
+    on_charts: ClassVar[bool] = False  # charts mark the event of the checkpoint
 
 
 class SettingCommand(Command, frozen=True):
-    """The base of those that change settings; :meth:`new_values` says which."""
+    """Base class of the commands that change settings."""
 
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
-        now = msgspec.structs.asdict(moment.settings) | self.new_values(moment.settings)
-        least = 0.2 * moment.batch_size
-        # As for the configuration: one step may not take beta to zero or below.
-        if now["controller"] == "adaptive" and now["horizon"] <= least:
+        changed = msgspec.structs.asdict(moment.settings) | self.new_values(moment.settings)
+        minimum = 0.2 * moment.batch_size
+        # The same rule as in the configuration: one step must not take beta to 0 or below.
+        if changed["controller"] == "adaptive" and changed["horizon"] <= minimum:
             raise CommandRejectedError(
-                f"horizon ({now['horizon']:g}) must exceed {least:g}, a fifth of the batch"
+                f"horizon ({changed['horizon']:g}) must exceed {minimum:g}, a fifth of the batch"
             )
 
 
 class SetBeta(SettingCommand, frozen=True, tag="beta"):
-    """A KL coefficient; an adaptive controller goes on from it."""
+    """Sets the KL coefficient; an adaptive controller continues from it."""
 
-    summary: ClassVar[str] = "Set the KL coefficient."
+    summary: ClassVar[str] = "Set beta, the KL coefficient."
 
     value: float
 
@@ -147,9 +148,9 @@ class SetBeta(SettingCommand, frozen=True, tag="beta"):
 
 
 class SetKLController(SettingCommand, frozen=True, tag="kl"):
-    """The KL controller and what it aims at; what is None stays as it is."""
+    """Sets the KL controller and its parameters; parameters that are None do not change."""
 
-    summary: ClassVar[str] = "Hand beta to the adaptive controller, or take it back."
+    summary: ClassVar[str] = "Choose the KL controller, adaptive or fixed."
 
     controller: Literal["fixed", "adaptive"]
     target: float | None = None
@@ -163,7 +164,7 @@ class SetKLController(SettingCommand, frozen=True, tag="kl"):
 
 
 class SetSetting(SettingCommand, frozen=True, tag="set"):
-    """One setting's new value, by its own name or its configuration key."""
+    """Changes one setting, given its name or its configuration key."""
 
     summary: ClassVar[str] = "Change a setting, such as learning_rate=1e-5."
 
@@ -175,16 +176,16 @@ class SetSetting(SettingCommand, frozen=True, tag="set"):
 
 
 class Undo(Command, frozen=True, tag="undo"):
-    """The last change of a setting that an operator made, taken back."""
+    """Reverts the last change of settings by an operator."""
 
-    summary: ClassVar[str] = "Take back the last change of a setting."
+    summary: ClassVar[str] = "Undo the last change of a setting."
     on_charts: ClassVar[bool] = True
 
 
 class Rollback(Command, frozen=True, tag="rollback"):
-    """A new attempt, in place, from an earlier checkpoint."""
+    """Starts a new attempt of the session from an earlier checkpoint."""
 
-    summary: ClassVar[str] = "Go back to the checkpoint of STEP."
+    summary: ClassVar[str] = "Return to the checkpoint of STEP and continue from there."
     on_charts: ClassVar[bool] = True
 
     step: int
@@ -193,16 +194,16 @@ class Rollback(Command, frozen=True, tag="rollback"):
     def check(self, moment: Moment) -> None:
         steps = moment.checkpoint_steps()
         if self.step not in steps:
-            have = ", ".join(map(str, steps)) if steps else "none yet"
+            available = ", ".join(map(str, steps)) if steps else "none yet"
             raise CommandRejectedError(
-                f"there is no checkpoint of step {self.step} (there is: {have})"
+                f"there is no checkpoint of step {self.step} (available: {available})"
             )
 
 
 class Probe(Command, frozen=True, tag="probe"):
-    """A prompt for the current policy and for the reference."""
+    """Generates responses of the current policy and of the reference to a prompt."""
 
-    summary: ClassVar[str] = "Let the policy, and the reference, answer TEXT."
+    summary: ClassVar[str] = "Generate a response to TEXT with policy and reference."
     on_charts: ClassVar[bool] = False
 
     text: str
@@ -212,10 +213,10 @@ class Probe(Command, frozen=True, tag="probe"):
 
 
 class Note(Command, frozen=True, tag="note"):
-    """A line in the journal."""
+    """Adds a note to the journal."""
 
-    summary: ClassVar[str] = "Write a line into the session's ledger."
-    on_charts: ClassVar[bool] = False  # the note's own event is
+    summary: ClassVar[str] = "Add a note to the session's journal."
+    on_charts: ClassVar[bool] = False  # charts mark the event of the note
     while_stopping: ClassVar[bool] = True
 
     text: str
@@ -225,31 +226,32 @@ class Note(Command, frozen=True, tag="note"):
 
 
 SupervisorCommand = Stop | Rollback | Note
-"""Carried out at once by :class:`~engine.supervisor.command_handler.CommandHandler`."""
+"""Executed at once by :class:`~engine.supervisor.command_handler.CommandHandler`."""
 
 BoundaryCommand = (
     Pause | Unpause | Stop | Checkpoint | SetBeta | SetKLController | SetSetting | Undo | Probe
 )
-"""Carried out by every rank at the next step boundary, :class:`~engine.train.boundary.Boundary`.
+"""Executed by every rank at the next step boundary, in :class:`~engine.train.boundary.Boundary`.
 
-A stop is both: with `now`, or while the models are loaded, there is no boundary to wait for."""
+A stop is in both unions: with `now`, or while models are loading, it does not wait for a boundary.
+"""
 
 AnyCommand = BoundaryCommand | SupervisorCommand
 
 COMMANDS: dict[str, type[Command]] = {kind.name(): kind for kind in get_args(AnyCommand)}
-"""Tag → command."""
+"""Tag → class of the command."""
 
 
 def check_command(command: Command, moment: Moment) -> None:
-    """Whether a command can be accepted, as far as this can be told without asking a rank.
+    """Checks whether the supervisor can accept a command. A rank may still reject it later.
 
     Raises:
-        CommandRejectedError: says what is wrong with it, or with the moment.
+        CommandRejectedError: the arguments are wrong, or the command does not fit the state.
         JournalError: the session cannot be read.
     """
     command.check_arguments()
     if moment.state == "stopping" and not command.while_stopping:
-        raise CommandRejectedError("the run is stopping; resume it first")
+        raise CommandRejectedError("the run is stopping: resume it first")
     command.check(moment)
 
 

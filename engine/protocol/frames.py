@@ -1,4 +1,4 @@
-"""Length-prefixed MessagePack frames: what every message on the socket travels in."""
+"""Frames on the socket: a message in MessagePack after its length, 4 bytes in big-endian order."""
 
 import socket
 import struct
@@ -12,30 +12,38 @@ from engine.errors import LinkError
 T = TypeVar("T")
 
 VERSION = 1
-"""Of this protocol. Both sides say theirs; a difference is an error, not a guess."""
+"""Version of the protocol. Both sides send theirs; they must be equal."""
 
 MAX_FRAME = 64 * 1024 * 1024
+"""Maximum length of a message in bytes."""
 
 HEADER = struct.Struct(">I")
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type"):
-    """Anything that travels."""
+    """Base class of all messages."""
 
 
 _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: Message) -> bytes:
-    """One frame. Raises LinkError when it would be longer than MAX_FRAME."""
-    body = _encoder.encode(message)
+    """Encodes a message as a frame.
+
+    Raises:
+        LinkError: the message is longer than :data:`MAX_FRAME`, or has an integer over 64 bits.
+    """
+    try:
+        body = _encoder.encode(message)
+    except OverflowError as error:  # MessagePack holds integers of 64 bits
+        raise LinkError(f"a number in the message is too large to be sent: {error}") from error
     if len(body) > MAX_FRAME:
         raise LinkError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
     return HEADER.pack(len(body)) + body
 
 
 def frame_length(header: bytes, limit: int = MAX_FRAME) -> int:
-    """The body's length. Raises LinkError when it is over the limit."""
+    """The length of a frame's body. Raises LinkError if it is over the limit."""
     (length,) = HEADER.unpack(header)
     if length > limit:
         raise LinkError(f"a frame of {length} bytes is over the limit of {limit}")
@@ -43,36 +51,36 @@ def frame_length(header: bytes, limit: int = MAX_FRAME) -> int:
 
 
 def receive(sock: socket.socket) -> bytes:
-    """One frame's body, from a blocking socket.
+    """Receives the body of one frame from a blocking socket.
 
     Raises:
-        ConnectionError: the other side hung up, be it in the middle of a frame.
-        TimeoutError: nothing came within the socket's timeout.
-        LinkError: the frame is over MAX_FRAME.
+        ConnectionError: the peer closed the connection.
+        TimeoutError: the socket's timeout expired.
+        LinkError: the frame is over :data:`MAX_FRAME`.
     """
-    return _exactly(sock, frame_length(_exactly(sock, HEADER.size)))
+    return _receive_exactly(sock, frame_length(_receive_exactly(sock, HEADER.size)))
 
 
-def _exactly(sock: socket.socket, count: int) -> bytes:
+def _receive_exactly(sock: socket.socket, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
-        piece = sock.recv(count - len(data))
-        if not piece:
-            raise ConnectionResetError("the connection ended")
-        data += piece
+        chunk = sock.recv(count - len(data))
+        if not chunk:
+            raise ConnectionResetError("the peer closed the connection")
+        data += chunk
     return bytes(data)
 
 
 def decode(decoder: msgspec.msgpack.Decoder[T], body: bytes, what: str) -> T:
-    """A frame's body as one of the messages that may come here.
+    """Decodes the body of a frame.
 
     Args:
-        decoder: of their types.
-        body: of the frame.
-        what: they are, for the error: `a client's message`.
+        decoder: decodes the union of the expected messages.
+        body: the body of the frame.
+        what: describes the expected messages in an error, such as `a client's message`.
 
     Raises:
-        LinkError: it is none of them.
+        LinkError: the body is not one of these messages.
     """
     try:
         return decoder.decode(body)

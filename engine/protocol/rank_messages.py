@@ -1,8 +1,7 @@
-"""What processes say to one another: MessagePack structs in length-prefixed frames.
+"""Messages between ranks and their supervisor.
 
-One Unix socket serves both conversations. The first frame of a connection says which it is:
-a rank's (:class:`RankHello`) or a client's. A frame is a 4-byte big-endian length and that many
-bytes; a longer one than :data:`MAX_FRAME` ends the connection.
+Ranks and clients connect to the same Unix socket. The first message tells them apart:
+:class:`RankHello` or :class:`~engine.protocol.client_messages.ClientHello`.
 """
 
 from typing import Any
@@ -18,61 +17,61 @@ from engine.protocol.frames import VERSION, Message, decode
 
 
 class RankHello(Message, frozen=True, tag="rank_hello"):
-    """The first frame of a rank."""
+    """The first message of a rank."""
 
     token: str
-    """From the environment the supervisor gave it: proves it is its own."""
+    """From the environment that the supervisor set: shows that the rank is one of its own."""
     rank: int
     pid: int
     version: int = VERSION
 
 
 class Phase(Message, frozen=True, tag="phase"):
-    """What a rank does now, and how far it is."""
+    """The current phase of a rank, and its progress."""
 
     rank: int
     step: int
     name: str
-    """generate, score, reference, optimise, checkpoint, paused; while loading `load policy` …"""
+    """generate, score, reference, optimise, checkpoint, paused; at the start `load policy` etc."""
     done: int = 0
     total: int = 0
 
     @property
     def loading(self) -> bool:
-        """Whether it is one of the phases before the first step."""
+        """Whether the rank is still loading, before its first step."""
         return self.name.startswith("load ")
 
 
 class Ready(Message, frozen=True, tag="ready"):
-    """Everything is loaded and checked; training begins."""
+    """Models and data are loaded; training begins."""
 
     info: dict[str, Any]
-    """Parameters, device, prompts and the like, for the event `ready`."""
+    """Numbers of parameters and prompts, device and the like, for the event `ready`."""
     settings: dict[str, Any]
-    """In force for the first step."""
+    """Settings of the first step."""
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """One answer of a step."""
+    """One response of a step."""
 
     index: int
-    """In the step's global batch."""
+    """Index in the step's global batch."""
     prompt: str
     response: str
     score: float
     kl: float
-    """Nats, over the whole response."""
+    """Nats, summed over the response."""
     length: int
-    """Tokens, end-of-sequence included."""
+    """Tokens, including the end-of-sequence token."""
     ended: bool
-    """By itself; false where it was cut off."""
+    """False if the response was truncated."""
     parts: dict[str, float | None] = {}
-    """Each reward source's own score."""
+    """Score of each reward source."""
     arrays: "TokenArrays | None" = None
 
 
 class TokenArrays(Struct, frozen=True, kw_only=True):
-    """Per response token, each of the answer's length."""
+    """Values per token of a response; every list has the length of the response."""
 
     tokens: list[str]
     token_ids: list[int]
@@ -80,35 +79,35 @@ class TokenArrays(Struct, frozen=True, kw_only=True):
     ref_logprob: list[float]
     advantage: list[float]
     value: list[float]
-    """Empty where there is no value function."""
+    """Empty without a value function."""
 
 
 class RankTimes(Struct, frozen=True, kw_only=True):
-    """What a step took one rank."""
+    """Time and memory that a step took on one rank."""
 
     rank: int
     seconds: dict[str, float]
-    """By phase, waiting for the others left out where that can be told."""
+    """Seconds by phase, without the time spent waiting for other ranks where it is known."""
     peak_memory: int
-    """Bytes: the most it ever held, of the GPU's memory or resident on a CPU."""
+    """Peak bytes so far: GPU memory, or resident memory on a CPU."""
 
 
 class StepReport(Message, frozen=True, tag="step_report"):
-    """One finished step."""
+    """The results of a finished step."""
 
     step: int
     metrics: dict[str, float]
     samples: list[Sample]
     settings: dict[str, Any]
-    """In force for the *next* step."""
+    """Settings of the *next* step."""
     changes: list[SettingChange] = []
-    """Made by the controller after this step."""
+    """Changes that the KL controller made after this step."""
     ranks: list[RankTimes] = []
-    """Every rank's own times, those on other machines too."""
+    """Times of all ranks, on all machines."""
 
 
 class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
-    """A checkpoint is on disk but for its COMPLETE; asks for :class:`Confirm`."""
+    """All files of a checkpoint except COMPLETE are on disk; requests :class:`Confirm`."""
 
     step: int
     size: int
@@ -118,15 +117,15 @@ class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
 
 
 class CheckpointComplete(Message, frozen=True, tag="checkpoint_complete"):
-    """COMPLETE is written."""
+    """The file COMPLETE of a checkpoint is written."""
 
     step: int
     removed: list[int] = []
-    """Steps of older checkpoints that now make way for it: their folders go next."""
+    """Steps of older checkpoints whose folders are deleted next."""
 
 
 class Applied(Message, frozen=True, tag="applied"):
-    """A command took effect before step `step` began (or, for actions, after `step` - 1)."""
+    """A command took effect between steps `step` - 1 and `step`."""
 
     id: str
     step: int
@@ -142,7 +141,7 @@ class Rejected(Message, frozen=True, tag="rejected"):
 
 
 class Notice(Message, frozen=True, tag="notice"):
-    """Something the operator should see: becomes an event `alert`."""
+    """A notice for the operator, recorded as an event `alert`."""
 
     step: int
     rule: str
@@ -150,21 +149,21 @@ class Notice(Message, frozen=True, tag="notice"):
 
 
 class Failed(Message, frozen=True, tag="failed"):
-    """The rank ends because of an error."""
+    """The rank exits because of an error."""
 
     rank: int
     text: str
     traceback: str = ""
     user_input: bool = False
-    """What the user gave is wrong: no traceback is needed."""
+    """The user's input is wrong: no traceback is needed."""
     final: bool = False
-    """Raised on purpose: starting again would only meet it again."""
+    """A restart would fail in the same way."""
     echo: bool = False
-    """Another rank is gone, and this one only noticed: why it went is for others to say."""
+    """A consequence of the loss of another rank, whose error is the cause."""
 
 
 class Ended(Message, frozen=True, tag="ended"):
-    """The rank ends as it should."""
+    """The rank exits normally."""
 
     step: int
     reason: str
@@ -172,24 +171,24 @@ class Ended(Message, frozen=True, tag="ended"):
 
 
 class Begin(Message, frozen=True, tag="begin"):
-    """The answer to :class:`RankHello`: where to start."""
+    """The reply to :class:`RankHello`: where to start."""
 
     attempt: int
     from_step: int
-    """0: from the configuration's models; else from that step's checkpoint."""
+    """Step of the checkpoint to load; 0 to start from the configuration's models."""
     reseed: int = 0
-    """The attempt that was to sample anew from there: part of the seed; 0: no attempt was."""
+    """Attempt that was started with `--reseed` from this step, part of the seed; 0 for none."""
     checkpoints: list[int] = []
-    """Steps of this timeline's checkpoints: of these, older ones make way for new ones."""
+    """Steps of the timeline's checkpoints, from which old ones are deleted."""
     paused: bool = False
-    """Hold before the first step: the run was paused when its ranks died."""
+    """Pause before the first step, because the run was paused when its ranks died."""
     replay: list["ReplayedChange"] = []
     undoable: list[list[SettingChange]] = []
-    """What `undo` would take back, the last one first to go."""
+    """Changes that `undo` can revert; the last list is reverted first."""
 
 
 class ReplayedChange(Struct, frozen=True, kw_only=True):
-    """What a command changed before a crash, to be applied again at the same step."""
+    """A change of settings before a crash, to be applied again at the same step."""
 
     step: int
     command: str
@@ -197,28 +196,28 @@ class ReplayedChange(Struct, frozen=True, kw_only=True):
 
 
 class Confirm(Message, frozen=True, tag="confirm"):
-    """The journal holds everything up to this step: COMPLETE may be written."""
+    """The journal has everything up to this step: the rank can write COMPLETE."""
 
     step: int
 
 
 class RankCommand(Message, frozen=True, tag="order"):
-    """An operator's command, to be carried out at the next step boundary."""
+    """An operator's command, to be executed at the next step boundary."""
 
     id: str
     command: BoundaryCommand
 
 
 class JoinInfo(Struct, frozen=True, kw_only=True):
-    """What a machine that joins is told, at the place where the ranks meet."""
+    """What a joining machine needs to know; published at the rendezvous."""
 
     launch: LaunchConfig
     folder: str
-    """The session's, which all machines must have under this path."""
+    """Folder of the session, at the same path on all machines."""
     processes: int
     """Ranks on the first machine."""
     start: str
-    """Of the ranks, unlike any other: a machine that has left it can only join the next."""
+    """Unique id of this start of the ranks. A machine that left it can only join the next one."""
     software: str = __version__
 
 
@@ -243,10 +242,10 @@ _to_rank: Decoder[ToRank] = Decoder(ToRank)
 
 
 def decode_from_rank(body: bytes) -> FromRank:
-    """A rank's message. Raises LinkError when it is none."""
+    """Decodes a message of a rank. Raises LinkError if the body is not one."""
     return decode(_from_rank, body, "a rank's message")
 
 
 def decode_to_rank(body: bytes) -> ToRank:
-    """A supervisor's message to a rank. Raises LinkError when it is none."""
+    """Decodes a message of a supervisor to a rank. Raises LinkError if the body is not one."""
     return decode(_to_rank, body, "a supervisor's message")

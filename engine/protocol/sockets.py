@@ -1,8 +1,9 @@
-"""The session's Unix socket, reached by a path that is never too long.
+"""The Unix socket of a session.
 
-A socket address holds 108 bytes, a sessions folder may lie deeper: bound and reached through
-``/proc/self/fd/N/`` the address stays short. Where the file system has no sockets (some network and
-container ones), the socket lies in a folder of the user's own under /tmp.
+A socket address is limited to 108 bytes, which a session's path may exceed. The address used here
+is ``/proc/self/fd/N/engine.sock``, where N is an open descriptor of the folder. On a file system
+without sockets, as on some networks and in some containers, the socket is created in a private
+folder under /tmp.
 """
 
 import os
@@ -19,28 +20,31 @@ NAME = "engine.sock"
 
 
 def listen(folder: Path) -> tuple[socket.socket, Path]:
-    """A listening socket, mode 0600, and the path others reach it by.
+    """Creates a listening socket with mode 0600.
 
-    The caller holds the session's lock, so a socket that lies there already is stale and goes.
+    An existing socket is stale, because the caller holds the session's lock, and is replaced.
+
+    Returns:
+        The socket and its path.
 
     Raises:
-        SessionError: neither the session's folder nor /tmp can hold a socket.
+        SessionError: a socket can be created neither in the session's folder nor under /tmp.
     """
     try:
         return _listen_in(folder, NAME)
     except OSError:
         try:
-            return _listen_in(_own_folder(), f"{os.getpid()}.sock")
+            return _listen_in(_private_folder(), f"{os.getpid()}.sock")
         except OSError as error:
-            raise SessionError(f"cannot make a socket for {folder}: {error.strerror}") from error
+            raise SessionError(f"cannot create a socket for {folder}: {error.strerror}") from error
 
 
 def connect(path: Path, timeout: float = 5.0) -> socket.socket:
-    """A connected socket. Raises OSError when nobody listens there."""
+    """Connects to a socket. Raises OSError if no process listens there."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(timeout)
     try:
-        with _short(path) as address:
+        with _short_address(path) as address:
             sock.connect(address)
     except OSError:
         sock.close()
@@ -49,7 +53,7 @@ def connect(path: Path, timeout: float = 5.0) -> socket.socket:
 
 
 def peer_uid(sock: socket.socket) -> int:
-    """Who is at the other end, as the kernel knows it (SO_PEERCRED)."""
+    """The user id of the peer, from the kernel (SO_PEERCRED)."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return int.from_bytes(credentials[4:8], "little")
 
@@ -60,7 +64,7 @@ def _listen_in(folder: Path, name: str) -> tuple[socket.socket, Path]:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
-        with _short(path) as address:
+        with _short_address(path) as address:
             sock.bind(address)
         sock.listen(64)
     except OSError:
@@ -71,18 +75,18 @@ def _listen_in(folder: Path, name: str) -> tuple[socket.socket, Path]:
     return sock, path
 
 
-def _own_folder() -> Path:
-    """A 0700 folder under the temporary one that is surely ours. Raises OSError."""
+def _private_folder() -> Path:
+    """A folder under /tmp that only this user can access. Raises OSError."""
     folder = Path(tempfile.gettempdir()) / f"rlhf-tui-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PermissionError(0, f"{folder} is not a folder of this user's alone")
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(0, f"{folder} is not private to this user")
     return folder
 
 
 @contextmanager
-def _short(path: Path) -> Iterator[str]:
+def _short_address(path: Path) -> Iterator[str]:
     fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{fd}/{path.name}"

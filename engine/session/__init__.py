@@ -1,1 +1,1 @@
-"""A session's folder, its lock, and the registry of live ones."""
+"""Sessions: folder, access rights, lock, states, and the registry of live sessions."""

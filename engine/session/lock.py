@@ -1,9 +1,8 @@
-"""The lock of a session: one engine at a time, and a question that disturbs nobody.
+"""The lock of a session, held by at most one engine.
 
-Open-file-description locks (fcntl(2)): held by the open file, gone with the last process that has
-it open, however that process ends — so a lock cannot go stale after a kill -9 or a reboot. Unlike
-flock(2) they can be *asked about* without being taken, which a reader must be able to do without
-getting in an engine's way.
+It is an open-file-description lock (fcntl(2)). The kernel releases it when the last process that
+has the file open ends, so it cannot become stale after a kill -9 or a reboot. Unlike flock(2), it
+can be tested without being taken, so readers do not interfere with an engine that starts.
 """
 
 import errno
@@ -26,7 +25,7 @@ class SessionLock:
 
         Raises:
             SessionLockedError: another process holds it.
-            SessionError: the file cannot be made (a read-only folder, a full disk).
+            SessionError: the file cannot be created, as in a read-only folder.
         """
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -41,19 +40,19 @@ class SessionLock:
             raise SessionError(f"cannot lock {path}: {error.strerror}") from error
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Releases the lock."""
         os.close(self._fd)
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process holds the lock; asks without taking it."""
+    """Whether a process holds the lock. Does not take it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        asked = _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
-        kind = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
+        query = _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
+        kind = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))[0]
         return bool(kind != fcntl.F_UNLCK)
     finally:
         os.close(fd)

@@ -1,7 +1,7 @@
-"""The user's live sessions, wherever they lie: lets `ls` and `attach` find one started elsewhere.
+"""The registry of a user's live sessions, with which `ls` and `attach` find them in any folder.
 
-One small file a session under ``$XDG_STATE_HOME/rlhf-tui/live`` (``~/.local/state`` where that is
-not set). It is a hint, never the truth: a session's lock says whether it lives.
+Each session has a small file in ``$XDG_STATE_HOME/rlhf-tui/live`` (default: ``~/.local/state``). An
+entry may be stale: whether a session is live depends on its lock alone.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import socket
 from pathlib import Path
 
+from engine.session import access
 from engine.session.folder import Session
 
 log = logging.getLogger("engine")
@@ -26,38 +27,39 @@ def _entry(session: Session) -> Path:
 
 
 def announce(session: Session) -> None:
-    """Enters a session. A home that cannot be written costs the convenience, not the run."""
+    """Adds a session. If the file cannot be written, a warning is logged and the run continues."""
     try:
-        _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        access.make_folders(_folder())
         text = f"{session.folder}\n{socket.gethostname()}\n"
+        access.create_file(_entry(session))
         _entry(session).write_text(text, encoding="utf-8")
     except OSError as error:
-        log.warning("this session will not be found from other folders: %s", error)
+        log.warning("this session will not be listed in other folders: %s", error)
 
 
 def withdraw(session: Session) -> None:
-    """Takes a session out again."""
+    """Removes a session."""
     try:
         _entry(session).unlink(missing_ok=True)
     except OSError as error:
-        log.warning("cannot withdraw the session: %s", error)
+        log.warning("cannot remove the session from the list of live sessions: %s", error)
 
 
 def live_sessions() -> list[Session]:
-    """Those of this user that live now, by name; entries that went stale are cleared away."""
+    """This user's live sessions on this machine, sorted by name. Deletes stale entries."""
     found = []
     for entry in _folder().glob("*") if _folder().is_dir() else ():
         try:
             folder, host = entry.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError, ValueError):  # withdrawn or written this moment
+        except (OSError, UnicodeDecodeError, ValueError):  # removed or being written
             continue
-        if host != socket.gethostname():  # a home that several machines share
+        if host != socket.gethostname():  # a home folder that several machines share
             continue
         session = Session(Path(folder))
         if session.is_live():
             found.append(session)
         else:
-            # A home that cannot be written keeps a stale entry, and that does no harm.
+            # On a read-only file system the stale entry stays, which does no harm.
             with contextlib.suppress(OSError):
                 entry.unlink()
     return sorted(found, key=lambda s: s.name)

@@ -1,4 +1,4 @@
-"""The states of a session, and which state may follow which."""
+"""The states of a session and the transitions between them."""
 
 from typing import Literal, get_args
 
@@ -7,7 +7,7 @@ State = Literal[
 ]
 
 TRANSITIONS: dict[State, frozenset[State]] = {
-    # A run that was paused or stopping when its ranks died is so again once they are loaded.
+    # Restarted ranks return to the state before their death: paused, pausing or stopping.
     "starting": frozenset({"running", "pausing", "paused", "stopping", "stopped", "failed"}),
     "running": frozenset(
         {"starting", "pausing", "paused", "stopping", "finished", "stopped", "failed"}
@@ -21,8 +21,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     "stopped": frozenset(),
     "failed": frozenset(),
 }
-"""State → the states that may follow it while one engine lives; a live state → `starting` when the
-ranks are started again. The next engine of the session begins at `starting` again."""
+"""State → states that can follow it during the life of an engine. A restart of the ranks leads from
+a live state to `starting`; the next engine of a session begins at `starting` as well."""
 
 STATES: tuple[State, ...] = get_args(State)
 ENDED_STATES: tuple[State, ...] = tuple(s for s in STATES if not TRANSITIONS[s])
@@ -30,5 +30,5 @@ LIVE_STATES: tuple[State, ...] = tuple(s for s in STATES if TRANSITIONS[s])
 
 
 def is_legal(before: State | None, after: State) -> bool:
-    """Whether `after` may follow `before`; None: the engine has only begun."""
+    """Whether `after` can follow `before`, which is None for a new engine."""
     return after in (TRANSITIONS[before] if before is not None else ("starting",))

@@ -1,4 +1,4 @@
-"""One start of the ranks, as their supervisor sees it: who talks, who failed, and why it ended."""
+"""One start of the ranks: which are connected, which failed, and why the attempt ended."""
 
 import asyncio
 import contextlib
@@ -14,112 +14,116 @@ from engine.protocol.frames import Message
 from engine.protocol.rank_messages import Ended, Failed
 
 DRAIN_TIMEOUT = 10.0
-"""Seconds for what dead ranks said last to be read."""
+"""Seconds to read the last messages of ranks whose processes have ended."""
 
 
 class Attempt:
-    """What has been heard of an attempt's ranks."""
+    """The ranks of one start, as far as their messages and connections show."""
 
     def __init__(self, start: StartOptions) -> None:
         self.start = start
         self.failure: Failed | None = None
-        """Why it fails, by the best word there is."""
+        """The most informative failure reported so far."""
         self.ended: Ended | None = None
-        """That it ended as it should."""
+        """Rank 0's report of a regular end."""
         self.ready = False
-        """Whether everything was loaded: before that, its ranks have carried out no command."""
-        self._lead: asyncio.StreamWriter | None = None
-        self._talking: set[int] = set()
-        self._silent = asyncio.Event()
-        self._explained: set[int] = set()
-        self._gone: list[int] = []  # without a last word, in order
+        """Whether the models are loaded. No command is carried out before."""
+        self._rank0: asyncio.StreamWriter | None = None
+        self._connected: set[int] = set()
+        self._all_disconnected = asyncio.Event()
+        self._reported: set[int] = set()  # ranks that said why they failed
+        self._lost: list[int] = []  # ranks that disconnected without a reason, in order
 
-    def is_heard(self, rank: int) -> bool:
-        """Whether a rank's link is open."""
-        return rank in self._talking
+    def is_connected(self, rank: int) -> bool:
+        """Whether a rank's connection is open."""
+        return rank in self._connected
 
-    def opened(self, rank: int, writer: asyncio.StreamWriter) -> None:
-        """A rank has said hello; commands go to rank 0."""
-        self._talking.add(rank)
+    def rank_connected(self, rank: int, writer: asyncio.StreamWriter) -> None:
+        """Registers a rank after its hello. Commands are sent to rank 0."""
+        self._connected.add(rank)
         if rank == 0:
-            self._lead = writer
+            self._rank0 = writer
 
     def send(self, message: Message) -> None:
-        """Says something to rank 0, if it is there."""
-        if self._lead is not None and not self._lead.is_closing():
-            self._lead.write(frames.encode(message))
+        """Sends a message to rank 0; does nothing while rank 0 is not connected."""
+        if self._rank0 is not None and not self._rank0.is_closing():
+            self._rank0.write(frames.encode(message))
 
-    def failed(self, word: Failed) -> None:
-        """A rank's last words; the first that is no echo of another's end counts."""
-        self._explained.add(word.rank)
-        if self.failure is None or (self.failure.echo and not word.echo):
-            self.failure = word
+    def record_failure(self, failure: Failed) -> None:
+        """Keeps the first failure that is not a consequence of another rank's failure."""
+        self._reported.add(failure.rank)
+        if self.failure is None or (self.failure.echo and not failure.echo):
+            self.failure = failure
 
-    def closed(self, rank: int) -> None:
-        """A rank has hung up."""
-        self._talking.discard(rank)
-        if not self._talking:
-            self._silent.set()
-        # The echo of its end, from another rank, may have been read before this.
-        if self.ended is None and rank not in self._explained:
-            self._gone.append(rank)
+    def rank_disconnected(self, rank: int) -> None:
+        """Registers the end of a rank's connection."""
+        self._connected.discard(rank)
+        if not self._connected:
+            self._all_disconnected.set()
+        # Another rank may already have reported that this one is gone.
+        if self.ended is None and rank not in self._reported:
+            self._lost.append(rank)
 
-    async def silence(self) -> None:
-        """Waits for the links to be closed: the last words may still lie in the sockets."""
-        if self._talking:
+    async def wait_disconnected(self) -> None:
+        """Waits until all connections are closed: sockets may still hold the last messages."""
+        if self._connected:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._silent.wait(), DRAIN_TIMEOUT)
+                await asyncio.wait_for(self._all_disconnected.wait(), DRAIN_TIMEOUT)
 
     @property
     def failed_by_itself(self) -> bool:
-        """Whether a rank said more than that the others are gone."""
+        """Whether a rank reported a failure other than the loss of another rank."""
         return self.failure is not None and not self.failure.echo
 
     def cause(self, status: int, launch: LaunchConfig, name: str) -> Failed:
-        """Why it ended otherwise than it should.
+        """The reason of an irregular end.
 
-        What a rank said before it failed comes first; what the others noticed of it counts less.
+        A rank's own report takes precedence over what the other ranks noticed of its end.
 
         Args:
-            status: of the process that was started.
-            launch: how it was.
-            name: the session's.
+            status: exit status of the process that was started.
+            launch: how the ranks were started.
+            name: the session's name, for the message.
         """
         failure = self.failure
         if failure is not None and not failure.echo:
             return failure
-        if failure is not None and not self._gone:
+        if failure is not None and not self._lost:
             if launch.nodes == 1:  # a rank hangs, and the others have waited for launch.timeout
                 return failure
             text = f"the ranks of another machine are gone ({failure.text}); start them there with"
             text += f": rlhf-tui join {launch.rendezvous}"
             return msgspec.structs.replace(failure, text=text)
-        rank = self._gone[0] if self._gone else 0
+        rank = self._lost[0] if self._lost else 0
         text = f"rank {rank} {describe_exit(status)}; see rlhf-tui logs {name}"
         return Failed(rank=rank, text=text)
 
 
 class StepTimer:
-    """How long a step takes lately, and how far the one in hand may be."""
+    """Estimates how long a step takes and when the current one is done."""
 
     def __init__(self) -> None:
         self.step_seconds: float | None = None
-        """None before the first step is done."""
+        """Moving average over the latest steps; None before the first step is done."""
         self.restart()
 
     def restart(self) -> None:
-        """A step begins now."""
+        """Starts the clock of a step."""
         self._began = time.monotonic()
 
-    def step(self, measured: float | None = None) -> None:
-        """A step is done, and the next one begins; `measured` in place of the clock's seconds."""
+    def finish_step(self, measured: float | None = None) -> None:
+        """Adds a finished step to the average and starts the clock of the next one.
+
+        Args:
+            measured: seconds to use in place of the clock's, such as after a pause.
+        """
         taken = time.monotonic() - self._began if measured is None else measured
         self.restart()
         before = self.step_seconds
         self.step_seconds = taken if before is None else 0.7 * before + 0.3 * taken
 
-    def left(self) -> float | None:
-        """Seconds until the step in hand is done, reckoned."""
+    def remaining(self) -> float | None:
+        """Estimated seconds until the current step is done; None before the first step is."""
         if self.step_seconds is None:
             return None
         return max(0.0, self.step_seconds - (time.monotonic() - self._began))

@@ -1,7 +1,10 @@
-"""Takes commands in, from clients, signals and guard rails, and says how things stand."""
+"""Handles commands from clients, signals and guard rails, and reports the session's status."""
 
+import contextlib
+import logging
 import os
 import signal
+import sqlite3
 from functools import partial
 
 import msgspec
@@ -23,6 +26,7 @@ from engine.protocol.commands import (
     Pause,
     Rollback,
     Stop,
+    Unpause,
     check_command,
 )
 from engine.protocol.rank_messages import RankCommand
@@ -35,12 +39,14 @@ from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
 
+log = logging.getLogger("engine")
+
 ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
-"""`action` of a guard rail → what is asked when it fires; `notify` asks for nothing."""
+"""`action` of a guard rail → the command it issues; `notify` issues none."""
 
 
 class CommandHandler:
-    """Checks commands, carries out the supervisor's, and passes the others on to rank 0."""
+    """Checks commands, carries out the supervisor's, and sends the others to rank 0."""
 
     def __init__(
         self,
@@ -65,36 +71,71 @@ class CommandHandler:
         self._ranks = ranks
         self._watchdog = watchdog
 
-    def answer(self, request: CommandRequest, who: str) -> CommandReply:
-        """Takes a command in: journalled, checked, and passed on where it needs a rank."""
-        command, log = request.command, self._journal.commands
-        if not log.record(request.id, command.name(), config_file.as_mapping(command), who):
-            return log.reply(request.id)
+    def handle(self, request: CommandRequest, who: str) -> CommandReply:
+        """Records and checks a command, then carries it out or sends it to rank 0.
+
+        A stop is carried out even if the journal cannot be written, such as on a full disk; every
+        other command is then rejected.
+        """
+        try:
+            return self._record_and_carry_out(request, who)
+        except sqlite3.Error as error:
+            reason = f"cannot write the journal: {error}"
+            # A full disk needs no traceback.
+            log.error("%s from %s: %s", request.command.name(), who, reason)  # noqa: TRY400
+            return self._carry_out_unrecorded(request, who, reason)
+
+    def _record_and_carry_out(self, request: CommandRequest, who: str) -> CommandReply:
+        command, commands = request.command, self._journal.commands
+        if not commands.record(request.id, command.name(), config_file.as_mapping(command), who):
+            return commands.reply(request.id)
         try:
             check_command(command, self._moment())
         except RlhfError as error:
-            log.reject(request.id, str(error))
+            commands.reject(request.id, str(error))
         else:
-            log.accept(request.id)
+            commands.accept(request.id)
             self._carry_out(request, who)
-        self._server.wake()
-        return log.reply(request.id)
+        self._server.notify_watchers()
+        return commands.reply(request.id)
+
+    def _carry_out_unrecorded(self, request: CommandRequest, who: str, reason: str) -> CommandReply:
+        command = request.command
+        if not isinstance(command, Stop):
+            return CommandReply(id=request.id, status="rejected", reason=reason)
+        try:
+            check_command(command, self._moment())
+        except RlhfError as error:
+            return CommandReply(id=request.id, status="rejected", reason=str(error))
+        if self._is_immediate(command):
+            self._end_ranks()
+            step = self._journal.step + 1
+            return CommandReply(id=request.id, status="applied", step=step, reason=reason)
+        # The ranks try to save. If that fails too, the error ends the run.
+        self._state.stopping = True
+        with contextlib.suppress(sqlite3.Error):
+            self._publisher.set_state("stopping")
+        stop = RankCommand(id=request.id, command=command)
+        self._pending.add(stop, who, recorded=False)
+        self._state.attempt.send(stop)
+        return CommandReply(id=request.id, status="accepted", reason=reason)
 
     def _moment(self) -> Moment:
         return Moment(
             state="stopping" if self._state.stop_now else self._publisher.state,
-            paused=self._state.paused,
+            paused=self._pending.paused_after(self._state.paused),
             settings=msgspec.convert(self._state.settings, Settings, strict=False),
             batch_size=self._config.rollout.batch_size,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
         )
 
     def _carry_out(self, request: CommandRequest, who: str) -> None:
-        """Carries out what is the supervisor's; a RankCommand's type holds only the rest."""
+        """Carries out a supervisor's command; the type of a RankCommand admits all others."""
         state = self._state
         match request.command:
-            case Stop(now=now) if now or self._publisher.state == "starting":
-                self._stop_now(request.id)  # while loading there is nothing to save
+            case Stop() if self._is_immediate(request.command):
+                self._end_ranks()
+                self._journal.commands.apply(request.id, self._journal.step + 1, [])
             case Rollback(step=step, reseed=reseed):
                 state.next = StartOptions(from_step=step, fresh=True, reseed=reseed, who=who)
                 self._journal.commands.apply(request.id, step + 1, [])
@@ -105,31 +146,36 @@ class CommandHandler:
                 state.stopping = state.stopping or isinstance(command, Stop)
                 if command.state_when_accepted is not None:
                     self._publisher.set_state(command.state_when_accepted)
-                passed_on = RankCommand(id=request.id, command=command)
-                self._pending.add(passed_on, who)
-                state.attempt.send(passed_on)
+                elif isinstance(command, Unpause) and self._publisher.state == "pausing":
+                    self._publisher.set_state("running" if state.attempt.ready else "starting")
+                message = RankCommand(id=request.id, command=command)
+                self._pending.add(message, who)
+                state.attempt.send(message)
 
-    def _stop_now(self, command_id: str) -> None:
+    def _is_immediate(self, stop: Stop) -> bool:
+        """While the models are loaded there is nothing to save."""
+        return stop.now or self._publisher.state == "starting"
+
+    def _end_ranks(self) -> None:
         self._state.stopping = self._state.stop_now = True
-        self._state.next = None  # nor does a roll back under way begin
-        self._journal.commands.apply(command_id, self._journal.step + 1, [])
+        self._state.next = None  # cancels a roll back whose attempt has not begun
         self._ranks.kill()
 
     def on_signal(self, number: signal.Signals) -> None:
-        """The first one stops after the step in hand, saved; a second ctrl+c does not wait."""
+        """Stops after the current step, with a save; at once on a second SIGINT (ctrl+c)."""
         again = self._state.stopping and number == signal.SIGINT
         if again or not self._state.stopping:
-            self.answer(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
+            self.handle(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
 
     def on_alert(self, alert: Alert) -> None:
-        """Something deserves a look, and may ask for a command."""
+        """Publishes an alert and issues the command of its action."""
         self._publisher.alert(alert)
         command = ACTIONS.get(alert.action)
         if command is not None and self._publisher.state not in ("stopping", *ENDED_STATES):
-            self.answer(CommandRequest(id=new_id(), command=command), f"guard rail {alert.rule}")
+            self.handle(CommandRequest(id=new_id(), command=command), f"guard rail {alert.rule}")
 
     def status(self) -> Status:
-        """How things stand."""
+        """The session's current status."""
         state = self._state
         moving = self._publisher.state in ("running", "pausing", "stopping")
         return Status(
@@ -140,15 +186,15 @@ class CommandHandler:
             settings=state.settings,
             phases=list(state.phases.values()),
             step_seconds=state.timer.step_seconds,
-            boundary_in=state.timer.left() if moving else None,
-            pending=self._pending.pending(),
+            boundary_in=state.timer.remaining() if moving else None,
+            pending=self._pending.rows(),
             telemetry=self._watchdog.latest,
             watchers=self._server.watchers,
             pid=os.getpid(),
         )
 
-    def wake(self) -> JournalAdvanced:
-        """How far the journal is."""
+    def journal_position(self) -> JournalAdvanced:
+        """The newest rows of the journal."""
         return JournalAdvanced(
             step=self._journal.step, event=self._journal.last_event, state=self._publisher.state
         )

@@ -1,71 +1,93 @@
-"""Commands that were accepted and wait for the ranks to carry them out."""
+"""Commands that are accepted and not yet carried out by the ranks."""
 
 from dataclasses import dataclass
 
+from engine.config import file as config_file
 from engine.journal.command_log import CommandLog
 from engine.protocol.client_messages import PendingCommand
-from engine.protocol.commands import BoundaryCommand
+from engine.protocol.commands import BoundaryCommand, Pause, Unpause
 from engine.protocol.rank_messages import RankCommand
 from engine.supervisor.server import Server
 
 MAX_FAILURES = 2
-"""Of the ranks with a command in hand, before it is taken for the cause."""
+"""Failed attempts with a command pending after which the command counts as their cause."""
 
 
 @dataclass
-class _Waiting:
+class _Pending:
     message: RankCommand
     who: str
+    recorded: bool
+    """Whether the journal has it."""
     failures: int = 0
 
 
 class PendingCommands:
-    """In the order in which they were given; those who wait for an answer get one in the end."""
+    """The commands in the order they were accepted. Each one ends applied or rejected."""
 
     def __init__(self, commands: CommandLog, server: Server) -> None:
         self._commands, self._server = commands, server
-        self._waiting: dict[str, _Waiting] = {}
+        self._pending: dict[str, _Pending] = {}
 
-    def add(self, message: RankCommand, who: str) -> None:
-        """One more."""
-        self._waiting[message.id] = _Waiting(message, who)
+    def add(self, message: RankCommand, who: str, *, recorded: bool = True) -> None:
+        """Adds a command; one that is not in the journal is recorded when it ends."""
+        self._pending[message.id] = _Pending(message, who, recorded)
 
-    def all(self) -> list[RankCommand]:
-        """Those that wait, as each attempt's rank 0 is told."""
-        return [waiting.message for waiting in self._waiting.values()]
+    def messages(self) -> list[RankCommand]:
+        """The messages for rank 0, which each attempt sends again."""
+        return [pending.message for pending in self._pending.values()]
 
-    def pending(self) -> list[PendingCommand]:
-        """The same for those who watch."""
+    def rows(self) -> list[PendingCommand]:
+        """The rows of a status message."""
         return [
-            PendingCommand(id=i, command=w.message.command.name(), who=w.who, status="accepted")
-            for i, w in self._waiting.items()
+            PendingCommand(id=i, command=p.message.command.name(), who=p.who, status="accepted")
+            for i, p in self._pending.items()
         ]
 
-    def carried_out(self, command_id: str) -> BoundaryCommand | None:
-        """It waits no more; None where it is not known."""
-        waiting = self._waiting.pop(command_id, None)
-        return None if waiting is None else waiting.message.command
+    def paused_after(self, paused: bool) -> bool:
+        """Whether the run is paused once all of them are carried out; `paused`: it is now."""
+        for pending in self._pending.values():
+            if isinstance(pending.message.command, Pause | Unpause):
+                paused = isinstance(pending.message.command, Pause)
+        return paused
+
+    def applied(self, command_id: str) -> BoundaryCommand | None:
+        """Removes a command that a rank carried out; None for an unknown id."""
+        pending = self._remove(command_id)
+        return None if pending is None else pending.message.command
 
     def reject(self, command_id: str, reason: str) -> None:
-        """It waits no more, and was not carried out."""
-        self._waiting.pop(command_id, None)
+        """Removes a command that was not carried out, and replies to its client."""
+        self._remove(command_id)
         self._commands.reject(command_id, reason)
-        self._server.tell(self._commands.reply(command_id))
+        self._server.send_reply(self._commands.reply(command_id))
+
+    def _remove(self, command_id: str) -> _Pending | None:
+        pending = self._pending.pop(command_id, None)
+        if pending is not None and not pending.recorded:
+            command = pending.message.command
+            self._commands.record(
+                command_id, command.name(), config_file.as_mapping(command), pending.who
+            )
+        return pending
 
     def attempt_failed(self) -> None:
-        """An attempt failed that had been ready; the command in hand, the first, may be why.
+        """Counts a failure against the first command; call it for attempts that were ready.
 
-        A single command that no rank survives would take every restart that is left.
+        The ranks were carrying out that command. If no rank survives it, it would otherwise use up
+        every restart that is left.
         """
-        for command_id, waiting in self._waiting.items():
-            if not waiting.message.command.dropped_after_failures:
+        for command_id, pending in self._pending.items():
+            if not pending.message.command.dropped_after_failures:
                 continue
-            waiting.failures += 1
-            if waiting.failures == MAX_FAILURES:
-                self.reject(command_id, f"the ranks failed {MAX_FAILURES} times with it in hand")
+            pending.failures += 1
+            if pending.failures == MAX_FAILURES:
+                self.reject(
+                    command_id, f"the ranks failed {MAX_FAILURES} times while it was pending"
+                )
             return
 
     def run_ended(self) -> None:
-        """What is left came too late."""
-        for command_id in list(self._waiting):
+        """Rejects the commands that are left."""
+        for command_id in list(self._pending):
             self.reject(command_id, "the run ended before it was carried out")

@@ -1,4 +1,4 @@
-"""Tells how a session stands and what deserves a look: the journal first, then whoever watches."""
+"""Publishes states and alerts: to the journal first, then to clients, channels and the observer."""
 
 import asyncio
 import logging
@@ -16,20 +16,20 @@ log = logging.getLogger("engine")
 
 
 class Observer(Protocol):
-    """Sees what happens, as it happens. It must not raise."""
+    """Follows a session from inside the supervisor's process. Its methods must not raise."""
 
     def state(self, state: str, text: str) -> None:
-        """The session's state changed; `text` says why, where there is a why."""
+        """The session's state changed; `text` is the reason, or empty."""
 
     def alert(self, text: str, step: int) -> None:
-        """Something deserves a look."""
+        """An alert was published."""
 
     def message(self, message: FromRank) -> None:
-        """A rank said something; the journal has it already."""
+        """A rank sent a message. The journal has its content already."""
 
 
 class EventPublisher:
-    """One session's, while its engine lives."""
+    """Owns the session's state while its engine lives."""
 
     def __init__(
         self,
@@ -39,14 +39,14 @@ class EventPublisher:
         channels: Sequence[Channel],
         observer: Observer | None,
     ) -> None:
-        """Says nothing yet.
+        """Stores the receivers.
 
         Args:
-            name: the session's.
-            journal: where everything is written down first.
-            server: wakes those who are connected.
-            channels: each is sent every alert.
-            observer: in this process.
+            name: the session's name, for channels.
+            journal: records every state and alert.
+            server: notifies connected clients.
+            channels: each one is sent every alert.
+            observer: called after the journal is written.
         """
         self._name, self._journal, self._server = name, journal, server
         self._channels, self._observer = channels, observer
@@ -55,14 +55,14 @@ class EventPublisher:
 
     @property
     def state(self) -> State:
-        """The session's; `starting` even before the first attempt begins."""
+        """The session's state; `starting` even before the first attempt begins."""
         return self._state or "starting"
 
     def set_state(self, state: State, text: str = "") -> None:
-        """The session is in another state, if it is another one.
+        """Changes the session's state; does nothing if it is the current one.
 
-        A transition that :data:`~engine.session.states.TRANSITIONS` does not have is a mistake of
-        the supervisor's. It is logged as an error, and the training goes on.
+        A transition that is not in :data:`~engine.session.states.TRANSITIONS` is a bug of the
+        supervisor. It is logged as an error and made all the same, so that the training continues.
         """
         if state == self._state:
             return
@@ -72,30 +72,30 @@ class EventPublisher:
         data: dict[str, Any] = {"state": state, "text": text}
         self._journal.set_meta(state=state, message=text)
         self._journal.record_event("state", data)
-        self._server.wake()
+        self._server.notify_watchers()
         if self._observer is not None:
             self._observer.state(state, text)
 
     def alert(self, alert: Alert) -> None:
-        """Something deserves a look; what is to be done about it is not decided here."""
+        """Publishes an alert. Its action is carried out by the command handler, not here."""
         self._journal.record_event("alert", alert.as_data(), alert.step)
         if self._observer is not None:
             self._observer.alert(alert.text, alert.step)
-        self._server.wake()
+        self._server.notify_watchers()
         for channel in self._channels:
             task = asyncio.create_task(channel.send(self._name, alert))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     def notice(self, rule: str, text: str, step: int) -> None:
-        """An alert that asks for nothing but a look."""
+        """Publishes an alert without an action."""
         self.alert(Alert(rule, "notify", text, step))
 
-    def pass_on(self, message: FromRank) -> None:
-        """A rank said something, and the journal has it."""
+    def rank_message(self, message: FromRank) -> None:
+        """Hands a rank's message to the observer; call it after the journal is written."""
         if self._observer is not None:
             self._observer.message(message)
 
     async def finish(self) -> None:
-        """Waits until every channel has sent what it was given."""
+        """Waits until every channel has sent its alerts."""
         await asyncio.gather(*self._tasks, return_exceptions=True)

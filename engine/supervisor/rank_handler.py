@@ -1,4 +1,4 @@
-"""What the ranks of a live session say, and what becomes of it: the journal first."""
+"""Handles the messages of ranks: each one is written to the journal before it is acted on."""
 
 import asyncio
 import logging
@@ -38,11 +38,11 @@ from engine.supervisor.watchdog import Watchdog
 log = logging.getLogger("engine")
 
 FAILURE_GRACE = 3.0
-"""Seconds after a rank failed in which the others may still say something."""
+"""Seconds between a rank's failure and the end of the others, for their own reports."""
 
 
 class RankMessageHandler:
-    """Listens to the ranks of all attempts."""
+    """Serves the connections of the ranks, in every attempt."""
 
     def __init__(
         self,
@@ -56,21 +56,21 @@ class RankMessageHandler:
         watchdog: Watchdog,
         guardrails: Guardrails,
         on_alert: Callable[[Alert], None],
-        give_up: Callable[[Exception], None],
+        on_error: Callable[[Exception], None],
     ) -> None:
-        """Collaborators, and two calls upwards.
+        """Stores the other parts of the supervisor.
 
         Args:
-            state: shared with the other parts.
-            journal: everything is written down first.
-            server: wakes those who watch.
-            publisher: the session's state, notices and observer.
-            pending: what rank 0 has still to carry out.
+            state: shared by all parts.
+            journal: written before anything else.
+            server: notifies the clients.
+            publisher: publishes states, notices and messages.
+            pending: the commands that rank 0 has not carried out yet.
             ranks: the processes.
-            watchdog: told of each sign of life.
-            guardrails: evaluated on each step.
-            on_alert: takes what a guard rail says.
-            give_up: ends the attempt for an error in this process.
+            watchdog: notified of every message.
+            guardrails: evaluated on every step.
+            on_alert: called with each alert of a guard rail.
+            on_error: called with an error of this process; it ends the run.
         """
         self._state = state
         self._journal = journal
@@ -81,37 +81,37 @@ class RankMessageHandler:
         self._watchdog = watchdog
         self._guardrails = guardrails
         self._on_alert = on_alert
-        self._give_up = give_up
+        self._on_error = on_error
 
-    async def converse(
+    async def handle_connection(
         self, hello: RankHello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Takes in what a rank says until it hangs up; one of somebody else's is turned away."""
+        """Handles a rank's messages until it disconnects; refuses ranks of another attempt."""
         rank, attempt = hello.rank, self._state.attempt
-        if hello.token != self._ranks.token or attempt.is_heard(rank):
-            log.warning("turned away a rank that is not ours (pid %s)", hello.pid)
+        if hello.token != self._ranks.token or attempt.is_connected(rank):
+            log.warning("refused a rank of another attempt (pid %s)", hello.pid)
             return
         self._ranks.pids[rank] = hello.pid
-        self._watchdog.opened(rank)
-        attempt.opened(rank, writer)
+        self._watchdog.rank_connected(rank)
+        attempt.rank_connected(rank, writer)
         if rank == 0:
-            self._brief()
+            self._send_begin()
         try:
             while True:
                 message = rank_messages.decode_from_rank(await receive(reader))
-                self._watchdog.heard(rank, message)
+                self._watchdog.message_received(rank, message)
                 self.handle(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except Exception as error:
-            self._give_up(error)
+            self._on_error(error)
         finally:
-            attempt.closed(rank)
+            attempt.rank_disconnected(rank)
             if attempt is self._state.attempt:
-                self._watchdog.gone(rank)
+                self._watchdog.rank_disconnected(rank)
 
-    def _brief(self) -> None:
-        """Tells rank 0 where to start, and which commands are not yet carried out."""
+    def _send_begin(self) -> None:
+        """Sends rank 0 its start and the commands that are still pending."""
         attempt, journal = self._state.attempt, self._journal
         step = attempt.start.from_step
         attempt.send(
@@ -125,16 +125,16 @@ class RankMessageHandler:
                 undoable=journal.commands.undoable(step),
             )
         )
-        for message in self._pending.all():
+        for message in self._pending.messages():
             attempt.send(message)
 
-    def handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short act a kind
-        """One short act for each thing a rank says; the journal first, observers after."""
+    def handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short case a message
+        """Handles one message; the journal is written first, the observer called last."""
         state, journal = self._state, self._journal
         match message:
             case Phase():
                 state.phases[message.rank] = message
-                self._server.show(message)
+                self._server.send_to_watchers(message)
             case Ready(info=info, settings=settings):
                 journal.record_event("ready", info)
                 journal.set_meta(settings=settings)
@@ -143,7 +143,7 @@ class RankMessageHandler:
                 state.began = state.attempt.ready = True
                 self._show_state()
             case StepReport():
-                self._take_step(message)
+                self._record_step(message)
             case CheckpointWritten(step=step, size=size, score=score, kl=kl):
                 journal.record_checkpoint(step, size, score, kl)
                 state.attempt.send(Confirm(step=step))
@@ -156,8 +156,8 @@ class RankMessageHandler:
             case Notice(step=step, rule=rule, text=text):
                 self._publisher.notice(rule, text, step)
             case Failed():
-                state.attempt.failed(message)
-                if self._ranks.count > 1:  # the others wait for it in a collective
+                state.attempt.record_failure(message)
+                if self._ranks.count > 1:  # the others wait in a collective operation
                     asyncio.get_running_loop().call_later(
                         FAILURE_GRACE, self._ranks.kill, self._ranks.token
                     )
@@ -168,13 +168,13 @@ class RankMessageHandler:
             case _:
                 assert_never(message)
         if not isinstance(message, Phase):
-            self._server.wake()
-        self._publisher.pass_on(message)
+            self._server.notify_watchers()
+        self._publisher.rank_message(message)
 
-    def _take_step(self, report: StepReport) -> None:
+    def _record_step(self, report: StepReport) -> None:
         state = self._state
         # The wall clock kept running during a pause: use the measured step time.
-        state.timer.step(report.metrics[STEP_TIME] if state.paused else None)
+        state.timer.finish_step(report.metrics[STEP_TIME] if state.paused else None)
         self._journal.record_step(report)
         self._watchdog.step_done(report.ranks)
         alerts = self._guardrails.check(
@@ -186,7 +186,7 @@ class RankMessageHandler:
 
     def _applied(self, message: Applied) -> None:
         state, commands = self._state, self._journal.commands
-        command = self._pending.carried_out(message.id)
+        command = self._pending.applied(message.id)
         commands.apply(message.id, message.step, message.changes, message.result)
         state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
@@ -195,9 +195,9 @@ class RankMessageHandler:
             self._show_state()
         elif message.changes:
             self._journal.set_meta(settings=state.settings)
-        self._server.tell(commands.reply(message.id))
+        self._server.send_reply(commands.reply(message.id))
 
     def _show_state(self) -> None:
-        going: State = "paused" if self._state.paused else "running"
-        # One that is to stop does, though its rank died or paused on the way.
-        self._publisher.set_state("stopping" if self._state.stopping else going)
+        state: State = "paused" if self._state.paused else "running"
+        # An accepted stop holds, even if a rank died or paused meanwhile.
+        self._publisher.set_state("stopping" if self._state.stopping else state)

@@ -1,4 +1,4 @@
-"""Starts the ranks, and ends them with everything they started."""
+"""Starts the rank processes and ends them, with every process they started."""
 
 import asyncio
 import contextlib
@@ -21,73 +21,81 @@ from engine.session.folder import Session
 
 
 class RankProcesses:
-    """The processes of one attempt: a rank alone, or torchrun's agent with several."""
+    """The processes of one attempt: a single rank, or torchrun's agent with several."""
 
     def __init__(self, session: Session, socket_path: Path, launch: LaunchConfig) -> None:
         self._launch = launch
         self._session = session
         self._socket_path = socket_path
         self._process: asyncio.subprocess.Process | None = None
-        self._place: tempfile.TemporaryDirectory[str] | None = None
+        self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
         self.count = ranks_per_node(launch)
         """Ranks on this machine."""
         self.pids: dict[int, int] = {}
-        """Of the ranks on this machine that have said hello."""
+        """Rank → process id, of the ranks on this machine that have connected."""
         self.token = ""
-        """What a rank must say to be taken for one of these; new at each start."""
+        """Proves that a rank belongs to the current attempt; new at each start."""
 
     async def start(self) -> None:
-        """Starts them in a session of their own; what they print goes into engine.log.
+        """Starts the processes in a session of their own; their output goes to engine.log.
 
-        The session's folder stands in the command line, so that `ps` shows whose they are.
+        The session's folder is part of the command line, so that `ps` shows the owner.
         """
         self.token, self.pids = secrets.token_hex(16), {}
-        own = {
+        link = {
             TOKEN_VARIABLE: self.token,
             SOCKET_VARIABLE: str(self._socket_path),
-            STORE_VARIABLE: self._meeting_place(),
+            STORE_VARIABLE: self._create_rendezvous(),
         }
         with self._session.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *rank_command(self._launch, str(self._session.folder), self.count),
-                env=rank_environment(self._launch) | own,
+                env=rank_environment(self._launch) | link,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
-    def _meeting_place(self) -> str:
-        """Where the ranks find each other: a new place at each start."""
+    def _create_rendezvous(self) -> str:
+        """The address at which the ranks find each other; a new one at each start."""
         if self._launch.nodes > 1:
             return f"tcp:{self._launch.rendezvous}"
-        self._leave_place()
-        self._place = tempfile.TemporaryDirectory(prefix="rlhf-tui-")
-        return f"file:{self._place.name}/ranks"
+        self._remove_rendezvous()
+        self._rendezvous = tempfile.TemporaryDirectory(prefix="rlhf-tui-")
+        return f"file:{self._rendezvous.name}/ranks"
 
-    def _leave_place(self) -> None:
-        if self._place is not None:
-            self._place.cleanup()
-            self._place = None
+    def _remove_rendezvous(self) -> None:
+        if self._rendezvous is not None:
+            self._rendezvous.cleanup()
+            self._rendezvous = None
 
     async def wait(self) -> int:
-        """Until they have ended; the exit status, negative for a signal's number."""
+        """Waits for the end of the processes.
+
+        Returns:
+            The exit status; the negative signal number if a signal ended them.
+        """
         if self._process is None:
             return 0
         status = await self._process.wait()
-        self._end_groups(self._process.pid)  # what they had started may have outlived them
-        self._leave_place()
+        self._kill_groups(self._process.pid)  # child processes may have outlived the ranks
+        self._remove_rendezvous()
         return status
 
     def kill(self, token: str | None = None) -> None:
-        """Ends them at once, with all of their groups; only those of a token, where it is given."""
-        process = self._process
-        ours = token in (None, self.token)
-        if ours and process is not None and process.returncode is None:
-            self._end_groups(process.pid)
+        """Kills all processes at once.
 
-    def _end_groups(self, leader: int) -> None:
-        """The agent's group and its ranks', which torchrun starts in sessions of their own."""
+        Args:
+            token: kill only if this is the current attempt's token.
+        """
+        process = self._process
+        current = token in (None, self.token)
+        if current and process is not None and process.returncode is None:
+            self._kill_groups(process.pid)
+
+    def _kill_groups(self, leader: int) -> None:
+        """Kills the agent's group and those of its ranks, which have sessions of their own."""
         for group in {leader, *self.pids.values()}:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""The supervisor's socket: who may connect, what a connection may cost, who is watching.
+"""The supervisor's socket: accepts ranks and clients, limits what a connection may cost.
 
-A connection that is malformed, oversized, slow or abandoned is closed; it never costs the training
-anything but a line in the log.
+A connection that is malformed, oversized, slow or abandoned is closed. Its only effect is a line in
+the log.
 """
 
 import asyncio
@@ -35,54 +35,54 @@ from engine.protocol.rank_messages import Phase, RankHello
 log = logging.getLogger("engine")
 
 HELLO_TIMEOUT = 5.0
-"""Seconds within which a connection says who it is."""
+"""Seconds from the start of a connection to its first frame."""
 FRAME_TIMEOUT = 10.0
-"""Seconds from a client's frame's first byte to its last."""
+"""Seconds from the first to the last byte of a client's frame."""
 MAX_CLIENT_FRAME = 256 * 1024
 MAX_CLIENTS = 64
 MAX_UNREAD = 4 * 1024 * 1024
-"""Bytes that may wait for a client that does not read; then it is cut off."""
-WAKE_INTERVAL = 0.1
-"""Seconds: wake-ups in between are merged, the journal holds them all."""
+"""Bytes that may be queued for a client that does not read; then its connection is closed."""
+NOTIFY_INTERVAL = 0.1
+"""Seconds in which notifications are merged into one. The journal holds every row in between."""
 
 _hello = msgspec.msgpack.Decoder(RankHello | ClientHello)
 
 
 class Connection:
-    """One client."""
+    """One client's connection."""
 
     def __init__(self, writer: asyncio.StreamWriter, who: str) -> None:
         self._writer = writer
         self.who = who
         self.watching = False
         self.awaited: set[str] = set()
-        """Ids of the commands whose answers go here."""
+        """Ids of the commands whose replies go to this client."""
 
     def send(self, message: Message) -> None:
-        """Queues a frame; a client that does not read is cut off."""
+        """Queues a frame, or closes the connection of a client that does not read."""
         if self._writer.is_closing():
             return
         if self._writer.transport.get_write_buffer_size() > MAX_UNREAD:
-            log.warning("%s does not read: connection cut", self.who)
+            log.warning("%s does not read: connection closed", self.who)
             self._writer.transport.abort()
             return
         self._writer.write(frames.encode(message))
 
 
 class RequestHandler(Protocol):
-    """What the server asks of the supervisor."""
+    """Handles the requests of clients."""
 
-    def answer(self, request: CommandRequest, who: str) -> CommandReply:
-        """Takes a command in."""
+    def handle(self, request: CommandRequest, who: str) -> CommandReply:
+        """Accepts or rejects a command."""
 
     def status(self) -> Status:
-        """How things stand."""
+        """The session's current status."""
 
-    def wake(self) -> JournalAdvanced:
-        """How far the journal is."""
+    def journal_position(self) -> JournalAdvanced:
+        """The newest rows of the journal."""
 
 
-RankConversation = Callable[
+RankConnectionHandler = Callable[
     [RankHello, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 ]
 
@@ -92,81 +92,92 @@ class Server:
 
     def __init__(self) -> None:
         self._clients: set[Connection] = set()
-        self._wake_due: asyncio.TimerHandle | None = None
+        self._notification: asyncio.TimerHandle | None = None
 
     async def start(
-        self, listener: socket.socket, engine: RequestHandler, rank_conversation: RankConversation
+        self,
+        listener: socket.socket,
+        requests: RequestHandler,
+        handle_rank: RankConnectionHandler,
     ) -> None:
-        """Begins to accept."""
-        self._engine = engine
-        self._rank_conversation = rank_conversation
+        """Begins to accept connections.
+
+        Args:
+            listener: a bound Unix socket.
+            requests: handles what clients ask.
+            handle_rank: runs a rank's connection until it ends.
+        """
+        self._requests = requests
+        self._handle_rank = handle_rank
         self._server = await asyncio.start_unix_server(self._serve, sock=listener)
 
     def close(self) -> None:
-        """Hangs up on everyone."""
-        if self._wake_due is not None:
-            self._wake_due.cancel()
-            self._send_wake()
+        """Sends a pending notification and stops accepting connections."""
+        if self._notification is not None:
+            self._notification.cancel()
+            self._send_notification()
         self._server.close()
 
     @property
     def watchers(self) -> int:
-        """How many are looking."""
+        """The number of clients that watch."""
         return sum(c.watching for c in self._clients)
 
-    def tell(self, answer: CommandReply) -> None:
-        """An answer, to everyone who asked for it."""
+    def send_reply(self, reply: CommandReply) -> None:
+        """Sends a reply to every client that sent the command."""
         for client in self._clients:
-            if answer.id in client.awaited:
-                client.send(answer)
-                if answer.final:
-                    client.awaited.discard(answer.id)
+            if reply.id in client.awaited:
+                client.send(reply)
+                if reply.final:
+                    client.awaited.discard(reply.id)
 
-    def show(self, message: Phase | Telemetry) -> None:
-        """Something fleeting, to everyone who watches."""
+    def send_to_watchers(self, message: Phase | Telemetry) -> None:
+        """Sends a message that is not in the journal to every client that watches."""
         for client in self._clients:
             if client.watching:
                 client.send(message)
 
-    def wake(self) -> None:
-        """The journal has new rows; watchers hear of it within :data:`WAKE_INTERVAL`."""
-        if self._wake_due is None:
+    def notify_watchers(self) -> None:
+        """Announces new rows of the journal, within :data:`NOTIFY_INTERVAL`."""
+        if self._notification is None:
             loop = asyncio.get_running_loop()
-            self._wake_due = loop.call_later(WAKE_INTERVAL, self._send_wake)
+            self._notification = loop.call_later(NOTIFY_INTERVAL, self._send_notification)
 
-    def _send_wake(self) -> None:
-        self._wake_due = None
+    def _send_notification(self) -> None:
+        self._notification = None
         if watching := [c for c in self._clients if c.watching]:
-            message = self._engine.wake()
+            message = self._requests.journal_position()
             for client in watching:
                 client.send(message)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            await self._admit(reader, writer)
+            await self._serve_peer(reader, writer)
         except asyncio.IncompleteReadError as error:
             if error.partial:
-                log.info("a connection ended in the middle of a frame")
+                log.info("a connection ended within a frame")
         except (LinkError, TimeoutError, ConnectionError) as error:
             log.info("a connection was closed: %s", str(error) or type(error).__name__)
         except (msgspec.DecodeError, RecursionError) as error:
-            log.warning("a connection spoke no protocol of ours: %s", error)
+            log.warning("a connection sent an unknown message: %s", error)
+        except asyncio.CancelledError:
+            return  # The engine ends. asyncio would log a cancelled handler with its traceback.
         finally:
             writer.close()
 
-    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve_peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         uid = sockets.peer_uid(writer.get_extra_info("socket"))
         if uid not in (os.getuid(), 0):
-            log.warning("turned away a connection of uid %s", uid)
+            log.warning("refused a connection of uid %s", uid)
             return
         body = await asyncio.wait_for(receive(reader, MAX_CLIENT_FRAME), HELLO_TIMEOUT)
         hello = _hello.decode(body)
         if isinstance(hello, RankHello):
-            await self._rank_conversation(hello, reader, writer)
+            await self._handle_rank(hello, reader, writer)
             return
-        await self._converse(reader, Connection(writer, hello.who), hello.version)
+        await self._serve_client(reader, Connection(writer, hello.who), hello.version)
 
-    async def _converse(
+    async def _serve_client(
         self, reader: asyncio.StreamReader, client: Connection, version: int
     ) -> None:
         client.send(Welcome(pid=os.getpid(), software=__version__))
@@ -187,21 +198,26 @@ class Server:
         match message:
             case CommandRequest():
                 client.awaited.add(message.id)
-                answer = self._engine.answer(message, client.who)
-                client.send(answer)
-                if answer.final:
+                reply = self._requests.handle(message, client.who)
+                client.send(reply)
+                if reply.final:
                     client.awaited.discard(message.id)
             case StatusRequest():
-                client.send(self._engine.status())
+                client.send(self._requests.status())
             case Watch():
                 client.watching = True
-                client.send(self._engine.wake())
+                client.send(self._requests.journal_position())
             case ClientHello():
                 raise LinkError("a second hello on one connection")
 
 
 async def receive(reader: asyncio.StreamReader, limit: int = frames.MAX_FRAME) -> bytes:
-    """One frame's body. Raises LinkError when it is over the limit."""
+    """Reads the body of one frame.
+
+    Raises:
+        LinkError: the frame is larger than `limit`.
+        asyncio.IncompleteReadError: the connection ended.
+    """
     return await _body(reader, await reader.readexactly(frames.HEADER.size), limit)
 
 

@@ -1,4 +1,4 @@
-"""How things stand with a live session: the plain data that the parts of its supervisor share."""
+"""The state of a live session that the parts of its supervisor share."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,21 +10,21 @@ from engine.supervisor.attempt import Attempt, StepTimer
 
 @dataclass
 class SupervisorState:
-    """Changed in the event loop's thread alone."""
+    """Plain data. Only the event loop's thread may change it."""
 
     settings: dict[str, Any]
     """In force, by name."""
     attempt: Attempt
-    """The present one, or the last."""
+    """The current or the last attempt."""
     next: StartOptions | None
-    """Of the attempt that follows; None where none does."""
+    """The attempt that follows; None if none does."""
     paused: bool = False
     stopping: bool = False
-    """A stop was accepted; holds over a restart."""
+    """A stop was accepted. It stays accepted after a restart of the ranks."""
     stop_now: bool = False
-    """Stopping, without another save."""
+    """Stopping without another save."""
     began: bool = False
-    """Some attempt's models were loaded, so that something was or could have been trained."""
+    """Whether the models were loaded in any attempt: from then on an error is not the user's."""
     phases: dict[int, Phase] = field(default_factory=dict)
-    """The latest of each rank."""
+    """The latest phase of each rank."""
     timer: StepTimer = field(default_factory=StepTimer)

@@ -1,7 +1,7 @@
-"""The supervisor: one live session's engine, an asyncio coroutine that never imports torch.
+"""The supervisor: the engine of one live session, an asyncio coroutine that never imports torch.
 
-It holds the session's lock, serves the socket, starts and watches the ranks, and is the only writer
-of the journal. The same coroutine runs in the foreground and in the background. Commands are
+It holds the session's lock, serves the socket, starts and monitors the ranks, and alone writes the
+journal. The same coroutine runs in the foreground and in the background. Commands are
 handled by :mod:`engine.supervisor.command_handler`, messages of ranks by
 :mod:`engine.supervisor.rank_handler`.
 """
@@ -18,7 +18,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
-from engine.launch.start import StartOptions, last_checkpoint
+from engine.launch.start import StartOptions, adopted_checkpoint, last_checkpoint
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import open_channels
 from engine.monitoring.telemetry import busy_gpus
@@ -46,16 +46,16 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
     """Runs a session until its end.
 
     Args:
-        session: nobody else's.
-        start: where to, and with what.
-        observer: told what happens, in this process.
+        session: its lock must be free.
+        start: the first attempt.
+        observer: notified of states, alerts and messages, in this process.
 
     Returns:
-        The exit code: 0 finished or stopped, 1 failed, 2 the user's input was wrong.
+        The exit code: 0 finished or stopped, 1 failed, 2 wrong input of the user.
 
     Raises:
         SessionLockedError: another engine has the session.
-        SessionError: its files or its socket cannot be made, or no longer be written.
+        SessionError: a file or the socket cannot be created or written.
     """
     lock = session.acquire()
     try:
@@ -67,7 +67,7 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
     except (OSError, sqlite3.Error) as error:
         raise SessionError(
             f"cannot write in {session.folder}: {error}; "
-            f"mend this, then: rlhf-tui resume {session.name}"
+            f"solve this, then: rlhf-tui resume {session.name}"
         ) from error
     finally:
         session.engine_file.unlink(missing_ok=True)
@@ -77,7 +77,7 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
 async def _serve(
     session: Session, journal: JournalWriter, start: StartOptions, observer: Observer | None
 ) -> int:
-    """All attempts, with the socket open and the session among those that live."""
+    """Runs all attempts, with the socket open and the session in the registry."""
     before = session.config()
     config = config_file.override(before, start.overrides)
     session.write_config(config)
@@ -87,25 +87,27 @@ async def _serve(
     supervisor = Supervisor(session, config, journal, path, start, observer)
     session.write_engine(str(path), __version__)
     registry.announce(session)
-    await supervisor.server.start(listener, supervisor.commands, supervisor.rank_messages.converse)
-    watching = asyncio.create_task(
+    await supervisor.server.start(
+        listener, supervisor.commands, supervisor.rank_messages.handle_connection
+    )
+    watchdog = asyncio.create_task(
         supervisor.watchdog.run(supervisor.on_silence, supervisor.commands.on_alert)
     )
-    watching.add_done_callback(supervisor.on_watch_end)
+    watchdog.add_done_callback(supervisor.on_watchdog_end)
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, supervisor.commands.on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     try:
         code = await supervisor.run()
-        if code == UserInputError.exit_code:  # the next resume must not meet it again
+        if code == UserInputError.exit_code:  # the next resume uses the previous one
             session.write_config(before)
         return code
     finally:
-        watching.cancel()
+        watchdog.cancel()
         supervisor.ranks.kill()
         supervisor.server.close()
-        await asyncio.gather(watching, supervisor.publisher.finish(), return_exceptions=True)
+        await asyncio.gather(watchdog, supervisor.publisher.finish(), return_exceptions=True)
         path.unlink(missing_ok=True)
         registry.withdraw(session)
         for number in (*STOP_SIGNALS, signal.SIGHUP):
@@ -113,9 +115,9 @@ async def _serve(
 
 
 class Supervisor:
-    """Starts the ranks, waits for their end, and decides whether they are started again.
+    """Starts the ranks, waits for their end, and decides whether to start them again.
 
-    Its public attributes are the parts that it is made of and the state that they share.
+    The public attributes are its parts and the state that they share.
     """
 
     def __init__(
@@ -127,15 +129,15 @@ class Supervisor:
         start: StartOptions,
         observer: Observer | None = None,
     ) -> None:
-        """Makes the parts; nothing has begun yet.
+        """Creates the parts; nothing is started yet.
 
         Args:
-            session: its lock is held.
-            config: what it runs by.
+            session: its lock is held by this process.
+            config: the run's configuration.
             journal: opened for writing.
-            socket: where ranks and clients find the server.
-            start: of the first attempt.
-            observer: told what happens, in this process.
+            socket: path of the server's socket, for the ranks.
+            start: the first attempt.
+            observer: notified of states, alerts and messages, in this process.
         """
         self._session = session
         self._config = config
@@ -171,15 +173,15 @@ class Supervisor:
             watchdog=self.watchdog,
             guardrails=Guardrails(config.guardrails),
             on_alert=self.commands.on_alert,
-            give_up=self.give_up,
+            on_error=self.abort,
         )
 
     async def run(self) -> int:
-        """As many attempts as it takes; the exit code."""
+        """Runs attempts until none follows; returns the exit code of the last one."""
         state, code = self.state, 0
         if self._config.launch.device != "cpu":
             for text in busy_gpus(self._config.launch.gpus):
-                self.publisher.notice("busy_gpu", f"look here: {text}", self._journal.step)
+                self.publisher.notice("busy_gpu", text, self._journal.step)
         while state.next is not None:
             start, state.next = state.next, None
             code = await self.attempt(start)
@@ -187,39 +189,44 @@ class Supervisor:
         return code
 
     async def attempt(self, start: StartOptions) -> int:
-        """One start of the ranks; sets `state.next` where another one follows."""
+        """Starts the ranks and waits for their end; sets `state.next` if an attempt follows."""
         state = self.state
         state.attempt = Attempt(start)
         self._journal.begin_attempt(
-            start.from_step, fresh=start.fresh, reseed=start.reseed, origin=start.origin
+            start.from_step,
+            fresh=start.fresh,
+            reseed=start.reseed,
+            origin=start.origin,
+            adopt=adopted_checkpoint(self._session, start.from_step),
         )
-        self._record_given(start)
+        self._record_start_settings(start)
         self.publisher.set_state("starting")
-        self.watchdog.begin()
-        self._await_machines(start.from_step)
+        self.watchdog.ranks_starting()
+        self._announce_machines(start.from_step)
         await self.ranks.start()
-        if state.stop_now or state.next is not None:  # asked for before there was a process to end
+        if state.stop_now or state.next is not None:  # asked before the process existed
             self.ranks.kill()
         status = await self.ranks.wait()
-        await state.attempt.silence()
+        await state.attempt.wait_disconnected()
         if state.next is not None:  # rolled back
             return 0
         return self.conclude(status)
 
-    def _await_machines(self, step: int) -> None:
-        """Says what a run on several machines waits for, until its ranks say better."""
+    def _announce_machines(self, step: int) -> None:
+        """Shows which machines a run waits for, until its ranks report their own phases."""
         launch = self._config.launch
-        others, place = launch.nodes - 1, launch.rendezvous
+        others, address = launch.nodes - 1, launch.rendezvous
         self.state.phases.clear()
         if others:
-            waiting = Phase(rank=0, step=step, name=f"wait for rlhf-tui join {place}")
+            waiting = Phase(rank=0, step=step, name=f"wait for rlhf-tui join {address}")
             self.state.phases[0] = waiting
-            self.server.show(waiting)
-            text = f"waiting for {others} more machine(s): there, rlhf-tui join {place}"
+            self.server.send_to_watchers(waiting)
+            machines = "1 more machine" if others == 1 else f"{others} more machines"
+            text = f"waiting for {machines}; run there: rlhf-tui join {address}"
             self.publisher.notice("machines", text, step)
 
-    def _record_given(self, start: StartOptions) -> None:
-        """Settings given with this start are commands like any other, applied at once."""
+    def _record_start_settings(self, start: StartOptions) -> None:
+        """Records the settings given with this start as commands that are applied at once."""
         commands = self._journal.commands
         for change in start.changes:
             command_id = f"start-{self._journal.attempt}-{change.key}"
@@ -228,7 +235,7 @@ class Supervisor:
             commands.apply(command_id, start.from_step + 1, [change])
 
     def conclude(self, status: int) -> int:
-        """The ranks have ended with this status: how the session stands now; the exit code."""
+        """Sets the session's state after the ranks' end; returns the exit code of this attempt."""
         state, attempt, launch = self.state, self.state.attempt, self._config.launch
         if state.stop_now and attempt.ended is None and not attempt.failed_by_itself:
             self.publisher.set_state("stopped", "stopped at once, nothing was saved")
@@ -261,25 +268,25 @@ class Supervisor:
         return 1
 
     def on_silence(self, rank: int, seconds: float) -> None:
-        """A rank that has not said a word for too long is taken for hung."""
+        """Ends an attempt one of whose ranks counts as hung."""
         self._fail(f"rank {rank} has been silent for {seconds:.0f} s", rank)
 
-    def on_watch_end(self, task: asyncio.Task[None]) -> None:
-        """Training on unwatched would be worse than ending."""
+    def on_watchdog_end(self, task: asyncio.Task[None]) -> None:
+        """Ends the run if the watchdog failed: a hung rank would no longer be noticed."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.give_up(error)
+            self.abort(error)
 
-    def give_up(self, error: BaseException) -> None:
-        """The journal cannot be written, a rank speaks nonsense: something that must not go on."""
+    def abort(self, error: BaseException) -> None:
+        """Ends the run for an error in this process, such as a journal that cannot be written."""
         if isinstance(error, sqlite3.Error):  # a full disk needs no traceback
             text = f"cannot write the journal: {error}"
             log.error(text)
         else:
             text = f"{type(error).__name__}: {error}"
-            log.error("cannot go on", exc_info=error)
+            log.error("the supervisor failed", exc_info=error)
         self._fail(text, final=True)
 
     def _fail(self, text: str, rank: int = 0, *, final: bool = False) -> None:
-        """Ends the attempt for a reason that no rank gave; a final one is not tried again."""
+        """Ends the attempt for a reason that no rank reported; after a final one none follows."""
         self.state.attempt.failure = Failed(rank=rank, text=text, final=final)
         self.ranks.kill()

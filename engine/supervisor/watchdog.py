@@ -1,4 +1,4 @@
-"""Looks after a live session every few seconds: telemetry, a silent rank, a nearly full disk."""
+"""Checks a live session every few seconds: telemetry, silent ranks, free disk space."""
 
 import asyncio
 import logging
@@ -19,13 +19,13 @@ from engine.supervisor.server import Server
 log = logging.getLogger("engine")
 
 CHECK_INTERVAL = 5.0
-"""Seconds between looks."""
-JOURNAL_EVERY = 6
-"""Looks for each row in the journal."""
+"""Seconds between checks."""
+CHECKS_PER_ROW = 6
+"""The journal keeps the telemetry of one check in so many."""
 
 
 class Watchdog:
-    """Runs beside the supervisor."""
+    """A task beside the supervisor that notices what no message reports."""
 
     def __init__(
         self,
@@ -40,56 +40,64 @@ class Watchdog:
         self._server = server
         self._ranks = ranks
         self._sampler = Sampler(session.folder)
-        self._spoke: set[str] = set()
+        self._active_alerts: set[str] = set()
         self._times: dict[int, RankTimes] = {}
+        self._last_check: float | None = None
         self.latest: Telemetry | None = None
-        self.begin()
+        self.ranks_starting()
 
-    def begin(self) -> None:
-        """Ranks are being started; the first of them may take its time, but not for ever.
+    def ranks_starting(self) -> None:
+        """Resets the silence of all ranks; call it when ranks are started.
 
-        With several machines they all wait, for as long as torchrun does, for the last to join.
+        On one machine rank 0 must connect within `launch.load_silence`. On several, all ranks wait
+        for the last machine to join, which torchrun limits.
         """
-        self._last = {} if self._config.launch.nodes > 1 else {0: time.monotonic()}
+        self._last_message = {} if self._config.launch.nodes > 1 else {0: time.monotonic()}
         self._loaded: set[int] = set()
 
-    def opened(self, rank: int) -> None:
-        """A rank has said hello."""
-        self._last[rank] = time.monotonic()
+    def rank_connected(self, rank: int) -> None:
+        """From now on a rank's silence counts."""
+        self._last_message[rank] = time.monotonic()
 
-    def heard(self, rank: int, message: FromRank) -> None:
-        """A rank gave a sign of life.
+    def message_received(self, rank: int, message: FromRank) -> None:
+        """Ends a rank's silence.
 
-        It loads until it says otherwise: only rank 0 sends a Ready, the others a phase of a step.
+        `launch.load_silence` holds until a rank has loaded. Rank 0 then sends Ready; the others
+        show it by the phase of a step.
         """
-        self._last[rank] = time.monotonic()
+        self._last_message[rank] = time.monotonic()
         if isinstance(message, Ready) or (isinstance(message, Phase) and not message.loading):
             self._loaded.add(rank)
 
-    def gone(self, rank: int) -> None:
-        """A rank has hung up: nothing more is expected of it."""
-        self._last.pop(rank, None)
+    def rank_disconnected(self, rank: int) -> None:
+        """No further message is expected of a rank."""
+        self._last_message.pop(rank, None)
 
     def step_done(self, times: Iterable[RankTimes]) -> None:
-        """What the last step took each rank, for the next telemetry."""
+        """Keeps the duration of a step on each rank for the next telemetry."""
         self._times = {t.rank: t for t in times}
 
     async def run(
         self, on_silence: Callable[[int, float], None], on_alert: Callable[[Alert], None]
     ) -> None:
-        """Until cancelled."""
-        looks = 0
+        """Checks until cancelled.
+
+        Args:
+            on_silence: called with a rank that counts as hung, and its seconds of silence.
+            on_alert: called with each condition that begins to hold.
+        """
+        checks = 0
         while True:
             try:
                 self.latest = self._sampler.sample(self._ranks.pids, self._times)
-                self._server.show(self.latest)
-                if looks % JOURNAL_EVERY == 0:
+                self._server.send_to_watchers(self.latest)
+                if checks % CHECKS_PER_ROW == 0:
                     self._journal.record_telemetry(self.latest)
-                self.check(self.latest, on_silence, on_alert)
+                self.check(self.latest, on_silence, on_alert, time.monotonic())
             except (OSError, sqlite3.Error) as error:
-                # A look that fails must not be the last one.
-                log.warning("could not look after the session: %s", error)
-            looks += 1
+                # One failed check must not end the task.
+                log.warning("cannot check the session: %s", error)
+            checks += 1
             await asyncio.sleep(CHECK_INTERVAL)
 
     def check(
@@ -97,30 +105,55 @@ class Watchdog:
         telemetry: Telemetry,
         on_silence: Callable[[int, float], None],
         on_alert: Callable[[Alert], None],
+        now: float,
     ) -> None:
-        """One look: says what deserves an alert, and which rank is to be taken for hung."""
-        rails, now = self._config.guardrails, time.monotonic()
-        # A rank that waits for the others is as silent as the one that hangs: the longest counts.
-        since = sorted(((now - t, r) for r, t in self._last.items()), reverse=True)
-        silent, rank = since[0] if since else (0.0, 0)
+        """Checks the disk and the silence of ranks once.
+
+        Args:
+            telemetry: the latest reading.
+            on_silence: called with a rank that counts as hung, and its seconds of silence.
+            on_alert: called with each condition that begins to hold.
+            now: from :func:`time.monotonic`, like the times of the ranks' messages.
+        """
+        self._exclude_absence(now)
+        rails = self._config.guardrails
+        # Ranks that wait for a hung one are silent too: the longest silence is the hung one's.
+        silences = sorted(((now - t, r) for r, t in self._last_message.items()), reverse=True)
+        silence, rank = silences[0] if silences else (0.0, 0)
         free = telemetry.disk_free / 1e9
-        text = f"look here: no sign of life from rank {rank} for {silent:.0f} s"
-        self._speak("silent_rank", silent > rails.silent_rank, text, on_alert)
-        text = f"look here: {free:.1f} GB are free where the session lies"
-        self._speak("disk", free < rails.disk_free_gb, text, on_alert)
-        hung = [(silent, rank) for silent, rank in since if silent > self._limit(rank)]
+        text = f"rank {rank} silent for {silence:.0f} s"
+        self._alert_once("silent_rank", silence > rails.silent_rank, text, on_alert)
+        text = f"{free:.1f} GB free on the session's disk"
+        self._alert_once("disk", free < rails.disk_free_gb, text, on_alert)
+        hung = [(silence, rank) for silence, rank in silences if silence > self._limit(rank)]
         if hung:
-            self.begin()
+            self.ranks_starting()
             on_silence(hung[0][1], hung[0][0])
+
+    def _exclude_absence(self, now: float) -> None:
+        """Moves the ranks' last messages forward by the time in which this process did not run.
+
+        A supervisor that was stopped (SIGSTOP, a frozen container, a stalled file system) reads no
+        messages; that is not silence of the ranks. If the whole machine is suspended,
+        CLOCK_MONOTONIC stops on Linux, for checks and messages alike.
+        """
+        if self._last_check is not None:
+            absence = max(0.0, now - self._last_check - CHECK_INTERVAL)
+            self._last_message = {
+                rank: min(now, last + absence) for rank, last in self._last_message.items()
+            }
+        self._last_check = now
 
     def _limit(self, rank: int) -> float:
         launch = self._config.launch
         return launch.silence if rank in self._loaded else launch.load_silence
 
-    def _speak(self, rule: str, holds: bool, text: str, on_alert: Callable[[Alert], None]) -> None:
-        """Once when it begins to hold."""
+    def _alert_once(
+        self, rule: str, holds: bool, text: str, on_alert: Callable[[Alert], None]
+    ) -> None:
+        """Alerts when a condition begins to hold, not again while it holds."""
         if not holds:
-            self._spoke.discard(rule)
-        elif rule not in self._spoke:
-            self._spoke.add(rule)
+            self._active_alerts.discard(rule)
+        elif rule not in self._active_alerts:
+            self._active_alerts.add(rule)
             on_alert(Alert(rule, "notify", text, self._journal.step))

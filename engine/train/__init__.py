@@ -1,1 +1,1 @@
-"""What a rank runs: the only place that imports torch, transformers, accelerate and datasets."""
+"""What a rank runs; the only package that imports torch, transformers, accelerate and datasets."""

@@ -1,7 +1,7 @@
-"""What goes on between two steps: orders, the KL controller, the end.
+"""What happens between two steps: commands, the KL controller, and the end of the run.
 
-Settings change here and nowhere else, so that a step is homogeneous and every rank obeys at the
-same place.
+Settings change only here. So they are constant within a step, and all ranks change them between the
+same two steps.
 """
 
 import logging
@@ -44,49 +44,57 @@ from engine.train.run import Run, max_response_tokens
 log = logging.getLogger("engine")
 
 PAUSE_POLL_INTERVAL = 0.5
-"""Seconds between looks at the orders while paused: well within any collective's time-out."""
+"""Seconds between polls for commands while paused; far below the time-out of a collective."""
 PAUSE_REPORT_INTERVAL = 2.0
-"""Seconds between signs of life while paused."""
+"""Seconds between `paused` messages, by which the supervisor knows that the ranks are alive."""
 
 
 class BoundaryBroadcast(msgspec.Struct):
-    """What rank 0 says to the others between two steps."""
+    """What rank 0 broadcasts to the other ranks between two steps."""
 
-    orders: list[ToRank]
+    commands: list[ToRank]
     seconds: float
-    """Of training so far: `train.max_hours` ends all ranks at the same step."""
+    """Training time so far. Equal on all ranks, so `train.max_hours` ends them at the same step."""
     beta: float
 
 
 class Boundary:
-    """The state that lives between steps."""
+    """The boundary between steps. All ranks call its methods together.
+
+    Call :meth:`before_step`, run the step if it returns True, call :meth:`after_step`, and repeat;
+    then call :meth:`finish`. Call :meth:`close` in either case.
+    """
 
     def __init__(self, session: Session, run: Run, begin: Begin, link: Link) -> None:
         self._run = run
         self._link = link
         self._replay = begin.replay
         self._undoable = list(begin.undoable)
-        self.keeper = CheckpointManager(session.checkpoints, run, link, begin)
-        """Of the checkpoints."""
+        self.checkpoints = CheckpointManager(session.checkpoints, run, link, begin)
+        """Saves the run's checkpoints."""
         self._paused = begin.paused
-        self._stops: list[str] = []
-        self._over = False
+        self._stop_ids: list[str] = []
+        self._ended = False
 
-    def more(self) -> bool:
-        """Obeys what was ordered, holds while paused, and says whether another step follows."""
-        self.keeper.poll()
+    def before_step(self) -> bool:
+        """Executes the commands received since the last step; blocks while the run is paused.
+
+        Returns:
+            Whether another step follows.
+        """
+        self.checkpoints.poll()
         step = self._run.state.step + 1
-        for settled in self._replay:
-            if settled.step == step:
-                self._repeat(settled)
-        self._obey(self._agree())
-        held = time.monotonic()
-        while self._paused and not self._stops:
-            if time.monotonic() - held > PAUSE_REPORT_INTERVAL:
-                held = time.monotonic()
+        for replayed in self._replay:
+            if replayed.step == step:
+                self._replay_change(replayed)
+        self._execute(self._next_commands())
+        reported = time.monotonic()
+        while self._paused and not self._stop_ids:
+            if time.monotonic() - reported > PAUSE_REPORT_INTERVAL:
+                reported = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
-            self._obey(self._agree(wait=PAUSE_POLL_INTERVAL))
-        return not self._stops and self._end_reason() is None
+            self._execute(self._next_commands(wait=PAUSE_POLL_INTERVAL))
+        return not self._stop_ids and self._end_reason() is None
 
     def _end_reason(self) -> str | None:
         train, state = self._run.config.train, self._run.state
@@ -96,43 +104,50 @@ class Boundary:
             return "max_hours"
         return None
 
-    # -- orders -------------------------------------------------------------------------------
+    # -- commands -----------------------------------------------------------------------------
 
-    def _agree(self, wait: float = 0.0) -> list[ToRank]:
-        """Rank 0's orders on every rank, at the same place in all of them.
+    def _next_commands(self, wait: float = 0.0) -> list[ToRank]:
+        """Rank 0's new commands, on every rank.
 
-        While paused this comes every :data:`HOLD_INTERVAL`, so that no rank ever waits in a
-        collective for as long as it may take. What rank 0 measured or computed and all must agree
-        on to the last bit goes with it.
+        Training time and beta are broadcast with them: rank 0 measured or computed them, and they
+        must be bitwise equal on all ranks. While paused this runs every
+        :data:`PAUSE_POLL_INTERVAL`, so that no rank waits in a collective until it times out.
         """
-        run, own = self._run, b""
+        run, data = self._run, b""
         if run.ranks.is_lead:
-            heard = self._link.orders(wait)
-            own = msgspec.msgpack.encode(
-                BoundaryBroadcast(orders=heard, seconds=run.state.seconds, beta=run.config.kl.beta)
+            commands = self._link.commands(wait)
+            data = msgspec.msgpack.encode(
+                BoundaryBroadcast(
+                    commands=commands, seconds=run.state.seconds, beta=run.config.kl.beta
+                )
             )
-        word = msgspec.msgpack.decode(run.ranks.broadcast_bytes(own), type=BoundaryBroadcast)
-        run.state.seconds = word.seconds
-        self._set({"beta": word.beta})
-        return word.orders
+        received = msgspec.msgpack.decode(run.ranks.broadcast_bytes(data), type=BoundaryBroadcast)
+        run.state.seconds = received.seconds
+        self._set({"beta": received.beta})
+        return received.commands
 
-    def _obey(self, orders: list[ToRank]) -> None:
-        for order in orders:
-            if not isinstance(order, RankCommand):
-                raise LinkError(f"did not expect {order}")
-            if self._over:
-                self._link.send(Rejected(id=order.id, reason="the run has ended"))
+    def _execute(self, commands: list[ToRank]) -> None:
+        for message in commands:
+            if not isinstance(message, RankCommand):
+                raise LinkError(f"expected a command, got {message}")
+            if self._ended:
+                self._link.send(Rejected(id=message.id, reason="the run has ended"))
                 continue
             try:
-                done = self._carry_out(order.id, order.command)
+                applied = self._carry_out(message.id, message.command)
             except (CommandRejectedError, CheckpointError) as error:
-                self._link.send(Rejected(id=order.id, reason=str(error)))
+                self._link.send(Rejected(id=message.id, reason=str(error)))
             else:
-                if done is not None:
-                    self._link.send(done)
+                if applied is not None:
+                    self._link.send(applied)
 
-    def _carry_out(self, order_id: str, command: BoundaryCommand) -> Applied | None:
-        """One order; what was done, or None where that is told later."""
+    def _carry_out(self, command_id: str, command: BoundaryCommand) -> Applied | None:
+        """Executes a command; returns its reply, or None for `stop`: :meth:`finish` sends that.
+
+        Raises:
+            CommandRejectedError: it cannot be executed now.
+            CheckpointError: the checkpoint it asks for could not be written.
+        """
         step, changes, result = self._run.state.step + 1, [], {}
         match command:
             case Pause():
@@ -140,12 +155,12 @@ class Boundary:
             case Unpause():
                 self._paused = False
             case Stop():
-                self._stops.append(order_id)
+                self._stop_ids.append(command_id)
                 return None
             case Checkpoint():
-                self._checkpoint_now()
+                self._save_checkpoint()
             case SetBeta() | SetKLController() | SetSetting():
-                changes = self._steer(command.new_values(settings_of(self._run.config)))
+                changes = self._change_by_command(command.new_values(settings_of(self._run.config)))
                 self._undoable.append(changes)
             case Undo():
                 changes = self._undo()
@@ -153,38 +168,38 @@ class Boundary:
                 result = answer_probe(self._run, text)
             case _:
                 assert_never(command)
-        return Applied(id=order_id, step=step, changes=changes, result=result)
+        return Applied(id=command_id, step=step, changes=changes, result=result)
 
-    def _checkpoint_now(self) -> None:
+    def _save_checkpoint(self) -> None:
         if not self._run.state.step:
-            raise CommandRejectedError("nothing to save before the first step is done")
-        if problem := self.keeper.save():
+            raise CommandRejectedError("there is nothing to save before the first step is done")
+        if problem := self.checkpoints.save():
             raise CheckpointError(problem)
 
     def _undo(self) -> list[SettingChange]:
         if not self._undoable:
-            raise CommandRejectedError("there is no change to take back")
-        return self._steer({c.key: c.old for c in self._undoable.pop()})
+            raise CommandRejectedError("there is no change to undo")
+        return self._change_by_command({c.key: c.old for c in self._undoable.pop()})
 
-    def _repeat(self, settled: ReplayedChange) -> None:
-        """A change from before a crash, once more; it can be taken back like any other."""
-        changes = self._change({c.key: c.new for c in settled.changes})
-        if settled.command == Undo.name():
+    def _replay_change(self, replayed: ReplayedChange) -> None:
+        """Applies a change from before a crash again; `undo` treats it like any other."""
+        changes = self._change({c.key: c.new for c in replayed.changes})
+        if replayed.command == Undo.name():
             del self._undoable[-1:]
         elif changes:
             self._undoable.append(changes)
 
-    def _steer(self, values: dict[str, Any]) -> list[SettingChange]:
-        """An operator's change; what it contradicts of the history still to be repeated is over."""
-        room = max_response_tokens(self._run)
-        if room is not None and values.get("max_new_tokens", 0) > room:
+    def _change_by_command(self, values: dict[str, Any]) -> list[SettingChange]:
+        """Changes settings, and drops later replayed changes of the same settings."""
+        limit = max_response_tokens(self._run)
+        if limit is not None and values.get("max_new_tokens", 0) > limit:
             raise CommandRejectedError(
-                f"max_new_tokens may be {room} at most: there the model ends, after the longest "
-                f"prompt of {self._run.prompts.longest} tokens"
+                f"max_new_tokens may be {limit} at most: the model has no more positions after "
+                f"the longest prompt ({self._run.prompts.longest} tokens)"
             )
         self._replay = [
-            msgspec.structs.replace(s, changes=[c for c in s.changes if c.key not in values])
-            for s in self._replay
+            msgspec.structs.replace(r, changes=[c for c in r.changes if c.key not in values])
+            for r in self._replay
         ]
         return self._change(values)
 
@@ -198,29 +213,43 @@ class Boundary:
 
     # -- after a step -------------------------------------------------------------------------
 
-    def after(self, step: int, metrics: dict[str, float], seconds: float) -> list[SettingChange]:
-        """Closes a step: counts it, and lets the KL controller set the next one's beta.
+    def after_step(
+        self, step: int, metrics: dict[str, float], seconds: float
+    ) -> list[SettingChange]:
+        """Counts a finished step, and lets the KL controller set the next step's beta.
 
-        `metrics` gains `time/checkpoint`, what saving took since the step before.
+        Args:
+            step: the finished step.
+            metrics: its metrics; gains `time/checkpoint`, the seconds that saving has taken since
+                the step before.
+            seconds: the step's duration.
+
+        Returns:
+            The controller's change of beta, if any.
         """
         state, config, kl = self._run.state, self._run.config, metrics["objective/kl"]
         state.step, state.seconds = step, state.seconds + seconds
-        metrics["time/checkpoint"] = self.keeper.step_done(metrics["objective/scores"], kl)
-        new = next_beta(config.kl, kl, config.rollout.batch_size)
-        return [] if new == config.kl.beta else self._change({"beta": new})
+        metrics["time/checkpoint"] = self.checkpoints.step_done(metrics["objective/scores"], kl)
+        beta = next_beta(config.kl, kl, config.rollout.batch_size)
+        return [] if beta == config.kl.beta else self._change({"beta": beta})
 
     def close(self) -> None:
-        """Lets a save in flight finish when a step has failed."""
-        self.keeper.close()
+        """Lets a running save finish; for a run that ends with an error, too."""
+        self.checkpoints.close()
 
     def finish(self) -> None:
-        """Saves, checks that the reference was left alone, and says how it ended."""
-        run, self._over = self._run, True
-        if problem := self.keeper.save():
+        """Saves the last step, checks the reference's weights, and reports the end of the run.
+
+        Raises:
+            CheckpointError: the checkpoint could not be written.
+            RlhfError: the reference's weights have changed, which is a bug.
+        """
+        run, self._ended = self._run, True
+        if problem := self.checkpoints.save():
             raise CheckpointError(problem)
         if fingerprint(run.reference) != run.state.reference:
             raise RlhfError("the reference model's weights changed during the run; they must not")
-        for order_id in self._stops:
-            self._link.send(Applied(id=order_id, step=run.state.step + 1))
-        reason = "stopped" if self._stops else self._end_reason() or "finished"
+        for command_id in self._stop_ids:
+            self._link.send(Applied(id=command_id, step=run.state.step + 1))
+        reason = "stopped" if self._stop_ids else self._end_reason() or "finished"
         self._link.send(Ended(step=run.state.step, reason=reason))

@@ -1,8 +1,8 @@
-"""A rank's end of the link to its supervisor.
+"""A rank's connection to the supervisor.
 
-The training loop is synchronous; a reader thread takes in what the supervisor says and the loop
-picks it up where it is safe to act. Each rank on the supervisor's machine has a link, for its
-phases and its last words; what concerns the run as a whole is said, and heard, by rank 0 alone.
+A reader thread receives messages; the synchronous training loop takes them when it is safe to act.
+Each rank on the supervisor's machine has a connection, for its phases and its errors. Everything
+that concerns the run as a whole is sent and received by rank 0 alone.
 """
 
 import contextlib
@@ -23,16 +23,19 @@ from engine.train.rollout.rollout import ReportProgress
 
 M = TypeVar("M", bound=ToRank)
 PROGRESS_INTERVAL = 0.2
-"""Seconds between progress messages of one phase: a screen shows no more."""
+"""Minimum seconds between progress messages of a phase; the TUI does not refresh faster."""
 
 
 class Link:
-    """A connection, from the hello to the end of the process."""
+    """A connection to the supervisor, open until the process ends."""
 
     def __init__(self, rank: int) -> None:
-        """Connects and says hello. Raises LinkError when no supervisor answers.
+        """Connects and sends :class:`RankHello`.
 
-        On another machine than the supervisor's there is none to talk to, and nothing is said.
+        On a machine without a supervisor nothing is connected, and :meth:`send` does nothing.
+
+        Raises:
+            LinkError: the supervisor does not accept the connection.
         """
         self.rank = rank
         self._lock = threading.Lock()
@@ -40,7 +43,7 @@ class Link:
         self._sock: socket.socket | None = None
         if SOCKET_VARIABLE not in os.environ:
             return
-        # Waited for by the thread that saves, while the loop takes in orders.
+        # A queue of its own: the thread that saves waits for it while the loop takes commands.
         self._confirmed: queue.SimpleQueue[Confirm | None] = queue.SimpleQueue()
         try:
             self._sock = sockets.connect(Path(os.environ[SOCKET_VARIABLE]))
@@ -52,51 +55,62 @@ class Link:
         self.send(hello)
 
     def send(self, message: Message) -> None:
-        """Sends, whole, from any thread. Raises LinkError when the supervisor is gone."""
-        own = isinstance(message, RankHello | Phase | Failed)
-        if self._sock is None or (self.rank != 0 and not own):
+        """Sends a message; any thread may call it.
+
+        A rank other than 0 sends only its hello, phases and errors; other messages are dropped, so
+        that all ranks can run the same code.
+
+        Raises:
+            LinkError: the connection is broken.
+        """
+        sent_by_all = isinstance(message, RankHello | Phase | Failed)
+        if self._sock is None or (self.rank != 0 and not sent_by_all):
             return
         try:
             with self._lock:
                 self._sock.sendall(frames.encode(message))
         except OSError as error:
-            raise LinkError(f"the supervisor is gone: {error}") from error
+            raise LinkError(f"the connection to the supervisor is broken: {error}") from error
 
-    def begin(self) -> Begin:
-        """Waits for where to start."""
+    def wait_for_begin(self) -> Begin:
+        """Blocks until the supervisor sends the step to start from. Raises LinkError."""
         message = self._next()
         if not isinstance(message, Begin):
             raise LinkError(f"expected begin, got {message}")
         return message
 
-    def confirm(self, step: int) -> None:
-        """Waits until the journal holds everything up to `step`; one thread at a time.
+    def wait_for_confirm(self, step: int) -> None:
+        """Blocks until the journal holds everything up to `step`. Raises LinkError.
 
-        Orders that come meanwhile are left for :meth:`orders`.
+        One thread may wait at a time. Commands that arrive meanwhile stay in :meth:`commands`.
         """
         while self._checked(self._confirmed.get()).step != step:
             continue
 
-    def orders(self, wait: float = 0.0) -> list[ToRank]:
-        """What has come since the last call; waits up to `wait` seconds for the first."""
-        found: list[ToRank] = []
+    def commands(self, wait: float = 0.0) -> list[ToRank]:
+        """The messages received since the last call. Raises LinkError.
+
+        Args:
+            wait: seconds to block if there is none.
+        """
+        received: list[ToRank] = []
         if wait:
             with contextlib.suppress(queue.Empty):
-                found.append(self._checked(self._inbox.get(timeout=wait)))
+                received.append(self._checked(self._inbox.get(timeout=wait)))
         while not self._inbox.empty():
-            found.append(self._next())
-        return found
+            received.append(self._next())
+        return received
 
     def phase(self, step: int, name: str, done: int = 0, total: int = 0) -> ReportProgress:
-        """Announces a phase; the result reports its progress."""
+        """Reports that a phase begins; returns a function that reports its progress."""
         self.send(Phase(rank=self.rank, step=step, name=name, done=done, total=total))
-        sent = time.monotonic()
+        last_sent = time.monotonic()
 
         def report(done: int, total: int) -> None:
-            nonlocal sent
+            nonlocal last_sent
             now = time.monotonic()
-            if now - sent >= PROGRESS_INTERVAL:
-                sent = now
+            if now - last_sent >= PROGRESS_INTERVAL:
+                last_sent = now
                 self.send(Phase(rank=self.rank, step=step, name=name, done=done, total=total))
 
         return report
@@ -107,7 +121,7 @@ class Link:
     @staticmethod
     def _checked(message: M | None) -> M:
         if message is None:
-            raise LinkError("the supervisor is gone")
+            raise LinkError("the supervisor closed the connection")
         return message
 
     def _read(self, sock: socket.socket) -> None:
@@ -119,5 +133,6 @@ class Link:
                 else:
                     self._inbox.put(message)
         except (OSError, LinkError):
+            # None wakes whoever waits: the connection has ended.
             self._inbox.put(None)
             self._confirmed.put(None)

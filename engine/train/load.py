@@ -1,4 +1,4 @@
-"""Loads everything a run works with, from the configuration or from a checkpoint."""
+"""Loads a run, from its configuration or from a checkpoint."""
 
 import itertools
 import logging
@@ -14,6 +14,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
+from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState, TrainingState
@@ -41,7 +42,7 @@ from engine.train.run import Announce, Run, max_response_tokens
 log = logging.getLogger("engine")
 
 STAGES = ("prompts", "reward", "policy", "reference")
-"""What is loaded, in this order."""
+"""The stages of loading, in order."""
 
 
 def load_run(
@@ -52,63 +53,70 @@ def load_run(
     announce: Announce,
     warn: Callable[[str], None] = lambda _text: None,
 ) -> Run:
-    """Inputs first and weights after, so that a mistake shows before minutes of loading.
+    """Loads everything that a step needs; all ranks call it together.
 
-    Rank 0 reads, the others receive. `warn` is told, before the weights are loaded, where they are
-    likely not to fit the memory.
+    Rank 0 reads the files and the others receive their content. Prompts come before weights, so
+    that a mistake in the data is found before minutes of loading.
+
+    Args:
+        session: the session's folder.
+        config: as the run was started; live settings are restored from the checkpoint.
+        begin: the step to start from, and the changes to replay.
+        ranks: all ranks of this attempt.
+        announce: called with each phase of loading.
+        warn: called with a sentence if the models probably do not fit in memory.
 
     Raises:
-        UserInputError: something the configuration names cannot be used.
+        UserInputError: something that the configuration names cannot be used.
         CheckpointError: the checkpoint to start from cannot be used.
     """
-    check_shares(config, ranks.size)
+    check_rank_count(config, ranks.size)
     threads = set_threads_and_nice(ranks, config.launch)
     source = starter.resolve(config.model.policy)
     saved: Path | None = None
     state = TrainingState(sampling_seed=config.seed)
     if begin.from_step:
-        saved = checkpoint_folder.folder_of(session.checkpoints, begin.from_step)
+        saved = checkpoint_path(session.checkpoints, begin.from_step)
         source = str(saved / "policy")
         state, config = read_state(saved, ranks).restored(config)
 
     stages = itertools.count()
 
-    def loading(what: str) -> None:
-        """Loading takes minutes for large models: say what, and how much is done."""
-        log.info("load %s", what)
-        announce(begin.from_step, f"load {what}", next(stages), len(STAGES))
+    def begin_stage(name: str) -> None:
+        log.info("load %s", name)
+        announce(begin.from_step, f"load {name}", next(stages), len(STAGES))
 
-    loading("prompts")
+    begin_stage("prompts")
     tokenizer = load_tokenizer(source, "model.policy", ranks)
-    prompts = share_prompts(config, tokenizer, ranks)
-    strategy, memory = check_memory(next_config(config, begin), prompts.longest, ranks, warn)
+    prompts = broadcast_prompts(config, tokenizer, ranks)
+    strategy, memory = check_memory(first_step_config(config, begin), prompts.longest, ranks, warn)
     on_host = config.parallel.frozen == "offload"
-    loading("reward")
+    begin_stage("reward")
     rewards = load_rewards(
         LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
     )
-    loading("policy")
+    begin_stage("policy")
     policy = load_policy(config, source, ranks, strategy)
     optimiser = make_optimiser(policy, config)
-    loading("reference")
+    begin_stage("reference")
     reference = load_reference(config, policy, ranks, strategy)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
         load_training(saved, policy, optimiser, ranks.group)
 
-    _recognise(state, config, policy, reference, threads)
+    _check_frozen_models(state, config, policy, reference, threads)
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
 
-    ending = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
-    backend = BACKENDS["native"](ending, tokenizer)
+    stop_criteria = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
+    backend = BACKENDS[config.rollout.engine](stop_criteria, tokenizer)
     run = Run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
         memory=memory,
     )  # fmt: skip
-    _check_room(run)
+    _check_response_length(run)
     if config.reward.normalise == "reference" and not begin.from_step:
         announce(0, "normalise reward")
         normaliser = Normaliser.of(reference_scores(run))
@@ -116,16 +124,16 @@ def load_run(
     return run
 
 
-def check_shares(config: RunConfig, ranks: int) -> None:
-    """Whether there is work for each rank: how many they are is known only now.
+def check_rank_count(config: RunConfig, ranks: int) -> None:
+    """Checks that there is work for every rank; their number is known only when they run.
 
     Raises:
-        UserInputError: names the key that would help.
+        UserInputError: there are too few prompts or samples; names the key to change.
     """
     reward, prompts = config.reward, config.prompts_per_step
     if prompts < ranks:
         raise UserInputError(
-            f"{ranks} ranks need as many prompts a step, and there are {prompts}: raise "
+            f"{ranks} ranks need at least {ranks} prompts per step, and there are {prompts}: raise "
             "rollout.batch_size, or set launch.processes"
         )
     if reward.normalise == "reference" and reward.normalise_samples < ranks:
@@ -136,9 +144,12 @@ def check_shares(config: RunConfig, ranks: int) -> None:
 
 
 def reference_scores(run: Run) -> Tensor:
-    """Raw scores (n,) of the reference model's own responses to the first prompts.
+    """Scores of the reference's responses to the run's first prompts, to normalise scores by.
 
-    Called before the first step, so that the configuration in force is the one the run began with.
+    Called before the first step only: a resumed run reads the result from its checkpoint.
+
+    Returns:
+        (n,) float32, not normalised; n is `reward.normalise_samples`.
     """
     config = run.config
     count = config.reward.normalise_samples
@@ -149,16 +160,16 @@ def reference_scores(run: Run) -> Tensor:
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
     )
-    answers = generate_responses(
+    rollout = generate_responses(
         run.backend, run.reference, prompts, options, run.tokenizer, run.ranks
     )
-    return run.rewards(RewardInputs.of(answers, 0))[0]
+    return run.rewards(RewardInputs.of(rollout, 0))[0]
 
 
-def next_config(config: RunConfig, begin: Begin) -> RunConfig:
-    """The configuration of the first step: with the changes that are repeated before it.
+def first_step_config(config: RunConfig, begin: Begin) -> RunConfig:
+    """The configuration of the first step: `config` with the changes replayed before it.
 
-    They come from an attempt that ended after the checkpoint, or from a resume's own overrides.
+    These are from an attempt that ended after the checkpoint, or overrides of a resume.
     """
     for replayed in begin.replay:
         if replayed.step == begin.from_step + 1:
@@ -167,15 +178,19 @@ def next_config(config: RunConfig, begin: Begin) -> RunConfig:
 
 
 def read_state(folder: Path, ranks: RankGroup) -> SavedState:
-    """A checkpoint's state on every rank; rank 0 holds the files against their hashes."""
-    own = msgspec.msgpack.encode(checkpoint_folder.read_state(folder)) if ranks.is_lead else b""
-    return msgspec.msgpack.decode(ranks.broadcast_bytes(own), type=SavedState)
+    """Reads a checkpoint's state and verifies its hashes on rank 0; returns it on every rank.
+
+    Raises:
+        CheckpointError: on rank 0; a file is missing or damaged.
+    """
+    data = msgspec.msgpack.encode(checkpoint_folder.read_state(folder)) if ranks.is_lead else b""
+    return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=SavedState)
 
 
-def share_prompts(
+def broadcast_prompts(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: RankGroup
 ) -> Prompts:
-    """All prompts, on every rank."""
+    """Reads the prompts on rank 0; returns them on every rank."""
     if not ranks.is_lead:
         return Prompts.unpack(ranks.broadcast_bytes())
     prompts = load_prompts(
@@ -186,17 +201,19 @@ def share_prompts(
     return prompts
 
 
-def _recognise(
+def _check_frozen_models(
     state: TrainingState,
     config: RunConfig,
     policy: LanguageModel,
     reference: AnyModel,
     threads: int,
 ) -> None:
-    """Whether the frozen models are those the run began with; no checkpoint holds them.
+    """Checks that the frozen models are those the run began with: no checkpoint holds them.
+
+    Stores their fingerprints and the number of threads in `state`.
 
     Raises:
-        CheckpointError: one was changed since.
+        CheckpointError: the weights of one have changed.
     """
     weights = fingerprint(reference)
     if state.reference and state.reference != weights:
@@ -204,7 +221,7 @@ def _recognise(
             "the reference model is not the one this run began with: "
             f"{config.model.reference or config.model.policy} was changed; put it back to resume"
         )
-    base = ""  # what lies under adapters
+    base = ""  # without adapters
     if config.lora.rank is not None:
         base = (
             weights
@@ -218,18 +235,18 @@ def _recognise(
         )
     if state.threads not in (0, threads):
         log.warning(
-            "%d threads now, %d before: results agree to rounding only", threads, state.threads
+            "%d threads instead of %d: results will differ by rounding", threads, state.threads
         )
     state.reference, state.base, state.threads = weights, base, threads
 
 
-def _check_room(run: Run) -> None:
-    room, wanted = max_response_tokens(run), run.config.rollout.max_new_tokens
-    if room is not None and wanted > room:
+def _check_response_length(run: Run) -> None:
+    limit, configured = max_response_tokens(run), run.config.rollout.max_new_tokens
+    if limit is not None and configured > limit:
         raise UserInputError(
-            f"rollout.max_new_tokens ({wanted}) may be {room} at most: there the model ends, after "
-            f"the longest prompt of {run.prompts.longest} tokens (data.max_prompt_tokens leaves "
-            "out longer ones)"
+            f"rollout.max_new_tokens ({configured}) may be {limit} at most: the model has no more "
+            f"positions after the longest prompt ({run.prompts.longest} tokens; lower "
+            "data.max_prompt_tokens to leave long prompts out)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Everything a step works with."""
+"""The state of a run on one rank."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,41 +24,42 @@ from engine.train.rollout.rollout import ReportProgress
 
 
 class PhaseTimer:
-    """Seconds spent in each phase of a step."""
+    """Measures the seconds that each phase of a step takes on this rank."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        """By phase, of the current step."""
         self.ranks: list[RankTimes] = []
-        """Every rank's, once a step is done."""
+        """Every rank's times of the last step; set by :meth:`gather`."""
 
     @contextmanager
     def phase(self, run: "Run", step: int, name: str) -> Iterator[ReportProgress]:
-        """Announces the phase, times it, and hands out its progress report."""
-        began = time.perf_counter()
+        """Reports that a phase begins and times it. Yields a function that reports its progress."""
+        started = time.perf_counter()
         yield run.announce(step, name)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
-        self.seconds[name] = time.perf_counter() - began
+        self.seconds[name] = time.perf_counter() - started
 
     def gather(self, run: "Run") -> None:
-        """Sets :attr:`ranks`, on every rank, to what this step took each of them so far."""
-        own = RankTimes(
+        """Gathers every rank's times and peak memory into :attr:`ranks`; a collective."""
+        times = RankTimes(
             rank=run.ranks.rank, seconds=self.seconds, peak_memory=peak_memory(run.device)
         )
-        gathered = run.ranks.all_gather_bytes(msgspec.msgpack.encode(own))
+        gathered = run.ranks.all_gather_bytes(msgspec.msgpack.encode(times))
         self.ranks = [msgspec.msgpack.decode(g, type=RankTimes) for g in gathered]
 
 
 Announce = Callable[..., ReportProgress]
-"""Takes a step, a phase's name and, where known, what is done of how much."""
+"""Called with a step, a phase's name and, where known, (done, total)."""
 
 
 @dataclass
 class Run:
-    """Everything a step works with."""
+    """Everything that a step reads or changes."""
 
     config: RunConfig
-    """In force for the next step; only its live settings change, at step boundaries."""
+    """In force for the next step. Live settings change at step boundaries; the rest never does."""
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     backend: RolloutBackend
@@ -67,28 +68,28 @@ class Run:
     ranks: RankGroup
     """The ranks of this attempt."""
     strategy: str
-    """`ddp` or `fsdp`: how the models lie on them."""
+    """How the models are placed on the ranks: `ddp` or `fsdp`."""
     policy: LanguageModel
     learner: nn.Module
-    """The policy as the epochs enter it."""
+    """The policy as wrapped for training: in DDP, or the policy itself."""
     reference: AnyModel
     rewards: RewardMix
     optimiser: torch.optim.Optimizer
     state: TrainingState
     announce: Announce
-    """Tells of a phase, by step and name; the result takes its progress."""
+    """Reports that a phase begins; see :meth:`engine.train.link.Link.phase`."""
     memory: Estimate | None
-    """What it was estimated to hold; None where its models cannot be planned with."""
-    checked: bool = False
-    """Whether this attempt's first rollout was held against a full forward pass."""
-    clock: PhaseTimer = field(default_factory=PhaseTimer)
+    """The memory estimate; None if the model's shapes are unknown to the estimator."""
+    rollout_checked: bool = False
+    """Whether :func:`check_first_rollout` has run in this attempt."""
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def saved_state(self) -> SavedState:
-        """What a checkpoint made now holds besides the weights."""
+        """The state that a checkpoint of this moment holds, apart from tensors."""
         return SavedState.of(self.state, self.config)
 
 
 def max_response_tokens(run: Run) -> int | None:
-    """New tokens that fit behind the longest prompt; None where the model has no last position."""
+    """New tokens that fit after the longest prompt; None if the model has no position limit."""
     positions = getattr(run.policy.lm.config, "max_position_embeddings", None)
     return None if positions is None else int(positions) - run.prompts.longest

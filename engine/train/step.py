@@ -15,99 +15,95 @@ from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.rollout.rollout import ReportProgress, Rollout
-from engine.train.rollout.validate import check_first_rollout
+from engine.train.rollout_check import check_first_rollout
 from engine.train.run import Run
 
 
 def train_step(
     run: Run, step: int, recorded: Rollout | None = None
 ) -> tuple[dict[str, float], list[Sample]]:
-    """Sample, score, compare with the reference, and update the policy: one step.
+    """Runs one PPO step: generate, score, compare with the reference, update the policy.
 
-    Changes the policy, the optimiser and the running parts of `run.state`; nothing else. Every rank
-    does its share of the forward and backward passes; what lies between is B × T at most and is
-    computed by all of them alike, from the whole batch.
+    Changes the policy, the optimiser and the running values of `run.state`. All ranks call it
+    together. They share the forward and backward passes; the tensors between these, (B, T) at most,
+    are computed on every rank from the whole global batch.
 
     Args:
         run: the run.
-        step: its number, from 1; with the seed it decides every random choice in here.
-        recorded: answers to learn from instead of generating, to compare runs by.
+        step: counted from 1. With the seed, it determines every random choice.
+        recorded: a rollout to train on instead of generating one, to compare runs.
 
     Returns:
-        The step's metrics, and the samples that are kept.
+        The step's metrics by name, and the samples to log (none on ranks other than 0).
     """
-    config, state, ranks = run.config, run.state, run.ranks
-    began, clock = time.perf_counter(), run.clock
-    clock.seconds.clear()
+    config, state, ranks, timer = run.config, run.state, run.ranks, run.timer
+    started = time.perf_counter()
+    timer.seconds.clear()
 
-    # 1. Sample prompts, generate answers.
-    with clock.phase(run, step, "generate") as report:
-        rollout = recorded or take_rollout(run, step, report)
+    # 1. Generate responses to the step's prompts.
+    with timer.phase(run, step, "generate") as report:
+        rollout = recorded or generate_rollout(run, step, report)
 
     # 2. Score them.
-    with clock.phase(run, step, "score") as report:
-        raw, parts = run.rewards(RewardInputs.of(rollout, step), report)
+    with timer.phase(run, step, "score") as report:
+        raw_scores, parts = run.rewards(RewardInputs.of(rollout, step), report)
         normalise = Normaliser(state.reward_mean, state.reward_std)
-        scores = normalise(raw.to(run.device), config.reward, rollout.ended)
+        scores = normalise(raw_scores.to(run.device), config.reward, rollout.ended)
 
-    # 3. The reference's log-probabilities, and the old policy's where the rollout's cannot serve.
-    own = ranks.strided_share(longest_first(rollout, rollout.rows))
-    with clock.phase(run, step, "reference") as report:
-        size = config.ppo.micro_batch_size
+    # 3. Log-probabilities of the reference and of the policy before the update.
+    rows = ranks.strided_share(longest_first(rollout, rollout.rows))
+    with timer.phase(run, step, "reference") as report:
         ref_logprobs, _ = score_tokens(
-            run.reference, rollout, config.rollout.temperature, size,
-            rows=own, want="logits", report=report,
+            run.reference, rollout, config.rollout.temperature, config.ppo.micro_batch_size,
+            rows=rows, want="logits", report=report,
         )  # fmt: skip
-        old_logprobs, old_values = old_policy(run, rollout, own)
+        old_logprobs, old_values = old_policy_outputs(run, rollout, rows)
     ref_logprobs = ranks.all_reduce_sum(ref_logprobs)
-
-    if not run.checked and recorded is None:
+    if not run.rollout_checked and recorded is None:
         check_first_rollout(run, rollout, old_logprobs, ref_logprobs)
-        run.checked = True
+        run.rollout_checked = True
 
-    # 4. Advantages, from the whole global batch.
+    # 4. Advantages and returns, from the whole global batch.
     targets = make_targets(
         AdvantageInputs(
             scores=scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
             values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
-            beta=config.kl.beta, per_prompt=config.answers_per_prompt, baseline=state.baseline,
+            beta=config.kl.beta, per_prompt=config.responses_per_prompt, baseline=state.baseline,
         )
     )  # fmt: skip
     if targets.baseline is not None:
         state.baseline = targets.baseline
 
-    # 5. Several epochs of clipped updates.
-    with clock.phase(run, step, "optimise") as report:
-        done = optimise(
+    # 5. Epochs of clipped updates.
+    with timer.phase(run, step, "optimise") as report:
+        stats = optimise(
             ranks, run.learner, run.optimiser, rollout, targets, config,
             seed=state.sampling_seed, step=step, report=report,
         )  # fmt: skip
 
     # 6. Metrics and samples.
     state.episodes += len(scores)
-    metrics = step_metrics(rollout, scores, ref_logprobs, targets, done, config.kl.beta)
-    metrics["episode"] = float(state.episodes)
-    metrics["lr"] = learning_rate(config.train, step)
+    metrics = step_metrics(rollout, scores, ref_logprobs, targets, stats, config.kl.beta)
+    metrics |= {"episode": float(state.episodes), "lr": learning_rate(config.train, step)}
     metrics |= source_metrics(parts)
-    clock.gather(run)
-    metrics |= speed_metrics(clock.ranks, rollout, time.perf_counter() - began)
-    kept: list[Sample] = []
-    if ranks.is_lead:  # it tells of them, so the others need none
-        kept = kept_samples(
-            config.log, run.tokenizer, rollout, scores, parts, targets, ref_logprobs
-        )
-    return metrics, kept
+    timer.gather(run)
+    metrics |= speed_metrics(timer.ranks, rollout, time.perf_counter() - started)
+    if not ranks.is_lead:  # only rank 0 reports samples
+        return metrics, []
+    return metrics, kept_samples(
+        config.log, run.tokenizer, rollout, scores, parts, targets, ref_logprobs
+    )
 
 
-def take_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
-    """The policy's responses to the step's prompts."""
+def generate_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
+    """Generates the policy's responses to the prompts of a step, on every rank."""
     rollout = run.config.rollout
     options = SamplingOptions(
         seed=run.state.sampling_seed,
         step=step,
         temperature=rollout.temperature,
         max_new_tokens=rollout.max_new_tokens,
-        per_prompt=run.config.answers_per_prompt,
+        per_prompt=run.config.responses_per_prompt,
     )
     prompts = run.prompts.for_step(step)
     return generate_responses(
@@ -115,18 +111,26 @@ def take_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
     )
 
 
-def old_policy(run: Run, rollout: Rollout, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Log π_old and V_old (B, T).
+def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Log π_old and V_old of a rollout, by the policy before the update.
 
-    In float32 the rollout's own serve, they agree with a full forward pass to rounding. In
-    bfloat16 they do not, and are always computed again by the forward pass that training uses. A
-    separate value trunk has not seen the tokens yet. What is computed is shared out: `own` rows.
+    In float32, the rollout's log-probabilities are used: they agree with a full forward pass to
+    rounding. In bfloat16 they do not, so the forward pass that training uses computes them again. A
+    separate value trunk does not run while generating, so its values are always computed here.
+
+    Args:
+        run: the run.
+        rollout: B responses of at most T tokens.
+        rows: this rank's share of what is computed; (n,) int64.
+
+    Returns:
+        log π_old and V_old, each (B, T) float32 and 0 beyond a response's length.
     """
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     if run.config.model.dtype != "float32":
-        logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=own)
+        logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=rows)
         return run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
     if run.policy.value_trunk is not None:
-        _, values = score_tokens(run.policy, rollout, temperature, size, rows=own, want="values")
+        _, values = score_tokens(run.policy, rollout, temperature, size, rows=rows, want="values")
         return rollout.logprobs * rollout.mask, run.ranks.all_reduce_sum(values)
     return rollout.logprobs * rollout.mask, rollout.values * rollout.mask

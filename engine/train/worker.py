@@ -1,6 +1,6 @@
-"""A rank's main: ``python -m engine.train.worker SESSION_FOLDER``.
+"""The main program of a rank: ``python -m engine.train.worker SESSION_FOLDER``.
 
-Started by a supervisor, which it obeys and reports to over the link; it never outlives it.
+A supervisor starts it, sends it commands and receives its reports. A rank never outlives it.
 """
 
 import contextlib
@@ -37,91 +37,104 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Runs until the run is over; every way out is told to the supervisor."""
+    """Trains to the end of the run. Reports any error to the supervisor before it exits."""
     die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    for chatty in ("httpx", "httpx2", "datasets", "filelock"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    # Bars belong on a terminal; here they would fill engine.log with carriage returns.
+    for name in ("httpx", "httpx2", "datasets", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Progress bars would fill engine.log with carriage returns.
     disable_progress_bar()
     session = Session(Path(sys.argv[1]))
-    # The ranks have not met yet. Those beside the supervisor, which alone have a link, will be the
-    # first; torchrun's own numbers begin on whichever machine's name comes first.
+    # RankGroup sets the final rank below. Only ranks on the supervisor's machine have a link, and
+    # they get the first numbers, so LOCAL_RANK is right for them. torchrun's RANK may not be: it
+    # counts the machines in another order.
     link = Link(int(os.environ.get("LOCAL_RANK", "0")))
     ranks: RankGroup | None = None
     try:
         ranks = RankGroup(msgspec.json.decode(os.environ[LAUNCH_VARIABLE], type=LaunchConfig))
         link.rank = ranks.rank
-        if not ranks.is_lead:  # the first one speaks for all
+        if not ranks.is_lead:  # rank 0 logs for all
             logging.getLogger().setLevel(logging.WARNING)
         train(session, link, ranks)
     except LinkError:
         raise
     except Exception as error:
-        link.send(describe(error, ranks, link.rank))
+        link.send(failed_message(error, ranks, link.rank))
         traceback.print_exc()
-        leave(getattr(error, "exit_code", 1))
+        exit_now(getattr(error, "exit_code", 1))
     if ranks.size > 1:
         ranks.final_barrier()
-        leave(0)
+        exit_now(0)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends at once: threads of process groups may wait for ranks that wait for this one.
+def exit_now(code: int) -> NoReturn:
+    """Exits without finalising the interpreter.
 
-    Taken down with the interpreter, they also abort it now and then, which reads like a failure.
+    Threads of process groups may be waiting for other ranks, which wait for this one. And when the
+    interpreter destroys the groups, it sometimes aborts, which looks like a failure.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def describe(error: Exception, ranks: RankGroup | None, rank: int) -> Failed:
-    """A rank's last words: what happened, and whether it is the cause or an echo."""
+def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Failed:
+    """Describes the error that ends this rank.
+
+    If the error only says that another rank is gone, the message is the one that rank has left in
+    the store. If there is none, `echo` is set: this error is a consequence, and the supervisor
+    looks for the cause in the messages of other ranks.
+
+    Args:
+        error: what was raised.
+        ranks: None if this rank failed before the ranks had met.
+        rank: this rank.
+    """
     if isinstance(error, UserInputError):
         return Failed(rank=rank, text=str(error), user_input=True)
-    # On purpose: starting again would meet it again. A bare exception may be the hardware's.
-    known = isinstance(error, RlhfError)
-    text = str(error) if known else f"{type(error).__name__}: {error}"
+    # RlhfErrors are raised deliberately, and a restart would raise them again: no restart follows.
+    # Any other exception may be due to the hardware.
+    final = isinstance(error, RlhfError)
+    text = str(error) if final else f"{type(error).__name__}: {error}"
     trace = traceback.format_exc()
     if ranks is None or ranks.size == 1:
-        return Failed(rank=rank, text=text, traceback=trace, final=known)
+        return Failed(rank=rank, text=text, traceback=trace, final=final)
     if is_peer_loss(error):
-        with contextlib.suppress(RuntimeError):  # the meeting place may be gone as well
-            for word in ranks.errors_left():
-                return msgspec.json.decode(word, type=Failed)
-        text = f"rank {rank} lost the others: {text}"
+        with contextlib.suppress(RuntimeError):  # the store may be gone as well
+            for message in ranks.errors_left():
+                return msgspec.json.decode(message, type=Failed)
+        text = f"rank {rank} lost contact with the other ranks: {text}"
         return Failed(rank=rank, text=text, traceback=trace, echo=True)
-    failed = Failed(rank=rank, text=f"rank {rank}: {text}", traceback=trace, final=known)
+    failed = Failed(rank=rank, text=f"rank {rank}: {text}", traceback=trace, final=final)
     with contextlib.suppress(RuntimeError):
         ranks.leave_error(msgspec.json.encode(failed))
     return failed
 
 
 def die_with_parent() -> None:
-    """Dies with who started it, and leaves every other signal to the supervisor.
+    """Has the kernel kill this process when its parent dies; ignores all signals to stop.
 
-    A scheduler's broadcast, or ctrl+c, must not reach a rank before the supervisor has decided what
-    to do: the step in hand is finished and saved first.
+    A scheduler or Ctrl+C signals all processes at once. Only the supervisor reacts: it lets the
+    ranks finish and save the current step.
     """
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(ignored, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # It may have died before the line above: torch takes seconds to import.
+    # The parent may have died before the line above: importing torch takes seconds.
     if os.getppid() != int(os.environ[PARENT_VARIABLE]):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train(session: Session, link: Link, ranks: RankGroup) -> None:
-    """The loop: obey, step, report, save."""
-    begin, config = agree_on_start(session, link, ranks)
+    """The training loop: execute commands, run a step, report it, save."""
+    begin, config = receive_start(session, link, ranks)
 
-    def short_of_memory(text: str) -> None:
+    def warn_about_memory(text: str) -> None:
         link.send(Notice(step=begin.from_step, rule="memory", text=text))
 
-    run = load_run(session, config, begin, ranks, link.phase, short_of_memory)
+    run = load_run(session, config, begin, ranks, link.phase, warn_about_memory)
     boundary = Boundary(session, run, begin, link)
-    link.send(Ready(info=facts(run), settings=msgspec.to_builtins(settings_of(run.config))))
+    link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
     events = None
     if config.log.tensorboard and ranks.is_lead:
         events = EventFiles(session.tensorboard, begin.from_step)
@@ -129,11 +142,11 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
             events.hparams(config)
 
     with contextlib.closing(boundary):
-        while boundary.more():
+        while boundary.before_step():
             step = run.state.step + 1
-            began = time.monotonic()
+            started = time.monotonic()
             metrics, samples = train_step(run, step)
-            changes = boundary.after(step, metrics, time.monotonic() - began)
+            changes = boundary.after_step(step, metrics, time.monotonic() - started)
             if events is not None:
                 events.step(step, metrics, samples)
             settings = msgspec.to_builtins(settings_of(run.config))
@@ -144,24 +157,26 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
                     samples=samples,
                     settings=settings,
                     changes=changes,
-                    ranks=run.clock.ranks,
+                    ranks=run.timer.ranks,
                 )
             )
-            boundary.keeper.save_if_due()
+            boundary.checkpoints.save_if_due()
         boundary.finish()
     if events is not None:
         events.close()
 
 
-def agree_on_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:
-    """Rank 0 hears from the supervisor where to start and tells the others."""
+def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:
+    """Receives the start on rank 0 and reads the configuration; returns both on every rank."""
     kind = tuple[Begin, RunConfig]
-    mine = msgspec.msgpack.encode((link.begin(), session.config())) if ranks.is_lead else b""
-    return msgspec.msgpack.decode(ranks.broadcast_bytes(mine), type=kind)
+    data = b""
+    if ranks.is_lead:
+        data = msgspec.msgpack.encode((link.wait_for_begin(), session.config()))
+    return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=kind)
 
 
-def facts(run: Run) -> dict[str, object]:
-    """What is worth knowing about a run that begins."""
+def run_info(run: Run) -> dict[str, object]:
+    """Facts about a loaded run, for the event `ready`."""
     return {
         "policy_parameters": sum(p.numel() for p in run.policy.parameters()),
         "trained_parameters": sum(p.numel() for p in run.policy.parameters() if p.requires_grad),

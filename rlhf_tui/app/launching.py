@@ -1,4 +1,4 @@
-"""Commands of the CLI that the app runs: those that start engines, and those that tidy up."""
+"""Runs commands of the CLI: those that start engines, and `rm` and `export`."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from rlhf_tui.widgets.lines import Row
 
 APPEARS = 10.0
 """Seconds within which the folder of a new session exists."""
-LOOK_AGAIN = 0.3
+POLL_INTERVAL = 0.3
 
 
 class EngineStarter:
@@ -56,17 +56,15 @@ class EngineStarter:
         self._say = say
         self._open_session = open_session
 
-    def refuse_read_only(self) -> bool:
-        """Whether this terminal is read-only; shows a notice if so."""
+    def _refused(self) -> bool:
+        """Whether this terminal is read-only; shows a notice if so. Screens hide such keys."""
         if self._read_only:
-            self._say("read-only: nothing can be started or deleted from here", "warning")
+            self._say("read-only: nothing can be started or deleted", "warning")
         return self._read_only
 
     def ask_fork(self, name: str, step: int) -> None:
         """Asks for a name, then forks session `name` from the checkpoint of `step`."""
-        if self.refuse_read_only():
-            return
-        rows: list[Row] = [[(f"A new session that shares {name} up to step {step}.", "dim")]]
+        rows: list[Row] = [[(f"A new session that starts from step {step} of {name}.", "dim")]]
 
         def take(new: str | None) -> None:
             if new:
@@ -76,12 +74,12 @@ class EngineStarter:
             return check_new_name(self._root, text)
 
         proposal = free_name(self._root, f"{name}-fork")
-        title = f"Branch off {name}, step {step}"
+        title = f"Fork {name} from step {step}"
         self._app.push_screen(InputDialog(title, rows, proposal, check), take)
 
     def start(self, arguments: list[str], name: str) -> None:
         """Runs `rlhf-tui <arguments> --detach` in a thread; opens the session once it exists."""
-        if self.refuse_read_only():
+        if self._refused():
             return
         before = {s.name for s in all_sessions(self._root)}
         self._say(f"starting: rlhf-tui {' '.join(arguments)}")
@@ -104,18 +102,18 @@ class EngineStarter:
         if new:
             self._open_session(new[0])
         elif self._now() < deadline:
-            self._app.set_timer(LOOK_AGAIN, lambda: self._open_when_created(before, deadline))
+            self._app.set_timer(POLL_INTERVAL, lambda: self._open_when_created(before, deadline))
 
     def started(self, message: EngineStarted) -> None:
-        """Shows how a start ended, and opens the session from the browser."""
+        """Shows the result of a start; on the sessions screen, opens the session."""
         if message.problem:
             self._say(message.problem, "error")
             return
         if not self._is_live(message.name) and message.last_line:
-            # Nothing to do, or finished already: the command's own line explains which.
+            # The run has nothing left to do. The last line of the command explains why.
             self._say(message.last_line, "warning")
         elif self._follower.state.name == message.name or self._app.current_mode != "sessions":
-            self._say(f"'{message.name}' runs")
+            self._say(f"'{message.name}' is running")
         elif message.name:
             self._open_session(message.name)
 
@@ -127,7 +125,7 @@ class EngineStarter:
 
     def run_command(self, arguments: list[str], done: str) -> None:
         """Runs `rlhf-tui <arguments>` in a thread; shows the error, or `done` when it succeeds."""
-        if self.refuse_read_only():
+        if self._refused():
             return
 
         def run() -> None:
@@ -157,12 +155,12 @@ class EngineStarter:
 
 
 def check_new_name(root: Path, text: str) -> tuple[bool, str]:
-    """Whether a new session can have this name, and the folder it gets or the reason why not."""
+    """Returns whether a new session can have this name, and its folder or the reason why not."""
     name = text.strip()
     try:
         check_name(name)
     except RlhfError as error:
         return False, str(error)
     if (root / name).exists():
-        return False, f"'{name}' is there already"
-    return True, f"goes to {root / name}"
+        return False, f"'{name}' already exists"
+    return True, f"folder: {root / name}"

@@ -1,6 +1,7 @@
-"""What keys and dialogs ask of the engine: every command of the app is sent from here."""
+"""Steering keys and dialogs: every command of the app is sent from here."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from textual.app import App
@@ -23,20 +24,20 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
-from rlhf_tui.app.following import SessionFollower
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
-from rlhf_tui.state.messages import CommandAnswered, SessionUpdated
-from rlhf_tui.state.session_state import SessionState, value_text
+from rlhf_tui.state.messages import CommandAnswered
+from rlhf_tui.state.session_state import value_text
+from rlhf_tui.state.steering_target import SteeringTarget, settings_in_force
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Row
-from rlhf_tui.widgets.panels.steering import settings_of
 
 NUDGE = 1.1
 BINDINGS: list[BindingType] = [
     Binding("p", "pause", "pause"),
+    Binding("p", "unpause", "resume"),
     Binding("b", "beta", "beta"),
     Binding("left_square_bracket", "nudge(-1)", "beta −10 %", show=False),
     Binding("right_square_bracket", "nudge(1)", "beta +10 %", show=False),
@@ -50,114 +51,126 @@ BINDINGS: list[BindingType] = [
 ]
 """The keys of the app whose actions call :class:`Steering`."""
 ACTIONS = (
-    "pause", "beta", "nudge", "adaptive", "save", "undo", "change", "stop", "note", "probe",
-    "roll_back",
+    "pause", "unpause", "beta", "nudge", "adaptive", "save", "undo", "change", "stop", "note",
+    "probe",
 )  # fmt: skip
-"""What --read-only takes away."""
+"""The actions of :data:`BINDINGS`; `--read-only` removes them."""
 
 
 class Steering:
-    """Sends the operator's commands to the engine of the open session, all through one sender."""
+    """Sends the operator's commands to the selected run, all through one sender."""
 
     def __init__(
-        self, app: App[None], follower: SessionFollower, who: str, *, read_only: bool, say: Say
+        self,
+        app: App[None],
+        who: str,
+        *,
+        target: Callable[[], SteeringTarget | None],
+        read_only: bool,
+        say: Say,
     ) -> None:
         """Sends nothing yet.
 
         Args:
             app: takes the replies, and has the dialogs.
-            follower: the open session.
             who: the operator.
+            target: returns the run that the keys act on; None if no run is selected.
             read_only: nothing may be sent.
             say: shows a notice.
         """
         self._app = app
-        self._follower = follower
+        self._target = target
         self._read_only = read_only
         self._say = say
         self._sender = CommandSender(who)
-        self._effects = PendingEffects()
+        self._effects: dict[Path, PendingEffects] = {}
+        """By session folder."""
+        self._last_read: dict[Path, SteeringTarget] = {}
+        """The newest state of each run, by session folder."""
 
-    @property
-    def _state(self) -> SessionState:
-        return self._follower.state
+    # -- keys without a dialog -----------------------------------------------------------------
 
-    # -- one key -------------------------------------------------------------------------------
+    def pause(self) -> None:
+        """Pauses the run at the next step boundary."""
+        if (target := self._selected()) is not None:
+            wait = about(target.boundary_in)
+            self.command(target, Pause(), f"pause (in {wait})" if wait else "pause")
 
-    def toggle_pause(self) -> None:
-        """Holds the run at the next step boundary, or continues it."""
-        if not self.can_steer():
-            return
-        state = self._state
-        if self._effects.held(state.head.state):
-            self.command(Unpause(), "go on")
-            return
-        wait = about(state.boundary_in())
-        self.command(Pause(), f"pause (in {wait})" if wait else "pause")
+    def unpause(self) -> None:
+        """Resumes the paused run, or takes back a pause that is pending."""
+        if (target := self._selected()) is not None:
+            self.command(target, Unpause(), "resume")
 
     def nudge_beta(self, direction: int) -> None:
         """Sets beta a tenth higher (1) or lower (-1)."""
-        if not self.can_steer():
+        if (target := self._selected()) is None:
             return
-        beta = self._effects.beta(self._state.setting("beta"))
+        beta = self._effects_of(target).beta(target.beta)
         if beta is None:
             return
         new = float(f"{beta * NUDGE**direction:.4g}")
-        self.command(SetBeta(value=new), f"beta {value_text(beta)} → {value_text(new)}")
+        self.command(target, SetBeta(value=new), f"beta {value_text(beta)} → {value_text(new)}")
 
     def toggle_adaptive(self) -> None:
         """Switches between the adaptive controller and a fixed beta."""
-        adaptive = self._state.setting("controller") == "adaptive"
+        if (target := self._selected()) is not None:
+            self._toggle_adaptive(target)
+
+    def _toggle_adaptive(self, target: SteeringTarget) -> None:
+        adaptive = target.settings.get("controller") == "adaptive"
         self.command(
+            target,
             SetKLController(controller="fixed" if adaptive else "adaptive"),
             "adaptive → fixed" if adaptive else "fixed → adaptive",
         )
 
     def undo(self) -> None:
         """Takes back the last change."""
-        self.command(Undo(), "undo")
+        if (target := self._selected()) is not None:
+            self.command(target, Undo(), "undo")
 
     def checkpoint(self) -> None:
         """Saves a checkpoint at the next step boundary."""
-        self.command(Checkpoint(), "checkpoint")
+        if (target := self._selected()) is not None:
+            self.command(target, Checkpoint(), "checkpoint")
 
-    # -- dialogs -------------------------------------------------------------------------------
+    # -- keys with a dialog --------------------------------------------------------------------
 
     def choose_setting(self) -> None:
         """Asks for a setting, then for its value."""
-        if not self.can_steer():
+        if (target := self._selected()) is None:
             return
         options = [
-            Option(key, f"{key:<15}", value_text(self._state.setting(key)), path)
+            Option(key, f"{key:<15}", value_text(target.settings.get(key)), path)
             for key, path in LIVE_SETTINGS.items()
         ]
 
         def take(key: str | None) -> None:
             if key == "controller":
-                self.toggle_adaptive()
+                self._toggle_adaptive(target)
             elif key:
-                self.ask_value(key)
+                self._ask_value(target, key)
 
-        self._app.push_screen(PickerDialog("Set", options), take)
+        self._app.push_screen(PickerDialog(f"Change a setting of {target.name}", options), take)
 
     def ask_beta(self) -> None:
         """Asks for beta."""
-        if self.can_steer():
-            self.ask_value("beta")
+        if (target := self._selected()) is not None:
+            self._ask_value(target, "beta")
 
-    def ask_value(self, key: str) -> None:
-        """Asks for the value of a setting."""
-        settings = settings_of(self._state)
+    def _ask_value(self, target: SteeringTarget, key: str) -> None:
+        settings = settings_in_force(target.settings)
         if settings is None:
+            self._say(f"{target.name}: settings unknown", "warning")
             return
-        old = self._state.setting(key)
+        old = target.settings.get(key)
 
         def check(text: str) -> tuple[bool, str]:
             try:
                 value = parse_value(key, text, settings)
             except RlhfError as error:
                 return False, str(error)
-            return True, f"{value_text(old)} → {value_text(value)}   {self.when()}"
+            return True, f"{value_text(old)} → {value_text(value)}   {when(target)}"
 
         def send(text: str | None) -> None:
             if text is not None:
@@ -165,116 +178,148 @@ class Steering:
                 command: Command = (
                     SetBeta(value=value) if key == "beta" else SetSetting(key=key, value=value)
                 )
-                self.command(command, f"{key} {value_text(old)} → {value_text(value)}")
+                self.command(target, command, f"{key} {value_text(old)} → {value_text(value)}")
 
         hint: list[Row] = [[(f"{LIVE_SETTINGS[key]}, now ", "dim"), (value_text(old), "strong")]]
         if key == "stop_kl":
             hint.append([("off: the passes never end early", "dim")])
-        self._app.push_screen(InputDialog(key, hint, value_text(old), check), send)
-
-    def when(self) -> str:
-        """When a command takes effect."""
-        state = self._state
-        if state.head.state == "paused":
-            return f"in force from step {state.head.step + 1}"
-        wait = about(state.boundary_in())
-        return "in force from the next step" + (f", in {wait}" if wait else "")
+        title = f"Set {key} of {target.name}"
+        self._app.push_screen(InputDialog(title, hint, value_text(old), check), send)
 
     def ask_stop(self) -> None:
         """Asks how to end the run."""
-        if not self.can_steer():
+        if (target := self._selected()) is None:
             return
-        wait = about(self._state.boundary_in())
+        saved = target.checkpoints
+        last = f"the last checkpoint is of step {max(saved)}" if saved else "no checkpoint yet"
         rows: list[Row] = [
             [("The run ends; it can be resumed from its last checkpoint.", "")],
-            [(f"Step {self._state.head.step} is done, ", "dim"), (self._last_saved(), "dim")],
+            [(f"Step {target.step} is done, {last}.", "dim")],
         ]
-        soon = f" ({wait})" if wait else ""
+        wait = about(target.boundary_in)
         choices = [
-            Choice("s", f"Save, then stop{soon}", "save"),
+            Choice("s", f"Save, then stop ({wait})" if wait else "Save, then stop", "save"),
             Choice("n", "Stop now, unsaved", "now", danger=True),
             Choice("c", "Cancel", "cancel"),
         ]
 
-        def answer(result: str | None) -> None:
+        def chosen(result: str | None) -> None:
             if result in ("save", "now"):
-                self.command(Stop(now=result == "now"), "stop")
+                self.command(target, Stop(now=result == "now"), "stop")
 
-        self._app.push_screen(ChoiceDialog("Stop the run?", rows, choices), answer)
-
-    def _last_saved(self) -> str:
-        steps = [c.step for c in self._state.checkpoints if c.status == "complete"]
-        return f"the last checkpoint is of step {max(steps)}" if steps else "no checkpoint yet"
+        self._app.push_screen(ChoiceDialog(f"Stop {target.name}?", rows, choices), chosen)
 
     def ask_note(self) -> None:
         """Asks for a note, a line that stays with the run."""
-        if not self.can_steer():
+        if (target := self._selected()) is None:
             return
-        rows: list[Row] = [[(f"Stands on the curves at step {self._state.head.step}.", "dim")]]
+        rows: list[Row] = [[(f"Shown on the charts at step {target.step}.", "dim")]]
 
         def send(text: str | None) -> None:
             if text:
-                self.command(Note(text=text), "note")
+                self.command(target, Note(text=text), "note")
 
-        self._app.push_screen(InputDialog("Note", rows), send)
+        self._app.push_screen(InputDialog(f"Add a note to {target.name}", rows), send)
 
     def ask_probe(self) -> None:
         """Asks for a prompt, which the policy and the reference complete."""
-        if not self.can_steer():
+        if (target := self._selected()) is None:
             return
-        rows: list[Row] = [[("The policy and the reference answer it after this step.", "dim")]]
+        rows: list[Row] = [
+            [("A prompt; the policy and the reference respond after the current step.", "dim")]
+        ]
 
         def send(text: str | None) -> None:
             if text:
-                self.command(Probe(text=text), "probe")
+                self.command(target, Probe(text=text), "probe")
 
-        self._app.push_screen(InputDialog("Probe", rows), send)
+        self._app.push_screen(InputDialog(f"Probe {target.name}", rows), send)
 
-    def roll_back(self, step: int) -> None:
+    def roll_back(self, target: SteeringTarget, step: int) -> None:
         """Asks, then sends a rollback to the checkpoint of `step`."""
 
         def send(reseed: bool) -> None:
-            self.command(Rollback(step=step, reseed=reseed), f"roll back to {step}")
+            self.command(target, Rollback(step=step, reseed=reseed), f"roll back to {step}")
 
-        if self.can_steer():
-            self.ask_roll_back(step, send)
+        if self.can_steer(target):
+            self.ask_roll_back(target, step, send)
 
-    def ask_roll_back(self, step: int, confirmed: Callable[[bool], None]) -> None:
+    def ask_roll_back(
+        self, target: SteeringTarget, step: int, confirmed: Callable[[bool], None]
+    ) -> None:
         """Asks for confirmation; `confirmed` gets whether to sample with a new seed."""
-        lost = max(self._state.head.step - step, 0)
+        lost = max(target.step - step, 0)
         rows: list[Row] = [
-            [(f"The run goes back to step {step} and on from there, at once.", "")],
-            [(f"{lost} steps leave the curves; they stay in the journal as a ghost.", "dim")],
+            [(f"The run returns to step {step} and continues.", "")],
+            [(f"{lost} steps are discarded (kept as a ghost).", "dim")],
         ]
         choices = [
             Choice("c", "Cancel", "cancel"),
             Choice("r", "Roll back", "back", danger=True),
-            Choice("n", "Roll back, sample anew", "reseed", danger=True),
+            Choice("n", "Roll back, new random seed", "reseed", danger=True),
         ]
 
-        def answer(result: str | None) -> None:
+        def chosen(result: str | None) -> None:
             if result in ("back", "reseed"):
                 confirmed(result == "reseed")
 
-        self._app.push_screen(ChoiceDialog(f"Roll back to step {step}?", rows, choices), answer)
+        title = f"Roll back {target.name} to step {step}?"
+        self._app.push_screen(ChoiceDialog(title, rows, choices), chosen)
 
-    # -- sending -------------------------------------------------------------------------------
+    # -- what can be sent ----------------------------------------------------------------------
 
-    def can_steer(self) -> bool:
+    def offered(self, action: str) -> bool | None:
+        """Whether an action of :data:`ACTIONS` can be carried out, as Textual wants to know it.
+
+        Returns:
+            False: its key is hidden; None: its key is disabled, :meth:`why_disabled` says why.
+        """
+        if self._read_only:
+            return False
+        target = self._target()
+        live = target is not None and target.live
+        if action in ("pause", "unpause"):
+            held = live and target is not None and self._held(target)
+            if held != (action == "unpause"):
+                return False
+        return True if live else None
+
+    def why_disabled(self) -> str:
+        """Why the keys do nothing; empty if they act."""
+        target = self._target()
+        if self._read_only:
+            return "read-only: commands are disabled"
+        if target is None:
+            return "no session is open: press 1 and open one"
+        return "" if target.live else _no_engine(target)
+
+    def _held(self, target: SteeringTarget) -> bool:
+        effects = self._effects.get(target.session.folder)
+        return (effects or PendingEffects()).held(target.state)
+
+    def _selected(self) -> SteeringTarget | None:
+        """The run that the keys act on; None, with a notice, if it takes no commands."""
+        target = self._target()
+        if target is None:
+            self._say(self.why_disabled(), "warning")
+            return None
+        return target if self.can_steer(target) else None
+
+    def can_steer(self, target: SteeringTarget) -> bool:
         """Whether a command would reach an engine; shows a notice if not."""
         if self._read_only:
-            self._say("read-only: no commands from here", "warning")
-        elif self._follower.session is None:
-            self._say("open a session first (1)", "warning")
-        elif not self._follower.session.is_live():
-            name = self._state.name
-            self._say(f"no engine runs '{name}'; start one: rlhf-tui resume {name}", "warning")
+            self._say(self.why_disabled(), "warning")
+        elif not target.session.is_live():
+            self._say(_no_engine(target), "warning")
         else:
             return True
         return False
 
+    # -- sending -------------------------------------------------------------------------------
+
     def command(
         self,
+        target: SteeringTarget,
         command: Command,
         text: str,
         post: Callable[[CommandAnswered], object] | None = None,
@@ -282,33 +327,38 @@ class Steering:
         """Sends a command after all earlier ones; False, with a notice, if no engine takes it.
 
         Args:
+            target: the run.
             command: what to send.
-            text: the same for people.
+            text: describes the command in notices.
             post: takes the replies, from another thread; None: the app, which shows them.
         """
-        session = self._follower.session
-        if not self.can_steer() or session is None:
+        if not self.can_steer(target):
             return False
-        self._effects.sent(command, self._state.head.state)
-        self._sender.send(OutgoingCommand(session, command, text, post or self._app.post_message))
+        self._effects_of(target).sent(command, target.state)
+        post = post or self._app.post_message
+        self._sender.send(OutgoingCommand(target.session, command, text, post))
+        self._app.screen.refresh_bindings()
         return True
 
-    # -- what becomes of commands --------------------------------------------------------------
+    def _effects_of(self, target: SteeringTarget) -> PendingEffects:
+        """The effects of the commands that were sent to a run and are not read back yet."""
+        return self._effects.setdefault(target.session.folder, PendingEffects())
 
-    def session_opened(self) -> None:
-        """Another session is open: no command of the earlier one is pending here."""
-        self._effects = PendingEffects()
-
-    def session_updated(self, message: SessionUpdated) -> None:
-        """The journal may show effects of commands now. Call it for updates of the open session."""
-        head = message.update.head
-        if head is not None:
-            self._effects.read(head.state, head.settings.get("beta"))
+    def run_read(self, target: SteeringTarget) -> None:
+        """Call it when a run was read again: effects of commands may show now."""
+        folder = target.session.folder
+        self._last_read[folder] = target
+        if folder in self._effects:
+            self._effects[folder].read(target.state, target.beta)
 
     def command_answered(self, message: CommandAnswered) -> None:
-        """Shows how a command stands."""
-        reply, text = message.reply, message.text
-        self._effects.replied(message.command, reply, self._state.setting("beta"))
+        """Shows the status of a command."""
+        reply, session = message.reply, message.session
+        text = f"{session.name}: {message.text}"
+        target = self._latest(session.folder)
+        if session.folder in self._effects:
+            beta = target.beta if target is not None else None
+            self._effects[session.folder].replied(message.command, reply, beta)
         if reply is None:
             self._say(f"{text}: {message.problem}", "error")
         elif reply.status == "rejected":
@@ -319,9 +369,29 @@ class Steering:
             if reply.result:
                 from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps start-up short
 
-                self._app.push_screen(ProbeDialog(ProbeResult.of(reply.result)))
+                self._app.push_screen(ProbeDialog(session.name, ProbeResult.of(reply.result)))
         else:
-            self._say(f"{text}: {reply.status}, {self.when()}")
+            expected = f", {when(target)}" if target is not None else ""
+            self._say(f"{text}: {reply.status}{expected}")
+
+    def _latest(self, folder: Path) -> SteeringTarget | None:
+        """A run as known now: the selected one has a fresher time of its step boundary."""
+        target = self._target()
+        if target is not None and target.session.folder == folder:
+            return target
+        return self._last_read.get(folder)
+
+
+def when(target: SteeringTarget) -> str:
+    """When a command takes effect."""
+    if target.state == "paused":
+        return f"applies from step {target.step + 1}"
+    wait = about(target.boundary_in)
+    return "applies from the next step" + (f", in {wait}" if wait else "")
+
+
+def _no_engine(target: SteeringTarget) -> str:
+    return f"no engine runs '{target.name}'; resume it: rlhf-tui resume {target.name}"
 
 
 def parse_value(key: str, text: str, settings: Settings) -> Any:

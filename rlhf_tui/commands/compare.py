@@ -1,6 +1,7 @@
-"""Commands that look twice: diff, guardrails."""
+"""Commands that compare or replay finished steps: diff, guardrails."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.rules import check_rule
-from engine.config.schema import GuardrailConfig
+from engine.config.schema import GuardrailConfig, RunConfig
 from engine.config.settings import settings_of
 from engine.errors import UserInputError
+from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.journal.rows import SampleRow
 from engine.metrics import BETA, DISTINCT_2, KL, LEARNING_RATE, RESPONSE_LENGTH, SCORE
@@ -37,7 +39,10 @@ HEADLINES = (SCORE, KL, RESPONSE_LENGTH, DISTINCT_2)
 @sessions_option
 @json_option
 def diff(root: Path, name: str, other: str, as_json: bool) -> None:
-    """Compare two sessions: configuration, and metrics at the last step both have."""
+    """Compare the configuration and metrics of two sessions.
+
+    Metrics are those of the last step that both sessions have.
+    """
     first, second = existing(root, name), existing(root, other)
     changed = config_file.changes(first.config(), second.config())
     with JournalReader(first) as a, JournalReader(second) as b:
@@ -57,28 +62,31 @@ def diff(root: Path, name: str, other: str, as_json: bool) -> None:
 @click.command()
 @name_argument
 @sessions_option
-@click.option("--dry-run", is_flag=True, required=True, help="Replay the rules over the journal.")
 @click.option(
-    "--rules", type=click.Path(path_type=Path), help="A YAML file with a guardrails: section."
+    "--dry-run", is_flag=True, expose_value=False, help="The default: replay, change nothing."
+)
+@click.option(
+    "--rules", type=click.Path(path_type=Path), help="A YAML file with a guardrails section."
 )
 @json_option
-def guardrails(root: Path, name: str, dry_run: bool, rules: Path | None, as_json: bool) -> None:
-    """Say what the guard rails would have said about a session."""
+def guardrails(root: Path, name: str, rules: Path | None, as_json: bool) -> None:
+    """Replay guard rails over a session and print their alerts."""
     session = existing(root, name)
     config = _rules(rules) if rules else session.config().guardrails
     with JournalReader(session) as record:
         alerts = list(_replay(record, config, session.config()))
     if as_json:
-        # Null for what is not finite, as in the journal.
+        # The round trip turns values that are not finite into null, as in the journal.
         print_json(msgspec.json.decode(msgspec.json.encode(alerts)))
         return
     for alert in alerts:
         say(f"step {alert['step']}  {alert['rule']} ({alert['action']}): {one_line(alert['text'])}")
     if not alerts:
-        say("nothing: no rule would have spoken")
+        say("no rule raises an alert")
 
 
-def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
+def _replay(record: JournalReader, config: GuardrailConfig, run: RunConfig) -> Iterator[Json]:
+    """Alerts with their steps: every recorded step checked with the settings in force then."""
     rails = Guardrails(config)
     settings = config_file.as_mapping(settings_of(run))
     changes: dict[int, dict[str, Any]] = {}
@@ -92,7 +100,7 @@ def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
     metrics: dict[int, dict[str, float | None]] = {}
     for name in record.metric_names():
         for step, value in record.series(name):
-            # Written without a value: it was not finite.
+            # The journal stores a value that is not finite as None.
             metrics.setdefault(step, {})[name] = math.nan if value is None else value
     for step, values in sorted(metrics.items()):
         settings |= changes.get(step, {})
@@ -102,7 +110,7 @@ def _replay(record: JournalReader, config: GuardrailConfig, run: Any) -> Any:
 
 
 def _as_reported(row: SampleRow) -> Sample:
-    """A sample as the ranks reported it: the journal has None for what is not finite."""
+    """The sample that the ranks reported; the journal stores values that are not finite as None."""
     return Sample(
         index=row.index, prompt=row.prompt, response=row.response,
         score=math.nan if row.score is None else row.score,

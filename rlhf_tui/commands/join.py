@@ -1,4 +1,4 @@
-"""``rlhf-tui join``: one more machine for a run of several."""
+"""The command that adds a machine to a multi-machine run: join."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from engine.config.rules import check_address
     "--processes",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Ranks on this machine; as many as the run's configuration says when left out.",
+    help="Ranks on this machine.  [default: as the run's configuration says]",
 )
 @click.option(
     "--wait",
@@ -22,11 +22,14 @@ from engine.config.rules import check_address
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long to wait for the first machine, at first and when the run starts again.",
+    help="How long to wait for the first machine, also after each restart of the run.",
 )
 def join(address: str, processes: int | None, wait: float) -> None:
-    """Lend this machine to a run that waits for it (launch.nodes > 1) at HOST:PORT."""
+    """Join a run with this machine.
+
+    HOST:PORT is the run's launch.rendezvous; the run waits until launch.nodes machines have joined.
+    """
     check_address(address)
     sys.stdout.flush()
-    words = ["-m", "engine.train.torchrun.join", address, str(processes or "auto"), str(wait)]
-    os.execv(sys.executable, [sys.executable, *words])  # noqa: S606 - ourselves
+    arguments = ["-m", "engine.train.torchrun.join", address, str(processes or "auto"), str(wait)]
+    os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 - our own module

@@ -1,4 +1,4 @@
-"""Commands that tidy up and look after: rm, export, doctor."""
+"""Commands that manage sessions and the machine: rm, export, doctor."""
 
 import importlib.metadata
 import json
@@ -20,6 +20,7 @@ from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
 from engine.launch.start import checkpoint_steps, last_checkpoint
 from engine.protocol import sockets
+from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
@@ -38,16 +39,21 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "textual")
 @click.command()
 @name_argument
 @sessions_option
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "-y", "--yes", is_flag=True, help="Delete without confirmation; needed without a terminal."
+)
 def rm(root: Path, name: str, yes: bool) -> None:
-    """Delete a session with all its checkpoints."""
+    """Delete a session and all its checkpoints."""
     session = existing(root, name)
+    if not yes and not os.isatty(0):  # the output may be piped; the question is on stderr
+        raise UserInputError(
+            f"stdin is not a terminal: give -y to delete session '{name}' without confirmation"
+        )
     lock = session.acquire()
     try:
         used = sum(f.stat().st_size for f in session.folder.rglob("*") if f.is_file())
         question = f"delete session '{name}' and its checkpoints ({fmt.size(used)})?"
-        # Asked wherever the output goes; without a terminal there is nobody to answer.
-        if not yes and os.isatty(0) and not click.confirm(question, err=True):
+        if not yes and not click.confirm(question, err=True):
             return
         shutil.rmtree(session.folder)
     except OSError as error:
@@ -59,16 +65,26 @@ def rm(root: Path, name: str, yes: bool) -> None:
 @click.command()
 @name_argument
 @sessions_option
-@click.option("--policy", type=click.Path(path_type=Path), metavar="DIR", help="The model folder.")
-@click.option("--merged", is_flag=True, help="With --policy: adapters merged into their model.")
-@click.option("--samples", type=click.Path(path_type=Path), metavar="FILE", help="As JSON lines.")
+@click.option(
+    "--policy",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Copy the policy, a model folder.",
+)
+@click.option("--merged", is_flag=True, help="With --policy: merge LoRA adapters into the model.")
+@click.option(
+    "--samples", type=click.Path(path_type=Path), metavar="FILE", help="Write samples, JSONL."
+)
 @click.option(
     "--preferences",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Pairs of answers, the better one and the worse one, as JSON lines.",
+    help="Write judged pairs of responses, chosen and rejected, JSONL.",
 )
-@click.option("--step", type=click.IntRange(min=1), help="Of which checkpoint; the last one's.")
+@click.option(
+    "--step", type=click.IntRange(min=1), metavar="STEP",
+    help="With --policy: the checkpoint.  [default: the last one]",
+)  # fmt: skip
 def export(
     root: Path,
     name: str,
@@ -78,11 +94,12 @@ def export(
     preferences: Path | None,
     step: int | None,
 ) -> None:
-    """Copy the trained policy, the samples or the operators' preferences out of a session."""
+    """Export the policy, samples or preferences of a session."""
     session = existing(root, name)
     if policy is None and ((samples is None and preferences is None) or merged):
         raise UserInputError(
-            "export needs --policy DIR, --samples FILE or --preferences FILE; --merged the first"
+            "export needs --policy DIR, --samples FILE or --preferences FILE; "
+            "--merged needs --policy"
         )
     if policy is not None:
         chosen = step or last_checkpoint(session)
@@ -94,41 +111,41 @@ def export(
         with SampleReader(session) as reader:
             rows = with_judgements(session, reader.newest())
         _write_lines(samples, (row.as_json() for row in rows))
-        say(f"{len(rows)} samples are in {samples}")
+        say(f"wrote {fmt.plural(len(rows), 'sample')} to {samples}")
     if preferences is not None:
         found = preference_pairs(session)
         _write_lines(preferences, (msgspec.structs.asdict(pair) for pair in found))
-        say(f"{'1 pair is' if len(found) == 1 else f'{len(found)} pairs are'} in {preferences}")
+        say(f"wrote {fmt.plural(len(found), 'pair')} to {preferences}")
 
 
 def _export_policy(session: Session, step: int, target: Path, merged: bool) -> str:
-    """Writes the folder; returns what is in it."""
+    """Writes the policy folder. Returns a line that describes it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserInputError(f"--policy: {target} is there already; give a new or empty folder")
+        raise UserInputError(f"--policy: {target} exists already; give a new or empty folder")
     config = session.config()
     adapted = config.lora.rank is not None
     if adapted and merged:
         _merge(session, step, target)
         return f"the policy of step {step} is in {target}, adapters merged"
-    _copy_policy(session.checkpoints / f"step-{step:06d}" / "policy", target)
+    _copy_policy(checkpoint_path(session.checkpoints, step) / "policy", target)
     if adapted:
-        return f"the adapters of step {step} are in {target}; their model is {config.model.policy}"
-    note = "; it was trained in full, there is nothing to merge" if merged else ""
+        return f"the adapters of step {step} are in {target}; base model: {config.model.policy}"
+    note = "; all weights were trained, so there is nothing to merge" if merged else ""
     return f"the policy of step {step} is in {target}{note}"
 
 
 def _merge(session: Session, step: int, target: Path) -> None:
-    # A process of its own: this one never imports torch.
+    # In a subprocess: this process never imports torch.
     module = [sys.executable, "-m", "engine.train.checkpoints.merge"]
-    done = subprocess.run(  # noqa: S603 - ourselves
+    done = subprocess.run(  # noqa: S603 - our own module
         [*module, str(session.folder), str(step), str(target)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         env=clean_environment(), text=True, errors="replace", check=False,
     )  # fmt: skip
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"merging ended with {done.returncode}"]
+        errors = done.stderr.strip().splitlines() or [f"merging ended with {done.returncode}"]
         kind = UserInputError if done.returncode == UserInputError.exit_code else SessionError
-        raise kind(said[-1])
+        raise kind(errors[-1])
 
 
 def _copy_policy(source: Path, target: Path) -> None:
@@ -147,33 +164,33 @@ def _write_lines(target: Path, rows: Iterable[Json]) -> None:
 
 
 class FolderFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the folder of the sessions is like."""
+    """The sessions folder."""
 
     folder: str
     writable: bool
     free_gb: float
     sockets: bool
-    """Whether a Unix socket can be made there."""
+    """Whether a Unix socket can be created there."""
 
 
 class TerminalFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the output goes to."""
+    """The terminal."""
 
     term: str | None
     full_screen: bool
 
 
 class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What `doctor` finds, in the order in which it prints."""
+    """What `doctor` prints, in this order. The fields are keys of its --json."""
 
     python: str
     packages: dict[str, str | None]
-    """Versions; None for what is not installed."""
+    """Version by package; None if it is not installed."""
     cores: int
     gpus: list[str]
     sessions: FolderFacts
     starter: bool
-    """Whether the models of the demo are there."""
+    """Whether the starter models of the demo are installed."""
     terminal: TerminalFacts
 
 
@@ -197,15 +214,29 @@ def doctor(root: Path, as_json: bool) -> None:
         print_json(shown | {"problems": problems})
     else:
         for key, value in shown.items():
-            text = (
-                ", ".join(f"{k} {v}" for k, v in value.items())
-                if isinstance(value, dict)
-                else value
-            )
-            say(f"{key:<10} {text}")
+            say(f"{key:<10} {_fact_text(value)}")
         for problem in problems:
             say(f"problem: {problem}")
     sys.exit(1 if problems else 0)
+
+
+def _fact_text(value: object) -> str:
+    """A fact for people: `yes` and `no`, lists and mappings on one line."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case list():
+            return ", ".join(map(_fact_text, value)) or "none"
+        case dict():
+            return ", ".join(f"{_title(k)} {_fact_text(v)}" for k, v in value.items())
+        case None:
+            return "none"
+        case _:
+            return str(value)
+
+
+def _title(key: str) -> str:
+    return key.replace("_gb", " GB").replace("_", " ")
 
 
 def _version(package: str) -> str | None:
@@ -216,7 +247,7 @@ def _version(package: str) -> str | None:
 
 
 def _gpus() -> list[str]:
-    import pynvml  # noqa: PLC0415 - most commands of this module do without
+    import pynvml  # noqa: PLC0415 - only doctor needs it
 
     from engine.nvml import gpu_handles  # noqa: PLC0415 - as above
 
@@ -228,13 +259,13 @@ def _gpus() -> list[str]:
 
 
 def _folder(root: Path) -> FolderFacts:
-    there = next(p for p in (root, *root.parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    nearest = next(p for p in (root, *root.parents) if p.exists())
+    free = shutil.disk_usage(nearest).free
     return FolderFacts(
         folder=str(root),
-        writable=os.access(there, os.W_OK),
+        writable=os.access(nearest, os.W_OK),
         free_gb=round(free / 1e9, 1),
-        sockets=_sockets_work(there),
+        sockets=_sockets_work(nearest),
     )
 
 
@@ -251,11 +282,11 @@ def _sockets_work(folder: Path) -> bool:
 def _problems(facts: MachineFacts) -> list[str]:
     found = [f"{p} is not installed" for p, v in facts.packages.items() if v is None]
     if not facts.sessions.writable:
-        found.append(f"{facts.sessions.folder} cannot be written; give --sessions DIR")
+        found.append(f"{facts.sessions.folder} is not writable; give --sessions DIR")
     if facts.sessions.free_gb < 1:
-        found.append("less than 1 GB is free where the sessions lie")
+        found.append("less than 1 GB of disk is free in the sessions folder")
     if not facts.starter:
         found.append("the starter models are missing; install rlhf-tui again")
     if facts.gpus and "+cpu" in (facts.packages["torch"] or ""):
-        found.append("there is a GPU, but torch is a CPU build; install a CUDA build of torch")
+        found.append("there is a GPU but torch is a CPU build; install a CUDA build of torch")
     return found

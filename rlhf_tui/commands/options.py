@@ -1,5 +1,6 @@
-"""Options that several commands share, and what they mean."""
+"""Options, arguments and output that commands share."""
 
+import difflib
 import json
 import os
 import sys
@@ -9,11 +10,15 @@ from typing import Any
 
 import click
 
-from engine.session.folder import Session, find
+from engine.errors import NoSuchSessionError
+from engine.session.folder import Session, all_sessions, find
 from engine.session.registry import live_sessions
 from rlhf_tui.text import sanitise
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+SESSIONS = "The folder of sessions."
+JSON = "Print one JSON value."
 
 sessions_option: Decorator = click.option(
     "--sessions",
@@ -22,39 +27,58 @@ sessions_option: Decorator = click.option(
     envvar="RLHF_TUI_SESSIONS",
     default=Path("sessions"),
     show_default="$RLHF_TUI_SESSIONS or ./sessions",
-    help="The folder of sessions.",
+    help=SESSIONS,
 )
 
-json_option: Decorator = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON value on stdout."
-)
+json_option: Decorator = click.option("--json", "as_json", is_flag=True, help=JSON)
 
 last_option: Decorator = click.option(
-    "--last", type=click.IntRange(min=1), metavar="N", help="Only the last N."
+    "--last", type=click.IntRange(min=1), metavar="N", help="Print only the last N."
 )
 
 override_option: Decorator = click.option(
-    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a configuration key."
+    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a configuration key."
 )
 
 name_argument: Decorator = click.argument("name")
 
 
 def existing(root: Path, name: str) -> Session:
-    """The session of that name, here or alive elsewhere. Raises NoSuchSessionError."""
-    return find(root.resolve(), name, live_sessions())
+    """The session called `name`, in `root` or live elsewhere.
+
+    Raises:
+        NoSuchSessionError: there is none; the message suggests similar names.
+    """
+    root = root.resolve()
+    elsewhere = live_sessions()
+    try:
+        return find(root, name, elsewhere)
+    except NoSuchSessionError:
+        near = _similar(name, sorted({s.name for s in (*all_sessions(root), *elsewhere)}))
+        if not near:
+            raise
+        raise NoSuchSessionError(
+            f"no session '{name}' in {root}; did you mean {' or '.join(near)}? "
+            "(rlhf-tui ls lists all)"
+        ) from None
+
+
+def _similar(name: str, names: list[str]) -> list[str]:
+    """At most three names that are close to `name` or contain it."""
+    close = difflib.get_close_matches(name, names, n=3)
+    return [*close, *(n for n in names if name in n and n not in close)][:3]
 
 
 def print_json(value: Any) -> None:
-    """One JSON value; ASCII, so that no terminal can be made to obey it."""
+    """Prints one JSON value, in ASCII: it cannot contain control sequences."""
     click.echo(json.dumps(value, allow_nan=False))
 
 
 def say(text: str) -> None:
-    """A line for people, sanitised, on stdout."""
+    """Prints sanitised text on stdout. All output for people goes through it."""
     click.echo(sanitise(text))
 
 
 def is_terminal() -> bool:
-    """Whether a full screen can be shown here."""
+    """Whether the terminal app can run here."""
     return sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"

@@ -1,4 +1,4 @@
-"""What a run will take of the machine's memory, before it is started."""
+"""The command that estimates a run's memory before it starts: plan."""
 
 import subprocess
 import sys
@@ -23,11 +23,11 @@ from rlhf_tui.text import one_line
 
 GB = 1e9
 WIDTH = 80
-"""Of a line: what every terminal has."""
+"""Columns of a line."""
 NUMBER = 9
-"""Width of a column; six of them and the labels stay within a line."""
-ANSWER_TIMEOUT = 300.0
-"""Seconds for the models' configurations to be read; one from the hub may have to come first."""
+"""Columns of a number; six of them and the labels fit on a line."""
+SHAPES_TIMEOUT = 300.0
+"""Seconds to read the models' configurations, which may have to be downloaded from the hub."""
 LABELS = {
     "process": "process",
     "CUDA context": "CUDA context",
@@ -44,72 +44,80 @@ LABELS = {
     "casts": "bfloat16 copies",
     "loading": "weights read",
 }
-"""Parts in the order they are shown; what is always held first."""
+"""Label by part, in the order of the rows: parts that are held throughout a step come first."""
 
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @override_option
-@click.option("--processes", type=click.IntRange(min=2), metavar="N", help="Ranks of ddp and fsdp.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Ranks of the ddp and fsdp layouts.",
+)
 @json_option
 def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_json: bool) -> None:
-    """Estimate what each rank of the run in CONFIG would hold in memory. Loads no weights."""
+    """Estimate the memory that each rank of a run needs.
+
+    Loads no weights.
+    """
     loaded = config_file.load(config, overrides)
     check_inputs(loaded)
-    models = look(loaded)
+    models = read_models(loaded)
     capacity = of_device(models.device, loaded.launch.gpus)
     ranks = processes or _several(loaded, capacity)
-    found = [estimate(loaded, models, layout) for layout in layouts(loaded, ranks)]
-    mine = configured(loaded, _configured_ranks(loaded, capacity))
+    estimates = [estimate(loaded, models, layout) for layout in layouts(loaded, ranks)]
+    layout = configured(loaded, _configured_ranks(loaded, capacity))
     if as_json:
-        print_json(_as_data(loaded, models, capacity, found, mine))
+        print_json(_as_data(loaded, models, capacity, estimates, layout))
         return
     say(_head(loaded, models))
-    say(_table(found, capacity))
+    say(_table(estimates, capacity))
     say("")
-    for line in _conclusion(loaded, models, capacity, found, mine):
+    for line in _conclusion(loaded, models, capacity, estimates, layout):
         say(_wrapped(line))
 
 
 def _wrapped(line: str) -> str:
-    """Lines of WIDTH; an option stays with its value."""
-    held = one_line(line).replace("-o ", "-o\0")
-    return textwrap.fill(held, WIDTH, break_on_hyphens=False).replace("\0", " ")
+    """Wraps at WIDTH, but never between an option and its value."""
+    unbroken = one_line(line).replace("-o ", "-o\0")
+    return textwrap.fill(unbroken, WIDTH, break_on_hyphens=False).replace("\0", " ")
 
 
-def look(config: RunConfig) -> Models:
-    """The shapes of the models, from a process that may import torch.
+def read_models(config: RunConfig) -> Models:
+    """The shapes of the models, read by a subprocess: this process never imports torch.
 
     Raises:
         UserInputError: a model or the prompts cannot be used.
-        RlhfError: that process failed.
+        RlhfError: the subprocess failed.
     """
     done = subprocess.run(
         [sys.executable, "-m", "engine.train.models.shapes"],
         input=msgspec.json.encode(config),
         env=clean_environment(),
         capture_output=True,
-        timeout=ANSWER_TIMEOUT,
+        timeout=SHAPES_TIMEOUT,
         check=False,
     )
     lines = done.stdout.splitlines() or [b""]
     if done.returncode:
         errors = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise RlhfError(f"the models' shapes could not be read: {errors[-1]}")
-    answer = msgspec.json.decode(lines[-1])
-    if "error" in answer:
-        raise UserInputError(answer["error"])
-    return msgspec.convert(answer, Models)
+        raise RlhfError(f"the models' shapes cannot be read: {errors[-1]}")
+    result = msgspec.json.decode(lines[-1])
+    if "error" in result:
+        raise UserInputError(result["error"])
+    return msgspec.convert(result, Models)
 
 
 def _configured_ranks(config: RunConfig, capacity: Capacity) -> int:
-    """How many ranks the run would have on this machine."""
+    """The number of ranks that the run would have on this machine."""
     given = config.launch.processes
     return given if isinstance(given, int) else max(1, capacity.gpus)
 
 
 def _several(config: RunConfig, capacity: Capacity) -> int:
-    """How many ranks to show ddp and fsdp with: the run's, the machine's, or two."""
+    """The number of ranks in the ddp and fsdp columns: the run's, the machine's, or two."""
     return max(2, _configured_ranks(config, capacity), capacity.gpus)
 
 
@@ -119,65 +127,74 @@ def _head(config: RunConfig, models: Models) -> str:
     longest = "prompts of" if models.exact_prompts else "prompts of at most"
     return (
         f"{kind} memory of each rank, GB: {policy}, {config.model.dtype},\n"
-        f"{longest} {models.prompt_tokens} tokens, answers of {config.rollout.max_new_tokens}"
+        f"{longest} {models.prompt_tokens} tokens, responses of {config.rollout.max_new_tokens}"
     )
 
 
-def _table(found: list[Estimate], capacity: Capacity) -> str:
-    """Rows of parts, columns of layouts; each part at its largest, so the peak is below the sum."""
-    titles = [_title(e.layout) for e in found]
+def _table(estimates: list[Estimate], capacity: Capacity) -> str:
+    """A row per part, a column per layout.
+
+    Parts have their maxima, which do not coincide: the peak is below their sum.
+    """
+    titles = [_title(e.layout) for e in estimates]
     rows = []
     for part, label in LABELS.items():
-        values = [e.parts.get(part, 0) for e in found]
+        values = [e.parts.get(part, 0) for e in estimates]
         if any(values):
             rows.append([label, *(f"{v / GB:.2f}" if v else "–" for v in values)])
-    rows.append(["peak of a step", *(f"{e.peak / GB:.2f}" for e in found)])
-    rows.append(["… while", *(e.fullest for e in found)])
-    rows.append(["fits here", *(_verdict(e, capacity) for e in found)])
+    rows.append(["peak of a step", *(f"{e.peak / GB:.2f}" for e in estimates)])
+    rows.append(["… during", *(e.fullest for e in estimates)])
+    rows.append(["fits here", *(_verdict(e, capacity) for e in estimates)])
     lines = [["", *(t[0] for t in titles)], ["", *(t[1] for t in titles)], *rows]
     widths = [max(NUMBER, *map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(_row(line, widths) for line in lines)
 
 
-def _verdict(found: Estimate, capacity: Capacity) -> str:
-    if not fits(found, capacity):
+def _verdict(result: Estimate, capacity: Capacity) -> str:
+    """`yes`, `no`, or the number of GPUs that the layout would need here."""
+    if not fits(result, capacity):
         return "no"
-    return "yes" if can_start(found.layout, capacity) else f"{found.layout.ranks} GPUs"
+    return "yes" if can_start(result.layout, capacity) else f"{result.layout.ranks} GPUs"
 
 
 def _row(cells: list[str], widths: list[int]) -> str:
-    """A label on the left, numbers on the right."""
+    """The label left-aligned, numbers right-aligned."""
     numbers = (c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))
     return " ".join([cells[0].ljust(widths[0]), *numbers]).rstrip()
 
 
 def _title(layout: Layout) -> tuple[str, str]:
-    """A column's head, in two lines."""
+    """The two lines of a column's header."""
     if layout.lora_rank is None:
         return layout.title, ""
     return layout.title.removesuffix(" LoRA"), f"LoRA {layout.lora_rank}"
 
 
 def _conclusion(
-    config: RunConfig, models: Models, capacity: Capacity, found: list[Estimate], mine: Layout
+    config: RunConfig,
+    models: Models,
+    capacity: Capacity,
+    estimates: list[Estimate],
+    layout: Layout,
 ) -> list[str]:
-    """What would fit on this machine, and what to change where the run does not."""
-    good = [e.layout.title for e in found if _verdict(e, capacity) == "yes"]
-    which = "each" if len(good) == len(found) else ", ".join(good) or "none"
-    lines = [f"{_machine(capacity)}. Of these layouts would fit: {which}."]
-    own = estimate(config, models, mine)
-    if fits(own, capacity):
-        lines.append(f"As configured ({mine.title}) the run fits, with {own.peak / GB:.2f} GB.")
+    """Which layouts fit on this machine, and the changes with which the configured one would."""
+    fitting = [e.layout.title for e in estimates if _verdict(e, capacity) == "yes"]
+    which = "all" if len(fitting) == len(estimates) else ", ".join(fitting) or "none"
+    lines = [f"{_machine(capacity)}. Layouts that fit: {which}."]
+    current = estimate(config, models, layout)
+    peak = f"{current.peak / GB:.2f} GB"
+    if fits(current, capacity):
+        lines.append(f"As configured ({layout.title}) the run fits: {peak} per rank.")
         return lines
-    changes, smaller = changes_to_fit(config, models, mine, capacity)
-    tried = " ".join(f"-o {c}" for c in changes)
-    lines.append(f"As configured ({mine.title}) it needs {own.peak / GB:.2f} GB a rank.")
+    changes, smaller = changes_to_fit(config, models, layout, capacity)
+    options = " ".join(f"-o {c}" for c in changes)
+    lines.append(f"As configured ({layout.title}) the run needs {peak} per rank.")
     if fits(smaller, capacity):
-        lines.append(f"It would fit, with {smaller.peak / GB:.2f} GB, by: {tried}")
+        lines.append(f"It fits, with {smaller.peak / GB:.2f} GB per rank, with: {options}")
     else:
         lines.append(
-            f"Even with {tried} it would need {smaller.peak / GB:.2f} GB: take a smaller model, "
-            "or more memory."
+            f"Even with {options} it needs {smaller.peak / GB:.2f} GB per rank: "
+            "use a smaller model or more memory."
         )
     return lines
 
@@ -185,38 +202,42 @@ def _conclusion(
 def _machine(capacity: Capacity) -> str:
     total, free = f"{capacity.total / GB:.1f} GB", f"{capacity.free / GB:.1f} free now"
     if capacity.device == "cuda":
-        many = f"{capacity.gpus} GPUs of" if capacity.gpus > 1 else "a GPU of"
-        return f"This machine has {many} {total} ({free})"
+        gpus = f"{capacity.gpus} GPUs of" if capacity.gpus > 1 else "a GPU of"
+        return f"This machine has {gpus} {total} ({free})"
     return f"This machine has {total} ({free})"
 
 
 def _as_data(
-    config: RunConfig, models: Models, capacity: Capacity, found: list[Estimate], mine: Layout
+    config: RunConfig,
+    models: Models,
+    capacity: Capacity,
+    estimates: list[Estimate],
+    layout: Layout,
 ) -> Json:
-    """Everything, for scripts; bytes."""
-    own = estimate(config, models, mine)
+    """The object that --json prints; sizes in bytes."""
+    current = estimate(config, models, layout)
     changes: list[str] = []
-    smaller = own
-    if not fits(own, capacity):
-        changes, smaller = changes_to_fit(config, models, mine, capacity)
+    smaller = current
+    if not fits(current, capacity):
+        changes, smaller = changes_to_fit(config, models, layout, capacity)
     return {
         "device": models.device,
         "capacity": {"total": capacity.total, "free": capacity.free, "gpus": capacity.gpus},
         "models": msgspec.to_builtins(models),
-        "configured": _column(own, capacity),
-        "layouts": [_column(e, capacity) for e in found],
+        "configured": _column(current, capacity),
+        "layouts": [_column(e, capacity) for e in estimates],
         "changes": changes,
         "changed_peak": smaller.peak,
         "changed_fits": fits(smaller, capacity),
     }
 
 
-def _column(found: Estimate, capacity: Capacity) -> Json:
+def _column(result: Estimate, capacity: Capacity) -> Json:
     return {
-        **msgspec.to_builtins(found.layout),
-        "phases": found.phases,
-        "peak": found.peak,
-        "fullest": found.fullest,
-        "fits": fits(found, capacity),
-        "can_start": can_start(found.layout, capacity),
+        **msgspec.to_builtins(result.layout),
+        "phases": result.phases,
+        "peak": result.peak,
+        "fullest": result.fullest,
+        "fits": fits(result, capacity),
+        "can_start": can_start(result.layout, capacity),
     }

@@ -1,4 +1,4 @@
-"""Commands that only look: ls, status, metrics, samples, events, logs."""
+"""Commands that only read: ls, status, metrics, samples, events, logs."""
 
 import time
 from pathlib import Path
@@ -35,40 +35,51 @@ from rlhf_tui.state.session_row import SessionRow, read_session_row, unreadable_
 from rlhf_tui.text import one_line, sanitise
 
 FOLLOW_INTERVAL = 0.2
-"""Seconds between looks at a log that is followed."""
-COLUMNS = (SCORE, KL, BETA, CLIP_FRACTION, ENTROPY, RESPONSE_LENGTH, STEP_TIME)
+"""Seconds between reads of a log that is followed."""
+COLUMNS = {
+    SCORE: "score",
+    KL: "KL",
+    BETA: "beta",
+    CLIP_FRACTION: "clip fraction",
+    ENTROPY: "entropy",
+    RESPONSE_LENGTH: "length",
+    STEP_TIME: "seconds",
+}
+"""Metrics that `metrics` prints, with their titles."""
 
 
 @click.command()
 @sessions_option
 @json_option
 def ls(root: Path, as_json: bool) -> None:
-    """List the sessions."""
-    here = all_sessions(root.resolve())
-    elsewhere = [s for s in live_sessions() if s not in here]
-    rows = [_row_or_why_not(s) for s in [*here, *elsewhere]]
+    """List the sessions of the folder and live ones elsewhere."""
+    local = all_sessions(root.resolve())
+    elsewhere = [s for s in live_sessions() if s not in local]
+    rows = [_read_row(s) for s in [*local, *elsewhere]]
     if as_json:
         print_json([r.as_json() for r in rows])
     elif not rows:
         say(f"no sessions in {root}; start one with: rlhf-tui demo")
     else:
-        header = ["name", "state", "step", "beta", "score", "last active"]
-        inside = {str(s.folder) for s in here}
-        say(fmt.table([_ls_cells(r, here=r.folder in inside) for r in rows], header))
+        header = ["name", "state", "step", "beta", "score", "KL", "last active"]
+        folders = {str(s.folder) for s in local}
+        say(fmt.table([_ls_cells(r, local=r.folder in folders) for r in rows], header))
 
 
-def _row_or_why_not(session: Session) -> SessionRow:
+def _read_row(session: Session) -> SessionRow:
+    """A session's row; if it cannot be read, one with the reason."""
     try:
         return read_session_row(session)
     except (RlhfError, OSError) as error:
         return unreadable_row(session, error)
 
 
-def _ls_cells(row: SessionRow, *, here: bool) -> list[str]:
+def _ls_cells(row: SessionRow, *, local: bool) -> list[str]:
     age = f"{fmt.duration(time.time() - row.updated)} ago" if row.updated else "–"
     return [
-        row.name if here else f"{row.name} ({row.folder})", row.state,
-        f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score), age,
+        row.name if local else f"{row.name} ({row.folder})", row.state,
+        f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score),
+        fmt.number(row.kl, 2), age,
     ]  # fmt: skip
 
 
@@ -77,7 +88,7 @@ def _ls_cells(row: SessionRow, *, here: bool) -> list[str]:
 @sessions_option
 @json_option
 def status(root: Path, name: str, as_json: bool) -> None:
-    """Say how a session is."""
+    """Show a session's status."""
     row = read_session_row(existing(root, name))
     if as_json:
         print_json(row.as_json())
@@ -91,7 +102,7 @@ def status(root: Path, name: str, as_json: bool) -> None:
     say(f"  engine      {engine}")
     say(f"  folder      {row.folder}")
     if row.state not in ENDED_STATES and not row.pid:
-        say(f"  go on with  rlhf-tui resume {row.name}")
+        say(f"  resume with rlhf-tui resume {row.name}")
 
 
 @click.command()
@@ -100,14 +111,14 @@ def status(root: Path, name: str, as_json: bool) -> None:
 @last_option
 @json_option
 def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
-    """Print a session's metrics, one row a step."""
+    """Print a session's metrics, one row per step."""
     with JournalReader(existing(root, name)) as record:
         rows = record.metrics(last)
     if as_json:
         print_json([r.as_json() for r in rows])
         return
     body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in COLUMNS)] for r in rows]
-    say(fmt.table(body, ["step", *(c.split("/")[1] for c in COLUMNS)]))
+    say(fmt.table(body, ["step", *COLUMNS.values()]))
 
 
 @click.command()
@@ -116,7 +127,7 @@ def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
 @last_option
 @json_option
 def samples(root: Path, name: str, last: int | None, as_json: bool) -> None:
-    """Print what the policy wrote."""
+    """Print samples: prompts, responses and scores."""
     session = existing(root, name)
     with SampleReader(session) as reader:
         rows = with_judgements(session, reader.newest(last if last or as_json else 16))
@@ -138,7 +149,7 @@ def samples(root: Path, name: str, last: int | None, as_json: bool) -> None:
 @last_option
 @json_option
 def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
-    """Print what happened: states, commands, checkpoints, alerts."""
+    """Print events: states, commands, checkpoints, alerts, notes."""
     with JournalReader(existing(root, name)) as record:
         rows = record.events(last)
     if as_json:
@@ -146,9 +157,9 @@ def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
         return
     common = {"event", "time", "attempt", "step", "kind", "traceback"}
     for row in rows:
-        # Every key that the event has, those of another version too.
-        given = {k: v for k, v in row.as_json().items() if k not in common and v}
-        details = one_line("  ".join(f"{k}={v}" for k, v in given.items()))
+        # All keys of the event: other versions may write keys that this one does not know.
+        data = {k: v for k, v in row.as_json().items() if k not in common and v}
+        details = one_line("  ".join(f"{k}={v}" for k, v in data.items()))
         say(f"{fmt.clock(row.time)}  step {row.step:<6} {row.kind:<10} {details}")
         if isinstance(row.payload, ErrorEvent) and row.payload.traceback:
             say(row.payload.traceback)
@@ -158,16 +169,16 @@ def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
 @name_argument
 @sessions_option
 @last_option
-@click.option("-f", "--follow", is_flag=True, help="Go on until the engine ends.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing until the engine exits.")
 @json_option
 def logs(root: Path, name: str, last: int | None, follow: bool, as_json: bool) -> None:
-    """Print what the engine wrote to its log."""
+    """Print the engine's log."""
     session = existing(root, name)
     if not session.log_file.exists():
-        say("[]" if as_json else f"no engine of '{name}' has written a log yet")
+        say("[]" if as_json else f"session '{name}' has no log yet")
         return
     with session.log_file.open(encoding="utf-8", errors="replace", newline="") as file:
-        # A progress bar rewrites its line: what it looked like last is what counts.
+        # A progress bar rewrites its line with \r: only its last state is printed.
         lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in file.read().split("\n")]
         lines = [line for line in lines if line][-last if last else 0 :]
         if as_json:
@@ -176,7 +187,7 @@ def logs(root: Path, name: str, last: int | None, follow: bool, as_json: bool) -
         for line in lines:
             say(sanitise(line))
         while follow:
-            live = session.is_live()  # asked first: what it says last is still read
+            live = session.is_live()  # before the read, which then includes the last lines
             if new := file.read():
                 click.echo(sanitise(new.replace("\r", "\n")), nl=False)
             elif live:

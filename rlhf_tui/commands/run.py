@@ -17,7 +17,7 @@ from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine
-from engine.launch.start import StartOptions, check_inputs
+from engine.launch.start import StartOptions, check_inputs, is_new
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
 from engine.session.folder import Session, create, free_name
@@ -34,34 +34,37 @@ from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
 
 headless_option = click.option(
-    "--headless", "mode", flag_value="headless", help="Stay in the foreground, one line a step."
+    "--headless",
+    "mode",
+    flag_value="headless",
+    help="Run in the foreground; print a line per step.",
 )
 detach_option = click.option(
-    "--detach", "mode", flag_value="detach", help="Start the engine in the background and return."
+    "--detach", "mode", flag_value="detach", help="Start the engine in the background and exit."
 )
 LOADING_TIMEOUT = 60.0
-"""Seconds `--detach` waits for the models to be loaded; they load on behind it."""
-new_name_option = click.option("--name", metavar="NAME", help="What to call the session.")
+"""Seconds that `--detach` waits for errors while models load; loading continues after it."""
+new_name_option = click.option("--name", metavar="NAME", help="The session's name.")
 reseed_option = click.option(
-    "--reseed", is_flag=True, help="Sample anew rather than meet the same answers again."
+    "--reseed", is_flag=True, help="New random seed: sample other responses than before."
 )
 
 
 def starting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that starts an engine."""
+    """Adds the options of every command that starts an engine."""
     return headless_option(detach_option(override_option(sessions_option(command))))
 
 
 @click.command()
-@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="PPO steps.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Number of PPO steps.")
 @new_name_option
 @starting
 def demo(
     root: Path, overrides: tuple[str, ...], mode: str | None, name: str | None, steps: int | None
 ) -> None:
-    """Train the starter model: a few minutes on two cores, no downloads."""
-    given = [*overrides, *([f"train.steps={steps}"] if steps else [])]
-    config = config_file.load(starter.FOLDER / "demo.yaml", given)
+    """Train the starter model: minutes on two cores, no downloads."""
+    overrides = (*overrides, *([f"train.steps={steps}"] if steps else []))
+    config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
     _start_new(root.resolve(), name, "demo", config, mode)
 
 
@@ -72,7 +75,7 @@ def demo(
 def run(
     root: Path, overrides: tuple[str, ...], mode: str | None, name: str | None, config: Path
 ) -> None:
-    """Start the run that CONFIG, a YAML file, describes."""
+    """Start a run from a configuration file in YAML."""
     loaded = config_file.load(config, overrides)
     _start_new(root.resolve(), name, config.stem, loaded, mode)
 
@@ -81,7 +84,7 @@ def run(
 @name_argument
 @click.option(
     "--from", "from_step", type=click.IntRange(min=1), metavar="STEP",
-    help="Start afresh from this checkpoint.",
+    help="Resume from this checkpoint; later steps become an abandoned branch.",
 )  # fmt: skip
 @reseed_option
 @starting
@@ -93,16 +96,17 @@ def resume(
     from_step: int | None,
     reseed: bool,
 ) -> None:
-    """Go on with a session from its last checkpoint."""
+    """Resume a session from its last checkpoint."""
     session = existing(root, name)
-    session.acquire().release()  # refuses a living one, naming its engine
+    session.acquire().release()  # raises if the session is live
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )
     total = config_file.override(session.config(), overrides).train.steps
     with JournalReader(session) as record:
         crashed = record.state() == "crashed"
-    if start.from_step >= total and not crashed:  # a crash after the last save is still to be ended
+    # A session that crashed after its last checkpoint still has to record its end.
+    if start.from_step >= total and not crashed:
         say(
             f"session '{name}' has finished its {total} steps; to extend it: "
             f"rlhf-tui resume {name} -o train.steps={2 * total}"
@@ -115,7 +119,7 @@ def resume(
 @name_argument
 @click.option(
     "--from", "from_step", type=click.IntRange(min=1), metavar="STEP", required=True,
-    help="The checkpoint to branch from.",
+    help="The checkpoint to fork from.",
 )  # fmt: skip
 @click.option("--name", "new_name", metavar="NEW", required=True, help="The new session's name.")
 @reseed_option
@@ -129,7 +133,7 @@ def fork(
     new_name: str,
     reseed: bool,
 ) -> None:
-    """Branch a new session off a checkpoint of another."""
+    """Fork a new session from a checkpoint of another."""
     session = existing(root, name)
     child, start = start_fork(
         session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
@@ -146,25 +150,20 @@ def _start_new(
 
 
 def _begin(session: Session, start: StartOptions, mode: str | None) -> None:
-    """Starts the engine in the way that was asked for."""
+    """Starts the engine; `mode` is headless, detach or None for the dashboard."""
     if mode == "detach":
         _detach(session, start)
     elif mode == "headless" or not is_terminal():
         if mode is None:
-            click.echo("rlhf-tui: not a terminal: going on as with --headless", err=True)
+            click.echo("rlhf-tui: not a terminal: continuing as with --headless", err=True)
         _become_engine(session, start)
     else:
         _watch(session, start)
 
 
-def _is_new(session: Session, start: StartOptions) -> bool:
-    """Whether it was made for this start; a fork has a journal already."""
-    return bool(start.origin) or not session.journal_file.exists()
-
-
 def _watch(session: Session, start: StartOptions) -> None:
-    """Starts the engine in the background and opens the dashboard on it, loading and all."""
-    new = _is_new(session, start)
+    """Starts the engine in the background and opens the dashboard while it loads."""
+    new = is_new(session, start)
     start_engine(session, start, timeout=0.0)
     code = view.open_screen(session.folder.parent, session)
     with JournalReader(session) as record:
@@ -177,11 +176,11 @@ def _watch(session: Session, start: StartOptions) -> None:
 
 
 def _detach(session: Session, start: StartOptions) -> None:
-    new = _is_new(session, start)
+    new = is_new(session, start)
     try:
         pid = start_engine(session, start, timeout=LOADING_TIMEOUT)
     except UserInputError:
-        if new:  # nothing was trained yet: a mistake leaves nothing half-made behind
+        if new:  # nothing is trained yet: remove the incomplete session
             shutil.rmtree(session.folder, ignore_errors=True)
         raise
     say(f"session {session.name}: engine pid {pid}; steer it with: rlhf-tui ctl {session.name}")
@@ -189,10 +188,10 @@ def _detach(session: Session, start: StartOptions) -> None:
 
 def _become_engine(session: Session, start: StartOptions) -> None:
     """Turns this process into the session's engine, in the foreground."""
-    words = f"going on from step {start.from_step}" if start.from_step else "starting"
-    click.echo(one_line(f"session {session.name}: {words}; folder {session.folder}"), err=True)
-    text = msgspec.json.encode(start).decode()
+    action = f"resuming from step {start.from_step}" if start.from_step else "starting"
+    click.echo(one_line(f"session {session.name}: {action}; folder {session.folder}"), err=True)
+    options = msgspec.json.encode(start).decode()
     sys.stdout.flush()
-    os.execv(  # noqa: S606 - ourselves
-        sys.executable, [sys.executable, "-m", "rlhf_tui.headless", str(session.folder), text]
+    os.execv(  # noqa: S606 - our own module
+        sys.executable, [sys.executable, "-m", "rlhf_tui.headless", str(session.folder), options]
     )

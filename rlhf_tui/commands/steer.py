@@ -1,4 +1,4 @@
-"""Commands that steer a running engine: ctl, note."""
+"""Commands that steer a live engine: ctl, note."""
 
 import sys
 import time
@@ -32,6 +32,8 @@ from engine.protocol.commands import (
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
+    JSON,
+    SESSIONS,
     existing,
     json_option,
     name_argument,
@@ -43,12 +45,15 @@ from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
+WAIT = "Return once the command is applied or rejected."
+TIMEOUT = "How long --wait waits."
+COMMAND_ID = "Idempotency key: a command sent again with the same id is not repeated."
 END_TIMEOUT = 30.0
-"""Seconds for an engine that has stopped to be gone."""
+"""Seconds to wait for the engine's process to exit after `stop --wait`."""
 
 
 class Steering:
-    """Where a command of `ctl` goes, and how its fate is told."""
+    """The options of one `ctl` call; sends its command and prints the outcome."""
 
     def __init__(
         self,
@@ -68,58 +73,64 @@ class Steering:
         self._id = command_id
 
     def send(self, command: AnyCommand) -> None:
-        """Sends, waits if that was asked for, prints, and exits by the outcome."""
-        chosen = self._id or new_id()
+        """Sends a command, waits with --wait, and prints the reply. Exits with 4 on timeout.
+
+        Raises:
+            RlhfError: the command was rejected, or there is no engine.
+        """
+        command_id = self._id or new_id()
         session = existing(self._root, self._name)
         with Client(session, who()) as client:
-            answer = client.send(command, chosen)
-            # A probe is asked for its answer: without waiting it would be good for nothing.
-            if (self._wait or isinstance(command, Probe)) and not answer.final:
+            reply = client.send(command, command_id)
+            # A probe always waits: its result is the reason to send it.
+            if (self._wait or isinstance(command, Probe)) and not reply.final:
                 try:
-                    answer = client.wait(chosen, self._timeout)
+                    reply = client.wait(command_id, self._timeout)
                 except TimeoutError:
                     click.echo(
-                        f"rlhf-tui: not carried out within {self._timeout:g} s; it still will be, "
-                        f"unless the run ends: rlhf-tui events {self._name}",
+                        f"rlhf-tui: not applied within {self._timeout:g} s; still pending, "
+                        f"see: rlhf-tui events {self._name}",
                         err=True,
                     )
                     sys.exit(TIMED_OUT)
-            left = None if answer.final else client.status().boundary_in
-        if self._wait and isinstance(command, Stop) and answer.status == "applied":
-            self._await_end(session)
-        self._print(answer, left)
-        if answer.status == "rejected":
-            raise RlhfError(f"rejected: {answer.reason}")
+            seconds_left = None if reply.final else client.status().boundary_in
+        if reply.reason and reply.status != "rejected":
+            click.echo(f"rlhf-tui: {one_line(reply.reason)}", err=True)
+        if self._wait and isinstance(command, Stop) and reply.status == "applied":
+            self._wait_for_exit(session)
+        self._print(reply, seconds_left)
+        if reply.status == "rejected":
+            raise RlhfError(f"rejected: {reply.reason}")
 
     @staticmethod
-    def _await_end(session: Session) -> None:
-        """Whoever waited for a stop means to go on: to resume, to fork, to delete."""
+    def _wait_for_exit(session: Session) -> None:
+        """Waits until the session can be resumed, forked or deleted."""
         deadline = time.monotonic() + END_TIMEOUT
         while session.is_live() and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _print(self, answer: CommandReply, left: float | None) -> None:
+    def _print(self, reply: CommandReply, seconds_left: float | None) -> None:
         if self._as_json:
-            row: Json = config_file.as_mapping(answer)
+            row: Json = config_file.as_mapping(reply)
             print_json(row | {"applied_step": row.pop("step")})
-        elif answer.status == "accepted":
-            soon = "" if left is None else f", in about {fmt.duration(left)}"
-            say(f"accepted: takes effect at the next step boundary{soon}")
-        elif answer.status == "applied":
-            changes = ", ".join(f"{c.key} {c.old} → {c.new}" for c in answer.changes)
-            say(f"applied at step {answer.step}" + (f": {one_line(changes)}" if changes else ""))
-            for model, got in answer.result.items():
-                head = f"{model}: score {fmt.number(got['score'])}, KL {fmt.number(got['kl'])}"
-                say(f"{head}\n  {one_line(got['response'])}")
+        elif reply.status == "accepted":
+            soon = "" if seconds_left is None else f", in about {fmt.duration(seconds_left)}"
+            say(f"accepted: applies at the next step boundary{soon}")
+        elif reply.status == "applied":
+            changes = ", ".join(f"{c.key} {c.old} → {c.new}" for c in reply.changes)
+            say(f"applied at step {reply.step}" + (f": {one_line(changes)}" if changes else ""))
+            for model, result in reply.result.items():
+                score, kl = fmt.number(result["score"]), fmt.number(result["kl"])
+                say(f"{model}: score {score}, KL {kl}\n  {one_line(result['response'])}")
 
 
 @click.group()
 @name_argument
 @sessions_option
-@click.option("--wait", is_flag=True, help="Return when it has been applied or rejected.")
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds for --wait.")
+@click.option("--wait", is_flag=True, help=WAIT)
+@click.option("--timeout", default=600.0, show_default=True, metavar="SECONDS", help=TIMEOUT)
 @json_option
-@click.option("--id", "command_id", metavar="ID", help="Sent twice with one id, it acts once.")
+@click.option("--id", "command_id", metavar="ID", help=COMMAND_ID)
 @click.pass_context
 def ctl(
     context: click.Context,
@@ -130,14 +141,14 @@ def ctl(
     as_json: bool,
     command_id: str | None,
 ) -> None:
-    """Steer the running engine of session NAME."""
+    """Steer the live engine of session NAME."""
     context.obj = Steering(
         root, name, wait=wait, timeout=timeout, as_json=as_json, command_id=command_id
     )
 
 
 def _verb(kind: type[Command], **options: Any) -> Callable[[Callable[..., None]], click.Command]:
-    """A verb of `ctl`: its name and its line of help are those that its command declares."""
+    """A verb of `ctl`, with the name and the help that the command declares."""
     return ctl.command(name=kind.name(), help=kind.summary, **options)
 
 
@@ -153,8 +164,13 @@ def unpause(steering: Steering) -> None:
     steering.send(Unpause())
 
 
+ctl.add_command(
+    click.Command("resume", callback=unpause.callback, help=Unpause.summary, hidden=True)
+)
+
+
 @_verb(Stop)
-@click.option("--now", is_flag=True, help="At once, without saving.")
+@click.option("--now", is_flag=True, help="Stop immediately, without a checkpoint.")
 @click.pass_obj
 def stop(steering: Steering, now: bool) -> None:
     steering.send(Stop(now=now))
@@ -174,13 +190,13 @@ def undo(steering: Steering) -> None:
 
 @_verb(Rollback)
 @click.argument("step", type=click.IntRange(min=1))
-@click.option("--reseed", is_flag=True, help="Sample anew rather than meet the same answers.")
+@click.option("--reseed", is_flag=True, help="New random seed: sample other responses.")
 @click.pass_obj
 def rollback(steering: Steering, step: int, reseed: bool) -> None:
     steering.send(Rollback(step=step, reseed=reseed))
 
 
-# -1 is a number here.
+# With unknown options ignored, -1 is a value and not an option.
 @_verb(SetBeta, context_settings={"ignore_unknown_options": True})
 @click.argument("value", type=float)
 @click.pass_obj
@@ -190,10 +206,10 @@ def beta(steering: Steering, value: float) -> None:
 
 @_verb(SetKLController)
 @click.argument("controller", type=click.Choice(["fixed", "adaptive"]))
-@click.option("--target", type=float, help="Nats per response.")
-@click.option("--horizon", type=float, help="Episodes.")
-@click.option("--beta-min", type=float)
-@click.option("--beta-max", type=float)
+@click.option("--target", type=float, metavar="NATS", help="Target KL, nats per response.")
+@click.option("--horizon", type=float, metavar="N", help="Horizon of the controller, episodes.")
+@click.option("--beta-min", type=float, metavar="BETA", help="The adaptive controller's minimum.")
+@click.option("--beta-max", type=float, metavar="BETA", help="The adaptive controller's maximum.")
 @click.pass_obj
 def kl(steering: Steering, /, **given: Any) -> None:
     steering.send(SetKLController(**given))
@@ -216,33 +232,28 @@ def probe(steering: Steering, text: str) -> None:
     steering.send(Probe(text=text))
 
 
-# Options may stand behind the verb too: `ctl NAME pause --wait --json`.
-def _lift_options(command: click.Command) -> None:
-    for option in (
-        click.Option(["--wait"], is_flag=True, expose_value=False, callback=_lift("_wait")),
-        click.Option(["--json"], is_flag=True, expose_value=False, callback=_lift("_as_json")),
-        click.Option(["--timeout"], type=float, expose_value=False, callback=_lift("_timeout")),
-        click.Option(["--id"], metavar="ID", expose_value=False, callback=_lift("_id")),
-        click.Option(
-            ["--sessions"],
-            type=click.Path(path_type=Path),
-            expose_value=False,
-            callback=_lift("_root"),
-        ),
-    ):
-        command.params.append(option)
+def _shared_option(flag: str, attribute: str, text: str, **options: Any) -> click.Option:
+    """An option of `ctl` that may also follow the verb; it sets an attribute of Steering."""
 
-
-def _lift(attribute: str) -> Any:
     def callback(context: click.Context, _option: click.Parameter, value: Any) -> None:
         if value:
             setattr(context.obj, attribute, value)
 
-    return callback
+    return click.Option([flag], help=text, expose_value=False, callback=callback, **options)
+
+
+def _shared_options() -> list[click.Option]:
+    return [
+        _shared_option("--wait", "_wait", WAIT, is_flag=True),
+        _shared_option("--timeout", "_timeout", TIMEOUT, type=float, metavar="SECONDS"),
+        _shared_option("--json", "_as_json", JSON, is_flag=True),
+        _shared_option("--id", "_id", COMMAND_ID, metavar="ID"),
+        _shared_option("--sessions", "_root", SESSIONS, type=click.Path(path_type=Path)),
+    ]
 
 
 for _command in ctl.commands.values():
-    _lift_options(_command)
+    _command.params += _shared_options()
 
 
 @click.command(help=Note.summary)
@@ -253,15 +264,18 @@ def note(root: Path, name: str, text: str) -> None:
     session = existing(root, name)
     if session.is_live():
         with Client(session, who()) as client:
-            answer = client.send(Note(text=text))
-        if answer.status == "rejected":
-            raise RlhfError(f"rejected: {answer.reason}")
-        return
-    Note(text=text).check_arguments()
-    lock = session.acquire()  # nobody writes the journal but the holder of the lock
-    try:
-        journal = JournalWriter(session)
-        journal.record_event("note", {"text": text, "who": who()})
-        journal.close()
-    finally:
-        lock.release()
+            reply = client.send(Note(text=text))
+        if reply.status == "rejected":
+            raise RlhfError(f"rejected: {reply.reason}")
+        step = (reply.step or 1) - 1  # the reply has the next step, the note the last finished one
+    else:
+        Note(text=text).check_arguments()
+        lock = session.acquire()  # only the holder of the lock may write the journal
+        try:
+            journal = JournalWriter(session)
+            journal.record_event("note", {"text": text, "who": who()})
+            step = journal.step
+            journal.close()
+        finally:
+            lock.release()
+    say(f"noted at step {step}: {one_line(text)}")

@@ -1,4 +1,4 @@
-"""Commands that open the terminal app: attach, and the browser."""
+"""The command that opens the dashboard, attach, and the session browser."""
 
 import gc
 import os
@@ -20,9 +20,12 @@ if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app impor
 @click.command()
 @click.argument("name", required=False)
 @sessions_option
-@click.option("--read-only", is_flag=True, help="Only look: no commands.")
+@click.option("--read-only", is_flag=True, help="Show the session, send no commands.")
 def attach(root: Path, name: str | None, read_only: bool) -> None:
-    """Open the dashboard of a session; without NAME, of the only one that runs."""
+    """Open the dashboard of a session.
+
+    Without NAME: of the only live session.
+    """
     root = root.resolve()
     session = existing(root, name) if name else _only_live(root)
     _need_terminal(f"rlhf-tui status {session.name} or rlhf-tui metrics {session.name}")
@@ -36,18 +39,18 @@ def browse(root: Path) -> None:
 
 
 def open_screen(root: Path, session: Session | None, *, read_only: bool = False) -> int:
-    """The app, on a folder of sessions or on one of them; its exit code."""
-    # A long session is millions of small objects, and so are the modules that are imported now,
-    # none of them garbage: looking for some among them took a third of the time to the first curve.
+    """Runs the app on a folder of sessions, or on one of them. Returns the exit code."""
+    # Modules and long sessions allocate millions of objects that are not garbage; with the default
+    # thresholds, collections took a third of the time until the first curve.
     gc.set_threshold(200_000, 20, 20)
     first_read = begin_first_read(session) if session is not None else None
-    from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual takes its time to be imported
+    from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual is slow to import
 
     return open_app(root, session.name if session is not None else None, read_only, first_read)
 
 
 def begin_first_read(session: Session) -> "FirstRead":
-    """Reads the outlines of the operator's charts while the app is being imported."""
+    """Starts reading the curves of the charts in a thread while the app is imported."""
     from rlhf_tui.state.first_read import FirstRead  # noqa: PLC0415
     from rlhf_tui.state.preferences import load_preferences  # noqa: PLC0415
 
@@ -55,23 +58,23 @@ def begin_first_read(session: Session) -> "FirstRead":
 
 
 def _only_live(root: Path) -> Session:
-    here = all_sessions(root)
-    live = [s for s in here if s.is_live()] or live_sessions()
+    sessions = all_sessions(root)
+    live = [s for s in sessions if s.is_live()] or live_sessions()
     if len(live) == 1:
         return live[0]
     if live:
         names = ", ".join(s.name for s in live)
-        raise UserInputError(f"give one of the sessions that run: {names}")
-    if not here:
+        raise UserInputError(f"several sessions are live, give one: {names}")
+    if not sessions:
         raise NoSuchSessionError(f"no sessions in {root}; start one with: rlhf-tui demo")
     raise NoSuchSessionError(
-        f"no session runs in {root}; give a name to look at a finished one (rlhf-tui ls), "
+        f"no live session in {root}; give the name of a finished one (rlhf-tui ls), "
         "or resume one: rlhf-tui resume NAME"
     )
 
 
 def _need_terminal(instead: str) -> None:
-    """The app needs a whole screen. Raises UserInputError."""
+    """Raises UserInputError, which names the command `instead`, if the app cannot run here."""
     if not is_terminal():
         why = "TERM is 'dumb'" if os.environ.get("TERM") == "dumb" else "this is not a terminal"
-        raise UserInputError(f"{why}, so no full screen can be shown; use {instead}")
+        raise UserInputError(f"{why}, so the app cannot run; use {instead}")

@@ -1,6 +1,6 @@
-"""What all screens share: tabs and status on top, keys at the bottom, the open session."""
+"""The base of all screens: tabs and status on top, keys at the bottom."""
 
-from typing import cast
+from typing import ClassVar, cast
 
 from textual.app import ComposeResult
 from textual.screen import Screen
@@ -8,6 +8,7 @@ from textual.screen import Screen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.modes import MODES
 from rlhf_tui.state.messages import RowHighlighted
+from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.panels.panel import Panel
 from rlhf_tui.widgets.status_lines import StatusLine, Tabs
@@ -18,6 +19,14 @@ class SessionScreen(Screen[None]):
 
     MODE = ""
     """Its key in :data:`~rlhf_tui.screens.modes.MODES`; set by the subclass."""
+    WRITES: ClassVar[frozenset[str]] = frozenset()
+    """Actions that `--read-only` removes."""
+    READ_ONLY = "read-only: nothing can be changed"
+    """The notice in place of an action of :attr:`WRITES`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled_keys: list[tuple[str, str, bool]] = []
 
     @property
     def context(self) -> AppContext:
@@ -37,6 +46,11 @@ class SessionScreen(Screen[None]):
         """The screen's own widgets; overridden."""
         yield from ()
 
+    def steering_target(self) -> SteeringTarget | None:
+        """The run that the steering keys act on: the open session, unless overridden."""
+        session = self.context.session
+        return SteeringTarget.of_state(session, self.context.state) if session else None
+
     def on_screen_resume(self) -> None:
         """Shows what has changed while another screen was visible."""
         self.draw()
@@ -47,6 +61,28 @@ class SessionScreen(Screen[None]):
             panel.read(self.context.state)
         if not only_live:
             self.refresh_content()
+            self.refresh_keys()
+
+    # -- keys ----------------------------------------------------------------------------------
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Hides what `--read-only` removes; disables what cannot act on what is selected."""
+        if self.context.read_only and action in self.WRITES:
+            return False
+        return None if self.why_disabled(action) else True
+
+    def why_disabled(self, action: str) -> str:
+        """Why an action of this screen does nothing now; empty if it acts. May be extended."""
+        return self.READ_ONLY if self.context.read_only and action in self.WRITES else ""
+
+    def refresh_keys(self) -> None:
+        """Draws the line of keys again if other keys are enabled than before."""
+        enabled = [(key, b.binding.action, b.enabled) for key, b in self.active_bindings.items()]
+        if enabled != self._enabled_keys:
+            self._enabled_keys = enabled
+            self.refresh_bindings()
+
+    # -- overridden by the screens -------------------------------------------------------------
 
     def refresh_content(self) -> None:
         """Shows the rest of the state, which the panels do not; overridden."""

@@ -1,4 +1,4 @@
-"""Checkpoints: save, roll back, branch, export."""
+"""Checkpoints: save, roll back, fork, export."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -20,10 +20,12 @@ class CheckpointsScreen(SessionScreen):
     """Mode 4."""
 
     MODE = "checkpoints"
+    WRITES = frozenset({"roll_back", "fork", "export"})
+    READ_ONLY = "read-only: checkpoints can only be listed"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "roll_back", "roll back"),
-        Binding("f", "fork", "branch"),
+        Binding("f", "fork", "fork"),
         Binding("E", "export", "export"),
     ]
 
@@ -53,10 +55,10 @@ class CheckpointsScreen(SessionScreen):
 
     def _empty(self) -> list[Row]:
         every = self.context.state.setting("save_every")
-        words = f"the next one comes after every {every} steps" if every else "one comes at the end"
+        saved = f"one is saved every {every} steps" if every else "one is saved at the end"
         return [
             [(" no checkpoint yet", "dim")],
-            [(f" {words}; ", "dim"), ("c", "key"), (" saves one after this step", "dim")],
+            [(f" {saved}; ", "dim"), ("c", "key"), (" saves one after the current step", "dim")],
         ]
 
     def _selected(self) -> CheckpointRow | None:
@@ -65,28 +67,28 @@ class CheckpointsScreen(SessionScreen):
             (c for c in self.context.state.checkpoints if (c.step, c.attempt) == key), None
         )
         if found is None:
-            self.context.say("no checkpoint chosen")
+            self.context.say("no checkpoint selected")
         elif found.status != "complete":
-            self.context.say("that one belongs to a timeline that was left", "warning")
+            self.context.say("this checkpoint belongs to an abandoned branch", "warning")
             return None
         return found
 
     def action_roll_back(self) -> None:
         """Rolls back: by a command to the engine, or by a resume if none runs."""
-        if (found := self._selected()) is None:
+        found, target = self._selected(), self.steering_target()
+        if found is None or target is None:
             return
-        session, step = self.context.session, found.step
-        if session is None or session.is_live() or self.context.read_only:
-            self.context.commands.roll_back(step)
+        name, step = target.name, found.step
+        if target.session.is_live():
+            self.context.commands.roll_back(target, step)
             return
-        name = session.name
 
         def resume(reseed: bool) -> None:
-            anew = ["--reseed"] if reseed else []
-            self.context.engines.start(["resume", name, "--from", str(step), *anew], name)
+            seed = ["--reseed"] if reseed else []
+            self.context.engines.start(["resume", name, "--from", str(step), *seed], name)
 
-        if step < self.context.state.head.step:
-            self.context.commands.ask_roll_back(step, resume)
+        if step < target.step:
+            self.context.commands.ask_roll_back(target, step, resume)
         else:
             resume(False)
 
@@ -110,18 +112,18 @@ class CheckpointsScreen(SessionScreen):
                     f"the policy of step {step} is in {text}",
                 )
 
-        self.app.push_screen(InputDialog("Export to", rows, target), take)
+        self.app.push_screen(InputDialog(f"Export {name} to", rows, target), take)
 
     @on(RowSelected)
     def _enter(self) -> None:
-        self.context.say("r rolls back to it, f branches off it, E exports its policy")
+        self.context.say("r rolls back to it, f forks from it, E exports its policy")
 
 
 def _cells(c: CheckpointRow, best: bool, last: bool) -> list[Piece]:
-    words = ["last"] if last else []
-    words += ["best score"] if best else []
+    remarks = ["last"] if last else []
+    remarks += ["best score"] if best else []
     if c.status == "superseded":
-        words = ["of a timeline that was left"]
+        remarks = ["abandoned branch"]
     dim = "dim" if c.status == "superseded" else ""
     return [
         (str(c.step), dim or "strong"),
@@ -130,7 +132,7 @@ def _cells(c: CheckpointRow, best: bool, last: bool) -> list[Piece]:
         (fmt.size(c.size), dim),
         (fmt.number(c.score), dim or "strong"),
         (fmt.number(c.kl, 2), dim),
-        (", ".join(words), "dim" if dim else "good"),
+        (", ".join(remarks), "dim" if dim else "good"),
     ]
 
 

@@ -11,6 +11,7 @@ from engine.session.folder import Session
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.preferences import Preferences
 from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.viewport import Viewport
 
 
@@ -22,10 +23,11 @@ class Say(Protocol):
 
 
 class CommandActions(Protocol):
-    """Sending commands to the engine of the open session."""
+    """Sending commands to an engine."""
 
     def command(
         self,
+        target: SteeringTarget,
         command: Command,
         text: str,
         post: Callable[[CommandAnswered], object] | None = None,
@@ -33,23 +35,26 @@ class CommandActions(Protocol):
         """Sends a command after all earlier ones; False, with a notice, if no engine takes it.
 
         Args:
+            target: the run.
             command: what to send.
-            text: the same for people.
+            text: describes the command in notices.
             post: takes the replies, from another thread; None: the app, which shows them.
         """
 
-    def roll_back(self, step: int) -> None:
+    def run_read(self, target: SteeringTarget) -> None:
+        """Call it when a run was read again: effects of commands may show now."""
+
+    def roll_back(self, target: SteeringTarget, step: int) -> None:
         """Asks, then sends a rollback to the checkpoint of `step`."""
 
-    def ask_roll_back(self, step: int, confirmed: Callable[[bool], None]) -> None:
+    def ask_roll_back(
+        self, target: SteeringTarget, step: int, confirmed: Callable[[bool], None]
+    ) -> None:
         """Asks for confirmation; `confirmed` gets whether to sample with a new seed."""
 
 
 class EngineActions(Protocol):
     """Commands of the CLI, run in a process of their own."""
-
-    def refuse_read_only(self) -> bool:
-        """Whether this terminal is read-only; shows a notice if so."""
 
     def start(self, arguments: list[str], name: str) -> None:
         """Runs `rlhf-tui <arguments> --detach`, and opens the session.

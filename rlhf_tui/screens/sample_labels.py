@@ -20,7 +20,7 @@ BINDINGS: list[BindingType] = [
     Binding("plus", "label('good')", "good"),
     Binding("minus", "label('bad')", "bad"),
     Binding("exclamation_mark", "label('hack')", "hack"),
-    Binding("W", "remark", "note on this answer", show=False),
+    Binding("W", "remark", "note on this response", show=False),
 ]
 """Keys of the screen whose actions call :class:`SampleLabels`."""
 
@@ -73,7 +73,7 @@ class SampleLabels:
     def toggle(self, label: str) -> None:
         """Sets the label of the selected sample, or removes it if it is set already."""
         row = self._selected()
-        if row is None or not self.may_judge():
+        if row is None:
             return
         new = None if row.label == label else label
         response, who = Response.of(row), self._context.who
@@ -83,10 +83,10 @@ class SampleLabels:
     def ask_note(self) -> None:
         """Asks for a note on the selected sample."""
         row = self._selected()
-        if row is None or not self.may_judge():
+        if row is None:
             return
         rows: list[Row] = [
-            [(f"On answer #{row.index} of step {row.step}; empty takes it away.", "dim")]
+            [(f"Response #{row.index} of step {row.step}; an empty note removes it.", "dim")]
         ]
         response, who = Response.of(row), self._context.who
 
@@ -95,21 +95,15 @@ class SampleLabels:
                 self.write(lambda session: set_note(session, row.prompt, response, text, who))
                 self._show_changed(row, row.label, text or None)
 
-        note = row.note or ""
-        self._screen.app.push_screen(
-            InputDialog("Note on this answer", rows, note, lambda _: (True, "")), take
-        )
+        title = f"Note on a response of {self._context.state.name}"
+        dialog = InputDialog(title, rows, row.note or "", lambda _: (True, ""))
+        self._screen.app.push_screen(dialog, take)
 
     def _show_changed(self, row: SampleRow, label: str | None, note: str | None) -> None:
-        context = self._context
-        now = Judgement(label=label, note=note, who=context.who, time=context.now())
-        self._show(msgspec.structs.replace(row, judgement=now))
-
-    def may_judge(self) -> bool:
-        """Whether judgements are accepted here; shows a notice if this terminal is read-only."""
-        if self._context.read_only:
-            self._context.say("read-only: nothing is judged from here", "warning")
-        return not self._context.read_only and self._context.session is not None
+        judgement = Judgement(
+            label=label, note=note, who=self._context.who, time=self._context.now()
+        )
+        self._show(msgspec.structs.replace(row, judgement=judgement))
 
     def write(self, change: Callable[[Session], None]) -> None:
         """Writes a judgement of the open session in a thread; :class:`LabelWritten` follows."""

@@ -1,4 +1,4 @@
-"""The session browser: what there is, how it is, and what can be done with it."""
+"""The sessions screen: lists the sessions of a folder; opens, resumes, forks and deletes them."""
 
 import itertools
 from pathlib import Path
@@ -12,7 +12,7 @@ from textual.worker import get_current_worker
 from engine import metrics
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.session.folder import Session, all_sessions
+from engine.session.folder import Session, all_sessions, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.screens.base import SessionScreen
@@ -24,11 +24,13 @@ from rlhf_tui.state.session_row import (
     read_session_row,
     unreadable_row,
 )
+from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.status_lines import STATE_MARKS
 from rlhf_tui.widgets.table import Column, Table
 
-EVERY = 2.0
+READ_INTERVAL = 2.0
+"""Seconds between two readings of the folder."""
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 12
 SPARK_STEPS = 400
@@ -47,8 +49,8 @@ def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
     return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
 
 
-def session_row(session: Session) -> ListedSession:
-    """The row of a session; if it cannot be read, with the reason."""
+def listed_session(session: Session) -> ListedSession:
+    """A session as the browser lists it; if it cannot be read, with the reason."""
     try:
         row = read_session_row(session)
         with JournalReader(session) as record:
@@ -59,7 +61,7 @@ def session_row(session: Session) -> ListedSession:
 
 
 class SessionListCache:
-    """Rows of sessions; reads only those again that have changed."""
+    """Keeps the rows of sessions; reads only those that have changed."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[object, ListedSession]] = {}
@@ -71,7 +73,7 @@ class SessionListCache:
             stamp = _stamp(session)
             known = self._known.get(session.folder)
             if known is None or known[0] != stamp:
-                known = stamp, session_row(session)
+                known = stamp, listed_session(session)
                 self._known[session.folder] = known
             found.append(known[1])
         found.sort(key=lambda s: (s.row.pid is None, -(s.row.updated or 0), s.row.name))
@@ -99,6 +101,8 @@ class SessionsScreen(SessionScreen):
     """Mode 1."""
 
     MODE = "sessions"
+    WRITES = frozenset({"new", "resume", "fork", "delete"})
+    READ_ONLY = "read-only: nothing can be started or deleted"
     AUTO_FOCUS = "Sessions"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "new", "new demo"),
@@ -128,14 +132,14 @@ class SessionsScreen(SessionScreen):
                 Column("active", 7, right=True),
             ],
             id="sessions",
-            empty=[[(" looking …", "dim")]],
+            empty=[[(" reading …", "dim")]],
         )
         yield Lines(id="about")
 
     def on_mount(self) -> None:
         """Reads the folder again every two seconds."""
         self.read_sessions()
-        self.set_interval(EVERY, self.read_sessions)
+        self.set_interval(READ_INTERVAL, self.read_sessions)
 
     def refresh_content(self) -> None:
         """Reads the folder when the screen becomes visible."""
@@ -171,78 +175,101 @@ class SessionsScreen(SessionScreen):
         if first and self.context.state.name in self._rows:
             table.go([s.row.name for s in message.rows].index(self.context.state.name))
         self._about()
+        for listed in message.rows:
+            if listed.row.name != self.context.state.name:  # the follower reads the open session
+                self.context.commands.run_read(SteeringTarget.of_row(listed.row))
+        self.refresh_keys()
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """Shows the lines about the selected session."""
+        """Shows the lines about the highlighted session, and the keys that can act on it."""
         if message.table == "sessions":
             self._about()
+            self.refresh_keys()
 
     def _about(self) -> None:
-        found = self._rows.get(self.query_one(Table).key or "")
-        self.query_one("#about", Lines).show(_about(found.row) if found else [])
+        row = self._highlighted()
+        self.query_one("#about", Lines).show(_about(row) if row else [])
 
     def on_row_selected(self, message: RowSelected) -> None:
         """Opens a session: enter, or a second click."""
         self.context.open_session(message.key)
 
-    def _selected(self) -> SessionRow | None:
+    def _highlighted(self) -> SessionRow | None:
         found = self._rows.get(self.query_one(Table).key or "")
-        if found is None:
-            self.context.say("no session chosen; n starts a demo")
+        return found.row if found is not None else None
+
+    def steering_target(self) -> SteeringTarget | None:
+        """The highlighted session."""
+        row, context = self._highlighted(), self.context
+        if row is None:
             return None
-        return found.row
+        session = context.session
+        if session is not None and str(session.folder) == row.folder and context.state.known:
+            return super().steering_target()  # read more often than the list
+        return SteeringTarget.of_row(row)
 
     # -- keys ----------------------------------------------------------------------------------
 
+    def why_disabled(self, action: str) -> str:
+        """What the highlighted session lacks for an action."""
+        if reason := super().why_disabled(action):
+            return reason
+        row = self._highlighted()
+        if row is None:
+            needs_row = action in ("resume", "fork", "delete")
+            return "no session selected; n starts a demo" if needs_row else ""
+        match action:
+            case "resume" if row.pid:
+                return f"'{row.name}' is running: enter opens it"
+            case "fork" if not row.checkpoints:
+                return f"'{row.name}' has no checkpoint to fork from"
+            case "delete" if row.pid:
+                return f"'{row.name}' is running: stop it first (S)"
+        return ""
+
     def action_new(self) -> None:
-        """Starts the demo."""
-        self.context.engines.start(["demo"], "")
+        """Asks, then starts the demo."""
+        root = self.context.root
+        rows: list[Row] = [
+            [("Trains a small model for a few minutes; nothing is downloaded.", "")],
+            [(f"New session: {short_path(root / free_name(root, 'demo'))}", "dim")],
+        ]
+        choices = [Choice("c", "Cancel", "cancel"), Choice("s", "Start", "start")]
+
+        def chosen(result: str | None) -> None:
+            if result == "start":
+                self.context.engines.start(["demo"], "")
+
+        self.app.push_screen(ChoiceDialog("Start a demo run?", rows, choices), chosen)
 
     def action_resume(self) -> None:
         """Resumes the session from its last checkpoint."""
-        row = self._selected()
-        if row is None:
-            return
-        if row.pid:
-            self.context.say(f"'{row.name}' runs already: enter opens it")
-            return
-        self.context.engines.start(["resume", row.name], row.name)
+        if (row := self._highlighted()) is not None:
+            self.context.engines.start(["resume", row.name], row.name)
 
     def action_fork(self) -> None:
         """Forks the session from its last checkpoint."""
-        row = self._selected()
-        if row is None:
-            return
-        if not row.checkpoints:
-            self.context.say(f"'{row.name}' has no checkpoint to branch from", "warning")
-            return
-        self.context.engines.ask_fork(row.name, max(row.checkpoints))
+        if (row := self._highlighted()) is not None:
+            self.context.engines.ask_fork(row.name, max(row.checkpoints))
 
     def action_delete(self) -> None:
         """Asks, then deletes the session."""
-        row = self._selected()
-        if row is None or self.context.engines.refuse_read_only():
+        if (row := self._highlighted()) is None:
             return
-        name = row.name
-        if row.pid:
-            self.context.say(
-                f"'{name}' has a running engine: open it and stop it first (S)", "warning"
-            )
-            return
-        count = len(row.checkpoints)
+        name, count = row.name, len(row.checkpoints)
         rows: list[Row] = [
-            [("Its journal, samples and ", ""), (f"{count} checkpoints", "strong"),
-             (" are gone for good.", "")],
+            [("Its journal, its samples and ", ""), (f"{count} checkpoints", "strong"),
+             (" are deleted. This cannot be undone.", "")],
             [(short_path(row.folder), "dim")],
         ]  # fmt: skip
         choices = [Choice("c", "Cancel", "cancel"), Choice("d", "Delete", "delete", danger=True)]
 
-        def answer(result: str | None) -> None:
+        def chosen(result: str | None) -> None:
             if result == "delete":
                 self.context.forget_session(name)
                 self.context.engines.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
-        self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), answer)
+        self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), chosen)
 
 
 def _cells(listed: ListedSession, now: float) -> list[Piece]:
@@ -276,6 +303,6 @@ def _about(row: SessionRow) -> list[Row]:
         tone = "bad" if row.state in ("failed", "unreadable") else "dim"
         found.append([(f" {row.message}", tone)])
     elif row.state == "crashed":
-        words = "its engine is gone without a word; go on: "
-        found.append([(f" {words}", "bad"), (f"rlhf-tui resume {row.name}", "key")])
+        reason = "engine died (no exit message); resume: "
+        found.append([(f" {reason}", "bad"), (f"rlhf-tui resume {row.name}", "key")])
     return found

@@ -6,6 +6,7 @@ from textual.message import Message
 
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
+from engine.session.folder import Session
 from rlhf_tui.state.session_row import ListedSession
 from rlhf_tui.state.updates import SessionUpdate
 
@@ -23,11 +24,17 @@ class CommandAnswered(Message):
     """A reply to a command, or why it could not be sent (`problem`)."""
 
     def __init__(
-        self, text: str, command: Command, reply: CommandReply | None = None, problem: str = ""
+        self,
+        session: Session,
+        text: str,
+        command: Command,
+        reply: CommandReply | None = None,
+        problem: str = "",
     ) -> None:
         super().__init__()
+        self.session = session
         self.text = text
-        """The command, for people."""
+        """Describes the command in notices."""
         self.command = command
         self.reply = reply
         self.problem = problem
@@ -56,7 +63,7 @@ class EngineStarted(Message):
 
 
 class RowSelected(Message):
-    """A row of a table was chosen (enter, click)."""
+    """A row of a table was selected (enter, click)."""
 
     def __init__(self, table: str, key: Any) -> None:
         super().__init__()
@@ -65,7 +72,7 @@ class RowSelected(Message):
 
 
 class RowHighlighted(Message):
-    """The cursor of a table has come to a row."""
+    """The cursor of a table has moved to a row."""
 
     def __init__(self, table: str, key: Any) -> None:
         super().__init__()
@@ -74,7 +81,7 @@ class RowHighlighted(Message):
 
 
 class CursorMoved(Message):
-    """The crosshair of a chart was put on a step (None: taken away)."""
+    """The crosshair of a chart was moved to a step (None: removed)."""
 
     def __init__(self, step: int | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The last line of a screen: the keys that work here, as many as fit."""
+"""The footer of a screen: the keys that are available, as many as fit."""
 
 from textual.binding import Binding
 from textual.timer import Timer
@@ -16,12 +16,12 @@ NAMES = {
 
 
 def key_name(key: str) -> str:
-    """The label of a key on the keyboard."""
+    """The label of a key: `[` for `left_square_bracket`."""
     return NAMES.get(key, key.replace("shift+", "⇧").replace("⇧left", "⇧←").replace("⇧right", "⇧→"))
 
 
 class KeyFooter(Lines):
-    """Made from the bindings: those with `show`, the screen's own first."""
+    """Shows the active bindings that have `show`, those of the screen before those of the app."""
 
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id)
@@ -29,7 +29,7 @@ class KeyFooter(Lines):
         self._shown_until: Timer | None = None
 
     def say(self, text: str, seconds: float) -> None:
-        """A notice in place of the keys, for some seconds or until the next one."""
+        """Shows a notice instead of the keys, for some seconds or until the next notice."""
         if self._shown_until is not None:
             self._shown_until.stop()
         self._notice = text
@@ -37,23 +37,24 @@ class KeyFooter(Lines):
         self.update()
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """One line, `? help` always at its end."""
+        """One line, which always ends in `? help`."""
         if self._notice:
             text = one_line(f" {self._notice}")
             return [[(shorten(text, width), "notice")]]
-        last: list[Piece] = [("?", "key"), (" help ", "dim")]
-        room = width - row_width(last)
+        help_key: list[Piece] = [("?", "key"), (" help ", "dim")]
+        room = width - row_width(help_key)
         row: list[Piece] = [(" ", "")]
-        for key, words in self._shown():
-            piece: list[Piece] = [(key, "key"), (f" {words}  ", "dim")]
+        for key, description in self._shown():
+            piece: list[Piece] = [(key, "key"), (f" {description}  ", "dim")]
             if row_width(row) + row_width(piece) > room:
                 break
             row += piece
-        return [[*row, (" " * (room - row_width(row)), ""), *last]]
+        return [[*row, (" " * (room - row_width(row)), ""), *help_key]]
 
     def _shown(self) -> list[tuple[str, str]]:
-        own: list[tuple[str, str]] = []
-        general: list[tuple[str, str]] = []
+        """(key, description) of the bindings to show."""
+        of_screen: list[tuple[str, str]] = []
+        of_app: list[tuple[str, str]] = []
         seen: set[str] = set()
         for active in self.screen.active_bindings.values():
             binding: Binding = active.binding
@@ -61,10 +62,10 @@ class KeyFooter(Lines):
                 continue
             seen.add(binding.action)
             keys = binding.key_display or key_name(binding.key)
-            target = general if active.node is self.app else own
+            target = of_app if active.node is self.app else of_screen
             target.append((keys, binding.description))
-        return own + general
+        return of_screen + of_app
 
     def on_mount(self) -> None:
-        """Draws again when the bindings change."""
+        """Updates when the bindings change."""
         self.screen.bindings_updated_signal.subscribe(self, lambda _: self.update())

@@ -1,6 +1,6 @@
-"""A widget of lines of text, which sends to the terminal only what has changed.
+"""A widget of lines of text that sends only changed cells to the terminal.
 
-Everything shown passes :func:`~rlhf_tui.text.one_line` here, whoever wrote it.
+All text is sanitised here by :func:`~rlhf_tui.text.one_line`; callers need not do it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,15 +16,15 @@ from rlhf_tui.text import one_line
 from rlhf_tui.widgets.tones import style_of
 
 Piece = tuple[str, str]
-"""Text and its tone, one of :data:`~rlhf_tui.widgets.tones.TONES`."""
+"""Text and its tone, a key of :data:`~rlhf_tui.widgets.tones.TONES`."""
 Row = Sequence[Piece]
 
 CHOSEN = "*"
-"""Prefix of a tone: on the background of the selected line."""
+"""Prefix of a tone: the same tone on the background of the selected line."""
 
 
 class Lines(Widget):
-    """Lines of pieces; a line that is too long ends in an ellipsis."""
+    """Lines of pieces. A line that is too long ends in an ellipsis."""
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id, classes=classes, markup=False)
@@ -33,7 +33,7 @@ class Lines(Widget):
         self._tones: dict[str, Style] = {}
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """The lines for this size; overridden by widgets that compute them."""
+        """The lines for a size in cells. Override it to compute them."""
         return self._rows
 
     def show(self, rows: list[Row]) -> None:
@@ -42,13 +42,13 @@ class Lines(Widget):
         self.update()
 
     def update(self) -> None:
-        """Draws the lines again; only cells that have changed are sent."""
+        """Renders the lines again. Only changed cells are sent."""
         width, height = self.size
         if not width or not height:
             return
         rows = self.rows(width, height)[:height]
         rows += [[]] * (height - len(rows))
-        new = [drawn(row, width, self.tone) for row in rows]
+        new = [render_row(row, width, self.tone) for row in rows]
         if len(self._strips) != height:
             self._strips = new
             self.refresh()
@@ -63,7 +63,7 @@ class Lines(Widget):
             self.refresh(*changed)
 
     def notify_style_update(self) -> None:
-        """Another theme: drops every cached style and line."""
+        """Drops all cached styles and lines when the theme changes."""
         self._tones.clear()
         self._strips = []
         super().notify_style_update()
@@ -71,22 +71,22 @@ class Lines(Widget):
             self.update()
 
     def on_resize(self) -> None:
-        """Another size: draws all lines."""
+        """Renders all lines for the new size."""
         self._strips = []
         self.update()
 
     def render_line(self, y: int) -> Strip:
-        """Called by Textual for each line."""
+        """The rendered line `y`. Textual calls it."""
         if y < len(self._strips):
             return self._strips[y]
         return Strip.blank(self.size.width, self.rich_style)
 
     def tone(self, name: str) -> Style:
-        """The style of a tone in the present theme."""
+        """The style of a tone in the current theme, cached."""
         if name not in self._tones:
             style = style_of(self, name.removeprefix(CHOSEN))
             if name.startswith(CHOSEN):
-                # Only the ground and the look: the letters keep their own colour.
+                # Only the background and attributes: the text keeps its colour.
                 style += (
                     style_of(self, "cursor").without_color
                     if self.app.no_color
@@ -96,18 +96,18 @@ class Lines(Widget):
         return self._tones[name]
 
     def text(self) -> str:
-        """What is shown, as plain text: lines cut to the width, without spaces at their ends."""
+        """The visible lines as plain text, cut to the width, without trailing spaces."""
         width, height = self.size
         return plain_text(self.rows(width, height)[:height], width)
 
 
-def drawn(row: Row, width: int, style: Callable[[str], Style]) -> Strip:
-    """A row in exactly `width` cells.
+def render_row(row: Row, width: int, style: Callable[[str], Style]) -> Strip:
+    """Renders a row in exactly `width` cells.
 
     Args:
-        row: the pieces; what does not fit is cut off with an ellipsis.
+        row: the pieces; text that does not fit is cut with an ellipsis.
         width: cells.
-        style: a tone's style.
+        style: maps a tone to its style.
     """
     segments, left = [], width
     for text, tone in row:
@@ -127,12 +127,12 @@ def drawn(row: Row, width: int, style: Callable[[str], Style]) -> Strip:
 
 
 def plain_text(rows: Iterable[Row], width: int) -> str:
-    """Rows as they are drawn in `width` cells, without styles."""
-    return "\n".join(drawn(row, width, lambda _tone: Style()).text.rstrip() for row in rows)
+    """Rows rendered in `width` cells, without styles."""
+    return "\n".join(render_row(row, width, lambda _tone: Style()).text.rstrip() for row in rows)
 
 
 def shorten(text: str, width: int) -> str:
-    """Cut to exactly `width` cells, with an ellipsis where something is left out."""
+    """Text padded or cut to exactly `width` cells; cut text ends in an ellipsis."""
     if cell_len(text) <= width:
         return set_cell_size(text, width)
     return set_cell_size(text, width - 1) + "…" if width > 0 else ""
@@ -144,7 +144,7 @@ def row_width(row: Row) -> int:
 
 
 def justified(left: Row, right: Row, width: int) -> Row:
-    """`left` and `right` at the two ends of a line; `left` is shortened if needed."""
+    """A row with `left` and `right` aligned to its ends; `left` is cut if needed."""
     room = width - row_width(right)
     gap = room - row_width(left)
     if gap >= 0:
@@ -161,7 +161,7 @@ def justified(left: Row, right: Row, width: int) -> Row:
 
 
 def changed_span(old: Strip, new: Strip) -> tuple[int, int] | None:
-    """The first changed cell and the one after the last; None where the strips are the same."""
+    """[first, end) of the cells that differ; None if the strips are equal."""
     if old == new:
         return None
     before, after = _cells(old), _cells(new)

@@ -1,4 +1,4 @@
-"""The two lines on top of every screen: the tabs, and the status of the run."""
+"""The two top lines of every screen: the tabs, and the status of the run."""
 
 from engine import metrics
 from rlhf_tui import format as fmt
@@ -17,11 +17,11 @@ STATE_MARKS = {
     "failed": ("✗", "bad"),
     "crashed": ("✗", "bad"),
 }
-"""A state's mark and tone."""
+"""Mark and tone by state."""
 
 
 def state_pieces(state: str) -> list[Piece]:
-    """A state with its mark."""
+    """A state's name with its mark."""
     mark, tone = STATE_MARKS.get(state, ("?", "warn"))
     return [(f"{mark} {state}", tone)]
 
@@ -32,13 +32,13 @@ class Tabs(Panel):
     def __init__(
         self, state: SessionState, here: str, modes: tuple[str, ...], *, read_only: bool = False
     ) -> None:
-        """`here` is the mode of the screen it stands on, one of `modes`."""
+        """`here` is the mode of the screen, one of `modes`."""
         super().__init__(state, id="tabs")
         self.here = here
         self.modes = modes
         self.read_only = read_only
         self._room = 0
-        """Cells that the tabs had when they were drawn."""
+        """Cells of the tabs at the last rendering."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
@@ -52,27 +52,27 @@ class Tabs(Panel):
         return [justified(self._tabs(self._room), right, width)]
 
     def _tabs(self, width: int) -> Row:
-        # Where the names do not fit, that of this screen stands, and the others' keys.
-        whole = sum(len(mode) + 4 for mode in self.modes) < width
+        # If the names do not fit, only this screen's name is shown, and the keys of the others.
+        fits = sum(len(mode) + 4 for mode in self.modes) < width
         tabs: list[Piece] = []
         for number, mode in enumerate(self.modes, start=1):
             here = mode == self.here
-            name = f" {mode.capitalize()}" if whole or here else ""
+            name = f" {mode.capitalize()}" if fits or here else ""
             tabs.append((f" {number}{name} ", "here" if here else "tab"))
         return tabs
 
     async def on_click(self, event: object) -> None:
         """Shows the screen whose name was clicked."""
-        at, x = 0, getattr(event, "x", 0)
+        end, x = 0, getattr(event, "x", 0)
         for (text, _), mode in zip(self._tabs(self._room), self.modes, strict=True):
-            at += len(text)
-            if x < at:
+            end += len(text)
+            if x < end:
                 await self.app.run_action(f"app.go('{mode}')")
                 return
 
 
 class StatusLine(Panel):
-    """Step, time left, speed and memory; or the problem."""
+    """Step, time left, speed and memory; or the problem that keeps them from being read."""
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
@@ -92,39 +92,39 @@ class StatusLine(Panel):
         return [justified(left, self._facts(width - row_width(left)), width)]
 
     def _note(self) -> Piece | None:
-        """Why the run does not go on, with the command that helps."""
+        """Why the run does not continue, with the command that resumes it."""
         head, resume = self.state.head, f"rlhf-tui resume {self.state.name}"
         first = head.message.partition("\n")[0]
         if head.state == "finished" and head.step >= head.total_steps:
             return f"extend: {resume} -o train.steps={2 * head.step}", "dim"
-        why = f"{first}; go on" if first else "go on"
+        stopped = f"{first}; resume: {resume}" if first else f"resume: {resume}"
         connecting = self.state.live and not self.state.connected
         return {
-            "crashed": (f"its engine is gone; go on: {resume}", "bad"),
+            "crashed": (f"engine died; resume: {resume}", "bad"),
             "failed": (f"failed: {first or 'see 5 Log'}", "bad"),
-            "finished": (f"{why}: {resume}", "dim"),
-            "stopped": (f"{why}: {resume}", "dim"),
-            "paused": (f"paused after step {head.step}; p goes on", "warn"),
+            "finished": (stopped, "dim"),
+            "stopped": (stopped, "dim"),
+            "paused": (f"paused after step {head.step}; p resumes", "warn"),
         }.get(head.state, ("connecting to the engine …", "dim") if connecting else None)
 
     def _facts(self, width: int) -> list[Piece]:
         state = self.state
         left, speed = state.seconds_left(), state.recent_mean(metrics.TOKENS_PER_SECOND)
         memory = state.series(metrics.PEAK_MEMORY).last
-        found: list[tuple[str, str]] = []
+        facts: list[tuple[str, str]] = []
         if left is not None:
-            found.append((fmt.duration(left), "left"))
+            facts.append((fmt.duration(left), "left"))
         if speed is not None:
-            found.append((f"{speed:,.0f}", "tok/s"))
+            facts.append((f"{speed:,.0f}", "tok/s"))
         if memory is not None:
-            found.append((f"{memory:.1f}", "GB"))
+            facts.append((f"{memory:.1f}", "GB"))
         beta = state.setting("beta")
         if beta is not None:
-            found.append((f"{beta:.4g}", "beta"))
+            facts.append((f"{beta:.4g}", "beta"))
         if len(state.head.attempts) > 1:
-            found.append((str(len(state.head.attempts)), "attempts"))
+            facts.append((str(len(state.head.attempts)), "attempts"))
         pieces: list[Piece] = []
-        for value, unit in found:
+        for value, unit in facts:
             if row_width(pieces) + len(value) + len(unit) + 5 > width:
                 break
             pieces += [(f"   {value}", "strong"), (f" {unit}", "dim")]

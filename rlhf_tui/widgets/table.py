@@ -1,4 +1,4 @@
-"""Scrolling lists that draw only the visible lines: tables, logs, texts."""
+"""Scrolling lists that render only the visible lines: tables, logs, texts."""
 
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ WHEEL = 3
 
 
 class ScrollList(Lines, can_focus=True):
-    """Scrolls over :meth:`count` lines from :meth:`row`; a subclass may have a cursor."""
+    """Scrolls over :meth:`count` lines from :meth:`row`. A subclass may have a cursor."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down,j", "move(1)", "down", show=False),
@@ -30,22 +30,22 @@ class ScrollList(Lines, can_focus=True):
         self.top = 0
         self.cursor = 0
         self.matching = ""
-        """Text that is highlighted wherever it occurs."""
+        """Text to highlight in all lines."""
 
     def count(self) -> int:
-        """The number of lines; overridden."""
+        """The number of lines. Override it."""
         return 0
 
     def row(self, index: int, width: int) -> Row:
-        """The line at `index`; overridden."""
+        """The line at `index`. Override it."""
         return []
 
     def header(self, width: int) -> list[Row]:
-        """Lines that do not scroll; overridden."""
+        """Lines above the list that do not scroll. Override it to have some."""
         return []
 
     def empty(self) -> list[Row]:
-        """What an empty list shows; overridden."""
+        """The lines of an empty list. Override it to have some."""
         return []
 
     @property
@@ -59,7 +59,7 @@ class ScrollList(Lines, can_focus=True):
         count = self.count()
         if not count:
             return [*header, *self.empty()]
-        self._hold()
+        self._clamp()
         body = []
         for index in range(self.top, min(self.top + height - len(header), count)):
             row = self.row(index, width)
@@ -71,12 +71,12 @@ class ScrollList(Lines, can_focus=True):
         return [*header, *body]
 
     def text(self) -> str:
-        """All lines as plain text, those out of sight included."""
+        """All lines as plain text, also those outside the window."""
         width, count = self.size.width, self.count()
         body = [self.row(index, width) for index in range(count)] if count else self.empty()
         return plain_text([*self.header(width), *body], width)
 
-    def _hold(self) -> None:
+    def _clamp(self) -> None:
         """Keeps cursor and window within the list, and the cursor in the window."""
         count, page = self.count(), self.page_size
         self.cursor = min(max(self.cursor, 0), max(count - 1, 0))
@@ -92,12 +92,12 @@ class ScrollList(Lines, can_focus=True):
             self.cursor = index
         else:
             self.top = index
-        self._hold()
+        self._clamp()
         self.moved()
         self.update()
 
     def moved(self) -> None:
-        """Called after each move; overridden."""
+        """Called after each move. Override it to react."""
 
     def action_move(self, lines: int) -> None:
         """Moves by lines."""
@@ -123,24 +123,24 @@ class ScrollList(Lines, can_focus=True):
 
 
 class ScrollText(ScrollList):
-    """A text: a list of rows without a cursor."""
+    """A fixed list of rows without a cursor."""
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002
         super().__init__(id=id, classes=classes)
         self._body: list[Row] = []
 
     def set_body(self, rows: list[Row], *, keep: bool = False) -> None:
-        """Replaces the lines; scrolls to the top unless `keep` is set."""
+        """Replaces the rows. Scrolls to the top unless `keep` is set."""
         self._body = rows
         self.top = self.top if keep else 0
         self.update()
 
     def count(self) -> int:
-        """The rows that were set."""
+        """The number of rows."""
         return len(self._body)
 
     def row(self, index: int, width: int) -> Row:
-        """A row that was set."""
+        """The row at `index`."""
         return self._body[index]
 
 
@@ -150,7 +150,15 @@ class Column:
     def __init__(
         self, title: str, width: int, *, right: bool = False, flexible: bool = False, least: int = 0
     ) -> None:
-        """A flexible column takes what is left; `least`: hidden where the table is narrower."""
+        """A column.
+
+        Args:
+            title: of the header.
+            width: cells; ignored if flexible.
+            right: align to the right.
+            flexible: take the remaining width.
+            least: width of the table in cells below which the column is hidden.
+        """
         self.title, self.width = title, width
         self.right, self.flexible, self.least = right, flexible, least
 
@@ -171,7 +179,7 @@ class Table(ScrollList):
         self._keys: list[Any] = []
 
     def set_rows(self, rows: list[tuple[Any, list[Piece]]], empty: list[Row] | None = None) -> None:
-        """Replaces the rows; the cursor stays on the row with the same key if it still exists."""
+        """Replaces the rows. The cursor stays on the row with the same key if there is one."""
         key = self.key
         self._keys = [k for k, _ in rows]
         self._cells = [cells for _, cells in rows]
@@ -179,7 +187,7 @@ class Table(ScrollList):
             self._empty = empty
         if key in self._keys:
             self.cursor = self._keys.index(key)
-        self._hold()
+        self._clamp()
         self.update()
         if self.key != key:
             self.moved()
@@ -195,19 +203,19 @@ class Table(ScrollList):
         return list(self._keys)
 
     def count(self) -> int:
-        """The rows that were set."""
+        """The number of rows."""
         return len(self._keys)
 
     def empty(self) -> list[Row]:
-        """What the screen has set for an empty table."""
+        """The lines that were given for an empty table."""
         return self._empty
 
     def moved(self) -> None:
-        """Posts the row under the cursor."""
+        """Posts :class:`RowHighlighted` for the row under the cursor."""
         self.post_message(RowHighlighted(self.id or "", self.key))
 
     def action_choose(self) -> None:
-        """Posts that the row was selected."""
+        """Posts :class:`RowSelected` for the row under the cursor."""
         if self.key is not None:
             self.post_message(RowSelected(self.id or "", self.key))
 
@@ -221,7 +229,7 @@ class Table(ScrollList):
                 self.action_choose()
 
     def header(self, width: int) -> list[Row]:
-        """The columns' titles; the sorted one has an arrow."""
+        """The titles of the columns; the sorted column has an arrow."""
         if not any(column.title for column in self.columns):
             return []
         titles: list[Piece] = []
@@ -235,23 +243,23 @@ class Table(ScrollList):
         return [[*self._line(titles, width, "head"), (" " * width, "head")]]
 
     def row(self, index: int, width: int) -> Row:
-        """A row, its cells in their columns."""
+        """The row at `index`, its cells in their columns."""
         return self._line(self._cells[index], width, "")
 
     def _line(self, cells: list[Piece], width: int, gap: str) -> list[Piece]:
         shown = [c for c in self.columns if width >= c.least]
         fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
         flexible = max(width - fixed, 4) // max(sum(c.flexible for c in shown), 1)
-        found: list[Piece] = [(" ", gap)]
+        line: list[Piece] = [(" ", gap)]
         for column, (text, tone) in zip(self.columns, cells, strict=True):
             if column in shown:
                 room = flexible if column.flexible else column.width
-                found += [(fitted(text, room, right=column.right), tone), (" ", gap)]
-        return found
+                line += [(fitted(text, room, right=column.right), tone), (" ", gap)]
+        return line
 
 
 def fitted(text: str, width: int, *, right: bool = False) -> str:
-    """Text in exactly `width` cells."""
+    """Text padded or cut to exactly `width` cells."""
     text = one_line(text)
     if right and len(text) < width:
         return text.rjust(width)
@@ -259,14 +267,14 @@ def fitted(text: str, width: int, *, right: bool = False) -> str:
 
 
 def marked(row: Row, words: str) -> Row:
-    """A row with every occurrence of `words` highlighted, in upper or lower case."""
-    found: list[Piece] = []
+    """A row with all occurrences of `words` highlighted, ignoring case."""
+    highlighted: list[Piece] = []
     needle = words.lower()
     for text, tone in row:
         lower, at = text.lower(), 0
-        # Some letters change their length in lower case; then the place would be wrong.
+        # Some letters have another length in lower case; positions would then be wrong.
         while len(lower) == len(text) and (hit := lower.find(needle, at)) >= 0:
-            found += [(text[at:hit], tone), (text[hit : hit + len(words)], "match")]
+            highlighted += [(text[at:hit], tone), (text[hit : hit + len(words)], "match")]
             at = hit + len(words)
-        found.append((text[at:], tone))
-    return found
+        highlighted.append((text[at:], tone))
+    return highlighted

@@ -1,8 +1,8 @@
 """An input field whose keys take effect in the order in which they were typed.
 
-Textual runs the binding of a key only after the event has gone up through all parents, each with a
-queue of its own, but inserts letters at once. In a burst, which is what a slow connection makes of
-quick typing, a backspace would come after the letters that follow it.
+Textual inserts letters immediately, but runs the binding of a key only after the event has passed
+the message queues of all parents. On a slow connection keys arrive in bursts, and a backspace would
+take effect after the letters that follow it.
 """
 
 from textual import events
@@ -12,14 +12,14 @@ from rlhf_tui.widgets.textual_internals import bindings_of_key
 
 
 class TextInput(Input):
-    """An input that runs its own bindings at once. Its cursor does not blink."""
+    """An input that runs its own bindings immediately."""
 
     def on_mount(self) -> None:
-        """A blinking cursor would be sent over the wire twice a second."""
+        """Turns off the blinking cursor, which would send data twice a second."""
         self.cursor_blink = False
 
     async def on_key(self, event: events.Key) -> None:
-        """Runs the binding of a key; Textual inserts what is printable after this."""
+        """Runs the binding of a key that is not printable. Textual inserts printable ones."""
         if event.is_printable:
             return
         for binding in bindings_of_key(self, event.key):

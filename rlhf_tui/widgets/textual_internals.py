@@ -7,25 +7,25 @@ from typing import Any
 
 from textual.app import App
 from textual.binding import Binding
+from textual.dom import DOMNode
 from textual.screen import Screen
-from textual.widget import Widget
 
 
 async def run_key_binding(app: App[Any], key: str) -> bool:
     """Runs the binding of a key now, as Textual would later; False if nothing is bound to it.
 
-    Textual offers no public way to run a binding before the event loop handles the next key.
-    `App.simulate_key` queues the key behind those that have arrived already.
+    Textual has no public way to run a binding before the event loop handles the next key:
+    `App.simulate_key` appends the key to the queue.
     """
     return await app._check_bindings(key, priority=True) or await app._check_bindings(key)
 
 
-def bindings_of_key(widget: Widget, key: str) -> list[Binding]:
-    """The bindings of a widget's own, inherited ones included, for a key.
+def bindings_of_key(node: DOMNode, key: str) -> list[Binding]:
+    """The bindings of a node's own, inherited ones included, for a key.
 
     `Screen.active_bindings` has one binding a key, which may be that of a parent.
     """
-    return list(widget._bindings.key_to_bindings.get(key, ()))
+    return list(node._bindings.key_to_bindings.get(key, ()))
 
 
 async def wait_until_mounted(screen: Screen[Any]) -> None:
@@ -37,13 +37,13 @@ async def wait_until_mounted(screen: Screen[Any]) -> None:
 
 
 def screens_of_all_modes(app: App[Any]) -> list[Screen[Any]]:
-    """Every screen that was created, also those of other modes. `screen_stack` has one mode's."""
+    """All screens of all modes. `App.screen_stack` has only those of the current mode."""
     return [screen for stack in app._screen_stacks.values() for screen in stack]
 
 
 def screens_of_current_mode(app: App[Any]) -> list[Screen[Any]]:
-    """The screens of the present mode, bottom first; none before the first one is created.
+    """The screens of the current mode, bottom first; empty before the first one is created.
 
-    `App.screen_stack` raises KeyError while modes are being switched, and after the end.
+    `App.screen_stack` raises KeyError while the mode is being switched, and after the app exits.
     """
     return list(app._screen_stacks.get(app.current_mode, []))

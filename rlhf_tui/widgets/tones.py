@@ -1,7 +1,7 @@
-"""How each tone looks in the present theme.
+"""Tones: named styles, resolved against the current theme.
 
-Not component classes of the style sheet: each of these costs a node of its own for each widget, and
-with thirty tones on a dozen widgets they took half of the time to the first picture.
+They are not component classes of the style sheet: Textual creates a DOM node for each component
+class of each widget, which took half of the time to the first frame.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from textual.widget import Widget
 
 @dataclass(frozen=True)
 class Tone:
-    """Colours are names of the theme's variables; empty ones are the widget's own."""
+    """A style. Colours are variables of the theme; empty: those of the widget."""
 
     colour: str = ""
-    ground: str = ""
-    share: float = 1.0
-    """How much of the ground's colour lies over the widget's own."""
+    background: str = ""
+    opacity: float = 1.0
+    """Of the background over the widget's own."""
     style: str = ""
-    """bold, underline, reverse."""
-    plain: str | None = None
-    """The style where no colours are to be sent, if it differs."""
+    """Any of bold, underline and reverse."""
+    no_color: str | None = None
+    """The style under NO_COLOR, if it differs."""
 
 
 TONES = {
@@ -34,12 +34,12 @@ TONES = {
     "bad": Tone("bad", style="bold"),
     "accent": Tone("primary"),
     "key": Tone("key", style="bold"),
-    "head": Tone("dim", "bar", style="bold", plain="reverse"),
-    "tab": Tone("dim", "bar", plain=""),
-    "here": Tone("", "focus-bar", style="bold", plain="reverse"),
-    "match": Tone("background", "warn", plain="reverse"),
-    "cursor": Tone("", "chosen", plain="reverse"),
-    "notice": Tone("", "focus-bar", plain="reverse"),
+    "head": Tone("dim", "bar", style="bold", no_color="reverse"),
+    "tab": Tone("dim", "bar", no_color=""),
+    "here": Tone("", "focus-bar", style="bold", no_color="reverse"),
+    "match": Tone("background", "warn", no_color="reverse"),
+    "cursor": Tone("", "chosen", no_color="reverse"),
+    "notice": Tone("", "focus-bar", no_color="reverse"),
     **{f"s{i}": Tone(f"s{i}") for i in range(1, 7)},
     "heat1": Tone("", "s6", 0.25),
     "heat2": Tone("", "s6", 0.5, "bold", "underline"),
@@ -47,13 +47,13 @@ TONES = {
     "cold1": Tone("", "s1", 0.2),
     "cold2": Tone("", "s1", 0.4, "bold", "underline"),
     "cold3": Tone("", "s1", 0.65, "bold underline", "reverse"),
-    # -- words that only one of two answers has
+    # -- words that only one of two responses has
     "mine": Tone("s1", style="bold"),
     "theirs": Tone("s6", style="underline"),
     # -- charts
-    "title": Tone("", "bar", plain="bold"),
+    "title": Tone("", "bar", no_color="bold"),
     "value": Tone("", "bar", style="bold"),
-    "focus": Tone("", "focus-bar", style="bold", plain="reverse"),
+    "focus": Tone("", "focus-bar", style="bold", no_color="reverse"),
     "raw": Tone("raw"),
     "past": Tone("dim"),
     "target": Tone("good"),
@@ -69,19 +69,21 @@ TONES = {
 
 
 def style_of(widget: Widget, name: str) -> Style:
-    """A tone as it looks on a widget."""
-    tone, own = TONES[name], widget.rich_style
+    """The style of a tone on a widget."""
+    tone, style = TONES[name], widget.rich_style
     variables = widget.app.theme_variables
-    style = own
     if tone.colour:
         style += Style(color=Color.parse(variables[tone.colour]).rich_color)
-    if tone.ground:
-        style += Style(bgcolor=ground_of(widget, tone).rich_color)
-    words = tone.plain if widget.app.no_color and tone.plain is not None else tone.style
-    return style + Style.parse(words) if words else style
+    if tone.background:
+        style += Style(bgcolor=_background(widget, tone).rich_color)
+    no_color = widget.app.no_color and tone.no_color is not None
+    attributes = tone.no_color if no_color else tone.style
+    return style + Style.parse(attributes) if attributes else style
 
 
-def ground_of(widget: Widget, tone: Tone) -> Color:
-    """The colour behind a tone."""
-    over = Color.parse(widget.app.theme_variables[tone.ground])
-    return widget.background_colors[1].blend(over, tone.share) if tone.share < 1 else over
+def _background(widget: Widget, tone: Tone) -> Color:
+    """The background of a tone, blended over the widget's."""
+    colour = Color.parse(widget.app.theme_variables[tone.background])
+    if tone.opacity == 1:
+        return colour
+    return widget.background_colors[1].blend(colour, tone.opacity)

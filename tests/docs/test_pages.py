@@ -5,6 +5,7 @@ from pathlib import Path
 from engine import starter
 from engine.config import file as config_file
 from engine.config.file import known_keys
+from engine.monitoring.guardrails import DEFAULT_RULES
 from scripts import metrics_page
 from scripts.configuration_page import page
 
@@ -32,3 +33,16 @@ def test_every_key_stands_on_the_page_and_is_explained():
 def test_every_example_is_a_configuration():
     for path in [*EXAMPLES.glob("*.yaml"), starter.FOLDER / "demo.yaml"]:
         config_file.load(path)
+
+
+def test_the_default_guard_rails_stand_on_the_page_of_the_app_with_their_thresholds():
+    text = (DOCS / "tui.md").read_text(encoding="utf-8")
+    for rule in DEFAULT_RULES:
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{rule.name}` |"))
+        assert row.endswith(f"| {rule.action} |")
+        assert f"`{rule.metric}`" in row or rule.metric == "*"
+        threshold = next((v for v in (rule.above, rule.below) if v is not None), None)
+        change = rule.falls or rule.rises
+        assert threshold is None or f"{threshold:g}" in row
+        assert change is None or f"{change:.0%}".replace("%", " %") in row
+        assert rule.of is None or rule.of in row

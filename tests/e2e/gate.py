@@ -23,5 +23,7 @@ def score(prompts, completions, trainer_state, **_):
     override = FOLDER / f"score-{step}"
     if override.exists():
         text = override.read_text()
+        if text.startswith("raise "):
+            raise ValueError(text.removeprefix("raise "))
         return scores[:-1] if text == "short" else [float(text)] * len(scores)
     return scores

@@ -178,7 +178,10 @@ class Run:
             (self.gate / f"hold-{step}").unlink(missing_ok=True)
 
     def score_at(self, step: int, score: str) -> None:
-        """Replaces the scores of a step: by a number, or by one score too few if it is `short`."""
+        """Replaces the scores of a step: by a number, or by one score too few if it is `short`.
+
+        `raise TEXT` raises an error with that text instead.
+        """
         (self.gate / f"score-{step}").write_text(score)
 
     # -- inspection ------------------------------------------------------------------------------

@@ -62,9 +62,9 @@ def test_an_empty_prompt_file_is_named(lab, tmp_path):
     ("text", "named"),
     [
         ("model: {policy: x}\n", "'data' is missing"),
-        ("just words\n", "must hold sections"),
+        ("just words\n", "must contain sections"),
         ("model: [\n", "line 2"),
-        ("", "must hold sections"),
+        ("", "must contain sections"),
         ("model: {policy: x}\nmodle: {}\n", "modle"),
     ],
 )

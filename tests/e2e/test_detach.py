@@ -34,7 +34,7 @@ def orphan(lab, wait_until):
     os.killpg(shell.pid, signal.SIGHUP)
     os.close(slave)
     os.close(master)
-    shell.wait(timeout=60)
+    shell.wait(timeout=240)
     run.wait_at(2)
     yield run
     run.end()

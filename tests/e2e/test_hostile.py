@@ -43,7 +43,7 @@ def hostile(make_lab):
 def test_the_app_shows_it_as_symbols_and_stays_up(hostile, wait_until):
     terminal = Terminal(hostile.lab, "attach", hostile.name)
     try:
-        for key, text in (("2", "Steering"), ("3", "ANSWER"), ("4", "saved"), ("5", "lines")):
+        for key, text in (("2", "Steering"), ("3", "RESPONSE"), ("4", "saved"), ("5", "lines")):
             terminal.type(key)
             wait_until(lambda text=text: text in terminal.text, f"screen {key}")
         terminal.type("1")
@@ -60,6 +60,19 @@ def test_the_command_line_prints_it_as_symbols(hostile, wait_until, command):
     try:
         wait_until(lambda: terminal.process.poll() is not None, f"end of {command}")
         wait_until(lambda: hostile.name in terminal.text or "done" in terminal.text, "output")
+        assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
+    finally:
+        terminal.close()
+
+
+def test_an_error_of_a_reward_function_is_printed_as_symbols(make_lab, wait_until):
+    lab = make_lab("hostile-reward")
+    run = lab.run("raises", "launch.max_restarts=1")
+    run.score_at(1, "raise " + " ".join(HOSTILE))
+    terminal = Terminal(lab, *run.arguments, "--headless")
+    try:
+        wait_until(lambda: terminal.process.poll() is not None, "end of the run")
+        wait_until(lambda: "restart 1 of 1" in terminal.text, "output")
         assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
     finally:
         terminal.close()

@@ -46,8 +46,8 @@ def machines(lab, wait_until):
     os.kill(agent.pid, signal.SIGKILL)
     run.release(7)
     run.finish()
-    run.printed, run.warned = first.communicate(timeout=60)
-    run.join_output, _ = joiner.communicate(timeout=60)
+    run.printed, run.warned = first.communicate(timeout=240)
+    run.join_output, _ = joiner.communicate(timeout=240)
     run.join_code = joiner.returncode
     yield run
     joiner.kill()

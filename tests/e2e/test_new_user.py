@@ -63,7 +63,7 @@ def test_a_complete_session_of_a_new_user(run, wait_until):
         terminal.type("c")
         wait_until(lambda: run.events("checkpoint"), "checkpoint")
         terminal.type("3")
-        wait_until(lambda: "ANSWER" in terminal.screen, "sample to read")
+        wait_until(lambda: "RESPONSE" in terminal.screen, "sample to read")
         terminal.type("q")
         wait_until(lambda: terminal.process.poll() is not None, "end of the app")
         wait_until(lambda: terminal.restored, "restored terminal")

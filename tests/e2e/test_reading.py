@@ -120,7 +120,7 @@ def test_a_closed_pipe_is_no_error(whole):
     script = f"{sys.executable} -m rlhf_tui.cli samples whole --json | head -c 10"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", script],
-        env=whole.lab.environment, capture_output=True, text=True, timeout=60, check=False,
+        env=whole.lab.environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.stderr == ""
 
@@ -203,7 +203,7 @@ def test_preferences_are_exported_as_json_lines(make_annotated, tmp_path):
     run = make_annotated(annotate)
     target = tmp_path / "pairs.jsonl"
     done = run.lab.cli("export", run.name, "--preferences", target)
-    assert (done.returncode, done.stdout) == (0, f"2 pairs are in {target}\n")
+    assert (done.returncode, done.stdout) == (0, f"wrote 2 pairs to {target}\n")
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     first = run.lab.json("samples", run.name)[0]
     keys = {"prompt", "chosen", "rejected", "source", "who", "time", "chosen_step"}

@@ -33,7 +33,7 @@ def test_the_engine_itself_refuses_to_be_the_second(endless, lab):
     from engine.launch.start import StartOptions  # noqa: PLC0415
 
     with pytest.raises(SessionError, match=str(endless.engine().pid)):
-        start_engine(endless.session, StartOptions(), timeout=60)
+        start_engine(endless.session, StartOptions(), timeout=240)
     assert endless.state == "paused"
 
 
@@ -166,10 +166,10 @@ def test_an_archived_session_is_read_as_any_other(lab, archive, whole):
 def test_an_archived_session_is_shown(lab, archive, wait_until):
     terminal = Terminal(lab, "attach", "whole", "--read-only", "--sessions", archive)
     try:
-        wait_until(lambda: "Newest answers, step 8" in terminal.screen, "dashboard")
+        wait_until(lambda: "Newest responses, step 8" in terminal.screen, "dashboard")
         assert "read-only" in terminal.screen
         terminal.type("3")
-        wait_until(lambda: "ANSWER" in terminal.screen, "samples")
+        wait_until(lambda: "RESPONSE" in terminal.screen, "samples")
         terminal.type("q")
         wait_until(lambda: terminal.process.poll() == 0, "end of the app")
     finally:

@@ -84,14 +84,14 @@ def test_stop_now_ends_at_once_without_saving(lab):
     # The pause is in the journal, so the client is waiting for the result now.
     run.wait_for("pausing")
     assert run.ctl("stop", "--now").returncode == 0
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 0
     run.wait_gone()
     assert run.state == "stopped"
     assert not list(run.session.checkpoints.iterdir())
     # Pending commands are rejected, and the waiting client gets the result.
     assert run.commands()["too-late"]["status"] == "rejected"
-    _, stderr = waiting.communicate(timeout=60)
+    _, stderr = waiting.communicate(timeout=240)
     assert waiting.returncode == 1
     assert "before it was carried out" in stderr
 
@@ -104,6 +104,6 @@ def test_a_rank_that_dies_while_stopping_fails_the_run(lab):
     process.send_signal(signal.SIGTERM)
     run.wait_for("stopping")
     os.kill(run.rank().pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert process.returncode == 1
     assert run.state == "failed"

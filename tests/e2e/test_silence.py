@@ -26,8 +26,19 @@ def quiet(lab, wait_until):
     run.alerts_after_pause = [e["rule"] for e in run.events("alert")][before:]
     run.restarts_in_pause = run.attempts_after_pause - starts
     run.step_after_pause = run.step
+    rank, supervisor = run.rank(), run.engine()
+    # A suspended machine: neither runs, and the supervisor wakes first.
+    frozen = time.monotonic()
+    for process in (supervisor, rank):
+        process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: time.monotonic() > frozen + 1.5 * SILENCE, "end of a suspension")
+    supervisor.send_signal(signal.SIGCONT)
+    run.ctl("note", "awake")  # answered after the check that was due
+    rank.send_signal(signal.SIGCONT)
+    run.command("checkpoint")
+    run.attempts_after_suspension = len(run.events("attempt"))
+    run.alerts_after_suspension = [e["rule"] for e in run.events("alert")][before:]
     run.alerts_before_hang = len(run.events("alert"))
-    rank = run.rank()
     rank.send_signal(signal.SIGSTOP)
     wait_until(lambda: len(run.events("attempt")) > run.attempts_after_pause, "another attempt")
     run.wait_for("paused")
@@ -40,6 +51,11 @@ def test_a_long_pause_is_not_silence(quiet):
     assert quiet.restarts_in_pause == 0
     assert not {"silent_rank", "restart"} & set(quiet.alerts_after_pause)
     assert quiet.step_after_pause == quiet.paused_at
+
+
+def test_a_suspended_machine_is_not_taken_for_silent_ranks(quiet):
+    assert quiet.attempts_after_suspension == quiet.attempts_after_pause
+    assert "silent_rank" not in quiet.alerts_after_suspension
 
 
 def test_a_rank_that_hangs_is_reported_and_restarted(quiet):

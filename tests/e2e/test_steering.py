@@ -4,6 +4,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 
@@ -120,7 +121,7 @@ def test_waiting_for_a_command_times_out_with_its_own_exit_code(held):
 
 def test_a_command_that_does_not_apply_is_rejected_with_a_reason(held):
     for done, reason in (
-        (held.seen.pause_again, "paused already"),
+        (held.seen.pause_again, "already paused"),
         (held.seen.unpause_again, "not paused"),
     ):
         assert done.returncode == 1
@@ -129,7 +130,7 @@ def test_a_command_that_does_not_apply_is_rejected_with_a_reason(held):
 
 def test_an_undo_with_nothing_to_undo_is_rejected_at_the_boundary(held):
     rejected = [c for c in held.commands().values() if c["status"] == "rejected"]
-    assert "there is no change to take back" in [c["reason"] for c in rejected]
+    assert "there is no change to undo" in [c["reason"] for c in rejected]
 
 
 def test_the_events_have_author_time_and_old_values_of_commands(held):
@@ -144,6 +145,7 @@ def test_the_events_have_author_time_and_old_values_of_commands(held):
 def test_a_note_is_an_event_with_its_author(held):
     assert held.seen.note.returncode == 0
     (note,) = held.events("note")
+    assert held.seen.note.stdout == f"noted at step {note['step']}: what is␛ this\n"
     assert note["text"] == "what is\x1b[31m this"
     assert note["who"]
     assert "\x1b" not in held.lab.cli("events", held.name).stdout
@@ -220,6 +222,25 @@ def test_settings_are_in_force_after_a_resume(lab, steered):
         assert dict(reader.series("lr"))[9] == 1e-4
         assert reader.meta().settings["target"] == 2.0
     assert steered.numbers()[8]["objective/kl_coef"] != 0.05
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "stop", "stop --now"])
+def test_a_paused_run_can_be_stopped_when_the_disk_is_full(lab, how):
+    run = lab.run(f"full-{how.replace(' ', '')}", steps=1000)
+    try:
+        run.start()
+        assert run.command("pause")["status"] == "applied"
+        engine = run.engine()
+        engine.rlimit(psutil.RLIMIT_FSIZE, (0, 0))  # no file of the engine's can grow
+        if how == "SIGTERM":
+            engine.terminate()
+        else:
+            done = run.ctl(*how.split())
+            assert done.returncode == 0, done.stderr
+            assert "cannot write the journal" in done.stderr
+        run.wait_gone()
+    finally:
+        run.end()
 
 
 def test_a_roll_back_continues_from_the_checkpoint_in_the_same_engine(lab, whole, wait_until):

@@ -17,7 +17,7 @@ from engine.session.folder import create
 from tests.e2e.terminal import Terminal
 
 TITLES = {
-    "1": "enter", "2": "Newest answers, step 8", "3": "ANSWER", "4": " MB", "5": "lines",
+    "1": "enter", "2": "Newest responses, step 8", "3": "RESPONSE", "4": " MB", "5": "lines",
 }  # fmt: skip
 """Text that identifies each screen."""
 SETTLED = 1.0
@@ -90,7 +90,7 @@ def test_a_lost_engine_is_shown_and_the_app_continues(lab, attach, assert_exits,
         wait_until(lambda: run.events("checkpoint"), "checkpoint")
         run.engine().kill()
         wait_until(lambda: "✗ crashed" in terminal.screen, "state crashed")
-        assert "its engine is gone; go on: rlhf-tui resume dies" in terminal.screen
+        assert "engine died; resume: rlhf-tui resume dies" in terminal.screen
         terminal.type("p")
         wait_until(lambda: "no engine runs 'dies'" in terminal.screen, "result of a command")
         assert run.resume().returncode == 0

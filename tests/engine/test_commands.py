@@ -75,15 +75,19 @@ def test_who_carries_a_command_out_is_its_union():
 @pytest.mark.parametrize(
     ("command", "given", "reason"),
     [
-        (Pause(), {"paused": True, "state": "paused"}, "paused already"),
-        (Pause(), {"state": "pausing"}, "paused already"),
+        (Pause(), {"paused": True, "state": "paused"}, "already paused"),
+        (Pause(), {"paused": True, "state": "pausing"}, "already paused"),
         (Unpause(), {}, "not paused"),
-        (Stop(), {"state": "stopping"}, "stopping already"),
+        (Stop(), {"state": "stopping"}, "already stopping"),
         (Pause(), {"state": "stopping"}, "resume it first"),
         (Rollback(step=2), {"state": "stopping"}, "resume it first"),
-        (Rollback(step=3), {}, "there is: 2, 4"),
+        (Rollback(step=3), {}, "available: 2, 4"),
         (Rollback(step=3), {"checkpoint_steps": list}, "none yet"),
         (SetBeta(value=-1), {}, "beta must be"),
+        (SetSetting(key="epochs", value=2**64 - 1), {}, "epochs must be a whole number <= 1000"),
+        (SetSetting(key="learning_rate", value=5e-324), {}, "must be a number >= 1e-12"),
+        (SetSetting(key="temperature", value=1e-300), {}, "must be a number >= 1e-06"),
+        (SetSetting(key="stop_kl", value="x"), {}, "must be a number, or null"),
         (SetSetting(key="seed", value=1), {}, "cannot be set"),
         (SetKLController(controller="adaptive", horizon=0.1), {}, "a fifth of the batch"),
         (Probe(text=" "), {}, "1 to 10000 characters"),
@@ -100,7 +104,8 @@ def test_what_cannot_be_carried_out_at_a_moment_is_rejected_and_says_why(command
     [
         (Stop(now=True), {"state": "stopping"}),
         (Note(text="n"), {"state": "stopping"}),
-        (Unpause(), {"state": "pausing"}),
+        (Pause(), {"state": "pausing"}),  # and an accepted unpause after it
+        (Unpause(), {"paused": True, "state": "pausing"}),
         (Unpause(), {"paused": True, "state": "starting"}),
         (Rollback(step=4), {}),
         (Probe(text="x" * MAX_TEXT), {"paused": True, "state": "paused"}),

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import msgspec
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -81,7 +82,7 @@ def test_any_document_is_a_configuration_or_refused(tmp_path_factory, tree):
     [("1e-5", 1e-5), ("1E5", 1e5), ("3", 3.0), (".5", 0.5), ("1.5e-3", 1.5e-3), ("2.e1", 20.0)],
 )
 def test_numbers_are_read_as_people_write_them(text, value):
-    assert demo(f"train.learning_rate={text}").train.learning_rate == value
+    assert demo(f"train.max_hours={text}").train.max_hours == value
 
 
 def test_what_was_left_out_is_filled_in_and_stated():
@@ -104,7 +105,7 @@ def test_a_written_configuration_reads_as_itself(tmp_path):
 def test_defaults_depend_on_the_advantage():
     rloo = demo("ppo.advantage=rloo")
     assert (rloo.rollout.per_prompt, rloo.ppo.whiten) == (4, False)
-    assert rloo.prompts_per_step * rloo.answers_per_prompt == rloo.rollout.batch_size
+    assert rloo.prompts_per_step * rloo.responses_per_prompt == rloo.rollout.batch_size
     assert (demo().rollout.per_prompt, demo().ppo.whiten) == (1, True)
 
 
@@ -120,6 +121,15 @@ def test_a_value_head_beside_adapters_learns_at_their_rate_and_elsewhere_at_ten_
         ("ppo.epocs=2", "unknown key 'ppo.epocs'; did you mean 'ppo.epochs'?"),
         ("epochs=2", "unknown key 'epochs'; did you mean 'ppo.epochs'?"),
         ("ppo.epochs=0", "ppo.epochs must be a whole number >= 1 (it is 0)"),
+        (
+            "ppo.epochs=18446744073709551615",
+            "ppo.epochs must be a whole number <= 1000 (it is 18446744073709551615)",
+        ),
+        (
+            "train.learning_rate=5e-324",
+            "train.learning_rate must be a number >= 1e-12 (it is 5e-324)",
+        ),
+        ("kl.beta=1" + "0" * 400, "kl.beta must be a finite number (it is 1000"),
         ("ppo.epochs=1.5", "ppo.epochs must be a whole number, got a number (it is 1.5)"),
         ("seed=true", "seed must be a whole number, got true or false (it is True)"),
         ("kl.controller=off", "kl.controller must be"),
@@ -220,6 +230,61 @@ def test_changes_are_listed_by_their_dotted_keys():
     }
 
 
+LEAST = {
+    "kl.beta": 0, "kl.target": 0.001, "kl.horizon": 14, "kl.beta_min": 1e-8, "kl.beta_max": 0.01,
+    "train.learning_rate": 1e-10, "train.save_every": 0, "train.adam_eps": 1e-15,
+    "ppo.clip_range": 0.001, "ppo.epochs": 1, "ppo.stop_kl": 1e-6, "ppo.max_grad_norm": 1e-3,
+    "ppo.value_head_rate": 0.01, "rollout.temperature": 0.001, "rollout.max_new_tokens": 1,
+    "reward.clip": 0.01, "reward.missing_eos_penalty": 0, "train.max_hours": 0.001,
+    "launch.silence": 1, "log.samples": 0,
+}  # fmt: skip
+MOST = {
+    "kl.beta": 100, "kl.target": 10_000, "kl.horizon": 1e9, "kl.beta_min": 1, "kl.beta_max": 1e4,
+    "train.learning_rate": 1, "train.save_every": 10**9, "train.steps": 10**7,
+    "train.keep_last": 10**9, "train.weight_decay": 1, "ppo.clip_range": 0.99, "ppo.epochs": 100,
+    "ppo.stop_kl": 1e6, "ppo.max_grad_norm": 1e9, "ppo.micro_batch_size": 10**6,
+    "ppo.value_head_rate": 1000, "rollout.temperature": 10, "rollout.max_new_tokens": 131_072,
+    "rollout.batch_size": 1024, "reward.max_tokens": 10**6, "data.max_prompt_tokens": 10**6,
+    "seed": 2**64 - 1, "launch.timeout": 7 * 86_400, "log.arrays": 10**6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [*LEAST.items(), *MOST.items()])
+def test_a_value_that_a_person_could_mean_is_taken(key, value):
+    section, _, name = key.rpartition(".")
+    config = demo(f"{key}={value}")
+    assert getattr(getattr(config, section) if section else config, name) == value
+
+
+def test_every_number_but_a_seed_and_a_guard_rails_threshold_is_bounded_on_both_sides():
+    """A step must not take for ever because of one number; :data:`MOST` says what must pass."""
+    free = {"seed", "guardrails.rules.above", "guardrails.rules.below", "reward.label",
+            "reward.mix.label"}  # fmt: skip
+    unbounded = set()
+
+    def look(kind, key):
+        match kind:
+            case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
+                low = kind.ge if kind.ge is not None else kind.gt
+                high = kind.le if kind.le is not None else kind.lt
+                if (low is None or high is None) and key not in free:
+                    unbounded.add(key)
+            case msgspec.inspect.StructType():
+                for field in kind.fields:
+                    look(field.type, f"{key}.{field.encode_name}".lstrip("."))
+            case msgspec.inspect.UnionType():
+                for choice in kind.types:
+                    look(choice, key)
+            case msgspec.inspect.TupleType():
+                for item in kind.item_types:
+                    look(item, key)
+            case msgspec.inspect.ListType():
+                look(kind.item_type, key)
+
+    look(msgspec.inspect.type_info(RunConfig), "")
+    assert not unbounded
+
+
 CHANGED = {
     "beta": 0.9, "controller": "fixed", "target": 3.0, "horizon": 500.0, "beta_min": 0.01,
     "beta_max": 2.0, "learning_rate": 3e-4, "save_every": 7, "clip_range": 0.31, "epochs": 5,
@@ -251,7 +316,9 @@ def test_what_an_estimator_declares_fills_in_the_keys_left_out(name):
     assert config.rollout.per_prompt == ADVANTAGES[name].per_prompt
     least = ADVANTAGES[name].least_per_prompt
     if least > 1:
-        with pytest.raises(ConfigError, match=f"must be {least} or more for ppo.advantage: {name}"):
+        with pytest.raises(
+            ConfigError, match=f"must be at least {least} for ppo.advantage: {name}"
+        ):
             demo(f"ppo.advantage={name}", f"rollout.per_prompt={least - 1}")
 
 

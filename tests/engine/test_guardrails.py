@@ -1,4 +1,4 @@
-"""Guard rails: when a rule speaks, what it shows, and that it does not repeat itself."""
+"""Guard rails: when a rule raises an alert, what the alert holds, and that it is not repeated."""
 
 import math
 
@@ -17,8 +17,8 @@ def rails(*rules, defaults=False):
     return Guardrails(GuardrailConfig(defaults=defaults, rules=list(rules)))
 
 
-def spoken(guardrails, values, metric="m", settings=None):
-    """The steps at which something was said about a series of values."""
+def alert_steps(guardrails, values, metric="m", settings=None):
+    """The steps at which a series of values raised an alert."""
     return [
         step
         for step, value in enumerate(values, start=1)
@@ -32,35 +32,37 @@ def sample(index, score=0.0, kl=0.0, length=1):
     )
 
 
-def test_a_threshold_speaks_when_it_is_crossed_and_again_after_it_ceased():
+def test_a_threshold_alerts_when_it_is_crossed_and_again_after_it_no_longer_held():
     rule = Rule(name="high", metric="m", above=1.0)
-    assert spoken(rails(rule), [0, 2, 3, 1, 0, 1.1]) == [2, 6]
+    assert alert_steps(rails(rule), [0, 2, 3, 1, 0, 1.1]) == [2, 6]
 
 
-def test_a_threshold_itself_is_still_well():
-    assert spoken(rails(Rule(name="r", metric="m", above=1.0, below=-1.0)), [1, -1, -1.1]) == [3]
+def test_a_value_equal_to_a_threshold_raises_no_alert():
+    assert alert_steps(rails(Rule(name="r", metric="m", above=1.0, below=-1.0)), [1, -1, -1.1]) == [
+        3
+    ]
 
 
 def test_a_bound_may_be_a_multiple_of_a_setting():
     rule = Rule(name="kl", metric="m", above=2.0, of="target")
-    assert spoken(rails(rule), [11, 13], settings={"target": 6.0}) == [2]
+    assert alert_steps(rails(rule), [11, 13], settings={"target": 6.0}) == [2]
 
 
-@pytest.mark.parametrize(("value", "why"), [(None, "unset"), (0, "0"), (0.0, "0")])
-def test_a_bound_relative_to_nothing_is_not_taken_for_an_absolute_one(value, why):
+@pytest.mark.parametrize(("value", "state"), [(None, "unset"), (0, "0"), (0.0, "0")])
+def test_a_bound_relative_to_an_unset_setting_is_not_an_absolute_one(value, state):
     guardrails = rails(Rule(name="kl", metric="m", above=2.0, of="stop_kl", action="stop"))
     (notice,) = guardrails.check(1, {"m": 9.0}, {"stop_kl": value})
     assert (notice.rule, notice.action) == ("kl", "notify")
     assert "rule kl cannot be evaluated" in notice.text
-    assert notice.text.endswith(f"stop_kl, which it is relative to, is {why}")
+    assert notice.text.endswith(f"it is relative to stop_kl, which is {state}")
     assert guardrails.check(2, {"m": 9.0}, {"stop_kl": value}) == []
     (alert,) = guardrails.check(3, {"m": 9.0}, {"stop_kl": 1.0})
     assert (alert.action, "above 2" in alert.text) == ("stop", True)
 
 
-def test_what_needs_no_setting_is_evaluated_without_it():
+def test_a_condition_that_needs_no_setting_is_evaluated_without_it():
     rule = Rule(name="r", metric="m", above=9.0, of="beta", falls=0.5, window=2)
-    assert spoken(rails(rule), [4, 4, 1], settings={"beta": 0.0}) == [1, 3]
+    assert alert_steps(rails(rule), [4, 4, 1], settings={"beta": 0.0}) == [1, 3]
 
 
 @pytest.mark.parametrize("setting", LIVE_SETTINGS)
@@ -93,12 +95,12 @@ def test_each_condition_of_a_rule_has_its_key_and_its_function():
     ],
 )
 def test_a_change_is_measured_against_the_mean_of_a_full_window(rule, values, steps):
-    assert spoken(rails(rule), values) == steps
+    assert alert_steps(rails(rule), values) == steps
 
 
-def test_what_is_missing_or_not_finite_neither_speaks_nor_enters_a_window():
+def test_a_missing_or_non_finite_value_raises_no_alert_and_enters_no_window():
     rule = Rule(name="r", metric="m", falls=0.5, window=2)
-    assert spoken(rails(rule), [4, math.nan, None, 4, 1]) == [5]
+    assert alert_steps(rails(rule), [4, math.nan, None, 4, 1]) == [5]
 
 
 def test_any_metric_that_is_not_finite_pauses_by_default():
@@ -107,19 +109,19 @@ def test_any_metric_that_is_not_finite_pauses_by_default():
     assert "b, c not finite" in alert.text
 
 
-def test_by_default_nothing_but_what_is_not_finite_does_more_than_notify():
+def test_by_default_only_non_finite_values_do_more_than_notify():
     acting = {r.metric for r in DEFAULT_RULES if r.action != "notify"}
     assert acting <= {"*", "policy/nonfinite_updates"}
 
 
-def test_a_rule_takes_the_place_of_the_default_of_its_name():
-    own = Rule(name="kl_high", metric="objective/kl", above=100.0, action="stop")
-    rules = {r.name: r for r in rails(own, defaults=True).rules}
-    assert rules["kl_high"] == own
+def test_a_configured_rule_replaces_the_default_of_its_name():
+    rule = Rule(name="kl_high", metric="objective/kl", above=100.0, action="stop")
+    rules = {r.name: r for r in rails(rule, defaults=True).rules}
+    assert rules["kl_high"] == rule
     assert set(rules) == {r.name for r in DEFAULT_RULES}
 
 
-def test_an_alert_shows_metric_value_window_and_the_samples():
+def test_an_alert_holds_metric_value_window_and_the_samples():
     guardrails = rails(Rule(name="r", metric="m", above=2.0, window=2))
     samples = [sample(i, score=float(-i)) for i in range(8)]
     for step, value in enumerate([0.5, 1.0, 1.5], start=1):
@@ -128,17 +130,17 @@ def test_an_alert_shows_metric_value_window_and_the_samples():
     data = alert.as_data()
     assert (data["metric"], data["value"], data["window"]) == ("m", 3.0, [1.0, 1.5])
     assert [s["index"] for s in data["samples"]] == [7, 6, 5, 4, 3]
-    assert alert.text.startswith("look here")
+    assert alert.text == "m is 3, above 2"
 
 
-def test_the_samples_are_those_that_show_the_metric():
+def test_the_samples_are_those_that_explain_the_metric():
     samples = [sample(i, score=i, kl=10 - i, length=i) for i in range(8)]
     assert [s.index for s in worst_samples("objective/kl", samples)] == [0, 1, 2, 3, 4]
     assert [s.index for s in worst_samples("tokens/response_len_mean", samples)] == [7, 6, 5, 4, 3]
     assert [s.index for s in worst_samples("objective/scores", samples)] == [0, 1, 2, 3, 4]
 
 
-def test_a_replay_says_what_was_said():
+def test_a_replay_raises_the_same_alerts():
     rules = (Rule(name="a", metric="m", above=1.0), Rule(name="b", metric="m", falls=0.3, window=2))
     values = [0.5, 2.0, 2.0, 0.4, 3.0, math.nan, 3.0]
-    assert spoken(rails(*rules), values) == spoken(rails(*rules), values)
+    assert alert_steps(rails(*rules), values) == alert_steps(rails(*rules), values)

@@ -1,9 +1,11 @@
 """The journal: what was written is read, a later attempt replaces, nothing is forgotten."""
 
+import itertools
 import json
 import math
 import shutil
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,53 @@ def test_settings_changed_after_a_checkpoint_are_applied_again_in_their_order(wr
     assert [(s.step, s.changes[0].key, s.changes[0].new) for s in settled] == [
         (5, "learning_rate", 2e-5), (5, "beta", 0.3),
     ]  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A wall clock that runs backwards: each reading is a minute before the last one."""
+    readings = itertools.count(2_000_000_000, -60)
+    monkeypatch.setattr(time, "time", lambda: float(next(readings)))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_clock_that_is_set_back_changes_no_order(writer):
+    writer.change("a", 5, 0.1, 0.111)
+    writer.change("b", 5, 0.111, 0.333)
+    for command_id, score in (("first", 1.0), ("second", 2.0)):
+        writer.order(command_id, "probe", text="p")
+        result = {"reference": {"response": command_id, "score": score}}
+        writer.journal.commands.apply(command_id, 5, [], result)
+    changed = [c.changes[0].new for c in writer.journal.commands.changes_after(4)]
+    assert changed == [0.111, 0.333]
+    assert [changes[0].new for changes in writer.journal.commands.undoable(5)] == [0.111, 0.333]
+    with JournalReader(writer.session) as record:
+        assert [c.id for c in record.commands()] == ["a", "b", "first", "second"]
+        assert record.last_reference_probe("p").response == "second"
+
+
+def test_an_old_journals_commands_keep_the_order_of_their_events(tmp_path):
+    """Version 1 has no numbers, and its clock may have been set back."""
+    path = tmp_path / "journal.db"
+    db = sqlite3.connect(path)
+    schema.migrate(db, schema.JOURNAL[:1], path)
+    for event, (command_id, status, queued) in enumerate(
+        [("first", "applied", 90.0), ("second", "rejected", 60.0), ("third", "applied", 30.0)], 1
+    ):
+        db.execute(
+            "INSERT INTO events VALUES (?, ?, 1, 4, 'command', ?)",
+            (event, queued, json.dumps({"id": command_id})),
+        )
+        db.execute(
+            "INSERT INTO commands (id, command, args, who, status, queued, ended, attempt, "
+            "applied_step, changes) VALUES (?, 'set', '{}', 'me', ?, ?, ?, 1, 5, '[]')",
+            (command_id, status, queued, queued + 1),
+        )
+    db.commit()
+    schema.migrate(db, schema.JOURNAL, path)
+    rows = db.execute("SELECT id, seq, applied_seq FROM commands ORDER BY seq").fetchall()
+    db.close()
+    assert rows == [("first", 1, 1), ("second", 2, None), ("third", 3, 3)]
 
 
 def test_starting_afresh_forgets_them(writer):

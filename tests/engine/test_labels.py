@@ -27,7 +27,7 @@ def test_a_judgement_has_the_words_who_and_when(session):
     with LabelReader(session) as labels:
         ((key, found),) = labels.judgements().items()
     assert key == (1, 3, 1)
-    assert (found.prompt, found.answer) == ("prompt", answer(3, 1))
+    assert (found.prompt, found.response) == ("prompt", answer(3, 1))
     judgement = found.judgement
     assert (judgement.label, judgement.note, judgement.who) == ("hack", None, "ana on pts/1")
     assert abs(judgement.time - session.labels_file.stat().st_mtime) < 60
@@ -51,7 +51,7 @@ def test_a_judgement_never_stands_on_other_words(session):
     set_label(session, "p", other, "good", "ben")
     with LabelReader(session) as labels:
         (found,) = labels.judgements().values()
-    assert (found.answer, found.judgement.label, found.judgement.note) == (other, "good", None)
+    assert (found.response, found.judgement.label, found.judgement.note) == (other, "good", None)
 
 
 def test_what_is_taken_away_is_gone(session):

@@ -70,7 +70,7 @@ def test_a_client_that_is_killed_in_the_middle_of_a_change_leaves_the_earlier_st
 
     def kill_a_client():
         command = [sys.executable, "-c", KILLED, session.labels_file]
-        assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
+        assert subprocess.run(command, timeout=240, check=False).returncode == -signal.SIGKILL
         assert session.labels_file.with_name("labels.db-journal").stat().st_size > 0
 
     kill_a_client()
@@ -98,13 +98,13 @@ def test_the_file_of_a_newer_version_is_refused(writer):
 
 def test_a_folder_that_cannot_be_written_is_named(session):
     session.labels_file.mkdir()
-    with pytest.raises(JournalError, match=r"cannot write .*labels\.db: .* folder must be"):
+    with pytest.raises(JournalError, match=r"cannot write .*labels\.db: .* write permission"):
         set_label(session, "p", answer(1), "good", "ana")
 
 
 def test_a_damaged_file_is_named_with_what_to_do(session):
     session.labels_file.write_bytes(b"no database at all" * 100)
-    with pytest.raises(JournalError, match="move it away to begin anew"):
+    with pytest.raises(JournalError, match="move the file away to start a new one"):
         set_label(session, "p", answer(1), "good", "ana")
     with pytest.raises(JournalError, match=r"cannot read .*labels\.db"):
         LabelReader(session)
@@ -140,11 +140,11 @@ def test_an_archive_that_cannot_be_written_is_read(writer):
     try:
         done = subprocess.run(
             [*drop, sys.executable, "-c", ARCHIVE, writer.session.folder],
-            capture_output=True, text=True, timeout=60, check=True,
+            capture_output=True, text=True, timeout=240, check=True,
         )  # fmt: skip
     finally:
         writer.session.folder.chmod(0o700)
         writer.journal = JournalWriter(writer.session)
     read, refused = done.stdout.splitlines()
     assert read == "['good', None]"
-    assert "must be one that you can write in" in refused
+    assert "you need write permission" in refused

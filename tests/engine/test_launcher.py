@@ -1,4 +1,4 @@
-"""How ranks are started."""
+"""The environment and the start of ranks."""
 
 import signal
 import subprocess
@@ -15,20 +15,20 @@ from engine.launch.environment import (
 )
 
 
-def test_what_another_launcher_says_of_its_ranks_does_not_reach_ours(monkeypatch):
+def test_variables_of_another_launcher_do_not_reach_the_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    given = rank_environment(LaunchConfig())
-    assert "WORLD_SIZE" not in given
-    assert "LOCAL_RANK" not in given
-    assert "PATH" in given
+    environment = rank_environment(LaunchConfig())
+    assert "WORLD_SIZE" not in environment
+    assert "LOCAL_RANK" not in environment
+    assert "PATH" in environment
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_ranks_whose_parent_died_while_they_were_loading_end_at_once(tmp_path, count):
+def test_ranks_end_if_their_parent_dies_while_they_load(tmp_path, count):
     another = {PARENT_VARIABLE: "1", STORE_VARIABLE: "tcp:127.0.0.1:1", JOINED_VARIABLE: "1"}
     launch = LaunchConfig()
     process = subprocess.Popen(
         rank_command(launch, str(tmp_path), count), env=rank_environment(launch) | another
     )
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(240) == -signal.SIGKILL

@@ -143,11 +143,11 @@ def test_a_folder_in_tmp_that_others_can_enter_is_not_used(tmp_path, monkeypatch
     own.chmod(0o777)
     folder = tmp_path / "folder"
     (folder / sockets.NAME).mkdir(parents=True)
-    with pytest.raises(SessionError, match="cannot make a socket"):
+    with pytest.raises(SessionError, match="cannot create a socket"):
         sockets.listen(folder)
     own.rmdir()
     own.symlink_to(folder)
-    with pytest.raises(SessionError, match="cannot make a socket"):
+    with pytest.raises(SessionError, match="cannot create a socket"):
         sockets.listen(folder)
 
 

@@ -1,4 +1,4 @@
-"""Channels that take an alert out of the terminal."""
+"""Channels that send alerts."""
 
 import json
 
@@ -8,7 +8,7 @@ from engine.config.schema import NotifyConfig
 from engine.monitoring.guardrails import Alert
 from engine.monitoring.notify import CHANNELS, CommandChannel, open_channels
 
-ALERT = Alert("kl_high", "notify", "look here: too much", 7, {"value": float("nan")})
+ALERT = Alert("kl_high", "notify", "too much", 7, {"value": float("nan")})
 
 
 def test_each_key_of_the_configuration_has_its_channel():
@@ -22,13 +22,13 @@ def test_only_channels_that_are_named_are_opened():
     assert isinstance(channel, CommandChannel)
 
 
-async def test_a_command_is_given_the_alert_as_json_and_its_sentence(tmp_path):
+async def test_a_command_receives_the_alert_as_json_and_its_text(tmp_path):
     command = f'cat > {tmp_path}/alert; echo "$RLHF_TUI_SESSION: $RLHF_TUI_ALERT" > {tmp_path}/text'
     await CommandChannel(command).send("run", ALERT)
-    told = json.loads((tmp_path / "alert").read_text())
-    assert told == {"rule": "kl_high", "action": "notify", "text": "look here: too much",
+    received = json.loads((tmp_path / "alert").read_text())
+    assert received == {"rule": "kl_high", "action": "notify", "text": "too much",
                     "value": None, "session": "run", "step": 7}  # fmt: skip
-    assert (tmp_path / "text").read_text() == "run: look here: too much\n"
+    assert (tmp_path / "text").read_text() == "run: too much\n"
 
 
 async def test_a_command_that_fails_is_logged_whatever_it_prints(caplog):

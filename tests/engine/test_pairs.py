@@ -29,7 +29,7 @@ def test_a_pair_that_is_judged_again_is_replaced(session):
 
 
 def test_the_same_words_are_no_pair(session):
-    with pytest.raises(UserInputError, match="same words"):
+    with pytest.raises(UserInputError, match="identical"):
         prefer(session, "p", answer(1, response="a"), answer(2, response="a"), "ana")
     assert not session.labels_file.exists()
 
@@ -69,5 +69,5 @@ def test_without_a_pair_it_is_said_how_to_make_one(session):
     with pytest.raises(NoSuchSessionError, match=r"no preferences yet: .* attach run"):
         preference_pairs(session)
     set_label(session, "p", answer(1), "good", "ana")
-    with pytest.raises(NoSuchSessionError, match="no pair of answers to one prompt yet"):
+    with pytest.raises(NoSuchSessionError, match="no pair of responses to one prompt"):
         preference_pairs(session)

@@ -1,4 +1,4 @@
-"""The memory planner's arithmetic: what must hold of any shapes, and what the advice does."""
+"""The memory planner: properties of the estimate for any shapes, and the advice."""
 
 import msgspec
 import pytest
@@ -57,7 +57,7 @@ def test_ddp_divides_no_weights_but_the_batch():
     assert shared.parts["KV cache"] == whole.parts["KV cache"] / 2
 
 
-def test_what_fsdp_gathers_for_a_rollout_is_every_weight_once_in_the_compute_dtype():
+def test_fsdp_gathers_every_weight_once_in_the_compute_dtype_for_a_rollout():
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
         found = one(f"model.dtype={dtype}", layout=Layout(strategy="fsdp", ranks=4))
         assert found.phases["generate"]["gathered"] == width * shape().parameters
@@ -73,7 +73,7 @@ def test_what_fsdp_gathers_for_a_rollout_is_every_weight_once_in_the_compute_dty
         ("model.dtype=bfloat16", "model.dtype=float32"),
     ],
 )
-def test_the_estimate_grows_with_what_takes_memory(less, more):
+def test_a_setting_that_takes_more_memory_has_a_larger_estimate(less, more):
     for layout in layouts(config(), 2):
         assert one(less, layout=layout).peak < one(more, layout=layout).peak
 
@@ -132,14 +132,14 @@ def test_on_a_gpu_the_metric_leaves_out_what_torch_does_not_allocate():
     assert one().metric == one().peak
 
 
-def test_bfloat16_takes_copies_of_the_weights_unless_fsdp_gathers_them_so():
+def test_bfloat16_needs_copies_of_the_weights_unless_fsdp_gathers_in_bfloat16():
     bfloat16 = "model.dtype=bfloat16"
     assert one().parts["casts"] == 0
     assert one(bfloat16).parts["casts"] == 2 * shape().parameters
     assert one(bfloat16, layout=Layout(strategy="fsdp", ranks=2)).parts["casts"] == 0
 
 
-def test_what_is_configured_follows_the_strategy_and_the_number_of_ranks():
+def test_the_configured_layout_follows_the_strategy_and_the_number_of_ranks():
     fsdp = config("parallel.strategy=fsdp")
     assert configured(fsdp, 1).strategy == "one"
     assert configured(fsdp, 4) == Layout(strategy="fsdp", ranks=4)
@@ -175,13 +175,13 @@ def test_the_advice_fits_and_is_a_configuration():
         assert estimate(merged, sizes, Layout(lora_rank=lora)).peak == found.peak
 
 
-def test_where_there_is_room_nothing_is_to_be_changed_and_nothing_is_said():
+def test_a_run_that_fits_gets_no_advice_and_no_warning():
     given, sizes = config(), models()
     assert changes_to_fit(given, sizes, Layout(), room(100))[0] == []
     assert shortage(given, sizes, Layout(), room(100)) is None
 
 
-def test_a_shortage_is_told_with_what_would_help_or_where_to_look():
+def test_a_shortage_names_settings_that_help_or_the_planner():
     given, sizes = config(), models()
     needs = estimate(given, sizes, Layout()).peak / 1e9
     text = shortage(given, sizes, Layout(), room(needs * 0.9))
@@ -190,10 +190,10 @@ def test_a_shortage_is_told_with_what_would_help_or_where_to_look():
     assert "rlhf-tui plan" in shortage(given, sizes, Layout(), room(0.1))
 
 
-def test_the_host_has_memory_and_no_more_of_it_is_free_than_there_is():
+def test_the_free_memory_of_the_host_is_at_most_its_total():
     host = of_host()
     assert 0 < host.free <= host.total
 
 
-def test_models_travel_as_json():
+def test_models_survive_a_round_trip_through_json():
     assert msgspec.json.decode(msgspec.json.encode(models()), type=Models) == models()

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sqlite3
+import stat
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,18 @@ from engine.errors import (
     SessionError,
     SessionLockedError,
     SessionNameError,
+    UserInputError,
 )
+from engine.journal import labels
 from engine.journal.reader import JournalReader
+from engine.journal.writer import JournalWriter
 from engine.launch.start import (
+    StartOptions,
+    adopted_checkpoint,
     check_inputs,
     checkpoint_steps,
     fork,
+    is_new,
     last_checkpoint,
     resume,
     timeline_checkpoints,
@@ -80,10 +87,86 @@ def test_a_session_is_its_owners_alone_and_states_everything(make_session):
     assert made.config() == config_file.load(starter.FOLDER / "demo.yaml", ["seed=3"])
 
 
+def test_no_umask_opens_a_session_or_its_folder_to_others(tmp_path):
+    config = config_file.load(starter.FOLDER / "demo.yaml")
+    umask = os.umask(0)
+    try:
+        made = session_folder.create(tmp_path / "deep" / "sessions", "run", config)
+        made.write_engine("/a/socket", "1.0")
+        JournalWriter(made).close()
+        labels.set_label(made, "p", labels.Response(response="r", attempt=1, step=1, index=0),
+                         "good", "me")  # fmt: skip
+        held = made.acquire()
+    finally:
+        os.umask(umask)
+    held.release()
+    below = (tmp_path / "deep").rglob("*")
+    modes = {p.relative_to(tmp_path): stat.S_IMODE(p.stat().st_mode) for p in below}
+    assert {"journal.db", "samples.db", "labels.db", "engine.json", "engine.log", "engine.lock",
+            "config.yaml", "checkpoints", "run", "sessions"} <= {p.name for p in modes}  # fmt: skip
+    assert not {str(p): oct(m) for p, m in modes.items() if m & 0o077}
+    assert stat.S_IMODE((tmp_path / "deep").stat().st_mode) == 0o700
+
+
+@pytest.fixture
+def planted(writer):
+    """A session with a checkpoint, as another user sees it: everything can be read and written."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    folder = writer.session.folder
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o777)
+    modes = {parent: stat.S_IMODE(parent.stat().st_mode) for parent in folder.parents}
+    closed = {parent: mode for parent, mode in modes.items() if mode & 0o005 != 0o005}
+    for parent, mode in closed.items():
+        parent.chmod(mode | 0o055)
+    yield writer.session
+    for parent, mode in closed.items():
+        parent.chmod(mode)
+
+
+@pytest.fixture
+def another_user(planted):
+    """This process runs as somebody who does not own the session."""
+    os.seteuid(65534)
+    yield planted
+    os.seteuid(0)
+
+
+@pytest.mark.parametrize("owner", ["folder", "config", "link"])
+def test_nothing_of_another_users_session_is_run(planted, owner, tmp_path):
+    """Whoever may write in the sessions' folder could plant one, or exchange its configuration."""
+    session = planted
+    if owner == "link":
+        session = session_folder.Session(session.folder.with_name("link"))
+        session.folder.symlink_to(planted.folder)
+    path = session.config_file if owner == "config" else session.folder
+    os.chown(path, 65534, -1, follow_symlinks=False)
+    given = {"reseed": False, "overrides": [], "who": "me"}
+    for use in (
+        session.acquire,
+        lambda: resume(session, from_step=None, **given),
+        lambda: fork(session, "child", from_step=2, **given),
+    ):
+        with pytest.raises(SessionError, match=f"'{session.name}' belongs to .* copy the folder"):
+            use()
+    with JournalReader(session_folder.find(session.folder.parent, session.name)) as record:
+        assert record.last_step() == 2
+
+
+def test_another_users_session_can_be_read_and_not_steered(another_user):
+    with JournalReader(session_folder.find(another_user.folder.parent, "run")) as record:
+        assert record.last_step() == 2
+    with pytest.raises(SessionError, match="belongs to user root"):
+        Client(another_user, "me")
+
+
 def test_a_sessions_folder_that_is_a_file_is_told(tmp_path):
     (tmp_path / "file").touch()
     config = config_file.load(starter.FOLDER / "demo.yaml")
-    with pytest.raises(SessionError, match="cannot make"):
+    with pytest.raises(SessionError, match="cannot create"):
         session_folder.create(tmp_path / "file", "run", config)
 
 
@@ -173,6 +256,49 @@ def test_nor_is_one_that_was_whole_before_the_journal_heard_of_it(writer):
     assert last_checkpoint(writer.session) == 4
     writer.journal.begin_attempt(2, fresh=True)
     assert last_checkpoint(writer.session) == 2
+
+
+@pytest.fixture
+def without_journal(make_session, write_in):
+    """A session with two complete checkpoints whose journal is lost."""
+    session = make_session()
+    before = write_in(session)
+    before.journal.begin_attempt(0, fresh=False)
+    for step in (4, 8):
+        before.checkpoint(step)
+    before.journal.close()
+    for file in (session.journal_file, session.samples_file):
+        file.unlink()
+    return session
+
+
+@pytest.mark.parametrize("problem", ["is missing", "is empty"])
+def test_a_resume_without_a_journal_does_not_start_over_from_step_0(without_journal, problem):
+    if problem == "is empty":
+        without_journal.journal_file.touch()
+    with pytest.raises(UserInputError, match=rf"journal\.db {problem};.*resume run --from 8$"):
+        resume(without_journal, from_step=None, reseed=False, overrides=[], who="me")
+
+
+def test_a_session_whose_journal_is_lost_is_not_new(without_journal):
+    # A new one is removed when its configuration turns out to be wrong.
+    assert not is_new(without_journal, StartOptions(from_step=8))
+
+
+def test_a_chosen_checkpoint_can_be_resumed_from_without_a_journal(without_journal, write_in):
+    (without_journal.checkpoints / "step-000008" / "state.json").write_text('{"score": 0.5}')
+    start = resume(without_journal, from_step=8, reseed=False, overrides=[], who="me")
+    assert (start.from_step, start.fresh) == (8, True)
+    new = write_in(without_journal)
+    adopted = adopted_checkpoint(without_journal, 8)
+    new.journal.begin_attempt(8, fresh=True, adopt=adopted)
+    # An attempt that fails before its first save starts again from there.
+    assert last_checkpoint(without_journal) == 8
+    assert new.journal.timeline() == [8]
+    with JournalReader(without_journal) as record:
+        assert [(c.step, c.score) for c in record.checkpoints()] == [(8, 0.5)]
+    assert adopted_checkpoint(without_journal, 8) is None
+    new.journal.close()
 
 
 def test_who_is_to_sample_anew_does_so_until_a_checkpoint_knows_of_it(writer):
@@ -300,7 +426,7 @@ def test_a_state_folder_that_cannot_be_written_costs_nothing_but_a_line(
     (tmp_path / "state").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     registry.announce(make_session())
-    assert "will not be found" in caplog.text
+    assert "will not be listed" in caplog.text
 
 
 def test_a_session_of_another_user_is_one_line_that_says_so(make_session):
@@ -310,7 +436,7 @@ def test_a_session_of_another_user_is_one_line_that_says_so(make_session):
     try:
         if user == 0:  # whom no mode keeps out
             os.seteuid(65534)
-        with pytest.raises(SessionError, match=r"cannot look into .*: Permission denied"):
+        with pytest.raises(SessionError, match=r"cannot read .*: Permission denied"):
             session_folder.find(made.folder.parent, made.name)
     finally:
         os.seteuid(user)

@@ -1,6 +1,7 @@
-"""When silence, a last word or an order to stop ends a run, and what is said of it."""
+"""The watchdog's silence limits, and how an attempt ends after a failure."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -13,7 +14,7 @@ from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
 from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.server import Server
 from engine.supervisor.supervisor import Supervisor
-from engine.supervisor.watchdog import Watchdog
+from engine.supervisor.watchdog import CHECK_INTERVAL, Watchdog
 
 SEVERAL = ("launch.nodes=2", "launch.rendezvous=10.0.0.1:29400")
 ECHO = Failed(rank=0, text="rank 0 lost the others: timed out", traceback="where", echo=True)
@@ -21,7 +22,7 @@ ECHO = Failed(rank=0, text="rank 0 lost the others: timed out", traceback="where
 
 @pytest.fixture
 def watch(writer):
-    """A watchdog of ranks that are just being started, and its judgement of them."""
+    """Creates a watchdog whose ranks are being started."""
 
     def make(*overrides):
         config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
@@ -31,29 +32,30 @@ def watch(writer):
     return make
 
 
-def hung(watchdog):
-    """The ranks that one look takes for hung."""
-    look = Telemetry(time=0.0, cpu=0.0, memory_used=0, memory_total=0, disk_free=10**12)
+def hung(watchdog, now=None):
+    """The ranks that count as hung in one check; `now` on the clock of `time.monotonic`."""
+    now = time.monotonic() if now is None else now
+    reading = Telemetry(time=0.0, cpu=0.0, memory_used=0, memory_total=0, disk_free=10**12)
     found = []
-    watchdog.check(look, lambda rank, _seconds: found.append(rank), lambda _alert: None)
+    watchdog.check(reading, lambda rank, _seconds: found.append(rank), lambda _alert: None, now)
     return found
 
 
-def test_a_first_rank_that_never_speaks_is_taken_for_hung(watch):
+def test_a_first_rank_that_never_connects_counts_as_hung(watch):
     assert hung(watch("launch.load_silence=1e-9")) == [0]
 
 
-def test_ranks_that_wait_for_another_machine_are_not(watch):
+def test_ranks_that_wait_for_another_machine_do_not_count_as_hung(watch):
     assert hung(watch("launch.load_silence=1e-9", *SEVERAL)) == []
 
 
-def test_a_rank_that_loads_is_not_held_to_the_silence_of_steps(watch):
+def test_a_rank_that_loads_has_a_limit_of_its_own(watch):
     watchdog = watch("launch.silence=1e-9")
     assert hung(watchdog) == []
     for rank in (0, 1):
-        watchdog.opened(rank)
-        watchdog.heard(rank, Phase(rank=rank, step=0, name="load policy"))
-    watchdog.heard(0, Notice(step=0, rule="memory", text="little is left"))
+        watchdog.rank_connected(rank)
+        watchdog.message_received(rank, Phase(rank=rank, step=0, name="load policy"))
+    watchdog.message_received(0, Notice(step=0, rule="memory", text="little is left"))
     assert hung(watchdog) == []
 
 
@@ -65,52 +67,64 @@ def test_a_rank_that_loads_is_not_held_to_the_silence_of_steps(watch):
         (1, Phase(rank=1, step=0, name="paused")),
     ],
 )
-def test_a_rank_that_has_loaded_is(watch, rank, message):
+def test_a_rank_that_has_loaded_has_the_limit_of_steps(watch, rank, message):
     watchdog = watch("launch.silence=1e-9")
-    watchdog.opened(1)
-    watchdog.heard(rank, message)
+    watchdog.rank_connected(1)
+    watchdog.message_received(rank, message)
     assert hung(watchdog) == [rank]
 
 
-def test_a_rank_that_hangs_while_it_loads_is_ended_in_the_end(watch):
+def test_a_rank_that_hangs_while_it_loads_counts_as_hung(watch):
     watchdog = watch("launch.load_silence=1e-9")
-    watchdog.heard(0, Ready(info={}, settings={}))
-    watchdog.heard(1, Phase(rank=1, step=0, name="load policy"))
+    watchdog.message_received(0, Ready(info={}, settings={}))
+    watchdog.message_received(1, Phase(rank=1, step=0, name="load policy"))
     assert hung(watchdog) == [1]
 
 
 def test_the_ranks_of_a_restart_load_again(watch):
     watchdog = watch("launch.silence=1e-9")
-    watchdog.heard(0, Ready(info={}, settings={}))
+    watchdog.message_received(0, Ready(info={}, settings={}))
     assert hung(watchdog) == [0]
-    watchdog.begin()
+    watchdog.ranks_starting()
     assert hung(watchdog) == []
 
 
-def ended(writer, failure, *, at_once=False):
-    """The exit code of ranks that have ended, one of them with these last words; and how it is."""
+def test_a_supervisor_that_was_stopped_does_not_count_its_absence_as_silence(watch):
+    watchdog = watch("launch.silence=60")
+    watchdog.message_received(0, Ready(info={}, settings={}))
+    woken = time.monotonic() + 1000
+    assert hung(watchdog) == []
+    assert hung(watchdog, woken) == []
+    # Silence counts from one interval before it woke.
+    checks = range(int(CHECK_INTERVAL), 100, int(CHECK_INTERVAL))
+    assert next(t for t in checks if hung(watchdog, woken + t)) == 60 - CHECK_INTERVAL
+
+
+def concluded(writer, failure, *, at_once=False):
+    """The exit code of an attempt with this failure, and its supervisor."""
 
     async def conclude():
         session, socket = writer.session, writer.session.folder / "engine.sock"
-        made = Supervisor(session, session.config(), writer.journal, socket, StartOptions())
-        made.publisher.set_state("starting")
-        made.state.next, made.state.attempt.failure, made.state.stop_now = None, failure, at_once
-        return made.conclude(1), made
+        supervisor = Supervisor(session, session.config(), writer.journal, socket, StartOptions())
+        supervisor.publisher.set_state("starting")
+        state = supervisor.state
+        state.next, state.attempt.failure, state.stop_now = None, failure, at_once
+        return supervisor.conclude(1), supervisor
 
     return asyncio.run(conclude())
 
 
 @pytest.mark.parametrize("echo", [True, False])
-def test_a_run_that_is_to_stop_at_once_is_not_started_again(writer, echo):
+def test_no_attempt_follows_a_stop_at_once(writer, echo):
     failure = Failed(rank=1, text="rank 1: a fault", echo=echo)
-    code, made = ended(writer, failure, at_once=True)
-    assert made.state.next is None
-    assert (code, made.publisher.state) == ((0, "stopped") if echo else (1, "failed"))
+    code, supervisor = concluded(writer, failure, at_once=True)
+    assert supervisor.state.next is None
+    assert (code, supervisor.publisher.state) == ((0, "stopped") if echo else (1, "failed"))
 
 
-def test_where_all_ranks_of_a_machine_waited_in_vain_the_first_to_say_so_is_heard(writer):
-    ended(writer, ECHO)
-    with JournalReader(writer.session) as record:
-        (error,) = [e for e in record.events() if e.kind == "error"]
+def test_a_loss_of_all_other_ranks_is_the_cause_if_no_rank_reports_another(writer):
+    concluded(writer, ECHO)
+    with JournalReader(writer.session) as reader:
+        (error,) = [e for e in reader.events() if e.kind == "error"]
     assert error.payload.text == ECHO.text
     assert error.payload.traceback == "where"

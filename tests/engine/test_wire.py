@@ -120,6 +120,8 @@ def test_a_frame_over_the_limit_is_refused_on_both_sides(monkeypatch):
     with pytest.raises(LinkError, match="over the limit"):
         frames.frame_length(struct.pack(">I", frames.MAX_FRAME + 1))
     assert frames.frame_length(struct.pack(">I", frames.MAX_FRAME)) == frames.MAX_FRAME
+    with pytest.raises(LinkError, match="too large to be sent"):
+        frames.encode(CommandRequest(id="x", command=SetSetting(key="epochs", value=10**30)))
     monkeypatch.setattr(frames, "MAX_FRAME", 100)
     with pytest.raises(LinkError, match="over the limit"):
         frames.encode(ClientHello(who="x" * 100))

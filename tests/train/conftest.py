@@ -1,4 +1,4 @@
-"""What the tests of a rank share: runs of the starter model, in this very process."""
+"""Fixtures of the rank tests: runs of the starter models in the test process."""
 
 from pathlib import Path
 
@@ -20,17 +20,17 @@ SMALL = (
     "ppo.minibatches=2",
     "ppo.micro_batch_size=4",
     "kl.horizon=100",
-    "launch.threads=1",  # models this small gain nothing from more, and the machine is shared
+    "launch.threads=1",  # models this small gain nothing from more threads
 )
 
 
-def silent(_step, _name, *_progress):
+def no_report(_step, _name, *_progress):
     return lambda _done, _total: None
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Builds a run of the starter models, with configuration keys changed."""
+    """Returns a function that builds a run of the starter models, with keys overridden."""
     made = []
 
     def make(*overrides, begin=None, config=None):
@@ -38,7 +38,7 @@ def make_run(tmp_path):
         session = create(tmp_path, f"s{len(made)}", loaded)
         made.append(session)
         begin_at = begin or Begin(attempt=1, from_step=0)
-        run = load_run(session, loaded, begin_at, RankGroup(loaded.launch), silent)
+        run = load_run(session, loaded, begin_at, RankGroup(loaded.launch), no_report)
         return run, session
 
     return make
@@ -46,7 +46,7 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def write_prompts(tmp_path):
-    """Writes a prompt file and returns its path."""
+    """Returns a function that writes a prompt file and returns its path."""
 
     def write(name: str, text: str) -> str:
         path = Path(tmp_path) / name
@@ -58,7 +58,7 @@ def write_prompts(tmp_path):
 
 @pytest.fixture
 def assert_same_step():
-    """Holds two runs to the very same step: every metric, and every parameter after it."""
+    """Returns a check that two runs take bitwise equal steps: every metric and parameter."""
 
     def check(run, again, step):
         (ours, _), (theirs, _) = train_step(run, step), train_step(again, step)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and the same run after as before."""
+"""Checkpoints: they are complete or do not exist, and a resumed run continues bit for bit."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from engine.errors import CheckpointError
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
 from engine.protocol.rank_messages import Begin, ReplayedChange
+from engine.session.checkpoints import complete_checkpoints
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
@@ -25,7 +26,7 @@ from engine.train.models.shapes import models_of
 from engine.train.step import train_step
 
 DEADLINE = 120
-"""Seconds: for a busy machine."""
+"""Seconds; generous, for a busy machine."""
 
 
 def begin(saver, run, score=1.0):
@@ -50,18 +51,18 @@ def trained(make_run):
     return run, session
 
 
-def silent(_step, _name, *_progress):
+def no_report(_step, _name, *_progress):
     return lambda _done, _total: None
 
 
-def resumed(session, **words):
+def resumed(session, **fields):
     config = session.config()
-    begin = Begin(attempt=2, from_step=1, **words)
-    return load_run(session, config, begin, RankGroup(config.launch), silent)
+    begin = Begin(attempt=2, from_step=1, **fields)
+    return load_run(session, config, begin, RankGroup(config.launch), no_report)
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
-def test_a_resumed_run_takes_the_very_same_next_step(make_run, assert_same_step, value):
+def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_step, value):
     run, session = make_run(f"model.value={value}")
     train_step(run, 1)
     run.state.step = 1
@@ -69,7 +70,7 @@ def test_a_resumed_run_takes_the_very_same_next_step(make_run, assert_same_step,
     assert_same_step(run, resumed(session), 2)
 
 
-def test_settings_that_changed_live_are_in_force_from_the_first_moment_of_a_resume(trained):
+def test_live_settings_are_restored_before_a_resume_estimates_memory(trained):
     run, session = trained
     run.config = change_settings(run.config, {"max_new_tokens": 40, "beta": 0.5})
     save(run, session)
@@ -80,13 +81,15 @@ def test_settings_that_changed_live_are_in_force_from_the_first_moment_of_a_resu
     assert again.memory.phases["generate"]["KV cache"] == expected
 
 
-def test_memory_is_checked_for_what_a_resumes_own_overrides_ask_for(trained):
+def test_the_memory_check_of_a_resume_includes_its_overrides(trained):
     run, session = trained
     save(run, session)
     change = SettingChange(key="max_new_tokens", old=10, new=50)
-    repeated = ReplayedChange(step=2, command="resume", changes=[change])
-    again = resumed(session, replay=[repeated])
-    assert again.config.rollout.max_new_tokens == 10, "it changes at the boundary"
+    replayed = ReplayedChange(step=2, command="resume", changes=[change])
+    again = resumed(session, replay=[replayed])
+    assert again.config.rollout.max_new_tokens == 10, (
+        "the setting changes at the boundary, not while loading"
+    )
     sizes = [r.memory.phases["generate"]["KV cache"] for r in (run, again)]
     assert sizes[1] > sizes[0]
 
@@ -101,11 +104,11 @@ def test_plain_transformers_loads_the_policy_with_its_tokenizer(trained):
     assert lm.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
 
 
-def test_without_complete_a_folder_is_no_checkpoint(trained):
+def test_a_folder_without_complete_is_not_a_checkpoint(trained):
     run, session = trained
     folder = save(run, session)
     (folder / "COMPLETE").unlink()
-    assert checkpoint_folder.completed(session.checkpoints) == {}
+    assert complete_checkpoints(session.checkpoints) == {}
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         checkpoint_folder.read_state(folder)
 
@@ -121,7 +124,7 @@ def test_a_damaged_file_is_found_and_named(trained):
         checkpoint_folder.read_state(folder)
 
 
-def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_half_made(trained, monkeypatch):
+def test_a_failed_write_leaves_the_older_checkpoint_and_no_partial_one(trained, monkeypatch):
     run, session = trained
     save(run, session)
     before = sorted(p.name for p in session.checkpoints.iterdir())
@@ -136,17 +139,17 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_half_made(traine
     assert sorted(p.name for p in session.checkpoints.iterdir()) == before
 
 
-def test_what_training_changes_meanwhile_is_not_in_the_checkpoint(trained):
+def test_a_checkpoint_does_not_contain_changes_made_while_it_is_written(trained):
     run, session = trained
     before = {k: t.clone() for k, t in run.policy.state_dict().items()}
     moments = {
         n: run.optimiser.state[p]["exp_avg"].clone() for n, p in run.policy.named_parameters()
     }
-    held = threading.Event()
+    released = threading.Event()
     write = run.policy.lm.save_pretrained
 
     def slowly(*args, **options):
-        assert held.wait(DEADLINE)
+        assert released.wait(DEADLINE)
         write(*args, **options)
 
     run.policy.lm.save_pretrained = slowly
@@ -156,9 +159,9 @@ def test_what_training_changes_meanwhile_is_not_in_the_checkpoint(trained):
     assert saver.poll() is None
     train_step(run, 2)
     run.state.step = 2
-    held.set()
+    released.set()
     folder = saver.wait(DEADLINE).folder
-    assert saver.poll() is None  # told once
+    assert saver.poll() is None  # returned once
     checkpoint_folder.complete(folder)
     assert folder.name == "step-000001"
     assert checkpoint_folder.read_state(folder).step == 1
@@ -169,7 +172,7 @@ def test_what_training_changes_meanwhile_is_not_in_the_checkpoint(trained):
         assert torch.equal(again.optimiser.state[parameter]["exp_avg"], moments[name]), name
 
 
-def test_a_save_begins_when_the_one_before_is_over(trained):
+def test_a_save_starts_after_the_previous_one_has_finished(trained):
     run, session = trained
     done = []
     saver = Saver(session.checkpoints, conclude=lambda step, _outcome: done.append(step))
@@ -181,7 +184,7 @@ def test_a_save_begins_when_the_one_before_is_over(trained):
     assert done == [1, 2]
 
 
-def test_what_concluding_a_save_raises_comes_out_of_the_next_look(trained):
+def test_wait_raises_what_the_conclude_callback_raised(trained):
     run, session = trained
 
     def conclude(_step, _outcome):
@@ -193,14 +196,14 @@ def test_what_concluding_a_save_raises_comes_out_of_the_next_look(trained):
         saver.wait(DEADLINE)
 
 
-def test_the_same_state_makes_the_same_files(trained):
+def test_the_same_state_gives_the_same_files(trained):
     run, session = trained
     first = json.loads((save(run, session) / "state.json").read_text())["hashes"]
     again = resumed(session)
     assert json.loads((save(again, session) / "state.json").read_text())["hashes"] == first
 
 
-def test_a_checkpoint_of_the_first_format_is_resumed_as_well(trained):
+def test_a_checkpoint_of_format_1_can_be_resumed(trained):
     run, session = trained
     folder = save(run, session)
     training = folder / "training"
@@ -246,7 +249,7 @@ def test_the_state_of_another_optimiser_or_model_is_refused(trained, make_run):
         load_training(folder, other.policy, other.optimiser)
 
 
-def test_a_disk_with_too_little_room_is_told_before_anything_is_written(trained, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_anything_is_written(trained, monkeypatch):
     run, session = trained
     usage = shutil.disk_usage(session.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1_000_000))
@@ -255,7 +258,7 @@ def test_a_disk_with_too_little_room_is_told_before_anything_is_written(trained,
     assert list(session.checkpoints.iterdir()) == []
 
 
-def test_a_checkpoint_of_the_same_step_takes_the_place_of_an_earlier_timelines(trained):
+def test_a_checkpoint_replaces_one_of_the_same_step(trained):
     run, session = trained
     save(run, session, score=1.0)
     folder = save(run, session, score=2.0)
@@ -276,11 +279,11 @@ def test_a_changed_reference_is_refused_on_a_resume(trained):
     last=st.integers(1, 4),
     best=st.integers(0, 3),
 )
-def test_the_newest_and_the_best_stay(scores, last, best):
-    gone = checkpoint_folder.to_remove(scores, last, best)
-    stay = set(scores) - set(gone)
-    assert max(scores) in stay
-    assert len(stay) <= last + best
-    if best and gone:
-        assert max(scores.values()) in {scores[s] for s in stay}
-    assert len(stay) >= min(len(scores), last)
+def test_the_newest_and_the_best_checkpoints_are_kept(scores, last, best):
+    removed = checkpoint_folder.to_remove(scores, last, best)
+    remaining = set(scores) - set(removed)
+    assert max(scores) in remaining
+    assert len(remaining) <= last + best
+    if best and removed:
+        assert max(scores.values()) in {scores[s] for s in remaining}
+    assert len(remaining) >= min(len(scores), last)

@@ -1,4 +1,4 @@
-"""Prompts: every format, their order, and what is wrong with a file."""
+"""Prompts: file formats, order, and errors."""
 
 import json
 
@@ -70,7 +70,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("name", "text", "keys", "message"), BAD.values(), ids=BAD.keys())
-def test_a_bad_file_is_one_sentence(tokenizer, write_prompts, name, text, keys, message):
+def test_a_bad_file_is_an_error_on_one_line(tokenizer, write_prompts, name, text, keys, message):
     with pytest.raises(UserInputError, match=message) as caught:
         load(tokenizer, write_prompts(name, text), **keys)
     assert "\n" not in str(caught.value)
@@ -94,13 +94,13 @@ def test_the_order_depends_on_the_step_alone_and_every_pass_sees_every_prompt(
     prompts = [Prompt([i], str(i), {}) for i in range(count)]
     fresh = Prompts(prompts, per_step=per_step, shuffle=shuffle, seed=3)
     used = Prompts(prompts, per_step=per_step, shuffle=shuffle, seed=3)
-    stream = [p.ids[0] for s in range(1, step + 1) for p in used.for_step(s)]
-    assert [p.ids[0] for p in fresh.for_step(step)] == stream[-per_step:]
-    for first in range(0, len(stream) - count + 1, count):
-        assert sorted(stream[first : first + count]) == list(range(count))
+    order = [p.ids[0] for s in range(1, step + 1) for p in used.for_step(s)]
+    assert [p.ids[0] for p in fresh.for_step(step)] == order[-per_step:]
+    for first in range(0, len(order) - count + 1, count):
+        assert sorted(order[first : first + count]) == list(range(count))
 
 
-def test_prompts_are_padded_on_the_left_and_answers_of_one_lie_together():
-    batch = batch_prompts([Prompt([5, 6], "a", {}), Prompt([7], "b", {})], 2, filler=9)
+def test_prompts_are_padded_on_the_left_and_repeated_in_adjacent_rows():
+    batch = batch_prompts([Prompt([5, 6], "a", {}), Prompt([7], "b", {})], 2, pad=9)
     assert batch.ids.tolist() == [[5, 6], [5, 6], [9, 7], [9, 7]]
     assert batch.lengths.tolist() == [2, 2, 1, 1]

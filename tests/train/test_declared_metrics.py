@@ -1,4 +1,4 @@
-"""What a step yields is what engine/metrics.py declares."""
+"""The metrics of a step are those that engine/metrics.py declares."""
 
 from engine import metrics
 from engine.protocol.rank_messages import Begin
@@ -12,11 +12,11 @@ TWO_SOURCES = (
 )
 
 
-def test_a_step_yields_every_declared_metric_and_no_other(make_run):
+def test_a_step_returns_every_declared_metric_and_no_other(make_run):
     run, session = make_run(*TWO_SOURCES)
     found, _ = train_step(run, 1)
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
-    boundary.after(1, found, 0.1)
+    boundary.after_step(1, found, 0.1)
     boundary.close()
     undeclared = {name for name in found if metrics.declaration(name) is None}
     assert not undeclared, "declare them in engine/metrics.py"

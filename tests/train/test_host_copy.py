@@ -1,4 +1,4 @@
-"""Copies that a save writes from."""
+"""Host copies of tensors, which a save writes to disk."""
 
 import torch
 

@@ -15,7 +15,7 @@ from engine.train.torchrun.rendezvous import JOIN_INFO_KEY
 
 @pytest.fixture
 def first():
-    """The first machine's store."""
+    """The store of the first machine."""
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
@@ -41,7 +41,7 @@ def test_lost_ranks_are_not_joined_again(first, tmp_path):
     assert found.start == "b"
 
 
-def test_a_first_machine_that_is_gone_is_noticed():
+def test_the_end_of_the_first_machine_is_detected():
     first = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     other = TCPStore("127.0.0.1", first.port, is_master=False)
     first.set(JOIN_INFO_KEY, "")

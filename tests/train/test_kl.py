@@ -1,4 +1,4 @@
-"""The KL in the reward and its coefficient's controller, against slow loops."""
+"""The KL in the reward and the controller of its coefficient, compared with slow loops."""
 
 import math
 
@@ -22,7 +22,7 @@ def controller(**values):
 
 
 def slow_step(beta, kl, episodes, *, target, horizon, low, high):
-    """One step of Ziegler et al.'s controller with bounds; from 0 it starts again."""
+    """One step of the controller of Ziegler et al. with bounds; from 0 it restarts at `low`."""
     if beta == 0:
         return low
     error = kl / target - 1
@@ -32,7 +32,7 @@ def slow_step(beta, kl, episodes, *, target, horizon, low, high):
 
 
 @st.composite
-def answers(draw):
+def responses(draw):
     """Lengths and scores (B,); log π, log π_ref and values (B, T). Multiples of 1/64."""
     b, t = draw(st.integers(1, 4)), draw(st.integers(1, 7))
     lengths = torch.tensor(draw(st.lists(st.integers(1, t), min_size=b, max_size=b)))
@@ -61,12 +61,12 @@ def test_the_log_probabilities_are_those_of_the_softmax_in_float32(dtype, data, 
         scaled = [x / temperature for x in logits[0, t].tolist()]
         top = max(scaled)
         want = scaled[token] - top - math.log(math.fsum(math.exp(x - top) for x in scaled))
-        # Logits of up to 160 after the temperature: 160 · 6e-8 from their rounding, twice.
+        # Logits are up to 160 after the temperature: twice a rounding error of 160 · 6e-8.
         assert abs(float(got[0, t]) - want) <= 5e-5
 
 
 @modest
-@given(answers())
+@given(responses())
 def test_the_kl_of_a_response_is_the_sum_over_its_tokens(batch):
     lengths, _, logprobs, ref, _ = batch
     got = masked.sequence_kl(logprobs, ref, masked.response_mask(lengths, ref.shape[1]))
@@ -76,8 +76,8 @@ def test_the_kl_of_a_response_is_the_sum_over_its_tokens(batch):
 
 
 @modest
-@given(answers(), BETAS)
-def test_every_token_pays_its_kl_and_the_last_one_gets_the_score(batch, beta):
+@given(responses(), BETAS)
+def test_every_token_has_its_kl_penalty_and_the_last_one_the_score(batch, beta):
     lengths, scores, logprobs, ref, _ = batch
     got = advantages.token_rewards(scores, logprobs, ref, lengths, beta)
     for i, n in enumerate(lengths.tolist()):
@@ -89,8 +89,8 @@ def test_every_token_pays_its_kl_and_the_last_one_gets_the_score(batch, beta):
 
 
 @modest
-@given(answers(), BETAS)
-def test_nothing_is_paid_beyond_the_length(batch, beta):
+@given(responses(), BETAS)
+def test_rewards_beyond_the_length_are_zero(batch, beta):
     lengths, scores, logprobs, ref, _ = batch
     got = advantages.token_rewards(scores, logprobs, ref, lengths, beta)
     beyond = ~masked.response_mask(lengths, ref.shape[1])
@@ -98,8 +98,8 @@ def test_nothing_is_paid_beyond_the_length(batch, beta):
 
 
 @modest
-@given(answers())
-def test_without_beta_the_rewards_are_the_scores_alone(batch):
+@given(responses())
+def test_with_beta_zero_the_rewards_are_the_scores(batch):
     lengths, scores, logprobs, ref, _ = batch
     got = advantages.token_rewards(scores, logprobs, ref, lengths, 0.0)
     want = torch.zeros_like(logprobs)
@@ -108,8 +108,8 @@ def test_without_beta_the_rewards_are_the_scores_alone(batch):
 
 
 @modest
-@given(answers(), BETAS)
-def test_the_first_advantage_without_discount_is_the_reward_less_kl_and_value(batch, beta):
+@given(responses(), BETAS)
+def test_the_first_undiscounted_advantage_is_the_score_minus_kl_and_value(batch, beta):
     lengths, scores, logprobs, ref, values = batch
     mask = masked.response_mask(lengths, ref.shape[1])
     rewards = advantages.token_rewards(scores, logprobs, ref, lengths, beta)
@@ -117,7 +117,7 @@ def test_the_first_advantage_without_discount_is_the_reward_less_kl_and_value(ba
     for i in range(len(lengths)):
         kl = slow_kl(logprobs, ref, lengths, i)
         want = float(scores[i]) - beta * kl - float(values[i, 0])
-        # Up to 7 tokens with rewards of 16 and values of 4, each rounded to 6e-8 of itself.
+        # Up to 7 tokens with rewards of 16 and values of 4, each with a relative error of 6e-8.
         assert abs(float(got[i, 0]) - want) <= 1e-4
 
 
@@ -129,7 +129,7 @@ def test_the_first_advantage_without_discount_is_the_reward_less_kl_and_value(ba
     st.floats(0.1, 100),
     st.floats(30, 1e5),
 )
-def test_the_adaptive_controller_follows_its_loop(beta, kls, episodes, target, horizon):
+def test_the_adaptive_controller_matches_the_slow_loop(beta, kls, episodes, target, horizon):
     bounds = {"beta_min": 1e-2, "beta_max": 1.0}
     ours = controller(beta=beta, target=target, horizon=horizon, **bounds)
     for kl in kls:
@@ -140,14 +140,14 @@ def test_the_adaptive_controller_follows_its_loop(beta, kls, episodes, target, h
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.05), (60.0, 1.1), (-60.0, 0.9)])
-def test_the_relative_error_counts_up_to_a_fifth(kl, factor):
+def test_the_relative_error_is_clipped_to_a_fifth(kl, factor):
     ours = controller(beta=0.3, target=6.0, horizon=100.0)
     assert next_beta(ours, kl, 50) == pytest.approx(0.3 * factor, rel=1e-12)
 
 
 @given(kl=st.floats(0, 1000), episodes=st.integers(1, 128))
 @modest
-def test_from_beta_zero_the_controller_starts_again_at_its_minimum(kl, episodes):
+def test_from_beta_zero_the_controller_restarts_at_its_minimum(kl, episodes):
     ours = controller(beta=0.0, beta_min=0.003)
     assert next_beta(ours, kl, episodes) == 0.003
 
@@ -163,12 +163,12 @@ def test_after_a_restart_from_zero_beta_grows_while_the_kl_is_too_large():
 
 @pytest.mark.parametrize("beta", [0.0, 1e-6, 0.05, 50.0])
 @pytest.mark.parametrize("kl", [0.0, 6.0, 600.0])
-def test_the_fixed_controller_leaves_beta_alone(beta, kl):
+def test_the_fixed_controller_does_not_change_beta(beta, kl):
     ours = msgspec.structs.replace(controller(beta=beta), controller="fixed")
     assert next_beta(ours, kl, 64) == beta
 
 
 @pytest.mark.parametrize(("beta", "want"), [(1e-6, 0.01), (50.0, 1.0)])
-def test_a_beta_set_by_hand_beyond_a_bound_is_brought_back_to_it(beta, want):
+def test_a_beta_set_beyond_a_bound_is_clipped_to_it(beta, want):
     ours = controller(beta=beta, beta_min=0.01, beta_max=1.0)
     assert next_beta(ours, 6.0, 64) == want

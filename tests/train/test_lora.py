@@ -1,4 +1,4 @@
-"""LoRA: small adapters learn, the model under them stays, and is the reference."""
+"""LoRA: only the adapters are trained; the base model is frozen, and is the reference."""
 
 import json
 import math
@@ -24,15 +24,15 @@ from engine.train.models.language_model import AdapterFreePolicy, LanguageModel,
 from engine.train.models.pretrained import load_lm
 from engine.train.step import train_step
 
-ALONE = RankGroup(LaunchConfig(device="cpu"))
+SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 DEADLINE = 120
-"""Seconds: for a busy machine."""
+"""Seconds; generous, for a busy machine."""
 BASE = starter.resolve("starter:policy")
 RANK = "lora.rank=4"
 FAST = "train.learning_rate=1e-3"
 VARIANTS = {
     "gae, value head on the trunk": [],
-    "gae, value trunk of its own": ["model.value=separate"],
+    "gae, separate value trunk": ["model.value=separate"],
     "reward": ["ppo.advantage=reward"],
     "rloo": ["ppo.advantage=rloo", "rollout.per_prompt=4"],
     "some targets": ["lora.targets=[q_proj, mlp.down_proj]", "lora.alpha=4"],
@@ -56,13 +56,13 @@ def take_step(run, step=1):
     return metrics
 
 
-def silent(_step, _name, *_progress):
+def no_report(_step, _name, *_progress):
     return lambda _done, _total: None
 
 
 def resumed(session):
     begin = Begin(attempt=2, from_step=1)
-    return load_run(session, session.config(), begin, ALONE, silent)
+    return load_run(session, session.config(), begin, SINGLE_RANK, no_report)
 
 
 def text(seed=0):
@@ -81,8 +81,8 @@ def logits(model):
 
 @pytest.fixture(scope="module")
 def plain():
-    """The model under the adapters, as it was never touched."""
-    return LanguageModel(load_lm(BASE, "model.policy", ALONE))
+    """The base model, without adapters."""
+    return LanguageModel(load_lm(BASE, "model.policy", SINGLE_RANK))
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def trained(make_run):
 
 
 @variants
-def test_only_adapters_and_the_value_head_learn(make_run, overrides):
+def test_only_adapters_and_the_value_head_are_trained(make_run, overrides):
     run, _ = make_run(RANK, FAST, "ppo.max_grad_norm=1e6", *overrides)
     before = {k: v.detach().clone() for k, v in run.policy.named_parameters()}
     metrics = take_step(run)
@@ -101,13 +101,13 @@ def test_only_adapters_and_the_value_head_learn(make_run, overrides):
     trainable = {k for k, v in run.policy.named_parameters() if v.requires_grad}
     assert changed == trainable
     assert all(".lora_" in k or k.startswith("value_head.") for k in changed)
-    held = {id(p) for group in run.optimiser.param_groups for p in group["params"]}
-    assert held == {id(p) for p in run.policy.parameters() if p.requires_grad}
+    optimised = {id(p) for group in run.optimiser.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in run.policy.parameters() if p.requires_grad}
     assert all(math.isfinite(v) for v in metrics.values())
 
 
 @variants
-def test_a_run_begins_at_its_reference_and_leaves_it(make_run, overrides):
+def test_a_run_starts_at_its_reference_and_moves_away_from_it(make_run, overrides):
     run, _ = make_run(RANK, FAST, "ppo.epochs=1", "ppo.minibatches=1", *overrides)
     first, second = take_step(run), take_step(run, 2)
     assert first["objective/kl"] == pytest.approx(0, abs=1e-4)
@@ -115,14 +115,14 @@ def test_a_run_begins_at_its_reference_and_leaves_it(make_run, overrides):
     assert second["objective/kl"] != pytest.approx(0, abs=1e-4)
 
 
-def test_the_reference_is_the_very_model_the_adapters_were_put_on(trained, plain):
+def test_the_reference_is_the_base_model(trained, plain):
     run, _ = trained
     assert torch.equal(logits(run.reference), logits(plain))
     assert not torch.equal(logits(run.policy), logits(plain))
     assert fingerprint(run.reference) == run.state.reference == fingerprint(plain)
 
 
-def test_the_reference_holds_no_weights_of_its_own(make_run):
+def test_the_reference_shares_the_policys_base_weights(make_run):
     run, _ = make_run(RANK)
     ours = {p.data_ptr() for p in run.policy.parameters()}
     assert {p.data_ptr() for p in run.reference.parameters()} < ours
@@ -138,7 +138,7 @@ def test_adapters_are_on_again_after_an_error_in_the_reference(trained):
     assert torch.equal(logits(run.policy), before)
 
 
-def test_switched_off_and_on_again_the_same_parameters_learn(make_run):
+def test_switching_adapters_off_and_on_keeps_requires_grad(make_run):
     run, _ = make_run(RANK)
     layers = lora.adapted_layers(run.policy.lm)
     wanted = [p.requires_grad for p in run.policy.parameters()]
@@ -148,7 +148,7 @@ def test_switched_off_and_on_again_the_same_parameters_learn(make_run):
     assert [p.requires_grad for p in run.policy.parameters()] == wanted
 
 
-def test_adapters_begin_the_same_with_the_same_seed_alone(make_run):
+def test_the_seed_alone_determines_the_initial_adapters(make_run):
     def first(run):
         return {k: v for k, v in run.policy.named_parameters() if "lora_A" in k}
 
@@ -162,18 +162,18 @@ def test_adapters_begin_the_same_with_the_same_seed_alone(make_run):
 
 
 @variants
-def test_a_resumed_run_takes_the_very_same_next_step(make_run, assert_same_step, overrides):
+def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_step, overrides):
     run, session = make_run(RANK, FAST, *overrides)
     take_step(run)
     save(run, session)
     assert_same_step(run, resumed(session), 2)
 
 
-def test_a_checkpoint_holds_adapters_and_not_their_model(trained):
+def test_a_checkpoint_holds_the_adapters_and_not_the_base_model(trained):
     run, session = trained
     folder = save(run, session)
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
-    assert size < sum(p.numel() for p in run.reference.parameters())  # a fourth of its bytes
+    assert size < sum(p.numel() for p in run.reference.parameters())  # a quarter of its bytes
     assert not list((folder / "policy").glob("model*"))
     described = json.loads((folder / "policy" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == BASE
@@ -191,18 +191,18 @@ def test_peft_and_transformers_load_a_checkpoints_adapters(trained, loader):
     assert AutoTokenizer.from_pretrained(folder)("The film").input_ids
 
 
-def test_a_merged_policy_is_a_plain_model_that_says_the_same(trained, tmp_path):
+def test_a_merged_policy_is_a_plain_model_with_the_same_logits(trained, tmp_path):
     run, session = trained
     save(run, session)
     merge(session, 1, tmp_path / "merged")
-    lm = load_lm(str(tmp_path / "merged"), "model.policy", ALONE)
+    lm = load_lm(str(tmp_path / "merged"), "model.policy", SINGLE_RANK)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     gap = (logits(LanguageModel(lm)) - logits(run.policy)).abs().max()
     assert gap < 5e-5
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("The film").input_ids
 
 
-def test_a_merge_says_in_one_line_what_is_wrong(trained, tmp_path):
+def test_an_error_of_a_merge_is_one_line(trained, tmp_path):
     run, session = trained
     run.state.base = "another"
     save(run, session)
@@ -225,7 +225,7 @@ def test_a_changed_base_is_refused_on_a_resume(make_run):
         resumed(session)
 
 
-def test_a_reference_that_is_named_is_a_model_of_its_own(make_run, plain):
+def test_a_configured_reference_is_a_separate_model(make_run, plain):
     run, _ = make_run(RANK, FAST, f"model.reference={BASE}")
     take_step(run)
     assert not isinstance(run.reference, AdapterFreePolicy)
@@ -245,10 +245,10 @@ def test_a_checkpoint_of_the_other_kind_is_refused(make_run):
     with pytest.raises(CheckpointError, match="another model, rank or targets"):
         lora.load_adapters(adapted.policy.lm, folder)
     with pytest.raises(UserInputError, match=r"model\.policy: .* holds adapters"):
-        load_lm(str(folder), "model.policy", ALONE)
+        load_lm(str(folder), "model.policy", SINGLE_RANK)
 
 
-def test_in_bfloat16_the_base_is_held_in_it_and_adapters_are_not(make_run):
+def test_with_bfloat16_the_base_model_is_bfloat16_and_the_adapters_are_float32(make_run):
     run, _ = make_run(RANK, FAST, "model.dtype=bfloat16", "ppo.epochs=1", "ppo.minibatches=1")
     metrics = take_step(run)
     assert metrics["objective/kl"] == 0
@@ -259,11 +259,10 @@ def test_in_bfloat16_the_base_is_held_in_it_and_adapters_are_not(make_run):
 
 
 @pytest.mark.parametrize("target", ["query", "lm_head", "embed_tokens", "mlp", "proj"])
-def test_a_target_that_is_no_linear_layer_is_refused_with_those_there_are(make_run, target):
+def test_a_target_that_is_not_a_linear_layer_is_an_error_that_lists_the_layers(make_run, target):
     with pytest.raises(UserInputError) as refused:
         make_run(RANK, f"lora.targets=[q_proj, {target}]")
-    said = str(refused.value)
-    assert said == (
+    assert str(refused.value) == (
         f"lora.targets: LlamaForCausalLM has no linear layer '{target}'; it has: "
         "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
     )
@@ -277,12 +276,12 @@ def test_the_transposed_layers_of_gpt2_are_adapted_saved_and_loaded(tmp_path, ta
     config = LoRAConfig(rank=2, alpha=2, targets=targets)
 
     def adapted(seed):
-        lm = load_lm(base, "model.policy", ALONE)
+        lm = load_lm(base, "model.policy", SINGLE_RANK)
         lora.add_adapters(lm, config, seed=seed, base=base)
         return LanguageModel(lm).eval()
 
     policy = adapted(0)
-    expected = logits(LanguageModel(load_lm(base, "model.policy", ALONE)).eval())
+    expected = logits(LanguageModel(load_lm(base, "model.policy", SINGLE_RANK)).eval())
     assert torch.equal(logits(policy), expected)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():

@@ -1,6 +1,6 @@
-"""A step's metrics against slow loops over samples and tokens.
+"""A step's metrics compared with slow loops over samples and tokens.
 
-Relative tolerance 1e-5: float32 sums of at most 32 numbers.
+The relative tolerance is 1e-5: float32 sums of at most 32 numbers.
 """
 
 import math
@@ -27,9 +27,9 @@ def optimised(**sums):
 
 
 @st.composite
-def steps(draw, min_answers=1):
+def steps(draw, min_responses=1):
     """A rollout with scores, reference log-probabilities and targets; 0 beyond the lengths."""
-    b, t = draw(st.integers(min_answers, 4)), draw(st.integers(1, 6))
+    b, t = draw(st.integers(min_responses, 4)), draw(st.integers(1, 6))
     lengths = torch.tensor(draw(st.lists(st.integers(1, t), min_size=b, max_size=b)))
     mask = torch.arange(t)[None] < lengths[:, None]
 
@@ -58,8 +58,8 @@ def steps(draw, min_answers=1):
     return rollout, numbers(b), -numbers(b, t).abs() * mask, targets
 
 
-def measure(step, beta=0.5, done=None):
-    return step_metrics(*step, done or optimised(), beta)
+def measure(step, beta=0.5, stats=None):
+    return step_metrics(*step, stats or optimised(), beta)
 
 
 def tokens(rollout):
@@ -86,22 +86,22 @@ def test_the_kl_is_summed_over_a_response_and_averaged_over_the_batch(step):
 
 @modest
 @given(steps(), st.sampled_from([0.0, 0.05, 3.0]))
-def test_the_rlhf_reward_is_the_score_less_beta_times_the_kl(step, beta):
+def test_the_rlhf_reward_is_the_score_minus_beta_times_the_kl(step, beta):
     rollout, scores, ref, targets = step
-    paid = [
+    penalties = [
         -beta * sum(float(targets.old_logprobs[i, t]) - float(ref[i, t]) for t in range(n))
         for i, n in enumerate(rollout.lengths.tolist())
     ]
     metrics = measure(step, beta)
     assert metrics["objective/kl_coef"] == beta
     assert same(metrics["objective/scores"], mean(scores.tolist()))
-    assert same(metrics["objective/non_score_reward"], mean(paid))
-    assert same(metrics["objective/rlhf_reward"], mean(scores.tolist()) + mean(paid))
+    assert same(metrics["objective/non_score_reward"], mean(penalties))
+    assert same(metrics["objective/rlhf_reward"], mean(scores.tolist()) + mean(penalties))
 
 
 @modest
-@given(steps(min_answers=2))
-def test_the_scores_deviation_is_that_of_the_batch(step):
+@given(steps(min_responses=2))
+def test_the_scores_standard_deviation_is_that_of_the_batch(step):
     scores = step[1].tolist()
     squares = math.fsum((s - mean(scores)) ** 2 for s in scores)
     assert same(measure(step)["objective/scores_std"], math.sqrt(squares / len(scores)))
@@ -112,15 +112,15 @@ def test_the_scores_deviation_is_that_of_the_batch(step):
 def test_the_two_entropies_are_per_response_and_per_token(step):
     rollout, _, _, targets = step
     metrics = measure(step)
-    surprise = [-float(targets.old_logprobs[p]) for p in tokens(rollout)]
-    assert same(metrics["objective/entropy"], math.fsum(surprise) / len(rollout.lengths))
-    spread = [float(rollout.entropies[p]) for p in tokens(rollout)]
-    assert same(metrics["policy/entropy_avg"], mean(spread))
+    negative_logprobs = [-float(targets.old_logprobs[p]) for p in tokens(rollout)]
+    assert same(metrics["objective/entropy"], math.fsum(negative_logprobs) / len(rollout.lengths))
+    entropies = [float(rollout.entropies[p]) for p in tokens(rollout)]
+    assert same(metrics["policy/entropy_avg"], mean(entropies))
 
 
 @modest
 @given(steps())
-def test_lengths_and_endings_are_counted_by_answer(step):
+def test_lengths_and_truncation_are_averaged_over_responses(step):
     rollout = step[0]
     metrics = measure(step)
     cut = [not ended for ended in rollout.ended.tolist()]
@@ -149,7 +149,7 @@ def test_the_explained_variance_is_that_of_the_values_before_the_update(step):
 
 @modest
 @given(steps(), st.floats(-1e4, 1e4, width=32))
-def test_what_stands_beyond_the_lengths_dilutes_no_metric(step, junk):
+def test_padding_beyond_the_lengths_changes_no_metric(step, junk):
     rollout, scores, ref, targets = step
     mask = rollout.mask
     clean = measure(step)
@@ -182,7 +182,7 @@ def plain_step():
 
 
 def test_the_optimisers_sums_become_means_over_all_trained_tokens(plain_step):
-    done = optimised(
+    stats = optimised(
         policy_loss=-8.0,
         value_loss=20.0,
         clipped=4.0,
@@ -191,7 +191,7 @@ def test_the_optimisers_sums_become_means_over_all_trained_tokens(plain_step):
         ratio=44.0,
         squared_ratio=50.0,
     )
-    metrics = measure(plain_step, done=done)
+    metrics = measure(plain_step, stats=stats)
     want = {
         "loss/policy_avg": -0.2,
         "loss/value_avg": 0.5,
@@ -214,17 +214,17 @@ def test_without_a_value_function_its_metrics_are_left_out(plain_step):
 
 
 def test_when_every_minibatch_was_skipped_no_metric_is_undefined(plain_step):
-    metrics = measure(plain_step, done=UpdateStats(skipped=4))
+    metrics = measure(plain_step, stats=UpdateStats(skipped=4))
     assert all(math.isfinite(value) for value in metrics.values())
     assert "loss/policy_avg" not in metrics
 
 
 @modest
 @given(st.lists(st.lists(st.sampled_from(["a", "b", "c"]), max_size=6), max_size=4))
-def test_distinct_2_is_the_share_of_different_word_pairs(answers):
+def test_distinct_2_is_the_fraction_of_different_word_pairs(responses):
     pairs = []
-    for words in answers:
+    for words in responses:
         for i in range(len(words) - 1):
             pairs.append((words[i], words[i + 1]))  # noqa: PERF401
     want = len(set(pairs)) / len(pairs) if pairs else 1.0
-    assert distinct_2([" ".join(words) for words in answers]) == pytest.approx(want)
+    assert distinct_2([" ".join(words) for words in responses]) == pytest.approx(want)

@@ -1,8 +1,8 @@
-"""The learning-rate schedule, and one minibatch's gradient against a loss written as loops.
+"""The learning-rate schedule, and a minibatch's gradient compared with a loss written as loops.
 
-The model is a real Llama of two layers with random weights, in float32. Gradients are held to 1e-4
-of their tensor's largest entry, sums to 1e-4 of their size: the two ways of computing them differ
-in the order of float32 additions only.
+The model is a Llama of two layers with random float32 weights. Tolerances are 1e-4 of a gradient
+tensor's largest entry, and 1e-4 of a sum: the two computations differ only in the order of float32
+additions.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from engine.train.ppo.optimise import backward
 from engine.train.ppo.update_stats import LossSums
 from engine.train.rollout.rollout import Rollout
 
-ALONE = RankGroup(LaunchConfig(device="cpu"))
+SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 VOCABULARY = 32
 LLAMA = LlamaConfig(
     vocab_size=VOCABULARY,
@@ -44,7 +44,7 @@ LLAMA = LlamaConfig(
     num_attention_heads=2,
     initializer_range=0.3,
 )
-PROMPTS, ANSWERS = [3, 1, 6, 4, 2, 6, 5], [4, 5, 1, 7, 1, 3, 7]
+PROMPTS, RESPONSES = [3, 1, 6, 4, 2, 6, 5], [4, 5, 1, 7, 1, 3, 7]
 ALL = torch.arange(len(PROMPTS))
 
 
@@ -70,19 +70,19 @@ def make_policy(value):
 
 
 def make_minibatch(policy, left=0, right=0, filler=0):
-    """A rollout and targets near the policy; extra padding, which `filler` is written into."""
-    chosen = torch.Generator().manual_seed(8)
-    n, p, t = len(PROMPTS), max(PROMPTS) + left, max(ANSWERS) + right
-    lengths = torch.tensor(ANSWERS)
+    """A rollout and targets close to the policy's, with extra padding filled with `filler`."""
+    generator = torch.Generator().manual_seed(8)
+    n, p, t = len(PROMPTS), max(PROMPTS) + left, max(RESPONSES) + right
+    lengths = torch.tensor(RESPONSES)
     mask = torch.arange(t)[None] < lengths[:, None]
     prompts = torch.full((n, p), filler)
     ids = torch.full((n, t), filler)
     tables = [torch.full((n, t), float(filler)) for _ in range(4)]
-    for i in range(n):  # row by row, so that the padding does not change what is drawn
-        prompts[i, p - PROMPTS[i] :] = torch.randint(32, (PROMPTS[i],), generator=chosen)
-        ids[i, : ANSWERS[i]] = torch.randint(32, (ANSWERS[i],), generator=chosen)
+    for i in range(n):  # row by row, so that padding does not change the random numbers
+        prompts[i, p - PROMPTS[i] :] = torch.randint(32, (PROMPTS[i],), generator=generator)
+        ids[i, : RESPONSES[i]] = torch.randint(32, (RESPONSES[i],), generator=generator)
         for table in tables:
-            table[i, : ANSWERS[i]] = torch.randn(ANSWERS[i], generator=chosen)
+            table[i, : RESPONSES[i]] = torch.randn(RESPONSES[i], generator=generator)
     batch, cut = PromptBatch([], prompts, torch.tensor(PROMPTS)), torch.zeros(n, dtype=torch.bool)
     texts = [""] * n
     rollout = Rollout(batch, ids, lengths, cut, cut, tables[0], tables[0], tables[1], texts)
@@ -97,7 +97,7 @@ def make_minibatch(policy, left=0, right=0, filler=0):
 
 def slow_outputs(policy, rollout, i, temperature):
     """[(log π, V)] of row i's tokens as scalars: one row, no padding, no cache."""
-    n, p = ANSWERS[i], PROMPTS[i]
+    n, p = RESPONSES[i], PROMPTS[i]
     prompt = rollout.batch.ids[i, rollout.batch.ids.shape[1] - p :]
     ids = torch.cat([prompt, rollout.ids[i, :n]])
     hidden = policy.lm.model(ids[None]).last_hidden_state[0]
@@ -117,7 +117,7 @@ def slow_outputs(policy, rollout, i, temperature):
 
 
 def slow_sums(policy, rollout, targets, rows, config):
-    """The minibatch's loss (with its gradient) and sums, by the specification's formulas."""
+    """The minibatch's loss (with gradient) and sums, by the formulas in loops."""
     clip, c, sums, loss = config.ppo.clip_range, config.ppo.value_clip, LossSums(), 0.0
     for i in rows.tolist():
         outputs = slow_outputs(policy, rollout, i, config.rollout.temperature)
@@ -125,23 +125,23 @@ def slow_sums(policy, rollout, targets, rows, config):
         for t, (_, value) in enumerate(outputs):
             log_rho = gaps[t] if config.ppo.ratio == "token" else sum(gaps)
             rho, a = log_rho.clamp(-20, 20).exp(), targets.advantages[i, t]
-            plain, held = -a * rho, -a * rho.clamp(1 - clip, 1 + clip)
-            term = plain if plain >= held else held
+            unclipped, clipped = -a * rho, -a * rho.clamp(1 - clip, 1 + clip)
+            term = unclipped if unclipped >= clipped else clipped
             sums.tokens += 1
             sums.policy_loss += term.item()
-            sums.clipped += bool(held > plain)
+            sums.clipped += bool(clipped > unclipped)
             sums.squared_log_ratio += log_rho.item() ** 2
             sums.ratio += rho.item()
             sums.squared_ratio += rho.item() ** 2
             loss = loss + term
             if value is None:
                 continue
-            old, goal = targets.old_values[i, t], targets.returns[i, t]
-            error = (value - goal) ** 2
+            old, target = targets.old_values[i, t], targets.returns[i, t]
+            error = (value - target) ** 2
             if c is not None:
-                held = (torch.minimum(torch.maximum(value, old - c), old + c) - goal) ** 2
-                sums.value_clipped += bool(held > error)
-                error = held if held > error else error
+                clipped = (torch.minimum(torch.maximum(value, old - c), old + c) - target) ** 2
+                sums.value_clipped += bool(clipped > error)
+                error = clipped if clipped > error else error
             sums.value_loss += 0.5 * error.item()
             loss = loss + config.ppo.value_coef * 0.5 * error
     return loss / sums.tokens, sums
@@ -154,7 +154,7 @@ def gradients(policy):
 
 
 def fast(policy, minibatch, config, rows=ALL, warming_up=False):
-    sums = backward(ALONE, policy, *minibatch, rows, config, warming_up)
+    sums = backward(SINGLE_RANK, policy, *minibatch, rows, config, warming_up)
     return gradients(policy), sums
 
 
@@ -169,7 +169,7 @@ def assert_same(got, want):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Two threads that spin for each other cost far more than these matrices of 16 × 16."""
+    """Synchronising two threads costs far more than multiplying 16 × 16 matrices."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -223,7 +223,7 @@ def test_padding_changes_neither_gradient_nor_sums(left, right, filler):
     assert_same(fast(policy, make_minibatch(policy, left, right, filler), config), bare)
 
 
-def test_a_minibatchs_gradient_is_its_parts_weighted_by_their_tokens():
+def test_a_minibatchs_gradient_is_the_token_weighted_mean_over_its_parts():
     policy, config = make_policy("shared"), run_config()
     minibatch = make_minibatch(policy)
     whole, sums = fast(policy, minibatch, config)
@@ -236,7 +236,7 @@ def test_a_minibatchs_gradient_is_its_parts_weighted_by_their_tokens():
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_under_the_policy_that_sampled_the_ratio_is_one_and_nothing_is_clipped(ratio):
+def test_before_any_update_the_ratio_is_one_and_nothing_is_clipped(ratio):
     policy, config = make_policy("shared"), run_config(ratio=ratio)
     rollout, targets = make_minibatch(policy)
     with torch.no_grad():
@@ -248,11 +248,11 @@ def test_under_the_policy_that_sampled_the_ratio_is_one_and_nothing_is_clipped(r
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
-def test_while_warming_up_the_value_alone_learns(value):
+def test_during_value_warm_up_only_the_value_function_has_a_gradient(value):
     policy, config = make_policy(value), run_config(value_clip=0.2)
     minibatch = make_minibatch(policy)
     loss, sums = slow_sums(policy, *minibatch, ALL, config)
-    loss.backward()  # what the policy adds never reaches the value function's own weights
+    loss.backward()  # the policy loss has no gradient in the value function's weights
     of_value = {k: g for k, g in gradients(policy).items() if k.startswith("value_")}
     assert_same(fast(policy, minibatch, config, warming_up=True), (of_value, sums))
 
@@ -262,26 +262,26 @@ def rates(**of_train):
     return [learning_rate(config.train, step) for step in range(1, config.train.steps + 1)]
 
 
-def test_the_constant_schedule_stays_at_the_settings_rate():
+def test_the_constant_schedule_stays_at_the_configured_rate():
     assert rates() == [2e-3] * 10
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [1, 4])
-def test_warm_up_rises_evenly_to_the_full_rate_and_learns_from_the_first_step(schedule, warmup):
-    rising = rates(schedule=schedule, warmup=warmup)[:warmup]
-    assert rising == pytest.approx([2e-3 * (k + 1) / warmup for k in range(warmup)])
+def test_warm_up_rises_linearly_to_the_full_rate_from_the_first_step(schedule, warmup):
+    warm = rates(schedule=schedule, warmup=warmup)[:warmup]
+    assert warm == pytest.approx([2e-3 * (k + 1) / warmup for k in range(warmup)])
 
 
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_the_linear_schedule_falls_evenly_towards_zero(warmup):
+def test_the_linear_schedule_falls_linearly_towards_zero(warmup):
     falling = rates(schedule="linear", warmup=warmup, steps=20)[warmup:]
     n = len(falling)
     assert falling == pytest.approx([2e-3 * (1 - k / n) for k in range(n)])
 
 
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_the_cosine_schedule_falls_by_half_a_wave(warmup):
+def test_the_cosine_schedule_falls_over_half_a_period(warmup):
     falling = rates(schedule="cosine", warmup=warmup, steps=20)[warmup:]
     n = len(falling)
     want = [2e-3 * 0.5 * (1 + math.cos(math.pi * k / n)) for k in range(n)]
@@ -289,13 +289,13 @@ def test_the_cosine_schedule_falls_by_half_a_wave(warmup):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_a_rate_set_by_hand_scales_the_whole_schedule(schedule):
+def test_a_rate_changed_live_scales_the_whole_schedule(schedule):
     config = change_settings(run_config(schedule=schedule, warmup=3), {"learning_rate": 4e-3})
     got = [learning_rate(config.train, step) for step in range(1, 11)]
     assert got == pytest.approx([2 * x for x in rates(schedule=schedule, warmup=3)])
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_warm_up_as_long_as_the_run_never_leaves_the_range(schedule):
+def test_a_warm_up_as_long_as_the_run_stays_between_zero_and_the_full_rate(schedule):
     for warmup in (9, 10, 30):
         assert all(0 <= x <= 2e-3 for x in rates(schedule=schedule, warmup=warmup))

@@ -1,8 +1,9 @@
-"""The PPO numerics against slow loops over samples and tokens.
+"""The PPO numerics compared with slow loops over samples and tokens.
 
-Drawn numbers are multiples of 1/64, exact in float32, so that "which branch decided" has one answer
-in float32 and in the double precision of the loops. Sums are then held to 1e-5 of the sum of their
-terms' sizes: a few float32 roundings (6e-8 each) over at most 32 terms, and those of `exp`.
+The drawn numbers are multiples of 1/64, which are exact in float32. So float32 and the loops, in
+double precision, take the same branch of every max and clip. The tolerance of a sum is 1e-5 of the
+sum of its terms' magnitudes: a few float32 roundings (6e-8 each) over at most 32 terms, and the
+error of `exp`.
 """
 
 import math
@@ -34,8 +35,8 @@ def batches(draw, tables, limit=4):
 
 
 @st.composite
-def gappy(draw, tables):
-    """A mask with holes, at least one token a row, and tables (B, T)."""
+def masks(draw, tables):
+    """A mask with gaps and at least one token per row, and `tables` tables (B, T)."""
     lengths, *values = draw(batches(tables))
     b, t = values[0].shape
     mask = torch.tensor(draw(st.lists(st.booleans(), min_size=b * t, max_size=b * t)))
@@ -64,12 +65,12 @@ def slow_log_ratio(new, old, mask, kind):
 
 
 def slow_policy(new, old, advantages, mask, clip, kind):
-    """{(i, t): (loss, clip decided, log ρ, ρ)}."""
+    """{(i, t): (loss, whether the clip is active, log ρ, ρ)}."""
     result = {}
     for (i, t), log_rho in slow_log_ratio(new, old, mask, kind).items():
         rho, a = math.exp(log_rho), float(advantages[i, t])
-        plain, held = -a * rho, -a * min(1 + clip, max(1 - clip, rho))
-        result[i, t] = (max(plain, held), held > plain, log_rho, rho)
+        unclipped, clipped = -a * rho, -a * min(1 + clip, max(1 - clip, rho))
+        result[i, t] = (max(unclipped, clipped), clipped > unclipped, log_rho, rho)
     return result
 
 
@@ -103,14 +104,14 @@ def test_the_response_mask_covers_exactly_the_first_tokens(batch):
 
 
 @modest
-@given(gappy(1))
+@given(masks(1))
 def test_a_masked_mean_counts_only_the_mask(batch):
     mask, x = batch
     assert near(masked.masked_mean(x, mask), slow_moments(x, mask)[0], 4)
 
 
 @modest
-@given(gappy(1), st.booleans())
+@given(masks(1), st.booleans())
 def test_whitening_scales_by_the_deviation_of_the_whole_batch(batch, shift):
     mask, x = batch
     mean, var = slow_moments(x, mask)
@@ -118,21 +119,21 @@ def test_whitening_scales_by_the_deviation_of_the_whole_batch(batch, shift):
     got = masked.whiten(x, mask, shift_mean=shift)
     for i, t in kept(mask):
         want = (float(x[i, t]) - mean) * scale + (0.0 if shift else mean)
-        # The float32 mean is off by some 1e-7 of the numbers' size (4), which the scale enlarges.
+        # The float32 mean has an error of about 1e-7 · 4, which the scale multiplies.
         assert abs(float(got[i, t]) - want) <= 1e-5 * (1 + abs(want)) + 1e-6 * scale
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5)])
 @pytest.mark.parametrize("shift", [True, False])
-def test_whitening_numbers_that_do_not_vary_leaves_only_their_mean(value, shape, shift):
+def test_whitening_constant_numbers_leaves_only_their_mean(value, shape, shift):
     x, mask = torch.full(shape, value), torch.ones(shape, dtype=torch.bool)
     got = masked.whiten(x, mask, shift_mean=shift)
     assert got.tolist() == torch.full(shape, 0.0 if shift else value).tolist()
 
 
 @modest
-@given(gappy(2), st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.sampled_from([0.0, 0.5, 0.95, 1.0]))
+@given(masks(2), st.sampled_from([0.0, 0.5, 0.99, 1.0]), st.sampled_from([0.0, 0.5, 0.95, 1.0]))
 def test_advantages_are_those_of_the_recursion_over_the_kept_tokens(batch, gamma, lam):
     mask, rewards, values = batch
     got = advantages.generalised_advantages(rewards, values, mask, gamma, lam)
@@ -140,7 +141,7 @@ def test_advantages_are_those_of_the_recursion_over_the_kept_tokens(batch, gamma
         assert near(got[i, t], want, 64)
 
 
-def test_a_masked_token_carries_the_advantage_through():
+def test_a_gap_in_the_mask_does_not_change_the_advantages():
     rewards = torch.tensor([[1.0, 500.0, 2.0, 500.0]])
     values = torch.tensor([[0.5, 700.0, 0.25, 700.0]])
     mask = torch.tensor([[True, False, True, False]])
@@ -155,7 +156,7 @@ def test_a_masked_token_carries_the_advantage_through():
 
 @modest
 @given(batches(2), st.sampled_from([0.0, 0.9, 1.0]))
-def test_with_lambda_zero_an_advantage_is_its_own_one_step_error(batch, gamma):
+def test_with_lambda_zero_an_advantage_is_the_one_step_td_error(batch, gamma):
     lengths, rewards, values = batch
     mask = masked.response_mask(lengths, rewards.shape[1])
     got = advantages.generalised_advantages(rewards, values, mask, gamma, 0.0)
@@ -167,7 +168,7 @@ def test_with_lambda_zero_an_advantage_is_its_own_one_step_error(batch, gamma):
 
 @modest
 @given(batches(2), st.sampled_from([0.9, 1.0]))
-def test_with_lambda_one_an_advantage_is_the_discounted_rest_less_the_value(batch, gamma):
+def test_with_lambda_one_an_advantage_is_the_discounted_return_minus_the_value(batch, gamma):
     lengths, rewards, values = batch
     mask = masked.response_mask(lengths, rewards.shape[1])
     got = advantages.generalised_advantages(rewards, values, mask, gamma, 1.0)
@@ -178,7 +179,7 @@ def test_with_lambda_one_an_advantage_is_the_discounted_rest_less_the_value(batc
 
 @modest
 @given(st.integers(2, 5), st.integers(1, 4), st.data())
-def test_leave_one_out_subtracts_the_mean_of_the_prompts_other_answers(group, prompts, data):
+def test_leave_one_out_subtracts_the_mean_of_the_prompts_other_responses(group, prompts, data):
     n = group * prompts
     numbers = data.draw(st.lists(st.integers(-512, 512), min_size=n, max_size=n))
     returns = torch.tensor(numbers) / 64
@@ -192,7 +193,7 @@ def test_leave_one_out_subtracts_the_mean_of_the_prompts_other_answers(group, pr
 
 @modest
 @given(batches(2, limit=32), KINDS)
-def test_log_ratios_are_held_to_twenty_and_zero_outside_the_mask(batch, kind):
+def test_log_ratios_are_clamped_to_twenty_and_zero_outside_the_mask(batch, kind):
     lengths, new, old = batch
     mask = masked.response_mask(lengths, new.shape[1])
     got = losses.log_ratio(new, old, mask, kind)
@@ -203,7 +204,7 @@ def test_log_ratios_are_held_to_twenty_and_zero_outside_the_mask(batch, kind):
 
 
 @modest
-@given(st.one_of(gappy(3), batches(3, limit=32)), CLIPS, KINDS)
+@given(st.one_of(masks(3), batches(3, limit=32)), CLIPS, KINDS)
 def test_policy_terms_are_the_sums_of_the_clipped_objective(batch, clip, kind):
     first, new, old, advantages = batch
     mask = first if first.dtype is torch.bool else masked.response_mask(first, new.shape[1])
@@ -219,25 +220,25 @@ def test_policy_terms_are_the_sums_of_the_clipped_objective(batch, clip, kind):
 
 @modest
 @given(batches(3), CLIPS, KINDS)
-def test_only_tokens_the_clip_did_not_decide_pull_on_the_policy(batch, clip, kind):
+def test_only_unclipped_tokens_have_a_gradient(batch, clip, kind):
     lengths, new, old, advantages = batch
     mask = masked.response_mask(lengths, new.shape[1])
     leaf = new.clone().requires_grad_()
     losses.policy_terms(leaf, old, advantages, mask, clip, kind).loss.backward()
-    pulls = dict.fromkeys([(i, t) for i in range(len(new)) for t in range(new.shape[1])], 0.0)
-    sizes = dict(pulls)
+    expected = dict.fromkeys([(i, t) for i in range(len(new)) for t in range(new.shape[1])], 0.0)
+    sizes = dict(expected)
     for (i, t), (_, clipped, log_rho, rho) in slow_policy(
         new, old, advantages, mask, clip, kind
     ).items():
         if clipped or abs(log_rho) >= 20:
             continue
-        reached = [t] if kind == "token" else range(int(lengths[i]))
-        for s in reached:
-            pulls[i, s] -= float(advantages[i, t]) * rho
+        tokens = [t] if kind == "token" else range(int(lengths[i]))
+        for s in tokens:
+            expected[i, s] -= float(advantages[i, t]) * rho
             sizes[i, s] += abs(float(advantages[i, t])) * rho
-    for (i, t), want in pulls.items():
-        held = slow_log_ratio(new, old, mask, kind).get((i, t), 0.0)
-        if abs(held) != 20:  # at the very limit either one-sided derivative is right
+    for (i, t), want in expected.items():
+        log_rho = slow_log_ratio(new, old, mask, kind).get((i, t), 0.0)
+        if abs(log_rho) != 20:  # at the clamp either one-sided derivative is right
             assert near(leaf.grad[i, t], want, sizes[i, t])
 
 
@@ -246,22 +247,24 @@ def test_only_tokens_the_clip_did_not_decide_pull_on_the_policy(batch, clip, kin
 def test_value_terms_are_half_the_larger_squared_error(batch, clip):
     lengths, values, old, returns = batch
     mask = masked.response_mask(lengths, values.shape[1])
-    loss, decided = 0.0, 0
+    loss, active = 0.0, 0
     for i, t in kept(mask):
         v, v_old, r = float(values[i, t]), float(old[i, t]), float(returns[i, t])
-        plain = (v - r) ** 2
-        held = plain if clip is None else (min(v_old + clip, max(v_old - clip, v)) - r) ** 2
-        # With 0.2, which float32 has not exactly, a tie cannot arise but where nothing was held.
-        loss += 0.5 * max(plain, held)
-        decided += held > plain
-    got_loss, got_decided = losses.value_terms(values, old, returns, mask, clip)
+        unclipped = (v - r) ** 2
+        clipped = unclipped
+        if clip is not None:
+            clipped = (min(v_old + clip, max(v_old - clip, v)) - r) ** 2
+        # 0.2 is not exact in float32, so the two are equal only where V was not clipped.
+        loss += 0.5 * max(unclipped, clipped)
+        active += clipped > unclipped
+    got_loss, got_active = losses.value_terms(values, old, returns, mask, clip)
     assert near(got_loss, loss, loss)
-    assert float(got_decided) == decided
+    assert float(got_active) == active
 
 
 @modest
-@given(gappy(2))
-def test_explained_variance_is_one_less_the_unexplained_share(batch):
+@given(masks(2))
+def test_explained_variance_is_one_minus_the_unexplained_fraction(batch):
     mask, values, returns = batch
     _, var = slow_moments(returns, mask)
     got = float(masked.explained_variance(values, returns, mask))
@@ -274,7 +277,7 @@ def test_explained_variance_is_one_less_the_unexplained_share(batch):
 
 @modest
 @given(batches(4), KINDS, st.floats(-1e4, 1e4, width=32))
-def test_what_stands_beyond_the_length_changes_nothing(batch, kind, junk):
+def test_padding_beyond_the_length_changes_nothing(batch, kind, junk):
     lengths, new, old, advantage, returns = batch
     mask = masked.response_mask(lengths, new.shape[1])
     clean, dirty = [
@@ -298,7 +301,7 @@ def test_what_stands_beyond_the_length_changes_nothing(batch, kind, junk):
 
 
 def inputs_of(scores, config, baseline=None):
-    """Responses of two tokens under a policy that is its reference: outcomes are the scores."""
+    """Responses of two tokens with a KL of 0: their outcomes are their scores."""
     b = len(scores)
     zeros, lengths = torch.zeros(b, 2), torch.full((b,), 2)
     mask = torch.ones(b, 2, dtype=torch.bool)
@@ -307,7 +310,7 @@ def inputs_of(scores, config, baseline=None):
     )
 
 
-def test_every_estimator_that_can_be_configured_has_a_function_and_the_other_way_round():
+def test_every_declared_estimator_has_a_function_and_every_function_is_declared():
     assert set(advantages.ESTIMATORS) == set(ADVANTAGES)
 
 
@@ -319,7 +322,7 @@ def test_an_estimator_returns_values_exactly_where_it_declares_a_value_function(
     assert targets.advantages.shape == (2, 2)
 
 
-def test_the_running_baseline_is_a_mean_over_earlier_steps_that_moves_by_a_tenth():
+def test_the_running_baseline_is_a_moving_average_with_decay_nine_tenths():
     config = PPOConfig(advantage="reward", baseline="running", whiten=False)
     first = make_targets(inputs_of([1.0, 3.0], config))
     assert first.advantages[:, 0].tolist() == [-1.0, 1.0]

@@ -1,4 +1,4 @@
-"""What makes a step cheaper must compute what the plain way computes."""
+"""Optimised implementations compute the same as the plain ones."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ needs_onednn = pytest.mark.skipif(
 
 @pytest.fixture
 def onednn(monkeypatch):
-    """As on a processor where oneDNN is quicker."""
+    """As on a processor on which oneDNN is faster."""
     monkeypatch.setattr(onednn_linear, "onednn_is_quicker", lambda: True)
 
 
@@ -40,7 +40,7 @@ def test_a_linear_layer_by_onednn_has_the_same_result_and_gradients(onednn, bias
 
 
 @needs_onednn
-def test_what_is_not_plain_float32_goes_its_usual_way(onednn):
+def test_other_dtypes_than_float32_do_not_use_onednn(onednn):
     layer = nn.Linear(8, 8)
     onednn_linear.use_onednn(layer)
     x = torch.randn(2, 8)
@@ -56,8 +56,8 @@ def test_log_probabilities_and_their_gradient_are_those_of_log_softmax(temperatu
     raw = 4 * torch.randn(2, 3, 50).to(dtype)
     tokens, weights = torch.randint(50, (2, 3)), torch.randn(2, 3)
     slow = raw.clone().requires_grad_()
-    whole = torch.log_softmax(slow.double() / temperature, -1)
-    expected = whole.gather(2, tokens[:, :, None]).squeeze(2)
+    logprobs = torch.log_softmax(slow.double() / temperature, -1)
+    expected = logprobs.gather(2, tokens[:, :, None]).squeeze(2)
     (expected * weights).sum().backward()
     quick = raw.clone().requires_grad_()
     got = token_logprobs(quick * 1, tokens, temperature)
@@ -68,9 +68,9 @@ def test_log_probabilities_and_their_gradient_are_those_of_log_softmax(temperatu
     torch.testing.assert_close(quick.grad, slow.grad, rtol=close, atol=close)
 
 
-def test_rows_that_need_several_pieces_are_the_same_as_alone():
+def test_rows_computed_in_several_chunks_are_the_same_as_one_by_one():
     torch.manual_seed(0)
-    logits = torch.randn(1, 5, CHUNK // 2)  # two rows a piece
+    logits = torch.randn(1, 5, CHUNK // 2)  # two rows per chunk
     tokens = torch.randint(CHUNK // 2, (1, 5))
     together = token_logprobs(logits.clone(), tokens, 1.0)
     for t in range(5):
@@ -78,7 +78,7 @@ def test_rows_that_need_several_pieces_are_the_same_as_alone():
         assert float(alone) == float(together[0, t])
 
 
-def test_a_model_that_rests_in_a_file_is_the_same_model():
+def test_a_file_backed_model_computes_the_same():
     torch.manual_seed(0)
     shape = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -95,7 +95,7 @@ def test_a_model_that_rests_in_a_file_is_the_same_model():
     assert not any(p.data_ptr() % 64 for p in model.parameters())
 
 
-def test_where_there_is_no_room_for_the_file_the_model_stays_in_memory(monkeypatch):
+def test_without_disk_space_for_the_file_the_model_stays_in_memory(monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 

@@ -1,7 +1,7 @@
-"""One rank, two with DDP and two with FSDP2 learn the same from the same rollout.
+"""One rank, two ranks with DDP and two with FSDP2 compute the same step from the same rollout.
 
-Real processes under torchrun, over gloo on the CPU. The rollout is recorded: live, a difference in
-the last bit can flip a sampled token and send two runs on different ways.
+The ranks are processes under torchrun, over gloo on the CPU. The rollout is recorded: otherwise a
+difference in the last bit could change a sampled token, and the runs would diverge.
 """
 
 import json
@@ -21,8 +21,8 @@ from engine.errors import UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup, agree_on_device
-from engine.train.load import check_shares, load_run
-from engine.train.step import take_rollout, train_step
+from engine.train.load import check_rank_count, load_run
+from engine.train.step import generate_rollout, train_step
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
 DEADLINE = 400
@@ -31,24 +31,24 @@ STEP = (
     "ppo.micro_batch_size=2", "train.learning_rate=1e-3", "kl.horizon=100", "launch.threads=1",
     "launch.device=cpu", "log.tensorboard=false",
 )  # fmt: skip
-"""Five rows a minibatch in twos: one rank has two micro-batches where the other has one."""
+"""Minibatches of 5 rows, micro-batches of 2: one rank has two micro-batches, the other one."""
 VARIANTS = {
     "gae": ("ppo.advantage=gae",),
-    "gae, a value trunk of its own": ("ppo.advantage=gae", "model.value=separate"),
-    "gae, the value warming up": ("ppo.advantage=gae", "ppo.value_warmup=1"),
-    "gae, activations computed again": ("parallel.activation_checkpointing=true",),
+    "gae, separate value trunk": ("ppo.advantage=gae", "model.value=separate"),
+    "gae, value warm-up": ("ppo.advantage=gae", "ppo.value_warmup=1"),
+    "gae, activation checkpointing": ("parallel.activation_checkpointing=true",),
     "reward": ("ppo.advantage=reward",),
     "rloo": ("ppo.advantage=rloo", "rollout.per_prompt=2"),
     "gae, adapters": ("ppo.advantage=gae", "lora.rank=4"),
-    "gae, a value trunk of its own, adapters": ("model.value=separate", "lora.rank=4"),
+    "gae, separate value trunk, adapters": ("model.value=separate", "lora.rank=4"),
     "reward, adapters": ("ppo.advantage=reward", "lora.rank=4"),
     "rloo, adapters": ("ppo.advantage=rloo", "rollout.per_prompt=2", "lora.rank=4"),
 }
-WAYS = ("ddp", "fsdp")
+STRATEGIES = ("ddp", "fsdp")
 
 
-def config_of(way, variant):
-    given = [*STEP, f"parallel.strategy={way}", *VARIANTS[variant]]
+def config_of(strategy, variant):
+    given = [*STEP, f"parallel.strategy={strategy}", *VARIANTS[variant]]
     return config_file.load(starter.FOLDER / "demo.yaml", given)
 
 
@@ -64,7 +64,7 @@ def weights(run):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """By variant and way, what one step made of a rollout: metrics and weights."""
+    """Metrics and weights after one step, by variant and by how the ranks run."""
     folder = tmp_path_factory.mktemp("ranks")
     found, jobs = {}, []
     for i, variant in enumerate(VARIANTS):
@@ -73,10 +73,12 @@ def outcomes(tmp_path_factory):
         before = weights(run)
         metrics, _ = train_step(run, 1, rollout)
         found[variant, "before"], found[variant, "one"] = ({}, before), (metrics, weights(run))
-        for way in WAYS:
-            session = create(folder, f"{way}-{i}", config_of(way, variant))
+        for strategy in STRATEGIES:
+            session = create(folder, f"{strategy}-{i}", config_of(strategy, variant))
             job = {"session": session.folder, "recorded": folder / f"recording-{i}.pickle"}
-            jobs.append(job | {"result": folder / f"{way}-{i}.json", "as": (variant, way)})
+            jobs.append(
+                job | {"result": folder / f"{strategy}-{i}.json", "as": (variant, strategy)}
+            )
     on_two_ranks(folder, [{k: str(v) for k, v in job.items()} for job in jobs])
     for job in jobs:
         metrics = json.loads(job["result"].read_text())
@@ -85,11 +87,11 @@ def outcomes(tmp_path_factory):
 
 
 def record(folder, name, variant):
-    """Answers of a policy that has learnt a little, so that neither KL nor log-ratio is 0."""
+    """A rollout of a policy after one step, so that neither the KL nor the log-ratio is 0."""
     run = one_process(create(folder, name, config_of("auto", variant)))
     train_step(run, 1)
-    rollout = take_rollout(run, 2, lambda _done, _total: None)
-    assert len(set(rollout.lengths.tolist())) > 2, "the answers must differ in length"
+    rollout = generate_rollout(run, 2, lambda _done, _total: None)
+    assert len(set(rollout.lengths.tolist())) > 2, "the responses must differ in length"
     (folder / f"{name}.pickle").write_bytes(pickle.dumps(rollout))
     return rollout
 
@@ -108,16 +110,16 @@ def on_two_ranks(folder, jobs):
 
 
 @pytest.mark.parametrize(
-    ("other", "says"),
+    ("other", "message"),
     [
         (("gpu-box", True, ""), "sees a GPU on gpu-box and none on"),
         (("gpu-box", False, "launch.device: cuda, but"), "on gpu-box: launch.device: cuda"),
     ],
 )
-def test_a_machine_with_another_kind_of_device_is_told_before_ranks_wait(other, says):
+def test_a_machine_with_another_kind_of_device_is_an_error_before_any_collective(other, message):
     store = dist.HashStore()
     store.set("device/1", json.dumps(other))
-    with pytest.raises(UserInputError, match=says):
+    with pytest.raises(UserInputError, match=message):
         agree_on_device(store, 0, 2, on_gpu=False, problem="")
 
 
@@ -128,36 +130,36 @@ def test_a_machine_with_another_kind_of_device_is_told_before_ranks_wait(other, 
         ("reward.normalise=reference", "reward.normalise_samples"),
     ],
 )
-def test_more_ranks_than_there_is_work_for_are_one_sentence(override, key):
+def test_too_many_ranks_for_the_batch_is_an_error_that_names_the_key(override, key):
     given = ["ppo.minibatches=1", "reward.normalise_samples=6", override]
     config = config_file.load(starter.FOLDER / "demo.yaml", given)
-    check_shares(config, 4)
+    check_rank_count(config, 4)
     with pytest.raises(UserInputError, match=key):
-        check_shares(config, 7)
+        check_rank_count(config, 7)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, way):
-    one, two = outcomes[variant, "one"][0], outcomes[variant, way][0]
-    if "warming" not in variant:
-        assert abs(one["objective/kl"]) > 1e-3  # of 10 answers: it may be negative
+def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, strategy):
+    one, two = outcomes[variant, "one"][0], outcomes[variant, strategy][0]
+    if "warm-up" not in variant:
+        assert abs(one["objective/kl"]) > 1e-3  # over 10 responses: it may be negative
     assert one["grad_norm"] > 0
     for name, value in one.items():
         if not name.startswith(("time/", "perf/")):
             assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_ranks_end_with_the_parameters_of_one(outcomes, variant, way):
-    one, two = outcomes[variant, "one"][1], outcomes[variant, way][1]
+def test_two_ranks_end_with_the_parameters_of_one(outcomes, variant, strategy):
+    one, two = outcomes[variant, "one"][1], outcomes[variant, strategy][1]
     assert one.keys() == two.keys()
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-4
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_step_moved_the_parameters_by_more_than_they_may_differ(outcomes, variant):
+def test_the_step_changes_the_parameters_by_more_than_the_tolerance(outcomes, variant):
     before, after = outcomes[variant, "before"][1], outcomes[variant, "one"][1]
     with torch.no_grad():
         assert max(float((before[k] - after[k]).abs().max()) for k in before) > 5e-4

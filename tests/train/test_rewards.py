@@ -1,4 +1,4 @@
-"""Rewards: their signature, their mixes, and what happens when they misbehave."""
+"""Reward sources: how they are called, weighted sums of them, and errors."""
 
 import math
 
@@ -25,10 +25,10 @@ from engine.train.rewards.model import RewardModel
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn
 
-ALONE = RankGroup(LaunchConfig(device="cpu"))
+SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 
 
-def quiet(_done, _total):
+def no_report(_done, _total):
     return None
 
 
@@ -38,7 +38,7 @@ def tokenizer():
 
 
 @pytest.fixture
-def answers(tokenizer):
+def inputs(tokenizer):
     texts = [" was great.", " was bad, and long, and bad again.", " is"]
     eos = tokenizer.eos_token_id
     ids = [tokenizer(t)["input_ids"] + ([eos] if i < 2 else []) for i, t in enumerate(texts)]
@@ -50,10 +50,10 @@ def answers(tokenizer):
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     """Writes a module of reward functions; returns the folder."""
-    path = tmp_path / "judges_for_test.py"
+    path = tmp_path / "rewards_for_test.py"
     path.write_text(
         "def length(completions, **kwargs): return [float(len(c)) for c in completions]\n"
-        "def picky(completions, grade): return [None if g else 1.5 for g in grade]\n"
+        "def sometimes(completions, grade): return [None if g else 1.5 for g in grade]\n"
         "async def slow(completion_ids, **kwargs): return [len(c) for c in completion_ids]\n"
         "def nan(completions, **kwargs): return [float('nan')] * len(completions)\n"
         "def short(completions, **kwargs): return [1.0]\n"
@@ -65,69 +65,69 @@ def module(tmp_path, monkeypatch):
     yield str(tmp_path)
     import sys  # noqa: PLC0415
 
-    sys.modules.pop("judges_for_test", None)
+    sys.modules.pop("rewards_for_test", None)
     sys.path[:] = [p for p in sys.path if p != str(tmp_path)]
 
 
-def judge(module, name):
-    return FunctionReward(f"judges_for_test:{name}", module)
+def function_reward(module, name):
+    return FunctionReward(f"rewards_for_test:{name}", module)
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("length", [11, 34, 3]), ("picky", [1.5, None, None]), ("step", [7, 7, 7])],
+    [("length", [11, 34, 3]), ("sometimes", [1.5, None, None]), ("step", [7, 7, 7])],
 )
-def test_a_function_is_called_by_keyword_with_columns_and_state(module, answers, name, expected):
-    assert judge(module, name)(answers, quiet) == expected
+def test_a_function_is_called_by_keyword_with_columns_and_state(module, inputs, name, expected):
+    assert function_reward(module, name)(inputs, no_report) == expected
 
 
-def test_a_coroutine_function_is_awaited(module, answers):
-    assert judge(module, "slow")(answers, quiet) == [len(ids) for ids in answers.ids]
+def test_a_coroutine_function_is_awaited(module, inputs):
+    assert function_reward(module, "slow")(inputs, no_report) == [len(ids) for ids in inputs.ids]
 
 
-def test_a_mix_is_the_weighted_sum_of_those_that_have_an_opinion(module, answers):
+def test_a_mix_is_the_weighted_sum_of_the_sources_that_return_a_score(module, inputs):
     both = RewardMix(
         {
-            "a": WeightedReward(0.5, RunsOn.RANK_0, judge(module, "length")),
-            "b": WeightedReward(2.0, RunsOn.RANK_0, judge(module, "picky")),
+            "a": WeightedReward(0.5, RunsOn.RANK_0, function_reward(module, "length")),
+            "b": WeightedReward(2.0, RunsOn.RANK_0, function_reward(module, "sometimes")),
         },
-        ALONE,
+        SINGLE_RANK,
     )
-    scores, parts = both(answers)
+    scores, parts = both(inputs)
     assert scores.tolist() == [5.5 + 3.0, 17.0, 1.5]
     assert parts["b"] == [1.5, None, None]
 
 
-def test_every_key_that_selects_a_source_has_a_loader_and_the_other_way_round():
+def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key():
     assert tuple(KINDS) == SOURCE_KEYS
     fields = {f.name for f in msgspec.structs.fields(RewardConfig)}
     assert fields >= set(SOURCE_KEYS)
     assert {f.name for f in msgspec.structs.fields(RewardSource)} >= set(SOURCE_KEYS)
 
 
-def test_sources_of_a_mix_are_named_after_their_value_and_told_apart(module, answers, tokenizer):
-    function = RewardSource(function="judges_for_test:length")
+def test_equally_named_sources_of_a_mix_are_numbered(module, inputs, tokenizer):
+    function = RewardSource(function="rewards_for_test:length")
     sources = [function, RewardSource(model="starter:reward"), function]
     mix = load_rewards(
-        LoadContext(RewardConfig(mix=sources, path=module), tokenizer.get_vocab(), ALONE)
+        LoadContext(RewardConfig(mix=sources, path=module), tokenizer.get_vocab(), SINGLE_RANK)
     )
-    _, parts = mix(answers)
+    _, parts = mix(inputs)
     assert list(parts) == ["length", "reward", "length-2"]
 
 
 BAD = {
-    "nan": "returned nan for answer 0 of step 7",
-    "short": "returned 1 scores for 3 answers",
-    "words": "returned 'good' for answer 0",
-    "picky": "no reward has an opinion on answer 1",
+    "nan": "returned nan for response 0 of step 7",
+    "short": "returned 1 scores for 3 responses",
+    "words": "returned 'good' for response 0",
+    "sometimes": "no reward source scored response 1",
 }
 
 
 @pytest.mark.parametrize(("name", "message"), BAD.items())
-def test_a_reward_that_cannot_be_used_ends_the_step_with_a_sentence(module, answers, name, message):
+def test_invalid_scores_raise_an_error_that_names_the_response(module, inputs, name, message):
     with pytest.raises(RewardError, match=message):
-        source = WeightedReward(1.0, RunsOn.RANK_0, judge(module, name))
-        RewardMix({name: source}, ALONE)(answers)
+        source = WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, name))
+        RewardMix({name: source}, SINGLE_RANK)(inputs)
 
 
 @pytest.mark.parametrize(
@@ -137,26 +137,26 @@ def test_a_reward_that_cannot_be_used_ends_the_step_with_a_sentence(module, answ
         ("math:nope", "no function"),
     ],
 )
-def test_a_function_that_is_not_there_is_the_users_mistake(source, message):
+def test_a_function_that_does_not_exist_is_an_input_error(source, message):
     with pytest.raises(UserInputError, match=message):
         FunctionReward(source, None)
 
 
-def test_the_same_tokens_or_the_same_text_give_the_same_score(answers, tokenizer):
+def test_the_same_tokens_or_the_same_text_give_the_same_score(inputs, tokenizer):
     config = RewardConfig(model="starter:reward")
-    by_ids = RewardModel("starter:reward", None, config, tokenizer.get_vocab(), ALONE)
-    got = by_ids(answers, quiet)
+    by_ids = RewardModel("starter:reward", None, config, tokenizer.get_vocab(), SINGLE_RANK)
+    got = by_ids(inputs, no_report)
     model = AutoModelForSequenceClassification.from_pretrained(
         starter.resolve("starter:reward"), dtype=torch.float32
     )
-    for ids, prompt, score in zip(answers.ids, answers.batch.prompts, got, strict=True):
-        alone = model(input_ids=torch.tensor([prompt.ids + ids])).logits[0, 0]
-        assert score == pytest.approx(float(alone), abs=1e-4)
+    for ids, prompt, score in zip(inputs.ids, inputs.batch.prompts, got, strict=True):
+        logits = model(input_ids=torch.tensor([prompt.ids + ids])).logits
+        assert score == pytest.approx(float(logits[0, 0]), abs=1e-4)
 
 
 @pytest.fixture
-def stranger(tmp_path, tokenizer):
-    """A classifier of another family, whose pad token is its end of sequence."""
+def foreign_classifier(tmp_path, tokenizer):
+    """A classifier of another architecture, whose pad token is its end-of-sequence token."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64, num_labels=3,
@@ -168,30 +168,30 @@ def stranger(tmp_path, tokenizer):
     return str(tmp_path / "gpt2")
 
 
-def test_padding_never_hides_the_end_of_an_answer(stranger, answers, tokenizer):
-    config = RewardConfig(model=stranger)
-    reward = RewardModel(stranger, "good", config, tokenizer.get_vocab(), ALONE)
-    together = reward(answers, quiet)
+def test_padding_never_hides_the_end_of_a_response(foreign_classifier, inputs, tokenizer):
+    config = RewardConfig(model=foreign_classifier)
+    reward = RewardModel(foreign_classifier, "good", config, tokenizer.get_vocab(), SINGLE_RANK)
+    together = reward(inputs, no_report)
     for i in range(3):
         one = RewardInputs(
-            batch_prompts([answers.batch.prompts[i]], 1, 0), [answers.ids[i]],
-            [answers.texts[i]], [True], 7,
+            batch_prompts([inputs.batch.prompts[i]], 1, 0), [inputs.ids[i]],
+            [inputs.texts[i]], [True], 7,
         )  # fmt: skip
-        assert together[i] == pytest.approx(reward(one, quiet)[0], abs=1e-5)
+        assert together[i] == pytest.approx(reward(one, no_report)[0], abs=1e-5)
 
 
-def test_of_several_labels_one_must_be_chosen(stranger, tokenizer):
-    config = RewardConfig(model=stranger)
+def test_of_several_labels_one_must_be_chosen(foreign_classifier, tokenizer):
+    config = RewardConfig(model=foreign_classifier)
     with pytest.raises(UserInputError, match=r"has 3 labels.*2: good"):
-        RewardModel(stranger, None, config, tokenizer.get_vocab(), ALONE)
+        RewardModel(foreign_classifier, None, config, tokenizer.get_vocab(), SINGLE_RANK)
     with pytest.raises(UserInputError, match="no label 'nice'"):
-        RewardModel(stranger, "nice", config, tokenizer.get_vocab(), ALONE)
+        RewardModel(foreign_classifier, "nice", config, tokenizer.get_vocab(), SINGLE_RANK)
 
 
-def test_a_folder_that_is_no_classifier_is_one_sentence(tmp_path, tokenizer):
+def test_a_folder_without_a_classifier_is_an_error_on_one_line(tmp_path, tokenizer):
     with pytest.raises(UserInputError) as caught:
         config = RewardConfig(model=str(tmp_path))
-        load_rewards(LoadContext(config, tokenizer.get_vocab(), ALONE))
+        load_rewards(LoadContext(config, tokenizer.get_vocab(), SINGLE_RANK))
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 

@@ -1,6 +1,6 @@
-"""Random choices, sampling, and the log-probabilities of what was sampled.
+"""Random streams, sampling, and the log-probabilities of sampled tokens.
 
-The models are real but tiny, made here with random weights, in float32.
+The models are tiny Llama and GPT-2 models with random float32 weights.
 """
 
 import itertools
@@ -32,7 +32,7 @@ modest = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def slow_log_softmax(logits, temperature):
-    """In double precision, from the numbers float32 holds."""
+    """In double precision, from float32 logits."""
     scaled = [float(x) / temperature for x in logits]
     top = max(scaled)
     total = math.fsum(math.exp(x - top) for x in scaled)
@@ -58,9 +58,9 @@ def test_the_token_is_the_inverse_of_the_cumulative_distribution(rows, drawn):
     ):
         slow = slow_log_softmax(row, temperature)
         before = math.fsum(math.exp(x) for x in slow[:token])
-        # A cumulative sum of 12 float32 probabilities is off by less than 12 · 6e-8 · a few.
+        # The error of a cumulative sum of 12 float32 probabilities: a few times 12 · 6e-8.
         assert before - 2e-6 <= u <= before + math.exp(slow[token]) + 2e-6
-        # Logits of up to 160 after the temperature: 160 · 6e-8 from their rounding.
+        # Logits are up to 160 after the temperature: their rounding error is 160 · 6e-8.
         assert logprob == pytest.approx(slow[token], abs=5e-5)
         assert entropy == pytest.approx(-math.fsum(math.exp(x) * x for x in slow), abs=1e-4)
 
@@ -92,7 +92,7 @@ def test_the_ends_of_the_unit_interval_are_the_first_and_the_last_possible_token
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_come_as_often_as_the_softmax_says(temperature):
+def test_token_frequencies_are_those_of_the_softmax(temperature):
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.25])
     uniforms = sampling_uniforms(7, 3, 400, 50).flatten()
     tokens, _, _ = sample(logits.expand(len(uniforms), -1), uniforms, temperature)
@@ -102,7 +102,7 @@ def test_tokens_come_as_often_as_the_softmax_says(temperature):
     assert sum((s - w) ** 2 / w for s, w in zip(seen, want, strict=True)) < 29.9
 
 
-def test_the_left_mask_is_on_where_the_prompts_stand():
+def test_the_left_mask_is_one_on_prompt_tokens():
     got = left_mask(torch.tensor([1, 4, 2]), 4)
     assert got.dtype is torch.int64
     assert got.tolist() == [[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
@@ -124,7 +124,7 @@ def test_the_uniforms_depend_on_the_seed_and_the_step_alone():
     torch.manual_seed(2)
     assert torch.equal(first, sampling_uniforms(5, 9, 4, 6))
     torch.manual_seed(1)
-    assert torch.equal(torch.get_rng_state(), state)  # and leave torch's own generator alone
+    assert torch.equal(torch.get_rng_state(), state)  # torch's generator is unused
     others = [sampling_uniforms(5, 10, 4, 6), sampling_uniforms(6, 9, 4, 6)]
     assert not any((first == other).any() for other in others)
 
@@ -142,16 +142,16 @@ def test_the_uniform_of_a_samples_token_does_not_depend_on_the_limit_of_tokens()
 
 
 def test_a_seed_is_derived_from_seed_purpose_and_every_number():
-    told = [(1, "a"), (1, "a", 2), (2, "a", 1), (1, "b", 2), (1, "a", 2, 3), (1, "a", 23)]
-    told += [(12, "a", 3), (1, "a1"), (1, "2a"), (1, "a", 0), (1, "a", 0, 0), (1, "a", 3, 2)]
-    drawn = [derived_seed(*t) for t in told * 2]
-    assert drawn[: len(told)] == drawn[len(told) :]
-    assert len(set(drawn)) == len(told)
+    arguments = [(1, "a"), (1, "a", 2), (2, "a", 1), (1, "b", 2), (1, "a", 2, 3), (1, "a", 23)]
+    arguments += [(12, "a", 3), (1, "a1"), (1, "2a"), (1, "a", 0), (1, "a", 0, 0), (1, "a", 3, 2)]
+    drawn = [derived_seed(*t) for t in arguments * 2]
+    assert drawn[: len(arguments)] == drawn[len(arguments) :]
+    assert len(set(drawn)) == len(arguments)
 
 
 @modest
 @given(st.integers(0, 2**31), st.integers(0, 1000), st.integers(1, 50))
-def test_a_permutation_holds_every_number_once_and_comes_out_the_same_again(seed, number, n):
+def test_a_permutation_has_every_number_once_and_is_reproducible(seed, number, n):
     got = permutation(seed, "order", (number,), n)
     assert got.dtype is torch.int64
     assert sorted(got.tolist()) == list(range(n))
@@ -162,7 +162,7 @@ def test_a_permutation_holds_every_number_once_and_comes_out_the_same_again(seed
         assert not torch.equal(got, permutation(seed + 1, "order", (number,), n))
 
 
-def test_another_process_makes_the_same_choices():
+def test_another_process_draws_the_same_numbers():
     code = (
         "from engine.train.data.randomness import permutation as p, sampling_uniforms as s;"
         "print(p(3, 'order', (1, 2), 30).tolist(), s(3, 4, 2, 5).tolist())"
@@ -193,11 +193,11 @@ def model(request):
 
 
 @pytest.fixture(scope="module")
-def answer(model):
-    """Answers to prompts of many lengths: answer(rows, eos, temperature)."""
-    chosen = torch.Generator().manual_seed(4)
+def respond(model):
+    """Returns a function that generates responses to prompts of different lengths."""
+    generator = torch.Generator().manual_seed(4)
     lengths = [1, 9, 4, 4, 7, 2, 3, 8]
-    ids = [torch.randint(0, VOCABULARY, (n,), generator=chosen).tolist() for n in lengths]
+    ids = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
     prompts = [Prompt(ids=i, text="", row={}) for i in ids]
     uniforms = sampling_uniforms(11, 1, len(prompts), LIMIT)
     words = {f"w{i}": i for i in range(VOCABULARY)}
@@ -205,10 +205,10 @@ def answer(model):
 
     def run(rows=tuple(range(8)), eos=(), temperature=1.0, drawn=None, per_prompt=1):
         batch = batch_prompts([prompts[i] for i in rows], 1, 0)
-        ending = StopCriteria(list(eos), [], tokenizer)
+        stop_criteria = StopCriteria(list(eos), [], tokenizer)
         with torch.no_grad():
             return generate(
-                model, batch, uniforms[list(drawn or rows)], temperature, ending, tokenizer,
+                model, batch, uniforms[list(drawn or rows)], temperature, stop_criteria, tokenizer,
                 per_prompt=per_prompt,
             )  # fmt: skip
 
@@ -217,8 +217,8 @@ def answer(model):
 
 @pytest.mark.parametrize("eos", [[], EOS])
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_generation_and_a_full_forward_pass_agree(model, answer, eos, temperature):
-    rollout = answer(eos=eos, temperature=temperature)
+def test_generation_and_a_full_forward_pass_agree(model, respond, eos, temperature):
+    rollout = respond(eos=eos, temperature=temperature)
     assert (len(set(rollout.lengths.tolist())) > 2) == bool(eos)
     with torch.no_grad():
         for size in (1, 3, 8):
@@ -227,8 +227,8 @@ def test_generation_and_a_full_forward_pass_agree(model, answer, eos, temperatur
             torch.testing.assert_close(values, rollout.values * rollout.mask, rtol=0, atol=1e-4)
 
 
-def test_generated_tokens_values_and_entropies_are_those_of_one_row_alone(model, answer):
-    rollout = answer(eos=EOS, temperature=0.8)
+def test_generated_tokens_values_and_entropies_are_those_of_one_row_alone(model, respond):
+    rollout = respond(eos=EOS, temperature=0.8)
     uniforms = sampling_uniforms(11, 1, 8, LIMIT).tolist()
     for i, prompt in enumerate(rollout.batch.prompts):
         ids = list(prompt.ids)
@@ -247,7 +247,7 @@ def test_generated_tokens_values_and_entropies_are_those_of_one_row_alone(model,
             ids.append(token)
 
 
-def same_answer(a, i, b, j):
+def same_response(a, i, b, j):
     n = int(a.lengths[i])
     return a.ids[i, :n].tolist() == b.ids[j, :n].tolist() and all(
         torch.allclose(x[i, :n], y[j, :n], rtol=0, atol=1e-5)
@@ -255,15 +255,15 @@ def same_answer(a, i, b, j):
     )
 
 
-def test_finished_rows_that_leave_the_batch_do_not_change_the_others(answer):
-    ending, endless = answer(eos=EOS), answer(eos=[])
+def test_finished_rows_that_leave_the_batch_do_not_change_the_others(respond):
+    ending, endless = respond(eos=EOS), respond(eos=[])
     assert endless.lengths.tolist() == [LIMIT] * 8
     assert min(ending.lengths.tolist()) < 4
-    assert all(same_answer(ending, i, endless, i) for i in range(8))
+    assert all(same_response(ending, i, endless, i) for i in range(8))
 
 
-def test_an_answer_ends_with_its_first_end_of_sequence_or_at_the_limit(answer):
-    ending, endless = answer(eos=EOS), answer(eos=[])
+def test_a_response_ends_at_its_first_end_of_sequence_token_or_at_the_limit(respond):
+    ending, endless = respond(eos=EOS), respond(eos=[])
     for i, tokens in enumerate(endless.ids.tolist()):
         at = [t for t, token in enumerate(tokens) if token in EOS]
         n = at[0] + 1 if at else LIMIT
@@ -272,23 +272,23 @@ def test_an_answer_ends_with_its_first_end_of_sequence_or_at_the_limit(answer):
         assert not ending.ids[i, n:].any()
 
 
-def test_generation_depends_on_no_other_row_and_no_generator(answer):
-    together = answer(eos=EOS)
+def test_generation_depends_on_no_other_row_and_no_generator(respond):
+    together = respond(eos=EOS)
     for rows in ((0,), (5,), (1, 6), (7, 3, 2), range(8)):
-        apart = answer(rows, eos=EOS)
-        assert all(same_answer(apart, j, together, i) for j, i in enumerate(rows))
+        apart = respond(rows, eos=EOS)
+        assert all(same_response(apart, j, together, i) for j, i in enumerate(rows))
 
 
-def test_a_prompt_read_once_for_all_its_answers_gives_the_same_answers(answer):
+def test_processing_a_prompt_once_for_all_its_responses_gives_the_same_responses(respond):
     rows, drawn = (1, 1, 1, 4, 4, 4), range(6)
-    apart = answer(rows, EOS, drawn=drawn)
-    once = answer(rows, EOS, drawn=drawn, per_prompt=3)
+    apart = respond(rows, EOS, drawn=drawn)
+    once = respond(rows, EOS, drawn=drawn, per_prompt=3)
     assert len(set(map(tuple, once.ids.tolist()))) > 2
-    assert all(same_answer(once, i, apart, i) for i in range(6))
+    assert all(same_response(once, i, apart, i) for i in range(6))
 
 
-def test_micro_batches_hold_every_row_once_and_are_no_larger_than_asked(answer):
-    rollout = answer(eos=EOS)
+def test_micro_batches_have_every_row_once_and_at_most_the_given_size(respond):
+    rollout = respond(eos=EOS)
     for size in (1, 3, 8, 20):
         parts = by_length(rollout, rollout.rows, size)
         assert sorted(i for part in parts for i in part.tolist()) == list(range(8))
@@ -297,7 +297,7 @@ def test_micro_batches_hold_every_row_once_and_are_no_larger_than_asked(answer):
 
 
 @pytest.mark.parametrize("limit", [12, 64])
-def test_micro_batches_of_equally_long_answers_put_like_prompts_together(limit):
+def test_micro_batches_of_equally_long_responses_group_prompts_by_length(limit):
     prompts = [Prompt(ids=[0] * n, text="", row={}) for n in (1, 9, 4, 4, 7, 2, 3, 8, 20)]
     empty, flags = torch.zeros(9, limit), torch.zeros(9, dtype=torch.bool)
     batch, lengths = batch_prompts(prompts, 1, 0), torch.full((9,), limit)

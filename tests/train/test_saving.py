@@ -1,4 +1,4 @@
-"""A save beside the training: what a boundary waits for, and what it does not."""
+"""Background saves: what a step boundary waits for, and what it does not."""
 
 import shutil
 import socket
@@ -21,24 +21,25 @@ from engine.protocol.rank_messages import (
     RankCommand,
     RankHello,
 )
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.boundary import Boundary
 from engine.train.checkpointing import settings_digest
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.link import Link
 
 DEADLINE = 120
-"""Seconds: for a busy machine."""
+"""Seconds; generous, for a busy machine."""
 METRICS = {"objective/scores": 1.0, "objective/kl": 0.5}
 
 
 class Supervisor:
-    """The other end of a real link: keeps what it hears, and confirms once it may."""
+    """The other end of a link: records messages, and confirms checkpoints once allowed."""
 
     def __init__(self, folder):
         self.listener, self.path = sockets.listen(folder)
-        self.heard = []
+        self.received = []
         self.may_confirm = threading.Event()
-        self._more = threading.Condition()
+        self._arrived = threading.Condition()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):
@@ -46,9 +47,9 @@ class Supervisor:
         with self.peer.makefile("rb") as stream:
             while header := stream.read(frames.HEADER.size):
                 message = rank_messages.decode_from_rank(stream.read(frames.frame_length(header)))
-                with self._more:
-                    self.heard.append(message)
-                    self._more.notify_all()
+                with self._arrived:
+                    self.received.append(message)
+                    self._arrived.notify_all()
                 if isinstance(message, CheckpointWritten):
                     threading.Thread(target=self._confirm, args=(message.step,)).start()
 
@@ -60,13 +61,13 @@ class Supervisor:
         self.peer.sendall(frames.encode(message))
 
     def wait_for(self, kind):
-        """Until it has heard one of a kind."""
-        with self._more:
-            assert self._more.wait_for(lambda: self.of(kind), DEADLINE), f"no {kind.__name__}"
+        """Waits for a message of a type; returns the last one."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: self.of(kind), DEADLINE), f"no {kind.__name__}"
         return self.of(kind)[-1]
 
     def of(self, kind):
-        return [m for m in self.heard if isinstance(m, kind)]
+        return [m for m in self.received if isinstance(m, kind)]
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def supervisor(tmp_path):
 
 @pytest.fixture
 def link(supervisor, monkeypatch):
-    """Rank 0's link to it."""
+    """Rank 0's link to the supervisor."""
     monkeypatch.setenv(environment.SOCKET_VARIABLE, str(supervisor.path))
     monkeypatch.setenv(environment.TOKEN_VARIABLE, "token")
     return Link(0)
@@ -87,7 +88,7 @@ def trained(make_run, supervisor, link):
     """A run after its first step, with its boundary and its supervisor."""
     run, session = make_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), link)
-    boundary.after(1, dict(METRICS), 0.1)
+    boundary.after_step(1, dict(METRICS), 0.1)
     supervisor.wait_for(RankHello)
     yield run, session, boundary, supervisor
     supervisor.may_confirm.set()
@@ -103,174 +104,176 @@ def until(condition):
         time.sleep(0.01)
 
 
-def test_the_next_step_begins_before_the_checkpoint_is_whole(trained):
+def test_the_next_step_begins_before_the_checkpoint_is_complete(trained):
     run, session, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
-    assert boundary.more()
-    boundary.after(2, dict(METRICS), 0.1)
-    assert checkpoint_folder.completed(session.checkpoints) == {}
+    boundary.checkpoints.save_if_due()
+    assert boundary.before_step()
+    boundary.after_step(2, dict(METRICS), 0.1)
+    assert complete_checkpoints(session.checkpoints) == {}
     supervisor.may_confirm.set()
     assert supervisor.wait_for(CheckpointComplete).step == 1
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
     assert run.state.step == 2
 
 
-def test_a_checkpoint_becomes_whole_without_another_boundary(trained):
+def test_a_checkpoint_becomes_complete_without_another_boundary(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    boundary.keeper.save_if_due()
-    until(lambda: [*checkpoint_folder.completed(session.checkpoints)] == [1])
+    boundary.checkpoints.save_if_due()
+    until(lambda: [*complete_checkpoints(session.checkpoints)] == [1])
 
 
-def test_it_is_whole_only_once_the_journal_was_confirmed(trained):
+def test_a_checkpoint_is_complete_only_after_the_journal_is_confirmed(trained):
     _, session, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     assert supervisor.wait_for(CheckpointWritten).step == 1
-    assert checkpoint_folder.folder_of(session.checkpoints, 1).is_dir()
-    assert checkpoint_folder.completed(session.checkpoints) == {}
+    assert checkpoint_path(session.checkpoints, 1).is_dir()
+    assert complete_checkpoints(session.checkpoints) == {}
 
 
-def test_an_order_that_comes_while_a_save_waits_is_obeyed_at_the_next_boundary(trained):
+def test_a_command_that_arrives_during_a_save_is_executed_at_the_next_boundary(trained):
     run, _, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     supervisor.wait_for(CheckpointWritten)
     supervisor.send(RankCommand(id="quick", command=SetSetting(key="learning_rate", value=1e-5)))
-    until(lambda: boundary.more() and run.config.train.learning_rate == 1e-5)
+    until(lambda: boundary.before_step() and run.config.train.learning_rate == 1e-5)
     assert supervisor.wait_for(Applied).step == 2
     assert not supervisor.of(CheckpointComplete)
 
 
-def test_an_operators_checkpoint_is_answered_when_it_is_whole(trained):
+def test_a_checkpoint_command_gets_its_reply_when_the_checkpoint_is_complete(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     supervisor.send(RankCommand(id="keep", command=Checkpoint()))
-    until(lambda: boundary.more() and supervisor.of(Applied))
-    kinds = [type(m) for m in supervisor.heard]
+    until(lambda: boundary.before_step() and supervisor.of(Applied))
+    kinds = [type(m) for m in supervisor.received]
     assert kinds.index(CheckpointComplete) < kinds.index(Applied)
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
-def test_a_regular_save_in_flight_serves_an_operators_checkpoint_of_the_same_step(trained):
+def test_a_checkpoint_command_waits_for_a_running_save_of_the_same_step(trained):
     _, _, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None
+    assert boundary.checkpoints.save() is None
     assert [m.step for m in supervisor.of(CheckpointWritten)] == [1]
 
 
-def test_older_ones_make_way_for_each(trained):
+def test_older_checkpoints_are_removed_after_each_save(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    boundary.keeper.save_if_due()
-    boundary.after(2, dict(METRICS), 0.1)
-    boundary.keeper.save_if_due()
-    boundary.after(3, dict(METRICS), 0.1)
-    assert boundary.keeper.save() is None
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [3]
+    boundary.checkpoints.save_if_due()
+    boundary.after_step(2, dict(METRICS), 0.1)
+    boundary.checkpoints.save_if_due()
+    boundary.after_step(3, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
+    assert [*complete_checkpoints(session.checkpoints)] == [3]
     assert [m.removed for m in supervisor.of(CheckpointComplete)] == [[], [1], [2]]
 
 
-def test_those_of_a_timeline_that_was_left_take_no_places_and_stay(trained):
+def test_checkpoints_of_an_abandoned_branch_are_neither_counted_nor_removed(trained):
     run, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
     run.config = replace(run.config, train=replace(run.config.train, keep_last=2))
-    assert boundary.keeper.save() is None
-    own, left = (checkpoint_folder.folder_of(session.checkpoints, step) for step in (1, 2))
-    shutil.copytree(own, left)
-    boundary.after(3, dict(METRICS), 0.1)
-    assert boundary.keeper.save() is None
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1, 2, 3]
+    assert boundary.checkpoints.save() is None
+    saved, abandoned = (checkpoint_path(session.checkpoints, step) for step in (1, 2))
+    shutil.copytree(saved, abandoned)
+    boundary.after_step(3, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
+    assert [*complete_checkpoints(session.checkpoints)] == [1, 2, 3]
 
 
-def test_those_that_an_earlier_attempt_of_the_timeline_saved_make_way(trained, link):
+def test_checkpoints_of_earlier_attempts_of_the_branch_are_removed(trained, link):
     run, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None
+    assert boundary.checkpoints.save() is None
     begin = Begin(attempt=2, from_step=1, checkpoints=[1])
     later = Boundary(session, run, begin, link)
-    later.after(2, dict(METRICS), 0.1)
-    assert later.keeper.save() is None
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [2]
+    later.after_step(2, dict(METRICS), 0.1)
+    assert later.checkpoints.save() is None
+    assert [*complete_checkpoints(session.checkpoints)] == [2]
 
 
-def test_an_old_one_that_cannot_be_read_is_left_alone_and_the_run_goes_on(trained):
+def test_an_old_checkpoint_that_cannot_be_read_is_kept_and_the_run_continues(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None
-    (checkpoint_folder.folder_of(session.checkpoints, 1) / "state.json").write_text("{")
-    boundary.after(2, dict(METRICS), 0.1)
-    assert boundary.keeper.save() is None
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1, 2]
+    assert boundary.checkpoints.save() is None
+    (checkpoint_path(session.checkpoints, 1) / "state.json").write_text("{")
+    boundary.after_step(2, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
+    assert [*complete_checkpoints(session.checkpoints)] == [1, 2]
 
 
-def test_an_old_one_that_cannot_be_removed_is_a_notice_and_the_run_goes_on(trained, tmp_path):
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_notice_and_the_run_continues(
+    trained, tmp_path
+):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None
-    old = checkpoint_folder.folder_of(session.checkpoints, 1)
+    assert boundary.checkpoints.save() is None
+    old = checkpoint_path(session.checkpoints, 1)
     old.symlink_to(old.rename(tmp_path / "another-disk"))
-    boundary.after(2, dict(METRICS), 0.1)
-    assert boundary.keeper.save() is None
+    boundary.after_step(2, dict(METRICS), 0.1)
+    assert boundary.checkpoints.save() is None
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (2, "checkpoint")
     assert "step 1 cannot be removed" in notice.text
-    assert boundary.more()
+    assert boundary.before_step()
 
 
-def test_a_save_that_fails_is_a_notice_of_its_step_and_the_run_goes_on(trained, monkeypatch):
+def test_a_failed_save_is_a_notice_of_its_step_and_the_run_continues(trained, monkeypatch):
     _, session, boundary, supervisor = trained
 
     def no_room(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_folder, "publish", no_room)
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (1, "checkpoint")
     assert "No space left" in notice.text
-    assert boundary.more()
+    assert boundary.before_step()
     assert list(session.checkpoints.iterdir()) == []
     monkeypatch.undo()
     supervisor.may_confirm.set()
-    assert boundary.keeper.save() is None  # of the same step, once there is room
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert boundary.checkpoints.save() is None  # the same step, now that there is space
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
-def test_a_checkpoint_that_cannot_be_marked_whole_is_a_notice_and_the_run_goes_on(trained):
+def test_a_checkpoint_that_cannot_be_marked_complete_is_a_notice_and_the_run_continues(trained):
     _, session, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     supervisor.wait_for(CheckpointWritten)
-    # Even root cannot make a file where a folder's link leads nowhere.
-    marker = checkpoint_folder.folder_of(session.checkpoints, 1) / "COMPLETE"
+    # A dangling link: not even root can create the file.
+    marker = checkpoint_path(session.checkpoints, 1) / "COMPLETE"
     marker.symlink_to("no such folder/COMPLETE")
     supervisor.may_confirm.set()
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (1, "checkpoint")
     assert not marker.is_symlink()
     assert not supervisor.of(CheckpointComplete)
-    assert boundary.more()
-    assert boundary.keeper.save() is None  # of the same step, once it can be
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert boundary.before_step()
+    assert boundary.checkpoints.save() is None  # the same step, now that it is possible
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
-def test_a_run_that_fails_lets_the_save_in_flight_finish(trained):
+def test_a_run_that_fails_lets_a_running_save_finish(trained):
     _, session, boundary, supervisor = trained
     supervisor.may_confirm.set()
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     boundary.close()
-    assert [*checkpoint_folder.completed(session.checkpoints)] == [1]
+    assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
-def test_what_a_step_waited_for_saving_is_in_its_metrics(trained):
+def test_the_time_that_saving_blocked_a_step_is_in_its_metrics(trained):
     _, _, boundary, supervisor = trained
-    boundary.keeper.save_if_due()
+    boundary.checkpoints.save_if_due()
     metrics = dict(METRICS)
-    boundary.after(2, metrics, 0.1)
+    boundary.after_step(2, metrics, 0.1)
     assert metrics["time/checkpoint"] > 0
     supervisor.may_confirm.set()
 
 
-def test_ranks_on_unlike_processors_may_differ_in_betas_last_bit_when_they_save(trained):
+def test_ranks_may_differ_in_the_last_bit_of_beta_when_they_save(trained):
     state = trained[0].saved_state()
     settings = state.settings
     nearly = replace(state, settings=replace(settings, beta=settings.beta * (1 + 2**-52)))

@@ -1,4 +1,4 @@
-"""What the planner reads from a model's configuration is what the model then is."""
+"""Model shapes that are read from a configuration match the model built from it."""
 
 import json
 
@@ -26,7 +26,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, 
 GROUPED = SIZES | {"num_key_value_heads": 2, **SPECIAL}
 CONFIGS = {
     "llama": LlamaConfig(num_hidden_layers=3, tie_word_embeddings=True, **GROUPED),
-    "llama with a head of its own": LlamaConfig(
+    "llama with an untied head": LlamaConfig(
         num_hidden_layers=3, tie_word_embeddings=False, **GROUPED
     ),
     "qwen2": Qwen2Config(num_hidden_layers=3, **GROUPED),
@@ -53,11 +53,11 @@ def test_parameters_are_counted_without_weights(config, kind, tmp_path):
     assert shape.largest_layer == per_layer
 
 
-def test_only_a_head_of_its_own_counts_as_one(tmp_path):
+def test_only_an_untied_head_is_counted(tmp_path):
     tied = shape_from(CONFIGS["llama"], tmp_path / "a")
-    own = shape_from(CONFIGS["llama with a head of its own"], tmp_path / "b")
-    assert (tied.head, own.head) == (0, 64 * 128)
-    assert own.parameters == tied.parameters + own.head
+    untied = shape_from(CONFIGS["llama with an untied head"], tmp_path / "b")
+    assert (tied.head, untied.head) == (0, 64 * 128)
+    assert untied.parameters == tied.parameters + untied.head
 
 
 @every_model
@@ -72,21 +72,21 @@ def test_adapters_have_the_size_that_peft_gives_them(config, tmp_path):
 
 @every_model
 @pytest.mark.parametrize(("dtype", "off"), [("float32", 0.1), ("bfloat16", 0.25)])
-def test_the_formula_is_what_autograd_keeps(config, dtype, off, tmp_path):
+def test_the_activation_formula_matches_what_autograd_saves(config, dtype, off, tmp_path):
     rows, length = 4, 48
     shape = shape_from(config, tmp_path)
     kept = autograd_keeps(config, dtype, rows, length)
     width = 4 if dtype == "float32" else 2
-    formula = kept_for_backward(shape, rows, length, width, again=False)
-    if dtype == "bfloat16":  # autocast's copies of the weights are a part of their own
+    formula = kept_for_backward(shape, rows, length, width, checkpointing=False)
+    if dtype == "bfloat16":  # the formula leaves out autocast's copies of the weights
         formula += width * (shape.layers * shape.largest_layer + shape.hidden * shape.vocabulary)
     assert formula == pytest.approx(kept, rel=off)
 
 
 def autograd_keeps(config, dtype, rows, length):
-    """Bytes that a forward pass leaves for its backward, parameters aside."""
+    """Bytes that a forward pass saves for its backward pass, without parameters."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
 
     def keep(tensor):
@@ -96,14 +96,14 @@ def autograd_keeps(config, dtype, rows, length):
 
     ids = torch.ones(rows, length, dtype=torch.int64)
     mask = torch.ones(rows, length, dtype=torch.int64)
-    mask[0, :3] = 0  # padding, as a micro-batch has it
+    mask[0, :3] = 0  # padding, as in a micro-batch
     half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
         model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
-    return sum(s.nbytes() for pointer, s in found.items() if pointer not in own)
+    return sum(s.nbytes() for pointer, s in found.items() if pointer not in weights)
 
 
-def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
+def test_a_missing_model_is_an_error_on_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-thing"}))
     for name in (str(tmp_path), str(tmp_path / "nowhere")):
@@ -112,7 +112,7 @@ def test_a_model_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
-def test_the_longest_prompt_is_looked_up_in_a_small_file(write_prompts, monkeypatch):
+def test_the_longest_prompt_is_exact_for_a_small_file(write_prompts, monkeypatch):
     demo = starter.FOLDER / "demo.yaml"
     text = "".join(json.dumps({"prompt": "so it was " * n}) + "\n" for n in (1, 3))
     config = config_file.load(demo, [f"data.prompts={write_prompts('p.jsonl', text)}"])
@@ -124,14 +124,14 @@ def test_the_longest_prompt_is_looked_up_in_a_small_file(write_prompts, monkeypa
     assert (bound.exact_prompts, bound.prompt_tokens) == (False, config.data.max_prompt_tokens)
 
 
-def test_a_run_carries_the_estimate_of_its_own_layout(make_run):
+def test_a_run_has_the_memory_estimate_of_its_layout(make_run):
     run, _ = make_run()
     again = estimate(run.config, models_of(run.config, run.prompts.longest, "cpu"), Layout())
     assert run.memory.layout == again.layout
     assert run.memory.phases["optimise"]["gradients"] == again.phases["optimise"]["gradients"]
 
 
-def test_a_model_that_cannot_be_planned_with_does_not_end_the_run(make_run, monkeypatch, caplog):
+def test_a_model_that_cannot_be_estimated_does_not_end_the_run(make_run, monkeypatch, caplog):
     def unknown(*_arguments, **_options):
         raise UserInputError("model.policy: cannot plan with this")
 

@@ -1,4 +1,4 @@
-"""What FSDP2 does with gradients, on a rank that is its own ranks."""
+"""Gradients under FSDP2, in a process group of one rank."""
 
 from types import SimpleNamespace
 
@@ -15,15 +15,15 @@ from engine.train.distributed.sharding import _shard, materialised, synchronised
 
 @pytest.fixture
 def ranks(tmp_path):
-    alone = RankGroup(LaunchConfig(device="cpu"))  # first, as in every test: it looks at the groups
+    single = RankGroup(LaunchConfig(device="cpu"))  # before init_process_group, which it would see
     store = dist.FileStore(str(tmp_path / "ranks"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield alone
+    yield single
     dist.destroy_process_group()
 
 
 def accumulated(ranks, compute):
-    """A weight's gradient after two micro-batches: 256 and 1."""
+    """A weight's gradient after two micro-batches with gradients 256 and 1."""
     model = nn.Linear(1, 1, bias=False)
     _shard(model, ranks, compute)
     for k, gradient in enumerate((256.0, 1.0)):
@@ -31,7 +31,7 @@ def accumulated(ranks, compute):
             model(torch.full((1, 1), gradient)).sum().backward()
         if k == 0:
             assert isinstance(model.weight, DTensor)
-            assert model.weight.grad is not None, "whole gradients wait on every rank"
+            assert model.weight.grad is not None, "unsharded gradients are kept on every rank"
     return float(model.weight.grad.full_tensor())
 
 
@@ -47,7 +47,7 @@ def test_gradients_are_summed_over_ranks_in_float32(ranks):
     assert model._get_fsdp_state()._fsdp_param_group._reduce_dtype is torch.float32
 
 
-def test_a_view_of_a_sharded_model_leaves_its_root_as_it_was(ranks):
+def test_gathering_part_of_a_sharded_model_does_not_change_its_root(ranks):
     model = nn.Sequential(nn.Linear(1, 1))
     _shard(model, ranks, torch.float32)
     with materialised(SimpleNamespace(modules=model.modules)):

@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks, each a process: whatever wrote one, whatever reads it."""
+"""Checkpoints of several rank processes: any strategy reads what any strategy wrote."""
 
 import json
 import os
@@ -12,18 +12,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.checkpoints import folder as checkpoint_folder
 
 SCRIPT = Path(__file__).parent / "ranks" / "saving.py"
-STRATEGIES = ("alone", "ddp", "fsdp")
+STRATEGIES = ("single", "ddp", "fsdp")
 DEADLINE = 300
-"""Seconds: for a busy machine."""
+"""Seconds; generous, for a busy machine."""
 
 
 def start(act, strategy, *rest):
-    """The script on two ranks, or alone, to its end."""
+    """Runs the script to its end, on two ranks or on one."""
     command = [sys.executable]
-    if strategy != "alone":
+    if strategy != "single":
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, SCRIPT, act, strategy, *rest],
@@ -33,17 +34,17 @@ def start(act, strategy, *rest):
         timeout=DEADLINE,
         check=False,
     )
-    return SimpleNamespace(code=done.returncode, said=done.stderr)
+    return SimpleNamespace(code=done.returncode, stderr=done.stderr)
 
 
-def met(folder, act="save"):
-    """What each rank left."""
+def results(folder, act="save"):
+    """The results that each rank wrote."""
     return [json.loads(p.read_text()) for p in sorted(folder.glob(f"{act}-*.json"))]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with a checkpoint that one strategy wrote; each is made once."""
+    """Returns a function that makes a folder with a strategy's checkpoint, once per strategy."""
     made = {}
 
     def make(strategy):
@@ -51,7 +52,7 @@ def saved(tmp_path_factory):
             folder = tmp_path_factory.mktemp(strategy)
             (folder / "checkpoints").mkdir()
             done = start("save", strategy, folder)
-            assert done.code == 0, done.said
+            assert done.code == 0, done.stderr
             made[strategy] = folder
         return made[strategy]
 
@@ -60,14 +61,14 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=STRATEGIES)
 def reader(request, saved):
-    """A strategy that has read the checkpoints of all."""
+    """A strategy, after it has read the checkpoints of all strategies."""
     done = start("load", request.param, *map(saved, STRATEGIES))
-    assert done.code == 0, done.said
+    assert done.code == 0, done.stderr
     return request.param
 
 
 def expected(folder):
-    """The tensors as they were when the save began: the policy's, and the rest."""
+    """The tensors when the save began: those of the policy, and the rest."""
     tensors = load_file(folder / "expected.safetensors")
     lm = {k.removeprefix("lm/"): t for k, t in tensors.items() if k.startswith("lm/")}
     return lm, {k: t for k, t in tensors.items() if not k.startswith("lm/")}
@@ -76,7 +77,7 @@ def expected(folder):
 @pytest.mark.parametrize("writer", STRATEGIES)
 def test_optimiser_and_value_function_are_read_bit_for_bit_by_any_strategy(saved, writer, reader):
     folder = saved(writer)
-    assert all(seen == {"step": 7} for seen in met(folder, "load"))
+    assert all(result == {"step": 7} for result in results(folder, "load"))
     read = load_file(folder / f"read-by-{reader}.safetensors")
     _, wanted = expected(folder)
     assert read.keys() == wanted.keys()
@@ -87,7 +88,7 @@ def test_optimiser_and_value_function_are_read_bit_for_bit_by_any_strategy(saved
 @pytest.mark.parametrize("writer", STRATEGIES)
 def test_plain_transformers_loads_the_policy_that_many_ranks_wrote(saved, writer):
     folder = saved(writer)
-    policy = checkpoint_folder.folder_of(folder / "checkpoints", 7) / "policy"
+    policy = checkpoint_path(folder / "checkpoints", 7) / "policy"
     lm = AutoModelForCausalLM.from_pretrained(policy)
     wanted, _ = expected(folder)
     read = dict(lm.named_parameters())
@@ -99,17 +100,17 @@ def test_plain_transformers_loads_the_policy_that_many_ranks_wrote(saved, writer
 
 
 @pytest.mark.parametrize("writer", ["ddp", "fsdp"])
-def test_each_rank_writes_its_share_and_nothing_else_is_left(saved, writer):
+def test_each_rank_writes_its_share_and_no_other_files_remain(saved, writer):
     folder = saved(writer)
-    (place,) = (folder / "checkpoints").iterdir()
-    assert sorted(p.name for p in place.iterdir()) == [
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert sorted(p.name for p in checkpoint.iterdir()) == [
         "COMPLETE", "policy", "state.json", "training",
     ]  # fmt: skip
-    shards = [p.stat().st_size for p in sorted((place / "training").iterdir())]
+    shards = [p.stat().st_size for p in sorted((checkpoint / "training").iterdir())]
     assert len(shards) == 2
     assert max(shards) < 0.6 * sum(shards)
-    assert [seen["concluded"] for seen in met(folder)] == [1, 0]
-    assert len({seen["size"] for seen in met(folder)}) == 1
+    assert [result["concluded"] for result in results(folder)] == [1, 0]
+    assert len({result["size"] for result in results(folder)}) == 1
 
 
 def test_only_safetensors_and_text_are_written(saved):
@@ -119,11 +120,11 @@ def test_only_safetensors_and_text_are_written(saved):
     assert names <= {".safetensors", ".json", ".jinja", ".txt", "COMPLETE"}
 
 
-def test_a_full_disk_on_one_rank_is_the_outcome_on_all_and_leaves_nothing(tmp_path):
+def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_leaves_no_files(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     done = start("save", "fsdp", tmp_path, "full")
-    assert done.code == 0, done.said
-    first, second = met(tmp_path)
+    assert done.code == 0, done.stderr
+    first, second = results(tmp_path)
     assert first["error"] == second["error"]
     assert "No space left" in first["error"]
     assert "rank 1" in first["error"]
@@ -131,10 +132,10 @@ def test_a_full_disk_on_one_rank_is_the_outcome_on_all_and_leaves_nothing(tmp_pa
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_writer_that_dies_leaves_no_whole_checkpoint(tmp_path):
+def test_a_writer_that_dies_leaves_no_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     done = start("save", "fsdp", tmp_path, "crash")
     assert done.code != 0
-    assert checkpoint_folder.completed(tmp_path / "checkpoints") == {}
+    assert complete_checkpoints(tmp_path / "checkpoints") == {}
     checkpoint_folder.clear_parts(tmp_path / "checkpoints")
     assert list((tmp_path / "checkpoints").iterdir()) == []

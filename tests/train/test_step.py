@@ -1,4 +1,4 @@
-"""What must be true of a step, whatever its numbers."""
+"""Properties of a training step of the starter model."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from engine.train.step import train_step
 
 VARIANTS = {
     "gae, value head on the trunk": ["ppo.advantage=gae"],
-    "gae, value trunk of its own": ["ppo.advantage=gae", "model.value=separate"],
+    "gae, separate value trunk": ["ppo.advantage=gae", "model.value=separate"],
     "gae, whitened rewards, clipped values": ["ppo.whiten_rewards=true", "ppo.value_clip=0.2"],
     "reward without baseline": ["ppo.advantage=reward", "ppo.baseline=none"],
-    "reward against the batch": ["ppo.advantage=reward", "ppo.baseline=batch"],
-    "reward against a running mean": ["ppo.advantage=reward", "ppo.baseline=running"],
+    "reward, batch baseline": ["ppo.advantage=reward", "ppo.baseline=batch"],
+    "reward, running baseline": ["ppo.advantage=reward", "ppo.baseline=running"],
     "rloo": ["ppo.advantage=rloo", "rollout.per_prompt=4"],
     "rloo, whitened": ["ppo.advantage=rloo", "ppo.whiten=true"],
     "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
@@ -80,7 +80,7 @@ def test_a_step_depends_on_seed_and_number_alone(make_run):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_while_the_value_warms_up_the_policy_stays_as_it_is(make_run):
+def test_during_value_warm_up_the_policy_does_not_change(make_run):
     run, _ = make_run("ppo.value_warmup=1")
     before = parameters(run)
     train_step(run, 1)
@@ -92,7 +92,7 @@ def test_while_the_value_warms_up_the_policy_stays_as_it_is(make_run):
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
-def test_the_value_head_learns_at_a_rate_of_its_own_and_nothing_else_does(make_run, value):
+def test_the_value_head_rate_scales_the_updates_of_the_value_head_only(make_run, value):
     one_update = ["ppo.epochs=1", "ppo.minibatches=1", f"model.value={value}"]
     moved = {}
     for rate in (1, 8):
@@ -102,38 +102,40 @@ def test_the_value_head_learns_at_a_rate_of_its_own_and_nothing_else_does(make_r
         moved[rate] = {k: v - before[k] for k, v in parameters(run).items()}
     for name, by in moved[1].items():
         times = 8 if name.startswith("value_head.") else 1
-        assert by.any() or name.startswith("value_trunk.")  # a head of zeros gives it no gradient
+        assert by.any() or name.startswith(
+            "value_trunk."
+        )  # a value head of zeros passes no gradient on
         torch.testing.assert_close(moved[8][name], times * by, rtol=1e-5, atol=0)
 
 
 def test_the_epochs_end_when_the_policy_is_far_from_the_rollouts(make_run):
     run, _ = make_run("ppo.stop_kl=1e-6", "train.learning_rate=1e-3")
-    done = optimise_once(run)
-    assert done.stopped_early
-    assert done.updates < 4
+    stats = optimise_once(run)
+    assert stats.stopped_early
+    assert stats.updates < 4
 
 
-def test_a_non_finite_minibatch_is_skipped_counted_and_harmless(make_run):
+def test_a_non_finite_minibatch_is_skipped_and_counted(make_run):
     run, _ = make_run()
     before = parameters(run)
-    done = optimise_once(run, poison=math.inf)
+    stats = optimise_once(run, poison=math.inf)
     after = parameters(run)
-    assert done.skipped == 4
-    assert done.updates == 0
+    assert stats.skipped == 4
+    assert stats.updates == 0
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_policy_that_ran_away_from_the_rollout_is_not_updated(make_run):
+def test_a_minibatch_with_a_large_mean_ratio_is_skipped(make_run):
     run, _ = make_run()
     rollout = rollout_of(run)
     far = rollout.logprobs * rollout.mask - 5.0
     targets = Targets(far, torch.ones_like(far), torch.zeros_like(far), torch.zeros_like(far))
-    done = optimise(
+    stats = optimise(
         run.ranks, run.learner, run.optimiser, rollout, targets, run.config,
         seed=0, step=1,
     )  # fmt: skip
-    assert done.updates == 0
-    assert done.skipped == 4
+    assert stats.updates == 0
+    assert stats.skipped == 4
 
 
 def test_bfloat16_recomputes_the_old_log_probabilities_and_trains(make_run):
@@ -144,7 +146,7 @@ def test_bfloat16_recomputes_the_old_log_probabilities_and_trains(make_run):
     assert all(p.dtype is torch.float32 for p in run.policy.parameters())
 
 
-def test_an_answer_also_ends_at_a_stop_string(make_run):
+def test_a_response_also_ends_at_a_stop_string(make_run):
     run, _ = make_run("rollout.stop=[' the', 'e']", "rollout.max_new_tokens=20")
     rollout = rollout_of(run)
     for i in (rollout.ended & ~rollout.eos).nonzero().squeeze(1).tolist():
@@ -154,19 +156,19 @@ def test_an_answer_also_ends_at_a_stop_string(make_run):
     assert (rollout.ended & ~rollout.eos).any()
 
 
-def test_an_answer_that_was_cut_off_pays_the_penalty(make_run):
+def test_a_truncated_response_gets_the_penalty(make_run):
     plain, _ = make_run("rollout.max_new_tokens=3")
-    fined, _ = make_run("rollout.max_new_tokens=3", "reward.missing_eos_penalty=2.5")
-    ours, theirs = train_step(plain, 1), train_step(fined, 1)
+    penalised, _ = make_run("rollout.max_new_tokens=3", "reward.missing_eos_penalty=2.5")
+    ours, theirs = train_step(plain, 1), train_step(penalised, 1)
     for one, two in zip(ours[1], theirs[1], strict=True):
         assert two.score == pytest.approx(one.score - (0.0 if one.ended else 2.5), abs=1e-5)
     assert ours[0]["tokens/truncated_frac"] > 0
 
 
-def test_activations_that_are_computed_again_are_not_kept_meanwhile(make_run):
-    kept = {}
-    for again in ("false", "true"):
-        run, _ = make_run(f"parallel.activation_checkpointing={again}", "ppo.epochs=1")
+def test_recomputed_activations_are_not_saved_for_the_backward_pass(make_run):
+    saved = {}
+    for recompute in ("false", "true"):
+        run, _ = make_run(f"parallel.activation_checkpointing={recompute}", "ppo.epochs=1")
         sizes = []
 
         def keep(tensor, sizes=sizes):
@@ -175,19 +177,19 @@ def test_activations_that_are_computed_again_are_not_kept_meanwhile(make_run):
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             train_step(run, 1)
-        kept[again] = sum(sizes)
+        saved[recompute] = sum(sizes)
         assert not run.policy.training
-    assert kept["true"] < 0.7 * kept["false"]
+    assert saved["true"] < 0.7 * saved["false"]
 
 
 def rollout_of(run):
     from engine.train.data.prompts import batch_prompts  # noqa: PLC0415
     from engine.train.data.randomness import sampling_uniforms  # noqa: PLC0415
 
-    batch = batch_prompts(run.prompts.for_step(1), run.config.answers_per_prompt, 0)
+    batch = batch_prompts(run.prompts.for_step(1), run.config.responses_per_prompt, 0)
     uniforms = sampling_uniforms(0, 1, 8, run.config.rollout.max_new_tokens)
     return run.backend.generate(
-        run.policy, batch, uniforms, 1.0, per_prompt=run.config.answers_per_prompt,
+        run.policy, batch, uniforms, 1.0, per_prompt=run.config.responses_per_prompt,
         report=lambda _done, _total: None,
     )  # fmt: skip
 
@@ -213,9 +215,7 @@ def test_a_probe_that_a_reward_function_cannot_score_is_rejected(make_run, tmp_p
         answer_probe(run, "hello there")
 
 
-def test_a_probe_with_one_of_the_run_s_prompts_has_its_other_columns(
-    make_run, tmp_path, write_prompts
-):
+def test_a_probe_with_a_prompt_of_the_data_has_its_other_columns(make_run, tmp_path, write_prompts):
     text = "def by_answer(completions, answer):\n    return [len(a) for a in answer]\n"
     (tmp_path / "has_its_column.py").write_text(text)
     prompts = "".join(
@@ -230,14 +230,14 @@ def test_a_probe_with_one_of_the_run_s_prompts_has_its_other_columns(
 
 
 class CountingBackend:
-    """Counts what it is asked for, and lets another do it."""
+    """Delegates to another backend, and records the number of rows of each call."""
 
     def __init__(self, backend):
         self.backend = backend
-        self.asked = []
+        self.rows = []
 
     def generate(self, model, batch, uniforms, temperature, *, per_prompt, report):
-        self.asked.append(len(batch.prompts))
+        self.rows.append(len(batch.prompts))
         return self.backend.generate(
             model, batch, uniforms, temperature, per_prompt=per_prompt, report=report
         )
@@ -250,4 +250,4 @@ def test_every_response_comes_from_the_run_s_rollout_backend(make_run):
     reference_scores(run)
     train_step(run, 1)
     answer_probe(run, "hello there")
-    assert backend.asked == [6, 8, 1, 1]
+    assert backend.rows == [6, 8, 1, 1]

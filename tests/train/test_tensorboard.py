@@ -1,4 +1,4 @@
-"""TensorBoard's event files, read back as its viewers read them."""
+"""TensorBoard event files, read with TensorBoard's own reader."""
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -10,8 +10,8 @@ from engine.train.reports.tensorboard import EventFiles
 
 
 @pytest.fixture
-def twice(tmp_path):
-    """Five steps, a crash, and a resume from step 3 with other numbers."""
+def events_of_two_attempts(tmp_path):
+    """Events of five steps, a crash, and a resume from step 3 with other values."""
     config = config_file.load(starter.FOLDER / "demo.yaml")
     sample = Sample(
         index=0, prompt="<b>a|b", response="x\ny", score=1.0, kl=0.5, length=2, ended=True
@@ -29,18 +29,18 @@ def twice(tmp_path):
     return events
 
 
-def test_after_a_resume_each_step_stands_there_once_and_with_its_new_value(twice):
-    scalars = [(e.step, e.value) for e in twice.Scalars("objective/kl")]
+def test_after_a_resume_each_step_appears_once_with_its_new_value(events_of_two_attempts):
+    scalars = [(e.step, e.value) for e in events_of_two_attempts.Scalars("objective/kl")]
     assert scalars == [(1, 1), (2, 2), (3, 3), (4, 14), (5, 15), (6, 16), (7, 17)]
 
 
-def test_answers_are_there_as_text_that_no_viewer_can_be_made_to_obey(twice):
-    tag = next(t for t in twice.Tags()["tensors"] if t.startswith("samples"))
-    text = twice.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+def test_responses_are_written_as_escaped_text(events_of_two_attempts):
+    tag = next(t for t in events_of_two_attempts.Tags()["tensors"] if t.startswith("samples"))
+    text = events_of_two_attempts.Tensors(tag)[0].tensor_proto.string_val[0].decode()
     assert "&lt;b&gt;a&#124;b" in text
     assert "x<br>y" in text
 
 
-def test_the_configuration_is_there_as_hparams_and_adds_no_scalar(twice):
-    assert "_hparams_/experiment" in twice.summary_metadata
-    assert twice.Tags()["scalars"] == ["objective/kl"]
+def test_the_configuration_is_written_as_hparams_and_adds_no_scalar(events_of_two_attempts):
+    assert "_hparams_/experiment" in events_of_two_attempts.summary_metadata
+    assert events_of_two_attempts.Tags()["scalars"] == ["objective/kl"]

@@ -18,7 +18,7 @@ from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.rank_messages import Sample, StepReport, TokenArrays
-from engine.session.folder import Session, create
+from engine.session.folder import EngineInfo, Session, create
 from rlhf_tui.app import steering
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.state import command_sender
@@ -227,7 +227,7 @@ def session_maker():
     return make_session
 
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 async def wait_until(pilot, condition, what="", deadline=DEADLINE):
@@ -290,8 +290,10 @@ def engine(monkeypatch):
                 id=command_id, status="applied", step=201, changes=[change], result=result
             )
 
+    info = EngineInfo(pid=4242, host="box", socket="nowhere", version="1")
     monkeypatch.setattr(command_sender, "Client", Fake)
     monkeypatch.setattr(Session, "is_live", lambda self: True)
+    monkeypatch.setattr(Session, "engine", lambda self: info)
     return sent
 
 

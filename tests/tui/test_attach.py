@@ -15,7 +15,7 @@ from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.registry import announce
 from rlhf_tui.commands import view
 
-DEADLINE = 20.0
+DEADLINE = 240.0
 
 
 def attach(*arguments, **options):

@@ -1,19 +1,27 @@
 """What holds for all commands of the shell: the folder, who sits there, who is asked."""
 
 import getpass
+import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
+from engine.errors import NoSuchSessionError
+from engine.journal.reader import JournalReader
 from rlhf_tui import identity
-from rlhf_tui.cli import cli
+from rlhf_tui.cli import COMMANDS, cli
+from rlhf_tui.commands.options import existing
+from rlhf_tui.commands.steer import ctl
+from rlhf_tui.format import plural
 
-DEADLINE = 60.0
+DEADLINE = 240.0
 
 
 def test_the_folder_of_sessions_may_stand_before_the_command(root, tmp_path, monkeypatch):
@@ -47,6 +55,96 @@ def test_deleting_asks_whoever_sits_there_wherever_the_output_goes(session_maker
     assert b"delete session 'mine'" in asked
     assert said == b""
     assert session.folder.exists() == (answer == "n")
+
+
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_without_a_terminal_only_y_deletes(session_maker, tmp_path, confirmed):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    command = [sys.executable, "-m", "rlhf_tui.cli", "rm", "mine", "--sessions"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "s"), *(["-y"] if confirmed else [])],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    assert session.folder.exists() != confirmed
+    assert done.returncode == (0 if confirmed else 2)
+    assert len(done.stderr.splitlines()) == (0 if confirmed else 1)
+    assert ("give -y" in done.stderr) != confirmed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_has_a_line_of_help(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert [p.name for p in command.params if isinstance(p, click.Option) and not p.help] == []
+
+
+@pytest.mark.parametrize("verb", ctl.commands)
+def test_every_option_of_a_verb_has_a_line_of_help(verb):
+    params = ctl.commands[verb].params
+    assert [p.name for p in params if isinstance(p, click.Option) and not p.help] == []
+
+
+def test_guard_rails_are_replayed_with_and_without_dry_run(root):
+    replay = ["guardrails", "frozen", "--sessions", str(root)]
+    plain, dry = (CliRunner().invoke(cli, [*replay, *more]) for more in ([], ["--dry-run"]))
+    assert (plain.exit_code, dry.exit_code) == (0, 0)
+    assert plain.output == dry.output
+
+
+def test_no_two_columns_of_the_metrics_have_one_title(root):
+    arguments = ["metrics", "frozen", "--last", "1", "--sessions", str(root)]
+    header = CliRunner().invoke(cli, arguments).output.splitlines()[0]
+    titles = re.split("  +", header)
+    assert len(titles) == len(set(titles))
+    assert "step" in titles
+
+
+def test_ls_has_the_kl_of_the_last_step(root):
+    where = ["--sessions", str(root)]
+    header, row = CliRunner().invoke(cli, ["ls", *where]).output.splitlines()
+    kl = json.loads(CliRunner().invoke(cli, ["status", "frozen", "--json", *where]).output)["kl"]
+    assert row[header.index("KL") :].split()[0] == f"{kl:.2f}"
+
+
+@pytest.mark.parametrize("given", ["froze", "forzen", "roz"])
+def test_a_name_that_is_nearly_right_gets_a_suggestion(root, given):
+    with pytest.raises(NoSuchSessionError, match=r"did you mean frozen\?"):
+        existing(root, given)
+
+
+def test_a_name_that_is_like_no_other_gets_no_suggestion(root):
+    with pytest.raises(NoSuchSessionError, match="rlhf-tui ls") as raised:
+        existing(root, "unlike")
+    assert "did you mean" not in str(raised.value)
+
+
+def test_note_prints_what_was_noted_and_at_which_step(session_maker, tmp_path):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    arguments = ["note", "mine", "looks\x1b[31m good", "--sessions", str(tmp_path / "s")]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.output == "noted at step 3: looks␛ good\n"
+    with JournalReader(session) as record:
+        assert record.events(1)[0].step == 3
+
+
+def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):
+    session_maker(tmp_path / "s", "mine", 3)
+    target = tmp_path / "rows"
+    arguments = ["export", "mine", "--samples", str(target), "--sessions", str(tmp_path / "s")]
+    assert CliRunner().invoke(cli, arguments).output == f"wrote 24 samples to {target}\n"
+    assert plural(1, "sample") == "1 sample"
+
+
+def test_doctor_prints_words_not_python(tmp_path):
+    printed = CliRunner().invoke(cli, ["doctor", "--sessions", str(tmp_path)]).output
+    assert re.search(r"^gpus +(none|\w)", printed, re.MULTILINE)
+    assert not re.search(r"True|False|None|\[", printed)
+
+
+def test_resume_is_a_hidden_name_of_unpause():
+    resume, unpause = ctl.commands["resume"], ctl.commands["unpause"]
+    assert resume.hidden
+    assert resume.callback is unpause.callback
+    assert [p.name for p in resume.params] == [p.name for p in unpause.params]
 
 
 def test_a_user_without_an_entry_has_a_number(monkeypatch):

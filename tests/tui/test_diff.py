@@ -9,7 +9,13 @@ from rich.cells import cell_len
 
 from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.samples.comparison import SIDE_BY_SIDE, ComparisonTarget, comparison
-from rlhf_tui.widgets.samples.diff import MOST, in_common, marked_lines, own_words, words_of
+from rlhf_tui.widgets.samples.diff import (
+    MAX_WORDS,
+    diff_words,
+    longest_common_subsequence,
+    marked_lines,
+    words_of,
+)
 from rlhf_tui.widgets.tones import TONES
 from rlhf_tui.widgets.wrap import wrap
 from tests.judging import sample
@@ -39,13 +45,13 @@ def toned(rows, tone):
 
 @given(few_words, few_words)
 def test_what_two_answers_have_in_common_is_a_longest_subsequence_of_both(a, b):
-    in_a, in_b = in_common(a, b)
+    in_a, in_b = longest_common_subsequence(a, b)
     assert [a[i] for i in sorted(in_a)] == [b[i] for i in sorted(in_b)]
     assert len(in_a) == longest(a, b)
 
 
 def test_the_words_of_each_alone_are_found():
-    own = own_words("the film was good and warm", "the film was dull and loud and warm")
+    own = diff_words("the film was good and warm", "the film was dull and loud and warm")
     assert own.mine == {3}
     assert own.theirs == {3, 4, 5}
     assert (own.common, own.cut) == (5, False)
@@ -53,11 +59,11 @@ def test_the_words_of_each_alone_are_found():
 
 def test_long_answers_that_repeat_themselves_are_compared_as_far_as_it_goes():
     # difflib would be at it for hours.
-    one, other = "a b " * 5 * MOST, "b a a " * 5 * MOST
-    own = own_words(one, other)
+    one, other = "a b " * 5 * MAX_WORDS, "b a a " * 5 * MAX_WORDS
+    own = diff_words(one, other)
     assert own.cut
-    assert max(own.mine | own.theirs) < MOST
-    assert own.common > MOST // 2
+    assert max(own.mine | own.theirs) < MAX_WORDS
+    assert own.common > MAX_WORDS // 2
 
 
 @given(any_text, st.integers(2, 20))
@@ -113,8 +119,8 @@ def test_the_tones_of_the_two_are_told_apart_without_colour():
 def test_the_words_of_each_have_a_tone_of_their_own():
     one, other = "the film was good", "the film was dull"
     rows = comparison(answer(one), held(one, other), 60)
-    assert toned(rows, "mine") == ["good", "only here"]
-    assert toned(rows, "theirs") == ["dull", "only there"]
+    assert toned(rows, "mine") == ["good", "only in this"]
+    assert toned(rows, "theirs") == ["dull", "only in other"]
 
 
 @pytest.mark.parametrize("width", [60, 120])

@@ -16,7 +16,7 @@ from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.updates import SessionUpdate
 
 NAMES = ("objective/scores", "objective/kl")
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 @pytest.fixture

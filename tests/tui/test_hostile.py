@@ -14,7 +14,7 @@ from textual.geometry import Region
 from engine.journal.rows import Judgement
 from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
-from rlhf_tui.widgets.lines import drawn
+from rlhf_tui.widgets.lines import render_row
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.sample_view import body
 from rlhf_tui.widgets.wrap import wrap
@@ -52,7 +52,7 @@ def test_wrapped_text_has_nothing_to_obey(text, width):
 @given(text=hostile)
 @settings(max_examples=60, deadline=None)
 def test_a_line_is_as_wide_as_it_says_and_has_nothing_to_obey(text):
-    strip = drawn([(text, ""), (text, "dim")], 30, lambda _tone: Style())
+    strip = render_row([(text, ""), (text, "dim")], 30, lambda _tone: Style())
     assert not RAW.search("".join(s.text for s in strip))
     assert sum(s.cell_length for s in strip) == 30
 

@@ -133,7 +133,7 @@ async def test_enter_opens_a_session(browser, until):
 
 @pytest.mark.parametrize(
     ("keys", "words"),
-    [(["n"], ["demo", "--detach"]), (["r"], ["resume", "frozen", "--detach"]),
+    [(["n", "s"], ["demo", "--detach"]), (["r"], ["resume", "frozen", "--detach"]),
      (["f", "enter"], ["fork", "frozen", "--from", "200"]), (["d", "d"], ["rm", "frozen", "-y"])],
 )  # fmt: skip
 async def test_sessions_are_started_resumed_forked_and_deleted(browser, keys, words, until):
@@ -170,9 +170,10 @@ async def test_the_last_words_of_our_own_command_are_told(make_app, tmp_path, ru
         assert said.startswith("session 'finished' has finished its 6 steps")
 
 
-async def test_deleting_asks_and_cancel_has_the_focus(browser, until):
+@pytest.mark.parametrize("key", ["d", "n"])
+async def test_deleting_and_starting_ask_and_cancel_has_the_focus(browser, key, until):
     async with browser() as (app, pilot):
-        await pilot.press("d")
+        await pilot.press(key)
         await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
         await pilot.press("enter")
         await until(pilot, lambda: len(app.screen_stack) == 1)
@@ -225,9 +226,8 @@ def burst(app, *keys):
         app.post_message(Key(key, character))
 
 
-async def test_what_is_typed_ahead_goes_into_the_dialog(make_app, running, until):
+async def test_what_is_typed_ahead_goes_into_the_dialog(make_app, engine, running, until):
     app = make_app()
-    app.commands.can_steer = lambda: True
     async with running(app) as pilot:
         burst(app, "b", "1", "full_stop", "5")
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
@@ -235,21 +235,17 @@ async def test_what_is_typed_ahead_goes_into_the_dialog(make_app, running, until
         assert app.current_mode == "dashboard"
 
 
-async def test_a_burst_of_backspaces_and_text_keeps_its_order(make_app, running, until):
+async def test_a_burst_of_backspaces_and_text_keeps_its_order(make_app, engine, running, until):
     app = make_app()
-    app.commands.can_steer = lambda: True
     async with running(app) as pilot:
         await pilot.press("b")
         burst(app, *["backspace"] * 4, "0", "full_stop", "2", "backspace", "3")
         await until(pilot, lambda: app.screen.query_one("#field").value == "0.3")
 
 
-async def test_a_note_typed_in_one_go_is_sent_whole(make_app, running, until, monkeypatch):
+async def test_a_note_typed_in_one_go_is_sent_whole(make_app, engine, running, until):
     app = make_app()
-    sent = []
-    monkeypatch.setattr(app.commands, "can_steer", lambda: True)
-    monkeypatch.setattr(app.commands, "command", lambda command, text: sent.append(command))
     async with running(app) as pilot:
         burst(app, *"wpause q", "enter")
-        await until(pilot, lambda: sent == [Note(text="pause q")])
+        await until(pilot, lambda: engine == [Note(text="pause q")])
         assert app.is_running

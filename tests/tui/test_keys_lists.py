@@ -7,7 +7,7 @@ import pytest
 from engine.journal.reader import JournalReader
 from rlhf_tui.app import steering
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
-from rlhf_tui.widgets.samples.sample_view import SampleView
+from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
 from rlhf_tui.widgets.table import Table
 
 
@@ -99,7 +99,8 @@ async def test_v_shows_a_number_of_each_token(samples, until):
         for mode in ("KL", "log-prob", "advantage", "value", "text"):
             await pilot.press("v")
             assert reading.mode == mode
-            assert ("largest" in reading.text()) == (mode != "text")
+            title = EXTREMES.get(mode, f"largest {mode}")
+            assert (title in reading.text()) == (mode != "text")
 
 
 async def test_enter_reads_and_z_reads_alone(samples, until):

@@ -150,7 +150,7 @@ async def test_long_answers_to_a_probe_are_whole_and_scroll(make_app, size, runn
     result = {"policy": long, "reference": long}
     answer = CommandReply(id="1", status="applied", step=201, result=result)
     async with running(app, size) as pilot:
-        app.post_message(CommandAnswered("probe", steering.Probe(text="x"), answer))
+        app.post_message(CommandAnswered(app.session, "probe", steering.Probe(text="x"), answer))
         await until(pilot, lambda: len(app.screen_stack) == 2)
         await until(pilot, lambda: app.screen.query_one(ScrollText).size.height > 0)
         texts = app.screen.query_one(ScrollText)
@@ -175,6 +175,7 @@ async def test_read_only_has_no_commands(make_app, engine, key, running):
         assert engine == []
         actions = {b.binding.action for b in app.screen.active_bindings.values()}
         assert not actions & set(steering.ACTIONS)
+        assert notices(app) == ["read-only: commands are disabled"]
 
 
 async def test_without_an_engine_a_command_names_what_starts_one(make_app, running, until):

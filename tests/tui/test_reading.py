@@ -31,7 +31,8 @@ def test_a_number_that_is_none_is_shown_as_such_before_the_largest(mode, odd):
     rows = token_rows(arrays_of(-1.0, odd, -4.0), mode, 60)
     assert ("t1", UNDEFINED) in rows[1]
     assert [tone for piece, tone in rows[1] if piece in ("t0", "t2")].count(UNDEFINED) == 0
-    first = text(rows)[text(rows).index(f"largest {mode}") + 1]
+    title = "least likely tokens" if mode == "log-prob" else f"largest {mode}"
+    first = text(rows)[text(rows).index(title) + 1]
     assert str(odd) in first
     assert "t1" in first
 

@@ -11,7 +11,7 @@ from engine.session.folder import Session
 from rlhf_tui.state import command_sender
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):

@@ -15,11 +15,13 @@ CASES += [(screen, (160, 50)) for screen in ("labels", "beside", "abreast")]
 @pytest.mark.parametrize(
     ("screen", "size"), CASES, ids=[f"{screen}-{w}x{h}" for screen, (w, h) in CASES]
 )
-def test_a_screen_looks_as_it_did(snap_compare, make_app, root, monkeypatch, screen, size, until):
+def test_a_screen_looks_as_it_did(
+    snap_compare, make_app, root, monkeypatch, request, screen, size, until
+):
     monkeypatch.setenv("HOME", str(root.parent))
     app = make_app()
     if screen == "stop":
-        monkeypatch.setattr(app.commands, "can_steer", lambda: True)
+        request.getfixturevalue("engine")
 
     async def settle(pilot):
         await until(pilot, lambda: app.state.known)

@@ -26,7 +26,7 @@ def test_a_bound_that_holds_beta_says_so():
 def test_a_fixed_beta_stays_and_the_panel_says_what_the_controller_would_do():
     settings = SETTINGS | {"controller": "fixed"}
     shown = text(SteeringPanel(make_state(kl=6.6, settings=settings)))
-    assert "stays; adaptive would give 0.0505" in shown
+    assert "unchanged; adaptive would give 0.0505" in shown
 
 
 def test_beta_names_who_set_it():
@@ -34,7 +34,7 @@ def test_beta_names_who_set_it():
     change = [SettingChange(key="beta", old=0.04, new=0.05)]
     done = command("applied", applied_step=12, changes=change, ended=2.0)
     state.take(SessionUpdate(commands=[done]))
-    assert "goes on from ana's, step 12" in text(SteeringPanel(state))
+    assert "continues from ana's, step 12" in text(SteeringPanel(state))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.tui.panels import command, make_state, text
         ({"state": "crashed", "pid": None}, "rlhf-tui resume run"),
         ({"state": "failed", "pid": None, "message": "out of memory\nmore"}, "out of memory"),
         ({"state": "finished", "pid": None, "step": 100}, "-o train.steps=200"),
-        ({"state": "paused"}, "p goes on"),
+        ({"state": "paused"}, "p resumes"),
     ],
 )
 def test_a_state_says_what_helps(given, words):

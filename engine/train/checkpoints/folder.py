@@ -11,7 +11,6 @@ last, after the supervisor has confirmed that the journal holds everything up to
 
 import hashlib
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -20,11 +19,11 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings, apply_settings, settings_of
 from engine.errors import CheckpointError
+from engine.session.checkpoints import COMPLETE
 
 FORMAT = 2
 """Format 1 has ``training/optimiser.safetensors`` and ``value.safetensors``, written by one rank.
 Its tensors have the same names as the shards of format 2, so one reader handles both."""
-_NAME = re.compile(r"step-(\d{6,})")
 SPARE = 1.1
 """Required free space, as a multiple of the checkpoint's estimated size."""
 
@@ -80,20 +79,6 @@ class StateFile(msgspec.Struct, kw_only=True):
     """SHA-256 of every other file, by its path relative to the folder."""
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """The path of a step's checkpoint."""
-    return checkpoints / f"step-{step:06d}"
-
-
-def completed(checkpoints: Path) -> dict[int, Path]:
-    """All complete checkpoints by step, in ascending order."""
-    found = {}
-    for marker in checkpoints.glob("step-*/COMPLETE"):
-        if match := _NAME.fullmatch(marker.parent.name):
-            found[int(match[1])] = marker.parent
-    return dict(sorted(found.items()))
-
-
 def part_of(final: Path) -> Path:
     """The temporary path of a checkpoint while it is written; the same on every rank."""
     return final.with_name(f".{final.name}.part")
@@ -142,7 +127,7 @@ def complete(folder: Path) -> None:
     Raises:
         OSError: the marker cannot be written; no marker is left behind.
     """
-    marker = folder / "COMPLETE"
+    marker = folder / COMPLETE
     try:
         marker.touch()
         _sync(marker)
@@ -160,7 +145,7 @@ def clear_parts(checkpoints: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Removes a checkpoint, ``COMPLETE`` first: a partly removed checkpoint never counts."""
-    (folder / "COMPLETE").unlink(missing_ok=True)
+    (folder / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
@@ -212,7 +197,7 @@ def read_optimiser(folder: Path) -> str:
 
 
 def _read_file(folder: Path) -> StateFile:
-    if not (folder / "COMPLETE").exists():
+    if not (folder / COMPLETE).exists():
         raise CheckpointError(f"there is no complete checkpoint at {folder}")
     try:
         content = msgspec.json.decode((folder / "state.json").read_bytes(), type=StateFile)

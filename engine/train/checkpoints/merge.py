@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine import starter
 from engine.config.schema import LaunchConfig
 from engine.errors import CheckpointError, RlhfError, UserInputError
+from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.distributed.ranks import RankGroup
@@ -44,7 +45,7 @@ def merge(session: Session, step: int, target: Path) -> None:
         UserInputError: the base model cannot be loaded, or the target cannot be written.
     """
     config = session.config()
-    saved = checkpoint_folder.folder_of(session.checkpoints, step)
+    saved = checkpoint_path(session.checkpoints, step)
     state = checkpoint_folder.read_state(saved)
     # In the run's dtype first, because the adapters were trained on these weights.
     ranks = RankGroup(LaunchConfig(device="cpu"))

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import CheckpointError
+from engine.session.checkpoints import checkpoint_path
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import shards
 from engine.train.checkpoints.folder import SavedState, StateFile
@@ -199,7 +200,7 @@ class Saver:
             try:
                 outcome = self._write(job)
             except CheckpointError as error:
-                final = checkpoint_folder.folder_of(self._checkpoints, step)
+                final = checkpoint_path(self._checkpoints, step)
                 if self._rank == 0:
                     shutil.rmtree(checkpoint_folder.part_of(final), ignore_errors=True)
                 outcome = error
@@ -213,7 +214,7 @@ class Saver:
     def _write(self, job: _Job) -> Saved:
         """Runs the stages of a save. Raises CheckpointError on all ranks if one rank fails."""
         content = job.content
-        final = checkpoint_folder.folder_of(self._checkpoints, content.state.step)
+        final = checkpoint_path(self._checkpoints, content.state.step)
         part = checkpoint_folder.part_of(final)
         training, policy, policy_shards = (
             part / name for name in ("training", "policy", "policy-shards")

@@ -1,1 +1,1 @@
-"""Prompts in a deterministic order, and random streams derived from the seed."""
+"""Prompts in a deterministic order, and random streams derived from the run's seed."""

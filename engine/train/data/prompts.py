@@ -1,4 +1,4 @@
-"""The prompts, in an order that a step's number determines."""
+"""Prompts: reading, tokenising, and their order, which the seed and the step determine."""
 
 import logging
 from dataclasses import dataclass
@@ -21,79 +21,89 @@ log = logging.getLogger("engine")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, ready to be continued."""
+    """One tokenised prompt."""
 
     ids: list[int]
     text: str
-    """As the model reads it: for chat messages, rendered by its template."""
+    """The text that `ids` encode: chat messages are rendered by the chat template."""
     row: dict[str, Any]
-    """The data set's row, for reward functions."""
+    """The data set's row, for reward functions; empty on ranks other than 0."""
     messages: list[dict[str, str]] | None = None
-    """Where the prompt is a conversation."""
+    """The chat messages, if the prompt is a conversation."""
 
 
 class Prompts:
-    """All prompts of a run; :meth:`for_step` says which are a step's."""
+    """All prompts of a run; :meth:`for_step` selects those of a step."""
 
     def __init__(self, prompts: list[Prompt], *, per_step: int, shuffle: bool, seed: int) -> None:
         self._prompts = prompts
         self._per_step = per_step
         self._shuffle = shuffle
         self._seed = seed
+        self._pass = -1
+        self._order = torch.empty(0, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Length of the longest prompt, in tokens."""
         return max(len(p.ids) for p in self._prompts)
 
     def pack(self) -> bytes:
-        """All of them but their rows, for ranks that have no files; see :meth:`unpack`."""
+        """Serialises the prompts without their rows, for ranks that do not read the data."""
         plain = [(p.ids, p.text, p.messages) for p in self._prompts]
         return msgspec.msgpack.encode((plain, self._per_step, self._shuffle, self._seed))
 
     @classmethod
     def unpack(cls, data: bytes) -> "Prompts":
-        """What :meth:`pack` packed. Rows are empty: reward functions are rank 0's to call."""
+        """Restores :meth:`pack`'s result. Rows are empty: only rank 0 calls reward functions."""
         plain, per_step, shuffle, seed = msgspec.msgpack.decode(data)
         prompts = [Prompt(ids, text, {}, messages) for ids, text, messages in plain]
         return cls(prompts, per_step=per_step, shuffle=shuffle, seed=seed)
 
     def for_step(self, step: int) -> list[Prompt]:
-        """The prompts of step `step` (from 1).
+        """The prompts of a step, counted from 1.
 
-        The data is read pass after pass, each in an order of its own, and wraps inside a step where
-        it is shorter than one.
+        Steps read the data in passes, each with its own permutation if `data.shuffle` is true. A
+        step may span two or more passes.
         """
         first = (step - 1) * self._per_step
         return [self._at(first + i) for i in range(self._per_step)]
 
     def find(self, text: str) -> Prompt | None:
-        """The prompt of these words, as the model reads them; of several the first."""
+        """The first prompt with exactly this :attr:`Prompt.text`, or None."""
         return next((p for p in self._prompts if p.text == text), None)
 
     def _at(self, position: int) -> Prompt:
-        turn, index = divmod(position, len(self))
+        number, index = divmod(position, len(self))
         if self._shuffle:
-            index = int(self._order(turn)[index])
+            index = int(self._order_of(number)[index])
         return self._prompts[index]
 
-    def _order(self, turn: int) -> Tensor:
-        if getattr(self, "_turn", None) != turn:
-            self._turn = turn
-            self._order_now = permutation(self._seed, "data", (turn,), len(self))
-        return self._order_now
+    def _order_of(self, number: int) -> Tensor:
+        """The permutation of a pass, counted from 0; the last one is cached."""
+        if self._pass != number:
+            self._pass = number
+            self._order = permutation(self._seed, "data", (number,), len(self))
+        return self._order
 
 
 def load_prompts(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, per_step: int, seed: int
 ) -> Prompts:
-    """Reads, renders and tokenises; prompts over the token limit are left out.
+    """Reads and tokenises all prompts; leaves out those that are empty or too long.
+
+    Args:
+        config: the data set, its column and `max_prompt_tokens`.
+        tokenizer: the policy's.
+        per_step: prompts of a step, over all ranks.
+        seed: determines the order.
 
     Raises:
-        UserInputError: names the file, the column or the row, and what would be right.
+        UserInputError: the data cannot be read, or has no usable prompt. Names the file, the
+            column or the row.
     """
     rows = read_rows(config)
     if config.column not in rows[0]:
@@ -102,22 +112,22 @@ def load_prompts(
             f"it has {', '.join(rows[0])}"
         )
     prompts = [_prompt(row, i, config, tokenizer) for i, row in enumerate(rows)]
-    short = [p for p in prompts if 0 < len(p.ids) <= config.max_prompt_tokens]
-    if not short:
+    usable = [p for p in prompts if 0 < len(p.ids) <= config.max_prompt_tokens]
+    if not usable:
         raise UserInputError(
             f"data.prompts: each of the {len(prompts)} prompts in {config.prompts} is empty or "
             f"longer than data.max_prompt_tokens ({config.max_prompt_tokens})"
         )
-    if len(short) < len(prompts):
+    if len(usable) < len(prompts):
         log.warning(
-            "%d of %d prompts left out: too long or empty", len(prompts) - len(short), len(prompts)
+            "%d of %d prompts left out: too long or empty", len(prompts) - len(usable), len(prompts)
         )
-    return Prompts(short, per_step=per_step, shuffle=config.shuffle, seed=seed)
+    return Prompts(usable, per_step=per_step, shuffle=config.shuffle, seed=seed)
 
 
 def read_rows(config: DataConfig) -> list[dict[str, Any]]:
-    """The rows of a file or of a hub data set, at least one. Raises UserInputError."""
-    # Imported here: a second of pandas and pyarrow that only loading needs.
+    """Reads a file or a hub data set; returns at least one row. Raises UserInputError."""
+    # Imported here: pandas and pyarrow take about a second, and only rank 0 needs them.
     import datasets  # noqa: PLC0415
 
     source = starter.resolve(config.prompts)
@@ -133,31 +143,31 @@ def read_rows(config: DataConfig) -> list[dict[str, Any]]:
         else:
             data = datasets.load_dataset(source, split=config.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserInputError(_unreadable(source, kind, error)) from error
+        raise UserInputError(_read_error(source, kind, error)) from error
     rows = data.to_list()
     if not rows:
         raise UserInputError(f"data.prompts: {source} holds no rows; give at least one prompt")
     return rows
 
 
-def _unreadable(source: str, kind: str | None, error: Exception) -> str:
-    if "corresponds to no data" in str(error):  # how `datasets` says that there are no rows
+def _read_error(source: str, kind: str | None, error: Exception) -> str:
+    if "corresponds to no data" in str(error):  # the message of `datasets` for no rows
         return f"data.prompts: {source} holds no rows; give at least one prompt"
     cause = error.__cause__ or error
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
     if kind is None:
         endings = ", ".join(DATA_FILES)
         return (
-            f"data.prompts: '{source}' is neither a file ({endings}) here nor a data set to be had "
-            f"from the hub: {first}"
+            f"data.prompts: '{source}' is neither a local file ({endings}) nor a data set that the "
+            f"hub provides: {first}"
         )
     return f"data.prompts: cannot read {source} as {kind}: {first}"
 
 
 def tokenise_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A plain text's token ids, ready to be continued."""
+    """The token ids of a plain text, without a trailing end-of-sequence token."""
     ids = list(tokenizer(text)["input_ids"])
-    # Some tokenizers end every text; a response cannot begin after the end.
+    # Some tokenizers append it to every text, but the response continues the sequence.
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
@@ -186,7 +196,7 @@ def _prompt(
 
 
 def _messages(content: Any) -> list[dict[str, str]] | None:
-    """Chat messages, if that is what it is."""
+    """`content` as chat messages, or None if it is not a list of them."""
     if not isinstance(content, list) or not content:
         return None
     for message in content:
@@ -197,31 +207,34 @@ def _messages(content: Any) -> list[dict[str, str]] | None:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """The prompts of a step, one row a response; left-padded."""
+    """The prompts of B responses, left-padded to P tokens."""
 
     prompts: list[Prompt]
-    """One a response: answers to the same prompt lie next to each other."""
+    """One per response; responses to the same prompt are in adjacent rows."""
     ids: Tensor
     """(B, P) int64."""
     lengths: Tensor
-    """(B,) int64."""
+    """(B,) int64: tokens of each prompt, padding excluded."""
 
     def select(self, rows: Tensor) -> "PromptBatch":
-        """Some of the rows; the width stays."""
+        """The rows with these indices, (n,) int64; P stays the same."""
         return PromptBatch(
             [self.prompts[i] for i in rows.tolist()], self.ids[rows], self.lengths[rows]
         )
 
     def to(self, device: torch.device) -> "PromptBatch":
-        """The same on a device."""
+        """A copy with its tensors on a device."""
         return PromptBatch(self.prompts, self.ids.to(device), self.lengths.to(device))
 
 
-def batch_prompts(prompts: list[Prompt], per_prompt: int, filler: int) -> PromptBatch:
-    """Left-pads with `filler`, a token whose meaning does not matter: lengths make the masks."""
+def batch_prompts(prompts: list[Prompt], per_prompt: int, pad: int) -> PromptBatch:
+    """Repeats each prompt `per_prompt` times and left-pads with the token id `pad`.
+
+    `pad` may be any token id: masks are made from lengths.
+    """
     rows = [p for p in prompts for _ in range(per_prompt)]
     width = max(len(p.ids) for p in rows)
-    ids = torch.full((len(rows), width), filler, dtype=torch.int64)
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
     for i, prompt in enumerate(rows):
         ids[i, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
     return PromptBatch(rows, ids, torch.tensor([len(p.ids) for p in rows]))

@@ -1,9 +1,9 @@
-"""Every random choice, from (seed, purpose, numbers) alone.
+"""Random streams derived from (seed, purpose, numbers).
 
-No generator lives from one step to the next: a resumed run, or one on another number of ranks,
-makes the same choices because they depend on nothing else. The streams are Philox's, counter-based
-and keyed by 128 bits (Salmon et al. 2011); torch's own CPU generator takes 32 bits of its seed, too
-few for a stream a step.
+No generator keeps state from one step to the next. So a resumed run, or a run on another number of
+ranks, draws the same numbers. The generator is Philox, which is counter-based (Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3"), with a key of 128 bits. torch's CPU generator uses
+only 32 bits of its seed, too few for one stream per step.
 """
 
 import hashlib
@@ -14,21 +14,23 @@ from torch import Tensor
 
 
 def derived_key(seed: int, purpose: str, *numbers: int) -> int:
-    """128 bits that stand for these arguments and no others."""
+    """A 128-bit key: BLAKE2b of the arguments, so different arguments give different keys."""
     text = f"{seed}:{purpose}:{':'.join(map(str, numbers))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest())
 
 
 def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """A seed of its own, 63 bits."""
+    """A 63-bit seed from the same hash, for generators that take an int64."""
     return derived_key(seed, purpose, *numbers) >> 65
 
 
 def sampling_uniforms(seed: int, step: int, batch: int, tokens: int) -> Tensor:
-    """One uniform in [0, 1) for each (sample, token) of a step's global batch; (B, T) float32.
+    """One uniform number in [0, 1) per (sample, token) of a step's global batch.
 
-    Each sample has a stream of its own, so its uniforms depend neither on the batch size nor on the
-    limit of tokens.
+    Each sample has its own stream, so its numbers depend neither on `batch` nor on `tokens`.
+
+    Returns:
+        (batch, tokens) float32.
     """
     key = derived_key(seed, "sampling", step)
     rows = [
@@ -41,6 +43,6 @@ def sampling_uniforms(seed: int, step: int, batch: int, tokens: int) -> Tensor:
 
 
 def permutation(seed: int, purpose: str, numbers: tuple[int, ...], n: int) -> Tensor:
-    """A permutation of n; (n,) int64."""
+    """A random permutation of 0 … n − 1; (n,) int64."""
     philox = np.random.Philox(key=derived_key(seed, purpose, *numbers))
     return torch.from_numpy(np.random.Generator(philox).permutation(n))

@@ -77,6 +77,9 @@ class RankGroup:
         elif problem:
             raise UserInputError(problem)
         self.device: torch.device = PartialState(cpu=not on_gpu).device
+        # cuDNN's attention makes a plan for each shape it meets, and decoding meets one per token:
+        # 37 ms for a call with a new length in bfloat16 on an H200 (torch 2.11), 0.09 ms without.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def is_lead(self) -> bool:

@@ -66,12 +66,20 @@ class LanguageModel(nn.Module):
         `adapters=False` disables the LoRA adapters for this call. It is an argument rather than a
         state of the model, so that it also works through a DDP or FSDP wrapper. Not thread-safe.
         """
-        mixed = self._compute is not torch.float32
         with ExitStack() as stack:
             if not adapters:
                 stack.enter_context(lora.disabled(self._adapted))
-            stack.enter_context(torch.autocast(tokens.device.type, self._compute, enabled=mixed))
+            stack.enter_context(self.autocast(tokens.device.type))
             return self.run(tokens, *args, **kwargs)
+
+    def autocast(self, device: str) -> torch.autocast:
+        """The context that forward passes compute in; does nothing in float32.
+
+        Autocast keeps its copies of trained weights until the outermost context ends. Enter this
+        one around many forward passes between which no weight changes, such as a rollout's, so
+        that weights are cast once and not once per token.
+        """
+        return torch.autocast(device, self._compute, enabled=self._compute is not torch.float32)
 
     def run(
         self,
@@ -151,6 +159,10 @@ class AdapterFreePolicy:
             tokens, attention_mask, keep, cache=cache, want="logits", adapters=False
         )
         return logits, None
+
+    def autocast(self, device: str) -> torch.autocast:
+        """As :meth:`LanguageModel.autocast`."""
+        return self._model.autocast(device)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The frozen weights under the adapters."""

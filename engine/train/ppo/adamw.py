@@ -1,4 +1,4 @@
-"""The optimiser and its learning rates."""
+"""The optimiser and its learning-rate schedule."""
 
 import math
 
@@ -9,34 +9,42 @@ from engine.train.models.language_model import LanguageModel
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step `step` (from 1): linear warm-up, then the schedule down to 0 at the end."""
+    """The learning rate of step `step`, counted from 1.
+
+    Rises linearly over `warmup_steps`, then follows `schedule`: `constant`, or `linear` or `cosine`
+    towards 0 at the end of the run.
+    """
     rate = config.learning_rate
     if step <= config.warmup_steps:
         return rate * step / config.warmup_steps
     span = max(1, config.steps - config.warmup_steps)
-    left = 1 - (step - 1 - config.warmup_steps) / span
+    remaining = 1 - (step - 1 - config.warmup_steps) / span
     if config.schedule == "linear":
-        return rate * left
+        return rate * remaining
     if config.schedule == "cosine":
-        return rate * 0.5 * (1 - math.cos(math.pi * left))
+        return rate * 0.5 * (1 - math.cos(math.pi * remaining))
     return rate
 
 
 def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW, fused. eps 1e-5: 1e-8 gave about six times the early approximate KL.
+    """Fused AdamW with two parameter groups: the value head and everything else.
 
-    The value head has a rate of its own, `ppo.value_head_rate` times the others': it starts from
-    zero, and AdamW moves a weight by about the rate an update, so that at a rate made for a
-    trained model it is far from the returns for most of a run. (OpenRLHF's examples have 9 and 18
-    times for a whole critic.)
+    Each group has the key `lr_scale`, a factor on :func:`learning_rate`. It is 1 for the policy and
+    `ppo.value_head_rate` for the value head, which starts from zeros: AdamW moves a weight by about
+    the learning rate per update, so at a rate that suits a pretrained model the value head would be
+    far from the returns for most of a run. (OpenRLHF's examples train a whole critic at 9 and 18
+    times the actor's rate.)
+
+    The default of `train.adam_eps` is 1e-5: torch's default, 1e-8, gave about six times the
+    approximate KL in early steps.
     """
     head = {id(p) for p in policy.value_head.parameters()} if policy.value_head is not None else ()
-    learning = [p for p in policy.parameters() if p.requires_grad]
-    times = config.ppo.value_head_rate or 1.0  # filled in by engine.config.file
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    head_scale = config.ppo.value_head_rate or 1.0  # set by engine.config.file when left out
     return torch.optim.AdamW(
         [
-            {"params": [p for p in learning if id(p) not in head], "times": 1.0},
-            {"params": [p for p in learning if id(p) in head], "times": times},
+            {"params": [p for p in trainable if id(p) not in head], "lr_scale": 1.0},
+            {"params": [p for p in trainable if id(p) in head], "lr_scale": head_scale},
         ],
         lr=config.train.learning_rate,
         betas=config.train.adam_betas,

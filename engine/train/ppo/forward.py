@@ -1,4 +1,4 @@
-"""Log-probabilities and values of a rollout by full forward passes."""
+"""Log-probabilities and values of a rollout, by full forward passes without a cache."""
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +19,44 @@ def rollout_forward(
     want: str = "both",
     detach_trunk: bool = False,
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Log-probabilities and values of some answers' tokens by one full forward pass.
+    """Log-probabilities and values of the response tokens of some rows, by one forward pass.
 
-    The rows are trimmed to their longest prompt and answer. Logits and value of token t come from
-    position t − 1, so the last token is not fed at all.
+    The rows are trimmed to their longest prompt and response. The logits and the value of token t
+    are outputs at position t − 1, so the last token is not part of the input.
+
+    Args:
+        model: the policy, the reference, or the policy wrapped for training.
+        rollout: B responses.
+        rows: indices into the rollout; (n,) int64.
+        temperature: divides the logits; > 0.
+        want: `both`, `logits` or `values`.
+        detach_trunk: stop the value's gradient at a trunk that the policy shares.
 
     Returns:
-        log π (n, t') float32 at the temperature (zeros if only values are wanted), values (n, t')
-        float32 (None without a value function), and t'.
+        log π (n, t') float32 at the temperature (zeros with `want="values"`), values (n, t')
+        float32 (None without a value function), and t', the length of the longest response.
     """
     prompt_lengths, lengths = rollout.batch.lengths[rows], rollout.lengths[rows]
     prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
     prompts = rollout.batch.ids[rows, rollout.batch.ids.shape[1] - prompt_width :]
-    answers = rollout.ids[rows, :width]
-    tokens = torch.cat([prompts, answers], 1)[:, :-1]
+    responses = rollout.ids[rows, :width]
+    tokens = torch.cat([prompts, responses], 1)[:, :-1]
     attention = torch.cat(
         [left_mask(prompt_lengths, prompt_width), response_mask(lengths, width).long()], 1
     )[:, :-1]
     logits, values = model(tokens, attention, width, want=want, detach_trunk=detach_trunk)
     if logits is None or want == "values":
-        return torch.zeros(answers.shape, device=answers.device), values, width
-    return token_logprobs(logits, answers, temperature), values, width
+        return torch.zeros(responses.shape, device=responses.device), values, width
+    return token_logprobs(logits, responses, temperature), values, width
 
 
 def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
-    """Row numbers in micro-batches of `size`, like lengths together, so that little is padding."""
+    """Splits row indices into micro-batches of `size`, of similar lengths to reduce padding."""
     return list(longest_first(rollout, rows).split(size)) if len(rows) else []
 
 
 def longest_first(rollout: Rollout, rows: Tensor) -> Tensor:
-    """Row numbers in order of length: by answer, then by prompt."""
+    """Sorts row indices by response length, then by prompt length, both descending."""
     prompts = rollout.batch.lengths[rows]
     order = rollout.lengths[rows] * (prompts.max() + 1) + prompts
     return rows[order.argsort(descending=True, stable=True)]
@@ -66,19 +74,29 @@ def score_tokens(
     want: str = "both",
     report: ReportProgress = lambda _done, _total: None,
 ) -> tuple[Tensor, Tensor]:
-    """Log π and V of a rollout under a model; each (B, T) float32, 0 beyond the length.
+    """Log π and V of a rollout's tokens under a model, without gradients.
 
-    Where only some `rows` are asked for the others' are 0.
+    Args:
+        model: the policy or the reference.
+        rollout: B responses of at most T tokens.
+        temperature: divides the logits; > 0.
+        size: rows of a micro-batch.
+        rows: indices of the rows to compute, (n,) int64; all when left out.
+        want: `both`, `logits` or `values`.
+        report: called with (rows done, rows).
+
+    Returns:
+        log π and V, each (B, T) float32; 0 beyond a response's length and in other rows.
     """
     logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
-    asked = rollout.rows if rows is None else rows
+    rows = rollout.rows if rows is None else rows
     done = 0
-    for micro in by_length(rollout, asked, size):
-        got, value, width = rollout_forward(model, rollout, micro, temperature, want=want)
-        logprobs[micro, :width] = got
+    for micro in by_length(rollout, rows, size):
+        logprob, value, width = rollout_forward(model, rollout, micro, temperature, want=want)
+        logprobs[micro, :width] = logprob
         if value is not None:
             values[micro, :width] = value
         done += len(micro)
-        report(done, len(asked))
+        report(done, len(rows))
     mask = rollout.mask
     return logprobs * mask, values * mask

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from logits, without copies of (tokens, vocabulary)."""
+"""Log-probabilities of tokens from logits, without copies of the logits' size."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 22
-"""Logits looked at together: 16 MB of float32, which stays in a CPU's cache."""
+"""Logits processed at a time on a CPU: 16 MB of float32, which fits its cache."""
 GPU_CHUNK = 1 << 25
-"""On a GPU, where each piece costs a few launches: 128 MB."""
+"""The same on a GPU, where each chunk costs a few kernel launches: 128 MB of float32."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Log softmax(logits/τ) at the tokens: (n, T, V), (n, T) → (n, T), in float32.
 
-    The logits must be used for nothing else: the backward pass writes their gradient over them
-    (autograd notices, and refuses, where something else needs them still). log_softmax would keep
-    two more tensors of their size, and its backward a third.
+    Nothing else may use the logits: the backward pass overwrites them with their gradient, and
+    autograd raises an error if another operation still needs them. `log_softmax` would keep two
+    more tensors of their size for its backward pass, which allocates a third.
     """
     flat = TokenLogprobs.apply(
         logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1), temperature
@@ -25,33 +25,33 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """Of flat logits (n, V) and tokens (n,): log-probabilities (n,) float32."""
+    """Logits (n, V), tokens (n,) → log-probabilities (n,) float32. See :func:`token_logprobs`."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        """One pass in pieces; keeps the logits and log Σ exp of each row."""
-        total = torch.empty(len(logits), device=logits.device)
-        for part in _pieces(logits):
-            total[part] = _scaled(logits[part], temperature).logsumexp(1)
+        """Computes in chunks; saves the logits and each row's log Σ exp."""
+        log_sums = torch.empty(len(logits), device=logits.device)
+        for chunk in _chunks(logits):
+            log_sums[chunk] = _scaled(logits[chunk], temperature).logsumexp(1)
         chosen = logits.gather(1, tokens[:, None]).squeeze(1).float() / temperature
-        ctx.save_for_backward(logits, tokens, total)
+        ctx.save_for_backward(logits, tokens, log_sums)
         ctx.temperature = temperature
-        return chosen - total
+        return chosen - log_sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """g·(1[token] − softmax)/τ, written over the logits piece by piece."""
-        logits, tokens, total = ctx.saved_tensors
+        """g·(1[token] − softmax)/τ, written over the logits in chunks."""
+        logits, tokens, log_sums = ctx.saved_tensors
         grad = grad / ctx.temperature
-        for part in _pieces(logits):
-            piece = _scaled(logits[part], ctx.temperature) - total[part, None]
-            piece.exp_().mul_(-grad[part, None])
-            piece.scatter_add_(1, tokens[part, None], grad[part, None])
-            logits[part] = piece
+        for chunk in _chunks(logits):
+            gradient = _scaled(logits[chunk], ctx.temperature) - log_sums[chunk, None]
+            gradient.exp_().mul_(-grad[chunk, None])
+            gradient.scatter_add_(1, tokens[chunk, None], grad[chunk, None])
+            logits[chunk] = gradient
         return logits, None, None
 
 
-def _pieces(logits: Tensor) -> list[slice]:
+def _chunks(logits: Tensor) -> list[slice]:
     size = max(1, (GPU_CHUNK if logits.is_cuda else CHUNK) // logits.shape[1])
     return [slice(i, i + size) for i in range(0, len(logits), size)]
 

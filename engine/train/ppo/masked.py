@@ -5,33 +5,44 @@ from torch import Tensor
 
 
 def response_mask(lengths: Tensor, width: int) -> Tensor:
-    """(B,) lengths → (B, width) bool. Masks come from lengths: a token id may mean anything."""
+    """True on the first `lengths` tokens of each row: (B,) int64 → (B, width) bool.
+
+    Masks are made from lengths, never from token ids: the pad token may be part of a response.
+    """
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x (B, T) over the mask; a scalar."""
+    """The mean of x (B, T) over the mask (B, T); a scalar."""
     return (x * mask).sum() / mask.sum()
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """X (B, T) with variance 1, and mean 0 if asked, over the mask of the whole batch."""
+    """Scales x (B, T) to variance 1 over the mask, and shifts it to mean 0.
+
+    With `shift_mean=False` the mean stays. The result is 0 outside the mask. As in TRL and
+    lm-human-preferences, with 1e-8 added to the variance.
+    """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (white if shift_mean else white + mean) * mask
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
 
 
 def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Σ_t (log π − log π_ref): (B,), nats per response, a sampled estimate of the KL."""
+    """Σ_t (log π − log π_ref): (B, T) → (B,), in nats per response.
+
+    The one-sample estimate of the KL (k1 in Schulman 2020, "Approximating KL divergence"). It is
+    unbiased, and may be negative for a response.
+    """
     return ((logprobs - ref_logprobs) * mask).sum(1)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 − Var(return − V)/Var(return) over the mask; NaN where the returns do not vary."""
+    """1 − Var(return − V)/Var(return) over the mask, a scalar; NaN if the returns are constant."""
 
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
-    spread = variance(returns)
-    return torch.where(spread > 0, 1 - variance(returns - values) / spread, torch.nan)
+    total = variance(returns)
+    return torch.where(total > 0, 1 - variance(returns - values) / total, torch.nan)

@@ -1,4 +1,8 @@
-"""A step's metrics, by TRL's names where TRL has one. They are declared in engine/metrics.py."""
+"""The metrics of a step.
+
+A metric that TRL's PPO trainer has as well has its name there. All are declared in
+:mod:`engine.metrics`.
+"""
 
 import itertools
 import math
@@ -19,10 +23,19 @@ def step_metrics(
     scores: Tensor,
     ref_logprobs: Tensor,
     targets: Targets,
-    done: UpdateStats,
+    stats: UpdateStats,
     beta: float,
 ) -> dict[str, float]:
-    """All metrics but times and counters. Means are masked; what is undefined is left out."""
+    """All metrics except times and counters; a metric that is undefined is left out.
+
+    Args:
+        rollout: B responses of at most T tokens.
+        scores: (B,), normalised and clipped.
+        ref_logprobs: (B, T).
+        targets: what the epochs trained on.
+        stats: what the epochs did.
+        beta: the KL coefficient of this step.
+    """
     mask = rollout.mask
     old = targets.old_logprobs
     kl = masked.sequence_kl(old, ref_logprobs, mask)
@@ -44,16 +57,16 @@ def step_metrics(
         "text/distinct_2": distinct_2(rollout.texts),
         "val/rollout_logprob_gap": float(((old - rollout.logprobs).abs() * mask).max()),
     }
-    return metrics | _optimiser_metrics(done) | _value_metrics(mask, targets, done)
+    return metrics | _optimiser_metrics(stats) | _value_metrics(mask, targets, stats)
 
 
-def _optimiser_metrics(done: UpdateStats) -> dict[str, float]:
+def _optimiser_metrics(stats: UpdateStats) -> dict[str, float]:
     metrics = {
-        "policy/skipped_updates": float(done.skipped),
-        "policy/nonfinite_updates": float(done.nonfinite),
+        "policy/skipped_updates": float(stats.skipped),
+        "policy/nonfinite_updates": float(stats.nonfinite),
     }
-    sums = done.sums
-    if not done.updates:
+    sums = stats.sums
+    if not stats.updates:
         return metrics
     ratio = sums.ratio / sums.tokens
     return metrics | {
@@ -62,13 +75,13 @@ def _optimiser_metrics(done: UpdateStats) -> dict[str, float]:
         "loss/policy_avg": sums.policy_loss / sums.tokens,
         "val/ratio": ratio,
         "val/ratio_var": max(0.0, sums.squared_ratio / sums.tokens - ratio**2),
-        "grad_norm": sum(done.grad_norms) / done.updates,
+        "grad_norm": sum(stats.grad_norms) / stats.updates,
     }
 
 
-def _value_metrics(mask: Tensor, targets: Targets, done: UpdateStats) -> dict[str, float]:
-    sums = done.sums
-    if not done.updates or targets.returns is None or targets.old_values is None:
+def _value_metrics(mask: Tensor, targets: Targets, stats: UpdateStats) -> dict[str, float]:
+    sums = stats.sums
+    if not stats.updates or targets.returns is None or targets.old_values is None:
         return {}
     metrics = {
         "loss/value_avg": sums.value_loss / sums.tokens,
@@ -79,15 +92,21 @@ def _value_metrics(mask: Tensor, targets: Targets, done: UpdateStats) -> dict[st
 
 
 def source_metrics(parts: dict[str, list[float | None]]) -> dict[str, float]:
-    """Each reward source's own mean score, where there are several."""
+    """The mean score of each reward source, if there are several; None scores do not count."""
     if len(parts) < 2:
         return {}
-    heard = {k: [s for s in v if s is not None] for k, v in parts.items()}
-    return {f"reward/{k}": sum(v) / len(v) for k, v in heard.items() if v}
+    scored = {k: [s for s in v if s is not None] for k, v in parts.items()}
+    return {f"reward/{k}": sum(v) / len(v) for k, v in scored.items() if v}
 
 
 def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> dict[str, float]:
-    """Times and rates; of each phase the slowest rank's time, since the others wait for it."""
+    """Times and rates. A phase's time is the slowest rank's, since the others wait for it.
+
+    Args:
+        ranks: every rank's phase times.
+        rollout: the whole batch.
+        seconds: of the step.
+    """
     times = {f"time/{k}": max(r.seconds[k] for r in ranks) for k in ranks[0].seconds}
     return times | {
         "time/step": seconds,
@@ -98,20 +117,16 @@ def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> d
 
 
 def distinct_2(texts: list[str]) -> float:
-    """Different pairs of neighbouring words over all such pairs, in the whole batch; 1 if none.
+    """Distinct word bigrams divided by all word bigrams of the batch; 1 if there are none.
 
-    Falls when answers repeat themselves and when they repeat each other.
+    distinct-2 (Li et al. 2016). Falls when responses repeat themselves or each other.
     """
-    pairs = [pair for text in texts for pair in _neighbours(text.split())]
+    pairs = [pair for text in texts for pair in itertools.pairwise(text.split())]
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
-def _neighbours(words: list[str]) -> list[tuple[str, str]]:
-    return list(itertools.pairwise(words))
-
-
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this rank ever held: of the GPU's memory, or resident on a CPU."""
+    """Peak memory of this rank in bytes: allocated on its GPU, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

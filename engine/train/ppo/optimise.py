@@ -19,7 +19,7 @@ from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
 
 MAX_MEAN_RATIO = 10.0
-"""A minibatch whose mean ratio exceeds this would wreck the policy: it is skipped and counted."""
+"""A minibatch with a larger mean ratio is skipped and counted (`ratio_threshold` in TRL 0.11)."""
 
 
 def optimise(
@@ -34,48 +34,59 @@ def optimise(
     step: int,
     report: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> UpdateStats:
-    """Several passes of minibatch updates; learning rate and policy are changed in place.
+    """Runs `ppo.epochs` passes of minibatch updates over a rollout.
 
-    `learner` is the policy as the epochs enter it (`sharding.learner`). What is decided in here is
-    decided from sums over all ranks, and so the same on each.
+    Changes the policy and the optimiser in place, and sets the learning rate of this step. Every
+    decision (skip, stop early) is made from sums over all ranks, so it is the same on each.
+
+    Args:
+        ranks: all ranks of this attempt.
+        learner: the policy as wrapped for training (:func:`sharding.learner`).
+        optimiser: from :func:`engine.train.ppo.adamw.make_optimiser`.
+        rollout: B responses of at most T tokens, the same on every rank.
+        targets: (B, T) each.
+        config: in force for this step.
+        seed: with `step`, determines the order of the minibatches.
+        step: from 1.
+        report: called with (minibatches done, minibatches).
     """
-    done = UpdateStats()
+    stats = UpdateStats()
     total = config.ppo.epochs * config.ppo.minibatches
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate(config.train, step) * group["times"]
+        group["lr"] = learning_rate(config.train, step) * group["lr_scale"]
     warming_up = step <= config.ppo.value_warmup and targets.returns is not None
-    # transformers computes activations again in training mode alone; dropout is 0 in any mode.
+    # transformers recomputes activations in training mode only. Dropout is 0 in either mode.
     learner.train(config.parallel.activation_checkpointing)
     for epoch in range(config.ppo.epochs):
         order = permutation(seed, "minibatches", (step, epoch), len(rollout.ids))
         for k, rows in enumerate(order.to(rollout.ids.device).chunk(config.ppo.minibatches)):
             sums = backward(ranks, learner, rollout, targets, rows, config, warming_up)
-            if done.first is None:
-                done.first = sums
+            if stats.first is None:
+                stats.first = sums
             if config.ppo.stop_kl is not None and sums.approx_kl > config.ppo.stop_kl:
-                done.stopped_early = True
+                stats.stopped_early = True
                 optimiser.zero_grad(set_to_none=True)
                 learner.eval()
-                return done
+                return stats
             norm = clip_gradient(learner, config.ppo.max_grad_norm)
             loss = sums.policy_loss + sums.value_loss
             finite = math.isfinite(loss) and math.isfinite(norm)
             if not finite or sums.ratio / sums.tokens > MAX_MEAN_RATIO:
-                done.skipped += 1
-                done.nonfinite += not finite
+                stats.skipped += 1
+                stats.nonfinite += not finite
             else:
                 optimiser.step()
-                done.updates += 1
-                done.grad_norms.append(norm)
-                done.sums.add(sums)
+                stats.updates += 1
+                stats.grad_norms.append(norm)
+                stats.sums.add(sums)
             optimiser.zero_grad(set_to_none=True)
             report(epoch * config.ppo.minibatches + k + 1, total)
     learner.eval()
-    return done
+    return stats
 
 
 def clip_gradient(learner: nn.Module, limit: float) -> float:
-    """Holds the norm of the whole gradient to a limit; what it was before."""
+    """Clips the global gradient norm to `limit`; returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit)
     return float(full_tensor(norm))
 
@@ -89,38 +100,48 @@ def backward(
     config: RunConfig,
     warming_up: bool = False,
 ) -> LossSums:
-    """Accumulates the gradient of one minibatch and returns its sums over all ranks.
+    """Accumulates the gradient of one minibatch; returns its sums over all ranks.
 
-    The denominator is the minibatch's token count over all ranks, known beforehand, so the loss
-    depends neither on the micro-batches nor on how rows are shared out.
+    The loss is divided by the minibatch's token count over all ranks, which is known in advance, so
+    it depends neither on the micro-batch size nor on the number of ranks.
+
+    Args:
+        ranks: all ranks of this attempt.
+        learner: the policy as wrapped for training.
+        rollout: B responses of at most T tokens.
+        targets: (B, T) each.
+        rows: the minibatch's rows, the same on every rank; (n,) int64.
+        config: in force for this step.
+        warming_up: train the value function only (`ppo.value_warmup`).
     """
     tokens = int(rollout.lengths[rows].sum())
     size = config.ppo.micro_batch_size
     micros = by_length(rollout, ranks.strided_share(longest_first(rollout, rows)), size)
-    # Forward and backward passes of several ranks meet: one with fewer rows goes through the
-    # motions once more, for nothing.
+    # DDP and FSDP2 communicate in every pass, so all ranks must run the same number of them: a rank
+    # with fewer micro-batches runs the rest on one row, with a loss of 0.
     count = -(-ranks.largest_share(len(rows)) // size)
-    wants = ("logits", "values") if one_after_the_other(ranks, learner) else ("both",)
+    wants = ("logits", "values") if separate_passes(ranks, learner) else ("both",)
     total = LossSums()
     for k, want in itertools.product(range(count), wants):
-        idle = k >= len(micros)
+        dummy = k >= len(micros)
         with synchronised(learner, last=k == count - 1):
-            micro = rows[:1] if idle else micros[k]
+            micro = rows[:1] if dummy else micros[k]
             loss, sums = micro_batch(learner, rollout, targets, micro, config, warming_up, want)
-            # DDP and FSDP2 average over ranks what is to be a sum.
-            (loss * (0.0 if idle else ranks.size / tokens)).backward()
-        if not idle:
+            # DDP and FSDP2 average gradients over ranks; this loss needs their sum.
+            (loss * (0.0 if dummy else ranks.size / tokens)).backward()
+        if not dummy:
             total.add(sums)
     if warming_up:
-        _keep_policy(learner)
-    return total.over(ranks)
+        _drop_policy_gradients(learner)
+    return total.all_reduced(ranks)
 
 
-def one_after_the_other(ranks: RankGroup, learner: nn.Module) -> bool:
-    """Whether policy and value go through a micro-batch each by itself.
+def separate_passes(ranks: RankGroup, learner: nn.Module) -> bool:
+    """Whether policy and value run separate forward and backward passes over a micro-batch.
 
-    A value trunk of its own shares nothing with the policy: on a rank alone (DDP wants to see both
-    at once) one is through, and its activations are gone, before the other begins.
+    A separate value trunk shares no activations with the policy, so running one after the other
+    halves the peak. Only with a single rank: DDP expects a gradient for all parameters in each
+    backward pass.
     """
     return ranks.size == 1 and getattr(learner, "value_trunk", None) is not None
 
@@ -134,9 +155,19 @@ def micro_batch(
     warming_up: bool,
     want: str = "both",
 ) -> tuple[Tensor, LossSums]:
-    """One forward pass: the loss, summed over response tokens, and its sums.
+    """One forward pass of n rows.
 
-    `want` is `both`, or `logits` or `values` for one of the two losses alone.
+    Args:
+        learner: the policy as wrapped for training.
+        rollout: B responses of at most T tokens.
+        targets: (B, T) each.
+        micro: the micro-batch's rows; (n,) int64.
+        config: in force for this step.
+        warming_up: the policy loss gets a factor of 0.
+        want: `both`, or `logits` or `values` for the policy or the value loss alone.
+
+    Returns:
+        The loss, a scalar with gradient, summed over response tokens; and its sums as numbers.
     """
     logprobs, values, width = rollout_forward(
         learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up
@@ -156,7 +187,7 @@ def micro_batch(
             ratio=float(terms.ratio),
             squared_ratio=float(terms.squared_ratio),
         )
-        # While the value warms up the policy's gradient is 0 and is dropped; DDP wants to see one.
+        # During the value warm-up the policy's gradient is 0. DDP still expects one.
         loss = terms.loss * (not warming_up) if targets.returns is not None else terms.loss
     if values is None or targets.old_values is None or targets.returns is None:
         return loss, sums
@@ -172,8 +203,8 @@ def micro_batch(
     return loss + config.ppo.value_coef * value_loss, sums
 
 
-def _keep_policy(learner: nn.Module) -> None:
-    """No gradient at all, so that neither momentum nor weight decay moves the policy."""
+def _drop_policy_gradients(learner: nn.Module) -> None:
+    # With a gradient of 0 instead of None, momentum and weight decay would move the policy.
     for name, parameter in learner.named_parameters():
         if "value_head." not in name and "value_trunk." not in name:
             parameter.grad = None

@@ -1,4 +1,4 @@
-"""What is counted and summed while the policy is updated."""
+"""Sums and counters of the policy updates of a step."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,11 @@ from engine.train.distributed.ranks import RankGroup
 
 @dataclass
 class LossSums:
-    """Sums over response tokens, of a minibatch or of all epochs."""
+    """Sums over the response tokens of a minibatch, or of all updates of a step.
+
+    The loss terms are those of :mod:`engine.train.ppo.losses`; `tokens` is the denominator of their
+    means.
+    """
 
     tokens: float = 0.0
     policy_loss: float = 0.0
@@ -21,12 +25,12 @@ class LossSums:
     squared_ratio: float = 0.0
 
     def add(self, other: "LossSums") -> None:
-        """Adds another's sums to these."""
+        """Adds `other` to these sums, in place."""
         for name in self.__dataclass_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def over(self, ranks: RankGroup) -> "LossSums":
-        """All ranks' sums together."""
+    def all_reduced(self, ranks: RankGroup) -> "LossSums":
+        """The sums over all ranks; a collective."""
         if ranks.size == 1:
             return self
         numbers = torch.tensor([getattr(self, n) for n in self.__dataclass_fields__]).double()
@@ -34,20 +38,24 @@ class LossSums:
 
     @property
     def approx_kl(self) -> float:
-        """0.5·mean (log ρ)², to the rollout's policy."""
+        """0.5·mean (log ρ)² between the policy and the one that sampled, in nats (as TRL)."""
         return 0.5 * self.squared_log_ratio / self.tokens
 
 
 @dataclass
 class UpdateStats:
-    """What happened in the epochs."""
+    """What the epochs of a step did."""
 
     sums: LossSums = field(default_factory=LossSums)
+    """Over the minibatches that led to an update."""
     first: LossSums | None = None
-    """The first minibatch's, before any update: its ratio must be 1."""
+    """The first minibatch's sums, before any update: their mean ratio must be 1."""
     grad_norms: list[float] = field(default_factory=list)
+    """Of each update, before clipping."""
     updates: int = 0
     skipped: int = 0
+    """Minibatches without an update."""
     nonfinite: int = 0
-    """Of the skipped ones, those whose loss or gradient was not finite."""
+    """Skipped minibatches whose loss or gradient was not finite."""
     stopped_early: bool = False
+    """Whether `ppo.stop_kl` ended the epochs."""

@@ -1,1 +1,1 @@
-"""Reward sources and how their scores are combined."""
+"""Reward sources, and the weighted sum of their scores."""

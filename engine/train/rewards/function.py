@@ -1,4 +1,4 @@
-"""A Python function as a reward source."""
+"""Reward source: a Python function."""
 
 import asyncio
 import importlib
@@ -16,15 +16,24 @@ from engine.train.rollout.rollout import ReportProgress
 
 
 class FunctionReward:
-    """A user's Python function, called as TRL calls its reward functions.
+    """A user's Python function, called as TRL's GRPO trainer calls its reward functions.
 
-    By keyword: `prompts`, `completions` (texts, or lists of chat messages for chat prompts),
-    `completion_ids`, `trainer_state` (with `global_step`), and each other column of the data as a
-    list. It returns one float, or None for no opinion, an answer. It may be a coroutine function.
+    The keyword arguments are `prompts`, `completions` (texts, or lists of chat messages for chat
+    prompts), `completion_ids`, `trainer_state` (with `global_step`), and each other column of the
+    data as a list. The function returns one float per response, or None for a response it does not
+    score. It may be a coroutine function.
     """
 
     def __init__(self, source: str, path: str | None) -> None:
-        """Imports `module:function`. Raises UserInputError."""
+        """Imports the function.
+
+        Args:
+            source: `module:function`.
+            path: a folder to import the module from, besides the working directory.
+
+        Raises:
+            UserInputError: the module cannot be imported, or has no such function.
+        """
         module_name, _, name = source.partition(":")
         for folder in (path, "."):
             if folder and folder not in sys.path:
@@ -32,7 +41,7 @@ class FunctionReward:
         try:
             module = importlib.import_module(module_name)
         except Exception as error:
-            # Anything may go wrong inside a user's module; it is theirs to see, on one line.
+            # A user's module may raise anything on import; the user gets it on one line.
             raise UserInputError(
                 f"reward.function: cannot import '{module_name}' (looked in {path or '.'}): "
                 f"{type(error).__name__}: {error}"
@@ -44,43 +53,43 @@ class FunctionReward:
             )
         self._function = function
         parameters = inspect.signature(function).parameters.values()
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._takes = {p.name for p in parameters}
+        self._accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._accepted = {p.name for p in parameters}
 
-    def __call__(self, answers: RewardInputs, report: ReportProgress) -> list[float | None]:
-        """Calls it once for the whole batch."""
-        given = self._arguments(answers)
-        if not self._takes_all:
-            given = {k: v for k, v in given.items() if k in self._takes}
-        scores = self._function(**given)
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
+        """Calls the function once for the whole batch; see :class:`Reward`."""
+        arguments = self._arguments(inputs)
+        if not self._accepts_any:
+            arguments = {k: v for k, v in arguments.items() if k in self._accepted}
+        scores = self._function(**arguments)
         if inspect.isawaitable(scores):
-            scores = asyncio.run(_result_of(scores))
-        report(len(answers), len(answers))
+            scores = asyncio.run(_awaited(scores))
+        report(len(inputs), len(inputs))
         return scores.tolist() if isinstance(scores, Tensor) else list(scores)
 
     @staticmethod
-    def _arguments(answers: RewardInputs) -> dict[str, Any]:
-        rows = answers.batch.prompts
+    def _arguments(inputs: RewardInputs) -> dict[str, Any]:
+        rows = inputs.batch.prompts
         columns = {k: [p.row.get(k) for p in rows] for k in rows[0].row}
         prompts: list[Any] = [p.text if p.messages is None else p.messages for p in rows]
         completions: list[Any] = [
             text if p.messages is None else [{"role": "assistant", "content": text}]
-            for text, p in zip(answers.texts, rows, strict=True)
+            for text, p in zip(inputs.texts, rows, strict=True)
         ]
         return columns | {
             "prompts": prompts,
             "completions": completions,
-            "completion_ids": answers.ids,
-            "trainer_state": SimpleNamespace(global_step=answers.step),
+            "completion_ids": inputs.ids,
+            "trainer_state": SimpleNamespace(global_step=inputs.step),
         }
 
 
-async def _result_of(awaitable: Any) -> Any:
+async def _awaited(awaitable: Any) -> Any:
     return await awaitable
 
 
-def _load(given: RewardSource, context: LoadContext) -> FunctionReward:
-    return FunctionReward(given.value, context.config.path)
+def _load(source: RewardSource, context: LoadContext) -> FunctionReward:
+    return FunctionReward(source.value, context.config.path)
 
 
 KIND = SourceKind(

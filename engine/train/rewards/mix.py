@@ -1,4 +1,4 @@
-"""Where a response's score comes from: one source, or the weighted sum of several."""
+"""The score of a response: the weighted sum of one or more reward sources."""
 
 import math
 from collections.abc import Container
@@ -23,7 +23,7 @@ from engine.train.rewards.source import (
 from engine.train.rollout.rollout import ReportProgress
 
 KINDS: dict[str, SourceKind] = {"model": model.KIND, "function": function.KIND}
-"""By the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
+"""Kinds of sources, by the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
 
 
 @dataclass(frozen=True)
@@ -33,98 +33,104 @@ class WeightedReward:
     weight: float
     runs_on: RunsOn
     reward: Reward | None
-    """None on the ranks that do not ask it."""
+    """None on ranks that do not call it."""
 
 
 class RewardMix:
-    """The weighted sum of a run's reward sources."""
+    """The weighted sum of a run's reward sources. All ranks call it together."""
 
     def __init__(self, sources: dict[str, WeightedReward], ranks: RankGroup) -> None:
-        """`sources`: by name."""
         self._sources = sources
         self._ranks = ranks
 
     def __call__(
-        self, answers: RewardInputs, report: ReportProgress = lambda _done, _total: None
+        self, inputs: RewardInputs, report: ReportProgress = lambda _done, _total: None
     ) -> tuple[Tensor, dict[str, list[float | None]]]:
-        """Scores (B,) float32, and each source's own.
+        """Scores all responses of a step; a None score adds nothing to the sum.
+
+        Returns:
+            Scores (B,) float32, and each source's B scores, by name.
 
         Raises:
-            RewardError: a source returned the wrong number of scores, something that is no finite
-                number, or no source had an opinion on a response.
-            FunctionError: a source that rank 0 asks raised.
-            PeerRankError: either, on the other ranks.
+            RewardError: a source returned the wrong number of scores or one that is not a finite
+                number, or every source returned None for a response.
+            FunctionError: a source that runs on rank 0 raised.
+            PeerRankError: either of these on rank 0, raised on the other ranks.
         """
         parts: dict[str, list[float | None]] = {}
-        total = [0.0] * len(answers)
-        heard = [False] * len(answers)
+        total = [0.0] * len(inputs)
+        scored = [False] * len(inputs)
         for name, source in self._sources.items():
-            scores = self._ask(name, source, answers, report)
+            scores = self._score(name, source, inputs, report)
             parts[name] = scores
             for i, score in enumerate(scores):
                 if score is not None:
                     total[i] += source.weight * score
-                    heard[i] = True
-        if not all(heard):
-            i = heard.index(False)
+                    scored[i] = True
+        if not all(scored):
+            i = scored.index(False)
             raise RewardError(
-                f"no reward has an opinion on answer {i} of step {answers.step} "
-                f"(prompt: {answers.batch.prompts[i].text!r}): each returned None"
+                f"no reward source scored response {i} of step {inputs.step} "
+                f"(prompt: {inputs.batch.prompts[i].text!r}): each returned None"
             )
         return torch.tensor(total, dtype=torch.float32), parts
 
-    def _ask(
-        self, name: str, source: WeightedReward, answers: RewardInputs, report: ReportProgress
+    def _score(
+        self, name: str, source: WeightedReward, inputs: RewardInputs, report: ReportProgress
     ) -> list[float | None]:
         if source.runs_on is RunsOn.RANK_0:
-            return self._ask_on_rank_0(name, source.reward, answers, report)
+            return self._score_on_rank_0(name, source.reward, inputs, report)
         if source.reward is None:
-            raise TypeError(f"reward '{name}' is missing on a rank")
-        return self._ask_on_every_rank(name, source.reward, answers, report)
+            raise TypeError(f"reward source '{name}' is not loaded on this rank")
+        return self._score_on_every_rank(name, source.reward, inputs, report)
 
-    def _ask_on_every_rank(
-        self, name: str, reward: Reward, answers: RewardInputs, report: ReportProgress
+    def _score_on_every_rank(
+        self, name: str, reward: Reward, inputs: RewardInputs, report: ReportProgress
     ) -> list[float | None]:
-        """Each rank asks about its share; the scores come to all."""
-        lengths = torch.tensor([len(ids) for ids in answers.ids])
+        # Sorted by length, so that the ranks' shares take about the same time.
+        lengths = torch.tensor([len(ids) for ids in inputs.ids])
         rows = self._ranks.strided_share(lengths.argsort(descending=True, stable=True))
-        scores = torch.zeros(len(answers), dtype=torch.float64)
-        scores[rows] = torch.tensor(reward(answers.select(rows), report), dtype=torch.float64)
-        return validate_scores(name, self._ranks.all_reduce_sum(scores).tolist(), answers)
+        scores = torch.zeros(len(inputs), dtype=torch.float64)
+        scores[rows] = torch.tensor(reward(inputs.select(rows), report), dtype=torch.float64)
+        return validate_scores(name, self._ranks.all_reduce_sum(scores).tolist(), inputs)
 
-    def _ask_on_rank_0(
-        self, name: str, reward: Reward | None, answers: RewardInputs, report: ReportProgress
+    def _score_on_rank_0(
+        self, name: str, reward: Reward | None, inputs: RewardInputs, report: ReportProgress
     ) -> list[float | None]:
-        """Rank 0 asks about all of them; what comes of it, good or bad, comes to all."""
-        own: list[float | None] = []
+        """Calls the source on rank 0; broadcasts its scores, or raises its error on every rank."""
+        scores: list[float | None] = []
         failure: Exception | None = None
         if reward is not None:
             try:
-                own = validate_scores(name, reward(answers, report), answers)
+                scores = validate_scores(name, reward(inputs, report), inputs)
             except RewardError as error:
                 failure = error
-            except Exception as error:  # raised below, once the others know
+            except Exception as error:  # raised below, once the other ranks know
                 text = f"reward '{name}' raised {type(error).__name__}: {error}"
                 failure = FunctionError(text)
                 failure.__cause__ = error
-        mine = (own, "" if failure is None else str(failure))
+        outcome = (scores, "" if failure is None else str(failure))
         kind = tuple[list[float | None], str]
-        told, problem = msgspec.msgpack.decode(
-            self._ranks.broadcast_bytes(msgspec.msgpack.encode(mine)), type=kind
+        scores, problem = msgspec.msgpack.decode(
+            self._ranks.broadcast_bytes(msgspec.msgpack.encode(outcome)), type=kind
         )
         if failure is not None:
             raise failure
         if problem:
             raise PeerRankError(problem)
-        return told
+        return scores
 
 
-def validate_scores(name: str, scores: list[Any], answers: RewardInputs) -> list[float | None]:
-    """The scores as floats. Raises RewardError."""
-    if len(scores) != len(answers):
+def validate_scores(name: str, scores: list[Any], inputs: RewardInputs) -> list[float | None]:
+    """Converts a source's scores to floats.
+
+    Raises:
+        RewardError: there is not one score per response, or one is neither None nor finite.
+    """
+    if len(scores) != len(inputs):
         raise RewardError(
-            f"reward '{name}' returned {len(scores)} scores for {len(answers)} answers at step "
-            f"{answers.step}: it must return one for each"
+            f"reward '{name}' returned {len(scores)} scores for {len(inputs)} responses at step "
+            f"{inputs.step}: it must return one for each"
         )
     numbers: list[float | None] = []
     for i, score in enumerate(scores):
@@ -134,29 +140,32 @@ def validate_scores(name: str, scores: list[Any], answers: RewardInputs) -> list
             number = math.nan
         if number is not None and not math.isfinite(number):
             raise RewardError(
-                f"reward '{name}' returned {score!r} for answer {i} of step {answers.step} "
-                f"(prompt: {answers.batch.prompts[i].text!r}, answer: {answers.texts[i]!r}): "
-                "it must be a finite number, or None for no opinion"
+                f"reward '{name}' returned {score!r} for response {i} of step {inputs.step} "
+                f"(prompt: {inputs.batch.prompts[i].text!r}, response: {inputs.texts[i]!r}): "
+                "a score is a finite number, or None if the source does not score the response"
             )
         numbers.append(number)
     return numbers
 
 
 def load_rewards(context: LoadContext) -> RewardMix:
-    """Every source of the configuration, loaded. Raises UserInputError."""
+    """Loads every reward source of the configuration, each on the ranks that call it.
+
+    Raises:
+        UserInputError: a source cannot be loaded.
+    """
     sources: dict[str, WeightedReward] = {}
-    for given in context.config.sources():
-        kind = KINDS[given.kind]
+    for source in context.config.sources():
+        kind = KINDS[source.kind]
         runs_here = kind.runs_on is RunsOn.EVERY_RANK or context.ranks.is_lead
-        reward = kind.load(given, context) if runs_here else None
-        name = _unused_name(given.name or kind.default_name(given.value), sources)
-        sources[name] = WeightedReward(given.weight, kind.runs_on, reward)
+        reward = kind.load(source, context) if runs_here else None
+        name = _unused_name(source.name or kind.default_name(source.value), sources)
+        sources[name] = WeightedReward(source.weight, kind.runs_on, reward)
     return RewardMix(sources, context.ranks)
 
 
 def _unused_name(name: str, taken: Container[str]) -> str:
-    n = 2
-    found = name
-    while found in taken:
-        found, n = f"{name}-{n}", n + 1
-    return found
+    n, candidate = 2, name
+    while candidate in taken:
+        candidate, n = f"{name}-{n}", n + 1
+    return candidate

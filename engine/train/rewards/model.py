@@ -1,4 +1,4 @@
-"""A Hugging Face sequence classifier as a reward."""
+"""Reward source: a Hugging Face sequence classifier."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from engine import starter
 from engine.config.schema import RewardConfig, RewardSource
 from engine.errors import UserInputError
+from engine.train.data.prompts import Prompt
 from engine.train.distributed import sharding
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
@@ -18,11 +19,11 @@ from engine.train.rollout.rollout import ReportProgress
 
 
 class RewardModel:
-    """Scores prompt and answer by one logit of a classifier.
+    """Scores prompt and response by one logit of a classifier.
 
-    Where the classifier reads the policy's own vocabulary it is given the very token ids, the
-    end-of-sequence token among them; else it reads the text, through its own tokenizer and, for
-    conversations, its own chat template.
+    A classifier with the policy's vocabulary gets the prompt's and the response's token ids,
+    end-of-sequence token included. Any other gets the text, tokenised by its own tokenizer and, for
+    chat prompts, rendered by its own chat template.
     """
 
     def __init__(
@@ -33,7 +34,18 @@ class RewardModel:
         policy_vocabulary: dict[str, int],
         ranks: RankGroup,
     ) -> None:
-        """Reads it on rank 0; :meth:`place` distributes it. Raises UserInputError."""
+        """Reads the classifier on rank 0 and its shape on the others; then call :meth:`place`.
+
+        Args:
+            source: a folder, a hub name, or a starter model.
+            label: which logit is the score, by index or name; None if there is only one.
+            config: dtype, batch size and token limit.
+            policy_vocabulary: token ids by token.
+            ranks: all ranks of this attempt.
+
+        Raises:
+            UserInputError: the classifier cannot be loaded, or `label` does not select a logit.
+        """
         path = starter.resolve(source)
         self._tokenizer = load_tokenizer(path, "reward.model", ranks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -44,8 +56,8 @@ class RewardModel:
                 with without_weights(ranks):
                     model = AutoModelForSequenceClassification.from_config(shape, dtype=dtype)
         self._label = _label_index(source, label, model.config)
-        self._pad = _own_pad(self._tokenizer, model.config)
-        model.config.use_cache = False  # a decoder would fill one
+        self._pad = _pad_id(self._tokenizer, model.config)
+        model.config.use_cache = False  # a decoder would fill one for nothing
         use_onednn(model)
         self._model = model.eval().requires_grad_(False)
         self._device = ranks.device
@@ -55,20 +67,20 @@ class RewardModel:
         self._same_tokens = self._tokenizer.get_vocab() == policy_vocabulary
 
     def place(self, ranks: RankGroup, strategy: str, *, on_host: bool) -> None:
-        """Places the weights on every rank: see :mod:`engine.train.distributed.sharding`."""
-        placed = "ddp" if on_host else strategy
-        sharding.place_model(self._model, ranks, placed)
-        sharding.offload_between_uses(self._model, ranks, placed, on_host=on_host)
+        """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`."""
+        layout = "ddp" if on_host else strategy
+        sharding.place_model(self._model, ranks, layout)
+        sharding.offload_between_uses(self._model, ranks, layout, on_host=on_host)
 
-    def __call__(self, answers: RewardInputs, report: ReportProgress) -> list[float | None]:
-        """The chosen logit for each answer, in batches of like lengths."""
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
+        """The chosen logit for each response, in batches of similar lengths."""
         with sharding.materialised(self._model):
-            return self._scores(answers, report)
+            return self._scores(inputs, report)
 
     @torch.no_grad()
-    def _scores(self, answers: RewardInputs, report: ReportProgress) -> list[float | None]:
-        sequences = self._sequences(answers)
-        pad = _unused(sequences) if self._pad is None else self._pad
+    def _scores(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
+        sequences = self._sequences(inputs)
+        pad = _unused_id(sequences) if self._pad is None else self._pad
         self._model.config.pad_token_id = pad
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
         scores: list[float | None] = [None] * len(sequences)
@@ -88,21 +100,22 @@ class RewardModel:
             report(first + len(rows), len(order))
         return scores
 
-    def _sequences(self, answers: RewardInputs) -> list[list[int]]:
-        """Token ids of prompt and answer, cut to the last `limit` tokens."""
-        prompts = answers.batch.prompts
+    def _sequences(self, inputs: RewardInputs) -> list[list[int]]:
+        """Token ids of prompt and response; the last tokens if there are too many."""
+        prompts = inputs.batch.prompts
         if self._same_tokens:
-            whole = [p.ids + ids for p, ids in zip(prompts, answers.ids, strict=True)]
+            sequences = [p.ids + ids for p, ids in zip(prompts, inputs.ids, strict=True)]
         else:
-            whole = [self._read(p, text) for p, text in zip(prompts, answers.texts, strict=True)]
-        return [ids[-self._limit :] for ids in whole]
+            pairs = zip(prompts, inputs.texts, strict=True)
+            sequences = [self._tokenise(prompt, text) for prompt, text in pairs]
+        return [ids[-self._limit :] for ids in sequences]
 
-    def _read(self, prompt: Any, answer: str) -> list[int]:
+    def _tokenise(self, prompt: Prompt, response: str) -> list[int]:
         if prompt.messages is not None and self._tokenizer.chat_template:
-            messages = [*prompt.messages, {"role": "assistant", "content": answer}]
+            messages = [*prompt.messages, {"role": "assistant", "content": response}]
             text = self._tokenizer.apply_chat_template(messages, tokenize=False)
             return list(self._tokenizer(str(text), add_special_tokens=False)["input_ids"])
-        return list(self._tokenizer(prompt.text + answer)["input_ids"])
+        return list(self._tokenizer(prompt.text + response)["input_ids"])
 
 
 def _read(source: str, path: str, dtype: torch.dtype) -> Any:
@@ -114,14 +127,15 @@ def _read(source: str, path: str, dtype: torch.dtype) -> Any:
 
 
 def _label_index(source: str, label: int | str | None, config: Any) -> int:
-    """Which logit is the score. Raises UserInputError."""
+    """The index of the logit that is the score. Raises UserInputError."""
     count, names = config.num_labels, {v: k for k, v in (config.id2label or {}).items()}
     listed = ", ".join(f"{i}: {n}" for n, i in names.items())
     if label is None:
         if count == 1:
             return 0
         raise UserInputError(
-            f"reward.label: '{source}' has {count} labels, say which is the score ({listed})"
+            f"reward.label: '{source}' has {count} labels: choose the one that is the score "
+            f"({listed})"
         )
     if isinstance(label, str) and label in names:
         return int(names[label])
@@ -130,25 +144,25 @@ def _label_index(source: str, label: int | str | None, config: Any) -> int:
     raise UserInputError(f"reward.label: '{source}' has no label {label!r} (it has {listed})")
 
 
-def _own_pad(tokenizer: Any, config: Any) -> int | None:
-    """The classifier's pad token, unless it is also its end of sequence.
+def _pad_id(tokenizer: Any, config: Any) -> int | None:
+    """The classifier's pad token id; None if it is also the end-of-sequence token.
 
-    A decoder's classifier reads the last token that is not pad: were pad the end-of-sequence
-    token, it would read the one before.
+    Decoder classifiers of transformers take the score at the last token that is not pad. If pad and
+    end of sequence are the same token, that is the token before the end.
     """
     pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
     return None if pad is None or pad == tokenizer.eos_token_id else int(pad)
 
 
-def _unused(sequences: list[list[int]]) -> int:
-    """A token id that stands in none of the sequences, to pad with."""
+def _unused_id(sequences: list[list[int]]) -> int:
+    """The smallest token id that occurs in none of the sequences, to pad with."""
     used = {i for ids in sequences for i in ids}
     return next(i for i in range(len(used) + 1) if i not in used)
 
 
-def _load(given: RewardSource, context: LoadContext) -> RewardModel:
+def _load(source: RewardSource, context: LoadContext) -> RewardModel:
     model = RewardModel(
-        given.value, given.label, context.config, context.policy_vocabulary, context.ranks
+        source.value, source.label, context.config, context.policy_vocabulary, context.ranks
     )
     model.place(context.ranks, context.strategy, on_host=context.on_host)
     return model

@@ -1,7 +1,8 @@
-"""What a reward source is: what it is given, what it returns, and how its kind is declared.
+"""The interface of reward sources.
 
-Each kind of source lives in a module of its own, which ends in its :class:`SourceKind`;
-:data:`engine.train.rewards.mix.KINDS` lists them by the configuration key that selects them.
+To add a kind of source, write a module with a class that implements :class:`Reward` and a
+:class:`SourceKind`, and list the latter in :data:`engine.train.rewards.mix.KINDS` by the
+configuration key that selects it.
 """
 
 from collections.abc import Callable
@@ -19,18 +20,21 @@ from engine.train.rollout.rollout import ReportProgress, Rollout
 
 @dataclass(frozen=True)
 class RewardInputs:
-    """What a reward sees of a rollout."""
+    """What a reward source receives: B responses of a step."""
 
     batch: PromptBatch
     ids: list[list[int]]
     """Response token ids, without padding."""
     texts: list[str]
+    """The responses, without special tokens."""
     eos: list[bool]
+    """Whether the last token is an end-of-sequence token."""
     step: int
+    """0 for samples of the reference before the first step."""
 
     @classmethod
     def of(cls, rollout: Rollout, step: int) -> "RewardInputs":
-        """The rollout's responses."""
+        """All responses of a rollout."""
         ids = [
             row[:n] for row, n in zip(rollout.ids.tolist(), rollout.lengths.tolist(), strict=True)
         ]
@@ -40,7 +44,7 @@ class RewardInputs:
         return len(self.ids)
 
     def select(self, rows: Tensor) -> "RewardInputs":
-        """Some of them."""
+        """The responses with these row indices, (n,) int64."""
         chosen = rows.tolist()
         return RewardInputs(
             self.batch.select(rows),
@@ -52,50 +56,55 @@ class RewardInputs:
 
 
 class Reward(Protocol):
-    """One source of scores."""
+    """A reward source."""
 
-    def __call__(self, answers: RewardInputs, report: ReportProgress) -> list[float | None]:
-        """A score for each response; None where this source has no opinion.
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
+        """Returns B scores; None for a response that this source does not score.
 
-        A source of :attr:`RunsOn.RANK_0` may raise anything: the run ends with the error, and a
-        restart asks it again.
+        A source of :attr:`RunsOn.RANK_0` may raise any exception: the attempt fails with it, and
+        the next attempt calls the source again.
+
+        Args:
+            inputs: B responses.
+            report: call it with (responses done, B).
         """
 
 
 class RunsOn(Enum):
-    """Which ranks ask a source, and about which responses."""
+    """Which ranks call a source, and with which responses."""
 
     EVERY_RANK = "every rank"
-    """Each rank asks about its share of the responses. For sources that compute on the rank's
-    device; all ranks load them, and each response must get a score."""
+    """Each rank calls the source with its share of the responses. For sources that compute on the
+    rank's device. All ranks load them, and they must score every response."""
     RANK_0 = "rank 0"
-    """Rank 0 asks about all of them, once a step. For sources that compare responses, count their
-    calls or reach out to a service; the other ranks do not load them."""
+    """Rank 0 calls the source once per step, with all responses. For sources that compare
+    responses, keep state or call a service. The other ranks do not load them."""
 
 
 @dataclass(frozen=True)
 class LoadContext:
-    """What a source is loaded for."""
+    """The run that a source is loaded for."""
 
     config: RewardConfig
     policy_vocabulary: dict[str, int]
+    """Token ids by token."""
     ranks: RankGroup
     strategy: str = "ddp"
-    """How models lie on the ranks: `ddp` or `fsdp`."""
+    """How models are placed on the ranks: `ddp` or `fsdp`."""
     on_host: bool = False
-    """Whether frozen models are on the device only while they are used."""
+    """Whether frozen models are moved to the device only while they are used."""
 
 
 @dataclass(frozen=True)
 class SourceKind:
-    """How one kind of source is loaded, asked and named."""
+    """How a kind of source is loaded, called and named."""
 
     runs_on: RunsOn
     load: Callable[[RewardSource, LoadContext], Reward]
     """Called on the ranks of `runs_on`. Raises UserInputError."""
     default_name: Callable[[str], str]
-    """Takes the key's value; names the source in the metrics where the user does not."""
+    """Maps the configuration value to the source's name in the metrics, if the user gives none."""
 
 
 class FunctionError(Exception):
-    """A source that rank 0 asks raised; not final, for it may ask a service that will be back."""
+    """A source that runs on rank 0 raised. Worth a retry: it may depend on a service."""

@@ -1,8 +1,8 @@
-"""What generates responses: the interface, the backends there are, and their use over the ranks.
+"""Rollout backends: their interface, the table of backends, and generation across ranks.
 
-To add a backend, write a module with a class that has :meth:`RolloutBackend.generate` and list it
-in :data:`BACKENDS`. What a backend returns is held against a full forward pass of the policy once
-an attempt (:mod:`engine.train.rollout.validate`).
+To add a backend, write a module with a class that implements :class:`RolloutBackend` and list it in
+:data:`BACKENDS`. Once per attempt, a backend's log-probabilities are compared with a full forward
+pass of the policy (:mod:`engine.train.rollout_check`).
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from engine.train.rollout.stop_criteria import StopCriteria
 
 
 class RolloutBackend(Protocol):
-    """Generates responses with a model's present weights."""
+    """Generates responses with a model's current weights."""
 
     def generate(
         self,
@@ -35,37 +35,37 @@ class RolloutBackend(Protocol):
         per_prompt: int,
         report: ReportProgress,
     ) -> Rollout:
-        """A response to each prompt, with its log-probabilities at the temperature.
+        """Generates a response to each prompt, with log-probabilities at the temperature.
 
-        Every rank calls it at the same time, each with its own prompts.
+        All ranks call it at the same point, each with its own prompts.
 
         Args:
             model: in evaluation mode; its weights may have changed since the last call.
             batch: B prompts.
-            uniforms: (B, T) in [0, 1); T is the limit of new tokens. They alone decide what is
-                drawn, so that a resumed run draws the same.
+            uniforms: (B, T) float32 in [0, 1); T is the most new tokens. They are the only source
+                of randomness, so that a resumed run samples the same tokens.
             temperature: > 0.
-            per_prompt: so many neighbouring rows have the same prompt.
-            report: called now and then with (tokens done, T).
+            per_prompt: number of adjacent rows with the same prompt.
+            report: call it regularly with (tokens done, T).
         """
 
 
 BACKENDS: dict[str, Callable[[StopCriteria, PreTrainedTokenizerBase], RolloutBackend]] = {
     "native": NativeBackend,
 }
-"""By name; the values make a backend of when a response ends and the policy's tokenizer."""
+"""Backends by name. A value is called with the stop criteria and the policy's tokenizer."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What decides, with model and prompts, which tokens are drawn."""
+    """With model and prompts, these determine which tokens are sampled."""
 
     seed: int
     step: int
     temperature: float
     max_new_tokens: int
     per_prompt: int = 1
-    """Responses to each prompt; they lie next to each other."""
+    """Responses to each prompt, in adjacent rows."""
 
 
 def generate_responses(
@@ -77,23 +77,36 @@ def generate_responses(
     ranks: RankGroup | None = None,
     report: ReportProgress = lambda _done, _total: None,
 ) -> Rollout:
-    """The model's responses to some prompts, all of them on every rank.
+    """Generates responses to prompts; the rollout holds all of them, on every rank.
 
-    With `ranks` each generates those to a stretch of the prompts, of which there must be at least
-    as many as ranks; without, each generates all of them for itself.
+    Args:
+        backend: the run's.
+        model: the policy or the reference, in evaluation mode.
+        prompts: those of the whole batch, the same on every rank.
+        options: seed, step, temperature and lengths.
+        tokenizer: the policy's.
+        ranks: shares the work: each rank generates for a contiguous part of the prompts, of which
+            there must be at least as many as ranks. None: every rank generates all responses.
+        report: called with (tokens done, total).
     """
     per_prompt, limit = options.per_prompt, options.max_new_tokens
     batch = batch_prompts(prompts, per_prompt, tokenizer.eos_token_id or 0)
     uniforms = sampling_uniforms(options.seed, options.step, len(batch.prompts), limit)
-    own = torch.arange(len(batch.prompts)) if ranks is None else own_rows(ranks, batch, per_prompt)
-    part = backend.generate(
-        model, batch.select(own), uniforms[own], options.temperature,
+    rows = torch.arange(len(batch.prompts))
+    if ranks is not None:
+        rows = local_rows(ranks, batch, per_prompt)
+    local = backend.generate(
+        model, batch.select(rows), uniforms[rows], options.temperature,
         per_prompt=per_prompt, report=report,
     )  # fmt: skip
-    return part if ranks is None else merge_rollouts(ranks, batch, part, own, limit, tokenizer)
+    return local if ranks is None else merge_rollouts(ranks, batch, local, rows, limit, tokenizer)
 
 
-def own_rows(ranks: RankGroup, batch: PromptBatch, per_prompt: int) -> Tensor:
-    """This rank's rows of the batch, (n,) int64: all responses to a stretch of the prompts."""
+def local_rows(ranks: RankGroup, batch: PromptBatch, per_prompt: int) -> Tensor:
+    """This rank's rows of the batch: all responses to a contiguous part of the prompts.
+
+    Returns:
+        (n,) int64.
+    """
     share = ranks.contiguous_share(len(batch.prompts) // per_prompt)
     return torch.arange(share.start * per_prompt, share.stop * per_prompt)

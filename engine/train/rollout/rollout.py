@@ -1,4 +1,4 @@
-"""A step's answers, and their log-probabilities and values under a model."""
+"""The responses of a step, with the log-probabilities and values recorded while sampling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,43 +12,46 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.masked import response_mask
 
 ReportProgress = Callable[[int, int], None]
-"""Takes (done, total)."""
+"""Called with (done, total)."""
 
 
 @dataclass
 class Rollout:
-    """A step's answers; B responses of at most T tokens, right-padded. Not sharded: all of it."""
+    """The B responses of a step, at most T tokens each, right-padded.
+
+    Every rank holds all rows.
+    """
 
     batch: PromptBatch
     ids: Tensor
     """(B, T) int64, 0 beyond the length."""
     lengths: Tensor
-    """(B,) int64, at least 1; the end-of-sequence token counts."""
+    """(B,) int64, at least 1; includes the end-of-sequence token."""
     eos: Tensor
-    """(B,) bool: the last token is an end of sequence."""
+    """(B,) bool: the last token is an end-of-sequence token."""
     ended: Tensor
-    """(B,) bool: by eos or a stop string, rather than cut off."""
+    """(B,) bool: ended by eos or a stop string; False where the token limit cut it off."""
     logprobs: Tensor
-    """(B, T) float32: log π_old of the sampled tokens, at the rollout's temperature."""
+    """(B, T) float32: log π_old of the sampled tokens, at the rollout temperature."""
     entropies: Tensor
-    """(B, T) float32: entropy of the whole distribution, nats."""
+    """(B, T) float32: entropy of the full distribution, in nats."""
     values: Tensor
     """(B, T) float32: V before each token; zeros without a value function."""
     texts: list[str]
-    """The answers, special tokens left out."""
+    """The responses as text, without special tokens."""
 
     @property
     def rows(self) -> Tensor:
-        """(B,) int64: every row's number."""
+        """All row indices; (B,) int64."""
         return torch.arange(len(self.ids), device=self.ids.device)
 
     @property
     def mask(self) -> Tensor:
-        """(B, T) bool."""
+        """True on response tokens; (B, T) bool."""
         return response_mask(self.lengths, self.ids.shape[1])
 
     def select(self, rows: Tensor) -> "Rollout":
-        """Some of the answers; the widths stay."""
+        """Some of the responses; P and T stay the same."""
         return Rollout(
             batch=self.batch.select(rows),
             ids=self.ids[rows],
@@ -71,7 +74,17 @@ def assemble(
     floats: Tensor,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rollout:
-    """Trims to the longest answer and reads the tokens as text; floats is (3, B, limit)."""
+    """Builds a rollout: trims to the longest response and decodes the tokens.
+
+    Args:
+        batch: B prompts.
+        ids: (B, limit) int64.
+        lengths: (B,) int64.
+        eos: (B,) bool.
+        ended: (B,) bool.
+        floats: (3, B, limit) float32: log-probabilities, entropies and values.
+        tokenizer: the model's.
+    """
     width = int(lengths.max())
     texts = [
         str(tokenizer.decode(row[:n], skip_special_tokens=True))
@@ -84,41 +97,43 @@ def assemble(
 def merge_rollouts(
     ranks: RankGroup,
     batch: PromptBatch,
-    part: Rollout,
-    own: Tensor,
+    local: Rollout,
+    rows: Tensor,
     limit: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rollout:
-    """The whole batch's answers on every rank, from what each rank wrote.
+    """Gathers all ranks' responses into one rollout, on every rank.
+
+    Each rank fills its own rows of a zero tensor; the all-reduce sum of these is exact.
 
     Args:
         ranks: all ranks of this attempt.
         batch: all B prompts.
-        part: this rank's answers.
-        own: their rows in the batch; (n,) int64.
-        limit: of new tokens.
+        local: this rank's n responses.
+        rows: their rows in the batch; (n,) int64.
+        limit: the most new tokens.
         tokenizer: the model's.
     """
     if ranks.size == 1:
-        return part
+        return local
 
-    def spread(x: Tensor, *shape: int) -> Tensor:
-        whole = torch.zeros(*shape, dtype=x.dtype, device=x.device)
+    def gathered(x: Tensor, *shape: int) -> Tensor:
+        full = torch.zeros(*shape, dtype=x.dtype, device=x.device)
         if x.dim() == 1:
-            whole[own] = x
+            full[rows] = x
         else:
-            whole[own, : x.shape[1]] = x
-        return ranks.all_reduce_sum(whole)
+            full[rows, : x.shape[1]] = x
+        return ranks.all_reduce_sum(full)
 
     count = len(batch.prompts)
-    floats = [spread(x, count, limit) for x in (part.logprobs, part.entropies, part.values)]
-    lengths, eos, ended = (spread(x, count) for x in (part.lengths, part.eos, part.ended))
-    ids = spread(part.ids, count, limit)
+    floats = [gathered(x, count, limit) for x in (local.logprobs, local.entropies, local.values)]
+    lengths, eos, ended = (gathered(x, count) for x in (local.lengths, local.eos, local.ended))
+    ids = gathered(local.ids, count, limit)
     return assemble(
-        batch.to(part.ids.device), ids, lengths, eos, ended, torch.stack(floats), tokenizer
+        batch.to(local.ids.device), ids, lengths, eos, ended, torch.stack(floats), tokenizer
     )
 
 
 def left_mask(lengths: Tensor, width: int) -> Tensor:
-    """(B, width) int64 attention mask of left-padded prompts."""
+    """The attention mask of left-padded prompts: (B,) lengths → (B, width) int64."""
     return (torch.arange(width, device=lengths.device)[None, :] >= width - lengths[:, None]).long()

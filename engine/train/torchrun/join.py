@@ -57,7 +57,8 @@ def main() -> None:
             # `launch.gpus` selects GPUs of the first machine, not of this one.
             launch = msgspec.structs.replace(info.launch, gpus=[])
             count = processes or ranks_per_node(launch)
-            print_status(f"joining {Path(info.folder).name} at {address} with {count} rank(s)")
+            ranks = "1 rank" if count == 1 else f"{count} ranks"
+            print_status(f"joining {Path(info.folder).name} at {address} with {ranks}")
             if run_agent(store, address, launch, info.folder, count) == 0:
                 exit_with("the run is over", DONE)
             print_status("the ranks ended before the run did; waiting for a restart")

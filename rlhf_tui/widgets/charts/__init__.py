@@ -1,1 +1,1 @@
-"""Braille charts."""
+"""Charts of metrics in Braille characters."""

@@ -1,4 +1,4 @@
-"""The chart of a metric: a Braille picture that is sent to the terminal where it has changed."""
+"""A chart of one or several metrics. Only changed cells are sent to the terminal."""
 
 from rich.cells import cell_len
 from rich.segment import Segment
@@ -14,35 +14,42 @@ from rlhf_tui.state.messages import CursorMoved
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.charts.plot import GROUNDS, GUTTER, STYLES, Canvas, Line, Plot, paint
+from rlhf_tui.widgets.charts.plot import BACKGROUNDS, GUTTER, STYLES, Canvas, Line, Plot, paint
 from rlhf_tui.widgets.charts.raster import step_of
 from rlhf_tui.widgets.tones import style_of
 
 
 class Chart(Widget, can_focus=True):
-    """One metric, or several on one scale."""
+    """One metric, or several on a common scale."""
 
     def __init__(
         self, names: list[str], state: SessionState, view: Viewport, *, log: bool = False
     ) -> None:
-        """A chart of the state's metrics; the first one's value stands in the title."""
+        """A chart.
+
+        Args:
+            names: the metrics.
+            state: the session.
+            view: the window of steps and the crosshair, shared with other charts.
+            log: logarithmic scale.
+        """
         super().__init__(markup=False)
         self.names = names
         self.state = state
         self.view = view
         self.log_scale = log
         self.place = ""
-        """`2/6` where not all charts are in sight."""
+        """`2/6` if not all charts are visible."""
         self._canvas: Canvas | None = None
         self._style_cache: dict[int, Style] = {}
 
     @property
     def cells(self) -> int:
-        """How wide the plot itself is."""
+        """The width of the plot without the labels of its scale."""
         return max(self.size.width - GUTTER, 1)
 
     def update(self) -> None:
-        """Paints again and sends what has changed."""
+        """Paints the chart again. Only changed cells are sent."""
         width, height = self.size
         if not width or not height:
             return
@@ -54,12 +61,12 @@ class Chart(Widget, can_focus=True):
             self.refresh(*regions)
 
     def text(self) -> str:
-        """What is shown, as plain text."""
-        picture = self._canvas
-        return "\n".join(map(picture.row_text, range(picture.height))) if picture else ""
+        """The chart as plain text."""
+        canvas = self._canvas
+        return "\n".join(map(canvas.row_text, range(canvas.height))) if canvas else ""
 
     def plot(self) -> Plot:
-        """What is to be painted: curves, markers, title, window."""
+        """What to paint: curves, markers, title and window of steps."""
         first, last = self.view.window(self.state)
         name = self.names[0]
         title = " + ".join(metrics.title_of(n) for n in self.names)
@@ -87,11 +94,11 @@ class Chart(Widget, can_focus=True):
         return fmt.number(value, metrics.describe(name).digits)
 
     def _note(self) -> str:
-        words = [self.place] if self.place and self.has_focus else []
-        words += ["log"] if self.log_scale else []
+        notes = [self.place] if self.place and self.has_focus else []
+        notes += ["log"] if self.log_scale else []
         if self.view.weight and not metrics.describe(self.names[0]).is_set:
-            words.append(f"ema {self.view.weight:g}")
-        return " ".join(words)
+            notes.append(f"ema {self.view.weight:g}")
+        return " ".join(notes)
 
     def _empty(self, name: str) -> str:
         if self.state.problem:
@@ -102,78 +109,78 @@ class Chart(Widget, can_focus=True):
 
     def _lines(self, name: str) -> list[Line]:
         state, view = self.state, self.view
-        found: list[Line] = []
+        lines: list[Line] = []
         if view.past:
-            found += [Line(s, "past") for s in state.past.get(name, [])]
+            lines += [Line(s, "past") for s in state.past.get(name, [])]
         for i, curves in enumerate(view.others.values()):
             if name in curves:
-                found.append(Line(curves[name], f"s{min(6, 2 + i)}"))
+                lines.append(Line(curves[name], f"s{min(6, 2 + i)}"))
         weight = 0.0 if metrics.describe(name).is_set else view.weight
         for i, each in enumerate(self.names):
             if (outline := state.outline(each)) is not None:
-                # An average over the extremes would not be that over the values.
-                found.append(
+                # Not smoothed: an outline has extremes, whose average is not that of the values.
+                lines.append(
                     Line(outline, "raw" if weight and len(self.names) == 1 else f"s{min(6, i + 1)}")
                 )
                 continue
             if weight and len(self.names) == 1 and len(state.series(each)) > 2:
-                found.append(Line(state.series(each), "raw"))
-            found.append(Line(state.smoothed(each, weight), f"s{min(6, i + 1)}"))
-        return found
+                lines.append(Line(state.series(each), "raw"))
+            lines.append(Line(state.smoothed(each, weight), f"s{min(6, i + 1)}"))
+        return lines
 
-    # -- Textual's questions -------------------------------------------------------------------
+    # -- called by Textual ---------------------------------------------------------------------
 
     def render_line(self, y: int) -> Strip:
-        """One line of the cached picture."""
-        picture = self._canvas
-        if picture is None or y >= picture.height:
+        """One line of the painted chart."""
+        canvas = self._canvas
+        if canvas is None or y >= canvas.height:
             return Strip.blank(self.size.width, self.rich_style)
         segments = []
-        chars, styles = picture.chars[y], picture.styles[y]
+        chars, styles = canvas.chars[y], canvas.styles[y]
         begin = 0
-        for x in range(1, picture.width + 1):
-            if x == picture.width or styles[x] != styles[begin]:
+        for x in range(1, canvas.width + 1):
+            if x == canvas.width or styles[x] != styles[begin]:
                 segments.append(Segment("".join(chars[begin:x]), self._style_of(styles[begin])))
                 begin = x
-        return Strip(segments, picture.width)
+        return Strip(segments, canvas.width)
 
     def _style_of(self, number: int) -> Style:
         if number not in self._style_cache:
             style = style_of(self, STYLES[number & 31])
-            for flag, name in GROUNDS.items():
+            for flag, name in BACKGROUNDS.items():
                 if number & flag:
-                    over = style_of(self, name)
-                    style += Style(bgcolor=over.bgcolor, bold=over.bold, reverse=over.reverse)
+                    added = style_of(self, name)
+                    style += Style(bgcolor=added.bgcolor, bold=added.bold, reverse=added.reverse)
             self._style_cache[number] = style
         return self._style_cache[number]
 
     def notify_style_update(self) -> None:
-        """A new theme, other styles."""
+        """Drops cached styles when the theme changes."""
         self._style_cache.clear()
         super().notify_style_update()
 
     def on_resize(self) -> None:
-        """Another size, another picture."""
+        """Paints the chart in its new size."""
         self.update()
 
     def on_focus(self) -> None:
-        """The title says so."""
+        """Marks the title."""
         self.update()
 
     def on_blur(self) -> None:
-        """The title says so."""
+        """Removes the mark of the title."""
         self.update()
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
-        """Puts the crosshair where the pointer is."""
-        self._point(event)
+        """Moves the crosshair to the pointer."""
+        self._move_crosshair(event)
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
         """Drags the crosshair."""
         if event.button:
-            self._point(event)
+            self._move_crosshair(event)
 
-    def _point(self, event: events.MouseEvent) -> None:
+    def _move_crosshair(self, event: events.MouseEvent) -> None:
         first, last = self.view.window(self.state)
         if event.x >= GUTTER:
             step = step_of(event.x - GUTTER, first, last, self.cells)
@@ -181,12 +188,12 @@ class Chart(Widget, can_focus=True):
 
 
 def changed(old: Canvas, new: Canvas) -> list[Region]:
-    """The part of each row that differs between two pictures of one size."""
-    found = []
+    """The region of each row that differs between two canvases of the same size."""
+    regions = []
     for y in range(new.height):
         a, b, c, d = old.chars[y], new.chars[y], old.styles[y], new.styles[y]
         if a == b and c == d:
             continue
         differ = [x for x in range(new.width) if a[x] != b[x] or c[x] != d[x]]
-        found.append(Region(differ[0], y, differ[-1] + 1 - differ[0], 1))
-    return found
+        regions.append(Region(differ[0], y, differ[-1] + 1 - differ[0], 1))
+    return regions

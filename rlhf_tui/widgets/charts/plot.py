@@ -1,4 +1,4 @@
-"""A chart as characters and styles: pure, so that it can be looked at without a terminal."""
+"""Painting of a chart as characters and styles, independent of Textual."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,16 +13,16 @@ STYLES = (
 )  # fmt: skip
 STYLE = {name: i for i, name in enumerate(STYLES)}
 BAND, CURSOR, BAR, FOCUS = 32, 64, 128, 256
-GROUNDS = {BAND: "band", CURSOR: "crosshair", BAR: "title", FOCUS: "focus"}
-"""Flags beside a style's number, and whose background each of them stands for."""
+BACKGROUNDS = {BAND: "band", CURSOR: "crosshair", BAR: "title", FOCUS: "focus"}
+"""Tone of the background by flag. Flags are added to the number of a style."""
 GUTTER = 8
 PRIORITY = ("checkpoint", "attempt", "note", "command", "alert")
-"""Where markers share a cell the last of these is seen."""
+"""Kinds of markers; the last of those that share a cell is visible."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve."""
+    """A curve and its style, one of :data:`STYLES`."""
 
     series: Series
     style: str
@@ -37,16 +37,16 @@ class Plot:
     first: float
     last: float
     lines: list[Line] = field(default_factory=list)
-    """Drawn in this order, the last on top."""
+    """Drawn in this order; the last one is on top."""
     legend: list[str] = field(default_factory=list)
-    """Styles of the names in the title, where there are several."""
+    """Styles of the names in the title if there are several."""
     unit: str = ""
     note: str = ""
-    """How it is drawn; before the unit where there is no room for both."""
+    """How the curve is drawn. Takes precedence over the unit if only one of them fits."""
     log: bool = False
     target: float | None = None
     band: float = 0.2
-    """Half the height of the target's band, as a share of the target."""
+    """Half the height of the target's band, relative to the target."""
     markers: list[Marker] = field(default_factory=list)
     cursor: int | None = None
     focused: bool = False
@@ -54,7 +54,7 @@ class Plot:
 
 
 class Canvas:
-    """Rows of characters with their styles."""
+    """A grid of characters and style numbers (an index of :data:`STYLES`, plus flags)."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
@@ -62,63 +62,63 @@ class Canvas:
         self.styles = [[0] * width for _ in range(height)]
 
     def write(self, x: int, y: int, text: str, style: int) -> None:
-        """Puts text into a row, cut at its ends."""
+        """Writes text into row `y` from column `x`; what lies outside is dropped."""
         for i, char in enumerate(text, start=x):
             if 0 <= i < self.width:
                 self.chars[y][i] = char
                 self.styles[y][i] = style
 
     def row_text(self, y: int) -> str:
-        """A row as text."""
+        """Row `y` as text."""
         return "".join(self.chars[y])
 
 
 def paint(plot: Plot, width: int, height: int) -> Canvas:
-    """The picture of a chart: title, curves with their scale, axis with its markers."""
-    picture = Canvas(width, height)
-    _title(picture, plot)
+    """Paints a chart: title, curves with their scale, axis with markers."""
+    canvas = Canvas(width, height)
+    _title(canvas, plot)
     cells, rows = width - GUTTER, height - 2
     if cells < 4 or rows < 1:
-        return picture
+        return canvas
     columns = [(decimate(x.series, plot.first, plot.last, cells * 2), x.style) for x in plot.lines]
     scale = scale_of([c for c, _ in columns], plot)
     if scale is None:
-        picture.write(GUTTER, 1 + rows // 2, plot.empty[: cells - 1], STYLE["dim"])
+        canvas.write(GUTTER, 1 + rows // 2, plot.empty[: cells - 1], STYLE["dim"])
     else:
-        _curves(picture, plot, columns, scale, cells, rows)
+        _curves(canvas, plot, columns, scale, cells, rows)
         for y, label in labels(scale, rows):
-            picture.write(0, 1 + y, label.rjust(GUTTER - 1), STYLE["dim"])
-    _axis(picture, plot, cells, rows)
-    return picture
+            canvas.write(0, 1 + y, label.rjust(GUTTER - 1), STYLE["dim"])
+    _axis(canvas, plot, cells, rows)
+    return canvas
 
 
-def _title(picture: Canvas, plot: Plot) -> None:
+def _title(canvas: Canvas, plot: Plot) -> None:
     bar, value = ("focus", "focus") if plot.focused else ("title", "value")
-    # The mark says what the colour says, for those who see no colour.
+    # The mark repeats what the colour shows, for terminals without colour.
     name = f"{'▸' if plot.focused else ' '}{plot.title}"
-    picture.write(0, 0, " " * picture.width, STYLE[bar])
-    room = picture.width - len(plot.value) - 2
-    picture.write(0, 0, name[:room], STYLE[bar])
-    _legend(picture, plot, name[:room])
+    canvas.write(0, 0, " " * canvas.width, STYLE[bar])
+    room = canvas.width - len(plot.value) - 2
+    canvas.write(0, 0, name[:room], STYLE[bar])
+    _legend(canvas, plot, name[:room])
     for extra in (f"{plot.unit}  {plot.note}", plot.note, plot.unit):
         if extra.strip() and len(name) + 2 + len(extra.strip()) < room:
-            picture.write(len(name) + 2, 0, extra.strip(), STYLE[bar])
+            canvas.write(len(name) + 2, 0, extra.strip(), STYLE[bar])
             break
-    picture.write(picture.width - len(plot.value) - 1, 0, plot.value, STYLE[value])
+    canvas.write(canvas.width - len(plot.value) - 1, 0, plot.value, STYLE[value])
 
 
-def _legend(picture: Canvas, plot: Plot, shown: str) -> None:
-    """Several names in a title have the colours of their curves."""
+def _legend(canvas: Canvas, plot: Plot, shown: str) -> None:
+    """Paints several names of a title in the colours of their curves."""
     if len(plot.legend) < 2:
         return
     flag, at = FOCUS if plot.focused else BAR, 1
     for name, style in zip(plot.title.split(" + "), plot.legend, strict=False):
-        picture.write(at, 0, shown[at : at + len(name)], STYLE[style] | flag)
+        canvas.write(at, 0, shown[at : at + len(name)], STYLE[style] | flag)
         at += len(name) + 3
 
 
 def _curves(
-    picture: Canvas,
+    canvas: Canvas,
     plot: Plot,
     columns: list[tuple[list[Column], str]],
     scale: Scale,
@@ -127,8 +127,8 @@ def _curves(
 ) -> None:
     raster = Raster(cells, rows)
     band_rows = _target(raster, plot, scale)
-    for found, style in columns:
-        raster.draw(found, scale, STYLE[style])
+    for line, style in columns:
+        raster.draw(line, scale, STYLE[style])
     ruled = {
         x
         for m in plot.markers
@@ -136,7 +136,7 @@ def _curves(
     }
     cursor = None if plot.cursor is None else _cell(plot.cursor, plot, cells)
     for y in range(rows):
-        chars, styles = picture.chars[1 + y], picture.styles[1 + y]
+        chars, styles = canvas.chars[1 + y], canvas.styles[1 + y]
         flag = BAND if y in band_rows else 0
         for x in range(cells):
             bits = raster.bits[y * cells + x]
@@ -153,7 +153,11 @@ def _curves(
 
 
 def _target(raster: Raster, plot: Plot, scale: Scale) -> range:
-    """Dotted edges of the target's band, for those who see no colour; the rows it covers."""
+    """Draws the edges of the target's band, dotted, for terminals without colour.
+
+    Returns:
+        The rows that the band covers.
+    """
     if plot.target is None:
         return range(0)
     rows = raster.height * 4
@@ -168,41 +172,41 @@ def _target(raster: Raster, plot: Plot, scale: Scale) -> range:
     return range(top // 4, bottom // 4 + 1)
 
 
-def _axis(picture: Canvas, plot: Plot, cells: int, rows: int) -> None:
+def _axis(canvas: Canvas, plot: Plot, cells: int, rows: int) -> None:
     y = 1 + rows
     first, last = steps_text(plot.first), steps_text(plot.last)
     both = f"{first}–{last}"
     label = both if len(both) < GUTTER else first
-    picture.write(0, y, label.rjust(GUTTER - 1), STYLE["dim"])
-    picture.write(GUTTER, y, "─" * cells, STYLE["dim"])
+    canvas.write(0, y, label.rjust(GUTTER - 1), STYLE["dim"])
+    canvas.write(GUTTER, y, "─" * cells, STYLE["dim"])
     if label == first:
-        picture.write(picture.width - len(last) - 1, y, f" {last}", STYLE["dim"])
+        canvas.write(canvas.width - len(last) - 1, y, f" {last}", STYLE["dim"])
     for kind in PRIORITY:
         for marker in plot.markers:
             x = _cell(marker.step, plot, cells) if marker.kind == kind else None
             if x is not None:
-                picture.write(GUTTER + x, y, MARKER_GLYPHS[kind], STYLE[kind])
+                canvas.write(GUTTER + x, y, MARKER_GLYPHS[kind], STYLE[kind])
     if plot.cursor is not None and (x := _cell(plot.cursor, plot, cells)) is not None:
         label = steps_text(plot.cursor)
-        at = min(max(GUTTER + x - len(label) // 2, GUTTER), picture.width - len(label))
-        picture.write(at, y, label, STYLE["rule"])
+        at = min(max(GUTTER + x - len(label) // 2, GUTTER), canvas.width - len(label))
+        canvas.write(at, y, label, STYLE["rule"])
 
 
 def _cell(step: float, plot: Plot, cells: int) -> int | None:
-    """The cell of a step; None outside the window."""
+    """The column of a step in cells; None outside the window."""
     if not plot.first <= step <= plot.last:
         return None
     return column_of(step, plot.first, plot.last, cells * 2) // 2
 
 
 def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
-    """A scale that holds everything, with round ends; None where there is nothing."""
-    lows = [c.low for found in columns for c in found]
-    highs = [c.high for found in columns for c in found]
+    """A scale with round ends that contains all values; None without values."""
+    lows = [c.low for line in columns for c in line]
+    highs = [c.high for line in columns for c in line]
     if not lows:
         return None
     low, high = min(lows), max(highs)
-    # A target far above everything would squeeze the curve: it is then left to the numbers.
+    # A target far above all values would flatten the curve: the scale then leaves it out.
     if plot.target is not None and plot.target * (1 + plot.band) <= 2.5 * high:
         low = min(low, plot.target * (1 - plot.band))
         high = max(high, plot.target * (1 + plot.band))
@@ -212,7 +216,7 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         return Scale(10.0**bottom, 10.0 ** max(top, bottom + 1), log=True)
     if low < 0 < high and -low * 50 < high - low:
-        low = 0.0  # less than a dot: an estimate of what is never negative
+        low = 0.0  # less than a dot below 0: noise of an estimate of a non-negative quantity
     if high == low:
         half = abs(low) * 0.1 or 0.5
         low, high = (0.0, 1.0) if low == 0 else (low - half, high + half)
@@ -221,17 +225,17 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5, 5, 10 times a power of ten."""
+    """Rounds up to 1, 2, 2.5, 5 or 10 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= value * (1 - 1e-9))
 
 
 def labels(scale: Scale, rows: int) -> list[tuple[int, str]]:
-    """(row, text) of the scale's labels: both ends, and more where there is room."""
+    """(row, text) of the labels of a scale: its ends, and up to three in between."""
     count = 2 if rows < 5 else 3 if rows < 10 else 5
     values = [scale.value(i / (count - 1)) for i in range(count)]
     span = scale.high - scale.low
-    # As few decimals as tell them apart rightly; a logarithmic scale has its own for each.
+    # The fewest decimals that show all labels correctly; on a logarithmic scale they differ.
     digits = next(
         (d for d in range(6) if all(abs(round(v, d) - v) < span * 1e-3 for v in values)), 6
     )
@@ -241,7 +245,7 @@ def labels(scale: Scale, rows: int) -> list[tuple[int, str]]:
 
 
 def axis_text(value: float, digits: int | None) -> str:
-    """A value in seven characters, with so many decimals, or as many as it needs (None)."""
+    """A value in at most seven characters, with `digits` decimals; None: as many as needed."""
     size = abs(value)
     if value == 0:
         return "0"
@@ -252,6 +256,6 @@ def axis_text(value: float, digits: int | None) -> str:
 
 
 def steps_text(step: float) -> str:
-    """A step's number, short enough for an axis."""
+    """A step as `1,234` or `1.20M`."""
     whole = round(step)
     return f"{whole:,}" if whole < 1e6 else f"{whole / 1e6:.2f}M"

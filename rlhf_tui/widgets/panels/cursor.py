@@ -1,4 +1,4 @@
-"""The line under the charts: what stands at the crosshair, and what an intervention did."""
+"""The lines below the charts: the values at the crosshair, or the effect of an intervention."""
 
 from engine import metrics
 from rlhf_tui import format as fmt
@@ -16,15 +16,15 @@ MEASURED = (
 
 
 class CursorPanel(Panel):
-    """Two lines: a marker, and the means before and after it."""
+    """Two lines: a marker, and the means of some metrics before and after it."""
 
     def __init__(self, state: SessionState, view: Viewport) -> None:
-        """Of the marker under the view's crosshair, else of the newest intervention."""
+        """A panel for the marker at the view's crosshair, or without one the newest change."""
         super().__init__(state, id="cursor")
         self.view = view
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """Without a marker, the keys of the crosshair."""
+        """The marker; without one, the values at the crosshair or the keys."""
         cursor = self.view.cursor
         if cursor is None:
             changes = [m for m in self.state.markers() if m.kind == "command" and "→" in m.text]
@@ -76,12 +76,12 @@ def _short(value: float | None) -> str:
 def _hint() -> list[Row]:
     keys = (
         ("← →", "crosshair"),
-        ("n N", "to a marker"),
+        ("n N", "marker"),
         ("+ -", "zoom"),
         ("m", "metrics"),
         ("z", "enlarge"),
     )
     row: list[Piece] = [(" ", "")]
-    for key, words in keys:
-        row += [(key, "key"), (f" {words}   ", "dim")]
+    for key, description in keys:
+        row += [(key, "key"), (f" {description}   ", "dim")]
     return [row]

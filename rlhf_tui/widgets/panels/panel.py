@@ -1,4 +1,4 @@
-"""Panels: lines that show a part of the state, under a heading."""
+"""The base of the dashboard's panels, their headings and progress bars."""
 
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
@@ -7,7 +7,7 @@ BAR, REST = "━", "╌"
 
 
 class Panel(Lines):
-    """Lines drawn from the state; :meth:`rows` says which."""
+    """Lines computed from the session's state by :meth:`rows`."""
 
     def __init__(
         self,
@@ -20,18 +20,18 @@ class Panel(Lines):
         self.state = state
 
     def read(self, state: SessionState) -> None:
-        """Another session was opened."""
+        """Shows another state. Call it when another session is opened."""
         self.state = state
         self.update()
 
 
 def heading(title: str, keys: str, width: int) -> Row:
-    """A panel's first line: its name, and at the right what can be pressed."""
+    """A panel's first line: its title, and its keys on the right."""
     line = justified([(f" {title}", "head")], [(f"{keys} ", "head")] if keys else [], width)
     return [(text, tone or "head") for text, tone in line] + [(" " * width, "head")]
 
 
 def bar(share: float, width: int, tone: str = "accent") -> list[Piece]:
-    """A progress bar."""
+    """A progress bar of `width` cells; `share` is clamped to [0, 1]."""
     full = round(min(max(share, 0.0), 1.0) * width)
     return [(BAR * full, tone), (REST * (width - full), "dim")]

@@ -1,4 +1,4 @@
-"""The phase strip: what each rank does now, how far it is, and how long each phase takes."""
+"""The phase strip: the current phase of each rank with its progress, and the phases' durations."""
 
 from engine import metrics
 from engine.metrics import PHASES, phase_time
@@ -11,29 +11,29 @@ UNITS = {"generate": "tokens", "optimise": "updates"}
 
 
 class PhaseStrip(Panel):
-    """A line for each rank, as many as fit."""
+    """One line per rank, as many as fit."""
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """The slowest ranks first where not all fit."""
+        """The ranks furthest behind, if not all fit."""
         phases = self.state.phases
         if self.state.head.state == "starting" and not phases:
-            return [[(" starting: models and prompts are being loaded …", "dim")]]
+            return [[(" starting: loading models and prompts …", "dim")]]
         if not self.state.live or not phases:
-            return [self._usual(width, "")]
+            return [self._last_step(width, "")]
         if self.state.head.state == "paused":
-            return [self._usual(width, "holding between steps;")]
-        shown = sorted(phases, key=lambda p: (p.step, _place(p)))[: max(height, 1)]
-        many = len(phases) > 1
-        return [self._line(phase, width, many) for phase in sorted(shown, key=lambda p: p.rank)]
+            return [self._last_step(width, "paused; ")]
+        shown = sorted(phases, key=lambda p: (p.step, _progress(p)))[: max(height, 1)]
+        several = len(phases) > 1
+        return [self._line(phase, width, several) for phase in sorted(shown, key=lambda p: p.rank)]
 
-    def _usual(self, width: int, words: str) -> Row:
-        """No phase is known: how long they take."""
-        times = [(n, s) for n in PHASES if (s := self.state.recent_mean(phase_time(n))) is not None]
+    def _last_step(self, width: int, state: str) -> Row:
+        """How long the last step and its phases took, after `state`."""
+        times = [(n, s) for n in PHASES if (s := self._last(phase_time(n))) is not None]
         if not times:
-            return [(f" {words} no step was measured yet".replace("  ", " "), "dim")]
-        total = self.state.recent_mean(metrics.STEP_TIME)
-        pieces: list[Piece] = [(f" {words} " if words else " ", "dim")]
-        pieces += [("a step took ", "dim"), (f"{total or 0:.1f}s", ""), (": ", "dim")]
+            return [(f" {state}no step measured yet", "dim")]
+        total = self._last(metrics.STEP_TIME)
+        pieces: list[Piece] = [(f" {state}last step took ", "dim")]
+        pieces += [(f"{total or 0:.1f}s", ""), (": ", "dim")]
         for i, (name, seconds) in enumerate(times):
             more = [(" · " if i else "", "dim"), (f"{name} ", "dim"), (f"{seconds:.1f}s", "")]
             if row_width(pieces) + row_width(more) > width:
@@ -41,8 +41,11 @@ class PhaseStrip(Panel):
             pieces += more
         return pieces
 
-    def _line(self, phase: Phase, width: int, many: bool) -> Row:
-        lead: list[Piece] = [(f" rank {phase.rank}", "dim")] if many else []
+    def _last(self, metric: str) -> float | None:
+        return self.state.series(metric).last
+
+    def _line(self, phase: Phase, width: int, several: bool) -> Row:
+        lead: list[Piece] = [(f" rank {phase.rank}", "dim")] if several else []
         if phase.name not in PHASES:
             return self._loading(lead, phase, width)
         after = self._clock(phase)
@@ -55,37 +58,37 @@ class PhaseStrip(Panel):
         return justified([*lead, *before, *now, *later], after, width)
 
     def _others(self, phase: Phase, *, times: bool) -> tuple[list[Piece], list[Piece]]:
-        """The phases before and after this one, with how long they take."""
-        place = PHASES.index(phase.name)
+        """The phases before and after this one, with their mean durations if `times`."""
+        current = PHASES.index(phase.name)
         before: list[Piece] = []
         later: list[Piece] = []
         for i, name in enumerate(PHASES):
             seconds = self.state.recent_mean(phase_time(name)) if times else None
             took = f" {seconds:.1f}s" if seconds is not None else ""
-            if i < place:
+            if i < current:
                 before.append((f" ✓ {name}{took}", "dim"))
-            elif i > place and name != "checkpoint":
+            elif i > current and name != "checkpoint":
                 later.append((f" · {name}{took}", "dim"))
         return before, later
 
     def _now(self, phase: Phase, room: int) -> list[Piece]:
-        found: list[Piece] = [(f" ▶ {phase.name}", "accent")]
+        pieces: list[Piece] = [(f" ▶ {phase.name}", "accent")]
         if not phase.total:
-            return found
+            return pieces
         share = phase.done / phase.total
-        found.append((f" {share:4.0%} ", "strong"))
+        pieces.append((f" {share:4.0%} ", "strong"))
         count = f" {phase.done:,}/{phase.total:,} {UNITS.get(phase.name, '')}"
-        room -= row_width(found) + 1
+        room -= row_width(pieces) + 1
         if room >= len(count) + 12:
-            return [*found, *bar(share, min(room - len(count), 30)), (count, "dim")]
-        return [*found, *bar(share, min(room, 20))] if room >= 4 else found
+            return [*pieces, *bar(share, min(room - len(count), 30)), (count, "dim")]
+        return [*pieces, *bar(share, min(room, 20))] if room >= 4 else pieces
 
     def _clock(self, phase: Phase) -> list[Piece]:
-        """The current step, and about how long it takes still."""
-        found: list[Piece] = [(f"  step {phase.step}", "dim")]
+        """The current step and the estimated seconds until its end."""
+        pieces: list[Piece] = [(f"  step {phase.step}", "dim")]
         if left := about(self.state.boundary_in()):
-            found.append((f"  {left} left", ""))
-        return [*found, (" ", "")]
+            pieces.append((f"  {left} left", ""))
+        return [*pieces, (" ", "")]
 
     def _loading(self, lead: list[Piece], phase: Phase, width: int) -> Row:
         since = self.state.now() - self.state.phase_since.get(phase.rank, self.state.now())
@@ -99,8 +102,8 @@ class PhaseStrip(Panel):
         return justified(now, after, width)
 
 
-def _place(phase: Phase) -> float:
-    """How far a rank is in its step."""
+def _progress(phase: Phase) -> float:
+    """A rank's progress in its step, in phases; -1 while it loads."""
     if phase.name not in PHASES:
         return -1
     return PHASES.index(phase.name) + (phase.done / phase.total if phase.total else 0)

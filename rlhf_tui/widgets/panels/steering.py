@@ -1,4 +1,4 @@
-"""The steering panel: beta, where it came from, where it goes, and the commands on their way."""
+"""The steering panel: beta and its source, the controller's next value, and recent commands."""
 
 import msgspec
 
@@ -8,6 +8,7 @@ from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import SessionState, command_text, value_text
+from rlhf_tui.state.steering_target import settings_in_force
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
@@ -24,24 +25,24 @@ STATUS_MARKS = {
     "applied": ("✓", "good"),
     "rejected": ("✗", "bad"),
 }
-"""A command's status; the word stands beside it."""
+"""Mark and tone by the status of a command."""
 
 
 class SteeringPanel(Panel):
-    """What can be turned, and what was turned last."""
+    """The settings in force and the newest commands."""
 
     read_only = False
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """The most important first; commands on their way always have a line."""
+        """The most important lines first. A pending command always has a line."""
         state = self.state
         keys = "read-only" if self.read_only else "b set  [ ] ±10%  a adaptive  u undo"
         if width < 50 and not self.read_only:
             keys = "b  [ ]  a  u  e"
         top = heading("Steering", keys, width)
         if not state.head.settings:
-            words = "no settings known yet" if state.known else "reading …"
-            return [top, [(f" {words}", "dim")]]
+            status = "settings not known yet" if state.known else "reading …"
+            return [top, [(f" {status}", "dim")]]
         commands = [self._command(c, width) for c in self._recent()]
         body = [self._beta(width), self._kl(), self._next(width), *self._others(width)]
         room = max(height - 1 - min(len(commands), 1 if height < 8 else 5), 3)
@@ -76,26 +77,26 @@ class SteeringPanel(Panel):
         row: list[Piece] = [*_label("next")]
         if now is None or kl is None:
             first = not self.state.head.step
-            words = "after the first step" if first else "unknown: the last step has no KL"
-            return [*row, (words, "dim")]
+            reason = "after the first step" if first else "unknown: the last step has no KL"
+            return [*row, (reason, "dim")]
         if now.controller == "fixed":
-            then = next_beta(
+            adaptive = next_beta(
                 msgspec.structs.replace(now, controller="adaptive"), kl, self.state.batch_size
             )
-            words = f"stays; adaptive would give {then:.4g}"
-            return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (f" {words}", "dim")]
-        then = next_beta(now, kl, self.state.batch_size)
-        change = then / now.beta - 1 if now.beta else 0.0
-        row += [(f"{fmt.number(then, 4):<8}", ""), (f" {change:+.1%}", "accent")]
-        if then in (now.beta_min, now.beta_max):
+            text = f" unchanged; adaptive would give {adaptive:.4g}"
+            return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (text, "dim")]
+        new = next_beta(now, kl, self.state.batch_size)
+        change = new / now.beta - 1 if now.beta else 0.0
+        row += [(f"{fmt.number(new, 4):<8}", ""), (f" {change:+.1%}", "accent")]
+        if new in (now.beta_min, now.beta_max):
             return [*row, (" at its bound", "warn")]
         if abs(kl / now.target - 1) >= MAX_ERROR:
-            words = " saturated: it moves no faster" if width >= 50 else " saturated"
-            return [*row, (words, "warn")]
+            text = " saturated: at its maximum rate" if width >= 50 else " saturated"
+            return [*row, (text, "warn")]
         return row
 
     def _others(self, width: int) -> list[Row]:
-        rows: list[list[Piece]] = [[*_label("others")]]
+        rows: list[list[Piece]] = [[*_label("other")]]
         for key, name in OTHER_SETTINGS:
             value = value_text(self.state.setting(key))
             if row_width(rows[-1]) + len(name) + len(value) + 3 > width:
@@ -104,7 +105,7 @@ class SteeringPanel(Panel):
         return [*rows]
 
     def _recent(self) -> list[CommandRow]:
-        """Those on their way, then the last ones that ended."""
+        """Pending commands, then the newest of the ended ones."""
         pending = self.state.pending()
         ended = [c for c in self.state.commands if c not in pending]
         ended.sort(key=lambda c: c.ended or 0, reverse=True)
@@ -113,20 +114,20 @@ class SteeringPanel(Panel):
     def _command(self, command: CommandRow, width: int) -> Row:
         status = command.status
         mark, tone = STATUS_MARKS.get(status, ("?", "warn"))
-        words = f"{mark} {status}"
+        outcome = f"{mark} {status}"
         if status == "applied" and command.applied_step is not None:
-            words += f" at step {command.applied_step}"
+            outcome += f" at step {command.applied_step}"
         elif status in ("queued", "accepted"):
             if wait := about(self.state.boundary_in()):
-                words += f", at step {self.state.head.step + 2} in {wait}"
+                outcome += f", at step {self.state.head.step + 2} in {wait}"
         elif status == "rejected":
-            words += f": {command.reason}"
+            outcome += f": {command.reason}"
         text = command_text(command)
         if width < 50:
             for key, name in OTHER_SETTINGS:
                 text = text.replace(f"{key} ", f"{name} ")
-            words = words.replace("applied at ", "")
-        return [(f" {text}", ""), (f"  {words}", tone)]
+            outcome = outcome.replace("applied at ", "")
+        return [(f" {text}", ""), (f"  {outcome}", tone)]
 
 
 def _label(text: str) -> list[Piece]:
@@ -135,7 +136,4 @@ def _label(text: str) -> list[Piece]:
 
 def settings_of(state: SessionState) -> Settings | None:
     """The settings in force; None where the journal's are of another version."""
-    try:
-        return msgspec.convert(state.head.settings, Settings, strict=False)
-    except msgspec.ValidationError:
-        return None
+    return settings_in_force(state.head.settings)

@@ -1,4 +1,4 @@
-"""What happened, newest first: interventions, alerts, checkpoints, notes."""
+"""The timeline (interventions, alerts, checkpoints, notes) and the newest responses."""
 
 from rlhf_tui import format as fmt
 from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, Marker
@@ -7,14 +7,14 @@ from rlhf_tui.widgets.panels.panel import Panel, heading
 
 
 class TimelinePanel(Panel):
-    """One line each."""
+    """One line per marker, newest first."""
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """As many of the newest as fit."""
+        """The newest markers, as many as fit."""
         markers = self.state.markers()
         top = heading("What happened", "n N jump  w note" if width >= 40 else "n N", width)
         if not markers:
-            return [top, [(" nothing yet: changes, alerts and checkpoints stand here", "dim")]]
+            return [top, [(" nothing yet: changes, alerts and checkpoints appear here", "dim")]]
         return [top, *(_row(m, width) for m in reversed(markers[-(height - 1) :]))]
 
 
@@ -30,16 +30,16 @@ def _row(marker: Marker, width: int) -> Row:
 
 
 class LatestSamplesPanel(Panel):
-    """The newest step's responses, in the order of their prompts, as many as fit."""
+    """The responses of the newest step, in the order of their prompts, as many as fit."""
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """Score, KL and length before each."""
+        """Score, KL and length, then the end of the prompt and the response."""
         samples = self.state.samples
         step = samples[-1].step if samples else 0
-        title = f"Newest answers, step {step}" if samples else "Newest answers"
+        title = f"Newest responses, step {step}" if samples else "Newest responses"
         top = heading(title, "3 read" if width >= 40 else "3", width)
         if not samples:
-            return [top, [(" none yet: they come with the first step", "dim")]]
+            return [top, [(" none yet: they appear with the first step", "dim")]]
         newest = [s for s in samples if s.step == step]
         rows: list[Row] = []
         for s in newest[: height - 1]:

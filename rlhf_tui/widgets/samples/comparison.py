@@ -1,4 +1,4 @@
-"""An answer held against another one to its prompt, with the words that only one of them has."""
+"""A response compared with another one to the same prompt, with their differences marked."""
 
 import functools
 from dataclasses import dataclass
@@ -6,77 +6,78 @@ from dataclasses import dataclass
 from engine.journal.rows import ProbeResponse, SampleRow
 from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
-from rlhf_tui.widgets.samples.diff import MOST, Own, marked_lines, own_words
+from rlhf_tui.widgets.samples.diff import MAX_WORDS, WordDiff, diff_words, marked_lines
 from rlhf_tui.widgets.samples.judgement import judgement_rows
 from rlhf_tui.widgets.wrap import wrap
 
 SIDE_BY_SIDE = 100
-"""Cells from which on two answers stand beside one another."""
+"""Width in cells from which on two responses are side by side."""
 GAP = " │ "
 
 
 @dataclass(frozen=True)
 class ComparisonTarget:
-    """What an answer is held against."""
+    """What a response is compared with."""
 
     kind: str
     """`earlier` or `reference`."""
     title: str
-    """Which one it is."""
+    """The heading of the other response."""
     mine: str
-    """The answer's own words."""
+    """The text of the response that is compared."""
     row: SampleRow | ProbeResponse | None = None
-    """The other response; None: there is none."""
+    """The other response; None if there is none."""
     lack: str = ""
-    """Why there is none, and what can be done about it."""
+    """Why there is none, and which key helps."""
     better: str = ""
-    """`this` or `other`, where somebody said so."""
+    """`this` or `other` if a preference was given."""
     who: str = ""
+    """Who gave it."""
 
     @functools.cached_property
-    def own(self) -> Own:
-        """The words that only one of them has."""
-        return own_words(self.mine, self.row.response if self.row else "")
+    def diff(self) -> WordDiff:
+        """The words that only one of the responses has."""
+        return diff_words(self.mine, self.row.response if self.row else "")
 
 
-def comparison(sample: SampleRow, beside: ComparisonTarget, width: int) -> list[Row]:
-    """All lines: both answers, the keys, and the prompt, which they have in common, last."""
-    wide = width >= SIDE_BY_SIDE and beside.row is not None
+def comparison(sample: SampleRow, target: ComparisonTarget, width: int) -> list[Row]:
+    """All lines: both responses, the keys, and at the end their common prompt."""
+    wide = width >= SIDE_BY_SIDE and target.row is not None
     half = (width - len(GAP)) // 2 if wide else width
-    left = _head(f"THIS, step {sample.step} #{sample.index}", sample, beside, "this", half)
-    if beside.row is None:
+    left = _head(f"THIS, step {sample.step} #{sample.index}", sample, target, "this", half)
+    if target.row is None:
         rows = [*left, *([(line, "")] for line in wrap(sample.response, half)), []]
         rows += [
-            [(beside.title, "strong")],
-            *([(line, "warn")] for line in wrap(beside.lack, width)),
+            [(target.title, "strong")],
+            *([(line, "warn")] for line in wrap(target.lack, width)),
         ]
     else:
-        right = _head(beside.title, beside.row, beside, "other", half)
+        right = _head(target.title, target.row, target, "other", half)
         if wide:
-            longer = max(len(left), len(right))
-            left += [[]] * (longer - len(left))
-            right += [[]] * (longer - len(right))
-        left += marked_lines(sample.response, beside.own.mine, "mine", half)
-        right += marked_lines(beside.row.response, beside.own.theirs, "theirs", half)
-        rows = _abreast(left, right, half) if wide else [*left, [], *right]
-    rows += [[], *_legend(beside, width), []]
+            height = max(len(left), len(right))
+            left += [[]] * (height - len(left))
+            right += [[]] * (height - len(right))
+        left += marked_lines(sample.response, target.diff.mine, "mine", half)
+        right += marked_lines(target.row.response, target.diff.theirs, "theirs", half)
+        rows = _side_by_side(left, right, half) if wide else [*left, [], *right]
+    rows += [[], *_legend(target, width), []]
     prompt = [[(line, "dim")] for line in wrap(sample.prompt, width)]
     return [*rows, [("PROMPT", "dim")], *prompt]
 
 
 def _head(
-    title: str, row: SampleRow | ProbeResponse, beside: ComparisonTarget, which: str, width: int
+    title: str, row: SampleRow | ProbeResponse, target: ComparisonTarget, which: str, width: int
 ) -> list[Row]:
     numbers = [f"score {fmt.number(row.score, 2)}", f"{row.length} tokens"]
-    if (which, beside.kind) != ("other", "reference"):  # which has none to itself
+    if (which, target.kind) != ("other", "reference"):  # the reference has no KL to itself
         numbers.insert(1, f"KL {fmt.number(row.kl, 1)}")
     rows: list[Row] = [justified([(title, "strong")], [("  ".join(numbers), "dim")], width)]
-    if beside.better == which:
-        rows.append([("✓ better", "good"), (f"   {beside.who}", "dim")])
+    if target.better == which:
+        rows.append([("✓ better", "good"), (f"   {target.who}", "dim")])
     return rows + (judgement_rows(row.judgement, width) if isinstance(row, SampleRow) else [])
 
 
-def _abreast(left: list[Row], right: list[Row], half: int) -> list[Row]:
+def _side_by_side(left: list[Row], right: list[Row], half: int) -> list[Row]:
     rows: list[Row] = []
     for i in range(max(len(left), len(right))):
         one = left[i] if i < len(left) else []
@@ -85,21 +86,22 @@ def _abreast(left: list[Row], right: list[Row], half: int) -> list[Row]:
     return rows
 
 
-def _legend(beside: ComparisonTarget, width: int) -> list[Row]:
-    keys: list[Piece] = [("d ", "key"), ("on", "dim")]
-    if beside.row is None:
-        return [keys]
-    keys = [("y ", "key"), ("this is better  ", "dim"), ("o ", "key"), ("the other  ", "dim")]
-    if beside.kind == "earlier":
-        keys += [("← → ", "key"), ("which  ", "dim")]
-    keys += [("d ", "key"), ("on", "dim")]
-    words: list[Piece] = [
-        ("only here", "mine"), ("  ", ""), ("only there", "theirs"),
-        (f"  {beside.own.common} words in common", "dim"),
+def _legend(target: ComparisonTarget, width: int) -> list[Row]:
+    cycle: list[Piece] = [("d ", "key"), ("next", "dim")]
+    if target.row is None:
+        return [cycle]
+    keys: list[Piece] = [("y ", "key"), ("this is better  ", "dim")]
+    keys += [("o ", "key"), ("other is better  ", "dim")]
+    if target.kind == "earlier":
+        keys += [("← → ", "key"), ("choose  ", "dim")]
+    keys += cycle
+    legend: list[Piece] = [
+        ("only in this", "mine"), ("  ", ""), ("only in other", "theirs"),
+        (f"  {target.diff.common} words in common", "dim"),
     ]  # fmt: skip
-    rows: list[Row] = [keys, words]
-    if row_width(keys) + row_width(words) + 3 <= width:
-        rows = [[*keys, ("   ", ""), *words]]
-    if beside.own.cut:
-        rows.append([(f"compared as far as word {MOST:,}", "warn")])
+    rows: list[Row] = [keys, legend]
+    if row_width(keys) + row_width(legend) + 3 <= width:
+        rows = [[*keys, ("   ", ""), *legend]]
+    if target.diff.cut:
+        rows.append([(f"only the first {MAX_WORDS:,} words are compared", "warn")])
     return rows

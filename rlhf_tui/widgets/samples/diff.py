@@ -1,4 +1,4 @@
-"""Which words two texts have in common, and a text broken into lines with the others marked."""
+"""Word diff of two texts, and line breaking with the differing words marked."""
 
 import re
 from typing import NamedTuple
@@ -9,56 +9,58 @@ from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.wrap import pieces
 
-MOST = 4000
-"""Words of a text that are compared; two of that length take a hundredth of a second."""
+MAX_WORDS = 4000
+"""Words of a text that are compared. Two texts of this length take about 10 ms."""
 _WORD = re.compile(r"[^ \n]+")
 _PART = re.compile(r"\n| +|[^ \n]+")
 
 
 def words_of(text: str) -> list[str]:
-    """The words as they are compared and drawn: what stands between blanks and line ends."""
+    """The words of the sanitised text, separated by blanks and newlines."""
     return _WORD.findall(_plain(text))
 
 
-class Own(NamedTuple):
-    """The words that only one of two texts has, by their places."""
+class WordDiff(NamedTuple):
+    """The words that only one of two texts has, by position."""
 
     mine: set[int]
     theirs: set[int]
     common: int
-    """How many both have."""
+    """The number of common words."""
     cut: bool
-    """Whether one of them has more words than were compared."""
+    """Whether a text has more words than are compared."""
 
 
-def own_words(one: str, other: str) -> Own:
+def diff_words(one: str, other: str) -> WordDiff:
     """Compares two texts word by word.
 
-    What both have is a longest common subsequence. Only the first :data:`MOST` words are compared.
+    The common words are a longest common subsequence. Only the first :data:`MAX_WORDS` words are
+    compared.
     """
     a, b = words_of(one), words_of(other)
-    cut = max(len(a), len(b)) > MOST
-    a, b = a[:MOST], b[:MOST]
-    in_a, in_b = in_common(a, b)
-    return Own(set(range(len(a))) - in_a, set(range(len(b))) - in_b, len(in_a), cut)
+    cut = max(len(a), len(b)) > MAX_WORDS
+    a, b = a[:MAX_WORDS], b[:MAX_WORDS]
+    in_a, in_b = longest_common_subsequence(a, b)
+    return WordDiff(set(range(len(a))) - in_a, set(range(len(b))) - in_b, len(in_a), cut)
 
 
-def in_common(a: list[str], b: list[str]) -> tuple[set[int], set[int]]:
-    """The places in two lists of a longest common subsequence.
+def longest_common_subsequence(a: list[str], b: list[str]) -> tuple[set[int], set[int]]:
+    """The positions in both lists of a longest common subsequence.
 
-    One row of bits for each word of `a` (Hyyrö 2004): len(a) steps, whatever the words are. difflib
-    takes 24 s for 2,000 words that are but two, repeated: the answers that most need to be read.
+    Bit-parallel, with one row of len(b) bits per word of `a` (Hyyrö 2004): the time does not depend
+    on the words. difflib takes 24 s for 2,000 words that repeat the same two; such repetitive
+    responses are compared often.
     """
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     for j, word in enumerate(b):
-        places[word] = places.get(word, 0) | 1 << j
-    every = (1 << len(b)) - 1
-    # Bit j of row i is 0 where b[j] makes the longest one of a[:i] and b[:j + 1] longer.
-    rows = [every]
+        positions[word] = positions.get(word, 0) | 1 << j
+    all_bits = (1 << len(b)) - 1
+    # Bit j of row i is 0 if b[j] extends the longest common subsequence of a[:i] and b[:j + 1].
+    rows = [all_bits]
     for word in a:
         row = rows[-1]
-        both = row & places.get(word, 0)
-        rows.append(((row + both) | (row - both)) & every)
+        both = row & positions.get(word, 0)
+        rows.append(((row + both) | (row - both)) & all_bits)
     in_a, in_b = set[int](), set[int]()
     i, j = len(a), len(b)
     while i and j:
@@ -73,8 +75,15 @@ def in_common(a: list[str], b: list[str]) -> tuple[set[int], set[int]]:
     return in_a, in_b
 
 
-def marked_lines(text: str, own: set[int], tone: str, width: int) -> list[Row]:
-    """A text in lines of a width, its own words in a tone, and the blanks between two of them."""
+def marked_lines(text: str, marked_words: set[int], tone: str, width: int) -> list[Row]:
+    """Breaks a text into lines of `width` cells, with some words in a tone.
+
+    Args:
+        text: the text.
+        marked_words: positions of the words to mark. Blanks between two of them are marked as well.
+        tone: of the marked words.
+        width: cells.
+    """
     lines: list[list[Piece]] = [[]]
     used, word, before = 0, -1, False
     blank = ""
@@ -87,7 +96,7 @@ def marked_lines(text: str, own: set[int], tone: str, width: int) -> list[Row]:
             blank = part
             continue
         word += 1
-        marked = word in own
+        marked = word in marked_words
         if used and used + len(blank) + cell_len(part) > width:
             lines.append([])
             used, blank = 0, ""

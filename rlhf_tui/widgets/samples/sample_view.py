@@ -1,4 +1,4 @@
-"""One answer to be read: prompt, answer, numbers, judgement, token by token, beside another one."""
+"""The view of a sample: text, token values, judgement, and comparison with another response."""
 
 import math
 
@@ -15,14 +15,16 @@ from rlhf_tui.widgets.table import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
 VIEWS = ("text", "KL", "log-prob", "advantage", "value")
+EXTREMES = {"log-prob": "least likely tokens"}
+"""Title of the tokens with the largest values, where it is not "largest" and the view's name."""
 HEAT = ("", "heat1", "heat2", "heat3")
 COLD = ("", "cold1", "cold2", "cold3")
 UNDEFINED = "bad"
-"""The tone of what is no finite number."""
+"""The tone of values that are not finite."""
 
 
 class SampleView(ScrollText):
-    """Shows a sample; :attr:`mode` says as what."""
+    """Shows a sample. :attr:`mode` is one of :data:`VIEWS`."""
 
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id)
@@ -30,10 +32,10 @@ class SampleView(ScrollText):
         self.arrays: TokenArrays | None = None
         self.mode = VIEWS[0]
         self.beside: ComparisonTarget | None = None
-        """What it is compared with."""
+        """The comparison that is shown with the text, if any."""
 
     def read(self, sample: SampleRow | None, arrays: TokenArrays | None) -> None:
-        """Another answer."""
+        """Shows a sample, without `arrays` as text only. Another sample ends the comparison."""
         same = (
             sample is not None and self.sample is not None and key_of(sample) == key_of(self.sample)
         )
@@ -43,7 +45,7 @@ class SampleView(ScrollText):
         self._lay_out(keep=same)
 
     def compare(self, beside: ComparisonTarget | None) -> None:
-        """Shows another response with it, or none."""
+        """Starts, replaces or ends (None) a comparison."""
         if beside is None and self.beside is None:
             return
         keep = self.beside is not None and beside is not None and beside.kind == self.beside.kind
@@ -52,29 +54,29 @@ class SampleView(ScrollText):
 
     @property
     def comparing(self) -> bool:
-        """Whether another answer is to be seen with it."""
+        """Whether a comparison is visible."""
         return self.beside is not None and self.mode == VIEWS[0]
 
     def cycle(self) -> None:
-        """The next view of the same answer."""
+        """Switches to the next view."""
         self.mode = VIEWS[(VIEWS.index(self.mode) + 1) % len(VIEWS)]
         self._lay_out(keep=False)
 
     def as_text(self) -> None:
-        """The words, without numbers of the tokens."""
+        """Switches to the text view."""
         self.mode = VIEWS[0]
         self._lay_out(keep=False)
 
     def on_resize(self) -> None:
-        """Lines are broken for the width."""
+        """Breaks the lines for the new width."""
         super().on_resize()
         self._lay_out(keep=True)
 
     def _lay_out(self, *, keep: bool) -> None:
-        """Breaks everything into lines."""
+        """Computes all lines for the current width."""
         width = max(self.size.width - 2, 10)
         if self.sample is None:
-            self.set_body([[(" no answer chosen", "dim")]])
+            self.set_body([[(" no response selected", "dim")]])
             return
         if self.beside is not None and self.comparing:
             lines = comparison(self.sample, self.beside, width)
@@ -84,7 +86,7 @@ class SampleView(ScrollText):
 
 
 def body(sample: SampleRow, arrays: TokenArrays | None, mode: str, width: int) -> list[Row]:
-    """All lines of an answer."""
+    """All lines of a sample in a view other than a comparison."""
     s = sample
     rows: list[Row] = [
         [
@@ -102,15 +104,15 @@ def body(sample: SampleRow, arrays: TokenArrays | None, mode: str, width: int) -
         rows.append(parts)
     rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s.prompt, width)), []]
     if mode == VIEWS[0]:
-        return [*rows, [("ANSWER", "dim")], *([(line, "")] for line in wrap(s.response, width))]
+        return [*rows, [("RESPONSE", "dim")], *([(line, "")] for line in wrap(s.response, width))]
     if arrays is None:
-        words = "no token values were kept of this answer (log.arrays: how many a step)"
-        return [*rows, *([(line, "warn")] for line in wrap(words, width))]
+        reason = "no token values were kept for this response (log.arrays: how many per step)"
+        return [*rows, *([(line, "warn")] for line in wrap(reason, width))]
     return [*rows, *token_rows(arrays, mode, width)]
 
 
 def values_of(arrays: TokenArrays, mode: str) -> list[float]:
-    """The numbers of a view, one a token."""
+    """The values of a view, one per token; empty if the run does not have them."""
     match mode:
         case "KL":
             return [p - r for p, r in zip(arrays.logprob, arrays.ref_logprob, strict=True)]
@@ -123,9 +125,9 @@ def values_of(arrays: TokenArrays, mode: str) -> list[float]:
 
 
 def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
-    """The answer with each token's number by its colour, and the largest in figures.
+    """The response with its tokens coloured by value, then the tokens with the largest values.
 
-    What is no finite number stands before the largest: it is what went wrong first.
+    Values that are not finite come before the largest.
     """
     values = values_of(arrays, mode)
     if not values:
@@ -135,7 +137,7 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
     ends = [f"{end(finite):.2f}" if finite else "–" for end in (min, max)]
     rows: list[Row] = [
         [
-            (f"ANSWER, {mode} of each token  ", "dim"),
+            (f"RESPONSE, {mode} of each token  ", "dim"),
             (f"{ends[0]} ", "cold2"), ("… ", "dim"), (ends[1], "heat2"),
         ]
     ]  # fmt: skip
@@ -154,7 +156,7 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
             if i < len(pieces) - 1:
                 rows.append(line)
                 line, used = [], 0
-    rows += [line, [], [(f"largest {mode}", "dim")]]
+    rows += [line, [], [(EXTREMES.get(mode, f"largest {mode}"), "dim")]]
     order = sorted(range(len(values)), key=lambda i: _rank(values[i]))[:12]
     for i in order:
         rows.append(
@@ -180,7 +182,7 @@ def _bar(value: float, largest: float) -> Piece:
 
 
 def heat(value: float, largest: float) -> str:
-    """The tone of a token's number; `largest` is that of the finite ones."""
+    """The tone of a token's value; `largest` is the largest finite magnitude."""
     if not math.isfinite(value):
         return UNDEFINED
     strength = min(3, int(4 * (abs(value) / largest)))

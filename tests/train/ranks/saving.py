@@ -27,6 +27,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.config.settings import settings_of
 from engine.errors import CheckpointError
+from engine.session.checkpoints import checkpoint_path
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import saver, shards
 from engine.train.checkpoints.folder import SavedState
@@ -127,7 +128,7 @@ def load(group: Any, strategy: str, folder: Path) -> Any:
     """Loads a checkpoint into a policy with different weights."""
     policy = make_policy(strategy, seed=2)
     optimiser = make_optimiser(policy)
-    saved = checkpoint_folder.folder_of(folder / "checkpoints", 7)
+    saved = checkpoint_path(folder / "checkpoints", 7)
     state = checkpoint_folder.read_state(saved, verify=rank() == 0)
     shards.load_training(saved, policy, optimiser, group)
     tensors = gathered(shards.training_tensors(policy, optimiser))
@@ -141,7 +142,7 @@ def main() -> None:
     action, strategy, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     group = None
-    if strategy != "alone":
+    if strategy != "single":
         store, number, count = next(rendezvous("env://"))
         dist.init_process_group("gloo", store=store, rank=number, world_size=count)
         group = dist.new_group(backend="gloo")

@@ -1,4 +1,4 @@
-"""Whether an attempt's first rollout can be trusted."""
+"""A check of each attempt's first rollout."""
 
 from torch import Tensor
 
@@ -9,23 +9,29 @@ from engine.train.rollout.rollout import Rollout
 from engine.train.run import Run
 
 GAP_LIMIT = 1e-4
-"""Cached and full forward passes of one model agree to this, nats a token, in float32 …"""
+"""Nats per token by which cached and full forward passes of a model may differ in float32."""
 
 MIXED_GAP_LIMIT = 0.5
-"""… and to this in bfloat16, where only gross mistakes can be told."""
+"""The same in bfloat16, where only gross errors can be distinguished from rounding."""
 
 
 def check_first_rollout(
     run: Run, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor
 ) -> None:
-    """Compares a rollout with what must be true of any.
+    """Checks what must hold for any rollout; called once per attempt.
 
-    A model whose cache, positions or masks are used wrongly still trains, on the wrong ratios: a
-    few responses' log-probabilities while generating must be those of a full forward pass. Before
-    the first update the policy is its reference, so the KL must be 0.
+    A model whose cache, positions or masks are used wrongly still trains, but on wrong ratios. So
+    the log-probabilities of a few responses, recorded while generating, are compared with a full
+    forward pass. And before the first update the policy is its own reference: the KL must be 0.
+
+    Args:
+        run: the run, before this attempt's first update.
+        rollout: B responses of at most T tokens.
+        old_logprobs: (B, T) float32, of the policy that sampled.
+        ref_logprobs: (B, T) float32.
 
     Raises:
-        RlhfError: they disagree by more than rounding.
+        RlhfError: a difference is larger than rounding explains.
     """
     few, name = rollout.rows[:4], type(run.policy.lm).__name__
     exact = run.config.model.dtype == "float32"
@@ -40,8 +46,8 @@ def check_first_rollout(
             "trained safely here"
         )
     kl = float(masked.sequence_kl(old_logprobs, ref_logprobs, rollout.mask).abs().mean())
-    own_start = run.config.model.reference is None and run.state.step == 0
-    if exact and own_start and kl > GAP_LIMIT * rollout.ids.shape[1]:
+    starts_at_reference = run.config.model.reference is None and run.state.step == 0
+    if exact and starts_at_reference and kl > GAP_LIMIT * rollout.ids.shape[1]:
         raise RlhfError(
             f"{name}: the KL to the reference is {kl:.2g} nats before the first update, not 0"
         )

@@ -1,0 +1,38 @@
+"""Plain words for the errors of msgspec, which name types as Python does."""
+
+import re
+from typing import Any
+
+_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "null": "null",
+    "object": "a section of keys",
+    "array": "a list",
+}
+SHOWN_LENGTH = 60
+"""Characters of a wrong value that an error repeats."""
+
+
+def expected(message: str) -> str:
+    """The requirement in the message of a ``msgspec.ValidationError``: "a whole number >= 1".
+
+    Args:
+        message: without the path that msgspec adds.
+
+    Returns:
+        Words to follow "must be"; empty for a value that is not among a key's choices.
+    """
+    if message in ("Number out of range", "Integer value out of range"):
+        return "a finite number"
+    words = re.sub(r"^Invalid enum value (.+)$", "", message)
+    words = words.replace("Expected ", "").replace("`", "").replace(" | ", ", or ")
+    return re.sub(r"\b[a-z]+\b", lambda match: _NAMES.get(match[0], match[0]), words)
+
+
+def shown(value: Any) -> str:
+    """A wrong value as an error repeats it, cut to one readable line."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_LENGTH else f"{text[: SHOWN_LENGTH - 1]}…"

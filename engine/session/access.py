@@ -1,0 +1,89 @@
+"""Access rights of sessions: modes of files and folders, and the check of the owner.
+
+A session's configuration can name Python code, so anyone who can write to a session can run code as
+the user who resumes it. Modes are therefore set explicitly and do not depend on the umask.
+"""
+
+import os
+import pwd
+import tempfile
+from pathlib import Path
+
+from engine.errors import SessionError
+
+FOLDER_MODE = 0o700
+FILE_MODE = 0o600
+
+
+def make_folders(path: Path) -> None:
+    """Creates a folder and its missing parents, each with mode 0700; an existing folder stays.
+
+    Raises:
+        OSError: a folder cannot be created.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    path.mkdir(mode=FOLDER_MODE, exist_ok=True)  # raises FileExistsError where a file is there
+
+
+def create_file(path: Path) -> None:
+    """Creates an empty file with mode 0600; an existing file stays as it is.
+
+    Call it before SQLite or ``open`` would create the file with a mode that depends on the umask.
+    SQLite gives the files beside a database (``-wal``, ``-journal``) the mode of the database.
+
+    Raises:
+        OSError: the file cannot be created.
+    """
+    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
+
+
+def check_owner(folder: Path, *files: Path, allow_root: bool = False) -> None:
+    """Checks that a session belongs to this user.
+
+    Call it before running or writing a session. Reading a session needs no check.
+
+    Args:
+        folder: the session's.
+        files: files of the session that must belong to this user, too; missing ones are skipped.
+        allow_root: whether root passes the check for every session.
+
+    Raises:
+        SessionError: the session belongs to another user, or its owner cannot be read.
+    """
+    user = os.geteuid()
+    if allow_root and user == 0:
+        return
+    try:
+        # For a symbolic link, both its own owner and the owner of its target count.
+        owners = {folder.lstat().st_uid, folder.stat().st_uid}
+        owners |= {file.stat().st_uid for file in files if file.exists()}
+        others = owners - {user}
+        if not others or others == {_owner_of_new_files(folder)}:
+            return
+    except OSError as error:
+        raise SessionError(f"cannot read {folder}: {error.strerror}") from error
+    raise SessionError(
+        f"session '{folder.name}' belongs to {_user_name(min(others))}, and its configuration can "
+        "run code: copy the folder to make it yours"
+    )
+
+
+def _owner_of_new_files(folder: Path) -> int | None:
+    """The owner of a file that this user creates in a folder; None if it cannot be created.
+
+    Some network file systems and mounts record another owner than the user who writes.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return None
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"uid {uid}"

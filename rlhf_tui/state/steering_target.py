@@ -1,0 +1,72 @@
+"""The run that a steering key acts on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.config.settings import Settings
+from engine.session.folder import Session
+from rlhf_tui.state.session_row import SessionRow
+from rlhf_tui.state.session_state import SessionState
+
+
+@dataclass(frozen=True)
+class SteeringTarget:
+    """A run as it was last read: the open session, or a row of the sessions screen."""
+
+    session: Session
+    state: str
+    step: int
+    live: bool
+    """Whether an engine runs it."""
+    settings: dict[str, Any]
+    """In force. A mapping: a session of another version has other settings."""
+    checkpoints: list[int]
+    """Steps that can be resumed from."""
+    boundary_in: float | None = None
+    """Estimated seconds until the current step ends; None if unknown."""
+
+    @classmethod
+    def of_state(cls, session: Session, state: SessionState) -> "SteeringTarget":
+        """The open session."""
+        return cls(
+            session=session,
+            state=state.head.state,
+            step=state.head.step,
+            live=state.live,
+            settings=state.head.settings,
+            checkpoints=[c.step for c in state.checkpoints if c.status == "complete"],
+            boundary_in=state.boundary_in(),
+        )
+
+    @classmethod
+    def of_row(cls, row: SessionRow) -> "SteeringTarget":
+        """A listed session. Its current phase is not read, so `boundary_in` is unknown."""
+        return cls(
+            session=Session(Path(row.folder)),
+            state=row.state,
+            step=row.step,
+            live=row.pid is not None,
+            settings=row.settings,
+            checkpoints=row.checkpoints,
+        )
+
+    @property
+    def name(self) -> str:
+        """The session's name."""
+        return self.session.name
+
+    @property
+    def beta(self) -> float | None:
+        """The KL coefficient in force."""
+        return self.settings.get("beta")
+
+
+def settings_in_force(settings: dict[str, Any]) -> Settings | None:
+    """A run's settings as a struct; None if another version wrote them."""
+    try:
+        return msgspec.convert(settings, Settings, strict=False)
+    except msgspec.ValidationError:
+        return None

@@ -1,0 +1,48 @@
+"""What a run in the foreground prints, and that nothing in it controls the terminal."""
+
+import logging
+
+import pytest
+
+from engine.protocol.rank_messages import Phase
+from rlhf_tui.headless import Printer, PrinterHandler, print_exception
+
+HOSTILE = "\x1b]52;c;c3RvbGVu\x07 \x9b31m \u202e turned"
+
+
+def hostile_error():
+    """An error as a reward function raises it, with its traceback."""
+    with pytest.raises(ValueError, match="turned") as caught:
+        float(HOSTILE)
+    return ValueError(HOSTILE).with_traceback(caught.value.__traceback__)
+
+
+def print_all(printer):
+    """Hostile text on every way to the terminal."""
+    log = logging.Logger("engine")
+    log.addHandler(PrinterHandler(printer))
+    error = hostile_error()
+    log.error("%s; restart 1 of 3", HOSTILE)
+    log.error("cannot continue", exc_info=error)
+    printer.alert(HOSTILE, 3)
+    printer.state("stopped", HOSTILE)
+    printer.message(Phase(rank=0, step=1, name=HOSTILE))
+    print_exception(type(error), error, error.__traceback__)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
+    print_all(Printer(8, live=live))
+    out, err = capsys.readouterr()
+    for text in (out.replace("\r\x1b[K", ""), err):
+        assert not set(text) & set("\x1b\x07\x9b\r\u202e")
+    assert "restart 1 of 3" in err
+    assert err.count("Traceback") == 2
+
+
+def test_only_warnings_and_errors_of_the_log_are_printed(capsys):
+    log = logging.Logger("engine")
+    log.addHandler(PrinterHandler(Printer(8, live=False)))
+    log.info("a connection was closed")
+    log.warning("notify.command failed")
+    assert capsys.readouterr() == ("", "notify.command failed\n")

@@ -1,0 +1,131 @@
+"""The keys of the sessions screen act on the highlighted session, whichever one is open."""
+
+import contextlib
+
+import pytest
+
+from engine.protocol.commands import Note, Pause, SetBeta, Stop, Unpause
+from engine.session.folder import EngineInfo, Session
+from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.state import command_sender
+from rlhf_tui.widgets.key_footer import KeyFooter
+from rlhf_tui.widgets.table import Table
+from tests.tui.screen import notices
+
+STEPS = 3
+
+
+@pytest.fixture
+def two_runs(session_maker, tmp_path, running, until):
+    """The app with `one` open, and the sessions screen with `two` highlighted."""
+    root = tmp_path / "sessions"
+    for name in ("one", "two"):
+        session_maker(root, name, STEPS)
+
+    @contextlib.asynccontextmanager
+    async def open_app(**options):
+        app = RlhfApp(root, "one", now=lambda: 1_700_003_600.0, follow=False, **options)
+        async with running(app) as pilot:
+            await pilot.press("1")
+            table = app.screen.query_one(Table)
+            await until(pilot, lambda: table.count() == 2)
+            await pilot.press("g" if table.keys[0] == "two" else "G")
+            await until(pilot, lambda: table.key == "two")
+            yield app, pilot
+
+    return open_app
+
+
+@pytest.fixture
+def addressed(engine, monkeypatch):
+    """The names of the sessions that commands were sent to."""
+    names, kind = [], command_sender.Client
+    send = kind.send
+
+    def record(self, command, command_id):
+        names.append(self.session.name)
+        return send(self, command, command_id)
+
+    monkeypatch.setattr(kind, "send", record)
+    return names
+
+
+@pytest.fixture
+def only_one_lives(monkeypatch):
+    """`one` has an engine, `two` has none."""
+    info = EngineInfo(pid=4242, host="box", socket="nowhere", version="1")
+    monkeypatch.setattr(Session, "is_live", lambda self: self.name == "one")
+    monkeypatch.setattr(Session, "engine", lambda self: info)
+
+
+async def test_p_pauses_the_highlighted_run_and_not_the_open_one(
+    two_runs, engine, addressed, until
+):
+    async with two_runs() as (app, pilot):
+        await pilot.press("p")
+        await until(pilot, lambda: addressed == ["two"])
+        assert engine == [Pause()]
+        assert app.session.name == "one"
+        footer = app.screen.query_one(KeyFooter)
+        await until(pilot, lambda: "two: pause: applied" in footer.text(), "the notice")
+
+
+async def test_a_pause_of_one_run_does_not_count_for_another(two_runs, engine, addressed, until):
+    async with two_runs() as (app, pilot):
+        other = "G" if app.screen.query_one(Table).keys[0] == "two" else "g"
+        await pilot.press("p", "p", other, "p")
+        await until(pilot, lambda: addressed == ["two", "two", "one"])
+        assert engine == [Pause(), Unpause(), Pause()]
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "title", "command"),
+    [
+        (["S", "s"], ChoiceDialog, "Stop two?", Stop()),
+        (["b", *"0.2", "enter"], InputDialog, "Set beta of two", SetBeta(value=0.2)),
+        (["w", *"odd", "enter"], InputDialog, "Add a note to two", Note(text="odd")),
+    ],
+)
+async def test_a_dialog_names_the_run_that_it_acts_on(
+    two_runs, engine, addressed, keys, kind, title, command, until
+):
+    async with two_runs() as (app, pilot):
+        await pilot.press(keys[0])
+        await until(pilot, lambda: isinstance(app.screen, kind))
+        assert app.screen.heading == title
+        await pilot.press(*keys[1:])
+        await until(pilot, lambda: engine == [command])
+        assert addressed == ["two"]
+
+
+async def test_the_footer_offers_what_can_act_on_the_highlighted_run(
+    two_runs, only_one_lives, until
+):
+    async with two_runs() as (app, pilot):
+        footer = app.screen.query_one(KeyFooter)
+        assert "r resume" in footer.text()
+        assert "p pause" not in footer.text()
+        await pilot.press("G" if app.screen.query_one(Table).keys[0] == "two" else "g")
+        await until(pilot, lambda: "p pause" in footer.text())
+        assert "r resume" not in footer.text()
+
+
+async def test_a_key_that_cannot_act_on_the_highlighted_run_says_why(
+    two_runs, only_one_lives, until
+):
+    async with two_runs() as (app, pilot):
+        await pilot.press("p")
+        await until(pilot, lambda: notices(app))
+        assert notices(app) == ["no engine runs 'two'; resume it: rlhf-tui resume two"]
+
+
+async def test_read_only_each_key_of_the_screen_says_so(two_runs, until):
+    async with two_runs(read_only=True) as (app, pilot):
+        assert "delete" not in app.screen.query_one(KeyFooter).text()
+        for key in ("n", "r", "f", "d"):
+            app.clear_notifications()
+            await until(pilot, lambda: not notices(app))
+            await pilot.press(key)
+            await until(pilot, lambda: notices(app))
+            assert notices(app) == ["read-only: nothing can be started or deleted"]
