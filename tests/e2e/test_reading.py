@@ -126,15 +126,15 @@ def test_a_closed_pipe_is_no_error(whole):
 
 
 @pytest.fixture
-def make_judged(whole, make_lab, request):
+def make_annotated(whole, make_lab, request):
     """Creates a copy of the finished run with labels, notes or preferences."""
 
-    def make(judge):
-        lab = make_lab(f"judged/{request.node.name}/sessions")
-        session = Session(lab.root / "judged")
+    def make(annotate):
+        lab = make_lab(f"annotated/{request.node.name}/sessions")
+        session = Session(lab.root / "annotated")
         shutil.copytree(whole.session.folder, session.folder)
         with JournalReader(session) as reader:
-            judge(session, reader.samples.newest())
+            annotate(session, reader.samples.newest())
         return SimpleNamespace(lab=lab, name=session.name)
 
     return make
@@ -179,8 +179,8 @@ def test_samples_are_exported_as_json_lines(whole, tmp_path):
     assert rows == whole.lab.json("samples", "whole")
 
 
-def test_samples_have_their_labels_and_notes(make_judged):
-    run = make_judged(lambda session, rows: [
+def test_samples_have_their_labels_and_notes(make_annotated):
+    run = make_annotated(lambda session, rows: [
         labels.set_label(session, rows[0].prompt, Response.of(rows[0]), "hack", "ana"),
         labels.set_note(session, rows[1].prompt, Response.of(rows[1]), "odd \x1b[2J", "ana"),
     ])  # fmt: skip
@@ -194,13 +194,13 @@ def test_samples_have_their_labels_and_notes(make_judged):
     assert "\x1b" not in printed
 
 
-def test_preferences_are_exported_as_json_lines(make_judged, tmp_path):
-    def judge(session, rows):
+def test_preferences_are_exported_as_json_lines(make_annotated, tmp_path):
+    def annotate(session, rows):
         first, second = Response.of(rows[0]), Response.of(rows[4])
         labels.prefer(session, rows[0].prompt, first, second, "ana on pts/1")
         labels.prefer(session, rows[0].prompt, Response(response="reference"), first, "ben")
 
-    run = make_judged(judge)
+    run = make_annotated(annotate)
     target = tmp_path / "pairs.jsonl"
     done = run.lab.cli("export", run.name, "--preferences", target)
     assert (done.returncode, done.stdout) == (0, f"wrote 2 pairs to {target}\n")
