@@ -1,8 +1,8 @@
 """The Textual app: keys, modes, themes and the command palette.
 
 The parts it owns do the work: :class:`SessionFollower` follows the open session, :class:`Steering`
-sends commands, :class:`EngineStarter` starts engines. The app never trains: it may end or lose its
-terminal at any moment, and the engine goes on.
+sends commands, :class:`EngineStarter` starts engines. The app never trains: if it ends or loses
+its terminal, the engine keeps running.
 """
 
 import functools
@@ -47,9 +47,9 @@ from rlhf_tui.widgets.textual_internals import (
 )
 
 NOTICE = 5.0
-"""Seconds of a notice in the line of keys."""
+"""Seconds for which a notice replaces the line of keys."""
 SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
-"""Of a notice in a box of its own."""
+"""Seconds for which a notice is shown in a box."""
 
 
 class RlhfApp(SequentialKeys, inherit_bindings=False):
@@ -88,28 +88,28 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         follow: bool = True,
         first_read: FirstRead | None = None,
     ) -> None:
-        """On a folder of sessions, and one of them.
+        """Opens a folder of sessions, or one session in it.
 
         Args:
             root: the folder.
             name: the session to open; None for the browser.
-            read_only: no commands.
+            read_only: disables commands.
             now: the wall clock.
             follow: False reads each session once and never again, for tests.
-            first_read: of that session, if it has begun already.
+            first_read: a summary of that session whose reading has begun.
         """
         self.root = root.resolve()
         self.read_only = read_only
         self.now = now
         self.who = who()
         self.exit_message = ""
-        """Printed after the terminal was given back."""
+        """Printed after the terminal is restored."""
         self.preferences, self._problem = prefs.load_preferences()
         try:
             session = find(self.root, name) if name is not None else None
         except RlhfError as error:
             session, self._problem = None, str(error)
-        # Textual would lay out an empty default screen before the one that is wanted.
+        # Otherwise Textual lays out an empty default screen first.
         self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc] # a class variable there
         super().__init__()
         self.animation_level = "none"
@@ -132,16 +132,16 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.theme = self.preferences.theme
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """With NO_COLOR no colour codes at all; Textual alone would send greys."""
+        """Removes all colour codes if NO_COLOR is set; Textual alone would send greys."""
         return [NoColorFilter()] if self.no_color else super().get_line_filters()
 
     def on_load(self) -> None:
-        """The first picture shows what was read before it."""
+        """Adds what was read before the first frame."""
         if self._first_read is not None and self._first_read.session == self.session:
             self.state.take(self._first_read.update())
 
     def on_mount(self) -> None:
-        """Reading begins after the first picture."""
+        """Starts to read after the first frame."""
         self.call_after_refresh(self.follower.begin)
         self.set_interval(TICK, self.follower.tick)
         if self._problem:
@@ -159,7 +159,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     @property
     def state(self) -> SessionState:
-        """What is known of the open session."""
+        """What was read of the open session."""
         return self.follower.state
 
     @property
@@ -202,16 +202,16 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     # -- messages ------------------------------------------------------------------------------
 
     def on_session_updated(self, message: SessionUpdated) -> None:
-        """The feed has read something; what is left of another session's is dropped."""
+        """Adds an update of the feed; drops it if it is of another session."""
         if self.follower.take(message) and message.update.head and self.session is not None:
             self.commands.run_read(SteeringTarget.of_state(self.session, self.state))
 
     def on_command_answered(self, message: CommandAnswered) -> None:
-        """The engine has replied to a command."""
+        """Shows the reply to a command."""
         self.commands.command_answered(message)
 
     def on_engine_started(self, message: EngineStarted) -> None:
-        """An engine has started, or failed to."""
+        """Shows whether an engine has started."""
         self.engines.started(message)
 
     # -- notices -------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     def say(self, text: str, severity: SeverityLevel = "information") -> None:
         """Shows a notice for a few seconds; nothing in it is markup.
 
-        Information stands in the line of keys: it covers nothing and costs one line.
+        Information replaces the line of keys for a moment, so that it covers nothing.
         """
         screen = next(iter(screens_of_current_mode(self)), None)
         if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
@@ -236,11 +236,11 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     # -- leaving -------------------------------------------------------------------------------
 
     def action_detach(self) -> None:
-        """Leaves; the engine goes on."""
+        """Leaves the app; the engine keeps running."""
         self.detach()
 
     def detach(self, code: int = 0) -> None:
-        """Gives the terminal back; a line says which engine goes on."""
+        """Restores the terminal; the exit message names the engine that keeps running."""
         self.follower.leave()
         engine = self.session.engine() if self.session and self.session.is_live() else None
         if engine is not None and self.session is not None:
@@ -252,7 +252,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.exit(return_code=code)
 
     def hang_up(self, code: int) -> None:
-        """The connection has dropped, or a signal asks the process to end."""
+        """Leaves the app after a dropped connection or a signal."""
         self.detach(code)
         hangup.end_soon(code)
 
@@ -331,12 +331,12 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     async def action_go(self, mode: str) -> None:
         """Shows another screen."""
         if mode != "sessions" and self.session is None:
-            self.say("open a session first: enter opens the chosen one")
+            self.say("open a session first: press enter")
             return
         await self.switch_mode(mode)
 
     def action_help(self) -> None:
-        """Lists every key that works here."""
+        """Lists every key of this screen."""
         from rlhf_tui.dialogs.help import HelpDialog  # noqa: PLC0415 - keeps start-up short
 
         self.push_screen(HelpDialog(self.screen))
@@ -344,13 +344,13 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     # -- themes and palette --------------------------------------------------------------------
 
     def action_theme(self) -> None:
-        """Chooses the next theme."""
+        """Switches to the next theme."""
         names = [t.name for t in THEMES]
         self.choose_theme(names[(names.index(self.theme) + 1) % len(names)])
         self.say(f"theme: {self.theme}")
 
     def choose_theme(self, name: str) -> None:
-        """Chooses a theme, also for the next start."""
+        """Sets the theme and saves it for the next start."""
         self.theme = name
         self.save_preferences()
 
@@ -362,7 +362,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         ).start()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        """The palette: everything that has a key, by name, with its key."""
+        """Fills the palette: every action that has a key, and the themes."""
         seen = set()
         for active in screen.active_bindings.values():
             binding = active.binding
@@ -390,7 +390,7 @@ def actions_of_key(node: DOMNode, key: str) -> list[str]:
 
 
 def as_context(app: RlhfApp) -> AppContext:
-    """The app as its screens see it: here the type checker compares the two."""
+    """Returns the app; the type checker compares it with the protocol of the screens here."""
     return app
 
 

@@ -9,11 +9,11 @@ from rlhf_tui.widgets.lines import Row
 
 MOST = 8
 AWAY = 60.0
-"""Seconds of absence below which there is no digest."""
+"""Seconds of absence from which on a digest is shown."""
 
 
 def digest(state: SessionState, seen: Seen) -> list[Row]:
-    """Lines for a dialog; empty if nothing happened."""
+    """Returns the lines of a dialog; empty if nothing happened."""
     away = state.now() - seen.time
     new = [e for e in state.events if e.event > seen.event]
     steps = state.head.step - seen.step
@@ -33,7 +33,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
             now = series.mean(state.head.step - RECENT + 1, state.head.step)
             rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(now)}", "")])
     elif steps < 0:
-        rows.append([(f"the run went back: step {seen.step} → {state.head.step}", "warn")])
+        rows.append([(f"rolled back: step {seen.step} → {state.head.step}", "warn")])
     since = [m for m in state.markers() if m.time > seen.time]
     if since:
         rows.append([])
@@ -48,7 +48,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
             ]
         )
     if len(since) > MOST:
-        rows.append([(f"       and {len(since) - MOST} before these", "dim")])
+        rows.append([(f"       and {len(since) - MOST} earlier", "dim")])
     states = [e.payload for e in new if isinstance(e.payload, StateEvent | ErrorEvent)]
     if states and states[-1].text:
         rows.append([(states[-1].text.partition("\n")[0], "warn")])
@@ -56,7 +56,7 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
 
 
 def curves_are_read(state: SessionState) -> bool:
-    """Whether the curves of a digest are read: those of a long run come one after another."""
+    """Whether the curves of a digest are read. Those of a long run are read one after another."""
     return bool(state.names) and all(
         name in state.curves
         for name in (metrics.SCORE, metrics.KL, metrics.BETA)

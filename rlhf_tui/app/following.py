@@ -1,4 +1,4 @@
-"""Follows one session: which one is open, what is known of it, and when it is drawn."""
+"""Follows the open session: reads it, keeps its state and draws it."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -18,10 +18,10 @@ from rlhf_tui.state.session_state import ALWAYS, SessionState
 from rlhf_tui.state.viewport import Viewport
 
 DRAW_AFTER = 0.04
-"""Seconds in which updates that arrive together are drawn together."""
+"""Seconds during which updates are collected before they are drawn."""
 TICK = 1.0
 """Seconds between two calls of :meth:`SessionFollower.tick`."""
-NOTE_SEEN_EVERY = 30.0
+SAVE_SEEN_INTERVAL = 30.0
 
 
 class DrawScreens(Protocol):
@@ -45,7 +45,7 @@ class SessionFollower:
         say: Say,
         draw: DrawScreens,
     ) -> None:
-        """No session is open yet.
+        """Opens no session yet.
 
         Args:
             app: takes the feed's messages, and has timers and dialogs.
@@ -69,9 +69,9 @@ class SessionFollower:
         self._feed: Feed | None = None
         self._draw_due = False
         self._only_live = True
-        """Since the last drawing only phases and machine have changed."""
+        """Whether only phases and machine have changed since the last drawing."""
         self._digest_shown = True
-        self._seen_noted = now()
+        self._seen_saved = now()
 
     # -- the open session ----------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ class SessionFollower:
         )
 
     def begin(self) -> None:
-        """Reads the open session from now on."""
+        """Starts to read the open session."""
         if self._feed is None:
             return
         if self._follow:
@@ -106,7 +106,7 @@ class SessionFollower:
         self._read_config()
 
     def _read_config(self) -> None:
-        """What the journal does not hold; without it the run can still be shown."""
+        """Reads what the journal does not contain. Without it the run can still be shown."""
         try:
             if self.session is not None:
                 self.state.batch_size = self.session.config().rollout.batch_size
@@ -122,11 +122,11 @@ class SessionFollower:
             self._feed.want(n.strip() for spec in specs for n in spec.split(" + "))
 
     def leave(self) -> None:
-        """Stops following, and notes what was seen."""
+        """Stops following, and saves what was seen."""
         if self._feed is not None:
             self._feed.stop()
             self._feed = None
-        self._note_seen()
+        self._save_seen()
 
     def forget(self, name: str) -> None:
         """Stops following a session that is about to be deleted."""
@@ -139,7 +139,7 @@ class SessionFollower:
     # -- updates -------------------------------------------------------------------------------
 
     def take(self, message: SessionUpdated) -> bool:
-        """Adds an update to the state and has it drawn; False if it is of another session."""
+        """Adds an update to the state and schedules drawing; False if it is of another session."""
         if self.session is None or message.folder != str(self.session.folder):
             return False
         self.state.take(message.update)
@@ -158,17 +158,17 @@ class SessionFollower:
             self._show_digest()
 
     def tick(self) -> None:
-        """Draws the clocks, which move between two updates, too."""
+        """Draws the clocks, which advance between two updates."""
         if self.state.live and not self._draw_due:
             self._draw()
-        if self._now() - self._seen_noted > NOTE_SEEN_EVERY:
-            # The terminal may disappear at any time: what was on the screen counts as seen.
-            threading.Thread(target=self._note_seen, daemon=True).start()
+        if self._now() - self._seen_saved > SAVE_SEEN_INTERVAL:
+            # The terminal may disappear at any time, so what was seen is saved regularly.
+            threading.Thread(target=self._save_seen, daemon=True).start()
 
     # -- what the operator has seen ------------------------------------------------------------
 
-    def _note_seen(self) -> None:
-        self._seen_noted = self._now()
+    def _save_seen(self) -> None:
+        self._seen_saved = self._now()
         if not self._digest_shown:
             return
         if self.session is not None and self.state.known and self._follow:

@@ -1,7 +1,7 @@
-"""The terminal going away, or somebody asking the app to: it leaves as with `q`, and soon.
+"""Ends the app when its terminal disappears or a signal asks for it.
 
-Textual handles neither signal, and where the terminal is gone without one its threads wait for ever
-for it. The engine has no part in this.
+Textual handles neither SIGHUP nor SIGTERM. If the terminal disappears without a signal, the threads
+of Textual wait for it forever. The engine is not affected.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ from collections.abc import Callable
 
 SIGNALS = (signal.SIGHUP, signal.SIGTERM)
 SOON = 3.0
-"""Seconds to give back a terminal that may not be there any more."""
+"""Seconds within which the terminal must be restored."""
 
 
 def on_hang_up(leave: Callable[[int], None]) -> None:
-    """Calls `leave` with the exit code when a signal asks for it; needs the running loop."""
+    """Calls `leave` with the exit code on SIGHUP or SIGTERM. Call it in the running event loop."""
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, leave, 128 + number)
 
 
 def watch_terminal() -> None:
-    """Ends the process soon after the terminal has gone, whatever its threads wait for."""
+    """Ends the process within seconds after the terminal has disappeared."""
     terminal = sys.__stdin__.fileno() if sys.__stdin__ is not None else 0
     if os.isatty(terminal):
         threading.Thread(target=_watch, args=(terminal,), daemon=True, name="watch").start()
@@ -38,7 +38,7 @@ def _watch(terminal: int) -> None:
 
 
 def end_soon(code: int) -> None:
-    """Ends the process, if it has not ended by itself by then."""
+    """Ends the process after :data:`SOON`, unless it ends by itself before."""
     threading.Thread(target=_end, args=(code,), daemon=True, name="end").start()
 
 

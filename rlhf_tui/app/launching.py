@@ -1,4 +1,4 @@
-"""Commands of the CLI that the app runs: those that start engines, and those that tidy up."""
+"""Runs commands of the CLI: those that start engines, and `rm` and `export`."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from rlhf_tui.widgets.lines import Row
 
 APPEARS = 10.0
 """Seconds within which the folder of a new session exists."""
-LOOK_AGAIN = 0.3
+POLL_INTERVAL = 0.3
 
 
 class EngineStarter:
@@ -64,7 +64,7 @@ class EngineStarter:
 
     def ask_fork(self, name: str, step: int) -> None:
         """Asks for a name, then forks session `name` from the checkpoint of `step`."""
-        rows: list[Row] = [[(f"A new session that shares {name} up to step {step}.", "dim")]]
+        rows: list[Row] = [[(f"A new session that starts from step {step} of {name}.", "dim")]]
 
         def take(new: str | None) -> None:
             if new:
@@ -102,18 +102,18 @@ class EngineStarter:
         if new:
             self._open_session(new[0])
         elif self._now() < deadline:
-            self._app.set_timer(LOOK_AGAIN, lambda: self._open_when_created(before, deadline))
+            self._app.set_timer(POLL_INTERVAL, lambda: self._open_when_created(before, deadline))
 
     def started(self, message: EngineStarted) -> None:
-        """Shows how a start ended, and opens the session from the browser."""
+        """Shows the result of a start; on the sessions screen, opens the session."""
         if message.problem:
             self._say(message.problem, "error")
             return
         if not self._is_live(message.name) and message.last_line:
-            # Nothing to do, or finished already: the command's own line explains which.
+            # The run has nothing left to do. The last line of the command explains why.
             self._say(message.last_line, "warning")
         elif self._follower.state.name == message.name or self._app.current_mode != "sessions":
-            self._say(f"'{message.name}' runs")
+            self._say(f"'{message.name}' is running")
         elif message.name:
             self._open_session(message.name)
 
@@ -155,12 +155,12 @@ class EngineStarter:
 
 
 def check_new_name(root: Path, text: str) -> tuple[bool, str]:
-    """Whether a new session can have this name, and the folder it gets or the reason why not."""
+    """Returns whether a new session can have this name, and its folder or the reason why not."""
     name = text.strip()
     try:
         check_name(name)
     except RlhfError as error:
         return False, str(error)
     if (root / name).exists():
-        return False, f"'{name}' is there already"
-    return True, f"goes to {root / name}"
+        return False, f"'{name}' already exists"
+    return True, f"folder: {root / name}"

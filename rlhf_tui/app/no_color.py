@@ -1,4 +1,4 @@
-"""No colours: what the terminal is sent when NO_COLOR is set."""
+"""Removes colours from the output when NO_COLOR is set."""
 
 from rich.segment import Segment
 from rich.style import Style
@@ -7,14 +7,14 @@ from textual.filter import LineFilter
 
 
 class NoColorFilter(LineFilter):
-    """Keeps bold, dim, underline and reverse; every colour goes."""
+    """Removes every colour; keeps bold, dim, underline and reverse."""
 
     def __init__(self) -> None:
         super().__init__()
         self._known: dict[Style, Style] = {}
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """One line's segments."""
+        """Returns the segments of a line without colours."""
         return [Segment(text, self._plain(style), control) for text, style, control in segments]
 
     def _plain(self, style: Style | None) -> Style | None:

@@ -1,4 +1,4 @@
-"""Keys that take effect in the order in which they were typed."""
+"""Handles keys in the order in which they are typed."""
 
 from textual import events
 from textual.app import App
@@ -25,7 +25,7 @@ class SequentialKeys(App[None], inherit_bindings=False):
             await super().on_event(event)
 
     async def _run_key(self, key: str) -> bool:
-        """Whether something is bound to a key; waits for the screen that it opens."""
+        """Runs the binding of a key and waits for the screen it opens; False without a binding."""
         done = await run_key_binding(self, key)
         if done:
             await wait_until_mounted(self.screen)

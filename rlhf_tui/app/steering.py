@@ -203,11 +203,11 @@ class Steering:
             Choice("c", "Cancel", "cancel"),
         ]
 
-        def answer(result: str | None) -> None:
+        def chosen(result: str | None) -> None:
             if result in ("save", "now"):
                 self.command(target, Stop(now=result == "now"), "stop")
 
-        self._app.push_screen(ChoiceDialog(f"Stop {target.name}?", rows, choices), answer)
+        self._app.push_screen(ChoiceDialog(f"Stop {target.name}?", rows, choices), chosen)
 
     def ask_note(self) -> None:
         """Asks for a note, a line that stays with the run."""
@@ -259,12 +259,12 @@ class Steering:
             Choice("n", "Roll back, new random seed", "reseed", danger=True),
         ]
 
-        def answer(result: str | None) -> None:
+        def chosen(result: str | None) -> None:
             if result in ("back", "reseed"):
                 confirmed(result == "reseed")
 
         title = f"Roll back {target.name} to step {step}?"
-        self._app.push_screen(ChoiceDialog(title, rows, choices), answer)
+        self._app.push_screen(ChoiceDialog(title, rows, choices), chosen)
 
     # -- what can be sent ----------------------------------------------------------------------
 
@@ -391,7 +391,7 @@ def when(target: SteeringTarget) -> str:
 
 
 def _no_engine(target: SteeringTarget) -> str:
-    return f"'{target.name}' has no engine; resume it: rlhf-tui resume {target.name}"
+    return f"no engine runs '{target.name}'; resume it: rlhf-tui resume {target.name}"
 
 
 def parse_value(key: str, text: str, settings: Settings) -> Any:

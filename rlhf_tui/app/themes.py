@@ -1,4 +1,4 @@
-"""Colours: dark, light, and one with the strongest contrast. All from the Okabe–Ito palette."""
+"""The themes: dark, light and high contrast. Their colours come from the Okabe–Ito palette."""
 
 from textual.theme import Theme
 

@@ -1,4 +1,4 @@
-"""Dialogs: a question with answers, and a value to be typed."""
+"""Dialogs: a question with choices, and an input field."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Dialog(ModalScreen[str | None]):
     def __init__(self, title: str) -> None:
         super().__init__()
         self.heading = title
-        self._answered = False
+        self._finished = False
 
     def compose(self) -> ComposeResult:
         """The box with its title and its body."""
@@ -51,15 +51,15 @@ class Dialog(ModalScreen[str | None]):
         """The widgets in the box; overridden."""
         yield from ()
 
-    def answer(self, result: str | None) -> None:
+    def close_with(self, result: str | None) -> None:
         """Closes with a result. Later calls do nothing: a second key may be queued already."""
-        if not self._answered:
-            self._answered = True
+        if not self._finished:
+            self._finished = True
             self.dismiss(result)
 
     def action_cancel(self) -> None:
         """Closes without a result."""
-        self.answer(None)
+        self.close_with(None)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Choice:
 
 
 class ChoiceDialog(Dialog):
-    """A question with a button for each choice; the first one is safe and has the focus."""
+    """A question with a button for each choice. The first one must be safe: it has the focus."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,up,k", "app.focus_previous", show=False),
@@ -81,7 +81,7 @@ class ChoiceDialog(Dialog):
     ]
 
     def __init__(self, title: str, rows: list[Row], choices: list[Choice]) -> None:
-        """Each choice can also be taken by its own key."""
+        """Each choice has a button and a key."""
         super().__init__(title)
         self.rows = rows
         self.choices = choices
@@ -101,14 +101,14 @@ class ChoiceDialog(Dialog):
 
     def on_button_pressed(self, event: "Button.Pressed") -> None:
         """Closes with the choice of a button."""
-        self.answer((event.button.id or "").removeprefix("answer-"))
+        self.close_with((event.button.id or "").removeprefix("answer-"))
 
     def on_key(self, event: events.Key) -> None:
         """Closes with the choice of a key."""
         result = next((c.result for c in self.choices if c.key == event.character), None)
         if result is not None:
             event.stop()
-            self.answer(result)
+            self.close_with(result)
 
 
 Check = Callable[[str], tuple[bool, str]]
@@ -145,11 +145,11 @@ class InputDialog(Dialog):
         self._show_effect(event.value)
 
     def _show_effect(self, text: str) -> bool:
-        good, words = self.check(text) if self.check else (bool(text.strip()), "")
-        self.query_one("#effect", MessageLine).say([[(words, "dim" if good else "warn")]])
-        return good
+        valid, effect = self.check(text) if self.check else (bool(text.strip()), "")
+        self.query_one("#effect", MessageLine).say([[(effect, "dim" if valid else "warn")]])
+        return valid
 
     def on_input_submitted(self, event: "Input.Submitted") -> None:
         """Closes with the value if it is valid."""
         if self._show_effect(event.value):
-            self.answer(event.value.strip())
+            self.close_with(event.value.strip())

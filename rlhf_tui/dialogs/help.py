@@ -1,4 +1,4 @@
-"""The help: every key that does something on this screen, made from the bindings."""
+"""The help: every key of a screen, made from the bindings."""
 
 from itertools import zip_longest
 from typing import Any, ClassVar
@@ -11,10 +11,10 @@ from rlhf_tui.widgets.key_footer import key_name
 from rlhf_tui.widgets.lines import Row, row_width
 
 LEFT_OUT = ("screen.copy_text", "help_quit", "command_palette")
-"""Textual's own, which do not work here or stand below the list."""
+"""Actions of Textual that do not work here or are named below the list."""
 WIDE, COLUMN = 100, 48
-"""Cells of a terminal from which on the help has two columns, and of the first of them."""
-WORDS = {"app.focus_next": "next panel", "app.focus_previous": "panel before"}
+"""Terminal width from which on the help has two columns, and the width of the first one."""
+DESCRIPTIONS = {"app.focus_next": "next panel", "app.focus_previous": "previous panel"}
 
 
 class HelpDialog(TextDialog):
@@ -26,22 +26,22 @@ class HelpDialog(TextDialog):
     HINT = "esc close · ctrl+p all commands by name"
 
     def __init__(self, screen: Screen[Any]) -> None:
-        """Reads the bindings of `screen` now: while the dialog is open, they are the dialog's."""
+        """Reads the bindings of `screen` now, because an open dialog replaces them."""
         super().__init__("Keys")
         self._groups = help_groups(screen)
 
     def lines(self) -> list[Row]:
         """The list, in two columns if the terminal is wide enough."""
         wide = self.app.size.width >= WIDE
-        return beside(self._groups) if wide else below(self._groups)
+        return side_by_side(self._groups) if wide else stacked(self._groups)
 
 
 Group = list[tuple[str, str]]
-"""Keys and words."""
+"""Pairs of keys and description."""
 
 
 def help_groups(screen: Screen[Any]) -> dict[str, Group]:
-    """The actions of a screen in groups, each action with all its keys."""
+    """Returns the actions of a screen in groups, each action with all its keys."""
     found: dict[str, dict[str, tuple[list[str], str]]] = {}
     for active in screen.active_bindings.values():
         binding = active.binding
@@ -51,36 +51,36 @@ def help_groups(screen: Screen[Any]) -> dict[str, Group]:
         if active.node is not screen and here == "Here":
             here = "In this list" if hasattr(active.node, "count") else "Here"
         keys, _ = found.setdefault(here, {}).setdefault(
-            binding.action, ([], WORDS.get(binding.action, binding.description))
+            binding.action, ([], DESCRIPTIONS.get(binding.action, binding.description))
         )
         name = binding.key_display or key_name(binding.key)
         if name not in keys:
             keys.append(name)
     return {
-        group: [(" ".join(keys), words) for keys, words in found[group].values()]
+        group: [(" ".join(keys), description) for keys, description in found[group].values()]
         for group in ("Here", "In this list", "Everywhere")
         if group in found
     }
 
 
 def rows_of(name: str, group: Group) -> list[Row]:
-    """A group under its name."""
+    """Returns the lines of a group, its name first."""
     lines: list[Row] = [[(name, "strong")]]
-    return lines + [[(f"  {keys:<12}", "key"), (words, "")] for keys, words in group]
+    return lines + [[(f"  {keys:<12}", "key"), (description, "")] for keys, description in group]
 
 
-def below(groups: dict[str, Group]) -> list[Row]:
-    """One group below another."""
+def stacked(groups: dict[str, Group]) -> list[Row]:
+    """Returns the groups below one another, for a narrow terminal."""
     rows: list[Row] = []
     for name, group in groups.items():
         rows += [[], *rows_of(name, group)] if rows else rows_of(name, group)
     return rows
 
 
-def beside(groups: dict[str, Group]) -> list[Row]:
-    """The keys of the app to the right of those of the screen."""
-    left = below({n: g for n, g in groups.items() if n != "Everywhere"})
-    right = below({n: g for n, g in groups.items() if n == "Everywhere"})
+def side_by_side(groups: dict[str, Group]) -> list[Row]:
+    """Returns the keys of the app to the right of those of the screen, for a wide terminal."""
+    left = stacked({n: g for n, g in groups.items() if n != "Everywhere"})
+    right = stacked({n: g for n, g in groups.items() if n == "Everywhere"})
     rows: list[Row] = []
     for a, b in zip_longest(left, right, fillvalue=()):
         rows.append([*a, (" " * (COLUMN - row_width(a)), ""), *b])

@@ -1,4 +1,4 @@
-"""A dialog with a list: choose one, or mark several."""
+"""A dialog with a list, to select one option or several."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -14,9 +14,9 @@ from rlhf_tui.widgets.table import Column, Table
 if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up stays short
     from textual.widgets import Input
 
-HIGHEST = 16
+MAX_LINES = 16
 WITH = " + "
-"""Between keys that were chosen together."""
+"""Separates the keys of a group."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,29 @@ class Option:
 
 
 class PickerDialog(Dialog):
-    """A list that typing filters. Enter takes the line, or with `several` all marked lines."""
+    """A list that typing filters. Enter selects the line, or with `several` all marked lines."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down", "move(1)", "down", show=False, priority=True),
         Binding("up", "move(-1)", "up", show=False, priority=True),
         Binding("tab", "mark", "mark", show=False, priority=True),
-        Binding("shift+tab", "join", "mark beside the one before", show=False, priority=True),
+        Binding(
+            "shift+tab", "join", "mark together with the previous one", show=False, priority=True
+        ),
     ]
 
     def __init__(
         self, title: str, options: list[Option], marked: list[list[str]] | None = None
     ) -> None:
-        """With `marked`, several can be chosen, alone or with others.
+        """With `marked`, several options can be selected, alone or in groups.
 
-        The answer is then a line for each group, its keys joined by :data:`WITH`.
+        The result is then a line for each group, its keys joined by :data:`WITH`.
         """
         super().__init__(title)
         self.options = options
         self.several = marked is not None
         self.marked = [list(group) for group in marked or []]
-        self._words = ""
+        self._query = ""
 
     def body(self) -> ComposeResult:
         """The search field, the list, the keys."""
@@ -62,12 +64,12 @@ class PickerDialog(Dialog):
              Column("", 22, least=62)],
             id="options",
         )  # fmt: skip
-        table.styles.height = min(len(self.options), HIGHEST)
+        table.styles.height = min(len(self.options), MAX_LINES)
         yield table
-        words = "enter take · esc cancel"
+        keys = "enter select · esc cancel"
         if self.several:
-            words = f"tab mark · shift+tab with the one before · {words}"
-        yield MessageLine([[(words, "dim")]])
+            keys = f"tab mark · shift+tab overlay on previous · {keys}"
+        yield MessageLine([[(keys, "dim")]])
 
     def on_mount(self) -> None:
         """Fills the list and gives the focus to the search field."""
@@ -76,14 +78,14 @@ class PickerDialog(Dialog):
 
     def on_input_changed(self, event: "Input.Changed") -> None:
         """Filters the list by what is typed."""
-        self._words = event.value
+        self._query = event.value
         self._fill(event.value)
 
-    def _fill(self, words: str) -> None:
+    def _fill(self, query: str) -> None:
         shown = [
             o
             for o in self.options
-            if all(w in f"{o.key} {o.label}".lower() for w in words.lower().split())
+            if all(w in f"{o.key} {o.label}".lower() for w in query.lower().split())
         ]
         rows: list[tuple[str, list[Piece]]] = []
         for option in shown:
@@ -99,7 +101,7 @@ class PickerDialog(Dialog):
                     ],
                 )
             )
-        self.query_one(Table).set_rows(rows, empty=[[(" nothing of that name", "dim")]])
+        self.query_one(Table).set_rows(rows, empty=[[(" no match", "dim")]])
 
     def _mark_of(self, key: str) -> str:
         """The number of the group: with a tick for its first key, with a plus for the others."""
@@ -117,7 +119,7 @@ class PickerDialog(Dialog):
         self._toggle(join=False)
 
     def action_join(self) -> None:
-        """Marks the line together with the one that was marked last."""
+        """Adds the line to the group that was marked last."""
         self._toggle(join=True)
 
     def _toggle(self, *, join: bool) -> None:
@@ -131,20 +133,20 @@ class PickerDialog(Dialog):
             self.marked[-1].append(key)
         else:
             self.marked.append([key])
-        self._fill(self._words)
+        self._fill(self._query)
 
     def on_input_submitted(self) -> None:
-        """Takes the line of the cursor: enter in the search field."""
-        self._take(self.query_one(Table).key)
+        """Selects the line of the cursor: enter in the search field."""
+        self._select(self.query_one(Table).key)
 
     def on_row_selected(self, message: RowSelected) -> None:
-        """Takes a line: enter or a click in the list."""
+        """Selects a line: enter or a click in the list."""
         message.stop()
-        self._take(message.key)
+        self._select(message.key)
 
-    def _take(self, key: str | None) -> None:
+    def _select(self, key: str | None) -> None:
         if self.several:
             groups = self.marked or ([[key]] if key else [])
-            self.answer("\n".join(WITH.join(group) for group in groups))
+            self.close_with("\n".join(WITH.join(group) for group in groups))
         elif key is not None:
-            self.answer(key)
+            self.close_with(key)

@@ -1,4 +1,4 @@
-"""Dialogs that show text, which scrolls if it is higher than the terminal."""
+"""Dialogs with text, which scrolls if it is higher than the terminal."""
 
 from typing import ClassVar
 
@@ -13,9 +13,9 @@ from rlhf_tui.widgets.table import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
 FRAME = 6
-"""Rows of a terminal that a dialog leaves to what is not its text."""
+"""Rows of the terminal that a dialog does not use for its text."""
 MARGIN, WIDEST = 4, 84
-"""Cells of a dialog's border and padding, and of the widest one (app.tcss)."""
+"""Width of border and padding, and the greatest width of a dialog (app.tcss)."""
 
 
 class TextDialog(Dialog):
@@ -25,7 +25,7 @@ class TextDialog(Dialog):
     HINT = "esc close"
 
     def __init__(self, title: str) -> None:
-        """`title` stands on the border; :meth:`lines` returns the text."""
+        """`title` is shown on the border; :meth:`lines` returns the text."""
         super().__init__(title)
         self._lines: list[Row] = []
 

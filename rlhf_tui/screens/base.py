@@ -1,4 +1,4 @@
-"""What all screens share: tabs and status on top, keys at the bottom, the open session."""
+"""The base of all screens: tabs and status on top, keys at the bottom."""
 
 from typing import ClassVar, cast
 

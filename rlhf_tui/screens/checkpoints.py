@@ -1,4 +1,4 @@
-"""Checkpoints: save, roll back, branch, export."""
+"""Checkpoints: save, roll back, fork, export."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -25,7 +25,7 @@ class CheckpointsScreen(SessionScreen):
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "roll_back", "roll back"),
-        Binding("f", "fork", "branch"),
+        Binding("f", "fork", "fork"),
         Binding("E", "export", "export"),
     ]
 
@@ -55,10 +55,10 @@ class CheckpointsScreen(SessionScreen):
 
     def _empty(self) -> list[Row]:
         every = self.context.state.setting("save_every")
-        words = f"the next one comes after every {every} steps" if every else "one comes at the end"
+        saved = f"one is saved every {every} steps" if every else "one is saved at the end"
         return [
             [(" no checkpoint yet", "dim")],
-            [(f" {words}; ", "dim"), ("c", "key"), (" saves one after this step", "dim")],
+            [(f" {saved}; ", "dim"), ("c", "key"), (" saves one after the current step", "dim")],
         ]
 
     def _selected(self) -> CheckpointRow | None:
@@ -67,9 +67,9 @@ class CheckpointsScreen(SessionScreen):
             (c for c in self.context.state.checkpoints if (c.step, c.attempt) == key), None
         )
         if found is None:
-            self.context.say("no checkpoint chosen")
+            self.context.say("no checkpoint selected")
         elif found.status != "complete":
-            self.context.say("that one belongs to a timeline that was left", "warning")
+            self.context.say("this checkpoint belongs to an abandoned branch", "warning")
             return None
         return found
 
@@ -116,14 +116,14 @@ class CheckpointsScreen(SessionScreen):
 
     @on(RowSelected)
     def _enter(self) -> None:
-        self.context.say("r rolls back to it, f branches off it, E exports its policy")
+        self.context.say("r rolls back to it, f forks from it, E exports its policy")
 
 
 def _cells(c: CheckpointRow, best: bool, last: bool) -> list[Piece]:
-    words = ["last"] if last else []
-    words += ["best score"] if best else []
+    remarks = ["last"] if last else []
+    remarks += ["best score"] if best else []
     if c.status == "superseded":
-        words = ["of a timeline that was left"]
+        remarks = ["abandoned branch"]
     dim = "dim" if c.status == "superseded" else ""
     return [
         (str(c.step), dim or "strong"),
@@ -132,7 +132,7 @@ def _cells(c: CheckpointRow, best: bool, last: bool) -> list[Piece]:
         (fmt.size(c.size), dim),
         (fmt.number(c.score), dim or "strong"),
         (fmt.number(c.kl, 2), dim),
-        (", ".join(words), "dim" if dim else "good"),
+        (", ".join(remarks), "dim" if dim else "good"),
     ]
 
 

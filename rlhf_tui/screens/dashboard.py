@@ -1,4 +1,4 @@
-"""The dashboard: what the run does now, its curves, and what can be steered."""
+"""The dashboard: current phase, charts, steering, timeline and machine."""
 
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel, TimelinePanel
 
 PAGES = ("timeline", "latest", "machine")
-"""What shares one place where the terminal is narrow."""
+"""Panels of which a narrow terminal shows one at a time."""
 
 
 class DashboardScreen(SessionScreen):
@@ -40,21 +40,21 @@ class DashboardScreen(SessionScreen):
         Binding("home,g", "cursor_to(0)", "crosshair to the first step", show=False),
         Binding("end,G", "cursor_to(1)", "crosshair to the newest step", show=False),
         Binding("n", "marker(1)", "next marker", show=False),
-        Binding("N", "marker(-1)", "marker before", show=False),
+        Binding("N", "marker(-1)", "previous marker", show=False),
         Binding("down,j", "chart(1)", "next chart", show=False),
-        Binding("up,k", "chart(-1)", "chart before", show=False),
+        Binding("up,k", "chart(-1)", "previous chart", show=False),
         Binding("plus,equals_sign", "zoom(0.5)", "zoom in", show=False),
         Binding("minus", "zoom(2.0)", "zoom out", show=False),
         Binding("comma", "pan(-0.5)", "earlier", show=False),
         Binding("full_stop", "pan(0.5)", "later", show=False),
         Binding("0", "fit", "the whole run", show=False),
-        Binding("z,enter", "enlarge", "enlarge", show=False),
+        Binding("z,enter", "enlarge", "full screen", show=False),
         Binding("m", "metrics", "metrics"),
-        Binding("d", "columns", "charts beside one another", show=False),
+        Binding("d", "columns", "chart columns", show=False),
         Binding("L", "log", "logarithmic", show=False),
         Binding("s", "smooth", "smoothing", show=False),
         Binding("o", "past", "earlier attempts on/off", show=False),
-        Binding("O", "others", "another session's curves", show=False),
+        Binding("O", "others", "overlay another session", show=False),
         Binding("v", "page", "next panel", show=False),
         Binding("escape", "back", "back: crosshair off, whole run", show=False),
     ]
@@ -83,7 +83,7 @@ class DashboardScreen(SessionScreen):
         return self.query_one(ChartGrid)
 
     def draw(self, *, only_live: bool = False) -> None:
-        """Shows the state; the phases get a line for each rank, up to a tenth of the screen."""
+        """Shows the state. Gives the phases a line for each rank, up to a tenth of the screen."""
         ranks = len(self.context.state.phases)
         phases = self.query_one(PhaseStrip)
         wanted = min(max(ranks, 1), max(1, self.size.height // 10))
@@ -108,7 +108,7 @@ class DashboardScreen(SessionScreen):
         self.grid.read(self.context.state, self.context.view)
 
     def session_changed(self) -> None:
-        """Another session has another viewport."""
+        """Uses the viewport of the new session."""
         self.query_one(CursorPanel).view = self.context.view
 
     def refresh_view(self) -> None:
@@ -141,7 +141,7 @@ class DashboardScreen(SessionScreen):
         view, state = self.context.view, self.context.state
         steps = sorted({m.step for m in state.markers() if m.step >= 1})
         if not steps:
-            self.context.say("no markers yet: changes, alerts, checkpoints and notes make them")
+            self.context.say("no markers yet: changes, alerts, checkpoints and notes are marked")
             return
         at = view.cursor
         if at is None:
@@ -170,7 +170,7 @@ class DashboardScreen(SessionScreen):
         self.refresh_view()
 
     def action_back(self) -> None:
-        """Leaves one level: the enlarged chart, the crosshair, the zoom."""
+        """Leaves one level: full screen, the crosshair, the zoom."""
         view = self.context.view
         if self.grid.enlarged:
             self.action_enlarge()
@@ -202,7 +202,7 @@ class DashboardScreen(SessionScreen):
         self.grid.columns = prefs.columns
         self.grid.lay_out()
         self.context.save_preferences()
-        self.context.say(f"charts beside one another: {prefs.columns or 'as many as fit'}")
+        self.context.say(f"chart columns: {prefs.columns or 'as many as fit'}")
 
     def action_log(self) -> None:
         """Switches the scale of the focused chart between linear and logarithmic."""
@@ -232,7 +232,7 @@ class DashboardScreen(SessionScreen):
         self.refresh_view()
 
     def action_page(self) -> None:
-        """Shows the next of the panels that share a place on a narrow terminal."""
+        """Shows the next of :data:`PAGES` on a narrow terminal."""
         side = self.query_one("#side")
         now = next(p for p in PAGES if side.has_class(p))
         side.remove_class(now)
@@ -247,15 +247,15 @@ class DashboardScreen(SessionScreen):
             for n in dict.fromkeys([*shown, *self.context.state.names])
         ]
 
-        async def take(answer: str | None) -> None:
-            if answer:
-                chosen = answer.split("\n")
-                self.context.preferences.charts = chosen
+        async def take(result: str | None) -> None:
+            if result:
+                charts = result.split("\n")
+                self.context.preferences.charts = charts
                 self.context.save_preferences()
-                self.context.read_metrics(chosen)
-                await self.grid.set_charts(chosen)
+                self.context.read_metrics(charts)
+                await self.grid.set_charts(charts)
 
-        self.app.push_screen(PickerDialog("Charts, in the order of marking", options, groups), take)
+        self.app.push_screen(PickerDialog("Choose charts", options, groups), take)
 
     def _newest(self, name: str) -> str:
         state = self.context.state
@@ -263,7 +263,7 @@ class DashboardScreen(SessionScreen):
         return "" if value is None else f"{value:.4g}"
 
     def action_others(self) -> None:
-        """Adds another session's curves, or removes them."""
+        """Overlays another session's curves, or removes them."""
         state, view = self.context.state, self.context.view
         names = [s.name for s in all_sessions(self.context.root) if s.name != state.name]
         if not names:
@@ -281,7 +281,7 @@ class DashboardScreen(SessionScreen):
                     self.context.say(str(error), "error")
             self.draw()
 
-        self.app.push_screen(PickerDialog("Beside these curves", options), take)
+        self.app.push_screen(PickerDialog(f"Overlay on {state.name}", options), take)
 
     def _curves_of(self, name: str) -> dict[str, Series]:
         """The outlines of another session's curves. Raises JournalError."""

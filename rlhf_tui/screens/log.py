@@ -28,7 +28,7 @@ class LogRead(Message):
 
 
 class LogView(ScrollList):
-    """The lines of the log. If it shows the end, it goes on showing the end."""
+    """The lines of the log. If it shows the end, it keeps showing the end."""
 
     def __init__(self) -> None:
         super().__init__(id="log")
@@ -41,7 +41,7 @@ class LogView(ScrollList):
         return len(self.lines)
 
     def empty(self) -> list[Row]:
-        """The hint that stands in an empty log."""
+        """The hint in an empty log."""
         return self.hint
 
     def row(self, index: int, width: int) -> Row:
@@ -72,17 +72,17 @@ class LogScreen(SessionScreen):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "search", "search"),
         Binding("n", "match(1)", "next"),
-        Binding("N", "match(-1)", "before"),
+        Binding("N", "match(-1)", "previous"),
         Binding("right,l", "shift(20)", "right", show=False),
         Binding("left,h", "shift(-20)", "left", show=False),
-        Binding("escape", "back", "no search", show=False),
+        Binding("escape", "back", "clear search", show=False),
     ]
 
     def __init__(self) -> None:
         super().__init__()
         self._folder = ""
         self._at = 0
-        self._words = ""
+        self._query = ""
 
     def compose_body(self) -> ComposeResult:
         """The log with a line about it."""
@@ -90,11 +90,11 @@ class LogScreen(SessionScreen):
         yield LogView()
 
     def on_mount(self) -> None:
-        """Reads on every second."""
+        """Reads new lines every second."""
         self.set_interval(EVERY, self.read_more)
 
     def refresh_content(self) -> None:
-        """Reads on when the screen becomes visible."""
+        """Reads new lines when the screen becomes visible."""
         self.read_more()
         self._about()
 
@@ -142,41 +142,41 @@ class LogScreen(SessionScreen):
         view = self.query_one(LogView)
         name = self.context.state.name
         view.hint = [
-            [(" nothing was printed yet", "dim")],
-            [(" the same from a shell: ", "dim"), (f"rlhf-tui logs {name}", "key")],
+            [(" the log is empty", "dim")],
+            [(" from a shell: ", "dim"), (f"rlhf-tui logs {name}", "key")],
         ]
         row: list[Piece] = [(f" {view.count():,} lines", "dim")]
-        if self._words:
-            hits = sum(self._words.lower() in line.lower() for line in view.lines)
-            row += [("   ", ""), (self._words, "match"), (f"  in {hits:,} lines, n N", "dim")]
+        if self._query:
+            hits = sum(self._query.lower() in line.lower() for line in view.lines)
+            row += [("   ", ""), (self._query, "match"), (f"  in {hits:,} lines, n N", "dim")]
         if view.shift:
             row.append((f"   from column {view.shift + 1}", "dim"))
         self.query_one("#about", Lines).show([row])
         view.update()
 
     def action_search(self) -> None:
-        """Asks for words to search for."""
+        """Asks for a text to search for."""
 
         def take(text: str | None) -> None:
             if text is not None:
-                self._words = self.query_one(LogView).matching = text
+                self._query = self.query_one(LogView).matching = text
                 if text:
                     self.action_match(-1)
                 self._about()
 
         self.app.push_screen(
-            InputDialog("Search the log", [], self._words, lambda _: (True, "")), take
+            InputDialog("Search the log", [], self._query, lambda _: (True, "")), take
         )
 
     def action_match(self, way: int) -> None:
-        """Moves to the next line that has the words."""
-        view, words = self.query_one(LogView), self._words.lower()
-        if not words:
-            self.context.say("nothing to search for yet: / asks")
+        """Moves to the next line that contains the searched text."""
+        view, query = self.query_one(LogView), self._query.lower()
+        if not query:
+            self.context.say("no search yet: press /")
             return
-        hits = [i for i, line in enumerate(view.lines) if words in line.lower()]
+        hits = [i for i, line in enumerate(view.lines) if query in line.lower()]
         if not hits:
-            self.context.say(f"'{self._words}' is not in the log")
+            self.context.say(f"'{self._query}' is not in the log")
             return
         if way > 0:
             view.go(next((i for i in hits if i > view.top), hits[0]))
@@ -192,7 +192,7 @@ class LogScreen(SessionScreen):
     def action_back(self) -> None:
         """Ends the search and moves back to the first column."""
         view = self.query_one(LogView)
-        self._words = view.matching = ""
+        self._query = view.matching = ""
         view.shift = 0
         self._about()
 

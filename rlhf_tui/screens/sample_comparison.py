@@ -1,4 +1,4 @@
-"""The selected sample beside another response to its prompt, and which of the two is better."""
+"""Compares the selected sample with another response to its prompt, and records preferences."""
 
 import functools
 from collections.abc import Callable
@@ -24,15 +24,15 @@ from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
 
 KINDS = ("", "earlier", "reference")
-"""What a sample is compared with, in the order in which the key goes through them."""
+"""What a sample is compared with, in the order of the key."""
 Other = SampleRow | ProbeResponse
 """What a sample is compared with: another one, or the response of the reference to a probe."""
 BINDINGS: list[BindingType] = [
-    Binding("d", "beside", "beside another"),
-    Binding("y", "better('this')", "this one is better", show=False),
-    Binding("o", "better('other')", "the other is better", show=False),
-    Binding("left,h", "other(-1)", "beside a newer one", show=False),
-    Binding("right,l", "other(1)", "beside an older one", show=False),
+    Binding("d", "compare", "compare"),
+    Binding("y", "better('this')", "this response is better", show=False),
+    Binding("o", "better('other')", "the other response is better", show=False),
+    Binding("left,h", "other(-1)", "compare with a newer response", show=False),
+    Binding("right,l", "other(1)", "compare with an older response", show=False),
 ]
 """Keys of the screen whose actions call :class:`SampleComparison`."""
 
@@ -96,7 +96,7 @@ class SampleComparison:
     # -- what it is compared with --------------------------------------------------------------
 
     def next_kind(self) -> None:
-        """Goes on from nothing to earlier responses, to the reference's, and to nothing again."""
+        """Cycles through no comparison, earlier responses and the reference's response."""
         row, view = self._selected(), self._view
         if row is None:
             return
@@ -111,9 +111,9 @@ class SampleComparison:
 
     def leave(self) -> bool:
         """Ends the comparison; False if there was none."""
-        left, self._kind = bool(self._kind), KINDS[0]
+        was_comparing, self._kind = bool(self._kind), KINDS[0]
         self.select(None)
-        return left
+        return was_comparing
 
     def select(self, row: SampleRow | None, *, ask: bool = False) -> None:
         """Compares another sample; `ask`: asks the reference if it has no response yet."""
@@ -133,7 +133,7 @@ class SampleComparison:
         session = self._context.session
         if session is not None:
             work = functools.partial(self._read_others, session, row, self._kind, ask=ask)
-            self._screen.run_worker(work, group="beside", exclusive=True, thread=True)
+            self._screen.run_worker(work, group="comparison", exclusive=True, thread=True)
 
     def _read_others(self, session: Session, row: SampleRow, kind: str, *, ask: bool) -> None:
         """Reads the journal, in a worker thread."""
@@ -170,7 +170,7 @@ class SampleComparison:
     def show_other(self, by: int) -> None:
         """Shows another one of the earlier responses."""
         if self._kind != "earlier":
-            self._context.say("d puts an earlier answer to the same prompt beside this one")
+            self._context.say("press d to compare with an earlier response")
             return
         self._index = min(max(self._index + by, 0), max(len(self._others) - 1, 0))
         self._show()
@@ -200,16 +200,16 @@ class SampleComparison:
     def _lack(self, row: SampleRow) -> str:
         name = self._context.state.name
         if row.prompt in self._probed:
-            return "asked just now; it answers after the step in hand"
+            return "probe sent; answers after the current step"
         if not self._known:
             return "reading …"
         if self._kind == "earlier":
-            return "no other answer to this prompt was kept up to this step; d: the reference's"
+            return "no other response to this prompt up to this step; press d for the reference"
         if self._may_ask(row):
-            return "it was not asked this prompt yet; d asks it"
+            return "no reference answer yet; press d"
         if self._context.read_only:
-            return "it was not asked this prompt yet, and this terminal is read-only"
-        return f"it was not asked this prompt yet; with an engine it can be: rlhf-tui resume {name}"
+            return "no reference answer yet, and this terminal is read-only"
+        return f"no reference answer yet; it needs an engine: rlhf-tui resume {name}"
 
     def _may_ask(self, row: SampleRow) -> bool:
         session = self._context.session
@@ -235,7 +235,7 @@ class SampleComparison:
         row = self._selected()
         if reply is not None and reply.result:
             message.stop()
-            self._context.say("the reference has answered")
+            self._context.say("the reference has responded")
             if row is not None and row.prompt == command.text and self._kind == "reference":
                 found = ProbeResult.of(reply.result).reference
                 self._others = [msgspec.structs.replace(found, step=reply.step)]
@@ -252,9 +252,9 @@ class SampleComparison:
         if row is None or not self._others or not self._view.comparing:
             reading = self._kind and not self._known
             self._context.say(
-                "the other answer is still being read: y or o once it is shown"
+                "the other response is still loading; then press y or o"
                 if reading
-                else "d puts another answer beside this one; then y or o says which is better"
+                else "press d to compare with another response, then y or o"
             )
             return
         other, prompt, who = self._others[self._index], row.prompt, self._context.who
@@ -273,7 +273,7 @@ class SampleComparison:
         self._show()
 
     def _preferred(self, mine: str, theirs: str) -> tuple[str, str]:
-        """`this` or `other`, and who said so; empty if nobody did."""
+        """`this` or `other`, and who preferred it; empty without a preference."""
         for preference in self._preferences:
             if _pair(preference) == {mine, theirs}:
                 which = "this" if preference.chosen.response == mine else "other"
@@ -286,7 +286,7 @@ def _pair(preference: Preference) -> set[str]:
 
 
 def _response(other: Other) -> Response:
-    """As a preference names it: without a place where it is the reference's."""
+    """As a preference stores it; a response of the reference has no step and index."""
     if isinstance(other, SampleRow):
         return Response.of(other)
     return Response(response=other.response)

@@ -1,4 +1,4 @@
-"""The language of the filter of samples."""
+"""Parses the filter of the samples."""
 
 import contextlib
 import re
@@ -17,34 +17,34 @@ _PART = re.compile(
     re.IGNORECASE,
 )
 HINT: list[Row] = [
-    [("words in prompt or answer, and any of", "dim")],
+    [("words in prompt or response, and any of", "dim")],
     [("score>1  score<-1  kl>8  kl<2  cut", "key")],
-    [("good  bad  hack  judged  unjudged", "key"), ('   "good" is the word', "dim")],
+    [("good  bad  hack  judged  unjudged", "key"), ('   "good" searches for the word', "dim")],
 ]
 
 
 def parse_filter(text: str, query: SampleQuery) -> SampleQuery:
-    """`score>1 kl<8 cut good words`: bounds, what answers are, and words to be found.
+    """Parses `score>1 kl<8 cut good words`: bounds, properties, labels and words to search for.
 
     Quoted words are always searched for: `"good"` is not a label.
     """
     bounds: dict[str, float | None] = dict.fromkeys(("score_from", "score_to", "kl_from", "kl_to"))
     found: list[str] = []
-    ours: list[str] = []
+    keywords: list[str] = []
     for part in _PART.finditer(text):
         if part["name"]:
             end = "from" if ">" in part["sign"] else "to"
             with contextlib.suppress(ValueError):
                 bounds[f"{part['name'].lower()}_{end}"] = float(part["number"])
         elif (word := part["word"]) in ("cut", *LABELS, *LABEL_WORDS):
-            ours.append(word)
+            keywords.append(word)
         elif words := word or part["quoted"]:
             found.append(words)
     return msgspec.structs.replace(
         query,
         text=" ".join(found),
-        cut_off="cut" in ours,
-        labels=" ".join(label for label in LABELS if label in ours),
-        judged=next((LABEL_WORDS[w] for w in ours if w in LABEL_WORDS), None),
+        cut_off="cut" in keywords,
+        labels=" ".join(label for label in LABELS if label in keywords),
+        judged=next((LABEL_WORDS[w] for w in keywords if w in LABEL_WORDS), None),
         **bounds,
     )

@@ -20,7 +20,7 @@ BINDINGS: list[BindingType] = [
     Binding("plus", "label('good')", "good"),
     Binding("minus", "label('bad')", "bad"),
     Binding("exclamation_mark", "label('hack')", "hack"),
-    Binding("W", "remark", "note on this answer", show=False),
+    Binding("W", "remark", "note on this response", show=False),
 ]
 """Keys of the screen whose actions call :class:`SampleLabels`."""
 
@@ -86,7 +86,7 @@ class SampleLabels:
         if row is None:
             return
         rows: list[Row] = [
-            [(f"On answer #{row.index} of step {row.step}; empty takes it away.", "dim")]
+            [(f"Response #{row.index} of step {row.step}; an empty note removes it.", "dim")]
         ]
         response, who = Response.of(row), self._context.who
 

@@ -1,4 +1,4 @@
-"""What the policy wrote: a table of samples over all steps, and one of them to be read."""
+"""The samples: a table over all steps, and the selected sample."""
 
 import functools
 from typing import ClassVar
@@ -60,11 +60,11 @@ class SamplesScreen(SessionScreen):
         *sample_comparison.BINDINGS,
         Binding("slash,f", "filter", "filter"),
         Binding("v", "view", "tokens"),
-        Binding("n", "next(1)", "next answer", show=False),
-        Binding("N", "next(-1)", "answer before", show=False),
+        Binding("n", "next(1)", "next response", show=False),
+        Binding("N", "next(-1)", "previous response", show=False),
         Binding("full_stop,greater_than_sign", "page(1)", "next page", show=False),
-        Binding("comma,less_than_sign", "page(-1)", "page before", show=False),
-        Binding("z", "enlarge", "read alone"),
+        Binding("comma,less_than_sign", "page(-1)", "previous page", show=False),
+        Binding("z", "enlarge", "full screen"),
         Binding("s", "sort", "sort"),
         Binding("r", "reverse", "reverse"),
         Binding("escape", "back", "back: table, no filter", show=False),
@@ -90,11 +90,11 @@ class SamplesScreen(SessionScreen):
 
     @functools.cached_property
     def comparison(self) -> SampleComparison:
-        """The selected sample beside another response."""
+        """Compares the selected sample with another response."""
         return SampleComparison(self, self.context, self.labels, selected=self.selected)
 
     def compose_body(self) -> ComposeResult:
-        """The table, and beside or below it the selected sample."""
+        """The table, and the selected sample beside or below it."""
         yield Lines(id="filter")
         with Container(id="panes"):
             yield Table(
@@ -106,7 +106,7 @@ class SamplesScreen(SessionScreen):
                     Column("len", 4, right=True),
                     Column("", 1),
                     Column("", 2),
-                    Column("answer", 10, flexible=True),
+                    Column("response", 10, flexible=True),
                 ],
                 id="samples",
             )
@@ -117,8 +117,8 @@ class SamplesScreen(SessionScreen):
         state = self.context.state
         live_page = self._page == 0 and self._query.order == "step" and self._query.descending
         step = state.head.step if live_page else -1
-        timeline = len(state.head.attempts)  # a roll back changes every page
-        wanted = (state.name, timeline, step, state.labels, self._query, self._page)
+        attempts = len(state.head.attempts)  # a roll back changes every page
+        wanted = (state.name, attempts, step, state.labels, self._query, self._page)
         if wanted != self._shown and self.context.session is not None:
             self._shown = wanted
             self.read_page(self._query, self._page)
@@ -136,7 +136,7 @@ class SamplesScreen(SessionScreen):
         self.query_one(Table).set_rows([])
         self.query_one(SampleView).read(None, None)
 
-    # -- view, in a thread ------------------------------------------------------------------
+    # -- reading, in a thread ------------------------------------------------------------------
 
     @work(thread=True, exclusive=True, group="page")
     def read_page(self, query: SampleQuery, page: int) -> None:
@@ -168,12 +168,12 @@ class SamplesScreen(SessionScreen):
             self.post_message(ArraysRead(key, arrays))
 
     def on_samples_read(self, message: SamplesRead) -> None:
-        """Shows a page, unless another one was asked for meanwhile."""
+        """Shows a page, unless another page was requested meanwhile."""
         if (message.query, message.page) != (self._query, self._page) or self.labels.unwritten:
             return
         if not message.rows and self._page:
             self._page -= 1
-            self.context.say("that was the last page")
+            self.context.say("this is the last page")
             return
         self._rows = {(r.step, r.index): r for r in message.rows}
         table = self.query_one(Table)
@@ -191,20 +191,20 @@ class SamplesScreen(SessionScreen):
     def _empty(self) -> list[Row]:
         name = self.context.state.name
         if self._filter:
-            return [[(f" no answer fits '{self._filter}'; esc takes the filter away", "dim")]]
+            return [[(f" no response matches '{self._filter}'; esc removes the filter", "dim")]]
         if not self.context.state.head.step:
-            return [[(" no answers yet: they come with the first step", "dim")]]
-        return [[(f" no answers were kept (log.samples); see rlhf-tui samples {name}", "dim")]]
+            return [[(" no responses before the first step is done", "dim")]]
+        return [[(f" no responses were kept (log.samples); see rlhf-tui samples {name}", "dim")]]
 
     def _show_query(self) -> None:
         table = self.query_one(Table)
         row: list[Piece] = [(" sorted by ", "dim"), (ORDER_TITLES[self._query.order], "strong")]
-        row.append((" falling" if self._query.descending else " rising", "dim"))
+        row.append((" descending" if self._query.descending else " ascending", "dim"))
         if self._filter:
             row += [("   only ", "dim"), (self._filter, "accent")]
         if self._page or table.count() == PAGE:
-            row += [(f"   page {self._page + 1}  , . turn", "dim")]
-        row += [(f"   {table.count()} answers", "dim")]
+            row += [(f"   page {self._page + 1}  , . page", "dim")]
+        row += [(f"   {table.count()} responses", "dim")]
         row += [("   tokens: ", "dim"), (self.query_one(SampleView).mode, "strong")]
         self.query_one("#filter", Lines).show([row])
 
@@ -271,8 +271,8 @@ class SamplesScreen(SessionScreen):
         """Asks for a note."""
         self.labels.ask_note()
 
-    def action_beside(self) -> None:
-        """Compares with an earlier response, with the reference's, and with none again."""
+    def action_compare(self) -> None:
+        """Cycles through earlier responses, the reference's response and no comparison."""
         self.comparison.next_kind()
 
     def action_other(self, by: int) -> None:
@@ -280,7 +280,7 @@ class SamplesScreen(SessionScreen):
         self.comparison.show_other(by)
 
     def action_better(self, which: str) -> None:
-        """Prefers this response or the other one, or neither again."""
+        """Prefers this response or the other one, or removes the preference."""
         self.comparison.toggle_preference(which)
 
     def action_filter(self) -> None:
@@ -307,15 +307,15 @@ class SamplesScreen(SessionScreen):
 
     def action_reverse(self) -> None:
         """Reverses the order."""
-        falling = not self._query.descending
-        self._query = msgspec.structs.replace(self._query, descending=falling)
+        descending = not self._query.descending
+        self._query = msgspec.structs.replace(self._query, descending=descending)
         self._page = 0
         self.refresh_content()
 
     def action_page(self, by: int) -> None:
         """Turns pages of the table."""
         if by > 0 and self.query_one(Table).count() < PAGE:
-            self.context.say("that was the last page")
+            self.context.say("this is the last page")
             return
         self._page = max(self._page + by, 0)
         self.refresh_content()
@@ -330,14 +330,14 @@ class SamplesScreen(SessionScreen):
         self._show_query()
 
     def action_enlarge(self) -> None:
-        """Shows the sample alone, or with the table."""
+        """Shows the sample in full screen, or with the table."""
         panes = self.query_one("#panes")
         panes.toggle_class("alone")
         target = SampleView if panes.has_class("alone") else Table
         self.query_one(target).focus()
 
     def action_back(self) -> None:
-        """Leaves one level: the sample alone, the comparison, the sample, the filter."""
+        """Leaves one level: full screen, the comparison, the sample, the filter."""
         panes = self.query_one("#panes")
         if panes.has_class("alone"):
             self.action_enlarge()

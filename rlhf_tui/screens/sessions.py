@@ -1,4 +1,4 @@
-"""The session browser: what there is, how it is, and what can be done with it."""
+"""The sessions screen: lists the sessions of a folder; opens, resumes, forks and deletes them."""
 
 import itertools
 from pathlib import Path
@@ -29,7 +29,8 @@ from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.status_lines import STATE_MARKS
 from rlhf_tui.widgets.table import Column, Table
 
-EVERY = 2.0
+READ_INTERVAL = 2.0
+"""Seconds between two readings of the folder."""
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 12
 SPARK_STEPS = 400
@@ -60,7 +61,7 @@ def session_row(session: Session) -> ListedSession:
 
 
 class SessionListCache:
-    """Rows of sessions; reads only those again that have changed."""
+    """Keeps the rows of sessions; reads only those that have changed."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[object, ListedSession]] = {}
@@ -131,14 +132,14 @@ class SessionsScreen(SessionScreen):
                 Column("active", 7, right=True),
             ],
             id="sessions",
-            empty=[[(" looking …", "dim")]],
+            empty=[[(" reading …", "dim")]],
         )
         yield Lines(id="about")
 
     def on_mount(self) -> None:
         """Reads the folder again every two seconds."""
         self.read_sessions()
-        self.set_interval(EVERY, self.read_sessions)
+        self.set_interval(READ_INTERVAL, self.read_sessions)
 
     def refresh_content(self) -> None:
         """Reads the folder when the screen becomes visible."""
@@ -235,11 +236,11 @@ class SessionsScreen(SessionScreen):
         ]
         choices = [Choice("c", "Cancel", "cancel"), Choice("s", "Start", "start")]
 
-        def answer(result: str | None) -> None:
+        def chosen(result: str | None) -> None:
             if result == "start":
                 self.context.engines.start(["demo"], "")
 
-        self.app.push_screen(ChoiceDialog("Start a demo run?", rows, choices), answer)
+        self.app.push_screen(ChoiceDialog("Start a demo run?", rows, choices), chosen)
 
     def action_resume(self) -> None:
         """Resumes the session from its last checkpoint."""
@@ -263,12 +264,12 @@ class SessionsScreen(SessionScreen):
         ]  # fmt: skip
         choices = [Choice("c", "Cancel", "cancel"), Choice("d", "Delete", "delete", danger=True)]
 
-        def answer(result: str | None) -> None:
+        def chosen(result: str | None) -> None:
             if result == "delete":
                 self.context.forget_session(name)
                 self.context.engines.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
-        self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), answer)
+        self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), chosen)
 
 
 def _cells(listed: ListedSession, now: float) -> list[Piece]:
@@ -302,6 +303,6 @@ def _about(row: SessionRow) -> list[Row]:
         tone = "bad" if row.state in ("failed", "unreadable") else "dim"
         found.append([(f" {row.message}", tone)])
     elif row.state == "crashed":
-        words = "its engine is gone without a word; go on: "
-        found.append([(f" {words}", "bad"), (f"rlhf-tui resume {row.name}", "key")])
+        reason = "engine died (no exit message); resume: "
+        found.append([(f" {reason}", "bad"), (f"rlhf-tui resume {row.name}", "key")])
     return found

@@ -1,1 +1,1 @@
-"""What the app knows of a session, and the threads that read and write it."""
+"""The state of a session in the app, and the threads that read and write it."""

@@ -37,7 +37,7 @@ class OutgoingCommand:
     session: Session
     command: Command
     text: str
-    """The command, for people."""
+    """Describes the command in notices."""
     post: Callable[[CommandAnswered], object]
     """Takes each reply, or why there is none, from another thread."""
 
@@ -96,11 +96,11 @@ def _post(outgoing: OutgoingCommand, reply: CommandReply | None = None, problem:
 
 
 class PendingEffects:
-    """The state and beta that the last commands lead to, until the journal shows them.
+    """Predicts state and beta of one run from pending commands, until the journal shows them.
 
-    A command takes effect at the next step boundary and is read back after that. A key that depends
-    on what is shown (pause or continue, a tenth more) would otherwise send the same command twice
-    when it is pressed twice.
+    A command takes effect at the next step boundary and is read back after that. Without the
+    prediction, a key that depends on the state (pause or resume, beta +10 %) would send the same
+    command twice when it is pressed twice.
     """
 
     def __init__(self) -> None:
@@ -108,10 +108,10 @@ class PendingEffects:
         """Pause or unpause, and the state in which it was sent."""
         self._beta: SetBeta | None = None
         self._replaced: float | None = None
-        """The beta that was shown when the command was applied; None until then."""
+        """Beta as shown when the command was applied; None until then."""
 
     def sent(self, command: Command, state: str) -> None:
-        """A command was sent; `state`: the session's, as shown."""
+        """Call it when a command is sent; `state`: of the session, as shown."""
         if isinstance(command, Pause | Unpause):
             self._hold = command, state
         elif isinstance(command, SetBeta):
@@ -120,7 +120,7 @@ class PendingEffects:
             self._beta = None
 
     def replied(self, command: Command, reply: CommandReply | None, beta: float | None) -> None:
-        """A reply came, or None if the command could not be sent; `beta`: as shown now."""
+        """Call it for a reply, None if the command could not be sent; `beta`: as shown now."""
         if reply is not None and not reply.final:
             return
         applied = reply is not None and reply.status == "applied"
@@ -130,7 +130,7 @@ class PendingEffects:
             self._hold = None
 
     def read(self, state: str, beta: float | None) -> None:
-        """The journal was read: state and beta in force."""
+        """Call it with the state and beta in force after each reading of the journal."""
         if self._hold is not None and state != self._hold[1]:
             self._hold = None
         if self._replaced is not None and beta != self._replaced:

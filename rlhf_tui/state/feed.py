@@ -1,7 +1,7 @@
-"""Follows a session: reads its journal in a thread and posts what is new.
+"""Follows a session: reads its journal in a thread and posts updates.
 
-Messages of the engine only make it read sooner; without an engine it reads once a second.
-Everything comes from the journal, so a lost connection loses nothing.
+Messages of the engine wake the reader; without an engine it reads once a second. All data except
+phases and telemetry comes from the journal, so a lost connection loses nothing.
 """
 
 import os
@@ -22,14 +22,14 @@ from rlhf_tui.state.first_read import SPANS, read_summary
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
 
 SHORTEST = 0.3
-"""Seconds between two readings: no more than about three pictures a second."""
+"""Least seconds between two readings: about three frames a second at most."""
 IDLE = 1.0
-"""Seconds after which it reads again although no message came."""
+"""Seconds after which it reads again without a message."""
 RECONNECT = 0.5
 EVENTS_READ = 20_000
 """Newest events read at once, which takes a tenth of a second; see :func:`thinned`."""
 LONG = 10_000
-"""Steps from which on outlines of the curves are read first: whole curves take too long."""
+"""Steps from which on outlines are read before the curves, which take longer."""
 SAMPLES_SHOWN = 16
 
 
@@ -119,7 +119,7 @@ class Feed:
             self._post(update)
 
     def _open(self) -> None:
-        """The journal may be new, replaced by another one, or gone."""
+        """Opens the journal, which may be new, replaced or deleted."""
         found = file_id(self._session.journal_file)
         if found == self._file and self._record is not None:
             return
@@ -141,7 +141,7 @@ class Feed:
             self._send(SessionUpdate(reset=True))
 
     def _send_head_of_new(self) -> None:
-        """A session that was made, whose engine has not begun to write."""
+        """Posts the summary of a session whose engine has not written yet."""
         if self._head is None:
             self._head = SessionSummary("starting", 0, 0, {}, "", [], None, None)
             self._send(SessionUpdate(head=self._head))
@@ -165,7 +165,7 @@ class Feed:
         self._labels: tuple[int, ...] = ()
 
     def _read(self, record: JournalReader) -> None:
-        """What is new, the first time in pieces so that the picture builds up at once."""
+        """Posts what is new; the first time in parts, so that the screen fills early."""
         first = self._head is None
         head = read_summary(self._session, record)
         reset = not first and (
@@ -178,19 +178,19 @@ class Feed:
         advanced = self._head is None or head.step != self._head.step
         changed = head != self._head
         self._head = head
-        news = SessionUpdate(reset=reset, head=head if changed else None)
-        news = self._with_live_news(news)
-        # Clients write it, with an engine or without: no wake-up comes.
+        update = SessionUpdate(reset=reset, head=head if changed else None)
+        update = self._with_live_state(update)
+        # Clients write this file, so the engine sends no message.
         if (labels := stamp(self._session.labels_file)) != self._labels:
             self._labels = labels
-            news = replace(news, labels=labels)
+            update = replace(update, labels=labels)
         events = record.events(last=EVENTS_READ, after=self._event)
         if events:
             self._event = events[-1].event
-            news = replace(news, events=thinned(events))
+            update = replace(update, events=thinned(events))
         if events or advanced or any(c.ended is None for c in self._commands):
-            news = self._with_lists(news, record)
-        self._send(news)
+            update = self._with_lists(update, record)
+        self._send(update)
         if first and head.step > LONG:
             self._send(SessionUpdate(outlines=record.outlines(self._wanted, SPANS)))
         self._read_curves(record, at_once=not (first or reset))
@@ -198,19 +198,19 @@ class Feed:
             self._samples_step = head.step
             self._send(SessionUpdate(samples=record.samples.newest(SAMPLES_SHOWN)))
 
-    def _with_lists(self, news: SessionUpdate, record: JournalReader) -> SessionUpdate:
+    def _with_lists(self, update: SessionUpdate, record: JournalReader) -> SessionUpdate:
         commands, checkpoints = record.commands(), record.checkpoints()
         if commands != self._commands:
             self._commands = commands
-            news = replace(news, commands=commands)
+            update = replace(update, commands=commands)
         if checkpoints != self._checkpoints:
             self._checkpoints = checkpoints
-            news = replace(news, checkpoints=checkpoints)
+            update = replace(update, checkpoints=checkpoints)
         names = record.metric_names()
         if names != self._names:
             self._names = names
-            news = replace(news, names=names)
-        return news
+            update = replace(update, names=names)
+        return update
 
     def _read_curves(self, record: JournalReader, *, at_once: bool) -> None:
         with self._lock:
@@ -247,7 +247,7 @@ class Feed:
                             return
                         self._take_messages(message)
             except (RlhfError, OSError):
-                pass  # no engine there; the journal says how the session is
+                pass  # no engine runs; the journal has the state of the session
             self._set_connected(False)
             self._stopped.wait(RECONNECT)
 
@@ -273,13 +273,13 @@ class Feed:
                     self._telemetry = None
         self._wake.set()
 
-    def _with_live_news(self, news: SessionUpdate) -> SessionUpdate:
+    def _with_live_state(self, update: SessionUpdate) -> SessionUpdate:
         with self._lock:
             if not self._live_changed:
-                return news
+                return update
             self._live_changed = False
             return replace(
-                news,
+                update,
                 phases=sorted(self._phases.values(), key=lambda p: p.rank),
                 telemetry=self._telemetry,
                 connected=self._connected,
@@ -287,7 +287,7 @@ class Feed:
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """Another value whenever a file was changed; () where there is none."""
+    """Returns a value that changes whenever the file changes; () without a file."""
     try:
         found = os.stat(path)  # noqa: PTH116 - called every second
     except OSError:
@@ -296,7 +296,7 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 
 def file_id(path: Path) -> tuple[int, int] | None:
-    """Which file lies at a path now; None where there is none."""
+    """Returns device and inode of the file at a path; None without a file."""
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError:

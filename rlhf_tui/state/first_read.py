@@ -1,7 +1,7 @@
 """Reads a session's summary in a thread while the app is still being imported.
 
-SQLite works without holding the interpreter, so that on two processors the curves' outlines cost
-nothing: they are there when the first picture is drawn.
+SQLite releases the GIL, so on two processors the outlines of the curves cost no time: they are
+read before the first frame is drawn.
 """
 
 import threading
@@ -13,13 +13,13 @@ from engine.session.folder import Session
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate
 
 SPANS = 500
-"""Of an outline: more than a chart of half a wide terminal has columns of dots."""
+"""Spans of an outline: more than the dot columns of a chart on half of a wide terminal."""
 PATIENCE = 0.1
-"""Seconds the first picture waits for what a slow disk has not given yet."""
+"""Seconds that the first frame waits for a slow disk."""
 
 
 def read_summary(session: Session, record: JournalReader) -> SessionSummary:
-    """The session in a few words. Raises JournalError."""
+    """Returns the summary of a session. Raises JournalError."""
     meta = record.meta()
     live = session.is_live()
     engine = session.engine() if live else None
@@ -36,7 +36,7 @@ def read_summary(session: Session, record: JournalReader) -> SessionSummary:
 
 
 class FirstRead:
-    """Starts at construction. What it cannot read is left to the feed, which reports why."""
+    """Starts to read at construction. Ignores errors; the feed reports them."""
 
     def __init__(self, session: Session, names: Iterable[str]) -> None:
         """`names`: metrics whose outlines are wanted."""
@@ -58,6 +58,6 @@ class FirstRead:
             return
 
     def update(self) -> SessionUpdate:
-        """What was read; empty if there was nothing, or not in time."""
+        """Returns what was read; empty if there was nothing, or not in time."""
         self._thread.join(PATIENCE)
         return self._update

@@ -1,7 +1,7 @@
-"""Writes the operator's judgements in a thread, in the order in which they were given.
+"""Writes labels, notes and preferences in a thread, in the order in which they were made.
 
-A file on a slow or busy disk must not hold up the keys. What was given is written before the
-process ends, unless it is killed.
+A slow or busy disk must not block the keys. All changes are written before the process ends, unless
+it is killed.
 """
 
 import functools
@@ -15,7 +15,7 @@ class LabelWriter:
     """Writes changes one after another, and reports each one."""
 
     def __init__(self, post: Callable[[str], object]) -> None:
-        """`post` takes why it could not be written, or "", from another thread."""
+        """`post` takes why a change could not be written, or "", from another thread."""
         self._post = post
 
     @functools.cached_property
@@ -23,7 +23,7 @@ class LabelWriter:
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="judgements")
 
     def write(self, change: Callable[[], None]) -> None:
-        """Takes a change; returns at once."""
+        """Queues a change; returns at once."""
         self._thread.submit(self._write, change)
 
     def _write(self, change: Callable[[], None]) -> None:
@@ -31,7 +31,7 @@ class LabelWriter:
             change()
         except (RlhfError, OSError) as error:
             self._post(str(error))
-        except Exception as error:  # nobody asks this thread's future what became of it
+        except Exception as error:  # nobody reads the result of the future
             self._post(f"this judgement was not written: {type(error).__name__}: {error}")
         else:
             self._post("")

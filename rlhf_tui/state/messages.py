@@ -34,7 +34,7 @@ class CommandAnswered(Message):
         super().__init__()
         self.session = session
         self.text = text
-        """The command, for people."""
+        """Describes the command in notices."""
         self.command = command
         self.reply = reply
         self.problem = problem
@@ -63,7 +63,7 @@ class EngineStarted(Message):
 
 
 class RowSelected(Message):
-    """A row of a table was chosen (enter, click)."""
+    """A row of a table was selected (enter, click)."""
 
     def __init__(self, table: str, key: Any) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class RowSelected(Message):
 
 
 class RowHighlighted(Message):
-    """The cursor of a table has come to a row."""
+    """The cursor of a table has moved to a row."""
 
     def __init__(self, table: str, key: Any) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class RowHighlighted(Message):
 
 
 class CursorMoved(Message):
-    """The crosshair of a chart was put on a step (None: taken away)."""
+    """The crosshair of a chart was moved to a step (None: removed)."""
 
     def __init__(self, step: int | None) -> None:
         super().__init__()

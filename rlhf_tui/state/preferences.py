@@ -1,7 +1,7 @@
-"""What the operator has chosen, remembered: theme, charts, and what was seen last.
+"""The saved preferences: theme, charts, and what was seen last.
 
-Under $XDG_CONFIG_HOME and $XDG_STATE_HOME. A file that cannot be read is left aside with a notice;
-one that cannot be written costs only the remembering.
+Under $XDG_CONFIG_HOME and $XDG_STATE_HOME. A file that cannot be read is ignored with a notice. If
+a file cannot be written, the preferences are lost when the app ends.
 """
 
 import os
@@ -26,16 +26,16 @@ class Preferences(Struct, kw_only=True):
     charts: list[str] = msgspec.field(default_factory=lambda: list(CHARTS))
     """Metrics; `a + b` puts two on one chart."""
     columns: Annotated[int, Meta(ge=0, le=4)] = 0
-    """Charts beside one another; 0: as many as fit well."""
+    """Columns of charts; 0: as many as fit."""
     log: list[str] = []
     """Metrics on a logarithmic scale."""
     weight: Annotated[float, Meta(ge=0, lt=1)] = 0.6
-    """Of the moving average; 0: off."""
+    """Weight of the moving average; 0: off."""
     past: bool = True
-    """Earlier attempts are drawn."""
+    """Whether earlier attempts are drawn."""
 
     def metrics(self) -> list[str]:
-        """Of all charts, in their order."""
+        """The metrics of all charts, in their order."""
         return [n.strip() for spec in self.charts for n in spec.split(" + ")]
 
 
@@ -84,17 +84,17 @@ def load_seen() -> SeenAll:
 
 
 def save(path: Path, value: Preferences | SeenAll) -> str:
-    """Writes a file, whole or not at all; what prevented it, empty where nothing did."""
+    """Writes a file atomically. Returns why it failed; empty if it succeeded."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
     except OSError as error:
-        return f"cannot remember in {path}: {error.strerror}"
+        return f"cannot save {path}: {error.strerror}"
     return ""
 
 
 def remember_seen(folder: str, seen: Seen) -> None:
-    """Adds what was seen of a session to what other terminals have noted."""
+    """Adds what was seen of a session to what other terminals have saved."""
     known = load_seen() | {folder: seen}
     newest = sorted(known, key=lambda f: known[f].time)[-SEEN_KEPT:]
     save(seen_file(), {f: known[f] for f in newest})
@@ -106,4 +106,4 @@ def _load(path: Path, kind: type[_T]) -> tuple[_T | None, str]:
     except FileNotFoundError:
         return None, ""
     except (OSError, msgspec.DecodeError) as error:
-        return None, f"{path} cannot be used and is left aside: {error}"
+        return None, f"{path} cannot be read and is ignored: {error}"

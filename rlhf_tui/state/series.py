@@ -1,4 +1,4 @@
-"""One metric over the steps, ready to be drawn at any width."""
+"""One metric over the steps, with extremes that are quick to compute at any width."""
 
 import math
 from array import array
@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 BLOCK = 64
-"""Points whose extremes are kept together."""
+"""Points for which one pair of extremes is stored."""
 
 
 class Series:
@@ -30,7 +30,7 @@ class Series:
         if points:
             newest = values[-1]
             self._ends_undefined = newest is None or not math.isfinite(newest)
-        # What holds for nearly all metrics is quick; a sum tells whether a NaN is among them.
+        # Fast path: a finite sum shows that there is no NaN, which holds for nearly all metrics.
         # `None in values` narrows nothing for mypy, here and below.
         if None in values or not math.isfinite(sum(values)):  # type: ignore[arg-type]
             points = [p for p in points if p[1] is not None and math.isfinite(p[1])]
@@ -41,7 +41,7 @@ class Series:
     def _append(self, steps: "array[int]", values: "array[float]") -> None:
         self.steps.extend(steps)
         self.values.extend(values)
-        # The last block may have been open; it and all after it are reckoned again.
+        # The last block may be incomplete; it and all later blocks are computed again.
         first = max(0, len(self._low) - 1)
         del self._low[first:], self._high[first:]
         for start in range(first * BLOCK, len(self.values), BLOCK):
@@ -78,14 +78,14 @@ class Series:
 
     @property
     def last(self) -> float | None:
-        """The newest step's value; None where it is undefined: an earlier one is not of now."""
+        """The value of the newest step; None if it is undefined."""
         return self.values[-1] if self.values and not self._ends_undefined else None
 
 
 class Smoothed(Series):
-    """The exponential moving average of another series, kept up with it.
+    """The exponential moving average of another series.
 
-    The mean starts at the first value and forgets a step's share of `1 - weight` at a time.
+    It starts at the first value: ``mean += (1 - weight) * (value - mean)``.
     """
 
     def __init__(self, source: Series, weight: float) -> None:
@@ -95,7 +95,7 @@ class Smoothed(Series):
         self.follow()
 
     def follow(self) -> None:
-        """Takes in what the source has had since."""
+        """Appends the averages of new points of the source."""
         begin = len(self)
         if begin == len(self.source):
             return

@@ -1,4 +1,4 @@
-"""One session in a row: what `ls` and `status` print and the session browser shows."""
+"""A session as `ls` and `status` print it and the sessions screen shows it."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     beta: float | None = None
     pid: int | None = None
-    """Of its engine; None where there is none."""
+    """Process id of its engine; None without an engine."""
     host: str | None = None
     score: float | None = None
     kl: float | None = None
@@ -31,7 +31,7 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     """Steps that can be resumed from."""
     message: str = ""
     updated: float | None = None
-    """When its last step was done, or its last engine started."""
+    """Time of its last step, or of the start of its last engine."""
     folder: str
 
     def as_json(self) -> Json:
@@ -48,7 +48,7 @@ class ListedSession(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_session_row(session: Session) -> SessionRow:
-    """A session in a row.
+    """Reads the row of a session.
 
     Raises:
         RlhfError: its journal or its configuration cannot be read.
@@ -83,7 +83,7 @@ def read_session_row(session: Session) -> SessionRow:
 
 
 def unreadable_row(session: Session, error: RlhfError | OSError) -> SessionRow:
-    """The row of a session that is damaged or of a newer version: it must not hide the others."""
+    """Returns the row of a session that cannot be read, so that the others can still be listed."""
     return SessionRow(
         name=session.name, state="unreadable", message=str(error), folder=str(session.folder)
     )

@@ -1,4 +1,4 @@
-"""What is known of the open session: the updates of the feed put together, for all screens."""
+"""The state of the open session, assembled from the updates of the feed."""
 
 import time
 from collections.abc import Callable
@@ -39,14 +39,14 @@ ALWAYS = (
     SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH, STEP_TIME, TOKENS_PER_SECOND, PEAK_MEMORY,
     *map(phase_time, PHASES),
 )  # fmt: skip
-"""Metrics that every screen may speak of."""
+"""Metrics that are always read, whichever charts are shown."""
 RECENT = 10
-"""Steps over which `recent_mean` is reckoned, and before and after an intervention."""
+"""Steps of `recent_mean`, and of the means before and after an intervention."""
 
 
 @dataclass(frozen=True)
 class Marker:
-    """Something that stands on the curves."""
+    """An event that is shown on the charts."""
 
     step: int
     kind: str
@@ -67,7 +67,7 @@ MARKER_TONES = {
 
 
 class SessionState:
-    """Filled by :meth:`take`; read by the widgets, in the app's own thread only."""
+    """Filled by :meth:`take` and read by the widgets. Use it in the app's thread only."""
 
     def __init__(
         self, name: str = "", batch_size: int = 1, now: Callable[[], float] = time.time
@@ -88,7 +88,7 @@ class SessionState:
         """Whether anything was read yet."""
         self.curves: dict[str, Series] = {}
         self.outlines: dict[str, Series] = {}
-        """Of curves that are still being read."""
+        """Outlines of curves that are still being read."""
         self.past: dict[str, list[Series]] = {}
         self.names: list[str] = []
         self.events: list[EventRow] = []
@@ -96,7 +96,7 @@ class SessionState:
         self.checkpoints: list[CheckpointRow] = []
         self.samples: list[SampleRow] = []
         self.labels: tuple[int, ...] = ()
-        """Another value whenever somebody has judged an answer."""
+        """Changes whenever somebody labels a response."""
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
         self._markers: list[Marker] | None = None
 
@@ -169,12 +169,12 @@ class SessionState:
 
     @property
     def live(self) -> bool:
-        """Whether an engine is there."""
+        """Whether an engine runs."""
         return self.head.pid is not None
 
     @property
     def training(self) -> bool:
-        """Whether steps go on."""
+        """Whether the engine takes steps."""
         return self.live and self.head.state in ("running", "pausing", "stopping")
 
     def seconds_left(self) -> float | None:
@@ -201,14 +201,14 @@ class SessionState:
         )
         return done + self.now() - self.phase_since.get(phase.rank, self.now())
 
-    # -- what happened -------------------------------------------------------------------------
+    # -- events -------------------------------------------------------------------------
 
     def pending(self) -> list[CommandRow]:
         """Commands that have not ended."""
         return [c for c in self.commands if c.status in ("queued", "accepted")]
 
     def beta_source(self, *, short: bool = False) -> str:
-        """Where the present beta comes from."""
+        """Where the beta in force comes from."""
         manual = next(
             (
                 c
@@ -222,12 +222,12 @@ class SessionState:
             if short:
                 return f"{person} @{step}"
             if self.setting("controller") == "adaptive":
-                return f"goes on from {person}'s, step {step}"
+                return f"continues from {person}'s, step {step}"
             return f"set by {person} at step {step}"
         return "controller" if self.setting("controller") == "adaptive" else "configuration"
 
     def markers(self) -> list[Marker]:
-        """Everything that stands on the curves, by step."""
+        """Everything that is shown on the charts, by step."""
         if self._markers is None:
             found = [m for e in self.events if (m := _event_marker(e)) is not None]
             found += [_command_marker(c) for c in self.commands if _shown(c)]
@@ -245,7 +245,7 @@ def _changes(command: CommandRow, key: str) -> bool:
 
 
 def _shown(command: CommandRow) -> bool:
-    """Whether a command stands on the curves; one that this version does not know does."""
+    """Whether a command is shown on the charts; a command of a newer version is."""
     kind = COMMANDS.get(command.command)
     return (
         command.status == "applied"
@@ -256,18 +256,18 @@ def _shown(command: CommandRow) -> bool:
 
 
 def command_text(command: CommandRow) -> str:
-    """A command in words: `beta 0.05 → 0.08`, `pause`."""
+    """Returns a command as text: `beta 0.05 → 0.08`, `pause`."""
     if command.changes:
-        words = ", ".join(
+        text = ", ".join(
             f"{c.key} {value_text(c.old)} → {value_text(c.new)}" for c in command.changes
         )
-        return f"undo: {words}" if command.command == Undo.name() else words
+        return f"undo: {text}" if command.command == Undo.name() else text
     given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
     return f"{command.command} {given}".strip()
 
 
 def value_text(value: Any) -> str:
-    """A setting's value, short."""
+    """Returns a setting's value as short text."""
     if value is None:
         return "off"
     if isinstance(value, float):
@@ -289,14 +289,14 @@ def _event_marker(event: EventRow) -> Marker | None:
     step, when = event.step, event.time
     match event.payload:
         case CheckpointEvent(score=score, kl=kl):
-            words = f"checkpoint, score {number(score)}, KL {number(kl, 2)}"
-            return Marker(step, "checkpoint", words, time=when)
+            text = f"checkpoint, score {number(score)}, KL {number(kl, 2)}"
+            return Marker(step, "checkpoint", text, time=when)
         case AttemptEvent(attempt=attempt, from_step=first) if attempt > 1:
-            words = f"attempt {attempt} goes on from step {first}"
-            return Marker(first, "attempt", words, time=when)
+            text = f"attempt {attempt} resumes from step {first}"
+            return Marker(first, "attempt", text, time=when)
         case AlertEvent(rule=rule, text=text):
-            words = f"{rule}: {text.removeprefix('look here: ')}"
-            return Marker(step, "alert", words, time=when)
+            text = f"{rule}: {text.removeprefix('look here: ')}"
+            return Marker(step, "alert", text, time=when)
         case NoteEvent(text=text, who=who):
             return Marker(step, "note", text, who, when)
         case _:

@@ -1,4 +1,4 @@
-"""Time left: of a step and of a run, as every part of the dashboard and the CLI shows it."""
+"""Time left of a step and of a run, for the dashboard and the CLI."""
 
 SMOOTHING = 0.9
 """Weight of the past in :class:`StepSeconds`."""

@@ -1,4 +1,4 @@
-"""What a reading of the journal found. No Textual here: it is used while that is imported."""
+"""The result of one reading of the journal. Does not import Textual, which loads meanwhile."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ Points = list[tuple[int, float | None]]
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """A session in a few words."""
+    """The summary of a session."""
 
     state: str
     step: int
@@ -30,14 +30,14 @@ class SessionUpdate:
     """What a reading found; a field that is None has not changed."""
 
     reset: bool = False
-    """Forget everything: another timeline, or another journal."""
+    """Discard the state: the run was rolled back, or the journal was replaced."""
     head: SessionSummary | None = None
     curves: dict[str, Points] = field(default_factory=dict)
-    """Points that follow those of earlier readings."""
+    """Points to append to those of earlier readings."""
     outlines: dict[str, Points] = field(default_factory=dict)
-    """Of whole curves, lowest and highest values by turns: shown until the curve itself is read."""
+    """Lowest and highest values of whole curves, alternating; shown until the curve is read."""
     past: dict[str, list[tuple[int, int, float | None]]] = field(default_factory=dict)
-    """(attempt, step, value) of timelines that were left."""
+    """(attempt, step, value) of abandoned branches."""
     names: list[str] | None = None
     events: list[EventRow] = field(default_factory=list)
     commands: list[CommandRow] | None = None
@@ -45,31 +45,31 @@ class SessionUpdate:
     samples: list[SampleRow] | None = None
     """The newest step's."""
     labels: tuple[int, ...] | None = None
-    """Another value whenever somebody has judged an answer."""
+    """Changes whenever somebody labels a response."""
     phases: list[Phase] | None = None
     telemetry: Telemetry | None = None
     connected: bool | None = None
     problem: str | None = None
-    """What prevents reading; empty once it works again."""
+    """Why the journal cannot be read; empty once it can be read again."""
 
     def __bool__(self) -> bool:
         return self != SessionUpdate()
 
     @property
     def only_live(self) -> bool:
-        """Whether it speaks only of what goes on this moment: no curve and no list has changed."""
+        """Whether only phases, telemetry and connection have changed."""
         return self == SessionUpdate(
             phases=self.phases, telemetry=self.telemetry, connected=self.connected
         )
 
 
 REGULAR = ("checkpoint", "command")
-"""Kinds of events that come all the time; commands are also told by themselves, all of them."""
+"""Frequent kinds of events. All commands are also in :attr:`SessionUpdate.commands`."""
 REGULAR_KEPT, OTHERS_KEPT = 500, 5000
 
 
 def thinned(events: list[EventRow]) -> list[EventRow]:
-    """The newest of them: what comes all the time must not push out what stands on the curves.
+    """Returns the newest events; frequent kinds do not displace rare ones.
 
     Args:
         events: oldest first.

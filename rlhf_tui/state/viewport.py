@@ -7,7 +7,7 @@ from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_state import SessionState
 
 WEIGHTS = (0.0, 0.6, 0.9, 0.97)
-"""Of the moving average, as offered one after another."""
+"""Weights of the moving average, in the order of the key."""
 NARROWEST = 10
 
 
@@ -22,14 +22,14 @@ class Viewport:
     """The last step shown; None follows the run."""
     weight: float = WEIGHTS[1]
     past: bool = True
-    """Earlier attempts are seen, too."""
+    """Whether earlier attempts are shown."""
     others: dict[str, dict[str, Series]] = field(default_factory=dict)
     """Other sessions' curves, by session and metric."""
 
     def window(self, state: SessionState) -> tuple[float, float]:
         """The first and the last step shown.
 
-        The right end moves in jumps: a picture that shifts with every step would be sent whole.
+        The right end moves in jumps: moving it with every step would redraw whole charts.
         """
         first, full = 1.0, self._whole(state)
         if self.width is None:

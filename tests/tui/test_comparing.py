@@ -193,7 +193,7 @@ async def test_without_another_answer_the_keys_say_what_comes_first(samples, jud
         for key in ("y", "o", "left", "right"):
             await pilot.press(key)
             line = app.screen.query_one("#keys").text()
-            assert line.strip().startswith("d puts an")
+            assert line.strip().startswith("press d to compare")
         assert not judged.labels_file.exists()
 
 
@@ -234,7 +234,7 @@ async def test_the_probe_s_refusal_is_told(samples, engine, monkeypatch, until):
         await pilot.press("d", "d")
         await until(pilot, lambda: notices(app))
         assert reason in notices(app)[0]
-        await until(pilot, lambda: "d asks it" in pane(app))
+        await until(pilot, lambda: "press d" in pane(app))
 
 
 async def test_what_was_not_answered_yet_is_asked_by_d_not_by_going_to_it(samples, engine, until):
@@ -243,7 +243,7 @@ async def test_what_was_not_answered_yet_is_asked_by_d_not_by_going_to_it(sample
         await pilot.press("d", "d")
         await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("n")
-        await until(pilot, lambda: "d asks it" in pane(app))
+        await until(pilot, lambda: "press d" in pane(app))
         assert len(engine) == 1
         await pilot.press("d")
         await until(pilot, lambda: "reference says" in pane(app))
@@ -257,7 +257,7 @@ async def test_what_somebody_else_has_asked_meanwhile_is_not_asked_again(
         await pilot.press("d", "d")
         await until(pilot, lambda: beside(app).row is not None)
         await pilot.press("n")
-        await until(pilot, lambda: "d asks it" in pane(app))
+        await until(pilot, lambda: "press d" in pane(app))
         reference(judged)
         await pilot.press("d")
         await until(pilot, lambda: "the reference's words" in pane(app))
@@ -285,4 +285,4 @@ async def test_a_prompt_with_a_single_answer_says_so(samples, judged, until):
         db.execute("UPDATE samples SET prompt = 'another one' WHERE (step, idx) = (?, 0)", (STEPS,))
     async with samples() as (app, pilot):
         await pilot.press("d")
-        await until(pilot, lambda: "no other answer to this prompt" in pane(app))
+        await until(pilot, lambda: "no other response to this prompt" in pane(app))

@@ -34,7 +34,7 @@ def test_beta_names_who_set_it():
     change = [SettingChange(key="beta", old=0.04, new=0.05)]
     done = command("applied", applied_step=12, changes=change, ended=2.0)
     state.take(SessionUpdate(commands=[done]))
-    assert "goes on from ana's, step 12" in text(SteeringPanel(state))
+    assert "continues from ana's, step 12" in text(SteeringPanel(state))
 
 
 @pytest.mark.parametrize(
