@@ -209,7 +209,7 @@ class SampleComparison:
             return "no reference answer yet; press d"
         if self._context.read_only:
             return "no reference answer yet, and this terminal is read-only"
-        return f"no reference answer yet; it needs an engine: rlhf-tui resume {name}"
+        return f"no reference answer yet; first: rlhf-tui resume {name}"
 
     def _may_ask(self, row: SampleRow) -> bool:
         session = self._context.session
