@@ -39,7 +39,7 @@ class Dialog(ModalScreen[str | None]):
     def __init__(self, title: str) -> None:
         super().__init__()
         self.heading = title
-        self._closed = False
+        self._finished = False
 
     def compose(self) -> ComposeResult:
         """The box with its title and its body."""
@@ -53,8 +53,8 @@ class Dialog(ModalScreen[str | None]):
 
     def close_with(self, result: str | None) -> None:
         """Closes with a result. Later calls do nothing: a second key may be queued already."""
-        if not self._closed:
-            self._closed = True
+        if not self._finished:
+            self._finished = True
             self.dismiss(result)
 
     def action_cancel(self) -> None:
