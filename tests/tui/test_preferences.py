@@ -31,7 +31,7 @@ def test_a_folder_that_cannot_be_written_only_costs_the_remembering(tmp_path, mo
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
     problem = prefs.save(prefs.preferences_file(), prefs.Preferences())
-    assert "cannot remember" in problem
+    assert "cannot save" in problem
 
 
 def test_what_was_seen_of_one_session_leaves_the_others(tmp_path):
