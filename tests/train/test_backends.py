@@ -1,0 +1,10 @@
+"""The table of rollout backends."""
+
+from typing import get_args, get_type_hints
+
+from engine.config.schema import RolloutConfig
+from engine.train.rollout.backend import BACKENDS
+
+
+def test_the_engine_key_takes_the_backends_of_the_table_and_no_others():
+    assert get_args(get_type_hints(RolloutConfig)["engine"]) == tuple(BACKENDS)
