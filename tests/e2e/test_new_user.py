@@ -78,15 +78,15 @@ def test_a_complete_session_of_a_new_user(run, wait_until):
     two_minutes_ago(Path(lab.environment["XDG_STATE_HOME"]) / "rlhf-tui" / "seen.json")
     terminal = Terminal(lab, "attach", run.name)
     try:
-        wait_until(lambda: "Since you left" in terminal.screen, "digest")
+        wait_until(lambda: "since you left" in terminal.screen, "digest")
         assert "0.3 → 0.25" in terminal.screen, "the digest does not show the change"
         terminal.type("o")
-        wait_until(lambda: "Since you left" not in terminal.screen, "end of the digest")
+        wait_until(lambda: "since you left" not in terminal.screen, "end of the digest")
         # The dialog disappears before the screen below is drawn again.
         wait_until(lambda: marked(terminal.screen), "markers of the changes on the curves")
         wait_until(lambda: "▲ checkpoint" in terminal.screen, "checkpoint in the timeline")
         terminal.type("S")
-        wait_until(lambda: "Stop the run?" in terminal.screen, "dialog to stop")
+        wait_until(lambda: f"Stop {run.name}?" in terminal.screen, "dialog to stop")
         terminal.type("\r")  # the safe choice has the focus: save, then stop
         run.wait_for("stopped")
         wait_until(lambda: f"rlhf-tui resume {run.name}" in terminal.screen, "how to resume")
