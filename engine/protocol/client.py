@@ -100,7 +100,7 @@ class Client:
         """
         request_id = command_id or new_id()
         # Callers know a command by its base class only.
-        self._send(CommandRequest(id=request_id, command=command))  # type: ignore[arg-type]
+        self._send(CommandRequest(id=request_id, command=command))  # type: ignore[arg-type]  # every Command is an AnyCommand
         try:
             return self._reply(request_id, time.monotonic() + REPLY_TIMEOUT)
         except TimeoutError as error:

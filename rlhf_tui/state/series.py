@@ -32,11 +32,11 @@ class Series:
             self._ends_undefined = newest is None or not math.isfinite(newest)
         # Fast path: a finite sum shows that there is no NaN, which holds for nearly all metrics.
         # `None in values` narrows nothing for mypy, here and below.
-        if None in values or not math.isfinite(sum(values)):  # type: ignore[arg-type]
+        if None in values or not math.isfinite(sum(values)):  # type: ignore[arg-type]  # None is tested first
             points = [p for p in points if p[1] is not None and math.isfinite(p[1])]
             values = [value for _, value in points]
         if points:
-            self._append(array("q", [step for step, _ in points]), array("d", values))  # type: ignore[arg-type]
+            self._append(array("q", [step for step, _ in points]), array("d", values))  # type: ignore[arg-type]  # no None here
 
     def _append(self, steps: "array[int]", values: "array[float]") -> None:
         self.steps.extend(steps)

@@ -209,7 +209,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
             data = {i.index.fqn: planner.resolve_data(i) for i in items}
             tensors = {k: t.contiguous() for k, t in data.items() if isinstance(t, Tensor)}
             offsets = {
-                i.index.fqn: {SAVED_OFFSETS_KEY: list(i.tensor_data.chunk.offsets)}  # type: ignore[union-attr]
+                i.index.fqn: {SAVED_OFFSETS_KEY: list(i.tensor_data.chunk.offsets)}  # type: ignore[union-attr]  # tensors have data
                 for i in items
             }
             save_file(
@@ -228,7 +228,7 @@ def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
     size = 0
     for item in items:
         data = item.tensor_data
-        count = data.chunk.sizes.numel() * data.properties.dtype.itemsize  # type: ignore[union-attr]
+        count = data.chunk.sizes.numel() * data.properties.dtype.itemsize  # type: ignore[union-attr]  # tensors have data
         if file and size + count > FILE_SIZE:
             yield file
             file, size = [], 0

@@ -49,7 +49,7 @@ def back_by_file(module: nn.Module, blocks: Iterable[nn.Module] = ()) -> None:
             mapping, dtype=parameter.dtype, count=parameter.numel(), offset=offset
         ).view(parameter.shape)
         parameter.data = mapped.copy_(parameter.data)
-    module.file_mapping = mapping  # type: ignore[assignment]
+    module.file_mapping = mapping  # type: ignore[assignment]  # an attribute of our own
     for block in blocks:
         extents = [(offsets[p], offsets[p] + p.nbytes) for p in block.parameters()]
         if extents:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
-from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from engine.config.schema import LaunchConfig
 from engine.errors import LinkError, RlhfError, UserInputError

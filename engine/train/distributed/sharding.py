@@ -190,7 +190,7 @@ def offload_between_uses(
         if ranks.size == 1 or strategy != "fsdp":
             back_by_file(module, blocks(module))
     elif on_host:
-        module.device_in_use = ranks.device  # type: ignore[assignment]
+        module.device_in_use = ranks.device  # type: ignore[assignment]  # an attribute of our own
         module.to("cpu")
 
 

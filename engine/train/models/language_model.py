@@ -126,7 +126,7 @@ class LanguageModel(nn.Module):
             self._hidden = None
             return logits, None
         if separate:
-            trunk = self.value_trunk(input_ids=tokens, use_cache=False, **inputs)  # type: ignore[misc]
+            trunk = self.value_trunk(input_ids=tokens, use_cache=False, **inputs)  # type: ignore[misc]  # checked above
             hidden = trunk.last_hidden_state[:, -keep:]
         else:
             hidden, self._hidden = self._hidden, None

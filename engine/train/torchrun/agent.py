@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 
 import msgspec
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig as TorchLaunch
 from torch.distributed.launcher.api import elastic_launch

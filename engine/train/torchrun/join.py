@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from engine import __version__
 from engine.config.schema import LaunchConfig

@@ -7,7 +7,7 @@ it on every machine. This backend stores only a counter and host names.
 import os
 from datetime import timedelta
 
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # not exported
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
