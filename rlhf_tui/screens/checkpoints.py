@@ -56,10 +56,10 @@ class CheckpointsScreen(SessionScreen):
     def _empty(self) -> list[Row]:
         every = self.context.state.setting("save_every")
         saved = f"one is saved every {every} steps" if every else "one is saved at the end"
-        return [
-            [(" no checkpoint yet", "dim")],
-            [(f" {saved}; ", "dim"), ("c", "key"), (" saves one after the current step", "dim")],
-        ]
+        hint: list[Piece] = [(f" {saved}", "dim")]
+        if self.context.state.live and not self.context.read_only:
+            hint += [("; ", "dim"), ("c", "key"), (" saves one after the current step", "dim")]
+        return [[(" no checkpoint yet", "dim")], hint]
 
     def _selected(self) -> CheckpointRow | None:
         key = self.query_one(Table).key

@@ -22,7 +22,7 @@ from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.sample_comparison import ComparisonRead, SampleComparison
 from rlhf_tui.screens.sample_filter import HINT, parse_filter
 from rlhf_tui.screens.sample_labels import LabelWritten, SampleLabels
-from rlhf_tui.state.messages import CommandAnswered, RowHighlighted, RowSelected
+from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.samples.judgement import key_of, mark
 from rlhf_tui.widgets.samples.sample_view import SampleView
@@ -102,7 +102,7 @@ class SamplesScreen(SessionScreen):
                     Column("step", 6, right=True),
                     Column("#", 3, right=True),
                     Column("score", 7, right=True),
-                    Column("KL", 6, right=True),
+                    Column("KL", 7, right=True),
                     Column("len", 4, right=True),
                     Column("", 1),
                     Column("", 2),
@@ -304,6 +304,16 @@ class SamplesScreen(SessionScreen):
         self._query = msgspec.structs.replace(self._query, order=SAMPLE_ORDERS[at])
         self._page = 0
         self.refresh_content()
+
+    def on_header_selected(self, message: HeaderSelected) -> None:
+        """Sorts by the column whose title was clicked; again reverses the order."""
+        order = next((o for o, title in ORDER_TITLES.items() if title == message.title), None)
+        if order == self._query.order:
+            self.action_reverse()
+        elif order is not None:
+            self._query = msgspec.structs.replace(self._query, order=order)
+            self._page = 0
+            self.refresh_content()
 
     def action_reverse(self) -> None:
         """Reverses the order."""

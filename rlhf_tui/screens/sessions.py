@@ -26,7 +26,7 @@ from rlhf_tui.state.session_row import (
 )
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.widgets.lines import Lines, Piece, Row
-from rlhf_tui.widgets.status_lines import STATE_MARKS
+from rlhf_tui.widgets.status_lines import STATE_MARKS, paused_text
 from rlhf_tui.widgets.table import Column, Table
 
 READ_INTERVAL = 2.0
@@ -299,7 +299,9 @@ def _about(row: SessionRow) -> list[Row]:
         [(f" {short_path(row.folder)}", "dim")],
         [(" ", ""), (engine, ""), ("   checkpoints ", "dim"), (steps, "")],
     ]
-    if row.message:
+    if row.pause_reason:
+        found.append([(f" {paused_text(row.pause_reason, row.step)}", "warn")])
+    elif row.message:
         tone = "bad" if row.state in ("failed", "unreadable") else "dim"
         found.append([(f" {row.message}", tone)])
     elif row.state == "crashed":

@@ -80,6 +80,15 @@ class RowHighlighted(Message):
         self.key = key
 
 
+class HeaderSelected(Message):
+    """The title of a table's column was clicked."""
+
+    def __init__(self, table: str, title: str) -> None:
+        super().__init__()
+        self.table = table
+        self.title = title
+
+
 class CursorMoved(Message):
     """The crosshair of a chart was moved to a step (None: removed)."""
 

@@ -23,6 +23,8 @@ class SessionSummary:
     attempts: list[AttemptRow]
     pid: int | None
     host: str | None
+    pause_reason: str | None = None
+    """What paused it; None if a person did, if it is not paused, or if the engine does not say."""
 
 
 @dataclass(frozen=True)

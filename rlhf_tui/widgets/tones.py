@@ -63,6 +63,7 @@ TONES = {
     "attempt": Tone("dim", style="bold"),
     "alert": Tone("warn", style="bold reverse"),
     "note": Tone("key"),
+    "crash": Tone("bad", style="bold reverse"),
     "band": Tone("", "band"),
     "crosshair": Tone("", "focus-bar", style="bold"),
 }

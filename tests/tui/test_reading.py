@@ -7,8 +7,8 @@ import pytest
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate
+from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.steering import SteeringPanel
-from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel
 from rlhf_tui.widgets.samples.sample_view import UNDEFINED, VIEWS, token_rows
 from tests.judging import sample
 

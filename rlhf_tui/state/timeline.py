@@ -1,0 +1,230 @@
+"""The timeline of a run: what happened, in the order of the journal's sequence numbers.
+
+A roll back keeps what happened on the abandoned branch; such entries are marked. An engine that
+died leaves no event, so its end is inferred: an attempt follows one that did not end.
+"""
+
+import bisect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.journal.rows import (
+    AlertEvent,
+    AttemptEvent,
+    AttemptRow,
+    CheckpointEvent,
+    CommandEvent,
+    CommandRow,
+    ErrorEvent,
+    EventRow,
+    NoteEvent,
+    StateEvent,
+)
+from engine.protocol.commands import COMMANDS, Rollback
+from engine.session.states import ENDED_STATES
+from rlhf_tui.format import number
+from rlhf_tui.state.command_text import command_text
+from rlhf_tui.state.pause_reason import short_condition
+
+MARKER_GLYPHS = {
+    "command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎", "crash": "✗",
+    "end": "■",
+}  # fmt: skip
+"""Kind of a marker → its sign."""
+MARKER_TONES = {
+    "command": "accent",
+    "checkpoint": "good",
+    "attempt": "dim",
+    "alert": "warn",
+    "note": "key",
+    "crash": "bad",
+    "end": "dim",
+}
+RESTART = "restart"
+"""Rule of the notice that follows the error of an attempt and repeats its text."""
+DIED = "engine died (no exit message)"
+
+
+@dataclass(frozen=True)
+class Marker:
+    """An entry of the timeline, which the charts mark at its step."""
+
+    step: int
+    kind: str
+    """A key of :data:`MARKER_GLYPHS`."""
+    text: str
+    who: str = ""
+    time: float = 0.0
+    key: str = ""
+    """Identifies it in its session, also after the journal was read again."""
+    abandoned: bool = False
+    """Whether it belongs to an abandoned branch."""
+    event: EventRow | None = None
+    command: CommandRow | None = None
+    """What it was made of, if that has more to tell."""
+
+
+def timeline(
+    events: Sequence[EventRow],
+    commands: Sequence[CommandRow],
+    attempts: Sequence[AttemptRow],
+    *,
+    reached: dict[int, int],
+    crashed_at: int | None = None,
+) -> list[Marker]:
+    """Returns the entries, oldest first.
+
+    Args:
+        events: oldest first; the oldest ones may be missing.
+        commands: all of them, in order of arrival.
+        attempts: all of them, in order.
+        reached: attempt → its last step, where a later attempt replaced that step.
+        crashed_at: the last step if the newest engine died; None if it did not.
+    """
+    return _Timeline(events, commands, attempts, reached).entries(crashed_at)
+
+
+class _Timeline:
+    def __init__(
+        self,
+        events: Sequence[EventRow],
+        commands: Sequence[CommandRow],
+        attempts: Sequence[AttemptRow],
+        reached: dict[int, int],
+    ) -> None:
+        self._events = events
+        self._commands = {c.id: c for c in commands}
+        self._attempts = attempts
+        self._reached = reached
+        self._rolled_back = {
+            c.attempt for c in commands if c.command == Rollback.name() and c.status == "applied"
+        }
+        """Attempts that a roll back ended."""
+        self._error = ""
+        """The error that ended the attempt."""
+        self._ended = False
+        """Whether the engine ended by itself."""
+
+    def entries(self, crashed_at: int | None) -> list[Marker]:
+        found: list[Marker] = []
+        last: EventRow | None = None
+        for event in self._events:
+            if isinstance(event.payload, AttemptEvent):
+                if self._died_before(event, last) and last is not None:
+                    found.append(self._death(last, event.step))
+                found.append(self._attempt(event, event.payload))
+                self._error, self._ended = "", False
+            elif (marker := self._entry(event)) is not None:
+                found.append(marker)
+            last = event
+        if crashed_at is not None and last is not None:
+            found.append(self._death(last, crashed_at))
+        return self._with_older_commands(found)
+
+    # -- attempts and their ends ---------------------------------------------------------------
+
+    def _died_before(self, event: EventRow, last: EventRow | None) -> bool:
+        before = last is not None and last.attempt
+        return bool(before) and not (self._ended or self._error or before in self._rolled_back)
+
+    def _death(self, last: EventRow, at_least: int) -> Marker:
+        """The end of an engine that was killed, some time after its last event."""
+        step = max(last.step, self._reached.get(last.attempt, at_least))
+        return Marker(step, "crash", DIED, time=last.time, key=f"died-{last.attempt}")
+
+    def _attempt(self, event: EventRow, payload: AttemptEvent) -> Marker:
+        step, number_of = payload.from_step, payload.attempt
+        fork = json.loads(event.data).get("fork") or {}
+        if fork:
+            text = f"forked from {fork.get('from')} at step {fork.get('step')}"
+        elif number_of == 1:
+            text = "started"
+        elif number_of - 1 in self._rolled_back:
+            text = f"continues from step {step} (attempt {number_of})"
+        else:
+            verb = "restarted" if self._error and not self._ended else "resumed"
+            text = f"{verb} from step {step} (attempt {number_of})"
+        return _marker(event, "attempt", text, step=step)
+
+    # -- all other events ----------------------------------------------------------------------
+
+    def _entry(self, event: EventRow) -> Marker | None:
+        left = self._left(event.attempt, event.step)
+        found: Marker | None = None
+        match event.payload:
+            case CheckpointEvent(score=score, kl=kl):
+                text = f"checkpoint, score {number(score)}, KL {number(kl, 2)}"
+                found = _marker(event, "checkpoint", text, abandoned=left)
+            case AlertEvent(rule=rule, text=text) if not self._repeats_error(rule, text):
+                text = f"{rule}: {short_condition(text.removeprefix('look here: '))}"
+                found = _marker(event, "alert", text, abandoned=left)
+            case NoteEvent(text=text, who=who):
+                found = _marker(event, "note", text, who, abandoned=left)
+            case ErrorEvent(text=text):
+                self._error = text
+                found = _marker(event, "crash", text)
+            case StateEvent(state=state, text=text) if state in ENDED_STATES:
+                self._ended = True
+                if state != "failed" or not self._error:  # an error has an entry already
+                    found = _marker(event, "end", f"{state}: {text}" if text else state)
+            case CommandEvent(id=command_id):
+                command = self._commands.pop(command_id, event.command)
+                if command is not None:
+                    found = self._command(command, f"e{event.event}")
+        return found
+
+    def _repeats_error(self, rule: str, text: str) -> bool:
+        return rule == RESTART and bool(self._error) and text.startswith(self._error)
+
+    def _left(self, attempt: int, step: int) -> bool:
+        """Whether a later attempt began before a step of this one."""
+        return any(a.attempt > attempt and a.from_step < step for a in self._attempts)
+
+    def _command(self, command: CommandRow, key: str) -> Marker | None:
+        if not _shown(command):
+            return None
+        if command.command == Rollback.name():
+            # It ends its own attempt; only another one can abandon where it led to.
+            step = int(command.args.get("step") or 0)
+            abandoned = self._left(command.attempt + 1, step)
+        else:
+            step = command.applied_step or 0
+            replayed = bool(command.changes)  # when the run is resumed
+            left = self._left(command.attempt, step - 1)
+            abandoned = not command.live or (left and not replayed)
+        when = command.ended or command.queued
+        text = command_text(command)
+        return Marker(step, "command", text, command.who, when, key, abandoned, command=command)
+
+    def _with_older_commands(self, found: list[Marker]) -> list[Marker]:
+        """Inserts commands whose events were not read, by the time of their arrival."""
+        older = [(c, self._command(c, f"c{c.id}")) for c in self._commands.values()]
+        for command, marker in older:
+            if marker is not None:
+                at = bisect.bisect(found, command.queued, key=lambda m: m.time)
+                found.insert(at, marker)
+        return found
+
+
+def _shown(command: CommandRow) -> bool:
+    """Whether a command has an entry; one of a newer version does."""
+    kind = COMMANDS.get(command.command)
+    return (
+        command.status == "applied"
+        and command.applied_step is not None
+        and (kind is None or kind.on_charts)
+    )
+
+
+def _marker(
+    event: EventRow,
+    kind: str,
+    text: str,
+    who: str = "",
+    *,
+    step: int | None = None,
+    abandoned: bool = False,
+) -> Marker:
+    at = event.step if step is None else step
+    return Marker(at, kind, text, who, event.time, f"e{event.event}", abandoned, event)
