@@ -55,6 +55,10 @@ ACTIONS = (
     "probe",
 )  # fmt: skip
 """The actions of :data:`BINDINGS`; `--read-only` removes them."""
+WITH_OLD_VALUE = ("beta", "nudge", "adaptive", "change")
+"""The actions that start from a setting in force, which is not known while a run is starting."""
+WHILE_STOPPING = ("stop", "note")
+"""The actions that a run takes while it is stopping."""
 
 
 class Steering:
@@ -278,6 +282,8 @@ class Steering:
             return False
         target = self._target()
         live = target is not None and target.live
+        if target is not None and _is_too_early_or_late(target, action):
+            live = False
         if action in ("pause", "unpause"):
             held = live and target is not None and self._held(target)
             if held != (action == "unpause"):
@@ -291,7 +297,11 @@ class Steering:
             return "read-only: commands are disabled"
         if target is None:
             return "no session is open: press 1 and open one"
-        return "" if target.live else _no_engine(target)
+        if not target.live:
+            return _no_engine(target)
+        if target.state == "starting":
+            return f"{target.name} is starting: its settings are known once it is loaded"
+        return f"{target.name} is stopping" if target.state == "stopping" else ""
 
     def _held(self, target: SteeringTarget) -> bool:
         effects = self._effects.get(target.session.folder)
@@ -388,6 +398,13 @@ def when(target: SteeringTarget) -> str:
         return f"applies from step {target.step + 1}"
     wait = about(target.boundary_in)
     return "applies from the next step" + (f", in {wait}" if wait else "")
+
+
+def _is_too_early_or_late(target: SteeringTarget, action: str) -> bool:
+    """Whether a live run takes no such command now, or its old value is not known."""
+    if target.state == "starting":
+        return action in WITH_OLD_VALUE
+    return target.state == "stopping" and action not in WHILE_STOPPING
 
 
 def _no_engine(target: SteeringTarget) -> str:

@@ -70,6 +70,7 @@ class EventDialog(TextDialog):
         marker = self._marker
         rows: list[Row] = [[(line, "strong")] for line in wrap(marker.text, self.width)]
         facts = [fmt.clock(marker.time)] if marker.time else []
+        facts += [f"attempt {marker.event.attempt}"] if marker.event is not None else []
         facts += [f"by {marker.who}"] if marker.who else []
         if marker.event is not None and isinstance(marker.event.payload, AlertEvent):
             facts.append(f"action: {marker.event.payload.action}")

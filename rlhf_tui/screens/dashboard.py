@@ -153,7 +153,7 @@ class DashboardScreen(SessionScreen):
         if view.selected in keys:
             found = markers[(keys.index(view.selected) + way) % len(markers)]
         elif (at := view.cursor) is None:
-            found = markers[-1]
+            found = next(m for m in reversed(state.timeline()) if m in markers)
         elif way > 0:
             found = next((m for m in markers if m.step > at), markers[0])
         else:

@@ -134,17 +134,17 @@ class _Timeline:
         return Marker(step, "crash", DIED, time=last.time, key=f"died-{last.attempt}")
 
     def _attempt(self, event: EventRow, payload: AttemptEvent) -> Marker:
-        step, number_of = payload.from_step, payload.attempt
+        step = payload.from_step
         fork = json.loads(event.data).get("fork") or {}
         if fork:
             text = f"forked from {fork.get('from')} at step {fork.get('step')}"
-        elif number_of == 1:
+        elif payload.attempt == 1:
             text = "started"
-        elif number_of - 1 in self._rolled_back:
-            text = f"continues from step {step} (attempt {number_of})"
+        elif payload.attempt - 1 in self._rolled_back:
+            text = f"continues from step {step}"
         else:
             verb = "restarted" if self._error and not self._ended else "resumed"
-            text = f"{verb} from step {step} (attempt {number_of})"
+            text = f"{verb} from step {step}"
         return _marker(event, "attempt", text, step=step)
 
     # -- all other events ----------------------------------------------------------------------

@@ -47,6 +47,18 @@ async def test_a_click_on_a_title_sorts_by_it_and_again_reverses(make_app, runni
             await until(pilot, lambda a=arrow: f"score{a}" in table.text().splitlines()[0])
 
 
+async def test_a_click_on_a_title_sorts_the_checkpoints(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("4")
+        table = app.screen.query_one(Table)
+        await until(pilot, lambda: table.count() > 1)
+        steps = [step for step, _ in table.keys]
+        assert steps == sorted(steps, reverse=True)
+        await pilot.click("#checkpoints", offset=(table.text().index("step") + 1, 0))
+        await until(pilot, lambda: [step for step, _ in table.keys] == sorted(steps))
+
+
 async def test_a_click_on_a_title_without_an_order_changes_nothing(make_app, running, until):
     app = make_app()
     async with running(app) as pilot:

@@ -6,6 +6,7 @@ from engine import metrics
 from engine.config.settings import Settings
 from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
+from engine.protocol.commands import Rollback
 from rlhf_tui import format as fmt
 from rlhf_tui.state.command_text import command_text, value_text
 from rlhf_tui.state.session_state import SessionState
@@ -55,7 +56,7 @@ class SteeringPanel(Panel):
         """The keys that act now: none without an engine."""
         if self.read_only:
             return "read-only"
-        if not self.state.live:
+        if not self.state.live or self.state.starting:
             return ""
         return "b  [ ]  a  u  e" if width < 50 else "b set  [ ] ±10%  a adaptive  u undo"
 
@@ -130,6 +131,7 @@ class SteeringPanel(Panel):
     def _command(self, command: CommandRow, width: int) -> Row:
         status = command.status
         mark, tone = STATUS_MARKS.get(status, ("?", "warn"))
+        abandoned = not command.live and command.command != Rollback.name()
         outcome = f"{mark} {status}"
         if status == "applied" and command.applied_step is not None:
             outcome += f" at step {command.applied_step}"
@@ -143,6 +145,8 @@ class SteeringPanel(Panel):
             for key, name in OTHER_SETTINGS:
                 text = text.replace(f"{key} ", f"{name} ")
             outcome = outcome.replace("applied at ", "")
+        if abandoned:
+            outcome, tone = f"{outcome}, abandoned", "dim"
         return [(f" {text}", ""), (f"  {outcome}", tone)]
 
 
