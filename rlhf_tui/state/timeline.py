@@ -1,4 +1,4 @@
-"""The timeline of a run: what happened, in the order of the journal's sequence numbers.
+"""The timeline of a run, in the order of the journal's sequence numbers, and why it is paused.
 
 A roll back keeps what happened on the abandoned branch; such entries are marked. An engine that
 died leaves no event, so its end is inferred: an attempt follows one that did not end.
@@ -6,7 +6,8 @@ died leaves no event, so its end is inferred: an attempt follows one that did no
 
 import bisect
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.journal.rows import (
@@ -21,11 +22,11 @@ from engine.journal.rows import (
     NoteEvent,
     StateEvent,
 )
-from engine.protocol.commands import COMMANDS, Rollback
+from engine.metrics import title_of
+from engine.protocol.commands import COMMANDS, Pause, Rollback, Unpause
 from engine.session.states import ENDED_STATES
 from rlhf_tui.format import number
-from rlhf_tui.state.command_text import command_text
-from rlhf_tui.state.pause_reason import short_condition
+from rlhf_tui.state.command_text import GUARD_RAIL, command_text
 
 MARKER_GLYPHS = {
     "command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎", "crash": "✗",
@@ -43,6 +44,8 @@ MARKER_TONES = {
 }
 RESTART = "restart"
 """Rule of the notice that follows the error of an attempt and repeats its text."""
+PAUSED_STATES = ("paused", "pausing")
+_BOUND = re.compile(r"(?P<metric>\S+) is (?P<value>\S+), (?P<side>above|below) (?P<bound>.+)")
 DIED = "engine died (no exit message)"
 
 
@@ -228,3 +231,38 @@ def _marker(
 ) -> Marker:
     at = event.step if step is None else step
     return Marker(at, kind, text, who, event.time, f"e{event.event}", abandoned, event)
+
+
+def pause_reason(
+    state: str, events: Iterable[EventRow], commands: Iterable[CommandRow]
+) -> str | None:
+    """Returns `kl_runs_away at step 4: KL 7.26 > 6`; None if a person paused, or nobody.
+
+    For engines that do not record the reason themselves.
+
+    Args:
+        state: of the session.
+        events: oldest first.
+        commands: in order of arrival.
+    """
+    if state not in PAUSED_STATES:
+        return None
+    holds = (Pause.name(), Unpause.name())
+    done = [c for c in commands if c.command in holds and c.status in ("accepted", "applied")]
+    if not done or done[-1].command != Pause.name() or not done[-1].who.startswith(GUARD_RAIL):
+        return None
+    rule = done[-1].who.removeprefix(GUARD_RAIL)
+    for event in reversed(list(events)):
+        alert = event.payload
+        if isinstance(alert, AlertEvent) and alert.rule == rule and alert.action == "pause":
+            return f"{rule} at step {event.step}: {short_condition(alert.text)}"
+    return rule
+
+
+def short_condition(text: str) -> str:
+    """Shortens `objective/kl is 7.26, above 6` to `KL 7.26 > 6`; other texts stay as they are."""
+    found = _BOUND.fullmatch(text)
+    if found is None:
+        return text
+    sign = ">" if found["side"] == "above" else "<"
+    return f"{title_of(found['metric'])} {found['value']} {sign} {found['bound']}"

@@ -14,7 +14,7 @@ from engine.journal.rows import (
     NoteEvent,
     StateEvent,
 )
-from rlhf_tui.state.pause_reason import short_condition
+from rlhf_tui.state.timeline import short_condition
 from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.widgets.status_lines import StatusLine
 from tests.tui.panels import command, make_state, text
