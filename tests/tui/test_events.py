@@ -82,7 +82,8 @@ async def test_a_click_selects_an_event_and_a_second_one_opens_it(alerts_app, ru
 async def test_the_timeline_is_moved_through_by_time_with_the_keys_of_a_list(make_app, running):
     app = make_app()
     async with running(app) as pilot:
-        app.screen.query_one(TimelinePanel).focus()
+        await pilot.press(*["tab"] * 4)
+        assert app.screen.query_one(TimelinePanel).text().startswith("▸What happened")
         await pilot.press("j")
         newest = app.view.marker(app.state)
         await pilot.press("G")
@@ -100,3 +101,13 @@ async def test_an_alert_of_another_version_is_shown_without_its_samples(
     async with running(app) as pilot:
         await pilot.press("n", "enter")
         assert "new: odd" in await opened(pilot, app, until)
+
+
+async def test_the_list_of_sessions_says_what_paused_one(alerts, make_app, engine, running, until):
+    journal = JournalWriter(alerts)
+    journal.set_meta(state="paused", pause_reason="kl_high at step 4: KL 9.5 > 8")
+    journal.close()
+    app = make_app(None, root=alerts.folder.parent)
+    async with running(app) as pilot:
+        about = app.screen.query_one("#about")
+        await until(pilot, lambda: "paused by kl_high at step 4: KL 9.5 > 8" in about.text())

@@ -60,7 +60,7 @@ class TimelinePanel(ScrollList):
         keys = "n N jump  enter open" if width >= WITH_CLOCK else "n N  enter"
         if self.state.live and not self.read_only and width >= WITH_CLOCK:
             keys += "  w note"
-        return [heading("What happened", keys, width)]
+        return [heading("What happened", keys, width, focused=self.has_focus)]
 
     def empty(self) -> list[Row]:
         """What will be here."""
@@ -78,6 +78,14 @@ class TimelinePanel(ScrollList):
         left += [(entry.text, "dim" if entry.abandoned else text_tone)]
         note = "abandoned" if entry.abandoned else sender(entry.who)
         return justified(left, [(f" {note} ", "dim")], width) if note else left
+
+    def on_focus(self) -> None:
+        """Marks the title."""
+        self.update()
+
+    def on_blur(self) -> None:
+        """Removes the mark of the title."""
+        self.update()
 
     # -- keys and mouse ------------------------------------------------------------------------
 
