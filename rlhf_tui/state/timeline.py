@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.journal.rows import (
     AlertEvent,
@@ -128,8 +129,10 @@ class _Timeline:
     # -- attempts and their ends ---------------------------------------------------------------
 
     def _died_before(self, event: EventRow, last: EventRow | None) -> bool:
-        before = last is not None and last.attempt
-        return bool(before) and not (self._ended or self._error or before in self._rolled_back)
+        """Whether an engine died: an attempt of this session did not end before the next one."""
+        if last is None or _fork(event):  # a fork has its parent's events up to its step
+            return False
+        return not (self._ended or self._error or last.attempt in self._rolled_back)
 
     def _death(self, last: EventRow, at_least: int) -> Marker:
         """The end of an engine that was killed, some time after its last event."""
@@ -138,8 +141,7 @@ class _Timeline:
 
     def _attempt(self, event: EventRow, payload: AttemptEvent) -> Marker:
         step = payload.from_step
-        fork = json.loads(event.data).get("fork") or {}
-        if fork:
+        if fork := _fork(event):
             text = f"forked from {fork.get('from')} at step {fork.get('step')}"
         elif payload.attempt == 1:
             text = "started"
@@ -208,6 +210,12 @@ class _Timeline:
                 at = bisect.bisect(found, command.queued, key=lambda m: m.time)
                 found.insert(at, marker)
         return found
+
+
+def _fork(event: EventRow) -> dict[str, Any]:
+    """Where an attempt was forked from: `from` and `step`; empty if it was not."""
+    found: dict[str, Any] = json.loads(event.data).get("fork") or {}
+    return found
 
 
 def _shown(command: CommandRow) -> bool:

@@ -1,5 +1,6 @@
 """What happened to a run, by time: crashes, abandoned branches, and why it is paused."""
 
+import msgspec
 import pytest
 
 from engine.config.settings import SettingChange
@@ -140,6 +141,14 @@ def test_an_engine_that_stopped_did_not_die():
     )
     told = [m.text for m in state.timeline()]
     assert told == ["started", "stopped", "resumed from step 30"]
+
+
+def test_a_fork_does_not_tell_its_parent_s_end_as_a_death():
+    state = make_state(attempts=attempts(0, 20))
+    first, second = events((1, 0, AttemptEvent()), (2, 20, AttemptEvent(attempt=2, from_step=20)))
+    second = msgspec.structs.replace(second, data='{"fork": {"from": "run-1", "step": 20}}')
+    state.take(SessionUpdate(events=[first, second]))
+    assert [m.text for m in state.timeline()] == ["started", "forked from run-1 at step 20"]
 
 
 def test_a_change_that_a_resume_replays_later_is_not_beta_s_source_yet():
