@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -52,6 +53,15 @@ def _scientific(value: float, digits: int) -> str:
         if len(text) <= NUMBER_WIDTH:
             break
     return text
+
+
+def value_text(value: Any) -> str:
+    """Returns a setting's value as short text."""
+    if value is None:
+        return "off"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def size(count: float) -> str:

@@ -26,9 +26,9 @@ from engine.protocol.commands import (
 )
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.picker import Option, PickerDialog
+from rlhf_tui.format import value_text
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
-from rlhf_tui.state.command_text import value_text
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.steering_target import SteeringTarget, settings_in_force
 from rlhf_tui.state.time_left import about

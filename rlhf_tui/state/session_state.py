@@ -20,9 +20,8 @@ from engine.metrics import (
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.state import time_left
-from rlhf_tui.state.command_text import sender
 from rlhf_tui.state.series import Series, Smoothed
-from rlhf_tui.state.timeline import Marker, pause_reason, timeline
+from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
 
 ALWAYS = (

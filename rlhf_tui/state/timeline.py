@@ -24,10 +24,9 @@ from engine.journal.rows import (
     StateEvent,
 )
 from engine.metrics import title_of
-from engine.protocol.commands import COMMANDS, Pause, Rollback, Unpause
+from engine.protocol.commands import COMMANDS, Pause, Rollback, Undo, Unpause
 from engine.session.states import ENDED_STATES
-from rlhf_tui.format import number
-from rlhf_tui.state.command_text import GUARD_RAIL, command_text
+from rlhf_tui.format import number, value_text
 
 MARKER_GLYPHS = {
     "command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎", "crash": "✗",
@@ -43,6 +42,8 @@ MARKER_TONES = {
     "crash": "bad",
     "end": "dim",
 }
+GUARD_RAIL = "guard rail "
+"""Begins the name of the sender of a guard rail's command; the name of its rule follows."""
 RESTART = "restart"
 """Rule of the notice that follows the error of an attempt and repeats its text."""
 PAUSED_STATES = ("paused", "pausing")
@@ -67,6 +68,25 @@ class Marker:
     event: EventRow | None = None
     command: CommandRow | None = None
     """What it was made of, if that has more to tell."""
+
+
+def command_text(command: CommandRow) -> str:
+    """Returns a command as text: `beta 0.05 → 0.08`, `pause`."""
+    if command.changes:
+        text = ", ".join(
+            f"{c.key} {value_text(c.old)} → {value_text(c.new)}" for c in command.changes
+        )
+        return f"undo: {text}" if command.command == Undo.name() else text
+    if command.command == Rollback.name():
+        reseeded = ", new random seed" if command.args.get("reseed") else ""
+        return f"roll back to step {command.args.get('step')}{reseeded}"
+    given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
+    return f"{command.command} {given}".strip()
+
+
+def sender(who: str) -> str:
+    """Returns who sent a command, without terminal and address: `ana`, `guard rail`."""
+    return GUARD_RAIL.strip() if who.startswith(GUARD_RAIL) else who.partition(" ")[0]
 
 
 def timeline(

@@ -8,10 +8,11 @@ from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
 from engine.protocol.commands import Rollback
 from rlhf_tui import format as fmt
-from rlhf_tui.state.command_text import command_text, value_text
+from rlhf_tui.format import value_text
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import settings_in_force
 from rlhf_tui.state.time_left import about
+from rlhf_tui.state.timeline import command_text
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 

@@ -6,10 +6,9 @@ from textual import events
 from textual.binding import Binding, BindingType
 
 from rlhf_tui import format as fmt
-from rlhf_tui.state.command_text import sender
 from rlhf_tui.state.messages import RowHighlighted, RowSelected
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker
+from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, sender
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.lines import Row, justified
 from rlhf_tui.widgets.panels.panel import heading
