@@ -5,6 +5,7 @@ died leaves no event, so its end is inferred: an attempt follows one that did no
 """
 
 import bisect
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -125,6 +126,8 @@ class _Timeline:
             c.attempt for c in commands if c.command == Rollback.name() and c.status == "applied"
         }
         """Attempts that a roll back ended."""
+        self._kept: dict[int, int | None] = {}
+        """Attempt → the last step that later attempts kept of it; None if all."""
         self._error = ""
         """The error that ended the attempt."""
         self._ended = False
@@ -204,7 +207,11 @@ class _Timeline:
 
     def _left(self, attempt: int, step: int) -> bool:
         """Whether a later attempt began before a step of this one."""
-        return any(a.attempt > attempt and a.from_step < step for a in self._attempts)
+        if attempt not in self._kept:
+            later = (a.from_step for a in self._attempts if a.attempt > attempt)
+            self._kept[attempt] = min(later, default=None)
+        kept = self._kept[attempt]
+        return kept is not None and kept < step
 
     def _command(self, command: CommandRow, key: str) -> Marker | None:
         if not _shown(command):
@@ -287,6 +294,7 @@ def pause_reason(
     return rule
 
 
+@functools.lru_cache(maxsize=8192)  # the timeline is made again with each new event
 def short_condition(text: str) -> str:
     """Shortens `objective/kl is 7.26, above 6` to `KL 7.26 > 6`; other texts stay as they are."""
     found = _BOUND.fullmatch(text)
