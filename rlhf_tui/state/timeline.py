@@ -67,8 +67,7 @@ class Marker:
     abandoned: bool = False
     """Whether it belongs to an abandoned branch."""
     event: EventRow | None = None
-    command: CommandRow | None = None
-    """What it was made of, if that has more to tell."""
+    """What it was made of; None for a command, and for an engine that died."""
 
 
 def command_text(command: CommandRow) -> str:
@@ -227,7 +226,7 @@ class _Timeline:
             abandoned = not command.live or (left and not replayed)
         when = command.ended or command.queued
         text = command_text(command)
-        return Marker(step, "command", text, command.who, when, key, abandoned, command=command)
+        return Marker(step, "command", text, command.who, when, key, abandoned)
 
     def _with_older_commands(self, found: list[Marker]) -> list[Marker]:
         """Inserts commands whose events were not read, by the time of their arrival."""
