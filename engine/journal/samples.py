@@ -119,6 +119,17 @@ class SampleReader:
         samples.sort(key=lambda s: (-s.attempt, -s.step, s.index))
         return samples[:MAX_COMPARED]
 
+    def evaluated(self, step: int | None = None) -> list[SampleRow]:
+        """Responses to held-out prompts, by step and index; those of all evaluations by default."""
+        if self._db.version < schema.EVALUATED_ARE_KEPT:
+            return []
+        rows = self._db.rows(
+            f"SELECT {COLUMNS} FROM evaluated WHERE :step IS NULL OR step = :step "  # noqa: S608 - constants
+            "ORDER BY step, idx",
+            {"step": step},
+        )
+        return [_sample(row) for row in rows]
+
     def _judged_rows(self, query: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         if self._db.connection is not None and not self._labels_attached:
             self._labels_attached = attach(self._db.connection, self.session)
