@@ -21,7 +21,9 @@ class ProbePicker(PickerDialog):
         self._session = session
         self._probes = {probe.id: probe for probe in probes}
         options = [
-            Option(p.id, prompt_of(p), f"step {p.applied_step}", f"{p.who}, {_when(p)}")
+            Option(
+                p.id, prompt_of(p), f"step {p.applied_step}", f"{p.who.split(' ')[0]}, {_when(p)}"
+            )
             for p in reversed(probes)
         ]
         super().__init__(f"Probes of {session}", options)
@@ -44,4 +46,5 @@ def prompt_of(probe: CommandRow) -> str:
 
 
 def _when(probe: CommandRow) -> str:
-    return fmt.clock(probe.ended if probe.ended is not None else probe.queued)
+    """Month, day, hour and minute."""
+    return fmt.clock(probe.ended if probe.ended is not None else probe.queued)[5:16]

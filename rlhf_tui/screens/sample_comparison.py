@@ -213,7 +213,7 @@ class SampleComparison:
             return "no reference response yet; press d"
         if self._context.read_only:
             return "no reference response yet, and this terminal is read-only"
-        return f"no reference response yet; first: rlhf-tui resume {name}"
+        return f"no reference response yet; resume the run first:\nrlhf-tui resume {name}"
 
     def _may_ask(self, row: SampleRow) -> bool:
         session = self._context.session

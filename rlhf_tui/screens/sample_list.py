@@ -102,7 +102,8 @@ class SampleList:
         """Whether the reader waits for a page."""
         self._wanted: tuple[object, ...] = ()
         self._counted: tuple[object, ...] = ()
-        self._labels: tuple[int, ...] = ()
+        self._labels: tuple[int, ...] | None = None
+        """The value of `state.labels` for which the rows were read; None: read them again."""
         self._before: tuple[SampleQuery, str, int, int | None, Key] | None = None
         """What :meth:`same_prompt` returns to: query, filter, page, newest step, response."""
         self.select: Key | None = None
@@ -230,7 +231,7 @@ class SampleList:
 
     def read_again(self) -> None:
         """Reads again after a judgement was written: the page, or judgements of a frozen one."""
-        self._labels, self._wanted = (), ()
+        self._labels, self._wanted = None, ()
         self.refresh()
 
     def _run(self, work: Callable[[], None], group: str) -> None:
@@ -307,7 +308,7 @@ class SampleList:
         if (request.query, request.page) != (self.query, self.page) or unwritten:
             return False
         if self.frozen and not request.asked:
-            self._labels = ()  # the judgements of this page are not shown
+            self._labels = None  # the judgements of this page are not shown
             return False
         if not message.rows and self.page:
             self.page -= 1

@@ -44,6 +44,10 @@ class SamplesTable(Table):
     with_scrollbar = True
 
 
+SMALLEST_KL = 0.05
+"""Nats; a smaller KL would round to 0.0."""
+
+
 class ArraysRead(Message):
     """The token values of a sample were read.
 
@@ -383,10 +387,16 @@ def _cells(row: SampleRow) -> list[Piece]:
         (str(row.step), "dim"),
         (str(row.index), "dim"),
         (fmt.number(score, 2), "strong"),
-        (fmt.number(row.kl, 1), ""),
+        (_kl(row.kl), ""),
         (str(row.length), ""),
         ("" if row.ended else "✂", "warn"),
         mark(row),
         (row.prompt.strip(), "dim"),
         (row.response.strip(), ""),
     ]
+
+
+def _kl(value: float | None) -> str:
+    """In six cells: at the first steps the KL is rounding noise, such as 3.56e-07."""
+    tiny = value is not None and 0 < abs(value) < SMALLEST_KL
+    return f"{value:.0e}" if tiny else fmt.number(value, 1)

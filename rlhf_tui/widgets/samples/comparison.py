@@ -71,7 +71,10 @@ def _head(
     numbers = [f"score {fmt.number(row.score, 2)}", f"{row.length} tokens"]
     if (which, target.kind) != ("other", "reference"):  # the reference has no KL to itself
         numbers.insert(1, f"KL {fmt.number(row.kl, 1)}")
-    rows: list[Row] = [justified([(title, "strong")], [("  ".join(numbers), "dim")], width)]
+    heading: Row = [(title, "strong")]
+    values: Row = [("  ".join(numbers), "dim")]
+    one_line = row_width(heading) + row_width(values) < width
+    rows = [justified(heading, values, width)] if one_line else [heading, values]
     if target.better == which:
         rows.append([("✓ better", "good"), (f"   {target.who}", "dim")])
     return rows + (judgement_rows(row.judgement, width) if isinstance(row, SampleRow) else [])
@@ -90,16 +93,16 @@ def _legend(target: ComparisonTarget, width: int) -> list[Row]:
     cycle: list[Piece] = [("d ", "key"), ("next", "dim")]
     if target.row is None:
         return [cycle]
-    keys: list[Piece] = [("y ", "key"), ("this is better  ", "dim")]
-    keys += [("o ", "key"), ("other is better  ", "dim")]
-    if target.kind == "earlier":
-        keys += [("← → ", "key"), ("choose  ", "dim")]
-    keys += cycle
+    judge: list[Piece] = [("y ", "key"), ("this is better  ", "dim")]
+    judge += [("o ", "key"), ("other is better  ", "dim")]
+    choose: list[Piece] = [("← → ", "key"), ("choose  ", "dim")]
+    turn = [*choose, *cycle] if target.kind == "earlier" else cycle
     legend: list[Piece] = [
         ("only in this", "mine"), ("  ", ""), ("only in other", "theirs"),
         (f"  {target.diff.common} words in common", "dim"),
     ]  # fmt: skip
-    rows: list[Row] = [keys, legend]
+    keys = [*judge, *turn]
+    rows: list[Row] = [keys, legend] if row_width(keys) <= width else [judge, turn, legend]
     if row_width(keys) + row_width(legend) + 3 <= width:
         rows = [[*keys, ("   ", ""), *legend]]
     if target.diff.cut:

@@ -133,6 +133,7 @@ def body(
         return [*rows, *token_rows(arrays, mode, width)]
     if mode != VIEWS[0] and kept is not None:
         rows += [[(line, "warn")] for line in wrap(_not_kept(s, kept), width)]
+        rows.append([])
     return [*rows, [("RESPONSE", "dim")], *([(line, "")] for line in wrap(s.response, width))]
 
 
