@@ -122,8 +122,11 @@ class SampleList:
     # -- freezing ------------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """Call it at each key with which somebody reads: the list stays as it is from now on."""
-        self.frozen = True
+        """Call it at each key with which somebody reads: the list stays as it is from now on.
+
+        An empty list has no reader.
+        """
+        self.frozen = bool(self.rows)
         self.arrived = False
 
     def hold(self) -> bool:

@@ -44,10 +44,6 @@ class SamplesTable(Table):
     with_scrollbar = True
 
 
-SMALLEST_KL = 0.05
-"""Nats; a smaller KL would round to 0.0."""
-
-
 class ArraysRead(Message):
     """The token values of a sample were read.
 
@@ -397,6 +393,8 @@ def _cells(row: SampleRow) -> list[Piece]:
 
 
 def _kl(value: float | None) -> str:
-    """In six cells: at the first steps the KL is rounding noise, such as 3.56e-07."""
-    tiny = value is not None and 0 < abs(value) < SMALLEST_KL
-    return f"{value:.0e}" if tiny else fmt.number(value, 1)
+    """In six cells; the KL of the first steps is near 0, or rounding noise such as 3.56e-07."""
+    size = abs(value or 0)
+    if 0 < size < 0.005:
+        return f"{value:.0e}"
+    return fmt.number(value, 2 if size < 0.1 else 1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from engine.journal.rows import ProbeResponse, SampleRow
 from rlhf_tui import format as fmt
-from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
+from rlhf_tui.widgets.lines import Row, flowed, justified, row_width
 from rlhf_tui.widgets.samples.diff import MAX_WORDS, WordDiff, diff_words, marked_lines
 from rlhf_tui.widgets.samples.judgement import judgement_rows
 from rlhf_tui.widgets.wrap import wrap
@@ -90,21 +90,23 @@ def _side_by_side(left: list[Row], right: list[Row], half: int) -> list[Row]:
 
 
 def _legend(target: ComparisonTarget, width: int) -> list[Row]:
-    cycle: list[Piece] = [("d ", "key"), ("next", "dim")]
+    cycle: Row = [("d ", "key"), ("next", "dim")]
     if target.row is None:
         return [cycle]
-    judge: list[Piece] = [("y ", "key"), ("this is better  ", "dim")]
-    judge += [("o ", "key"), ("other is better  ", "dim")]
-    choose: list[Piece] = [("← → ", "key"), ("choose  ", "dim")]
-    turn = [*choose, *cycle] if target.kind == "earlier" else cycle
-    legend: list[Piece] = [
+    choose: Row = [("← → ", "key"), ("choose", "dim")]
+    keys: list[Row] = [
+        [("y ", "key"), ("this is better", "dim")],
+        [("o ", "key"), ("other is better", "dim")],
+        *([choose] if target.kind == "earlier" else []),
+        cycle,
+    ]
+    legend: Row = [
         ("only in this", "mine"), ("  ", ""), ("only in other", "theirs"),
         (f"  {target.diff.common} words in common", "dim"),
     ]  # fmt: skip
-    keys = [*judge, *turn]
-    rows: list[Row] = [keys, legend] if row_width(keys) <= width else [judge, turn, legend]
-    if row_width(keys) + row_width(legend) + 3 <= width:
-        rows = [[*keys, ("   ", ""), *legend]]
+    rows = [*flowed(keys, width, "  "), legend]
+    if row_width(rows[0]) + row_width(legend) + 3 <= width:
+        rows = [[*rows[0], ("   ", ""), *legend]]
     if target.diff.cut:
         rows.append([(f"only the first {MAX_WORDS:,} words are compared", "warn")])
     return rows

@@ -9,7 +9,7 @@ from engine.journal.rows import SampleRow
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui import format as fmt
 from rlhf_tui.text import sanitise
-from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.lines import Piece, Row, flowed
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.judgement import judgement_rows, key_of
 from rlhf_tui.widgets.table import ScrollText
@@ -114,20 +114,16 @@ def body(
     token values (`kept`, None: not known yet).
     """
     s = sample
-    rows: list[Row] = [
-        [
-            ("score ", "dim"), (fmt.number(s.score), "strong"),
-            ("   KL ", "dim"), (f"{fmt.number(s.kl, 2)} nats", "strong"),
-            ("   length ", "dim"), (str(s.length), "strong"),
-            ("   ended" if s.ended else "   ✂ cut off", "dim" if s.ended else "warn"),
-        ],
-        *judgement_rows(s.judgement, width),
-    ]  # fmt: skip
+    numbers: list[Row] = [
+        [("score ", "dim"), (fmt.number(s.score), "strong")],
+        [("KL ", "dim"), (f"{fmt.number(s.kl, 2)} nats", "strong")],
+        [("length ", "dim"), (str(s.length), "strong")],
+        [("ended", "dim") if s.ended else ("✂ cut off", "warn")],
+    ]
+    rows = [*flowed(numbers, width), *judgement_rows(s.judgement, width)]
     if len(s.parts) > 1:
-        parts: list[Piece] = []
-        for name, value in s.parts.items():
-            parts += [(f"{name} ", "dim"), (f"{fmt.number(value)}   ", "")]
-        rows.append(parts)
+        parts = [[(f"{name} ", "dim"), (fmt.number(value), "")] for name, value in s.parts.items()]
+        rows += flowed(parts, width)
     rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s.prompt, width)), []]
     if mode != VIEWS[0] and arrays is not None:
         return [*rows, *token_rows(arrays, mode, width)]
