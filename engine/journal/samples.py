@@ -110,7 +110,8 @@ class SampleReader:
         # Column and direction come from fixed sets, never from user input.
         order = query.order if query.order in SAMPLE_ORDERS else "step"
         direction = "DESC" if query.descending else "ASC"
-        within = "" if last_step is None else "AND step <= :last_step "
+        # With "+" SQLite does not search the index for the step, which all rows pass as a rule.
+        within = "" if last_step is None else "AND +step <= :last_step "
         rows = self._judged_rows(
             f"SELECT {COLUMNS}, label, note, who, time {MATCHING} {within}"
             f"ORDER BY {order} {direction}, step DESC, idx LIMIT :limit OFFSET :offset",

@@ -25,8 +25,8 @@ BINDINGS: list[BindingType] = [
     Binding("comma,less_than_sign", "page(-1)", "previous page", show=False),
     Binding("s", "sort", "sort"),
     Binding("r", "reverse", "reverse"),
-    Binding("F", "take_in", "show new responses, follow the run", show=False),
-    Binding("equals_sign", "same_prompt", "all responses to this prompt, by step", show=False),
+    Binding("F", "take_in", "show new responses", show=False),
+    Binding("equals_sign", "same_prompt", "responses to this prompt", show=False),
 ]
 """Keys of the screen whose actions call :class:`SampleList`."""
 
