@@ -336,7 +336,11 @@ class LogConfig(Section, frozen=True):
 
 
 class Rule(Section, frozen=True):
-    """One guard rail: a condition on a metric, and the action when it is met."""
+    """One guard rail: a condition on a metric, and the action when it is met.
+
+    It fires when the condition begins to hold, and again each time the metric is twice as far beyond
+    its limit as at the last alert.
+    """
 
     name: str
     """Name of the alert."""

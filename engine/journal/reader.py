@@ -98,6 +98,7 @@ class JournalReader:
             total_steps=int(values.get("total_steps") or 0),
             settings=settings if isinstance(settings, dict) else None,
             message=str(values.get("message") or ""),
+            pause_reason=values.get("pause_reason"),
         )
 
     def state(self) -> str:

@@ -26,6 +26,8 @@ class SessionMeta(Struct, frozen=True, kw_only=True):
     settings."""
     message: str = ""
     """The reason for the state, such as an error; may be empty."""
+    pause_reason: str | None = None
+    """What paused the run; None if a person did, or if it is not paused."""
 
 
 class AttemptRow(Struct, frozen=True, kw_only=True):

@@ -137,6 +137,9 @@ class Status(Message, frozen=True, tag="status"):
     telemetry: Telemetry | None
     watchers: int
     pid: int
+    pause_reason: str | None = None
+    """What paused the run: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if it is not
+    paused."""
 
 
 class JournalAdvanced(Message, frozen=True, tag="wake"):

@@ -61,7 +61,7 @@ def ls(root: Path, as_json: bool) -> None:
     elif not rows:
         say(f"no sessions in {root}; start one with: rlhf-tui demo")
     else:
-        header = ["name", "state", "step", "beta", "score", "KL", "last active"]
+        header = ["name", "state", "step", "beta", "score", "KL", "last active", ""]
         folders = {str(s.folder) for s in local}
         say(fmt.table([_ls_cells(r, local=r.folder in folders) for r in rows], header))
 
@@ -79,8 +79,13 @@ def _ls_cells(row: SessionRow, *, local: bool) -> list[str]:
     return [
         row.name if local else f"{row.name} ({row.folder})", row.state,
         f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score),
-        fmt.number(row.kl, 2), age,
+        fmt.number(row.kl, 2), age, one_line(_state_text(row), 100) if row.pause_reason else "",
     ]  # fmt: skip
+
+
+def _state_text(row: SessionRow) -> str:
+    """The state, with what paused the run: `paused by kl_high at step 4: KL 7.26 > 6`."""
+    return f"paused by {row.pause_reason}" if row.pause_reason else row.state
 
 
 @click.command()
@@ -94,7 +99,8 @@ def status(root: Path, name: str, as_json: bool) -> None:
         print_json(row.as_json())
         return
     engine = f"pid {row.pid} on {row.host}" if row.pid else "none"
-    say(f"{row.name}: {row.state}" + (f" ({row.message})" if row.message else ""))
+    message = f" ({one_line(row.message)})" if row.message else ""
+    say(f"{row.name}: {one_line(_state_text(row))}{message}")
     say(f"  step        {row.step} of {row.total_steps}, attempt {row.attempt}")
     say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
     say(f"  beta        {fmt.number(row.beta, 4)}")
