@@ -27,9 +27,10 @@ from engine.session.folder import Session
 from engine.train.boundary import Boundary
 from engine.train.distributed.ranks import RankGroup, is_peer_loss
 from engine.train.link import Link
-from engine.train.load import load_run
+from engine.train.load import fit_normaliser, load_run
 from engine.train.models import memory_check
 from engine.train.reports.tensorboard import EventFiles
+from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 from engine.train.step import train_step
 
@@ -142,10 +143,15 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
             events.hparams(config)
 
     with contextlib.closing(boundary):
+        fit_when_scored(run, boundary, config)
         while boundary.before_step():
             step = run.state.step + 1
             started = time.monotonic()
-            metrics, samples = train_step(run, step)
+            try:
+                metrics, samples = train_step(run, step)
+            except RewardCallError as error:
+                boundary.hold(error)
+                continue
             changes = boundary.after_step(step, metrics, time.monotonic() - started)
             if events is not None:
                 events.step(step, metrics, samples)
@@ -164,6 +170,19 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
         boundary.finish()
     if events is not None:
         events.close()
+
+
+def fit_when_scored(run: Run, boundary: Boundary, config: RunConfig) -> None:
+    """Fits the normaliser of scores; pauses while the reward cannot be computed."""
+    while True:
+        try:
+            fit_normaliser(run, config)
+        except RewardCallError as error:
+            boundary.hold(error)
+            if not boundary.before_step():
+                return
+        else:
+            return
 
 
 def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:
