@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -74,9 +74,31 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, allow_nan=False))
 
 
-def say(text: str) -> None:
-    """Prints sanitised text on stdout. All output for people goes through it."""
-    click.echo(sanitise(text))
+Tone = Literal["", "good", "warn", "bad"]
+COLOURS = {"good": "green", "warn": "yellow", "bad": "red"}
+
+
+def say(*pieces: str | tuple[str, Tone]) -> None:
+    """Prints a line of sanitised text on stdout. All output for people goes through it.
+
+    A piece may have a tone, which is a colour on a terminal that has them.
+    """
+    coloured = has_colours()
+    words = []
+    for piece in pieces:
+        text, tone = (piece, "") if isinstance(piece, str) else piece
+        text = sanitise(text)
+        words.append(click.style(text, fg=COLOURS[tone]) if coloured and tone else text)
+    click.echo("".join(words))
+
+
+def has_colours() -> bool:
+    """Whether stdout is a terminal on which colours are wanted (https://no-color.org)."""
+    return (
+        sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM", "dumb") != "dumb"
+    )
 
 
 def is_terminal() -> bool:

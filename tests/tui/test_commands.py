@@ -105,6 +105,21 @@ def test_ls_has_the_kl_of_the_last_step(root):
     assert row[header.index("KL") :].split()[0] == f"{kl:.2f}"
 
 
+@pytest.mark.parametrize("variables", [{"TERM": "xterm"}, {"TERM": "xterm", "NO_COLOR": "1"}])
+def test_states_have_colours_on_a_terminal_unless_they_are_not_wanted(root, variables):
+    master, slave = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_tui.cli", "ls", "--sessions", str(root)],
+        stdout=slave, timeout=DEADLINE, check=True,
+        env={k: v for k, v in os.environ.items() if k != "NO_COLOR"} | variables,
+    )  # fmt: skip
+    os.close(slave)
+    printed = os.read(master, 10_000)
+    os.close(master)
+    assert done.returncode == 0
+    assert (b"\x1b[" in printed) == ("NO_COLOR" not in variables)
+
+
 @pytest.mark.parametrize("given", ["froze", "forzen", "roz"])
 def test_a_name_that_is_nearly_right_gets_a_suggestion(root, given):
     with pytest.raises(NoSuchSessionError, match=r"did you mean frozen\?"):
