@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 
-from engine.errors import NoSuchSessionError
+from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import Session, all_sessions, find
 from engine.session.registry import live_sessions
 from rlhf_tui.text import sanitise
@@ -19,6 +19,29 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 SESSIONS = "The folder of sessions."
 JSON = "Print one JSON value."
+NAME_MAX, PATH_MAX = 255, 4000
+"""Bytes of a name and of a path on Linux, less some for the files of a session."""
+
+
+def _check_length(_context: click.Context, _option: click.Parameter, value: Path) -> Path:
+    longest = max((len(os.fsencode(part)) for part in value.parts), default=0)
+    if longest > NAME_MAX or len(os.fsencode(value.absolute())) > PATH_MAX:
+        raise UserInputError(
+            f"--sessions: the path is too long (at most {NAME_MAX} bytes a name and {PATH_MAX} in "
+            f"all): {str(value)[:40]}…"
+        )
+    return value
+
+
+def utf8_text(_context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """A callback of arguments: their text is stored as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        name = parameter.human_readable_name
+        raise UserInputError(f"{name} is not valid UTF-8; check the terminal's locale") from error
+    return value
+
 
 sessions_option: Decorator = click.option(
     "--sessions",
@@ -27,6 +50,7 @@ sessions_option: Decorator = click.option(
     envvar="RLHF_TUI_SESSIONS",
     default=Path("sessions"),
     show_default="$RLHF_TUI_SESSIONS or ./sessions",
+    callback=_check_length,
     help=SESSIONS,
 )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from engine.errors import RlhfError
+from engine.errors import RlhfError, SessionError
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleReader, with_judgements
 from engine.metrics import (
@@ -190,6 +190,8 @@ def logs(root: Path, name: str, last: int | None, follow: bool, as_json: bool) -
     if not session.log_file.exists():
         say("[]" if as_json else f"session '{name}' has no log yet")
         return
+    if not session.log_file.is_file():  # opening a pipe would wait for its writer
+        raise SessionError(f"{session.log_file} is not a regular file; move it away")
     with session.log_file.open(encoding="utf-8", errors="replace", newline="") as file:
         # A progress bar rewrites its line with \r: only its last state is printed.
         lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in file.read().split("\n")]

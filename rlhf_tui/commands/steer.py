@@ -1,5 +1,6 @@
 """Commands that steer a live engine: ctl, note."""
 
+import sqlite3
 import sys
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import click
 
 from engine.config import file as config_file
-from engine.errors import RlhfError, UserInputError
+from engine.errors import JournalError, RlhfError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.writer import JournalWriter
 from engine.protocol.client import Client, new_id
@@ -40,6 +41,7 @@ from rlhf_tui.commands.options import (
     print_json,
     say,
     sessions_option,
+    utf8_text,
 )
 from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
@@ -226,7 +228,7 @@ def set_(steering: Steering, assignment: str) -> None:
 
 
 @_verb(Probe)
-@click.argument("text")
+@click.argument("text", callback=utf8_text)
 @click.pass_obj
 def probe(steering: Steering, text: str) -> None:
     steering.send(Probe(text=text))
@@ -258,7 +260,7 @@ for _command in ctl.commands.values():
 
 @click.command(help=Note.summary)
 @name_argument
-@click.argument("text")
+@click.argument("text", callback=utf8_text)
 @sessions_option
 def note(root: Path, name: str, text: str) -> None:
     session = existing(root, name)
@@ -276,6 +278,8 @@ def note(root: Path, name: str, text: str) -> None:
             journal.record_event("note", {"text": text, "who": who()})
             step = journal.step
             journal.close()
+        except sqlite3.Error as error:
+            raise JournalError(f"cannot write {session.journal_file}: {error}") from error
         finally:
             lock.release()
     say(f"noted at step {step}: {one_line(text)}")
