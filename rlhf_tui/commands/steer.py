@@ -48,7 +48,7 @@ from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
 WAIT = "Return once the command is applied or rejected."
-TIMEOUT = "How long --wait waits."
+TIMEOUT = "How long --wait waits; 600 if it is not given."
 COMMAND_ID = "Idempotency key: a command sent again with the same id is not repeated."
 END_TIMEOUT = 30.0
 """Seconds to wait for the engine's process to exit after `stop --wait`."""
@@ -130,7 +130,7 @@ class Steering:
 @name_argument
 @sessions_option
 @click.option("--wait", is_flag=True, help=WAIT)
-@click.option("--timeout", default=600.0, show_default=True, metavar="SECONDS", help=TIMEOUT)
+@click.option("--timeout", default=600.0, metavar="SECONDS", help=TIMEOUT)
 @json_option
 @click.option("--id", "command_id", metavar="ID", help=COMMAND_ID)
 @click.pass_context
