@@ -195,7 +195,7 @@ class CommandHandler:
             telemetry=self._watchdog.latest,
             watchers=self._server.watchers,
             pid=os.getpid(),
-            pause_reason=state.pause_reason if state.paused else None,
+            pause_reason=state.pause_reason if self._publisher.state == "paused" else None,
         )
 
     def journal_position(self) -> JournalAdvanced:
