@@ -63,12 +63,16 @@ def event_lines(
         crashed: whether the last engine died.
     """
     by_number = {attempt.attempt: attempt for attempt in attempts}
-    step = 0
+    step, error = 0, ""
     for row in rows:
-        if isinstance(row.payload, AttemptEvent) and _died(by_number, row.payload.attempt - 1):
+        payload = row.payload
+        # A fork has the attempts of its parent, whose engine may live.
+        begins = isinstance(payload, AttemptEvent) and payload.fork is None
+        if begins and _died(by_number, row.attempt - 1):
             yield _crash(step)
-        yield _line(row)
+        yield _line(row, error)
         step = row.step
+        error = payload.text if isinstance(payload, ErrorEvent) else error
     if crashed and rows:
         yield _crash(step)
 
@@ -85,8 +89,11 @@ def _crash(step: int) -> EventLine:
     return EventLine(None, step, "crash", "the engine died without a message", "bad")
 
 
-def _line(row: EventRow) -> EventLine:
+def _line(row: EventRow, error: str) -> EventLine:
+    """The line of an event; what repeats the last error's text is said without it."""
     kind, text, tone = _describe(row)
+    if error and kind in ("state", "restart"):
+        text = text.replace(f"{error}: ", "", 1).removesuffix(f": {error}")
     return EventLine(row.time, row.step, kind, text, tone)
 
 

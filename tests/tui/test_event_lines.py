@@ -10,9 +10,9 @@ from rlhf_tui.commands.event_lines import event_lines
 
 
 def event(kind, step=4, command=None, **data):
-    text = json.dumps(data)
+    text, number = json.dumps(data), data.get("attempt", 1)
     return EventRow(
-        event=1, time=0.0, attempt=1, step=step, kind=kind, payload=decode_payload(kind, text),
+        event=1, time=0.0, attempt=number, step=step, kind=kind, payload=decode_payload(kind, text),
         data=text, command=command,
     )  # fmt: skip
 
@@ -75,6 +75,25 @@ def test_an_engine_that_died_stands_between_its_attempt_and_the_next():
         False,
     ]
     assert lines(*events, attempts=attempts, crashed=True)[-1] == died
+
+
+def test_the_live_engine_of_a_fork_s_parent_has_not_died():
+    events = [
+        event("attempt", attempt=1),
+        event("attempt", attempt=2, from_step=4, fork={"from": "run", "step": 4}),
+    ]
+    found = lines(*events, attempts=[attempt(1, pid=7), attempt(2, pid=8)])
+    assert not [line for line in found if line.startswith("crash")]
+
+
+def test_an_error_s_text_is_not_said_again():
+    events = [
+        event("error", text="no memory: none"),
+        event("alert", rule="restart", text="no memory: none: restart 1 of 3 from step 4"),
+        event("error", text="no memory: none"),
+        event("state", state="failed", text="no memory: none"),
+    ]
+    assert lines(*events)[1::2] == ["restart: restart 1 of 3 from step 4", "state: failed"]
 
 
 def test_an_engine_that_ended_has_not_died():
