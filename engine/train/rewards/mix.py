@@ -1,12 +1,13 @@
 """The score of a response: the weighted sum of one or more reward sources."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import msgspec
 import torch
 from torch import Tensor
 
+from engine.config.schema import RewardSource
 from engine.errors import RewardError
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, model
@@ -46,6 +47,11 @@ class RewardMix:
         self._ranks = ranks
         self._call = Caller(retries)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the sources."""
+        return list(self._sources)
+
     def __call__(
         self,
         inputs: RewardInputs,
@@ -69,13 +75,11 @@ class RewardMix:
             PeerRankError: that error on rank 0, raised on the other ranks.
             RewardCallError: a source that runs on rank 0 raised in every call.
         """
-        parts: dict[str, list[float | None]] = {}
+        parts = self.parts(inputs, report, retry=retry)
         total = [0.0] * len(inputs)
         scored = [False] * len(inputs)
         for name, source in self._sources.items():
-            scores = self._score(name, source, inputs, report, retry=retry)
-            parts[name] = scores
-            for i, score in enumerate(scores):
+            for i, score in enumerate(parts[name]):
                 if score is not None:
                     total[i] += source.weight * score
                     scored[i] = True
@@ -86,6 +90,19 @@ class RewardMix:
                 f"(prompt: {inputs.batch.prompts[i].text!r}): each returned None"
             )
         return torch.tensor(total, dtype=torch.float32), parts
+
+    def parts(
+        self,
+        inputs: RewardInputs,
+        report: ReportProgress = lambda _done, _total: None,
+        *,
+        retry: bool = True,
+    ) -> dict[str, list[float | None]]:
+        """The B scores of each source, by name. Raises what calling the mix raises."""
+        return {
+            name: self._score(name, source, inputs, report, retry=retry)
+            for name, source in self._sources.items()
+        }
 
     def _score(
         self,
@@ -152,18 +169,28 @@ class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
     trace: str = ""
 
 
-def load_rewards(context: LoadContext) -> RewardMix:
-    """Loads every reward source of the configuration, each on the ranks that call it.
+def load_rewards(
+    context: LoadContext,
+    configured: Iterable[RewardSource] | None = None,
+    taken: Iterable[str] = (),
+) -> RewardMix:
+    """Loads reward sources, each on the ranks that call it.
+
+    Args:
+        context: the run.
+        configured: the sources. Default: those of the section `reward`.
+        taken: names of other sources.
 
     Raises:
         UserInputError: a source cannot be loaded.
     """
     sources: dict[str, WeightedReward] = {}
-    for source in context.config.sources():
+    for source in context.config.sources() if configured is None else configured:
         kind = KINDS[source.kind]
         runs_here = kind.runs_on is RunsOn.EVERY_RANK or context.ranks.is_lead
         reward = kind.load(source, context) if runs_here else None
-        name = _unused_name(source.name or kind.default_name(source.value), sources)
+        name = source.name or kind.default_name(source.value)
+        name = _unused_name(name, [*sources, *taken])
         sources[name] = WeightedReward(source.weight, kind.runs_on, reward)
     return RewardMix(sources, context.ranks, context.config.retries)
 
