@@ -83,10 +83,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def aligned(rows: list[list[str]]) -> list[list[str]]:
+    """The cells of a table, padded to the widest of their column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
+
+
 def table(rows: list[list[str]], header: list[str]) -> str:
     """Left-aligned columns, as wide as their longest cell."""
-    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    lines = [header, *rows]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in lines
-    )
+    return "\n".join("  ".join(row).rstrip() for row in aligned([header, *rows]))

@@ -138,6 +138,9 @@ class RewardConfig(Section, frozen=True):
     """Data type of the weights and of the computation of reward models."""
     max_tokens: Count = 1024
     """Tokens of prompt and response that a reward model reads; earlier tokens are cut off."""
+    retries: Annotated[int, Meta(ge=0, le=10)] = 3
+    """Further calls of a function that raises, after 1, 2, 4 … seconds; then the run pauses with
+    the error as its reason, and calls the function again when it is resumed."""
 
     def sources(self) -> list[RewardSource]:
         """The sources to be summed; a single `model` or `function` is a list of one."""
@@ -394,7 +397,11 @@ class LogConfig(Section, frozen=True):
 
 
 class Rule(Section, frozen=True):
-    """One guard rail: a condition on a metric, and the action when it is met."""
+    """One guard rail: a condition on a metric, and the action when it is met.
+
+    It fires when the condition begins to hold, and again each time the metric is twice as far
+    beyond its limit as at the last alert.
+    """
 
     name: str
     """Name of the alert."""

@@ -150,12 +150,20 @@ class CheckpointEvent(Struct, frozen=True):
     kl: float | None = None
 
 
+class ForkOrigin(Struct, frozen=True, rename={"source": "from"}):
+    """The session and the step that a session was forked from."""
+
+    source: str = ""
+    step: int = 0
+
+
 class AttemptEvent(Struct, frozen=True):
     """An attempt started."""
 
     attempt: int = 1
     from_step: int = 0
     fresh: bool = False
+    fork: ForkOrigin | None = None
 
 
 class ErrorEvent(Struct, frozen=True):

@@ -44,11 +44,28 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     """For a fork: `from` (the parent session's name) and `step`."""
 
 
-class _CheckpointNumbers(msgspec.Struct):
-    """The part of a checkpoint's state.json that the journal repeats."""
+class _SavedState(msgspec.Struct):
+    """A part of a checkpoint's state."""
+
+    settings: dict[str, Any] = {}
+    """Of the next step. A mapping: another version has other settings."""
+
+
+class _StateFile(msgspec.Struct):
+    """The part of a checkpoint's state.json that does not need torch."""
 
     score: float | None = None
     kl: float | None = None
+    state: _SavedState = msgspec.field(default_factory=_SavedState)
+
+    @classmethod
+    def read(cls, session: Session, step: int) -> "_StateFile":
+        """Reads it; empty if that is impossible. The rank that loads it says what is wrong."""
+        folder = checkpoint_path(session.checkpoints, step)
+        try:
+            return msgspec.json.decode((folder / "state.json").read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError):
+            return cls()
 
 
 def checkpoint_steps(session: Session) -> list[int]:
@@ -94,11 +111,7 @@ def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
     if step not in checkpoint_steps(session) or step in timeline_checkpoints(session):
         return None
     folder = checkpoint_path(session.checkpoints, step)
-    try:
-        text = (folder / "state.json").read_bytes()
-        numbers = msgspec.json.decode(text, type=_CheckpointNumbers)
-    except (OSError, msgspec.DecodeError):  # the rank that loads it reports what is wrong
-        numbers = _CheckpointNumbers()
+    numbers = _StateFile.read(session, step)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return AdoptedCheckpoint(size=size, score=numbers.score, kl=numbers.kl)
 
@@ -132,7 +145,7 @@ def resume(
         fresh=from_step is not None,
         reseed=reseed,
         overrides=overrides,
-        changes=_setting_changes(overrides, new, _current_settings(session, old)),
+        changes=_setting_changes(overrides, new, _settings_at(session, old, from_step)),
         who=who,
     )
 
@@ -161,7 +174,7 @@ def fork(
     except (OSError, sqlite3.Error, JournalError) as error:
         shutil.rmtree(child.folder, ignore_errors=True)
         raise SessionError(f"cannot copy {session.name} to {name}: {error}") from error
-    changes = _setting_changes(overrides, new, _current_settings(session, old))
+    changes = _setting_changes(overrides, new, _settings_at(session, old, from_step))
     return child, StartOptions(
         from_step=from_step,
         fresh=True,
@@ -213,11 +226,14 @@ def _check_step(session: Session, step: int) -> None:
         )
 
 
-def _current_settings(session: Session, config: RunConfig) -> dict[str, Any]:
-    with JournalReader(session) as reader:
-        settings = reader.meta().settings
+def _settings_at(session: Session, config: RunConfig, step: int | None) -> dict[str, Any]:
+    """The settings of the step after a checkpoint; the latest ones if `step` is None."""
     flat = config_file.flatten(config_file.to_tree(config))
-    return settings if settings is not None else {k: flat[p] for k, p in LIVE_SETTINGS.items()}
+    configured = {name: flat[path] for name, path in LIVE_SETTINGS.items()}
+    if step is not None:
+        return configured | _StateFile.read(session, step).state.settings
+    with JournalReader(session) as reader:
+        return configured | (reader.meta().settings or {})
 
 
 def _setting_changes(

@@ -158,6 +158,21 @@ class Notice(Message, frozen=True, tag="notice"):
     text: str
 
 
+class Paused(Message, frozen=True, tag="paused"):
+    """The ranks have paused by themselves, before a step that they could not complete.
+
+    They try it again when a command ends the pause.
+    """
+
+    step: int
+    """The last completed step."""
+    rule: str
+    """Name of the alert."""
+    reason: str
+    """`reward 'score' at step 5: ValueError: …`."""
+    traceback: str = ""
+
+
 class Failed(Message, frozen=True, tag="failed"):
     """The rank exits because of an error."""
 
@@ -242,6 +257,7 @@ FromRank = (
     | Applied
     | Rejected
     | Notice
+    | Paused
     | Failed
     | Ended
 )

@@ -22,6 +22,7 @@ from engine.protocol.rank_messages import (
     Failed,
     FromRank,
     Notice,
+    Paused,
     Phase,
     RankHello,
     Ready,
@@ -158,6 +159,8 @@ class RankMessageHandler:
                 self._pending.reject(command_id, reason)
             case Notice(step=step, rule=rule, text=text):
                 self._publisher.notice(rule, text, step)
+            case Paused():
+                self._paused(message)
             case Failed():
                 state.attempt.record_failure(message)
                 if self._ranks.count > 1:  # the others wait in a collective operation
@@ -194,13 +197,28 @@ class RankMessageHandler:
         state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
             state.paused = isinstance(command, Pause)
+            if not state.paused:
+                state.pause_reason = None
             state.timer.restart()
             self._show_state()
         elif message.changes:
             self._journal.set_meta(settings=state.settings)
         self._server.send_reply(commands.reply(message.id))
 
+    def _paused(self, message: Paused) -> None:
+        """Records a pause that the ranks began by themselves."""
+        self._state.paused, self._state.pause_reason = True, message.reason
+        self._state.timer.restart()
+        evidence = {"traceback": message.traceback}
+        alert = Alert(message.rule, "pause", message.reason, message.step, evidence)
+        self._publisher.alert(alert)
+        self._show_state()
+
     def _show_state(self) -> None:
         state: State = "paused" if self._state.paused else "running"
         # An accepted stop holds, even if a rank died or paused meanwhile.
-        self._publisher.set_state("stopping" if self._state.stopping else state)
+        if self._state.stopping:
+            self._publisher.set_state("stopping")
+        else:
+            reason = self._state.pause_reason if self._state.paused else None
+            self._publisher.set_state(state, reason or "")

@@ -29,6 +29,7 @@ from engine.protocol.rank_messages import (
     Applied,
     Begin,
     Ended,
+    Paused,
     RankCommand,
     Rejected,
     ReplayedChange,
@@ -39,6 +40,7 @@ from engine.train.checkpointing import CheckpointManager
 from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
 from engine.train.reports.probe import answer_probe
+from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run, max_response_tokens
 
 log = logging.getLogger("engine")
@@ -88,6 +90,8 @@ class Boundary:
         for replayed in self._replay:
             if replayed.step == step:
                 self._replay_change(replayed)
+        # A step that is repeated must not have them again.
+        self._replay = [r for r in self._replay if r.step != step]
         self._execute(self._next_commands())
         reported = time.monotonic()
         while self._paused and not self._stop_ids:
@@ -96,6 +100,18 @@ class Boundary:
                 self._link.phase(self._run.state.step, "paused")
             self._execute(self._next_commands(wait=PAUSE_POLL_INTERVAL))
         return not self._stop_ids and self._end_reason() is None
+
+    def hold(self, error: RewardCallError) -> None:
+        """Pauses before a step whose reward could not be computed.
+
+        Call :meth:`before_step` again: it executes commands, like in any pause, and returns when
+        the step is to be repeated. Call it on all ranks; the error is the same on all of them.
+        """
+        self._paused = True
+        step = self._run.state.step
+        reason = str(error)
+        log.error("%s; the run pauses\n%s", reason, error.trace)
+        self._link.send(Paused(step=step, rule="reward", reason=reason, traceback=error.trace))
 
     def _end_reason(self) -> str | None:
         train, state = self._run.config.train, self._run.state

@@ -125,10 +125,6 @@ def load_run(
         held_out=held_out, memory=memory,
     )  # fmt: skip
     _check_response_length(run)
-    if config.reward.normalise == "reference" and not begin.from_step:
-        announce(0, "normalise reward")
-        normaliser = Normaliser.of(reference_scores(run))
-        state.reward_mean, state.reward_std = normaliser.mean, normaliser.std
     return run
 
 
@@ -151,7 +147,26 @@ def check_rank_count(config: RunConfig, ranks: int) -> None:
         )
 
 
-def reference_scores(run: Run) -> Tensor:
+def fit_normaliser(run: Run, config: RunConfig) -> None:
+    """Measures what `reward.normalise: reference` normalises by, before the first step.
+
+    A resumed run has it from its checkpoint.
+
+    Args:
+        run: gets the mean and the deviation in its state.
+        config: the configuration that the run was loaded with. That in force may already differ.
+
+    Raises:
+        RewardCallError: a reward function raises; on all ranks.
+    """
+    state = run.state
+    if config.reward.normalise == "reference" and not state.step:
+        run.announce(0, "normalise reward")
+        normaliser = Normaliser.of(reference_scores(run, config))
+        state.reward_mean, state.reward_std = normaliser.mean, normaliser.std
+
+
+def reference_scores(run: Run, config: RunConfig) -> Tensor:
     """Scores of the reference's responses to the run's first prompts, to normalise scores by.
 
     Called before the first step only: a resumed run reads the result from its checkpoint.
@@ -159,7 +174,6 @@ def reference_scores(run: Run) -> Tensor:
     Returns:
         (n,) float32, not normalised; n is `reward.normalise_samples`.
     """
-    config = run.config
     count = config.reward.normalise_samples
     prompts = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
     options = SamplingOptions(

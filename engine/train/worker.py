@@ -11,8 +11,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import msgspec
 import torch
@@ -33,15 +34,17 @@ from engine.protocol.rank_messages import (
 from engine.session.folder import Session
 from engine.train.boundary import Boundary
 from engine.train.distributed.ranks import RankGroup, is_peer_loss
-from engine.train.evaluation.evaluate import evaluate_if_due
+from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due
 from engine.train.link import Link
-from engine.train.load import load_run
+from engine.train.load import fit_normaliser, load_run
 from engine.train.models import memory_check
 from engine.train.reports.tensorboard import EventFiles
+from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 from engine.train.step import train_step
 
 PR_SET_PDEATHSIG = 1
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -151,16 +154,21 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
 
     with contextlib.closing(boundary):
         if not begin.from_step:
-            evaluation = evaluate_if_due(run, 0)
-            if evaluation.metrics:
-                link.send(BaselineReport(evaluation.metrics, evaluation.samples))
+            when_scored(boundary, lambda: fit_normaliser(run, config))
+            baseline = when_scored(boundary, lambda: evaluate_if_due(run, 0))
+            if baseline is not None and baseline.metrics:
+                link.send(BaselineReport(baseline.metrics, baseline.samples))
                 if events is not None:
-                    events.step(0, evaluation.metrics, evaluation.samples)
+                    events.step(0, baseline.metrics, baseline.samples)
         while boundary.before_step():
             step = run.state.step + 1
             started = time.monotonic()
-            metrics, samples = train_step(run, step)
-            evaluation = evaluate_if_due(run, step)
+            try:
+                metrics, samples = train_step(run, step)
+            except RewardCallError as error:
+                boundary.hold(error)
+                continue
+            evaluation, problem = evaluate_or_skip(run, step)
             metrics |= evaluation.metrics
             changes = boundary.after_step(step, metrics, time.monotonic() - started)
             if events is not None:
@@ -178,9 +186,40 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
                 )
             )
             boundary.checkpoints.save_if_due()
+            if problem is not None:
+                boundary.hold(problem)
         boundary.finish()
     if events is not None:
         events.close()
+
+
+def when_scored(boundary: Boundary, action: Callable[[], T]) -> T | None:
+    """Does what needs rewards before the first step; pauses while they cannot be computed.
+
+    Returns:
+        The action's result; None if the run is stopped before it succeeds.
+    """
+    while True:
+        try:
+            return action()
+        except RewardCallError as error:
+            boundary.hold(error)
+            if not boundary.before_step():
+                return None
+
+
+def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError | None]:
+    """Evaluates after a step if that is due.
+
+    Returns:
+        The evaluation, and an error to pause with if a reward could not be computed. The weights
+        have changed, so the step cannot be repeated: it has no evaluation then.
+    """
+    try:
+        return evaluate_if_due(run, step), None
+    except RewardCallError as error:
+        text = f"{error}; step {step} is not evaluated"
+        return Evaluation(), RewardCallError(text, error.trace)
 
 
 def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:

@@ -54,9 +54,16 @@ def diff(root: Path, name: str, other: str, as_json: bool) -> None:
     if as_json:
         print_json({"config": changed, "step": step, "metrics": metrics})
         return
-    rows = [[k, one_line(str(old)), one_line(str(new))] for k, (old, new) in changed.items()]
+    rows = [[k, _shown(old), _shown(new)] for k, (old, new) in changed.items()]
     rows += [[f"{k} @ {step}", *map(fmt.number, values)] for k, values in metrics.items()]
     say(fmt.table(rows, ["", name, other]))
+
+
+def _shown(value: object) -> str:
+    """A configuration value as in YAML, on one line; `–` if it is not set."""
+    if value is None:
+        return "–"
+    return one_line(str(value).lower() if isinstance(value, bool) else str(value))
 
 
 @click.command()

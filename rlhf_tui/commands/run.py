@@ -21,6 +21,7 @@ from engine.launch.start import StartOptions, check_inputs, is_new
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
 from engine.session.folder import Session, create, free_name
+from rlhf_tui import format as fmt
 from rlhf_tui.commands import view
 from rlhf_tui.commands.options import (
     existing,
@@ -108,7 +109,7 @@ def resume(
     # A session that crashed after its last checkpoint still has to record its end.
     if start.from_step >= total and not crashed:
         say(
-            f"session '{name}' has finished its {total} steps; to extend it: "
+            f"session '{name}' has finished its {fmt.plural(total, 'step')}; to extend it: "
             f"rlhf-tui resume {name} -o train.steps={2 * total}"
         )
         return

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine import starter
 from engine.config import file as config_file
+from engine.config.settings import SettingChange
 from engine.errors import (
     ConfigError,
     NoSuchSessionError,
@@ -388,6 +389,24 @@ def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):
     assert start.origin == {"from": "run", "step": 2}
     assert child.config().kl.beta == 0.7
     assert writer.session.config().kl.beta != 0.7
+
+
+@pytest.mark.parametrize("action", ["fork", "resume"])
+def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
+    writer.steps(1, 2, 3)
+    writer.checkpoint(2)
+    writer.journal.set_meta(settings={"beta": 0.1})  # of step 4
+    state = {"state": {"settings": {"beta": 0.25}}, "score": 0.5, "kl": 1.5}
+    folder = writer.session.checkpoints / "step-000002"
+    (folder / "state.json").write_text(json.dumps(state))
+    given = {"reseed": False, "overrides": ["kl.beta=0.3"], "who": "me"}
+    if action == "fork":
+        start = fork(writer.session, "child", from_step=2, **given)[1]
+    else:
+        start = resume(writer.session, from_step=2, **given)
+    assert start.changes == [SettingChange(key="beta", old=0.25, new=0.3)]
+    latest = resume(writer.session, from_step=None, **given)
+    assert latest.changes == [SettingChange(key="beta", old=0.1, new=0.3)]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,13 @@ from engine.monitoring.guardrails import Alert
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
-from engine.protocol.rank_messages import Applied, CheckpointComplete, CheckpointWritten, Ready
+from engine.protocol.rank_messages import (
+    Applied,
+    CheckpointComplete,
+    CheckpointWritten,
+    Paused,
+    Ready,
+)
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.supervisor import Supervisor
 
@@ -168,6 +174,49 @@ async def test_a_guard_rail_stops_a_run_that_is_about_to_pause(engine):
     assert engine.state == "pausing"
     engine.alert("stop")
     assert engine.state == "stopping"
+
+
+def apply_pending(engine):
+    for message in engine.supervisor.pending.messages():
+        engine.receive(Applied(id=message.id, step=4))
+
+
+def pause_reasons(engine, writer):
+    """The reason of the pause in the live status and in the journal."""
+    with JournalReader(writer.session) as reader:
+        return {engine.supervisor.commands.status().pause_reason, reader.meta().pause_reason}
+
+
+async def test_a_pause_by_a_guard_rail_has_its_reason_until_it_is_ended(engine, writer):
+    engine.alert("pause")
+    assert pause_reasons(engine, writer) == {None}
+    apply_pending(engine)
+    assert pause_reasons(engine, writer) == {"much at step 3: too much"}
+    engine.supervisor.publisher.set_state("starting")  # its ranks died and are started again
+    engine.receive(Ready(info={}, settings=engine.shared.settings))
+    assert engine.state == "paused"
+    assert pause_reasons(engine, writer) == {"much at step 3: too much"}
+    engine.send(Unpause())
+    apply_pending(engine)
+    assert pause_reasons(engine, writer) == {None}
+
+
+async def test_a_pause_by_a_person_has_no_reason_whatever_alerts_meanwhile(engine, writer):
+    engine.send(Pause())
+    engine.alert("pause")
+    apply_pending(engine)
+    assert engine.state == "paused"
+    assert pause_reasons(engine, writer) == {None}
+
+
+async def test_a_pause_that_the_ranks_began_is_shown_and_can_be_ended(engine, writer):
+    engine.receive(Paused(step=3, rule="reward", reason="reward 'score' at step 4: ValueError"))
+    assert engine.state == "paused"
+    assert pause_reasons(engine, writer) == {"reward 'score' at step 4: ValueError"}
+    assert engine.send(Unpause()).status == "accepted"
+    apply_pending(engine)
+    assert engine.state == "running"
+    assert pause_reasons(engine, writer) == {None}
 
 
 @pytest.mark.parametrize("ending", ["stopping", "finished"])

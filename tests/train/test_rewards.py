@@ -1,6 +1,7 @@
 """Reward sources: how they are called, weighted sums of them, and errors."""
 
 import math
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -19,11 +20,12 @@ from engine.config.schema import SOURCE_KEYS, LaunchConfig, RewardConfig, Reward
 from engine.errors import RewardError, UserInputError
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
+from engine.train.rewards import calls
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
 from engine.train.rewards.model import RewardModel
 from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn
+from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs, RunsOn
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 
@@ -58,6 +60,20 @@ def module(tmp_path, monkeypatch):
         "def nan(completions, **kwargs): return [float('nan')] * len(completions)\n"
         "def short(completions, **kwargs): return [1.0]\n"
         "def words(completions, **kwargs): return ['good'] * len(completions)\n"
+        "def none(**kwargs): return None\n"
+        "def huge(completions, **kwargs): return [10**400] * len(completions)\n"
+        "calls = []\n"
+        "def fails_twice(completions, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) < 3: raise OSError('no service')\n"
+        "    return [1.0] * len(completions)\n"
+        "def stumbles(completions, **kwargs):\n"
+        "    for text in completions:\n"
+        "        if 'bad' in text: raise ValueError('not \\n nice')\n"
+        "class Rude(Exception):\n"
+        "    def __str__(self): raise KeyError\n"
+        "def rude(**kwargs): raise Rude\n"
+        "def exits(**kwargs): raise SystemExit(3)\n"
         "def step(trainer_state, prompts, **kwargs):\n"
         "    return [trainer_state.global_step] * len(prompts)\n",
         encoding="utf-8",
@@ -119,6 +135,8 @@ BAD = {
     "nan": "returned nan for response 0 of step 7",
     "short": "returned 1 scores for 3 responses",
     "words": "returned 'good' for response 0",
+    "huge": "for response 0 of step 7",
+    "none": "returned None at step 7: it must return one score for each response",
     "sometimes": "no reward source scored response 1",
 }
 
@@ -128,6 +146,56 @@ def test_invalid_scores_raise_an_error_that_names_the_response(module, inputs, n
     with pytest.raises(RewardError, match=message):
         source = WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, name))
         RewardMix({name: source}, SINGLE_RANK)(inputs)
+
+
+@pytest.fixture
+def call(inputs, monkeypatch):
+    """Calls a reward function with up to three retries that do not wait; returns the scores."""
+    monkeypatch.setattr(calls, "FIRST_DELAY", 0.0)
+
+    def call_with_retries(reward, **options):
+        mix = RewardMix({"r": WeightedReward(1.0, RunsOn.RANK_0, reward)}, SINGLE_RANK, 3)
+        return mix(inputs, **options)[0].tolist()
+
+    return call_with_retries
+
+
+def test_a_function_that_raises_is_called_again(module, call):
+    assert call(function_reward(module, "fails_twice")) == [1.0] * 3
+
+
+def test_a_probe_does_not_call_a_function_again(module, call):
+    with pytest.raises(RewardCallError, match="no service"):
+        call(function_reward(module, "fails_twice"), retry=False)
+
+
+RAISING = {
+    "stumbles": "reward 'r' at step 7: ValueError: not nice "
+    "(response 1, prompt: 'The film', response: ' was bad, and long, and bad again.')",
+    "rude": "Rude: its message cannot be shown",
+    "exits": "SystemExit: 3 (called with 3 responses, first prompt: 'The film')",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), RAISING.items())
+def test_what_a_function_raises_is_told_with_step_and_response(module, call, name, message):
+    with pytest.raises(RewardCallError) as caught:
+        call(function_reward(module, name))
+    assert message in str(caught.value)
+    assert "Traceback" in caught.value.trace
+
+
+def test_a_function_whose_file_was_mended_is_imported_again(module, call):
+    reward = function_reward(module, "stumbles")
+    file = Path(module) / "rewards_for_test.py"
+    whole = file.read_text(encoding="utf-8")
+    with pytest.raises(RewardCallError, match="not nice"):
+        call(reward)
+    file.write_text("def stumbles(", encoding="utf-8")
+    with pytest.raises(RewardCallError, match="SyntaxError"):
+        call(reward)
+    file.write_text(whole + "def stumbles(completions): return [2, 3, 4]\n", encoding="utf-8")
+    assert call(reward) == [2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_every_response_comes_from_the_run_s_rollout_backend(make_run):
     run, _ = make_run("reward.normalise=reference", "reward.normalise_samples=6")
     backend = CountingBackend(run.backend)
     run.backend = backend
-    reference_scores(run)
+    reference_scores(run, run.config)
     train_step(run, 1)
     answer_probe(run, "hello there")
     assert backend.rows == [6, 8, 1, 1]
