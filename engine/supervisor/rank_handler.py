@@ -134,6 +134,7 @@ class RankMessageHandler:
         match message:
             case Phase():
                 state.phases[message.rank] = message
+                state.timer.phase(message)
                 self._server.send_to_watchers(message)
             case Ready(info=info, settings=settings):
                 journal.record_event("ready", info)

@@ -99,6 +99,8 @@ class Steering:
         if self._wait and isinstance(command, Stop) and reply.status == "applied":
             self._wait_for_exit(session)
         self._print(reply, seconds_left)
+        if isinstance(command, Stop) and reply.status == "accepted" and not self._as_json:
+            say(f"to end at once, without this step: rlhf-tui ctl {self._name} stop --now")
         if reply.status == "rejected":
             raise RlhfError(f"rejected: {reply.reason}")
 
