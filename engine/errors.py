@@ -10,7 +10,8 @@
     │   ├── NoSuchSessionError    no such session, or no live engine; exit code 3
     │   ├── SessionLockedError    another engine holds the session
     │   └── JournalError          the journal cannot be read or written
-    ├── CheckpointError           a checkpoint is missing, damaged or cannot be written
+    ├── CheckpointError           a checkpoint is missing or cannot be used or written
+    │   └── DamagedCheckpointError    its files are not as they were written
     ├── RewardError               a reward source returned unusable rewards
     ├── LinkError                 a connection between two processes failed
     └── CommandRejectedError      an operator's command cannot be executed
@@ -58,7 +59,11 @@ class JournalError(SessionError):
 
 
 class CheckpointError(RlhfError):
-    """A checkpoint is missing, damaged or cannot be written."""
+    """A checkpoint is missing or cannot be used or written."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Files of a checkpoint are not as they were written; an older checkpoint may be whole."""
 
 
 class RewardError(RlhfError):

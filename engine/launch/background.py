@@ -9,6 +9,7 @@ import msgspec
 
 from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
+from engine.journal.rows import AlertEvent
 from engine.launch.start import StartOptions
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
@@ -22,6 +23,7 @@ def start_engine(
     *,
     timeout: float,
     waiting: Callable[[str], None] = lambda _state: None,
+    notice: Callable[[str], None] = lambda _text: None,
 ) -> int:
     """Starts an engine that outlives this process, its terminal and its process group.
 
@@ -32,6 +34,7 @@ def start_engine(
         start: the first attempt.
         timeout: seconds to wait for the models to be loaded.
         waiting: called with the session's state at each poll.
+        notice: called with the text of each alert that was recorded until this function returns.
 
     Returns:
         The engine's process id.
@@ -40,7 +43,7 @@ def start_engine(
         UserInputError: something that the configuration names cannot be used.
         SessionError: the engine ended before the training began; the message is its reason.
     """
-    attempts = _attempts(session)
+    attempts, last_event = _attempts(session), _last_event(session)
     text = msgspec.json.encode(start).decode()
     # The engine inherits no open file: a script that reads our output must see its end.
     with session.log_file.open("ab") as log:
@@ -57,11 +60,13 @@ def start_engine(
         code = process.poll()
         state = _state(session) if _attempts(session) > attempts else "starting"
         if code is not None:
+            _pass_on(session, last_event, notice)
             return _ended(session, code, state, process.pid)
         if state != "starting" and state in LIVE_STATES:
             break
         waiting(state)
         time.sleep(POLL_INTERVAL)
+    _pass_on(session, last_event, notice)
     return process.pid
 
 
@@ -80,6 +85,18 @@ def _ended(session: Session, code: int, state: str, pid: int) -> int:
         )
     error: type[RlhfError] = UserInputError if code == UserInputError.exit_code else SessionError
     raise error(message)
+
+
+def _last_event(session: Session) -> int:
+    with JournalReader(session) as reader:
+        return max((e.event for e in reader.events(last=1)), default=0)
+
+
+def _pass_on(session: Session, after: int, notice: Callable[[str], None]) -> None:
+    with JournalReader(session) as reader:
+        for event in reader.events(after=after):
+            if isinstance(event.payload, AlertEvent):
+                notice(event.payload.text)
 
 
 def _attempts(session: Session) -> int:

@@ -108,6 +108,18 @@ def last_checkpoint(session: Session) -> int:
     return max(timeline_checkpoints(session), default=0)
 
 
+def earlier_checkpoint(session: Session, start: StartOptions) -> StartOptions | None:
+    """The same start from the checkpoint before, for one whose checkpoint is damaged.
+
+    Returns:
+        None if there is no earlier checkpoint of the timeline, or an operator chose the step.
+    """
+    earlier = [step for step in timeline_checkpoints(session) if step < start.from_step]
+    if start.fresh or not earlier:
+        return None
+    return msgspec.structs.replace(start, from_step=earlier[-1])
+
+
 def resume(
     session: Session, *, from_step: int | None, reseed: bool, overrides: list[str], who: str
 ) -> StartOptions:

@@ -12,13 +12,20 @@ import signal
 import sqlite3
 from pathlib import Path
 
+import msgspec
+
 from engine import __version__
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
-from engine.launch.start import StartOptions, adopted_checkpoint, last_checkpoint
+from engine.launch.start import (
+    StartOptions,
+    adopted_checkpoint,
+    earlier_checkpoint,
+    last_checkpoint,
+)
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import open_channels
 from engine.monitoring.telemetry import busy_gpus
@@ -252,6 +259,16 @@ class Supervisor:
             "user_input": failure.user_input,
         }
         self._journal.record_event("error", data)
+        earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
+        if earlier is not None and not state.stop_now:
+            text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
+            log.error(text)
+            self.publisher.notice("checkpoint", text, earlier.from_step)
+            state.next = earlier
+            return 1
+        if failure.damaged:
+            text = f"{failure.text}; resume from another one with --from STEP"
+            failure = msgspec.structs.replace(failure, text=text)
         limit = launch.max_restarts
         final = failure.final or failure.user_input or state.stop_now
         if final or self._restarts >= limit:

@@ -10,7 +10,7 @@ import msgspec
 
 from engine.errors import CheckpointError, RlhfError
 from engine.protocol.rank_messages import Begin, CheckpointComplete, CheckpointWritten, Notice
-from engine.session.checkpoints import checkpoint_path, complete_checkpoints
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState
 from engine.train.checkpoints.saver import Outcome, Saved, Saver
@@ -145,7 +145,7 @@ class CheckpointManager:
             CheckpointWritten(step=saved.step, size=saved.size, score=saved.score, kl=saved.kl)
         )
         self._link.wait_for_confirm(saved.step)
-        checkpoint_folder.complete(saved.folder)
+        mark_complete(saved.folder)
 
     def _conclude(self, step: int, outcome: Outcome) -> None:
         """Reports an outcome, then removes older checkpoints; called in the thread that saves."""

@@ -51,7 +51,7 @@ def load_run(
     begin: Begin,
     ranks: RankGroup,
     announce: Announce,
-    warn: Callable[[str], None] = lambda _text: None,
+    notify: Callable[[str, str], None] = lambda _rule, _text: None,
 ) -> Run:
     """Loads everything that a step needs; all ranks call it together.
 
@@ -64,7 +64,8 @@ def load_run(
         begin: the step to start from, and the changes to replay.
         ranks: all ranks of this attempt.
         announce: called with each phase of loading.
-        warn: called with a sentence if the models probably do not fit in memory.
+        notify: called with the rule and the text of each notice for the operator: `memory` if the
+            models probably do not fit, `settings` for a saved setting that is not used.
 
     Raises:
         UserInputError: something that the configuration names cannot be used.
@@ -78,7 +79,9 @@ def load_run(
     if begin.from_step:
         saved = checkpoint_path(session.checkpoints, begin.from_step)
         source = str(saved / "policy")
-        state, config = read_state(saved, ranks).restored(config)
+        state, config = read_state(saved, ranks).restored(
+            config, lambda text: notify("settings", text)
+        )
 
     stages = itertools.count()
 
@@ -89,7 +92,12 @@ def load_run(
     begin_stage("prompts")
     tokenizer = load_tokenizer(source, "model.policy", ranks)
     prompts = broadcast_prompts(config, tokenizer, ranks)
-    strategy, memory = check_memory(first_step_config(config, begin), prompts.longest, ranks, warn)
+    strategy, memory = check_memory(
+        first_step_config(config, begin),
+        prompts.longest,
+        ranks,
+        lambda text: notify("memory", text),
+    )
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
     rewards = load_rewards(

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import LaunchConfig, RunConfig
 from engine.config.settings import settings_of
-from engine.errors import LinkError, RlhfError, UserInputError
+from engine.errors import DamagedCheckpointError, LinkError, RlhfError, UserInputError
 from engine.launch.environment import LAUNCH_VARIABLE, PARENT_VARIABLE
 from engine.protocol.rank_messages import Begin, Failed, Notice, Ready, StepReport
 from engine.session.folder import Session
@@ -96,9 +96,10 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     # Any other exception may be due to the hardware.
     final = isinstance(error, RlhfError)
     text = str(error) if final else f"{type(error).__name__}: {error}"
+    damaged = isinstance(error, DamagedCheckpointError)
     trace = traceback.format_exc()
-    if ranks is None or ranks.size == 1:
-        return Failed(rank=rank, text=text, traceback=trace, final=final)
+    if ranks is None or ranks.size == 1 or damaged:
+        return Failed(rank=rank, text=text, traceback=trace, final=final, damaged=damaged)
     if is_peer_loss(error):
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             for message in ranks.errors_left():
@@ -129,10 +130,10 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
     """The training loop: execute commands, run a step, report it, save."""
     begin, config = receive_start(session, link, ranks)
 
-    def warn_about_memory(text: str) -> None:
-        link.send(Notice(step=begin.from_step, rule="memory", text=text))
+    def notify(rule: str, text: str) -> None:
+        link.send(Notice(step=begin.from_step, rule=rule, text=text))
 
-    run = load_run(session, config, begin, ranks, link.phase, warn_about_memory)
+    run = load_run(session, config, begin, ranks, link.phase, notify)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
     events = None
