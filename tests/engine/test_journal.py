@@ -15,7 +15,7 @@ from engine.journal import database, schema
 from engine.journal.database import open_read_only
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
-from engine.journal.samples import SampleQuery
+from engine.journal.samples import SampleQuery, SampleReader
 from engine.journal.writer import JournalWriter, copy_until, on_network
 from engine.protocol.commands import Probe
 from engine.session.folder import Session
@@ -420,6 +420,27 @@ def test_an_archived_copy_is_read_where_nothing_can_be_written(old, tmp_path, mo
     monkeypatch.setattr(sqlite3, "connect", without_writing)
     assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
     assert any("immutable=1" in uri for uri in asked)
+
+
+def test_an_archived_crash_is_read_to_its_last_row_where_nothing_can_be_written(
+    writer, tmp_path, monkeypatch
+):
+    writer.steps(*range(1, 56))
+    archive = Session(tmp_path / "archive" / "run")
+    # As a crash leaves it, and copied without the shared memory: all rows are in the -wal.
+    shutil.copytree(writer.session.folder, archive.folder, ignore=shutil.ignore_patterns("*-shm"))
+    connect = sqlite3.connect
+
+    def without_writing(database, **options):
+        if not any(word in database for word in ("immutable", "unix-none")):
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(database, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", without_writing)
+    assert len(scores(archive)) == 55
+    with SampleReader(archive) as samples:
+        assert len(samples.newest()) == 2 * 55
+    assert not list(archive.folder.glob("*-shm"))
 
 
 def test_a_path_with_signs_that_mean_something_in_a_uri_is_read(make_session, write_in, tmp_path):
