@@ -19,6 +19,9 @@
 Each message is one sentence that names the cause and a remedy. It is shown to the user unchanged.
 """
 
+MAX_CONFIG_ERROR = 600
+"""Characters of the message of a :class:`ConfigError`."""
+
 
 class RlhfError(Exception):
     """Base class of all exceptions that this software raises."""
@@ -33,7 +36,16 @@ class UserInputError(RlhfError):
 
 
 class ConfigError(UserInputError):
-    """A configuration key, its type or its range is wrong."""
+    """A configuration key, its type or its range is wrong.
+
+    The message repeats what the user wrote, so it is cut in the middle if it is very long.
+    """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MAX_CONFIG_ERROR:
+            half = MAX_CONFIG_ERROR // 2
+            text = f"{text[:half]} … {text[-half:]}"
+        super().__init__(text)
 
 
 class SessionNameError(UserInputError):

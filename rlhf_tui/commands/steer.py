@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from engine.config import file as config_file
+from engine.config.yaml_document import parse_yaml
 from engine.errors import RlhfError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.writer import JournalWriter
@@ -224,7 +225,7 @@ def set_(steering: Steering, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals:
         raise UserInputError(f"set takes key=value, not '{assignment}'")
-    steering.send(SetSetting(key=key.strip(), value=config_file.parse_yaml(text, key)))
+    steering.send(SetSetting(key=key.strip(), value=parse_yaml(text, key)))
 
 
 @_verb(Probe)
