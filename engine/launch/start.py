@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from engine.config import file as config_file
+from engine.config.model_folder import folder_error, has_config, is_file
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange
 from engine.errors import (
@@ -255,7 +256,7 @@ def check_inputs(config: RunConfig) -> None:
     """
     prompts = Path(config.data.prompts)
     if prompts.is_absolute():
-        if not _is_file(prompts):
+        if not is_file(prompts):
             raise ConfigError(f"data.prompts: no file at {prompts}")
         if prompts.suffix.lower() not in config_file.DATA_FILES:
             endings = ", ".join(config_file.DATA_FILES)
@@ -268,18 +269,5 @@ def check_inputs(config: RunConfig) -> None:
         models[f"reward.mix[{i}].model" if many else "reward.model"] = source.model
     for key, name in models.items():
         folder = Path(name or "")
-        if folder.is_absolute() and not _is_file(folder / "config.json"):
-            problem = "holds no config.json" if folder.is_dir() else "does not exist"
-            if (folder / "adapter_config.json").is_file():
-                problem = "holds adapters without their model; export it with --merged"
-            raise ConfigError(
-                f"{key}: the folder {folder} {problem} (expected: a Hugging Face model folder)"
-            )
-
-
-def _is_file(path: Path) -> bool:
-    """Like :meth:`Path.is_file`, which raises for some paths, such as one with a very long name."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
+        if folder.is_absolute() and not has_config(folder):
+            raise ConfigError(folder_error(key, folder))
