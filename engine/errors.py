@@ -29,6 +29,18 @@ class RlhfError(Exception):
     exit_code = 1
 
 
+def error_text(error: BaseException) -> str:
+    """The message of an exception of somebody else's code, as text that can be sent and stored.
+
+    Its `__str__` may itself raise, and its text may hold surrogates.
+    """
+    try:
+        text = str(error)
+    except Exception as problem:
+        text = f"(its message cannot be shown: {type(problem).__name__})"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class UserInputError(RlhfError):
     """The user's input is wrong."""
 

@@ -52,7 +52,11 @@ class CheckpointManager:
         self._run = run
         self._link = link
         self._saver = Saver(
-            folder, run.ranks.checkpoint_group, conclude=self._conclude, confirm=self._confirm
+            folder,
+            run.ranks.checkpoint_group,
+            conclude=self._conclude,
+            confirm=self._confirm,
+            notice=self._notice,
         )
         self._saved_step = begin.from_step
         """The step of the last save that was started."""
@@ -183,6 +187,9 @@ class CheckpointManager:
         except OSError as error:
             text = f"the old checkpoint of step {step} cannot be removed: {error}"
             self._link.send(Notice(step=saved_step, rule="checkpoint", text=text))
+
+    def _notice(self, text: str) -> None:
+        self._link.send(Notice(step=self._run.state.step, rule="checkpoint", text=text))
 
     def close(self) -> None:
         """Waits for a running save, at most :data:`CLOSE_TIMEOUT`, so that a resume can use it."""

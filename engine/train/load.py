@@ -90,7 +90,9 @@ def load_run(
         announce(begin.from_step, f"load {name}", next(stages), len(STAGES))
 
     begin_stage("prompts")
-    tokenizer = load_tokenizer(source, "model.policy", ranks)
+    has_tokenizer = saved is None or (saved / "policy" / "tokenizer_config.json").is_file()
+    tokenizer_source = source if has_tokenizer else starter.resolve(config.model.policy)
+    tokenizer = load_tokenizer(tokenizer_source, "model.policy", ranks)
     prompts = broadcast_prompts(config, tokenizer, ranks)
     strategy, memory = check_memory(
         first_step_config(config, begin),

@@ -164,6 +164,26 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_no_partial_one(trained, 
     assert sorted(p.name for p in session.checkpoints.iterdir()) == before
 
 
+def test_a_tokenizer_that_cannot_be_copied_is_a_notice_and_a_resume_loads_the_original(
+    trained, monkeypatch
+):
+    run, session = trained
+
+    def gone(*_args, **_kwargs):
+        raise FileNotFoundError(2, "No such file or directory", "vocab.txt")
+
+    monkeypatch.setattr(run.tokenizer, "save_pretrained", gone)
+    told = []
+    saver = Saver(session.checkpoints, notice=told.append)
+    begin(saver, run)
+    outcome = saver.wait(DEADLINE)
+    mark_complete(outcome.folder)
+    (text,) = told
+    assert text.startswith("the tokenizer cannot be saved, checkpoints are without it: ")
+    assert not (outcome.folder / "policy" / "tokenizer.json").exists()
+    assert resumed(session).tokenizer.get_vocab() == run.tokenizer.get_vocab()
+
+
 def test_a_checkpoint_does_not_contain_changes_made_while_it_is_written(trained):
     run, session = trained
     before = {k: t.clone() for k, t in run.policy.state_dict().items()}

@@ -17,13 +17,16 @@ from transformers import (
 from engine import starter
 from engine.config.schema import SOURCE_KEYS, LaunchConfig, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
+from engine.protocol import frames
+from engine.protocol.rank_messages import decode_from_rank
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
 from engine.train.rewards.model import RewardModel
 from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn
+from engine.train.rewards.source import FunctionError, LoadContext, RewardInputs, RunsOn
+from engine.train.worker import failed_message
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 
@@ -58,6 +61,14 @@ def module(tmp_path, monkeypatch):
         "def nan(completions, **kwargs): return [float('nan')] * len(completions)\n"
         "def short(completions, **kwargs): return [1.0]\n"
         "def words(completions, **kwargs): return ['good'] * len(completions)\n"
+        "def nothing(completions, **kwargs): completions.clear()\n"
+        "def one(completions, **kwargs): return 1.0\n"
+        "def huge(completions, **kwargs): return [10**400] * len(completions)\n"
+        "def vast(completions, **kwargs): return [10**5000] * len(completions)\n"
+        "class Silent(Exception):\n"
+        "    def __str__(self): raise RuntimeError\n"
+        "def silent(completions, **kwargs): raise Silent\n"
+        "def surrogate(completions, **kwargs): raise ValueError('no \\\\ud800 here')\n"
         "def step(trainer_state, prompts, **kwargs):\n"
         "    return [trainer_state.global_step] * len(prompts)\n",
         encoding="utf-8",
@@ -119,8 +130,29 @@ BAD = {
     "nan": "returned nan for response 0 of step 7",
     "short": "returned 1 scores for 3 responses",
     "words": "returned 'good' for response 0",
+    "nothing": "reward 'nothing' returned None at step 7: it must return a list of 3 scores",
+    "one": "reward 'one' returned 1.0 at step 7: it must return a list of 3 scores",
+    "huge": "returned 10000.*… for response 0",
+    "vast": "returned a huge integer for response 0",
     "sometimes": "no reward source scored response 1",
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("silent", "reward 'silent' raised Silent: .its message cannot be shown: RuntimeError"),
+        ("surrogate", r"reward 'surrogate' raised ValueError: no \\ud800 here"),
+    ],
+)
+def test_an_exception_with_a_hostile_message_does_not_hide_the_reward(
+    module, inputs, name, message
+):
+    with pytest.raises(FunctionError, match=message) as caught:
+        source = WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, name))
+        RewardMix({name: source}, SINGLE_RANK)(inputs)
+    failed = failed_message(caught.value, None, 0)
+    assert decode_from_rank(frames.encode(failed)[frames.HEADER.size :]) == failed
 
 
 @pytest.mark.parametrize(("name", "message"), BAD.items())

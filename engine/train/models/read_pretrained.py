@@ -4,7 +4,6 @@ All of the code reads them through :func:`read_pretrained`: no code of theirs is
 loaded, and whatever is wrong with them is one sentence for the user.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from engine.config.model_folder import folder_error
 from engine.errors import UserInputError
 
-os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # transformers would ask a service on the hub
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Extensions of weights that a pickle holds."""
 SHOWN_LENGTH = 300

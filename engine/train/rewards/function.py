@@ -4,13 +4,15 @@ import asyncio
 import importlib
 import inspect
 import sys
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from engine.config.schema import RewardSource
-from engine.errors import UserInputError
+from engine.errors import UserInputError, error_text
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
@@ -44,7 +46,7 @@ class FunctionReward:
             # A user's module may raise anything on import; the user gets it on one line.
             raise UserInputError(
                 f"reward.function: cannot import '{module_name}' (looked in {path or '.'}): "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error_text(error)}"
             ) from error
         function = getattr(module, name, None)
         if not callable(function):
@@ -65,7 +67,10 @@ class FunctionReward:
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores))
         report(len(inputs), len(inputs))
-        return scores.tolist() if isinstance(scores, Tensor) else list(scores)
+        if isinstance(scores, Tensor | np.ndarray):
+            return list(scores.tolist()) if scores.ndim else [scores.item()]
+        # Anything else is refused by the check of the scores, which says what it is.
+        return list(scores) if isinstance(scores, Iterable) else scores
 
     @staticmethod
     def _arguments(inputs: RewardInputs) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.errors import RewardError
+from engine.errors import RewardError, error_text
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, model
 from engine.train.rewards.source import (
@@ -24,6 +24,10 @@ from engine.train.rollout.rollout import ReportProgress
 
 KINDS: dict[str, SourceKind] = {"model": model.KIND, "function": function.KIND}
 """Kinds of sources, by the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
+
+
+SHOWN_LENGTH = 100
+"""Characters of a wrong value that an error repeats."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class RewardMix:
             except RewardError as error:
                 failure = error
             except Exception as error:  # raised below, once the other ranks know
-                text = f"reward '{name}' raised {type(error).__name__}: {error}"
+                text = f"reward '{name}' raised {type(error).__name__}: {error_text(error)}"
                 failure = FunctionError(text)
                 failure.__cause__ = error
         outcome = (scores, "" if failure is None else str(failure))
@@ -121,12 +125,17 @@ class RewardMix:
         return scores
 
 
-def validate_scores(name: str, scores: list[Any], inputs: RewardInputs) -> list[float | None]:
+def validate_scores(name: str, scores: Any, inputs: RewardInputs) -> list[float | None]:
     """Converts a source's scores to floats.
 
     Raises:
         RewardError: there is not one score per response, or one is neither None nor finite.
     """
+    if not isinstance(scores, list):
+        raise RewardError(
+            f"reward '{name}' returned {_shown(scores)} at step {inputs.step}: it must return a "
+            f"list of {len(inputs)} scores, one for each response"
+        )
     if len(scores) != len(inputs):
         raise RewardError(
             f"reward '{name}' returned {len(scores)} scores for {len(inputs)} responses at step "
@@ -136,16 +145,28 @@ def validate_scores(name: str, scores: list[Any], inputs: RewardInputs) -> list[
     for i, score in enumerate(scores):
         try:
             number = None if score is None else float(score)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # the last for integers over 1e308
             number = math.nan
         if number is not None and not math.isfinite(number):
             raise RewardError(
-                f"reward '{name}' returned {score!r} for response {i} of step {inputs.step} "
+                f"reward '{name}' returned {_shown(score)} for response {i} of step {inputs.step} "
                 f"(prompt: {inputs.batch.prompts[i].text!r}, response: {inputs.texts[i]!r}): "
                 "a score is a finite number, or None if the source does not score the response"
             )
         numbers.append(number)
     return numbers
+
+
+def _shown(value: Any) -> str:
+    """A value in an error, at most :data:`SHOWN_LENGTH` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write integers of more than 4300 digits
+        text = "a huge integer"
+    except Exception as error:
+        text = f"{type(value).__name__} (its repr raises {type(error).__name__})"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= SHOWN_LENGTH else f"{text[: SHOWN_LENGTH - 1]}…"
 
 
 def load_rewards(context: LoadContext) -> RewardMix:
