@@ -253,12 +253,6 @@ class Supervisor:
             self.publisher.set_state("stopped" if reason == "stopped" else "finished", text)
             return 0
         failure = attempt.cause(status, launch, self._session.name)
-        data = {
-            "text": failure.text,
-            "traceback": failure.traceback,
-            "user_input": failure.user_input,
-        }
-        self._journal.record_event("error", data)
         earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
         if earlier is not None and not state.stop_now:
             text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
@@ -269,6 +263,12 @@ class Supervisor:
         if failure.damaged:
             text = f"{failure.text}; resume from another one with --from STEP"
             failure = msgspec.structs.replace(failure, text=text)
+        data = {
+            "text": failure.text,
+            "traceback": failure.traceback,
+            "user_input": failure.user_input,
+        }
+        self._journal.record_event("error", data)
         limit = launch.max_restarts
         final = failure.final or failure.user_input or state.stop_now
         if final or self._restarts >= limit:
