@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.errors import NoSuchSessionError, SessionError, SessionLockedError, SessionNameError
+from engine.errors import (
+    ConfigError,
+    NoSuchSessionError,
+    SessionError,
+    SessionLockedError,
+    SessionNameError,
+)
 from engine.session import access, lock
 
 if TYPE_CHECKING:
@@ -91,7 +97,12 @@ class Session:
         # Imported here because importing YAML is slow and most users of a session do not need it.
         from engine.config import file as config_file  # noqa: PLC0415
 
-        return config_file.load(self.config_file)
+        try:
+            return config_file.load(self.config_file)
+        except ConfigError as error:  # such as a value that an earlier version accepted
+            if str(self.config_file) in str(error):
+                raise
+            raise ConfigError(f"{self.config_file}: {error}") from None
 
     def write_config(self, config: "RunConfig") -> None:
         """Replaces config.yaml atomically. Call it with the session's lock held, or before."""
