@@ -105,7 +105,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
             if not isinstance(child, dict):
                 raise ConfigError(f"unknown key '{key}'{_nearest(key)}")
             node = child
-        node[last] = parse_yaml(value, f"-o {key}")
+        node[last] = parse_yaml(value, f"-o {key}", key.strip())
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:

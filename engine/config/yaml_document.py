@@ -51,30 +51,29 @@ _Loader.add_implicit_resolver(*_FLOAT)
 _Dumper.add_implicit_resolver(*_FLOAT)
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, key: str = "") -> Any:
     """Parses a YAML document.
 
     Args:
         text: the document.
         where: its origin, for the error message.
+        key: the configuration key whose value it is, if it is only that.
 
     Raises:
         ConfigError: the text is not a YAML document, or holds more than plain values.
     """
     try:
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-        check_plain(tree)
+        check_plain(tree, key)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise error if key else ConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not a YAML document"
         raise ConfigError(f"{where}{line}: {problem}") from error
     except _MALFORMED as error:
-        first = (str(error).splitlines() or [""])[0]
-        problem = "a value does not fit its tag" if isinstance(error, AttributeError) else first
-        raise ConfigError(f"{where}: not a YAML document: {problem}") from error
+        raise ConfigError(f"{where}: {_malformed(error)}") from error
     return tree
 
 
@@ -83,14 +82,26 @@ def dump_yaml(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def check_plain(tree: Any) -> None:
+def _malformed(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, ValueError) and str(error):
+        return str(error).splitlines()[0]
+    return "a value does not fit its tag"
+
+
+def check_plain(tree: Any, path: str = "") -> None:
     """Checks that a tree has plain values only: text keys, finite numbers, valid Unicode, no loops.
+
+    Args:
+        tree: nested dictionaries and lists.
+        path: its place in a configuration, for the error message.
 
     Raises:
         ConfigError: it has not; the message names the place.
     """
     values = 0
-    waiting: list[tuple[str, Any, int]] = [("", tree, 0)]
+    waiting: list[tuple[str, Any, int]] = [(path, tree, 0)]
     while waiting:
         path, value, depth = waiting.pop()
         values += 1

@@ -225,7 +225,7 @@ def set_(steering: Steering, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals:
         raise UserInputError(f"set takes key=value, not '{assignment}'")
-    steering.send(SetSetting(key=key.strip(), value=parse_yaml(text, key)))
+    steering.send(SetSetting(key=key.strip(), value=parse_yaml(text, key, key.strip())))
 
 
 @_verb(Probe)
