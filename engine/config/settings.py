@@ -107,20 +107,42 @@ def check_settings(settings: Settings, values: dict[str, Any]) -> dict[str, Any]
     """
     now = msgspec.structs.asdict(settings)
     for name, value in values.items():
-        section, key = LIVE_SETTINGS[name].split(".")
-        kind = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
-        try:
-            now[name] = msgspec.convert(value, kind, strict=True)
-        except msgspec.ValidationError as error:
-            wanted = expected(str(error).partition(", got")[0])
-            raise CommandRejectedError(f"{name} must be {wanted} (it is {shown(value)})") from None
+        now[name] = _check_value(name, value)
     if not now["beta_min"] < now["beta_max"]:
         raise CommandRejectedError(
             f"beta_min ({now['beta_min']:g}) must be below beta_max ({now['beta_max']:g})"
         )
     return {name: now[name] for name in values}
+
+
+def invalid_values(values: dict[str, Any]) -> dict[str, str]:
+    """The recorded values of settings that no command could set now.
+
+    Journals and checkpoints of versions whose settings had no bounds may hold some.
+
+    Returns:
+        Setting → what is wrong with its value, in one sentence.
+    """
+    problems = {}
+    for name, value in values.items():
+        try:
+            _check_value(name, value)
+        except CommandRejectedError as error:
+            problems[name] = str(error)
+    return problems
+
+
+def _check_value(name: str, value: Any) -> Any:
+    """Returns a value in the setting's type. Raises CommandRejectedError."""
+    section, key = LIVE_SETTINGS[setting_name(name)].split(".")
+    kind = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == key)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as error:
+        wanted = expected(str(error).partition(", got")[0])
+        raise CommandRejectedError(f"{name} must be {wanted} (it is {shown(value)})") from None
 
 
 def _section(name: str) -> type[Struct]:

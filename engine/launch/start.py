@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from engine.config import file as config_file
+from engine.config.model_folder import folder_error, has_config, is_file
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange
 from engine.errors import (
@@ -119,6 +120,18 @@ def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
 def last_checkpoint(session: Session) -> int:
     """The step of the newest complete checkpoint of the timeline; 0 if there is none."""
     return max(timeline_checkpoints(session), default=0)
+
+
+def earlier_checkpoint(session: Session, start: StartOptions) -> StartOptions | None:
+    """The same start from the checkpoint before, for one whose checkpoint is damaged.
+
+    Returns:
+        None if there is no earlier checkpoint of the timeline, or an operator chose the step.
+    """
+    earlier = [step for step in timeline_checkpoints(session) if step < start.from_step]
+    if start.fresh or not earlier:
+        return None
+    return msgspec.structs.replace(start, from_step=earlier[-1])
 
 
 def resume(
@@ -259,7 +272,7 @@ def check_inputs(config: RunConfig) -> None:
     """
     prompts = Path(config.data.prompts)
     if prompts.is_absolute():
-        if not prompts.is_file():
+        if not is_file(prompts):
             raise ConfigError(f"data.prompts: no file at {prompts}")
         if prompts.suffix.lower() not in config_file.DATA_FILES:
             endings = ", ".join(config_file.DATA_FILES)
@@ -272,10 +285,5 @@ def check_inputs(config: RunConfig) -> None:
         models[f"reward.mix[{i}].model" if many else "reward.model"] = source.model
     for key, name in models.items():
         folder = Path(name or "")
-        if folder.is_absolute() and not (folder / "config.json").is_file():
-            problem = "holds no config.json" if folder.is_dir() else "does not exist"
-            if (folder / "adapter_config.json").is_file():
-                problem = "holds adapters without their model; export it with --merged"
-            raise ConfigError(
-                f"{key}: the folder {folder} {problem} (expected: a Hugging Face model folder)"
-            )
+        if folder.is_absolute() and not has_config(folder):
+            raise ConfigError(folder_error(key, folder))

@@ -185,6 +185,8 @@ class Failed(Message, frozen=True, tag="failed"):
     """A restart would fail in the same way."""
     echo: bool = False
     """A consequence of the loss of another rank, whose error is the cause."""
+    damaged: bool = False
+    """The checkpoint to start from is damaged; an older one may be whole."""
 
 
 class Ended(Message, frozen=True, tag="ended"):
@@ -213,11 +215,13 @@ class Begin(Message, frozen=True, tag="begin"):
 
 
 class ReplayedChange(Struct, frozen=True, kw_only=True):
-    """A change of settings before a crash, to be applied again at the same step."""
+    """A command before a crash, whose changes are to be applied again at the same step."""
 
     step: int
     command: str
     changes: list[SettingChange]
+    args: dict[str, Any] = {}
+    """The command's, if it is carried out again (:attr:`Command.replayed`)."""
 
 
 class Confirm(Message, frozen=True, tag="confirm"):

@@ -5,6 +5,9 @@ import logging
 from collections.abc import Callable
 from typing import assert_never
 
+import msgspec
+
+from engine.config.settings import invalid_values
 from engine.errors import LinkError
 from engine.journal.writer import JournalWriter
 from engine.metrics import STEP_TIME
@@ -27,6 +30,7 @@ from engine.protocol.rank_messages import (
     RankHello,
     Ready,
     Rejected,
+    ReplayedChange,
     StepReport,
 )
 from engine.session.states import State
@@ -123,12 +127,25 @@ class RankMessageHandler:
                 reseed=journal.reseeded(step),
                 checkpoints=journal.timeline(),
                 paused=self._state.paused,
-                replay=journal.commands.changes_after(step),
-                undoable=journal.commands.undoable(step),
+                replay=[self._without_invalid(c) for c in journal.commands.changes_after(step)],
+                undoable=[
+                    changes
+                    for changes in journal.commands.undoable(step)
+                    if not invalid_values({c.key: c.old for c in changes})
+                ],
             )
         )
         for message in self._pending.messages():
             attempt.send(message)
+
+    def _without_invalid(self, replayed: ReplayedChange) -> ReplayedChange:
+        """Leaves out values that an earlier version accepted and no rank could work with."""
+        problems = invalid_values({c.key: c.new for c in replayed.changes})
+        for problem in problems.values():
+            text = f"a change of step {replayed.step} is not repeated: {problem}"
+            self._publisher.notice("replay", text, self._state.attempt.start.from_step)
+        kept = [c for c in replayed.changes if c.key not in problems]
+        return msgspec.structs.replace(replayed, changes=kept)
 
     def handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short case a message
         """Handles one message; the journal is written first, the observer called last."""
@@ -136,6 +153,7 @@ class RankMessageHandler:
         match message:
             case Phase():
                 state.phases[message.rank] = message
+                state.timer.phase(message)
                 self._server.send_to_watchers(message)
             case Ready(info=info, settings=settings):
                 journal.record_event("ready", info)

@@ -10,10 +10,16 @@ from typing import Any, assert_never
 
 import msgspec
 
-from engine.config.settings import SettingChange, change_settings, settings_of
+from engine.config.settings import (
+    SettingChange,
+    change_settings,
+    invalid_values,
+    settings_of,
+)
 from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
 from engine.kl import next_beta
 from engine.protocol.commands import (
+    COMMANDS,
     BoundaryCommand,
     Checkpoint,
     Pause,
@@ -29,6 +35,7 @@ from engine.protocol.rank_messages import (
     Applied,
     Begin,
     Ended,
+    Notice,
     Paused,
     RankCommand,
     Rejected,
@@ -162,6 +169,9 @@ class Boundary:
             except (CommandRejectedError, CheckpointError) as error:
                 self._link.send(Rejected(id=message.id, reason=str(error)))
             else:
+                if message.command.replayed:
+                    name = message.command.name()
+                    self._replay = [r for r in self._replay if r.command != name]
                 if applied is not None:
                     self._link.send(applied)
 
@@ -203,10 +213,23 @@ class Boundary:
     def _undo(self) -> list[SettingChange]:
         if not self._undoable:
             raise CommandRejectedError("there is no change to undo")
-        return self._change_by_command({c.key: c.old for c in self._undoable.pop()})
+        values = {c.key: c.old for c in self._undoable.pop()}
+        # A version without bounds may have set the old value, or put it into a checkpoint.
+        if problems := invalid_values(values):
+            raise CommandRejectedError(f"the change cannot be undone: {min(problems.values())}")
+        return self._change_by_command(values)
 
     def _replay_change(self, replayed: ReplayedChange) -> None:
-        """Applies a change from before a crash again; `undo` treats it like any other."""
+        """Applies a command from before a crash again; `undo` treats it like any other."""
+        kind = COMMANDS.get(replayed.command)
+        if kind is not None and kind.replayed:
+            data = {"command": replayed.command, **replayed.args}
+            try:
+                self._carry_out(replayed.command, msgspec.convert(data, BoundaryCommand))
+            except CommandRejectedError as error:
+                text = f"the command {replayed.command} is not repeated: {error}"
+                self._link.send(Notice(step=replayed.step, rule="replay", text=text))
+            return
         changes = self._change({c.key: c.new for c in replayed.changes})
         if replayed.command == Undo.name():
             del self._undoable[-1:]

@@ -52,7 +52,7 @@ def load_run(
     begin: Begin,
     ranks: RankGroup,
     announce: Announce,
-    warn: Callable[[str], None] = lambda _text: None,
+    notify: Callable[[str, str], None] = lambda _rule, _text: None,
 ) -> Run:
     """Loads everything that a step needs; all ranks call it together.
 
@@ -65,7 +65,8 @@ def load_run(
         begin: the step to start from, and the changes to replay.
         ranks: all ranks of this attempt.
         announce: called with each phase of loading.
-        warn: called with a sentence if the models probably do not fit in memory.
+        notify: called with the rule and the text of each notice for the operator: `memory` if the
+            models probably do not fit, `settings` for a saved setting that is not used.
 
     Raises:
         UserInputError: something that the configuration names cannot be used.
@@ -79,7 +80,9 @@ def load_run(
     if begin.from_step:
         saved = checkpoint_path(session.checkpoints, begin.from_step)
         source = str(saved / "policy")
-        state, config = read_state(saved, ranks).restored(config)
+        state, config = read_state(saved, ranks).restored(
+            config, lambda text: notify("settings", text)
+        )
 
     stages = itertools.count()
 
@@ -88,11 +91,18 @@ def load_run(
         announce(begin.from_step, f"load {name}", next(stages), len(STAGES))
 
     begin_stage("prompts")
-    tokenizer = load_tokenizer(source, "model.policy", ranks)
+    has_tokenizer = saved is None or (saved / "policy" / "tokenizer_config.json").is_file()
+    tokenizer_source = source if has_tokenizer else starter.resolve(config.model.policy)
+    tokenizer = load_tokenizer(tokenizer_source, "model.policy", ranks)
     prompts, held_out_prompts = split_prompts(
         config, broadcast_prompts(config, tokenizer, ranks), tokenizer, ranks
     )
-    strategy, memory = check_memory(first_step_config(config, begin), prompts.longest, ranks, warn)
+    strategy, memory = check_memory(
+        first_step_config(config, begin),
+        prompts.longest,
+        ranks,
+        lambda text: notify("memory", text),
+    )
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
     context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)

@@ -1,13 +1,12 @@
 """The main program of a rank: ``python -m engine.train.worker SESSION_FOLDER``.
 
-A supervisor starts it, sends it commands and receives its reports. A rank never outlives it.
+A supervisor starts it through :mod:`engine.launch.rank`, sends it commands and receives its
+reports. A rank never outlives it.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
@@ -21,8 +20,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import LaunchConfig, RunConfig
 from engine.config.settings import settings_of
-from engine.errors import LinkError, RlhfError, UserInputError
-from engine.launch.environment import LAUNCH_VARIABLE, PARENT_VARIABLE
+from engine.errors import (
+    DamagedCheckpointError,
+    LinkError,
+    RlhfError,
+    UserInputError,
+    error_text,
+)
+from engine.launch.environment import LAUNCH_VARIABLE
 from engine.protocol.rank_messages import (
     BaselineReport,
     Begin,
@@ -43,13 +48,11 @@ from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 from engine.train.step import train_step
 
-PR_SET_PDEATHSIG = 1
 T = TypeVar("T")
 
 
 def main() -> None:
     """Trains to the end of the run. Reports any error to the supervisor before it exits."""
-    die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     for name in ("httpx", "httpx2", "datasets", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -102,14 +105,15 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
         rank: this rank.
     """
     if isinstance(error, UserInputError):
-        return Failed(rank=rank, text=str(error), user_input=True)
+        return Failed(rank=rank, text=error_text(error), user_input=True)
     # RlhfErrors are raised deliberately, and a restart would raise them again: no restart follows.
     # Any other exception may be due to the hardware.
     final = isinstance(error, RlhfError)
-    text = str(error) if final else f"{type(error).__name__}: {error}"
-    trace = traceback.format_exc()
-    if ranks is None or ranks.size == 1:
-        return Failed(rank=rank, text=text, traceback=trace, final=final)
+    text = error_text(error) if final else f"{type(error).__name__}: {error_text(error)}"
+    damaged = isinstance(error, DamagedCheckpointError)
+    trace = traceback.format_exc().encode("utf-8", "backslashreplace").decode()
+    if ranks is None or ranks.size == 1 or damaged:
+        return Failed(rank=rank, text=text, traceback=trace, final=final, damaged=damaged)
     if is_peer_loss(error):
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             for message in ranks.errors_left():
@@ -122,28 +126,14 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     return failed
 
 
-def die_with_parent() -> None:
-    """Has the kernel kill this process when its parent dies; ignores all signals to stop.
-
-    A scheduler or Ctrl+C signals all processes at once. Only the supervisor reacts: it lets the
-    ranks finish and save the current step.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # The parent may have died before the line above: importing torch takes seconds.
-    if os.getppid() != int(os.environ[PARENT_VARIABLE]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train(session: Session, link: Link, ranks: RankGroup) -> None:
     """The training loop: execute commands, run a step, report it, save."""
     begin, config = receive_start(session, link, ranks)
 
-    def warn_about_memory(text: str) -> None:
-        link.send(Notice(step=begin.from_step, rule="memory", text=text))
+    def notify(rule: str, text: str) -> None:
+        link.send(Notice(step=begin.from_step, rule=rule, text=text))
 
-    run = load_run(session, config, begin, ranks, link.phase, warn_about_memory)
+    run = load_run(session, config, begin, ranks, link.phase, notify)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
     events = None

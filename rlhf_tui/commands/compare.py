@@ -12,6 +12,7 @@ from engine.config import file as config_file
 from engine.config.rules import check_rule
 from engine.config.schema import GuardrailConfig, RunConfig
 from engine.config.settings import settings_of
+from engine.config.yaml_document import parse_yaml
 from engine.errors import UserInputError
 from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
@@ -129,7 +130,7 @@ def _as_reported(row: SampleRow) -> Sample:
 def _rules(path: Path) -> GuardrailConfig:
     """The guardrails section of a file. Raises UserInputError."""
     try:
-        tree = config_file.parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
         section = tree.get("guardrails", tree) if isinstance(tree, dict) else tree
         config = msgspec.convert(section, GuardrailConfig)
         for rule in config.rules:

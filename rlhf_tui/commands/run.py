@@ -179,12 +179,16 @@ def _watch(session: Session, start: StartOptions) -> None:
 def _detach(session: Session, start: StartOptions) -> None:
     new = is_new(session, start)
     try:
-        pid = start_engine(session, start, timeout=LOADING_TIMEOUT)
+        pid = start_engine(session, start, timeout=LOADING_TIMEOUT, notice=_show_notice)
     except UserInputError:
         if new:  # nothing is trained yet: remove the incomplete session
             shutil.rmtree(session.folder, ignore_errors=True)
         raise
     say(f"session {session.name}: engine pid {pid}; steer it with: rlhf-tui ctl {session.name}")
+
+
+def _show_notice(text: str) -> None:
+    click.echo(f"rlhf-tui: {one_line(text)}", err=True)
 
 
 def _become_engine(session: Session, start: StartOptions) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from engine.config import file as config_file
+from engine.config.yaml_document import parse_yaml
 from engine.errors import JournalError, RlhfError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.writer import JournalWriter
@@ -101,6 +102,8 @@ class Steering:
         if self._wait and isinstance(command, Stop) and reply.status == "applied":
             self._wait_for_exit(session)
         self._print(command, reply, seconds_left)
+        if isinstance(command, Stop) and reply.status == "accepted" and not self._as_json:
+            say(f"to end at once, without this step: rlhf-tui ctl {self._name} stop --now")
         if reply.status == "rejected":
             raise RlhfError(f"rejected: {reply.reason}")
 
@@ -226,7 +229,7 @@ def set_(steering: Steering, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals:
         raise UserInputError(f"set takes key=value, not '{assignment}'")
-    steering.send(SetSetting(key=key.strip(), value=config_file.parse_yaml(text, key)))
+    steering.send(SetSetting(key=key.strip(), value=parse_yaml(text, key, key.strip())))
 
 
 @_verb(Probe)

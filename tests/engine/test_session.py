@@ -5,6 +5,9 @@ import json
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,7 @@ from engine.protocol.client import Client
 from engine.session import folder as session_folder
 from engine.session import registry
 from engine.session.states import ENDED_STATES, LIVE_STATES
+from engine.session.temporary import TemporaryFolder
 
 modest = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -86,6 +90,35 @@ def test_a_session_is_its_owners_alone_and_states_everything(make_session):
     made = make_session("run", "seed=3")
     assert made.folder.stat().st_mode & 0o777 == 0o700
     assert made.config() == config_file.load(starter.FOLDER / "demo.yaml", ["seed=3"])
+
+
+def test_nothing_is_left_of_a_configuration_that_could_not_be_written(make_session):
+    made = make_session()
+    leftover = made.folder / ".config.yaml.999999"  # of a process that was killed
+    leftover.touch()
+    made.config_file.unlink()
+    made.config_file.mkdir()  # so that even root cannot replace it
+    with pytest.raises(IsADirectoryError):
+        made.write_config(config_file.load(starter.FOLDER / "demo.yaml"))
+    assert not list(made.folder.glob(".config.yaml.*"))
+
+
+def test_temporary_folders_of_killed_processes_are_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import tempfile, os; from engine.session.temporary import TemporaryFolder\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}; folder = TemporaryFolder(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (abandoned,) = tmp_path.iterdir()
+    alive = TemporaryFolder()
+    for folder in (abandoned, alive.path):
+        os.utime(folder / "lock", (1, 1))  # long ago
+    newest = TemporaryFolder()
+    assert set(tmp_path.iterdir()) == {alive.path, newest.path}
+    for folder in (alive, newest):
+        folder.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_umask_opens_a_session_or_its_folder_to_others(tmp_path):

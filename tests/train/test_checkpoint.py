@@ -8,16 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.config.settings import SettingChange, change_settings
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, DamagedCheckpointError
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
 from engine.metrics import SCORE
 from engine.protocol.rank_messages import Begin, ReplayedChange
-from engine.session.checkpoints import complete_checkpoints
+from engine.session.checkpoints import complete_checkpoints, mark_complete
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
@@ -40,7 +41,7 @@ def save(run, session, score=1.0):
     outcome = saver.wait(DEADLINE)
     if isinstance(outcome, CheckpointError):
         raise outcome
-    checkpoint_folder.complete(outcome.folder)
+    mark_complete(outcome.folder)
     return outcome.folder
 
 
@@ -80,6 +81,17 @@ def test_live_settings_are_restored_before_a_resume_estimates_memory(trained):
     models = models_of(run.config, run.prompts.longest, "cpu")
     expected = estimate(run.config, models, Layout()).phases["generate"]["KV cache"]
     assert again.memory.phases["generate"]["KV cache"] == expected
+
+
+def test_saved_settings_that_an_earlier_version_accepted_are_not_used(trained):
+    run, _ = trained
+    saved = run.saved_state()
+    saved.settings = structs.replace(saved.settings, epochs=10**19, beta=0.5)
+    told = []
+    _, config = saved.restored(run.config, told.append)
+    assert (config.ppo.epochs, config.kl.beta) == (run.config.ppo.epochs, 0.5)
+    (text,) = told
+    assert text.startswith("the checkpoint's value is not used, 2 is: epochs must be")
 
 
 def test_the_memory_check_of_a_resume_includes_its_overrides(trained):
@@ -125,6 +137,19 @@ def test_a_damaged_file_is_found_and_named(trained):
         checkpoint_folder.read_state(folder)
 
 
+def test_an_edited_state_is_found_even_if_its_hashes_are_emptied(trained):
+    run, session = trained
+    folder = save(run, session)
+    content = json.loads((folder / "state.json").read_text())
+    for edited in (content | {"hashes": {}}, content | {"score": 2.0}):
+        (folder / "state.json").write_text(json.dumps(edited))
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json does not match its hash"):
+            checkpoint_folder.read_state(folder)
+    # Versions before sums of state.json left COMPLETE empty.
+    (folder / "COMPLETE").write_text("")
+    assert checkpoint_folder.read_state(folder).step == 1
+
+
 def test_a_failed_write_leaves_the_older_checkpoint_and_no_partial_one(trained, monkeypatch):
     run, session = trained
     save(run, session)
@@ -138,6 +163,26 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_no_partial_one(trained, 
     with pytest.raises(CheckpointError, match="No space left"):
         save(run, session)
     assert sorted(p.name for p in session.checkpoints.iterdir()) == before
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_a_notice_and_a_resume_loads_the_original(
+    trained, monkeypatch
+):
+    run, session = trained
+
+    def gone(*_args, **_kwargs):
+        raise FileNotFoundError(2, "No such file or directory", "vocab.txt")
+
+    monkeypatch.setattr(run.tokenizer, "save_pretrained", gone)
+    told = []
+    saver = Saver(session.checkpoints, notice=told.append)
+    begin(saver, run)
+    outcome = saver.wait(DEADLINE)
+    mark_complete(outcome.folder)
+    (text,) = told
+    assert text.startswith("the tokenizer cannot be saved, checkpoints are without it: ")
+    assert not (outcome.folder / "policy" / "tokenizer.json").exists()
+    assert resumed(session).tokenizer.get_vocab() == run.tokenizer.get_vocab()
 
 
 def test_a_checkpoint_does_not_contain_changes_made_while_it_is_written(trained):
@@ -163,7 +208,7 @@ def test_a_checkpoint_does_not_contain_changes_made_while_it_is_written(trained)
     released.set()
     folder = saver.wait(DEADLINE).folder
     assert saver.poll() is None  # returned once
-    checkpoint_folder.complete(folder)
+    mark_complete(folder)
     assert folder.name == "step-000001"
     assert checkpoint_folder.read_state(folder).step == 1
     del run.policy.lm.save_pretrained
@@ -221,6 +266,7 @@ def test_a_checkpoint_of_format_1_can_be_resumed(trained):
         str(f.relative_to(folder)): checkpoint_folder.sync_and_hash(f) for f in files
     }
     (folder / "state.json").write_text(json.dumps(state))
+    (folder / "COMPLETE").write_text("")
     again = resumed(session)
     ours, _ = train_step(run, 2)
     theirs, _ = train_step(again, 2)

@@ -18,6 +18,8 @@ from transformers import (
 from engine import starter
 from engine.config.schema import SOURCE_KEYS, LaunchConfig, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
+from engine.protocol import frames
+from engine.protocol.rank_messages import decode_from_rank
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import calls
@@ -26,6 +28,7 @@ from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewa
 from engine.train.rewards.model import RewardModel
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs, RunsOn
+from engine.train.worker import failed_message
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 
@@ -60,8 +63,11 @@ def module(tmp_path, monkeypatch):
         "def nan(completions, **kwargs): return [float('nan')] * len(completions)\n"
         "def short(completions, **kwargs): return [1.0]\n"
         "def words(completions, **kwargs): return ['good'] * len(completions)\n"
-        "def none(**kwargs): return None\n"
+        "def nothing(completions, **kwargs): completions.clear()\n"
+        "def one(completions, **kwargs): return 1.0\n"
         "def huge(completions, **kwargs): return [10**400] * len(completions)\n"
+        "def vast(completions, **kwargs): return [10**5000] * len(completions)\n"
+        "def surrogate(completions, **kwargs): raise ValueError('no \\\\ud800 here')\n"
         "calls = []\n"
         "def fails_twice(completions, **kwargs):\n"
         "    calls.append(1)\n"
@@ -135,8 +141,10 @@ BAD = {
     "nan": "returned nan for response 0 of step 7",
     "short": "returned 1 scores for 3 responses",
     "words": "returned 'good' for response 0",
-    "huge": "for response 0 of step 7",
-    "none": "returned None at step 7: it must return one score for each response",
+    "nothing": "reward 'nothing' returned None at step 7: it must return a list of 3 scores",
+    "one": "reward 'one' returned 1.0 at step 7: it must return a list of 3 scores",
+    "huge": "returned 10000.*… for response 0",
+    "vast": "returned a huge integer for response 0",
     "sometimes": "no reward source scored response 1",
 }
 
@@ -172,7 +180,8 @@ def test_a_probe_does_not_call_a_function_again(module, call):
 RAISING = {
     "stumbles": "reward 'r' at step 7: ValueError: not nice "
     "(response 1, prompt: 'The film', response: ' was bad, and long, and bad again.')",
-    "rude": "Rude: its message cannot be shown",
+    "rude": "Rude: (its message cannot be shown: KeyError)",
+    "surrogate": r"ValueError: no \ud800 here",
     "exits": "SystemExit: 3 (called with 3 responses, first prompt: 'The film')",
 }
 
@@ -183,6 +192,8 @@ def test_what_a_function_raises_is_told_with_step_and_response(module, call, nam
         call(function_reward(module, name))
     assert message in str(caught.value)
     assert "Traceback" in caught.value.trace
+    failed = failed_message(caught.value, None, 0)
+    assert decode_from_rank(frames.encode(failed)[frames.HEADER.size :]) == failed
 
 
 def test_a_function_whose_file_was_mended_is_imported_again(module, call):

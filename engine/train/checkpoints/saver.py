@@ -77,6 +77,7 @@ class Saver:
         group: dist.ProcessGroup | None = None,
         conclude: Callable[[int, Outcome], None] | None = None,
         confirm: Callable[[Saved], None] | None = None,
+        notice: Callable[[str], None] = lambda _text: None,
     ) -> None:
         """Initialises a saver.
 
@@ -87,6 +88,7 @@ class Saver:
                 counts as finished. :meth:`poll` and :meth:`wait` raise its exceptions.
             confirm: the last stage of a save, called in rank 0's thread: marks the published
                 checkpoint as complete. Like that of any other stage, its OSError fails the save.
+            notice: called on rank 0 with a sentence if checkpoints lack the tokenizer.
         """
         self._checkpoints = checkpoints
         self._group = group
@@ -94,6 +96,7 @@ class Saver:
         self._ranks = 1 if group is None else dist.get_world_size(group)
         self._conclude = conclude
         self._confirm = confirm
+        self._notice = notice
         self._files: dict[str, bytes] = {}
         self._host_copies = HostCopies()
         self._running: Future[Outcome] | None = None
@@ -133,7 +136,7 @@ class Saver:
         early_error: OSError | None = None
         if not self._files and self._rank == 0:
             try:
-                self._files = policy_files(policy, tokenizer)
+                self._files = policy_files(policy, tokenizer, self._notice)
             except OSError as error:  # raised in the first stage, on all ranks
                 early_error = error
         copies = self._host_copies.copy(shards.share(tensors, self._group))

@@ -5,7 +5,7 @@ import time
 import traceback
 from dataclasses import dataclass
 
-from engine.errors import RewardError
+from engine.errors import RewardError, error_text
 from engine.train.rewards.scores import validate_scores
 from engine.train.rewards.source import Reward, RewardCallError, RewardInputs
 from engine.train.rollout.rollout import ReportProgress
@@ -91,11 +91,8 @@ def _shown(text: str) -> str:
 
 
 def _exception_text(error: BaseException) -> str:
-    """Type and message on one line. An exception's own __str__ may raise."""
-    try:
-        message = " ".join(str(error).encode("utf-8", "replace").decode().split())
-    except Exception:  # it is the user's code, and the name of the type is enough
-        message = "its message cannot be shown"
+    """Type and message on one line."""
+    message = " ".join(error_text(error).split())
     if len(message) > 2 * SHOWN_CHARACTERS:
         message = message[: 2 * SHOWN_CHARACTERS - 1] + "…"
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from engine.config.schema import RewardSource
-from engine.errors import RewardError, UserInputError
+from engine.errors import UserInputError, error_text
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
@@ -51,7 +52,7 @@ class FunctionReward:
             # A user's module may raise anything on import; the user gets it on one line.
             raise UserInputError(
                 f"reward.function: cannot import '{module_name}' (looked in {path or '.'}): "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error_text(error)}"
             ) from error
         self._stamp = self._file_stamp()
         self._find()
@@ -101,12 +102,10 @@ class FunctionReward:
         scores = self._function(**arguments)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores))
-        if not isinstance(scores, Iterable):
-            raise RewardError(
-                f"reward.function '{self._source}' returned {scores!r} at step {inputs.step}: it "
-                "must return one score for each response"
-            )
-        return scores.tolist() if isinstance(scores, Tensor) else list(scores)
+        if isinstance(scores, Tensor | np.ndarray):
+            return list(scores.tolist()) if scores.ndim else [scores.item()]
+        # Anything else is refused by the check of the scores, which says what it is.
+        return list(scores) if isinstance(scores, Iterable) else scores
 
     @staticmethod
     def _arguments(inputs: RewardInputs) -> dict[str, Any]:
