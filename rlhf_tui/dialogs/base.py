@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
+from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.screen import ModalScreen
+from textual.screen import ModalScreen, Screen
 
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Lines, Row
+from rlhf_tui.widgets.textual_internals import screens_of_current_mode
 
 if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up stays short
     from textual.widgets import Button, Input
@@ -31,7 +33,19 @@ class MessageLine(Lines):
         self.show(rows)
 
 
-class Dialog(ModalScreen[str | None]):
+Result = TypeVar("Result")
+
+
+def is_on_top(screen: Screen[Any]) -> bool:
+    """Whether a screen is the one that takes the keys.
+
+    `Screen.dismiss` removes whichever screen is on top. A screen that is dismissed twice, by keys
+    that were typed ahead, would remove the one below it, and the last one ends the app.
+    """
+    return screens_of_current_mode(screen.app)[-1:] == [screen]
+
+
+class Dialog(ModalScreen[Result | None]):
     """A box over the screen; escape closes it without a result."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "cancel", show=False)]
@@ -39,7 +53,6 @@ class Dialog(ModalScreen[str | None]):
     def __init__(self, title: str) -> None:
         super().__init__()
         self.heading = title
-        self._finished = False
 
     def compose(self) -> ComposeResult:
         """The box with its title and its body."""
@@ -51,15 +64,13 @@ class Dialog(ModalScreen[str | None]):
         """The widgets in the box; overridden."""
         yield from ()
 
-    def close_with(self, result: str | None) -> None:
+    def dismiss(self, result: Result | None = None) -> AwaitComplete:
         """Closes with a result. Later calls do nothing: a second key may be queued already."""
-        if not self._finished:
-            self._finished = True
-            self.dismiss(result)
+        return super().dismiss(result) if is_on_top(self) else AwaitComplete()
 
     def action_cancel(self) -> None:
         """Closes without a result."""
-        self.close_with(None)
+        self.dismiss(None)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Choice:
     danger: bool = False
 
 
-class ChoiceDialog(Dialog):
+class ChoiceDialog(Dialog[str]):
     """A question with a button for each choice. The first one must be safe: it has the focus."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -101,20 +112,20 @@ class ChoiceDialog(Dialog):
 
     def on_button_pressed(self, event: "Button.Pressed") -> None:
         """Closes with the choice of a button."""
-        self.close_with((event.button.id or "").removeprefix("answer-"))
+        self.dismiss((event.button.id or "").removeprefix("answer-"))
 
     def on_key(self, event: events.Key) -> None:
         """Closes with the choice of a key."""
         result = next((c.result for c in self.choices if c.key == event.character), None)
         if result is not None:
             event.stop()
-            self.close_with(result)
+            self.dismiss(result)
 
 
 Check = Callable[[str], tuple[bool, str]]
 
 
-class InputDialog(Dialog):
+class InputDialog(Dialog[str]):
     """An input field, and below it what the typed value would do."""
 
     def __init__(
@@ -152,4 +163,4 @@ class InputDialog(Dialog):
     def on_input_submitted(self, event: "Input.Submitted") -> None:
         """Closes with the value if it is valid."""
         if self._show_effect(event.value):
-            self.close_with(event.value.strip())
+            self.dismiss(event.value.strip())

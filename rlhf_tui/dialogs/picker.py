@@ -29,7 +29,7 @@ class Option:
     detail: str = ""
 
 
-class PickerDialog(Dialog):
+class PickerDialog(Dialog[str]):
     """A list that typing filters. Enter selects the line, or with `several` all marked lines."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -147,6 +147,6 @@ class PickerDialog(Dialog):
     def _select(self, key: str | None) -> None:
         if self.several:
             groups = self.marked or ([[key]] if key else [])
-            self.close_with("\n".join(WITH.join(group) for group in groups))
+            self.dismiss("\n".join(WITH.join(group) for group in groups))
         elif key is not None:
-            self.close_with(key)
+            self.dismiss(key)
