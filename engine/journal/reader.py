@@ -19,6 +19,7 @@ from engine.journal.rows import (
     CommandEvent,
     CommandRow,
     EventRow,
+    ForkOrigin,
     MetricRow,
     ProbeResponse,
     SessionMeta,
@@ -128,6 +129,27 @@ class JournalReader:
             )
             for attempt, from_step, fresh, started, ended, pid, host, version in rows
         ]  # fmt: skip
+
+    def fork_origin(self) -> ForkOrigin | None:
+        """Where the session was forked from; None if it is not a fork.
+
+        A fork of a fork has the events of both; the last one is its own.
+        """
+        rows = self._db.rows(
+            "SELECT attempt, json_extract(data, '$.fork.from'), json_extract(data, '$.fork.step') "
+            "FROM events WHERE kind = 'attempt' AND json_extract(data, '$.fork') IS NOT NULL "
+            "ORDER BY id DESC LIMIT 1"
+        )
+        return ForkOrigin(*rows[0]) if rows else None
+
+    def has_steps(self, attempt: int) -> bool:
+        """Whether that attempt or a later one has completed a step, abandoned branches included."""
+        rows = self._db.rows(
+            "SELECT 1 WHERE EXISTS (SELECT 1 FROM steps WHERE attempt >= :attempt) "
+            "OR EXISTS (SELECT 1 FROM steps_past WHERE attempt >= :attempt)",
+            {"attempt": attempt},
+        )
+        return bool(rows)
 
     def metric_names(self) -> list[str]:
         """The names of all metrics in the journal."""

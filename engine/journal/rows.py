@@ -44,6 +44,17 @@ class AttemptRow(Struct, frozen=True, kw_only=True):
     version: str
 
 
+class ForkOrigin(Struct, frozen=True):
+    """Where a fork began. The fields are the columns, in order."""
+
+    attempt: int
+    """The first attempt of the fork; earlier ones were copied."""
+    session: str
+    """The name of the session it was forked from."""
+    step: int
+    """The step of the checkpoint."""
+
+
 class MetricRow(Struct, frozen=True, kw_only=True):
     """One step of the current timeline."""
 

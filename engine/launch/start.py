@@ -85,6 +85,39 @@ def is_new(session: Session, start: StartOptions) -> bool:
     )
 
 
+def is_failed_start(session: Session) -> bool:
+    """Whether a session has ended without a step or a checkpoint of its own.
+
+    Such a session does not block its name: nothing was trained in it. A fork has the steps and the
+    checkpoint that were copied, which stay in the session it was forked from.
+    """
+    if session.is_live():
+        return False
+    with JournalReader(session) as reader:
+        attempts, origin = reader.attempts(), reader.fork_origin()
+        first = origin.attempt if origin is not None else 1
+        failed = bool(attempts) and attempts[-1].attempt >= first
+        failed = failed and reader.state() in ("failed", "crashed", "stopped")
+        if not failed or reader.has_steps(first):
+            return False
+    copied = {checkpoint_path(session.checkpoints, origin.step)} if origin is not None else set()
+    return set(session.checkpoints.glob("step-*")) <= copied
+
+
+def remove_failed_start(session: Session) -> None:
+    """Removes a session if its start failed, so that another one can have its name.
+
+    Raises:
+        SessionError: the session belongs to another user.
+    """
+    if session.folder.exists() and is_failed_start(session):
+        held = session.acquire()
+        try:
+            shutil.rmtree(session.folder, ignore_errors=True)
+        finally:
+            held.release()
+
+
 def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
     """Describes a complete checkpoint for a journal that does not have it.
 
@@ -108,6 +141,29 @@ def last_checkpoint(session: Session) -> int:
     return max(timeline_checkpoints(session), default=0)
 
 
+def resumed_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration of a resume.
+
+    Raises:
+        ConfigError: an override is wrong, or would change the model or the data's order.
+    """
+    new = config_file.override(config, overrides)
+    config_file.check_resumable(config, new)
+    return new
+
+
+def forked_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration of a fork.
+
+    Raises:
+        ConfigError: an override is wrong, or names a file that is missing.
+    """
+    new = config_file.override(config, overrides)
+    config_file.check_forkable(config, new)
+    check_inputs(new)
+    return new
+
+
 def resume(
     session: Session, *, from_step: int | None, reseed: bool, overrides: list[str], who: str
 ) -> StartOptions:
@@ -121,8 +177,7 @@ def resume(
     """
     session.check_owner()
     old = session.config()
-    new = config_file.override(old, overrides)
-    config_file.check_resumable(old, new)
+    new = resumed_config(old, overrides)
     if from_step is not None:
         _check_step(session, from_step)
     else:
@@ -150,11 +205,10 @@ def fork(
     """
     session.check_owner()
     old = session.config()
-    new = config_file.override(old, overrides)
-    config_file.check_forkable(old, new)
+    new = forked_config(old, overrides)
     check_name(name)
-    check_inputs(new)
     _check_step(session, from_step)
+    remove_failed_start(Session(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
     try:
         _copy_history(session, child, from_step)

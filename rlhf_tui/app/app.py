@@ -364,7 +364,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def action_command_palette(self) -> None:
         """Shows the palette of all commands."""
-        if not PaletteDialog.is_open(self):
+        if not isinstance(self.screen, PaletteDialog):
             self.push_screen(PaletteDialog(id="--command-palette"))
 
 

@@ -32,6 +32,8 @@ class DashboardScreen(SessionScreen):
 
     MODE = "dashboard"
     AUTO_FOCUS = "Chart"
+    WRITES = frozenset({"resume"})
+    READ_ONLY = "read-only: nothing can be started"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "cursor(-1)", "crosshair left", show=False),
         Binding("right,l", "cursor(1)", "crosshair right", show=False),
@@ -49,6 +51,7 @@ class DashboardScreen(SessionScreen):
         Binding("full_stop", "pan(0.5)", "later", show=False),
         Binding("0", "fit", "the whole run", show=False),
         Binding("z,enter", "enlarge", "full screen", show=False),
+        Binding("r", "resume", "resume"),
         Binding("m", "metrics", "metrics"),
         Binding("d", "columns", "chart columns", show=False),
         Binding("L", "log", "logarithmic", show=False),
@@ -76,6 +79,18 @@ class DashboardScreen(SessionScreen):
                 yield MachinePanel(state, id="machine")
                 yield TimelinePanel(state, id="timeline")
                 yield LatestSamplesPanel(state, id="latest")
+
+    def why_disabled(self, action: str) -> str:
+        """Only a run without an engine can be resumed."""
+        if reason := super().why_disabled(action):
+            return reason
+        if action == "resume" and self.context.state.live:
+            return f"'{self.context.state.name}' has an engine: nothing to resume"
+        return ""
+
+    def action_resume(self) -> None:
+        """Asks for overrides, then resumes the run from its last checkpoint."""
+        self.context.engines.ask_resume(self.context.state.name)
 
     @property
     def grid(self) -> ChartGrid:

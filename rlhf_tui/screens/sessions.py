@@ -101,11 +101,12 @@ class SessionsScreen(SessionScreen):
     """Mode 1."""
 
     MODE = "sessions"
-    WRITES = frozenset({"new", "resume", "fork", "delete"})
+    WRITES = frozenset({"new", "new_from_file", "resume", "fork", "delete"})
     READ_ONLY = "read-only: nothing can be started or deleted"
     AUTO_FOCUS = "Sessions"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "new", "new demo"),
+        Binding("N", "new_from_file", "new run"),
         Binding("r", "resume", "resume"),
         Binding("f", "fork", "fork"),
         Binding("d,delete", "delete", "delete"),
@@ -242,10 +243,14 @@ class SessionsScreen(SessionScreen):
 
         self.app.push_screen(ChoiceDialog("Start a demo run?", rows, choices), chosen)
 
+    def action_new_from_file(self) -> None:
+        """Asks for a configuration file, then starts a run from it."""
+        self.context.engines.ask_new()
+
     def action_resume(self) -> None:
-        """Resumes the session from its last checkpoint."""
+        """Asks for overrides, then resumes the session from its last checkpoint."""
         if (row := self._highlighted()) is not None:
-            self.context.engines.start(["resume", row.name], row.name)
+            self.context.engines.ask_resume(row.name)
 
     def action_fork(self) -> None:
         """Forks the session from its last checkpoint."""
