@@ -243,6 +243,20 @@ class JournalReader:
             )  # fmt: skip
         return events
 
+    def last_alert(self) -> EventRow | None:
+        """The newest alert; None if there was none."""
+        rows = self._db.rows(
+            "SELECT id, time, attempt, step, kind, data FROM events WHERE kind = 'alert' "
+            "ORDER BY id DESC LIMIT 1"
+        )
+        if not rows:
+            return None
+        event, time, attempt, step, kind, data = rows[0]
+        return EventRow(
+            event=event, time=time, attempt=attempt, step=step, kind=kind,
+            payload=decode_payload(kind, data), data=data,
+        )  # fmt: skip
+
     def commands(self) -> list[CommandRow]:
         """Every command with its status and, once applied, its changes, in order of arrival."""
         order = "seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "queued"

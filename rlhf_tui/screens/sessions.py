@@ -7,6 +7,8 @@ from typing import ClassVar
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import Container
+from textual.timer import Timer
 from textual.worker import get_current_worker
 
 from engine import metrics
@@ -17,7 +19,13 @@ from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.state.feed import file_id
-from rlhf_tui.state.messages import RowHighlighted, RowSelected, SessionsListed
+from rlhf_tui.state.messages import (
+    RowHighlighted,
+    RowSelected,
+    SessionPreviewed,
+    SessionsListed,
+)
+from rlhf_tui.state.session_preview import read_preview
 from rlhf_tui.state.session_row import (
     ListedSession,
     SessionRow,
@@ -26,11 +34,20 @@ from rlhf_tui.state.session_row import (
 )
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.widgets.lines import Lines, Piece, Row
+from rlhf_tui.widgets.panels.preview import PreviewPanel
 from rlhf_tui.widgets.status_lines import STATE_MARKS
 from rlhf_tui.widgets.table import Column, Table
 
 READ_INTERVAL = 2.0
 """Seconds between two readings of the folder."""
+PREVIEW_AFTER = 0.15
+"""Seconds that a row is highlighted before its preview is read."""
+BESIDE, LEAST_HEIGHT = 170, 20
+"""Width and height from which on the preview is beside the table."""
+BELOW, LEAST_ROWS = 34, 6
+"""Height from which on the preview is below the table, and the least height of the table then."""
+NAME = 1
+"""The index of the column of names."""
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 12
 SPARK_STEPS = 400
@@ -105,7 +122,7 @@ class SessionsScreen(SessionScreen):
     READ_ONLY = "read-only: nothing can be started or deleted"
     AUTO_FOCUS = "Sessions"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("n", "new", "new demo"),
+        Binding("n", "new", "demo"),
         Binding("N", "new_from_file", "new run"),
         Binding("r", "resume", "resume"),
         Binding("f", "fork", "fork"),
@@ -117,10 +134,20 @@ class SessionsScreen(SessionScreen):
         self._cache = SessionListCache()
         self._rows: dict[str, ListedSession] = {}
         self._listed = False
+        self._previewed: tuple[ListedSession, Session | None] | None = None
+        """The row whose preview was asked for last, and the session it is compared with."""
+        self._preview_due: Timer | None = None
 
     def compose_body(self) -> ComposeResult:
-        """The table, and a few lines about the selected session."""
-        yield Sessions(
+        """The table, a few lines about the highlighted session, and its preview."""
+        with Container(id="browser"):
+            yield self._table()
+            with Container(id="highlighted"):
+                yield Lines(id="about")
+                yield PreviewPanel(id="preview")
+
+    def _table(self) -> Sessions:
+        return Sessions(
             [
                 Column("", 1),
                 Column("name", 14, flexible=True),
@@ -128,14 +155,13 @@ class SessionsScreen(SessionScreen):
                 Column("step", 11, right=True),
                 Column("beta", 7, right=True),
                 Column("score", 7, right=True),
-                Column("KL", 7, right=True, least=100),
+                Column("KL", 7, right=True, least=94),
                 Column("score curve", SPARK_WIDTH, least=78),
-                Column("active", 7, right=True),
+                Column("active", 8, right=True),
             ],
             id="sessions",
             empty=[[(" reading …", "dim")]],
         )
-        yield Lines(id="about")
 
     def on_mount(self) -> None:
         """Reads the folder again every two seconds."""
@@ -172,7 +198,10 @@ class SessionsScreen(SessionScreen):
         ]  # fmt: skip
         table = self.query_one(Table)
         first, self._listed = not self._listed, True
+        longest = max((len(s.row.name) for s in message.rows), default=0)
+        table.columns[NAME].most = max(longest, table.columns[NAME].width)
         table.set_rows(cells, empty)
+        self._fit()
         if first and self.context.state.name in self._rows:
             table.go([s.row.name for s in message.rows].index(self.context.state.name))
         self._about()
@@ -190,6 +219,59 @@ class SessionsScreen(SessionScreen):
     def _about(self) -> None:
         row = self._highlighted()
         self.query_one("#about", Lines).show(_about(row) if row else [])
+        self._ask_preview()
+
+    # -- the preview ---------------------------------------------------------------------------
+
+    def on_resize(self) -> None:
+        """Shows the preview where there is room for it."""
+        self._fit()
+        self._ask_preview()
+
+    def _fit(self) -> None:
+        """Puts the preview beside the table, below it, or nowhere."""
+        width, height = self.size
+        beside = width >= BESIDE and height >= LEAST_HEIGHT
+        below = not beside and height >= BELOW
+        browser, table = self.query_one("#browser"), self.query_one(Table)
+        browser.set_class(beside, "beside")
+        browser.set_class(below, "below")
+        if below:
+            table.styles.height = min(max(table.count() + 1, LEAST_ROWS), height * 2 // 5)
+        else:
+            table.styles.clear_rule("height")
+
+    def _ask_preview(self) -> None:
+        """Reads the preview soon, if another row or other values are highlighted.
+
+        Soon: moving through the list reads nothing on the way.
+        """
+        found = self._rows.get(self.query_one(Table).key or "")
+        if found is None or not self.query_one("#browser").classes & {"beside", "below"}:
+            return
+        session = self.context.session
+        other = None if session == Session(Path(found.row.folder)) else session
+        if self._previewed == (found, other):
+            return
+        self._previewed = found, other
+        if self._preview_due is not None:
+            self._preview_due.stop()
+        self._preview_due = self.set_timer(
+            PREVIEW_AFTER, lambda: self.read_preview(Path(found.row.folder), other)
+        )
+
+    @work(thread=True, exclusive=True, group="preview")
+    def read_preview(self, folder: Path, other: Session | None) -> None:
+        """Reads the preview of a session."""
+        preview = read_preview(Session(folder), other)
+        if not get_current_worker().is_cancelled:
+            self.post_message(SessionPreviewed(preview))
+
+    def on_session_previewed(self, message: SessionPreviewed) -> None:
+        """Shows the preview, if its session is still highlighted."""
+        row = self._highlighted()
+        if row is not None and row.folder == message.preview.folder:
+            self.query_one(PreviewPanel).show(row.name, message.preview)
 
     def on_row_selected(self, message: RowSelected) -> None:
         """Opens a session: enter, or a second click."""

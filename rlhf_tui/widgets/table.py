@@ -7,7 +7,7 @@ from textual.binding import Binding, BindingType
 
 from rlhf_tui.state.messages import RowHighlighted, RowSelected
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, plain_text, shorten
+from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, plain_text, row_width, shorten
 
 WHEEL = 3
 
@@ -148,7 +148,14 @@ class Column:
     """A column of a table."""
 
     def __init__(
-        self, title: str, width: int, *, right: bool = False, flexible: bool = False, least: int = 0
+        self,
+        title: str,
+        width: int,
+        *,
+        right: bool = False,
+        flexible: bool = False,
+        least: int = 0,
+        most: int = 0,
     ) -> None:
         """A column.
 
@@ -158,9 +165,10 @@ class Column:
             right: align to the right.
             flexible: take the remaining width.
             least: width of the table in cells below which the column is hidden.
+            most: cells that a flexible column does not exceed; 0 for no limit.
         """
         self.title, self.width = title, width
-        self.right, self.flexible, self.least = right, flexible, least
+        self.right, self.flexible, self.least, self.most = right, flexible, least, most
 
 
 class Table(ScrollList):
@@ -240,7 +248,8 @@ class Table(ScrollList):
                 else ""
             )
             titles.append((column.title + arrow, "head"))
-        return [[*self._line(titles, width, "head"), (" " * width, "head")]]
+        line = self._line(titles, width, "head")
+        return [[*line, (" " * max(width - row_width(line), 0), "head")]]
 
     def row(self, index: int, width: int) -> Row:
         """The row at `index`, its cells in their columns."""
@@ -253,7 +262,9 @@ class Table(ScrollList):
         line: list[Piece] = [(" ", gap)]
         for column, (text, tone) in zip(self.columns, cells, strict=True):
             if column in shown:
-                room = flexible if column.flexible else column.width
+                room = column.width
+                if column.flexible:
+                    room = min(flexible, column.most) if column.most else flexible
                 line += [(fitted(text, room, right=column.right), tone), (" ", gap)]
         return line
 
