@@ -153,4 +153,4 @@ def missing_file(path: str) -> str:
     if not found:
         return f"no configuration file at {path}" if path else "type the path of a YAML file"
     more = f"  and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-    return "  ".join(found[:MOST_NAMES]) + more
+    return "continue with  " + "  ".join(found[:MOST_NAMES]) + more

@@ -26,7 +26,7 @@ DESCRIPTIONS = {
     "nudge(1)": "raise beta, the KL coefficient, by a tenth",
     "adaptive": "switch between the adaptive KL controller and a fixed beta",
     "undo": "take back the last change of a setting",
-    "change": "set a setting of the running run: learning rate, clip range, target, …",
+    "change": "set the learning rate, clip range, target or another setting",
     "save": "save a checkpoint after the current step",
     "note": "write a note, which is shown on the charts",
     "probe": "let policy and reference respond to a prompt of yours",
@@ -44,8 +44,8 @@ DESCRIPTIONS = {
     # of sessions
     "new": "start the demo run; asks first",
     "new_from_file": "start a run from a configuration file in YAML",
-    "resume": "resume the run from its last checkpoint, with other settings if you like",
-    "fork": "start a new session from a checkpoint, with other settings if you like",
+    "resume": "resume the run from its last checkpoint, also with other settings",
+    "fork": "start a new session from a checkpoint, with other settings",
     "delete": "delete the session with its checkpoints; asks first",
     "choose": "open or select the row under the cursor",
     # of checkpoints

@@ -57,7 +57,8 @@ def new_run_form(root: Path) -> StartForm:
         Field("name", "name of the session (optional)", hint="that of the file"),
         Field("overrides", OVERRIDES, hint="kl.beta=0.1 train.steps=500"),
     ]
-    dialog = FormDialog("New run from a configuration file", [], fields, check, "start")
+    rows: list[Row] = [[(f"A relative path starts at {Path.cwd()}.", "dim")]]
+    dialog = FormDialog("New run from a configuration file", rows, fields, check, "start")
     return StartForm(dialog, arguments, lambda values: values["name"])
 
 

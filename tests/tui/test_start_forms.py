@@ -98,7 +98,7 @@ async def test_a_run_is_started_from_a_file_whose_path_is_completed(
     async with seat(None) as (app, pilot):
         await form(app, pilot, until, "N")
         await pilot.press("m", "y")
-        await until(pilot, lambda: effect(app) == "my run.yaml")
+        await until(pilot, lambda: effect(app) == "continue with  my run.yaml")
         await pilot.pause(0.1)
         await pilot.press("tab")
         await until(pilot, lambda: "200 steps, folder:" in effect(app))

@@ -11,6 +11,7 @@ from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import heading
 from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel
+from rlhf_tui.widgets.wrap import wrap
 
 VALUE = 24
 """Cells of a value that differs; a path may be long."""
@@ -64,7 +65,7 @@ class PreviewNotes(Lines):
         if not preview.folder:
             return []
         if preview.problem:
-            return [[(f" {preview.problem}", "bad")]]
+            return [[(f" {line}", "bad")] for line in wrap(preview.problem, width - 2)]
         other = preview.against or "the defaults"
         rows: list[Row] = [
             self._alert(), heading(f"{self._state.name}: settings unlike {other}", "", width)
