@@ -27,7 +27,7 @@ from rlhf_tui.state.messages import (
     SessionPreviewed,
     SessionsListed,
 )
-from rlhf_tui.state.session_preview import SessionPreview, read_preview
+from rlhf_tui.state.session_preview import read_preview
 from rlhf_tui.state.session_row import (
     ListedSession,
     SessionRow,
@@ -148,9 +148,9 @@ class SessionsScreen(SessionScreen):
     def _fit(self) -> None:
         """Puts the preview beside the table, below it, or nowhere."""
         width, height = self.size
-        beside = width >= BESIDE and height >= LEAST_HEIGHT
-        below = not beside and height >= BELOW
         browser, table = self.query_one("#browser"), self._table
+        beside = bool(table.count()) and width >= BESIDE and height >= LEAST_HEIGHT
+        below = bool(table.count()) and not beside and height >= BELOW
         browser.set_class(beside, "beside")
         browser.set_class(below, "below")
         if below:
@@ -164,9 +164,6 @@ class SessionsScreen(SessionScreen):
         Soon: moving through the list reads nothing on the way.
         """
         found = self._rows.get(self._table.key or "")
-        if found is None and self._previewed is not None:  # the last session was deleted
-            self._previewed = None
-            self.query_one(PreviewPanel).show("", SessionPreview(""))
         if found is None or not self.query_one("#browser").classes & {"beside", "below"}:
             return
         session = self.context.session
