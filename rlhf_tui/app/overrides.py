@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engine.config import file as config_file
 from engine.config.schema import FIXED_AT_START, RunConfig
 from engine.config.settings import LIVE_SETTINGS, change_settings
@@ -46,9 +48,12 @@ class Base:
 
     @classmethod
     def of(cls, config: RunConfig, settings: dict[str, Any]) -> "Base":
-        """`settings`: live settings to restore; those of another version are left out."""
+        """`settings`: live settings to restore; those that this version lacks are left out."""
         known = {key: value for key, value in settings.items() if key in LIVE_SETTINGS}
-        return cls(config, change_settings(config, known))
+        try:
+            return cls(config, change_settings(config, known))
+        except msgspec.ValidationError:  # another version's type
+            return cls(config, config)
 
     def values(self, *, fixed: bool) -> dict[str, str]:
         """Key → present value, those that may change during a run first, with beta at the head.
