@@ -64,13 +64,17 @@ class Dialog(ModalScreen[Result | None]):
         """The widgets in the box; overridden."""
         yield from ()
 
+    def close_with(self, result: Result | None) -> None:
+        """Closes with a result. A dialog that stays open after a choice overrides it."""
+        self.dismiss(result)
+
     def dismiss(self, result: Result | None = None) -> AwaitComplete:
-        """Closes with a result. Later calls do nothing: a second key may be queued already."""
+        """Removes the dialog. Later calls do nothing: a second key may be queued already."""
         return super().dismiss(result) if is_on_top(self) else AwaitComplete()
 
     def action_cancel(self) -> None:
         """Closes without a result."""
-        self.dismiss(None)
+        self.close_with(None)
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,14 @@ class ChoiceDialog(Dialog[str]):
 
     def on_button_pressed(self, event: "Button.Pressed") -> None:
         """Closes with the choice of a button."""
-        self.dismiss((event.button.id or "").removeprefix("answer-"))
+        self.close_with((event.button.id or "").removeprefix("answer-"))
 
     def on_key(self, event: events.Key) -> None:
         """Closes with the choice of a key."""
         result = next((c.result for c in self.choices if c.key == event.character), None)
         if result is not None:
             event.stop()
-            self.dismiss(result)
+            self.close_with(result)
 
 
 Check = Callable[[str], tuple[bool, str]]
@@ -163,4 +167,4 @@ class InputDialog(Dialog[str]):
     def on_input_submitted(self, event: "Input.Submitted") -> None:
         """Closes with the value if it is valid."""
         if self._show_effect(event.value):
-            self.dismiss(event.value.strip())
+            self.close_with(event.value.strip())

@@ -103,4 +103,4 @@ class FormDialog(Dialog[Values]):
         """Closes with the values if they are valid: enter in any field."""
         event.stop()
         if self._show_effect():
-            self.dismiss(self.values())
+            self.close_with(self.values())

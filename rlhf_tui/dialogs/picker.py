@@ -147,6 +147,6 @@ class PickerDialog(Dialog[str]):
     def _select(self, key: str | None) -> None:
         if self.several:
             groups = self.marked or ([[key]] if key else [])
-            self.dismiss("\n".join(WITH.join(group) for group in groups))
+            self.close_with("\n".join(WITH.join(group) for group in groups))
         elif key is not None:
-            self.dismiss(key)
+            self.close_with(key)
