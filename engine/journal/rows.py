@@ -46,6 +46,17 @@ class AttemptRow(Struct, frozen=True, kw_only=True):
     version: str
 
 
+class ForkOrigin(Struct, frozen=True):
+    """Where a fork began. The fields are the columns, in order."""
+
+    attempt: int
+    """The first attempt of the fork; earlier ones were copied."""
+    session: str
+    """The name of the session it was forked from."""
+    step: int
+    """The step of the checkpoint."""
+
+
 class MetricRow(Struct, frozen=True, kw_only=True):
     """One step of the current timeline."""
 
@@ -150,7 +161,7 @@ class CheckpointEvent(Struct, frozen=True):
     kl: float | None = None
 
 
-class ForkOrigin(Struct, frozen=True, rename={"source": "from"}):
+class ForkedFrom(Struct, frozen=True, rename={"source": "from"}):
     """The session and the step that a session was forked from."""
 
     source: str = ""
@@ -163,7 +174,7 @@ class AttemptEvent(Struct, frozen=True):
     attempt: int = 1
     from_step: int = 0
     fresh: bool = False
-    fork: ForkOrigin | None = None
+    fork: ForkedFrom | None = None
 
 
 class ErrorEvent(Struct, frozen=True):

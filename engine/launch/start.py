@@ -22,7 +22,12 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
-from engine.session.checkpoints import checkpoint_path, complete_checkpoints
+from engine.session.checkpoints import (
+    checkpoint_path,
+    complete_checkpoints,
+    read_summary,
+    saved_settings,
+)
 from engine.session.folder import Session, check_name, create
 
 
@@ -43,30 +48,6 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The operator, for the journal."""
     origin: dict[str, Any] = {}
     """For a fork: `from` (the parent session's name) and `step`."""
-
-
-class _SavedState(msgspec.Struct):
-    """A part of a checkpoint's state."""
-
-    settings: dict[str, Any] = {}
-    """Of the next step. A mapping: another version has other settings."""
-
-
-class _StateFile(msgspec.Struct):
-    """The part of a checkpoint's state.json that does not need torch."""
-
-    score: float | None = None
-    kl: float | None = None
-    state: _SavedState = msgspec.field(default_factory=_SavedState)
-
-    @classmethod
-    def read(cls, session: Session, step: int) -> "_StateFile":
-        """Reads it; empty if that is impossible. The rank that loads it says what is wrong."""
-        folder = checkpoint_path(session.checkpoints, step)
-        try:
-            return msgspec.json.decode((folder / "state.json").read_bytes(), type=cls)
-        except (OSError, msgspec.DecodeError):
-            return cls()
 
 
 def checkpoint_steps(session: Session) -> list[int]:
@@ -103,6 +84,39 @@ def is_new(session: Session, start: StartOptions) -> bool:
     )
 
 
+def is_failed_start(session: Session) -> bool:
+    """Whether a session has ended without a step or a checkpoint of its own.
+
+    Such a session does not block its name: nothing was trained in it. A fork has the steps and the
+    checkpoint that were copied, which stay in the session it was forked from.
+    """
+    if session.is_live():
+        return False
+    with JournalReader(session) as reader:
+        attempts, origin = reader.attempts(), reader.fork_origin()
+        first = origin.attempt if origin is not None else 1
+        failed = bool(attempts) and attempts[-1].attempt >= first
+        failed = failed and reader.state() in ("failed", "crashed", "stopped")
+        if not failed or reader.has_steps(first):
+            return False
+    copied = {checkpoint_path(session.checkpoints, origin.step)} if origin is not None else set()
+    return set(session.checkpoints.glob("step-*")) <= copied
+
+
+def remove_failed_start(session: Session) -> None:
+    """Removes a session if its start failed, so that another one can have its name.
+
+    Raises:
+        SessionError: the session belongs to another user.
+    """
+    if session.folder.exists() and is_failed_start(session):
+        held = session.acquire()
+        try:
+            shutil.rmtree(session.folder, ignore_errors=True)
+        finally:
+            held.release()
+
+
 def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
     """Describes a complete checkpoint for a journal that does not have it.
 
@@ -112,7 +126,7 @@ def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
     if step not in checkpoint_steps(session) or step in timeline_checkpoints(session):
         return None
     folder = checkpoint_path(session.checkpoints, step)
-    numbers = _StateFile.read(session, step)
+    numbers = read_summary(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return AdoptedCheckpoint(size=size, score=numbers.score, kl=numbers.kl)
 
@@ -134,6 +148,29 @@ def earlier_checkpoint(session: Session, start: StartOptions) -> StartOptions | 
     return msgspec.structs.replace(start, from_step=earlier[-1])
 
 
+def resumed_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration of a resume.
+
+    Raises:
+        ConfigError: an override is wrong, or would change the model or the data's order.
+    """
+    new = config_file.override(config, overrides)
+    config_file.check_resumable(config, new)
+    return new
+
+
+def forked_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration of a fork.
+
+    Raises:
+        ConfigError: an override is wrong, or names a file that is missing.
+    """
+    new = config_file.override(config, overrides)
+    config_file.check_forkable(config, new)
+    check_inputs(new)
+    return new
+
+
 def resume(
     session: Session, *, from_step: int | None, reseed: bool, overrides: list[str], who: str
 ) -> StartOptions:
@@ -147,8 +184,7 @@ def resume(
     """
     session.check_owner()
     old = session.config()
-    new = config_file.override(old, overrides)
-    config_file.check_resumable(old, new)
+    new = resumed_config(old, overrides)
     if from_step is not None:
         _check_step(session, from_step)
     else:
@@ -176,11 +212,10 @@ def fork(
     """
     session.check_owner()
     old = session.config()
-    new = config_file.override(old, overrides)
-    config_file.check_forkable(old, new)
+    new = forked_config(old, overrides)
     check_name(name)
-    check_inputs(new)
     _check_step(session, from_step)
+    remove_failed_start(Session(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
     try:
         _copy_history(session, child, from_step)
@@ -244,7 +279,7 @@ def _settings_at(session: Session, config: RunConfig, step: int | None) -> dict[
     flat = config_file.flatten(config_file.to_tree(config))
     configured = {name: flat[path] for name, path in LIVE_SETTINGS.items()}
     if step is not None:
-        return configured | _StateFile.read(session, step).state.settings
+        return configured | saved_settings(checkpoint_path(session.checkpoints, step))
     with JournalReader(session) as reader:
         return configured | (reader.meta().settings or {})
 

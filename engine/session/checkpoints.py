@@ -1,9 +1,13 @@
-"""Names of checkpoints, the marker of complete ones, and the sums of their files. No torch."""
+"""Names of checkpoints, the marker of complete ones, the sums of their files, and saved settings.
+
+No torch: the ranks read the rest of their contents.
+"""
 
 import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -100,3 +104,29 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class _SavedState(msgspec.Struct, frozen=True):
+    settings: dict[str, Any] = {}
+    """A mapping, because versions have different settings."""
+
+
+class StateSummary(msgspec.Struct, frozen=True):
+    """What of a checkpoint's state.json can be read without torch."""
+
+    score: float | None = None
+    kl: float | None = None
+    state: _SavedState = _SavedState()
+
+
+def read_summary(folder: Path) -> StateSummary:
+    """Reads it; empty if that is impossible, which the rank that loads the checkpoint reports."""
+    try:
+        return msgspec.json.decode((folder / STATE).read_bytes(), type=StateSummary)
+    except (OSError, msgspec.DecodeError):
+        return StateSummary()
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The live settings that a checkpoint restores, those of the step after it; or none."""
+    return read_summary(folder).state.settings

@@ -24,6 +24,7 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
+from engine.session.checkpoints import checkpoint_path, saved_settings
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.format import value_text
@@ -256,6 +257,7 @@ class Steering:
         rows: list[Row] = [
             [(f"The run returns to step {step} and continues.", "")],
             [(f"{lost} steps are discarded (kept as a ghost).", "dim")],
+            *_settings_after(target, step),
         ]
         choices = [
             Choice("c", "Cancel", "cancel"),
@@ -410,6 +412,27 @@ def _is_too_early_or_late(target: SteeringTarget, action: str) -> bool:
 
 def _no_engine(target: SteeringTarget) -> str:
     return f"no engine runs '{target.name}'; resume it: rlhf-tui resume {target.name}"
+
+
+def _settings_after(target: SteeringTarget, step: int) -> list[Row]:
+    """The settings that a roll back changes, old → new: the checkpoint has those of its step."""
+    saved = saved_settings(checkpoint_path(target.session.checkpoints, step))
+    if not saved:
+        return [
+            [(f"Beta, the controller and all settings return to those of step {step}.", "warn")]
+        ]
+    changed = [
+        (key, old, new)
+        for key in LIVE_SETTINGS
+        if key in saved
+        and (old := value_text(target.settings.get(key))) != (new := value_text(saved[key]))
+    ]
+    if not changed:
+        return [[("All settings, beta included, stay as they are now.", "dim")]]
+    rows: list[Row] = [[(f"All settings, beta included, return to those of step {step}:", "")]]
+    for key, old, new in changed:
+        rows.append([(f"  {key:<15}", "dim"), (f"{old} → ", ""), (new, "strong")])
+    return rows
 
 
 def parse_value(key: str, text: str, settings: Settings) -> Any:

@@ -112,7 +112,7 @@ class CheckpointsScreen(SessionScreen):
         if step < target.step:
             self.context.commands.ask_roll_back(target, step, resume)
         else:
-            resume(False)
+            self.context.engines.ask_resume(name, step)
 
     def action_fork(self) -> None:
         """Forks a session from the checkpoint."""

@@ -33,6 +33,8 @@ class DashboardScreen(SessionScreen):
 
     MODE = "dashboard"
     AUTO_FOCUS = "Chart"
+    WRITES = frozenset({"resume"})
+    READ_ONLY = "read-only: nothing can be started"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "cursor(-1)", "crosshair left", show=False),
         Binding("right,l", "cursor(1)", "crosshair right", show=False),
@@ -51,6 +53,7 @@ class DashboardScreen(SessionScreen):
         Binding("0", "fit", "the whole run", show=False),
         Binding("z", "enlarge", "full screen", show=False),
         Binding("enter", "open", "open the event, or full screen", show=False),
+        Binding("r", "resume", "resume"),
         Binding("m", "metrics", "metrics"),
         Binding("d", "columns", "chart columns", show=False),
         Binding("L", "log", "logarithmic", show=False),
@@ -80,6 +83,18 @@ class DashboardScreen(SessionScreen):
                 timeline.read_only = self.context.read_only
                 yield timeline
                 yield LatestSamplesPanel(state, id="latest")
+
+    def why_disabled(self, action: str) -> str:
+        """Only a run without an engine can be resumed."""
+        if reason := super().why_disabled(action):
+            return reason
+        if action == "resume" and self.context.state.live:
+            return f"'{self.context.state.name}' has an engine: nothing to resume"
+        return ""
+
+    def action_resume(self) -> None:
+        """Asks for overrides, then resumes the run from its last checkpoint."""
+        self.context.engines.ask_resume(self.context.state.name)
 
     @property
     def grid(self) -> ChartGrid:

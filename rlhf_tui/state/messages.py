@@ -7,6 +7,7 @@ from textual.message import Message
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
 from engine.session.folder import Session
+from rlhf_tui.state.session_preview import SessionPreview
 from rlhf_tui.state.session_row import ListedSession
 from rlhf_tui.state.updates import SessionUpdate
 
@@ -46,6 +47,14 @@ class SessionsListed(Message):
     def __init__(self, rows: list[ListedSession]) -> None:
         super().__init__()
         self.rows = rows
+
+
+class SessionPreviewed(Message):
+    """The preview of a session was read."""
+
+    def __init__(self, preview: SessionPreview) -> None:
+        super().__init__()
+        self.preview = preview
 
 
 class EngineStarted(Message):

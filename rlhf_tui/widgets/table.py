@@ -7,7 +7,16 @@ from textual.binding import Binding, BindingType
 
 from rlhf_tui.state.messages import HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, justified, plain_text, shorten
+from rlhf_tui.widgets.lines import (
+    CHOSEN,
+    Lines,
+    Piece,
+    Row,
+    justified,
+    plain_text,
+    row_width,
+    shorten,
+)
 
 WHEEL = 3
 THUMB, TRACK = "█", "│"
@@ -167,6 +176,7 @@ class Column:
         right: bool = False,
         flexible: bool = False,
         least: int = 0,
+        most: int = 0,
         terminal: int = 0,
     ) -> None:
         """A column.
@@ -177,10 +187,11 @@ class Column:
             right: align to the right.
             flexible: take the remaining width.
             least: width of the table in cells below which the column is hidden.
+            most: cells that a flexible column does not exceed; 0 for no limit.
             terminal: width of the terminal in cells below which the column is hidden.
         """
         self.title, self.width = title, width
-        self.right, self.flexible = right, flexible
+        self.right, self.flexible, self.most = right, flexible, most
         self.least, self.terminal = least, terminal
 
 
@@ -290,7 +301,8 @@ class Table(ScrollList):
                 else ""
             )
             titles.append((column.title + arrow, "head"))
-        return [[*self._line(titles, width, "head"), (" " * width, "head")]]
+        line = self._line(titles, width, "head")
+        return [[*line, (" " * max(width - row_width(line), 0), "head")]]
 
     def row(self, index: int, width: int) -> Row:
         """The row at `index`, its cells in their columns."""
@@ -311,7 +323,7 @@ class Table(ScrollList):
         shown = [c for c in self.columns if width >= c.least and terminal >= c.terminal]
         fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
         flexible = max(width - fixed, 4) // max(sum(c.flexible for c in shown), 1)
-        return [(c, flexible if c.flexible else c.width) for c in shown]
+        return [(c, min(flexible, c.most or flexible) if c.flexible else c.width) for c in shown]
 
     def _line(self, cells: list[Piece], width: int, gap: str) -> list[Piece]:
         rooms = dict(self._widths(width))
