@@ -27,7 +27,7 @@ from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
 from rlhf_tui.app.sequential_keys import SequentialKeys
-from rlhf_tui.app.themes import THEMES
+from rlhf_tui.app.themes import themes_of
 from rlhf_tui.identity import who
 from rlhf_tui.screens import modes
 from rlhf_tui.screens.base import SessionScreen
@@ -127,7 +127,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self._first_read = first_read
         if session is not None:
             self.follower.open(session)
-        for theme in THEMES:
+        # The console is what Textual writes with: what it finds out of the terminal holds.
+        for theme in themes_of(self.console.color_system):
             self.register_theme(theme)
         self.theme = self.preferences.theme
 
@@ -345,7 +346,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def action_theme(self) -> None:
         """Switches to the next theme."""
-        names = [t.name for t in THEMES]
+        names = prefs.THEME_NAMES
         self.choose_theme(names[(names.index(self.theme) + 1) % len(names)])
         self.say(f"theme: {self.theme}")
 
@@ -374,9 +375,9 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
                     f"key {binding.key_display or key_name(binding.key)}",
                     functools.partial(self._run_or_explain, binding, active.node),
                 )
-        for theme in THEMES:
-            choose = functools.partial(self.choose_theme, theme.name)
-            yield SystemCommand(f"Theme: {theme.name}", "colours", choose)
+        for name in prefs.THEME_NAMES:
+            choose = functools.partial(self.choose_theme, name)
+            yield SystemCommand(f"Theme: {name}", "colours", choose)
 
     async def _run_or_explain(self, binding: Binding, node: DOMNode) -> None:
         """Runs an action of the palette, or shows why it is disabled."""
