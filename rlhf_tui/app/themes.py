@@ -162,17 +162,18 @@ def _dark_16() -> Palette:
         band=_GREY, raw=_CYAN,
         series=(_BRIGHT_CYAN, _BRIGHT_YELLOW, _BRIGHT_GREEN, _BRIGHT_MAGENTA, _WHITE, _BRIGHT_RED),
         good=_BRIGHT_GREEN, warn=_BRIGHT_YELLOW, bad=_BRIGHT_RED, accent=_BRIGHT_CYAN,
-        heat=((_BLACK, _BRIGHT_YELLOW), (_BROWN, _WHITE), (_BRIGHT_YELLOW, _BLACK)),
+        heat=((_BLACK, _BRIGHT_YELLOW), (_BROWN, _BLACK), (_BRIGHT_YELLOW, _BLACK)),
         cold=((_BLACK, _BRIGHT_CYAN), (_NAVY, _WHITE), (_BRIGHT_CYAN, _BLACK)),
     )  # fmt: skip
 
 
 def _light_16() -> Palette:
+    # Brown is yellow in many terminals, which cannot be read on white.
     return Palette(
         ground=_WHITE, text=_BLACK, dim=_GREY, bar=_SILVER, focus=_BRIGHT_CYAN,
-        cursor=_BRIGHT_CYAN, band=_BRIGHT_GREEN, raw=_CYAN,
-        series=(_NAVY, _BROWN, _GREEN, _MAGENTA, _GREY, _RED),
-        good=_GREEN, warn=_BROWN, bad=_RED, accent=_NAVY,
+        cursor=_BRIGHT_CYAN, band=_SILVER, raw=_CYAN,
+        series=(_NAVY, _MAGENTA, _GREEN, _BROWN, _GREY, _RED),
+        good=_GREEN, warn=_MAGENTA, bad=_RED, accent=_NAVY,
         heat=((_WHITE, _RED), (_BRIGHT_YELLOW, _BLACK), (_RED, _WHITE)),
         cold=((_WHITE, _NAVY), (_BRIGHT_CYAN, _BLACK), (_NAVY, _WHITE)),
     )  # fmt: skip

@@ -1,14 +1,18 @@
 """The palettes for terminals of few colours, as rich converts them."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 from rich.color import Color as RichColor
 from rich.color import ColorSystem
 from textual.color import Color
 
+from engine.errors import UserInputError
 from rlhf_tui.app.themes import PALETTES, contrast
 from rlhf_tui.state.preferences import THEME_NAMES
+from rlhf_tui.terminal_colors import VARIABLE, choose
 
 TARGETS = {"truecolor": ColorSystem.TRUECOLOR, "256": ColorSystem.EIGHT_BIT,
            "standard": ColorSystem.STANDARD}  # fmt: skip
@@ -66,3 +70,36 @@ def test_a_terminal_s_palette_is_its_own(make_app, monkeypatch):
         monkeypatch.setenv("TERM", term)
         grounds.append(make_app().current_theme.variables["band"])
     assert grounds == ["#005f00", "#555555", "#555555"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, {}),
+        ({"TERM": "linux", VARIABLE: "256"}, {"TEXTUAL_COLOR_SYSTEM": "256"}),
+        ({"TERM": "xterm-256color", VARIABLE: "16"}, {"TEXTUAL_COLOR_SYSTEM": "standard"}),
+        ({"TERM": "linux", VARIABLE: "none"}, {"NO_COLOR": "1"}),
+    ],
+)
+def test_the_terminal_s_colours_are_as_chosen(given, expected):
+    environment = dict(given)
+    choose(environment)
+    assert environment == given | expected
+
+
+@pytest.mark.parametrize(
+    ("term", "expected"), [("xterm-256color", "256"), ("linux", "None"), ("no-such-one", "None")]
+)
+def test_without_a_choice_the_colours_are_those_of_terminfo(term, expected):
+    # curses reads terminfo once a process.
+    code = "from rlhf_tui.terminal_colors import choose; environment = {'TERM': '%s'}; "
+    code += "choose(environment); print(environment.get('TEXTUAL_COLOR_SYSTEM'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code % term], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
+
+
+def test_a_choice_that_there_is_not_names_those_there_are():
+    with pytest.raises(UserInputError, match="must be one of auto, truecolor, 256, 16, none"):
+        choose({VARIABLE: "many"})

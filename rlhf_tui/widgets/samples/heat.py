@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_tui import format as fmt
-from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.lines import Row
 
 HEAT = ("", "heat1", "heat2", "heat3")
 COLD = ("", "cold1", "cold2", "cold3")
@@ -60,7 +60,8 @@ class HeatScale:
             return [("– … –", UNDEFINED)]
         inner = [self.centre + tick * 2 * self.half for tick in TICKS]
         values = [self.low, *(v for v in inner if self.low < v < self.high), self.high]
-        row: list[Piece] = []
-        for value in dict.fromkeys(values):
-            row += [(f" {fmt.number(value, 2)} ", self.tone(value)), (" ", "")]
-        return row
+        texts: dict[str, str] = {}
+        for value in values:
+            # Adding 0.0 makes a rounded -0.0 a plain 0; the ends come before values equal to them.
+            texts.setdefault(fmt.number(round(value, 2) + 0.0, 2), self.tone(value))
+        return [piece for text, tone in texts.items() for piece in ((f" {text} ", tone), (" ", ""))]
