@@ -32,7 +32,7 @@ TONES = {
     "bad": Tone("bad", style="bold"),
     "accent": Tone("primary"),
     "key": Tone("key", style="bold"),
-    "head": Tone("dim", "bar", style="bold", no_color="reverse"),
+    "head": Tone("dim", "bar", style="bold", no_color="bold underline"),
     "tab": Tone("dim", "bar", no_color=""),
     "here": Tone("", "focus-bar", style="bold", no_color="reverse"),
     "match": Tone("background", "warn", no_color="reverse"),

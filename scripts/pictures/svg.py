@@ -126,9 +126,10 @@ def _texts(cells: Sequence[Cell], style: Style, x: int, y: int) -> list[Run]:
 
 def _frame(width: float, height: float, body: str, style: str = "") -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.5g} {height:.5g}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" '
+        f'viewBox="0 0 {width:.5g} {height:.5g}" '
         f'width="{width:.5g}" height="{height:.5g}"><style>text{{white-space:pre;'
-        f"font:{FONT}px {FAMILY}}}path{{stroke-width:2.2;stroke-linecap:round}}"
+        f"font-size:{FONT}px;font-family:{FAMILY}}}path{{stroke-width:2.2;stroke-linecap:round}}"
         f"{style}</style>{body}</svg>\n"
     )
 
@@ -154,8 +155,7 @@ def sheet(screens: dict[str, Screen], columns: int, gap: int = 12) -> str:
         label = f'<text y="13" fill="#ffffff">{escape(name)}</text>' if name else ""
         body.append(
             f'<g transform="translate({x:.5g} {y})">{label}<g transform="translate(0 {title})">'
-            f'<rect width="{len(screen[0]) * WIDTH:.5g}" height="{len(screen) * HEIGHT}" '
-            f'fill="{BACK}"/>{runs}'
+            f'<rect width="{size[i][0]:.5g}" height="{size[i][1]}" fill="{BACK}"/>{runs}'
             "</g></g>"
         )
     across, down = min(columns, len(screens)), -(-len(screens) // columns)
@@ -211,7 +211,8 @@ def animation(frames: Sequence[Frame], poster: int) -> str:
             f"@keyframes k{i}{{{''.join(stops)}}}#g{i}{{visibility:{still};animation-name:k{i}}}"
         )
         body.append(f'<g id="g{i}">{content}</g>')
-    width, height = _size(frames[0].screen)
+    sizes = [_size(frame.screen) for frame in frames]  # tmux leaves blanks out at a line's end
+    width, height = max(w for w, _ in sizes), max(h for _, h in sizes)
     style = (
         f"g{{animation:{starts[-1]:.4g}s step-end infinite}}{''.join(rules)}"
         "@media(prefers-reduced-motion:reduce){g{animation:none}}"
