@@ -13,6 +13,8 @@ from engine.errors import UserInputError
 from rlhf_tui.app.themes import PALETTES, contrast
 from rlhf_tui.state.preferences import THEME_NAMES
 from rlhf_tui.terminal_colors import VARIABLE, choose
+from rlhf_tui.widgets.samples.heat import COLD, HEAT
+from rlhf_tui.widgets.tones import TONES
 
 TARGETS = {"truecolor": ColorSystem.TRUECOLOR, "256": ColorSystem.EIGHT_BIT,
            "standard": ColorSystem.STANDARD}  # fmt: skip
@@ -70,6 +72,12 @@ def test_a_terminal_s_palette_is_its_own(make_app, monkeypatch):
         monkeypatch.setenv("TERM", term)
         grounds.append(make_app().current_theme.variables["band"])
     assert grounds == ["#005f00", "#555555", "#555555"]
+
+
+def test_strong_values_above_and_below_the_centre_differ_without_colour():
+    tones = [TONES[name] for name in (*HEAT[2:], *COLD[2:])]
+    looks = {tone.style if tone.no_color is None else tone.no_color for tone in tones}
+    assert len(looks) == len(tones)
 
 
 @pytest.mark.parametrize(
