@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from engine import __version__
 from engine.errors import RlhfError, UserInputError
-from rlhf_tui.commands.options import sessions_option
+from rlhf_tui.commands.options import colors_option, sessions_option
 from rlhf_tui.text import one_line
 
 COMMANDS = {
@@ -67,6 +67,7 @@ class ReaderGoneError(Exception):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @sessions_option
+@colors_option
 @click.pass_context
 @click.version_option(__version__, prog_name="rlhf-tui")
 def cli(context: click.Context, root: Path) -> None:

@@ -26,7 +26,7 @@ from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
 from rlhf_tui.app.palette import PaletteCommands
 from rlhf_tui.app.sequential_keys import SequentialKeys
-from rlhf_tui.app.themes import THEMES
+from rlhf_tui.app.themes import themes_of
 from rlhf_tui.dialogs.palette import PaletteDialog
 from rlhf_tui.identity import who
 from rlhf_tui.screens import modes
@@ -128,7 +128,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self._first_read = first_read
         if session is not None:
             self.follower.open(session)
-        for theme in THEMES:
+        # The console is what Textual writes with: what it finds out of the terminal holds.
+        for theme in themes_of(self.console.color_system):
             self.register_theme(theme)
         self.theme = self.preferences.theme
 
@@ -346,7 +347,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def action_theme(self) -> None:
         """Switches to the next theme."""
-        names = [t.name for t in THEMES]
+        names = prefs.THEME_NAMES
         self.choose_theme(names[(names.index(self.theme) + 1) % len(names)])
         self.say(f"theme: {self.theme}")
 

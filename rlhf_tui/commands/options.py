@@ -13,6 +13,7 @@ import click
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import Session, all_sessions, find
 from engine.session.registry import live_sessions
+from rlhf_tui import terminal_colors
 from rlhf_tui.text import sanitise
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -62,6 +63,20 @@ last_option: Decorator = click.option(
 
 override_option: Decorator = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a configuration key."
+)
+
+
+def _set_colors(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        os.environ[terminal_colors.VARIABLE] = value
+
+
+colors_option: Decorator = click.option(
+    "--colors",
+    type=click.Choice(list(terminal_colors.SYSTEMS)),
+    expose_value=False,
+    callback=_set_colors,
+    help="The terminal's colours, if they are not recognised.  [default: $RLHF_TUI_COLORS or auto]",
 )
 
 name_argument: Decorator = click.argument("name")
