@@ -14,7 +14,7 @@ from engine.config.settings import LIVE_SETTINGS, change_settings
 from engine.errors import ConfigError, RlhfError
 from engine.launch.start import check_inputs, forked_config, is_failed_start, resumed_config
 from engine.session.folder import Session, check_name, free_name
-from rlhf_tui.state.session_state import value_text
+from rlhf_tui.format import value_text
 from rlhf_tui.widgets.completing_input import completions
 
 MOST_NAMES = 6

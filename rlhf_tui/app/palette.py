@@ -12,9 +12,9 @@ from textual.content import Content
 from textual.dom import DOMNode
 from textual.screen import Screen
 
-from rlhf_tui.app.themes import THEMES
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.modes import MODES, screen_class
+from rlhf_tui.state.preferences import THEME_NAMES
 from rlhf_tui.widgets.key_footer import key_name
 
 DESCRIPTIONS = {
@@ -180,9 +180,9 @@ class PaletteCommands(Provider):
         for mode in MODES:
             if mode != self.screen.MODE:
                 yield from self._elsewhere(mode)
-        for theme in THEMES:
-            choose = partial(app.choose_theme, theme.name)
-            yield PaletteCommand(f"Theme: {theme.name}", "colours of this app", choose)
+        for name in THEME_NAMES:
+            choose = partial(app.choose_theme, name)
+            yield PaletteCommand(f"Theme: {name}", "colours of this app", choose)
 
     def _here(self) -> list[PaletteCommand]:
         found: dict[str, PaletteCommand] = {}

@@ -22,7 +22,7 @@ from engine.journal.rows import (
 )
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import Tone
-from rlhf_tui.state.session_state import command_text
+from rlhf_tui.state.timeline import command_text
 
 STATE_TONES: dict[str, Tone] = {
     "running": "good", "finished": "good", "pausing": "warn", "paused": "warn",

@@ -4,13 +4,14 @@ from textual.app import ComposeResult
 from textual.containers import Container, Horizontal
 
 from engine.journal.rows import AlertEvent
+from rlhf_tui.format import value_text
 from rlhf_tui.state.session_preview import METRICS, SessionPreview
-from rlhf_tui.state.session_state import SessionState, value_text
+from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width
+from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.panel import heading
-from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel
 from rlhf_tui.widgets.wrap import wrap
 
 VALUE = 24
