@@ -40,7 +40,12 @@ FLOORS = [
     ("engine.train.link", "engine.train.ppo", "engine.train.rewards"),
     ("engine.train.checkpoints",),
     ("engine.train.run",),
-    ("engine.train.checkpointing", "engine.train.reports", "engine.train.rollout_check"),
+    (
+        "engine.train.checkpointing",
+        "engine.train.dynamic",
+        "engine.train.reports",
+        "engine.train.rollout_check",
+    ),
     ("engine.train.boundary", "engine.train.step"),
     ("engine.train.load",),
     ("engine.train.worker",),

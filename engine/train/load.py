@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from torch import Tensor
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine import starter
-from engine.config.schema import RunConfig
+from engine.config.schema import RewardConfig, RunConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
@@ -35,6 +35,7 @@ from engine.train.ppo.adamw import make_optimiser
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import LoadContext, RewardInputs
+from engine.train.rewards.value_init import load_value_model, scale_value_head
 from engine.train.rollout.backend import BACKENDS, SamplingOptions, generate_responses
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Announce, Run, max_response_tokens
@@ -96,7 +97,10 @@ def load_run(
         LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
     )
     begin_stage("policy")
-    policy = load_policy(config, source, ranks, strategy)
+    value_model = None
+    if config.ppo.value_init == "reward_model":
+        value_model = load_value_model(config, ranks)
+    policy = load_policy(config, source, ranks, strategy, value_model)
     optimiser = make_optimiser(policy, config)
     begin_stage("reference")
     reference = load_reference(config, policy, ranks, strategy)
@@ -117,10 +121,12 @@ def load_run(
         memory=memory,
     )  # fmt: skip
     _check_response_length(run)
-    if config.reward.normalise == "reference" and not begin.from_step:
+    rewards.scales = state.reward_scales
+    if not begin.from_step and _normalises(config.reward):
         announce(0, "normalise reward")
-        normaliser = Normaliser.of(reference_scores(run))
-        state.reward_mean, state.reward_std = normaliser.mean, normaliser.std
+        _normalise_rewards(run)
+    if not begin.from_step and config.ppo.value_init == "reward_model":
+        scale_value_head(policy, rewards, Normaliser(state.reward_mean, state.reward_std))
     return run
 
 
@@ -136,20 +142,41 @@ def check_rank_count(config: RunConfig, ranks: int) -> None:
             f"{ranks} ranks need at least {ranks} prompts per step, and there are {prompts}: raise "
             "rollout.batch_size, or set launch.processes"
         )
-    if reward.normalise == "reference" and reward.normalise_samples < ranks:
+    if _normalises(reward) and reward.normalise_samples < ranks:
         raise UserInputError(
             f"reward.normalise_samples ({reward.normalise_samples}) must be at least the number of "
             f"ranks ({ranks})"
         )
 
 
-def reference_scores(run: Run) -> Tensor:
-    """Scores of the reference's responses to the run's first prompts, to normalise scores by.
+def _normalises(reward: RewardConfig) -> bool:
+    """Whether scores of the reference's responses are needed before the first step."""
+    return "reference" in (reward.normalise, *(s.normalise for s in reward.sources()))
 
-    Called before the first step only: a resumed run reads the result from its checkpoint.
 
-    Returns:
-        (n,) float32, not normalised; n is `reward.normalise_samples`.
+def _normalise_rewards(run: Run) -> None:
+    """Measures means and deviations on responses of the reference, and stores them in the state.
+
+    Called before the first step only: a resumed run reads them from its checkpoint.
+    """
+    state, rewards = run.state, run.rewards
+    inputs = reference_responses(run)
+    total, parts = rewards(inputs)
+    if rewards.normalised:
+        for name in rewards.normalised:
+            scores = torch.tensor([s for s in parts[name] if s is not None] or [0.0])
+            scale = Normaliser.of(scores, f"the normalise of reward source '{name}'")
+            rewards.scales[name] = (scale.mean, scale.std)
+        total = rewards.total(parts, inputs)
+    if run.config.reward.normalise == "reference":
+        normaliser = Normaliser.of(total)
+        state.reward_mean, state.reward_std = normaliser.mean, normaliser.std
+
+
+def reference_responses(run: Run) -> RewardInputs:
+    """The reference's responses to the run's first prompts, to normalise scores by.
+
+    There are `reward.normalise_samples` of them.
     """
     config = run.config
     count = config.reward.normalise_samples
@@ -163,7 +190,7 @@ def reference_scores(run: Run) -> Tensor:
     rollout = generate_responses(
         run.backend, run.reference, prompts, options, run.tokenizer, run.ranks
     )
-    return run.rewards(RewardInputs.of(rollout, 0))[0]
+    return RewardInputs.of(rollout, 0)
 
 
 def first_step_config(config: RunConfig, begin: Begin) -> RunConfig:

@@ -6,6 +6,14 @@ from engine.train.boundary import Boundary
 from engine.train.link import Link
 from engine.train.step import train_step
 
+EVERYTHING = (
+    "ppo.entropy_coef=0.01",
+    "ppo.dual_clip=3",
+    "kl.place=loss",
+    "kl.estimator=k3",
+    "rollout.per_prompt=2",
+    "rollout.dynamic=true",
+)
 TWO_SOURCES = (
     "reward.model=null",
     "reward.mix=[{model: 'starter:reward', name: a}, {model: 'starter:reward', name: b}]",
@@ -13,7 +21,7 @@ TWO_SOURCES = (
 
 
 def test_a_step_returns_every_declared_metric_and_no_other(make_run):
-    run, session = make_run(*TWO_SOURCES)
+    run, session = make_run(*TWO_SOURCES, *EVERYTHING)
     found, _ = train_step(run, 1)
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
     boundary.after_step(1, found, 0.1)

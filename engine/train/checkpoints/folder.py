@@ -39,6 +39,8 @@ class TrainingState(msgspec.Struct, kw_only=True):
     """Training time over all attempts on this branch."""
     reward_mean: float = 0.0
     reward_std: float = 1.0
+    reward_scales: dict[str, tuple[float, float]] = {}
+    """Reward source → mean and standard deviation, for sources with a `normalise` of their own."""
     baseline: float | None = None
     """The mean score kept by `ppo.baseline: running`."""
     reference: str = ""

@@ -49,13 +49,13 @@ class RewardModel:
         path = starter.resolve(source)
         self._tokenizer = load_tokenizer(path, "reward.model", ranks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        model = _read(source, path, dtype) if ranks.is_lead else None
+        model = read_classifier(source, path, dtype) if ranks.is_lead else None
         with broadcast_files(ranks, model and model.config) as folder:
             if model is None:
                 shape = AutoConfig.from_pretrained(folder)
                 with without_weights(ranks):
                     model = AutoModelForSequenceClassification.from_config(shape, dtype=dtype)
-        self._label = _label_index(source, label, model.config)
+        self._label = label_index(source, label, model.config)
         self._pad = _pad_id(self._tokenizer, model.config)
         model.config.use_cache = False  # a decoder would fill one for nothing
         use_onednn(model)
@@ -118,7 +118,8 @@ class RewardModel:
         return list(self._tokenizer(prompt.text + response)["input_ids"])
 
 
-def _read(source: str, path: str, dtype: torch.dtype) -> Any:
+def read_classifier(source: str, path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Reads a sequence classifier; `source` is its name. Raises UserInputError."""
     try:
         return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -126,7 +127,7 @@ def _read(source: str, path: str, dtype: torch.dtype) -> Any:
         raise UserInputError(f"reward.model: cannot load '{source}': {first}") from error
 
 
-def _label_index(source: str, label: int | str | None, config: Any) -> int:
+def label_index(source: str, label: int | str | None, config: Any) -> int:
     """The index of the logit that is the score. Raises UserInputError."""
     count, names = config.num_labels, {v: k for k, v in (config.id2label or {}).items()}
     listed = ", ".join(f"{i}: {n}" for n, i in names.items())
