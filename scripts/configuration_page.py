@@ -21,8 +21,8 @@ folder. The session's `config.yaml` states the value of every key, including the
 
 A resume (`rlhf-tui resume NAME -o …`) can change any key except those that determine the model or
 the order of the data: `seed`, `data.*`, `model.*`, `lora.*`, `rollout.batch_size`,
-`rollout.per_prompt`, `ppo.advantage` and `ppo.value_init`. A fork can change these too, except `lora.*`. Keys marked
-⇄ can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
+`rollout.per_prompt`, `ppo.advantage` and `ppo.value_init`. A fork can change these too, except
+`lora.*`. Keys marked ⇄ can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
 
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
 they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) lie far outside of what is useful.

@@ -55,6 +55,11 @@ def _check_objective(config: RunConfig) -> None:
             "kl.place: loss needs kl.estimator: k2 or k3, because the gradient of k1 is zero in "
             "expectation and would not hold the policy back"
         )
+    if kl.reference_update.every and config.lora.rank is not None:
+        raise ConfigError(
+            "kl.reference_update cannot be combined with lora.rank: the reference is the policy "
+            "without its adapters"
+        )
     if ppo.value_init == "reward_model":
         _check_value_init(config)
 

@@ -293,6 +293,16 @@ class PPOConfig(Section, frozen=True):
         return ADVANTAGES[self.advantage]
 
 
+class ReferenceUpdateConfig(Section, frozen=True):
+    """A reference that follows the policy (TRL's `sync_ref_model`)."""
+
+    every: Whole = 0
+    """Number of steps between updates of the reference; 0 never updates it."""
+    mix: Annotated[float, Meta(gt=0, le=1)] = 0.6
+    """An update makes the reference this much of the policy and the rest of the reference; 1 copies
+    the policy. The KL is then measured against a model nearer to the policy."""
+
+
 class KLConfig(Section, frozen=True):
     """The KL coefficient β (beta) and its controller."""
 
@@ -315,6 +325,7 @@ class KLConfig(Section, frozen=True):
     """Lower limit of the adaptive controller, which also starts from here if beta is 0."""
     beta_max: Positive = 10.0
     """Upper limit of the adaptive controller."""
+    reference_update: ReferenceUpdateConfig = ReferenceUpdateConfig()
 
 
 class TrainConfig(Section, frozen=True):

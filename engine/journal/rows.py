@@ -169,6 +169,13 @@ class ReadyEvent(Struct, frozen=True):
     """Models and data are loaded. Keys of the JSON depend on the run."""
 
 
+class ReferenceEvent(Struct, frozen=True):
+    """The reference was updated after a step."""
+
+    mix: float = 1.0
+    """Share of the policy in the update."""
+
+
 Payload = (
     StateEvent
     | CommandEvent
@@ -178,6 +185,7 @@ Payload = (
     | AttemptEvent
     | ErrorEvent
     | ReadyEvent
+    | ReferenceEvent
 )
 
 PAYLOADS: dict[str, type[Payload]] = {
@@ -189,6 +197,7 @@ PAYLOADS: dict[str, type[Payload]] = {
     "attempt": AttemptEvent,
     "error": ErrorEvent,
     "ready": ReadyEvent,
+    "reference": ReferenceEvent,
 }
 """Kind of an event → its payload."""
 

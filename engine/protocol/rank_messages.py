@@ -104,6 +104,8 @@ class StepReport(Message, frozen=True, tag="step_report"):
     """Changes that the KL controller made after this step."""
     ranks: list[RankTimes] = []
     """Times of all ranks, on all machines."""
+    reference_mix: float | None = None
+    """Share of the policy in the reference's update after this step; None if there was none."""
 
 
 class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):

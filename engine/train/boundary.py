@@ -38,6 +38,7 @@ from engine.session.folder import Session
 from engine.train.checkpointing import CheckpointManager
 from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
+from engine.train.models.reference_update import mix_into_reference
 from engine.train.reports.probe import answer_probe
 from engine.train.run import Run, max_response_tokens
 
@@ -218,6 +219,8 @@ class Boundary:
     ) -> list[SettingChange]:
         """Counts a finished step, and lets the KL controller set the next step's beta.
 
+        Every `kl.reference_update.every` steps the reference is updated as well.
+
         Args:
             step: the finished step.
             metrics: its metrics; gains `time/checkpoint`, the seconds that saving has taken since
@@ -229,9 +232,18 @@ class Boundary:
         """
         state, config, kl = self._run.state, self._run.config, metrics["objective/kl"]
         state.step, state.seconds = step, state.seconds + seconds
+        self._update_reference()
         metrics["time/checkpoint"] = self.checkpoints.step_done(metrics["objective/scores"], kl)
         beta = next_beta(config.kl, kl, config.rollout.batch_size)
         return [] if beta == config.kl.beta else self._change({"beta": beta})
+
+    def _update_reference(self) -> None:
+        run, update = self._run, self._run.config.kl.reference_update
+        if not update.every or run.state.step % update.every:
+            return
+        mix_into_reference(run.policy, run.reference, update.mix)
+        run.state.reference = fingerprint(run.reference)
+        run.state.reference_updated = run.state.step
 
     def close(self) -> None:
         """Lets a running save finish; for a run that ends with an error, too."""

@@ -18,7 +18,7 @@ from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState, TrainingState
-from engine.train.checkpoints.shards import load_training
+from engine.train.checkpoints.shards import load_reference_weights, load_training
 from engine.train.data.prompts import Prompts, load_prompts
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
@@ -31,6 +31,7 @@ from engine.train.models.language_model import (
 )
 from engine.train.models.memory_check import check_memory
 from engine.train.models.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
+from engine.train.models.reference_update import check_same_shapes
 from engine.train.ppo.adamw import make_optimiser
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.normalise import Normaliser
@@ -107,6 +108,10 @@ def load_run(
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
         load_training(saved, policy, optimiser, ranks.group)
+        if state.reference_updated:
+            load_reference_weights(saved, reference, ranks.group)
+    if config.kl.reference_update.every:
+        check_same_shapes(policy, reference)
 
     _check_frozen_models(state, config, policy, reference, threads)
     if begin.reseed:

@@ -158,6 +158,11 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
                     settings=settings,
                     changes=changes,
                     ranks=run.timer.ranks,
+                    reference_mix=(
+                        run.config.kl.reference_update.mix
+                        if run.state.reference_updated == step
+                        else None
+                    ),
                 )
             )
             boundary.checkpoints.save_if_due()

@@ -13,6 +13,7 @@ from engine.journal.rows import (
     CommandRow,
     EventRow,
     NoteEvent,
+    ReferenceEvent,
     SampleRow,
 )
 from engine.metrics import (
@@ -297,6 +298,8 @@ def _event_marker(event: EventRow) -> Marker | None:
         case AlertEvent(rule=rule, text=text):
             text = f"{rule}: {text.removeprefix('look here: ')}"
             return Marker(step, "alert", text, time=when)
+        case ReferenceEvent(mix=mix):
+            return Marker(step, "command", f"reference: {mix:.0%} policy", "schedule", when)
         case NoteEvent(text=text, who=who):
             return Marker(step, "note", text, who, when)
         case _:

@@ -354,6 +354,12 @@ REFUSED = {
          "reward.function=m:f"], "exactly one reward model.*not 0",
     ),
     "a buffer longer than a response": (["reward.overlong.buffer=1000"], r"may be.*at most"),
+    "a reference without weights of its own": (
+        ["kl.reference_update.every=5", "lora.rank=8"], "without its adapters",
+    ),
+    "an update that changes nothing": (
+        ["kl.reference_update.mix=0"], r"kl\.reference_update\.mix must be a number > 0",
+    ),
     "nothing to obey": (
         ["reward.model=null", "reward.mix=[{model: a, weight: 0}]"], "weight is not 0",
     ),

@@ -17,11 +17,14 @@ from engine.memory.estimate import estimate
 from engine.memory.model import Layout
 from engine.protocol.rank_messages import Begin, ReplayedChange
 from engine.session.checkpoints import complete_checkpoints
+from engine.train.boundary import Boundary
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
+from engine.train.link import Link
 from engine.train.load import load_run
+from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
 from engine.train.step import train_step
 
@@ -30,7 +33,10 @@ DEADLINE = 120
 
 
 def begin(saver, run, score=1.0):
-    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5)
+    saver.begin(
+        run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5,
+        reference=run.reference if run.state.reference_updated else None,
+    )  # fmt: skip
 
 
 def save(run, session, score=1.0):
@@ -59,6 +65,24 @@ def resumed(session, **fields):
     config = session.config()
     begin = Begin(attempt=2, from_step=1, **fields)
     return load_run(session, config, begin, RankGroup(config.launch), no_report)
+
+
+def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, assert_same_step):
+    run, session = make_run("kl.reference_update={every: 1, mix: 0.25}")
+    original = {k: p.clone() for k, p in run.reference.lm.named_parameters()}
+    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
+    metrics, _ = train_step(run, 1)
+    boundary.after_step(1, metrics, 0.1)
+    boundary.close()
+    policy = dict(run.policy.lm.named_parameters())
+    for name, weight in run.reference.lm.named_parameters():
+        want = 0.25 * policy[name].double() + 0.75 * original[name].double()
+        torch.testing.assert_close(weight.double(), want, rtol=1e-6, atol=1e-7)
+    assert run.state.reference_updated == 1
+    save(run, session)
+    again = resumed(session)
+    assert fingerprint(again.reference) == run.state.reference
+    assert_same_step(run, again, 2)
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])

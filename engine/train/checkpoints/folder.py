@@ -44,7 +44,10 @@ class TrainingState(msgspec.Struct, kw_only=True):
     baseline: float | None = None
     """The mean score kept by `ppo.baseline: running`."""
     reference: str = ""
-    """Fingerprint of the frozen reference."""
+    """Fingerprint of the reference, as it is now."""
+    reference_updated: int = 0
+    """The last step after which `kl.reference_update` changed the reference, which the checkpoint
+    then holds; 0 if none did."""
     base: str = ""
     """Fingerprint of the weights under the adapters; empty without adapters."""
     threads: int = 0
