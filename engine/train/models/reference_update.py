@@ -16,14 +16,15 @@ from engine.train.models.language_model import AnyModel, LanguageModel
 
 def check_same_shapes(policy: LanguageModel, reference: AnyModel) -> None:
     """Checks that the reference can take the policy's weights. Raises UserInputError."""
-    ours, theirs = (
-        {n: tuple(p.shape) for n, p in model.lm.named_parameters()} for model in (policy, reference)
-    )
-    if ours != theirs:
+    if _shapes(policy) != _shapes(reference):
         raise UserInputError(
-            "kl.reference_update needs a reference of the policy's architecture: model.reference is "
-            "another model"
+            "kl.reference_update needs a reference of the policy's architecture: model.reference "
+            "is another model"
         )
+
+
+def _shapes(model: AnyModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.lm.named_parameters()}
 
 
 @torch.no_grad()
