@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from engine import starter
 from engine.config.settings import SettingChange, change_settings
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, UserInputError
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
 from engine.protocol.rank_messages import Begin, ReplayedChange
@@ -83,6 +84,14 @@ def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, 
     again = resumed(session)
     assert fingerprint(again.reference) == run.state.reference
     assert_same_step(run, again, 2)
+
+
+def test_a_reference_of_another_architecture_cannot_follow_the_policy(make_run, tmp_path):
+    shape = AutoConfig.from_pretrained(starter.resolve("starter:policy"))
+    shape.num_hidden_layers -= 1
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserInputError, match=r"model\.reference is another model"):
+        make_run("kl.reference_update={every: 1}", f"model.reference={tmp_path / 'other'}")
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
