@@ -170,7 +170,7 @@ class ReadyEvent(Struct, frozen=True):
 
 
 class ReferenceEvent(Struct, frozen=True):
-    """The reference was updated after a step."""
+    """The reference was updated before a step."""
 
     mix: float = 1.0
     """Share of the policy in the update."""

@@ -59,6 +59,18 @@ class BoundaryBroadcast(msgspec.Struct):
     beta: float
 
 
+def update_reference(run: Run) -> None:
+    """Updates the reference if `kl.reference_update` has it due before the next step.
+
+    Not right after the last one: its checkpoint and its evaluation have the reference of that step.
+    """
+    state, update = run.state, run.config.kl.reference_update
+    due = update.every and state.step and state.step % update.every == 0
+    if due and state.reference_updated != state.step:
+        mix_into_reference(run.policy, run.reference, update.mix)
+        state.reference, state.reference_updated = fingerprint(run.reference), state.step
+
+
 class Boundary:
     """The boundary between steps. All ranks call its methods together.
 
@@ -76,6 +88,7 @@ class Boundary:
         self._paused = begin.paused
         self._stop_ids: list[str] = []
         self._ended = False
+        self._reached = False
 
     def before_step(self) -> bool:
         """Executes the commands received since the last step; blocks while the run is paused.
@@ -95,15 +108,25 @@ class Boundary:
                 reported = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
             self._execute(self._next_commands(wait=PAUSE_POLL_INTERVAL))
-        return not self._stop_ids and self._end_reason() is None
+        follows = not self._stop_ids and self._end_reason() is None
+        if follows:
+            update_reference(self._run)
+        return follows
 
     def _end_reason(self) -> str | None:
         train, state = self._run.config.train, self._run.state
         if state.step >= train.steps:
             return "finished"
+        if self._reached:
+            return "stop_at"
         if train.max_hours is not None and state.seconds >= train.max_hours * 3600:
             return "max_hours"
         return None
+
+    def _has_reached_aim(self, metrics: dict[str, float]) -> bool:
+        """Whether a step's metrics meet `train.stop_at`; all ranks have the same metrics."""
+        aim = self._run.config.train.stop_at
+        return aim is not None and aim.metric in metrics and aim.reached(metrics[aim.metric])
 
     # -- commands -----------------------------------------------------------------------------
 
@@ -219,8 +242,6 @@ class Boundary:
     ) -> list[SettingChange]:
         """Counts a finished step, and lets the KL controller set the next step's beta.
 
-        Every `kl.reference_update.every` steps the reference is updated as well.
-
         Args:
             step: the finished step.
             metrics: its metrics; gains `time/checkpoint`, the seconds that saving has taken since
@@ -232,18 +253,10 @@ class Boundary:
         """
         state, config, kl = self._run.state, self._run.config, metrics["objective/kl"]
         state.step, state.seconds = step, state.seconds + seconds
-        self._update_reference()
-        metrics["time/checkpoint"] = self.checkpoints.step_done(metrics["objective/scores"], kl)
+        metrics["time/checkpoint"] = self.checkpoints.step_done(metrics)
+        self._reached = self._has_reached_aim(metrics)
         beta = next_beta(config.kl, kl, config.rollout.batch_size)
         return [] if beta == config.kl.beta else self._change({"beta": beta})
-
-    def _update_reference(self) -> None:
-        run, update = self._run, self._run.config.kl.reference_update
-        if not update.every or run.state.step % update.every:
-            return
-        mix_into_reference(run.policy, run.reference, update.mix)
-        run.state.reference = fingerprint(run.reference)
-        run.state.reference_updated = run.state.step
 
     def close(self) -> None:
         """Lets a running save finish; for a run that ends with an error, too."""

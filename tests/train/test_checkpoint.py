@@ -16,14 +16,14 @@ from engine.config.settings import SettingChange, change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
+from engine.metrics import SCORE
 from engine.protocol.rank_messages import Begin, ReplayedChange
 from engine.session.checkpoints import complete_checkpoints
-from engine.train.boundary import Boundary
+from engine.train.boundary import update_reference
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
-from engine.train.link import Link
 from engine.train.load import load_run
 from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
@@ -71,19 +71,25 @@ def resumed(session, **fields):
 def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, assert_same_step):
     run, session = make_run("kl.reference_update={every: 1, mix: 0.25}")
     original = {k: p.clone() for k, p in run.reference.lm.named_parameters()}
-    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
-    metrics, _ = train_step(run, 1)
-    boundary.after_step(1, metrics, 0.1)
-    boundary.close()
+    train_step(run, 1)
+    run.state.step = 1
+    update_reference(run)
     policy = dict(run.policy.lm.named_parameters())
     for name, weight in run.reference.lm.named_parameters():
         want = 0.25 * policy[name].double() + 0.75 * original[name].double()
         torch.testing.assert_close(weight.double(), want, rtol=1e-6, atol=1e-7)
-    assert run.state.reference_updated == 1
+    train_step(run, 2)
+    run.state.step = 2
     save(run, session)
-    again = resumed(session)
+    begin = Begin(attempt=2, from_step=2)
+    again = load_run(
+        session, session.config(), begin, RankGroup(session.config().launch), no_report
+    )
     assert fingerprint(again.reference) == run.state.reference
-    assert_same_step(run, again, 2)
+    for continued in (run, again):  # the second update, which the checkpoint does not have
+        update_reference(continued)
+        assert continued.state.reference_updated == 2
+    assert_same_step(run, again, 3)
 
 
 def test_a_reference_of_another_architecture_cannot_follow_the_policy(make_run, tmp_path):
@@ -295,7 +301,7 @@ def test_a_checkpoint_replaces_one_of_the_same_step(trained):
     run, session = trained
     save(run, session, score=1.0)
     folder = save(run, session, score=2.0)
-    assert checkpoint_folder.read_score(folder) == 2.0
+    assert checkpoint_folder.read_best(folder, SCORE) == 2.0
     assert [p.name for p in session.checkpoints.iterdir()] == ["step-000001"]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from engine.config import file as config_file
 from engine.protocol.rank_messages import Begin
-from engine.train.boundary import Boundary
+from engine.train.boundary import Boundary, update_reference
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saved, Saver
 from engine.train.distributed.ranks import RankGroup
@@ -43,6 +43,7 @@ def test_a_recipe_takes_twenty_steps_and_resumes_bit_for_bit(name, make_run, ass
     run, session = make_run(config=config)
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
     for step in range(1, STEPS + 1):
+        update_reference(run)
         metrics, _ = train_step(run, step)
         assert all(math.isfinite(value) for value in metrics.values()), step
         assert metrics["policy/skipped_updates"] == 0

@@ -10,6 +10,7 @@ last, after the supervisor has confirmed that the journal holds everything up to
 """
 
 import hashlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings, apply_settings, settings_of
 from engine.errors import CheckpointError
+from engine.metrics import SCORE
 from engine.session.checkpoints import COMPLETE
 
 FORMAT = 2
@@ -46,8 +48,8 @@ class TrainingState(msgspec.Struct, kw_only=True):
     reference: str = ""
     """Fingerprint of the reference, as it is now."""
     reference_updated: int = 0
-    """The last step after which `kl.reference_update` changed the reference, which the checkpoint
-    then holds; 0 if none did."""
+    """The last step before whose successor `kl.reference_update` changed the reference; 0 if there
+    was none. After an update, checkpoints hold the reference."""
     base: str = ""
     """Fingerprint of the weights under the adapters; empty without adapters."""
     threads: int = 0
@@ -78,6 +80,8 @@ class StateFile(msgspec.Struct, kw_only=True):
     state: SavedState
     score: float
     kl: float
+    best: float | None = None
+    """`train.best_metric` of the step; None if the step does not have that metric."""
     torch: str
     optimiser: str
     hashes: dict[str, str]
@@ -158,7 +162,7 @@ def to_remove(scores: dict[int, float], keep_last: int, keep_best: int) -> list[
     """Selects the checkpoints that are neither among the newest nor among the best.
 
     Args:
-        scores: mean score by step, for the complete checkpoints of this branch.
+        scores: `train.best_metric` by step, for the complete checkpoints of this branch.
         keep_last: number of newest checkpoints to keep.
         keep_best: number of checkpoints with the highest score to keep in addition.
 
@@ -191,9 +195,14 @@ def read_state(folder: Path, *, verify: bool = True) -> SavedState:
     return content.state
 
 
-def read_score(folder: Path) -> float:
-    """Reads the mean score of the step before the checkpoint."""
-    return _read_file(folder).score
+def read_best(folder: Path, metric: str) -> float:
+    """Reads the value by which `train.keep_best` compares; -∞ if the checkpoint does not have it.
+
+    Checkpoints of earlier versions have only the mean score.
+    """
+    content = _read_file(folder)
+    best = content.score if content.best is None and metric == SCORE else content.best
+    return -math.inf if best is None or math.isnan(best) else best
 
 
 def read_optimiser(folder: Path) -> str:

@@ -45,6 +45,8 @@ class Saved:
     """In bytes."""
     score: float
     kl: float
+    best: float | None
+    """`train.best_metric` of its step."""
     seconds: float
     """From the start of the copy to the rename."""
 
@@ -107,6 +109,7 @@ class Saver:
         score: float,
         kl: float,
         reference: AnyModel | None = None,
+        best: float | None = None,
     ) -> None:
         """Copies all tensors to host memory and starts to write them in the background.
 
@@ -121,6 +124,7 @@ class Saver:
             score: mean score of the last step.
             kl: KL of the last step to the reference, in nats per response.
             reference: given if it is no longer the model that the configuration names.
+            best: `train.best_metric` of the last step; None if it does not have that metric.
         """
         self.wait()
         began = time.monotonic()
@@ -141,6 +145,7 @@ class Saver:
             state=copy.deepcopy(state),
             score=score,
             kl=kl,
+            best=best,
             torch=str(torch.__version__),
             optimiser=shards.optimiser_kind(optimiser),
             hashes={},
@@ -268,6 +273,7 @@ class Saver:
             folder=final,
             size=size,
             score=content.score,
+            best=content.best,
             kl=content.kl,
             seconds=time.monotonic() - job.began,
         )

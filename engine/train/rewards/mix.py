@@ -1,7 +1,7 @@
 """The score of a response: the weighted sum of one or more reward sources."""
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from engine.config.schema import RewardSource
 from engine.errors import RewardError
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, model
@@ -64,6 +65,11 @@ class RewardMix:
         )
         return source.weight, self.scales.get(name, (0.0, 1.0))
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the sources."""
+        return list(self._sources)
+
     def __call__(
         self, inputs: RewardInputs, report: ReportProgress = lambda _done, _total: None
     ) -> tuple[Tensor, dict[str, list[float | None]]]:
@@ -78,10 +84,7 @@ class RewardMix:
             FunctionError: a source that runs on rank 0 raised.
             PeerRankError: either of these on rank 0, raised on the other ranks.
         """
-        parts = {
-            name: self._score(name, source, inputs, report)
-            for name, source in self._sources.items()
-        }
+        parts = self.parts(inputs, report)
         return self.total(parts, inputs), parts
 
     def total(self, parts: dict[str, list[float | None]], inputs: RewardInputs) -> Tensor:
@@ -105,6 +108,15 @@ class RewardMix:
                 f"(prompt: {inputs.batch.prompts[i].text!r}): each returned None or has weight 0"
             )
         return torch.tensor(total, dtype=torch.float32)
+
+    def parts(
+        self, inputs: RewardInputs, report: ReportProgress = lambda _done, _total: None
+    ) -> dict[str, list[float | None]]:
+        """The B scores of each source, by name. Raises what calling the mix raises."""
+        return {
+            name: self._score(name, source, inputs, report)
+            for name, source in self._sources.items()
+        }
 
     def _score(
         self, name: str, source: WeightedReward, inputs: RewardInputs, report: ReportProgress
@@ -179,18 +191,28 @@ def validate_scores(name: str, scores: list[Any], inputs: RewardInputs) -> list[
     return numbers
 
 
-def load_rewards(context: LoadContext) -> RewardMix:
-    """Loads every reward source of the configuration, each on the ranks that call it.
+def load_rewards(
+    context: LoadContext,
+    configured: Iterable[RewardSource] | None = None,
+    taken: Iterable[str] = (),
+) -> RewardMix:
+    """Loads reward sources, each on the ranks that call it.
+
+    Args:
+        context: the run.
+        configured: the sources. Default: those of the section `reward`.
+        taken: names of other sources.
 
     Raises:
         UserInputError: a source cannot be loaded.
     """
     sources: dict[str, WeightedReward] = {}
-    for source in context.config.sources():
+    for source in context.config.sources() if configured is None else configured:
         kind = KINDS[source.kind]
         runs_here = kind.runs_on is RunsOn.EVERY_RANK or context.ranks.is_lead
         reward = kind.load(source, context) if runs_here else None
-        name = _unused_name(source.name or kind.default_name(source.value), sources)
+        name = source.name or kind.default_name(source.value)
+        name = _unused_name(name, [*sources, *taken])
         normalised = source.normalise == "reference"
         sources[name] = WeightedReward(source.weight, kind.runs_on, reward, normalised)
     return RewardMix(sources, context.ranks)
