@@ -7,7 +7,7 @@ old and the new value.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -151,6 +151,7 @@ def _check_value(name: str, value: Any) -> Any:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as error:
         wanted = expected(str(error).partition(", got")[0])
+        wanted = wanted or "one of " + ", ".join(map(str, get_args(kind)))
         raise CommandRejectedError(f"{name} must be {wanted} (it is {shown(value)})") from None
 
 
