@@ -152,6 +152,9 @@ class RolloutConfig(Section, frozen=True):
     """What generates: `native` is the trained model itself, in the rank that trains it."""
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Responses per step, over all ranks."""
+    at_once: Count | None = None
+    """The most responses that a rank generates at once; the others wait until one has ended. Limits
+    the memory of the key-value cache; responses change by rounding only. Default: all of them."""
     per_prompt: Count | None = None
     """Responses to each prompt. Default: 4 for rloo, 1 otherwise."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64

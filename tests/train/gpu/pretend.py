@@ -5,19 +5,19 @@ is held against what CUDA allows: a CPU tensor beside a GPU's only as a number (
 pointwise operator), or as indices. What costs time on a GPU and none on a CPU is counted. Values
 are real, so the results are the CPU's bit for bit.
 
-Not simulated: streams, graphs, memory, and CUDA's own kernels with their rounding.
+A CUDA graph records operators and runs them again on the same memory; what may not be captured,
+fails. Not simulated: streams, memory, and CUDA's own kernels with their rounding.
 """
 
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
@@ -94,6 +94,39 @@ class GpuTensor(torch.Tensor):
         return PretendGpu.active.compute(func, args, kwargs or {})
 
 
+class Graph:
+    """`torch.cuda.CUDAGraph`: operators, with the tensors that they read and write."""
+
+    def __init__(self):
+        self.operators = []
+        self.captured_just_now = True
+
+    def replay(self):
+        PretendGpu.active.launches["graph"] += 1
+        if self.captured_just_now:  # unlike CUDA's, a capture here has computed
+            self.captured_just_now = False
+            return
+        for func, args, kwargs, outs in self.operators:
+            again = func(*args, **kwargs)
+            for old, new in zip(leaves([outs]), leaves([again]), strict=True):
+                if isinstance(old, torch.Tensor) and storage(old) != storage(new):
+                    old.copy_(new)
+
+
+@contextmanager
+def capture(graph, _pool=None, **_):
+    """`torch.cuda.graph`."""
+    PretendGpu.active.graph = graph
+    try:
+        yield
+    finally:
+        PretendGpu.active.graph = None
+
+
+def storage(x):
+    return x.untyped_storage().data_ptr()
+
+
 class ToHost(torch.autograd.Function):
     @staticmethod
     def forward(_ctx, x, dtype):
@@ -114,6 +147,21 @@ def on_gpu(x):
     return GpuTensor(x, x.requires_grad) if plain else x
 
 
+def each(change, x):
+    """Applies a function to the leaves of an operator's argument: torch's pytree is much slower."""
+    if isinstance(x, (list, tuple)):
+        return type(x)(each(change, y) for y in x)
+    return change(x)
+
+
+def leaves(arguments):
+    for x in arguments:
+        if isinstance(x, (list, tuple)):
+            yield from leaves(x)
+        else:
+            yield x
+
+
 def names_gpu(device):
     return device is not None and torch.device(device).type == "cuda"
 
@@ -131,6 +179,8 @@ class PretendGpu(TorchFunctionMode):
         """By operator and place in the engine, as are `copies`."""
         self.copies = Counter()
         self.casts = 0
+        self.graph = None
+        """The one that is being captured."""
 
     def counts(self):
         """What has been counted until now; subtract two for what happened between them."""
@@ -150,9 +200,11 @@ class PretendGpu(TorchFunctionMode):
         if func is torch.Tensor.numpy and isinstance(args[0], GpuTensor):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         if names_gpu(kwargs.get("device")):  # a new tensor
-            made = func(*args, **{**kwargs, "device": "cpu"})
+            kwargs = {**kwargs, "device": "cpu"}
+            made = func(*args, **kwargs)
+            self._record(func, args, kwargs, made)
             if func is torch.tensor:
-                self.copies[f"to GPU, {place()}"] += 1
+                self._copied("to GPU")
             elif func not in (torch.empty, torch.empty_like, torch.empty_strided):
                 self.launches[func.__name__] += 1
             return on_gpu(made)
@@ -178,12 +230,10 @@ class PretendGpu(TorchFunctionMode):
         if device is None:
             target = source
         if source and not target:
-            where = place()
-            self.copies[f"to host, {where}"] += 1
-            self.syncs[f"copy to host, {where}"] += 1
+            self._copied("to host")
             return ToHost.apply(x, dtype)
         if target and not source:
-            self.copies[f"to GPU, {place()}"] += 1
+            self._copied("to GPU")
             return on_gpu(x.detach().to(dtype or x.dtype, copy=True))
         if (dtype is None or dtype == x.dtype) and not copy:
             return x
@@ -195,42 +245,61 @@ class PretendGpu(TorchFunctionMode):
         if func is torch.ops.prim.device.default:
             return GPU
         if func is aten.copy_.default and not all(isinstance(x, GpuTensor) for x in args[:2]):
-            into_gpu = isinstance(args[0], GpuTensor)
-            self.copies[f"to {'GPU' if into_gpu else 'host'}, {place()}"] += 1
-            if not into_gpu:
-                self.syncs[f"copy to host, {place()}"] += 1
+            self._copied("to GPU" if isinstance(args[0], GpuTensor) else "to host")
             func(*map(real, args))
             return args[0]
         self._check_devices(func, args, kwargs)
         self._count(func, args)
-        out = func(*tree_map(real, args), **tree_map(real, kwargs))
+        real_args, real_kwargs = each(real, args), {k: each(real, v) for k, v in kwargs.items()}
+        out = func(*real_args, **real_kwargs)
+        self._record(func, real_args, real_kwargs, out)
         if func is aten._local_scalar_dense.default:
             return out
         if func is aten._to_copy.default:
             return on_gpu(out)
-        return return_and_correct_aliasing(func, args, kwargs, tree_map(on_gpu, out))
+        return return_and_correct_aliasing(func, args, kwargs, each(on_gpu, out))
 
     def _check_devices(self, func, args, kwargs):
-        everything = tree_leaves((args, kwargs))
+        everything = [*leaves(args), *leaves(kwargs.values())]
         host = [x for x in everything if isinstance(x, torch.Tensor) and type(x) is not GpuTensor]
+        if not host:
+            return
         if func in INDEXING and isinstance(args[0], GpuTensor):
             for index in args[1]:
                 if any(index is x for x in host):
-                    self.copies[f"index to GPU, {place()}"] += 1
-            host = [x for x in tree_leaves(args[2:]) if any(x is y for y in host) and x.dim()]
+                    self._copied("index to GPU")
+            host = [x for x in leaves(args[2:]) if any(x is y for y in host) and x.dim()]
         elif torch.Tag.pointwise in func.tags or "foreach" in str(func):
             host = [x for x in host if x.dim()]
         if host:
             shapes = [tuple(x.shape) for x in host]
             raise MixedDevicesError(f"{func} with CPU tensors {shapes} beside GPU ones, {place()}")
 
+    def _record(self, *operator):
+        if self.graph is not None:
+            self.graph.operators.append(operator)
+
+    def _copied(self, direction):
+        self.copies[f"{direction}, {place()}"] += 1
+        if direction == "to host":
+            self._waited("copy to host")
+        self._forbid_in_capture(direction)
+
+    def _waited(self, why):
+        self.syncs[f"{why}, {place()}"] += 1
+        self._forbid_in_capture(why)
+
+    def _forbid_in_capture(self, what):
+        if self.graph is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+
     def _count(self, func, args):
         if func in WAITING:
-            self.syncs[f"{func}, {place()}"] += 1
+            self._waited(str(func))
         elif func in INDEXING:
             masks = (torch.bool, torch.uint8)
             if any(isinstance(i, torch.Tensor) and i.dtype in masks for i in args[1]):
-                self.syncs[f"index by a mask, {place()}"] += 1
+                self._waited("index by a mask")
         if func is aten._to_copy.default and isinstance(args[0], torch.nn.Parameter):
             self.casts += 1
         if func is aten._local_scalar_dense.default:
@@ -269,7 +338,11 @@ def pretend_gpu():
             is_available=lambda: True,
             device_count=lambda: 1,
             current_device=lambda: 0,
-            is_current_stream_capturing=lambda: False,
+            CUDAGraph=Graph,
+            graph=capture,
+            graph_pool_handle=lambda: None,
+            current_stream=lambda: None,
+            stream=lambda _stream: nullcontext(),
             synchronize=lambda *_: None,
             mem_get_info=lambda *_: (MEMORY, MEMORY),
             max_memory_allocated=lambda *_: 1 << 30,
