@@ -199,12 +199,14 @@ def fingerprint(module: nn.Module | AdapterFreePolicy) -> str:
     Sums the bits of each tensor instead of hashing them, which takes seconds for billions of
     weights. It detects accidents, not attacks. For a sharded model all ranks must call it.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors, sums = sorted(module.state_dict().items()), []
+    for _, tensor in tensors:
         bits = full_tensor(tensor).detach().contiguous().view(-1).view(torch.uint8)
         if len(bits) % 4 == 0:
             bits = bits.view(torch.int32)
-        total = int(bits.sum(dtype=torch.int64))
-        weighted = int((bits[:: max(1, len(bits) // 1024)].to(torch.int64) * 31).cumsum(0).sum())
+        few = bits[:: max(1, len(bits) // 1024)].to(torch.int64)
+        sums.append(torch.stack([bits.sum(dtype=torch.int64), (few * 31).cumsum(0).sum()]))
+    digest = hashlib.sha256()
+    for (name, tensor), (total, weighted) in zip(tensors, torch.stack(sums).tolist(), strict=True):
         digest.update(f"{name}:{tuple(tensor.shape)}:{total}:{weighted};".encode())
     return digest.hexdigest()

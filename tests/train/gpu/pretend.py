@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype as group_tensors
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 aten = torch.ops.aten
@@ -329,10 +330,16 @@ def pretend_gpu():
     def autocast(self, device_type, *args, **kwargs):
         init(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
+    def grouped(lists, with_indices=False):
+        found = group_tensors(lists, with_indices)
+        on_gpu = isinstance(lists[0][0], GpuTensor)
+        return {(GPU if on_gpu else device, dtype): v for (device, dtype), v in found.items()}
+
     swap = torch.__future__.get_swap_module_params_on_conversion()
     gpu = PretendGpu()
     with (
         mock.patch.object(torch.autocast, "__init__", autocast),
+        mock.patch("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", grouped),
         mock.patch.multiple(
             torch.cuda,
             is_available=lambda: True,
