@@ -33,7 +33,13 @@ from engine.train.reports.tensorboard import EventFiles
 from engine.train.run import Run
 from engine.train.step import train_step
 
+log = logging.getLogger("engine")
+
 PR_SET_PDEATHSIG = 1
+LESS_MEMORY = (
+    "Less is needed with a smaller ppo.micro_batch_size, reward.batch_size or rollout.at_once, or "
+    "with parallel.activation_checkpointing, model.dtype: bfloat16 or lora.rank (rlhf-tui plan)"
+)
 
 
 def main() -> None:
@@ -94,12 +100,16 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
         return Failed(rank=rank, text=str(error), user_input=True)
     # RlhfErrors are raised deliberately, and a restart would raise them again: no restart follows.
     # Any other exception may be due to the hardware.
-    final = isinstance(error, RlhfError)
-    text = str(error) if final else f"{type(error).__name__}: {error}"
+    full = is_out_of_memory(error)
+    final = isinstance(error, RlhfError) or full
+    text = str(error) if isinstance(error, RlhfError) else f"{type(error).__name__}: {error}"
+    if full:  # with the same settings a restart would run out of it again
+        first = ". ".join(str(error).strip().split("\n")[0].split(". ")[:2]).rstrip(".")
+        text = f"out of memory: {first}. {LESS_MEMORY}"
     trace = traceback.format_exc()
     if ranks is None or ranks.size == 1:
         return Failed(rank=rank, text=text, traceback=trace, final=final)
-    if is_peer_loss(error):
+    if is_peer_loss(error) and not full:
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             for message in ranks.errors_left():
                 return msgspec.json.decode(message, type=Failed)
@@ -109,6 +119,14 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     with contextlib.suppress(RuntimeError):
         ranks.leave_error(msgspec.json.encode(failed))
     return failed
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not allocate memory, on a GPU or on the host."""
+    texts = ("CUDA out of memory", "DefaultCPUAllocator", "Cuda failure 2 'out of memory'")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 def die_with_parent() -> None:
@@ -132,6 +150,13 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
     def warn_about_memory(text: str) -> None:
         link.send(Notice(step=begin.from_step, rule="memory", text=text))
 
+    if ranks.device.type == "cuda" and config.model.dtype == "float32":
+        text = (
+            "model.dtype is float32, with which a GPU trains several times slower than with "
+            "bfloat16 and needs more memory"
+        )
+        log.warning(text)
+        link.send(Notice(step=begin.from_step, rule="dtype", text=text))
     run = load_run(session, config, begin, ranks, link.phase, warn_about_memory)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
