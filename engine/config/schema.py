@@ -301,7 +301,8 @@ class LaunchConfig(Section, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the ranks. `auto`: GPUs if there are any."""
     gpus: list[Whole] = []
-    """Indices of the GPUs that the ranks may use, as numbered by the driver. Default: all."""
+    """Indices of the GPUs that the ranks may use, as numbered by the driver. Default: all, or
+    those that a scheduler has assigned by CUDA_VISIBLE_DEVICES."""
     max_restarts: Whole = 3
     """How many times the ranks are restarted from the last checkpoint after one of them died."""
     silence: Seconds = 1800.0
