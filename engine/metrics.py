@@ -26,7 +26,17 @@ PHASES = ("generate", "score", "reference", "optimise", "checkpoint")
 """The phases of a step, in order. Each has a metric, see :func:`phase_time`."""
 
 REWARD_SOURCE = "reward/NAME"
-"""Placeholder for one metric per reward source, whose name replaces NAME."""
+EVAL_SOURCE = "eval/reward/NAME"
+"""Placeholders for one metric per reward source, whose name replaces NAME."""
+
+EVAL_SCORE = "eval/score"
+EVAL_SCORE_CI = "eval/score_ci"
+EVAL_KL = "eval/kl"
+EVAL_LENGTH = "eval/response_len_mean"
+EVAL_TRUNCATED = "eval/truncated_frac"
+EVAL_DISTINCT_2 = "eval/distinct_2"
+EVAL_TIME = "time/evaluate"
+"""The metrics of a held-out evaluation, which only the steps with an evaluation have."""
 
 
 def phase_time(phase: str) -> str:
@@ -126,6 +136,29 @@ METRICS = (
         title="distinct word pairs",
     ),
     Metric(REWARD_SOURCE, "score", "mean score of each reward source, if there are several"),
+    Metric(
+        EVAL_SCORE, "score",
+        "mean score of the responses to the held-out prompts (`eval`), computed as for training",
+        title="held-out score",
+    ),
+    Metric(
+        EVAL_SCORE_CI, "score",
+        "half the width of the 95 % confidence interval of `eval/score`: 1.96 standard errors over "
+        "the prompts' means",
+        title="held-out score ±",
+    ),
+    Metric(EVAL_KL, "nats per response",
+           "KL to the reference on held-out prompts, at `rollout.temperature`",
+           title="held-out KL", chart_unit="nats/response"),
+    Metric(EVAL_LENGTH, "tokens", "mean length of the responses to held-out prompts",
+           title="held-out length", chart_unit="tokens"),
+    Metric(EVAL_TRUNCATED, "fraction of responses",
+           "responses to held-out prompts that were truncated at `eval.max_new_tokens`",
+           title="held-out cut off"),
+    Metric(EVAL_DISTINCT_2, "fraction", "`text/distinct_2` of the responses to held-out prompts",
+           title="held-out distinct word pairs"),
+    Metric(EVAL_SOURCE, "score",
+           "mean score of each source of `eval.rewards` and, if there are several, of `reward`"),
     Metric("grad_norm", "", "norm before clipping, mean over the step's updates",
            title="gradient norm"),
     Metric(LEARNING_RATE, "", "learning rate of this step", title="learning rate", is_set=True),
@@ -144,6 +177,7 @@ METRICS = (
         "and waiting for an earlier save",
     ),
     Metric(STEP_TIME, "seconds", "duration of the whole step"),
+    Metric(EVAL_TIME, "seconds", "duration of the evaluation after the step"),
     Metric(TOKENS_PER_SECOND, "tokens per second", "response tokens, mean over the whole step",
            title="tokens/s"),
     Metric("perf/episodes_per_second", "responses per second", "mean over the whole step"),
@@ -159,8 +193,9 @@ _BY_NAME = {metric.name: metric for metric in METRICS}
 
 def declaration(name: str) -> Metric | None:
     """The declaration of a metric, None if there is none. `reward/NAME` has one for every NAME."""
-    if name.startswith("reward/"):
-        return _BY_NAME[REWARD_SOURCE]
+    for placeholder in (REWARD_SOURCE, EVAL_SOURCE):
+        if name.startswith(placeholder.removesuffix("NAME")):
+            return _BY_NAME[placeholder]
     return _BY_NAME.get(name)
 
 

@@ -20,7 +20,7 @@ from rlhf_tui.text import one_line
 COMMANDS = {
     "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "join", "plan": "plan",
     "ls": "read", "status": "read", "metrics": "read", "samples": "read", "events": "read",
-    "logs": "read", "rm": "manage", "export": "manage", "doctor": "manage",
+    "logs": "read", "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
     "attach": "view", "ctl": "steer", "note": "steer", "diff": "compare", "guardrails": "compare",
 }  # fmt: skip
 """Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,
@@ -39,7 +39,8 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"rlhf_tui.commands.{COMMANDS[cmd_name]}")
-        command: click.Command = getattr(module, cmd_name)
+        name = "evaluate" if cmd_name == "eval" else cmd_name  # eval is a builtin function
+        command: click.Command = getattr(module, name)
         return command
 
 

@@ -105,6 +105,13 @@ def complete(config: RunConfig) -> RunConfig:
     rollout, ppo, traits = config.rollout, config.ppo, config.ppo.traits
     if rollout.per_prompt is None:
         rollout = msgspec.structs.replace(rollout, per_prompt=traits.per_prompt)
+    evaluation = config.eval
+    if evaluation.column is None:
+        evaluation = msgspec.structs.replace(evaluation, column=config.data.column)
+    if evaluation.temperature is None:
+        evaluation = msgspec.structs.replace(evaluation, temperature=1.0)
+    if evaluation.max_new_tokens is None:
+        evaluation = msgspec.structs.replace(evaluation, max_new_tokens=rollout.max_new_tokens)
     if ppo.whiten is None:
         ppo = msgspec.structs.replace(ppo, whiten=traits.whiten)
     lora = config.lora
@@ -112,7 +119,7 @@ def complete(config: RunConfig) -> RunConfig:
         ppo = msgspec.structs.replace(ppo, value_head_rate=10.0 if lora.rank is None else 1.0)
     if lora.rank is not None and lora.alpha is None:
         lora = msgspec.structs.replace(lora, alpha=2 * lora.rank)
-    return msgspec.structs.replace(config, rollout=rollout, ppo=ppo, lora=lora)
+    return msgspec.structs.replace(config, rollout=rollout, eval=evaluation, ppo=ppo, lora=lora)
 
 
 def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
@@ -298,8 +305,9 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     reward = tree.get("reward")
     if not isinstance(reward, dict):
         return
-    mix = reward.get("mix")
-    sources = [s for s in mix if isinstance(s, dict)] if isinstance(mix, list) else []
+    evaluation = tree.get("eval")
+    watched = evaluation.get("rewards") if isinstance(evaluation, dict) else None
+    sources = [*_dicts(reward.get("mix")), *_dicts(watched)]
     for source in sources:
         if "model" in source:
             source["model"] = anchored(source["model"])
@@ -307,7 +315,17 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
         reward["path"] = str(folder)
 
 
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    """The dictionaries of a list; empty for anything else, which decoding will refuse."""
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Extension of a prompt file → name of its format in `datasets`."""
-PATH_KEYS = {"data": ["prompts"], "model": ["policy", "reference"], "reward": ["model", "path"]}
+PATH_KEYS = {
+    "data": ["prompts"],
+    "eval": ["prompts"],
+    "model": ["policy", "reference"],
+    "reward": ["model", "path"],
+}
 """Section → its keys that may hold a path."""

@@ -5,9 +5,17 @@ from functools import cache
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from engine.config.schema import RULE_CONDITIONS, SOURCE_KEYS, RewardConfig, Rule, RunConfig
+from engine.config.schema import (
+    RULE_CONDITIONS,
+    SOURCE_KEYS,
+    RewardConfig,
+    RewardSource,
+    Rule,
+    RunConfig,
+)
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
+from engine.metrics import declaration
 
 
 @cache
@@ -44,7 +52,39 @@ def check_config(config: RunConfig) -> None:
         )
     for rule in config.guardrails.rules:
         check_rule(rule)
+    _check_evaluation(config)
     _check_launch(config)
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    evaluation, train = config.eval, config.train
+    if evaluation.prompts is not None and evaluation.holdout:
+        raise ConfigError("give one of eval.prompts and eval.holdout, not both")
+    if evaluation.every and evaluation.prompts is None and not evaluation.holdout:
+        raise ConfigError(
+            "eval.every needs prompts to evaluate: set eval.prompts, or eval.holdout to hold some "
+            "of data.prompts back from training"
+        )
+    for i, source in enumerate(evaluation.rewards):
+        _check_source(source, f"eval.rewards[{i}]")
+    metrics = {"train.best_metric": train.best_metric}
+    if train.stop_at is not None:
+        metrics["train.stop_at.metric"] = train.stop_at.metric
+        if train.stop_at.above is None and train.stop_at.below is None:
+            raise ConfigError("train.stop_at needs one of above and below")
+    for key, metric in metrics.items():
+        if metric.startswith("eval/") and not evaluation.every:
+            raise ConfigError(f"{key} is {metric}, which needs eval.every: there is no evaluation")
+        if declaration(metric) is None:
+            raise ConfigError(
+                f"{key}: there is no metric '{metric}'; docs/metrics.md lists all of them"
+            )
+    every = evaluation.every
+    if train.best_metric.startswith("eval/") and train.save_every % every:
+        raise ConfigError(
+            f"train.best_metric is {train.best_metric}, so train.save_every ({train.save_every}) "
+            f"must be a multiple of eval.every ({every}): each checkpoint needs its value"
+        )
 
 
 def _check_launch(config: RunConfig) -> None:
@@ -89,13 +129,16 @@ def _check_reward(reward: RewardConfig) -> None:
         found = " and ".join(given) or "none"
         raise ConfigError(f"give exactly one of {_listed(keys)} (given: {found})")
     for i, source in enumerate(reward.sources()):
-        where = f"reward.mix[{i}]" if reward.mix else "reward"
-        if len(source.keys_given) != 1:
-            raise ConfigError(f"{where} needs exactly one of {_listed(SOURCE_KEYS)}")
-        if source.function is not None and not _names_a_function(source.function):
-            raise ConfigError(
-                f"{where}.function must be written module:function, not '{source.function}'"
-            )
+        _check_source(source, f"reward.mix[{i}]" if reward.mix else "reward")
+
+
+def _check_source(source: RewardSource, where: str) -> None:
+    if len(source.keys_given) != 1:
+        raise ConfigError(f"{where} needs exactly one of {_listed(SOURCE_KEYS)}")
+    if source.function is not None and not _names_a_function(source.function):
+        raise ConfigError(
+            f"{where}.function must be written module:function, not '{source.function}'"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

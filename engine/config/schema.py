@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from engine.metrics import SCORE
+
 # Every number has two bounds. They admit any value that a person could mean and exclude values that
 # overflow or make a step endless.
 Positive = Annotated[float, Meta(ge=1e-12, le=1e12)]
@@ -145,6 +147,40 @@ class RewardConfig(Section, frozen=True):
         return [RewardSource(**given, label=self.label)]
 
 
+class EvalConfig(Section, frozen=True):
+    """Held-out evaluation: the policy's responses to prompts that are never trained on.
+
+    It is repeated with the same prompts and random numbers, before the first step and every `every`
+    steps, so its curves compare steps with each other.
+    """
+
+    every: Whole = 0
+    """Number of steps between evaluations; 0 for none."""
+    prompts: str | None = None
+    """A file or data set like `data.prompts`; prompts that are also trained on are left out.
+    Default: the prompts of `holdout`."""
+    column: str | None = None
+    """The column that holds the prompt. Default: `data.column`."""
+    split: str = "test"
+    """The split of a data set on the hub."""
+    holdout: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    """Number of prompts of `data.prompts` that are never trained on but evaluated; the seed
+    determines which."""
+    max_prompts: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    """Maximum number of prompts that are evaluated, the first ones."""
+    per_prompt: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    """Responses to each prompt."""
+    temperature: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    """Temperature of the responses; 0 takes the most likely token. Default: 1."""
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    """Maximum length of a response. Default: `rollout.max_new_tokens` at the start of the run."""
+    seed: Annotated[int, Meta(ge=0)] = 0
+    """Determines the random numbers of the responses, which are the same at every evaluation."""
+    rewards: list[RewardSource] = []
+    """Reward sources besides those of `reward`. They are reported as `eval/reward/NAME` and have no
+    influence on training; `weight` has no effect."""
+
+
 class RolloutConfig(Section, frozen=True):
     """Generation of responses."""
 
@@ -257,6 +293,23 @@ class KLConfig(Section, frozen=True):
     """Upper limit of the adaptive controller."""
 
 
+class StopAt(Section, frozen=True):
+    """A value of a metric at which the run has reached its aim; give `above` or `below`."""
+
+    metric: str
+    """Name of the metric."""
+    above: float | None = None
+    """The run ends when the metric is above this."""
+    below: float | None = None
+    """The run ends when the metric is below this."""
+
+    def reached(self, value: float) -> bool:
+        """Whether a value of the metric ends the run."""
+        return (self.above is not None and value > self.above) or (
+            self.below is not None and value < self.below
+        )
+
+
 class TrainConfig(Section, frozen=True):
     """Length of the run, optimiser, schedule and checkpoints."""
 
@@ -281,7 +334,12 @@ class TrainConfig(Section, frozen=True):
     keep_last: Count = 3
     """Number of newest checkpoints to keep."""
     keep_best: Whole = 1
-    """Number of further checkpoints to keep, those with the highest mean score."""
+    """Number of further checkpoints to keep, those with the highest `best_metric`."""
+    best_metric: str = SCORE
+    """The metric that `keep_best` compares: the mean score, or one of `eval/...`."""
+    stop_at: StopAt | None = None
+    """Saves a checkpoint and ends the run as finished once a metric has reached a value, such as
+    `{metric: eval/score, above: 2}`. Default: never."""
 
 
 class LaunchConfig(Section, frozen=True):
@@ -395,6 +453,7 @@ class RunConfig(Section, frozen=True):
     seed: Annotated[int, Meta(ge=0)] = 0
     lora: LoRAConfig = LoRAConfig()
     rollout: RolloutConfig = RolloutConfig()
+    eval: EvalConfig = EvalConfig()
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
     train: TrainConfig = TrainConfig()
@@ -423,5 +482,6 @@ FIXED_AT_START = (
     "rollout.batch_size",
     "rollout.per_prompt",
     "ppo.advantage",
+    "eval.holdout",
 )
 """Keys and sections that determine the model or the order of the data: fixed on a resume."""

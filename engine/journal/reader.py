@@ -133,8 +133,11 @@ class JournalReader:
         """The names of all metrics in the journal."""
         return [r[0] for r in self._db.rows("SELECT name FROM names ORDER BY id")]
 
-    def series(self, name: str, after: int = 0) -> list[tuple[int, float | None]]:
-        """One metric of the current timeline, as (step, value) for the steps above `after`."""
+    def series(self, name: str, after: int = -1) -> list[tuple[int, float | None]]:
+        """One metric of the current timeline, as (step, value) for the steps above `after`.
+
+        Step 0 has the metrics of an evaluation before the first step.
+        """
         return self._db.rows(
             "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
             "AND step > ? ORDER BY step",

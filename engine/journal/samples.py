@@ -21,6 +21,17 @@ NO_JUDGEMENTS = (
     "NULL AS note, NULL AS who, NULL AS time WHERE 0"
 )
 """The same columns without rows, for a session without judgements."""
+MATCHING = """
+FROM samples LEFT JOIN judged USING (attempt, step, idx, response)
+WHERE (:prompt IS NULL OR prompt = :prompt)
+AND (:text = '' OR instr(lower(prompt), lower(:text)) OR instr(lower(response), lower(:text)))
+AND (:score_from IS NULL OR score >= :score_from) AND (:score_to IS NULL OR score <= :score_to)
+AND (:kl_from IS NULL OR kl >= :kl_from) AND (:kl_to IS NULL OR kl <= :kl_to)
+AND (NOT :cut_off OR NOT ended)
+AND (:labels = '' OR instr(:labels, label))
+AND (:judged IS NULL OR :judged = (who IS NOT NULL))
+"""
+"""The samples that match a :class:`SampleQuery`."""
 MAX_COMPARED = 200
 """Maximum number of other responses to a prompt that :meth:`SampleReader.earlier` returns."""
 
@@ -31,6 +42,8 @@ class SampleQuery(msgspec.Struct, frozen=True, kw_only=True):
     order: str = "step"
     """One of SAMPLE_ORDERS."""
     descending: bool = True
+    prompt: str | None = None
+    """Only responses to exactly this prompt."""
     text: str = ""
     """Text in the prompt or the response, ignoring case."""
     score_from: float | None = None
@@ -77,26 +90,43 @@ class SampleReader:
         )
         return [_sample(row) for row in reversed(rows)]
 
-    def page(self, query: SampleQuery, limit: int, offset: int = 0) -> list[SampleRow]:
-        """One page of the samples of the current timeline that match a query, with judgements."""
+    def newest_step(self) -> int:
+        """The last step with samples; 0 without samples."""
+        rows = self._db.rows("SELECT max(step) FROM samples", ())
+        return (rows[0][0] or 0) if rows else 0
+
+    def page(
+        self, query: SampleQuery, limit: int, offset: int = 0, *, last_step: int | None = None
+    ) -> list[SampleRow]:
+        """One page of the samples of the current timeline that match a query, with judgements.
+
+        Args:
+            query: filter and order.
+            limit: maximum number of samples.
+            offset: matching samples before the page.
+            last_step: no samples of later steps. With the same step, the pages of a live run do
+                not move while it records more.
+        """
         # Column and direction come from fixed sets, never from user input.
         order = query.order if query.order in SAMPLE_ORDERS else "step"
         direction = "DESC" if query.descending else "ASC"
+        # With "+" SQLite does not search the index for the step, which all rows pass as a rule.
+        within = "" if last_step is None else "AND +step <= :last_step "
         rows = self._judged_rows(
-            f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608
-            "FROM samples LEFT JOIN judged USING (attempt, step, idx, response) "
-            "WHERE (:text = '' OR instr(lower(prompt), lower(:text)) "
-            "OR instr(lower(response), lower(:text))) "
-            "AND (:score_from IS NULL OR score >= :score_from) "
-            "AND (:score_to IS NULL OR score <= :score_to) "
-            "AND (:kl_from IS NULL OR kl >= :kl_from) AND (:kl_to IS NULL OR kl <= :kl_to) "
-            "AND (NOT :cut_off OR NOT ended) "
-            "AND (:labels = '' OR instr(:labels, label)) "
-            "AND (:judged IS NULL OR :judged = (who IS NOT NULL)) "
+            f"SELECT {COLUMNS}, label, note, who, time {MATCHING} {within}"
             f"ORDER BY {order} {direction}, step DESC, idx LIMIT :limit OFFSET :offset",
-            msgspec.structs.asdict(query) | {"limit": limit, "offset": offset},
+            msgspec.structs.asdict(query)
+            | {"limit": limit, "offset": offset, "last_step": last_step},
         )
         return [_sample(row) for row in rows]
+
+    def count_after(self, query: SampleQuery, step: int) -> int:
+        """The number of samples of the current timeline after a step that match a query."""
+        rows = self._judged_rows(
+            f"SELECT count(*) {MATCHING} AND step > :step",
+            msgspec.structs.asdict(query) | {"step": step},
+        )
+        return rows[0][0] if rows else 0
 
     def earlier(self, sample: SampleRow) -> list[SampleRow]:
         """Other responses to the same prompt, up to the same step, newest first, with judgements.
@@ -119,6 +149,17 @@ class SampleReader:
         samples.sort(key=lambda s: (-s.attempt, -s.step, s.index))
         return samples[:MAX_COMPARED]
 
+    def evaluated(self, step: int | None = None) -> list[SampleRow]:
+        """Responses to held-out prompts, by step and index; those of all evaluations by default."""
+        if self._db.version < schema.EVALUATED_ARE_KEPT:
+            return []
+        rows = self._db.rows(
+            f"SELECT {COLUMNS} FROM evaluated WHERE :step IS NULL OR step = :step "  # noqa: S608 - constants
+            "ORDER BY step, idx",
+            {"step": step},
+        )
+        return [_sample(row) for row in rows]
+
     def _judged_rows(self, query: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         if self._db.connection is not None and not self._labels_attached:
             self._labels_attached = attach(self._db.connection, self.session)
@@ -133,6 +174,15 @@ class SampleReader:
             (step, index, attempt),
         )
         return msgspec.msgpack.decode(rows[0][0], type=TokenArrays) if rows else None
+
+    def with_arrays(self, step: int, attempt: int) -> list[int]:
+        """The indices of the samples of a step that were recorded with per-token arrays."""
+        rows = self._db.rows(
+            "SELECT idx FROM arrays JOIN samples USING (step, idx) "
+            "WHERE step = ? AND attempt = ? ORDER BY idx",
+            (step, attempt),
+        )
+        return [index for (index,) in rows]
 
 
 def _sample(row: tuple[Any, ...], *, left: bool = False) -> SampleRow:

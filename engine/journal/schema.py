@@ -92,7 +92,25 @@ SAMPLES: list[str] = [
         step INTEGER NOT NULL, idx INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (step, idx)
     ) WITHOUT ROWID;
     """,
+    # Responses to held-out prompts. `idx` is the same at every evaluation of a prompt.
+    """
+    CREATE TABLE evaluated (
+        step INTEGER NOT NULL, idx INTEGER NOT NULL, attempt INTEGER NOT NULL,
+        prompt TEXT NOT NULL, response TEXT NOT NULL, score REAL, kl REAL,
+        length INTEGER NOT NULL, ended INTEGER NOT NULL, parts TEXT NOT NULL,
+        PRIMARY KEY (step, idx)
+    );
+    CREATE TABLE evaluated_past (
+        step INTEGER NOT NULL, idx INTEGER NOT NULL, attempt INTEGER NOT NULL,
+        prompt TEXT NOT NULL, response TEXT NOT NULL, score REAL, kl REAL,
+        length INTEGER NOT NULL, ended INTEGER NOT NULL, parts TEXT NOT NULL,
+        PRIMARY KEY (attempt, step, idx)
+    );
+    """,
 ]
+
+EVALUATED_ARE_KEPT = 2
+"""The version of samples.db from which it has the responses to held-out prompts."""
 
 LABELS: list[str] = [
     """

@@ -113,12 +113,16 @@ class JournalWriter:
         """
         with self._samples:
             columns = "step, idx, attempt, prompt, response, score, kl, length, ended, parts"
-            self._samples.execute(
-                f"INSERT OR REPLACE INTO samples_past ({columns}) "  # noqa: S608 - a constant
-                f"SELECT {columns} FROM samples WHERE step > ?",
-                (from_step,),
-            )
-            self._samples.execute("DELETE FROM samples WHERE step > ?", (from_step,))
+            for table in ("samples", "evaluated"):
+                self._samples.execute(
+                    f"INSERT OR REPLACE INTO {table}_past ({columns}) "  # noqa: S608 - constants
+                    f"SELECT {columns} FROM {table} WHERE step > ?",
+                    (from_step,),
+                )
+                self._samples.execute(
+                    f"DELETE FROM {table} WHERE step > ?",  # noqa: S608 - constants
+                    (from_step,),
+                )
             self._samples.execute("DELETE FROM arrays WHERE step > ?", (from_step,))
         with self._db:
             self._supersede(from_step, fresh)
@@ -192,22 +196,36 @@ class JournalWriter:
         """Writes the metrics, settings and samples of a finished step."""
         with self._samples:
             for sample in report.samples:
-                self._sample(report.step, sample)
+                self._sample("samples", report.step, sample)
+            for sample in report.evaluated:
+                self._sample("evaluated", report.step, sample)
         with self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO steps VALUES (?, ?, ?)",
                 (report.step, self.attempt, time.time()),
             )
-            self._db.executemany(
-                "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)",
-                [(self._name(k), report.step, finite(v)) for k, v in report.metrics.items()],
-            )
+            self._metrics(report.step, report.metrics)
             self._set_meta({"settings": report.settings})
             self._events.step = report.step
 
-    def _sample(self, step: int, sample: Sample) -> None:
+    def record_baseline(self, metrics: dict[str, float], samples: list[Sample]) -> None:
+        """Writes the evaluation before the first step, as metrics and responses of step 0."""
+        with self._samples:
+            for sample in samples:
+                self._sample("evaluated", 0, sample)
+        with self._db:
+            self._metrics(0, metrics)
+
+    def _metrics(self, step: int, metrics: dict[str, float]) -> None:
+        self._db.executemany(
+            "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)",
+            [(self._name(k), step, finite(v)) for k, v in metrics.items()],
+        )
+
+    def _sample(self, table: str, step: int, sample: Sample) -> None:
         self._samples.execute(
-            "INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT OR REPLACE INTO {table} "  # noqa: S608 - one of two names
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (step, sample.index, self.attempt, sample.prompt, sample.response,
              finite(sample.score), finite(sample.kl), sample.length, sample.ended,
              json.dumps(finite(sample.parts))),
@@ -294,16 +312,17 @@ def copy_until(source: Session, target: Session, step: int) -> None:
         JournalError: a file of the source cannot be read.
         sqlite3.Error: a file cannot be copied.
     """
-    for old, new, newest, queries in (
-        (source.journal_file, target.journal_file, len(schema.JOURNAL), _TRUNCATE),
-        (source.samples_file, target.samples_file, len(schema.SAMPLES), _TRUNCATE_SAMPLES),
+    for old, new, migrations, queries in (
+        (source.journal_file, target.journal_file, schema.JOURNAL, _TRUNCATE),
+        (source.samples_file, target.samples_file, schema.SAMPLES, _TRUNCATE_SAMPLES),
     ):
-        reader = open_read_only(old, newest)
+        reader = open_read_only(old, len(migrations))
         if reader is None:
             continue
         access.create_file(new)
         with closing(reader), closing(sqlite3.connect(new)) as writer:
             reader.backup(writer)
+            schema.migrate(writer, migrations, new)
             with writer:
                 for query in queries:
                     writer.execute(query, {"step": step})
@@ -325,6 +344,8 @@ _TRUNCATE_SAMPLES = (
     "DELETE FROM samples WHERE step > :step",
     "DELETE FROM arrays WHERE step > :step",
     "DELETE FROM samples_past",
+    "DELETE FROM evaluated WHERE step > :step",
+    "DELETE FROM evaluated_past",
 )
 
 

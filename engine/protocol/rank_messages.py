@@ -32,7 +32,8 @@ class Phase(Message, frozen=True, tag="phase"):
     rank: int
     step: int
     name: str
-    """generate, score, reference, optimise, checkpoint, paused; at the start `load policy` etc."""
+    """generate, score, reference, optimise, evaluate, checkpoint or paused; at the start
+    `load policy` etc."""
     done: int = 0
     total: int = 0
 
@@ -104,6 +105,15 @@ class StepReport(Message, frozen=True, tag="step_report"):
     """Changes that the KL controller made after this step."""
     ranks: list[RankTimes] = []
     """Times of all ranks, on all machines."""
+    evaluated: list[Sample] = []
+    """Responses to held-out prompts, if there was an evaluation after the step."""
+
+
+class BaselineReport(Message, frozen=True, tag="baseline_report"):
+    """The results of the evaluation before the first step."""
+
+    metrics: dict[str, float]
+    samples: list[Sample]
 
 
 class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
@@ -167,7 +177,7 @@ class Ended(Message, frozen=True, tag="ended"):
 
     step: int
     reason: str
-    """finished, stopped or max_hours."""
+    """finished, stopped, max_hours or stop_at."""
 
 
 class Begin(Message, frozen=True, tag="begin"):
@@ -226,6 +236,7 @@ FromRank = (
     | Phase
     | Ready
     | StepReport
+    | BaselineReport
     | CheckpointWritten
     | CheckpointComplete
     | Applied

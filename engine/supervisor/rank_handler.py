@@ -13,6 +13,7 @@ from engine.protocol import rank_messages
 from engine.protocol.commands import Pause, Unpause
 from engine.protocol.rank_messages import (
     Applied,
+    BaselineReport,
     Begin,
     CheckpointComplete,
     CheckpointWritten,
@@ -144,6 +145,8 @@ class RankMessageHandler:
                 self._show_state()
             case StepReport():
                 self._record_step(message)
+            case BaselineReport(metrics=metrics, samples=samples):
+                journal.record_baseline(metrics, samples)
             case CheckpointWritten(step=step, size=size, score=score, kl=kl):
                 journal.record_checkpoint(step, size, score, kl)
                 state.attempt.send(Confirm(step=step))

@@ -242,7 +242,7 @@ class Supervisor:
             return 0
         if attempt.ended is not None:
             reason = attempt.ended.reason
-            text = "train.max_hours is used up" if reason == "max_hours" else ""
+            text = self._end_text(reason)
             self.publisher.set_state("stopped" if reason == "stopped" else "finished", text)
             return 0
         failure = attempt.cause(status, launch, self._session.name)
@@ -266,6 +266,13 @@ class Supervisor:
         text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
         self.publisher.notice("restart", text, self._journal.step)
         return 1
+
+    def _end_text(self, reason: str) -> str:
+        aim = self._config.train.stop_at
+        if reason == "stop_at" and aim is not None:
+            bounds = f"> {aim.above:g}" if aim.above is not None else f"< {aim.below:g}"
+            return f"train.stop_at is reached: {aim.metric} {bounds}"
+        return "train.max_hours is used up" if reason == "max_hours" else ""
 
     def on_silence(self, rank: int, seconds: float) -> None:
         """Ends an attempt one of whose ranks counts as hung."""

@@ -75,6 +75,7 @@ class Boundary:
         self._paused = begin.paused
         self._stop_ids: list[str] = []
         self._ended = False
+        self._reached = False
 
     def before_step(self) -> bool:
         """Executes the commands received since the last step; blocks while the run is paused.
@@ -100,9 +101,16 @@ class Boundary:
         train, state = self._run.config.train, self._run.state
         if state.step >= train.steps:
             return "finished"
+        if self._reached:
+            return "stop_at"
         if train.max_hours is not None and state.seconds >= train.max_hours * 3600:
             return "max_hours"
         return None
+
+    def _has_reached_aim(self, metrics: dict[str, float]) -> bool:
+        """Whether a step's metrics meet `train.stop_at`; all ranks have the same metrics."""
+        aim = self._run.config.train.stop_at
+        return aim is not None and aim.metric in metrics and aim.reached(metrics[aim.metric])
 
     # -- commands -----------------------------------------------------------------------------
 
@@ -229,7 +237,8 @@ class Boundary:
         """
         state, config, kl = self._run.state, self._run.config, metrics["objective/kl"]
         state.step, state.seconds = step, state.seconds + seconds
-        metrics["time/checkpoint"] = self.checkpoints.step_done(metrics["objective/scores"], kl)
+        metrics["time/checkpoint"] = self.checkpoints.step_done(metrics)
+        self._reached = self._has_reached_aim(metrics)
         beta = next_beta(config.kl, kl, config.rollout.batch_size)
         return [] if beta == config.kl.beta else self._change({"beta": beta})
 

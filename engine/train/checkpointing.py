@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import CheckpointError, RlhfError
+from engine.metrics import KL, SCORE
 from engine.protocol.rank_messages import Begin, CheckpointComplete, CheckpointWritten, Notice
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.checkpoints import folder as checkpoint_folder
@@ -59,6 +60,7 @@ class CheckpointManager:
         self._branch = set(begin.checkpoints)
         """Steps of the checkpoints of this branch of the run, removed ones included."""
         self._score = self._kl = math.nan
+        self._best: float | None = None
         self._seconds = 0.0
         """That saving has blocked training since the last step."""
 
@@ -66,13 +68,14 @@ class CheckpointManager:
         """Raises an unexpected error of the thread that saves, if there was one."""
         self._saver.poll()
 
-    def step_done(self, score: float, kl: float) -> float:
-        """Call after each step, with its mean score and KL for the next checkpoint.
+    def step_done(self, metrics: dict[str, float]) -> float:
+        """Call after each step, with its metrics for the next checkpoint.
 
         Returns:
             Seconds that saving has blocked training since the last call.
         """
-        self._score, self._kl = score, kl
+        self._score, self._kl = metrics[SCORE], metrics[KL]
+        self._best = metrics.get(self._run.config.train.best_metric)
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -103,7 +106,7 @@ class CheckpointManager:
         started = time.monotonic()
         self._saver.begin(
             run.saved_state(), run.policy, run.tokenizer, run.optimiser,
-            score=self._score, kl=self._kl,
+            score=self._score, kl=self._kl, best=self._best,
         )  # fmt: skip
         self._saved_step = state.step
         self._seconds += time.monotonic() - started
@@ -152,7 +155,7 @@ class CheckpointManager:
         if isinstance(outcome, CheckpointError):
             self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
             return
-        removable = self._removable(step, outcome.score)
+        removable = self._removable(step, outcome.best)
         # Reported first: a crash between the two leaves a folder too many, not one too few.
         self._link.send(CheckpointComplete(step=step, removed=removable))
         for old_step in removable:
@@ -161,18 +164,19 @@ class CheckpointManager:
             "checkpoint of step %d: %.1f MB in %.1f s", step, outcome.size / 1e6, outcome.seconds
         )
 
-    def _removable(self, saved_step: int, score: float) -> list[int]:
+    def _removable(self, saved_step: int, best: float | None) -> list[int]:
         """Steps of older checkpoints to remove, by `train.keep_last` and `train.keep_best`.
 
         Checkpoints of an abandoned branch are neither counted nor removed, since an operator may
         have asked for them; a new checkpoint of the same step replaces them. A checkpoint that
         cannot be read is left alone as well.
         """
-        train, scores = self._run.config.train, {saved_step: score}
+        train = self._run.config.train
+        scores = {saved_step: -math.inf if best is None else best}
         for step, folder in complete_checkpoints(self._folder).items():
             if step in self._branch and step < saved_step:
                 with contextlib.suppress(CheckpointError):
-                    scores[step] = checkpoint_folder.read_score(folder)
+                    scores[step] = checkpoint_folder.read_best(folder, train.best_metric)
         self._branch.add(saved_step)
         return checkpoint_folder.to_remove(scores, train.keep_last, train.keep_best)
 

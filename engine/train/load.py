@@ -23,6 +23,7 @@ from engine.train.data.prompts import Prompts, load_prompts
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.distributed.sharding import learner
+from engine.train.evaluation.held_out import HeldOut, split_prompts
 from engine.train.models.language_model import (
     AdapterFreePolicy,
     AnyModel,
@@ -88,13 +89,20 @@ def load_run(
 
     begin_stage("prompts")
     tokenizer = load_tokenizer(source, "model.policy", ranks)
-    prompts = broadcast_prompts(config, tokenizer, ranks)
+    prompts, held_out_prompts = split_prompts(
+        config, broadcast_prompts(config, tokenizer, ranks), tokenizer, ranks
+    )
     strategy, memory = check_memory(first_step_config(config, begin), prompts.longest, ranks, warn)
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
-    rewards = load_rewards(
-        LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
-    )
+    context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
+    rewards = load_rewards(context)
+    held_out: HeldOut | None = None
+    if held_out_prompts:
+        watched = config.eval.rewards
+        held_out = HeldOut(
+            held_out_prompts, load_rewards(context, watched, rewards.names) if watched else None
+        )
     begin_stage("policy")
     policy = load_policy(config, source, ranks, strategy)
     optimiser = make_optimiser(policy, config)
@@ -114,7 +122,7 @@ def load_run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
-        memory=memory,
+        held_out=held_out, memory=memory,
     )  # fmt: skip
     _check_response_length(run)
     if config.reward.normalise == "reference" and not begin.from_step:
@@ -247,6 +255,16 @@ def _check_response_length(run: Run) -> None:
             f"rollout.max_new_tokens ({configured}) may be {limit} at most: the model has no more "
             f"positions after the longest prompt ({run.prompts.longest} tokens; lower "
             "data.max_prompt_tokens to leave long prompts out)"
+        )
+    if run.held_out is None or limit is None:
+        return
+    wanted = run.config.eval.max_new_tokens or configured
+    longest = max(len(p.ids) for p in run.held_out.prompts)
+    if longest + wanted > limit + run.prompts.longest:
+        raise UserInputError(
+            f"eval.max_new_tokens ({wanted}) is too large: the model has "
+            f"{limit + run.prompts.longest} positions, and the longest prompt to evaluate takes "
+            f"{longest}"
         )
 
 

@@ -16,6 +16,7 @@ from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
 from engine.train.data.prompts import Prompts
 from engine.train.distributed.ranks import RankGroup
+from engine.train.evaluation.held_out import HeldOut
 from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.ppo.metrics import peak_memory
 from engine.train.rewards.mix import RewardMix
@@ -78,6 +79,8 @@ class Run:
     state: TrainingState
     announce: Announce
     """Reports that a phase begins; see :meth:`engine.train.link.Link.phase`."""
+    held_out: HeldOut | None
+    """For evaluations; None without `eval.every`."""
     memory: Estimate | None
     """The memory estimate; None if the model's shapes are unknown to the estimator."""
     rollout_checked: bool = False

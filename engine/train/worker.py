@@ -22,10 +22,18 @@ from engine.config.schema import LaunchConfig, RunConfig
 from engine.config.settings import settings_of
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.launch.environment import LAUNCH_VARIABLE, PARENT_VARIABLE
-from engine.protocol.rank_messages import Begin, Failed, Notice, Ready, StepReport
+from engine.protocol.rank_messages import (
+    BaselineReport,
+    Begin,
+    Failed,
+    Notice,
+    Ready,
+    StepReport,
+)
 from engine.session.folder import Session
 from engine.train.boundary import Boundary
 from engine.train.distributed.ranks import RankGroup, is_peer_loss
+from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.link import Link
 from engine.train.load import load_run
 from engine.train.models import memory_check
@@ -167,10 +175,18 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
             events.hparams(config)
 
     with contextlib.closing(boundary):
+        if not begin.from_step:
+            evaluation = evaluate_if_due(run, 0)
+            if evaluation.metrics:
+                link.send(BaselineReport(evaluation.metrics, evaluation.samples))
+                if events is not None:
+                    events.step(0, evaluation.metrics, evaluation.samples)
         while boundary.before_step():
             step = run.state.step + 1
             started = time.monotonic()
             metrics, samples = train_step(run, step)
+            evaluation = evaluate_if_due(run, step)
+            metrics |= evaluation.metrics
             changes = boundary.after_step(step, metrics, time.monotonic() - started)
             if events is not None:
                 events.step(step, metrics, samples)
@@ -183,6 +199,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
                     settings=settings,
                     changes=changes,
                     ranks=run.timer.ranks,
+                    evaluated=evaluation.samples,
                 )
             )
             boundary.checkpoints.save_if_due()

@@ -366,10 +366,11 @@ class Steering:
         elif reply.status == "applied":
             at = f" at step {reply.step}" if reply.step is not None else ""
             self._say(f"{text}: applied{at}")
-            if reply.result:
+            if reply.result and isinstance(message.command, Probe):
                 from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps start-up short
 
-                self._app.push_screen(ProbeDialog(session.name, ProbeResult.of(reply.result)))
+                prompt, result = message.command.text, ProbeResult.of(reply.result)
+                self._app.push_screen(ProbeDialog(session.name, prompt, result, reply.step))
         else:
             expected = f", {when(target)}" if target is not None else ""
             self._say(f"{text}: {reply.status}{expected}")

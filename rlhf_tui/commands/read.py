@@ -125,12 +125,17 @@ def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
 @name_argument
 @sessions_option
 @last_option
+@click.option("--eval", "held_out", is_flag=True, help="Print responses to held-out prompts.")
 @json_option
-def samples(root: Path, name: str, last: int | None, as_json: bool) -> None:
+def samples(root: Path, name: str, last: int | None, held_out: bool, as_json: bool) -> None:
     """Print samples: prompts, responses and scores."""
     session = existing(root, name)
+    count = last if last or as_json else 16
     with SampleReader(session) as reader:
-        rows = with_judgements(session, reader.newest(last if last or as_json else 16))
+        if held_out:
+            rows = reader.evaluated()[-count if count else 0 :]
+        else:
+            rows = with_judgements(session, reader.newest(count))
     if as_json:
         print_json([r.as_json() for r in rows])
         return

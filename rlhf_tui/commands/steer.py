@@ -98,7 +98,7 @@ class Steering:
             click.echo(f"rlhf-tui: {one_line(reply.reason)}", err=True)
         if self._wait and isinstance(command, Stop) and reply.status == "applied":
             self._wait_for_exit(session)
-        self._print(reply, seconds_left)
+        self._print(command, reply, seconds_left)
         if reply.status == "rejected":
             raise RlhfError(f"rejected: {reply.reason}")
 
@@ -109,7 +109,7 @@ class Steering:
         while session.is_live() and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _print(self, reply: CommandReply, seconds_left: float | None) -> None:
+    def _print(self, command: AnyCommand, reply: CommandReply, seconds_left: float | None) -> None:
         if self._as_json:
             row: Json = config_file.as_mapping(reply)
             print_json(row | {"applied_step": row.pop("step")})
@@ -119,6 +119,8 @@ class Steering:
         elif reply.status == "applied":
             changes = ", ".join(f"{c.key} {c.old} → {c.new}" for c in reply.changes)
             say(f"applied at step {reply.step}" + (f": {one_line(changes)}" if changes else ""))
+            if isinstance(command, Probe):
+                say(f"prompt: {one_line(command.text)}")
             for model, result in reply.result.items():
                 score, kl = fmt.number(result["score"]), fmt.number(result["kl"])
                 say(f"{model}: score {score}, KL {kl}\n  {one_line(result['response'])}")

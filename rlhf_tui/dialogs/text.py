@@ -65,17 +65,28 @@ class TextDialog(Dialog):
 class ProbeDialog(TextDialog):
     """The responses of the policy and of the reference to a probe."""
 
-    def __init__(self, session: str, result: ProbeResult) -> None:
-        """`session`: the name of the run."""
-        super().__init__(f"Probe of {session}")
+    def __init__(
+        self, session: str, prompt: str, result: ProbeResult, step: int | None = None
+    ) -> None:
+        """Of a run.
+
+        Args:
+            session: its name.
+            prompt: of the probe.
+            result: what both models responded.
+            step: after which the probe ran; None if unknown.
+        """
+        super().__init__(f"Probe of {session}" + (f" at step {step}" if step is not None else ""))
+        self._prompt = prompt
         self._result = result
 
     def lines(self) -> list[Row]:
-        """One response below the other, each with its numbers."""
-        rows: list[Row] = []
+        """The prompt, then one response below the other, each with its numbers."""
+        rows: list[Row] = [[("PROMPT", "dim")]]
+        rows += [[(x, "dim")] for x in wrap(self._prompt, self.width)]
         result = self._result
         for name, found in (("policy", result.policy), ("reference", result.reference)):
             score, kl = fmt.number(found.score), fmt.number(found.kl, 2)
             rows += [[], [(f"{name}  ", "strong"), (f"score {score}  KL {kl}", "dim")]]
             rows += [[(x, "")] for x in wrap(found.response, self.width)]
-        return rows[1:]
+        return rows

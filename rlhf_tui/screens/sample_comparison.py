@@ -162,7 +162,11 @@ class SampleComparison:
         shown = self._others[self._index] if self._others else None
         self._others, self._preferences, self._known = message.others, message.preferences, True
         same = (i for i, other in enumerate(self._others) if _same(other, shown))
-        self._index = next(same, 0)
+        self._index = next(same, -1)
+        if self._index < 0:
+            # The next key may judge the pair that is shown: it stays, whatever was probed since.
+            self._others = [shown, *self._others] if shown is not None else self._others
+            self._index = 0
         if message.ask and self._kind == "reference" and not self._others and self._may_ask(row):
             self._ask(row.prompt)
         self._show()
@@ -200,16 +204,16 @@ class SampleComparison:
     def _lack(self, row: SampleRow) -> str:
         name = self._context.state.name
         if row.prompt in self._probed:
-            return "probe sent; answers after the current step"
+            return "probe sent; the response comes after the current step"
         if not self._known:
             return "reading …"
         if self._kind == "earlier":
             return "no other response to this prompt up to this step; press d for the reference"
         if self._may_ask(row):
-            return "no reference answer yet; press d"
+            return "no reference response yet; press d"
         if self._context.read_only:
-            return "no reference answer yet, and this terminal is read-only"
-        return f"no reference answer yet; first: rlhf-tui resume {name}"
+            return "no reference response yet, and this terminal is read-only"
+        return f"no reference response yet; resume the run first:\nrlhf-tui resume {name}"
 
     def _may_ask(self, row: SampleRow) -> bool:
         session = self._context.session
@@ -236,7 +240,8 @@ class SampleComparison:
         if reply is not None and reply.result:
             message.stop()
             self._context.say("the reference has responded")
-            if row is not None and row.prompt == command.text and self._kind == "reference":
+            asked = row is not None and row.prompt == command.text and self._kind == "reference"
+            if asked and not self._others:
                 found = ProbeResult.of(reply.result).reference
                 self._others = [msgspec.structs.replace(found, step=reply.step)]
                 self._known = True

@@ -3,7 +3,6 @@
 import functools
 from typing import ClassVar
 
-import msgspec
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -12,40 +11,48 @@ from textual.message import Message
 from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
+from engine.journal.labels import Key
 from engine.journal.rows import SampleRow
-from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader
+from engine.journal.samples import SampleReader
+from engine.protocol.commands import Probe
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
-from rlhf_tui.screens import sample_comparison, sample_labels
+from rlhf_tui.screens import sample_comparison, sample_labels, sample_list
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.sample_comparison import ComparisonRead, SampleComparison
-from rlhf_tui.screens.sample_filter import HINT, parse_filter
+from rlhf_tui.screens.sample_filter import HINT
 from rlhf_tui.screens.sample_labels import LabelWritten, SampleLabels
+from rlhf_tui.screens.sample_list import (
+    ORDER_TITLES,
+    PAGE,
+    JudgementsRead,
+    NewCounted,
+    PageRead,
+    SampleList,
+)
 from rlhf_tui.state.messages import CommandAnswered, RowHighlighted, RowSelected
-from rlhf_tui.widgets.lines import Lines, Piece, Row
+from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
 from rlhf_tui.widgets.samples.judgement import key_of, mark
-from rlhf_tui.widgets.samples.sample_view import SampleView
+from rlhf_tui.widgets.samples.sample_view import VIEWS, SampleView
 from rlhf_tui.widgets.table import Column, Table
 
-PAGE = 500
-ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
 
+class SamplesTable(Table):
+    """The list of samples."""
 
-class SamplesRead(Message):
-    """A page of samples was read."""
-
-    def __init__(self, query: SampleQuery, page: int, rows: list[SampleRow]) -> None:
-        super().__init__()
-        self.query, self.page, self.rows = query, page, rows
+    with_scrollbar = True
 
 
 class ArraysRead(Message):
-    """The token values of a sample were read."""
+    """The token values of a sample were read.
 
-    def __init__(self, key: tuple[int, int], arrays: TokenArrays | None) -> None:
+    `kept`: which samples of its step have token values, by index.
+    """
+
+    def __init__(self, key: Key, arrays: TokenArrays | None, kept: list[int]) -> None:
         super().__init__()
-        self.key, self.arrays = key, arrays
+        self.key, self.arrays, self.kept = key, arrays, kept
 
 
 class SamplesScreen(SessionScreen):
@@ -58,27 +65,25 @@ class SamplesScreen(SessionScreen):
     BINDINGS: ClassVar[list[BindingType]] = [
         *sample_labels.BINDINGS,
         *sample_comparison.BINDINGS,
+        *sample_list.BINDINGS,
         Binding("slash,f", "filter", "filter"),
         Binding("v", "view", "tokens"),
         Binding("n", "next(1)", "next response", show=False),
         Binding("N", "next(-1)", "previous response", show=False),
-        Binding("full_stop,greater_than_sign", "page(1)", "next page", show=False),
-        Binding("comma,less_than_sign", "page(-1)", "previous page", show=False),
         Binding("z", "enlarge", "full screen"),
-        Binding("s", "sort", "sort"),
-        Binding("r", "reverse", "reverse"),
+        Binding("P", "probes", "probes of this run", show=False),
         Binding("escape", "back", "back: table, no filter", show=False),
     ]
 
     def __init__(self) -> None:
         super().__init__()
-        self._query = SampleQuery()
-        self._filter = ""
-        self._page = 0
-        self._rows: dict[tuple[int, int], SampleRow] = {}
-        self._shown: tuple[object, ...] | None = None
         self._labels_read: tuple[int, ...] = ()
-        """The value of `state.labels` for which the screen was read."""
+        """The value of `state.labels` for which the comparison was read."""
+
+    @functools.cached_property
+    def samples(self) -> SampleList:
+        """The rows of the table."""
+        return SampleList(self, self.context)
 
     @functools.cached_property
     def labels(self) -> SampleLabels:
@@ -97,7 +102,7 @@ class SamplesScreen(SessionScreen):
         """The table, and the selected sample beside or below it."""
         yield Lines(id="filter")
         with Container(id="panes"):
-            yield Table(
+            yield SamplesTable(
                 [
                     Column("step", 6, right=True),
                     Column("#", 3, right=True),
@@ -106,6 +111,7 @@ class SamplesScreen(SessionScreen):
                     Column("len", 4, right=True),
                     Column("", 1),
                     Column("", 2),
+                    Column("prompt", 10, flexible=True, terminal=100),
                     Column("response", 10, flexible=True),
                 ],
                 id="samples",
@@ -113,15 +119,9 @@ class SamplesScreen(SessionScreen):
             yield SampleView(id="sample")
 
     def refresh_content(self) -> None:
-        """Reads the page again if it may have changed."""
+        """Reads again what may have changed."""
+        self.samples.refresh()
         state = self.context.state
-        live_page = self._page == 0 and self._query.order == "step" and self._query.descending
-        step = state.head.step if live_page else -1
-        attempts = len(state.head.attempts)  # a roll back changes every page
-        wanted = (state.name, attempts, step, state.labels, self._query, self._page)
-        if wanted != self._shown and self.context.session is not None:
-            self._shown = wanted
-            self.read_page(self._query, self._page)
         if state.labels != self._labels_read:
             self._labels_read = state.labels
             self.comparison.read_again()
@@ -130,123 +130,138 @@ class SamplesScreen(SessionScreen):
     def session_changed(self) -> None:
         """Drops the samples of the last session."""
         self.comparison.session_changed()
-        self._rows = {}
-        self._page = 0
-        self._shown = None
+        self.samples.session_changed()
         self.query_one(Table).set_rows([])
-        self.query_one(SampleView).read(None, None)
+        self.query_one(SampleView).read(None)
 
-    # -- reading, in a thread ------------------------------------------------------------------
+    # -- the list ------------------------------------------------------------------------------
 
-    @work(thread=True, exclusive=True, group="page")
-    def read_page(self, query: SampleQuery, page: int) -> None:
-        """Reads a page of samples."""
-        session = self.context.session
-        if session is None:
+    def on_page_read(self, message: PageRead) -> None:
+        """Shows a page, unless another one was requested meanwhile or the list is frozen."""
+        table, samples = self.query_one(Table), self.samples
+        asked = message.request.asked
+        if samples.following and not asked and table.cursor:
+            samples.freeze()  # the message of a key that has moved the cursor is still on its way
+        if not samples.take(message, unwritten=bool(self.labels.unwritten)):
             return
-        try:
-            with SampleReader(session) as samples:
-                rows = samples.page(query, PAGE, page * PAGE)
-        except RlhfError as error:
-            self.context.say_later(str(error), "error")
-            return
-        if not get_current_worker().is_cancelled:
-            self.post_message(SamplesRead(query, page, rows))
-
-    @work(thread=True, exclusive=True, group="arrays")
-    def read_arrays(self, key: tuple[int, int], attempt: int) -> None:
-        """Reads the token values of a sample."""
-        session = self.context.session
-        if session is None:
-            return
-        try:
-            with SampleReader(session) as samples:
-                arrays = samples.arrays(*key, attempt)
-        except RlhfError:
-            arrays = None
-        if not get_current_worker().is_cancelled:
-            self.post_message(ArraysRead(key, arrays))
-
-    def on_samples_read(self, message: SamplesRead) -> None:
-        """Shows a page, unless another page was requested meanwhile."""
-        if (message.query, message.page) != (self._query, self._page) or self.labels.unwritten:
-            return
-        if not message.rows and self._page:
-            self._page -= 1
-            self.context.say("this is the last page")
-            return
-        self._rows = {(r.step, r.index): r for r in message.rows}
-        table = self.query_one(Table)
-        table.sorted_by = ORDER_TITLES[self._query.order]
-        table.descending = self._query.descending
-        table.matching = self._query.text
-        table.set_rows([(key, _cells(row)) for key, row in self._rows.items()], self._empty())
+        query = samples.query
+        table.sorted_by = ORDER_TITLES[query.order]
+        table.descending = query.descending
+        table.matching = query.text
+        before = table.key
+        key, samples.select = samples.select, None
+        if samples.following:
+            key = next(iter(samples.rows), None)
+        rows = [(k, _cells(row)) for k, row in samples.rows.items()]
+        table.set_rows(rows, self._empty(), key=key, lost=0)
+        samples.arrived |= not asked and before not in (None, table.key)
         self._show_query()
-        view, row = self.query_one(SampleView), self._rows.get(table.key)
-        if row is not None and view.sample is not None and key_of(row) == key_of(view.sample):
+        if table.key == before and (row := self.selected()) is not None:
             self.show_judgement(row)
-        elif row is not None:
-            self._select(table.key)
+
+    def on_judgements_read(self, message: JudgementsRead) -> None:
+        """Shows what was judged meanwhile in a frozen list."""
+        if not self.labels.unwritten:
+            for row in self.samples.take_judgements(message):
+                self.show_judgement(row)
+
+    def on_new_counted(self, message: NewCounted) -> None:
+        """Shows how many responses are not in the list yet."""
+        self.samples.take_count(message)
+        self._show_query()
 
     def _empty(self) -> list[Row]:
         name = self.context.state.name
-        if self._filter:
-            return [[(f" no response matches '{self._filter}'; esc removes the filter", "dim")]]
+        if self.samples.filter:
+            return [
+                [(f" no response matches '{self.samples.filter}'; esc removes the filter", "dim")]
+            ]
         if not self.context.state.head.step:
             return [[(" no responses before the first step is done", "dim")]]
         return [[(f" no responses were kept (log.samples); see rlhf-tui samples {name}", "dim")]]
 
     def _show_query(self) -> None:
-        table = self.query_one(Table)
-        row: list[Piece] = [(" sorted by ", "dim"), (ORDER_TITLES[self._query.order], "strong")]
-        row.append((" descending" if self._query.descending else " ascending", "dim"))
-        if self._filter:
-            row += [("   only ", "dim"), (self._filter, "accent")]
-        if self._page or table.count() == PAGE:
-            row += [(f"   page {self._page + 1}  , . page", "dim")]
-        row += [(f"   {table.count()} responses", "dim")]
-        row += [("   tokens: ", "dim"), (self.query_one(SampleView).mode, "strong")]
-        self.query_one("#filter", Lines).show([row])
+        table, samples, line = self.query_one(Table), self.samples, self.query_one("#filter", Lines)
+        query, mode = samples.query, self.query_one(SampleView).mode
+        row: list[Piece] = [(" sorted by ", "dim"), (ORDER_TITLES[query.order], "strong")]
+        row.append((" descending" if query.descending else " ascending", "dim"))
+        if table.count():
+            row += [("   row ", "dim"), (f"{table.cursor + 1}/{table.count()}", "strong")]
+        if samples.page or table.count() == PAGE:
+            row += [(f"   page {samples.page + 1}  , .", "dim")]
+        if query.prompt is not None:
+            row += [("   one prompt  ", "accent"), ("= back", "dim")]
+        if samples.filter:
+            row += [("   only ", "dim"), (samples.filter, "accent")]
+        if mode != VIEWS[0]:
+            row += [("   tokens: ", "dim"), (mode, "strong")]
+        line.show([justified(row, self._news(), line.size.width)])
+
+    def _news(self) -> Row:
+        """What the list does not show yet; whether it follows a live run."""
+        if self.samples.new:
+            return [(f"{self.samples.new:,} new", "accent"), ("  F ", "key"), ("show ", "dim")]
+        live = self.context.state.live
+        return [("following ", "dim")] if live and self.samples.following else []
 
     # -- the sample under the cursor -----------------------------------------------------------
 
-    def on_row_highlighted(self, message: RowHighlighted) -> None:
-        """Shows the sample under the cursor."""
-        if message.table == "samples":
-            self._select(message.key)
+    @work(thread=True, exclusive=True, group="arrays")
+    def read_arrays(self, key: Key) -> None:
+        """Reads the token values of a sample."""
+        session = self.context.session
+        if session is None:
+            return
+        attempt, step, index = key
+        try:
+            with SampleReader(session) as samples:
+                arrays = samples.arrays(step, index, attempt)
+                kept = samples.with_arrays(step, attempt)
+        except RlhfError as error:
+            self.context.say_later(str(error), "error")
+            return
+        if not get_current_worker().is_cancelled:
+            self.post_message(ArraysRead(key, arrays, kept))
 
-    def _select(self, key: tuple[int, int] | None) -> None:
-        row = self._rows.get(key) if key else None
-        self.query_one(SampleView).read(row, None)
-        if key is not None and row is not None:
-            self.read_arrays(key, row.attempt)
+    def on_row_highlighted(self, message: RowHighlighted) -> None:
+        """Shows the sample under the cursor. Who moves the cursor freezes the list."""
+        if message.table != "samples":
+            return
+        if message.moved:
+            self.samples.freeze()
+        row = self.samples.rows.get(message.key)
+        self.query_one(SampleView).read(row)
+        if row is not None:
+            self.read_arrays(message.key)
         self.comparison.select(row)
+        self._show_query()
 
     def selected(self) -> SampleRow | None:
         """The sample under the cursor."""
-        return self._rows.get(self.query_one(Table).key)
+        return self.samples.rows.get(self.query_one(Table).key)
 
     def show_judgement(self, row: SampleRow) -> None:
         """Shows a sample of this page with another judgement."""
-        self._rows[row.step, row.index] = row
-        table, view = self.query_one(Table), self.query_one(SampleView)
-        table.set_rows([(key, _cells(r)) for key, r in self._rows.items()])
-        if view.sample is not None and key_of(view.sample) == key_of(row):
-            view.read(row, view.arrays)
+        key, view = key_of(row), self.query_one(SampleView)
+        self.samples.rows[key] = row
+        self.query_one(Table).set_cells(key, _cells(row))
+        if view.sample is not None and key_of(view.sample) == key:
+            view.read(row, view.arrays, view.kept)
 
     def read_again(self) -> None:
-        """Reads the page and the comparison again."""
+        """Reads again what is written of the page and of the comparison."""
         self.comparison.read_again()
-        self._shown = None
-        self.refresh_content()
+        self.samples.read_again()
 
     def on_arrays_read(self, message: ArraysRead) -> None:
         """Shows token values."""
         if message.key == self.query_one(Table).key:
-            self.query_one(SampleView).read(self._rows.get(message.key), message.arrays)
+            row = self.samples.rows.get(message.key)
+            self.query_one(SampleView).read(row, message.arrays, message.kept)
 
     @on(RowSelected)
     def _focus_sample(self) -> None:
+        self.samples.freeze()
         self.query_one(SampleView).focus()
 
     def on_label_written(self, message: LabelWritten) -> None:
@@ -265,60 +280,69 @@ class SamplesScreen(SessionScreen):
 
     def action_label(self, label: str) -> None:
         """Sets a label, or removes it."""
-        self.labels.toggle(label)
+        if self.samples.hold():
+            self.labels.toggle(label)
 
     def action_remark(self) -> None:
         """Asks for a note."""
+        self.samples.freeze()
         self.labels.ask_note()
 
     def action_compare(self) -> None:
         """Cycles through earlier responses, the reference's response and no comparison."""
+        self.samples.freeze()
         self.comparison.next_kind()
 
     def action_other(self, by: int) -> None:
         """Compares with another earlier response."""
+        self.samples.freeze()
         self.comparison.show_other(by)
 
     def action_better(self, which: str) -> None:
         """Prefers this response or the other one, or removes the preference."""
-        self.comparison.toggle_preference(which)
+        if self.samples.hold():
+            self.comparison.toggle_preference(which)
 
     def action_filter(self) -> None:
         """Asks for a filter."""
 
         def take(text: str | None) -> None:
             if text is not None:
-                self._set(text)
+                self.samples.set_filter(text)
 
-        self.app.push_screen(InputDialog("Filter", HINT, self._filter, lambda _: (True, "")), take)
-
-    def _set(self, text: str) -> None:
-        self._filter = text
-        self._query = parse_filter(text, self._query)
-        self._page = 0
-        self.refresh_content()
+        given = self.samples.filter
+        self.app.push_screen(InputDialog("Filter", HINT, given, lambda _: (True, "")), take)
 
     def action_sort(self) -> None:
         """Sorts by the next column."""
-        at = (SAMPLE_ORDERS.index(self._query.order) + 1) % len(SAMPLE_ORDERS)
-        self._query = msgspec.structs.replace(self._query, order=SAMPLE_ORDERS[at])
-        self._page = 0
-        self.refresh_content()
+        self.samples.sort()
 
     def action_reverse(self) -> None:
         """Reverses the order."""
-        descending = not self._query.descending
-        self._query = msgspec.structs.replace(self._query, descending=descending)
-        self._page = 0
-        self.refresh_content()
+        self.samples.reverse()
 
     def action_page(self, by: int) -> None:
         """Turns pages of the table."""
-        if by > 0 and self.query_one(Table).count() < PAGE:
-            self.context.say("this is the last page")
-            return
-        self._page = max(self._page + by, 0)
-        self.refresh_content()
+        self.samples.turn(by)
+
+    def action_take_in(self) -> None:
+        """Shows the responses that were recorded since the list was frozen."""
+        self.samples.take_in()
+
+    def action_same_prompt(self) -> None:
+        """Lists all responses to the selected prompt by step, or what was listed before."""
+        self.samples.same_prompt(self.selected())
+
+    def action_probes(self) -> None:
+        """Lists the probes of this run; a selected one is shown."""
+        from rlhf_tui.dialogs.probes import ProbePicker  # noqa: PLC0415 - keeps start-up short
+
+        state = self.context.state
+        probes = [c for c in state.commands if c.command == Probe.name() and c.result]
+        if probes:
+            self.app.push_screen(ProbePicker(state.name, probes))
+        else:
+            self.context.say("no probes of this run yet; x probes it with a prompt")
 
     def action_next(self, by: int) -> None:
         """Selects the next sample, whatever has the focus."""
@@ -326,18 +350,20 @@ class SamplesScreen(SessionScreen):
 
     def action_view(self) -> None:
         """Cycles through text and the numbers of each token."""
+        self.samples.freeze()
         self.query_one(SampleView).cycle()
         self._show_query()
 
     def action_enlarge(self) -> None:
         """Shows the sample in full screen, or with the table."""
+        self.samples.freeze()
         panes = self.query_one("#panes")
         panes.toggle_class("alone")
         target = SampleView if panes.has_class("alone") else Table
         self.query_one(target).focus()
 
     def action_back(self) -> None:
-        """Leaves one level: full screen, the comparison, the sample, the filter."""
+        """Leaves one level: full screen, the comparison, the sample, the filter, one prompt."""
         panes = self.query_one("#panes")
         if panes.has_class("alone"):
             self.action_enlarge()
@@ -345,8 +371,10 @@ class SamplesScreen(SessionScreen):
             return
         elif not self.query_one(Table).has_focus:
             self.query_one(Table).focus()
-        elif self._filter:
-            self._set("")
+        elif self.samples.filter:
+            self.samples.set_filter("")
+        else:
+            self.samples.leave_prompt()
 
 
 def _cells(row: SampleRow) -> list[Piece]:
@@ -355,9 +383,18 @@ def _cells(row: SampleRow) -> list[Piece]:
         (str(row.step), "dim"),
         (str(row.index), "dim"),
         (fmt.number(score, 2), "strong"),
-        (fmt.number(row.kl, 1), ""),
+        (_kl(row.kl), ""),
         (str(row.length), ""),
         ("" if row.ended else "✂", "warn"),
         mark(row),
+        (row.prompt.strip(), "dim"),
         (row.response.strip(), ""),
     ]
+
+
+def _kl(value: float | None) -> str:
+    """In six cells; the KL of the first steps is near 0, or rounding noise such as 3.56e-07."""
+    size = abs(value or 0)
+    if 0 < size < 0.005:
+        return f"{value:.0e}"
+    return fmt.number(value, 2 if size < 0.1 else 1)

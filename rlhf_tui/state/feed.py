@@ -220,7 +220,7 @@ class Feed:
         for name in wanted:
             if self._stopped.is_set():
                 return
-            points = record.series(name, after=self._at.get(name, 0))
+            points = record.series(name, after=self._at.get(name, -1))
             if points:
                 self._at[name] = points[-1][0]
                 curves[name] = points

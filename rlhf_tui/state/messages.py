@@ -72,12 +72,14 @@ class RowSelected(Message):
 
 
 class RowHighlighted(Message):
-    """The cursor of a table has moved to a row."""
+    """The cursor of a table is on another row."""
 
-    def __init__(self, table: str, key: Any) -> None:
+    def __init__(self, table: str, key: Any, *, moved: bool = True) -> None:
         super().__init__()
         self.table = table
         self.key = key
+        self.moved = moved
+        """Whether somebody moved the cursor; False if the rows have changed."""
 
 
 class CursorMoved(Message):

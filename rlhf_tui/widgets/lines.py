@@ -160,6 +160,17 @@ def justified(left: Row, right: Row, width: int) -> Row:
     return [*kept, (" ", ""), *right]
 
 
+def flowed(groups: Sequence[Row], width: int, gap: str = "   ") -> list[Row]:
+    """Groups of pieces in as few rows as fit in `width` cells; no group is broken."""
+    rows: list[list[Piece]] = []
+    for group in groups:
+        if rows and row_width(rows[-1]) + cell_len(gap) + row_width(group) <= width:
+            rows[-1] += [(gap, ""), *group]
+        else:
+            rows.append([*group])
+    return list(rows)
+
+
 def changed_span(old: Strip, new: Strip) -> tuple[int, int] | None:
     """[first, end) of the cells that differ; None if the strips are equal."""
     if old == new:

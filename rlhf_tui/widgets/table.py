@@ -7,9 +7,10 @@ from textual.binding import Binding, BindingType
 
 from rlhf_tui.state.messages import RowHighlighted, RowSelected
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, plain_text, shorten
+from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, justified, plain_text, shorten
 
 WHEEL = 3
+THUMB, TRACK = "█", "│"
 
 
 class ScrollList(Lines, can_focus=True):
@@ -24,6 +25,8 @@ class ScrollList(Lines, can_focus=True):
         Binding("end,G", "edge(1)", "to the last", show=False),
     ]
     with_cursor = False
+    with_scrollbar = False
+    """Whether the last column is a scroll bar while not all lines are visible."""
 
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id, classes=classes)
@@ -56,19 +59,28 @@ class ScrollList(Lines, can_focus=True):
     def rows(self, width: int, height: int) -> list[Row]:
         """The header and the visible lines."""
         header = self.header(width)
-        count = self.count()
+        count, page = self.count(), height - len(header)
         if not count:
             return [*header, *self.empty()]
         self._clamp()
+        with_bar = self.with_scrollbar and count > page > 0
+        room = width - 1 if with_bar else width
         body = []
-        for index in range(self.top, min(self.top + height - len(header), count)):
-            row = self.row(index, width)
+        for index in range(self.top, min(self.top + page, count)):
+            row = self.row(index, room)
             if self.matching:
                 row = marked(row, self.matching)
             if self.with_cursor and index == self.cursor:
                 row = [(text, CHOSEN + tone) for text, tone in row]
             body.append(row)
-        return [*header, *body]
+        if not with_bar:
+            return [*header, *body]
+        first, last = thumb(self.top, page, count)
+        bar: list[Piece] = [
+            (THUMB if first <= y < last else TRACK, "dim") for y in range(len(body))
+        ]
+        body = [justified(row, [piece], width) for row, piece in zip(body, bar, strict=True)]
+        return [*(justified(row, [(" ", "head")], width) for row in self.header(room)), *body]
 
     def text(self) -> str:
         """All lines as plain text, also those outside the window."""
@@ -148,7 +160,14 @@ class Column:
     """A column of a table."""
 
     def __init__(
-        self, title: str, width: int, *, right: bool = False, flexible: bool = False, least: int = 0
+        self,
+        title: str,
+        width: int,
+        *,
+        right: bool = False,
+        flexible: bool = False,
+        least: int = 0,
+        terminal: int = 0,
     ) -> None:
         """A column.
 
@@ -158,9 +177,11 @@ class Column:
             right: align to the right.
             flexible: take the remaining width.
             least: width of the table in cells below which the column is hidden.
+            terminal: width of the terminal in cells below which the column is hidden.
         """
         self.title, self.width = title, width
-        self.right, self.flexible, self.least = right, flexible, least
+        self.right, self.flexible = right, flexible
+        self.least, self.terminal = least, terminal
 
 
 class Table(ScrollList):
@@ -178,19 +199,42 @@ class Table(ScrollList):
         self._cells: list[list[Piece]] = []
         self._keys: list[Any] = []
 
-    def set_rows(self, rows: list[tuple[Any, list[Piece]]], empty: list[Row] | None = None) -> None:
-        """Replaces the rows. The cursor stays on the row with the same key if there is one."""
-        key = self.key
+    def set_rows(
+        self,
+        rows: list[tuple[Any, list[Piece]]],
+        empty: list[Row] | None = None,
+        *,
+        key: Any = None,
+        lost: int | None = None,
+    ) -> None:
+        """Replaces the rows.
+
+        Args:
+            rows: key and cells of each.
+            empty: lines to show if there are no rows; None leaves them as they are.
+            key: of the row for the cursor; None: the row that it is on.
+            lost: where the cursor goes if that row is gone; None: it keeps its place.
+        """
+        before = self.key
+        key = before if key is None else key
         self._keys = [k for k, _ in rows]
         self._cells = [cells for _, cells in rows]
         if empty is not None:
             self._empty = empty
         if key in self._keys:
             self.cursor = self._keys.index(key)
+        elif lost is not None:
+            self.cursor = lost
         self._clamp()
         self.update()
-        if self.key != key:
-            self.moved()
+        if self.key != before:
+            self.post_message(RowHighlighted(self.id or "", self.key, moved=False))
+
+    def set_cells(self, key: Any, cells: list[Piece]) -> None:
+        """Replaces the cells of the row with this key, if there is one."""
+        if key in self._keys:
+            self._cells[self._keys.index(key)] = cells
+            self.update()
 
     @property
     def key(self) -> Any:
@@ -247,7 +291,8 @@ class Table(ScrollList):
         return self._line(self._cells[index], width, "")
 
     def _line(self, cells: list[Piece], width: int, gap: str) -> list[Piece]:
-        shown = [c for c in self.columns if width >= c.least]
+        terminal = max(width, self.app.size.width)
+        shown = [c for c in self.columns if width >= c.least and terminal >= c.terminal]
         fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
         flexible = max(width - fixed, 4) // max(sum(c.flexible for c in shown), 1)
         line: list[Piece] = [(" ", gap)]
@@ -256,6 +301,19 @@ class Table(ScrollList):
                 room = flexible if column.flexible else column.width
                 line += [(fitted(text, room, right=column.right), tone), (" ", gap)]
         return line
+
+
+def thumb(top: int, page: int, count: int) -> tuple[int, int]:
+    """[first, end) of the lines of a scroll bar that stand for the visible lines.
+
+    Args:
+        top: the first visible line of the list.
+        page: visible lines, the height of the scroll bar.
+        count: lines of the list, more than `page`.
+    """
+    size = max(page * page // count, 1)
+    first = round(top * (page - size) / (count - page))
+    return first, first + size
 
 
 def fitted(text: str, width: int, *, right: bool = False) -> str:

@@ -219,6 +219,31 @@ def test_adapters_without_a_rank_are_refused(key):
         demo(f"lora.{key}")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["eval.every=5"], r"eval\.holdout"),
+        (["eval.holdout=4", "eval.prompts=a.jsonl"], "not both"),
+        (["eval.rewards=[{weight: 1}]"], r"eval\.rewards\[0\] needs exactly one"),
+        (["train.best_metric=eval/score"], r"eval\.every"),
+        (["train.best_metric=eval/scores", "eval.every=5", "eval.holdout=4"], "no metric"),
+        (
+            ["train.best_metric=eval/score", "eval.every=3", "eval.holdout=4"],
+            r"multiple of eval\.every",
+        ),
+        (["train.stop_at={metric: objective/kl}"], "above and below"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(overrides, named):
+    with pytest.raises(ConfigError, match=named):
+        demo(*overrides)
+
+
+def test_held_out_prompts_are_fixed_on_a_resume():
+    with pytest.raises(ConfigError, match=r"eval\.holdout"):
+        config_file.check_resumable(demo(), demo("eval.holdout=4"))
+
+
 def test_a_resume_may_change_everything_else():
     config_file.check_resumable(demo(), demo("train.steps=999", "kl.beta=0.1", "ppo.epochs=1"))
 
@@ -256,10 +281,11 @@ def test_a_value_that_a_person_could_mean_is_taken(key, value):
     assert getattr(getattr(config, section) if section else config, name) == value
 
 
-def test_every_number_but_a_seed_and_a_guard_rails_threshold_is_bounded_on_both_sides():
+def test_every_number_but_a_seed_and_a_metrics_threshold_is_bounded_on_both_sides():
     """A step must not take for ever because of one number; :data:`MOST` says what must pass."""
     free = {"seed", "guardrails.rules.above", "guardrails.rules.below", "reward.label",
-            "reward.mix.label"}  # fmt: skip
+            "reward.mix.label", "eval.rewards.label", "eval.seed", "train.stop_at.above",
+            "train.stop_at.below"}  # fmt: skip
     unbounded = set()
 
     def look(kind, key):

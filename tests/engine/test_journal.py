@@ -78,7 +78,13 @@ def test_a_step_that_is_written_while_metrics_are_read_is_whole_or_not_there(wri
 def test_what_is_not_finite_is_null_everywhere(writer):
     writer.steps(1, nan=math.nan, inf=math.inf)
     odd = writer.sample(2, 0, score=math.inf, kl=math.nan, parts={"reward": -math.inf})
-    report = {"step": 2, "metrics": {}, "samples": [odd], "settings": {"beta": math.nan}}
+    report = {
+        "step": 2,
+        "metrics": {},
+        "samples": [odd],
+        "evaluated": [],
+        "settings": {"beta": math.nan},
+    }
     writer.journal.record_step(type("Report", (), report))
     writer.journal.record_event("alert", {"window": [1.0, math.nan], "deep": {"a": math.inf}})
     writer.order("nan", "beta", value=math.nan)

@@ -15,6 +15,7 @@ from engine.config.settings import SettingChange, change_settings
 from engine.errors import CheckpointError
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
+from engine.metrics import SCORE
 from engine.protocol.rank_messages import Begin, ReplayedChange
 from engine.session.checkpoints import complete_checkpoints
 from engine.train.checkpoints import folder as checkpoint_folder
@@ -262,7 +263,7 @@ def test_a_checkpoint_replaces_one_of_the_same_step(trained):
     run, session = trained
     save(run, session, score=1.0)
     folder = save(run, session, score=2.0)
-    assert checkpoint_folder.read_score(folder) == 2.0
+    assert checkpoint_folder.read_best(folder, SCORE) == 2.0
     assert [p.name for p in session.checkpoints.iterdir()] == ["step-000001"]
 
 

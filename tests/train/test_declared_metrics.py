@@ -3,6 +3,7 @@
 from engine import metrics
 from engine.protocol.rank_messages import Begin
 from engine.train.boundary import Boundary
+from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.link import Link
 from engine.train.step import train_step
 
@@ -13,8 +14,9 @@ TWO_SOURCES = (
 
 
 def test_a_step_returns_every_declared_metric_and_no_other(make_run):
-    run, session = make_run(*TWO_SOURCES)
+    run, session = make_run(*TWO_SOURCES, "eval.every=1", "eval.holdout=2")
     found, _ = train_step(run, 1)
+    found |= evaluate_if_due(run, 1).metrics
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
     boundary.after_step(1, found, 0.1)
     boundary.close()
@@ -22,4 +24,4 @@ def test_a_step_returns_every_declared_metric_and_no_other(make_run):
     assert not undeclared, "declare them in engine/metrics.py"
     covered = {metrics.describe(name).name for name in found}
     assert covered == {metric.name for metric in metrics.METRICS}
-    assert {"reward/a", "reward/b"} <= set(found)
+    assert {"reward/a", "reward/b", "eval/reward/a"} <= set(found)

@@ -7,6 +7,7 @@ import pytest
 from engine.journal.reader import JournalReader
 from rlhf_tui.app import steering
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
 from rlhf_tui.widgets.table import Table
 
@@ -27,7 +28,7 @@ def samples(make_app, running, until):
 def shown_samples(app):
     """What the journal holds of the answers in the table, from the top."""
     with JournalReader(app.session) as record:
-        rows = {(row.step, row.index): row for row in record.samples.newest()}
+        rows = {key_of(row): row for row in record.samples.newest()}
     return [rows[key] for key in app.screen.query_one(Table).keys]
 
 
@@ -49,7 +50,7 @@ async def test_the_answer_under_the_cursor_is_read(samples, until):
             "home",
         ):
             await pilot.press(key)
-            await until(pilot, lambda: (reading.sample.step, reading.sample.index) == table.key)
+            await until(pilot, lambda: key_of(reading.sample) == table.key)
 
 
 async def test_s_sorts_by_each_column_and_r_turns_it(samples, until):

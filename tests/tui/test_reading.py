@@ -9,7 +9,7 @@ from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel
-from rlhf_tui.widgets.samples.sample_view import UNDEFINED, VIEWS, token_rows
+from rlhf_tui.widgets.samples.sample_view import UNDEFINED, VIEWS, body, token_rows
 from tests.judging import sample
 
 
@@ -59,3 +59,13 @@ def test_the_kl_of_an_earlier_step_is_not_shown_as_the_last_one_s():
     state.take(SessionUpdate(head=head, curves={"objective/kl": [(1, 6.6), (2, None)]}))
     kl = next(row for row in text(SteeringPanel(state).rows(100, 12)) if row.startswith(" KL"))
     assert kl.split() == ["KL", "–", "target", "6", "nats"]
+
+
+@pytest.mark.parametrize("mode", VIEWS[1:])
+def test_a_response_without_token_values_is_read_nevertheless_and_says_which_have_them(mode):
+    row = sample(3, index=7, response="all of its words")
+    lines = text(body(row, None, mode, 70, [0, 1, 2, 5]))
+    assert "all of its words" in lines
+    assert "token values of #7 were not kept; kept are #0–2 #5 (log.arrays)" in lines
+    assert "are of this step" in " ".join(text(body(row, None, mode, 200, [])))
+    assert not any("kept" in line for line in text(body(row, None, mode, 60)))

@@ -10,6 +10,7 @@ last, after the supervisor has confirmed that the journal holds everything up to
 """
 
 import hashlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ import msgspec
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings, apply_settings, settings_of
 from engine.errors import CheckpointError
+from engine.metrics import SCORE
 from engine.session.checkpoints import COMPLETE
 
 FORMAT = 2
@@ -73,6 +75,8 @@ class StateFile(msgspec.Struct, kw_only=True):
     state: SavedState
     score: float
     kl: float
+    best: float | None = None
+    """`train.best_metric` of the step; None if the step does not have that metric."""
     torch: str
     optimiser: str
     hashes: dict[str, str]
@@ -153,7 +157,7 @@ def to_remove(scores: dict[int, float], keep_last: int, keep_best: int) -> list[
     """Selects the checkpoints that are neither among the newest nor among the best.
 
     Args:
-        scores: mean score by step, for the complete checkpoints of this branch.
+        scores: `train.best_metric` by step, for the complete checkpoints of this branch.
         keep_last: number of newest checkpoints to keep.
         keep_best: number of checkpoints with the highest score to keep in addition.
 
@@ -186,9 +190,14 @@ def read_state(folder: Path, *, verify: bool = True) -> SavedState:
     return content.state
 
 
-def read_score(folder: Path) -> float:
-    """Reads the mean score of the step before the checkpoint."""
-    return _read_file(folder).score
+def read_best(folder: Path, metric: str) -> float:
+    """Reads the value by which `train.keep_best` compares; -∞ if the checkpoint does not have it.
+
+    Checkpoints of earlier versions have only the mean score.
+    """
+    content = _read_file(folder)
+    best = content.score if content.best is None and metric == SCORE else content.best
+    return -math.inf if best is None or math.isnan(best) else best
 
 
 def read_optimiser(folder: Path) -> str:

@@ -45,6 +45,8 @@ class Saved:
     """In bytes."""
     score: float
     kl: float
+    best: float | None
+    """`train.best_metric` of its step."""
     seconds: float
     """From the start of the copy to the rename."""
 
@@ -106,6 +108,7 @@ class Saver:
         *,
         score: float,
         kl: float,
+        best: float | None = None,
     ) -> None:
         """Copies all tensors to host memory and starts to write them in the background.
 
@@ -119,6 +122,7 @@ class Saver:
             optimiser: the policy's optimiser.
             score: mean score of the last step.
             kl: KL of the last step to the reference, in nats per response.
+            best: `train.best_metric` of the last step; None if it does not have that metric.
         """
         self.wait()
         began = time.monotonic()
@@ -137,6 +141,7 @@ class Saver:
             state=copy.deepcopy(state),
             score=score,
             kl=kl,
+            best=best,
             torch=str(torch.__version__),
             optimiser=shards.optimiser_kind(optimiser),
             hashes={},
@@ -264,6 +269,7 @@ class Saver:
             folder=final,
             size=size,
             score=content.score,
+            best=content.best,
             kl=content.kl,
             seconds=time.monotonic() - job.began,
         )

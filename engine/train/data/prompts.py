@@ -72,6 +72,39 @@ class Prompts:
         first = (step - 1) * self._per_step
         return [self._at(first + i) for i in range(self._per_step)]
 
+    @property
+    def all(self) -> list[Prompt]:
+        """All prompts, in the order of the data."""
+        return self._prompts
+
+    @property
+    def texts(self) -> set[str]:
+        """The texts of all prompts."""
+        return {p.text for p in self._prompts}
+
+    def hold_out(self, count: int) -> tuple["Prompts", list[Prompt]]:
+        """Splits off `count` prompts for evaluation; the seed determines which.
+
+        Prompts with the text of one that is held out leave the training prompts as well.
+
+        Returns:
+            The prompts for training, and those that are held out.
+
+        Raises:
+            UserInputError: no prompt would be left for training.
+        """
+        order = permutation(self._seed, "holdout", (), len(self)).tolist()
+        held = [self._prompts[i] for i in sorted(order[:count])]
+        texts = {p.text for p in held}
+        rest = [p for p in self._prompts if p.text not in texts]
+        if not rest or len(held) < count:
+            raise UserInputError(
+                f"eval.holdout ({count}) leaves no prompt of the {len(self)} in data.prompts for "
+                "training: lower it, or give eval.prompts"
+            )
+        kept = Prompts(rest, per_step=self._per_step, shuffle=self._shuffle, seed=self._seed)
+        return kept, held
+
     def find(self, text: str) -> Prompt | None:
         """The first prompt with exactly this :attr:`Prompt.text`, or None."""
         return next((p for p in self._prompts if p.text == text), None)
@@ -91,7 +124,12 @@ class Prompts:
 
 
 def load_prompts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, per_step: int, seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    per_step: int,
+    seed: int,
+    key: str = "data",
 ) -> Prompts:
     """Reads and tokenises all prompts; leaves out those that are empty or too long.
 
@@ -100,11 +138,23 @@ def load_prompts(
         tokenizer: the policy's.
         per_step: prompts of a step, over all ranks.
         seed: determines the order.
+        key: the configuration section that errors name.
 
     Raises:
         UserInputError: the data cannot be read, or has no usable prompt. Names the file, the
             column or the row.
     """
+    try:
+        return _load(config, tokenizer, per_step=per_step, seed=seed)
+    except UserInputError as error:
+        if key == "data":
+            raise
+        raise UserInputError(str(error).replace("data.", f"{key}.", 1)) from error
+
+
+def _load(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, per_step: int, seed: int
+) -> Prompts:
     rows = read_rows(config)
     if config.column not in rows[0]:
         raise UserInputError(

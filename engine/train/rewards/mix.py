@@ -1,7 +1,7 @@
 """The score of a response: the weighted sum of one or more reward sources."""
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from engine.config.schema import RewardSource
 from engine.errors import RewardError
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, model
@@ -43,6 +44,11 @@ class RewardMix:
         self._sources = sources
         self._ranks = ranks
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the sources."""
+        return list(self._sources)
+
     def __call__(
         self, inputs: RewardInputs, report: ReportProgress = lambda _done, _total: None
     ) -> tuple[Tensor, dict[str, list[float | None]]]:
@@ -57,13 +63,11 @@ class RewardMix:
             FunctionError: a source that runs on rank 0 raised.
             PeerRankError: either of these on rank 0, raised on the other ranks.
         """
-        parts: dict[str, list[float | None]] = {}
+        parts = self.parts(inputs, report)
         total = [0.0] * len(inputs)
         scored = [False] * len(inputs)
         for name, source in self._sources.items():
-            scores = self._score(name, source, inputs, report)
-            parts[name] = scores
-            for i, score in enumerate(scores):
+            for i, score in enumerate(parts[name]):
                 if score is not None:
                     total[i] += source.weight * score
                     scored[i] = True
@@ -74,6 +78,15 @@ class RewardMix:
                 f"(prompt: {inputs.batch.prompts[i].text!r}): each returned None"
             )
         return torch.tensor(total, dtype=torch.float32), parts
+
+    def parts(
+        self, inputs: RewardInputs, report: ReportProgress = lambda _done, _total: None
+    ) -> dict[str, list[float | None]]:
+        """The B scores of each source, by name. Raises what calling the mix raises."""
+        return {
+            name: self._score(name, source, inputs, report)
+            for name, source in self._sources.items()
+        }
 
     def _score(
         self, name: str, source: WeightedReward, inputs: RewardInputs, report: ReportProgress
@@ -148,18 +161,28 @@ def validate_scores(name: str, scores: list[Any], inputs: RewardInputs) -> list[
     return numbers
 
 
-def load_rewards(context: LoadContext) -> RewardMix:
-    """Loads every reward source of the configuration, each on the ranks that call it.
+def load_rewards(
+    context: LoadContext,
+    configured: Iterable[RewardSource] | None = None,
+    taken: Iterable[str] = (),
+) -> RewardMix:
+    """Loads reward sources, each on the ranks that call it.
+
+    Args:
+        context: the run.
+        configured: the sources. Default: those of the section `reward`.
+        taken: names of other sources.
 
     Raises:
         UserInputError: a source cannot be loaded.
     """
     sources: dict[str, WeightedReward] = {}
-    for source in context.config.sources():
+    for source in context.config.sources() if configured is None else configured:
         kind = KINDS[source.kind]
         runs_here = kind.runs_on is RunsOn.EVERY_RANK or context.ranks.is_lead
         reward = kind.load(source, context) if runs_here else None
-        name = _unused_name(source.name or kind.default_name(source.value), sources)
+        name = source.name or kind.default_name(source.value)
+        name = _unused_name(name, [*sources, *taken])
         sources[name] = WeightedReward(source.weight, kind.runs_on, reward)
     return RewardMix(sources, context.ranks)
 

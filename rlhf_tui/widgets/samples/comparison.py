@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from engine.journal.rows import ProbeResponse, SampleRow
 from rlhf_tui import format as fmt
-from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
+from rlhf_tui.widgets.lines import Row, flowed, justified, row_width
 from rlhf_tui.widgets.samples.diff import MAX_WORDS, WordDiff, diff_words, marked_lines
 from rlhf_tui.widgets.samples.judgement import judgement_rows
 from rlhf_tui.widgets.wrap import wrap
@@ -71,7 +71,10 @@ def _head(
     numbers = [f"score {fmt.number(row.score, 2)}", f"{row.length} tokens"]
     if (which, target.kind) != ("other", "reference"):  # the reference has no KL to itself
         numbers.insert(1, f"KL {fmt.number(row.kl, 1)}")
-    rows: list[Row] = [justified([(title, "strong")], [("  ".join(numbers), "dim")], width)]
+    heading: Row = [(title, "strong")]
+    values: Row = [("  ".join(numbers), "dim")]
+    one_line = row_width(heading) + row_width(values) < width
+    rows = [justified(heading, values, width)] if one_line else [heading, values]
     if target.better == which:
         rows.append([("✓ better", "good"), (f"   {target.who}", "dim")])
     return rows + (judgement_rows(row.judgement, width) if isinstance(row, SampleRow) else [])
@@ -87,21 +90,23 @@ def _side_by_side(left: list[Row], right: list[Row], half: int) -> list[Row]:
 
 
 def _legend(target: ComparisonTarget, width: int) -> list[Row]:
-    cycle: list[Piece] = [("d ", "key"), ("next", "dim")]
+    cycle: Row = [("d ", "key"), ("next", "dim")]
     if target.row is None:
         return [cycle]
-    keys: list[Piece] = [("y ", "key"), ("this is better  ", "dim")]
-    keys += [("o ", "key"), ("other is better  ", "dim")]
-    if target.kind == "earlier":
-        keys += [("← → ", "key"), ("choose  ", "dim")]
-    keys += cycle
-    legend: list[Piece] = [
+    choose: Row = [("← → ", "key"), ("choose", "dim")]
+    keys: list[Row] = [
+        [("y ", "key"), ("this is better", "dim")],
+        [("o ", "key"), ("other is better", "dim")],
+        *([choose] if target.kind == "earlier" else []),
+        cycle,
+    ]
+    legend: Row = [
         ("only in this", "mine"), ("  ", ""), ("only in other", "theirs"),
         (f"  {target.diff.common} words in common", "dim"),
     ]  # fmt: skip
-    rows: list[Row] = [keys, legend]
-    if row_width(keys) + row_width(legend) + 3 <= width:
-        rows = [[*keys, ("   ", ""), *legend]]
+    rows = [*flowed(keys, width, "  "), legend]
+    if row_width(rows[0]) + row_width(legend) + 3 <= width:
+        rows = [[*rows[0], ("   ", ""), *legend]]
     if target.diff.cut:
         rows.append([(f"only the first {MAX_WORDS:,} words are compared", "warn")])
     return rows

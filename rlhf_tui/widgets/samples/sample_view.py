@@ -1,6 +1,7 @@
 """The view of a sample: text, token values, judgement, and comparison with another response."""
 
 import math
+from collections.abc import Sequence
 
 from rich.cells import cell_len
 
@@ -8,7 +9,7 @@ from engine.journal.rows import SampleRow
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui import format as fmt
 from rlhf_tui.text import sanitise
-from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.lines import Piece, Row, flowed
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.judgement import judgement_rows, key_of
 from rlhf_tui.widgets.table import ScrollText
@@ -26,22 +27,37 @@ UNDEFINED = "bad"
 class SampleView(ScrollText):
     """Shows a sample. :attr:`mode` is one of :data:`VIEWS`."""
 
+    with_scrollbar = True
+
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id)
         self.sample: SampleRow | None = None
         self.arrays: TokenArrays | None = None
+        self.kept: Sequence[int] | None = None
+        """Which samples of the step have token values, by index; None until it is read."""
         self.mode = VIEWS[0]
         self.beside: ComparisonTarget | None = None
         """The comparison that is shown with the text, if any."""
 
-    def read(self, sample: SampleRow | None, arrays: TokenArrays | None) -> None:
-        """Shows a sample, without `arrays` as text only. Another sample ends the comparison."""
+    def read(
+        self,
+        sample: SampleRow | None,
+        arrays: TokenArrays | None = None,
+        kept: Sequence[int] | None = None,
+    ) -> None:
+        """Shows a sample. Another sample ends the comparison.
+
+        Args:
+            sample: None for none.
+            arrays: its token values; None: not kept, or not read yet.
+            kept: which samples of the step have token values, by index; None until it is read.
+        """
         same = (
             sample is not None and self.sample is not None and key_of(sample) == key_of(self.sample)
         )
         if not same:
             self.beside = None
-        self.sample, self.arrays = sample, arrays
+        self.sample, self.arrays, self.kept = sample, arrays, kept
         self._lay_out(keep=same)
 
     def compare(self, beside: ComparisonTarget | None) -> None:
@@ -81,34 +97,56 @@ class SampleView(ScrollText):
         if self.beside is not None and self.comparing:
             lines = comparison(self.sample, self.beside, width)
         else:
-            lines = body(self.sample, self.arrays, self.mode, width)
+            lines = body(self.sample, self.arrays, self.mode, width, self.kept)
         self.set_body([[(" ", ""), *row] for row in lines], keep=keep)
 
 
-def body(sample: SampleRow, arrays: TokenArrays | None, mode: str, width: int) -> list[Row]:
-    """All lines of a sample in a view other than a comparison."""
+def body(
+    sample: SampleRow,
+    arrays: TokenArrays | None,
+    mode: str,
+    width: int,
+    kept: Sequence[int] | None = None,
+) -> list[Row]:
+    """All lines of a sample in a view other than a comparison.
+
+    Without `arrays` the response is plain text in every view, below which samples of the step have
+    token values (`kept`, None: not known yet).
+    """
     s = sample
-    rows: list[Row] = [
-        [
-            ("score ", "dim"), (fmt.number(s.score), "strong"),
-            ("   KL ", "dim"), (f"{fmt.number(s.kl, 2)} nats", "strong"),
-            ("   length ", "dim"), (str(s.length), "strong"),
-            ("   ended" if s.ended else "   ✂ cut off", "dim" if s.ended else "warn"),
-        ],
-        *judgement_rows(s.judgement, width),
-    ]  # fmt: skip
+    numbers: list[Row] = [
+        [("score ", "dim"), (fmt.number(s.score), "strong")],
+        [("KL ", "dim"), (f"{fmt.number(s.kl, 2)} nats", "strong")],
+        [("length ", "dim"), (str(s.length), "strong")],
+        [("ended", "dim") if s.ended else ("✂ cut off", "warn")],
+    ]
+    rows = [*flowed(numbers, width), *judgement_rows(s.judgement, width)]
     if len(s.parts) > 1:
-        parts: list[Piece] = []
-        for name, value in s.parts.items():
-            parts += [(f"{name} ", "dim"), (f"{fmt.number(value)}   ", "")]
-        rows.append(parts)
+        parts = [[(f"{name} ", "dim"), (fmt.number(value), "")] for name, value in s.parts.items()]
+        rows += flowed(parts, width)
     rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s.prompt, width)), []]
-    if mode == VIEWS[0]:
-        return [*rows, [("RESPONSE", "dim")], *([(line, "")] for line in wrap(s.response, width))]
-    if arrays is None:
-        reason = "no token values were kept for this response (log.arrays: how many per step)"
-        return [*rows, *([(line, "warn")] for line in wrap(reason, width))]
-    return [*rows, *token_rows(arrays, mode, width)]
+    if mode != VIEWS[0] and arrays is not None:
+        return [*rows, *token_rows(arrays, mode, width)]
+    if mode != VIEWS[0] and kept is not None:
+        rows += [[(line, "warn")] for line in wrap(_not_kept(s, kept), width)]
+        rows.append([])
+    return [*rows, [("RESPONSE", "dim")], *([(line, "")] for line in wrap(s.response, width))]
+
+
+def _not_kept(sample: SampleRow, kept: Sequence[int]) -> str:
+    others = f"kept are {spans(kept)}" if kept else "none are of this step"
+    return f"token values of #{sample.index} were not kept; {others} (log.arrays)"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Increasing numbers in short: `#0–3 #7`."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1] = found[-1][0], number
+        else:
+            found.append((number, number))
+    return " ".join(f"#{a}" if a == b else f"#{a}–{b}" for a, b in found)
 
 
 def values_of(arrays: TokenArrays, mode: str) -> list[float]:

@@ -1,0 +1,200 @@
+"""Evaluates the policy on held-out prompts.
+
+An evaluation depends on the weights, the configuration and nothing else: it has random streams of
+its own, always the same ones, and leaves no trace in the run. So the evaluation of a checkpoint
+gives the numbers that the run gave at its step.
+"""
+
+import itertools
+import math
+import time
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from engine import metrics as names
+from engine.protocol.rank_messages import Sample
+from engine.train.data.prompts import Prompt
+from engine.train.data.randomness import derived_seed
+from engine.train.evaluation.held_out import HeldOut
+from engine.train.ppo import masked
+from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.metrics import distinct_2
+from engine.train.rewards.normalise import Normaliser
+from engine.train.rewards.source import RewardInputs
+from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.run import Run
+
+PHASE = "evaluate"
+GREEDY_TEMPERATURE = 1e-6
+"""Leaves the most likely token with probability 1 in float32, unless logits differ by less than
+1e-4."""
+KL_TEMPERATURE = 1.0
+"""Of the log-probabilities under both models, so that a change of `rollout.temperature` during the
+run does not move the curve."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of one evaluation; empty at steps without one."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    """All responses, without per-token arrays; none on ranks other than 0."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The responses to a part of the prompts."""
+
+    rollout: Rollout
+    scores: Tensor
+    """(B,) float32, as for training."""
+    kl: Tensor
+    """(B,) float32: nats per response."""
+    parts: dict[str, list[float | None]]
+
+
+def evaluate_if_due(run: Run, step: int) -> Evaluation:
+    """Evaluates after a step if `eval.every` says so; step 0 is before the first step."""
+    every = run.config.eval.every
+    if run.held_out is None or not every or step % every:
+        return Evaluation()
+    return evaluate(run, run.held_out, step)
+
+
+def evaluate(run: Run, held_out: HeldOut, step: int) -> Evaluation:
+    """Generates, scores and summarises responses to the held-out prompts; all ranks call it.
+
+    Args:
+        run: the run; it is not changed.
+        held_out: the prompts and reward sources.
+        step: the last finished step, for reward functions and progress.
+    """
+    started = time.perf_counter()
+    report = run.announce(step, PHASE)
+    parts = [
+        _respond(run, held_out, step, number, prompts, report)
+        for number, prompts in enumerate(_batches(run, held_out.prompts))
+    ]
+    metrics = _summarise(parts, run.config.eval.per_prompt)
+    metrics[names.EVAL_TIME] = time.perf_counter() - started
+    return Evaluation(metrics, _samples(parts) if run.ranks.is_lead else [])
+
+
+def _batches(run: Run, prompts: list[Prompt]) -> list[list[Prompt]]:
+    """Splits the prompts into parts of nearly equal size, with at most a step's responses each.
+
+    No part has fewer prompts than there are ranks, since each rank needs one.
+    """
+    config = run.config
+    most = max(run.ranks.size, config.rollout.batch_size // config.eval.per_prompt)
+    count = min(math.ceil(len(prompts) / most), max(1, len(prompts) // run.ranks.size))
+    bounds = [len(prompts) * i // count for i in range(count + 1)]
+    return [prompts[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def _respond(
+    run: Run,
+    held_out: HeldOut,
+    step: int,
+    number: int,
+    prompts: list[Prompt],
+    report: ReportProgress,
+) -> _Scored:
+    """Generates and scores the responses to part `number` of the prompts."""
+    config, state, ranks = run.config, run.state, run.ranks
+    evaluation, size = config.eval, config.ppo.micro_batch_size
+    options = SamplingOptions(
+        seed=derived_seed(evaluation.seed, "evaluation", number),
+        step=0,
+        temperature=evaluation.temperature or GREEDY_TEMPERATURE,
+        max_new_tokens=evaluation.max_new_tokens or config.rollout.max_new_tokens,
+        per_prompt=evaluation.per_prompt,
+    )
+    rollout = generate_responses(
+        run.backend, run.policy, prompts, options, run.tokenizer, ranks, report
+    )
+    inputs = RewardInputs.of(rollout, step)
+    raw, parts = run.rewards(inputs, report)
+    normalise = Normaliser(state.reward_mean, state.reward_std)
+    scores = normalise(raw.to(run.device), config.reward, rollout.ended)
+    parts = parts if len(parts) > 1 else {}
+    if held_out.rewards is not None:
+        parts = parts | held_out.rewards.parts(inputs, report)
+    rows = ranks.strided_share(rollout.rows)
+    logprobs, reference = (
+        ranks.all_reduce_sum(
+            score_tokens(model, rollout, KL_TEMPERATURE, size, rows=rows, want="logits")[0]
+        )
+        for model in (run.policy, run.reference)
+    )
+    return _Scored(rollout, scores, masked.sequence_kl(logprobs, reference, rollout.mask), parts)
+
+
+def _summarise(parts: list[_Scored], per_prompt: int) -> dict[str, float]:
+    scores = [s for p in parts for s in p.scores.tolist()]
+    kl = [k for p in parts for k in p.kl.tolist()]
+    lengths = [n for p in parts for n in p.rollout.lengths.tolist()]
+    ended = [e for p in parts for e in p.rollout.ended.tolist()]
+    metrics = {
+        names.EVAL_SCORE: _mean(scores),
+        names.EVAL_KL: _mean(kl),
+        names.EVAL_LENGTH: _mean(lengths),
+        names.EVAL_TRUNCATED: 1 - _mean(ended),
+        names.EVAL_DISTINCT_2: distinct_2([t for p in parts for t in p.rollout.texts]),
+    }
+    interval = confidence_interval(scores, per_prompt)
+    if interval is not None:
+        metrics[names.EVAL_SCORE_CI] = interval
+    for name in parts[0].parts:
+        given = [s for p in parts for s in p.parts[name] if s is not None]
+        if given:
+            metrics[names.EVAL_SOURCE.replace("NAME", name)] = _mean(given)
+    return metrics
+
+
+def confidence_interval(scores: list[float], per_prompt: int) -> float | None:
+    """Half the width of the 95 % confidence interval of the mean score.
+
+    Responses to one prompt are not independent, so the standard error is that of the prompts'
+    means (Miller 2024, "Adding error bars to evals", arXiv 2411.00640).
+
+    Args:
+        scores: B scores, those of one prompt adjacent.
+        per_prompt: responses to each prompt.
+
+    Returns:
+        1.96 standard errors, or None for a single prompt.
+    """
+    means = [_mean(scores[i : i + per_prompt]) for i in range(0, len(scores), per_prompt)]
+    if len(means) < 2:
+        return None
+    centre = _mean(means)
+    variance = sum((m - centre) ** 2 for m in means) / (len(means) - 1)
+    return 1.96 * math.sqrt(variance / len(means))
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _samples(parts: list[_Scored]) -> list[Sample]:
+    samples: list[Sample] = []
+    for part in parts:
+        rollout, kl = part.rollout, part.kl.tolist()
+        for i, score in enumerate(part.scores.tolist()):
+            samples.append(
+                Sample(
+                    index=len(samples),
+                    prompt=rollout.batch.prompts[i].text,
+                    response=rollout.texts[i],
+                    score=score,
+                    kl=kl[i],
+                    length=int(rollout.lengths[i]),
+                    ended=bool(rollout.ended[i]),
+                    parts={name: scores[i] for name, scores in part.parts.items()},
+                )
+            )
+    return samples

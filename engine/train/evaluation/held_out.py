@@ -1,0 +1,90 @@
+"""What an evaluation needs besides the run: its prompts and its own reward sources."""
+
+import logging
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.schema import DataConfig, RunConfig
+from engine.errors import UserInputError
+from engine.train.data.prompts import Prompt, Prompts, load_prompts
+from engine.train.distributed.ranks import RankGroup
+from engine.train.rewards.mix import RewardMix
+
+log = logging.getLogger("engine")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The evaluation's part of a run."""
+
+    prompts: list[Prompt]
+    """None of them has the text of a prompt that is trained on."""
+    rewards: RewardMix | None
+    """The sources of `eval.rewards`; None if there are none."""
+
+
+def split_prompts(
+    config: RunConfig, prompts: Prompts, tokenizer: PreTrainedTokenizerBase, ranks: RankGroup
+) -> tuple[Prompts, list[Prompt]]:
+    """Separates the prompts to train on from those to evaluate; the same on every rank.
+
+    Args:
+        config: the sections `data` and `eval`.
+        prompts: all prompts of `data.prompts`.
+        tokenizer: the policy's.
+        ranks: rank 0 reads the file of `eval.prompts`.
+
+    Returns:
+        The prompts for training, and those for evaluation: none without an evaluation.
+
+    Raises:
+        UserInputError: the prompts cannot be read, too few are left for training or for the ranks,
+            or each prompt of `eval.prompts` is also trained on.
+    """
+    evaluation = config.eval
+    held_out: list[Prompt] = []
+    if evaluation.holdout:
+        prompts, held_out = prompts.hold_out(evaluation.holdout)
+    if not evaluation.every:
+        return prompts, []
+    if evaluation.prompts is not None:
+        held_out = _read(config, prompts, tokenizer, ranks)
+    held_out = held_out[: evaluation.max_prompts]
+    if len(held_out) < ranks.size:
+        raise UserInputError(
+            f"{ranks.size} ranks need at least {ranks.size} prompts to evaluate, and there are "
+            f"{len(held_out)}: give more by eval.prompts or eval.holdout"
+        )
+    return prompts, held_out
+
+
+def _read(
+    config: RunConfig, trained: Prompts, tokenizer: PreTrainedTokenizerBase, ranks: RankGroup
+) -> list[Prompt]:
+    evaluation = config.eval
+    data = DataConfig(
+        prompts=evaluation.prompts or "",
+        column=evaluation.column or config.data.column,
+        split=evaluation.split,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        shuffle=False,
+    )
+    if ranks.is_lead:
+        loaded = load_prompts(data, tokenizer, per_step=1, seed=0, key="eval")
+        if ranks.size > 1:
+            ranks.broadcast_bytes(loaded.pack())
+    else:
+        loaded = Prompts.unpack(ranks.broadcast_bytes())
+    texts = trained.texts
+    unseen = [p for p in loaded.all if p.text not in texts]
+    if not unseen:
+        raise UserInputError(
+            f"eval.prompts: each of the {len(loaded)} prompts in {evaluation.prompts} is in "
+            "data.prompts too, so none is held out"
+        )
+    if left_out := len(loaded) - len(unseen):
+        log.warning(
+            "%d of %d prompts are not evaluated: they are trained on", left_out, len(loaded)
+        )
+    return unseen

@@ -1,0 +1,53 @@
+"""Evaluates a checkpoint: ``python -m engine.train.evaluation.program SESSION_FOLDER STEP``.
+
+Reads the configuration as JSON on standard input. The last line of standard output is a JSON object
+with `metrics` and `samples`, or with `error`. Reads the session and writes nothing to it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+from transformers.utils.logging import disable_progress_bar
+
+from engine.config.schema import RunConfig
+from engine.errors import RlhfError
+from engine.protocol.rank_messages import Begin
+from engine.session.folder import Session
+from engine.train.distributed.ranks import RankGroup
+from engine.train.evaluation.evaluate import evaluate
+from engine.train.load import load_run
+from engine.train.rollout.rollout import ReportProgress
+
+
+def main() -> None:
+    """Evaluates one checkpoint and prints the result."""
+    disable_progress_bar()
+    folder, step = Path(sys.argv[1]), int(sys.argv[2])
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=RunConfig)
+    try:
+        result = _evaluated(Session(folder), config, step)
+    except RlhfError as error:
+        result = {"error": str(error), "exit_code": error.exit_code}
+    sys.stdout.write(f"\n{json.dumps(result)}\n")
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads may keep the interpreter from ending
+
+
+def _evaluated(session: Session, config: RunConfig, step: int) -> dict[str, object]:
+    ranks = RankGroup(config.launch)
+    run = load_run(session, config, Begin(attempt=1, from_step=step), ranks, _report)
+    if run.held_out is None:
+        raise TypeError("the configuration has no evaluation; the caller must check that")
+    evaluation = evaluate(run, run.held_out, step)
+    return {"metrics": evaluation.metrics, "samples": msgspec.to_builtins(evaluation.samples)}
+
+
+def _report(_step: int, _phase: str, *_progress: int) -> ReportProgress:
+    return lambda _done, _total: None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The command that evaluates a checkpoint on held-out prompts: eval."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from engine.config import file as config_file
+from engine.config.schema import RunConfig
+from engine.errors import RlhfError, UserInputError
+from engine.launch.environment import clean_environment, rank_environment
+from engine.launch.start import last_checkpoint
+from engine.metrics import EVAL_TIME, describe
+from engine.session.checkpoints import complete_checkpoints
+from engine.session.folder import Session
+from rlhf_tui import format as fmt
+from rlhf_tui.commands.options import (
+    existing,
+    json_option,
+    name_argument,
+    override_option,
+    print_json,
+    say,
+    sessions_option,
+)
+
+
+@click.command("eval")
+@name_argument
+@sessions_option
+@click.option(
+    "--step", type=click.IntRange(min=1), metavar="STEP",
+    help="The checkpoint to evaluate. Default: the last one.",
+)  # fmt: skip
+@override_option
+@json_option
+def evaluate(
+    root: Path, name: str, step: int | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Evaluate a checkpoint on held-out prompts.
+
+    Uses the section eval of the session's configuration and changes nothing in the session.
+    """
+    session = existing(root, name)
+    config = evaluation_config(session.config(), overrides)
+    steps = list(complete_checkpoints(session.checkpoints))
+    chosen = last_checkpoint(session) if step is None else step
+    if chosen not in steps:
+        listed = ", ".join(map(str, steps)) or "none yet"
+        raise UserInputError(
+            f"session '{name}' has no checkpoint of step {chosen}; it has: {listed}"
+        )
+    result = run_program(session, config, chosen)
+    if as_json:
+        print_json({"step": chosen} | result)
+        return
+    say(f"step {chosen}, {len(result['samples'])} responses to held-out prompts")
+    rows = [
+        [metric, fmt.number(value, describe(metric).digits), describe(metric).unit]
+        for metric, value in result["metrics"].items()
+        if metric != EVAL_TIME
+    ]
+    say(fmt.table(rows, ["metric", "value", "unit"]))
+
+
+def evaluation_config(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
+    """The configuration of an evaluation by one rank.
+
+    Raises:
+        ConfigError: an override is wrong.
+        UserInputError: the configuration has no held-out prompts.
+    """
+    config = config_file.override(config, overrides)
+    if config.eval.prompts is None and not config.eval.holdout:
+        raise UserInputError(
+            "this run has no held-out prompts; give some: -o eval.prompts=FILE (and -o eval.column)"
+        )
+    every = config.eval.every or 1
+    launch = msgspec.structs.replace(config.launch, processes=1, nodes=1, rendezvous=None)
+    evaluation = msgspec.structs.replace(config.eval, every=every)
+    return msgspec.structs.replace(config, eval=evaluation, launch=launch)
+
+
+def run_program(session: Session, config: RunConfig, step: int) -> dict[str, Any]:
+    """Evaluates in a subprocess, as this process never imports torch.
+
+    Returns:
+        `metrics` by name, and `samples` as `samples --json` prints them. A mapping, because the
+        metrics depend on the reward sources.
+
+    Raises:
+        UserInputError: the evaluation's prompts or reward sources cannot be used.
+        RlhfError: the checkpoint cannot be used, or the subprocess failed.
+    """
+    module = [sys.executable, "-m", "engine.train.evaluation.program"]
+    done = subprocess.run(  # noqa: S603 - our own module
+        [*module, str(session.folder), str(step)],
+        input=msgspec.json.encode(config),
+        env=clean_environment() | rank_environment(config.launch),
+        capture_output=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines() or [b""]
+    if done.returncode or not lines[-1].startswith(b"{"):
+        errors = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise RlhfError(f"the evaluation failed: {errors[-1]}")
+    result: dict[str, Any] = json.loads(lines[-1])
+    if "error" in result:
+        kind = UserInputError if result["exit_code"] == UserInputError.exit_code else RlhfError
+        raise kind(result["error"])
+    return result

@@ -1,0 +1,22 @@
+"""A run with held-out evaluations, and the evaluation of its checkpoints by the command line."""
+
+EVALUATED = ("eval.every=4", "eval.holdout=4", "eval.per_prompt=2", "train.best_metric=eval/score")
+
+
+def test_a_checkpoint_is_evaluated_to_the_numbers_of_its_step(lab):
+    run = lab.run("evaluated", *EVALUATED, steps=4)
+    run.start()
+    run.finish()
+    with run.reader() as reader:
+        names = [n for n in reader.metric_names() if n.startswith("eval/")]
+        curves = {name: dict(reader.series(name)) for name in names}
+        kept = [s.as_json() for s in reader.samples.evaluated(4)]
+    assert all(set(curve) == {0, 4} for curve in curves.values())
+    again = lab.json("eval", run.name, "--step", 4)
+    assert {n: again["metrics"][n] for n in names} == {n: curves[n][4] for n in names}
+    assert [s["response"] for s in again["samples"]] == [s["response"] for s in kept]
+    assert [s["score"] for s in again["samples"]] == [s["score"] for s in kept]
+    assert len(kept) == 8
+    assert [s["step"] for s in lab.json("samples", run.name, "--eval")] == [0] * 8 + [4] * 8
+    missing = lab.cli("eval", run.name, "--step", 3)
+    assert (missing.returncode, "it has: 4" in missing.stderr) == (2, True)

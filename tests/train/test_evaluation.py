@@ -1,0 +1,104 @@
+"""Held-out evaluation: what is held out is never trained on, and the numbers repeat."""
+
+import json
+
+import pytest
+import torch
+
+from engine.errors import UserInputError
+from engine.protocol.rank_messages import Begin
+from engine.train.boundary import Boundary
+from engine.train.evaluation.evaluate import confidence_interval, evaluate_if_due
+from engine.train.link import Link
+from engine.train.step import train_step
+
+EVALUATED = ("eval.every=1", "eval.holdout=6", "eval.per_prompt=2", "data.shuffle=true")
+
+
+def texts(prompts):
+    return {p.text for p in prompts}
+
+
+def test_held_out_prompts_are_in_no_step(make_run):
+    run, _ = make_run(*EVALUATED)
+    held_out = texts(run.held_out.prompts)
+    passes = -(-2 * len(run.prompts) // 8)
+    trained = set().union(*(texts(run.prompts.for_step(s)) for s in range(1, passes + 1)))
+    assert len(held_out) == 6
+    assert trained == run.prompts.texts
+    assert not trained & held_out
+
+
+def test_prompts_of_a_file_that_are_trained_on_are_left_out(make_run, write_prompts):
+    trained = write_prompts("a.jsonl", '{"prompt": "The food"}\n{"prompt": "The room"}\n')
+    other = write_prompts("b.jsonl", '{"prompt": "The room"}\n{"prompt": "The sound"}\n')
+    run, _ = make_run(f"data.prompts={trained}", f"eval.prompts={other}", "eval.every=1")
+    assert texts(run.held_out.prompts) == {"The sound"}
+
+
+def test_without_a_prompt_that_is_not_trained_on_the_start_is_refused(make_run, write_prompts):
+    same = write_prompts("a.jsonl", '{"prompt": "The food"}\n')
+    with pytest.raises(UserInputError, match="none is held out"):
+        make_run(f"data.prompts={same}", f"eval.prompts={same}", "eval.every=1")
+
+
+def test_an_evaluation_repeats_bit_for_bit_and_leaves_no_trace(make_run, assert_same_step):
+    run, _ = make_run(*EVALUATED)
+    again, _ = make_run(*EVALUATED)
+    train_step(run, 1)
+    train_step(again, 1)
+    first, second = evaluate_if_due(run, 1), evaluate_if_due(run, 1)
+    assert first.samples == second.samples
+    assert len(first.samples) == 12
+    for name, value in first.metrics.items():
+        assert name == "time/evaluate" or second.metrics[name] == value
+    assert_same_step(run, again, 2)  # one with an evaluation in between, one without
+
+
+def test_before_the_first_step_the_policy_is_the_reference(make_run):
+    run, _ = make_run(*EVALUATED)
+    evaluation = evaluate_if_due(run, 0)
+    assert evaluation.metrics["eval/kl"] == pytest.approx(0, abs=1e-4)
+    mean = sum(s.score for s in evaluation.samples) / len(evaluation.samples)
+    assert evaluation.metrics["eval/score"] == pytest.approx(mean)
+
+
+def test_greedy_responses_do_not_depend_on_the_seed(make_run):
+    run, _ = make_run(*EVALUATED, "eval.temperature=0")
+    other, _ = make_run(*EVALUATED, "eval.temperature=0", "eval.seed=5")
+    ours, theirs = (evaluate_if_due(r, 0).samples for r in (run, other))
+    assert [s.response for s in ours] == [s.response for s in theirs]
+
+
+def test_a_watched_source_is_reported_and_changes_no_score(make_run):
+    watched = "eval.rewards=[{model: 'starter:reward', name: watched, weight: 9}]"
+    run, _ = make_run(*EVALUATED, watched)
+    plain, _ = make_run(*EVALUATED)
+    ours, theirs = evaluate_if_due(run, 0), evaluate_if_due(plain, 0)
+    assert ours.metrics["eval/score"] == theirs.metrics["eval/score"]
+    assert ours.metrics["eval/reward/watched"] == pytest.approx(ours.metrics["eval/score"])
+    assert ours.samples[0].parts["watched"] == pytest.approx(ours.samples[0].score, abs=1e-5)
+
+
+def test_the_interval_is_that_of_the_prompts_means():
+    scores = [1.0, 3.0, 4.0, 8.0, 0.0, 2.0]
+    means = torch.tensor([2.0, 6.0, 1.0])
+    expected = 1.96 * float(means.std()) / 3**0.5
+    assert confidence_interval(scores, 2) == pytest.approx(expected)
+    assert confidence_interval([1.0, 2.0], 2) is None
+
+
+def test_the_run_ends_when_a_metric_has_reached_its_aim(make_run):
+    run, session = make_run("train.stop_at={metric: objective/scores, above: -100}")
+    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
+    metrics, _ = train_step(run, 1)
+    boundary.after_step(1, metrics, 0.1)
+    assert not boundary.before_step()
+    boundary.close()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_step_that_is_not_due_has_no_evaluation(make_run, step):
+    run, _ = make_run("eval.every=3", "eval.holdout=4")
+    assert not evaluate_if_due(run, step).metrics
+    assert json.dumps(evaluate_if_due(run, step).samples) == "[]"
