@@ -19,6 +19,8 @@ from engine.train.rollout.stop_criteria import StopCriteria
 
 VIEWS = 4
 """Lengths of the cache, with fixed shapes: a token attends to the first quarter, half, ..."""
+ALIGNMENT = 16
+"""Lengths are multiples of it, or CUDA's attention kernels would copy the mask to pad it."""
 FEWEST_SLOTS = 8
 """With fixed shapes, the number of slots is halved until here as responses end."""
 REFILL_SHARE = 8
@@ -103,11 +105,14 @@ class Decoder:
         if self._count < responses.count:  # so that positions are not moved at every look
             room += max(responses.limit // 2, schedule.look_every)
         self._capacity = self._width + room
-        self._places = torch.arange(self._capacity, device=self._device)
-        self._place = torch.zeros(1, dtype=torch.int64, device=self._device)
         layers = full_attention_layers(preallocated_cache(model.lm.config, self._capacity))
         self._can_refill = layers is not None
         self._fixed = schedule.fixed_shapes and self._can_refill and takes_any_mask(model)
+        if self._fixed:
+            unit = VIEWS * ALIGNMENT
+            self._capacity = -(-self._capacity // unit) * unit
+        self._places = torch.arange(self._capacity, device=self._device)
+        self._place = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._look_every = schedule.look_every
         self._step = GraphedFunction(
             self._fixed_step if self._fixed else self._exact_step,
@@ -210,10 +215,10 @@ class Decoder:
             # The next prompts still need their width before the clock.
             first = min(held.start for held in live)
             self._move_to_front(min(first, self.clock - self._width))
-        unit = -(-self._capacity // VIEWS)
         for _ in range(steps):
             if self._fixed:
-                self._view = min(self._capacity, (self.clock // unit + 1) * unit)
+                unit = self._capacity // VIEWS
+                self._view = (self.clock // unit + 1) * unit
             self._step((len(self._held), self._view))
             self.clock += 1
         return steps
