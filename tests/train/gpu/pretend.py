@@ -163,6 +163,17 @@ def leaves(arguments):
             yield x
 
 
+def set_data(tensor, data):
+    """`tensor.data = data`; torch can do that for the two devices of a real machine."""
+    if isinstance(tensor, GpuTensor) == isinstance(data, GpuTensor):
+        tensor.data = data
+        return
+    new = data.detach()
+    if isinstance(tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, new)
+
+
 def names_gpu(device):
     return device is not None and torch.device(device).type == "cuda"
 
@@ -200,6 +211,8 @@ class PretendGpu(TorchFunctionMode):
             return self._to(args[0], "cpu").tolist()
         if func is torch.Tensor.numpy and isinstance(args[0], GpuTensor):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if getattr(func, "__self__", None) is torch.Tensor.data and len(args) == 2:  # assigned
+            return set_data(*args)
         if names_gpu(kwargs.get("device")):  # a new tensor
             kwargs = {**kwargs, "device": "cpu"}
             made = func(*args, **kwargs)

@@ -37,6 +37,7 @@ VARIANTS = {
         "reward.missing_eos_penalty=1",
     ],
     "stop strings": ["rollout.stop=[' the', 'e']", "ppo.stop_kl=10"],
+    "two responses at once": ["rollout.at_once=2", "rollout.max_new_tokens=12"],
 }  # fmt: skip
 
 
