@@ -92,13 +92,14 @@ def score_tokens(
     logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
     rows = rollout.rows if rows is None else rows
     done = 0
-    for micro in by_length(rollout, rows, size):
-        logprob, value, width = rollout_forward(model, rollout, micro, temperature, want=want)
-        there = micro.to(logprobs.device)
-        logprobs[there, :width] = logprob
-        if value is not None:
-            values[there, :width] = value
-        done += len(micro)
-        report(done, len(rows))
+    with model.autocast(logprobs.device.type):  # casts weights once for all micro-batches
+        for micro in by_length(rollout, rows, size):
+            logprob, value, width = rollout_forward(model, rollout, micro, temperature, want=want)
+            there = micro.to(logprobs.device)
+            logprobs[there, :width] = logprob
+            if value is not None:
+                values[there, :width] = value
+            done += len(micro)
+            report(done, len(rows))
     mask = rollout.mask
     return logprobs * mask, values * mask

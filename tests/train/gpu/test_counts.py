@@ -24,7 +24,7 @@ def on_gpu(make_run, tiny_model, few_prompts):
     with pretend_gpu() as gpu:
         run, _ = make_run(
             f"model.policy={tiny_model}", f"data.prompts={few_prompts}", "ppo.micro_batch_size=2",
-            "ppo.epochs=1", "ppo.minibatches=2", "rollout.batch_size=4", "rollout.max_new_tokens=6",
+            "launch.device=cpu", "ppo.epochs=1", "ppo.minibatches=2", "rollout.batch_size=4", "rollout.max_new_tokens=6",
             "model.dtype=bfloat16", device=GPU,
         )  # fmt: skip
         yield gpu, run
@@ -95,7 +95,7 @@ def test_the_host_waits_for_the_mask_of_a_micro_batch_and_the_sums_of_a_minibatc
 
     def score(rows):
         before = gpu.counts()
-        score_tokens(run.reference, rollout, 1.0, 2, rows=rollout.rows[:rows], want="logits")
+        score_tokens(run.policy, rollout, 1.0, 2, rows=rollout.rows[:rows], want="logits")
         return gpu.counts() - before
 
     train(2)  # the first makes the gradients
