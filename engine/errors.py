@@ -10,7 +10,8 @@
     │   ├── NoSuchSessionError    no such session, or no live engine; exit code 3
     │   ├── SessionLockedError    another engine holds the session
     │   └── JournalError          the journal cannot be read or written
-    ├── CheckpointError           a checkpoint is missing, damaged or cannot be written
+    ├── CheckpointError           a checkpoint is missing or cannot be used or written
+    │   └── DamagedCheckpointError    its files are not as they were written
     ├── RewardError               a reward source returned unusable rewards
     ├── LinkError                 a connection between two processes failed
     └── CommandRejectedError      an operator's command cannot be executed
@@ -18,11 +19,26 @@
 Each message is one sentence that names the cause and a remedy. It is shown to the user unchanged.
 """
 
+MAX_CONFIG_ERROR = 600
+"""Characters of the message of a :class:`ConfigError`."""
+
 
 class RlhfError(Exception):
     """Base class of all exceptions that this software raises."""
 
     exit_code = 1
+
+
+def error_text(error: BaseException) -> str:
+    """The message of an exception of somebody else's code, as text that can be sent and stored.
+
+    Its `__str__` may itself raise, and its text may hold surrogates.
+    """
+    try:
+        text = str(error)
+    except Exception as problem:
+        text = f"(its message cannot be shown: {type(problem).__name__})"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UserInputError(RlhfError):
@@ -32,7 +48,16 @@ class UserInputError(RlhfError):
 
 
 class ConfigError(UserInputError):
-    """A configuration key, its type or its range is wrong."""
+    """A configuration key, its type or its range is wrong.
+
+    The message repeats what the user wrote, so it is cut in the middle if it is very long.
+    """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MAX_CONFIG_ERROR:
+            half = MAX_CONFIG_ERROR // 2
+            text = f"{text[:half]} … {text[-half:]}"
+        super().__init__(text)
 
 
 class SessionNameError(UserInputError):
@@ -58,7 +83,11 @@ class JournalError(SessionError):
 
 
 class CheckpointError(RlhfError):
-    """A checkpoint is missing, damaged or cannot be written."""
+    """A checkpoint is missing or cannot be used or written."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Files of a checkpoint are not as they were written; an older checkpoint may be whole."""
 
 
 class RewardError(RlhfError):

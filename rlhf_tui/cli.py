@@ -4,17 +4,20 @@ The commands are functions in :mod:`rlhf_tui.commands`. This module finds them a
 one line and an exit code.
 """
 
+import contextlib
 import importlib
 import os
+import sqlite3
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from engine import __version__
-from engine.errors import RlhfError
-from rlhf_tui.commands.options import sessions_option
+from engine.errors import RlhfError, UserInputError
+from rlhf_tui.commands.options import colors_option, sessions_option
 from rlhf_tui.text import one_line
 
 COMMANDS = {
@@ -25,6 +28,9 @@ COMMANDS = {
 }  # fmt: skip
 """Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,
 which keeps the start of attach short."""
+
+LONGEST_ERROR = 1000
+"""Characters of an error line: one that repeats the input may be as long as that."""
 
 
 class Commands(click.Group):
@@ -43,6 +49,17 @@ class Commands(click.Group):
         command: click.Command = getattr(module, name)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command. Raises ReaderGoneError where click would exit with 1."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderGoneError from error
+
+
+class ReaderGoneError(Exception):
+    """Whoever read the output has closed the pipe, as `head` does, which is no error."""
+
 
 @click.group(
     cls=Commands,
@@ -50,6 +67,7 @@ class Commands(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @sessions_option
+@colors_option
 @click.pass_context
 @click.version_option(__version__, prog_name="rlhf-tui")
 def cli(context: click.Context, root: Path) -> None:
@@ -72,8 +90,10 @@ def main() -> None:
     Exit codes: 0 success, 1 failure, 2 wrong input, 3 no such session or engine, 4 timeout,
     130 interrupted.
     """
+    open_standard_files()
     try:
         cli.main(standalone_mode=False)
+        sys.stdout.flush()  # here, where an error is still told in one line
     except RlhfError as error:
         _exit(str(error), error.exit_code)
     except click.UsageError as error:
@@ -83,14 +103,46 @@ def main() -> None:
         _exit(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
         _exit("interrupted", 130)
-    except BrokenPipeError:
-        # The reader has closed the pipe, which is no error. Without stdout, Python does not flush.
-        sys.stdout = None
+    except (ReaderGoneError, BrokenPipeError):
+        _discard_output()
         sys.exit(0)
+    except UnicodeEncodeError:
+        _exit("an argument is not valid UTF-8; give text in UTF-8", UserInputError.exit_code)
+    except (OSError, sqlite3.Error) as error:
+        _discard_output()  # it may be what cannot be written
+        _exit(_one_sentence(error), 1)
+
+
+def open_standard_files() -> None:
+    """Opens standard files that the caller has closed, on /dev/null.
+
+    Otherwise the next file that is opened gets their number, and Python has no `sys.stdout`.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            file = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 - open to the end
+            setattr(sys, name, file)
+
+
+def _discard_output() -> None:
+    """Without stdout, Python does not flush it at exit, which would fail again."""
+    sys.stdout = None
+
+
+def _one_sentence(error: OSError | sqlite3.Error) -> str:
+    if isinstance(error, sqlite3.Error):
+        return f"cannot use the session's files: {error}"
+    if error.filename is None:  # stdout, stderr or a file that was open already
+        return f"cannot write the output: {error.strerror or error}"
+    return f"{error.strerror}: {os.fsdecode(error.filename)}"
 
 
 def _exit(text: str, code: int) -> None:
-    click.echo(f"rlhf-tui: {one_line(text)}", err=True)
+    with contextlib.suppress(OSError):  # the place for errors may be full or closed, too
+        click.echo(f"rlhf-tui: {one_line(text, LONGEST_ERROR)}", err=True)
     sys.exit(code)
 
 

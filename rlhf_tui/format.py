@@ -1,6 +1,8 @@
 """Formatting of numbers, durations and tables for people."""
 
+import math
 import time
+from typing import Any
 
 
 def duration(seconds: float) -> str:
@@ -15,13 +17,51 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+NUMBER_WIDTH = 7
+"""Cells that a number from :func:`number` takes at most."""
+
+
 def number(value: float | None, digits: int = 3) -> str:
-    """A metric as `1.234`, `1.20e-04` or `12,345`; `–` for None."""
+    """A metric in at most :data:`NUMBER_WIDTH` cells; `–` for None.
+
+    Small values keep two significant digits: `1.234`, `0.0042`, `1.20e-4`, `123,456`.
+
+    Args:
+        value: any float.
+        digits: decimals of a value that is neither very small nor very large.
+    """
     if value is None:
         return "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
+    size = abs(value)
+    if value == 0 or not math.isfinite(value):
         return f"{value:.{digits}f}"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.2e}"
+    exponent = math.floor(math.log10(size))
+    if -3 <= exponent < 0:
+        text = f"{value:.{max(digits, 1 - exponent)}f}"
+    elif 0 <= exponent < 4:
+        text = f"{value:.{min(digits, 4 - exponent)}f}"
+    else:
+        text = f"{value:,.0f}"
+    return text if exponent >= -3 and len(text) <= NUMBER_WIDTH else _scientific(value, digits)
+
+
+def _scientific(value: float, digits: int) -> str:
+    """With as many digits as fit, at most three: `1.12e-4`, `-1.1e-4`, `1.2e-10`."""
+    for decimals in range(min(digits, 2), -1, -1):
+        mantissa, _, exponent = f"{value:.{decimals}e}".partition("e")
+        text = f"{mantissa}e{int(exponent)}"
+        if len(text) <= NUMBER_WIDTH:
+            break
+    return text
+
+
+def value_text(value: Any) -> str:
+    """Returns a setting's value as short text."""
+    if value is None:
+        return "off"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def size(count: float) -> str:
@@ -43,10 +83,12 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def aligned(rows: list[list[str]]) -> list[list[str]]:
+    """The cells of a table, padded to the widest of their column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
+
+
 def table(rows: list[list[str]], header: list[str]) -> str:
     """Left-aligned columns, as wide as their longest cell."""
-    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    lines = [header, *rows]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in lines
-    )
+    return "\n".join("  ".join(row).rstrip() for row in aligned([header, *rows]))

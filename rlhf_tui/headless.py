@@ -34,13 +34,15 @@ class Printer:
     Everything it prints is sanitised.
     """
 
-    def __init__(self, total_steps: int, *, live: bool) -> None:
+    def __init__(self, name: str, total_steps: int, *, live: bool) -> None:
         """Prints nothing yet.
 
         Args:
+            name: the session's name.
             total_steps: `train.steps`.
             live: whether stdout is a terminal, on which a line can be rewritten.
         """
+        self._name = name
         self._total_steps = total_steps
         self._live = live
         self._closed = False
@@ -55,7 +57,9 @@ class Printer:
                 "stopping: finishing the step and saving (ctrl+c again: stop without saving)"
             )
         elif state == "paused":
-            self._print_above("paused; resume with: rlhf-tui ctl NAME unpause", sys.stderr)
+            # An alert has said what paused it.
+            resume = f"paused; resume with: rlhf-tui ctl {self._name} unpause"
+            self._print_above(resume, sys.stderr)
         elif state in ("finished", "stopped") and text:
             self._print_above(one_line(text))
 
@@ -169,7 +173,8 @@ def main() -> None:
     start = msgspec.json.decode(sys.argv[2], type=StartOptions)
     new = is_new(session, start)
     try:
-        printer = Printer(_total_steps(session, start), live=sys.stdout.isatty())
+        total = _total_steps(session, start)
+        printer = Printer(session.name, total, live=sys.stdout.isatty())
         logging.basicConfig(handlers=[PrinterHandler(printer)], format="%(message)s")
         code = asyncio.run(supervise(session, start, printer))
         printer.close(session, code)

@@ -5,6 +5,7 @@ docs/screens as SVG.
 """
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ KEYS = {"samples": [*"jjjjjjjj", "d"]}
 
 async def save_screens(root: Path, name: str, screens: list[str]) -> None:
     """Writes a screenshot of each of the screens."""
+    os.environ["COLORTERM"] = "truecolor"  # an SVG has all colours, wherever this runs
     app = RlhfApp(root, name, read_only=False, follow=False)
     async with app.run_test(size=SIZE) as pilot:
         for key, mode in enumerate(MODES, start=1):

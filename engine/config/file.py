@@ -5,51 +5,21 @@ overrides into a configuration, and reports each mistake in one sentence.
 """
 
 import difflib
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
 from engine.config.rules import check_config
 from engine.config.schema import FIXED_AT_START, RunConfig
 from engine.config.type_errors import expected, shown
+from engine.config.yaml_document import check_plain, dump_yaml, parse_yaml
 from engine.errors import ConfigError
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number; in YAML 1.1 it is text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parses a YAML document.
-
-    Args:
-        text: the document.
-        where: its origin, for the error message.
-
-    Raises:
-        ConfigError: the text is not a YAML document.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (ValueError, RecursionError) as error:  # a date such as 2020-13-45; a thousand brackets
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not a YAML document"
-        raise ConfigError(f"{where}{line}: {problem}") from error
+MAX_BYTES = 1_000_000
+"""Of a configuration file."""
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -63,22 +33,27 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: the file cannot be read, or a key or a value is wrong.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        folder = path.resolve().parent
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # not UTF-8, NUL, a loop of links
         raise ConfigError(f"cannot read {path}: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_BYTES} bytes; it is not a configuration")
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must contain sections such as model:, data: and reward:")
     apply_overrides(tree, overrides)
-    _anchor_paths(tree, path.resolve().parent)
+    _anchor_paths(tree, folder)
     return from_tree(tree)
 
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
     """Decodes nested dictionaries, fills in defaults and checks the rules. Raises ConfigError."""
-    _check_finite(tree)
+    check_plain(tree)
     try:
         config = msgspec.convert(tree, RunConfig, strict=True)
     except msgspec.ValidationError as error:
@@ -86,18 +61,6 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     config = complete(config)
     check_config(config)
     return config
-
-
-def _check_finite(value: Any, path: str = "") -> None:
-    """Raises ConfigError for infinity and NaN, also where a key has no bounds."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{path} must be a finite number (it is {value})")
-    if isinstance(value, dict):
-        for key, child in value.items():
-            _check_finite(child, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for i, child in enumerate(value):
-            _check_finite(child, f"{path}[{i}]")
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -116,7 +79,8 @@ def complete(config: RunConfig) -> RunConfig:
         ppo = msgspec.structs.replace(ppo, whiten=traits.whiten)
     lora = config.lora
     if ppo.value_head_rate is None:
-        ppo = msgspec.structs.replace(ppo, value_head_rate=10.0 if lora.rank is None else 1.0)
+        from_scratch = lora.rank is None and ppo.value_init == "zero"
+        ppo = msgspec.structs.replace(ppo, value_head_rate=10.0 if from_scratch else 1.0)
     if lora.rank is not None and lora.alpha is None:
         lora = msgspec.structs.replace(lora, alpha=2 * lora.rank)
     return msgspec.structs.replace(config, rollout=rollout, eval=evaluation, ppo=ppo, lora=lora)
@@ -149,7 +113,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
             if not isinstance(child, dict):
                 raise ConfigError(f"unknown key '{key}'{_nearest(key)}")
             node = child
-        node[last] = parse_yaml(value, f"-o {key}")
+        node[last] = parse_yaml(value, f"-o {key}", key.strip())
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
@@ -168,7 +132,7 @@ def as_mapping(value: msgspec.Struct) -> dict[str, Any]:
 
 def dump(config: RunConfig) -> str:
     """The configuration as YAML text, with every key."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+    return dump_yaml(to_tree(config))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -290,18 +254,22 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
             return value
         try:
             path = folder / Path(value).expanduser()
-        except RuntimeError:  # ~NAME where no user has that name
+            looks_local = (
+                value.startswith((".", "~", "/")) or path.exists() or path.suffix in DATA_FILES
+            )
+            return str(path.resolve()) if looks_local else value
+        except (RuntimeError, OSError):
+            # No user of that ~NAME; a loop of links; a name that is too long. Whoever opens the
+            # file reports it, and the id of a model or data set is not a file at all.
             return value
-        looks_local = (
-            value.startswith((".", "~", "/")) or path.exists() or path.suffix in DATA_FILES
-        )
-        return str(path.resolve()) if looks_local else value
 
-    for section, keys in PATH_KEYS.items():
-        node = tree.get(section)
+    def anchor(node: Any, keys: list[str]) -> None:
         for key in keys:
             if isinstance(node, dict) and key in node:
                 node[key] = anchored(node[key])
+
+    for section, keys in PATH_KEYS.items():
+        anchor(tree.get(section), keys)
     reward = tree.get("reward")
     if not isinstance(reward, dict):
         return
@@ -309,8 +277,7 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     watched = evaluation.get("rewards") if isinstance(evaluation, dict) else None
     sources = [*_dicts(reward.get("mix")), *_dicts(watched)]
     for source in sources:
-        if "model" in source:
-            source["model"] = anchored(source["model"])
+        anchor(source, PATH_KEYS["reward"])
     if reward.get("path") is None and any(s.get("function") for s in [reward, *sources]):
         reward["path"] = str(folder)
 
@@ -328,4 +295,5 @@ PATH_KEYS = {
     "model": ["policy", "reference"],
     "reward": ["model", "path"],
 }
-"""Section → its keys that may hold a path."""
+"""Section → its keys that may hold a path. Those of `reward` may stand in an entry of `reward.mix`
+or of `eval.rewards`, too."""

@@ -7,7 +7,7 @@ old and the new value.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -27,6 +27,10 @@ LIVE_SETTINGS = {
     "learning_rate": "train.learning_rate",
     "save_every": "train.save_every",
     "clip_range": "ppo.clip_range",
+    "clip_range_high": "ppo.clip_range_high",
+    "dual_clip": "ppo.dual_clip",
+    "entropy_coef": "ppo.entropy_coef",
+    "loss_aggregation": "ppo.loss_aggregation",
     "epochs": "ppo.epochs",
     "stop_kl": "ppo.stop_kl",
     "temperature": "rollout.temperature",
@@ -54,6 +58,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stop_kl: float | None
     temperature: float
     max_new_tokens: int
+    # Checkpoints of earlier versions do not have these; the defaults are what they trained with.
+    clip_range_high: float | None = None
+    dual_clip: float | None = None
+    entropy_coef: float = 0.0
+    loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
 
 
 class SettingChange(Struct, frozen=True, kw_only=True):
@@ -107,20 +116,43 @@ def check_settings(settings: Settings, values: dict[str, Any]) -> dict[str, Any]
     """
     now = msgspec.structs.asdict(settings)
     for name, value in values.items():
-        section, key = LIVE_SETTINGS[name].split(".")
-        kind = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
-        try:
-            now[name] = msgspec.convert(value, kind, strict=True)
-        except msgspec.ValidationError as error:
-            wanted = expected(str(error).partition(", got")[0])
-            raise CommandRejectedError(f"{name} must be {wanted} (it is {shown(value)})") from None
+        now[name] = _check_value(name, value)
     if not now["beta_min"] < now["beta_max"]:
         raise CommandRejectedError(
             f"beta_min ({now['beta_min']:g}) must be below beta_max ({now['beta_max']:g})"
         )
     return {name: now[name] for name in values}
+
+
+def invalid_values(values: dict[str, Any]) -> dict[str, str]:
+    """The recorded values of settings that no command could set now.
+
+    Journals and checkpoints of versions whose settings had no bounds may hold some.
+
+    Returns:
+        Setting → what is wrong with its value, in one sentence.
+    """
+    problems = {}
+    for name, value in values.items():
+        try:
+            _check_value(name, value)
+        except CommandRejectedError as error:
+            problems[name] = str(error)
+    return problems
+
+
+def _check_value(name: str, value: Any) -> Any:
+    """Returns a value in the setting's type. Raises CommandRejectedError."""
+    section, key = LIVE_SETTINGS[setting_name(name)].split(".")
+    kind = next(f.type for f in msgspec.structs.fields(_section(section)) if f.name == key)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CommandRejectedError(f"{name} must be a finite number (it is {value})")
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as error:
+        wanted = expected(str(error).partition(", got")[0])
+        wanted = wanted or "one of " + ", ".join(map(str, get_args(kind)))
+        raise CommandRejectedError(f"{name} must be {wanted} (it is {shown(value)})") from None
 
 
 def _section(name: str) -> type[Struct]:

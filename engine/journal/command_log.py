@@ -16,7 +16,7 @@ from engine.errors import JournalError
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
 from engine.protocol.client_messages import CommandReply
-from engine.protocol.commands import Note, Undo
+from engine.protocol.commands import COMMANDS, Note, Undo
 from engine.protocol.rank_messages import ReplayedChange
 
 
@@ -28,10 +28,13 @@ class CommandLog:
         self._events = events
 
     def changes_after(self, step: int) -> list[ReplayedChange]:
-        """The changes of settings by commands after a step, in the order of their application."""
+        """The commands after a step that a resume applies again, in the order of application.
+
+        These are all that changed settings, and the others that declare to be replayed.
+        """
         rows = self._db.execute(
-            "SELECT applied_step, command, changes FROM commands "
-            "WHERE status = 'applied' AND live AND applied_step > ? AND changes <> '[]' "
+            "SELECT applied_step, command, changes, args FROM commands "
+            "WHERE status = 'applied' AND live AND applied_step > ? "
             "ORDER BY applied_step, applied_seq",
             (step,),
         ).fetchall()
@@ -40,8 +43,10 @@ class CommandLog:
                 step=applied,
                 command=command,
                 changes=msgspec.json.decode(text, type=list[SettingChange]),
+                args=json.loads(args) if _is_replayed(command) else {},
             )
-            for applied, command, text in rows
+            for applied, command, text, args in rows
+            if text != "[]" or _is_replayed(command)
         ]
 
     def record(self, command_id: str, command: str, args: dict[str, Any], who: str) -> bool:
@@ -99,19 +104,26 @@ class CommandLog:
                 (time.time(), step, self._events.attempt, msgspec.json.encode(changes).decode(),
                  json.dumps(finite(result or {})), command_id),
             )  # fmt: skip
-            self._invalidate_replay(step, {c.key for c in changes})
+            self._invalidate_replay(command_id, step, {c.key for c in changes})
 
-    def _invalidate_replay(self, step: int, keys: set[str]) -> None:
-        """Invalidates changes of the same settings that earlier attempts made from this step on.
+    def _invalidate_replay(self, command_id: str, step: int, keys: set[str]) -> None:
+        """Invalidates what earlier attempts did from this step on and this command does again.
 
-        They would otherwise be replayed after the next crash and override the new change.
+        That is changes of the same settings, and replayed commands of the same name. They would
+        otherwise be replayed after the next crash and override the new one.
         """
+        query = "SELECT command FROM commands WHERE id = ?"
+        again = {c for (c,) in self._db.execute(query, (command_id,)) if _is_replayed(c)}
         rows = self._db.execute(
-            "SELECT id, changes FROM commands "
+            "SELECT id, command, changes FROM commands "
             "WHERE status = 'applied' AND live AND attempt < ? AND applied_step >= ?",
             (self._events.attempt, step),
         ).fetchall()
-        overridden = [(i,) for i, text in rows if keys & {c["key"] for c in json.loads(text)}]
+        overridden = [
+            (i,)
+            for i, command, text in rows
+            if keys & {c["key"] for c in json.loads(text)} or command in again
+        ]
         self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", overridden)
 
     def reject(self, command_id: str, reason: str) -> None:
@@ -164,3 +176,8 @@ class CommandLog:
             elif stack:
                 stack.pop()
         return stack
+
+
+def _is_replayed(command: str) -> bool:
+    kind = COMMANDS.get(command)  # None for a command of another version
+    return kind is not None and kind.replayed

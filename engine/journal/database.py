@@ -85,9 +85,8 @@ def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
             db = sqlite3.connect(uri, uri=True, timeout=5.0)
             version = schema.schema_version(db)
         except sqlite3.OperationalError:
-            # In a read-only folder, WAL cannot create its files beside the database.
-            uri += "&immutable=1"
-            db = sqlite3.connect(uri, uri=True, timeout=5.0)
+            # In a read-only folder, SQLite cannot create the shared memory of WAL.
+            db, uri = _connect_without_shared_memory(path, uri)
             version = schema.schema_version(db)
     except sqlite3.Error as error:
         raise JournalError(f"cannot read {path}: {error}") from error
@@ -97,4 +96,21 @@ def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
     if version == 0:
         db.close()
         return None
+    return db, uri
+
+
+def _connect_without_shared_memory(path: Path, uri: str) -> tuple[sqlite3.Connection, str]:
+    """Connects without locks: in a read-only folder nobody writes.
+
+    If the writer crashed, its last rows are in the file `-wal` only. SQLite reads that without
+    shared memory in exclusive mode, which `immutable` would ignore. Exclusive mode needs a lock,
+    which a file that is open for reading cannot have, hence the VFS that takes none.
+    """
+    wal = path.resolve().with_name(f"{path.resolve().name}-wal")
+    if not (wal.is_file() and wal.stat().st_size):
+        uri += "&immutable=1"
+        return sqlite3.connect(uri, uri=True, timeout=5.0), uri
+    uri += "&vfs=unix-none"
+    db = sqlite3.connect(uri, uri=True, timeout=5.0)
+    db.execute("PRAGMA locking_mode = EXCLUSIVE")
     return db, uri

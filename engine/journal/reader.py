@@ -19,6 +19,7 @@ from engine.journal.rows import (
     CommandEvent,
     CommandRow,
     EventRow,
+    ForkOrigin,
     MetricRow,
     ProbeResponse,
     SessionMeta,
@@ -98,6 +99,7 @@ class JournalReader:
             total_steps=int(values.get("total_steps") or 0),
             settings=settings if isinstance(settings, dict) else None,
             message=str(values.get("message") or ""),
+            pause_reason=values.get("pause_reason"),
         )
 
     def state(self) -> str:
@@ -128,6 +130,27 @@ class JournalReader:
             )
             for attempt, from_step, fresh, started, ended, pid, host, version in rows
         ]  # fmt: skip
+
+    def fork_origin(self) -> ForkOrigin | None:
+        """Where the session was forked from; None if it is not a fork.
+
+        A fork of a fork has the events of both; the last one is its own.
+        """
+        rows = self._db.rows(
+            "SELECT attempt, json_extract(data, '$.fork.from'), json_extract(data, '$.fork.step') "
+            "FROM events WHERE kind = 'attempt' AND json_extract(data, '$.fork') IS NOT NULL "
+            "ORDER BY id DESC LIMIT 1"
+        )
+        return ForkOrigin(*rows[0]) if rows else None
+
+    def has_steps(self, attempt: int) -> bool:
+        """Whether that attempt or a later one has completed a step, abandoned branches included."""
+        rows = self._db.rows(
+            "SELECT 1 WHERE EXISTS (SELECT 1 FROM steps WHERE attempt >= :attempt) "
+            "OR EXISTS (SELECT 1 FROM steps_past WHERE attempt >= :attempt)",
+            {"attempt": attempt},
+        )
+        return bool(rows)
 
     def metric_names(self) -> list[str]:
         """The names of all metrics in the journal."""
@@ -223,6 +246,20 @@ class JournalReader:
                 )
             )  # fmt: skip
         return events
+
+    def last_alert(self) -> EventRow | None:
+        """The newest alert; None if there was none."""
+        rows = self._db.rows(
+            "SELECT id, time, attempt, step, kind, data FROM events WHERE kind = 'alert' "
+            "ORDER BY id DESC LIMIT 1"
+        )
+        if not rows:
+            return None
+        event, time, attempt, step, kind, data = rows[0]
+        return EventRow(
+            event=event, time=time, attempt=attempt, step=step, kind=kind,
+            payload=decode_payload(kind, data), data=data,
+        )  # fmt: skip
 
     def commands(self) -> list[CommandRow]:
         """Every command with its status and, once applied, its changes, in order of arrival."""

@@ -26,6 +26,8 @@ class SessionMeta(Struct, frozen=True, kw_only=True):
     settings."""
     message: str = ""
     """The reason for the state, such as an error; may be empty."""
+    pause_reason: str | None = None
+    """What paused the run; None if a person did, or if it is not paused."""
 
 
 class AttemptRow(Struct, frozen=True, kw_only=True):
@@ -42,6 +44,17 @@ class AttemptRow(Struct, frozen=True, kw_only=True):
     pid: int
     host: str
     version: str
+
+
+class ForkOrigin(Struct, frozen=True):
+    """Where a fork began. The fields are the columns, in order."""
+
+    attempt: int
+    """The first attempt of the fork; earlier ones were copied."""
+    session: str
+    """The name of the session it was forked from."""
+    step: int
+    """The step of the checkpoint."""
 
 
 class MetricRow(Struct, frozen=True, kw_only=True):
@@ -148,12 +161,20 @@ class CheckpointEvent(Struct, frozen=True):
     kl: float | None = None
 
 
+class ForkedFrom(Struct, frozen=True, rename={"source": "from"}):
+    """The session and the step that a session was forked from."""
+
+    source: str = ""
+    step: int = 0
+
+
 class AttemptEvent(Struct, frozen=True):
     """An attempt started."""
 
     attempt: int = 1
     from_step: int = 0
     fresh: bool = False
+    fork: ForkedFrom | None = None
 
 
 class ErrorEvent(Struct, frozen=True):
@@ -169,6 +190,13 @@ class ReadyEvent(Struct, frozen=True):
     """Models and data are loaded. Keys of the JSON depend on the run."""
 
 
+class ReferenceEvent(Struct, frozen=True):
+    """The reference was updated before a step."""
+
+    mix: float = 1.0
+    """Share of the policy in the update."""
+
+
 Payload = (
     StateEvent
     | CommandEvent
@@ -178,6 +206,7 @@ Payload = (
     | AttemptEvent
     | ErrorEvent
     | ReadyEvent
+    | ReferenceEvent
 )
 
 PAYLOADS: dict[str, type[Payload]] = {
@@ -189,6 +218,7 @@ PAYLOADS: dict[str, type[Payload]] = {
     "attempt": AttemptEvent,
     "error": ErrorEvent,
     "ready": ReadyEvent,
+    "reference": ReferenceEvent,
 }
 """Kind of an event → its payload."""
 

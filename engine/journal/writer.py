@@ -336,7 +336,7 @@ _TRUNCATE = (
     "DELETE FROM events WHERE step > :step OR (kind = 'command' AND json_extract(data, '$.id') IN "
     "(SELECT id FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step))",
     "DELETE FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step",
-    "DELETE FROM meta WHERE key = 'reseed'",
+    "DELETE FROM meta WHERE key IN ('reseed', 'settings', 'message', 'pause_reason')",
     "DELETE FROM checkpoints WHERE step <> :step",
     "UPDATE checkpoints SET status = 'complete'",
 )

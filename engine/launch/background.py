@@ -1,19 +1,24 @@
 """Starts an engine in the background and waits until it trains or has failed."""
 
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
 from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
+from engine.journal.rows import AlertEvent
 from engine.launch.start import StartOptions
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
 
 POLL_INTERVAL = 0.05
+FULL_DISK = 1_000_000
+"""Free bytes below which a disk counts as full: neither journal nor log can be written."""
 
 
 def start_engine(
@@ -22,6 +27,7 @@ def start_engine(
     *,
     timeout: float,
     waiting: Callable[[str], None] = lambda _state: None,
+    notice: Callable[[str], None] = lambda _text: None,
 ) -> int:
     """Starts an engine that outlives this process, its terminal and its process group.
 
@@ -32,6 +38,7 @@ def start_engine(
         start: the first attempt.
         timeout: seconds to wait for the models to be loaded.
         waiting: called with the session's state at each poll.
+        notice: called with the text of each alert that was recorded until this function returns.
 
     Returns:
         The engine's process id.
@@ -40,8 +47,9 @@ def start_engine(
         UserInputError: something that the configuration names cannot be used.
         SessionError: the engine ended before the training began; the message is its reason.
     """
-    attempts = _attempts(session)
+    attempts, last_event = _attempts(session), _last_event(session)
     text = msgspec.json.encode(start).decode()
+    log_size = _size(session.log_file)
     # The engine inherits no open file: a script that reads our output must see its end.
     with session.log_file.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - this program
@@ -57,29 +65,56 @@ def start_engine(
         code = process.poll()
         state = _state(session) if _attempts(session) > attempts else "starting"
         if code is not None:
-            return _ended(session, code, state, process.pid)
+            _pass_on(session, last_event, notice)
+            return _ended(session, code, state, process.pid, log_size)
         if state != "starting" and state in LIVE_STATES:
             break
         waiting(state)
         time.sleep(POLL_INTERVAL)
+    _pass_on(session, last_event, notice)
     return process.pid
 
 
-def _ended(session: Session, code: int, state: str, pid: int) -> int:
+def _ended(session: Session, code: int, state: str, pid: int, log_size: int) -> int:
     """The process id of a run that has finished already; raises for any other exit code."""
     if code == 0:
         return pid
     with JournalReader(session) as reader:
         message = reader.meta().message
     if not message or state in LIVE_STATES:
-        lines = session.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        message = (
-            lines[-1].removeprefix("rlhf-tui: ")
-            if lines
-            else f"the engine ended with exit code {code}"
-        )
+        message = _last_line(session, log_size) or _silent_end(session, code)
     error: type[RlhfError] = UserInputError if code == UserInputError.exit_code else SessionError
     raise error(message)
+
+
+def _last_line(session: Session, start: int) -> str:
+    """The last line that this engine wrote to the log, from an offset in bytes; empty if none."""
+    with session.log_file.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return lines[-1].removeprefix("rlhf-tui: ") if lines else ""
+
+
+def _silent_end(session: Session, code: int) -> str:
+    if shutil.disk_usage(session.folder).free < FULL_DISK:
+        return f"the disk of {session.folder} is full: make room, then resume"
+    return f"the engine ended with exit code {code} and logged nothing"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _last_event(session: Session) -> int:
+    with JournalReader(session) as reader:
+        return max((e.event for e in reader.events(last=1)), default=0)
+
+
+def _pass_on(session: Session, after: int, notice: Callable[[str], None]) -> None:
+    with JournalReader(session) as reader:
+        for event in reader.events(after=after):
+            if isinstance(event.payload, AlertEvent):
+                notice(event.payload.text)
 
 
 def _attempts(session: Session) -> int:

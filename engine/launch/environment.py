@@ -81,8 +81,9 @@ def torch_is_built_for_gpus() -> bool:
 def rank_command(launch: LaunchConfig, folder: str, count: int) -> list[str]:
     """The command that starts the ranks of one machine; `count` is their number."""
     if launch.nodes == 1 and count == 1:
-        return [sys.executable, "-m", "engine.train.worker", folder]
-    return [sys.executable, "-m", "engine.train.torchrun.agent", folder, str(count)]
+        return [sys.executable, "-m", "engine.launch.rank", "engine.train.worker", folder]
+    agent = "engine.train.torchrun.agent"
+    return [sys.executable, "-m", "engine.launch.rank", agent, folder, str(count)]
 
 
 def rank_environment(launch: LaunchConfig) -> dict[str, str]:
@@ -92,6 +93,7 @@ def rank_environment(launch: LaunchConfig) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         NICE_VARIABLE: str(launch.nice),
         PARENT_VARIABLE: str(os.getpid()),
+        "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers would ask a service on the hub
         LAUNCH_VARIABLE: msgspec.json.encode(launch).decode(),
     }
     if launch.gpus:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from engine.config import file as config_file
+from engine.config.model_folder import folder_error, has_config, is_file
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange
 from engine.errors import (
@@ -21,7 +22,12 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
-from engine.session.checkpoints import checkpoint_path, complete_checkpoints
+from engine.session.checkpoints import (
+    checkpoint_path,
+    complete_checkpoints,
+    read_summary,
+    saved_settings,
+)
 from engine.session.folder import Session, check_name, create
 
 
@@ -42,13 +48,6 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The operator, for the journal."""
     origin: dict[str, Any] = {}
     """For a fork: `from` (the parent session's name) and `step`."""
-
-
-class _CheckpointNumbers(msgspec.Struct):
-    """The part of a checkpoint's state.json that the journal repeats."""
-
-    score: float | None = None
-    kl: float | None = None
 
 
 def checkpoint_steps(session: Session) -> list[int]:
@@ -85,6 +84,39 @@ def is_new(session: Session, start: StartOptions) -> bool:
     )
 
 
+def is_failed_start(session: Session) -> bool:
+    """Whether a session has ended without a step or a checkpoint of its own.
+
+    Such a session does not block its name: nothing was trained in it. A fork has the steps and the
+    checkpoint that were copied, which stay in the session it was forked from.
+    """
+    if session.is_live():
+        return False
+    with JournalReader(session) as reader:
+        attempts, origin = reader.attempts(), reader.fork_origin()
+        first = origin.attempt if origin is not None else 1
+        failed = bool(attempts) and attempts[-1].attempt >= first
+        failed = failed and reader.state() in ("failed", "crashed", "stopped")
+        if not failed or reader.has_steps(first):
+            return False
+    copied = {checkpoint_path(session.checkpoints, origin.step)} if origin is not None else set()
+    return set(session.checkpoints.glob("step-*")) <= copied
+
+
+def remove_failed_start(session: Session) -> None:
+    """Removes a session if its start failed, so that another one can have its name.
+
+    Raises:
+        SessionError: the session belongs to another user.
+    """
+    if session.folder.exists() and is_failed_start(session):
+        held = session.acquire()
+        try:
+            shutil.rmtree(session.folder, ignore_errors=True)
+        finally:
+            held.release()
+
+
 def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
     """Describes a complete checkpoint for a journal that does not have it.
 
@@ -94,11 +126,7 @@ def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
     if step not in checkpoint_steps(session) or step in timeline_checkpoints(session):
         return None
     folder = checkpoint_path(session.checkpoints, step)
-    try:
-        text = (folder / "state.json").read_bytes()
-        numbers = msgspec.json.decode(text, type=_CheckpointNumbers)
-    except (OSError, msgspec.DecodeError):  # the rank that loads it reports what is wrong
-        numbers = _CheckpointNumbers()
+    numbers = read_summary(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return AdoptedCheckpoint(size=size, score=numbers.score, kl=numbers.kl)
 
@@ -106,6 +134,41 @@ def adopted_checkpoint(session: Session, step: int) -> AdoptedCheckpoint | None:
 def last_checkpoint(session: Session) -> int:
     """The step of the newest complete checkpoint of the timeline; 0 if there is none."""
     return max(timeline_checkpoints(session), default=0)
+
+
+def earlier_checkpoint(session: Session, start: StartOptions) -> StartOptions | None:
+    """The same start from the checkpoint before, for one whose checkpoint is damaged.
+
+    Returns:
+        None if there is no earlier checkpoint of the timeline, or an operator chose the step.
+    """
+    earlier = [step for step in timeline_checkpoints(session) if step < start.from_step]
+    if start.fresh or not earlier:
+        return None
+    return msgspec.structs.replace(start, from_step=earlier[-1])
+
+
+def resumed_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration of a resume.
+
+    Raises:
+        ConfigError: an override is wrong, or would change the model or the data's order.
+    """
+    new = config_file.override(config, overrides)
+    config_file.check_resumable(config, new)
+    return new
+
+
+def forked_config(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """The configuration of a fork.
+
+    Raises:
+        ConfigError: an override is wrong, or names a file that is missing.
+    """
+    new = config_file.override(config, overrides)
+    config_file.check_forkable(config, new)
+    check_inputs(new)
+    return new
 
 
 def resume(
@@ -121,8 +184,7 @@ def resume(
     """
     session.check_owner()
     old = session.config()
-    new = config_file.override(old, overrides)
-    config_file.check_resumable(old, new)
+    new = resumed_config(old, overrides)
     if from_step is not None:
         _check_step(session, from_step)
     else:
@@ -132,7 +194,7 @@ def resume(
         fresh=from_step is not None,
         reseed=reseed,
         overrides=overrides,
-        changes=_setting_changes(overrides, new, _current_settings(session, old)),
+        changes=_setting_changes(overrides, new, _settings_at(session, old, from_step)),
         who=who,
     )
 
@@ -150,18 +212,17 @@ def fork(
     """
     session.check_owner()
     old = session.config()
-    new = config_file.override(old, overrides)
-    config_file.check_forkable(old, new)
+    new = forked_config(old, overrides)
     check_name(name)
-    check_inputs(new)
     _check_step(session, from_step)
+    remove_failed_start(Session(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
     try:
         _copy_history(session, child, from_step)
     except (OSError, sqlite3.Error, JournalError) as error:
         shutil.rmtree(child.folder, ignore_errors=True)
         raise SessionError(f"cannot copy {session.name} to {name}: {error}") from error
-    changes = _setting_changes(overrides, new, _current_settings(session, old))
+    changes = _setting_changes(overrides, new, _settings_at(session, old, from_step))
     return child, StartOptions(
         from_step=from_step,
         fresh=True,
@@ -213,11 +274,14 @@ def _check_step(session: Session, step: int) -> None:
         )
 
 
-def _current_settings(session: Session, config: RunConfig) -> dict[str, Any]:
-    with JournalReader(session) as reader:
-        settings = reader.meta().settings
+def _settings_at(session: Session, config: RunConfig, step: int | None) -> dict[str, Any]:
+    """The settings of the step after a checkpoint; the latest ones if `step` is None."""
     flat = config_file.flatten(config_file.to_tree(config))
-    return settings if settings is not None else {k: flat[p] for k, p in LIVE_SETTINGS.items()}
+    configured = {name: flat[path] for name, path in LIVE_SETTINGS.items()}
+    if step is not None:
+        return configured | saved_settings(checkpoint_path(session.checkpoints, step))
+    with JournalReader(session) as reader:
+        return configured | (reader.meta().settings or {})
 
 
 def _setting_changes(
@@ -243,7 +307,7 @@ def check_inputs(config: RunConfig) -> None:
     """
     prompts = Path(config.data.prompts)
     if prompts.is_absolute():
-        if not prompts.is_file():
+        if not is_file(prompts):
             raise ConfigError(f"data.prompts: no file at {prompts}")
         if prompts.suffix.lower() not in config_file.DATA_FILES:
             endings = ", ".join(config_file.DATA_FILES)
@@ -256,10 +320,5 @@ def check_inputs(config: RunConfig) -> None:
         models[f"reward.mix[{i}].model" if many else "reward.model"] = source.model
     for key, name in models.items():
         folder = Path(name or "")
-        if folder.is_absolute() and not (folder / "config.json").is_file():
-            problem = "holds no config.json" if folder.is_dir() else "does not exist"
-            if (folder / "adapter_config.json").is_file():
-                problem = "holds adapters without their model; export it with --merged"
-            raise ConfigError(
-                f"{key}: the folder {folder} {problem} (expected: a Hugging Face model folder)"
-            )
+        if folder.is_absolute() and not has_config(folder):
+            raise ConfigError(folder_error(key, folder))

@@ -23,50 +23,66 @@ class Observation:
     """The values of at most `rule.window` earlier steps, oldest first."""
 
 
-Condition = Callable[[Rule, Observation], str | None]
-"""Returns a predicate for the alert (`is 3, above 2`), or None if the condition does not hold."""
+@dataclass(frozen=True)
+class Breach:
+    """A condition that holds."""
+
+    text: str
+    """A predicate for the alert: `is 7.26, above 2 × target (3)`."""
+    brief: str
+    """The same for a status line: `7.26 > 6`."""
+    distance: float
+    """How far the value is beyond the limit, > 0, in the unit of `limit`."""
+    limit: float
+    """The magnitude of the limit; a fraction for changes relative to a mean."""
 
 
-def above(rule: Rule, observed: Observation) -> str | None:
+Condition = Callable[[Rule, Observation], Breach | None]
+"""Returns None if the condition does not hold."""
+
+
+def above(rule: Rule, observed: Observation) -> Breach | None:
     """The value is above the bound."""
-    if (
-        rule.above is None
-        or observed.scale is None
-        or observed.value <= rule.above * observed.scale
-    ):
+    if rule.above is None or observed.scale is None:
         return None
-    return f"is {observed.value:.4g}, above {rule.above:g}{_unit(rule, observed.scale)}"
+    value, bound = observed.value, rule.above * observed.scale
+    if value <= bound:
+        return None
+    text = f"is {value:.4g}, above {rule.above:g}{_unit(rule, observed.scale)}"
+    return Breach(text, f"{value:.4g} > {bound:.4g}", value - bound, abs(bound))
 
 
-def below(rule: Rule, observed: Observation) -> str | None:
+def below(rule: Rule, observed: Observation) -> Breach | None:
     """The value is below the bound."""
-    if (
-        rule.below is None
-        or observed.scale is None
-        or observed.value >= rule.below * observed.scale
-    ):
+    if rule.below is None or observed.scale is None:
         return None
-    return f"is {observed.value:.4g}, below {rule.below:g}{_unit(rule, observed.scale)}"
+    value, bound = observed.value, rule.below * observed.scale
+    if value >= bound:
+        return None
+    text = f"is {value:.4g}, below {rule.below:g}{_unit(rule, observed.scale)}"
+    return Breach(text, f"{value:.4g} < {bound:.4g}", bound - value, abs(bound))
 
 
-def falls(rule: Rule, observed: Observation) -> str | None:
+def falls(rule: Rule, observed: Observation) -> Breach | None:
     """The value is below the window's mean by more than a fraction of that mean."""
     if rule.falls is None or (change := _relative_change(rule, observed)) is None:
         return None
     share, mean = change
     if share >= -rule.falls:
         return None
-    return f"fell by {-share:.0%} to {observed.value:.4g} {mean}"
+    brief = f"fell by {-share:.0%} to {observed.value:.4g}"
+    return Breach(f"{brief} {mean}", brief, -share - rule.falls, rule.falls)
 
 
-def rises(rule: Rule, observed: Observation) -> str | None:
+def rises(rule: Rule, observed: Observation) -> Breach | None:
     """The value is above the window's mean by more than a fraction of that mean."""
     if rule.rises is None or (change := _relative_change(rule, observed)) is None:
         return None
     share, mean = change
     if share <= rule.rises:
         return None
-    return f"rose by {share:.0%} to {observed.value:.4g} {mean}"
+    brief = f"rose by {share:.0%} to {observed.value:.4g}"
+    return Breach(f"{brief} {mean}", brief, share - rule.rises, rule.rises)
 
 
 CONDITIONS: dict[str, Condition] = {
@@ -78,10 +94,11 @@ CONDITIONS: dict[str, Condition] = {
 """Key of a rule → its condition. The alert shows the first one that holds."""
 
 
-def not_finite(metrics: dict[str, float | None]) -> str | None:
+def not_finite(metrics: dict[str, float | None]) -> Breach | None:
     """The condition of a rule for `*`: a metric is infinite or not a number."""
     bad = [k for k, v in metrics.items() if v is not None and not math.isfinite(v)]
-    return f"{', '.join(bad)} not finite" if bad else None
+    text = f"{', '.join(bad)} not finite"
+    return Breach(text, text, 1.0, 1.0) if bad else None
 
 
 def _unit(rule: Rule, scale: float) -> str:

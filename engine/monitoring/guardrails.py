@@ -1,7 +1,8 @@
 """Guard rails: rules over metrics that raise alerts, without side effects.
 
-A rule raises an alert when one of its conditions begins to hold, and again only after none held.
-The conditions are those of :mod:`engine.monitoring.conditions`.
+A rule raises an alert when one of its conditions begins to hold. It raises another one each time
+the distance by which the metric is beyond the limit has doubled since the last alert, and after no
+condition held. The conditions are those of :mod:`engine.monitoring.conditions`.
 """
 
 import math
@@ -18,8 +19,9 @@ from engine.metrics import (
     NONFINITE_UPDATES,
     RESPONSE_LENGTH,
     SCORE_STD,
+    title_of,
 )
-from engine.monitoring.conditions import CONDITIONS, Observation, not_finite
+from engine.monitoring.conditions import CONDITIONS, Breach, Observation, not_finite
 from engine.protocol.rank_messages import Sample
 
 DEFAULT_RULES: tuple[Rule, ...] = (
@@ -36,6 +38,9 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 EVIDENCE_KEYS = {KL: "kl", RESPONSE_LENGTH: "length"}
 """Metric → the field of a sample that explains it, highest first. Other metrics: lowest score."""
 EVIDENCE_SAMPLES = 5
+LEAST_DISTANCE = 0.5
+"""A metric closer to its limit than this share of the limit counts as that far beyond it. Without
+it, one that crosses its limit by a hair would double its distance many times."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,13 @@ class Alert:
     text: str
     step: int
     evidence: dict[str, Any] = field(default_factory=dict)
+    brief: str = ""
+    """A shorter text: `KL 7.26 > 6`; empty if `text` is short."""
+
+    @property
+    def cause(self) -> str:
+        """The alert as the reason of a pause: `kl_high at step 4: KL 7.26 > 6`."""
+        return f"{self.rule} at step {self.step}: {self.brief or self.text}"
 
     def as_data(self) -> dict[str, Any]:
         """The data of the event `alert`."""
@@ -63,7 +75,8 @@ class Guardrails:
         self._windows: dict[str, deque[float]] = {
             r.name: deque(maxlen=r.window) for r in self.rules
         }
-        self._active: set[str] = set()
+        self._alerted: dict[str, float] = {}
+        """Rule whose condition holds → the distance beyond its limit at its last alert."""
         self._without_scale: set[str] = set()
 
     def check(
@@ -84,7 +97,8 @@ class Guardrails:
             samples: the step's responses, from which the evidence is chosen.
 
         Returns:
-            An alert for each rule whose condition begins to hold.
+            An alert for each rule whose condition begins to hold, or whose metric is twice as far
+            beyond its limit as at the last alert.
         """
         alerts = []
         for rule in self.rules:
@@ -92,30 +106,39 @@ class Guardrails:
             known = value is not None and math.isfinite(value)
             if known and (text := self._missing_scale(rule, settings)) is not None:
                 alerts.append(Alert(rule.name, "notify", text, step))
-            text = self._evaluate(rule, metrics, settings)
-            if text is None:
-                self._active.discard(rule.name)
-            elif rule.name not in self._active:
-                self._active.add(rule.name)
+            breach = self._evaluate(rule, metrics, settings)
+            if breach is None:
+                self._alerted.pop(rule.name, None)
+            elif self._is_due(rule, breach):
                 evidence = self._evidence(rule, value, samples or [])
-                alerts.append(Alert(rule.name, rule.action, text, step, evidence))
+                name = "" if rule.metric == "*" else f"{rule.metric} "
+                title = name and f"{title_of(rule.metric)} "
+                text, brief = f"{name}{breach.text}", f"{title}{breach.brief}"
+                alerts.append(Alert(rule.name, rule.action, text, step, evidence, brief))
             if value is not None and math.isfinite(value):
                 self._windows[rule.name].append(value)
         return alerts
 
     def _evaluate(
         self, rule: Rule, metrics: dict[str, float | None], settings: dict[str, Any]
-    ) -> str | None:
-        """The alert's text, or None if no condition holds."""
+    ) -> Breach | None:
+        """The first condition that holds, or None."""
         if rule.metric == "*":
             return not_finite(metrics)
         value = metrics.get(rule.metric)
         if value is None or not math.isfinite(value):
             return None
         observed = Observation(value, _scale(rule, settings), self._windows[rule.name])
-        predicates = (condition(rule, observed) for condition in CONDITIONS.values())
-        text = next((predicate for predicate in predicates if predicate is not None), None)
-        return None if text is None else f"{rule.metric} {text}"
+        breaches = (condition(rule, observed) for condition in CONDITIONS.values())
+        return next((breach for breach in breaches if breach is not None), None)
+
+    def _is_due(self, rule: Rule, breach: Breach) -> bool:
+        """Whether a condition that holds raises an alert; if so, remembers its distance."""
+        last = self._alerted.get(rule.name)
+        if last is not None and breach.distance < 2 * last:
+            return False
+        self._alerted[rule.name] = max(breach.distance, LEAST_DISTANCE * breach.limit)
+        return True
 
     def _missing_scale(self, rule: Rule, settings: dict[str, Any]) -> str | None:
         """A message for a bound that has no value; once, and again only after it had one."""

@@ -66,6 +66,10 @@ class Client:
             welcome = self._receive()
         except OSError as error:
             raise LinkError(f"the engine of '{session.name}' does not reply: {error}") from error
+        if isinstance(welcome, Welcome) and welcome.refused:
+            raise LinkError(
+                f"the engine of '{session.name}' refuses the connection: {welcome.refused}"
+            )
         if not isinstance(welcome, Welcome) or welcome.version != frames.VERSION:
             raise LinkError(
                 f"the engine of '{session.name}' uses another version of the protocol; use the "

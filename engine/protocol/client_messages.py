@@ -7,10 +7,12 @@ client's first message is :class:`ClientHello`, and the supervisor replies with 
 
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 from msgspec.msgpack import Decoder
 
 from engine.config.settings import SettingChange
+from engine.errors import LinkError
 from engine.protocol.commands import AnyCommand
 from engine.protocol.frames import VERSION, Message, decode
 from engine.protocol.rank_messages import Phase
@@ -45,6 +47,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     pid: int
     version: int = VERSION
     software: str = ""
+    refused: str = ""
+    """Why the engine closes the connection; empty if it does not."""
 
 
 class CommandReply(Message, frozen=True, tag="answer"):
@@ -137,6 +141,9 @@ class Status(Message, frozen=True, tag="status"):
     telemetry: Telemetry | None
     watchers: int
     pid: int
+    pause_reason: str | None = None
+    """What paused the run: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if it is not
+    paused."""
 
 
 class JournalAdvanced(Message, frozen=True, tag="wake"):
@@ -156,7 +163,14 @@ _to_client: Decoder[ToClient] = Decoder(ToClient)
 
 def decode_from_client(body: bytes) -> FromClient:
     """Decodes a message of a client. Raises LinkError if the body is not one."""
-    return decode(_from_client, body, "a client's message")
+    message = decode(_from_client, body, "a client's message")
+    if isinstance(message, CommandRequest):
+        try:
+            msgspec.json.encode(message.command)
+        except (TypeError, ValueError, RecursionError) as error:
+            # MessagePack has extensions and keys that are no text; the journal is JSON.
+            raise LinkError(f"not a command that can be recorded: {error}") from error
+    return message
 
 
 def decode_to_client(body: bytes) -> ToClient:

@@ -84,5 +84,5 @@ def decode(decoder: msgspec.msgpack.Decoder[T], body: bytes, what: str) -> T:
     """
     try:
         return decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise LinkError(f"not {what} of protocol {VERSION}: {error}") from error

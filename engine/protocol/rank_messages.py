@@ -105,6 +105,8 @@ class StepReport(Message, frozen=True, tag="step_report"):
     """Changes that the KL controller made after this step."""
     ranks: list[RankTimes] = []
     """Times of all ranks, on all machines."""
+    reference_mix: float | None = None
+    """Share of the policy in the reference's update before this step; None if there was none."""
     evaluated: list[Sample] = []
     """Responses to held-out prompts, if there was an evaluation after the step."""
 
@@ -158,6 +160,21 @@ class Notice(Message, frozen=True, tag="notice"):
     text: str
 
 
+class Paused(Message, frozen=True, tag="paused"):
+    """The ranks have paused by themselves, before a step that they could not complete.
+
+    They try it again when a command ends the pause.
+    """
+
+    step: int
+    """The last completed step."""
+    rule: str
+    """Name of the alert."""
+    reason: str
+    """`reward 'score' at step 5: ValueError: …`."""
+    traceback: str = ""
+
+
 class Failed(Message, frozen=True, tag="failed"):
     """The rank exits because of an error."""
 
@@ -170,6 +187,8 @@ class Failed(Message, frozen=True, tag="failed"):
     """A restart would fail in the same way."""
     echo: bool = False
     """A consequence of the loss of another rank, whose error is the cause."""
+    damaged: bool = False
+    """The checkpoint to start from is damaged; an older one may be whole."""
 
 
 class Ended(Message, frozen=True, tag="ended"):
@@ -198,11 +217,13 @@ class Begin(Message, frozen=True, tag="begin"):
 
 
 class ReplayedChange(Struct, frozen=True, kw_only=True):
-    """A change of settings before a crash, to be applied again at the same step."""
+    """A command before a crash, whose changes are to be applied again at the same step."""
 
     step: int
     command: str
     changes: list[SettingChange]
+    args: dict[str, Any] = {}
+    """The command's, if it is carried out again (:attr:`Command.replayed`)."""
 
 
 class Confirm(Message, frozen=True, tag="confirm"):
@@ -242,6 +263,7 @@ FromRank = (
     | Applied
     | Rejected
     | Notice
+    | Paused
     | Failed
     | Ended
 )

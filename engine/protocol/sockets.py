@@ -10,6 +10,7 @@ import os
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 from engine.errors import SessionError
 
 NAME = "engine.sock"
+RETRY_INTERVAL = 0.05
+"""Seconds between attempts to connect to an engine whose queue of connections is full."""
 
 
 def listen(folder: Path) -> tuple[socket.socket, Path]:
@@ -40,16 +43,24 @@ def listen(folder: Path) -> tuple[socket.socket, Path]:
 
 
 def connect(path: Path, timeout: float = 5.0) -> socket.socket:
-    """Connects to a socket. Raises OSError if no process listens there."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(timeout)
-    try:
-        with _short_address(path) as address:
-            sock.connect(address)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+    """Connects to a socket. Raises OSError if no process listens there, or none accepts in time."""
+    deadline = time.monotonic() + timeout
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout)
+        try:
+            with _short_address(path) as address:
+                sock.connect(address)
+        except BlockingIOError:  # the queue of connections is full; Unix sockets do not wait
+            sock.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_INTERVAL)
+        except OSError:
+            sock.close()
+            raise
+        else:
+            return sock
 
 
 def peer_uid(sock: socket.socket) -> int:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.errors import NoSuchSessionError, SessionError, SessionLockedError, SessionNameError
+from engine.errors import (
+    ConfigError,
+    NoSuchSessionError,
+    SessionError,
+    SessionLockedError,
+    SessionNameError,
+)
 from engine.session import access, lock
 
 if TYPE_CHECKING:
@@ -91,12 +97,19 @@ class Session:
         # Imported here because importing YAML is slow and most users of a session do not need it.
         from engine.config import file as config_file  # noqa: PLC0415
 
-        return config_file.load(self.config_file)
+        try:
+            return config_file.load(self.config_file)
+        except ConfigError as error:  # such as a value that an earlier version accepted
+            if str(self.config_file) in str(error):
+                raise
+            raise ConfigError(f"{self.config_file}: {error}") from None
 
     def write_config(self, config: "RunConfig") -> None:
-        """Replaces config.yaml atomically."""
+        """Replaces config.yaml atomically. Call it with the session's lock held, or before."""
         from engine.config import file as config_file  # noqa: PLC0415
 
+        for leftover in self.folder.glob(f".{self.config_file.name}.*"):  # of a killed process
+            leftover.unlink(missing_ok=True)
         write_atomically(self.config_file, config_file.dump(config))
 
     def is_live(self) -> bool:
@@ -151,12 +164,16 @@ def write_atomically(path: Path, text: str) -> None:
     """Replaces a file so that readers see either the old or the new contents. Its mode is 0600."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.unlink(missing_ok=True)  # of a killed process with the same id
-    access.create_file(part)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        access.create_file(part)
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def check_name(name: str) -> str:

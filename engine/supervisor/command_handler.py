@@ -172,7 +172,11 @@ class CommandHandler:
         self._publisher.alert(alert)
         command = ACTIONS.get(alert.action)
         if command is not None and self._publisher.state not in ("stopping", *ENDED_STATES):
-            self.handle(CommandRequest(id=new_id(), command=command), f"guard rail {alert.rule}")
+            request = CommandRequest(id=new_id(), command=command)
+            reply = self.handle(request, f"guard rail {alert.rule}")
+            # Rejected if the run is paused already, for another reason.
+            if isinstance(command, Pause) and reply.status == "accepted":
+                self._state.pause_reason = alert.cause
 
     def status(self) -> Status:
         """The session's current status."""
@@ -191,6 +195,7 @@ class CommandHandler:
             telemetry=self._watchdog.latest,
             watchers=self._server.watchers,
             pid=os.getpid(),
+            pause_reason=state.pause_reason if self._publisher.state == "paused" else None,
         )
 
     def journal_position(self) -> JournalAdvanced:

@@ -61,6 +61,8 @@ class EventPublisher:
     def set_state(self, state: State, text: str = "") -> None:
         """Changes the session's state; does nothing if it is the current one.
 
+        `text` says why, such as what failed or what paused the run.
+
         A transition that is not in :data:`~engine.session.states.TRANSITIONS` is a bug of the
         supervisor. It is logged as an error and made all the same, so that the training continues.
         """
@@ -70,7 +72,12 @@ class EventPublisher:
             log.error("illegal transition of the session's state: %s → %s", self._state, state)
         self._state = state
         data: dict[str, Any] = {"state": state, "text": text}
-        self._journal.set_meta(state=state, message=text)
+        paused = state == "paused"
+        self._journal.set_meta(
+            state=state,
+            message="" if paused else text,
+            pause_reason=(text or None) if paused else None,
+        )
         self._journal.record_event("state", data)
         self._server.notify_watchers()
         if self._observer is not None:

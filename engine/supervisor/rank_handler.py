@@ -5,6 +5,9 @@ import logging
 from collections.abc import Callable
 from typing import assert_never
 
+import msgspec
+
+from engine.config.settings import invalid_values
 from engine.errors import LinkError
 from engine.journal.writer import JournalWriter
 from engine.metrics import STEP_TIME
@@ -22,10 +25,12 @@ from engine.protocol.rank_messages import (
     Failed,
     FromRank,
     Notice,
+    Paused,
     Phase,
     RankHello,
     Ready,
     Rejected,
+    ReplayedChange,
     StepReport,
 )
 from engine.session.states import State
@@ -122,12 +127,25 @@ class RankMessageHandler:
                 reseed=journal.reseeded(step),
                 checkpoints=journal.timeline(),
                 paused=self._state.paused,
-                replay=journal.commands.changes_after(step),
-                undoable=journal.commands.undoable(step),
+                replay=[self._without_invalid(c) for c in journal.commands.changes_after(step)],
+                undoable=[
+                    changes
+                    for changes in journal.commands.undoable(step)
+                    if not invalid_values({c.key: c.old for c in changes})
+                ],
             )
         )
         for message in self._pending.messages():
             attempt.send(message)
+
+    def _without_invalid(self, replayed: ReplayedChange) -> ReplayedChange:
+        """Leaves out values that an earlier version accepted and no rank could work with."""
+        problems = invalid_values({c.key: c.new for c in replayed.changes})
+        for problem in problems.values():
+            text = f"a change of step {replayed.step} is not repeated: {problem}"
+            self._publisher.notice("replay", text, self._state.attempt.start.from_step)
+        kept = [c for c in replayed.changes if c.key not in problems]
+        return msgspec.structs.replace(replayed, changes=kept)
 
     def handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short case a message
         """Handles one message; the journal is written first, the observer called last."""
@@ -135,6 +153,7 @@ class RankMessageHandler:
         match message:
             case Phase():
                 state.phases[message.rank] = message
+                state.timer.phase(message)
                 self._server.send_to_watchers(message)
             case Ready(info=info, settings=settings):
                 journal.record_event("ready", info)
@@ -158,6 +177,8 @@ class RankMessageHandler:
                 self._pending.reject(command_id, reason)
             case Notice(step=step, rule=rule, text=text):
                 self._publisher.notice(rule, text, step)
+            case Paused():
+                self._paused(message)
             case Failed():
                 state.attempt.record_failure(message)
                 if self._ranks.count > 1:  # the others wait in a collective operation
@@ -179,6 +200,8 @@ class RankMessageHandler:
         # The wall clock kept running during a pause: use the measured step time.
         state.timer.finish_step(report.metrics[STEP_TIME] if state.paused else None)
         self._journal.record_step(report)
+        if report.reference_mix is not None:
+            self._journal.record_event("reference", {"mix": report.reference_mix}, report.step)
         self._watchdog.step_done(report.ranks)
         alerts = self._guardrails.check(
             report.step, dict(report.metrics), state.settings, report.samples
@@ -194,13 +217,28 @@ class RankMessageHandler:
         state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
             state.paused = isinstance(command, Pause)
+            if not state.paused:
+                state.pause_reason = None
             state.timer.restart()
             self._show_state()
         elif message.changes:
             self._journal.set_meta(settings=state.settings)
         self._server.send_reply(commands.reply(message.id))
 
+    def _paused(self, message: Paused) -> None:
+        """Records a pause that the ranks began by themselves."""
+        self._state.paused, self._state.pause_reason = True, message.reason
+        self._state.timer.restart()
+        evidence = {"traceback": message.traceback}
+        alert = Alert(message.rule, "pause", message.reason, message.step, evidence)
+        self._publisher.alert(alert)
+        self._show_state()
+
     def _show_state(self) -> None:
         state: State = "paused" if self._state.paused else "running"
         # An accepted stop holds, even if a rank died or paused meanwhile.
-        self._publisher.set_state("stopping" if self._state.stopping else state)
+        if self._state.stopping:
+            self._publisher.set_state("stopping")
+        else:
+            reason = self._state.pause_reason if self._state.paused else None
+            self._publisher.set_state(state, reason or "")

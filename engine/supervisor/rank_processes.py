@@ -5,7 +5,6 @@ import contextlib
 import os
 import secrets
 import signal
-import tempfile
 from pathlib import Path
 
 from engine.config.schema import LaunchConfig
@@ -18,6 +17,7 @@ from engine.launch.environment import (
     ranks_per_node,
 )
 from engine.session.folder import Session
+from engine.session.temporary import TemporaryFolder
 
 
 class RankProcesses:
@@ -28,7 +28,7 @@ class RankProcesses:
         self._session = session
         self._socket_path = socket_path
         self._process: asyncio.subprocess.Process | None = None
-        self._rendezvous: tempfile.TemporaryDirectory[str] | None = None
+        self._rendezvous: TemporaryFolder | None = None
         self.count = ranks_per_node(launch)
         """Ranks on this machine."""
         self.pids: dict[int, int] = {}
@@ -62,12 +62,12 @@ class RankProcesses:
         if self._launch.nodes > 1:
             return f"tcp:{self._launch.rendezvous}"
         self._remove_rendezvous()
-        self._rendezvous = tempfile.TemporaryDirectory(prefix="rlhf-tui-")
-        return f"file:{self._rendezvous.name}/ranks"
+        self._rendezvous = TemporaryFolder()
+        return f"file:{self._rendezvous.path}/ranks"
 
     def _remove_rendezvous(self) -> None:
         if self._rendezvous is not None:
-            self._rendezvous.cleanup()
+            self._rendezvous.close()
             self._rendezvous = None
 
     async def wait(self) -> int:

@@ -158,8 +158,6 @@ class Server:
                 log.info("a connection ended within a frame")
         except (LinkError, TimeoutError, ConnectionError) as error:
             log.info("a connection was closed: %s", str(error) or type(error).__name__)
-        except (msgspec.DecodeError, RecursionError) as error:
-            log.warning("a connection sent an unknown message: %s", error)
         except asyncio.CancelledError:
             return  # The engine ends. asyncio would log a cancelled handler with its traceback.
         finally:
@@ -171,7 +169,7 @@ class Server:
             log.warning("refused a connection of uid %s", uid)
             return
         body = await asyncio.wait_for(receive(reader, MAX_CLIENT_FRAME), HELLO_TIMEOUT)
-        hello = _hello.decode(body)
+        hello = frames.decode(_hello, body, "a first message")
         if isinstance(hello, RankHello):
             await self._handle_rank(hello, reader, writer)
             return
@@ -180,8 +178,11 @@ class Server:
     async def _serve_client(
         self, reader: asyncio.StreamReader, client: Connection, version: int
     ) -> None:
-        client.send(Welcome(pid=os.getpid(), software=__version__))
-        if version != frames.VERSION or len(self._clients) >= MAX_CLIENTS:
+        refused = ""
+        if len(self._clients) >= MAX_CLIENTS:
+            refused = f"{MAX_CLIENTS} clients are connected, its limit; close some of them"
+        client.send(Welcome(pid=os.getpid(), software=__version__, refused=refused))
+        if version != frames.VERSION or refused:
             return
         self._clients.add(client)
         try:

@@ -19,6 +19,8 @@ class SupervisorState:
     next: StartOptions | None
     """The attempt that follows; None if none does."""
     paused: bool = False
+    pause_reason: str | None = None
+    """What asked for the pause that holds or is to come; None if a person did, or without one."""
     stopping: bool = False
     """A stop was accepted. It stays accepted after a restart of the ranks."""
     stop_now: bool = False

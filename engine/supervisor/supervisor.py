@@ -12,13 +12,20 @@ import signal
 import sqlite3
 from pathlib import Path
 
+import msgspec
+
 from engine import __version__
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
-from engine.launch.start import StartOptions, adopted_checkpoint, last_checkpoint
+from engine.launch.start import (
+    StartOptions,
+    adopted_checkpoint,
+    earlier_checkpoint,
+    last_checkpoint,
+)
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import open_channels
 from engine.monitoring.telemetry import busy_gpus
@@ -246,6 +253,16 @@ class Supervisor:
             self.publisher.set_state("stopped" if reason == "stopped" else "finished", text)
             return 0
         failure = attempt.cause(status, launch, self._session.name)
+        earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
+        if earlier is not None and not state.stop_now:
+            text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
+            log.error(text)
+            self.publisher.notice("checkpoint", text, earlier.from_step)
+            state.next = earlier
+            return 1
+        if failure.damaged:
+            text = f"{failure.text}; resume from another one with --from STEP"
+            failure = msgspec.structs.replace(failure, text=text)
         data = {
             "text": failure.text,
             "traceback": failure.traceback,
@@ -262,7 +279,8 @@ class Supervisor:
             self.pending.attempt_failed()
         step = last_checkpoint(self._session)
         state.next = StartOptions(from_step=step)
-        log.error("%s; restart %d of %d", failure.text, self._restarts, limit)
+        # The notice tells the operator; an error in the log would tell it twice in the foreground.
+        log.info("%s; restart %d of %d", failure.text, self._restarts, limit)
         text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
         self.publisher.notice("restart", text, self._journal.step)
         return 1

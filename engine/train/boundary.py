@@ -10,10 +10,16 @@ from typing import Any, assert_never
 
 import msgspec
 
-from engine.config.settings import SettingChange, change_settings, settings_of
+from engine.config.settings import (
+    SettingChange,
+    change_settings,
+    invalid_values,
+    settings_of,
+)
 from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
 from engine.kl import next_beta
 from engine.protocol.commands import (
+    COMMANDS,
     BoundaryCommand,
     Checkpoint,
     Pause,
@@ -29,6 +35,8 @@ from engine.protocol.rank_messages import (
     Applied,
     Begin,
     Ended,
+    Notice,
+    Paused,
     RankCommand,
     Rejected,
     ReplayedChange,
@@ -38,7 +46,9 @@ from engine.session.folder import Session
 from engine.train.checkpointing import CheckpointManager
 from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
+from engine.train.models.reference_update import mix_into_reference
 from engine.train.reports.probe import answer_probe
+from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run, max_response_tokens
 
 log = logging.getLogger("engine")
@@ -56,6 +66,18 @@ class BoundaryBroadcast(msgspec.Struct):
     seconds: float
     """Training time so far. Equal on all ranks, so `train.max_hours` ends them at the same step."""
     beta: float
+
+
+def update_reference(run: Run) -> None:
+    """Updates the reference if `kl.reference_update` has it due before the next step.
+
+    Not right after the last one: its checkpoint and its evaluation have the reference of that step.
+    """
+    state, update = run.state, run.config.kl.reference_update
+    due = update.every and state.step and state.step % update.every == 0
+    if due and state.reference_updated != state.step:
+        mix_into_reference(run.policy, run.reference, update.mix)
+        state.reference, state.reference_updated = fingerprint(run.reference), state.step
 
 
 class Boundary:
@@ -88,6 +110,8 @@ class Boundary:
         for replayed in self._replay:
             if replayed.step == step:
                 self._replay_change(replayed)
+        # A step that is repeated must not have them again.
+        self._replay = [r for r in self._replay if r.step != step]
         self._execute(self._next_commands())
         reported = time.monotonic()
         while self._paused and not self._stop_ids:
@@ -95,7 +119,22 @@ class Boundary:
                 reported = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
             self._execute(self._next_commands(wait=PAUSE_POLL_INTERVAL))
-        return not self._stop_ids and self._end_reason() is None
+        follows = not self._stop_ids and self._end_reason() is None
+        if follows:
+            update_reference(self._run)
+        return follows
+
+    def hold(self, error: RewardCallError) -> None:
+        """Pauses before a step whose reward could not be computed.
+
+        Call :meth:`before_step` again: it executes commands, like in any pause, and returns when
+        the step is to be repeated. Call it on all ranks; the error is the same on all of them.
+        """
+        self._paused = True
+        step = self._run.state.step
+        reason = str(error)
+        log.error("%s; the run pauses\n%s", reason, error.trace)
+        self._link.send(Paused(step=step, rule="reward", reason=reason, traceback=error.trace))
 
     def _end_reason(self) -> str | None:
         train, state = self._run.config.train, self._run.state
@@ -146,6 +185,9 @@ class Boundary:
             except (CommandRejectedError, CheckpointError) as error:
                 self._link.send(Rejected(id=message.id, reason=str(error)))
             else:
+                if message.command.replayed:
+                    name = message.command.name()
+                    self._replay = [r for r in self._replay if r.command != name]
                 if applied is not None:
                     self._link.send(applied)
 
@@ -187,10 +229,23 @@ class Boundary:
     def _undo(self) -> list[SettingChange]:
         if not self._undoable:
             raise CommandRejectedError("there is no change to undo")
-        return self._change_by_command({c.key: c.old for c in self._undoable.pop()})
+        values = {c.key: c.old for c in self._undoable.pop()}
+        # A version without bounds may have set the old value, or put it into a checkpoint.
+        if problems := invalid_values(values):
+            raise CommandRejectedError(f"the change cannot be undone: {min(problems.values())}")
+        return self._change_by_command(values)
 
     def _replay_change(self, replayed: ReplayedChange) -> None:
-        """Applies a change from before a crash again; `undo` treats it like any other."""
+        """Applies a command from before a crash again; `undo` treats it like any other."""
+        kind = COMMANDS.get(replayed.command)
+        if kind is not None and kind.replayed:
+            data = {"command": replayed.command, **replayed.args}
+            try:
+                self._carry_out(replayed.command, msgspec.convert(data, BoundaryCommand))
+            except CommandRejectedError as error:
+                text = f"the command {replayed.command} is not repeated: {error}"
+                self._link.send(Notice(step=replayed.step, rule="replay", text=text))
+            return
         changes = self._change({c.key: c.new for c in replayed.changes})
         if replayed.command == Undo.name():
             del self._undoable[-1:]

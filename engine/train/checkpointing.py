@@ -11,7 +11,7 @@ import msgspec
 from engine.errors import CheckpointError, RlhfError
 from engine.metrics import KL, SCORE
 from engine.protocol.rank_messages import Begin, CheckpointComplete, CheckpointWritten, Notice
-from engine.session.checkpoints import checkpoint_path, complete_checkpoints
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState
 from engine.train.checkpoints.saver import Outcome, Saved, Saver
@@ -53,7 +53,11 @@ class CheckpointManager:
         self._run = run
         self._link = link
         self._saver = Saver(
-            folder, run.ranks.checkpoint_group, conclude=self._conclude, confirm=self._confirm
+            folder,
+            run.ranks.checkpoint_group,
+            conclude=self._conclude,
+            confirm=self._confirm,
+            notice=self._notice,
         )
         self._saved_step = begin.from_step
         """The step of the last save that was started."""
@@ -107,6 +111,7 @@ class CheckpointManager:
         self._saver.begin(
             run.saved_state(), run.policy, run.tokenizer, run.optimiser,
             score=self._score, kl=self._kl, best=self._best,
+            reference=run.reference if state.reference_updated else None,
         )  # fmt: skip
         self._saved_step = state.step
         self._seconds += time.monotonic() - started
@@ -148,7 +153,7 @@ class CheckpointManager:
             CheckpointWritten(step=saved.step, size=saved.size, score=saved.score, kl=saved.kl)
         )
         self._link.wait_for_confirm(saved.step)
-        checkpoint_folder.complete(saved.folder)
+        mark_complete(saved.folder)
 
     def _conclude(self, step: int, outcome: Outcome) -> None:
         """Reports an outcome, then removes older checkpoints; called in the thread that saves."""
@@ -187,6 +192,9 @@ class CheckpointManager:
         except OSError as error:
             text = f"the old checkpoint of step {step} cannot be removed: {error}"
             self._link.send(Notice(step=saved_step, rule="checkpoint", text=text))
+
+    def _notice(self, text: str) -> None:
+        self._link.send(Notice(step=self._run.state.step, rule="checkpoint", text=text))
 
     def close(self) -> None:
         """Waits for a running save, at most :data:`CLOSE_TIMEOUT`, so that a resume can use it."""

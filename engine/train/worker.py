@@ -1,18 +1,18 @@
 """The main program of a rank: ``python -m engine.train.worker SESSION_FOLDER``.
 
-A supervisor starts it, sends it commands and receives its reports. A rank never outlives it.
+A supervisor starts it through :mod:`engine.launch.rank`, sends it commands and receives its
+reports. A rank never outlives it.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import msgspec
 import torch
@@ -20,8 +20,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import LaunchConfig, RunConfig
 from engine.config.settings import settings_of
-from engine.errors import LinkError, RlhfError, UserInputError
-from engine.launch.environment import LAUNCH_VARIABLE, PARENT_VARIABLE
+from engine.errors import (
+    DamagedCheckpointError,
+    LinkError,
+    RlhfError,
+    UserInputError,
+    error_text,
+)
+from engine.launch.environment import LAUNCH_VARIABLE
 from engine.protocol.rank_messages import (
     BaselineReport,
     Begin,
@@ -33,26 +39,26 @@ from engine.protocol.rank_messages import (
 from engine.session.folder import Session
 from engine.train.boundary import Boundary
 from engine.train.distributed.ranks import RankGroup, is_peer_loss
-from engine.train.evaluation.evaluate import evaluate_if_due
+from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due
 from engine.train.link import Link
-from engine.train.load import load_run
+from engine.train.load import fit_scales, load_run
 from engine.train.models import memory_check
 from engine.train.reports.tensorboard import EventFiles
+from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 from engine.train.step import train_step
 
 log = logging.getLogger("engine")
 
-PR_SET_PDEATHSIG = 1
 LESS_MEMORY = (
     "Less is needed with a smaller ppo.micro_batch_size, reward.batch_size or rollout.at_once, or "
     "with parallel.activation_checkpointing, model.dtype: bfloat16 or lora.rank (rlhf-tui plan)"
 )
+T = TypeVar("T")
 
 
 def main() -> None:
     """Trains to the end of the run. Reports any error to the supervisor before it exits."""
-    die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     for name in ("httpx", "httpx2", "datasets", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -105,18 +111,20 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
         rank: this rank.
     """
     if isinstance(error, UserInputError):
-        return Failed(rank=rank, text=str(error), user_input=True)
+        return Failed(rank=rank, text=error_text(error), user_input=True)
     # RlhfErrors are raised deliberately, and a restart would raise them again: no restart follows.
     # Any other exception may be due to the hardware.
     full = is_out_of_memory(error)
     final = isinstance(error, RlhfError) or full
-    text = str(error) if isinstance(error, RlhfError) else f"{type(error).__name__}: {error}"
+    deliberate = isinstance(error, RlhfError)
+    text = error_text(error) if deliberate else f"{type(error).__name__}: {error_text(error)}"
     if full:  # with the same settings a restart would run out of it again
-        first = ". ".join(str(error).strip().split("\n")[0].split(". ")[:2]).rstrip(".")
+        first = ". ".join(error_text(error).strip().split("\n")[0].split(". ")[:2]).rstrip(".")
         text = f"out of memory: {first}. {LESS_MEMORY}"
-    trace = traceback.format_exc()
-    if ranks is None or ranks.size == 1:
-        return Failed(rank=rank, text=text, traceback=trace, final=final)
+    damaged = isinstance(error, DamagedCheckpointError)
+    trace = traceback.format_exc().encode("utf-8", "backslashreplace").decode()
+    if ranks is None or ranks.size == 1 or damaged:
+        return Failed(rank=rank, text=text, traceback=trace, final=final, damaged=damaged)
     if is_peer_loss(error) and not full:
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             for message in ranks.errors_left():
@@ -137,26 +145,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def die_with_parent() -> None:
-    """Has the kernel kill this process when its parent dies; ignores all signals to stop.
-
-    A scheduler or Ctrl+C signals all processes at once. Only the supervisor reacts: it lets the
-    ranks finish and save the current step.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # The parent may have died before the line above: importing torch takes seconds.
-    if os.getppid() != int(os.environ[PARENT_VARIABLE]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train(session: Session, link: Link, ranks: RankGroup) -> None:
     """The training loop: execute commands, run a step, report it, save."""
     begin, config = receive_start(session, link, ranks)
 
-    def warn_about_memory(text: str) -> None:
-        link.send(Notice(step=begin.from_step, rule="memory", text=text))
+    def notify(rule: str, text: str) -> None:
+        link.send(Notice(step=begin.from_step, rule=rule, text=text))
 
     if ranks.device.type == "cuda" and config.model.dtype == "float32":
         text = (
@@ -164,8 +158,8 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
             "bfloat16 and needs more memory"
         )
         log.warning(text)
-        link.send(Notice(step=begin.from_step, rule="dtype", text=text))
-    run = load_run(session, config, begin, ranks, link.phase, warn_about_memory)
+        notify("dtype", text)
+    run = load_run(session, config, begin, ranks, link.phase, notify)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
     events = None
@@ -176,16 +170,21 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
 
     with contextlib.closing(boundary):
         if not begin.from_step:
-            evaluation = evaluate_if_due(run, 0)
-            if evaluation.metrics:
-                link.send(BaselineReport(evaluation.metrics, evaluation.samples))
+            when_scored(boundary, lambda: fit_scales(run, config))
+            baseline = when_scored(boundary, lambda: evaluate_if_due(run, 0))
+            if baseline is not None and baseline.metrics:
+                link.send(BaselineReport(baseline.metrics, baseline.samples))
                 if events is not None:
-                    events.step(0, evaluation.metrics, evaluation.samples)
+                    events.step(0, baseline.metrics, baseline.samples)
         while boundary.before_step():
             step = run.state.step + 1
             started = time.monotonic()
-            metrics, samples = train_step(run, step)
-            evaluation = evaluate_if_due(run, step)
+            try:
+                metrics, samples = train_step(run, step)
+            except RewardCallError as error:
+                boundary.hold(error)
+                continue
+            evaluation, problem = evaluate_or_skip(run, step)
             metrics |= evaluation.metrics
             changes = boundary.after_step(step, metrics, time.monotonic() - started)
             if events is not None:
@@ -199,13 +198,49 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
                     settings=settings,
                     changes=changes,
                     ranks=run.timer.ranks,
+                    reference_mix=(
+                        run.config.kl.reference_update.mix
+                        if 0 < run.state.reference_updated == step - 1
+                        else None
+                    ),
                     evaluated=evaluation.samples,
                 )
             )
             boundary.checkpoints.save_if_due()
+            if problem is not None:
+                boundary.hold(problem)
         boundary.finish()
     if events is not None:
         events.close()
+
+
+def when_scored(boundary: Boundary, action: Callable[[], T]) -> T | None:
+    """Does what needs rewards before the first step; pauses while they cannot be computed.
+
+    Returns:
+        The action's result; None if the run is stopped before it succeeds.
+    """
+    while True:
+        try:
+            return action()
+        except RewardCallError as error:
+            boundary.hold(error)
+            if not boundary.before_step():
+                return None
+
+
+def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError | None]:
+    """Evaluates after a step if that is due.
+
+    Returns:
+        The evaluation, and an error to pause with if a reward could not be computed. The weights
+        have changed, so the step cannot be repeated: it has no evaluation then.
+    """
+    try:
+        return evaluate_if_due(run, step), None
+    except RewardCallError as error:
+        text = f"{error}; step {step} is not evaluated"
+        return Evaluation(), RewardCallError(text, error.trace)
 
 
 def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:

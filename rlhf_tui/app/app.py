@@ -10,15 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from textual import events
-from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.dom import DOMNode
 from textual.filter import LineFilter
 from textual.notifications import SeverityLevel
-from textual.screen import Screen
 
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
@@ -26,8 +24,10 @@ from rlhf_tui.app import hangup, steering
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
+from rlhf_tui.app.palette import PaletteCommands
 from rlhf_tui.app.sequential_keys import SequentialKeys
-from rlhf_tui.app.themes import THEMES
+from rlhf_tui.app.themes import themes_of
+from rlhf_tui.dialogs.palette import PaletteDialog
 from rlhf_tui.identity import who
 from rlhf_tui.screens import modes
 from rlhf_tui.screens.base import SessionScreen
@@ -39,7 +39,7 @@ from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import one_line, sanitise
-from rlhf_tui.widgets.key_footer import KeyFooter, key_name
+from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.textual_internals import (
     bindings_of_key,
     screens_of_all_modes,
@@ -65,6 +65,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         (0, "-tiny"), (14, "-low"), (23, "-high"),
     ]  # fmt: skip
     ENABLE_COMMAND_PALETTE = True
+    COMMANDS = {PaletteCommands}
     COMMAND_PALETTE_BINDING = "ctrl+p"
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
@@ -127,7 +128,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self._first_read = first_read
         if session is not None:
             self.follower.open(session)
-        for theme in THEMES:
+        # The console is what Textual writes with: what it finds out of the terminal holds.
+        for theme in themes_of(self.console.color_system):
             self.register_theme(theme)
         self.theme = self.preferences.theme
 
@@ -345,7 +347,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def action_theme(self) -> None:
         """Switches to the next theme."""
-        names = [t.name for t in THEMES]
+        names = prefs.THEME_NAMES
         self.choose_theme(names[(names.index(self.theme) + 1) % len(names)])
         self.say(f"theme: {self.theme}")
 
@@ -361,27 +363,10 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             target=prefs.save, args=(prefs.preferences_file(), self.preferences), daemon=True
         ).start()
 
-    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        """Fills the palette: every action that has a key, and the themes."""
-        seen = set()
-        for active in screen.active_bindings.values():
-            binding = active.binding
-            title = binding.description
-            if title and binding.action not in seen and not binding.system:
-                seen.add(binding.action)
-                yield SystemCommand(
-                    title[0].upper() + title[1:],
-                    f"key {binding.key_display or key_name(binding.key)}",
-                    functools.partial(self._run_or_explain, binding, active.node),
-                )
-        for theme in THEMES:
-            choose = functools.partial(self.choose_theme, theme.name)
-            yield SystemCommand(f"Theme: {theme.name}", "colours", choose)
-
-    async def _run_or_explain(self, binding: Binding, node: DOMNode) -> None:
-        """Runs an action of the palette, or shows why it is disabled."""
-        if not await self.run_action(binding.action, node):
-            self.on_key(events.Key(binding.key, None))
+    def action_command_palette(self) -> None:
+        """Shows the palette of all commands."""
+        if not isinstance(self.screen, PaletteDialog):
+            self.push_screen(PaletteDialog(id="--command-palette"))
 
 
 def actions_of_key(node: DOMNode, key: str) -> list[str]:

@@ -4,7 +4,8 @@ from engine import metrics
 from engine.journal.rows import ErrorEvent, StateEvent
 from rlhf_tui import format as fmt
 from rlhf_tui.state.preferences import Seen
-from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, RECENT, SessionState
+from rlhf_tui.state.session_state import RECENT, SessionState
+from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES
 from rlhf_tui.widgets.lines import Row
 
 MOST = 8

@@ -6,17 +6,20 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from textual.app import App
 from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
-from engine.session.folder import all_sessions, check_name, find, free_name
+from engine.session.folder import all_sessions, find
 from rlhf_tui.app.following import SessionFollower
-from rlhf_tui.dialogs.base import InputDialog
+from rlhf_tui.dialogs.form import Values
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.messages import EngineStarted
-from rlhf_tui.widgets.lines import Row
+
+if TYPE_CHECKING:  # imported when a form is opened
+    from rlhf_tui.app.start_forms import StartForm
 
 APPEARS = 10.0
 """Seconds within which the folder of a new session exists."""
@@ -62,20 +65,45 @@ class EngineStarter:
             self._say("read-only: nothing can be started or deleted", "warning")
         return self._read_only
 
+    def ask_new(self) -> None:
+        """Asks for a configuration file, then starts a run from it."""
+        from rlhf_tui.app.start_forms import new_run_form  # noqa: PLC0415 - keeps start-up short
+
+        self._ask(lambda: new_run_form(self._root))
+
+    def ask_resume(self, name: str, from_step: int | None = None) -> None:
+        """Asks for overrides, then resumes a session.
+
+        Args:
+            name: of the session.
+            from_step: the checkpoint's step; later steps become an abandoned branch. None: the
+                last checkpoint.
+        """
+        from rlhf_tui.app.start_forms import resume_form  # noqa: PLC0415 - keeps start-up short
+
+        self._ask(lambda: resume_form(self._root, name, from_step))
+
     def ask_fork(self, name: str, step: int) -> None:
-        """Asks for a name, then forks session `name` from the checkpoint of `step`."""
-        rows: list[Row] = [[(f"A new session that starts from step {step} of {name}.", "dim")]]
+        """Asks for a name and overrides, then forks `name` from the checkpoint of `step`."""
+        from rlhf_tui.app.start_forms import fork_form  # noqa: PLC0415 - keeps start-up short
 
-        def take(new: str | None) -> None:
-            if new:
-                self.start(["fork", name, "--from", str(step), "--name", new], new)
+        self._ask(lambda: fork_form(self._root, name, step))
 
-        def check(text: str) -> tuple[bool, str]:
-            return check_new_name(self._root, text)
+    def _ask(self, make: "Callable[[], StartForm]") -> None:
+        """Opens a form, and starts what it asks for. Shows why it cannot be opened."""
+        if self._refused():
+            return
+        try:
+            form = make()
+        except RlhfError as error:
+            self._say(str(error), "error")
+            return
 
-        proposal = free_name(self._root, f"{name}-fork")
-        title = f"Fork {name} from step {step}"
-        self._app.push_screen(InputDialog(title, rows, proposal, check), take)
+        def take(values: Values | None) -> None:
+            if values is not None:
+                self.start(form.arguments(values), form.name(values))
+
+        self._app.push_screen(form.dialog, take)
 
     def start(self, arguments: list[str], name: str) -> None:
         """Runs `rlhf-tui <arguments> --detach` in a thread; opens the session once it exists."""
@@ -152,15 +180,3 @@ class EngineStarter:
             return "", last_line
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return lines[-1].removeprefix("rlhf-tui: "), last_line
-
-
-def check_new_name(root: Path, text: str) -> tuple[bool, str]:
-    """Returns whether a new session can have this name, and its folder or the reason why not."""
-    name = text.strip()
-    try:
-        check_name(name)
-    except RlhfError as error:
-        return False, str(error)
-    if (root / name).exists():
-        return False, f"'{name}' already exists"
-    return True, f"folder: {root / name}"

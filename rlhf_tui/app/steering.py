@@ -24,12 +24,13 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
+from engine.session.checkpoints import checkpoint_path, saved_settings
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.picker import Option, PickerDialog
+from rlhf_tui.format import value_text
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
 from rlhf_tui.state.messages import CommandAnswered
-from rlhf_tui.state.session_state import value_text
 from rlhf_tui.state.steering_target import SteeringTarget, settings_in_force
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Row
@@ -55,6 +56,10 @@ ACTIONS = (
     "probe",
 )  # fmt: skip
 """The actions of :data:`BINDINGS`; `--read-only` removes them."""
+WITH_OLD_VALUE = ("beta", "nudge", "adaptive", "change")
+"""The actions that start from a setting in force, which is not known while a run is starting."""
+WHILE_STOPPING = ("stop", "note")
+"""The actions that a run takes while it is stopping."""
 
 
 class Steering:
@@ -181,8 +186,8 @@ class Steering:
                 self.command(target, command, f"{key} {value_text(old)} → {value_text(value)}")
 
         hint: list[Row] = [[(f"{LIVE_SETTINGS[key]}, now ", "dim"), (value_text(old), "strong")]]
-        if key == "stop_kl":
-            hint.append([("off: the passes never end early", "dim")])
+        if key in OFF:
+            hint.append([(f"off: {OFF[key]}", "dim")])
         title = f"Set {key} of {target.name}"
         self._app.push_screen(InputDialog(title, hint, value_text(old), check), send)
 
@@ -252,6 +257,7 @@ class Steering:
         rows: list[Row] = [
             [(f"The run returns to step {step} and continues.", "")],
             [(f"{lost} steps are discarded (kept as a ghost).", "dim")],
+            *_settings_after(target, step),
         ]
         choices = [
             Choice("c", "Cancel", "cancel"),
@@ -278,6 +284,8 @@ class Steering:
             return False
         target = self._target()
         live = target is not None and target.live
+        if target is not None and _is_too_early_or_late(target, action):
+            live = False
         if action in ("pause", "unpause"):
             held = live and target is not None and self._held(target)
             if held != (action == "unpause"):
@@ -291,7 +299,11 @@ class Steering:
             return "read-only: commands are disabled"
         if target is None:
             return "no session is open: press 1 and open one"
-        return "" if target.live else _no_engine(target)
+        if not target.live:
+            return _no_engine(target)
+        if target.state == "starting":
+            return f"{target.name} is starting: its settings are known once it is loaded"
+        return f"{target.name} is stopping" if target.state == "stopping" else ""
 
     def _held(self, target: SteeringTarget) -> bool:
         effects = self._effects.get(target.session.folder)
@@ -391,14 +403,50 @@ def when(target: SteeringTarget) -> str:
     return "applies from the next step" + (f", in {wait}" if wait else "")
 
 
+def _is_too_early_or_late(target: SteeringTarget, action: str) -> bool:
+    """Whether a live run takes no such command now, or its old value is not known."""
+    if target.state == "starting":
+        return action in WITH_OLD_VALUE
+    return target.state == "stopping" and action not in WHILE_STOPPING
+
+
 def _no_engine(target: SteeringTarget) -> str:
     return f"no engine runs '{target.name}'; resume it: rlhf-tui resume {target.name}"
+
+
+OFF = {
+    "stop_kl": "the passes never end early",
+    "clip_range_high": "the same as clip_range",
+    "dual_clip": "no bound",
+}
+"""Settings that may be off (null), and what that means."""
+
+
+def _settings_after(target: SteeringTarget, step: int) -> list[Row]:
+    """The settings that a roll back changes, old → new: the checkpoint has those of its step."""
+    saved = saved_settings(checkpoint_path(target.session.checkpoints, step))
+    if not saved:
+        return [
+            [(f"Beta, the controller and all settings return to those of step {step}.", "warn")]
+        ]
+    changed = [
+        (key, old, new)
+        for key in LIVE_SETTINGS
+        if key in saved
+        and (old := value_text(target.settings.get(key))) != (new := value_text(saved[key]))
+    ]
+    if not changed:
+        return [[("All settings, beta included, stay as they are now.", "dim")]]
+    rows: list[Row] = [[(f"All settings, beta included, return to those of step {step}:", "")]]
+    for key, old, new in changed:
+        rows.append([(f"  {key:<15}", "dim"), (f"{old} → ", ""), (new, "strong")])
+    return rows
 
 
 def parse_value(key: str, text: str, settings: Settings) -> Any:
     """A typed value as the setting would hold it. Raises CommandRejectedError."""
     value: Any = text.strip()
-    if key == "stop_kl" and value in ("off", "none", ""):
+    if key in OFF and value in ("off", "none", ""):
         value = None
     else:
         for kind in (int, float):

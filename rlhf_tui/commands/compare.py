@@ -12,6 +12,7 @@ from engine.config import file as config_file
 from engine.config.rules import check_rule
 from engine.config.schema import GuardrailConfig, RunConfig
 from engine.config.settings import settings_of
+from engine.config.yaml_document import parse_yaml
 from engine.errors import UserInputError
 from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
@@ -54,9 +55,16 @@ def diff(root: Path, name: str, other: str, as_json: bool) -> None:
     if as_json:
         print_json({"config": changed, "step": step, "metrics": metrics})
         return
-    rows = [[k, one_line(str(old)), one_line(str(new))] for k, (old, new) in changed.items()]
+    rows = [[k, _shown(old), _shown(new)] for k, (old, new) in changed.items()]
     rows += [[f"{k} @ {step}", *map(fmt.number, values)] for k, values in metrics.items()]
     say(fmt.table(rows, ["", name, other]))
+
+
+def _shown(value: object) -> str:
+    """A configuration value as in YAML, on one line; `–` if it is not set."""
+    if value is None:
+        return "–"
+    return one_line(str(value).lower() if isinstance(value, bool) else str(value))
 
 
 @click.command()
@@ -122,7 +130,7 @@ def _as_reported(row: SampleRow) -> Sample:
 def _rules(path: Path) -> GuardrailConfig:
     """The guardrails section of a file. Raises UserInputError."""
     try:
-        tree = config_file.parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
         section = tree.get("guardrails", tree) if isinstance(tree, dict) else tree
         config = msgspec.convert(section, GuardrailConfig)
         for rule in config.rules:

@@ -6,19 +6,43 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from engine.errors import NoSuchSessionError
+from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import Session, all_sessions, find
 from engine.session.registry import live_sessions
+from rlhf_tui import terminal_colors
 from rlhf_tui.text import sanitise
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 SESSIONS = "The folder of sessions."
 JSON = "Print one JSON value."
+NAME_MAX, PATH_MAX = 255, 4000
+"""Bytes of a name and of a path on Linux, less some for the files of a session."""
+
+
+def _check_length(_context: click.Context, _option: click.Parameter, value: Path) -> Path:
+    longest = max((len(os.fsencode(part)) for part in value.parts), default=0)
+    if longest > NAME_MAX or len(os.fsencode(value.absolute())) > PATH_MAX:
+        raise UserInputError(
+            f"--sessions: the path is too long (at most {NAME_MAX} bytes a name and {PATH_MAX} in "
+            f"all): {str(value)[:40]}…"
+        )
+    return value
+
+
+def utf8_text(_context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """A callback of arguments: their text is stored as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        name = parameter.human_readable_name
+        raise UserInputError(f"{name} is not valid UTF-8; check the terminal's locale") from error
+    return value
+
 
 sessions_option: Decorator = click.option(
     "--sessions",
@@ -27,6 +51,7 @@ sessions_option: Decorator = click.option(
     envvar="RLHF_TUI_SESSIONS",
     default=Path("sessions"),
     show_default="$RLHF_TUI_SESSIONS or ./sessions",
+    callback=_check_length,
     help=SESSIONS,
 )
 
@@ -38,6 +63,20 @@ last_option: Decorator = click.option(
 
 override_option: Decorator = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a configuration key."
+)
+
+
+def _set_colors(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        os.environ[terminal_colors.VARIABLE] = value
+
+
+colors_option: Decorator = click.option(
+    "--colors",
+    type=click.Choice(list(terminal_colors.SYSTEMS)),
+    expose_value=False,
+    callback=_set_colors,
+    help="The terminal's colours, if they are not recognised.  [default: $RLHF_TUI_COLORS or auto]",
 )
 
 name_argument: Decorator = click.argument("name")
@@ -74,9 +113,31 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, allow_nan=False))
 
 
-def say(text: str) -> None:
-    """Prints sanitised text on stdout. All output for people goes through it."""
-    click.echo(sanitise(text))
+Tone = Literal["", "good", "warn", "bad"]
+COLOURS = {"good": "green", "warn": "yellow", "bad": "red"}
+
+
+def say(*pieces: str | tuple[str, Tone]) -> None:
+    """Prints a line of sanitised text on stdout. All output for people goes through it.
+
+    A piece may have a tone, which is a colour on a terminal that has them.
+    """
+    coloured = has_colours()
+    words = []
+    for piece in pieces:
+        text, tone = (piece, "") if isinstance(piece, str) else piece
+        text = sanitise(text)
+        words.append(click.style(text, fg=COLOURS[tone]) if coloured and tone else text)
+    click.echo("".join(words))
+
+
+def has_colours() -> bool:
+    """Whether stdout is a terminal on which colours are wanted (https://no-color.org)."""
+    return (
+        sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM", "dumb") != "dumb"
+    )
 
 
 def is_terminal() -> bool:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import click
 
-from engine.errors import RlhfError
+from engine.errors import RlhfError, SessionError
 from engine.journal.reader import JournalReader
-from engine.journal.rows import ErrorEvent
 from engine.journal.samples import SampleReader, with_judgements
 from engine.metrics import (
     BETA,
@@ -22,6 +21,7 @@ from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
 from engine.session.states import ENDED_STATES
 from rlhf_tui import format as fmt
+from rlhf_tui.commands.event_lines import STATE_TONES, event_lines
 from rlhf_tui.commands.options import (
     existing,
     json_option,
@@ -61,9 +61,15 @@ def ls(root: Path, as_json: bool) -> None:
     elif not rows:
         say(f"no sessions in {root}; start one with: rlhf-tui demo")
     else:
-        header = ["name", "state", "step", "beta", "score", "KL", "last active"]
+        header = ["name", "state", "step", "beta", "score", "KL", "last active", ""]
         folders = {str(s.folder) for s in local}
-        say(fmt.table([_ls_cells(r, local=r.folder in folders) for r in rows], header))
+        cells = [_ls_cells(r, local=r.folder in folders) for r in rows]
+        lines = fmt.aligned([header, *cells])
+        say("  ".join(lines[0]).rstrip())
+        for row, line in zip(rows, lines[1:], strict=True):
+            name, state, *rest = line
+            tone = STATE_TONES.get(row.state, "")
+            say(f"{name}  ", (state, tone), "  " + "  ".join(rest).rstrip())
 
 
 def _read_row(session: Session) -> SessionRow:
@@ -79,8 +85,13 @@ def _ls_cells(row: SessionRow, *, local: bool) -> list[str]:
     return [
         row.name if local else f"{row.name} ({row.folder})", row.state,
         f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score),
-        fmt.number(row.kl, 2), age,
+        fmt.number(row.kl, 2), age, one_line(_state_text(row), 100) if row.pause_reason else "",
     ]  # fmt: skip
+
+
+def _state_text(row: SessionRow) -> str:
+    """The state, with what paused the run: `paused by kl_high at step 4: KL 7.26 > 6`."""
+    return f"paused by {row.pause_reason}" if row.pause_reason else row.state
 
 
 @click.command()
@@ -94,7 +105,9 @@ def status(root: Path, name: str, as_json: bool) -> None:
         print_json(row.as_json())
         return
     engine = f"pid {row.pid} on {row.host}" if row.pid else "none"
-    say(f"{row.name}: {row.state}" + (f" ({row.message})" if row.message else ""))
+    message = f" ({one_line(row.message)})" if row.message else ""
+    tone = STATE_TONES.get(row.state, "")
+    say(f"{row.name}: ", (one_line(_state_text(row)), tone), message)
     say(f"  step        {row.step} of {row.total_steps}, attempt {row.attempt}")
     say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
     say(f"  beta        {fmt.number(row.beta, 4)}")
@@ -103,6 +116,8 @@ def status(root: Path, name: str, as_json: bool) -> None:
     say(f"  folder      {row.folder}")
     if row.state not in ENDED_STATES and not row.pid:
         say(f"  resume with rlhf-tui resume {row.name}")
+    elif row.state == "paused":
+        say(f"  resume with rlhf-tui ctl {row.name} unpause")
 
 
 @click.command()
@@ -154,20 +169,18 @@ def samples(root: Path, name: str, last: int | None, held_out: bool, as_json: bo
 @last_option
 @json_option
 def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
-    """Print events: states, commands, checkpoints, alerts, notes."""
+    """Print the log of a session: states, commands, alerts, crashes, checkpoints, notes.
+
+    --json prints all fields of the events, with ids, values and samples.
+    """
     with JournalReader(existing(root, name)) as record:
-        rows = record.events(last)
+        rows, attempts = record.events(last), record.attempts()
+        crashed = record.state() == "crashed"
     if as_json:
         print_json([r.as_json() for r in rows])
         return
-    common = {"event", "time", "attempt", "step", "kind", "traceback"}
-    for row in rows:
-        # All keys of the event: other versions may write keys that this one does not know.
-        data = {k: v for k, v in row.as_json().items() if k not in common and v}
-        details = one_line("  ".join(f"{k}={v}" for k, v in data.items()))
-        say(f"{fmt.clock(row.time)}  step {row.step:<6} {row.kind:<10} {details}")
-        if isinstance(row.payload, ErrorEvent) and row.payload.traceback:
-            say(row.payload.traceback)
+    for line in event_lines(rows, attempts, crashed=crashed):
+        say((one_line(line.columns), line.tone))
 
 
 @click.command()
@@ -182,6 +195,8 @@ def logs(root: Path, name: str, last: int | None, follow: bool, as_json: bool) -
     if not session.log_file.exists():
         say("[]" if as_json else f"session '{name}' has no log yet")
         return
+    if not session.log_file.is_file():  # opening a pipe would wait for its writer
+        raise SessionError(f"{session.log_file} is not a regular file; move it away")
     with session.log_file.open(encoding="utf-8", errors="replace", newline="") as file:
         # A progress bar rewrites its line with \r: only its last state is printed.
         lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in file.read().split("\n")]

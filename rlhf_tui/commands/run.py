@@ -13,14 +13,15 @@ import msgspec
 from engine import starter
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import UserInputError
+from engine.errors import SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine
-from engine.launch.start import StartOptions, check_inputs, is_new
+from engine.launch.start import StartOptions, check_inputs, is_new, remove_failed_start
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
-from engine.session.folder import Session, create, free_name
+from engine.session.folder import Session, check_name, create, free_name
+from rlhf_tui import format as fmt
 from rlhf_tui.commands import view
 from rlhf_tui.commands.options import (
     existing,
@@ -108,7 +109,7 @@ def resume(
     # A session that crashed after its last checkpoint still has to record its end.
     if start.from_step >= total and not crashed:
         say(
-            f"session '{name}' has finished its {total} steps; to extend it: "
+            f"session '{name}' has finished its {fmt.plural(total, 'step')}; to extend it: "
             f"rlhf-tui resume {name} -o train.steps={2 * total}"
         )
         return
@@ -145,6 +146,8 @@ def _start_new(
     root: Path, name: str | None, stem: str, config: RunConfig, mode: str | None
 ) -> None:
     check_inputs(config)
+    if name is not None:
+        remove_failed_start(Session(root / check_name(name)))
     session = create(root, free_name(root, stem) if name is None else name, config)
     _begin(session, StartOptions(who=who()), mode)
 
@@ -178,12 +181,18 @@ def _watch(session: Session, start: StartOptions) -> None:
 def _detach(session: Session, start: StartOptions) -> None:
     new = is_new(session, start)
     try:
-        pid = start_engine(session, start, timeout=LOADING_TIMEOUT)
-    except UserInputError:
-        if new:  # nothing is trained yet: remove the incomplete session
+        pid = start_engine(session, start, timeout=LOADING_TIMEOUT, notice=_show_notice)
+    except (UserInputError, SessionError) as error:
+        # Nothing is trained yet: remove the incomplete session. One whose engine failed by itself
+        # stays with its log, and gives up its name (remove_failed_start).
+        if new and (isinstance(error, UserInputError) or not session.journal_file.exists()):
             shutil.rmtree(session.folder, ignore_errors=True)
         raise
     say(f"session {session.name}: engine pid {pid}; steer it with: rlhf-tui ctl {session.name}")
+
+
+def _show_notice(text: str) -> None:
+    click.echo(f"rlhf-tui: {one_line(text)}", err=True)
 
 
 def _become_engine(session: Session, start: StartOptions) -> None:

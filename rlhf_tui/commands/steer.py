@@ -1,5 +1,6 @@
 """Commands that steer a live engine: ctl, note."""
 
+import sqlite3
 import sys
 import time
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from typing import Any
 import click
 
 from engine.config import file as config_file
-from engine.errors import RlhfError, UserInputError
+from engine.config.yaml_document import parse_yaml
+from engine.errors import JournalError, RlhfError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.writer import JournalWriter
 from engine.protocol.client import Client, new_id
@@ -40,13 +42,14 @@ from rlhf_tui.commands.options import (
     print_json,
     say,
     sessions_option,
+    utf8_text,
 )
 from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
 
 TIMED_OUT = 4
 WAIT = "Return once the command is applied or rejected."
-TIMEOUT = "How long --wait waits."
+TIMEOUT = "How long --wait waits; 600 if it is not given."
 COMMAND_ID = "Idempotency key: a command sent again with the same id is not repeated."
 END_TIMEOUT = 30.0
 """Seconds to wait for the engine's process to exit after `stop --wait`."""
@@ -99,6 +102,8 @@ class Steering:
         if self._wait and isinstance(command, Stop) and reply.status == "applied":
             self._wait_for_exit(session)
         self._print(command, reply, seconds_left)
+        if isinstance(command, Stop) and reply.status == "accepted" and not self._as_json:
+            say(f"to end at once, without this step: rlhf-tui ctl {self._name} stop --now")
         if reply.status == "rejected":
             raise RlhfError(f"rejected: {reply.reason}")
 
@@ -130,7 +135,7 @@ class Steering:
 @name_argument
 @sessions_option
 @click.option("--wait", is_flag=True, help=WAIT)
-@click.option("--timeout", default=600.0, show_default=True, metavar="SECONDS", help=TIMEOUT)
+@click.option("--timeout", default=600.0, metavar="SECONDS", help=TIMEOUT)
 @json_option
 @click.option("--id", "command_id", metavar="ID", help=COMMAND_ID)
 @click.pass_context
@@ -224,11 +229,11 @@ def set_(steering: Steering, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals:
         raise UserInputError(f"set takes key=value, not '{assignment}'")
-    steering.send(SetSetting(key=key.strip(), value=config_file.parse_yaml(text, key)))
+    steering.send(SetSetting(key=key.strip(), value=parse_yaml(text, key, key.strip())))
 
 
 @_verb(Probe)
-@click.argument("text")
+@click.argument("text", callback=utf8_text)
 @click.pass_obj
 def probe(steering: Steering, text: str) -> None:
     steering.send(Probe(text=text))
@@ -260,7 +265,7 @@ for _command in ctl.commands.values():
 
 @click.command(help=Note.summary)
 @name_argument
-@click.argument("text")
+@click.argument("text", callback=utf8_text)
 @sessions_option
 def note(root: Path, name: str, text: str) -> None:
     session = existing(root, name)
@@ -278,6 +283,8 @@ def note(root: Path, name: str, text: str) -> None:
             journal.record_event("note", {"text": text, "who": who()})
             step = journal.step
             journal.close()
+        except sqlite3.Error as error:
+            raise JournalError(f"cannot write {session.journal_file}: {error}") from error
         finally:
             lock.release()
     say(f"noted at step {step}: {one_line(text)}")

@@ -11,7 +11,8 @@ import click
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
-from rlhf_tui.commands.options import existing, is_terminal, sessions_option
+from rlhf_tui import terminal_colors
+from rlhf_tui.commands.options import colors_option, existing, is_terminal, sessions_option
 
 if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app imports them
     from rlhf_tui.state.first_read import FirstRead
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app impor
 @click.command()
 @click.argument("name", required=False)
 @sessions_option
+@colors_option
 @click.option("--read-only", is_flag=True, help="Show the session, send no commands.")
 def attach(root: Path, name: str | None, read_only: bool) -> None:
     """Open the dashboard of a session.
@@ -43,6 +45,7 @@ def open_screen(root: Path, session: Session | None, *, read_only: bool = False)
     # Modules and long sessions allocate millions of objects that are not garbage; with the default
     # thresholds, collections took a third of the time until the first curve.
     gc.set_threshold(200_000, 20, 20)
+    terminal_colors.choose(os.environ)
     first_read = begin_first_read(session) if session is not None else None
     from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual is slow to import
 

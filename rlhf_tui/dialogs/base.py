@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
+from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.screen import ModalScreen
+from textual.screen import ModalScreen, Screen
 
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Lines, Row
+from rlhf_tui.widgets.textual_internals import screens_of_current_mode
 
 if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up stays short
     from textual.widgets import Button, Input
@@ -31,7 +33,19 @@ class MessageLine(Lines):
         self.show(rows)
 
 
-class Dialog(ModalScreen[str | None]):
+Result = TypeVar("Result")
+
+
+def is_on_top(screen: Screen[Any]) -> bool:
+    """Whether a screen is the one that takes the keys.
+
+    `Screen.dismiss` removes whichever screen is on top. A screen that is dismissed twice, by keys
+    that were typed ahead, would remove the one below it, and the last one ends the app.
+    """
+    return screens_of_current_mode(screen.app)[-1:] == [screen]
+
+
+class Dialog(ModalScreen[Result | None]):
     """A box over the screen; escape closes it without a result."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "cancel", show=False)]
@@ -39,7 +53,6 @@ class Dialog(ModalScreen[str | None]):
     def __init__(self, title: str) -> None:
         super().__init__()
         self.heading = title
-        self._finished = False
 
     def compose(self) -> ComposeResult:
         """The box with its title and its body."""
@@ -51,11 +64,13 @@ class Dialog(ModalScreen[str | None]):
         """The widgets in the box; overridden."""
         yield from ()
 
-    def close_with(self, result: str | None) -> None:
-        """Closes with a result. Later calls do nothing: a second key may be queued already."""
-        if not self._finished:
-            self._finished = True
-            self.dismiss(result)
+    def close_with(self, result: Result | None) -> None:
+        """Closes with a result. A dialog that stays open after a choice overrides it."""
+        self.dismiss(result)
+
+    def dismiss(self, result: Result | None = None) -> AwaitComplete:
+        """Removes the dialog. Later calls do nothing: a second key may be queued already."""
+        return super().dismiss(result) if is_on_top(self) else AwaitComplete()
 
     def action_cancel(self) -> None:
         """Closes without a result."""
@@ -72,7 +87,7 @@ class Choice:
     danger: bool = False
 
 
-class ChoiceDialog(Dialog):
+class ChoiceDialog(Dialog[str]):
     """A question with a button for each choice. The first one must be safe: it has the focus."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -114,7 +129,7 @@ class ChoiceDialog(Dialog):
 Check = Callable[[str], tuple[bool, str]]
 
 
-class InputDialog(Dialog):
+class InputDialog(Dialog[str]):
     """An input field, and below it what the typed value would do."""
 
     def __init__(

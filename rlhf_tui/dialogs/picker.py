@@ -29,7 +29,7 @@ class Option:
     detail: str = ""
 
 
-class PickerDialog(Dialog):
+class PickerDialog(Dialog[str]):
     """A list that typing filters. Enter selects the line, or with `several` all marked lines."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from engine.journal.rows import CommandRow, ProbeResult
 from rlhf_tui import format as fmt
+from rlhf_tui.dialogs.base import is_on_top
 from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.dialogs.text import ProbeDialog
 
@@ -32,6 +33,7 @@ class ProbePicker(PickerDialog):
         """Shows the selected probe; closes if none was selected."""
         if result is None:
             super().close_with(None)
+        if result is None or not is_on_top(self):  # enter twice shows a probe once
             return
         probe = self._probes[result]
         found = ProbeResult.of(probe.result)

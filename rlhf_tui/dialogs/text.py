@@ -18,7 +18,7 @@ MARGIN, WIDEST = 4, 84
 """Width of border and padding, and the greatest width of a dialog (app.tcss)."""
 
 
-class TextDialog(Dialog):
+class TextDialog(Dialog[str]):
     """Text in a box. The keys of a list scroll it; escape, q and enter close it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("q,enter", "cancel", "close", show=False)]

@@ -38,7 +38,9 @@ class SessionScreen(Screen[None]):
         context = self.context
         yield Tabs(context.state, self.MODE, tuple(MODES), read_only=context.read_only)
         if self.MODE != "sessions":
-            yield StatusLine(context.state, id="status")
+            status = StatusLine(context.state, id="status")
+            status.read_only = context.read_only
+            yield status
         yield from self.compose_body()
         yield KeyFooter(id="keys")
 

@@ -1,5 +1,6 @@
 """Checkpoints: save, roll back, fork, export."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,9 +12,19 @@ from engine.journal.rows import CheckpointRow
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.state.messages import RowSelected
+from rlhf_tui.state.messages import HeaderSelected, RowSelected
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.table import Column, Table
+
+ORDERS: dict[str, Callable[[CheckpointRow], float]] = {
+    "step": lambda c: c.step,
+    "attempt": lambda c: c.attempt,
+    "saved": lambda c: c.time,
+    "size": lambda c: c.size,
+    "score": lambda c: _or(c.score, float("-inf")),
+    "KL": lambda c: _or(c.kl, float("-inf")),
+}
+"""Title of a column → what it sorts by."""
 
 
 class CheckpointsScreen(SessionScreen):
@@ -45,21 +56,32 @@ class CheckpointsScreen(SessionScreen):
         )
 
     def refresh_content(self) -> None:
-        """Shows the checkpoints, newest first."""
+        """Shows the checkpoints, unless a title was clicked the newest step first."""
+        table = self.query_one(Table)
         found = self.context.state.checkpoints
         current = [c for c in found if c.status == "complete"]
         best = max(current, key=lambda c: _or(c.score, float("-inf")), default=None)
         last = max(current, key=lambda c: c.step, default=None)
-        rows = [((c.step, c.attempt), _cells(c, best is c, last is c)) for c in reversed(found)]
-        self.query_one(Table).set_rows(rows, self._empty())
+        order = ORDERS[table.sorted_by or "step"]
+        ordered = sorted(found, key=lambda c: (order(c), c.step, c.attempt))
+        rows = [((c.step, c.attempt), _cells(c, best is c, last is c)) for c in ordered]
+        table.set_rows(rows[::-1] if table.descending else rows, self._empty())
+
+    def on_header_selected(self, message: HeaderSelected) -> None:
+        """Sorts by the column whose title was clicked; again reverses the order."""
+        table = self.query_one(Table)
+        again = message.title == (table.sorted_by or "step")
+        table.descending = not (again and table.descending)
+        table.sorted_by = message.title
+        self.refresh_content()
 
     def _empty(self) -> list[Row]:
         every = self.context.state.setting("save_every")
         saved = f"one is saved every {every} steps" if every else "one is saved at the end"
-        return [
-            [(" no checkpoint yet", "dim")],
-            [(f" {saved}; ", "dim"), ("c", "key"), (" saves one after the current step", "dim")],
-        ]
+        hint: list[Piece] = [(f" {saved}", "dim")]
+        if self.context.state.live and not self.context.read_only:
+            hint += [("; ", "dim"), ("c", "key"), (" saves one after the current step", "dim")]
+        return [[(" no checkpoint yet", "dim")], hint]
 
     def _selected(self) -> CheckpointRow | None:
         key = self.query_one(Table).key
@@ -90,7 +112,7 @@ class CheckpointsScreen(SessionScreen):
         if step < target.step:
             self.context.commands.ask_roll_back(target, step, resume)
         else:
-            resume(False)
+            self.context.engines.ask_resume(name, step)
 
     def action_fork(self) -> None:
         """Forks a session from the checkpoint."""

@@ -67,8 +67,14 @@ class EngineActions(Protocol):
     def run_command(self, arguments: list[str], done: str) -> None:
         """Runs `rlhf-tui <arguments>`; shows the error, or `done` when it succeeds."""
 
+    def ask_new(self) -> None:
+        """Asks for a configuration file, then starts a run from it."""
+
+    def ask_resume(self, name: str, from_step: int | None = None) -> None:
+        """Asks for overrides, then resumes a session: from its last checkpoint, or `from_step`."""
+
     def ask_fork(self, name: str, step: int) -> None:
-        """Asks for a name, then forks session `name` from the checkpoint of `step`."""
+        """Asks for a name and overrides, then forks `name` from the checkpoint of `step`."""
 
 
 class AppContext(Protocol):

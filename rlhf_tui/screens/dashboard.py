@@ -13,15 +13,16 @@ from engine.session.folder import all_sessions, find
 from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.state.first_read import SPANS
-from rlhf_tui.state.messages import CursorMoved
+from rlhf_tui.state.messages import CursorMoved, RowHighlighted, RowSelected
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.viewport import WEIGHTS
 from rlhf_tui.widgets.charts.grid import ChartGrid
 from rlhf_tui.widgets.panels.cursor import CursorPanel
+from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.machine import MachinePanel
 from rlhf_tui.widgets.panels.phases import PhaseStrip
 from rlhf_tui.widgets.panels.steering import SteeringPanel
-from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel, TimelinePanel
+from rlhf_tui.widgets.panels.timeline import TimelinePanel
 
 PAGES = ("timeline", "latest", "machine")
 """Panels of which a narrow terminal shows one at a time."""
@@ -32,6 +33,8 @@ class DashboardScreen(SessionScreen):
 
     MODE = "dashboard"
     AUTO_FOCUS = "Chart"
+    WRITES = frozenset({"resume"})
+    READ_ONLY = "read-only: nothing can be started"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left,h", "cursor(-1)", "crosshair left", show=False),
         Binding("right,l", "cursor(1)", "crosshair right", show=False),
@@ -39,8 +42,8 @@ class DashboardScreen(SessionScreen):
         Binding("shift+right", "cursor(10)", "crosshair right, ten cells", show=False),
         Binding("home,g", "cursor_to(0)", "crosshair to the first step", show=False),
         Binding("end,G", "cursor_to(1)", "crosshair to the newest step", show=False),
-        Binding("n", "marker(1)", "next marker", show=False),
-        Binding("N", "marker(-1)", "previous marker", show=False),
+        Binding("n", "marker(1)", "next event", show=False),
+        Binding("N", "marker(-1)", "previous event", show=False),
         Binding("down,j", "chart(1)", "next chart", show=False),
         Binding("up,k", "chart(-1)", "previous chart", show=False),
         Binding("plus,equals_sign", "zoom(0.5)", "zoom in", show=False),
@@ -48,7 +51,9 @@ class DashboardScreen(SessionScreen):
         Binding("comma", "pan(-0.5)", "earlier", show=False),
         Binding("full_stop", "pan(0.5)", "later", show=False),
         Binding("0", "fit", "the whole run", show=False),
-        Binding("z,enter", "enlarge", "full screen", show=False),
+        Binding("z", "enlarge", "full screen", show=False),
+        Binding("enter", "open", "open the event, or full screen", show=False),
+        Binding("r", "resume", "resume"),
         Binding("m", "metrics", "metrics"),
         Binding("d", "columns", "chart columns", show=False),
         Binding("L", "log", "logarithmic", show=False),
@@ -74,8 +79,22 @@ class DashboardScreen(SessionScreen):
                 steering.read_only = self.context.read_only
                 yield steering
                 yield MachinePanel(state, id="machine")
-                yield TimelinePanel(state, id="timeline")
+                timeline = TimelinePanel(state, self.context.view)
+                timeline.read_only = self.context.read_only
+                yield timeline
                 yield LatestSamplesPanel(state, id="latest")
+
+    def why_disabled(self, action: str) -> str:
+        """Only a run without an engine can be resumed."""
+        if reason := super().why_disabled(action):
+            return reason
+        if action == "resume" and self.context.state.live:
+            return f"'{self.context.state.name}' has an engine: nothing to resume"
+        return ""
+
+    def action_resume(self) -> None:
+        """Asks for overrides, then resumes the run from its last checkpoint."""
+        self.context.engines.ask_resume(self.context.state.name)
 
     @property
     def grid(self) -> ChartGrid:
@@ -104,8 +123,9 @@ class DashboardScreen(SessionScreen):
             machine.styles.height = wanted
 
     def refresh_content(self) -> None:
-        """Draws the charts."""
+        """Draws the charts and the timeline."""
         self.grid.read(self.context.state, self.context.view)
+        self.query_one(TimelinePanel).read(self.context.state, self.context.view)
 
     def session_changed(self) -> None:
         """Uses the viewport of the new session."""
@@ -115,6 +135,7 @@ class DashboardScreen(SessionScreen):
         """Draws what depends on the viewport."""
         self.grid.update()
         self.query_one(CursorPanel).update()
+        self.query_one(TimelinePanel).update()
 
     def on_cursor_moved(self, message: CursorMoved) -> None:
         """Puts the crosshair on the step under the mouse."""
@@ -137,20 +158,55 @@ class DashboardScreen(SessionScreen):
         self.refresh_view()
 
     def action_marker(self, way: int) -> None:
-        """Moves the crosshair to the next marker; at first to the newest one."""
+        """Selects the next event of the charts, several of one step in turn; first the newest."""
         view, state = self.context.view, self.context.state
-        steps = sorted({m.step for m in state.markers() if m.step >= 1})
-        if not steps:
-            self.context.say("no markers yet: changes, alerts, checkpoints and notes are marked")
+        markers = state.markers()
+        if not markers:
+            self.context.say("no events yet: changes, alerts, checkpoints and notes are marked")
             return
-        at = view.cursor
-        if at is None:
-            view.put(state, steps[-1])
+        keys = [m.key for m in markers]
+        if view.selected in keys:
+            found = markers[(keys.index(view.selected) + way) % len(markers)]
+        elif (at := view.cursor) is None:
+            found = next(m for m in reversed(state.timeline()) if m in markers)
         elif way > 0:
-            view.put(state, next((s for s in steps if s > at), steps[0]))
+            found = next((m for m in markers if m.step > at), markers[0])
         else:
-            view.put(state, next((s for s in reversed(steps) if s < at), steps[-1]))
+            found = next((m for m in reversed(markers) if m.step < at), markers[-1])
+        view.select(state, found)
         self.refresh_view()
+
+    # -- events --------------------------------------------------------------------------------
+
+    def on_row_highlighted(self, message: RowHighlighted) -> None:
+        """An entry of the timeline was selected."""
+        self.refresh_view()
+
+    def on_row_selected(self, message: RowSelected) -> None:
+        """Opens an entry of the timeline: enter, or a second click."""
+        self._open_event()
+
+    def action_open(self) -> None:
+        """Opens the selected event; without one, shows one chart alone."""
+        if self.context.view.marker(self.context.state) is None:
+            self.action_enlarge()
+        else:
+            self._open_event()
+
+    def _open_event(self) -> None:
+        """Shows the whole text of the selected event. n and N lead from one to the next."""
+        from rlhf_tui.dialogs.event import EventDialog  # noqa: PLC0415 - keeps start-up short
+
+        state = self.context.state
+        if (marker := self.context.view.marker(state)) is None:
+            return
+
+        def closed(way: str | None) -> None:
+            if way:
+                self.action_marker(int(way))
+                self._open_event()
+
+        self.app.push_screen(EventDialog(state, marker), closed)
 
     # -- the window ----------------------------------------------------------------------------
 
@@ -175,7 +231,7 @@ class DashboardScreen(SessionScreen):
         if self.grid.enlarged:
             self.action_enlarge()
         elif view.cursor is not None:
-            view.cursor = None
+            view.clear()
         else:
             view.all()
         self.refresh_view()

@@ -15,8 +15,13 @@ MODES = {
 """Mode → class of its screen, in the order of the keys. A mode's module is `screens/<mode>.py`."""
 
 
-def create_screen(mode: str) -> Screen[Any]:
-    """Returns a new screen. Its module is imported at first use, which keeps start-up short."""
+def screen_class(mode: str) -> type[Screen[Any]]:
+    """The class of a mode's screen. Its module is imported at first use: start-up stays short."""
     module = importlib.import_module(f"rlhf_tui.screens.{mode}")
-    screen: Screen[Any] = getattr(module, MODES[mode])()
-    return screen
+    found: type[Screen[Any]] = getattr(module, MODES[mode])
+    return found
+
+
+def create_screen(mode: str) -> Screen[Any]:
+    """Returns a new screen of a mode."""
+    return screen_class(mode)()

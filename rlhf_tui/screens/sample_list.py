@@ -153,6 +153,13 @@ class SampleList:
         at = (SAMPLE_ORDERS.index(self.query.order) + 1) % len(SAMPLE_ORDERS)
         self._change(msgspec.structs.replace(self.query, order=SAMPLE_ORDERS[at]))
 
+    def sort_by(self, order: str) -> None:
+        """Sorts by a column; by the same one again reverses the order."""
+        if order == self.query.order:
+            self.reverse()
+        else:
+            self._change(msgspec.structs.replace(self.query, order=order))
+
     def reverse(self) -> None:
         """Reverses the order."""
         descending = not self.query.descending

@@ -31,7 +31,7 @@ from rlhf_tui.screens.sample_list import (
     PageRead,
     SampleList,
 )
-from rlhf_tui.state.messages import CommandAnswered, RowHighlighted, RowSelected
+from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
 from rlhf_tui.widgets.samples.judgement import key_of, mark
 from rlhf_tui.widgets.samples.sample_view import VIEWS, SampleView
@@ -107,7 +107,7 @@ class SamplesScreen(SessionScreen):
                     Column("step", 6, right=True),
                     Column("#", 3, right=True),
                     Column("score", 7, right=True),
-                    Column("KL", 6, right=True),
+                    Column("KL", 7, right=True),
                     Column("len", 4, right=True),
                     Column("", 1),
                     Column("", 2),
@@ -316,6 +316,12 @@ class SamplesScreen(SessionScreen):
     def action_sort(self) -> None:
         """Sorts by the next column."""
         self.samples.sort()
+
+    def on_header_selected(self, message: HeaderSelected) -> None:
+        """Sorts by the column whose title was clicked; again reverses the order."""
+        order = next((o for o, title in ORDER_TITLES.items() if title == message.title), None)
+        if order is not None:
+            self.samples.sort_by(order)
 
     def action_reverse(self) -> None:
         """Reverses the order."""

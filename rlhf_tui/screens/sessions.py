@@ -1,111 +1,61 @@
 """The sessions screen: lists the sessions of a folder; opens, resumes, forks and deletes them."""
 
-import itertools
 from pathlib import Path
 from typing import ClassVar
 
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import Container
+from textual.timer import Timer
 from textual.worker import get_current_worker
 
-from engine import metrics
-from engine.errors import RlhfError
-from engine.journal.reader import JournalReader
-from engine.session.folder import Session, all_sessions, free_name
-from rlhf_tui import format as fmt
+from engine.session.folder import Session, free_name
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.state.feed import file_id
-from rlhf_tui.state.messages import RowHighlighted, RowSelected, SessionsListed
+from rlhf_tui.screens.session_list import (
+    NAME,
+    SessionListCache,
+    cells_of,
+    lines_about,
+    sessions_table,
+    short_path,
+)
+from rlhf_tui.state.messages import (
+    RowHighlighted,
+    RowSelected,
+    SessionPreviewed,
+    SessionsListed,
+)
+from rlhf_tui.state.session_preview import read_preview
 from rlhf_tui.state.session_row import (
     ListedSession,
     SessionRow,
-    read_session_row,
-    unreadable_row,
 )
 from rlhf_tui.state.steering_target import SteeringTarget
-from rlhf_tui.widgets.lines import Lines, Piece, Row
-from rlhf_tui.widgets.status_lines import STATE_MARKS
-from rlhf_tui.widgets.table import Column, Table
+from rlhf_tui.widgets.lines import Lines, Row
+from rlhf_tui.widgets.panels.preview import PreviewPanel
 
 READ_INTERVAL = 2.0
 """Seconds between two readings of the folder."""
-SPARKS = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 12
-SPARK_STEPS = 400
-"""Newest steps that a sparkline shows."""
-
-
-def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
-    """A sparkline of `width` blocks; each one is the mean of its share of the values."""
-    if not values:
-        return ""
-    count = min(width, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
-
-
-def listed_session(session: Session) -> ListedSession:
-    """A session as the browser lists it; if it cannot be read, with the reason."""
-    try:
-        row = read_session_row(session)
-        with JournalReader(session) as record:
-            scores = record.series(metrics.SCORE, after=max(row.step - SPARK_STEPS, 0))
-    except (RlhfError, OSError) as error:
-        return ListedSession(row=unreadable_row(session, error))
-    return ListedSession(row=row, spark=spark([v for _, v in scores if v is not None]))
-
-
-class SessionListCache:
-    """Keeps the rows of sessions; reads only those that have changed."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, tuple[object, ListedSession]] = {}
-
-    def rows(self, root: Path) -> list[ListedSession]:
-        """All sessions, those with an engine first, then the newest."""
-        found = []
-        for session in all_sessions(root):
-            stamp = _stamp(session)
-            known = self._known.get(session.folder)
-            if known is None or known[0] != stamp:
-                known = stamp, listed_session(session)
-                self._known[session.folder] = known
-            found.append(known[1])
-        found.sort(key=lambda s: (s.row.pid is None, -(s.row.updated or 0), s.row.name))
-        return found
-
-
-def _stamp(session: Session) -> object:
-    files = (session.journal_file, session.journal_file.with_name("journal.db-wal"))
-    times = []
-    for path in files:
-        try:
-            times.append(path.stat().st_mtime_ns)
-        except OSError:
-            times.append(0)
-    return file_id(session.journal_file), *times, session.is_live()
-
-
-class Sessions(Table):
-    """The table of sessions. Its enter key is shown in the line of keys."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "open")]
+PREVIEW_AFTER = 0.15
+"""Seconds that a row is highlighted before its preview is read."""
+BESIDE, LEAST_HEIGHT = 170, 20
+"""Width and height from which on the preview is beside the table."""
+BELOW, LEAST_ROWS = 34, 6
+"""Height from which on the preview is below the table, and the least height of the table then."""
 
 
 class SessionsScreen(SessionScreen):
     """Mode 1."""
 
     MODE = "sessions"
-    WRITES = frozenset({"new", "resume", "fork", "delete"})
+    WRITES = frozenset({"new", "new_from_file", "resume", "fork", "delete"})
     READ_ONLY = "read-only: nothing can be started or deleted"
     AUTO_FOCUS = "Sessions"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("n", "new", "new demo"),
+        Binding("n", "new", "demo"),
+        Binding("N", "new_from_file", "new run"),
         Binding("r", "resume", "resume"),
         Binding("f", "fork", "fork"),
         Binding("d,delete", "delete", "delete"),
@@ -113,28 +63,21 @@ class SessionsScreen(SessionScreen):
 
     def __init__(self) -> None:
         super().__init__()
+        self._table = sessions_table()
         self._cache = SessionListCache()
         self._rows: dict[str, ListedSession] = {}
         self._listed = False
+        self._previewed: tuple[ListedSession, Session | None] | None = None
+        """The row whose preview was asked for last, and the session it is compared with."""
+        self._preview_due: Timer | None = None
 
     def compose_body(self) -> ComposeResult:
-        """The table, and a few lines about the selected session."""
-        yield Sessions(
-            [
-                Column("", 1),
-                Column("name", 14, flexible=True),
-                Column("state", 9),
-                Column("step", 11, right=True),
-                Column("beta", 7, right=True),
-                Column("score", 7, right=True),
-                Column("KL", 7, right=True, least=100),
-                Column("score curve", SPARK_WIDTH, least=78),
-                Column("active", 7, right=True),
-            ],
-            id="sessions",
-            empty=[[(" reading …", "dim")]],
-        )
-        yield Lines(id="about")
+        """The table, a few lines about the highlighted session, and its preview."""
+        with Container(id="browser"):
+            yield self._table
+            with Container(id="highlighted"):
+                yield Lines(id="about")
+                yield PreviewPanel(id="preview")
 
     def on_mount(self) -> None:
         """Reads the folder again every two seconds."""
@@ -161,17 +104,21 @@ class SessionsScreen(SessionScreen):
         """Shows the rows."""
         self._rows = {s.row.name: s for s in message.rows}
         now = self.context.now()
-        cells = [(s.row.name, _cells(s, now)) for s in message.rows]
+        cells = [(s.row.name, cells_of(s, now)) for s in message.rows]
         empty: list[Row] = [
             [(f" no sessions in {short_path(self.context.root)}", "dim")],
             [],
             [(" n ", "key"), ("starts the demo: a small model, a few minutes, no downloads", "")],
+            [(" N ", "key"), ("starts a run from a configuration file", "")],
             [(" or from a shell: ", "dim"), ("rlhf-tui demo", "key"), ("  or  ", "dim"),
              ("rlhf-tui run CONFIG", "key")],
         ]  # fmt: skip
-        table = self.query_one(Table)
+        table = self._table
         first, self._listed = not self._listed, True
+        longest = max((len(s.row.name) for s in message.rows), default=0)
+        table.columns[NAME].most = max(longest, table.columns[NAME].width)
         table.set_rows(cells, empty)
+        self._fit()
         if first and self.context.state.name in self._rows:
             table.go([s.row.name for s in message.rows].index(self.context.state.name))
         self._about()
@@ -188,14 +135,67 @@ class SessionsScreen(SessionScreen):
 
     def _about(self) -> None:
         row = self._highlighted()
-        self.query_one("#about", Lines).show(_about(row) if row else [])
+        self.query_one("#about", Lines).show(lines_about(row) if row else [])
+        self._ask_preview()
+
+    # -- the preview ---------------------------------------------------------------------------
+
+    def on_resize(self) -> None:
+        """Shows the preview where there is room for it."""
+        self._fit()
+        self._ask_preview()
+
+    def _fit(self) -> None:
+        """Puts the preview beside the table, below it, or nowhere."""
+        width, height = self.size
+        browser, table = self.query_one("#browser"), self._table
+        beside = bool(table.count()) and width >= BESIDE and height >= LEAST_HEIGHT
+        below = bool(table.count()) and not beside and height >= BELOW
+        browser.set_class(beside, "beside")
+        browser.set_class(below, "below")
+        if below:
+            table.styles.height = min(max(table.count() + 1, LEAST_ROWS), height * 2 // 5)
+        else:
+            table.styles.clear_rule("height")
+
+    def _ask_preview(self) -> None:
+        """Reads the preview soon, if another row or other values are highlighted.
+
+        Soon: moving through the list reads nothing on the way.
+        """
+        found = self._rows.get(self._table.key or "")
+        if found is None or not self.query_one("#browser").classes & {"beside", "below"}:
+            return
+        session = self.context.session
+        other = None if session == Session(Path(found.row.folder)) else session
+        if self._previewed == (found, other):
+            return
+        self._previewed = found, other
+        if self._preview_due is not None:
+            self._preview_due.stop()
+        self._preview_due = self.set_timer(
+            PREVIEW_AFTER, lambda: self.read_preview(Path(found.row.folder), other)
+        )
+
+    @work(thread=True, exclusive=True, group="preview")
+    def read_preview(self, folder: Path, other: Session | None) -> None:
+        """Reads the preview of a session."""
+        preview = read_preview(Session(folder), other)
+        if not get_current_worker().is_cancelled:
+            self.post_message(SessionPreviewed(preview))
+
+    def on_session_previewed(self, message: SessionPreviewed) -> None:
+        """Shows the preview, if its session is still highlighted."""
+        row = self._highlighted()
+        if row is not None and row.folder == message.preview.folder:
+            self.query_one(PreviewPanel).show(row.name, message.preview)
 
     def on_row_selected(self, message: RowSelected) -> None:
         """Opens a session: enter, or a second click."""
         self.context.open_session(message.key)
 
     def _highlighted(self) -> SessionRow | None:
-        found = self._rows.get(self.query_one(Table).key or "")
+        found = self._rows.get(self._table.key or "")
         return found.row if found is not None else None
 
     def steering_target(self) -> SteeringTarget | None:
@@ -242,10 +242,14 @@ class SessionsScreen(SessionScreen):
 
         self.app.push_screen(ChoiceDialog("Start a demo run?", rows, choices), chosen)
 
+    def action_new_from_file(self) -> None:
+        """Asks for a configuration file, then starts a run from it."""
+        self.context.engines.ask_new()
+
     def action_resume(self) -> None:
-        """Resumes the session from its last checkpoint."""
+        """Asks for overrides, then resumes the session from its last checkpoint."""
         if (row := self._highlighted()) is not None:
-            self.context.engines.start(["resume", row.name], row.name)
+            self.context.engines.ask_resume(row.name)
 
     def action_fork(self) -> None:
         """Forks the session from its last checkpoint."""
@@ -270,39 +274,3 @@ class SessionsScreen(SessionScreen):
                 self.context.engines.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
         self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), chosen)
-
-
-def _cells(listed: ListedSession, now: float) -> list[Piece]:
-    row = listed.row
-    mark, tone = STATE_MARKS.get(row.state, ("✗", "bad"))
-    age = fmt.duration(now - row.updated) if row.updated else "–"
-    steps = f"{row.step:,}/{row.total_steps:,}" if row.total_steps else "–"
-    return [
-        (mark, tone), (row.name, "strong"), (row.state, tone), (steps, ""),
-        (fmt.number(row.beta, 4), ""), (fmt.number(row.score, 3), "strong"),
-        (fmt.number(row.kl, 2), ""), (listed.spark, "s1"), (age, "dim"),
-    ]  # fmt: skip
-
-
-def short_path(path: str | Path) -> str:
-    """A path with `~` for the home folder."""
-    try:
-        return str(Path("~") / Path(path).relative_to(Path.home()))
-    except ValueError:
-        return str(path)
-
-
-def _about(row: SessionRow) -> list[Row]:
-    engine = f"engine pid {row.pid} on {row.host}" if row.pid else "no engine"
-    steps = ", ".join(map(str, row.checkpoints[-6:])) or "none"
-    found: list[Row] = [
-        [(f" {short_path(row.folder)}", "dim")],
-        [(" ", ""), (engine, ""), ("   checkpoints ", "dim"), (steps, "")],
-    ]
-    if row.message:
-        tone = "bad" if row.state in ("failed", "unreadable") else "dim"
-        found.append([(f" {row.message}", tone)])
-    elif row.state == "crashed":
-        reason = "engine died (no exit message); resume: "
-        found.append([(f" {reason}", "bad"), (f"rlhf-tui resume {row.name}", "key")])
-    return found

@@ -32,6 +32,7 @@ def read_summary(session: Session, record: JournalReader) -> SessionSummary:
         attempts=record.attempts(),
         pid=engine.pid if engine else None,
         host=engine.host if engine else None,
+        pause_reason=meta.pause_reason,
     )
 
 

@@ -7,6 +7,7 @@ from textual.message import Message
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
 from engine.session.folder import Session
+from rlhf_tui.state.session_preview import SessionPreview
 from rlhf_tui.state.session_row import ListedSession
 from rlhf_tui.state.updates import SessionUpdate
 
@@ -48,6 +49,14 @@ class SessionsListed(Message):
         self.rows = rows
 
 
+class SessionPreviewed(Message):
+    """The preview of a session was read."""
+
+    def __init__(self, preview: SessionPreview) -> None:
+        super().__init__()
+        self.preview = preview
+
+
 class EngineStarted(Message):
     """A command that starts an engine in the background has ended.
 
@@ -80,6 +89,15 @@ class RowHighlighted(Message):
         self.key = key
         self.moved = moved
         """Whether somebody moved the cursor; False if the rows have changed."""
+
+
+class HeaderSelected(Message):
+    """The title of a table's column was clicked."""
+
+    def __init__(self, table: str, title: str) -> None:
+        super().__init__()
+        self.table = table
+        self.title = title
 
 
 class CursorMoved(Message):

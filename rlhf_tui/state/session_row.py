@@ -30,6 +30,9 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     checkpoints: list[int] = []
     """Steps that can be resumed from."""
     message: str = ""
+    pause_reason: str | None = None
+    """What paused it: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if it is not
+    paused."""
     updated: float | None = None
     """Time of its last step, or of the start of its last engine."""
     folder: str
@@ -77,6 +80,7 @@ def read_session_row(session: Session) -> SessionRow:
         settings=settings,
         checkpoints=checkpoints,
         message=meta.message,
+        pause_reason=meta.pause_reason if state == "paused" else None,
         updated=last.time if last is not None else started,
         folder=str(session.folder),
     )

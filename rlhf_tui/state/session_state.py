@@ -2,19 +2,9 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from engine.journal.rows import (
-    AlertEvent,
-    AttemptEvent,
-    CheckpointEvent,
-    CheckpointRow,
-    CommandRow,
-    EventRow,
-    NoteEvent,
-    SampleRow,
-)
+from engine.journal.rows import CheckpointRow, CommandRow, EventRow, SampleRow
 from engine.metrics import (
     BETA,
     CLIP_FRACTION,
@@ -28,11 +18,10 @@ from engine.metrics import (
     phase_time,
 )
 from engine.protocol.client_messages import Telemetry
-from engine.protocol.commands import COMMANDS, Undo
 from engine.protocol.rank_messages import Phase
-from rlhf_tui.format import number
 from rlhf_tui.state import time_left
 from rlhf_tui.state.series import Series, Smoothed
+from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
 
 ALWAYS = (
@@ -42,28 +31,6 @@ ALWAYS = (
 """Metrics that are always read, whichever charts are shown."""
 RECENT = 10
 """Steps of `recent_mean`, and of the means before and after an intervention."""
-
-
-@dataclass(frozen=True)
-class Marker:
-    """An event that is shown on the charts."""
-
-    step: int
-    kind: str
-    """command, checkpoint, attempt, alert or note."""
-    text: str
-    who: str = ""
-    time: float = 0.0
-
-
-MARKER_GLYPHS = {"command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎"}
-MARKER_TONES = {
-    "command": "accent",
-    "checkpoint": "good",
-    "attempt": "dim",
-    "alert": "warn",
-    "note": "key",
-}
 
 
 class SessionState:
@@ -98,38 +65,53 @@ class SessionState:
         self.labels: tuple[int, ...] = ()
         """Changes whenever somebody labels a response."""
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
+        self._reached: dict[int, int] = {}
+        """Attempt → its last step, where a later attempt replaced that step."""
+        self._timeline: list[Marker] | None = None
         self._markers: list[Marker] | None = None
 
     def take(self, update: SessionUpdate) -> None:
         """Adds an update."""
         if update.reset:
             self._clear()
+        if self._changes_timeline(update):
+            self._timeline = None
         if update.head is not None:
-            self.head, self.known, self._markers = update.head, True, None
+            self.head, self.known = update.head, True
         self.outlines |= {n: Series(points) for n, points in update.outlines.items()}
         for name, points in update.curves.items():
             self.outlines.pop(name, None)
             self.curves.setdefault(name, Series()).extend(points)
-        for name, rows in update.past.items():
-            by_attempt: dict[int, list[tuple[int, float | None]]] = {}
-            for attempt, step, value in rows:
-                by_attempt.setdefault(attempt, []).append((step, value))
-            self.past[name] = [Series(points) for points in by_attempt.values()]
+        self._take_past(update)
         if update.events:
             self.events = thinned(self.events + update.events)
-            self._markers = None
         if update.labels is not None:
             self.labels = update.labels
         for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
             if (value := getattr(update, key)) is not None:
                 setattr(self, key, value)
-                self._markers = None
         if update.connected is False:
             self.telemetry = None
         if update.phases is not None:
             self._take_phases(update.phases)
         if update.problem is not None:
             self.problem = update.problem
+
+    def _take_past(self, update: SessionUpdate) -> None:
+        for name, rows in update.past.items():
+            by_attempt: dict[int, list[tuple[int, float | None]]] = {}
+            for attempt, step, value in rows:
+                by_attempt.setdefault(attempt, []).append((step, value))
+            self.past[name] = [Series(points) for points in by_attempt.values()]
+            for attempt, points in by_attempt.items():
+                self._reached[attempt] = max(self._reached.get(attempt, 0), points[-1][0])
+
+    def _changes_timeline(self, update: SessionUpdate) -> bool:
+        """Whether the timeline must be made again. Most steps do not change it."""
+        if update.events or update.past or update.commands is not None:
+            return True
+        now, then = update.head, self.head
+        return now is not None and (now.attempts, now.state) != (then.attempts, then.state)
 
     def _take_phases(self, phases: list[Phase]) -> None:
         before = {p.rank: (p.name, p.step) for p in self.phases}
@@ -173,6 +155,11 @@ class SessionState:
         return self.head.pid is not None
 
     @property
+    def starting(self) -> bool:
+        """Whether an engine loads the models: settings in force are not known meanwhile."""
+        return self.live and self.head.state == "starting"
+
+    @property
     def training(self) -> bool:
         """Whether the engine takes steps."""
         return self.live and self.head.state in ("running", "pausing", "stopping")
@@ -209,16 +196,9 @@ class SessionState:
 
     def beta_source(self, *, short: bool = False) -> str:
         """Where the beta in force comes from."""
-        manual = next(
-            (
-                c
-                for c in reversed(self.commands)
-                if c.status == "applied" and c.live and _changes(c, "beta")
-            ),
-            None,
-        )
+        manual = next((c for c in reversed(self.commands) if self._sets_beta(c)), None)
         if manual is not None:
-            person, step = manual.who.split(" ")[0], manual.applied_step
+            person, step = sender(manual.who), manual.applied_step
             if short:
                 return f"{person} @{step}"
             if self.setting("controller") == "adaptive":
@@ -226,78 +206,43 @@ class SessionState:
             return f"set by {person} at step {step}"
         return "controller" if self.setting("controller") == "adaptive" else "configuration"
 
+    def _sets_beta(self, command: CommandRow) -> bool:
+        """Whether beta was changed by a command up to now; after a restart it may follow later."""
+        return (
+            command.status == "applied"
+            and command.live
+            and (command.applied_step or 0) <= self.head.step + 1
+            and any(change.key == "beta" for change in command.changes)
+        )
+
+    def pause_reason(self) -> str | None:
+        """What paused the run; None if a person did, or if it is not paused."""
+        head = self.head
+        return head.pause_reason or pause_reason(head.state, self.events, self.commands)
+
+    def timeline(self) -> list[Marker]:
+        """What happened, oldest first, also on abandoned branches."""
+        if self._timeline is None:
+            head = self.head
+            self._timeline = timeline(
+                self.events,
+                self.commands,
+                head.attempts,
+                reached=self._reached,
+                crashed_at=head.step if head.state == "crashed" else None,
+            )
+            self._markers = None
+        return self._timeline
+
     def markers(self) -> list[Marker]:
-        """Everything that is shown on the charts, by step."""
+        """The entries of the timeline that the charts show, by step."""
+        entries = self.timeline()
         if self._markers is None:
-            found = [m for e in self.events if (m := _event_marker(e)) is not None]
-            found += [_command_marker(c) for c in self.commands if _shown(c)]
-            self._markers = sorted(found, key=lambda m: (m.step, m.time))
+            shown = [m for m in entries if m.kind != "end" and m.step >= 1]
+            self._markers = sorted(shown, key=lambda m: m.step)
         return self._markers
 
     def before_and_after(self, name: str, step: int) -> tuple[float | None, float | None]:
         """A metric's mean over the steps before one, and over those from it on."""
         series = self.series(name)
         return series.mean(step - RECENT, step - 1), series.mean(step, step + RECENT - 1)
-
-
-def _changes(command: CommandRow, key: str) -> bool:
-    return any(change.key == key for change in command.changes)
-
-
-def _shown(command: CommandRow) -> bool:
-    """Whether a command is shown on the charts; a command of a newer version is."""
-    kind = COMMANDS.get(command.command)
-    return (
-        command.status == "applied"
-        and command.live
-        and command.applied_step is not None
-        and (kind is None or kind.on_charts)
-    )
-
-
-def command_text(command: CommandRow) -> str:
-    """Returns a command as text: `beta 0.05 → 0.08`, `pause`."""
-    if command.changes:
-        text = ", ".join(
-            f"{c.key} {value_text(c.old)} → {value_text(c.new)}" for c in command.changes
-        )
-        return f"undo: {text}" if command.command == Undo.name() else text
-    given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
-    return f"{command.command} {given}".strip()
-
-
-def value_text(value: Any) -> str:
-    """Returns a setting's value as short text."""
-    if value is None:
-        return "off"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
-
-
-def _command_marker(command: CommandRow) -> Marker:
-    return Marker(
-        command.applied_step or 0,
-        "command",
-        command_text(command),
-        command.who,
-        command.ended or command.queued,
-    )
-
-
-def _event_marker(event: EventRow) -> Marker | None:
-    step, when = event.step, event.time
-    match event.payload:
-        case CheckpointEvent(score=score, kl=kl):
-            text = f"checkpoint, score {number(score)}, KL {number(kl, 2)}"
-            return Marker(step, "checkpoint", text, time=when)
-        case AttemptEvent(attempt=attempt, from_step=first) if attempt > 1:
-            text = f"attempt {attempt} resumes from step {first}"
-            return Marker(first, "attempt", text, time=when)
-        case AlertEvent(rule=rule, text=text):
-            text = f"{rule}: {text.removeprefix('look here: ')}"
-            return Marker(step, "alert", text, time=when)
-        case NoteEvent(text=text, who=who):
-            return Marker(step, "note", text, who, when)
-        case _:
-            return None

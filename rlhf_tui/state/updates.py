@@ -23,6 +23,8 @@ class SessionSummary:
     attempts: list[AttemptRow]
     pid: int | None
     host: str | None
+    pause_reason: str | None = None
+    """What paused it; None if a person did, if it is not paused, or if the engine does not say."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class SessionUpdate:
         )
 
 
-REGULAR = ("checkpoint", "command")
+REGULAR = ("checkpoint", "command", "reference")
 """Frequent kinds of events. All commands are also in :attr:`SessionUpdate.commands`."""
 REGULAR_KEPT, OTHERS_KEPT = 500, 5000
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.timeline import Marker
 
 WEIGHTS = (0.0, 0.6, 0.9, 0.97)
 """Weights of the moving average, in the order of the key."""
@@ -25,6 +26,8 @@ class Viewport:
     """Whether earlier attempts are shown."""
     others: dict[str, dict[str, Series]] = field(default_factory=dict)
     """Other sessions' curves, by session and metric."""
+    selected: str | None = None
+    """The key of the selected entry of the timeline; None if none is."""
 
     def window(self, state: SessionState) -> tuple[float, float]:
         """The first and the last step shown.
@@ -45,6 +48,13 @@ class Viewport:
         end = round_end(state.head.step, state.head.total_steps)
         curves = (s for found in self.others.values() for s in found.values() if s)
         return max([end, *(s.steps[-1] for s in curves)])
+
+    def overlays(self) -> list[tuple[str, str, dict[str, Series]]]:
+        """Each overlaid session: the letter that marks its curves, its name, its curves."""
+        return [
+            (chr(ord("a") + i % 26), name, curves)
+            for i, (name, curves) in enumerate(self.others.items())
+        ]
 
     def zoom(self, state: SessionState, factor: float) -> None:
         """Shows fewer (factor below 1) or more steps, around the crosshair or the newest step."""
@@ -80,16 +90,32 @@ class Viewport:
         """Shows the whole run."""
         self.width = self.end = None
 
+    def marker(self, state: SessionState) -> Marker | None:
+        """The selected entry of the timeline."""
+        if self.selected is None:
+            return None
+        return next((m for m in state.timeline() if m.key == self.selected), None)
+
+    def select(self, state: SessionState, marker: Marker) -> None:
+        """Selects an entry and puts the crosshair on its step, or on the newest one before it."""
+        self.put(state, marker.step)
+        self.selected = marker.key
+
+    def clear(self) -> None:
+        """Removes the crosshair."""
+        self.cursor = self.selected = None
+
     def move(self, state: SessionState, steps: float) -> None:
         """Moves the crosshair; it appears at the newest step."""
         newest = max(state.head.step, 1)
         if self.cursor is None:
-            self.cursor = newest
+            self.put(state, newest)
             return
         self.put(state, self.cursor + round(steps))
 
     def put(self, state: SessionState, step: int) -> None:
         """Sets the crosshair on a step, and brings the step into the window."""
+        self.selected = None
         newest = max(state.head.step, 1)
         self.cursor = min(max(step, 1), newest)
         first, last = self.window(state)

@@ -1,5 +1,6 @@
 """The footer of a screen: the keys that are available, as many as fit."""
 
+from textual import events
 from textual.binding import Binding
 from textual.timer import Timer
 
@@ -27,6 +28,8 @@ class KeyFooter(Lines):
         super().__init__(id=id)
         self._notice = ""
         self._shown_until: Timer | None = None
+        self._places: list[tuple[int, str]] = []
+        """The column after each key of the line, and the key; empty for a gap."""
 
     def say(self, text: str, seconds: float) -> None:
         """Shows a notice instead of the keys, for some seconds or until the next notice."""
@@ -38,23 +41,32 @@ class KeyFooter(Lines):
 
     def rows(self, width: int, height: int) -> list[Row]:
         """One line, which always ends in `? help`."""
+        self._places = []
         if self._notice:
             text = one_line(f" {self._notice}")
             return [[(shorten(text, width), "notice")]]
         help_key: list[Piece] = [("?", "key"), (" help ", "dim")]
         room = width - row_width(help_key)
         row: list[Piece] = [(" ", "")]
-        for key, description in self._shown():
+        for key, description, pressed in self._shown():
             piece: list[Piece] = [(key, "key"), (f" {description}  ", "dim")]
             if row_width(row) + row_width(piece) > room:
                 break
             row += piece
+            self._places.append((row_width(row), pressed))
+        self._places += [(room, ""), (width, "question_mark")]
         return [[*row, (" " * (room - row_width(row)), ""), *help_key]]
 
-    def _shown(self) -> list[tuple[str, str]]:
-        """(key, description) of the bindings to show."""
-        of_screen: list[tuple[str, str]] = []
-        of_app: list[tuple[str, str]] = []
+    def on_click(self, event: events.Click) -> None:
+        """Presses the key that was clicked."""
+        key = next((key for end, key in self._places if event.x < end), "")
+        if key:
+            self.app.simulate_key(key)
+
+    def _shown(self) -> list[tuple[str, str, str]]:
+        """(label, description, key) of the bindings to show."""
+        of_screen: list[tuple[str, str, str]] = []
+        of_app: list[tuple[str, str, str]] = []
         seen: set[str] = set()
         for active in self.screen.active_bindings.values():
             binding: Binding = active.binding
@@ -63,7 +75,7 @@ class KeyFooter(Lines):
             seen.add(binding.action)
             keys = binding.key_display or key_name(binding.key)
             target = of_app if active.node is self.app else of_screen
-            target.append((keys, binding.description))
+            target.append((keys, binding.description, binding.key))
         return of_screen + of_app
 
     def on_mount(self) -> None:

@@ -20,6 +20,11 @@ STATE_MARKS = {
 """Mark and tone by state."""
 
 
+def paused_text(reason: str | None, step: int) -> str:
+    """`paused by kl_high at step 4: KL 7.26 > 6`, or `paused after step 4` without a reason."""
+    return f"paused by {reason}" if reason else f"paused after step {step}"
+
+
 def state_pieces(state: str) -> list[Piece]:
     """A state's name with its mark."""
     mark, tone = STATE_MARKS.get(state, ("?", "warn"))
@@ -74,6 +79,8 @@ class Tabs(Panel):
 class StatusLine(Panel):
     """Step, time left, speed and memory; or the problem that keeps them from being read."""
 
+    read_only = False
+
     def rows(self, width: int, height: int) -> list[Row]:
         """One line."""
         state = self.state
@@ -87,12 +94,14 @@ class StatusLine(Panel):
             left += [(f"/{head.total_steps} ", "dim")]
             share = head.step / head.total_steps
             left += [*bar(share, 10 if width < 110 else 20), (f" {share:.0%}", "")]
-        if note := self._note():
+        if note := self._note(width - row_width(left[:3])):
+            if row_width(left) + len(note[0]) + 2 > width:
+                left = left[:3]  # the reason is worth more than the bar
             return [justified(left, [note, (" ", "")], width)]
         return [justified(left, self._facts(width - row_width(left)), width)]
 
-    def _note(self) -> Piece | None:
-        """Why the run does not continue, with the command that resumes it."""
+    def _note(self, width: int) -> Piece | None:
+        """Why the run does not continue, with what resumes it where it fits."""
         head, resume = self.state.head, f"rlhf-tui resume {self.state.name}"
         first = head.message.partition("\n")[0]
         if head.state == "finished" and head.step >= head.total_steps:
@@ -104,8 +113,13 @@ class StatusLine(Panel):
             "failed": (f"failed: {first or 'see 5 Log'}", "bad"),
             "finished": (stopped, "dim"),
             "stopped": (stopped, "dim"),
-            "paused": (f"paused after step {head.step}; p resumes", "warn"),
+            "paused": (self._paused(width), "warn"),
         }.get(head.state, ("connecting to the engine …", "dim") if connecting else None)
+
+    def _paused(self, width: int) -> str:
+        text = paused_text(self.state.pause_reason(), self.state.head.step)
+        key = "" if self.read_only else "; p resumes"
+        return text + key if len(text + key) + 2 <= width else text
 
     def _facts(self, width: int) -> list[Piece]:
         state = self.state
@@ -119,7 +133,7 @@ class StatusLine(Panel):
         if memory is not None:
             facts.append((f"{memory:.1f}", "GB"))
         beta = state.setting("beta")
-        if beta is not None:
+        if beta is not None and not state.starting:
             facts.append((f"{beta:.4g}", "beta"))
         if len(state.head.attempts) > 1:
             facts.append((str(len(state.head.attempts)), "attempts"))

@@ -5,9 +5,18 @@ from typing import Any, ClassVar
 from textual import events
 from textual.binding import Binding, BindingType
 
-from rlhf_tui.state.messages import RowHighlighted, RowSelected
+from rlhf_tui.state.messages import HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.lines import CHOSEN, Lines, Piece, Row, justified, plain_text, shorten
+from rlhf_tui.widgets.lines import (
+    CHOSEN,
+    Lines,
+    Piece,
+    Row,
+    justified,
+    plain_text,
+    row_width,
+    shorten,
+)
 
 WHEEL = 3
 THUMB, TRACK = "█", "│"
@@ -167,6 +176,7 @@ class Column:
         right: bool = False,
         flexible: bool = False,
         least: int = 0,
+        most: int = 0,
         terminal: int = 0,
     ) -> None:
         """A column.
@@ -177,10 +187,11 @@ class Column:
             right: align to the right.
             flexible: take the remaining width.
             least: width of the table in cells below which the column is hidden.
+            most: cells that a flexible column does not exceed; 0 for no limit.
             terminal: width of the terminal in cells below which the column is hidden.
         """
         self.title, self.width = title, width
-        self.right, self.flexible = right, flexible
+        self.right, self.flexible, self.most = right, flexible, most
         self.least, self.terminal = least, terminal
 
 
@@ -264,8 +275,14 @@ class Table(ScrollList):
             self.post_message(RowSelected(self.id or "", self.key))
 
     def on_click(self, event: events.Click) -> None:
-        """Moves the cursor to a row; a second click selects it."""
-        index = self.top + event.y - len(self.header(self.size.width))
+        """Moves the cursor to a row; a second click selects it. Posts clicks on the header."""
+        width = self.size.width
+        line = event.y - len(self.header(width))
+        if line < 0:
+            if title := self._title_at(event.x, width):
+                self.post_message(HeaderSelected(self.id or "", title))
+            return
+        index = self.top + line
         if 0 <= index < self.count():
             again = index == self.cursor
             self.go(index)
@@ -284,22 +301,36 @@ class Table(ScrollList):
                 else ""
             )
             titles.append((column.title + arrow, "head"))
-        return [[*self._line(titles, width, "head"), (" " * width, "head")]]
+        line = self._line(titles, width, "head")
+        return [[*line, (" " * max(width - row_width(line), 0), "head")]]
 
     def row(self, index: int, width: int) -> Row:
         """The row at `index`, its cells in their columns."""
         return self._line(self._cells[index], width, "")
 
-    def _line(self, cells: list[Piece], width: int, gap: str) -> list[Piece]:
+    def _title_at(self, x: int, width: int) -> str:
+        """The title of the column at a cell; empty outside of columns with a title."""
+        end = 1
+        for column, room in self._widths(width):
+            end += room + 1
+            if x < end:
+                return column.title
+        return ""
+
+    def _widths(self, width: int) -> list[tuple[Column, int]]:
+        """The columns that are shown, with their cells."""
         terminal = max(width, self.app.size.width)
         shown = [c for c in self.columns if width >= c.least and terminal >= c.terminal]
         fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
         flexible = max(width - fixed, 4) // max(sum(c.flexible for c in shown), 1)
+        return [(c, min(flexible, c.most or flexible) if c.flexible else c.width) for c in shown]
+
+    def _line(self, cells: list[Piece], width: int, gap: str) -> list[Piece]:
+        rooms = dict(self._widths(width))
         line: list[Piece] = [(" ", gap)]
         for column, (text, tone) in zip(self.columns, cells, strict=True):
-            if column in shown:
-                room = flexible if column.flexible else column.width
-                line += [(fitted(text, room, right=column.right), tone), (" ", gap)]
+            if column in rooms:
+                line += [(fitted(text, rooms[column], right=column.right), tone), (" ", gap)]
         return line
 
 

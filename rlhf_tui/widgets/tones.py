@@ -17,8 +17,6 @@ class Tone:
 
     colour: str = ""
     background: str = ""
-    opacity: float = 1.0
-    """Of the background over the widget's own."""
     style: str = ""
     """Any of bold, underline and reverse."""
     no_color: str | None = None
@@ -34,19 +32,20 @@ TONES = {
     "bad": Tone("bad", style="bold"),
     "accent": Tone("primary"),
     "key": Tone("key", style="bold"),
-    "head": Tone("dim", "bar", style="bold", no_color="reverse"),
+    "head": Tone("dim", "bar", style="bold", no_color="bold underline"),
     "tab": Tone("dim", "bar", no_color=""),
     "here": Tone("", "focus-bar", style="bold", no_color="reverse"),
     "match": Tone("background", "warn", no_color="reverse"),
     "cursor": Tone("", "chosen", no_color="reverse"),
     "notice": Tone("", "focus-bar", no_color="reverse"),
     **{f"s{i}": Tone(f"s{i}") for i in range(1, 7)},
-    "heat1": Tone("", "s6", 0.25),
-    "heat2": Tone("", "s6", 0.5, "bold", "underline"),
-    "heat3": Tone("", "s6", 0.8, "bold underline", "reverse"),
-    "cold1": Tone("", "s1", 0.2),
-    "cold2": Tone("", "s1", 0.4, "bold", "underline"),
-    "cold3": Tone("", "s1", 0.65, "bold underline", "reverse"),
+    # -- heat strips: with and without colours, bold is above the centre and underlined below it
+    "heat1": Tone("on-heat1", "heat1"),
+    "heat2": Tone("on-heat2", "heat2", style="bold"),
+    "heat3": Tone("on-heat3", "heat3", style="bold", no_color="bold reverse"),
+    "cold1": Tone("on-cold1", "cold1"),
+    "cold2": Tone("on-cold2", "cold2", style="underline"),
+    "cold3": Tone("on-cold3", "cold3", style="underline", no_color="underline reverse"),
     # -- words that only one of two responses has
     "mine": Tone("s1", style="bold"),
     "theirs": Tone("s6", style="underline"),
@@ -63,6 +62,7 @@ TONES = {
     "attempt": Tone("dim", style="bold"),
     "alert": Tone("warn", style="bold reverse"),
     "note": Tone("key"),
+    "crash": Tone("bad", style="bold reverse"),
     "band": Tone("", "band"),
     "crosshair": Tone("", "focus-bar", style="bold"),
 }
@@ -75,15 +75,7 @@ def style_of(widget: Widget, name: str) -> Style:
     if tone.colour:
         style += Style(color=Color.parse(variables[tone.colour]).rich_color)
     if tone.background:
-        style += Style(bgcolor=_background(widget, tone).rich_color)
+        style += Style(bgcolor=Color.parse(variables[tone.background]).rich_color)
     no_color = widget.app.no_color and tone.no_color is not None
     attributes = tone.no_color if no_color else tone.style
     return style + Style.parse(attributes) if attributes else style
-
-
-def _background(widget: Widget, tone: Tone) -> Color:
-    """The background of a tone, blended over the widget's."""
-    colour = Color.parse(widget.app.theme_variables[tone.background])
-    if tone.opacity == 1:
-        return colour
-    return widget.background_colors[1].blend(colour, tone.opacity)

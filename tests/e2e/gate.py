@@ -21,8 +21,7 @@ def score(prompts, completions, trainer_state, **_):
         time.sleep(0.01)
     scores = [len(set(text)) / 10 for text in completions]
     override = FOLDER / f"score-{step}"
-    if override.exists():
-        text = override.read_text()
+    if override.exists() and (text := override.read_text()):
         if text.startswith("raise "):
             raise ValueError(text.removeprefix("raise "))
         return scores[:-1] if text == "short" else [float(text)] * len(scores)

@@ -180,7 +180,7 @@ class Run:
     def score_at(self, step: int, score: str) -> None:
         """Replaces the scores of a step: by a number, or by one score too few if it is `short`.
 
-        `raise TEXT` raises an error with that text instead.
+        `raise TEXT` raises an error with that text instead; an empty string ends the replacement.
         """
         (self.gate / f"score-{step}").write_text(score)
 

@@ -191,4 +191,4 @@ def test_the_engines_log_says_why_connections_were_closed(training):
         sock.sendall(frame(b"\xff\xff"))
         assert is_closed_by_engine(sock)
     lines = json.loads(training.lab.cli("logs", training.name, "--json").stdout)
-    assert any("sent an unknown message" in line for line in lines)
+    assert any("not a first message of protocol" in line for line in lines)

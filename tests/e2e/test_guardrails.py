@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def guarded(lab, place, wait_until):
-    """A run that its own rule pauses after step 2, with infinite scores in step 5.
+    """A run that its own rule pauses after steps 2 and 4, with infinite scores in step 6.
 
     Its notify command stores the JSON of each alert, and the text from its environment.
     """
@@ -21,19 +21,23 @@ def guarded(lab, place, wait_until):
         f"mv {box}/$$.part {box}/$$.json",
     )
     # While step 3 is held, the supervisor requests the pause for step 2, possibly before step 3
-    # begins.
-    run.hold(3)
-    run.score_at(5, "1e39")
+    # begins. The same holds for the others.
+    run.hold(3, 5, 7)
+    run.score_at(6, "1e39")
     run.follower = None
     run.start()
-    run.wait_for("pausing", "paused")
-    run.release(3)
-    run.wait_for("paused")
-    run.first_pause = run.step
-    run.follower = lab.popen("logs", run.name, "-f")
-    assert run.command("unpause")["status"] == "applied"
-    run.wait_for("paused")
-    run.second_pause = run.step
+    run.pauses, run.shown, run.statuses = [], [], []
+    for held in (3, 5, 7):
+        run.wait_for("pausing", "paused")
+        run.release(held)
+        run.wait_for("paused")
+        run.pauses.append(run.step)
+        run.shown.append([lab.cli("status", run.name).stdout, lab.cli("ls").stdout])
+        run.statuses.append([lab.json("status", run.name), live_status(run)])
+        run.follower = run.follower or lab.popen("logs", run.name, "-f")
+        if held != 7:
+            assert run.command("unpause")["status"] == "applied"
+    run.first_pause, _, run.last_pause = run.pauses
     run.was_following = run.follower.poll() is None
     wait_until(lambda: len(list(box.glob("*.json"))) >= len(run.events("alert")), "messages")
     run.notified = [json.loads(f.read_text()) for f in sorted(box.glob("*.json"))]
@@ -46,6 +50,11 @@ def guarded(lab, place, wait_until):
         run.follower.kill()
         run.follower.communicate()
     run.end()
+
+
+def live_status(run):
+    with run.client() as client:
+        return client.status()
 
 
 def alert_of(run, rule):
@@ -72,22 +81,38 @@ def test_the_alert_carries_its_evidence(guarded):
     assert {"prompt", "response", "kl", "length", "index"} <= set(alert["samples"][0])
 
 
-def test_a_rule_alerts_once_while_its_condition_holds(guarded):
-    assert len([e for e in guarded.events("alert") if e["rule"] == "enough"]) == 1
+def test_a_rule_fires_again_after_unpausing_once_the_metric_is_twice_as_far_beyond(guarded):
+    alerts = [e["step"] for e in guarded.events("alert") if e["rule"] == "enough"]
+    assert alerts[:2] == [2, 4]
+    assert guarded.pauses[1] in (4, 5)
+
+
+def test_what_paused_the_run_is_said_while_it_is_paused(guarded):
+    reasons = [
+        "enough at step 2: episode 8 > 7",
+        "enough at step 4: episode 16 > 7",
+        "non_finite at step 6: objective/scores",
+    ]
+    for reason, shown, (listed, live) in zip(reasons, guarded.shown, guarded.statuses, strict=True):
+        for output in shown:
+            assert f"paused by {reason}" in output
+        assert listed["pause_reason"] == live.pause_reason
+        assert live.pause_reason.startswith(reason)
+    assert guarded.lab.json("status", guarded.name)["pause_reason"] is None
 
 
 def test_a_non_finite_metric_pauses_a_run_by_default(guarded):
     alert = alert_of(guarded, "non_finite")
-    assert alert["step"] == 5
+    assert alert["step"] == 6
     assert "objective/scores" in alert["text"]
-    assert guarded.second_pause in (5, 6)
+    assert guarded.last_pause in (6, 7)
 
 
 def test_infinity_is_null_in_json(guarded):
-    row = next(r for r in guarded.lab.json("metrics", guarded.name) if r["step"] == 5)
+    row = next(r for r in guarded.lab.json("metrics", guarded.name) if r["step"] == 6)
     assert row["objective/scores"] is None
     samples = guarded.lab.json("samples", guarded.name)
-    assert {s["score"] for s in samples if s["step"] == 5} == {None}
+    assert {s["score"] for s in samples if s["step"] == 6} == {None}
     for command in ("status", "events"):
         assert guarded.lab.json(command, guarded.name)
     for command in ("status", "metrics", "samples", "events"):
@@ -95,18 +120,17 @@ def test_infinity_is_null_in_json(guarded):
 
 
 def test_the_notify_command_is_given_each_alert_as_json(guarded):
-    by_rule = {alert["rule"]: alert for alert in guarded.notified}
-    assert {"enough", "non_finite"} <= set(by_rule)
-    assert by_rule["enough"]["session"] == "guarded"
-    assert by_rule["enough"]["step"] == 2
-    assert by_rule["enough"]["metric"] == "episode"
+    sent = {(alert["rule"], alert["step"]): alert for alert in guarded.notified}
+    assert {("enough", 2), ("enough", 4), ("non_finite", 6)} <= set(sent)
+    assert sent["enough", 2]["session"] == "guarded"
+    assert sent["enough", 2]["metric"] == "episode"
     assert any("episode is 8" in text for text in guarded.sentences)
 
 
 def test_a_paused_run_can_be_stopped_and_is_saved(guarded):
     assert guarded.stopped["status"] == "applied"
     assert guarded.state == "stopped"
-    assert guarded.checkpoint(guarded.second_pause)["state"]["step"] == guarded.second_pause
+    assert guarded.checkpoint(guarded.last_pause)["state"]["step"] == guarded.last_pause
 
 
 def test_stop_with_wait_returns_after_the_engine_has_ended(guarded):
@@ -123,7 +147,7 @@ def test_a_dry_run_repeats_the_alerts_of_the_run(guarded):
     replayed = guarded.lab.json("guardrails", guarded.name, "--dry-run")
     alerts = [(a["rule"], a["step"]) for a in replayed]
     assert ("enough", 2) in alerts
-    assert ("non_finite", 5) in alerts
+    assert ("non_finite", 6) in alerts
     live = [(e["rule"], e["step"]) for e in guarded.events("alert")]
     assert sorted(alerts) == sorted(live)
 

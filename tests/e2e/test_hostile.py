@@ -67,12 +67,14 @@ def test_the_command_line_prints_it_as_symbols(hostile, wait_until, command):
 
 def test_an_error_of_a_reward_function_is_printed_as_symbols(make_lab, wait_until):
     lab = make_lab("hostile-reward")
-    run = lab.run("raises", "launch.max_restarts=1")
+    run = lab.run("raises", "reward.retries=0")
     run.score_at(1, "raise " + " ".join(HOSTILE))
     terminal = Terminal(lab, *run.arguments, "--headless")
     try:
+        wait_until(lambda: "rlhf-tui ctl raises unpause" in terminal.text, "pause")
+        assert "ValueError" in lab.cli("status", run.name).stdout
+        assert run.command("stop")["status"] == "applied"
         wait_until(lambda: terminal.process.poll() is not None, "end of the run")
-        wait_until(lambda: "restart 1 of 1" in terminal.text, "output")
         assert not [raw for raw in FORBIDDEN if raw in terminal.raw]
     finally:
         terminal.close()

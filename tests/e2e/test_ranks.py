@@ -19,9 +19,13 @@ PHASES = ("load policy", "generate", "score", "reference", "optimise", "checkpoi
 
 @pytest.fixture(scope="module")
 def pair(lab, wait_until):
-    """8 steps on two ranks, with a pause after the fifth that is longer than `launch.timeout`."""
-    run = lab.run("pair", *TWO, f"launch.timeout={TIMEOUT}")
+    """8 steps on two ranks, with a pause after the fifth that is longer than `launch.timeout`.
+
+    The reward function raises in step 7, until the run has paused for it.
+    """
+    run = lab.run("pair", *TWO, f"launch.timeout={TIMEOUT}", "reward.retries=1")
     run.hold(5)
+    run.score_at(7, "raise no service")
     run.start()
     run.wait_at(5)
     run.beta = run.ctl("beta", "0.2", "--id", "to-0.2")
@@ -40,6 +44,10 @@ def pair(lab, wait_until):
     run.step_after_pause = run.step
     with run.client() as client:
         run.rank_loads = client.status().telemetry.ranks
+    assert run.command("unpause")["status"] == "applied"
+    run.wait_for("paused")
+    run.without_reward = lab.json("status", run.name)
+    run.score_at(7, "")
     assert run.command("unpause")["status"] == "applied"
     run.finish()
     yield run
@@ -72,7 +80,17 @@ def test_two_ranks_give_the_numbers_of_one(pair, whole):
 def test_a_pause_may_be_longer_than_the_timeout_of_collectives(pair):
     assert pair.paused_at == pair.step_after_pause
     with pair.reader() as reader:
-        assert len(reader.attempts()) == 1
+        assert len(reader.attempts()) == 1, "nothing was restarted"
+
+
+def test_a_reward_that_raises_pauses_all_ranks_until_it_can_be_called(pair):
+    status = pair.without_reward
+    assert status["step"] == 6
+    assert status["pause_reason"].startswith("reward 'score' at step 7: ValueError: no service (")
+    (alert,) = [e for e in pair.events("alert") if e["rule"] == "reward"]
+    assert alert["text"] == status["pause_reason"]
+    assert "in score" in alert["traceback"]
+    assert "called again in 1 s" in pair.session.log_file.read_text()
 
 
 def test_paused_ranks_use_almost_no_processor_time(pair):

@@ -87,6 +87,8 @@ def test_a_fork_shares_the_past(whole, branch):
 
 def test_a_fork_with_another_beta_differs_after(whole, branch):
     assert branch.betas()[5] == 0.5
+    change = branch.commands()["start-2-beta"]
+    assert (change["old"], change["new"]) == (whole.betas()[5], 0.5)
     assert all(
         forked != original
         for forked, original in zip(branch.numbers()[4:], whole.numbers()[4:], strict=True)

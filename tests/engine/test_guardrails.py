@@ -34,7 +34,32 @@ def sample(index, score=0.0, kl=0.0, length=1):
 
 def test_a_threshold_alerts_when_it_is_crossed_and_again_after_it_no_longer_held():
     rule = Rule(name="high", metric="m", above=1.0)
-    assert alert_steps(rails(rule), [0, 2, 3, 1, 0, 1.1]) == [2, 6]
+    assert alert_steps(rails(rule), [0, 2, 2.9, 1, 0, 1.1]) == [2, 6]
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "steps"),
+    [
+        (
+            Rule(name="r", metric="m", above=6.0),
+            [7, 11.9, 12, 17, 18, 29, 30, 30, 44],
+            [1, 3, 5, 7],
+        ),
+        (Rule(name="r", metric="m", above=6.0), [6.001, 6.01, 6.1, 8, 11], [1]),
+        (Rule(name="r", metric="m", below=4.0), [3, 1, 0, -4, -4], [1, 3, 4]),
+        (Rule(name="r", metric="m", above=0.0), [1, 1, 2, 3, 4], [1, 3, 5]),
+        (Rule(name="r", metric="m", rises=0.5, window=2), [4, 4, 8, 18], [3, 4]),
+    ],
+)
+def test_a_rule_alerts_again_when_the_distance_beyond_its_limit_has_doubled(rule, values, steps):
+    assert alert_steps(rails(rule), values) == steps
+
+
+def test_an_alert_says_in_brief_what_a_status_line_shows():
+    rule = Rule(name="kl_runs_away", metric="objective/kl", above=2.0, of="target")
+    (alert,) = rails(rule).check(4, {"objective/kl": 7.261}, {"target": 3.0})
+    assert alert.text == "objective/kl is 7.261, above 2 × target (3)"
+    assert alert.cause == "kl_runs_away at step 4: KL 7.261 > 6"
 
 
 def test_a_value_equal_to_a_threshold_raises_no_alert():
@@ -68,7 +93,7 @@ def test_a_condition_that_needs_no_setting_is_evaluated_without_it():
 @pytest.mark.parametrize("setting", LIVE_SETTINGS)
 def test_a_bound_may_be_a_multiple_of_every_setting_that_is_a_number(setting):
     rule = Rule(name="r", metric="m", above=1.0, of=setting)
-    if setting == "controller":
+    if setting in ("controller", "loss_aggregation"):
         with pytest.raises(ConfigError, match="must be one of"):
             check_rule(rule)
     else:

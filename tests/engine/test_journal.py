@@ -15,8 +15,9 @@ from engine.journal import database, schema
 from engine.journal.database import open_read_only
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
-from engine.journal.samples import SampleQuery
+from engine.journal.samples import SampleQuery, SampleReader
 from engine.journal.writer import JournalWriter, copy_until, on_network
+from engine.protocol.commands import Probe
 from engine.session.folder import Session
 
 DATA = Path(__file__).parent / "data"
@@ -221,6 +222,19 @@ def test_starting_afresh_forgets_them(writer):
     assert [s.changes[0].new for s in writer.journal.commands.changes_after(0)] == [0.2]
 
 
+def test_a_command_that_declares_it_is_repeated_with_its_arguments(writer, monkeypatch):
+    monkeypatch.setattr(Probe, "replayed", True)
+    for command_id, text in (("a", "one"), ("b", "two")):
+        writer.order(command_id, "probe", text=text)
+        writer.journal.commands.apply(command_id, 5, [])
+        (repeated,) = writer.journal.commands.changes_after(4)
+        assert (repeated.step, repeated.args) == (5, {"text": text}), "the newest one counts"
+        writer.journal.begin_attempt(4, fresh=False)
+    writer.order("c", "pause")
+    writer.journal.commands.apply("c", 6, [])
+    assert len(writer.journal.commands.changes_after(4)) == 1
+
+
 def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer):
     writer.change("a", 5, 0.1, 0.2)
     writer.change("b", 6, 1e-5, 2e-5, key="learning_rate")
@@ -412,6 +426,27 @@ def test_an_archived_copy_is_read_where_nothing_can_be_written(old, tmp_path, mo
     monkeypatch.setattr(sqlite3, "connect", without_writing)
     assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
     assert any("immutable=1" in uri for uri in asked)
+
+
+def test_an_archived_crash_is_read_to_its_last_row_where_nothing_can_be_written(
+    writer, tmp_path, monkeypatch
+):
+    writer.steps(*range(1, 56))
+    archive = Session(tmp_path / "archive" / "run")
+    # As a crash leaves it, and copied without the shared memory: all rows are in the -wal.
+    shutil.copytree(writer.session.folder, archive.folder, ignore=shutil.ignore_patterns("*-shm"))
+    connect = sqlite3.connect
+
+    def without_writing(database, **options):
+        if not any(word in database for word in ("immutable", "unix-none")):
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(database, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", without_writing)
+    assert len(scores(archive)) == 55
+    with SampleReader(archive) as samples:
+        assert len(samples.newest()) == 2 * 55
+    assert not list(archive.folder.glob("*-shm"))
 
 
 def test_a_path_with_signs_that_mean_something_in_a_uri_is_read(make_session, write_in, tmp_path):

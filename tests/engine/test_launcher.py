@@ -1,8 +1,12 @@
 """The environment and the start of ranks."""
 
+import os
 import signal
 import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from engine.config.schema import LaunchConfig
@@ -32,3 +36,25 @@ def test_ranks_end_if_their_parent_dies_while_they_load(tmp_path, count):
         rank_command(launch, str(tmp_path), count), env=rank_environment(launch) | another
     )
     assert process.wait(240) == -signal.SIGKILL
+
+
+def test_a_rank_whose_supervisor_is_killed_while_it_imports_ends_at_once(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\nopen('began', 'w')\ntime.sleep(600)\n")
+    supervisor = (
+        "import os, subprocess, sys, time, pathlib\n"
+        f"os.environ['{PARENT_VARIABLE}'] = str(os.getpid())\n"
+        "rank = subprocess.Popen([sys.executable, '-m', 'engine.launch.rank', 'slow'])\n"
+        "while not pathlib.Path('began').exists(): time.sleep(0.05)\n"
+        "print(rank.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, "-c", supervisor], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    rank = int(ended.stdout)
+    deadline = time.monotonic() + 10  # it would sleep for 600
+    while psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the rank outlives its supervisor"
+        time.sleep(0.05)

@@ -5,6 +5,9 @@ import json
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from engine import starter
 from engine.config import file as config_file
+from engine.config.settings import SettingChange
 from engine.errors import (
     ConfigError,
     NoSuchSessionError,
@@ -39,6 +43,7 @@ from engine.protocol.client import Client
 from engine.session import folder as session_folder
 from engine.session import registry
 from engine.session.states import ENDED_STATES, LIVE_STATES
+from engine.session.temporary import TemporaryFolder
 
 modest = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -85,6 +90,35 @@ def test_a_session_is_its_owners_alone_and_states_everything(make_session):
     made = make_session("run", "seed=3")
     assert made.folder.stat().st_mode & 0o777 == 0o700
     assert made.config() == config_file.load(starter.FOLDER / "demo.yaml", ["seed=3"])
+
+
+def test_nothing_is_left_of_a_configuration_that_could_not_be_written(make_session):
+    made = make_session()
+    leftover = made.folder / ".config.yaml.999999"  # of a process that was killed
+    leftover.touch()
+    made.config_file.unlink()
+    made.config_file.mkdir()  # so that even root cannot replace it
+    with pytest.raises(IsADirectoryError):
+        made.write_config(config_file.load(starter.FOLDER / "demo.yaml"))
+    assert not list(made.folder.glob(".config.yaml.*"))
+
+
+def test_temporary_folders_of_killed_processes_are_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import tempfile, os; from engine.session.temporary import TemporaryFolder\n"
+        f"tempfile.tempdir = {str(tmp_path)!r}; folder = TemporaryFolder(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (abandoned,) = tmp_path.iterdir()
+    alive = TemporaryFolder()
+    for folder in (abandoned, alive.path):
+        os.utime(folder / "lock", (1, 1))  # long ago
+    newest = TemporaryFolder()
+    assert set(tmp_path.iterdir()) == {alive.path, newest.path}
+    for folder in (alive, newest):
+        folder.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_umask_opens_a_session_or_its_folder_to_others(tmp_path):
@@ -388,6 +422,24 @@ def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):
     assert start.origin == {"from": "run", "step": 2}
     assert child.config().kl.beta == 0.7
     assert writer.session.config().kl.beta != 0.7
+
+
+@pytest.mark.parametrize("action", ["fork", "resume"])
+def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
+    writer.steps(1, 2, 3)
+    writer.checkpoint(2)
+    writer.journal.set_meta(settings={"beta": 0.1})  # of step 4
+    state = {"state": {"settings": {"beta": 0.25}}, "score": 0.5, "kl": 1.5}
+    folder = writer.session.checkpoints / "step-000002"
+    (folder / "state.json").write_text(json.dumps(state))
+    given = {"reseed": False, "overrides": ["kl.beta=0.3"], "who": "me"}
+    if action == "fork":
+        start = fork(writer.session, "child", from_step=2, **given)[1]
+    else:
+        start = resume(writer.session, from_step=2, **given)
+    assert start.changes == [SettingChange(key="beta", old=0.25, new=0.3)]
+    latest = resume(writer.session, from_step=None, **given)
+    assert latest.changes == [SettingChange(key="beta", old=0.1, new=0.3)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The supervisor's reaction to commands, alerts and messages of ranks, without rank processes."""
 
 import asyncio
+import os
 import resource
 import signal
 import sqlite3
@@ -11,11 +12,21 @@ import pytest
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, last_checkpoint
 from engine.monitoring.guardrails import Alert
+from engine.protocol import rank_messages
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
-from engine.protocol.rank_messages import Applied, CheckpointComplete, CheckpointWritten, Ready
+from engine.protocol.rank_messages import (
+    Applied,
+    CheckpointComplete,
+    CheckpointWritten,
+    Failed,
+    Paused,
+    RankHello,
+    Ready,
+)
 from engine.supervisor.attempt import Attempt
+from engine.supervisor.server import receive
 from engine.supervisor.supervisor import Supervisor
 
 
@@ -170,6 +181,49 @@ async def test_a_guard_rail_stops_a_run_that_is_about_to_pause(engine):
     assert engine.state == "stopping"
 
 
+def apply_pending(engine):
+    for message in engine.supervisor.pending.messages():
+        engine.receive(Applied(id=message.id, step=4))
+
+
+def pause_reasons(engine, writer):
+    """The reason of the pause in the live status and in the journal."""
+    with JournalReader(writer.session) as reader:
+        return {engine.supervisor.commands.status().pause_reason, reader.meta().pause_reason}
+
+
+async def test_a_pause_by_a_guard_rail_has_its_reason_until_it_is_ended(engine, writer):
+    engine.alert("pause")
+    assert pause_reasons(engine, writer) == {None}
+    apply_pending(engine)
+    assert pause_reasons(engine, writer) == {"much at step 3: too much"}
+    engine.supervisor.publisher.set_state("starting")  # its ranks died and are started again
+    engine.receive(Ready(info={}, settings=engine.shared.settings))
+    assert engine.state == "paused"
+    assert pause_reasons(engine, writer) == {"much at step 3: too much"}
+    engine.send(Unpause())
+    apply_pending(engine)
+    assert pause_reasons(engine, writer) == {None}
+
+
+async def test_a_pause_by_a_person_has_no_reason_whatever_alerts_meanwhile(engine, writer):
+    engine.send(Pause())
+    engine.alert("pause")
+    apply_pending(engine)
+    assert engine.state == "paused"
+    assert pause_reasons(engine, writer) == {None}
+
+
+async def test_a_pause_that_the_ranks_began_is_shown_and_can_be_ended(engine, writer):
+    engine.receive(Paused(step=3, rule="reward", reason="reward 'score' at step 4: ValueError"))
+    assert engine.state == "paused"
+    assert pause_reasons(engine, writer) == {"reward 'score' at step 4: ValueError"}
+    assert engine.send(Unpause()).status == "accepted"
+    apply_pending(engine)
+    assert engine.state == "running"
+    assert pause_reasons(engine, writer) == {None}
+
+
 @pytest.mark.parametrize("ending", ["stopping", "finished"])
 async def test_a_guard_rail_issues_no_command_to_a_run_that_ends(engine, writer, ending):
     engine.supervisor.publisher.set_state(ending)
@@ -220,3 +274,64 @@ async def test_an_older_checkpoint_is_kept_until_the_newer_one_is_complete(engin
     engine.receive(CheckpointComplete(step=4, removed=[2]))
     with JournalReader(writer.session) as reader:
         assert [c.step for c in reader.checkpoints()] == [4]
+
+
+async def begin_of(engine, folder):
+    """What a rank is sent when it connects."""
+    engine.supervisor.ranks.token = "token"  # noqa: S105 - of a test
+    path, served = str(folder / "link.sock"), engine.supervisor.rank_messages.handle_connection
+    hello = RankHello(token="token", rank=0, pid=os.getpid())  # noqa: S106 - of a test
+
+    async def serve(reader, writer):
+        await served(hello, reader, writer)
+
+    async with await asyncio.start_unix_server(serve, path):
+        reader, writer = await asyncio.open_unix_connection(path)
+        begin = rank_messages.decode_to_rank(await receive(reader))
+        writer.close()
+        return begin
+
+
+async def test_values_that_an_earlier_version_accepted_are_not_replayed(engine, writer, tmp_path):
+    for number, (step, old, new) in enumerate(((2, 4, 10**19), (3, 10**19, 4), (4, 4, 6))):
+        writer.change(str(number), step, old, new, key="epochs")
+    begin = await begin_of(engine, tmp_path)
+    assert [c.new for r in begin.replay for c in r.changes] == [4, 6]
+    with JournalReader(writer.session) as reader:
+        alerts = [e.payload.text for e in reader.events() if e.kind == "alert"]
+    assert alerts == [
+        "a change of step 2 is not repeated: epochs must be a whole number <= 1000 (it is 1"
+        + "0" * 19 + ")"
+    ]  # fmt: skip
+
+
+def damaged(step):
+    return Failed(
+        rank=0, text=f"the checkpoint of step {step} is damaged", final=True, damaged=True
+    )
+
+
+async def test_a_damaged_checkpoint_makes_a_resume_start_from_the_one_before(engine, writer):
+    for step in (2, 4):
+        writer.checkpoint(step)
+    engine.shared.attempt = Attempt(StartOptions(from_step=4, reseed=True, who="me"))
+    engine.receive(damaged(4))
+    engine.supervisor.conclude(1)
+    assert engine.shared.next == StartOptions(from_step=2, reseed=True, who="me")
+    with JournalReader(writer.session) as reader:
+        alerts = [e.payload.text for e in reader.events() if e.kind == "alert"]
+    assert alerts == [f"{damaged(4).text}; resuming from the one before, of step 2"]
+
+
+@pytest.mark.parametrize(
+    "start", [StartOptions(from_step=2), StartOptions(from_step=4, fresh=True)]
+)
+async def test_no_other_checkpoint_replaces_the_first_or_a_chosen_one(engine, writer, start):
+    for step in (2, 4):
+        writer.checkpoint(step)
+    engine.shared.attempt = Attempt(start)
+    engine.receive(damaged(start.from_step))
+    engine.supervisor.conclude(1)
+    assert (engine.shared.next, engine.state) == (None, "failed")
+    with JournalReader(writer.session) as reader:
+        assert reader.meta().message.endswith("resume from another one with --from STEP")

@@ -11,6 +11,7 @@ from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
+from engine.supervisor.attempt import StepTimer
 from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.server import Server
 from engine.supervisor.supervisor import Supervisor
@@ -128,3 +129,20 @@ def test_a_loss_of_all_other_ranks_is_the_cause_if_no_rank_reports_another(write
         (error,) = [e for e in reader.events() if e.kind == "error"]
     assert error.payload.text == ECHO.text
     assert error.payload.traceback == "where"
+
+
+# -- the time left of a step -----------------------------------------------------------------------
+
+
+def test_the_time_left_follows_the_epochs_not_the_steps_before():
+    """`epochs` was raised: a stop then says how long the step really takes."""
+    now = 0.0
+    timer = StepTimer(lambda: now)
+    now = 10.0
+    timer.finish_step()
+    for seconds, done in ((12.0, 0), (13.0, 1), (22.0, 10)):
+        now = seconds
+        timer.phase(Phase(rank=0, step=2, name="optimise", done=done, total=4000))
+    assert timer.remaining() == pytest.approx(3990)
+    timer.finish_step()
+    assert timer.remaining() == pytest.approx(timer.step_seconds)

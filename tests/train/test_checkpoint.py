@@ -8,21 +8,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from engine import starter
 from engine.config.settings import SettingChange, change_settings
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, DamagedCheckpointError, UserInputError
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
 from engine.metrics import SCORE
 from engine.protocol.rank_messages import Begin, ReplayedChange
-from engine.session.checkpoints import complete_checkpoints
+from engine.session.checkpoints import complete_checkpoints, mark_complete
+from engine.train.boundary import update_reference
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
+from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
 from engine.train.step import train_step
 
@@ -31,7 +35,10 @@ DEADLINE = 120
 
 
 def begin(saver, run, score=1.0):
-    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5)
+    saver.begin(
+        run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5,
+        reference=run.reference if run.state.reference_updated else None,
+    )  # fmt: skip
 
 
 def save(run, session, score=1.0):
@@ -40,7 +47,7 @@ def save(run, session, score=1.0):
     outcome = saver.wait(DEADLINE)
     if isinstance(outcome, CheckpointError):
         raise outcome
-    checkpoint_folder.complete(outcome.folder)
+    mark_complete(outcome.folder)
     return outcome.folder
 
 
@@ -62,6 +69,38 @@ def resumed(session, **fields):
     return load_run(session, config, begin, RankGroup(config.launch), no_report)
 
 
+def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, assert_same_step):
+    run, session = make_run("kl.reference_update={every: 1, mix: 0.25}")
+    original = {k: p.clone() for k, p in run.reference.lm.named_parameters()}
+    train_step(run, 1)
+    run.state.step = 1
+    update_reference(run)
+    policy = dict(run.policy.lm.named_parameters())
+    for name, weight in run.reference.lm.named_parameters():
+        want = 0.25 * policy[name].double() + 0.75 * original[name].double()
+        torch.testing.assert_close(weight.double(), want, rtol=1e-6, atol=1e-7)
+    train_step(run, 2)
+    run.state.step = 2
+    save(run, session)
+    begin = Begin(attempt=2, from_step=2)
+    again = load_run(
+        session, session.config(), begin, RankGroup(session.config().launch), no_report
+    )
+    assert fingerprint(again.reference) == run.state.reference
+    for continued in (run, again):  # the second update, which the checkpoint does not have
+        update_reference(continued)
+        assert continued.state.reference_updated == 2
+    assert_same_step(run, again, 3)
+
+
+def test_a_reference_of_another_architecture_cannot_follow_the_policy(make_run, tmp_path):
+    shape = AutoConfig.from_pretrained(starter.resolve("starter:policy"))
+    shape.num_hidden_layers -= 1
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserInputError, match=r"model\.reference is another model"):
+        make_run("kl.reference_update={every: 1}", f"model.reference={tmp_path / 'other'}")
+
+
 @pytest.mark.parametrize("value", ["shared", "separate"])
 def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_step, value):
     run, session = make_run(f"model.value={value}")
@@ -80,6 +119,17 @@ def test_live_settings_are_restored_before_a_resume_estimates_memory(trained):
     models = models_of(run.config, run.prompts.longest, "cpu")
     expected = estimate(run.config, models, Layout()).phases["generate"]["KV cache"]
     assert again.memory.phases["generate"]["KV cache"] == expected
+
+
+def test_saved_settings_that_an_earlier_version_accepted_are_not_used(trained):
+    run, _ = trained
+    saved = run.saved_state()
+    saved.settings = structs.replace(saved.settings, epochs=10**19, beta=0.5)
+    told = []
+    _, config = saved.restored(run.config, told.append)
+    assert (config.ppo.epochs, config.kl.beta) == (run.config.ppo.epochs, 0.5)
+    (text,) = told
+    assert text.startswith("the checkpoint's value is not used, 2 is: epochs must be")
 
 
 def test_the_memory_check_of_a_resume_includes_its_overrides(trained):
@@ -125,6 +175,19 @@ def test_a_damaged_file_is_found_and_named(trained):
         checkpoint_folder.read_state(folder)
 
 
+def test_an_edited_state_is_found_even_if_its_hashes_are_emptied(trained):
+    run, session = trained
+    folder = save(run, session)
+    content = json.loads((folder / "state.json").read_text())
+    for edited in (content | {"hashes": {}}, content | {"score": 2.0}):
+        (folder / "state.json").write_text(json.dumps(edited))
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json does not match its hash"):
+            checkpoint_folder.read_state(folder)
+    # Versions before sums of state.json left COMPLETE empty.
+    (folder / "COMPLETE").write_text("")
+    assert checkpoint_folder.read_state(folder).step == 1
+
+
 def test_a_failed_write_leaves_the_older_checkpoint_and_no_partial_one(trained, monkeypatch):
     run, session = trained
     save(run, session)
@@ -138,6 +201,26 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_no_partial_one(trained, 
     with pytest.raises(CheckpointError, match="No space left"):
         save(run, session)
     assert sorted(p.name for p in session.checkpoints.iterdir()) == before
+
+
+def test_a_tokenizer_that_cannot_be_copied_is_a_notice_and_a_resume_loads_the_original(
+    trained, monkeypatch
+):
+    run, session = trained
+
+    def gone(*_args, **_kwargs):
+        raise FileNotFoundError(2, "No such file or directory", "vocab.txt")
+
+    monkeypatch.setattr(run.tokenizer, "save_pretrained", gone)
+    told = []
+    saver = Saver(session.checkpoints, notice=told.append)
+    begin(saver, run)
+    outcome = saver.wait(DEADLINE)
+    mark_complete(outcome.folder)
+    (text,) = told
+    assert text.startswith("the tokenizer cannot be saved, checkpoints are without it: ")
+    assert not (outcome.folder / "policy" / "tokenizer.json").exists()
+    assert resumed(session).tokenizer.get_vocab() == run.tokenizer.get_vocab()
 
 
 def test_a_checkpoint_does_not_contain_changes_made_while_it_is_written(trained):
@@ -163,7 +246,7 @@ def test_a_checkpoint_does_not_contain_changes_made_while_it_is_written(trained)
     released.set()
     folder = saver.wait(DEADLINE).folder
     assert saver.poll() is None  # returned once
-    checkpoint_folder.complete(folder)
+    mark_complete(folder)
     assert folder.name == "step-000001"
     assert checkpoint_folder.read_state(folder).step == 1
     del run.policy.lm.save_pretrained
@@ -221,6 +304,7 @@ def test_a_checkpoint_of_format_1_can_be_resumed(trained):
         str(f.relative_to(folder)): checkpoint_folder.sync_and_hash(f) for f in files
     }
     (folder / "state.json").write_text(json.dumps(state))
+    (folder / "COMPLETE").write_text("")
     again = resumed(session)
     ours, _ = train_step(run, 2)
     theirs, _ = train_step(again, 2)

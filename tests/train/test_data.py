@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from engine import starter
 from engine.config.schema import DataConfig
 from engine.errors import UserInputError
+from engine.train.data import chat_template, prompts
 from engine.train.data.prompts import Prompt, Prompts, batch_prompts, load_prompts
 
 
@@ -64,6 +65,13 @@ BAD = {
         {},
         "has no chat template",
     ),
+    "deep nesting": (
+        "p.jsonl",
+        '{"prompt": "a"}\n{"prompt": "b", "c": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
+        {},
+        "line 2 of .* is nested more than 50 levels",
+    ),
+    "deep objects": ("p.json", '[{"prompt": ' + '{"a":' * 3000 + "1" + "}" * 3001, {}, "nested"),
     "all too long": ("p.jsonl", '{"prompt": "a b c d e f"}\n', {"max_prompt_tokens": 1}, "longer"),
     "only a header": ("p.csv", "prompt\n", {}, "holds no rows"),
 }
@@ -73,6 +81,54 @@ BAD = {
 def test_a_bad_file_is_an_error_on_one_line(tokenizer, write_prompts, name, text, keys, message):
     with pytest.raises(UserInputError, match=message) as caught:
         load(tokenizer, write_prompts(name, text), **keys)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_utf_8_is_an_error_on_one_line(tokenizer, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "ab\xff"}\n')
+    with pytest.raises(UserInputError, match=r"cannot read .*p\.jsonl as json: 'utf-8' codec"):
+        load(tokenizer, str(path))
+
+
+def test_brackets_in_text_are_not_nesting(tokenizer, write_prompts):
+    row = json.dumps({"prompt": "a", "more": "[" * 1000 + '\\"'})
+    assert len(load(tokenizer, write_prompts("p.jsonl", row + "\n"))) == 1
+
+
+def test_a_prompt_of_a_megabyte_is_left_out_without_being_tokenised(
+    tokenizer, write_prompts, monkeypatch
+):
+    """A tokenizer can take half a minute for it."""
+    rows = [json.dumps({"prompt": text}) for text in ("The film", "ab" * 500_000, "a " * 3000)]
+    path = write_prompts("p.jsonl", "\n".join(rows))
+    tokenised = []
+    monkeypatch.setattr(
+        prompts, "tokenise_prompt", lambda _, text: tokenised.append(len(text)) or [1] * len(text)
+    )
+    assert len(load(tokenizer, path, max_prompt_tokens=10)) == 1
+    assert tokenised == [8, 6000]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "took"),
+        ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate"),
+        ("{% if %}", "fails: Expected an expression"),
+        ("{{ messages[7].content.x }}", "fails: "),
+        ("{{ ''.__class__.__mro__ }}", "fails: "),
+    ],
+)
+def test_a_template_that_fails_or_never_ends_is_an_error_on_one_line(
+    write_prompts, monkeypatch, template, message
+):
+    monkeypatch.setattr(chat_template, "TIME_LIMIT", 0.2)
+    tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
+    tokenizer.chat_template = template
+    row = {"prompt": [{"role": "user", "content": "How was it?"}]}
+    with pytest.raises(UserInputError, match=message) as caught:
+        load(tokenizer, write_prompts("p.jsonl", json.dumps(row) + "\n"))
     assert "\n" not in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from engine import starter
 from engine.config.schema import LaunchConfig, LoRAConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
-from engine.train.checkpoints import folder as checkpoint_folder
+from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.merge import merge
 from engine.train.checkpoints.saver import Saver
 from engine.train.distributed.ranks import RankGroup
@@ -46,7 +46,7 @@ def save(run, session):
     outcome = saver.wait(DEADLINE)
     if isinstance(outcome, CheckpointError):
         raise outcome
-    checkpoint_folder.complete(outcome.folder)
+    mark_complete(outcome.folder)
     return outcome.folder
 
 

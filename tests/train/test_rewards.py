@@ -1,6 +1,7 @@
 """Reward sources: how they are called, weighted sums of them, and errors."""
 
 import math
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,15 +16,25 @@ from transformers import (
 )
 
 from engine import starter
-from engine.config.schema import SOURCE_KEYS, LaunchConfig, RewardConfig, RewardSource
+from engine.config.schema import (
+    SOURCE_KEYS,
+    LaunchConfig,
+    OverlongConfig,
+    RewardConfig,
+    RewardSource,
+)
 from engine.errors import RewardError, UserInputError
+from engine.protocol import frames
+from engine.protocol.rank_messages import decode_from_rank
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
+from engine.train.rewards import calls
 from engine.train.rewards.function import FunctionReward
 from engine.train.rewards.mix import KINDS, RewardMix, WeightedReward, load_rewards
 from engine.train.rewards.model import RewardModel
 from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn
+from engine.train.rewards.source import LoadContext, RewardCallError, RewardInputs, RunsOn
+from engine.train.worker import failed_message
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 
@@ -58,6 +69,23 @@ def module(tmp_path, monkeypatch):
         "def nan(completions, **kwargs): return [float('nan')] * len(completions)\n"
         "def short(completions, **kwargs): return [1.0]\n"
         "def words(completions, **kwargs): return ['good'] * len(completions)\n"
+        "def nothing(completions, **kwargs): completions.clear()\n"
+        "def one(completions, **kwargs): return 1.0\n"
+        "def huge(completions, **kwargs): return [10**400] * len(completions)\n"
+        "def vast(completions, **kwargs): return [10**5000] * len(completions)\n"
+        "def surrogate(completions, **kwargs): raise ValueError('no \\\\ud800 here')\n"
+        "calls = []\n"
+        "def fails_twice(completions, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) < 3: raise OSError('no service')\n"
+        "    return [1.0] * len(completions)\n"
+        "def stumbles(completions, **kwargs):\n"
+        "    for text in completions:\n"
+        "        if 'bad' in text: raise ValueError('not \\n nice')\n"
+        "class Rude(Exception):\n"
+        "    def __str__(self): raise KeyError\n"
+        "def rude(**kwargs): raise Rude\n"
+        "def exits(**kwargs): raise SystemExit(3)\n"
         "def step(trainer_state, prompts, **kwargs):\n"
         "    return [trainer_state.global_step] * len(prompts)\n",
         encoding="utf-8",
@@ -98,6 +126,49 @@ def test_a_mix_is_the_weighted_sum_of_the_sources_that_return_a_score(module, in
     assert parts["b"] == [1.5, None, None]
 
 
+def test_a_source_of_weight_zero_is_recorded_and_changes_no_score(module, inputs):
+    sources = {
+        "obeyed": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "length")),
+        "watched": WeightedReward(0.0, RunsOn.RANK_0, function_reward(module, "step")),
+    }
+    scores, parts = RewardMix(sources, SINGLE_RANK)(inputs)
+    assert (
+        scores.tolist() == RewardMix({"obeyed": sources["obeyed"]}, SINGLE_RANK)(inputs)[0].tolist()
+    )
+    assert parts["watched"] == [7, 7, 7]
+
+
+def test_a_response_that_only_a_source_of_weight_zero_scores_has_no_score(module, inputs):
+    sources = {
+        "obeyed": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "sometimes")),
+        "watched": WeightedReward(0.0, RunsOn.RANK_0, function_reward(module, "length")),
+    }
+    with pytest.raises(RewardError, match="scored response 1"):
+        RewardMix(sources, SINGLE_RANK)(inputs)
+
+
+def test_a_source_s_own_normalisation_comes_before_its_weight(module, inputs):
+    length = WeightedReward(3.0, RunsOn.RANK_0, function_reward(module, "length"), normalised=True)
+    mix = RewardMix({"length": length}, SINGLE_RANK)
+    assert mix.normalised == ["length"]
+    mix.scales = {"length": (10.0, 4.0)}
+    scores, parts = mix(inputs)
+    assert scores.tolist() == [3 * (n - 10) / 4 for n in (11, 34, 3)]
+    assert parts["length"] == [11, 34, 3]
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.floats(0, 4, width=16))
+def test_the_overlong_penalty_rises_linearly_over_the_buffer(buffer, length, penalty):
+    limit = 40
+    length = min(length, limit)
+    want = max(0.0, penalty * (length - (limit - buffer)) / buffer)
+    overlong = OverlongConfig(buffer=buffer, penalty=penalty)
+    got = trained_scores(
+        Normaliser(), torch.tensor([2.0]), lengths=[length], limit=limit, overlong=overlong
+    )
+    assert float(got) == pytest.approx(2.0 - want, abs=1e-5)
+
+
 def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key():
     assert tuple(KINDS) == SOURCE_KEYS
     fields = {f.name for f in msgspec.structs.fields(RewardConfig)}
@@ -119,6 +190,10 @@ BAD = {
     "nan": "returned nan for response 0 of step 7",
     "short": "returned 1 scores for 3 responses",
     "words": "returned 'good' for response 0",
+    "nothing": "reward 'nothing' returned None at step 7: it must return a list of 3 scores",
+    "one": "reward 'one' returned 1.0 at step 7: it must return a list of 3 scores",
+    "huge": "returned 10000.*… for response 0",
+    "vast": "returned a huge integer for response 0",
     "sometimes": "no reward source scored response 1",
 }
 
@@ -128,6 +203,59 @@ def test_invalid_scores_raise_an_error_that_names_the_response(module, inputs, n
     with pytest.raises(RewardError, match=message):
         source = WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, name))
         RewardMix({name: source}, SINGLE_RANK)(inputs)
+
+
+@pytest.fixture
+def call(inputs, monkeypatch):
+    """Calls a reward function with up to three retries that do not wait; returns the scores."""
+    monkeypatch.setattr(calls, "FIRST_DELAY", 0.0)
+
+    def call_with_retries(reward, **options):
+        mix = RewardMix({"r": WeightedReward(1.0, RunsOn.RANK_0, reward)}, SINGLE_RANK, 3)
+        return mix(inputs, **options)[0].tolist()
+
+    return call_with_retries
+
+
+def test_a_function_that_raises_is_called_again(module, call):
+    assert call(function_reward(module, "fails_twice")) == [1.0] * 3
+
+
+def test_a_probe_does_not_call_a_function_again(module, call):
+    with pytest.raises(RewardCallError, match="no service"):
+        call(function_reward(module, "fails_twice"), retry=False)
+
+
+RAISING = {
+    "stumbles": "reward 'r' at step 7: ValueError: not nice "
+    "(response 1, prompt: 'The film', response: ' was bad, and long, and bad again.')",
+    "rude": "Rude: (its message cannot be shown: KeyError)",
+    "surrogate": r"ValueError: no \ud800 here",
+    "exits": "SystemExit: 3 (called with 3 responses, first prompt: 'The film')",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), RAISING.items())
+def test_what_a_function_raises_is_told_with_step_and_response(module, call, name, message):
+    with pytest.raises(RewardCallError) as caught:
+        call(function_reward(module, name))
+    assert message in str(caught.value)
+    assert "Traceback" in caught.value.trace
+    failed = failed_message(caught.value, None, 0)
+    assert decode_from_rank(frames.encode(failed)[frames.HEADER.size :]) == failed
+
+
+def test_a_function_whose_file_was_mended_is_imported_again(module, call):
+    reward = function_reward(module, "stumbles")
+    file = Path(module) / "rewards_for_test.py"
+    whole = file.read_text(encoding="utf-8")
+    with pytest.raises(RewardCallError, match="not nice"):
+        call(reward)
+    file.write_text("def stumbles(", encoding="utf-8")
+    with pytest.raises(RewardCallError, match="SyntaxError"):
+        call(reward)
+    file.write_text(whole + "def stumbles(completions): return [2, 3, 4]\n", encoding="utf-8")
+    assert call(reward) == [2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -196,20 +324,26 @@ def test_a_folder_without_a_classifier_is_an_error_on_one_line(tmp_path, tokeniz
     assert str(tmp_path) in str(caught.value)
 
 
+def trained_scores(normaliser, raw, lengths=None, limit=8, **of_reward):
+    n = len(raw)
+    lengths = torch.ones(n, dtype=torch.int64) if lengths is None else torch.tensor(lengths)
+    ended = torch.ones(n, dtype=torch.bool)
+    return normaliser(raw, RewardConfig(**of_reward), ended, lengths, limit)
+
+
 @given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20))
 def test_normalised_reference_scores_have_mean_0_and_deviation_1(values):
     raw = torch.tensor(values)
     if float(raw.std(correction=0)) < 1e-3:
         return
-    got = Normaliser.of(raw)(raw, RewardConfig(), torch.ones(len(values), dtype=torch.bool))
+    got = trained_scores(Normaliser.of(raw), raw)
     assert float(got.mean()) == pytest.approx(0, abs=1e-2)
     assert float(got.std(correction=0)) == pytest.approx(1, abs=1e-2)
 
 
 def test_scores_are_clipped_after_normalising():
-    got = Normaliser(10.0, 2.0)(
-        torch.tensor([30.0, 10.0, -30.0]), RewardConfig(clip=3.0), torch.tensor([True] * 3)
-    )
+    raw = torch.tensor([30.0, 10.0, -30.0])
+    got = trained_scores(Normaliser(10.0, 2.0), raw, clip=3.0)
     assert got.tolist() == [3.0, 0.0, -3.0]
 
 

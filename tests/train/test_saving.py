@@ -20,6 +20,7 @@ from engine.protocol.rank_messages import (
     Notice,
     RankCommand,
     RankHello,
+    ReplayedChange,
 )
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.boundary import Boundary
@@ -244,12 +245,12 @@ def test_a_checkpoint_that_cannot_be_marked_complete_is_a_notice_and_the_run_con
     boundary.checkpoints.save_if_due()
     supervisor.wait_for(CheckpointWritten)
     # A dangling link: not even root can create the file.
-    marker = checkpoint_path(session.checkpoints, 1) / "COMPLETE"
-    marker.symlink_to("no such folder/COMPLETE")
+    part = checkpoint_path(session.checkpoints, 1) / ".COMPLETE.part"
+    part.symlink_to("no such folder/COMPLETE")
     supervisor.may_confirm.set()
     notice = supervisor.wait_for(Notice)
     assert (notice.step, notice.rule) == (1, "checkpoint")
-    assert not marker.is_symlink()
+    assert not part.is_symlink()
     assert not supervisor.of(CheckpointComplete)
     assert boundary.before_step()
     assert boundary.checkpoints.save() is None  # the same step, now that it is possible
@@ -282,3 +283,13 @@ def test_ranks_may_differ_in_the_last_bit_of_beta_when_they_save(trained):
     assert settings_digest(replace(state, settings=replace(settings, epochs=7))) != settings_digest(
         state
     )
+
+
+def test_a_command_that_declares_it_is_carried_out_again_by_a_resume(trained, link, monkeypatch):
+    run, session, _, supervisor = trained
+    monkeypatch.setattr(Checkpoint, "replayed", True)
+    before = [ReplayedChange(step=2, command="checkpoint", changes=[])]
+    again = Boundary(session, run, Begin(attempt=2, from_step=0, replay=before), link)
+    supervisor.may_confirm.set()
+    assert again.before_step()
+    assert supervisor.wait_for(CheckpointComplete).step == 1

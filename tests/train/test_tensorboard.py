@@ -12,7 +12,7 @@ from engine.train.reports.tensorboard import EventFiles
 @pytest.fixture
 def events_of_two_attempts(tmp_path):
     """Events of five steps, a crash, and a resume from step 3 with other values."""
-    config = config_file.load(starter.FOLDER / "demo.yaml")
+    config = config_file.load(starter.FOLDER / "demo.yaml", ["notify.command=send --as s3cret"])
     sample = Sample(
         index=0, prompt="<b>a|b", response="x\ny", score=1.0, kl=0.5, length=2, ended=True
     )
@@ -39,6 +39,12 @@ def test_responses_are_written_as_escaped_text(events_of_two_attempts):
     text = events_of_two_attempts.Tensors(tag)[0].tensor_proto.string_val[0].decode()
     assert "&lt;b&gt;a&#124;b" in text
     assert "x<br>y" in text
+
+
+def test_a_password_in_a_notification_command_is_not_written(events_of_two_attempts, tmp_path):
+    data = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert b"train.steps" in data
+    assert b"s3cret" not in data
 
 
 def test_the_configuration_is_written_as_hparams_and_adds_no_scalar(events_of_two_attempts):

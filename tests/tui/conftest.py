@@ -37,10 +37,11 @@ WORDS = (
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
-    """Preferences of the test alone, in one time zone, with colours."""
+    """Preferences of the test alone, in one time zone, with all colours."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("COLORTERM", "truecolor")
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
 

@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from engine.errors import NoSuchSessionError
+from engine.errors import NoSuchSessionError, SessionError
 from engine.journal.reader import JournalReader
 from rlhf_tui import identity
 from rlhf_tui.cli import COMMANDS, cli
@@ -105,6 +105,21 @@ def test_ls_has_the_kl_of_the_last_step(root):
     assert row[header.index("KL") :].split()[0] == f"{kl:.2f}"
 
 
+@pytest.mark.parametrize("variables", [{"TERM": "xterm"}, {"TERM": "xterm", "NO_COLOR": "1"}])
+def test_states_have_colours_on_a_terminal_unless_they_are_not_wanted(root, variables):
+    master, slave = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_tui.cli", "ls", "--sessions", str(root)],
+        stdout=slave, timeout=DEADLINE, check=True,
+        env={k: v for k, v in os.environ.items() if k != "NO_COLOR"} | variables,
+    )  # fmt: skip
+    os.close(slave)
+    printed = os.read(master, 10_000)
+    os.close(master)
+    assert done.returncode == 0
+    assert (b"\x1b[" in printed) == ("NO_COLOR" not in variables)
+
+
 @pytest.mark.parametrize("given", ["froze", "forzen", "roz"])
 def test_a_name_that_is_nearly_right_gets_a_suggestion(root, given):
     with pytest.raises(NoSuchSessionError, match=r"did you mean frozen\?"):
@@ -162,3 +177,53 @@ def test_a_terminal_without_a_name_is_left_out(monkeypatch):
     monkeypatch.setattr(os, "ttyname", unknown)
     monkeypatch.setattr(os, "isatty", lambda fd: True)
     assert " on " not in identity.who()
+
+
+# -- awkward terminals, files and arguments --------------------------------------------------------
+
+
+def run_in_shell(root, line):
+    """Runs a line of bash in which `$R` is the program; stdout and stderr are returned."""
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, check=False,
+        env=os.environ | {
+            "R": f"{sys.executable} -m rlhf_tui.cli", "RLHF_TUI_SESSIONS": str(root),
+        },
+        stdin=subprocess.DEVNULL, timeout=DEADLINE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "error"),
+    [
+        ("$R samples frozen --last 9000 | head -1 >&2", 0, b"step "),
+        ("$R samples frozen --last 9000 > /dev/full", 1, b"cannot write the output: No space left"),
+        ("$R ls >&- <&-", 0, b""),
+        ("$R ls --sessions $(printf '%5000s' | tr ' ' x)", 2, b"the path is too long"),
+        ("$R note frozen $'bad \\xff'", 2, b"TEXT is not valid UTF-8"),
+        ("$R ctl frozen probe $'bad \\xff'", 2, b"TEXT is not valid UTF-8"),
+    ],
+)
+def test_an_error_of_the_shell_s_files_and_texts_is_one_line(root, line, code, error):
+    done = run_in_shell(root, line)
+    assert done.returncode == code, done.stderr
+    assert error in done.stderr
+    assert len(done.stderr.splitlines()) == (1 if error else 0)
+    assert len(done.stderr) < 400
+
+
+def test_a_note_on_a_full_disk_is_one_line(session_maker, tmp_path):
+    session_maker(tmp_path / "s", "mine", 3)
+    done = run_in_shell(tmp_path / "s", "ulimit -f 0; $R note mine text")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert re.search(rb"cannot (open|write) \S*journal.db", done.stderr)
+
+
+def test_a_log_that_is_a_pipe_is_not_waited_for(session_maker, tmp_path):
+    session = session_maker(tmp_path / "s", "mine", 3)
+    session.log_file.unlink(missing_ok=True)
+    os.mkfifo(session.log_file)
+    arguments = ["logs", "mine", "--sessions", str(tmp_path / "s")]
+    with pytest.raises(SessionError, match="not a regular file"):
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)

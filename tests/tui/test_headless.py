@@ -32,7 +32,7 @@ def print_all(printer):
 
 @pytest.mark.parametrize("live", [False, True])
 def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
-    print_all(Printer(8, live=live))
+    print_all(Printer("run", 8, live=live))
     out, err = capsys.readouterr()
     for text in (out.replace("\r\x1b[K", ""), err):
         assert not set(text) & set("\x1b\x07\x9b\r\u202e")
@@ -42,7 +42,12 @@ def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
 
 def test_only_warnings_and_errors_of_the_log_are_printed(capsys):
     log = logging.Logger("engine")
-    log.addHandler(PrinterHandler(Printer(8, live=False)))
+    log.addHandler(PrinterHandler(Printer("run", 8, live=False)))
     log.info("a connection was closed")
     log.warning("notify.command failed")
     assert capsys.readouterr() == ("", "notify.command failed\n")
+
+
+def test_a_pause_names_the_command_that_resumes_this_run(capsys):
+    Printer("run", 8, live=False).state("paused", "kl_high at step 4: KL 7.26 > 6")
+    assert capsys.readouterr().err == "paused; resume with: rlhf-tui ctl run unpause\n"

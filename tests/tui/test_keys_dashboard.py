@@ -195,6 +195,11 @@ async def test_another_session_s_curves_are_laid_beside(
         await until(pilot, lambda: isinstance(app.screen, PickerDialog))
         await pilot.press("enter")
         await until(pilot, lambda: "other" in app.view.others)
+        chart = app.screen.query_one(ChartGrid).charts[0]
+        title, *plot = chart.text().splitlines()
+        assert "a other" in title
+        assert any("a" in line for line in plot), "no curve ends in the letter of the legend"
+        assert "a other" in app.screen.query_one("#cursor").text()
 
 
 async def test_v_turns_the_panels_of_a_narrow_terminal(make_app, running):

@@ -84,19 +84,10 @@ async def test_help_lists_every_binding_that_has_words(make_app, running, until)
         await pilot.press("question_mark")
         await until(pilot, lambda: isinstance(app.screen, HelpDialog))
         text = app.screen.query_one(ScrollText).text()
-        for words in ("pause", "beta +10 %", "crosshair left", "next marker", "detach", "probe"):
+        for words in ("pause", "beta +10 %", "crosshair left", "next event", "detach", "probe"):
             assert words in text
         await pilot.press("escape")
         await until(pilot, lambda: app.current_mode == "dashboard" and len(app.screen_stack) == 1)
-
-
-async def test_the_palette_has_every_command(make_app, running, until):
-    app = make_app()
-    async with running(app) as pilot:
-        titles = {c.title for c in app.get_system_commands(app.screen)}
-        assert {"Pause", "Beta", "Checkpoint", "Metrics", "Zoom in", "Theme: light"} <= titles
-        await pilot.press("ctrl+p")
-        await until(pilot, lambda: len(app.screen_stack) == 2)
 
 
 async def test_t_changes_the_theme(make_app, running):
@@ -133,15 +124,13 @@ async def test_enter_opens_a_session(browser, until):
 
 @pytest.mark.parametrize(
     ("keys", "words"),
-    [(["n", "s"], ["demo", "--detach"]), (["r"], ["resume", "frozen", "--detach"]),
-     (["f", "enter"], ["fork", "frozen", "--from", "200"]), (["d", "d"], ["rm", "frozen", "-y"])],
-)  # fmt: skip
-async def test_sessions_are_started_resumed_forked_and_deleted(browser, keys, words, until):
+    [(["n", "s"], ["demo", "--detach"]), (["d", "d"], ["rm", "frozen", "-y"])],
+)
+async def test_sessions_are_started_and_deleted(browser, keys, words, until):
     async with browser() as (app, pilot):
         await pilot.press(keys[0])
-        if len(keys) > 1:
-            await until(pilot, lambda: len(app.screen_stack) == 2)
-            await pilot.press(keys[1])
+        await until(pilot, lambda: len(app.screen_stack) == 2)
+        await pilot.press(keys[1])
         await until(pilot, lambda: app.ran)
         assert app.ran[0][: len(words)] == words
 
@@ -152,7 +141,7 @@ async def test_a_resume_that_had_nothing_to_do_is_told_in_its_own_words(
     async with browser() as (app, pilot):
         words = "session 'frozen' has finished its 200 steps"
         monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ("", words))
-        await pilot.press("r")
+        app.engines.start(["resume", "frozen"], "frozen")
         await until(pilot, lambda: notices(app))
         assert notices(app) == [words]
 
@@ -164,7 +153,7 @@ async def test_the_last_words_of_our_own_command_are_told(make_app, tmp_path, ru
     app = make_app(None, root=tmp_path)
     async with running(app) as pilot:
         await until(pilot, lambda: app.screen.query_one(Table).count() == 1)
-        await pilot.press("r")
+        app.engines.start(["resume", "finished"], "finished")
         await until(pilot, lambda: notices(app), deadline=60)  # it is a process of its own
         (said,) = notices(app)
         assert said.startswith("session 'finished' has finished its 6 steps")
@@ -214,6 +203,7 @@ async def test_a_key_on_its_way_to_a_dialog_that_closes_does_no_harm(
         for _ in range(3):
             dialog.post_message(Key("escape", None))
             dialog.action_cancel()
+            dialog.dismiss()
         await until(pilot, lambda: len(app.screen_stack) == 1)
         await pilot.pause()
         assert app.is_running

@@ -1,12 +1,15 @@
 """The keys of samples, checkpoints and log, pressed on a frozen session."""
 
 import contextlib
+import json
 
 import pytest
 
 from engine.journal.reader import JournalReader
 from rlhf_tui.app import steering
-from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.dialogs.base import ChoiceDialog, Dialog, InputDialog, MessageLine
+from rlhf_tui.dialogs.form import FormDialog
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import EXTREMES, SampleView
 from rlhf_tui.widgets.table import Table
@@ -130,6 +133,25 @@ async def test_roll_back_asks_and_cancel_has_the_focus(make_app, engine, running
         await until(pilot, lambda: engine == [steering.Rollback(step=150)])
 
 
+async def test_roll_back_lists_the_settings_that_it_changes(judged, engine, running, until):
+    settings = {**in_force(judged), "beta": 0.2, "controller": "fixed"}
+    folder = judged.checkpoints / "step-000002"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"state": {"settings": settings}}))
+    app = RlhfApp(judged.folder.parent, "judged", follow=False)
+    async with running(app) as pilot:
+        app.commands.ask_roll_back(app.steering_target(), 2, lambda reseed: None)
+        await until(pilot, lambda: app.screen.query(MessageLine))
+        lines = app.screen.query_one(MessageLine).text().splitlines()
+        changed = [" ".join(line.split()) for line in lines if "→" in line]
+        assert changed == ["beta 0.05 → 0.2", "controller adaptive → fixed"]
+
+
+def in_force(session):
+    with JournalReader(session) as record:
+        return record.meta().settings
+
+
 async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
     make_app, monkeypatch, running, until
 ):
@@ -149,7 +171,7 @@ async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
         assert ran == [["resume", "frozen", "--from", "150", "--reseed", "--detach"]]
 
 
-async def test_from_the_newest_step_it_goes_on_without_asking(
+async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(
     make_app, monkeypatch, running, until
 ):
     ran = []
@@ -159,8 +181,11 @@ async def test_from_the_newest_step_it_goes_on_without_asking(
         await pilot.press("4")
         await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
         await pilot.press("r")
+        await until(pilot, lambda: isinstance(app.screen, FormDialog))
+        await pilot.press(*"train.steps=400", "enter")
         await until(pilot, lambda: ran)
-        assert ran == [["resume", "frozen", "--from", "200", "--detach"]]
+        more = ["-o", "train.steps=400", "--detach"]
+        assert ran == [["resume", "frozen", "--from", "200", *more]]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +202,7 @@ async def test_branch_and_export_run_our_own_commands(
         await pilot.press("4")
         await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
         await pilot.press(key)
-        await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        await until(pilot, lambda: isinstance(app.screen, Dialog))
         await pilot.press("enter")
         await until(pilot, lambda: ran)
         assert ran[0][: len(words)] == words

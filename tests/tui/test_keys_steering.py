@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import CommandReply
 from rlhf_tui.app import steering
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
@@ -192,3 +193,23 @@ async def test_a_command_s_life_is_told(make_app, engine, running, until):
         await pilot.press("c")
         keys = app.screen.query_one(KeyFooter)
         await until(pilot, lambda: "applied at step 201" in keys.text())
+
+
+@pytest.mark.parametrize(
+    ("state", "key", "reason"),
+    [("starting", "right_square_bracket", "is starting"), ("stopping", "p", "is stopping")],
+)
+async def test_what_a_run_does_not_take_now_is_not_offered_and_says_why(
+    make_app, engine, session_maker, tmp_path, running, until, state, key, reason
+):
+    session = session_maker(tmp_path / "s", "run", 3)
+    journal = JournalWriter(session)
+    journal.set_meta(state=state)
+    journal.close()
+    app = make_app("run", root=tmp_path / "s")
+    async with running(app) as pilot:
+        await pilot.press(key)
+        await until(pilot, lambda: notices(app))
+        assert reason in notices(app)[0]
+        assert " beta " not in app.screen.query_one(KeyFooter).text()
+        assert engine == []

@@ -1,7 +1,7 @@
 """A chart as characters and styles."""
 
 from rlhf_tui.state.series import Series
-from rlhf_tui.state.session_state import Marker
+from rlhf_tui.state.timeline import Marker
 from rlhf_tui.widgets.charts.plot import BAND, CURSOR, GUTTER, STYLE, Line, Plot, paint, scale_of
 from rlhf_tui.widgets.charts.raster import decimate
 

@@ -7,9 +7,10 @@ import pytest
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate
+from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.steering import SteeringPanel
-from rlhf_tui.widgets.panels.timeline import LatestSamplesPanel
-from rlhf_tui.widgets.samples.sample_view import UNDEFINED, VIEWS, body, token_rows
+from rlhf_tui.widgets.samples.heat import COLD, HEAT, UNDEFINED, HeatScale
+from rlhf_tui.widgets.samples.sample_view import EXTREMES, VIEWS, body, token_rows
 from tests.judging import sample
 
 
@@ -29,16 +30,30 @@ def text(rows):
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_shown_as_such_before_the_largest(mode, odd):
     rows = token_rows(arrays_of(-1.0, odd, -4.0), mode, 60)
-    assert ("t1", UNDEFINED) in rows[1]
-    assert [tone for piece, tone in rows[1] if piece in ("t0", "t2")].count(UNDEFINED) == 0
-    title = "least likely tokens" if mode == "log-prob" else f"largest {mode}"
+    assert ("t1", UNDEFINED) in rows[2]
+    assert [tone for piece, tone in rows[2] if piece in ("t0", "t2")].count(UNDEFINED) == 0
+    title = EXTREMES.get(mode, f"largest {mode}")
     first = text(rows)[text(rows).index(title) + 1]
     assert str(odd) in first
     assert "t1" in first
 
 
 def test_an_answer_of_nothing_but_undefined_numbers_can_be_read():
-    assert "– … –" in text(token_rows(arrays_of(math.nan, math.nan), "value", 60))[0]
+    assert "– … –" in text(token_rows(arrays_of(math.nan, math.nan), "value", 60))[1]
+
+
+def test_the_legend_has_the_tones_of_the_tokens():
+    values = [-4.0, -2.0, -0.5, 0.25, 1.0, 3.9, 4.0]
+    rows = token_rows(arrays_of(*values), "advantage", 80)
+    legend = {tone for piece, tone in rows[1] if piece.strip()}
+    assert legend == {*HEAT, *COLD}
+    assert {tone for piece, tone in rows[2] if piece.startswith("t")} <= legend
+    assert rows[1][0] == (" -4.00 ", "cold3")
+
+
+def test_values_of_one_size_do_not_all_have_one_tone():
+    scale = HeatScale.of([1.00, 1.01, 1.02, 1.05], centred=True)
+    assert [scale.tone(v) for v in (1.00, 1.02, 1.05)] == ["cold2", "", "heat3"]
 
 
 def test_numbers_near_the_largest_there_are_can_be_read():

@@ -6,7 +6,13 @@ import pytest
 from engine.config.settings import SettingChange, Settings
 from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.widgets.panels.steering import SteeringPanel
-from tests.tui.panels import SETTINGS, command, make_state, text
+from tests.tui.panels import FIRST, SETTINGS, command, make_state, text
+
+BETA = [SettingChange(key="beta", old=0.04, new=0.05)]
+
+
+def restart_from(step):
+    return msgspec.structs.replace(FIRST, attempt=2, from_step=step)
 
 
 def test_the_next_beta_is_the_controller_s():
@@ -67,3 +73,21 @@ def test_read_only_stands_in_the_panel_s_heading():
 
 def test_the_settings_of_these_tests_are_the_engine_s():
     assert msgspec.convert(SETTINGS, Settings, strict=False).beta == 0.05
+
+
+def test_while_models_are_loaded_no_setting_of_the_last_attempt_is_shown():
+    state = make_state(state="starting", attempts=[FIRST, restart_from(25)])
+    shown = text(SteeringPanel(state))
+    assert "restarting from step 25" in shown
+    assert not {"0.05", "controller", "configuration", "target"} & set(shown.split())
+
+
+def test_a_change_on_an_abandoned_branch_is_marked():
+    state = make_state()
+    done = command("applied", applied_step=12, changes=BETA, ended=2.0, live=False)
+    state.take(SessionUpdate(commands=[done]))
+    assert "applied at step 12, abandoned" in text(SteeringPanel(state))
+
+
+def test_without_an_engine_the_heading_offers_no_key():
+    assert "±10%" not in text(SteeringPanel(make_state(state="stopped", pid=None)))

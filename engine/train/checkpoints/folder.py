@@ -9,19 +9,25 @@ last, after the supervisor has confirmed that the journal holds everything up to
 :mod:`engine.train.checkpoints.shards` reads them.
 """
 
-import hashlib
 import math
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from engine.config.schema import RunConfig
-from engine.config.settings import Settings, apply_settings, settings_of
-from engine.errors import CheckpointError
+from engine.config.settings import Settings, apply_settings, invalid_values, settings_of
+from engine.errors import CheckpointError, DamagedCheckpointError
 from engine.metrics import SCORE
-from engine.session.checkpoints import COMPLETE
+from engine.session.checkpoints import (
+    COMPLETE,
+    STATE,
+    find_damage,
+    find_state_damage,
+    sha256,
+    sync,
+)
 
 FORMAT = 2
 """Format 1 has ``training/optimiser.safetensors`` and ``value.safetensors``, written by one rank.
@@ -41,10 +47,15 @@ class TrainingState(msgspec.Struct, kw_only=True):
     """Training time over all attempts on this branch."""
     reward_mean: float = 0.0
     reward_std: float = 1.0
+    reward_scales: dict[str, tuple[float, float]] = {}
+    """Reward source → mean and standard deviation, for sources with a `normalise` of their own."""
     baseline: float | None = None
     """The mean score kept by `ppo.baseline: running`."""
     reference: str = ""
-    """Fingerprint of the frozen reference."""
+    """Fingerprint of the reference, as it is now."""
+    reference_updated: int = 0
+    """The last step before whose successor `kl.reference_update` changed the reference; 0 if there
+    was none. After an update, checkpoints hold the reference."""
     base: str = ""
     """Fingerprint of the weights under the adapters; empty without adapters."""
     threads: int = 0
@@ -61,11 +72,20 @@ class SavedState(TrainingState, kw_only=True):
         """The state to save for a run."""
         return cls(**msgspec.structs.asdict(state), settings=settings_of(config))
 
-    def restored(self, config: RunConfig) -> tuple[TrainingState, RunConfig]:
-        """Splits into the run's state and `config` with the saved settings applied."""
+    def restored(
+        self, config: RunConfig, warn: Callable[[str], None] = lambda _text: None
+    ) -> tuple[TrainingState, RunConfig]:
+        """Splits into the run's state and `config` with the saved settings applied.
+
+        Settings that are out of range, as an earlier version accepted them, keep the value of
+        `config`; `warn` is called with a sentence about each.
+        """
         values = msgspec.structs.asdict(self)
-        settings = values.pop("settings")
-        return TrainingState(**values), apply_settings(config, settings)
+        saved = msgspec.structs.asdict(values.pop("settings"))
+        for name, problem in invalid_values(saved).items():
+            saved[name] = getattr(settings_of(config), name)
+            warn(f"the checkpoint's value is not used, {saved[name]} is: {problem}")
+        return TrainingState(**values), apply_settings(config, Settings(**saved))
 
 
 class StateFile(msgspec.Struct, kw_only=True):
@@ -102,43 +122,27 @@ def publish(part: Path, final: Path, content: StateFile) -> int:
     """Writes state.json, syncs the folders to disk and renames `part` to `final`.
 
     All other files must be synced already (:func:`sync_and_hash`). Does not mark the checkpoint as
-    complete; see :func:`complete`.
+    complete; see :func:`engine.session.checkpoints.mark_complete`.
 
     Returns:
         The size of the checkpoint in bytes.
     """
     text = msgspec.json.format(msgspec.json.encode(content), indent=1)
-    (part / "state.json").write_bytes(text + b"\n")
-    for path in [part / "state.json", *(d for d in part.rglob("*") if d.is_dir()), part]:
-        _sync(path)
+    (part / STATE).write_bytes(text + b"\n")
+    for path in [part / STATE, *(d for d in part.rglob("*") if d.is_dir()), part]:
+        sync(path)
     if final.exists():  # incomplete, or of an abandoned branch
         final.rename(final.with_name(f".{final.name}.old"))
     part.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     clear_parts(final.parent)
     return sum(f.stat().st_size for f in final.rglob("*") if f.is_file())
 
 
 def sync_and_hash(path: Path) -> str:
     """Syncs a file to disk and returns its SHA-256."""
-    _sync(path)
-    return _sha256(path)
-
-
-def complete(folder: Path) -> None:
-    """Creates the marker ``COMPLETE``; from then on the checkpoint can be resumed from.
-
-    Raises:
-        OSError: the marker cannot be written; no marker is left behind.
-    """
-    marker = folder / COMPLETE
-    try:
-        marker.touch()
-        _sync(marker)
-        _sync(folder)
-    except OSError:
-        marker.unlink(missing_ok=True)  # a save reported as failed must not count later
-        raise
+    sync(path)
+    return sha256(path)
 
 
 def clear_parts(checkpoints: Path) -> None:
@@ -177,16 +181,13 @@ def read_state(folder: Path, *, verify: bool = True) -> SavedState:
         verify: check every file against its SHA-256; one rank of several is enough.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged, or of a newer format.
+        DamagedCheckpointError: a file is not as it was written.
+        CheckpointError: the checkpoint is incomplete or of a newer format.
     """
     content = _read_file(folder)
-    for name, expected in content.hashes.items() if verify else ():
-        path = folder / name
-        if not path.is_file() or _sha256(path) != expected:
-            raise CheckpointError(
-                f"the checkpoint {folder} is damaged: {name} does not match its hash; "
-                "resume from another one with --from STEP"
-            )
+    problem = find_damage(folder) if verify else find_state_damage(folder)
+    if problem:
+        raise _damaged(folder, problem)
     return content.state
 
 
@@ -209,9 +210,9 @@ def _read_file(folder: Path) -> StateFile:
     if not (folder / COMPLETE).exists():
         raise CheckpointError(f"there is no complete checkpoint at {folder}")
     try:
-        content = msgspec.json.decode((folder / "state.json").read_bytes(), type=StateFile)
-    except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"the checkpoint {folder} is damaged: state.json: {error}") from error
+        content = msgspec.json.decode((folder / STATE).read_bytes(), type=StateFile)
+    except (OSError, ValueError) as error:  # not readable; not JSON
+        raise _damaged(folder, f"{STATE}: {error}") from error
     if content.format > FORMAT:
         raise CheckpointError(
             f"the checkpoint {folder} was written by a newer rlhf-tui; upgrade to use it"
@@ -219,14 +220,5 @@ def _read_file(folder: Path) -> StateFile:
     return content
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _damaged(folder: Path, problem: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"the checkpoint {folder} is damaged: {problem}")

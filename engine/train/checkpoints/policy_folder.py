@@ -1,7 +1,9 @@
 """Writes a checkpoint's ``policy/``: a folder that transformers or peft loads."""
 
 import copy
+import errno
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -9,6 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.train.models import lora
 from engine.train.models.language_model import LanguageModel
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+"""Errors that fail a save instead of leaving the tokenizer out."""
 
 
 def policy_tensors(policy: LanguageModel) -> dict[str, Tensor]:
@@ -30,10 +35,19 @@ def policy_tensors(policy: LanguageModel) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items() if name in kept}
 
 
-def policy_files(policy: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+def policy_files(
+    policy: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    notice: Callable[[str], None] = lambda _text: None,
+) -> dict[str, bytes]:
     """The files of the configuration and the tokenizer, by path relative to the folder.
 
-    They do not change during a run; call this once.
+    They do not change during a run; call this once. A tokenizer that cannot be saved, for example
+    because files that it was loaded from are gone, is left out: a resume then loads it like a new
+    run does. `notice` is called with the reason.
+
+    Raises:
+        OSError: there is no room on the disk, or it fails.
     """
     lm = policy.lm
     with tempfile.TemporaryDirectory() as folder:
@@ -41,9 +55,20 @@ def policy_files(policy: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> d
             lora.save_adapter_config(lm, Path(folder))
         else:
             _save_configs(lm, folder)
-        tokenizer.save_pretrained(folder)
-        root = Path(folder)
-        return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+        files = _read_files(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers raise almost any type
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            notice(f"the tokenizer cannot be saved, checkpoints are without it: {error}")
+            return files
+        return files | _read_files(Path(folder))
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def _save_configs(lm: PreTrainedModel, folder: str) -> None:

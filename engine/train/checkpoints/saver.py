@@ -28,7 +28,7 @@ from engine.train.checkpoints import shards
 from engine.train.checkpoints.folder import SavedState, StateFile
 from engine.train.checkpoints.host_copy import HostCopies
 from engine.train.checkpoints.policy_folder import policy_files, policy_tensors, write_policy
-from engine.train.models.language_model import LanguageModel
+from engine.train.models.language_model import AnyModel, LanguageModel
 
 T = TypeVar("T")
 FAILURES = (CheckpointError, OSError, SafetensorError)
@@ -77,6 +77,7 @@ class Saver:
         group: dist.ProcessGroup | None = None,
         conclude: Callable[[int, Outcome], None] | None = None,
         confirm: Callable[[Saved], None] | None = None,
+        notice: Callable[[str], None] = lambda _text: None,
     ) -> None:
         """Initialises a saver.
 
@@ -87,6 +88,7 @@ class Saver:
                 counts as finished. :meth:`poll` and :meth:`wait` raise its exceptions.
             confirm: the last stage of a save, called in rank 0's thread: marks the published
                 checkpoint as complete. Like that of any other stage, its OSError fails the save.
+            notice: called on rank 0 with a sentence if checkpoints lack the tokenizer.
         """
         self._checkpoints = checkpoints
         self._group = group
@@ -94,6 +96,7 @@ class Saver:
         self._ranks = 1 if group is None else dist.get_world_size(group)
         self._conclude = conclude
         self._confirm = confirm
+        self._notice = notice
         self._files: dict[str, bytes] = {}
         self._host_copies = HostCopies()
         self._running: Future[Outcome] | None = None
@@ -108,6 +111,7 @@ class Saver:
         *,
         score: float,
         kl: float,
+        reference: AnyModel | None = None,
         best: float | None = None,
     ) -> None:
         """Copies all tensors to host memory and starts to write them in the background.
@@ -122,6 +126,7 @@ class Saver:
             optimiser: the policy's optimiser.
             score: mean score of the last step.
             kl: KL of the last step to the reference, in nats per response.
+            reference: given if it is no longer the model that the configuration names.
             best: `train.best_metric` of the last step; None if it does not have that metric.
         """
         self.wait()
@@ -130,10 +135,12 @@ class Saver:
         tensors |= {
             f"training/{k}": t for k, t in shards.training_tensors(policy, optimiser).items()
         }
+        if reference is not None:
+            tensors |= {f"training/{k}": t for k, t in shards.reference_tensors(reference).items()}
         early_error: OSError | None = None
         if not self._files and self._rank == 0:
             try:
-                self._files = policy_files(policy, tokenizer)
+                self._files = policy_files(policy, tokenizer, self._notice)
             except OSError as error:  # raised in the first stage, on all ranks
                 early_error = error
         copies = self._host_copies.copy(shards.share(tensors, self._group))

@@ -1,6 +1,7 @@
 """Prompts: reading, tokenising, and their order, which the seed and the step determine."""
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,17 @@ from engine import starter
 from engine.config.file import DATA_FILES
 from engine.config.schema import DataConfig
 from engine.errors import UserInputError
+from engine.train.data.chat_template import render_chat
 from engine.train.data.randomness import permutation
 
 log = logging.getLogger("engine")
+
+MAX_NESTING = 50
+"""Lists and objects inside each other in a line of JSON; `datasets` fails from about 60 on."""
+JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
+"""Strings, which may contain brackets, and brackets."""
+LONG_TEXT = 10_000
+"""Characters of a prompt up to which it is tokenised whatever the limit."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,15 @@ class Prompts:
         """
         first = (step - 1) * self._per_step
         return [self._at(first + i) for i in range(self._per_step)]
+
+    def replacements(self, step: int, attempt: int, count: int) -> list[Prompt]:
+        """Prompts in place of some of a step's, for `rollout.dynamic`: any `count` of the data.
+
+        Seed, step and attempt determine them. No prompt repeats unless there are fewer than
+        `count`.
+        """
+        chosen = permutation(self._seed, "redraw", (step, attempt), len(self)).tolist()
+        return [self._prompts[chosen[i % len(self)]] for i in range(count)]
 
     @property
     def all(self) -> list[Prompt]:
@@ -186,25 +204,54 @@ def read_rows(config: DataConfig) -> list[dict[str, Any]]:
         raise UserInputError(f"data.prompts: no file at {source}")
     if kind is not None and Path(source).stat().st_size == 0:
         raise UserInputError(f"data.prompts: {source} is empty; give at least one prompt")
+    if kind == "json":
+        _check_nesting(source)
     datasets.disable_progress_bars()
     try:
         if kind is not None:
             data = datasets.load_dataset(kind, data_files=source, split="train")
         else:
             data = datasets.load_dataset(source, split=config.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        rows: list[dict[str, Any]] = data.to_list()  # decodes the text
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow, pandas and datasets raise almost any type
         raise UserInputError(_read_error(source, kind, error)) from error
-    rows = data.to_list()
     if not rows:
         raise UserInputError(f"data.prompts: {source} holds no rows; give at least one prompt")
     return rows
+
+
+def _check_nesting(source: str) -> None:
+    """Refuses JSON that is nested deeply; `datasets` would take minutes to fail on it.
+
+    Only lines with many brackets are looked at closely, so this takes a second for some gigabytes.
+
+    Raises:
+        UserInputError: a line is nested deeper than :data:`MAX_NESTING`, or cannot be read.
+    """
+    try:
+        with Path(source).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.count(b"[") + line.count(b"{") <= MAX_NESTING:
+                    continue
+                depth = 0
+                for token in JSON_TOKENS.finditer(line):
+                    depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+                    if depth > MAX_NESTING:
+                        raise UserInputError(
+                            f"data.prompts: line {number} of {source} is nested more than "
+                            f"{MAX_NESTING} levels deep"
+                        )
+    except OSError as error:
+        raise UserInputError(f"data.prompts: cannot read {source}: {error.strerror}") from error
 
 
 def _read_error(source: str, kind: str | None, error: Exception) -> str:
     if "corresponds to no data" in str(error):  # the message of `datasets` for no rows
         return f"data.prompts: {source} holds no rows; give at least one prompt"
     cause = error.__cause__ or error
-    first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    first = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:300]
     if kind is None:
         endings = ", ".join(DATA_FILES)
         return (
@@ -228,6 +275,8 @@ def _prompt(
 ) -> Prompt:
     content = row[config.column]
     if isinstance(content, str):
+        if _is_too_long(content, config, tokenizer):
+            return Prompt([], content, row)
         return Prompt(tokenise_prompt(tokenizer, content), content, row)
     messages = _messages(content)
     if messages is None:
@@ -240,9 +289,21 @@ def _prompt(
             "data.prompts holds chat messages but the policy's tokenizer has no chat template: "
             "use a chat model or plain text"
         )
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return Prompt(ids, str(text), row, messages)
+    text = render_chat(tokenizer, messages, "data.prompts", add_generation_prompt=True)
+    if _is_too_long(text, config, tokenizer):
+        return Prompt([], text, row, messages)
+    return Prompt(list(tokenizer(text, add_special_tokens=False)["input_ids"]), text, row, messages)
+
+
+def _is_too_long(text: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text has certainly more than `data.max_prompt_tokens` tokens.
+
+    Tokenising a text of a megabyte can take half a minute, only to leave the prompt out.
+    """
+    if len(text) <= LONG_TEXT:
+        return False
+    longest_token = max(map(len, tokenizer.get_vocab()))
+    return len(text) > max(LONG_TEXT, config.max_prompt_tokens * longest_token)
 
 
 def _messages(content: Any) -> list[dict[str, str]] | None:
@@ -275,6 +336,22 @@ class PromptBatch:
     def to(self, device: torch.device) -> "PromptBatch":
         """A copy with its tensors on a device."""
         return PromptBatch(self.prompts, self.ids.to(device), self.lengths.to(device))
+
+
+def replace_prompts(
+    batch: PromptBatch, rows: Tensor, other: PromptBatch, other_rows: Tensor
+) -> PromptBatch:
+    """A batch with some rows taken from another; left-padded to the longer of the two widths."""
+    width = max(batch.ids.shape[1], other.ids.shape[1])
+    ids, new = (torch.nn.functional.pad(x.ids, (width - x.ids.shape[1], 0)) for x in (batch, other))
+    prompts = list(batch.prompts)
+    for row, other_row in zip(rows.tolist(), other_rows.tolist(), strict=True):
+        prompts[row] = other.prompts[other_row]
+    return PromptBatch(
+        prompts,
+        ids.index_copy(0, rows.to(ids.device), new[other_rows]),
+        batch.lengths.index_copy(0, rows.to(ids.device), other.lengths[other_rows]),
+    )
 
 
 def batch_prompts(prompts: list[Prompt], per_prompt: int, pad: int) -> PromptBatch:

@@ -3,6 +3,7 @@
 Weights are broadcast by :mod:`engine.train.distributed.sharding`.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 import torch
 
+from engine.launch.environment import STORE_VARIABLE
 from engine.train.distributed.ranks import RankGroup
 
 
@@ -26,7 +28,7 @@ def broadcast_files(ranks: RankGroup, *sources: Any) -> Iterator[Path]:
         ranks: all ranks.
         sources: objects with a `save_pretrained` method; ignored on the other ranks.
     """
-    with TemporaryDirectory(prefix="rlhf-tui-") as name:
+    with TemporaryDirectory(prefix="rlhf-tui-", dir=_attempt_folder()) as name:
         folder = Path(name)
         files: dict[str, bytes] = {}
         if ranks.is_lead and ranks.size > 1:
@@ -38,6 +40,15 @@ def broadcast_files(ranks: RankGroup, *sources: Any) -> Iterator[Path]:
             for file, content in msgspec.msgpack.decode(received, type=dict[str, bytes]).items():
                 (folder / Path(file).name).write_bytes(content)
         yield folder
+
+
+def _attempt_folder() -> str | None:
+    """The supervisor's temporary folder, which is removed even if this rank is killed.
+
+    None if there is none: on several machines, or without a supervisor.
+    """
+    kind, _, path = os.environ.get(STORE_VARIABLE, "").partition(":")
+    return str(Path(path).parent) if kind == "file" else None
 
 
 def without_weights(ranks: RankGroup) -> AbstractContextManager[Any]:

@@ -26,9 +26,16 @@ from engine.train.distributed.sharding import offload_between_uses, place_model
 from engine.train.models import lora
 from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
 from engine.train.models.onednn_linear import use_onednn
+from engine.train.models.read_pretrained import read_pretrained
 
 
-def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str) -> LanguageModel:
+def load_policy(
+    config: RunConfig,
+    source: str,
+    ranks: RankGroup,
+    strategy: str,
+    value_model: tuple[nn.Module, nn.Linear] | None = None,
+) -> LanguageModel:
     """Loads the trainable policy, with a value function if the advantage estimator needs one.
 
     Trained weights are float32. With `lora.rank` only the adapters and the value head are trained,
@@ -39,6 +46,8 @@ def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str)
         source: the model to start from, or a checkpoint's `policy/` folder.
         ranks: all ranks of this attempt.
         strategy: `ddp` or `fsdp`.
+        value_model: trunk and head of a separate value function, if it does not start from the
+            policy.
 
     Raises:
         UserInputError: the model or the adapters' targets cannot be used.
@@ -55,7 +64,10 @@ def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str)
             if source != base and ranks.is_lead:
                 lora.load_adapters(lm, Path(source))
         policy = LanguageModel(lm, value, compute_dtype(config))
-        if value == "separate":
+        if value_model is not None:
+            policy.value_trunk, policy.value_head = value_model
+            use_onednn(policy.value_trunk)
+        elif value == "separate":
             trunk = _load_trunk(base, lm, ranks, dtype)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
@@ -113,32 +125,24 @@ def load_lm(
     with broadcast_files(ranks, *((lm.config, lm.generation_config) if lm else ())) as folder:
         if lm is None:
             with without_weights(ranks):
-                config = AutoConfig.from_pretrained(folder)
-                lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                config = read_pretrained(AutoConfig, str(folder), key, "configuration")
+                lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             lm.generation_config = GenerationConfig.from_pretrained(folder)
     return lm
 
 
 def _read_lm(source: str, key: str, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UserInputError(_load_error(key, source, error)) from error
-    if lora.adapted_layers(lm):
-        raise UserInputError(
-            f"{key}: {source} holds adapters for another model; merge the two first "
-            "(rlhf-tui export NAME --policy DIR --merged, or peft)"
-        )
+    lm: PreTrainedModel = read_pretrained(AutoModelForCausalLM, source, key, dtype=dtype)
     for needed in ("past_key_values", "logits_to_keep"):
         if needed not in inspect.signature(lm.forward).parameters:
             raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
-    return _copy_weights(lm)
+    return copy_weights(lm)
 
 
 def _load_trunk(source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype) -> Any:
     if ranks.is_lead:
-        return _copy_weights(AutoModel.from_pretrained(source, dtype=dtype))
-    return AutoModel.from_config(lm.config, dtype=dtype)
+        return copy_weights(read_pretrained(AutoModel, source, "model.policy", dtype=dtype))
+    return AutoModel.from_config(lm.config, dtype=dtype, trust_remote_code=False)
 
 
 def load_tokenizer(source: str, key: str, ranks: RankGroup) -> PreTrainedTokenizerBase:
@@ -149,12 +153,9 @@ def load_tokenizer(source: str, key: str, ranks: RankGroup) -> PreTrainedTokeniz
     """
     tokenizer = None
     if ranks.is_lead:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise UserInputError(_load_error(key, source, error, "tokenizer")) from error
+        tokenizer = read_pretrained(AutoTokenizer, source, key, "tokenizer")
     with broadcast_files(ranks, tokenizer) as folder:
-        return tokenizer or AutoTokenizer.from_pretrained(folder)
+        return tokenizer or read_pretrained(AutoTokenizer, str(folder), key, "tokenizer")
 
 
 def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -164,7 +165,7 @@ def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def _copy_weights(module: nn.Module) -> Any:
+def copy_weights(module: nn.Module) -> Any:
     """Copies the weights from the mapped file to memory.
 
     `from_pretrained` maps them at unaligned offsets, which selects other kernels: products of one
@@ -193,13 +194,3 @@ def _checkpoint_activations(policy: LanguageModel) -> None:
         for part in (policy.lm, policy.value_trunk):
             if isinstance(part, PreTrainedModel):
                 part.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _load_error(key: str, source: str, error: Exception, what: str = "model") -> str:
-    if source.startswith(("/", ".", "~")):
-        problem = (
-            f"holds no {what} that can be loaded" if Path(source).is_dir() else "does not exist"
-        )
-        return f"{key}: the folder {source} {problem} (expected: a Hugging Face {what} folder)"
-    first = str(error).strip().splitlines()[0]
-    return f"{key}: '{source}' is neither a {what} folder nor available from the hub: {first}"

@@ -25,6 +25,7 @@ from engine.memory.model import Models, Shape
 from engine.train.data.prompts import load_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.pretrained import load_tokenizer
+from engine.train.models.read_pretrained import first_line, read_pretrained
 
 MAX_PROMPT_FILE = 20_000_000
 """Bytes. For a larger file `data.max_prompt_tokens` is used instead of the longest prompt."""
@@ -96,14 +97,14 @@ def shape_of(name: str, key: str, kind: Any) -> Shape:
         UserInputError: transformers cannot build the model from its configuration.
     """
     try:
-        config = AutoConfig.from_pretrained(starter.resolve(name))
+        config = read_pretrained(AutoConfig, starter.resolve(name), key, "configuration")
         with torch.device("meta"):
-            model = kind.from_config(config)
+            model = kind.from_config(config, trust_remote_code=False)
         return _shape(model, config.get_text_config())
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         # The type of the error depends on the architecture.
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserInputError(f"{key}: cannot determine the shape of '{name}': {first}") from error
+        text = f"{key}: cannot determine the shape of '{name}': {first_line(error)}"
+        raise UserInputError(text) from error
 
 
 def _shape(model: Any, config: Any) -> Shape:

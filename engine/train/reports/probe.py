@@ -9,7 +9,7 @@ from engine.train.models.language_model import AnyModel
 from engine.train.ppo import masked
 from engine.train.ppo.forward import score_tokens
 from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import FunctionError, RewardInputs
+from engine.train.rewards.source import RewardCallError, RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.run import Run
 
@@ -63,11 +63,14 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
     )
     rollout = generate_responses(run.backend, model, [prompt], options, run.tokenizer)
     try:
-        raw, _ = run.rewards(RewardInputs.of(rollout, state.step))
-    except (RewardError, FunctionError, PeerRankError) as error:
+        raw, _ = run.rewards(RewardInputs.of(rollout, state.step), retry=False)
+    except (RewardError, RewardCallError, PeerRankError) as error:
         raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
     normalise = Normaliser(state.reward_mean, state.reward_std)
-    score = normalise(raw.to(run.device), config.reward, rollout.ended)
+    score = normalise(
+        raw.to(run.device), config.reward, rollout.ended, rollout.lengths,
+        config.rollout.max_new_tokens,
+    )  # fmt: skip
     reference, _ = score_tokens(
         run.reference, rollout, config.rollout.temperature, 1, want="logits"
     )

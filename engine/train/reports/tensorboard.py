@@ -30,7 +30,9 @@ class EventFiles:
 
     def hparams(self, config: RunConfig) -> None:
         """Writes the configuration; call it once per run."""
-        flat = flatten(to_tree(config))
+        tree = to_tree(config)
+        del tree["notify"]  # a command may hold a password, and event files are passed around
+        flat = flatten(tree)
         values = {k: v if isinstance(v, int | float | bool) else str(v) for k, v in flat.items()}
         # Like SummaryWriter.add_hparams, which would also write a scalar for each metric.
         for summary in hparams(values, dict.fromkeys(HEADLINE, 0.0)):

@@ -4,13 +4,16 @@ import asyncio
 import importlib
 import inspect
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from engine.config.schema import RewardSource
-from engine.errors import UserInputError
+from engine.errors import UserInputError, error_text
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
@@ -22,6 +25,9 @@ class FunctionReward:
     prompts), `completion_ids`, `trainer_state` (with `global_step`), and each other column of the
     data as a list. The function returns one float per response, or None for a response it does not
     score. It may be a coroutine function.
+
+    After a call that raised, the module is imported again if its file has changed, so that a
+    function can be mended while the run is paused. Other modules that it imports are not.
     """
 
     def __init__(self, source: str, path: str | None) -> None:
@@ -34,19 +40,27 @@ class FunctionReward:
         Raises:
             UserInputError: the module cannot be imported, or has no such function.
         """
-        module_name, _, name = source.partition(":")
+        self._source = source
+        self._raised = False
+        module_name = source.partition(":")[0]
         for folder in (path, "."):
             if folder and folder not in sys.path:
                 sys.path.insert(0, folder)
         try:
-            module = importlib.import_module(module_name)
+            self._module = importlib.import_module(module_name)
         except Exception as error:
             # A user's module may raise anything on import; the user gets it on one line.
             raise UserInputError(
                 f"reward.function: cannot import '{module_name}' (looked in {path or '.'}): "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error_text(error)}"
             ) from error
-        function = getattr(module, name, None)
+        self._stamp = self._file_stamp()
+        self._find()
+
+    def _find(self) -> None:
+        """Looks the function up in its module. Raises UserInputError."""
+        module_name, _, name = self._source.partition(":")
+        function = getattr(self._module, name, None)
         if not callable(function):
             raise UserInputError(
                 f"reward.function: module '{module_name}' has no function '{name}'"
@@ -56,16 +70,42 @@ class FunctionReward:
         self._accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._accepted = {p.name for p in parameters}
 
+    def _file_stamp(self) -> tuple[int, int] | None:
+        """Time of modification and size of the module's file; None if there is no such file."""
+        try:
+            status = Path(self._module.__file__ or "").stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size
+
+    def _reload_if_changed(self) -> None:
+        """Imports a changed file again. Raises whatever the file raises."""
+        if (stamp := self._file_stamp()) is not None and stamp != self._stamp:
+            self._module = importlib.reload(self._module)
+            self._find()
+            self._stamp = stamp
+
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         """Calls the function once for the whole batch; see :class:`Reward`."""
+        if self._raised:
+            self._reload_if_changed()
+        self._raised = True
+        scores = self._scores(inputs)
+        self._raised = False
+        report(len(inputs), len(inputs))
+        return scores
+
+    def _scores(self, inputs: RewardInputs) -> list[float | None]:
         arguments = self._arguments(inputs)
         if not self._accepts_any:
             arguments = {k: v for k, v in arguments.items() if k in self._accepted}
         scores = self._function(**arguments)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores))
-        report(len(inputs), len(inputs))
-        return scores.tolist() if isinstance(scores, Tensor) else list(scores)
+        if isinstance(scores, Tensor | np.ndarray):
+            return list(scores.tolist()) if scores.ndim else [scores.item()]
+        # Anything else is refused by the check of the scores, which says what it is.
+        return list(scores) if isinstance(scores, Iterable) else scores
 
     @staticmethod
     def _arguments(inputs: RewardInputs) -> dict[str, Any]:

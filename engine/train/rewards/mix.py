@@ -1,9 +1,7 @@
 """The score of a response: the weighted sum of one or more reward sources."""
 
-import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import torch
@@ -13,10 +11,12 @@ from engine.config.schema import RewardSource
 from engine.errors import RewardError
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, model
+from engine.train.rewards.calls import Caller
+from engine.train.rewards.scores import validate_scores
 from engine.train.rewards.source import (
-    FunctionError,
     LoadContext,
     Reward,
+    RewardCallError,
     RewardInputs,
     RunsOn,
     SourceKind,
@@ -27,6 +27,10 @@ KINDS: dict[str, SourceKind] = {"model": model.KIND, "function": function.KIND}
 """Kinds of sources, by the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
 
 
+Scale = tuple[float, float]
+"""Mean and standard deviation."""
+
+
 @dataclass(frozen=True)
 class WeightedReward:
     """One source of a mix."""
@@ -35,14 +39,34 @@ class WeightedReward:
     runs_on: RunsOn
     reward: Reward | None
     """None on ranks that do not call it."""
+    normalised: bool = False
+    """Whether the source's own `normalise` is `reference`."""
 
 
 class RewardMix:
     """The weighted sum of a run's reward sources. All ranks call it together."""
 
-    def __init__(self, sources: dict[str, WeightedReward], ranks: RankGroup) -> None:
+    def __init__(
+        self, sources: dict[str, WeightedReward], ranks: RankGroup, retries: int = 0
+    ) -> None:
         self._sources = sources
         self._ranks = ranks
+        self._call = Caller(retries)
+        self.scales: dict[str, Scale] = {}
+        """Source → mean and standard deviation of its scores over responses of the reference, for
+        the sources of :attr:`normalised`. Set by the loader; part of a checkpoint."""
+
+    @property
+    def normalised(self) -> list[str]:
+        """The names of the sources with a normalisation of their own."""
+        return [name for name, source in self._sources.items() if source.normalised]
+
+    def model_scale(self) -> tuple[float, Scale]:
+        """Weight and scale of the first source that runs on every rank: a reward model."""
+        name, source = next(
+            (n, s) for n, s in self._sources.items() if s.runs_on is RunsOn.EVERY_RANK
+        )
+        return source.weight, self.scales.get(name, (0.0, 1.0))
 
     @property
     def names(self) -> list[str]:
@@ -50,49 +74,77 @@ class RewardMix:
         return list(self._sources)
 
     def __call__(
-        self, inputs: RewardInputs, report: ReportProgress = lambda _done, _total: None
+        self,
+        inputs: RewardInputs,
+        report: ReportProgress = lambda _done, _total: None,
+        *,
+        retry: bool = True,
     ) -> tuple[Tensor, dict[str, list[float | None]]]:
         """Scores all responses of a step; a None score adds nothing to the sum.
 
+        Args:
+            inputs: B responses.
+            report: see :class:`Reward`.
+            retry: whether a source of rank 0 that raises is called again, `reward.retries` times.
+
         Returns:
-            Scores (B,) float32, and each source's B scores, by name.
+            Scores (B,) float32, and each source's B scores, by name, as the source returned them.
 
         Raises:
             RewardError: a source returned the wrong number of scores or one that is not a finite
-                number, or every source returned None for a response.
-            FunctionError: a source that runs on rank 0 raised.
-            PeerRankError: either of these on rank 0, raised on the other ranks.
+                number, or every source whose weight is not 0 returned None for a response.
+            PeerRankError: that error on rank 0, raised on the other ranks.
+            RewardCallError: a source that runs on rank 0 raised in every call.
         """
-        parts = self.parts(inputs, report)
+        parts = self.parts(inputs, report, retry=retry)
+        return self.total(parts, inputs), parts
+
+    def total(self, parts: dict[str, list[float | None]], inputs: RewardInputs) -> Tensor:
+        """The weighted sum of each source's scores, scaled by :attr:`scales`; (B,) float32.
+
+        Raises:
+            RewardError: every source whose weight is not 0 returned None for a response.
+        """
         total = [0.0] * len(inputs)
         scored = [False] * len(inputs)
         for name, source in self._sources.items():
+            mean, std = self.scales.get(name, (0.0, 1.0))
             for i, score in enumerate(parts[name]):
-                if score is not None:
-                    total[i] += source.weight * score
+                if score is not None and source.weight:
+                    total[i] += source.weight * ((score - mean) / std)
                     scored[i] = True
         if not all(scored):
             i = scored.index(False)
             raise RewardError(
                 f"no reward source scored response {i} of step {inputs.step} "
-                f"(prompt: {inputs.batch.prompts[i].text!r}): each returned None"
+                f"(prompt: {inputs.batch.prompts[i].text!r}): each returned None or has weight 0"
             )
-        return torch.tensor(total, dtype=torch.float32), parts
+        return torch.tensor(total, dtype=torch.float32)
 
     def parts(
-        self, inputs: RewardInputs, report: ReportProgress = lambda _done, _total: None
+        self,
+        inputs: RewardInputs,
+        report: ReportProgress = lambda _done, _total: None,
+        *,
+        retry: bool = True,
     ) -> dict[str, list[float | None]]:
         """The B scores of each source, by name. Raises what calling the mix raises."""
         return {
-            name: self._score(name, source, inputs, report)
+            name: self._score(name, source, inputs, report, retry=retry)
             for name, source in self._sources.items()
         }
 
     def _score(
-        self, name: str, source: WeightedReward, inputs: RewardInputs, report: ReportProgress
+        self,
+        name: str,
+        source: WeightedReward,
+        inputs: RewardInputs,
+        report: ReportProgress,
+        *,
+        retry: bool,
     ) -> list[float | None]:
         if source.runs_on is RunsOn.RANK_0:
-            return self._score_on_rank_0(name, source.reward, inputs, report)
+            return self._score_on_rank_0(name, source.reward, inputs, report, retry=retry)
         if source.reward is None:
             raise TypeError(f"reward source '{name}' is not loaded on this rank")
         return self._score_on_every_rank(name, source.reward, inputs, report)
@@ -108,57 +160,43 @@ class RewardMix:
         return validate_scores(name, self._ranks.all_reduce_sum(scores).tolist(), inputs)
 
     def _score_on_rank_0(
-        self, name: str, reward: Reward | None, inputs: RewardInputs, report: ReportProgress
+        self,
+        name: str,
+        reward: Reward | None,
+        inputs: RewardInputs,
+        report: ReportProgress,
+        *,
+        retry: bool,
     ) -> list[float | None]:
         """Calls the source on rank 0; broadcasts its scores, or raises its error on every rank."""
-        scores: list[float | None] = []
-        failure: Exception | None = None
+        outcome = _Outcome()
+        failure: RewardError | None = None
         if reward is not None:
             try:
-                scores = validate_scores(name, reward(inputs, report), inputs)
-            except RewardError as error:
-                failure = error
-            except Exception as error:  # raised below, once the other ranks know
-                text = f"reward '{name}' raised {type(error).__name__}: {error}"
-                failure = FunctionError(text)
-                failure.__cause__ = error
-        outcome = (scores, "" if failure is None else str(failure))
-        kind = tuple[list[float | None], str]
-        scores, problem = msgspec.msgpack.decode(
-            self._ranks.broadcast_bytes(msgspec.msgpack.encode(outcome)), type=kind
-        )
+                scores = self._call(name, reward, inputs, report, retry=retry)
+                outcome = _Outcome(scores=scores)
+            except RewardError as error:  # raised below, once the other ranks know
+                failure, outcome = error, _Outcome(unusable=str(error))
+            except RewardCallError as error:
+                outcome = _Outcome(raised=str(error), trace=error.trace)
+        data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(outcome))
+        outcome = msgspec.msgpack.decode(data, type=_Outcome)
         if failure is not None:
             raise failure
-        if problem:
-            raise PeerRankError(problem)
-        return scores
+        if outcome.unusable:
+            raise PeerRankError(outcome.unusable)
+        if outcome.raised:
+            raise RewardCallError(outcome.raised, outcome.trace)
+        return outcome.scores
 
 
-def validate_scores(name: str, scores: list[Any], inputs: RewardInputs) -> list[float | None]:
-    """Converts a source's scores to floats.
+class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 tells the others about a source; one of the texts is set if it failed."""
 
-    Raises:
-        RewardError: there is not one score per response, or one is neither None nor finite.
-    """
-    if len(scores) != len(inputs):
-        raise RewardError(
-            f"reward '{name}' returned {len(scores)} scores for {len(inputs)} responses at step "
-            f"{inputs.step}: it must return one for each"
-        )
-    numbers: list[float | None] = []
-    for i, score in enumerate(scores):
-        try:
-            number = None if score is None else float(score)
-        except (TypeError, ValueError):
-            number = math.nan
-        if number is not None and not math.isfinite(number):
-            raise RewardError(
-                f"reward '{name}' returned {score!r} for response {i} of step {inputs.step} "
-                f"(prompt: {inputs.batch.prompts[i].text!r}, response: {inputs.texts[i]!r}): "
-                "a score is a finite number, or None if the source does not score the response"
-            )
-        numbers.append(number)
-    return numbers
+    scores: list[float | None] = []
+    unusable: str = ""
+    raised: str = ""
+    trace: str = ""
 
 
 def load_rewards(
@@ -183,8 +221,9 @@ def load_rewards(
         reward = kind.load(source, context) if runs_here else None
         name = source.name or kind.default_name(source.value)
         name = _unused_name(name, [*sources, *taken])
-        sources[name] = WeightedReward(source.weight, kind.runs_on, reward)
-    return RewardMix(sources, context.ranks)
+        normalised = source.normalise == "reference"
+        sources[name] = WeightedReward(source.weight, kind.runs_on, reward, normalised)
+    return RewardMix(sources, context.ranks, context.config.retries)
 
 
 def _unused_name(name: str, taken: Container[str]) -> str:

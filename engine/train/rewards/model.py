@@ -8,12 +8,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from engine import starter
 from engine.config.schema import RewardConfig, RewardSource
 from engine.errors import UserInputError
+from engine.train.data.chat_template import render_chat
 from engine.train.data.prompts import Prompt
 from engine.train.distributed import sharding
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.pretrained import load_tokenizer
+from engine.train.models.read_pretrained import read_pretrained
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
@@ -49,13 +51,15 @@ class RewardModel:
         path = starter.resolve(source)
         self._tokenizer = load_tokenizer(path, "reward.model", ranks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        model = _read(source, path, dtype) if ranks.is_lead else None
+        model = read_classifier(path, dtype) if ranks.is_lead else None
         with broadcast_files(ranks, model and model.config) as folder:
             if model is None:
-                shape = AutoConfig.from_pretrained(folder)
+                shape = read_pretrained(AutoConfig, str(folder), "reward.model", "configuration")
                 with without_weights(ranks):
-                    model = AutoModelForSequenceClassification.from_config(shape, dtype=dtype)
-        self._label = _label_index(source, label, model.config)
+                    model = AutoModelForSequenceClassification.from_config(
+                        shape, dtype=dtype, trust_remote_code=False
+                    )
+        self._label = label_index(source, label, model.config)
         self._pad = _pad_id(self._tokenizer, model.config)
         model.config.use_cache = False  # a decoder would fill one for nothing
         use_onednn(model)
@@ -113,20 +117,17 @@ class RewardModel:
     def _tokenise(self, prompt: Prompt, response: str) -> list[int]:
         if prompt.messages is not None and self._tokenizer.chat_template:
             messages = [*prompt.messages, {"role": "assistant", "content": response}]
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-            return list(self._tokenizer(str(text), add_special_tokens=False)["input_ids"])
+            text = render_chat(self._tokenizer, messages, "reward.model")
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return list(self._tokenizer(prompt.text + response)["input_ids"])
 
 
-def _read(source: str, path: str, dtype: torch.dtype) -> Any:
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserInputError(f"reward.model: cannot load '{source}': {first}") from error
+def read_classifier(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Reads a sequence classifier. Raises UserInputError."""
+    return read_pretrained(AutoModelForSequenceClassification, path, "reward.model", dtype=dtype)
 
 
-def _label_index(source: str, label: int | str | None, config: Any) -> int:
+def label_index(source: str, label: int | str | None, config: Any) -> int:
     """The index of the logit that is the score. Raises UserInputError."""
     count, names = config.num_labels, {v: k for k, v in (config.id2label or {}).items()}
     listed = ", ".join(f"{i}: {n}" for n, i in names.items())

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.config.schema import RewardConfig, RewardSource
+from engine.errors import RlhfError
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rollout.rollout import ReportProgress, Rollout
@@ -61,8 +62,8 @@ class Reward(Protocol):
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         """Returns B scores; None for a response that this source does not score.
 
-        A source of :attr:`RunsOn.RANK_0` may raise any exception: the attempt fails with it, and
-        the next attempt calls the source again.
+        A source of :attr:`RunsOn.RANK_0` may raise any exception. It is called again a few times,
+        then the run pauses; once it is resumed the source is called again.
 
         Args:
             inputs: B responses.
@@ -106,5 +107,13 @@ class SourceKind:
     """Maps the configuration value to the source's name in the metrics, if the user gives none."""
 
 
-class FunctionError(Exception):
-    """A source that runs on rank 0 raised. Worth a retry: it may depend on a service."""
+class RewardCallError(RlhfError):
+    """A source that runs on rank 0 raised, and did so again. Raised on all ranks alike.
+
+    Nothing of the step has changed yet, so that it can be repeated from its beginning.
+    """
+
+    def __init__(self, text: str, trace: str = "") -> None:
+        super().__init__(text)
+        self.trace = trace
+        """The traceback, for the journal."""

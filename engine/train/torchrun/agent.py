@@ -34,7 +34,6 @@ from engine.train.distributed.ranks import threads_per_rank
 from engine.train.link import Link
 from engine.train.torchrun import rendezvous
 from engine.train.torchrun.rendezvous import JOIN_INFO_KEY
-from engine.train.worker import die_with_parent
 
 JOIN_TIMEOUT = 3600
 """Seconds an agent waits for the agents of the other machines."""
@@ -44,7 +43,6 @@ SHUTDOWN_TIMEOUT = 2
 
 def main() -> None:
     """Starts the ranks and waits; exits with 1 if one failed, 128 + N if signal N killed one."""
-    die_with_parent()
     os.environ[PARENT_VARIABLE] = str(os.getpid())  # the agent is the parent of its ranks
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stdout)
     folder = sys.argv[1]
@@ -54,7 +52,7 @@ def main() -> None:
     try:
         with serve_store(launch, folder, count):
             elastic_launch(torchrun_config(launch, count), sys.executable)(
-                "-u", "-m", "engine.train.worker", folder
+                "-u", "-m", "engine.launch.rank", "engine.train.worker", folder
             )
     except ChildFailedError as error:
         # A killed rank is the cause; a rank that exits may only have lost its connection to it.
@@ -94,7 +92,7 @@ def torchrun_config(launch: LaunchConfig, count: int) -> TorchLaunch:
         max_restarts=0,
         monitor_interval=0.1,
         # torchrun would forward a scheduler's SIGTERM to the ranks. The supervisor handles it: it
-        # finishes and saves the step first. See `die_with_parent`.
+        # finishes and saves the step first. See :mod:`engine.launch.rank`.
         signals_to_handle="SIGQUIT",
         shutdown_timeout=SHUTDOWN_TIMEOUT,
     )

@@ -11,6 +11,7 @@ from textual.widget import Widget
 from engine import metrics
 from rlhf_tui import format as fmt
 from rlhf_tui.state.messages import CursorMoved
+from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import one_line
@@ -77,11 +78,16 @@ class Chart(Widget, can_focus=True):
             last=last,
             lines=self._lines(name),
             legend=[f"s{i}" for i in range(1, len(self.names) + 1)][:6],
+            overlays=[
+                (mark, session, style)
+                for mark, session, style, curves in self._others()
+                if name in curves
+            ],
             unit=metrics.describe(name).chart_unit if len(self.names) == 1 else "",
             note=self._note(),
             log=self.log_scale,
             target=self.state.setting("target") if name == metrics.KL else None,
-            markers=self.state.markers(),
+            markers=[m for m in self.state.markers() if self.view.past or not m.abandoned],
             cursor=self.view.cursor,
             focused=self.has_focus,
             empty=self._empty(name),
@@ -107,14 +113,22 @@ class Chart(Widget, can_focus=True):
             return "not a metric of this run"
         return "no steps yet" if not self.state.head.step else "no values yet"
 
+    def _others(self) -> list[tuple[str, str, str, dict[str, Series]]]:
+        """Mark, name, style and curves of each overlaid session."""
+        own = len(self.names)
+        return [
+            (mark, one_line(session), f"s{min(6, own + 1 + i)}", curves)
+            for i, (mark, session, curves) in enumerate(self.view.overlays())
+        ]
+
     def _lines(self, name: str) -> list[Line]:
         state, view = self.state, self.view
         lines: list[Line] = []
         if view.past:
             lines += [Line(s, "past") for s in state.past.get(name, [])]
-        for i, curves in enumerate(view.others.values()):
+        for mark, _, style, curves in self._others():
             if name in curves:
-                lines.append(Line(curves[name], f"s{min(6, 2 + i)}"))
+                lines.append(Line(curves[name], style, mark))
         weight = 0.0 if metrics.describe(name).is_set else view.weight
         for i, each in enumerate(self.names):
             if (outline := state.outline(each)) is not None:

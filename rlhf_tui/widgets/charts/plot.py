@@ -4,20 +4,21 @@ import math
 from dataclasses import dataclass, field
 
 from rlhf_tui.state.series import Series
-from rlhf_tui.state.session_state import MARKER_GLYPHS, Marker
+from rlhf_tui.state.timeline import MARKER_GLYPHS, Marker
 from rlhf_tui.widgets.charts.raster import BRAILLE, Column, Raster, Scale, column_of, decimate
 
 STYLES = (
     "", "dim", "title", "value", "focus", "s1", "s2", "s3", "s4", "s5", "s6",
     "raw", "past", "target", "rule", "command", "checkpoint", "attempt", "alert", "note",
+    "crash",
 )  # fmt: skip
 STYLE = {name: i for i, name in enumerate(STYLES)}
 BAND, CURSOR, BAR, FOCUS = 32, 64, 128, 256
 BACKGROUNDS = {BAND: "band", CURSOR: "crosshair", BAR: "title", FOCUS: "focus"}
 """Tone of the background by flag. Flags are added to the number of a style."""
 GUTTER = 8
-PRIORITY = ("checkpoint", "attempt", "note", "command", "alert")
-"""Kinds of markers; the last of those that share a cell is visible."""
+PRIORITY = ("checkpoint", "attempt", "note", "command", "alert", "crash")
+"""Kinds of markers; the last of those that share a cell is visible, abandoned ones below all."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Line:
 
     series: Series
     style: str
+    mark: str = ""
+    """A character at its newest point, which the legend explains; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Plot:
     """Drawn in this order; the last one is on top."""
     legend: list[str] = field(default_factory=list)
     """Styles of the names in the title if there are several."""
+    overlays: list[tuple[str, str, str]] = field(default_factory=list)
+    """Mark, name and style of each curve of another session."""
     unit: str = ""
     note: str = ""
     """How the curve is drawn. Takes precedence over the unit if only one of them fits."""
@@ -103,7 +108,9 @@ def _title(canvas: Canvas, plot: Plot) -> None:
     for extra in (f"{plot.unit}  {plot.note}", plot.note, plot.unit):
         if extra.strip() and len(name) + 2 + len(extra.strip()) < room:
             canvas.write(len(name) + 2, 0, extra.strip(), STYLE[bar])
+            name += f"  {extra.strip()}"
             break
+    _overlays(canvas, plot, len(name) + 2, room)
     canvas.write(canvas.width - len(plot.value) - 1, 0, plot.value, STYLE[value])
 
 
@@ -115,6 +122,18 @@ def _legend(canvas: Canvas, plot: Plot, shown: str) -> None:
     for name, style in zip(plot.title.split(" + "), plot.legend, strict=False):
         canvas.write(at, 0, shown[at : at + len(name)], STYLE[style] | flag)
         at += len(name) + 3
+
+
+def _overlays(canvas: Canvas, plot: Plot, x: int, end: int) -> None:
+    """Paints the legend of the overlaid sessions into the title: their names, or their marks."""
+    flag = FOCUS if plot.focused else BAR
+    texts = [f"{mark} {name}" for mark, name, _ in plot.overlays]
+    if sum(len(t) + 2 for t in texts) > end - x:
+        texts = [mark for mark, _, _ in plot.overlays]
+    for text, (_, _, style) in zip(texts, plot.overlays, strict=True):
+        if x + len(text) <= end:
+            canvas.write(x, 0, text, STYLE[style] | flag)
+            x += len(text) + 2
 
 
 def _curves(
@@ -129,11 +148,8 @@ def _curves(
     band_rows = _target(raster, plot, scale)
     for line, style in columns:
         raster.draw(line, scale, STYLE[style])
-    ruled = {
-        x
-        for m in plot.markers
-        if m.kind != "checkpoint" and (x := _cell(m.step, plot, cells)) is not None
-    }
+    marked = [m.step for m in plot.markers if m.kind != "checkpoint" and not m.abandoned]
+    ruled = {_cell(step, plot, cells) for step in marked}
     cursor = None if plot.cursor is None else _cell(plot.cursor, plot, cells)
     for y in range(rows):
         chars, styles = canvas.chars[1 + y], canvas.styles[1 + y]
@@ -150,6 +166,10 @@ def _curves(
                 char, number = "┊", STYLE["dim"]
             chars[GUTTER + x] = char
             styles[GUTTER + x] = number | flag
+    for curve, (points, style) in zip(plot.lines, columns, strict=True):
+        if curve.mark and points:
+            y = scale.row(points[-1].last, rows * 4) // 4
+            canvas.write(GUTTER + points[-1].x // 2, 1 + y, curve.mark, STYLE[style])
 
 
 def _target(raster: Raster, plot: Plot, scale: Scale) -> range:
@@ -181,15 +201,18 @@ def _axis(canvas: Canvas, plot: Plot, cells: int, rows: int) -> None:
     canvas.write(GUTTER, y, "─" * cells, STYLE["dim"])
     if label == first:
         canvas.write(canvas.width - len(last) - 1, y, f" {last}", STYLE["dim"])
-    for kind in PRIORITY:
-        for marker in plot.markers:
-            x = _cell(marker.step, plot, cells) if marker.kind == kind else None
-            if x is not None:
-                canvas.write(GUTTER + x, y, MARKER_GLYPHS[kind], STYLE[kind])
+    for marker in sorted(plot.markers, key=_priority):
+        if (x := _cell(marker.step, plot, cells)) is not None:
+            style = STYLE["past" if marker.abandoned else marker.kind]
+            canvas.write(GUTTER + x, y, MARKER_GLYPHS[marker.kind], style)
     if plot.cursor is not None and (x := _cell(plot.cursor, plot, cells)) is not None:
         label = steps_text(plot.cursor)
         at = min(max(GUTTER + x - len(label) // 2, GUTTER), canvas.width - len(label))
         canvas.write(at, y, label, STYLE["rule"])
+
+
+def _priority(marker: Marker) -> tuple[bool, int]:
+    return not marker.abandoned, PRIORITY.index(marker.kind)
 
 
 def _cell(step: float, plot: Plot, cells: int) -> int | None:

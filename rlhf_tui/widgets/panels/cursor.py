@@ -2,9 +2,10 @@
 
 from engine import metrics
 from rlhf_tui import format as fmt
-from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, RECENT, Marker, SessionState
+from rlhf_tui.state.session_state import RECENT, SessionState
+from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker
 from rlhf_tui.state.viewport import Viewport
-from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel
 
 MEASURED = (
@@ -24,18 +25,40 @@ class CursorPanel(Panel):
         self.view = view
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """The marker; without one, the values at the crosshair or the keys."""
+        """The selected event or the marker at the crosshair; without one, values or the keys."""
         cursor = self.view.cursor
         if cursor is None:
-            changes = [m for m in self.state.markers() if m.kind == "command" and "→" in m.text]
+            changes = [
+                m
+                for m in self.state.markers()
+                if m.kind == "command" and "→" in m.text and not m.abandoned
+            ]
+            if self.view.others:
+                return [*_hint(), self._overlays()]
             return self._marker(changes[-1], width) if changes else _hint()
+        if (selected := self.view.marker(self.state)) is not None:
+            return self._marker(selected, width)
         first, last = self.view.window(self.state)
         reach = max((last - first) / max(width, 1), 0.5)
         near = [m for m in self.state.markers() if abs(m.step - cursor) <= reach]
         if not near:
-            return [self._values(cursor)]
-        near.sort(key=lambda m: (abs(m.step - cursor), m.kind != "command"))
+            return [self._values(cursor), *([self._overlays()] if self.view.others else [])]
+        near.sort(key=lambda m: (m.abandoned, abs(m.step - cursor), m.kind != "command"))
         return self._marker(near[0], width)
+
+    def _place(self, marker: Marker) -> Row:
+        """The key that shows the whole text, and which of several events of one step this is."""
+        keys = [m.key for m in self.state.markers() if m.step == marker.step]
+        several = len(keys) > 1 and marker.key in keys
+        of = f"  {keys.index(marker.key) + 1} of {len(keys)}  " if several else "  "
+        return [(of, "dim"), ("enter", "key"), (" open ", "dim")]
+
+    def _overlays(self) -> Row:
+        """The legend of the overlaid sessions, whose curves end in these letters."""
+        row: list[Piece] = [(" overlay", "dim")]
+        for mark, name, _ in self.view.overlays():
+            row += [(f"  {mark} ", "key"), (name, "")]
+        return [*row, ("   O", "key"), (" changes it", "dim")]
 
     def _values(self, step: int) -> Row:
         row: list[Piece] = [(f" step {step}", "strong")]
@@ -52,6 +75,10 @@ class CursorPanel(Panel):
             (marker.text, "strong"),
             (f"{who}{when}", "dim"),
         ]
+        if marker.key == self.view.selected:
+            first = justified(first, self._place(marker), width)
+        if marker.abandoned:
+            return [first, [("   on an abandoned branch", "dim")]]
         second: list[Piece] = [(f"   {RECENT} steps before → after: ", "dim")]
         if width < 100:
             second = [("  ±10 steps" if width > 78 else "  ±10", "dim")]
@@ -59,10 +86,9 @@ class CursorPanel(Panel):
             if width < 100 and name == metrics.RESPONSE_LENGTH:
                 label = "len"
             before, after = self.state.before_and_after(name, marker.step)
-            second += [
-                (f"  {label} ", "dim"),
-                (f"{_short(before)}→{_short(after)}", ""),
-            ]
+            more: Row = [(f"  {label} ", "dim"), (f"{_short(before)}→{_short(after)}", "")]
+            if row_width(second) + row_width(more) <= width:
+                second += more
         return [first, second]
 
 
@@ -70,13 +96,15 @@ def _short(value: float | None) -> str:
     if value is None:
         return "–"
     size = abs(value)
-    return f"{value:.{3 if size < 1 else 2 if size < 10 else 1 if size < 1000 else 0}f}"
+    if size < 1e-3:
+        return fmt.number(value, 1)
+    return fmt.number(value, 3 if size < 1 else 2 if size < 10 else 1 if size < 1000 else 0)
 
 
 def _hint() -> list[Row]:
     keys = (
         ("← →", "crosshair"),
-        ("n N", "marker"),
+        ("n N", "event"),
         ("+ -", "zoom"),
         ("m", "metrics"),
         ("z", "enlarge"),

@@ -25,10 +25,12 @@ class Panel(Lines):
         self.update()
 
 
-def heading(title: str, keys: str, width: int) -> Row:
+def heading(title: str, keys: str, width: int, *, focused: bool = False) -> Row:
     """A panel's first line: its title, and its keys on the right."""
-    line = justified([(f" {title}", "head")], [(f"{keys} ", "head")] if keys else [], width)
-    return [(text, tone or "head") for text, tone in line] + [(" " * width, "head")]
+    # The mark repeats what the colour shows, for terminals without colour.
+    mark, head = ("▸", "focus") if focused else (" ", "head")
+    line = justified([(f"{mark}{title}", head)], [(f"{keys} ", head)] if keys else [], width)
+    return [(text, tone or head) for text, tone in line] + [(" " * width, head)]
 
 
 def bar(share: float, width: int, tone: str = "accent") -> list[Piece]:

@@ -6,10 +6,13 @@ from engine import metrics
 from engine.config.settings import Settings
 from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
+from engine.protocol.commands import Rollback
 from rlhf_tui import format as fmt
-from rlhf_tui.state.session_state import SessionState, command_text, value_text
+from rlhf_tui.format import value_text
+from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import settings_in_force
 from rlhf_tui.state.time_left import about
+from rlhf_tui.state.timeline import command_text
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 
@@ -36,18 +39,33 @@ class SteeringPanel(Panel):
     def rows(self, width: int, height: int) -> list[Row]:
         """The most important lines first. A pending command always has a line."""
         state = self.state
-        keys = "read-only" if self.read_only else "b set  [ ] ±10%  a adaptive  u undo"
-        if width < 50 and not self.read_only:
-            keys = "b  [ ]  a  u  e"
-        top = heading("Steering", keys, width)
+        top = heading("Steering", self._keys(width), width)
         if not state.head.settings:
             status = "settings not known yet" if state.known else "reading …"
             return [top, [(f" {status}", "dim")]]
         commands = [self._command(c, width) for c in self._recent()]
+        if state.starting:
+            # The settings in the journal are those of the last step of the last attempt, which
+            # may be on an abandoned branch. Those in force are known once the models are loaded.
+            return [top, *self._starting(), *commands[: max(height - 3, 0)]]
         body = [self._beta(width), self._kl(), self._next(width), *self._others(width)]
         room = max(height - 1 - min(len(commands), 1 if height < 8 else 5), 3)
         body = body[:room]
         return [top, *body, *commands[: max(height - 1 - len(body), 0)]]
+
+    def _keys(self, width: int) -> str:
+        """The keys that act now: none without an engine."""
+        if self.read_only:
+            return "read-only"
+        if not self.state.live or self.state.starting:
+            return ""
+        return "b  [ ]  a  u  e" if width < 50 else "b set  [ ] ±10%  a adaptive  u undo"
+
+    def _starting(self) -> list[Row]:
+        attempts = self.state.head.attempts
+        step = attempts[-1].from_step if attempts else 0
+        text = f"restarting from step {step}" if len(attempts) > 1 else "starting"
+        return [[(f" {text} …", "")], [(" beta and settings: once it is loaded", "dim")]]
 
     def _beta(self, width: int) -> Row:
         state = self.state
@@ -114,6 +132,7 @@ class SteeringPanel(Panel):
     def _command(self, command: CommandRow, width: int) -> Row:
         status = command.status
         mark, tone = STATUS_MARKS.get(status, ("?", "warn"))
+        abandoned = not command.live and command.command != Rollback.name()
         outcome = f"{mark} {status}"
         if status == "applied" and command.applied_step is not None:
             outcome += f" at step {command.applied_step}"
@@ -127,6 +146,8 @@ class SteeringPanel(Panel):
             for key, name in OTHER_SETTINGS:
                 text = text.replace(f"{key} ", f"{name} ")
             outcome = outcome.replace("applied at ", "")
+        if abandoned:
+            outcome, tone = f"{outcome}, abandoned", "dim"
         return [(f" {text}", ""), (f"  {outcome}", tone)]
 
 

@@ -1,59 +1,125 @@
-"""The timeline (interventions, alerts, checkpoints, notes) and the newest responses."""
+"""The timeline: what happened, newest first. Its entries can be selected and opened."""
+
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
 
 from rlhf_tui import format as fmt
-from rlhf_tui.state.session_state import MARKER_GLYPHS, MARKER_TONES, Marker
+from rlhf_tui.state.messages import RowHighlighted, RowSelected
+from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, sender
+from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.lines import Row, justified
-from rlhf_tui.widgets.panels.panel import Panel, heading
+from rlhf_tui.widgets.panels.panel import heading
+from rlhf_tui.widgets.table import ScrollList
+
+WITH_CLOCK = 60
+"""Cells from which on each entry has its time of day."""
 
 
-class TimelinePanel(Panel):
-    """One line per marker, newest first."""
+class TimelinePanel(ScrollList):
+    """One line per entry. Posts :class:`RowHighlighted` and :class:`RowSelected` with its key."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "open", show=False)]
+    read_only = False
+
+    def __init__(self, state: SessionState, view: Viewport) -> None:
+        """`view` has the selected entry, which the charts share."""
+        super().__init__(id="timeline")
+        self.state, self.view = state, view
+
+    def read(self, state: SessionState, view: Viewport) -> None:
+        """Shows another state, or another selection."""
+        self.state, self.view = state, view
+        self.update()
+
+    def entries(self) -> list[Marker]:
+        """The entries, newest first."""
+        return self.state.timeline()[::-1]
+
+    # -- the list ------------------------------------------------------------------------------
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """The newest markers, as many as fit."""
-        markers = self.state.markers()
-        top = heading("What happened", "n N jump  w note" if width >= 40 else "n N", width)
-        if not markers:
-            return [top, [(" nothing yet: changes, alerts and checkpoints appear here", "dim")]]
-        return [top, *(_row(m, width) for m in reversed(markers[-(height - 1) :]))]
+        """The heading and the entries; the selected one stays in sight."""
+        keys = [entry.key for entry in self.entries()]
+        self.with_cursor = self.view.selected in keys
+        if self.view.selected in keys:
+            self.cursor = keys.index(self.view.selected)
+        elif not self.has_focus:
+            self.top = 0
+        return super().rows(width, height)
 
+    def count(self) -> int:
+        """The number of entries."""
+        return len(self.state.timeline())
 
-def _row(marker: Marker, width: int) -> Row:
-    tone = MARKER_TONES[marker.kind]
-    left: Row = [
-        (f" {marker.step:>6} ", "dim"),
-        (f"{MARKER_GLYPHS[marker.kind]} ", tone),
-        (marker.text, tone if marker.kind == "alert" else ""),
-    ]
-    who = marker.who.split(" ")[0]
-    return justified(left, [(f" {who} ", "dim")], width) if who else left
+    def header(self, width: int) -> list[Row]:
+        """The title and the keys."""
+        keys = "n N jump  enter open" if width >= WITH_CLOCK else "n N  enter"
+        if self.state.live and not self.read_only and width >= WITH_CLOCK:
+            keys += "  w note"
+        return [heading("What happened", keys, width, focused=self.has_focus)]
 
+    def empty(self) -> list[Row]:
+        """What will be here."""
+        return [[(" nothing yet: changes, alerts and checkpoints appear here", "dim")]]
 
-class LatestSamplesPanel(Panel):
-    """The responses of the newest step, in the order of their prompts, as many as fit."""
+    def row(self, index: int, width: int) -> Row:
+        """An entry: step, sign, text, and who it was or that its branch is abandoned."""
+        entry = self.state.timeline()[-1 - index]
+        tone = MARKER_TONES[entry.kind]
+        text_tone = tone if entry.kind in ("alert", "crash") else ""
+        left: list[tuple[str, str]] = [(f" {entry.step:>6} ", "dim")]
+        if width >= WITH_CLOCK:
+            left.insert(0, (f" {fmt.clock(entry.time)[11:16]}", "dim"))
+        left += [(f"{MARKER_GLYPHS[entry.kind]} ", "dim" if entry.abandoned else tone)]
+        left += [(entry.text, "dim" if entry.abandoned else text_tone)]
+        note = "abandoned" if entry.abandoned else sender(entry.who)
+        return justified(left, [(f" {note} ", "dim")], width) if note else left
 
-    def rows(self, width: int, height: int) -> list[Row]:
-        """Score, KL and length, then the end of the prompt and the response."""
-        samples = self.state.samples
-        step = samples[-1].step if samples else 0
-        title = f"Newest responses, step {step}" if samples else "Newest responses"
-        top = heading(title, "3 read" if width >= 40 else "3", width)
-        if not samples:
-            return [top, [(" none yet: they appear with the first step", "dim")]]
-        newest = [s for s in samples if s.step == step]
-        rows: list[Row] = []
-        for s in newest[: height - 1]:
-            score, kl = s.score, s.kl
-            rows.append(
-                [
-                    (f" {fmt.number(score, 2):>7}", "strong"),
-                    (f" {fmt.number(kl, 1):>6}" if width >= 60 else "", "dim"),
-                    (f" {s.length:>3}" if width >= 60 else "", "dim"),
-                    ("  " if s.ended else " ✂", "warn"),
-                    (" ", ""),
-                    (s.prompt.strip()[-max(width // 4, 8) :], "dim"),
-                    ("│", "dim"),
-                    (s.response.strip(), ""),
-                ]
-            )
-        return [top, *rows]
+    def on_focus(self) -> None:
+        """Marks the title."""
+        self.update()
+
+    def on_blur(self) -> None:
+        """Removes the mark of the title."""
+        self.update()
+
+    # -- keys and mouse ------------------------------------------------------------------------
+
+    def go(self, index: int) -> None:
+        """Selects an entry."""
+        self.with_cursor = True
+        super().go(index)
+
+    def moved(self) -> None:
+        """Selects the entry under the cursor at once: the next key may be queued already."""
+        entries = self.entries()
+        if entries:
+            self.view.select(self.state, entries[self.cursor])
+            self.post_message(RowHighlighted("timeline", entries[self.cursor].key))
+
+    def action_move(self, lines: int) -> None:
+        """Moves by entries; at first to the newest one in sight."""
+        self.go(self.cursor + lines if self.with_cursor else self.top)
+
+    def action_choose(self) -> None:
+        """Opens the selected entry, or the newest one in sight."""
+        entries = self.entries()
+        if entries:
+            self._open(entries[self.cursor if self.with_cursor else self.top])
+
+    def on_click(self, event: events.Click) -> None:
+        """Selects an entry; a second click opens it."""
+        line = event.y - len(self.header(self.size.width))
+        if line < 0 or self.top + line >= self.count():
+            return
+        entry = self.entries()[self.top + line]
+        again = entry.key == self.view.selected
+        self.go(self.top + line)
+        if again:
+            self._open(entry)
+
+    def _open(self, entry: Marker) -> None:
+        self.post_message(RowSelected("timeline", entry.key))

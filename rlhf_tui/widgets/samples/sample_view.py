@@ -11,17 +11,16 @@ from rlhf_tui import format as fmt
 from rlhf_tui.text import sanitise
 from rlhf_tui.widgets.lines import Piece, Row, flowed
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
+from rlhf_tui.widgets.samples.heat import UNDEFINED, HeatScale
 from rlhf_tui.widgets.samples.judgement import judgement_rows, key_of
 from rlhf_tui.widgets.table import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
 VIEWS = ("text", "KL", "log-prob", "advantage", "value")
-EXTREMES = {"log-prob": "least likely tokens"}
+EXTREMES = {"log-prob": "least likely tokens", "value": "values furthest from their mean"}
 """Title of the tokens with the largest values, where it is not "largest" and the view's name."""
-HEAT = ("", "heat1", "heat2", "heat3")
-COLD = ("", "cold1", "cold2", "cold3")
-UNDEFINED = "bad"
-"""The tone of values that are not finite."""
+CENTRED = ("value",)
+"""Views whose tones show the distance from the mean, not from 0."""
 
 
 class SampleView(ScrollText):
@@ -170,15 +169,8 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
     values = values_of(arrays, mode)
     if not values:
         return [[(f"{mode}: not measured in this run", "warn")]]
-    finite = [v for v in values if math.isfinite(v)]
-    largest = max(map(abs, finite), default=0.0) or 1.0
-    ends = [f"{end(finite):.2f}" if finite else "–" for end in (min, max)]
-    rows: list[Row] = [
-        [
-            (f"RESPONSE, {mode} of each token  ", "dim"),
-            (f"{ends[0]} ", "cold2"), ("… ", "dim"), (ends[1], "heat2"),
-        ]
-    ]  # fmt: skip
+    scale = HeatScale.of(values, centred=mode in CENTRED)
+    rows: list[Row] = [[(f"RESPONSE, {mode} of each token", "dim")], scale.legend()]
     line: list[Piece] = []
     used = 0
     for token, value in zip(arrays.tokens, values, strict=True):
@@ -189,39 +181,32 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
             if used + cell_len(shown) > width:
                 rows.append(line)
                 line, used = [], 0
-            line.append((shown, heat(value, largest)))
+            line.append((shown, scale.tone(value)))
             used += cell_len(shown)
             if i < len(pieces) - 1:
                 rows.append(line)
                 line, used = [], 0
     rows += [line, [], [(EXTREMES.get(mode, f"largest {mode}"), "dim")]]
-    order = sorted(range(len(values)), key=lambda i: _rank(values[i]))[:12]
+    order = sorted(range(len(values)), key=lambda i: _order(values[i], scale))[:12]
     for i in order:
         rows.append(
             [
                 (f"{i + 1:>4}  ", "dim"),
                 (f"{values[i]:>8.3f} ", "strong"),
-                _bar(values[i], largest),
+                _bar(values[i], scale),
                 (f" {arrays.tokens[i]!r}", ""),
             ]
         )
     return rows
 
 
-def _rank(value: float) -> float:
-    return -abs(value) if math.isfinite(value) else -math.inf
+def _order(value: float, scale: HeatScale) -> float:
+    return -abs(scale.share(value)) if math.isfinite(value) else -math.inf
 
 
-def _bar(value: float, largest: float) -> Piece:
+def _bar(value: float, scale: HeatScale) -> Piece:
     if not math.isfinite(value):
         return "?" * 12, UNDEFINED
-    share = round(abs(value) / largest * 12)
-    return "█" * share + " " * (12 - share), "s6" if value >= 0 else "s1"
-
-
-def heat(value: float, largest: float) -> str:
-    """The tone of a token's value; `largest` is the largest finite magnitude."""
-    if not math.isfinite(value):
-        return UNDEFINED
-    strength = min(3, int(4 * (abs(value) / largest)))
-    return (HEAT if value >= 0 else COLD)[strength]
+    share = scale.share(value)
+    cells = round(abs(share) * 12)
+    return "█" * cells + " " * (12 - cells), "s6" if share >= 0 else "s1"

@@ -24,8 +24,8 @@ def on_gpu(make_run, tiny_model, few_prompts):
     with pretend_gpu() as gpu:
         run, _ = make_run(
             f"model.policy={tiny_model}", f"data.prompts={few_prompts}", "ppo.micro_batch_size=2",
-            "launch.device=cpu", "ppo.epochs=1", "ppo.minibatches=2", "rollout.batch_size=4", "rollout.max_new_tokens=6",
-            "model.dtype=bfloat16", device=GPU,
+            "launch.device=cpu", "ppo.epochs=1", "ppo.minibatches=2", "rollout.batch_size=4",
+            "rollout.max_new_tokens=6", "model.dtype=bfloat16", device=GPU,
         )  # fmt: skip
         yield gpu, run
 

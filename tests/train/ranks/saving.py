@@ -27,7 +27,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.config.settings import settings_of
 from engine.errors import CheckpointError
-from engine.session.checkpoints import checkpoint_path
+from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import saver, shards
 from engine.train.checkpoints.folder import SavedState
@@ -120,7 +120,7 @@ def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
         return {"error": str(outcome), "concluded": len(concluded)}
     assert isinstance(outcome, saver.Saved)
     if rank() == 0:
-        checkpoint_folder.complete(outcome.folder)
+        mark_complete(outcome.folder)
     return {"size": outcome.size, "folder": str(outcome.folder), "concluded": len(concluded)}
 
 

@@ -1,0 +1,138 @@
+"""Reads and writes YAML documents of plain values: text, numbers, lists and sections of keys.
+
+A document may come from anyone: no tag runs code, aliases cannot make it explode, and any mistake
+raises a ConfigError of one line.
+"""
+
+import datetime
+import math
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from engine.config.type_errors import shown
+from engine.errors import ConfigError
+
+MAX_DEPTH = 50
+"""Sections and lists inside each other."""
+MAX_VALUES = 20_000
+"""Values in a document. An alias counts as all that it stands for."""
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What PyYAML raises for a value that does not fit its tag, such as `2020-13-45` or `!!int ''`, and
+for a thousand brackets."""
+_FLOAT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+"""1e-5 is a number. In YAML 1.1 it is text."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with a limit on what merge keys (`<<`) expand to."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise ConfigError("merge keys (<<) expand to too many keys")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text that :class:`_Loader` would take for a number in quotes."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        del data
+        return True
+
+
+_Loader.add_implicit_resolver(*_FLOAT)
+_Dumper.add_implicit_resolver(*_FLOAT)
+
+
+def parse_yaml(text: str, where: str, key: str = "") -> Any:
+    """Parses a YAML document.
+
+    Args:
+        text: the document.
+        where: its origin, for the error message.
+        key: the configuration key whose value it is, if it is only that.
+
+    Raises:
+        ConfigError: the text is not a YAML document, or holds more than plain values.
+    """
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        check_plain(tree, key)
+    except ConfigError as error:
+        raise error if key else ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not a YAML document"
+        raise ConfigError(f"{where}{line}: {problem}") from error
+    except _MALFORMED as error:
+        raise ConfigError(f"{where}: {_malformed(error)}") from error
+    return tree
+
+
+def dump_yaml(tree: dict[str, Any]) -> str:
+    """Writes nested dictionaries of plain values as YAML that :func:`parse_yaml` reads back."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _malformed(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, ValueError) and str(error):
+        return str(error).splitlines()[0]
+    return "a value does not fit its tag"
+
+
+def check_plain(tree: Any, path: str = "") -> None:
+    """Checks that a tree has plain values only: text keys, finite numbers, valid Unicode, no loops.
+
+    Args:
+        tree: nested dictionaries and lists.
+        path: its place in a configuration, for the error message.
+
+    Raises:
+        ConfigError: it has not; the message names the place.
+    """
+    values = 0
+    waiting: list[tuple[str, Any, int]] = [(path, tree, 0)]
+    while waiting:
+        path, value, depth = waiting.pop()
+        values += 1
+        if values > MAX_VALUES or depth > MAX_DEPTH:
+            raise ConfigError("the document is too large or contains itself (see its & and *)")
+        if isinstance(value, dict):
+            for key, child in value.items():
+                waiting.append((f"{path}.{_check_key(key, path)}".lstrip("."), child, depth + 1))
+        elif isinstance(value, list | tuple | set):
+            waiting += [(f"{path}[{i}]", child, depth + 1) for i, child in enumerate(value)]
+        else:
+            _check_scalar(value, path or "the value")
+
+
+def _check_key(key: Hashable, path: str) -> str:
+    if not isinstance(key, str):
+        place = f" in {path}" if path else ""
+        raise ConfigError(f"a key must be text, not {shown(key)}{place}")
+    _check_scalar(key, "a key")
+    return key
+
+
+def _check_scalar(value: Any, path: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path} must be a finite number (it is {value})")
+    if isinstance(value, bytes | datetime.date | datetime.time):
+        raise ConfigError(f"{path} must not be {type(value).__name__}; write text in quotes")
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ConfigError(f"{path} contains a NUL character: {shown(value)}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{path} is not valid Unicode text: {shown(value)}") from None

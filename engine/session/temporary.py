@@ -1,0 +1,47 @@
+"""Temporary folders that are removed even if the process that made them was killed."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from engine.errors import SessionError
+from engine.session import lock
+
+PREFIX = "rlhf-tui-"
+LOCK = "lock"
+GRACE = 60.0
+"""Seconds for which a new folder is left alone: it is created before it is locked."""
+
+
+class TemporaryFolder:
+    """A folder under the system's temporary one, locked while its process lives.
+
+    The kernel releases the lock of a process that was killed, so the next TemporaryFolder that any
+    process of this user creates can tell that the folder is abandoned, and removes it.
+    """
+
+    def __init__(self) -> None:
+        """Creates the folder, mode 0700. Raises OSError or SessionError if that is impossible."""
+        remove_abandoned()
+        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX)
+        self.path = Path(self._folder.name)
+        self._lock = lock.SessionLock(self.path / LOCK)
+
+    def close(self) -> None:
+        """Removes the folder with its contents."""
+        self._folder.cleanup()
+        self._lock.release()
+
+
+def remove_abandoned() -> None:
+    """Removes the folders of processes that were killed; what cannot be removed stays."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        file = folder / LOCK
+        with contextlib.suppress(OSError, SessionError):
+            status = file.lstat()
+            mine = status.st_uid == folder.lstat().st_uid == os.getuid()
+            if mine and time.time() - status.st_mtime > GRACE and not lock.is_held(file):
+                shutil.rmtree(folder)

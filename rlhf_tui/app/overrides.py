@@ -1,0 +1,161 @@
+"""What a start from the app would do: checks of names, files and `key=value` overrides."""
+
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.config import file as config_file
+from engine.config.schema import FIXED_AT_START, RunConfig
+from engine.config.settings import LIVE_SETTINGS, change_settings
+from engine.errors import ConfigError, RlhfError
+from engine.launch.start import check_inputs, forked_config, is_failed_start, resumed_config
+from engine.session.folder import Session, check_name, free_name
+from rlhf_tui.format import value_text
+from rlhf_tui.widgets.completing_input import completions
+
+MOST_NAMES = 6
+"""Names of files that are listed below a path."""
+
+
+class FormError(Exception):
+    """What is typed cannot be used; the message is for the operator."""
+
+
+def split_overrides(text: str) -> list[str]:
+    """The `key=value` pairs of a line; a value with spaces stands in quotes. Raises FormError."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise FormError("a quote is not closed") from None
+    for word in words:
+        if "=" not in word:
+            raise FormError(f"'{word}': type key=value, such as kl.beta=0.1")
+    return words
+
+
+@dataclass(frozen=True)
+class Base:
+    """The run that is resumed or forked, as it was at the step of the start."""
+
+    config: RunConfig
+    """Of the session's file."""
+    in_force: RunConfig
+    """With the live settings that the start would restore."""
+
+    @classmethod
+    def of(cls, config: RunConfig, settings: dict[str, Any]) -> "Base":
+        """`settings`: live settings to restore; those that this version lacks are left out."""
+        known = {key: value for key, value in settings.items() if key in LIVE_SETTINGS}
+        try:
+            return cls(config, change_settings(config, known))
+        except msgspec.ValidationError:  # another version's type
+            return cls(config, config)
+
+    def values(self, *, fixed: bool) -> dict[str, str]:
+        """Key → present value, those that may change during a run first, with beta at the head.
+
+        Args:
+            fixed: whether to include the keys that are fixed on a resume.
+        """
+        flat = config_file.flatten(config_file.to_tree(self.in_force))
+        keys = dict.fromkeys([*LIVE_SETTINGS.values(), *config_file.known_keys()])
+        return {
+            key: yaml_text(flat[key])
+            for key in keys
+            if key in flat and (fixed or not key.startswith(FIXED_AT_START))
+        }
+
+    def resumed(self, overrides: list[str]) -> RunConfig:
+        """The configuration after a resume. Raises ConfigError."""
+        return self._checked(resumed_config, overrides)
+
+    def forked(self, overrides: list[str]) -> RunConfig:
+        """The configuration after a fork. Raises ConfigError."""
+        return self._checked(forked_config, overrides)
+
+    def _checked(
+        self, make: Callable[[RunConfig, Iterable[str]], RunConfig], overrides: list[str]
+    ) -> RunConfig:
+        make(self.config, overrides)
+        return config_file.override(self.in_force, overrides)
+
+    def changed(self, new: RunConfig) -> str:
+        """What differs from this run, as `key old → new`."""
+        return changes_text(config_file.changes(self.in_force, new))
+
+
+def yaml_text(value: Any) -> str:
+    """A value as it is typed after `key=`."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def changes_text(changes: dict[str, tuple[Any, Any]]) -> str:
+    """Changes as `kl.beta 0.05 → 0.3, ppo.epochs 2 → 4`."""
+    return ", ".join(
+        f"{key} {value_text(old)} → {value_text(new)}" for key, (old, new) in changes.items()
+    )
+
+
+def check_new_name(root: Path, text: str) -> str:
+    """Checks the name of a new session.
+
+    Returns:
+        What would happen to the folder of that name.
+
+    Raises:
+        FormError: the name cannot be used, or is taken.
+    """
+    name = text.strip()
+    try:
+        check_name(name)
+    except RlhfError as error:
+        raise FormError(str(error)) from error
+    if not (root / name).exists():
+        return f"folder: {root / name}"
+    if is_failed_start(Session(root / name)):
+        return f"'{name}' failed before its first step; it is replaced"
+    raise FormError(f"'{name}' already exists")
+
+
+def check_config_file(root: Path, path: str, name: str, overrides: list[str]) -> str:
+    """Checks a new run from a configuration file.
+
+    Returns:
+        What would be started.
+
+    Raises:
+        FormError: a field is wrong; the message is that of the configuration.
+    """
+    file = typed_path(path)
+    if not file.is_file():
+        raise FormError(missing_file(path))
+    try:
+        config = config_file.load(file, overrides)
+        check_inputs(config)
+    except ConfigError as error:
+        raise FormError(str(error)) from error
+    name = name or free_name(root, file.stem)
+    return f"{config.train.steps:,} steps, {check_new_name(root, name)}"
+
+
+def typed_path(text: str) -> Path:
+    """A typed path; `~` is the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~NAME of nobody
+        return Path(text)
+
+
+def missing_file(path: str) -> str:
+    """Why a path is not a configuration file yet: which names would continue it."""
+    found = completions(path)
+    if not found:
+        return f"no configuration file at {path}" if path else "type the path of a YAML file"
+    more = f"  and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    return "continue with  " + "  ".join(found[:MOST_NAMES]) + more

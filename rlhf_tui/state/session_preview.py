@@ -1,0 +1,97 @@
+"""What the sessions screen shows of the highlighted session: curves, responses, settings."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.config.settings import LIVE_SETTINGS
+from engine.errors import RlhfError
+from engine.journal.reader import JournalReader
+from engine.metrics import KL, SCORE
+from engine.session.folder import Session
+from rlhf_tui.state.first_read import read_summary
+from rlhf_tui.state.updates import SessionUpdate
+
+METRICS = (SCORE, KL)
+SPANS = 200
+"""Spans of an outline: about the dot columns of a preview's chart."""
+RESPONSES = 16
+REQUIRED = ("model", "data", "reward")
+"""Sections without a default; the reference for defaults has those of the session."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A configuration key whose value differs."""
+
+    key: str
+    value: Any
+    other: Any
+    """The value of the other session, or the default."""
+
+
+@dataclass(frozen=True)
+class SessionPreview:
+    """What was read of a session."""
+
+    folder: str
+    update: SessionUpdate = field(default_factory=SessionUpdate)
+    """Its summary, the outlines of :data:`METRICS`, the last alert, the newest responses."""
+    against: str = ""
+    """The name of the session that it is compared with; empty: the defaults."""
+    differences: tuple[Difference, ...] = ()
+    problem: str = ""
+    """Why it cannot be read."""
+
+
+def read_preview(session: Session, other: Session | None) -> SessionPreview:
+    """Reads the preview of a session. Call it in a thread: it takes some tens of milliseconds.
+
+    Args:
+        session: the highlighted one.
+        other: the session whose settings it is compared with; None for the defaults.
+    """
+    against = other.name if other is not None else ""
+    try:
+        with JournalReader(session) as record:
+            alert = record.last_alert()
+            update = SessionUpdate(
+                head=read_summary(session, record),
+                outlines=record.outlines(METRICS, SPANS),
+                names=record.metric_names(),
+                events=[alert] if alert is not None else [],
+                samples=record.samples.newest(RESPONSES),
+            )
+        differences = _differences(session, other)
+    except (RlhfError, OSError) as error:
+        return SessionPreview(str(session.folder), problem=str(error))
+    return SessionPreview(str(session.folder), update, against, differences)
+
+
+def _differences(session: Session, other: Session | None) -> tuple[Difference, ...]:
+    """The keys with other values, those that may change during a run first."""
+    values = _values(session)
+    others = _defaults(session) if other is None else _values(other)
+    keys = dict.fromkeys([*LIVE_SETTINGS.values(), *values, *others])
+    return tuple(
+        Difference(key, values.get(key), others.get(key))
+        for key in keys
+        if values.get(key) != others.get(key)
+    )
+
+
+def _values(session: Session) -> dict[str, Any]:
+    """Every configuration key with its value, that in force for live settings."""
+    from engine.config import file as config_file  # noqa: PLC0415 - YAML is slow to import
+
+    flat = config_file.flatten(config_file.to_tree(session.config()))
+    with JournalReader(session) as record:
+        settings = record.meta().settings or {}
+    return flat | {LIVE_SETTINGS[k]: v for k, v in settings.items() if k in LIVE_SETTINGS}
+
+
+def _defaults(session: Session) -> dict[str, Any]:
+    from engine.config import file as config_file  # noqa: PLC0415 - YAML is slow to import
+
+    tree = config_file.to_tree(session.config())
+    own = {section: tree[section] for section in REQUIRED}
+    return config_file.flatten(config_file.to_tree(config_file.from_tree(own)))

@@ -1,0 +1,307 @@
+"""The timeline of a run, in the order of the journal's sequence numbers, and why it is paused.
+
+A roll back keeps what happened on the abandoned branch; such entries are marked. An engine that
+died leaves no event, so its end is inferred: an attempt follows one that did not end.
+"""
+
+import bisect
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.journal.rows import (
+    AlertEvent,
+    AttemptEvent,
+    AttemptRow,
+    CheckpointEvent,
+    CommandEvent,
+    CommandRow,
+    ErrorEvent,
+    EventRow,
+    NoteEvent,
+    ReferenceEvent,
+    StateEvent,
+)
+from engine.metrics import title_of
+from engine.protocol.commands import COMMANDS, Pause, Rollback, Undo, Unpause
+from engine.session.states import ENDED_STATES
+from rlhf_tui.format import number, value_text
+
+MARKER_GLYPHS = {
+    "command": "◆", "checkpoint": "▲", "attempt": "┃", "alert": "!", "note": "✎", "crash": "✗",
+    "end": "■",
+}  # fmt: skip
+"""Kind of a marker → its sign."""
+MARKER_TONES = {
+    "command": "accent",
+    "checkpoint": "good",
+    "attempt": "dim",
+    "alert": "warn",
+    "note": "key",
+    "crash": "bad",
+    "end": "dim",
+}
+GUARD_RAIL = "guard rail "
+"""Begins the name of the sender of a guard rail's command; the name of its rule follows."""
+RESTART = "restart"
+"""Rule of the notice that follows the error of an attempt and repeats its text."""
+PAUSED_STATES = ("paused", "pausing")
+_BOUND = re.compile(r"(?P<metric>\S+) is (?P<value>\S+), (?P<side>above|below) (?P<bound>.+)")
+DIED = "engine died (no exit message)"
+
+
+@dataclass(frozen=True)
+class Marker:
+    """An entry of the timeline, which the charts mark at its step."""
+
+    step: int
+    kind: str
+    """A key of :data:`MARKER_GLYPHS`."""
+    text: str
+    who: str = ""
+    time: float = 0.0
+    key: str = ""
+    """Identifies it in its session, also after the journal was read again."""
+    abandoned: bool = False
+    """Whether it belongs to an abandoned branch."""
+    event: EventRow | None = None
+    """What it was made of; None for a command, and for an engine that died."""
+
+
+def command_text(command: CommandRow) -> str:
+    """Returns a command as text: `beta 0.05 → 0.08`, `pause`."""
+    if command.changes:
+        text = ", ".join(
+            f"{c.key} {value_text(c.old)} → {value_text(c.new)}" for c in command.changes
+        )
+        return f"undo: {text}" if command.command == Undo.name() else text
+    if command.command == Rollback.name():
+        reseeded = ", new random seed" if command.args.get("reseed") else ""
+        return f"roll back to step {command.args.get('step')}{reseeded}"
+    given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
+    return f"{command.command} {given}".strip()
+
+
+def sender(who: str) -> str:
+    """Returns who sent a command, without terminal and address: `ana`, `guard rail`."""
+    return GUARD_RAIL.strip() if who.startswith(GUARD_RAIL) else who.partition(" ")[0]
+
+
+def timeline(
+    events: Sequence[EventRow],
+    commands: Sequence[CommandRow],
+    attempts: Sequence[AttemptRow],
+    *,
+    reached: dict[int, int],
+    crashed_at: int | None = None,
+) -> list[Marker]:
+    """Returns the entries, oldest first.
+
+    Args:
+        events: oldest first; the oldest ones may be missing.
+        commands: all of them, in order of arrival.
+        attempts: all of them, in order.
+        reached: attempt → its last step, where a later attempt replaced that step.
+        crashed_at: the last step if the newest engine died; None if it did not.
+    """
+    return _Timeline(events, commands, attempts, reached).entries(crashed_at)
+
+
+class _Timeline:
+    def __init__(
+        self,
+        events: Sequence[EventRow],
+        commands: Sequence[CommandRow],
+        attempts: Sequence[AttemptRow],
+        reached: dict[int, int],
+    ) -> None:
+        self._events = events
+        self._commands = {c.id: c for c in commands}
+        self._attempts = attempts
+        self._reached = reached
+        self._rolled_back = {
+            c.attempt for c in commands if c.command == Rollback.name() and c.status == "applied"
+        }
+        """Attempts that a roll back ended."""
+        self._kept: dict[int, int | None] = {}
+        """Attempt → the last step that later attempts kept of it; None if all."""
+        self._error = ""
+        """The error that ended the attempt."""
+        self._ended = False
+        """Whether the engine ended by itself."""
+
+    def entries(self, crashed_at: int | None) -> list[Marker]:
+        found: list[Marker] = []
+        last: EventRow | None = None
+        for event in self._events:
+            if isinstance(event.payload, AttemptEvent):
+                if self._died_before(event, last) and last is not None:
+                    found.append(self._death(last, event.step))
+                found.append(self._attempt(event, event.payload))
+                self._error, self._ended = "", False
+            elif (marker := self._entry(event)) is not None:
+                found.append(marker)
+            last = event
+        if crashed_at is not None and last is not None:
+            found.append(self._death(last, crashed_at))
+        return self._with_older_commands(found)
+
+    # -- attempts and their ends ---------------------------------------------------------------
+
+    def _died_before(self, event: EventRow, last: EventRow | None) -> bool:
+        """Whether an engine died: an attempt of this session did not end before the next one."""
+        if last is None or _fork(event):  # a fork has its parent's events up to its step
+            return False
+        return not (self._ended or self._error or last.attempt in self._rolled_back)
+
+    def _death(self, last: EventRow, at_least: int) -> Marker:
+        """The end of an engine that was killed, some time after its last event."""
+        step = max(last.step, self._reached.get(last.attempt, at_least))
+        return Marker(step, "crash", DIED, time=last.time, key=f"died-{last.attempt}")
+
+    def _attempt(self, event: EventRow, payload: AttemptEvent) -> Marker:
+        step = payload.from_step
+        if fork := _fork(event):
+            text = f"forked from {fork.get('from')} at step {fork.get('step')}"
+        elif payload.attempt == 1:
+            text = "started"
+        elif payload.attempt - 1 in self._rolled_back:
+            text = f"continues from step {step}"
+        else:
+            verb = "restarted" if self._error and not self._ended else "resumed"
+            text = f"{verb} from step {step}"
+        return _marker(event, "attempt", text, step=step)
+
+    # -- all other events ----------------------------------------------------------------------
+
+    def _entry(self, event: EventRow) -> Marker | None:
+        left = self._left(event.attempt, event.step)
+        found: Marker | None = None
+        match event.payload:
+            case CheckpointEvent(score=score, kl=kl):
+                text = f"checkpoint, score {number(score)}, KL {number(kl, 2)}"
+                found = _marker(event, "checkpoint", text, abandoned=left)
+            case AlertEvent(rule=rule, text=text) if not self._repeats_error(rule, text):
+                text = f"{rule}: {short_condition(text.removeprefix('look here: '))}"
+                found = _marker(event, "alert", text, abandoned=left)
+            case ReferenceEvent(mix=mix):
+                text = f"reference: {mix:.0%} policy"
+                found = _marker(event, "command", text, "schedule", abandoned=left)
+            case NoteEvent(text=text, who=who):
+                found = _marker(event, "note", text, who, abandoned=left)
+            case ErrorEvent(text=text):
+                self._error = text
+                found = _marker(event, "crash", text)
+            case StateEvent(state=state, text=text) if state in ENDED_STATES:
+                self._ended = True
+                if state != "failed" or not self._error:  # an error has an entry already
+                    found = _marker(event, "end", f"{state}: {text}" if text else state)
+            case CommandEvent(id=command_id):
+                command = self._commands.pop(command_id, event.command)
+                if command is not None:
+                    found = self._command(command, f"e{event.event}")
+        return found
+
+    def _repeats_error(self, rule: str, text: str) -> bool:
+        return rule == RESTART and bool(self._error) and text.startswith(self._error)
+
+    def _left(self, attempt: int, step: int) -> bool:
+        """Whether a later attempt began before a step of this one."""
+        if attempt not in self._kept:
+            later = (a.from_step for a in self._attempts if a.attempt > attempt)
+            self._kept[attempt] = min(later, default=None)
+        kept = self._kept[attempt]
+        return kept is not None and kept < step
+
+    def _command(self, command: CommandRow, key: str) -> Marker | None:
+        if not _shown(command):
+            return None
+        if command.command == Rollback.name():
+            # It ends its own attempt; only another one can abandon where it led to.
+            step = int(command.args.get("step") or 0)
+            abandoned = self._left(command.attempt + 1, step)
+        else:
+            step = command.applied_step or 0
+            replayed = bool(command.changes)  # when the run is resumed
+            left = self._left(command.attempt, step - 1)
+            abandoned = not command.live or (left and not replayed)
+        when = command.ended or command.queued
+        text = command_text(command)
+        return Marker(step, "command", text, command.who, when, key, abandoned)
+
+    def _with_older_commands(self, found: list[Marker]) -> list[Marker]:
+        """Inserts commands whose events were not read, by the time of their arrival."""
+        older = [(c, self._command(c, f"c{c.id}")) for c in self._commands.values()]
+        for command, marker in older:
+            if marker is not None:
+                at = bisect.bisect(found, command.queued, key=lambda m: m.time)
+                found.insert(at, marker)
+        return found
+
+
+def _fork(event: EventRow) -> dict[str, Any]:
+    """Where an attempt was forked from: `from` and `step`; empty if it was not."""
+    found: dict[str, Any] = json.loads(event.data).get("fork") or {}
+    return found
+
+
+def _shown(command: CommandRow) -> bool:
+    """Whether a command has an entry; one of a newer version does."""
+    kind = COMMANDS.get(command.command)
+    return (
+        command.status == "applied"
+        and command.applied_step is not None
+        and (kind is None or kind.on_charts)
+    )
+
+
+def _marker(
+    event: EventRow,
+    kind: str,
+    text: str,
+    who: str = "",
+    *,
+    step: int | None = None,
+    abandoned: bool = False,
+) -> Marker:
+    at = event.step if step is None else step
+    return Marker(at, kind, text, who, event.time, f"e{event.event}", abandoned, event)
+
+
+def pause_reason(
+    state: str, events: Iterable[EventRow], commands: Iterable[CommandRow]
+) -> str | None:
+    """Returns `kl_runs_away at step 4: KL 7.26 > 6`; None if a person paused, or nobody.
+
+    For engines that do not record the reason themselves.
+
+    Args:
+        state: of the session.
+        events: oldest first.
+        commands: in order of arrival.
+    """
+    if state not in PAUSED_STATES:
+        return None
+    holds = (Pause.name(), Unpause.name())
+    done = [c for c in commands if c.command in holds and c.status in ("accepted", "applied")]
+    if not done or done[-1].command != Pause.name() or not done[-1].who.startswith(GUARD_RAIL):
+        return None
+    rule = done[-1].who.removeprefix(GUARD_RAIL)
+    for event in reversed(list(events)):
+        alert = event.payload
+        if isinstance(alert, AlertEvent) and alert.rule == rule and alert.action == "pause":
+            return f"{rule} at step {event.step}: {short_condition(alert.text)}"
+    return rule
+
+
+@functools.lru_cache(maxsize=8192)  # the timeline is made again with each new event
+def short_condition(text: str) -> str:
+    """Shortens `objective/kl is 7.26, above 6` to `KL 7.26 > 6`; other texts stay as they are."""
+    found = _BOUND.fullmatch(text)
+    if found is None:
+        return text
+    sign = ">" if found["side"] == "above" else "<"
+    return f"{title_of(found['metric'])} {found['value']} {sign} {found['bound']}"

@@ -1,0 +1,41 @@
+"""Which colours the terminal has. Textual reads it from the environment when it is imported."""
+
+import curses
+from collections.abc import MutableMapping
+
+from engine.errors import UserInputError
+
+VARIABLE = "RLHF_TUI_COLORS"
+SYSTEMS = {"auto": "auto", "truecolor": "truecolor", "256": "256", "16": "standard", "none": ""}
+"""What a person calls the colours, and what Textual does."""
+
+
+def choose(environment: MutableMapping[str, str]) -> None:
+    """Sets the environment for Textual. Call it before Textual is imported.
+
+    Without a choice Textual goes by COLORTERM and the ending of TERM. It takes 16 colours for all
+    that a terminal such as `alacritty` or `foot` has when SSH has dropped COLORTERM; its entry in
+    terminfo says 256.
+
+    Raises:
+        UserInputError: the variable has another value than those of :data:`SYSTEMS`.
+    """
+    wanted = environment.get(VARIABLE, "auto")
+    if wanted not in SYSTEMS:
+        raise UserInputError(f"{VARIABLE} must be one of {', '.join(SYSTEMS)}, not '{wanted}'")
+    if wanted == "none":
+        environment["NO_COLOR"] = "1"
+    elif wanted != "auto":
+        environment.pop("NO_COLOR", None)
+        environment["TEXTUAL_COLOR_SYSTEM"] = SYSTEMS[wanted]
+    elif not environment.get("COLORTERM") and _colours_in_terminfo(environment) >= 256:
+        environment.setdefault("TEXTUAL_COLOR_SYSTEM", "256")
+
+
+def _colours_in_terminfo(environment: MutableMapping[str, str]) -> int:
+    """The number of colours of TERM in terminfo; -1 if that is not known."""
+    try:
+        curses.setupterm(environment.get("TERM", "dumb"), 1)
+    except curses.error:
+        return -1  # no such entry on this machine
+    return curses.tigetnum("colors")

@@ -1,0 +1,113 @@
+"""The preview of a session: its curves, last alert, settings that differ, newest responses."""
+
+from textual.app import ComposeResult
+from textual.containers import Container, Horizontal
+
+from engine.journal.rows import AlertEvent
+from rlhf_tui.format import value_text
+from rlhf_tui.state.session_preview import METRICS, SessionPreview
+from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.viewport import Viewport
+from rlhf_tui.widgets.charts.chart import Chart
+from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width
+from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
+from rlhf_tui.widgets.panels.panel import heading
+from rlhf_tui.widgets.wrap import wrap
+
+VALUE = 24
+"""Cells of a value that differs; a path may be long."""
+
+
+class PreviewPanel(Container):
+    """Shows a :class:`SessionPreview`; empty before the first."""
+
+    def __init__(self, *, id: str) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self._state = SessionState()
+
+    def compose(self) -> ComposeResult:
+        """The charts side by side, the notes, the responses."""
+        with Horizontal(id="preview-charts"):
+            for name in METRICS:
+                chart = Chart([name], self._state, Viewport(weight=0.0))
+                chart.can_focus = False
+                yield chart
+        yield PreviewNotes(id="preview-notes")
+        yield PreviewSamples(self._state, id="preview-samples")
+
+    def show(self, name: str, preview: SessionPreview) -> None:
+        """Replaces what is shown."""
+        state = SessionState(name)
+        state.take(preview.update)
+        state.problem = preview.problem
+        for chart in self.query(Chart):
+            chart.state = state
+            chart.update()
+        self.query_one(PreviewNotes).read(state, preview)
+        self.query_one(PreviewSamples).read(state)
+
+
+class PreviewNotes(Lines):
+    """The last alert, and the settings that differ."""
+
+    def __init__(self, *, id: str) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self._state = SessionState()
+        self._preview = SessionPreview("")
+
+    def read(self, state: SessionState, preview: SessionPreview) -> None:
+        """Shows another session."""
+        self._state, self._preview = state, preview
+        self.update()
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """The alert in a line, the settings in as many as there is room for."""
+        preview = self._preview
+        if not preview.folder:
+            return []
+        if preview.problem:
+            return [[(f" {line}", "bad")] for line in wrap(preview.problem, width - 2)]
+        other = preview.against or "the defaults"
+        rows: list[Row] = [
+            self._alert(), heading(f"{self._state.name}: settings unlike {other}", "", width)
+        ]  # fmt: skip
+        if not preview.differences:
+            return [*rows, [(" none", "dim")]]
+        lines = packed([_difference(d.key, d.value, d.other) for d in preview.differences], width)
+        room = height - len(rows)
+        if len(lines) > room > 0:
+            lines[room - 1] = [(" … and more: rlhf-tui diff", "dim")]
+        return [*rows, *lines[:room]]
+
+    def _alert(self) -> Row:
+        for event in self._state.events:
+            if isinstance(event.payload, AlertEvent):
+                return [(f" ! step {event.step}: {event.payload.text}", "warn")]
+        return [(" no alerts", "dim")]
+
+
+def _difference(key: str, value: object, other: object) -> list[Piece]:
+    return [
+        (f" {key} ", "dim"), (value_text(value)[-VALUE:], "strong"),
+        (f" ({value_text(other)[-VALUE:]}) ", "dim"),
+    ]  # fmt: skip
+
+
+def packed(groups: list[list[Piece]], width: int) -> list[Row]:
+    """Groups of pieces in lines, as many in a line as fit."""
+    lines: list[list[Piece]] = [[]]
+    for group in groups:
+        if lines[-1] and row_width(lines[-1]) + row_width(group) > width:
+            lines.append([])
+        lines[-1] += group
+    return list(lines)
+
+
+class PreviewSamples(LatestSamplesPanel):
+    """The newest responses. The key in the dashboard's heading would show the open session's."""
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """As on the dashboard, without the key."""
+        samples = self.state.samples
+        title = "Newest responses" + (f", step {samples[-1].step}" if samples else "")
+        return [heading(title, "", width), *super().rows(width, height)[1:]]

@@ -1,0 +1,67 @@
+"""The heat strip: which tone a token's value has. The legend and the tokens share one scale."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_tui import format as fmt
+from rlhf_tui.widgets.lines import Row
+
+HEAT = ("", "heat1", "heat2", "heat3")
+COLD = ("", "cold1", "cold2", "cold3")
+UNDEFINED = "bad"
+"""The tone of values that are not finite."""
+TICKS = (-0.625, -0.375, 0.0, 0.375, 0.625)
+"""Values in the legend between the lowest and the highest, as shares of the scale: one a tone."""
+
+
+@dataclass(frozen=True)
+class HeatScale:
+    """Maps values to tones by their distance from a centre."""
+
+    low: float
+    """The lowest finite value; NaN if there is none."""
+    high: float
+    centre: float
+    half: float
+    """Half of the largest distance of a value from the centre; positive. The whole one may be too
+    large for a float."""
+
+    @classmethod
+    def of(cls, values: Sequence[float], *, centred: bool = False) -> "HeatScale":
+        """The scale of the finite ones of some values.
+
+        Args:
+            values: of the tokens of one response.
+            centred: the centre is the mean, not 0: for values that are all of one size, which would
+                all have one tone.
+        """
+        finite = [v for v in values if math.isfinite(v)]
+        if not finite:
+            return cls(math.nan, math.nan, 0.0, 0.5)
+        centre = sum(v / len(finite) for v in finite) if centred else 0.0
+        half = max(abs(v / 2 - centre / 2) for v in finite) or 0.5
+        return cls(min(finite), max(finite), centre, half)
+
+    def share(self, value: float) -> float:
+        """The position of a finite value, from -1 to 1, with 0 at the centre."""
+        return (value / 2 - self.centre / 2) / self.half
+
+    def tone(self, value: float) -> str:
+        """The tone of a value."""
+        if not math.isfinite(value):
+            return UNDEFINED
+        share = self.share(value)
+        return (HEAT if share >= 0 else COLD)[min(3, int(4 * abs(share)))]
+
+    def legend(self) -> Row:
+        """Values from the lowest to the highest, each in its tone."""
+        if math.isnan(self.low):
+            return [("– … –", UNDEFINED)]
+        inner = [self.centre + tick * 2 * self.half for tick in TICKS]
+        values = [self.low, *(v for v in inner if self.low < v < self.high), self.high]
+        texts: dict[str, str] = {}
+        for value in values:
+            # Adding 0.0 makes a rounded -0.0 a plain 0; the ends come before values equal to them.
+            texts.setdefault(fmt.number(round(value, 2) + 0.0, 2), self.tone(value))
+        return [piece for text, tone in texts.items() for piece in ((f" {text} ", tone), (" ", ""))]

@@ -1,0 +1,105 @@
+"""Draws every screen and dialog in every size and colour system, to be looked at.
+
+``python -m scripts.pictures.contact_sheet OUT [--sessions DIR --name NAME] [--size 80x24]...
+[--colours 256]... [--screen beta]...`` writes PNG files to OUT, some screens a file. Without
+``--sessions`` it makes a session with a short real run first, which takes minutes.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from scripts.pictures.run import PAUSED, paused_run, program
+from scripts.pictures.svg import Screen, sheet
+from scripts.pictures.terminal import COLOURS, Terminal
+
+SIZES = ((80, 24), (120, 40), (200, 50))
+GROUPS = (
+    {
+        "sessions": "1", "new-run": "n", "resume": "<1 r", "fork": "<1 f", "delete": "<1 d",
+        "dashboard": "<2", "marker": "n n", "chart": "z", "metrics": "<2 m", "overlay": "<O",
+        "beta": "<b", "beta-invalid": "x", "settings": "<e", "setting": "Enter", "note": "<w",
+        "probe": "<x", "stop": "<S", "help": "<?", "palette": "<C-p", "machine": "<v v",
+        "checkpoints": "<4", "roll-back": "r", "fork-checkpoint": "<f", "export": "<E",
+        "log": "<5", "log-search": "/ s t e p Enter",
+    },
+    {
+        "samples": "3", "sample-note": "W", "help-samples": "<?", "compare": "<d",
+        "full-screen-compare": "z", "full-screen": "<z", "tokens-kl": "<3 G v",
+        "tokens-logprob": "v", "tokens-advantage": "v", "tokens-value": "v",
+        "filter": "v / b a d",
+    },
+)  # fmt: skip
+"""Keys that lead from one screen to the next, as :meth:`Terminal.press` takes them; `<` leaves what
+is open. Each group has an app of its own."""
+SCREENS = [name for group in GROUPS for name in group]
+PER_SHEET = {80: 12, 120: 6, 200: 4}
+COLUMNS = {80: 3, 120: 2, 200: 2}
+LEAVE = ("Escape",) * 3
+
+
+def screens(
+    sessions: Path, name: str, size: tuple[int, int], colours: str, wanted: list[str]
+) -> dict[str, Screen]:
+    """The wanted screens of an app in one terminal."""
+    found: dict[str, Screen] = {}
+    command = program("attach", name, "--sessions", str(sessions))
+    for group in GROUPS:
+        if not set(group) & set(wanted):
+            continue
+        with Terminal(command, size, colours) as app:
+            app.wait_for("step")
+            app.settled()
+            for each, keys in group.items():
+                if keys.startswith("<"):
+                    app.press(*LEAVE)
+                for key in keys.removeprefix("<").split():
+                    app.press(key)
+                screen = app.settled()
+                if each in wanted:
+                    found[f"{each} {size[0]}x{size[1]} {colours}"] = screen
+    return found
+
+
+def save_png(svg: str, path: Path, zoom: float = 1.0) -> None:
+    """Writes an SVG document as PNG."""
+    subprocess.run(
+        ["rsvg-convert", "--zoom", str(zoom), "--output", str(path)],
+        input=svg, text=True, check=True,
+    )  # fmt: skip
+
+
+def _draw(out: Path, sessions: Path, name: str, chosen: argparse.Namespace) -> None:
+    names = chosen.screen or SCREENS
+    for size in [tuple(map(int, s.split("x"))) for s in chosen.size] or SIZES:
+        for colours in chosen.colours or COLOURS:
+            found = list(screens(sessions, name, size, colours, names).items())
+            each = PER_SHEET.get(size[0], 4)
+            for i in range(0, len(found), each):
+                path = out / f"{size[0]}x{size[1]}-{colours}-{i // each + 1}.png"
+                save_png(sheet(dict(found[i : i + each]), COLUMNS.get(size[0], 2)), path)
+                print(path)
+
+
+def main() -> None:
+    """Parses the arguments and draws."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sessions", type=Path)
+    parser.add_argument("--name", default=PAUSED)
+    parser.add_argument("--size", action="append", default=[])
+    parser.add_argument("--colours", action="append", default=[], choices=list(COLOURS))
+    parser.add_argument("--screen", action="append", default=[], choices=SCREENS)
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    if chosen.sessions:
+        _draw(chosen.out, chosen.sessions.resolve(), chosen.name, chosen)
+        return
+    with tempfile.TemporaryDirectory() as folder, paused_run(Path(folder)) as sessions:
+        _draw(chosen.out, sessions, PAUSED, chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

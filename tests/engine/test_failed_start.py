@@ -1,0 +1,81 @@
+"""A start that failed does not block its name; a session in which anything was trained does."""
+
+import pytest
+
+from engine.errors import SessionNameError
+from engine.launch.start import fork, is_failed_start, remove_failed_start
+
+
+@pytest.fixture
+def failed(make_session, write_in):
+    """A session whose only start failed; `then` may write more first."""
+
+    def make(then=lambda writer: None, state="failed", name="failed"):
+        writer = write_in(make_session(name))
+        writer.journal.begin_attempt(0, fresh=False)
+        then(writer)
+        writer.journal.set_meta(state=state)
+        writer.journal.close()
+        return writer.session
+
+    return make
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped", "starting"])
+def test_a_session_that_ended_before_its_first_step_gives_up_its_name(failed, make_session, state):
+    session = failed(state=state)  # `starting` without an engine: it was killed
+    with pytest.raises(SessionNameError):
+        make_session("failed")
+    remove_failed_start(session)
+    assert make_session("failed").config_file.is_file()
+
+
+def stepped_and_restarted(writer):
+    writer.steps(1, 2)
+    writer.journal.begin_attempt(0, fresh=False)  # no checkpoint yet: from the start
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda writer: writer.steps(1),
+        stepped_and_restarted,
+        lambda writer: (writer.session.checkpoints / "step-000001").mkdir(),
+    ],
+    ids=["a step", "a step of an abandoned branch", "a checkpoint without a journal"],
+)
+def test_a_session_in_which_anything_was_trained_is_kept(failed, then):
+    session = failed(then)
+    assert not is_failed_start(session)
+    remove_failed_start(session)
+    assert session.config_file.is_file()
+
+
+def test_a_session_that_runs_or_was_just_created_is_kept(failed, make_session):
+    session = failed()
+    held = session.acquire()
+    assert not is_failed_start(session)
+    held.release()
+    assert not is_failed_start(make_session("new"))  # its engine may be about to start
+
+
+def test_a_fork_that_failed_can_be_made_again_and_its_source_is_whole(writer, write_in):
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    given = {"from_step": 2, "reseed": False, "overrides": [], "who": "me"}
+    child, start = fork(writer.session, "child", **given)
+    of_child = write_in(child)
+    of_child.journal.begin_attempt(2, fresh=True, origin=start.origin)
+    of_child.journal.set_meta(state="failed")
+    assert is_failed_start(child)
+
+    again, _ = fork(writer.session, "child", **given)
+    assert not is_failed_start(again)
+    assert (writer.session.checkpoints / "step-000002" / "COMPLETE").exists()
+
+    of_again = write_in(again)
+    of_again.journal.begin_attempt(2, fresh=True, origin=start.origin)
+    of_again.steps(3)
+    of_again.journal.set_meta(state="failed")
+    with pytest.raises(SessionNameError):
+        fork(writer.session, "child", **given)

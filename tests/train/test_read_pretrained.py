@@ -1,0 +1,104 @@
+"""Models and tokenizers that cannot be used: one sentence each, and nothing of theirs is run."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import starter
+from engine.config.schema import LaunchConfig
+from engine.errors import UserInputError
+from engine.train.distributed.ranks import RankGroup
+from engine.train.models.pretrained import load_lm, load_tokenizer
+
+RANKS = RankGroup(LaunchConfig(device="cpu"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the starter policy, to break."""
+    return Path(shutil.copytree(starter.resolve("starter:policy"), tmp_path / "policy"))
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def as_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(folder / "it-ran")))
+
+
+def with_code(folder):
+    (folder / "own.py").write_text(f"open({str(folder / 'it-ran')!r}, 'w')")
+    change_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config"})
+
+
+def quantised(folder):
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+MODELS = {
+    "truncated weights": (lambda f: truncate(f / "model.safetensors"), "no model that can be"),
+    "weights of garbage": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "no model that can be"
+    ),
+    "a pickle": (as_pickle, r"pytorch_model\.bin, and a pickle can run code"),
+    "code of its own": (with_code, "needs Python code of its own, which is never run"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds adapters for"),
+    "quantised weights": (quantised, "no model that can be loaded"),
+    "a configuration of garbage": (
+        lambda f: (f / "config.json").write_text("{"), "no model that can be loaded"
+    ),
+    "an unknown kind": (lambda f: change_config(f, model_type="x"), "no model that can be"),
+    "numbers that do not fit": (lambda f: change_config(f, hidden_size="many"), "no model that"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), MODELS.values(), ids=MODELS.keys())
+def test_a_model_that_cannot_be_used_is_one_sentence(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserInputError, match=message) as caught:
+        load_lm(str(folder), "model.policy", RANKS, torch.float32)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("model.policy: ")
+    assert "weights_only" not in str(caught.value), "advice that would load a pickle"
+    assert not (folder / "it-ran").exists()
+
+
+TOKENIZERS = {
+    "garbage": lambda f: (f / "tokenizer.json").write_text("[]"),
+    "truncated": lambda f: truncate(f / "tokenizer.json"),
+    "no model": lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'),
+    "code of its own": lambda f: (f / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", null]}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+def test_a_tokenizer_that_cannot_be_used_is_one_sentence(folder, damage):
+    damage(folder)
+    try:
+        load_tokenizer(str(folder), "model.policy", RANKS)
+    except UserInputError as error:
+        assert str(error).startswith("model.policy: ")
+        assert "\n" not in str(error)

@@ -1,0 +1,28 @@
+"""Numbers as they are shown."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_tui.format import NUMBER_WIDTH, number
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [
+        (0.0042, 2, "0.0042"), (0.0, 2, "0.00"), (7.264, 2, "7.26"), (1.12e-4, 4, "1.12e-4"),
+        (-1.12e-4, 3, "-1.1e-4"), (123456.0, 3, "123,456"), (-1234.5, 3, "-1234.5"),
+        (0.05, 4, "0.0500"), (3e-5, 1, "3.0e-5"), (None, 2, "–"), (math.nan, 2, "nan"),
+    ],
+)  # fmt: skip
+def test_a_number_has_the_digits_that_its_magnitude_asks_for(value, digits, shown):
+    assert number(value, digits) == shown
+
+
+@given(st.floats(-1e300, 1e300), st.integers(1, 4))
+def test_a_number_always_fits_its_column_and_is_near_the_value(value, digits):
+    shown = number(value, digits)
+    assert len(shown) <= NUMBER_WIDTH
+    assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.5)

@@ -1,0 +1,70 @@
+"""What is clicked: keys of the footer and titles of columns. Tabs, rows and charts have theirs."""
+
+import pytest
+
+from rlhf_tui.dialogs.base import InputDialog
+from rlhf_tui.dialogs.help import HelpDialog
+from rlhf_tui.dialogs.picker import PickerDialog
+from rlhf_tui.widgets.key_footer import KeyFooter
+from rlhf_tui.widgets.table import Table
+
+
+async def click_key(pilot, app, words):
+    x = app.screen.query_one(KeyFooter).text().index(words)
+    await pilot.click("#keys", offset=(x + 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("words", "dialog"), [("m metrics", PickerDialog), ("b beta", InputDialog), ("? h", HelpDialog)]
+)
+async def test_a_click_on_a_key_of_the_footer_presses_it(
+    make_app, engine, running, until, words, dialog
+):
+    app = make_app()
+    async with running(app) as pilot:
+        await click_key(pilot, app, words)
+        await until(pilot, lambda: isinstance(app.screen, dialog))
+
+
+async def test_a_click_between_the_keys_and_help_does_nothing(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
+        line = app.screen.query_one(KeyFooter).text()
+        await pilot.click("#keys", offset=(line.index("? help") - 5, 0))
+        await pilot.pause()
+        assert len(app.screen_stack) == 1
+
+
+async def test_a_click_on_a_title_sorts_by_it_and_again_reverses(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("3")
+        await until(pilot, lambda: app.screen.query_one(Table).count() > 0)
+        table = app.screen.query_one(Table)
+        for arrow in ("▾", "▴"):
+            x = table.text().splitlines()[0].index("score")
+            await pilot.click("#samples", offset=(x + 1, 0))
+            await until(pilot, lambda a=arrow: f"score{a}" in table.text().splitlines()[0])
+
+
+async def test_a_click_on_a_title_sorts_the_checkpoints(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("4")
+        table = app.screen.query_one(Table)
+        await until(pilot, lambda: table.count() > 1)
+        steps = [step for step, _ in table.keys]
+        assert steps == sorted(steps, reverse=True)
+        await pilot.click("#checkpoints", offset=(table.text().index("step") + 1, 0))
+        await until(pilot, lambda: [step for step, _ in table.keys] == sorted(steps))
+
+
+async def test_a_click_on_a_title_without_an_order_changes_nothing(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("3")
+        await until(pilot, lambda: app.screen.query_one(Table).count() > 0)
+        before = app.screen.query_one(Table).text()
+        await pilot.click("#samples", offset=(before.index("response"), 0))
+        await pilot.pause()
+        assert app.screen.query_one(Table).text() == before

@@ -1,0 +1,85 @@
+"""The command palette: what it finds, how it describes it, and keys that arrive in a burst."""
+
+import pytest
+from textual.binding import Binding
+from textual.command import CommandPalette
+from textual.events import Key
+from textual.widgets import Input
+
+from rlhf_tui.app import palette
+from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.screens.modes import MODES, screen_class
+
+
+def commands(app):
+    return list(palette.PaletteCommands(app.screen).commands())
+
+
+async def titles_for(app, query):
+    """The titles that a query finds, best first."""
+    hits = [hit async for hit in palette.PaletteCommands(app.screen).search(query)]
+    return [hit.text for hit in sorted(hits, key=lambda hit: -hit.score)]
+
+
+def burst(app, *keys):
+    """Keys that arrive together, as held keys do over a slow connection."""
+    for key in keys:
+        app.post_message(Key(key, {"enter": "\r"}.get(key)))
+
+
+@pytest.mark.parametrize("keys", [("ctrl+p", "enter"), ("ctrl+p", "enter", "enter", "escape")])
+async def test_palette_keys_in_a_burst_leave_the_app_running(make_app, running, until, keys):
+    app = make_app()
+    async with running(app) as pilot:
+        burst(app, *keys * 4)
+        await pilot.pause(0.2)
+        for _ in range(10):  # what is open now can be closed again, and nothing below it is lost
+            await pilot.press("escape")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert app.is_running
+        assert app.current_mode == "dashboard"
+
+
+async def test_enter_twice_runs_a_command_once(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("ctrl+p")
+        await until(pilot, lambda: CommandPalette.is_open(app))
+        app.screen.query_one(Input).value = "switch between dark"
+        await until(pilot, lambda: app.screen.query_one("CommandList").option_count == 1)
+        burst(app, "enter", "enter", "enter")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        await until(pilot, lambda: app.theme != "dark")
+        await pilot.pause(0.1)
+        assert app.theme == "light"
+
+
+FOUND = {
+    "fork": "Checkpoints: fork", "roll back": "Checkpoints: roll back", "kl coefficient": "Beta",
+    "learning rate": "Set", "reward hacking": "Samples: hack", "light": "Theme: light",
+}  # fmt: skip
+"""Words that an operator types → a title among those that they find."""
+
+
+async def test_commands_of_all_screens_are_found_by_the_words_for_them(make_app, running):
+    app = make_app()
+    async with running(app):
+        for query, title in FOUND.items():
+            assert title in await titles_for(app, query)
+        assert commands(app)[0].title == "Help"  # enter alone runs the first one
+
+
+async def test_a_command_of_another_screen_goes_there_and_names_its_key(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        (command,) = [c for c in commands(app) if c.title == "Checkpoints: roll back"]
+        await command.run()
+        await until(pilot, lambda: app.current_mode == "checkpoints")
+        await until(pilot, lambda: "r here" in app.screen.query_one("#keys").text())
+
+
+def test_every_key_with_words_is_described():
+    owners = [RlhfApp, *map(screen_class, MODES)]
+    bindings = [b for owner in owners for b in Binding.make_bindings(owner.BINDINGS)]
+    missing = {b.action for b in bindings if b.description and not b.system}
+    assert missing - palette.DESCRIPTIONS.keys() == set()

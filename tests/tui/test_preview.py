@@ -1,0 +1,72 @@
+"""The preview of the highlighted session, and where there is room for it."""
+
+import pytest
+
+from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.screens.sessions import SessionsScreen
+from rlhf_tui.widgets.charts.chart import Chart
+from rlhf_tui.widgets.panels.preview import PreviewNotes, PreviewSamples
+from rlhf_tui.widgets.table import Table
+from tests.tui.conftest import config_of
+from tests.tui.screen import cells
+
+
+@pytest.fixture
+def folder(session_maker, tmp_path):
+    """Two sessions, of which `other` has another clip range; and one that cannot be read."""
+    root = tmp_path / "sessions"
+    for name in ("frozen", "other", "torn"):
+        session_maker(root, name, 4)
+    (root / "other" / "config.yaml").unlink()
+    session = session_maker(tmp_path / "made", "other", 4)
+    session.write_config(config_of(**{"train.steps": 4, "ppo.micro_batch_size": 8}))
+    (root / "other" / "config.yaml").write_text(session.config_file.read_text())
+    (root / "torn" / "journal.db").write_bytes(b"not a database" * 99)
+    return root
+
+
+async def highlight(pilot, until, app, name):
+    table = app.screen.query_one(Table)
+    await until(pilot, lambda: name in table.keys)
+    table.go(table.keys.index(name))
+
+
+async def test_the_preview_shows_the_highlighted_run_and_what_differs_from_the_open_one(
+    folder, running, until
+):
+    app = RlhfApp(folder, "frozen", now=lambda: 1_700_003_600.0, follow=False)
+    async with running(app) as pilot:
+        await pilot.press("1")
+        await until(pilot, lambda: isinstance(app.screen, SessionsScreen))
+        await highlight(pilot, until, app, "other")
+        notes, newest = app.screen.query_one(PreviewNotes), app.screen.query_one(PreviewSamples)
+        await until(pilot, lambda: "other: settings unlike frozen" in notes.text())
+        assert "ppo.micro_batch_size 8 (32)" in notes.text()
+        assert "no alerts" in notes.text()
+        assert "Newest responses, step 4" in newest.text()
+        score, kl = (chart.text() for chart in app.screen.query(Chart))
+        assert "score" in score
+        assert "–" not in kl.splitlines()[0]  # it has a value
+
+        await highlight(pilot, until, app, "frozen")
+        await until(pilot, lambda: "frozen: settings unlike the defaults" in notes.text())
+        await highlight(pilot, until, app, "torn")
+        await until(pilot, lambda: "torn/journal.db" in notes.text().replace("\n", ""))
+        assert "file is not a database" in " ".join(notes.text().split())
+
+
+async def test_the_preview_is_beside_the_table_below_it_or_hidden_and_the_name_is_near_its_state(
+    folder, running, until
+):
+    app = RlhfApp(folder, None, now=lambda: 1_700_003_600.0, follow=False)
+    async with running(app, (200, 50)) as pilot:
+        preview, table = app.screen.query_one("#preview"), app.screen.query_one(Table)
+        await until(pilot, lambda: table.count() == 3)
+        await until(pilot, lambda: preview.region.x >= table.region.right > 0)
+        line = table.text().splitlines()[1]
+        assert line.index("finished") - line.index(cells(table, 0)[1]) < 40
+        await pilot.resize_terminal(120, 40)
+        await until(pilot, lambda: preview.region.y >= table.region.bottom)
+        await pilot.resize_terminal(80, 24)
+        await until(pilot, lambda: not preview.display)
+        assert table.size.height > 12

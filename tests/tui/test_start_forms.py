@@ -1,0 +1,137 @@
+"""The forms that start runs: overrides are checked while they are typed, and nothing is left."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from textual.widgets import Input
+
+from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.app.overrides import FormError, check_config_file, split_overrides
+from rlhf_tui.dialogs.form import FormDialog
+from rlhf_tui.widgets.completing_input import KeySuggester, completions
+from rlhf_tui.widgets.table import Table
+
+
+@pytest.fixture
+def seat(session_maker, tmp_path, monkeypatch, running, until):
+    """The app on a session of three steps, which writes down the commands it would run."""
+    session_maker(tmp_path / "sessions", "frozen", 50)
+
+    @contextlib.asynccontextmanager
+    async def open_app(name="frozen", size=(120, 40)):
+        app = RlhfApp(tmp_path / "sessions", name, now=lambda: 1_700_003_600.0, follow=False)
+        app.ran = []
+        monkeypatch.setattr(
+            app.engines, "run_cli", lambda arguments: app.ran.append(arguments) or ("", "")
+        )
+        async with running(app, size) as pilot:
+            if name is None:
+                await until(pilot, lambda: app.screen.query_one(Table).count() == 1)
+            yield app, pilot
+
+    return open_app
+
+
+def effect(app):
+    return app.screen.query_one("#effect").text().replace("\n", " ").strip()
+
+
+async def form(app, pilot, until, key):
+    await pilot.press(key)
+    await until(pilot, lambda: isinstance(app.screen, FormDialog))
+
+
+async def test_r_on_the_dashboard_of_a_finished_run_resumes_it_with_other_settings(seat, until):
+    async with seat() as (app, pilot):
+        await form(app, pilot, until, "r")
+        assert effect(app) == "its 50 steps are done; train.steps=100 extends the run"
+        await pilot.press(*"train.steps=100 kl.beta=0.3")
+        await until(pilot, lambda: effect(app) == "kl.beta 0.05 → 0.3, train.steps 50 → 100")
+        await pilot.press("enter")
+        await until(pilot, lambda: app.ran)
+        options = ["-o", "train.steps=100", "-o", "kl.beta=0.3", "--detach"]
+        assert app.ran == [["resume", "frozen", *options]]
+
+
+WRONG = {
+    "kl.bta=1": "unknown key 'kl.bta'; did you mean 'kl.beta'?",
+    "kl.beta=low": "kl.beta must be",
+    "model.policy=x": "model.policy cannot change on a resume",
+    "beta 1": "type key=value",
+}
+
+
+async def test_a_wrong_override_is_explained_at_once_and_starts_nothing(seat, until):
+    async with seat() as (app, pilot):
+        await form(app, pilot, until, "r")
+        for typed, words in WRONG.items():
+            app.screen.query_one(Input).value = f"train.steps=100 {typed}"
+            await until(pilot, lambda words=words: words in effect(app), words)
+        await pilot.press("enter", "escape")
+        await until(pilot, lambda: len(app.screen_stack) == 1)
+        assert app.ran == []
+
+
+async def test_a_fork_gets_its_overrides_and_tab_completes_a_key(seat, until, monkeypatch):
+    async with seat(None) as (app, pilot):
+        app.engines.ask_fork("frozen", 50)
+        await until(pilot, lambda: isinstance(app.screen, FormDialog))
+        await pilot.press("tab", "k")
+        field = app.screen.query_one("#overrides", Input)
+        suggested = KeySuggester({"kl.beta": "0.05"})
+        assert await suggested.get_suggestion("a=1 k") == "a=1 kl.beta="
+        assert await suggested.get_suggestion("kl.beta=") == "kl.beta=0.05"
+        await until(pilot, lambda: app.screen.focused is field)
+        await pilot.pause(0.1)
+        await pilot.press("tab", *"0.2", "enter")
+        await until(pilot, lambda: app.ran)
+        named = ["--from", "50", "--name", "frozen-fork", "-o", "kl.beta=0.2", "--detach"]
+        assert app.ran == [["fork", "frozen", *named]]
+
+
+async def test_a_run_is_started_from_a_file_whose_path_is_completed(
+    seat, until, tmp_path, root, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my run.yaml").write_text((root / "frozen" / "config.yaml").read_text())
+    async with seat(None) as (app, pilot):
+        await form(app, pilot, until, "N")
+        await pilot.press("m", "y")
+        await until(pilot, lambda: effect(app) == "continue with  my run.yaml")
+        await pilot.pause(0.1)
+        await pilot.press("tab")
+        await until(pilot, lambda: "200 steps, folder:" in effect(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: app.ran)
+        assert app.ran == [["run", str(tmp_path / "my run.yaml"), "--detach"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("kl: {bta: 1}", "unknown key 'kl.bta'"), ("- 1", "must contain sections"),
+     ("a: [", "line 1"), (None, "no configuration file at")],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_explained_in_a_line(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(FormError) as caught:
+        check_config_file(tmp_path / "sessions", str(path), "", [])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "sessions").exists()
+
+
+def test_values_with_spaces_are_quoted():
+    assert split_overrides("a.b='x y' c=1") == ["a.b=x y", "c=1"]
+    with pytest.raises(FormError, match="quote"):
+        split_overrides("a='x")
+
+
+def test_paths_complete_to_folders_and_yaml_files(tmp_path):
+    for name in ("run-a.yaml", "run-b.yml", "run.txt", ".run.yaml", "run\x1b[2J.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / "runs").mkdir()
+    assert completions(f"{tmp_path}/ru") == ["run-a.yaml", "run-b.yml", "runs/"]
+    assert completions(str(Path(tmp_path, "none", "x"))) == []

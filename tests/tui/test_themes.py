@@ -1,0 +1,113 @@
+"""The palettes for terminals of few colours, as rich converts them."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+from rich.color import Color as RichColor
+from rich.color import ColorSystem
+from textual.color import Color
+
+from engine.errors import UserInputError
+from rlhf_tui.app.themes import PALETTES, contrast
+from rlhf_tui.state.preferences import THEME_NAMES
+from rlhf_tui.terminal_colors import VARIABLE, choose
+from rlhf_tui.widgets.samples.heat import COLD, HEAT
+from rlhf_tui.widgets.tones import TONES
+
+TARGETS = {"truecolor": ColorSystem.TRUECOLOR, "256": ColorSystem.EIGHT_BIT,
+           "standard": ColorSystem.STANDARD}  # fmt: skip
+ALL = [(system, theme) for system in PALETTES for theme in THEME_NAMES]
+every_palette = pytest.mark.parametrize(("system", "theme"), ALL)
+
+
+def shown(palette, system, colour):
+    """The colour's number in the terminal, or its triplet."""
+    converted = RichColor.parse(colour).downgrade(TARGETS[system])
+    return converted.number if converted.triplet is None else converted.triplet
+
+
+def test_each_colour_system_has_all_themes():
+    assert all(set(palettes) == set(THEME_NAMES) for palettes in PALETTES.values())
+
+
+@every_palette
+def test_what_must_differ_differs_in_the_terminal(system, theme):
+    palette = PALETTES[system][theme]()
+
+    def of(*colours):
+        return [shown(palette, system, colour) for colour in colours]
+
+    for group in (
+        of(palette.ground, palette.band),
+        of(palette.ground, palette.bar, palette.focus),
+        of(palette.ground, palette.cursor),
+        of(palette.ground, palette.raw, palette.series[0], palette.band),
+        of(palette.ground, *palette.series),
+        of(palette.good, palette.warn, palette.bad, palette.ground),
+    ):
+        assert len(set(group)) == len(group)
+    steps = [tuple(of(*step)) for step in (*palette.heat, *palette.cold)]
+    assert len({*steps, tuple(of(palette.ground, palette.text))}) == len(steps) + 1
+
+
+@every_palette
+def test_text_can_be_read_on_its_background(system, theme):
+    palette = PALETTES[system][theme]()
+    pairs = [
+        *itertools.product((palette.ground, palette.focus, palette.cursor), (palette.text,)),
+        *palette.heat,
+        *palette.cold,
+        *((palette.ground, c) for c in (palette.good, palette.warn, palette.bad, palette.dim)),
+    ]
+    ratios = [contrast(Color.parse(a), Color.parse(b)) for a, b in pairs]
+    assert min(ratios) > 3  # WCAG 2 for large text; most are far above
+
+
+def test_a_terminal_s_palette_is_its_own(make_app, monkeypatch):
+    monkeypatch.delenv("COLORTERM", raising=False)
+    grounds = []
+    for term in ("xterm-256color", "xterm-16color", "linux"):
+        monkeypatch.setenv("TERM", term)
+        grounds.append(make_app().current_theme.variables["band"])
+    assert grounds == ["#005f00", "#555555", "#555555"]
+
+
+def test_strong_values_above_and_below_the_centre_differ_without_colour():
+    tones = [TONES[name] for name in (*HEAT[2:], *COLD[2:])]
+    looks = {tone.style if tone.no_color is None else tone.no_color for tone in tones}
+    assert len(looks) == len(tones)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, {}),
+        ({"TERM": "linux", VARIABLE: "256"}, {"TEXTUAL_COLOR_SYSTEM": "256"}),
+        ({"TERM": "xterm-256color", VARIABLE: "16"}, {"TEXTUAL_COLOR_SYSTEM": "standard"}),
+        ({"TERM": "linux", VARIABLE: "none"}, {"NO_COLOR": "1"}),
+    ],
+)
+def test_the_terminal_s_colours_are_as_chosen(given, expected):
+    environment = dict(given)
+    choose(environment)
+    assert environment == given | expected
+
+
+@pytest.mark.parametrize(
+    ("term", "expected"), [("xterm-256color", "256"), ("linux", "None"), ("no-such-one", "None")]
+)
+def test_without_a_choice_the_colours_are_those_of_terminfo(term, expected):
+    # curses reads terminfo once a process.
+    code = "from rlhf_tui.terminal_colors import choose; environment = {'TERM': '%s'}; "
+    code += "choose(environment); print(environment.get('TEXTUAL_COLOR_SYSTEM'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code % term], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
+
+
+def test_a_choice_that_there_is_not_names_those_there_are():
+    with pytest.raises(UserInputError, match="must be one of auto, truecolor, 256, 16, none"):
+        choose({VARIABLE: "many"})

@@ -1,0 +1,183 @@
+"""What happened to a run, by time: crashes, abandoned branches, and why it is paused."""
+
+import msgspec
+import pytest
+
+from engine.config.settings import SettingChange
+from engine.journal.rows import (
+    AlertEvent,
+    AttemptEvent,
+    AttemptRow,
+    CheckpointEvent,
+    CommandEvent,
+    ErrorEvent,
+    EventRow,
+    NoteEvent,
+    StateEvent,
+)
+from rlhf_tui.state.timeline import short_condition
+from rlhf_tui.state.updates import SessionUpdate
+from rlhf_tui.widgets.status_lines import StatusLine
+from tests.tui.panels import command, make_state, text
+
+
+def attempts(*from_steps):
+    return [
+        AttemptRow(
+            attempt=number, from_step=step, fresh=False, started=1.0, ended=None, pid=7,
+            host="box", version="1",
+        )
+        for number, step in enumerate(from_steps, start=1)
+    ]  # fmt: skip
+
+
+def events(*given):
+    """Events of (attempt, step, payload), numbered in order; the clock runs backwards."""
+    kinds = {"StateEvent": "state", "ErrorEvent": "error"}
+    return [
+        EventRow(
+            event=number, time=900.0 - number, attempt=attempt, step=step, payload=payload,
+            kind=kinds.get(type(payload).__name__, type(payload).__name__.lower()[:-5]),
+        )
+        for number, (attempt, step, payload) in enumerate(given, start=1)
+    ]  # fmt: skip
+
+
+def beta(step, *, live=True, command_id="beta", **given):
+    return command(
+        "applied", id=command_id, applied_step=step, ended=2.0, live=live,
+        changes=[SettingChange(key="beta", old=0.1, new=0.2)], **given,
+    )  # fmt: skip
+
+
+def rolled_back():
+    """A run that was changed, alerted and saved up to step 60, and then rolled back to step 25."""
+    back = command(
+        "applied", id="back", command="rollback", args={"step": 25}, applied_step=26, ended=3.0,
+        live=False,
+    )  # fmt: skip
+    state = make_state(attempts=attempts(0, 25), step=30)
+    found = events(
+        (1, 0, AttemptEvent(attempt=1)),
+        (1, 20, CommandEvent(id="early")),
+        (1, 25, CheckpointEvent(score=1.0, kl=2.0)),
+        (1, 40, CommandEvent(id="beta")),
+        (1, 50, AlertEvent(rule="kl_high", text="objective/kl is 9, above 6")),
+        (1, 60, NoteEvent(text="odd", who="ana")),
+        (1, 60, CommandEvent(id="back")),
+        (2, 25, AttemptEvent(attempt=2, from_step=25)),
+        (2, 28, AlertEvent(rule="kl_high", text="objective/kl is 8, above 6")),
+    )
+    commands = [beta(21, command_id="early"), beta(41, live=False), back]
+    state.take(SessionUpdate(events=found, commands=commands))
+    return state
+
+
+def test_a_roll_back_keeps_what_happened_on_the_abandoned_branch_and_marks_it():
+    abandoned = [(m.kind, m.step) for m in rolled_back().timeline() if m.abandoned]
+    assert abandoned == [("command", 41), ("alert", 50), ("note", 60)]
+
+
+def test_the_timeline_is_in_the_journal_s_order_whatever_step_and_clock_say():
+    assert [m.step for m in rolled_back().timeline()] == [0, 21, 25, 41, 50, 60, 25, 25, 28]
+
+
+def test_the_effect_of_the_newest_change_is_not_that_of_an_abandoned_one():
+    assert "step 21" in rolled_back().beta_source()
+
+
+def test_an_engine_that_died_is_in_the_timeline_where_its_attempt_ended():
+    state = make_state(attempts=attempts(0, 20))
+    state.take(
+        SessionUpdate(
+            events=events(
+                (1, 0, AttemptEvent(attempt=1)),
+                (1, 20, CheckpointEvent()),
+                (2, 20, AttemptEvent(attempt=2, from_step=20)),
+            ),
+            past={"objective/kl": [(1, 21, 1.0), (1, 22, 1.0)]},
+        )
+    )
+    told = [(m.step, m.kind, m.text) for m in state.timeline()[2:]]
+    assert told == [
+        (22, "crash", "engine died (no exit message)"),
+        (20, "attempt", "resumed from step 20"),
+    ]
+
+
+def test_an_engine_that_is_dead_now_is_the_newest_entry():
+    state = make_state(state="crashed", pid=None)
+    state.take(SessionUpdate(events=events((1, 0, AttemptEvent(attempt=1)))))
+    assert (state.timeline()[-1].kind, state.timeline()[-1].step) == ("crash", 50)
+
+
+def test_a_restart_is_told_once_with_its_error():
+    state = make_state(attempts=attempts(0, 20))
+    error = "rank 0 was ended by SIGKILL"
+    state.take(
+        SessionUpdate(
+            events=events(
+                (1, 0, AttemptEvent(attempt=1)),
+                (1, 30, ErrorEvent(text=error)),
+                (1, 30, AlertEvent(rule="restart", text=f"{error}: restart 1 of 3 from step 20")),
+                (2, 20, AttemptEvent(attempt=2, from_step=20)),
+            )
+        )
+    )
+    told = [m.text for m in state.timeline()[1:]]
+    assert told == [error, "restarted from step 20"]
+
+
+def test_an_engine_that_stopped_did_not_die():
+    state = make_state(attempts=attempts(0, 30))
+    state.take(
+        SessionUpdate(
+            events=events(
+                (1, 0, AttemptEvent(attempt=1)),
+                (1, 30, StateEvent(state="stopped")),
+                (2, 30, AttemptEvent(attempt=2, from_step=30)),
+            )
+        )
+    )
+    told = [m.text for m in state.timeline()]
+    assert told == ["started", "stopped", "resumed from step 30"]
+
+
+def test_a_fork_does_not_tell_its_parent_s_end_as_a_death():
+    state = make_state(attempts=attempts(0, 20))
+    first, second = events((1, 0, AttemptEvent()), (2, 20, AttemptEvent(attempt=2, from_step=20)))
+    second = msgspec.structs.replace(second, data='{"fork": {"from": "run-1", "step": 20}}')
+    state.take(SessionUpdate(events=[first, second]))
+    assert [m.text for m in state.timeline()] == ["started", "forked from run-1 at step 20"]
+
+
+def test_a_change_that_a_resume_replays_later_is_not_beta_s_source_yet():
+    state = make_state(attempts=attempts(0, 20), step=22)
+    state.take(SessionUpdate(commands=[beta(41)]))
+    assert state.beta_source() == "controller"
+
+
+@pytest.mark.parametrize(
+    ("who", "words"),
+    [
+        ("guard rail kl_high", "paused by kl_high at step 50: KL 9 > 6"),
+        ("ana on pts/1", "paused after step 50"),
+    ],
+)
+def test_the_top_line_says_what_paused_the_run(who, words):
+    state = make_state(state="paused")
+    alert = AlertEvent(rule="kl_high", text="objective/kl is 9, above 6", action="pause")
+    pause = command("applied", command="pause", args={}, who=who, applied_step=51, ended=2.0)
+    state.take(SessionUpdate(events=events((1, 50, alert)), commands=[pause]))
+    assert words in text(StatusLine(state))
+
+
+def test_a_reason_that_the_engine_recorded_is_taken_as_it_is():
+    assert "paused by disk full" in text(
+        StatusLine(make_state(state="paused", pause_reason="disk full"))
+    )
+
+
+def test_conditions_that_are_no_bounds_are_not_shortened():
+    assert short_condition("a fell by 50% to 1") == "a fell by 50% to 1"
+    assert short_condition("objective/kl is 7, above 2 × target (3)") == "KL 7 > 2 × target (3)"
