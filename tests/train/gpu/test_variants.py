@@ -37,6 +37,10 @@ VARIANTS = {
         "reward.missing_eos_penalty=1",
     ],
     "stop strings": ["rollout.stop=[' the', 'e']", "ppo.stop_kl=10"],
+    "grpo, entropy bonus, KL in the loss": [
+        "ppo.advantage=grpo", "rollout.per_prompt=2", "ppo.entropy_coef=0.01", "kl.place=loss",
+        "kl.estimator=k3", "ppo.loss_aggregation=sequence",
+    ],
     "two responses at once": ["rollout.at_once=2", "rollout.max_new_tokens=12"],
 }  # fmt: skip
 
