@@ -44,7 +44,7 @@ from engine.protocol.client import Client
 from engine.session import folder as session_folder
 from engine.session import registry
 from engine.session.states import ENDED_STATES, LIVE_STATES
-from engine.session.temporary import TemporaryFolder
+from engine.session.temporary import LOCK, TemporaryFolder
 
 modest = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -114,7 +114,7 @@ def test_temporary_folders_of_killed_processes_are_removed_by_the_next(tmp_path,
     (abandoned,) = tmp_path.iterdir()
     alive = TemporaryFolder()
     for folder in (abandoned, alive.path):
-        os.utime(folder / "lock", (1, 1))  # long ago
+        os.utime(folder / LOCK, (1, 1))  # long ago
     newest = TemporaryFolder()
     assert set(tmp_path.iterdir()) == {alive.path, newest.path}
     for folder in (alive, newest):
