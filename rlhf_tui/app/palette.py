@@ -90,6 +90,7 @@ DESCRIPTIONS = {
     "label('hack')": "label the response as reward hacking, or remove that label",
     "take_in": "show the responses that arrived while the list was kept still",
     "same_prompt": "show all responses to the prompt of this one",
+    "held_out": "switch between responses of training and those to held-out prompts (evaluation)",
     "probes": "read the probes of this run again",
     "remark": "write a note on the response",
     "compare": "compare the response with the reference's or an earlier one",
@@ -97,6 +98,8 @@ DESCRIPTIONS = {
     "better('other')": "prefer the other response to this one",
     "other(-1)": "compare with a newer response",
     "other(1)": "compare with an older response",
+    "other(-200)": "compare with the newest of the other responses",
+    "other(200)": "compare with the first response to this prompt",
     # of the log
     "search": "search the text of the log",
     "match(1)": "go to the next match",
