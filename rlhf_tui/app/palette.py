@@ -68,6 +68,7 @@ DESCRIPTIONS = {
     "pan(0.5)": "show later steps",
     "fit": "show all steps of the run",
     "enlarge": "show this panel on the full screen, or all of them again",
+    "open": "open the selected event; without one, show this chart on the full screen",
     "metrics": "choose which metrics have a chart",
     "columns": "change the number of chart columns",
     "log": "switch the chart between a linear and a logarithmic scale",

@@ -282,6 +282,9 @@ def test_the_strip_has_the_evaluation_in_the_steps_that_have_one():
     assert "▶ evaluate  25%" in text(PhaseStrip(state), 120, 1)
     state.take(SessionUpdate(phases=[Phase(rank=0, step=75, name="checkpoint")]))
     assert "✓ evaluate 7.0s" in text(PhaseStrip(state), 120, 1)
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=0, name="evaluate", done=1, total=4)]))
+    assert "▶ evaluate" in text(PhaseStrip(state), 120, 1)
+    assert "generate" not in text(PhaseStrip(state), 120, 1)
 
 
 def test_the_status_has_the_last_held_out_score(folder):

@@ -49,7 +49,7 @@ class PhaseStrip(Panel):
 
     def _line(self, phase: Phase, width: int, several: bool) -> Row:
         lead: list[Piece] = [(f" rank {phase.rank}", "dim")] if several else []
-        if phase.name not in ORDER:
+        if phase.name not in ORDER or not phase.step:  # step 0: before the first step
             return self._loading(lead, phase, width)
         after = self._clock(phase)
         for times in (True, False):
