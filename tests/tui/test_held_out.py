@@ -148,7 +148,7 @@ async def test_the_crosshair_shows_the_evaluation_before_the_first_step(opened, 
         assert "step 0" in app.screen.query_one("#cursor").text()
 
 
-async def test_a_run_without_evaluations_begins_with_step_1_and_has_no_held_out_responses(
+async def test_a_run_without_evaluations_begins_with_step_1_unless_another_is_overlaid(
     make_app, running, until
 ):
     app = make_app()
@@ -156,6 +156,11 @@ async def test_a_run_without_evaluations_begins_with_step_1_and_has_no_held_out_
         chart = app.screen.query(Chart).first()
         await until(pilot, lambda: "1–200" in chart.text())
         assert POINT not in chart.text()
+        chart.view.others["evaluated"] = {"eval/score": Series([(0, 0.5), (100, 1.0)])}
+        chart.update()
+        assert chart.text().count(POINT) == 2
+        assert chart.text().splitlines()[-1].strip().startswith("0–200")
+        chart.view.others.clear()
         await pilot.press("3", "E")
         await until(pilot, lambda: any("eval.every" in text for text in notices(app)))
 

@@ -105,9 +105,13 @@ class Chart(Widget, can_focus=True):
             empty=self._empty(name),
         )
 
+    def _companion(self) -> str:
+        """The held-out metric that is drawn beside the only one of this chart; empty for none."""
+        return metrics.describe(self.names[0]).held_out if len(self.names) == 1 else ""
+
     def _held_out(self) -> list[str]:
-        """The metric that is drawn beside the only one of this chart, if the run has it."""
-        name = metrics.describe(self.names[0]).held_out if len(self.names) == 1 else ""
+        """The held-out metric of this run that is drawn beside that of training, if it has one."""
+        name = self._companion()
         return [name] if name and self.state.shape(name) else []
 
     @staticmethod
@@ -152,7 +156,8 @@ class Chart(Widget, can_focus=True):
         for mark, _, style, curves in self._others():
             if name in curves:
                 lines.append(Line(curves[name], style, mark))
-            lines += [Line(curves[n], style, sparse=True) for n in self._held_out() if n in curves]
+            if (held_out := self._companion()) in curves:
+                lines.append(Line(curves[held_out], style, sparse=True))
         for i, each in enumerate(self.names):
             lines += self._own(each, self._style(i))
         # Below the curve of training, in whose cells only the points of this one are visible.
