@@ -5,9 +5,16 @@ import time
 import traceback
 from dataclasses import dataclass
 
+import torch
+
 from engine.errors import RewardError, error_text
 from engine.train.rewards.scores import validate_scores
-from engine.train.rewards.source import Reward, RewardCallError, RewardInputs
+from engine.train.rewards.source import (
+    IncompleteScoresError,
+    Reward,
+    RewardCallError,
+    RewardInputs,
+)
 from engine.train.rollout.rollout import ReportProgress
 
 log = logging.getLogger("engine")
@@ -25,7 +32,7 @@ class Caller:
     """Calls the sources of one run on rank 0."""
 
     retries: int
-    """Further calls of a source that raises."""
+    """Further calls of a source that raises, with the responses that it has not scored yet."""
 
     def __call__(
         self,
@@ -51,11 +58,29 @@ class Caller:
             RewardCallError: the source raised in every call.
         """
         delay = FIRST_DELAY
+        scores: dict[int, float | None] = {}
         for left in range(self.retries if retry else 0, -1, -1):
+            rows = [i for i in range(len(inputs)) if i not in scores]
+            part = inputs if not scores else inputs.select(torch.tensor(rows))
+            wait = delay
             try:
-                return validate_scores(name, reward(inputs, report), inputs)
+                scores |= zip(rows, validate_scores(name, reward(part, report), part), strict=True)
+                return [scores[i] for i in range(len(inputs))]
             except RewardError:
                 raise
+            except IncompleteScoresError as error:
+                scores |= {rows[i]: score for i, score in error.scores.items()}
+                text = (
+                    f"reward '{name}' at step {inputs.step}: {error} "
+                    f"({len(inputs) - len(scores)} of {len(inputs)} responses are not scored)"
+                )
+                if not left:
+                    again = error.works_again
+                    raise RewardCallError(
+                        text, _traceback(error), recovers=True, works_again=again
+                    ) from error
+                wait = max(delay, min(error.retry_after, MAX_DELAY))
+                log.warning("%s; these are asked for again in %.0f s", text, wait)
             # sys.exit() in a function is no reason to end the rank without a word.
             except (Exception, SystemExit) as error:
                 if not left:
@@ -65,7 +90,7 @@ class Caller:
                     "reward '%s' raised %s at step %d; it is called again in %.0f s",
                     name, _exception_text(error), inputs.step, delay,
                 )  # fmt: skip
-            time.sleep(delay)
+            time.sleep(wait)
             delay = min(2 * delay, MAX_DELAY)
             report(0, len(inputs))  # the watchdog must not take the wait for a hang
         raise AssertionError("the last call returns or raises")

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.config.schema import RewardSource
 from engine.errors import RewardError
 from engine.train.distributed.ranks import PeerRankError, RankGroup
-from engine.train.rewards import function, model
+from engine.train.rewards import function, judge, model, service
 from engine.train.rewards.calls import Caller
 from engine.train.rewards.scores import validate_scores
 from engine.train.rewards.source import (
@@ -23,7 +23,12 @@ from engine.train.rewards.source import (
 )
 from engine.train.rollout.rollout import ReportProgress
 
-KINDS: dict[str, SourceKind] = {"model": model.KIND, "function": function.KIND}
+KINDS: dict[str, SourceKind] = {
+    "model": model.KIND,
+    "function": function.KIND,
+    "service": service.KIND,
+    "judge": judge.KIND,
+}
 """Kinds of sources, by the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
 
 
@@ -170,7 +175,7 @@ class RewardMix:
     ) -> list[float | None]:
         """Calls the source on rank 0; broadcasts its scores, or raises its error on every rank."""
         outcome = _Outcome()
-        failure: RewardError | None = None
+        failure: RewardError | RewardCallError | None = None
         if reward is not None:
             try:
                 scores = self._call(name, reward, inputs, report, retry=retry)
@@ -178,7 +183,8 @@ class RewardMix:
             except RewardError as error:  # raised below, once the other ranks know
                 failure, outcome = error, _Outcome(unusable=str(error))
             except RewardCallError as error:
-                outcome = _Outcome(raised=str(error), trace=error.trace)
+                failure = error
+                outcome = _Outcome(raised=str(error), trace=error.trace, recovers=error.recovers)
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(outcome))
         outcome = msgspec.msgpack.decode(data, type=_Outcome)
         if failure is not None:
@@ -186,7 +192,7 @@ class RewardMix:
         if outcome.unusable:
             raise PeerRankError(outcome.unusable)
         if outcome.raised:
-            raise RewardCallError(outcome.raised, outcome.trace)
+            raise RewardCallError(outcome.raised, outcome.trace, recovers=outcome.recovers)
         return outcome.scores
 
 
@@ -197,6 +203,7 @@ class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
     unusable: str = ""
     raised: str = ""
     trace: str = ""
+    recovers: bool = False
 
 
 def load_rewards(
