@@ -41,6 +41,7 @@ from engine.protocol.rank_messages import (
     Rejected,
     ReplayedChange,
     ToRank,
+    Unpaused,
 )
 from engine.session.folder import Session
 from engine.train.checkpointing import CheckpointManager
@@ -48,6 +49,7 @@ from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
 from engine.train.models.reference_update import mix_into_reference
 from engine.train.reports.probe import answer_probe
+from engine.train.rewards.recovery import Recovery
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run, max_response_tokens
 
@@ -66,6 +68,8 @@ class BoundaryBroadcast(msgspec.Struct):
     seconds: float
     """Training time so far. Equal on all ranks, so `train.max_hours` ends them at the same step."""
     beta: float
+    recovered: bool = False
+    """Whether the reward source that the run is paused for works again."""
 
 
 def update_reference(run: Run) -> None:
@@ -95,6 +99,9 @@ class Boundary:
         self.checkpoints = CheckpointManager(session.checkpoints, run, link, begin)
         """Saves the run's checkpoints."""
         self._paused = begin.paused
+        self._recovers = False
+        """Whether the pause ends by itself. A command to pause makes it one that does not."""
+        self._recovery: Recovery | None = None
         self._stop_ids: list[str] = []
         self._ended = False
         self._reached = False
@@ -112,13 +119,13 @@ class Boundary:
                 self._replay_change(replayed)
         # A step that is repeated must not have them again.
         self._replay = [r for r in self._replay if r.step != step]
-        self._execute(self._next_commands())
+        self._execute_next()
         reported = time.monotonic()
         while self._paused and not self._stop_ids:
             if time.monotonic() - reported > PAUSE_REPORT_INTERVAL:
                 reported = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
-            self._execute(self._next_commands(wait=PAUSE_POLL_INTERVAL))
+            self._execute_next(wait=PAUSE_POLL_INTERVAL)
         follows = not self._stop_ids and self._end_reason() is None
         if follows:
             update_reference(self._run)
@@ -129,12 +136,36 @@ class Boundary:
 
         Call :meth:`before_step` again: it executes commands, like in any pause, and returns when
         the step is to be repeated. Call it on all ranks; the error is the same on all of them.
+        If the error says that the source may recover, it is tried from time to time, and the pause
+        ends when it works again.
         """
-        self._paused = True
+        # An attempt that begins paused computes rewards before its first boundary.
+        already = self._paused and not self._recovers
+        self._set_pause(True)
+        self._recovers = error.recovers and not already
+        if self._recovers and error.works_again is not None:
+            self._recovery = Recovery(error.works_again)
         step = self._run.state.step
         reason = str(error)
+        if self._recovers:
+            reason += "; the run resumes by itself when that works again"
         log.error("%s; the run pauses\n%s", reason, error.trace)
-        self._link.send(Paused(step=step, rule="reward", reason=reason, traceback=error.trace))
+        self._link.send(
+            Paused(
+                step=step,
+                rule="reward",
+                reason=reason,
+                traceback=error.trace,
+                recovers=self._recovers,
+            )
+        )
+
+    def _set_pause(self, paused: bool) -> None:
+        """Pauses or unpauses; in either case no source is waited for any more."""
+        self._paused, self._recovers = paused, False
+        if self._recovery is not None:
+            self._recovery.cancel()
+            self._recovery = None
 
     def _end_reason(self) -> str | None:
         train, state = self._run.config.train, self._run.state
@@ -153,7 +184,20 @@ class Boundary:
 
     # -- commands -----------------------------------------------------------------------------
 
-    def _next_commands(self, wait: float = 0.0) -> list[ToRank]:
+    def _execute_next(self, wait: float = 0.0) -> None:
+        """Executes rank 0's new commands, and ends a pause for a source that works again.
+
+        The commands come first: a person's pause in the same moment stays.
+        """
+        received = self._next_broadcast(wait)
+        self._execute(received.commands)
+        if received.recovered and self._recovers:
+            self._set_pause(False)
+            text = "the reward source works again; the run resumes"
+            log.info("%s", text)
+            self._link.send(Unpaused(step=self._run.state.step, rule="reward", text=text))
+
+    def _next_broadcast(self, wait: float) -> BoundaryBroadcast:
         """Rank 0's new commands, on every rank.
 
         Training time and beta are broadcast with them: rank 0 measured or computed them, and they
@@ -165,13 +209,16 @@ class Boundary:
             commands = self._link.commands(wait)
             data = msgspec.msgpack.encode(
                 BoundaryBroadcast(
-                    commands=commands, seconds=run.state.seconds, beta=run.config.kl.beta
+                    commands=commands,
+                    seconds=run.state.seconds,
+                    beta=run.config.kl.beta,
+                    recovered=self._recovery is not None and self._recovery.recovered,
                 )
             )
         received = msgspec.msgpack.decode(run.ranks.broadcast_bytes(data), type=BoundaryBroadcast)
         run.state.seconds = received.seconds
         self._set({"beta": received.beta})
-        return received.commands
+        return received
 
     def _execute(self, commands: list[ToRank]) -> None:
         for message in commands:
@@ -201,9 +248,9 @@ class Boundary:
         step, changes, result = self._run.state.step + 1, [], {}
         match command:
             case Pause():
-                self._paused = True
+                self._set_pause(True)
             case Unpause():
-                self._paused = False
+                self._set_pause(False)
             case Stop():
                 self._stop_ids.append(command_id)
                 return None
@@ -299,6 +346,7 @@ class Boundary:
 
     def close(self) -> None:
         """Lets a running save finish; for a run that ends with an error, too."""
+        self._set_pause(self._paused)
         self.checkpoints.close()
 
     def finish(self) -> None:

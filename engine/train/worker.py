@@ -240,7 +240,10 @@ def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError |
         return evaluate_if_due(run, step), None
     except RewardCallError as error:
         text = f"{error}; step {step} is not evaluated"
-        return Evaluation(), RewardCallError(text, error.trace)
+        problem = RewardCallError(
+            text, error.trace, recovers=error.recovers, works_again=error.works_again
+        )
+        return Evaluation(), problem
 
 
 def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:
