@@ -236,7 +236,7 @@ class RankMessageHandler:
         self._state.paused, self._state.pause_reason = True, message.reason
         self._state.pause_recovers = message.recovers
         self._state.timer.restart()
-        evidence = {"traceback": message.traceback}
+        evidence = {"traceback": message.traceback} if message.traceback else {}
         alert = Alert(message.rule, "pause", message.reason, message.step, evidence)
         self._publisher.alert(alert)
         self._show_state()

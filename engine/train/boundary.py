@@ -149,7 +149,7 @@ class Boundary:
         reason = str(error)
         if self._recovers:
             reason += "; the run resumes by itself when that works again"
-        log.error("%s; the run pauses\n%s", reason, error.trace)
+        log.error("%s", "\n".join(filter(None, [f"{error}; the run pauses", error.trace])))
         self._link.send(
             Paused(
                 step=step,

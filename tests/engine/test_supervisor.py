@@ -325,6 +325,15 @@ async def begin_of(engine, folder):
         return begin
 
 
+async def test_ranks_begin_paused_unless_the_pause_would_have_ended_by_itself(engine, tmp_path):
+    engine.shared.paused = True
+    assert (await begin_of(engine, tmp_path)).paused
+    engine.receive(OUTAGE)
+    (tmp_path / "link.sock").unlink()
+    assert not (await begin_of(engine, tmp_path)).paused
+    assert not engine.shared.paused
+
+
 async def test_values_that_an_earlier_version_accepted_are_not_replayed(engine, writer, tmp_path):
     for number, (step, old, new) in enumerate(((2, 4, 10**19), (3, 10**19, 4), (4, 4, 6))):
         writer.change(str(number), step, old, new, key="epochs")

@@ -75,9 +75,9 @@ class Caller:
                     f"({len(inputs) - len(scores)} of {len(inputs)} responses are not scored)"
                 )
                 if not left:
-                    again = error.works_again
+                    # The text says everything: a traceback would show our own code alone.
                     raise RewardCallError(
-                        text, _traceback(error), recovers=True, works_again=again
+                        text, recovers=True, works_again=error.works_again
                     ) from error
                 wait = max(delay, min(error.retry_after, MAX_DELAY))
                 log.warning("%s; these are asked for again in %.0f s", text, wait)

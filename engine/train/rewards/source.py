@@ -147,7 +147,7 @@ class RewardCallError(RlhfError):
     ) -> None:
         super().__init__(text)
         self.trace = trace
-        """The traceback, for the journal."""
+        """The traceback, for the journal; empty if the text says everything."""
         self.recovers = recovers
         """Whether the run resumes by itself once the source works again."""
         self.works_again = works_again
