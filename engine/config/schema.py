@@ -7,7 +7,7 @@ are filled in, so a session's ``config.yaml`` states every value of the run.
 The docstrings of sections and keys are user documentation: docs/configuration.md is made of them.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -20,6 +20,7 @@ NonNegative = Annotated[float, Meta(ge=0, le=1e12)]
 Coefficient = Annotated[float, Meta(ge=0, le=1e6)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
+Bounded = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Seconds = Annotated[float, Meta(ge=1e-9, le=1e9)]
 Count = Annotated[int, Meta(ge=1, le=10**12)]
 Whole = Annotated[int, Meta(ge=0, le=10**12)]
@@ -74,13 +75,51 @@ class LoRAConfig(Section, frozen=True):
     layers except the output layer."""
 
 
-SOURCE_KEYS = ("model", "function")
+SOURCE_KEYS = ("model", "function", "service", "judge")
 """The keys that name the origin of a score; a reward source has exactly one of them.
 :mod:`engine.train.rewards.mix` has the loader of each."""
+SOURCE_OPTIONS = ("label", "protocol", "judging", "http")
+"""Further keys that `reward` and an entry of `reward.mix` have in common."""
+
+
+class HTTPConfig(Section, frozen=True):
+    """The requests to a `service` or a `judge`."""
+
+    token_env: str | None = None
+    """Name of an environment variable that holds a bearer token. The token itself is never stored,
+    logged or shown."""
+    timeout: Annotated[float, Meta(ge=0.01, le=1e6)] = 60.0
+    """Seconds within which the whole reply to a request must have arrived."""
+    concurrency: Annotated[int, Meta(ge=1, le=256)] = 8
+    """Requests at the same time."""
+    label_column: str | None = None
+    """Column that is sent as `labels` with `protocol: openrlhf`. Default: empty labels."""
+
+
+class JudgeConfig(Section, frozen=True):
+    """What a `judge` is asked, and how its reply is read."""
+
+    model: str | None = None
+    """Name of the model, as the endpoint knows it; required for a judge."""
+    template: str | None = None
+    """The text that the judge reads. `{prompt}`, `{response}` and `{COLUMN}`, for a column of the
+    data, are replaced; everything else stays as it is. Default: asks for a number from 1 to 10."""
+    parse: str | None = None
+    """A regular expression that is searched for in the reply; its first group is the number.
+    Default: the last number in the reply, which is 8 in `8/10`."""
+    scale: tuple[Bounded, Bounded] | None = None
+    """Lowest and highest number of the judge, such as `[1, 10]`, which become the scores 0 and 1. A
+    number outside counts as none. Default: the number is the score."""
+    unparsed: Bounded | None = None
+    """Score of a response whose reply has no number. Default: the judge is asked again, then the
+    run pauses."""
+    options: dict[str, Any] | None = None
+    """Further fields of the request, such as `{max_tokens: 512, seed: 1}`. `temperature` is 0
+    unless it is given; `{temperature: null}` leaves it out."""
 
 
 class RewardSource(Section, frozen=True):
-    """One source in a weighted sum of rewards; give either `model` or `function`."""
+    """A term of the weighted sum of scores: one of `model`, `function`, `service` and `judge`."""
 
     model: str | None = None
     """A sequence classifier: a model folder, a hub id, or `starter:reward`."""
@@ -88,6 +127,16 @@ class RewardSource(Section, frozen=True):
     """Index or name of the label whose logit is the score, if the classifier has several."""
     function: str | None = None
     """`module:function`, called with the arguments that TRL passes to reward functions."""
+    service: str | None = None
+    """URL of a service that scores responses."""
+    protocol: Literal["json", "openrlhf"] = "json"
+    """What a service is sent and returns: `json` as described in docs/rewards.md, `openrlhf` as a
+    remote reward model of OpenRLHF."""
+    judge: str | None = None
+    """URL of an OpenAI-compatible chat endpoint, such as `http://localhost:8000/v1`, whose model
+    rates each response."""
+    judging: JudgeConfig = JudgeConfig()
+    http: HTTPConfig = HTTPConfig()
     weight: Annotated[float, Meta(ge=-1e6, le=1e6)] = 1.0
     """Weight of the score in the sum. A source of weight 0 is watched and not obeyed: its score is
     recorded, with the samples and as a metric, and has no effect on training."""
@@ -124,7 +173,7 @@ class OverlongConfig(Section, frozen=True):
 
 
 class RewardConfig(Section, frozen=True):
-    """The origin of a response's score; give one of `model`, `function` and `mix`."""
+    """The origin of a score: one of `model`, `function`, `service`, `judge` and `mix`."""
 
     model: str | None = None
     """A sequence classifier: a model folder, a hub id, or `starter:reward`."""
@@ -132,6 +181,16 @@ class RewardConfig(Section, frozen=True):
     """Index or name of the label whose logit is the score, if the classifier has several."""
     function: str | None = None
     """`module:function`, called with the arguments that TRL passes to reward functions."""
+    service: str | None = None
+    """URL of a service that scores responses."""
+    protocol: Literal["json", "openrlhf"] = "json"
+    """What a service is sent and returns: `json` as described in docs/rewards.md, `openrlhf` as a
+    remote reward model of OpenRLHF."""
+    judge: str | None = None
+    """URL of an OpenAI-compatible chat endpoint, such as `http://localhost:8000/v1`, whose model
+    rates each response."""
+    judging: JudgeConfig = JudgeConfig()
+    http: HTTPConfig = HTTPConfig()
     mix: list[RewardSource] = []
     """Several sources; the score is the weighted sum of theirs."""
     path: str | None = None
@@ -148,21 +207,22 @@ class RewardConfig(Section, frozen=True):
     """Subtracted from the score of a truncated response."""
     overlong: OverlongConfig = OverlongConfig()
     batch_size: Count = 32
-    """Responses per forward pass of a reward model."""
+    """Responses per forward pass of a reward model, or per request to a service."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights and of the computation of reward models."""
     max_tokens: Count = 1024
     """Tokens of prompt and response that a reward model reads; earlier tokens are cut off."""
     retries: Annotated[int, Meta(ge=0, le=10)] = 3
-    """Further calls of a function that raises, after 1, 2, 4 … seconds; then the run pauses with
-    the error as its reason, and calls the function again when it is resumed."""
+    """Further calls of a function that raises, or further attempts of requests that fail, after 1,
+    2, 4 … seconds; then the run pauses with the error as its reason. It calls a function again when
+    it is resumed; it resumes by itself when a service or a judge works again."""
 
     def sources(self) -> list[RewardSource]:
-        """The sources to be summed; a single `model` or `function` is a list of one."""
+        """The sources to be summed; a single source is a list of one."""
         if self.mix:
             return self.mix
-        given = {key: getattr(self, key) for key in SOURCE_KEYS}
-        return [RewardSource(**given, label=self.label)]
+        given = {key: getattr(self, key) for key in (*SOURCE_KEYS, *SOURCE_OPTIONS)}
+        return [RewardSource(**given)]
 
     def models(self) -> list[RewardSource]:
         """The sources that are reward models."""

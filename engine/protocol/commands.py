@@ -37,6 +37,8 @@ class Moment:
     """`rollout.batch_size`."""
     checkpoint_steps: Callable[[], list[int]]
     """Returns the steps that a rollback can name. Reads the journal; may raise JournalError."""
+    recovers: bool = False
+    """Whether the present pause ends by itself once its reason is gone."""
 
 
 class Command(Struct, frozen=True, kw_only=True, tag_field="command", forbid_unknown_fields=True):
@@ -87,7 +89,8 @@ class Pause(Command, frozen=True, tag="pause"):
     dropped_after_failures: ClassVar[bool] = False  # a failure must not end a pause
 
     def check(self, moment: Moment) -> None:
-        if moment.paused:
+        # One that would end by itself becomes one that does not.
+        if moment.paused and not (moment.recovers and moment.state == "paused"):
             raise CommandRejectedError("the run is already paused")
 
 

@@ -174,6 +174,18 @@ class Paused(Message, frozen=True, tag="paused"):
     reason: str
     """`reward 'score' at step 5: ValueError: …`."""
     traceback: str = ""
+    recovers: bool = False
+    """Whether the ranks end the pause themselves once its reason is gone."""
+
+
+class Unpaused(Message, frozen=True, tag="unpaused"):
+    """The ranks have ended a pause by themselves, since its reason is gone."""
+
+    step: int
+    """The last completed step."""
+    rule: str
+    """Name of the notice."""
+    text: str
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -265,6 +277,7 @@ FromRank = (
     | Rejected
     | Notice
     | Paused
+    | Unpaused
     | Failed
     | Ended
 )

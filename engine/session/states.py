@@ -15,7 +15,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     "pausing": frozenset(
         {"starting", "running", "paused", "stopping", "finished", "stopped", "failed"}
     ),
-    "paused": frozenset({"starting", "running", "stopping", "stopped", "failed"}),
+    # A pause that would end by itself is turned into one that does not: pausing.
+    "paused": frozenset({"starting", "running", "pausing", "stopping", "stopped", "failed"}),
     "stopping": frozenset({"starting", "finished", "stopped", "failed"}),
     "finished": frozenset(),
     "stopped": frozenset(),

@@ -124,6 +124,7 @@ class CommandHandler:
         return Moment(
             state="stopping" if self._state.stop_now else self._publisher.state,
             paused=self._pending.paused_after(self._state.paused),
+            recovers=self._state.pause_recovers,
             settings=msgspec.convert(self._state.settings, Settings, strict=False),
             batch_size=self._config.rollout.batch_size,
             checkpoint_steps=partial(timeline_checkpoints, self._session),

@@ -32,6 +32,7 @@ from engine.protocol.rank_messages import (
     Rejected,
     ReplayedChange,
     StepReport,
+    Unpaused,
 )
 from engine.session.states import State
 from engine.supervisor.pending_commands import PendingCommands
@@ -118,6 +119,8 @@ class RankMessageHandler:
 
     def _send_begin(self) -> None:
         """Sends rank 0 its start and the commands that are still pending."""
+        if self._state.pause_recovers:  # new ranks find out whether the reason is gone
+            self._end_recovering_pause()
         attempt, journal = self._state.attempt, self._journal
         step = attempt.start.from_step
         attempt.send(
@@ -179,6 +182,8 @@ class RankMessageHandler:
                 self._publisher.notice(rule, text, step)
             case Paused():
                 self._paused(message)
+            case Unpaused():
+                self._unpaused(message)
             case Failed():
                 state.attempt.record_failure(message)
                 if self._ranks.count > 1:  # the others wait in a collective operation
@@ -217,8 +222,9 @@ class RankMessageHandler:
         state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
             state.paused = isinstance(command, Pause)
-            if not state.paused:
+            if not state.paused or state.pause_recovers:
                 state.pause_reason = None
+            state.pause_recovers = False
             state.timer.restart()
             self._show_state()
         elif message.changes:
@@ -228,11 +234,25 @@ class RankMessageHandler:
     def _paused(self, message: Paused) -> None:
         """Records a pause that the ranks began by themselves."""
         self._state.paused, self._state.pause_reason = True, message.reason
+        self._state.pause_recovers = message.recovers
         self._state.timer.restart()
-        evidence = {"traceback": message.traceback}
+        evidence = {"traceback": message.traceback} if message.traceback else {}
         alert = Alert(message.rule, "pause", message.reason, message.step, evidence)
         self._publisher.alert(alert)
         self._show_state()
+
+    def _unpaused(self, message: Unpaused) -> None:
+        """Records that the ranks ended such a pause."""
+        self._publisher.notice(message.rule, message.text, message.step)
+        self._end_recovering_pause()
+        self._state.timer.restart()
+        # A person's pause that is on its way to the ranks begins at the next boundary.
+        if self._publisher.state != "pausing":
+            self._show_state()
+
+    def _end_recovering_pause(self) -> None:
+        state = self._state
+        state.paused, state.pause_reason, state.pause_recovers = False, None, False
 
     def _show_state(self) -> None:
         state: State = "paused" if self._state.paused else "running"

@@ -21,6 +21,8 @@ class SupervisorState:
     paused: bool = False
     pause_reason: str | None = None
     """What asked for the pause that holds or is to come; None if a person did, or without one."""
+    pause_recovers: bool = False
+    """Whether the ranks end the pause by themselves once its reason is gone."""
     stopping: bool = False
     """A stop was accepted. It stays accepted after a restart of the ranks."""
     stop_now: bool = False

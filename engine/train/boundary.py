@@ -41,6 +41,7 @@ from engine.protocol.rank_messages import (
     Rejected,
     ReplayedChange,
     ToRank,
+    Unpaused,
 )
 from engine.session.folder import Session
 from engine.train.checkpointing import CheckpointManager
@@ -48,6 +49,7 @@ from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
 from engine.train.models.reference_update import mix_into_reference
 from engine.train.reports.probe import answer_probe
+from engine.train.rewards.recovery import Recovery
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run, max_response_tokens
 
@@ -68,6 +70,8 @@ class BoundaryBroadcast(msgspec.Struct):
     beta: float
     reached: bool
     """Whether `train.stop_at` is met. Ranks may differ, in times or in a sum's last bit."""
+    recovered: bool = False
+    """Whether the reward source that the run is paused for works again."""
 
 
 def update_reference(run: Run) -> None:
@@ -97,6 +101,9 @@ class Boundary:
         self.checkpoints = CheckpointManager(session.checkpoints, run, link, begin)
         """Saves the run's checkpoints."""
         self._paused = begin.paused
+        self._recovers = False
+        """Whether the pause ends by itself. A command to pause makes it one that does not."""
+        self._recovery: Recovery | None = None
         self._stop_ids: list[str] = []
         self._ended = False
         self._reached = False
@@ -115,15 +122,15 @@ class Boundary:
                 self._replay_change(replayed)
         # A step that is repeated must not have them again.
         self._replay = [r for r in self._replay if r.step != step]
-        commands = self._next_commands()
+        received = self._next_broadcast(0.0)
         self._begin_hold()
-        self._execute(commands)
+        self._execute_received(received)
         reported = time.monotonic()
         while self._paused and not self._stop_ids:
             if time.monotonic() - reported > PAUSE_REPORT_INTERVAL:
                 reported = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
-            self._execute(self._next_commands(wait=PAUSE_POLL_INTERVAL))
+            self._execute_received(self._next_broadcast(PAUSE_POLL_INTERVAL))
         follows = not self._stop_ids and self._end_reason() is None
         if follows:
             update_reference(self._run)
@@ -133,8 +140,9 @@ class Boundary:
         """Has :meth:`before_step` pause before a step whose reward could not be computed.
 
         It then executes commands, like in any pause, and returns when the step is to be repeated.
-        After the last step there is no pause, as nothing is left to repeat, but a notice. Call it
-        on all ranks; the error is the same on all of them.
+        If the error says that the source may recover, it is tried from time to time, and the pause
+        ends when it works again. After the last step there is no pause, as nothing is left to
+        repeat, but a notice. Call it on all ranks; the error is the same on all of them.
         """
         self._held = error
 
@@ -144,12 +152,34 @@ class Boundary:
         if error is None:
             return
         step, reason = self._run.state.step, str(error)
-        log.error("%s\n%s", reason, error.trace)
+        log.error("%s", "\n".join(filter(None, [reason, error.trace])))
         if self._end_reason() is not None:
             self._link.send(Notice(step=step, rule="reward", text=reason))
             return
-        self._paused = True
-        self._link.send(Paused(step=step, rule="reward", reason=reason, traceback=error.trace))
+        # An attempt that begins paused computes rewards before its first boundary.
+        already = self._paused and not self._recovers
+        self._set_pause(True)
+        self._recovers = error.recovers and not already
+        if self._recovers and error.works_again is not None:
+            self._recovery = Recovery(error.works_again)
+        if self._recovers:
+            reason += "; the run resumes by itself when that works again"
+        self._link.send(
+            Paused(
+                step=step,
+                rule="reward",
+                reason=reason,
+                traceback=error.trace,
+                recovers=self._recovers,
+            )
+        )
+
+    def _set_pause(self, paused: bool) -> None:
+        """Pauses or unpauses; in either case no source is waited for any more."""
+        self._paused, self._recovers = paused, False
+        if self._recovery is not None:
+            self._recovery.cancel()
+            self._recovery = None
 
     def _end_reason(self) -> str | None:
         train, state = self._run.config.train, self._run.state
@@ -168,7 +198,19 @@ class Boundary:
 
     # -- commands -----------------------------------------------------------------------------
 
-    def _next_commands(self, wait: float = 0.0) -> list[ToRank]:
+    def _execute_received(self, received: BoundaryBroadcast) -> None:
+        """Executes rank 0's new commands, and ends a pause for a source that works again.
+
+        The commands come first: a person's pause in the same moment stays.
+        """
+        self._execute(received.commands)
+        if received.recovered and self._recovers:
+            self._set_pause(False)
+            text = "the reward source works again; the run resumes"
+            log.info("%s", text)
+            self._link.send(Unpaused(step=self._run.state.step, rule="reward", text=text))
+
+    def _next_broadcast(self, wait: float) -> BoundaryBroadcast:
         """Rank 0's new commands, on every rank.
 
         Training time, beta and the verdict on `train.stop_at` are broadcast with them: rank 0
@@ -185,12 +227,13 @@ class Boundary:
                     seconds=run.state.seconds,
                     beta=run.config.kl.beta,
                     reached=self._reached,
+                    recovered=self._recovery is not None and self._recovery.recovered,
                 )
             )
         received = msgspec.msgpack.decode(run.ranks.broadcast_bytes(data), type=BoundaryBroadcast)
         run.state.seconds, self._reached = received.seconds, received.reached
         self._set({"beta": received.beta})
-        return received.commands
+        return received
 
     def _execute(self, commands: list[ToRank]) -> None:
         for message in commands:
@@ -220,9 +263,9 @@ class Boundary:
         step, changes, result = self._run.state.step + 1, [], {}
         match command:
             case Pause():
-                self._paused = True
+                self._set_pause(True)
             case Unpause():
-                self._paused = False
+                self._set_pause(False)
             case Stop():
                 self._stop_ids.append(command_id)
                 return None
@@ -318,6 +361,7 @@ class Boundary:
 
     def close(self) -> None:
         """Lets a running save finish; for a run that ends with an error, too."""
+        self._set_pause(self._paused)
         self.checkpoints.close()
 
     def finish(self) -> None:

@@ -245,9 +245,14 @@ def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError |
     """
     try:
         return evaluate_if_due(run, step), None
-    except (RewardCallError, RewardError, PeerRankError) as error:
-        trace = error.trace if isinstance(error, RewardCallError) else ""
-        return Evaluation(), RewardCallError(f"{error}; step {step} is not evaluated", trace)
+    except RewardCallError as error:
+        text = f"{error}; step {step} is not evaluated"
+        problem = RewardCallError(
+            text, error.trace, recovers=error.recovers, works_again=error.works_again
+        )
+        return Evaluation(), problem
+    except (RewardError, PeerRankError) as error:
+        return Evaluation(), RewardCallError(f"{error}; step {step} is not evaluated")
 
 
 def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:

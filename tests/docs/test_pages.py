@@ -1,12 +1,20 @@
 """The pages a user reads say what the code does."""
 
+import json
 import re
 from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
 
 from engine import starter
 from engine.config import file as config_file
 from engine.config.file import known_keys
+from engine.config.rules import check_config
+from engine.config.schema import RunConfig
 from engine.monitoring.guardrails import DEFAULT_RULES
+from examples import word_problems
 from scripts import metrics_page
 from scripts.configuration_page import page
 
@@ -59,3 +67,30 @@ def test_the_pages_on_the_objective_name_keys_that_exist():
     ours = {name for name in named if name.split(".")[0] in {k.split(".")[0] for k in keys}}
     assert len(ours) > 50
     assert not {name for name in ours if not any(f"{k}.".startswith(f"{name}.") for k in keys)}
+
+
+def test_the_reward_of_the_word_problems_tells_right_from_wrong(tmp_path):
+    data = tmp_path / "problems.jsonl"
+    word_problems.write(data, count=50, seed=1)
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    answers = [row["answer"] for row in rows]
+    as_messages = [[{"role": "assistant", "content": text}] for text in answers]
+    assert word_problems.correct(completions=answers, answer=answers, step=1) == [1.0] * 50
+    assert word_problems.correct(completions=as_messages, answer=answers) == [1.0] * 50
+    wrong = [f"{answer}1" for answer in answers]
+    assert word_problems.correct(completions=wrong, answer=answers) == [0.0] * 50
+    texts = ["#### 1,200", "so 1200.", "#### 1 #### 1200", "none", "####"]
+    given = ["#### 1200"] * len(texts)
+    assert word_problems.correct(completions=texts, answer=given) == [1, 1, 1, 0, 0]
+    assert word_problems.well_formed(completions=texts) == [1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("protocol", ["json", "yaml"])
+def test_the_page_of_rewards_has_whole_configurations_and_requests(protocol):
+    text = (DOCS / "rewards.md").read_text(encoding="utf-8")
+    for block in re.findall(rf"```{protocol}\n(.*?)```", text, re.DOTALL):
+        if protocol == "json":
+            assert len({len(v) for v in json.loads(block).values() if isinstance(v, list)}) == 1
+        else:
+            tree = yaml.safe_load(block) | {"model": {"policy": "m"}, "data": {"prompts": "p"}}
+            check_config(msgspec.convert(tree, RunConfig))

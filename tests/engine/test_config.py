@@ -233,7 +233,10 @@ def test_a_value_head_beside_adapters_learns_at_their_rate_and_elsewhere_at_ten_
         ("kl.horizon=10", "kl.horizon (10) is too small for rollout.batch_size (64)"),
         ("rollout.batch_size=63", "must be a multiple of ppo.minibatches (2)"),
         ("rollout.per_prompt=3", "must be a multiple of rollout.per_prompt (3)"),
-        ("reward.function=a:b", "exactly one of reward.model, reward.function and reward.mix"),
+        (
+            "reward.function=a:b",
+            "exactly one of reward.model, reward.function, reward.service, reward.judge and ",
+        ),
         ("reward.model=null", "(given: none)"),
         ("train.learning_rate=.inf", "train.learning_rate must be a finite number (it is inf)"),
         ("train.learning_rate=.nan", "train.learning_rate must be"),
@@ -251,6 +254,42 @@ def test_a_wrong_line_is_told_in_one_sentence(override, says):
     with pytest.raises(ConfigError) as caught:
         demo(override)
     assert says in str(caught.value)
+
+
+JUDGE = ("reward.model=null", "reward.judge='http://h/v1'", "reward.judging.model=m")
+SERVICE = ("reward.model=null", "reward.service='http://h/score'")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["reward.model=null", "reward.service=here"], "reward.service must be a URL such as"),
+        (["reward.model=null", "reward.service='ftp://h/'"], "must be a URL such as"),
+        (["reward.model=null", "reward.service='http://h:x/'"], "must be a URL such as"),
+        (["reward.model=null", "reward.service='http://a:secret@h/'"], "a user or a password"),
+        (["reward.protocol=openrlhf"], "reward.protocol needs reward.service"),
+        (["reward.judging.model=m"], "reward.judging needs reward.judge"),
+        (["reward.http.timeout=3"], "reward.http needs reward.service or reward.judge"),
+        ([*SERVICE, "reward.http.label_column=c"], "needs reward.protocol: openrlhf"),
+        ([*SERVICE, "reward.http.token_env=sk-secret"], "the name of an environment variable"),
+        ([*JUDGE, "reward.judging.model=null"], "reward.judging.model is missing"),
+        ([*JUDGE, "reward.judging.template=Rate it"], "must contain {response}"),
+        ([*JUDGE, "reward.judging.parse='('"], "not a regular expression"),
+        ([*JUDGE, "reward.judging.parse='[0-9]+'"], "needs a group"),
+        ([*JUDGE, "reward.judging.scale=[10, 1]"], "must rise"),
+        ([*JUDGE, "reward.judging.options={stream: true}"], "cannot contain stream"),
+        (
+            ["reward.model=null", "reward.mix=[{function: 'a:b'}]", "reward.http.timeout=3"],
+            "move it into reward.mix",
+        ),
+        (["eval.rewards=[{judge: 'http://h'}]"], "eval.rewards[0].judging.model is missing"),
+    ],
+)
+def test_keys_of_services_and_judges_that_make_no_sense_are_refused(overrides, says):
+    with pytest.raises(ConfigError) as caught:
+        demo(*overrides)
+    assert says in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from engine.protocol.rank_messages import (
     Paused,
     RankHello,
     Ready,
+    Unpaused,
 )
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.server import receive
@@ -224,6 +225,38 @@ async def test_a_pause_that_the_ranks_began_is_shown_and_can_be_ended(engine, wr
     assert pause_reasons(engine, writer) == {None}
 
 
+OUTAGE = Paused(step=3, rule="reward", reason="no service", recovers=True)
+
+
+async def test_a_pause_that_the_ranks_end_themselves_is_shown_as_ended(engine, writer):
+    engine.receive(OUTAGE)
+    assert pause_reasons(engine, writer) == {"no service"}
+    engine.receive(Unpaused(step=3, rule="reward", text="it works again"))
+    assert engine.state == "running"
+    assert pause_reasons(engine, writer) == {None}
+
+
+async def test_a_pause_that_would_end_by_itself_can_be_turned_into_a_persons(engine, writer):
+    engine.receive(OUTAGE)
+    assert engine.send(Pause()).status == "accepted"
+    assert engine.state == "pausing"
+    assert engine.send(Pause()).status == "rejected"
+    apply_pending(engine)
+    assert engine.state == "paused"
+    assert pause_reasons(engine, writer) == {None}
+    assert not engine.shared.pause_recovers
+
+
+async def test_a_persons_pause_stays_if_the_ranks_end_theirs_before_it_arrives(engine, writer):
+    engine.receive(OUTAGE)
+    engine.send(Pause())
+    engine.receive(Unpaused(step=3, rule="reward", text="it works again"))
+    assert engine.state == "pausing"
+    apply_pending(engine)
+    assert engine.state == "paused"
+    assert pause_reasons(engine, writer) == {None}
+
+
 @pytest.mark.parametrize("ending", ["stopping", "finished"])
 async def test_a_guard_rail_issues_no_command_to_a_run_that_ends(engine, writer, ending):
     engine.supervisor.publisher.set_state(ending)
@@ -290,6 +323,15 @@ async def begin_of(engine, folder):
         begin = rank_messages.decode_to_rank(await receive(reader))
         writer.close()
         return begin
+
+
+async def test_ranks_begin_paused_unless_the_pause_would_have_ended_by_itself(engine, tmp_path):
+    engine.shared.paused = True
+    assert (await begin_of(engine, tmp_path)).paused
+    engine.receive(OUTAGE)
+    (tmp_path / "link.sock").unlink()
+    assert not (await begin_of(engine, tmp_path)).paused
+    assert not engine.shared.paused
 
 
 async def test_values_that_an_earlier_version_accepted_are_not_replayed(engine, writer, tmp_path):

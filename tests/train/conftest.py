@@ -7,11 +7,14 @@ import torch
 
 from engine import starter
 from engine.config import file as config_file
+from engine.launch import environment
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
+from engine.train.link import Link
 from engine.train.load import fit_scales, load_run
 from engine.train.step import train_step
+from tests.train.supervisor_end import Supervisor
 
 SMALL = (
     "rollout.batch_size=8",
@@ -74,3 +77,16 @@ def assert_same_step():
             assert torch.equal(one, two), name
 
     return check
+
+
+@pytest.fixture
+def supervisor(tmp_path):
+    return Supervisor(tmp_path)
+
+
+@pytest.fixture
+def link(supervisor, monkeypatch):
+    """Rank 0's link to the supervisor."""
+    monkeypatch.setenv(environment.SOCKET_VARIABLE, str(supervisor.path))
+    monkeypatch.setenv(environment.TOKEN_VARIABLE, "token")
+    return Link(0)

@@ -2,21 +2,17 @@
 
 import shutil
 import socket
-import threading
 import time
 
 import pytest
 from msgspec.structs import replace
 
-from engine.launch import environment
-from engine.protocol import frames, rank_messages, sockets
 from engine.protocol.commands import Checkpoint, SetSetting, Stop
 from engine.protocol.rank_messages import (
     Applied,
     Begin,
     CheckpointComplete,
     CheckpointWritten,
-    Confirm,
     Notice,
     Paused,
     RankCommand,
@@ -27,64 +23,11 @@ from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.boundary import Boundary
 from engine.train.checkpointing import settings_digest
 from engine.train.checkpoints import folder as checkpoint_folder
-from engine.train.link import Link
 from engine.train.rewards.source import RewardCallError
 from engine.train.worker import prepare
+from tests.train.supervisor_end import DEADLINE
 
-DEADLINE = 120
-"""Seconds; generous, for a busy machine."""
 METRICS = {"objective/scores": 1.0, "objective/kl": 0.5}
-
-
-class Supervisor:
-    """The other end of a link: records messages, and confirms checkpoints once allowed."""
-
-    def __init__(self, folder):
-        self.listener, self.path = sockets.listen(folder)
-        self.received = []
-        self.may_confirm = threading.Event()
-        self._arrived = threading.Condition()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self):
-        self.peer, _ = self.listener.accept()
-        with self.peer.makefile("rb") as stream:
-            while header := stream.read(frames.HEADER.size):
-                message = rank_messages.decode_from_rank(stream.read(frames.frame_length(header)))
-                with self._arrived:
-                    self.received.append(message)
-                    self._arrived.notify_all()
-                if isinstance(message, CheckpointWritten):
-                    threading.Thread(target=self._confirm, args=(message.step,)).start()
-
-    def _confirm(self, step):
-        if self.may_confirm.wait(DEADLINE):
-            self.send(Confirm(step=step))
-
-    def send(self, message):
-        self.peer.sendall(frames.encode(message))
-
-    def wait_for(self, kind):
-        """Waits for a message of a type; returns the last one."""
-        with self._arrived:
-            assert self._arrived.wait_for(lambda: self.of(kind), DEADLINE), f"no {kind.__name__}"
-        return self.of(kind)[-1]
-
-    def of(self, kind):
-        return [m for m in self.received if isinstance(m, kind)]
-
-
-@pytest.fixture
-def supervisor(tmp_path):
-    return Supervisor(tmp_path)
-
-
-@pytest.fixture
-def link(supervisor, monkeypatch):
-    """Rank 0's link to the supervisor."""
-    monkeypatch.setenv(environment.SOCKET_VARIABLE, str(supervisor.path))
-    monkeypatch.setenv(environment.TOKEN_VARIABLE, "token")
-    return Link(0)
 
 
 @pytest.fixture

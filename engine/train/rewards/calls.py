@@ -3,9 +3,16 @@
 import traceback
 from collections.abc import Iterator
 
+import torch
+
 from engine.errors import LinkError, RewardError, error_text, shortened
 from engine.train.rewards.scores import shown, shown_prompt, validate_scores
-from engine.train.rewards.source import Reward, RewardCallError, RewardInputs
+from engine.train.rewards.source import (
+    IncompleteScoresError,
+    Reward,
+    RewardCallError,
+    RewardInputs,
+)
 from engine.train.rollout.rollout import ReportProgress
 
 FIRST_DELAY = 1.0
@@ -16,30 +23,59 @@ SHOWN_MESSAGE = 240
 """Characters of an exception's message in ours."""
 
 
-def call_source(
-    name: str, reward: Reward, inputs: RewardInputs, report: ReportProgress
-) -> list[float | None]:
-    """Calls a source on rank 0, once.
+class SourceCall:
+    """The calls of a source of rank 0 for the same responses.
 
-    Args:
-        name: of the source.
-        reward: the source.
-        inputs: B responses.
-        report: see :class:`Reward`.
-
-    Raises:
-        RewardError: the scores cannot be used. There is no retry: a function that returns them
-            would return them again.
-        RewardCallError: the source raised.
-        LinkError: the supervisor is gone, which `report` notices.
+    A service may score some of them and fail for others; only these are asked for again.
     """
-    try:
-        return validate_scores(name, reward(inputs, report), inputs)
-    except (RewardError, LinkError):
-        raise
-    # sys.exit() in a function is no reason to end the rank without a word.
-    except (Exception, SystemExit) as error:
-        raise RewardCallError(_describe(name, error, inputs), _traceback(error)) from error
+
+    def __init__(
+        self, name: str, reward: Reward, inputs: RewardInputs, report: ReportProgress
+    ) -> None:
+        """Calls nothing yet.
+
+        Args:
+            name: of the source.
+            reward: the source.
+            inputs: B responses.
+            report: see :class:`Reward`.
+        """
+        self._name = name
+        self._reward = reward
+        self._inputs = inputs
+        self._report = report
+        self._scores: dict[int, float | None] = {}
+
+    def __call__(self) -> list[float | None]:
+        """Calls the source once, with the responses that are not scored yet; returns B scores.
+
+        Raises:
+            RewardError: the scores cannot be used. There is no retry: a function that returns them
+                would return them again.
+            RewardCallError: the source raised.
+            LinkError: the supervisor is gone, which `report` notices.
+        """
+        name, count = self._name, len(self._inputs)
+        rows = [i for i in range(count) if i not in self._scores]
+        part = self._inputs.select(torch.tensor(rows)) if self._scores else self._inputs
+        try:
+            scores = validate_scores(name, self._reward(part, self._report), part)
+        except (RewardError, LinkError):
+            raise
+        except IncompleteScoresError as error:
+            self._scores |= {rows[i]: score for i, score in error.scores.items()}
+            left = count - len(self._scores)
+            text = f"reward '{name}' at step {part.step}: {error} "
+            # The text says everything: a traceback would show our own code alone.
+            raise RewardCallError(
+                f"{text}({left} of {count} responses are not scored)",
+                recovers=True, works_again=error.works_again, retry_after=error.retry_after,
+            ) from error  # fmt: skip
+        # sys.exit() in a function is no reason to end the rank without a word.
+        except (Exception, SystemExit) as error:
+            raise RewardCallError(_describe(name, error, part), _traceback(error)) from error
+        self._scores |= zip(rows, scores, strict=True)
+        return [self._scores[i] for i in range(count)]
 
 
 def retry_delays(retries: int) -> Iterator[float]:

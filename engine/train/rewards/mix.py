@@ -12,8 +12,8 @@ from torch import Tensor
 from engine.config.schema import RewardSource
 from engine.errors import RewardError
 from engine.train.distributed.ranks import PeerRankError, RankGroup
-from engine.train.rewards import function, model
-from engine.train.rewards.calls import call_source, retry_delays
+from engine.train.rewards import function, judge, model, service
+from engine.train.rewards.calls import MAX_DELAY, SourceCall, retry_delays
 from engine.train.rewards.scores import shown_prompt, validate_scores
 from engine.train.rewards.source import (
     LoadContext,
@@ -27,7 +27,12 @@ from engine.train.rollout.rollout import ReportProgress
 
 log = logging.getLogger("engine")
 
-KINDS: dict[str, SourceKind] = {"model": model.KIND, "function": function.KIND}
+KINDS: dict[str, SourceKind] = {
+    "model": model.KIND,
+    "function": function.KIND,
+    "service": service.KIND,
+    "judge": judge.KIND,
+}
 """Kinds of sources, by the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
 
 
@@ -177,32 +182,39 @@ class RewardMix:
         All ranks learn of each call, so that none waits in a collective, or is silent, for longer
         than one call takes.
         """
+        call = None if reward is None else SourceCall(name, reward, inputs, report)
         delays = retry_delays(self._retries if retry else 0)
         while True:
             try:
-                return self._call_on_rank_0(name, reward, inputs, report)
+                return self._call_on_rank_0(call)
             except RewardCallError as error:
                 delay = next(delays, None)
                 if delay is None:
                     raise
-                if reward is not None:
+                delay = max(delay, min(error.retry_after, MAX_DELAY))
+                if call is not None:
                     log.warning("%s; it is called again in %.0f s", error, delay)
             time.sleep(delay)
             report(0, len(inputs))
 
-    def _call_on_rank_0(
-        self, name: str, reward: Reward | None, inputs: RewardInputs, report: ReportProgress
-    ) -> list[float | None]:
-        """Calls the source once; broadcasts its scores, or raises its error on every rank."""
+    def _call_on_rank_0(self, call: SourceCall | None) -> list[float | None]:
+        """Calls the source once; broadcasts its scores, or raises its error on every rank.
+
+        `call` is None on ranks other than 0.
+        """
         outcome = _Outcome()
         failure: RewardError | RewardCallError | None = None
-        if reward is not None:
+        if call is not None:
             try:
-                outcome = _Outcome(scores=call_source(name, reward, inputs, report))
+                outcome = _Outcome(scores=call())
             except RewardError as error:  # raised below, once the other ranks know
                 failure, outcome = error, _Outcome(unusable=str(error))
             except RewardCallError as error:
-                failure, outcome = error, _Outcome(raised=str(error), trace=error.trace)
+                failure = error
+                outcome = _Outcome(
+                    raised=str(error), trace=error.trace, recovers=error.recovers,
+                    retry_after=error.retry_after,
+                )  # fmt: skip
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(outcome))
         outcome = msgspec.msgpack.decode(data, type=_Outcome)
         if failure is not None:
@@ -210,7 +222,10 @@ class RewardMix:
         if outcome.unusable:
             raise PeerRankError(outcome.unusable)
         if outcome.raised:
-            raise RewardCallError(outcome.raised, outcome.trace)
+            raise RewardCallError(
+                outcome.raised, outcome.trace, recovers=outcome.recovers,
+                retry_after=outcome.retry_after,
+            )  # fmt: skip
         return outcome.scores
 
 
@@ -221,6 +236,8 @@ class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
     unusable: str = ""
     raised: str = ""
     trace: str = ""
+    recovers: bool = False
+    retry_after: float = 0.0
 
 
 def load_rewards(

@@ -63,7 +63,8 @@ class Reward(Protocol):
         """Returns B scores; None for a response that this source does not score.
 
         A source of :attr:`RunsOn.RANK_0` may raise any exception. It is called again a few times,
-        then the run pauses; once it is resumed the source is called again.
+        then the run pauses; once it is resumed the source is called again. If it raises
+        :class:`IncompleteScoresError` it is called again with the responses that are left.
 
         Args:
             inputs: B responses.
@@ -107,13 +108,50 @@ class SourceKind:
     """Maps the configuration value to the source's name in the metrics, if the user gives none."""
 
 
+WorksAgain = Callable[[], bool]
+"""Tries whether a source that failed works again. It is called in a thread, and may block."""
+
+
+class IncompleteScoresError(Exception):
+    """A source could not score all responses, because a service failed."""
+
+    def __init__(
+        self,
+        text: str,
+        scores: dict[int, float | None],
+        *,
+        retry_after: float,
+        works_again: WorksAgain,
+    ) -> None:
+        super().__init__(text)
+        self.scores = scores
+        """Scores by the index of the response; those that are missing are asked for again."""
+        self.retry_after = retry_after
+        """Seconds to wait at least."""
+        self.works_again = works_again
+
+
 class RewardCallError(RlhfError):
     """A source that runs on rank 0 raised, and did so again. Raised on all ranks alike.
 
     Nothing of the step has changed yet, so that it can be repeated from its beginning.
     """
 
-    def __init__(self, text: str, trace: str = "") -> None:
+    def __init__(
+        self,
+        text: str,
+        trace: str = "",
+        *,
+        recovers: bool = False,
+        works_again: WorksAgain | None = None,
+        retry_after: float = 0.0,
+    ) -> None:
         super().__init__(text)
         self.trace = trace
-        """The traceback, for the journal."""
+        """The traceback, for the journal; empty if the text says everything."""
+        self.recovers = recovers
+        """Whether the run resumes by itself once the source works again."""
+        self.works_again = works_again
+        """Given on rank 0 if :attr:`recovers`."""
+        self.retry_after = retry_after
+        """Seconds to wait at least before the source is called again."""

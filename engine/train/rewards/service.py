@@ -1,0 +1,188 @@
+"""Reward source: a service that scores responses over HTTP."""
+
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import msgspec
+import torch
+
+from engine.config.schema import RewardSource
+from engine.train.rewards.http_client import Endpoint, RequestError
+from engine.train.rewards.source import (
+    IncompleteScoresError,
+    LoadContext,
+    RewardInputs,
+    RunsOn,
+    SourceKind,
+)
+from engine.train.rollout.rollout import ReportProgress
+
+Scores = list[float | None]
+
+
+class _JSONReply(msgspec.Struct):
+    scores: list[float | None]
+
+
+class _OpenRLHFReply(msgspec.Struct):
+    rewards: list[float]
+
+
+class JSONProtocol:
+    """Our own protocol; docs/rewards.md describes it."""
+
+    def request(self, inputs: RewardInputs) -> bytes:
+        """The request about B responses."""
+        prompts = inputs.batch.prompts
+        return encode(
+            {
+                "prompts": [p.text if p.messages is None else p.messages for p in prompts],
+                "responses": inputs.texts,
+                "columns": {key: [p.row.get(key) for p in prompts] for key in prompts[0].row},
+                "step": inputs.step,
+            }
+        )
+
+    def scores(self, endpoint: Endpoint, reply: bytes) -> Scores:
+        """The scores in a reply. Raises RequestError."""
+        return endpoint.decode(reply, _JSONReply).scores
+
+
+class OpenRLHFProtocol:
+    """OpenRLHF's remote reward model (`--remote_rm_url`).
+
+    A request has `query` (prompts with their responses, special tokens included), `prompts` and
+    `labels`. A reply has `rewards`; its `scores` and `extra_logs` are not used.
+    """
+
+    def __init__(self, label_column: str | None, vocabulary: dict[str, int]) -> None:
+        """Creates the protocol.
+
+        Args:
+            label_column: see :attr:`engine.config.schema.HTTPConfig.label_column`.
+            vocabulary: the policy's token ids by token, for the end-of-sequence token's text.
+        """
+        self._label_column = label_column
+        self._vocabulary = vocabulary
+        self._ends: dict[int, str] = {}
+
+    def request(self, inputs: RewardInputs) -> bytes:
+        """The request about B responses. Raises KeyError if the data have no column of labels."""
+        prompts = [p.text for p in inputs.batch.prompts]
+        queries = [
+            prompt + response + (self._end(ids[-1]) if ended else "")
+            for prompt, response, ids, ended in zip(
+                prompts, inputs.texts, inputs.ids, inputs.eos, strict=True
+            )
+        ]
+        column = self._label_column
+        labels = ["" if column is None else p.row[column] for p in inputs.batch.prompts]
+        return encode({"query": queries, "prompts": prompts, "labels": labels})
+
+    def _end(self, token_id: int) -> str:
+        """The text of an end-of-sequence token, which is the token itself."""
+        if token_id not in self._ends:
+            self._ends[token_id] = next(t for t, i in self._vocabulary.items() if i == token_id)
+        return self._ends[token_id]
+
+    def scores(self, endpoint: Endpoint, reply: bytes) -> Scores:
+        """The scores in a reply. Raises RequestError."""
+        return [*endpoint.decode(reply, _OpenRLHFReply).rewards]
+
+
+Protocol = JSONProtocol | OpenRLHFProtocol
+
+
+class ServiceReward:
+    """Sends the responses to a service, `reward.batch_size` in a request."""
+
+    def __init__(self, endpoint: Endpoint, protocol: Protocol, batch_size: int) -> None:
+        self._endpoint = endpoint
+        self._protocol = protocol
+        self._batch_size = batch_size
+
+    def __call__(self, inputs: RewardInputs, report: ReportProgress) -> Scores:
+        """B scores; see :class:`Reward`.
+
+        Raises:
+            IncompleteScoresError: some requests failed.
+        """
+        rows = torch.arange(len(inputs)).split(self._batch_size)
+        parts = [inputs.select(part) for part in rows]
+        tasks = [self._task(self._protocol.request(part), len(part)) for part in parts]
+        size = self._batch_size
+        results, errors = self._endpoint.run_all(
+            tasks, lambda done: report(min(done * size, len(inputs)), len(inputs))
+        )
+        scores = {i * size + k: s for i, part in results.items() for k, s in enumerate(part)}
+        return complete(scores, len(inputs), errors, tasks)
+
+    def _task(self, body: bytes, count: int) -> Callable[[], Scores]:
+        def ask() -> Scores:
+            scores = self._protocol.scores(self._endpoint, self._endpoint.post(body))
+            if len(scores) != count:
+                raise RequestError(
+                    f"{self._endpoint.place}: {len(scores)} scores for {count} responses"
+                )
+            return scores
+
+        return ask
+
+
+def complete(
+    scores: dict[int, float | None],
+    count: int,
+    errors: dict[int, RequestError],
+    tasks: list[Callable[[], Scores]],
+) -> Scores:
+    """All scores in order.
+
+    Args:
+        scores: by response.
+        count: B.
+        errors: of failed requests, by task.
+        tasks: what failed is run again to see whether the source works again.
+
+    Raises:
+        IncompleteScoresError: there are errors.
+    """
+    if not errors:
+        return [scores[i] for i in range(count)]
+    index, error = min(errors.items())
+    failed = tasks[index]
+
+    def works_again() -> bool:
+        try:
+            failed()
+        except RequestError:
+            return False
+        return True
+
+    raise IncompleteScoresError(
+        str(error),
+        scores,
+        retry_after=max(e.retry_after for e in errors.values()),
+        works_again=works_again,
+    )
+
+
+def encode(request: dict[str, object]) -> bytes:
+    """JSON; values of columns that JSON does not know are sent as texts."""
+    return msgspec.json.encode(request, enc_hook=str)
+
+
+def _load(source: RewardSource, context: LoadContext) -> ServiceReward:
+    endpoint = Endpoint.of(source.value, source.http)
+    protocol: Protocol = JSONProtocol()
+    if source.protocol == "openrlhf":
+        protocol = OpenRLHFProtocol(source.http.label_column, context.policy_vocabulary)
+    return ServiceReward(endpoint, protocol, context.config.batch_size)
+
+
+def default_name(url: str) -> str:
+    """The last part of a URL's path, or its host."""
+    parts = urlsplit(url)
+    return parts.path.rstrip("/").rsplit("/", 1)[-1] or str(parts.hostname)
+
+
+KIND = SourceKind(runs_on=RunsOn.RANK_0, load=_load, default_name=default_name)

@@ -1,0 +1,56 @@
+"""A run of two ranks whose reward service goes away for a while."""
+
+import pytest
+
+from tests.reward_service import RewardService
+
+SECRET = "s3cret-t0ken"  # noqa: S105 - looked for in the session's files
+
+
+@pytest.fixture(scope="module")
+def outage(make_lab):
+    """5 steps; the service is down in the third, until the run has paused for it."""
+    lab, service = make_lab("service"), RewardService()
+    lab.environment["REWARD_TOKEN"] = SECRET
+    source = f"{{service: '{service.url}', http: {{token_env: REWARD_TOKEN}}}}"
+    run = lab.run(
+        "outage",
+        f"reward.mix=[{{function: 'gate:score'}}, {source}]",
+        "reward.retries=1",
+        "launch.processes=2",
+        "log.tensorboard=true",
+        steps=5,
+    )
+    run.hold(3)
+    run.start()
+    run.wait_at(3)
+    service.stop()
+    run.release(3)
+    run.wait_for("paused")
+    run.without_service = lab.json("status", run.name)
+    run.headers = service.headers[0]
+    service.start()
+    run.finish()
+    yield run
+    run.end()
+    service.stop()
+
+
+def test_a_run_pauses_while_its_service_is_down_and_resumes_by_itself(outage):
+    status = outage.without_service
+    assert status["step"] == 2
+    assert status["pause_reason"].startswith("reward 'score-2' at step 3: http://127.0.0.1:")
+    assert "Connection refused (4 of 4 responses are not scored)" in status["pause_reason"]
+    assert status["pause_reason"].endswith("resumes by itself when that works again")
+    assert outage.step == 5
+    assert "works again" in outage.events("alert")[-1]["text"]
+    assert outage.commands() == {}
+    with outage.reader() as reader:
+        assert len(reader.attempts()) == 1, "nothing was restarted"
+
+
+def test_the_token_is_in_no_file_of_the_session(outage):
+    assert outage.headers["Authorization"] == f"Bearer {SECRET}"
+    files = [path for path in outage.session.folder.rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files)
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []

@@ -1,0 +1,47 @@
+"""The supervisor's end of a rank's link, for tests of boundaries."""
+
+import threading
+
+from engine.protocol import frames, rank_messages, sockets
+from engine.protocol.rank_messages import CheckpointWritten, Confirm
+
+DEADLINE = 120
+"""Seconds; generous, for a busy machine."""
+
+
+class Supervisor:
+    """The other end of a link: records messages, and confirms checkpoints once allowed."""
+
+    def __init__(self, folder):
+        self.listener, self.path = sockets.listen(folder)
+        self.received = []
+        self.may_confirm = threading.Event()
+        self._arrived = threading.Condition()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        self.peer, _ = self.listener.accept()
+        with self.peer.makefile("rb") as stream:
+            while header := stream.read(frames.HEADER.size):
+                message = rank_messages.decode_from_rank(stream.read(frames.frame_length(header)))
+                with self._arrived:
+                    self.received.append(message)
+                    self._arrived.notify_all()
+                if isinstance(message, CheckpointWritten):
+                    threading.Thread(target=self._confirm, args=(message.step,)).start()
+
+    def _confirm(self, step):
+        if self.may_confirm.wait(DEADLINE):
+            self.send(Confirm(step=step))
+
+    def send(self, message):
+        self.peer.sendall(frames.encode(message))
+
+    def wait_for(self, kind):
+        """Waits for a message of a type; returns the last one."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: self.of(kind), DEADLINE), f"no {kind.__name__}"
+        return self.of(kind)[-1]
+
+    def of(self, kind):
+        return [m for m in self.received if isinstance(m, kind)]
