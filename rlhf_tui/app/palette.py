@@ -67,6 +67,7 @@ DESCRIPTIONS = {
     "pan(-0.5)": "show earlier steps",
     "pan(0.5)": "show later steps",
     "fit": "show all steps of the run",
+    "open": "open the event at the crosshair, or show this chart on the full screen",
     "enlarge": "show this panel on the full screen, or all of them again",
     "metrics": "choose which metrics have a chart",
     "columns": "change the number of chart columns",
@@ -110,6 +111,8 @@ DESCRIPTIONS = {
     "edge(1)": "go to the last line",
 }
 """Action → what it does, in a line."""
+TITLES = {"app.focus_next": "next panel", "app.focus_previous": "previous panel"}
+"""Action of Textual → its title here."""
 OF_TEXTUAL = ("screen.copy_text", "help_quit")
 """Actions of Textual that do not work here."""
 NAMED = 1.0
@@ -185,12 +188,16 @@ class PaletteCommands(Provider):
             yield PaletteCommand(f"Theme: {name}", "colours of this app", choose)
 
     def _here(self) -> list[PaletteCommand]:
+        from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
+
         found: dict[str, PaletteCommand] = {}
         for active in self.screen.active_bindings.values():
             binding = active.binding
             if not binding.description or binding.system or binding.action in OF_TEXTUAL:
                 continue
-            title = binding.description
+            if isinstance(active.node, Input):  # the keys that edit its text
+                continue
+            title = TITLES.get(binding.action, binding.description)
             found.setdefault(
                 binding.action,
                 PaletteCommand(

@@ -47,6 +47,7 @@ class SessionState:
         self.connected = False
         self.problem = ""
         self.phase_since: dict[int, float] = {}
+        self._optimise = time_left.OptimiseEnd()
         self._clear()
 
     def _clear(self) -> None:
@@ -119,6 +120,8 @@ class SessionState:
             if before.get(phase.rank) != (phase.name, phase.step):
                 self.phase_since[phase.rank] = self.now()
         self.phases = phases
+        if phases:
+            self._optimise.take(phases[0], self.now())
 
     # -- the numbers ---------------------------------------------------------------------------
 
@@ -176,6 +179,8 @@ class SessionState:
         seconds = self.recent_mean(STEP_TIME)
         if seconds is None or not self.training or not self.phases:
             return None
+        if (ends := self._optimise.ends) is not None:
+            return max(0.0, ends - self.now())
         return time_left.until_boundary(seconds, self._into_step())
 
     def _into_step(self) -> float:
