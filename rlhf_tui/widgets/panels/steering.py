@@ -103,7 +103,8 @@ class SteeringPanel(Panel):
             adaptive = next_beta(
                 msgspec.structs.replace(now, controller="adaptive"), kl, self.state.batch_size
             )
-            text = f" unchanged; adaptive would give {adaptive:.4g}"
+            text = " adaptive: " if width < 50 else " unchanged; adaptive would give "
+            text += f"{adaptive:.4g}"
             return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (text, "dim")]
         new = next_beta(now, kl, self.state.batch_size)
         change = new / now.beta - 1 if now.beta else 0.0
