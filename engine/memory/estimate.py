@@ -62,7 +62,11 @@ class _Estimator:
         has_value = config.ppo.traits.value_function
         self._separate = has_value and config.model.value == "separate"
         head = policy.hidden + 1 if has_value else 0
-        self._trunk = policy.parameters - policy.head if self._separate else 0
+        # A value function that starts from the reward model has its size.
+        trunk = policy
+        if config.ppo.value_init == "reward_model" and len(models.rewards) == 1:
+            trunk = models.rewards[0]
+        self._trunk = trunk.parameters - trunk.head if self._separate else 0
         adapters = self._adapters * (2 if self._separate else 1)
         self._trained = (adapters or policy.parameters + self._trunk) + head
         # The weights under adapters are frozen and kept in the compute dtype.

@@ -41,7 +41,7 @@ from engine.train.boundary import Boundary
 from engine.train.distributed.ranks import RankGroup, is_peer_loss
 from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due
 from engine.train.link import Link
-from engine.train.load import fit_normaliser, load_run
+from engine.train.load import fit_scales, load_run
 from engine.train.models import memory_check
 from engine.train.reports.tensorboard import EventFiles
 from engine.train.rewards.source import RewardCallError
@@ -144,7 +144,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
 
     with contextlib.closing(boundary):
         if not begin.from_step:
-            when_scored(boundary, lambda: fit_normaliser(run, config))
+            when_scored(boundary, lambda: fit_scales(run, config))
             baseline = when_scored(boundary, lambda: evaluate_if_due(run, 0))
             if baseline is not None and baseline.metrics:
                 link.send(BaselineReport(baseline.metrics, baseline.samples))
@@ -172,6 +172,11 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
                     settings=settings,
                     changes=changes,
                     ranks=run.timer.ranks,
+                    reference_mix=(
+                        run.config.kl.reference_update.mix
+                        if 0 < run.state.reference_updated == step - 1
+                        else None
+                    ),
                     evaluated=evaluation.samples,
                 )
             )

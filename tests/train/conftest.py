@@ -10,7 +10,7 @@ from engine.config import file as config_file
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
-from engine.train.load import load_run
+from engine.train.load import fit_scales, load_run
 from engine.train.step import train_step
 
 SMALL = (
@@ -39,6 +39,7 @@ def make_run(tmp_path):
         made.append(session)
         begin_at = begin or Begin(attempt=1, from_step=0)
         run = load_run(session, loaded, begin_at, RankGroup(loaded.launch), no_report)
+        fit_scales(run, loaded)
         return run, session
 
     return make

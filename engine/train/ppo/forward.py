@@ -1,13 +1,32 @@
 """Log-probabilities and values of a rollout, by full forward passes without a cache."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel
-from engine.train.ppo.logprobs import token_logprobs
+from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
 from engine.train.ppo.masked import response_mask
 from engine.train.rollout.rollout import ReportProgress, Rollout, left_mask
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What one forward pass computes for the response tokens of n rows; (n, t') float32 each."""
+
+    logprobs: Tensor
+    """log π at the temperature; zeros with `want="values"`."""
+    values: Tensor | None
+    """None without a value function."""
+    entropies: Tensor | None
+    """Of the distribution at the temperature, in nats; None if not asked for."""
+
+    @property
+    def width(self) -> int:
+        """t', the length of the longest response."""
+        return self.logprobs.shape[1]
 
 
 def rollout_forward(
@@ -18,7 +37,8 @@ def rollout_forward(
     *,
     want: str = "both",
     detach_trunk: bool = False,
-) -> tuple[Tensor, Tensor | None, int]:
+    entropies: bool = False,
+) -> TokenOutputs:
     """Log-probabilities and values of the response tokens of some rows, by one forward pass.
 
     The rows are trimmed to their longest prompt and response. The logits and the value of token t
@@ -31,10 +51,7 @@ def rollout_forward(
         temperature: divides the logits; > 0.
         want: `both`, `logits` or `values`.
         detach_trunk: stop the value's gradient at a trunk that the policy shares.
-
-    Returns:
-        log π (n, t') float32 at the temperature (zeros with `want="values"`), values (n, t')
-        float32 (None without a value function), and t', the length of the longest response.
+        entropies: also compute entropies, which costs a pass over the logits.
     """
     prompt_lengths, lengths = rollout.batch.lengths[rows], rollout.lengths[rows]
     prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
@@ -46,8 +63,11 @@ def rollout_forward(
     )[:, :-1]
     logits, values = model(tokens, attention, width, want=want, detach_trunk=detach_trunk)
     if logits is None or want == "values":
-        return torch.zeros(responses.shape, device=responses.device), values, width
-    return token_logprobs(logits, responses, temperature), values, width
+        return TokenOutputs(torch.zeros(responses.shape, device=responses.device), values, None)
+    if entropies:
+        logprobs, entropy = token_logprobs_and_entropies(logits, responses, temperature)
+        return TokenOutputs(logprobs, values, entropy)
+    return TokenOutputs(token_logprobs(logits, responses, temperature), values, None)
 
 
 def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
@@ -92,10 +112,10 @@ def score_tokens(
     rows = rollout.rows if rows is None else rows
     done = 0
     for micro in by_length(rollout, rows, size):
-        logprob, value, width = rollout_forward(model, rollout, micro, temperature, want=want)
-        logprobs[micro, :width] = logprob
-        if value is not None:
-            values[micro, :width] = value
+        outputs = rollout_forward(model, rollout, micro, temperature, want=want)
+        logprobs[micro, : outputs.width] = outputs.logprobs
+        if outputs.values is not None:
+            values[micro, : outputs.width] = outputs.values
         done += len(micro)
         report(done, len(rows))
     mask = rollout.mask

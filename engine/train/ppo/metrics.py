@@ -11,9 +11,11 @@ import resource
 import torch
 from torch import Tensor
 
+from engine.config.schema import RunConfig
 from engine.protocol.rank_messages import RankTimes
 from engine.train.ppo import masked
-from engine.train.ppo.advantages import Targets
+from engine.train.ppo.advantages import Targets, constant_groups
+from engine.train.ppo.kl_estimators import KL_ESTIMATORS
 from engine.train.ppo.update_stats import UpdateStats
 from engine.train.rollout.rollout import Rollout
 
@@ -24,7 +26,7 @@ def step_metrics(
     ref_logprobs: Tensor,
     targets: Targets,
     stats: UpdateStats,
-    beta: float,
+    config: RunConfig,
 ) -> dict[str, float]:
     """All metrics except times and counters; a metric that is undefined is left out.
 
@@ -34,8 +36,9 @@ def step_metrics(
         ref_logprobs: (B, T).
         targets: what the epochs trained on.
         stats: what the epochs did.
-        beta: the KL coefficient of this step.
+        config: in force for this step.
     """
+    beta = config.kl.beta
     mask = rollout.mask
     old = targets.old_logprobs
     kl = masked.sequence_kl(old, ref_logprobs, mask)
@@ -57,10 +60,29 @@ def step_metrics(
         "text/distinct_2": distinct_2(rollout.texts),
         "val/rollout_logprob_gap": float(((old - rollout.logprobs).abs() * mask).max()),
     }
-    return metrics | _optimiser_metrics(stats) | _value_metrics(mask, targets, stats)
+    if config.kl.estimator != "k1":
+        estimates = KL_ESTIMATORS[config.kl.estimator]((old - ref_logprobs) * mask) * mask
+        metrics["objective/kl_penalty"] = float(estimates.sum(1).mean())
+    return (
+        metrics
+        | group_metrics(scores, config.responses_per_prompt)
+        | _optimiser_metrics(stats, config)
+        | _value_metrics(mask, targets, stats)
+    )
 
 
-def _optimiser_metrics(stats: UpdateStats) -> dict[str, float]:
+def group_metrics(scores: Tensor, per_prompt: int) -> dict[str, float]:
+    """How the scores (B,) vary within prompts; empty with one response to each prompt."""
+    if per_prompt < 2:
+        return {}
+    deviations = scores.view(-1, per_prompt).std(1, correction=0)
+    return {
+        "objective/group_std": float(deviations.mean()),
+        "objective/zero_std_frac": float(constant_groups(scores, per_prompt).float().mean()),
+    }
+
+
+def _optimiser_metrics(stats: UpdateStats, config: RunConfig) -> dict[str, float]:
     metrics = {
         "policy/skipped_updates": float(stats.skipped),
         "policy/nonfinite_updates": float(stats.nonfinite),
@@ -69,9 +91,17 @@ def _optimiser_metrics(stats: UpdateStats) -> dict[str, float]:
     if not stats.updates:
         return metrics
     ratio = sums.ratio / sums.tokens
+    if config.ppo.dual_clip is not None:
+        metrics["policy/dual_clipfrac"] = sums.dual_clipped / sums.tokens
+    if config.ppo.entropy_coef:
+        metrics["loss/entropy_avg"] = sums.entropy / sums.tokens
+    if config.kl.place == "loss":
+        metrics["loss/kl_avg"] = sums.kl / sums.tokens
     return metrics | {
         "policy/approxkl_avg": sums.approx_kl,
         "policy/clipfrac_avg": sums.clipped / sums.tokens,
+        "policy/clipfrac_high": sums.clipped_high / sums.tokens,
+        "policy/clipfrac_low": sums.clipped_low / sums.tokens,
         "loss/policy_avg": sums.policy_loss / sums.tokens,
         "val/ratio": ratio,
         "val/ratio_var": max(0.0, sums.squared_ratio / sums.tokens - ratio**2),

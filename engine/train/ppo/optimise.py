@@ -14,7 +14,13 @@ from engine.train.distributed.sharding import full_tensor, synchronised
 from engine.train.ppo import losses
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
-from engine.train.ppo.forward import by_length, longest_first, rollout_forward
+from engine.train.ppo.forward import (
+    TokenOutputs,
+    by_length,
+    longest_first,
+    rollout_forward,
+)
+from engine.train.ppo.kl_estimators import KL_ESTIMATORS
 from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
 
@@ -114,7 +120,11 @@ def backward(
         config: in force for this step.
         warming_up: train the value function only (`ppo.value_warmup`).
     """
-    tokens = int(rollout.lengths[rows].sum())
+    minibatch = losses.MinibatchSize(
+        tokens=int(rollout.lengths[rows].sum()),
+        responses=len(rows),
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
     size = config.ppo.micro_batch_size
     micros = by_length(rollout, ranks.strided_share(longest_first(rollout, rows)), size)
     # DDP and FSDP2 communicate in every pass, so all ranks must run the same number of them: a rank
@@ -126,9 +136,11 @@ def backward(
         dummy = k >= len(micros)
         with synchronised(learner, last=k == count - 1):
             micro = rows[:1] if dummy else micros[k]
-            loss, sums = micro_batch(learner, rollout, targets, micro, config, warming_up, want)
+            loss, sums = micro_batch(
+                learner, rollout, targets, micro, minibatch, config, warming_up, want
+            )
             # DDP and FSDP2 average gradients over ranks; this loss needs their sum.
-            (loss * (0.0 if dummy else ranks.size / tokens)).backward()
+            (loss * (0.0 if dummy else ranks.size / minibatch.tokens)).backward()
         if not dummy:
             total.add(sums)
     if warming_up:
@@ -151,6 +163,7 @@ def micro_batch(
     rollout: Rollout,
     targets: Targets,
     micro: Tensor,
+    minibatch: losses.MinibatchSize,
     config: RunConfig,
     warming_up: bool,
     want: str = "both",
@@ -162,6 +175,7 @@ def micro_batch(
         rollout: B responses of at most T tokens.
         targets: (B, T) each.
         micro: the micro-batch's rows; (n,) int64.
+        minibatch: the minibatch that it is part of, over all ranks.
         config: in force for this step.
         warming_up: the policy loss gets a factor of 0.
         want: `both`, or `logits` or `values` for the policy or the value loss alone.
@@ -169,26 +183,17 @@ def micro_batch(
     Returns:
         The loss, a scalar with gradient, summed over response tokens; and its sums as numbers.
     """
-    logprobs, values, width = rollout_forward(
-        learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up
-    )
+    outputs = rollout_forward(
+        learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up,
+        entropies=config.ppo.entropy_coef > 0,
+    )  # fmt: skip
+    values, width = outputs.values, outputs.width
     mask = rollout.mask[micro, :width]
     loss, sums = torch.zeros((), device=mask.device), LossSums()
     if want != "values":
-        old, advantages = (x[micro, :width] for x in (targets.old_logprobs, targets.advantages))
-        terms = losses.policy_terms(
-            logprobs, old, advantages, mask, config.ppo.clip_range, config.ppo.ratio
-        )
-        sums = LossSums(
-            tokens=float(mask.sum()),
-            policy_loss=float(terms.loss.detach()),
-            clipped=float(terms.clipped),
-            squared_log_ratio=float(terms.squared_log_ratio),
-            ratio=float(terms.ratio),
-            squared_ratio=float(terms.squared_ratio),
-        )
+        loss, sums = _policy_loss(outputs, rollout, targets, micro, minibatch, config)
         # During the value warm-up the policy's gradient is 0. DDP still expects one.
-        loss = terms.loss * (not warming_up) if targets.returns is not None else terms.loss
+        loss = loss * (not warming_up) if targets.returns is not None else loss
     if values is None or targets.old_values is None or targets.returns is None:
         return loss, sums
     value_loss, clipped = losses.value_terms(
@@ -201,6 +206,47 @@ def micro_batch(
     sums.value_loss = float(value_loss.detach())
     sums.value_clipped = float(clipped)
     return loss + config.ppo.value_coef * value_loss, sums
+
+
+def _policy_loss(
+    outputs: TokenOutputs,
+    rollout: Rollout,
+    targets: Targets,
+    micro: Tensor,
+    minibatch: losses.MinibatchSize,
+    config: RunConfig,
+) -> tuple[Tensor, LossSums]:
+    """The clipped objective, less the entropy bonus, plus the KL penalty with `kl.place: loss`."""
+    width, ppo = outputs.width, config.ppo
+    mask = rollout.mask[micro, :width]
+    weights = losses.AGGREGATIONS[ppo.loss_aggregation](minibatch, rollout.lengths[micro])
+    terms = losses.policy_terms(
+        outputs.logprobs, targets.old_logprobs[micro, :width], targets.advantages[micro, :width],
+        mask, ppo.clip_range, ppo.ratio, clip_range_high=ppo.clip_range_high,
+        dual_clip=ppo.dual_clip, row_weights=weights,
+    )  # fmt: skip
+    sums = LossSums(
+        tokens=float(mask.sum()),
+        policy_loss=float(terms.loss.detach()),
+        clipped_high=float(terms.clipped_high),
+        clipped_low=float(terms.clipped_low),
+        dual_clipped=float(terms.dual_clipped),
+        squared_log_ratio=float(terms.squared_log_ratio),
+        ratio=float(terms.ratio),
+        squared_ratio=float(terms.squared_ratio),
+    )
+    loss = terms.loss
+    if outputs.entropies is not None:
+        entropy = losses.weighted_sum(outputs.entropies, mask, weights)
+        sums.entropy = float(entropy.detach())
+        loss = loss - ppo.entropy_coef * entropy
+    if config.kl.place == "loss" and targets.ref_logprobs is not None:
+        estimate = KL_ESTIMATORS[config.kl.estimator]
+        log_ratio = (outputs.logprobs - targets.ref_logprobs[micro, :width]) * mask
+        kl = losses.weighted_sum(estimate(log_ratio), mask, weights)
+        sums.kl = float(kl.detach())
+        loss = loss + config.kl.beta * kl
+    return loss, sums
 
 
 def _drop_policy_gradients(learner: nn.Module) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from engine.train.data.prompts import PromptBatch
+from engine.train.data.prompts import PromptBatch, replace_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.masked import response_mask
 
@@ -63,6 +63,34 @@ class Rollout:
             values=self.values[rows],
             texts=[self.texts[i] for i in rows.tolist()],
         )
+
+
+def replace_rows(rollout: Rollout, rows: Tensor, other: Rollout, other_rows: Tensor) -> Rollout:
+    """A rollout with some rows taken from another; both row indices are (n,) int64."""
+    width = max(rollout.ids.shape[1], other.ids.shape[1])
+    rows, other_rows = rows.to(rollout.ids.device), other_rows.to(rollout.ids.device)
+
+    def replaced(name: str) -> Tensor:
+        old, new = getattr(rollout, name), getattr(other, name)
+        if old.dim() == 2:
+            old, new = (nn.functional.pad(x, (0, width - x.shape[1])) for x in (old, new))
+        result: Tensor = old.index_copy(0, rows, new[other_rows])
+        return result
+
+    texts = list(rollout.texts)
+    for row, other_row in zip(rows.tolist(), other_rows.tolist(), strict=True):
+        texts[row] = other.texts[other_row]
+    return Rollout(
+        batch=replace_prompts(rollout.batch, rows, other.batch, other_rows),
+        ids=replaced("ids"),
+        lengths=replaced("lengths"),
+        eos=replaced("eos"),
+        ended=replaced("ended"),
+        logprobs=replaced("logprobs"),
+        entropies=replaced("entropies"),
+        values=replaced("values"),
+        texts=texts,
+    )
 
 
 def assemble(
