@@ -210,6 +210,9 @@ class RolloutConfig(Section, frozen=True):
     """What generates: `native` is the trained model itself, in the rank that trains it."""
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Responses per step, over all ranks."""
+    at_once: Count | None = None
+    """The most responses that a rank generates at once; the others wait until one has ended. Limits
+    the memory of the key-value cache; responses change by rounding only. Default: all of them."""
     per_prompt: Count | None = None
     """Responses to each prompt. Default: 4 for rloo, 8 for grpo, 1 otherwise."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
@@ -433,7 +436,8 @@ class LaunchConfig(Section, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the ranks. `auto`: GPUs if there are any."""
     gpus: list[Whole] = []
-    """Indices of the GPUs that the ranks may use, as numbered by the driver. Default: all."""
+    """Indices of the GPUs that the ranks may use, as numbered by the driver. Default: all, or
+    those that a scheduler has assigned by CUDA_VISIBLE_DEVICES."""
     max_restarts: Whole = 3
     """How many times the ranks are restarted from the last checkpoint after one of them died."""
     silence: Seconds = 1800.0

@@ -135,7 +135,7 @@ def load_run(
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
 
     stop_criteria = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
-    backend = BACKENDS[config.rollout.engine](stop_criteria, tokenizer)
+    backend = BACKENDS[config.rollout.engine](stop_criteria, tokenizer, config.rollout)
     run = Run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),

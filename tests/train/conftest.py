@@ -33,12 +33,14 @@ def make_run(tmp_path):
     """Returns a function that builds a run of the starter models, with keys overridden."""
     made = []
 
-    def make(*overrides, begin=None, config=None):
+    def make(*overrides, begin=None, config=None, device=None):
         loaded = config or config_file.load(starter.FOLDER / "demo.yaml", [*SMALL, *overrides])
         session = create(tmp_path, f"s{len(made)}", loaded)
         made.append(session)
         begin_at = begin or Begin(attempt=1, from_step=0)
-        run = load_run(session, loaded, begin_at, RankGroup(loaded.launch), no_report)
+        ranks = RankGroup(loaded.launch)
+        ranks.device = device or ranks.device
+        run = load_run(session, loaded, begin_at, ranks, no_report)
         fit_scales(run, loaded)
         return run, session
 

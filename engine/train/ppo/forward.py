@@ -47,14 +47,15 @@ def rollout_forward(
     Args:
         model: the policy, the reference, or the policy wrapped for training.
         rollout: B responses.
-        rows: indices into the rollout; (n,) int64.
+        rows: indices into the rollout, on the host; (n,) int64.
         temperature: divides the logits; > 0.
         want: `both`, `logits` or `values`.
         detach_trunk: stop the value's gradient at a trunk that the policy shares.
         entropies: also compute entropies, which costs a pass over the logits.
     """
+    prompt_width, width = rollout.host_lengths[:, rows].max(1).values.tolist()
+    rows = rows.to(rollout.ids.device)
     prompt_lengths, lengths = rollout.batch.lengths[rows], rollout.lengths[rows]
-    prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
     prompts = rollout.batch.ids[rows, rollout.batch.ids.shape[1] - prompt_width :]
     responses = rollout.ids[rows, :width]
     tokens = torch.cat([prompts, responses], 1)[:, :-1]
@@ -76,9 +77,9 @@ def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
 
 
 def longest_first(rollout: Rollout, rows: Tensor) -> Tensor:
-    """Sorts row indices by response length, then by prompt length, both descending."""
-    prompts = rollout.batch.lengths[rows]
-    order = rollout.lengths[rows] * (prompts.max() + 1) + prompts
+    """Sorts row indices by response length, then by prompt length, both descending; on the host."""
+    prompts, lengths = rollout.host_lengths[:, rows]
+    order = lengths * (prompts.max() + 1) + prompts
     return rows[order.argsort(descending=True, stable=True)]
 
 
@@ -101,7 +102,7 @@ def score_tokens(
         rollout: B responses of at most T tokens.
         temperature: divides the logits; > 0.
         size: rows of a micro-batch.
-        rows: indices of the rows to compute, (n,) int64; all when left out.
+        rows: indices of the rows to compute, (n,) int64 on the host; all when left out.
         want: `both`, `logits` or `values`.
         report: called with (rows done, rows).
 
@@ -111,12 +112,14 @@ def score_tokens(
     logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
     rows = rollout.rows if rows is None else rows
     done = 0
-    for micro in by_length(rollout, rows, size):
-        outputs = rollout_forward(model, rollout, micro, temperature, want=want)
-        logprobs[micro, : outputs.width] = outputs.logprobs
-        if outputs.values is not None:
-            values[micro, : outputs.width] = outputs.values
-        done += len(micro)
-        report(done, len(rows))
+    with model.autocast(logprobs.device.type):  # casts weights once for all micro-batches
+        for micro in by_length(rollout, rows, size):
+            outputs = rollout_forward(model, rollout, micro, temperature, want=want)
+            there = micro.to(logprobs.device)
+            logprobs[there, : outputs.width] = outputs.logprobs
+            if outputs.values is not None:
+                values[there, : outputs.width] = outputs.values
+            done += len(micro)
+            report(done, len(rows))
     mask = rollout.mask
     return logprobs * mask, values * mask

@@ -43,23 +43,24 @@ def step_metrics(
     old = targets.old_logprobs
     kl = masked.sequence_kl(old, ref_logprobs, mask)
     lengths = rollout.lengths.float()
-    count = len(scores)
-    metrics = {
-        "objective/kl": float(kl.mean()),
-        "objective/kl_per_token": float(kl.sum() / mask.sum()),
-        "objective/kl_coef": beta,
-        "objective/scores": float(scores.mean()),
-        "objective/scores_std": float(scores.std(correction=0)),
-        "objective/non_score_reward": float(-beta * kl.mean()),
-        "objective/rlhf_reward": float((scores - beta * kl).mean()),
-        "objective/entropy": float(-(old * mask).sum(1).mean()),
-        "policy/entropy_avg": float(masked.masked_mean(rollout.entropies, mask)),
-        "val/num_eos_tokens": float(rollout.eos.sum()),
-        "tokens/response_len_mean": float(lengths.mean()),
-        "tokens/truncated_frac": float((~rollout.ended).sum()) / count,
-        "text/distinct_2": distinct_2(rollout.texts),
-        "val/rollout_logprob_gap": float(((old - rollout.logprobs).abs() * mask).max()),
+    tensors = {
+        "objective/kl": kl.mean(),
+        "objective/kl_per_token": kl.sum() / mask.sum(),
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(correction=0),
+        "objective/non_score_reward": -beta * kl.mean(),
+        "objective/rlhf_reward": (scores - beta * kl).mean(),
+        "objective/entropy": -(old * mask).sum(1).mean(),
+        "policy/entropy_avg": masked.masked_mean(rollout.entropies, mask),
+        "val/num_eos_tokens": rollout.eos.sum(),
+        "tokens/response_len_mean": lengths.mean(),
+        "tokens/truncated_frac": (~rollout.ended).sum(),
+        "val/rollout_logprob_gap": ((old - rollout.logprobs).abs() * mask).max(),
     }
+    numbers = masked.as_float64(tensors.values()).tolist()
+    metrics = dict(zip(tensors, numbers, strict=True))
+    metrics["tokens/truncated_frac"] /= len(scores)
+    metrics |= {"objective/kl_coef": beta, "text/distinct_2": distinct_2(rollout.texts)}
     if config.kl.estimator != "k1":
         estimates = KL_ESTIMATORS[config.kl.estimator]((old - ref_logprobs) * mask) * mask
         metrics["objective/kl_penalty"] = float(estimates.sum(1).mean())
@@ -140,7 +141,7 @@ def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> d
     times = {f"time/{k}": max(r.seconds[k] for r in ranks) for k in ranks[0].seconds}
     return times | {
         "time/step": seconds,
-        "perf/tokens_per_second": float(rollout.lengths.sum()) / seconds,
+        "perf/tokens_per_second": int(rollout.host_lengths[1].sum()) / seconds,
         "perf/episodes_per_second": len(rollout.ids) / seconds,
         "perf/peak_memory_gb": max(r.peak_memory for r in ranks) / 1e9,
     }

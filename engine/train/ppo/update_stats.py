@@ -2,10 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
-from engine.train.distributed.ranks import RankGroup
-
 
 @dataclass
 class LossSums:
@@ -34,13 +30,6 @@ class LossSums:
         """Adds `other` to these sums, in place."""
         for name in self.__dataclass_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def all_reduced(self, ranks: RankGroup) -> "LossSums":
-        """The sums over all ranks; a collective."""
-        if ranks.size == 1:
-            return self
-        numbers = torch.tensor([getattr(self, n) for n in self.__dataclass_fields__]).double()
-        return LossSums(*ranks.all_reduce_sum(numbers).tolist())
 
     @property
     def clipped(self) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,16 @@ class Rollout:
 
     @property
     def rows(self) -> Tensor:
-        """All row indices; (B,) int64."""
-        return torch.arange(len(self.ids), device=self.ids.device)
+        """All row indices; (B,) int64, on the host."""
+        return torch.arange(len(self.ids))
+
+    @cached_property
+    def host_lengths(self) -> Tensor:
+        """Lengths of prompts and of responses; (2, B) int64, on the host.
+
+        Copied once: the host reads them for each micro-batch, and would wait for the GPU each time.
+        """
+        return torch.stack([self.batch.lengths, self.lengths]).cpu()
 
     @property
     def mask(self) -> Tensor:
@@ -51,7 +60,7 @@ class Rollout:
         return response_mask(self.lengths, self.ids.shape[1])
 
     def select(self, rows: Tensor) -> "Rollout":
-        """Some of the responses; P and T stay the same."""
+        """Some of the responses, by indices on the host; P and T stay the same."""
         return Rollout(
             batch=self.batch.select(rows),
             ids=self.ids[rows],
@@ -113,10 +122,11 @@ def assemble(
         floats: (3, B, limit) float32: log-probabilities, entropies and values.
         tokenizer: the model's.
     """
-    width = int(lengths.max())
+    counts = lengths.tolist()
+    width = max(counts)
     texts = [
         str(tokenizer.decode(row[:n], skip_special_tokens=True))
-        for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)
+        for row, n in zip(ids[:, :width].tolist(), counts, strict=True)
     ]
     logprobs, entropies, values = floats[:, :, :width].unbind(0)
     return Rollout(batch, ids[:, :width], lengths, eos, ended, logprobs, entropies, values, texts)
