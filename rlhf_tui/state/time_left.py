@@ -35,7 +35,7 @@ class StepSeconds:
 
 
 class OptimiseEnd:
-    """Estimates when `optimise`, the last phase of a step, ends.
+    """Estimates when `optimise`, the last phase of a step but evaluation and checkpoint, ends.
 
     Its updates take the same time each. Its length depends on `ppo.epochs`, which may have changed
     since the steps of a mean.
