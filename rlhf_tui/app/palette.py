@@ -67,7 +67,6 @@ DESCRIPTIONS = {
     "pan(-0.5)": "show earlier steps",
     "pan(0.5)": "show later steps",
     "fit": "show all steps of the run",
-    "open": "open the event at the crosshair, or show this chart on the full screen",
     "enlarge": "show this panel on the full screen, or all of them again",
     "open": "open the selected event; without one, show this chart on the full screen",
     "metrics": "choose which metrics have a chart",
