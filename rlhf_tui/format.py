@@ -17,6 +17,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+WRITTEN_OUT = 1e7
+"""A setting below this is written without an exponent, as it is typed: `10000`."""
 NUMBER_WIDTH = 7
 """Cells that a number from :func:`number` takes at most."""
 
@@ -34,7 +36,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return "–"
     size = abs(value)
     if value == 0 or not math.isfinite(value):
-        return f"{value:.{digits}f}"
+        return f"{value + 0.0:.{digits}f}"  # -0.0 has no sign then
     exponent = math.floor(math.log10(size))
     if -3 <= exponent < 0:
         text = f"{value:.{max(digits, 1 - exponent)}f}"
@@ -66,7 +68,13 @@ def value_text(value: Any) -> str:
     if value is None:
         return "off"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        text = f"{value:.4g}"
+        return f"{value:.0f}" if "e+" in text and abs(value) < WRITTEN_OUT else text
+    if isinstance(value, list):
+        return f"[{', '.join(map(value_text, value))}]"
+    if isinstance(value, dict):  # a key without a value is one that was not given
+        given = (f"{key}: {value_text(v)}" for key, v in value.items() if v is not None)
+        return "{" + ", ".join(given) + "}"
     return str(value)
 
 

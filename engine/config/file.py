@@ -20,6 +20,8 @@ from engine.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 """Of a configuration file."""
+EMPTY = ", got null"
+"""Ends the requirement that a key without a value does not meet."""
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -222,6 +224,8 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
     choices = _choices(path)
     if choices and ("enum" in text or not wanted):
         wanted = "one of " + ", ".join(choices)
+    if wanted.endswith(EMPTY):  # `key:` in YAML, `key=` on the command line
+        return f"{path} must be {wanted.removesuffix(EMPTY)} (it is empty)"
     return f"{path} must be {wanted} (it is {shown(value)})"
 
 

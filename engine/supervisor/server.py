@@ -157,7 +157,7 @@ class Server:
             if error.partial:
                 log.info("a connection ended within a frame")
         except (LinkError, TimeoutError, ConnectionError) as error:
-            log.info("a connection was closed: %s", str(error) or type(error).__name__)
+            log.debug("a connection was closed: %s", str(error) or type(error).__name__)
         except asyncio.CancelledError:
             return  # The engine ends. asyncio would log a cancelled handler with its traceback.
         finally:

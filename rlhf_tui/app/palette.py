@@ -114,6 +114,8 @@ DESCRIPTIONS = {
     "edge(1)": "go to the last line",
 }
 """Action → what it does, in a line."""
+TITLES = {"app.focus_next": "next panel", "app.focus_previous": "previous panel"}
+"""Action of Textual → its title here."""
 OF_TEXTUAL = ("screen.copy_text", "help_quit")
 """Actions of Textual that do not work here."""
 NAMED = 1.0
@@ -189,12 +191,16 @@ class PaletteCommands(Provider):
             yield PaletteCommand(f"Theme: {name}", "colours of this app", choose)
 
     def _here(self) -> list[PaletteCommand]:
+        from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
+
         found: dict[str, PaletteCommand] = {}
         for active in self.screen.active_bindings.values():
             binding = active.binding
             if not binding.description or binding.system or binding.action in OF_TEXTUAL:
                 continue
-            title = binding.description
+            if isinstance(active.node, Input):  # the keys that edit its text
+                continue
+            title = TITLES.get(binding.action, binding.description)
             found.setdefault(
                 binding.action,
                 PaletteCommand(

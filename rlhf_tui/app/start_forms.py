@@ -130,7 +130,7 @@ def _saved(session: Session, step: int) -> dict[str, object]:
 
 
 def _overrides(values: dict[str, str]) -> Field:
-    hint = f"kl.beta={values['kl.beta']}"
+    hint = f"kl.beta={float(values['kl.beta']):.4g}"
     return Field("overrides", OVERRIDES, hint=hint, suggester=KeySuggester(values))
 
 

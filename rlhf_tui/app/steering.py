@@ -98,8 +98,7 @@ class Steering:
     def pause(self) -> None:
         """Pauses the run at the next step boundary."""
         if (target := self._selected()) is not None:
-            wait = about(target.boundary_in)
-            self.command(target, Pause(), f"pause (in {wait})" if wait else "pause")
+            self.command(target, Pause(), "pause")
 
     def unpause(self) -> None:
         """Resumes the paused run, or takes back a pause that is pending."""
@@ -230,9 +229,7 @@ class Steering:
         """Asks for a prompt, which the policy and the reference complete."""
         if (target := self._selected()) is None:
             return
-        rows: list[Row] = [
-            [("A prompt; the policy and the reference respond after the current step.", "dim")]
-        ]
+        rows: list[Row] = [[("Policy and reference respond to it after the current step.", "dim")]]
 
         def send(text: str | None) -> None:
             if text:

@@ -12,6 +12,8 @@ from engine.metrics import (
     BETA,
     CLIP_FRACTION,
     ENTROPY,
+    EVAL_KL,
+    EVAL_SCORE,
     KL,
     RESPONSE_LENGTH,
     SCORE,
@@ -46,6 +48,8 @@ COLUMNS = {
     STEP_TIME: "seconds",
 }
 """Metrics that `metrics` prints, with their titles."""
+HELD_OUT = {EVAL_SCORE: "held-out score", EVAL_KL: "held-out KL"}
+"""Printed, too, if one of the steps has them."""
 
 
 @click.command()
@@ -112,7 +116,7 @@ def status(root: Path, name: str, as_json: bool) -> None:
     say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
     if row.held_out is not None:
         score = fmt.with_interval(row.held_out.score, row.held_out.interval)
-        say(f"  held-out score {score} (step {row.held_out.step})")
+        say(f"  held-out    {score} (step {row.held_out.step})")
     say(f"  beta        {fmt.number(row.beta, 4)}")
     say(f"  checkpoints {', '.join(map(str, row.checkpoints)) or 'none'}")
     say(f"  engine      {engine}")
@@ -135,8 +139,9 @@ def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
     if as_json:
         print_json([r.as_json() for r in rows])
         return
-    body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in COLUMNS)] for r in rows]
-    say(fmt.table(body, ["step", *COLUMNS.values()]))
+    columns = COLUMNS | {k: t for k, t in HELD_OUT.items() if any(k in r.values for r in rows)}
+    body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in columns)] for r in rows]
+    say(fmt.table(body, ["step", *columns.values()]))
 
 
 @click.command()
@@ -160,7 +165,7 @@ def samples(root: Path, name: str, last: int | None, held_out: bool, as_json: bo
     for row in rows:
         score, kl = fmt.number(row.score), fmt.number(row.kl, 2)
         label = f"  {row.label}" if row.label else ""
-        say(f"step {row.step} #{row.index}  score {score}  kl {kl}{label}")
+        say(f"step {row.step} #{row.index}  score {score}  KL {kl}{label}")
         say(f"  {one_line(row.prompt)}│{one_line(row.response)}")
         if row.note:
             say(f"  note: {one_line(row.note)}")

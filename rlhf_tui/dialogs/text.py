@@ -86,7 +86,9 @@ class ProbeDialog(TextDialog):
         rows += [[(x, "dim")] for x in wrap(self._prompt, self.width)]
         result = self._result
         for name, found in (("policy", result.policy), ("reference", result.reference)):
-            score, kl = fmt.number(found.score), fmt.number(found.kl, 2)
-            rows += [[], [(f"{name}  ", "strong"), (f"score {score}  KL {kl}", "dim")]]
+            numbers = f"score {fmt.number(found.score)}"
+            if found is result.policy:  # the reference's KL to itself is a rounding error
+                numbers += f"  KL {fmt.number(found.kl, 2)}"
+            rows += [[], [(f"{name}  ", "strong"), (numbers, "dim")]]
             rows += [[(x, "")] for x in wrap(found.response, self.width)]
         return rows

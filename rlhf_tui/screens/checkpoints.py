@@ -48,13 +48,13 @@ class CheckpointsScreen(SessionScreen):
         yield Lines(id="best")
         yield Table(
             [
-                Column("step", 8, right=True),
-                Column("attempt", 8, right=True),
+                Column("step", 7, right=True),
+                Column("attempt", 7, right=True),
                 Column("saved", 19),
-                Column("size", 9, right=True),
-                Column("score", 9, right=True),
-                Column("KL", 8, right=True),
-                Column("", 10, flexible=True),
+                Column("size", 8, right=True),
+                Column("score", 7, right=True),
+                Column("KL", 7, right=True),
+                Column("", 16, flexible=True),
             ],
             id="checkpoints",
         )

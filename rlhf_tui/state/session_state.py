@@ -55,6 +55,7 @@ class SessionState:
         self.connected = False
         self.problem = ""
         self.phase_since: dict[int, float] = {}
+        self._optimise = time_left.OptimiseEnd()
         self._clear()
 
     def _clear(self) -> None:
@@ -127,6 +128,8 @@ class SessionState:
             if before.get(phase.rank) != (phase.name, phase.step):
                 self.phase_since[phase.rank] = self.now()
         self.phases = phases
+        if phases:
+            self._optimise.take(phases[0], self.now())
 
     # -- the numbers ---------------------------------------------------------------------------
 
@@ -205,9 +208,12 @@ class SessionState:
         seconds = self.recent_mean(STEP_TIME)
         if seconds is None or not self.training or not self.phases:
             return None
+        evaluation = 0.0
         if EVALUATE in self.step_phases(self.phases[0].step):
-            seconds += self.phase_seconds(EVALUATE) or 0.0
-        return time_left.until_boundary(seconds, self._into_step())
+            evaluation = self.phase_seconds(EVALUATE) or 0.0
+        if (ends := self._optimise.ends) is not None:
+            return max(0.0, ends - self.now()) + evaluation
+        return time_left.until_boundary(seconds + evaluation, self._into_step())
 
     def phase_seconds(self, phase: str) -> float | None:
         """How long a phase usually takes: the mean of the last steps, or the last evaluation."""

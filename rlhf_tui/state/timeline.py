@@ -72,11 +72,13 @@ class Marker:
 
 
 def command_text(command: CommandRow) -> str:
-    """Returns a command as text: `beta 0.05 → 0.08`, `pause`."""
+    """Returns a command as text: `beta 0.05 → 0.08`, `pause`.
+
+    Settings that a command named but did not change are left out, unless it changed none.
+    """
     if command.changes:
-        text = ", ".join(
-            f"{c.key} {value_text(c.old)} → {value_text(c.new)}" for c in command.changes
-        )
+        changed = [c for c in command.changes if c.old != c.new] or command.changes
+        text = ", ".join(f"{c.key} {value_text(c.old)} → {value_text(c.new)}" for c in changed)
         return f"undo: {text}" if command.command == Undo.name() else text
     if command.command == Rollback.name():
         reseeded = ", new random seed" if command.args.get("reseed") else ""

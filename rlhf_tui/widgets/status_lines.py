@@ -58,7 +58,7 @@ class Tabs(Panel):
 
     def _tabs(self, width: int) -> Row:
         # If the names do not fit, only this screen's name is shown, and the keys of the others.
-        fits = sum(len(mode) + 4 for mode in self.modes) < width
+        fits = sum(len(mode) + 4 for mode in self.modes) <= width
         tabs: list[Piece] = []
         for number, mode in enumerate(self.modes, start=1):
             here = mode == self.here

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_tui.format import NUMBER_WIDTH, number
+from rlhf_tui.format import NUMBER_WIDTH, number, value_text
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,18 @@ def test_a_number_always_fits_its_column_and_is_near_the_value(value, digits):
     shown = number(value, digits)
     assert len(shown) <= NUMBER_WIDTH
     assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.5)
+
+
+def test_zero_has_no_sign():
+    assert number(-0.0) == "0.000"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (10000.0, "10000"), (1e-5, "1e-05"), (1e9, "1e+09"), (None, "off"),
+        ([{"name": "far", "above": 5.0, "below": None}], "[{name: far, above: 5}]"),
+    ],
+)  # fmt: skip
+def test_a_setting_is_shown_as_it_is_typed(value, shown):
+    assert value_text(value) == shown

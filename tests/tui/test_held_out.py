@@ -296,7 +296,7 @@ def test_the_status_has_the_last_held_out_score(folder):
     result = CliRunner().invoke(cli, ["status", "evaluated", "--sessions", str(folder)])
     last = evaluation(60)[0]
     score = f"{last['eval/score']:.2f} ± {last['eval/score_ci']:.2f}"
-    assert f"held-out score {score} (step 60)" in result.output
+    assert f"held-out    {score} (step 60)" in result.output
     arguments = ["status", "evaluated", "--sessions", str(folder), "--json"]
     found = json.loads(CliRunner().invoke(cli, arguments).output)["held_out"]
     assert found["step"] == 60

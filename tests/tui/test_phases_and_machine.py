@@ -51,6 +51,17 @@ def test_the_strip_fits_every_width(width):
     assert text(PhaseStrip(state), width, 1)
 
 
+def test_a_narrow_strip_drops_the_shortest_phase_of_the_last_step_and_keeps_the_longest():
+    state = make_state(state="paused")
+    seconds = {"generate": 2.2, "score": 0.3, "reference": 0.6, "optimise": 3.1}
+    state.take(SessionUpdate(curves={f"time/{n}": [(51, s)] for n, s in seconds.items()}))
+    shown = text(PhaseStrip(state), 79, 1)
+    assert len(shown) <= 79
+    assert "generate 2.2s" in shown
+    assert "optimise 3.1s" in shown
+    assert "score" not in shown
+
+
 # -- machine ---------------------------------------------------------------------------------------
 
 

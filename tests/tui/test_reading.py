@@ -84,3 +84,10 @@ def test_a_response_without_token_values_is_read_nevertheless_and_says_which_hav
     assert "token values of #7 were not kept; kept are #0–2 #5 (log.arrays)" in lines
     assert "are of this step" in " ".join(text(body(row, None, mode, 200, [])))
     assert not any("kept" in line for line in text(body(row, None, mode, 60)))
+
+
+def test_a_legend_that_is_too_wide_has_more_rows_and_keeps_the_largest_value():
+    rows = HeatScale.of([-4.32, -1.0, 3.98]).legend(24)
+    assert len(rows) > 1
+    assert all(sum(len(text) for text, _ in row) <= 24 for row in rows)
+    assert rows[-1][-1][0].strip() == "3.98"

@@ -54,6 +54,12 @@ async def test_r_on_the_dashboard_of_a_finished_run_resumes_it_with_other_settin
         assert app.ran == [["resume", "frozen", *options]]
 
 
+async def test_no_scrollbar_takes_the_only_line_of_a_field(seat, until):
+    async with seat(size=(80, 24)) as (app, pilot):
+        await form(app, pilot, until, "r")
+        assert app.screen.query_one("#overrides", Input).styles.scrollbar_size_horizontal == 0
+
+
 WRONG = {
     "kl.bta=1": "unknown key 'kl.bta'; did you mean 'kl.beta'?",
     "kl.beta=low": "kl.beta must be",

@@ -91,3 +91,24 @@ def test_a_change_on_an_abandoned_branch_is_marked():
 
 def test_without_an_engine_the_heading_offers_no_key():
     assert "±10%" not in text(SteeringPanel(make_state(state="stopped", pid=None)))
+
+
+def test_a_command_s_outcome_is_never_cut_for_its_text():
+    state = make_state()
+    given = {"command": "probe", "args": {"text": "The film about the old sailor was"}}
+    done = command("applied", applied_step=12, ended=2.0, **given)
+    state.take(SessionUpdate(commands=[done]))
+    row = SteeringPanel(state).rows(39, 12)[-1]
+    assert sum(len(piece) for piece, _ in row) == 39
+    assert row[-1][0].endswith("✓ step 12")
+
+
+def test_a_setting_that_a_command_names_but_does_not_change_is_left_out():
+    same = SettingChange(key="controller", old="adaptive", new="adaptive")
+    target = SettingChange(key="target", old=5.0, new=4.0)
+    state = make_state()
+    done = command("applied", applied_step=12, changes=[same, target], ended=2.0)
+    state.take(SessionUpdate(commands=[done]))
+    shown = text(SteeringPanel(state))
+    assert "target 5 → 4" in shown
+    assert "controller adaptive" not in shown

@@ -36,12 +36,9 @@ class PhaseStrip(Panel):
         total = self._last(metrics.STEP_TIME)
         pieces: list[Piece] = [(f" {state}last step took ", "dim")]
         pieces += [(f"{total or 0:.1f}s", ""), (": ", "dim")]
-        for i, (name, seconds) in enumerate(times):
-            more = [(" · " if i else "", "dim"), (f"{name} ", "dim"), (f"{seconds:.1f}s", "")]
-            if row_width(pieces) + row_width(more) > width:
-                break
-            pieces += more
-        return pieces
+        while row_width(row := [*pieces, *_durations(times)]) > width and len(times) > 1:
+            times.remove(min(times, key=lambda t: t[1]))  # the longest is why one looks here
+        return row
 
     def _last(self, metric: str) -> float | None:
         series = self.state.series(metric)
@@ -106,6 +103,13 @@ class PhaseStrip(Panel):
         else:
             now.append(("…", "dim"))
         return justified(now, after, width)
+
+
+def _durations(times: list[tuple[str, float]]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for name, seconds in times:
+        pieces += [(f"{' · ' if pieces else ''}{name} ", "dim"), (f"{seconds:.1f}s", "")]
+    return pieces
 
 
 def _progress(phase: Phase) -> float:

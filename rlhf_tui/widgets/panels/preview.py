@@ -7,6 +7,7 @@ from engine.journal.rows import AlertEvent
 from rlhf_tui.format import value_text
 from rlhf_tui.state.session_preview import METRICS, SessionPreview
 from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.state.timeline import short_condition
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width
@@ -82,15 +83,20 @@ class PreviewNotes(Lines):
     def _alert(self) -> Row:
         for event in self._state.events:
             if isinstance(event.payload, AlertEvent):
-                return [(f" ! step {event.step}: {event.payload.text}", "warn")]
+                return [(f" ! step {event.step}: {short_condition(event.payload.text)}", "warn")]
         return [(" no alerts", "dim")]
 
 
 def _difference(key: str, value: object, other: object) -> list[Piece]:
-    return [
-        (f" {key} ", "dim"), (value_text(value)[-VALUE:], "strong"),
-        (f" ({value_text(other)[-VALUE:]}) ", "dim"),
-    ]  # fmt: skip
+    return [(f" {key} ", "dim"), (_short(value), "strong"), (f" ({_short(other)}) ", "dim")]
+
+
+def _short(value: object) -> str:
+    """Only the end of a path, only the beginning of a list."""
+    text = value_text(value)
+    if isinstance(value, list) and len(text) > VALUE:
+        return f"{text[: VALUE - 1]}…"
+    return text[-VALUE:]
 
 
 def packed(groups: list[list[Piece]], width: int) -> list[Row]:

@@ -13,7 +13,7 @@ from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import settings_in_force
 from rlhf_tui.state.time_left import about
 from rlhf_tui.state.timeline import command_text
-from rlhf_tui.widgets.lines import Piece, Row, row_width
+from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, heading
 
 OTHER_SETTINGS = (
@@ -22,6 +22,8 @@ OTHER_SETTINGS = (
     ("save_every", "save every"), ("horizon", "horizon"),
 )  # fmt: skip
 LABEL = 9
+LEAST_TEXT = 16
+"""Cells of a command that are kept before its outcome, which is cut only if it is very long."""
 STATUS_MARKS = {
     "queued": ("⧗", "warn"),
     "accepted": ("⧗", "warn"),
@@ -101,7 +103,8 @@ class SteeringPanel(Panel):
             adaptive = next_beta(
                 msgspec.structs.replace(now, controller="adaptive"), kl, self.state.batch_size
             )
-            text = f" unchanged; adaptive would give {adaptive:.4g}"
+            text = " adaptive: " if width < 50 else " unchanged; adaptive would give "
+            text += f"{adaptive:.4g}"
             return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (text, "dim")]
         new = next_beta(now, kl, self.state.batch_size)
         change = new / now.beta - 1 if now.beta else 0.0
@@ -148,7 +151,10 @@ class SteeringPanel(Panel):
             outcome = outcome.replace("applied at ", "")
         if abandoned:
             outcome, tone = f"{outcome}, abandoned", "dim"
-        return [(f" {text}", ""), (f"  {outcome}", tone)]
+        row: Row = [(f" {text}", ""), (f"  {outcome}", tone)]
+        if row_width(row) <= width or width - len(outcome) < LEAST_TEXT:
+            return row
+        return justified([(f" {text}", "")], [(f" {outcome}", tone)], width)
 
 
 def _label(text: str) -> list[Piece]:

@@ -109,7 +109,7 @@ def _legend(target: ComparisonTarget, width: int) -> list[Row]:
     ]
     legend: Row = [
         ("only in this", "mine"), ("  ", ""), ("only in other", "theirs"),
-        (f"  {target.diff.common} words in common", "dim"),
+        (f"  {fmt.plural(target.diff.common, 'word')} in common", "dim"),
     ]  # fmt: skip
     rows = [*flowed(keys, width, "  "), legend]
     if row_width(rows[0]) + row_width(legend) + 3 <= width:

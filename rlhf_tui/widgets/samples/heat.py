@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_tui import format as fmt
-from rlhf_tui.widgets.lines import Row
+from rlhf_tui.widgets.lines import Row, flowed
 
 HEAT = ("", "heat1", "heat2", "heat3")
 COLD = ("", "cold1", "cold2", "cold3")
@@ -54,14 +54,14 @@ class HeatScale:
         share = self.share(value)
         return (HEAT if share >= 0 else COLD)[min(3, int(4 * abs(share)))]
 
-    def legend(self) -> Row:
-        """Values from the lowest to the highest, each in its tone."""
+    def legend(self, width: int) -> list[Row]:
+        """Values from the lowest to the highest, each in its tone, in rows of `width` cells."""
         if math.isnan(self.low):
-            return [("– … –", UNDEFINED)]
+            return [[("– … –", UNDEFINED)]]
         inner = [self.centre + tick * 2 * self.half for tick in TICKS]
         values = [self.low, *(v for v in inner if self.low < v < self.high), self.high]
         texts: dict[str, str] = {}
         for value in values:
             # Adding 0.0 makes a rounded -0.0 a plain 0; the ends come before values equal to them.
             texts.setdefault(fmt.number(round(value, 2) + 0.0, 2), self.tone(value))
-        return [piece for text, tone in texts.items() for piece in ((f" {text} ", tone), (" ", ""))]
+        return flowed([[(f" {text} ", tone)] for text, tone in texts.items()], width, " ")

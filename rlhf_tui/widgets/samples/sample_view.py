@@ -170,7 +170,7 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
     if not values:
         return [[(f"{mode}: not measured in this run", "warn")]]
     scale = HeatScale.of(values, centred=mode in CENTRED)
-    rows: list[Row] = [[(f"RESPONSE, {mode} of each token", "dim")], scale.legend()]
+    rows: list[Row] = [[(f"RESPONSE, {mode} of each token", "dim")], *scale.legend(width)]
     line: list[Piece] = []
     used = 0
     for token, value in zip(arrays.tokens, values, strict=True):
@@ -192,7 +192,7 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
         rows.append(
             [
                 (f"{i + 1:>4}  ", "dim"),
-                (f"{values[i]:>8.3f} ", "strong"),
+                (f"{round(values[i], 3) + 0.0:>8.3f} ", "strong"),
                 _bar(values[i], scale),
                 (f" {arrays.tokens[i]!r}", ""),
             ]
