@@ -21,7 +21,8 @@ SUFFIXES = (".html", ".htm", ".md")
     type=click.Path(path_type=Path, dir_okay=False),
     help="The file, .html or .md.  [default: NAME.html]",
 )
-def report(root: Path, name: str, output: Path | None) -> None:
+@click.option("--diff", "other", metavar="OTHER", help="Put another session beside it.")
+def report(root: Path, name: str, output: Path | None, other: str | None) -> None:
     """Write a session as one self-contained page: curves, interventions, samples, configuration.
 
     The session may be live. A file that exists is replaced.
@@ -33,7 +34,7 @@ def report(root: Path, name: str, output: Path | None) -> None:
     output = output or Path(f"{session.name}.html")
     if output.suffix not in SUFFIXES:
         raise UserInputError(f"-o {output}: name the file .html or .md")
-    contents = read_report(session)
+    contents = read_report(session, other=existing(root, other) if other else None)
     form = markdown if output.suffix == ".md" else html
     data = form.page(contents).encode()
     part = output.with_name(f".{output.name}.{os.getpid()}")

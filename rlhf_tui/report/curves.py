@@ -48,6 +48,8 @@ class Curve:
     """Exact for runs of at most :data:`SPANS` steps, otherwise extremes."""
     branches: list[list[Point]] = field(default_factory=list)
     """The same of abandoned branches."""
+    other: list[Point] = field(default_factory=list)
+    """The curve of the run beside it."""
 
     @property
     def title(self) -> str:

@@ -67,6 +67,7 @@ def _parts(report: Report) -> list[tuple[str, str, str]]:
         interventions = f'<p class="dim">{sections.EFFECTS}</p>{interventions}'
     return [
         ("summary", "Summary", _summary(report)),
+        ("comparison", "Comparison", _comparison(report)),
         ("curves", "Curves", _charts(report)),
         ("interventions", "Interventions", interventions),
         ("alerts", "Alerts", table(sections.alerts(report))),
@@ -86,6 +87,11 @@ def _summary(report: Report) -> str:
     if held_out:
         held_out = f"<h3>On held-out prompts</h3>{held_out}"
     return f"<dl>{facts}</dl>{table(sections.headlines(report))}{held_out}"
+
+
+def _comparison(report: Report) -> str:
+    metrics, settings = sections.compared_metrics(report), sections.compared_settings(report)
+    return f"{table(metrics)}{table(settings)}" if metrics.rows else ""
 
 
 def table(data: TableData) -> str:
@@ -111,7 +117,10 @@ def _charts(report: Report) -> str:
         f"{chart(curve, marks, report.step)}</figure>"
         for curve in report.curves
     )
-    return f'<p class="dim">{LEGEND}</p><div class="charts">{figures}</div>'
+    other = ""
+    if report.comparison is not None:
+        other = f' <span class="compared">{text(report.comparison.name)}</span> is orange.'
+    return f'<p class="dim">{LEGEND}{other}</p><div class="charts">{figures}</div>'
 
 
 def _configuration(report: Report) -> str:
@@ -170,7 +179,7 @@ def _judgements(report: Report) -> str:
         parts.append("<h3>Latest preferences</h3>")
     for pair in samples.preferences:
         parts.append(
-            f'<div class="sample"><p>by {text(pair.who)}</p>'
+            f'<div class="sample"><p>by {text(sections.judge(pair.who))}</p>'
             f'<pre class="prompt">{_long(pair.prompt)}</pre><p>chosen</p>'
             f"<pre>{_long(pair.chosen.response)}</pre><p>rejected</p>"
             f"<pre>{_long(pair.rejected.response)}</pre></div>"

@@ -12,7 +12,7 @@ from engine import __version__
 from engine.journal.rows import SampleRow
 from rlhf_tui.format import clock, number, plural
 from rlhf_tui.report import sections
-from rlhf_tui.report.curves import Curve
+from rlhf_tui.report.curves import Curve, Point
 from rlhf_tui.report.data import Report
 from rlhf_tui.report.sections import LONGEST_TEXT, TableData, cut, sample_heading
 from rlhf_tui.text import one_line, sanitise
@@ -72,6 +72,7 @@ def _parts(report: Report) -> list[tuple[str, str]]:
         interventions = f"{sections.EFFECTS}\n\n{interventions}"
     return [
         ("Summary", _summary(report)),
+        ("Comparison", _comparison(report)),
         ("Curves", _curves(report.curves)),
         ("Interventions", interventions),
         ("Alerts", table(sections.alerts(report))),
@@ -91,13 +92,24 @@ def _summary(report: Report) -> str:
     return f"{facts}\n\n{table(sections.headlines(report))}{held_out}"
 
 
+def _comparison(report: Report) -> str:
+    tables = (sections.compared_metrics(report), sections.compared_settings(report))
+    return "\n".join(table(data) for data in tables if data.rows)
+
+
 def _curves(curves: Sequence[Curve]) -> str:
     rows = []
     for curve in curves:
-        values = [value for _, value in curve.points]
-        ends = [number(v) for v in (values[0], min(values), max(values), values[-1])]
-        rows.append([curve.title, spark(values), *ends])
+        rows.append(_curve_row(curve.title, curve.points))
+        if curve.other:
+            rows.append(_curve_row("(the other run)", curve.other))
     return table(TableData(["metric", "curve", "first", "least", "greatest", "last"], rows))
+
+
+def _curve_row(title: str, points: Sequence[Point]) -> list[str]:
+    values = [value for _, value in points]
+    ends = (values[0], min(values), max(values), values[-1])
+    return [title, spark(values), *map(number, ends)]
 
 
 def spark(values: Sequence[float]) -> str:
@@ -153,7 +165,7 @@ def _judgements(report: Report) -> str:
     if samples.preferences:
         parts.append("### Latest preferences\n")
     for pair in samples.preferences:
-        parts += [f"by {text(pair.who)}\n", fenced(pair.prompt), "chosen:\n",
+        parts += [f"by {text(sections.judge(pair.who))}\n", fenced(pair.prompt), "chosen:\n",
                   fenced(pair.chosen.response), "rejected:\n",
                   fenced(pair.rejected.response)]  # fmt: skip
     return "\n".join(parts)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from engine.journal.rows import SampleRow
 from engine.metrics import title_of
 from rlhf_tui.format import clock, duration, number, plural, size
-from rlhf_tui.report.data import Headline, Report
+from rlhf_tui.report.data import Report
+from rlhf_tui.report.headlines import Headline
 from rlhf_tui.report.interventions import COMPARED, Intervention
 from rlhf_tui.report.svg import Mark
 from rlhf_tui.state.timeline import Marker, sender
@@ -15,6 +16,7 @@ MOST_ROWS = 150
 """Rows of a table; of more, the first third and the latest."""
 LONGEST_CELL = 200
 """Characters of a cell of a table."""
+LONGEST_NAME = 40
 LONGEST_TEXT = 1200
 """Characters of a prompt or a response. With these limits a page stays below 3 MB, whatever a
 session holds."""
@@ -95,6 +97,33 @@ def _held_out_row(headline: Headline) -> list[str]:
         f"{number(headline.first)} (step {first:,})",
         f"{number(headline.last)}{width} (step {last:,})",
     ]
+
+
+def compared_metrics(report: Report) -> TableData:
+    """The last values of both runs."""
+    other = report.comparison
+    if other is None:
+        return TableData([], [])
+    mine = {h.title: h for h in (*report.headlines, *report.held_out)}
+    theirs = {h.title: h for h in (*other.headlines, *other.held_out)}
+    rows = [
+        [title, *(number(h.last) if (h := run.get(title)) else "–" for run in (mine, theirs))]
+        for title in dict.fromkeys([*mine, *theirs])
+    ]
+    steps = ["steps", f"{report.step:,}", f"{other.step:,}"]
+    return limited(
+        ["last values", report.name, other.name],
+        [["state", report.state, other.state], steps, *rows],
+    )
+
+
+def compared_settings(report: Report) -> TableData:
+    """The keys whose values differ between both runs."""
+    other = report.comparison
+    if other is None:
+        return TableData([], [])
+    rows = [[s.key, _value(s.value), _value(s.default)] for s in other.settings]
+    return limited(["configuration", report.name, other.name], rows)
 
 
 def changed_settings(report: Report) -> TableData:
@@ -186,8 +215,13 @@ def sample_heading(row: SampleRow) -> str:
         parts.append("cut off")
     if row.judgement is not None:
         said = ": ".join(cut(t, LONGEST_CELL) for t in (row.label, row.note) if t)
-        parts.append(f"{said} ({sender(row.judgement.who)})")
+        parts.append(f"{said} ({judge(row.judgement.who)})")
     return " · ".join(parts)
+
+
+def judge(who: str) -> str:
+    """Who judged a response."""
+    return cut(sender(who), LONGEST_NAME)
 
 
 def marks(report: Report) -> list[Mark]:

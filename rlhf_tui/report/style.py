@@ -4,12 +4,14 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --fg: #1c2024; --dim: #5b6570; --bg: #ffffff; --line: #d8dde3; --box: #f5f7f9;
-  --curve: #1f5fbf; --raw: #a9c4ec; --mark: #7a3fa0; --warn: #b45309; --ghost: #b9bec5;
+  --curve: #1f5fbf; --raw: #a9c4ec; --mark: #7a3fa0; --warn: #b45309;
+  --ghost: #b9bec5; --other: #c2410c;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --fg: #e4e8ec; --dim: #9aa5b1; --bg: #14171a; --line: #343b43; --box: #1d2227;
-    --curve: #7fb1ff; --raw: #35517c; --mark: #cf9bef; --warn: #f0a850; --ghost: #4a525b;
+    --curve: #7fb1ff; --raw: #35517c; --mark: #cf9bef; --warn: #f0a850;
+    --ghost: #4a525b; --other: #fb923c;
   }
 }
 * { box-sizing: border-box; }
@@ -41,6 +43,7 @@ figure { margin: 0; }
 figcaption { font-weight: 600; }
 svg { display: block; width: 100%; height: auto; }
 .dim, .left-out { color: var(--dim); }
+.compared { color: var(--other); font-weight: 600; }
 .sample {
   border: 1px solid var(--line); border-radius: 6px; margin: .6em 0; padding: .5em .8em;
   background: var(--box);
@@ -51,10 +54,11 @@ pre.prompt { color: var(--dim); }
 summary { cursor: pointer; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .tick { fill: var(--dim); font: 11px sans-serif; }
-.raw, .mean, .ghost { fill: none; stroke-linejoin: round; }
+.raw, .mean, .ghost, .other { fill: none; stroke-linejoin: round; }
 .raw { stroke: var(--raw); stroke-width: 1; }
 .mean { stroke: var(--curve); stroke-width: 1.8; }
 .ghost { stroke: var(--ghost); stroke-width: 1; }
+.other { stroke: var(--other); stroke-width: 1.8; }
 .dot { fill: var(--curve); }
 .intervention { stroke: var(--mark); stroke-width: 1.2; stroke-dasharray: 4 3; }
 .start { stroke: var(--dim); stroke-width: 1; stroke-dasharray: 1 3; }

@@ -74,6 +74,7 @@ def chart(curve: Curve, marks: Sequence[Mark], last_step: int) -> str:
         *_axes(scale),
         *_marks(marks, scale),
         *(_line(points, scale, "ghost") for points in curve.branches),
+        *_other(curve, scale),
         *_curve(curve, scale),
         "</svg>",
     ]
@@ -81,13 +82,14 @@ def chart(curve: Curve, marks: Sequence[Mark], last_step: int) -> str:
 
 
 def _scale(curve: Curve, last_step: int) -> Scale:
-    values = [v for points in (curve.points, *curve.branches) for _, v in points]
+    values = [v for points in (curve.points, curve.other, *curve.branches) for _, v in points]
     values = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = min(values), max(values)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     bottom = low if low == 0 else low - room
     first = min(curve.points[0][0], 1)
-    return Scale(first, max(last_step, first + 1), bottom, high + room)
+    last_step = max(last_step, *(step for step, _ in curve.other[-1:]), first + 1)
+    return Scale(first, last_step, bottom, high + room)
 
 
 def _text(text: str) -> str:
@@ -172,6 +174,14 @@ def _curve(curve: Curve, scale: Scale) -> list[str]:
     if curve.is_set or len(points) < LEAST_SMOOTHED:
         return [_line(points, scale, "mean")]
     return [_line(points, scale, "raw"), _line(moving_mean(points), scale, "mean")]
+
+
+def _other(curve: Curve, scale: Scale) -> list[str]:
+    points = [p for p in curve.other if math.isfinite(p[1])]
+    if not points:
+        return []
+    smooth = not curve.is_set and len(points) >= LEAST_SMOOTHED
+    return [_line(moving_mean(points) if smooth else points, scale, "other")]
 
 
 def moving_mean(points: Sequence[Point]) -> list[Point]:

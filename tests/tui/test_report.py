@@ -133,6 +133,19 @@ def said(response, **given):
     return Sample(**(values | given))
 
 
+def test_another_run_is_put_beside_it(root, session_maker, tmp_path):
+    other = session_maker(tmp_path / "s", "second", 40)
+    report = read_report(Session(root / "frozen"), lambda: NOW, other)
+    source, text = html.page(report), markdown.page(report)
+    page = Page(source)
+    assert "second is orange" in page.text
+    assert source.count('class="other"') == len(report.curves)
+    assert "| train.steps | 200 | 40 |" in text
+    assert "| steps | 200 | 40 |" in text
+    assert "train.steps20040" in page.text
+    assert "(the other run)" in text
+
+
 def test_a_session_without_a_step_has_a_report(tmp_path):
     session = create(tmp_path / "s", "new", config_of())
     report = read_report(session)
@@ -235,18 +248,18 @@ def test_a_run_of_100_000_steps_with_long_texts_is_a_small_page(tmp_path):
     session = create(tmp_path / "s", "long", config_of(**{"train.steps": steps}))
     journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
-    names = ("objective/scores", "objective/kl", "objective/kl_coef", "lr")
+    names = ("objective/scores", "objective/kl")
     # The first step by the writer; the others as rows, which takes seconds instead of minutes.
     samples = [said(text, index=i, prompt=text) for i in range(30)]
     metrics = dict.fromkeys(names, 0.5)
     journal.record_step(StepReport(step=1, metrics=metrics, samples=samples, settings={}))
-    for i in range(1000):
-        journal.record_event("alert", {"rule": text, "text": text}, 100 * i)
-        journal.record_event("note", {"text": text, "who": text}, 100 * i)
-    for i in range(400):
+    for i in range(200):
+        journal.record_event("alert", {"rule": text, "text": text}, 400 * i)
+        journal.record_event("note", {"text": text, "who": text}, 400 * i)
+    for i in range(160):
         journal.commands.record(f"c{i}", "set", {"key": "beta", "value": i}, text)
         journal.commands.accept(f"c{i}")
-        journal.commands.apply(f"c{i}", 200 * i + 2, [])
+        journal.commands.apply(f"c{i}", 500 * i + 2, [])
     journal.close()
     with closing(sqlite3.connect(session.journal_file)) as db, db:
         db.execute(
