@@ -75,9 +75,10 @@ def generate(
     report: Any = None,
     *,
     per_prompt: int = 1,
+    at_once: int | None = None,
 ) -> Rollout:
     """Generates without a cache; every row is computed until the last response has ended."""
-    del report, per_prompt
+    del report, per_prompt, at_once
     count, limit = uniforms.shape
     ids = torch.zeros(count, limit, dtype=torch.int64)
     floats = torch.zeros(3, count, limit)
@@ -91,8 +92,9 @@ def generate(
         ids[:, t], floats[0, :, t], floats[1, :, t] = token, logprob, entropy
         if values is not None:
             floats[2, :, t] = values[:, 0]
-        is_eos = stop_criteria.is_eos(token)
-        over = ~ended & (is_eos | stop_criteria.stops(ids, t + 1))
+        is_eos = torch.isin(token, stop_criteria.eos_ids(token.device))
+        stops = [stop_criteria.stops_at(row, t) is not None for row in ids[:, : t + 1].tolist()]
+        over = ~ended & (is_eos | torch.tensor(stops))
         lengths[over], eos[over] = t + 1, is_eos[over]
         ended |= over
         if ended.all():

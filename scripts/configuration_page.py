@@ -21,8 +21,8 @@ folder. The session's `config.yaml` states the value of every key, including the
 
 A resume (`rlhf-tui resume NAME -o …`) can change any key except those that determine the model or
 the order of the data: `seed`, `data.*`, `model.*`, `lora.*`, `rollout.batch_size`,
-`rollout.per_prompt` and `ppo.advantage`. A fork can change these too, except `lora.*`. Keys marked
-⇄ can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
+`rollout.per_prompt`, `ppo.advantage` and `ppo.value_init`. A fork can change these too, except
+`lora.*`. Keys marked ⇄ can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
 
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
 they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) lie far outside of what is useful.
@@ -34,7 +34,7 @@ LIST_ITEMS = {
     "A webhook of `notify.webhooks`": "Webhook",
 }
 TYPE_NAMES = [
-    (r"Annotated\[(\w+), Meta\(ge=(.+?), (le|lt)=(.+?)\)\]", lambda m: _interval(*m.groups())),
+    (r"Annotated\[(\w+), Meta\((ge|gt)=(.+?), (le|lt)=(.+?)\)\]", lambda m: _interval(*m.groups())),
     (r"tuple\[Decay, Decay\]", "two numbers in [0, 1)"),
     (r"\bCoefficient\b", "number in [0, 1e6]"),
     (r"\bSeconds\b", "number > 0"),
@@ -58,9 +58,9 @@ TYPE_NAMES = [
 ]
 
 
-def _interval(kind: str, low: str, end: str, high: str) -> str:
-    close = "]" if end == "le" else ")"
-    return f"{kind} in [{_bound(low)}, {_bound(high)}{close}"
+def _interval(kind: str, start: str, low: str, end: str, high: str) -> str:
+    opening, close = "[" if start == "ge" else "(", "]" if end == "le" else ")"
+    return f"{kind} in {opening}{_bound(low)}, {_bound(high)}{close}"
 
 
 def _bound(text: str) -> str:
@@ -81,25 +81,32 @@ def page() -> str:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in classes:
             section = classes[ast.unparse(node.annotation)]
             name = ast.unparse(node.target)
-            parts.append(_table(f"`{name}`", section, f"{name}."))
-    parts += [_table(title, classes[name], "") for title, name in LIST_ITEMS.items()]
+            parts.append(_table(f"`{name}`", section, f"{name}.", classes))
+    parts += [_table(title, classes[name], "", classes) for title, name in LIST_ITEMS.items()]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(title: str, section: ast.ClassDef, prefix: str) -> str:
-    rows = [
-        f"## {title}\n\n{ast.get_docstring(section)}\n\n{COLUMNS}",
-    ]
+def _table(title: str, section: ast.ClassDef, prefix: str, classes: dict[str, ast.ClassDef]) -> str:
+    head = f"## {title}\n\n{ast.get_docstring(section)}\n\n{COLUMNS}"
+    return "\n".join([head, *_rows(section, prefix, classes)])
+
+
+def _rows(section: ast.ClassDef, prefix: str, classes: dict[str, ast.ClassDef]) -> list[str]:
+    """The rows of a section's keys; those of a section within it follow in its place."""
+    rows = []
     for node, after in zip(section.body, [*section.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):
             key = prefix + ast.unparse(node.target)
+            if (inner := classes.get(ast.unparse(node.annotation))) is not None:
+                rows += _rows(inner, f"{key}.", classes)
+                continue
             mark = " ⇄" if key in LIVE_SETTINGS.values() else ""
             values = ast.unparse(node.annotation)
             for pattern, name in TYPE_NAMES:
                 values = re.sub(pattern, name, values)
             default = _default(node.value)
             rows.append(f"| `{key}`{mark} | {values} | {default} | {_docstring(after)} |")
-    return "\n".join(rows)
+    return rows
 
 
 def _default(value: ast.expr | None) -> str:

@@ -42,6 +42,7 @@ FLOORS = [
     ("engine.train.run",),
     (
         "engine.train.checkpointing",
+        "engine.train.dynamic",
         "engine.train.evaluation",
         "engine.train.reports",
         "engine.train.rollout_check",

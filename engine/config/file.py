@@ -79,7 +79,8 @@ def complete(config: RunConfig) -> RunConfig:
         ppo = msgspec.structs.replace(ppo, whiten=traits.whiten)
     lora = config.lora
     if ppo.value_head_rate is None:
-        ppo = msgspec.structs.replace(ppo, value_head_rate=10.0 if lora.rank is None else 1.0)
+        from_scratch = lora.rank is None and ppo.value_init == "zero"
+        ppo = msgspec.structs.replace(ppo, value_head_rate=10.0 if from_scratch else 1.0)
     if lora.rank is not None and lora.alpha is None:
         lora = msgspec.structs.replace(lora, alpha=2 * lora.rank)
     return msgspec.structs.replace(config, rollout=rollout, eval=evaluation, ppo=ppo, lora=lora)

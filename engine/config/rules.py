@@ -41,6 +41,7 @@ def check_config(config: RunConfig) -> None:
     """
     _check_reward(config.reward)
     _check_batches(config)
+    _check_objective(config)
     if config.lora.rank is None and (config.lora.alpha is not None or config.lora.targets):
         raise ConfigError(
             "lora.alpha and lora.targets need lora.rank: without a rank there are no adapters"
@@ -58,6 +59,45 @@ def check_config(config: RunConfig) -> None:
     _check_evaluation(config)
     _check_launch(config)
     _check_notify(config.notify)
+
+
+def _check_objective(config: RunConfig) -> None:
+    kl, ppo = config.kl, config.ppo
+    if kl.place == "loss" and kl.estimator == "k1":
+        raise ConfigError(
+            "kl.place: loss needs kl.estimator: k2 or k3, because the gradient of k1 is zero in "
+            "expectation and would not hold the policy back"
+        )
+    if kl.reference_update.every and config.lora.rank is not None:
+        raise ConfigError(
+            "kl.reference_update cannot be combined with lora.rank: the reference is the policy "
+            "without its adapters"
+        )
+    if ppo.value_init == "reward_model":
+        _check_value_init(config)
+
+
+def _check_value_init(config: RunConfig) -> None:
+    if not config.ppo.traits.value_function:
+        raise ConfigError(
+            f"ppo.value_init: reward_model needs a value function, and ppo.advantage: "
+            f"{config.ppo.advantage} has none"
+        )
+    if config.model.value != "separate":
+        raise ConfigError(
+            "ppo.value_init: reward_model needs model.value: separate, because a shared value "
+            "function has the policy's transformer"
+        )
+    if config.lora.rank is not None:
+        raise ConfigError(
+            "ppo.value_init: reward_model cannot be combined with lora.rank: a value function with "
+            "adapters starts from the policy"
+        )
+    if len(config.reward.models()) != 1:
+        raise ConfigError(
+            "ppo.value_init: reward_model needs exactly one reward model among the reward sources, "
+            f"not {len(config.reward.models())}"
+        )
 
 
 def _check_evaluation(config: RunConfig) -> None:
@@ -179,6 +219,8 @@ def _check_reward(reward: RewardConfig) -> None:
         raise ConfigError(f"give exactly one of {_listed(keys)} (given: {found})")
     for i, source in enumerate(reward.sources()):
         _check_source(source, f"reward.mix[{i}]" if reward.mix else "reward")
+    if all(source.weight == 0 for source in reward.sources()):
+        raise ConfigError("reward.mix needs a source whose weight is not 0")
 
 
 def _check_source(source: RewardSource, where: str) -> None:
@@ -216,6 +258,15 @@ def _check_batches(config: RunConfig) -> None:
         raise ConfigError(
             f"rollout.batch_size ({batch}) must be a multiple of "
             f"ppo.minibatches ({config.ppo.minibatches})"
+        )
+    if config.rollout.dynamic and per_prompt < 2:
+        raise ConfigError(
+            "rollout.dynamic needs a rollout.per_prompt of at least 2: one response has no variance"
+        )
+    if config.reward.overlong.buffer > config.rollout.max_new_tokens:
+        raise ConfigError(
+            f"reward.overlong.buffer ({config.reward.overlong.buffer}) may be "
+            f"rollout.max_new_tokens ({config.rollout.max_new_tokens}) at most"
         )
     if batch < 2 and traits.baseline and config.ppo.baseline == "batch":
         raise ConfigError("ppo.baseline: batch needs a rollout.batch_size of at least 2")

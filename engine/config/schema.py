@@ -89,7 +89,11 @@ class RewardSource(Section, frozen=True):
     function: str | None = None
     """`module:function`, called with the arguments that TRL passes to reward functions."""
     weight: Annotated[float, Meta(ge=-1e6, le=1e6)] = 1.0
-    """Weight of the score in the sum."""
+    """Weight of the score in the sum. A source of weight 0 is watched and not obeyed: its score is
+    recorded, with the samples and as a metric, and has no effect on training."""
+    normalise: Literal["none", "reference"] = "none"
+    """`reference`: scale this source's scores to mean 0 and standard deviation 1 over responses of
+    the reference model, before they are weighted."""
     name: str | None = None
     """Name of the source in the metrics (`reward/NAME`)."""
 
@@ -107,6 +111,16 @@ class RewardSource(Section, frozen=True):
     def value(self) -> str:
         """The value of the given key."""
         return str(getattr(self, self.kind))
+
+
+class OverlongConfig(Section, frozen=True):
+    """A penalty that grows with the length of a response near the limit (DAPO)."""
+
+    buffer: Whole = 0
+    """Tokens before `rollout.max_new_tokens` over which the penalty rises linearly from 0; 0 turns
+    it off."""
+    penalty: Coefficient = 1.0
+    """Subtracted from the score of a response of `rollout.max_new_tokens` tokens."""
 
 
 class RewardConfig(Section, frozen=True):
@@ -132,6 +146,7 @@ class RewardConfig(Section, frozen=True):
     """Clips scores to ±clip, after normalising."""
     missing_eos_penalty: Coefficient | None = None
     """Subtracted from the score of a truncated response."""
+    overlong: OverlongConfig = OverlongConfig()
     batch_size: Count = 32
     """Responses per forward pass of a reward model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -148,6 +163,10 @@ class RewardConfig(Section, frozen=True):
             return self.mix
         given = {key: getattr(self, key) for key in SOURCE_KEYS}
         return [RewardSource(**given, label=self.label)]
+
+    def models(self) -> list[RewardSource]:
+        """The sources that are reward models."""
+        return [source for source in self.sources() if source.model is not None]
 
 
 class EvalConfig(Section, frozen=True):
@@ -181,7 +200,7 @@ class EvalConfig(Section, frozen=True):
     """Determines the random numbers of the responses, which are the same at every evaluation."""
     rewards: list[RewardSource] = []
     """Reward sources besides those of `reward`. They are reported as `eval/reward/NAME` and have no
-    influence on training; `weight` has no effect."""
+    influence on training; `weight` and `normalise` have no effect."""
 
 
 class RolloutConfig(Section, frozen=True):
@@ -191,14 +210,23 @@ class RolloutConfig(Section, frozen=True):
     """What generates: `native` is the trained model itself, in the rank that trains it."""
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Responses per step, over all ranks."""
+    at_once: Count | None = None
+    """The most responses that a rank generates at once; the others wait until one has ended. Limits
+    the memory of the key-value cache; responses change by rounding only. Default: all of them."""
     per_prompt: Count | None = None
-    """Responses to each prompt. Default: 4 for rloo, 1 otherwise."""
+    """Responses to each prompt. Default: 4 for rloo, 8 for grpo, 1 otherwise."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Maximum length of a response, in tokens; longer responses are truncated."""
     temperature: Annotated[float, Meta(ge=1e-6, le=1000)] = 1.0
     """Divides the logits of the policy and of the reference, in generation and in training."""
     stop: list[str] = []
     """Texts that end a response, in addition to the end-of-sequence token."""
+    dynamic: bool = False
+    """Draw prompts again whose responses all have the same raw score: other prompts take their
+    place (DAPO's dynamic sampling). Needs `per_prompt` of at least 2."""
+    dynamic_limit: Annotated[int, Meta(ge=1, le=1000)] = 10
+    """How many times a step draws again with `dynamic`; prompts that are left then stay as they
+    are."""
 
 
 class AdvantageTraits(Struct, frozen=True, kw_only=True):
@@ -220,6 +248,8 @@ ADVANTAGES = {
     "gae": AdvantageTraits(value_function=True, whiten=True),
     "reward": AdvantageTraits(baseline=True),
     "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
+    "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
+    "reinforce_plus_plus": AdvantageTraits(whiten=True),
 }
 """Every estimator, by its name in `ppo.advantage`. :mod:`engine.train.ppo.advantages` has the
 functions; the type of the key below lists the same names."""
@@ -228,9 +258,11 @@ functions; the type of the key below lists the same names."""
 class PPOConfig(Section, frozen=True):
     """The PPO objective and its optimisation."""
 
-    advantage: Literal["gae", "reward", "rloo"] = "gae"
+    advantage: Literal["gae", "reward", "rloo", "grpo", "reinforce_plus_plus"] = "gae"
     """Advantage estimator: `gae` uses a value function; `reward` uses the response's reward, less a
-    baseline; `rloo` subtracts the mean reward of the prompt's other responses."""
+    baseline; `rloo` subtracts the mean reward of the prompt's other responses; `grpo` subtracts the
+    mean reward of the prompt's responses and divides by their standard deviation;
+    `reinforce_plus_plus` uses the rewards from each token on, whitened over the batch."""
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
     """Passes over the rollout of a step."""
     minibatches: Count = 4
@@ -240,29 +272,57 @@ class PPOConfig(Section, frozen=True):
     clip_range: Annotated[float, Meta(ge=1e-9, lt=1)] = 0.2
     """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
     1 ± ε."""
+    clip_range_high: Annotated[float, Meta(ge=1e-9, le=1e6)] | None = None
+    """ε of the upper bound alone, `clip_range` being that of the lower (DAPO's clip-higher; its
+    paper uses 0.28). Default: `clip_range`."""
+    dual_clip: Annotated[float, Meta(gt=1, le=1e6)] | None = None
+    """Bounds the loss of a token whose advantage is negative to this multiple of -advantage
+    (dual-clip PPO; 3 is usual). Default: no bound."""
+    entropy_coef: Coefficient = 0.0
+    """Weight of the entropy bonus: this times the mean entropy is subtracted from the loss."""
+    loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
+    """How the policy loss of a minibatch is made of its tokens' losses: `token` is their mean,
+    `sequence` the mean over responses of their means (GRPO), `sequence_sum_constant` the mean over
+    responses of their sums divided by `rollout.max_new_tokens` (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
     """Whether the probability ratio is that of each token or that of the whole response."""
     gamma: Fraction = 1.0
-    """Discount γ (gae only)."""
+    """Discount γ (gae and reinforce_plus_plus)."""
     lam: Fraction = 0.95
     """λ of generalised advantage estimation (gae only)."""
+    lam_value: Fraction | None = None
+    """λ of the returns that the value function learns (gae only); VC-PPO and VAPO use 1. Default:
+    `lam`."""
+    lam_alpha: Positive | None = None
+    """α of the length-adaptive λ, which replaces `lam` by 1 - 1 / (α · length) for each response
+    (gae only; 0 at least). VAPO uses 0.05, for responses of thousands of tokens. Default: `lam` for
+    all lengths."""
     baseline: Literal["none", "batch", "running"] = "batch"
     """Subtracted from the reward with `advantage: reward`: nothing, the mean of the batch, or the
     running mean over steps."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What the difference to the group's mean is divided by (grpo only): the standard deviation of
+    the prompt's responses, that of the batch, or nothing (Dr. GRPO)."""
     whiten: bool | None = None
-    """Whiten advantages over the global batch. Default: on for gae, off otherwise."""
+    """Whiten advantages over the global batch. Default: on for gae and reinforce_plus_plus, off
+    otherwise."""
     whiten_rewards: bool = False
     """Divide token rewards by their standard deviation (gae only)."""
     value_coef: Coefficient = 0.1
     """Weight of the value loss."""
     value_head_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] | None = None
     """Learning rate of the value head, as a multiple of `train.learning_rate`. Default: 10, because
-    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher."""
+    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher, and
+    with `value_init: reward_model`."""
+    value_init: Literal["zero", "reward_model"] = "zero"
+    """Where the value function starts: a head of zeros on the policy's transformer, or transformer
+    and head of the reward model (`model.value: separate` only; the reward model must read the
+    policy's tokens)."""
     value_clip: Positive | None = None
     """Clips the value to that of the rollout ± this; 0.2 is usual with normalised scores. Default:
     no clipping."""
     value_warmup: Whole = 0
-    """Number of first steps that train the value function only."""
+    """Number of first steps that train the value function only (value pretraining, VC-PPO)."""
     stop_kl: Positive | None = None
     """Ends the updates of a step when the approximate KL to the rollout's policy exceeds this.
     Default: never."""
@@ -275,6 +335,16 @@ class PPOConfig(Section, frozen=True):
         return ADVANTAGES[self.advantage]
 
 
+class ReferenceUpdateConfig(Section, frozen=True):
+    """A reference that follows the policy (TRL's `sync_ref_model`)."""
+
+    every: Whole = 0
+    """Number of steps between updates of the reference; 0 never updates it."""
+    mix: Annotated[float, Meta(gt=0, le=1)] = 0.6
+    """An update makes the reference this much of the policy and the rest of the reference; 1 copies
+    the policy. The KL is then measured against a model nearer to the policy."""
+
+
 class KLConfig(Section, frozen=True):
     """The KL coefficient β (beta) and its controller."""
 
@@ -282,6 +352,12 @@ class KLConfig(Section, frozen=True):
     """`adaptive` adjusts beta after each step to keep the KL near the target."""
     beta: Coefficient = 0.05
     """Initial coefficient."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """What is penalised at each token, with d = log π - log π_ref: `k1` is d, `k2` is d²/2, `k3` is
+    exp(-d) - 1 + d (GRPO). `objective/kl` and the adaptive controller use k1 in every case."""
+    place: Literal["reward", "loss"] = "reward"
+    """Where beta times the estimate goes: it is subtracted from the reward, or added to the loss
+    (GRPO)."""
     target: Positive = 6.0
     """KL that the adaptive controller aims for, in nats per response."""
     horizon: Positive = 10_000.0
@@ -291,6 +367,7 @@ class KLConfig(Section, frozen=True):
     """Lower limit of the adaptive controller, which also starts from here if beta is 0."""
     beta_max: Positive = 10.0
     """Upper limit of the adaptive controller."""
+    reference_update: ReferenceUpdateConfig = ReferenceUpdateConfig()
 
 
 class StopAt(Section, frozen=True):
@@ -359,7 +436,8 @@ class LaunchConfig(Section, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the ranks. `auto`: GPUs if there are any."""
     gpus: list[Whole] = []
-    """Indices of the GPUs that the ranks may use, as numbered by the driver. Default: all."""
+    """Indices of the GPUs that the ranks may use, as numbered by the driver. Default: all, or
+    those that a scheduler has assigned by CUDA_VISIBLE_DEVICES."""
     max_restarts: Whole = 3
     """How many times the ranks are restarted from the last checkpoint after one of them died."""
     silence: Seconds = 1800.0
@@ -524,6 +602,7 @@ FIXED_AT_START = (
     "rollout.batch_size",
     "rollout.per_prompt",
     "ppo.advantage",
+    "ppo.value_init",
     "eval.holdout",
 )
 """Keys and sections that determine the model or the order of the data: fixed on a resume."""

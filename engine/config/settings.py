@@ -7,7 +7,7 @@ old and the new value.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -27,6 +27,10 @@ LIVE_SETTINGS = {
     "learning_rate": "train.learning_rate",
     "save_every": "train.save_every",
     "clip_range": "ppo.clip_range",
+    "clip_range_high": "ppo.clip_range_high",
+    "dual_clip": "ppo.dual_clip",
+    "entropy_coef": "ppo.entropy_coef",
+    "loss_aggregation": "ppo.loss_aggregation",
     "epochs": "ppo.epochs",
     "stop_kl": "ppo.stop_kl",
     "temperature": "rollout.temperature",
@@ -54,6 +58,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stop_kl: float | None
     temperature: float
     max_new_tokens: int
+    # Checkpoints of earlier versions do not have these; the defaults are what they trained with.
+    clip_range_high: float | None = None
+    dual_clip: float | None = None
+    entropy_coef: float = 0.0
+    loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
 
 
 class SettingChange(Struct, frozen=True, kw_only=True):
@@ -142,6 +151,7 @@ def _check_value(name: str, value: Any) -> Any:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as error:
         wanted = expected(str(error).partition(", got")[0])
+        wanted = wanted or "one of " + ", ".join(map(str, get_args(kind)))
         raise CommandRejectedError(f"{name} must be {wanted} (it is {shown(value)})") from None
 
 

@@ -190,6 +190,13 @@ class ReadyEvent(Struct, frozen=True):
     """Models and data are loaded. Keys of the JSON depend on the run."""
 
 
+class ReferenceEvent(Struct, frozen=True):
+    """The reference was updated before a step."""
+
+    mix: float = 1.0
+    """Share of the policy in the update."""
+
+
 Payload = (
     StateEvent
     | CommandEvent
@@ -199,6 +206,7 @@ Payload = (
     | AttemptEvent
     | ErrorEvent
     | ReadyEvent
+    | ReferenceEvent
 )
 
 PAYLOADS: dict[str, type[Payload]] = {
@@ -210,6 +218,7 @@ PAYLOADS: dict[str, type[Payload]] = {
     "attempt": AttemptEvent,
     "error": ErrorEvent,
     "ready": ReadyEvent,
+    "reference": ReferenceEvent,
 }
 """Kind of an event → its payload."""
 

@@ -1,6 +1,8 @@
 """The command line and the environment of ranks."""
 
+import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import msgspec
 
 from engine.config.schema import LaunchConfig
 from engine.monitoring.telemetry import gpu_count
+from engine.nvml import chosen_gpus
 
 TOKEN_VARIABLE = "RLHF_TUI_LINK_TOKEN"  # noqa: S105 - the name of a variable
 SOCKET_VARIABLE = "RLHF_TUI_LINK_SOCKET"
@@ -45,13 +48,34 @@ Each time the kernel would clear every page, which took a fifth of a step's proc
 Blocks over 8 MB are returned: keeping them fragments the heap and costs too much memory."""
 
 
+GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""CUDA numbers GPUs as the driver's tools do, and `launch.gpus`. By default the fastest is 0."""
+
+
 def ranks_per_node(launch: LaunchConfig) -> int:
-    """The number of ranks on one machine: `launch.processes`, else one per GPU, else one."""
+    """The number of ranks on one machine: `launch.processes`, else one per GPU, else one.
+
+    A torch that is built for CPUs uses one rank, however many GPUs there are.
+    """
     if isinstance(launch.processes, int):
         return launch.processes
-    if launch.device == "cpu":
+    if launch.device == "cpu" or not torch_is_built_for_gpus():
         return 1
     return len(launch.gpus) or max(1, gpu_count())
+
+
+def torch_is_built_for_gpus() -> bool:
+    """Whether the installed torch has CUDA or ROCm; reads its version file instead of importing it.
+
+    True if that cannot be told.
+    """
+    found = importlib.util.find_spec("torch")
+    try:
+        text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")  # type: ignore[arg-type, union-attr]  # None raises, too
+    except (AttributeError, OSError, TypeError):
+        return True
+    built = dict(re.findall(r"^(cuda|hip)\b[^=\n]*= *(\S+)", text, re.MULTILINE))
+    return not built or any(version != "None" for version in built.values())
 
 
 def rank_command(launch: LaunchConfig, folder: str, count: int) -> list[str]:
@@ -73,8 +97,9 @@ def rank_environment(launch: LaunchConfig) -> dict[str, str]:
         LAUNCH_VARIABLE: msgspec.json.encode(launch).decode(),
     }
     if launch.gpus:
-        settings["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, launch.gpus))
-    return OPENMP_WAITING | MALLOC_SETTINGS | mkl_settings() | clean_environment() | settings
+        settings["CUDA_VISIBLE_DEVICES"] = ",".join(chosen_gpus(launch.gpus))
+    defaults = OPENMP_WAITING | MALLOC_SETTINGS | mkl_settings() | GPU_ORDER
+    return defaults | clean_environment() | settings
 
 
 def mkl_settings() -> dict[str, str]:

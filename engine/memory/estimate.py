@@ -62,7 +62,11 @@ class _Estimator:
         has_value = config.ppo.traits.value_function
         self._separate = has_value and config.model.value == "separate"
         head = policy.hidden + 1 if has_value else 0
-        self._trunk = policy.parameters - policy.head if self._separate else 0
+        # A value function that starts from the reward model has its size.
+        trunk = policy
+        if config.ppo.value_init == "reward_model" and len(models.rewards) == 1:
+            trunk = models.rewards[0]
+        self._trunk = trunk.parameters - trunk.head if self._separate else 0
         adapters = self._adapters * (2 if self._separate else 1)
         self._trained = (adapters or policy.parameters + self._trunk) + head
         # The weights under adapters are frozen and kept in the compute dtype.
@@ -123,12 +127,16 @@ class _Estimator:
     # -- the phases of a step -----------------------------------------------------------------
 
     def _generating(self) -> dict[str, int]:
-        policy, rows = self._policy, self._rows
-        cache = rows * self._length * 2 * policy.layers * policy.key_value * self._compute
+        policy, rows, at_once = self._policy, self._rows, self._config.rollout.at_once
+        length = self._length
+        if at_once is not None and at_once < rows:
+            # Room to fill slots again before positions are moved to the front of the cache.
+            rows, length = at_once, length + max(self._response // 2, 16)
+        cache = rows * length * 2 * policy.layers * policy.key_value * self._compute
         # Removing finished rows copies the cache; grouped heads are expanded to all heads.
-        copied = 2 * rows * self._length * self._compute * policy.key_value
+        copied = 2 * rows * length * self._compute * policy.key_value
         expanded = policy.attention if policy.key_value < policy.attention else 0
-        copied += 2 * rows * self._length * self._compute * expanded
+        copied += 2 * rows * length * self._compute * expanded
         sampling = SAMPLING + (self._models.device == "cuda")  # cumulative sums are float64 there
         return {
             "KV cache": cache + copied,

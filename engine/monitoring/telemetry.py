@@ -3,13 +3,14 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pynvml
 
-from engine.nvml import gpu_handles
+from engine.nvml import gpu_handles, visible_gpus
 from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
 from engine.protocol.rank_messages import RankTimes
 
@@ -81,35 +82,46 @@ class Sampler:
 def _gpu(index: int, handle: object) -> Gpu | None:
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return Gpu(
-            index=index,
-            name=str(pynvml.nvmlDeviceGetName(handle)),
-            utilisation=float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-            memory_used=int(memory.used),
-            memory_total=int(memory.total),
-            temperature=float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-            power=pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        )
     except pynvml.NVMLError as error:
         log.debug("GPU %d cannot be read: %s", index, error)
         return None
 
+    def read(query: Callable[[], float]) -> float | None:
+        # A part of a GPU (MIG), a virtual one or a consumer's card does not support all of them.
+        try:
+            return float(query())
+        except pynvml.NVMLError:
+            return None
+
+    sensor = pynvml.NVML_TEMPERATURE_GPU
+    power = read(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))
+    number = read(lambda: pynvml.nvmlDeviceGetIndex(handle))
+    return Gpu(
+        index=index if number is None else int(number),
+        name=str(pynvml.nvmlDeviceGetName(handle)),
+        utilisation=read(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) or 0.0,
+        memory_used=int(memory.used),
+        memory_total=int(memory.total),
+        temperature=read(lambda: pynvml.nvmlDeviceGetTemperature(handle, sensor)),
+        power=None if power is None else power / 1000,
+    )
+
 
 def gpu_count() -> int:
     """The number of GPUs that ranks will see; 0 without a driver."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible_gpus()
     if visible is not None:
-        return len([v for v in visible.split(",") if v.strip() not in ("", "-1")])
+        return len(visible)
     with gpu_handles() as handles:
         return len(handles)
 
 
 def busy_gpus(chosen: list[int]) -> list[str]:
     """A line for each chosen GPU (of all, if none is named) with over 1 GB in use."""
-    with gpu_handles() as handles:
+    with gpu_handles(chosen) as handles:
         gpus = [g for i, h in enumerate(handles) if (g := _gpu(i, h)) is not None]
     return [
         f"GPU {g.index} ({g.name}) already holds {g.memory_used / 1e9:.1f} GB"
         for g in gpus
-        if g.memory_used > 1e9 and (not chosen or g.index in chosen)
+        if g.memory_used > 1e9
     ]

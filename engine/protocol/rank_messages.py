@@ -105,6 +105,8 @@ class StepReport(Message, frozen=True, tag="step_report"):
     """Changes that the KL controller made after this step."""
     ranks: list[RankTimes] = []
     """Times of all ranks, on all machines."""
+    reference_mix: float | None = None
+    """Share of the policy in the reference's update before this step; None if there was none."""
     evaluated: list[Sample] = []
     """Responses to held-out prompts, if there was an evaluation after the step."""
 

@@ -200,6 +200,8 @@ class RankMessageHandler:
         # The wall clock kept running during a pause: use the measured step time.
         state.timer.finish_step(report.metrics[STEP_TIME] if state.paused else None)
         self._journal.record_step(report)
+        if report.reference_mix is not None:
+            self._journal.record_event("reference", {"mix": report.reference_mix}, report.step)
         self._watchdog.step_done(report.ranks)
         alerts = self._guardrails.check(
             report.step, dict(report.metrics), state.settings, report.samples

@@ -46,6 +46,7 @@ from engine.session.folder import Session
 from engine.train.checkpointing import CheckpointManager
 from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
+from engine.train.models.reference_update import mix_into_reference
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run, max_response_tokens
@@ -65,6 +66,18 @@ class BoundaryBroadcast(msgspec.Struct):
     seconds: float
     """Training time so far. Equal on all ranks, so `train.max_hours` ends them at the same step."""
     beta: float
+
+
+def update_reference(run: Run) -> None:
+    """Updates the reference if `kl.reference_update` has it due before the next step.
+
+    Not right after the last one: its checkpoint and its evaluation have the reference of that step.
+    """
+    state, update = run.state, run.config.kl.reference_update
+    due = update.every and state.step and state.step % update.every == 0
+    if due and state.reference_updated != state.step:
+        mix_into_reference(run.policy, run.reference, update.mix)
+        state.reference, state.reference_updated = fingerprint(run.reference), state.step
 
 
 class Boundary:
@@ -106,7 +119,10 @@ class Boundary:
                 reported = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
             self._execute(self._next_commands(wait=PAUSE_POLL_INTERVAL))
-        return not self._stop_ids and self._end_reason() is None
+        follows = not self._stop_ids and self._end_reason() is None
+        if follows:
+            update_reference(self._run)
+        return follows
 
     def hold(self, error: RewardCallError) -> None:
         """Pauses before a step whose reward could not be computed.

@@ -111,6 +111,7 @@ class CheckpointManager:
         self._saver.begin(
             run.saved_state(), run.policy, run.tokenizer, run.optimiser,
             score=self._score, kl=self._kl, best=self._best,
+            reference=run.reference if state.reference_updated else None,
         )  # fmt: skip
         self._saved_step = state.step
         self._seconds += time.monotonic() - started

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from torch import Tensor
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine import starter
-from engine.config.schema import RunConfig
+from engine.config.schema import RewardConfig, RunConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
@@ -18,7 +18,7 @@ from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState, TrainingState
-from engine.train.checkpoints.shards import load_training
+from engine.train.checkpoints.shards import load_reference_weights, load_training
 from engine.train.data.prompts import Prompts, load_prompts
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
@@ -32,10 +32,12 @@ from engine.train.models.language_model import (
 )
 from engine.train.models.memory_check import check_memory
 from engine.train.models.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
+from engine.train.models.reference_update import check_same_shapes
 from engine.train.ppo.adamw import make_optimiser
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import LoadContext, RewardInputs
+from engine.train.rewards.value_init import load_value_model, scale_value_head
 from engine.train.rollout.backend import BACKENDS, SamplingOptions, generate_responses
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Announce, Run, max_response_tokens
@@ -114,20 +116,26 @@ def load_run(
             held_out_prompts, load_rewards(context, watched, rewards.names) if watched else None
         )
     begin_stage("policy")
-    policy = load_policy(config, source, ranks, strategy)
+    from_reward = config.ppo.value_init == "reward_model"
+    value_model = load_value_model(config, ranks) if from_reward else None
+    policy = load_policy(config, source, ranks, strategy, value_model)
     optimiser = make_optimiser(policy, config)
     begin_stage("reference")
     reference = load_reference(config, policy, ranks, strategy)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
     if saved is not None:
         load_training(saved, policy, optimiser, ranks.group)
+        if state.reference_updated:
+            load_reference_weights(saved, reference, ranks.group)
+    if config.kl.reference_update.every:
+        check_same_shapes(policy, reference)
 
     _check_frozen_models(state, config, policy, reference, threads)
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
 
     stop_criteria = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
-    backend = BACKENDS[config.rollout.engine](stop_criteria, tokenizer)
+    backend = BACKENDS[config.rollout.engine](stop_criteria, tokenizer, config.rollout)
     run = Run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
@@ -135,6 +143,7 @@ def load_run(
         held_out=held_out, memory=memory,
     )  # fmt: skip
     _check_response_length(run)
+    rewards.scales = state.reward_scales
     return run
 
 
@@ -150,39 +159,60 @@ def check_rank_count(config: RunConfig, ranks: int) -> None:
             f"{ranks} ranks need at least {ranks} prompts per step, and there are {prompts}: raise "
             "rollout.batch_size, or set launch.processes"
         )
-    if reward.normalise == "reference" and reward.normalise_samples < ranks:
+    if _normalises(reward) and reward.normalise_samples < ranks:
         raise UserInputError(
             f"reward.normalise_samples ({reward.normalise_samples}) must be at least the number of "
             f"ranks ({ranks})"
         )
 
 
-def fit_normaliser(run: Run, config: RunConfig) -> None:
-    """Measures what `reward.normalise: reference` normalises by, before the first step.
+def _normalises(reward: RewardConfig) -> bool:
+    """Whether scores of the reference's responses are needed before the first step."""
+    return "reference" in (reward.normalise, *(s.normalise for s in reward.sources()))
 
-    A resumed run has it from its checkpoint.
+
+def fit_scales(run: Run, config: RunConfig) -> None:
+    """Normalises the scores, and a value function that begins with them, before the first step.
+
+    A resumed run has the results in its checkpoint.
 
     Args:
-        run: gets the mean and the deviation in its state.
+        run: its state and reward mix get the scales, its value head is scaled.
         config: the configuration that the run was loaded with. That in force may already differ.
 
     Raises:
         RewardCallError: a reward function raises; on all ranks.
     """
-    state = run.state
-    if config.reward.normalise == "reference" and not state.step:
+    if run.state.step:
+        return
+    if _normalises(config.reward):
         run.announce(0, "normalise reward")
-        normaliser = Normaliser.of(reference_scores(run, config))
+        _normalise_rewards(run, config)
+    if config.ppo.value_init == "reward_model":
+        total = Normaliser(run.state.reward_mean, run.state.reward_std)
+        scale_value_head(run.policy, run.rewards, total)
+
+
+def _normalise_rewards(run: Run, config: RunConfig) -> None:
+    """Measures means and deviations on responses of the reference, and stores them in the state."""
+    state, rewards = run.state, run.rewards
+    inputs = reference_responses(run, config)
+    total, parts = rewards(inputs)
+    if rewards.normalised:
+        for name in rewards.normalised:
+            scores = torch.tensor([s for s in parts[name] if s is not None] or [0.0])
+            scale = Normaliser.of(scores, f"the normalise of reward source '{name}'")
+            rewards.scales[name] = (scale.mean, scale.std)
+        total = rewards.total(parts, inputs)
+    if config.reward.normalise == "reference":
+        normaliser = Normaliser.of(total)
         state.reward_mean, state.reward_std = normaliser.mean, normaliser.std
 
 
-def reference_scores(run: Run, config: RunConfig) -> Tensor:
-    """Scores of the reference's responses to the run's first prompts, to normalise scores by.
+def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
+    """The reference's responses to the run's first prompts, to normalise scores by.
 
-    Called before the first step only: a resumed run reads the result from its checkpoint.
-
-    Returns:
-        (n,) float32, not normalised; n is `reward.normalise_samples`.
+    There are `reward.normalise_samples` of them.
     """
     count = config.reward.normalise_samples
     prompts = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
@@ -195,7 +225,7 @@ def reference_scores(run: Run, config: RunConfig) -> Tensor:
     rollout = generate_responses(
         run.backend, run.reference, prompts, options, run.tokenizer, run.ranks
     )
-    return run.rewards(RewardInputs.of(rollout, 0))[0]
+    return RewardInputs.of(rollout, 0)
 
 
 def first_step_config(config: RunConfig, begin: Begin) -> RunConfig:

@@ -40,7 +40,8 @@ class PhaseTimer:
         yield run.announce(step, name)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
-        self.seconds[name] = time.perf_counter() - started
+        # A phase may have several parts in a step.
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def gather(self, run: "Run") -> None:
         """Gathers every rank's times and peak memory into :attr:`ranks`; a collective."""

@@ -1,10 +1,12 @@
 """One PPO step, from prompts to metrics."""
 
 import time
+from functools import partial
 
 from torch import Tensor
 
 from engine.protocol.rank_messages import Sample
+from engine.train.dynamic import Parts, ScoredRollout, redraw_constant_groups
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens
@@ -44,11 +46,18 @@ def train_step(
     with timer.phase(run, step, "generate") as report:
         rollout = recorded or generate_rollout(run, step, report)
 
-    # 2. Score them.
-    with timer.phase(run, step, "score") as report:
-        raw_scores, parts = run.rewards(RewardInputs.of(rollout, step), report)
-        normalise = Normaliser(state.reward_mean, state.reward_std)
-        scores = normalise(raw_scores.to(run.device), config.reward, rollout.ended)
+    # 2. Score them, and draw again where scores do not vary.
+    scored = ScoredRollout(rollout, *score_rollout(run, step, rollout))
+    if config.rollout.dynamic and recorded is None:
+        scored = redraw_constant_groups(
+            run, step, scored, sampling_options(run, step), partial(score_rollout, run, step)
+        )
+        rollout = scored.rollout
+    normalise = Normaliser(state.reward_mean, state.reward_std)
+    scores = normalise(
+        scored.scores.to(run.device), config.reward, rollout.ended, rollout.lengths,
+        config.rollout.max_new_tokens,
+    )  # fmt: skip
 
     # 3. Log-probabilities of the reference and of the policy before the update.
     rows = ranks.strided_share(longest_first(rollout, rollout.rows))
@@ -68,7 +77,9 @@ def train_step(
         AdvantageInputs(
             scores=scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
             values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
-            beta=config.kl.beta, per_prompt=config.responses_per_prompt, baseline=state.baseline,
+            beta=config.kl.beta if config.kl.place == "reward" else 0.0,
+            per_prompt=config.responses_per_prompt, baseline=state.baseline,
+            kl_estimator=config.kl.estimator,
         )
     )  # fmt: skip
     if targets.baseline is not None:
@@ -83,32 +94,44 @@ def train_step(
 
     # 6. Metrics and samples.
     state.episodes += len(scores)
-    metrics = step_metrics(rollout, scores, ref_logprobs, targets, stats, config.kl.beta)
+    metrics = step_metrics(rollout, scores, ref_logprobs, targets, stats, config)
     metrics |= {"episode": float(state.episodes), "lr": learning_rate(config.train, step)}
-    metrics |= source_metrics(parts)
+    metrics |= source_metrics(scored.parts)
+    if config.rollout.dynamic:
+        metrics["val/redrawn_prompts"] = float(scored.redrawn)
     timer.gather(run)
     metrics |= speed_metrics(timer.ranks, rollout, time.perf_counter() - started)
     if not ranks.is_lead:  # only rank 0 reports samples
         return metrics, []
     return metrics, kept_samples(
-        config.log, run.tokenizer, rollout, scores, parts, targets, ref_logprobs
+        config.log, run.tokenizer, rollout, scores, scored.parts, targets, ref_logprobs
     )
 
 
 def generate_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:
     """Generates the policy's responses to the prompts of a step, on every rank."""
+    prompts, options = run.prompts.for_step(step), sampling_options(run, step)
+    return generate_responses(
+        run.backend, run.policy, prompts, options, run.tokenizer, run.ranks, report
+    )
+
+
+def sampling_options(run: Run, step: int) -> SamplingOptions:
+    """How the responses of a step are sampled."""
     rollout = run.config.rollout
-    options = SamplingOptions(
+    return SamplingOptions(
         seed=run.state.sampling_seed,
         step=step,
         temperature=rollout.temperature,
         max_new_tokens=rollout.max_new_tokens,
         per_prompt=run.config.responses_per_prompt,
     )
-    prompts = run.prompts.for_step(step)
-    return generate_responses(
-        run.backend, run.policy, prompts, options, run.tokenizer, run.ranks, report
-    )
+
+
+def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]:
+    """The raw scores of a step's responses, (B,) float32, and those of each source."""
+    with run.timer.phase(run, step, "score") as report:
+        return run.rewards(RewardInputs.of(rollout, step), report)
 
 
 def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:

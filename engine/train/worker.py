@@ -41,13 +41,19 @@ from engine.train.boundary import Boundary
 from engine.train.distributed.ranks import RankGroup, is_peer_loss
 from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due
 from engine.train.link import Link
-from engine.train.load import fit_normaliser, load_run
+from engine.train.load import fit_scales, load_run
 from engine.train.models import memory_check
 from engine.train.reports.tensorboard import EventFiles
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 from engine.train.step import train_step
 
+log = logging.getLogger("engine")
+
+LESS_MEMORY = (
+    "Less is needed with a smaller ppo.micro_batch_size, reward.batch_size or rollout.at_once, or "
+    "with parallel.activation_checkpointing, model.dtype: bfloat16 or lora.rank (rlhf-tui plan)"
+)
 T = TypeVar("T")
 
 
@@ -108,13 +114,18 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
         return Failed(rank=rank, text=error_text(error), user_input=True)
     # RlhfErrors are raised deliberately, and a restart would raise them again: no restart follows.
     # Any other exception may be due to the hardware.
-    final = isinstance(error, RlhfError)
-    text = error_text(error) if final else f"{type(error).__name__}: {error_text(error)}"
+    full = is_out_of_memory(error)
+    final = isinstance(error, RlhfError) or full
+    deliberate = isinstance(error, RlhfError)
+    text = error_text(error) if deliberate else f"{type(error).__name__}: {error_text(error)}"
+    if full:  # with the same settings a restart would run out of it again
+        first = ". ".join(error_text(error).strip().split("\n")[0].split(". ")[:2]).rstrip(".")
+        text = f"out of memory: {first}. {LESS_MEMORY}"
     damaged = isinstance(error, DamagedCheckpointError)
     trace = traceback.format_exc().encode("utf-8", "backslashreplace").decode()
     if ranks is None or ranks.size == 1 or damaged:
         return Failed(rank=rank, text=text, traceback=trace, final=final, damaged=damaged)
-    if is_peer_loss(error):
+    if is_peer_loss(error) and not full:
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             for message in ranks.errors_left():
                 return msgspec.json.decode(message, type=Failed)
@@ -126,6 +137,14 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     return failed
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not allocate memory, on a GPU or on the host."""
+    texts = ("CUDA out of memory", "DefaultCPUAllocator", "Cuda failure 2 'out of memory'")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
 def train(session: Session, link: Link, ranks: RankGroup) -> None:
     """The training loop: execute commands, run a step, report it, save."""
     begin, config = receive_start(session, link, ranks)
@@ -133,6 +152,13 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
     def notify(rule: str, text: str) -> None:
         link.send(Notice(step=begin.from_step, rule=rule, text=text))
 
+    if ranks.device.type == "cuda" and config.model.dtype == "float32":
+        text = (
+            "model.dtype is float32, with which a GPU trains several times slower than with "
+            "bfloat16 and needs more memory"
+        )
+        log.warning(text)
+        notify("dtype", text)
     run = load_run(session, config, begin, ranks, link.phase, notify)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
@@ -144,7 +170,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
 
     with contextlib.closing(boundary):
         if not begin.from_step:
-            when_scored(boundary, lambda: fit_normaliser(run, config))
+            when_scored(boundary, lambda: fit_scales(run, config))
             baseline = when_scored(boundary, lambda: evaluate_if_due(run, 0))
             if baseline is not None and baseline.metrics:
                 link.send(BaselineReport(baseline.metrics, baseline.samples))
@@ -172,6 +198,11 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
                     settings=settings,
                     changes=changes,
                     ranks=run.timer.ranks,
+                    reference_mix=(
+                        run.config.kl.reference_update.mix
+                        if 0 < run.state.reference_updated == step - 1
+                        else None
+                    ),
                     evaluated=evaluation.samples,
                 )
             )

@@ -186,8 +186,8 @@ class Steering:
                 self.command(target, command, f"{key} {value_text(old)} → {value_text(value)}")
 
         hint: list[Row] = [[(f"{LIVE_SETTINGS[key]}, now ", "dim"), (value_text(old), "strong")]]
-        if key == "stop_kl":
-            hint.append([("off: the passes never end early", "dim")])
+        if key in OFF:
+            hint.append([(f"off: {OFF[key]}", "dim")])
         title = f"Set {key} of {target.name}"
         self._app.push_screen(InputDialog(title, hint, value_text(old), check), send)
 
@@ -414,6 +414,14 @@ def _no_engine(target: SteeringTarget) -> str:
     return f"no engine runs '{target.name}'; resume it: rlhf-tui resume {target.name}"
 
 
+OFF = {
+    "stop_kl": "the passes never end early",
+    "clip_range_high": "the same as clip_range",
+    "dual_clip": "no bound",
+}
+"""Settings that may be off (null), and what that means."""
+
+
 def _settings_after(target: SteeringTarget, step: int) -> list[Row]:
     """The settings that a roll back changes, old → new: the checkpoint has those of its step."""
     saved = saved_settings(checkpoint_path(target.session.checkpoints, step))
@@ -438,7 +446,7 @@ def _settings_after(target: SteeringTarget, step: int) -> list[Row]:
 def parse_value(key: str, text: str, settings: Settings) -> Any:
     """A typed value as the setting would hold it. Raises CommandRejectedError."""
     value: Any = text.strip()
-    if key == "stop_kl" and value in ("off", "none", ""):
+    if key in OFF and value in ("off", "none", ""):
         value = None
     else:
         for kind in (int, float):

@@ -22,6 +22,7 @@ from engine.journal.rows import (
     ErrorEvent,
     EventRow,
     NoteEvent,
+    ReferenceEvent,
     StateEvent,
 )
 from engine.metrics import title_of
@@ -186,6 +187,9 @@ class _Timeline:
             case AlertEvent(rule=rule, text=text) if not self._repeats_error(rule, text):
                 text = f"{rule}: {short_condition(text.removeprefix('look here: '))}"
                 found = _marker(event, "alert", text, abandoned=left)
+            case ReferenceEvent(mix=mix):
+                text = f"reference: {mix:.0%} policy"
+                found = _marker(event, "command", text, "schedule", abandoned=left)
             case NoteEvent(text=text, who=who):
                 found = _marker(event, "note", text, who, abandoned=left)
             case ErrorEvent(text=text):

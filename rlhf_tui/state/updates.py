@@ -65,7 +65,7 @@ class SessionUpdate:
         )
 
 
-REGULAR = ("checkpoint", "command")
+REGULAR = ("checkpoint", "command", "reference")
 """Frequent kinds of events. All commands are also in :attr:`SessionUpdate.commands`."""
 REGULAR_KEPT, OTHERS_KEPT = 500, 5000
 

@@ -1,5 +1,6 @@
 """The pages a user reads say what the code does."""
 
+import re
 from pathlib import Path
 
 from engine import starter
@@ -46,3 +47,15 @@ def test_the_default_guard_rails_stand_on_the_page_of_the_app_with_their_thresho
         assert threshold is None or f"{threshold:g}" in row
         assert change is None or f"{change:.0%}".replace("%", " %") in row
         assert rule.of is None or rule.of in row
+
+
+def test_the_pages_on_the_objective_name_keys_that_exist():
+    keys, named = known_keys(), set()
+    for path in [DOCS / "ppo.md", *DOCS.glob("from-*.md")]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.name != "ppo.md":  # the second column of a table has our keys
+            lines = [line.split(" | ")[1] for line in lines if line.count(" | ") > 1]
+        named |= set(re.findall(r"`([a-z]+(?:\.[a-z_]+)+)[:`]", "\n".join(lines)))
+    ours = {name for name in named if name.split(".")[0] in {k.split(".")[0] for k in keys}}
+    assert len(ours) > 50
+    assert not {name for name in ours if not any(f"{k}.".startswith(f"{name}.") for k in keys)}

@@ -89,6 +89,8 @@ def test_who_carries_a_command_out_is_its_union():
         (SetSetting(key="temperature", value=1e-300), {}, "must be a number >= 1e-06"),
         (SetSetting(key="stop_kl", value="x"), {}, "must be a number, or null"),
         (SetSetting(key="seed", value=1), {}, "cannot be set"),
+        (SetSetting(key="dual_clip", value=1), {}, "must be a number > 1"),
+        (SetSetting(key="loss_aggregation", value="x"), {}, "one of token, sequence, sequence_sum"),
         (SetKLController(controller="adaptive", horizon=0.1), {}, "a fifth of the batch"),
         (Probe(text=" "), {}, "1 to 10000 characters"),
         (Note(text="x" * (MAX_TEXT + 1)), {}, "1 to 10000 characters"),

@@ -15,6 +15,7 @@ from engine.config import file as config_file
 from engine.config.schema import ADVANTAGES, PPOConfig, RunConfig
 from engine.config.settings import (
     LIVE_SETTINGS,
+    Settings,
     apply_settings,
     change_settings,
     settings_of,
@@ -354,6 +355,8 @@ LEAST = {
     "kl.beta": 0, "kl.target": 0.001, "kl.horizon": 14, "kl.beta_min": 1e-8, "kl.beta_max": 0.01,
     "train.learning_rate": 1e-10, "train.save_every": 0, "train.adam_eps": 1e-15,
     "ppo.clip_range": 0.001, "ppo.epochs": 1, "ppo.stop_kl": 1e-6, "ppo.max_grad_norm": 1e-3,
+    "ppo.clip_range_high": 0.001, "ppo.dual_clip": 1.001, "ppo.entropy_coef": 1e-9,
+    "ppo.lam_value": 0, "ppo.lam_alpha": 0.001, "kl.estimator": "k2", "kl.place": "reward",
     "ppo.value_head_rate": 0.01, "rollout.temperature": 0.001, "rollout.max_new_tokens": 1,
     "reward.clip": 0.01, "reward.missing_eos_penalty": 0, "train.max_hours": 0.001,
     "launch.silence": 1, "log.samples": 0,
@@ -363,6 +366,8 @@ MOST = {
     "train.learning_rate": 1, "train.save_every": 10**9, "train.steps": 10**7,
     "train.keep_last": 10**9, "train.weight_decay": 1, "ppo.clip_range": 0.99, "ppo.epochs": 100,
     "ppo.stop_kl": 1e6, "ppo.max_grad_norm": 1e9, "ppo.micro_batch_size": 10**6,
+    "ppo.clip_range_high": 5.0, "ppo.dual_clip": 10, "ppo.entropy_coef": 10, "ppo.lam_value": 1,
+    "ppo.lam_alpha": 10, "reward.overlong.penalty": 100, "rollout.dynamic_limit": 100,
     "ppo.value_head_rate": 1000, "rollout.temperature": 10, "rollout.max_new_tokens": 131_072,
     "rollout.batch_size": 1024, "reward.max_tokens": 10**6, "data.max_prompt_tokens": 10**6,
     "seed": 2**64 - 1, "launch.timeout": 7 * 86_400, "log.arrays": 10**6,
@@ -371,9 +376,10 @@ MOST = {
 
 @pytest.mark.parametrize(("key", "value"), [*LEAST.items(), *MOST.items()])
 def test_a_value_that_a_person_could_mean_is_taken(key, value):
-    section, _, name = key.rpartition(".")
-    config = demo(f"{key}={value}")
-    assert getattr(getattr(config, section) if section else config, name) == value
+    node = demo(f"{key}={value}")
+    for name in key.split("."):
+        node = getattr(node, name)
+    assert node == value
 
 
 def test_every_number_but_a_seed_and_a_metrics_threshold_is_bounded_on_both_sides():
@@ -409,7 +415,8 @@ def test_every_number_but_a_seed_and_a_metrics_threshold_is_bounded_on_both_side
 CHANGED = {
     "beta": 0.9, "controller": "fixed", "target": 3.0, "horizon": 500.0, "beta_min": 0.01,
     "beta_max": 2.0, "learning_rate": 3e-4, "save_every": 7, "clip_range": 0.31, "epochs": 5,
-    "stop_kl": 0.4, "temperature": 0.8, "max_new_tokens": 33,
+    "stop_kl": 0.4, "temperature": 0.8, "max_new_tokens": 33, "clip_range_high": 0.28,
+    "dual_clip": 3.0, "entropy_coef": 0.01, "loss_aggregation": "sequence",
 }  # fmt: skip
 
 
@@ -450,3 +457,69 @@ def test_nothing_that_is_not_finite_gets_through():
             with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
                 demo(f"{key}={word}")
             assert not math.isfinite(value)
+
+
+REFUSED = {
+    "k1 in the loss": (["kl.place=loss"], "zero in expectation"),
+    "a group of one": (["ppo.advantage=grpo", "rollout.per_prompt=1"], "at least 2 for ppo.adv"),
+    "one response to redraw": (["rollout.dynamic=true"], "one response has no variance"),
+    "a value function of its own": (["ppo.value_init=reward_model"], "needs model.value: separate"),
+    "no value function": (
+        ["ppo.value_init=reward_model", "ppo.advantage=grpo"], "ppo.advantage: grpo has none",
+    ),
+    "a value function with adapters": (
+        ["ppo.value_init=reward_model", "model.value=separate", "lora.rank=8"], "lora.rank",
+    ),
+    "no reward model": (
+        ["ppo.value_init=reward_model", "model.value=separate", "reward.model=null",
+         "reward.function=m:f"], "exactly one reward model.*not 0",
+    ),
+    "a buffer longer than a response": (["reward.overlong.buffer=1000"], r"may be.*at most"),
+    "a reference without weights of its own": (
+        ["kl.reference_update.every=5", "lora.rank=8"], "without its adapters",
+    ),
+    "an update that changes nothing": (
+        ["kl.reference_update.mix=0"], r"kl\.reference_update\.mix must be a number > 0",
+    ),
+    "nothing to obey": (
+        ["reward.model=null", "reward.mix=[{model: a, weight: 0}]"], "weight is not 0",
+    ),
+    "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number > 1"),
+    "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
+    "an entropy that is punished": (["ppo.entropy_coef=-1"], r"ppo\.entropy_coef must be.*>= 0"),
+    "an unknown aggregation": (
+        ["ppo.loss_aggregation=mean"], "one of sequence, sequence_sum_constant, token",
+    ),
+    "an unknown estimator of the KL": (["kl.estimator=k4"], "one of k1, k2, k3"),
+    "an unknown place": (["kl.place=value"], "one of loss, reward"),
+    "an unknown scale": (["ppo.scale_rewards=std"], "one of batch, group, none"),
+    "a lambda above 1": (["ppo.lam_value=1.1"], r"ppo\.lam_value must be.*<= 1"),
+    "an alpha of 0": (["ppo.lam_alpha=0"], r"ppo\.lam_alpha must be"),
+    "a negative penalty": (["reward.overlong.penalty=-1"], r"reward\.overlong\.penalty must be"),
+    "a key that is not there": (["reward.overlong.bufer=1"], r"mean 'reward\.overlong\.buf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.values(), ids=REFUSED)
+def test_combinations_that_make_no_sense_are_refused_with_the_reason(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        demo(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_keys_of_the_objective_keep_the_defaults_of_sessions_without_them():
+    config = demo()
+    new = {
+        "ppo": {"clip_range_high", "dual_clip", "entropy_coef", "loss_aggregation", "lam_value",
+                "lam_alpha", "scale_rewards", "value_init"},
+        "kl": {"estimator", "place"},
+    }  # fmt: skip
+    tree = config_file.to_tree(config)
+    for section, keys in new.items():
+        for key in keys:
+            del tree[section][key]
+    assert config_file.from_tree(tree) == config
+    old = msgspec.to_builtins(settings_of(config))
+    for key in ("clip_range_high", "dual_clip", "entropy_coef", "loss_aggregation"):
+        del old[key]
+    assert msgspec.convert(old, Settings) == settings_of(config)

@@ -10,7 +10,7 @@ from engine.config import file as config_file
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
-from engine.train.load import load_run
+from engine.train.load import fit_scales, load_run
 from engine.train.step import train_step
 
 SMALL = (
@@ -33,12 +33,15 @@ def make_run(tmp_path):
     """Returns a function that builds a run of the starter models, with keys overridden."""
     made = []
 
-    def make(*overrides, begin=None, config=None):
+    def make(*overrides, begin=None, config=None, device=None):
         loaded = config or config_file.load(starter.FOLDER / "demo.yaml", [*SMALL, *overrides])
         session = create(tmp_path, f"s{len(made)}", loaded)
         made.append(session)
         begin_at = begin or Begin(attempt=1, from_step=0)
-        run = load_run(session, loaded, begin_at, RankGroup(loaded.launch), no_report)
+        ranks = RankGroup(loaded.launch)
+        ranks.device = device or ranks.device
+        run = load_run(session, loaded, begin_at, ranks, no_report)
+        fit_scales(run, loaded)
         return run, session
 
     return make

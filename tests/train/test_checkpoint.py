@@ -10,20 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from engine import starter
 from engine.config.settings import SettingChange, change_settings
-from engine.errors import CheckpointError, DamagedCheckpointError
+from engine.errors import CheckpointError, DamagedCheckpointError, UserInputError
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
 from engine.metrics import SCORE
 from engine.protocol.rank_messages import Begin, ReplayedChange
 from engine.session.checkpoints import complete_checkpoints, mark_complete
+from engine.train.boundary import update_reference
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
+from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
 from engine.train.step import train_step
 
@@ -32,7 +35,10 @@ DEADLINE = 120
 
 
 def begin(saver, run, score=1.0):
-    saver.begin(run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5)
+    saver.begin(
+        run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5,
+        reference=run.reference if run.state.reference_updated else None,
+    )  # fmt: skip
 
 
 def save(run, session, score=1.0):
@@ -61,6 +67,38 @@ def resumed(session, **fields):
     config = session.config()
     begin = Begin(attempt=2, from_step=1, **fields)
     return load_run(session, config, begin, RankGroup(config.launch), no_report)
+
+
+def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, assert_same_step):
+    run, session = make_run("kl.reference_update={every: 1, mix: 0.25}")
+    original = {k: p.clone() for k, p in run.reference.lm.named_parameters()}
+    train_step(run, 1)
+    run.state.step = 1
+    update_reference(run)
+    policy = dict(run.policy.lm.named_parameters())
+    for name, weight in run.reference.lm.named_parameters():
+        want = 0.25 * policy[name].double() + 0.75 * original[name].double()
+        torch.testing.assert_close(weight.double(), want, rtol=1e-6, atol=1e-7)
+    train_step(run, 2)
+    run.state.step = 2
+    save(run, session)
+    begin = Begin(attempt=2, from_step=2)
+    again = load_run(
+        session, session.config(), begin, RankGroup(session.config().launch), no_report
+    )
+    assert fingerprint(again.reference) == run.state.reference
+    for continued in (run, again):  # the second update, which the checkpoint does not have
+        update_reference(continued)
+        assert continued.state.reference_updated == 2
+    assert_same_step(run, again, 3)
+
+
+def test_a_reference_of_another_architecture_cannot_follow_the_policy(make_run, tmp_path):
+    shape = AutoConfig.from_pretrained(starter.resolve("starter:policy"))
+    shape.num_hidden_layers -= 1
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserInputError, match=r"model\.reference is another model"):
+        make_run("kl.reference_update={every: 1}", f"model.reference={tmp_path / 'other'}")
 
 
 @pytest.mark.parametrize("value", ["shared", "separate"])

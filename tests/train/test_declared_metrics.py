@@ -7,6 +7,14 @@ from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.link import Link
 from engine.train.step import train_step
 
+EVERYTHING = (
+    "ppo.entropy_coef=0.01",
+    "ppo.dual_clip=3",
+    "kl.place=loss",
+    "kl.estimator=k3",
+    "rollout.per_prompt=2",
+    "rollout.dynamic=true",
+)
 TWO_SOURCES = (
     "reward.model=null",
     "reward.mix=[{model: 'starter:reward', name: a}, {model: 'starter:reward', name: b}]",
@@ -14,7 +22,7 @@ TWO_SOURCES = (
 
 
 def test_a_step_returns_every_declared_metric_and_no_other(make_run):
-    run, session = make_run(*TWO_SOURCES, "eval.every=1", "eval.holdout=2")
+    run, session = make_run(*TWO_SOURCES, *EVERYTHING, "eval.every=1", "eval.holdout=2")
     found, _ = train_step(run, 1)
     found |= evaluate_if_due(run, 1).metrics
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))

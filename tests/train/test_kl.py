@@ -1,6 +1,7 @@
 """The KL in the reward and the controller of its coefficient, compared with slow loops."""
 
 import math
+from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from engine.config.schema import KLConfig
 from engine.kl import next_beta
 from engine.train.ppo import advantages, masked
-from engine.train.ppo.logprobs import token_logprobs
+from engine.train.ppo.kl_estimators import KL_ESTIMATORS
+from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
 
 modest = settings(max_examples=60, deadline=None, derandomize=True)
 BETAS = st.sampled_from([0.0, 0.05, 0.5, 2.0])
@@ -41,6 +43,11 @@ def responses(draw):
         return torch.tensor(draw(st.lists(st.integers(-256, 256), min_size=n, max_size=n))) / 64
 
     return lengths, numbers(b), *(numbers(b * t).reshape(b, t) for _ in range(3))
+
+
+def masked_gaps(logprobs, ref, lengths):
+    """log π − log π_ref, 0 beyond the lengths."""
+    return (logprobs - ref) * masked.response_mask(lengths, ref.shape[1])
 
 
 def slow_kl(logprobs, ref, lengths, i):
@@ -79,7 +86,7 @@ def test_the_kl_of_a_response_is_the_sum_over_its_tokens(batch):
 @given(responses(), BETAS)
 def test_every_token_has_its_kl_penalty_and_the_last_one_the_score(batch, beta):
     lengths, scores, logprobs, ref, _ = batch
-    got = advantages.token_rewards(scores, logprobs, ref, lengths, beta)
+    got = advantages.token_rewards(scores, masked_gaps(logprobs, ref, lengths), lengths, beta)
     for i, n in enumerate(lengths.tolist()):
         for t in range(n):
             want = -beta * (float(logprobs[i, t]) - float(ref[i, t]))
@@ -92,7 +99,7 @@ def test_every_token_has_its_kl_penalty_and_the_last_one_the_score(batch, beta):
 @given(responses(), BETAS)
 def test_rewards_beyond_the_length_are_zero(batch, beta):
     lengths, scores, logprobs, ref, _ = batch
-    got = advantages.token_rewards(scores, logprobs, ref, lengths, beta)
+    got = advantages.token_rewards(scores, masked_gaps(logprobs, ref, lengths), lengths, beta)
     beyond = ~masked.response_mask(lengths, ref.shape[1])
     assert not got[beyond].any()
 
@@ -101,7 +108,7 @@ def test_rewards_beyond_the_length_are_zero(batch, beta):
 @given(responses())
 def test_with_beta_zero_the_rewards_are_the_scores(batch):
     lengths, scores, logprobs, ref, _ = batch
-    got = advantages.token_rewards(scores, logprobs, ref, lengths, 0.0)
+    got = advantages.token_rewards(scores, masked_gaps(logprobs, ref, lengths), lengths, 0.0)
     want = torch.zeros_like(logprobs)
     want[torch.arange(len(lengths)), lengths - 1] = scores
     assert torch.equal(got, want)
@@ -112,7 +119,7 @@ def test_with_beta_zero_the_rewards_are_the_scores(batch):
 def test_the_first_undiscounted_advantage_is_the_score_minus_kl_and_value(batch, beta):
     lengths, scores, logprobs, ref, values = batch
     mask = masked.response_mask(lengths, ref.shape[1])
-    rewards = advantages.token_rewards(scores, logprobs, ref, lengths, beta)
+    rewards = advantages.token_rewards(scores, masked_gaps(logprobs, ref, lengths), lengths, beta)
     got = advantages.generalised_advantages(rewards, values, mask, 1.0, 1.0)
     for i in range(len(lengths)):
         kl = slow_kl(logprobs, ref, lengths, i)
@@ -172,3 +179,49 @@ def test_the_fixed_controller_does_not_change_beta(beta, kl):
 def test_a_beta_set_beyond_a_bound_is_clipped_to_it(beta, want):
     ours = controller(beta=beta, beta_min=0.01, beta_max=1.0)
     assert next_beta(ours, 6.0, 64) == want
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_gradients_of_log_probability_and_entropy_add_up_as_in_float64(temperature):
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(2, 3, 11, generator=generator)
+    tokens = torch.randint(11, (2, 3), generator=generator)
+    of_logprob, of_entropy = torch.randn(2, 2, 3, generator=generator)
+
+    plain = logits.double().requires_grad_()
+    logprobs = torch.log_softmax(plain / temperature, -1)
+    chosen = logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    (chosen * of_logprob + entropies * of_entropy).sum().backward()
+
+    leaf = logits.clone().requires_grad_()
+    got = token_logprobs_and_entropies(leaf * 1.0, tokens, temperature)
+    (got[0] * of_logprob + got[1] * of_entropy).sum().backward()
+    torch.testing.assert_close(got[0].double(), chosen, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1].double(), entropies, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), plain.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_declared_estimators_are_those_of_the_key():
+    assert get_args(get_type_hints(KLConfig)["estimator"]) == tuple(KL_ESTIMATORS)
+
+
+@pytest.mark.parametrize(("name", "unbiased"), [("k1", True), ("k2", False), ("k3", True)])
+def test_over_the_whole_distribution_an_unbiased_estimator_is_the_kl(name, unbiased):
+    p, q = (
+        torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
+        torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64),
+    )
+    want = float((p * (p / q).log()).sum())
+    got = float((p * KL_ESTIMATORS[name]((p / q).log())).sum())
+    assert (abs(got - want) < 1e-12) == unbiased
+
+
+@pytest.mark.parametrize(("name", "right"), [("k1", False), ("k2", True)])
+def test_in_the_loss_k2_has_the_gradient_of_the_kl_and_k1_has_none(name, right):
+    z = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64).requires_grad_()
+    q = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64)
+    p = z.softmax(0)
+    (want,) = torch.autograd.grad((p * (p / q).log()).sum(), z, retain_graph=True)
+    (got,) = torch.autograd.grad((p.detach() * KL_ESTIMATORS[name]((p / q).log())).sum(), z)
+    assert torch.allclose(got, want if right else torch.zeros(3).double(), atol=1e-12)

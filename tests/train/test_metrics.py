@@ -10,9 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config.schema import (
+    DataConfig,
+    KLConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
 from engine.train.data.prompts import PromptBatch
 from engine.train.ppo.advantages import Targets
-from engine.train.ppo.metrics import distinct_2, step_metrics
+from engine.train.ppo.metrics import distinct_2, group_metrics, step_metrics
 from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
 
@@ -58,8 +67,17 @@ def steps(draw, min_responses=1):
     return rollout, numbers(b), -numbers(b, t).abs() * mask, targets
 
 
+def config_with(**sections):
+    return RunConfig(
+        model=ModelConfig(policy="p"),
+        data=DataConfig(prompts="d"),
+        reward=RewardConfig(function="m:f"),
+        **sections,
+    )
+
+
 def measure(step, beta=0.5, stats=None):
-    return step_metrics(*step, stats or optimised(), beta)
+    return step_metrics(*step, stats or optimised(), config_with(kl=KLConfig(beta=beta)))
 
 
 def tokens(rollout):
@@ -105,6 +123,42 @@ def test_the_scores_standard_deviation_is_that_of_the_batch(step):
     scores = step[1].tolist()
     squares = math.fsum((s - mean(scores)) ** 2 for s in scores)
     assert same(measure(step)["objective/scores_std"], math.sqrt(squares / len(scores)))
+
+
+@modest
+@given(st.integers(2, 4), st.integers(1, 4), st.data())
+def test_the_spread_of_scores_is_that_within_prompts(group, prompts, data):
+    n = group * prompts
+    numbers = data.draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n))
+    groups = [numbers[i : i + group] for i in range(0, n, group)]
+    deviations = [math.sqrt(mean([(x - mean(g)) ** 2 for x in g])) for g in groups]
+    metrics = group_metrics(torch.tensor(numbers, dtype=torch.float32), group)
+    assert same(metrics["objective/group_std"], mean(deviations))
+    assert same(metrics["objective/zero_std_frac"], mean([len(set(g)) == 1 for g in groups]))
+
+
+def test_scores_that_differ_by_rounding_have_no_variance():
+    scores = torch.tensor([100.0, 100.00001, 0.0, 1e-3])
+    assert group_metrics(scores, 2)["objective/zero_std_frac"] == 0.5
+    assert group_metrics(scores, 1) == {}
+
+
+@modest
+@given(steps(), st.sampled_from(["k2", "k3"]), st.sampled_from(["reward", "loss"]))
+def test_the_kl_stays_k1_and_the_penalised_estimate_is_beside_it(step, estimator, place):
+    rollout, scores, ref, targets = step
+    kl = KLConfig(beta=0.5, estimator=estimator, place=place)
+    metrics = step_metrics(
+        *step, optimised(), config_with(kl=kl, rollout=RolloutConfig(per_prompt=1))
+    )
+    plain = measure(step)
+    gaps = [float(targets.old_logprobs[p]) - float(ref[p]) for p in tokens(rollout)]
+    estimates = [d**2 / 2 if estimator == "k2" else math.exp(-d) - 1 + d for d in gaps]
+    want = math.fsum(estimates) / len(scores)
+    assert metrics["objective/kl"] == plain["objective/kl"]
+    assert metrics["objective/rlhf_reward"] == plain["objective/rlhf_reward"]
+    assert math.isclose(metrics["objective/kl_penalty"], want, rel_tol=1e-4, abs_tol=1e-4)
+    assert "objective/kl_penalty" not in plain
 
 
 @modest
@@ -185,14 +239,27 @@ def test_the_optimisers_sums_become_means_over_all_trained_tokens(plain_step):
     stats = optimised(
         policy_loss=-8.0,
         value_loss=20.0,
-        clipped=4.0,
+        clipped_high=3.0,
+        clipped_low=1.0,
+        dual_clipped=2.0,
+        entropy=60.0,
+        kl=12.0,
         value_clipped=6.0,
         squared_log_ratio=1.6,
         ratio=44.0,
         squared_ratio=50.0,
     )
-    metrics = measure(plain_step, stats=stats)
+    config = config_with(
+        ppo=PPOConfig(dual_clip=3.0, entropy_coef=0.1),
+        kl=KLConfig(place="loss", estimator="k3"),
+    )
+    metrics = step_metrics(*plain_step, stats, config)
     want = {
+        "policy/clipfrac_high": 0.075,
+        "policy/clipfrac_low": 0.025,
+        "policy/dual_clipfrac": 0.05,
+        "loss/entropy_avg": 1.5,
+        "loss/kl_avg": 0.3,
         "loss/policy_avg": -0.2,
         "loss/value_avg": 0.5,
         "policy/clipfrac_avg": 0.1,

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from engine.config.schema import (
     DataConfig,
+    KLConfig,
     LaunchConfig,
     ModelConfig,
     PPOConfig,
@@ -46,14 +47,17 @@ LLAMA = LlamaConfig(
 )
 PROMPTS, RESPONSES = [3, 1, 6, 4, 2, 6, 5], [4, 5, 1, 7, 1, 3, 7]
 ALL = torch.arange(len(PROMPTS))
+K2 = {"estimator": "k2", "place": "loss"}
+K3 = {"estimator": "k3", "place": "loss"}
 
 
-def run_config(schedule="constant", warmup=0, steps=10, temperature=1.0, **of_ppo):
+def run_config(schedule="constant", warmup=0, steps=10, temperature=1.0, kl=None, **of_ppo):
     return RunConfig(
         model=ModelConfig(policy="p"),
         data=DataConfig(prompts="d"),
         reward=RewardConfig(function="m:f"),
-        rollout=RolloutConfig(temperature=temperature),
+        rollout=RolloutConfig(temperature=temperature, max_new_tokens=9),
+        kl=kl or KLConfig(),
         ppo=PPOConfig(**of_ppo),
         train=TrainConfig(steps=steps, schedule=schedule, warmup_steps=warmup, learning_rate=2e-3),
     )
@@ -77,7 +81,7 @@ def make_minibatch(policy, left=0, right=0, filler=0):
     mask = torch.arange(t)[None] < lengths[:, None]
     prompts = torch.full((n, p), filler)
     ids = torch.full((n, t), filler)
-    tables = [torch.full((n, t), float(filler)) for _ in range(4)]
+    tables = [torch.full((n, t), float(filler)) for _ in range(5)]
     for i in range(n):  # row by row, so that padding does not change the random numbers
         prompts[i, p - PROMPTS[i] :] = torch.randint(32, (PROMPTS[i],), generator=generator)
         ids[i, : RESPONSES[i]] = torch.randint(32, (RESPONSES[i],), generator=generator)
@@ -89,14 +93,15 @@ def make_minibatch(policy, left=0, right=0, filler=0):
     with torch.no_grad():
         logprobs, values = score_tokens(policy, rollout, 1.0, n)
     old = torch.where(mask, logprobs + 0.4 * tables[0], tables[0])
+    ref = torch.where(mask, logprobs + 0.4 * tables[4], tables[4])
     if policy.value_head is None:
-        return rollout, Targets(old, tables[1])
+        return rollout, Targets(old, tables[1], ref_logprobs=ref)
     old_values = torch.where(mask, values + 0.4 * tables[2], tables[2])
-    return rollout, Targets(old, tables[1], old_values, tables[3])
+    return rollout, Targets(old, tables[1], old_values, tables[3], ref_logprobs=ref)
 
 
 def slow_outputs(policy, rollout, i, temperature):
-    """[(log π, V)] of row i's tokens as scalars: one row, no padding, no cache."""
+    """[(log π, V, entropy)] of row i's tokens as scalars: one row, no padding, no cache."""
     n, p = RESPONSES[i], PROMPTS[i]
     prompt = rollout.batch.ids[i, rollout.batch.ids.shape[1] - p :]
     ids = torch.cat([prompt, rollout.ids[i, :n]])
@@ -107,33 +112,53 @@ def slow_outputs(policy, rollout, i, temperature):
     for t in range(n):
         logits = policy.lm.lm_head(hidden[p + t - 1]) / temperature
         top = logits.max()
-        logprob = logits[ids[p + t]] - top - sum((x - top).exp() for x in logits).log()
+        logprobs = logits - top - sum((x - top).exp() for x in logits).log()
         value = None
         if policy.value_head is not None:
             weight, bias = policy.value_head.weight[0], policy.value_head.bias[0]
             value = (value_hidden[p + t - 1] * weight).sum() + bias
-        outputs.append((logprob, value))
+        entropy = -sum(x.exp() * x for x in logprobs)
+        outputs.append((logprobs[ids[p + t]], value, entropy))
     return outputs
 
 
 def slow_sums(policy, rollout, targets, rows, config):
     """The minibatch's loss (with gradient) and sums, by the formulas in loops."""
     clip, c, sums, loss = config.ppo.clip_range, config.ppo.value_clip, LossSums(), 0.0
+    high, dual = config.ppo.clip_range_high or clip, config.ppo.dual_clip
+    tokens = sum(RESPONSES[i] for i in rows)
     for i in rows.tolist():
+        weight = {  # times tokens, because the sum is divided by them below
+            "token": 1.0,
+            "sequence": tokens / len(rows) / RESPONSES[i],
+            "sequence_sum_constant": tokens / len(rows) / config.rollout.max_new_tokens,
+        }[config.ppo.loss_aggregation]
         outputs = slow_outputs(policy, rollout, i, config.rollout.temperature)
-        gaps = [logp - targets.old_logprobs[i, t] for t, (logp, _) in enumerate(outputs)]
-        for t, (_, value) in enumerate(outputs):
+        gaps = [logp - targets.old_logprobs[i, t] for t, (logp, *_) in enumerate(outputs)]
+        for t, (logprob, value, entropy) in enumerate(outputs):
             log_rho = gaps[t] if config.ppo.ratio == "token" else sum(gaps)
             rho, a = log_rho.clamp(-20, 20).exp(), targets.advantages[i, t]
-            unclipped, clipped = -a * rho, -a * rho.clamp(1 - clip, 1 + clip)
+            unclipped, clipped = -a * rho, -a * rho.clamp(1 - clip, 1 + high)
             term = unclipped if unclipped >= clipped else clipped
+            if dual is not None and a < 0 and term > -a * dual:
+                term = -a * dual
+                sums.dual_clipped += 1
             sums.tokens += 1
-            sums.policy_loss += term.item()
-            sums.clipped += bool(clipped > unclipped)
+            sums.policy_loss += weight * term.item()
+            sums.clipped_high += bool(clipped > unclipped and rho > 1)
+            sums.clipped_low += bool(clipped > unclipped and rho < 1)
+            if config.ppo.entropy_coef:
+                sums.entropy += weight * entropy.item()
+                term = term - config.ppo.entropy_coef * entropy
+            if config.kl.place == "loss":
+                d = logprob - targets.ref_logprobs[i, t]
+                kl = d**2 / 2 if config.kl.estimator == "k2" else (-d).exp() - 1 + d
+                sums.kl += weight * kl.item()
+                term = term + config.kl.beta * kl
             sums.squared_log_ratio += log_rho.item() ** 2
             sums.ratio += rho.item()
             sums.squared_ratio += rho.item() ** 2
-            loss = loss + term
+            loss = loss + weight * term
             if value is None:
                 continue
             old, target = targets.old_values[i, t], targets.returns[i, t]
@@ -183,8 +208,22 @@ def one_thread():
         {},
         {"ratio": "sequence", "clip_range": 0.3, "value_clip": 0.2},
         {"value_clip": 0.3, "value_coef": 2.0, "temperature": 0.7},
+        {"clip_range": 0.1, "clip_range_high": 0.5, "dual_clip": 1.2},
+        {"loss_aggregation": "sequence", "entropy_coef": 0.3, "temperature": 0.7},
+        {"loss_aggregation": "sequence_sum_constant", "kl": KLConfig(beta=0.5, **K2)},
+        {"loss_aggregation": "sequence", "kl": KLConfig(beta=0.5, **K3), "entropy_coef": 0.1},
+        {"kl": KLConfig(beta=0.5, **K3), "ratio": "sequence"},
     ],
-    ids=["defaults", "sequence", "temperature"],
+    ids=[
+        "defaults",
+        "sequence ratio",
+        "temperature",
+        "clip-higher and dual clip",
+        "sequence mean, entropy",
+        "constant divisor, k2",
+        "sequence mean, k3, entropy",
+        "k3",
+    ],
 )
 def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo):
     policy, config = make_policy(value), run_config(**of_ppo)
@@ -192,6 +231,9 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
     rows = torch.tensor([5, 0, 2, 3])
     loss, sums = slow_sums(policy, *minibatch, rows, config)
     assert 0 < sums.clipped < sums.tokens
+    assert bool(sums.dual_clipped) == (config.ppo.dual_clip is not None)
+    assert bool(sums.entropy) == bool(config.ppo.entropy_coef)
+    assert bool(sums.kl) == (config.kl.place == "loss")
     assert value is None or config.ppo.value_clip is None or sums.value_clipped > 0
     loss.backward()
     want = gradients(policy), sums
@@ -202,13 +244,22 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
         assert_same(fast(policy, minibatch, sized, rows), want)
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "of_ppo",
+    [
+        {"ratio": "token"},
+        {"ratio": "sequence"},
+        {"loss_aggregation": "sequence", "entropy_coef": 0.3, "kl": KLConfig(**K3)},
+        {"loss_aggregation": "sequence_sum_constant", "dual_clip": 1.5},
+    ],
+    ids=["token ratio", "sequence ratio", "sequence mean, entropy, k3", "constant divisor"],
+)
 @pytest.mark.parametrize("value", ["shared", "separate"])
-def test_micro_batches_change_neither_gradient_nor_sums(ratio, value):
+def test_micro_batches_change_neither_gradient_nor_sums(of_ppo, value):
     policy = make_policy(value)
     minibatch = make_minibatch(policy)
     whole, *parts = [
-        fast(policy, minibatch, run_config(ratio=ratio, value_clip=0.2, micro_batch_size=size))
+        fast(policy, minibatch, run_config(**of_ppo, value_clip=0.2, micro_batch_size=size))
         for size in (7, 1, 2, 3, 16)
     ]
     for part in parts:

@@ -64,12 +64,13 @@ def slow_log_ratio(new, old, mask, kind):
     return result
 
 
-def slow_policy(new, old, advantages, mask, clip, kind):
+def slow_policy(new, old, advantages, mask, clip, kind, high=None):
     """{(i, t): (loss, whether the clip is active, log ρ, ρ)}."""
+    high = clip if high is None else high
     result = {}
     for (i, t), log_rho in slow_log_ratio(new, old, mask, kind).items():
         rho, a = math.exp(log_rho), float(advantages[i, t])
-        unclipped, clipped = -a * rho, -a * min(1 + clip, max(1 - clip, rho))
+        unclipped, clipped = -a * rho, -a * min(1 + high, max(1 - clip, rho))
         result[i, t] = (max(unclipped, clipped), clipped > unclipped, log_rho, rho)
     return result
 
@@ -192,6 +193,78 @@ def test_leave_one_out_subtracts_the_mean_of_the_prompts_other_responses(group, 
 
 
 @modest
+@given(st.integers(2, 5), st.integers(1, 4), st.sampled_from(["group", "batch", "none"]), st.data())
+def test_group_advantages_are_differences_to_the_group_s_mean(group, prompts, scale, data):
+    n = group * prompts
+    numbers = [x / 64 for x in data.draw(st.lists(st.integers(-512, 512), min_size=n, max_size=n))]
+    got = advantages.group_advantages(torch.tensor(numbers), group, scale)
+    for i in range(n):
+        first = i - i % group
+        of_group = numbers[first : first + group]
+        over = {"group": of_group, "batch": numbers, "none": None}[scale]
+        want = numbers[i] - sum(of_group) / group
+        if over is not None:
+            mean = sum(over) / len(over)
+            want /= math.sqrt(sum((x - mean) ** 2 for x in over) / (len(over) - 1)) + 1e-4
+        assert abs(float(got[i]) - want) <= 1e-4 * (1 + abs(want))
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_a_group_without_variance_gets_no_advantage(scale):
+    scores = torch.tensor([0.1, 0.1, 0.1, 0.0, 1.0, 2.0])
+    got = advantages.group_advantages(scores, 3, scale)
+    assert got[:3].abs().max() < 1e-3
+    assert advantages.constant_groups(scores, 3).tolist() == [True, False]
+
+
+@modest
+@given(batches(3), st.sampled_from([1.0, 0.9]), st.sampled_from(["k1", "k2", "k3"]))
+def test_reinforce_plus_plus_sums_the_rewards_from_each_token_on(batch, gamma, estimator):
+    lengths, old, ref, extra = batch
+    scores, mask = extra[:, 0], masked.response_mask(lengths, old.shape[1])
+    config = PPOConfig(advantage="reinforce_plus_plus", gamma=gamma, whiten=False)
+    inputs = AdvantageInputs(
+        scores, old, ref, torch.zeros_like(old), mask, lengths, config, 0.25, 1, None, estimator
+    )
+    got = make_targets(inputs).advantages
+    for i, n in enumerate(lengths.tolist()):
+        total = 0.0
+        for t in reversed(range(n)):
+            d = float(old[i, t]) - float(ref[i, t])
+            kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
+            total = gamma * total - 0.25 * kl + (float(scores[i]) if t == n - 1 else 0.0)
+            assert near(got[i, t], total, 32 * math.exp(8))
+    assert not got[~mask].any()
+
+
+@modest
+@given(
+    batches(4),
+    st.sampled_from([None, 0.5, 1.0]),
+    st.sampled_from([None, 0.05, 0.4]),
+)
+def test_advantages_and_returns_may_have_lambdas_of_their_own(batch, lam_value, alpha):
+    lengths, old, values, extra = batch[:4]
+    scores, mask = extra[:, 0], masked.response_mask(lengths, old.shape[1])
+    config = PPOConfig(lam=0.9, lam_value=lam_value, lam_alpha=alpha, whiten=False)
+    targets = make_targets(
+        AdvantageInputs(scores, old, old, values, mask, lengths, config, 0.1, 1, None)
+    )
+    for i, n in enumerate(lengths.tolist()):
+        row = slice(i, i + 1)
+        rewards = torch.zeros_like(values[row])
+        rewards[0, n - 1] = scores[i]
+        lam = 0.9 if alpha is None else max(0.0, 1 - 1 / (alpha * n))
+        for_policy = slow_gae(rewards, values[row], mask[row], 1.0, lam)
+        for_value = slow_gae(
+            rewards, values[row], mask[row], 1.0, 0.9 if lam_value is None else lam_value
+        )
+        for _, t in for_policy:
+            assert near(targets.advantages[i, t], for_policy[0, t], 64)
+            assert near(targets.returns[i, t], for_value[0, t] + float(values[i, t]), 64)
+
+
+@modest
 @given(batches(2, limit=32), KINDS)
 def test_log_ratios_are_clamped_to_twenty_and_zero_outside_the_mask(batch, kind):
     lengths, new, old = batch
@@ -216,6 +289,48 @@ def test_policy_terms_are_the_sums_of_the_clipped_objective(batch, clip, kind):
     assert near(got.squared_log_ratio, squares, squares)
     assert near(got.ratio, sum(x[3] for x in terms), sum(x[3] for x in terms))
     assert near(got.squared_ratio, sum(x[3] ** 2 for x in terms), sum(x[3] ** 2 for x in terms))
+
+
+@modest
+@given(batches(3), CLIPS, st.sampled_from([0.15, 0.28, 3.0]), st.sampled_from([1.01, 3.0]))
+def test_the_two_clip_ranges_and_the_dual_clip_bound_each_token(batch, low, high, dual):
+    lengths, new, old, advantages = batch
+    mask = masked.response_mask(lengths, new.shape[1])
+    got = losses.policy_terms(new, old, advantages, mask, low, clip_range_high=high, dual_clip=dual)
+    loss, counts = 0.0, {"high": 0, "low": 0, "dual": 0}
+    for (i, t), (term, active, _, rho) in slow_policy(
+        new, old, advantages, mask, low, "token", high
+    ).items():
+        counts["high"] += active and rho > 1
+        counts["low"] += active and rho < 1
+        a = float(advantages[i, t])
+        bounded = a < 0 and -a * dual < term
+        counts["dual"] += bounded
+        loss += -a * dual if bounded else term
+        assert not (bounded and active)
+    assert near(got.loss, loss, float((advantages.abs() * mask).sum()) * math.exp(8))
+    assert float(got.clipped_high) == counts["high"]
+    assert float(got.clipped_low) == counts["low"]
+    assert float(got.dual_clipped) == counts["dual"]
+
+
+@modest
+@given(batches(3), st.sampled_from(sorted(losses.AGGREGATIONS)))
+def test_an_aggregation_is_the_mean_that_its_name_says(batch, name):
+    lengths, new, old, advantages = batch
+    mask, n = masked.response_mask(lengths, new.shape[1]), len(lengths)
+    terms = slow_policy(new, old, advantages, mask, 0.2, "token")
+    sums = [sum(x[0] for (j, _), x in terms.items() if j == i) for i in range(n)]
+    want = {
+        "token": sum(sums) / len(terms),
+        "sequence": sum(s / k for s, k in zip(sums, lengths.tolist(), strict=True)) / n,
+        "sequence_sum_constant": sum(s / 11 for s in sums) / n,
+    }
+    size = losses.MinibatchSize(tokens=len(terms), responses=n, max_new_tokens=11)
+    weights = losses.AGGREGATIONS[name](size, lengths)
+    got = losses.policy_terms(new, old, advantages, mask, 0.2, row_weights=weights)
+    magnitude = sum(abs(x[0]) for x in terms.values())
+    assert near(got.loss / size.tokens, want[name], magnitude)
 
 
 @modest

@@ -21,7 +21,7 @@ from engine.errors import UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup, agree_on_device
-from engine.train.load import check_rank_count, load_run
+from engine.train.load import check_rank_count, fit_scales, load_run
 from engine.train.step import generate_rollout, train_step
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
@@ -39,6 +39,19 @@ VARIANTS = {
     "gae, activation checkpointing": ("parallel.activation_checkpointing=true",),
     "reward": ("ppo.advantage=reward",),
     "rloo": ("ppo.advantage=rloo", "rollout.per_prompt=2"),
+    "grpo, every term in the loss": (
+        "ppo.advantage=grpo",
+        "rollout.per_prompt=2",
+        "ppo.loss_aggregation=sequence",
+        "kl.place=loss",
+        "kl.estimator=k3",
+        "ppo.entropy_coef=0.1",
+        "ppo.dual_clip=1.5",
+    ),
+    "gae, value function from the reward model": (
+        "model.value=separate",
+        "ppo.value_init=reward_model",
+    ),
     "gae, adapters": ("ppo.advantage=gae", "lora.rank=4"),
     "gae, separate value trunk, adapters": ("model.value=separate", "lora.rank=4"),
     "reward, adapters": ("ppo.advantage=reward", "lora.rank=4"),
@@ -55,7 +68,9 @@ def config_of(strategy, variant):
 def one_process(session):
     config = session.config()
     begin = Begin(attempt=1, from_step=0)
-    return load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
+    run = load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
+    fit_scales(run, config)
+    return run
 
 
 def weights(run):

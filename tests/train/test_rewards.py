@@ -16,7 +16,13 @@ from transformers import (
 )
 
 from engine import starter
-from engine.config.schema import SOURCE_KEYS, LaunchConfig, RewardConfig, RewardSource
+from engine.config.schema import (
+    SOURCE_KEYS,
+    LaunchConfig,
+    OverlongConfig,
+    RewardConfig,
+    RewardSource,
+)
 from engine.errors import RewardError, UserInputError
 from engine.protocol import frames
 from engine.protocol.rank_messages import decode_from_rank
@@ -118,6 +124,49 @@ def test_a_mix_is_the_weighted_sum_of_the_sources_that_return_a_score(module, in
     scores, parts = both(inputs)
     assert scores.tolist() == [5.5 + 3.0, 17.0, 1.5]
     assert parts["b"] == [1.5, None, None]
+
+
+def test_a_source_of_weight_zero_is_recorded_and_changes_no_score(module, inputs):
+    sources = {
+        "obeyed": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "length")),
+        "watched": WeightedReward(0.0, RunsOn.RANK_0, function_reward(module, "step")),
+    }
+    scores, parts = RewardMix(sources, SINGLE_RANK)(inputs)
+    assert (
+        scores.tolist() == RewardMix({"obeyed": sources["obeyed"]}, SINGLE_RANK)(inputs)[0].tolist()
+    )
+    assert parts["watched"] == [7, 7, 7]
+
+
+def test_a_response_that_only_a_source_of_weight_zero_scores_has_no_score(module, inputs):
+    sources = {
+        "obeyed": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "sometimes")),
+        "watched": WeightedReward(0.0, RunsOn.RANK_0, function_reward(module, "length")),
+    }
+    with pytest.raises(RewardError, match="scored response 1"):
+        RewardMix(sources, SINGLE_RANK)(inputs)
+
+
+def test_a_source_s_own_normalisation_comes_before_its_weight(module, inputs):
+    length = WeightedReward(3.0, RunsOn.RANK_0, function_reward(module, "length"), normalised=True)
+    mix = RewardMix({"length": length}, SINGLE_RANK)
+    assert mix.normalised == ["length"]
+    mix.scales = {"length": (10.0, 4.0)}
+    scores, parts = mix(inputs)
+    assert scores.tolist() == [3 * (n - 10) / 4 for n in (11, 34, 3)]
+    assert parts["length"] == [11, 34, 3]
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.floats(0, 4, width=16))
+def test_the_overlong_penalty_rises_linearly_over_the_buffer(buffer, length, penalty):
+    limit = 40
+    length = min(length, limit)
+    want = max(0.0, penalty * (length - (limit - buffer)) / buffer)
+    overlong = OverlongConfig(buffer=buffer, penalty=penalty)
+    got = trained_scores(
+        Normaliser(), torch.tensor([2.0]), lengths=[length], limit=limit, overlong=overlong
+    )
+    assert float(got) == pytest.approx(2.0 - want, abs=1e-5)
 
 
 def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key():
@@ -275,20 +324,26 @@ def test_a_folder_without_a_classifier_is_an_error_on_one_line(tmp_path, tokeniz
     assert str(tmp_path) in str(caught.value)
 
 
+def trained_scores(normaliser, raw, lengths=None, limit=8, **of_reward):
+    n = len(raw)
+    lengths = torch.ones(n, dtype=torch.int64) if lengths is None else torch.tensor(lengths)
+    ended = torch.ones(n, dtype=torch.bool)
+    return normaliser(raw, RewardConfig(**of_reward), ended, lengths, limit)
+
+
 @given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20))
 def test_normalised_reference_scores_have_mean_0_and_deviation_1(values):
     raw = torch.tensor(values)
     if float(raw.std(correction=0)) < 1e-3:
         return
-    got = Normaliser.of(raw)(raw, RewardConfig(), torch.ones(len(values), dtype=torch.bool))
+    got = trained_scores(Normaliser.of(raw), raw)
     assert float(got.mean()) == pytest.approx(0, abs=1e-2)
     assert float(got.std(correction=0)) == pytest.approx(1, abs=1e-2)
 
 
 def test_scores_are_clipped_after_normalising():
-    got = Normaliser(10.0, 2.0)(
-        torch.tensor([30.0, 10.0, -30.0]), RewardConfig(clip=3.0), torch.tensor([True] * 3)
-    )
+    raw = torch.tensor([30.0, 10.0, -30.0])
+    got = trained_scores(Normaliser(10.0, 2.0), raw, clip=3.0)
     assert got.tolist() == [3.0, 0.0, -3.0]
 
 

@@ -21,6 +21,7 @@ from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import derived_seed, permutation, sampling_uniforms
 from engine.train.models.language_model import LanguageModel
 from engine.train.ppo.forward import by_length, score_tokens
+from engine.train.rollout.decoder import EXACT, Schedule
 from engine.train.rollout.native import generate
 from engine.train.rollout.rollout import Rollout, left_mask
 from engine.train.rollout.sampling import sample
@@ -203,13 +204,13 @@ def respond(model):
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
 
-    def run(rows=tuple(range(8)), eos=(), temperature=1.0, drawn=None, per_prompt=1):
+    def run(rows=tuple(range(8)), eos=(), temperature=1.0, drawn=None, stop=(), **named):
         batch = batch_prompts([prompts[i] for i in rows], 1, 0)
-        stop_criteria = StopCriteria(list(eos), [], tokenizer)
+        stop_criteria = StopCriteria(list(eos), list(stop), tokenizer)
         with torch.no_grad():
             return generate(
                 model, batch, uniforms[list(drawn or rows)], temperature, stop_criteria, tokenizer,
-                per_prompt=per_prompt,
+                **named,
             )  # fmt: skip
 
     return run
@@ -285,6 +286,47 @@ def test_processing_a_prompt_once_for_all_its_responses_gives_the_same_responses
     once = respond(rows, EOS, drawn=drawn, per_prompt=3)
     assert len(set(map(tuple, once.ids.tolist()))) > 2
     assert all(same_response(once, i, apart, i) for i in range(6))
+
+
+@pytest.mark.parametrize("at_once", [None, 3, 1])
+@pytest.mark.parametrize("schedule", [EXACT, Schedule(5, fixed_shapes=False), Schedule(5, True)])
+@pytest.mark.parametrize("stop", [[], ["w7", "w1 w2"]])
+def test_looks_shapes_and_refilled_slots_change_no_response(respond, schedule, at_once, stop):
+    rows, drawn = (1, 1, 5, 5, 4, 4, 0, 0), range(8)
+    for eos in (EOS, []):
+        plain = respond(rows, eos, drawn=drawn, stop=stop)
+        other = respond(
+            rows, eos, drawn=drawn, stop=stop, per_prompt=2, schedule=schedule, at_once=at_once
+        )
+        for name in ("ids", "lengths", "eos", "ended"):
+            assert torch.equal(getattr(plain, name), getattr(other, name)), name
+        for name in ("logprobs", "values", "entropies"):
+            torch.testing.assert_close(
+                getattr(plain, name), getattr(other, name), rtol=0, atol=1e-5
+            )
+        assert plain.texts == other.texts
+
+
+def test_a_stop_string_ends_a_response_where_its_text_first_has_it(respond):
+    endless, stopped = respond(), respond(stop=["w7", "w1 w2"])
+    assert stopped.ended.any()
+    for i, tokens in enumerate(endless.ids.tolist()):
+        texts = [" ".join(f"w{t}" for t in tokens[:n]) for n in range(1, LIMIT + 1)]
+        found = [n for n, text in enumerate(texts, 1) if "w7" in text or "w1 w2" in text]
+        length = found[0] if found else LIMIT
+        assert (
+            stopped.ids[i].tolist()[:LIMIT]
+            == (tokens[:length] + [0] * LIMIT)[: stopped.ids.shape[1]]
+        )
+        assert int(stopped.lengths[i]) == length
+        assert bool(stopped.ended[i]) == bool(found)
+
+
+def test_responses_that_wait_for_a_slot_are_generated_where_others_have_ended(respond):
+    seen = []
+    respond(eos=EOS, at_once=2, report=lambda *progress: seen.append(progress))
+    assert seen[-1][1] == 4 * LIMIT
+    assert seen[-1][0] < 3 * LIMIT  # one after the other, four pairs of responses take longer
 
 
 def test_micro_batches_have_every_row_once_and_at_most_the_given_size(respond):

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from engine.errors import CommandRejectedError
-from engine.train.load import reference_scores
+from engine.train.load import reference_responses
 from engine.train.models.language_model import fingerprint
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
+from engine.train.rewards.source import RewardInputs
 from engine.train.step import train_step
 
 VARIANTS = {
@@ -24,6 +25,31 @@ VARIANTS = {
     "reward, running baseline": ["ppo.advantage=reward", "ppo.baseline=running"],
     "rloo": ["ppo.advantage=rloo", "rollout.per_prompt=4"],
     "rloo, whitened": ["ppo.advantage=rloo", "ppo.whiten=true"],
+    "grpo, k3 in the loss": [
+        "ppo.advantage=grpo",
+        "kl.place=loss",
+        "kl.estimator=k3",
+        "ppo.loss_aggregation=sequence",
+    ],
+    "grpo without deviation, constant divisor": [
+        "ppo.advantage=grpo",
+        "ppo.scale_rewards=none",
+        "rollout.per_prompt=4",
+        "ppo.loss_aggregation=sequence_sum_constant",
+    ],
+    "reinforce_plus_plus": ["ppo.advantage=reinforce_plus_plus", "kl.estimator=k2"],
+    "entropy bonus, dual clip, lambdas": [
+        "ppo.entropy_coef=0.01",
+        "ppo.dual_clip=3",
+        "ppo.clip_range_high=0.28",
+        "ppo.lam_value=1",
+        "ppo.lam_alpha=0.5",
+    ],
+    "value function from the reward model": [
+        "model.value=separate",
+        "ppo.value_init=reward_model",
+        "reward.normalise=reference",
+    ],
     "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
 }
 
@@ -42,6 +68,24 @@ def test_the_first_step_begins_at_the_reference_and_every_metric_is_finite(make_
     assert metrics["policy/skipped_updates"] == 0
     assert all(math.isfinite(v) for v in metrics.values())
     assert len(samples) == 8
+
+
+def test_a_value_function_from_the_reward_model_begins_with_the_scores_of_training(make_run):
+    name = "{model: 'starter:reward', weight: 2.0, normalise: reference}"
+    run, _ = make_run(
+        "model.value=separate", "ppo.value_init=reward_model", "reward.normalise=reference",
+        "reward.model=null", f"reward.mix=[{name}]", "reward.normalise_samples=8",
+    )  # fmt: skip
+    assert list(run.state.reward_scales) == ["reward"]
+    assert run.config.ppo.value_head_rate == 1
+    rollout = rollout_of(run)
+    inputs = RewardInputs.of(rollout, 1)
+    raw, _ = run.rewards(inputs)
+    want = (raw - run.state.reward_mean) / run.state.reward_std
+    for i, prompt in enumerate(inputs.batch.prompts):
+        ids = torch.tensor([prompt.ids + inputs.ids[i]])
+        _, values = run.policy(ids, torch.ones_like(ids), 1, want="values")
+        assert float(values) == pytest.approx(float(want[i]), abs=1e-4)
 
 
 def test_the_kl_with_recomputed_log_probabilities_is_zero_before_the_first_update(make_run):
@@ -247,7 +291,7 @@ def test_every_response_comes_from_the_run_s_rollout_backend(make_run):
     run, _ = make_run("reward.normalise=reference", "reward.normalise_samples=6")
     backend = CountingBackend(run.backend)
     run.backend = backend
-    reference_scores(run, run.config)
+    reference_responses(run, run.config)
     train_step(run, 1)
     answer_probe(run, "hello there")
     assert backend.rows == [6, 8, 1, 1]

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.config.settings import SettingChange
-from engine.journal.rows import AlertEvent, EventRow
+from engine.journal.rows import AlertEvent, EventRow, decode_payload
 from rlhf_tui.app.digest import digest
 from rlhf_tui.screens.modes import MODES
 from rlhf_tui.screens.session_list import spark
@@ -63,6 +63,15 @@ def test_an_intervention_s_effect_is_the_means_before_and_after():
 
 def test_the_crosshair_reads_the_values_of_its_step():
     assert "score 0.500" in text(CursorPanel(make_state(), Viewport(cursor=25)), 120, 2)
+
+
+def test_an_update_of_the_reference_is_marked_on_the_charts():
+    state = make_state()
+    payload = decode_payload("reference", '{"mix": 0.6}')
+    update = EventRow(event=9, time=900.0, attempt=1, step=40, kind="reference", payload=payload)
+    state.take(SessionUpdate(events=[update]))
+    (marker,) = [m for m in state.markers() if m.step == 40]
+    assert marker.text == "reference: 60% policy"
 
 
 def test_a_digest_tells_what_came_since():

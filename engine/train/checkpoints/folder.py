@@ -47,10 +47,15 @@ class TrainingState(msgspec.Struct, kw_only=True):
     """Training time over all attempts on this branch."""
     reward_mean: float = 0.0
     reward_std: float = 1.0
+    reward_scales: dict[str, tuple[float, float]] = {}
+    """Reward source → mean and standard deviation, for sources with a `normalise` of their own."""
     baseline: float | None = None
     """The mean score kept by `ppo.baseline: running`."""
     reference: str = ""
-    """Fingerprint of the frozen reference."""
+    """Fingerprint of the reference, as it is now."""
+    reference_updated: int = 0
+    """The last step before whose successor `kl.reference_update` changed the reference; 0 if there
+    was none. After an update, checkpoints hold the reference."""
     base: str = ""
     """Fingerprint of the weights under the adapters; empty without adapters."""
     threads: int = 0

@@ -28,7 +28,7 @@ from engine.train.checkpoints import shards
 from engine.train.checkpoints.folder import SavedState, StateFile
 from engine.train.checkpoints.host_copy import HostCopies
 from engine.train.checkpoints.policy_folder import policy_files, policy_tensors, write_policy
-from engine.train.models.language_model import LanguageModel
+from engine.train.models.language_model import AnyModel, LanguageModel
 
 T = TypeVar("T")
 FAILURES = (CheckpointError, OSError, SafetensorError)
@@ -111,6 +111,7 @@ class Saver:
         *,
         score: float,
         kl: float,
+        reference: AnyModel | None = None,
         best: float | None = None,
     ) -> None:
         """Copies all tensors to host memory and starts to write them in the background.
@@ -125,6 +126,7 @@ class Saver:
             optimiser: the policy's optimiser.
             score: mean score of the last step.
             kl: KL of the last step to the reference, in nats per response.
+            reference: given if it is no longer the model that the configuration names.
             best: `train.best_metric` of the last step; None if it does not have that metric.
         """
         self.wait()
@@ -133,6 +135,8 @@ class Saver:
         tensors |= {
             f"training/{k}": t for k, t in shards.training_tensors(policy, optimiser).items()
         }
+        if reference is not None:
+            tensors |= {f"training/{k}": t for k, t in shards.reference_tensors(reference).items()}
         early_error: OSError | None = None
         if not self._files and self._rank == 0:
             try:

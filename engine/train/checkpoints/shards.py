@@ -30,11 +30,12 @@ from torch.futures import Future
 
 from engine.errors import CheckpointError
 from engine.train.checkpoints.folder import read_optimiser
-from engine.train.models.language_model import LanguageModel
+from engine.train.models.language_model import AnyModel, LanguageModel
 
 FILE_SIZE = 4 << 30
 """Maximum bytes of tensors per file."""
 VALUE = ("value_head.", "value_trunk.")
+REFERENCE = "reference/"
 
 # Expected for a single rank.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -151,7 +152,7 @@ def load_training(
     stored = _stored_tensors(folder / "training")
     tensors = _value_tensors(policy)
     parameters = dict(policy.named_parameters())
-    for key in (k for k in stored if not k.startswith(VALUE)):
+    for key in (k for k in stored if not k.startswith((*VALUE, REFERENCE))):
         part, _, name = key.partition("/")
         if name not in parameters:
             raise CheckpointError(f"{folder} holds the optimiser's state of another model: {name}")
@@ -166,6 +167,39 @@ def load_training(
         )
     if wrong := {k for k in stored if k.startswith(VALUE)} ^ set(_value_tensors(policy)):
         raise CheckpointError(f"{folder} holds a value function of another model: {min(wrong)}")
+    try:
+        load(
+            tensors,
+            storage_reader=HuggingFaceStorageReader(str(folder / "training")),
+            process_group=group,
+            no_dist=group is None,
+        )
+    except CheckpointException as error:
+        raise CheckpointError(f"cannot load {folder}: {_first_failure(error)}") from error
+
+
+def reference_tensors(reference: AnyModel) -> dict[str, Tensor]:
+    """The weights of a reference that is updated, by name; not copied."""
+    return {f"{REFERENCE}{n}": p.detach() for n, p in reference.lm.named_parameters()}
+
+
+def load_reference_weights(
+    folder: Path, reference: AnyModel, group: dist.ProcessGroup | None = None
+) -> None:
+    """Restores the weights of a reference that was updated before the save. All ranks must call it.
+
+    Args:
+        folder: the folder of the checkpoint.
+        reference: of the same architecture; changed in place.
+        group: a gloo group of all ranks; None for one rank.
+
+    Raises:
+        CheckpointError: the tensors are missing or do not match.
+    """
+    tensors = reference_tensors(reference)
+    missing = tensors.keys() - _stored_tensors(folder / "training").keys()
+    if missing:
+        raise CheckpointError(f"{folder} does not hold the reference's weights: {min(missing)}")
     try:
         load(
             tensors,

@@ -81,6 +81,15 @@ class Prompts:
         first = (step - 1) * self._per_step
         return [self._at(first + i) for i in range(self._per_step)]
 
+    def replacements(self, step: int, attempt: int, count: int) -> list[Prompt]:
+        """Prompts in place of some of a step's, for `rollout.dynamic`: any `count` of the data.
+
+        Seed, step and attempt determine them. No prompt repeats unless there are fewer than
+        `count`.
+        """
+        chosen = permutation(self._seed, "redraw", (step, attempt), len(self)).tolist()
+        return [self._prompts[chosen[i % len(self)]] for i in range(count)]
+
     @property
     def all(self) -> list[Prompt]:
         """All prompts, in the order of the data."""
@@ -327,6 +336,22 @@ class PromptBatch:
     def to(self, device: torch.device) -> "PromptBatch":
         """A copy with its tensors on a device."""
         return PromptBatch(self.prompts, self.ids.to(device), self.lengths.to(device))
+
+
+def replace_prompts(
+    batch: PromptBatch, rows: Tensor, other: PromptBatch, other_rows: Tensor
+) -> PromptBatch:
+    """A batch with some rows taken from another; left-padded to the longer of the two widths."""
+    width = max(batch.ids.shape[1], other.ids.shape[1])
+    ids, new = (torch.nn.functional.pad(x.ids, (width - x.ids.shape[1], 0)) for x in (batch, other))
+    prompts = list(batch.prompts)
+    for row, other_row in zip(rows.tolist(), other_rows.tolist(), strict=True):
+        prompts[row] = other.prompts[other_row]
+    return PromptBatch(
+        prompts,
+        ids.index_copy(0, rows.to(ids.device), new[other_rows]),
+        batch.lengths.index_copy(0, rows.to(ids.device), other.lengths[other_rows]),
+    )
 
 
 def batch_prompts(prompts: list[Prompt], per_prompt: int, pad: int) -> PromptBatch:

@@ -7,7 +7,9 @@ weights itself (see :mod:`engine.train.distributed.sharding`).
 """
 
 import contextlib
+import logging
 import os
+import warnings
 from datetime import timedelta
 
 import msgspec
@@ -20,6 +22,8 @@ from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-de
 from engine.config.schema import LaunchConfig
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
+
+log = logging.getLogger("engine")
 
 FINAL_BARRIER_TIMEOUT = 20.0
 """Seconds a finished rank waits for the other ranks."""
@@ -196,14 +200,35 @@ def _find_gpu(launch: LaunchConfig) -> tuple[bool, str]:
     """Whether this rank computes on a GPU, and an error text or ""."""
     found = torch.cuda.device_count() if launch.device != "cpu" else 0
     ranks, problem = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), ""
-    if launch.device == "cuda" and not found:
-        problem = "launch.device: cuda, but torch sees no GPU here; see rlhf-tui doctor"
+    if unusable := _why_unusable() if found else "":
+        # The driver counts GPUs that this torch cannot use, for example if the driver is too old.
+        problem = f"torch cannot use the GPUs here: {unusable}; launch.device: cpu trains without"
+        if launch.device == "auto" and ranks == 1:
+            log.warning("training on the CPU: %s", problem)
+            problem = ""
+        found = 0
+    elif launch.gpus and not os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
+        named = ", ".join(map(str, launch.gpus))
+        problem = f"launch.gpus: none of {named} is among those in CUDA_VISIBLE_DEVICES here"
+    elif launch.device == "cuda" and not found:
+        why = "" if torch.version.cuda or torch.version.hip else ": it is built for CPUs only"
+        problem = f"launch.device: cuda, but torch sees no GPU here{why}; see rlhf-tui doctor"
     elif found and ranks > found:
         problem = (
             f"launch.processes: {ranks} ranks on this machine, but torch sees {found} "
             f"GPU{'s' if found > 1 else ''} here: use launch.processes: {found}"
         )
     return found > 0, problem
+
+
+def _why_unusable() -> str:
+    """Why torch cannot use the GPUs that it counts, in its own words; "" if it can."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return ""
+    lines = [str(w.message).strip().splitlines()[0] for w in said]
+    return next((line for line in lines if line), "it finds no usable driver")
 
 
 def agree_on_device(store: Store, rank: int, size: int, on_gpu: bool, problem: str) -> None:

@@ -162,20 +162,43 @@ def materialised(model: Any) -> Iterator[None]:
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    device = getattr(model, "device_in_use", None)
-    if device is not None:
-        model.to(device)
+    host: HostWeights | None = getattr(model, "host_weights", None)
+    if host is not None:
+        host.copy_to_device()
     try:
         yield
     finally:
-        if device is not None:
-            model.to("cpu")
+        if host is not None:
+            host.drop_copies()
         drop_pages(model)
         for unit in units:
             unit.reshard()
             # Not for the root, the first unit: the backward pass begins with it. `model` may be an
             # AdapterFreePolicy, so the root is not `model` itself.
             unit.set_reshard_after_forward(unit is not units[0], recurse=False)
+
+
+class HostWeights:
+    """The weights of a frozen model, which stay in host memory while the device has a copy.
+
+    They do not change, so that nothing is copied back, and no memory is allocated for it.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        """Keeps the weights of a module that is on the host, for use on a device."""
+        self._device = device
+        tensors = [*module.parameters(), *module.buffers()]  # tied ones once
+        self._on_host = [(tensor, tensor.data) for tensor in tensors]
+
+    def copy_to_device(self) -> None:
+        """Makes the module compute with copies on the device."""
+        for tensor, data in self._on_host:
+            tensor.data = data.to(self._device, non_blocking=True)
+
+    def drop_copies(self) -> None:
+        """Makes the module compute with the weights on the host, and frees the copies."""
+        for tensor, data in self._on_host:
+            tensor.data = data
 
 
 def offload_between_uses(
@@ -190,8 +213,8 @@ def offload_between_uses(
         if ranks.size == 1 or strategy != "fsdp":
             back_by_file(module, blocks(module))
     elif on_host:
-        module.device_in_use = ranks.device  # type: ignore[assignment]  # an attribute of our own
         module.to("cpu")
+        module.host_weights = HostWeights(module, ranks.device)  # type: ignore[assignment]  # an attribute of our own
 
 
 def with_materialised_model(

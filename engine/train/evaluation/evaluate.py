@@ -119,7 +119,9 @@ def _respond(
     inputs = RewardInputs.of(rollout, step)
     raw, parts = run.rewards(inputs, report)
     normalise = Normaliser(state.reward_mean, state.reward_std)
-    scores = normalise(raw.to(run.device), config.reward, rollout.ended)
+    scores = normalise(
+        raw.to(run.device), config.reward, rollout.ended, rollout.lengths, options.max_new_tokens
+    )
     parts = parts if len(parts) > 1 else {}
     if held_out.rewards is not None:
         parts = parts | held_out.rewards.parts(inputs, report)

@@ -90,24 +90,28 @@ class LanguageModel(nn.Module):
         cache: Any = None,
         want: str = "both",
         detach_trunk: bool = False,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Computes logits and values at the last `keep` positions.
 
         Args:
             tokens: (n, L) int64.
-            attention_mask: (n, L), or (n, past + L) with a cache; 0 for left padding.
+            attention_mask: (n, L), or (n, past + L) with a cache; 0 for left padding. With
+                `positions` it may also be (n, 1, L, places of the cache) bool.
             keep: number of positions, counted from the end.
             cache: a transformers cache, which this call extends.
             want: `both`, `logits` or `values`.
             detach_trunk: do not propagate the value's gradient to a shared trunk.
+            positions: (n, L) int64; made from the mask when left out.
 
         Returns:
             The logits, (n, keep, V) in the model's dtype, or None if not computed; the values,
             (n, keep) float32, or None: without a value function, with `want="logits"`, and with a
             cache if the value function has a separate trunk.
         """
-        # From the mask, so that left padding does not shift positions (trl#6819: 34 nats of error).
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        if positions is None:
+            # From the mask: left padding must not shift positions (trl#6819: 34 nats of error).
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs: dict[str, Any] = {"attention_mask": attention_mask}
         if self._takes_positions:
             inputs["position_ids"] = positions
@@ -152,12 +156,20 @@ class AdapterFreePolicy:
         self._model = policy
 
     def __call__(
-        self, tokens: Tensor, attention_mask: Tensor, keep: int, *, cache: Any = None, **_: Any
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        keep: int,
+        *,
+        cache: Any = None,
+        positions: Tensor | None = None,
+        **_: Any,
     ) -> tuple[Any, None]:
         """Like :meth:`LanguageModel.run` with `want="logits"`; the values are None."""
         logits, _values = self._model(
-            tokens, attention_mask, keep, cache=cache, want="logits", adapters=False
-        )
+            tokens, attention_mask, keep, cache=cache, positions=positions, want="logits",
+            adapters=False,
+        )  # fmt: skip
         return logits, None
 
     def autocast(self, device: str) -> torch.autocast:
@@ -187,12 +199,14 @@ def fingerprint(module: nn.Module | AdapterFreePolicy) -> str:
     Sums the bits of each tensor instead of hashing them, which takes seconds for billions of
     weights. It detects accidents, not attacks. For a sharded model all ranks must call it.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors, sums = sorted(module.state_dict().items()), []
+    for _, tensor in tensors:
         bits = full_tensor(tensor).detach().contiguous().view(-1).view(torch.uint8)
         if len(bits) % 4 == 0:
             bits = bits.view(torch.int32)
-        total = int(bits.sum(dtype=torch.int64))
-        weighted = int((bits[:: max(1, len(bits) // 1024)].to(torch.int64) * 31).cumsum(0).sum())
+        few = bits[:: max(1, len(bits) // 1024)].to(torch.int64)
+        sums.append(torch.stack([bits.sum(dtype=torch.int64), (few * 31).cumsum(0).sum()]))
+    digest = hashlib.sha256()
+    for (name, tensor), (total, weighted) in zip(tensors, torch.stack(sums).tolist(), strict=True):
         digest.update(f"{name}:{tuple(tensor.shape)}:{total}:{weighted};".encode())
     return digest.hexdigest()

@@ -29,7 +29,13 @@ from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.read_pretrained import read_pretrained
 
 
-def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str) -> LanguageModel:
+def load_policy(
+    config: RunConfig,
+    source: str,
+    ranks: RankGroup,
+    strategy: str,
+    value_model: tuple[nn.Module, nn.Linear] | None = None,
+) -> LanguageModel:
     """Loads the trainable policy, with a value function if the advantage estimator needs one.
 
     Trained weights are float32. With `lora.rank` only the adapters and the value head are trained,
@@ -40,6 +46,8 @@ def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str)
         source: the model to start from, or a checkpoint's `policy/` folder.
         ranks: all ranks of this attempt.
         strategy: `ddp` or `fsdp`.
+        value_model: trunk and head of a separate value function, if it does not start from the
+            policy.
 
     Raises:
         UserInputError: the model or the adapters' targets cannot be used.
@@ -56,7 +64,10 @@ def load_policy(config: RunConfig, source: str, ranks: RankGroup, strategy: str)
             if source != base and ranks.is_lead:
                 lora.load_adapters(lm, Path(source))
         policy = LanguageModel(lm, value, compute_dtype(config))
-        if value == "separate":
+        if value_model is not None:
+            policy.value_trunk, policy.value_head = value_model
+            use_onednn(policy.value_trunk)
+        elif value == "separate":
             trunk = _load_trunk(base, lm, ranks, dtype)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
@@ -125,12 +136,12 @@ def _read_lm(source: str, key: str, dtype: torch.dtype) -> PreTrainedModel:
     for needed in ("past_key_values", "logits_to_keep"):
         if needed not in inspect.signature(lm.forward).parameters:
             raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
-    return _copy_weights(lm)
+    return copy_weights(lm)
 
 
 def _load_trunk(source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype) -> Any:
     if ranks.is_lead:
-        return _copy_weights(read_pretrained(AutoModel, source, "model.policy", dtype=dtype))
+        return copy_weights(read_pretrained(AutoModel, source, "model.policy", dtype=dtype))
     return AutoModel.from_config(lm.config, dtype=dtype, trust_remote_code=False)
 
 
@@ -154,7 +165,7 @@ def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def _copy_weights(module: nn.Module) -> Any:
+def copy_weights(module: nn.Module) -> Any:
     """Copies the weights from the mapped file to memory.
 
     `from_pretrained` maps them at unaligned offsets, which selects other kernels: products of one

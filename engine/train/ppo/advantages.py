@@ -6,7 +6,10 @@ from :class:`AdvantageInputs` to :class:`Targets`, and list it in :data:`ESTIMAT
 Shapes: B responses, T response tokens. Tensors are float32 unless their docstring says otherwise.
 
 Sources: Schulman et al. 2016 (GAE); Ziegler et al. 2019, arXiv 1909.08593 (the KL in the reward);
-Ahmadian et al. 2024 (RLOO); Huang et al. 2024, arXiv 2403.17031 (implementation details).
+Ahmadian et al. 2024 (RLOO); Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv
+2503.20783 (Dr. GRPO); Hu 2025, arXiv 2501.03262 (REINFORCE++); Yuan et al. 2025, arXiv 2503.01491
+(VC-PPO) and Yue et al. 2025, arXiv 2504.05118 (VAPO); Huang et al. 2024, arXiv 2403.17031
+(implementation details). docs/ppo.md has the formulas.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from engine.config.schema import PPOConfig
 from engine.train.ppo import masked
+from engine.train.ppo.kl_estimators import KL_ESTIMATORS
 
 BASELINE_DECAY = 0.9
 """Decay of the exponential moving average of outcomes, for `ppo.baseline: running`."""
@@ -41,17 +45,24 @@ class AdvantageInputs:
     """(B,) int64."""
     config: PPOConfig
     beta: float
-    """The KL coefficient."""
+    """The KL coefficient in the reward; 0 with `kl.place: loss`."""
     per_prompt: int
     """Number of adjacent rows that respond to the same prompt."""
     baseline: float | None
     """Moving average of earlier outcomes (`ppo.baseline: running`); None at the first step."""
+    kl_estimator: str = "k1"
+    """`kl.estimator`."""
+
+    @property
+    def token_kl(self) -> Tensor:
+        """(B, T): the estimate of each token's KL to the reference that is penalised."""
+        log_ratio = (self.old_logprobs - self.ref_logprobs) * self.mask
+        return KL_ESTIMATORS[self.kl_estimator](log_ratio) * self.mask
 
     @property
     def outcomes(self) -> Tensor:
         """(B,): each score minus beta times the response's KL to the reference."""
-        kl = masked.sequence_kl(self.old_logprobs, self.ref_logprobs, self.mask)
-        return self.scores - self.beta * kl
+        return self.scores - self.beta * self.token_kl.sum(1)
 
 
 @dataclass(frozen=True)
@@ -65,11 +76,14 @@ class Targets:
     """`old_values` and `returns` are None without a value function."""
     baseline: float | None = None
     """The moving average for the next step's :attr:`AdvantageInputs.baseline`; None: unchanged."""
+    ref_logprobs: Tensor | None = None
+    """log π_ref, for `kl.place: loss`; set by :func:`make_targets`."""
 
 
 def make_targets(inputs: AdvantageInputs) -> Targets:
     """Runs the configured estimator, then whitens the advantages where `ppo.whiten` is true."""
     targets = ESTIMATORS[inputs.config.advantage](inputs)
+    targets = dataclasses.replace(targets, ref_logprobs=inputs.ref_logprobs)
     if not inputs.config.whiten:
         return targets
     whitened = masked.whiten(targets.advantages, inputs.mask)
@@ -82,13 +96,19 @@ def gae(inputs: AdvantageInputs) -> Targets:
     Returns are advantages plus values, before the advantages are whitened.
     """
     config, mask, values = inputs.config, inputs.mask, inputs.values
-    rewards = token_rewards(
-        inputs.scores, inputs.old_logprobs, inputs.ref_logprobs, inputs.lengths, inputs.beta
-    )
+    rewards = token_rewards(inputs.scores, inputs.token_kl, inputs.lengths, inputs.beta)
     if config.whiten_rewards:
         rewards = masked.whiten(rewards, mask, shift_mean=False)
-    advantages = generalised_advantages(rewards, values, mask, config.gamma, config.lam)
-    returns = (advantages + values) * mask
+    lam: float | Tensor = config.lam
+    if config.lam_alpha is not None:
+        lam = length_adaptive_lambda(inputs.lengths, config.lam_alpha)
+    advantages = generalised_advantages(rewards, values, mask, config.gamma, lam)
+    of_value = advantages
+    if config.lam_value is not None:
+        of_value = generalised_advantages(rewards, values, mask, config.gamma, config.lam_value)
+    elif config.lam_alpha is not None:
+        of_value = generalised_advantages(rewards, values, mask, config.gamma, config.lam)
+    returns = (of_value + values) * mask
     return Targets(inputs.old_logprobs, advantages, values, returns)
 
 
@@ -120,33 +140,58 @@ def rloo(inputs: AdvantageInputs) -> Targets:
     return Targets(inputs.old_logprobs, advantages[:, None] * inputs.mask)
 
 
+def grpo(inputs: AdvantageInputs) -> Targets:
+    """GRPO (Shao et al. 2024): outcomes minus their group's mean, scaled, on each token."""
+    advantages = group_advantages(inputs.outcomes, inputs.per_prompt, inputs.config.scale_rewards)
+    return Targets(inputs.old_logprobs, advantages[:, None] * inputs.mask)
+
+
+def reinforce_plus_plus(inputs: AdvantageInputs) -> Targets:
+    """REINFORCE++ (Hu 2025): the sum of token rewards from each token on.
+
+    Its baseline and scale are the batch's mean and standard deviation: `ppo.whiten` is on.
+    """
+    rewards = token_rewards(inputs.scores, inputs.token_kl, inputs.lengths, inputs.beta)
+    zeros = torch.zeros_like(rewards)
+    returns = generalised_advantages(rewards, zeros, inputs.mask, inputs.config.gamma, 1.0)
+    return Targets(inputs.old_logprobs, returns)
+
+
 ESTIMATORS: dict[str, Callable[[AdvantageInputs], Targets]] = {
     "gae": gae,
     "reward": reward,
     "rloo": rloo,
+    "grpo": grpo,
+    "reinforce_plus_plus": reinforce_plus_plus,
 }
 """Estimators by the names of :data:`engine.config.schema.ADVANTAGES`."""
 
 
-def token_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, lengths: Tensor, beta: float
-) -> Tensor:
-    """−β(log π − log π_ref) on every token, plus the score (B,) on the last one; (B, T).
+def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, beta: float) -> Tensor:
+    """−β·KL (B, T) on every token, plus the score (B,) on the last one; (B, T).
 
     This is the reward of Ziegler et al. 2019. The score is on the last response token, as in
     OpenRLHF (`compute_reward`) and DeepSpeed-Chat, not on the padding after it.
     """
-    mask = masked.response_mask(lengths, logprobs.shape[1])
-    rewards = -beta * (logprobs - ref_logprobs) * mask
+    rewards = -beta * kl
     last = (lengths - 1)[:, None]
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
+def length_adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
+    """λ = 1 − 1/(α·length) of each response, at least 0 (VAPO, section 3.2): (B,) → (B,).
+
+    So Σ λ^t, the reach of a reward in tokens, is proportional to the length.
+    """
+    return (1 - 1 / (alpha * lengths.float())).clamp(min=0)
+
+
 def generalised_advantages(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
 ) -> Tensor:
     """GAE (Schulman et al. 2016, eq. 16), backwards over the response; (B, T).
 
+    `lam` may be a tensor (B,): each response's own.
     The value after the last token is 0. A token outside the mask leaves the accumulators unchanged,
     so a gap inside a response neither ends the sum nor counts as a time step.
     """
@@ -171,3 +216,34 @@ def leave_one_out(returns: Tensor, per_prompt: int) -> Tensor:
     groups = returns.view(-1, per_prompt)
     others = (groups.sum(1, keepdim=True) - groups) / (per_prompt - 1)
     return (groups - others).view(-1)
+
+
+GROUP_STD_EPS = 1e-4
+"""Added to the standard deviation that GRPO divides by, as in TRL."""
+
+
+def group_advantages(returns: Tensor, per_prompt: int, scale: str) -> Tensor:
+    """Each return (B,) minus the mean of the responses to its prompt, divided by `scale`.
+
+    The deviation is that of the group (`group`) or of all returns (`batch`), with n − 1 in the
+    denominator as in TRL and verl; `none` divides by nothing (Dr. GRPO). A group without variance
+    gets zeros. Responses to one prompt are in `per_prompt` adjacent rows.
+    """
+    groups = returns.view(-1, per_prompt)
+    centred = groups - groups.mean(1, keepdim=True)
+    match scale:
+        case "group":
+            centred = centred / (groups.std(1, keepdim=True) + GROUP_STD_EPS)
+        case "batch":
+            centred = centred / (returns.std() + GROUP_STD_EPS)
+    return centred.view(-1)
+
+
+def constant_groups(scores: Tensor, per_prompt: int) -> Tensor:
+    """Which prompts' responses all have the same score, to rounding: (B,) → (groups,) bool.
+
+    Such a group's advantages are zeros, so it teaches nothing.
+    """
+    groups = scores.view(-1, per_prompt)
+    spread = groups.amax(1) - groups.amin(1)
+    return spread <= 1e-6 * groups.abs().amax(1).clamp(min=1.0)

@@ -1,13 +1,32 @@
 """Log-probabilities and values of a rollout, by full forward passes without a cache."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel
-from engine.train.ppo.logprobs import token_logprobs
+from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
 from engine.train.ppo.masked import response_mask
 from engine.train.rollout.rollout import ReportProgress, Rollout, left_mask
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What one forward pass computes for the response tokens of n rows; (n, t') float32 each."""
+
+    logprobs: Tensor
+    """log π at the temperature; zeros with `want="values"`."""
+    values: Tensor | None
+    """None without a value function."""
+    entropies: Tensor | None
+    """Of the distribution at the temperature, in nats; None if not asked for."""
+
+    @property
+    def width(self) -> int:
+        """t', the length of the longest response."""
+        return self.logprobs.shape[1]
 
 
 def rollout_forward(
@@ -18,7 +37,8 @@ def rollout_forward(
     *,
     want: str = "both",
     detach_trunk: bool = False,
-) -> tuple[Tensor, Tensor | None, int]:
+    entropies: bool = False,
+) -> TokenOutputs:
     """Log-probabilities and values of the response tokens of some rows, by one forward pass.
 
     The rows are trimmed to their longest prompt and response. The logits and the value of token t
@@ -27,17 +47,15 @@ def rollout_forward(
     Args:
         model: the policy, the reference, or the policy wrapped for training.
         rollout: B responses.
-        rows: indices into the rollout; (n,) int64.
+        rows: indices into the rollout, on the host; (n,) int64.
         temperature: divides the logits; > 0.
         want: `both`, `logits` or `values`.
         detach_trunk: stop the value's gradient at a trunk that the policy shares.
-
-    Returns:
-        log π (n, t') float32 at the temperature (zeros with `want="values"`), values (n, t')
-        float32 (None without a value function), and t', the length of the longest response.
+        entropies: also compute entropies, which costs a pass over the logits.
     """
+    prompt_width, width = rollout.host_lengths[:, rows].max(1).values.tolist()
+    rows = rows.to(rollout.ids.device)
     prompt_lengths, lengths = rollout.batch.lengths[rows], rollout.lengths[rows]
-    prompt_width, width = int(prompt_lengths.max()), int(lengths.max())
     prompts = rollout.batch.ids[rows, rollout.batch.ids.shape[1] - prompt_width :]
     responses = rollout.ids[rows, :width]
     tokens = torch.cat([prompts, responses], 1)[:, :-1]
@@ -46,8 +64,11 @@ def rollout_forward(
     )[:, :-1]
     logits, values = model(tokens, attention, width, want=want, detach_trunk=detach_trunk)
     if logits is None or want == "values":
-        return torch.zeros(responses.shape, device=responses.device), values, width
-    return token_logprobs(logits, responses, temperature), values, width
+        return TokenOutputs(torch.zeros(responses.shape, device=responses.device), values, None)
+    if entropies:
+        logprobs, entropy = token_logprobs_and_entropies(logits, responses, temperature)
+        return TokenOutputs(logprobs, values, entropy)
+    return TokenOutputs(token_logprobs(logits, responses, temperature), values, None)
 
 
 def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
@@ -56,9 +77,9 @@ def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:
 
 
 def longest_first(rollout: Rollout, rows: Tensor) -> Tensor:
-    """Sorts row indices by response length, then by prompt length, both descending."""
-    prompts = rollout.batch.lengths[rows]
-    order = rollout.lengths[rows] * (prompts.max() + 1) + prompts
+    """Sorts row indices by response length, then by prompt length, both descending; on the host."""
+    prompts, lengths = rollout.host_lengths[:, rows]
+    order = lengths * (prompts.max() + 1) + prompts
     return rows[order.argsort(descending=True, stable=True)]
 
 
@@ -81,7 +102,7 @@ def score_tokens(
         rollout: B responses of at most T tokens.
         temperature: divides the logits; > 0.
         size: rows of a micro-batch.
-        rows: indices of the rows to compute, (n,) int64; all when left out.
+        rows: indices of the rows to compute, (n,) int64 on the host; all when left out.
         want: `both`, `logits` or `values`.
         report: called with (rows done, rows).
 
@@ -91,12 +112,14 @@ def score_tokens(
     logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
     rows = rollout.rows if rows is None else rows
     done = 0
-    for micro in by_length(rollout, rows, size):
-        logprob, value, width = rollout_forward(model, rollout, micro, temperature, want=want)
-        logprobs[micro, :width] = logprob
-        if value is not None:
-            values[micro, :width] = value
-        done += len(micro)
-        report(done, len(rows))
+    with model.autocast(logprobs.device.type):  # casts weights once for all micro-batches
+        for micro in by_length(rollout, rows, size):
+            outputs = rollout_forward(model, rollout, micro, temperature, want=want)
+            there = micro.to(logprobs.device)
+            logprobs[there, : outputs.width] = outputs.logprobs
+            if outputs.values is not None:
+                values[there, : outputs.width] = outputs.values
+            done += len(micro)
+            report(done, len(rows))
     mask = rollout.mask
     return logprobs * mask, values * mask

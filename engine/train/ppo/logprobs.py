@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from logits, without copies of the logits' size."""
+"""Log-probabilities and entropies from logits, without copies of the logits' size."""
 
 from typing import Any
 
@@ -24,6 +24,20 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
     return flat.view(tokens.shape)
 
 
+def token_logprobs_and_entropies(
+    logits: Tensor, tokens: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """As :func:`token_logprobs`, with the entropy of softmax(logits/τ) in nats; (n, T) each.
+
+    One function gives both, since its backward pass overwrites the logits with the sum of their
+    gradients. Both are float32.
+    """
+    logprobs, entropies = TokenLogprobsAndEntropies.apply(
+        logits.reshape(-1, logits.shape[-1]), tokens.reshape(-1), temperature
+    )
+    return logprobs.view(tokens.shape), entropies.view(tokens.shape)
+
+
 class TokenLogprobs(torch.autograd.Function):
     """Logits (n, V), tokens (n,) → log-probabilities (n,) float32. See :func:`token_logprobs`."""
 
@@ -47,6 +61,43 @@ class TokenLogprobs(torch.autograd.Function):
             gradient = _scaled(logits[chunk], ctx.temperature) - log_sums[chunk, None]
             gradient.exp_().mul_(-grad[chunk, None])
             gradient.scatter_add_(1, tokens[chunk, None], grad[chunk, None])
+            logits[chunk] = gradient
+        return logits, None, None
+
+
+class TokenLogprobsAndEntropies(torch.autograd.Function):
+    """Logits (n, V), tokens (n,) → log-probabilities and entropies, (n,) float32 each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Computes in chunks; saves the logits, and each row's log Σ exp and entropy."""
+        log_sums = torch.empty(len(logits), device=logits.device)
+        entropies = torch.empty_like(log_sums)
+        for chunk in _chunks(logits):
+            scaled = _scaled(logits[chunk], temperature)
+            log_sums[chunk] = scaled.logsumexp(1)
+            logprobs = scaled - log_sums[chunk, None]
+            entropies[chunk] = -(logprobs.exp() * logprobs).sum(1)
+        chosen = logits.gather(1, tokens[:, None]).squeeze(1).float() / temperature
+        ctx.save_for_backward(logits, tokens, log_sums, entropies)
+        ctx.temperature = temperature
+        return chosen - log_sums, entropies
+
+    @staticmethod
+    def backward(ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor, None, None]:
+        """(g·(1[token] − p) − h·p·(log p + H))/τ, written over the logits in chunks.
+
+        g and h are the gradients of log-probability and entropy; ∂H/∂z = −p·(log p + H)/τ.
+        """
+        logits, tokens, log_sums, entropies = ctx.saved_tensors
+        g, h = logprob_grad / ctx.temperature, entropy_grad / ctx.temperature
+        for chunk in _chunks(logits):
+            logprobs = _scaled(logits[chunk], ctx.temperature) - log_sums[chunk, None]
+            factor = (logprobs + entropies[chunk, None]).mul_(h[chunk, None])
+            gradient = logprobs.exp_().mul_(factor.add_(g[chunk, None]).neg_())
+            gradient.scatter_add_(1, tokens[chunk, None], g[chunk, None])
             logits[chunk] = gradient
         return logits, None, None
 

@@ -3,10 +3,13 @@
 Shapes: B responses, T response tokens. A mask is (B, T) bool, true on the sampled tokens up to and
 including the one that ended the response. All other tensors are float32. Sums are over the mask.
 
-Sources: Schulman et al. 2017 (PPO); Huang et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and verl
-(implementation details).
+Sources: Schulman et al. 2017 (PPO); Ye et al. 2020, arXiv 1912.09729 (dual clip); Yu et al. 2025,
+arXiv 2503.14476 (DAPO: the upper clip range, the token mean); Liu et al. 2025, arXiv 2503.20783
+(Dr. GRPO: the constant divisor); Huang et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and verl
+(implementation details). docs/ppo.md has the formulas.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +36,21 @@ class PolicyTerms:
     """Sums over the mask. Divide by the minibatch's token count over all ranks."""
 
     loss: Tensor
-    """Σ max(−Âρ, −Â·clip(ρ)), with gradient."""
-    clipped: Tensor
-    """Number of tokens whose loss is the clipped term."""
+    """Σ w·max(−Âρ, −Â·clip(ρ)), with gradient; w is 1 unless rows have weights."""
+    clipped_high: Tensor
+    """Number of tokens whose loss is the clipped term, with ρ above the range."""
+    clipped_low: Tensor
+    """The same with ρ below the range."""
+    dual_clipped: Tensor
+    """Number of tokens whose loss is the bound of the dual clip."""
     squared_log_ratio: Tensor
     ratio: Tensor
     squared_ratio: Tensor
+
+    @property
+    def clipped(self) -> Tensor:
+        """Number of tokens whose loss is the clipped term."""
+        return self.clipped_high + self.clipped_low
 
 
 def policy_terms(
@@ -48,18 +60,93 @@ def policy_terms(
     mask: Tensor,
     clip_range: float,
     kind: str = "token",
+    *,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    row_weights: Tensor | None = None,
 ) -> PolicyTerms:
-    """The negated clipped objective (Schulman et al. 2017, eq. 7), summed over response tokens."""
+    """The negated clipped objective (Schulman et al. 2017, eq. 7), summed over response tokens.
+
+    Args:
+        logprobs: log π, with gradient.
+        old_logprobs: log π_old.
+        advantages: Â.
+        mask: the response tokens.
+        clip_range: ρ is clipped to 1 − this …
+        kind: `ppo.ratio`, see :func:`log_ratio`.
+        clip_range_high: … and to 1 + this; `clip_range` when left out (DAPO's clip-higher).
+        dual_clip: bounds a token's loss where Â < 0 to −Â times this (dual-clip PPO).
+        row_weights: (B,), of each response's tokens in the loss; see :data:`AGGREGATIONS`.
+    """
+    high = clip_range if clip_range_high is None else clip_range_high
     log_rho = log_ratio(logprobs, old_logprobs, mask, kind)
     rho = log_rho.exp()
     unclipped = -advantages * rho
-    clipped = -advantages * rho.clamp(1 - clip_range, 1 + clip_range)
+    clipped = -advantages * rho.clamp(1 - clip_range, 1 + high)
+    tokens = torch.maximum(unclipped, clipped)
+    dual = torch.zeros_like(mask)
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        dual = (advantages < 0) & (bound < tokens) & mask
+        tokens = torch.where(dual, bound, tokens)
     with torch.no_grad():
-        clipped_tokens = ((clipped > unclipped) & mask).sum()
+        active = (clipped > unclipped) & mask
+        clipped_high, clipped_low = (active & (rho > 1)).sum(), (active & (rho < 1)).sum()
         squared_log_ratio = (log_rho**2).sum()
         ratio, squared_ratio = (rho * mask).sum(), (rho**2 * mask).sum()
-    loss = (torch.maximum(unclipped, clipped) * mask).sum()
-    return PolicyTerms(loss, clipped_tokens, squared_log_ratio, ratio, squared_ratio)
+    loss = weighted_sum(tokens, mask, row_weights)
+    return PolicyTerms(
+        loss, clipped_high, clipped_low, dual.sum(), squared_log_ratio, ratio, squared_ratio
+    )
+
+
+def weighted_sum(x: Tensor, mask: Tensor, row_weights: Tensor | None) -> Tensor:
+    """Σ w·x over the mask, a scalar; w is (B,), the weight of each response's tokens, or 1."""
+    kept = x * mask
+    return (kept if row_weights is None else kept * row_weights[:, None]).sum()
+
+
+@dataclass(frozen=True)
+class MinibatchSize:
+    """The size of a minibatch over all ranks, of which a rank holds some rows."""
+
+    tokens: int
+    """Response tokens."""
+    responses: int
+    max_new_tokens: int
+    """`rollout.max_new_tokens`."""
+
+
+def token_mean(size: MinibatchSize, lengths: Tensor) -> Tensor | None:
+    """The mean over tokens: each token counts alike, so a long response counts more."""
+    del size, lengths
+    return None
+
+
+def sequence_mean(size: MinibatchSize, lengths: Tensor) -> Tensor | None:
+    """The mean over responses of the mean over tokens, as in GRPO (Shao et al. 2024, eq. 3)."""
+    return size.tokens / (size.responses * lengths)
+
+
+def sequence_sum_constant(size: MinibatchSize, lengths: Tensor) -> Tensor | None:
+    """The mean over responses of the sum over tokens divided by a constant, the largest length."""
+    weight = size.tokens / (size.responses * size.max_new_tokens)
+    return torch.full_like(lengths, weight, dtype=torch.float32)
+
+
+Aggregation = Callable[[MinibatchSize, Tensor], Tensor | None]
+
+AGGREGATIONS: dict[str, Aggregation] = {
+    "token": token_mean,
+    "sequence": sequence_mean,
+    "sequence_sum_constant": sequence_sum_constant,
+}
+"""How a minibatch's policy loss is made of its tokens, by `ppo.loss_aggregation`.
+
+Each function returns the weights (B,) of the rows in a sum that is divided by the minibatch's
+tokens, given the lengths (B,); None is 1 for all. So every aggregation depends neither on the
+number of ranks nor on micro-batches.
+"""
 
 
 def value_terms(

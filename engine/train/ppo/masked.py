@@ -1,5 +1,7 @@
 """Masked reductions over response tokens."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     total = variance(returns)
     return torch.where(total > 0, 1 - variance(returns - values) / total, torch.nan)
+
+
+def as_float64(scalars: Iterable[Tensor]) -> Tensor:
+    """Scalars of any dtype as one tensor, (n,) float64: the host waits once to read them all."""
+    return torch.stack([x.double() for x in scalars])

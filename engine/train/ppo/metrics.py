@@ -11,9 +11,11 @@ import resource
 import torch
 from torch import Tensor
 
+from engine.config.schema import RunConfig
 from engine.protocol.rank_messages import RankTimes
 from engine.train.ppo import masked
-from engine.train.ppo.advantages import Targets
+from engine.train.ppo.advantages import Targets, constant_groups
+from engine.train.ppo.kl_estimators import KL_ESTIMATORS
 from engine.train.ppo.update_stats import UpdateStats
 from engine.train.rollout.rollout import Rollout
 
@@ -24,7 +26,7 @@ def step_metrics(
     ref_logprobs: Tensor,
     targets: Targets,
     stats: UpdateStats,
-    beta: float,
+    config: RunConfig,
 ) -> dict[str, float]:
     """All metrics except times and counters; a metric that is undefined is left out.
 
@@ -34,33 +36,54 @@ def step_metrics(
         ref_logprobs: (B, T).
         targets: what the epochs trained on.
         stats: what the epochs did.
-        beta: the KL coefficient of this step.
+        config: in force for this step.
     """
+    beta = config.kl.beta
     mask = rollout.mask
     old = targets.old_logprobs
     kl = masked.sequence_kl(old, ref_logprobs, mask)
     lengths = rollout.lengths.float()
-    count = len(scores)
-    metrics = {
-        "objective/kl": float(kl.mean()),
-        "objective/kl_per_token": float(kl.sum() / mask.sum()),
-        "objective/kl_coef": beta,
-        "objective/scores": float(scores.mean()),
-        "objective/scores_std": float(scores.std(correction=0)),
-        "objective/non_score_reward": float(-beta * kl.mean()),
-        "objective/rlhf_reward": float((scores - beta * kl).mean()),
-        "objective/entropy": float(-(old * mask).sum(1).mean()),
-        "policy/entropy_avg": float(masked.masked_mean(rollout.entropies, mask)),
-        "val/num_eos_tokens": float(rollout.eos.sum()),
-        "tokens/response_len_mean": float(lengths.mean()),
-        "tokens/truncated_frac": float((~rollout.ended).sum()) / count,
-        "text/distinct_2": distinct_2(rollout.texts),
-        "val/rollout_logprob_gap": float(((old - rollout.logprobs).abs() * mask).max()),
+    tensors = {
+        "objective/kl": kl.mean(),
+        "objective/kl_per_token": kl.sum() / mask.sum(),
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(correction=0),
+        "objective/non_score_reward": -beta * kl.mean(),
+        "objective/rlhf_reward": (scores - beta * kl).mean(),
+        "objective/entropy": -(old * mask).sum(1).mean(),
+        "policy/entropy_avg": masked.masked_mean(rollout.entropies, mask),
+        "val/num_eos_tokens": rollout.eos.sum(),
+        "tokens/response_len_mean": lengths.mean(),
+        "tokens/truncated_frac": (~rollout.ended).sum(),
+        "val/rollout_logprob_gap": ((old - rollout.logprobs).abs() * mask).max(),
     }
-    return metrics | _optimiser_metrics(stats) | _value_metrics(mask, targets, stats)
+    numbers = masked.as_float64(tensors.values()).tolist()
+    metrics = dict(zip(tensors, numbers, strict=True))
+    metrics["tokens/truncated_frac"] /= len(scores)
+    metrics |= {"objective/kl_coef": beta, "text/distinct_2": distinct_2(rollout.texts)}
+    if config.kl.estimator != "k1":
+        estimates = KL_ESTIMATORS[config.kl.estimator]((old - ref_logprobs) * mask) * mask
+        metrics["objective/kl_penalty"] = float(estimates.sum(1).mean())
+    return (
+        metrics
+        | group_metrics(scores, config.responses_per_prompt)
+        | _optimiser_metrics(stats, config)
+        | _value_metrics(mask, targets, stats)
+    )
 
 
-def _optimiser_metrics(stats: UpdateStats) -> dict[str, float]:
+def group_metrics(scores: Tensor, per_prompt: int) -> dict[str, float]:
+    """How the scores (B,) vary within prompts; empty with one response to each prompt."""
+    if per_prompt < 2:
+        return {}
+    deviations = scores.view(-1, per_prompt).std(1, correction=0)
+    return {
+        "objective/group_std": float(deviations.mean()),
+        "objective/zero_std_frac": float(constant_groups(scores, per_prompt).float().mean()),
+    }
+
+
+def _optimiser_metrics(stats: UpdateStats, config: RunConfig) -> dict[str, float]:
     metrics = {
         "policy/skipped_updates": float(stats.skipped),
         "policy/nonfinite_updates": float(stats.nonfinite),
@@ -69,9 +92,17 @@ def _optimiser_metrics(stats: UpdateStats) -> dict[str, float]:
     if not stats.updates:
         return metrics
     ratio = sums.ratio / sums.tokens
+    if config.ppo.dual_clip is not None:
+        metrics["policy/dual_clipfrac"] = sums.dual_clipped / sums.tokens
+    if config.ppo.entropy_coef:
+        metrics["loss/entropy_avg"] = sums.entropy / sums.tokens
+    if config.kl.place == "loss":
+        metrics["loss/kl_avg"] = sums.kl / sums.tokens
     return metrics | {
         "policy/approxkl_avg": sums.approx_kl,
         "policy/clipfrac_avg": sums.clipped / sums.tokens,
+        "policy/clipfrac_high": sums.clipped_high / sums.tokens,
+        "policy/clipfrac_low": sums.clipped_low / sums.tokens,
         "loss/policy_avg": sums.policy_loss / sums.tokens,
         "val/ratio": ratio,
         "val/ratio_var": max(0.0, sums.squared_ratio / sums.tokens - ratio**2),
@@ -110,7 +141,7 @@ def speed_metrics(ranks: list[RankTimes], rollout: Rollout, seconds: float) -> d
     times = {f"time/{k}": max(r.seconds[k] for r in ranks) for k in ranks[0].seconds}
     return times | {
         "time/step": seconds,
-        "perf/tokens_per_second": float(rollout.lengths.sum()) / seconds,
+        "perf/tokens_per_second": int(rollout.host_lengths[1].sum()) / seconds,
         "perf/episodes_per_second": len(rollout.ids) / seconds,
         "perf/peak_memory_gb": max(r.peak_memory for r in ranks) / 1e9,
     }

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,14 @@ from engine.train.distributed.sharding import full_tensor, synchronised
 from engine.train.ppo import losses
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
-from engine.train.ppo.forward import by_length, longest_first, rollout_forward
+from engine.train.ppo.forward import (
+    TokenOutputs,
+    by_length,
+    longest_first,
+    rollout_forward,
+)
+from engine.train.ppo.kl_estimators import KL_ESTIMATORS
+from engine.train.ppo.masked import as_float64
 from engine.train.ppo.update_stats import LossSums, UpdateStats
 from engine.train.rollout.rollout import Rollout
 
@@ -59,7 +67,7 @@ def optimise(
     learner.train(config.parallel.activation_checkpointing)
     for epoch in range(config.ppo.epochs):
         order = permutation(seed, "minibatches", (step, epoch), len(rollout.ids))
-        for k, rows in enumerate(order.to(rollout.ids.device).chunk(config.ppo.minibatches)):
+        for k, rows in enumerate(order.chunk(config.ppo.minibatches)):
             sums = backward(ranks, learner, rollout, targets, rows, config, warming_up)
             if stats.first is None:
                 stats.first = sums
@@ -87,7 +95,8 @@ def optimise(
 
 def clip_gradient(learner: nn.Module, limit: float) -> float:
     """Clips the global gradient norm to `limit`; returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit)
+    # foreach: a few kernels for all parameters, of sharded ones too.
+    norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), limit, foreach=True)
     return float(full_tensor(norm))
 
 
@@ -110,30 +119,38 @@ def backward(
         learner: the policy as wrapped for training.
         rollout: B responses of at most T tokens.
         targets: (B, T) each.
-        rows: the minibatch's rows, the same on every rank; (n,) int64.
+        rows: the minibatch's rows, the same on every rank; (n,) int64, on the host.
         config: in force for this step.
         warming_up: train the value function only (`ppo.value_warmup`).
     """
-    tokens = int(rollout.lengths[rows].sum())
+    minibatch = losses.MinibatchSize(
+        tokens=int(rollout.host_lengths[1, rows].sum()),
+        responses=len(rows),
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
     size = config.ppo.micro_batch_size
     micros = by_length(rollout, ranks.strided_share(longest_first(rollout, rows)), size)
     # DDP and FSDP2 communicate in every pass, so all ranks must run the same number of them: a rank
     # with fewer micro-batches runs the rest on one row, with a loss of 0.
     count = -(-ranks.largest_share(len(rows)) // size)
     wants = ("logits", "values") if separate_passes(ranks, learner) else ("both",)
-    total = LossSums()
+    total: Tensor | None = None
     for k, want in itertools.product(range(count), wants):
         dummy = k >= len(micros)
         with synchronised(learner, last=k == count - 1):
             micro = rows[:1] if dummy else micros[k]
-            loss, sums = micro_batch(learner, rollout, targets, micro, config, warming_up, want)
+            loss, sums = micro_batch(
+                learner, rollout, targets, micro, minibatch, config, warming_up, want
+            )
             # DDP and FSDP2 average gradients over ranks; this loss needs their sum.
-            (loss * (0.0 if dummy else ranks.size / tokens)).backward()
+            (loss * (0.0 if dummy else ranks.size / minibatch.tokens)).backward()
         if not dummy:
-            total.add(sums)
+            total = sums if total is None else total + sums
     if warming_up:
         _drop_policy_gradients(learner)
-    return total.all_reduced(ranks)
+    if total is None:  # this rank has dummies only
+        total = torch.zeros(len(fields(LossSums)), dtype=torch.float64)
+    return LossSums(*ranks.all_reduce_sum(total).tolist())  # the minibatch's first wait for a GPU
 
 
 def separate_passes(ranks: RankGroup, learner: nn.Module) -> bool:
@@ -151,46 +168,43 @@ def micro_batch(
     rollout: Rollout,
     targets: Targets,
     micro: Tensor,
+    minibatch: losses.MinibatchSize,
     config: RunConfig,
     warming_up: bool,
     want: str = "both",
-) -> tuple[Tensor, LossSums]:
+) -> tuple[Tensor, Tensor]:
     """One forward pass of n rows.
 
     Args:
         learner: the policy as wrapped for training.
         rollout: B responses of at most T tokens.
         targets: (B, T) each.
-        micro: the micro-batch's rows; (n,) int64.
+        micro: the micro-batch's rows; (n,) int64, on the host.
+        minibatch: the minibatch that it is part of, over all ranks.
         config: in force for this step.
         warming_up: the policy loss gets a factor of 0.
         want: `both`, or `logits` or `values` for the policy or the value loss alone.
 
     Returns:
-        The loss, a scalar with gradient, summed over response tokens; and its sums as numbers.
+        The loss, a scalar with gradient, summed over response tokens; and the fields of
+        :class:`LossSums`, (n,) float64 on the device, so that the host need not wait for them.
     """
-    logprobs, values, width = rollout_forward(
-        learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up
-    )
+    outputs = rollout_forward(
+        learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up,
+        entropies=config.ppo.entropy_coef > 0,
+    )  # fmt: skip
+    values, width = outputs.values, outputs.width
+    micro = micro.to(rollout.ids.device)
     mask = rollout.mask[micro, :width]
-    loss, sums = torch.zeros((), device=mask.device), LossSums()
+    loss = torch.zeros((), device=mask.device)
+    sums = dict.fromkeys((f.name for f in fields(LossSums)), loss)
     if want != "values":
-        old, advantages = (x[micro, :width] for x in (targets.old_logprobs, targets.advantages))
-        terms = losses.policy_terms(
-            logprobs, old, advantages, mask, config.ppo.clip_range, config.ppo.ratio
-        )
-        sums = LossSums(
-            tokens=float(mask.sum()),
-            policy_loss=float(terms.loss.detach()),
-            clipped=float(terms.clipped),
-            squared_log_ratio=float(terms.squared_log_ratio),
-            ratio=float(terms.ratio),
-            squared_ratio=float(terms.squared_ratio),
-        )
+        loss, found = _policy_loss(outputs, rollout, targets, micro, minibatch, config)
+        sums |= found
         # During the value warm-up the policy's gradient is 0. DDP still expects one.
-        loss = terms.loss * (not warming_up) if targets.returns is not None else terms.loss
+        loss = loss * (not warming_up) if targets.returns is not None else loss
     if values is None or targets.old_values is None or targets.returns is None:
-        return loss, sums
+        return loss, as_float64(sums.values())
     value_loss, clipped = losses.value_terms(
         values,
         targets.old_values[micro, :width],
@@ -198,9 +212,49 @@ def micro_batch(
         mask,
         config.ppo.value_clip,
     )
-    sums.value_loss = float(value_loss.detach())
-    sums.value_clipped = float(clipped)
-    return loss + config.ppo.value_coef * value_loss, sums
+    sums |= {"value_loss": value_loss.detach(), "value_clipped": clipped}
+    return loss + config.ppo.value_coef * value_loss, as_float64(sums.values())
+
+
+def _policy_loss(
+    outputs: TokenOutputs,
+    rollout: Rollout,
+    targets: Targets,
+    micro: Tensor,
+    minibatch: losses.MinibatchSize,
+    config: RunConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped objective, less the entropy bonus, plus the KL penalty with `kl.place: loss`."""
+    width, ppo = outputs.width, config.ppo
+    mask = rollout.mask[micro, :width]
+    weights = losses.AGGREGATIONS[ppo.loss_aggregation](minibatch, rollout.lengths[micro])
+    terms = losses.policy_terms(
+        outputs.logprobs, targets.old_logprobs[micro, :width], targets.advantages[micro, :width],
+        mask, ppo.clip_range, ppo.ratio, clip_range_high=ppo.clip_range_high,
+        dual_clip=ppo.dual_clip, row_weights=weights,
+    )  # fmt: skip
+    sums = {
+        "tokens": mask.sum(),
+        "policy_loss": terms.loss.detach(),
+        "clipped_high": terms.clipped_high,
+        "clipped_low": terms.clipped_low,
+        "dual_clipped": terms.dual_clipped,
+        "squared_log_ratio": terms.squared_log_ratio,
+        "ratio": terms.ratio,
+        "squared_ratio": terms.squared_ratio,
+    }
+    loss = terms.loss
+    if outputs.entropies is not None:
+        entropy = losses.weighted_sum(outputs.entropies, mask, weights)
+        sums["entropy"] = entropy.detach()
+        loss = loss - ppo.entropy_coef * entropy
+    if config.kl.place == "loss" and targets.ref_logprobs is not None:
+        estimate = KL_ESTIMATORS[config.kl.estimator]
+        log_ratio = (outputs.logprobs - targets.ref_logprobs[micro, :width]) * mask
+        kl = losses.weighted_sum(estimate(log_ratio), mask, weights)
+        sums["kl"] = kl.detach()
+        loss = loss + config.kl.beta * kl
+    return loss, sums
 
 
 def _drop_policy_gradients(learner: nn.Module) -> None:

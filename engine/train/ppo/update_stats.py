@@ -2,10 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
-from engine.train.distributed.ranks import RankGroup
-
 
 @dataclass
 class LossSums:
@@ -18,7 +14,13 @@ class LossSums:
     tokens: float = 0.0
     policy_loss: float = 0.0
     value_loss: float = 0.0
-    clipped: float = 0.0
+    clipped_high: float = 0.0
+    clipped_low: float = 0.0
+    dual_clipped: float = 0.0
+    entropy: float = 0.0
+    """Weighted as the loss; 0 without `ppo.entropy_coef`."""
+    kl: float = 0.0
+    """The KL penalty in the loss, weighted as the loss, before beta; 0 unless `kl.place: loss`."""
     value_clipped: float = 0.0
     squared_log_ratio: float = 0.0
     ratio: float = 0.0
@@ -29,12 +31,10 @@ class LossSums:
         for name in self.__dataclass_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def all_reduced(self, ranks: RankGroup) -> "LossSums":
-        """The sums over all ranks; a collective."""
-        if ranks.size == 1:
-            return self
-        numbers = torch.tensor([getattr(self, n) for n in self.__dataclass_fields__]).double()
-        return LossSums(*ranks.all_reduce_sum(numbers).tolist())
+    @property
+    def clipped(self) -> float:
+        """Number of tokens whose policy loss is the clipped term."""
+        return self.clipped_high + self.clipped_low
 
     @property
     def approx_kl(self) -> float:

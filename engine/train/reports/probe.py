@@ -67,7 +67,10 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
     except (RewardError, RewardCallError, PeerRankError) as error:
         raise CommandRejectedError(f"a probe cannot be scored: {error}") from error
     normalise = Normaliser(state.reward_mean, state.reward_std)
-    score = normalise(raw.to(run.device), config.reward, rollout.ended)
+    score = normalise(
+        raw.to(run.device), config.reward, rollout.ended, rollout.lengths,
+        config.rollout.max_new_tokens,
+    )  # fmt: skip
     reference, _ = score_tokens(
         run.reference, rollout, config.rollout.temperature, 1, want="logits"
     )

@@ -1,5 +1,6 @@
 """Selects the responses of a step that are written to the journal."""
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -30,26 +31,24 @@ def kept_samples(
         targets: the old log-probabilities, values and advantages.
         ref_logprobs: (B, T), log-probabilities under the reference.
     """
-    kl = masked.sequence_kl(targets.old_logprobs, ref_logprobs, rollout.mask).tolist()
-    kept = []
-    for i in range(min(log.samples, len(scores))):
-        arrays = None
-        if i < log.arrays:
-            arrays = _token_arrays(tokenizer, rollout, targets, ref_logprobs, i)
-        kept.append(
-            Sample(
-                index=i,
-                prompt=rollout.batch.prompts[i].text,
-                response=rollout.texts[i],
-                score=float(scores[i]),
-                kl=kl[i],
-                length=int(rollout.lengths[i]),
-                ended=bool(rollout.ended[i]),
-                parts={k: v[i] for k, v in parts.items()},
-                arrays=arrays,
-            )
+    kl = masked.sequence_kl(targets.old_logprobs, ref_logprobs, rollout.mask)
+    scored, kls, ended = torch.stack([scores, kl, rollout.ended.float()]).tolist()
+    lengths = rollout.host_lengths[1].tolist()
+    arrays = _token_arrays(tokenizer, rollout, targets, ref_logprobs, log.arrays)
+    return [
+        Sample(
+            index=i,
+            prompt=rollout.batch.prompts[i].text,
+            response=rollout.texts[i],
+            score=scored[i],
+            kl=kls[i],
+            length=lengths[i],
+            ended=bool(ended[i]),
+            parts={k: v[i] for k, v in parts.items()},
+            arrays=arrays[i] if i < len(arrays) else None,
         )
-    return kept
+        for i in range(min(log.samples, len(scores)))
+    ]
 
 
 def _token_arrays(
@@ -57,15 +56,25 @@ def _token_arrays(
     rollout: Rollout,
     targets: Targets,
     ref_logprobs: Tensor,
-    i: int,
-) -> TokenArrays:
-    n = int(rollout.lengths[i])
-    ids = rollout.ids[i, :n].tolist()
-    return TokenArrays(
-        tokens=[str(tokenizer.decode([t])) for t in ids],
-        token_ids=ids,
-        logprob=targets.old_logprobs[i, :n].tolist(),
-        ref_logprob=ref_logprobs[i, :n].tolist(),
-        advantage=targets.advantages[i, :n].tolist(),
-        value=[] if targets.old_values is None else targets.old_values[i, :n].tolist(),
-    )
+    count: int,
+) -> list[TokenArrays]:
+    """The per-token arrays of the first `count` responses."""
+    columns = [targets.old_logprobs, ref_logprobs, targets.advantages]
+    if targets.old_values is not None:
+        columns.append(targets.old_values)
+    floats = torch.stack([x[:count] for x in columns], 1).tolist()
+    lengths = rollout.host_lengths[1].tolist()
+    kept = []
+    for ids, n, rows in zip(rollout.ids[:count].tolist(), lengths, floats, strict=False):
+        logprob, ref_logprob, advantage, *value = (row[:n] for row in rows)
+        kept.append(
+            TokenArrays(
+                tokens=[str(tokenizer.decode([t])) for t in ids[:n]],
+                token_ids=ids[:n],
+                logprob=logprob,
+                ref_logprob=ref_logprob,
+                advantage=advantage,
+                value=value[0] if value else [],
+            )
+        )
+    return kept

@@ -27,6 +27,10 @@ KINDS: dict[str, SourceKind] = {"model": model.KIND, "function": function.KIND}
 """Kinds of sources, by the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
 
 
+Scale = tuple[float, float]
+"""Mean and standard deviation."""
+
+
 @dataclass(frozen=True)
 class WeightedReward:
     """One source of a mix."""
@@ -35,6 +39,8 @@ class WeightedReward:
     runs_on: RunsOn
     reward: Reward | None
     """None on ranks that do not call it."""
+    normalised: bool = False
+    """Whether the source's own `normalise` is `reference`."""
 
 
 class RewardMix:
@@ -46,6 +52,21 @@ class RewardMix:
         self._sources = sources
         self._ranks = ranks
         self._call = Caller(retries)
+        self.scales: dict[str, Scale] = {}
+        """Source → mean and standard deviation of its scores over responses of the reference, for
+        the sources of :attr:`normalised`. Set by the loader; part of a checkpoint."""
+
+    @property
+    def normalised(self) -> list[str]:
+        """The names of the sources with a normalisation of their own."""
+        return [name for name, source in self._sources.items() if source.normalised]
+
+    def model_scale(self) -> tuple[float, Scale]:
+        """Weight and scale of the first source that runs on every rank: a reward model."""
+        name, source = next(
+            (n, s) for n, s in self._sources.items() if s.runs_on is RunsOn.EVERY_RANK
+        )
+        return source.weight, self.scales.get(name, (0.0, 1.0))
 
     @property
     def names(self) -> list[str]:
@@ -67,29 +88,38 @@ class RewardMix:
             retry: whether a source of rank 0 that raises is called again, `reward.retries` times.
 
         Returns:
-            Scores (B,) float32, and each source's B scores, by name.
+            Scores (B,) float32, and each source's B scores, by name, as the source returned them.
 
         Raises:
             RewardError: a source returned the wrong number of scores or one that is not a finite
-                number, or every source returned None for a response.
+                number, or every source whose weight is not 0 returned None for a response.
             PeerRankError: that error on rank 0, raised on the other ranks.
             RewardCallError: a source that runs on rank 0 raised in every call.
         """
         parts = self.parts(inputs, report, retry=retry)
+        return self.total(parts, inputs), parts
+
+    def total(self, parts: dict[str, list[float | None]], inputs: RewardInputs) -> Tensor:
+        """The weighted sum of each source's scores, scaled by :attr:`scales`; (B,) float32.
+
+        Raises:
+            RewardError: every source whose weight is not 0 returned None for a response.
+        """
         total = [0.0] * len(inputs)
         scored = [False] * len(inputs)
         for name, source in self._sources.items():
+            mean, std = self.scales.get(name, (0.0, 1.0))
             for i, score in enumerate(parts[name]):
-                if score is not None:
-                    total[i] += source.weight * score
+                if score is not None and source.weight:
+                    total[i] += source.weight * ((score - mean) / std)
                     scored[i] = True
         if not all(scored):
             i = scored.index(False)
             raise RewardError(
                 f"no reward source scored response {i} of step {inputs.step} "
-                f"(prompt: {inputs.batch.prompts[i].text!r}): each returned None"
+                f"(prompt: {inputs.batch.prompts[i].text!r}): each returned None or has weight 0"
             )
-        return torch.tensor(total, dtype=torch.float32), parts
+        return torch.tensor(total, dtype=torch.float32)
 
     def parts(
         self,
@@ -191,7 +221,8 @@ def load_rewards(
         reward = kind.load(source, context) if runs_here else None
         name = source.name or kind.default_name(source.value)
         name = _unused_name(name, [*sources, *taken])
-        sources[name] = WeightedReward(source.weight, kind.runs_on, reward)
+        normalised = source.normalise == "reference"
+        sources[name] = WeightedReward(source.weight, kind.runs_on, reward, normalised)
     return RewardMix(sources, context.ranks, context.config.retries)
 
 

@@ -51,11 +51,7 @@ class RewardModel:
         path = starter.resolve(source)
         self._tokenizer = load_tokenizer(path, "reward.model", ranks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        model: Any = None
-        if ranks.is_lead:
-            model = read_pretrained(
-                AutoModelForSequenceClassification, path, "reward.model", dtype=dtype
-            )
+        model = read_classifier(path, dtype) if ranks.is_lead else None
         with broadcast_files(ranks, model and model.config) as folder:
             if model is None:
                 shape = read_pretrained(AutoConfig, str(folder), "reward.model", "configuration")
@@ -63,7 +59,7 @@ class RewardModel:
                     model = AutoModelForSequenceClassification.from_config(
                         shape, dtype=dtype, trust_remote_code=False
                     )
-        self._label = _label_index(source, label, model.config)
+        self._label = label_index(source, label, model.config)
         self._pad = _pad_id(self._tokenizer, model.config)
         model.config.use_cache = False  # a decoder would fill one for nothing
         use_onednn(model)
@@ -126,7 +122,12 @@ class RewardModel:
         return list(self._tokenizer(prompt.text + response)["input_ids"])
 
 
-def _label_index(source: str, label: int | str | None, config: Any) -> int:
+def read_classifier(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Reads a sequence classifier. Raises UserInputError."""
+    return read_pretrained(AutoModelForSequenceClassification, path, "reward.model", dtype=dtype)
+
+
+def label_index(source: str, label: int | str | None, config: Any) -> int:
     """The index of the logit that is the score. Raises UserInputError."""
     count, names = config.num_labels, {v: k for k, v in (config.id2label or {}).items()}
     listed = ", ".join(f"{i}: {n}" for n, i in names.items())

@@ -1,10 +1,10 @@
-"""Normalisation and clipping of scores."""
+"""Normalisation, clipping and penalties of scores."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.config.schema import RewardConfig
+from engine.config.schema import OverlongConfig, RewardConfig
 from engine.errors import RewardError
 
 
@@ -21,8 +21,12 @@ class Normaliser:
     std: float = 1.0
 
     @classmethod
-    def of(cls, scores: Tensor) -> "Normaliser":
+    def of(cls, scores: Tensor, key: str = "reward.normalise") -> "Normaliser":
         """Computes mean and standard deviation of the reference's scores, (n,) float32.
+
+        Args:
+            scores: not normalised.
+            key: the configuration key that asks for it, for the error message.
 
         Raises:
             RewardError: all scores are the same.
@@ -30,18 +34,27 @@ class Normaliser:
         std = float(scores.std(correction=0))
         if std < 1e-8:
             raise RewardError(
-                "reward.normalise: reference needs scores that vary, but every response of the "
-                f"reference got {float(scores[0]):g}: use reward.normalise: none"
+                f"{key}: reference needs scores that vary, but every response of the "
+                f"reference got {float(scores[0]):g}: use {key}: none"
             )
         return cls(float(scores.mean()), std)
 
-    def __call__(self, raw: Tensor, config: RewardConfig, ended: Tensor) -> Tensor:
-        """Normalises and clips, then subtracts the penalty for truncated responses.
+    def __call__(
+        self,
+        raw: Tensor,
+        config: RewardConfig,
+        ended: Tensor,
+        lengths: Tensor,
+        max_new_tokens: int,
+    ) -> Tensor:
+        """Normalises and clips, then subtracts the penalties for truncated and overlong responses.
 
         Args:
             raw: (B,) float32.
-            config: with `clip` and `missing_eos_penalty`.
+            config: with `clip`, `missing_eos_penalty` and `overlong`.
             ended: (B,) bool; False where a response was cut off.
+            lengths: (B,) int64.
+            max_new_tokens: the limit of the lengths, for `overlong`.
 
         Returns:
             (B,) float32.
@@ -51,4 +64,16 @@ class Normaliser:
             scores = scores.clamp(-config.clip, config.clip)
         if config.missing_eos_penalty:
             scores = scores - config.missing_eos_penalty * (~ended).to(scores.dtype)
+        if config.overlong.buffer:
+            scores = scores - overlong_penalty(lengths, max_new_tokens, config.overlong)
         return scores
+
+
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, config: OverlongConfig) -> Tensor:
+    """DAPO's soft overlong punishment (Yu et al. 2025, eq. 13), as a positive number.
+
+    0 up to `max_new_tokens` − `buffer` tokens, then linear up to `penalty` at `max_new_tokens`:
+    (B,) int64 → (B,) float32.
+    """
+    over = lengths - (max_new_tokens - config.buffer)
+    return config.penalty * (over.float() / config.buffer).clamp(0.0, 1.0)

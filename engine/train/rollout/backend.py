@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from engine.config.schema import RolloutConfig
 from engine.train.data.prompts import Prompt, PromptBatch, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.distributed.ranks import RankGroup
@@ -50,10 +51,13 @@ class RolloutBackend(Protocol):
         """
 
 
-BACKENDS: dict[str, Callable[[StopCriteria, PreTrainedTokenizerBase], RolloutBackend]] = {
+MakeBackend = Callable[[StopCriteria, PreTrainedTokenizerBase, RolloutConfig], RolloutBackend]
+"""Called with the stop criteria, the policy's tokenizer, and the configuration of rollouts."""
+
+BACKENDS: dict[str, MakeBackend] = {
     "native": NativeBackend,
 }
-"""Backends by name. A value is called with the stop criteria and the policy's tokenizer."""
+"""Backends by name."""
 
 
 @dataclass(frozen=True)

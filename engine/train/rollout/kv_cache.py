@@ -16,16 +16,22 @@ class PreallocatedLayer(DynamicLayer):
     so they cost no memory.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, place: Tensor | None = None) -> None:
         """Allocates nothing yet.
 
         Args:
             capacity: positions, prompt and response together. A longer sequence fits as well: the
                 buffer is as long as the first update needs.
+            place: (1,) int64 on the device. If given, shapes are fixed after the prompt: a token is
+                written at this position, which the caller advances, and :attr:`view` positions are
+                returned. Those not yet written are 0.
         """
         super().__init__()
         self._capacity = capacity
         self._buffers: tuple[Tensor, Tensor] | None = None
+        self._place = place
+        self.view = capacity
+        """Positions that a token may attend to, with a `place`."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_named: Any
@@ -40,6 +46,11 @@ class PreallocatedLayer(DynamicLayer):
                 self._allocate(key_states, past, self.keys, length),
                 self._allocate(value_states, past, self.values, length),
             )
+        if self._place is not None and past:
+            keys, values = (x[: len(key_states)] for x in self._buffers)
+            keys.index_copy_(2, self._place, key_states)
+            values.index_copy_(2, self._place, value_states)
+            return keys[:, :, : self.view], values[:, :, : self.view]
         keys, values = (x[: len(key_states), :, :length] for x in self._buffers)
         keys[:, :, past:] = key_states
         values[:, :, past:] = value_states
@@ -49,10 +60,31 @@ class PreallocatedLayer(DynamicLayer):
     def _allocate(self, like: Tensor, past: int, previous: Tensor | None, length: int) -> Tensor:
         """A buffer (n, heads, capacity, width) that starts with the `past` positions there are."""
         count, heads, _, width = like.shape
-        buffer = like.new_empty(count, heads, max(self._capacity, length), width)
+        shape = (count, heads, max(self._capacity, length), width)
+        # 0 times what an empty tensor holds may be NaN, so masked positions must be numbers.
+        buffer = like.new_empty(shape) if self._place is None else like.new_zeros(shape)
         if previous is not None and past:
             buffer[:, :, :past] = previous
         return buffer
+
+    def set_length(self, length: int) -> None:
+        """Says how many positions are written, which a layer with a `place` does not know."""
+        if self._buffers is not None and self.keys is not None:
+            rows = len(self.keys)
+            self.keys, self.values = (x[:rows, :, :length] for x in self._buffers)
+
+    def put(self, rows: Tensor, prompts: DynamicLayer) -> None:
+        """Overwrites the last positions of some rows by a layer that holds other prompts."""
+        for mine, theirs in ((self.keys, prompts.keys), (self.values, prompts.values)):
+            if mine is not None and theirs is not None:
+                mine[rows, :, mine.shape[2] - theirs.shape[2] :] = theirs
+
+    def drop_first(self, count: int) -> None:
+        """Forgets the first positions, and moves the others to the front of the same buffer."""
+        length = self.get_seq_length() - count
+        for buffer in self._buffers or ():
+            buffer[:, :, :length] = buffer[:, :, count : count + length].clone()
+        self.set_length(length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row; the next update allocates a new buffer."""
@@ -60,9 +92,16 @@ class PreallocatedLayer(DynamicLayer):
         self._buffers = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps only these rows, moved to the front of the same buffer."""
+        """Keeps only these rows, moved to the front of the same buffer.
+
+        If there are more of them than rows, the next update allocates a new buffer.
+        """
         if self._buffers is None or self.keys is None or self.values is None:
             super().batch_select_indices(indices)
+            return
+        if len(indices) > len(self._buffers[0]):
+            super().batch_select_indices(indices)
+            self._buffers = None
             return
         keys, values = (x[: len(indices), :, : self.get_seq_length()] for x in self._buffers)
         keys.copy_(self.keys[indices])
@@ -70,11 +109,25 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = keys, values
 
 
-def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
-    """An empty cache for a model. Sliding-window layers keep the type transformers gives them."""
+def preallocated_cache(
+    config: PretrainedConfig, capacity: int, place: Tensor | None = None
+) -> DynamicCache:
+    """An empty cache for a model. Sliding-window layers keep the type transformers gives them.
+
+    Args:
+        config: the model's.
+        capacity: positions, prompt and response together.
+        place: see :class:`PreallocatedLayer`.
+    """
     cache = DynamicCache(config=config)
     cache.layers = [
-        PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer
+        PreallocatedLayer(capacity, place) if type(layer) is DynamicLayer else layer
         for layer in cache.layers
     ]
     return cache
+
+
+def full_attention_layers(cache: DynamicCache) -> list[PreallocatedLayer] | None:
+    """The layers of a cache; None if any attends to a window, or keeps another kind of state."""
+    layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
+    return layers if len(layers) == len(cache.layers) and layers else None

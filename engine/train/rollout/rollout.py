@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from engine.train.data.prompts import PromptBatch
+from engine.train.data.prompts import PromptBatch, replace_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.masked import response_mask
 
@@ -42,8 +43,16 @@ class Rollout:
 
     @property
     def rows(self) -> Tensor:
-        """All row indices; (B,) int64."""
-        return torch.arange(len(self.ids), device=self.ids.device)
+        """All row indices; (B,) int64, on the host."""
+        return torch.arange(len(self.ids))
+
+    @cached_property
+    def host_lengths(self) -> Tensor:
+        """Lengths of prompts and of responses; (2, B) int64, on the host.
+
+        Copied once: the host reads them for each micro-batch, and would wait for the GPU each time.
+        """
+        return torch.stack([self.batch.lengths, self.lengths]).cpu()
 
     @property
     def mask(self) -> Tensor:
@@ -51,7 +60,7 @@ class Rollout:
         return response_mask(self.lengths, self.ids.shape[1])
 
     def select(self, rows: Tensor) -> "Rollout":
-        """Some of the responses; P and T stay the same."""
+        """Some of the responses, by indices on the host; P and T stay the same."""
         return Rollout(
             batch=self.batch.select(rows),
             ids=self.ids[rows],
@@ -63,6 +72,34 @@ class Rollout:
             values=self.values[rows],
             texts=[self.texts[i] for i in rows.tolist()],
         )
+
+
+def replace_rows(rollout: Rollout, rows: Tensor, other: Rollout, other_rows: Tensor) -> Rollout:
+    """A rollout with some rows taken from another; both row indices are (n,) int64."""
+    width = max(rollout.ids.shape[1], other.ids.shape[1])
+    rows, other_rows = rows.to(rollout.ids.device), other_rows.to(rollout.ids.device)
+
+    def replaced(name: str) -> Tensor:
+        old, new = getattr(rollout, name), getattr(other, name)
+        if old.dim() == 2:
+            old, new = (nn.functional.pad(x, (0, width - x.shape[1])) for x in (old, new))
+        result: Tensor = old.index_copy(0, rows, new[other_rows])
+        return result
+
+    texts = list(rollout.texts)
+    for row, other_row in zip(rows.tolist(), other_rows.tolist(), strict=True):
+        texts[row] = other.texts[other_row]
+    return Rollout(
+        batch=replace_prompts(rollout.batch, rows, other.batch, other_rows),
+        ids=replaced("ids"),
+        lengths=replaced("lengths"),
+        eos=replaced("eos"),
+        ended=replaced("ended"),
+        logprobs=replaced("logprobs"),
+        entropies=replaced("entropies"),
+        values=replaced("values"),
+        texts=texts,
+    )
 
 
 def assemble(
@@ -85,10 +122,11 @@ def assemble(
         floats: (3, B, limit) float32: log-probabilities, entropies and values.
         tokenizer: the model's.
     """
-    width = int(lengths.max())
+    counts = lengths.tolist()
+    width = max(counts)
     texts = [
         str(tokenizer.decode(row[:n], skip_special_tokens=True))
-        for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)
+        for row, n in zip(ids[:, :width].tolist(), counts, strict=True)
     ]
     logprobs, entropies, values = floats[:, :, :width].unbind(0)
     return Rollout(batch, ids[:, :width], lengths, eos, ended, logprobs, entropies, values, texts)

@@ -21,14 +21,25 @@ class StopCriteria:
         # A token usually decodes to at least one byte, so this many tokens cover any stop string.
         self._tail = max((len(s.encode()) for s in stop), default=0) + 4
 
-    def is_eos(self, tokens: Tensor) -> Tensor:
-        """Which of the (n,) tokens end a sequence; (n,) bool."""
-        return torch.isin(tokens, self._eos.to(tokens.device))
+    def eos_ids(self, device: torch.device) -> Tensor:
+        """The end-of-sequence token ids on a device; int64."""
+        return self._eos.to(device)
 
-    def stops(self, ids: Tensor, length: int) -> Tensor:
-        """Which rows of ids[:, :length] have a stop string in their last tokens; (n,) bool."""
+    @property
+    def has_strings(self) -> bool:
+        """Whether there are stop strings."""
+        return bool(self._stop)
+
+    def stops_at(self, ids: list[int], first: int) -> int | None:
+        """The first position from `first` on at which a stop string is in the text, or None.
+
+        Args:
+            ids: a response's tokens until now.
+            first: the positions before have been searched.
+        """
         if not self._stop:
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        tails = self._tokenizer.batch_decode(ids[:, max(0, length - self._tail) : length])
-        found = [any(s in tail for s in self._stop) for tail in tails]
-        return torch.tensor(found, device=ids.device)
+            return None
+        ends = range(first + 1, len(ids) + 1)
+        tails = self._tokenizer.batch_decode([ids[max(0, n - self._tail) : n] for n in ends])
+        found = (i for i, tail in enumerate(tails, first) if any(s in tail for s in self._stop))
+        return next(found, None)

@@ -19,7 +19,7 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor
-from engine.train.load import load_run
+from engine.train.load import fit_scales, load_run
 from engine.train.step import train_step
 
 
@@ -41,6 +41,7 @@ def train_one_step(ranks, session, recorded, result):
 
     begin = Begin(attempt=1, from_step=0)
     run = load_run(session, session.config(), begin, ranks, no_progress)
+    fit_scales(run, session.config())
     rollout = pickle.loads(recorded.read_bytes())  # noqa: S301 - written by the test
     metrics, _ = train_step(run, 1, rollout)
     weights = {

@@ -1,0 +1,33 @@
+"""Per-token estimators of the KL to the reference, selected by `kl.estimator`.
+
+To add one, write a function of log π − log π_ref at sampled tokens, list it in
+:data:`KL_ESTIMATORS`, and add its name to the type of the key.
+
+Source: Schulman 2020, "Approximating KL divergence" (http://joschu.net/blog/kl-approx.html).
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+"""Bound on |log π_ref − log π| inside the exponential of k3, which keeps it finite."""
+
+
+def k1(log_ratio: Tensor) -> Tensor:
+    """The log ratio itself: unbiased, of large variance, negative for some tokens."""
+    return log_ratio
+
+
+def k2(log_ratio: Tensor) -> Tensor:
+    """Half its square: biased, never negative; the gradient is unbiased for samples of π."""
+    return 0.5 * log_ratio**2
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """GRPO's penalty, π_ref/π − 1 − log(π_ref/π): unbiased and never negative."""
+    return (-log_ratio).clamp(max=LOG_RATIO_LIMIT).exp() - 1 + log_ratio
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+"""Each maps log π − log π_ref, any shape, to an estimate in nats of the same shape."""

@@ -1,0 +1,90 @@
+"""A value function that starts from the run's reward model (`ppo.value_init: reward_model`)."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from engine import starter
+from engine.config.schema import RunConfig
+from engine.errors import UserInputError
+from engine.train.distributed.broadcast_files import broadcast_files, without_weights
+from engine.train.distributed.ranks import RankGroup
+from engine.train.models.language_model import LanguageModel
+from engine.train.models.pretrained import copy_weights, load_tokenizer
+from engine.train.rewards.mix import RewardMix
+from engine.train.rewards.model import label_index, read_classifier
+from engine.train.rewards.normalise import Normaliser
+
+
+def load_value_model(config: RunConfig, ranks: RankGroup) -> tuple[nn.Module, nn.Linear]:
+    """The transformer of the reward model and a head that gives its score; float32.
+
+    As in Stiennon et al. 2020 (arXiv 2009.01325) and Huang et al. 2024: the reward of a whole
+    response is a better first estimate of its value than 0. All ranks must call it.
+
+    Returns:
+        The trunk and the head. On ranks other than 0 both are on the meta device.
+
+    Raises:
+        UserInputError: the reward model does not read the policy's tokens, or has no linear layer
+            on a decoder that gives its score.
+    """
+    (source,) = config.reward.models()
+    path = starter.resolve(str(source.model))
+    vocabularies = [
+        load_tokenizer(p, key, ranks).get_vocab()
+        for p, key in (
+            (path, "reward.model"),
+            (starter.resolve(config.model.policy), "model.policy"),
+        )
+    ]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserInputError(
+            f"ppo.value_init: '{source.model}' does not read the policy's tokens: the value "
+            "function must"
+        )
+    model: Any = read_classifier(path) if ranks.is_lead else None
+    with broadcast_files(ranks, *((model.config,) if model else ())) as folder:
+        if model is None:
+            with without_weights(ranks):
+                model = AutoModelForSequenceClassification.from_config(
+                    AutoConfig.from_pretrained(folder), dtype=torch.float32
+                )
+    scorer = getattr(model, "score", None)
+    if not isinstance(scorer, nn.Linear):
+        raise UserInputError(
+            f"ppo.value_init: {type(model).__name__} cannot become a value function: its score is "
+            "not a linear layer on a decoder"
+        )
+    with without_weights(ranks):
+        head = nn.Linear(scorer.in_features, 1)
+        if ranks.is_lead:
+            label = label_index(str(source.model), source.label, model.config)
+            with torch.no_grad():
+                head.weight.copy_(scorer.weight[label : label + 1])
+                head.bias.zero_()
+                if scorer.bias is not None:
+                    head.bias.copy_(scorer.bias[label : label + 1])
+    return copy_weights(model.base_model), head
+
+
+@torch.no_grad()
+def scale_value_head(policy: LanguageModel, rewards: RewardMix, total: Normaliser) -> None:
+    """Changes the head so that it predicts the model's share of the scores that training uses.
+
+    Call it once, before the first step.
+
+    Args:
+        policy: with the head of :func:`load_value_model`.
+        rewards: the reward model's weight, and its own normalisation if it has one.
+        total: the normalisation of the sum of all sources.
+    """
+    head = policy.value_head
+    if head is None:
+        raise TypeError("the policy has no value function")
+    weight, (mean, std) = rewards.model_scale()
+    factor = weight / std / total.std
+    head.weight.mul_(factor)
+    head.bias.mul_(factor).sub_(factor * mean + total.mean / total.std)

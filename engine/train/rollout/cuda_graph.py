@@ -1,0 +1,74 @@
+"""Runs a function as CUDA graphs: the host launches one graph instead of some hundred kernels."""
+
+import logging
+from collections.abc import Callable, Hashable
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from engine.train.models.language_model import AnyModel
+
+log = logging.getLogger("engine")
+
+
+class GraphedFunction:
+    """A function without arguments that only changes tensors in place, by key.
+
+    The first call runs the function itself. It initialises libraries, and autocast casts and keeps
+    the weights: a cast inside a capture would be one of the graph's own. Later calls capture a
+    graph for each new key and replay it. If a capture fails, the log says so once, and the function
+    runs as it is.
+
+    Graphs read and write the memory of their capture. Drop this object with the tensors that the
+    function uses, and before the autocast that it was called in ends. See "CUDA Graphs" in torch's
+    notes on CUDA semantics.
+    """
+
+    def __init__(self, function: Callable[[], None], *, usable: bool) -> None:
+        """Captures nothing yet.
+
+        Args:
+            function: what to run.
+            usable: whether to use graphs at all; see :func:`can_capture`.
+        """
+        self._function = function
+        self._usable = usable
+        self._warm = False
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        # One pool for all: they run one after the other, and no result lives in it.
+        self._pool = torch.cuda.graph_pool_handle() if usable else None
+
+    def __call__(self, key: Hashable) -> None:
+        """Runs the function; `key` stands for the shapes and the memory that it works on."""
+        if self._usable and self._warm and key not in self._graphs:
+            self._capture(key)
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._function()
+            self._warm = True
+        else:
+            graph.replay()
+
+    def _capture(self, key: Hashable) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with (
+                # After a failed capture `torch.cuda.graph` leaves its own stream current.
+                torch.cuda.stream(torch.cuda.current_stream()),
+                # thread_local: a thread that saves a checkpoint may use the GPU meanwhile.
+                torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"),
+            ):
+                self._function()
+        except RuntimeError as error:
+            self._usable = False
+            log.warning("generating without CUDA graphs: %s", str(error).strip().split("\n")[0])
+        else:
+            self._graphs[key] = graph
+
+
+def can_capture(model: AnyModel, device: torch.device) -> bool:
+    """Whether a model's forward pass may be captured: on a GPU, and not sharded.
+
+    FSDP2's hooks wait for streams of their own.
+    """
+    return device.type == "cuda" and not any(isinstance(m, FSDPModule) for m in model.modules())

@@ -1,0 +1,131 @@
+"""Slots: the rows that are generated together, each with the response it holds."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.train.data.prompts import PromptBatch
+from engine.train.rollout.rollout import Rollout, assemble
+from engine.train.rollout.sampling import sample
+
+
+class Responses:
+    """What has been sampled for each of B responses, on the device.
+
+    One more row than there are responses takes what slots compute that hold none.
+    """
+
+    def __init__(
+        self, batch: PromptBatch, uniforms: Tensor, temperature: float, eos: Tensor
+    ) -> None:
+        """Allocates the tensors.
+
+        Args:
+            batch: B prompts, on the device.
+            uniforms: (B, T) float32 in [0, 1), on the device.
+            temperature: > 0.
+            eos: the end-of-sequence token ids; int64, on the device.
+        """
+        self.count, self.limit = uniforms.shape
+        """B, and T: the most new tokens."""
+        self.batch = batch
+        self.uniforms = uniforms
+        self.temperature = temperature
+        self.eos = eos
+        device = uniforms.device
+        self.ids = torch.zeros(self.count + 1, self.limit, dtype=torch.int64, device=device)
+        self.floats = torch.zeros(3, self.count + 1, self.limit, device=device)
+
+    def is_eos(self, tokens: Tensor) -> Tensor:
+        """Which of the (n,) tokens end a sequence; (n,) bool."""
+        return (tokens[:, None] == self.eos).any(1)
+
+    def rollout(
+        self, lengths: list[int], stopped: list[bool], tokenizer: PreTrainedTokenizerBase
+    ) -> Rollout:
+        """The finished rollout.
+
+        Args:
+            lengths: of each response, at least 1.
+            stopped: whether a stop string ended it. Tokens after it may have been sampled.
+            tokenizer: the model's.
+        """
+        device = self.ids.device
+        facts = torch.tensor([lengths, [int(s) for s in stopped]]).to(device)
+        ids, floats = self.ids[:-1], self.floats[:, :-1]
+        if any(stopped):
+            beyond = torch.arange(self.limit, device=device) >= facts[0][:, None]
+            ids, floats = ids.masked_fill(beyond, 0), floats.masked_fill(beyond, 0.0)
+        eos = self.is_eos(ids.gather(1, facts[0][:, None] - 1).squeeze(1))
+        ended = eos | facts[1].bool()
+        return assemble(self.batch, ids, facts[0], eos, ended, floats, tokenizer)
+
+
+@dataclass
+class Slots:
+    """n slots. Tensors are (n,), on the device; all but `start` change in place with each token."""
+
+    row: Tensor
+    """int64: which response a slot holds."""
+    length: Tensor
+    """int64: of its prompt."""
+    start: Tensor
+    """int64: where its prompt starts in the cache."""
+    count: Tensor
+    """int64: tokens sampled for it."""
+    done: Tensor
+    """bool: it has ended; what the slot computes is not kept."""
+    token: Tensor
+    """int64: the last token sampled."""
+
+    @classmethod
+    def of(cls, responses: Responses, rows: Tensor, end: int) -> "Slots":
+        """Slots for some responses, whose prompts end before position `end` of the cache."""
+        length = responses.batch.lengths[rows]
+        zeros = torch.zeros_like(rows)
+        return cls(rows.clone(), length, end - length, zeros, zeros.bool(), zeros.clone())
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def position(self) -> Tensor:
+        """The position of `token` in its sequence; int64."""
+        return self.length + self.count - 1
+
+    def sample(self, responses: Responses, logits: Tensor, values: Tensor | None) -> None:
+        """Samples each slot's next token, and keeps it where the slot has not ended.
+
+        Reads nothing on the host and has fixed shapes, so that a CUDA graph can hold it.
+
+        Args:
+            responses: takes the tokens.
+            logits: (n, V).
+            values: (n,) float32, or None.
+        """
+        at = self.count.clamp(max=responses.limit - 1)
+        uniforms = responses.uniforms[self.row, at]
+        token, logprob, entropy = sample(logits, uniforms, responses.temperature)
+        row = self.row.masked_fill(self.done, responses.count)
+        responses.ids[row, at] = token
+        kept = [logprob, entropy] if values is None else [logprob, entropy, values]
+        responses.floats[: len(kept), row, at] = torch.stack(kept)
+        self.token.copy_(token)
+        self.count.add_(~self.done)
+        self.done.logical_or_(responses.is_eos(token)).logical_or_(self.count >= responses.limit)
+
+    def look(self) -> tuple[list[int], list[bool]]:
+        """Each slot's count, and whether it has ended. The host waits for the device."""
+        counts, done = torch.stack([self.count, self.done.long()]).tolist()
+        return counts, [bool(d) for d in done]
+
+    def put(self, slots: Tensor, other: "Slots") -> None:
+        """Overwrites some slots."""
+        for name in self.__dataclass_fields__:
+            getattr(self, name)[slots] = getattr(other, name)
+
+    def select(self, slots: Tensor) -> "Slots":
+        """Some of the slots, copied."""
+        return Slots(*(getattr(self, name)[slots] for name in self.__dataclass_fields__))

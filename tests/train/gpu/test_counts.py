@@ -1,0 +1,124 @@
+"""A budget of what costs time on a GPU: launches, waits of the host, and casts of weights."""
+
+import pytest
+import torch
+
+from engine.train.data.prompts import batch_prompts
+from engine.train.data.randomness import sampling_uniforms
+from engine.train.ppo.advantages import Targets
+from engine.train.ppo.forward import score_tokens
+from engine.train.ppo.optimise import backward
+from engine.train.rollout.decoder import GRAPHED, Schedule
+from engine.train.rollout.native import generate
+from engine.train.rollout.stop_criteria import StopCriteria
+from engine.train.step import train_step
+from tests.train.gpu.pretend import GPU, pretend_gpu
+
+MASK_TESTS = 2
+"""Waits of transformers in a forward pass: is anything padded?"""
+
+
+@pytest.fixture
+def on_gpu(make_run, tiny_model, few_prompts):
+    """A GPU and a run on it; in bfloat16, which launches more than float32 and has casts."""
+    with pretend_gpu() as gpu:
+        run, _ = make_run(
+            f"model.policy={tiny_model}", f"data.prompts={few_prompts}", "ppo.micro_batch_size=2",
+            "launch.device=cpu", "ppo.epochs=1", "ppo.minibatches=2", "rollout.batch_size=4",
+            "rollout.max_new_tokens=6", "model.dtype=bfloat16", device=GPU,
+        )  # fmt: skip
+        yield gpu, run
+
+
+def casts_of_a_forward_pass(run):
+    return sum(1 for p in run.policy.lm.parameters() if p.dim() > 1)
+
+
+def endless(run, rows, limit, schedule=None):
+    """Responses of `limit` tokens each."""
+    batch = batch_prompts(run.prompts.for_step(1)[:rows], 1, 0)
+    uniforms = sampling_uniforms(0, 1, rows, limit)
+    never = StopCriteria([], [], run.tokenizer)
+    return generate(run.policy, batch, uniforms, 1.0, never, run.tokenizer, schedule=schedule)
+
+
+def test_a_token_is_a_launch_and_the_host_looks_every_16_tokens(on_gpu):
+    gpu, run = on_gpu
+    found = []
+    for limit in (33, 65):  # the same captures in both: of the same quarters of the cache
+        before = gpu.counts()
+        endless(run, 2, limit)
+        found.append(gpu.counts() - before)
+    more = found[1] - found[0]  # for 32 tokens
+    assert more.launches == 32 + 2 * 2  # and two looks
+    assert (more.syncs, more.copies, more.casts) == (2, 2, 0)
+    assert found[0].casts == casts_of_a_forward_pass(run)
+
+
+def test_if_a_graph_cannot_be_captured_the_responses_are_the_same_and_the_log_says_so_once(
+    on_gpu, monkeypatch, caplog
+):
+    _, run = on_gpu
+    expected = endless(run, 2, 6)
+
+    def refuse(*_args, **_named):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    assert endless(run, 2, 6).ids.tolist() == expected.ids.tolist()
+    assert caplog.text.count("generating without CUDA graphs") == 1
+
+
+def test_without_graphs_a_token_costs_the_launches_of_a_forward_pass_and_of_sampling(on_gpu):
+    gpu, run = on_gpu
+    found = []
+    for limit in (17, 33):
+        before = gpu.counts()
+        endless(run, 2, limit, Schedule(GRAPHED.look_every, fixed_shapes=False))
+        found.append(gpu.counts() - before)
+    more = found[1] - found[0]
+    assert more.launches <= 16 * (60 * run.policy.lm.config.num_hidden_layers + 60)
+    assert more.syncs <= 16 + 1  # transformers tests each mask for padding
+    assert (more.copies, more.casts) == (1, 0)
+
+
+def test_the_host_waits_for_the_mask_of_a_micro_batch_and_the_sums_of_a_minibatch(on_gpu):
+    gpu, run = on_gpu
+    rollout = endless(run, 4, 6)
+    old = rollout.logprobs * rollout.mask
+    targets = Targets(old, torch.ones_like(old), torch.zeros_like(old), torch.zeros_like(old))
+
+    def train(rows):
+        before = gpu.counts()
+        backward(run.ranks, run.learner, rollout, targets, rollout.rows[:rows], run.config)
+        return gpu.counts() - before
+
+    def score(rows):
+        before = gpu.counts()
+        score_tokens(run.policy, rollout, 1.0, 2, rows=rollout.rows[:rows], want="logits")
+        return gpu.counts() - before
+
+    train(2)  # the first makes the gradients
+    one = train(2)
+    more = train(4) - one
+    assert more.syncs <= MASK_TESTS
+    assert one.syncs == more.syncs + 1
+    assert more.copies <= 2
+    assert more.casts == casts_of_a_forward_pass(run)
+    assert more.launches <= 500
+    more = score(4) - score(2)
+    assert more.syncs <= MASK_TESTS
+    assert more.casts == 0
+    assert more.launches <= 150
+
+
+def test_a_step_waits_a_fixed_number_of_times_more_than_its_micro_batches(on_gpu):
+    gpu, run = on_gpu
+    train_step(run, 1)
+    before = gpu.counts()
+    train_step(run, 2)
+    found = gpu.counts() - before
+    passes = 3 * 2  # of the reference, of the policy before the update, and of training
+    assert found.syncs <= MASK_TESTS * passes + 2 * run.config.ppo.minibatches + 20
+    # Reading a rollout's tokens, scoring, metrics and samples; one rank has one device.
+    assert found.copies <= 60

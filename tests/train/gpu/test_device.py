@@ -1,0 +1,52 @@
+"""Which device a rank takes, and what it says where that device cannot be used, or is full."""
+
+import pytest
+import torch
+
+from engine.config.schema import LaunchConfig
+from engine.errors import UserInputError
+from engine.train.distributed.ranks import RankGroup
+from engine.train.worker import failed_message
+
+
+@pytest.fixture
+def unusable_gpu(monkeypatch):
+    """The driver counts a GPU, but torch cannot use it, as with a driver that is too old."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_where_a_gpu_is_asked_for(unusable_gpu):
+    with pytest.raises(UserInputError, match="torch cannot use the GPUs here"):
+        RankGroup(LaunchConfig(device="cuda"))
+
+
+def test_a_gpu_that_torch_cannot_use_is_left_to_a_single_rank_with_a_warning(unusable_gpu, caplog):
+    assert RankGroup(LaunchConfig()).device.type == "cpu"
+    assert "training on the CPU" in caplog.text
+
+
+def test_gpus_that_a_scheduler_has_not_assigned_are_an_error(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserInputError, match=r"launch\.gpus: none of 2, 3"):
+        RankGroup(LaunchConfig(gpus=[2, 3]))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"),
+        RuntimeError(
+            "NCCL error in: x.cpp:1, unhandled cuda error\nCuda failure 2 'out of memory'"
+        ),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+    ],
+    ids=["gpu", "nccl", "host"],
+)
+def test_running_out_of_memory_is_told_with_what_would_help_and_not_tried_again(error):
+    failed = failed_message(error, None, 0)
+    assert failed.final
+    assert not failed.echo
+    assert failed.text.startswith("out of memory: ")
+    assert "ppo.micro_batch_size" in failed.text
+    assert "\n" not in failed.text

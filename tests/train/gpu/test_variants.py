@@ -1,0 +1,109 @@
+"""Every variant of a step runs on a GPU: no operator over two devices, and the CPU's numbers."""
+
+import pytest
+import torch
+
+from engine.train.reports.probe import answer_probe
+from engine.train.rollout import native
+from engine.train.rollout.decoder import Schedule
+from engine.train.step import train_step
+from tests.train.gpu.pretend import GPU, MixedDevicesError, pretend_gpu
+
+SMALLEST = (
+    "rollout.batch_size=4",
+    "rollout.max_new_tokens=6",
+    "ppo.epochs=1",
+    "ppo.minibatches=1",
+    "ppo.micro_batch_size=2",
+    "launch.device=cpu",
+)
+VARIANTS = {
+    "gae, value head on the trunk": ["ppo.whiten_rewards=true", "ppo.value_clip=0.2"],
+    "gae, separate value trunk": ["model.value=separate", "ppo.value_warmup=1"],
+    "rloo": ["ppo.advantage=rloo", "rollout.per_prompt=2"],
+    "reward, running baseline, sequence ratio": [
+        "ppo.advantage=reward", "ppo.baseline=running", "ppo.ratio=sequence",
+    ],
+    "bfloat16": ["model.dtype=bfloat16"],
+    "LoRA": ["lora.rank=2"],
+    "LoRA in bfloat16, separate value trunk": [
+        "lora.rank=2", "model.dtype=bfloat16", "model.value=separate",
+    ],
+    "frozen models on the host, activations recomputed": [
+        "parallel.frozen=offload", "parallel.activation_checkpointing=true",
+    ],
+    "rewards normalised on the reference, truncation penalised": [
+        "reward.normalise=reference", "reward.normalise_samples=2",
+        "reward.missing_eos_penalty=1",
+    ],
+    "stop strings": ["rollout.stop=[' the', 'e']", "ppo.stop_kl=10"],
+    "grpo, entropy bonus, KL in the loss": [
+        "ppo.advantage=grpo", "rollout.per_prompt=2", "ppo.entropy_coef=0.01", "kl.place=loss",
+        "kl.estimator=k3", "ppo.loss_aggregation=sequence",
+    ],
+    "two responses at once": ["rollout.at_once=2", "rollout.max_new_tokens=12"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
+def test_a_step_on_a_gpu_has_the_numbers_of_the_cpu(
+    make_run, tiny_model, few_prompts, overrides, monkeypatch, caplog
+):
+    # With fixed shapes and few looks on the CPU too, since sums of other shapes are rounded
+    # otherwise; every third token, so that most of the few tokens here come from CUDA graphs.
+    monkeypatch.setattr(native, "schedule_for", lambda _device: Schedule(3, fixed_shapes=True))
+    keys = [*SMALLEST, f"model.policy={tiny_model}", f"data.prompts={few_prompts}", *overrides]
+    run, _ = make_run(*keys)
+    ours, samples = train_step(run, 1)
+    ours = ours | answer_probe(run, "hello")["policy"]
+    with pretend_gpu():
+        there, _ = make_run(*keys, device=GPU)
+        theirs, their_samples = train_step(there, 1)
+        theirs = theirs | answer_probe(there, "hello")["policy"]
+        weights = {k: v.detach().cpu() for k, v in there.policy.named_parameters()}
+    assert "without CUDA graphs" not in caplog.text
+    for name, number in ours.items():
+        if not name.startswith(("time/", "perf/")):
+            assert theirs[name] == number, name
+    assert their_samples == samples
+    for name, weight in run.policy.named_parameters():
+        assert torch.equal(weights[name], weight), name
+
+
+def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
+    with pretend_gpu():
+        x, y = torch.ones(3, device=GPU), torch.ones(3)
+        assert (x * y.sum()).tolist() == [3.0] * 3  # a number may come from the host
+        assert x[torch.tensor([0, 2])].tolist() == [1.0] * 2  # and so may indices
+        for mixed in (torch.add, torch.dot, lambda *both: torch.cat(both)):
+            with pytest.raises(MixedDevicesError):
+                mixed(x, y)
+        with pytest.raises(TypeError):
+            x.numpy()
+
+
+def test_the_pretend_gpu_replays_operators_on_the_memory_of_their_capture():
+    with pretend_gpu():
+        x, total = torch.ones(2, device=GPU), torch.zeros(2, device=GPU)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            total.add_(torch.zeros(2, device=GPU).add_(x * 2)[:1])
+        for value in (1, 10, 100):  # the first one as captured
+            x.fill_(value)
+            graph.replay()
+        assert total.tolist() == [2.0 + 20.0 + 200.0] * 2
+        with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(graph):
+            total.tolist()
+
+
+def test_the_pretend_gpu_counts_launches_waits_copies_and_casts_of_weights():
+    with pretend_gpu() as gpu:
+        layer = torch.nn.Linear(2, 2, bias=False).to(GPU)
+        before = gpu.counts()
+        assert bool((layer(torch.ones(1, 2, device=GPU)) > -100).all())  # ones, mm, gt, all
+        assert (gpu.counts() - before).launches == 4
+        assert (gpu.counts() - before).syncs == 1
+        before = gpu.counts()
+        layer.weight.to(torch.bfloat16).cpu()
+        found = gpu.counts() - before
+    assert (found.launches, found.syncs, found.copies, found.casts) == (1, 1, 1, 1)
