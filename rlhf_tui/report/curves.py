@@ -73,7 +73,9 @@ def read_curves(record: JournalReader) -> list[Curve]:
     several = len(record.attempts()) > 1
     curves = []
     for name in names:
-        points = [(step, value) for step, value in outlines.get(name, []) if value is not None]
+        # An outline begins with step 1; step 0 has the evaluation before it.
+        values = record.series(name, until=0) + outlines.get(name, [])
+        points = [(step, value) for step, value in values if value is not None]
         if points:
             branches = _branches(record, name) if several else []
             curves.append(Curve(name, points, branches))

@@ -12,6 +12,8 @@ COMPARED = (SCORE, KL, RESPONSE_LENGTH, ENTROPY)
 """The metrics whose means before and after are shown."""
 STEPS_COMPARED = 10
 """Steps of each mean, as in the dashboard."""
+NOTE_STEPS = 3
+"""Between an intervention and a note on it; a command applies a step or two after it was sent."""
 MOST = 100
 """Interventions that are listed; of more, the latest."""
 
@@ -34,7 +36,7 @@ class Intervention:
     effects: dict[str, Effect]
     """By metric; empty on abandoned branches."""
     notes: list[str] = field(default_factory=list)
-    """Notes of the same or a neighbouring step: the reasons, as a rule."""
+    """Notes of steps close by: the reasons, as a rule."""
 
 
 def read_interventions(record: JournalReader, markers: Sequence[Marker]) -> list[Intervention]:
@@ -47,7 +49,7 @@ def read_interventions(record: JournalReader, markers: Sequence[Marker]) -> list
             number,
             marker,
             {} if marker.abandoned else _effects(record, marker.step),
-            [n.text for n in notes if abs(n.step - marker.step) <= 1],
+            [n.text for n in notes if abs(n.step - marker.step) <= NOTE_STEPS],
         )
         for number, marker in enumerate(commands[first:], start=first + 1)
     ]

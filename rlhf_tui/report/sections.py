@@ -141,8 +141,11 @@ def other_settings(report: Report) -> TableData:
 def _value(value: object) -> str:
     if value is None or value in ("", []):
         return "–"
+    if isinstance(value, dict):  # a rule, a source, a webhook: as in the file, without empty keys
+        given = ", ".join(f"{key}: {_value(v)}" for key, v in value.items() if v is not None)
+        return f"{{{given}}}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
+        return ", ".join(map(_value, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -155,7 +158,9 @@ def interventions(report: Report) -> TableData:
 def _intervention(intervention: Intervention) -> list[str]:
     marker = intervention.marker
     effects = [
-        f"{number(e.before)} → {number(e.after)}" if (e := intervention.effects.get(name)) else "–"
+        f"{number(e.before)}\u00a0→\u00a0{number(e.after)}"
+        if (e := intervention.effects.get(name))
+        else "–"
         for name in COMPARED
     ]
     left = " (abandoned branch)" if marker.abandoned else ""

@@ -28,6 +28,24 @@ TITLE_CHARACTERS = 40
 """Of what a mark says when the pointer rests on it. Every chart repeats it, and size counts."""
 
 
+TEXT = 'font-family="sans-serif" font-size="11"'
+LOOKS = {
+    "grid": 'stroke="#d8dde3"',
+    "tick": f'fill="#5b6570" {TEXT}',
+    "raw": 'fill="none" stroke="#a9c4ec"',
+    "mean": 'fill="none" stroke="#1f5fbf" stroke-width="1.8"',
+    "ghost": 'fill="none" stroke="#b9bec5"',
+    "other": 'fill="none" stroke="#c2410c" stroke-width="1.8"',
+    "dot": 'fill="#1f5fbf"',
+    "intervention": 'stroke="#7a3fa0" stroke-dasharray="4 3"',
+    "start": 'stroke="#5b6570" stroke-dasharray="1 3"',
+    "number": f'fill="#7a3fa0" font-weight="bold" {TEXT}',
+    "alert": 'fill="#b45309"',
+}
+"""Class → its look where style sheets of the page do not reach into a picture. A sheet goes before
+these attributes."""
+
+
 @dataclass(frozen=True)
 class Mark:
     """A vertical line of the chart."""
@@ -81,6 +99,10 @@ def chart(curve: Curve, marks: Sequence[Mark], last_step: int) -> str:
     return "\n".join(parts)
 
 
+def _look(name: str) -> str:
+    return f'class="{name}" {LOOKS[name]}'
+
+
 def _scale(curve: Curve, last_step: int) -> Scale:
     values = [v for points in (curve.points, curve.other, *curve.branches) for _, v in points]
     values = [v for v in values if math.isfinite(v)] or [0.0]
@@ -110,7 +132,8 @@ def ticks(low: float, high: float, count: int = TICKS) -> list[float]:
 def tick_label(value: float, distance: float) -> str:
     """A round number with the decimals that the distance between ticks needs."""
     if value and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+        digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(distance or abs(value)))
+        return f"{value:.{max(1, digits)}e}".replace("e-0", "e-").replace("e+0", "e")
     decimals = max(0, -math.floor(math.log10(distance) + 1e-9)) if distance else 2
     exact = math.isclose(distance * 10**decimals, round(distance * 10**decimals))
     return f"{value:,.{decimals if exact else decimals + 1}f}"
@@ -123,12 +146,12 @@ def _axes(scale: Scale) -> list[str]:
     for value in values:
         y = scale.y(value)
         parts += [
-            f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>',
-            f'<text class="tick" x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">'
+            f'<path {_look("grid")} d="M{LEFT} {y:.1f}H{RIGHT}"/>',
+            f'<text {_look("tick")} x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">'
             f"{tick_label(value, distance)}</text>",
         ]
     return parts + [
-        f'<text class="tick" x="{scale.x(step):.1f}" y="{BOTTOM + 16}" '
+        f'<text {_look("tick")} x="{scale.x(step):.1f}" y="{BOTTOM + 16}" '
         f'text-anchor="{"end" if scale.x(step) > RIGHT - LABEL_WIDTH else "middle"}">'
         f"{step:,.0f}</text>"
         for step in ticks(scale.first, scale.last)
@@ -146,15 +169,15 @@ def _marks(marks: Sequence[Mark], scale: Scale) -> list[str]:
             continue
         drawn.add((mark.kind, round(x)))
         if mark.kind == "alert":
-            parts.append(f'<path class="alert" d="M{x:.1f} {BOTTOM - 7}l4 7h-8z"/>')
+            parts.append(f'<path {_look("alert")} d="M{x:.1f} {BOTTOM - 7}l4 7h-8z"/>')
             continue
-        line = f'<path class="{mark.kind}" d="M{x:.1f} {TOP}V{BOTTOM}"/>'
+        line = f'<path {_look(mark.kind)} d="M{x:.1f} {TOP}V{BOTTOM}"/>'
         # Two rows of labels; a label without room is left out, its line is drawn all the same.
         row = next((r for r, end in enumerate(ends) if x - LABEL_WIDTH / 2 >= end), None)
         if mark.label and row is not None:
             ends[row] = x + LABEL_WIDTH / 2 + 1
             line += (
-                f'<text class="number" x="{x:.1f}" y="{TOP - 4 - 12 * row}" '
+                f'<text {_look("number")} x="{x:.1f}" y="{TOP - 4 - 12 * row}" '
                 f'text-anchor="middle">{_text(mark.label)}</text>'
             )
         parts.append(f"<g><title>{_text(mark.title)}</title>{line}</g>" if mark.title else line)
@@ -167,7 +190,7 @@ def _curve(curve: Curve, scale: Scale) -> list[str]:
         return []
     if len(points) < FEW:
         dots = [
-            f'<circle class="dot" cx="{scale.x(s):.1f}" cy="{scale.y(v):.1f}" r="2.5"/>'
+            f'<circle {_look("dot")} cx="{scale.x(s):.1f}" cy="{scale.y(v):.1f}" r="2.5"/>'
             for s, v in points
         ]
         return [_line(points, scale, "mean"), *dots]
@@ -197,4 +220,4 @@ def moving_mean(points: Sequence[Point]) -> list[Point]:
 
 def _line(points: Sequence[Point], scale: Scale, name: str) -> str:
     spots = " ".join(f"{scale.x(s):.1f},{scale.y(v):.1f}" for s, v in points if math.isfinite(v))
-    return f'<polyline class="{name}" points="{spots}"/>'
+    return f'<polyline {_look(name)} points="{spots}"/>'

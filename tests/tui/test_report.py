@@ -125,6 +125,8 @@ def test_held_out_prompts_are_shown_at_several_steps(tmp_path):
     ((*rows,),) = report.samples.held_out
     assert [row.response for row in rows] == ["at 0", "at 4", "at 6", "at 8", "at 12"]
     assert "0.500 (step 0)" in Page(html.page(report)).text
+    (curve,) = [c for c in report.curves if c.name == "eval/score"]
+    assert curve.points[0] == (0, 0.5)
 
 
 def said(response, **given):
@@ -312,6 +314,7 @@ def test_ticks_are_round_and_tell_each_other_apart():
     assert [tick_label(t, 0.5) for t in ticks(-0.4, 1.6)] == ["0.0", "0.5", "1.0", "1.5"]
     assert [tick_label(t, 2.5) for t in ticks(0, 11)] == ["0.0", "2.5", "5.0", "7.5", "10.0"]
     assert tick_label(0.00032, 0.00002) == "3.2e-4"
+    assert [tick_label(t, 5e-6) for t in (1e-4, 1.05e-4)] == ["1.00e-4", "1.05e-4"]
     assert tick_label(20000, 10000) == "20,000"
 
 
