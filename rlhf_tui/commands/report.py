@@ -41,6 +41,8 @@ def report(root: Path, name: str, output: Path | None, other: str | None) -> Non
     try:
         part.write_bytes(data)
         part.replace(output)
+    except OSError as error:
+        raise UserInputError(f"cannot write {output}: {error.strerror}; give another -o") from error
     finally:
         part.unlink(missing_ok=True)
     say(f"{output}: {size(len(data))}")

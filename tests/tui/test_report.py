@@ -1,10 +1,12 @@
 """The report: one page that is complete, small, and harmless whatever the model wrote."""
 
 import re
+import shutil
 import sqlite3
 import xml.etree.ElementTree as ET
 from contextlib import closing
 from html.parser import HTMLParser
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -30,6 +32,7 @@ HOSTILE = (
     "\x1b[2J```\n````\n# not a heading\n![x](http://evil.example/x.png) www.evil.example "
     "| a | b |\n<!--\u202e-->&lt;&#60;script>javascript:alert(3)\x00"
 )
+OLD = Path(__file__).parents[1] / "data" / "sessions-0.1.0" / "sessions"
 MOST_BYTES = 3_000_000
 VOID = {"meta", "circle", "path", "polyline", "br", "img"}
 
@@ -153,6 +156,16 @@ def test_a_session_without_a_step_has_a_report(tmp_path):
     report = read_report(session)
     assert "0 of" in Page(html.page(report)).text
     assert "state: " in markdown.page(report)
+
+
+def test_a_session_of_an_earlier_version_that_was_killed_has_a_report(tmp_path):
+    folder = tmp_path / "killed"
+    shutil.copytree(OLD / "killed", folder, ignore=shutil.ignore_patterns("checkpoints", "tb"))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("@FOLDER@", str(tmp_path)))
+    page = Page(html.page(read_report(Session(folder))))
+    for words in ("crashed", "beta 0.05 → 0.2", "looks dull", "engine died"):
+        assert words in page.text, words
 
 
 # -- harmless --------------------------------------------------------------------------------------
@@ -347,3 +360,9 @@ def test_another_form_is_refused(root, tmp_path):
     )
     assert "name the file .html or .md" in str(done.exception)
     assert not (tmp_path / "r.pdf").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(root, tmp_path):
+    target = tmp_path / "none" / "r.md"
+    done = CliRunner().invoke(cli, ["report", "frozen", "--sessions", str(root), "-o", str(target)])
+    assert str(done.exception).startswith(f"cannot write {target}: No such file or directory")
