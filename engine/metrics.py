@@ -5,6 +5,8 @@ docs/metrics.md use these declarations. To add a metric, declare it in :data:`ME
 it in `engine/train`; a test compares the two.
 """
 
+from collections.abc import Iterable
+
 import msgspec
 
 SCORE = "objective/scores"
@@ -39,6 +41,10 @@ EVAL_TIME = "time/evaluate"
 """The metrics of a held-out evaluation, which only the steps with an evaluation have."""
 
 
+EVALUATE = "evaluate"
+"""The phase of a held-out evaluation, which only the steps with an evaluation have."""
+
+
 def phase_time(phase: str) -> str:
     """The name of the metric with the seconds of a phase."""
     return f"time/{phase}"
@@ -62,6 +68,15 @@ class Metric(msgspec.Struct, frozen=True):
     is_set: bool = False
     """Whether the value is set rather than measured. A set value has no moving average, which would
     show values that were never in effect."""
+    held_out: str = ""
+    """The metric that measures the same on held-out prompts; charts draw it beside this one."""
+    interval: str = ""
+    """The metric that has half the width of this one's confidence interval."""
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether only the steps with an evaluation have it. Its few values are not averaged."""
+        return self.name.startswith("eval/")
 
 
 METRICS = (
@@ -70,6 +85,7 @@ METRICS = (
         "mean over responses of the score that the policy is trained on: normalised, clipped, less "
         "the penalty for truncation",
         title="score",
+        held_out=EVAL_SCORE,
     ),
     Metric(SCORE_STD, "score", "standard deviation of that score over the step's responses",
            title="score, std"),
@@ -87,7 +103,7 @@ METRICS = (
     Metric(
         KL, "nats per response",
         "Σ over tokens of log π − log π_ref, mean over responses (as in TRL)",
-        title="KL", chart_unit="nats/response",
+        title="KL", chart_unit="nats/response", held_out=EVAL_KL,
     ),
     Metric(
         "objective/kl_per_token", "nats per token",
@@ -155,21 +171,21 @@ METRICS = (
         "training uses the former",
     ),
     Metric(RESPONSE_LENGTH, "tokens", "mean length, including the end-of-sequence token",
-           title="length", chart_unit="tokens"),
+           title="length", chart_unit="tokens", held_out=EVAL_LENGTH),
     Metric("tokens/truncated_frac", "fraction of responses",
            "responses truncated at `rollout.max_new_tokens`",
-           title="cut off", chart_unit="fraction"),
+           title="cut off", chart_unit="fraction", held_out=EVAL_TRUNCATED),
     Metric(
         DISTINCT_2, "fraction",
         "number of distinct pairs of adjacent words over the number of pairs, in the step's "
         "responses; falls when responses repeat themselves or each other",
-        title="distinct word pairs",
+        title="distinct word pairs", held_out=EVAL_DISTINCT_2,
     ),
     Metric(REWARD_SOURCE, "score", "mean score of each reward source, if there are several"),
     Metric(
         EVAL_SCORE, "score",
         "mean score of the responses to the held-out prompts (`eval`), computed as for training",
-        title="held-out score",
+        title="held-out score", interval=EVAL_SCORE_CI,
     ),
     Metric(
         EVAL_SCORE_CI, "score",
@@ -237,3 +253,15 @@ def describe(name: str) -> Metric:
 def title_of(name: str) -> str:
     """The title of a metric's chart."""
     return describe(name).title or name
+
+
+def drawn_with(name: str) -> list[str]:
+    """A metric and those that its chart draws with it: the held-out one, and its interval."""
+    metric = describe(name)
+    held_out = metric.held_out or name
+    return [n for n in dict.fromkeys((name, held_out, describe(held_out).interval)) if n]
+
+
+def with_drawn(names: Iterable[str]) -> list[str]:
+    """Metrics, each with those that its chart draws with it, without repetition."""
+    return list(dict.fromkeys(each for name in names for each in drawn_with(name)))

@@ -45,6 +45,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return text if exponent >= -3 and len(text) <= NUMBER_WIDTH else _scientific(value, digits)
 
 
+def with_interval(value: float | None, interval: float | None, digits: int = 2) -> str:
+    """A metric with half the width of its confidence interval: `1.71 ± 0.12`."""
+    text = number(value, digits)
+    return text if interval is None else f"{text} ± {number(interval, digits)}"
+
+
 def _scientific(value: float, digits: int) -> str:
     """With as many digits as fit, at most three: `1.12e-4`, `-1.1e-4`, `1.2e-10`."""
     for decimals in range(min(digits, 2), -1, -1):

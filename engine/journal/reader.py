@@ -36,16 +36,17 @@ WHERE metrics.name = names.id AND step >= ?
 """Metrics from a step on. The index begins with the name, so the join order makes SQLite read one
 range of the index per metric instead of the whole index."""
 DOWNSAMPLE_QUERY = """
-WITH RECURSIVE spans(first) AS (
-    SELECT 1 UNION ALL SELECT first + :width FROM spans WHERE first + :width <= :last
+WITH RECURSIVE spans(first, size) AS (
+    SELECT 0, 1 UNION ALL SELECT first + size, :width FROM spans WHERE first + size <= :last
 )
 SELECT json_group_array(json(
     (SELECT json_array(spans.first, min(value), max(value)) FROM metrics
      WHERE name = (SELECT id FROM names WHERE name = :name)
-     AND step >= spans.first AND step < spans.first + :width)
+     AND step >= spans.first AND step < spans.first + spans.size)
 )) FROM spans
 """
-"""Minimum and maximum per span of steps, as one JSON array. Reading one range of the index per span
+"""Minimum and maximum per span of steps, as one JSON array; step 0, which only evaluations have,
+is a span of its own. Reading one range of the index per span
 is faster than grouping all rows."""
 LAST_STEP = 2**62
 """Above every step."""
@@ -195,11 +196,16 @@ class JournalReader:
             points: list[tuple[int, float | None]] = []
             for first, low, high in json.loads(rows[0][0]) if rows else ():
                 if low is not None:
-                    points += [(first, low), *([(first + 1, high)] if width > 1 else [])]
+                    points += [(first, low), *([(first + 1, high)] if width > 1 and first else [])]
             if points:
                 newest = self._db.rows(NEWEST_VALUE, {"name": name})[0]
                 curves[name] = [p for p in points if p[0] < newest[0]] + [newest]
         return curves
+
+    def newest_value(self, name: str) -> tuple[int, float] | None:
+        """The last step of the current timeline with a value of a metric, and the value."""
+        rows = self._db.rows(NEWEST_VALUE, {"name": name})
+        return rows[0] if rows else None
 
     def past_series(self, name: str) -> list[tuple[int, int, float | None]]:
         """One metric of the abandoned branches, as (attempt, step, value)."""

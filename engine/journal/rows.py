@@ -296,6 +296,9 @@ class SampleRow(Struct, frozen=True, kw_only=True):
     """None if there is no judgement, or if it was not read."""
     left: bool = False
     """Whether the sample belongs to an abandoned branch."""
+    held_out: bool = False
+    """Whether it is a response to a held-out prompt. Attempt, step and index may be those of a
+    response of training, so it has no judgement."""
 
     @property
     def label(self) -> str | None:
@@ -312,7 +315,7 @@ class SampleRow(Struct, frozen=True, kw_only=True):
         row: Json = {
             name: getattr(self, name)
             for name in self.__struct_fields__
-            if name not in ("judgement", "left")
+            if name not in ("judgement", "left", "held_out")
         }
         return row | {"label": self.label, "note": self.note}
 

@@ -22,7 +22,7 @@ NO_JUDGEMENTS = (
 )
 """The same columns without rows, for a session without judgements."""
 MATCHING = """
-FROM samples LEFT JOIN judged USING (attempt, step, idx, response)
+LEFT JOIN judged USING (attempt, step, idx, response)
 WHERE (:prompt IS NULL OR prompt = :prompt)
 AND (:text = '' OR instr(lower(prompt), lower(:text)) OR instr(lower(response), lower(:text)))
 AND (:score_from IS NULL OR score >= :score_from) AND (:score_to IS NULL OR score <= :score_to)
@@ -56,6 +56,8 @@ class SampleQuery(msgspec.Struct, frozen=True, kw_only=True):
     """Only responses with one of these labels, separated by spaces."""
     judged: bool | None = None
     """Only responses with a judgement (True), or only those without (False)."""
+    held_out: bool = False
+    """Responses to held-out prompts, which have no judgements, instead of those of training."""
 
 
 class SampleReader:
@@ -90,10 +92,17 @@ class SampleReader:
         )
         return [_sample(row) for row in reversed(rows)]
 
-    def newest_step(self) -> int:
-        """The last step with samples; 0 without samples."""
-        rows = self._db.rows("SELECT max(step) FROM samples", ())
+    def newest_step(self, *, held_out: bool = False) -> int:
+        """The last step with samples, or with responses to held-out prompts; 0 without any."""
+        if held_out and not self._keeps_evaluated:
+            return 0
+        table = _table(held_out=held_out)
+        rows = self._db.rows(f"SELECT max(step) FROM {table}", ())  # noqa: S608 - one of two names
         return (rows[0][0] or 0) if rows else 0
+
+    @property
+    def _keeps_evaluated(self) -> bool:
+        return self._db.version >= schema.EVALUATED_ARE_KEPT
 
     def page(
         self, query: SampleQuery, limit: int, offset: int = 0, *, last_step: int | None = None
@@ -112,58 +121,74 @@ class SampleReader:
         direction = "DESC" if query.descending else "ASC"
         # With "+" SQLite does not search the index for the step, which all rows pass as a rule.
         within = "" if last_step is None else "AND +step <= :last_step "
-        rows = self._judged_rows(
-            f"SELECT {COLUMNS}, label, note, who, time {MATCHING} {within}"
-            f"ORDER BY {order} {direction}, step DESC, idx LIMIT :limit OFFSET :offset",
-            msgspec.structs.asdict(query)
-            | {"limit": limit, "offset": offset, "last_step": last_step},
+        rows = self._matching(
+            query,
+            f"{COLUMNS}, label, note, who, time",
+            f"{within}ORDER BY {order} {direction}, step DESC, idx LIMIT :limit OFFSET :offset",
+            {"limit": limit, "offset": offset, "last_step": last_step},
         )
-        return [_sample(row) for row in rows]
+        return [_sample(row, held_out=query.held_out) for row in rows]
 
     def count_after(self, query: SampleQuery, step: int) -> int:
         """The number of samples of the current timeline after a step that match a query."""
-        rows = self._judged_rows(
-            f"SELECT count(*) {MATCHING} AND step > :step",
-            msgspec.structs.asdict(query) | {"step": step},
-        )
+        rows = self._matching(query, "count(*)", "AND step > :step", {"step": step})
         return rows[0][0] if rows else 0
+
+    def _matching(
+        self, query: SampleQuery, columns: str, rest: str, values: Mapping[str, Any]
+    ) -> list[tuple[Any, ...]]:
+        """Columns of the samples that match a query; `rest`: further conditions and the order."""
+        if query.held_out and not self._keeps_evaluated:
+            return []
+        return self._judged_rows(
+            f"SELECT {columns} FROM {_table(held_out=query.held_out)} {MATCHING} {rest}",  # noqa: S608 - constants
+            msgspec.structs.asdict(query) | dict(values),
+            held_out=query.held_out,
+        )
 
     def earlier(self, sample: SampleRow) -> list[SampleRow]:
         """Other responses to the same prompt, up to the same step, newest first, with judgements.
 
         They include other responses of the same step, and responses of abandoned branches, which
-        have `left` set. At most :data:`MAX_COMPARED`.
+        have `left` set. At most :data:`MAX_COMPARED`. Of a response to a held-out prompt, they are
+        those of the same index, which were drawn with the same random numbers.
         """
         values = {name: getattr(sample, name) for name in ("attempt", "step", "index", "prompt")}
         samples: list[SampleRow] = []
-        for table in ("samples", "samples_past"):
+        current = _table(held_out=sample.held_out)
+        same = "AND idx = :index " if sample.held_out else ""
+        for table, left in ((current, False), (f"{current}_past", True)):
             rows = self._judged_rows(
-                f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608 - one of two names
+                f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608 - constants
                 f"FROM {table} LEFT JOIN judged USING (attempt, step, idx, response) "
                 "WHERE prompt = :prompt AND (attempt, step) <= (:attempt, :step) "
-                "AND NOT (attempt = :attempt AND step = :step AND idx = :index) "
+                f"AND NOT (attempt = :attempt AND step = :step AND idx = :index) {same}"
                 "ORDER BY attempt DESC, step DESC, idx LIMIT :limit",
                 values | {"limit": MAX_COMPARED},
+                held_out=sample.held_out,
             )
-            samples += [_sample(row, left=table == "samples_past") for row in rows]
+            samples += [_sample(row, left=left, held_out=sample.held_out) for row in rows]
         samples.sort(key=lambda s: (-s.attempt, -s.step, s.index))
         return samples[:MAX_COMPARED]
 
     def evaluated(self, step: int | None = None) -> list[SampleRow]:
         """Responses to held-out prompts, by step and index; those of all evaluations by default."""
-        if self._db.version < schema.EVALUATED_ARE_KEPT:
+        if not self._keeps_evaluated:
             return []
         rows = self._db.rows(
             f"SELECT {COLUMNS} FROM evaluated WHERE :step IS NULL OR step = :step "  # noqa: S608 - constants
             "ORDER BY step, idx",
             {"step": step},
         )
-        return [_sample(row) for row in rows]
+        return [_sample(row, held_out=True) for row in rows]
 
-    def _judged_rows(self, query: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    def _judged_rows(
+        self, query: str, values: Mapping[str, Any], *, held_out: bool
+    ) -> list[tuple[Any, ...]]:
+        """Runs a query that reads `judged`, which is empty for responses to held-out prompts."""
         if self._db.connection is not None and not self._labels_attached:
             self._labels_attached = attach(self._db.connection, self.session)
-        judgements = JUDGEMENTS if self._labels_attached else NO_JUDGEMENTS
+        judgements = JUDGEMENTS if self._labels_attached and not held_out else NO_JUDGEMENTS
         return self._db.rows(f"WITH judged AS ({judgements}) {query}", values)
 
     def arrays(self, step: int, index: int, attempt: int) -> TokenArrays | None:
@@ -185,7 +210,11 @@ class SampleReader:
         return [index for (index,) in rows]
 
 
-def _sample(row: tuple[Any, ...], *, left: bool = False) -> SampleRow:
+def _table(*, held_out: bool) -> str:
+    return "evaluated" if held_out else "samples"
+
+
+def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False) -> SampleRow:
     """Builds a row from :data:`COLUMNS`, optionally followed by label, note, who and time."""
     step, index, attempt, prompt, response, score, kl, length, ended, parts, *judged = row
     judgement = None
@@ -195,7 +224,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False) -> SampleRow:
     return SampleRow(
         step=step, index=index, attempt=attempt, prompt=prompt, response=response, score=score,
         kl=kl, length=length, ended=bool(ended), parts=json.loads(parts), judgement=judgement,
-        left=left,
+        left=left, held_out=held_out,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 from textual.app import App
 
 from engine.errors import RlhfError
+from engine.metrics import with_drawn
 from engine.session.folder import Session
 from rlhf_tui.app.digest import curves_are_read, digest
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
@@ -101,15 +102,20 @@ class SessionFollower:
             return
         if self._follow:
             self._feed.start()
+            self._read_config(self._feed)
         else:
+            self._read_config(self._feed)
             self._feed.read_all()
-        self._read_config()
 
-    def _read_config(self) -> None:
+    def _read_config(self, feed: Feed) -> None:
         """Reads what the journal does not contain. Without it the run can still be shown."""
         try:
             if self.session is not None:
-                self.state.batch_size = self.session.config().rollout.batch_size
+                config, state = self.session.config(), self.state
+                state.batch_size = config.rollout.batch_size
+                state.eval_every = config.eval.every
+                state.best_metric = config.train.best_metric
+                feed.want([state.best_metric])
         except (RlhfError, OSError) as error:
             self._say(str(error), "error")
 
@@ -119,7 +125,7 @@ class SessionFollower:
     def read_metrics(self, specs: Iterable[str]) -> None:
         """Reads the metrics of new charts, given as in the preferences."""
         if self._feed is not None:
-            self._feed.want(n.strip() for spec in specs for n in spec.split(" + "))
+            self._feed.want(with_drawn(n.strip() for spec in specs for n in spec.split(" + ")))
 
     def leave(self) -> None:
         """Stops following, and saves what was seen."""

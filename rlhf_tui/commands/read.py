@@ -110,6 +110,9 @@ def status(root: Path, name: str, as_json: bool) -> None:
     say(f"{row.name}: ", (one_line(_state_text(row)), tone), message)
     say(f"  step        {row.step} of {row.total_steps}, attempt {row.attempt}")
     say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
+    if row.held_out is not None:
+        score = fmt.with_interval(row.held_out.score, row.held_out.interval)
+        say(f"  held-out score {score} (step {row.held_out.step})")
     say(f"  beta        {fmt.number(row.beta, 4)}")
     say(f"  checkpoints {', '.join(map(str, row.checkpoints)) or 'none'}")
     say(f"  engine      {engine}")

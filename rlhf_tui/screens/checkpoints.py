@@ -9,20 +9,23 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
 from engine.journal.rows import CheckpointRow
+from engine.metrics import SCORE, describe, title_of
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.state.messages import HeaderSelected, RowSelected
-from rlhf_tui.widgets.lines import Piece, Row
+from rlhf_tui.widgets.lines import Lines, Piece, Row
 from rlhf_tui.widgets.table import Column, Table
 
+LEAST = float("-inf")
+"""Sorts before all values."""
 ORDERS: dict[str, Callable[[CheckpointRow], float]] = {
     "step": lambda c: c.step,
     "attempt": lambda c: c.attempt,
     "saved": lambda c: c.time,
     "size": lambda c: c.size,
-    "score": lambda c: _or(c.score, float("-inf")),
-    "KL": lambda c: _or(c.kl, float("-inf")),
+    "score": lambda c: _or(c.score, LEAST),
+    "KL": lambda c: _or(c.kl, LEAST),
 }
 """Title of a column → what it sorts by."""
 
@@ -41,7 +44,8 @@ class CheckpointsScreen(SessionScreen):
     ]
 
     def compose_body(self) -> ComposeResult:
-        """The table."""
+        """What the best one is best by, if that is not the score; the table."""
+        yield Lines(id="best")
         yield Table(
             [
                 Column("step", 8, right=True),
@@ -60,12 +64,43 @@ class CheckpointsScreen(SessionScreen):
         table = self.query_one(Table)
         found = self.context.state.checkpoints
         current = [c for c in found if c.status == "complete"]
-        best = max(current, key=lambda c: _or(c.score, float("-inf")), default=None)
+        measured = [c for c in current if self._best_value(c) is not None]
+        best = max(measured, key=lambda c: (_or(self._best_value(c), LEAST), c.step), default=None)
         last = max(current, key=lambda c: c.step, default=None)
         order = ORDERS[table.sorted_by or "step"]
         ordered = sorted(found, key=lambda c: (order(c), c.step, c.attempt))
-        rows = [((c.step, c.attempt), _cells(c, best is c, last is c)) for c in ordered]
+        rows = [
+            ((c.step, c.attempt), _cells(c, self._remark if best is c else "", last is c))
+            for c in ordered
+        ]
         table.set_rows(rows[::-1] if table.descending else rows, self._empty())
+        self._show_best(best)
+
+    def _best_value(self, checkpoint: CheckpointRow) -> float | None:
+        """The value by which `train.keep_best` compares a checkpoint of the current timeline."""
+        metric = self.context.state.best_metric
+        if metric == SCORE:
+            return checkpoint.score
+        return self.context.state.series(metric).at(checkpoint.step)
+
+    @property
+    def _remark(self) -> str:
+        """On the best checkpoint. A metric that is no column is named above the table."""
+        return "best score" if self.context.state.best_metric == SCORE else "best"
+
+    def _show_best(self, best: CheckpointRow | None) -> None:
+        line, metric = self.query_one("#best", Lines), self.context.state.best_metric
+        line.display = metric != SCORE and bool(self.context.state.checkpoints)
+        row: Row = [(" no checkpoint has a value of ", "dim"), (title_of(metric), "")]
+        if best is not None:
+            interval = describe(metric).interval
+            half = self.context.state.series(interval).at(best.step) if interval else None
+            row = [
+                (" best by ", "dim"), (title_of(metric), "strong"), (": step ", "dim"),
+                (str(best.step), "good"), (", ", "dim"),
+                (fmt.with_interval(self._best_value(best), half), "good"),
+            ]  # fmt: skip
+        line.show([[*row, (f"   train.best_metric: {metric}", "dim")]])
 
     def on_header_selected(self, message: HeaderSelected) -> None:
         """Sorts by the column whose title was clicked; again reverses the order."""
@@ -141,9 +176,9 @@ class CheckpointsScreen(SessionScreen):
         self.context.say("r rolls back to it, f forks from it, E exports its policy")
 
 
-def _cells(c: CheckpointRow, best: bool, last: bool) -> list[Piece]:
-    remarks = ["last"] if last else []
-    remarks += ["best score"] if best else []
+def _cells(c: CheckpointRow, best: str, last: bool) -> list[Piece]:
+    """A row; `best`: what it is best by, empty if it is not the best one."""
+    remarks = [text for text in ("last" if last else "", best) if text]
     if c.status == "superseded":
         remarks = ["abandoned branch"]
     dim = "dim" if c.status == "superseded" else ""

@@ -154,7 +154,7 @@ class DashboardScreen(SessionScreen):
 
     def action_cursor_to(self, end: int) -> None:
         """Moves the crosshair to the first or the newest step."""
-        self.context.view.put(self.context.state, self.context.state.head.step if end else 1)
+        self.context.view.put(self.context.state, self.context.state.head.step if end else 0)
         self.refresh_view()
 
     def action_marker(self, way: int) -> None:
@@ -315,7 +315,7 @@ class DashboardScreen(SessionScreen):
 
     def _newest(self, name: str) -> str:
         state = self.context.state
-        value = (state.outline(name) or state.series(name)).last
+        value = state.shape(name).last
         return "" if value is None else f"{value:.4g}"
 
     def action_others(self) -> None:

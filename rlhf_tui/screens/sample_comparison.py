@@ -33,6 +33,8 @@ BINDINGS: list[BindingType] = [
     Binding("o", "better('other')", "the other response is better", show=False),
     Binding("left,h", "other(-1)", "compare with a newer response", show=False),
     Binding("right,l", "other(1)", "compare with an older response", show=False),
+    Binding("shift+left,H", "other(-200)", "compare with the newest response", show=False),
+    Binding("shift+right,L", "other(200)", "compare with the oldest response", show=False),
 ]
 """Keys of the screen whose actions call :class:`SampleComparison`."""
 
@@ -197,7 +199,12 @@ class SampleComparison:
             title += f" of attempt {other.attempt}" * other.left
             title += f" ({self._index + 1}/{count}{'+' * (count == MAX_COMPARED)})"
         better, who = self._preferred(row.response, other.response)
-        view.compare(ComparisonTarget(self._kind, title, row.response, other, "", better, who))
+        view.compare(
+            ComparisonTarget(
+                self._kind, title, row.response, other, better=better, who=who,
+                judged=not row.held_out,
+            )
+        )  # fmt: skip
 
     # -- the reference -------------------------------------------------------------------------
 

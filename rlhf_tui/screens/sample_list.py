@@ -13,6 +13,7 @@ from engine.errors import RlhfError
 from engine.journal.labels import Key
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader, with_judgements
+from engine.metrics import EVAL_SCORE
 from engine.session.folder import Session
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.sample_filter import parse_filter
@@ -55,9 +56,9 @@ class PageRead(Message):
 class JudgementsRead(Message):
     """The rows of a page were read again with their judgements of now."""
 
-    def __init__(self, rows: list[SampleRow]) -> None:
+    def __init__(self, query: SampleQuery, rows: list[SampleRow]) -> None:
         super().__init__()
-        self.rows = rows
+        self.query, self.rows = query, rows
 
 
 class NewCounted(Message):
@@ -94,7 +95,7 @@ class SampleList:
         self.new = 0
         """Matching responses that were recorded since the list was read."""
         self.page = 0
-        self.query = msgspec.structs.replace(self.query, prompt=None)
+        self.query = msgspec.structs.replace(self.query, prompt=None, held_out=False)
         self._last_step: int | None = None
         """The newest step of the list; None: of the run."""
         self._attempts = 0
@@ -194,8 +195,21 @@ class SampleList:
             last_step, key = self._last_step, key_of(selected)
             self._before = self.query, self.filter, self.page, last_step, key
             self.filter = ""
-            self._change(SampleQuery(prompt=selected.prompt, order="step", descending=False))
+            self._change(
+                SampleQuery(
+                    prompt=selected.prompt, order="step", descending=False,
+                    held_out=selected.held_out,
+                )
+            )  # fmt: skip
         return True
+
+    def switch(self) -> None:
+        """Lists the responses to held-out prompts, or again those of training."""
+        self._before = None
+        self.frozen = self.arrived = False
+        self.rows = {}  # a response of training may have the key of a held-out one
+        held_out = not self.query.held_out
+        self._change(msgspec.structs.replace(self.query, prompt=None, held_out=held_out))
 
     def leave_prompt(self) -> bool:
         """Returns from :meth:`same_prompt`; False if it was not called."""
@@ -227,7 +241,11 @@ class SampleList:
         else:
             step = state.head.step if self.live else -1
             attempts = len(state.head.attempts)  # a roll back changes every page
-            wanted = (state.name, attempts, step, state.labels, self.query, self.page)
+            # The evaluation before the first step does not change the step.
+            evaluations = len(state.series(EVAL_SCORE)) if self.query.held_out else 0
+            wanted = (
+                state.name, attempts, step, evaluations, state.labels, self.query, self.page,
+            )  # fmt: skip
             if wanted != self._wanted:
                 self._wanted = wanted
                 self._labels = state.labels
@@ -252,7 +270,8 @@ class SampleList:
         last, offset = request.last_step, request.page * PAGE
         try:
             with SampleReader(session) as samples:
-                last = samples.newest_step() if last is None else last
+                if last is None:
+                    last = samples.newest_step(held_out=request.query.held_out)
                 rows = samples.page(request.query, PAGE, offset, last_step=last)
         except RlhfError as error:
             self._context.say_later(str(error), "error")
@@ -261,19 +280,20 @@ class SampleList:
 
     def _read_judgements(self, session: Session) -> None:
         labels = self._context.state.labels
-        if labels != self._labels:
+        if labels != self._labels and not self.query.held_out:
             self._labels = labels
             rows = list(self.rows.values())
-            self._run(functools.partial(self._judge_rows, session, rows), "judgements")
+            work = functools.partial(self._judge_rows, session, self.query, rows)
+            self._run(work, "judgements")
 
-    def _judge_rows(self, session: Session, rows: list[SampleRow]) -> None:
+    def _judge_rows(self, session: Session, query: SampleQuery, rows: list[SampleRow]) -> None:
         """Reads labels.db, in a worker thread."""
         try:
             judged = with_judgements(session, rows)
         except RlhfError as error:
             self._context.say_later(str(error), "error")
             return
-        self._post(JudgementsRead(judged))
+        self._post(JudgementsRead(query, judged))
 
     def _count_new(self, session: Session) -> None:
         head = self._context.state.head
@@ -332,6 +352,8 @@ class SampleList:
 
     def take_judgements(self, message: JudgementsRead) -> list[SampleRow]:
         """Takes judgements of rows that are still listed; returns the rows that have changed."""
+        if message.query != self.query:
+            return []
         changed = [row for row in message.rows if self.rows.get(key_of(row), row) != row]
         self.rows |= {key_of(row): row for row in changed}
         return changed

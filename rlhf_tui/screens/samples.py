@@ -63,6 +63,7 @@ class SamplesScreen(SessionScreen):
     READ_ONLY = "read-only: labelling disabled"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("E", "held_out", "held-out/training"),
         *sample_labels.BINDINGS,
         *sample_comparison.BINDINGS,
         *sample_list.BINDINGS,
@@ -131,8 +132,22 @@ class SamplesScreen(SessionScreen):
         """Drops the samples of the last session."""
         self.comparison.session_changed()
         self.samples.session_changed()
+        self._clear()
+
+    def _clear(self) -> None:
         self.query_one(Table).set_rows([])
         self.query_one(SampleView).read(None)
+
+    def why_disabled(self, action: str) -> str:
+        """Responses to held-out prompts cannot be judged, and have no token values."""
+        if action == "held_out" and not self.context.state.evaluated:
+            return "no held-out responses: this run has no evaluation (eval.every)"
+        if self.samples.query.held_out:
+            if action in self.WRITES:
+                return "held-out responses are not judged: labels are for responses of training"
+            if action == "view":
+                return "token values are kept for responses of training only"
+        return super().why_disabled(action)
 
     # -- the list ------------------------------------------------------------------------------
 
@@ -176,6 +191,8 @@ class SamplesScreen(SessionScreen):
             return [
                 [(f" no response matches '{self.samples.filter}'; esc removes the filter", "dim")]
             ]
+        if self.samples.query.held_out:
+            return [[(" no held-out responses yet; E shows those of training", "dim")]]
         if not self.context.state.head.step:
             return [[(" no responses before the first step is done", "dim")]]
         return [[(f" no responses were kept (log.samples); see rlhf-tui samples {name}", "dim")]]
@@ -183,7 +200,10 @@ class SamplesScreen(SessionScreen):
     def _show_query(self) -> None:
         table, samples, line = self.query_one(Table), self.samples, self.query_one("#filter", Lines)
         query, mode = samples.query, self.query_one(SampleView).mode
-        row: list[Piece] = [(" sorted by ", "dim"), (ORDER_TITLES[query.order], "strong")]
+        row: list[Piece] = (
+            [(" held-out", "accent"), ("  E back  ", "dim")] if query.held_out else []
+        )
+        row += [(" sorted by ", "dim"), (ORDER_TITLES[query.order], "strong")]
         row.append((" descending" if query.descending else " ascending", "dim"))
         if table.count():
             row += [("   row ", "dim"), (f"{table.cursor + 1}/{table.count()}", "strong")]
@@ -231,7 +251,7 @@ class SamplesScreen(SessionScreen):
             self.samples.freeze()
         row = self.samples.rows.get(message.key)
         self.query_one(SampleView).read(row)
-        if row is not None:
+        if row is not None and not row.held_out:
             self.read_arrays(message.key)
         self.comparison.select(row)
         self._show_query()
@@ -255,7 +275,7 @@ class SamplesScreen(SessionScreen):
 
     def on_arrays_read(self, message: ArraysRead) -> None:
         """Shows token values."""
-        if message.key == self.query_one(Table).key:
+        if message.key == self.query_one(Table).key and not self.samples.query.held_out:
             row = self.samples.rows.get(message.key)
             self.query_one(SampleView).read(row, message.arrays, message.kept)
 
@@ -338,6 +358,15 @@ class SamplesScreen(SessionScreen):
     def action_same_prompt(self) -> None:
         """Lists all responses to the selected prompt by step, or what was listed before."""
         self.samples.same_prompt(self.selected())
+
+    def action_held_out(self) -> None:
+        """Switches between the responses of training and those to held-out prompts."""
+        self.comparison.leave()
+        self.samples.switch()
+        self.query_one(SampleView).as_text()
+        self._clear()
+        self._show_query()
+        self.refresh_keys()
 
     def action_probes(self) -> None:
         """Lists the probes of this run; a selected one is shown."""

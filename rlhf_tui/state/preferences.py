@@ -35,8 +35,8 @@ class Preferences(Struct, kw_only=True):
     """Whether earlier attempts are drawn."""
 
     def metrics(self) -> list[str]:
-        """The metrics of all charts, in their order."""
-        return [n.strip() for spec in self.charts for n in spec.split(" + ")]
+        """The metrics of all charts, in their order, with those drawn beside them."""
+        return metrics.with_drawn(n.strip() for spec in self.charts for n in spec.split(" + "))
 
 
 class Seen(Struct, kw_only=True):

@@ -71,6 +71,19 @@ class Series:
         i = bisect_left(self.steps, step)
         return self.values[i] if i < len(self.steps) and self.steps[i] == step else None
 
+    def latest(self, step: int) -> float | None:
+        """The value at a step, or at the last step before it that has one."""
+        i = bisect_right(self.steps, step)
+        return self.values[i - 1] if i else None
+
+    def interpolated(self, step: float) -> float | None:
+        """The value on the straight line between two neighbours; None outside all points."""
+        i = bisect_right(self.steps, step)
+        if not 0 < i < len(self.steps):
+            return None
+        share = (step - self.steps[i - 1]) / (self.steps[i] - self.steps[i - 1])
+        return self.values[i - 1] + share * (self.values[i] - self.values[i - 1])
+
     def mean(self, first: float, last: float) -> float | None:
         """The mean over the steps in [first, last]; None where there are none."""
         i, j = self.between(first, last)

@@ -6,7 +6,7 @@ from typing import Any
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.metrics import KL, SCORE
+from engine.metrics import KL, SCORE, with_drawn
 from engine.session.folder import Session
 from rlhf_tui.state.first_read import read_summary
 from rlhf_tui.state.updates import SessionUpdate
@@ -35,7 +35,8 @@ class SessionPreview:
 
     folder: str
     update: SessionUpdate = field(default_factory=SessionUpdate)
-    """Its summary, the outlines of :data:`METRICS`, the last alert, the newest responses."""
+    """Its summary, the last alert, the newest responses, and the outlines of :data:`METRICS` and
+    of what is drawn with them."""
     against: str = ""
     """The name of the session that it is compared with; empty: the defaults."""
     differences: tuple[Difference, ...] = ()
@@ -56,7 +57,7 @@ def read_preview(session: Session, other: Session | None) -> SessionPreview:
             alert = record.last_alert()
             update = SessionUpdate(
                 head=read_summary(session, record),
-                outlines=record.outlines(METRICS, SPANS),
+                outlines=record.outlines(with_drawn(METRICS), SPANS),
                 names=record.metric_names(),
                 events=[alert] if alert is not None else [],
                 samples=record.samples.newest(RESPONSES),

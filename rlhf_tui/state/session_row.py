@@ -7,8 +7,17 @@ import msgspec
 from engine.errors import RlhfError
 from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
-from engine.metrics import KL, SCORE
+from engine.metrics import EVAL_SCORE, EVAL_SCORE_CI, KL, SCORE
 from engine.session.folder import Session
+
+
+class HeldOutScore(msgspec.Struct, frozen=True):
+    """The result of an evaluation on held-out prompts."""
+
+    step: int
+    score: float
+    interval: float | None
+    """Half the width of the 95 % confidence interval; None for a single prompt."""
 
 
 class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +34,8 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     host: str | None = None
     score: float | None = None
     kl: float | None = None
+    held_out: HeldOutScore | None = None
+    """The last evaluation; None without one."""
     settings: dict[str, Any] = {}
     """In force. A mapping: a session of another version has other settings."""
     checkpoints: list[int] = []
@@ -39,7 +50,8 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
 
     def as_json(self) -> Json:
         """As `status --json` prints it."""
-        return msgspec.structs.asdict(self)
+        held_out = msgspec.structs.asdict(self.held_out) if self.held_out is not None else None
+        return msgspec.structs.asdict(self) | {"held_out": held_out}
 
 
 class ListedSession(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +73,7 @@ def read_session_row(session: Session) -> SessionRow:
         meta, attempts = record.meta(), record.attempts()
         state, newest = record.state(), record.metrics(last=1)
         checkpoints = [c.step for c in record.checkpoints(("complete",))]
+        held_out = read_held_out(record)
     engine = session.engine() if session.is_live() else None
     last = newest[0] if newest else None
     metrics = last.values if last is not None else {}
@@ -77,6 +90,7 @@ def read_session_row(session: Session) -> SessionRow:
         host=engine.host if engine else None,
         score=metrics.get(SCORE),
         kl=metrics.get(KL),
+        held_out=held_out,
         settings=settings,
         checkpoints=checkpoints,
         message=meta.message,
@@ -84,6 +98,16 @@ def read_session_row(session: Session) -> SessionRow:
         updated=last.time if last is not None else started,
         folder=str(session.folder),
     )
+
+
+def read_held_out(record: JournalReader) -> HeldOutScore | None:
+    """Reads the result of the last evaluation; None without one. Raises JournalError."""
+    newest = record.newest_value(EVAL_SCORE)
+    if newest is None:
+        return None
+    step, score = newest
+    interval = dict(record.series(EVAL_SCORE_CI, after=step - 1)).get(step)
+    return HeldOutScore(step, score, interval)
 
 
 def unreadable_row(session: Session, error: RlhfError | OSError) -> SessionRow:

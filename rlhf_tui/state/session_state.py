@@ -8,6 +8,9 @@ from engine.journal.rows import CheckpointRow, CommandRow, EventRow, SampleRow
 from engine.metrics import (
     BETA,
     CLIP_FRACTION,
+    EVAL_SCORE,
+    EVAL_TIME,
+    EVALUATE,
     KL,
     PEAK_MEMORY,
     PHASES,
@@ -16,6 +19,7 @@ from engine.metrics import (
     STEP_TIME,
     TOKENS_PER_SECOND,
     phase_time,
+    with_drawn,
 )
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
@@ -25,8 +29,8 @@ from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
 
 ALWAYS = (
-    SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH, STEP_TIME, TOKENS_PER_SECOND, PEAK_MEMORY,
-    *map(phase_time, PHASES),
+    *with_drawn((SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH)),
+    STEP_TIME, TOKENS_PER_SECOND, PEAK_MEMORY, *map(phase_time, PHASES), EVAL_TIME,
 )  # fmt: skip
 """Metrics that are always read, whichever charts are shown."""
 RECENT = 10
@@ -41,6 +45,10 @@ class SessionState:
     ) -> None:
         self.name = name
         self.batch_size = batch_size
+        self.eval_every = 0
+        """Steps between held-out evaluations, by the configuration; 0 for none."""
+        self.best_metric = SCORE
+        """The metric by which the best checkpoints are kept."""
         self.now = now
         self.phases: list[Phase] = []
         self.telemetry: Telemetry | None = None
@@ -130,6 +138,27 @@ class SessionState:
         """The shape of a curve that is not read yet; None once it is."""
         return None if name in self.curves else self.outlines.get(name)
 
+    def shape(self, name: str) -> Series:
+        """A metric's values, or their outline until they are read."""
+        return self.outline(name) or self.series(name)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the run has responses to held-out prompts."""
+        return bool(self.shape(EVAL_SCORE)) or EVAL_SCORE in self.names
+
+    @property
+    def first_step(self) -> int:
+        """The first step that charts show: 0 if the run was evaluated before the first step."""
+        found = self.shape(EVAL_SCORE)
+        return 0 if found and not found.steps[0] else 1
+
+    def step_phases(self, step: int) -> tuple[str, ...]:
+        """The phases of a step, in order; with the evaluation if the step has one."""
+        if not self.eval_every or step % self.eval_every:
+            return PHASES
+        return *PHASES[:-1], EVALUATE, PHASES[-1]
+
     def smoothed(self, name: str, weight: float) -> Series:
         """A metric's moving average."""
         source = self.curves.get(name)
@@ -176,16 +205,23 @@ class SessionState:
         seconds = self.recent_mean(STEP_TIME)
         if seconds is None or not self.training or not self.phases:
             return None
+        if EVALUATE in self.step_phases(self.phases[0].step):
+            seconds += self.phase_seconds(EVALUATE) or 0.0
         return time_left.until_boundary(seconds, self._into_step())
+
+    def phase_seconds(self, phase: str) -> float | None:
+        """How long a phase usually takes: the mean of the last steps, or the last evaluation."""
+        name = phase_time(phase)
+        return self.series(name).last if phase == EVALUATE else self.recent_mean(name)
 
     def _into_step(self) -> float:
         """Seconds since the current step began, its finished phases at their usual length."""
         phase = self.phases[0]
-        if phase.name not in PHASES:
+        phases = self.step_phases(phase.step)
+        if phase.name not in phases:
             return 0.0
-        done = sum(
-            self.recent_mean(phase_time(name)) or 0.0 for name in PHASES[: PHASES.index(phase.name)]
-        )
+        before = phases[: phases.index(phase.name)]
+        done = sum(self.phase_seconds(name) or 0.0 for name in before)
         return done + self.now() - self.phase_since.get(phase.rank, self.now())
 
     # -- events -------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Viewport:
 
         The right end moves in jumps: moving it with every step would redraw whole charts.
         """
-        first, full = 1.0, self._whole(state)
+        first, full = self._first(state), self._whole(state)
         if self.width is None:
             return first, full
         if self.end is not None:
@@ -42,6 +42,11 @@ class Viewport:
         jump = max(1, round(self.width / 8))
         end = math.ceil(max(state.head.step, 1) / jump) * jump
         return max(first, end - self.width), max(end, first + self.width)
+
+    def _first(self, state: SessionState) -> float:
+        """The first step of the curves that are shown: 0 if one begins with an evaluation."""
+        starts = (s.steps[0] for found in self.others.values() for s in found.values() if s)
+        return float(min([state.first_step, *starts]))
 
     def _whole(self, state: SessionState) -> float:
         """The last step of the longest curve that is shown, rounded where it is this run's."""
@@ -61,7 +66,7 @@ class Viewport:
         first, last = self.window(state)
         newest = max(state.head.step, 1)
         width = max((last - first) * factor, NARROWEST)
-        if width >= self._whole(state) - 1:
+        if width >= self._whole(state) - self._first(state):
             self.width = self.end = None
             return
         self.width = width
@@ -82,7 +87,7 @@ class Viewport:
     def _end_at(self, state: SessionState, end: float) -> None:
         width = self.width or 0
         newest = max(state.head.step, 1)
-        self.end = max(end, 1 + width)
+        self.end = max(end, self._first(state) + width)
         if self.end >= newest + width / 8:
             self.end = None
 
@@ -117,7 +122,7 @@ class Viewport:
         """Sets the crosshair on a step, and brings the step into the window."""
         self.selected = None
         newest = max(state.head.step, 1)
-        self.cursor = min(max(step, 1), newest)
+        self.cursor = min(max(step, int(self._first(state))), newest)
         first, last = self.window(state)
         if self.width is not None and not first <= self.cursor <= last:
             self._end_at(state, self.cursor + self.width / 2)

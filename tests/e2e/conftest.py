@@ -5,6 +5,7 @@ the *gate*, which blocks a step while a certain file exists. A test blocks the r
 acts, and releases it, so the tests do not depend on the speed of the machine.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.lab import LONG, Lab, Run, numbers, processes, until
+from tests.e2e.lab import LONG, Lab, Once, Run, numbers, processes, until
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,20 +44,38 @@ def make_lab(place: Path) -> Callable[[str], Lab]:
 
 
 @pytest.fixture(scope="session")
-def whole(lab: Lab) -> Iterator[Run]:
-    """An uninterrupted foreground run of 8 steps."""
-    run = lab.run("whole")
-    process = lab.popen(*run.arguments, "--headless")
-    run.printed, run.warned = process.communicate(timeout=LONG)
-    assert process.returncode == 0, run.warned
-    yield run
-    run.end()
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Where the test processes of this session share finished runs."""
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return Once(folder / "shared-runs")
 
 
 @pytest.fixture(scope="session")
-def steered(lab: Lab) -> Iterator[Run]:
+def whole(lab: Lab, once: Once) -> Run:
+    """An uninterrupted foreground run of 8 steps."""
+
+    def make(run: Run) -> None:
+        process = lab.popen(*run.arguments, "--headless")
+        printed, warned = process.communicate(timeout=LONG)
+        assert process.returncode == 0, warned
+        (run.session.folder / "printed.txt").write_text(printed)
+        (run.session.folder / "warned.txt").write_text(warned)
+
+    run = once.made(lab.run("whole"), make)
+    run.printed = (run.session.folder / "printed.txt").read_text()
+    run.warned = (run.session.folder / "warned.txt").read_text()
+    return run
+
+
+@pytest.fixture(scope="session")
+def steered(lab: Lab, once: Once) -> Run:
     """A run of 8 steps; beta is set at step 4, the controller and learning rate at step 6."""
-    run = lab.run("steered")
+    return once.made(lab.run("steered"), make_steered)
+
+
+def make_steered(run: Run) -> None:
+    """Starts the run and steers it to its end."""
     run.hold(3, 5)
     run.start()
     run.wait_at(3)
@@ -67,8 +86,6 @@ def steered(lab: Lab) -> Iterator[Run]:
     assert run.ctl("set", "learning_rate=1e-4", "--id", "slower").returncode == 0
     run.release(5)
     run.finish()
-    yield run
-    run.end()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Helpers to run `rlhf-tui` in a sessions folder and to inspect its sessions."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -270,3 +271,33 @@ class Run:
         """The process of the only rank."""
         (worker,) = self.ranks().values()
         return worker
+
+
+class Once:
+    """Finished runs that one test process makes and the others copy, since a start is expensive."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder = folder
+
+    def made(self, run: Run, make: Callable[[Run], None]) -> Run:
+        """Makes a run, or copies the session of another process that has made it.
+
+        Args:
+            run: prepared, not started.
+            make: trains it to its end. No process of the session may be left then.
+        """
+        shared = self._folder / run.name
+        with (self._folder / f"{run.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not shared.exists():
+                try:
+                    make(run)
+                    run.wait_gone()
+                finally:
+                    run.end()
+                shutil.copytree(run.session.folder, self._folder / "part")
+                (self._folder / "part").rename(shared)
+            else:
+                shutil.copytree(shared, run.session.folder)
+        return run

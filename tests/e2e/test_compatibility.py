@@ -91,6 +91,7 @@ def test_a_killed_one_is_read(old):
     assert changed == [("beta", 0.2, SAVED + 1), ("set", 5e-4, SAVED + 1)]
 
 
+@pytest.mark.slow
 def test_a_finished_one_is_extended(old):
     before = old.json("metrics", "finished")
     done = old.cli("resume", "finished", "-o", "train.steps=8", "--headless")

@@ -189,6 +189,7 @@ def poisoned(lab, wait_until):
         run.end()
 
 
+@pytest.mark.slow
 def test_a_command_that_kills_the_ranks_twice_is_rejected(poisoned):
     probe = poisoned.commands()["poison"]
     assert probe["status"] == "rejected"
@@ -198,6 +199,7 @@ def test_a_command_that_kills_the_ranks_twice_is_rejected(poisoned):
         assert len(reader.attempts()) == 3
 
 
+@pytest.mark.slow
 def test_the_other_command_is_applied(poisoned):
     behind = poisoned.commands()["behind"]
     assert behind["status"] == "applied"
@@ -217,9 +219,8 @@ def test_without_restarts_left_a_killed_rank_fails_the_run(lab):
     assert run.state == "failed"
 
 
-@pytest.mark.parametrize(
-    "seed", [1, *(pytest.param(s, marks=pytest.mark.slow) for s in (0, 2, 3, 4, 5, 6))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(7))
 def test_killed_at_a_random_moment_it_ends_like_the_uninterrupted_run(lab, steered, seed):
     run = lab.run(f"random-{seed}")
     try:

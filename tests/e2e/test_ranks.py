@@ -141,7 +141,7 @@ def test_after_a_killed_rank_all_restart_and_the_run_ends_with_the_same_numbers(
     [
         pytest.param(
             phase, act, marks=() if (phase, act) in {
-                ("generate", "kill"), ("optimise", "raise"),
+                ("generate", "kill"),
             } else pytest.mark.slow,
         )
         for phase in PHASES for act in ("raise", "kill", "hang")
@@ -209,12 +209,13 @@ def test_a_sharded_run_resumes_from_its_checkpoint_bit_for_bit(lab, sharded):
     assert again.checkpoint(8)["hashes"] == sharded.checkpoint(8)["hashes"]
 
 
-@pytest.mark.parametrize("layout", ["one", "ddp"])
+@pytest.mark.parametrize("layout", ["one", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_sharded_checkpoint_resumes_in_another_layout_with_the_same_numbers(lab, sharded, layout):
     other = fork_with_layout(lab, sharded, f"sharded-to-{layout}", layout)
     assert_close(sharded.numbers(), other.numbers(), 1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_rank_resumes_sharded_with_the_same_numbers(lab, whole):
     other = fork_with_layout(lab, whole, "one-to-fsdp", "fsdp")
     assert_close(whole.numbers(), other.numbers(), 1e-4)

@@ -58,6 +58,15 @@ VARIANTS = {
     "rloo, adapters": ("ppo.advantage=rloo", "rollout.per_prompt=2", "lora.rank=4"),
 }
 STRATEGIES = ("ddp", "fsdp")
+EVERY_TIME = (
+    "gae", "gae, separate value trunk", "gae, activation checkpointing", "rloo",
+    "grpo, every term in the loss", "gae, separate value trunk, adapters",
+)  # fmt: skip
+"""Together they have every part of the loss, the trunk, the adapters; `make test-all` has all."""
+variants = pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=() if v in EVERY_TIME else pytest.mark.slow) for v in VARIANTS],
+)
 
 
 def config_of(strategy, variant):
@@ -78,11 +87,16 @@ def weights(run):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Metrics and weights after one step, by variant and by how the ranks run."""
+def outcomes(request, tmp_path_factory):
+    """Metrics and weights after one step, by variant and by how the ranks run.
+
+    Only of the variants that some selected test needs.
+    """
     folder = tmp_path_factory.mktemp("ranks")
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    needed = {p.params["variant"] for p in parameters if p and "variant" in p.params}
     found, jobs = {}, []
-    for i, variant in enumerate(VARIANTS):
+    for i, variant in enumerate(v for v in VARIANTS if v in needed):
         rollout = record(folder, f"recording-{i}", variant)
         run = one_process(create(folder, f"one-{i}", config_of("auto", variant)))
         before = weights(run)
@@ -154,7 +168,7 @@ def test_too_many_ranks_for_the_batch_is_an_error_that_names_the_key(override, k
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@variants
 def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, strategy):
     one, two = outcomes[variant, "one"][0], outcomes[variant, strategy][0]
     if "warm-up" not in variant:
@@ -166,14 +180,14 @@ def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, st
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@variants
 def test_two_ranks_end_with_the_parameters_of_one(outcomes, variant, strategy):
     one, two = outcomes[variant, "one"][1], outcomes[variant, strategy][1]
     assert one.keys() == two.keys()
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@variants
 def test_the_step_changes_the_parameters_by_more_than_the_tolerance(outcomes, variant):
     before, after = outcomes[variant, "before"][1], outcomes[variant, "one"][1]
     with torch.no_grad():

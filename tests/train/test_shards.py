@@ -21,13 +21,14 @@ DEADLINE = 300
 """Seconds; generous, for a busy machine."""
 
 
-def start(act, strategy, *rest):
-    """Runs the script to its end, on two ranks or on one."""
+def start(*actions):
+    """Carries out actions of the script, on one rank if they are of `single`, else on two."""
     command = [sys.executable]
-    if strategy != "single":
+    if actions[0][1] != "single":
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(word) for action in actions for word in ("--", *action)][1:]
     done = subprocess.run(
-        [*command, SCRIPT, act, strategy, *rest],
+        [*command, SCRIPT, *words],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -44,27 +45,20 @@ def results(folder, act="save"):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Returns a function that makes a folder with a strategy's checkpoint, once per strategy."""
-    made = {}
-
-    def make(strategy):
-        if strategy not in made:
-            folder = tmp_path_factory.mktemp(strategy)
-            (folder / "checkpoints").mkdir()
-            done = start("save", strategy, folder)
-            assert done.code == 0, done.stderr
-            made[strategy] = folder
-        return made[strategy]
-
-    return make
-
-
-@pytest.fixture(scope="module", params=STRATEGIES)
-def reader(request, saved):
-    """A strategy, after it has read the checkpoints of all strategies."""
-    done = start("load", request.param, *map(saved, STRATEGIES))
-    assert done.code == 0, done.stderr
-    return request.param
+    """The folder of each strategy's checkpoint, which all strategies have read."""
+    folders = {strategy: tmp_path_factory.mktemp(strategy) for strategy in STRATEGIES}
+    for folder in folders.values():
+        (folder / "checkpoints").mkdir()
+    every = list(folders.values())
+    several = [s for s in STRATEGIES if s != "single"]
+    for actions in (
+        [("save", "single", folders["single"])],
+        [*(("save", s, folders[s]) for s in several), *(("load", s, *every) for s in several)],
+        [("load", "single", *every)],
+    ):
+        done = start(*actions)
+        assert done.code == 0, done.stderr
+    return folders
 
 
 def expected(folder):
@@ -74,9 +68,10 @@ def expected(folder):
     return lm, {k: t for k, t in tensors.items() if not k.startswith("lm/")}
 
 
+@pytest.mark.parametrize("reader", STRATEGIES)
 @pytest.mark.parametrize("writer", STRATEGIES)
 def test_optimiser_and_value_function_are_read_bit_for_bit_by_any_strategy(saved, writer, reader):
-    folder = saved(writer)
+    folder = saved[writer]
     assert all(result == {"step": 7} for result in results(folder, "load"))
     read = load_file(folder / f"read-by-{reader}.safetensors")
     _, wanted = expected(folder)
@@ -87,7 +82,7 @@ def test_optimiser_and_value_function_are_read_bit_for_bit_by_any_strategy(saved
 
 @pytest.mark.parametrize("writer", STRATEGIES)
 def test_plain_transformers_loads_the_policy_that_many_ranks_wrote(saved, writer):
-    folder = saved(writer)
+    folder = saved[writer]
     policy = checkpoint_path(folder / "checkpoints", 7) / "policy"
     lm = AutoModelForCausalLM.from_pretrained(policy)
     wanted, _ = expected(folder)
@@ -101,7 +96,7 @@ def test_plain_transformers_loads_the_policy_that_many_ranks_wrote(saved, writer
 
 @pytest.mark.parametrize("writer", ["ddp", "fsdp"])
 def test_each_rank_writes_its_share_and_no_other_files_remain(saved, writer):
-    folder = saved(writer)
+    folder = saved[writer]
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert sorted(p.name for p in checkpoint.iterdir()) == [
         "COMPLETE", "policy", "state.json", "training",
@@ -114,7 +109,7 @@ def test_each_rank_writes_its_share_and_no_other_files_remain(saved, writer):
 
 
 def test_only_safetensors_and_text_are_written(saved):
-    folder = saved("fsdp")
+    folder = saved["fsdp"]
     files = [p for p in (folder / "checkpoints").rglob("*") if p.is_file()]
     names = {p.suffix or p.name for p in files}
     assert names <= {".safetensors", ".json", ".jinja", ".txt", "COMPLETE"}
@@ -122,7 +117,7 @@ def test_only_safetensors_and_text_are_written(saved):
 
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_leaves_no_files(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    done = start("save", "fsdp", tmp_path, "full")
+    done = start(("save", "fsdp", tmp_path, "full"))
     assert done.code == 0, done.stderr
     first, second = results(tmp_path)
     assert first["error"] == second["error"]
@@ -134,7 +129,7 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_leaves_no_files(tmp_p
 
 def test_a_writer_that_dies_leaves_no_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    done = start("save", "fsdp", tmp_path, "crash")
+    done = start(("save", "fsdp", tmp_path, "crash"))
     assert done.code != 0
     assert complete_checkpoints(tmp_path / "checkpoints") == {}
     checkpoint_folder.clear_parts(tmp_path / "checkpoints")

@@ -15,7 +15,16 @@ from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.text import one_line
-from rlhf_tui.widgets.charts.plot import BACKGROUNDS, GUTTER, STYLES, Canvas, Line, Plot, paint
+from rlhf_tui.widgets.charts.plot import (
+    BACKGROUNDS,
+    GUTTER,
+    POINT,
+    STYLES,
+    Canvas,
+    Line,
+    Plot,
+    paint,
+)
 from rlhf_tui.widgets.charts.raster import step_of
 from rlhf_tui.widgets.tones import style_of
 
@@ -73,15 +82,18 @@ class Chart(Widget, can_focus=True):
         title = " + ".join(metrics.title_of(n) for n in self.names)
         return Plot(
             title="".join(c if cell_len(c) == 1 else "?" for c in one_line(title)),
-            value=" · ".join(self._value(n) for n in self.names),
+            value=" · ".join(self._value(n) for n in [*self.names, *self._held_out()]),
             first=first,
             last=last,
             lines=self._lines(name),
             legend=[f"s{i}" for i in range(1, len(self.names) + 1)][:6],
             overlays=[
-                (mark, session, style)
-                for mark, session, style, curves in self._others()
-                if name in curves
+                *((POINT, "held-out", self._style(len(self.names))) for _ in self._held_out()),
+                *(
+                    (mark, session, style)
+                    for mark, session, style, curves in self._others()
+                    if name in curves
+                ),
             ],
             unit=metrics.describe(name).chart_unit if len(self.names) == 1 else "",
             note=self._note(),
@@ -93,16 +105,32 @@ class Chart(Widget, can_focus=True):
             empty=self._empty(name),
         )
 
+    def _companion(self) -> str:
+        """The held-out metric that is drawn beside the only one of this chart; empty for none."""
+        return metrics.describe(self.names[0]).held_out if len(self.names) == 1 else ""
+
+    def _held_out(self) -> list[str]:
+        """The held-out metric of this run that is drawn beside that of training, if it has one."""
+        name = self._companion()
+        return [name] if name and self.state.shape(name) else []
+
+    @staticmethod
+    def _style(number: int) -> str:
+        """The style of the curve with this number, from 0."""
+        return f"s{min(6, number + 1)}"
+
     def _value(self, name: str) -> str:
-        series = self.state.outline(name) or self.state.series(name)
-        cursor = self.view.cursor
-        value = series.last if cursor is None else series.at(cursor)
-        return fmt.number(value, metrics.describe(name).digits)
+        series, cursor, metric = self.state.shape(name), self.view.cursor, metrics.describe(name)
+        if not metric.is_held_out:
+            return fmt.number(series.last if cursor is None else series.at(cursor), metric.digits)
+        step = self.state.head.step if cursor is None else cursor
+        interval = self.state.shape(metric.interval).latest(step) if metric.interval else None
+        return fmt.with_interval(series.latest(step), interval)
 
     def _note(self) -> str:
         notes = [self.place] if self.place and self.has_focus else []
         notes += ["log"] if self.log_scale else []
-        if self.view.weight and not metrics.describe(self.names[0]).is_set:
+        if self._weight(self.names[0]):
             notes.append(f"ema {self.view.weight:g}")
         return " ".join(notes)
 
@@ -115,32 +143,46 @@ class Chart(Widget, can_focus=True):
 
     def _others(self) -> list[tuple[str, str, str, dict[str, Series]]]:
         """Mark, name, style and curves of each overlaid session."""
-        own = len(self.names)
+        own = len(self.names) + len(self._held_out())
         return [
-            (mark, one_line(session), f"s{min(6, own + 1 + i)}", curves)
+            (mark, one_line(session), self._style(own + i), curves)
             for i, (mark, session, curves) in enumerate(self.view.overlays())
         ]
 
     def _lines(self, name: str) -> list[Line]:
-        state, view = self.state, self.view
         lines: list[Line] = []
-        if view.past:
-            lines += [Line(s, "past") for s in state.past.get(name, [])]
+        if self.view.past:
+            lines += [Line(s, "past") for s in self.state.past.get(name, [])]
         for mark, _, style, curves in self._others():
             if name in curves:
                 lines.append(Line(curves[name], style, mark))
-        weight = 0.0 if metrics.describe(name).is_set else view.weight
+            if (held_out := self._companion()) in curves:
+                lines.append(Line(curves[held_out], style, sparse=True))
         for i, each in enumerate(self.names):
-            if (outline := state.outline(each)) is not None:
-                # Not smoothed: an outline has extremes, whose average is not that of the values.
-                lines.append(
-                    Line(outline, "raw" if weight and len(self.names) == 1 else f"s{min(6, i + 1)}")
-                )
-                continue
-            if weight and len(self.names) == 1 and len(state.series(each)) > 2:
-                lines.append(Line(state.series(each), "raw"))
-            lines.append(Line(state.smoothed(each, weight), f"s{min(6, i + 1)}"))
+            lines += self._own(each, self._style(i))
+        # Below the curve of training, in whose cells only the points of this one are visible.
+        for each in self._held_out():
+            lines[-1:-1] = self._own(each, self._style(len(self.names)))
         return lines
+
+    def _own(self, name: str, style: str) -> list[Line]:
+        """The lines of a metric of this run."""
+        state, metric, weight = self.state, metrics.describe(name), self._weight(name)
+        if metric.is_held_out:
+            interval = state.shape(metric.interval) if metric.interval else None
+            return [Line(state.shape(name), style, sparse=True, interval=interval)]
+        if (outline := state.outline(name)) is not None:
+            # Not smoothed: an outline has extremes, whose average is not that of the values.
+            return [Line(outline, "raw" if weight and len(self.names) == 1 else style)]
+        smoothed = Line(state.smoothed(name, weight), style)
+        if weight and len(self.names) == 1 and len(state.series(name)) > 2:
+            return [Line(state.series(name), "raw"), smoothed]
+        return [smoothed]
+
+    def _weight(self, name: str) -> float:
+        """The weight of a metric's moving average; 0: it has none."""
+        metric = metrics.describe(name)
+        return 0.0 if metric.is_set or metric.is_held_out else self.view.weight
 
     # -- called by Textual ---------------------------------------------------------------------
 

@@ -17,6 +17,10 @@ BAND, CURSOR, BAR, FOCUS = 32, 64, 128, 256
 BACKGROUNDS = {BAND: "band", CURSOR: "crosshair", BAR: "title", FOCUS: "focus"}
 """Tone of the background by flag. Flags are added to the number of a style."""
 GUTTER = 8
+POINT = "•"
+"""Marks the points of a sparse curve."""
+BAR_SPACING = 6
+"""Mean number of dot columns between the points of a curve below which it has no bars."""
 PRIORITY = ("checkpoint", "attempt", "note", "command", "alert", "crash")
 """Kinds of markers; the last of those that share a cell is visible, abandoned ones below all."""
 
@@ -29,6 +33,10 @@ class Line:
     style: str
     mark: str = ""
     """A character at its newest point, which the legend explains; empty for none."""
+    sparse: bool = False
+    """Whether it has few points, each of which is marked with :data:`POINT`."""
+    interval: Series | None = None
+    """Half the height of the bar at each point, by step; no bars for None."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +93,45 @@ def paint(plot: Plot, width: int, height: int) -> Canvas:
     cells, rows = width - GUTTER, height - 2
     if cells < 4 or rows < 1:
         return canvas
-    columns = [(decimate(x.series, plot.first, plot.last, cells * 2), x.style) for x in plot.lines]
-    scale = scale_of([c for c, _ in columns], plot)
+    columns = [(_columns(x, plot, cells * 2), x.style) for x in plot.lines]
+    bars = [(_bars(x, plot, cells * 2), x.style) for x in plot.lines]
+    scale = scale_of([c for c, _ in columns + bars], plot)
     if scale is None:
         canvas.write(GUTTER, 1 + rows // 2, plot.empty[: cells - 1], STYLE["dim"])
     else:
-        _curves(canvas, plot, columns, scale, cells, rows)
+        _curves(canvas, plot, columns, bars, scale, cells, rows)
         for y, label in labels(scale, rows):
             canvas.write(0, 1 + y, label.rjust(GUTTER - 1), STYLE["dim"])
     _axis(canvas, plot, cells, rows)
     return canvas
+
+
+def _columns(line: Line, plot: Plot, columns: int) -> list[Column]:
+    """A curve in the window. A sparse one is cut at the window's edges, not at its points there."""
+    found = decimate(line.series, plot.first, plot.last, columns)
+    if not line.sparse:
+        return found
+    for x, step, at in ((0, plot.first, 0), (columns - 1, plot.last, len(found) + 1)):
+        value = line.series.interpolated(step)
+        if value is not None and all(column.x != x for column in found):
+            found.insert(at, Column(x, value, value, value, value))
+    return found
+
+
+def _bars(line: Line, plot: Plot, columns: int) -> list[Column]:
+    """The interval of each point of a curve that has one, if there is room between the points."""
+    if line.interval is None:
+        return []
+    begin, end = line.series.between(plot.first, plot.last)
+    if (end - begin - 1) * BAR_SPACING > columns:
+        return []
+    bars = []
+    for i in range(begin, end):
+        step, value = line.series.steps[i], line.series.values[i]
+        if (half := line.interval.at(step)) is not None:
+            x = column_of(step, plot.first, plot.last, columns)
+            bars.append(Column(x, value - half, value + half, value, value))
+    return bars
 
 
 def _title(canvas: Canvas, plot: Plot) -> None:
@@ -140,14 +177,18 @@ def _curves(
     canvas: Canvas,
     plot: Plot,
     columns: list[tuple[list[Column], str]],
+    bars: list[tuple[list[Column], str]],
     scale: Scale,
     cells: int,
     rows: int,
 ) -> None:
     raster = Raster(cells, rows)
     band_rows = _target(raster, plot, scale)
-    for line, style in columns:
+    for (line, style), (intervals, _) in zip(columns, bars, strict=True):
         raster.draw(line, scale, STYLE[style])
+        for bar in intervals:
+            top, bottom = scale.row(bar.high, rows * 4), scale.row(bar.low, rows * 4)
+            raster.fill(bar.x, top, bottom, STYLE[style])
     marked = [m.step for m in plot.markers if m.kind != "checkpoint" and not m.abandoned]
     ruled = {_cell(step, plot, cells) for step in marked}
     cursor = None if plot.cursor is None else _cell(plot.cursor, plot, cells)
@@ -167,6 +208,10 @@ def _curves(
             chars[GUTTER + x] = char
             styles[GUTTER + x] = number | flag
     for curve, (points, style) in zip(plot.lines, columns, strict=True):
+        window = plot.first, plot.last, cells * 2
+        for point in decimate(curve.series, *window) if curve.sparse else []:
+            y = scale.row(point.last, rows * 4) // 4
+            canvas.write(GUTTER + point.x // 2, 1 + y, POINT, STYLE[style])
         if curve.mark and points:
             y = scale.row(points[-1].last, rows * 4) // 4
             canvas.write(GUTTER + points[-1].x // 2, 1 + y, curve.mark, STYLE[style])

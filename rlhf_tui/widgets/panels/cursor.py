@@ -65,6 +65,10 @@ class CursorPanel(Panel):
         for name, label in (*MEASURED, (metrics.BETA, "beta")):
             value = self.state.series(name).at(step)
             row += [(f"   {label} ", "dim"), (fmt.number(value), "")]
+        held_out = self.state.series(metrics.EVAL_SCORE).at(step)
+        if held_out is not None:
+            interval = self.state.series(metrics.EVAL_SCORE_CI).at(step)
+            row += [("   held-out ", "dim"), (fmt.with_interval(held_out, interval), "")]
         return row
 
     def _marker(self, marker: Marker, width: int) -> list[Row]:

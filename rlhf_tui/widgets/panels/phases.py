@@ -1,13 +1,15 @@
 """The phase strip: the current phase of each rank with its progress, and the phases' durations."""
 
 from engine import metrics
-from engine.metrics import PHASES, phase_time
+from engine.metrics import EVAL_TIME, EVALUATE, PHASES, phase_time
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.state.time_left import about
 from rlhf_tui.widgets.lines import Piece, Row, justified, row_width
 from rlhf_tui.widgets.panels.panel import Panel, bar
 
 UNITS = {"generate": "tokens", "optimise": "updates"}
+ORDER = (*PHASES[:-1], EVALUATE, PHASES[-1])
+"""All phases, in order."""
 
 
 class PhaseStrip(Panel):
@@ -28,7 +30,7 @@ class PhaseStrip(Panel):
 
     def _last_step(self, width: int, state: str) -> Row:
         """How long the last step and its phases took, after `state`."""
-        times = [(n, s) for n in PHASES if (s := self._last(phase_time(n))) is not None]
+        times = [(n, s) for n in ORDER if (s := self._last(phase_time(n))) is not None]
         if not times:
             return [(f" {state}no step measured yet", "dim")]
         total = self._last(metrics.STEP_TIME)
@@ -42,11 +44,12 @@ class PhaseStrip(Panel):
         return pieces
 
     def _last(self, metric: str) -> float | None:
-        return self.state.series(metric).last
+        series = self.state.series(metric)
+        return series.at(self.state.head.step) if metric == EVAL_TIME else series.last
 
     def _line(self, phase: Phase, width: int, several: bool) -> Row:
         lead: list[Piece] = [(f" rank {phase.rank}", "dim")] if several else []
-        if phase.name not in PHASES:
+        if phase.name not in ORDER or not phase.step:  # step 0: before the first step
             return self._loading(lead, phase, width)
         after = self._clock(phase)
         for times in (True, False):
@@ -59,11 +62,14 @@ class PhaseStrip(Panel):
 
     def _others(self, phase: Phase, *, times: bool) -> tuple[list[Piece], list[Piece]]:
         """The phases before and after this one, with their mean durations if `times`."""
-        current = PHASES.index(phase.name)
+        phases = self.state.step_phases(phase.step)
+        if phase.name not in phases:  # an evaluation, but the configuration is not read
+            phases = ORDER
+        current = phases.index(phase.name)
         before: list[Piece] = []
         later: list[Piece] = []
-        for i, name in enumerate(PHASES):
-            seconds = self.state.recent_mean(phase_time(name)) if times else None
+        for i, name in enumerate(phases):
+            seconds = self.state.phase_seconds(name) if times else None
             took = f" {seconds:.1f}s" if seconds is not None else ""
             if i < current:
                 before.append((f" ✓ {name}{took}", "dim"))
@@ -104,6 +110,6 @@ class PhaseStrip(Panel):
 
 def _progress(phase: Phase) -> float:
     """A rank's progress in its step, in phases; -1 while it loads."""
-    if phase.name not in PHASES:
+    if phase.name not in ORDER:
         return -1
-    return PHASES.index(phase.name) + (phase.done / phase.total if phase.total else 0)
+    return ORDER.index(phase.name) + (phase.done / phase.total if phase.total else 0)

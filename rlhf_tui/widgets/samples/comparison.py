@@ -33,6 +33,8 @@ class ComparisonTarget:
     """`this` or `other` if a preference was given."""
     who: str = ""
     """Who gave it."""
+    judged: bool = True
+    """Whether a preference can be given."""
 
     @functools.cached_property
     def diff(self) -> WordDiff:
@@ -94,10 +96,15 @@ def _legend(target: ComparisonTarget, width: int) -> list[Row]:
     if target.row is None:
         return [cycle]
     choose: Row = [("← → ", "key"), ("choose", "dim")]
-    keys: list[Row] = [
+    oldest: Row = [("L ", "key"), ("first", "dim")]
+    prefer: list[Row] = [
         [("y ", "key"), ("this is better", "dim")],
         [("o ", "key"), ("other is better", "dim")],
+    ]
+    keys: list[Row] = [
+        *(prefer if target.judged else []),
         *([choose] if target.kind == "earlier" else []),
+        *([oldest] if target.kind == "earlier" and not target.judged else []),
         cycle,
     ]
     legend: Row = [

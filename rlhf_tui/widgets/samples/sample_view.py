@@ -120,7 +120,7 @@ def body(
         [("ended", "dim") if s.ended else ("✂ cut off", "warn")],
     ]
     rows = [*flowed(numbers, width), *judgement_rows(s.judgement, width)]
-    if len(s.parts) > 1:
+    if len(s.parts) > 1 or (s.parts and s.held_out):  # of which one may be of `eval.rewards`
         parts = [[(f"{name} ", "dim"), (fmt.number(value), "")] for name, value in s.parts.items()]
         rows += flowed(parts, width)
     rows += [[], [("PROMPT", "dim")], *([(line, "dim")] for line in wrap(s.prompt, width)), []]

@@ -1,9 +1,10 @@
 """A rank that saves or loads a tiny policy, for test_shards.py.
 
-``saving.py save STRATEGY FOLDER [FAULT]`` trains one step, starts a save, and trains another step
-while the checkpoint is written. ``saving.py load STRATEGY FOLDER...`` loads checkpoints into a
-policy with different weights. Each rank writes its result to FOLDER as JSON; rank 0 also writes the
-gathered tensors as safetensors.
+``save STRATEGY FOLDER [FAULT]`` trains one step, starts a save, and trains another step while the
+checkpoint is written. ``load STRATEGY FOLDER...`` loads checkpoints into a policy with different
+weights. Several of these, separated by ``--``, run one after the other: starting processes takes
+longer than the work. Each rank writes its result to FOLDER as JSON; rank 0 also writes the gathered
+tensors as safetensors.
 """
 
 import json
@@ -137,23 +138,34 @@ def load(group: Any, strategy: str, folder: Path) -> Any:
     return {"step": state.step}
 
 
-def main() -> None:
-    """Runs one rank."""
-    action, strategy, *rest = sys.argv[1:]
-    torch.set_num_threads(1)
-    group = None
-    if strategy != "single":
-        store, number, count = next(rendezvous("env://"))
-        dist.init_process_group("gloo", store=store, rank=number, world_size=count)
-        group = dist.new_group(backend="gloo")
+def act(group: Any, action: str, strategy: str, *rest: str) -> None:
+    """Carries out one of the actions of the command line."""
     if action == "save":
         folder, fault = Path(rest[0]), rest[1] if len(rest) > 1 else ""
         result = save(group, strategy, folder, fault)
         (folder / f"save-{rank()}.json").write_text(json.dumps(result))
-    else:
-        for folder in map(Path, rest):
-            result = load(group, strategy, folder)
-            (folder / f"load-{rank()}.json").write_text(json.dumps(result))
+        return
+    for folder in map(Path, rest):
+        result = load(group, strategy, folder)
+        (folder / f"load-{rank()}.json").write_text(json.dumps(result))
+
+
+def main() -> None:
+    """Runs one rank."""
+    actions: list[list[str]] = [[]]
+    for word in sys.argv[1:]:
+        if word == "--":
+            actions.append([])
+        else:
+            actions[-1].append(word)
+    torch.set_num_threads(1)
+    group = None
+    if actions[0][1] != "single":
+        store, number, count = next(rendezvous("env://"))
+        dist.init_process_group("gloo", store=store, rank=number, world_size=count)
+        group = dist.new_group(backend="gloo")
+    for action in actions:
+        act(group, *action)
     if group is not None:
         # Like RankGroup.final_barrier: others would report a rank that exits early as lost.
         store.set(f"parting/{rank()}", "1")
