@@ -25,6 +25,8 @@ TIMEOUT = 30.0
 """Seconds for one message on one channel."""
 FINISH_TIMEOUT = 40.0
 """Seconds that the end of an engine waits for messages on their way."""
+CANCEL_TIMEOUT = 2.0
+"""Further seconds for those that were cancelled then."""
 HOUR = 3600.0
 
 
@@ -178,4 +180,5 @@ class Notifier:
         _, late = await asyncio.wait(self._tasks, timeout=FINISH_TIMEOUT)
         for task in late:
             task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        if late:
+            await asyncio.wait(late, timeout=CANCEL_TIMEOUT)

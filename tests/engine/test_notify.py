@@ -359,7 +359,7 @@ def is_running(pid):
 
 async def test_a_command_that_hangs_is_killed_with_its_children(tmp_path):
     hanging = asyncio.create_task(
-        CommandChannel(f"sleep 600 & echo $! > {tmp_path}/pid; wait").send(MESSAGE)
+        CommandChannel(f"cat; sleep 600 & echo $! > {tmp_path}/pid; wait").send(MESSAGE)
     )
     pid = tmp_path / "pid"
     async with asyncio.timeout(30):
@@ -372,6 +372,17 @@ async def test_a_command_that_hangs_is_killed_with_its_children(tmp_path):
     async with asyncio.timeout(30):
         while is_running(child):  # noqa: ASYNC110 - a process
             await asyncio.sleep(0.01)
+
+
+async def test_a_command_that_leaves_a_process_behind_does_not_hold_up_the_next_message(caplog):
+    """The process that left its group has inherited all that the command had open."""
+    caplog.set_level("INFO")
+    notifier = Notifier(NotifyConfig(command="setsid sleep 8 &"))
+    async with asyncio.timeout(notify.TIMEOUT):
+        for _ in range(2):
+            notifier.submit(MESSAGE)
+        await notifier.finish()
+    assert caplog.text.count("notify.command sent") == 2
 
 
 async def test_an_e_mail_has_one_subject_line_and_goes_to_each_address(tmp_path):

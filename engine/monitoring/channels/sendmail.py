@@ -1,12 +1,11 @@
 """`notify.email`: e-mail by the machine's own sendmail program."""
 
-import asyncio
 import shutil
 from collections.abc import Sequence
 from email.message import EmailMessage
 from email.policy import SMTP
 
-from engine.monitoring.channels.command import finish
+from engine.monitoring.channels.command import run_program
 from engine.monitoring.channels.message import Notification, NotificationError
 
 FOLDERS = "/usr/sbin:/usr/lib:/usr/local/sbin"
@@ -36,17 +35,8 @@ class EmailChannel:
                 f"there is no program {self._program}: install a mail transfer agent, or set "
                 "notify.sendmail"
             )
-        try:
-            process = await asyncio.create_subprocess_exec(
-                found, "-i", "--", *self._addresses,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-            )  # fmt: skip
-        except (OSError, ValueError) as error:
-            raise NotificationError(f"{found} cannot be run: {error}") from error
-        await finish(process, self._letter(message).as_bytes(policy=SMTP.clone(linesep="\n")))
+        letter = self._letter(message).as_bytes(policy=SMTP.clone(linesep="\n"))
+        await run_program([found, "-i", "--", *self._addresses], letter)
 
     def _letter(self, message: Notification) -> EmailMessage:
         letter = EmailMessage()
