@@ -21,6 +21,8 @@ Each message is one sentence that names the cause and a remedy. It is shown to t
 
 MAX_CONFIG_ERROR = 600
 """Characters of the message of a :class:`ConfigError`."""
+MAX_FIRST_LINE = 300
+"""Characters of another library's message that one of ours repeats."""
 
 
 class RlhfError(Exception):
@@ -39,6 +41,18 @@ def error_text(error: BaseException) -> str:
     except Exception as problem:
         text = f"(its message cannot be shown: {type(problem).__name__})"
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, cut to :data:`MAX_FIRST_LINE`."""
+    lines = error_text(error).strip().splitlines() or [type(error).__name__]
+    first = f"{error!r}" if isinstance(error, KeyError) else lines[0]
+    return shortened(first, MAX_FIRST_LINE)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, or its beginning and an ellipsis if it has more characters than `limit`."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 class UserInputError(RlhfError):

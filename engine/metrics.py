@@ -194,7 +194,7 @@ METRICS = (
         title="held-out score ±",
     ),
     Metric(EVAL_KL, "nats per response",
-           "KL to the reference on held-out prompts, at `rollout.temperature`",
+           "KL to the reference on held-out prompts, at temperature 1",
            title="held-out KL", chart_unit="nats/response"),
     Metric(EVAL_LENGTH, "tokens", "mean length of the responses to held-out prompts",
            title="held-out length", chart_unit="tokens"),

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from engine.errors import shortened
+
 _NAMES = {
     "int": "a whole number",
     "float": "a number",
@@ -35,4 +37,4 @@ def expected(message: str) -> str:
 def shown(value: Any) -> str:
     """A wrong value as an error repeats it, cut to one readable line."""
     text = repr(value)
-    return text if len(text) <= SHOWN_LENGTH else f"{text[: SHOWN_LENGTH - 1]}…"
+    return shortened(text, SHOWN_LENGTH)

@@ -249,7 +249,9 @@ class JournalWriter:
                 (telemetry.time, msgspec.json.encode(telemetry).decode()),
             )
 
-    def record_checkpoint(self, step: int, size: int, score: float, kl: float) -> None:
+    def record_checkpoint(
+        self, step: int, size: int, score: float | None, kl: float | None
+    ) -> None:
         """Records a checkpoint whose files are on disk except COMPLETE.
 
         Syncs the journal to disk: a complete checkpoint must never be ahead of the journal, not

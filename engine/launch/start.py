@@ -15,6 +15,7 @@ from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange
 from engine.errors import (
     ConfigError,
+    DamagedCheckpointError,
     JournalError,
     NoSuchSessionError,
     SessionError,
@@ -25,6 +26,7 @@ from engine.journal.writer import AdoptedCheckpoint, copy_until
 from engine.session.checkpoints import (
     checkpoint_path,
     complete_checkpoints,
+    find_damage,
     read_summary,
     saved_settings,
 )
@@ -179,6 +181,7 @@ def resume(
     Raises:
         ConfigError: an override is wrong, or would change the model or the data's order.
         NoSuchSessionError: there is no checkpoint of that step.
+        DamagedCheckpointError: that checkpoint is damaged.
         SessionError: the session belongs to another user.
         UserInputError: there are checkpoints but no journal, and no step is chosen.
     """
@@ -187,6 +190,7 @@ def resume(
     new = resumed_config(old, overrides)
     if from_step is not None:
         _check_step(session, from_step)
+        _check_whole(session, from_step)
     else:
         _check_history(session)
     return StartOptions(
@@ -274,6 +278,16 @@ def _check_step(session: Session, step: int) -> None:
         )
 
 
+def _check_whole(session: Session, step: int) -> None:
+    """Reads a chosen checkpoint, before the attempt abandons the steps that followed it."""
+    folder = checkpoint_path(session.checkpoints, step)
+    if problem := find_damage(folder):
+        raise DamagedCheckpointError(
+            f"the checkpoint {folder} is damaged: {problem}; nothing was changed, choose another "
+            "step with --from"
+        )
+
+
 def _settings_at(session: Session, config: RunConfig, step: int | None) -> dict[str, Any]:
     """The settings of the step after a checkpoint; the latest ones if `step` is None."""
     flat = config_file.flatten(config_file.to_tree(config))
@@ -297,6 +311,19 @@ def _setting_changes(
     ]
 
 
+def _check_prompts(key: str, source: str) -> None:
+    prompts = Path(source)
+    if not prompts.is_absolute():  # a data set on the hub, or none
+        return
+    if not is_file(prompts):
+        raise ConfigError(f"{key}: no file at {prompts}")
+    if prompts.suffix.lower() not in config_file.DATA_FILES:
+        endings = ", ".join(config_file.DATA_FILES)
+        raise ConfigError(f"{key}: {prompts} should end in one of {endings}")
+    if prompts.stat().st_size == 0:
+        raise ConfigError(f"{key}: {prompts} is empty; give at least one prompt")
+
+
 def check_inputs(config: RunConfig) -> None:
     """Checks the files that a configuration names, before a session is created.
 
@@ -305,19 +332,15 @@ def check_inputs(config: RunConfig) -> None:
     Raises:
         ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
     """
-    prompts = Path(config.data.prompts)
-    if prompts.is_absolute():
-        if not is_file(prompts):
-            raise ConfigError(f"data.prompts: no file at {prompts}")
-        if prompts.suffix.lower() not in config_file.DATA_FILES:
-            endings = ", ".join(config_file.DATA_FILES)
-            raise ConfigError(f"data.prompts: {prompts} should end in one of {endings}")
-        if prompts.stat().st_size == 0:
-            raise ConfigError(f"data.prompts: {prompts} is empty; give at least one prompt")
+    _check_prompts("data.prompts", config.data.prompts)
     models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
     many = len(config.reward.sources()) > 1
     for i, source in enumerate(config.reward.sources()):
         models[f"reward.mix[{i}].model" if many else "reward.model"] = source.model
+    if config.eval.every:
+        _check_prompts("eval.prompts", config.eval.prompts or "")
+        for i, source in enumerate(config.eval.rewards):
+            models[f"eval.rewards[{i}].model"] = source.model
     for key, name in models.items():
         folder = Path(name or "")
         if folder.is_absolute() and not has_config(folder):

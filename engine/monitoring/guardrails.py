@@ -2,7 +2,8 @@
 
 A rule raises an alert when one of its conditions begins to hold. It raises another one each time
 the distance by which the metric is beyond the limit has doubled since the last alert, and after no
-condition held. The conditions are those of :mod:`engine.monitoring.conditions`.
+condition held. Steps without the metric count for neither. The conditions are those of
+:mod:`engine.monitoring.conditions`.
 """
 
 import math
@@ -103,6 +104,8 @@ class Guardrails:
         alerts = []
         for rule in self.rules:
             value = metrics.get(rule.metric)
+            if value is None and rule.metric != "*":
+                continue  # nothing is known at this step, such as between two evaluations
             known = value is not None and math.isfinite(value)
             if known and (text := self._missing_scale(rule, settings)) is not None:
                 alerts.append(Alert(rule.name, "notify", text, step))

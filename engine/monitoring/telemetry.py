@@ -82,6 +82,7 @@ class Sampler:
 def _gpu(index: int, handle: object) -> Gpu | None:
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        name = str(pynvml.nvmlDeviceGetName(handle))
     except pynvml.NVMLError as error:
         log.debug("GPU %d cannot be read: %s", index, error)
         return None
@@ -98,7 +99,7 @@ def _gpu(index: int, handle: object) -> Gpu | None:
     number = read(lambda: pynvml.nvmlDeviceGetIndex(handle))
     return Gpu(
         index=index if number is None else int(number),
-        name=str(pynvml.nvmlDeviceGetName(handle)),
+        name=name,
         utilisation=read(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu) or 0.0,
         memory_used=int(memory.used),
         memory_total=int(memory.total),

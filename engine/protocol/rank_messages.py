@@ -124,8 +124,9 @@ class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
     step: int
     size: int
     """Bytes."""
-    score: float
-    kl: float
+    score: float | None
+    kl: float | None
+    """NaN or None if it is not finite."""
 
 
 class CheckpointComplete(Message, frozen=True, tag="checkpoint_complete"):

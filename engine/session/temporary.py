@@ -11,7 +11,7 @@ from engine.errors import SessionError
 from engine.session import lock
 
 PREFIX = "rlhf-tui-"
-LOCK = "lock"
+LOCK = ".rlhf-tui.lock"
 GRACE = 60.0
 """Seconds for which a new folder is left alone: it is created before it is locked."""
 
@@ -43,5 +43,10 @@ def remove_abandoned() -> None:
         with contextlib.suppress(OSError, SessionError):
             status = file.lstat()
             mine = status.st_uid == folder.lstat().st_uid == os.getuid()
-            if mine and time.time() - status.st_mtime > GRACE and not lock.is_held(file):
+            if not mine or time.time() - status.st_mtime <= GRACE:
+                continue
+            held = lock.SessionLock(file)  # raises SessionError while its process lives
+            try:
                 shutil.rmtree(folder)
+            finally:
+                held.release()

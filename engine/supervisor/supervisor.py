@@ -25,6 +25,7 @@ from engine.launch.start import (
     adopted_checkpoint,
     earlier_checkpoint,
     last_checkpoint,
+    timeline_checkpoints,
 )
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import Notifier, missing_variables
@@ -259,12 +260,12 @@ class Supervisor:
         earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
         if earlier is not None and not state.stop_now:
             text = f"{failure.text}; resuming from the one before, of step {earlier.from_step}"
-            log.error(text)
+            log.info(text)
             self.publisher.notice("checkpoint", text, earlier.from_step)
             state.next = earlier
             return 1
         if failure.damaged:
-            text = f"{failure.text}; resume from another one with --from STEP"
+            text = f"{failure.text}; {self._advice(attempt.start.from_step)}"
             failure = msgspec.structs.replace(failure, text=text)
         data = {
             "text": failure.text,
@@ -287,6 +288,12 @@ class Supervisor:
         text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
         self.publisher.notice("restart", text, self._journal.step)
         return 1
+
+    def _advice(self, damaged: int) -> str:
+        others = [str(step) for step in timeline_checkpoints(self._session) if step != damaged]
+        if not others:
+            return "there is no other one to resume from"
+        return f"resume from another one ({', '.join(others)}) with --from STEP"
 
     def _end_text(self, reason: str) -> str:
         aim = self._config.train.stop_at

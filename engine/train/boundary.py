@@ -66,6 +66,8 @@ class BoundaryBroadcast(msgspec.Struct):
     seconds: float
     """Training time so far. Equal on all ranks, so `train.max_hours` ends them at the same step."""
     beta: float
+    reached: bool
+    """Whether `train.stop_at` is met. Ranks may differ, in times or in a sum's last bit."""
 
 
 def update_reference(run: Run) -> None:
@@ -98,6 +100,7 @@ class Boundary:
         self._stop_ids: list[str] = []
         self._ended = False
         self._reached = False
+        self._held: RewardCallError | None = None
 
     def before_step(self) -> bool:
         """Executes the commands received since the last step; blocks while the run is paused.
@@ -112,7 +115,9 @@ class Boundary:
                 self._replay_change(replayed)
         # A step that is repeated must not have them again.
         self._replay = [r for r in self._replay if r.step != step]
-        self._execute(self._next_commands())
+        commands = self._next_commands()
+        self._begin_hold()
+        self._execute(commands)
         reported = time.monotonic()
         while self._paused and not self._stop_ids:
             if time.monotonic() - reported > PAUSE_REPORT_INTERVAL:
@@ -125,15 +130,25 @@ class Boundary:
         return follows
 
     def hold(self, error: RewardCallError) -> None:
-        """Pauses before a step whose reward could not be computed.
+        """Has :meth:`before_step` pause before a step whose reward could not be computed.
 
-        Call :meth:`before_step` again: it executes commands, like in any pause, and returns when
-        the step is to be repeated. Call it on all ranks; the error is the same on all of them.
+        It then executes commands, like in any pause, and returns when the step is to be repeated.
+        After the last step there is no pause, as nothing is left to repeat, but a notice. Call it
+        on all ranks; the error is the same on all of them.
         """
+        self._held = error
+
+    def _begin_hold(self) -> None:
+        """Pauses if :meth:`hold` asked for it. Call it when the ranks agree on the run's end."""
+        error, self._held = self._held, None
+        if error is None:
+            return
+        step, reason = self._run.state.step, str(error)
+        log.error("%s\n%s", reason, error.trace)
+        if self._end_reason() is not None:
+            self._link.send(Notice(step=step, rule="reward", text=reason))
+            return
         self._paused = True
-        step = self._run.state.step
-        reason = str(error)
-        log.error("%s; the run pauses\n%s", reason, error.trace)
         self._link.send(Paused(step=step, rule="reward", reason=reason, traceback=error.trace))
 
     def _end_reason(self) -> str | None:
@@ -147,7 +162,7 @@ class Boundary:
         return None
 
     def _has_reached_aim(self, metrics: dict[str, float]) -> bool:
-        """Whether a step's metrics meet `train.stop_at`; all ranks have the same metrics."""
+        """Whether a step's metrics meet `train.stop_at`."""
         aim = self._run.config.train.stop_at
         return aim is not None and aim.metric in metrics and aim.reached(metrics[aim.metric])
 
@@ -156,20 +171,24 @@ class Boundary:
     def _next_commands(self, wait: float = 0.0) -> list[ToRank]:
         """Rank 0's new commands, on every rank.
 
-        Training time and beta are broadcast with them: rank 0 measured or computed them, and they
-        must be bitwise equal on all ranks. While paused this runs every
-        :data:`PAUSE_POLL_INTERVAL`, so that no rank waits in a collective until it times out.
+        Training time, beta and the verdict on `train.stop_at` are broadcast with them: rank 0
+        measured or computed them, and they must be bitwise equal on all ranks. While paused this
+        runs every :data:`PAUSE_POLL_INTERVAL`, so that no rank waits in a collective until it times
+        out.
         """
         run, data = self._run, b""
         if run.ranks.is_lead:
             commands = self._link.commands(wait)
             data = msgspec.msgpack.encode(
                 BoundaryBroadcast(
-                    commands=commands, seconds=run.state.seconds, beta=run.config.kl.beta
+                    commands=commands,
+                    seconds=run.state.seconds,
+                    beta=run.config.kl.beta,
+                    reached=self._reached,
                 )
             )
         received = msgspec.msgpack.decode(run.ranks.broadcast_bytes(data), type=BoundaryBroadcast)
-        run.state.seconds = received.seconds
+        run.state.seconds, self._reached = received.seconds, received.reached
         self._set({"beta": received.beta})
         return received.commands
 

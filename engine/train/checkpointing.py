@@ -13,7 +13,7 @@ from engine.metrics import KL, SCORE
 from engine.protocol.rank_messages import Begin, CheckpointComplete, CheckpointWritten, Notice
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints, mark_complete
 from engine.train.checkpoints import folder as checkpoint_folder
-from engine.train.checkpoints.folder import SavedState
+from engine.train.checkpoints.folder import MetricValue, SavedState
 from engine.train.checkpoints.saver import Outcome, Saved, Saver
 from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
@@ -64,7 +64,7 @@ class CheckpointManager:
         self._branch = set(begin.checkpoints)
         """Steps of the checkpoints of this branch of the run, removed ones included."""
         self._score = self._kl = math.nan
-        self._best: float | None = None
+        self._best: MetricValue | None = None
         self._seconds = 0.0
         """That saving has blocked training since the last step."""
 
@@ -79,7 +79,8 @@ class CheckpointManager:
             Seconds that saving has blocked training since the last call.
         """
         self._score, self._kl = metrics[SCORE], metrics[KL]
-        self._best = metrics.get(self._run.config.train.best_metric)
+        best = self._run.config.train.best_metric
+        self._best = MetricValue(best, metrics.get(best))
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -169,7 +170,7 @@ class CheckpointManager:
             "checkpoint of step %d: %.1f MB in %.1f s", step, outcome.size / 1e6, outcome.seconds
         )
 
-    def _removable(self, saved_step: int, best: float | None) -> list[int]:
+    def _removable(self, saved_step: int, best: MetricValue | None) -> list[int]:
         """Steps of older checkpoints to remove, by `train.keep_last` and `train.keep_best`.
 
         Checkpoints of an abandoned branch are neither counted nor removed, since an operator may
@@ -177,7 +178,7 @@ class CheckpointManager:
         cannot be read is left alone as well.
         """
         train = self._run.config.train
-        scores = {saved_step: -math.inf if best is None else best}
+        scores = {saved_step: -math.inf if best is None else best.rank}
         for step, folder in complete_checkpoints(self._folder).items():
             if step in self._branch and step < saved_step:
                 with contextlib.suppress(CheckpointError):

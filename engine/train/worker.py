@@ -10,9 +10,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -23,6 +22,7 @@ from engine.config.settings import settings_of
 from engine.errors import (
     DamagedCheckpointError,
     LinkError,
+    RewardError,
     RlhfError,
     UserInputError,
     error_text,
@@ -38,8 +38,8 @@ from engine.protocol.rank_messages import (
 )
 from engine.session.folder import Session
 from engine.train.boundary import Boundary
-from engine.train.distributed.ranks import RankGroup, is_peer_loss
-from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due
+from engine.train.distributed.ranks import PeerRankError, RankGroup, is_peer_loss
+from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due, recorded
 from engine.train.link import Link
 from engine.train.load import fit_scales, load_run
 from engine.train.models import memory_check
@@ -54,7 +54,6 @@ LESS_MEMORY = (
     "Less is needed with a smaller ppo.micro_batch_size, reward.batch_size or rollout.at_once, or "
     "with parallel.activation_checkpointing, model.dtype: bfloat16 or lora.rank (rlhf-tui plan)"
 )
-T = TypeVar("T")
 
 
 def main() -> None:
@@ -170,10 +169,9 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
 
     with contextlib.closing(boundary):
         if not begin.from_step:
-            when_scored(boundary, lambda: fit_scales(run, config))
-            baseline = when_scored(boundary, lambda: evaluate_if_due(run, 0))
-            if baseline is not None and baseline.metrics:
-                link.send(BaselineReport(baseline.metrics, baseline.samples))
+            baseline = prepare(boundary, run, config)
+            if baseline.metrics:
+                link.send(BaselineReport(baseline.metrics, recorded(baseline.samples)))
                 if events is not None:
                     events.step(0, baseline.metrics, baseline.samples)
         while boundary.before_step():
@@ -203,7 +201,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
                         if 0 < run.state.reference_updated == step - 1
                         else None
                     ),
-                    evaluated=evaluation.samples,
+                    evaluated=recorded(evaluation.samples),
                 )
             )
             boundary.checkpoints.save_if_due()
@@ -214,33 +212,42 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
         events.close()
 
 
-def when_scored(boundary: Boundary, action: Callable[[], T]) -> T | None:
-    """Does what needs rewards before the first step; pauses while they cannot be computed.
+def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
+    """Measures what needs rewards before the first step; pauses while they cannot be computed.
+
+    Args:
+        boundary: before the first step.
+        run: the run.
+        config: the configuration that it was loaded with.
 
     Returns:
-        The action's result; None if the run is stopped before it succeeds.
+        The evaluation before the first step; empty if none is due or the run is stopped first.
     """
+    fitted = False
     while True:
         try:
-            return action()
+            if not fitted:
+                fit_scales(run, config)
+                fitted = True
+            return evaluate_if_due(run, 0)
         except RewardCallError as error:
             boundary.hold(error)
             if not boundary.before_step():
-                return None
+                return Evaluation()
 
 
 def evaluate_or_skip(run: Run, step: int) -> tuple[Evaluation, RewardCallError | None]:
     """Evaluates after a step if that is due.
 
     Returns:
-        The evaluation, and an error to pause with if a reward could not be computed. The weights
-        have changed, so the step cannot be repeated: it has no evaluation then.
+        The evaluation, and an error to pause with if a reward could not be computed or used. The
+        weights have changed, so the step cannot be repeated: it has no evaluation then.
     """
     try:
         return evaluate_if_due(run, step), None
-    except RewardCallError as error:
-        text = f"{error}; step {step} is not evaluated"
-        return Evaluation(), RewardCallError(text, error.trace)
+    except (RewardCallError, RewardError, PeerRankError) as error:
+        trace = error.trace if isinstance(error, RewardCallError) else ""
+        return Evaluation(), RewardCallError(f"{error}; step {step} is not evaluated", trace)
 
 
 def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin, RunConfig]:

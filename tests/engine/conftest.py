@@ -63,6 +63,7 @@ class Writer:
         self.journal.complete_checkpoint(step)
         folder = self.session.checkpoints / f"step-{step:06d}"
         folder.mkdir(exist_ok=True)
+        (folder / "state.json").write_text('{"hashes": {}}')
         (folder / "COMPLETE").touch()
 
 

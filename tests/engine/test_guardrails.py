@@ -37,6 +37,11 @@ def test_a_threshold_alerts_when_it_is_crossed_and_again_after_it_no_longer_held
     assert alert_steps(rails(rule), [0, 2, 2.9, 1, 0, 1.1]) == [2, 6]
 
 
+def test_steps_without_the_metric_do_not_end_a_condition():
+    rule = Rule(name="high", metric="eval/kl", above=1.0)
+    assert alert_steps(rails(rule), [2, None, 2, None, 0, 2], metric="eval/kl") == [1, 6]
+
+
 @pytest.mark.parametrize(
     ("rule", "values", "steps"),
     [

@@ -19,6 +19,7 @@ from engine.config import file as config_file
 from engine.config.settings import SettingChange
 from engine.errors import (
     ConfigError,
+    DamagedCheckpointError,
     NoSuchSessionError,
     SessionError,
     SessionLockedError,
@@ -43,7 +44,7 @@ from engine.protocol.client import Client
 from engine.session import folder as session_folder
 from engine.session import registry
 from engine.session.states import ENDED_STATES, LIVE_STATES
-from engine.session.temporary import TemporaryFolder
+from engine.session.temporary import LOCK, TemporaryFolder
 
 modest = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -113,7 +114,7 @@ def test_temporary_folders_of_killed_processes_are_removed_by_the_next(tmp_path,
     (abandoned,) = tmp_path.iterdir()
     alive = TemporaryFolder()
     for folder in (abandoned, alive.path):
-        os.utime(folder / "lock", (1, 1))  # long ago
+        os.utime(folder / LOCK, (1, 1))  # long ago
     newest = TemporaryFolder()
     assert set(tmp_path.iterdir()) == {alive.path, newest.path}
     for folder in (alive, newest):
@@ -314,13 +315,23 @@ def test_a_resume_without_a_journal_does_not_start_over_from_step_0(without_jour
         resume(without_journal, from_step=None, reseed=False, overrides=[], who="me")
 
 
+def test_a_resume_from_a_damaged_checkpoint_is_refused_before_it_abandons_steps(writer):
+    writer.steps(1, 2, 3, 4)
+    for step in (2, 4):
+        writer.checkpoint(step)
+    (writer.session.checkpoints / "step-000002" / "state.json").write_text("{")
+    with pytest.raises(DamagedCheckpointError, match="nothing was changed"):
+        resume(writer.session, from_step=2, reseed=False, overrides=[], who="me")
+
+
 def test_a_session_whose_journal_is_lost_is_not_new(without_journal):
     # A new one is removed when its configuration turns out to be wrong.
     assert not is_new(without_journal, StartOptions(from_step=8))
 
 
 def test_a_chosen_checkpoint_can_be_resumed_from_without_a_journal(without_journal, write_in):
-    (without_journal.checkpoints / "step-000008" / "state.json").write_text('{"score": 0.5}')
+    state_file = without_journal.checkpoints / "step-000008" / "state.json"
+    state_file.write_text('{"score": 0.5, "hashes": {}}')
     start = resume(without_journal, from_step=8, reseed=False, overrides=[], who="me")
     assert (start.from_step, start.fresh) == (8, True)
     new = write_in(without_journal)
@@ -429,7 +440,7 @@ def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
     writer.steps(1, 2, 3)
     writer.checkpoint(2)
     writer.journal.set_meta(settings={"beta": 0.1})  # of step 4
-    state = {"state": {"settings": {"beta": 0.25}}, "score": 0.5, "kl": 1.5}
+    state = {"state": {"settings": {"beta": 0.25}}, "score": 0.5, "kl": 1.5, "hashes": {}}
     folder = writer.session.checkpoints / "step-000002"
     (folder / "state.json").write_text(json.dumps(state))
     given = {"reseed": False, "overrides": ["kl.beta=0.3"], "who": "me"}
@@ -448,6 +459,7 @@ def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
         ("data.prompts=/nowhere/p.jsonl", "data.prompts: no file at"),
         ("model.policy=/nowhere", "model.policy: the folder /nowhere does not exist"),
         ("reward.model=/", "reward.model: the folder / holds no config.json"),
+        ("eval={every: 1, prompts: /nowhere/p.jsonl}", "eval.prompts: no file at"),
     ],
 )
 def test_what_is_not_there_is_told_before_anything_is_made(override, says):

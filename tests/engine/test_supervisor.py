@@ -334,4 +334,5 @@ async def test_no_other_checkpoint_replaces_the_first_or_a_chosen_one(engine, wr
     engine.supervisor.conclude(1)
     assert (engine.shared.next, engine.state) == (None, "failed")
     with JournalReader(writer.session) as reader:
-        assert reader.meta().message.endswith("resume from another one with --from STEP")
+        message = reader.meta().message
+    assert message.endswith(f"resume from another one ({6 - start.from_step}) with --from STEP")

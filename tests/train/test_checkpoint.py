@@ -1,6 +1,7 @@
 """Checkpoints: they are complete or do not exist, and a resumed run continues bit for bit."""
 
 import json
+import math
 import shutil
 import threading
 
@@ -22,6 +23,7 @@ from engine.protocol.rank_messages import Begin, ReplayedChange
 from engine.session.checkpoints import complete_checkpoints, mark_complete
 from engine.train.boundary import update_reference
 from engine.train.checkpoints import folder as checkpoint_folder
+from engine.train.checkpoints.folder import MetricValue
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
@@ -34,16 +36,16 @@ DEADLINE = 120
 """Seconds; generous, for a busy machine."""
 
 
-def begin(saver, run, score=1.0):
+def begin(saver, run, score=1.0, best=None):
     saver.begin(
         run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=score, kl=0.5,
-        reference=run.reference if run.state.reference_updated else None,
+        reference=run.reference if run.state.reference_updated else None, best=best,
     )  # fmt: skip
 
 
-def save(run, session, score=1.0):
+def save(run, session, score=1.0, best=None):
     saver = Saver(session.checkpoints)
-    begin(saver, run, score)
+    begin(saver, run, score, best)
     outcome = saver.wait(DEADLINE)
     if isinstance(outcome, CheckpointError):
         raise outcome
@@ -349,6 +351,20 @@ def test_a_checkpoint_replaces_one_of_the_same_step(trained):
     folder = save(run, session, score=2.0)
     assert checkpoint_folder.read_best(folder, SCORE) == 2.0
     assert [p.name for p in session.checkpoints.iterdir()] == ["step-000001"]
+
+
+def test_checkpoints_are_compared_by_the_metric_that_is_best_metric_now(trained):
+    run, session = trained
+    folder = save(run, session, score=2.0, best=MetricValue("eval/score", 3.0))
+    found = [checkpoint_folder.read_best(folder, m) for m in ("eval/score", SCORE, "eval/kl")]
+    assert found == [3.0, 2.0, -math.inf]
+
+
+def test_a_checkpoint_of_a_step_whose_metrics_are_not_finite_can_be_read(trained):
+    run, session = trained
+    folder = save(run, session, score=math.nan, best=MetricValue(SCORE, math.nan))
+    assert checkpoint_folder.read_best(folder, SCORE) == -math.inf
+    assert resumed(session).state.step == 1
 
 
 def test_a_changed_reference_is_refused_on_a_resume(trained):

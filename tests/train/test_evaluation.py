@@ -2,15 +2,23 @@
 
 import json
 
+import msgspec
 import pytest
 import torch
 
-from engine.errors import UserInputError
-from engine.protocol.rank_messages import Begin
-from engine.train.boundary import Boundary
-from engine.train.evaluation.evaluate import confidence_interval, evaluate_if_due
+from engine.errors import RewardError, UserInputError
+from engine.protocol import frames
+from engine.protocol.rank_messages import BaselineReport, Begin, Sample
+from engine.train.boundary import Boundary, BoundaryBroadcast
+from engine.train.evaluation.evaluate import (
+    RECORDED_CHARACTERS,
+    confidence_interval,
+    evaluate_if_due,
+    recorded,
+)
 from engine.train.link import Link
 from engine.train.step import train_step
+from engine.train.worker import evaluate_or_skip
 
 EVALUATED = ("eval.every=1", "eval.holdout=6", "eval.per_prompt=2", "data.shuffle=true")
 
@@ -95,6 +103,38 @@ def test_the_run_ends_when_a_metric_has_reached_its_aim(make_run):
     boundary.after_step(1, metrics, 0.1)
     assert not boundary.before_step()
     boundary.close()
+
+
+def test_the_ranks_end_together_by_rank_0_s_verdict_on_the_aim(make_run, monkeypatch):
+    run, session = make_run("train.stop_at={metric: time/step, above: 1e6}")
+    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
+    verdict = BoundaryBroadcast(commands=[], seconds=1.0, beta=0.1, reached=True)
+    data = msgspec.msgpack.encode(verdict)
+    monkeypatch.setattr(run.ranks, "broadcast_bytes", lambda _data: data)
+    assert not boundary.before_step()
+    boundary.close()
+
+
+def test_scores_of_held_out_responses_that_cannot_be_used_do_not_end_the_run(make_run):
+    run, _ = make_run(*EVALUATED)
+
+    def refuse(*_args, **_options):
+        raise RewardError("not a number")
+
+    run.rewards = refuse
+    evaluation, problem = evaluate_or_skip(run, 1)
+    assert (evaluation.metrics, str(problem)) == ({}, "not a number; step 1 is not evaluated")
+
+
+def test_of_very_many_responses_as_many_are_recorded_as_a_message_holds():
+    text = "x" * (RECORDED_CHARACTERS // 10)
+    samples = [
+        Sample(index=i, prompt="", response=text, score=0.0, kl=0.0, length=1, ended=True)
+        for i in range(20)
+    ]
+    kept = recorded(samples)
+    assert [s.index for s in kept] == list(range(9))
+    frames.encode(BaselineReport(metrics={}, samples=kept))
 
 
 @pytest.mark.parametrize("step", [1, 2])

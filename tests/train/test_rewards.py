@@ -221,6 +221,13 @@ def test_a_function_that_raises_is_called_again(module, call):
     assert call(function_reward(module, "fails_twice")) == [1.0] * 3
 
 
+def test_all_ranks_learn_of_each_call_so_that_none_waits_for_several(module, call, monkeypatch):
+    told = []
+    monkeypatch.setattr(SINGLE_RANK, "broadcast_bytes", lambda data: told.append(data) or data)
+    call(function_reward(module, "fails_twice"))
+    assert len(told) == 3
+
+
 def test_a_probe_does_not_call_a_function_again(module, call):
     with pytest.raises(RewardCallError, match="no service"):
         call(function_reward(module, "fails_twice"), retry=False)
@@ -268,6 +275,16 @@ def test_a_function_whose_file_was_mended_is_imported_again(module, call):
 def test_a_function_that_does_not_exist_is_an_input_error(source, message):
     with pytest.raises(UserInputError, match=message):
         FunctionReward(source, None)
+
+
+def test_a_module_that_ends_the_interpreter_is_an_input_error(tmp_path):
+    (tmp_path / "ending_for_test.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserInputError, match=r"cannot import .*SystemExit: 0"):
+        FunctionReward("ending_for_test:f", str(tmp_path))
+
+
+def test_a_function_may_be_in_a_module_without_a_file():
+    FunctionReward("sys:exit", None)
 
 
 def test_the_same_tokens_or_the_same_text_give_the_same_score(inputs, tokenizer):

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from engine.launch import environment
 from engine.protocol import frames, rank_messages, sockets
-from engine.protocol.commands import Checkpoint, SetSetting
+from engine.protocol.commands import Checkpoint, SetSetting, Stop
 from engine.protocol.rank_messages import (
     Applied,
     Begin,
@@ -18,6 +18,7 @@ from engine.protocol.rank_messages import (
     CheckpointWritten,
     Confirm,
     Notice,
+    Paused,
     RankCommand,
     RankHello,
     ReplayedChange,
@@ -27,6 +28,8 @@ from engine.train.boundary import Boundary
 from engine.train.checkpointing import settings_digest
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.link import Link
+from engine.train.rewards.source import RewardCallError
+from engine.train.worker import prepare
 
 DEADLINE = 120
 """Seconds; generous, for a busy machine."""
@@ -283,6 +286,34 @@ def test_ranks_may_differ_in_the_last_bit_of_beta_when_they_save(trained):
     assert settings_digest(replace(state, settings=replace(settings, epochs=7))) != settings_digest(
         state
     )
+
+
+def test_a_run_that_has_taken_its_last_step_does_not_pause_for_a_reward(trained):
+    run, _, boundary, supervisor = trained
+    run.config = replace(run.config, train=replace(run.config.train, steps=1))
+    boundary.hold(RewardCallError("no service; step 1 is not evaluated"))
+    assert not boundary.before_step()
+    assert supervisor.wait_for(Notice).rule == "reward"
+    assert supervisor.of(Paused) == []
+
+
+def test_a_run_that_is_stopped_before_its_scores_are_normalised_evaluates_nothing(
+    make_run, supervisor, link
+):
+    run, session = make_run("reward.normalise=reference", "eval.every=1", "eval.holdout=4")
+    calls = []
+
+    def fail(*_args, **_options):
+        calls.append(1)
+        raise RewardCallError("no service")
+
+    run.rewards.total = fail
+    boundary = Boundary(session, run, Begin(attempt=1, from_step=0), link)
+    supervisor.wait_for(RankHello)
+    supervisor.send(RankCommand(id="1", command=Stop()))
+    assert prepare(boundary, run, run.config).metrics == {}
+    assert len(calls) == 1
+    boundary.close()
 
 
 def test_a_command_that_declares_it_is_carried_out_again_by_a_resume(trained, link, monkeypatch):

@@ -88,15 +88,30 @@ class SavedState(TrainingState, kw_only=True):
         return TrainingState(**values), apply_settings(config, Settings(**saved))
 
 
+class MetricValue(msgspec.Struct, frozen=True):
+    """`train.best_metric` at the step of a checkpoint."""
+
+    metric: str
+    """Its name, since a resume may choose another one."""
+    value: float | None
+    """None if the step does not have that metric."""
+
+    @property
+    def rank(self) -> float:
+        """The value to sort by; -∞ if there is none."""
+        return -math.inf if self.value is None or math.isnan(self.value) else self.value
+
+
 class StateFile(msgspec.Struct, kw_only=True):
     """The content of state.json."""
 
     format: int = FORMAT
     state: SavedState
-    score: float
-    kl: float
-    best: float | None = None
-    """`train.best_metric` of the step; None if the step does not have that metric."""
+    score: float | None
+    kl: float | None
+    """None for a value that is not finite, which JSON cannot hold."""
+    best: MetricValue | None = None
+    """None in earlier versions."""
     torch: str
     optimiser: str
     hashes: dict[str, str]
@@ -194,11 +209,13 @@ def read_state(folder: Path, *, verify: bool = True) -> SavedState:
 def read_best(folder: Path, metric: str) -> float:
     """Reads the value by which `train.keep_best` compares; -∞ if the checkpoint does not have it.
 
-    Checkpoints of earlier versions have only the mean score.
+    Each has the mean score, and the metric that was `train.best_metric` when it was saved.
     """
     content = _read_file(folder)
-    best = content.score if content.best is None and metric == SCORE else content.best
-    return -math.inf if best is None or math.isnan(best) else best
+    best = content.best
+    if best is None or best.metric != metric:
+        best = MetricValue(metric, content.score if metric == SCORE else None)
+    return best.rank
 
 
 def read_optimiser(folder: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.errors import first_line
 from engine.train.models import lora
 from engine.train.models.language_model import LanguageModel
 
@@ -62,7 +63,8 @@ def policy_files(
         except Exception as error:  # tokenizers raise almost any type
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
-            notice(f"the tokenizer cannot be saved, checkpoints are without it: {error}")
+            text = f"the tokenizer cannot be saved, checkpoints are without it: {first_line(error)}"
+            notice(text)
             return files
         return files | _read_files(Path(folder))
 

@@ -25,7 +25,7 @@ from engine.errors import CheckpointError
 from engine.session.checkpoints import checkpoint_path
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import shards
-from engine.train.checkpoints.folder import SavedState, StateFile
+from engine.train.checkpoints.folder import MetricValue, SavedState, StateFile
 from engine.train.checkpoints.host_copy import HostCopies
 from engine.train.checkpoints.policy_folder import policy_files, policy_tensors, write_policy
 from engine.train.models.language_model import AnyModel, LanguageModel
@@ -43,10 +43,9 @@ class Saved:
     folder: Path
     size: int
     """In bytes."""
-    score: float
-    kl: float
-    best: float | None
-    """`train.best_metric` of its step."""
+    score: float | None
+    kl: float | None
+    best: MetricValue | None
     seconds: float
     """From the start of the copy to the rename."""
 
@@ -112,7 +111,7 @@ class Saver:
         score: float,
         kl: float,
         reference: AnyModel | None = None,
-        best: float | None = None,
+        best: MetricValue | None = None,
     ) -> None:
         """Copies all tensors to host memory and starts to write them in the background.
 
@@ -127,7 +126,7 @@ class Saver:
             score: mean score of the last step.
             kl: KL of the last step to the reference, in nats per response.
             reference: given if it is no longer the model that the configuration names.
-            best: `train.best_metric` of the last step; None if it does not have that metric.
+            best: `train.best_metric` of the last step.
         """
         self.wait()
         began = time.monotonic()

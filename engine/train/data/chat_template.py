@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from engine.errors import UserInputError
+from engine.errors import UserInputError, first_line
 
 TIME_LIMIT = 10.0
 """Seconds to render one conversation, which usually takes less than a millisecond."""
@@ -47,9 +47,8 @@ def render_chat(
             f"{TIME_LIMIT:.0f} s for one conversation; use another model or mend the template"
         ) from None
     except Exception as error:  # a template can raise what any of its expressions raises
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UserInputError(
-            f"{key}: the chat template of {tokenizer.name_or_path} fails: {first}"
+            f"{key}: the chat template of {tokenizer.name_or_path} fails: {first_line(error)}"
         ) from error
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from engine import starter
 from engine.config.file import DATA_FILES
 from engine.config.schema import DataConfig
-from engine.errors import UserInputError
+from engine.errors import UserInputError, error_text, first_line
 from engine.train.data.chat_template import render_chat
 from engine.train.data.randomness import permutation
 
@@ -248,10 +248,9 @@ def _check_nesting(source: str) -> None:
 
 
 def _read_error(source: str, kind: str | None, error: Exception) -> str:
-    if "corresponds to no data" in str(error):  # the message of `datasets` for no rows
+    if "corresponds to no data" in error_text(error):  # the message of `datasets` for no rows
         return f"data.prompts: {source} holds no rows; give at least one prompt"
-    cause = error.__cause__ or error
-    first = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:300]
+    first = first_line(error.__cause__ or error)
     if kind is None:
         endings = ", ".join(DATA_FILES)
         return (

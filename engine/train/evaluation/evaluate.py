@@ -27,6 +27,8 @@ from engine.train.rollout.rollout import ReportProgress, Rollout
 from engine.train.run import Run
 
 PHASE = "evaluate"
+RECORDED_CHARACTERS = 8_000_000
+"""Of the responses that are recorded, with their prompts: what a message can hold."""
 GREEDY_TEMPERATURE = 1e-6
 """Leaves the most likely token with probability 1 in float32, unless logits differ by less than
 1e-4."""
@@ -200,3 +202,10 @@ def _samples(parts: list[_Scored]) -> list[Sample]:
                 )
             )
     return samples
+
+
+def recorded(samples: list[Sample]) -> list[Sample]:
+    """The first samples, as many as have :data:`RECORDED_CHARACTERS`; the metrics have all."""
+    # A hundred for the numbers of each.
+    sizes = itertools.accumulate(len(s.prompt) + len(s.response) + 100 for s in samples)
+    return [s for s, size in zip(samples, sizes, strict=True) if size <= RECORDED_CHARACTERS]

@@ -4,7 +4,6 @@ Reads the configuration as JSON on standard input. The last line of standard out
 with `metrics` and `samples`, or with `error`. Reads the session and writes nothing to it.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import msgspec
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
-from engine.errors import RlhfError
+from engine.errors import RlhfError, error_text
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup
@@ -30,9 +29,11 @@ def main() -> None:
     try:
         result = _evaluated(Session(folder), config, step)
     except RlhfError as error:
-        result = {"error": str(error), "exit_code": error.exit_code}
-    sys.stdout.write(f"\n{json.dumps(result)}\n")
+        result = {"error": error_text(error), "exit_code": error.exit_code}
+    # Unlike json, this encoder writes null for a metric that is not finite.
     sys.stdout.flush()
+    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(result) + b"\n")
+    sys.stdout.buffer.flush()
     os._exit(0)  # torch's threads may keep the interpreter from ending
 
 

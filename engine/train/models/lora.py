@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from engine.config.schema import LoRAConfig
-from engine.errors import CheckpointError, UserInputError
+from engine.errors import CheckpointError, UserInputError, first_line
 from engine.train.data.randomness import derived_key
 
 WEIGHTS = "adapter_model.safetensors"
@@ -60,7 +60,7 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
     try:
         inject_adapter_in_model(adapters, lm)
     except ValueError as error:  # a target that also matches layers of other types
-        raise UserInputError(f"lora.targets: {str(error).splitlines()[0]}") from error
+        raise UserInputError(f"lora.targets: {first_line(error)}") from error
     for name, layer in _named_layers(lm):
         _initialise(layer, derived_key(seed, f"adapter {name}"))
 

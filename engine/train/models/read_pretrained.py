@@ -11,12 +11,10 @@ import torch
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from engine.config.model_folder import folder_error
-from engine.errors import UserInputError
+from engine.errors import UserInputError, first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Extensions of weights that a pickle holds."""
-SHOWN_LENGTH = 300
-"""Characters of another library's message."""
 
 
 def read_pretrained(kind: Any, source: str, key: str, what: str = "model", **options: Any) -> Any:
@@ -42,13 +40,6 @@ def read_pretrained(kind: Any, source: str, key: str, what: str = "model", **opt
         raise
     except Exception as error:
         raise UserInputError(_explain(source, key, what, error)) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's message, cut to a readable length."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    first = f"{error!r}" if isinstance(error, KeyError) else lines[0]
-    return first if len(first) <= SHOWN_LENGTH else f"{first[: SHOWN_LENGTH - 1]}…"
 
 
 def _check_weights(source: str, key: str) -> None:

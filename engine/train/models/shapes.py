@@ -20,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from engine import starter
 from engine.config.file import DATA_FILES
 from engine.config.schema import RunConfig
-from engine.errors import UserInputError
+from engine.errors import UserInputError, first_line
 from engine.memory.model import Models, Shape
 from engine.train.data.prompts import load_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.pretrained import load_tokenizer
-from engine.train.models.read_pretrained import first_line, read_pretrained
+from engine.train.models.read_pretrained import read_pretrained
 
 MAX_PROMPT_FILE = 20_000_000
 """Bytes. For a larger file `data.max_prompt_tokens` is used instead of the longest prompt."""

@@ -1,74 +1,51 @@
-"""Calls of reward sources that run on rank 0: retries, and a description of what they raise."""
+"""Calls of reward sources that run on rank 0, and a description of what they raise."""
 
-import logging
-import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from engine.errors import RewardError, error_text
-from engine.train.rewards.scores import validate_scores
+from engine.errors import LinkError, RewardError, error_text, shortened
+from engine.train.rewards.scores import shown, shown_prompt, validate_scores
 from engine.train.rewards.source import Reward, RewardCallError, RewardInputs
 from engine.train.rollout.rollout import ReportProgress
-
-log = logging.getLogger("engine")
 
 FIRST_DELAY = 1.0
 """Seconds before the first retry; each further one waits twice as long."""
 MAX_DELAY = 60.0
 """Seconds that a retry waits at most; commands are not executed meanwhile."""
-SHOWN_CHARACTERS = 120
-"""Characters of a prompt, a response or an exception in an error message."""
+SHOWN_MESSAGE = 240
+"""Characters of an exception's message in ours."""
 
 
-@dataclass(frozen=True)
-class Caller:
-    """Calls the sources of one run on rank 0."""
+def call_source(
+    name: str, reward: Reward, inputs: RewardInputs, report: ReportProgress
+) -> list[float | None]:
+    """Calls a source on rank 0, once.
 
-    retries: int
-    """Further calls of a source that raises."""
+    Args:
+        name: of the source.
+        reward: the source.
+        inputs: B responses.
+        report: see :class:`Reward`.
 
-    def __call__(
-        self,
-        name: str,
-        reward: Reward,
-        inputs: RewardInputs,
-        report: ReportProgress,
-        *,
-        retry: bool,
-    ) -> list[float | None]:
-        """Returns a source's scores.
+    Raises:
+        RewardError: the scores cannot be used. There is no retry: a function that returns them
+            would return them again.
+        RewardCallError: the source raised.
+        LinkError: the supervisor is gone, which `report` notices.
+    """
+    try:
+        return validate_scores(name, reward(inputs, report), inputs)
+    except (RewardError, LinkError):
+        raise
+    # sys.exit() in a function is no reason to end the rank without a word.
+    except (Exception, SystemExit) as error:
+        raise RewardCallError(_describe(name, error, inputs), _traceback(error)) from error
 
-        Args:
-            name: of the source.
-            reward: the source.
-            inputs: B responses.
-            report: see :class:`Reward`.
-            retry: whether a source that raises is called again.
 
-        Raises:
-            RewardError: the scores cannot be used. There is no retry: a function that returns them
-                would return them again.
-            RewardCallError: the source raised in every call.
-        """
-        delay = FIRST_DELAY
-        for left in range(self.retries if retry else 0, -1, -1):
-            try:
-                return validate_scores(name, reward(inputs, report), inputs)
-            except RewardError:
-                raise
-            # sys.exit() in a function is no reason to end the rank without a word.
-            except (Exception, SystemExit) as error:
-                if not left:
-                    text = _describe(name, error, inputs)
-                    raise RewardCallError(text, _traceback(error)) from error
-                log.warning(
-                    "reward '%s' raised %s at step %d; it is called again in %.0f s",
-                    name, _exception_text(error), inputs.step, delay,
-                )  # fmt: skip
-            time.sleep(delay)
-            delay = min(2 * delay, MAX_DELAY)
-            report(0, len(inputs))  # the watchdog must not take the wait for a hang
-        raise AssertionError("the last call returns or raises")
+def retry_delays(retries: int) -> Iterator[float]:
+    """Seconds to wait before each further call of a source that raised."""
+    for attempt in range(retries):
+        yield min(FIRST_DELAY * 2**attempt, MAX_DELAY)
 
 
 def _describe(name: str, error: BaseException, inputs: RewardInputs) -> str:
@@ -76,25 +53,15 @@ def _describe(name: str, error: BaseException, inputs: RewardInputs) -> str:
     text = f"reward '{name}' at step {inputs.step}: {_exception_text(error)}"
     index = _response_in_hand(error, inputs)
     if index is None:
-        return f"{text} (called with {len(inputs)} responses, first prompt: {_prompt(inputs, 0)})"
-    response = _shown(inputs.texts[index])
-    return f"{text} (response {index}, prompt: {_prompt(inputs, index)}, response: {response})"
-
-
-def _prompt(inputs: RewardInputs, index: int) -> str:
-    return _shown(inputs.batch.prompts[index].text)
-
-
-def _shown(text: str) -> str:
-    cut = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
-    return repr(cut)
+        first = shown_prompt(inputs, 0)
+        return f"{text} (called with {len(inputs)} responses, first prompt: {first})"
+    response = shown(inputs.texts[index])
+    return f"{text} (response {index}, prompt: {shown_prompt(inputs, index)}, response: {response})"
 
 
 def _exception_text(error: BaseException) -> str:
     """Type and message on one line."""
-    message = " ".join(error_text(error).split())
-    if len(message) > 2 * SHOWN_CHARACTERS:
-        message = message[: 2 * SHOWN_CHARACTERS - 1] + "…"
+    message = shortened(" ".join(error_text(error).split()), SHOWN_MESSAGE)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

@@ -48,7 +48,7 @@ class FunctionReward:
                 sys.path.insert(0, folder)
         try:
             self._module = importlib.import_module(module_name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # A user's module may raise anything on import; the user gets it on one line.
             raise UserInputError(
                 f"reward.function: cannot import '{module_name}' (looked in {path or '.'}): "
@@ -72,8 +72,11 @@ class FunctionReward:
 
     def _file_stamp(self) -> tuple[int, int] | None:
         """Time of modification and size of the module's file; None if there is no such file."""
+        file = getattr(self._module, "__file__", None)  # none for a module that is built in
+        if file is None:
+            return None
         try:
-            status = Path(self._module.__file__ or "").stat()
+            status = Path(file).stat()
         except OSError:
             return None
         return status.st_mtime_ns, status.st_size

@@ -1,5 +1,7 @@
 """The score of a response: the weighted sum of one or more reward sources."""
 
+import logging
+import time
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
@@ -11,8 +13,8 @@ from engine.config.schema import RewardSource
 from engine.errors import RewardError
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, model
-from engine.train.rewards.calls import Caller
-from engine.train.rewards.scores import validate_scores
+from engine.train.rewards.calls import call_source, retry_delays
+from engine.train.rewards.scores import shown_prompt, validate_scores
 from engine.train.rewards.source import (
     LoadContext,
     Reward,
@@ -22,6 +24,8 @@ from engine.train.rewards.source import (
     SourceKind,
 )
 from engine.train.rollout.rollout import ReportProgress
+
+log = logging.getLogger("engine")
 
 KINDS: dict[str, SourceKind] = {"model": model.KIND, "function": function.KIND}
 """Kinds of sources, by the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
@@ -51,7 +55,7 @@ class RewardMix:
     ) -> None:
         self._sources = sources
         self._ranks = ranks
-        self._call = Caller(retries)
+        self._retries = retries
         self.scales: dict[str, Scale] = {}
         """Source → mean and standard deviation of its scores over responses of the reference, for
         the sources of :attr:`normalised`. Set by the loader; part of a checkpoint."""
@@ -117,7 +121,7 @@ class RewardMix:
             i = scored.index(False)
             raise RewardError(
                 f"no reward source scored response {i} of step {inputs.step} "
-                f"(prompt: {inputs.batch.prompts[i].text!r}): each returned None or has weight 0"
+                f"(prompt: {shown_prompt(inputs, i)}): each returned None or has weight 0"
             )
         return torch.tensor(total, dtype=torch.float32)
 
@@ -168,17 +172,37 @@ class RewardMix:
         *,
         retry: bool,
     ) -> list[float | None]:
-        """Calls the source on rank 0; broadcasts its scores, or raises its error on every rank."""
+        """Calls the source on rank 0, again if it raises.
+
+        All ranks learn of each call, so that none waits in a collective, or is silent, for longer
+        than one call takes.
+        """
+        delays = retry_delays(self._retries if retry else 0)
+        while True:
+            try:
+                return self._call_on_rank_0(name, reward, inputs, report)
+            except RewardCallError as error:
+                delay = next(delays, None)
+                if delay is None:
+                    raise
+                if reward is not None:
+                    log.warning("%s; it is called again in %.0f s", error, delay)
+            time.sleep(delay)
+            report(0, len(inputs))
+
+    def _call_on_rank_0(
+        self, name: str, reward: Reward | None, inputs: RewardInputs, report: ReportProgress
+    ) -> list[float | None]:
+        """Calls the source once; broadcasts its scores, or raises its error on every rank."""
         outcome = _Outcome()
-        failure: RewardError | None = None
+        failure: RewardError | RewardCallError | None = None
         if reward is not None:
             try:
-                scores = self._call(name, reward, inputs, report, retry=retry)
-                outcome = _Outcome(scores=scores)
+                outcome = _Outcome(scores=call_source(name, reward, inputs, report))
             except RewardError as error:  # raised below, once the other ranks know
                 failure, outcome = error, _Outcome(unusable=str(error))
             except RewardCallError as error:
-                outcome = _Outcome(raised=str(error), trace=error.trace)
+                failure, outcome = error, _Outcome(raised=str(error), trace=error.trace)
         data = self._ranks.broadcast_bytes(msgspec.msgpack.encode(outcome))
         outcome = msgspec.msgpack.decode(data, type=_Outcome)
         if failure is not None:

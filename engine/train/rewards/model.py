@@ -51,14 +51,7 @@ class RewardModel:
         path = starter.resolve(source)
         self._tokenizer = load_tokenizer(path, "reward.model", ranks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        model = read_classifier(path, dtype) if ranks.is_lead else None
-        with broadcast_files(ranks, model and model.config) as folder:
-            if model is None:
-                shape = read_pretrained(AutoConfig, str(folder), "reward.model", "configuration")
-                with without_weights(ranks):
-                    model = AutoModelForSequenceClassification.from_config(
-                        shape, dtype=dtype, trust_remote_code=False
-                    )
+        model = load_classifier(path, ranks, dtype)
         self._label = label_index(source, label, model.config)
         self._pad = _pad_id(self._tokenizer, model.config)
         model.config.use_cache = False  # a decoder would fill one for nothing
@@ -122,9 +115,25 @@ class RewardModel:
         return list(self._tokenizer(prompt.text + response)["input_ids"])
 
 
-def read_classifier(path: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Reads a sequence classifier. Raises UserInputError."""
-    return read_pretrained(AutoModelForSequenceClassification, path, "reward.model", dtype=dtype)
+def load_classifier(path: str, ranks: RankGroup, dtype: torch.dtype) -> Any:
+    """Reads a sequence classifier on rank 0, and its shape on the others, on the meta device.
+
+    Raises:
+        UserInputError: it cannot be loaded.
+    """
+    model: Any = None
+    if ranks.is_lead:
+        model = read_pretrained(
+            AutoModelForSequenceClassification, path, "reward.model", dtype=dtype
+        )
+    with broadcast_files(ranks, model and model.config) as folder:
+        if model is None:
+            shape = read_pretrained(AutoConfig, str(folder), "reward.model", "configuration")
+            with without_weights(ranks):
+                model = AutoModelForSequenceClassification.from_config(
+                    shape, dtype=dtype, trust_remote_code=False
+                )
+    return model
 
 
 def label_index(source: str, label: int | str | None, config: Any) -> int:

@@ -3,11 +3,13 @@
 import math
 from typing import Any
 
-from engine.errors import RewardError
+from engine.errors import RewardError, shortened
 from engine.train.rewards.source import RewardInputs
 
-SHOWN_LENGTH = 100
+SHOWN_SCORE = 100
 """Characters of a score in an error message."""
+SHOWN_TEXT = 120
+"""Characters of a prompt or a response in an error message."""
 
 
 def validate_scores(name: str, scores: Any, inputs: RewardInputs) -> list[float | None]:
@@ -18,8 +20,8 @@ def validate_scores(name: str, scores: Any, inputs: RewardInputs) -> list[float 
     """
     if not isinstance(scores, list):
         raise RewardError(
-            f"reward '{name}' returned {_shown(scores)} at step {inputs.step}: it must return a "
-            f"list of {len(inputs)} scores, one for each response"
+            f"reward '{name}' returned {_shown_score(scores)} at step {inputs.step}: it must "
+            f"return a list of {len(inputs)} scores, one for each response"
         )
     if len(scores) != len(inputs):
         raise RewardError(
@@ -34,17 +36,27 @@ def validate_scores(name: str, scores: Any, inputs: RewardInputs) -> list[float 
             number = math.nan
         if number is not None and not math.isfinite(number):
             raise RewardError(
-                f"reward '{name}' returned {_shown(score)} for response {i} of step "
-                f"{inputs.step} (prompt: {inputs.batch.prompts[i].text!r}, "
-                f"response: {inputs.texts[i]!r}): "
+                f"reward '{name}' returned {_shown_score(score)} for response {i} of step "
+                f"{inputs.step} (prompt: {shown_prompt(inputs, i)}, "
+                f"response: {shown(inputs.texts[i])}): "
                 "a score is a finite number, or None if the source does not score the response"
             )
         numbers.append(number)
     return numbers
 
 
-def _shown(value: Any) -> str:
-    """A value in an error, at most :data:`SHOWN_LENGTH` characters."""
+def shown(text: str) -> str:
+    """A prompt or a response in an error, at most :data:`SHOWN_TEXT` characters of it."""
+    return repr(shortened(text, SHOWN_TEXT))
+
+
+def shown_prompt(inputs: RewardInputs, index: int) -> str:
+    """The prompt of a response in an error."""
+    return shown(inputs.batch.prompts[index].text)
+
+
+def _shown_score(value: Any) -> str:
+    """A score in an error, at most :data:`SHOWN_SCORE` characters."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write integers of more than 4300 digits
@@ -52,4 +64,4 @@ def _shown(value: Any) -> str:
     except Exception as error:
         text = f"{type(value).__name__} (its repr raises {type(error).__name__})"
     text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= SHOWN_LENGTH else f"{text[: SHOWN_LENGTH - 1]}…"
+    return shortened(text, SHOWN_SCORE)

@@ -1,20 +1,17 @@
 """A value function that starts from the run's reward model (`ppo.value_init: reward_model`)."""
 
-from typing import Any
-
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from engine import starter
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
-from engine.train.distributed.broadcast_files import broadcast_files, without_weights
+from engine.train.distributed.broadcast_files import without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.pretrained import copy_weights, load_tokenizer
 from engine.train.rewards.mix import RewardMix
-from engine.train.rewards.model import label_index, read_classifier
+from engine.train.rewards.model import label_index, load_classifier
 from engine.train.rewards.normalise import Normaliser
 
 
@@ -45,13 +42,7 @@ def load_value_model(config: RunConfig, ranks: RankGroup) -> tuple[nn.Module, nn
             f"ppo.value_init: '{source.model}' does not read the policy's tokens: the value "
             "function must"
         )
-    model: Any = read_classifier(path) if ranks.is_lead else None
-    with broadcast_files(ranks, *((model.config,) if model else ())) as folder:
-        if model is None:
-            with without_weights(ranks):
-                model = AutoModelForSequenceClassification.from_config(
-                    AutoConfig.from_pretrained(folder), dtype=torch.float32
-                )
+    model = load_classifier(path, ranks, torch.float32)
     scorer = getattr(model, "score", None)
     if not isinstance(scorer, nn.Linear):
         raise UserInputError(
