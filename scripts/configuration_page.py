@@ -28,7 +28,11 @@ Every number has a lower and an upper bound. The tables give the bounds that are
 they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) lie far outside of what is useful.
 """
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
-LIST_ITEMS = {"A source of `reward.mix`": "RewardSource", "A rule of `guardrails.rules`": "Rule"}
+LIST_ITEMS = {
+    "A source of `reward.mix`": "RewardSource",
+    "A rule of `guardrails.rules`": "Rule",
+    "A webhook of `notify.webhooks`": "Webhook",
+}
 TYPE_NAMES = [
     (r"Annotated\[(\w+), Meta\((ge|gt)=(.+?), (le|lt)=(.+?)\)\]", lambda m: _interval(*m.groups())),
     (r"tuple\[Decay, Decay\]", "two numbers in [0, 1)"),
@@ -40,6 +44,7 @@ TYPE_NAMES = [
     (r"Literal\[(.*?)\]", lambda m: re.sub(r"'(\w+)'", r"`\1`", m[1]).replace(", ", " | ")),
     (r"list\[RewardSource\]", "list of sources"),
     (r"list\[Rule\]", "list of rules"),
+    (r"list\[Webhook\]", "list of webhooks"),
     (r"list\[str\]", "list of texts"),
     (r"list\[Whole\]", "list of whole numbers"),
     (r"\bPositive\b", "number > 0"),

@@ -11,10 +11,12 @@ from engine.config.schema import (
     RULE_CONDITIONS,
     SOURCE_KEYS,
     JudgeConfig,
+    NotifyConfig,
     RewardConfig,
     RewardSource,
     Rule,
     RunConfig,
+    Webhook,
 )
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
@@ -58,6 +60,7 @@ def check_config(config: RunConfig) -> None:
         check_rule(rule)
     _check_evaluation(config)
     _check_launch(config)
+    _check_notify(config.notify)
 
 
 def _check_objective(config: RunConfig) -> None:
@@ -145,6 +148,51 @@ def _check_launch(config: RunConfig) -> None:
             f"{launch.nodes * per_node} ranks need at least as many prompts per step, not "
             f"{config.prompts_per_step}: raise rollout.batch_size"
         )
+
+
+def _check_notify(notify: NotifyConfig) -> None:
+    if notify.quiet_hours is not None:
+        parse_quiet_hours(notify.quiet_hours)
+    for address in notify.email:
+        if "@" not in address or not address.isprintable() or set(address) & set(" ,<>"):
+            raise ConfigError(f"notify.email: '{address}' is not an e-mail address")
+    for i, webhook in enumerate(notify.webhooks):
+        _check_webhook(webhook, f"notify.webhooks[{i}]")
+
+
+def _check_webhook(webhook: Webhook, where: str) -> None:
+    for key in ("url_variable", "token_variable"):
+        name = getattr(webhook, key)
+        if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            # The value is not repeated: it may be the secret itself.
+            raise ConfigError(
+                f"{where}.{key} must be the name of an environment variable: export the secret "
+                "under a name such as ALERT_URL and give the name"
+            )
+    if webhook.format != "telegram":
+        if webhook.url_variable is None:
+            raise ConfigError(
+                f"{where} needs url_variable, the environment variable that holds its URL"
+            )
+    elif webhook.token_variable is None or webhook.chat is None:
+        raise ConfigError(
+            f"{where} needs token_variable, the environment variable that holds the bot's token, "
+            "and chat, the id of the chat"
+        )
+
+
+def parse_quiet_hours(text: str) -> tuple[int, int]:
+    """`22:00-07:30` as minutes after midnight, (1320, 450). Raises ConfigError for other texts."""
+    time = r"([01]?\d|2[0-3]):([0-5]\d)"
+    match = re.fullmatch(rf"\s*{time}\s*[-–]\s*{time}\s*", text, re.ASCII)
+    if match is None:
+        raise ConfigError(
+            f"notify.quiet_hours must be HH:MM-HH:MM, such as 22:00-07:00, not '{text}'"
+        )
+    first, last = (60 * int(match[i]) + int(match[i + 1]) for i in (1, 3))
+    if first == last:
+        raise ConfigError(f"notify.quiet_hours: {text} begins and ends at the same time")
+    return first, last
 
 
 def check_address(text: str) -> tuple[str, int]:

@@ -578,11 +578,50 @@ class GuardrailConfig(Section, frozen=True):
     """Free disk space, in gigabytes, below which there is an alert."""
 
 
+class Webhook(Section, frozen=True):
+    """A service that is sent each message over HTTP.
+
+    Its URL and its token are secrets: they are read from environment variables of the engine, and
+    stand in no file.
+    """
+
+    format: Literal["json", "slack", "discord", "ntfy", "telegram"] = "json"
+    """What the service understands. `json` is what `notify.command` gets, with the responses that
+    are an alert's evidence; the others get one line of text. `slack` is also that of Mattermost."""
+    url_variable: str | None = None
+    """Name of the environment variable with the URL; for `telegram` only for a server of your
+    own."""
+    token_variable: str | None = None
+    """Name of the environment variable with a token: of the bot for `telegram`, otherwise one that
+    is sent as `Authorization: Bearer`."""
+    chat: str | Annotated[int, Meta(ge=-1_000_000_000_000_000, le=1_000_000_000_000_000)] | None = (
+        None
+    )
+    """`telegram`: id of the chat, or `@` and the name of the channel."""
+
+
 class NotifyConfig(Section, frozen=True):
-    """Where alerts are sent in addition to the terminal."""
+    """Where alerts, restarts, pauses, failures and the end of the run are sent.
+
+    `rlhf-tui notify test NAME` sends a test message. The log says what became of each message.
+    """
 
     command: str | None = None
-    """A shell command that is run for each alert and gets the alert as JSON on standard input."""
+    """A shell command that is run for each message and gets it as JSON on standard input."""
+    webhooks: list[Webhook] = []
+    """Services that are sent each message over HTTP."""
+    email: list[str] = []
+    """Addresses that get each message by the machine's sendmail."""
+    sendmail: str | None = None
+    """The program that takes the e-mail. Default: `sendmail`."""
+    level: Literal["info", "warning", "error"] = "info"
+    """The least level that is sent. `error`: failures, and guard rails that pause or stop;
+    `warning`: also other alerts and restarts; `info`: also the end of the run, and pauses that a
+    person asked for."""
+    quiet_hours: str | None = None
+    """`HH:MM-HH:MM`, local time: then only the level `error` is sent."""
+    max_per_hour: Annotated[int, Meta(ge=1, le=3600)] = 30
+    """Alerts within an hour; the next message tells how many further ones were not sent."""
 
 
 class RunConfig(Section, frozen=True):

@@ -48,6 +48,8 @@ SELECT json_group_array(json(
 """Minimum and maximum per span of steps, as one JSON array; step 0, which only evaluations have,
 is a span of its own. Reading one range of the index per span
 is faster than grouping all rows."""
+LAST_STEP = 2**62
+"""Above every step."""
 NEWEST_VALUE = """
 SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name)
 AND value IS NOT NULL ORDER BY step DESC LIMIT 1
@@ -157,15 +159,17 @@ class JournalReader:
         """The names of all metrics in the journal."""
         return [r[0] for r in self._db.rows("SELECT name FROM names ORDER BY id")]
 
-    def series(self, name: str, after: int = -1) -> list[tuple[int, float | None]]:
-        """One metric of the current timeline, as (step, value) for the steps above `after`.
+    def series(
+        self, name: str, after: int = -1, until: int | None = None
+    ) -> list[tuple[int, float | None]]:
+        """One metric of the current timeline, as (step, value) for the steps in (after, until].
 
         Step 0 has the metrics of an evaluation before the first step.
         """
         return self._db.rows(
             "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
-            "AND step > ? ORDER BY step",
-            (name, after),
+            "AND step > ? AND step <= ? ORDER BY step",
+            (name, after, LAST_STEP if until is None else until),
         )
 
     def outlines(

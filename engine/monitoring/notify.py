@@ -1,85 +1,184 @@
-"""Sends alerts to operators outside the terminal: one class for each key of `notify`.
+"""Sends notifications to operators outside the terminal, without ever delaying the training.
 
-To add a channel, write a class of the :class:`Channel` protocol, add it to :data:`CHANNELS` and
-declare its key in :class:`engine.config.schema.NotifyConfig`.
+A channel is a class of the :class:`Channel` protocol in :mod:`engine.monitoring.channels`. To add
+one, add it to :data:`CHANNELS` and declare its key in :class:`engine.config.schema.NotifyConfig`.
 """
 
 import asyncio
-import contextlib
 import logging
-import os
-import signal
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
-import msgspec
-
+from engine.config.rules import parse_quiet_hours
 from engine.config.schema import NotifyConfig
-from engine.monitoring.guardrails import Alert
+from engine.monitoring.channels.command import CommandChannel
+from engine.monitoring.channels.message import LEVELS, Notification, NotificationError
+from engine.monitoring.channels.sendmail import EmailChannel
+from engine.monitoring.channels.webhook import WebhookChannel
 
 log = logging.getLogger("engine")
 
 TIMEOUT = 30.0
-"""Seconds for one alert, so that channels that hang do not accumulate."""
+"""Seconds for one message on one channel."""
+FINISH_TIMEOUT = 40.0
+"""Seconds that the end of an engine waits for messages on their way."""
+CANCEL_TIMEOUT = 2.0
+"""Further seconds for those that were cancelled then."""
+HOUR = 3600.0
 
 
 class Channel(Protocol):
-    """A way to send alerts."""
+    """A way to send notifications."""
 
-    async def send(self, session: str, alert: Alert) -> None:
-        """Sends one alert of a session.
+    @property
+    def name(self) -> str:
+        """Its key in the configuration, for the log."""
 
-        Implementations log errors and raise none, so that a failed message never ends a training.
-        They return within :data:`TIMEOUT`.
+    async def send(self, message: Notification) -> None:
+        """Sends one message. It may take any time: it is cancelled after :data:`TIMEOUT`.
+
+        It runs in the supervisor's event loop, so it must not block.
+
+        Raises:
+            NotificationError: why it cannot be sent, without a secret.
         """
 
 
-class CommandChannel:
-    """`notify.command`: a shell command of the user."""
-
-    def __init__(self, command: str) -> None:
-        self._command = command
-
-    async def send(self, session: str, alert: Alert) -> None:
-        """Runs the command with the alert as JSON on its standard input.
-
-        Its environment holds `RLHF_TUI_SESSION` and `RLHF_TUI_ALERT` (the text).
-        """
-        data = alert.as_data() | {"session": session, "step": alert.step}
-        environment = os.environ | {"RLHF_TUI_SESSION": session, "RLHF_TUI_ALERT": alert.text}
-        try:
-            process = await asyncio.create_subprocess_shell(
-                self._command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                env=environment,
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as error:
-            log.warning("notify.command cannot be run: %s", error)
-            return
-        try:
-            # Unlike json, this encoder writes null for NaN and infinity.
-            text = msgspec.json.encode(data)
-            _, errors = await asyncio.wait_for(process.communicate(text), TIMEOUT)
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            log.warning("notify.command took more than %.0f s and was killed", TIMEOUT)
-            return
-        if process.returncode:
-            log.warning(
-                "notify.command failed (%s): %s",
-                process.returncode,
-                errors.decode(errors="replace")[:500],
-            )
+def _command(config: NotifyConfig) -> list[Channel]:
+    return [CommandChannel(config.command)] if config.command else []
 
 
-CHANNELS: dict[str, Callable[[str], Channel]] = {"command": CommandChannel}
-"""Key of `notify` → the channel's class; it is created with the key's value."""
+def _webhooks(config: NotifyConfig) -> list[Channel]:
+    return [WebhookChannel(webhook, i) for i, webhook in enumerate(config.webhooks)]
+
+
+def _email(config: NotifyConfig) -> list[Channel]:
+    return [EmailChannel(config.email, config.sendmail)] if config.email else []
+
+
+CHANNELS: dict[str, Callable[[NotifyConfig], list[Channel]]] = {
+    "command": _command,
+    "webhooks": _webhooks,
+    "email": _email,
+}
+"""Key of `notify` → its channels."""
 
 
 def open_channels(config: NotifyConfig) -> list[Channel]:
     """Creates the channels that a configuration names."""
-    return [kind(value) for key, kind in CHANNELS.items() if (value := getattr(config, key))]
+    return [channel for opened in CHANNELS.values() for channel in opened(config)]
+
+
+def missing_variables(channels: Sequence[Channel]) -> list[str]:
+    """A sentence for each environment variable that a webhook needs and that is not set."""
+    return [
+        f"{channel.name}: the environment variable {name} is not set, so nothing can be sent"
+        for channel in channels
+        if isinstance(channel, WebhookChannel)
+        for name in channel.missing()
+    ]
+
+
+async def send(channel: Channel, message: Notification) -> None:
+    """Sends a message within the time limit. Raises NotificationError."""
+    try:
+        await asyncio.wait_for(channel.send(message), TIMEOUT)
+    except TimeoutError:
+        raise NotificationError(f"it took more than {TIMEOUT:.0f} s") from None
+
+
+class Notifier:
+    """Decides which messages are sent, sends them, and logs the fate of each."""
+
+    def __init__(
+        self,
+        config: NotifyConfig,
+        channels: Sequence[Channel] | None = None,
+        *,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """Sends nothing yet.
+
+        Args:
+            config: the `notify` section.
+            channels: those of the configuration if None.
+            now: the Unix time.
+        """
+        self._level = LEVELS.index(config.level)
+        self._quiet = parse_quiet_hours(config.quiet_hours) if config.quiet_hours else None
+        self._max_per_hour = config.max_per_hour
+        self._now = now
+        self.channels = list(open_channels(config) if channels is None else channels)
+        # One message at a time and in order on each channel, or a slow one would accumulate them.
+        self._locks = [asyncio.Lock() for _ in self.channels]
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._alerts: deque[float] = deque()
+        """Times of the alerts sent in the last hour."""
+        self._unsent = 0
+        """Alerts that the rate limit kept back since the last message."""
+
+    def submit(self, message: Notification) -> None:
+        """Starts to send a message, or logs why it is not sent. Returns at once."""
+        if not self.channels:
+            return
+        if (why := self._withheld(message)) is not None:
+            log.info("notification not sent (%s): %s", why, message.title)
+            return
+        message = replace(message, unsent=self._unsent)
+        self._unsent = 0
+        for channel, lock in zip(self.channels, self._locks, strict=True):
+            task = asyncio.create_task(self._deliver(channel, lock, message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _withheld(self, message: Notification) -> str | None:
+        """Why a message is not sent; None if it is. Only alerts count for the rate limit."""
+        if LEVELS.index(message.level) < self._level:
+            return f"below the level {LEVELS[self._level]}"
+        if message.level != "error" and self._is_quiet():
+            return "quiet hours"
+        if message.kind != "alert":  # the end of a run must not be lost in a flood of alerts
+            return None
+        now = self._now()
+        while self._alerts and now - self._alerts[0] >= HOUR:
+            self._alerts.popleft()
+        if len(self._alerts) >= self._max_per_hour:
+            self._unsent += 1
+            return f"dropped by the rate limit of {self._max_per_hour} an hour"
+        self._alerts.append(now)
+        return None
+
+    def _is_quiet(self) -> bool:
+        if self._quiet is None:
+            return False
+        local = time.localtime(self._now())
+        first, last = self._quiet
+        minute = local.tm_hour * 60 + local.tm_min
+        return first <= minute < last if first < last else minute >= first or minute < last
+
+    async def _deliver(self, channel: Channel, lock: asyncio.Lock, message: Notification) -> None:
+        try:
+            async with lock:
+                await send(channel, message)
+        except NotificationError as error:
+            log.warning("%s failed: %s; not sent: %s", channel.name, error, message.title)
+        except asyncio.CancelledError:
+            log.warning("%s: the engine ended before it was sent: %s", channel.name, message.title)
+            raise
+        except Exception:  # one channel must not end the training or the other channels
+            log.exception("%s failed; not sent: %s", channel.name, message.title)
+        else:
+            log.info("%s sent: %s", channel.name, message.title)
+
+    async def finish(self) -> None:
+        """Waits for messages on their way, at most :data:`FINISH_TIMEOUT`; cancels the others."""
+        if not self._tasks:
+            return
+        _, late = await asyncio.wait(self._tasks, timeout=FINISH_TIMEOUT)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=CANCEL_TIMEOUT)

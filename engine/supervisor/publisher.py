@@ -1,13 +1,12 @@
-"""Publishes states and alerts: to the journal first, then to clients, channels and the observer."""
+"""Publishes states and alerts: to the journal first, then to clients, channels, the observer."""
 
-import asyncio
 import logging
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from engine.journal.writer import JournalWriter
+from engine.monitoring.channels.message import of_alert, of_state
 from engine.monitoring.guardrails import Alert
-from engine.monitoring.notify import Channel
+from engine.monitoring.notify import Notifier
 from engine.protocol.rank_messages import FromRank
 from engine.session.states import State, is_legal
 from engine.supervisor.server import Server
@@ -36,7 +35,7 @@ class EventPublisher:
         name: str,
         journal: JournalWriter,
         server: Server,
-        channels: Sequence[Channel],
+        notifier: Notifier,
         observer: Observer | None,
     ) -> None:
         """Stores the receivers.
@@ -45,12 +44,11 @@ class EventPublisher:
             name: the session's name, for channels.
             journal: records every state and alert.
             server: notifies connected clients.
-            channels: each one is sent every alert.
+            notifier: sends alerts and the states that operators wait for.
             observer: called after the journal is written.
         """
         self._name, self._journal, self._server = name, journal, server
-        self._channels, self._observer = channels, observer
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._notifier, self._observer = notifier, observer
         self._state: State | None = None
 
     @property
@@ -71,6 +69,18 @@ class EventPublisher:
         if not is_legal(self._state, state):
             log.error("illegal transition of the session's state: %s → %s", self._state, state)
         self._state = state
+        try:
+            self._record_state(state, text)
+        finally:
+            # A journal that cannot be written, as on a full disk, is what an operator must hear of.
+            message = of_state(self._name, state, text, self._journal.step)
+            if message is not None:
+                self._notifier.submit(message)
+        self._server.notify_watchers()
+        if self._observer is not None:
+            self._observer.state(state, text)
+
+    def _record_state(self, state: State, text: str) -> None:
         data: dict[str, Any] = {"state": state, "text": text}
         paused = state == "paused"
         self._journal.set_meta(
@@ -79,9 +89,6 @@ class EventPublisher:
             pause_reason=(text or None) if paused else None,
         )
         self._journal.record_event("state", data)
-        self._server.notify_watchers()
-        if self._observer is not None:
-            self._observer.state(state, text)
 
     def alert(self, alert: Alert) -> None:
         """Publishes an alert. Its action is carried out by the command handler, not here."""
@@ -89,10 +96,7 @@ class EventPublisher:
         if self._observer is not None:
             self._observer.alert(alert.text, alert.step)
         self._server.notify_watchers()
-        for channel in self._channels:
-            task = asyncio.create_task(channel.send(self._name, alert))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self._notifier.submit(of_alert(self._name, alert))
 
     def notice(self, rule: str, text: str, step: int) -> None:
         """Publishes an alert without an action."""
@@ -104,5 +108,5 @@ class EventPublisher:
             self._observer.message(message)
 
     async def finish(self) -> None:
-        """Waits until every channel has sent its alerts."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Waits for the notifications that are being sent."""
+        await self._notifier.finish()

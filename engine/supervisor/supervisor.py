@@ -28,7 +28,7 @@ from engine.launch.start import (
     timeline_checkpoints,
 )
 from engine.monitoring.guardrails import Guardrails
-from engine.monitoring.notify import open_channels
+from engine.monitoring.notify import Notifier, missing_variables
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol import sockets
 from engine.protocol.commands import SetSetting
@@ -154,8 +154,9 @@ class Supervisor:
         settings = config_file.as_mapping(settings_of(config))
         self.state = SupervisorState(settings=settings, attempt=Attempt(start), next=start)
         self.server = Server()
+        self._notifier = Notifier(config.notify)
         self.publisher = EventPublisher(
-            session.name, journal, self.server, open_channels(config.notify), observer
+            session.name, journal, self.server, self._notifier, observer
         )
         self.pending = PendingCommands(journal.commands, self.server)
         self.ranks = RankProcesses(session, socket, config.launch)
@@ -190,6 +191,8 @@ class Supervisor:
         if self._config.launch.device != "cpu":
             for text in busy_gpus(self._config.launch.gpus):
                 self.publisher.notice("busy_gpu", text, self._journal.step)
+        for text in missing_variables(self._notifier.channels):
+            self.publisher.notice("notify", text, self._journal.step)
         while state.next is not None:
             start, state.next = state.next, None
             code = await self.attempt(start)

@@ -45,6 +45,8 @@ def guarded(lab, place, wait_until):
     run.stopped = run.command("stop")
     run.engine_gone = not run.session.is_live()
     run.wait_gone()
+    run.last_words = [json.loads(f.read_text()) for f in sorted(box.glob("*.json"))]
+    run.log_text = run.session.log_file.read_text(errors="replace")
     yield run
     if run.follower is not None:
         run.follower.kill()
@@ -125,6 +127,12 @@ def test_the_notify_command_is_given_each_alert_as_json(guarded):
     assert sent["enough", 2]["session"] == "guarded"
     assert sent["enough", 2]["metric"] == "episode"
     assert any("episode is 8" in text for text in guarded.sentences)
+
+
+def test_pauses_and_the_end_are_notified_before_the_engine_exits_and_the_log_says_so(guarded):
+    kinds = [(m["kind"], m["level"]) for m in guarded.last_words if m["kind"] != "alert"]
+    assert sorted(kinds) == [("end", "info"), *[("pause", "error")] * 3]
+    assert "notify.command sent: guarded step" in guarded.log_text
 
 
 def test_a_paused_run_can_be_stopped_and_is_saved(guarded):

@@ -13,8 +13,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from engine import starter
+from engine.config import file as config_file
 from engine.errors import NoSuchSessionError, SessionError
 from engine.journal.reader import JournalReader
+from engine.session.folder import create
 from rlhf_tui import identity
 from rlhf_tui.cli import COMMANDS, cli
 from rlhf_tui.commands.options import existing
@@ -227,3 +230,32 @@ def test_a_log_that_is_a_pipe_is_not_waited_for(session_maker, tmp_path):
     arguments = ["logs", "mine", "--sessions", str(tmp_path / "s")]
     with pytest.raises(SessionError, match="not a regular file"):
         CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+
+def notify_test(root, *overrides):
+    """The outcome of `notify test` on a new session."""
+    config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
+    create(root, "run", config)
+    return CliRunner().invoke(cli, ["notify", "test", "run", "--sessions", str(root)])
+
+
+def test_a_test_message_goes_to_every_channel_and_each_fate_is_printed(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_HOOK", raising=False)
+    done = notify_test(
+        tmp_path / "s",
+        f"notify.command=cat > {tmp_path}/got",
+        "notify.webhooks=[{format: slack, url_variable: NO_SUCH_HOOK}]",
+        "notify.level=error",
+    )
+    assert done.output.splitlines() == [
+        "notify.command: sent",
+        "notify.webhooks[0] (slack): failed: the environment variable NO_SUCH_HOOK is not set",
+    ]
+    assert str(done.exception) == "1 of 2 channels failed"
+    assert json.loads((tmp_path / "got").read_text())["kind"] == "test"
+
+
+def test_a_test_message_without_a_channel_says_how_to_name_one(tmp_path):
+    done = notify_test(tmp_path / "s")
+    assert "names no channel: set notify.command" in str(done.exception)
+    assert done.exception.exit_code == 2

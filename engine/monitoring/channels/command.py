@@ -1,0 +1,73 @@
+"""`notify.command`: a shell command of the user."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from engine.monitoring.channels.message import Notification, NotificationError, one_line
+
+LONGEST_OUTPUT = 500
+"""Bytes of what a failed command printed that the log repeats."""
+
+
+class CommandChannel:
+    """Runs a command with the notification as JSON on its standard input.
+
+    Its environment holds `RLHF_TUI_SESSION` and `RLHF_TUI_ALERT` (the text).
+    """
+
+    name = "notify.command"
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    async def send(self, message: Notification) -> None:
+        """Runs the command. Raises NotificationError."""
+        environment = os.environ | {
+            "RLHF_TUI_SESSION": message.session,
+            "RLHF_TUI_ALERT": message.text,
+        }
+        # Unlike json, this encoder writes null for NaN and infinity.
+        text = msgspec.json.encode(message.as_json())
+        await run_program(["/bin/sh", "-c", self._command], text, environment)
+
+
+async def run_program(
+    arguments: Sequence[str], text: bytes, environment: Mapping[str, str] | None = None
+) -> None:
+    """Runs a program with an input, in a process group of its own; kills that if it is cancelled.
+
+    Its errors go to memory, not to a pipe: a process that it leaves behind would hold that open.
+
+    Raises:
+        NotificationError: it cannot be run, or it ends with another status than 0.
+    """
+    errors = os.memfd_create("errors")
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            await process.communicate(text)
+        except asyncio.CancelledError:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if process.stdin is not None:
+                process.stdin.close()
+            raise
+        if process.returncode:
+            said = one_line(os.pread(errors, LONGEST_OUTPUT, 0).decode(errors="replace"))
+            raise NotificationError(f"exit status {process.returncode}: {said}")
+    except (OSError, ValueError) as error:
+        raise NotificationError(f"it cannot be run: {error}") from error
+    finally:
+        os.close(errors)

@@ -1,0 +1,47 @@
+"""`notify.email`: e-mail by the machine's own sendmail program."""
+
+import shutil
+from collections.abc import Sequence
+from email.message import EmailMessage
+from email.policy import SMTP
+
+from engine.monitoring.channels.command import run_program
+from engine.monitoring.channels.message import Notification, NotificationError
+
+FOLDERS = "/usr/sbin:/usr/lib:/usr/local/sbin"
+"""Where sendmail is besides $PATH, which often leaves out the programs of administrators."""
+LONGEST_SUBJECT = 150
+
+
+class EmailChannel:
+    """Hands a plain text message to sendmail, which queues and delivers it."""
+
+    name = "notify.email"
+
+    def __init__(self, addresses: Sequence[str], program: str | None = None) -> None:
+        """Stores the addresses; `program` is `sendmail` if it is None."""
+        self._addresses = list(addresses)
+        self._program = program or "sendmail"
+
+    async def send(self, message: Notification) -> None:
+        """Runs sendmail.
+
+        Raises:
+            NotificationError: there is no such program, or it fails.
+        """
+        found = shutil.which(self._program) or shutil.which(self._program, path=FOLDERS)
+        if found is None:
+            raise NotificationError(
+                f"there is no program {self._program}: install a mail transfer agent, or set "
+                "notify.sendmail"
+            )
+        letter = self._letter(message).as_bytes(policy=SMTP.clone(linesep="\n"))
+        await run_program([found, "-i", "--", *self._addresses], letter)
+
+    def _letter(self, message: Notification) -> EmailMessage:
+        letter = EmailMessage()
+        letter["To"] = ", ".join(self._addresses)
+        letter["Subject"] = f"[rlhf-tui] {message.title[:LONGEST_SUBJECT]}"
+        letter["Auto-Submitted"] = "auto-generated"
+        letter.set_content(f"{message.title}\n\nrlhf-tui attach {message.session}\n")
+        return letter

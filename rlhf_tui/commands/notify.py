@@ -1,0 +1,65 @@
+"""The command that tries the channels of notifications: notify test."""
+
+import asyncio
+from pathlib import Path
+
+import click
+
+from engine.config import file as config_file
+from engine.config.schema import NotifyConfig
+from engine.errors import RlhfError, UserInputError
+from engine.monitoring.channels.message import Notification, NotificationError, trial
+from engine.monitoring.notify import Channel, open_channels, send
+from rlhf_tui.commands.options import existing, say, sessions_option
+
+
+class UnsentError(RlhfError):
+    """A test message could not be sent."""
+
+
+@click.group()
+def notify() -> None:
+    """Try the channels of notifications."""
+
+
+@notify.command()
+@click.argument("name")
+@sessions_option
+def test(root: Path, name: str) -> None:
+    """Send a test message on every channel of NAME, a session or a configuration file.
+
+    URLs and tokens come from this terminal's environment. Level, quiet hours and rate limit do not
+    apply.
+    """
+    session, config = _section(root, name)
+    channels = open_channels(config)
+    if not channels:
+        raise UserInputError(
+            f"{name} names no channel: set notify.command, notify.webhooks or notify.email"
+        )
+    failed = asyncio.run(_try_all(channels, trial(session)))
+    if failed:
+        raise UnsentError(f"{failed} of {len(channels)} channels failed")
+
+
+def _section(root: Path, name: str) -> tuple[str, NotifyConfig]:
+    """The name to send in messages, and the `notify` section."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return path.stem, config_file.load(path).notify
+    session = existing(root, name)
+    return session.name, session.config().notify
+
+
+async def _try_all(channels: list[Channel], message: Notification) -> int:
+    """Sends a message on each channel and prints its fate; returns how many failed."""
+    failed = 0
+    for channel in channels:
+        try:
+            await send(channel, message)
+        except NotificationError as error:
+            failed += 1
+            say(f"{channel.name}: ", ("failed", "bad"), f": {error}")
+        else:
+            say(f"{channel.name}: ", ("sent", "good"))
+    return failed

@@ -1,0 +1,52 @@
+"""The other run of a report that puts two side by side."""
+
+from dataclasses import dataclass, replace
+
+from engine.config import file as config_file
+from engine.journal.reader import JournalReader
+from engine.session.folder import Session
+from rlhf_tui.report.curves import Curve, read_curves
+from rlhf_tui.report.headlines import Headline, read_headlines, read_held_out
+from rlhf_tui.report.settings import Setting
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared with."""
+
+    name: str
+    state: str
+    step: int
+    headlines: list[Headline]
+    held_out: list[Headline]
+    settings: list[Setting]
+    """The keys that differ; `default` is the value of the other run."""
+    curves: dict[str, Curve]
+    """By metric."""
+
+    def overlaid(self, curves: list[Curve]) -> list[Curve]:
+        """The curves, with those of the other run."""
+        return [
+            replace(curve, other=other.points) if (other := self.curves.get(curve.name)) else curve
+            for curve in curves
+        ]
+
+
+def read_comparison(session: Session, other: Session) -> Comparison:
+    """Reads the other run.
+
+    Raises:
+        RlhfError: its journal or a configuration cannot be read.
+    """
+    changed = config_file.changes(session.config(), other.config())
+    with JournalReader(other) as record:
+        step = record.last_step()
+        return Comparison(
+            name=other.name,
+            state=record.state(),
+            step=step,
+            headlines=read_headlines(record, step),
+            held_out=read_held_out(record),
+            settings=[Setting(key, mine, theirs) for key, (mine, theirs) in changed.items()],
+            curves={curve.name: curve for curve in read_curves(record)},
+        )

@@ -1,0 +1,97 @@
+"""The curves of a report, downsampled to a size that does not depend on the run's length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine import metrics
+from engine.journal.reader import JournalReader
+from engine.metrics import (
+    BETA,
+    CLIP_FRACTION,
+    DISTINCT_2,
+    ENTROPY,
+    EVAL_DISTINCT_2,
+    EVAL_KL,
+    EVAL_LENGTH,
+    EVAL_SCORE,
+    KL,
+    LEARNING_RATE,
+    RESPONSE_LENGTH,
+    SCORE,
+    SCORE_STD,
+)
+
+SPANS = 240
+"""Spans of an outline; each has a minimum and a maximum."""
+CURVES = (
+    SCORE, EVAL_SCORE, KL, EVAL_KL, BETA, ENTROPY, RESPONSE_LENGTH, EVAL_LENGTH,
+    "tokens/truncated_frac", DISTINCT_2, EVAL_DISTINCT_2, SCORE_STD, CLIP_FRACTION,
+    "policy/approxkl_avg", "val/explained_var", "grad_norm", LEARNING_RATE,
+)  # fmt: skip
+"""In order; those that a run does not have are left out."""
+SOURCES = ("reward/", "eval/reward/")
+MOST_SOURCES = 8
+LONGEST_TITLE = 100
+MOST_BRANCHES = 8
+"""Abandoned branches that are drawn, the latest."""
+BRANCH_POINTS = 120
+
+Point = tuple[int, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the steps."""
+
+    name: str
+    points: list[Point]
+    """Exact for runs of at most :data:`SPANS` steps, otherwise extremes."""
+    branches: list[list[Point]] = field(default_factory=list)
+    """The same of abandoned branches."""
+    other: list[Point] = field(default_factory=list)
+    """The curve of the run beside it."""
+
+    @property
+    def title(self) -> str:
+        """The title, with the unit if there is one. A reward source may have any name."""
+        declared = metrics.describe(self.name)
+        unit = f", {declared.chart_unit}" if declared.chart_unit else ""
+        return f"{metrics.title_of(self.name)}{unit}"[:LONGEST_TITLE]
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the value is set rather than measured."""
+        return metrics.describe(self.name).is_set
+
+
+def read_curves(record: JournalReader) -> list[Curve]:
+    """Reads the curves of a session's current timeline and of its abandoned branches."""
+    known = record.metric_names()
+    sources = [name for name in known if name.startswith(SOURCES)][:MOST_SOURCES]
+    names = [name for name in CURVES if name in known] + sources
+    outlines = record.outlines(names, SPANS)
+    several = len(record.attempts()) > 1
+    curves = []
+    for name in names:
+        # An outline begins with step 1; step 0 has the evaluation before it.
+        values = record.series(name, until=0) + outlines.get(name, [])
+        points = [(step, value) for step, value in values if value is not None]
+        if points:
+            branches = _branches(record, name) if several else []
+            curves.append(Curve(name, points, branches))
+    return curves
+
+
+def _branches(record: JournalReader, name: str) -> list[list[Point]]:
+    found: dict[int, list[Point]] = {}
+    for attempt, step, value in record.past_series(name):
+        if value is not None:
+            found.setdefault(attempt, []).append((step, value))
+    return [thinned(points) for points in list(found.values())[-MOST_BRANCHES:]]
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most :data:`BRANCH_POINTS` of the points, evenly spaced, and the last one."""
+    every = max(1, -(-len(points) // BRANCH_POINTS))
+    kept = list(points[::every])
+    return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]

@@ -1,0 +1,69 @@
+"""The main metrics at the start and at the end of a run."""
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from engine.journal.reader import JournalReader
+from engine.metrics import (
+    BETA,
+    ENTROPY,
+    EVAL_KL,
+    EVAL_SCORE,
+    EVAL_SCORE_CI,
+    KL,
+    RESPONSE_LENGTH,
+    SCORE,
+    STEP_TIME,
+    title_of,
+)
+
+HEADLINES = (SCORE, KL, BETA, RESPONSE_LENGTH, ENTROPY, STEP_TIME)
+HELD_OUT = (EVAL_SCORE, EVAL_KL)
+STEPS_AVERAGED = 10
+"""Steps of the mean at the start and at the end of a run, as in the dashboard."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A metric at the start and at the end."""
+
+    title: str
+    first: float | None
+    last: float | None
+    half_width: float | None = None
+    """Of the 95 % interval of `last`."""
+    steps: tuple[int, int] | None = None
+    """Of the two values; None for means of :data:`STEPS_AVERAGED` steps."""
+
+
+def read_headlines(record: JournalReader, last_step: int) -> list[Headline]:
+    """Those of the training; the ones that the run has."""
+    found = [_headline(record, name, last_step) for name in HEADLINES]
+    return [headline for headline in found if headline is not None]
+
+
+def read_held_out(record: JournalReader) -> list[Headline]:
+    """Those of the evaluation on held-out prompts; empty without one."""
+    found = [_held_out(record, name) for name in HELD_OUT]
+    return [headline for headline in found if headline is not None]
+
+
+def _headline(record: JournalReader, name: str, last: int) -> Headline | None:
+    first = _mean(record.series(name, 0, STEPS_AVERAGED))
+    end = _mean(record.series(name, last - STEPS_AVERAGED, last))
+    return None if first is None and end is None else Headline(title_of(name), first, end)
+
+
+def _mean(points: list[tuple[int, float | None]]) -> float | None:
+    known = [value for _, value in points if value is not None]
+    return fmean(known) if known else None
+
+
+def _held_out(record: JournalReader, name: str) -> Headline | None:
+    points = [(step, value) for step, value in record.series(name) if value is not None]
+    if not points:
+        return None
+    (first_step, first), (last_step, last) = points[0], points[-1]
+    widths = dict(record.series(EVAL_SCORE_CI, last_step - 1, last_step))
+    width = widths.get(last_step) if name == EVAL_SCORE else None
+    return Headline(title_of(name), first, last, width, (first_step, last_step))

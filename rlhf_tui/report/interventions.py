@@ -1,0 +1,71 @@
+"""What operators and guard rails changed, with the metrics before and after."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from engine.journal.reader import JournalReader
+from engine.metrics import ENTROPY, KL, RESPONSE_LENGTH, SCORE
+from rlhf_tui.state.timeline import Marker
+
+COMPARED = (SCORE, KL, RESPONSE_LENGTH, ENTROPY)
+"""The metrics whose means before and after are shown."""
+STEPS_COMPARED = 10
+"""Steps of each mean, as in the dashboard."""
+NOTE_STEPS = 3
+"""Between an intervention and a note on it; a command applies a step or two after it was sent."""
+MOST = 100
+"""Interventions that are listed; of more, the latest."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A metric's means over the steps before an intervention and over those from it on."""
+
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A command that took effect."""
+
+    number: int
+    """By which the charts name it, from 1."""
+    marker: Marker
+    effects: dict[str, Effect]
+    """By metric; empty on abandoned branches."""
+    notes: list[str] = field(default_factory=list)
+    """Notes of steps close by: the reasons, as a rule."""
+
+
+def read_interventions(record: JournalReader, markers: Sequence[Marker]) -> list[Intervention]:
+    """The latest interventions, in order, with their effects."""
+    commands = [m for m in markers if m.kind == "command"]
+    notes = [m for m in markers if m.kind == "note"]
+    first = max(0, len(commands) - MOST)
+    return [
+        Intervention(
+            number,
+            marker,
+            {} if marker.abandoned else _effects(record, marker.step),
+            [n.text for n in notes if abs(n.step - marker.step) <= NOTE_STEPS],
+        )
+        for number, marker in enumerate(commands[first:], start=first + 1)
+    ]
+
+
+def _effects(record: JournalReader, step: int) -> dict[str, Effect]:
+    effects = {}
+    for name in COMPARED:
+        points = record.series(name, step - STEPS_COMPARED - 1, step + STEPS_COMPARED - 1)
+        before = _mean(value for at, value in points if at < step)
+        after = _mean(value for at, value in points if at >= step)
+        if before is not None or after is not None:
+            effects[name] = Effect(before, after)
+    return effects
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

@@ -1,0 +1,171 @@
+"""A report as one Markdown file, for issues, pull requests and notebooks.
+
+Curves are lines of blocks, because viewers remove pictures that are inside the text. Text of the
+session is inert: prompts and responses stand in fences that they cannot end, all other text has its
+markup escaped.
+"""
+
+import re
+from collections.abc import Sequence
+
+from engine import __version__
+from engine.journal.rows import SampleRow
+from rlhf_tui.format import clock, number, plural
+from rlhf_tui.report import sections
+from rlhf_tui.report.curves import Curve, Point
+from rlhf_tui.report.data import Report
+from rlhf_tui.report.sections import LONGEST_TEXT, TableData, cut, sample_heading
+from rlhf_tui.text import one_line, sanitise
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 40
+"""Blocks of a curve."""
+_MARKUP = re.compile(
+    r"[\\`*\[\]|~$]"
+    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # inside a word it is no emphasis
+    r"|:(?=//)|(?<=www)\.",  # links without brackets
+    re.IGNORECASE,
+)
+"""Markup within a line. No text of the session begins a line, so `#` and `-` need no escape."""
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;"})
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    made = f"{clock(report.made)}, rlhf-tui {__version__}"
+    parts = [f"# {text(report.name)}\n\nReport of {text(made)}\n"]
+    parts += [f"## {heading}\n\n{body}" for heading, body in _parts(report) if body]
+    return "\n".join(parts)
+
+
+def text(value: str) -> str:
+    """Text of the session on one line, inert in Markdown and in the HTML that it becomes."""
+    return _MARKUP.sub(r"\\\g<0>", one_line(value).translate(_ENTITIES))
+
+
+def fenced(value: str) -> str:
+    """Text of the session as a block; the fence is longer than any run of backticks in it."""
+    shown = sanitise(cut(value, LONGEST_TEXT))
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{shown}\n{fence}\n"
+
+
+def table(data: TableData) -> str:
+    """A table of pipes; empty without rows."""
+    if not data.rows:
+        return ""
+    lines = [_line(data.header), _line(["---"] * len(data.header), escaped=True)]
+    lines += [_line(row) for row in data.rows]
+    if data.left_out:
+        lines.append(f"\n{plural(data.left_out, 'row')} left out.")
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str], *, escaped: bool = False) -> str:
+    return f"| {' | '.join(cell if escaped else text(cell) for cell in cells)} |"
+
+
+def _parts(report: Report) -> list[tuple[str, str]]:
+    interventions = table(sections.interventions(report))
+    if interventions:
+        interventions = f"{sections.EFFECTS}\n\n{interventions}"
+    return [
+        ("Summary", _summary(report)),
+        ("Comparison", _comparison(report)),
+        ("Curves", _curves(report.curves)),
+        ("Interventions", interventions),
+        ("Alerts", table(sections.alerts(report))),
+        ("Configuration", _configuration(report)),
+        ("Samples", _samples(report)),
+        ("Judgements", _judgements(report)),
+        ("Checkpoints", table(sections.checkpoints(report))),
+        ("Timeline", table(sections.events(report))),
+    ]
+
+
+def _summary(report: Report) -> str:
+    facts = "\n".join(f"- {name}: {text(value)}" for name, value in sections.summary(report))
+    held_out = table(sections.held_out(report))
+    if held_out:
+        held_out = f"\nOn held-out prompts:\n\n{held_out}"
+    return f"{facts}\n\n{table(sections.headlines(report))}{held_out}"
+
+
+def _comparison(report: Report) -> str:
+    tables = (sections.compared_metrics(report), sections.compared_settings(report))
+    return "\n".join(table(data) for data in tables if data.rows)
+
+
+def _curves(curves: Sequence[Curve]) -> str:
+    rows = []
+    for curve in curves:
+        rows.append(_curve_row(curve.title, curve.points))
+        if curve.other:
+            rows.append(_curve_row("(the other run)", curve.other))
+    return table(TableData(["metric", "curve", "first", "least", "greatest", "last"], rows))
+
+
+def _curve_row(title: str, points: Sequence[Point]) -> list[str]:
+    values = [value for _, value in points]
+    ends = (values[0], min(values), max(values), values[-1])
+    return [title, spark(values), *map(number, ends)]
+
+
+def spark(values: Sequence[float]) -> str:
+    """Values as a line of at most :data:`SPARK_WIDTH` blocks."""
+    width = min(SPARK_WIDTH, len(values))
+    groups = [values[i * len(values) // width : (i + 1) * len(values) // width]
+              for i in range(width)]  # fmt: skip
+    means = [sum(group) / len(group) for group in groups]
+    low, high = min(means), max(means)
+    top = len(BLOCKS) - 1
+    return "".join(BLOCKS[round((m - low) / ((high - low) or 1) * top)] for m in means)
+
+
+def _configuration(report: Report) -> str:
+    changed = table(sections.changed_settings(report))
+    others = table(sections.other_settings(report))
+    return (
+        f"These keys differ from the defaults.\n\n{changed}\n"
+        f"<details><summary>All other keys</summary>\n\n{others}\n</details>\n"
+    )
+
+
+def _samples(report: Report) -> str:
+    samples = report.samples
+    parts = []
+    if samples.held_out:
+        parts.append("### Held-out prompts through time\n")
+    for rows in samples.held_out:
+        parts += ["Prompt:\n", fenced(rows[0].prompt)]
+        for row in rows:
+            parts += [f"{text(sample_heading(row))}\n", fenced(row.response)]
+    parts += _titled("Through time", samples.through_time)
+    parts += _titled("Highest scores", samples.best)
+    parts += _titled("Lowest scores", samples.worst)
+    return "\n".join(parts)
+
+
+def _titled(title: str, rows: Sequence[SampleRow]) -> list[str]:
+    parts = [f"### {title}\n"] if rows else []
+    for row in rows:
+        parts += [f"{text(sample_heading(row))}\n", fenced(row.prompt), fenced(row.response)]
+    return parts
+
+
+def _judgements(report: Report) -> str:
+    samples = report.samples
+    if not samples.judged and not samples.preferences:
+        return ""
+    total = plural(samples.judged_total, "judged response")
+    pairs = plural(samples.preferences_total, "preference")
+    parts = [f"{total}, {pairs}.\n", table(sections.labels(report))]
+    parts += _titled("Latest judged responses", samples.judged)
+    if samples.preferences:
+        parts.append("### Latest preferences\n")
+    for pair in samples.preferences:
+        parts += [f"by {text(sections.judge(pair.who))}\n", fenced(pair.prompt), "chosen:\n",
+                  fenced(pair.chosen.response), "rejected:\n",
+                  fenced(pair.rejected.response)]  # fmt: skip
+    return "\n".join(parts)
