@@ -19,6 +19,10 @@ CLIP_FRACTION = "policy/clipfrac_avg"
 NONFINITE_UPDATES = "policy/nonfinite_updates"
 RESPONSE_LENGTH = "tokens/response_len_mean"
 DISTINCT_2 = "text/distinct_2"
+TRUNCATED = "tokens/truncated_frac"
+APPROXIMATE_KL = "policy/approxkl_avg"
+EXPLAINED_VARIANCE = "val/explained_var"
+GRADIENT_NORM = "grad_norm"
 LEARNING_RATE = "lr"
 STEP_TIME = "time/step"
 TOKENS_PER_SECOND = "perf/tokens_per_second"
@@ -126,7 +130,7 @@ METRICS = (
         title="entropy", chart_unit="nats/token",
     ),
     Metric(
-        "policy/approxkl_avg", "nats per token",
+        APPROXIMATE_KL, "nats per token",
         "0.5 · mean (log ρ)² to the rollout's policy, over all updates of the step",
         title="approximate KL",
     ),
@@ -154,7 +158,7 @@ METRICS = (
     Metric("val/clipfrac_avg", "fraction of tokens",
            "tokens whose value loss was clipped (`ppo.advantage: gae` only)"),
     Metric(
-        "val/explained_var", "",
+        EXPLAINED_VARIANCE, "",
         "1 − Var(return − V)/Var(return); 1 is perfect, below 0 is worse than a constant value "
         "(`ppo.advantage: gae` only)",
         title="explained variance",
@@ -172,7 +176,7 @@ METRICS = (
     ),
     Metric(RESPONSE_LENGTH, "tokens", "mean length, including the end-of-sequence token",
            title="length", chart_unit="tokens", held_out=EVAL_LENGTH),
-    Metric("tokens/truncated_frac", "fraction of responses",
+    Metric(TRUNCATED, "fraction of responses",
            "responses truncated at `rollout.max_new_tokens`",
            title="cut off", chart_unit="fraction", held_out=EVAL_TRUNCATED),
     Metric(
@@ -205,7 +209,7 @@ METRICS = (
            title="held-out distinct word pairs"),
     Metric(EVAL_SOURCE, "score",
            "mean score of each source of `eval.rewards` and, if there are several, of `reward`"),
-    Metric("grad_norm", "", "norm before clipping, mean over the step's updates",
+    Metric(GRADIENT_NORM, "", "norm before clipping, mean over the step's updates",
            title="gradient norm"),
     Metric(LEARNING_RATE, "", "learning rate of this step", title="learning rate", is_set=True),
     Metric("episode", "responses", "number of responses so far"),

@@ -156,8 +156,10 @@ class Server:
         except asyncio.IncompleteReadError as error:
             if error.partial:
                 log.info("a connection ended within a frame")
-        except (LinkError, TimeoutError, ConnectionError) as error:
-            log.debug("a connection was closed: %s", str(error) or type(error).__name__)
+        except (LinkError, TimeoutError) as error:
+            log.info("a connection was closed: %s", str(error) or type(error).__name__)
+        except ConnectionError as error:  # a client was killed, which is no event of the run
+            log.debug("a connection was lost: %s", error)
         except asyncio.CancelledError:
             return  # The engine ends. asyncio would log a cancelled handler with its traceback.
         finally:

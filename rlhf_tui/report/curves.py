@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from engine import metrics
 from engine.journal.reader import JournalReader
 from engine.metrics import (
+    APPROXIMATE_KL,
     BETA,
     CLIP_FRACTION,
     DISTINCT_2,
@@ -14,19 +15,22 @@ from engine.metrics import (
     EVAL_KL,
     EVAL_LENGTH,
     EVAL_SCORE,
+    EXPLAINED_VARIANCE,
+    GRADIENT_NORM,
     KL,
     LEARNING_RATE,
     RESPONSE_LENGTH,
     SCORE,
     SCORE_STD,
+    TRUNCATED,
 )
 
 SPANS = 240
 """Spans of an outline; each has a minimum and a maximum."""
 CURVES = (
     SCORE, EVAL_SCORE, KL, EVAL_KL, BETA, ENTROPY, RESPONSE_LENGTH, EVAL_LENGTH,
-    "tokens/truncated_frac", DISTINCT_2, EVAL_DISTINCT_2, SCORE_STD, CLIP_FRACTION,
-    "policy/approxkl_avg", "val/explained_var", "grad_norm", LEARNING_RATE,
+    TRUNCATED, DISTINCT_2, EVAL_DISTINCT_2, SCORE_STD, CLIP_FRACTION,
+    APPROXIMATE_KL, EXPLAINED_VARIANCE, GRADIENT_NORM, LEARNING_RATE,
 )  # fmt: skip
 """In order; those that a run does not have are left out."""
 SOURCES = ("reward/", "eval/reward/")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.journal.rows import SampleRow
-from engine.metrics import title_of
+from engine.metrics import SCORE, title_of
 from rlhf_tui.format import clock, duration, number, plural, size
 from rlhf_tui.report.data import Report
 from rlhf_tui.report.headlines import Headline
@@ -198,7 +198,7 @@ def checkpoints(report: Report) -> TableData:
         for c in report.checkpoints
     ]  # fmt: skip
     header = ["step", "time", "score", "KL", title_of(report.best_metric), "size", ""]
-    if report.best_metric == "objective/scores":  # the column of the score says the same
+    if report.best_metric == SCORE:  # the column of the score says the same
         header = [*header[:4], *header[5:]]
         rows = [[*row[:4], *row[5:]] for row in rows]
     return limited(header, rows)
