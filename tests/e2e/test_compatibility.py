@@ -120,6 +120,7 @@ def test_a_killed_one_resumes_from_its_checkpoint_with_the_settings_of_its_comma
     assert again[SAVED + 2] != 0.2
 
 
+@pytest.mark.slow
 def test_a_finished_one_is_forked(old):
     done = old.cli("fork", "finished", "--from", "3", "--name", "branch", "--headless")
     assert done.returncode == 0, done.stderr

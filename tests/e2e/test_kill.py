@@ -112,6 +112,7 @@ def kill_and_resume(run, rng):
     run.finish()
 
 
+@pytest.mark.slow
 def test_the_rank_of_a_killed_foreground_run_ends_too(lab):
     run = lab.run("orphan")
     run.hold(1)
@@ -206,6 +207,7 @@ def test_the_other_command_is_applied(poisoned):
     assert poisoned.betas()[behind["applied_step"]] == 0.2
 
 
+@pytest.mark.slow
 def test_without_restarts_left_a_killed_rank_fails_the_run(lab):
     run = lab.run("no-second-chance", "launch.max_restarts=0")
     run.hold(2)

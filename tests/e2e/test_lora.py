@@ -35,6 +35,7 @@ def test_both_exports_report_their_kind(adapted, tmp_path):
     assert not (tmp_path / "whole" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_merge_is_one_line_and_leaves_nothing(adapted, tmp_path):
     weights = adapted.root / "adapted" / "checkpoints" / "step-000002" / "policy"
     weights = weights / "adapter_model.safetensors"

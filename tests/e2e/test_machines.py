@@ -54,10 +54,12 @@ def machines(lab, wait_until):
     run.end()
 
 
+@pytest.mark.slow
 def test_the_run_says_how_another_machine_joins(machines):
     assert "rlhf-tui join 127.0.0.1:" in machines.join_alert
 
 
+@pytest.mark.slow
 def test_a_run_over_two_machines_is_steered_as_one(machines):
     commands = machines.commands()
     assert {c["status"] for c in commands.values()} == {"applied"}
@@ -66,6 +68,7 @@ def test_a_run_over_two_machines_is_steered_as_one(machines):
     assert machines.paused_at == 3
 
 
+@pytest.mark.slow
 def test_a_lost_machine_is_reported_and_the_run_continues_when_it_rejoins(machines):
     (alert,) = [e for e in machines.events("alert") if e["rule"] == "restart"]
     assert "another machine" in alert["text"]
@@ -74,12 +77,14 @@ def test_a_lost_machine_is_reported_and_the_run_continues_when_it_rejoins(machin
         assert [a.from_step for a in reader.attempts()] == [0, 4]
 
 
+@pytest.mark.slow
 def test_two_machines_compute_the_numbers_of_one(machines, whole):
     for one, two in zip(whole.numbers()[:3], machines.numbers()[:3], strict=True):
         for name, value in one.items():
             assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (one["step"], name)
 
 
+@pytest.mark.slow
 def test_join_reports_its_progress_and_ends_with_the_run(machines):
     assert machines.join_code == 0
     assert machines.join_output.count("joining machines") == 2

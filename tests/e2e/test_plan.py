@@ -25,6 +25,7 @@ def huge(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_the_estimate_for_the_starter_is_within_a_quarter_of_the_measured_peak(lab):
     done = lab.cli(
         "demo", "--headless", "--name", "measured", "--steps", 2,
@@ -52,6 +53,7 @@ def test_the_strategies_stand_side_by_side_on_80_columns(lab):
     assert "the run fits" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_reported_with_changes_that_help(lab, huge):
     options = ("-o", f"model.policy={huge}", "-o", "launch.device=cpu")
     done = lab.cli("plan", DEMO, *options)

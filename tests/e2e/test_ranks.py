@@ -115,6 +115,7 @@ def test_a_run_on_one_machine_listens_on_loopback_only(pair):
     assert not {ip for ip in pair.listening if not ip.startswith("127.") and ip != "::1"}
 
 
+@pytest.mark.slow
 def test_after_a_killed_rank_all_restart_and_the_run_ends_with_the_same_numbers(lab, pair):
     run = lab.run("killed-rank", *TWO)
     run.hold(5, 7)
@@ -203,13 +204,15 @@ def assert_close(numbers, others, bound):
             assert two[name] == pytest.approx(value, rel=bound, abs=bound), (one["step"], name)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_from_its_checkpoint_bit_for_bit(lab, sharded):
     again = fork_with_layout(lab, sharded, "sharded-again", "fsdp")
     assert again.numbers()[4:8] == sharded.numbers()[4:8]
     assert again.checkpoint(8)["hashes"] == sharded.checkpoint(8)["hashes"]
 
 
-@pytest.mark.parametrize("layout", ["one", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "ddp"])
 def test_a_sharded_checkpoint_resumes_in_another_layout_with_the_same_numbers(lab, sharded, layout):
     other = fork_with_layout(lab, sharded, f"sharded-to-{layout}", layout)
     assert_close(sharded.numbers(), other.numbers(), 1e-4)

@@ -141,6 +141,7 @@ def test_a_resume_whose_input_is_wrong_leaves_the_configuration_as_it_was(lab, w
     assert len(lab.json("metrics", "misled")) == 8
 
 
+@pytest.mark.slow
 def test_a_fork_whose_input_is_wrong_leaves_no_session(lab, whole):
     wrong = ("-o", "reward.mix=[]", "-o", "reward.function=not_there:score")
     done = lab.cli("fork", "whole", "--from", "4", "--name", "wrong", *wrong, "--detach")

@@ -96,6 +96,7 @@ def test_stop_now_ends_at_once_without_saving(lab):
     assert "before it was carried out" in stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_while_stopping_fails_the_run(lab):
     run = lab.run("died-stopping", "launch.max_restarts=0")
     run.hold(2)
