@@ -51,6 +51,7 @@ def test_a_failed_merge_is_one_line_and_leaves_nothing(adapted, tmp_path):
     assert not (tmp_path / "whole").exists()
 
 
+@pytest.mark.slow
 def test_a_fork_starts_from_the_adapters_and_cannot_change_their_configuration(adapted):
     fork = ["fork", "adapted", "--from", 2, "--headless", "-o", "train.steps=3"]
     refused = adapted.cli(*fork, "--name", "wider", "-o", "lora.rank=8")

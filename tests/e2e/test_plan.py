@@ -41,6 +41,7 @@ def test_the_estimate_for_the_starter_is_within_a_quarter_of_the_measured_peak(l
     assert planned["configured"]["peak"] / 1e9 == pytest.approx(measured, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_strategies_stand_side_by_side_on_80_columns(lab):
     done = lab.cli("plan", DEMO, "--processes", 4, "-o", "launch.device=cpu")
     assert done.returncode == 0, done.stderr
@@ -65,6 +66,7 @@ def test_a_run_that_does_not_fit_is_reported_with_changes_that_help(lab, huge):
     assert data["changed_peak"] < data["configured"]["peak"]
 
 
+@pytest.mark.slow
 def test_a_run_warns_before_it_loads_a_model_that_does_not_fit(lab, huge):
     done = lab.cli(
         "run", DEMO, "--headless", "--name", "too-large",

@@ -118,6 +118,7 @@ def test_a_resume_finishes_a_run_that_crashed_after_its_last_save(lab, whole, nu
     assert numbers(lab.json("metrics", "almost")) == whole.numbers()
 
 
+@pytest.mark.slow
 def test_resuming_from_a_step_starts_a_new_attempt_there(lab, whole, branch):
     # The same seed and settings from the same checkpoint repeat the same steps.
     before = branch.numbers()

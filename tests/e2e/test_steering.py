@@ -215,6 +215,7 @@ def test_a_learning_rate_set_during_a_step_is_used_in_the_next_step(steered):
     assert (rates[5], rates[6]) == (3e-4, 1e-4)
 
 
+@pytest.mark.slow
 def test_settings_are_in_force_after_a_resume(lab, steered):
     done = lab.cli("resume", "steered", "-o", "train.steps=9", "--headless")
     assert done.returncode == 0, done.stderr

@@ -202,6 +202,7 @@ def test_a_merged_policy_is_a_plain_model_with_the_same_logits(trained, tmp_path
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("The film").input_ids
 
 
+@pytest.mark.slow
 def test_an_error_of_a_merge_is_one_line(trained, tmp_path):
     run, session = trained
     run.state.base = "another"

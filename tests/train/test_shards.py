@@ -115,6 +115,7 @@ def test_only_safetensors_and_text_are_written(saved):
     assert names <= {".safetensors", ".json", ".jinja", ".txt", "COMPLETE"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_leaves_no_files(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     done = start(("save", "fsdp", tmp_path, "full"))
