@@ -22,7 +22,7 @@ from benchmarks import machine
 from benchmarks.engine_side import settings
 from benchmarks.side import Side
 from benchmarks.task import SMALL_TASK, TINY, Task, write_models
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.launch.environment import OPENMP_WAITING, rank_environment
 
 EQUAL = ["model.value=separate", "model.dtype=float32", "reward.dtype=float32"]

@@ -21,7 +21,7 @@ from benchmarks.side import Side
 from benchmarks.task import TINY, Task, write_models
 from engine import starter
 from engine.config import file as config_file
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter

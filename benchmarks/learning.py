@@ -26,7 +26,7 @@ from unittest.mock import patch
 from benchmarks import machine, textbook
 from engine import starter
 from engine.config import file as config_file
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.launch.environment import rank_environment
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create

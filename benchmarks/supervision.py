@@ -24,7 +24,7 @@ from benchmarks import machine
 from benchmarks.engine_side import YAML, settings
 from benchmarks.side import Side
 from benchmarks.task import TINY, Task, write_models
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.journal.reader import JournalReader
 from engine.launch.environment import rank_environment
 from engine.session.folder import Session

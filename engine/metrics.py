@@ -33,7 +33,7 @@ PHASES = ("generate", "score", "reference", "optimise", "checkpoint")
 
 REWARD_SOURCE = "reward/NAME"
 EVAL_SOURCE = "eval/reward/NAME"
-"""Placeholders for one metric per reward source, whose name replaces NAME."""
+"""Patterns of one metric per reward source, whose name replaces NAME."""
 
 EVAL_SCORE = "eval/score"
 EVAL_SCORE_CI = "eval/score_ci"
@@ -243,9 +243,9 @@ _BY_NAME = {metric.name: metric for metric in METRICS}
 
 def declaration(name: str) -> Metric | None:
     """The declaration of a metric, None if there is none. `reward/NAME` has one for every NAME."""
-    for placeholder in (REWARD_SOURCE, EVAL_SOURCE):
-        if name.startswith(placeholder.removesuffix("NAME")):
-            return _BY_NAME[placeholder]
+    for pattern in (REWARD_SOURCE, EVAL_SOURCE):
+        if name.startswith(pattern.removesuffix("NAME")):
+            return _BY_NAME[pattern]
     return _BY_NAME.get(name)
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from engine/config/schema.py.
+"""Writes docs/configuration.md from engine/config/schema.py and the sections beside it.
 
 Run ``python -m scripts.configuration_page``. Each section becomes a table of its keys with their
 types, defaults and docstrings. A test compares the page with the code.
@@ -8,7 +8,7 @@ import ast
 import re
 from pathlib import Path
 
-from engine.config import schema
+from engine.config import schema, sections
 from engine.config.settings import LIVE_SETTINGS
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -75,9 +75,9 @@ def _bound(text: str) -> str:
 
 def page() -> str:
     """The text of the page."""
-    source = Path(schema.__file__).read_text(encoding="utf-8")
-    nodes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
-    classes = {n.name: n for n in nodes}
+    files = [Path(schema.__file__), *Path(sections.__path__[0]).glob("*.py")]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
+    classes = {n.name: n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)}
     seed = "| `seed` | whole number ≥ 0 | `0` | Seed of every random choice. |"
     parts = [HEAD, f"{COLUMNS}\n{seed}"]
     for node in classes["RunConfig"].body:
@@ -95,8 +95,12 @@ def _table(title: str, section: ast.ClassDef, prefix: str, classes: dict[str, as
 
 
 def _rows(section: ast.ClassDef, prefix: str, classes: dict[str, ast.ClassDef]) -> list[str]:
-    """The rows of a section's keys; those of a section within it follow in its place."""
-    rows = []
+    """The rows of a section's keys, those of its base class first.
+
+    Those of a section within it follow in its place.
+    """
+    bases = [classes[ast.unparse(base)] for base in section.bases if ast.unparse(base) in classes]
+    rows = [row for base in bases for row in _rows(base, prefix, classes)]
     for node, after in zip(section.body, [*section.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):
             key = prefix + ast.unparse(node.target)

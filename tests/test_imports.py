@@ -26,6 +26,7 @@ OF_A_RANK = {
 """Packages and modules of the engine that ranks use besides their own."""
 FLOORS = [
     ("engine", "engine.errors", "engine.metrics", "engine.starter"),
+    ("engine.config.sections",),
     ("engine.config",),
     ("engine.kl", "engine.memory", "engine.session"),
     ("engine.protocol",),
@@ -42,14 +43,14 @@ FLOORS = [
     ("engine.train.run",),
     (
         "engine.train.checkpointing",
-        "engine.train.dynamic",
+        "engine.train.dynamic_sampling",
         "engine.train.evaluation",
         "engine.train.reports",
         "engine.train.rollout_check",
     ),
     ("engine.train.boundary", "engine.train.step"),
     ("engine.train.load",),
-    ("engine.train.evaluation.program", "engine.train.worker"),
+    ("engine.train.evaluation.__main__", "engine.train.worker"),
     ("engine.train.torchrun",),
     # The dashboard and the command line.
     ("rlhf_tui", "rlhf_tui.format", "rlhf_tui.identity", "rlhf_tui.text"),

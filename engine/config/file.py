@@ -1,6 +1,6 @@
 """Reads, completes, compares and writes configurations.
 
-The keys are declared in :mod:`engine.config.schema`. This module turns a file and ``-o key=value``
+The keys are declared in :mod:`engine.config.sections`. This module turns a file and `-o key=value`
 overrides into a configuration, and reports each mistake in one sentence.
 """
 

@@ -7,17 +7,9 @@ from types import NoneType
 from typing import get_args, get_type_hints
 from urllib.parse import urlsplit
 
-from engine.config.schema import (
-    RULE_CONDITIONS,
-    SOURCE_KEYS,
-    JudgeConfig,
-    NotifyConfig,
-    RewardConfig,
-    RewardSource,
-    Rule,
-    RunConfig,
-    Webhook,
-)
+from engine.config.schema import RunConfig
+from engine.config.sections.reward import SOURCE_KEYS, JudgeConfig, RewardConfig, RewardSource
+from engine.config.sections.supervision import RULE_CONDITIONS, NotifyConfig, Rule, Webhook
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
 from engine.metrics import declaration

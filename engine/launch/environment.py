@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.monitoring.telemetry import gpu_count
 from engine.nvml import chosen_gpus
 

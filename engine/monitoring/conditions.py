@@ -1,14 +1,14 @@
 """The conditions of guard rails: one function for each key of a rule.
 
 To add one, write a function with the signature of :data:`Condition`, add it to :data:`CONDITIONS`
-and declare its key in :class:`engine.config.schema.Rule`.
+and declare its key in :class:`engine.config.sections.supervision.Rule`.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine.config.schema import Rule
+from engine.config.sections.supervision import Rule
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.config.schema import GuardrailConfig, Rule
+from engine.config.sections.supervision import GuardrailConfig, Rule
 from engine.metrics import (
     CLIP_FRACTION,
     DISTINCT_2,

@@ -1,7 +1,8 @@
 """Sends notifications to operators outside the terminal, without ever delaying the training.
 
 A channel is a class of the :class:`Channel` protocol in :mod:`engine.monitoring.channels`. To add
-one, add it to :data:`CHANNELS` and declare its key in :class:`engine.config.schema.NotifyConfig`.
+one, add it to :data:`CHANNELS` and declare its key in
+:class:`~engine.config.sections.supervision.NotifyConfig`.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from engine.config.rules import parse_quiet_hours
-from engine.config.schema import NotifyConfig
+from engine.config.sections.supervision import NotifyConfig
 from engine.monitoring.channels.command import CommandChannel
 from engine.monitoring.channels.message import LEVELS, Notification, NotificationError
 from engine.monitoring.channels.sendmail import EmailChannel

@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.msgpack import Decoder
 
 from engine import __version__
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.config.settings import SettingChange
 from engine.protocol.commands import BoundaryCommand
 from engine.protocol.frames import VERSION, Message, decode

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.launch.start import StartOptions
 from engine.protocol import frames
 from engine.protocol.frames import Message

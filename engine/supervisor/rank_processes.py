@@ -7,7 +7,7 @@ import secrets
 import signal
 from pathlib import Path
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.launch.environment import (
     SOCKET_VARIABLE,
     STORE_VARIABLE,
@@ -17,7 +17,7 @@ from engine.launch.environment import (
     ranks_per_node,
 )
 from engine.session.folder import Session
-from engine.session.temporary import TemporaryFolder
+from engine.session.temporary_folders import TemporaryFolder
 
 
 class RankProcesses:

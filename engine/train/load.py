@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine import starter
-from engine.config.schema import RewardConfig, RunConfig
+from engine.config.schema import RunConfig
+from engine.config.sections.reward import RewardConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin

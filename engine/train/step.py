@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from engine.protocol.rank_messages import Sample
-from engine.train.dynamic import Parts, ScoredRollout, redraw_constant_groups
+from engine.train.dynamic_sampling import Parts, ScoredRollout, redraw_constant_groups
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens

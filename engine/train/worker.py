@@ -17,7 +17,8 @@ import msgspec
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from engine.config.schema import LaunchConfig, RunConfig
+from engine.config.schema import RunConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.config.settings import settings_of
 from engine.errors import (
     DamagedCheckpointError,

@@ -10,7 +10,8 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.rules import check_rule
-from engine.config.schema import GuardrailConfig, RunConfig
+from engine.config.schema import RunConfig
+from engine.config.sections.supervision import GuardrailConfig
 from engine.config.settings import settings_of
 from engine.config.yaml_document import parse_yaml
 from engine.errors import UserInputError

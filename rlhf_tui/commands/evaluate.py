@@ -96,7 +96,7 @@ def run_program(session: Session, config: RunConfig, step: int) -> dict[str, Any
         UserInputError: the evaluation's prompts or reward sources cannot be used.
         RlhfError: the checkpoint cannot be used, or the subprocess failed.
     """
-    module = [sys.executable, "-m", "engine.train.evaluation.program"]
+    module = [sys.executable, "-m", "engine.train.evaluation"]
     done = subprocess.run(  # noqa: S603 - our own module
         [*module, str(session.folder), str(step)],
         input=msgspec.json.encode(config),

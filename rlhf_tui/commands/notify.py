@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from engine.config import file as config_file
-from engine.config.schema import NotifyConfig
+from engine.config.sections.supervision import NotifyConfig
 from engine.errors import RlhfError, UserInputError
 from engine.monitoring.channels.message import Notification, NotificationError, trial
 from engine.monitoring.notify import Channel, open_channels, send

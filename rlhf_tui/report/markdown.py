@@ -1,4 +1,4 @@
-"""A report as one Markdown file, for issues, pull requests and notebooks.
+"""A report as one Markdown file, for pull requests, wikis and notebooks.
 
 Curves are lines of blocks, because viewers remove pictures that are inside the text. Text of the
 session is inert: prompts and responses stand in fences that they cannot end, all other text has its

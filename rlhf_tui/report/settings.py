@@ -6,14 +6,10 @@ from typing import Any
 import msgspec
 
 from engine.config import file as config_file
-from engine.config.schema import (
-    DataConfig,
-    LoRAConfig,
-    ModelConfig,
-    PPOConfig,
-    RewardConfig,
-    RunConfig,
-)
+from engine.config.schema import RunConfig
+from engine.config.sections.model import DataConfig, LoRAConfig, ModelConfig
+from engine.config.sections.ppo import PPOConfig
+from engine.config.sections.reward import RewardConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pynvml
 import pytest
 import torch
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.launch import environment
 from engine.launch.environment import rank_environment, ranks_per_node, torch_is_built_for_gpus
 from engine.monitoring.telemetry import Sampler, busy_gpus, gpu_count

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from engine.config.rules import check_rule
-from engine.config.schema import RULE_CONDITIONS, GuardrailConfig, Rule
+from engine.config.sections.supervision import RULE_CONDITIONS, GuardrailConfig, Rule
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
 from engine.monitoring.conditions import CONDITIONS

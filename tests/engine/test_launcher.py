@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.launch.environment import (
     JOINED_VARIABLE,
     PARENT_VARIABLE,

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from engine.config.rules import parse_quiet_hours
-from engine.config.schema import NotifyConfig, Webhook
+from engine.config.sections.supervision import NotifyConfig, Webhook
 from engine.errors import ConfigError
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter

@@ -2,7 +2,7 @@
 
 from typing import get_args, get_type_hints
 
-from engine.config.schema import RolloutConfig
+from engine.config.sections.rollout import RolloutConfig
 from engine.train.rollout.backend import BACKENDS
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from engine import starter
-from engine.config.schema import DataConfig
+from engine.config.sections.model import DataConfig
 from engine.errors import UserInputError
 from engine.train.data import chat_template, prompts
 from engine.train.data.prompts import Prompt, Prompts, batch_prompts, load_prompts

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine import starter
-from engine.config.schema import HTTPConfig, LaunchConfig, RewardConfig, RewardSource
+from engine.config.sections.launch import LaunchConfig
+from engine.config.sections.reward import HTTPConfig, RewardConfig, RewardSource
 from engine.errors import UserInputError
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup

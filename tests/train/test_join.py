@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from torch.distributed import TCPStore
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.protocol.rank_messages import JoinInfo
 from engine.train.torchrun import join
 from engine.train.torchrun.rendezvous import JOIN_INFO_KEY

@@ -4,13 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config.schema import (
-    HTTPConfig,
-    JudgeConfig,
-    LaunchConfig,
-    RewardConfig,
-    RewardSource,
-)
+from engine.config.sections.launch import LaunchConfig
+from engine.config.sections.reward import HTTPConfig, JudgeConfig, RewardConfig, RewardSource
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.rewards import calls

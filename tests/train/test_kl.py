@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config.schema import KLConfig
+from engine.config.sections.ppo import KLConfig
 from engine.kl import next_beta
 from engine.train.ppo import advantages, masked
 from engine.train.ppo.kl_estimators import KL_ESTIMATORS

@@ -11,7 +11,8 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from engine import starter
-from engine.config.schema import LaunchConfig, LoRAConfig
+from engine.config.sections.launch import LaunchConfig
+from engine.config.sections.model import LoRAConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.session.checkpoints import mark_complete

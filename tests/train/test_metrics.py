@@ -10,15 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config.schema import (
-    DataConfig,
-    KLConfig,
-    ModelConfig,
-    PPOConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-)
+from engine.config.schema import RunConfig
+from engine.config.sections.model import DataConfig, ModelConfig
+from engine.config.sections.ppo import KLConfig, PPOConfig
+from engine.config.sections.reward import RewardConfig
+from engine.config.sections.rollout import RolloutConfig
 from engine.train.data.prompts import PromptBatch
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.metrics import distinct_2, group_metrics, step_metrics

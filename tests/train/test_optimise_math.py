@@ -13,17 +13,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from engine.config.schema import (
-    DataConfig,
-    KLConfig,
-    LaunchConfig,
-    ModelConfig,
-    PPOConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainConfig,
-)
+from engine.config.schema import RunConfig
+from engine.config.sections.launch import LaunchConfig
+from engine.config.sections.model import DataConfig, ModelConfig
+from engine.config.sections.ppo import KLConfig, PPOConfig
+from engine.config.sections.reward import RewardConfig
+from engine.config.sections.rollout import RolloutConfig
+from engine.config.sections.train import TrainConfig
 from engine.config.settings import change_settings
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup

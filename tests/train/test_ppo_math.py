@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config.schema import ADVANTAGES, PPOConfig
+from engine.config.sections.ppo import ADVANTAGES, PPOConfig
 from engine.train.ppo import advantages, losses, masked
 from engine.train.ppo.advantages import AdvantageInputs, generalised_advantages, make_targets
 

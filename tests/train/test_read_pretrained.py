@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine import starter
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.pretrained import load_lm, load_tokenizer

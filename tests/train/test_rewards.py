@@ -16,13 +16,8 @@ from transformers import (
 )
 
 from engine import starter
-from engine.config.schema import (
-    SOURCE_KEYS,
-    LaunchConfig,
-    OverlongConfig,
-    RewardConfig,
-    RewardSource,
-)
+from engine.config.sections.launch import LaunchConfig
+from engine.config.sections.reward import SOURCE_KEYS, OverlongConfig, RewardConfig, RewardSource
 from engine.errors import RewardError, UserInputError
 from engine.protocol import frames
 from engine.protocol.rank_messages import decode_from_rank

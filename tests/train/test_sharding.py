@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import _shard, materialised, synchronised
 

@@ -20,7 +20,7 @@ from urllib.parse import urlencode, urlsplit
 
 import msgspec
 
-from engine.config.schema import Webhook
+from engine.config.sections.supervision import Webhook
 from engine.monitoring.channels.message import Notification, NotificationError, one_line
 
 SOCKET_TIMEOUT = 10.0

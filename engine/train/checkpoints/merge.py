@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers.utils.logging import disable_progress_bar
 
 from engine import starter
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.errors import CheckpointError, RlhfError, UserInputError
 from engine.session.checkpoints import checkpoint_path
 from engine.session.folder import Session

@@ -167,15 +167,7 @@ def load_training(
         )
     if wrong := {k for k in stored if k.startswith(VALUE)} ^ set(_value_tensors(policy)):
         raise CheckpointError(f"{folder} holds a value function of another model: {min(wrong)}")
-    try:
-        load(
-            tensors,
-            storage_reader=HuggingFaceStorageReader(str(folder / "training")),
-            process_group=group,
-            no_dist=group is None,
-        )
-    except CheckpointException as error:
-        raise CheckpointError(f"cannot load {folder}: {_first_failure(error)}") from error
+    _read_into(tensors, folder, group)
 
 
 def reference_tensors(reference: AnyModel) -> dict[str, Tensor]:
@@ -200,6 +192,11 @@ def load_reference_weights(
     missing = tensors.keys() - _stored_tensors(folder / "training").keys()
     if missing:
         raise CheckpointError(f"{folder} does not hold the reference's weights: {min(missing)}")
+    _read_into(tensors, folder, group)
+
+
+def _read_into(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Overwrites tensors with those of a checkpoint, by name. Raises CheckpointError."""
     try:
         load(
             tensors,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine import starter
 from engine.config.file import DATA_FILES
-from engine.config.schema import DataConfig
+from engine.config.sections.model import DataConfig
 from engine.errors import UserInputError, error_text, first_line
 from engine.train.data.chat_template import render_chat
 from engine.train.data.randomness import permutation

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.schema import DataConfig, RunConfig
+from engine.config.schema import RunConfig
+from engine.config.sections.model import DataConfig
 from engine.errors import UserInputError
 from engine.train.data.prompts import Prompt, Prompts, load_prompts
 from engine.train.distributed.ranks import RankGroup

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from engine.config.schema import LoRAConfig
+from engine.config.sections.model import LoRAConfig
 from engine.errors import CheckpointError, UserInputError, first_line
 from engine.train.data.randomness import derived_key
 

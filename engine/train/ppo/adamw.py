@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from engine.config.schema import RunConfig, TrainConfig
+from engine.config.schema import RunConfig
+from engine.config.sections.train import TrainConfig
 from engine.train.models.language_model import LanguageModel
 
 

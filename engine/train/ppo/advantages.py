@@ -1,7 +1,7 @@
 """Advantage estimators, selected by `ppo.advantage`.
 
-To add an estimator, declare its traits in :data:`engine.config.schema.ADVANTAGES`, write a function
-from :class:`AdvantageInputs` to :class:`Targets`, and list it in :data:`ESTIMATORS`.
+To add an estimator, declare its traits in :data:`engine.config.sections.ppo.ADVANTAGES`, write a
+function from :class:`AdvantageInputs` to :class:`Targets`, and list it in :data:`ESTIMATORS`.
 
 Shapes: B responses, T response tokens. Tensors are float32 unless their docstring says otherwise.
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.config.schema import PPOConfig
+from engine.config.sections.ppo import PPOConfig
 from engine.train.ppo import masked
 from engine.train.ppo.kl_estimators import KL_ESTIMATORS
 
@@ -164,7 +164,7 @@ ESTIMATORS: dict[str, Callable[[AdvantageInputs], Targets]] = {
     "grpo": grpo,
     "reinforce_plus_plus": reinforce_plus_plus,
 }
-"""Estimators by the names of :data:`engine.config.schema.ADVANTAGES`."""
+"""Estimators by the names of :data:`engine.config.sections.ppo.ADVANTAGES`."""
 
 
 def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, beta: float) -> Tensor:

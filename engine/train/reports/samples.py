@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.schema import LogConfig
+from engine.config.sections.supervision import LogConfig
 from engine.protocol.rank_messages import Sample, TokenArrays
 from engine.train.ppo import masked
 from engine.train.ppo.advantages import Targets

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from engine.config.schema import RewardSource
+from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError, error_text
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress

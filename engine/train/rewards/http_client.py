@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from engine.config.schema import HTTPConfig
+from engine.config.sections.reward import HTTPConfig
 from engine.errors import UserInputError, error_text
 
 MAX_REPLY = 64 * 2**20

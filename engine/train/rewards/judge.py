@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config.schema import JudgeConfig, RewardSource
+from engine.config.sections.reward import JudgeConfig, RewardSource
 from engine.train.data.prompts import Prompt
 from engine.train.rewards.http_client import Endpoint, RequestError
 from engine.train.rewards.service import Scores, complete, encode

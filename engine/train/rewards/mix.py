@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.config.schema import RewardSource
+from engine.config.sections.reward import RewardSource
 from engine.errors import RewardError
 from engine.train.distributed.ranks import PeerRankError, RankGroup
 from engine.train.rewards import function, judge, model, service
@@ -33,7 +33,7 @@ KINDS: dict[str, SourceKind] = {
     "service": service.KIND,
     "judge": judge.KIND,
 }
-"""Kinds of sources, by the configuration keys of :data:`engine.config.schema.SOURCE_KEYS`."""
+"""By the configuration keys of :data:`engine.config.sections.reward.SOURCE_KEYS`."""
 
 
 Scale = tuple[float, float]

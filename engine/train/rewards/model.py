@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from engine import starter
-from engine.config.schema import RewardConfig, RewardSource
+from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.errors import UserInputError
 from engine.train.data.chat_template import render_chat
 from engine.train.data.prompts import Prompt

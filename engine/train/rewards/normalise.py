@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.config.schema import OverlongConfig, RewardConfig
+from engine.config.sections.reward import OverlongConfig, RewardConfig
 from engine.errors import RewardError
 
 

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 import msgspec
 import torch
 
-from engine.config.schema import RewardSource
+from engine.config.sections.reward import RewardSource
 from engine.train.rewards.http_client import Endpoint, RequestError
 from engine.train.rewards.source import (
     IncompleteScoresError,
@@ -59,7 +59,7 @@ class OpenRLHFProtocol:
         """Creates the protocol.
 
         Args:
-            label_column: see :attr:`engine.config.schema.HTTPConfig.label_column`.
+            label_column: see :attr:`engine.config.sections.reward.HTTPConfig.label_column`.
             vocabulary: the policy's token ids by token, for the end-of-sequence token's text.
         """
         self._label_column = label_column

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.config.schema import RewardConfig, RewardSource
+from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.errors import RlhfError
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup

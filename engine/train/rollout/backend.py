@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.schema import RolloutConfig
+from engine.config.sections.rollout import RolloutConfig
 from engine.train.data.prompts import Prompt, PromptBatch, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.distributed.ranks import RankGroup

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.schema import RolloutConfig
+from engine.config.sections.rollout import RolloutConfig
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig as TorchLaunch
 from torch.distributed.launcher.api import elastic_launch
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
 from engine.launch.environment import (
     JOINED_VARIABLE,

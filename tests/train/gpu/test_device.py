@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
 from engine.train.distributed.ranks import RankGroup
 from engine.train.worker import failed_message

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from engine.config.schema import LaunchConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.launch.environment import STORE_VARIABLE
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: ``python -m engine.train.evaluation.program SESSION_FOLDER STEP``.
+"""Evaluates a checkpoint: ``python -m engine.train.evaluation SESSION_FOLDER STEP``.
 
 Reads the configuration as JSON on standard input. The last line of standard output is a JSON object
 with `metrics` and `samples`, or with `error`. Reads the session and writes nothing to it.

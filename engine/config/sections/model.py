@@ -1,0 +1,50 @@
+"""The sections `data`, `model` and `lora`: what is trained, and on which prompts."""
+
+from typing import Literal
+
+from engine.config.sections.base import Count, Section
+
+
+class DataConfig(Section, frozen=True):
+    """The prompts that the policy is trained on."""
+
+    prompts: str
+    """A .jsonl, .json, .csv or .parquet file, the id of a data set on the hub, or
+    `starter:prompts`."""
+    column: str = "prompt"
+    """The column that holds the prompt: text, or a list of chat messages (`role`, `content`)."""
+    split: str = "train"
+    """The split of a data set on the hub."""
+    max_prompt_tokens: Count = 512
+    """Longer prompts are skipped; the log states how many."""
+    shuffle: bool = True
+    """Shuffle the prompts for each pass over the data; the seed determines the order."""
+
+
+class ModelConfig(Section, frozen=True):
+    """The policy, the reference and the value function."""
+
+    policy: str
+    """The model to train: a Hugging Face model folder, a hub id, or `starter:policy`."""
+    reference: str | None = None
+    """The model that the KL is measured against. Default: the policy before training."""
+    value: Literal["shared", "separate"] = "shared"
+    """Whether the value head shares the policy's transformer or has a separate one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the forward and backward passes. Trained weights are kept in float32."""
+
+
+class LoRAConfig(Section, frozen=True):
+    """Low-rank adapters (LoRA): trains small adapters and freezes the weights of the model.
+
+    The reference is the policy with its adapters disabled, so the weights are held in memory once,
+    in `model.dtype`. Adapters need about ten times the learning rate of full training.
+    """
+
+    rank: Count | None = None
+    """Rank of the adapters. Default: no adapters, all weights are trained."""
+    alpha: Count | None = None
+    """An adapter's output is scaled by alpha / rank. Default: twice the rank."""
+    targets: list[str] = []
+    """Linear layers that get adapters, by the end of their names (`q_proj`). Default: all linear
+    layers except the output layer."""

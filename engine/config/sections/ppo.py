@@ -1,0 +1,148 @@
+"""The sections `ppo` and `kl`: the objective, its estimators, and the KL coefficient."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from engine.config.sections.base import Coefficient, Count, Fraction, Positive, Section, Whole
+
+
+class AdvantageTraits(Struct, frozen=True, kw_only=True):
+    """Properties of an advantage estimator that other keys depend on."""
+
+    value_function: bool = False
+    """Whether the estimator needs a value function."""
+    baseline: bool = False
+    """Whether `ppo.baseline` has an effect."""
+    whiten: bool = False
+    """Default of `ppo.whiten`."""
+    per_prompt: int = 1
+    """Default of `rollout.per_prompt`."""
+    least_per_prompt: int = 1
+    """Lower bound of `rollout.per_prompt`."""
+
+
+ADVANTAGES = {
+    "gae": AdvantageTraits(value_function=True, whiten=True),
+    "reward": AdvantageTraits(baseline=True),
+    "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
+    "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
+    "reinforce_plus_plus": AdvantageTraits(whiten=True),
+}
+"""Every estimator, by its name in `ppo.advantage`. :mod:`engine.train.ppo.advantages` has the
+functions; the type of the key below lists the same names."""
+
+
+class PPOConfig(Section, frozen=True):
+    """The PPO objective and its optimisation."""
+
+    advantage: Literal["gae", "reward", "rloo", "grpo", "reinforce_plus_plus"] = "gae"
+    """Advantage estimator: `gae` uses a value function; `reward` uses the response's reward, less a
+    baseline; `rloo` subtracts the mean reward of the prompt's other responses; `grpo` subtracts the
+    mean reward of the prompt's responses and divides by their standard deviation;
+    `reinforce_plus_plus` uses the rewards from each token on, whitened over the batch."""
+    epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
+    """Passes over the rollout of a step."""
+    minibatches: Count = 4
+    """Optimiser steps per pass."""
+    micro_batch_size: Count = 16
+    """Responses per forward and backward pass. Affects memory and speed, not the result."""
+    clip_range: Annotated[float, Meta(ge=1e-9, lt=1)] = 0.2
+    """ε of the clipped objective: the probability ratio to the rollout's policy is clipped to
+    1 ± ε."""
+    clip_range_high: Annotated[float, Meta(ge=1e-9, le=1e6)] | None = None
+    """ε of the upper bound alone, `clip_range` being that of the lower (DAPO's clip-higher; its
+    paper uses 0.28). Default: `clip_range`."""
+    dual_clip: Annotated[float, Meta(gt=1, le=1e6)] | None = None
+    """Bounds the loss of a token whose advantage is negative to this multiple of -advantage
+    (dual-clip PPO; 3 is usual). Default: no bound."""
+    entropy_coef: Coefficient = 0.0
+    """Weight of the entropy bonus: this times the mean entropy is subtracted from the loss."""
+    loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
+    """How the policy loss of a minibatch is made of its tokens' losses: `token` is their mean,
+    `sequence` the mean over responses of their means (GRPO), `sequence_sum_constant` the mean over
+    responses of their sums divided by `rollout.max_new_tokens` (Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Whether the probability ratio is that of each token or that of the whole response."""
+    gamma: Fraction = 1.0
+    """Discount γ (gae and reinforce_plus_plus)."""
+    lam: Fraction = 0.95
+    """λ of generalised advantage estimation (gae only)."""
+    lam_value: Fraction | None = None
+    """λ of the returns that the value function learns (gae only); VC-PPO and VAPO use 1. Default:
+    `lam`."""
+    lam_alpha: Positive | None = None
+    """α of the length-adaptive λ, which replaces `lam` by 1 - 1 / (α · length) for each response
+    (gae only; 0 at least). VAPO uses 0.05, for responses of thousands of tokens. Default: `lam` for
+    all lengths."""
+    baseline: Literal["none", "batch", "running"] = "batch"
+    """Subtracted from the reward with `advantage: reward`: nothing, the mean of the batch, or the
+    running mean over steps."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What the difference to the group's mean is divided by (grpo only): the standard deviation of
+    the prompt's responses, that of the batch, or nothing (Dr. GRPO)."""
+    whiten: bool | None = None
+    """Whiten advantages over the global batch. Default: on for gae and reinforce_plus_plus, off
+    otherwise."""
+    whiten_rewards: bool = False
+    """Divide token rewards by their standard deviation (gae only)."""
+    value_coef: Coefficient = 0.1
+    """Weight of the value loss."""
+    value_head_rate: Annotated[float, Meta(ge=1e-6, le=1e6)] | None = None
+    """Learning rate of the value head, as a multiple of `train.learning_rate`. Default: 10, because
+    the head is trained from scratch; 1 with adapters, whose rate is already ten times higher, and
+    with `value_init: reward_model`."""
+    value_init: Literal["zero", "reward_model"] = "zero"
+    """Where the value function starts: a head of zeros on the policy's transformer, or transformer
+    and head of the reward model (`model.value: separate` only; the reward model must read the
+    policy's tokens)."""
+    value_clip: Positive | None = None
+    """Clips the value to that of the rollout ± this; 0.2 is usual with normalised scores. Default:
+    no clipping."""
+    value_warmup: Whole = 0
+    """Number of first steps that train the value function only (value pretraining, VC-PPO)."""
+    stop_kl: Positive | None = None
+    """Ends the updates of a step when the approximate KL to the rollout's policy exceeds this.
+    Default: never."""
+    max_grad_norm: Positive = 1.0
+    """Clips the norm of the gradient to this."""
+
+    @property
+    def traits(self) -> AdvantageTraits:
+        """The properties of the chosen estimator."""
+        return ADVANTAGES[self.advantage]
+
+
+class ReferenceUpdateConfig(Section, frozen=True):
+    """A reference that follows the policy (TRL's `sync_ref_model`)."""
+
+    every: Whole = 0
+    """Number of steps between updates of the reference; 0 never updates it."""
+    mix: Annotated[float, Meta(gt=0, le=1)] = 0.6
+    """An update makes the reference this much of the policy and the rest of the reference; 1 copies
+    the policy. The KL is then measured against a model nearer to the policy."""
+
+
+class KLConfig(Section, frozen=True):
+    """The KL coefficient β (beta) and its controller."""
+
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive` adjusts beta after each step to keep the KL near the target."""
+    beta: Coefficient = 0.05
+    """Initial coefficient."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """What is penalised at each token, with d = log π - log π_ref: `k1` is d, `k2` is d²/2, `k3` is
+    exp(-d) - 1 + d (GRPO). `objective/kl` and the adaptive controller use k1 in every case."""
+    place: Literal["reward", "loss"] = "reward"
+    """Where beta times the estimate goes: it is subtracted from the reward, or added to the loss
+    (GRPO)."""
+    target: Positive = 6.0
+    """KL that the adaptive controller aims for, in nats per response."""
+    horizon: Positive = 10_000.0
+    """Number of responses over which the adaptive controller changes beta by a factor of at most
+    about e^0.2."""
+    beta_min: Positive = 1e-4
+    """Lower limit of the adaptive controller, which also starts from here if beta is 0."""
+    beta_max: Positive = 10.0
+    """Upper limit of the adaptive controller."""
+    reference_update: ReferenceUpdateConfig = ReferenceUpdateConfig()

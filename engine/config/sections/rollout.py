@@ -1,0 +1,68 @@
+"""The sections `rollout` and `eval`: generation of responses, for training and for evaluation."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from engine.config.sections.base import Count, Section, Whole
+from engine.config.sections.reward import RewardSource
+
+
+class EvalConfig(Section, frozen=True):
+    """Held-out evaluation: the policy's responses to prompts that are never trained on.
+
+    It is repeated with the same prompts and random numbers, before the first step and every `every`
+    steps, so its curves compare steps with each other.
+    """
+
+    every: Whole = 0
+    """Number of steps between evaluations; 0 for none."""
+    prompts: str | None = None
+    """A file or data set like `data.prompts`; prompts that are also trained on are left out.
+    Default: the prompts of `holdout`."""
+    column: str | None = None
+    """The column that holds the prompt. Default: `data.column`."""
+    split: str = "test"
+    """The split of a data set on the hub."""
+    holdout: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    """Number of prompts of `data.prompts` that are never trained on but evaluated; the seed
+    determines which."""
+    max_prompts: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    """Maximum number of prompts that are evaluated, the first ones."""
+    per_prompt: Annotated[int, Meta(ge=1, le=10_000)] = 1
+    """Responses to each prompt."""
+    temperature: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    """Temperature of the responses; 0 takes the most likely token. Default: 1."""
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    """Maximum length of a response. Default: `rollout.max_new_tokens` at the start of the run."""
+    seed: Annotated[int, Meta(ge=0)] = 0
+    """Determines the random numbers of the responses, which are the same at every evaluation."""
+    rewards: list[RewardSource] = []
+    """Reward sources besides those of `reward`. They are reported as `eval/reward/NAME` and have no
+    influence on training; `weight` and `normalise` have no effect."""
+
+
+class RolloutConfig(Section, frozen=True):
+    """Generation of responses."""
+
+    engine: Literal["native"] = "native"
+    """What generates: `native` is the trained model itself, in the rank that trains it."""
+    batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    """Responses per step, over all ranks."""
+    at_once: Count | None = None
+    """The most responses that a rank generates at once; the others wait until one has ended. Limits
+    the memory of the key-value cache; responses change by rounding only. Default: all of them."""
+    per_prompt: Count | None = None
+    """Responses to each prompt. Default: 4 for rloo, 8 for grpo, 1 otherwise."""
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    """Maximum length of a response, in tokens; longer responses are truncated."""
+    temperature: Annotated[float, Meta(ge=1e-6, le=1000)] = 1.0
+    """Divides the logits of the policy and of the reference, in generation and in training."""
+    stop: list[str] = []
+    """Texts that end a response, in addition to the end-of-sequence token."""
+    dynamic: bool = False
+    """Draw prompts again whose responses all have the same raw score: other prompts take their
+    place (DAPO's dynamic sampling). Needs `per_prompt` of at least 2."""
+    dynamic_limit: Annotated[int, Meta(ge=1, le=1000)] = 10
+    """How many times a step draws again with `dynamic`; prompts that are left then stay as they
+    are."""

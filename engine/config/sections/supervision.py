@@ -1,0 +1,108 @@
+"""The sections `log`, `guardrails` and `notify`: what is recorded, watched and sent."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from engine.config.sections.base import Count, NonNegative, Positive, Seconds, Section, Whole
+
+
+class LogConfig(Section, frozen=True):
+    """What is recorded of each step."""
+
+    samples: Whole = 16
+    """Responses recorded per step."""
+    arrays: Whole = 4
+    """How many of these are recorded with per-token arrays."""
+    tensorboard: bool = True
+    """Write TensorBoard event files to the session's `tb/`."""
+
+
+class Rule(Section, frozen=True):
+    """One guard rail: a condition on a metric, and the action when it is met.
+
+    It fires when the condition begins to hold, and again each time the metric is twice as far
+    beyond its limit as at the last alert.
+    """
+
+    name: str
+    """Name of the alert."""
+    metric: str
+    """Name of the metric; `*` matches every metric that is not finite."""
+    above: float | None = None
+    """Fires when the metric is above this."""
+    below: float | None = None
+    """Fires when the metric is below this."""
+    of: str | None = None
+    """A setting such as `target` or `max_new_tokens`; `above` and `below` are multiples of it."""
+    rises: Positive | None = None
+    """Fires when the metric exceeds the mean of the last `window` steps by this fraction of it."""
+    falls: Positive | None = None
+    """Fires when the metric is below the mean of the last `window` steps by this fraction of it."""
+    window: Count = 20
+    """Number of steps in the mean that `rises` and `falls` compare with."""
+    action: Literal["notify", "checkpoint", "pause", "stop"] = "notify"
+    """Action in addition to the alert; `notify` is the alert alone."""
+
+
+RULE_CONDITIONS = ("above", "below", "falls", "rises")
+"""The keys of a rule that are conditions; :mod:`engine.monitoring.conditions` evaluates them."""
+
+
+class GuardrailConfig(Section, frozen=True):
+    """Guard rails: rules over metrics and over the machine that alert the operator."""
+
+    defaults: bool = True
+    """Use the built-in rules; a rule of the same name in `rules` replaces a built-in one."""
+    rules: list[Rule] = []
+    """Additional rules."""
+    silent_rank: Seconds = 300.0
+    """Seconds without a message from a rank before an alert."""
+    disk_free_gb: NonNegative = 2.0
+    """Free disk space, in gigabytes, below which there is an alert."""
+
+
+class Webhook(Section, frozen=True):
+    """A service that is sent each message over HTTP.
+
+    Its URL and its token are secrets: they are read from environment variables of the engine, and
+    stand in no file.
+    """
+
+    format: Literal["json", "slack", "discord", "ntfy", "telegram"] = "json"
+    """What the service understands. `json` is what `notify.command` gets, with the responses that
+    are an alert's evidence; the others get one line of text. `slack` is also that of Mattermost."""
+    url_variable: str | None = None
+    """Name of the environment variable with the URL; for `telegram` only for a server of your
+    own."""
+    token_variable: str | None = None
+    """Name of the environment variable with a token: of the bot for `telegram`, otherwise one that
+    is sent as `Authorization: Bearer`."""
+    chat: str | Annotated[int, Meta(ge=-1_000_000_000_000_000, le=1_000_000_000_000_000)] | None = (
+        None
+    )
+    """`telegram`: id of the chat, or `@` and the name of the channel."""
+
+
+class NotifyConfig(Section, frozen=True):
+    """Where alerts, restarts, pauses, failures and the end of the run are sent.
+
+    `rlhf-tui notify test NAME` sends a test message. The log says what became of each message.
+    """
+
+    command: str | None = None
+    """A shell command that is run for each message and gets it as JSON on standard input."""
+    webhooks: list[Webhook] = []
+    """Services that are sent each message over HTTP."""
+    email: list[str] = []
+    """Addresses that get each message by the machine's sendmail."""
+    sendmail: str | None = None
+    """The program that takes the e-mail. Default: `sendmail`."""
+    level: Literal["info", "warning", "error"] = "info"
+    """The least level that is sent. `error`: failures, and guard rails that pause or stop;
+    `warning`: also other alerts and restarts; `info`: also the end of the run, and pauses that a
+    person asked for."""
+    quiet_hours: str | None = None
+    """`HH:MM-HH:MM`, local time: then only the level `error` is sent."""
+    max_per_hour: Annotated[int, Meta(ge=1, le=3600)] = 30
+    """Alerts within an hour; the next message tells how many further ones were not sent."""

@@ -1,0 +1,57 @@
+"""The section `train`: length of the run, optimiser, schedule and checkpoints."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from engine.config.sections.base import Count, Decay, Positive, Section, Whole
+from engine.metrics import SCORE
+
+
+class StopAt(Section, frozen=True):
+    """A value of a metric at which the run has reached its aim; give `above` or `below`."""
+
+    metric: str
+    """Name of the metric."""
+    above: float | None = None
+    """The run ends when the metric is above this."""
+    below: float | None = None
+    """The run ends when the metric is below this."""
+
+    def reached(self, value: float) -> bool:
+        """Whether a value of the metric ends the run."""
+        return (self.above is not None and value > self.above) or (
+            self.below is not None and value < self.below
+        )
+
+
+class TrainConfig(Section, frozen=True):
+    """Length of the run, optimiser, schedule and checkpoints."""
+
+    steps: Count = 200
+    """Number of PPO steps."""
+    max_hours: Positive | None = None
+    """Saves a checkpoint and ends the run after this many hours of training. Default: no limit."""
+    learning_rate: Annotated[float, Meta(ge=1e-12, le=10)] = 1e-5
+    """Learning rate of AdamW, before the schedule is applied."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up; `linear` and `cosine` decay to nearly 0 at the last step."""
+    warmup_steps: Whole = 0
+    """Number of first steps over which the learning rate rises linearly."""
+    adam_eps: Annotated[float, Meta(ge=1e-20, le=100)] = 1e-5
+    """ε of AdamW; 1e-8 leads to a much larger KL in the first steps."""
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """β1 and β2 of AdamW."""
+    weight_decay: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """Weight decay of AdamW."""
+    save_every: Whole = 50
+    """Number of steps between checkpoints; 0 saves at the end only."""
+    keep_last: Count = 3
+    """Number of newest checkpoints to keep."""
+    keep_best: Whole = 1
+    """Number of further checkpoints to keep, those with the highest `best_metric`."""
+    best_metric: str = SCORE
+    """The metric that `keep_best` compares: the mean score, or one of `eval/...`."""
+    stop_at: StopAt | None = None
+    """Saves a checkpoint and ends the run as finished once a metric has reached a value, such as
+    `{metric: eval/score, above: 2}`. Default: never."""

@@ -1,0 +1,223 @@
+"""Values and combinations of keys: what is taken, and what is refused with which reason."""
+
+import math
+from typing import get_args, get_type_hints
+
+import msgspec
+import pytest
+
+from engine.config import file as config_file
+from engine.config.schema import RunConfig
+from engine.config.sections.ppo import ADVANTAGES, PPOConfig
+from engine.errors import ConfigError
+from tests.engine.demo_config import demo
+
+JUDGE = ("reward.model=null", "reward.judge='http://h/v1'", "reward.judging.model=m")
+
+
+SERVICE = ("reward.model=null", "reward.service='http://h/score'")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["reward.model=null", "reward.service=here"], "reward.service must be a URL such as"),
+        (["reward.model=null", "reward.service='ftp://h/'"], "must be a URL such as"),
+        (["reward.model=null", "reward.service='http://h:x/'"], "must be a URL such as"),
+        (["reward.model=null", "reward.service='http://a:secret@h/'"], "a user or a password"),
+        (["reward.protocol=openrlhf"], "reward.protocol needs reward.service"),
+        (["reward.judging.model=m"], "reward.judging needs reward.judge"),
+        (["reward.http.timeout=3"], "reward.http needs reward.service or reward.judge"),
+        ([*SERVICE, "reward.http.label_column=c"], "needs reward.protocol: openrlhf"),
+        ([*SERVICE, "reward.http.token_env=sk-secret"], "the name of an environment variable"),
+        ([*JUDGE, "reward.judging.model=null"], "reward.judging.model is missing"),
+        ([*JUDGE, "reward.judging.template=Rate it"], "must contain {response}"),
+        ([*JUDGE, "reward.judging.parse='('"], "not a regular expression"),
+        ([*JUDGE, "reward.judging.parse='[0-9]+'"], "needs a group"),
+        ([*JUDGE, "reward.judging.scale=[10, 1]"], "must rise"),
+        ([*JUDGE, "reward.judging.options={stream: true}"], "cannot contain stream"),
+        (
+            ["reward.model=null", "reward.mix=[{function: 'a:b'}]", "reward.http.timeout=3"],
+            "move it into reward.mix",
+        ),
+        (["eval.rewards=[{judge: 'http://h'}]"], "eval.rewards[0].judging.model is missing"),
+    ],
+)
+def test_keys_of_services_and_judges_that_make_no_sense_are_refused(overrides, says):
+    with pytest.raises(ConfigError) as caught:
+        demo(*overrides)
+    assert says in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["not-there", "module:", ":function", "a:b:c", "a b:c", "os.system"]
+)
+def test_a_reward_function_is_written_module_and_function(name):
+    with pytest.raises(ConfigError, match="module:function"):
+        demo("reward.model=null", f"reward.function='{name}'")
+
+
+@pytest.mark.parametrize("key", ["alpha=8", "targets=[q_proj]"])
+def test_adapters_without_a_rank_are_refused(key):
+    with pytest.raises(ConfigError, match=r"need lora\.rank"):
+        demo(f"lora.{key}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["eval.every=5"], r"eval\.holdout"),
+        (["eval.holdout=4", "eval.prompts=a.jsonl"], "not both"),
+        (["eval.rewards=[{weight: 1}]"], r"eval\.rewards\[0\] needs exactly one"),
+        (["train.best_metric=eval/score"], r"eval\.every"),
+        (["train.best_metric=eval/scores", "eval.every=5", "eval.holdout=4"], "no metric"),
+        (
+            ["train.best_metric=eval/score", "eval.every=3", "eval.holdout=4"],
+            r"multiple of eval\.every",
+        ),
+        (["train.stop_at={metric: objective/kl}"], "above and below"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(overrides, named):
+    with pytest.raises(ConfigError, match=named):
+        demo(*overrides)
+
+
+LEAST = {
+    "kl.beta": 0, "kl.target": 0.001, "kl.horizon": 14, "kl.beta_min": 1e-8, "kl.beta_max": 0.01,
+    "train.learning_rate": 1e-10, "train.save_every": 0, "train.adam_eps": 1e-15,
+    "ppo.clip_range": 0.001, "ppo.epochs": 1, "ppo.stop_kl": 1e-6, "ppo.max_grad_norm": 1e-3,
+    "ppo.clip_range_high": 0.001, "ppo.dual_clip": 1.001, "ppo.entropy_coef": 1e-9,
+    "ppo.lam_value": 0, "ppo.lam_alpha": 0.001, "kl.estimator": "k2", "kl.place": "reward",
+    "ppo.value_head_rate": 0.01, "rollout.temperature": 0.001, "rollout.max_new_tokens": 1,
+    "reward.clip": 0.01, "reward.missing_eos_penalty": 0, "train.max_hours": 0.001,
+    "launch.silence": 1, "log.samples": 0,
+}  # fmt: skip
+
+
+MOST = {
+    "kl.beta": 100, "kl.target": 10_000, "kl.horizon": 1e9, "kl.beta_min": 1, "kl.beta_max": 1e4,
+    "train.learning_rate": 1, "train.save_every": 10**9, "train.steps": 10**7,
+    "train.keep_last": 10**9, "train.weight_decay": 1, "ppo.clip_range": 0.99, "ppo.epochs": 100,
+    "ppo.stop_kl": 1e6, "ppo.max_grad_norm": 1e9, "ppo.micro_batch_size": 10**6,
+    "ppo.clip_range_high": 5.0, "ppo.dual_clip": 10, "ppo.entropy_coef": 10, "ppo.lam_value": 1,
+    "ppo.lam_alpha": 10, "reward.overlong.penalty": 100, "rollout.dynamic_limit": 100,
+    "ppo.value_head_rate": 1000, "rollout.temperature": 10, "rollout.max_new_tokens": 131_072,
+    "rollout.batch_size": 1024, "reward.max_tokens": 10**6, "data.max_prompt_tokens": 10**6,
+    "seed": 2**64 - 1, "launch.timeout": 7 * 86_400, "log.arrays": 10**6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [*LEAST.items(), *MOST.items()])
+def test_a_value_that_a_person_could_mean_is_taken(key, value):
+    node = demo(f"{key}={value}")
+    for name in key.split("."):
+        node = getattr(node, name)
+    assert node == value
+
+
+def test_every_number_but_a_seed_and_a_metrics_threshold_is_bounded_on_both_sides():
+    """A step must not take for ever because of one number; :data:`MOST` says what must pass."""
+    free = {"seed", "guardrails.rules.above", "guardrails.rules.below", "reward.label",
+            "reward.mix.label", "eval.rewards.label", "eval.seed", "train.stop_at.above",
+            "train.stop_at.below"}  # fmt: skip
+    unbounded = set()
+
+    def look(kind, key):
+        match kind:
+            case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
+                low = kind.ge if kind.ge is not None else kind.gt
+                high = kind.le if kind.le is not None else kind.lt
+                if (low is None or high is None) and key not in free:
+                    unbounded.add(key)
+            case msgspec.inspect.StructType():
+                for field in kind.fields:
+                    look(field.type, f"{key}.{field.encode_name}".lstrip("."))
+            case msgspec.inspect.UnionType():
+                for choice in kind.types:
+                    look(choice, key)
+            case msgspec.inspect.TupleType():
+                for item in kind.item_types:
+                    look(item, key)
+            case msgspec.inspect.ListType():
+                look(kind.item_type, key)
+
+    look(msgspec.inspect.type_info(RunConfig), "")
+    assert not unbounded
+
+
+def test_the_advantage_key_takes_the_estimators_of_the_table_and_no_others():
+    assert get_args(get_type_hints(PPOConfig)["advantage"]) == tuple(ADVANTAGES)
+    with pytest.raises(ConfigError, match=f"one of {', '.join(sorted(ADVANTAGES))}"):
+        demo("ppo.advantage=no-such-estimator")
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_what_an_estimator_declares_fills_in_the_keys_left_out(name):
+    config = demo(f"ppo.advantage={name}")
+    assert config.ppo.whiten == ADVANTAGES[name].whiten
+    assert config.rollout.per_prompt == ADVANTAGES[name].per_prompt
+    least = ADVANTAGES[name].least_per_prompt
+    if least > 1:
+        with pytest.raises(
+            ConfigError, match=f"must be at least {least} for ppo.advantage: {name}"
+        ):
+            demo(f"ppo.advantage={name}", f"rollout.per_prompt={least - 1}")
+
+
+def test_nothing_that_is_not_finite_gets_through():
+    flat = config_file.flatten(config_file.to_tree(demo()))
+    for key in (k for k, v in flat.items() if isinstance(v, float)):
+        for word, value in ((".inf", math.inf), ("-.inf", -math.inf), (".nan", math.nan)):
+            with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+                demo(f"{key}={word}")
+            assert not math.isfinite(value)
+
+
+REFUSED = {
+    "k1 in the loss": (["kl.place=loss"], "zero in expectation"),
+    "a group of one": (["ppo.advantage=grpo", "rollout.per_prompt=1"], "at least 2 for ppo.adv"),
+    "one response to redraw": (["rollout.dynamic=true"], "one response has no variance"),
+    "a value function of its own": (["ppo.value_init=reward_model"], "needs model.value: separate"),
+    "no value function": (
+        ["ppo.value_init=reward_model", "ppo.advantage=grpo"], "ppo.advantage: grpo has none",
+    ),
+    "a value function with adapters": (
+        ["ppo.value_init=reward_model", "model.value=separate", "lora.rank=8"], "lora.rank",
+    ),
+    "no reward model": (
+        ["ppo.value_init=reward_model", "model.value=separate", "reward.model=null",
+         "reward.function=m:f"], "exactly one reward model.*not 0",
+    ),
+    "a buffer longer than a response": (["reward.overlong.buffer=1000"], r"may be.*at most"),
+    "a reference without weights of its own": (
+        ["kl.reference_update.every=5", "lora.rank=8"], "without its adapters",
+    ),
+    "an update that changes nothing": (
+        ["kl.reference_update.mix=0"], r"kl\.reference_update\.mix must be a number > 0",
+    ),
+    "nothing to obey": (
+        ["reward.model=null", "reward.mix=[{model: a, weight: 0}]"], "weight is not 0",
+    ),
+    "a dual clip of 1": (["ppo.dual_clip=1"], r"ppo\.dual_clip must be a number > 1"),
+    "an upper clip range of 0": (["ppo.clip_range_high=0"], r"ppo\.clip_range_high must be"),
+    "an entropy that is punished": (["ppo.entropy_coef=-1"], r"ppo\.entropy_coef must be.*>= 0"),
+    "an unknown aggregation": (
+        ["ppo.loss_aggregation=mean"], "one of sequence, sequence_sum_constant, token",
+    ),
+    "an unknown estimator of the KL": (["kl.estimator=k4"], "one of k1, k2, k3"),
+    "an unknown place": (["kl.place=value"], "one of loss, reward"),
+    "an unknown scale": (["ppo.scale_rewards=std"], "one of batch, group, none"),
+    "a lambda above 1": (["ppo.lam_value=1.1"], r"ppo\.lam_value must be.*<= 1"),
+    "an alpha of 0": (["ppo.lam_alpha=0"], r"ppo\.lam_alpha must be"),
+    "a negative penalty": (["reward.overlong.penalty=-1"], r"reward\.overlong\.penalty must be"),
+    "a key that is not there": (["reward.overlong.bufer=1"], r"mean 'reward\.overlong\.buf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.values(), ids=REFUSED)
+def test_combinations_that_make_no_sense_are_refused_with_the_reason(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        demo(*overrides)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,240 @@
+"""Where a resume and a fork start from, what they change, and what refuses them."""
+
+import json
+import sqlite3
+
+import pytest
+
+from engine import starter
+from engine.config import file as config_file
+from engine.config.settings import SettingChange
+from engine.errors import (
+    ConfigError,
+    DamagedCheckpointError,
+    NoSuchSessionError,
+    SessionError,
+    SessionNameError,
+    UserInputError,
+)
+from engine.journal.reader import JournalReader
+from engine.launch.start import (
+    StartOptions,
+    adopted_checkpoint,
+    check_inputs,
+    checkpoint_steps,
+    fork,
+    is_new,
+    last_checkpoint,
+    resume,
+    timeline_checkpoints,
+)
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint_of_its_timeline(writer):
+    for step in (2, 4, 6):
+        writer.checkpoint(step)
+    assert last_checkpoint(writer.session) == 6
+    (writer.session.checkpoints / "step-000006" / "COMPLETE").unlink()
+    assert last_checkpoint(writer.session) == 4
+    writer.journal.begin_attempt(2, fresh=True)
+    assert last_checkpoint(writer.session) == 2
+    assert checkpoint_steps(writer.session) == [2, 4]
+
+
+def test_a_checkpoint_of_a_timeline_that_was_left_is_no_place_to_go_on_from(writer):
+    # It would leave a gap: the steps up to it are not this timeline's.
+    for step in (2, 4):
+        writer.checkpoint(step)
+    writer.journal.begin_attempt(2, fresh=True)
+    given = {"from_step": 4, "reseed": False, "overrides": [], "who": "me"}
+    for going_on in (
+        lambda: resume(writer.session, **given),
+        lambda: fork(writer.session, "child", **given),
+    ):
+        with pytest.raises(NoSuchSessionError, match=r"it has: 2\)"):
+            going_on()
+    assert timeline_checkpoints(writer.session) == [2]
+
+
+def test_nor_is_one_that_was_whole_before_the_journal_heard_of_it(writer):
+    writer.checkpoint(2)
+    writer.journal.record_checkpoint(4, 1000, 0.5, 1.5)
+    (writer.session.checkpoints / "step-000004").mkdir()
+    (writer.session.checkpoints / "step-000004" / "COMPLETE").touch()
+    assert last_checkpoint(writer.session) == 4
+    writer.journal.begin_attempt(2, fresh=True)
+    assert last_checkpoint(writer.session) == 2
+
+
+@pytest.fixture
+def without_journal(make_session, write_in):
+    """A session with two complete checkpoints whose journal is lost."""
+    session = make_session()
+    before = write_in(session)
+    before.journal.begin_attempt(0, fresh=False)
+    for step in (4, 8):
+        before.checkpoint(step)
+    before.journal.close()
+    for file in (session.journal_file, session.samples_file):
+        file.unlink()
+    return session
+
+
+@pytest.mark.parametrize("problem", ["is missing", "is empty"])
+def test_a_resume_without_a_journal_does_not_start_over_from_step_0(without_journal, problem):
+    if problem == "is empty":
+        without_journal.journal_file.touch()
+    with pytest.raises(UserInputError, match=rf"journal\.db {problem};.*resume run --from 8$"):
+        resume(without_journal, from_step=None, reseed=False, overrides=[], who="me")
+
+
+def test_a_resume_from_a_damaged_checkpoint_is_refused_before_it_abandons_steps(writer):
+    writer.steps(1, 2, 3, 4)
+    for step in (2, 4):
+        writer.checkpoint(step)
+    (writer.session.checkpoints / "step-000002" / "state.json").write_text("{")
+    with pytest.raises(DamagedCheckpointError, match="nothing was changed"):
+        resume(writer.session, from_step=2, reseed=False, overrides=[], who="me")
+
+
+def test_a_session_whose_journal_is_lost_is_not_new(without_journal):
+    # A new one is removed when its configuration turns out to be wrong.
+    assert not is_new(without_journal, StartOptions(from_step=8))
+
+
+def test_a_chosen_checkpoint_can_be_resumed_from_without_a_journal(without_journal, write_in):
+    state_file = without_journal.checkpoints / "step-000008" / "state.json"
+    state_file.write_text('{"score": 0.5, "hashes": {}}')
+    start = resume(without_journal, from_step=8, reseed=False, overrides=[], who="me")
+    assert (start.from_step, start.fresh) == (8, True)
+    new = write_in(without_journal)
+    adopted = adopted_checkpoint(without_journal, 8)
+    new.journal.begin_attempt(8, fresh=True, adopt=adopted)
+    # An attempt that fails before its first save starts again from there.
+    assert last_checkpoint(without_journal) == 8
+    assert new.journal.timeline() == [8]
+    with JournalReader(without_journal) as record:
+        assert [(c.step, c.score) for c in record.checkpoints()] == [(8, 0.5)]
+    assert adopted_checkpoint(without_journal, 8) is None
+    new.journal.close()
+
+
+def test_who_is_to_sample_anew_does_so_until_a_checkpoint_knows_of_it(writer):
+    journal = writer.journal
+    journal.begin_attempt(4, fresh=True, reseed=True)
+    anew = journal.attempt
+    journal.begin_attempt(4, fresh=False)  # it crashed before the next save
+    assert journal.reseeded(4) == anew
+    journal.begin_attempt(8, fresh=False)
+    assert (journal.reseeded(8), journal.reseeded(4)) == (0, anew)
+    journal.begin_attempt(2, fresh=False)  # what was saved at 4 is gone, and with it the wish
+    assert journal.reseeded(4) == 0
+    journal.begin_attempt(4, fresh=True, reseed=True)
+    journal.begin_attempt(4, fresh=True)
+    assert journal.reseeded(4) == 0
+
+
+def test_overrides_that_are_settings_are_changes_from_the_next_step_on(writer):
+    start = resume(
+        writer.session,
+        from_step=None,
+        reseed=False,
+        overrides=["kl.beta=0.7", "train.steps=999"],
+        who="me",
+    )
+    assert [(c.key, c.new) for c in start.changes] == [("beta", 0.7)]
+    assert not start.fresh
+
+
+def test_a_fork_that_is_refused_leaves_nothing(writer):
+    writer.checkpoint(2)
+    given = {"reseed": False, "who": "me"}
+    root = writer.session.folder.parent
+    for name, step, overrides, error in (
+        ("child", 3, [], NoSuchSessionError),
+        ("child", 2, ["ppo.epocs=1"], ConfigError),
+        ("child", 2, ["data.prompts=/nowhere.jsonl"], ConfigError),
+        ("../child", 2, [], SessionNameError),
+        ("run", 2, [], SessionNameError),
+    ):
+        with pytest.raises(error):
+            fork(writer.session, name, from_step=step, overrides=overrides, **given)
+    assert [f.name for f in root.iterdir()] == ["run"]
+
+
+def test_a_fork_that_cannot_copy_the_past_leaves_nothing_and_says_why(make_session, write_in):
+    writer = write_in(make_session())
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.steps(*range(1, 50))
+    writer.checkpoint(2)
+    writer.journal.close()
+    with writer.session.samples_file.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 20_000)  # its first page tells nothing of it
+    with pytest.raises(SessionError, match="cannot copy run to child"):
+        fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    assert [f.name for f in writer.session.folder.parent.iterdir()] == ["run"]
+
+
+def test_a_fork_of_an_archive_that_nobody_can_write_in(make_session, write_in, monkeypatch):
+    writer = write_in(make_session())
+    writer.journal.begin_attempt(0, fresh=False)
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    writer.journal.close()
+    # Root may write anywhere: what a read-only folder does to SQLite is made by hand.
+    connect = sqlite3.connect
+
+    def without_writing(database, **options):
+        if "mode=ro" in str(database) and "immutable" not in str(database):
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(database, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", without_writing)
+    child, _ = fork(writer.session, "child", from_step=2, reseed=False, overrides=[], who="me")
+    with JournalReader(child) as record:
+        assert record.last_step() == 2
+
+
+def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):
+    writer.steps(1, 2, 3)
+    writer.checkpoint(2)
+    child, start = fork(
+        writer.session, "child", from_step=2, reseed=False, overrides=["kl.beta=0.7"], who="me"
+    )
+    assert checkpoint_steps(child) == [2]
+    assert start.origin == {"from": "run", "step": 2}
+    assert child.config().kl.beta == 0.7
+    assert writer.session.config().kl.beta != 0.7
+
+
+@pytest.mark.parametrize("action", ["fork", "resume"])
+def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
+    writer.steps(1, 2, 3)
+    writer.checkpoint(2)
+    writer.journal.set_meta(settings={"beta": 0.1})  # of step 4
+    state = {"state": {"settings": {"beta": 0.25}}, "score": 0.5, "kl": 1.5, "hashes": {}}
+    folder = writer.session.checkpoints / "step-000002"
+    (folder / "state.json").write_text(json.dumps(state))
+    given = {"reseed": False, "overrides": ["kl.beta=0.3"], "who": "me"}
+    if action == "fork":
+        start = fork(writer.session, "child", from_step=2, **given)[1]
+    else:
+        start = resume(writer.session, from_step=2, **given)
+    assert start.changes == [SettingChange(key="beta", old=0.25, new=0.3)]
+    latest = resume(writer.session, from_step=None, **given)
+    assert latest.changes == [SettingChange(key="beta", old=0.1, new=0.3)]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.prompts=/nowhere/p.jsonl", "data.prompts: no file at"),
+        ("model.policy=/nowhere", "model.policy: the folder /nowhere does not exist"),
+        ("reward.model=/", "reward.model: the folder / holds no config.json"),
+        ("eval={every: 1, prompts: /nowhere/p.jsonl}", "eval.prompts: no file at"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_made(override, says):
+    with pytest.raises(ConfigError, match=says):
+        check_inputs(config_file.load(starter.FOLDER / "demo.yaml", [override]))
