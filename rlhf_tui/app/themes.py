@@ -118,7 +118,7 @@ def _true_contrast() -> Palette:
 def _dark_256() -> Palette:
     return Palette(
         ground="#121212", text="#dadada", dim="#8a8a8a", bar="#262626", focus="#005f87",
-        cursor="#3a3a3a", band="#005f00", raw="#5f87af",
+        cursor="#3a3a3a", band="#303030", raw="#5f87af",
         series=("#5fafff", "#d7af00", "#00d7af", "#d787af", "#ffff5f", "#ff875f"),
         good="#00d7af", warn="#ffaf00", bad="#ff875f", accent="#5fafff",
         heat=(("#5f0000", "#dadada"), ("#af5f00", "#ffffff"), ("#ffaf00", "#121212")),
@@ -140,7 +140,7 @@ def _light_256() -> Palette:
 def _contrast_256() -> Palette:
     return Palette(
         ground="#000000", text="#ffffff", dim="#bcbcbc", bar="#303030", focus="#005faf",
-        cursor="#4e4e4e", band="#005f00", raw="#87afd7",
+        cursor="#4e4e4e", band="#3a3a3a", raw="#87afd7",
         series=("#5fd7ff", "#ffaf00", "#00ffaf", "#ffafd7", "#ffff5f", "#ff875f"),
         good="#00ffaf", warn="#ffff5f", bad="#ff875f", accent="#5fd7ff",
         heat=(("#5f0000", "#ffffff"), ("#af5f00", "#ffffff"), ("#ffaf00", "#000000")),

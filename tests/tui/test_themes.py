@@ -71,7 +71,7 @@ def test_a_terminal_s_palette_is_its_own(make_app, monkeypatch):
     for term in ("xterm-256color", "xterm-16color", "linux"):
         monkeypatch.setenv("TERM", term)
         grounds.append(make_app().current_theme.variables["band"])
-    assert grounds == ["#005f00", "#555555", "#555555"]
+    assert grounds == ["#303030", "#555555", "#555555"]
 
 
 def test_strong_values_above_and_below_the_centre_differ_without_colour():
