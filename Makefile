@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 # Files of tests at a time: most of what they do is wait for processes.
-ABREAST := -n 3 --dist loadfile
+ABREAST := -n 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all gpu-check lint types docs bench bench-extra gpu-bench starter clean

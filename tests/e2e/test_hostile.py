@@ -65,6 +65,7 @@ def test_the_command_line_prints_it_as_symbols(hostile, wait_until, command):
         terminal.close()
 
 
+@pytest.mark.slow
 def test_an_error_of_a_reward_function_is_printed_as_symbols(make_lab, wait_until):
     lab = make_lab("hostile-reward")
     run = lab.run("raises", "reward.retries=0")

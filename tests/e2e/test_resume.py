@@ -105,6 +105,7 @@ def test_resuming_a_finished_run_says_how_to_extend_it(whole):
     assert "-o train.steps=" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_resume_finishes_a_run_that_crashed_after_its_last_save(lab, whole, numbers):
     copy = lab.root / "almost"
     shutil.copytree(whole.session.folder, copy)

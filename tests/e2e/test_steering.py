@@ -72,6 +72,7 @@ def test_the_status_estimates_the_time_to_the_boundary(held):
     assert held.seen.boundary_in >= 0
 
 
+@pytest.mark.slow
 def test_a_paused_run_has_the_numbers_of_the_uninterrupted_run(held, whole):
     assert held.numbers() == whole.numbers()
     assert held.checkpoint(8)["hashes"] == whole.checkpoint(8)["hashes"]
