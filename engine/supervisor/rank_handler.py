@@ -202,6 +202,7 @@ class RankMessageHandler:
 
     def _record_step(self, report: StepReport) -> None:
         state = self._state
+        state.rollout_restarts = 0
         # The wall clock kept running during a pause: use the measured step time.
         state.timer.finish_step(report.metrics[STEP_TIME] if state.paused else None)
         self._journal.record_step(report)

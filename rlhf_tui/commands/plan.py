@@ -63,7 +63,7 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     Loads no weights.
     """
     loaded = config_file.load(config, overrides)
-    check_inputs(loaded)
+    check_inputs(loaded, to_run=False)
     models = read_models(loaded)
     capacity = of_device(models.device, loaded.launch.gpus)
     ranks = processes or _several(loaded, capacity)

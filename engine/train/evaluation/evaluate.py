@@ -111,6 +111,7 @@ def _respond(
     options = SamplingOptions(
         seed=derived_seed(evaluation.seed, "evaluation", number),
         step=0,
+        weights_version=step,
         temperature=evaluation.temperature or GREEDY_TEMPERATURE,
         max_new_tokens=evaluation.max_new_tokens or config.rollout.max_new_tokens,
         per_prompt=evaluation.per_prompt,

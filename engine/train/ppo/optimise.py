@@ -228,8 +228,12 @@ def _policy_loss(
     width, ppo = outputs.width, config.ppo
     mask = rollout.mask[micro, :width]
     weights = losses.AGGREGATIONS[ppo.loss_aggregation](minibatch, rollout.lengths[micro])
+    advantages = targets.advantages[micro, :width]
+    if targets.token_weights is not None:
+        # A token's loss is linear in its advantage's size, so a weight on the one is on the other.
+        advantages = advantages * targets.token_weights[micro, :width]
     terms = losses.policy_terms(
-        outputs.logprobs, targets.old_logprobs[micro, :width], targets.advantages[micro, :width],
+        outputs.logprobs, targets.old_logprobs[micro, :width], advantages,
         mask, ppo.clip_range, ppo.ratio, clip_range_high=ppo.clip_range_high,
         dual_clip=ppo.dual_clip, row_weights=weights,
     )  # fmt: skip
