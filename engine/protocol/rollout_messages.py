@@ -139,8 +139,8 @@ class EngineFailed(Message, frozen=True, tag="engine_failed"):
 ToEngine = Start | LoadWeights | Generate | Continue
 FromEngine = EngineReady | WeightsLoaded | Progress | Generated | EngineFailed
 
-_to_engine = Decoder(ToEngine)
-_from_engine = Decoder(FromEngine)
+_to_engine: Decoder[ToEngine] = Decoder(ToEngine)
+_from_engine: Decoder[FromEngine] = Decoder(FromEngine)
 
 
 def decode_to_engine(body: bytes) -> ToEngine:

@@ -141,7 +141,7 @@ def merged_weight(weight: nn.Parameter, layer: LoraLayer | None) -> Tensor:
         for part in (layer.lora_A, layer.lora_B)
     )
     change = (second @ first) * layer.scaling["default"]
-    return whole.float() + (change.T if layer.fan_in_fan_out else change)
+    return whole.float() + (change.T if getattr(layer, "fan_in_fan_out", False) else change)
 
 
 def adapter_tensors(

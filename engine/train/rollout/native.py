@@ -24,7 +24,7 @@ class NativeBackend:
     stop_criteria: StopCriteria
     tokenizer: PreTrainedTokenizerBase
     config: RolloutConfig
-    separate = False
+    separate: bool = False
 
     @classmethod
     def of(cls, context: BackendContext) -> "NativeBackend":

@@ -28,6 +28,7 @@ from engine.protocol.rollout_messages import (
 log = logging.getLogger("engine")
 
 M = TypeVar("M", bound=FromEngine)
+N = TypeVar("N", bound=FromEngine)
 Look = Callable[[dict[int, list[int]]], list[int]]
 """Called with the tokens so far by row; returns the rows that have ended."""
 
@@ -96,6 +97,10 @@ class RolloutClient:
         ):
             self.close()
             raise EngineLostError("the rollout engine does not hold the weights that were sent")
+        log.info(
+            "rollout engine: weights of step %d, %d tensors, checksum %016x, loaded in %.2f s",
+            loaded.weights_version, loaded.tensors, update.checksum[0], loaded.seconds,
+        )  # fmt: skip
         return loaded
 
     def generate(
@@ -109,7 +114,7 @@ class RolloutClient:
             report: called regularly with (tokens done, total).
         """
         self._send(request)
-        while isinstance(message := self._receive(Progress, Generated), Progress):
+        while isinstance(message := self._receive_any(Progress, Generated), Progress):
             report(message.done, message.total)
             self._send(Continue(stop=look(message.tokens) if request.look else []))
         if message.weights_version != request.weights_version:
@@ -129,26 +134,41 @@ class RolloutClient:
         try:
             self._sock.sendall(frames.encode(message))
         except OSError as error:
-            # It may have said why.
-            self._receive()
+            self._fail_with_reason()
             raise EngineLostError(f"the rollout engine is gone: {error}") from error
 
-    def _receive(self, *kinds: type[M]) -> M:
-        """The next message, of one of these kinds; raises for any other."""
+    def _fail_with_reason(self) -> None:
+        """Raises what an engine that is gone has said before; returns if it said nothing."""
+        message = self._next()
+        if isinstance(message, EngineFailed):
+            raise self._error(message)
+
+    def _receive(self, kind: type[M]) -> M:
+        message = self._next()
+        if isinstance(message, kind):
+            return message
+        raise self._error(message)
+
+    def _receive_any(self, first: type[M], second: type[N]) -> M | N:
+        message = self._next()
+        if isinstance(message, first | second):
+            return message
+        raise self._error(message)
+
+    def _next(self) -> FromEngine:
         if self._sock is None:
             raise EngineLostError("there is no rollout engine")
         try:
-            message = decode_from_engine(frames.receive(self._sock))
+            return decode_from_engine(frames.receive(self._sock))
         except (OSError, LinkError) as error:
             self.close()
             raise EngineLostError(f"the rollout engine is gone: {error}") from error
-        if isinstance(message, kinds):
-            return message
+
+    def _error(self, message: FromEngine) -> Exception:
+        """The error that a message which was not expected means; closes the connection."""
         self.close()
         if not isinstance(message, EngineFailed):
-            raise EngineLostError(f"unexpected message of the rollout engine: {message}")
+            return EngineLostError(f"unexpected message of the rollout engine: {message}")
         if message.user_input:
-            raise UserInputError(message.text)
-        if message.final:
-            raise RlhfError(message.text)
-        raise EngineLostError(message.text)
+            return UserInputError(message.text)
+        return RlhfError(message.text) if message.final else EngineLostError(message.text)

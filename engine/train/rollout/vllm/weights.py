@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from engine.protocol.rollout_messages import Checksum, TensorInfo
-from engine.train.models.lora import merged_weight, mergeable_weights
+from engine.train.models.lora import mergeable_weights, merged_weight
 from engine.train.rollout.rollout import ReportProgress
 from engine.train.rollout.vllm.checksum import MASK, checksum
 

@@ -62,7 +62,8 @@ class RolloutWorkerExtension:
                 initialize_layerwise_reload(model)
                 with recorded_before_packing(model) as packed:
                     names = (name for name, _ in tensors)
-                    loaded = set(model.load_weights((n, file.get_tensor(n)) for n in names))
+                    load: Any = model.load_weights
+                    loaded = set(load((n, file.get_tensor(n)) for n in names))
                     finalize_layerwise_reload(model, self.model_runner.model_config)
                 pack_tied_heads(model)
         missing = expected - loaded - tied_names(model)
