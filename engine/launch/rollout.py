@@ -27,6 +27,8 @@ OWN_ENVIRONMENT = Path(engine.__file__).parents[1] / ".venv-vllm" / "bin" / "pyt
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a private folder is made in it
 PYTHON_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Those of our environment, which must not reach another one."""
+TESTED_VLLM = "0.32"
+"""Its interfaces change between releases; tests/vllm compares them with what is used here."""
 PROBE_TIMEOUT = 60.0
 """Seconds for a Python to say whether it has vLLM, on a busy machine."""
 
