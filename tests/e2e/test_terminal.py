@@ -130,22 +130,20 @@ def without_ages(screen):
     return re.sub(r" *\b(\d+[mhd])?\d+[smh]\b *", " ", screen)
 
 
-def test_a_terminal_shrunk_and_enlarged_shows_every_screen_as_before(
-    whole, attach, assert_exits, wait_until
+@pytest.mark.parametrize("key", "12345")
+def test_a_terminal_shrunk_and_enlarged_shows_the_same_as_before(
+    whole, attach, assert_exits, wait_until, key
 ):
     terminal = attach(whole)
-    for key, shown in TITLES.items():
-        terminal.type(key)
-        wait_until(lambda shown=shown: shown in terminal.screen, f"screen {key}")
-        wait_until(lambda: "✓ finished" in terminal.screen, "the state")
-        wait_until(lambda: terminal.quiet > SETTLED, "a complete screen")
-        before = without_ages(terminal.screen)
-        terminal.resize(20, 5)
-        wait_until(lambda: "? help" in terminal.screen, "the tiny screen")
-        terminal.resize(120, 40)
-        wait_until(
-            lambda before=before: without_ages(terminal.screen) == before,
-            f"screen {key} as it was",
-        )
+    terminal.type(key)
+    shown = TITLES[key]
+    wait_until(lambda: shown in terminal.screen, f"screen {key}")
+    wait_until(lambda: "✓ finished" in terminal.screen, "the state")
+    wait_until(lambda: terminal.quiet > SETTLED, "a complete screen")
+    before = without_ages(terminal.screen)
+    terminal.resize(20, 5)
+    wait_until(lambda: "? help" in terminal.screen, "the tiny screen")
+    terminal.resize(120, 40)
+    wait_until(lambda: without_ages(terminal.screen) == before, "the screen as it was")
     terminal.type("q")
     assert_exits(terminal, 0)
