@@ -1,7 +1,6 @@
 """Prompts: file formats, order, and errors."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +11,6 @@ from engine import starter
 from engine.config.sections.model import DataConfig
 from engine.errors import UserInputError
 from engine.train.data import chat_template, prompts
-from engine.train.data.json_lines import read_plain
 from engine.train.data.prompts import Prompt, Prompts, batch_prompts, load_prompts
 
 
@@ -36,46 +34,6 @@ def test_each_text_format_gives_the_same_prompts(tokenizer, write_prompts, name,
     prompts = load(tokenizer, write_prompts(name, text), shuffle=False)
     assert [p.text for p in prompts.for_step(1)] == ["The film", "This phone"]
     assert [p.row["more"] for p in prompts.for_step(1)] == [1, 2]
-
-
-PLAIN = (
-    '{"prompt": "The film", "more": 1, "half": 0.1, "yes": true}\n'
-    '{"prompt": "\\u00e9\\ud83d\\ude00 é\\n\\u0000", "more": -9223372036854775808, "half": 1e-320, '
-    '"yes": false}\r\n{"prompt": "10:30", "more": 7, "half": -0.0, "yes": true}'
-)
-NOT_PLAIN = {
-    "a missing key": '{"a": "x", "b": "y"}\n{"a": "x"}\n',
-    "another order": '{"a": "x", "b": "y"}\n{"b": "y", "a": "x"}\n',
-    "two types": '{"a": 1}\n{"a": 1.5}\n',
-    "null": '{"a": null}\n',
-    "a list": '{"a": ["x"]}\n',
-    "an object": '{"a": {"b": "x"}}\n',
-    "a date": '{"a": "2020-01-02"}\n',
-    "a large integer": '{"a": 9223372036854775808}\n',
-    "a float that is not finite": '{"a": 1e400}\n',
-    "NaN": '{"a": NaN}\n',
-    "half of a surrogate pair": '{"a": "\\ud83d"}\n',
-    "a key twice": '{"a": "x", "a": "y"}\n',
-    "an empty line": '{"a": "x"}\n\n{"a": "y"}\n',
-    "an array": '[{"a": "x"}]\n',
-    "an empty object": "{}\n",
-    "an unfinished line": '{"a": "x"}\n{"a": ',
-}
-
-
-def test_plain_lines_are_read_as_datasets_reads_them(write_prompts):
-    datasets = pytest.importorskip("datasets")
-    path = write_prompts("p.jsonl", PLAIN)
-    expected = datasets.load_dataset("json", data_files=path, split="train").to_list()
-    rows = read_plain(Path(path))
-    assert rows == expected
-    assert [[type(v) for v in row.values()] for row in rows] == [[str, int, float, bool]] * 3
-    assert repr(rows) == repr(expected)
-
-
-@pytest.mark.parametrize("text", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
-def test_what_datasets_may_read_differently_is_left_to_it(write_prompts, text):
-    assert read_plain(Path(write_prompts("p.jsonl", text))) is None
 
 
 def test_parquet_is_read_too(tokenizer, tmp_path):

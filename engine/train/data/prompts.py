@@ -16,7 +16,6 @@ from engine.config.file import DATA_FILES
 from engine.config.sections.model import DataConfig
 from engine.errors import UserInputError, error_text, first_line
 from engine.train.data.chat_template import render_chat
-from engine.train.data.json_lines import read_plain
 from engine.train.data.randomness import permutation
 
 log = logging.getLogger("engine")
@@ -196,6 +195,9 @@ def _load(
 
 def read_rows(config: DataConfig) -> list[dict[str, Any]]:
     """Reads a file or a hub data set; returns at least one row. Raises UserInputError."""
+    # Imported here: pandas and pyarrow take about a second, and only rank 0 needs them.
+    import datasets  # noqa: PLC0415
+
     source = starter.resolve(config.prompts)
     kind = DATA_FILES.get(Path(source).suffix.lower())
     if kind is not None and not Path(source).is_file():
@@ -204,11 +206,6 @@ def read_rows(config: DataConfig) -> list[dict[str, Any]]:
         raise UserInputError(f"data.prompts: {source} is empty; give at least one prompt")
     if kind == "json":
         _check_nesting(source)
-    if kind == "json" and (plain := read_plain(Path(source))) is not None:
-        return plain
-    # Imported here: pandas and pyarrow take about a second, and few runs need them.
-    import datasets  # noqa: PLC0415
-
     datasets.disable_progress_bars()
     try:
         if kind is not None:
