@@ -3,8 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+<<<<<<< HEAD
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.ready
+=======
+# A GPU box may have PyTorch and no network: then its own Python runs what needs a GPU.
+GPU_PYTHON = $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
+>>>>>>> main
 # Files of tests at a time: most of what they do is wait for processes.
 ABREAST := -n 4 --dist loadfile
 
@@ -38,8 +43,8 @@ $(VLLM_STAMP): constraints-vllm.txt scripts/install_vllm.sh
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## what needs vLLM (some minutes)
 	$(BIN)/pytest -q -m vllm tests/vllm
 
-gpu-check: $(STAMP)  ## the memory planner against a GPU; says so where there is none
-	$(BIN)/python benchmarks/memory.py --device cuda
+gpu-check:  ## what only a GPU can show; without one, its parts on a pretended one
+	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -59,8 +64,8 @@ bench: bench-extra  ## the engine against TRL, and the terminal's budgets (some 
 	$(BIN)/python -W ignore -m benchmarks.engine_vs_trl --phases
 	$(BIN)/python benchmarks/terminal.py
 
-gpu-bench: bench-extra  ## the same on a GPU, where there is one
-	$(BIN)/python -W ignore -m benchmarks.gpu
+gpu-bench:  ## speed on a GPU, and TRL's where it is installed (make bench-extra)
+	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.bench
 
 starter: $(STAMP)  ## build the starter models again (an hour or two)
 	$(BIN)/pip install -q -c constraints.txt -e '.[starter]'
