@@ -112,7 +112,11 @@ class RolloutProcess:
                 return
             if status:
                 self._on_restart(f"{text}: another one is started")
-            await self._spawn(listener)
+            try:
+                await self._spawn(listener)
+            except OSError as error:
+                self._on_failure(f"the rollout engine cannot be started again: {error}")
+                return
 
     async def stop(self) -> None:
         """Ends the engine and removes its socket and its files."""

@@ -53,11 +53,11 @@ class Engine:
         self.socket.settimeout(START)
         self.ready = self.ask(start)
 
-    def ask(self, message):
-        """Sends a message; returns its reply."""
+    def ask(self, message, look=lambda _progress: []):
+        """Sends a message; returns its reply. `look` says which rows to stop at each progress."""
         self.socket.sendall(frames.encode(message))
         while isinstance(reply := decode_from_engine(frames.receive(self.socket)), Progress):
-            self.socket.sendall(frames.encode(Continue()))
+            self.socket.sendall(frames.encode(Continue(stop=look(reply))))
         return reply
 
     def end(self) -> int:

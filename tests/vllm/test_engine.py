@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -110,6 +111,26 @@ def test_the_same_request_has_the_same_bits_again(engine, prompts, tokenizer):
     asked = request(prompts, sampling_uniforms(0, 60, ROWS, LIMIT), tokenizer, 60)
     one, two = engine.ask(asked), engine.ask(asked)
     assert (one.ids, one.logprobs, one.entropies) == (two.ids, two.logprobs, two.entropies)
+
+
+def test_a_row_that_the_client_stops_ends_early_and_the_others_do_not(engine, prompts, tokenizer):
+    engine.ask(update(engine, changed_model(4), 70))
+    uniforms = sampling_uniforms(0, 70, ROWS, LIMIT)
+    whole = engine.ask(request(prompts, uniforms, tokenizer, 70))
+    asked = msgspec.structs.replace(request(prompts, uniforms, tokenizer, 70), look=True)
+    longest = whole.lengths.index(max(whole.lengths))
+    looks = []
+
+    def stop_longest(progress):
+        looks.append(progress.tokens)
+        return [longest] if longest in progress.tokens else []
+
+    stopped = engine.ask(asked, stop_longest)
+    expected = [min(n, 8) if i == longest else n for i, n in enumerate(whole.lengths)]
+    assert max(whole.lengths) > 8
+    assert stopped.lengths == expected
+    ids = torch.frombuffer(bytearray(whole.ids), dtype=torch.int32).view(ROWS, -1)
+    assert looks[0][longest] == ids[longest, :8].tolist()
 
 
 def incomplete(weights):
