@@ -21,6 +21,9 @@ POLICY = starter.FOLDER / "policy"
 ROWS, LIMIT = 64, 32
 
 
+torch.set_num_threads(1)  # models this small gain nothing from more
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(POLICY)
