@@ -24,7 +24,7 @@ from engine.train.ppo.forward import by_length, score_tokens
 from engine.train.rollout.decoder import EXACT, Schedule
 from engine.train.rollout.native import generate
 from engine.train.rollout.rollout import Rollout, left_mask
-from engine.train.rollout.sampling import SCHEMES, block_size, exponentials, sample
+from engine.train.rollout.sampling import SCHEMES, block_size, log_uniforms, sample
 from engine.train.rollout.stop_criteria import StopCriteria
 
 VOCABULARY, LIMIT, EOS = 32, 12, [3, 4, 5, 6]
@@ -70,7 +70,7 @@ def test_the_token_is_the_inverse_of_the_cumulative_distribution(rows, drawn):
 def slow_exponentials(uniform, count):
     """SplitMix64 with unsigned integers."""
     drawn = []
-    for i in range(1, count + 1):
+    for i in range(count):
         x = (int(uniform * 2**53) + i * 0x9E3779B97F4A7C15) % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
@@ -99,7 +99,7 @@ def test_the_token_wins_the_race_in_the_block_that_wins_the_race_of_blocks(rows,
 
 
 def test_exponential_numbers_are_independent_and_of_mean_and_variance_1():
-    drawn = exponentials(sampling_uniforms(0, 1, 40, 50).flatten(), 100)
+    drawn = -log_uniforms(sampling_uniforms(0, 1, 40, 50).flatten(), torch.arange(100))
     assert drawn.shape == (2000, 100)
     assert drawn[3, :5].tolist() == pytest.approx(
         slow_exponentials(float(sampling_uniforms(0, 1, 1, 4)[0, 3]), 5), rel=1e-12

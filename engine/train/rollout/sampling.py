@@ -55,17 +55,20 @@ def gumbel(probs: Tensor, uniforms: Tensor) -> Tensor:
     """
     vocabulary = probs.shape[1]
     size = block_size(vocabulary)
-    whole = vocabulary // size * size
-    blocks = probs[:, :whole].unflatten(1, (-1, size)).sum(-1)
-    if whole < vocabulary:
-        blocks = torch.cat([blocks, probs[:, whole:].sum(-1, keepdim=True)], 1)
-    noise = exponentials(uniforms, blocks.shape[1] + size)
-    block = (blocks / noise[:, :-size]).argmax(1, keepdim=True)
-    tokens = block * size + torch.arange(size, device=probs.device)
-    weights = probs.gather(1, tokens.clamp(max=vocabulary - 1))
-    if whole < vocabulary:
+    rest = vocabulary % size
+    blocks = probs[:, : vocabulary - rest].unflatten(1, (-1, size)).sum(-1)
+    if rest:
+        blocks = torch.cat([blocks, probs[:, -rest:].sum(-1, keepdim=True)], 1)
+    index = torch.arange(blocks.shape[1] + size, device=probs.device)
+    logs = log_uniforms(uniforms, index)  # -E, so the largest quotient is the smallest
+    block = (blocks / logs[:, :-size]).argmin(1, keepdim=True)
+    tokens = torch.add(index[:size], block, alpha=size)
+    if rest:
+        weights = probs.gather(1, tokens.clamp(max=vocabulary - 1))
         weights = weights.masked_fill(tokens >= vocabulary, 0.0)
-    return block * size + (weights / noise[:, -size:]).argmax(1, keepdim=True)
+    else:
+        weights = probs.gather(1, tokens)
+    return tokens.gather(1, (weights / logs[:, -size:]).argmin(1, keepdim=True))
 
 
 def block_size(vocabulary: int) -> int:
@@ -79,27 +82,26 @@ _GAMMA, *_FACTORS = (
 """SplitMix64's constants as int64, whose products wrap as those of uint64 do."""
 
 
-def exponentials(uniforms: Tensor, count: int) -> Tensor:
-    """`count` independent numbers of the standard exponential distribution for each uniform.
+def log_uniforms(uniforms: Tensor, index: Tensor) -> Tensor:
+    """Logarithms of independent numbers that are uniform in (0, 1), for each uniform and index.
 
-    They are a hash of the uniform's bits and the number's index, by integer operations that give
-    the same bits on every device: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
-    pseudorandom number generators") seeded with the uniform.
+    They are a hash of a uniform's bits and an index, by integer operations that give the same bits
+    on every device: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators") with the uniform as its seed.
 
     Args:
         uniforms: (n,) float64, multiples of 2^-53.
-        count: how many.
+        index: (k,) int64.
 
     Returns:
-        (n, count) float64, > 0.
+        (n, k) float64, < 0.
     """
-    index = torch.arange(1, count + 1, device=uniforms.device)
-    x = (uniforms.double() * 2.0**53).long()[:, None] + index * _GAMMA
+    x = torch.add((uniforms.double() * 2.0**53).long()[:, None], index, alpha=_GAMMA)
     for shift, factor in zip((30, 27), _FACTORS, strict=True):
         x = (x ^ _shift_right(x, shift)) * factor
     x = x ^ _shift_right(x, 31)
     # The upper 52 bits, signed, become (k + 1/2) · 2^-52, which is never 0 or 1.
-    return -((x >> 12).double() * 2.0**-52 + (0.5 + 2.0**-53)).log()
+    return ((x >> 12).double() * 2.0**-52 + (0.5 + 2.0**-53)).log()
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
