@@ -106,7 +106,7 @@ def main() -> None:
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     rows, tokens = options.rows, options.tokens
     ids = torch.randint(3, config.vocab_size, (rows, PROMPT))
-    uniforms = torch.rand(rows, tokens)
+    uniforms = torch.rand(rows, tokens, dtype=torch.float64)
     count = rows * tokens
     demo = config_file.load(starter.FOLDER / "demo.yaml", [f"rollout.batch_size={rows}"])
     with (
@@ -135,7 +135,7 @@ def main() -> None:
 
         request = Generate(
             weights_version=1, prompts=ids.tolist(), uniforms=uniforms.numpy().tobytes(),
-            max_new_tokens=tokens, temperature=1.0, eos=[], look=False,
+            max_new_tokens=tokens, temperature=1.0, sampling="gumbel", eos=[], look=False,
         )  # fmt: skip
         best("weights to vLLM", 0, options.repetitions, sync)
         best("vLLM", count, options.repetitions, lambda: engine.ask(request))

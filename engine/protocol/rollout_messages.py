@@ -86,9 +86,11 @@ class Generate(Message, frozen=True, tag="generate"):
     prompts: list[list[int]]
     """Token ids; n prompts."""
     uniforms: bytes
-    """(n, T) float32 in native byte order; T is the most new tokens."""
+    """(n, T) float64 in native byte order; T is the most new tokens."""
     max_new_tokens: int
     temperature: float
+    sampling: str
+    """How a token is chosen by its uniform number (`rollout.sampling`)."""
     eos: list[int]
     look: bool
     """Whether the client looks at the text for stop strings while it is generated."""

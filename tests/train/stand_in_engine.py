@@ -116,12 +116,12 @@ class _Model:
 
     def generate(self, request: Generate):
         prompts = [Prompt(ids, "", {}) for ids in request.prompts]
-        uniforms = torch.frombuffer(bytearray(request.uniforms), dtype=torch.float32)
+        uniforms = torch.frombuffer(bytearray(request.uniforms), dtype=torch.float64)
         uniforms = uniforms.view(len(prompts), request.max_new_tokens)
         tokenizer = _NoText()
         rollout = generate(
             self.model, batch_prompts(prompts, 1, 0), uniforms, request.temperature,
-            StopCriteria(request.eos, [], tokenizer), tokenizer,
+            StopCriteria(request.eos, [], tokenizer), tokenizer, sampling=request.sampling,
         )  # fmt: skip
         width = request.max_new_tokens - rollout.ids.shape[1]
         ids, logprobs, entropies = (

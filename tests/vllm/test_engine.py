@@ -62,7 +62,7 @@ def request(prompts, uniforms, tokenizer, version, temperature=1.0):
     return Generate(
         weights_version=version, prompts=[p.ids for p in prompts],
         uniforms=uniforms.numpy().tobytes(), max_new_tokens=uniforms.shape[1],
-        temperature=temperature, eos=[tokenizer.eos_token_id], look=False,
+        temperature=temperature, sampling="gumbel", eos=[tokenizer.eos_token_id], look=False,
     )  # fmt: skip
 
 

@@ -161,7 +161,9 @@ class VllmBackend:
                 model, batch, uniforms, temperature, per_prompt=per_prompt, report=report
             )
         ranks = self._context.ranks
-        part = _Part([p.ids for p in batch.prompts], uniforms.contiguous().numpy().tobytes())
+        part = _Part(
+            [p.ids for p in batch.prompts], uniforms.double().contiguous().numpy().tobytes()
+        )
         gathered = ranks.all_gather_bytes(msgspec.msgpack.encode(part))
         distinct = list(dict.fromkeys(gathered))  # a probe is the same on all ranks
         parts = [msgspec.msgpack.decode(p, type=_Part) for p in distinct]
@@ -193,6 +195,7 @@ class VllmBackend:
             uniforms=part.uniforms,
             max_new_tokens=limit,
             temperature=temperature,
+            sampling=self._context.config.rollout.sampling,
             eos=criteria.eos_ids(torch.device("cpu")).tolist(),
             look=criteria.has_strings,
         )

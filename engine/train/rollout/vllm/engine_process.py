@@ -223,7 +223,9 @@ class Engine:
         began, limit = time.perf_counter(), request.max_new_tokens
         # What is cached would depend on earlier batches, and by rounding the result on it.
         self._llm.reset_prefix_cache()
-        self._llm.collective_rpc("begin_batch", args=(request.uniforms, limit, request.temperature))
+        self._llm.collective_rpc(
+            "begin_batch", args=(request.uniforms, limit, request.temperature, request.sampling)
+        )
         engine = self._llm.llm_engine
         rows: dict[str, int] = {}
         for row, prompt in enumerate(request.prompts):

@@ -25,17 +25,19 @@ ROW = "rlhf_tui_row"
 class Draw:
     """The batch that is generated: its uniform numbers, and what was sampled with them."""
 
-    def __init__(self, uniforms: Tensor, temperature: float) -> None:
+    def __init__(self, uniforms: Tensor, temperature: float, scheme: str) -> None:
         """Allocates the record.
 
         Args:
-            uniforms: (n, T) float32, on the device.
+            uniforms: (n, T) float64, on the device.
             temperature: > 0.
+            scheme: `rollout.sampling`.
         """
         self.uniforms = uniforms
         self.temperature = temperature
-        self.logprobs = torch.zeros_like(uniforms)
-        self.entropies = torch.zeros_like(uniforms)
+        self.scheme = scheme
+        self.logprobs = torch.zeros_like(uniforms, dtype=torch.float32)
+        self.entropies = torch.zeros_like(self.logprobs)
 
 
 class _Current:
@@ -44,9 +46,9 @@ class _Current:
     draw: Draw | None = None
 
 
-def begin(uniforms: Tensor, temperature: float) -> None:
+def begin(uniforms: Tensor, temperature: float, scheme: str) -> None:
     """Begins a batch; called in each process of the engine before its requests are added."""
-    _Current.draw = Draw(uniforms, temperature)
+    _Current.draw = Draw(uniforms, temperature, scheme)
 
 
 def recorded() -> tuple[Tensor, Tensor]:
@@ -57,7 +59,7 @@ def recorded() -> tuple[Tensor, Tensor]:
 
 
 class UniformSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not in this environment
-    """Keeps one token of each row of logits: the inverse of the distribution at its uniform."""
+    """Keeps one token of each row of logits, the one that its uniform number chooses."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         """Called by vLLM."""
@@ -101,7 +103,9 @@ class UniformSampling(LogitsProcessor):  # type: ignore[misc]  # vLLM is not in 
         places = [(row, min(len(output), limit)) for row, output in (self._slots[s] for s in slots)]
         at = torch.tensor(places, device=logits.device).unbind(1)
         index = torch.tensor(slots, device=logits.device)
-        token, logprob, entropy = sample(logits[index], draw.uniforms[at], draw.temperature)
+        token, logprob, entropy = sample(
+            logits[index], draw.uniforms[at], draw.temperature, draw.scheme
+        )
         draw.logprobs[at], draw.entropies[at] = logprob, entropy
         only = torch.full_like(logits[index], -torch.inf)
         logits[index] = only.scatter_(1, token[:, None], 0.0)

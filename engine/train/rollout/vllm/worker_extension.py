@@ -81,10 +81,10 @@ class RolloutWorkerExtension:
                 )
         return len(tensors), held, time.perf_counter() - started
 
-    def begin_batch(self, uniforms: bytes, width: int, temperature: float) -> None:
+    def begin_batch(self, uniforms: bytes, width: int, temperature: float, scheme: str) -> None:
         """Begins a batch of :mod:`~engine.train.rollout.vllm.uniform_sampling`."""
-        numbers = torch.frombuffer(bytearray(uniforms), dtype=torch.float32).view(-1, width)
-        uniform_sampling.begin(numbers.to(self.device), temperature)
+        numbers = torch.frombuffer(bytearray(uniforms), dtype=torch.float64).view(-1, width)
+        uniform_sampling.begin(numbers.to(self.device), temperature, scheme)
 
     def recorded_batch(self) -> tuple[bytes, bytes]:
         """Log-probabilities and entropies of the batch, (n, T) float32 each."""
