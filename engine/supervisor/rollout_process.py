@@ -22,6 +22,7 @@ from engine.launch.rollout import (
     shared_folder,
 )
 from engine.protocol import sockets
+from engine.session import access
 from engine.session.folder import Session
 from engine.session.temporary_folders import TemporaryFolder
 from engine.supervisor.attempt import describe_exit
@@ -86,6 +87,7 @@ class RolloutProcess:
 
     async def _spawn(self, listener: socket.socket) -> None:
         fd = listener.fileno()
+        access.create_file(self._session.rollout_log_file)
         with self._session.rollout_log_file.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
                 *rollout_command(self._config.rollout, fd, self._session.folder),

@@ -68,6 +68,7 @@ async def test_an_engine_that_is_killed_is_started_again_and_ends_with_the_attem
     )
     sockets.connect(socket).close()  # before any engine answers
     assert folder.stat().st_mode & 0o777 == 0o700
+    assert socket.with_name("rollout.log").stat().st_mode & 0o777 == 0o600
     first = process.pid
     os.kill(first, signal.SIGKILL)
     await until(lambda: process.pid not in (None, first))
