@@ -63,12 +63,12 @@ class SamplesScreen(SessionScreen):
     READ_ONLY = "read-only: labelling disabled"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("E", "held_out", "held-out/training"),
         *sample_labels.BINDINGS,
         *sample_comparison.BINDINGS,
-        *sample_list.BINDINGS,
         Binding("slash,f", "filter", "filter"),
         Binding("v", "view", "tokens"),
+        *sample_list.BINDINGS,
+        Binding("E", "held_out", "held-out"),
         Binding("n", "next(1)", "next response", show=False),
         Binding("N", "next(-1)", "previous response", show=False),
         Binding("z", "enlarge", "full screen"),
