@@ -21,6 +21,7 @@ from textual.notifications import SeverityLevel
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
 from rlhf_tui.app import hangup, steering
+from rlhf_tui.app.compact_output import CompactDriver
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
@@ -112,7 +113,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             session, self._problem = None, str(error)
         # Otherwise Textual lays out an empty default screen first.
         self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc] # a class variable there
-        super().__init__()
+        super().__init__(driver_class=CompactDriver)
         self.animation_level = "none"
         self.follower = SessionFollower(
             self, self.preferences, self.who,
@@ -126,6 +127,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             now=now, read_only=read_only, say=self.say, open_session=self.open_session,
         )  # fmt: skip
         self._first_read = first_read
+        self._notices: dict[str, float] = {}
+        """The last notice in a box, and until when it is shown."""
         if session is not None:
             self.follower.open(session)
         # The console is what Textual writes with: what it finds out of the terminal holds.
@@ -227,6 +230,10 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
             screen.query_one(KeyFooter).say(text, NOTICE)
             return
+        shown_until = self._notices.get(text, 0.0)
+        if time.monotonic() < shown_until:
+            return  # a key that is held down says it once
+        self._notices = {text: time.monotonic() + SECONDS_SHOWN[severity]}
         self.notify(
             sanitise(text), severity=severity, markup=False, timeout=SECONDS_SHOWN[severity]
         )

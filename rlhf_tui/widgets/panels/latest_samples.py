@@ -24,18 +24,22 @@ def newest_responses(
         none = " none yet: they appear with the first step"
         return [heading("Newest responses", keys, width), [(none, "dim")]]
     step = samples[-1].step
-    rows: list[Row] = [heading(f"Newest responses, step {step}", keys, width)]
-    for s in [s for s in samples if s.step == step][: height - 1]:
-        rows.append(
-            [
-                (f" {fmt.number(s.score, 2):>7}", "strong"),
-                (f" {fmt.number(s.kl, 1):>6}" if width >= 60 else "", "dim"),
-                (f" {s.length:>3}" if width >= 60 else "", "dim"),
-                ("  " if s.ended else " ✂", "warn"),
-                (" ", ""),
-                (s.prompt.strip()[-max(width // 4, 8) :], "dim"),
-                ("│", "dim"),
-                (s.response.strip(), ""),
-            ]
-        )
-    return rows
+    newest = [s for s in samples if s.step == step][: height - 1]
+    return [
+        heading(f"Newest responses, step {step}", keys, width),
+        *(_response(sample, width) for sample in newest),
+    ]
+
+
+def _response(sample: SampleRow, width: int) -> Row:
+    wide = width >= 60
+    return [
+        (f" {fmt.number(sample.score, 2):>7}", "strong"),
+        (f" {fmt.number(sample.kl, 1):>6}" if wide else "", "dim"),
+        (f" {sample.length:>3}" if wide else "", "dim"),
+        ("  " if sample.ended else " ✂", "warn"),
+        (" ", ""),
+        (sample.prompt.strip()[-max(width // 4, 8) :], "dim"),
+        ("│", "dim"),
+        (sample.response.strip(), ""),
+    ]
