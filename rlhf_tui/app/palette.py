@@ -144,7 +144,8 @@ class PaletteCommand:
     help: str
     run: Callable[[], Any]
     rank: int = 2
-    """Its place while nothing is typed: 0 first, 1 for the keys that the footer may show."""
+    """Its place while nothing is typed: 0 first, 1 for the keys that the footer may show, 3 for
+    disabled ones."""
 
 
 class PaletteCommands(Provider):
@@ -205,6 +206,7 @@ class PaletteCommands(Provider):
             title = TITLES.get(binding.action, binding.description)
             # Enter runs the first one at once, so it must be harmless.
             rank = 0 if binding.action == "help" else 1 if binding.show else 2
+            rank = rank if active.enabled else 3
             found.setdefault(
                 binding.action,
                 PaletteCommand(

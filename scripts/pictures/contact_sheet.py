@@ -20,7 +20,7 @@ GROUPS = (
     {
         "sessions": "1", "new-demo": "n", "new-run": "<N", "resume": "<G r", "fork": "<f",
         "delete": "<d", "help-sessions": "<?", "dashboard": "<g Enter", "events": "Tab",
-        "marker": "<n n", "event": "Enter", "alert": "N N N N", "chart": "<z",
+        "marker": "<n n", "event": "Enter", "alert": "N N N", "chart": "<z",
         "metrics": "<2 m", "overlays": "<O", "overlay": "Down Enter", "latest": "<v",
         "beta": "<b", "beta-invalid": "x", "settings": "<e", "setting": "Enter", "note": "<w",
         "probe": "<x", "stop": "<S", "help": "<?", "palette": "<C-p", "machine": "<v",
