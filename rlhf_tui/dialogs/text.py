@@ -9,7 +9,7 @@ from engine.journal.rows import ProbeResult
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Dialog, MessageLine, text_width
 from rlhf_tui.widgets.lines import Row
-from rlhf_tui.widgets.table import ScrollText
+from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
 FRAME = 6
