@@ -47,6 +47,8 @@ from rlhf_tui.widgets.textual_internals import (
     screens_of_current_mode,
 )
 
+LEAVING = ("q", "ctrl+c")
+"""The keys of :meth:`RlhfApp.action_detach`."""
 NOTICE = 5.0
 """Seconds for which a notice replaces the line of keys."""
 SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
@@ -266,6 +268,11 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         hangup.end_soon(code)
 
     # -- keys ----------------------------------------------------------------------------------
+
+    async def wait_until_ready(self, key: str) -> None:
+        """Waits for the rows that a key typed ahead is meant for. Leaving waits for nothing."""
+        if isinstance(self.screen, SessionScreen) and key not in LEAVING:
+            await self.screen.wait_for_rows()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Steering keys are enabled only if the selected run takes commands."""

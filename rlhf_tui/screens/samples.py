@@ -53,6 +53,7 @@ class SamplesScreen(SessionScreen):
     """Mode 3."""
 
     MODE = "samples"
+    LISTS = True
     WRITES = frozenset({"label", "remark", "better"})
     READ_ONLY = "read-only: labelling disabled"
     AUTO_FOCUS = "Table"
@@ -150,6 +151,7 @@ class SamplesScreen(SessionScreen):
             key = next(iter(samples.rows), None)
         rows = [(k, cells_of(row)) for k, row in samples.rows.items()]
         table.set_rows(rows, self._empty(), key=key, lost=0)
+        self.rows_read()
         samples.arrived |= not asked and before not in (None, table.key)
         self._show_query()
         if table.key == before and (row := self.selected()) is not None:

@@ -54,6 +54,7 @@ class SessionsScreen(SessionScreen):
     """Mode 1."""
 
     MODE = "sessions"
+    LISTS = True
     WRITES = frozenset({"new", "new_from_file", "resume", "fork", "delete"})
     READ_ONLY = "read-only: nothing can be started or deleted"
     AUTO_FOCUS = "Sessions"
@@ -126,6 +127,7 @@ class SessionsScreen(SessionScreen):
         if first and self.context.state.name in self._rows:
             table.go(table.keys.index(self.context.state.name))
         self._about()
+        self.rows_read()
         for listed in message.rows:
             if listed.row.name != self.context.state.name:  # the follower reads the open session
                 self.context.commands.run_read(SteeringTarget.of_row(listed.row))
