@@ -10,6 +10,7 @@ import re
 from textual.drivers.linux_driver import LinuxDriver
 
 _SEGMENT = re.compile(r"\x1b\[([\d;]+)m([^\x1b]*)\x1b\[0m")
+_MOVES = re.compile(r"(?:\x1b\[\d+;\d+H)*")
 ATTRIBUTES, FOREGROUND, BACKGROUND = 0, 1, 2
 
 
@@ -22,17 +23,18 @@ class CompactDriver(LinuxDriver):
 
 
 def compact(data: str) -> str:
-    """Merges the reset after a segment with the style of a segment that follows it directly.
+    """Merges the reset after a segment with the style of the segment that follows it.
 
-    Text and all other sequences stay as they are. The last of such segments is still reset, so
-    nothing depends on the data before or after.
+    Between the two may be moves of the cursor, which paint nothing. Text and all other sequences
+    stay as they are. The last of such segments is still reset, so nothing depends on the data
+    before or after.
     """
     out: list[str] = []
     end, style = 0, ""
     for found in _SEGMENT.finditer(data):
         start = found.start()
-        if start == end and style:
-            out[-1] = change(style, found[1])  # in place of the reset
+        if style and _MOVES.fullmatch(data, end, start):
+            out[-1] = data[end:start] + change(style, found[1])  # in place of the reset
         else:
             out += [data[end:start], f"\x1b[{found[1]}m"]
         style = found[1]

@@ -38,6 +38,10 @@ def test_only_what_differs_is_sent():
     assert change("1;31;44", "31;44") == "\x1b[0;31;44m"
 
 
-def test_a_segment_after_a_move_of_the_cursor_has_its_whole_style():
-    data = "\x1b[31ma\x1b[0m\x1b[5;1H\x1b[31mb\x1b[0m"
-    assert compact(data) == data
+def test_a_style_is_kept_while_the_cursor_moves_and_no_longer():
+    moved, printed = (
+        "\x1b[31ma\x1b[0m\x1b[5;1H\x1b[31mb\x1b[0m",
+        "\x1b[31ma\x1b[0m\r\n\x1b[31mb\x1b[0m",
+    )
+    assert compact(moved) == "\x1b[31ma\x1b[5;1Hb\x1b[0m"
+    assert compact(printed) == printed
