@@ -40,6 +40,7 @@ FLOORS = [
     ("engine.train.rollout",),
     ("engine.train.link", "engine.train.ppo", "engine.train.rewards"),
     ("engine.train.checkpoints", "engine.train.evaluation.held_out"),
+    ("engine.train.policy_average",),
     ("engine.train.run",),
     (
         "engine.train.checkpointing",

@@ -123,6 +123,7 @@ class RankMessageHandler:
             self._end_recovering_pause()
         attempt, journal = self._state.attempt, self._journal
         step = attempt.start.from_step
+        self._guardrails.forget_after(step)
         attempt.send(
             Begin(
                 attempt=journal.attempt,

@@ -92,6 +92,9 @@ def train_step(
             seed=state.sampling_seed, step=step, report=report,
         )  # fmt: skip
 
+    if run.average is not None:
+        run.average.update(run.policy)
+
     # 6. Metrics and samples.
     state.episodes += len(scores)
     metrics = step_metrics(rollout, scores, ref_logprobs, targets, stats, config)
