@@ -32,6 +32,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import machine
 from benchmarks.learning import run_metrics
+from benchmarks.side import OFFLINE
 from engine import starter
 
 EPISODES, NEW_TOKENS, EPOCHS, MINIBATCHES = 64, 32, 2, 2
@@ -117,15 +118,14 @@ def run_ours(side: str, seed: int, steps: int) -> Curve:
 
 def run_trl(seed: int, steps: int) -> Curve:
     """Trains with TRL's PPOTrainer."""
-    # Only this side needs TRL.
-    from datasets import Dataset
-    from transformers import (
+    from datasets import Dataset  # noqa: PLC0415 - only this side needs these
+    from transformers import (  # noqa: PLC0415
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
         AutoTokenizer,
         TrainerCallback,
     )
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: PLC0415
 
     torch.set_num_threads(1)
     policy, reward = starter.resolve("starter:policy"), starter.resolve("starter:reward")
@@ -229,16 +229,18 @@ def start(side: str, seed: int, steps: int, out: Path) -> None:
     print(f"{side}, seed {seed}", file=sys.stderr, flush=True)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.learning_vs_trl"]
     command += ["--child", side, str(seed), "--steps", str(steps), "--out", str(out)]
-    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, env=os.environ | environment, stdout=sys.stderr)
+    environment = os.environ | OFFLINE | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
 
 
 def print_table(curves: list[Curve], sides: list[str], steps: int) -> None:
     """Prints a row for each side: means over seeds ± standard errors."""
     last = slice(-(steps // 4), None)
     print(machine.describe())
-    print(f"\n{steps} steps of {EPISODES} episodes, beta {BETA}, learning rate {LEARNING_RATE}, "
-          f"{EPOCHS} epochs of {MINIBATCHES} minibatches; mean ± standard error over seeds\n")  # fmt: skip
+    print(
+        f"\n{steps} steps of {EPISODES} episodes, beta {BETA}, learning rate {LEARNING_RATE}, "
+        f"{EPOCHS} epochs of {MINIBATCHES} minibatches; mean ± standard error over seeds\n"
+    )
     print(f"{'':<14}{'seeds':>6}{'updates':>9}{'objective':>16}{'last quarter':>16}{'score':>16}"
           f"{'KL':>14}" + "".join(f"{f'CPU s to {level}':>20}" for level in LEVELS))  # fmt: skip
     for side in sides:

@@ -95,6 +95,9 @@ METRICS = (
         title="score",
         held_out=EVAL_SCORE,
     ),
+    Metric("objective/greedy_scores", "score",
+           "mean score of the greedy responses that are the baseline (`ppo.advantage: remax` only)",
+           title="score, greedy"),
     Metric(SCORE_STD, "score", "standard deviation of that score over the step's responses",
            title="score, std"),
     Metric(

@@ -46,6 +46,7 @@ FLOORS = [
         "engine.train.checkpointing",
         "engine.train.dynamic_sampling",
         "engine.train.evaluation",
+        "engine.train.greedy_baseline",
         "engine.train.reports",
         "engine.train.rollout_check",
     ),

@@ -62,6 +62,13 @@ VARIANTS = {
     "reward, adapters": ("ppo.advantage=reward", "lora.rank=4"),
     "rloo, adapters": ("ppo.advantage=rloo", "rollout.per_prompt=2", "lora.rank=4"),
 }
+RECIPES = {
+    f"{path.stem} recipe{', warm-up' if 'value_warmup' in text else ''}": path
+    for path in sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+    if "(arXiv " in (text := path.read_text(encoding="utf-8"))
+}
+"""The configurations of papers, by the name of their variant."""
+VARIANTS |= dict.fromkeys(RECIPES, ("rollout.batch_size=16", "reward.normalise_samples=16"))
 STRATEGIES = ("ddp", "fsdp")
 EVERY_TIME = (
     "gae, activation checkpointing, averaged policy", "rloo", "grpo, every term in the loss",
@@ -76,7 +83,7 @@ variants = pytest.mark.parametrize(
 
 def config_of(strategy, variant):
     given = [*STEP, f"parallel.strategy={strategy}", *VARIANTS[variant]]
-    return config_file.load(starter.FOLDER / "demo.yaml", given)
+    return config_file.load(RECIPES.get(variant, starter.FOLDER / "demo.yaml"), given)
 
 
 def one_process(session):

@@ -22,16 +22,17 @@ from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.metrics import distinct_2
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
-from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.rollout.backend import (
+    GREEDY_TEMPERATURE,
+    SamplingOptions,
+    generate_responses,
+)
 from engine.train.rollout.rollout import ReportProgress, Rollout
 from engine.train.run import Run
 
 PHASE = "evaluate"
 RECORDED_CHARACTERS = 8_000_000
 """Of the responses that are recorded, with their prompts: what a message can hold."""
-GREEDY_TEMPERATURE = 1e-6
-"""Leaves the most likely token with probability 1 in float32, unless logits differ by less than
-1e-4."""
 KL_TEMPERATURE = 1.0
 """Of the log-probabilities under both models, so that a change of `rollout.temperature` during the
 run does not move the curve."""
