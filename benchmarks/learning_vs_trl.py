@@ -39,10 +39,11 @@ EPISODES, NEW_TOKENS, EPOCHS, MINIBATCHES = 64, 32, 2, 2
 BETA, LEARNING_RATE = 0.05, 1e-4
 OURS = {
     "shared": [],
+    "adam-eps": ["train.adam_eps=1e-8"],
     "separate": ["model.value=separate"],
     "reward-model": ["model.value=separate", "ppo.value_init=reward_model"],
 }
-"""The engine's sides: the settings of each."""
+"""The engine's sides: the settings of each. `adam-eps` has the ε of AdamW that TRL has."""
 SIDES = ("trl", *OURS)
 LEVELS = (1.8, 2.0)
 SMOOTHED = 3
@@ -61,6 +62,12 @@ class Curve:
     """Processor seconds since the start of training."""
     updates: int
     """Optimiser steps of the whole run."""
+
+    def cut(self, steps: int) -> "Curve":
+        """The first steps alone."""
+        updates = self.updates * steps // len(self.scores)
+        parts = (values[:steps] for values in (self.scores, self.kl, self.cpu))
+        return Curve(self.side, self.seed, *parts, updates)
 
     def objective(self, part: slice = slice(None)) -> float:
         """The mean of score − β·KL over a part of the steps."""
@@ -195,10 +202,10 @@ def child(side: str, seed: int, steps: int, out: Path) -> None:
 
 
 def read(out: Path, steps: int) -> list[Curve]:
-    """The curves of `steps` steps in a file."""
+    """The curves in a file that have at least `steps` steps, cut to these."""
     lines = out.read_text().splitlines() if out.exists() else []
     curves = [Curve(**json.loads(line)) for line in lines]
-    return [c for c in curves if len(c.scores) == steps]
+    return [c.cut(steps) for c in curves if len(c.scores) >= steps]
 
 
 def main() -> None:

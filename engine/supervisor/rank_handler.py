@@ -129,6 +129,7 @@ class RankMessageHandler:
                 attempt=journal.attempt,
                 from_step=step,
                 reseed=journal.reseeded(step),
+                average=journal.forked_from_average(step),
                 checkpoints=journal.timeline(),
                 paused=self._state.paused,
                 replay=[self._without_invalid(c) for c in journal.commands.changes_after(step)],

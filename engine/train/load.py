@@ -15,7 +15,7 @@ from engine.config.sections.reward import RewardConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import checkpoint_path
+from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState, TrainingState
@@ -88,7 +88,7 @@ def load_run(
     state = TrainingState(sampling_seed=config.seed)
     if begin.from_step:
         saved = checkpoint_path(session.checkpoints, begin.from_step)
-        source = str(saved / "policy")
+        source = str(saved / (AVERAGED_POLICY if begin.average else POLICY))
         state, config = read_state(saved, ranks).restored(
             config, lambda text: notify("settings", text)
         )
@@ -100,7 +100,7 @@ def load_run(
         announce(begin.from_step, f"load {name}", next(stages), len(STAGES))
 
     begin_stage("prompts")
-    has_tokenizer = saved is None or (saved / "policy" / "tokenizer_config.json").is_file()
+    has_tokenizer = saved is None or (saved / POLICY / "tokenizer_config.json").is_file()
     tokenizer_source = source if has_tokenizer else starter.resolve(config.model.policy)
     tokenizer = load_tokenizer(tokenizer_source, "model.policy", ranks)
     prompts, held_out_prompts = split_prompts(

@@ -18,7 +18,7 @@ from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
-from engine.launch.start import checkpoint_steps, last_checkpoint
+from engine.launch.start import check_average, checkpoint_steps, last_checkpoint
 from engine.protocol import sockets
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
@@ -128,11 +128,8 @@ def _export_policy(session: Session, step: int, target: Path, part: str, *, merg
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserInputError(f"--policy: {target} exists already; give a new or empty folder")
     source = checkpoint_path(session.checkpoints, step) / part
-    if part == AVERAGED_POLICY and not source.is_dir():
-        raise UserInputError(
-            f"--ema: the checkpoint of step {step} has no averaged policy; train with "
-            "train.ema.decay to get one"
-        )
+    if part == AVERAGED_POLICY:
+        check_average(session, step)
     what = "averaged policy" if part == AVERAGED_POLICY else "policy"
     config = session.config()
     adapted = config.lora.rank is not None

@@ -87,14 +87,17 @@ def test_the_policy_and_its_average_are_evaluated_and_training_does_not_change(
     assert_same_step(run, again, 3)  # one with an evaluation in between, one without
 
 
-def test_a_checkpoint_has_the_average_as_a_model(make_run):
+def test_a_checkpoint_has_the_average_as_a_model_and_a_fork_can_begin_with_it(make_run):
     run, session = make_run(ON, "train.learning_rate=1e-3")
     train_step(run, 1)
     run.state.step = 1
     lm = AutoModelForCausalLM.from_pretrained(save(run, session) / "policy-ema")
+    begin, config = Begin(attempt=2, from_step=1, average=True), session.config()
+    forked = load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
     average = run.average.tensors(run.policy)
     for name, weight in lm.named_parameters():
         assert torch.equal(weight, average[name]), name
+        assert torch.equal(weight, forked.policy.lm.get_parameter(name)), name
 
 
 def test_an_average_that_is_turned_on_by_a_resume_starts_from_the_policy(make_run):

@@ -57,6 +57,7 @@ VARIANTS = {
         "model.value=separate",
         "ppo.value_init=reward_model",
     ),
+    "remax": ("ppo.advantage=remax", "rollout.per_prompt=2"),
     "gae, adapters": ("ppo.advantage=gae", "lora.rank=4"),
     "gae, separate value trunk, adapters": ("model.value=separate", "lora.rank=4"),
     "reward, adapters": ("ppo.advantage=reward", "lora.rank=4"),
