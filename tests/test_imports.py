@@ -40,11 +40,13 @@ FLOORS = [
     ("engine.train.rollout",),
     ("engine.train.link", "engine.train.ppo", "engine.train.rewards"),
     ("engine.train.checkpoints", "engine.train.evaluation.held_out"),
+    ("engine.train.policy_average",),
     ("engine.train.run",),
     (
         "engine.train.checkpointing",
         "engine.train.dynamic_sampling",
         "engine.train.evaluation",
+        "engine.train.greedy_baseline",
         "engine.train.reports",
         "engine.train.rollout_check",
     ),

@@ -180,6 +180,15 @@ class JournalWriter:
         at, attempt = json.loads(row[0]) if row else (0, 0)
         return int(attempt) if at == step else 0
 
+    def forked_from_average(self, step: int) -> bool:
+        """Whether the session is a fork that began with the averaged policy of this step."""
+        row = self._db.execute(
+            "SELECT json_extract(data, '$.fork.step'), json_extract(data, '$.fork.ema') "
+            "FROM events WHERE kind = 'attempt' AND json_extract(data, '$.fork') IS NOT NULL "
+            "ORDER BY id DESC LIMIT 1"  # a fork of a fork has the events of both
+        ).fetchone()
+        return row is not None and row[0] == step and bool(row[1])
+
     def timeline(self) -> list[int]:
         """Steps of the checkpoints of the current timeline."""
         query = "SELECT step FROM checkpoints WHERE status IN ('complete', 'written') ORDER BY step"

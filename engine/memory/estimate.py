@@ -110,10 +110,14 @@ class _Estimator:
         shards = self._shards
         reference = 0 if self._shared_reference else self._models.reference.parameters
         rewards = sum(r.parameters for r in self._models.rewards)
+        ema = self._config.train.ema
+        on_device = ema.decay is not None and (not ema.offload or self._models.device == "cpu")
+        averaged = MASTER * (self._adapters or self._policy.parameters) if on_device else 0
         return self._process() | {
             "policy": (weights - trunk) // shards,
             "value": trunk // shards,
             "optimiser": 2 * MASTER * self._trained // shards,
+            **({"average": averaged // shards} if averaged else {}),
             "reference": self._compute * reference // shards,
             "reward": self._reward_width * rewards // shards,
         }
@@ -121,7 +125,11 @@ class _Estimator:
     def _loading(self) -> dict[str, int]:
         """The peak of loading: the pages of the last model's file, and the copy made of them."""
         last = self._policy if self._shared_reference else self._models.reference
-        loaded = {k: v for k, v in self._static().items() if k not in ("optimiser", "reference")}
+        loaded = {
+            k: v
+            for k, v in self._static().items()
+            if k not in ("optimiser", "average", "reference")
+        }
         return loaded | {"loading": (2 * MASTER) * last.parameters}
 
     # -- the phases of a step -----------------------------------------------------------------

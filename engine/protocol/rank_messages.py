@@ -220,6 +220,8 @@ class Begin(Message, frozen=True, tag="begin"):
     """Step of the checkpoint to load; 0 to start from the configuration's models."""
     reseed: int = 0
     """Attempt that was started with `--reseed` from this step, part of the seed; 0 for none."""
+    average: bool = False
+    """Start with the checkpoint's averaged policy instead of the policy (`fork --ema`)."""
     checkpoints: list[int] = []
     """Steps of the timeline's checkpoints, from which old ones are deleted."""
     paused: bool = False

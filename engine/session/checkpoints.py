@@ -15,6 +15,10 @@ COMPLETE = "COMPLETE"
 """The file that is created last, once the journal holds everything up to the checkpoint's step. It
 holds the SHA-256 of state.json, which holds those of all other files. Empty in older versions."""
 STATE = "state.json"
+POLICY = "policy"
+AVERAGED_POLICY = "policy-ema"
+"""Folders of a checkpoint that transformers or peft loads: the policy, and its average over the
+steps if the run has `train.ema`."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 

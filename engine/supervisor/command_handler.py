@@ -126,7 +126,7 @@ class CommandHandler:
             paused=self._pending.paused_after(self._state.paused),
             recovers=self._state.pause_recovers,
             settings=msgspec.convert(self._state.settings, Settings, strict=False),
-            batch_size=self._config.rollout.batch_size,
+            config=self._config,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
         )
 

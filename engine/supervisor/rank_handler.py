@@ -123,11 +123,13 @@ class RankMessageHandler:
             self._end_recovering_pause()
         attempt, journal = self._state.attempt, self._journal
         step = attempt.start.from_step
+        self._guardrails.forget_after(step)
         attempt.send(
             Begin(
                 attempt=journal.attempt,
                 from_step=step,
                 reseed=journal.reseeded(step),
+                average=journal.forked_from_average(step),
                 checkpoints=journal.timeline(),
                 paused=self._state.paused,
                 replay=[self._without_invalid(c) for c in journal.commands.changes_after(step)],

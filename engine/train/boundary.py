@@ -10,6 +10,7 @@ from typing import Any, assert_never
 
 import msgspec
 
+from engine.config.rules import check_change
 from engine.config.settings import (
     SettingChange,
     change_settings,
@@ -322,6 +323,7 @@ class Boundary:
                 f"max_new_tokens may be {limit} at most: the model has no more positions after "
                 f"the longest prompt ({self._run.prompts.longest} tokens)"
             )
+        check_change(self._run.config, values)
         self._replay = [
             msgspec.structs.replace(r, changes=[c for c in r.changes if c.key not in values])
             for r in self._replay

@@ -113,6 +113,7 @@ class CheckpointManager:
             run.saved_state(), run.policy, run.tokenizer, run.optimiser,
             score=self._score, kl=self._kl, best=self._best,
             reference=run.reference if state.reference_updated else None,
+            average=run.average.tensors(run.policy) if run.average is not None else None,
         )  # fmt: skip
         self._saved_step = state.step
         self._seconds += time.monotonic() - started

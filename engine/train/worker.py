@@ -171,12 +171,11 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
             events.hparams(config)
 
     with contextlib.closing(boundary):
-        if not begin.from_step:
-            baseline = prepare(boundary, run, config)
-            if baseline.metrics:
-                link.send(BaselineReport(baseline.metrics, recorded(baseline.samples)))
-                if events is not None:
-                    events.step(0, baseline.metrics, baseline.samples)
+        baseline = prepare(boundary, run, config)
+        if baseline.metrics:
+            link.send(BaselineReport(baseline.metrics, recorded(baseline.samples)))
+            if events is not None:
+                events.step(0, baseline.metrics, baseline.samples)
         while boundary.before_step():
             step = run.state.step + 1
             started = time.monotonic()
@@ -216,7 +215,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
 
 
 def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
-    """Measures what needs rewards before the first step; pauses while they cannot be computed.
+    """Measures what needs rewards before training; pauses while they cannot be computed.
 
     Args:
         boundary: before the first step.
@@ -224,7 +223,8 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
         config: the configuration that it was loaded with.
 
     Returns:
-        The evaluation before the first step; empty if none is due or the run is stopped first.
+        The evaluation before the first step; empty for a resumed run, if none is due, or if the run
+        is stopped first.
     """
     fitted = False
     while True:
@@ -232,7 +232,7 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
             if not fitted:
                 fit_scales(run, config)
                 fitted = True
-            return evaluate_if_due(run, 0)
+            return Evaluation() if run.state.step else evaluate_if_due(run, 0)
         except RewardCallError as error:
             boundary.hold(error)
             if not boundary.before_step():

@@ -34,6 +34,7 @@ LABELS = {
     "policy": "policy",
     "optimiser": "optimiser (AdamW)",
     "value": "value function",
+    "average": "averaged policy",
     "reference": "reference",
     "reward": "reward models",
     "gradients": "gradients",

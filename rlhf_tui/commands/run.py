@@ -123,6 +123,7 @@ def resume(
     help="The checkpoint to fork from.",
 )  # fmt: skip
 @click.option("--name", "new_name", metavar="NEW", required=True, help="The new session's name.")
+@click.option("--ema", is_flag=True, help="Begin with the averaged policy of train.ema.")
 @reseed_option
 @starting
 def fork(
@@ -132,13 +133,15 @@ def fork(
     name: str,
     from_step: int,
     new_name: str,
+    ema: bool,
     reseed: bool,
 ) -> None:
     """Fork a new session from a checkpoint of another."""
     session = existing(root, name)
     child, start = start_fork(
-        session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
-    )
+        session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who(),
+        ema=ema,
+    )  # fmt: skip
     _begin(child, start, mode)
 
 

@@ -2,6 +2,8 @@
 
 ``checkpoints/step-000120/`` holds ``policy/`` (a Hugging Face model folder with its tokenizer),
 ``training/`` (optimiser state and value function, safetensors), ``state.json`` and ``COMPLETE``.
+With `train.ema` also the averaged policy, as a model in ``policy-ema/`` and to resume from in
+``ema/``.
 The folder is written under a temporary name, synced to disk and renamed. ``COMPLETE`` is created
 last, after the supervisor has confirmed that the journal holds everything up to that step.
 

@@ -11,6 +11,11 @@ GPU_CHUNK = 1 << 25
 """The same on a GPU, where each chunk costs a few kernel launches: 128 MB of float32."""
 
 
+LOWEST = -1e4
+"""Bound on log p in the entropy. A token that the model forbids has a logit of -∞ and would make
+0·(-∞), not a number. Below this p is 0 in float32 anyway, so no other value changes."""
+
+
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Log softmax(logits/τ) at the tokens: (n, T, V), (n, T) → (n, T), in float32.
 
@@ -78,7 +83,7 @@ class TokenLogprobsAndEntropies(torch.autograd.Function):
         for chunk in _chunks(logits):
             scaled = _scaled(logits[chunk], temperature)
             log_sums[chunk] = scaled.logsumexp(1)
-            logprobs = scaled - log_sums[chunk, None]
+            logprobs = (scaled - log_sums[chunk, None]).clamp_(min=LOWEST)
             entropies[chunk] = -(logprobs.exp() * logprobs).sum(1)
         chosen = logits.gather(1, tokens[:, None]).squeeze(1).float() / temperature
         ctx.save_for_backward(logits, tokens, log_sums, entropies)
@@ -95,6 +100,7 @@ class TokenLogprobsAndEntropies(torch.autograd.Function):
         g, h = logprob_grad / ctx.temperature, entropy_grad / ctx.temperature
         for chunk in _chunks(logits):
             logprobs = _scaled(logits[chunk], ctx.temperature) - log_sums[chunk, None]
+            logprobs.clamp_(min=LOWEST)
             factor = (logprobs + entropies[chunk, None]).mul_(h[chunk, None])
             gradient = logprobs.exp_().mul_(factor.add_(g[chunk, None]).neg_())
             gradient.scatter_add_(1, tokens[chunk, None], g[chunk, None])

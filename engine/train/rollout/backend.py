@@ -60,6 +60,11 @@ BACKENDS: dict[str, MakeBackend] = {
 """Backends by name."""
 
 
+GREEDY_TEMPERATURE = 1e-6
+"""Leaves the most likely token with probability 1 in float32, unless logits differ by less than
+1e-4."""
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """With model and prompts, these determine which tokens are sampled."""

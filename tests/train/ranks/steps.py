@@ -19,6 +19,7 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor
+from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.load import fit_scales, load_run
 from engine.train.step import train_step
 
@@ -47,6 +48,10 @@ def train_one_step(ranks, session, recorded, result):
     weights = {
         k: full_tensor(p).detach().clone().contiguous() for k, p in run.policy.named_parameters()
     }
+    if run.average is not None:
+        average = run.average.tensors(run.policy).items()
+        weights |= {f"ema/{k}": full_tensor(t).clone().contiguous() for k, t in average}
+        metrics |= evaluate_if_due(run, 1).metrics
     if ranks.is_lead:
         save_file(weights, f"{result}.safetensors")
         result.write_text(json.dumps(metrics))
