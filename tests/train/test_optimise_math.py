@@ -24,6 +24,7 @@ from engine.config.settings import change_settings
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
+from engine.train.ppo import chunked_loss
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
@@ -179,6 +180,10 @@ def fast(policy, minibatch, config, rows=ALL, warming_up=False):
     return gradients(policy), sums
 
 
+def few_logits(_layer, _inputs, logits):
+    assert logits.numel() <= 5 * VOCABULARY
+
+
 def assert_same(got, want):
     for name in {*got[0], *want[0]}:
         a, b = (g[0].get(name, torch.zeros(1)) for g in (got, want))
@@ -221,7 +226,7 @@ def one_thread():
         "k3",
     ],
 )
-def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo):
+def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo, monkeypatch):
     policy, config = make_policy(value), run_config(**of_ppo)
     minibatch = make_minibatch(policy)
     rows = torch.tensor([5, 0, 2, 3])
@@ -238,6 +243,9 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
             config, ppo=msgspec.structs.replace(config.ppo, micro_batch_size=size)
         )
         assert_same(fast(policy, minibatch, sized, rows), want)
+    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
+    policy.lm.lm_head.register_forward_hook(few_logits)
+    assert_same(fast(policy, minibatch, config, rows), want)
 
 
 @pytest.mark.parametrize(
