@@ -188,6 +188,17 @@ class Unpaused(Message, frozen=True, tag="unpaused"):
     text: str
 
 
+class Adjusted(Message, frozen=True, tag="adjusted"):
+    """The ranks have changed settings by themselves, to be able to continue."""
+
+    step: int
+    """The first step with the changes in effect."""
+    changes: list[SettingChange]
+    rule: str
+    """Name of the notice."""
+    text: str
+
+
 class Failed(Message, frozen=True, tag="failed"):
     """The rank exits because of an error."""
 
@@ -202,6 +213,10 @@ class Failed(Message, frozen=True, tag="failed"):
     """A consequence of the loss of another rank, whose error is the cause."""
     damaged: bool = False
     """The checkpoint to start from is damaged; an older one may be whole."""
+    step: int = 0
+    """The step that failed, if `changes` are to be made before it."""
+    changes: list[SettingChange] = []
+    """Settings with which a restart would not fail in the same way, although `final`."""
 
 
 class Ended(Message, frozen=True, tag="ended"):
@@ -278,6 +293,7 @@ FromRank = (
     | Notice
     | Paused
     | Unpaused
+    | Adjusted
     | Failed
     | Ended
 )
