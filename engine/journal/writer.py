@@ -25,7 +25,7 @@ from engine.journal.database import open_read_only
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
 from engine.protocol.client_messages import Telemetry
-from engine.protocol.rank_messages import Sample, StepReport
+from engine.protocol.rank_messages import Placed, Sample, StepReport
 from engine.session import access
 from engine.session.folder import Session
 
@@ -179,6 +179,16 @@ class JournalWriter:
         row = self._db.execute("SELECT value FROM meta WHERE key = 'reseed'").fetchone()
         at, attempt = json.loads(row[0]) if row else (0, 0)
         return int(attempt) if at == step else 0
+
+    def placed(self) -> Placed | None:
+        """How the models were placed in the last attempt that loaded them; None before that."""
+        row = self._db.execute(
+            "SELECT data FROM events WHERE kind = 'ready' ORDER BY id DESC LIMIT 1"
+        ).fetchone()
+        info = json.loads(row[0]) if row is not None else {}
+        if "ranks" not in info or "strategy" not in info:  # of an earlier version
+            return None
+        return Placed(ranks=info["ranks"], strategy=info["strategy"])
 
     def timeline(self) -> list[int]:
         """Steps of the checkpoints of the current timeline."""

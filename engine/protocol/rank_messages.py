@@ -237,11 +237,21 @@ class Begin(Message, frozen=True, tag="begin"):
     """Attempt that was started with `--reseed` from this step, part of the seed; 0 for none."""
     checkpoints: list[int] = []
     """Steps of the timeline's checkpoints, from which old ones are deleted."""
+    placed: "Placed | None" = None
+    """How the last attempt that loaded had placed the models; None before the first."""
     paused: bool = False
     """Pause before the first step, because the run was paused when its ranks died."""
     replay: list["ReplayedChange"] = []
     undoable: list[list[SettingChange]] = []
     """Changes that `undo` can revert; the last list is reverted first."""
+
+
+class Placed(Struct, frozen=True, kw_only=True):
+    """How the models were placed on the ranks of an attempt."""
+
+    ranks: int
+    strategy: str
+    """`ddp` or `fsdp`."""
 
 
 class ReplayedChange(Struct, frozen=True, kw_only=True):

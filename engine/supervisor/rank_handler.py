@@ -130,6 +130,7 @@ class RankMessageHandler:
                 from_step=step,
                 reseed=journal.reseeded(step),
                 checkpoints=journal.timeline(),
+                placed=journal.placed(),
                 paused=self._state.paused,
                 replay=[self._without_invalid(c) for c in journal.commands.changes_after(step)],
                 undoable=[

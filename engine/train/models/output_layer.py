@@ -71,7 +71,7 @@ class OutputLayer:
         """The logits of hidden states, (n, H) → (n, V), as the model computes them itself."""
         if self.after is None:
             raise ValueError("what follows the output layer is unknown")
-        return self.after.apply_(self.layer(hidden))
+        return self.after.apply_(self.layer.forward(hidden))  # its hooks have seen all of them
 
     @contextmanager
     def reading(
@@ -101,14 +101,14 @@ class OutputLayer:
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Context in which a module computes something else. Its hooks run as always."""
     before = vars(module).get("forward")  # set by `use_onednn`, for example
-    module.forward = forward  # type: ignore[method-assign]  # of this module only
+    module.forward = forward  # of this module only
     try:
         yield
     finally:
         if before is None:
             del module.forward
         else:
-            module.forward = before  # type: ignore[method-assign]  # what it was
+            module.forward = before
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

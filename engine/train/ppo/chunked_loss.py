@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.memory.model import LOGITS_AT_ONCE
 from engine.train.models.output_layer import AfterLayer, OutputLayer, add_product_, product
 from engine.train.ppo.logprobs import (
     TokenLogprobs,
@@ -23,12 +24,11 @@ from engine.train.ppo.logprobs import (
     scaled_at,
 )
 
-MOST_LOGITS = 1 << 25
-"""Logits alive at a time on a CPU: 134 MB of float32. Fewer are computed at once, as always: with
-the starter's vocabulary, and with SmolLM2's of 49,152 up to 682 tokens."""
-MOST_LOGITS_ON_GPU = 1 << 28
-"""The same on a GPU: 0.5 GB of bfloat16. With fewer rows the sum of the weight's gradients would be
-bound by memory."""
+MOST_LOGITS = LOGITS_AT_ONCE["cpu"]
+"""Logits alive at a time on a CPU. Fewer are computed at once: with the starter's vocabulary, and
+with SmolLM2's of 49,152 up to 682 tokens of a micro-batch."""
+MOST_LOGITS_ON_GPU = LOGITS_AT_ONCE["cuda"]
+"""The same on a GPU. With fewer rows the sum of the weight's gradients would be bound by memory."""
 
 
 def most_logits(device: torch.device) -> int:

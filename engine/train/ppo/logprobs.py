@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.memory.model import LOGITS_PIECE
 from engine.train.models.output_layer import AfterLayer
 
-CHUNK = 1 << 22
-"""Logits processed at a time on a CPU: 16 MB of float32, which fits its cache."""
-GPU_CHUNK = 1 << 25
-"""The same on a GPU, where each chunk costs a few kernel launches: 128 MB of float32."""
+CHUNK, GPU_CHUNK = LOGITS_PIECE["cpu"], LOGITS_PIECE["cuda"]
+"""Logits processed at a time, on a CPU and on a GPU."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
