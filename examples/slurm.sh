@@ -3,6 +3,8 @@
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+# The cores of a node: by default SLURM gives a task one, which all its ranks would share.
+#SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 # SLURM sends USR1 five minutes before the time limit: the engine finishes its step and saves.
 #SBATCH --signal=B:USR1@300
@@ -16,7 +18,7 @@ address="$first:${PORT:-29400}"
 # The other nodes wait for the run and join it.
 if [ "$SLURM_NNODES" -gt 1 ]; then
     srun --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$first" \
-        "$RLHF_TUI" join "$address" &
+        --cpus-per-task="$SLURM_CPUS_PER_TASK" "$RLHF_TUI" join "$address" &
 fi
 
 "$RLHF_TUI" run "$1" --headless --name "$NAME" \

@@ -25,7 +25,7 @@ from engine.journal.database import open_read_only
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
 from engine.protocol.client_messages import Telemetry
-from engine.protocol.rank_messages import Sample, StepReport
+from engine.protocol.rank_messages import Placed, Sample, StepReport
 from engine.session import access
 from engine.session.folder import Session
 
@@ -188,6 +188,16 @@ class JournalWriter:
             "ORDER BY id DESC LIMIT 1"  # a fork of a fork has the events of both
         ).fetchone()
         return row is not None and row[0] == step and bool(row[1])
+
+    def placed(self) -> Placed | None:
+        """How the models were placed in the last attempt that loaded them; None before that."""
+        row = self._db.execute(
+            "SELECT data FROM events WHERE kind = 'ready' ORDER BY id DESC LIMIT 1"
+        ).fetchone()
+        info = json.loads(row[0]) if row is not None else {}
+        if "ranks" not in info or "strategy" not in info:  # of an earlier version
+            return None
+        return Placed(ranks=info["ranks"], strategy=info["strategy"])
 
     def timeline(self) -> list[int]:
         """Steps of the checkpoints of the current timeline."""

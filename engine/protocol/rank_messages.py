@@ -188,6 +188,17 @@ class Unpaused(Message, frozen=True, tag="unpaused"):
     text: str
 
 
+class Adjusted(Message, frozen=True, tag="adjusted"):
+    """The ranks have changed settings by themselves, to be able to continue."""
+
+    step: int
+    """The first step with the changes in effect."""
+    changes: list[SettingChange]
+    rule: str
+    """Name of the notice."""
+    text: str
+
+
 class Failed(Message, frozen=True, tag="failed"):
     """The rank exits because of an error."""
 
@@ -202,6 +213,10 @@ class Failed(Message, frozen=True, tag="failed"):
     """A consequence of the loss of another rank, whose error is the cause."""
     damaged: bool = False
     """The checkpoint to start from is damaged; an older one may be whole."""
+    step: int = 0
+    """The step that failed, if `changes` are to be made before it."""
+    changes: list[SettingChange] = []
+    """Settings with which a restart would not fail in the same way, although `final`."""
 
 
 class Ended(Message, frozen=True, tag="ended"):
@@ -224,11 +239,21 @@ class Begin(Message, frozen=True, tag="begin"):
     """Start with the checkpoint's averaged policy instead of the policy (`fork --ema`)."""
     checkpoints: list[int] = []
     """Steps of the timeline's checkpoints, from which old ones are deleted."""
+    placed: "Placed | None" = None
+    """How the last attempt that loaded had placed the models; None before the first."""
     paused: bool = False
     """Pause before the first step, because the run was paused when its ranks died."""
     replay: list["ReplayedChange"] = []
     undoable: list[list[SettingChange]] = []
     """Changes that `undo` can revert; the last list is reverted first."""
+
+
+class Placed(Struct, frozen=True, kw_only=True):
+    """How the models were placed on the ranks of an attempt."""
+
+    ranks: int
+    strategy: str
+    """`ddp` or `fsdp`."""
 
 
 class ReplayedChange(Struct, frozen=True, kw_only=True):
@@ -280,6 +305,7 @@ FromRank = (
     | Notice
     | Paused
     | Unpaused
+    | Adjusted
     | Failed
     | Ended
 )

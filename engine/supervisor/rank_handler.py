@@ -7,14 +7,15 @@ from typing import assert_never
 
 import msgspec
 
-from engine.config.settings import invalid_values
+from engine.config.settings import SettingChange, invalid_values
 from engine.errors import LinkError
 from engine.journal.writer import JournalWriter
 from engine.metrics import STEP_TIME
 from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages
-from engine.protocol.commands import Pause, Unpause
+from engine.protocol.commands import Pause, SetSetting, Unpause
 from engine.protocol.rank_messages import (
+    Adjusted,
     Applied,
     BaselineReport,
     Begin,
@@ -131,6 +132,7 @@ class RankMessageHandler:
                 reseed=journal.reseeded(step),
                 average=journal.forked_from_average(step),
                 checkpoints=journal.timeline(),
+                placed=journal.placed(),
                 paused=self._state.paused,
                 replay=[self._without_invalid(c) for c in journal.commands.changes_after(step)],
                 undoable=[
@@ -186,6 +188,8 @@ class RankMessageHandler:
                 self._paused(message)
             case Unpaused():
                 self._unpaused(message)
+            case Adjusted(step=step, changes=changes, rule=rule, text=text):
+                self.adjust(step, changes, rule, text)
             case Failed():
                 state.attempt.record_failure(message)
                 if self._ranks.count > 1:  # the others wait in a collective operation
@@ -232,6 +236,25 @@ class RankMessageHandler:
         elif message.changes:
             self._journal.set_meta(settings=state.settings)
         self._server.send_reply(commands.reply(message.id))
+
+    def adjust(self, step: int, changes: list[SettingChange], rule: str, text: str) -> None:
+        """Records changes that no operator asked for, like a command, and tells the operator.
+
+        Args:
+            step: the first step with the changes in effect.
+            changes: of settings.
+            rule: name of the notice.
+            text: why.
+        """
+        state, commands = self._state, self._journal.commands
+        for change in changes:
+            command_id = f"{rule}-{self._journal.attempt}-{step}-{change.key}-{change.new}"
+            args = {"key": change.key, "value": change.new}
+            commands.record(command_id, SetSetting.name(), args, "rlhf-tui")
+            commands.apply(command_id, step, [change])
+        state.settings = state.settings | {c.key: c.new for c in changes}
+        self._journal.set_meta(settings=state.settings)
+        self._publisher.notice(rule, text, step)
 
     def _paused(self, message: Paused) -> None:
         """Records a pause that the ranks began by themselves."""

@@ -273,6 +273,9 @@ class Supervisor:
             "user_input": failure.user_input,
         }
         self._journal.record_event("error", data)
+        if failure.changes and not state.stop_now:
+            self._restart_with(failure)
+            return 1
         limit = launch.max_restarts
         final = failure.final or failure.user_input or state.stop_now
         if final or self._restarts >= limit:
@@ -288,6 +291,19 @@ class Supervisor:
         text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
         self.publisher.notice("restart", text, self._journal.step)
         return 1
+
+    def _restart_with(self, failure: Failed) -> None:
+        """Has the ranks start again with other settings from the step that failed.
+
+        Not counted in `launch.max_restarts`: it is not the same start. The steps from the
+        checkpoint on are repeated with the settings that they had.
+        """
+        step = last_checkpoint(self._session)
+        words = ", ".join(f"{c.key} {c.new} instead of {c.old}" for c in failure.changes)
+        text = f"{failure.text}: restart from step {step}, from step {failure.step} with {words}"
+        log.info(text)
+        self.rank_messages.adjust(failure.step, failure.changes, "memory", text)
+        self.state.next = StartOptions(from_step=step)
 
     def _advice(self, damaged: int) -> str:
         others = [str(step) for step in timeline_checkpoints(self._session) if step != damaged]

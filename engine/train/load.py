@@ -111,6 +111,7 @@ def load_run(
         prompts.longest,
         ranks,
         lambda text: notify("memory", text),
+        begin.placed,
     )
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")

@@ -31,13 +31,15 @@ class PhaseTimer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         """By phase, of the current step."""
+        self.current = ""
+        """The phase that runs, or ran last."""
         self.ranks: list[RankTimes] = []
         """Every rank's times of the last step; set by :meth:`gather`."""
 
     @contextmanager
     def phase(self, run: "Run", step: int, name: str) -> Iterator[ReportProgress]:
         """Reports that a phase begins and times it. Yields a function that reports its progress."""
-        started = time.perf_counter()
+        started, self.current = time.perf_counter(), name
         yield run.announce(step, name)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, last_checkpoint
 from engine.monitoring.guardrails import Alert
@@ -17,6 +18,7 @@ from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
 from engine.protocol.rank_messages import (
+    Adjusted,
     Applied,
     CheckpointComplete,
     CheckpointWritten,
@@ -378,3 +380,36 @@ async def test_no_other_checkpoint_replaces_the_first_or_a_chosen_one(engine, wr
     with JournalReader(writer.session) as reader:
         message = reader.meta().message
     assert message.endswith(f"resume from another one ({6 - start.from_step}) with --from STEP")
+
+
+# -- out of memory ---------------------------------------------------------------------------------
+
+HALVED = SettingChange(key="micro_batch_size", old=16, new=8)
+
+
+async def test_ranks_out_of_memory_start_again_with_a_halved_micro_batch_from_that_step(
+    engine, writer, tmp_path
+):
+    writer.checkpoint(2)
+    for _ in range(5):  # it is not the same start, so no limit of restarts applies
+        text = "rank 1: step 4 ran out of memory"
+        engine.receive(Failed(rank=1, text=text, final=True, step=4, changes=[HALVED]))
+        engine.supervisor.conclude(1)
+        assert engine.shared.next == StartOptions(from_step=2)
+    engine.shared.attempt = Attempt(engine.shared.next)
+    begin = await begin_of(engine, tmp_path)
+    assert {(r.step, *r.changes) for r in begin.replay} == {(4, HALVED)}
+    with JournalReader(writer.session) as reader:
+        alert = next(e.payload.text for e in reader.events() if e.kind == "alert")
+        assert reader.meta().settings["micro_batch_size"] == 8
+    assert (
+        alert == f"{text}: restart from step 2, from step 4 with micro_batch_size 8 instead of 16"
+    )
+
+
+async def test_a_micro_batch_that_a_rank_has_halved_is_in_the_history(engine, writer, tmp_path):
+    engine.receive(Adjusted(step=3, changes=[HALVED], rule="memory", text="step 3 is repeated"))
+    assert [(r.step, r.changes) for r in (await begin_of(engine, tmp_path)).replay] == [
+        (3, [HALVED])
+    ]
+    assert engine.shared.settings["micro_batch_size"] == 8

@@ -23,6 +23,7 @@ from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup, agree_on_device
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.load import check_rank_count, fit_scales, load_run
+from engine.train.ppo.chunked_loss import MOST_LOGITS
 from engine.train.step import generate_rollout, train_step
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
@@ -76,6 +77,8 @@ EVERY_TIME = (
     "gae, separate value trunk, adapters",
 )  # fmt: skip
 """Together they have every part of the loss, the trunk, the adapters; `make test-all` has all."""
+IN_CHUNKS = 20_000
+"""Logits at a time, about five tokens, in the last two of these; one rank has them at once."""
 variants = pytest.mark.parametrize(
     "variant",
     [pytest.param(v, marks=() if v in EVERY_TIME else pytest.mark.slow) for v in VARIANTS],
@@ -122,6 +125,7 @@ def outcomes(request, tmp_path_factory):
         for strategy in STRATEGIES:
             session = create(folder, f"{strategy}-{i}", config_of(strategy, variant))
             job = {"session": session.folder, "recorded": folder / f"recording-{i}.pickle"}
+            job["most_logits"] = IN_CHUNKS if variant in EVERY_TIME[2:] else MOST_LOGITS
             jobs.append(
                 job | {"result": folder / f"{strategy}-{i}.json", "as": (variant, strategy)}
             )

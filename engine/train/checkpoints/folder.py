@@ -84,6 +84,7 @@ class SavedState(TrainingState, kw_only=True):
         """
         values = msgspec.structs.asdict(self)
         saved = msgspec.structs.asdict(values.pop("settings"))
+        saved["micro_batch_size"] = saved["micro_batch_size"] or config.ppo.micro_batch_size
         for name, problem in invalid_values(saved).items():
             saved[name] = getattr(settings_of(config), name)
             warn(f"the checkpoint's value is not used, {saved[name]} is: {problem}")

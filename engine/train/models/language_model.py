@@ -4,7 +4,8 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,17 @@ from transformers import PreTrainedModel
 from engine.train.distributed.sharding import full_tensor
 from engine.train.models import lora
 from engine.train.models.onednn_linear import use_onednn
+from engine.train.models.output_layer import OutputLayer
+
+
+class HiddenReader(Protocol):
+    """What a caller computes from hidden states where it does not want all logits at once."""
+
+    def wants(self, logits: int) -> bool:
+        """Whether a pass with so many logits is to be read rather than to return them."""
+
+    def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Computes from the output layer's input, (n, keep, H), inside the forward pass."""
 
 
 class LanguageModel(nn.Module):
@@ -40,6 +52,7 @@ class LanguageModel(nn.Module):
         self.lm = lm
         use_onednn(lm)
         self._compute = compute
+        self._output = OutputLayer(lm, compute)
         self.value_trunk: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         head = lm.get_output_embeddings()
@@ -60,7 +73,7 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, tokens: Tensor, *args: Any, adapters: bool = True, **kwargs: Any
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | tuple[Tensor, ...] | None, Tensor | None]:
         """Calls :meth:`run` under autocast to the compute dtype.
 
         `adapters=False` disables the LoRA adapters for this call. It is an argument rather than a
@@ -91,7 +104,8 @@ class LanguageModel(nn.Module):
         want: str = "both",
         detach_trunk: bool = False,
         positions: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+        read: HiddenReader | None = None,
+    ) -> tuple[Tensor | tuple[Tensor, ...] | None, Tensor | None]:
         """Computes logits and values at the last `keep` positions.
 
         Args:
@@ -103,9 +117,12 @@ class LanguageModel(nn.Module):
             want: `both`, `logits` or `values`.
             detach_trunk: do not propagate the value's gradient to a shared trunk.
             positions: (n, L) int64; made from the mask when left out.
+            read: computes something from the hidden states, if it wants to and the function from
+                these to the logits is known.
 
         Returns:
-            The logits, (n, keep, V) in the model's dtype, or None if not computed; the values,
+            The logits, (n, keep, V) in the model's dtype, or None if not computed, or the tensors
+            that `read` returns; the values,
             (n, keep) float32, or None: without a value function, with `want="logits"`, and with a
             cache if the value function has a separate trunk.
         """
@@ -115,16 +132,20 @@ class LanguageModel(nn.Module):
         inputs: dict[str, Any] = {"attention_mask": attention_mask}
         if self._takes_positions:
             inputs["position_ids"] = positions
-        logits, values = None, None
+        logits: Tensor | tuple[Tensor, ...] | None = None
+        values = None
         separate = self.value_trunk is not None
         if want != "values" or not separate:
-            logits = self.lm(
-                input_ids=tokens,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=keep,
-                **inputs,
-            ).logits
+            inputs_of_lm = {
+                "input_ids": tokens, "past_key_values": cache, "use_cache": cache is not None,
+                "logits_to_keep": keep, **inputs,
+            }  # fmt: skip
+            if read is not None and self._is_read(read, len(tokens) * keep):
+                with self._output.reading(partial(read, self._output)) as results:
+                    self.lm(**inputs_of_lm)
+                logits = results[0]
+            else:
+                logits = self.lm(**inputs_of_lm).logits
         # A separate value trunk has no cache: it reads complete responses.
         if self.value_head is None or want == "logits" or (separate and cache is not None):
             self._hidden = None
@@ -142,6 +163,10 @@ class LanguageModel(nn.Module):
             # a view would lose them.
             values = self.value_head(hidden.float()).squeeze(-1).clone()
         return logits, values
+
+    def _is_read(self, read: HiddenReader, tokens: int) -> bool:
+        known = self._output.after is not None
+        return known and read.wants(tokens * self._output.vocabulary)
 
 
 class AdapterFreePolicy:
@@ -163,12 +188,13 @@ class AdapterFreePolicy:
         *,
         cache: Any = None,
         positions: Tensor | None = None,
+        read: HiddenReader | None = None,
         **_: Any,
     ) -> tuple[Any, None]:
         """Like :meth:`LanguageModel.run` with `want="logits"`; the values are None."""
         logits, _values = self._model(
             tokens, attention_mask, keep, cache=cache, positions=positions, want="logits",
-            adapters=False,
+            adapters=False, read=read,
         )  # fmt: skip
         return logits, None
 

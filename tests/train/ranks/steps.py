@@ -21,6 +21,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.load import fit_scales, load_run
+from engine.train.ppo import chunked_loss
 from engine.train.step import train_step
 
 
@@ -29,6 +30,7 @@ def main():
     os.environ[STORE_VARIABLE] = f"file:{jobs}.store"
     ranks = RankGroup(LaunchConfig(device="cpu"))
     for job in json.loads(jobs.read_text()):
+        chunked_loss.MOST_LOGITS = int(job["most_logits"])
         train_one_step(
             ranks, Session(Path(job["session"])), Path(job["recorded"]), Path(job["result"])
         )
