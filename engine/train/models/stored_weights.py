@@ -100,12 +100,14 @@ def share_stored(model: nn.Module, stored: StoredModel | None, ranks: RankGroup)
         stored: on rank 0; None if it has read the whole model.
         ranks: all ranks of this attempt.
     """
-    data = ranks.broadcast_bytes(msgspec.msgpack.encode(stored) if ranks.is_lead else b"")
-    shared = msgspec.msgpack.decode(data, type=StoredModel | None)
-    if shared is None:
-        return
-    same = all(file_digest(Path(path)) == digest for path, digest in shared.digests.items())
-    everywhere = all(answer == b"1" for answer in ranks.all_gather_bytes(b"1" if same else b"0"))
+    with torch.device("cpu"):  # the caller may be building modules on the meta device
+        data = ranks.broadcast_bytes(msgspec.msgpack.encode(stored) if ranks.is_lead else b"")
+        shared = msgspec.msgpack.decode(data, type=StoredModel | None)
+        if shared is None:
+            return
+        same = all(file_digest(Path(path)) == digest for path, digest in shared.digests.items())
+        answers = ranks.all_gather_bytes(b"1" if same else b"0")
+    everywhere = all(answer == b"1" for answer in answers)
     if not everywhere:
         log.info("load: rank 0 reads the weights for all, since others do not have the files")
     parameters = dict(model.named_parameters())
