@@ -126,13 +126,20 @@ class _Estimator:
         }
 
     def _loading(self) -> dict[str, int]:
-        """The peak of loading: the pages of the last model's file, and the copy made of them."""
+        """The peak of loading: the pages of the last model's file, and the copy made of them.
+
+        Each rank reads its shards of a sharded model: only one tensor or layer more than these.
+        """
         last = self._policy if self._shared_reference else self._models.reference
         loaded = {
             k: v
             for k, v in self._static().items()
             if k not in ("optimiser", "average", "reference")
         }
+        if self._sharded:
+            largest = max(last.largest_layer, last.vocabulary * last.hidden)
+            shards = 0 if self._shared_reference else self._compute * last.parameters
+            return loaded | {"loading": shards // self._shards + MASTER * largest}
         return loaded | {"loading": (2 * MASTER) * last.parameters}
 
     # -- the phases of a step -----------------------------------------------------------------

@@ -65,7 +65,8 @@ def load_run(
 ) -> Run:
     """Loads everything that a step needs; all ranks call it together.
 
-    Rank 0 reads the files and the others receive their content. Prompts come before weights, so
+    Rank 0 reads the files and the others receive their content, except for the weights of sharded
+    models, of which each rank reads its shards. Prompts come before weights, so
     that a mistake in the data is found before minutes of loading.
 
     Args:
@@ -125,7 +126,7 @@ def load_run(
         )
     begin_stage("policy")
     from_reward = config.ppo.value_init == "reward_model"
-    value_model = load_value_model(config, ranks) if from_reward else None
+    value_model = load_value_model(config, ranks, strategy) if from_reward else None
     policy = load_policy(config, source, ranks, strategy, value_model)
     optimiser = make_optimiser(policy, config)
     begin_stage("reference")

@@ -7,8 +7,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from engine.train.distributed.sharding import full_tensor
@@ -223,16 +226,60 @@ def fingerprint(module: nn.Module | AdapterFreePolicy) -> str:
     """Hashes all weights, to detect that a frozen model has changed.
 
     Sums the bits of each tensor instead of hashing them, which takes seconds for billions of
-    weights. It detects accidents, not attacks. For a sharded model all ranks must call it.
+    weights. It detects accidents, not attacks. For a sharded model all ranks must call it; each
+    sums its shards, so that no weight is sent.
     """
-    tensors, sums = sorted(module.state_dict().items()), []
+    tensors = sorted(module.state_dict().items())
+    sums, sharded, group = [], [], None
     for _, tensor in tensors:
-        bits = full_tensor(tensor).detach().contiguous().view(-1).view(torch.uint8)
-        if len(bits) % 4 == 0:
-            bits = bits.view(torch.int32)
-        few = bits[:: max(1, len(bits) // 1024)].to(torch.int64)
-        sums.append(torch.stack([bits.sum(dtype=torch.int64), (few * 31).cumsum(0).sum()]))
+        apart = isinstance(tensor, DTensor) and _sums_apart(tensor)
+        sharded.append(apart)
+        if apart:
+            group = tensor.device_mesh.get_group()
+        sums.append(_bit_sums(tensor if apart else full_tensor(tensor)))
+    all_sums = torch.stack([s.to(sums[0].device) for s in sums])
+    if group is not None:
+        chosen = torch.tensor(sharded, device=all_sums.device)
+        totals = torch.where(chosen[:, None], all_sums, 0)
+        dist.all_reduce(totals, group=group)
+        all_sums = torch.where(chosen[:, None], totals, all_sums)
     digest = hashlib.sha256()
-    for (name, tensor), (total, weighted) in zip(tensors, torch.stack(sums).tolist(), strict=True):
+    for (name, tensor), (total, weighted) in zip(tensors, all_sums.tolist(), strict=True):
         digest.update(f"{name}:{tuple(tensor.shape)}:{total}:{weighted};".encode())
     return digest.hexdigest()
+
+
+def _sums_apart(tensor: DTensor) -> bool:
+    """Whether the ranks can sum their shards: each is rows, of whole 32-bit words."""
+    row = tensor.numel() // max(1, tensor.shape[0]) * tensor.element_size()
+    return tensor.placements == (Shard(0),) and row % 4 == 0
+
+
+def _bit_sums(tensor: Tensor) -> Tensor:
+    """Two sums over a tensor's bits, or over this rank's part of them; (2,) int64.
+
+    The first is over all 32-bit words, or bytes if they are not whole words; the second over about
+    a thousand of them, weighted by their positions. Both wrap.
+    """
+    local, start = tensor.detach(), 0
+    words = -(-tensor.numel() * tensor.element_size() // 4)
+    if isinstance(tensor, DTensor):
+        mesh, local = tensor.device_mesh, tensor.to_local().detach()
+        row = tensor.numel() // max(1, tensor.shape[0]) * tensor.element_size() // 4
+        rows = -(-tensor.shape[0] // mesh.size())
+        start = min(mesh.get_local_rank() * rows, tensor.shape[0]) * row
+    bits = local.contiguous().view(-1).view(torch.uint8)
+    if len(bits) % 4 == 0:
+        bits = bits.view(torch.int32)
+    else:
+        words = len(bits)
+    step = max(1, words // 1024)
+    few = bits[-start % step :: step].to(torch.int64)
+    first = -(-start // step)
+    weights = torch.arange(first, first + len(few), device=bits.device)
+    weighted = (few * 31 * (-(-words // step) - weights)).sum()
+    if bits.device.type == "cpu":  # torch would copy all bits to int64
+        total = torch.from_numpy(np.asarray(bits.numpy().sum(dtype=np.int64)))
+    else:
+        total = bits.sum(dtype=torch.int64)
+    return torch.stack([total, weighted])
