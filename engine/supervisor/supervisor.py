@@ -196,6 +196,7 @@ class Supervisor:
         while state.next is not None:
             start, state.next = state.next, None
             code = await self.attempt(start)
+        await self.commands.finish_rollbacks()
         self.pending.run_ended()
         return code
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from engine import starter
 from engine.config import file as config_file
@@ -17,7 +16,13 @@ from engine.errors import SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine
-from engine.launch.start import StartOptions, check_inputs, is_new, remove_failed_start
+from engine.launch.start import (
+    StartOptions,
+    check_inputs,
+    is_new,
+    remove_failed_start,
+    start_variable,
+)
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
 from engine.session.folder import Session, check_name, create, free_name
@@ -199,8 +204,6 @@ def _become_engine(session: Session, start: StartOptions) -> None:
     """Turns this process into the session's engine, in the foreground."""
     action = f"resuming from step {start.from_step}" if start.from_step else "starting"
     click.echo(one_line(f"session {session.name}: {action}; folder {session.folder}"), err=True)
-    options = msgspec.json.encode(start).decode()
     sys.stdout.flush()
-    os.execv(  # noqa: S606 - our own module
-        sys.executable, [sys.executable, "-m", "rlhf_tui.headless", str(session.folder), options]
-    )
+    words = [sys.executable, "-m", "rlhf_tui.headless", str(session.folder)]
+    os.execve(sys.executable, words, os.environ | start_variable(start))  # noqa: S606 - our own

@@ -89,7 +89,7 @@ DAMAGE = {
     "INSERT INTO steps_past VALUES (2, 6, 0)": "steps: steps 6 are on the timeline and on an",
     "DELETE FROM commands WHERE id = 'late'": "commands: commands were acknowledged and are lost",
     "DELETE FROM events WHERE kind = 'command'": "commands: commands have no event: first, rate",
-    "UPDATE commands SET changes = '[]' WHERE id = 'rate'": "commands: applied commands have no eff",
+    "UPDATE commands SET changes = '[]' WHERE id = 'rate'": "commands: applied commands have no",
     "UPDATE commands SET reason = '' WHERE id = 'late'": "commands: rejected commands have no reas",
     "UPDATE commands SET status = 'accepted' WHERE id = 'late'": "commands: the run has ended, and",
     "UPDATE checkpoints SET step = 5": "checkpoints: the disk lacks complete checkpoints of the",

@@ -22,7 +22,7 @@ from engine.launch.background import start_engine
 from engine.protocol.client import Client, new_id
 from engine.protocol.commands import AnyCommand, Note, SetSetting
 from engine.session.checkpoints import complete_checkpoints
-from engine.session.folder import Session, create
+from engine.session.folder import create
 from engine.verification.verify import verify
 from tests.e2e.lab import numbers, processes, until
 
@@ -230,7 +230,7 @@ class FaultRun:
     # -- what must hold ---------------------------------------------------------------------------
 
     def check(self, undisturbed: "FaultRun | None" = None) -> None:
-        """Raises LostError unless nothing acknowledged is lost and all numbers are as undisturbed."""
+        """Raises LostError if anything acknowledged is lost or a number is not as undisturbed."""
         problems = [f.text for f in verify(self.session).findings if f.level == "problem"]
         if problems:
             raise LostError(f"verify: {problems}")

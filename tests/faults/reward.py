@@ -18,31 +18,46 @@ def score(prompts, completions, trainer_state, **_):
     what, _, step = fault.read_text().partition(" ")
     if trainer_state.global_step < int(step or 0):
         return scores
-    match what:
-        case "raise":
-            raise ValueError("\x1b[31mno score\x1b[0m")
-        case "hang":
-            while fault.exists():
-                time.sleep(0.05)
-        case "exit":
-            fault.unlink()
-            os._exit(3)
-        case "sysexit":
-            fault.unlink()
-            raise SystemExit(3)
-        case "fork":
-            fault.unlink()
-            if os.fork() == 0:
-                time.sleep(600)
-                os._exit(0)
-        case "none":
-            return [None] * len(scores)
-        case "nan":
-            return [float("nan")] * len(scores)
-        case "huge":
-            return [10**400] * len(scores)
-        case "short":
-            return scores[:-1]
-        case "words":
-            return ["good"] * len(scores)
+    return FAULTS[what](scores, fault)
+
+
+def fail(_scores, _fault):
+    raise ValueError("\x1b[31mno score\x1b[0m")
+
+
+def hang(scores, fault):
+    while fault.exists():
+        time.sleep(0.05)
     return scores
+
+
+def leave(_scores, fault):
+    fault.unlink()
+    os._exit(3)
+
+
+def leave_by_exception(_scores, fault):
+    fault.unlink()
+    raise SystemExit(3)
+
+
+def fork(scores, fault):
+    fault.unlink()
+    if os.fork() == 0:
+        time.sleep(600)
+        os._exit(0)
+    return scores
+
+
+FAULTS = {
+    "raise": fail,
+    "hang": hang,
+    "exit": leave,
+    "sysexit": leave_by_exception,
+    "fork": fork,
+    "none": lambda scores, _fault: [None] * len(scores),
+    "nan": lambda scores, _fault: [float("nan")] * len(scores),
+    "huge": lambda scores, _fault: [10**400] * len(scores),
+    "short": lambda scores, _fault: scores[:-1],
+    "words": lambda scores, _fault: ["good"] * len(scores),
+}
