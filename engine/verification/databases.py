@@ -10,13 +10,14 @@ from engine.errors import JournalError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.session.folder import Session
-from engine.verification.finding import Finding, problem
+from engine.verification.finding import Finding, note, problem
 
 RESTORE = "restore the file from a copy of the session, or fork from a checkpoint of such a copy"
 _HEADER = struct.Struct(">8I")
 """Magic number, version, page size, sequence, two salts, two sums (https://sqlite.org/walformat.html)."""
 _FRAME = struct.Struct(">6I")
 """Page, size of the database after a commit or 0, two salts, two sums."""
+_SMALLEST_PAGE = 512
 _MAGIC = 0x377F0682
 """Of sums over little-endian words; one more for big-endian words."""
 
@@ -35,8 +36,14 @@ def check_databases(session: Session, *, live: bool) -> Iterator[Finding]:
     ):
         if not path.is_file():
             continue
+        wal = path.with_name(f"{path.name}-wal")
+        if not path.stat().st_size and not (wal.is_file() and wal.stat().st_size):
+            text = f"{path.name} is empty: it was never used, or its contents are lost"
+            yield note("files", text, "nothing if there was nothing in it; else restore it")
         try:
             with closing(ReadOnlyDatabase(path, migrations)) as database:
+                if database.connection is None and path.stat().st_size:
+                    yield _without_tables(path)
                 rows = [str(row[0]) for row in database.rows("PRAGMA integrity_check(3)")]
         except JournalError as error:
             yield problem("files", str(error), RESTORE)
@@ -44,9 +51,17 @@ def check_databases(session: Session, *, live: bool) -> Iterator[Finding]:
         if rows and rows != ["ok"]:
             what = rows[0].replace("\n", " ")
             yield problem("files", f"{path.name} is damaged: {what}", RESTORE)
-        wal = path.with_name(f"{path.name}-wal")
         if not live and wal.is_file() and (lost := _lost_transactions(wal)):
             yield problem("files", f"{wal.name} is damaged: {lost}", RESTORE)
+
+
+def _without_tables(path: Path) -> Finding:
+    """SQLite reads a file that is shorter than its smallest page as an empty database."""
+    size = path.stat().st_size
+    if size < _SMALLEST_PAGE:
+        return problem("files", f"{path.name} is cut short, to {size} bytes", RESTORE)
+    text = f"{path.name} has no tables: its creator died"
+    return note("files", text, "the next one that writes creates them")
 
 
 def _lost_transactions(wal: Path) -> str:

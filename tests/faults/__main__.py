@@ -10,7 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.faults.corruption import corrupt_everything
 from tests.faults.kills import Kills, kill_agents, undisturbed_run
+from tests.faults.light import light_kills
+from tests.faults.outside import OutsideFaults
 from tests.faults.table import Table
 
 
@@ -21,13 +24,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600.0, help="of random kills")
     parser.add_argument("--steps", type=int, default=90, help="of each killed run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=["kills", "agents"], action="append")
+    parser.add_argument("--light", type=int, default=200, help="kills around light ranks")
+    parser.add_argument(
+        "--only", choices=["kills", "agents", "outside", "corruption", "light"], action="append"
+    )
     options = parser.parse_args()
     root = options.out or Path(tempfile.mkdtemp(prefix="faults-"))
     root.mkdir(exist_ok=True)
     table = Table(root / f"table-{options.seed}.json")
     rng = random.Random(options.seed)
-    chosen = options.only or ["kills", "agents"]
+    chosen = options.only or ["kills", "agents", "outside", "corruption", "light"]
     if "kills" in chosen:
         deadline = time.monotonic() + options.seconds
         whole = undisturbed_run(root, options.steps, name=f"undisturbed-{options.seed}")
@@ -40,6 +46,12 @@ def main() -> int:
             number += 1
     if "agents" in chosen:
         kill_agents(root, table, rng, 6)
+    if "light" in chosen:
+        light_kills(root, table, rng, options.light)
+    if "outside" in chosen:
+        OutsideFaults(root, table).all()
+    if "corruption" in chosen:
+        corrupt_everything(root, table)
     print(table.text())
     for failure in table.failures:
         print(failure)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -20,11 +21,11 @@ from engine.journal.reader import JournalReader
 from engine.launch import start as launch
 from engine.launch.background import start_engine
 from engine.protocol.client import Client, new_id
-from engine.protocol.commands import AnyCommand, Note, SetSetting
+from engine.protocol.commands import AnyCommand, Note, Pause, SetSetting, Unpause
 from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import create
 from engine.verification.verify import verify
-from tests.e2e.lab import numbers, processes, until
+from tests.e2e.lab import PROGRAM, numbers, processes, until
 
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data" / "sessions-0.1.0"
@@ -192,6 +193,34 @@ class FaultRun:
         except (RlhfError, OSError, TimeoutError):
             return self.acknowledged.commands.get(command_id, "")
         return str(reply.status)
+
+    def send_note(self) -> str:
+        """Sends a note; returns its status, or empty."""
+        return self.send(Note(text="a note"), 2.0)
+
+    def send_pause(self) -> str:
+        """Sends a pause; returns its status, or empty."""
+        return self.send(Pause())
+
+    def send_unpause(self) -> str:
+        """Sends the end of a pause; returns its status, or empty."""
+        return self.send(Unpause())
+
+    def send_target(self, value: float) -> str:
+        """Sets a target, which the fixed controller does not use."""
+        return self.send(SetSetting(key="target", value=value))
+
+    def setting(self, name: str) -> object:
+        """A setting in force."""
+        with JournalReader(self.session) as reader:
+            return (reader.meta().settings or {}).get(name)
+
+    def cli(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Runs `rlhf-tui`."""
+        return subprocess.run(
+            [PROGRAM, *words, "--sessions", str(self.session.folder.parent)],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=WAIT,
+        )  # fmt: skip
 
     def start_steering(self) -> None:
         """Sends commands that change no number of the run, and labels, until stopped."""

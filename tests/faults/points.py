@@ -74,3 +74,6 @@ POINTS = [
     )
     for point in points
 ]  # fmt: skip
+
+LIGHT_POINTS = [p for p in POINTS if not p.place.startswith("engine.train")]
+"""Those that are reached without a model: the supervisor's, and the marker of a save."""

@@ -89,6 +89,8 @@ def shift_clock():
     time.time = shifted
 
 
+if os.environ.get("RLHF_TUI_TEST_LIGHT") and sys.argv[1:2] == ["engine.train.worker"]:
+    sys.argv[1] = "tests.faults.light_rank"
 if POINT:
     sys.meta_path.insert(0, PointFinder())
 if CLOCK:
