@@ -106,7 +106,9 @@ class RankMessageHandler:
     ) -> None:
         """Handles a rank's messages until it disconnects; refuses ranks of another attempt."""
         rank, attempt = hello.rank, self._state.attempt
-        if hello.token != self._ranks.token or attempt.is_connected(rank):
+        # Before the first start there is no token, which an empty one would equal.
+        expected = bool(self._ranks.token) and hello.token == self._ranks.token
+        if not expected or attempt.is_connected(rank):
             log.warning("refused a rank of another attempt (pid %s)", hello.pid)
             return
         self._ranks.pids[rank] = hello.pid

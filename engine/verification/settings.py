@@ -55,7 +55,10 @@ def check_settings(
 ) -> Iterator[Finding]:
     """Compares the replayed settings with those that checkpoints, steps and journal recorded."""
     final = reader.meta().settings or {}
-    histories = _histories(_applied(database, reader), final)
+    last = _last_recorded(database)
+    # After a roll back whose attempt has no step yet, they are those of an abandoned branch.
+    constant = final if last is not None else {}
+    histories = _histories(_applied(database, reader), constant)
     saved = _saved(session, reader)
     for step, settings in saved.items():
         for key, history in histories.items():
@@ -64,7 +67,6 @@ def check_settings(
     wrong = invalid_values({k: v for s in (*saved.values(), final) for k, v in s.items()
                             if k in LIVE_SETTINGS})  # fmt: skip
     recorded = [(f"the checkpoint of step {step}", step, saved[step]) for step in saved]
-    last = _last_recorded(database)
     if last is not None:
         recorded.append(("the journal's last row", last, final))
     for source, step, settings in recorded:
@@ -124,9 +126,9 @@ def _applied(database: ReadOnlyDatabase, reader: JournalReader) -> list[CommandR
     return sorted(found, key=lambda c: position[c.id])
 
 
-def _histories(commands: list[CommandRow], final: dict[str, Any]) -> dict[str, SettingHistory]:
-    """The history of every live setting. One that nothing changed had its final value always."""
-    histories = {key: SettingHistory(final.get(key, UNKNOWN)) for key in LIVE_SETTINGS}
+def _histories(commands: list[CommandRow], constant: dict[str, Any]) -> dict[str, SettingHistory]:
+    """The history of every live setting; one that nothing changed has its value of `constant`."""
+    histories = {key: SettingHistory(constant.get(key, UNKNOWN)) for key in LIVE_SETTINGS}
     for command in commands:
         for change in command.changes:
             history = histories.get(change.key)
