@@ -221,6 +221,7 @@ class RankMessageHandler:
                 state.attempt.send(Confirm(step=step))
             case CheckpointComplete(step=step, removed=removed):
                 journal.complete_checkpoint(step, removed)
+                state.attempt.send(Confirm(step=step))
             case Applied():
                 self._applied(message)
             case Rejected(id=command_id, reason=reason):

@@ -226,6 +226,7 @@ class LightRank:
         kept = [s for s in complete_checkpoints(self._session.checkpoints) if s in self._branch]
         removed = [s for s in kept if s <= self._step][:-KEEP]
         self.send(CheckpointComplete(step=self._step, removed=removed))
+        self._take(self._step)
         for step in removed:
             folder = checkpoint_path(self._session.checkpoints, step)
             (folder / "COMPLETE").unlink()

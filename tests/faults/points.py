@@ -28,6 +28,7 @@ _SAVE = [
     ("engine.train.checkpoints.folder:publish", "after", 1),
     ("engine.train.link:Link.wait_for_confirm", "before", 1),
     ("engine.train.link:Link.wait_for_confirm", "after", 1),
+    ("engine.train.link:Link.wait_for_confirm", "before", 2),
     ("engine.session.checkpoints:mark_complete", "before", 1),
     ("engine.session.checkpoints:mark_complete", "after", 1),
     ("engine.train.checkpoints.folder:remove", "before", 1),
