@@ -286,7 +286,7 @@ class JournalReader:
         rows = self._db.rows(f"{REFERENCE_PROBES} ORDER BY {order} DESC LIMIT 1", (prompt,))
         if not rows or rows[0][0] is None:
             return None
-        response = decoded(rows[0][0], ProbeResponse)
+        response: ProbeResponse = decoded(rows[0][0], ProbeResponse)
         return msgspec.structs.replace(response, step=rows[0][1])
 
     def checkpoints(

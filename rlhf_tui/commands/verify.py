@@ -10,6 +10,7 @@ from engine.verification.verify import Contents
 from engine.verification.verify import verify as verify_session
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
+    Tone,
     existing,
     json_option,
     name_argument,
@@ -37,7 +38,7 @@ def verify(root: Path, name: str, as_json: bool) -> None:
         print_json(shown | msgspec.structs.asdict(verified.contents))
     else:
         for found in verified.findings:
-            tone = "bad" if found.level == "problem" else "warn"
+            tone: Tone = "bad" if found.level == "problem" else "warn"
             say((found.level, tone), f": {found.check}: {found.text}; {found.advice}")
         say(f"{name}: {_checked(verified.contents)}: {_verdict(verified.problems)}")
     sys.exit(1 if verified.problems else 0)

@@ -160,7 +160,7 @@ def reward(run: FaultRun, what: str) -> None:
     """The reward misbehaves at a step; the run pauses, restarts its rank or ends with a reason."""
     run.fault(f"{what} 5")
     run.start()
-    if what in ("exit", "sysexit", "fork"):
+    if what in ("exit", "fork"):
         run.wait_for_step(7)
     elif what == "hang":
         run.wait_for_step(4)
