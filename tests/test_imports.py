@@ -31,7 +31,7 @@ FLOORS = [
     ("engine.kl", "engine.memory", "engine.session"),
     ("engine.protocol",),
     ("engine.journal", "engine.monitoring"),
-    ("engine.launch",),
+    ("engine.launch", "engine.verification"),
     ("engine.supervisor",),
     ("engine.__main__",),
     # What runs in a rank, beside the supervisor. Masked means are used by rollouts and losses.

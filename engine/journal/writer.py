@@ -100,6 +100,8 @@ class JournalWriter:
     ) -> int:
         """Begins an attempt. Rows of later steps move from the timeline to an abandoned branch.
 
+        From step 0 that includes the evaluation before the first step, which is repeated.
+
         Args:
             from_step: step of the checkpoint that the attempt starts from, 0 for none.
             fresh: whether to discard changes of settings after that step (--from, fork, rollback)
@@ -111,17 +113,18 @@ class JournalWriter:
         Returns:
             The number of the attempt, from 1.
         """
+        after = from_step or -1
         with self._samples:
             columns = "step, idx, attempt, prompt, response, score, kl, length, ended, parts"
             for table in ("samples", "evaluated"):
                 self._samples.execute(
                     f"INSERT OR REPLACE INTO {table}_past ({columns}) "  # noqa: S608 - constants
                     f"SELECT {columns} FROM {table} WHERE step > ?",
-                    (from_step,),
+                    (after,),
                 )
                 self._samples.execute(
                     f"DELETE FROM {table} WHERE step > ?",  # noqa: S608 - constants
-                    (from_step,),
+                    (after,),
                 )
             self._samples.execute("DELETE FROM arrays WHERE step > ?", (from_step,))
         with self._db:
@@ -155,7 +158,13 @@ class JournalWriter:
             "INSERT INTO steps_past SELECT attempt, step, time FROM steps WHERE step > ?",
             parameters,
         )
-        self._db.execute("DELETE FROM metrics WHERE step > ?", parameters)
+        if not from_step:  # an evaluation before the first step has no row in `steps`
+            self._db.execute(
+                "INSERT OR REPLACE INTO metrics_past SELECT name, "
+                "(SELECT max(attempt) FROM attempts WHERE from_step = 0), step, value "
+                "FROM metrics WHERE step = 0"
+            )
+        self._db.execute("DELETE FROM metrics WHERE step > ?", (from_step or -1,))
         self._db.execute("DELETE FROM steps WHERE step > ?", parameters)
         # The checkpoint we resume from is complete, even if its rank died before reporting it.
         written = "SELECT attempt FROM checkpoints WHERE step = ? AND status = 'written'"
@@ -283,12 +292,14 @@ class JournalWriter:
             kl: mean KL of the step, in nats per response.
         """
         self._db.execute("PRAGMA synchronous = FULL")
-        with self._db:
-            self._db.execute(
-                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'written')",
-                (step, self.attempt, time.time(), size, score, kl),
-            )
-        self._db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            with self._db:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'written')",
+                    (step, self.attempt, time.time(), size, score, kl),
+                )
+        finally:
+            self._db.execute("PRAGMA synchronous = NORMAL")
 
     def complete_checkpoint(self, step: int, removed: Iterable[int] = ()) -> None:
         """Records that COMPLETE is written, and that older checkpoints are removed."""

@@ -33,6 +33,8 @@ from engine.session.checkpoints import (
 )
 from engine.session.folder import Session, check_name, create
 
+START_VARIABLE = "RLHF_TUI_START"
+
 
 class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The start of an attempt."""
@@ -52,6 +54,19 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     origin: dict[str, Any] = {}
     """For a fork: `from` (the parent session's name), `step`, and `ema` if it begins with the
     averaged policy."""
+
+
+def start_variable(start: StartOptions) -> dict[str, str]:
+    """The environment variable by which an engine's process receives its start.
+
+    An override may hold a secret, and a command line is visible to every user.
+    """
+    return {START_VARIABLE: msgspec.json.encode(start).decode()}
+
+
+def received_start() -> StartOptions:
+    """Takes the start out of this process's environment, which the ranks inherit."""
+    return msgspec.json.decode(os.environ.pop(START_VARIABLE), type=StartOptions)
 
 
 def checkpoint_steps(session: Session) -> list[int]:

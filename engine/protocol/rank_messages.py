@@ -130,7 +130,7 @@ class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
 
 
 class CheckpointComplete(Message, frozen=True, tag="checkpoint_complete"):
-    """The file COMPLETE of a checkpoint is written."""
+    """The file COMPLETE of a checkpoint is written; requests another :class:`Confirm`."""
 
     step: int
     removed: list[int] = []
@@ -267,7 +267,11 @@ class ReplayedChange(Struct, frozen=True, kw_only=True):
 
 
 class Confirm(Message, frozen=True, tag="confirm"):
-    """The journal has everything up to this step: the rank can write COMPLETE."""
+    """The journal has what the rank reported of a checkpoint.
+
+    After :class:`CheckpointWritten`: everything up to this step, so the rank can write COMPLETE.
+    After :class:`CheckpointComplete`: which older checkpoints it may remove.
+    """
 
     step: int
 

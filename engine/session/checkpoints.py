@@ -79,7 +79,11 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if sha256(path) != expected:
                 return f"{name} does not match its hash"
-    except (OSError, ValueError) as error:  # not readable; not JSON; a name with NUL
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not readable; not JSON; a name with NUL
         return f"{STATE}: {error}"
     return None
 
@@ -127,7 +131,7 @@ def read_summary(folder: Path) -> StateSummary:
     """Reads it; empty if that is impossible, which the rank that loads the checkpoint reports."""
     try:
         return msgspec.json.decode((folder / STATE).read_bytes(), type=StateSummary)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, RecursionError):
         return StateSummary()
 
 

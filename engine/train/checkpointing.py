@@ -163,8 +163,9 @@ class CheckpointManager:
             self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
             return
         removable = self._removable(step, outcome.best)
-        # Reported first: a crash between the two leaves a folder too many, not one too few.
+        # Journalled first: a crash between the two leaves a folder too many, not one too few.
         self._link.send(CheckpointComplete(step=step, removed=removable))
+        self._link.wait_for_confirm(step)
         for old_step in removable:
             self._remove(old_step, step)
         log.info(

@@ -13,7 +13,7 @@ from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, last_checkpoint
 from engine.monitoring.guardrails import Alert
-from engine.protocol import rank_messages
+from engine.protocol import frames, rank_messages
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
@@ -26,8 +26,11 @@ from engine.protocol.rank_messages import (
     Paused,
     RankHello,
     Ready,
+    StepReport,
     Unpaused,
 )
+from engine.session.checkpoints import checkpoint_path
+from engine.supervisor import rank_handler
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.server import receive
 from engine.supervisor.supervisor import Supervisor
@@ -98,9 +101,45 @@ async def test_a_run_that_loads_is_not_shown_as_running_after_a_pause_was_taken_
 # -- to stop ---------------------------------------------------------------------------------------
 
 
+async def settled(writer, command_id):
+    """The reply to a roll back, after its checkpoint is read."""
+    await until(lambda: writer.journal.commands.reply(command_id).final)
+    return writer.journal.commands.reply(command_id)
+
+
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.01)
+
+
+async def test_a_roll_back_to_a_damaged_checkpoint_is_rejected_and_the_run_continues(
+    engine, writer
+):
+    writer.checkpoint(2)
+    (checkpoint_path(writer.session.checkpoints, 2) / "state.json").write_text("{}")
+    reply = engine.send(Rollback(step=2))
+    assert reply.status == "accepted"
+    reply = await settled(writer, reply.id)
+    assert reply.status == "rejected"
+    assert reply.reason.startswith("the checkpoint of step 2 is damaged: ")
+    assert (engine.shared.next, engine.state) == (None, "running")
+
+
+async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    await engine.supervisor.commands.finish_rollbacks()
+    reply = writer.journal.commands.reply(reply.id)
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert reply.reason == "the run ended before it was carried out"
+
+
 async def test_a_stop_at_once_is_not_lost_in_a_roll_back_under_way(engine, writer):
     writer.checkpoint(2)
-    assert engine.send(Rollback(step=2)).status == "applied"
+    reply = engine.send(Rollback(step=2))
+    await settled(writer, reply.id)
+    assert engine.shared.next == StartOptions(from_step=2, fresh=True, who="me")
     assert engine.send(Stop(now=True)).status == "applied"
     assert engine.shared.next is None
     assert engine.supervisor.conclude(-signal.SIGKILL) == 0
@@ -164,6 +203,60 @@ async def test_a_stop_reaches_the_ranks_without_a_journal_and_is_recorded_later(
     engine.receive(Applied(id=command.id, step=4))
     with JournalReader(writer.session) as reader:
         assert [(c.who, c.status) for c in reader.commands()] == [("SIGTERM", "applied")]
+
+
+async def rank_connection(engine, folder):
+    """A connection as of rank 0: its reader and writer, and a server to close."""
+    engine.supervisor.ranks.token = "token"  # noqa: S105 - of a test
+    path, served = str(folder / "link.sock"), engine.supervisor.rank_messages.handle_connection
+    hello = RankHello(token="token", rank=0, pid=os.getpid())  # noqa: S106 - of a test
+
+    async def serve(reader, writer):
+        await served(hello, reader, writer)
+
+    server = await asyncio.start_unix_server(serve, path)
+    return server, *await asyncio.open_unix_connection(path)
+
+
+async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
+    engine, writer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    server, _, to_engine = await rank_connection(engine, tmp_path)
+    writer.journal.record_checkpoint(4, 1, 0.0, 0.0)
+    caplog.set_level("INFO", "engine")
+    async with server:
+        with no_room_for_files():
+            to_engine.write(frames.encode(CheckpointComplete(step=4)))
+            await until(lambda: "waiting for room" in caplog.text)
+            assert engine.shared.phases[0].name == rank_handler.WAITING
+            assert engine.send(SetBeta(value=0.2)).status == "rejected"
+        await until(lambda: "can be written again" in caplog.text)
+        to_engine.close()
+    with JournalReader(writer.session) as reader:
+        assert [c.status for c in reader.checkpoints(("complete",))] == ["complete"]
+    assert engine.shared.attempt.failure is None
+
+
+async def test_an_alert_is_published_once_though_the_disk_was_full(engine, writer, monkeypatch):
+    report = StepReport(
+        step=1, metrics={"time/step": 1.0, "objective/kl": 1e9}, samples=[], settings={"beta": 0.1}
+    )
+    publish = engine.supervisor.publisher.alert
+
+    def full(alert):
+        monkeypatch.setattr(engine.supervisor.publisher, "alert", publish)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(engine.supervisor.publisher, "alert", full)
+    with pytest.raises(sqlite3.OperationalError):
+        engine.receive(report)
+    engine.receive(report)
+    with JournalReader(writer.session) as reader:
+        rules = [e.payload.rule for e in reader.events() if e.kind == "alert"]
+        assert reader.last_step() == 1
+    assert rules
+    assert len(rules) == len(set(rules))
 
 
 async def test_another_command_is_rejected_without_a_journal(engine):
@@ -313,17 +406,10 @@ async def test_an_older_checkpoint_is_kept_until_the_newer_one_is_complete(engin
 
 async def begin_of(engine, folder):
     """What a rank is sent when it connects."""
-    engine.supervisor.ranks.token = "token"  # noqa: S105 - of a test
-    path, served = str(folder / "link.sock"), engine.supervisor.rank_messages.handle_connection
-    hello = RankHello(token="token", rank=0, pid=os.getpid())  # noqa: S106 - of a test
-
-    async def serve(reader, writer):
-        await served(hello, reader, writer)
-
-    async with await asyncio.start_unix_server(serve, path):
-        reader, writer = await asyncio.open_unix_connection(path)
+    server, reader, to_engine = await rank_connection(engine, folder)
+    async with server:
         begin = rank_messages.decode_to_rank(await receive(reader))
-        writer.close()
+        to_engine.close()
         return begin
 
 

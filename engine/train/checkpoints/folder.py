@@ -231,7 +231,7 @@ def _read_file(folder: Path) -> StateFile:
         raise CheckpointError(f"there is no complete checkpoint at {folder}")
     try:
         content = msgspec.json.decode((folder / STATE).read_bytes(), type=StateFile)
-    except (OSError, ValueError) as error:  # not readable; not JSON
+    except (OSError, ValueError, RecursionError) as error:  # not readable; not JSON
         raise _damaged(folder, f"{STATE}: {error}") from error
     if content.format > FORMAT:
         raise CheckpointError(
