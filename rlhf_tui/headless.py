@@ -132,11 +132,12 @@ class Printer:
         with JournalReader(session) as reader:
             meta = reader.meta()
             scores = reader.series(metrics.SCORE)
-        if code == 0 and scores:
+        ended = meta.state in ("finished", "stopped")
+        if ended and scores:
             span = f"score {fmt.number(scores[0][1])} at step {scores[0][0]}"
             span += f", {fmt.number(scores[-1][1])} at step {scores[-1][0]}"
             self._print(f"{meta.state}: {span}; session {one_line(str(session.folder))}")
-        elif code != 0:
+        elif code != 0 and not ended:
             self._print(f"rlhf-tui: {one_line(meta.message)}", sys.stderr)
 
 

@@ -134,6 +134,11 @@ def _check_launch(config: RunConfig) -> None:
         )
     if launch.rendezvous is not None:
         check_address(launch.rendezvous)
+    if 1 <= launch.preempted_exit <= 4:
+        raise ConfigError(
+            f"launch.preempted_exit: {launch.preempted_exit} means something else already: give 0, "
+            "or 5 to 125; 75 is customary"
+        )
     per_node = launch.processes if isinstance(launch.processes, int) else 1
     if config.prompts_per_step < launch.nodes * per_node:
         raise ConfigError(

@@ -43,6 +43,8 @@ from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
 
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals of schedulers that are about to end a job."""
 ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
 """`action` of a guard rail → the command it issues; `notify` issues none."""
 
@@ -205,6 +207,7 @@ class CommandHandler:
         """Stops after the current step, with a save; at once on a second SIGINT (ctrl+c)."""
         again = self._state.stopping and number == signal.SIGINT
         if again or not self._state.stopping:
+            self._state.preempted = number in PREEMPTIONS
             self.handle(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
 
     def on_alert(self, alert: Alert) -> None:

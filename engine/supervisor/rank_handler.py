@@ -143,7 +143,8 @@ class RankMessageHandler:
             except sqlite3.OperationalError as error:
                 if self._state.stop_now:  # the ranks are dead
                     return
-                if error.sqlite_errorcode & 0xFF not in NO_ROOM or self._state.stopping:
+                code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # none if Python raised it
+                if code not in NO_ROOM or self._state.stopping:
                     raise
                 if not waited:
                     # One line: a full disk needs no traceback.

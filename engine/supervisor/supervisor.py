@@ -59,7 +59,8 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
         observer: notified of states, alerts and messages, in this process.
 
     Returns:
-        The exit code: 0 finished or stopped, 1 failed, 2 wrong input of the user.
+        The exit code: 0 finished or stopped, `launch.preempted_exit` stopped by a scheduler's
+        signal, 1 failed, 2 wrong input of the user.
 
     Raises:
         SessionLockedError: another engine has the session.
@@ -251,12 +252,13 @@ class Supervisor:
         state, attempt, launch = self.state, self.state.attempt, self._config.launch
         if state.stop_now and attempt.ended is None and not attempt.failed_by_itself:
             self.publisher.set_state("stopped", "stopped at once, nothing was saved")
-            return 0
+            return launch.preempted_exit if state.preempted else 0
         if attempt.ended is not None:
             reason = attempt.ended.reason
             text = self._end_text(reason)
-            self.publisher.set_state("stopped" if reason == "stopped" else "finished", text)
-            return 0
+            stopped = reason == "stopped"
+            self.publisher.set_state("stopped" if stopped else "finished", text)
+            return launch.preempted_exit if stopped and state.preempted else 0
         failure = attempt.cause(status, launch, self._session.name)
         earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
         if earlier is not None and not state.stop_now:

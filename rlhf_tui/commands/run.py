@@ -19,6 +19,7 @@ from engine.launch.background import start_engine
 from engine.launch.start import (
     StartOptions,
     check_inputs,
+    is_failed_start,
     is_new,
     remove_failed_start,
     start_variable,
@@ -77,11 +78,27 @@ def demo(
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @new_name_option
+@click.option(
+    "--resume-if-exists", is_flag=True,
+    help="With --name: resume the session of that name if there is one, whatever CONFIG says.",
+)  # fmt: skip
 @starting
 def run(
-    root: Path, overrides: tuple[str, ...], mode: str | None, name: str | None, config: Path
+    root: Path,
+    overrides: tuple[str, ...],
+    mode: str | None,
+    name: str | None,
+    config: Path,
+    resume_if_exists: bool,
 ) -> None:
     """Start a run from a configuration file in YAML."""
+    if resume_if_exists:
+        if name is None:
+            raise UserInputError("--resume-if-exists needs --name NAME, the session to resume")
+        session = Session(root.resolve() / check_name(name))
+        if session.config_file.is_file() and not is_failed_start(session):
+            _resume(session, overrides, mode)
+            return
     loaded = config_file.load(config, overrides)
     _start_new(root.resolve(), name, config.stem, loaded, mode)
 
@@ -103,7 +120,18 @@ def resume(
     reseed: bool,
 ) -> None:
     """Resume a session from its last checkpoint."""
-    session = existing(root, name)
+    _resume(existing(root, name), overrides, mode, from_step=from_step, reseed=reseed)
+
+
+def _resume(
+    session: Session,
+    overrides: tuple[str, ...],
+    mode: str | None,
+    *,
+    from_step: int | None = None,
+    reseed: bool = False,
+) -> None:
+    name = session.name
     session.acquire().release()  # raises if the session is live
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()

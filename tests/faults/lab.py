@@ -265,7 +265,9 @@ class FaultRun:
             raise LostError(f"verify: {problems}")
         with JournalReader(self.session) as reader:
             commands = {c.id: c for c in reader.commands()}
-            rows = {c.step: c.status for c in reader.checkpoints(("complete", "removed"))}
+            # A roll back leaves a checkpoint on another branch; one of the same step replaces it.
+            kinds = ("complete", "removed", "superseded", "replaced")
+            rows = {c.step: c.status for c in reader.checkpoints(kinds)}
             metrics = [row.as_json() for row in reader.metrics()]
             state = reader.state()
         for command_id, status in self.acknowledged.commands.items():

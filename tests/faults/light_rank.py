@@ -125,6 +125,7 @@ class LightRank:
             values = self._settings()
             metrics = {
                 "objective/scores": score(self._weights), "objective/kl": 0.5, "time/step": PACE,
+                "perf/tokens_per_second": 1.0,
                 "objective/kl_coef": values["beta"], "lr": values["learning_rate"],
                 "target": values["target"], "epochs": float(values["epochs"]),
             }  # fmt: skip
