@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# A GPU box may have PyTorch and no network: then its own Python runs what needs a GPU.
+GPU_PYTHON = $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
 # Files of tests at a time: most of what they do is wait for processes.
 ABREAST := -n 4 --dist loadfile
 
@@ -30,8 +32,8 @@ test-all: $(STAMP) lint types  ## with the whole learning runs
 test-faults: $(STAMP)  ## break runs in every way there is, and count what is lost (hours)
 	$(BIN)/python -m tests.faults
 
-gpu-check: $(STAMP)  ## the memory planner against a GPU; says so where there is none
-	$(BIN)/python benchmarks/memory.py --device cuda
+gpu-check:  ## what only a GPU can show; without one, its parts on a pretended one
+	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -51,8 +53,8 @@ bench: bench-extra  ## the engine against TRL, and the terminal's budgets (some 
 	$(BIN)/python -W ignore -m benchmarks.engine_vs_trl --phases
 	$(BIN)/python benchmarks/terminal.py
 
-gpu-bench: bench-extra  ## the same on a GPU, where there is one
-	$(BIN)/python -W ignore -m benchmarks.gpu
+gpu-bench:  ## speed on a GPU, and TRL's where it is installed (make bench-extra)
+	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.bench
 
 starter: $(STAMP)  ## build the starter models again (an hour or two)
 	$(BIN)/pip install -q -c constraints.txt -e '.[starter]'

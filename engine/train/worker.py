@@ -44,7 +44,6 @@ from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due, record
 from engine.train.link import Link
 from engine.train.load import fit_scales, load_run
 from engine.train.models import memory_check
-from engine.train.reports.tensorboard import EventFiles
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 from engine.train.step import train_step
@@ -164,6 +163,9 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
     events = None
     if config.log.tensorboard and ranks.is_lead:
+        # A rank that writes no event files starts without the quarter second of this import.
+        from engine.train.reports.tensorboard import EventFiles  # noqa: PLC0415
+
         events = EventFiles(session.tensorboard, begin.from_step)
         if not begin.from_step:
             events.hparams(config)

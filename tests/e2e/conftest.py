@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from engine.protocol.commands import Pause, Unpause
 from tests.e2e.lab import LONG, Lab, Once, Run, numbers, processes, until
 
 
@@ -92,6 +93,7 @@ def make_steered(run: Run) -> None:
 def endless(lab: Lab) -> Iterator[Run]:
     """A paused run of very many steps; :func:`training` unpauses it for one test."""
     run = lab.run("endless", "train.save_every=0", steps=100_000)
+    run.slow_down()  # tests let it train while they wait
     run.hold(3)
     run.start()
     run.wait_at(3)
@@ -106,13 +108,13 @@ def endless(lab: Lab) -> Iterator[Run]:
 @contextmanager
 def unpaused(run: Run) -> Iterator[None]:
     """Context in which a paused run trains; fails if no step completes."""
-    assert run.command("unpause")["status"] == "applied"
+    assert run.send(Unpause()).status == "applied"
     try:
         yield
         before = run.step
         until(lambda: run.step > before, f"step after {before} of {run.name}")
     finally:
-        assert run.command("pause")["status"] == "applied"
+        assert run.send(Pause()).status == "applied"
 
 
 @pytest.fixture

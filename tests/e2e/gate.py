@@ -1,4 +1,4 @@
-"""A reward function controlled by files: it blocks a step, or returns invalid scores.
+"""A reward function controlled by files: it blocks or slows steps, or returns invalid scores.
 
 It kills its process if a prompt equals DEADLY.
 """
@@ -18,11 +18,13 @@ def score(prompts, completions, trainer_state, **_):
     step = trainer_state.global_step
     (FOLDER / f"at-{step}").touch()
     while (FOLDER / f"hold-{step}").exists():
-        time.sleep(0.01)
+        time.sleep(0.02)
+    if (FOLDER / "slow").exists():
+        time.sleep(0.25)
     scores = [len(set(text)) / 10 for text in completions]
     override = FOLDER / f"score-{step}"
     if override.exists() and (text := override.read_text()):
         if text.startswith("raise "):
             raise ValueError(text.removeprefix("raise "))
-        return scores[:-1] if text == "short" else [float(text)] * len(scores)
+        return [float(text)] * len(scores)
     return scores

@@ -16,6 +16,8 @@ import psutil
 
 from engine.journal.reader import JournalReader
 from engine.protocol.client import Client
+from engine.protocol.client_messages import CommandReply
+from engine.protocol.commands import Command
 from engine.session.folder import Session
 
 PROGRAM = Path(sys.executable).with_name("rlhf-tui")
@@ -35,10 +37,13 @@ GATE = Path(__file__).with_name("gate.py")
 def until(condition: Callable[[], Any], what: str, seconds: float = LONG) -> Any:
     """Waits for a condition and returns its value; `what` describes it in the failure message."""
     deadline = time.monotonic() + seconds
+    interval = 0.01
     while time.monotonic() < deadline:
         if value := condition():
             return value
-        time.sleep(0.02)
+        time.sleep(interval)
+        # Conditions read a journal or all processes: often asked, they take time from the run.
+        interval = min(0.1, 1.2 * interval)
     raise AssertionError(f"within {seconds:g} s: no {what}")
 
 
@@ -155,6 +160,12 @@ class Run:
         result: dict[str, Any] = json.loads(done.stdout)
         return result
 
+    def send(self, command: Command) -> CommandReply:
+        """Sends a command from this process and waits for its result; no Python is started."""
+        with self.client() as client:
+            reply = client.send(command)
+            return reply if reply.final else client.wait(reply.id, LONG)
+
     def end(self) -> None:
         """Kills all processes of the session."""
         for process in processes(self.session.folder):
@@ -178,8 +189,12 @@ class Run:
         for step in steps:
             (self.gate / f"hold-{step}").unlink(missing_ok=True)
 
+    def slow_down(self) -> None:
+        """Makes every step take a quarter of a second longer, without computing anything."""
+        (self.gate / "slow").touch()
+
     def score_at(self, step: int, score: str) -> None:
-        """Replaces the scores of a step: by a number, or by one score too few if it is `short`.
+        """Replaces the scores of a step by a number.
 
         `raise TEXT` raises an error with that text instead; an empty string ends the replacement.
         """

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from engine import starter
-
 
 def refused(lab, name, *arguments):
     """Runs a command that must fail with exit code 2; returns its one line on stderr."""
@@ -37,7 +35,6 @@ def refused(lab, name, *arguments):
         ("kl.beta", "kl.beta", "key=value"),
         ("reward.model=./nowhere", "reward.model", "does not exist"),
         ("model.policy=/", "model.policy", "config.json"),
-        ("rollout.max_new_tokens=300", "rollout.max_new_tokens", "at most"),
         ("reward.function=a:b", "reward.function", "exactly one"),
         ("guardrails.rules=[{name: a, metric: b}]", "rules 'a'", "needs one of"),
     ],
@@ -85,8 +82,11 @@ def test_an_invalid_session_name_is_refused(lab, name):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert not list(lab.root.parent.glob("escaped*"))
-    for command in ("status", "rm", "logs"):
-        assert lab.cli(command, name).returncode == 2
+
+
+@pytest.mark.parametrize("command", ["status", "rm", "logs"])
+def test_an_invalid_session_name_is_refused_by_every_command(lab, command):
+    assert lab.cli(command, "../escaped").returncode == 2
 
 
 def test_an_existing_name_is_refused_and_its_session_is_kept(lab, whole):
@@ -105,21 +105,17 @@ def test_an_invalid_option_is_one_line_too(lab):
 
 @pytest.fixture(scope="module")
 def late(lab, place):
-    """Errors that only a rank can detect, run in parallel; the error line of each by name."""
+    """Errors that only a rank can detect, run in parallel; the error line of each by name.
+
+    Tests of the ranks' modules hold the other ones.
+    """
     files = place / "late"
     files.mkdir()
     (files / "other.jsonl").write_text(json.dumps({"question": "why?"}) + "\n")
-    (files / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    empty = files / "empty-model"
-    empty.mkdir()
-    (empty / "config.json").write_text((starter.FOLDER / "policy" / "config.json").read_text())
-    function = ["-o", "reward.model=null", "-o"]
+    function = ("reward.model=null", "-o", "reward.function=json:not_there", "--detach")
     attempts = {
         "column": ["-o", f"data.prompts={files / 'other.jsonl'}"],
-        "broken": ["-o", f"data.prompts={files / 'broken.jsonl'}"],
-        "model": ["-o", f"model.policy={empty}"],
-        "import": [*function, "reward.function=not_there:score"],
-        "function": [*function, "reward.function=json:not_there", "--detach"],
+        "function": ["-o", *function],
     }
 
     def attempt(name):
@@ -135,53 +131,38 @@ def test_a_missing_column_is_named_with_the_existing_ones(late):
     assert "question" in late["column"]
 
 
-def test_a_prompt_file_that_cannot_be_parsed_is_named(late):
-    assert "broken.jsonl" in late["broken"]
-
-
-def test_a_model_folder_that_holds_no_model_is_named(late):
-    assert "model.policy" in late["model"]
-    assert "empty-model" in late["model"]
-
-
-def test_a_reward_function_that_cannot_be_imported_is_named(late):
-    assert "reward.function" in late["import"]
-    assert "not_there" in late["import"]
-
-
 def test_a_reward_function_missing_in_its_module_is_named_in_a_detached_run_too(late):
     assert "reward.function" in late["function"]
     assert "not_there" in late["function"]
 
 
-@pytest.fixture(scope="module", params=[("nan", "finite"), ("short", "one for each")])
-def odd_reward(request, lab):
+@pytest.fixture(scope="module")
+def odd_reward(lab):
     """A run whose reward function returns invalid scores in the second step."""
-    score, reason = request.param
-    run = lab.run(f"odd-{score}")
-    run.score_at(2, score)
+    run = lab.run("odd")
+    run.score_at(2, "nan")
     done = lab.cli(*run.arguments, "--headless")
-    yield run, reason, done
+    yield run, done
     run.end()
 
 
 def test_invalid_scores_end_the_run_with_a_clear_error(odd_reward):
-    run, reason, done = odd_reward
+    run, done = odd_reward
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert reason in last
+    assert "finite" in last
     assert "step 2" in last
     assert run.state == "failed"
 
 
 def test_the_error_and_its_traceback_are_in_the_journal(odd_reward):
-    run, reason, _ = odd_reward
+    run, _ = odd_reward
     (error,) = run.events("error")
-    assert reason in error["text"]
+    assert "finite" in error["text"]
     assert "Traceback" in error["traceback"]
 
 
 def test_the_failed_step_is_not_recorded(odd_reward):
-    run, _, _ = odd_reward
+    run, _ = odd_reward
     assert [row["step"] for row in run.numbers()] == [1]
     assert Path(run.session.folder).is_dir()

@@ -1,4 +1,4 @@
-"""A run of two ranks whose reward service goes away for a while."""
+"""A run whose reward service goes away for a while."""
 
 import pytest
 
@@ -7,17 +7,17 @@ from tests.reward_service import RewardService
 SECRET = "s3cret-t0ken"  # noqa: S105 - looked for in the session's files
 
 
-@pytest.fixture(scope="module")
-def outage(make_lab):
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
+def outage(request, make_lab):
     """5 steps; the service is down in the third, until the run has paused for it."""
-    lab, service = make_lab("service"), RewardService()
+    lab, service = make_lab(f"service-{request.param}"), RewardService()
     lab.environment["REWARD_TOKEN"] = SECRET
     source = f"{{service: '{service.url}', http: {{token_env: REWARD_TOKEN}}}}"
     run = lab.run(
         "outage",
         f"reward.mix=[{{function: 'gate:score'}}, {source}]",
         "reward.retries=1",
-        "launch.processes=2",
+        f"launch.processes={request.param}",
         "log.tensorboard=true",
         steps=5,
     )

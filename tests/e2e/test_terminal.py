@@ -84,6 +84,7 @@ def test_every_way_to_exit_restores_the_terminal(endless, attach, assert_exits, 
 
 def test_a_lost_engine_is_shown_and_the_app_continues(lab, attach, assert_exits, wait_until):
     run = lab.run("dies", "train.save_every=2", steps=1000)
+    run.slow_down()
     run.start()
     try:
         terminal = attach(run)

@@ -58,6 +58,7 @@ BAD = {
     "an empty file": ("p.jsonl", "", {}, "is empty"),
     "no such column": ("p.jsonl", '{"text": "x"}\n', {}, "no column 'prompt'.*it has text"),
     "not JSON": ("p.jsonl", "hello\n", {}, "cannot read"),
+    "half a line": ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', {}, "cannot read .*p.jsonl"),
     "a number": ("p.jsonl", '{"prompt": 3}\n', {}, "row 1 .*neither text nor chat"),
     "chat without a template": (
         "p.jsonl",

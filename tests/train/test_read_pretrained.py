@@ -57,6 +57,7 @@ def quantised(folder):
 
 
 MODELS = {
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "weights|no model that can be"),
     "truncated weights": (lambda f: truncate(f / "model.safetensors"), "no model that can be"),
     "weights of garbage": (
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "no model that can be"

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from engine.errors import CommandRejectedError
+from engine.errors import CommandRejectedError, UserInputError
 from engine.train.load import reference_responses
 from engine.train.models.language_model import fingerprint
 from engine.train.ppo.advantages import Targets
@@ -157,6 +157,11 @@ def test_the_epochs_end_when_the_policy_is_far_from_the_rollouts(make_run):
     stats = optimise_once(run)
     assert stats.stopped_early
     assert stats.updates < 4
+
+
+def test_responses_longer_than_the_models_positions_are_refused(make_run):
+    with pytest.raises(UserInputError, match=r"rollout.max_new_tokens \(300\) may be \d+ at most"):
+        make_run("rollout.max_new_tokens=300")
 
 
 def test_a_non_finite_minibatch_is_skipped_and_counted(make_run):

@@ -32,6 +32,10 @@ class ModelConfig(Section, frozen=True):
     """Whether the value head shares the policy's transformer or has a separate one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the forward and backward passes. Trained weights are kept in float32."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """`liger` computes norms, rotary embeddings and MLPs of the policy and the reference with
+    liger-kernel's fused kernels: faster on a GPU, most of all while generating. Needs the extra
+    `gpu`."""
 
 
 class LoRAConfig(Section, frozen=True):

@@ -1,20 +1,20 @@
 """LoRA adapters (Hu et al. 2021) through peft.
 
 peft replaces the linear layers in place, so the model keeps its transformers class and interface.
-Adapters are float32 regardless of the model's dtype.
+Adapters are float32 regardless of the model's dtype. Only runs with adapters import peft, which
+takes several tenths of a second.
 """
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from engine.config.sections.model import LoRAConfig
 from engine.errors import CheckpointError, UserInputError, first_line
 from engine.train.data.randomness import derived_key
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -41,6 +44,8 @@ def add_adapters(lm: PreTrainedModel, config: LoRAConfig, *, seed: int, base: st
     Raises:
         UserInputError: a target matches no linear layer; the message lists the available ones.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - slow, see above
+
     linear = linear_layers(lm)
     for target in config.targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
@@ -75,13 +80,13 @@ def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in lm.named_modules() if isinstance(m, kinds) and m is not head}
 
 
-def adapted_layers(module: nn.Module) -> list[LoraLayer]:
+def adapted_layers(module: nn.Module) -> "list[LoraLayer]":
     """The layers with adapters; empty for a model that is trained in full."""
     return [layer for _, layer in _named_layers(module)]
 
 
 @contextmanager
-def disabled(layers: list[LoraLayer]) -> Iterator[None]:
+def disabled(layers: "list[LoraLayer]") -> Iterator[None]:
     """Context in which the layers compute without their adapters.
 
     The adapters do not require gradients inside the context; DDP and FSDP2 support this even before
@@ -116,6 +121,8 @@ def adapter_tensors(
         lm: the model with adapters.
         state_dict: its state dict, if the caller has one already.
     """
+    from peft import get_peft_model_state_dict  # noqa: PLC0415 - slow, see above
+
     # Embeddings never have adapters. With the default, peft would query the hub to find out.
     tensors: dict[str, Tensor] = get_peft_model_state_dict(
         lm, state_dict=state_dict, save_embedding_layers=False
@@ -154,11 +161,15 @@ def load_adapters(lm: PreTrainedModel, folder: Path) -> None:
             ours[name].copy_(tensor)
 
 
-def _named_layers(module: nn.Module) -> list[tuple[str, LoraLayer]]:
+def _named_layers(module: nn.Module) -> "list[tuple[str, LoraLayer]]":
+    if "peft" not in sys.modules:  # then nothing has made a layer of its classes
+        return []
+    from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - slow, see above
+
     return [(name, m) for name, m in module.named_modules() if isinstance(m, LoraLayer)]
 
 
-def _initialise(layer: LoraLayer, key: int) -> None:
+def _initialise(layer: "LoraLayer", key: int) -> None:
     """Initialises as peft does (A uniform in ±1/√in, B zero), from a random stream per layer."""
     # peft uses the layer's dtype for adapters; in bfloat16 small updates would be rounded away.
     inner, outer = (

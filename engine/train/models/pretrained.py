@@ -24,6 +24,7 @@ from engine.train.distributed.broadcast_files import broadcast_files, without_we
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import offload_between_uses, place_model
 from engine.train.models import lora
+from engine.train.models.fused_kernels import use_fused_kernels
 from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
 from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.read_pretrained import read_pretrained
@@ -58,6 +59,8 @@ def load_policy(
     base = starter.resolve(config.model.policy) if adapted else source
     dtype = compute_dtype(config) if adapted else torch.float32
     lm = load_lm(base, "model.policy", ranks, dtype)
+    if config.model.kernels == "liger":
+        use_fused_kernels(lm, ranks.device)
     with without_weights(ranks):
         if adapted:
             lora.add_adapters(lm, config.lora, seed=config.seed, base=base)
@@ -93,6 +96,8 @@ def load_reference(
     key = "model.reference" if config.model.reference else "model.policy"
     dtype = compute_dtype(config)
     lm = load_lm(starter.resolve(name), key, ranks, dtype)
+    if config.model.kernels == "liger":
+        use_fused_kernels(lm, ranks.device)
     reference = LanguageModel(lm, compute=dtype)
     reference.requires_grad_(False)
     on_host = config.parallel.frozen == "offload"

@@ -1,7 +1,9 @@
 """Runs a function as CUDA graphs: the host launches one graph instead of some hundred kernels."""
 
+import gc
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -19,9 +21,9 @@ class GraphedFunction:
     graph for each new key and replay it. If a capture fails, the log says so once, and the function
     runs as it is.
 
-    Graphs read and write the memory of their capture. Drop this object with the tensors that the
-    function uses, and before the autocast that it was called in ends. See "CUDA Graphs" in torch's
-    notes on CUDA semantics.
+    Graphs read and write the memory of their capture. Call :meth:`release` before the tensors that
+    the function uses are dropped, and before the autocast that it was called in ends. See "CUDA
+    Graphs" in torch's notes on CUDA semantics.
     """
 
     def __init__(self, function: Callable[[], None], *, usable: bool) -> None:
@@ -57,6 +59,7 @@ class GraphedFunction:
                 torch.cuda.stream(torch.cuda.current_stream()),
                 # thread_local: a thread that saves a checkpoint may use the GPU meanwhile.
                 torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"),
+                _without_garbage_collection(),
             ):
                 self._function()
         except RuntimeError as error:
@@ -64,6 +67,25 @@ class GraphedFunction:
             log.warning("generating without CUDA graphs: %s", str(error).strip().split("\n")[0])
         else:
             self._graphs[key] = graph
+
+    def release(self) -> None:
+        """Frees the graphs; later calls run the function itself."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+        self._usable = False
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Keeps the collector from freeing other graphs: CUDA forbids that during a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def can_capture(model: AnyModel, device: torch.device) -> bool:

@@ -149,6 +149,7 @@ class Decoder:
             self._report(min(done, total), total)
             self._drop_ended()
             if not self._held and self._waiting == responses.count:
+                self._step.release()
                 return lengths, stopped
 
     # -- filling slots -------------------------------------------------------------------------

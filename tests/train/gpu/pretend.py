@@ -101,6 +101,17 @@ class Graph:
     def __init__(self):
         self.operators = []
         self.captured_just_now = True
+        self.was_reset = False
+
+    def reset(self):
+        if PretendGpu.active.graph is not None:
+            raise RuntimeError("operation not permitted when stream is capturing: reset")
+        self.operators.clear()
+        self.was_reset = True
+
+    def __del__(self):
+        if not self.was_reset and PretendGpu.active is not None:
+            PretendGpu.active.dropped_graphs += 1
 
     def replay(self):
         PretendGpu.active.launches["graph"] += 1
@@ -193,6 +204,8 @@ class PretendGpu(TorchFunctionMode):
         self.casts = 0
         self.graph = None
         """The one that is being captured."""
+        self.dropped_graphs = 0
+        """Graphs that were freed without a reset: on a GPU, that breaks a capture in progress."""
 
     def counts(self):
         """What has been counted until now; subtract two for what happened between them."""

@@ -1,5 +1,7 @@
 """A budget of what costs time on a GPU: launches, waits of the host, and casts of weights."""
 
+import gc
+
 import pytest
 import torch
 
@@ -53,6 +55,15 @@ def test_a_token_is_a_launch_and_the_host_looks_every_16_tokens(on_gpu):
     assert more.launches == 32 + 2 * 2  # and two looks
     assert (more.syncs, more.copies, more.casts) == (2, 2, 0)
     assert found[0].casts == casts_of_a_forward_pass(run)
+
+
+def test_graphs_are_freed_when_a_rollout_ends_and_not_by_the_garbage_collector(on_gpu):
+    # Which may run during the next capture: CUDA then fails both.
+    gpu, run = on_gpu
+    endless(run, 2, 33)
+    gc.collect()
+    assert gpu.launches["graph"] > 0
+    assert gpu.dropped_graphs == 0
 
 
 def test_if_a_graph_cannot_be_captured_the_responses_are_the_same_and_the_log_says_so_once(

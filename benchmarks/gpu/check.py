@@ -1,0 +1,74 @@
+"""Checks on a GPU what a machine without one can only pretend.
+
+    python -m benchmarks.gpu.check [--only TEXT]
+
+Needs PyTorch 2.9 or later and no network. Prints a line per finding, writes the results to
+`benchmarks/results`, and ends with 1 if one failed. On a machine without a GPU all parts run at a
+small size on a pretended one, and the last line says that there is none.
+"""
+
+import argparse
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine
+from benchmarks.gpu import decoding, numerics, whole_runs
+from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
+from tests.train.gpu.pretend import GPU, pretend_gpu
+
+IN_PROCESS: dict[str, Part] = {
+    "recorded step": numerics.recorded_step,
+    "bfloat16": numerics.bfloat16_gap,
+    "fused kernels": numerics.fused_kernels,
+    "sampling": numerics.sampled_distribution,
+    "decoding": decoding.same_tokens,
+    "FSDP2": whole_runs.sharded_on_one,
+}
+"""Parts that compute in this process, so that the device can be pretended."""
+WHOLE_RUNS: dict[str, Part] = {
+    "starter": whole_runs.starter_learns,
+    "kill and resume": whole_runs.killed_and_resumed,
+    "out of memory": whole_runs.out_of_memory,
+    "planner": whole_runs.planner,
+}
+
+
+def check(parts: dict[str, Part], folder: Path) -> list[Finding]:
+    """Runs some parts on the GPU, or on a pretended one where there is none."""
+    real = torch.cuda.is_available()
+    with ExitStack() as stack:
+        if not real and any(name in IN_PROCESS for name in parts):
+            stack.enter_context(pretend_gpu())
+        device = torch.device("cuda", 0) if real else GPU
+        return list(run_parts(parts, Target(device, real, folder)))
+
+
+def main() -> int:
+    """Runs the parts; returns the exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", metavar="TEXT", help="parts whose name contains it")
+    options = parser.parse_args()
+    real = torch.cuda.is_available()
+    print(f"{machine.describe()}\n", flush=True)
+    findings: list[Finding] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for group in (IN_PROCESS, WHOLE_RUNS):
+            chosen = {name: part for name, part in group.items() if options.only in name}
+            findings += check(chosen, Path(folder))
+    failed = [f.name for f in findings if not f.passed]
+    print(f"\n{len(findings) - len(failed)} of {len(findings)} as they should be")
+    for name in failed:
+        print(f"not: {name}")
+    if real:
+        print(f"written to {write_results('check', findings)}")
+    else:
+        print("no GPU here: the parts ran at a small size on a pretended one")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

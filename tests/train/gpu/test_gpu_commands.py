@@ -1,0 +1,55 @@
+"""Every part of `make gpu-check` and `make gpu-bench` runs on the pretend GPU."""
+
+import json
+
+import pytest
+
+from benchmarks.gpu import bench, check
+from benchmarks.gpu.findings import Finding, Target, run_parts, write_results
+from benchmarks.task import write_models
+from tests.train.gpu.pretend import GPU, pretend_gpu
+
+
+def findings_of(part, folder):
+    with pretend_gpu():
+        return list(run_parts({"part": part}, Target(GPU, False, folder)))
+
+
+@pytest.mark.parametrize("name", check.IN_PROCESS)
+def test_a_part_of_the_check_finds_what_it_should_on_the_pretend_gpu(name, tmp_path):
+    found = findings_of(check.IN_PROCESS[name], tmp_path)
+    assert found and [f for f in found if not f.passed] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", check.WHOLE_RUNS)
+def test_a_part_with_whole_runs_finds_what_it_should_on_a_cpu(name, tmp_path):
+    found = check.check({name: check.WHOLE_RUNS[name]}, tmp_path)
+    assert found and [f for f in found if not f.passed] == []
+
+
+def test_the_benchmark_decodes_on_the_pretend_gpu(tmp_path):
+    write_models(tmp_path, bench.SMALL_TASK)
+    found = findings_of(lambda target: bench.decoding(bench.SMALL_TASK, target), tmp_path)
+    assert [f.name for f in found if f.passed] == ["decoding, kernels of torch"]
+
+
+def test_a_part_that_raises_is_a_failed_finding_and_the_next_one_runs(tmp_path, capsys):
+    def broken(_target):
+        raise ValueError("no such kernel")
+
+    def sound(_target):
+        yield Finding("sound", True, "as it should be")
+
+    found = list(run_parts({"broken": broken, "sound": sound}, Target(GPU, False, tmp_path)))
+    assert [(f.name, f.passed) for f in found] == [("broken", False), ("sound", True)]
+    assert "no such kernel" in capsys.readouterr().out
+
+
+def test_results_are_written_as_json_and_as_a_paragraph(tmp_path):
+    found = [Finding("decoding", False, "8 ms", {"ms": 8.0}), Finding("tokens", True, "equal")]
+    path = write_results("check", found, folder=tmp_path)
+    document = json.loads(path.read_text())
+    assert [f["figures"] for f in document["findings"]] == [{"ms": 8.0}, {}]
+    paragraph = path.with_suffix(".md").read_text()
+    assert "1 of 2 as they should be; not: decoding" in paragraph
