@@ -44,7 +44,7 @@ def job(make_lab, tmp_path):
     environment = lab.environment | {
         "PATH": f"{binaries}:{os.environ['PATH']}", "REQUEUED": str(tmp_path / "requeued"),
         "RLHF_TUI": str(PROGRAM), "SLURM_JOB_ID": "42", "SLURM_NNODES": "1",
-        "SLURM_JOB_NODELIST": "localhost", "RLHF_TUI_TEST_LIGHT": "1",
+        "SLURM_JOB_NODELIST": "localhost", "RLHF_TUI_TEST_LIGHT": "0.02",
         "PYTHONPATH": f"{ROOT / 'tests' / 'faults' / 'hooks'}:{ROOT}",
     }  # fmt: skip
 

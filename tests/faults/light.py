@@ -36,7 +36,7 @@ from tests.faults.light_rank import next_weights, score
 from tests.faults.points import LIGHT_POINTS, Point
 from tests.faults.table import Table
 
-ENVIRONMENT = {"RLHF_TUI_TEST_LIGHT": "1"}
+ENVIRONMENT = {"RLHF_TUI_TEST_LIGHT": "0.02"}
 
 
 class LightKills:

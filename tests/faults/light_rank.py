@@ -2,8 +2,8 @@
 
 It speaks the protocol of a rank, saves checkpoints in the order of a rank, and obeys commands at
 step boundaries. Its "weights" are a chain of sums over the settings of each step, so they show
-whether a history was repeated exactly. $RLHF_TUI_TEST_LIGHT puts it in the place of
-engine.train.worker (hooks/sitecustomize.py).
+whether a history was repeated exactly. $RLHF_TUI_TEST_LIGHT, the seconds of a step, puts it
+in the place of engine.train.worker (hooks/sitecustomize.py).
 """
 
 import hashlib
@@ -52,7 +52,7 @@ from engine.session.checkpoints import (
 )
 from engine.session.folder import Session
 
-PACE = 0.02
+PACE = float(os.environ.get("RLHF_TUI_TEST_LIGHT", "0"))
 """Seconds of a step."""
 KEEP = 2
 """Checkpoints that are kept."""
@@ -245,5 +245,6 @@ def score(weights: str) -> float:
     return int(weights[:8], 16) / 2**32
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What engine.launch.rank calls."""
     LightRank(Session(Path(sys.argv[1]))).train()
