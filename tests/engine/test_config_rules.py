@@ -25,6 +25,7 @@ SERVICE = ("reward.model=null", "reward.service='http://h/score'")
         (["reward.model=null", "reward.service='ftp://h/'"], "must be a URL such as"),
         (["reward.model=null", "reward.service='http://h:x/'"], "must be a URL such as"),
         (["reward.model=null", "reward.service='http://a:secret@h/'"], "a user or a password"),
+        (["launch.preempted_exit=2"], "means something else already"),
         (["reward.protocol=openrlhf"], "reward.protocol needs reward.service"),
         (["reward.judging.model=m"], "reward.judging needs reward.judge"),
         (["reward.http.timeout=3"], "reward.http needs reward.service or reward.judge"),
