@@ -6,7 +6,7 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow
 from engine.session.checkpoints import complete_checkpoints, find_damage
 from engine.session.folder import Session
-from engine.verification.finding import Finding, listed, problem
+from engine.verification.finding import Finding, listed, note, problem
 
 
 def check_checkpoints(session: Session, reader: JournalReader) -> Iterator[Finding]:
@@ -35,6 +35,12 @@ def check_checkpoints(session: Session, reader: JournalReader) -> Iterator[Findi
     if unknown and session.is_live():  # it may have been written after the journal was read
         known = {row.step for row in _all(reader)}
         unknown = [step for step in unknown if step not in known]
+    removed = {row.step for row in reader.checkpoints(("removed",))}
+    left = [step for step in unknown if step in removed]
+    if left:
+        text = f"checkpoints were to be removed and are still there, of steps {listed(left)}"
+        yield note("checkpoints", text, f"remove them in {session.checkpoints} if space is needed")
+    unknown = [step for step in unknown if step not in removed]
     if unknown:
         yield problem(
             "checkpoints",

@@ -94,6 +94,7 @@ DAMAGE = {
     "UPDATE commands SET status = 'accepted' WHERE id = 'late'": "commands: the run has ended, and",
     "UPDATE checkpoints SET step = 5": "checkpoints: the disk lacks complete checkpoints of the",
     "DELETE FROM checkpoints": "checkpoints: the journal lacks the checkpoints of steps 4",
+    "UPDATE checkpoints SET status = 'removed'": "checkpoints: checkpoints were to be removed and",
     "UPDATE commands SET live = 0 WHERE id = 'first'": "settings: step 3 has beta = 0.2, its histo",
     "UPDATE commands SET changes = replace(changes, '0.0001', '0.01') WHERE id = 'rate'":
         "settings: the checkpoint of step 4 has learning_rate = 0.0001, its history gives 0.01",
