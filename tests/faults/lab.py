@@ -24,6 +24,7 @@ from engine.protocol.client import Client, new_id
 from engine.protocol.commands import AnyCommand, Note, Pause, SetSetting, Unpause
 from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import create
+from engine.supervisor.rank_handler import WAITING
 from engine.verification.verify import verify
 from tests.e2e.lab import PROGRAM, numbers, processes, until
 
@@ -186,6 +187,8 @@ class FaultRun:
         try:
             with Client(self.session, "faults") as client:
                 reply = client.send(command, command_id=command_id)
+                if reply.status == "rejected" and reply.reason.startswith("cannot write"):
+                    return reply.status  # there is no room to record that
                 self.acknowledged.commands[command_id] = reply.status
                 if not reply.final:
                     reply = client.wait(command_id, timeout)
@@ -221,6 +224,12 @@ class FaultRun:
             [PROGRAM, *words, "--sessions", str(self.session.folder.parent)],
             capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=WAIT,
         )  # fmt: skip
+
+    def waits_for_room(self) -> bool:
+        """Whether the supervisor says that the journal's disk is full."""
+        with contextlib.suppress(RlhfError, OSError), Client(self.session, "faults") as client:
+            return any(phase.name == WAITING for phase in client.status().phases)
+        return False
 
     def start_steering(self) -> None:
         """Sends commands that change no number of the run, and labels, until stopped."""

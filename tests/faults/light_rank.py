@@ -6,6 +6,7 @@ whether a history was repeated exactly. $RLHF_TUI_TEST_LIGHT, the seconds of a s
 in the place of engine.train.worker (hooks/sitecustomize.py).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -136,7 +137,8 @@ class LightRank:
                 StepReport(step=self._step, metrics=metrics, samples=[sample], settings=values)
             )
             if self._step % values["save_every"] == 0:
-                self._save()
+                with contextlib.suppress(OSError):  # a full disk: the next save tries again
+                    self._save()
         self._save()
         if self._stop:
             self.send(Applied(id=self._stop, step=self._step + 1))

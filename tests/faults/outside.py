@@ -203,7 +203,7 @@ def full_journal(run: FaultRun) -> None:
     run.start()
     run.wait_for_step(4)
     with limited(run.engine(), psutil.RLIMIT_FSIZE, 0):
-        until(lambda: "waiting for room" in run.log() or run.is_over(), "a full disk", WAIT)
+        until(lambda: run.waits_for_room() or run.is_over(), "a full disk", WAIT)
         time.sleep(3)
     if run.is_over():
         raise LostError(f"the run ended: {run.log()[-500:]}")
@@ -241,8 +241,7 @@ def full_file_system(run: FaultRun) -> None:
         while True:
             file.write(bytes(4096))
             file.flush()
-    words = ("waiting for room", "no room", "No space left")
-    until(lambda: any(w in run.log() for w in words) or run.is_over(), "a full disk", WAIT)
+    until(lambda: run.waits_for_room() or run.is_over(), "a full disk", WAIT)
     time.sleep(5)
     filler.unlink()
     if run.is_over():
