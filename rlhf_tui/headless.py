@@ -94,8 +94,8 @@ class Printer:
         m, step = self._report.metrics, self._report.step
         left = until_end(step, self._total_steps, self._step_seconds.mean or 0)
         return (
-            f"step {step}/{self._total_steps}  score {m[metrics.SCORE]:.3f}  "
-            f"kl {m[metrics.KL]:.3f}  beta {fmt.number(m[metrics.BETA], 4)}  "
+            f"step {step}/{self._total_steps}  score {fmt.number(m[metrics.SCORE])}  "
+            f"kl {fmt.number(m[metrics.KL])}  beta {fmt.number(m[metrics.BETA], 4)}  "
             f"clip {m.get(metrics.CLIP_FRACTION, 0):.3f}  "
             f"{m[metrics.TOKENS_PER_SECOND]:.0f} tok/s  {fmt.duration(left)} left"
         )

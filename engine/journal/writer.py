@@ -348,6 +348,10 @@ _TRUNCATE = (
     "DELETE FROM steps_past",
     "DELETE FROM events WHERE step > :step OR (kind = 'command' AND json_extract(data, '$.id') IN "
     "(SELECT id FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step))",
+    # What its source went through after the checkpoint, at the same step or after a resume.
+    "DELETE FROM events WHERE id > (SELECT max(id) FROM events WHERE kind = 'checkpoint' "
+    "AND step = :step) AND (kind IN ('attempt', 'ready', 'state', 'error') "
+    "OR (kind = 'alert' AND json_extract(data, '$.rule') = 'restart'))",
     "DELETE FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step",
     "DELETE FROM meta WHERE key IN ('reseed', 'settings', 'message', 'pause_reason')",
     "DELETE FROM checkpoints WHERE step <> :step",

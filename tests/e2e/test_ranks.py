@@ -177,6 +177,29 @@ LAYOUTS = {"one": ("launch.processes=1",), "ddp": (*TWO, "parallel.strategy=ddp"
            "fsdp": (*TWO, "parallel.strategy=fsdp")}  # fmt: skip
 
 
+DEMO = (
+    "rollout.batch_size=64", "rollout.max_new_tokens=32", "ppo.epochs=2", "ppo.minibatches=2",
+    "ppo.micro_batch_size=32",
+)  # fmt: skip
+"""The demo's own sizes: some 750 tokens a step."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", ["1", "null"])
+def test_one_rank_ddp_and_fsdp_give_the_same_steps_of_the_demo(lab, threads):
+    runs = {}
+    for layout, options in LAYOUTS.items():
+        name = f"demo-{layout}-{threads}"
+        run = lab.run(name, *DEMO, *options, f"launch.threads={threads}", steps=4)
+        run.start()
+        run.finish()
+        runs[layout] = run.numbers()
+    for layout in ("ddp", "fsdp"):
+        for one, two in zip(runs["one"], runs[layout], strict=True):
+            for name, value in one.items():
+                assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (layout, name)
+
+
 @pytest.fixture(scope="module")
 def sharded(lab):
     """8 steps, sharded over two ranks, with checkpoints at steps 4 and 8."""

@@ -322,6 +322,21 @@ def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
     assert scores(writer.session) == {1: 1.1, 2: 2.1, 3: 3.1}
 
 
+def test_a_fork_has_no_events_of_what_its_source_went_through_after_the_checkpoint(
+    writer, make_session
+):
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    writer.journal.record_event("error", {"text": "out of memory"})
+    writer.journal.record_event("alert", {"rule": "restart", "text": "out of memory; restarted"})
+    writer.journal.record_event("note", {"text": "fork from here"})
+    writer.journal.begin_attempt(2, fresh=False)
+    child = make_session("child")
+    copy_until(writer.session, child, 2)
+    with JournalReader(child) as record:
+        assert [e.kind for e in record.events()] == ["attempt", "checkpoint", "note"]
+
+
 def test_samples_are_searched_and_ordered(writer):
     writer.steps(1, 2, 3)
     with JournalReader(writer.session) as record:

@@ -43,7 +43,7 @@ class RolloutBackend(Protocol):
         Args:
             model: in evaluation mode; its weights may have changed since the last call.
             batch: B prompts.
-            uniforms: (B, T) float32 in [0, 1); T is the most new tokens. They are the only source
+            uniforms: (B, T) float64 in [0, 1); T is the most new tokens. They are the only source
                 of randomness, so that a resumed run samples the same tokens.
             temperature: > 0.
             per_prompt: number of adjacent rows with the same prompt.
