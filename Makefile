@@ -3,18 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
-<<<<<<< HEAD
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.ready
-=======
-# A GPU box may have PyTorch and no network: then its own Python runs what needs a GPU.
-GPU_PYTHON = $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
->>>>>>> main
 # Files of tests at a time: most of what they do is wait for processes.
 ABREAST := -n 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all vllm test-vllm gpu-check lint types docs bench bench-extra gpu-bench starter clean
+.PHONY: help setup demo test test-all test-faults vllm test-vllm gpu-check lint types docs bench bench-extra gpu-bench starter clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -42,6 +37,9 @@ $(VLLM_STAMP): constraints-vllm.txt scripts/install_vllm.sh
 
 test-vllm: $(STAMP) $(VLLM_STAMP)  ## what needs vLLM (some minutes)
 	$(BIN)/pytest -q -m vllm tests/vllm
+
+test-faults: $(STAMP)  ## break runs in every way there is, and count what is lost (hours)
+	$(BIN)/python -m tests.faults
 
 gpu-check:  ## what only a GPU can show; without one, its parts on a pretended one
 	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.check

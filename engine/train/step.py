@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.metrics import VERSION_LAG
 from engine.protocol.rank_messages import Sample
 from engine.train.dynamic_sampling import Parts, ScoredRollout, redraw_constant_groups
+from engine.train.greedy_baseline import greedy_scores
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens
@@ -64,6 +65,13 @@ def train_step(
         config.rollout.max_new_tokens,
     )  # fmt: skip
 
+    greedy: Tensor | None = None
+    if config.ppo.traits.greedy_baseline:
+        greedy = greedy_scores(
+            run, step, rollout, sampling_options(run, step),
+            lambda responses: score_rollout(run, step, responses)[0],
+        )  # fmt: skip
+
     # 3. Log-probabilities of the reference and of the policy before the update.
     rows = ranks.strided_share(longest_first(rollout, rollout.rows))
     with timer.phase(run, step, "reference") as report:
@@ -87,7 +95,7 @@ def train_step(
             values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
             beta=config.kl.beta if config.kl.place == "reward" else 0.0,
             per_prompt=config.responses_per_prompt, baseline=state.baseline,
-            kl_estimator=config.kl.estimator,
+            kl_estimator=config.kl.estimator, greedy_scores=greedy,
         )
     )  # fmt: skip
     targets = with_rollout_correction(targets, rollout, config.ppo)
@@ -101,11 +109,16 @@ def train_step(
             seed=state.sampling_seed, step=step, report=report,
         )  # fmt: skip
 
+    if run.average is not None:
+        run.average.update(run.policy)
+
     # 6. Metrics and samples.
     state.episodes += len(scores)
     metrics = step_metrics(rollout, scores, ref_logprobs, targets, stats, config)
     metrics |= {"episode": float(state.episodes), "lr": learning_rate(config.train, step)}
     metrics |= source_metrics(scored.parts) | {VERSION_LAG: float(lag)}
+    if greedy is not None:
+        metrics["objective/greedy_scores"] = float(greedy.mean())
     if config.rollout.dynamic:
         metrics["val/redrawn_prompts"] = float(scored.redrawn)
     timer.gather(run)

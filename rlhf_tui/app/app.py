@@ -21,7 +21,6 @@ from textual.notifications import SeverityLevel
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
 from rlhf_tui.app import hangup, steering
-from rlhf_tui.app.compact_output import CompactDriver
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
@@ -115,7 +114,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             session, self._problem = None, str(error)
         # Otherwise Textual lays out an empty default screen first.
         self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc] # a class variable there
-        super().__init__(driver_class=CompactDriver)
+        super().__init__()
         self.animation_level = "none"
         self.follower = SessionFollower(
             self, self.preferences, self.who,

@@ -15,6 +15,7 @@ EVERYTHING = (
     "rollout.per_prompt=2",
     "rollout.dynamic=true",
     "ppo.rollout_correction=truncate",
+    "train.ema.decay=0.9",
 )
 NOT_NATIVE = {"time/sync"}
 """Only with a rollout engine of its own; test_rollout_engine.py has it."""
@@ -31,6 +32,8 @@ def test_a_step_returns_every_declared_metric_and_no_other(make_run):
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
     boundary.after_step(1, found, 0.1)
     boundary.close()
+    greedy, _ = make_run("ppo.advantage=remax")  # no estimator has every metric
+    found |= train_step(greedy, 1)[0]
     undeclared = {name for name in found if metrics.declaration(name) is None}
     assert not undeclared, "declare them in engine/metrics.py"
     covered = {metrics.describe(name).name for name in found}

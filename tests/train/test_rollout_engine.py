@@ -88,6 +88,19 @@ def test_weights_are_sent_once_a_step_and_again_only_when_they_have_changed(make
     assert engine.engines == 1
 
 
+def test_an_evaluation_of_averaged_weights_is_generated_with_these(make_run, engine):
+    keys = ("eval.every=1", "eval.holdout=4", "train.ema.decay=0.5", "train.learning_rate=1e-2")
+    run, _ = make_run(VLLM, *keys)
+    native, _ = make_run(*keys)
+    for each in (run, native):
+        train_step(each, 1)
+        each.average.update(each.policy)
+    ours, theirs = (evaluate_if_due(each, 1).metrics for each in (run, native))
+    assert ours["eval/ema_score"] == pytest.approx(theirs["eval/ema_score"], abs=1e-3)
+    assert ours["eval/score"] == pytest.approx(theirs["eval/score"], abs=1e-3)
+    assert ours["eval/ema_score"] != ours["eval/score"]
+
+
 def test_a_response_ends_at_a_stop_string_and_the_engine_is_told(make_run, engine):
     run, _ = make_run(VLLM, "rollout.stop=[a, e]", "rollout.max_new_tokens=12")
     native, _ = make_run("rollout.stop=[a, e]", "rollout.max_new_tokens=12")

@@ -79,6 +79,11 @@ BACKENDS: dict[str, MakeBackend] = {
 """Backends by name."""
 
 
+GREEDY_TEMPERATURE = 1e-6
+"""Leaves the most likely token with probability 1 in float32, unless logits differ by less than
+1e-4."""
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """With model and prompts, these determine which tokens are sampled."""
@@ -88,7 +93,7 @@ class SamplingOptions:
     temperature: float
     max_new_tokens: int
     weights_version: int
-    """The step after whose update the policy has its present weights."""
+    """The step after whose update the policy has its present weights; other numbers for others."""
     per_prompt: int = 1
     """Responses to each prompt, in adjacent rows."""
 

@@ -160,7 +160,7 @@ class Engine:
         from vllm import LLM  # noqa: PLC0415
 
         self._connection = connection
-        self._weights_version = -1
+        self._weights_version: int | None = None
         on_gpu = torch.cuda.is_available()
         began = time.perf_counter()
         self._llm: Any = LLM(
@@ -193,7 +193,7 @@ class Engine:
 
     def load(self, update: LoadWeights) -> WeightsLoaded:
         """Replaces the weights, and empties the prefix cache, which holds keys of the old ones."""
-        self._weights_version = -1
+        self._weights_version = None
         named = [(t.name, t.shape) for t in update.tensors]
         results = self._llm.collective_rpc(
             "load_weights_file", args=(update.path, named, update.checksum)
@@ -242,7 +242,7 @@ class Engine:
         tokens = self._run(engine, rows, request)
         logprobs, entropies = self._llm.collective_rpc("recorded_batch")[0]
         return Generated(
-            weights_version=self._weights_version,
+            weights_version=request.weights_version,
             lengths=[len(t) for t in tokens],
             ids=packed(tokens, limit),
             logprobs=logprobs,
