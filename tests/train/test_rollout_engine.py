@@ -94,7 +94,6 @@ def test_an_evaluation_of_averaged_weights_is_generated_with_these(make_run, eng
     native, _ = make_run(*keys)
     for each in (run, native):
         train_step(each, 1)
-        each.average.update(each.policy)
     ours, theirs = (evaluate_if_due(each, 1).metrics for each in (run, native))
     assert ours["eval/ema_score"] == pytest.approx(theirs["eval/ema_score"], abs=1e-3)
     assert ours["eval/score"] == pytest.approx(theirs["eval/score"], abs=1e-3)
