@@ -36,7 +36,7 @@ def correction_weights(
     ratio = ((old_logprobs - rollout_logprobs) * mask).exp()
     if kind == "truncate":
         return ratio.clamp(max=cap)
-    return ratio * (ratio <= cap)
+    return ratio.masked_fill(ratio > cap, 0.0)
 
 
 def with_rollout_correction(targets: Targets, rollout: Rollout, config: PPOConfig) -> Targets:
