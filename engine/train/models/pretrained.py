@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import (
 
 from engine import starter
 from engine.config.schema import RunConfig
+from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError
+from engine.train.data.chat_template import read_chat_template
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import offload_between_uses, place_model
@@ -27,7 +30,7 @@ from engine.train.models import lora
 from engine.train.models.fused_kernels import use_fused_kernels
 from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
 from engine.train.models.onednn_linear import use_onednn
-from engine.train.models.read_pretrained import read_pretrained
+from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 
 
 def load_policy(
@@ -58,7 +61,8 @@ def load_policy(
     adapted = config.lora.rank is not None
     base = starter.resolve(config.model.policy) if adapted else source
     dtype = compute_dtype(config) if adapted else torch.float32
-    lm = load_lm(base, "model.policy", ranks, dtype)
+    read = policy_options(config, base)
+    lm = load_lm(base, "model.policy", ranks, dtype, read)
     if config.model.kernels == "liger":
         use_fused_kernels(lm, ranks.device)
     with without_weights(ranks):
@@ -71,7 +75,7 @@ def load_policy(
             policy.value_trunk, policy.value_head = value_model
             use_onednn(policy.value_trunk)
         elif value == "separate":
-            trunk = _load_trunk(base, lm, ranks, dtype)
+            trunk = _load_trunk(base, lm, ranks, dtype, read)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
             use_onednn(trunk)
@@ -95,7 +99,17 @@ def load_reference(
         return AdapterFreePolicy(policy)
     key = "model.reference" if config.model.reference else "model.policy"
     dtype = compute_dtype(config)
-    lm = load_lm(starter.resolve(name), key, ranks, dtype)
+    source = starter.resolve(name)
+    read = (
+        replace(
+            policy_options(config, source),
+            revision=config.model.reference_revision,
+            gguf_file=None,
+        )
+        if config.model.reference
+        else policy_options(config, source)
+    )
+    lm = load_lm(source, key, ranks, dtype, read)
     if config.model.kernels == "liger":
         use_fused_kernels(lm, ranks.device)
     reference = LanguageModel(lm, compute=dtype)
@@ -112,8 +126,29 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
 
 
+def policy_options(config: RunConfig, source: str) -> ReadOptions:
+    """How the policy is read: as configured, or from a checkpoint, which is a plain folder."""
+    model = config.model
+    original = source == starter.resolve(model.policy)
+    return ReadOptions(
+        revision=model.revision if original else None,
+        gguf_file=model.gguf_file if original else None,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
+    )
+
+
+def reward_options(source: RewardSource) -> ReadOptions:
+    """How a reward model is read."""
+    return ReadOptions(revision=source.revision, trust_remote_code=source.trust_remote_code)
+
+
 def load_lm(
-    source: str, key: str, ranks: RankGroup, dtype: torch.dtype = torch.float32
+    source: str,
+    key: str,
+    ranks: RankGroup,
+    dtype: torch.dtype = torch.float32,
+    read: ReadOptions = NO_OPTIONS,
 ) -> PreTrainedModel:
     """Loads a causal language model on rank 0; the other ranks build it on the meta device.
 
@@ -122,35 +157,83 @@ def load_lm(
         key: the configuration key that names the model, for error messages.
         ranks: all ranks; all must call this.
         dtype: dtype of the weights.
+        read: how it is read.
 
     Raises:
         UserInputError: the model cannot be loaded or used.
     """
-    lm = _read_lm(source, key, dtype) if ranks.is_lead else None
+    lm = _read_lm(source, key, dtype, read) if ranks.is_lead else None
     with broadcast_files(ranks, *((lm.config, lm.generation_config) if lm else ())) as folder:
         if lm is None:
             with without_weights(ranks):
-                config = read_pretrained(AutoConfig, str(folder), key, "configuration")
-                lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+                config = read_shape(source, folder, key, read)
+                lm = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=dtype,
+                    trust_remote_code=read.trust_remote_code,
+                    **read.of_model(),
+                )
             lm.generation_config = GenerationConfig.from_pretrained(folder)
     return lm
 
 
-def _read_lm(source: str, key: str, dtype: torch.dtype) -> PreTrainedModel:
-    lm: PreTrainedModel = read_pretrained(AutoModelForCausalLM, source, key, dtype=dtype)
+def read_shape(source: str, received: Path, key: str, read: ReadOptions) -> Any:
+    """The configuration that rank 0 has broadcast, on another rank.
+
+    That of a model with code of its own is read from the source, where its code is.
+    """
+    if read.trust_remote_code:
+        return read_pretrained(AutoConfig, source, key, "configuration", read)
+    return read_pretrained(AutoConfig, str(received), key, "configuration")
+
+
+def _read_lm(source: str, key: str, dtype: torch.dtype, read: ReadOptions) -> PreTrainedModel:
+    lm: PreTrainedModel = read_pretrained(AutoModelForCausalLM, source, key, read=read, dtype=dtype)
     for needed in ("past_key_values", "logits_to_keep"):
         if needed not in inspect.signature(lm.forward).parameters:
             raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
     return copy_weights(lm)
 
 
-def _load_trunk(source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype) -> Any:
+def _load_trunk(
+    source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype, read: ReadOptions
+) -> Any:
     if ranks.is_lead:
-        return copy_weights(read_pretrained(AutoModel, source, "model.policy", dtype=dtype))
-    return AutoModel.from_config(lm.config, dtype=dtype, trust_remote_code=False)
+        return copy_weights(
+            read_pretrained(AutoModel, source, "model.policy", read=read, dtype=dtype)
+        )
+    return AutoModel.from_config(
+        lm.config, dtype=dtype, trust_remote_code=read.trust_remote_code, **read.of_model()
+    )
 
 
-def load_tokenizer(source: str, key: str, ranks: RankGroup) -> PreTrainedTokenizerBase:
+def load_policy_tokenizer(
+    config: RunConfig, source: str, ranks: RankGroup
+) -> PreTrainedTokenizerBase:
+    """Loads the policy's tokenizer, with `data.chat_template` if that is given.
+
+    All ranks must call it.
+
+    Args:
+        config: the configuration of the run.
+        source: the policy's folder or hub id, or a checkpoint's `policy/` folder.
+        ranks: all ranks.
+
+    Raises:
+        UserInputError: the tokenizer or the template cannot be read.
+    """
+    tokenizer = load_tokenizer(source, "model.policy", ranks, policy_options(config, source))
+    template = b""
+    if ranks.is_lead and config.data.chat_template is not None:
+        template = read_chat_template(config.data.chat_template).encode()
+    if template := ranks.broadcast_bytes(template):
+        tokenizer.chat_template = template.decode()
+    return tokenizer
+
+
+def load_tokenizer(
+    source: str, key: str, ranks: RankGroup, read: ReadOptions = NO_OPTIONS
+) -> PreTrainedTokenizerBase:
     """Loads a tokenizer on rank 0 and broadcasts it; all ranks must call it.
 
     Raises:
@@ -158,9 +241,13 @@ def load_tokenizer(source: str, key: str, ranks: RankGroup) -> PreTrainedTokeniz
     """
     tokenizer = None
     if ranks.is_lead:
-        tokenizer = read_pretrained(AutoTokenizer, source, key, "tokenizer")
+        tokenizer = read_pretrained(AutoTokenizer, source, key, "tokenizer", read)
     with broadcast_files(ranks, tokenizer) as folder:
-        return tokenizer or read_pretrained(AutoTokenizer, str(folder), key, "tokenizer")
+        if tokenizer is not None:
+            return tokenizer
+        if read.trust_remote_code:  # its code is not among the files
+            return read_pretrained(AutoTokenizer, source, key, "tokenizer", read)
+        return read_pretrained(AutoTokenizer, str(folder), key, "tokenizer")
 
 
 def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
