@@ -73,12 +73,15 @@ class Guardrails:
         configured = {r.name: r for r in config.rules}
         defaults = {r.name: r for r in DEFAULT_RULES} if config.defaults else {}
         self.rules = list((defaults | configured).values())
-        self._windows: dict[str, deque[float]] = {
+        self._windows: dict[str, deque[tuple[int, float]]] = {
             r.name: deque(maxlen=r.window) for r in self.rules
         }
+        """Step and value, oldest first."""
         self._alerted: dict[str, float] = {}
         """Rule whose condition holds → the distance beyond its limit at its last alert."""
         self._without_scale: set[str] = set()
+        self._last = 0
+        """The last step that was checked."""
 
     def check(
         self,
@@ -102,6 +105,7 @@ class Guardrails:
             beyond its limit as at the last alert.
         """
         alerts = []
+        self._last = step
         for rule in self.rules:
             value = metrics.get(rule.metric)
             if value is None and rule.metric != "*":
@@ -119,8 +123,25 @@ class Guardrails:
                 text, brief = f"{name}{breach.text}", f"{title}{breach.brief}"
                 alerts.append(Alert(rule.name, rule.action, text, step, evidence, brief))
             if value is not None and math.isfinite(value):
-                self._windows[rule.name].append(value)
+                self._windows[rule.name].append((step, value))
         return alerts
+
+    def forget_after(self, step: int) -> None:
+        """Forgets the steps after `step`, which are abandoned or will be repeated.
+
+        If there were any, conditions that hold after it raise an alert again.
+        """
+        if self._last <= step:
+            return
+        self._last = step
+        self._alerted.clear()
+        for window in self._windows.values():
+            while window and window[-1][0] > step:
+                window.pop()
+
+    def _window(self, rule: Rule) -> list[float]:
+        """The metric's values of at most `rule.window` earlier steps, oldest first."""
+        return [value for _, value in self._windows[rule.name]]
 
     def _evaluate(
         self, rule: Rule, metrics: dict[str, float | None], settings: dict[str, Any]
@@ -131,7 +152,8 @@ class Guardrails:
         value = metrics.get(rule.metric)
         if value is None or not math.isfinite(value):
             return None
-        observed = Observation(value, _scale(rule, settings), self._windows[rule.name])
+        window = self._window(rule)
+        observed = Observation(value, _scale(rule, settings), window)
         breaches = (condition(rule, observed) for condition in CONDITIONS.values())
         return next((breach for breach in breaches if breach is not None), None)
 
@@ -160,7 +182,7 @@ class Guardrails:
         return {
             "metric": rule.metric,
             "value": value,
-            "window": list(self._windows[rule.name]),
+            "window": self._window(rule),
             "samples": [
                 {"index": s.index, "prompt": s.prompt, "response": s.response,
                  "score": s.score, "kl": s.kl, "length": s.length}

@@ -46,6 +46,8 @@ from rlhf_tui.widgets.textual_internals import (
     screens_of_current_mode,
 )
 
+LEAVING = ("q", "ctrl+c")
+"""The keys of :meth:`RlhfApp.action_detach`."""
 NOTICE = 5.0
 """Seconds for which a notice replaces the line of keys."""
 SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
@@ -223,10 +225,14 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
         Information replaces the line of keys for a moment, so that it covers nothing.
         """
-        screen = next(iter(screens_of_current_mode(self)), None)
+        screens = screens_of_current_mode(self)
+        screen = next(iter(screens), None)
         if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
             screen.query_one(KeyFooter).say(text, NOTICE)
             return
+        toasts = [toast for top in screens[-1:] for toast in top.query("Toast")]
+        if sanitise(text) in [str(toast.render()) for toast in toasts]:
+            return  # a key that is held down says it once
         self.notify(
             sanitise(text), severity=severity, markup=False, timeout=SECONDS_SHOWN[severity]
         )
@@ -259,6 +265,11 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         hangup.end_soon(code)
 
     # -- keys ----------------------------------------------------------------------------------
+
+    async def wait_until_ready(self, key: str) -> None:
+        """Waits for the rows that a key typed ahead is meant for. Leaving waits for nothing."""
+        if isinstance(self.screen, SessionScreen) and key not in LEAVING:
+            await self.screen.wait_for_rows()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Steering keys are enabled only if the selected run takes commands."""

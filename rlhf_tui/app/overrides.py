@@ -33,7 +33,8 @@ def split_overrides(text: str) -> list[str]:
         raise FormError("a quote is not closed") from None
     for word in words:
         if "=" not in word:
-            raise FormError(f"'{word}': type key=value, such as kl.beta=0.1")
+            example = "kl.beta=0.1, in quotes if the value has spaces"
+            raise FormError(f"'{word}': type key=value, such as {example}")
     return words
 
 

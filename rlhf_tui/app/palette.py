@@ -143,6 +143,9 @@ class PaletteCommand:
     title: str
     help: str
     run: Callable[[], Any]
+    rank: int = 2
+    """Its place while nothing is typed: 0 first, 1 for the keys that the footer may show, 3 for
+    disabled ones."""
 
 
 class PaletteCommands(Provider):
@@ -153,7 +156,7 @@ class PaletteCommands(Provider):
         self._ran = False
 
     async def discover(self) -> Hits:
-        """All commands: first those of the screen."""
+        """All commands: first those of the screen, its less common ones last."""
         for command in self.commands():
             yield DiscoveryHit(command.title, partial(self._once, command), help=command.help)
 
@@ -180,7 +183,7 @@ class PaletteCommands(Provider):
     def commands(self) -> Iterator[PaletteCommand]:
         """The commands of this screen and of the app, those of the other screens, the themes."""
         app = cast(PaletteApp, self.app)
-        yield from sorted(self._here(), key=_not_help)  # enter runs the first one at once
+        yield from sorted(self._here(), key=lambda command: command.rank)
         if not isinstance(self.screen, SessionScreen):
             return  # a dialog
         for mode in MODES:
@@ -201,12 +204,16 @@ class PaletteCommands(Provider):
             if isinstance(active.node, Input):  # the keys that edit its text
                 continue
             title = TITLES.get(binding.action, binding.description)
+            # Enter runs the first one at once, so it must be harmless.
+            rank = 0 if binding.action == "help" else 1 if binding.show else 2
+            rank = rank if active.enabled else 3
             found.setdefault(
                 binding.action,
                 PaletteCommand(
                     title[0].upper() + title[1:],
                     described(binding, ""),
                     partial(self._run_or_explain, binding, active.node),
+                    rank,
                 ),
             )
         return list(found.values())
@@ -231,10 +238,6 @@ class PaletteCommands(Provider):
         """Runs an action, or shows why it is disabled."""
         if not await self.app.run_action(binding.action, node):
             cast(PaletteApp, self.app).on_key(events.Key(binding.key, None))
-
-
-def _not_help(command: PaletteCommand) -> bool:
-    return command.title != "Help"
 
 
 def described(binding: Binding, before: str) -> str:

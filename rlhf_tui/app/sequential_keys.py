@@ -26,7 +26,11 @@ class SequentialKeys(App[None], inherit_bindings=False):
 
     async def _run_key(self, key: str) -> bool:
         """Runs the binding of a key and waits for the screen it opens; False without a binding."""
+        await self.wait_until_ready(key)
         done = await run_key_binding(self, key)
         if done:
             await wait_until_mounted(self.screen)
         return done
+
+    async def wait_until_ready(self, key: str) -> None:
+        """Waits until a key can act on what the screen shows; overridden."""

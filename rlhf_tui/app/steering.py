@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from textual.app import App
 from textual.binding import Binding, BindingType
 
-from engine.config.settings import LIVE_SETTINGS, Settings
+from engine.config.settings import LIVE_SETTINGS
 from engine.errors import RlhfError
 from engine.journal.rows import ProbeResult
 from engine.protocol.commands import (
@@ -24,7 +23,7 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
-from engine.session.checkpoints import checkpoint_path, saved_settings
+from rlhf_tui.app.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.format import value_text
@@ -254,7 +253,7 @@ class Steering:
         rows: list[Row] = [
             [(f"The run returns to step {step} and continues.", "")],
             [(f"{lost} steps are discarded (kept as a ghost).", "dim")],
-            *_settings_after(target, step),
+            *settings_after(target, step),
         ]
         choices = [
             Choice("c", "Cancel", "cancel"),
@@ -409,47 +408,3 @@ def _is_too_early_or_late(target: SteeringTarget, action: str) -> bool:
 
 def _no_engine(target: SteeringTarget) -> str:
     return f"no engine runs '{target.name}'; resume it: rlhf-tui resume {target.name}"
-
-
-OFF = {
-    "stop_kl": "the passes never end early",
-    "clip_range_high": "the same as clip_range",
-    "dual_clip": "no bound",
-}
-"""Settings that may be off (null), and what that means."""
-
-
-def _settings_after(target: SteeringTarget, step: int) -> list[Row]:
-    """The settings that a roll back changes, old → new: the checkpoint has those of its step."""
-    saved = saved_settings(checkpoint_path(target.session.checkpoints, step))
-    if not saved:
-        return [
-            [(f"Beta, the controller and all settings return to those of step {step}.", "warn")]
-        ]
-    changed = [
-        (key, old, new)
-        for key in LIVE_SETTINGS
-        if key in saved
-        and (old := value_text(target.settings.get(key))) != (new := value_text(saved[key]))
-    ]
-    if not changed:
-        return [[("All settings, beta included, stay as they are now.", "dim")]]
-    rows: list[Row] = [[(f"All settings, beta included, return to those of step {step}:", "")]]
-    for key, old, new in changed:
-        rows.append([(f"  {key:<15}", "dim"), (f"{old} → ", ""), (new, "strong")])
-    return rows
-
-
-def parse_value(key: str, text: str, settings: Settings) -> Any:
-    """A typed value as the setting would hold it. Raises CommandRejectedError."""
-    value: Any = text.strip()
-    if key in OFF and value in ("off", "none", ""):
-        value = None
-    else:
-        for kind in (int, float):
-            try:
-                value = kind(text)
-                break
-            except ValueError:
-                continue
-    return SetSetting(key=key, value=value).new_values(settings)[key]

@@ -15,22 +15,41 @@ from textual.screen import ModalScreen, Screen
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Lines, Row
 from rlhf_tui.widgets.textual_internals import screens_of_current_mode
+from rlhf_tui.widgets.wrap import wrap_row
 
 if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up stays short
     from textual.widgets import Button, Input
 
 
+MARGIN, WIDEST = 4, 84
+"""Width of border and padding, and the greatest width of a dialog (app.tcss)."""
+
+
+def text_width(terminal: int) -> int:
+    """Cells of a line of text in a dialog, in a terminal of so many columns."""
+    return max(min(terminal * 9 // 10, WIDEST) - MARGIN, 10)
+
+
 class MessageLine(Lines):
-    """Lines of a dialog; its height is their number."""
+    """Lines of a dialog, broken between words. Its height is their number."""
 
     def __init__(self, rows: list[Row], *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id)
+        self._given = rows
         self.say(rows)
 
     def say(self, rows: list[Row]) -> None:
         """Replaces the lines, and changes the height with them."""
-        self.styles.height = max(len(rows), 1)
-        self.show(rows)
+        self._given = rows
+        width = text_width(self.app.size.width)
+        broken = [line for row in rows for line in wrap_row(row, width)]
+        self.styles.height = max(len(broken), 1)
+        self.show(broken)
+
+    def on_resize(self) -> None:
+        """Breaks the lines for the new width."""
+        self.say(self._given)
+        super().on_resize()
 
 
 Result = TypeVar("Result")

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
-from rlhf_tui.dialogs.base import Dialog, MessageLine
-from rlhf_tui.dialogs.text import MARGIN, WIDEST
+from rlhf_tui.dialogs.base import Dialog, MessageLine, text_width
 from rlhf_tui.text import one_line
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.wrap import wrap
@@ -94,7 +93,7 @@ class FormDialog(Dialog[Values]):
 
     def _show_effect(self) -> bool:
         valid, effect = self.check(self.values())
-        width = max(min(self.app.size.width * 9 // 10, WIDEST) - MARGIN, 10)
+        width = text_width(self.app.size.width)
         rows: list[Row] = [[(x, "dim" if valid else "warn")] for x in wrap(effect, width)]
         self.query_one("#effect", MessageLine).say(rows[:MOST_LINES] or [[]])
         return valid

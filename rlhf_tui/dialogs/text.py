@@ -7,15 +7,13 @@ from textual.binding import Binding, BindingType
 
 from engine.journal.rows import ProbeResult
 from rlhf_tui import format as fmt
-from rlhf_tui.dialogs.base import Dialog, MessageLine
+from rlhf_tui.dialogs.base import Dialog, MessageLine, text_width
 from rlhf_tui.widgets.lines import Row
-from rlhf_tui.widgets.table import ScrollText
+from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
 FRAME = 6
 """Rows of the terminal that a dialog does not use for its text."""
-MARGIN, WIDEST = 4, 84
-"""Width of border and padding, and the greatest width of a dialog (app.tcss)."""
 
 
 class TextDialog(Dialog[str]):
@@ -36,7 +34,7 @@ class TextDialog(Dialog[str]):
     @property
     def width(self) -> int:
         """Cells that a line can use."""
-        return max(min(self.app.size.width * 9 // 10, WIDEST) - MARGIN, 10)
+        return text_width(self.app.size.width)
 
     def body(self) -> ComposeResult:
         """The lines, and the keys below them."""

@@ -1,5 +1,7 @@
 """The base of all screens: tabs and status on top, keys at the bottom."""
 
+import asyncio
+import contextlib
 from typing import ClassVar, cast
 
 from textual.app import ComposeResult
@@ -13,6 +15,9 @@ from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.panels.panel import Panel
 from rlhf_tui.widgets.status_lines import StatusLine, Tabs
 
+FIRST_ROWS = 3.0
+"""Seconds that keys wait for the rows of a list that is being read."""
+
 
 class SessionScreen(Screen[None]):
     """The screen of a mode."""
@@ -24,9 +29,13 @@ class SessionScreen(Screen[None]):
     READ_ONLY = "read-only: nothing can be changed"
     """The notice in place of an action of :attr:`WRITES`."""
 
+    LISTS: ClassVar[bool] = False
+    """Whether it reads a list in a thread; it then calls :meth:`rows_read`."""
+
     def __init__(self) -> None:
         super().__init__()
         self._enabled_keys: list[tuple[str, str, bool]] = []
+        self._rows_read = asyncio.Event()
 
     @property
     def context(self) -> AppContext:
@@ -56,6 +65,19 @@ class SessionScreen(Screen[None]):
     def on_screen_resume(self) -> None:
         """Shows what has changed while another screen was visible."""
         self.draw()
+
+    # -- keys typed ahead ----------------------------------------------------------------------
+
+    def rows_read(self) -> None:
+        """Call it when the list was read for the first time."""
+        self._rows_read.set()
+
+    async def wait_for_rows(self) -> None:
+        """Waits for the first rows, so that keys typed ahead act on them; not for long."""
+        if self.LISTS and not self._rows_read.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._rows_read.wait(), FIRST_ROWS)
+            self._rows_read.set()  # a folder that cannot be read delays one key, not all
 
     def draw(self, *, only_live: bool = False) -> None:
         """Shows the state; `only_live`: only phases and machine have changed."""

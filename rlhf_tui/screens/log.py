@@ -12,7 +12,7 @@ from textual.worker import get_current_worker
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.widgets.lines import Lines, Piece, Row
-from rlhf_tui.widgets.table import ScrollList
+from rlhf_tui.widgets.scroll_list import ScrollList
 
 MOST_BYTES = 8_000_000
 MOST_LINES = 100_000

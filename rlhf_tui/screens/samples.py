@@ -16,7 +16,6 @@ from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.commands import Probe
 from engine.protocol.rank_messages import TokenArrays
-from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens import sample_comparison, sample_labels, sample_list
 from rlhf_tui.screens.base import SessionScreen
@@ -31,17 +30,12 @@ from rlhf_tui.screens.sample_list import (
     PageRead,
     SampleList,
 )
+from rlhf_tui.screens.sample_table import cells_of, samples_table
 from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
-from rlhf_tui.widgets.samples.judgement import key_of, mark
+from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import VIEWS, SampleView
-from rlhf_tui.widgets.table import Column, Table
-
-
-class SamplesTable(Table):
-    """The list of samples."""
-
-    with_scrollbar = True
+from rlhf_tui.widgets.table import Table
 
 
 class ArraysRead(Message):
@@ -59,16 +53,17 @@ class SamplesScreen(SessionScreen):
     """Mode 3."""
 
     MODE = "samples"
+    LISTS = True
     WRITES = frozenset({"label", "remark", "better"})
     READ_ONLY = "read-only: labelling disabled"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("E", "held_out", "held-out/training"),
         *sample_labels.BINDINGS,
         *sample_comparison.BINDINGS,
-        *sample_list.BINDINGS,
         Binding("slash,f", "filter", "filter"),
         Binding("v", "view", "tokens"),
+        *sample_list.BINDINGS,
+        Binding("E", "held_out", "held-out"),
         Binding("n", "next(1)", "next response", show=False),
         Binding("N", "next(-1)", "previous response", show=False),
         Binding("z", "enlarge", "full screen"),
@@ -103,20 +98,7 @@ class SamplesScreen(SessionScreen):
         """The table, and the selected sample beside or below it."""
         yield Lines(id="filter")
         with Container(id="panes"):
-            yield SamplesTable(
-                [
-                    Column("step", 6, right=True),
-                    Column("#", 3, right=True),
-                    Column("score", 7, right=True),
-                    Column("KL", 7, right=True),
-                    Column("len", 4, right=True),
-                    Column("", 1),
-                    Column("", 2),
-                    Column("prompt", 10, flexible=True, terminal=100),
-                    Column("response", 10, flexible=True),
-                ],
-                id="samples",
-            )
+            yield samples_table()
             yield SampleView(id="sample")
 
     def refresh_content(self) -> None:
@@ -167,8 +149,9 @@ class SamplesScreen(SessionScreen):
         key, samples.select = samples.select, None
         if samples.following:
             key = next(iter(samples.rows), None)
-        rows = [(k, _cells(row)) for k, row in samples.rows.items()]
+        rows = [(k, cells_of(row)) for k, row in samples.rows.items()]
         table.set_rows(rows, self._empty(), key=key, lost=0)
+        self.rows_read()
         samples.arrived |= not asked and before not in (None, table.key)
         self._show_query()
         if table.key == before and (row := self.selected()) is not None:
@@ -264,7 +247,7 @@ class SamplesScreen(SessionScreen):
         """Shows a sample of this page with another judgement."""
         key, view = key_of(row), self.query_one(SampleView)
         self.samples.rows[key] = row
-        self.query_one(Table).set_cells(key, _cells(row))
+        self.query_one(Table).set_cells(key, cells_of(row))
         if view.sample is not None and key_of(view.sample) == key:
             view.read(row, view.arrays, view.kept)
 
@@ -410,26 +393,3 @@ class SamplesScreen(SessionScreen):
             self.samples.set_filter("")
         else:
             self.samples.leave_prompt()
-
-
-def _cells(row: SampleRow) -> list[Piece]:
-    score = row.score
-    return [
-        (str(row.step), "dim"),
-        (str(row.index), "dim"),
-        (fmt.number(score, 2), "strong"),
-        (_kl(row.kl), ""),
-        (str(row.length), ""),
-        ("" if row.ended else "✂", "warn"),
-        mark(row),
-        (row.prompt.strip(), "dim"),
-        (row.response.strip(), ""),
-    ]
-
-
-def _kl(value: float | None) -> str:
-    """In six cells; the KL of the first steps is near 0, or rounding noise such as 3.56e-07."""
-    size = abs(value or 0)
-    if 0 < size < 0.005:
-        return f"{value:.0e}"
-    return fmt.number(value, 2 if size < 0.1 else 1)

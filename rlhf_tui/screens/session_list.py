@@ -1,6 +1,7 @@
 """The list of the sessions screen: reads the folder, and makes rows and columns of it."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,10 +25,27 @@ from rlhf_tui.widgets.table import Column, Table
 
 NAME = 1
 """The index of the column of names."""
+LEAST_WITH_KL = 94
+"""Width of the table from which on it has a column of the KL."""
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 12
 SPARK_STEPS = 400
 """Newest steps that a sparkline shows."""
+
+LEAST = float("-inf")
+"""Sorts before all values."""
+ORDERS: dict[str, Callable[[SessionRow], float | str]] = {
+    "name": lambda row: row.name,
+    "state": lambda row: row.state,
+    "step": lambda row: row.step,
+    "beta": lambda row: LEAST if row.beta is None else row.beta,
+    "score": lambda row: LEAST if row.score is None else row.score,
+    "KL": lambda row: LEAST if row.kl is None else row.kl,
+    "active": lambda row: row.updated or 0,
+}
+"""Title of a column → what it sorts by."""
+ASCENDING = ("name", "state")
+"""The titles that first sort in ascending order, the others in descending order."""
 
 
 def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
@@ -73,6 +91,13 @@ class SessionListCache:
         return found
 
 
+def ordered(sessions: list[ListedSession], title: str, *, descending: bool) -> list[ListedSession]:
+    """Sorts by the column with this title; "" keeps the order of :class:`SessionListCache`."""
+    if title not in ORDERS:
+        return sessions
+    return sorted(sessions, key=lambda s: ORDERS[title](s.row), reverse=descending)
+
+
 def _stamp(session: Session) -> object:
     files = (session.journal_file, session.journal_file.with_name("journal.db-wal"))
     times = []
@@ -100,7 +125,7 @@ def sessions_table() -> Sessions:
             Column("step", 11, right=True),
             Column("beta", 7, right=True),
             Column("score", 7, right=True),
-            Column("KL", 7, right=True, least=94),
+            Column("KL", 7, right=True, least=LEAST_WITH_KL),
             Column("score curve", SPARK_WIDTH, least=78),
             Column("active", 8, right=True),
         ],
@@ -130,13 +155,19 @@ def short_path(path: str | Path) -> str:
         return str(path)
 
 
-def lines_about(row: SessionRow) -> list[Row]:
-    """Folder, engine, checkpoints and the reason for the state of a session."""
+def lines_about(row: SessionRow, width: int) -> list[Row]:
+    """Folder, engine, checkpoints and the reason for the state of a session.
+
+    The KL, too, if the table is too narrow for its column.
+    """
     engine = f"engine pid {row.pid} on {row.host}" if row.pid else "no engine"
     steps = ", ".join(map(str, row.checkpoints[-6:])) or "none"
+    facts: list[Piece] = [(" ", ""), (engine, "")]
+    if width < LEAST_WITH_KL:
+        facts += [("   KL ", "dim"), (fmt.number(row.kl, 2), "")]
     found: list[Row] = [
         [(f" {short_path(row.folder)}", "dim")],
-        [(" ", ""), (engine, ""), ("   checkpoints ", "dim"), (steps, "")],
+        [*facts, ("   checkpoints ", "dim"), (steps, "")],
     ]
     if row.pause_reason:
         found.append([(f" {paused_text(row.pause_reason, row.step)}", "warn")])

@@ -14,14 +14,18 @@ from engine.session.folder import Session, free_name
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.session_list import (
+    ASCENDING,
     NAME,
+    ORDERS,
     SessionListCache,
     cells_of,
     lines_about,
+    ordered,
     sessions_table,
     short_path,
 )
 from rlhf_tui.state.messages import (
+    HeaderSelected,
     RowHighlighted,
     RowSelected,
     SessionPreviewed,
@@ -50,6 +54,7 @@ class SessionsScreen(SessionScreen):
     """Mode 1."""
 
     MODE = "sessions"
+    LISTS = True
     WRITES = frozenset({"new", "new_from_file", "resume", "fork", "delete"})
     READ_ONLY = "read-only: nothing can be started or deleted"
     AUTO_FOCUS = "Sessions"
@@ -59,6 +64,8 @@ class SessionsScreen(SessionScreen):
         Binding("r", "resume", "resume"),
         Binding("f", "fork", "fork"),
         Binding("d,delete", "delete", "delete"),
+        Binding("s", "sort", "sort", show=False),
+        Binding("R", "reverse", "reverse", show=False),
     ]
 
     def __init__(self) -> None:
@@ -103,8 +110,6 @@ class SessionsScreen(SessionScreen):
     def on_sessions_listed(self, message: SessionsListed) -> None:
         """Shows the rows."""
         self._rows = {s.row.name: s for s in message.rows}
-        now = self.context.now()
-        cells = [(s.row.name, cells_of(s, now)) for s in message.rows]
         empty: list[Row] = [
             [(f" no sessions in {short_path(self.context.root)}", "dim")],
             [],
@@ -117,15 +122,34 @@ class SessionsScreen(SessionScreen):
         first, self._listed = not self._listed, True
         longest = max((len(s.row.name) for s in message.rows), default=0)
         table.columns[NAME].most = max(longest, table.columns[NAME].width)
-        table.set_rows(cells, empty)
+        self._show_rows(empty)
         self._fit()
         if first and self.context.state.name in self._rows:
-            table.go([s.row.name for s in message.rows].index(self.context.state.name))
+            table.go(table.keys.index(self.context.state.name))
         self._about()
+        self.rows_read()
         for listed in message.rows:
             if listed.row.name != self.context.state.name:  # the follower reads the open session
                 self.context.commands.run_read(SteeringTarget.of_row(listed.row))
         self.refresh_keys()
+
+    def _show_rows(self, empty: list[Row] | None = None) -> None:
+        """Shows the rows in the order of the table; the cursor stays on its session."""
+        now, table = self.context.now(), self._table
+        rows = ordered(list(self._rows.values()), table.sorted_by, descending=table.descending)
+        table.set_rows([(s.row.name, cells_of(s, now)) for s in rows], empty)
+
+    def on_header_selected(self, message: HeaderSelected) -> None:
+        """Sorts by the column whose title was clicked; again reverses the order."""
+        if message.title == self._table.sorted_by:
+            self.action_reverse()
+        elif message.title in ORDERS:
+            self._sort_by(message.title)
+
+    def _sort_by(self, title: str) -> None:
+        self._table.sorted_by = title
+        self._table.descending = title not in ASCENDING
+        self._show_rows()
 
     def on_row_highlighted(self, message: RowHighlighted) -> None:
         """Shows the lines about the highlighted session, and the keys that can act on it."""
@@ -135,7 +159,8 @@ class SessionsScreen(SessionScreen):
 
     def _about(self) -> None:
         row = self._highlighted()
-        self.query_one("#about", Lines).show(lines_about(row) if row else [])
+        lines = lines_about(row, self._table.size.width) if row else []
+        self.query_one("#about", Lines).show(lines)
         self._ask_preview()
 
     # -- the preview ---------------------------------------------------------------------------
@@ -143,7 +168,7 @@ class SessionsScreen(SessionScreen):
     def on_resize(self) -> None:
         """Shows the preview where there is room for it."""
         self._fit()
-        self._ask_preview()
+        self._about()
 
     def _fit(self) -> None:
         """Puts the preview beside the table, below it, or nowhere."""
@@ -226,6 +251,17 @@ class SessionsScreen(SessionScreen):
             case "delete" if row.pid:
                 return f"'{row.name}' is running: stop it first (S)"
         return ""
+
+    def action_sort(self) -> None:
+        """Sorts by the next column; after the last one, live and newest sessions come first."""
+        titles = ["", *ORDERS]
+        at = titles.index(self._table.sorted_by)
+        self._sort_by(titles[(at + 1) % len(titles)])
+
+    def action_reverse(self) -> None:
+        """Reverses the order of the column that the list is sorted by."""
+        self._table.descending = not self._table.descending
+        self._show_rows()
 
     def action_new(self) -> None:
         """Asks, then starts the demo."""

@@ -1,8 +1,13 @@
 """Line breaking."""
 
+import re
+
 from rich.cells import cell_len
 
-from rlhf_tui.text import sanitise
+from rlhf_tui.text import one_line, sanitise
+from rlhf_tui.widgets.lines import Piece, Row, row_width
+
+_WORDS = re.compile(r" *[^ ]+| +")
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -34,3 +39,23 @@ def pieces(word: str, width: int) -> list[str]:
             start, size = i, 0
         size += wide
     return [*found, word[start:]]
+
+
+def wrap_row(row: Row, width: int) -> list[Row]:
+    """A row in as many rows of at most `width` cells as it needs; each word keeps its tone."""
+    if row_width(row) <= width:
+        return [row]
+    lines: list[list[Piece]] = [[]]
+    used = 0
+    for text, tone in row:
+        for word in _WORDS.findall(one_line(text)):
+            if used and used + cell_len(word) > width:
+                lines.append([])
+                word, used = word.lstrip(" "), 0
+            *full, rest = pieces(word, width)
+            for piece in full:
+                lines[-1].append((piece, tone))
+                lines.append([])
+            lines[-1].append((rest, tone))
+            used = cell_len(rest) if full else used + cell_len(rest)
+    return list(lines)

@@ -18,18 +18,21 @@ from scripts.pictures.terminal import COLOURS, Terminal
 SIZES = ((80, 24), (120, 40), (200, 50))
 GROUPS = (
     {
-        "sessions": "1", "new-run": "n", "resume": "<1 r", "fork": "<1 f", "delete": "<1 d",
-        "dashboard": "<2", "marker": "n n", "chart": "z", "metrics": "<2 m", "overlay": "<O",
+        "sessions": "1", "new-demo": "n", "new-run": "<N", "resume": "<G r", "fork": "<f",
+        "delete": "<d", "help-sessions": "<?", "dashboard": "<g Enter", "events": "Tab",
+        "marker": "<n n", "event": "Enter", "alert": "N N N", "chart": "<z",
+        "metrics": "<2 m", "overlays": "<O", "overlay": "Down Enter", "latest": "<v",
         "beta": "<b", "beta-invalid": "x", "settings": "<e", "setting": "Enter", "note": "<w",
-        "probe": "<x", "stop": "<S", "help": "<?", "palette": "<C-p", "machine": "<v v",
+        "probe": "<x", "stop": "<S", "help": "<?", "palette": "<C-p", "machine": "<v",
         "checkpoints": "<4", "roll-back": "r", "fork-checkpoint": "<f", "export": "<E",
         "log": "<5", "log-search": "/ s t e p Enter",
     },
     {
-        "samples": "3", "sample-note": "W", "help-samples": "<?", "compare": "<d",
-        "full-screen-compare": "z", "full-screen": "<z", "tokens-kl": "<3 G v",
+        "samples": "3", "sample-note": "W", "judged": "<+", "help-samples": "<?",
+        "compare": "<d", "full-screen-compare": "z", "full-screen": "<z", "same-prompt": "<=",
+        "probes": "<P", "probe-shown": "Enter", "held-out": "<E", "tokens-kl": "<E G v",
         "tokens-logprob": "v", "tokens-advantage": "v", "tokens-value": "v",
-        "filter": "v / b a d",
+        "filter": "v / b a d", "filtered": "Enter",
     },
 )  # fmt: skip
 """Keys that lead from one screen to the next, as :meth:`Terminal.press` takes them; `<` leaves what

@@ -11,7 +11,12 @@ from pathlib import Path
 
 PAUSED = "reviews"
 """The name of the session."""
-SMALL = ("-o", "rollout.batch_size=16", "-o", "train.save_every=10", "-o", "log.arrays=16")
+OTHER = "reviews-beta"
+"""The name of a fork of it, to compare with."""
+SMALL = (
+    "-o", "rollout.batch_size=16", "-o", "train.save_every=10", "-o", "log.arrays=16",
+    "-o", "eval.every=10", "-o", "eval.holdout=16",
+)  # fmt: skip
 
 
 def program(*arguments: str) -> list[str]:
@@ -51,7 +56,10 @@ def wait_for_step(sessions: Path, wanted: int) -> None:
 
 @contextlib.contextmanager
 def paused_run(folder: Path) -> Iterator[Path]:
-    """A live, paused run with interventions, an alert and an abandoned branch; ended on leaving."""
+    """A live, paused run with interventions, an alert, evaluations, an abandoned branch and a fork.
+
+    It is ended on leaving.
+    """
     sessions = folder / "sessions"
     for variable in ("XDG_CONFIG_HOME", "XDG_STATE_HOME"):
         os.environ[variable] = str(folder / variable)  # not the operator's preferences
@@ -68,6 +76,8 @@ def paused_run(folder: Path) -> Iterator[Path]:
         ctl(sessions, "kl", "adaptive", "--target", "4")
         wait_for_step(sessions, 32)
         ctl(sessions, "pause")
+        run("fork", "--sessions", str(sessions), PAUSED, "--from", "20", "--name", OTHER,
+            "-o", "kl.beta=0.6", "-o", "train.steps=26", "--headless")  # fmt: skip
         yield sessions
     finally:
         ctl(sessions, "stop", "--now")

@@ -174,3 +174,17 @@ def test_a_replay_raises_the_same_alerts():
     rules = (Rule(name="a", metric="m", above=1.0), Rule(name="b", metric="m", falls=0.3, window=2))
     values = [0.5, 2.0, 2.0, 0.4, 3.0, math.nan, 3.0]
     assert alert_steps(rails(*rules), values) == alert_steps(rails(*rules), values)
+
+
+def test_steps_that_are_abandoned_leave_nothing_behind():
+    rules = (Rule(name="r", metric="m", falls=0.5, window=3), Rule(name="any", metric="*"))
+    guardrails = rails(*rules)
+    assert alert_steps(guardrails, [4, 4, 40, math.inf]) == [4]
+    guardrails.forget_after(2)
+    alerts = [guardrails.check(step, {"m": value}, {}) for step, value in ((3, 4.0), (4, math.inf))]
+    assert [len(found) for found in alerts] == [
+        0,
+        1,
+    ]  # 4 is no fall from 4, 4; the alert is repeated
+    guardrails.forget_after(4)  # a resume from the last step
+    assert guardrails.check(5, {"m": math.inf}, {}) == []

@@ -322,6 +322,21 @@ def test_a_fork_takes_the_past_and_leaves_the_rest(writer, make_session):
     assert scores(writer.session) == {1: 1.1, 2: 2.1, 3: 3.1}
 
 
+def test_a_fork_has_no_events_of_what_its_source_went_through_after_the_checkpoint(
+    writer, make_session
+):
+    writer.steps(1, 2)
+    writer.checkpoint(2)
+    writer.journal.record_event("error", {"text": "out of memory"})
+    writer.journal.record_event("alert", {"rule": "restart", "text": "out of memory; restarted"})
+    writer.journal.record_event("note", {"text": "fork from here"})
+    writer.journal.begin_attempt(2, fresh=False)
+    child = make_session("child")
+    copy_until(writer.session, child, 2)
+    with JournalReader(child) as record:
+        assert [e.kind for e in record.events()] == ["attempt", "checkpoint", "note"]
+
+
 def test_samples_are_searched_and_ordered(writer):
     writer.steps(1, 2, 3)
     with JournalReader(writer.session) as record:
@@ -461,3 +476,18 @@ def test_a_path_with_signs_that_mean_something_in_a_uri_is_read(make_session, wr
 
 def test_a_local_folder_is_not_taken_for_a_network_one(tmp_path):
     assert not on_network(tmp_path)
+
+
+def test_an_evaluation_before_the_first_step_is_repeated_by_an_attempt_from_step_0(writer):
+    sample = writer.sample(0, 0)
+    writer.journal.record_baseline({"eval/score": 1.0, "eval/kl": 0.5}, [sample])
+    writer.steps(1)
+    writer.journal.begin_attempt(0, fresh=False)
+    with JournalReader(writer.session) as reader:
+        assert reader.series("eval/score") == []
+        assert reader.past_series("eval/score") == [(1, 0, 1.0)]
+        assert reader.samples.evaluated() == []
+    writer.journal.record_baseline({"eval/score": 2.0}, [])
+    with JournalReader(writer.session) as reader:
+        assert reader.series("eval/score") == [(0, 2.0)]
+        assert reader.series("eval/kl") == []

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from engine import starter
 from engine.config import file as config_file
 from engine.session.folder import create
+from engine.train.ppo import chunked_loss
 from engine.train.step import generate_rollout, train_step
 from tests.train.conftest import SMALL
 
@@ -119,6 +120,7 @@ def test_two_ranks_compute_the_step_of_one(make_run, tmp_path):
                     "session": str(session.folder),
                     "recorded": str(tmp_path / f"{kind}.pickle"),
                     "result": str(tmp_path / f"{kind}-{strategy}.json"),
+                    "most_logits": chunked_loss.MOST_LOGITS,
                 }
             )
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))

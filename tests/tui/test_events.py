@@ -6,7 +6,7 @@ from engine.journal.writer import JournalWriter
 from rlhf_tui.dialogs.event import EventDialog
 from rlhf_tui.widgets.panels.cursor import CursorPanel
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
-from rlhf_tui.widgets.table import ScrollText
+from rlhf_tui.widgets.scroll_list import ScrollText
 from tests.tui.conftest import freeze
 
 LONG = "objective/kl is 9.5, above 2 × target (4) " + "and so on " * 30 + "to the end"

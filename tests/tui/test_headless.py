@@ -4,7 +4,8 @@ import logging
 
 import pytest
 
-from engine.protocol.rank_messages import Phase
+from engine.metrics import BETA, KL, SCORE, STEP_TIME, TOKENS_PER_SECOND
+from engine.protocol.rank_messages import Phase, StepReport
 from rlhf_tui.headless import Printer, PrinterHandler, print_exception
 
 HOSTILE = "\x1b]52;c;c3RvbGVu\x07 \x9b31m \u202e turned"
@@ -46,6 +47,13 @@ def test_only_warnings_and_errors_of_the_log_are_printed(capsys):
     log.info("a connection was closed")
     log.warning("notify.command failed")
     assert capsys.readouterr() == ("", "notify.command failed\n")
+
+
+def test_the_tiny_kl_of_the_first_step_is_not_printed_as_zero(capsys):
+    values = {SCORE: 0.5, KL: 5.66e-6, BETA: 0.1, STEP_TIME: 1.0, TOKENS_PER_SECOND: 40.0}
+    report = StepReport(step=1, metrics=values, samples=[], settings={})
+    Printer("run", 8, live=False).message(report)
+    assert "kl 5.66e-6 " in capsys.readouterr().out
 
 
 def test_a_pause_names_the_command_that_resumes_this_run(capsys):

@@ -12,7 +12,8 @@ from engine.session.folder import Session
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.help import HelpDialog
 from rlhf_tui.widgets.key_footer import KeyFooter
-from rlhf_tui.widgets.table import ScrollText, Table
+from rlhf_tui.widgets.scroll_list import ScrollText
+from rlhf_tui.widgets.table import Table
 from tests.tui.screen import notices
 
 FINISHED = Path(__file__).parents[1] / "data" / "sessions-0.1.0" / "sessions" / "finished"

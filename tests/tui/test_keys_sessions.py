@@ -3,11 +3,13 @@
 import contextlib
 
 import pytest
+from textual.events import Key
 
 from engine.protocol.commands import Note, Pause, SetBeta, Stop, Unpause
 from engine.session.folder import EngineInfo, Session
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.screens import base
 from rlhf_tui.state import command_sender
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.table import Table
@@ -129,3 +131,17 @@ async def test_read_only_each_key_of_the_screen_says_so(two_runs, until):
             await pilot.press(key)
             await until(pilot, lambda: notices(app))
             assert notices(app) == ["read-only: nothing can be started or deleted"]
+
+
+async def test_keys_typed_before_the_list_is_read_act_on_its_rows(
+    session_maker, tmp_path, until, monkeypatch
+):
+    monkeypatch.setattr(base, "FIRST_ROWS", 60.0)
+    root = tmp_path / "sessions"
+    for name in ("one", "two"):
+        session_maker(root, name, STEPS)
+    app = RlhfApp(root, None, now=lambda: 1_700_003_600.0, follow=False)
+    async with app.run_test() as pilot:
+        app.post_message(Key("G", "G"))
+        app.post_message(Key("enter", "\r"))
+        await until(pilot, lambda: app.session is not None, "an open session")

@@ -11,7 +11,7 @@ from rlhf_tui.dialogs.text import ProbeDialog
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.lines import row_width
-from rlhf_tui.widgets.table import ScrollText
+from rlhf_tui.widgets.scroll_list import ScrollText
 from tests.tui.screen import notices
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.dialogs.help import HelpDialog
 from rlhf_tui.dialogs.picker import PickerDialog
@@ -68,3 +69,24 @@ async def test_a_click_on_a_title_without_an_order_changes_nothing(make_app, run
         await pilot.click("#samples", offset=(before.index("response"), 0))
         await pilot.pause()
         assert app.screen.query_one(Table).text() == before
+
+
+async def test_titles_and_s_sort_the_sessions_and_the_cursor_stays_on_its_run(
+    session_maker, tmp_path, running, until
+):
+    root = tmp_path / "sessions"
+    for name, steps in (("b", 3), ("c", 2), ("a", 4)):
+        session_maker(root, name, steps)
+    app = RlhfApp(root, None, follow=False)
+    async with running(app) as pilot:
+        table = app.screen.query_one(Table)
+        await until(pilot, lambda: table.count() == 3)
+        as_listed = table.keys
+        table.go(as_listed.index("b"))
+        for title, keys in (("name", "abc"), ("name", "cba"), ("step", "abc"), ("step", "cba")):
+            await pilot.click("#sessions", offset=(table.text().index(title) + 1, 0))
+            await until(pilot, lambda k=keys: table.keys == list(k))
+            assert table.key == "b"
+        await pilot.press(*"sssss")  # beta, score, KL, active, then as at first
+        await until(pilot, lambda: table.sorted_by == "")
+        assert table.keys == as_listed

@@ -15,8 +15,8 @@ from tests.tui.screen import cells
 def folder(session_maker, tmp_path):
     """Two sessions, of which `other` has another clip range; and one that cannot be read."""
     root = tmp_path / "sessions"
-    for name in ("frozen", "other", "torn"):
-        session_maker(root, name, 4)
+    for name, steps in (("frozen", 4), ("other", 3), ("torn", 4)):
+        session_maker(root, name, steps)
     (root / "other" / "config.yaml").unlink()
     session = session_maker(tmp_path / "made", "other", 4)
     session.write_config(config_of(**{"train.steps": 4, "ppo.micro_batch_size": 8}))
@@ -43,7 +43,8 @@ async def test_the_preview_shows_the_highlighted_run_and_what_differs_from_the_o
         await until(pilot, lambda: "other: settings unlike frozen" in notes.text())
         assert "ppo.micro_batch_size 8 (32)" in notes.text()
         assert "no alerts" in notes.text()
-        assert "Newest responses, step 4" in newest.text()
+        app.draw_screens(only_live=False)  # the open session was read again
+        assert "Newest responses, step 3" in newest.text()
         score, kl = (chart.text() for chart in app.screen.query(Chart))
         assert "score" in score
         assert "–" not in kl.splitlines()[0]  # it has a value

@@ -13,7 +13,8 @@ from rlhf_tui.dialogs.text import ProbeDialog
 from rlhf_tui.screens.sample_list import PAGE
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
-from rlhf_tui.widgets.table import ScrollText, Table, thumb
+from rlhf_tui.widgets.scroll_list import ScrollText, thumb
+from rlhf_tui.widgets.table import Table
 from tests.judging import STEPS, judgements
 from tests.tui.conftest import sample_of
 from tests.tui.screen import notices

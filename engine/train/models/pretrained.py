@@ -31,6 +31,7 @@ from engine.train.models.fused_kernels import use_fused_kernels
 from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
 from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
+from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
 
 
 def load_policy(
@@ -61,8 +62,8 @@ def load_policy(
     adapted = config.lora.rank is not None
     base = starter.resolve(config.model.policy) if adapted else source
     dtype = compute_dtype(config) if adapted else torch.float32
-    read = policy_options(config, base)
-    lm = load_lm(base, "model.policy", ranks, dtype, read)
+    read, sharded = policy_options(config, base), shards_weights(ranks, strategy)
+    lm = load_lm(base, "model.policy", ranks, dtype, read, sharded=sharded)
     if config.model.kernels == "liger":
         use_fused_kernels(lm, ranks.device)
     with without_weights(ranks):
@@ -75,7 +76,7 @@ def load_policy(
             policy.value_trunk, policy.value_head = value_model
             use_onednn(policy.value_trunk)
         elif value == "separate":
-            trunk = _load_trunk(base, lm, ranks, dtype, read)
+            trunk = _load_trunk(base, lm, ranks, dtype, read, sharded=sharded)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
             use_onednn(trunk)
@@ -99,25 +100,18 @@ def load_reference(
         return AdapterFreePolicy(policy)
     key = "model.reference" if config.model.reference else "model.policy"
     dtype = compute_dtype(config)
-    source = starter.resolve(name)
-    read = (
-        replace(
-            policy_options(config, source),
-            revision=config.model.reference_revision,
-            gguf_file=None,
-        )
-        if config.model.reference
-        else policy_options(config, source)
-    )
-    lm = load_lm(source, key, ranks, dtype, read)
+    source, sharded = starter.resolve(name), shards_weights(ranks, strategy)
+    read = policy_options(config, source)
+    if config.model.reference is not None:
+        read = replace(read, revision=config.model.reference_revision, gguf_file=None)
+    lm = load_lm(source, key, ranks, dtype, read, sharded=sharded)
     if config.model.kernels == "liger":
         use_fused_kernels(lm, ranks.device)
     reference = LanguageModel(lm, compute=dtype)
     reference.requires_grad_(False)
     on_host = config.parallel.frozen == "offload"
-    placed = "ddp" if on_host else strategy
-    place_model(_disable_dropout(reference), ranks, placed, dtype)
-    offload_between_uses(reference, ranks, placed, on_host=on_host)
+    place_model(_disable_dropout(reference), ranks, strategy, dtype, on_host=on_host)
+    offload_between_uses(reference, ranks, strategy, on_host=on_host)
     return reference
 
 
@@ -143,12 +137,19 @@ def reward_options(source: RewardSource) -> ReadOptions:
     return ReadOptions(revision=source.revision, trust_remote_code=source.trust_remote_code)
 
 
+def shards_weights(ranks: RankGroup, strategy: str) -> bool:
+    """Whether models are sharded, so that rank 0 need not read them whole."""
+    return ranks.size > 1 and strategy == "fsdp"
+
+
 def load_lm(
     source: str,
     key: str,
     ranks: RankGroup,
     dtype: torch.dtype = torch.float32,
     read: ReadOptions = NO_OPTIONS,
+    *,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model on rank 0; the other ranks build it on the meta device.
 
@@ -158,11 +159,17 @@ def load_lm(
         ranks: all ranks; all must call this.
         dtype: dtype of the weights.
         read: how it is read.
+        sharded: whether the model is going to be sharded. Its weights then stay in their files
+            where that is possible (:mod:`engine.train.models.stored_weights`).
 
     Raises:
         UserInputError: the model cannot be loaded or used.
     """
-    lm = _read_lm(source, key, dtype, read) if ranks.is_lead else None
+    lm, stored = None, None
+    if ranks.is_lead:
+        lm, stored = read_model(AutoModelForCausalLM, source, key, dtype, read, sharded=sharded)
+        _check_usable(lm, key)
+        copy_weights(lm)
     with broadcast_files(ranks, *((lm.config, lm.generation_config) if lm else ())) as folder:
         if lm is None:
             with without_weights(ranks):
@@ -174,6 +181,8 @@ def load_lm(
                     **read.of_model(),
                 )
             lm.generation_config = GenerationConfig.from_pretrained(folder)
+    if sharded:
+        share_stored(lm, stored, ranks)
     return lm
 
 
@@ -187,24 +196,62 @@ def read_shape(source: str, received: Path, key: str, read: ReadOptions) -> Any:
     return read_pretrained(AutoConfig, str(received), key, "configuration")
 
 
-def _read_lm(source: str, key: str, dtype: torch.dtype, read: ReadOptions) -> PreTrainedModel:
-    lm: PreTrainedModel = read_pretrained(AutoModelForCausalLM, source, key, read=read, dtype=dtype)
+def read_model(
+    kind: Any,
+    source: str,
+    key: str,
+    dtype: torch.dtype,
+    read: ReadOptions = NO_OPTIONS,
+    *,
+    sharded: bool,
+) -> tuple[Any, StoredModel | None]:
+    """Reads a model on rank 0, or finds where its weights are if it is going to be sharded.
+
+    Args:
+        kind: one of the Auto classes.
+        source: a folder or a hub id.
+        key: the configuration key that names the source, for error messages.
+        dtype: dtype of the weights.
+        read: how it is read.
+        sharded: whether it is going to be sharded. All ranks then call `share_stored`.
+
+    Returns:
+        The model, and where its weights are; None if it holds them.
+
+    Raises:
+        UserInputError: the model cannot be loaded.
+    """
+    if sharded and (empty := empty_model(kind, source, key, dtype, read)) is not None:
+        return empty
+    return read_pretrained(kind, source, key, read=read, dtype=dtype), None
+
+
+def _check_usable(lm: PreTrainedModel, key: str) -> None:
     for needed in ("past_key_values", "logits_to_keep"):
         if needed not in inspect.signature(lm.forward).parameters:
             raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
-    return copy_weights(lm)
 
 
 def _load_trunk(
-    source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype, read: ReadOptions
+    source: str,
+    lm: PreTrainedModel,
+    ranks: RankGroup,
+    dtype: torch.dtype,
+    read: ReadOptions,
+    *,
+    sharded: bool,
 ) -> Any:
+    trunk, stored = None, None
     if ranks.is_lead:
-        return copy_weights(
-            read_pretrained(AutoModel, source, "model.policy", read=read, dtype=dtype)
+        trunk, stored = read_model(AutoModel, source, "model.policy", dtype, read, sharded=sharded)
+        copy_weights(trunk)
+    else:
+        trunk = AutoModel.from_config(
+            lm.config, dtype=dtype, trust_remote_code=read.trust_remote_code, **read.of_model()
         )
-    return AutoModel.from_config(
-        lm.config, dtype=dtype, trust_remote_code=read.trust_remote_code, **read.of_model()
-    )
+    if sharded:
+        share_stored(trunk, stored, ranks)
+    return trunk
 
 
 def load_policy_tokenizer(

@@ -89,7 +89,7 @@ def read_pretrained(
 
 def _read_model(kind: Any, source: str, key: str, read: ReadOptions, **options: Any) -> Any:
     if read.gguf_file is None:
-        _check_weights(source, key)
+        check_weights(source, key)
         options["use_safetensors"] = True
     elif hasattr(transformers, "GgufConfig"):  # older versions always dequantise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -119,8 +119,12 @@ def _explain_gguf(source: str, name: str, error: Exception) -> str:
     )
 
 
-def _check_weights(source: str, key: str) -> None:
-    """Refuses what is no whole model, or holds its weights in pickles. Raises UserInputError."""
+def check_weights(source: str, key: str) -> None:
+    """Refuses what is no whole model, or holds its weights in pickles.
+
+    Raises:
+        UserInputError: with what to do instead.
+    """
     if find_adapter_config_file(source) is not None:
         raise UserInputError(
             f"{key}: {source} holds adapters for another model; merge the two first "

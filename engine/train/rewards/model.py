@@ -14,8 +14,15 @@ from engine.train.distributed import sharding
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.onednn_linear import use_onednn
-from engine.train.models.pretrained import load_tokenizer, read_shape, reward_options
-from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
+from engine.train.models.pretrained import (
+    load_tokenizer,
+    read_model,
+    read_shape,
+    reward_options,
+    shards_weights,
+)
+from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions
+from engine.train.models.stored_weights import share_stored
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
@@ -35,6 +42,7 @@ class RewardModel:
         config: RewardConfig,
         policy_vocabulary: dict[str, int],
         ranks: RankGroup,
+        strategy: str = "ddp",
         *,
         pair: bool = False,
         read: ReadOptions = NO_OPTIONS,
@@ -47,6 +55,7 @@ class RewardModel:
             config: dtype, batch size and token limit.
             policy_vocabulary: token ids by token.
             ranks: all ranks of this attempt.
+            strategy: `ddp` or `fsdp`.
             pair: whether the tokenizer gets prompt and response as a pair of texts.
             read: how the classifier is read.
 
@@ -56,7 +65,8 @@ class RewardModel:
         path = starter.resolve(source)
         self._tokenizer = load_tokenizer(path, "reward.model", ranks, read)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        model = load_classifier(path, ranks, dtype, read)
+        model = load_classifier(path, ranks, strategy, dtype, read)
+        self._strategy = strategy
         self._label = label_index(source, label, model.config)
         self._pad = _pad_id(self._tokenizer, model.config)
         model.config.use_cache = False  # a decoder would fill one for nothing
@@ -72,11 +82,10 @@ class RewardModel:
             self._tokenizer.truncation_side = "left"
             self._limit = min(self._limit, self._tokenizer.model_max_length)
 
-    def place(self, ranks: RankGroup, strategy: str, *, on_host: bool) -> None:
+    def place(self, ranks: RankGroup, *, on_host: bool) -> None:
         """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`."""
-        layout = "ddp" if on_host else strategy
-        sharding.place_model(self._model, ranks, layout)
-        sharding.offload_between_uses(self._model, ranks, layout, on_host=on_host)
+        sharding.place_model(self._model, ranks, self._strategy, on_host=on_host)
+        sharding.offload_between_uses(self._model, ranks, self._strategy, on_host=on_host)
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         """The chosen logit for each response, in batches of similar lengths."""
@@ -155,18 +164,24 @@ def _positions(model: Any) -> int | None:
 
 
 def load_classifier(
-    path: str, ranks: RankGroup, dtype: torch.dtype, read: ReadOptions = NO_OPTIONS
+    path: str,
+    ranks: RankGroup,
+    strategy: str,
+    dtype: torch.dtype,
+    read: ReadOptions = NO_OPTIONS,
 ) -> Any:
     """Reads a sequence classifier on rank 0, and its shape on the others, on the meta device.
+
+    With `fsdp` its weights stay in their files where that is possible.
 
     Raises:
         UserInputError: it cannot be loaded.
     """
-    model: Any = None
+    model, stored = None, None
+    sharded = shards_weights(ranks, strategy)
     if ranks.is_lead:
-        model = read_pretrained(
-            AutoModelForSequenceClassification, path, "reward.model", read=read, dtype=dtype
-        )
+        kind = AutoModelForSequenceClassification
+        model, stored = read_model(kind, path, "reward.model", dtype, read, sharded=sharded)
     with broadcast_files(ranks, model and model.config) as folder:
         if model is None:
             shape = read_shape(path, folder, "reward.model", read)
@@ -174,6 +189,8 @@ def load_classifier(
                 model = AutoModelForSequenceClassification.from_config(
                     shape, dtype=dtype, trust_remote_code=read.trust_remote_code
                 )
+    if sharded:
+        share_stored(model, stored, ranks)
     return model
 
 
@@ -214,9 +231,9 @@ def _unused_id(sequences: list[list[int]]) -> int:
 def _load(source: RewardSource, context: LoadContext) -> RewardModel:
     model = RewardModel(
         source.value, source.label, context.config, context.policy_vocabulary, context.ranks,
-        pair=source.pair, read=reward_options(source),
+        context.strategy, pair=source.pair, read=reward_options(source),
     )  # fmt: skip
-    model.place(context.ranks, context.strategy, on_host=context.on_host)
+    model.place(context.ranks, on_host=context.on_host)
     return model
 
 

@@ -1,5 +1,8 @@
 """The newest responses."""
 
+from collections.abc import Sequence
+
+from engine.journal.rows import SampleRow
 from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Row
 from rlhf_tui.widgets.panels.panel import Panel, heading
@@ -10,26 +13,33 @@ class LatestSamplesPanel(Panel):
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Score, KL and length, then the end of the prompt and the response."""
-        samples = self.state.samples
-        step = samples[-1].step if samples else 0
-        title = f"Newest responses, step {step}" if samples else "Newest responses"
-        top = heading(title, "3 read" if width >= 40 else "3", width)
-        if not samples:
-            return [top, [(" none yet: they appear with the first step", "dim")]]
-        newest = [s for s in samples if s.step == step]
-        rows: list[Row] = []
-        for s in newest[: height - 1]:
-            score, kl = s.score, s.kl
-            rows.append(
-                [
-                    (f" {fmt.number(score, 2):>7}", "strong"),
-                    (f" {fmt.number(kl, 1):>6}" if width >= 60 else "", "dim"),
-                    (f" {s.length:>3}" if width >= 60 else "", "dim"),
-                    ("  " if s.ended else " ✂", "warn"),
-                    (" ", ""),
-                    (s.prompt.strip()[-max(width // 4, 8) :], "dim"),
-                    ("│", "dim"),
-                    (s.response.strip(), ""),
-                ]
-            )
-        return [top, *rows]
+        return newest_responses(self.state.samples, width, height, "3 read" if width >= 40 else "3")
+
+
+def newest_responses(
+    samples: Sequence[SampleRow], width: int, height: int, keys: str = ""
+) -> list[Row]:
+    """The lines of the newest step's responses, below a heading with `keys`."""
+    if not samples:
+        none = " none yet: they appear with the first step"
+        return [heading("Newest responses", keys, width), [(none, "dim")]]
+    step = samples[-1].step
+    newest = [s for s in samples if s.step == step][: height - 1]
+    return [
+        heading(f"Newest responses, step {step}", keys, width),
+        *(_response(sample, width) for sample in newest),
+    ]
+
+
+def _response(sample: SampleRow, width: int) -> Row:
+    wide = width >= 60
+    return [
+        (f" {fmt.number(sample.score, 2):>7}", "strong"),
+        (f" {fmt.number(sample.kl, 1):>6}" if wide else "", "dim"),
+        (f" {sample.length:>3}" if wide else "", "dim"),
+        ("  " if sample.ended else " ✂", "warn"),
+        (" ", ""),
+        (sample.prompt.strip()[-max(width // 4, 8) :], "dim"),
+        ("│", "dim"),
+        (sample.response.strip(), ""),
+    ]

@@ -68,11 +68,11 @@ class MachinePanel(Panel):
                 row.append((" slowest" if rank.rank == slow else " " * 8, "warn"))
         else:
             row.append((f"{'pid ' + str(rank.pid) if rank.pid else '':<12}", "dim"))
-        values = (
-            [f"{rank.cpu:4.0f}%", f" {rank.memory / 1e9:.1f} GB"] if rank.pid else [" elsewhere"]
-        )
+        values = [" elsewhere"]
+        if rank.pid:
+            values = [f" CPU {rank.cpu:.0f}%", f"  {rank.memory / 1e9:.1f} GB"]
         if rank.peak_memory:
-            values.insert(1, f" peak {rank.peak_memory / 1e9:.1f} GB")
+            values.insert(1, f"  peak {rank.peak_memory / 1e9:.1f} GB")
         for value in values:
             if row_width(row) + len(value) <= width:
                 row.append((value, ""))

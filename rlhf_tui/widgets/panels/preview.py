@@ -1,9 +1,11 @@
 """The preview of a session: its curves, last alert, settings that differ, newest responses."""
 
+from collections.abc import Sequence
+
 from textual.app import ComposeResult
 from textual.containers import Container, Horizontal
 
-from engine.journal.rows import AlertEvent
+from engine.journal.rows import AlertEvent, SampleRow
 from rlhf_tui.format import value_text
 from rlhf_tui.state.session_preview import METRICS, SessionPreview
 from rlhf_tui.state.session_state import SessionState
@@ -11,7 +13,7 @@ from rlhf_tui.state.timeline import short_condition
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width
-from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
+from rlhf_tui.widgets.panels.latest_samples import newest_responses
 from rlhf_tui.widgets.panels.panel import heading
 from rlhf_tui.widgets.wrap import wrap
 
@@ -34,7 +36,7 @@ class PreviewPanel(Container):
                 chart.can_focus = False
                 yield chart
         yield PreviewNotes(id="preview-notes")
-        yield PreviewSamples(self._state, id="preview-samples")
+        yield PreviewSamples(id="preview-samples")
 
     def show(self, name: str, preview: SessionPreview) -> None:
         """Replaces what is shown."""
@@ -109,11 +111,18 @@ def packed(groups: list[list[Piece]], width: int) -> list[Row]:
     return list(lines)
 
 
-class PreviewSamples(LatestSamplesPanel):
-    """The newest responses. The key in the dashboard's heading would show the open session's."""
+class PreviewSamples(Lines):
+    """The newest responses. No panel: the screen has all of those show the open session."""
+
+    def __init__(self, *, id: str) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id)
+        self._samples: Sequence[SampleRow] = ()
+
+    def read(self, state: SessionState) -> None:
+        """Shows another session."""
+        self._samples = state.samples
+        self.update()
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """As on the dashboard, without the key."""
-        samples = self.state.samples
-        title = "Newest responses" + (f", step {samples[-1].step}" if samples else "")
-        return [heading(title, "", width), *super().rows(width, height)[1:]]
+        """As on the dashboard, without the key, which would show the open session's."""
+        return newest_responses(self._samples, width, height)

@@ -12,7 +12,7 @@ from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker, sender
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.lines import Row, justified
 from rlhf_tui.widgets.panels.panel import heading
-from rlhf_tui.widgets.table import ScrollList
+from rlhf_tui.widgets.scroll_list import ScrollList
 
 WITH_CLOCK = 60
 """Cells from which on each entry has its time of day."""

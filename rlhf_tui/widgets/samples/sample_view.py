@@ -13,7 +13,7 @@ from rlhf_tui.widgets.lines import Piece, Row, flowed
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget, comparison
 from rlhf_tui.widgets.samples.heat import UNDEFINED, HeatScale
 from rlhf_tui.widgets.samples.judgement import judgement_rows, key_of
-from rlhf_tui.widgets.table import ScrollText
+from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.wrap import wrap
 
 VIEWS = ("text", "KL", "log-prob", "advantage", "value")

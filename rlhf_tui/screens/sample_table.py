@@ -1,0 +1,55 @@
+"""The table of samples: its columns, and the cells of a row."""
+
+from engine.journal.rows import SampleRow
+from rlhf_tui import format as fmt
+from rlhf_tui.widgets.lines import Piece
+from rlhf_tui.widgets.samples.judgement import mark
+from rlhf_tui.widgets.table import Column, Table
+
+
+class SamplesTable(Table):
+    """The list of samples."""
+
+    with_scrollbar = True
+
+
+def samples_table() -> SamplesTable:
+    """The empty table."""
+    return SamplesTable(
+        [
+            Column("step", 6, right=True),
+            Column("#", 3, right=True),
+            Column("score", 7, right=True),
+            Column("KL", 7, right=True),
+            Column("len", 4, right=True),
+            Column("", 1),
+            Column("", 2),
+            Column("prompt", 10, flexible=True, terminal=100),
+            Column("response", 10, flexible=True),
+        ],
+        id="samples",
+    )
+
+
+def cells_of(row: SampleRow) -> list[Piece]:
+    """The cells of a row, in the order of the columns."""
+    score = row.score
+    return [
+        (str(row.step), "dim"),
+        (str(row.index), "dim"),
+        (fmt.number(score, 2), "strong"),
+        (_kl(row.kl), ""),
+        (str(row.length), ""),
+        ("" if row.ended else "✂", "warn"),
+        mark(row),
+        (row.prompt.strip(), "dim"),
+        (row.response.strip(), ""),
+    ]
+
+
+def _kl(value: float | None) -> str:
+    """In six cells; the KL of the first steps is near 0, or rounding noise such as 3.56e-07."""
+    size = abs(value or 0)
+    if 0 < size < 0.005:
+        return f"{value:.0e}"
+    return fmt.number(value, 2 if size < 0.1 else 1)

@@ -1,0 +1,29 @@
+"""Rows of pieces that are broken between words."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_tui.widgets.lines import row_width
+from rlhf_tui.widgets.wrap import wrap_row
+
+PIECES = st.lists(
+    st.tuples(st.text("ab 界", max_size=30), st.sampled_from(["", "dim"])), max_size=5
+)
+
+
+def words(row):
+    return "".join(text for text, _ in row).replace(" ", "")
+
+
+@given(row=PIECES, width=st.integers(2, 40))
+def test_no_row_is_too_wide_and_no_word_is_lost(row, width):
+    broken = wrap_row(row, width)
+    assert all(row_width(line) <= width for line in broken)
+    assert "".join(map(words, broken)) == words(row)
+
+
+def test_a_word_keeps_its_tone():
+    row = [("Its journal and ", ""), ("12 checkpoints", "strong"), (" are deleted.", "")]
+    first, second, _ = wrap_row(row, 18)
+    assert ("12", "strong") in first
+    assert ("checkpoints", "strong") in second
