@@ -51,7 +51,8 @@ FLOORS = [
         "engine.train.rollout_check",
     ),
     ("engine.train.boundary", "engine.train.step"),
-    ("engine.train.load", "engine.train.out_of_memory"),
+    ("engine.train.out_of_memory",),
+    ("engine.train.load",),
     ("engine.train.check", "engine.train.evaluation.__main__", "engine.train.worker"),
     ("engine.train.torchrun",),
     # The dashboard and the command line.
