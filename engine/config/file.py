@@ -322,7 +322,7 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Extension of a prompt file → name of its format in `datasets`."""
 PATH_KEYS = {
-    "data": ["prompts"],
+    "data": ["prompts", "chat_template"],
     "eval": ["prompts"],
     "model": ["policy", "reference"],
     "reward": ["model", "path"],

@@ -379,6 +379,7 @@ def check_inputs(config: RunConfig, *, to_run: bool = True) -> None:
     """
     _check_prompts("data.prompts", config.data.prompts)
     models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
+    _check_chat_template(config.data.chat_template)
     many = len(config.reward.sources()) > 1
     for i, source in enumerate(config.reward.sources()):
         models[f"reward.mix[{i}].model" if many else "reward.model"] = source.model
@@ -390,5 +391,13 @@ def check_inputs(config: RunConfig, *, to_run: bool = True) -> None:
         check_rollout_python(config.rollout)
     for key, name in models.items():
         folder = Path(name or "")
-        if folder.is_absolute() and not has_config(folder):
+        if key == "model.policy" and config.model.gguf_file is not None:
+            if folder.is_absolute() and not is_file(folder / config.model.gguf_file):
+                raise ConfigError(f"model.gguf_file: no file at {folder / config.model.gguf_file}")
+        elif folder.is_absolute() and not has_config(folder):
             raise ConfigError(folder_error(key, folder))
+
+
+def _check_chat_template(template: str | None) -> None:
+    if template is not None and "{" not in template and not is_file(Path(template)):
+        raise ConfigError(f"data.chat_template: no file at {template}, and it is no Jinja text")

@@ -37,7 +37,12 @@ from engine.train.models.language_model import (
     fingerprint,
 )
 from engine.train.models.memory_check import check_memory
-from engine.train.models.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
+from engine.train.models.pretrained import (
+    eos_ids,
+    load_policy,
+    load_policy_tokenizer,
+    load_reference,
+)
 from engine.train.models.reference_update import check_same_shapes
 from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.adamw import make_optimiser
@@ -104,7 +109,7 @@ def load_run(
     begin_stage("prompts")
     has_tokenizer = saved is None or (saved / POLICY / "tokenizer_config.json").is_file()
     tokenizer_source = source if has_tokenizer else starter.resolve(config.model.policy)
-    tokenizer = load_tokenizer(tokenizer_source, "model.policy", ranks)
+    tokenizer = load_policy_tokenizer(config, tokenizer_source, ranks)
     prompts, held_out_prompts = split_prompts(
         config, broadcast_prompts(config, tokenizer, ranks), tokenizer, ranks
     )
