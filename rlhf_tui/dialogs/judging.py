@@ -100,7 +100,7 @@ class JudgingDialog(Dialog[None]):
         self._problem = ""
         self._unwritten: deque[Decision | None] = deque()
         """What is being written: a judgement, or None for a note or a label that is removed."""
-        self._closing = False
+        self._leaving = False
 
     @functools.cached_property
     def _writer(self) -> LabelWriter:
@@ -115,12 +115,12 @@ class JudgingDialog(Dialog[None]):
 
     def on_mount(self) -> None:
         """Reads the responses."""
-        self._refresh()
+        self._show_queue()
         self._read_pool()
 
     def on_resize(self) -> None:
         """Breaks the lines for the new width."""
-        self.call_after_refresh(self._refresh)
+        self.call_after_refresh(self._show_queue)
 
     @work(thread=True)
     def _read_pool(self) -> None:
@@ -136,7 +136,7 @@ class JudgingDialog(Dialog[None]):
         """Shows the first response."""
         self._problem = message.problem
         self.queue = JudgingQueue(message.pool)
-        self._refresh()
+        self._show_queue()
 
     # -- keys ----------------------------------------------------------------------------------
 
@@ -150,14 +150,14 @@ class JudgingDialog(Dialog[None]):
         """Shows the next response; this one is not judged."""
         if self.queue is not None:
             self.queue.decide(None)
-            self._refresh()
+            self._show_queue()
 
     def action_undo(self) -> None:
         """Takes the last judgement or skip back."""
         if self.queue is None or (decision := self.queue.undo()) is None:
             return
         if decision.label is None:
-            self._refresh()
+            self._show_queue()
         else:
             self._write_label(decision.row, None, None)
 
@@ -165,7 +165,7 @@ class JudgingDialog(Dialog[None]):
         """Sorts the rest by the next order."""
         if self.queue is not None:
             self.queue.cycle_order()
-            self._refresh()
+            self._show_queue()
 
     def action_note(self) -> None:
         """Asks for a note on the response."""
@@ -192,7 +192,7 @@ class JudgingDialog(Dialog[None]):
 
     def close_with(self, result: None) -> None:
         """Closes once everything is written."""
-        self._closing = True
+        self._leaving = True
         if not self._unwritten:
             super().close_with(result)
 
@@ -205,7 +205,7 @@ class JudgingDialog(Dialog[None]):
     def _write(self, change: Callable[[], None], decision: Decision | None) -> None:
         self._unwritten.append(decision)
         self._writer.write(change)
-        self._refresh()
+        self._show_queue()
 
     def on_change_written(self, message: ChangeWritten) -> None:
         """Counts the judgement, or takes back one that could not be written."""
@@ -214,14 +214,14 @@ class JudgingDialog(Dialog[None]):
         queue = self.queue
         if message.problem and queue is not None and decision in queue.decisions:
             queue.take_back(decision)  # unless it was undone meanwhile
-        if self._closing and not self._unwritten:
+        if self._leaving and not self._unwritten:
             super().close_with(None)
             return
-        self._refresh()
+        self._show_queue()
 
     # -- what is shown -------------------------------------------------------------------------
 
-    def _refresh(self) -> None:
+    def _show_queue(self) -> None:
         """Shows the queue as it is."""
         text = self.query_one(ResponseText)
         progress = self.query_one("#judging-progress", Lines)
