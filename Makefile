@@ -9,7 +9,7 @@ GPU_PYTHON = $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHO
 ABREAST := -n 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all gpu-check lint types docs bench bench-extra gpu-bench starter clean
+.PHONY: help setup demo test test-all test-faults gpu-check lint types docs bench bench-extra gpu-bench starter clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -28,6 +28,9 @@ test: $(STAMP) lint types  ## what every change must pass (under 10 minutes on t
 
 test-all: $(STAMP) lint types  ## with the whole learning runs
 	$(BIN)/pytest -q $(ABREAST)
+
+test-faults: $(STAMP)  ## break runs in every way there is, and count what is lost (hours)
+	$(BIN)/python -m tests.faults
 
 gpu-check:  ## what only a GPU can show; without one, its parts on a pretended one
 	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.check

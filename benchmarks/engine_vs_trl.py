@@ -54,6 +54,8 @@ def main() -> None:
             f"{machine.free_gb():.0f} GB are free: close other programs, or use --tiny"
         )
     print(machine.describe())
+    if not torch.cuda.is_available():
+        print(machine.cpu_case())
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder), task, options.iterations, options.set, phases=options.phases)
 

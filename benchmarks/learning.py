@@ -164,18 +164,28 @@ def run_scores(
     folder: Path, seed: int, steps: int, settings: list[str], ablations: list[Ablation]
 ) -> list[float]:
     """The mean score of each step of one run."""
+    with patched(ablations), tempfile.TemporaryDirectory(dir=folder) as sessions:
+        run = run_metrics(Path(sessions), seed, steps, settings)
+        return [metrics["objective/scores"] for metrics in run]
+
+
+def run_metrics(
+    sessions: Path, seed: int, steps: int, settings: list[str]
+) -> Iterator[dict[str, float]]:
+    """Loads a run of the starter task at once; yields the metrics of each step as it is done."""
     overrides = [f"seed={seed}", f"train.steps={steps}", *settings]
     config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
-    with patched(ablations), tempfile.TemporaryDirectory(dir=folder) as sessions:
-        session = create(Path(sessions), "run", config)
-        begin = Begin(attempt=1, from_step=0)
-        run = load_run(session, config, begin, RankGroup(config.launch), _silent)
-        scores = []
+    session = create(sessions, "run", config)
+    begin = Begin(attempt=1, from_step=0)
+    run = load_run(session, config, begin, RankGroup(config.launch), _silent)
+
+    def train() -> Iterator[dict[str, float]]:
         for step in range(1, steps + 1):
             metrics, _ = train_step(run, step)
             run.state.step = step
-            scores.append(metrics["objective/scores"])
-    return scores
+            yield metrics
+
+    return train()
 
 
 @contextmanager

@@ -27,10 +27,52 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+def instruction_set() -> str:
+    """What torch computes with: `AMX`, `AVX-512`, `AVX2`, or its own name for anything else."""
+    used = torch.backends.cpu.get_cpu_capability()
+    if used == "AVX512":
+        return "AMX" if "amx_bf16" in _flags() else "AVX-512"
+    return str(used)
+
+
+def published_case(quicker: str) -> str:
+    """Which of the published comparisons with TRL (RESULTS.md) this machine resembles.
+
+    Args:
+        quicker: `MKL` or `oneDNN`, the quicker one here in float32.
+    """
+    if quicker == "oneDNN" and onednn_is_quicker():
+        return (
+            "AVX-512 where oneDNN is quicker than MKL: 2.06x at equal work, 3.30x for the defaults"
+        )
+    if instruction_set() == "AVX2":
+        return "AVX2: 1.18x at equal work, 1.77x for the defaults"
+    return (
+        f"none; {instruction_set()} where the engine and TRL both use MKL: expect a result between "
+        "that of AVX2 (1.18x, defaults 1.77x) and that of AVX-512 with oneDNN (2.06x, 3.30x)"
+    )
+
+
+def cpu_case() -> str:
+    """The speed of float32 products and of memory, and the published case; two lines."""
+    mkl, onednn, copied = matmul_mkl(), matmul_onednn(), bandwidth_peak()
+    quicker = "oneDNN" if onednn > mkl else "MKL"
+    return (
+        f"kind        {instruction_set()}; float32 products: MKL {mkl:.0f}, oneDNN {onednn:.0f} "
+        f"GFLOP/s; {copied:.0f} GB/s copied\n"
+        f"case        {published_case(quicker)}"
+    )
+
+
+def _flags() -> list[str]:
+    info = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    return next((x.split() for x in info if x.startswith("flags")), [])
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     names = [x.partition(":")[2].strip() for x in info if x.startswith("model name")]
-    flags = next((x.split() for x in info if x.startswith("flags")), [])
+    flags = _flags()
     known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
     return f"{names[0] if names else platform.machine()} ({', '.join(known)})"
 
@@ -73,6 +115,24 @@ def matmul_peak(dtype: torch.dtype = torch.float32) -> float:
     if not on_gpu and onednn_is_quicker():
         shortest = min(shortest, best_of(10, lambda: onednn_linear(a, b)))
     return 2 * n**3 / shortest / 1e9
+
+
+def matmul_mkl() -> float:
+    """GFLOP/s of float32 products by torch's default on a CPU: MKL where it is built in."""
+    return _gflops(lambda a, b: a @ b)
+
+
+def matmul_onednn() -> float:
+    """GFLOP/s of float32 products by oneDNN on a CPU; 0.0 if torch has none."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return 0.0
+    return _gflops(onednn_linear)
+
+
+def _gflops(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+    n = 1536
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    return 2 * n**3 / best_of(5, lambda: product(a, b)) / 1e9
 
 
 def bandwidth_peak() -> float:

@@ -43,6 +43,11 @@ QWEN_HALF_B = Qwen2Config(
     hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
     num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, **SPECIAL,
 )  # fmt: skip
+WIDE = Qwen2Config(
+    hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, **SPECIAL,
+)  # fmt: skip
+SHAPES = {"smollm2": SMOLLM2_135M, "half-b": QWEN_HALF_B, "wide": WIDE}
 SHORT = "ppo.epochs=1 train.save_every=0 log.tensorboard=false train.steps=2"
 LONG = "rollout.temperature=4 "
 """A temperature at which the starter's responses reach the maximum length."""
@@ -61,6 +66,7 @@ ON_CPU: list[Case] = [
     ("smollm2", "rollout.batch_size=8 rollout.max_new_tokens=16 model.value=separate"),
     ("smollm2", "rollout.batch_size=8 rollout.max_new_tokens=16 ppo.advantage=reward"),
     ("smollm2", "rollout.batch_size=8 rollout.max_new_tokens=16 model.dtype=bfloat16"),
+    ("wide", "rollout.batch_size=8 rollout.max_new_tokens=256 ppo.minibatches=1"),
 ]
 ON_GPU: list[Case] = [
     ("half-b", "rollout.batch_size=64 rollout.max_new_tokens=128 ppo.micro_batch_size=8"),
@@ -115,7 +121,7 @@ def write_model(model: str, root: Path) -> list[str]:
         return []
     policy, reward = root / model, root / f"{model}-reward"
     if not policy.exists():
-        config = {"smollm2": SMOLLM2_135M, "half-b": QWEN_HALF_B}[model]
+        config = SHAPES[model]
         kind = LlamaForCausalLM if model == "smollm2" else Qwen2ForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
         small = LlamaConfig(

@@ -76,6 +76,7 @@ def generate(
     *,
     per_prompt: int = 1,
     at_once: int | None = None,
+    sampling: str = "gumbel",
 ) -> Rollout:
     """Generates without a cache; every row is computed until the last response has ended."""
     del report, per_prompt, at_once
@@ -88,7 +89,7 @@ def generate(
     attention = left_mask(batch.lengths, tokens.shape[1])
     for t in range(limit):
         logits, values = model(tokens, attention, 1)
-        token, logprob, entropy = sample(logits[:, 0], uniforms[:, t], temperature)
+        token, logprob, entropy = sample(logits[:, 0], uniforms[:, t], temperature, sampling)
         ids[:, t], floats[0, :, t], floats[1, :, t] = token, logprob, entropy
         if values is not None:
             floats[2, :, t] = values[:, 0]

@@ -1,8 +1,8 @@
-"""Runs an engine in the background: ``python -m engine SESSION_FOLDER START``.
+"""Runs an engine in the background: ``python -m engine SESSION_FOLDER``.
 
-START is a :class:`~engine.launch.start.StartOptions` in JSON. :mod:`engine.launch.background`
-starts this module in a new process session (setsid), with engine.log as its output. The log is not
-sanitised; `rlhf-tui logs` and the dashboard sanitise what they show of it.
+$RLHF_TUI_START is a :class:`~engine.launch.start.StartOptions` in JSON. This module is started by
+:mod:`engine.launch.background` in a new process session (setsid), with engine.log as its output.
+The log is not sanitised; `rlhf-tui logs` and the dashboard sanitise what they show of it.
 """
 
 import asyncio
@@ -10,10 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
-import msgspec
-
 from engine.errors import RlhfError
-from engine.launch.start import StartOptions
+from engine.launch.start import received_start
 from engine.session.folder import Session
 from engine.supervisor.supervisor import supervise
 
@@ -24,7 +22,7 @@ def main() -> None:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
     session = Session(Path(sys.argv[1]))
-    start = msgspec.json.decode(sys.argv[2], type=StartOptions)
+    start = received_start()
     try:
         code = asyncio.run(supervise(session, start))
     except RlhfError as error:

@@ -42,6 +42,10 @@ EVAL_KL = "eval/kl"
 EVAL_LENGTH = "eval/response_len_mean"
 EVAL_TRUNCATED = "eval/truncated_frac"
 EVAL_DISTINCT_2 = "eval/distinct_2"
+EVAL_EMA_SCORE = "eval/ema_score"
+EVAL_EMA_SCORE_CI = "eval/ema_score_ci"
+EVAL_EMA_KL = "eval/ema_kl"
+EVAL_EMA_LENGTH = "eval/ema_response_len_mean"
 EVAL_TIME = "time/evaluate"
 """The metrics of a held-out evaluation, which only the steps with an evaluation have."""
 
@@ -92,6 +96,9 @@ METRICS = (
         title="score",
         held_out=EVAL_SCORE,
     ),
+    Metric("objective/greedy_scores", "score",
+           "mean score of the greedy responses that are the baseline (`ppo.advantage: remax` only)",
+           title="score, greedy"),
     Metric(SCORE_STD, "score", "standard deviation of that score over the step's responses",
            title="score, std"),
     Metric(
@@ -208,6 +215,16 @@ METRICS = (
            title="held-out cut off"),
     Metric(EVAL_DISTINCT_2, "fraction", "`text/distinct_2` of the responses to held-out prompts",
            title="held-out distinct word pairs"),
+    Metric(
+        EVAL_EMA_SCORE, "score", "`eval/score` of the averaged policy (with `train.ema` only)",
+        title="held-out score, averaged policy", interval=EVAL_EMA_SCORE_CI,
+    ),
+    Metric(EVAL_EMA_SCORE_CI, "score", "`eval/score_ci` of the averaged policy",
+           title="held-out score ±, averaged policy"),
+    Metric(EVAL_EMA_KL, "nats per response", "`eval/kl` of the averaged policy",
+           title="held-out KL, averaged policy", chart_unit="nats/response"),
+    Metric(EVAL_EMA_LENGTH, "tokens", "`eval/response_len_mean` of the averaged policy",
+           title="held-out length, averaged policy", chart_unit="tokens"),
     Metric(EVAL_SOURCE, "score",
            "mean score of each source of `eval.rewards` and, if there are several, of `reward`"),
     Metric(GRADIENT_NORM, "", "norm before clipping, mean over the step's updates",

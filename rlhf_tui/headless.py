@@ -1,7 +1,7 @@
-"""A run in the foreground: ``python -m rlhf_tui.headless SESSION_FOLDER START``.
+"""A run in the foreground: ``python -m rlhf_tui.headless SESSION_FOLDER``.
 
 Runs the supervisor with an observer that prints. `rlhf-tui … --headless` replaces its process by
-this one (exec), so that `ps` shows the session's folder.
+this one (exec), so that `ps` shows the session's folder. $RLHF_TUI_START is a StartOptions in JSON.
 """
 
 import asyncio
@@ -13,13 +13,11 @@ from traceback import format_exception
 from types import TracebackType
 from typing import TextIO
 
-import msgspec
-
 from engine import metrics
 from engine.config import file as config_file
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
-from engine.launch.start import StartOptions, is_new
+from engine.launch.start import StartOptions, is_new, received_start
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, StepReport
 from engine.session.folder import Session
 from engine.supervisor.supervisor import supervise
@@ -134,11 +132,12 @@ class Printer:
         with JournalReader(session) as reader:
             meta = reader.meta()
             scores = reader.series(metrics.SCORE)
-        if code == 0 and scores:
+        ended = meta.state in ("finished", "stopped")
+        if ended and scores:
             span = f"score {fmt.number(scores[0][1])} at step {scores[0][0]}"
             span += f", {fmt.number(scores[-1][1])} at step {scores[-1][0]}"
             self._print(f"{meta.state}: {span}; session {one_line(str(session.folder))}")
-        elif code != 0:
+        elif code != 0 and not ended:
             self._print(f"rlhf-tui: {one_line(meta.message)}", sys.stderr)
 
 
@@ -170,7 +169,7 @@ def main() -> None:
     """Runs the session to its end and exits with the supervisor's exit code."""
     sys.excepthook = print_exception
     session = Session(Path(sys.argv[1]))
-    start = msgspec.json.decode(sys.argv[2], type=StartOptions)
+    start = received_start()
     new = is_new(session, start)
     try:
         total = _total_steps(session, start)

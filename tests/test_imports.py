@@ -31,7 +31,7 @@ FLOORS = [
     ("engine.kl", "engine.memory", "engine.session"),
     ("engine.protocol",),
     ("engine.journal", "engine.monitoring"),
-    ("engine.launch",),
+    ("engine.launch", "engine.verification"),
     ("engine.supervisor",),
     ("engine.__main__",),
     # What runs in a rank, beside the supervisor. Masked means are used by rollouts and losses.
@@ -40,11 +40,13 @@ FLOORS = [
     ("engine.train.rollout",),
     ("engine.train.link", "engine.train.ppo", "engine.train.rewards"),
     ("engine.train.checkpoints", "engine.train.evaluation.held_out"),
+    ("engine.train.policy_average",),
     ("engine.train.run",),
     (
         "engine.train.checkpointing",
         "engine.train.dynamic_sampling",
         "engine.train.evaluation",
+        "engine.train.greedy_baseline",
         "engine.train.reports",
         "engine.train.rollout_check",
     ),

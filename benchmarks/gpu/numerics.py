@@ -107,8 +107,8 @@ def sampled_distribution(target: Target) -> Iterator[Finding]:
     there = logits.to(target.device).expand(rows, -1)
     counts = torch.zeros(words, dtype=torch.int64, device=target.device)
     for _ in range(calls):
-        uniforms = torch.rand(rows, generator=generator).to(target.device)
-        token = sample(there, uniforms, 1.0)[0]
+        uniforms = torch.rand(rows, generator=generator, dtype=torch.float64).to(target.device)
+        token = sample(there, uniforms, 1.0, "gumbel")[0]
         counts.scatter_add_(0, token, torch.ones_like(token))
     found = counts.cpu()
     impossible = int(found[expected == 0].sum())

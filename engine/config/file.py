@@ -20,6 +20,8 @@ from engine.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 """Of a configuration file."""
+SESSIONS_BEFORE = {"rollout.sampling": "inverse_cdf"}
+"""What a session does that began before a key existed, where that is not the key's default."""
 EMPTY = ", got null"
 """Ends the requirement that a key without a value does not meet."""
 
@@ -34,10 +36,34 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file cannot be read, or a key or a value is wrong.
     """
+    tree = _read(path)
+    apply_overrides(tree, overrides)
+    return _from_file(tree, path)
+
+
+def load_session(path: Path) -> RunConfig:
+    """Loads the config.yaml of a session, which has every key that there was when it began.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or a value is wrong.
+    """
+    tree = _read(path)
+    for key, value in SESSIONS_BEFORE.items():
+        section, _, name = key.partition(".")
+        if isinstance(keys := tree.get(section), dict):
+            keys.setdefault(name, value)
+    return _from_file(tree, path)
+
+
+def _from_file(tree: dict[str, Any], path: Path) -> RunConfig:
+    _anchor_paths(tree, path.resolve().parent)
+    return from_tree(tree)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-        folder = path.resolve().parent
         text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no configuration file at {path}") from None
@@ -48,9 +74,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must contain sections such as model:, data: and reward:")
-    apply_overrides(tree, overrides)
-    _anchor_paths(tree, folder)
-    return from_tree(tree)
+    return tree
 
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:

@@ -4,14 +4,14 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from types import NoneType
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import SOURCE_KEYS, JudgeConfig, RewardConfig, RewardSource
 from engine.config.sections.supervision import RULE_CONDITIONS, NotifyConfig, Rule, Webhook
-from engine.config.settings import LIVE_SETTINGS
-from engine.errors import ConfigError
+from engine.config.settings import LIVE_SETTINGS, change_settings
+from engine.errors import CommandRejectedError, ConfigError
 from engine.metrics import declaration
 
 
@@ -48,11 +48,36 @@ def check_config(config: RunConfig) -> None:
             f"kl.horizon ({kl.horizon:g}) is too small for rollout.batch_size "
             f"({rollout.batch_size}): it must exceed {0.2 * rollout.batch_size:g}"
         )
+    if config.train.ema.offload and config.train.ema.decay is None:
+        raise ConfigError("train.ema.offload needs train.ema.decay: without it there is no average")
     for rule in config.guardrails.rules:
         check_rule(rule)
     _check_evaluation(config)
     _check_launch(config)
     _check_notify(config.notify)
+
+
+def check_change(config: RunConfig, values: dict[str, Any]) -> None:
+    """Checks a change of live settings against the rules between keys.
+
+    The rules of the file hold during the run, and a change that breaks one gets the same sentence.
+    A configuration that breaks one already, as an earlier version accepted it, can be changed.
+
+    Args:
+        config: in force before the change.
+        values: setting → new value, of its type and in its range.
+
+    Raises:
+        CommandRejectedError: keys would contradict each other.
+    """
+    try:
+        check_config(change_settings(config, values))
+    except ConfigError as error:
+        try:
+            check_config(config)
+        except ConfigError:
+            return
+        raise CommandRejectedError(str(error)) from None
 
 
 def _check_objective(config: RunConfig) -> None:
@@ -113,6 +138,10 @@ def _check_evaluation(config: RunConfig) -> None:
     for key, metric in metrics.items():
         if metric.startswith("eval/") and not evaluation.every:
             raise ConfigError(f"{key} is {metric}, which needs eval.every: there is no evaluation")
+        if metric.startswith("eval/ema_") and train.ema.decay is None:
+            raise ConfigError(
+                f"{key} is {metric}, which needs train.ema.decay: there is no average"
+            )
         if declaration(metric) is None:
             raise ConfigError(
                 f"{key}: there is no metric '{metric}'; docs/metrics.md lists all of them"
@@ -134,6 +163,11 @@ def _check_launch(config: RunConfig) -> None:
         )
     if launch.rendezvous is not None:
         check_address(launch.rendezvous)
+    if 1 <= launch.preempted_exit <= 4:
+        raise ConfigError(
+            f"launch.preempted_exit: {launch.preempted_exit} means something else already: give 0, "
+            "or 5 to 125; 75 is customary"
+        )
     per_node = launch.processes if isinstance(launch.processes, int) else 1
     if config.prompts_per_step < launch.nodes * per_node:
         raise ConfigError(

@@ -35,6 +35,7 @@ LIVE_SETTINGS = {
     "stop_kl": "ppo.stop_kl",
     "temperature": "rollout.temperature",
     "max_new_tokens": "rollout.max_new_tokens",
+    "micro_batch_size": "ppo.micro_batch_size",
 }
 """Setting → configuration key, which defines its initial value, type and range."""
 
@@ -63,6 +64,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dual_clip: float | None = None
     entropy_coef: float = 0.0
     loss_aggregation: Literal["token", "sequence", "sequence_sum_constant"] = "token"
+    micro_batch_size: int | None = None
+    """None in such a checkpoint: that of the configuration."""
 
 
 class SettingChange(Struct, frozen=True, kw_only=True):
@@ -87,7 +90,8 @@ def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
     sections: dict[str, dict[str, Any]] = {}
     for name, path in LIVE_SETTINGS.items():
         section, key = path.split(".")
-        sections.setdefault(section, {})[key] = getattr(settings, name)
+        if name != "micro_batch_size" or settings.micro_batch_size is not None:
+            sections.setdefault(section, {})[key] = getattr(settings, name)
     changed = {name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
     return replace(config, **changed)
 

@@ -14,7 +14,7 @@ import msgspec
 from engine.config.settings import SettingChange
 from engine.errors import JournalError
 from engine.journal.event_log import EventLog
-from engine.journal.json_values import finite
+from engine.journal.json_values import decoded, finite
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import COMMANDS, Note, Undo
 from engine.protocol.rank_messages import ReplayedChange
@@ -42,8 +42,8 @@ class CommandLog:
             ReplayedChange(
                 step=applied,
                 command=command,
-                changes=msgspec.json.decode(text, type=list[SettingChange]),
-                args=json.loads(args) if _is_replayed(command) else {},
+                changes=decoded(text, list[SettingChange]),
+                args=decoded(args, dict[str, Any]) if _is_replayed(command) else {},
             )
             for applied, command, text, args in rows
             if text != "[]" or _is_replayed(command)
@@ -122,7 +122,7 @@ class CommandLog:
         overridden = [
             (i,)
             for i, command, text in rows
-            if keys & {c["key"] for c in json.loads(text)} or command in again
+            if keys & {c.key for c in decoded(text, list[SettingChange])} or command in again
         ]
         self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", overridden)
 
@@ -157,8 +157,8 @@ class CommandLog:
             status=status,
             step=step,
             reason=reason or "",
-            changes=msgspec.json.decode(changes, type=list[SettingChange]),
-            result=json.loads(result or "{}"),
+            changes=decoded(changes, list[SettingChange]),
+            result=decoded(result or "{}", dict[str, Any]),
         )
 
     def undoable(self, step: int) -> list[list[SettingChange]]:
@@ -172,7 +172,7 @@ class CommandLog:
         stack: list[list[SettingChange]] = []
         for command, text in rows:
             if command != Undo.name():
-                stack.append(msgspec.json.decode(text, type=list[SettingChange]))
+                stack.append(decoded(text, list[SettingChange]))
             elif stack:
                 stack.pop()
         return stack

@@ -3,6 +3,10 @@
 import math
 from typing import Any
 
+import msgspec
+
+from engine.errors import JournalError, first_line
+
 Json = dict[str, Any]
 """An object in JSON output. Its keys are a contract with scripts."""
 
@@ -16,3 +20,18 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return value
+
+
+def decoded(text: str | bytes, kind: Any) -> Any:
+    """Decodes JSON of a journal as a type.
+
+    Raises:
+        JournalError: it is not JSON, or not of that type: the file is damaged.
+    """
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, RecursionError, TypeError, UnicodeError) as error:
+        raise JournalError(
+            f"the journal is damaged, a value in it cannot be read: {first_line(error)}; restore "
+            "the session's files from a copy"
+        ) from error

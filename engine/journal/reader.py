@@ -13,6 +13,7 @@ import msgspec
 from engine.config.settings import SettingChange
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
+from engine.journal.json_values import decoded
 from engine.journal.rows import (
     AttemptRow,
     CheckpointRow,
@@ -95,14 +96,13 @@ class JournalReader:
     def meta(self) -> SessionMeta:
         """The current state and settings, as the supervisor last recorded them."""
         rows = self._db.rows("SELECT key, value FROM meta")
-        values = {key: json.loads(value) for key, value in rows}
-        settings = values.get("settings")
+        values: dict[str, str] = dict(rows)
         return SessionMeta(
-            state=str(values.get("state", "starting")),
-            total_steps=int(values.get("total_steps") or 0),
-            settings=settings if isinstance(settings, dict) else None,
-            message=str(values.get("message") or ""),
-            pause_reason=values.get("pause_reason"),
+            state=decoded(values.get("state", '"starting"'), str),
+            total_steps=decoded(values.get("total_steps", "0"), int),
+            settings=decoded(values.get("settings", "null"), dict[str, Any] | None),
+            message=decoded(values.get("message", "null"), str | None) or "",
+            pause_reason=decoded(values.get("pause_reason", "null"), str | None),
         )
 
     def state(self) -> str:
@@ -286,7 +286,7 @@ class JournalReader:
         rows = self._db.rows(f"{REFERENCE_PROBES} ORDER BY {order} DESC LIMIT 1", (prompt,))
         if not rows or rows[0][0] is None:
             return None
-        response = msgspec.json.decode(rows[0][0], type=ProbeResponse)
+        response: ProbeResponse = decoded(rows[0][0], ProbeResponse)
         return msgspec.structs.replace(response, step=rows[0][1])
 
     def checkpoints(
@@ -307,9 +307,9 @@ def _command(row: tuple[Any, ...]) -> CommandRow:
         reason, changes, result, live,
     ) = row  # fmt: skip
     return CommandRow(
-        id=command_id, command=command, args=json.loads(args), who=who, status=status,
+        id=command_id, command=command, args=decoded(args, dict[str, Any]), who=who, status=status,
         queued=queued, accepted=accepted, ended=ended, attempt=attempt,
         applied_step=applied_step, reason=reason,
-        changes=msgspec.json.decode(changes, type=list[SettingChange]),
-        result=json.loads(result or "{}"), live=bool(live),
+        changes=decoded(changes, list[SettingChange]),
+        result=decoded(result or "{}", dict[str, Any]), live=bool(live),
     )  # fmt: skip

@@ -4,7 +4,6 @@ Readers build them from the tuples of SQLite. `as_json` returns the object that 
 print; its keys are a contract.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.config.settings import SettingChange
-from engine.journal.json_values import Json
+from engine.journal.json_values import Json, decoded
 
 
 class SessionMeta(Struct, frozen=True, kw_only=True):
@@ -230,7 +229,7 @@ def decode_payload(kind: str, data: str) -> Payload | None:
     decoder = _DECODERS.get(kind)
     try:
         return decoder.decode(data) if decoder is not None else None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
 
 
@@ -256,7 +255,7 @@ class EventRow(Struct, frozen=True, kw_only=True):
             "event": self.event, "time": self.time, "attempt": self.attempt,
             "step": self.step, "kind": self.kind,
         }  # fmt: skip
-        row |= json.loads(self.data)
+        row |= decoded(self.data, dict[str, Any])
         return row | self.command.as_json() if self.command is not None else row
 
 

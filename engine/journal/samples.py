@@ -1,13 +1,14 @@
 """Reads the recorded responses (samples.db) together with their judgements (labels.db)."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import msgspec
 
+from engine.errors import JournalError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
+from engine.journal.json_values import decoded
 from engine.journal.labels import LabelReader, attach
 from engine.journal.rows import Judgement, SampleRow
 from engine.protocol.rank_messages import TokenArrays
@@ -198,7 +199,7 @@ class SampleReader:
             "WHERE step = ? AND idx = ? AND attempt = ?",
             (step, index, attempt),
         )
-        return msgspec.msgpack.decode(rows[0][0], type=TokenArrays) if rows else None
+        return _arrays(rows[0][0]) if rows else None
 
     def with_arrays(self, step: int, attempt: int) -> list[int]:
         """The indices of the samples of a step that were recorded with per-token arrays."""
@@ -208,6 +209,14 @@ class SampleReader:
             (step, attempt),
         )
         return [index for (index,) in rows]
+
+
+def _arrays(data: bytes) -> TokenArrays:
+    try:
+        return msgspec.msgpack.decode(data, type=TokenArrays)
+    except (msgspec.DecodeError, TypeError, UnicodeError) as error:
+        text = f"samples.db is damaged, per-token values cannot be read: {error}"
+        raise JournalError(text) from error
 
 
 def _table(*, held_out: bool) -> str:
@@ -223,8 +232,8 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
         judgement = Judgement(label=label, note=note, who=who, time=time)
     return SampleRow(
         step=step, index=index, attempt=attempt, prompt=prompt, response=response, score=score,
-        kl=kl, length=length, ended=bool(ended), parts=json.loads(parts), judgement=judgement,
-        left=left, held_out=held_out,
+        kl=kl, length=length, ended=bool(ended), parts=decoded(parts, dict[str, float | None]),
+        judgement=judgement, left=left, held_out=held_out,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from engine.journal.database import open_read_only
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
 from engine.protocol.client_messages import Telemetry
-from engine.protocol.rank_messages import Sample, StepReport
+from engine.protocol.rank_messages import Placed, Sample, StepReport
 from engine.session import access
 from engine.session.folder import Session
 
@@ -100,6 +100,8 @@ class JournalWriter:
     ) -> int:
         """Begins an attempt. Rows of later steps move from the timeline to an abandoned branch.
 
+        From step 0 that includes the evaluation before the first step, which is repeated.
+
         Args:
             from_step: step of the checkpoint that the attempt starts from, 0 for none.
             fresh: whether to discard changes of settings after that step (--from, fork, rollback)
@@ -111,17 +113,18 @@ class JournalWriter:
         Returns:
             The number of the attempt, from 1.
         """
+        after = from_step or -1
         with self._samples:
             columns = "step, idx, attempt, prompt, response, score, kl, length, ended, parts"
             for table in ("samples", "evaluated"):
                 self._samples.execute(
                     f"INSERT OR REPLACE INTO {table}_past ({columns}) "  # noqa: S608 - constants
                     f"SELECT {columns} FROM {table} WHERE step > ?",
-                    (from_step,),
+                    (after,),
                 )
                 self._samples.execute(
                     f"DELETE FROM {table} WHERE step > ?",  # noqa: S608 - constants
-                    (from_step,),
+                    (after,),
                 )
             self._samples.execute("DELETE FROM arrays WHERE step > ?", (from_step,))
         with self._db:
@@ -155,7 +158,13 @@ class JournalWriter:
             "INSERT INTO steps_past SELECT attempt, step, time FROM steps WHERE step > ?",
             parameters,
         )
-        self._db.execute("DELETE FROM metrics WHERE step > ?", parameters)
+        if not from_step:  # an evaluation before the first step has no row in `steps`
+            self._db.execute(
+                "INSERT OR REPLACE INTO metrics_past SELECT name, "
+                "(SELECT max(attempt) FROM attempts WHERE from_step = 0), step, value "
+                "FROM metrics WHERE step = 0"
+            )
+        self._db.execute("DELETE FROM metrics WHERE step > ?", (from_step or -1,))
         self._db.execute("DELETE FROM steps WHERE step > ?", parameters)
         # The checkpoint we resume from is complete, even if its rank died before reporting it.
         written = "SELECT attempt FROM checkpoints WHERE step = ? AND status = 'written'"
@@ -179,6 +188,25 @@ class JournalWriter:
         row = self._db.execute("SELECT value FROM meta WHERE key = 'reseed'").fetchone()
         at, attempt = json.loads(row[0]) if row else (0, 0)
         return int(attempt) if at == step else 0
+
+    def forked_from_average(self, step: int) -> bool:
+        """Whether the session is a fork that began with the averaged policy of this step."""
+        row = self._db.execute(
+            "SELECT json_extract(data, '$.fork.step'), json_extract(data, '$.fork.ema') "
+            "FROM events WHERE kind = 'attempt' AND json_extract(data, '$.fork') IS NOT NULL "
+            "ORDER BY id DESC LIMIT 1"  # a fork of a fork has the events of both
+        ).fetchone()
+        return row is not None and row[0] == step and bool(row[1])
+
+    def placed(self) -> Placed | None:
+        """How the models were placed in the last attempt that loaded them; None before that."""
+        row = self._db.execute(
+            "SELECT data FROM events WHERE kind = 'ready' ORDER BY id DESC LIMIT 1"
+        ).fetchone()
+        info = json.loads(row[0]) if row is not None else {}
+        if "ranks" not in info or "strategy" not in info:  # of an earlier version
+            return None
+        return Placed(ranks=info["ranks"], strategy=info["strategy"])
 
     def timeline(self) -> list[int]:
         """Steps of the checkpoints of the current timeline."""
@@ -264,12 +292,14 @@ class JournalWriter:
             kl: mean KL of the step, in nats per response.
         """
         self._db.execute("PRAGMA synchronous = FULL")
-        with self._db:
-            self._db.execute(
-                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'written')",
-                (step, self.attempt, time.time(), size, score, kl),
-            )
-        self._db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            with self._db:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'written')",
+                    (step, self.attempt, time.time(), size, score, kl),
+                )
+        finally:
+            self._db.execute("PRAGMA synchronous = NORMAL")
 
     def complete_checkpoint(self, step: int, removed: Iterable[int] = ()) -> None:
         """Records that COMPLETE is written, and that older checkpoints are removed."""

@@ -1,5 +1,6 @@
 """Starts an engine in the background and waits until it trains or has failed."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,12 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
-from engine.launch.start import StartOptions
+from engine.launch.start import StartOptions, start_variable
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
 
@@ -48,12 +47,12 @@ def start_engine(
         SessionError: the engine ended before the training began; the message is its reason.
     """
     attempts, last_event = _attempts(session), _last_event(session)
-    text = msgspec.json.encode(start).decode()
     log_size = _size(session.log_file)
     # The engine inherits no open file: a script that reads our output must see its end.
     with session.log_file.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - this program
-            [sys.executable, "-m", "engine", str(session.folder), text],
+            [sys.executable, "-m", "engine", str(session.folder)],
+            env=os.environ | start_variable(start),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

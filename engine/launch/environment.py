@@ -52,6 +52,23 @@ GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 """CUDA numbers GPUs as the driver's tools do, and `launch.gpus`. By default the fastest is 0."""
 
 
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+"""torch 2.9's name; `PYTORCH_CUDA_ALLOC_CONF` is the name of earlier versions, still read first."""
+GROWING_SEGMENTS = "expandable_segments:True"
+"""Responses differ in length from step to step, so blocks of fixed segments rarely fit again:
+memory that is free in pieces counts as used."""
+TF32_OVERRIDE = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+"""Set in some container images: float32 products are then rounded to 10 bits whatever torch is
+told, and the check of the first rollout takes that for an architecture that cannot be trained."""
+
+
+def allocator_settings(launch: LaunchConfig) -> dict[str, str]:
+    """Makes torch's CUDA allocator grow its segments, unless the user has configured it."""
+    if launch.device == "cpu" or "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        return {}
+    return {ALLOCATOR: GROWING_SEGMENTS}
+
+
 def ranks_per_node(launch: LaunchConfig) -> int:
     """The number of ranks on one machine: `launch.processes`, else one per GPU, else one.
 
@@ -99,7 +116,10 @@ def rank_environment(launch: LaunchConfig) -> dict[str, str]:
     if launch.gpus:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join(chosen_gpus(launch.gpus))
     defaults = OPENMP_WAITING | MALLOC_SETTINGS | mkl_settings() | GPU_ORDER
-    return defaults | clean_environment() | settings
+    defaults |= allocator_settings(launch)
+    found = defaults | clean_environment() | settings
+    found.pop(TF32_OVERRIDE, None)
+    return found
 
 
 def mkl_settings() -> dict[str, str]:

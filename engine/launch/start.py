@@ -24,6 +24,7 @@ from engine.errors import (
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
 from engine.session.checkpoints import (
+    AVERAGED_POLICY,
     checkpoint_path,
     complete_checkpoints,
     find_damage,
@@ -31,6 +32,8 @@ from engine.session.checkpoints import (
     saved_settings,
 )
 from engine.session.folder import Session, check_name, create
+
+START_VARIABLE = "RLHF_TUI_START"
 
 
 class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +52,21 @@ class StartOptions(msgspec.Struct, frozen=True, kw_only=True):
     who: str = ""
     """The operator, for the journal."""
     origin: dict[str, Any] = {}
-    """For a fork: `from` (the parent session's name) and `step`."""
+    """For a fork: `from` (the parent session's name), `step`, and `ema` if it begins with the
+    averaged policy."""
+
+
+def start_variable(start: StartOptions) -> dict[str, str]:
+    """The environment variable by which an engine's process receives its start.
+
+    An override may hold a secret, and a command line is visible to every user.
+    """
+    return {START_VARIABLE: msgspec.json.encode(start).decode()}
+
+
+def received_start() -> StartOptions:
+    """Takes the start out of this process's environment, which the ranks inherit."""
+    return msgspec.json.decode(os.environ.pop(START_VARIABLE), type=StartOptions)
 
 
 def checkpoint_steps(session: Session) -> list[int]:
@@ -204,14 +221,25 @@ def resume(
 
 
 def fork(
-    session: Session, name: str, *, from_step: int, reseed: bool, overrides: list[str], who: str
+    session: Session,
+    name: str,
+    *,
+    from_step: int,
+    reseed: bool,
+    overrides: list[str],
+    who: str,
+    ema: bool = False,
 ) -> tuple[Session, StartOptions]:
     """Creates a session with a copy of another one's history up to a checkpoint.
+
+    With `ema` it begins with the checkpoint's averaged policy; all else, the optimiser included, is
+    that of the checkpoint.
 
     Raises:
         ConfigError: an override is wrong.
         NoSuchSessionError: there is no checkpoint of that step.
         SessionNameError: the new name cannot be used or is taken.
+        UserInputError: the checkpoint has no averaged policy.
         SessionError: the files cannot be copied, or the session belongs to another user.
     """
     session.check_owner()
@@ -219,6 +247,8 @@ def fork(
     new = forked_config(old, overrides)
     check_name(name)
     _check_step(session, from_step)
+    if ema:
+        check_average(session, from_step)
     remove_failed_start(Session(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
     try:
@@ -233,7 +263,7 @@ def fork(
         reseed=reseed,
         changes=changes,
         who=who,
-        origin={"from": session.name, "step": from_step},
+        origin={"from": session.name, "step": from_step} | ({"ema": True} if ema else {}),
     )
 
 
@@ -275,6 +305,15 @@ def _check_step(session: Session, step: int) -> None:
         available = ", ".join(map(str, steps)) if steps else "none yet"
         raise NoSuchSessionError(
             f"session '{session.name}' has no checkpoint of step {step} (it has: {available})"
+        )
+
+
+def check_average(session: Session, step: int) -> None:
+    """Checks that a checkpoint has an averaged policy. Raises UserInputError."""
+    if not (checkpoint_path(session.checkpoints, step) / AVERAGED_POLICY).is_dir():
+        raise UserInputError(
+            f"--ema: the checkpoint of step {step} has no averaged policy; train with "
+            "train.ema.decay to get one"
         )
 
 

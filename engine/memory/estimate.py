@@ -9,15 +9,18 @@ Notation: n rows of L tokens, of which T belong to the response; H hidden size, 
 """
 
 from engine.config.schema import RunConfig
-from engine.memory.model import Estimate, Layout, Models, Shape
+from engine.memory.model import (
+    LOGITS_AT_ONCE,
+    LOGITS_PIECE,
+    Estimate,
+    Layout,
+    Models,
+    Shape,
+)
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 MASTER = 4
 """Bytes of a master weight, of its gradient and of each of AdamW's two moments (float32)."""
-BACKWARD_LOGITS = 1
-"""float32 tensors (n, T, V) alive at once in training; the gradient overwrites the logits."""
-FORWARD_LOGITS = 1
-"""The same in a pass without gradients, which computes the softmax in small pieces."""
 SAMPLING = 6
 """float32 tensors (n, V) alive at once in :func:`engine.train.rollout.sampling.sample`."""
 LAZY = 80_000_000
@@ -110,18 +113,33 @@ class _Estimator:
         shards = self._shards
         reference = 0 if self._shared_reference else self._models.reference.parameters
         rewards = sum(r.parameters for r in self._models.rewards)
+        ema = self._config.train.ema
+        on_device = ema.decay is not None and (not ema.offload or self._models.device == "cpu")
+        averaged = MASTER * (self._adapters or self._policy.parameters) if on_device else 0
         return self._process() | {
             "policy": (weights - trunk) // shards,
             "value": trunk // shards,
             "optimiser": 2 * MASTER * self._trained // shards,
+            **({"average": averaged // shards} if averaged else {}),
             "reference": self._compute * reference // shards,
             "reward": self._reward_width * rewards // shards,
         }
 
     def _loading(self) -> dict[str, int]:
-        """The peak of loading: the pages of the last model's file, and the copy made of them."""
+        """The peak of loading: the pages of the last model's file, and the copy made of them.
+
+        Each rank reads its shards of a sharded model: only one tensor or layer more than these.
+        """
         last = self._policy if self._shared_reference else self._models.reference
-        loaded = {k: v for k, v in self._static().items() if k not in ("optimiser", "reference")}
+        loaded = {
+            k: v
+            for k, v in self._static().items()
+            if k not in ("optimiser", "average", "reference")
+        }
+        if self._sharded:
+            largest = max(last.largest_layer, last.vocabulary * last.hidden)
+            shards = 0 if self._shared_reference else self._compute * last.parameters
+            return loaded | {"loading": shards // self._shards + MASTER * largest}
         return loaded | {"loading": (2 * MASTER) * last.parameters}
 
     # -- the phases of a step -----------------------------------------------------------------
@@ -165,7 +183,7 @@ class _Estimator:
             "activations": max(
                 forward_activations(m, self._read_rows, length, self._compute) for m in models
             ),
-            "logits": FORWARD_LOGITS * self._logits(self._read_rows),
+            "logits": self._logits(self._read_rows),
             "gathered": self._gathered(self._models.reference, self._compute),
             "casts": self._casts(),
         }
@@ -188,7 +206,7 @@ class _Estimator:
         return {
             "gradients": MASTER * self._trained // self._shards,
             "activations": kept + forward_activations(policy, rows, length, self._compute),
-            "logits": BACKWARD_LOGITS * self._logits(rows),
+            "logits": self._logits(rows) + self._head_gradient(rows),
             "gathered": gathered,
             "casts": self._casts(),
         }
@@ -198,7 +216,23 @@ class _Estimator:
         return self._config.parallel.activation_checkpointing
 
     def _logits(self, rows: int) -> int:
-        return MASTER * rows * self._response * self._policy.vocabulary
+        """Logits in the compute dtype, in training overwritten by their gradient.
+
+        In bfloat16 a piece of them and its softmax are float32 as well.
+        """
+        device = self._models.device
+        count = min(self._all_logits(rows), LOGITS_AT_ONCE[device])
+        pieces = 0 if self._compute == MASTER else 2 * MASTER * min(count, LOGITS_PIECE[device])
+        return self._compute * count + pieces
+
+    def _head_gradient(self, rows: int) -> int:
+        """The output layer's gradient of a micro-batch, where it is summed over chunks."""
+        if self._frozen or self._all_logits(rows) <= LOGITS_AT_ONCE[self._models.device]:
+            return 0
+        return MASTER * self._policy.hidden * self._policy.vocabulary
+
+    def _all_logits(self, rows: int) -> int:
+        return rows * self._response * self._policy.vocabulary
 
     def _gathered(self, shape: Shape, width: int) -> int:
         """Bytes that fsdp gathers on each rank for a phase: every weight, once."""

@@ -93,7 +93,7 @@ class DivergenceTest:
         return max(found, key=lambda d: d.excess, default=None)
 
     def restart(self) -> None:
-        """Forgets everything: steps are made again after a rollback."""
+        """Forgets everything, such as after a rollback: blocks are not kept by step."""
         self._series = {
             name: _Series(1 if name.startswith("eval/") else BLOCK) for name in sorted(self._judges)
         }

@@ -154,11 +154,13 @@ class _Tests:
         if self.divergence is not None:
             self.divergence.add(step, value, metrics)
 
-    def restart(self) -> None:
-        """Call it when steps are made again after a rollback."""
-        for test in (self.up, self.down, self.divergence):
-            if test is not None:
-                test.restart()
+    def forget_after(self, step: int) -> None:
+        """Forgets the steps after `step`."""
+        for drift in (self.up, self.down):
+            if drift is not None:
+                drift.forget_after(step)
+        if self.divergence is not None:
+            self.divergence.restart()
 
 
 class Guardrails:
@@ -175,14 +177,16 @@ class Guardrails:
         configured = {r.name: r for r in config.rules}
         defaults = {r.name: r for r in DEFAULT_RULES} if config.defaults else {}
         self.rules = list((defaults | configured).values())
-        self._windows: dict[str, deque[float]] = {
+        self._windows: dict[str, deque[tuple[int, float]]] = {
             r.name: deque(maxlen=r.window) for r in self.rules
         }
+        """Step and value, oldest first."""
         self._alerted: dict[str, float] = {}
         """Rule whose condition holds → the distance beyond its limit at its last alert."""
         self._without_scale: set[str] = set()
         self._tests = {rule.name: _Tests.of(rule, judges) for rule in self.rules}
-        self._last_step = 0
+        self._last = 0
+        """The last step that was checked."""
 
     def check(
         self,
@@ -206,10 +210,7 @@ class Guardrails:
             beyond its limit as at the last alert.
         """
         alerts = []
-        if step <= self._last_step:
-            for tests in self._tests.values():
-                tests.restart()
-        self._last_step = step
+        self._last = step
         for rule in self.rules:
             value = metrics.get(rule.metric)
             if value is None and rule.metric != "*":
@@ -231,8 +232,27 @@ class Guardrails:
                     Alert(rule.name, rule.action, text, step, evidence, brief, rule.advice)
                 )
             if value is not None and math.isfinite(value):
-                self._windows[rule.name].append(value)
+                self._windows[rule.name].append((step, value))
         return alerts
+
+    def forget_after(self, step: int) -> None:
+        """Forgets the steps after `step`, which are abandoned or will be repeated.
+
+        If there were any, conditions that hold after it raise an alert again.
+        """
+        if self._last <= step:
+            return
+        self._last = step
+        self._alerted.clear()
+        for window in self._windows.values():
+            while window and window[-1][0] > step:
+                window.pop()
+        for tests in self._tests.values():
+            tests.forget_after(step)
+
+    def _window(self, rule: Rule) -> list[float]:
+        """The metric's values of at most `rule.window` earlier steps, oldest first."""
+        return [value for _, value in self._windows[rule.name]]
 
     def _evaluate(
         self, rule: Rule, metrics: dict[str, float | None], settings: dict[str, Any]
@@ -245,8 +265,8 @@ class Guardrails:
             return None
         tests = self._tests[rule.name]
         observed = Observation(
-            value, _scale(rule, settings), self._windows[rule.name],
-            tests.up, tests.down, tests.divergence.found if tests.divergence is not None else None,
+            value, _scale(rule, settings), self._window(rule), tests.up, tests.down,
+            tests.divergence.found if tests.divergence is not None else None,
         )  # fmt: skip
         breaches = (condition(rule, observed) for condition in CONDITIONS.values())
         return next((breach for breach in breaches if breach is not None), None)
@@ -279,7 +299,7 @@ class Guardrails:
         return stretch | {
             "metric": rule.metric,
             "value": value,
-            "window": list(self._windows[rule.name]),
+            "window": self._window(rule),
             "samples": [
                 {"index": s.index, "prompt": s.prompt, "response": s.response,
                  "score": s.score, "kl": s.kl, "length": s.length}

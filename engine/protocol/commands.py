@@ -16,7 +16,9 @@ from typing import Any, ClassVar, Literal, get_args
 import msgspec
 from msgspec import Struct
 
-from engine.config.settings import Settings, check_settings, setting_name
+from engine.config.rules import check_change
+from engine.config.schema import RunConfig
+from engine.config.settings import Settings, apply_settings, check_settings, setting_name
 from engine.errors import CommandRejectedError
 from engine.session.states import State
 
@@ -33,8 +35,8 @@ class Moment:
     """Whether the run is paused once the accepted commands are carried out."""
     settings: Settings
     """The current ones."""
-    batch_size: int
-    """`rollout.batch_size`."""
+    config: RunConfig
+    """As the run was started."""
     checkpoint_steps: Callable[[], list[int]]
     """Returns the steps that a rollback can name. Reads the journal; may raise JournalError."""
     recovers: bool = False
@@ -134,13 +136,8 @@ class SettingCommand(Command, frozen=True):
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
-        changed = msgspec.structs.asdict(moment.settings) | self.new_values(moment.settings)
-        minimum = 0.2 * moment.batch_size
-        # The same rule as in the configuration: one step must not take beta to 0 or below.
-        if changed["controller"] == "adaptive" and changed["horizon"] <= minimum:
-            raise CommandRejectedError(
-                f"horizon ({changed['horizon']:g}) must exceed {minimum:g}, a fifth of the batch"
-            )
+        values = self.new_values(moment.settings)
+        check_change(apply_settings(moment.config, moment.settings), values)
 
 
 class SetBeta(SettingCommand, frozen=True, tag="beta"):

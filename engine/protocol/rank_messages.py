@@ -130,7 +130,7 @@ class CheckpointWritten(Message, frozen=True, tag="checkpoint_written"):
 
 
 class CheckpointComplete(Message, frozen=True, tag="checkpoint_complete"):
-    """The file COMPLETE of a checkpoint is written."""
+    """The file COMPLETE of a checkpoint is written; requests another :class:`Confirm`."""
 
     step: int
     removed: list[int] = []
@@ -188,6 +188,17 @@ class Unpaused(Message, frozen=True, tag="unpaused"):
     text: str
 
 
+class Adjusted(Message, frozen=True, tag="adjusted"):
+    """The ranks have changed settings by themselves, to be able to continue."""
+
+    step: int
+    """The first step with the changes in effect."""
+    changes: list[SettingChange]
+    rule: str
+    """Name of the notice."""
+    text: str
+
+
 class Failed(Message, frozen=True, tag="failed"):
     """The rank exits because of an error."""
 
@@ -202,6 +213,10 @@ class Failed(Message, frozen=True, tag="failed"):
     """A consequence of the loss of another rank, whose error is the cause."""
     damaged: bool = False
     """The checkpoint to start from is damaged; an older one may be whole."""
+    step: int = 0
+    """The step that failed, if `changes` are to be made before it."""
+    changes: list[SettingChange] = []
+    """Settings with which a restart would not fail in the same way, although `final`."""
 
 
 class Ended(Message, frozen=True, tag="ended"):
@@ -220,13 +235,25 @@ class Begin(Message, frozen=True, tag="begin"):
     """Step of the checkpoint to load; 0 to start from the configuration's models."""
     reseed: int = 0
     """Attempt that was started with `--reseed` from this step, part of the seed; 0 for none."""
+    average: bool = False
+    """Start with the checkpoint's averaged policy instead of the policy (`fork --ema`)."""
     checkpoints: list[int] = []
     """Steps of the timeline's checkpoints, from which old ones are deleted."""
+    placed: "Placed | None" = None
+    """How the last attempt that loaded had placed the models; None before the first."""
     paused: bool = False
     """Pause before the first step, because the run was paused when its ranks died."""
     replay: list["ReplayedChange"] = []
     undoable: list[list[SettingChange]] = []
     """Changes that `undo` can revert; the last list is reverted first."""
+
+
+class Placed(Struct, frozen=True, kw_only=True):
+    """How the models were placed on the ranks of an attempt."""
+
+    ranks: int
+    strategy: str
+    """`ddp` or `fsdp`."""
 
 
 class ReplayedChange(Struct, frozen=True, kw_only=True):
@@ -240,7 +267,11 @@ class ReplayedChange(Struct, frozen=True, kw_only=True):
 
 
 class Confirm(Message, frozen=True, tag="confirm"):
-    """The journal has everything up to this step: the rank can write COMPLETE."""
+    """The journal has what the rank reported of a checkpoint.
+
+    After :class:`CheckpointWritten`: everything up to this step, so the rank can write COMPLETE.
+    After :class:`CheckpointComplete`: which older checkpoints it may remove.
+    """
 
     step: int
 
@@ -278,6 +309,7 @@ FromRank = (
     | Notice
     | Paused
     | Unpaused
+    | Adjusted
     | Failed
     | Ended
 )

@@ -15,6 +15,10 @@ COMPLETE = "COMPLETE"
 """The file that is created last, once the journal holds everything up to the checkpoint's step. It
 holds the SHA-256 of state.json, which holds those of all other files. Empty in older versions."""
 STATE = "state.json"
+POLICY = "policy"
+AVERAGED_POLICY = "policy-ema"
+"""Folders of a checkpoint that transformers or peft loads: the policy, and its average over the
+steps if the run has `train.ema`."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -75,7 +79,11 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if sha256(path) != expected:
                 return f"{name} does not match its hash"
-    except (OSError, ValueError) as error:  # not readable; not JSON; a name with NUL
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not readable; not JSON; a name with NUL
         return f"{STATE}: {error}"
     return None
 
@@ -123,7 +131,7 @@ def read_summary(folder: Path) -> StateSummary:
     """Reads it; empty if that is impossible, which the rank that loads the checkpoint reports."""
     try:
         return msgspec.json.decode((folder / STATE).read_bytes(), type=StateSummary)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, RecursionError):
         return StateSummary()
 
 

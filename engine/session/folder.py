@@ -98,7 +98,7 @@ class Session:
         from engine.config import file as config_file  # noqa: PLC0415
 
         try:
-            return config_file.load(self.config_file)
+            return config_file.load_session(self.config_file)
         except ConfigError as error:  # such as a value that an earlier version accepted
             if str(self.config_file) in str(error):
                 raise

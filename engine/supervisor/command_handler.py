@@ -1,5 +1,6 @@
 """Handles commands from clients, signals and guard rails, and reports the session's status."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -30,6 +31,7 @@ from engine.protocol.commands import (
     check_command,
 )
 from engine.protocol.rank_messages import RankCommand
+from engine.session.checkpoints import checkpoint_path, find_damage
 from engine.session.folder import Session
 from engine.session.states import ENDED_STATES
 from engine.supervisor.pending_commands import PendingCommands
@@ -41,6 +43,8 @@ from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
 
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals of schedulers that are about to end a job."""
 ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
 """`action` of a guard rail → the command it issues; `notify` issues none."""
 
@@ -70,6 +74,8 @@ class CommandHandler:
         self._pending = pending
         self._ranks = ranks
         self._watchdog = watchdog
+        self._rollbacks: dict[str, asyncio.Task[None]] = {}
+        """The roll backs, by id, whose checkpoints are being read."""
 
     def handle(self, request: CommandRequest, who: str) -> CommandReply:
         """Records and checks a command, then carries it out or sends it to rank 0.
@@ -126,7 +132,7 @@ class CommandHandler:
             paused=self._pending.paused_after(self._state.paused),
             recovers=self._state.pause_recovers,
             settings=msgspec.convert(self._state.settings, Settings, strict=False),
-            batch_size=self._config.rollout.batch_size,
+            config=self._config,
             checkpoint_steps=partial(timeline_checkpoints, self._session),
         )
 
@@ -137,10 +143,9 @@ class CommandHandler:
             case Stop() if self._is_immediate(request.command):
                 self._end_ranks()
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
-            case Rollback(step=step, reseed=reseed):
-                state.next = StartOptions(from_step=step, fresh=True, reseed=reseed, who=who)
-                self._journal.commands.apply(request.id, step + 1, [])
-                self._ranks.kill()
+            case Rollback() as rollback:
+                task = asyncio.create_task(self._roll_back(request.id, rollback, who))
+                self._rollbacks[request.id] = task
             case Note():
                 self._journal.commands.apply(request.id, self._journal.step + 1, [])
             case command:
@@ -152,6 +157,42 @@ class CommandHandler:
                 message = RankCommand(id=request.id, command=command)
                 self._pending.add(message, who)
                 state.attempt.send(message)
+
+    async def _roll_back(self, command_id: str, command: Rollback, who: str) -> None:
+        """Reads the checkpoint, then begins an attempt from it; a damaged one is rejected.
+
+        The run continues meanwhile: a large checkpoint takes minutes to read, and a damaged one
+        must not end the run.
+        """
+        step, commands = command.step, self._journal.commands
+        folder = checkpoint_path(self._session.checkpoints, step)
+        damage = await asyncio.to_thread(find_damage, folder)
+        self._rollbacks.pop(command_id)
+        try:
+            if damage:
+                reason = f"the checkpoint of step {step} is damaged: {damage}; the run continues"
+                commands.reject(command_id, reason)
+            elif self._state.stopping:
+                commands.reject(command_id, "the run is stopping: resume it first")
+            else:
+                commands.apply(command_id, step + 1, [])
+                self._state.next = StartOptions(
+                    from_step=step, fresh=True, reseed=command.reseed, who=who
+                )
+                self._ranks.kill()
+            self._server.send_reply(commands.reply(command_id))
+        except sqlite3.Error as error:  # the next start rejects it
+            log.error("%s from %s: cannot write the journal: %s", command.name(), who, error)  # noqa: TRY400
+        self._server.notify_watchers()
+
+    async def finish_rollbacks(self) -> None:
+        """Rejects the roll backs whose checkpoints are still being read, as the run has ended."""
+        for command_id, task in list(self._rollbacks.items()):
+            task.cancel()
+            self._journal.commands.reject(command_id, "the run ended before it was carried out")
+            self._server.send_reply(self._journal.commands.reply(command_id))
+        await asyncio.gather(*self._rollbacks.values(), return_exceptions=True)
+        self._rollbacks.clear()
 
     def _is_immediate(self, stop: Stop) -> bool:
         """While the models are loaded there is nothing to save."""
@@ -166,6 +207,7 @@ class CommandHandler:
         """Stops after the current step, with a save; at once on a second SIGINT (ctrl+c)."""
         again = self._state.stopping and number == signal.SIGINT
         if again or not self._state.stopping:
+            self._state.preempted = number in PREEMPTIONS
             self.handle(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
 
     def on_alert(self, alert: Alert) -> None:

@@ -6,7 +6,7 @@ from engine.config import file as config_file
 from engine.journal.command_log import CommandLog
 from engine.protocol.client_messages import PendingCommand
 from engine.protocol.commands import BoundaryCommand, Pause, Unpause
-from engine.protocol.rank_messages import RankCommand
+from engine.protocol.rank_messages import Applied, RankCommand
 from engine.supervisor.server import Server
 
 MAX_FAILURES = 2
@@ -51,19 +51,25 @@ class PendingCommands:
                 paused = isinstance(pending.message.command, Pause)
         return paused
 
-    def applied(self, command_id: str) -> BoundaryCommand | None:
-        """Removes a command that a rank carried out; None for an unknown id."""
-        pending = self._remove(command_id)
+    def applied(self, applied: Applied) -> BoundaryCommand | None:
+        """Records that a rank carried out a command, and removes it; None for an unknown id.
+
+        It stays pending if the journal cannot be written: call this again.
+        """
+        pending = self._recorded(applied.id)
+        self._commands.apply(applied.id, applied.step, applied.changes, applied.result)
+        self._pending.pop(applied.id, None)
         return None if pending is None else pending.message.command
 
     def reject(self, command_id: str, reason: str) -> None:
         """Removes a command that was not carried out, and replies to its client."""
-        self._remove(command_id)
+        self._recorded(command_id)
         self._commands.reject(command_id, reason)
+        self._pending.pop(command_id, None)
         self._server.send_reply(self._commands.reply(command_id))
 
-    def _remove(self, command_id: str) -> _Pending | None:
-        pending = self._pending.pop(command_id, None)
+    def _recorded(self, command_id: str) -> _Pending | None:
+        pending = self._pending.get(command_id)
         if pending is not None and not pending.recorded:
             command = pending.message.command
             self._commands.record(

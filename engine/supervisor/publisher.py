@@ -50,6 +50,8 @@ class EventPublisher:
         self._name, self._journal, self._server = name, journal, server
         self._notifier, self._observer = notifier, observer
         self._state: State | None = None
+        self._recorded = True
+        """Whether the journal has the state; false after it could not be written."""
 
     @property
     def state(self) -> State:
@@ -57,7 +59,7 @@ class EventPublisher:
         return self._state or "starting"
 
     def set_state(self, state: State, text: str = "") -> None:
-        """Changes the session's state; does nothing if it is the current one.
+        """Changes the session's state; does nothing if it is the current one and recorded.
 
         `text` says why, such as what failed or what paused the run.
 
@@ -65,6 +67,8 @@ class EventPublisher:
         supervisor. It is logged as an error and made all the same, so that the training continues.
         """
         if state == self._state:
+            if not self._recorded:
+                self._record_state(state, text)
             return
         if not is_legal(self._state, state):
             log.error("illegal transition of the session's state: %s → %s", self._state, state)
@@ -81,6 +85,7 @@ class EventPublisher:
             self._observer.state(state, text)
 
     def _record_state(self, state: State, text: str) -> None:
+        self._recorded = False
         data: dict[str, Any] = {"state": state, "text": text}
         paused = state == "paused"
         self._journal.set_meta(
@@ -89,6 +94,7 @@ class EventPublisher:
             pause_reason=(text or None) if paused else None,
         )
         self._journal.record_event("state", data)
+        self._recorded = True
 
     def alert(self, alert: Alert) -> None:
         """Publishes an alert. Its action is carried out by the command handler, not here."""

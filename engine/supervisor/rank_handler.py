@@ -2,19 +2,21 @@
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Callable
 from typing import assert_never
 
 import msgspec
 
-from engine.config.settings import invalid_values
+from engine.config.settings import SettingChange, invalid_values
 from engine.errors import LinkError
 from engine.journal.writer import JournalWriter
 from engine.metrics import STEP_TIME
 from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages
-from engine.protocol.commands import Pause, Unpause
+from engine.protocol.commands import Pause, SetSetting, Unpause
 from engine.protocol.rank_messages import (
+    Adjusted,
     Applied,
     BaselineReport,
     Begin,
@@ -46,6 +48,12 @@ log = logging.getLogger("engine")
 
 FAILURE_GRACE = 3.0
 """Seconds between a rank's failure and the end of the others, for their own reports."""
+RETRY_INTERVAL = 2.0
+"""Seconds between attempts to write a journal whose disk is full."""
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+"""Primary codes of SQLite where a file cannot grow: a full disk; a quota, which is an I/O error."""
+WAITING = "wait for room on the disk"
+"""Name of the phase that clients see meanwhile."""
 
 
 class RankMessageHandler:
@@ -89,13 +97,19 @@ class RankMessageHandler:
         self._guardrails = guardrails
         self._on_alert = on_alert
         self._on_error = on_error
+        self._recorded: StepReport | None = None
+        """The last step whose rows are written."""
+        self._alerts: list[Alert] = []
+        """Of that step, not published yet."""
 
     async def handle_connection(
         self, hello: RankHello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Handles a rank's messages until it disconnects; refuses ranks of another attempt."""
         rank, attempt = hello.rank, self._state.attempt
-        if hello.token != self._ranks.token or attempt.is_connected(rank):
+        # Before the first start there is no token, which an empty one would equal.
+        expected = bool(self._ranks.token) and hello.token == self._ranks.token
+        if not expected or attempt.is_connected(rank):
             log.warning("refused a rank of another attempt (pid %s)", hello.pid)
             return
         self._ranks.pids[rank] = hello.pid
@@ -106,8 +120,7 @@ class RankMessageHandler:
         try:
             while True:
                 message = rank_messages.decode_from_rank(await receive(reader))
-                self._watchdog.message_received(rank, message)
-                self.handle(message)
+                await self._handle_when_writable(rank, message)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except Exception as error:
@@ -117,18 +130,51 @@ class RankMessageHandler:
             if attempt is self._state.attempt:
                 self._watchdog.rank_disconnected(rank)
 
+    async def _handle_when_writable(self, rank: int, message: FromRank) -> None:
+        """Handles one message; waits while the journal's disk has no room.
+
+        The rank trains on until the socket's buffer is full of its reports, and then waits, so no
+        step is lost. A run that is being stopped does not wait: the error ends it.
+        """
+        waited = False
+        while True:
+            self._watchdog.message_received(rank, message)  # waiting is no silence of the rank
+            try:
+                self.handle(message)
+            except sqlite3.OperationalError as error:
+                if self._state.stop_now:  # the ranks are dead
+                    return
+                code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # none if Python raised it
+                if code not in NO_ROOM or self._state.stopping:
+                    raise
+                if not waited:
+                    # One line: a full disk needs no traceback.
+                    log.error("cannot write the journal: %s; waiting for room", error)  # noqa: TRY400
+                waited = True
+            else:
+                if waited:
+                    log.warning("the journal can be written again; the run continues")
+                return
+            phase = Phase(rank=rank, step=self._journal.step, name=WAITING)
+            self._state.phases[rank] = phase
+            self._server.send_to_watchers(phase)
+            await asyncio.sleep(RETRY_INTERVAL)
+
     def _send_begin(self) -> None:
         """Sends rank 0 its start and the commands that are still pending."""
         if self._state.pause_recovers:  # new ranks find out whether the reason is gone
             self._end_recovering_pause()
         attempt, journal = self._state.attempt, self._journal
         step = attempt.start.from_step
+        self._guardrails.forget_after(step)
         attempt.send(
             Begin(
                 attempt=journal.attempt,
                 from_step=step,
                 reseed=journal.reseeded(step),
+                average=journal.forked_from_average(step),
                 checkpoints=journal.timeline(),
+                placed=journal.placed(),
                 paused=self._state.paused,
                 replay=[self._without_invalid(c) for c in journal.commands.changes_after(step)],
                 undoable=[
@@ -151,7 +197,13 @@ class RankMessageHandler:
         return msgspec.structs.replace(replayed, changes=kept)
 
     def handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short case a message
-        """Handles one message; the journal is written first, the observer called last."""
+        """Handles one message; the journal is written first, the observer called last.
+
+        If the journal cannot be written, the same message may be handled again.
+
+        Raises:
+            sqlite3.Error: the journal cannot be written.
+        """
         state, journal = self._state, self._journal
         match message:
             case Phase():
@@ -174,6 +226,7 @@ class RankMessageHandler:
                 state.attempt.send(Confirm(step=step))
             case CheckpointComplete(step=step, removed=removed):
                 journal.complete_checkpoint(step, removed)
+                state.attempt.send(Confirm(step=step))
             case Applied():
                 self._applied(message)
             case Rejected(id=command_id, reason=reason):
@@ -184,6 +237,8 @@ class RankMessageHandler:
                 self._paused(message)
             case Unpaused():
                 self._unpaused(message)
+            case Adjusted(step=step, changes=changes, rule=rule, text=text):
+                self.adjust(step, changes, rule, text)
             case Failed():
                 state.attempt.record_failure(message)
                 if self._ranks.count > 1:  # the others wait in a collective operation
@@ -202,23 +257,25 @@ class RankMessageHandler:
 
     def _record_step(self, report: StepReport) -> None:
         state = self._state
-        # The wall clock kept running during a pause: use the measured step time.
-        state.timer.finish_step(report.metrics[STEP_TIME] if state.paused else None)
-        self._journal.record_step(report)
-        if report.reference_mix is not None:
-            self._journal.record_event("reference", {"mix": report.reference_mix}, report.step)
-        self._watchdog.step_done(report.ranks)
-        alerts = self._guardrails.check(
-            report.step, dict(report.metrics), state.settings, report.samples
-        )
-        state.settings = report.settings
-        for alert in alerts:
-            self._on_alert(alert)
+        if report is not self._recorded:  # otherwise an alert of it could not be written
+            self._journal.record_step(report)
+            if report.reference_mix is not None:
+                self._journal.record_event("reference", {"mix": report.reference_mix}, report.step)
+            self._recorded = report
+            # The wall clock kept running during a pause: use the measured step time.
+            state.timer.finish_step(report.metrics[STEP_TIME] if state.paused else None)
+            self._watchdog.step_done(report.ranks)
+            self._alerts = self._guardrails.check(
+                report.step, dict(report.metrics), state.settings, report.samples
+            )
+            state.settings = report.settings
+        while self._alerts:
+            self._on_alert(self._alerts[0])
+            del self._alerts[0]
 
     def _applied(self, message: Applied) -> None:
         state, commands = self._state, self._journal.commands
-        command = self._pending.applied(message.id)
-        commands.apply(message.id, message.step, message.changes, message.result)
+        command = self._pending.applied(message)
         state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
             state.paused = isinstance(command, Pause)
@@ -230,6 +287,25 @@ class RankMessageHandler:
         elif message.changes:
             self._journal.set_meta(settings=state.settings)
         self._server.send_reply(commands.reply(message.id))
+
+    def adjust(self, step: int, changes: list[SettingChange], rule: str, text: str) -> None:
+        """Records changes that no operator asked for, like a command, and tells the operator.
+
+        Args:
+            step: the first step with the changes in effect.
+            changes: of settings.
+            rule: name of the notice.
+            text: why.
+        """
+        state, commands = self._state, self._journal.commands
+        for change in changes:
+            command_id = f"{rule}-{self._journal.attempt}-{step}-{change.key}-{change.new}"
+            args = {"key": change.key, "value": change.new}
+            commands.record(command_id, SetSetting.name(), args, "rlhf-tui")
+            commands.apply(command_id, step, [change])
+        state.settings = state.settings | {c.key: c.new for c in changes}
+        self._journal.set_meta(settings=state.settings)
+        self._publisher.notice(rule, text, step)
 
     def _paused(self, message: Paused) -> None:
         """Records a pause that the ranks began by themselves."""

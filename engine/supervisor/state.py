@@ -27,6 +27,8 @@ class SupervisorState:
     """A stop was accepted. It stays accepted after a restart of the ranks."""
     stop_now: bool = False
     """Stopping without another save."""
+    preempted: bool = False
+    """A scheduler's signal asked for the stop."""
     began: bool = False
     """Whether the models were loaded in any attempt: from then on an error is not the user's."""
     phases: dict[int, Phase] = field(default_factory=dict)

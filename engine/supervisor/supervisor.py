@@ -60,7 +60,8 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
         observer: notified of states, alerts and messages, in this process.
 
     Returns:
-        The exit code: 0 finished or stopped, 1 failed, 2 wrong input of the user.
+        The exit code: 0 finished or stopped, `launch.preempted_exit` stopped by a scheduler's
+        signal, 1 failed, 2 wrong input of the user.
 
     Raises:
         SessionLockedError: another engine has the session.
@@ -197,6 +198,7 @@ class Supervisor:
         while state.next is not None:
             start, state.next = state.next, None
             code = await self.attempt(start)
+        await self.commands.finish_rollbacks()
         self.pending.run_ended()
         return code
 
@@ -251,12 +253,13 @@ class Supervisor:
         state, attempt, launch = self.state, self.state.attempt, self._config.launch
         if state.stop_now and attempt.ended is None and not attempt.failed_by_itself:
             self.publisher.set_state("stopped", "stopped at once, nothing was saved")
-            return 0
+            return launch.preempted_exit if state.preempted else 0
         if attempt.ended is not None:
             reason = attempt.ended.reason
             text = self._end_text(reason)
-            self.publisher.set_state("stopped" if reason == "stopped" else "finished", text)
-            return 0
+            stopped = reason == "stopped"
+            self.publisher.set_state("stopped" if stopped else "finished", text)
+            return launch.preempted_exit if stopped and state.preempted else 0
         failure = attempt.cause(status, launch, self._session.name)
         earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
         if earlier is not None and not state.stop_now:
@@ -274,6 +277,9 @@ class Supervisor:
             "user_input": failure.user_input,
         }
         self._journal.record_event("error", data)
+        if failure.changes and not state.stop_now:
+            self._restart_with(failure)
+            return 1
         limit = launch.max_restarts
         final = failure.final or failure.user_input or state.stop_now
         if final or self._restarts >= limit:
@@ -289,6 +295,19 @@ class Supervisor:
         text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
         self.publisher.notice("restart", text, self._journal.step)
         return 1
+
+    def _restart_with(self, failure: Failed) -> None:
+        """Has the ranks start again with other settings from the step that failed.
+
+        Not counted in `launch.max_restarts`: it is not the same start. The steps from the
+        checkpoint on are repeated with the settings that they had.
+        """
+        step = last_checkpoint(self._session)
+        words = ", ".join(f"{c.key} {c.new} instead of {c.old}" for c in failure.changes)
+        text = f"{failure.text}: restart from step {step}, from step {failure.step} with {words}"
+        log.info(text)
+        self.rank_messages.adjust(failure.step, failure.changes, "memory", text)
+        self.state.next = StartOptions(from_step=step)
 
     def _advice(self, damaged: int) -> str:
         others = [str(step) for step in timeline_checkpoints(self._session) if step != damaged]

@@ -155,5 +155,5 @@ class Watchdog:
         if not holds:
             self._active_alerts.discard(rule)
         elif rule not in self._active_alerts:
-            self._active_alerts.add(rule)
             on_alert(Alert(rule, "notify", text, self._journal.step))
+            self._active_alerts.add(rule)  # not before: on a full disk it is tried again

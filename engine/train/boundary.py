@@ -10,6 +10,7 @@ from typing import Any, assert_never
 
 import msgspec
 
+from engine.config.rules import check_change
 from engine.config.settings import (
     SettingChange,
     change_settings,
@@ -32,6 +33,7 @@ from engine.protocol.commands import (
     Unpause,
 )
 from engine.protocol.rank_messages import (
+    Adjusted,
     Applied,
     Begin,
     Ended,
@@ -322,6 +324,7 @@ class Boundary:
                 f"max_new_tokens may be {limit} at most: the model has no more positions after "
                 f"the longest prompt ({self._run.prompts.longest} tokens)"
             )
+        check_change(self._run.config, values)
         self._replay = [
             msgspec.structs.replace(r, changes=[c for c in r.changes if c.key not in values])
             for r in self._replay
@@ -335,6 +338,19 @@ class Boundary:
 
     def _set(self, values: dict[str, Any]) -> None:
         self._run.config = change_settings(self._run.config, values)
+
+    def adjust(self, change: SettingChange, text: str) -> None:
+        """Changes a setting for the next step without a command, and tells the operator why.
+
+        It is recorded like the command `set`, so a resume repeats it at the same step and `undo`
+        reverts it.
+        """
+        changes = self._change_by_command({change.key: change.new})
+        self._undoable.append(changes)
+        log.warning("%s", text)
+        self._link.send(
+            Adjusted(step=self._run.state.step + 1, changes=changes, rule="memory", text=text)
+        )
 
     # -- after a step -------------------------------------------------------------------------
 

@@ -113,6 +113,7 @@ class CheckpointManager:
             run.saved_state(), run.policy, run.tokenizer, run.optimiser,
             score=self._score, kl=self._kl, best=self._best,
             reference=run.reference if state.reference_updated else None,
+            average=run.average.tensors(run.policy) if run.average is not None else None,
         )  # fmt: skip
         self._saved_step = state.step
         self._seconds += time.monotonic() - started
@@ -162,8 +163,9 @@ class CheckpointManager:
             self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
             return
         removable = self._removable(step, outcome.best)
-        # Reported first: a crash between the two leaves a folder too many, not one too few.
+        # Journalled first: a crash between the two leaves a folder too many, not one too few.
         self._link.send(CheckpointComplete(step=step, removed=removable))
+        self._link.wait_for_confirm(step)
         for old_step in removable:
             self._remove(old_step, step)
         log.info(

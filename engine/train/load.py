@@ -15,11 +15,16 @@ from engine.config.sections.reward import RewardConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
 from engine.protocol.rank_messages import Begin
-from engine.session.checkpoints import checkpoint_path
+from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.folder import SavedState, TrainingState
-from engine.train.checkpoints.shards import load_reference_weights, load_training
+from engine.train.checkpoints.shards import (
+    has_average,
+    load_average,
+    load_reference_weights,
+    load_training,
+)
 from engine.train.data.prompts import Prompts, load_prompts
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
@@ -34,6 +39,7 @@ from engine.train.models.language_model import (
 from engine.train.models.memory_check import check_memory
 from engine.train.models.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
 from engine.train.models.reference_update import check_same_shapes
+from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.adamw import make_optimiser
 from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.normalise import Normaliser
@@ -59,7 +65,8 @@ def load_run(
 ) -> Run:
     """Loads everything that a step needs; all ranks call it together.
 
-    Rank 0 reads the files and the others receive their content. Prompts come before weights, so
+    Rank 0 reads the files and the others receive their content, except for the weights of sharded
+    models, of which each rank reads its shards. Prompts come before weights, so
     that a mistake in the data is found before minutes of loading.
 
     Args:
@@ -82,7 +89,7 @@ def load_run(
     state = TrainingState(sampling_seed=config.seed)
     if begin.from_step:
         saved = checkpoint_path(session.checkpoints, begin.from_step)
-        source = str(saved / "policy")
+        source = str(saved / (AVERAGED_POLICY if begin.average else POLICY))
         state, config = read_state(saved, ranks).restored(
             config, lambda text: notify("settings", text)
         )
@@ -94,7 +101,7 @@ def load_run(
         announce(begin.from_step, f"load {name}", next(stages), len(STAGES))
 
     begin_stage("prompts")
-    has_tokenizer = saved is None or (saved / "policy" / "tokenizer_config.json").is_file()
+    has_tokenizer = saved is None or (saved / POLICY / "tokenizer_config.json").is_file()
     tokenizer_source = source if has_tokenizer else starter.resolve(config.model.policy)
     tokenizer = load_tokenizer(tokenizer_source, "model.policy", ranks)
     prompts, held_out_prompts = split_prompts(
@@ -105,6 +112,7 @@ def load_run(
         prompts.longest,
         ranks,
         lambda text: notify("memory", text),
+        begin.placed,
     )
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
@@ -118,7 +126,7 @@ def load_run(
         )
     begin_stage("policy")
     from_reward = config.ppo.value_init == "reward_model"
-    value_model = load_value_model(config, ranks) if from_reward else None
+    value_model = load_value_model(config, ranks, strategy) if from_reward else None
     policy = load_policy(config, source, ranks, strategy, value_model)
     optimiser = make_optimiser(policy, config)
     begin_stage("reference")
@@ -142,10 +150,37 @@ def load_run(
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
         held_out=held_out, memory=memory,
+        average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
     _check_response_length(run)
-    rewards.scales = state.reward_scales
+    _use_scales(run)
     return run
+
+
+def _use_scales(run: Run) -> None:
+    """Gives the sources the checkpoint's scales, and forgets those that are no longer wanted."""
+    state, rewards = run.state, run.rewards
+    if run.config.reward.normalise == "none":
+        state.reward_mean, state.reward_std = 0.0, 1.0
+    scales = state.reward_scales
+    state.reward_scales = {name: scales[name] for name in rewards.normalised if name in scales}
+    rewards.scales = state.reward_scales
+
+
+def load_policy_average(
+    config: RunConfig, policy: LanguageModel, saved: Path | None, ranks: RankGroup
+) -> PolicyAverage | None:
+    """The averaged policy of a checkpoint; without one there, it starts from the policy.
+
+    Returns:
+        None without `train.ema.decay`.
+    """
+    if config.train.ema.decay is None:
+        return None
+    average = PolicyAverage(policy, config.train.ema)
+    if saved is not None and has_average(saved):
+        load_average(saved, average.tensors(policy), ranks.group)
+    return average
 
 
 def check_rank_count(config: RunConfig, ranks: int) -> None:
@@ -173,9 +208,10 @@ def _normalises(reward: RewardConfig) -> bool:
 
 
 def fit_scales(run: Run, config: RunConfig) -> None:
-    """Normalises the scores, and a value function that begins with them, before the first step.
+    """Measures the scales of the scores, and scales a value function that begins with them.
 
-    A resumed run has the results in its checkpoint.
+    A resumed run has them in its checkpoint, unless a `normalise` was turned on since: then all are
+    measured on the reference as it is now, which is that of the first step if nothing updates it.
 
     Args:
         run: its state and reward mix get the scales, its value head is scaled.
@@ -184,12 +220,14 @@ def fit_scales(run: Run, config: RunConfig) -> None:
     Raises:
         RewardCallError: a reward function raises; on all ranks.
     """
-    if run.state.step:
-        return
-    if _normalises(config.reward):
-        run.announce(0, "normalise reward")
+    state, rewards = run.state, run.rewards
+    unscaled = (state.reward_mean, state.reward_std) == (0.0, 1.0)
+    if (config.reward.normalise == "reference" and unscaled) or any(
+        name not in rewards.scales for name in rewards.normalised
+    ):
+        run.announce(state.step, "normalise reward")
         _normalise_rewards(run, config)
-    if config.ppo.value_init == "reward_model":
+    if config.ppo.value_init == "reward_model" and not state.step:
         total = Normaliser(run.state.reward_mean, run.state.reward_std)
         scale_value_head(run.policy, run.rewards, total)
 

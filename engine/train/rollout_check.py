@@ -36,7 +36,11 @@ def check_first_rollout(
     few, name = rollout.rows[:4], type(run.policy.lm).__name__
     exact = run.config.model.dtype == "float32"
     full, _ = score_tokens(
-        run.policy, rollout.select(few), run.config.rollout.temperature, len(few), want="logits"
+        run.policy,
+        rollout.select(few),
+        run.config.rollout.temperature,
+        min(len(few), run.config.ppo.micro_batch_size),
+        want="logits",
     )
     gap = float((full - rollout.logprobs[few] * rollout.mask[few]).abs().max())
     if gap > (GAP_LIMIT if exact else MIXED_GAP_LIMIT):

@@ -18,6 +18,7 @@ from engine.train.data.prompts import Prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.held_out import HeldOut
 from engine.train.models.language_model import AnyModel, LanguageModel
+from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.metrics import peak_memory
 from engine.train.rewards.mix import RewardMix
 from engine.train.rollout.backend import RolloutBackend
@@ -30,13 +31,15 @@ class PhaseTimer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         """By phase, of the current step."""
+        self.current = ""
+        """The phase that runs, or ran last."""
         self.ranks: list[RankTimes] = []
         """Every rank's times of the last step; set by :meth:`gather`."""
 
     @contextmanager
     def phase(self, run: "Run", step: int, name: str) -> Iterator[ReportProgress]:
         """Reports that a phase begins and times it. Yields a function that reports its progress."""
-        started = time.perf_counter()
+        started, self.current = time.perf_counter(), name
         yield run.announce(step, name)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
@@ -82,6 +85,8 @@ class Run:
     """Reports that a phase begins; see :meth:`engine.train.link.Link.phase`."""
     held_out: HeldOut | None
     """For evaluations; None without `eval.every`."""
+    average: PolicyAverage | None
+    """The averaged policy; None without `train.ema.decay`."""
     memory: Estimate | None
     """The memory estimate; None if the model's shapes are unknown to the estimator."""
     rollout_checked: bool = False

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.protocol.rank_messages import Sample
 from engine.train.dynamic_sampling import Parts, ScoredRollout, redraw_constant_groups
+from engine.train.greedy_baseline import greedy_scores
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens
@@ -59,6 +60,13 @@ def train_step(
         config.rollout.max_new_tokens,
     )  # fmt: skip
 
+    greedy: Tensor | None = None
+    if config.ppo.traits.greedy_baseline:
+        greedy = greedy_scores(
+            run, step, rollout, sampling_options(run, step),
+            lambda responses: score_rollout(run, step, responses)[0],
+        )  # fmt: skip
+
     # 3. Log-probabilities of the reference and of the policy before the update.
     rows = ranks.strided_share(longest_first(rollout, rollout.rows))
     with timer.phase(run, step, "reference") as report:
@@ -79,7 +87,7 @@ def train_step(
             values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
             beta=config.kl.beta if config.kl.place == "reward" else 0.0,
             per_prompt=config.responses_per_prompt, baseline=state.baseline,
-            kl_estimator=config.kl.estimator,
+            kl_estimator=config.kl.estimator, greedy_scores=greedy,
         )
     )  # fmt: skip
     if targets.baseline is not None:
@@ -92,11 +100,16 @@ def train_step(
             seed=state.sampling_seed, step=step, report=report,
         )  # fmt: skip
 
+    if run.average is not None:
+        run.average.update(run.policy)
+
     # 6. Metrics and samples.
     state.episodes += len(scores)
     metrics = step_metrics(rollout, scores, ref_logprobs, targets, stats, config)
     metrics |= {"episode": float(state.episodes), "lr": learning_rate(config.train, step)}
     metrics |= source_metrics(scored.parts)
+    if greedy is not None:
+        metrics["objective/greedy_scores"] = float(greedy.mean())
     if config.rollout.dynamic:
         metrics["val/redrawn_prompts"] = float(scored.redrawn)
     timer.gather(run)

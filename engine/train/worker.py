@@ -44,16 +44,17 @@ from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due, record
 from engine.train.link import Link
 from engine.train.load import fit_scales, load_run
 from engine.train.models import memory_check
+from engine.train.out_of_memory import (
+    LESS_MEMORY,
+    StepOutOfMemoryError,
+    is_out_of_memory,
+    memory_text,
+    run_step,
+)
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
-from engine.train.step import train_step
 
 log = logging.getLogger("engine")
-
-LESS_MEMORY = (
-    "Less is needed with a smaller ppo.micro_batch_size, reward.batch_size or rollout.at_once, or "
-    "with parallel.activation_checkpointing, model.dtype: bfloat16 or lora.rank (rlhf-tui plan)"
-)
 
 
 def main() -> None:
@@ -118,30 +119,30 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     deliberate = isinstance(error, RlhfError)
     text = error_text(error) if deliberate else f"{type(error).__name__}: {error_text(error)}"
     if full:  # with the same settings a restart would run out of it again
-        first = ". ".join(error_text(error).strip().split("\n")[0].split(". ")[:2]).rstrip(".")
-        text = f"out of memory: {first}. {LESS_MEMORY}"
+        text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
     damaged = isinstance(error, DamagedCheckpointError)
     trace = traceback.format_exc().encode("utf-8", "backslashreplace").decode()
+    step, changes = 0, []
+    if isinstance(error, StepOutOfMemoryError) and error.change is not None:
+        step, changes = error.step, [error.change]
     if ranks is None or ranks.size == 1 or damaged:
-        return Failed(rank=rank, text=text, traceback=trace, final=final, damaged=damaged)
+        return Failed(
+            rank=rank, text=text, traceback=trace, final=final, damaged=damaged, step=step,
+            changes=changes,
+        )  # fmt: skip
     if is_peer_loss(error) and not full:
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
             for message in ranks.errors_left():
                 return msgspec.json.decode(message, type=Failed)
         text = f"rank {rank} lost contact with the other ranks: {text}"
         return Failed(rank=rank, text=text, traceback=trace, echo=True)
-    failed = Failed(rank=rank, text=f"rank {rank}: {text}", traceback=trace, final=final)
+    failed = Failed(
+        rank=rank, text=f"rank {rank}: {text}", traceback=trace, final=final, step=step,
+        changes=changes,
+    )  # fmt: skip
     with contextlib.suppress(RuntimeError):
         ranks.leave_error(msgspec.json.encode(failed))
     return failed
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not allocate memory, on a GPU or on the host."""
-    texts = ("CUDA out of memory", "DefaultCPUAllocator", "Cuda failure 2 'out of memory'")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
 
 
 def train(session: Session, link: Link, ranks: RankGroup) -> None:
@@ -171,17 +172,16 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
             events.hparams(config)
 
     with contextlib.closing(boundary):
-        if not begin.from_step:
-            baseline = prepare(boundary, run, config)
-            if baseline.metrics:
-                link.send(BaselineReport(baseline.metrics, recorded(baseline.samples)))
-                if events is not None:
-                    events.step(0, baseline.metrics, baseline.samples)
+        baseline = prepare(boundary, run, config)
+        if baseline.metrics:
+            link.send(BaselineReport(baseline.metrics, recorded(baseline.samples)))
+            if events is not None:
+                events.step(0, baseline.metrics, baseline.samples)
         while boundary.before_step():
             step = run.state.step + 1
             started = time.monotonic()
             try:
-                metrics, samples = train_step(run, step)
+                metrics, samples = run_step(run, step, boundary.adjust)
             except RewardCallError as error:
                 boundary.hold(error)
                 continue
@@ -216,7 +216,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
 
 
 def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
-    """Measures what needs rewards before the first step; pauses while they cannot be computed.
+    """Measures what needs rewards before training; pauses while they cannot be computed.
 
     Args:
         boundary: before the first step.
@@ -224,7 +224,8 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
         config: the configuration that it was loaded with.
 
     Returns:
-        The evaluation before the first step; empty if none is due or the run is stopped first.
+        The evaluation before the first step; empty for a resumed run, if none is due, or if the run
+        is stopped first.
     """
     fitted = False
     while True:
@@ -232,7 +233,7 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
             if not fitted:
                 fit_scales(run, config)
                 fitted = True
-            return evaluate_if_due(run, 0)
+            return Evaluation() if run.state.step else evaluate_if_due(run, 0)
         except RewardCallError as error:
             boundary.hold(error)
             if not boundary.before_step():

@@ -21,7 +21,6 @@ from textual.notifications import SeverityLevel
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
 from rlhf_tui.app import hangup, steering
-from rlhf_tui.app.compact_output import CompactDriver
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
@@ -115,7 +114,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             session, self._problem = None, str(error)
         # Otherwise Textual lays out an empty default screen first.
         self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc] # a class variable there
-        super().__init__(driver_class=CompactDriver)
+        super().__init__()
         self.animation_level = "none"
         self.follower = SessionFollower(
             self, self.preferences, self.who,
@@ -129,8 +128,6 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             now=now, read_only=read_only, say=self.say, open_session=self.open_session,
         )  # fmt: skip
         self._first_read = first_read
-        self._notices: dict[str, float] = {}
-        """The last notice in a box, and until when it is shown."""
         if session is not None:
             self.follower.open(session)
         # The console is what Textual writes with: what it finds out of the terminal holds.
@@ -228,14 +225,14 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
         Information replaces the line of keys for a moment, so that it covers nothing.
         """
-        screen = next(iter(screens_of_current_mode(self)), None)
+        screens = screens_of_current_mode(self)
+        screen = next(iter(screens), None)
         if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
             screen.query_one(KeyFooter).say(text, NOTICE)
             return
-        shown_until = self._notices.get(text, 0.0)
-        if time.monotonic() < shown_until:
+        toasts = [toast for top in screens[-1:] for toast in top.query("Toast")]
+        if sanitise(text) in [str(toast.render()) for toast in toasts]:
             return  # a key that is held down says it once
-        self._notices = {text: time.monotonic() + SECONDS_SHOWN[severity]}
         self.notify(
             sanitise(text), severity=severity, markup=False, timeout=SECONDS_SHOWN[severity]
         )

@@ -18,9 +18,9 @@ from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
-from engine.launch.start import checkpoint_steps, last_checkpoint
+from engine.launch.start import check_average, checkpoint_steps, last_checkpoint
 from engine.protocol import sockets
-from engine.session.checkpoints import checkpoint_path
+from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
@@ -73,6 +73,9 @@ def rm(root: Path, name: str, yes: bool) -> None:
 )
 @click.option("--merged", is_flag=True, help="With --policy: merge LoRA adapters into the model.")
 @click.option(
+    "--ema", "averaged", is_flag=True, help="With --policy: the averaged policy of train.ema."
+)
+@click.option(
     "--samples", type=click.Path(path_type=Path), metavar="FILE", help="Write samples, JSONL."
 )
 @click.option(
@@ -90,23 +93,25 @@ def export(
     name: str,
     policy: Path | None,
     merged: bool,
+    averaged: bool,
     samples: Path | None,
     preferences: Path | None,
     step: int | None,
 ) -> None:
     """Export the policy, samples or preferences of a session."""
     session = existing(root, name)
-    if policy is None and ((samples is None and preferences is None) or merged):
+    if policy is None and ((samples is None and preferences is None) or merged or averaged):
         raise UserInputError(
             "export needs --policy DIR, --samples FILE or --preferences FILE; "
-            "--merged needs --policy"
+            "--merged and --ema need --policy"
         )
     if policy is not None:
         chosen = step or last_checkpoint(session)
         if chosen not in checkpoint_steps(session):
             missing = f"of step {step} " if step else ""
             raise NoSuchSessionError(f"session '{name}' has no checkpoint {missing}to export")
-        say(_export_policy(session, chosen, policy, merged))
+        part = AVERAGED_POLICY if averaged else POLICY
+        say(_export_policy(session, chosen, policy, part, merged=merged))
     if samples is not None:
         with SampleReader(session) as reader:
             rows = with_judgements(session, reader.newest())
@@ -118,27 +123,32 @@ def export(
         say(f"wrote {fmt.plural(len(found), 'pair')} to {preferences}")
 
 
-def _export_policy(session: Session, step: int, target: Path, merged: bool) -> str:
-    """Writes the policy folder. Returns a line that describes it."""
+def _export_policy(session: Session, step: int, target: Path, part: str, *, merged: bool) -> str:
+    """Writes a model folder, `part` of a checkpoint. Returns a line that describes it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserInputError(f"--policy: {target} exists already; give a new or empty folder")
+    source = checkpoint_path(session.checkpoints, step) / part
+    if part == AVERAGED_POLICY:
+        check_average(session, step)
+    what = "averaged policy" if part == AVERAGED_POLICY else "policy"
     config = session.config()
     adapted = config.lora.rank is not None
     if adapted and merged:
-        _merge(session, step, target)
-        return f"the policy of step {step} is in {target}, adapters merged"
-    _copy_policy(checkpoint_path(session.checkpoints, step) / "policy", target)
+        _merge(session, step, part, target)
+        return f"the {what} of step {step} is in {target}, adapters merged"
+    _copy_policy(source, target)
     if adapted:
-        return f"the adapters of step {step} are in {target}; base model: {config.model.policy}"
+        which = "averaged adapters" if part == AVERAGED_POLICY else "adapters"
+        return f"the {which} of step {step} are in {target}; base model: {config.model.policy}"
     note = "; all weights were trained, so there is nothing to merge" if merged else ""
-    return f"the policy of step {step} is in {target}{note}"
+    return f"the {what} of step {step} is in {target}{note}"
 
 
-def _merge(session: Session, step: int, target: Path) -> None:
+def _merge(session: Session, step: int, part: str, target: Path) -> None:
     # In a subprocess: this process never imports torch.
     module = [sys.executable, "-m", "engine.train.checkpoints.merge"]
     done = subprocess.run(  # noqa: S603 - our own module
-        [*module, str(session.folder), str(step), str(target)],
+        [*module, str(session.folder), str(step), part, str(target)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         env=clean_environment(), text=True, errors="replace", check=False,
     )  # fmt: skip

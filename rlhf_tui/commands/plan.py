@@ -26,6 +26,8 @@ WIDTH = 80
 """Columns of a line."""
 NUMBER = 9
 """Columns of a number; six of them and the labels fit on a line."""
+GATHERED_SHARE = 0.25
+"""Of the memory: if fsdp gathers more weights than that, a line says so."""
 SHAPES_TIMEOUT = 300.0
 """Seconds to read the models' configurations, which may have to be downloaded from the hub."""
 LABELS = {
@@ -34,6 +36,7 @@ LABELS = {
     "policy": "policy",
     "optimiser": "optimiser (AdamW)",
     "value": "value function",
+    "average": "averaged policy",
     "reference": "reference",
     "reward": "reward models",
     "gradients": "gradients",
@@ -181,6 +184,12 @@ def _conclusion(
     fitting = [e.layout.title for e in estimates if _verdict(e, capacity) == "yes"]
     which = "all" if len(fitting) == len(estimates) else ", ".join(fitting) or "none"
     lines = [f"{_machine(capacity)}. Layouts that fit: {which}."]
+    gathered = max((e.parts.get("gathered", 0) for e in estimates), default=0)
+    if gathered > GATHERED_SHARE * capacity.total:
+        lines.append(
+            f"fsdp gathers {gathered / GB:.1f} GB of weights on each rank to generate responses, "
+            "however many ranks there are: more ranks do not make this smaller."
+        )
     current = estimate(config, models, layout)
     peak = f"{current.peak / GB:.2f} GB"
     if fits(current, capacity):

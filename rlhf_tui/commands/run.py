@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from engine import starter
 from engine.config import file as config_file
@@ -17,7 +16,14 @@ from engine.errors import SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine
-from engine.launch.start import StartOptions, check_inputs, is_new, remove_failed_start
+from engine.launch.start import (
+    StartOptions,
+    check_inputs,
+    is_failed_start,
+    is_new,
+    remove_failed_start,
+    start_variable,
+)
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
 from engine.session.folder import Session, check_name, create, free_name
@@ -72,11 +78,27 @@ def demo(
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @new_name_option
+@click.option(
+    "--resume-if-exists", is_flag=True,
+    help="With --name: resume the session of that name if there is one, whatever CONFIG says.",
+)  # fmt: skip
 @starting
 def run(
-    root: Path, overrides: tuple[str, ...], mode: str | None, name: str | None, config: Path
+    root: Path,
+    overrides: tuple[str, ...],
+    mode: str | None,
+    name: str | None,
+    config: Path,
+    resume_if_exists: bool,
 ) -> None:
     """Start a run from a configuration file in YAML."""
+    if resume_if_exists:
+        if name is None:
+            raise UserInputError("--resume-if-exists needs --name NAME, the session to resume")
+        session = Session(root.resolve() / check_name(name))
+        if session.config_file.is_file() and not is_failed_start(session):
+            _resume(session, overrides, mode)
+            return
     loaded = config_file.load(config, overrides)
     _start_new(root.resolve(), name, config.stem, loaded, mode)
 
@@ -98,7 +120,18 @@ def resume(
     reseed: bool,
 ) -> None:
     """Resume a session from its last checkpoint."""
-    session = existing(root, name)
+    _resume(existing(root, name), overrides, mode, from_step=from_step, reseed=reseed)
+
+
+def _resume(
+    session: Session,
+    overrides: tuple[str, ...],
+    mode: str | None,
+    *,
+    from_step: int | None = None,
+    reseed: bool = False,
+) -> None:
+    name = session.name
     session.acquire().release()  # raises if the session is live
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
@@ -123,6 +156,7 @@ def resume(
     help="The checkpoint to fork from.",
 )  # fmt: skip
 @click.option("--name", "new_name", metavar="NEW", required=True, help="The new session's name.")
+@click.option("--ema", is_flag=True, help="Begin with the averaged policy of train.ema.")
 @reseed_option
 @starting
 def fork(
@@ -132,13 +166,15 @@ def fork(
     name: str,
     from_step: int,
     new_name: str,
+    ema: bool,
     reseed: bool,
 ) -> None:
     """Fork a new session from a checkpoint of another."""
     session = existing(root, name)
     child, start = start_fork(
-        session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
-    )
+        session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who(),
+        ema=ema,
+    )  # fmt: skip
     _begin(child, start, mode)
 
 
@@ -199,8 +235,6 @@ def _become_engine(session: Session, start: StartOptions) -> None:
     """Turns this process into the session's engine, in the foreground."""
     action = f"resuming from step {start.from_step}" if start.from_step else "starting"
     click.echo(one_line(f"session {session.name}: {action}; folder {session.folder}"), err=True)
-    options = msgspec.json.encode(start).decode()
     sys.stdout.flush()
-    os.execv(  # noqa: S606 - our own module
-        sys.executable, [sys.executable, "-m", "rlhf_tui.headless", str(session.folder), options]
-    )
+    words = [sys.executable, "-m", "rlhf_tui.headless", str(session.folder)]
+    os.execve(sys.executable, words, os.environ | start_variable(start))  # noqa: S606 - our own

@@ -6,12 +6,12 @@ died leaves no event, so its end is inferred: an attempt follows one that did no
 
 import bisect
 import functools
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.journal.json_values import decoded
 from engine.journal.rows import (
     AlertEvent,
     AttemptEvent,
@@ -246,7 +246,7 @@ class _Timeline:
 
 def _fork(event: EventRow) -> dict[str, Any]:
     """Where an attempt was forked from: `from` and `step`; empty if it was not."""
-    found: dict[str, Any] = json.loads(event.data).get("fork") or {}
+    found: dict[str, Any] = decoded(event.data, dict[str, Any]).get("fork") or {}
     return found
 
 

@@ -173,8 +173,48 @@ def test_one_rank_that_fails_ends_all_and_is_named(lab, phase, act):
     assert run.state == "failed"
 
 
+def test_two_ranks_out_of_memory_repeat_the_step_with_a_halved_micro_batch(lab, tmp_path, whole):
+    run = lab.run("memory", *TWO, "launch.max_restarts=0", "train.save_every=1", steps=3)
+    path = f"{FAULTS}:{os.environ.get('PYTHONPATH', '')}"
+    fault = {"PYTHONPATH": path, "RLHF_TUI_TEST_FAULT": f"optimise|memory:{tmp_path / 'once'}"}
+    process = lab.popen(*run.arguments, "--headless", env=lab.environment | fault)
+    _, stderr = process.communicate(timeout=LONG)
+    assert process.returncode == 0, stderr
+    (change,) = run.commands().values()
+    assert (change["command"], change["applied_step"]) == ("set", 2)
+    (alert,) = [e["text"] for e in run.events("alert") if e["rule"] == "memory"]
+    assert alert.startswith("rank 1: step 2 ran out of memory in the phase 'optimise': CUDA out")
+    assert "from step 2 with micro_batch_size" in alert
+    for one, two in zip(whole.numbers()[:3], run.numbers(), strict=True):
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (one["step"], name)
+
+
 LAYOUTS = {"one": ("launch.processes=1",), "ddp": (*TWO, "parallel.strategy=ddp"),
            "fsdp": (*TWO, "parallel.strategy=fsdp")}  # fmt: skip
+
+
+DEMO = (
+    "rollout.batch_size=64", "rollout.max_new_tokens=32", "ppo.epochs=2", "ppo.minibatches=2",
+    "ppo.micro_batch_size=32",
+)  # fmt: skip
+"""The demo's own sizes: some 750 tokens a step."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", ["1", "null"])
+def test_one_rank_ddp_and_fsdp_give_the_same_steps_of_the_demo(lab, threads):
+    runs = {}
+    for layout, options in LAYOUTS.items():
+        name = f"demo-{layout}-{threads}"
+        run = lab.run(name, *DEMO, *options, f"launch.threads={threads}", steps=4)
+        run.start()
+        run.finish()
+        runs[layout] = run.numbers()
+    for layout in ("ddp", "fsdp"):
+        for one, two in zip(runs["one"], runs[layout], strict=True):
+            for name, value in one.items():
+                assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (layout, name)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.config.settings import settings_of
-from engine.errors import CommandRejectedError
+from engine.errors import CommandRejectedError, ConfigError
 from engine.protocol.commands import (
     COMMANDS,
     MAX_TEXT,
@@ -36,7 +36,7 @@ CONFIG = config_file.load(starter.FOLDER / "demo.yaml")
 def moment(**changed):
     values = {
         "state": "running", "paused": False, "settings": settings_of(CONFIG),
-        "batch_size": CONFIG.rollout.batch_size, "checkpoint_steps": lambda: [2, 4],
+        "config": CONFIG, "checkpoint_steps": lambda: [2, 4],
     }  # fmt: skip
     return Moment(**(values | changed))
 
@@ -91,7 +91,11 @@ def test_who_carries_a_command_out_is_its_union():
         (SetSetting(key="seed", value=1), {}, "cannot be set"),
         (SetSetting(key="dual_clip", value=1), {}, "must be a number > 1"),
         (SetSetting(key="loss_aggregation", value="x"), {}, "one of token, sequence, sequence_sum"),
-        (SetKLController(controller="adaptive", horizon=0.1), {}, "a fifth of the batch"),
+        (
+            SetKLController(controller="adaptive", horizon=0.1),
+            {},
+            r"kl\.horizon \(0\.1\) is too small",
+        ),
         (Probe(text=" "), {}, "1 to 10000 characters"),
         (Note(text="x" * (MAX_TEXT + 1)), {}, "1 to 10000 characters"),
     ],
@@ -115,6 +119,42 @@ def test_what_cannot_be_carried_out_at_a_moment_is_rejected_and_says_why(command
 )
 def test_what_can_be_carried_out_is_accepted(command, given):
     check_command(command, moment(**given))
+
+
+@pytest.mark.parametrize(
+    ("given", "command", "key", "value"),
+    [
+        ([], SetKLController(controller="adaptive", horizon=5), "kl.horizon", 5),
+        (
+            ["reward.overlong.buffer=16"],
+            SetSetting(key="max_new_tokens", value=8),
+            "rollout.max_new_tokens",
+            8,
+        ),
+        (
+            ["eval={every: 5, holdout: 8}", "train.best_metric=eval/score"],
+            SetSetting(key="save_every", value=12),
+            "train.save_every",
+            12,
+        ),
+    ],
+)
+def test_a_change_that_contradicts_other_keys_is_refused_like_in_the_file(
+    given, command, key, value
+):
+    config = config_file.override(CONFIG, given)
+    with pytest.raises(ConfigError) as in_file:
+        config_file.override(config, [f"{key}={value}"])
+    with pytest.raises(CommandRejectedError) as live:
+        check_command(command, moment(config=config, settings=settings_of(config)))
+    assert str(live.value) == str(in_file.value)
+
+
+def test_a_run_whose_configuration_breaks_a_newer_rule_can_still_be_changed():
+    broken = msgspec.structs.replace(
+        CONFIG, kl=msgspec.structs.replace(CONFIG.kl, place="loss", estimator="k1")
+    )
+    check_command(SetBeta(value=0.2), moment(config=broken))
 
 
 def test_only_commands_that_change_settings_say_that_they_do():

@@ -170,6 +170,7 @@ CHANGED = {
     "beta_max": 2.0, "learning_rate": 3e-4, "save_every": 7, "clip_range": 0.31, "epochs": 5,
     "stop_kl": 0.4, "temperature": 0.8, "max_new_tokens": 33, "clip_range_high": 0.28,
     "dual_clip": 3.0, "entropy_coef": 0.01, "loss_aggregation": "sequence",
+    "micro_batch_size": 3,
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ SERVICE = ("reward.model=null", "reward.service='http://h/score'")
         (["reward.model=null", "reward.service='ftp://h/'"], "must be a URL such as"),
         (["reward.model=null", "reward.service='http://h:x/'"], "must be a URL such as"),
         (["reward.model=null", "reward.service='http://a:secret@h/'"], "a user or a password"),
+        (["launch.preempted_exit=2"], "means something else already"),
         (["reward.protocol=openrlhf"], "reward.protocol needs reward.service"),
         (["reward.judging.model=m"], "reward.judging needs reward.judge"),
         (["reward.http.timeout=3"], "reward.http needs reward.service or reward.judge"),
@@ -92,7 +93,7 @@ LEAST = {
     "ppo.lam_value": 0, "ppo.lam_alpha": 0.001, "kl.estimator": "k2", "kl.place": "reward",
     "ppo.value_head_rate": 0.01, "rollout.temperature": 0.001, "rollout.max_new_tokens": 1,
     "reward.clip": 0.01, "reward.missing_eos_penalty": 0, "train.max_hours": 0.001,
-    "launch.silence": 1, "log.samples": 0,
+    "launch.silence": 1, "log.samples": 0, "train.ema.decay": 0.01,
 }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ MOST = {
     "ppo.lam_alpha": 10, "reward.overlong.penalty": 100, "rollout.dynamic_limit": 100,
     "ppo.value_head_rate": 1000, "rollout.temperature": 10, "rollout.max_new_tokens": 131_072,
     "rollout.batch_size": 1024, "reward.max_tokens": 10**6, "data.max_prompt_tokens": 10**6,
-    "seed": 2**64 - 1, "launch.timeout": 7 * 86_400, "log.arrays": 10**6,
+    "train.ema.decay": 0.9999, "seed": 2**64 - 1, "launch.timeout": 7 * 86_400, "log.arrays": 10**6,
 }  # fmt: skip
 
 
@@ -212,6 +213,13 @@ REFUSED = {
     "a lambda above 1": (["ppo.lam_value=1.1"], r"ppo\.lam_value must be.*<= 1"),
     "an alpha of 0": (["ppo.lam_alpha=0"], r"ppo\.lam_alpha must be"),
     "a negative penalty": (["reward.overlong.penalty=-1"], r"reward\.overlong\.penalty must be"),
+    "an average of the start": (["train.ema.decay=1"], r"train\.ema\.decay must be.*< 1"),
+    "an average of the last": (["train.ema.decay=0"], r"train\.ema\.decay must be.*> 0"),
+    "no average to offload": (["train.ema.offload=true"], r"needs train\.ema\.decay"),
+    "no average to compare": (
+        ["eval={every: 5, holdout: 8}", "train.best_metric=eval/ema_score"],
+        r"needs train\.ema\.decay",
+    ),
     "a key that is not there": (["reward.overlong.bufer=1"], r"mean 'reward\.overlong\.buf"),
 }  # fmt: skip
 

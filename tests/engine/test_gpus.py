@@ -41,6 +41,22 @@ def driver(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
+def test_the_allocator_grows_its_segments_unless_the_user_has_configured_it(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank_environment(LaunchConfig())["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in rank_environment(LaunchConfig(device="cpu"))
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")  # read before the other
+    assert "PYTORCH_ALLOC_CONF" not in rank_environment(LaunchConfig())
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
+    assert rank_environment(LaunchConfig())["PYTORCH_ALLOC_CONF"] == "backend:cudaMallocAsync"
+
+
+def test_a_container_image_does_not_round_the_float32_products_of_ranks(monkeypatch):
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    assert "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE" not in rank_environment(LaunchConfig())
+
+
 def test_a_gpu_is_shown_without_the_fields_that_it_does_not_support(driver, tmp_path):
     gpus = Sampler(tmp_path).sample({}, {}).gpus
     assert [g.index for g in gpus] == [0, 1, 2]

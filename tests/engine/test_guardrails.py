@@ -222,11 +222,13 @@ def test_a_drift_from_zero_is_not_a_multiple_of_it():
     assert drifting([0.0] * 4 + [5.0] * 20, drifts_up=0.5) == []
 
 
-def test_after_a_rollback_the_sum_begins_at_zero():
+def test_a_drift_on_an_abandoned_branch_leaves_nothing_behind():
     guardrails = rails(Rule(name="r", metric="m", window=4, drifts_up=0.5))
     for step, value in enumerate([*FIRST, 17.0, 17.0], start=1):
         assert not guardrails.check(step, {"m": value}, {})
-    assert not any(guardrails.check(step, {"m": 17.0}, {}) for step in (4, 5))
+    guardrails.forget_after(3)
+    steps = enumerate([17.0, 17.0, *[10.0] * 9], start=4)
+    assert not any(guardrails.check(step, {"m": value}, {}) for step, value in steps)
 
 
 def test_a_bound_may_have_to_hold_for_several_steps():
@@ -273,3 +275,17 @@ def test_every_default_rule_is_valid_and_has_advice_of_one_line(rule):
     assert 0 < len(rule.advice) < 100
     data = Alert(rule.name, rule.action, "text", 1, advice=rule.advice).as_data()
     assert data["advice"] == rule.advice
+
+
+def test_steps_that_are_abandoned_leave_nothing_behind():
+    rules = (Rule(name="r", metric="m", falls=0.5, window=3), Rule(name="any", metric="*"))
+    guardrails = rails(*rules)
+    assert alert_steps(guardrails, [4, 4, 40, math.inf]) == [4]
+    guardrails.forget_after(2)
+    alerts = [guardrails.check(step, {"m": value}, {}) for step, value in ((3, 4.0), (4, math.inf))]
+    assert [len(found) for found in alerts] == [
+        0,
+        1,
+    ]  # 4 is no fall from 4, 4; the alert is repeated
+    guardrails.forget_after(4)  # a resume from the last step
+    assert guardrails.check(5, {"m": math.inf}, {}) == []

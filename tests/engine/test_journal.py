@@ -476,3 +476,18 @@ def test_a_path_with_signs_that_mean_something_in_a_uri_is_read(make_session, wr
 
 def test_a_local_folder_is_not_taken_for_a_network_one(tmp_path):
     assert not on_network(tmp_path)
+
+
+def test_an_evaluation_before_the_first_step_is_repeated_by_an_attempt_from_step_0(writer):
+    sample = writer.sample(0, 0)
+    writer.journal.record_baseline({"eval/score": 1.0, "eval/kl": 0.5}, [sample])
+    writer.steps(1)
+    writer.journal.begin_attempt(0, fresh=False)
+    with JournalReader(writer.session) as reader:
+        assert reader.series("eval/score") == []
+        assert reader.past_series("eval/score") == [(1, 0, 1.0)]
+        assert reader.samples.evaluated() == []
+    writer.journal.record_baseline({"eval/score": 2.0}, [])
+    with JournalReader(writer.session) as reader:
+        assert reader.series("eval/score") == [(0, 2.0)]
+        assert reader.series("eval/kl") == []

@@ -1,5 +1,6 @@
 """Where a resume and a fork start from, what they change, and what refuses them."""
 
+import contextlib
 import json
 import sqlite3
 
@@ -17,6 +18,7 @@ from engine.errors import (
     UserInputError,
 )
 from engine.journal.reader import JournalReader
+from engine.journal.writer import JournalWriter
 from engine.launch.start import (
     StartOptions,
     adopted_checkpoint,
@@ -206,6 +208,22 @@ def test_a_fork_shares_its_checkpoint_and_changes_nothing_in_the_source(writer):
     assert start.origin == {"from": "run", "step": 2}
     assert child.config().kl.beta == 0.7
     assert writer.session.config().kl.beta != 0.7
+
+
+def test_a_fork_can_begin_with_an_averaged_policy_and_remembers_that_it_did(writer):
+    writer.steps(1, 2, 3)
+    writer.checkpoint(2)
+    given = {"from_step": 2, "reseed": False, "overrides": [], "who": "me", "ema": True}
+    with pytest.raises(UserInputError, match="no averaged policy; train with"):
+        fork(writer.session, "child", **given)
+    (writer.session.checkpoints / "step-000002" / "policy-ema").mkdir()
+    child, start = fork(writer.session, "child", **given)
+    with contextlib.closing(JournalWriter(child)) as journal:
+        assert not journal.forked_from_average(2)
+        journal.begin_attempt(2, fresh=True, origin=start.origin)
+        journal.begin_attempt(2, fresh=False)  # after a crash before its first checkpoint
+        assert journal.forked_from_average(2)
+        assert not journal.forked_from_average(3)
 
 
 @pytest.mark.parametrize("action", ["fork", "resume"])

@@ -81,6 +81,18 @@ def test_a_session_is_its_owners_alone_and_states_everything(make_session):
     assert made.config() == config_file.load(starter.FOLDER / "demo.yaml", ["seed=3"])
 
 
+def test_a_session_that_began_before_a_key_existed_resumes_as_it_began(make_session):
+    made = make_session("run")
+    assert made.config().rollout.sampling == "gumbel"
+    text = made.config_file.read_text()
+    assert text.count("sampling: gumbel\n") == 1
+    made.config_file.write_text(text.replace("  sampling: gumbel\n", ""))
+    config = made.config()
+    assert config.rollout.sampling == "inverse_cdf"
+    made.write_config(config)  # as a resume does
+    assert made.config() == config
+
+
 def test_nothing_is_left_of_a_configuration_that_could_not_be_written(make_session):
     made = make_session()
     leftover = made.folder / ".config.yaml.999999"  # of a process that was killed

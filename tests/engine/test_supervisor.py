@@ -9,14 +9,16 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, last_checkpoint
 from engine.monitoring.guardrails import Alert
-from engine.protocol import rank_messages
+from engine.protocol import frames, rank_messages
 from engine.protocol.client import new_id
 from engine.protocol.client_messages import CommandRequest
 from engine.protocol.commands import Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
 from engine.protocol.rank_messages import (
+    Adjusted,
     Applied,
     CheckpointComplete,
     CheckpointWritten,
@@ -24,8 +26,11 @@ from engine.protocol.rank_messages import (
     Paused,
     RankHello,
     Ready,
+    StepReport,
     Unpaused,
 )
+from engine.session.checkpoints import checkpoint_path
+from engine.supervisor import rank_handler
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.server import receive
 from engine.supervisor.supervisor import Supervisor
@@ -96,9 +101,45 @@ async def test_a_run_that_loads_is_not_shown_as_running_after_a_pause_was_taken_
 # -- to stop ---------------------------------------------------------------------------------------
 
 
+async def settled(writer, command_id):
+    """The reply to a roll back, after its checkpoint is read."""
+    await until(lambda: writer.journal.commands.reply(command_id).final)
+    return writer.journal.commands.reply(command_id)
+
+
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.01)
+
+
+async def test_a_roll_back_to_a_damaged_checkpoint_is_rejected_and_the_run_continues(
+    engine, writer
+):
+    writer.checkpoint(2)
+    (checkpoint_path(writer.session.checkpoints, 2) / "state.json").write_text("{}")
+    reply = engine.send(Rollback(step=2))
+    assert reply.status == "accepted"
+    reply = await settled(writer, reply.id)
+    assert reply.status == "rejected"
+    assert reply.reason.startswith("the checkpoint of step 2 is damaged: ")
+    assert (engine.shared.next, engine.state) == (None, "running")
+
+
+async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    await engine.supervisor.commands.finish_rollbacks()
+    reply = writer.journal.commands.reply(reply.id)
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert reply.reason == "the run ended before it was carried out"
+
+
 async def test_a_stop_at_once_is_not_lost_in_a_roll_back_under_way(engine, writer):
     writer.checkpoint(2)
-    assert engine.send(Rollback(step=2)).status == "applied"
+    reply = engine.send(Rollback(step=2))
+    await settled(writer, reply.id)
+    assert engine.shared.next == StartOptions(from_step=2, fresh=True, who="me")
     assert engine.send(Stop(now=True)).status == "applied"
     assert engine.shared.next is None
     assert engine.supervisor.conclude(-signal.SIGKILL) == 0
@@ -162,6 +203,60 @@ async def test_a_stop_reaches_the_ranks_without_a_journal_and_is_recorded_later(
     engine.receive(Applied(id=command.id, step=4))
     with JournalReader(writer.session) as reader:
         assert [(c.who, c.status) for c in reader.commands()] == [("SIGTERM", "applied")]
+
+
+async def rank_connection(engine, folder):
+    """A connection as of rank 0: its reader and writer, and a server to close."""
+    engine.supervisor.ranks.token = "token"  # noqa: S105 - of a test
+    path, served = str(folder / "link.sock"), engine.supervisor.rank_messages.handle_connection
+    hello = RankHello(token="token", rank=0, pid=os.getpid())  # noqa: S106 - of a test
+
+    async def serve(reader, writer):
+        await served(hello, reader, writer)
+
+    server = await asyncio.start_unix_server(serve, path)
+    return server, *await asyncio.open_unix_connection(path)
+
+
+async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
+    engine, writer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    server, _, to_engine = await rank_connection(engine, tmp_path)
+    writer.journal.record_checkpoint(4, 1, 0.0, 0.0)
+    caplog.set_level("INFO", "engine")
+    async with server:
+        with no_room_for_files():
+            to_engine.write(frames.encode(CheckpointComplete(step=4)))
+            await until(lambda: "waiting for room" in caplog.text)
+            assert engine.shared.phases[0].name == rank_handler.WAITING
+            assert engine.send(SetBeta(value=0.2)).status == "rejected"
+        await until(lambda: "can be written again" in caplog.text)
+        to_engine.close()
+    with JournalReader(writer.session) as reader:
+        assert [c.status for c in reader.checkpoints(("complete",))] == ["complete"]
+    assert engine.shared.attempt.failure is None
+
+
+async def test_an_alert_is_published_once_though_the_disk_was_full(engine, writer, monkeypatch):
+    report = StepReport(
+        step=1, metrics={"time/step": 1.0, "objective/kl": 1e9}, samples=[], settings={"beta": 0.1}
+    )
+    publish = engine.supervisor.publisher.alert
+
+    def full(alert):
+        monkeypatch.setattr(engine.supervisor.publisher, "alert", publish)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(engine.supervisor.publisher, "alert", full)
+    with pytest.raises(sqlite3.OperationalError):
+        engine.receive(report)
+    engine.receive(report)
+    with JournalReader(writer.session) as reader:
+        rules = [e.payload.rule for e in reader.events() if e.kind == "alert"]
+        assert reader.last_step() == 1
+    assert rules
+    assert len(rules) == len(set(rules))
 
 
 async def test_another_command_is_rejected_without_a_journal(engine):
@@ -274,7 +369,7 @@ async def test_commands_are_checked_against_the_configuration_in_memory_not_the_
     writer.session.config_file.write_text("not: [ours")
     assert engine.send(SetBeta(value=0.2)).status == "accepted"
     reply = engine.send(SetKLController(controller="adaptive", horizon=0.1))
-    assert "a fifth of the batch" in reply.reason
+    assert "kl.horizon" in reply.reason
 
 
 async def test_a_command_that_cannot_be_checked_is_rejected_with_the_reason(engine, writer):
@@ -311,17 +406,10 @@ async def test_an_older_checkpoint_is_kept_until_the_newer_one_is_complete(engin
 
 async def begin_of(engine, folder):
     """What a rank is sent when it connects."""
-    engine.supervisor.ranks.token = "token"  # noqa: S105 - of a test
-    path, served = str(folder / "link.sock"), engine.supervisor.rank_messages.handle_connection
-    hello = RankHello(token="token", rank=0, pid=os.getpid())  # noqa: S106 - of a test
-
-    async def serve(reader, writer):
-        await served(hello, reader, writer)
-
-    async with await asyncio.start_unix_server(serve, path):
-        reader, writer = await asyncio.open_unix_connection(path)
+    server, reader, to_engine = await rank_connection(engine, folder)
+    async with server:
         begin = rank_messages.decode_to_rank(await receive(reader))
-        writer.close()
+        to_engine.close()
         return begin
 
 
@@ -378,3 +466,36 @@ async def test_no_other_checkpoint_replaces_the_first_or_a_chosen_one(engine, wr
     with JournalReader(writer.session) as reader:
         message = reader.meta().message
     assert message.endswith(f"resume from another one ({6 - start.from_step}) with --from STEP")
+
+
+# -- out of memory ---------------------------------------------------------------------------------
+
+HALVED = SettingChange(key="micro_batch_size", old=16, new=8)
+
+
+async def test_ranks_out_of_memory_start_again_with_a_halved_micro_batch_from_that_step(
+    engine, writer, tmp_path
+):
+    writer.checkpoint(2)
+    for _ in range(5):  # it is not the same start, so no limit of restarts applies
+        text = "rank 1: step 4 ran out of memory"
+        engine.receive(Failed(rank=1, text=text, final=True, step=4, changes=[HALVED]))
+        engine.supervisor.conclude(1)
+        assert engine.shared.next == StartOptions(from_step=2)
+    engine.shared.attempt = Attempt(engine.shared.next)
+    begin = await begin_of(engine, tmp_path)
+    assert {(r.step, *r.changes) for r in begin.replay} == {(4, HALVED)}
+    with JournalReader(writer.session) as reader:
+        alert = next(e.payload.text for e in reader.events() if e.kind == "alert")
+        assert reader.meta().settings["micro_batch_size"] == 8
+    assert (
+        alert == f"{text}: restart from step 2, from step 4 with micro_batch_size 8 instead of 16"
+    )
+
+
+async def test_a_micro_batch_that_a_rank_has_halved_is_in_the_history(engine, writer, tmp_path):
+    engine.receive(Adjusted(step=3, changes=[HALVED], rule="memory", text="step 3 is repeated"))
+    assert [(r.step, r.changes) for r in (await begin_of(engine, tmp_path)).replay] == [
+        (3, [HALVED])
+    ]
+    assert engine.shared.settings["micro_batch_size"] == 8

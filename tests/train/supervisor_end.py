@@ -3,7 +3,7 @@
 import threading
 
 from engine.protocol import frames, rank_messages, sockets
-from engine.protocol.rank_messages import CheckpointWritten, Confirm
+from engine.protocol.rank_messages import CheckpointComplete, CheckpointWritten, Confirm
 
 DEADLINE = 120
 """Seconds; generous, for a busy machine."""
@@ -27,7 +27,7 @@ class Supervisor:
                 with self._arrived:
                     self.received.append(message)
                     self._arrived.notify_all()
-                if isinstance(message, CheckpointWritten):
+                if isinstance(message, CheckpointWritten | CheckpointComplete):
                     threading.Thread(target=self._confirm, args=(message.step,)).start()
 
     def _confirm(self, step):

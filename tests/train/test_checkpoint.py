@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from engine import starter
+from engine.config import file as config_file
 from engine.config.settings import SettingChange, change_settings
 from engine.errors import CheckpointError, DamagedCheckpointError, UserInputError
 from engine.memory.estimate import estimate
@@ -27,7 +28,7 @@ from engine.train.checkpoints.folder import MetricValue
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
-from engine.train.load import load_run
+from engine.train.load import fit_scales, load_run
 from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
 from engine.train.step import train_step
@@ -110,6 +111,24 @@ def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_s
     run.state.step = 1
     save(run, session)
     assert_same_step(run, resumed(session), 2)
+
+
+def test_a_normalisation_can_be_turned_on_and_off_by_a_resume(trained, make_run):
+    run, session = trained
+    save(run, session)
+    on = ("reward.normalise=reference", "reward.normalise_samples=8")
+    config = config_file.override(session.config(), on)
+    begin, ranks = Begin(attempt=2, from_step=1), RankGroup(config.launch)
+    again = load_run(session, config, begin, ranks, no_report)
+    fit_scales(again, config)
+    new, _ = make_run(*on)
+    scale = (again.state.reward_mean, again.state.reward_std)
+    assert scale == (new.state.reward_mean, new.state.reward_std)
+    assert scale != (0.0, 1.0)
+    save(again, session)
+    off = load_run(session, session.config(), begin, ranks, no_report)
+    fit_scales(off, session.config())
+    assert (off.state.reward_mean, off.state.reward_std) == (0.0, 1.0)
 
 
 def test_live_settings_are_restored_before_a_resume_estimates_memory(trained):

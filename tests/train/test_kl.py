@@ -181,6 +181,22 @@ def test_a_beta_set_beyond_a_bound_is_clipped_to_it(beta, want):
     assert next_beta(ours, 6.0, 64) == want
 
 
+def test_a_token_that_the_model_forbids_adds_nothing_to_the_entropy_or_its_gradient():
+    logits = torch.randn(1, 3, 7, generator=torch.Generator().manual_seed(1))
+    forbidden = torch.cat([logits, torch.full((1, 3, 2), -math.inf)], 2)
+    results = []
+    for values in (logits, forbidden):
+        leaf = values.clone().requires_grad_()
+        logprobs, entropies = token_logprobs_and_entropies(
+            leaf * 1.0, torch.tensor([[0, 1, 2]]), 0.7
+        )
+        (3 * entropies - logprobs).sum().backward()
+        results.append((logprobs.detach(), entropies.detach(), leaf.grad[..., :7]))
+        assert torch.equal(leaf.grad[..., 7:], torch.zeros_like(leaf.grad[..., 7:]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradients_of_log_probability_and_entropy_add_up_as_in_float64(temperature):
     generator = torch.Generator().manual_seed(5)

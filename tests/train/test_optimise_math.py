@@ -11,7 +11,15 @@ import math
 import msgspec
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PhiConfig,
+)
 
 from engine.config.schema import RunConfig
 from engine.config.sections.launch import LaunchConfig
@@ -24,6 +32,8 @@ from engine.config.settings import change_settings
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel
+from engine.train.models.output_layer import OutputLayer
+from engine.train.ppo import chunked_loss
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
@@ -33,14 +43,12 @@ from engine.train.rollout.rollout import Rollout
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 VOCABULARY = 32
-LLAMA = LlamaConfig(
-    vocab_size=VOCABULARY,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    initializer_range=0.3,
-)
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+LLAMA = LlamaConfig(**SHAPE)
 PROMPTS, RESPONSES = [3, 1, 6, 4, 2, 6, 5], [4, 5, 1, 7, 1, 3, 7]
 ALL = torch.arange(len(PROMPTS))
 K2 = {"estimator": "k2", "place": "loss"}
@@ -179,6 +187,10 @@ def fast(policy, minibatch, config, rows=ALL, warming_up=False):
     return gradients(policy), sums
 
 
+def few_logits(_layer, _inputs, logits):
+    assert logits.numel() <= 5 * VOCABULARY
+
+
 def assert_same(got, want):
     for name in {*got[0], *want[0]}:
         a, b = (g[0].get(name, torch.zeros(1)) for g in (got, want))
@@ -221,7 +233,7 @@ def one_thread():
         "k3",
     ],
 )
-def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo):
+def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo, monkeypatch):
     policy, config = make_policy(value), run_config(**of_ppo)
     minibatch = make_minibatch(policy)
     rows = torch.tensor([5, 0, 2, 3])
@@ -238,6 +250,9 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
             config, ppo=msgspec.structs.replace(config.ppo, micro_batch_size=size)
         )
         assert_same(fast(policy, minibatch, sized, rows), want)
+    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
+    policy.lm.lm_head.register_forward_hook(few_logits)
+    assert_same(fast(policy, minibatch, config, rows), want)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +275,53 @@ def test_micro_batches_change_neither_gradient_nor_sums(of_ppo, value):
     ]
     for part in parts:
         assert_same(part, whole)
+
+
+CAPPED = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0}
+SCALED = {"logits_scaling": 0.3, "tie_word_embeddings": True}
+OTHERS = {
+    "a soft cap": (Gemma2Config(**SHAPE, **CAPPED), {}),
+    "a factor, tied embeddings": (GraniteConfig(**SHAPE, **SCALED), {}),
+    "a bias": (PhiConfig(**SHAPE), {}),
+    "bfloat16": (LLAMA, {"compute": torch.bfloat16}),
+}
+
+
+@pytest.mark.parametrize(("shape", "named"), OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "adapters"])
+def test_the_chunks_of_logits_change_neither_gradient_nor_sums(shape, named, trained, monkeypatch):
+    torch.manual_seed(3)
+    policy = LanguageModel(AutoModelForCausalLM.from_config(shape), "shared", **named).eval()
+    policy.lm.get_output_embeddings().weight.requires_grad_(trained)
+    config = run_config(entropy_coef=0.1, micro_batch_size=7, temperature=0.7)
+    minibatch = make_minibatch(policy)
+    whole, sums = fast(policy, minibatch, config)
+    logprobs, _ = score_tokens(policy, minibatch[0], 0.7, 7)
+    monkeypatch.setattr(chunked_loss, "MOST_LOGITS", 5 * VOCABULARY)
+    policy.lm.get_output_embeddings().register_forward_hook(few_logits)
+    close = 1e-5 if not named else 3e-2
+    again, _ = score_tokens(policy, minibatch[0], 0.7, 7)
+    torch.testing.assert_close(again, logprobs, rtol=0, atol=close)
+    parts, again = fast(policy, minibatch, config)
+    assert parts.keys() == whole.keys()
+    for name, gradient in whole.items():
+        atol = close * max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(parts[name], gradient, rtol=0, atol=atol, msg=name)
+    for name, value in vars(sums).items():
+        assert getattr(again, name) == pytest.approx(value, rel=close, abs=close), name
+
+
+def test_logits_are_made_at_once_where_it_is_unknown_what_a_model_does_to_them():
+    lm = LlamaForCausalLM(LLAMA)
+    compute = lm.forward
+
+    def forward(**inputs):
+        found = compute(**inputs)
+        found.logits = found.logits**3
+        return found
+
+    lm.forward = forward
+    assert OutputLayer(lm, torch.float32).after is None
 
 
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 5)])

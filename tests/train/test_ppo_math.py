@@ -421,8 +421,21 @@ def inputs_of(scores, config, baseline=None):
     zeros, lengths = torch.zeros(b, 2), torch.full((b,), 2)
     mask = torch.ones(b, 2, dtype=torch.bool)
     return AdvantageInputs(
-        torch.tensor(scores), zeros, zeros, zeros, mask, lengths, config, 0.1, 2, baseline
-    )
+        torch.tensor(scores), zeros, zeros, zeros, mask, lengths, config, 0.1, 2, baseline,
+        greedy_scores=torch.arange(float(b)),
+    )  # fmt: skip
+
+
+def test_remax_subtracts_the_score_of_the_greedy_response_from_the_rewards_to_go():
+    config = PPOConfig(advantage="remax", gamma=0.5, whiten=False)
+    logprobs = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 0.0]])
+    inputs = AdvantageInputs(
+        torch.tensor([8.0, 6.0]), logprobs, torch.zeros(2, 3), torch.zeros(2, 3),
+        torch.tensor([[True, True, False], [True, False, False]]), torch.tensor([2, 1]), config,
+        0.25, 1, None, greedy_scores=torch.tensor([1.0, 10.0]),
+    )  # fmt: skip
+    first = -0.25 + 0.5 * (8 - 0.5)
+    assert make_targets(inputs).advantages.tolist() == [[first - 1, 6.5, 0.0], [5.0 - 10, 0.0, 0.0]]
 
 
 def test_every_declared_estimator_has_a_function_and_every_function_is_declared():

@@ -21,7 +21,9 @@ from engine.errors import UserInputError
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup, agree_on_device
+from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.load import check_rank_count, fit_scales, load_run
+from engine.train.ppo.chunked_loss import MOST_LOGITS
 from engine.train.step import generate_rollout, train_step
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
@@ -36,7 +38,11 @@ VARIANTS = {
     "gae": ("ppo.advantage=gae",),
     "gae, separate value trunk": ("ppo.advantage=gae", "model.value=separate"),
     "gae, value warm-up": ("ppo.advantage=gae", "ppo.value_warmup=1"),
-    "gae, activation checkpointing": ("parallel.activation_checkpointing=true",),
+    "gae, activation checkpointing, averaged policy": (
+        "parallel.activation_checkpointing=true",
+        "train.ema.decay=0.5",
+        "eval={every: 1, holdout: 4, max_new_tokens: 4}",
+    ),
     "reward": ("ppo.advantage=reward",),
     "rloo": ("ppo.advantage=rloo", "rollout.per_prompt=2"),
     "grpo, every term in the loss": (
@@ -52,17 +58,27 @@ VARIANTS = {
         "model.value=separate",
         "ppo.value_init=reward_model",
     ),
+    "remax": ("ppo.advantage=remax", "rollout.per_prompt=2"),
     "gae, adapters": ("ppo.advantage=gae", "lora.rank=4"),
     "gae, separate value trunk, adapters": ("model.value=separate", "lora.rank=4"),
     "reward, adapters": ("ppo.advantage=reward", "lora.rank=4"),
     "rloo, adapters": ("ppo.advantage=rloo", "rollout.per_prompt=2", "lora.rank=4"),
 }
+RECIPES = {
+    f"{path.stem} recipe{', warm-up' if 'value_warmup' in text else ''}": path
+    for path in sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+    if "(arXiv " in (text := path.read_text(encoding="utf-8"))
+}
+"""The configurations of papers, by the name of their variant."""
+VARIANTS |= dict.fromkeys(RECIPES, ("rollout.batch_size=16", "reward.normalise_samples=16"))
 STRATEGIES = ("ddp", "fsdp")
 EVERY_TIME = (
-    "gae, activation checkpointing", "rloo", "grpo, every term in the loss",
+    "gae, activation checkpointing, averaged policy", "rloo", "grpo, every term in the loss",
     "gae, separate value trunk, adapters",
 )  # fmt: skip
 """Together they have every part of the loss, the trunk, the adapters; `make test-all` has all."""
+IN_CHUNKS = 20_000
+"""Logits at a time, about five tokens, in the last two of these; one rank has them at once."""
 variants = pytest.mark.parametrize(
     "variant",
     [pytest.param(v, marks=() if v in EVERY_TIME else pytest.mark.slow) for v in VARIANTS],
@@ -71,7 +87,7 @@ variants = pytest.mark.parametrize(
 
 def config_of(strategy, variant):
     given = [*STEP, f"parallel.strategy={strategy}", *VARIANTS[variant]]
-    return config_file.load(starter.FOLDER / "demo.yaml", given)
+    return config_file.load(RECIPES.get(variant, starter.FOLDER / "demo.yaml"), given)
 
 
 def one_process(session):
@@ -83,7 +99,10 @@ def one_process(session):
 
 
 def weights(run):
-    return {k: p.detach().clone() for k, p in run.policy.named_parameters()}
+    found = {k: p.detach().clone() for k, p in run.policy.named_parameters()}
+    if run.average is not None:
+        found |= {f"ema/{k}": t.clone() for k, t in run.average.tensors(run.policy).items()}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +120,12 @@ def outcomes(request, tmp_path_factory):
         run = one_process(create(folder, f"one-{i}", config_of("auto", variant)))
         before = weights(run)
         metrics, _ = train_step(run, 1, rollout)
+        metrics |= evaluate_if_due(run, 1).metrics
         found[variant, "before"], found[variant, "one"] = ({}, before), (metrics, weights(run))
         for strategy in STRATEGIES:
             session = create(folder, f"{strategy}-{i}", config_of(strategy, variant))
             job = {"session": session.folder, "recorded": folder / f"recording-{i}.pickle"}
+            job["most_logits"] = IN_CHUNKS if variant in EVERY_TIME[2:] else MOST_LOGITS
             jobs.append(
                 job | {"result": folder / f"{strategy}-{i}.json", "as": (variant, strategy)}
             )

@@ -4,11 +4,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import file as config_file
 from engine.protocol.rank_messages import Begin
+from engine.session.checkpoints import mark_complete
 from engine.train.boundary import Boundary, update_reference
-from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints.saver import Saved, Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.link import Link
@@ -26,7 +27,8 @@ SMALL = (
     "reward.normalise_samples=16",
     "ppo.micro_batch_size=8",
     "kl.horizon=100",
-    "kl.reference_update={every: 7, mix: 0.5}",
+    "kl.reference_update={every: 5, mix: 0.5}",
+    "train.ema.decay=0.9",
     "launch.threads=1",
 )
 
@@ -49,17 +51,22 @@ def test_a_recipe_takes_twenty_steps_and_resumes_bit_for_bit(name, make_run, ass
         assert metrics["policy/skipped_updates"] == 0
         boundary.after_step(step, metrics, 0.1)
     boundary.close()
-    assert run.state.reference_updated == 14
+    assert run.state.reference_updated == 15
     assert metrics["objective/kl"] != 0
 
     saver = Saver(session.checkpoints)
     saver.begin(
         run.saved_state(), run.policy, run.tokenizer, run.optimiser, score=0.0, kl=0.0,
-        reference=run.reference,
+        reference=run.reference, average=run.average.tensors(run.policy),
     )  # fmt: skip
     outcome = saver.wait(300)
     assert isinstance(outcome, Saved)
-    checkpoint_folder.complete(outcome.folder)
+    mark_complete(outcome.folder)
     begin = Begin(attempt=2, from_step=STEPS)
     again = load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
+    for resumed in (run, again):  # an update falls due before the next step
+        update_reference(resumed)
     assert_same_step(run, again, STEPS + 1)
+    averages = [r.average.tensors(r.policy) for r in (run, again)]
+    for key, weight in averages[0].items():
+        assert torch.equal(weight, averages[1][key]), key

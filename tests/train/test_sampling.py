@@ -24,7 +24,7 @@ from engine.train.ppo.forward import by_length, score_tokens
 from engine.train.rollout.decoder import EXACT, Schedule
 from engine.train.rollout.native import generate
 from engine.train.rollout.rollout import Rollout, left_mask
-from engine.train.rollout.sampling import sample
+from engine.train.rollout.sampling import SCHEMES, block_size, log_uniforms, sample
 from engine.train.rollout.stop_criteria import StopCriteria
 
 VOCABULARY, LIMIT, EOS = 32, 12, [3, 4, 5, 6]
@@ -53,7 +53,8 @@ def rows_of_logits(draw):
 @given(rows_of_logits(), st.lists(st.floats(0, BELOW_ONE, width=32), min_size=4, max_size=4))
 def test_the_token_is_the_inverse_of_the_cumulative_distribution(rows, drawn):
     logits, temperature = rows
-    tokens, logprobs, entropies = sample(logits, torch.tensor(drawn)[: len(logits)], temperature)
+    uniforms = torch.tensor(drawn, dtype=torch.float64)[: len(logits)]
+    tokens, logprobs, entropies = sample(logits, uniforms, temperature, "inverse_cdf")
     for row, u, token, logprob, entropy in zip(
         logits, drawn, tokens.tolist(), logprobs.tolist(), entropies.tolist(), strict=False
     ):
@@ -66,9 +67,66 @@ def test_the_token_is_the_inverse_of_the_cumulative_distribution(rows, drawn):
         assert entropy == pytest.approx(-math.fsum(math.exp(x) * x for x in slow), abs=1e-4)
 
 
+def slow_exponentials(uniform, count):
+    """SplitMix64 with unsigned integers."""
+    drawn = []
+    for i in range(count):
+        x = (int(uniform * 2**53) + i * 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        x ^= x >> 31
+        x = (x + 2**63) % 2**64
+        drawn.append(-math.log((x // 2**12 + 0.5) / 2**52))
+    return drawn
+
+
+@modest
+@given(rows_of_logits(), st.lists(st.integers(0, 2**53 - 1), min_size=4, max_size=4))
+def test_the_token_wins_the_race_in_the_block_that_wins_the_race_of_blocks(rows, drawn):
+    logits, temperature = rows
+    uniforms = torch.tensor([x / 2**53 for x in drawn[: len(logits)]], dtype=torch.float64)
+    size = block_size(logits.shape[1])
+    tokens, _, _ = sample(logits, uniforms, temperature, "gumbel")
+    for row, uniform, token in zip(logits, uniforms.tolist(), tokens.tolist(), strict=True):
+        probs = [math.exp(x) for x in slow_log_softmax(row, temperature)]
+        blocks = [probs[i : i + size] for i in range(0, len(probs), size)]
+        noise = slow_exponentials(uniform, len(blocks) + size)
+        times = [math.fsum(b) / noise[i] for i, b in enumerate(blocks)]
+        # An earlier start by rounding, a few times 1e-6 of logits up to 160, wins as well.
+        assert times[token // size] >= max(times) * (1 - 1e-4)
+        times = [p / noise[len(blocks) + i] for i, p in enumerate(blocks[token // size])]
+        assert times[token % size] >= max(times) * (1 - 1e-4)
+
+
+def test_exponential_numbers_are_independent_and_of_mean_and_variance_1():
+    drawn = -log_uniforms(sampling_uniforms(0, 1, 40, 50).flatten(), torch.arange(100))
+    assert drawn.shape == (2000, 100)
+    assert drawn[3, :5].tolist() == pytest.approx(
+        slow_exponentials(float(sampling_uniforms(0, 1, 1, 4)[0, 3]), 5), rel=1e-12
+    )
+    assert float(drawn.mean()) == pytest.approx(1, abs=0.01)  # five standard errors
+    assert float(drawn.var()) == pytest.approx(1, abs=0.03)
+    correlations = torch.corrcoef(drawn.T) - torch.eye(100)
+    assert float(correlations.abs().max()) < 5.5 / 2000**0.5
+
+
+def test_rounding_changes_ten_times_fewer_tokens_than_with_an_inverse_cdf():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 4096, generator=generator)
+    moved = logits + 3e-4 * torch.randn(logits.shape, generator=generator)  # so that some change
+    changed = dict.fromkeys(SCHEMES, 0)
+    for uniforms in sampling_uniforms(0, 1, 64, 30).T:
+        for scheme in SCHEMES:
+            tokens, others = (sample(x, uniforms, 1.0, scheme)[0] for x in (logits, moved))
+            changed[scheme] += int((tokens != others).sum())
+    assert changed["inverse_cdf"] > 20
+    assert changed["gumbel"] <= changed["inverse_cdf"] / 10
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @modest
 @given(rows_of_logits(), st.data())
-def test_a_token_without_probability_is_never_sampled(rows, data):
+def test_a_token_without_probability_is_never_sampled(scheme, rows, data):
     logits, temperature = rows
     v = logits.shape[1]
     banned = torch.tensor(data.draw(st.lists(st.booleans(), min_size=v, max_size=v)))
@@ -76,7 +134,8 @@ def test_a_token_without_probability_is_never_sampled(rows, data):
     nothing = data.draw(st.sampled_from([-math.inf, -1e4]))
     logits = logits.masked_fill(banned, nothing)
     for u in (0.0, 1e-30, 0.5, 1 - 2**-23, BELOW_ONE):
-        tokens, logprobs, entropies = sample(logits, torch.full((len(logits),), u), temperature)
+        uniforms = torch.full((len(logits),), u, dtype=torch.float64)
+        tokens, logprobs, entropies = sample(logits, uniforms, temperature, scheme)
         assert not banned[tokens].any()
         assert logprobs.isfinite().all()
         assert entropies.isfinite().all()
@@ -86,17 +145,19 @@ def test_a_token_without_probability_is_never_sampled(rows, data):
 def test_the_ends_of_the_unit_interval_are_the_first_and_the_last_possible_token(possible):
     logits = torch.full((2, possible + 2), -math.inf)
     logits[:, 1:-1] = 0.0
-    tokens, logprobs, entropies = sample(logits, torch.tensor([0.0, BELOW_ONE]), 1.0)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    tokens, logprobs, entropies = sample(logits, ends, 1.0, "inverse_cdf")
     assert tokens.tolist() == [1, possible]
     assert logprobs.tolist() == pytest.approx([-math.log(possible)] * 2, abs=1e-5)
     assert entropies.tolist() == pytest.approx([math.log(possible)] * 2, abs=1e-3)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_token_frequencies_are_those_of_the_softmax(temperature):
+def test_token_frequencies_are_those_of_the_softmax(temperature, scheme):
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.25])
     uniforms = sampling_uniforms(7, 3, 400, 50).flatten()
-    tokens, _, _ = sample(logits.expand(len(uniforms), -1), uniforms, temperature)
+    tokens, _, _ = sample(logits.expand(len(uniforms), -1), uniforms, temperature, scheme)
     seen = tokens.bincount(minlength=8).tolist()
     want = [len(uniforms) * math.exp(x) for x in slow_log_softmax(logits, temperature)]
     # Chi-square with 7 degrees of freedom exceeds 29.9 once in ten thousand times.
@@ -112,11 +173,18 @@ def test_the_left_mask_is_one_on_prompt_tokens():
 def test_the_uniforms_fill_the_unit_interval_evenly():
     u = sampling_uniforms(1, 2, 200, 100)
     assert u.shape == (200, 100)
-    assert u.dtype is torch.float32
+    assert u.dtype is torch.float64
+    assert torch.equal((u * 2**53).frac(), torch.zeros_like(u))
     assert ((u >= 0) & (u < 1)).all()
-    counts = (u.flatten() * 16).long().bincount(minlength=16).double()
-    # 15 degrees of freedom: 44.3 once in ten thousand times.
-    assert float(((counts - 1250) ** 2 / 1250).sum()) < 44.3
+    for lower in (1, 2**20, 2**24, 2**40):  # bits further down are as even
+        counts = ((u * lower).frac().flatten() * 16).long().bincount(minlength=16).double()
+        # 15 degrees of freedom: 44.3 once in ten thousand times.
+        assert float(((counts - 1250) ** 2 / 1250).sum()) < 44.3
+
+
+def test_the_first_24_bits_are_what_sessions_of_earlier_versions_drew():
+    found = (sampling_uniforms(5, 9, 2, 3) * 2**24).long()
+    assert found.tolist() == [[11581156, 5347633, 2935834], [11948258, 13172722, 964677]]
 
 
 def test_the_uniforms_depend_on_the_seed_and_the_step_alone():
@@ -229,7 +297,7 @@ def test_generation_and_a_full_forward_pass_agree(model, respond, eos, temperatu
 
 
 def test_generated_tokens_values_and_entropies_are_those_of_one_row_alone(model, respond):
-    rollout = respond(eos=EOS, temperature=0.8)
+    rollout = respond(eos=EOS, temperature=0.8, sampling="inverse_cdf")
     uniforms = sampling_uniforms(11, 1, 8, LIMIT).tolist()
     for i, prompt in enumerate(rollout.batch.prompts):
         ids = list(prompt.ids)

@@ -18,7 +18,8 @@ from engine.config import file as config_file
 from engine.errors import UserInputError
 from engine.memory.estimate import estimate, kept_for_backward
 from engine.memory.model import Layout
-from engine.train.models.memory_check import facts
+from engine.protocol.rank_messages import Placed
+from engine.train.models.memory_check import check_memory, facts
 from engine.train.models.shapes import describe_models, models_of, shape_of
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -140,3 +141,27 @@ def test_a_model_that_cannot_be_estimated_does_not_end_the_run(make_run, monkeyp
     assert run.memory is None
     assert facts(run.memory) == {}
     assert "cannot plan with this" in caplog.text
+
+
+class TwoRanks:
+    """Rank 0 of a group of two, on the CPU."""
+
+    size, is_lead, device = 2, True, torch.device("cpu")
+
+    @staticmethod
+    def broadcast_bytes(data):
+        return data
+
+
+@pytest.mark.parametrize(
+    ("placed", "strategy"),
+    [
+        (None, "ddp"),
+        (Placed(ranks=2, strategy="fsdp"), "fsdp"),
+        (Placed(ranks=3, strategy="fsdp"), "ddp"),
+    ],
+    ids=["first start", "as before", "other number of ranks"],
+)
+def test_the_chosen_strategy_is_kept_for_as_many_ranks(placed, strategy):
+    config = config_file.load(starter.FOLDER / "demo.yaml", ["launch.device=cpu"])
+    assert check_memory(config, 8, TwoRanks(), pytest.fail, placed)[0] == strategy

@@ -70,11 +70,15 @@ def expected(folder):
 
 @pytest.mark.parametrize("reader", STRATEGIES)
 @pytest.mark.parametrize("writer", STRATEGIES)
-def test_optimiser_and_value_function_are_read_bit_for_bit_by_any_strategy(saved, writer, reader):
+def test_optimiser_value_function_and_average_are_read_bit_for_bit_by_any_strategy(
+    saved, writer, reader
+):
     folder = saved[writer]
     assert all(result == {"step": 7} for result in results(folder, "load"))
     read = load_file(folder / f"read-by-{reader}.safetensors")
     _, wanted = expected(folder)
+    average = load_file(folder / "average.safetensors")
+    wanted |= {f"ema/{k}": t for k, t in average.items()}
     assert read.keys() == wanted.keys()
     assert all(torch.equal(read[k], wanted[k]) for k in wanted)
     assert any(k.startswith("exp_avg_sq/value_trunk.") for k in wanted)
@@ -83,12 +87,18 @@ def test_optimiser_and_value_function_are_read_bit_for_bit_by_any_strategy(saved
 @pytest.mark.parametrize("writer", STRATEGIES)
 def test_plain_transformers_loads_the_policy_that_many_ranks_wrote(saved, writer):
     folder = saved[writer]
-    policy = checkpoint_path(folder / "checkpoints", 7) / "policy"
-    lm = AutoModelForCausalLM.from_pretrained(policy)
+    policy, average = (
+        checkpoint_path(folder / "checkpoints", 7) / name for name in ("policy", "policy-ema")
+    )
     wanted, _ = expected(folder)
-    read = dict(lm.named_parameters())
-    assert read.keys() == wanted.keys()
-    assert all(torch.equal(read[k], wanted[k]) for k in wanted)
+    for saved_lm, tensors in (
+        (average, load_file(folder / "average.safetensors")),
+        (policy, wanted),
+    ):
+        lm = AutoModelForCausalLM.from_pretrained(saved_lm)
+        read = dict(lm.named_parameters())
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[k], tensors[k]) for k in tensors)
     assert type(lm).__name__ == "LlamaForCausalLM"
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
     assert AutoTokenizer.from_pretrained(policy)("film").input_ids
@@ -99,7 +109,7 @@ def test_each_rank_writes_its_share_and_no_other_files_remain(saved, writer):
     folder = saved[writer]
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert sorted(p.name for p in checkpoint.iterdir()) == [
-        "COMPLETE", "policy", "state.json", "training",
+        "COMPLETE", "ema", "policy", "policy-ema", "state.json", "training",
     ]  # fmt: skip
     shards = [p.stat().st_size for p in sorted((checkpoint / "training").iterdir())]
     assert len(shards) == 2

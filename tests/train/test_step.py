@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.errors import CommandRejectedError, UserInputError
+from engine.train.greedy_baseline import greedy_scores
 from engine.train.load import reference_responses
 from engine.train.models.language_model import fingerprint
 from engine.train.ppo.advantages import Targets
@@ -14,7 +15,7 @@ from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
 from engine.train.rewards.source import RewardInputs
-from engine.train.step import train_step
+from engine.train.step import sampling_options, train_step
 
 VARIANTS = {
     "gae, value head on the trunk": ["ppo.advantage=gae"],
@@ -38,6 +39,7 @@ VARIANTS = {
         "ppo.loss_aggregation=sequence_sum_constant",
     ],
     "reinforce_plus_plus": ["ppo.advantage=reinforce_plus_plus", "kl.estimator=k2"],
+    "remax": ["ppo.advantage=remax", "rollout.per_prompt=2", "reward.normalise=reference"],
     "entropy bonus, dual clip, lambdas": [
         "ppo.entropy_coef=0.01",
         "ppo.dual_clip=3",
@@ -300,3 +302,25 @@ def test_every_response_comes_from_the_run_s_rollout_backend(make_run):
     train_step(run, 1)
     answer_probe(run, "hello there")
     assert backend.rows == [6, 8, 1, 1]
+
+
+def test_the_greedy_baseline_is_the_score_of_each_prompt_s_most_likely_response(make_run):
+    run, _ = make_run("ppo.advantage=remax", "rollout.per_prompt=2", "reward.clip=0.5")
+    rollout = rollout_of(run)
+    options = sampling_options(run, 1)
+    responses = []
+
+    def score(greedy):
+        responses.append(greedy)
+        return torch.arange(4.0) / 4
+
+    found = greedy_scores(run, 1, rollout, options, score)
+    assert found.tolist() == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5]  # clipped as in training
+    (greedy,) = responses
+    for i, prompt in enumerate(greedy.batch.prompts):
+        assert prompt is rollout.batch.prompts[2 * i]
+        ids = list(prompt.ids)
+        for token in greedy.ids[i, : greedy.lengths[i]].tolist():
+            logits, _ = run.policy(torch.tensor([ids]), torch.ones(1, len(ids), dtype=int), 1)
+            assert token == int(logits[0, -1].argmax())
+            ids.append(token)

@@ -14,6 +14,8 @@ class AdvantageTraits(Struct, frozen=True, kw_only=True):
     """Whether the estimator needs a value function."""
     baseline: bool = False
     """Whether `ppo.baseline` has an effect."""
+    greedy_baseline: bool = False
+    """Whether it needs the scores of greedy responses to the step's prompts."""
     whiten: bool = False
     """Default of `ppo.whiten`."""
     per_prompt: int = 1
@@ -28,6 +30,7 @@ ADVANTAGES = {
     "rloo": AdvantageTraits(per_prompt=4, least_per_prompt=2),
     "grpo": AdvantageTraits(per_prompt=8, least_per_prompt=2),
     "reinforce_plus_plus": AdvantageTraits(whiten=True),
+    "remax": AdvantageTraits(greedy_baseline=True),
 }
 """Every estimator, by its name in `ppo.advantage`. :mod:`engine.train.ppo.advantages` has the
 functions; the type of the key below lists the same names."""
@@ -36,11 +39,12 @@ functions; the type of the key below lists the same names."""
 class PPOConfig(Section, frozen=True):
     """The PPO objective and its optimisation."""
 
-    advantage: Literal["gae", "reward", "rloo", "grpo", "reinforce_plus_plus"] = "gae"
+    advantage: Literal["gae", "reward", "rloo", "grpo", "reinforce_plus_plus", "remax"] = "gae"
     """Advantage estimator: `gae` uses a value function; `reward` uses the response's reward, less a
     baseline; `rloo` subtracts the mean reward of the prompt's other responses; `grpo` subtracts the
     mean reward of the prompt's responses and divides by their standard deviation;
-    `reinforce_plus_plus` uses the rewards from each token on, whitened over the batch."""
+    `reinforce_plus_plus` uses the rewards from each token on, whitened over the batch; `remax` uses
+    them less the score of a greedy response to the prompt, which it generates in addition."""
     epochs: Annotated[int, Meta(ge=1, le=1000)] = 4
     """Passes over the rollout of a step."""
     minibatches: Count = 4
@@ -65,7 +69,7 @@ class PPOConfig(Section, frozen=True):
     ratio: Literal["token", "sequence"] = "token"
     """Whether the probability ratio is that of each token or that of the whole response."""
     gamma: Fraction = 1.0
-    """Discount γ (gae and reinforce_plus_plus)."""
+    """Discount γ (gae, reinforce_plus_plus and remax)."""
     lam: Fraction = 0.95
     """λ of generalised advantage estimation (gae only)."""
     lam_value: Fraction | None = None

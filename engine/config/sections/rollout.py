@@ -58,6 +58,10 @@ class RolloutConfig(Section, frozen=True):
     """Maximum length of a response, in tokens; longer responses are truncated."""
     temperature: Annotated[float, Meta(ge=1e-6, le=1000)] = 1.0
     """Divides the logits of the policy and of the reference, in generation and in training."""
+    sampling: Literal["gumbel", "inverse_cdf"] = "gumbel"
+    """How a token is chosen by its random number. The distribution is the same. With `gumbel`, the
+    rounding of another processor or another number of ranks changes about one token in a million;
+    with `inverse_cdf` up to some thousand. Sessions that began before this key use the latter."""
     stop: list[str] = []
     """Texts that end a response, in addition to the end-of-sequence token."""
     dynamic: bool = False

@@ -25,6 +25,17 @@ class StopAt(Section, frozen=True):
         )
 
 
+class EMAConfig(Section, frozen=True):
+    """An averaged policy: the exponential moving average of the policy's weights over the steps."""
+
+    decay: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    """After each step the average is this much of itself and the rest of the policy: 0.95 averages
+    about the last 20 steps. The average is evaluated, saved and exported beside the policy, and has
+    no effect on training. Default: no average."""
+    offload: bool = False
+    """Hold the average in host memory instead of on the device."""
+
+
 class TrainConfig(Section, frozen=True):
     """Length of the run, optimiser, schedule and checkpoints."""
 
@@ -55,3 +66,4 @@ class TrainConfig(Section, frozen=True):
     stop_at: StopAt | None = None
     """Saves a checkpoint and ends the run as finished once a metric has reached a value, such as
     `{metric: eval/score, above: 2}`. Default: never."""
+    ema: EMAConfig = EMAConfig()

@@ -2,6 +2,8 @@
 
 ``checkpoints/step-000120/`` holds ``policy/`` (a Hugging Face model folder with its tokenizer),
 ``training/`` (optimiser state and value function, safetensors), ``state.json`` and ``COMPLETE``.
+With `train.ema` also the averaged policy, as a model in ``policy-ema/`` and to resume from in
+``ema/``.
 The folder is written under a temporary name, synced to disk and renamed. ``COMPLETE`` is created
 last, after the supervisor has confirmed that the journal holds everything up to that step.
 
@@ -82,6 +84,7 @@ class SavedState(TrainingState, kw_only=True):
         """
         values = msgspec.structs.asdict(self)
         saved = msgspec.structs.asdict(values.pop("settings"))
+        saved["micro_batch_size"] = saved["micro_batch_size"] or config.ppo.micro_batch_size
         for name, problem in invalid_values(saved).items():
             saved[name] = getattr(settings_of(config), name)
             warn(f"the checkpoint's value is not used, {saved[name]} is: {problem}")
@@ -228,7 +231,7 @@ def _read_file(folder: Path) -> StateFile:
         raise CheckpointError(f"there is no complete checkpoint at {folder}")
     try:
         content = msgspec.json.decode((folder / STATE).read_bytes(), type=StateFile)
-    except (OSError, ValueError) as error:  # not readable; not JSON
+    except (OSError, ValueError, RecursionError) as error:  # not readable; not JSON
         raise _damaged(folder, f"{STATE}: {error}") from error
     if content.format > FORMAT:
         raise CheckpointError(

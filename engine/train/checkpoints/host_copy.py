@@ -36,7 +36,7 @@ class HostCopies:
                 devices.add(local.device)
                 host = self._buffer(name, local)
                 host.copy_(local.detach(), non_blocking=True)
-            copies[name] = _like(tensor, host)
+            copies[name] = shard_like(tensor, host)
         for device in devices:
             torch.accelerator.synchronize(device)
         return copies
@@ -58,7 +58,7 @@ class HostCopies:
         return torch.empty(like.shape, dtype=like.dtype)
 
 
-def _like(tensor: Tensor, local: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, local: Tensor) -> Tensor:
     """Wraps `local` as the shard of a DTensor like `tensor`; unchanged if `tensor` is not one.
 
     `DTensor.from_local` would move a CPU shard to the mesh's GPU; the protocol of wrapper

@@ -1,6 +1,6 @@
 """Merges LoRA adapters into their model.
 
-``python -m engine.train.checkpoints.merge SESSION_FOLDER STEP TARGET``
+``python -m engine.train.checkpoints.merge SESSION_FOLDER STEP PART TARGET``
 
 `rlhf-tui export --merged` starts this process, because the command line never imports torch. An
 error is one line on standard error; the exit code is that of the exception.
@@ -26,16 +26,18 @@ from engine.train.models.pretrained import compute_dtype, load_lm, load_tokenize
 def main() -> None:
     """Runs the command line above."""
     disable_progress_bar()
-    folder, step, target = sys.argv[1:]
+    folder, step, part, target = sys.argv[1:]
     try:
-        merge(Session(Path(folder)), int(step), Path(target))
+        merge(Session(Path(folder)), int(step), part, Path(target))
     except RlhfError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
 
 
-def merge(session: Session, step: int, target: Path) -> None:
-    """Writes the policy of a LoRA run's checkpoint as a full model with its tokenizer.
+def merge(session: Session, step: int, part: str, target: Path) -> None:
+    """Writes a policy of a LoRA run's checkpoint as a full model with its tokenizer.
+
+    `part` is `policy`, or `policy-ema` for the averaged one.
 
     The merged weights are float32, as in a run without LoRA: bfloat16 would round the small changes
     of the adapters away.
@@ -56,8 +58,8 @@ def merge(session: Session, step: int, target: Path) -> None:
             "the model under the adapters is not the one this run was started with: "
             f"{config.model.policy} has changed; restore it to merge"
         )
-    merged = PeftModel.from_pretrained(lm.float(), str(saved / "policy")).merge_and_unload()
-    tokenizer = load_tokenizer(str(saved / "policy"), "model.policy", ranks)
+    merged = PeftModel.from_pretrained(lm.float(), str(saved / part)).merge_and_unload()
+    tokenizer = load_tokenizer(str(saved / part), "model.policy", ranks)
     try:
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)

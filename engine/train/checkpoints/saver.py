@@ -22,12 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import CheckpointError
-from engine.session.checkpoints import checkpoint_path
+from engine.session.checkpoints import AVERAGED_POLICY, checkpoint_path
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import shards
 from engine.train.checkpoints.folder import MetricValue, SavedState, StateFile
 from engine.train.checkpoints.host_copy import HostCopies
 from engine.train.checkpoints.policy_folder import policy_files, policy_tensors, write_policy
+from engine.train.checkpoints.shards import AVERAGE
 from engine.train.models.language_model import AnyModel, LanguageModel
 
 T = TypeVar("T")
@@ -63,8 +64,12 @@ class _Job:
     """Used for its structure only."""
     policy_tensors: dict[str, Tensor]
     training_tensors: dict[str, Tensor]
+    average: dict[str, Tensor]
+    """The averaged policy, by the names of the policy's tensors."""
     early_error: OSError | None
     """Raised while the save was prepared."""
+    averaged: bool
+    """Whether there is an averaged policy; a rank may have none of its tensors to write."""
 
 
 class Saver:
@@ -111,6 +116,7 @@ class Saver:
         score: float,
         kl: float,
         reference: AnyModel | None = None,
+        average: dict[str, Tensor] | None = None,
         best: MetricValue | None = None,
     ) -> None:
         """Copies all tensors to host memory and starts to write them in the background.
@@ -126,6 +132,7 @@ class Saver:
             score: mean score of the last step.
             kl: KL of the last step to the reference, in nats per response.
             reference: given if it is no longer the model that the configuration names.
+            average: the averaged policy (`train.ema`), by the names of the policy's tensors.
             best: `train.best_metric` of the last step.
         """
         self.wait()
@@ -136,6 +143,7 @@ class Saver:
         }
         if reference is not None:
             tensors |= {f"training/{k}": t for k, t in shards.reference_tensors(reference).items()}
+        tensors |= {f"{AVERAGE}/{k}": t for k, t in (average or {}).items()}
         early_error: OSError | None = None
         if not self._files and self._rank == 0:
             try:
@@ -152,11 +160,14 @@ class Saver:
             optimiser=shards.optimiser_kind(optimiser),
             hashes={},
         )
-        policy_copies, training_copies = (
+        policy_copies, training_copies, average_copies = (
             {k.removeprefix(part): t for k, t in copies.items() if k.startswith(part)}
-            for part in ("policy/", "training/")
+            for part in ("policy/", "training/", f"{AVERAGE}/")
         )
-        job = _Job(began, content, policy, policy_copies, training_copies, early_error)
+        job = _Job(
+            began, content, policy, policy_copies, training_copies, average_copies, early_error,
+            averaged=average is not None,
+        )  # fmt: skip
         future: Future[Outcome] = Future()
         self._running, self._reported = future, False
         # A daemon thread does not keep the process alive while it waits for a lost peer.
@@ -227,14 +238,16 @@ class Saver:
         content = job.content
         final = checkpoint_path(self._checkpoints, content.state.step)
         part = checkpoint_folder.part_of(final)
-        training, policy, policy_shards = (
-            part / name for name in ("training", "policy", "policy-shards")
+        training, policy, policy_shards, average, average_policy = (
+            part / name
+            for name in ("training", "policy", "policy-shards", AVERAGE, AVERAGED_POLICY)
         )
 
         policy_bytes = shards.local_bytes(job.policy_tensors)
         # With several ranks the policy is on disk twice for a while: as shards and as a model.
         copies = 1 if self._group is None else 2
         need = shards.local_bytes(job.training_tensors) + copies * policy_bytes
+        need += 2 * shards.local_bytes(job.average)  # to resume from, and as a model
         need = sum(self._on_all_ranks(final, lambda: need))
 
         def prepare() -> None:
@@ -242,7 +255,8 @@ class Saver:
                 raise job.early_error
             checkpoint_folder.check_space(self._checkpoints, need)
             checkpoint_folder.clear_parts(self._checkpoints)
-            for folder in (training, policy, policy_shards):
+            averages = (average, average_policy) if job.averaged else ()
+            for folder in (training, policy, policy_shards, *averages):
                 folder.mkdir(parents=True)
 
         self._on_rank_0(final, prepare)
@@ -250,6 +264,8 @@ class Saver:
             shards.save_shards(training, job.training_tensors, self._group)
             if self._group is not None:
                 shards.save_shards(policy_shards, job.policy_tensors, self._group)
+            if job.averaged:
+                shards.save_shards(average, job.average, self._group)
         except CheckpointError as error:
             raise CheckpointError(f"cannot write the checkpoint {final}: {error}") from error
 
@@ -259,6 +275,11 @@ class Saver:
                 tensors = shards.read_unsharded(policy_shards)
             write_policy(policy, job.policy, tensors, self._files)
             shutil.rmtree(policy_shards)
+            if job.averaged:
+                averaged = job.average
+                if self._group is not None:
+                    averaged = shards.read_unsharded(average)
+                write_policy(average_policy, job.policy, averaged, self._files)
             return [f for f in sorted(part.rglob("*")) if f.is_file()]
 
         def sync_share() -> dict[str, str]:

@@ -36,6 +36,8 @@ FILE_SIZE = 4 << 30
 """Maximum bytes of tensors per file."""
 VALUE = ("value_head.", "value_trunk.")
 REFERENCE = "reference/"
+AVERAGE = "ema"
+"""Folder of the averaged policy's tensors, in any number of shards."""
 
 # Expected for a single rank.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -195,12 +197,40 @@ def load_reference_weights(
     _read_into(tensors, folder, group)
 
 
-def _read_into(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Overwrites tensors with those of a checkpoint, by name. Raises CheckpointError."""
+def has_average(folder: Path) -> bool:
+    """Whether a checkpoint has an averaged policy."""
+    return (folder / AVERAGE).is_dir()
+
+
+def load_average(
+    folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """Restores an averaged policy bit for bit. All ranks must call it.
+
+    Args:
+        folder: the folder of the checkpoint; it has an average.
+        tensors: the average to overwrite, by name.
+        group: a gloo group of all ranks; None for one rank.
+
+    Raises:
+        CheckpointError: the tensors are those of another model.
+    """
+    if wrong := _stored_tensors(folder / AVERAGE).keys() ^ tensors.keys():
+        raise CheckpointError(f"{folder} holds the average of another model: {min(wrong)}")
+    _read_into(tensors, folder, group, AVERAGE)
+
+
+def _read_into(
+    tensors: dict[str, Tensor],
+    folder: Path,
+    group: dist.ProcessGroup | None,
+    part: str = "training",
+) -> None:
+    """Overwrites tensors with those of a checkpoint's part, by name. Raises CheckpointError."""
     try:
         load(
             tensors,
-            storage_reader=HuggingFaceStorageReader(str(folder / "training")),
+            storage_reader=HuggingFaceStorageReader(str(folder / part)),
             process_group=group,
             no_dist=group is None,
         )

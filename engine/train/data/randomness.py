@@ -27,19 +27,23 @@ def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
 def sampling_uniforms(seed: int, step: int, batch: int, tokens: int) -> Tensor:
     """One uniform number in [0, 1) per (sample, token) of a step's global batch.
 
-    Each sample has its own stream, so its numbers depend neither on `batch` nor on `tokens`.
+    Each sample has its own streams, so its numbers depend neither on `batch` nor on `tokens`. The
+    first 24 bits of a number are one stream, which is all that sampling by `inverse_cdf` reads; the
+    other 29 are another.
 
     Returns:
-        (batch, tokens) float32.
+        (batch, tokens) float64, multiples of 2^-53.
     """
-    key = derived_key(seed, "sampling", step)
-    rows = [
-        np.random.Generator(np.random.Philox(key=key, counter=i << 128)).random(
-            tokens, dtype=np.float32
-        )
-        for i in range(batch)
-    ]
-    return torch.from_numpy(np.stack(rows))
+    first, others = derived_key(seed, "sampling", step), derived_key(seed, "sampling bits", step)
+    numbers = np.empty((batch, tokens))
+    for i, row in enumerate(numbers):
+        row[:] = _stream(first, i).random(tokens, dtype=np.float32)
+        row += _stream(others, i).integers(1 << 29, size=tokens) * 2.0**-53
+    return torch.from_numpy(numbers)
+
+
+def _stream(key: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=key, counter=number << 128))
 
 
 def permutation(seed: int, purpose: str, numbers: tuple[int, ...], n: int) -> Tensor:

@@ -75,6 +75,9 @@ class RankGroup:
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timeout,
+                # Without it NCCL guesses the GPU from the rank's number, and makes its communicator
+                # in the first collective, long after the start.
+                device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else None,
             )
             self.group = dist.new_group(backend="gloo", timeout=timeout)
             self.checkpoint_group = dist.new_group(backend="gloo", timeout=timeout)

@@ -1,9 +1,12 @@
 """Places models on the ranks: replicated (DDP) or sharded (torch's FSDP2).
 
-Rank 0 reads a model's weights and broadcasts them. Each file is read once, and the other machines
-need no copy of it.
+To replicate a model, rank 0 reads its weights and broadcasts them. To shard it, each rank reads its
+own shards (:mod:`engine.train.distributed.stored_tensor`), so that no rank holds the whole model; a
+rank that does not have the files receives its shards from rank 0. Each byte is read once, and the
+other machines need no copy of the files.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +17,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from engine.train.distributed.file_backed import back_by_file, drop_pages
 from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.weight_source import WeightSource
+
+log = logging.getLogger("engine")
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -28,22 +40,32 @@ R = TypeVar("R")
 
 
 def place_model(
-    module: nn.Module, ranks: RankGroup, strategy: str, compute: torch.dtype = torch.float32
+    module: nn.Module,
+    ranks: RankGroup,
+    strategy: str,
+    compute: torch.dtype = torch.float32,
+    *,
+    on_host: bool = False,
 ) -> None:
-    """Moves a model to the device, or shards it, and copies rank 0's weights to every rank.
+    """Moves a model to the device, or shards it, and gives every rank its weights.
 
     Changes `module` in place. All ranks must call it.
 
     Args:
-        module: the model, with its weights on rank 0 and on the meta device on the other ranks.
+        module: the model, with its weights on rank 0 and on the meta device on the other ranks. For
+            `fsdp` some or all may be on the meta device on rank 0 too, and marked as stored.
         ranks: all ranks of this attempt.
         strategy: `ddp` (replicated) or `fsdp`.
         compute: dtype in which FSDP gathers the weights; the shards keep their own dtype.
+        on_host: keep the shards in host memory while the model is not used.
+
+    Raises:
+        OSError: a file of the weights cannot be read.
     """
     if ranks.size == 1:
         module.to(ranks.device)
     elif strategy == "fsdp":
-        _shard(module, ranks, compute)
+        _shard(module, ranks, compute, on_host=on_host)
     else:
         module.to(ranks.device) if ranks.is_lead else module.to_empty(device=ranks.device)
         _tie_weights(module)
@@ -51,10 +73,11 @@ def place_model(
             _broadcast(tensor.data, ranks)
 
 
-def _shard(module: nn.Module, ranks: RankGroup, compute: torch.dtype) -> None:
-    """Shards each block as an FSDP unit and the rest as the root; rank 0 scatters the weights."""
-    weights = dict(module.state_dict()) if ranks.is_lead else {}
-    buffers = dict(module.named_buffers())
+def _shard(
+    module: nn.Module, ranks: RankGroup, compute: torch.dtype, *, on_host: bool = False
+) -> None:
+    """Shards each block as an FSDP unit and the rest as the root, and fills in the weights."""
+    source = WeightSource(module, ranks)
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     if ranks.is_lead:
         module.to("meta")
@@ -64,35 +87,23 @@ def _shard(module: nn.Module, ranks: RankGroup, compute: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute is torch.float32 else compute, reduce_dtype=torch.float32
     )
+    on_host = on_host and ranks.device.type != "cpu"
+    # Pinned memory is limited in many containers, and weights that do not change need it least.
+    offload = CPUOffloadPolicy(pin_memory=False) if on_host else OffloadPolicy()
     head = getattr(module, "value_head", None)
     if head is not None:  # one product per token: computed in float32
         fully_shard(head, mesh=mesh)
     for block in blocks(module):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
-    state: dict[str, Tensor] = {}
-    for name, target in module.state_dict().items():
-        weight = weights.pop(name, None)
-        full = torch.empty(target.shape, dtype=target.dtype, device=ranks.device)
-        if weight is not None:
-            full.copy_(weight)
-        if isinstance(target, DTensor):
-            state[name] = distribute_tensor(full, mesh, target.placements, src_data_rank=0)
-        else:
-            _broadcast(full, ranks)
-            state[name] = full
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    state = source.state_dict(module, on_host=on_host)
     module.load_state_dict(state, assign=True)
     _tie_weights(module)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
-    for name, buffer in buffers.items():  # not in the state dict: rotary frequencies, for example
+    for name, buffer in source.buffers(state).items():
         parent, _, attribute = name.rpartition(".")
-        if name not in state:
-            full = torch.empty(buffer.shape, dtype=buffer.dtype, device=ranks.device)
-            if ranks.is_lead:
-                full.copy_(buffer)
-            _broadcast(full, ranks)
-            module.get_submodule(parent).register_buffer(attribute, full, persistent=False)
+        module.get_submodule(parent).register_buffer(attribute, buffer, persistent=False)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -188,7 +199,20 @@ class HostWeights:
         """Keeps the weights of a module that is on the host, for use on a device."""
         self._device = device
         tensors = [*module.parameters(), *module.buffers()]  # tied ones once
-        self._on_host = [(tensor, tensor.data) for tensor in tensors]
+        self._pins = True
+        self._on_host = [(tensor, self._pinned(tensor.data)) for tensor in tensors]
+        for tensor, data in self._on_host:
+            tensor.data = data
+
+    def _pinned(self, data: Tensor) -> Tensor:
+        """A copy in pinned memory, from which a GPU copies at the full speed of its bus."""
+        if self._pins:
+            try:
+                return data.pin_memory()
+            except RuntimeError as error:  # a container's limit on locked memory, for example
+                self._pins = False
+                log.warning("frozen weights are kept in pageable memory: %s", error)
+        return data
 
     def copy_to_device(self) -> None:
         """Makes the module compute with copies on the device."""
@@ -207,11 +231,13 @@ def offload_between_uses(
     """Lets a frozen model use device memory only inside :func:`materialised`.
 
     On a GPU the model moves to host memory if `on_host` is set. On a CPU it is always mapped from a
-    file (:func:`back_by_file`), unless it is sharded.
+    file (:func:`back_by_file`). A sharded model stays as :func:`place_model` has placed it: a rank
+    holds its shards only.
     """
+    if ranks.size > 1 and strategy == "fsdp":
+        return
     if ranks.device.type == "cpu":
-        if ranks.size == 1 or strategy != "fsdp":
-            back_by_file(module, blocks(module))
+        back_by_file(module, blocks(module))
     elif on_host:
         module.to("cpu")
         module.host_weights = HostWeights(module, ranks.device)  # type: ignore[assignment]  # an attribute of our own

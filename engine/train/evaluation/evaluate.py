@@ -22,19 +22,29 @@ from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.metrics import distinct_2
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
-from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.rollout.backend import (
+    GREEDY_TEMPERATURE,
+    SamplingOptions,
+    generate_responses,
+)
 from engine.train.rollout.rollout import ReportProgress, Rollout
 from engine.train.run import Run
 
 PHASE = "evaluate"
 RECORDED_CHARACTERS = 8_000_000
 """Of the responses that are recorded, with their prompts: what a message can hold."""
-GREEDY_TEMPERATURE = 1e-6
-"""Leaves the most likely token with probability 1 in float32, unless logits differ by less than
-1e-4."""
 KL_TEMPERATURE = 1.0
 """Of the log-probabilities under both models, so that a change of `rollout.temperature` during the
 run does not move the curve."""
+
+
+AVERAGED = {
+    names.EVAL_SCORE: names.EVAL_EMA_SCORE,
+    names.EVAL_SCORE_CI: names.EVAL_EMA_SCORE_CI,
+    names.EVAL_KL: names.EVAL_EMA_KL,
+    names.EVAL_LENGTH: names.EVAL_EMA_LENGTH,
+}
+"""Metric of the policy → that of its average."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +79,32 @@ def evaluate_if_due(run: Run, step: int) -> Evaluation:
 def evaluate(run: Run, held_out: HeldOut, step: int) -> Evaluation:
     """Generates, scores and summarises responses to the held-out prompts; all ranks call it.
 
+    With `train.ema` the averaged policy is evaluated too, in the same way. Only its metrics are
+    kept.
+
     Args:
         run: the run; it is not changed.
         held_out: the prompts and reward sources.
         step: the last finished step, for reward functions and progress.
     """
     started = time.perf_counter()
+    parts = _respond_to_all(run, held_out, step)
+    metrics = _summarise(parts, run.config.eval.per_prompt)
+    if run.average is not None:
+        with run.average.in_place_of(run.policy):
+            averaged = _respond_to_all(run, held_out, step)
+        found = _summarise(averaged, run.config.eval.per_prompt)
+        metrics |= {AVERAGED[name]: found[name] for name in AVERAGED if name in found}
+    metrics[names.EVAL_TIME] = time.perf_counter() - started
+    return Evaluation(metrics, _samples(parts) if run.ranks.is_lead else [])
+
+
+def _respond_to_all(run: Run, held_out: HeldOut, step: int) -> list[_Scored]:
     report = run.announce(step, PHASE)
-    parts = [
+    return [
         _respond(run, held_out, step, number, prompts, report)
         for number, prompts in enumerate(_batches(run, held_out.prompts))
     ]
-    metrics = _summarise(parts, run.config.eval.per_prompt)
-    metrics[names.EVAL_TIME] = time.perf_counter() - started
-    return Evaluation(metrics, _samples(parts) if run.ranks.is_lead else [])
 
 
 def _batches(run: Run, prompts: list[Prompt]) -> list[list[Prompt]]:

@@ -4,15 +4,30 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from engine.train.distributed.sharding import full_tensor
 from engine.train.models import lora
 from engine.train.models.onednn_linear import use_onednn
+from engine.train.models.output_layer import OutputLayer
+
+
+class HiddenReader(Protocol):
+    """What a caller computes from hidden states where it does not want all logits at once."""
+
+    def wants(self, logits: int) -> bool:
+        """Whether a pass with so many logits is to be read rather than to return them."""
+
+    def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Computes from the output layer's input, (n, keep, H), inside the forward pass."""
 
 
 class LanguageModel(nn.Module):
@@ -40,6 +55,7 @@ class LanguageModel(nn.Module):
         self.lm = lm
         use_onednn(lm)
         self._compute = compute
+        self._output = OutputLayer(lm, compute)
         self.value_trunk: nn.Module | None = None
         self.value_head: nn.Linear | None = None
         head = lm.get_output_embeddings()
@@ -60,7 +76,7 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, tokens: Tensor, *args: Any, adapters: bool = True, **kwargs: Any
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | tuple[Tensor, ...] | None, Tensor | None]:
         """Calls :meth:`run` under autocast to the compute dtype.
 
         `adapters=False` disables the LoRA adapters for this call. It is an argument rather than a
@@ -91,7 +107,8 @@ class LanguageModel(nn.Module):
         want: str = "both",
         detach_trunk: bool = False,
         positions: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+        read: HiddenReader | None = None,
+    ) -> tuple[Tensor | tuple[Tensor, ...] | None, Tensor | None]:
         """Computes logits and values at the last `keep` positions.
 
         Args:
@@ -103,9 +120,12 @@ class LanguageModel(nn.Module):
             want: `both`, `logits` or `values`.
             detach_trunk: do not propagate the value's gradient to a shared trunk.
             positions: (n, L) int64; made from the mask when left out.
+            read: computes something from the hidden states, if it wants to and the function from
+                these to the logits is known.
 
         Returns:
-            The logits, (n, keep, V) in the model's dtype, or None if not computed; the values,
+            The logits, (n, keep, V) in the model's dtype, or None if not computed, or the tensors
+            that `read` returns; the values,
             (n, keep) float32, or None: without a value function, with `want="logits"`, and with a
             cache if the value function has a separate trunk.
         """
@@ -115,16 +135,20 @@ class LanguageModel(nn.Module):
         inputs: dict[str, Any] = {"attention_mask": attention_mask}
         if self._takes_positions:
             inputs["position_ids"] = positions
-        logits, values = None, None
+        logits: Tensor | tuple[Tensor, ...] | None = None
+        values = None
         separate = self.value_trunk is not None
         if want != "values" or not separate:
-            logits = self.lm(
-                input_ids=tokens,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=keep,
-                **inputs,
-            ).logits
+            inputs_of_lm = {
+                "input_ids": tokens, "past_key_values": cache, "use_cache": cache is not None,
+                "logits_to_keep": keep, **inputs,
+            }  # fmt: skip
+            if read is not None and self._is_read(read, len(tokens) * keep):
+                with self._output.reading(partial(read, self._output)) as results:
+                    self.lm(**inputs_of_lm)
+                logits = results[0]
+            else:
+                logits = self.lm(**inputs_of_lm).logits
         # A separate value trunk has no cache: it reads complete responses.
         if self.value_head is None or want == "logits" or (separate and cache is not None):
             self._hidden = None
@@ -142,6 +166,10 @@ class LanguageModel(nn.Module):
             # a view would lose them.
             values = self.value_head(hidden.float()).squeeze(-1).clone()
         return logits, values
+
+    def _is_read(self, read: HiddenReader, tokens: int) -> bool:
+        known = self._output.after is not None
+        return known and read.wants(tokens * self._output.vocabulary)
 
 
 class AdapterFreePolicy:
@@ -163,12 +191,13 @@ class AdapterFreePolicy:
         *,
         cache: Any = None,
         positions: Tensor | None = None,
+        read: HiddenReader | None = None,
         **_: Any,
     ) -> tuple[Any, None]:
         """Like :meth:`LanguageModel.run` with `want="logits"`; the values are None."""
         logits, _values = self._model(
             tokens, attention_mask, keep, cache=cache, positions=positions, want="logits",
-            adapters=False,
+            adapters=False, read=read,
         )  # fmt: skip
         return logits, None
 
@@ -197,16 +226,60 @@ def fingerprint(module: nn.Module | AdapterFreePolicy) -> str:
     """Hashes all weights, to detect that a frozen model has changed.
 
     Sums the bits of each tensor instead of hashing them, which takes seconds for billions of
-    weights. It detects accidents, not attacks. For a sharded model all ranks must call it.
+    weights. It detects accidents, not attacks. For a sharded model all ranks must call it; each
+    sums its shards, so that no weight is sent.
     """
-    tensors, sums = sorted(module.state_dict().items()), []
+    tensors = sorted(module.state_dict().items())
+    sums, sharded, group = [], [], None
     for _, tensor in tensors:
-        bits = full_tensor(tensor).detach().contiguous().view(-1).view(torch.uint8)
-        if len(bits) % 4 == 0:
-            bits = bits.view(torch.int32)
-        few = bits[:: max(1, len(bits) // 1024)].to(torch.int64)
-        sums.append(torch.stack([bits.sum(dtype=torch.int64), (few * 31).cumsum(0).sum()]))
+        apart = isinstance(tensor, DTensor) and _sums_apart(tensor)
+        sharded.append(apart)
+        if apart:
+            group = tensor.device_mesh.get_group()
+        sums.append(_bit_sums(tensor if apart else full_tensor(tensor)))
+    all_sums = torch.stack([s.to(sums[0].device) for s in sums])
+    if group is not None:
+        chosen = torch.tensor(sharded, device=all_sums.device)
+        totals = torch.where(chosen[:, None], all_sums, 0)
+        dist.all_reduce(totals, group=group)
+        all_sums = torch.where(chosen[:, None], totals, all_sums)
     digest = hashlib.sha256()
-    for (name, tensor), (total, weighted) in zip(tensors, torch.stack(sums).tolist(), strict=True):
+    for (name, tensor), (total, weighted) in zip(tensors, all_sums.tolist(), strict=True):
         digest.update(f"{name}:{tuple(tensor.shape)}:{total}:{weighted};".encode())
     return digest.hexdigest()
+
+
+def _sums_apart(tensor: DTensor) -> bool:
+    """Whether the ranks can sum their shards: each is rows, of whole 32-bit words."""
+    row = tensor.numel() // max(1, tensor.shape[0]) * tensor.element_size()
+    return tensor.placements == (Shard(0),) and row % 4 == 0
+
+
+def _bit_sums(tensor: Tensor) -> Tensor:
+    """Two sums over a tensor's bits, or over this rank's part of them; (2,) int64.
+
+    The first is over all 32-bit words, or bytes if they are not whole words; the second over about
+    a thousand of them, weighted by their positions. Both wrap.
+    """
+    local, start = tensor.detach(), 0
+    words = -(-tensor.numel() * tensor.element_size() // 4)
+    if isinstance(tensor, DTensor):
+        mesh, local = tensor.device_mesh, tensor.to_local().detach()
+        row = tensor.numel() // max(1, tensor.shape[0]) * tensor.element_size() // 4
+        rows = -(-tensor.shape[0] // mesh.size())
+        start = min(mesh.get_local_rank() * rows, tensor.shape[0]) * row
+    bits = local.contiguous().view(-1).view(torch.uint8)
+    if len(bits) % 4 == 0:
+        bits = bits.view(torch.int32)
+    else:
+        words = len(bits)
+    step = max(1, words // 1024)
+    few = bits[-start % step :: step].to(torch.int64)
+    first = -(-start // step)
+    weights = torch.arange(first, first + len(few), device=bits.device)
+    weighted = (few * 31 * (-(-words // step) - weights)).sum()
+    if bits.device.type == "cpu":  # torch would copy all bits to int64
+        total = torch.from_numpy(np.asarray(bits.numpy().sum(dtype=np.int64)))
+    else:
+        total = bits.sum(dtype=torch.int64)
+    return torch.stack([total, weighted])

@@ -171,9 +171,12 @@ def _named_layers(module: nn.Module) -> "list[tuple[str, LoraLayer]]":
 
 def _initialise(layer: "LoraLayer", key: int) -> None:
     """Initialises as peft does (A uniform in ±1/√in, B zero), from a random stream per layer."""
+    device = torch.empty(0).device  # the default one: `meta` on ranks that receive the adapters
     # peft uses the layer's dtype for adapters; in bfloat16 small updates would be rounded away.
     inner, outer = (
-        part["default"].float().get_parameter("weight") for part in (layer.lora_A, layer.lora_B)
+        # They are on the device of the base layer, which may still be in its file (`meta`).
+        part["default"].float().to_empty(device=device).get_parameter("weight")
+        for part in (layer.lora_A, layer.lora_B)
     )
     shape = tuple(inner.shape)
     draw = np.random.Generator(np.random.Philox(key=key)).random(shape, dtype=np.float32)

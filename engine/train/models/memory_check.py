@@ -15,6 +15,7 @@ from engine.memory.advice import shortage
 from engine.memory.capacity import Capacity, of_host
 from engine.memory.estimate import CUDA_CONTEXT, estimate
 from engine.memory.model import Estimate, Layout, configured
+from engine.protocol.rank_messages import Placed
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.shapes import models_of
 
@@ -22,7 +23,11 @@ log = logging.getLogger("engine")
 
 
 def check_memory(
-    config: RunConfig, prompt_tokens: int, ranks: RankGroup, warn: Callable[[str], None]
+    config: RunConfig,
+    prompt_tokens: int,
+    ranks: RankGroup,
+    warn: Callable[[str], None],
+    placed: Placed | None = None,
 ) -> tuple[str, Estimate | None]:
     """Selects the parallel strategy and estimates the peak memory of one rank.
 
@@ -35,23 +40,33 @@ def check_memory(
         prompt_tokens: length of the longest prompt.
         ranks: the ranks; rank 0 decides.
         warn: called on rank 0 with a sentence if the run probably needs more memory than is free.
+        placed: how the attempt before had placed the models. With as many ranks, `auto` keeps that:
+            what is free at this moment is not the same at every start.
 
     Returns:
         `ddp` or `fsdp`, and the estimate. The estimate is None on the other ranks, and for a model
         whose shapes cannot be determined.
     """
     strategy, estimated = (
-        _check_memory(config, prompt_tokens, ranks, warn) if ranks.is_lead else ("", None)
+        _check_memory(config, prompt_tokens, ranks, warn, placed) if ranks.is_lead else ("", None)
     )
     return ranks.broadcast_bytes(strategy.encode()).decode(), estimated
 
 
 def _check_memory(
-    config: RunConfig, prompt_tokens: int, ranks: RankGroup, warn: Callable[[str], None]
+    config: RunConfig,
+    prompt_tokens: int,
+    ranks: RankGroup,
+    warn: Callable[[str], None],
+    placed: Placed | None,
 ) -> tuple[str, Estimate | None]:
     device = ranks.device
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     layout = configured(config, ranks.size)
+    chosen = config.parallel.strategy == "auto" and ranks.size > 1
+    if chosen and placed is not None and placed.ranks == ranks.size:
+        chosen = False
+        layout = replace(layout, strategy="fsdp" if placed.strategy == "fsdp" else "ddp")
     try:
         models = models_of(config, prompt_tokens, kind)
     except UserInputError as error:
@@ -60,7 +75,7 @@ def _check_memory(
         return _strategy(layout), None
     free = _free(device, layout.ranks)
     warning = shortage(config, models, layout, free)
-    if warning is not None and config.parallel.strategy == "auto" and ranks.size > 1:
+    if warning is not None and chosen:
         layout = replace(layout, strategy="fsdp")
         warning = shortage(config, models, layout, free)
     estimated = estimate(config, models, layout)

@@ -28,6 +28,7 @@ from engine.train.models.fused_kernels import use_fused_kernels
 from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
 from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.read_pretrained import read_pretrained
+from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
 
 
 def load_policy(
@@ -58,7 +59,8 @@ def load_policy(
     adapted = config.lora.rank is not None
     base = starter.resolve(config.model.policy) if adapted else source
     dtype = compute_dtype(config) if adapted else torch.float32
-    lm = load_lm(base, "model.policy", ranks, dtype)
+    sharded = shards_weights(ranks, strategy)
+    lm = load_lm(base, "model.policy", ranks, dtype, sharded=sharded)
     if config.model.kernels == "liger":
         use_fused_kernels(lm, ranks.device)
     with without_weights(ranks):
@@ -71,7 +73,7 @@ def load_policy(
             policy.value_trunk, policy.value_head = value_model
             use_onednn(policy.value_trunk)
         elif value == "separate":
-            trunk = _load_trunk(base, lm, ranks, dtype)
+            trunk = _load_trunk(base, lm, ranks, dtype, sharded=sharded)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
             use_onednn(trunk)
@@ -95,15 +97,15 @@ def load_reference(
         return AdapterFreePolicy(policy)
     key = "model.reference" if config.model.reference else "model.policy"
     dtype = compute_dtype(config)
-    lm = load_lm(starter.resolve(name), key, ranks, dtype)
+    sharded = shards_weights(ranks, strategy)
+    lm = load_lm(starter.resolve(name), key, ranks, dtype, sharded=sharded)
     if config.model.kernels == "liger":
         use_fused_kernels(lm, ranks.device)
     reference = LanguageModel(lm, compute=dtype)
     reference.requires_grad_(False)
     on_host = config.parallel.frozen == "offload"
-    placed = "ddp" if on_host else strategy
-    place_model(_disable_dropout(reference), ranks, placed, dtype)
-    offload_between_uses(reference, ranks, placed, on_host=on_host)
+    place_model(_disable_dropout(reference), ranks, strategy, dtype, on_host=on_host)
+    offload_between_uses(reference, ranks, strategy, on_host=on_host)
     return reference
 
 
@@ -112,8 +114,18 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
 
 
+def shards_weights(ranks: RankGroup, strategy: str) -> bool:
+    """Whether models are sharded, so that rank 0 need not read them whole."""
+    return ranks.size > 1 and strategy == "fsdp"
+
+
 def load_lm(
-    source: str, key: str, ranks: RankGroup, dtype: torch.dtype = torch.float32
+    source: str,
+    key: str,
+    ranks: RankGroup,
+    dtype: torch.dtype = torch.float32,
+    *,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal language model on rank 0; the other ranks build it on the meta device.
 
@@ -122,32 +134,69 @@ def load_lm(
         key: the configuration key that names the model, for error messages.
         ranks: all ranks; all must call this.
         dtype: dtype of the weights.
+        sharded: whether the model is going to be sharded. Its weights then stay in their files
+            where that is possible (:mod:`engine.train.models.stored_weights`).
 
     Raises:
         UserInputError: the model cannot be loaded or used.
     """
-    lm = _read_lm(source, key, dtype) if ranks.is_lead else None
+    lm, stored = None, None
+    if ranks.is_lead:
+        lm, stored = read_model(AutoModelForCausalLM, source, key, dtype, sharded=sharded)
+        _check_usable(lm, key)
+        copy_weights(lm)
     with broadcast_files(ranks, *((lm.config, lm.generation_config) if lm else ())) as folder:
         if lm is None:
             with without_weights(ranks):
                 config = read_pretrained(AutoConfig, str(folder), key, "configuration")
                 lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             lm.generation_config = GenerationConfig.from_pretrained(folder)
+    if sharded:
+        share_stored(lm, stored, ranks)
     return lm
 
 
-def _read_lm(source: str, key: str, dtype: torch.dtype) -> PreTrainedModel:
-    lm: PreTrainedModel = read_pretrained(AutoModelForCausalLM, source, key, dtype=dtype)
+def read_model(
+    kind: Any, source: str, key: str, dtype: torch.dtype, *, sharded: bool
+) -> tuple[Any, StoredModel | None]:
+    """Reads a model on rank 0, or finds where its weights are if it is going to be sharded.
+
+    Args:
+        kind: one of the Auto classes.
+        source: a folder or a hub id.
+        key: the configuration key that names the source, for error messages.
+        dtype: dtype of the weights.
+        sharded: whether it is going to be sharded. All ranks then call `share_stored`.
+
+    Returns:
+        The model, and where its weights are; None if it holds them.
+
+    Raises:
+        UserInputError: the model cannot be loaded.
+    """
+    if sharded and (empty := empty_model(kind, source, key, dtype)) is not None:
+        return empty
+    return read_pretrained(kind, source, key, dtype=dtype), None
+
+
+def _check_usable(lm: PreTrainedModel, key: str) -> None:
     for needed in ("past_key_values", "logits_to_keep"):
         if needed not in inspect.signature(lm.forward).parameters:
             raise UserInputError(f"{key}: {type(lm).__name__} cannot be used, it has no {needed}")
-    return copy_weights(lm)
 
 
-def _load_trunk(source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype) -> Any:
+def _load_trunk(
+    source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype, *, sharded: bool
+) -> Any:
+    trunk, stored = None, None
     if ranks.is_lead:
-        return copy_weights(read_pretrained(AutoModel, source, "model.policy", dtype=dtype))
-    return AutoModel.from_config(lm.config, dtype=dtype, trust_remote_code=False)
+        trunk, stored = read_model(AutoModel, source, "model.policy", dtype, sharded=sharded)
+        copy_weights(trunk)
+    else:
+        trunk = AutoModel.from_config(lm.config, dtype=dtype, trust_remote_code=False)
+    if sharded:
+        share_stored(trunk, stored, ranks)
+    return trunk
 
 
 def load_tokenizer(source: str, key: str, ranks: RankGroup) -> PreTrainedTokenizerBase:

@@ -33,7 +33,7 @@ def read_pretrained(kind: Any, source: str, key: str, what: str = "model", **opt
     """
     try:
         if what == "model":
-            _check_weights(source, key)
+            check_weights(source, key)
             options["use_safetensors"] = True
         return kind.from_pretrained(source, trust_remote_code=False, **options)
     except (UserInputError, MemoryError, torch.OutOfMemoryError):
@@ -42,8 +42,12 @@ def read_pretrained(kind: Any, source: str, key: str, what: str = "model", **opt
         raise UserInputError(_explain(source, key, what, error)) from error
 
 
-def _check_weights(source: str, key: str) -> None:
-    """Refuses what is no whole model, or holds its weights in pickles. Raises UserInputError."""
+def check_weights(source: str, key: str) -> None:
+    """Refuses what is no whole model, or holds its weights in pickles.
+
+    Raises:
+        UserInputError: with what to do instead.
+    """
     if find_adapter_config_file(source) is not None:
         raise UserInputError(
             f"{key}: {source} holds adapters for another model; merge the two first "

@@ -7,9 +7,9 @@ Shapes: B responses, T response tokens. Tensors are float32 unless their docstri
 
 Sources: Schulman et al. 2016 (GAE); Ziegler et al. 2019, arXiv 1909.08593 (the KL in the reward);
 Ahmadian et al. 2024 (RLOO); Shao et al. 2024, arXiv 2402.03300 (GRPO); Liu et al. 2025, arXiv
-2503.20783 (Dr. GRPO); Hu 2025, arXiv 2501.03262 (REINFORCE++); Yuan et al. 2025, arXiv 2503.01491
-(VC-PPO) and Yue et al. 2025, arXiv 2504.05118 (VAPO); Huang et al. 2024, arXiv 2403.17031
-(implementation details). docs/ppo.md has the formulas.
+2503.20783 (Dr. GRPO); Hu 2025, arXiv 2501.03262 (REINFORCE++); Li et al. 2023, arXiv 2310.10505
+(ReMax); Yuan et al. 2025, arXiv 2503.01491 (VC-PPO) and Yue et al. 2025, arXiv 2504.05118 (VAPO);
+Huang et al. 2024, arXiv 2403.17031 (implementation details). docs/ppo.md has the formulas.
 """
 
 import dataclasses
@@ -52,6 +52,9 @@ class AdvantageInputs:
     """Moving average of earlier outcomes (`ppo.baseline: running`); None at the first step."""
     kl_estimator: str = "k1"
     """`kl.estimator`."""
+    greedy_scores: Tensor | None = None
+    """(B,): the score of a greedy response to the same prompt, processed as :attr:`scores`; given
+    to the estimators that declare `greedy_baseline`."""
 
     @property
     def token_kl(self) -> Tensor:
@@ -151,10 +154,25 @@ def reinforce_plus_plus(inputs: AdvantageInputs) -> Targets:
 
     Its baseline and scale are the batch's mean and standard deviation: `ppo.whiten` is on.
     """
+    return Targets(inputs.old_logprobs, rewards_to_go(inputs))
+
+
+def remax(inputs: AdvantageInputs) -> Targets:
+    """ReMax (Li et al. 2023): the sum of token rewards from each token on, less the greedy score.
+
+    The baseline has no KL term, as in verl.
+    """
+    if inputs.greedy_scores is None:
+        raise TypeError("remax needs greedy scores")
+    advantages = rewards_to_go(inputs) - inputs.greedy_scores[:, None]
+    return Targets(inputs.old_logprobs, advantages * inputs.mask)
+
+
+def rewards_to_go(inputs: AdvantageInputs) -> Tensor:
+    """The discounted sum of token rewards from each token on; (B, T)."""
     rewards = token_rewards(inputs.scores, inputs.token_kl, inputs.lengths, inputs.beta)
     zeros = torch.zeros_like(rewards)
-    returns = generalised_advantages(rewards, zeros, inputs.mask, inputs.config.gamma, 1.0)
-    return Targets(inputs.old_logprobs, returns)
+    return generalised_advantages(rewards, zeros, inputs.mask, inputs.config.gamma, 1.0)
 
 
 ESTIMATORS: dict[str, Callable[[AdvantageInputs], Targets]] = {
@@ -163,6 +181,7 @@ ESTIMATORS: dict[str, Callable[[AdvantageInputs], Targets]] = {
     "rloo": rloo,
     "grpo": grpo,
     "reinforce_plus_plus": reinforce_plus_plus,
+    "remax": remax,
 }
 """Estimators by the names of :data:`engine.config.sections.ppo.ADVANTAGES`."""
 

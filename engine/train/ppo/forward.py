@@ -7,6 +7,13 @@ from torch import Tensor, nn
 
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel
+from engine.train.models.output_layer import OutputLayer
+from engine.train.ppo.chunked_loss import (
+    ChunkedLoss,
+    LossOfTokens,
+    chunked_logprobs,
+    most_logits,
+)
 from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
 from engine.train.ppo.masked import response_mask
 from engine.train.rollout.rollout import ReportProgress, Rollout, left_mask
@@ -22,11 +29,40 @@ class TokenOutputs:
     """None without a value function."""
     entropies: Tensor | None
     """Of the distribution at the temperature, in nats; None if not asked for."""
+    loss: tuple[Tensor, Tensor] | None = None
+    """The loss and its sums, if they were computed with the logits; `logprobs` are zeros then."""
 
     @property
     def width(self) -> int:
         """t', the length of the longest response."""
         return self.logprobs.shape[1]
+
+
+@dataclass(frozen=True)
+class RolloutReader:
+    """Reads log-probabilities or a loss of response tokens from hidden states, in chunks."""
+
+    responses: Tensor
+    """(n, t') int64."""
+    temperature: float
+    entropies: bool
+    loss: LossOfTokens | None
+    separable: bool
+
+    def wants(self, logits: int) -> bool:
+        """If they are many, and either not differentiated or only for a loss."""
+        known = self.loss is not None or not torch.is_grad_enabled()
+        return known and logits > most_logits(self.responses.device)
+
+    def __call__(self, output: OutputLayer, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Log-probabilities and, if asked for, entropies; or with a loss that and its sums."""
+        if self.loss is None:
+            return chunked_logprobs(
+                output, hidden, self.responses, self.temperature, entropies=self.entropies
+            )
+        return ChunkedLoss(
+            self.loss, self.separable, self.responses, self.temperature, self.entropies
+        )(output, hidden)
 
 
 def rollout_forward(
@@ -38,6 +74,8 @@ def rollout_forward(
     want: str = "both",
     detach_trunk: bool = False,
     entropies: bool = False,
+    loss: LossOfTokens | None = None,
+    separable: bool = True,
 ) -> TokenOutputs:
     """Log-probabilities and values of the response tokens of some rows, by one forward pass.
 
@@ -52,6 +90,9 @@ def rollout_forward(
         want: `both`, `logits` or `values`.
         detach_trunk: stop the value's gradient at a trunk that the policy shares.
         entropies: also compute entropies, which costs a pass over the logits.
+        loss: what becomes of the log-probabilities, called instead of returning them if there would
+            be more logits than are made at a time.
+        separable: see :class:`ChunkedLoss`.
     """
     prompt_width, width = rollout.host_lengths[:, rows].max(1).values.tolist()
     rows = rows.to(rollout.ids.device)
@@ -62,13 +103,19 @@ def rollout_forward(
     attention = torch.cat(
         [left_mask(prompt_lengths, prompt_width), response_mask(lengths, width).long()], 1
     )[:, :-1]
-    logits, values = model(tokens, attention, width, want=want, detach_trunk=detach_trunk)
-    if logits is None or want == "values":
+    read = RolloutReader(responses, temperature, entropies, loss, separable)
+    found, values = model(tokens, attention, width, want=want, detach_trunk=detach_trunk, read=read)
+    if found is None or want == "values":
         return TokenOutputs(torch.zeros(responses.shape, device=responses.device), values, None)
+    if isinstance(found, tuple):
+        if loss is None:
+            return TokenOutputs(found[0], values, found[1] if entropies else None)
+        nothing = torch.zeros(responses.shape, device=responses.device)
+        return TokenOutputs(nothing, values, None, (found[0], found[1]))
     if entropies:
-        logprobs, entropy = token_logprobs_and_entropies(logits, responses, temperature)
+        logprobs, entropy = token_logprobs_and_entropies(found, responses, temperature)
         return TokenOutputs(logprobs, values, entropy)
-    return TokenOutputs(token_logprobs(logits, responses, temperature), values, None)
+    return TokenOutputs(token_logprobs(found, responses, temperature), values, None)
 
 
 def by_length(rollout: Rollout, rows: Tensor, size: int) -> list[Tensor]:

@@ -5,10 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22
-"""Logits processed at a time on a CPU: 16 MB of float32, which fits its cache."""
-GPU_CHUNK = 1 << 25
-"""The same on a GPU, where each chunk costs a few kernel launches: 128 MB of float32."""
+from engine.memory.model import LOGITS_PIECE
+from engine.train.models.output_layer import AfterLayer
+
+CHUNK, GPU_CHUNK = LOGITS_PIECE["cpu"], LOGITS_PIECE["cuda"]
+"""Logits processed at a time, on a CPU and on a GPU."""
+
+
+LOWEST = -1e4
+"""Bound on log p in the entropy. A token that the model forbids has a logit of -∞ and would make
+0·(-∞), not a number. Below this p is 0 in float32 anyway, so no other value changes."""
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -44,24 +50,16 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         """Computes in chunks; saves the logits and each row's log Σ exp."""
-        log_sums = torch.empty(len(logits), device=logits.device)
-        for chunk in _chunks(logits):
-            log_sums[chunk] = _scaled(logits[chunk], temperature).logsumexp(1)
-        chosen = logits.gather(1, tokens[:, None]).squeeze(1).float() / temperature
+        log_sums, _ = row_sums(logits, temperature)
         ctx.save_for_backward(logits, tokens, log_sums)
         ctx.temperature = temperature
-        return chosen - log_sums
+        return scaled_at(logits, tokens, temperature) - log_sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """g·(1[token] − softmax)/τ, written over the logits in chunks."""
+        """Returns the logits, overwritten with their gradient."""
         logits, tokens, log_sums = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        for chunk in _chunks(logits):
-            gradient = _scaled(logits[chunk], ctx.temperature) - log_sums[chunk, None]
-            gradient.exp_().mul_(-grad[chunk, None])
-            gradient.scatter_add_(1, tokens[chunk, None], grad[chunk, None])
-            logits[chunk] = gradient
+        overwrite_with_gradient(logits, tokens, ctx.temperature, log_sums, grad)
         return logits, None, None
 
 
@@ -73,33 +71,80 @@ class TokenLogprobsAndEntropies(torch.autograd.Function):
         ctx: Any, logits: Tensor, tokens: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Computes in chunks; saves the logits, and each row's log Σ exp and entropy."""
-        log_sums = torch.empty(len(logits), device=logits.device)
-        entropies = torch.empty_like(log_sums)
-        for chunk in _chunks(logits):
-            scaled = _scaled(logits[chunk], temperature)
-            log_sums[chunk] = scaled.logsumexp(1)
-            logprobs = scaled - log_sums[chunk, None]
-            entropies[chunk] = -(logprobs.exp() * logprobs).sum(1)
-        chosen = logits.gather(1, tokens[:, None]).squeeze(1).float() / temperature
+        log_sums, entropies = row_sums(logits, temperature, entropies=True)
         ctx.save_for_backward(logits, tokens, log_sums, entropies)
         ctx.temperature = temperature
-        return chosen - log_sums, entropies
+        return scaled_at(logits, tokens, temperature) - log_sums, entropies
 
     @staticmethod
     def backward(ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor, None, None]:
-        """(g·(1[token] − p) − h·p·(log p + H))/τ, written over the logits in chunks.
-
-        g and h are the gradients of log-probability and entropy; ∂H/∂z = −p·(log p + H)/τ.
-        """
+        """Returns the logits, overwritten with the sum of both gradients."""
         logits, tokens, log_sums, entropies = ctx.saved_tensors
-        g, h = logprob_grad / ctx.temperature, entropy_grad / ctx.temperature
-        for chunk in _chunks(logits):
-            logprobs = _scaled(logits[chunk], ctx.temperature) - log_sums[chunk, None]
-            factor = (logprobs + entropies[chunk, None]).mul_(h[chunk, None])
-            gradient = logprobs.exp_().mul_(factor.add_(g[chunk, None]).neg_())
-            gradient.scatter_add_(1, tokens[chunk, None], g[chunk, None])
-            logits[chunk] = gradient
+        overwrite_with_gradient(
+            logits, tokens, ctx.temperature, log_sums, logprob_grad, (entropies, entropy_grad)
+        )
         return logits, None, None
+
+
+def scaled_at(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Logits/τ at the tokens: (n, V), (n,) → (n,) float32."""
+    return logits.gather(1, tokens[:, None]).squeeze(1).float() / temperature
+
+
+def row_sums(
+    logits: Tensor, temperature: float, *, entropies: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log Σ exp(logits/τ) and the entropy of each row, (n,) float32 each.
+
+    Without `entropies` the second is uninitialised.
+    """
+    log_sums = torch.empty(len(logits), device=logits.device)
+    found = torch.empty_like(log_sums)
+    for chunk in _chunks(logits):
+        scaled = _scaled(logits[chunk], temperature)
+        log_sums[chunk] = scaled.logsumexp(1)
+        if entropies:
+            logprobs = (scaled - log_sums[chunk, None]).clamp_(min=LOWEST)
+            found[chunk] = -(logprobs.exp() * logprobs).sum(1)
+    return log_sums, found
+
+
+def overwrite_with_gradient(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    log_sums: Tensor,
+    logprob_grad: Tensor,
+    entropies_and_grad: tuple[Tensor, Tensor] | None = None,
+    after: AfterLayer | None = None,
+) -> None:
+    """Writes (g·(1[token] − p) − h·p·(log p + H))/τ over the logits, in chunks.
+
+    g and h are the gradients of log-probability and entropy; ∂H/∂z = −p·(log p + H)/τ.
+
+    Args:
+        logits: (n, V).
+        tokens: (n,).
+        temperature: τ.
+        log_sums: from :func:`row_sums`.
+        logprob_grad: g, (n,) float32.
+        entropies_and_grad: H and h, (n,) float32 each, if entropies have a gradient.
+        after: if given, the gradient is that of the output layer's result instead.
+    """
+    g = logprob_grad / temperature
+    h = None if entropies_and_grad is None else entropies_and_grad[1] / temperature
+    for chunk in _chunks(logits):
+        gradient = _scaled(logits[chunk], temperature) - log_sums[chunk, None]
+        if entropies_and_grad is None or h is None:
+            gradient.exp_().mul_(-g[chunk, None])
+        else:
+            gradient.clamp_(min=LOWEST)
+            factor = (gradient + entropies_and_grad[0][chunk, None]).mul_(h[chunk, None])
+            gradient = gradient.exp_().mul_(factor.add_(g[chunk, None]).neg_())
+        gradient.scatter_add_(1, tokens[chunk, None], g[chunk, None])
+        if after is not None:
+            after.scale_gradient_(gradient, logits[chunk])
+        logits[chunk] = gradient
 
 
 def _chunks(logits: Tensor) -> list[slice]:

@@ -22,8 +22,9 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Scales x (B, T) to variance 1 over the mask, and shifts it to mean 0.
 
-    With `shift_mean=False` the mean stays. The result is 0 outside the mask. As in TRL and
-    lm-human-preferences, with 1e-8 added to the variance.
+    With `shift_mean=False` the mean stays. The result is 0 outside the mask. As in
+    lm-human-preferences, with 1e-8 added to the variance, whose denominator is the number of tokens
+    (TRL's is one less).
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)

@@ -3,7 +3,8 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from engine.train.ppo import losses
 from engine.train.ppo.adamw import learning_rate
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import (
-    TokenOutputs,
     by_length,
     longest_first,
     rollout_forward,
@@ -28,6 +28,12 @@ from engine.train.rollout.rollout import Rollout
 
 MAX_MEAN_RATIO = 10.0
 """A minibatch with a larger mean ratio is skipped and counted (`ratio_threshold` in TRL 0.11)."""
+
+POLICY_SUMS = (
+    "tokens", "policy_loss", "clipped_high", "clipped_low", "dual_clipped", "squared_log_ratio",
+    "ratio", "squared_ratio", "entropy", "kl",
+)  # fmt: skip
+"""The fields of :class:`LossSums` that come with the policy loss."""
 
 
 def optimise(
@@ -189,9 +195,12 @@ def micro_batch(
         The loss, a scalar with gradient, summed over response tokens; and the fields of
         :class:`LossSums`, (n,) float64 on the device, so that the host need not wait for them.
     """
+    terms = PolicyInputs.of(rollout, targets, micro, minibatch, config)
     outputs = rollout_forward(
         learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up,
         entropies=config.ppo.entropy_coef > 0,
+        loss=partial(_policy_loss_of_tokens, terms, config),
+        separable=config.ppo.ratio == "token",
     )  # fmt: skip
     values, width = outputs.values, outputs.width
     micro = micro.to(rollout.ids.device)
@@ -199,7 +208,11 @@ def micro_batch(
     loss = torch.zeros((), device=mask.device)
     sums = dict.fromkeys((f.name for f in fields(LossSums)), loss)
     if want != "values":
-        loss, found = _policy_loss(outputs, rollout, targets, micro, minibatch, config)
+        if outputs.loss is None:
+            loss, found = _policy_loss(outputs.logprobs, outputs.entropies, terms, config)
+        else:
+            loss, of_policy = outputs.loss
+            found = dict(zip(POLICY_SUMS, of_policy, strict=True))
         sums |= found
         # During the value warm-up the policy's gradient is 0. DDP still expects one.
         loss = loss * (not warming_up) if targets.returns is not None else loss
@@ -216,22 +229,94 @@ def micro_batch(
     return loss + config.ppo.value_coef * value_loss, as_float64(sums.values())
 
 
-def _policy_loss(
-    outputs: TokenOutputs,
-    rollout: Rollout,
-    targets: Targets,
-    micro: Tensor,
-    minibatch: losses.MinibatchSize,
+@dataclass(frozen=True)
+class PolicyInputs:
+    """What the policy loss of some tokens needs besides their log-probabilities; (n, t') each."""
+
+    mask: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    """None unless `kl.place: loss`."""
+    weights: Tensor | None
+    """Of each row in the loss, (n,); None for 1."""
+
+    @classmethod
+    def of(
+        cls,
+        rollout: Rollout,
+        targets: Targets,
+        micro: Tensor,
+        minibatch: losses.MinibatchSize,
+        config: RunConfig,
+    ) -> "PolicyInputs":
+        """Those of a micro-batch's rows, trimmed to their longest response."""
+        width = int(rollout.host_lengths[1, micro].max())
+        micro = micro.to(rollout.ids.device)
+        in_loss = config.kl.place == "loss" and targets.ref_logprobs is not None
+        return cls(
+            mask=rollout.mask[micro, :width],
+            old_logprobs=targets.old_logprobs[micro, :width],
+            advantages=targets.advantages[micro, :width],
+            ref_logprobs=targets.ref_logprobs[micro, :width] if in_loss else None,  # type: ignore[index]  # checked above
+            weights=losses.AGGREGATIONS[config.ppo.loss_aggregation](
+                minibatch, rollout.lengths[micro]
+            ),
+        )
+
+    def part(self, tokens: slice) -> "PolicyInputs":
+        """A chunk of the tokens in row-major order, each a row of its own: (c, 1)."""
+
+        def column(x: Tensor) -> Tensor:
+            return x.reshape(-1, 1)[tokens]
+
+        ref, weights = self.ref_logprobs, self.weights
+        return PolicyInputs(
+            mask=column(self.mask),
+            old_logprobs=column(self.old_logprobs),
+            advantages=column(self.advantages),
+            ref_logprobs=None if ref is None else column(ref),
+            weights=None
+            if weights is None
+            else column(weights[:, None].expand_as(self.mask)).squeeze(1),
+        )
+
+
+def _policy_loss_of_tokens(
+    inputs: PolicyInputs,
     config: RunConfig,
+    tokens: slice | None,
+    logprobs: Tensor,
+    entropies: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`_policy_loss` as a :data:`LossOfTokens`; its sums in the order of `POLICY_SUMS`."""
+    inputs = inputs if tokens is None else inputs.part(tokens)
+    shape = inputs.mask.shape
+    loss, sums = _policy_loss(
+        logprobs.view(shape), None if entropies is None else entropies.view(shape), inputs, config
+    )
+    zero = torch.zeros((), device=loss.device)
+    return loss, as_float64(sums.get(name, zero) for name in POLICY_SUMS)
+
+
+def _policy_loss(
+    logprobs: Tensor, entropies: Tensor | None, inputs: PolicyInputs, config: RunConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped objective, less the entropy bonus, plus the KL penalty with `kl.place: loss`."""
-    width, ppo = outputs.width, config.ppo
-    mask = rollout.mask[micro, :width]
-    weights = losses.AGGREGATIONS[ppo.loss_aggregation](minibatch, rollout.lengths[micro])
+    """The clipped objective, less the entropy bonus, plus the KL penalty with `kl.place: loss`.
+
+    Args:
+        logprobs: (n, t'), with gradient.
+        entropies: the same; None without an entropy bonus.
+        inputs: of the same tokens.
+        config: in force for this step.
+
+    Returns:
+        The sum over the mask, and sums for :class:`LossSums` by name.
+    """
+    ppo, mask, weights = config.ppo, inputs.mask, inputs.weights
     terms = losses.policy_terms(
-        outputs.logprobs, targets.old_logprobs[micro, :width], targets.advantages[micro, :width],
-        mask, ppo.clip_range, ppo.ratio, clip_range_high=ppo.clip_range_high,
-        dual_clip=ppo.dual_clip, row_weights=weights,
+        logprobs, inputs.old_logprobs, inputs.advantages, mask, ppo.clip_range, ppo.ratio,
+        clip_range_high=ppo.clip_range_high, dual_clip=ppo.dual_clip, row_weights=weights,
     )  # fmt: skip
     sums = {
         "tokens": mask.sum(),
@@ -244,13 +329,13 @@ def _policy_loss(
         "squared_ratio": terms.squared_ratio,
     }
     loss = terms.loss
-    if outputs.entropies is not None:
-        entropy = losses.weighted_sum(outputs.entropies, mask, weights)
+    if entropies is not None:
+        entropy = losses.weighted_sum(entropies, mask, weights)
         sums["entropy"] = entropy.detach()
         loss = loss - ppo.entropy_coef * entropy
-    if config.kl.place == "loss" and targets.ref_logprobs is not None:
+    if inputs.ref_logprobs is not None:
         estimate = KL_ESTIMATORS[config.kl.estimator]
-        log_ratio = (outputs.logprobs - targets.ref_logprobs[micro, :width]) * mask
+        log_ratio = (logprobs - inputs.ref_logprobs) * mask
         kl = losses.weighted_sum(estimate(log_ratio), mask, weights)
         sums["kl"] = kl.detach()
         loss = loss + config.kl.beta * kl

@@ -14,8 +14,9 @@ from engine.train.distributed import sharding
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.onednn_linear import use_onednn
-from engine.train.models.pretrained import load_tokenizer
+from engine.train.models.pretrained import load_tokenizer, read_model, shards_weights
 from engine.train.models.read_pretrained import read_pretrained
+from engine.train.models.stored_weights import share_stored
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
@@ -35,6 +36,7 @@ class RewardModel:
         config: RewardConfig,
         policy_vocabulary: dict[str, int],
         ranks: RankGroup,
+        strategy: str = "ddp",
     ) -> None:
         """Reads the classifier on rank 0 and its shape on the others; then call :meth:`place`.
 
@@ -44,6 +46,7 @@ class RewardModel:
             config: dtype, batch size and token limit.
             policy_vocabulary: token ids by token.
             ranks: all ranks of this attempt.
+            strategy: `ddp` or `fsdp`.
 
         Raises:
             UserInputError: the classifier cannot be loaded, or `label` does not select a logit.
@@ -51,7 +54,8 @@ class RewardModel:
         path = starter.resolve(source)
         self._tokenizer = load_tokenizer(path, "reward.model", ranks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        model = load_classifier(path, ranks, dtype)
+        model = load_classifier(path, ranks, strategy, dtype)
+        self._strategy = strategy
         self._label = label_index(source, label, model.config)
         self._pad = _pad_id(self._tokenizer, model.config)
         model.config.use_cache = False  # a decoder would fill one for nothing
@@ -63,11 +67,10 @@ class RewardModel:
         self._limit = min(config.max_tokens, limit)
         self._same_tokens = self._tokenizer.get_vocab() == policy_vocabulary
 
-    def place(self, ranks: RankGroup, strategy: str, *, on_host: bool) -> None:
+    def place(self, ranks: RankGroup, *, on_host: bool) -> None:
         """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`."""
-        layout = "ddp" if on_host else strategy
-        sharding.place_model(self._model, ranks, layout)
-        sharding.offload_between_uses(self._model, ranks, layout, on_host=on_host)
+        sharding.place_model(self._model, ranks, self._strategy, on_host=on_host)
+        sharding.offload_between_uses(self._model, ranks, self._strategy, on_host=on_host)
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         """The chosen logit for each response, in batches of similar lengths."""
@@ -115,17 +118,19 @@ class RewardModel:
         return list(self._tokenizer(prompt.text + response)["input_ids"])
 
 
-def load_classifier(path: str, ranks: RankGroup, dtype: torch.dtype) -> Any:
+def load_classifier(path: str, ranks: RankGroup, strategy: str, dtype: torch.dtype) -> Any:
     """Reads a sequence classifier on rank 0, and its shape on the others, on the meta device.
+
+    With `fsdp` its weights stay in their files where that is possible.
 
     Raises:
         UserInputError: it cannot be loaded.
     """
-    model: Any = None
+    model, stored = None, None
+    sharded = shards_weights(ranks, strategy)
     if ranks.is_lead:
-        model = read_pretrained(
-            AutoModelForSequenceClassification, path, "reward.model", dtype=dtype
-        )
+        kind = AutoModelForSequenceClassification
+        model, stored = read_model(kind, path, "reward.model", dtype, sharded=sharded)
     with broadcast_files(ranks, model and model.config) as folder:
         if model is None:
             shape = read_pretrained(AutoConfig, str(folder), "reward.model", "configuration")
@@ -133,6 +138,8 @@ def load_classifier(path: str, ranks: RankGroup, dtype: torch.dtype) -> Any:
                 model = AutoModelForSequenceClassification.from_config(
                     shape, dtype=dtype, trust_remote_code=False
                 )
+    if sharded:
+        share_stored(model, stored, ranks)
     return model
 
 
@@ -172,9 +179,14 @@ def _unused_id(sequences: list[list[int]]) -> int:
 
 def _load(source: RewardSource, context: LoadContext) -> RewardModel:
     model = RewardModel(
-        source.value, source.label, context.config, context.policy_vocabulary, context.ranks
+        source.value,
+        source.label,
+        context.config,
+        context.policy_vocabulary,
+        context.ranks,
+        context.strategy,
     )
-    model.place(context.ranks, context.strategy, on_host=context.on_host)
+    model.place(context.ranks, on_host=context.on_host)
     return model
 
 

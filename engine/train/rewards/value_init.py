@@ -8,6 +8,7 @@ from engine.config.schema import RunConfig
 from engine.errors import UserInputError
 from engine.train.distributed.broadcast_files import without_weights
 from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.stored_tensor import held_values
 from engine.train.models.language_model import LanguageModel
 from engine.train.models.pretrained import copy_weights, load_tokenizer
 from engine.train.rewards.mix import RewardMix
@@ -15,14 +16,17 @@ from engine.train.rewards.model import label_index, load_classifier
 from engine.train.rewards.normalise import Normaliser
 
 
-def load_value_model(config: RunConfig, ranks: RankGroup) -> tuple[nn.Module, nn.Linear]:
+def load_value_model(
+    config: RunConfig, ranks: RankGroup, strategy: str
+) -> tuple[nn.Module, nn.Linear]:
     """The transformer of the reward model and a head that gives its score; float32.
 
     As in Stiennon et al. 2020 (arXiv 2009.01325) and Huang et al. 2024: the reward of a whole
     response is a better first estimate of its value than 0. All ranks must call it.
 
     Returns:
-        The trunk and the head. On ranks other than 0 both are on the meta device.
+        The trunk and the head. On ranks other than 0 both are on the meta device; with `fsdp` the
+        trunk may be so on rank 0 too.
 
     Raises:
         UserInputError: the reward model does not read the policy's tokens, or has no linear layer
@@ -42,7 +46,7 @@ def load_value_model(config: RunConfig, ranks: RankGroup) -> tuple[nn.Module, nn
             f"ppo.value_init: '{source.model}' does not read the policy's tokens: the value "
             "function must"
         )
-    model = load_classifier(path, ranks, torch.float32)
+    model = load_classifier(path, ranks, strategy, torch.float32)
     scorer = getattr(model, "score", None)
     if not isinstance(scorer, nn.Linear):
         raise UserInputError(
@@ -54,10 +58,10 @@ def load_value_model(config: RunConfig, ranks: RankGroup) -> tuple[nn.Module, nn
         if ranks.is_lead:
             label = label_index(str(source.model), source.label, model.config)
             with torch.no_grad():
-                head.weight.copy_(scorer.weight[label : label + 1])
+                head.weight.copy_(held_values(scorer.weight)[label : label + 1])
                 head.bias.zero_()
                 if scorer.bias is not None:
-                    head.bias.copy_(scorer.bias[label : label + 1])
+                    head.bias.copy_(held_values(scorer.bias)[label : label + 1])
     return copy_weights(model.base_model), head
 
 

@@ -43,7 +43,7 @@ class RolloutBackend(Protocol):
         Args:
             model: in evaluation mode; its weights may have changed since the last call.
             batch: B prompts.
-            uniforms: (B, T) float32 in [0, 1); T is the most new tokens. They are the only source
+            uniforms: (B, T) float64 in [0, 1); T is the most new tokens. They are the only source
                 of randomness, so that a resumed run samples the same tokens.
             temperature: > 0.
             per_prompt: number of adjacent rows with the same prompt.
@@ -58,6 +58,11 @@ BACKENDS: dict[str, MakeBackend] = {
     "native": NativeBackend,
 }
 """Backends by name."""
+
+
+GREEDY_TEMPERATURE = 1e-6
+"""Leaves the most likely token with probability 1 in float32, unless logits differ by less than
+1e-4."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class NativeBackend:
         """See :func:`generate`."""
         return generate(
             model, batch, uniforms, temperature, self.stop_criteria, self.tokenizer, report,
-            per_prompt=per_prompt, at_once=self.config.at_once,
+            per_prompt=per_prompt, at_once=self.config.at_once, sampling=self.config.sampling,
         )  # fmt: skip
 
 
@@ -54,19 +54,20 @@ def generate(
     *,
     per_prompt: int = 1,
     at_once: int | None = None,
+    sampling: str = "gumbel",
     schedule: Schedule | None = None,
 ) -> Rollout:
     """Samples a response to each prompt from the full distribution.
 
-    The token of sample i at position t is the inverse of row i's cumulative distribution at
-    uniforms[i, t], so it depends on no other row and on no generator. Truncated sampling (top-p,
+    The token of sample i at position t is chosen by row i's distribution and uniforms[i, t] alone,
+    so it depends on no other row and on no generator. Truncated sampling (top-p,
     top-k) is not supported: the sampled KL would ignore the mass that truncation removes, and the
     policy could exploit that.
 
     Args:
         model: in evaluation mode.
         batch: B prompts.
-        uniforms: (B, T) float32 in [0, 1); T is the most new tokens.
+        uniforms: (B, T) float64 in [0, 1); T is the most new tokens.
         temperature: > 0.
         stop_criteria: when a response ends.
         tokenizer: the model's.
@@ -75,11 +76,12 @@ def generate(
             all of them.
         at_once: the most responses generated at once; the others wait until one has ended. All
             when left out.
+        sampling: the scheme, by the values of `rollout.sampling`.
         schedule: of looks and shapes; the device's when left out.
     """
     device = next(model.parameters()).device
     responses = Responses(
-        batch.to(device), uniforms.to(device), temperature, stop_criteria.eos_ids(device)
+        batch.to(device), uniforms.to(device), temperature, stop_criteria.eos_ids(device), sampling
     )
     decoder = Decoder(
         model, responses, stop_criteria, schedule or schedule_for(device), report,

@@ -18,15 +18,21 @@ class Responses:
     """
 
     def __init__(
-        self, batch: PromptBatch, uniforms: Tensor, temperature: float, eos: Tensor
+        self,
+        batch: PromptBatch,
+        uniforms: Tensor,
+        temperature: float,
+        eos: Tensor,
+        sampling: str = "gumbel",
     ) -> None:
         """Allocates the tensors.
 
         Args:
             batch: B prompts, on the device.
-            uniforms: (B, T) float32 in [0, 1), on the device.
+            uniforms: (B, T) float64 in [0, 1), on the device.
             temperature: > 0.
             eos: the end-of-sequence token ids; int64, on the device.
+            sampling: the scheme; a name in :data:`~engine.train.rollout.sampling.SCHEMES`.
         """
         self.count, self.limit = uniforms.shape
         """B, and T: the most new tokens."""
@@ -34,6 +40,7 @@ class Responses:
         self.uniforms = uniforms
         self.temperature = temperature
         self.eos = eos
+        self.sampling = sampling
         device = uniforms.device
         self.ids = torch.zeros(self.count + 1, self.limit, dtype=torch.int64, device=device)
         self.floats = torch.zeros(3, self.count + 1, self.limit, device=device)
@@ -107,7 +114,9 @@ class Slots:
         """
         at = self.count.clamp(max=responses.limit - 1)
         uniforms = responses.uniforms[self.row, at]
-        token, logprob, entropy = sample(logits, uniforms, responses.temperature)
+        token, logprob, entropy = sample(
+            logits, uniforms, responses.temperature, responses.sampling
+        )
         row = self.row.masked_fill(self.done, responses.count)
         responses.ids[row, at] = token
         kept = [logprob, entropy] if values is None else [logprob, entropy, values]

@@ -1,7 +1,8 @@
 """Makes rank 1 fail at the start of a phase; $RLHF_TUI_TEST_FAULT is PHASE|ACT.
 
 Python imports this module at the start of every process that has the folder on its path. The rank
-raises, is killed, or hangs when it reports the phase in the second step. No other code is changed.
+raises, is killed, runs out of memory once (`memory:FILE`, which then exists), or hangs when it
+reports the phase in the second step. No other code is changed.
 """
 
 import importlib.util
@@ -16,6 +17,14 @@ def fail(act):
         raise ValueError("a fault made by a test")
     if act == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if act.startswith("memory:"):
+        try:
+            os.close(os.open(act.removeprefix("memory:"), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:  # once
+            return
+        import torch  # noqa: PLC0415 - loaded by now
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
     time.sleep(10_000)
 
 

@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from engine import starter
 from engine.config import file as config_file
+from engine.config.sections.train import EMAConfig
 from engine.config.settings import settings_of
 from engine.errors import CheckpointError
 from engine.session.checkpoints import checkpoint_path, mark_complete
@@ -34,6 +35,7 @@ from engine.train.checkpoints import saver, shards
 from engine.train.checkpoints.folder import SavedState
 from engine.train.checkpoints.saver import Saver
 from engine.train.models.language_model import LanguageModel
+from engine.train.policy_average import PolicyAverage
 
 
 def rank() -> int:
@@ -95,11 +97,16 @@ def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
     """Trains a step, starts a save, trains another step, and waits for the save."""
     policy = make_policy(strategy, seed=1)
     optimiser = make_optimiser(policy)
+    average = PolicyAverage(policy, EMAConfig(decay=0.75))
     train(policy, optimiser, strategy)
+    average.update(policy)
     tensors = gathered(shards.training_tensors(policy, optimiser))
     lm = gathered(dict(policy.lm.named_parameters()))
     if rank() == 0:
         save_file(tensors | {f"lm/{k}": t for k, t in lm.items()}, folder / "expected.safetensors")
+    averaged = gathered(average.tensors(policy))
+    if rank() == 0:
+        save_file(averaged, folder / "average.safetensors")
     if strategy == "fsdp":  # with gathered parameters, as after a rollout
         policy.unshard()
         with torch.no_grad():
@@ -113,9 +120,12 @@ def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(starter.FOLDER / "policy")
     if fault == "crash" and rank() == 0:
         checkpoint_folder.publish = lambda *_args: os._exit(9)  # type: ignore[assignment]
-    saving.begin(state, policy, tokenizer, optimiser, score=1.5, kl=0.5)
+    saving.begin(
+        state, policy, tokenizer, optimiser, score=1.5, kl=0.5, average=average.tensors(policy)
+    )
     state.step = 8
     train(policy, optimiser, strategy)
+    average.update(policy)
     outcome = saving.wait()
     if isinstance(outcome, CheckpointError):
         return {"error": str(outcome), "concluded": len(concluded)}
@@ -132,7 +142,10 @@ def load(group: Any, strategy: str, folder: Path) -> Any:
     saved = checkpoint_path(folder / "checkpoints", 7)
     state = checkpoint_folder.read_state(saved, verify=rank() == 0)
     shards.load_training(saved, policy, optimiser, group)
+    average = PolicyAverage(policy, EMAConfig(decay=0.75))
+    shards.load_average(saved, average.tensors(policy), group)
     tensors = gathered(shards.training_tensors(policy, optimiser))
+    tensors |= {f"ema/{k}": t for k, t in gathered(average.tensors(policy)).items()}
     if rank() == 0:
         save_file(tensors, folder / f"read-by-{strategy}.safetensors")
     return {"step": state.step}

@@ -19,7 +19,9 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor
+from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.load import fit_scales, load_run
+from engine.train.ppo import chunked_loss
 from engine.train.step import train_step
 
 
@@ -28,6 +30,7 @@ def main():
     os.environ[STORE_VARIABLE] = f"file:{jobs}.store"
     ranks = RankGroup(LaunchConfig(device="cpu"))
     for job in json.loads(jobs.read_text()):
+        chunked_loss.MOST_LOGITS = int(job["most_logits"])
         train_one_step(
             ranks, Session(Path(job["session"])), Path(job["recorded"]), Path(job["result"])
         )
@@ -47,6 +50,10 @@ def train_one_step(ranks, session, recorded, result):
     weights = {
         k: full_tensor(p).detach().clone().contiguous() for k, p in run.policy.named_parameters()
     }
+    if run.average is not None:
+        average = run.average.tensors(run.policy).items()
+        weights |= {f"ema/{k}": full_tensor(t).clone().contiguous() for k, t in average}
+        metrics |= evaluate_if_due(run, 1).metrics
     if ranks.is_lead:
         save_file(weights, f"{result}.safetensors")
         result.write_text(json.dumps(metrics))

@@ -1,0 +1,185 @@
+"""Tensors in safetensors files, read in parts.
+
+The file is read, not mapped: the pages of a mapping would count as memory of the process, and their
+unaligned offsets would select other kernels. A sharded model is loaded through this module, so that
+no rank ever holds more than its own shards and one tensor.
+
+Source: the format, https://huggingface.co/docs/safetensors (an 8-byte length, a JSON header with
+the offsets, then the bytes of the tensors in row-major order).
+"""
+
+import functools
+import hashlib
+import io
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Those that can be read here. A model with any other is read by transformers."""
+PIECE = 1 << 20
+"""Bytes that are converted to another dtype at once."""
+MAX_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
+SAMPLES, SAMPLE = 16, 4096
+"""Parts of a file that its digest covers beside the header, and the bytes of each."""
+STORED = "stored_tensor"
+"""The attribute of a parameter on the meta device that says where its values are."""
+
+
+class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a tensor is stored."""
+
+    path: str
+    offset: int
+    """Of its first byte, from the beginning of the file."""
+    shape: tuple[int, ...]
+    dtype: str
+    """A key of :data:`DTYPES`."""
+    on_every_rank: bool = False
+    """Whether every rank can read the file; otherwise rank 0 reads and sends."""
+
+    def read(
+        self, first: int = 0, count: int | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Reads some rows, all by default.
+
+        Args:
+            first: the first row, an index of dimension 0.
+            count: the number of rows; None for all from `first` on.
+            dtype: of the result; None for the stored one.
+
+        Returns:
+            A new tensor on the CPU, (count, ...).
+
+        Raises:
+            OSError: the file cannot be read, or has become shorter.
+        """
+        shape, width = self.shape, 1
+        if self.shape:
+            rows = self.shape[0] - first if count is None else count
+            shape, width = (rows, *self.shape[1:]), math.prod(self.shape[1:])
+        tensor = torch.empty(shape, dtype=dtype or DTYPES[self.dtype])
+        self.read_into(tensor, first * width)
+        return tensor
+
+    def read_into(self, tensor: Tensor, skip: int = 0) -> None:
+        """Reads into a contiguous tensor, and converts to its dtype.
+
+        Args:
+            tensor: on any device; it determines how many values are read.
+            skip: the number of values before the first one to read.
+
+        Raises:
+            OSError: the file cannot be read, or has become shorter.
+        """
+        stored, values = DTYPES[self.dtype], tensor.view(-1)
+        converts = tensor.dtype != stored or tensor.device.type != "cpu"
+        buffer = _buffer().view(stored) if converts else values
+        with Path(self.path).open("rb", buffering=0) as file:
+            file.seek(self.offset + skip * stored.itemsize)
+            for part in values.split(len(buffer)) if len(values) else ():
+                content = buffer[: len(part)]
+                self._fill(file, content)
+                if converts:
+                    part.copy_(content)
+
+    def _fill(self, file: io.FileIO, tensor: Tensor) -> None:
+        content = tensor.view(torch.uint8).numpy().data
+        while content:
+            read = file.readinto(content)
+            if not read:
+                raise OSError(f"{self.path} has become shorter while it was read")
+            content = content[read:]
+
+
+@functools.cache
+def _buffer() -> Tensor:
+    """For values to convert; (PIECE,) uint8.
+
+    One for all tensors: buffers between the tensors that stay would leave holes in the heap, which
+    the process keeps.
+    """
+    return torch.empty(PIECE, dtype=torch.uint8)
+
+
+def mark_stored(parameter: nn.Parameter, stored: StoredTensor) -> None:
+    """Notes where the values of a parameter on the meta device are."""
+    setattr(parameter, STORED, stored)
+
+
+def stored_of(tensor: Tensor) -> StoredTensor | None:
+    """Where the values of a parameter are; None if it holds them itself."""
+    found: StoredTensor | None = getattr(tensor, STORED, None) if tensor.is_meta else None
+    return found
+
+
+def held_values(parameter: Tensor) -> Tensor:
+    """The values of a parameter, from its file if it is on the meta device."""
+    stored = stored_of(parameter)
+    return parameter.data if stored is None else stored.read(dtype=parameter.dtype)
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, by name.
+
+    Raises:
+        ValueError: it is not a safetensors file, or has a dtype that is not read here.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= MAX_HEADER:
+            raise ValueError(f"{path} is not a safetensors file")
+        header: dict[str, Any] = msgspec.json.decode(file.read(length))
+        size = file.seek(0, os.SEEK_END)
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        tensor = StoredTensor(
+            path=str(path),
+            offset=8 + length + first,
+            shape=tuple(entry["shape"]),
+            dtype=entry["dtype"],
+        )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{path}: {name} has the dtype {tensor.dtype}")
+        wanted = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        if last - first != wanted or 8 + length + last > size:
+            raise ValueError(f"{path} is damaged: {name} has other bytes than its shape")
+        found[name] = tensor
+    return found
+
+
+def file_digest(path: Path) -> str:
+    """A digest of a file's size, beginning, and samples; "" for a file that cannot be read.
+
+    Tells whether two machines have the same file without reading all of it. It detects accidents,
+    not attacks.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(size).encode())
+            for k in range(SAMPLES + 1):
+                file.seek(k * max(0, size - SAMPLE) // SAMPLES)
+                digest.update(file.read(SAMPLE))
+    except OSError:
+        return ""
+    return digest.hexdigest()

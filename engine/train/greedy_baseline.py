@@ -1,0 +1,52 @@
+"""The scores of greedy responses, the baseline of estimators such as ReMax.
+
+Source: Li et al. 2023, arXiv 2310.10505 (ReMax), section 4.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+from engine.train.rewards.normalise import Normaliser
+from engine.train.rollout.backend import (
+    GREEDY_TEMPERATURE,
+    SamplingOptions,
+    generate_responses,
+)
+from engine.train.rollout.rollout import Rollout
+from engine.train.run import Run
+
+
+def greedy_scores(
+    run: Run,
+    step: int,
+    rollout: Rollout,
+    options: SamplingOptions,
+    score: Callable[[Rollout], Tensor],
+) -> Tensor:
+    """Generates and scores the policy's most likely response to each prompt; all ranks call it.
+
+    Args:
+        run: before the update of the step.
+        step: counted from 1.
+        rollout: the step's B responses.
+        options: how they were generated.
+        score: gives the raw scores of a rollout.
+
+    Returns:
+        (B,) float32 on the device: for each response the score of the greedy one to its prompt,
+        normalised and clipped, with the same penalties.
+    """
+    config, state = run.config, run.state
+    greedy_options = dataclasses.replace(options, temperature=GREEDY_TEMPERATURE, per_prompt=1)
+    prompts = rollout.batch.prompts[:: options.per_prompt]
+    with run.timer.phase(run, step, "generate") as report:
+        greedy = generate_responses(
+            run.backend, run.policy, prompts, greedy_options, run.tokenizer, run.ranks, report
+        )
+    scores = Normaliser(state.reward_mean, state.reward_std)(
+        score(greedy).to(run.device), config.reward, greedy.ended, greedy.lengths,
+        options.max_new_tokens,
+    )  # fmt: skip
+    return scores.repeat_interleave(options.per_prompt)

@@ -1,0 +1,190 @@
+"""Models for FSDP whose weights stay in their files until each rank reads its shards.
+
+:func:`empty_model` builds a model on the meta device on rank 0, :func:`share_stored` tells the
+other ranks where the weights are, and :func:`engine.train.distributed.sharding.place_model` reads
+them.
+Used for models whose parameters are stored under their own names. If transformers has to convert
+the tensors of a file (experts that it joins into one tensor, quantised weights), or initialises
+some, :func:`empty_model` returns None, and rank 0 reads the whole model.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from accelerate import init_empty_weights
+from msgspec.structs import replace
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.stored_tensor import (
+    StoredTensor,
+    file_digest,
+    mark_stored,
+    stored_tensors,
+)
+from engine.train.models.read_pretrained import check_weights, read_pretrained
+
+log = logging.getLogger("engine")
+
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class StoredModel(msgspec.Struct, frozen=True):
+    """Where the weights of a model are."""
+
+    tensors: dict[str, StoredTensor]
+    """By the name of the parameter; of tied parameters only the first one."""
+    digests: dict[str, str]
+    """Path → :func:`file_digest` on rank 0."""
+
+
+def empty_model(
+    kind: Any, source: str, key: str, dtype: torch.dtype
+) -> tuple[Any, StoredModel] | None:
+    """Builds a model with its parameters on the meta device; buffers have their values.
+
+    Call it on rank 0, then :func:`share_stored` on all.
+
+    Args:
+        kind: one of the Auto classes.
+        source: a folder or a hub id.
+        key: the configuration key that names the source, for error messages.
+        dtype: dtype of the parameters.
+
+    Returns:
+        The model and where its weights are; None if transformers has to read it.
+
+    Raises:
+        UserInputError: the model cannot be loaded.
+    """
+    check_weights(source, key)
+    config = read_pretrained(AutoConfig, source, key, "configuration")
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    try:
+        files = _weight_files(source)
+        with init_empty_weights(include_buffers=False):
+            model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.tie_weights()  # every registration has made a parameter of its own
+        stored = {name: t for f in files for name, t in stored_tensors(f).items()}
+        found = _by_parameter(model, stored, dtype)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        # What is wrong with a model that cannot be loaded at all, transformers says as well.
+        log.info("load: rank 0 reads all of %s: %s", source, error)
+        return None
+    if found is None:
+        log.info("load: rank 0 reads all of %s: its tensors are converted", source)
+        return None
+    for name, buffer in model.named_buffers():
+        if name in found:
+            buffer.copy_(found.pop(name).read())
+    if model.can_generate():
+        _read_generation_config(model, source)
+    return model.eval(), StoredModel(found, {str(f): file_digest(f) for f in files})
+
+
+def share_stored(model: nn.Module, stored: StoredModel | None, ranks: RankGroup) -> None:
+    """Marks the parameters of a model with what :func:`empty_model` has found.
+
+    All ranks must call it. Every rank reads its own shards if all ranks have the same files, which
+    they need not have on other machines. Otherwise rank 0 reads one tensor at a time and sends.
+
+    Args:
+        model: on the meta device, on every rank.
+        stored: on rank 0; None if it has read the whole model.
+        ranks: all ranks of this attempt.
+    """
+    with torch.device("cpu"):  # the caller may be building modules on the meta device
+        data = ranks.broadcast_bytes(msgspec.msgpack.encode(stored) if ranks.is_lead else b"")
+        shared = msgspec.msgpack.decode(data, type=StoredModel | None)
+        if shared is None:
+            return
+        same = all(file_digest(Path(path)) == digest for path, digest in shared.digests.items())
+        answers = ranks.all_gather_bytes(b"1" if same else b"0")
+    everywhere = all(answer == b"1" for answer in answers)
+    if not everywhere:
+        log.info("load: rank 0 reads the weights for all, since others do not have the files")
+    parameters = dict(model.named_parameters())
+    for name, tensor in shared.tensors.items():
+        mark_stored(parameters[name], replace(tensor, on_every_rank=everywhere))
+
+
+def _weight_files(source: str) -> list[Path]:
+    """The files of a model's weights, downloaded if needed. Raises OSError or ValueError."""
+    single = _find(source, ONE_FILE)
+    if single is not None:
+        return [single]
+    index = _find(source, INDEX)
+    if index is None:
+        raise ValueError(f"it has neither {ONE_FILE} nor {INDEX}")
+    names = sorted(set(msgspec.json.decode(index.read_bytes())["weight_map"].values()))
+    return [Path(str(cached_file(source, name))) for name in names]
+
+
+def _find(source: str, name: str) -> Path | None:
+    """A file of a folder or of the hub; None if it does not exist."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(str(cached_file(source, name)))
+    except OSError:
+        return None
+
+
+def _by_parameter(
+    model: PreTrainedModel, stored: dict[str, StoredTensor], dtype: torch.dtype
+) -> dict[str, StoredTensor] | None:
+    """Assigns stored tensors to parameters and persistent buffers; None if not one to one."""
+    if _is_converted(model, list(stored)):
+        return None
+    kept_wide = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    if dtype is not torch.float32 and any(getattr(model, name, None) for name in kept_wide):
+        return None
+    wanted = model.state_dict(keep_vars=True)
+    prefix = f"{model.base_model_prefix}."
+    names: dict[int, str] = {}
+    for name, tensor in wanted.items():
+        names.setdefault(id(tensor), name)
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in wanted:
+                first = names[id(wanted[candidate])]
+                if first in found:  # both of a tied pair: whether they are tied is in their values
+                    return None
+                found[first] = tensor
+                break
+    complete = found.keys() == set(names.values())
+    return found if complete and all(_fits(wanted[n], t) for n, t in found.items()) else None
+
+
+def _fits(target: Tensor, stored: StoredTensor) -> bool:
+    return tuple(target.shape) == stored.shape
+
+
+def _is_converted(model: PreTrainedModel, names: list[str]) -> bool:
+    """Whether transformers renames or converts tensors of these names when it loads the model."""
+    try:
+        from transformers.conversion_mapping import (  # noqa: PLC0415 - not in every version
+            get_model_conversion_mapping,
+        )
+    except ImportError:
+        return True
+    return any(
+        rule.rename_source_key(name)[1] is not None
+        for rule in get_model_conversion_mapping(model)
+        for name in names
+    )
+
+
+def _read_generation_config(model: PreTrainedModel, source: str) -> None:
+    """As `from_pretrained` does; without the file, what the model's configuration says stays."""
+    if _find(source, "generation_config.json") is not None:
+        model.generation_config = GenerationConfig.from_pretrained(source)

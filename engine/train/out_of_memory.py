@@ -1,0 +1,143 @@
+"""A step that runs out of memory: what it is told as, and its repetition with less."""
+
+import copy
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.config.schema import RunConfig
+from engine.config.settings import SettingChange
+from engine.errors import RlhfError, error_text
+from engine.protocol.rank_messages import Sample
+from engine.train.run import Run
+from engine.train.step import train_step
+
+log = logging.getLogger("engine")
+
+LESS_MEMORY = (
+    "Less is needed with a smaller ppo.micro_batch_size, reward.batch_size or rollout.at_once, or "
+    "with parallel.activation_checkpointing, model.dtype: bfloat16 or lora.rank (rlhf-tui plan)"
+)
+TEXTS = ("CUDA out of memory", "DefaultCPUAllocator", "Cuda failure 2 'out of memory'")
+"""Parts of the messages of torch's allocators and of NCCL."""
+
+
+class StepOutOfMemoryError(RlhfError):
+    """A step ran out of memory on this rank."""
+
+    def __init__(self, text: str, step: int, change: SettingChange | None) -> None:
+        """Stores the arguments.
+
+        Args:
+            text: what happened.
+            step: the step.
+            change: the setting with which to repeat it; None if no setting is known to help.
+        """
+        super().__init__(text)
+        self.step = step
+        self.change = change
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not allocate memory, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        any(part in text for part in TEXTS) or ("NCCL" in text and "out of memory" in text)
+    )
+
+
+def memory_text(error: BaseException) -> str:
+    """The first two sentences of torch's message, without its statistics."""
+    first = error_text(error).strip().split("\n")[0]
+    return ". ".join(first.split(". ")[:2]).rstrip(".")
+
+
+def run_step(
+    run: Run, step: int, adjust: Callable[[SettingChange, str], None]
+) -> tuple[dict[str, float], list[Sample]]:
+    """Runs a step; if it runs out of memory, repeats it with a halved micro-batch.
+
+    The step begins again: its random choices come from its number, so it has the numbers of a run
+    with that micro-batch from this step on. That needs the weights of its beginning, so only a
+    single rank that has not updated them yet repeats it here. In any other case the supervisor
+    starts the ranks from the last checkpoint, with the micro-batch halved from this step on.
+
+    Args:
+        run: the run.
+        step: counted from 1.
+        adjust: changes and records a setting; called with a sentence for the operator.
+
+    Raises:
+        StepOutOfMemoryError: the step cannot be repeated here.
+    """
+    while True:
+        problem = attempt_step(run, step)
+        if not isinstance(problem, StepOutOfMemoryError):
+            return problem
+        # The frames of the error held the tensors of the step.
+        gc.collect()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if problem.change is not None:
+            adjust(problem.change, f"{problem}; the step is repeated with {said(problem.change)}")
+
+
+def attempt_step(
+    run: Run, step: int
+) -> tuple[dict[str, float], list[Sample]] | StepOutOfMemoryError:
+    """Runs a step, or returns why it ran out of memory if it can be repeated.
+
+    Raises:
+        StepOutOfMemoryError: it cannot be repeated.
+    """
+    state, updates = copy.copy(run.state), list[int]()
+
+    def count(*_hook_arguments: Any) -> None:
+        updates.append(step)
+
+    hook = run.optimiser.register_step_post_hook(count)
+    try:
+        return train_step(run, step)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = describe(error, run, step)
+        if problem.change is None or updates or run.ranks.size > 1:
+            raise problem from error
+    finally:
+        hook.remove()
+    run.state = state
+    run.optimiser.zero_grad(set_to_none=True)
+    run.learner.eval()
+    return problem
+
+
+def describe(error: BaseException, run: Run, step: int) -> StepOutOfMemoryError:
+    """The error of a step that ran out of memory, with what would help."""
+    phase = run.timer.current
+    size = smaller_micro_batch(run.config, run.ranks.size, phase)
+    text = f"step {step} ran out of memory in the phase '{phase}': {memory_text(error)}"
+    if size is None:
+        return StepOutOfMemoryError(f"{text}. {LESS_MEMORY}", step, None)
+    change = SettingChange(key="micro_batch_size", old=run.config.ppo.micro_batch_size, new=size)
+    return StepOutOfMemoryError(text, step, change)
+
+
+def smaller_micro_batch(config: RunConfig, ranks: int, phase: str) -> int | None:
+    """Half of the largest micro-batch of a phase; None if that phase has none or it is one row."""
+    rows = -(-config.rollout.batch_size // ranks)
+    if phase == "optimise":
+        rows = -(-config.rollout.batch_size // config.ppo.minibatches // ranks)
+    elif phase != "reference":
+        return None
+    return min(config.ppo.micro_batch_size, rows) // 2 or None
+
+
+def said(change: SettingChange) -> str:
+    """`ppo.micro_batch_size 8 instead of 16`."""
+    return f"ppo.{change.key} {change.new} instead of {change.old}"

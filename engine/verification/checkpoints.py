@@ -1,0 +1,64 @@
+"""Checkpoints: the sums of their files, and whether journal and disk have the same ones."""
+
+from collections.abc import Iterator
+
+from engine.journal.reader import JournalReader
+from engine.journal.rows import CheckpointRow
+from engine.session.checkpoints import complete_checkpoints, find_damage
+from engine.session.folder import Session
+from engine.verification.finding import Finding, listed, note, problem
+
+
+def check_checkpoints(session: Session, reader: JournalReader) -> Iterator[Finding]:
+    """Reads every file of every complete checkpoint, and compares with the journal."""
+    rows = reader.checkpoints(("complete", "written", "superseded", "abandoned", "replaced"))
+    on_disk = complete_checkpoints(session.checkpoints)
+    for step, folder in on_disk.items():
+        damage = find_damage(folder)
+        if damage and folder.is_dir():  # an engine may have removed it in the meantime
+            others = [s for s in on_disk if s != step]
+            yield problem(
+                "checkpoints",
+                f"the checkpoint of step {step} is damaged: {damage}",
+                f"remove {folder}"
+                + (f", and resume from another one (of steps {listed(others)})" if others else ""),
+            )
+    reported = [row.step for row in rows if row.status == "complete"]
+    lost = [step for step in reported if not _is_there(session, step, reader)]
+    if lost:
+        yield problem(
+            "checkpoints",
+            f"the disk lacks complete checkpoints of the journal, of steps {listed(lost)}",
+            f"restore them in {session.checkpoints}, or resume from another one with --from",
+        )
+    unknown = [step for step in on_disk if step not in {row.step for row in rows}]
+    if unknown and session.is_live():  # it may have been written after the journal was read
+        known = {row.step for row in _all(reader)}
+        unknown = [step for step in unknown if step not in known]
+    removed = {row.step for row in reader.checkpoints(("removed",))}
+    left = [step for step in unknown if step in removed]
+    if left:
+        text = f"checkpoints were to be removed and are still there, of steps {listed(left)}"
+        yield note("checkpoints", text, f"remove them in {session.checkpoints} if space is needed")
+    unknown = [step for step in unknown if step not in removed]
+    if unknown:
+        yield problem(
+            "checkpoints",
+            f"the journal lacks the checkpoints of steps {listed(unknown)}: its newest rows are "
+            "lost, or the folders were copied here",
+            f"restore journal.db, or continue from one with rlhf-tui resume {session.name} --from "
+            "STEP",
+        )
+
+
+def _is_there(session: Session, step: int, reader: JournalReader) -> bool:
+    if step in complete_checkpoints(session.checkpoints):
+        return True
+    # Of a live session it may have been removed since the journal was read.
+    return session.is_live() and not any(
+        row.step == step and row.status == "complete" for row in _all(reader)
+    )
+
+
+def _all(reader: JournalReader) -> list[CheckpointRow]:
+    return reader.checkpoints(("complete", "written", "superseded", "abandoned", "replaced"))

@@ -1,0 +1,88 @@
+"""What killed processes leave behind: temporary files, processes, and who can reach the session."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from engine.session.folder import Session
+from engine.verification.finding import Finding, listed, note, problem
+
+OURS = ("config.yaml", "journal.db", "samples.db", "labels.db", "engine.log", "engine.lock")
+"""The files whose modes this software sets itself."""
+
+
+def check_leftovers(session: Session, *, live: bool) -> Iterator[Finding]:
+    """Looks for files and processes of engines that were killed."""
+    if live:
+        return
+    folder = session.folder
+    files = [
+        *folder.glob(".config.yaml.*"), *folder.glob(".engine.json.*"),
+        *session.checkpoints.glob(".*step-*"), *session.checkpoints.glob("step-*/.COMPLETE.part"),
+    ]  # fmt: skip
+    files += [f for f in session.checkpoints.glob("step-*") if not (f / "COMPLETE").exists()]
+    if files:
+        names = listed(sorted(str(f.relative_to(folder)) for f in files))
+        text = f"files of interrupted writes are left: {names}"
+        yield note("leftovers", text, "the next engine replaces or removes them; they do no harm")
+    if session.engine_file.exists():
+        text = "engine.json is left: the engine was killed"
+        yield note("leftovers", text, f"rlhf-tui resume {session.name}")
+    pids = _processes(folder)
+    if pids and not session.is_live():
+        yield problem(
+            "leftovers",
+            f"processes of the session outlive its engine: {listed(pids)}",
+            f"end them: kill -9 {' '.join(map(str, pids))}",
+        )
+
+
+def _processes(folder: Path) -> list[int]:
+    """The ids of processes of an engine of this session: its folder is an argument of theirs."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            modules = [word for word in words if word.startswith(("engine", "rlhf_tui.headless"))]
+            if str(folder) in words and modules and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:  # it has ended, or belongs to another user
+            continue
+    return found
+
+
+def check_access(session: Session) -> Iterator[Finding]:
+    """Checks that nobody but the owner can read or change the session."""
+    folder = session.folder
+    owner, mode = _owner_and_mode(folder)
+    if mode & 0o077:
+        text = f"other users can enter the session's folder (mode {mode:04o})"
+        yield problem("access", text, f"chmod 700 {folder}")
+        open_files = [n for n in OURS if (folder / n).exists() and _mode(folder / n) & 0o077]
+        if open_files:
+            text = f"other users can read files of the session: {listed(open_files)}"
+            yield problem("access", text, f"chmod -R go-rwx {folder}")
+    _, root = _owner_and_mode(folder.parent)
+    if root & 0o022 and not root & stat.S_ISVTX:
+        text = f"other users can rename sessions in {folder.parent} (mode {root:04o})"
+        yield problem("access", text, f"chmod go-w {folder.parent}")
+    strangers = sorted(f.name for f in folder.iterdir() if _owner_and_mode(f)[0] != owner)
+    if strangers:
+        text = f"files belong to another user than the folder: {listed(strangers)}"
+        yield problem("access", text, "look at who wrote them, and at config.yaml, before a resume")
+
+
+def _mode(path: Path) -> int:
+    return _owner_and_mode(path)[1]
+
+
+def _owner_and_mode(path: Path) -> tuple[int, int]:
+    """The user id of a file's owner, and its mode. Of one that is gone, ours and none."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return os.geteuid(), 0
+    return status.st_uid, stat.S_IMODE(status.st_mode)

@@ -1,0 +1,252 @@
+"""A rank without a model, which starts in a tenth of the time of one: for hundreds of kills.
+
+It speaks the protocol of a rank, saves checkpoints in the order of a rank, and obeys commands at
+step boundaries. Its "weights" are a chain of sums over the settings of each step, so they show
+whether a history was repeated exactly. $RLHF_TUI_TEST_LIGHT, the seconds of a step, puts it
+in the place of engine.train.worker (hooks/sitecustomize.py).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.config.settings import (
+    SettingChange,
+    apply_settings,
+    check_settings,
+    settings_of,
+)
+from engine.launch.environment import SOCKET_VARIABLE, TOKEN_VARIABLE
+from engine.protocol import frames, rank_messages, sockets
+from engine.protocol.commands import Checkpoint, Pause, Probe, Stop, Undo, Unpause
+from engine.protocol.frames import Message
+from engine.protocol.rank_messages import (
+    Applied,
+    Begin,
+    CheckpointComplete,
+    CheckpointWritten,
+    Confirm,
+    Ended,
+    RankCommand,
+    RankHello,
+    Ready,
+    Rejected,
+    ReplayedChange,
+    Sample,
+    StepReport,
+)
+from engine.session.checkpoints import (
+    checkpoint_path,
+    complete_checkpoints,
+    mark_complete,
+    sha256,
+)
+from engine.session.folder import Session
+
+PACE = float(os.environ.get("RLHF_TUI_TEST_LIGHT", "0"))
+"""Seconds of a step."""
+KEEP = 2
+"""Checkpoints that are kept."""
+
+
+class LightRank:
+    """One rank, single-threaded but for the reader of its messages."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._config = session.config()
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._sock = sockets.connect(Path(os.environ[SOCKET_VARIABLE]))
+        self._sock.settimeout(None)
+        self.send(RankHello(token=os.environ[TOKEN_VARIABLE], rank=0, pid=os.getpid()))
+        threading.Thread(target=self._read, daemon=True).start()
+        begin = self._take()
+        assert isinstance(begin, Begin)
+        self._step, self._weights = begin.from_step, ""
+        self._replay, self._undoable = list(begin.replay), list(begin.undoable)
+        self._paused, self._stop = begin.paused, ""
+        self._branch = set(begin.checkpoints)
+        if begin.from_step:
+            folder = checkpoint_path(session.checkpoints, begin.from_step)
+            state = json.loads((folder / "state.json").read_text())["state"]
+            self._set(state["settings"])
+            self._weights = (folder / "weights").read_text()
+        self.send(Ready(info={}, settings=self._settings()))
+
+    def send(self, message: Message) -> None:
+        """Sends a message."""
+        self._sock.sendall(frames.encode(message))
+
+    def _read(self) -> None:
+        while True:
+            try:
+                self._inbox.put(rank_messages.decode_to_rank(frames.receive(self._sock)))
+            except OSError:
+                os._exit(1)
+
+    def _take(self, confirm: int = 0) -> Any:
+        """The next message; that confirms a step if one is given, and keeps the others."""
+        kept = []
+        while True:
+            message = self._inbox.get()
+            if not confirm or (isinstance(message, Confirm) and message.step == confirm):
+                break
+            kept.append(message)
+        for other in kept:
+            self._inbox.put(other)
+        return message
+
+    def _settings(self) -> dict[str, Any]:
+        return msgspec.structs.asdict(settings_of(self._config))
+
+    def _set(self, values: dict[str, Any]) -> list[SettingChange]:
+        before = self._settings()
+        merged = msgspec.convert(before | values, type(settings_of(self._config)), strict=False)
+        self._config = apply_settings(self._config, merged)
+        return [SettingChange(key=k, old=before[k], new=v) for k, v in values.items()]
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Steps to the end."""
+        while self._before_step():
+            time.sleep(PACE)
+            self._step += 1
+            self._weights = next_weights(self._weights, self._step, self._settings())
+            values = self._settings()
+            metrics = {
+                "objective/scores": score(self._weights), "objective/kl": 0.5, "time/step": PACE,
+                "perf/tokens_per_second": 1.0,
+                "objective/kl_coef": values["beta"], "lr": values["learning_rate"],
+                "target": values["target"], "epochs": float(values["epochs"]),
+            }  # fmt: skip
+            sample = Sample(
+                index=0, prompt="p", response=self._weights, score=1.0, kl=0.5, length=1, ended=True
+            )
+            self.send(
+                StepReport(step=self._step, metrics=metrics, samples=[sample], settings=values)
+            )
+            if self._step % values["save_every"] == 0:
+                with contextlib.suppress(OSError):  # a full disk: the next save tries again
+                    self._save()
+        self._save()
+        if self._stop:
+            self.send(Applied(id=self._stop, step=self._step + 1))
+        self.send(Ended(step=self._step, reason="stopped" if self._stop else "finished"))
+
+    def _before_step(self) -> bool:
+        step = self._step + 1
+        for replayed in [r for r in self._replay if r.step == step]:
+            self._repeat(replayed)
+        self._replay = [r for r in self._replay if r.step != step]
+        self._obey()
+        while self._paused and not self._stop:
+            time.sleep(PACE)
+            self._obey()
+        return not self._stop and self._step < self._config.train.steps
+
+    def _repeat(self, replayed: ReplayedChange) -> None:
+        changes = self._set({c.key: c.new for c in replayed.changes})
+        if replayed.command == Undo.name():
+            del self._undoable[-1:]
+        else:
+            self._undoable.append(changes)
+
+    def _obey(self) -> None:
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, RankCommand):
+                self._carry_out(message)
+
+    def _carry_out(self, message: RankCommand) -> None:
+        changes: list[SettingChange] = []
+        match message.command:
+            case Pause():
+                self._paused = True
+            case Unpause():
+                self._paused = False
+            case Stop():
+                self._stop = message.id
+                return
+            case Checkpoint() if self._step:
+                self._save()
+            case Checkpoint() | Probe():
+                self.send(Rejected(id=message.id, reason="nothing to save"))
+                return
+            case Undo() if not self._undoable:
+                self.send(Rejected(id=message.id, reason="there is no change to undo"))
+                return
+            case Undo():
+                changes = self._command({c.key: c.old for c in self._undoable.pop()})
+            case command:
+                now = settings_of(self._config)
+                changes = self._command(check_settings(now, command.new_values(now)))
+                self._undoable.append(changes)
+        self.send(Applied(id=message.id, step=self._step + 1, changes=changes))
+
+    def _command(self, values: dict[str, Any]) -> list[SettingChange]:
+        self._replay = [
+            msgspec.structs.replace(r, changes=[c for c in r.changes if c.key not in values])
+            for r in self._replay
+        ]
+        return self._set(values)
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        final = checkpoint_path(self._session.checkpoints, self._step)
+        if self._step in complete_checkpoints(self._session.checkpoints) and (
+            self._step in self._branch
+        ):
+            return
+        part = final.with_name(f".{final.name}.part")
+        for old in self._session.checkpoints.glob(".*step-*"):
+            shutil.rmtree(old)
+        part.mkdir()
+        (part / "weights").write_text(self._weights)
+        content = {
+            "state": {"step": self._step, "settings": self._settings()},
+            "hashes": {"weights": sha256(part / "weights")},
+        }
+        (part / "state.json").write_text(json.dumps(content))
+        if final.exists():
+            final.rename(final.with_name(f".{final.name}.old"))
+        part.rename(final)
+        self.send(CheckpointWritten(step=self._step, size=1, score=1.0, kl=0.5))
+        self._take(self._step)
+        mark_complete(final)
+        self._branch.add(self._step)
+        kept = [s for s in complete_checkpoints(self._session.checkpoints) if s in self._branch]
+        removed = [s for s in kept if s <= self._step][:-KEEP]
+        self.send(CheckpointComplete(step=self._step, removed=removed))
+        self._take(self._step)
+        for step in removed:
+            folder = checkpoint_path(self._session.checkpoints, step)
+            (folder / "COMPLETE").unlink()
+            shutil.rmtree(folder)
+
+
+def next_weights(weights: str, step: int, settings: dict[str, Any]) -> str:
+    """The sum that follows from a step with these settings."""
+    text = f"{weights}|{step}|{json.dumps(settings, sort_keys=True)}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def score(weights: str) -> float:
+    """A metric that depends on all steps so far."""
+    return int(weights[:8], 16) / 2**32
+
+
+def main() -> None:
+    """What engine.launch.rank calls."""
+    LightRank(Session(Path(sys.argv[1]))).train()

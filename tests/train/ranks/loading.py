@@ -1,0 +1,76 @@
+"""Loads and shards a model as one of several ranks, and measures the memory that this takes.
+
+``loading.py FOLDER STORE RESULTS``: FOLDER holds the model. Each rank writes a JSON file per load
+to RESULTS: the bytes of its shards, the growth of its resident memory at the peak of the load, and,
+on rank 0, the tensors that differ from those that transformers loads.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from msgspec.structs import replace
+from transformers import AutoModelForCausalLM
+
+from engine.config.sections.launch import LaunchConfig
+from engine.launch.environment import STORE_VARIABLE
+from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.sharding import full_tensor, place_model
+from engine.train.distributed.stored_tensor import mark_stored, stored_of
+from engine.train.models.language_model import LanguageModel, fingerprint
+from engine.train.models.pretrained import load_lm
+
+
+def main():
+    folder, store, results = sys.argv[1:]
+    os.environ[STORE_VARIABLE] = f"file:{store}"
+    ranks = RankGroup(LaunchConfig(device="cpu"))
+    for name, dtype, on_every_rank in (
+        ("warm-up", torch.float32, True),  # imports what a load needs
+        ("every-rank", torch.float32, True),
+        ("bfloat16", torch.bfloat16, True),
+        ("rank-0", torch.float32, False),
+    ):
+        result = load(folder, ranks, dtype, on_every_rank=on_every_rank)
+        (Path(results) / f"{name}-{ranks.rank}.json").write_text(json.dumps(result))
+    ranks.final_barrier()
+    os._exit(0)  # like a rank
+
+
+def load(folder, ranks, dtype, *, on_every_rank):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the load before has freed would hide a growth
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    lm = load_lm(folder, "model.policy", ranks, dtype, sharded=True)
+    for parameter in lm.parameters():
+        mark_stored(parameter, replace(stored_of(parameter), on_every_rank=on_every_rank))
+    model = LanguageModel(lm)
+    place_model(model, ranks, "fsdp")
+    mark = fingerprint(model)
+    growth = memory("VmHWM") - before
+    share = sum(p.to_local().nbytes for p in model.parameters())
+    tensors = {n: full_tensor(t).detach() for n, t in model.lm.state_dict().items()}
+    tensors |= dict(model.lm.named_buffers())
+    different = []
+    if ranks.is_lead:
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        wanted = whole.state_dict() | dict(whole.named_buffers())
+        same = {n for n in wanted if n in tensors and torch.equal(wanted[n], tensors[n])}
+        different = sorted(wanted.keys() ^ tensors.keys() | wanted.keys() - same)
+        if mark != fingerprint(LanguageModel(whole)):
+            different.append("fingerprint")
+    return {"share": share, "growth": growth, "different": different}
+
+
+def memory(key):
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Losses and estimators compared with TRL's own functions on the same numbers.
+
+TRL is not a dependency: `make bench-extra` installs it, and without it these tests are skipped. Its
+PPO trainer computes GAE and the loss inside its training loop, where no test can call them;
+`benchmarks/learning_vs_trl.py` compares what the two learn.
+"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine import starter
+from engine.train.ppo import advantages, losses, masked
+from engine.train.ppo.kl_estimators import k3
+from engine.train.ppo.logprobs import token_logprobs, token_logprobs_and_entropies
+
+REASON = "TRL is not installed (make bench-extra)"
+pytest.importorskip("trl", minversion="1.12", reason=REASON)
+datasets = pytest.importorskip("datasets", reason=REASON)
+pytest.importorskip("requests", reason="TRL's GRPO trainer imports requests without requiring it")
+
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402 - see above
+from trl.experimental.ppo import ppo_trainer  # noqa: E402
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax  # noqa: E402
+
+GROUP, LIMIT = 4, 6
+LENGTHS = torch.tensor([6, 2, 5, 1])
+AGGREGATION = {
+    "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "sequence_sum_constant",
+}  # fmt: skip
+"""TRL's `loss_type` → `ppo.loss_aggregation`."""
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_whitening_is_trl_s_but_for_the_denominator_of_the_variance(shift):
+    values, mask = 3 + 2 * numbers(4, 9), masked.response_mask(torch.tensor([9, 3, 1, 7]), 9)
+    count = int(mask.sum())
+    theirs = ppo_trainer.masked_whiten(values, mask, shift)
+    mean = 0.0 if shift else float(masked.masked_mean(values, mask))
+    # Theirs divides by n − 1, ours by n as lm-human-preferences does.
+    wanted = (theirs - mean) * (count / (count - 1)) ** 0.5 + mean
+    torch.testing.assert_close(
+        masked.whiten(values, mask, shift_mean=shift)[mask], wanted[mask], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        masked.masked_mean(values, mask), ppo_trainer.masked_mean(values, mask)
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_and_entropies_are_trl_s(temperature):
+    logits, tokens = 4 * numbers(3, 5, 50), torch.randint(50, (3, 5))
+    scaled = logits / temperature
+    want = selective_log_softmax(scaled, tokens), entropy_from_logits(scaled)
+    torch.testing.assert_close(token_logprobs(logits.clone(), tokens, temperature), want[0])
+    both = token_logprobs_and_entropies(logits.clone(), tokens, temperature)
+    torch.testing.assert_close(both, want)
+
+
+def load(kind):
+    return kind.from_pretrained(starter.resolve("starter:policy"))
+
+
+def trainer_of(trainer, config, folder, reward, **options):
+    """A trainer of TRL for the starter policy, with a batch of two groups."""
+    torch.set_num_threads(1)
+    return trainer(
+        model=load(AutoModelForCausalLM).float(),
+        reward_funcs=reward,
+        processing_class=load(AutoTokenizer),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "The film"}, {"prompt": "The food"}]),
+        args=config(
+            output_dir=str(folder), per_device_train_batch_size=2 * GROUP, num_generations=GROUP,
+            max_completion_length=LIMIT, max_steps=1, learning_rate=0.0, use_cpu=True, bf16=False,
+            report_to=[], save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+            **options,
+        ),
+    )  # fmt: skip
+
+
+def trained_advantages(trainer, config, folder, **options):
+    """The rewards and the advantages of one training step, each (2·GROUP,) and sorted."""
+    given, found = [], []
+
+    class Recording(trainer):
+        def compute_loss(self, model, inputs, **named):
+            found.extend(inputs["advantages"].tolist())
+            return super().compute_loss(model, inputs, **named)
+
+    def reward(completions, **_):
+        given.extend(numbers(len(completions), seed=3).tolist())
+        return given
+
+    trainer_of(Recording, config, folder, reward, beta=0.0, **options).train()
+    return torch.tensor(given), torch.tensor(sorted(found))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_group_advantages_are_those_of_trl_s_grpo(tmp_path, scale):
+    scores, want = trained_advantages(GRPOTrainer, GRPOConfig, tmp_path, scale_rewards=scale)
+    ours = advantages.group_advantages(scores, GROUP, scale)
+    torch.testing.assert_close(ours.sort().values, want, rtol=1e-5, atol=1e-5)
+
+
+def test_leave_one_out_advantages_are_those_of_trl_s_rloo(tmp_path):
+    scores, want = trained_advantages(RLOOTrainer, RLOOConfig, tmp_path)
+    ours = advantages.leave_one_out(scores, GROUP)
+    torch.testing.assert_close(ours.sort().values, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory):
+    trainer = trainer_of(
+        GRPOTrainer,
+        GRPOConfig,
+        tmp_path_factory.mktemp("grpo"),
+        lambda completions, **_: completions,
+    )
+    trainer.model.eval()  # their loss is then divided by no number of accumulated batches
+    return trainer
+
+
+def ours(trainer, inputs, case):
+    """The loss by the engine's functions."""
+    tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    width, mask = inputs["completion_ids"].shape[1], inputs["completion_mask"].bool()
+    logits = trainer.model(tokens).logits[:, -width - 1 : -1]
+    logprobs, entropies = token_logprobs_and_entropies(logits, inputs["completion_ids"], 1.0)
+    size = losses.MinibatchSize(int(mask.sum()), len(mask), LIMIT)
+    weights = losses.AGGREGATIONS[AGGREGATION[case["loss_type"]]](size, LENGTHS)
+    terms = losses.policy_terms(
+        logprobs, inputs["old_per_token_logps"], inputs["advantages"][:, None], mask, 0.2,
+        clip_range_high=case["high"], dual_clip=case["delta"], row_weights=weights,
+    )  # fmt: skip
+    loss = terms.loss
+    if case["beta"]:
+        kl = k3((logprobs - inputs["ref_per_token_logps"]) * mask)
+        loss = loss + case["beta"] * losses.weighted_sum(kl, mask, weights)
+    if case["entropy"]:
+        loss = loss - case["entropy"] * losses.weighted_sum(entropies, mask, weights)
+    return loss / size.tokens
+
+
+CASES = [
+    {"loss_type": kind, "high": high, "delta": delta, "beta": beta, "entropy": entropy}
+    for kind, high, delta, beta, entropy in [
+        ("grpo", None, None, 0.0, 0.0),
+        ("grpo", 0.28, 1.5, 0.1, 0.0),
+        ("bnpo", None, 1.5, 0.1, 0.3),  # their entropy is always the mean over tokens
+        ("dapo", 0.28, None, 0.0, 0.0),
+        ("dr_grpo", None, None, 0.1, 0.0),
+        ("dr_grpo", 0.28, 1.5, 0.0, 0.0),
+    ]
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
+    mask = masked.response_mask(LENGTHS, LIMIT)
+    prompt = torch.tensor([load(AutoTokenizer)("The film").input_ids] * len(LENGTHS))
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": torch.ones_like(prompt),
+        "completion_ids": torch.randint(5, 4000, mask.shape),
+        "completion_mask": mask.long(),
+        "advantages": numbers(len(LENGTHS), seed=1),
+        "num_items_in_batch": mask.sum(),
+    }
+    with torch.no_grad():
+        tokens = torch.cat([prompt, inputs["completion_ids"]], 1)
+        logits = grpo.model(tokens).logits[:, -LIMIT - 1 : -1]
+        current = token_logprobs(logits, inputs["completion_ids"], 1.0)
+    inputs["old_per_token_logps"] = current + 0.4 * numbers(*mask.shape, seed=2)
+    inputs["ref_per_token_logps"] = current + 0.4 * numbers(*mask.shape, seed=3)
+    grpo.loss_type, grpo.beta = case["loss_type"], case["beta"]
+    grpo.epsilon_high = case["high"] or 0.2
+    grpo.args.use_bias_correction_kl = False  # DeepSeek-V3.2; the engine has the KL of GRPO
+    grpo.args.delta, grpo.entropy_coef = case["delta"], case["entropy"]
+    vars(grpo)["_entropy_bonus_enabled"] = bool(case["entropy"])
+    found = []
+    for compute in (grpo.compute_loss, lambda model, given: ours(grpo, given, case)):
+        grpo.model.zero_grad()
+        loss = compute(grpo.model, dict(inputs))
+        loss.backward()
+        found.append((loss.detach(), grpo.model.lm_head.weight.grad.clone()))
+    (their_loss, their_gradient), (loss, gradient) = found
+    torch.testing.assert_close(loss, their_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, their_gradient, rtol=1e-3, atol=1e-6)
+    assert their_gradient.abs().max() > 1e-4

@@ -1,0 +1,138 @@
+"""A model that is going to be sharded stays in its files until each rank reads its shards."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from engine import starter
+from engine.train.distributed.stored_tensor import file_digest, stored_tensors
+from engine.train.models.stored_weights import empty_model
+
+SCRIPT = Path(__file__).parent / "ranks" / "loading.py"
+DEADLINE = 300
+"""Seconds; generous, for a busy machine."""
+NOISE = 8_000_000
+"""Bytes by which the resident memory of a process varies, and the buffers of reading."""
+SHAPE = {
+    "vocab_size": 4000,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+}
+LOADS = ("every-rank", "bfloat16", "rank-0")
+
+
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory):
+    """What two ranks report of each load, and the bytes of one layer in float32."""
+    folder = tmp_path_factory.mktemp("model")
+    lm = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    layer = 4 * sum(p.numel() for p in lm.model.layers[0].parameters())
+    lm.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20MB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    results = tmp_path_factory.mktemp("results")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            SCRIPT, folder, results / "store", results,
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    found = {
+        n: [json.loads((results / f"{n}-{r}.json").read_text()) for r in (0, 1)] for n in LOADS
+    }
+    return found, layer
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_a_rank_holds_its_share_and_at_most_one_layer_more(loads, name):
+    found, layer = loads
+    for rank in found[name]:
+        assert rank["share"] > 2 * layer
+        assert rank["growth"] < rank["share"] + layer + NOISE, found[name]
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_sharded_weights_and_buffers_are_those_that_transformers_loads(loads, name):
+    found, _ = loads
+    assert found[name][0]["different"] == []
+
+
+def test_rows_are_read_and_converted_as_by_safetensors(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        "a": torch.randn(7, 3, 2),
+        "b": torch.randn(600_001, dtype=torch.float64).to(torch.bfloat16),  # longer than one piece
+        "c": torch.tensor(3.5),
+        "d": torch.empty(0, 4),
+    }
+    save_file(tensors, path)
+    stored = stored_tensors(path)
+    for name, tensor in load_file(path).items():
+        assert torch.equal(stored[name].read(), tensor)
+        assert torch.equal(stored[name].read(dtype=torch.float32), tensor.float())
+    assert torch.equal(stored["a"].read(2, 3, torch.bfloat16), tensors["a"][2:5].bfloat16())
+
+
+def test_a_cut_file_is_no_model_and_has_another_digest(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1000)}, path)
+    whole = file_digest(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="damaged"):
+        stored_tensors(path)
+    assert file_digest(path) != whole
+    assert file_digest(tmp_path / "missing") == ""
+
+
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, AutoModel])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen2"])
+def test_names_and_buffers_of_other_families_are_found(tmp_path, family, kind):
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 40,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    config = AutoConfig.for_model(family, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    wanted = kind.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    found = empty_model(kind, str(tmp_path), "model.policy", torch.bfloat16)
+    assert found is not None
+    model, stored = found
+    assert stored.tensors.keys() == {n for n, _ in wanted.named_parameters()}
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(stored.tensors[name].read(dtype=torch.bfloat16), parameter)
+    buffers = dict(wanted.named_buffers())
+    assert dict(model.named_buffers()).keys() == buffers.keys()
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype
+        assert torch.equal(buffer, buffers[name])
+
+
+def test_a_model_whose_weights_are_converted_or_missing_is_left_to_transformers(tmp_path):
+    experts = AutoConfig.for_model(
+        "mixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=40,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(experts).save_pretrained(tmp_path / "experts")
+    source = str(tmp_path / "experts")
+    assert empty_model(AutoModelForCausalLM, source, "model.policy", torch.float32) is None
+    policy = starter.resolve("starter:policy")
+    kind = AutoModelForSequenceClassification  # has a head that the policy's files do not hold
+    assert empty_model(kind, policy, "reward.model", torch.float32) is None
