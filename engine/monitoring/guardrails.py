@@ -53,10 +53,6 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         advice="the policy commits itself: raise beta or ppo.entropy_coef",
     ),
     Rule(
-        name="repetition", metric=DISTINCT_2, falls=0.4,
-        advice="read some responses; raise beta",
-    ),
-    Rule(
         name="length_bound", metric=RESPONSE_LENGTH, above=0.95, of="max_new_tokens",
         advice="most responses are cut off: raise max_new_tokens, or penalise truncation",
     ),
@@ -69,7 +65,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         advice="the policy commits itself: raise beta or ppo.entropy_coef, lower the learning rate",
     ),
     Rule(
-        name="repetition_drifts", metric=DISTINCT_2, drifts_down=0.6, window=10,
+        name="repetition", metric=DISTINCT_2, drifts_down=0.6, window=10,
         advice="responses resemble each other: read some, raise beta, mend what the reward likes",
     ),
     Rule(

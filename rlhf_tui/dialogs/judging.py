@@ -259,7 +259,9 @@ class JudgingDialog(Dialog[None]):
         share, agrees = queue.share_below(decision.row), queue.agrees(decision)
         if share is None:
             return [*row, ("   no score", "dim")]
-        row.append((f"   score {fmt.number(decision.row.score)}, above {share:.0%}: ", "dim"))
+        row.append(
+            (f"   score {fmt.number(decision.row.score)}, above {share:.0%} of these: ", "dim")
+        )
         verdict: Piece = ("reward model agrees", "good") if agrees else ("it disagrees", "warn")
         return [*row, verdict]
 
