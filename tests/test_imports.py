@@ -51,6 +51,7 @@ FLOORS = [
         "engine.train.rollout_check",
     ),
     ("engine.train.boundary", "engine.train.step"),
+    ("engine.train.out_of_memory",),
     ("engine.train.load",),
     ("engine.train.evaluation.__main__", "engine.train.worker"),
     ("engine.train.torchrun",),

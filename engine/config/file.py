@@ -298,6 +298,10 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 
     for section, keys in PATH_KEYS.items():
         anchor(tree.get(section), keys)
+    rollout = tree.get("rollout")
+    if isinstance(rollout, dict) and isinstance(python := rollout.get("python"), str):
+        # Not resolved: the Python of a virtual environment is a link to that of the system.
+        rollout["python"] = str((folder / Path(python).expanduser()).absolute())
     reward = tree.get("reward")
     if not isinstance(reward, dict):
         return

@@ -23,6 +23,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
+from engine.launch.rollout import check_rollout_python, is_separate
 from engine.session.checkpoints import (
     AVERAGED_POLICY,
     checkpoint_path,
@@ -363,13 +364,18 @@ def _check_prompts(key: str, source: str) -> None:
         raise ConfigError(f"{key}: {prompts} is empty; give at least one prompt")
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(config: RunConfig, *, to_run: bool = True) -> None:
     """Checks the files that a configuration names, before a session is created.
 
     The ranks check them again in detail. This check is fast, because it does not import torch.
 
+    Args:
+        config: the configuration.
+        to_run: also check the program of the rollout engine, which only a run needs.
+
     Raises:
         ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
+        UserInputError: the rollout engine is not installed.
     """
     _check_prompts("data.prompts", config.data.prompts)
     models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
@@ -380,6 +386,8 @@ def check_inputs(config: RunConfig) -> None:
         _check_prompts("eval.prompts", config.eval.prompts or "")
         for i, source in enumerate(config.eval.rewards):
             models[f"eval.rewards[{i}].model"] = source.model
+    if to_run and is_separate(config.rollout):
+        check_rollout_python(config.rollout)
     for key, name in models.items():
         folder = Path(name or "")
         if folder.is_absolute() and not has_config(folder):

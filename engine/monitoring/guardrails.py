@@ -21,6 +21,7 @@ from engine.metrics import (
     KL,
     NONFINITE_UPDATES,
     RESPONSE_LENGTH,
+    ROLLOUT_GAP_MEAN,
     SCORE,
     SCORE_STD,
     ZERO_STD,
@@ -55,6 +56,10 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(
         name="length_bound", metric=RESPONSE_LENGTH, above=0.95, of="max_new_tokens",
         advice="most responses are cut off: raise max_new_tokens, or penalise truncation",
+    ),
+    Rule(
+        name="rollout_gap", metric=ROLLOUT_GAP_MEAN, above=0.1,
+        advice="generation and training disagree: compare their precision and versions",
     ),
     Rule(
         name="score_std", metric=SCORE_STD, below=1e-3,

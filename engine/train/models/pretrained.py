@@ -1,5 +1,6 @@
 """Loads models and tokenizers from folders and the hub; rank 0 reads and broadcasts them."""
 
+import copy
 import inspect
 import warnings
 from pathlib import Path
@@ -217,6 +218,17 @@ def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int
     eos = getattr(lm.generation_config, "eos_token_id", None)
     ids = eos if isinstance(eos, list) else [eos]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def save_configs(lm: PreTrainedModel, folder: str) -> None:
+    """Writes the configuration of a model, and of its generation, as transformers reads them."""
+    config = copy.deepcopy(lm.config)
+    config.dtype = str(next(lm.parameters()).dtype).removeprefix("torch.")
+    # fully_shard prefixes the name of the class.
+    config.architectures = [type(lm).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
+    if lm.can_generate():
+        lm.generation_config.save_pretrained(folder)
 
 
 def copy_weights(module: nn.Module) -> Any:
