@@ -66,7 +66,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         advice="all responses score the same: the reward teaches nothing now",
     ),
     Rule(
-        name="entropy_drifts", metric=ENTROPY, drifts_down=0.6, window=10,
+        name="entropy_drifts", metric=ENTROPY, drifts_down=0.7, window=10,
         advice="the policy commits itself: raise beta or ppo.entropy_coef, lower the learning rate",
     ),
     Rule(
