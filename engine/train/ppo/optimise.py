@@ -195,7 +195,8 @@ def micro_batch(
         The loss, a scalar with gradient, summed over response tokens; and the fields of
         :class:`LossSums`, (n,) float64 on the device, so that the host need not wait for them.
     """
-    terms = PolicyInputs.of(rollout, targets, micro, minibatch, config)
+    there = micro.to(rollout.ids.device)
+    terms = PolicyInputs.of(rollout, targets, micro, there, minibatch, config)
     outputs = rollout_forward(
         learner, rollout, micro, config.rollout.temperature, want=want, detach_trunk=warming_up,
         entropies=config.ppo.entropy_coef > 0,
@@ -203,8 +204,7 @@ def micro_batch(
         separable=config.ppo.ratio == "token",
     )  # fmt: skip
     values, width = outputs.values, outputs.width
-    micro = micro.to(rollout.ids.device)
-    mask = rollout.mask[micro, :width]
+    mask = rollout.mask[there, :width]
     loss = torch.zeros((), device=mask.device)
     sums = dict.fromkeys((f.name for f in fields(LossSums)), loss)
     if want != "values":
@@ -220,8 +220,8 @@ def micro_batch(
         return loss, as_float64(sums.values())
     value_loss, clipped = losses.value_terms(
         values,
-        targets.old_values[micro, :width],
-        targets.returns[micro, :width],
+        targets.old_values[there, :width],
+        targets.returns[there, :width],
         mask,
         config.ppo.value_clip,
     )
@@ -247,24 +247,27 @@ class PolicyInputs:
         rollout: Rollout,
         targets: Targets,
         micro: Tensor,
+        there: Tensor,
         minibatch: losses.MinibatchSize,
         config: RunConfig,
     ) -> "PolicyInputs":
-        """Those of a micro-batch's rows, trimmed to their longest response."""
+        """Those of a micro-batch's rows, trimmed to their longest response.
+
+        `micro` and `there` are their indices on the host and on the device.
+        """
         width = int(rollout.host_lengths[1, micro].max())
-        micro = micro.to(rollout.ids.device)
         in_loss = config.kl.place == "loss" and targets.ref_logprobs is not None
-        advantages = targets.advantages[micro, :width]
+        advantages = targets.advantages[there, :width]
         if targets.token_weights is not None:
             # A token's loss is linear in its advantage's size: a weight on one is on the other.
-            advantages = advantages * targets.token_weights[micro, :width]
+            advantages = advantages * targets.token_weights[there, :width]
         return cls(
-            mask=rollout.mask[micro, :width],
-            old_logprobs=targets.old_logprobs[micro, :width],
+            mask=rollout.mask[there, :width],
+            old_logprobs=targets.old_logprobs[there, :width],
             advantages=advantages,
-            ref_logprobs=targets.ref_logprobs[micro, :width] if in_loss else None,  # type: ignore[index]  # checked above
+            ref_logprobs=targets.ref_logprobs[there, :width] if in_loss else None,  # type: ignore[index]  # checked above
             weights=losses.AGGREGATIONS[config.ppo.loss_aggregation](
-                minibatch, rollout.lengths[micro]
+                minibatch, rollout.lengths[there]
             ),
         )
 
