@@ -126,6 +126,34 @@ async def test_a_roll_back_to_a_damaged_checkpoint_is_rejected_and_the_run_conti
     assert (engine.shared.next, engine.state) == (None, "running")
 
 
+async def test_a_roll_back_to_a_checkpoint_that_a_restart_leaves_behind_is_rejected(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    writer.journal.begin_attempt(0, fresh=False)
+    reply = await settled(writer, reply.id)
+    assert reply.status == "rejected"
+    assert reply.reason == "step 2 is no longer a checkpoint of this run"
+    assert engine.shared.next is None
+
+
+async def test_a_roll_back_whose_journal_cannot_be_read_any_more_is_rejected(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    with closing(sqlite3.connect(writer.session.samples_file)) as db:
+        db.execute("PRAGMA user_version = 99")
+    reply = await settled(writer, reply.id)
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert "samples.db" in reply.reason
+
+
+async def test_only_one_checkpoint_is_read_for_a_roll_back_at_a_time(engine, writer):
+    writer.checkpoint(2)
+    first, second = engine.send(Rollback(step=2)), engine.send(Rollback(step=2))
+    assert (first.status, second.status) == ("accepted", "rejected")
+    assert "another roll back" in second.reason
+    assert (await settled(writer, first.id)).status == "applied"
+
+
 async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine, writer):
     writer.checkpoint(2)
     reply = engine.send(Rollback(step=2))
