@@ -37,6 +37,7 @@ from engine.protocol.rank_messages import (
     Unpaused,
 )
 from engine.session.states import State
+from engine.supervisor.attempt import Attempt
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.rank_processes import RankProcesses
@@ -118,9 +119,9 @@ class RankMessageHandler:
         if rank == 0:
             self._send_begin()
         try:
-            while True:
+            while attempt is self._state.attempt:
                 message = rank_messages.decode_from_rank(await receive(reader))
-                await self._handle_when_writable(rank, message)
+                await self._handle_when_writable(rank, attempt, message)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except Exception as error:
@@ -130,14 +131,15 @@ class RankMessageHandler:
             if attempt is self._state.attempt:
                 self._watchdog.rank_disconnected(rank)
 
-    async def _handle_when_writable(self, rank: int, message: FromRank) -> None:
+    async def _handle_when_writable(self, rank: int, attempt: Attempt, message: FromRank) -> None:
         """Handles one message; waits while the journal's disk has no room.
 
         The rank trains on until the socket's buffer is full of its reports, and then waits, so no
-        step is lost. A run that is being stopped does not wait: the error ends it.
+        step is lost. A run that is being stopped does not wait: the error ends it. Once the next
+        attempt has begun, the message is dropped: it would be written as one of that attempt.
         """
         waited = False
-        while True:
+        while attempt is self._state.attempt:
             self._watchdog.message_received(rank, message)  # waiting is no silence of the rank
             try:
                 self.handle(message)

@@ -266,6 +266,24 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
     assert engine.shared.attempt.failure is None
 
 
+async def test_what_a_killed_attempt_reported_is_not_written_into_the_next(
+    engine, writer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    killed = engine.shared.attempt
+    server, _, to_engine = await rank_connection(engine, tmp_path)
+    async with server:
+        with no_room_for_files():
+            to_engine.write(frames.encode(StepReport(step=3, metrics={}, samples=[], settings={})))
+            await until(lambda: "waiting for room" in caplog.text)
+            engine.shared.attempt = Attempt(StartOptions())
+        writer.journal.begin_attempt(0, fresh=False)
+        await until(lambda: not killed.is_connected(0))
+        to_engine.close()
+    with JournalReader(writer.session) as reader:
+        assert reader.last_step() == 0
+
+
 async def test_an_alert_is_published_once_though_the_disk_was_full(engine, writer, monkeypatch):
     report = StepReport(
         step=1, metrics={"time/step": 1.0, "objective/kl": 1e9}, samples=[], settings={"beta": 0.1}
