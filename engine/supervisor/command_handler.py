@@ -78,6 +78,8 @@ class CommandHandler:
         self._watchdog = watchdog
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
         """The roll backs, by id, whose checkpoints are being read."""
+        self._unissued: tuple[Alert, CommandRequest] | None = None
+        """A published alert and its command, which the journal could not take yet."""
 
     def handle(self, request: CommandRequest, who: str) -> CommandReply:
         """Records and checks a command, then carries it out or sends it to rank 0.
@@ -93,9 +95,13 @@ class CommandHandler:
             log.error("%s from %s: %s", request.command.name(), who, reason)  # noqa: TRY400
             return self._carry_out_unrecorded(request, who, reason)
 
-    def _record_and_carry_out(self, request: CommandRequest, who: str) -> CommandReply:
+    def _record_and_carry_out(
+        self, request: CommandRequest, who: str, *, again: bool = False
+    ) -> CommandReply:
+        """`again`: a command that is in the journal already was recorded but not carried out."""
         command, commands = request.command, self._journal.commands
-        if not commands.record(request.id, command.name(), config_file.as_mapping(command), who):
+        new = commands.record(request.id, command.name(), config_file.as_mapping(command), who)
+        if not new and not again:
             return commands.reply(request.id)
         try:
             check_command(command, self._moment())
@@ -228,15 +234,29 @@ class CommandHandler:
             self.handle(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
 
     def on_alert(self, alert: Alert) -> None:
-        """Publishes an alert and issues the command of its action."""
-        self._publisher.alert(alert)
-        command = ACTIONS.get(alert.action)
-        if command is not None and self._publisher.state not in ("stopping", *ENDED_STATES):
-            request = CommandRequest(id=new_id(), command=command)
-            reply = self.handle(request, f"guard rail {alert.rule}")
+        """Publishes an alert and issues the command of its action.
+
+        If the journal cannot be written, call it again with the same alert: it is published once,
+        and its command issued once.
+
+        Raises:
+            sqlite3.Error: the journal cannot be written.
+        """
+        if self._unissued is None or self._unissued[0] is not alert:
+            self._publisher.alert(alert)
+            command = ACTIONS.get(alert.action)
+            if command is None or self._publisher.state in ("stopping", *ENDED_STATES):
+                return
+            self._unissued = alert, CommandRequest(id=new_id(), command=command)
+        request, who = self._unissued[1], f"guard rail {alert.rule}"
+        if isinstance(request.command, Stop):  # needs no journal
+            self.handle(request, who)
+        else:
+            reply = self._record_and_carry_out(request, who, again=True)
             # Rejected if the run is paused already, for another reason.
-            if isinstance(command, Pause) and reply.status == "accepted":
+            if isinstance(request.command, Pause) and reply.status == "accepted":
                 self._state.pause_reason = alert.cause
+        self._unissued = None
 
     def status(self) -> Status:
         """The session's current status."""

@@ -14,7 +14,7 @@ from engine.journal.writer import JournalWriter
 from engine.metrics import STEP_TIME
 from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages
-from engine.protocol.commands import Pause, SetSetting, Unpause
+from engine.protocol.commands import BoundaryCommand, Pause, SetSetting, Unpause
 from engine.protocol.rank_messages import (
     Adjusted,
     Applied,
@@ -102,6 +102,8 @@ class RankMessageHandler:
         """The last step whose rows are written."""
         self._alerts: list[Alert] = []
         """Of that step, not published yet."""
+        self._applied_last: tuple[Applied | None, BoundaryCommand | None] = None, None
+        """The last report of a command whose end is written, and that command."""
 
     async def handle_connection(
         self, hello: RankHello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -277,7 +279,9 @@ class RankMessageHandler:
 
     def _applied(self, message: Applied) -> None:
         state, commands = self._state, self._journal.commands
-        command = self._pending.applied(message)
+        if message is not self._applied_last[0]:  # otherwise what follows could not be written
+            self._applied_last = message, self._pending.applied(message)
+        command = self._applied_last[1]
         state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
             state.paused = isinstance(command, Pause)
