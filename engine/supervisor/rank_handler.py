@@ -51,8 +51,9 @@ FAILURE_GRACE = 3.0
 """Seconds between a rank's failure and the end of the others, for their own reports."""
 RETRY_INTERVAL = 2.0
 """Seconds between attempts to write a journal whose disk is full."""
-NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-"""Primary codes of SQLite where a file cannot grow: a full disk; a quota, which is an I/O error."""
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
+EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
 WAITING = "wait for room on the disk"
 """Name of the phase that clients see meanwhile."""
 
@@ -148,17 +149,19 @@ class RankMessageHandler:
             except sqlite3.OperationalError as error:
                 if self._state.stop_now:  # the ranks are dead
                     return
-                code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # none if Python raised it
+                code = getattr(error, "sqlite_errorcode", 0)  # none if Python raised it
                 if code not in NO_ROOM or self._state.stopping:
                     raise
                 if not waited:
-                    # One line: a full disk needs no traceback.
-                    log.error("cannot write the journal: %s; waiting for room", error)  # noqa: TRY400
+                    text = f"cannot write the journal: {error}; waiting for room on the disk"
+                    log.error(text)  # noqa: TRY400 - one line: a full disk needs no traceback
+                    self._publisher.notify_unrecorded("disk", text)
                 waited = True
             else:
                 if waited:
                     log.warning("the journal can be written again; the run continues")
                 return
+            self._watchdog.extend_silence()  # the other ranks may wait for this one
             phase = Phase(rank=rank, step=self._journal.step, name=WAITING)
             self._state.phases[rank] = phase
             self._server.send_to_watchers(phase)
