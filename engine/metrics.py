@@ -35,6 +35,10 @@ REWARD_SOURCE = "reward/NAME"
 EVAL_SOURCE = "eval/reward/NAME"
 """Patterns of one metric per reward source, whose name replaces NAME."""
 
+ROLLOUT_GAP = "val/rollout_logprob_gap"
+ROLLOUT_GAP_MEAN = "val/rollout_logprob_gap_mean"
+VERSION_LAG = "rollout/version_lag"
+
 EVAL_SCORE = "eval/score"
 EVAL_SCORE_CI = "eval/score_ci"
 EVAL_KL = "eval/kl"
@@ -177,9 +181,28 @@ METRICS = (
     Metric("val/ratio_var", "", "variance of ρ over response tokens"),
     Metric("val/num_eos_tokens", "responses", "responses that ended with an end-of-sequence token"),
     Metric(
-        "val/rollout_logprob_gap", "nats per token",
+        ROLLOUT_GAP, "nats per token",
         "largest difference between log π during generation and log π as used in training; 0 if "
         "training uses the former",
+        title="rollout gap, largest",
+    ),
+    Metric(ROLLOUT_GAP_MEAN, "nats per token", "mean of that difference over tokens",
+           title="rollout gap"),
+    Metric("val/rollout_logprob_gap_p99", "nats per token",
+           "the 99th percentile of that difference: its tail", title="rollout gap, 99 %"),
+    Metric("val/rollout_kl", "nats per token",
+           "estimate (k3) of the KL between the distribution that sampled and the policy",
+           title="rollout KL"),
+    Metric("policy/rollout_weight", "",
+           "mean weight of a token (with `ppo.rollout_correction` only)", title="rollout weight"),
+    Metric("policy/rollout_capped_frac", "fraction of tokens",
+           "tokens whose weight was above `ppo.rollout_correction_cap` (with "
+           "`ppo.rollout_correction` only)"),
+    Metric(
+        VERSION_LAG, "updates",
+        "how many updates older than the policy the weights were that sampled the step's oldest "
+        "response; a run ends rather than train on another value than 0",
+        title="rollout version lag",
     ),
     Metric(RESPONSE_LENGTH, "tokens", "mean length, including the end-of-sequence token",
            title="length", chart_unit="tokens", held_out=EVAL_LENGTH),
@@ -230,6 +253,9 @@ METRICS = (
            title="gradient norm"),
     Metric(LEARNING_RATE, "", "learning rate of this step", title="learning rate", is_set=True),
     Metric("episode", "responses", "number of responses so far"),
+    Metric(phase_time("sync"), "seconds",
+           "duration of sending the weights to a rollout engine of its own; 0 if it had them "
+           "(`rollout.engine: vllm` only)"),
     Metric(phase_time("generate"), "seconds", "duration of the rollout on the slowest rank"),
     Metric(phase_time("score"), "seconds", "duration of scoring on the slowest rank"),
     Metric(

@@ -21,7 +21,8 @@ from rlhf_tui.commands.options import colors_option, sessions_option
 from rlhf_tui.text import one_line
 
 COMMANDS = {
-    "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "join", "plan": "plan",
+    "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "run", "plan": "plan",
+    "init": "init", "check": "check",
     "ls": "read", "status": "read", "metrics": "read", "samples": "read", "events": "read",
     "logs": "read", "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
     "attach": "view", "ctl": "steer", "note": "steer", "diff": "compare", "guardrails": "compare",

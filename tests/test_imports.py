@@ -51,8 +51,9 @@ FLOORS = [
         "engine.train.rollout_check",
     ),
     ("engine.train.boundary", "engine.train.step"),
+    ("engine.train.out_of_memory",),
     ("engine.train.load",),
-    ("engine.train.evaluation.__main__", "engine.train.worker"),
+    ("engine.train.check", "engine.train.evaluation.__main__", "engine.train.worker"),
     ("engine.train.torchrun",),
     # The dashboard and the command line.
     ("rlhf_tui", "rlhf_tui.format", "rlhf_tui.identity", "rlhf_tui.text"),

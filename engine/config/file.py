@@ -298,6 +298,10 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 
     for section, keys in PATH_KEYS.items():
         anchor(tree.get(section), keys)
+    rollout = tree.get("rollout")
+    if isinstance(rollout, dict) and isinstance(python := rollout.get("python"), str):
+        # Not resolved: the Python of a virtual environment is a link to that of the system.
+        rollout["python"] = str((folder / Path(python).expanduser()).absolute())
     reward = tree.get("reward")
     if not isinstance(reward, dict):
         return
@@ -318,7 +322,7 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 DATA_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Extension of a prompt file → name of its format in `datasets`."""
 PATH_KEYS = {
-    "data": ["prompts"],
+    "data": ["prompts", "chat_template"],
     "eval": ["prompts"],
     "model": ["policy", "reference"],
     "reward": ["model", "path"],

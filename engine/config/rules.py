@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
+from engine.config.model_rules import check_models
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import SOURCE_KEYS, JudgeConfig, RewardConfig, RewardSource
 from engine.config.sections.supervision import RULE_CONDITIONS, NotifyConfig, Rule, Webhook
@@ -55,6 +56,7 @@ def check_config(config: RunConfig) -> None:
     _check_evaluation(config)
     _check_launch(config)
     _check_notify(config.notify)
+    check_models(config)
 
 
 def check_change(config: RunConfig, values: dict[str, Any]) -> None:
@@ -247,7 +249,7 @@ def _check_reward(reward: RewardConfig) -> None:
         raise ConfigError(f"give exactly one of {_listed(keys)} (given: {found})")
     if reward.mix:
         defaults = RewardConfig()
-        for key in HTTP_OPTIONS:
+        for key in SOURCE_OPTIONS:
             if getattr(reward, key) != getattr(defaults, key):
                 raise ConfigError(f"reward.{key} belongs to a source: move it into reward.mix")
     for i, source in enumerate(reward.sources()):
@@ -266,18 +268,25 @@ def _check_source(source: RewardSource, where: str) -> None:
     for key in ("service", "judge"):
         if (url := getattr(source, key)) is not None:
             check_url(url, f"{where}.{key}")
-    _check_http_options(source, where)
+    _check_source_options(source, where)
     if source.judge is not None:
         _check_judging(source.judging, f"{where}.judging")
 
 
-HTTP_OPTIONS = {"protocol": ("service",), "judging": ("judge",), "http": ("service", "judge")}
+SOURCE_OPTIONS = {
+    "revision": ("model",),
+    "trust_remote_code": ("model",),
+    "pair": ("model",),
+    "protocol": ("service",),
+    "judging": ("judge",),
+    "http": ("service", "judge"),
+}
 """Option of a reward source → the sources that it is for."""
 
 
-def _check_http_options(source: RewardSource, where: str) -> None:
+def _check_source_options(source: RewardSource, where: str) -> None:
     defaults = RewardSource()
-    for key, kinds in HTTP_OPTIONS.items():
+    for key, kinds in SOURCE_OPTIONS.items():
         if getattr(source, key) != getattr(defaults, key) and source.kind not in kinds:
             needed = " or ".join(f"{where}.{kind}" for kind in kinds)
             raise ConfigError(f"{where}.{key} needs {needed}")

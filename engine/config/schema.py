@@ -55,6 +55,7 @@ FIXED_AT_START = (
     "data.",
     "model.",
     "lora.",
+    "rollout.engine",
     "rollout.batch_size",
     "rollout.per_prompt",
     "ppo.advantage",

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from engine.config.sections.launch import LaunchConfig
+from engine.launch.parent import PARENT_VARIABLE
 from engine.monitoring.telemetry import gpu_count
 from engine.nvml import chosen_gpus
 
@@ -18,11 +19,14 @@ NICE_VARIABLE = "RLHF_TUI_NICE"
 STORE_VARIABLE = "RLHF_TUI_STORE"
 LAUNCH_VARIABLE = "RLHF_TUI_LAUNCH"
 JOINED_VARIABLE = "RLHF_TUI_JOINED"
-PARENT_VARIABLE = "RLHF_TUI_PARENT"
+ROLLOUT_SOCKET_VARIABLE = "RLHF_TUI_ROLLOUT_SOCKET"
+ROLLOUT_FOLDER_VARIABLE = "RLHF_TUI_ROLLOUT_FOLDER"
 """What a rank reads from its environment, in this order: its token; the path of its supervisor's
 socket; its niceness on a CPU; the rendezvous of the ranks (`file:PATH` or `tcp:HOST:PORT`); the
-configuration's `launch` section as JSON; whether its machine joined the run; the process id of its
-parent, with which it ends."""
+configuration's `launch` section as JSON; whether its machine joined the run; the socket of the
+rollout engine, and the folder in shared memory in which it is given weights (both on the first
+machine only, and not for native rollouts).
+:data:`~engine.launch.parent.PARENT_VARIABLE` is another one."""
 
 OTHER_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """Set by a scheduler's script or a torchrun around this process; they do not apply to our ranks."""

@@ -23,6 +23,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
+from engine.launch.rollout import check_rollout_python, is_separate
 from engine.session.checkpoints import (
     AVERAGED_POLICY,
     checkpoint_path,
@@ -363,16 +364,22 @@ def _check_prompts(key: str, source: str) -> None:
         raise ConfigError(f"{key}: {prompts} is empty; give at least one prompt")
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(config: RunConfig, *, to_run: bool = True) -> None:
     """Checks the files that a configuration names, before a session is created.
 
     The ranks check them again in detail. This check is fast, because it does not import torch.
 
+    Args:
+        config: the configuration.
+        to_run: also check the program of the rollout engine, which only a run needs.
+
     Raises:
         ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
+        UserInputError: the rollout engine is not installed.
     """
     _check_prompts("data.prompts", config.data.prompts)
     models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
+    _check_chat_template(config.data.chat_template)
     many = len(config.reward.sources()) > 1
     for i, source in enumerate(config.reward.sources()):
         models[f"reward.mix[{i}].model" if many else "reward.model"] = source.model
@@ -380,7 +387,17 @@ def check_inputs(config: RunConfig) -> None:
         _check_prompts("eval.prompts", config.eval.prompts or "")
         for i, source in enumerate(config.eval.rewards):
             models[f"eval.rewards[{i}].model"] = source.model
+    if to_run and is_separate(config.rollout):
+        check_rollout_python(config.rollout)
     for key, name in models.items():
         folder = Path(name or "")
-        if folder.is_absolute() and not has_config(folder):
+        if key == "model.policy" and config.model.gguf_file is not None:
+            if folder.is_absolute() and not is_file(folder / config.model.gguf_file):
+                raise ConfigError(f"model.gguf_file: no file at {folder / config.model.gguf_file}")
+        elif folder.is_absolute() and not has_config(folder):
             raise ConfigError(folder_error(key, folder))
+
+
+def _check_chat_template(template: str | None) -> None:
+    if template is not None and "{" not in template and not is_file(Path(template)):
+        raise ConfigError(f"data.chat_template: no file at {template}, and it is no Jinja text")

@@ -7,6 +7,7 @@ from typing import Literal
 import psutil
 import pynvml
 from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.nvml import gpu_handles
 
@@ -24,6 +25,10 @@ class Capacity(Struct, frozen=True, kw_only=True):
     """Bytes of `total` that are not in use now."""
     gpus: int = 0
     """The number of chosen GPUs."""
+
+    def less(self, taken: int) -> "Capacity":
+        """What is left when another program takes some of it."""
+        return replace(self, total=max(0, self.total - taken), free=max(0, self.free - taken))
 
     def room(self, ranks: int) -> int:
         """Bytes for each rank, with `ranks` of them on this machine."""

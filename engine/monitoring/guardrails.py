@@ -19,6 +19,7 @@ from engine.metrics import (
     KL,
     NONFINITE_UPDATES,
     RESPONSE_LENGTH,
+    ROLLOUT_GAP_MEAN,
     SCORE_STD,
     title_of,
 )
@@ -33,6 +34,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(name="entropy_falls", metric=ENTROPY, falls=0.5),
     Rule(name="repetition", metric=DISTINCT_2, falls=0.4),
     Rule(name="length_bound", metric=RESPONSE_LENGTH, above=0.95, of="max_new_tokens"),
+    Rule(name="rollout_gap", metric=ROLLOUT_GAP_MEAN, above=0.1),
     Rule(name="score_std", metric=SCORE_STD, below=1e-3),
 )
 """The built-in rules. A configured rule of the same name replaces one."""

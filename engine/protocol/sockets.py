@@ -18,11 +18,13 @@ from pathlib import Path
 from engine.errors import SessionError
 
 NAME = "engine.sock"
+ROLLOUT_NAME = "rollout.sock"
+"""Names of the sockets: the supervisor's, and that of a rollout engine."""
 RETRY_INTERVAL = 0.05
 """Seconds between attempts to connect to an engine whose queue of connections is full."""
 
 
-def listen(folder: Path) -> tuple[socket.socket, Path]:
+def listen(folder: Path, name: str = NAME) -> tuple[socket.socket, Path]:
     """Creates a listening socket with mode 0600.
 
     An existing socket is stale, because the caller holds the session's lock, and is replaced.
@@ -34,10 +36,10 @@ def listen(folder: Path) -> tuple[socket.socket, Path]:
         SessionError: a socket can be created neither in the session's folder nor under /tmp.
     """
     try:
-        return _listen_in(folder, NAME)
+        return _listen_in(folder, name)
     except OSError:
         try:
-            return _listen_in(_private_folder(), f"{os.getpid()}.sock")
+            return _listen_in(_private_folder(), f"{os.getpid()}.{name}")
         except OSError as error:
             raise SessionError(f"cannot create a socket for {folder}: {error.strerror}") from error
 

@@ -73,6 +73,11 @@ class Session:
         return self.folder / "engine.log"
 
     @property
+    def rollout_log_file(self) -> Path:
+        """Output of a rollout engine in a process of its own."""
+        return self.folder / "rollout.log"
+
+    @property
     def engine_file(self) -> Path:
         """Describes the live engine; deleted when it exits."""
         return self.folder / "engine.json"

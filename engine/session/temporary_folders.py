@@ -23,10 +23,16 @@ class TemporaryFolder:
     process of this user creates can tell that the folder is abandoned, and removes it.
     """
 
-    def __init__(self) -> None:
-        """Creates the folder, mode 0700. Raises OSError or SessionError if that is impossible."""
-        remove_abandoned()
-        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX)
+    def __init__(self, parent: Path | None = None) -> None:
+        """Creates the folder, mode 0700. Raises OSError or SessionError if that is impossible.
+
+        Args:
+            parent: the folder that it is created in, such as shared memory; the system's temporary
+                one when left out.
+        """
+        parent = parent or Path(tempfile.gettempdir())
+        remove_abandoned(parent)
+        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent)
         self.path = Path(self._folder.name)
         self._lock = lock.SessionLock(self.path / LOCK)
 
@@ -36,9 +42,9 @@ class TemporaryFolder:
         self._lock.release()
 
 
-def remove_abandoned() -> None:
+def remove_abandoned(parent: Path) -> None:
     """Removes the folders of processes that were killed; what cannot be removed stays."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in parent.glob(f"{PREFIX}*"):
         file = folder / LOCK
         with contextlib.suppress(OSError, SessionError):
             status = file.lstat()

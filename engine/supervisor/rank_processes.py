@@ -36,10 +36,13 @@ class RankProcesses:
         self.token = ""
         """Proves that a rank belongs to the current attempt; new at each start."""
 
-    async def start(self) -> None:
+    async def start(self, rollout: dict[str, str]) -> None:
         """Starts the processes in a session of their own; their output goes to engine.log.
 
         The session's folder is part of the command line, so that `ps` shows the owner.
+
+        Args:
+            rollout: variables by which rank 0 finds its rollout engine; none for native rollouts.
         """
         self.token, self.pids = secrets.token_hex(16), {}
         link = {
@@ -50,7 +53,7 @@ class RankProcesses:
         with self._session.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *rank_command(self._launch, str(self._session.folder), self.count),
-                env=rank_environment(self._launch) | link,
+                env=rank_environment(self._launch) | link | rollout,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -31,6 +31,8 @@ class SupervisorState:
     """A scheduler's signal asked for the stop."""
     began: bool = False
     """Whether the models were loaded in any attempt: from then on an error is not the user's."""
+    rollout_restarts: int = 0
+    """How often a rollout engine has ended since the last finished step."""
     phases: dict[int, Phase] = field(default_factory=dict)
     """The latest phase of each rank."""
     timer: StepTimer = field(default_factory=StepTimer)

@@ -41,6 +41,7 @@ from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher, Observer
 from engine.supervisor.rank_handler import RankMessageHandler
 from engine.supervisor.rank_processes import RankProcesses
+from engine.supervisor.rollout_process import RolloutProcess
 from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
@@ -115,6 +116,7 @@ async def _serve(
     finally:
         watchdog.cancel()
         supervisor.ranks.kill()
+        await supervisor.rollout.stop()
         supervisor.server.close()
         await asyncio.gather(watchdog, supervisor.publisher.finish(), return_exceptions=True)
         path.unlink(missing_ok=True)
@@ -161,6 +163,13 @@ class Supervisor:
         )
         self.pending = PendingCommands(journal.commands, self.server)
         self.ranks = RankProcesses(session, socket, config.launch)
+        self.rollout = RolloutProcess(
+            session,
+            config,
+            self.state,
+            on_restart=lambda text: self.publisher.notice("rollout", text, journal.step),
+            on_failure=self._fail,
+        )
         self.watchdog = Watchdog(session, config, journal, self.server, self.ranks)
         self.commands = CommandHandler(
             self.state,
@@ -216,10 +225,11 @@ class Supervisor:
         self.publisher.set_state("starting")
         self.watchdog.ranks_starting()
         self._announce_machines(start.from_step)
-        await self.ranks.start()
+        await self.ranks.start(await self.rollout.start())
         if state.stop_now or state.next is not None:  # asked before the process existed
             self.ranks.kill()
         status = await self.ranks.wait()
+        await self.rollout.stop()
         await state.attempt.wait_disconnected()
         if state.next is not None:  # rolled back
             return 0

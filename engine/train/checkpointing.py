@@ -23,6 +23,8 @@ log = logging.getLogger("engine")
 
 REPORT_INTERVAL = 2.0
 """Seconds between `checkpoint` messages while waiting for a save."""
+REMOVAL_PATIENCE = 60.0
+"""Seconds that the removal of old checkpoints waits until the journal has it."""
 CLOSE_TIMEOUT = 30.0
 """Seconds that a running save gets to finish when the run fails."""
 
@@ -165,7 +167,8 @@ class CheckpointManager:
         removable = self._removable(step, outcome.best)
         # Journalled first: a crash between the two leaves a folder too many, not one too few.
         self._link.send(CheckpointComplete(step=step, removed=removable))
-        self._link.wait_for_confirm(step)
+        # On a full disk the journal may wait for the very room that the removal makes.
+        self._link.wait_for_confirm(step, at_most=REMOVAL_PATIENCE)
         for old_step in removable:
             self._remove(old_step, step)
         log.info(

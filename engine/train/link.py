@@ -79,13 +79,24 @@ class Link:
             raise LinkError(f"expected begin, got {message}")
         return message
 
-    def wait_for_confirm(self, step: int) -> None:
+    def wait_for_confirm(self, step: int, at_most: float | None = None) -> bool:
         """Blocks until the journal holds everything up to `step`. Raises LinkError.
 
         One thread may wait at a time. Commands that arrive meanwhile stay in :meth:`commands`.
+
+        Args:
+            step: the step.
+            at_most: seconds without any confirmation after which it gives up.
+
+        Returns:
+            Whether the confirmation came.
         """
-        while self._checked(self._confirmed.get()).step != step:
-            continue
+        try:
+            while self._checked(self._confirmed.get(timeout=at_most)).step != step:
+                continue
+        except queue.Empty:
+            return False
+        return True
 
     def commands(self, wait: float = 0.0) -> list[ToRank]:
         """The messages received since the last call. Raises LinkError.

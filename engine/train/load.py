@@ -37,7 +37,12 @@ from engine.train.models.language_model import (
     fingerprint,
 )
 from engine.train.models.memory_check import check_memory
-from engine.train.models.pretrained import eos_ids, load_policy, load_reference, load_tokenizer
+from engine.train.models.pretrained import (
+    eos_ids,
+    load_policy,
+    load_policy_tokenizer,
+    load_reference,
+)
 from engine.train.models.reference_update import check_same_shapes
 from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.adamw import make_optimiser
@@ -46,6 +51,7 @@ from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import LoadContext, RewardInputs
 from engine.train.rewards.value_init import load_value_model, scale_value_head
 from engine.train.rollout.backend import BACKENDS, SamplingOptions, generate_responses
+from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Announce, Run, max_response_tokens
 
@@ -103,7 +109,7 @@ def load_run(
     begin_stage("prompts")
     has_tokenizer = saved is None or (saved / POLICY / "tokenizer_config.json").is_file()
     tokenizer_source = source if has_tokenizer else starter.resolve(config.model.policy)
-    tokenizer = load_tokenizer(tokenizer_source, "model.policy", ranks)
+    tokenizer = load_policy_tokenizer(config, tokenizer_source, ranks)
     prompts, held_out_prompts = split_prompts(
         config, broadcast_prompts(config, tokenizer, ranks), tokenizer, ranks
     )
@@ -143,8 +149,15 @@ def load_run(
     if begin.reseed:
         state.sampling_seed = derived_seed(state.sampling_seed, "reseed", begin.reseed)
 
-    stop_criteria = StopCriteria(eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer)
-    backend = BACKENDS[config.rollout.engine](stop_criteria, tokenizer, config.rollout)
+    backend = BACKENDS[config.rollout.engine](
+        BackendContext(
+            config=config, tokenizer=tokenizer, policy=policy, ranks=ranks,
+            stop_criteria=StopCriteria(
+                eos_ids(policy.lm, tokenizer), config.rollout.stop, tokenizer
+            ),
+            longest=prompts.longest, announce=announce,
+        )
+    )  # fmt: skip
     run = Run(
         config=config, device=ranks.device, tokenizer=tokenizer, backend=backend, prompts=prompts,
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
@@ -154,6 +167,8 @@ def load_run(
     )  # fmt: skip
     _check_response_length(run)
     _use_scales(run)
+    # What is wrong with an engine of its own shows here, not in the first step.
+    backend.sync(policy, begin.from_step, lambda _done, _total: None)
     return run
 
 
@@ -258,6 +273,7 @@ def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
     options = SamplingOptions(
         seed=config.seed,
         step=0,
+        weights_version=0,
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
     )

@@ -21,8 +21,14 @@ LESS_MEMORY = (
     "Less is needed with a smaller ppo.micro_batch_size, reward.batch_size or rollout.at_once, or "
     "with parallel.activation_checkpointing, model.dtype: bfloat16 or lora.rank (rlhf-tui plan)"
 )
-TEXTS = ("CUDA out of memory", "DefaultCPUAllocator", "Cuda failure 2 'out of memory'")
-"""Parts of the messages of torch's allocators and of NCCL."""
+TEXTS = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+    "Cuda failure 2 'out of memory'",
+)
+"""Parts of the messages of torch's allocators, of CUDA's libraries and of NCCL."""
 
 
 class StepOutOfMemoryError(RlhfError):
@@ -100,7 +106,8 @@ def attempt_step(
     def count(*_hook_arguments: Any) -> None:
         updates.append(step)
 
-    hook = run.optimiser.register_step_post_hook(count)
+    # Before: one that runs out of memory within an update leaves half of it behind.
+    hook = run.optimiser.register_step_pre_hook(count)
     try:
         return train_step(run, step)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A check of each attempt's first rollout."""
+"""Checks of rollouts: of each attempt's first, and of every one that another engine generated."""
 
 from torch import Tensor
 
@@ -13,6 +13,44 @@ GAP_LIMIT = 1e-4
 
 MIXED_GAP_LIMIT = 0.5
 """The same in bfloat16, where only gross errors can be distinguished from rounding."""
+
+
+ENGINE_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.3}
+"""Nats per token, mean over a step, by which an engine with the right weights may differ."""
+
+
+def version_lag(rollout: Rollout, step: int) -> int:
+    """How many updates older than the policy the weights are that sampled the oldest response.
+
+    Args:
+        rollout: of this step.
+        step: from 1; the policy has the weights after the update of the step before.
+    """
+    if rollout.versions is None:
+        return 0
+    return step - 1 - int(rollout.versions.min())
+
+
+def check_weights(run: Run, rollout: Rollout, old_logprobs: Tensor, lag: int) -> None:
+    """Checks that another engine generated with the policy's present weights; every step.
+
+    Args:
+        run: the run, before the step's update.
+        rollout: B responses of at most T tokens.
+        old_logprobs: (B, T) float32, by the policy.
+        lag: from :func:`version_lag`.
+
+    Raises:
+        RlhfError: the weights were others, by their version or by their log-probabilities.
+    """
+    if lag:
+        raise RlhfError(f"the rollout engine generated with weights that are {lag} updates old")
+    gap = float(masked.masked_mean((old_logprobs - rollout.logprobs).abs(), rollout.mask))
+    if gap > ENGINE_GAP_LIMIT[run.config.model.dtype]:
+        raise RlhfError(
+            f"the rollout engine's log-probabilities differ from the policy's by {gap:.2g} nats "
+            "per token: it does not compute the same model"
+        )
 
 
 def check_first_rollout(

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
+from engine.metrics import VERSION_LAG
 from engine.protocol.rank_messages import Sample
 from engine.train.dynamic_sampling import Parts, ScoredRollout, redraw_constant_groups
 from engine.train.greedy_baseline import greedy_scores
@@ -13,12 +14,13 @@ from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens
 from engine.train.ppo.metrics import source_metrics, speed_metrics, step_metrics
 from engine.train.ppo.optimise import optimise
+from engine.train.ppo.rollout_correction import with_rollout_correction
 from engine.train.reports.samples import kept_samples
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.rollout.rollout import ReportProgress, Rollout
-from engine.train.rollout_check import check_first_rollout
+from engine.train.rollout_check import check_first_rollout, check_weights, version_lag
 from engine.train.run import Run
 
 
@@ -44,6 +46,9 @@ def train_step(
     timer.seconds.clear()
 
     # 1. Generate responses to the step's prompts.
+    if run.backend.separate and recorded is None:
+        with timer.phase(run, step, "sync") as report:
+            run.backend.sync(run.policy, step - 1, report)
     with timer.phase(run, step, "generate") as report:
         rollout = recorded or generate_rollout(run, step, report)
 
@@ -75,10 +80,13 @@ def train_step(
             rows=rows, want="logits", report=report,
         )  # fmt: skip
         old_logprobs, old_values = old_policy_outputs(run, rollout, rows)
+    lag = version_lag(rollout, step)
     ref_logprobs = ranks.all_reduce_sum(ref_logprobs)
     if not run.rollout_checked and recorded is None:
         check_first_rollout(run, rollout, old_logprobs, ref_logprobs)
         run.rollout_checked = True
+    if run.backend.separate and recorded is None:
+        check_weights(run, rollout, old_logprobs, lag)
 
     # 4. Advantages and returns, from the whole global batch.
     targets = make_targets(
@@ -90,6 +98,7 @@ def train_step(
             kl_estimator=config.kl.estimator, greedy_scores=greedy,
         )
     )  # fmt: skip
+    targets = with_rollout_correction(targets, rollout, config.ppo)
     if targets.baseline is not None:
         state.baseline = targets.baseline
 
@@ -107,7 +116,7 @@ def train_step(
     state.episodes += len(scores)
     metrics = step_metrics(rollout, scores, ref_logprobs, targets, stats, config)
     metrics |= {"episode": float(state.episodes), "lr": learning_rate(config.train, step)}
-    metrics |= source_metrics(scored.parts)
+    metrics |= source_metrics(scored.parts) | {VERSION_LAG: float(lag)}
     if greedy is not None:
         metrics["objective/greedy_scores"] = float(greedy.mean())
     if config.rollout.dynamic:
@@ -137,6 +146,7 @@ def sampling_options(run: Run, step: int) -> SamplingOptions:
         step=step,
         temperature=rollout.temperature,
         max_new_tokens=rollout.max_new_tokens,
+        weights_version=step - 1,
         per_prompt=run.config.responses_per_prompt,
     )
 
@@ -150,8 +160,9 @@ def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]
 def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old of a rollout, by the policy before the update.
 
-    In float32, the rollout's log-probabilities are used: they agree with a full forward pass to
-    rounding. In bfloat16 they do not, so the forward pass that training uses computes them again. A
+    In float32, the log-probabilities of a native rollout are used: they agree with a full forward
+    pass to rounding. In bfloat16 they do not, and those of another engine never do well enough, so
+    the forward pass that training uses computes them again. A
     separate value trunk does not run while generating, so its values are always computed here.
 
     Args:
@@ -163,7 +174,7 @@ def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor
         log π_old and V_old, each (B, T) float32 and 0 beyond a response's length.
     """
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
-    if run.config.model.dtype != "float32":
+    if run.config.model.dtype != "float32" or run.backend.separate:
         logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=rows)
         return run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
     if run.policy.value_trunk is not None:

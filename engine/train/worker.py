@@ -44,6 +44,7 @@ from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due, record
 from engine.train.link import Link
 from engine.train.load import fit_scales, load_run
 from engine.train.models import memory_check
+from engine.train.models.trusted_code import trusted_code
 from engine.train.out_of_memory import (
     LESS_MEMORY,
     StepOutOfMemoryError,
@@ -159,6 +160,9 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
         )
         log.warning(text)
         notify("dtype", text)
+    for text in trusted_code(config):
+        log.warning(text)
+        notify("trust_remote_code", text)
     run = load_run(session, config, begin, ranks, link.phase, notify)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))

@@ -13,11 +13,13 @@ import click
 import msgspec
 
 from engine import starter
+from engine.config.sections.rollout import RolloutConfig
 from engine.errors import NoSuchSessionError, SessionError, UserInputError
 from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
+from engine.launch.rollout import TESTED_VLLM, find_vllm, rollout_python
 from engine.launch.start import check_average, checkpoint_steps, last_checkpoint
 from engine.protocol import sockets
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
@@ -196,6 +198,8 @@ class MachineFacts(msgspec.Struct, frozen=True, kw_only=True):
     python: str
     packages: dict[str, str | None]
     """Version by package; None if it is not installed."""
+    vllm: str
+    """The vLLM that `rollout.engine: vllm` would use, and its Python; or `none`."""
     cores: int
     gpus: list[str]
     sessions: FolderFacts
@@ -212,6 +216,7 @@ def doctor(root: Path, as_json: bool) -> None:
     facts = MachineFacts(
         python=sys.version.split()[0],
         packages={p: _version(p) for p in PACKAGES},
+        vllm=_vllm(),
         cores=len(os.sched_getaffinity(0)),
         gpus=_gpus(),
         sessions=_folder(root.resolve()),
@@ -254,6 +259,20 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _vllm() -> str:
+    """Which build of vLLM there is, and where; why it cannot be used, if that is known."""
+    python = rollout_python(RolloutConfig(engine="vllm"))
+    try:
+        found = find_vllm(python)
+    except UserInputError as error:
+        return str(error)
+    if found is None:
+        return "none (only rollout.engine: vllm needs it; see make vllm)"
+    tested = found.split()[-1].startswith(f"{TESTED_VLLM}.")
+    note = "" if tested else f"; tested with {TESTED_VLLM}"
+    return f"{found} ({python}){note}"
 
 
 def _gpus() -> list[str]:

@@ -18,6 +18,7 @@ from engine.memory.advice import can_start, changes_to_fit, fits
 from engine.memory.capacity import Capacity, of_device
 from engine.memory.estimate import estimate
 from engine.memory.model import Estimate, Layout, Models, configured, layouts
+from engine.memory.rollout import beside_ranks, engine_memory
 from rlhf_tui.commands.options import json_option, override_option, print_json, say
 from rlhf_tui.text import one_line
 
@@ -66,9 +67,9 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     Loads no weights.
     """
     loaded = config_file.load(config, overrides)
-    check_inputs(loaded)
+    check_inputs(loaded, to_run=False)
     models = read_models(loaded)
-    capacity = of_device(models.device, loaded.launch.gpus)
+    capacity = of_device(models.device, loaded.launch.gpus).less(beside_ranks(loaded, models))
     ranks = processes or _several(loaded, capacity)
     estimates = [estimate(loaded, models, layout) for layout in layouts(loaded, ranks)]
     layout = configured(loaded, _configured_ranks(loaded, capacity))
@@ -78,6 +79,8 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     say(_head(loaded, models))
     say(_table(estimates, capacity))
     say("")
+    for line in _engine_lines(loaded, models):
+        say(_wrapped(line))
     for line in _conclusion(loaded, models, capacity, estimates, layout):
         say(_wrapped(line))
 
@@ -208,6 +211,22 @@ def _conclusion(
     return lines
 
 
+def _engine_lines(config: RunConfig, models: Models) -> list[str]:
+    """What a rollout engine of its own needs; nothing for native rollouts."""
+    parts = engine_memory(config, models)
+    if not parts:
+        return []
+    named = {
+        "weights": "weights",
+        "cache": "key-value cache",
+        "program": "the program (host)",
+        "handover": "weights handed over (host)",
+    }
+    listed = ", ".join(f"{label} {parts[key] / GB:.2f}" for key, label in named.items())
+    where = "beside the ranks" if beside_ranks(config, models) else "on GPUs of its own"
+    return [f"vLLM needs {where}, GB: {listed}. What is left to the ranks follows."]
+
+
 def _machine(capacity: Capacity) -> str:
     total, free = f"{capacity.total / GB:.1f} GB", f"{capacity.free / GB:.1f} free now"
     if capacity.device == "cuda":
@@ -234,6 +253,7 @@ def _as_data(
         "capacity": {"total": capacity.total, "free": capacity.free, "gpus": capacity.gpus},
         "models": msgspec.to_builtins(models),
         "configured": _column(current, capacity),
+        "rollout_engine": engine_memory(config, models),
         "layouts": [_column(e, capacity) for e in estimates],
         "changes": changes,
         "changed_peak": smaller.peak,

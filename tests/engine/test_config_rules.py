@@ -52,6 +52,30 @@ def test_keys_of_services_and_judges_that_make_no_sense_are_refused(overrides, s
 
 
 @pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.reference_revision=v1"], "model.reference_revision needs model.reference"),
+        (["model.gguf_file=x.bin"], "must be the name of a .gguf file"),
+        (["model.attn_implementation=flash_attention_2"], "set model.dtype: bfloat16"),
+        (["model.attn_implementation=fast"], "must be one of eager, "),
+        (["data.template_arguments={tokenize: true}"], "cannot contain tokenize"),
+        (
+            ["reward.model=null", "reward.function='a:b'", "reward.trust_remote_code=true"],
+            "reward.trust_remote_code needs reward.model",
+        ),
+        (
+            ["reward.model=null", "reward.mix=[{function: 'a:b'}]", "reward.pair=true"],
+            "move it into reward.mix",
+        ),
+    ],
+)
+def test_keys_of_models_and_conversations_that_make_no_sense_are_refused(overrides, says):
+    with pytest.raises(ConfigError) as caught:
+        demo(*overrides)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "name", ["not-there", "module:", ":function", "a:b:c", "a b:c", "os.system"]
 )
 def test_a_reward_function_is_written_module_and_function(name):

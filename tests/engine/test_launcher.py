@@ -12,11 +12,11 @@ import pytest
 from engine.config.sections.launch import LaunchConfig
 from engine.launch.environment import (
     JOINED_VARIABLE,
-    PARENT_VARIABLE,
     STORE_VARIABLE,
     rank_command,
     rank_environment,
 )
+from engine.launch.parent import PARENT_VARIABLE
 
 
 def test_variables_of_another_launcher_do_not_reach_the_ranks(monkeypatch):

@@ -54,6 +54,44 @@ def test_chat_messages_are_rendered_by_the_models_template(tokenizer, write_prom
     assert prompts.find("How was it?") is None
 
 
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if enable_thinking is defined and not enable_thinking %}no thoughts{% endif %}>"
+)
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    """A tokenizer with a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def test_a_conversation_gets_the_system_message_and_the_arguments_of_the_template(
+    chatty, write_prompts
+):
+    own = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    rows = [{"prompt": "Hi"}, {"prompt": own[1:]}, {"prompt": own}]
+    path = write_prompts("p.json", json.dumps([rows[0]]))
+    options = {
+        "chat": True, "system": "Be short.", "template_arguments": {"enable_thinking": False}
+    }  # fmt: skip
+    (prompt,) = load(chatty, path, **options).all
+    assert prompt.text == "system: Be short.\nuser: Hi\nno thoughts>"
+    assert prompt.messages == [{"role": "system", "content": "Be short."}, own[1]]
+    path = write_prompts("q.json", json.dumps(rows[1:]))
+    one, two = load(chatty, path, **options).all
+    assert one.text == prompt.text
+    assert two.text == "system: Be kind.\nuser: Hi\nno thoughts>", "its own message stays"
+
+
+def test_a_system_message_for_plain_text_is_an_error_that_says_what_to_set(chatty, write_prompts):
+    path = write_prompts("p.jsonl", '{"prompt": "Hi"}\n')
+    with pytest.raises(UserInputError, match=r"data\.system .*row 1 .*set data\.chat: true"):
+        load(chatty, path, system="Be short.")
+
+
 BAD = {
     "an empty file": ("p.jsonl", "", {}, "is empty"),
     "no such column": ("p.jsonl", '{"text": "x"}\n', {}, "no column 'prompt'.*it has text"),

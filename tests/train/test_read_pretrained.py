@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, dynamic_module_utils
 
 from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
+from engine.train.checkpoints.policy_folder import policy_files, policy_tensors, write_policy
 from engine.train.distributed.ranks import RankGroup
+from engine.train.models.language_model import LanguageModel
 from engine.train.models.pretrained import load_lm, load_tokenizer
+from engine.train.models.read_pretrained import ReadOptions, read_pretrained
 
 RANKS = RankGroup(LaunchConfig(device="cpu"))
 
@@ -56,14 +61,23 @@ def quantised(folder):
     change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
 
 
+def without(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 MODELS = {
+    "a tensor is missing": (
+        lambda f: without(f, "model.norm.weight"), r"has no weights for model\.norm\.weight"
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "weights|no model that can be"),
     "truncated weights": (lambda f: truncate(f / "model.safetensors"), "no model that can be"),
     "weights of garbage": (
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "no model that can be"
     ),
     "a pickle": (as_pickle, r"pytorch_model\.bin, and a pickle can run code"),
-    "code of its own": (with_code, "needs Python code of its own, which is never run"),
+    "code of its own": (with_code, "needs Python code of its own, which is never run unless you"),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds adapters for"),
     "quantised weights": (quantised, "no model that can be loaded"),
     "a configuration of garbage": (
@@ -103,3 +117,52 @@ def test_a_tokenizer_that_cannot_be_used_is_one_sentence(folder, damage):
     except UserInputError as error:
         assert str(error).startswith("model.policy: ")
         assert "\n" not in str(error)
+
+
+def test_a_language_model_is_no_reward_model(folder):
+    with pytest.raises(
+        UserInputError, match=r"^reward\.model: .* has no weights for score\.weight"
+    ):
+        read_pretrained(AutoModelForSequenceClassification, str(folder), "reward.model")
+
+
+OWN_CONFIG = """
+from transformers import LlamaConfig
+class Config(LlamaConfig):
+    model_type = "own"
+"""
+OWN_MODEL = """
+from transformers import LlamaForCausalLM
+from .own_config import Config
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_trusted_code_is_run_and_a_checkpoint_of_its_model_brings_it_along(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    (folder / "own_config.py").write_text(OWN_CONFIG)
+    (folder / "own_model.py").write_text(OWN_MODEL)
+    code = {"AutoConfig": "own_config.Config", "AutoModelForCausalLM": "own_model.Model"}
+    change_config(folder, model_type="own", auto_map=code)
+    read, ours = ReadOptions(trust_remote_code=True), str(folder)
+    lm = load_lm(ours, "model.policy", RANKS, torch.float32, read)
+    assert type(lm).__name__ == "Model"
+    policy, tokenizer = LanguageModel(lm), load_tokenizer(ours, "model.policy", RANKS, read)
+    saved = tmp_path / "saved"
+    write_policy(saved, policy, policy_tensors(policy), policy_files(policy, tokenizer))
+    shutil.rmtree(folder)
+    again = load_lm(str(saved), "model.policy", RANKS, torch.float32, read)
+    assert type(again).__name__ == "Model"
+    assert all(map(torch.equal, lm.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_gguf_file_that_cannot_be_read_is_one_sentence(folder):
+    (folder / "x.gguf").write_bytes(b"GGUF, or not")
+    read = ReadOptions(gguf_file="x.gguf")
+    with pytest.raises(UserInputError, match=r"^model\.gguf_file(: x| needs the)") as caught:
+        load_lm(str(folder), "model.policy", RANKS, torch.float32, read)
+    assert "\n" not in str(caught.value)

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
     GPT2Config,
     GPT2ForSequenceClassification,
 )
@@ -318,6 +321,66 @@ def test_padding_never_hides_the_end_of_a_response(foreign_classifier, inputs, t
             [inputs.texts[i]], [True], 7,
         )  # fmt: skip
         assert together[i] == pytest.approx(reward(one, no_report)[0], abs=1e-5)
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A BERT classifier with its own tokenizer, which tells a pair's texts apart."""
+    torch.manual_seed(0)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "the",
+        "film",
+        "was",
+        "great",
+        "bad",
+        "and",
+        "long",
+        "again",
+    ]
+    own = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)}, model_max_length=20)
+    shape = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=24, num_labels=1,
+    )  # fmt: skip
+    model = BertForSequenceClassification(shape).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.ndim > 1 else 1)
+    model.save_pretrained(tmp_path / "bert")
+    own.save_pretrained(tmp_path / "bert")
+    return str(tmp_path / "bert"), model, own
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_an_encoder_of_another_tokenizer_scores_as_when_it_is_called_by_hand(
+    inputs, tokenizer, encoder, pair
+):
+    folder, model, own = encoder
+    reward = RewardModel(
+        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), SINGLE_RANK, pair=pair
+    )
+    got = reward(inputs, no_report)
+    assert len({round(score, 3) for score in got}) == 3
+    for score, text in zip(got, inputs.texts, strict=True):
+        texts = ("The film", text) if pair else ("The film" + text,)
+        by_hand = own(*texts, return_tensors="pt")
+        assert score == pytest.approx(float(model(**by_hand).logits[0, 0]), abs=1e-5)
+
+
+def test_an_encoder_reads_the_end_of_what_is_too_long_and_its_special_tokens(
+    inputs, tokenizer, encoder
+):
+    folder, model, own = encoder
+    config = RewardConfig(model=folder, max_tokens=8)
+    reward = RewardModel(folder, None, config, tokenizer.get_vocab(), SINGLE_RANK)
+    (score,) = reward(inputs.select(torch.tensor([1])), no_report)
+    words = ["[CLS]", "long", "[UNK]", "and", "bad", "again", "[UNK]", "[SEP]"]
+    by_hand = torch.tensor([own.convert_tokens_to_ids(words)])
+    assert score == pytest.approx(float(model(input_ids=by_hand).logits[0, 0]), abs=1e-5)
 
 
 def test_of_several_labels_one_must_be_chosen(foreign_classifier, tokenizer):

@@ -1,6 +1,6 @@
 """The sections `data`, `model` and `lora`: what is trained, and on which prompts."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from engine.config.sections.base import Count, Section
 
@@ -13,6 +13,15 @@ class DataConfig(Section, frozen=True):
     `starter:prompts`."""
     column: str = "prompt"
     """The column that holds the prompt: text, or a list of chat messages (`role`, `content`)."""
+    chat: bool = False
+    """Make a prompt that is text the message of a user, rendered by the chat template."""
+    system: str | None = None
+    """A system message in front of conversations that have none."""
+    chat_template: str | None = None
+    """A chat template in place of the one in the policy's tokenizer: a file, or Jinja text. It is
+    saved with the policy."""
+    template_arguments: dict[str, Any] | None = None
+    """Variables of the chat template, such as `{enable_thinking: false}`."""
     split: str = "train"
     """The split of a data set on the hub."""
     max_prompt_tokens: Count = 512
@@ -26,8 +35,21 @@ class ModelConfig(Section, frozen=True):
 
     policy: str
     """The model to train: a Hugging Face model folder, a hub id, or `starter:policy`."""
+    revision: str | None = None
+    """Branch, tag or commit of a policy on the hub. Default: its main branch."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the policy's folder or repository. Its weights are trained in float32,
+    whatever the quantisation that they were stored with. Needs the extra `gguf`."""
     reference: str | None = None
     """The model that the KL is measured against. Default: the policy before training."""
+    reference_revision: str | None = None
+    """Branch, tag or commit of `reference` on the hub."""
+    trust_remote_code: bool = False
+    """Run the Python code that a policy or a reference brings along. It can do whatever you can do
+    on this machine: read it first, and give a commit as `revision`."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """How the policy and the reference compute attention. Default: transformers' choice, mostly
+    `sdpa`. `flash_attention_2` needs the package flash-attn and `dtype: bfloat16`."""
     value: Literal["shared", "separate"] = "shared"
     """Whether the value head shares the policy's transformer or has a separate one."""
     dtype: Literal["float32", "bfloat16"] = "float32"

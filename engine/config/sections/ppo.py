@@ -68,6 +68,13 @@ class PPOConfig(Section, frozen=True):
     responses of their sums divided by `rollout.max_new_tokens` (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
     """Whether the probability ratio is that of each token or that of the whole response."""
+    rollout_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weights a token's policy loss by the probability that the policy gives it over the one that
+    it was sampled with, where these differ: with `rollout.engine: vllm`, or in bfloat16. `truncate`
+    bounds the weight by `rollout_correction_cap` (truncated importance sampling), `mask` drops
+    tokens beyond it."""
+    rollout_correction_cap: Annotated[float, Meta(ge=1, le=1e6)] = 2.0
+    """Bound of the weight of `rollout_correction`."""
     gamma: Fraction = 1.0
     """Discount γ (gae, reinforce_plus_plus and remax)."""
     lam: Fraction = 0.95

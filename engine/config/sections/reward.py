@@ -52,6 +52,13 @@ class ScoreOrigin(Section, frozen=True):
 
     model: str | None = None
     """A sequence classifier: a model folder, a hub id, or `starter:reward`."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub. Default: its main branch."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model brings along; see `model.trust_remote_code`."""
+    pair: bool = False
+    """Give the tokenizer of a model prompt and response as a pair of texts, as many encoders are
+    trained: `[CLS] prompt [SEP] response [SEP]`."""
     label: int | str | None = None
     """Index or name of the label whose logit is the score, if the classifier has several."""
     function: str | None = None

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from engine.config.sections.base import Count, Section, Whole
+from engine.config.sections.base import Count, Positive, Section, Whole
 from engine.config.sections.reward import RewardSource
 
 
@@ -45,8 +45,19 @@ class EvalConfig(Section, frozen=True):
 class RolloutConfig(Section, frozen=True):
     """Generation of responses."""
 
-    engine: Literal["native"] = "native"
-    """What generates: `native` is the trained model itself, in the rank that trains it."""
+    engine: Literal["native", "vllm"] = "native"
+    """What generates: `native` is the trained model itself, in the rank that trains it; `vllm` is
+    vLLM in a process of its own, which is sent the weights before each step."""
+    python: str | None = None
+    """The Python that runs vLLM; its environment may have another transformers. Default: this one,
+    or that of `make vllm` if this one has no vLLM."""
+    gpus: list[Whole] = []
+    """Indices of the GPUs that vLLM uses, as numbered by the driver. Default: `launch.gpus`."""
+    tensor_parallel: Annotated[int, Meta(ge=1, le=1024)] = 1
+    """GPUs (or processes on a CPU) that vLLM divides the model among."""
+    cache_gb: Positive | None = None
+    """Size of vLLM's key-value cache, in 10⁹ bytes. Responses that do not fit wait. Default: what
+    the responses of a step need, but no more than 4."""
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Responses per step, over all ranks."""
     at_once: Count | None = None

@@ -20,7 +20,7 @@ from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel, fingerprint
-from engine.train.models.pretrained import compute_dtype, load_lm, load_tokenizer
+from engine.train.models.pretrained import compute_dtype, load_lm, load_tokenizer, policy_options
 
 
 def main() -> None:
@@ -52,14 +52,16 @@ def merge(session: Session, step: int, part: str, target: Path) -> None:
     # In the run's dtype first, because the adapters were trained on these weights.
     ranks = RankGroup(LaunchConfig(device="cpu"))
     source = starter.resolve(config.model.policy)
-    lm = load_lm(source, "model.policy", ranks, compute_dtype(config))
+    read = policy_options(config, source)
+    lm = load_lm(source, "model.policy", ranks, compute_dtype(config), read)
     if fingerprint(LanguageModel(lm)) != state.base:
         raise CheckpointError(
             "the model under the adapters is not the one this run was started with: "
             f"{config.model.policy} has changed; restore it to merge"
         )
     merged = PeftModel.from_pretrained(lm.float(), str(saved / part)).merge_and_unload()
-    tokenizer = load_tokenizer(str(saved / part), "model.policy", ranks)
+    folder = str(saved / part)
+    tokenizer = load_tokenizer(folder, "model.policy", ranks, policy_options(config, folder))
     try:
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -1,17 +1,17 @@
 """Writes a checkpoint's ``policy/``: a folder that transformers or peft loads."""
 
-import copy
 import errno
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from engine.errors import first_line
 from engine.train.models import lora
 from engine.train.models.language_model import LanguageModel
+from engine.train.models.pretrained import save_configs
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 """Errors that fail a save instead of leaving the tokenizer out."""
@@ -55,7 +55,7 @@ def policy_files(
         if lora.adapted_layers(lm):
             lora.save_adapter_config(lm, Path(folder))
         else:
-            _save_configs(lm, folder)
+            save_configs(lm, folder)
         files = _read_files(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -71,16 +71,6 @@ def policy_files(
 
 def _read_files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
-def _save_configs(lm: PreTrainedModel, folder: str) -> None:
-    config = copy.deepcopy(lm.config)
-    config.dtype = str(next(lm.parameters()).dtype).removeprefix("torch.")
-    # fully_shard prefixes the name of the class.
-    config.architectures = [type(lm).__name__.removeprefix("FSDP")]
-    config.save_pretrained(folder)
-    if lm.can_generate():
-        lm.generation_config.save_pretrained(folder)
 
 
 def write_policy(

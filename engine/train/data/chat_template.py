@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,20 @@ TIME_LIMIT = 10.0
 
 class _TimeLimitError(Exception):
     """A template took longer than :data:`TIME_LIMIT`."""
+
+
+def read_chat_template(value: str) -> str:
+    """The Jinja text of `data.chat_template`, which is that text or names a file.
+
+    Raises:
+        UserInputError: the file cannot be read.
+    """
+    if "{" in value:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserInputError(f"data.chat_template: cannot read {value}: {error}") from error
 
 
 def render_chat(

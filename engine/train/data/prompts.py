@@ -40,6 +40,15 @@ class Prompt:
     messages: list[dict[str, str]] | None = None
     """The chat messages, if the prompt is a conversation."""
 
+    @property
+    def plain(self) -> str:
+        """The prompt without the markup of a chat template."""
+        if self.messages is None:
+            return self.text
+        if len(self.messages) == 1:
+            return self.messages[0]["content"]
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+
 
 class Prompts:
     """All prompts of a run; :meth:`for_step` selects those of a step."""
@@ -273,7 +282,14 @@ def _prompt(
     row: dict[str, Any], number: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Prompt:
     content = row[config.column]
+    if config.chat and isinstance(content, str):
+        content = [{"role": "user", "content": content}]
     if isinstance(content, str):
+        if config.system is not None:
+            raise UserInputError(
+                f"data.system needs conversations, and row {number + 1} of {config.prompts} is "
+                "text: set data.chat: true to make text the message of a user"
+            )
         if _is_too_long(content, config, tokenizer):
             return Prompt([], content, row)
         return Prompt(tokenise_prompt(tokenizer, content), content, row)
@@ -286,9 +302,14 @@ def _prompt(
     if not tokenizer.chat_template:
         raise UserInputError(
             "data.prompts holds chat messages but the policy's tokenizer has no chat template: "
-            "use a chat model or plain text"
+            "use a chat model or plain text, or give data.chat_template"
         )
-    text = render_chat(tokenizer, messages, "data.prompts", add_generation_prompt=True)
+    if config.system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system}, *messages]
+    text = render_chat(
+        tokenizer, messages, "data.prompts", add_generation_prompt=True,
+        **config.template_arguments or {},
+    )  # fmt: skip
     if _is_too_long(text, config, tokenizer):
         return Prompt([], text, row, messages)
     return Prompt(list(tokenizer(text, add_special_tokens=False)["input_ids"]), text, row, messages)

@@ -170,13 +170,14 @@ def materialised(model: Any) -> Iterator[None]:
     must enter and leave the context.
     """
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
     host: HostWeights | None = getattr(model, "host_weights", None)
-    if host is not None:
-        host.copy_to_device()
     try:
+        # Inside: what was copied before memory ran out is to be freed, too.
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        if host is not None:
+            host.copy_to_device()
         yield
     finally:
         if host is not None:

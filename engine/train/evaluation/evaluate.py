@@ -88,21 +88,22 @@ def evaluate(run: Run, held_out: HeldOut, step: int) -> Evaluation:
         step: the last finished step, for reward functions and progress.
     """
     started = time.perf_counter()
-    parts = _respond_to_all(run, held_out, step)
+    parts = _respond_to_all(run, held_out, step, step)
     metrics = _summarise(parts, run.config.eval.per_prompt)
     if run.average is not None:
         with run.average.in_place_of(run.policy):
-            averaged = _respond_to_all(run, held_out, step)
+            # A version of its own: a rollout engine must not take these weights for the policy's.
+            averaged = _respond_to_all(run, held_out, step, -1 - step)
         found = _summarise(averaged, run.config.eval.per_prompt)
         metrics |= {AVERAGED[name]: found[name] for name in AVERAGED if name in found}
     metrics[names.EVAL_TIME] = time.perf_counter() - started
     return Evaluation(metrics, _samples(parts) if run.ranks.is_lead else [])
 
 
-def _respond_to_all(run: Run, held_out: HeldOut, step: int) -> list[_Scored]:
+def _respond_to_all(run: Run, held_out: HeldOut, step: int, weights_version: int) -> list[_Scored]:
     report = run.announce(step, PHASE)
     return [
-        _respond(run, held_out, step, number, prompts, report)
+        _respond(run, held_out, step, weights_version, number, prompts, report)
         for number, prompts in enumerate(_batches(run, held_out.prompts))
     ]
 
@@ -123,6 +124,7 @@ def _respond(
     run: Run,
     held_out: HeldOut,
     step: int,
+    weights_version: int,
     number: int,
     prompts: list[Prompt],
     report: ReportProgress,
@@ -133,6 +135,7 @@ def _respond(
     options = SamplingOptions(
         seed=derived_seed(evaluation.seed, "evaluation", number),
         step=0,
+        weights_version=weights_version,
         temperature=evaluation.temperature or GREEDY_TEMPERATURE,
         max_new_tokens=evaluation.max_new_tokens or config.rollout.max_new_tokens,
         per_prompt=evaluation.per_prompt,

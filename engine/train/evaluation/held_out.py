@@ -3,10 +3,10 @@
 import logging
 from dataclasses import dataclass
 
+import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
-from engine.config.sections.model import DataConfig
 from engine.errors import UserInputError
 from engine.train.data.prompts import Prompt, Prompts, load_prompts
 from engine.train.distributed.ranks import RankGroup
@@ -64,11 +64,11 @@ def _read(
     config: RunConfig, trained: Prompts, tokenizer: PreTrainedTokenizerBase, ranks: RankGroup
 ) -> list[Prompt]:
     evaluation = config.eval
-    data = DataConfig(
+    data = msgspec.structs.replace(
+        config.data,
         prompts=evaluation.prompts or "",
         column=evaluation.column or config.data.column,
         split=evaluation.split,
-        max_prompt_tokens=config.data.max_prompt_tokens,
         shuffle=False,
     )
     if ranks.is_lead:

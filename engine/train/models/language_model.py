@@ -143,12 +143,16 @@ class LanguageModel(nn.Module):
                 "input_ids": tokens, "past_key_values": cache, "use_cache": cache is not None,
                 "logits_to_keep": keep, **inputs,
             }  # fmt: skip
-            if read is not None and self._is_read(read, len(tokens) * keep):
-                with self._output.reading(partial(read, self._output)) as results:
-                    self.lm(**inputs_of_lm)
-                logits = results[0]
-            else:
-                logits = self.lm(**inputs_of_lm).logits
+            try:
+                if read is not None and self._is_read(read, len(tokens) * keep):
+                    with self._output.reading(partial(read, self._output)) as results:
+                        self.lm(**inputs_of_lm)
+                    logits = results[0]
+                else:
+                    logits = self.lm(**inputs_of_lm).logits
+            except BaseException:
+                self._hidden = None  # all activations hang on it, and memory may be short
+                raise
         # A separate value trunk has no cache: it reads complete responses.
         if self.value_head is None or want == "logits" or (separate and cache is not None):
             self._hidden = None

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from engine.config.sections.model import LoRAConfig
 from engine.errors import CheckpointError, UserInputError, first_line
 from engine.train.data.randomness import derived_key
+from engine.train.distributed.sharding import full_tensor
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -110,6 +111,42 @@ def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     )
     tensors = module.state_dict().items()
     return {k.replace(".base_layer.", "."): v for k, v in tensors if not k.startswith(adapters)}
+
+
+def mergeable_weights(module: nn.Module) -> "dict[str, tuple[nn.Parameter, LoraLayer | None]]":
+    """Every weight by the name it has in a model without adapters, with its layer of adapters.
+
+    Works without adapters, too. Tied weights come under each of their names, as the same object.
+    """
+    layers = {f"{name}.weight": layer for name, layer in _named_layers(module)}
+    adapters = tuple(
+        f"{name}.{part}."
+        for name, layer in _named_layers(module)
+        for part in layer.adapter_layer_names
+    )
+    found = {}
+    # keep_vars: tied weights stay one object. FSDP reshards gathered parameters first.
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter) and not key.startswith(adapters):
+            name = key.replace(".base_layer.", ".")
+            found[name] = (tensor, layers.get(name))
+    return found
+
+
+def merged_weight(weight: nn.Parameter, layer: "LoraLayer | None") -> Tensor:
+    """A weight with its adapter merged, W + scale · B·A in float32; unchanged without one.
+
+    Of a sharded model it is gathered; all ranks must call this in the same order.
+    """
+    whole = full_tensor(weight.detach())
+    if layer is None:
+        return whole
+    first, second = (
+        full_tensor(part["default"].get_parameter("weight").detach()).float()
+        for part in (layer.lora_A, layer.lora_B)
+    )
+    change = (second @ first) * layer.scaling["default"]
+    return whole.float() + (change.T if getattr(layer, "fan_in_fan_out", False) else change)
 
 
 def adapter_tensors(

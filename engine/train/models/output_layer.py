@@ -150,9 +150,10 @@ def find_after_layer(lm: PreTrainedModel) -> AfterLayer | None:
     logits are then made in pieces; for a function that is not found they are made at once.
     """
     trunk, layer = lm.base_model, lm.get_output_embeddings()
-    tokens = torch.zeros(1, 1, dtype=torch.int64)
-    hidden = torch.zeros(1, 1, layer.in_features)
-    given = torch.tensor(PROBES).view(1, 1, -1)
+    # A rank other than 0 builds models inside a context that puts new tensors on the meta device.
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    hidden = torch.zeros(1, 1, layer.in_features, device="cpu")
+    given = torch.tensor(PROBES, device="cpu").view(1, 1, -1)
     try:
         with (
             replaced_forward(trunk, lambda *_args, **_named: _TrunkOutput(hidden)),

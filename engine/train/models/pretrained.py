@@ -1,7 +1,9 @@
 """Loads models and tokenizers from folders and the hub; rank 0 reads and broadcasts them."""
 
+import copy
 import inspect
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from transformers import (
 
 from engine import starter
 from engine.config.schema import RunConfig
+from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError
+from engine.train.data.chat_template import read_chat_template
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import offload_between_uses, place_model
@@ -27,7 +31,7 @@ from engine.train.models import lora
 from engine.train.models.fused_kernels import use_fused_kernels
 from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
 from engine.train.models.onednn_linear import use_onednn
-from engine.train.models.read_pretrained import read_pretrained
+from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
 
 
@@ -59,8 +63,8 @@ def load_policy(
     adapted = config.lora.rank is not None
     base = starter.resolve(config.model.policy) if adapted else source
     dtype = compute_dtype(config) if adapted else torch.float32
-    sharded = shards_weights(ranks, strategy)
-    lm = load_lm(base, "model.policy", ranks, dtype, sharded=sharded)
+    read, sharded = policy_options(config, base), shards_weights(ranks, strategy)
+    lm = load_lm(base, "model.policy", ranks, dtype, read, sharded=sharded)
     if config.model.kernels == "liger":
         use_fused_kernels(lm, ranks.device)
     with without_weights(ranks):
@@ -73,7 +77,7 @@ def load_policy(
             policy.value_trunk, policy.value_head = value_model
             use_onednn(policy.value_trunk)
         elif value == "separate":
-            trunk = _load_trunk(base, lm, ranks, dtype, sharded=sharded)
+            trunk = _load_trunk(base, lm, ranks, dtype, read, sharded=sharded)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
             use_onednn(trunk)
@@ -97,8 +101,11 @@ def load_reference(
         return AdapterFreePolicy(policy)
     key = "model.reference" if config.model.reference else "model.policy"
     dtype = compute_dtype(config)
-    sharded = shards_weights(ranks, strategy)
-    lm = load_lm(starter.resolve(name), key, ranks, dtype, sharded=sharded)
+    source, sharded = starter.resolve(name), shards_weights(ranks, strategy)
+    read = policy_options(config, source)
+    if config.model.reference is not None:
+        read = replace(read, revision=config.model.reference_revision, gguf_file=None)
+    lm = load_lm(source, key, ranks, dtype, read, sharded=sharded)
     if config.model.kernels == "liger":
         use_fused_kernels(lm, ranks.device)
     reference = LanguageModel(lm, compute=dtype)
@@ -114,6 +121,23 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
 
 
+def policy_options(config: RunConfig, source: str) -> ReadOptions:
+    """How the policy is read: as configured, or from a checkpoint, which is a plain folder."""
+    model = config.model
+    original = source == starter.resolve(model.policy)
+    return ReadOptions(
+        revision=model.revision if original else None,
+        gguf_file=model.gguf_file if original else None,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
+    )
+
+
+def reward_options(source: RewardSource) -> ReadOptions:
+    """How a reward model is read."""
+    return ReadOptions(revision=source.revision, trust_remote_code=source.trust_remote_code)
+
+
 def shards_weights(ranks: RankGroup, strategy: str) -> bool:
     """Whether models are sharded, so that rank 0 need not read them whole."""
     return ranks.size > 1 and strategy == "fsdp"
@@ -124,6 +148,7 @@ def load_lm(
     key: str,
     ranks: RankGroup,
     dtype: torch.dtype = torch.float32,
+    read: ReadOptions = NO_OPTIONS,
     *,
     sharded: bool = False,
 ) -> PreTrainedModel:
@@ -134,6 +159,7 @@ def load_lm(
         key: the configuration key that names the model, for error messages.
         ranks: all ranks; all must call this.
         dtype: dtype of the weights.
+        read: how it is read.
         sharded: whether the model is going to be sharded. Its weights then stay in their files
             where that is possible (:mod:`engine.train.models.stored_weights`).
 
@@ -142,22 +168,43 @@ def load_lm(
     """
     lm, stored = None, None
     if ranks.is_lead:
-        lm, stored = read_model(AutoModelForCausalLM, source, key, dtype, sharded=sharded)
+        lm, stored = read_model(AutoModelForCausalLM, source, key, dtype, read, sharded=sharded)
         _check_usable(lm, key)
         copy_weights(lm)
     with broadcast_files(ranks, *((lm.config, lm.generation_config) if lm else ())) as folder:
         if lm is None:
             with without_weights(ranks):
-                config = read_pretrained(AutoConfig, str(folder), key, "configuration")
-                lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+                config = read_shape(source, folder, key, read)
+                lm = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=dtype,
+                    trust_remote_code=read.trust_remote_code,
+                    **read.of_model(),
+                )
             lm.generation_config = GenerationConfig.from_pretrained(folder)
     if sharded:
         share_stored(lm, stored, ranks)
     return lm
 
 
+def read_shape(source: str, received: Path, key: str, read: ReadOptions) -> Any:
+    """The configuration that rank 0 has broadcast, on another rank.
+
+    That of a model with code of its own is read from the source, where its code is.
+    """
+    if read.trust_remote_code:
+        return read_pretrained(AutoConfig, source, key, "configuration", read)
+    return read_pretrained(AutoConfig, str(received), key, "configuration")
+
+
 def read_model(
-    kind: Any, source: str, key: str, dtype: torch.dtype, *, sharded: bool
+    kind: Any,
+    source: str,
+    key: str,
+    dtype: torch.dtype,
+    read: ReadOptions = NO_OPTIONS,
+    *,
+    sharded: bool,
 ) -> tuple[Any, StoredModel | None]:
     """Reads a model on rank 0, or finds where its weights are if it is going to be sharded.
 
@@ -166,6 +213,7 @@ def read_model(
         source: a folder or a hub id.
         key: the configuration key that names the source, for error messages.
         dtype: dtype of the weights.
+        read: how it is read.
         sharded: whether it is going to be sharded. All ranks then call `share_stored`.
 
     Returns:
@@ -174,9 +222,9 @@ def read_model(
     Raises:
         UserInputError: the model cannot be loaded.
     """
-    if sharded and (empty := empty_model(kind, source, key, dtype)) is not None:
+    if sharded and (empty := empty_model(kind, source, key, dtype, read)) is not None:
         return empty
-    return read_pretrained(kind, source, key, dtype=dtype), None
+    return read_pretrained(kind, source, key, read=read, dtype=dtype), None
 
 
 def _check_usable(lm: PreTrainedModel, key: str) -> None:
@@ -186,20 +234,54 @@ def _check_usable(lm: PreTrainedModel, key: str) -> None:
 
 
 def _load_trunk(
-    source: str, lm: PreTrainedModel, ranks: RankGroup, dtype: torch.dtype, *, sharded: bool
+    source: str,
+    lm: PreTrainedModel,
+    ranks: RankGroup,
+    dtype: torch.dtype,
+    read: ReadOptions,
+    *,
+    sharded: bool,
 ) -> Any:
     trunk, stored = None, None
     if ranks.is_lead:
-        trunk, stored = read_model(AutoModel, source, "model.policy", dtype, sharded=sharded)
+        trunk, stored = read_model(AutoModel, source, "model.policy", dtype, read, sharded=sharded)
         copy_weights(trunk)
     else:
-        trunk = AutoModel.from_config(lm.config, dtype=dtype, trust_remote_code=False)
+        trunk = AutoModel.from_config(
+            lm.config, dtype=dtype, trust_remote_code=read.trust_remote_code, **read.of_model()
+        )
     if sharded:
         share_stored(trunk, stored, ranks)
     return trunk
 
 
-def load_tokenizer(source: str, key: str, ranks: RankGroup) -> PreTrainedTokenizerBase:
+def load_policy_tokenizer(
+    config: RunConfig, source: str, ranks: RankGroup
+) -> PreTrainedTokenizerBase:
+    """Loads the policy's tokenizer, with `data.chat_template` if that is given.
+
+    All ranks must call it.
+
+    Args:
+        config: the configuration of the run.
+        source: the policy's folder or hub id, or a checkpoint's `policy/` folder.
+        ranks: all ranks.
+
+    Raises:
+        UserInputError: the tokenizer or the template cannot be read.
+    """
+    tokenizer = load_tokenizer(source, "model.policy", ranks, policy_options(config, source))
+    template = b""
+    if ranks.is_lead and config.data.chat_template is not None:
+        template = read_chat_template(config.data.chat_template).encode()
+    if template := ranks.broadcast_bytes(template):
+        tokenizer.chat_template = template.decode()
+    return tokenizer
+
+
+def load_tokenizer(
+    source: str, key: str, ranks: RankGroup, read: ReadOptions = NO_OPTIONS
+) -> PreTrainedTokenizerBase:
     """Loads a tokenizer on rank 0 and broadcasts it; all ranks must call it.
 
     Raises:
@@ -207,9 +289,13 @@ def load_tokenizer(source: str, key: str, ranks: RankGroup) -> PreTrainedTokeniz
     """
     tokenizer = None
     if ranks.is_lead:
-        tokenizer = read_pretrained(AutoTokenizer, source, key, "tokenizer")
+        tokenizer = read_pretrained(AutoTokenizer, source, key, "tokenizer", read)
     with broadcast_files(ranks, tokenizer) as folder:
-        return tokenizer or read_pretrained(AutoTokenizer, str(folder), key, "tokenizer")
+        if tokenizer is not None:
+            return tokenizer
+        if read.trust_remote_code:  # its code is not among the files
+            return read_pretrained(AutoTokenizer, source, key, "tokenizer", read)
+        return read_pretrained(AutoTokenizer, str(folder), key, "tokenizer")
 
 
 def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -217,6 +303,17 @@ def eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int
     eos = getattr(lm.generation_config, "eos_token_id", None)
     ids = eos if isinstance(eos, list) else [eos]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def save_configs(lm: PreTrainedModel, folder: str) -> None:
+    """Writes the configuration of a model, and of its generation, as transformers reads them."""
+    config = copy.deepcopy(lm.config)
+    config.dtype = str(next(lm.parameters()).dtype).removeprefix("torch.")
+    # fully_shard prefixes the name of the class.
+    config.architectures = [type(lm).__name__.removeprefix("FSDP")]
+    config.save_pretrained(folder)
+    if lm.can_generate():
+        lm.generation_config.save_pretrained(folder)
 
 
 def copy_weights(module: nn.Module) -> Any:

@@ -1,13 +1,15 @@
 """Reads models, their configurations and tokenizers from folders and the hub.
 
-All of the code reads them through :func:`read_pretrained`: no code of theirs is run, no pickle is
-loaded, and whatever is wrong with them is one sentence for the user.
+All of the code reads them through :func:`read_pretrained`: code of theirs is run only if the user
+says so, no pickle is loaded, and whatever is wrong with them is one sentence for the user.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from engine.config.model_folder import folder_error
@@ -17,14 +19,56 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Extensions of weights that a pickle holds."""
 
 
-def read_pretrained(kind: Any, source: str, key: str, what: str = "model", **options: Any) -> Any:
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a model, its configuration and its tokenizer are read."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """Name of the GGUF file that holds all of them."""
+    trust_remote_code: bool = False
+    """Whether code that comes with them may be run."""
+    attn_implementation: str | None = None
+    """transformers' name of the attention to compute with, None for its choice."""
+
+    def of_any(self) -> dict[str, Any]:
+        """The arguments of each `from_pretrained`."""
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.revision is not None:
+            options["revision"] = self.revision
+        if self.gguf_file is not None:
+            options["gguf_file"] = self.gguf_file
+        return options
+
+    def of_model(self) -> dict[str, Any]:
+        """The further arguments of a model's, and of its `from_config`."""
+        if self.attn_implementation is None:
+            return {}
+        return {"attn_implementation": self.attn_implementation}
+
+
+NO_OPTIONS = ReadOptions()
+
+
+def read_pretrained(
+    kind: Any,
+    source: str,
+    key: str,
+    what: str = "model",
+    read: ReadOptions = NO_OPTIONS,
+    **options: Any,
+) -> Any:
     """Calls `from_pretrained` of a transformers class, such that nothing that is read can run code.
+
+    The exception is `read.trust_remote_code`.
 
     Args:
         kind: one of the Auto classes.
         source: a folder or a hub id.
         key: the configuration key that names the source, for error messages.
         what: `model`, `tokenizer` or `configuration`.
+        read: what the user says about the source.
         options: for `from_pretrained`.
 
     Raises:
@@ -32,14 +76,47 @@ def read_pretrained(kind: Any, source: str, key: str, what: str = "model", **opt
             any type of exception for a file that is damaged or not what they expect.
     """
     try:
-        if what == "model":
-            check_weights(source, key)
-            options["use_safetensors"] = True
-        return kind.from_pretrained(source, trust_remote_code=False, **options)
+        if what != "model":
+            return kind.from_pretrained(source, **read.of_any(), **options)
+        return _read_model(kind, source, key, read, **options)
     except (UserInputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if read.gguf_file is not None:
+            raise UserInputError(_explain_gguf(source, read.gguf_file, error)) from error
         raise UserInputError(_explain(source, key, what, error)) from error
+
+
+def _read_model(kind: Any, source: str, key: str, read: ReadOptions, **options: Any) -> Any:
+    if read.gguf_file is None:
+        check_weights(source, key)
+        options["use_safetensors"] = True
+    elif hasattr(transformers, "GgufConfig"):  # older versions always dequantise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, found = kind.from_pretrained(
+        source, output_loading_info=True, **read.of_any(), **read.of_model(), **options
+    )
+    if missing := sorted(found["missing_keys"]):
+        # transformers would train or score with random numbers in their place.
+        where = f"{read.gguf_file} in {source}" if read.gguf_file else f"'{source}'"
+        raise UserInputError(
+            f"{key}: {where} has no weights for {missing[0]}"
+            + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
+            + f", which {type(model).__name__} needs"
+        )
+    if read.gguf_file is not None:
+        # Plain weights now, which are trained, and saved as such.
+        vars(model.config).pop("quantization_config", None)
+    return model
+
+
+def _explain_gguf(source: str, name: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"model.gguf_file needs the package gguf: pip install 'rlhf-tui[gguf]' ({error})"
+    return (
+        f"model.gguf_file: {name} in {source} cannot be trained: {first_line(error)} "
+        "(a model folder with safetensors can)"
+    )
 
 
 def check_weights(source: str, key: str) -> None:
@@ -69,12 +146,17 @@ def _pickle_refused(key: str, source: str, file: str) -> str:
     )
 
 
+def _trust_key(key: str) -> str:
+    """`model.trust_remote_code` for `model.policy`."""
+    return f"{key.rpartition('.')[0]}.trust_remote_code"
+
+
 def _explain(source: str, key: str, what: str, error: Exception) -> str:
     first = first_line(error)
     if "trust_remote_code" in str(error):
         return (
-            f"{key}: {source} needs Python code of its own, which is never run; choose a model "
-            "whose architecture is part of transformers"
+            f"{key}: {source} needs Python code of its own, which is never run unless you trust it "
+            f"({_trust_key(key)}: true); choose a model whose architecture is part of transformers"
         )
     if source.startswith(("/", ".", "~")):
         return folder_error(key, Path(source), what, first)

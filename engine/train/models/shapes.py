@@ -7,6 +7,7 @@ needed.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from engine.errors import UserInputError, first_line
 from engine.memory.model import Models, Shape
 from engine.train.data.prompts import load_prompts
 from engine.train.distributed.ranks import RankGroup
-from engine.train.models.pretrained import load_tokenizer
-from engine.train.models.read_pretrained import read_pretrained
+from engine.train.models.pretrained import load_policy_tokenizer, policy_options, reward_options
+from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 
 MAX_PROMPT_FILE = 20_000_000
 """Bytes. For a larger file `data.max_prompt_tokens` is used instead of the longest prompt."""
@@ -50,7 +51,8 @@ def describe_models(config: RunConfig) -> Models:
     ranks = RankGroup(config.launch)
     exact, tokens = False, config.data.max_prompt_tokens
     if _is_quick_to_read(config.data.prompts):
-        tokenizer = load_tokenizer(starter.resolve(config.model.policy), "model.policy", ranks)
+        source = starter.resolve(config.model.policy)
+        tokenizer = load_policy_tokenizer(config, source, ranks)
         tokens, exact = load_prompts(config.data, tokenizer, per_step=1, seed=0).longest, True
     device = "cuda" if ranks.device.type == "cuda" else "cpu"
     return models_of(config, tokens, device, exact=exact)
@@ -68,16 +70,20 @@ def models_of(config: RunConfig, prompt_tokens: int, device: str, *, exact: bool
     Raises:
         UserInputError: the shape of a model cannot be determined.
     """
-    policy = shape_of(config.model.policy, "model.policy", AutoModelForCausalLM)
+    read = policy_options(config, starter.resolve(config.model.policy))
+    policy = shape_of(config.model.policy, "model.policy", AutoModelForCausalLM, read)
     reference = policy
     if config.model.reference is not None:
-        reference = shape_of(config.model.reference, "model.reference", AutoModelForCausalLM)
-    named = [s.model for s in config.reward.sources() if s.model is not None]
+        read = replace(read, revision=config.model.reference_revision, gguf_file=None)
+        reference = shape_of(config.model.reference, "model.reference", AutoModelForCausalLM, read)
     kind = AutoModelForSequenceClassification
     return Models(
         policy=policy,
         reference=reference,
-        rewards=[shape_of(name, "reward.model", kind) for name in named],
+        rewards=[
+            shape_of(str(s.model), "reward.model", kind, reward_options(s))
+            for s in config.reward.models()
+        ],
         prompt_tokens=prompt_tokens,
         exact_prompts=exact,
         process=psutil.Process().memory_info().rss,
@@ -85,21 +91,22 @@ def models_of(config: RunConfig, prompt_tokens: int, device: str, *, exact: bool
     )
 
 
-def shape_of(name: str, key: str, kind: Any) -> Shape:
+def shape_of(name: str, key: str, kind: Any, read: ReadOptions = NO_OPTIONS) -> Shape:
     """Determines the shape of a model.
 
     Args:
         name: a folder, a hub id, or a starter model.
         key: the configuration key that names the model, for error messages.
         kind: the transformers Auto class that loads it.
+        read: how it is read.
 
     Raises:
         UserInputError: transformers cannot build the model from its configuration.
     """
     try:
-        config = read_pretrained(AutoConfig, starter.resolve(name), key, "configuration")
+        config = read_pretrained(AutoConfig, starter.resolve(name), key, "configuration", read)
         with torch.device("meta"):
-            model = kind.from_config(config, trust_remote_code=False)
+            model = kind.from_config(config, trust_remote_code=read.trust_remote_code)
         return _shape(model, config.get_text_config())
     except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         # The type of the error depends on the architecture.

@@ -27,7 +27,12 @@ from engine.train.distributed.stored_tensor import (
     mark_stored,
     stored_tensors,
 )
-from engine.train.models.read_pretrained import check_weights, read_pretrained
+from engine.train.models.read_pretrained import (
+    NO_OPTIONS,
+    ReadOptions,
+    check_weights,
+    read_pretrained,
+)
 
 log = logging.getLogger("engine")
 
@@ -45,7 +50,7 @@ class StoredModel(msgspec.Struct, frozen=True):
 
 
 def empty_model(
-    kind: Any, source: str, key: str, dtype: torch.dtype
+    kind: Any, source: str, key: str, dtype: torch.dtype, read: ReadOptions = NO_OPTIONS
 ) -> tuple[Any, StoredModel] | None:
     """Builds a model with its parameters on the meta device; buffers have their values.
 
@@ -56,6 +61,7 @@ def empty_model(
         source: a folder or a hub id.
         key: the configuration key that names the source, for error messages.
         dtype: dtype of the parameters.
+        read: how it is read. Code of its own and GGUF files are left to transformers.
 
     Returns:
         The model and where its weights are; None if transformers has to read it.
@@ -63,14 +69,18 @@ def empty_model(
     Raises:
         UserInputError: the model cannot be loaded.
     """
+    if read.trust_remote_code or read.gguf_file is not None:
+        return None
     check_weights(source, key)
-    config = read_pretrained(AutoConfig, source, key, "configuration")
+    config = read_pretrained(AutoConfig, source, key, "configuration", read)
     if getattr(config, "quantization_config", None) is not None:
         return None
     try:
-        files = _weight_files(source)
+        files = _weight_files(source, read.revision)
         with init_empty_weights(include_buffers=False):
-            model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = kind.from_config(
+                config, dtype=dtype, trust_remote_code=False, **read.of_model()
+            )
         model.tie_weights()  # every registration has made a parameter of its own
         stored = {name: t for f in files for name, t in stored_tensors(f).items()}
         found = _by_parameter(model, stored, dtype)
@@ -85,7 +95,7 @@ def empty_model(
         if name in found:
             buffer.copy_(found.pop(name).read())
     if model.can_generate():
-        _read_generation_config(model, source)
+        _read_generation_config(model, source, read.revision)
     return model.eval(), StoredModel(found, {str(f): file_digest(f) for f in files})
 
 
@@ -115,25 +125,25 @@ def share_stored(model: nn.Module, stored: StoredModel | None, ranks: RankGroup)
         mark_stored(parameters[name], replace(tensor, on_every_rank=everywhere))
 
 
-def _weight_files(source: str) -> list[Path]:
+def _weight_files(source: str, revision: str | None) -> list[Path]:
     """The files of a model's weights, downloaded if needed. Raises OSError or ValueError."""
-    single = _find(source, ONE_FILE)
+    single = _find(source, ONE_FILE, revision)
     if single is not None:
         return [single]
-    index = _find(source, INDEX)
+    index = _find(source, INDEX, revision)
     if index is None:
         raise ValueError(f"it has neither {ONE_FILE} nor {INDEX}")
     names = sorted(set(msgspec.json.decode(index.read_bytes())["weight_map"].values()))
-    return [Path(str(cached_file(source, name))) for name in names]
+    return [Path(str(cached_file(source, name, revision=revision))) for name in names]
 
 
-def _find(source: str, name: str) -> Path | None:
+def _find(source: str, name: str, revision: str | None) -> Path | None:
     """A file of a folder or of the hub; None if it does not exist."""
     folder = Path(source)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     try:
-        return Path(str(cached_file(source, name)))
+        return Path(str(cached_file(source, name, revision=revision)))
     except OSError:
         return None
 
@@ -184,7 +194,9 @@ def _is_converted(model: PreTrainedModel, names: list[str]) -> bool:
     )
 
 
-def _read_generation_config(model: PreTrainedModel, source: str) -> None:
+def _read_generation_config(model: PreTrainedModel, source: str, revision: str | None) -> None:
     """As `from_pretrained` does; without the file, what the model's configuration says stays."""
-    if _find(source, "generation_config.json") is not None:
-        model.generation_config = GenerationConfig.from_pretrained(source)
+    if _find(source, "generation_config.json", revision) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(
+            source, revision=revision or "main"
+        )

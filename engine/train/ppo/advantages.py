@@ -81,6 +81,9 @@ class Targets:
     """The moving average for the next step's :attr:`AdvantageInputs.baseline`; None: unchanged."""
     ref_logprobs: Tensor | None = None
     """log π_ref, for `kl.place: loss`; set by :func:`make_targets`."""
+    token_weights: Tensor | None = None
+    """Weight of each token in the policy loss, not negative; None is 1 for all. See
+    :mod:`engine.train.ppo.rollout_correction`."""
 
 
 def make_targets(inputs: AdvantageInputs) -> Targets:

@@ -121,10 +121,17 @@ class _LossFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         """Scales the saved gradients in place, so that a graph is good for one backward pass."""
         of_hidden, of_weight, of_bias = (
-            None if g is None else g.mul_(grad.to(g.dtype)).to(dtype)
+            None if g is None else _scaled(g, grad).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return of_hidden, of_weight, of_bias, None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient times a scalar, which in bfloat16 would be off by 0.2 %; in place in float32."""
+    if gradient.dtype == factor.dtype:
+        return gradient.mul_(factor)
+    return gradient.to(factor.dtype) * factor
 
 
 class _Pass:

@@ -16,6 +16,7 @@ from engine.protocol.rank_messages import RankTimes
 from engine.train.ppo import masked
 from engine.train.ppo.advantages import Targets, constant_groups
 from engine.train.ppo.kl_estimators import KL_ESTIMATORS
+from engine.train.ppo.rollout_correction import gap_metrics
 from engine.train.ppo.update_stats import UpdateStats
 from engine.train.rollout.rollout import Rollout
 
@@ -55,7 +56,6 @@ def step_metrics(
         "val/num_eos_tokens": rollout.eos.sum(),
         "tokens/response_len_mean": lengths.mean(),
         "tokens/truncated_frac": (~rollout.ended).sum(),
-        "val/rollout_logprob_gap": ((old - rollout.logprobs).abs() * mask).max(),
     }
     numbers = masked.as_float64(tensors.values()).tolist()
     metrics = dict(zip(tensors, numbers, strict=True))
@@ -69,6 +69,7 @@ def step_metrics(
         | group_metrics(scores, config.responses_per_prompt)
         | _optimiser_metrics(stats, config)
         | _value_metrics(mask, targets, stats)
+        | gap_metrics(targets, rollout, config.ppo)
     )
 
 

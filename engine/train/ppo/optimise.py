@@ -254,10 +254,14 @@ class PolicyInputs:
         width = int(rollout.host_lengths[1, micro].max())
         micro = micro.to(rollout.ids.device)
         in_loss = config.kl.place == "loss" and targets.ref_logprobs is not None
+        advantages = targets.advantages[micro, :width]
+        if targets.token_weights is not None:
+            # A token's loss is linear in its advantage's size: a weight on one is on the other.
+            advantages = advantages * targets.token_weights[micro, :width]
         return cls(
             mask=rollout.mask[micro, :width],
             old_logprobs=targets.old_logprobs[micro, :width],
-            advantages=targets.advantages[micro, :width],
+            advantages=advantages,
             ref_logprobs=targets.ref_logprobs[micro, :width] if in_loss else None,  # type: ignore[index]  # checked above
             weights=losses.AGGREGATIONS[config.ppo.loss_aggregation](
                 minibatch, rollout.lengths[micro]

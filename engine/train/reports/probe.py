@@ -58,6 +58,7 @@ def _probe_model(run: Run, model: AnyModel, prompt: Prompt) -> dict[str, Any]:
     options = SamplingOptions(
         seed=PROBE_SEED,
         step=0,
+        weights_version=state.step,
         temperature=config.rollout.temperature,
         max_new_tokens=config.rollout.max_new_tokens,
     )

@@ -118,18 +118,8 @@ def fill_template(template: str, prompt: Prompt, response: str) -> str:
     taken for names.
     """
     values = {k: str(v) for k, v in prompt.row.items() if isinstance(k, str)}
-    values |= {"prompt": _prompt_text(prompt), "response": response}
+    values |= {"prompt": prompt.plain, "response": response}
     return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
-
-
-def _prompt_text(prompt: Prompt) -> str:
-    """The prompt without the markup of a chat template."""
-    messages = prompt.messages
-    if messages is None:
-        return prompt.text
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
 def request(text: str, config: JudgeConfig) -> bytes:

@@ -10,7 +10,12 @@ from engine.train.distributed.broadcast_files import without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.stored_tensor import held_values
 from engine.train.models.language_model import LanguageModel
-from engine.train.models.pretrained import copy_weights, load_tokenizer
+from engine.train.models.pretrained import (
+    copy_weights,
+    load_tokenizer,
+    policy_options,
+    reward_options,
+)
 from engine.train.rewards.mix import RewardMix
 from engine.train.rewards.model import label_index, load_classifier
 from engine.train.rewards.normalise import Normaliser
@@ -34,11 +39,12 @@ def load_value_model(
     """
     (source,) = config.reward.models()
     path = starter.resolve(str(source.model))
+    read, policy = reward_options(source), starter.resolve(config.model.policy)
     vocabularies = [
-        load_tokenizer(p, key, ranks).get_vocab()
-        for p, key in (
-            (path, "reward.model"),
-            (starter.resolve(config.model.policy), "model.policy"),
+        load_tokenizer(p, key, ranks, options).get_vocab()
+        for p, key, options in (
+            (path, "reward.model", read),
+            (policy, "model.policy", policy_options(config, policy)),
         )
     ]
     if vocabularies[0] != vocabularies[1]:
@@ -46,7 +52,7 @@ def load_value_model(
             f"ppo.value_init: '{source.model}' does not read the policy's tokens: the value "
             "function must"
         )
-    model = load_classifier(path, ranks, strategy, torch.float32)
+    model = load_classifier(path, ranks, strategy, torch.float32, read)
     scorer = getattr(model, "score", None)
     if not isinstance(scorer, nn.Linear):
         raise UserInputError(

@@ -13,18 +13,37 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.sections.rollout import RolloutConfig
 from engine.train.data.prompts import Prompt, PromptBatch, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import AnyModel
+from engine.train.rollout.context import BackendContext
 from engine.train.rollout.native import NativeBackend
 from engine.train.rollout.rollout import ReportProgress, Rollout, merge_rollouts
-from engine.train.rollout.stop_criteria import StopCriteria
+from engine.train.rollout.vllm.backend import VllmBackend
 
 
 class RolloutBackend(Protocol):
     """Generates responses with a model's current weights."""
+
+    @property
+    def separate(self) -> bool:
+        """Whether it generates with a copy of the weights, in another program.
+
+        Its log-probabilities then differ from the model's by more than rounding, and are never used
+        as log π_old.
+        """
+
+    def sync(self, model: AnyModel, weights_version: int, report: ReportProgress) -> None:
+        """Makes the model's current weights those that :meth:`generate` uses.
+
+        All ranks call it at the same point. Does nothing if it has this version.
+
+        Args:
+            model: the policy or the reference.
+            weights_version: the step after whose update the policy has its present weights.
+            report: call it regularly with (done, total).
+        """
 
     def generate(
         self,
@@ -51,11 +70,11 @@ class RolloutBackend(Protocol):
         """
 
 
-MakeBackend = Callable[[StopCriteria, PreTrainedTokenizerBase, RolloutConfig], RolloutBackend]
-"""Called with the stop criteria, the policy's tokenizer, and the configuration of rollouts."""
+MakeBackend = Callable[[BackendContext], RolloutBackend]
 
 BACKENDS: dict[str, MakeBackend] = {
-    "native": NativeBackend,
+    "native": NativeBackend.of,
+    "vllm": VllmBackend,
 }
 """Backends by name."""
 
@@ -73,6 +92,8 @@ class SamplingOptions:
     step: int
     temperature: float
     max_new_tokens: int
+    weights_version: int
+    """The step after whose update the policy has its present weights; other numbers for others."""
     per_prompt: int = 1
     """Responses to each prompt, in adjacent rows."""
 
@@ -104,10 +125,13 @@ def generate_responses(
     rows = torch.arange(len(batch.prompts))
     if ranks is not None:
         rows = local_rows(ranks, batch, per_prompt)
+    backend.sync(model, options.weights_version, report)
     local = backend.generate(
         model, batch.select(rows), uniforms[rows], options.temperature,
         per_prompt=per_prompt, report=report,
     )  # fmt: skip
+    if local.versions is None:
+        local.versions = torch.full_like(local.lengths, options.weights_version)
     return local if ranks is None else merge_rollouts(ranks, batch, local, rows, limit, tokenizer)
 
 

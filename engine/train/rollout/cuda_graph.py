@@ -69,11 +69,20 @@ class GraphedFunction:
             self._graphs[key] = graph
 
     def release(self) -> None:
-        """Frees the graphs; later calls run the function itself."""
+        """Frees the graphs, and forgets the function; there are no later calls.
+
+        The function is often a method of the object that holds this one. Such a cycle would keep
+        a key-value cache until the collector runs, which is seldom.
+        """
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
         self._usable = False
+        self._function = _forgotten
+
+
+def _forgotten() -> None:
+    raise RuntimeError("the function was released")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from engine.config.sections.rollout import RolloutConfig
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel
+from engine.train.rollout.context import BackendContext
 from engine.train.rollout.decoder import Decoder, Schedule, schedule_for
 from engine.train.rollout.rollout import ReportProgress, Rollout
 from engine.train.rollout.slots import Responses
@@ -23,6 +24,15 @@ class NativeBackend:
     stop_criteria: StopCriteria
     tokenizer: PreTrainedTokenizerBase
     config: RolloutConfig
+    separate: bool = False
+
+    @classmethod
+    def of(cls, context: BackendContext) -> "NativeBackend":
+        """The backend of a run."""
+        return cls(context.stop_criteria, context.tokenizer, context.config.rollout)
+
+    def sync(self, model: AnyModel, weights_version: int, report: ReportProgress) -> None:
+        """Does nothing: it generates with the model itself."""
 
     def generate(
         self,

@@ -40,6 +40,9 @@ class Rollout:
     """(B, T) float32: V before each token; zeros without a value function."""
     texts: list[str]
     """The responses as text, without special tokens."""
+    versions: Tensor | None = None
+    """(B,) int64: the step after whose update the policy had the weights that sampled a response.
+    None if whoever generated it knows only of the model that it was given."""
 
     @property
     def rows(self) -> Tensor:
@@ -71,6 +74,7 @@ class Rollout:
             entropies=self.entropies[rows],
             values=self.values[rows],
             texts=[self.texts[i] for i in rows.tolist()],
+            versions=None if self.versions is None else self.versions[rows],
         )
 
 
@@ -99,6 +103,7 @@ def replace_rows(rollout: Rollout, rows: Tensor, other: Rollout, other_rows: Ten
         entropies=replaced("entropies"),
         values=replaced("values"),
         texts=texts,
+        versions=None if rollout.versions is None else replaced("versions"),
     )
 
 
@@ -167,9 +172,12 @@ def merge_rollouts(
     floats = [gathered(x, count, limit) for x in (local.logprobs, local.entropies, local.values)]
     lengths, eos, ended = (gathered(x, count) for x in (local.lengths, local.eos, local.ended))
     ids = gathered(local.ids, count, limit)
-    return assemble(
+    merged = assemble(
         batch.to(local.ids.device), ids, lengths, eos, ended, torch.stack(floats), tokenizer
     )
+    if local.versions is not None:
+        merged.versions = gathered(local.versions, count)
+    return merged
 
 
 def left_mask(lengths: Tensor, width: int) -> Tensor:

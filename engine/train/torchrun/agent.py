@@ -26,9 +26,9 @@ from engine.errors import UserInputError
 from engine.launch.environment import (
     JOINED_VARIABLE,
     LAUNCH_VARIABLE,
-    PARENT_VARIABLE,
     STORE_VARIABLE,
 )
+from engine.launch.parent import PARENT_VARIABLE
 from engine.protocol.rank_messages import Failed, JoinInfo
 from engine.train.distributed.ranks import threads_per_rank
 from engine.train.link import Link

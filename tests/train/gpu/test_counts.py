@@ -1,6 +1,7 @@
 """A budget of what costs time on a GPU: launches, waits of the host, and casts of weights."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from engine.train.data.randomness import sampling_uniforms
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.optimise import backward
-from engine.train.rollout.decoder import GRAPHED, Schedule
+from engine.train.rollout.decoder import GRAPHED, Decoder, Schedule
 from engine.train.rollout.native import generate
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.step import train_step
@@ -64,6 +65,25 @@ def test_graphs_are_freed_when_a_rollout_ends_and_not_by_the_garbage_collector(o
     gc.collect()
     assert gpu.launches["graph"] > 0
     assert gpu.dropped_graphs == 0
+
+
+def test_a_rollout_leaves_no_cache_for_the_garbage_collector(on_gpu, monkeypatch):
+    _, run = on_gpu
+    decoders = []
+    run_it = Decoder.run
+
+    def watched(self):
+        decoders.append(weakref.ref(self))
+        return run_it(self)
+
+    monkeypatch.setattr(Decoder, "run", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        endless(run, 2, 33)
+    finally:
+        gc.enable()
+    assert [decoder() for decoder in decoders] == [None]
 
 
 def test_if_a_graph_cannot_be_captured_the_responses_are_the_same_and_the_log_says_so_once(

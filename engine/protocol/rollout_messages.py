@@ -1,0 +1,155 @@
+"""Messages between rank 0 and a rollout engine in a process of its own.
+
+The engine is a server for one client. Rank 0 sends :class:`Start`, and after :class:`EngineReady`
+alternates :class:`LoadWeights` and :class:`Generate`. Whatever goes wrong is reported by
+:class:`EngineFailed`, after which the engine exits: its weights may be half replaced, so that only
+a new process can be trusted.
+"""
+
+from msgspec import Struct
+from msgspec.msgpack import Decoder
+
+from engine.protocol.frames import VERSION, Message, decode
+
+Checksum = tuple[int, int]
+"""Sum and sum of squares of the bit patterns of all elements, modulo 2⁶⁴."""
+
+
+class Start(Message, frozen=True, tag="start"):
+    """The model to build, with random weights."""
+
+    model: str
+    """Folder with the model's config.json."""
+    dtype: str
+    max_tokens: int
+    """Most tokens of a prompt with its response."""
+    seats: int
+    """Most responses that are generated at once."""
+    cache_bytes: int
+    """Size of the key-value cache."""
+    tensor_parallel: int = 1
+    version: int = VERSION
+
+
+class EngineReady(Message, frozen=True, tag="engine_ready"):
+    """The model is built; its weights are random until the first :class:`WeightsLoaded`."""
+
+    pid: int
+    engine: str
+    """Name and version, such as `vllm 0.32.0`."""
+    packages: dict[str, str] = {}
+    """Versions of torch and transformers in the engine's environment."""
+    device: str = "cpu"
+
+
+class TensorInfo(Struct, frozen=True, array_like=True):
+    """One tensor of an update."""
+
+    name: str
+    """As in a Hugging Face checkpoint."""
+    shape: list[int]
+    dtype: str
+    """As in a safetensors header: F32, BF16 or F16."""
+    tied: bool = False
+    """Whether it is the same parameter as an earlier tensor; not part of the checksum."""
+
+
+class LoadWeights(Message, frozen=True, tag="load_weights"):
+    """Replace all weights by those of a file."""
+
+    weights_version: int
+    """The step after whose update the policy has these weights."""
+    path: str
+    """A safetensors file in shared memory."""
+    tensors: list[TensorInfo]
+    """All tensors of the file."""
+    checksum: Checksum
+    """Of all tensors that are not tied."""
+
+
+class WeightsLoaded(Message, frozen=True, tag="weights_loaded"):
+    """The engine holds the weights, all of them and no others, and its caches are empty."""
+
+    weights_version: int
+    tensors: int
+    """Number of tensors loaded."""
+    checksum: Checksum | None
+    """Of what the engine's model holds; None where it cannot be computed (tensor parallel)."""
+    seconds: float
+
+
+class Generate(Message, frozen=True, tag="generate"):
+    """Generate one response to each prompt."""
+
+    weights_version: int
+    """The weights that must be loaded."""
+    prompts: list[list[int]]
+    """Token ids; n prompts."""
+    uniforms: bytes
+    """(n, T) float64 in native byte order; T is the most new tokens."""
+    max_new_tokens: int
+    temperature: float
+    sampling: str
+    """How a token is chosen by its uniform number (`rollout.sampling`)."""
+    eos: list[int]
+    look: bool
+    """Whether the client looks at the text for stop strings while it is generated."""
+
+
+class Progress(Message, frozen=True, tag="progress"):
+    """Sent regularly while generating. The engine waits for :class:`Continue`."""
+
+    done: int
+    """Tokens, where a response that has ended counts as one of the greatest length."""
+    total: int
+    tokens: dict[int, list[int]] = {}
+    """With `look`: row → all tokens so far, of rows that have gained some."""
+
+
+class Continue(Message, frozen=True, tag="continue"):
+    """The reply to :class:`Progress`."""
+
+    stop: list[int] = []
+    """Rows whose response has ended."""
+
+
+class Generated(Message, frozen=True, tag="generated"):
+    """The responses. The arrays have a row for each prompt, padded with 0 to T."""
+
+    weights_version: int
+    """The weights that generated them."""
+    lengths: list[int]
+    ids: bytes
+    """(n, T) int32."""
+    logprobs: bytes
+    """(n, T) float32: of the sampled tokens, at the temperature."""
+    entropies: bytes
+    """(n, T) float32, in nats."""
+    seconds: float
+
+
+class EngineFailed(Message, frozen=True, tag="engine_failed"):
+    """The engine cannot do what it was asked, and exits."""
+
+    text: str
+    user_input: bool = False
+    """Whether the configuration or the environment is wrong."""
+    final: bool = False
+    """Whether a new process would fail in the same way."""
+
+
+ToEngine = Start | LoadWeights | Generate | Continue
+FromEngine = EngineReady | WeightsLoaded | Progress | Generated | EngineFailed
+
+_to_engine: Decoder[ToEngine] = Decoder(ToEngine)
+_from_engine: Decoder[FromEngine] = Decoder(FromEngine)
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    """Decodes rank 0's message. Raises LinkError."""
+    return decode(_to_engine, body, "a message to the rollout engine")
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    """Decodes the engine's message. Raises LinkError."""
+    return decode(_from_engine, body, "a message of the rollout engine")

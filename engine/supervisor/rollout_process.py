@@ -1,0 +1,142 @@
+"""The rollout engine's process: started and ended with the ranks, restarted when it ends.
+
+It serves rank 0 on a socket that this process holds open, so that a rank can connect at any time:
+its connection waits for the next engine.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.config.schema import RunConfig
+from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, ROLLOUT_SOCKET_VARIABLE
+from engine.launch.rollout import (
+    is_separate,
+    rollout_command,
+    rollout_environment,
+    shared_folder,
+)
+from engine.protocol import sockets
+from engine.session import access
+from engine.session.folder import Session
+from engine.session.temporary_folders import TemporaryFolder
+from engine.supervisor.attempt import describe_exit
+from engine.supervisor.state import SupervisorState
+
+log = logging.getLogger("engine")
+
+
+class RolloutProcess:
+    """The engine of one session; does nothing for native rollouts."""
+
+    def __init__(
+        self,
+        session: Session,
+        config: RunConfig,
+        state: SupervisorState,
+        *,
+        on_restart: Callable[[str], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            session: its folder gets the socket and the log.
+            config: the run's configuration.
+            state: counts the engines that ended in a step.
+            on_restart: called with the reason when another engine is started.
+            on_failure: called with the reason when none is started any more.
+        """
+        self._session, self._config, self._state = session, config, state
+        self._on_restart, self._on_failure = on_restart, on_failure
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._listener: socket.socket | None = None
+        self._path: Path | None = None
+        self._folder: TemporaryFolder | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id; None while there is none."""
+        process = self._process
+        return None if process is None or process.returncode is not None else process.pid
+
+    async def start(self) -> dict[str, str]:
+        """Starts the engine for an attempt; returns the variables by which rank 0 finds it.
+
+        Raises:
+            OSError: the engine's Python cannot be started.
+        """
+        if not is_separate(self._config.rollout):
+            return {}
+        await self.stop()
+        self._listener, self._path = sockets.listen(self._session.folder, sockets.ROLLOUT_NAME)
+        self._folder = TemporaryFolder(shared_folder())
+        self._state.rollout_restarts = 0
+        await self._spawn(self._listener)
+        self._watch = asyncio.create_task(self._keep_alive(self._listener))
+        return {
+            ROLLOUT_SOCKET_VARIABLE: str(self._path),
+            ROLLOUT_FOLDER_VARIABLE: str(self._folder.path),
+        }
+
+    async def _spawn(self, listener: socket.socket) -> None:
+        fd = listener.fileno()
+        access.create_file(self._session.rollout_log_file)
+        with self._session.rollout_log_file.open("ab") as output:
+            self._process = await asyncio.create_subprocess_exec(
+                *rollout_command(self._config.rollout, fd, self._session.folder),
+                env=rollout_environment(self._config),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[fd],
+                start_new_session=True,
+            )
+
+    async def _keep_alive(self, listener: socket.socket) -> None:
+        """Starts another engine whenever one ends, `launch.max_restarts` times in a step."""
+        while self._process is not None:
+            status = await self._process.wait()
+            self._kill_group(self._process.pid)  # workers of tensor parallelism
+            if self._state.attempt.ended is not None:  # the run is over
+                return
+            if status:  # 0: rank 0 has closed the connection, to get another engine
+                self._state.rollout_restarts += 1
+            text = f"the rollout engine {describe_exit(status)}"
+            if self._state.rollout_restarts > self._config.launch.max_restarts:
+                self._on_failure(f"{text}, again; see {self._session.rollout_log_file}")
+                return
+            if status:
+                self._on_restart(f"{text}: another one is started")
+            try:
+                await self._spawn(listener)
+            except OSError as error:
+                self._on_failure(f"the rollout engine cannot be started again: {error}")
+                return
+
+    async def stop(self) -> None:
+        """Ends the engine and removes its socket and its files."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        process = self._process
+        if process is not None:
+            self._kill_group(process.pid)
+            await process.wait()
+        if self._listener is not None:
+            self._listener.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+        if self._folder is not None:
+            self._folder.close()
+        self._process = self._watch = self._listener = self._path = self._folder = None
+
+    def _kill_group(self, leader: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)

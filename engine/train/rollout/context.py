@@ -1,0 +1,29 @@
+"""What a rollout backend is made from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.schema import RunConfig
+from engine.train.distributed.ranks import RankGroup
+from engine.train.models.language_model import LanguageModel
+from engine.train.rollout.rollout import ReportProgress
+from engine.train.rollout.stop_criteria import StopCriteria
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """The parts of a run that backends use."""
+
+    config: RunConfig
+    """In force at the start of the attempt."""
+    stop_criteria: StopCriteria
+    tokenizer: PreTrainedTokenizerBase
+    """The policy's."""
+    policy: LanguageModel
+    ranks: RankGroup
+    longest: int
+    """Tokens of the longest prompt."""
+    announce: Callable[..., ReportProgress]
+    """Reports that a phase begins; called with a step and a name."""

@@ -1,0 +1,299 @@
+"""The rollout engine's process: serves rank 0 on a Unix socket until it disconnects.
+
+It has one model and one client. After an error it reports the error and exits: the supervisor
+starts a new process, which is the only state that can be trusted then.
+"""
+
+import importlib.metadata
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+from typing import Any, NoReturn
+
+from engine.errors import LinkError, first_line
+from engine.protocol import frames, sockets
+from engine.protocol.frames import Message
+from engine.protocol.rollout_messages import (
+    Continue,
+    EngineFailed,
+    EngineReady,
+    Generate,
+    Generated,
+    LoadWeights,
+    Progress,
+    Start,
+    ToEngine,
+    WeightsLoaded,
+    decode_to_engine,
+)
+
+log = logging.getLogger("rollout")
+
+LOOK_EVERY = 8
+"""Tokens between two messages of progress."""
+FAILED = 3
+"""Exit status after an error that was reported to rank 0."""
+VLLM_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: no engine core that could be left
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # V2 refuses logits processors
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the ranks use the same cores in turn
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",  # the model's folder has all that is read
+}
+
+
+def main(listener_fd: int) -> NoReturn:
+    """Serves one client on a listening socket that the supervisor has opened."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    for name, value in VLLM_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    log.info("rollout engine, pid %d: importing vLLM", os.getpid())
+    problem = None
+    try:
+        import vllm  # noqa: PLC0415 - takes ten seconds, and may be missing
+    except ImportError as error:
+        problem = missing(error)
+    else:
+        log.info("vLLM %s", vllm.__version__)
+    connection, start = first_client(socket.socket(fileno=listener_fd))
+    try:
+        if problem is not None:
+            send(connection, problem)
+            leave(FAILED)
+        serve(connection, start)
+    except OSError as error:
+        log.info("rank 0 has disconnected (%s)", error)
+        leave(0)
+    except Exception as error:
+        traceback.print_exc()
+        report(connection, EngineFailed(text=f"{type(error).__name__}: {first_line(error)}"))
+        leave(FAILED)
+
+
+def missing(error: ImportError) -> EngineFailed:
+    """Why vLLM cannot be imported, with the remedy."""
+    text = (
+        f"rollout.engine is vllm, but {sys.executable} cannot import it ({first_line(error)}): "
+        "make its environment with `make vllm` and name its Python in rollout.python"
+    )
+    return EngineFailed(text=text, user_input=True, final=True)
+
+
+def first_client(listener: socket.socket) -> tuple[socket.socket, Start]:
+    """Waits for a process of the same user that sends :class:`Start`.
+
+    Connections that have ended are left out: those of a rank that died before this process began.
+    """
+    while True:
+        connection, _ = listener.accept()
+        if sockets.peer_uid(connection) != os.getuid():
+            log.warning("refused a connection of another user")
+            connection.close()
+            continue
+        try:
+            message = receive(connection)
+        except (OSError, LinkError) as error:
+            log.info("a client disconnected before it began (%s)", error)
+            connection.close()
+            continue
+        if isinstance(message, Start):
+            return connection, message
+        log.warning("a client began with %s", type(message).__name__)
+        connection.close()
+
+
+def leave(status: int) -> NoReturn:
+    """Exits at once: vLLM's and torch's threads may keep the interpreter from ending."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def send(connection: socket.socket, message: Message) -> None:
+    """Sends a message."""
+    connection.sendall(frames.encode(message))
+
+
+def report(connection: socket.socket, message: Message) -> None:
+    """Sends a last message, if the client is still there."""
+    try:
+        send(connection, message)
+    except OSError:
+        log.info("rank 0 has disconnected")
+
+
+def receive(connection: socket.socket) -> ToEngine:
+    """Receives a message. Raises ConnectionError at the end of the connection."""
+    return decode_to_engine(frames.receive(connection))
+
+
+def serve(connection: socket.socket, start: Start) -> NoReturn:
+    """Carries out a client's messages until it disconnects, which raises OSError."""
+    engine = Engine(start, connection)
+    send(connection, engine.ready)
+    while True:
+        match receive(connection):
+            case LoadWeights() as update:
+                send(connection, engine.load(update))
+            case Generate() as request:
+                send(connection, engine.generate(request))
+            case other:
+                raise TypeError(f"unexpected message {other}")
+
+
+class Engine:
+    """vLLM with the policy's architecture."""
+
+    def __init__(self, start: Start, connection: socket.socket) -> None:
+        """Builds the model, with random weights.
+
+        Raises:
+            Exception: what vLLM raises for a model that it cannot build.
+        """
+        import torch  # noqa: PLC0415 - with vLLM
+        from vllm import LLM  # noqa: PLC0415
+
+        self._connection = connection
+        self._weights_version: int | None = None
+        on_gpu = torch.cuda.is_available()
+        began = time.perf_counter()
+        self._llm: Any = LLM(
+            model=start.model,
+            skip_tokenizer_init=True,
+            load_format="dummy",  # rank 0 sends the weights
+            dtype=start.dtype,
+            seed=0,
+            max_model_len=start.max_tokens,
+            max_num_seqs=start.seats,
+            kv_cache_memory_bytes=start.cache_bytes,
+            tensor_parallel_size=start.tensor_parallel,
+            enforce_eager=not on_gpu,
+            enable_prefix_caching=True,
+            async_scheduling=False,  # the output's length is the position that is sampled
+            generation_config="vllm",  # no defaults of the model's generation_config.json
+            worker_extension_cls=(
+                "engine.train.rollout.vllm.worker_extension.RolloutWorkerExtension"
+            ),
+            logits_processors=["engine.train.rollout.vllm.uniform_sampling:UniformSampling"],
+            disable_log_stats=True,
+        )
+        log.info("built the model in %.1f s", time.perf_counter() - began)
+        self.ready = EngineReady(
+            pid=os.getpid(),
+            engine=f"vllm {importlib.metadata.version(vllm_package())}",
+            packages={p: importlib.metadata.version(p) for p in ("torch", "transformers")},
+            device="cuda" if on_gpu else "cpu",
+        )
+
+    def load(self, update: LoadWeights) -> WeightsLoaded:
+        """Replaces the weights, and empties the prefix cache, which holds keys of the old ones."""
+        self._weights_version = None
+        named = [(t.name, t.shape) for t in update.tensors]
+        results = self._llm.collective_rpc(
+            "load_weights_file", args=(update.path, named, update.checksum)
+        )
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be emptied")
+        self._weights_version = update.weights_version
+        count, held, seconds = results[0]
+        return WeightsLoaded(
+            weights_version=update.weights_version,
+            tensors=count,
+            checksum=held,
+            seconds=seconds,
+        )
+
+    def generate(self, request: Generate) -> Generated:
+        """Generates a response to each prompt."""
+        from vllm import SamplingParams  # noqa: PLC0415 - as above
+
+        from engine.train.rollout.vllm.uniform_sampling import ROW  # noqa: PLC0415 - as above
+
+        if request.weights_version != self._weights_version:
+            raise RuntimeError(
+                f"asked for weights of version {request.weights_version}, and version "
+                f"{self._weights_version} is loaded"
+            )
+        began, limit = time.perf_counter(), request.max_new_tokens
+        # What is cached would depend on earlier batches, and by rounding the result on it.
+        self._llm.reset_prefix_cache()
+        self._llm.collective_rpc(
+            "begin_batch", args=(request.uniforms, limit, request.temperature, request.sampling)
+        )
+        engine = self._llm.llm_engine
+        rows: dict[str, int] = {}
+        for row, prompt in enumerate(request.prompts):
+            params = SamplingParams(
+                temperature=1.0,  # ours is applied where the token is sampled
+                max_tokens=limit,
+                stop_token_ids=request.eos,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={ROW: row},
+            )
+            name = engine.add_request(f"row-{row}", {"prompt_token_ids": prompt}, params)
+            rows[name], rows[f"row-{row}"] = row, row
+        tokens = self._run(engine, rows, request)
+        logprobs, entropies = self._llm.collective_rpc("recorded_batch")[0]
+        return Generated(
+            weights_version=request.weights_version,
+            lengths=[len(t) for t in tokens],
+            ids=packed(tokens, limit),
+            logprobs=logprobs,
+            entropies=entropies,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _run(self, engine: Any, rows: dict[str, int], request: Generate) -> list[list[int]]:
+        """Runs all requests to their end; returns the tokens of each row."""
+        limit, count = request.max_new_tokens, len(request.prompts)
+        tokens: list[list[int]] = [[] for _ in range(count)]
+        changed: set[int] = set()
+        ended: set[int] = set()
+        steps = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                row = rows[output.request_id]
+                if row in ended:
+                    continue
+                tokens[row] = list(output.outputs[0].token_ids)
+                changed.add(row)
+                if output.finished:
+                    ended.add(row)
+            steps += 1
+            if steps % LOOK_EVERY:
+                continue
+            done = sum(limit if i in ended else len(t) for i, t in enumerate(tokens))
+            seen = {i: tokens[i] for i in sorted(changed)} if request.look else {}
+            send(self._connection, Progress(done=done, total=limit * count, tokens=seen))
+            changed.clear()
+            reply = receive(self._connection)
+            if not isinstance(reply, Continue):
+                raise TypeError(f"expected continue, got {reply}")
+            stopped = [i for i in reply.stop if i not in ended]
+            if stopped:
+                engine.abort_request([f"row-{i}" for i in stopped])
+                ended.update(stopped)
+        return tokens
+
+
+def packed(tokens: list[list[int]], width: int) -> bytes:
+    """Token ids as (n, width) int32, padded with 0."""
+    import torch  # noqa: PLC0415 - with vLLM
+
+    ids = torch.zeros(len(tokens), width, dtype=torch.int32)
+    for row, response in zip(ids, tokens, strict=True):
+        row[: len(response)] = torch.tensor(response, dtype=torch.int32)
+    return ids.numpy().tobytes()
+
+
+def vllm_package() -> str:
+    """The name of the installed distribution: the CPU build of vLLM has one of its own."""
+    names = importlib.metadata.packages_distributions().get("vllm", ["vllm"])
+    return names[0]

@@ -1,0 +1,90 @@
+"""Writes the policy's weights for the rollout engine, one tensor at a time.
+
+The file is a safetensors file in shared memory (/dev/shm). It is written here rather than by
+`safetensors`, whose writer needs all tensors at once: of a sharded policy, one tensor at a time is
+gathered.
+"""
+
+import contextlib
+import json
+import math
+import struct
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.protocol.rollout_messages import Checksum, TensorInfo
+from engine.train.models.lora import mergeable_weights, merged_weight
+from engine.train.rollout.rollout import ReportProgress
+from engine.train.rollout.vllm.checksum import MASK, checksum
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names of dtypes in a safetensors header."""
+
+
+def inventory(lm: nn.Module, dtype: torch.dtype) -> list[TensorInfo]:
+    """The tensors of an update, in order. Gathers nothing."""
+    found, seen = [], set()
+    for name, (weight, _) in mergeable_weights(lm).items():
+        found.append(TensorInfo(name, list(weight.shape), DTYPES[dtype], tied=id(weight) in seen))
+        seen.add(id(weight))
+    return found
+
+
+def write_weights(
+    lm: nn.Module,
+    dtype: torch.dtype,
+    path: Path | None,
+    report: ReportProgress = lambda _done, _total: None,
+) -> tuple[list[TensorInfo], Checksum]:
+    """Writes all weights in a dtype, with adapters merged; all ranks must call it together.
+
+    Args:
+        lm: the policy's language model, whole, replicated or sharded.
+        dtype: of the engine; that of the policy's forward passes.
+        path: the file to write; None on the ranks that only take part in gathering.
+        report: called with (elements done, elements).
+
+    Returns:
+        What was written, and the checksum of the tensors that are not tied; an empty one without
+        `path`.
+    """
+    tensors = inventory(lm, dtype)
+    total, done = sum(_elements(t) for t in tensors), 0
+    sums: list[Checksum] = []
+    with contextlib.ExitStack() as stack:
+        file = None
+        if path is not None:
+            file = stack.enter_context(path.open("wb"))
+            file.write(header(tensors, dtype.itemsize))
+        for info, source in zip(tensors, mergeable_weights(lm).values(), strict=True):
+            whole = merged_weight(*source)
+            if file is None:
+                continue
+            host = whole.to("cpu", dtype).contiguous()
+            file.write(host.view(-1).view(torch.uint8).numpy().data)
+            if not info.tied:
+                sums.append(checksum([host]))
+            done += _elements(info)
+            report(done, total)
+    return tensors, (sum(s[0] for s in sums) & MASK, sum(s[1] for s in sums) & MASK)
+
+
+def header(tensors: list[TensorInfo], size: int) -> bytes:
+    """The header of a safetensors file: its length, then names, dtypes, shapes and offsets."""
+    entries: dict[str, object] = {}
+    at = 0
+    for tensor in tensors:
+        end = at + _elements(tensor) * size
+        entries[tensor.name] = {
+            "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [at, end],
+        }  # fmt: skip
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _elements(tensor: TensorInfo) -> int:
+    return math.prod(tensor.shape)

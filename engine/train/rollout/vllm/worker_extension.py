@@ -1,0 +1,162 @@
+"""Methods that vLLM's workers gain: replacing the weights, and our way of sampling.
+
+The weights are replaced by vLLM's layerwise reload. What it does not check is checked here: that
+the update is complete, and that what the model then holds is what was sent. After any error the
+model may be half replaced, and the process must end.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+from engine.protocol.rollout_messages import Checksum
+from engine.train.rollout.vllm import uniform_sampling
+from engine.train.rollout.vllm.checksum import MASK, checksum
+
+
+class IncompleteUpdateError(Exception):
+    """An update does not have what the model needs, or the model does not hold what was sent."""
+
+
+class RolloutWorkerExtension:
+    """Mixed into vLLM's worker class; `self` has the worker's attributes."""
+
+    model_runner: Any
+    device: torch.device
+    vllm_config: Any
+
+    def load_weights_file(
+        self, path: str, tensors: list[tuple[str, list[int]]], sent: Checksum
+    ) -> tuple[int, Checksum | None, float]:
+        """Replaces all weights by those of a safetensors file.
+
+        Args:
+            path: the file.
+            tensors: name and shape of each tensor that it must have.
+            sent: the checksum of the sender.
+
+        Returns:
+            The number of tensors loaded, the checksum of what the model holds (None with tensor
+            parallelism), and seconds.
+
+        Raises:
+            IncompleteUpdateError: the file lacks a tensor, the model has a parameter that no tensor
+                belongs to, or the checksums differ.
+        """
+        started = time.perf_counter()
+        model: nn.Module = self.model_runner.model
+        expected = {name for name, _ in model.named_parameters()}
+        with safe_open(path, framework="pt") as file:
+            check_file(file, tensors)
+            with torch.device(self.device), set_current_vllm_config(self.vllm_config):
+                initialize_layerwise_reload(model)
+                with recorded_before_packing(model) as packed:
+                    names = (name for name, _ in tensors)
+                    load: Any = model.load_weights
+                    loaded = set(load((n, file.get_tensor(n)) for n in names))
+                    finalize_layerwise_reload(model, self.model_runner.model_config)
+                pack_tied_heads(model)
+        missing = expected - loaded - tied_names(model)
+        if missing:
+            raise IncompleteUpdateError(
+                f"the update has nothing for {len(missing)} parameters of the model, such as "
+                f"{min(missing)}"
+            )
+        held = None
+        if self.vllm_config.parallel_config.tensor_parallel_size == 1:
+            held = held_checksum(model, packed)
+            if held != tuple(sent):
+                raise IncompleteUpdateError(
+                    "the model does not hold the weights that were sent: their checksums differ"
+                )
+        return len(tensors), held, time.perf_counter() - started
+
+    def begin_batch(self, uniforms: bytes, width: int, temperature: float, scheme: str) -> None:
+        """Begins a batch of :mod:`~engine.train.rollout.vllm.uniform_sampling`."""
+        numbers = torch.frombuffer(bytearray(uniforms), dtype=torch.float64).view(-1, width)
+        uniform_sampling.begin(numbers.to(self.device), temperature, scheme)
+
+    def recorded_batch(self) -> tuple[bytes, bytes]:
+        """Log-probabilities and entropies of the batch, (n, T) float32 each."""
+        logprobs, entropies = uniform_sampling.recorded()
+        return logprobs.cpu().numpy().tobytes(), entropies.cpu().numpy().tobytes()
+
+
+def check_file(file: Any, tensors: list[tuple[str, list[int]]]) -> None:
+    """Checks that a file has the tensors that were announced. Raises IncompleteUpdateError."""
+    there = set(file.keys())
+    for name, shape in tensors:
+        if name not in there:
+            raise IncompleteUpdateError(f"the update lacks {name}")
+        found = file.get_slice(name).get_shape()
+        if list(found) != list(shape):
+            raise IncompleteUpdateError(f"{name} has the shape {found} instead of {shape}")
+    if extra := there - {name for name, _ in tensors}:
+        raise IncompleteUpdateError(f"the update has {min(extra)}, which was not announced")
+
+
+@contextmanager
+def recorded_before_packing(model: nn.Module) -> Iterator[dict[str, Checksum]]:
+    """Context that records the checksum of each parameter before vLLM packs it.
+
+    On a CPU, vLLM replaces matrices by copies in oneDNN's layout and empties the parameters. Yields
+    a dictionary of parameter → checksum, which fills while the weights are loaded.
+    """
+    found: dict[str, Checksum] = {}
+    names = {id(layer): name for name, layer in model.named_modules()}
+    methods = {id(q): q for m in model.modules() if (q := getattr(m, "quant_method", None))}
+
+    def recording(original: Any) -> Any:
+        def process(layer: nn.Module) -> None:
+            for name, parameter in layer.named_parameters(recurse=False):
+                found[f"{names[id(layer)]}.{name}"] = checksum([parameter])
+            original(layer)
+
+        return process
+
+    for method in methods.values():
+        method.process_weights_after_loading = recording(method.process_weights_after_loading)
+    try:
+        yield found
+    finally:
+        for method in methods.values():
+            del method.process_weights_after_loading  # the class's own again
+
+
+def held_checksum(model: nn.Module, packed: dict[str, Checksum]) -> Checksum:
+    """The checksum of all parameters; of those that are packed, from before."""
+    total, squares = 0, 0
+    for name, parameter in model.named_parameters():
+        one, two = checksum([parameter]) if parameter.numel() else packed.get(name, (0, 0))
+        total, squares = total + one, squares + two
+    return total & MASK, squares & MASK
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """The names of parameters that are another one, too, under all of their names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group[1:]}
+
+
+def pack_tied_heads(model: nn.Module) -> None:
+    """Packs an output layer again that shares its weight with the embedding.
+
+    On a CPU its packed copy would stay that of the old weights, without a word.
+    """
+    owners: dict[int, nn.Module] = {}
+    for layer in model.modules():
+        for parameter in layer.parameters(recurse=False):
+            if owners.setdefault(id(parameter), layer) is not layer:
+                layer.quant_method.process_weights_after_loading(layer)  # type: ignore[operator, union-attr]

@@ -1,0 +1,127 @@
+"""The command that writes a first configuration: init."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from engine.config import file as config_file
+from engine.config.commented import commented
+from engine.config.recipes import RECIPES, for_real_models
+from engine.errors import UserInputError
+from engine.launch.environment import torch_is_built_for_gpus
+from engine.launch.start import check_inputs
+from engine.monitoring.telemetry import gpu_count
+from rlhf_tui.commands.options import is_terminal, override_option, say
+
+STARTER = {
+    "policy": "starter:policy", "prompts": "starter:prompts", "reward_model": "starter:reward",
+}  # fmt: skip
+"""What is used where nothing is given."""
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path), default=Path("run.yaml"))
+@click.option(
+    "--recipe", type=click.Choice(list(RECIPES)), default="ppo", show_default=True,
+    help="How to train; the files in examples/ have the details.",
+)  # fmt: skip
+@click.option("--policy", metavar="MODEL", help="The model to train: a folder or a hub id.")
+@click.option("--prompts", metavar="DATA", help="A .jsonl, .csv or .parquet file, or a hub id.")
+@click.option("--column", metavar="NAME", help="The column with the prompts.  [default: prompt]")
+@click.option("--reward-model", metavar="MODEL", help="A sequence classifier: a folder or hub id.")
+@click.option("--reward-function", metavar="MODULE:NAME", help="A Python function that scores.")
+@click.option("--force", is_flag=True, help="Replace the file.")
+@override_option
+def init(
+    file: Path, recipe: str, policy: str | None, prompts: str | None, column: str | None,
+    reward_model: str | None, reward_function: str | None, force: bool, overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Write a configuration with comments to start from.
+
+    Asks for what is not given. Without a terminal the starter's models and prompts are used.
+    """
+    if file.exists() and not force:
+        raise UserInputError(f"{file} exists: give another name, or --force to replace it")
+    if reward_model is not None and reward_function is not None:
+        raise UserInputError("give one of --reward-model and --reward-function")
+    given = {"policy": policy, "prompts": prompts}
+    if reward_function is None:
+        given["reward_model"] = reward_model
+    answers = asked(given)
+    tree = configuration(recipe, answers, column, reward_function)
+    tree = _anchored(tree, file)
+    config_file.apply_overrides(tree, overrides)
+    head = (
+        f"# {RECIPES[recipe].title}.\n"
+        f"# Try it: rlhf-tui check {file}. Start it: rlhf-tui run {file}.\n"
+        "# Keys that are not here have their defaults: docs/configuration.md.\n"
+    )
+    text = head + commented(tree) + "\n"
+    write(file, text)
+    say(f"{file} is written; try it with: rlhf-tui check {file}")
+
+
+def asked(given: dict[str, str | None]) -> dict[str, str]:
+    """The values that are given; the others are asked for, or are the starter's."""
+    titles = {
+        "policy": "The model to train (a folder or a hub id)",
+        "prompts": "The prompts (a file or a hub id)",
+        "reward_model": "The reward model (a folder or a hub id)",
+    }
+    asking = is_terminal() and not all(given.values())
+    answers = {}
+    for name, value in given.items():
+        default = STARTER[name]
+        if value is None and asking:
+            value = click.prompt(titles[name], default=default, err=True)
+        answers[name] = value or default
+    return answers
+
+
+def configuration(
+    recipe: str, answers: dict[str, str], column: str | None, function: str | None
+) -> dict[str, dict[str, Any]]:
+    """The sections of the configuration, those that everybody changes first."""
+    settings = RECIPES[recipe].settings
+    if answers["policy"] != STARTER["policy"]:
+        gpu = torch_is_built_for_gpus() and gpu_count() > 0
+        settings = for_real_models(settings, gpu=gpu)
+    data = {"prompts": answers["prompts"]} | ({"column": column} if column else {})
+    source = {"function": function} if function else {"model": answers["reward_model"]}
+    tree = {
+        "model": {"policy": answers["policy"]} | settings.get("model", {}),
+        "data": data,
+        "reward": source | settings.get("reward", {}),
+    }
+    return tree | {k: dict(v) for k, v in settings.items() if k not in tree}
+
+
+def _anchored(tree: dict[str, dict[str, Any]], file: Path) -> dict[str, dict[str, Any]]:
+    """Paths are given from the current folder, and read from the file's."""
+    folder = file.absolute().parent
+    for section, key in (("model", "policy"), ("data", "prompts"), ("reward", "model")):
+        value = tree[section].get(key)
+        if isinstance(value, str) and not value.startswith(("/", "~")) and Path(value).exists():
+            relative = os.path.relpath(Path(value).absolute(), folder)
+            tree[section][key] = relative if "/" in relative else f"./{relative}"
+    return tree
+
+
+def write(file: Path, text: str) -> None:
+    """Writes the file if it is a configuration that can be used.
+
+    Raises:
+        UserInputError: it is not, or it cannot be written.
+    """
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        try:
+            check_inputs(config_file.load(draft))
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserInputError(f"cannot write {file}: {error.strerror}") from error

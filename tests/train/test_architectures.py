@@ -1,0 +1,138 @@
+"""Architectures of transformers, as tiny models with random weights.
+
+Of each the start of a run must hold: the ratio is 1, the KL is 0, and the log-probabilities while
+generating are those of a full forward pass.
+"""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from engine import starter
+from engine.config import file as config_file
+from engine.session.folder import create
+from engine.train.ppo import chunked_loss
+from engine.train.step import generate_rollout, train_step
+from tests.train.conftest import SMALL
+
+SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
+DEADLINE = 400
+VOCABULARY = 4096
+SIZE = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": None,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+WINDOW = {"sliding_window": 6}
+"""Shorter than prompt and response, so that it matters."""
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ARCHITECTURES = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "gpt_neox": SIZE,
+    "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "rotary_dim": 4},
+    "opt": {**SIZE, "ffn_dim": 32, "word_embed_proj_dim": 16, "pad_token_id": 1},
+    "bloom": {**SIZE, "n_layer": 2, "n_head": 2},
+    "falcon": {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "multi_query": True,
+        "parallel_attn": True, "alibi": False, "bos_token_id": 0, "eos_token_id": 0,
+    },
+    "llama": {**SIZE, "eos_token_id": [0, 1]},
+    "mistral": {**SIZE, **WINDOW},
+    "mixtral": {**SIZE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {**SIZE, "tie_word_embeddings": True},
+    "qwen3": SIZE,
+    "qwen3_moe": {**SIZE, **EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "gemma2": {**SIZE, **WINDOW, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        **SIZE, **WINDOW, "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {**SIZE, "sliding_window": None},
+    "olmo2": SIZE,
+}  # fmt: skip
+EVERY_TIME = ("gpt2", "mistral", "qwen3_moe")
+"""Learnt positions and Conv1D; a window; experts. `make test-all` has all of them."""
+ON_TWO_RANKS = ("gpt2", "bloom", "gemma2", "qwen3_moe")
+architectures = pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in EVERY_TIME else pytest.mark.slow)
+             for k in ARCHITECTURES],
+)  # fmt: skip
+
+
+def write_model(folder, kind):
+    """A tiny model that reads the starter's tokens; its weights are large enough to matter."""
+    torch.manual_seed(0)
+    shape = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **ARCHITECTURES[kind])
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(starter.resolve("starter:policy")).save_pretrained(folder)
+    return folder
+
+
+def overrides(folder):
+    return (f"model.policy={folder}", "reward.model=starter:reward", "ppo.epochs=1",
+            "ppo.minibatches=1", "train.learning_rate=1e-3")  # fmt: skip
+
+
+@architectures
+@pytest.mark.parametrize("adapters", [(), ("lora.rank=2",)], ids=["full", "lora"])
+def test_a_run_starts_at_ratio_1_and_kl_0_and_samples_what_it_trains_on(
+    make_run, tmp_path, kind, adapters
+):
+    run, _ = make_run(*overrides(write_model(tmp_path / kind, kind)), *adapters)
+    metrics, _ = train_step(run, 1)  # compares the cached pass with a full one
+    assert run.rollout_checked
+    assert metrics["val/ratio"] == pytest.approx(1, abs=1e-4)
+    assert metrics["val/ratio_var"] == pytest.approx(0, abs=1e-6)
+    assert metrics["objective/kl"] == pytest.approx(0, abs=1e-3)
+    assert metrics["grad_norm"] > 0
+    run.state.step = 1
+    metrics, _ = train_step(run, 2)
+    assert abs(metrics["objective/kl"]) > 1e-6, "the update changed nothing"
+
+
+@pytest.mark.slow
+def test_two_ranks_compute_the_step_of_one(make_run, tmp_path):
+    jobs, expected = [], {}
+    for kind in ON_TWO_RANKS:
+        keys = (*overrides(write_model(tmp_path / kind, kind)), "log.tensorboard=false",
+                "launch.device=cpu", "ppo.micro_batch_size=2")  # fmt: skip
+        run, _ = make_run(*keys)
+        rollout = generate_rollout(run, 1, lambda _done, _total: None)
+        (tmp_path / f"{kind}.pickle").write_bytes(pickle.dumps(rollout))
+        expected[kind], _ = train_step(run, 1, rollout)
+        for strategy in ("ddp", "fsdp"):
+            config = config_file.load(
+                starter.FOLDER / "demo.yaml", [*SMALL, *keys, f"parallel.strategy={strategy}"]
+            )
+            session = create(tmp_path, f"{kind}-{strategy}", config)
+            jobs.append(
+                {
+                    "session": str(session.folder),
+                    "recorded": str(tmp_path / f"{kind}.pickle"),
+                    "result": str(tmp_path / f"{kind}-{strategy}.json"),
+                    "most_logits": chunked_loss.MOST_LOGITS,
+                }
+            )
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*ranks, SCRIPT, tmp_path / "jobs.json"],
+        capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    for job in jobs:
+        kind = Path(job["recorded"]).stem
+        metrics = json.loads(Path(job["result"]).read_text())
+        for name, value in expected[kind].items():
+            if not name.startswith(("time/", "perf/")):
+                assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (kind, name)

@@ -1,0 +1,56 @@
+"""A configuration is tried without a run: `rlhf-tui check`."""
+
+import tempfile
+
+import pytest
+
+from engine import starter
+from engine.config import file as config_file
+from engine.errors import UserInputError
+from engine.train.check import check, reduced
+from rlhf_tui.commands.check import report
+from tests.train.conftest import SMALL
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """An own folder for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def config(*overrides):
+    return config_file.load(starter.FOLDER / "demo.yaml", [*SMALL, *overrides])
+
+
+def test_a_whole_step_is_taken_on_two_prompts_and_nothing_is_left(temporary):
+    tried = config("ppo.advantage=rloo", "rollout.per_prompt=4", "reward.normalise=reference",
+                   "eval.every=5", "train.save_every=5", "eval.holdout=8",
+                   "launch.processes=2")  # fmt: skip
+    result = check(tried)
+    assert result.responses == 8
+    assert result.ratio == pytest.approx(1, abs=1e-4)
+    assert result.kl == pytest.approx(0, abs=1e-3)
+    assert len(result.samples) == 2
+    text = (starter.FOLDER / "prompts.jsonl").read_text(encoding="utf-8")
+    assert result.prompts == len(text.splitlines()) - 8
+    assert set(result.phases) == {"generate", "score", "reference", "optimise"}
+    assert sum(result.phases.values()) <= result.step_seconds
+    assert list(temporary.iterdir()) == []
+    lines = "\n".join(report(tried, result)).replace("-0.0000", "0.0000")
+    assert "ratio 1.0000, KL 0.0000" in lines
+    assert "240 steps of 8 responses on 2 ranks" in lines
+
+
+def test_what_cannot_be_used_is_the_error_of_a_run_and_leaves_nothing(temporary):
+    with pytest.raises(UserInputError, match=r"no column 'question'"):
+        check(config("data.column=question"))
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", ["dapo", "vc-ppo", "ppo-ziegler"])
+def test_two_prompts_obey_the_rules_between_keys(recipe):
+    example = starter.FOLDER.parents[1] / "examples" / f"{recipe}.yaml"
+    small = reduced(config_file.load(example))
+    assert small.prompts_per_step == 2
+    assert config_file.from_tree(config_file.to_tree(small)).ppo.minibatches == 1

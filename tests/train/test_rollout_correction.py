@@ -1,0 +1,74 @@
+"""Importance weights for responses that were sampled with slightly other log-probabilities."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from engine.config.sections.ppo import PPOConfig
+from engine.train.ppo.advantages import Targets
+from engine.train.ppo.losses import policy_terms
+from engine.train.ppo.rollout_correction import correction_weights
+from engine.train.step import generate_rollout, train_step
+
+OLD = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, -0.2, -9.0]])
+SAMPLED = torch.tensor([[-1.2, -3.5, -0.4], [-3.0, -0.1, 0.0]])
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+
+
+def by_hand(kind, cap):
+    """Token by token, as the definition reads."""
+    weights = torch.ones_like(OLD)
+    for i, j in MASK.nonzero().tolist():
+        ratio = math.exp(OLD[i, j] - SAMPLED[i, j])
+        weights[i, j] = min(ratio, cap) if kind == "truncate" else ratio * (ratio <= cap)
+    return weights
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+@pytest.mark.parametrize("cap", [1.0, 2.0, 10.0])
+def test_the_weights_are_those_of_the_definition(kind, cap):
+    assert torch.allclose(correction_weights(OLD, SAMPLED, MASK, kind, cap), by_hand(kind, cap))
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+def test_a_weighted_advantage_weights_the_clipped_loss_of_its_token(dual_clip):
+    torch.manual_seed(0)
+    logprobs, advantages = OLD + 0.4 * torch.randn_like(OLD), torch.randn_like(OLD)
+    weights = by_hand("truncate", 2.0)
+
+    def loss(i, j, advantage):
+        alone = torch.zeros_like(MASK)
+        alone[i, j] = MASK[i, j]
+        return policy_terms(logprobs, OLD, advantage, alone, 0.2, dual_clip=dual_clip).loss
+
+    for i, j in MASK.nonzero().tolist():
+        expected = weights[i, j] * loss(i, j, advantages)
+        assert torch.allclose(loss(i, j, advantages * weights), expected, atol=1e-7)
+
+
+def test_a_step_is_corrected_by_what_sampled_it(make_run):
+    """The rollout's log-probabilities are moved, as by another engine; log π_old is recomputed."""
+    losses = {}
+    for kind in ("none", "truncate", "mask"):
+        run, _ = make_run(f"ppo.rollout_correction={kind}", "ppo.epochs=1", "ppo.minibatches=1")
+        run.backend = dataclasses.replace(run.backend, separate=True)
+        rollout = generate_rollout(run, 1, lambda _done, _total: None)
+        rollout.logprobs[:, 0] -= 1.0  # e > 2: the first token of each response is beyond the cap
+        metrics, _ = train_step(run, 1, recorded=rollout)
+        losses[kind] = metrics["loss/policy_avg"]
+        firsts, tokens = len(rollout.lengths), int(rollout.lengths.sum())
+        assert metrics["val/rollout_logprob_gap"] == pytest.approx(1.0, abs=1e-3)
+        if kind == "none":
+            assert "policy/rollout_weight" not in metrics
+            continue
+        assert metrics["policy/rollout_capped_frac"] == pytest.approx(firsts / tokens)
+        mean = (tokens - firsts + (2.0 * firsts if kind == "truncate" else 0)) / tokens
+        assert metrics["policy/rollout_weight"] == pytest.approx(mean, abs=1e-3)
+    assert len({round(loss, 6) for loss in losses.values()}) == 3
+
+
+def test_without_correction_no_token_has_a_weight():
+    assert PPOConfig().rollout_correction == "none"
+    assert Targets(OLD, OLD).token_weights is None

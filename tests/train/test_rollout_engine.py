@@ -1,0 +1,219 @@
+"""Rollouts by an engine of its own: weights, versions, and engines that fail.
+
+The engine is a stand-in here; tests/vllm has the same with vLLM.
+"""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.errors import RlhfError, UserInputError
+from engine.protocol.rollout_messages import (
+    EngineFailed,
+    Generate,
+    LoadWeights,
+    Start,
+    WeightsLoaded,
+)
+from engine.train.evaluation.evaluate import evaluate_if_due
+from engine.train.models import lora
+from engine.train.reports.probe import answer_probe
+from engine.train.rollout.vllm.backend import ATTEMPTS
+from engine.train.rollout.vllm.checksum import checksum
+from engine.train.rollout.vllm.weights import write_weights
+from engine.train.rollout_check import check_weights, version_lag
+from engine.train.step import generate_rollout, old_policy_outputs, train_step
+from tests.train.stand_in_engine import StandInEngine
+
+VLLM = "rollout.engine=vllm"
+
+
+def no_report(_done, _total):
+    pass
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    made = StandInEngine(folder, monkeypatch)
+    yield made
+    made.listener.close()
+
+
+def dies_at(kind, after=0):
+    """An engine that ends the connection at a message of a type, after so many of them."""
+    seen = []
+
+    def fault(message):
+        seen.extend([1] * isinstance(message, kind))
+        if isinstance(message, kind) and len(seen) > after:
+            raise ConnectionError
+
+    return fault
+
+
+def replies(kind, reply):
+    """An engine with a reply of its own to the messages of a type."""
+    return lambda message: reply(message) if isinstance(message, kind) else None
+
+
+# -- a step ----------------------------------------------------------------------------------------
+
+
+def test_steps_with_an_engine_are_those_of_native_rollouts(make_run, engine):
+    run, _ = make_run(VLLM)
+    native, _ = make_run()
+    for step in (1, 2):
+        ours, samples = train_step(run, step)
+        theirs, expected = train_step(native, step)
+        assert [s.response for s in samples] == [s.response for s in expected]
+        assert ours["objective/scores"] == pytest.approx(theirs["objective/scores"], abs=1e-4)
+        assert ours["policy/entropy_avg"] == pytest.approx(theirs["policy/entropy_avg"], abs=1e-4)
+        assert ours["rollout/version_lag"] == theirs["rollout/version_lag"] == 0
+        assert ours["val/rollout_logprob_gap"] < 1e-4
+        assert "time/sync" in ours
+        assert "time/sync" not in theirs
+
+
+def test_weights_are_sent_once_a_step_and_again_only_when_they_have_changed(make_run, engine):
+    run, _ = make_run(VLLM, "eval.every=1", "eval.holdout=2")
+    train_step(run, 1)
+    evaluate_if_due(run, 1)
+    run.state.step = 1
+    answer_probe(run, "The film was")
+    train_step(run, 2)
+    # At the start, for the evaluation after step 1, which step 2 and the probe use as well.
+    assert engine.messages.count("LoadWeights") == 2
+    assert engine.engines == 1
+
+
+def test_an_evaluation_of_averaged_weights_is_generated_with_these(make_run, engine):
+    keys = ("eval.every=1", "eval.holdout=4", "train.ema.decay=0.5", "train.learning_rate=1e-2")
+    run, _ = make_run(VLLM, *keys)
+    native, _ = make_run(*keys)
+    for each in (run, native):
+        train_step(each, 1)
+    ours, theirs = (evaluate_if_due(each, 1).metrics for each in (run, native))
+    assert ours["eval/ema_score"] == pytest.approx(theirs["eval/ema_score"], abs=1e-3)
+    assert ours["eval/score"] == pytest.approx(theirs["eval/score"], abs=1e-3)
+    assert ours["eval/ema_score"] != ours["eval/score"]
+
+
+def test_a_response_ends_at_a_stop_string_and_the_engine_is_told(make_run, engine):
+    run, _ = make_run(VLLM, "rollout.stop=[a, e]", "rollout.max_new_tokens=12")
+    native, _ = make_run("rollout.stop=[a, e]", "rollout.max_new_tokens=12")
+    ours = generate_rollout(run, 1, no_report)
+    theirs = generate_rollout(native, 1, no_report)
+    assert torch.equal(ours.ids, theirs.ids)
+    assert torch.equal(ours.lengths, theirs.lengths)
+    assert torch.equal(ours.ended, theirs.ended)
+    assert engine.stopped
+
+
+def test_log_pi_old_is_the_trainers_own_whatever_the_engine_reports(make_run, engine):
+    run, _ = make_run(VLLM)
+    rollout = generate_rollout(run, 1, no_report)
+    right, values = old_policy_outputs(run, rollout, rollout.rows)
+    rollout.logprobs = rollout.logprobs - 1
+    again, _ = old_policy_outputs(run, rollout, rollout.rows)
+    assert torch.equal(right, again)
+    assert values.shape == right.shape
+
+
+# -- engines that fail -----------------------------------------------------------------------------
+
+
+def test_an_engine_that_ends_is_replaced_and_the_step_is_the_same(make_run, engine):
+    native, _ = make_run()
+    engine.faults = iter([dies_at(Start), dies_at(LoadWeights), dies_at(Generate)])
+    run, _ = make_run(VLLM)
+    rollout, expected = (generate_rollout(r, 1, no_report) for r in (run, native))
+    assert torch.equal(rollout.ids, expected.ids)
+    assert engine.engines == 4
+    assert engine.messages.count("LoadWeights") == 3
+
+
+def test_an_engine_that_does_not_hold_what_was_sent_is_not_used(make_run, engine):
+    refusal = EngineFailed(text="IncompleteUpdateError: the update lacks lm_head.weight")
+
+    def holding(**wrong):
+        def reply(message):
+            right = {
+                "weights_version": message.weights_version,
+                "tensors": len(message.tensors),
+                "checksum": message.checksum,
+            }
+            return WeightsLoaded(seconds=0.0, **right | wrong)
+
+        return replies(LoadWeights, reply)
+
+    engine.faults = iter([replies(LoadWeights, lambda _m: refusal), holding(weights_version=7),
+                          holding(checksum=(1, 1))])  # fmt: skip
+    run, _ = make_run(VLLM)
+    assert engine.engines == 4
+    assert engine.messages.count("Generate") == 0
+    assert len(generate_rollout(run, 1, no_report).texts) == 8
+
+
+def test_a_run_ends_when_engine_after_engine_fails(make_run, engine):
+    engine.faults = iter([dies_at(LoadWeights)] * ATTEMPTS)
+    with pytest.raises(RlhfError, match=f"{ATTEMPTS} rollout engines in a row failed"):
+        make_run(VLLM)
+
+
+def test_an_environment_without_vllm_is_the_users_to_mend(make_run, engine):
+    failed = EngineFailed(text="no module named vllm: make vllm", user_input=True, final=True)
+    engine.faults = iter([replies(Start, lambda _m: failed)])
+    with pytest.raises(UserInputError, match="make vllm"):
+        make_run(VLLM)
+    assert engine.engines == 1
+
+
+def test_a_run_does_not_train_on_responses_of_older_weights(make_run, engine):
+    run, _ = make_run(VLLM)
+    rollout = generate_rollout(run, 2, no_report)
+    assert version_lag(rollout, 2) == 0
+    old, _ = old_policy_outputs(run, rollout, rollout.rows)
+    with pytest.raises(RlhfError, match="weights that are 1 updates old"):
+        check_weights(run, rollout, old, version_lag(rollout, 3))
+    with pytest.raises(RlhfError, match="does not compute the same model"):
+        check_weights(run, rollout, old - 0.01, 0)
+
+
+def test_a_longer_response_than_the_engine_was_built_for_gets_a_larger_engine(make_run, engine):
+    run, _ = make_run(VLLM)
+    native, _ = make_run("rollout.max_new_tokens=60")
+    run.config = native.config
+    rollout, expected = (generate_rollout(r, 1, no_report) for r in (run, native))
+    assert torch.equal(rollout.ids, expected.ids)
+    assert engine.engines == 2
+
+
+# -- the weights that are sent ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapters", [(), ("lora.rank=4",)], ids=["full", "adapters"])
+def test_the_file_has_every_weight_to_the_bit_with_adapters_merged(make_run, tmp_path, adapters):
+    run, _ = make_run(*adapters, "train.learning_rate=1e-2")
+    train_step(run, 1)
+    lm, path = run.policy.lm, tmp_path / "w.safetensors"
+    tensors, sums = write_weights(lm, torch.float32, path)
+    written = load_file(path)
+    assert [t.name for t in tensors if t.tied] == ["lm_head.weight"]
+    assert set(written) == {t.name for t in tensors} == set(lora.mergeable_weights(lm))
+    assert sums == checksum(written[t.name] for t in tensors if not t.tied)
+    for layer in lora.adapted_layers(lm):
+        layer.merge()
+    for name, tensor in lora.base_tensors(lm).items():
+        assert torch.allclose(written[name], tensor, atol=1e-6 if adapters else 0, rtol=0), name
+
+
+def test_a_checksum_is_that_of_joined_and_padded_matrices_and_of_no_other_weights():
+    parts = [torch.randn(3, 5), torch.randn(2, 5)]
+    joined = torch.cat([*parts, torch.zeros(4, 5)])
+    assert checksum(parts) == checksum([joined])
+    assert checksum([parts[0], parts[1].neg()]) != checksum(parts)
+    assert checksum([parts[0], parts[0][:2]]) != checksum(parts)
+    halves = [p.bfloat16() for p in parts]
+    assert checksum(halves) == checksum([torch.cat(halves)])

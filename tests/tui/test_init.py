@@ -1,0 +1,82 @@
+"""The first configuration of a new user, which init writes."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from engine import starter
+from engine.config import file as config_file
+from engine.config.recipes import RECIPES
+from engine.errors import RlhfError
+from rlhf_tui.commands.init import init
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NO_RECIPES = {"hub", "own_reward", "word_problems"}
+"""Examples of models and rewards, rather than of a way to train."""
+
+
+def write(*arguments):
+    done = CliRunner().invoke(init, [str(a) for a in arguments])
+    if isinstance(done.exception, RlhfError):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_recipes_are_those_of_the_examples():
+    examples = {path.stem: path for path in EXAMPLES.glob("*.yaml")}
+    examples = {k: v for k, v in examples.items() if k not in NO_RECIPES}
+    examples["ppo"] = starter.FOLDER / "demo.yaml"
+    assert RECIPES.keys() == examples.keys()
+    for name, path in examples.items():
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        del tree["model"]["policy"], tree["data"], tree["reward"]["model"]
+        assert {k: v for k, v in tree.items() if v} == RECIPES[name].settings, name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_written_is_the_recipe_with_a_comment_on_each_key(tmp_path, recipe):
+    file = tmp_path / "run.yaml"
+    assert f"rlhf-tui check {file}" in write(file, "--recipe", recipe)
+    example = EXAMPLES / f"{recipe}.yaml" if recipe != "ppo" else starter.FOLDER / "demo.yaml"
+    assert config_file.load(file) == config_file.load(example)
+    for before, line in pairwise(file.read_text(encoding="utf-8").splitlines()):
+        # A section within a section explains its keys.
+        if line.startswith("  ") and not line.lstrip().startswith(("#", "overlong:")):
+            assert before.lstrip().startswith("#"), line
+            assert before.endswith("."), before
+    write(file, "--recipe", recipe, "--policy", "org/model", "--force")
+    real = config_file.load(file)
+    assert real.train.learning_rate <= 1e-5
+    assert real.rollout.max_new_tokens == 256
+
+
+def test_paths_are_read_from_where_they_were_given(tmp_path, monkeypatch):
+    (tmp_path / "p.jsonl").write_text('{"question": "Why?"}\n', encoding="utf-8")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write("runs/run.yaml", "--prompts", "p.jsonl", "--column", "question", "-o", "train.steps=7")
+    config = config_file.load(tmp_path / "runs" / "run.yaml")
+    assert (config.data.prompts, config.data.column) == (str(tmp_path / "p.jsonl"), "question")
+    assert config.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run.yaml"], "run.yaml exists"),
+        (["new.yaml", "--prompts", "none.jsonl"], r"data\.prompts: no file"),
+        (["new.yaml", "-o", "train.stepz=1"], r"did you mean 'train\.steps'"),
+        (["no/new.yaml"], "cannot write no/new.yaml"),
+    ],
+)
+def test_what_cannot_be_run_is_not_written(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("mine", encoding="utf-8")
+    with pytest.raises(RlhfError, match=message):
+        write(*arguments)
+    assert [f.name for f in tmp_path.iterdir()] == ["run.yaml"]
+    assert (tmp_path / "run.yaml").read_text(encoding="utf-8") == "mine"
