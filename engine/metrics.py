@@ -13,6 +13,7 @@ SCORE = "objective/scores"
 SCORE_STD = "objective/scores_std"
 KL = "objective/kl"
 BETA = "objective/kl_coef"
+ZERO_STD = "objective/zero_std_frac"
 RLHF_REWARD = "objective/rlhf_reward"
 ENTROPY = "policy/entropy_avg"
 CLIP_FRACTION = "policy/clipfrac_avg"
@@ -111,7 +112,7 @@ METRICS = (
         title="score, std within prompts",
     ),
     Metric(
-        "objective/zero_std_frac", "fraction of prompts",
+        ZERO_STD, "fraction of prompts",
         "prompts whose responses all have the same score (with `rollout.per_prompt` above 1)",
         title="prompts without variance", chart_unit="fraction",
     ),

@@ -236,6 +236,11 @@ def check_rule(rule: Rule) -> None:
     where = f"guardrails.rules '{rule.name}'"
     if rule.metric != "*" and all(getattr(rule, key) is None for key in RULE_CONDITIONS):
         raise ConfigError(f"{where} needs one of {', '.join(RULE_CONDITIONS)}")
+    if rule.lasts > rule.window + 1:
+        raise ConfigError(
+            f"{where}.lasts must be at most its window + 1, which is {rule.window + 1} "
+            f"(it is {rule.lasts})"
+        )
     if rule.of is not None and rule.of not in relative_to():
         known = ", ".join(relative_to())
         raise ConfigError(f"{where}.of must be one of {known} (it is '{rule.of}')")

@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.config.sections.supervision import Rule
+from engine.metrics import title_of
+from engine.monitoring.divergence import Divergence
+from engine.monitoring.drift import DriftTest
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,12 @@ class Observation:
     """The setting that bounds are multiples of, 1 if the rule names none; None if it is unset."""
     window: Sequence[float]
     """The values of at most `rule.window` earlier steps, oldest first."""
+    drift_up: DriftTest | None = None
+    """The test of `rule.drifts_up`, this step included."""
+    drift_down: DriftTest | None = None
+    """The test of `rule.drifts_down`, this step included."""
+    divergence: Divergence | None = None
+    """What the test of `rule.diverges` has found."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class Breach:
     """How far the value is beyond the limit, > 0, in the unit of `limit`."""
     limit: float
     """The magnitude of the limit; a fraction for changes relative to a mean."""
+    since: int | None = None
+    """The first step of the stretch that is the evidence; None: this step alone."""
 
 
 Condition = Callable[[Rule, Observation], Breach | None]
@@ -46,9 +57,9 @@ def above(rule: Rule, observed: Observation) -> Breach | None:
     if rule.above is None or observed.scale is None:
         return None
     value, bound = observed.value, rule.above * observed.scale
-    if value <= bound:
+    if value <= bound or not all(earlier > bound for earlier in _lasting(rule, observed)):
         return None
-    text = f"is {value:.4g}, above {rule.above:g}{_unit(rule, observed.scale)}"
+    text = f"is {value:.4g}, above {rule.above:g}{_unit(rule, observed.scale)}{_in_a_row(rule)}"
     return Breach(text, f"{value:.4g} > {bound:.4g}", value - bound, abs(bound))
 
 
@@ -57,9 +68,9 @@ def below(rule: Rule, observed: Observation) -> Breach | None:
     if rule.below is None or observed.scale is None:
         return None
     value, bound = observed.value, rule.below * observed.scale
-    if value >= bound:
+    if value >= bound or not all(earlier < bound for earlier in _lasting(rule, observed)):
         return None
-    text = f"is {value:.4g}, below {rule.below:g}{_unit(rule, observed.scale)}"
+    text = f"is {value:.4g}, below {rule.below:g}{_unit(rule, observed.scale)}{_in_a_row(rule)}"
     return Breach(text, f"{value:.4g} < {bound:.4g}", bound - value, abs(bound))
 
 
@@ -85,11 +96,35 @@ def rises(rule: Rule, observed: Observation) -> Breach | None:
     return Breach(f"{brief} {mean}", brief, share - rule.rises, rule.rises)
 
 
+def drifts_up(rule: Rule, observed: Observation) -> Breach | None:
+    """The value stays above the median of the run's first steps."""
+    return _drifted(rule.window, observed.value, observed.drift_up, "above")
+
+
+def drifts_down(rule: Rule, observed: Observation) -> Breach | None:
+    """The value stays below the median of the run's first steps."""
+    return _drifted(rule.window, observed.value, observed.drift_down, "below")
+
+
+def diverges(rule: Rule, observed: Observation) -> Breach | None:
+    """The value rises while the score of another judge falls."""
+    found = observed.divergence
+    if found is None or rule.diverges is None:
+        return None
+    change = f"{title_of(found.judge)} falls from {found.highest:.4g} to {found.last:.4g}"
+    text = f"rises to {observed.value:.4g} while {change} (since step {found.since})"
+    distance = found.excess - rule.diverges
+    return Breach(text, f"rises, {change}", distance, rule.diverges, found.since)
+
+
 CONDITIONS: dict[str, Condition] = {
     "above": above,
     "below": below,
     "falls": falls,
     "rises": rises,
+    "drifts_up": drifts_up,
+    "drifts_down": drifts_down,
+    "diverges": diverges,
 }
 """Key of a rule → its condition. The alert shows the first one that holds."""
 
@@ -99,6 +134,30 @@ def not_finite(metrics: dict[str, float | None]) -> Breach | None:
     bad = [k for k, v in metrics.items() if v is not None and not math.isfinite(v)]
     text = f"{', '.join(bad)} not finite"
     return Breach(text, text, 1.0, 1.0) if bad else None
+
+
+def _lasting(rule: Rule, observed: Observation) -> list[float]:
+    """The earlier values on which a bound must hold, too; -inf and inf if there are too few."""
+    if rule.lasts == 1:
+        return []
+    earlier = list(observed.window)[1 - rule.lasts :]
+    return earlier if len(earlier) == rule.lasts - 1 else [-math.inf, math.inf]
+
+
+def _in_a_row(rule: Rule) -> str:
+    return f" for {rule.lasts} steps" if rule.lasts > 1 else ""
+
+
+def _drifted(window: int, value: float, test: DriftTest | None, where: str) -> Breach | None:
+    if test is None or not test.found or not test.baseline:
+        return None
+    share = (value - test.baseline) / abs(test.baseline)
+    brief = f"drifted by {share:+.0%} to {value:.4g}"
+    text = (
+        f"{brief} since step {test.since}: it stays {where} the median of the first {window} "
+        f"steps ({test.baseline:.4g})"
+    )
+    return Breach(text, brief, test.excess, test.allowed, test.since)
 
 
 def _unit(rule: Rule, scale: float) -> str:

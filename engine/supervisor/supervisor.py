@@ -27,6 +27,7 @@ from engine.launch.start import (
     last_checkpoint,
     timeline_checkpoints,
 )
+from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import Notifier, missing_variables
 from engine.monitoring.telemetry import busy_gpus
@@ -190,7 +191,7 @@ class Supervisor:
             pending=self.pending,
             ranks=self.ranks,
             watchdog=self.watchdog,
-            guardrails=Guardrails(config.guardrails),
+            guardrails=Guardrails(config.guardrails, judges_of(config)),
             on_alert=self.commands.on_alert,
             on_error=self.abort,
         )

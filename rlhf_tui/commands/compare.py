@@ -19,6 +19,7 @@ from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.journal.rows import SampleRow
 from engine.metrics import BETA, DISTINCT_2, KL, LEARNING_RATE, RESPONSE_LENGTH, SCORE
+from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Guardrails
 from engine.protocol.rank_messages import Sample
 from rlhf_tui import format as fmt
@@ -89,14 +90,16 @@ def guardrails(root: Path, name: str, rules: Path | None, as_json: bool) -> None
         print_json(msgspec.json.decode(msgspec.json.encode(alerts)))
         return
     for alert in alerts:
-        say(f"step {alert['step']}  {alert['rule']} ({alert['action']}): {one_line(alert['text'])}")
+        advice = f"; {alert['advice']}" if alert.get("advice") else ""
+        text = one_line(alert["text"] + advice)
+        say(f"step {alert['step']}  {alert['rule']} ({alert['action']}): {text}")
     if not alerts:
         say("no rule raises an alert")
 
 
 def _replay(record: JournalReader, config: GuardrailConfig, run: RunConfig) -> Iterator[Json]:
     """Alerts with their steps: every recorded step checked with the settings in force then."""
-    rails = Guardrails(config)
+    rails = Guardrails(config, judges_of(run))
     settings = config_file.as_mapping(settings_of(run))
     changes: dict[int, dict[str, Any]] = {}
     for command in record.commands():
@@ -112,6 +115,8 @@ def _replay(record: JournalReader, config: GuardrailConfig, run: RunConfig) -> I
             # The journal stores a value that is not finite as None.
             metrics.setdefault(step, {})[name] = math.nan if value is None else value
     for step, values in sorted(metrics.items()):
+        if BETA not in values:  # a live run recorded this step while its series were read
+            break
         settings |= changes.get(step, {})
         settings |= {"beta": values[BETA], "learning_rate": values[LEARNING_RATE]}
         for alert in rails.check(step, values, settings, samples.get(step)):

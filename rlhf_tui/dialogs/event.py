@@ -44,6 +44,10 @@ class Evidence(Struct, frozen=True, kw_only=True):
     samples: list[EvidenceSample] = []
     """The step's responses that explain it best."""
     traceback: str | None = None
+    advice: str = ""
+    """What to do, in one line."""
+    from_step: int | None = None
+    """The first step of the stretch in which the metric was beyond its limit."""
 
 
 class EventDialog(TextDialog):
@@ -105,6 +109,11 @@ class EventDialog(TextDialog):
         except msgspec.DecodeError:  # the keys of another version's rule
             return []
         rows = self._block("traceback", found.traceback or "")
+        if found.advice:
+            rows += [[], *self._wrapped(f"→ {found.advice}", "key")]
+        if found.from_step is not None:
+            steps = f"steps {found.from_step} to {self._marker.step}"
+            rows += self._wrapped(f"seen in {steps}", "dim")
         if found.window:
             values = "  ".join(fmt.number(v) for v in found.window[-WINDOW_SHOWN:])
             rows += [[], *self._wrapped(f"{title_of(found.metric)} before it: {values}", "dim")]

@@ -54,7 +54,7 @@ class SamplesScreen(SessionScreen):
 
     MODE = "samples"
     LISTS = True
-    WRITES = frozenset({"label", "remark", "better"})
+    WRITES = frozenset({"label", "remark", "better", "judge"})
     READ_ONLY = "read-only: labelling disabled"
     AUTO_FOCUS = "Table"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -68,6 +68,7 @@ class SamplesScreen(SessionScreen):
         Binding("N", "next(-1)", "previous response", show=False),
         Binding("z", "enlarge", "full screen"),
         Binding("P", "probes", "probes of this run", show=False),
+        Binding("J", "judge", "judge one after another", show=False),
         Binding("escape", "back", "back: table, no filter", show=False),
     ]
 
@@ -290,6 +291,15 @@ class SamplesScreen(SessionScreen):
         """Asks for a note."""
         self.samples.freeze()
         self.labels.ask_note()
+
+    def action_judge(self) -> None:
+        """Opens the queue of unjudged responses."""
+        from rlhf_tui.dialogs.judging import JudgingDialog  # noqa: PLC0415 - keeps start-up short
+
+        if (session := self.context.session) is not None:
+            self.samples.freeze()
+            dialog = JudgingDialog(session, self.context.who, self.context.now)
+            self.app.push_screen(dialog, lambda _: self.read_again())
 
     def action_compare(self) -> None:
         """Cycles through earlier responses, the reference's response and no comparison."""

@@ -2,19 +2,28 @@
 
 import math
 
+import msgspec
 import pytest
 
 from engine.config.rules import check_rule
+from engine.config.schema import RunConfig
 from engine.config.sections.supervision import RULE_CONDITIONS, GuardrailConfig, Rule
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
 from engine.monitoring.conditions import CONDITIONS
-from engine.monitoring.guardrails import DEFAULT_RULES, Guardrails, worst_samples
+from engine.monitoring.divergence import judges_of
+from engine.monitoring.guardrails import DEFAULT_RULES, Alert, Guardrails, worst_samples
 from engine.protocol.rank_messages import Sample
 
 
 def rails(*rules, defaults=False):
     return Guardrails(GuardrailConfig(defaults=defaults, rules=list(rules)))
+
+
+def config_of(reward, evaluation):
+    """A configuration with a reward and an evaluation."""
+    run = {"model": {"policy": "p"}, "data": {"prompts": "d"}}
+    return msgspec.convert(run | {"reward": reward, "eval": evaluation}, RunConfig)
 
 
 def alert_steps(guardrails, values, metric="m", settings=None):
@@ -110,7 +119,7 @@ def test_each_condition_of_a_rule_has_its_key_and_its_function():
     assert set(CONDITIONS) <= set(Rule.__struct_fields__)
     for key in CONDITIONS:
         check_rule(Rule(name="r", metric="m", **{key: 1.0}))
-    with pytest.raises(ConfigError, match="needs one of above, below, falls, rises"):
+    with pytest.raises(ConfigError, match="needs one of above, below, falls, rises, drifts_up"):
         check_rule(Rule(name="r", metric="m"))
 
 
@@ -174,6 +183,98 @@ def test_a_replay_raises_the_same_alerts():
     rules = (Rule(name="a", metric="m", above=1.0), Rule(name="b", metric="m", falls=0.3, window=2))
     values = [0.5, 2.0, 2.0, 0.4, 3.0, math.nan, 3.0]
     assert alert_steps(rails(*rules), values) == alert_steps(rails(*rules), values)
+
+
+def drifting(values, **keys):
+    """Steps of alerts of a rule that learns from four steps, and those from which it was so."""
+    guardrails = rails(Rule(name="r", metric="m", window=4, **keys))
+    return [
+        (step, alert.evidence["from_step"])
+        for step, value in enumerate(values, start=1)
+        for alert in guardrails.check(step, {"m": value}, {})
+    ]
+
+
+FIRST = [10.0, 10.5, 10.0, 10.5]
+"""Of median 10.25; their noise is 0.52."""
+
+
+def test_a_slow_drift_that_a_moving_mean_follows_is_told_with_the_stretch():
+    slow = [10 - 0.05 * step for step in range(150)]
+    assert alert_steps(rails(Rule(name="r", metric="m", falls=0.5)), slow) == []
+    ((step, since), *_) = drifting(FIRST + slow, drifts_down=0.5)
+    assert 100 < since < step < since + 25
+
+
+def test_a_drift_the_other_way_and_one_that_is_allowed_raise_no_alert():
+    assert drifting([*FIRST, *[20.0] * 50], drifts_down=0.5) == []
+    assert drifting([*FIRST, *[6.0] * 50], drifts_down=0.5) == []
+    assert drifting([*FIRST, *[15.0] * 50], drifts_up=0.5) == []
+    assert drifting([*FIRST, *[17.0] * 50], drifts_up=0.5) != []
+
+
+def test_one_bad_step_is_no_drift_and_a_bad_first_step_no_baseline():
+    assert drifting([*FIRST, 17.5, *[10.0] * 20], drifts_up=0.5) == []
+    assert drifting([90.0, 10.0, 10.5, 10.0, *[18.0] * 20], drifts_up=0.5) != []
+
+
+def test_a_drift_from_zero_is_not_a_multiple_of_it():
+    assert drifting([0.0] * 4 + [5.0] * 20, drifts_up=0.5) == []
+
+
+def test_a_drift_on_an_abandoned_branch_leaves_nothing_behind():
+    guardrails = rails(Rule(name="r", metric="m", window=4, drifts_up=0.5))
+    for step, value in enumerate([*FIRST, 17.0, 17.0], start=1):
+        assert not guardrails.check(step, {"m": value}, {})
+    guardrails.forget_after(3)
+    steps = enumerate([17.0, 17.0, *[10.0] * 9], start=4)
+    assert not any(guardrails.check(step, {"m": value}, {}) for step, value in steps)
+
+
+def test_a_bound_may_have_to_hold_for_several_steps():
+    rule = Rule(name="r", metric="m", above=1.0, lasts=3)
+    assert alert_steps(rails(rule), [2, 2, 0, 2, 2, 2, 2, 0, 2]) == [6]
+    with pytest.raises(ConfigError, match="lasts must be at most its window"):
+        check_rule(Rule(name="r", metric="m", above=1.0, window=3, lasts=9))
+
+
+def diverging(judge, every, values):
+    """Alerts of a run whose trained score rises, with another judge's values."""
+    rule = Rule(name="r", metric="objective/scores", diverges=3.0)
+    guardrails = Guardrails(GuardrailConfig(defaults=False, rules=[rule]), [judge])
+    alerts = []
+    for step, value in enumerate(values, start=1):
+        noise = 0.02 * (step * 7 % 5)
+        metrics = {"objective/scores": step / 20 + noise}
+        metrics[judge] = value + noise if step % every == 0 else None
+        alerts += guardrails.check(step, metrics, {})
+    return alerts
+
+
+@pytest.mark.parametrize(("judge", "every"), [("reward/watched", 1), ("eval/score", 5)])
+def test_a_judge_that_falls_while_the_trained_score_rises_is_told(judge, every):
+    rising = [step / 40 for step in range(60)]
+    assert diverging(judge, every, [*rising, *[1.5] * 60]) == []
+    (alert, *_) = diverging(judge, every, [*rising, *(1.5 - step / 40 for step in range(60))])
+    assert 55 <= alert.evidence["from_step"] <= 65
+    assert "while" in alert.text and "falls from" in alert.text
+
+
+def test_the_judges_of_a_run_are_those_that_it_is_not_trained_on():
+    mix = [
+        {"model": "a", "name": "trained"},
+        {"model": "b", "name": "watched", "weight": 0.0},
+    ]
+    config = config_of({"mix": mix}, {"rewards": [{"model": "c", "name": "other"}]})
+    assert judges_of(config) == {"eval/score", "eval/reward/other", "reward/watched"}
+
+
+@pytest.mark.parametrize("rule", DEFAULT_RULES, ids=lambda rule: rule.name)
+def test_every_default_rule_is_valid_and_has_advice_of_one_line(rule):
+    check_rule(rule)
+    assert 0 < len(rule.advice) < 100
+    data = Alert(rule.name, rule.action, "text", 1, advice=rule.advice).as_data()
+    assert data["advice"] == rule.advice
 
 
 def test_steps_that_are_abandoned_leave_nothing_behind():

@@ -40,12 +40,25 @@ class Rule(Section, frozen=True):
     falls: Positive | None = None
     """Fires when the metric is below the mean of the last `window` steps by this fraction of it."""
     window: Count = 20
-    """Number of steps in the mean that `rises` and `falls` compare with."""
+    """Number of steps in the mean that `rises` and `falls` compare with, or of first steps in the
+    median that `drifts_up` and `drifts_down` compare with."""
+    lasts: Count = 1
+    """Number of steps in a row on which `above` or `below` must hold; at most `window` + 1."""
+    drifts_up: Positive | None = None
+    """Fires when a sequential test (CUSUM) finds that the metric stays above the median of the
+    run's first `window` steps by more than this fraction of it."""
+    drifts_down: Positive | None = None
+    """The same for a metric that stays below that median."""
+    diverges: Positive | None = None
+    """Fires when the metric rises while the score of a judge that the run is not trained on falls,
+    both by this many times their usual change: held-out evaluation, sources of weight 0."""
+    advice: str = ""
+    """One line for the operator, shown with the alert."""
     action: Literal["notify", "checkpoint", "pause", "stop"] = "notify"
     """Action in addition to the alert; `notify` is the alert alone."""
 
 
-RULE_CONDITIONS = ("above", "below", "falls", "rises")
+RULE_CONDITIONS = ("above", "below", "falls", "rises", "drifts_up", "drifts_down", "diverges")
 """The keys of a rule that are conditions; :mod:`engine.monitoring.conditions` evaluates them."""
 
 
