@@ -1,7 +1,8 @@
 """Read-only access to one SQLite file of a session, in short reads."""
 
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,23 @@ class ReadOnlyDatabase:
         """Closes the file."""
         if self.connection is not None:
             self.connection.close()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All queries inside see the same rows, whatever is written meanwhile.
+
+        Keep it to seconds: on network file systems, without WAL, the writer waits for its end.
+
+        Raises:
+            JournalError: the file cannot be read.
+        """
+        self.rows("BEGIN")
+        self.rows("SELECT 1 FROM sqlite_schema LIMIT 1")  # the first read takes the snapshot
+        try:
+            yield
+        finally:
+            if self.connection is not None:
+                self.connection.rollback()
 
     def rows(self, query: str, values: Values = ()) -> list[Any]:
         """Runs a query and returns its rows as tuples, whose types a type checker cannot know.

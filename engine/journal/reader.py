@@ -72,14 +72,18 @@ class JournalReader:
         samples: reads the session's responses, which are in another file.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, database: ReadOnlyDatabase | None = None) -> None:
         """Opens the journal and the samples.
+
+        Args:
+            session: whose journal to read.
+            database: the journal if it is open already. It is closed with the reader.
 
         Raises:
             JournalError: a file cannot be read, or a newer version wrote it.
         """
         self.session = session
-        self._db = ReadOnlyDatabase(session.journal_file, schema.JOURNAL)
+        self._db = database or ReadOnlyDatabase(session.journal_file, schema.JOURNAL)
         self.samples = SampleReader(session)
 
     def __enter__(self) -> Self:

@@ -13,7 +13,7 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import Settings
-from engine.errors import RlhfError
+from engine.errors import CommandRejectedError, JournalError, RlhfError
 from engine.journal.writer import JournalWriter
 from engine.launch.start import StartOptions, timeline_checkpoints
 from engine.monitoring.guardrails import Alert
@@ -39,6 +39,7 @@ from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
+from engine.supervisor.threads import in_daemon_thread
 from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
@@ -47,6 +48,7 @@ PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals of schedulers that are about to end a job."""
 ACTIONS: dict[str, AnyCommand] = {"checkpoint": Checkpoint(), "pause": Pause(), "stop": Stop()}
 """`action` of a guard rail → the command it issues; `notify` issues none."""
+ROLLING_BACK = "the checkpoint of another roll back is being read; try again once it has ended"
 
 
 class CommandHandler:
@@ -76,6 +78,8 @@ class CommandHandler:
         self._watchdog = watchdog
         self._rollbacks: dict[str, asyncio.Task[None]] = {}
         """The roll backs, by id, whose checkpoints are being read."""
+        self._unissued: tuple[Alert, CommandRequest] | None = None
+        """A published alert and its command, which the journal could not take yet."""
 
     def handle(self, request: CommandRequest, who: str) -> CommandReply:
         """Records and checks a command, then carries it out or sends it to rank 0.
@@ -91,12 +95,18 @@ class CommandHandler:
             log.error("%s from %s: %s", request.command.name(), who, reason)  # noqa: TRY400
             return self._carry_out_unrecorded(request, who, reason)
 
-    def _record_and_carry_out(self, request: CommandRequest, who: str) -> CommandReply:
+    def _record_and_carry_out(
+        self, request: CommandRequest, who: str, *, again: bool = False
+    ) -> CommandReply:
+        """`again`: a command that is in the journal already was recorded but not carried out."""
         command, commands = request.command, self._journal.commands
-        if not commands.record(request.id, command.name(), config_file.as_mapping(command), who):
+        new = commands.record(request.id, command.name(), config_file.as_mapping(command), who)
+        if not new and not again:
             return commands.reply(request.id)
         try:
             check_command(command, self._moment())
+            if isinstance(command, Rollback) and self._rollbacks:
+                raise CommandRejectedError(ROLLING_BACK)
         except RlhfError as error:
             commands.reject(request.id, str(error))
         else:
@@ -166,14 +176,11 @@ class CommandHandler:
         """
         step, commands = command.step, self._journal.commands
         folder = checkpoint_path(self._session.checkpoints, step)
-        damage = await asyncio.to_thread(find_damage, folder)
+        damage = await in_daemon_thread(partial(find_damage, folder))
         self._rollbacks.pop(command_id)
         try:
-            if damage:
-                reason = f"the checkpoint of step {step} is damaged: {damage}; the run continues"
-                commands.reject(command_id, reason)
-            elif self._state.stopping:
-                commands.reject(command_id, "the run is stopping: resume it first")
+            if problem := self._rollback_problem(step, damage):
+                commands.reject(command_id, problem)
             else:
                 commands.apply(command_id, step + 1, [])
                 self._state.next = StartOptions(
@@ -181,9 +188,25 @@ class CommandHandler:
                 )
                 self._ranks.kill()
             self._server.send_reply(commands.reply(command_id))
-        except sqlite3.Error as error:  # the next start rejects it
-            log.error("%s from %s: cannot write the journal: %s", command.name(), who, error)  # noqa: TRY400
+        except sqlite3.Error as error:  # the next start rejects it in the journal, too
+            reason = f"cannot write the journal: {error}"
+            log.error("%s from %s: %s", command.name(), who, reason)  # noqa: TRY400
+            self._server.send_reply(CommandReply(id=command_id, status="rejected", reason=reason))
         self._server.notify_watchers()
+
+    def _rollback_problem(self, step: int, damage: str | None) -> str | None:
+        """Why a roll back cannot be carried out now that its checkpoint is read, or None."""
+        if self._state.stopping:
+            return "the run is stopping: resume it first"
+        try:
+            steps = timeline_checkpoints(self._session)
+        except JournalError as error:
+            return str(error)
+        if step not in steps:  # removed, or left behind by a restart, while it was read
+            return f"step {step} is no longer a checkpoint of this run"
+        if damage:
+            return f"the checkpoint of step {step} is damaged: {damage}; the run continues"
+        return None
 
     async def finish_rollbacks(self) -> None:
         """Rejects the roll backs whose checkpoints are still being read, as the run has ended."""
@@ -211,15 +234,29 @@ class CommandHandler:
             self.handle(CommandRequest(id=new_id(), command=Stop(now=again)), number.name)
 
     def on_alert(self, alert: Alert) -> None:
-        """Publishes an alert and issues the command of its action."""
-        self._publisher.alert(alert)
-        command = ACTIONS.get(alert.action)
-        if command is not None and self._publisher.state not in ("stopping", *ENDED_STATES):
-            request = CommandRequest(id=new_id(), command=command)
-            reply = self.handle(request, f"guard rail {alert.rule}")
+        """Publishes an alert and issues the command of its action.
+
+        If the journal cannot be written, call it again with the same alert: it is published once,
+        and its command issued once.
+
+        Raises:
+            sqlite3.Error: the journal cannot be written.
+        """
+        if self._unissued is None or self._unissued[0] is not alert:
+            self._publisher.alert(alert)
+            command = ACTIONS.get(alert.action)
+            if command is None or self._publisher.state in ("stopping", *ENDED_STATES):
+                return
+            self._unissued = alert, CommandRequest(id=new_id(), command=command)
+        request, who = self._unissued[1], f"guard rail {alert.rule}"
+        if isinstance(request.command, Stop):  # needs no journal
+            self.handle(request, who)
+        else:
+            reply = self._record_and_carry_out(request, who, again=True)
             # Rejected if the run is paused already, for another reason.
-            if isinstance(command, Pause) and reply.status == "accepted":
+            if isinstance(request.command, Pause) and reply.status == "accepted":
                 self._state.pause_reason = alert.cause
+        self._unissued = None
 
     def status(self) -> Status:
         """The session's current status."""

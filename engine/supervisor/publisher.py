@@ -1,6 +1,7 @@
 """Publishes states and alerts: to the journal first, then to clients, channels, the observer."""
 
 import logging
+from dataclasses import replace
 from typing import Any, Protocol
 
 from engine.journal.writer import JournalWriter
@@ -103,6 +104,12 @@ class EventPublisher:
             self._observer.alert(alert.text, alert.step)
         self._server.notify_watchers()
         self._notifier.submit(of_alert(self._name, alert))
+
+    def notify_unrecorded(self, rule: str, text: str) -> None:
+        """Notifies operators of what stops the run and cannot be recorded, such as a full disk."""
+        alert = Alert(rule, "notify", text, self._journal.step)
+        message = replace(of_alert(self._name, alert), level="error")
+        self._notifier.submit(message)
 
     def notice(self, rule: str, text: str, step: int) -> None:
         """Publishes an alert without an action."""

@@ -14,7 +14,7 @@ from engine.journal.writer import JournalWriter
 from engine.metrics import STEP_TIME
 from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages
-from engine.protocol.commands import Pause, SetSetting, Unpause
+from engine.protocol.commands import BoundaryCommand, Pause, SetSetting, Unpause
 from engine.protocol.rank_messages import (
     Adjusted,
     Applied,
@@ -37,6 +37,7 @@ from engine.protocol.rank_messages import (
     Unpaused,
 )
 from engine.session.states import State
+from engine.supervisor.attempt import Attempt
 from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher
 from engine.supervisor.rank_processes import RankProcesses
@@ -50,8 +51,9 @@ FAILURE_GRACE = 3.0
 """Seconds between a rank's failure and the end of the others, for their own reports."""
 RETRY_INTERVAL = 2.0
 """Seconds between attempts to write a journal whose disk is full."""
-NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-"""Primary codes of SQLite where a file cannot grow: a full disk; a quota, which is an I/O error."""
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
+EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
 WAITING = "wait for room on the disk"
 """Name of the phase that clients see meanwhile."""
 
@@ -101,6 +103,8 @@ class RankMessageHandler:
         """The last step whose rows are written."""
         self._alerts: list[Alert] = []
         """Of that step, not published yet."""
+        self._applied_last: tuple[Applied | None, BoundaryCommand | None] = None, None
+        """The last report of a command whose end is written, and that command."""
 
     async def handle_connection(
         self, hello: RankHello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -118,9 +122,9 @@ class RankMessageHandler:
         if rank == 0:
             self._send_begin()
         try:
-            while True:
+            while attempt is self._state.attempt:
                 message = rank_messages.decode_from_rank(await receive(reader))
-                await self._handle_when_writable(rank, message)
+                await self._handle_when_writable(rank, attempt, message)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
         except Exception as error:
@@ -130,31 +134,34 @@ class RankMessageHandler:
             if attempt is self._state.attempt:
                 self._watchdog.rank_disconnected(rank)
 
-    async def _handle_when_writable(self, rank: int, message: FromRank) -> None:
+    async def _handle_when_writable(self, rank: int, attempt: Attempt, message: FromRank) -> None:
         """Handles one message; waits while the journal's disk has no room.
 
         The rank trains on until the socket's buffer is full of its reports, and then waits, so no
-        step is lost. A run that is being stopped does not wait: the error ends it.
+        step is lost. A run that is being stopped does not wait: the error ends it. Once the next
+        attempt has begun, the message is dropped: it would be written as one of that attempt.
         """
         waited = False
-        while True:
+        while attempt is self._state.attempt:
             self._watchdog.message_received(rank, message)  # waiting is no silence of the rank
             try:
                 self.handle(message)
             except sqlite3.OperationalError as error:
                 if self._state.stop_now:  # the ranks are dead
                     return
-                code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # none if Python raised it
+                code = getattr(error, "sqlite_errorcode", 0)  # none if Python raised it
                 if code not in NO_ROOM or self._state.stopping:
                     raise
                 if not waited:
-                    # One line: a full disk needs no traceback.
-                    log.error("cannot write the journal: %s; waiting for room", error)  # noqa: TRY400
+                    text = f"cannot write the journal: {error}; waiting for room on the disk"
+                    log.error(text)  # noqa: TRY400 - one line: a full disk needs no traceback
+                    self._publisher.notify_unrecorded("disk", text)
                 waited = True
             else:
                 if waited:
                     log.warning("the journal can be written again; the run continues")
                 return
+            self._watchdog.extend_silence()  # the other ranks may wait for this one
             phase = Phase(rank=rank, step=self._journal.step, name=WAITING)
             self._state.phases[rank] = phase
             self._server.send_to_watchers(phase)
@@ -276,7 +283,9 @@ class RankMessageHandler:
 
     def _applied(self, message: Applied) -> None:
         state, commands = self._state, self._journal.commands
-        command = self._pending.applied(message)
+        if message is not self._applied_last[0]:  # otherwise what follows could not be written
+            self._applied_last = message, self._pending.applied(message)
+        command = self._applied_last[1]
         state.settings = state.settings | {c.key: c.new for c in message.changes}
         if isinstance(command, Pause | Unpause):
             state.paused = isinstance(command, Pause)

@@ -69,6 +69,13 @@ class Watchdog:
         if isinstance(message, Ready) or (isinstance(message, Phase) and not message.loading):
             self._loaded.add(rank)
 
+    def extend_silence(self) -> None:
+        """Ends the silence of all connected ranks; call it while none can report.
+
+        Ranks wait for each other: where one cannot send its reports, the others are silent, too.
+        """
+        self._last_message = dict.fromkeys(self._last_message, time.monotonic())
+
     def rank_disconnected(self, rank: int) -> None:
         """No further message is expected of a rank."""
         self._last_message.pop(rank, None)

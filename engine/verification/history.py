@@ -56,7 +56,7 @@ def check_steps(database: ReadOnlyDatabase, attempts: list[AttemptRow]) -> Itera
 
 
 def check_commands(
-    database: ReadOnlyDatabase, reader: JournalReader, name: str
+    database: ReadOnlyDatabase, reader: JournalReader, name: str, state: str | None
 ) -> Iterator[Finding]:
     """Checks that each command has its event, and an effect or a reason for its rejection.
 
@@ -64,8 +64,9 @@ def check_commands(
         database: the journal.
         reader: of the same session.
         name: of the session, for advice.
+        state: of the session, read before the commands; None if an engine may carry them out.
     """
-    commands, state = reader.commands(), reader.state()
+    commands = reader.commands()
     announced = {
         row[0]
         for row in database.rows(

@@ -70,14 +70,18 @@ def verify(session: Session) -> Verified:
 def _check_contents(session: Session) -> Iterator[Finding]:
     journal = ReadOnlyDatabase(session.journal_file, schema.JOURNAL)
     samples = ReadOnlyDatabase(session.samples_file, schema.SAMPLES)
-    with closing(journal), closing(samples), JournalReader(session) as reader:
+    with closing(samples), JournalReader(session, journal) as reader:
         yield from check_checkpoints(session, reader)
         if journal.connection is None:
             return
-        yield from check_steps(journal, reader.attempts())
-        yield from check_commands(journal, reader, session.name)
-        yield from check_settings(session, journal, reader)
-        yield from check_samples(journal, samples, ended=reader.state() in ENDED_STATES)
+        # A live engine writes meanwhile. The state comes first: later, it may have ended. The
+        # samples come before the journal, which gets the rows of a step after them.
+        state = None if session.is_live() else reader.state()
+        with samples.snapshot(), journal.snapshot():
+            yield from check_steps(journal, reader.attempts())
+            yield from check_commands(journal, reader, session.name, state)
+            yield from check_settings(session, journal, reader)
+            yield from check_samples(journal, samples, ended=state in ENDED_STATES)
         yield from check_labels(session, samples)
 
 

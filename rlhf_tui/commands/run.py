@@ -81,7 +81,8 @@ def demo(
 @new_name_option
 @click.option(
     "--resume-if-exists", is_flag=True,
-    help="With --name: resume the session of that name if there is one, whatever CONFIG says.",
+    help="With --name: resume the session of that name if there is one and it has not finished, "
+    "whatever CONFIG says.",
 )  # fmt: skip
 @starting
 def run(
@@ -98,10 +99,29 @@ def run(
             raise UserInputError("--resume-if-exists needs --name NAME, the session to resume")
         session = Session(root.resolve() / check_name(name))
         if session.config_file.is_file() and not is_failed_start(session):
-            _resume(session, overrides, mode)
+            if not _is_done(session, overrides):
+                _resume(session, overrides, mode)
             return
     loaded = config_file.load(config, overrides)
     _start_new(root.resolve(), name, config.stem, loaded, mode)
+
+
+def _is_done(session: Session, overrides: tuple[str, ...]) -> bool:
+    """Says so if the run has finished and no override of `train` asks for more of it.
+
+    It may have ended before its last step, by `train.max_hours` or `train.stop_at`. A scheduler
+    that repeats the command must not train it on.
+    """
+    if any(item.partition("=")[0].split(".")[0].strip() == "train" for item in overrides):
+        return False
+    with JournalReader(session) as record:
+        if record.state() != "finished":
+            return False
+        step, reason = record.last_step(), record.meta().message
+    why = f" ({reason})" if reason else ""
+    name = session.name
+    say(f"session '{name}' has finished at step {step}{why}; to train on: rlhf-tui resume {name}")
+    return True
 
 
 @click.command()

@@ -12,6 +12,7 @@ import pytest
 from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, last_checkpoint
+from engine.metrics import NONFINITE_UPDATES
 from engine.monitoring.guardrails import Alert
 from engine.protocol import frames, rank_messages
 from engine.protocol.client import new_id
@@ -126,6 +127,34 @@ async def test_a_roll_back_to_a_damaged_checkpoint_is_rejected_and_the_run_conti
     assert (engine.shared.next, engine.state) == (None, "running")
 
 
+async def test_a_roll_back_to_a_checkpoint_that_a_restart_leaves_behind_is_rejected(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    writer.journal.begin_attempt(0, fresh=False)
+    reply = await settled(writer, reply.id)
+    assert reply.status == "rejected"
+    assert reply.reason == "step 2 is no longer a checkpoint of this run"
+    assert engine.shared.next is None
+
+
+async def test_a_roll_back_whose_journal_cannot_be_read_any_more_is_rejected(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    with closing(sqlite3.connect(writer.session.samples_file)) as db:
+        db.execute("PRAGMA user_version = 99")
+    reply = await settled(writer, reply.id)
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert "samples.db" in reply.reason
+
+
+async def test_only_one_checkpoint_is_read_for_a_roll_back_at_a_time(engine, writer):
+    writer.checkpoint(2)
+    first, second = engine.send(Rollback(step=2)), engine.send(Rollback(step=2))
+    assert (first.status, second.status) == ("accepted", "rejected")
+    assert "another roll back" in second.reason
+    assert (await settled(writer, first.id)).status == "applied"
+
+
 async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine, writer):
     writer.checkpoint(2)
     reply = engine.send(Rollback(step=2))
@@ -238,17 +267,43 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
     assert engine.shared.attempt.failure is None
 
 
+async def test_what_a_killed_attempt_reported_is_not_written_into_the_next(
+    engine, writer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    killed = engine.shared.attempt
+    server, _, to_engine = await rank_connection(engine, tmp_path)
+    async with server:
+        with no_room_for_files():
+            to_engine.write(frames.encode(StepReport(step=3, metrics={}, samples=[], settings={})))
+            await until(lambda: "waiting for room" in caplog.text)
+            engine.shared.attempt = Attempt(StartOptions())
+        writer.journal.begin_attempt(0, fresh=False)
+        await until(lambda: not killed.is_connected(0))
+        to_engine.close()
+    with JournalReader(writer.session) as reader:
+        assert reader.last_step() == 0
+
+
+def full_once(monkeypatch, owner, path):
+    """Lets the next call of a method, such as `commands.accept` of a journal, find a full disk."""
+    *parts, name = path.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    write = getattr(owner, name)
+
+    def full(*_, **__):
+        monkeypatch.setattr(owner, name, write)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(owner, name, full)
+
+
 async def test_an_alert_is_published_once_though_the_disk_was_full(engine, writer, monkeypatch):
     report = StepReport(
         step=1, metrics={"time/step": 1.0, "objective/kl": 1e9}, samples=[], settings={"beta": 0.1}
     )
-    publish = engine.supervisor.publisher.alert
-
-    def full(alert):
-        monkeypatch.setattr(engine.supervisor.publisher, "alert", publish)
-        raise sqlite3.OperationalError("database or disk is full")
-
-    monkeypatch.setattr(engine.supervisor.publisher, "alert", full)
+    full_once(monkeypatch, engine.supervisor.publisher, "alert")
     with pytest.raises(sqlite3.OperationalError):
         engine.receive(report)
     engine.receive(report)
@@ -257,6 +312,41 @@ async def test_an_alert_is_published_once_though_the_disk_was_full(engine, write
         assert reader.last_step() == 1
     assert rules
     assert len(rules) == len(set(rules))
+
+
+@pytest.mark.parametrize("write", ["commands.record", "commands.accept", "set_meta"])
+async def test_the_pause_of_a_guard_rail_waits_for_room_like_its_alert(
+    engine, writer, monkeypatch, write
+):
+    metrics = {"time/step": 1.0, NONFINITE_UPDATES: 1.0}
+    report = StepReport(step=1, metrics=metrics, samples=[], settings=engine.shared.settings)
+    full_once(monkeypatch, writer.journal, write)
+    with pytest.raises(sqlite3.OperationalError):
+        engine.receive(report)
+    engine.receive(report)
+    with JournalReader(writer.session) as reader:
+        assert [e.kind for e in reader.events()].count("alert") == 1
+        assert [(c.command, c.status) for c in reader.commands()] == [("pause", "accepted")]
+        assert reader.meta().state == "pausing"
+    apply_pending(engine)
+    assert engine.supervisor.commands.status().pause_reason.startswith("non_finite_updates")
+
+
+@pytest.mark.parametrize("commands", [[Pause()], [Pause(), Unpause()]])
+async def test_a_pause_that_began_or_ended_on_a_full_disk_is_recorded_later(
+    engine, writer, monkeypatch, commands
+):
+    engine.receive(Ready(info={}, settings=engine.shared.settings))
+    for command in commands:
+        applied = Applied(id=engine.send(command).id, step=2)
+        full_once(monkeypatch, writer.journal, "set_meta")
+        with pytest.raises(sqlite3.OperationalError):
+            engine.receive(applied)
+        engine.receive(applied)
+        with JournalReader(writer.session) as reader:
+            states = [e.payload.state for e in reader.events() if e.kind == "state"]
+        assert states[-1] == ("paused" if isinstance(command, Pause) else "running")
+    assert engine.supervisor.pending.messages() == []
 
 
 async def test_another_command_is_rejected_without_a_journal(engine):

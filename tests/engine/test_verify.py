@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.journal import schema
+from engine.journal.database import ReadOnlyDatabase
 from engine.journal.labels import Response, set_label
 from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import Session
@@ -162,6 +164,15 @@ def test_a_file_that_is_damaged_gone_or_left_is_found(whole, text):
 def test_a_file_of_another_user_is_found(whole):
     os.chown(whole.config_file, 65534, -1)
     assert "access: files belong to another user than the folder: config.yaml" in found(whole)
+
+
+def test_what_a_live_engine_writes_meanwhile_is_not_half_seen(writer):
+    writer.steps(1)
+    with closing(ReadOnlyDatabase(writer.session.journal_file, schema.JOURNAL)) as journal:
+        with journal.snapshot():
+            writer.steps(2)
+            assert journal.rows("SELECT max(step) FROM steps") == [(1,)]
+        assert journal.rows("SELECT max(step) FROM steps") == [(2,)]
 
 
 def test_a_process_that_outlives_its_engine_is_found(whole):

@@ -144,6 +144,14 @@ def test_note_prints_what_was_noted_and_at_which_step(session_maker, tmp_path):
         assert record.events(1)[0].step == 3
 
 
+def test_a_scheduler_that_repeats_a_finished_run_does_not_train_it_on(session_maker, tmp_path):
+    session = session_maker(tmp_path, "done", 3)  # no checkpoint: a resume would begin at step 0
+    arguments = ["run", "run.yaml", "--name", "done", "--resume-if-exists", "--headless"]
+    result = CliRunner().invoke(cli, [*arguments, "--sessions", str(tmp_path), "-o", "seed=1"])
+    assert (result.exit_code, session.is_live()) == (0, False)
+    assert result.output.startswith("session 'done' has finished at step 3")
+
+
 def test_one_of_a_thing_is_no_plural(session_maker, tmp_path):
     session_maker(tmp_path / "s", "mine", 3)
     target = tmp_path / "rows"
