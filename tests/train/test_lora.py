@@ -195,7 +195,7 @@ def test_peft_and_transformers_load_a_checkpoints_adapters(trained, loader):
 def test_a_merged_policy_is_a_plain_model_with_the_same_logits(trained, tmp_path):
     run, session = trained
     save(run, session)
-    merge(session, 1, tmp_path / "merged")
+    merge(session, 1, "policy", tmp_path / "merged")
     lm = load_lm(str(tmp_path / "merged"), "model.policy", SINGLE_RANK)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     gap = (logits(LanguageModel(lm)) - logits(run.policy)).abs().max()
@@ -210,7 +210,7 @@ def test_an_error_of_a_merge_is_one_line(trained, tmp_path):
     save(run, session)
     done = subprocess.run(
         [sys.executable, "-m", "engine.train.checkpoints.merge", session.folder, "1",
-         tmp_path / "merged"],
+         "policy", tmp_path / "merged"],
         capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 1

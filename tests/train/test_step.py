@@ -286,6 +286,10 @@ class CountingBackend:
     def __init__(self, backend):
         self.backend = backend
         self.rows = []
+        self.separate = backend.separate
+
+    def sync(self, model, weights_version, report):
+        self.backend.sync(model, weights_version, report)
 
     def generate(self, model, batch, uniforms, temperature, *, per_prompt, report):
         self.rows.append(len(batch.prompts))

@@ -56,14 +56,15 @@ def gap_metrics(targets: Targets, rollout: Rollout, config: PPOConfig) -> dict[s
     gap = (targets.old_logprobs - rollout.logprobs)[mask].double()
     order = gap.abs().sort().values
     metrics = {
-        "val/rollout_logprob_gap": float(order[-1]),
-        "val/rollout_logprob_gap_mean": float(order.mean()),
-        "val/rollout_logprob_gap_p99": float(order[int(TAIL * (len(order) - 1))]),
+        "val/rollout_logprob_gap": order[-1],
+        "val/rollout_logprob_gap_mean": order.mean(),
+        "val/rollout_logprob_gap_p99": order[int(TAIL * (len(order) - 1))],
         # Of k3's form: not negative, and small where the two agree.
-        "val/rollout_kl": float((torch.expm1(gap) - gap).mean()),
+        "val/rollout_kl": (torch.expm1(gap) - gap).mean(),
     }
     if targets.token_weights is not None:
         capped = gap.exp() > config.rollout_correction_cap
-        metrics["policy/rollout_weight"] = float(targets.token_weights[mask].double().mean())
-        metrics["policy/rollout_capped_frac"] = float(capped.double().mean())
-    return metrics
+        metrics["policy/rollout_weight"] = targets.token_weights[mask].double().mean()
+        metrics["policy/rollout_capped_frac"] = capped.double().mean()
+    # Copied together: the host waits once.
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
