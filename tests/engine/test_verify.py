@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.journal.labels import Response, set_label
+from engine.launch.rollout import START
 from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import Session
 from engine.verification.verify import verify
@@ -164,8 +165,9 @@ def test_a_file_of_another_user_is_found(whole):
     assert "access: files belong to another user than the folder: config.yaml" in found(whole)
 
 
-def test_a_process_that_outlives_its_engine_is_found(whole):
-    words = ["-c", "import time; time.sleep(60)", "engine.launch.rank", str(whole.folder)]
+@pytest.mark.parametrize("program", ["engine.launch.rank", str(START)])
+def test_a_process_that_outlives_its_engine_is_found(whole, program):
+    words = ["-c", "import time; time.sleep(60)", program, str(whole.folder)]
     with subprocess.Popen([sys.executable, *words]) as process:
         try:
             text = f"leftovers: processes of the session outlive its engine: {process.pid}"
