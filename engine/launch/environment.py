@@ -21,11 +21,12 @@ LAUNCH_VARIABLE = "RLHF_TUI_LAUNCH"
 JOINED_VARIABLE = "RLHF_TUI_JOINED"
 ROLLOUT_SOCKET_VARIABLE = "RLHF_TUI_ROLLOUT_SOCKET"
 ROLLOUT_FOLDER_VARIABLE = "RLHF_TUI_ROLLOUT_FOLDER"
+ROLLOUT_DISK_VARIABLE = "RLHF_TUI_ROLLOUT_DISK"
 """What a rank reads from its environment, in this order: its token; the path of its supervisor's
 socket; its niceness on a CPU; the rendezvous of the ranks (`file:PATH` or `tcp:HOST:PORT`); the
 configuration's `launch` section as JSON; whether its machine joined the run; the socket of the
-rollout engine, and the folder in shared memory in which it is given weights (both on the first
-machine only, and not for native rollouts).
+rollout engine, the folder in shared memory in which it is given weights, and one on a disk for
+those that do not fit there (on the first machine only, and not for native rollouts).
 :data:`~engine.launch.parent.PARENT_VARIABLE` is another one."""
 
 OTHER_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")

@@ -15,6 +15,7 @@ from engine.launch.environment import (
     GPU_ORDER,
     MALLOC_SETTINGS,
     OPENMP_WAITING,
+    TF32_OVERRIDE,
     clean_environment,
     mkl_settings,
 )
@@ -55,7 +56,8 @@ def rollout_command(rollout: RolloutConfig, listener_fd: int, folder: Path) -> l
 
 def rollout_environment(config: RunConfig) -> dict[str, str]:
     """The environment of the engine's process."""
-    inherited = {k: v for k, v in clean_environment().items() if k not in PYTHON_VARIABLES}
+    removed = {*PYTHON_VARIABLES, TF32_OVERRIDE}
+    inherited = {k: v for k, v in clean_environment().items() if k not in removed}
     threads = config.launch.threads or len(os.sched_getaffinity(0))
     settings = {
         PARENT_VARIABLE: str(os.getpid()),
@@ -104,7 +106,13 @@ def find_vllm(python: str) -> str | None:
 
 
 def check_rollout_python(rollout: RolloutConfig) -> None:
-    """Checks that the engine's Python has vLLM. Raises UserInputError with the remedy."""
+    """Checks that the engine's Python has vLLM, where it is needed; starts that Python.
+
+    Raises:
+        UserInputError: it has not, or cannot be run; with the remedy.
+    """
+    if not is_separate(rollout):
+        return
     python = rollout_python(rollout)
     if find_vllm(python) is None:
         raise UserInputError(

@@ -23,7 +23,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
-from engine.launch.rollout import check_rollout_python, is_separate
+from engine.launch.rollout import check_rollout_python
 from engine.session.checkpoints import (
     AVERAGED_POLICY,
     checkpoint_path,
@@ -201,11 +201,13 @@ def resume(
         NoSuchSessionError: there is no checkpoint of that step.
         DamagedCheckpointError: that checkpoint is damaged.
         SessionError: the session belongs to another user.
-        UserInputError: there are checkpoints but no journal, and no step is chosen.
+        UserInputError: there are checkpoints but no journal, and no step is chosen; or the rollout
+            engine is not installed.
     """
     session.check_owner()
     old = session.config()
     new = resumed_config(old, overrides)
+    check_rollout_python(new.rollout)
     if from_step is not None:
         _check_step(session, from_step)
         _check_whole(session, from_step)
@@ -240,7 +242,8 @@ def fork(
         ConfigError: an override is wrong.
         NoSuchSessionError: there is no checkpoint of that step.
         SessionNameError: the new name cannot be used or is taken.
-        UserInputError: the checkpoint has no averaged policy.
+        UserInputError: the checkpoint has no averaged policy, or the rollout engine is not
+            installed.
         SessionError: the files cannot be copied, or the session belongs to another user.
     """
     session.check_owner()
@@ -250,6 +253,7 @@ def fork(
     _check_step(session, from_step)
     if ema:
         check_average(session, from_step)
+    check_rollout_python(new.rollout)
     remove_failed_start(Session(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
     try:
@@ -364,18 +368,14 @@ def _check_prompts(key: str, source: str) -> None:
         raise ConfigError(f"{key}: {prompts} is empty; give at least one prompt")
 
 
-def check_inputs(config: RunConfig, *, to_run: bool = True) -> None:
+def check_inputs(config: RunConfig) -> None:
     """Checks the files that a configuration names, before a session is created.
 
-    The ranks check them again in detail. This check is fast, because it does not import torch.
-
-    Args:
-        config: the configuration.
-        to_run: also check the program of the rollout engine, which only a run needs.
+    The ranks check them again in detail. This check is fast, because it does not import torch and
+    starts no process: forms call it while the operator types.
 
     Raises:
         ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
-        UserInputError: the rollout engine is not installed.
     """
     _check_prompts("data.prompts", config.data.prompts)
     models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
@@ -387,8 +387,6 @@ def check_inputs(config: RunConfig, *, to_run: bool = True) -> None:
         _check_prompts("eval.prompts", config.eval.prompts or "")
         for i, source in enumerate(config.eval.rewards):
             models[f"eval.rewards[{i}].model"] = source.model
-    if to_run and is_separate(config.rollout):
-        check_rollout_python(config.rollout)
     for key, name in models.items():
         folder = Path(name or "")
         if key == "model.policy" and config.model.gguf_file is not None:

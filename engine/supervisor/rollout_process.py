@@ -10,11 +10,16 @@ import logging
 import os
 import signal
 import socket
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 from engine.config.schema import RunConfig
-from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, ROLLOUT_SOCKET_VARIABLE
+from engine.launch.environment import (
+    ROLLOUT_DISK_VARIABLE,
+    ROLLOUT_FOLDER_VARIABLE,
+    ROLLOUT_SOCKET_VARIABLE,
+)
 from engine.launch.rollout import (
     is_separate,
     rollout_command,
@@ -49,7 +54,8 @@ class RolloutProcess:
             session: its folder gets the socket and the log.
             config: the run's configuration.
             state: counts the engines that ended in a step.
-            on_restart: called with the reason when another engine is started.
+            on_restart: called with the reason when another engine has been started. It may raise
+                sqlite3.Error, which is logged.
             on_failure: called with the reason when none is started any more.
         """
         self._session, self._config, self._state = session, config, state
@@ -58,7 +64,7 @@ class RolloutProcess:
         self._watch: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
         self._path: Path | None = None
-        self._folder: TemporaryFolder | None = None
+        self._folders: list[TemporaryFolder] = []
 
     @property
     def pid(self) -> int | None:
@@ -76,13 +82,16 @@ class RolloutProcess:
             return {}
         await self.stop()
         self._listener, self._path = sockets.listen(self._session.folder, sockets.ROLLOUT_NAME)
-        self._folder = TemporaryFolder(shared_folder())
+        shared, disk = TemporaryFolder(shared_folder()), TemporaryFolder()
+        self._folders = [shared, disk]
         self._state.rollout_restarts = 0
         await self._spawn(self._listener)
         self._watch = asyncio.create_task(self._keep_alive(self._listener))
+        self._watch.add_done_callback(self._on_watch_end)
         return {
             ROLLOUT_SOCKET_VARIABLE: str(self._path),
-            ROLLOUT_FOLDER_VARIABLE: str(self._folder.path),
+            ROLLOUT_FOLDER_VARIABLE: str(shared.path),
+            ROLLOUT_DISK_VARIABLE: str(disk.path),
         }
 
     async def _spawn(self, listener: socket.socket) -> None:
@@ -112,13 +121,27 @@ class RolloutProcess:
             if self._state.rollout_restarts > self._config.launch.max_restarts:
                 self._on_failure(f"{text}, again; see {self._session.rollout_log_file}")
                 return
-            if status:
-                self._on_restart(f"{text}: another one is started")
             try:
                 await self._spawn(listener)
             except OSError as error:
                 self._on_failure(f"the rollout engine cannot be started again: {error}")
                 return
+            if status:
+                self._tell(f"{text}: another one is started")
+
+    def _tell(self, text: str) -> None:
+        try:
+            self._on_restart(text)
+        except sqlite3.Error as error:  # a full disk must not leave the ranks without an engine
+            log.warning("%s (cannot write the journal: %s)", text, error)
+
+    def _on_watch_end(self, task: asyncio.Task[None]) -> None:
+        """Ends the attempt if the task failed: the ranks would wait for an engine without end."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the rollout engine is no longer watched", exc_info=error)
+            self._on_failure(
+                f"the rollout engine is no longer watched: {type(error).__name__}: {error}"
+            )
 
     async def stop(self) -> None:
         """Ends the engine and removes its socket and its files."""
@@ -133,9 +156,10 @@ class RolloutProcess:
             self._listener.close()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-        if self._folder is not None:
-            self._folder.close()
-        self._process = self._watch = self._listener = self._path = self._folder = None
+        for folder in self._folders:
+            folder.close()
+        self._folders = []
+        self._process = self._watch = self._listener = self._path = None
 
     def _kill_group(self, leader: int) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -14,6 +14,12 @@ OURS = ("config.yaml", "journal.db", "samples.db", "labels.db", "engine.log", "e
 """The files whose modes this software sets itself."""
 
 
+ENGINE_MODULES = ("engine", "rlhf_tui.headless")
+"""How the argument begins that names the module of a supervisor or a rank."""
+ROLLOUT_ENGINE = "engine/train/rollout/vllm/start.py"
+"""How the argument ends that names the script of a rollout engine, a path."""
+
+
 def check_leftovers(session: Session, *, live: bool) -> Iterator[Finding]:
     """Looks for files and processes of engines that were killed."""
     if live:
@@ -46,8 +52,8 @@ def _processes(folder: Path) -> list[int]:
     for process in psutil.process_iter():
         try:
             words = process.cmdline()
-            modules = [word for word in words if word.startswith(("engine", "rlhf_tui.headless"))]
-            if str(folder) in words and modules and process.status() != psutil.STATUS_ZOMBIE:
+            ours = any(w.startswith(ENGINE_MODULES) or w.endswith(ROLLOUT_ENGINE) for w in words)
+            if str(folder) in words and ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
         except psutil.Error:  # it has ended, or belongs to another user
             continue

@@ -67,7 +67,7 @@ def plan(config: Path, overrides: tuple[str, ...], processes: int | None, as_jso
     Loads no weights.
     """
     loaded = config_file.load(config, overrides)
-    check_inputs(loaded, to_run=False)
+    check_inputs(loaded)
     models = read_models(loaded)
     capacity = of_device(models.device, loaded.launch.gpus).less(beside_ranks(loaded, models))
     ranks = processes or _several(loaded, capacity)

@@ -17,6 +17,7 @@ from engine.errors import SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine
+from engine.launch.rollout import check_rollout_python
 from engine.launch.start import (
     StartOptions,
     check_inputs,
@@ -230,6 +231,7 @@ def _start_new(
     root: Path, name: str | None, stem: str, config: RunConfig, mode: str | None
 ) -> None:
     check_inputs(config)
+    check_rollout_python(config.rollout)
     if name is not None:
         remove_failed_start(Session(root / check_name(name)))
     session = create(root, free_name(root, stem) if name is None else name, config)

@@ -25,6 +25,7 @@ from engine.launch.start import (
     check_inputs,
     checkpoint_steps,
     fork,
+    forked_config,
     is_new,
     last_checkpoint,
     resume,
@@ -256,3 +257,22 @@ def test_the_old_value_of_an_override_is_that_of_the_checkpoint(writer, action):
 def test_what_is_not_there_is_told_before_anything_is_made(override, says):
     with pytest.raises(ConfigError, match=says):
         check_inputs(config_file.load(starter.FOLDER / "demo.yaml", [override]))
+
+
+def test_forms_start_no_python_and_a_start_does(writer):
+    engine = ["rollout.engine=vllm", "rollout.python=/nowhere/python"]
+    config = config_file.load(starter.FOLDER / "demo.yaml", engine)
+    check_inputs(config)
+    forked_config(config, ["kl.beta=0.3"])
+    writer.session.config_file.write_text(config_file.dump(config))
+    writer.checkpoint(2)
+    given = {"reseed": False, "overrides": [], "who": "me"}
+    for start in (
+        lambda: resume(writer.session, from_step=None, **given),
+        lambda: fork(writer.session, "child", from_step=2, **given),
+    ):
+        with pytest.raises(
+            UserInputError, match=r"^rollout\.python: /nowhere/python cannot be run"
+        ):
+            start()
+    assert not writer.session.folder.with_name("child").exists()

@@ -14,6 +14,7 @@ import pytest
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.labels import Response, set_label
+from engine.launch.rollout import START
 from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import Session
 from engine.verification.verify import verify
@@ -175,8 +176,9 @@ def test_what_a_live_engine_writes_meanwhile_is_not_half_seen(writer):
         assert journal.rows("SELECT max(step) FROM steps") == [(2,)]
 
 
-def test_a_process_that_outlives_its_engine_is_found(whole):
-    words = ["-c", "import time; time.sleep(60)", "engine.launch.rank", str(whole.folder)]
+@pytest.mark.parametrize("program", ["engine.launch.rank", str(START)])
+def test_a_process_that_outlives_its_engine_is_found(whole, program):
+    words = ["-c", "import time; time.sleep(60)", program, str(whole.folder)]
     with subprocess.Popen([sys.executable, *words]) as process:
         try:
             text = f"leftovers: processes of the session outlive its engine: {process.pid}"

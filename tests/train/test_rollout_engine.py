@@ -3,14 +3,21 @@
 The engine is a stand-in here; tests/vllm has the same with vLLM.
 """
 
+import functools
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.errors import RlhfError, UserInputError
+from engine.errors import LinkError, RlhfError, UserInputError
+from engine.protocol import frames
 from engine.protocol.rollout_messages import (
     EngineFailed,
     Generate,
+    Generated,
     LoadWeights,
     Start,
     WeightsLoaded,
@@ -18,9 +25,11 @@ from engine.protocol.rollout_messages import (
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.models import lora
 from engine.train.reports.probe import answer_probe
+from engine.train.rollout.vllm import backend
 from engine.train.rollout.vllm.backend import ATTEMPTS
 from engine.train.rollout.vllm.checksum import checksum
-from engine.train.rollout.vllm.weights import write_weights
+from engine.train.rollout.vllm.requests import join, split
+from engine.train.rollout.vllm.weights import file_size, folder_with_room, write_weights
 from engine.train.rollout_check import check_weights, version_lag
 from engine.train.step import generate_rollout, old_policy_outputs, train_step
 from tests.train.stand_in_engine import StandInEngine
@@ -121,6 +130,64 @@ def test_log_pi_old_is_the_trainers_own_whatever_the_engine_reports(make_run, en
     assert values.shape == right.shape
 
 
+# -- large batches ---------------------------------------------------------------------------------
+
+
+def request(rows, width, prompt=4):
+    return Generate(
+        weights_version=3, prompts=[[70_000 + i] * prompt for i in range(rows)],
+        uniforms=b"".join(i.to_bytes(8) * width for i in range(rows)), max_new_tokens=width,
+        temperature=1.0, sampling="gumbel", eos=[1], look=True,
+    )  # fmt: skip
+
+
+def reply(part):
+    """What an engine makes of a request; the token ids are the prompt's."""
+    n, width = len(part.prompts), part.max_new_tokens
+    ids = b"".join(p[0].to_bytes(4) * width for p in part.prompts)
+    return Generated(
+        weights_version=part.weights_version, lengths=[p[0] for p in part.prompts], ids=ids,
+        logprobs=bytes(4 * n * width), entropies=bytes(4 * n * width), seconds=1.0,
+    )  # fmt: skip
+
+
+def test_no_message_of_a_large_batch_is_over_the_limit():
+    parts = split(request(512, 11_264))
+    assert [len(p.prompts) for p in parts] == [256, 256]
+    for message in (parts[0], reply(parts[0])):
+        assert len(frames.encode(message)) < frames.MAX_FRAME
+
+
+@pytest.mark.parametrize("budget", [1, 700, 10_000])
+def test_the_parts_of_a_request_are_its_rows_in_order(budget):
+    whole = request(10, 16)
+    parts = split(whole, budget)
+    assert len(parts) == {1: 10, 700: 4, 10_000: 1}[budget]
+    assert [p for part in parts for p in part.prompts] == whole.prompts
+    assert b"".join(part.uniforms for part in parts) == whole.uniforms
+    joined, expected = join([reply(part) for part in parts]), reply(whole)
+    assert (joined.lengths, joined.ids) == (expected.lengths, expected.ids)
+    assert len(joined.logprobs) == len(expected.logprobs) == len(joined.entropies)
+
+
+def test_a_batch_in_several_requests_has_the_same_responses(make_run, engine, monkeypatch):
+    monkeypatch.setattr(backend, "split", functools.partial(split, budget=1))
+    run, _ = make_run(VLLM, "rollout.stop=[a, e]")
+    native, _ = make_run("rollout.stop=[a, e]")
+    said = []
+    rollout = generate_rollout(run, 1, lambda done, total: said.append((done, total)))
+    assert torch.equal(rollout.ids, generate_rollout(native, 1, no_report).ids)
+    assert engine.messages.count("Generate") == 8
+    assert said == sorted(said)
+
+
+def test_a_message_over_the_limit_ends_the_run_with_a_reason(make_run, engine, monkeypatch):
+    monkeypatch.setattr(frames, "MAX_FRAME", 10)
+    with pytest.raises(RlhfError, match=r"cannot be asked: .* over the limit of 10$") as raised:
+        make_run(VLLM)
+    assert not isinstance(raised.value, LinkError)  # with which a rank ends without a word
+
+
 # -- engines that fail -----------------------------------------------------------------------------
 
 
@@ -200,6 +267,7 @@ def test_the_file_has_every_weight_to_the_bit_with_adapters_merged(make_run, tmp
     lm, path = run.policy.lm, tmp_path / "w.safetensors"
     tensors, sums = write_weights(lm, torch.float32, path)
     written = load_file(path)
+    assert path.stat().st_size == file_size(lm, torch.float32)
     assert [t.name for t in tensors if t.tied] == ["lm_head.weight"]
     assert set(written) == {t.name for t in tensors} == set(lora.mergeable_weights(lm))
     assert sums == checksum(written[t.name] for t in tensors if not t.tied)
@@ -207,6 +275,17 @@ def test_the_file_has_every_weight_to_the_bit_with_adapters_merged(make_run, tmp
         layer.merge()
     for name, tensor in lora.base_tensors(lm).items():
         assert torch.allclose(written[name], tensor, atol=1e-6 if adapters else 0, rtol=0), name
+
+
+def test_weights_that_do_not_fit_into_shared_memory_go_to_the_disk(monkeypatch):
+    free = {"/dev/shm/run": 64e6, "/tmp/run": 3e9}  # noqa: S108
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[str(path)]))
+    folders = [Path(name) for name in free]
+    assert folder_with_room(folders, 1000) == folders[0]
+    assert folder_with_room(folders, 65_000_000) == folders[1]
+    with pytest.raises(UserInputError, match=r"16 GB, .*0\.064 GB in /dev/shm and 3 GB in /tmp: .*"
+                       "--shm-size"):  # fmt: skip
+        folder_with_room(folders, 16_000_000_000)
 
 
 def test_a_checksum_is_that_of_joined_and_padded_matrices_and_of_no_other_weights():

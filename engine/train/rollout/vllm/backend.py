@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import RlhfError
-from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE
+from engine.launch.environment import ROLLOUT_DISK_VARIABLE, ROLLOUT_FOLDER_VARIABLE
 from engine.memory.rollout import cache_bytes, seats
 from engine.protocol.rollout_messages import Generate, Generated, LoadWeights, Start
 from engine.train.data.prompts import PromptBatch
@@ -29,7 +29,8 @@ from engine.train.rollout.context import BackendContext
 from engine.train.rollout.native import NativeBackend
 from engine.train.rollout.rollout import ReportProgress, Rollout, assemble
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient
-from engine.train.rollout.vllm.weights import write_weights
+from engine.train.rollout.vllm.requests import join, split
+from engine.train.rollout.vllm.weights import file_size, folder_with_room, write_weights
 
 log = logging.getLogger("engine")
 
@@ -71,6 +72,8 @@ class VllmBackend:
         if context.ranks.is_lead:
             self._folder = Path(os.environ.get(ROLLOUT_FOLDER_VARIABLE, ""))
             """In shared memory; the supervisor's."""
+            self._disk = Path(os.environ.get(ROLLOUT_DISK_VARIABLE, self._folder))
+            """On a disk, for weights that do not fit there; the supervisor's."""
             self._begin()
 
     # -- the weights ---------------------------------------------------------------------------
@@ -80,7 +83,8 @@ class VllmBackend:
 
         Raises:
             RlhfError: several engines in a row failed.
-            UserInputError: the engine's environment cannot be used.
+            UserInputError: the engine's environment cannot be used, or there is no room for the
+                weights.
         """
         if model is not self._context.policy:
             return
@@ -93,7 +97,7 @@ class VllmBackend:
         self._held = None
         if problem := self._on_lead(self._prepare):
             return problem
-        path = self._folder / WEIGHTS if self._context.ranks.is_lead else None
+        path = self._weights_file() if self._context.ranks.is_lead else None
         tensors, checksum = write_weights(self._context.policy.lm, self._dtype, path, report)
         update = LoadWeights(
             weights_version=self._wanted, path=str(path), tensors=tensors, checksum=checksum
@@ -104,6 +108,12 @@ class VllmBackend:
         if not problem:
             self._held = self._wanted
         return problem
+
+    def _weights_file(self) -> Path:
+        folders = [self._folder, self._disk]
+        for folder in folders:  # left by an update that failed
+            (folder / WEIGHTS).unlink(missing_ok=True)
+        return folder_with_room(folders, file_size(self._context.policy.lm, self._dtype)) / WEIGHTS
 
     def _prepare(self) -> None:
         if not self._client.began:
@@ -205,9 +215,19 @@ class VllmBackend:
         if self._limited(longest) > self._limited(self._tokens):
             self._tokens = longest + ROOM
             raise EngineLostError(f"sequences of {longest} tokens need another engine")
-        return [
-            self._client.generate(request, self._stopping(request), report) for request in requests
-        ]
+        total = sum(len(r.prompts) * r.max_new_tokens for r in requests)
+        before, results = 0, []
+        for request in requests:
+            replies = []
+            for part in split(request):
+
+                def forward(done: int, _of_part: int, before: int = before) -> None:
+                    report(before + done, total)
+
+                replies.append(self._client.generate(part, self._stopping(part), forward))
+                before += len(part.prompts) * part.max_new_tokens
+            results.append(join(replies))
+        return results
 
     def _stopping(self, request: Generate) -> Callable[[dict[int, list[int]]], list[int]]:
         """Which rows have a stop string, among those with new tokens."""

@@ -106,12 +106,16 @@ class RolloutClient:
     def generate(
         self, request: Generate, look: Look, report: Callable[[int, int], None]
     ) -> Generated:
-        """Has the engine generate responses. Raises EngineLostError.
+        """Has the engine generate responses.
 
         Args:
             request: prompts, uniform numbers and limits.
             look: called regularly, if the request says so.
             report: called regularly with (tokens done, total).
+
+        Raises:
+            EngineLostError: it ended, or generated with other weights.
+            RlhfError: the request is too large for a message.
         """
         self._send(request)
         while isinstance(message := self._receive_any(Progress, Generated), Progress):
@@ -132,7 +136,12 @@ class RolloutClient:
         if self._sock is None:
             raise EngineLostError("there is no rollout engine")
         try:
-            self._sock.sendall(frames.encode(message))
+            frame = frames.encode(message)
+        except LinkError as error:  # another engine could not be sent it either
+            self.close()
+            raise RlhfError(f"the rollout engine cannot be asked: {error}") from error
+        try:
+            self._sock.sendall(frame)
         except OSError as error:
             self._fail_with_reason()
             raise EngineLostError(f"the rollout engine is gone: {error}") from error

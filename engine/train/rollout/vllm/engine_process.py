@@ -72,7 +72,9 @@ def main(listener_fd: int) -> NoReturn:
         leave(0)
     except Exception as error:
         traceback.print_exc()
-        report(connection, EngineFailed(text=f"{type(error).__name__}: {first_line(error)}"))
+        text = f"{type(error).__name__}: {first_line(error)}"
+        # A message that is too large would be so again.
+        report(connection, EngineFailed(text=text, final=isinstance(error, LinkError)))
         leave(FAILED)
 
 

@@ -1,19 +1,21 @@
 """Writes the policy's weights for the rollout engine, one tensor at a time.
 
-The file is a safetensors file in shared memory (/dev/shm). It is written here rather than by
-`safetensors`, whose writer needs all tensors at once: of a sharded policy, one tensor at a time is
-gathered.
+The file is a safetensors file in shared memory (/dev/shm), or on a disk if that is too small. It is
+written here rather than by `safetensors`, whose writer needs all tensors at once: of a sharded
+policy, one tensor at a time is gathered.
 """
 
 import contextlib
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from engine.errors import UserInputError
 from engine.protocol.rollout_messages import Checksum, TensorInfo
 from engine.train.models.lora import mergeable_weights, merged_weight
 from engine.train.rollout.rollout import ReportProgress
@@ -30,6 +32,32 @@ def inventory(lm: nn.Module, dtype: torch.dtype) -> list[TensorInfo]:
         found.append(TensorInfo(name, list(weight.shape), DTYPES[dtype], tied=id(weight) in seen))
         seen.add(id(weight))
     return found
+
+
+def file_size(lm: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the file that :func:`write_weights` writes. Gathers nothing."""
+    tensors = inventory(lm, dtype)
+    return len(header(tensors, dtype.itemsize)) + dtype.itemsize * sum(map(_elements, tensors))
+
+
+def folder_with_room(folders: list[Path], size: int) -> Path:
+    """The first folder on whose file system `size` bytes are free.
+
+    Raises:
+        UserInputError: there is none.
+    """
+    free = [shutil.disk_usage(folder).free for folder in folders]
+    for folder, there in zip(folders, free, strict=True):
+        if there >= size:
+            return folder
+    found = " and ".join(
+        f"{there / 1e9:.3g} GB in {folder.parent}"
+        for folder, there in zip(folders, free, strict=True)
+    )
+    raise UserInputError(
+        f"the weights for the rollout engine take {size / 1e9:.3g} GB, but there are only {found}: "
+        "make shared memory larger (of a container: --shm-size), or set TMPDIR to a disk with room"
+    )
 
 
 def write_weights(
