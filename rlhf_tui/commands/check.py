@@ -11,6 +11,7 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import clean_environment, rank_environment, ranks_per_node
+from engine.launch.rollout import check_rollout_python
 from engine.launch.start import check_inputs
 from engine.protocol.check_result import CheckResult
 from rlhf_tui import format as fmt
@@ -39,6 +40,7 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     loaded = config_file.load(config, overrides)
     check_inputs(loaded)
+    check_rollout_python(loaded.rollout)
     result = try_out(loaded)
     if as_json:
         print_json(msgspec.to_builtins(result))
