@@ -18,6 +18,7 @@ from rlhf_tui.state.preferences import THEME_NAMES
 from rlhf_tui.widgets.key_footer import key_name
 
 DESCRIPTIONS = {
+    "judge": "judge responses that have no judgement, one after another",
     # of the app
     "pause": "hold the run after the current step; its engine stays up",
     "unpause": "let a paused run continue",

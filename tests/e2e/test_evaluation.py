@@ -1,8 +1,11 @@
 """A run with held-out evaluations, and the evaluation of its checkpoints by the command line."""
 
+import pytest
+
 EVALUATED = ("eval.every=4", "eval.holdout=4", "eval.per_prompt=2", "train.best_metric=eval/score")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_to_the_numbers_of_its_step(lab):
     run = lab.run("evaluated", *EVALUATED, steps=4)
     run.start()

@@ -22,6 +22,7 @@ def adapted(lab):
     return lab
 
 
+@pytest.mark.slow
 def test_both_exports_report_their_kind(adapted, tmp_path):
     done = adapted.cli("export", "adapted", "--policy", tmp_path / "adapters")
     assert done.returncode == 0, done.stderr

@@ -78,6 +78,7 @@ def test_a_run_warns_before_it_loads_a_model_that_does_not_fit(lab, huge):
     assert "weights" in done.stderr or "no model that can be loaded" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_model_is_a_user_error_in_one_line(lab, tmp_path):
     for name in (tmp_path / "nowhere", "nobody/no-such-model"):
         done = lab.cli("plan", DEMO, "-o", f"model.policy={name}")

@@ -173,6 +173,7 @@ def test_one_rank_that_fails_ends_all_and_is_named(lab, phase, act):
     assert run.state == "failed"
 
 
+@pytest.mark.slow
 def test_two_ranks_out_of_memory_repeat_the_step_with_a_halved_micro_batch(lab, tmp_path, whole):
     run = lab.run("memory", *TWO, "launch.max_restarts=0", "train.save_every=1", steps=3)
     path = f"{FAULTS}:{os.environ.get('PYTHONPATH', '')}"

@@ -148,6 +148,7 @@ def exported(whole, tmp_path_factory):
     return folder / "policy"
 
 
+@pytest.mark.slow
 def test_the_exported_policy_generates_in_plain_transformers(exported):
     script = (
         "import sys\n"

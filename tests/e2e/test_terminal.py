@@ -17,7 +17,8 @@ from engine.session.folder import create
 from tests.e2e.terminal import Terminal
 
 TITLES = {
-    "1": "enter", "2": "Newest responses, step 8", "3": "RESPONSE", "4": " MB", "5": "lines",
+    "1": "Newest responses, step 8", "2": "Newest responses, step 8", "3": "RESPONSE", "4": " MB",
+    "5": "lines",
 }  # fmt: skip
 """Text that identifies each screen."""
 SETTLED = 1.0
@@ -82,6 +83,7 @@ def test_every_way_to_exit_restores_the_terminal(endless, attach, assert_exits, 
     assert f"detached; engine pid {endless.engine().pid} still running" in terminal.screen
 
 
+@pytest.mark.slow
 def test_a_lost_engine_is_shown_and_the_app_continues(lab, attach, assert_exits, wait_until):
     run = lab.run("dies", "train.save_every=2", steps=1000)
     run.slow_down()

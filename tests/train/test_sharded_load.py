@@ -61,6 +61,7 @@ def loads(tmp_path_factory):
     return found, layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADS)
 def test_a_rank_holds_its_share_and_at_most_one_layer_more(loads, name):
     found, layer = loads

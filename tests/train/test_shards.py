@@ -138,6 +138,7 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_leaves_no_files(tmp_p
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_writer_that_dies_leaves_no_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     done = start(("save", "fsdp", tmp_path, "crash"))

@@ -19,7 +19,7 @@ def folder(session_maker, tmp_path):
         session_maker(root, name, steps)
     (root / "other" / "config.yaml").unlink()
     session = session_maker(tmp_path / "made", "other", 4)
-    session.write_config(config_of(**{"train.steps": 4, "ppo.micro_batch_size": 8}))
+    session.write_config(config_of(**{"train.steps": 4, "reward.batch_size": 8}))
     (root / "other" / "config.yaml").write_text(session.config_file.read_text())
     (root / "torn" / "journal.db").write_bytes(b"not a database" * 99)
     return root
@@ -41,7 +41,7 @@ async def test_the_preview_shows_the_highlighted_run_and_what_differs_from_the_o
         await highlight(pilot, until, app, "other")
         notes, newest = app.screen.query_one(PreviewNotes), app.screen.query_one(PreviewSamples)
         await until(pilot, lambda: "other: settings unlike frozen" in notes.text())
-        assert "ppo.micro_batch_size 8 (32)" in notes.text()
+        assert "reward.batch_size 8 (32)" in notes.text()
         assert "no alerts" in notes.text()
         app.draw_screens(only_live=False)  # the open session was read again
         assert "Newest responses, step 3" in newest.text()
