@@ -11,6 +11,7 @@ from engine.config.settings import SettingChange
 from engine.journal.writer import JournalWriter
 from engine.protocol.rank_messages import Sample, StepReport, TokenArrays
 from engine.session.folder import Session, create
+from tests.engine.supervised import Engine
 
 
 class Writer:
@@ -98,3 +99,9 @@ def writer(make_session: Callable[..., Session]) -> Iterator[Writer]:
 def write_in() -> Callable[[Session], Writer]:
     """A writer for another session."""
     return Writer
+
+
+@pytest.fixture
+async def engine(writer):
+    """Created in an event loop, which its server needs."""
+    return Engine(writer)

@@ -16,7 +16,7 @@ from engine.launch.environment import (
     rank_command,
     rank_environment,
 )
-from engine.launch.parent import PARENT_VARIABLE
+from engine.launch.parent_death import PARENT_VARIABLE
 
 
 def test_variables_of_another_launcher_do_not_reach_the_ranks(monkeypatch):

@@ -1,22 +1,16 @@
 """The supervisor's reaction to commands, alerts and messages of ranks, without rank processes."""
 
 import asyncio
-import os
-import resource
 import signal
 import sqlite3
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
 
 from engine.config.settings import SettingChange
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, last_checkpoint
-from engine.metrics import NONFINITE_UPDATES
-from engine.monitoring.guardrails import Alert
-from engine.protocol import frames, rank_messages
-from engine.protocol.client import new_id
-from engine.protocol.client_messages import CommandRequest
+from engine.protocol import rank_messages
 from engine.protocol.commands import Pause, Rollback, SetBeta, SetKLController, Stop, Unpause
 from engine.protocol.rank_messages import (
     Adjusted,
@@ -25,51 +19,12 @@ from engine.protocol.rank_messages import (
     CheckpointWritten,
     Failed,
     Paused,
-    RankHello,
     Ready,
-    StepReport,
     Unpaused,
 )
-from engine.session.checkpoints import checkpoint_path
-from engine.supervisor import rank_handler
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.server import receive
-from engine.supervisor.supervisor import Supervisor
-
-
-class Engine:
-    """A supervisor whose session is in the state `running`."""
-
-    def __init__(self, writer):
-        session = writer.session
-        socket = session.folder / "engine.sock"
-        self.supervisor = Supervisor(
-            session, session.config(), writer.journal, socket, StartOptions()
-        )
-        self.shared = self.supervisor.state
-        self.shared.next = None
-        self.supervisor.publisher.set_state("starting")
-        self.supervisor.publisher.set_state("running")
-
-    def send(self, command):
-        return self.supervisor.commands.handle(CommandRequest(id=new_id(), command=command), "me")
-
-    def receive(self, message):
-        self.supervisor.rank_messages.handle(message)
-
-    def alert(self, action):
-        self.supervisor.commands.on_alert(Alert("much", action, "too much", 3))
-
-    @property
-    def state(self):
-        return self.supervisor.publisher.state
-
-
-@pytest.fixture
-async def engine(writer):
-    """Created in an event loop, which its server needs."""
-    return Engine(writer)
-
+from tests.engine.supervised import apply_pending, rank_connection
 
 # -- to pause --------------------------------------------------------------------------------------
 
@@ -102,87 +57,6 @@ async def test_a_run_that_loads_is_not_shown_as_running_after_a_pause_was_taken_
 # -- to stop ---------------------------------------------------------------------------------------
 
 
-async def settled(writer, command_id):
-    """The reply to a roll back, after its checkpoint is read."""
-    await until(lambda: writer.journal.commands.reply(command_id).final)
-    return writer.journal.commands.reply(command_id)
-
-
-async def until(condition):
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0.01)
-
-
-async def test_a_roll_back_to_a_damaged_checkpoint_is_rejected_and_the_run_continues(
-    engine, writer
-):
-    writer.checkpoint(2)
-    (checkpoint_path(writer.session.checkpoints, 2) / "state.json").write_text("{}")
-    reply = engine.send(Rollback(step=2))
-    assert reply.status == "accepted"
-    reply = await settled(writer, reply.id)
-    assert reply.status == "rejected"
-    assert reply.reason.startswith("the checkpoint of step 2 is damaged: ")
-    assert (engine.shared.next, engine.state) == (None, "running")
-
-
-async def test_a_roll_back_to_a_checkpoint_that_a_restart_leaves_behind_is_rejected(engine, writer):
-    writer.checkpoint(2)
-    reply = engine.send(Rollback(step=2))
-    writer.journal.begin_attempt(0, fresh=False)
-    reply = await settled(writer, reply.id)
-    assert reply.status == "rejected"
-    assert reply.reason == "step 2 is no longer a checkpoint of this run"
-    assert engine.shared.next is None
-
-
-async def test_a_roll_back_whose_journal_cannot_be_read_any_more_is_rejected(engine, writer):
-    writer.checkpoint(2)
-    reply = engine.send(Rollback(step=2))
-    with closing(sqlite3.connect(writer.session.samples_file)) as db:
-        db.execute("PRAGMA user_version = 99")
-    reply = await settled(writer, reply.id)
-    assert (reply.status, engine.shared.next) == ("rejected", None)
-    assert "samples.db" in reply.reason
-
-
-async def test_only_one_checkpoint_is_read_for_a_roll_back_at_a_time(engine, writer):
-    writer.checkpoint(2)
-    first, second = engine.send(Rollback(step=2)), engine.send(Rollback(step=2))
-    assert (first.status, second.status) == ("accepted", "rejected")
-    assert "another roll back" in second.reason
-    assert (await settled(writer, first.id)).status == "applied"
-
-
-async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine, writer):
-    writer.checkpoint(2)
-    reply = engine.send(Rollback(step=2))
-    await engine.supervisor.commands.finish_rollbacks()
-    reply = writer.journal.commands.reply(reply.id)
-    assert (reply.status, engine.shared.next) == ("rejected", None)
-    assert reply.reason == "the run ended before it was carried out"
-
-
-async def test_a_stop_at_once_is_not_lost_in_a_roll_back_under_way(engine, writer):
-    writer.checkpoint(2)
-    reply = engine.send(Rollback(step=2))
-    await settled(writer, reply.id)
-    assert engine.shared.next == StartOptions(from_step=2, fresh=True, who="me")
-    assert engine.send(Stop(now=True)).status == "applied"
-    assert engine.shared.next is None
-    assert engine.supervisor.conclude(-signal.SIGKILL) == 0
-    assert engine.state == "stopped"
-
-
-async def test_a_roll_back_is_rejected_after_a_stop_at_once(engine, writer):
-    writer.checkpoint(2)
-    engine.send(Stop(now=True))
-    reply = engine.send(Rollback(step=2))
-    assert (reply.status, engine.shared.next) == ("rejected", None)
-    assert "stopping" in reply.reason
-
-
 async def test_a_stop_at_once_ends_ranks_whose_process_is_still_being_started(engine):
     attempt = asyncio.create_task(engine.supervisor.attempt(StartOptions()))
     await asyncio.sleep(0)  # it is starting a process now, which cannot be killed yet
@@ -200,163 +74,6 @@ async def test_a_pause_carried_out_before_a_stop_does_not_hide_the_stop(engine, 
         assert engine.state == "stopping"
 
 
-# -- a journal that cannot be written --------------------------------------------------------------
-
-
-@contextmanager
-def no_room_for_files():
-    """No file of this process can grow, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-async def test_a_stop_at_once_needs_no_journal(engine):
-    with no_room_for_files():
-        reply = engine.send(Stop(now=True))
-    assert reply.status == "applied"
-    assert reply.reason.startswith("cannot write the journal")
-    assert engine.shared.stop_now
-
-
-async def test_a_stop_reaches_the_ranks_without_a_journal_and_is_recorded_later(engine, writer):
-    with no_room_for_files():
-        engine.supervisor.commands.on_signal(signal.SIGTERM)
-        assert engine.send(Stop()).reason == "the run is already stopping"
-    (command,) = engine.supervisor.pending.messages()
-    assert command.command == Stop()
-    assert engine.state == "stopping"
-    engine.receive(Applied(id=command.id, step=4))
-    with JournalReader(writer.session) as reader:
-        assert [(c.who, c.status) for c in reader.commands()] == [("SIGTERM", "applied")]
-
-
-async def rank_connection(engine, folder):
-    """A connection as of rank 0: its reader and writer, and a server to close."""
-    engine.supervisor.ranks.token = "token"  # noqa: S105 - of a test
-    path, served = str(folder / "link.sock"), engine.supervisor.rank_messages.handle_connection
-    hello = RankHello(token="token", rank=0, pid=os.getpid())  # noqa: S106 - of a test
-
-    async def serve(reader, writer):
-        await served(hello, reader, writer)
-
-    server = await asyncio.start_unix_server(serve, path)
-    return server, *await asyncio.open_unix_connection(path)
-
-
-async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
-    engine, writer, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
-    server, _, to_engine = await rank_connection(engine, tmp_path)
-    writer.journal.record_checkpoint(4, 1, 0.0, 0.0)
-    caplog.set_level("INFO", "engine")
-    async with server:
-        with no_room_for_files():
-            to_engine.write(frames.encode(CheckpointComplete(step=4)))
-            await until(lambda: "waiting for room" in caplog.text)
-            assert engine.shared.phases[0].name == rank_handler.WAITING
-            assert engine.send(SetBeta(value=0.2)).status == "rejected"
-        await until(lambda: "can be written again" in caplog.text)
-        to_engine.close()
-    with JournalReader(writer.session) as reader:
-        assert [c.status for c in reader.checkpoints(("complete",))] == ["complete"]
-    assert engine.shared.attempt.failure is None
-
-
-async def test_what_a_killed_attempt_reported_is_not_written_into_the_next(
-    engine, writer, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
-    killed = engine.shared.attempt
-    server, _, to_engine = await rank_connection(engine, tmp_path)
-    async with server:
-        with no_room_for_files():
-            to_engine.write(frames.encode(StepReport(step=3, metrics={}, samples=[], settings={})))
-            await until(lambda: "waiting for room" in caplog.text)
-            engine.shared.attempt = Attempt(StartOptions())
-        writer.journal.begin_attempt(0, fresh=False)
-        await until(lambda: not killed.is_connected(0))
-        to_engine.close()
-    with JournalReader(writer.session) as reader:
-        assert reader.last_step() == 0
-
-
-def full_once(monkeypatch, owner, path):
-    """Lets the next call of a method, such as `commands.accept` of a journal, find a full disk."""
-    *parts, name = path.split(".")
-    for part in parts:
-        owner = getattr(owner, part)
-    write = getattr(owner, name)
-
-    def full(*_, **__):
-        monkeypatch.setattr(owner, name, write)
-        raise sqlite3.OperationalError("database or disk is full")
-
-    monkeypatch.setattr(owner, name, full)
-
-
-async def test_an_alert_is_published_once_though_the_disk_was_full(engine, writer, monkeypatch):
-    report = StepReport(
-        step=1, metrics={"time/step": 1.0, "objective/kl": 1e9}, samples=[], settings={"beta": 0.1}
-    )
-    full_once(monkeypatch, engine.supervisor.publisher, "alert")
-    with pytest.raises(sqlite3.OperationalError):
-        engine.receive(report)
-    engine.receive(report)
-    with JournalReader(writer.session) as reader:
-        rules = [e.payload.rule for e in reader.events() if e.kind == "alert"]
-        assert reader.last_step() == 1
-    assert rules
-    assert len(rules) == len(set(rules))
-
-
-@pytest.mark.parametrize("write", ["commands.record", "commands.accept", "set_meta"])
-async def test_the_pause_of_a_guard_rail_waits_for_room_like_its_alert(
-    engine, writer, monkeypatch, write
-):
-    metrics = {"time/step": 1.0, NONFINITE_UPDATES: 1.0}
-    report = StepReport(step=1, metrics=metrics, samples=[], settings=engine.shared.settings)
-    full_once(monkeypatch, writer.journal, write)
-    with pytest.raises(sqlite3.OperationalError):
-        engine.receive(report)
-    engine.receive(report)
-    with JournalReader(writer.session) as reader:
-        assert [e.kind for e in reader.events()].count("alert") == 1
-        assert [(c.command, c.status) for c in reader.commands()] == [("pause", "accepted")]
-        assert reader.meta().state == "pausing"
-    apply_pending(engine)
-    assert engine.supervisor.commands.status().pause_reason.startswith("non_finite_updates")
-
-
-@pytest.mark.parametrize("commands", [[Pause()], [Pause(), Unpause()]])
-async def test_a_pause_that_began_or_ended_on_a_full_disk_is_recorded_later(
-    engine, writer, monkeypatch, commands
-):
-    engine.receive(Ready(info={}, settings=engine.shared.settings))
-    for command in commands:
-        applied = Applied(id=engine.send(command).id, step=2)
-        full_once(monkeypatch, writer.journal, "set_meta")
-        with pytest.raises(sqlite3.OperationalError):
-            engine.receive(applied)
-        engine.receive(applied)
-        with JournalReader(writer.session) as reader:
-            states = [e.payload.state for e in reader.events() if e.kind == "state"]
-        assert states[-1] == ("paused" if isinstance(command, Pause) else "running")
-    assert engine.supervisor.pending.messages() == []
-
-
-async def test_another_command_is_rejected_without_a_journal(engine):
-    with no_room_for_files():
-        reply = engine.send(SetBeta(value=0.2))
-    assert reply.status == "rejected"
-    assert reply.reason.startswith("cannot write the journal")
-    assert engine.supervisor.pending.messages() == []
-
-
 # -- guard rails -----------------------------------------------------------------------------------
 
 
@@ -365,11 +82,6 @@ async def test_a_guard_rail_stops_a_run_that_is_about_to_pause(engine):
     assert engine.state == "pausing"
     engine.alert("stop")
     assert engine.state == "stopping"
-
-
-def apply_pending(engine):
-    for message in engine.supervisor.pending.messages():
-        engine.receive(Applied(id=message.id, step=4))
 
 
 def pause_reasons(engine, writer):

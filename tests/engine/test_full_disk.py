@@ -1,0 +1,164 @@
+"""A journal that cannot be written: stops need none, everything else waits or is rejected."""
+
+import resource
+import signal
+import sqlite3
+from contextlib import contextmanager
+
+import pytest
+
+from engine.journal.reader import JournalReader
+from engine.launch.start import StartOptions
+from engine.metrics import NONFINITE_UPDATES
+from engine.protocol import frames
+from engine.protocol.commands import Pause, SetBeta, Stop, Unpause
+from engine.protocol.rank_messages import (
+    Applied,
+    CheckpointComplete,
+    Ready,
+    StepReport,
+)
+from engine.supervisor import rank_handler
+from engine.supervisor.attempt import Attempt
+from tests.engine.supervised import apply_pending, rank_connection, until
+
+
+@contextmanager
+def no_room_for_files():
+    """No file of this process can grow, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_stop_at_once_needs_no_journal(engine):
+    with no_room_for_files():
+        reply = engine.send(Stop(now=True))
+    assert reply.status == "applied"
+    assert reply.reason.startswith("cannot write the journal")
+    assert engine.shared.stop_now
+
+
+async def test_a_stop_reaches_the_ranks_without_a_journal_and_is_recorded_later(engine, writer):
+    with no_room_for_files():
+        engine.supervisor.commands.on_signal(signal.SIGTERM)
+        assert engine.send(Stop()).reason == "the run is already stopping"
+    (command,) = engine.supervisor.pending.messages()
+    assert command.command == Stop()
+    assert engine.state == "stopping"
+    engine.receive(Applied(id=command.id, step=4))
+    with JournalReader(writer.session) as reader:
+        assert [(c.who, c.status) for c in reader.commands()] == [("SIGTERM", "applied")]
+
+
+async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
+    engine, writer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    server, _, to_engine = await rank_connection(engine, tmp_path)
+    writer.journal.record_checkpoint(4, 1, 0.0, 0.0)
+    caplog.set_level("INFO", "engine")
+    async with server:
+        with no_room_for_files():
+            to_engine.write(frames.encode(CheckpointComplete(step=4)))
+            await until(lambda: "waiting for room" in caplog.text)
+            assert engine.shared.phases[0].name == rank_handler.WAITING
+            assert engine.send(SetBeta(value=0.2)).status == "rejected"
+        await until(lambda: "can be written again" in caplog.text)
+        to_engine.close()
+    with JournalReader(writer.session) as reader:
+        assert [c.status for c in reader.checkpoints(("complete",))] == ["complete"]
+    assert engine.shared.attempt.failure is None
+
+
+async def test_what_a_killed_attempt_reported_is_not_written_into_the_next(
+    engine, writer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(rank_handler, "RETRY_INTERVAL", 0.01)
+    killed = engine.shared.attempt
+    server, _, to_engine = await rank_connection(engine, tmp_path)
+    async with server:
+        with no_room_for_files():
+            to_engine.write(frames.encode(StepReport(step=3, metrics={}, samples=[], settings={})))
+            await until(lambda: "waiting for room" in caplog.text)
+            engine.shared.attempt = Attempt(StartOptions())
+        writer.journal.begin_attempt(0, fresh=False)
+        await until(lambda: not killed.is_connected(0))
+        to_engine.close()
+    with JournalReader(writer.session) as reader:
+        assert reader.last_step() == 0
+
+
+def full_once(monkeypatch, owner, path):
+    """Lets the next call of a method, such as `commands.accept` of a journal, find a full disk."""
+    *parts, name = path.split(".")
+    for part in parts:
+        owner = getattr(owner, part)
+    write = getattr(owner, name)
+
+    def full(*_, **__):
+        monkeypatch.setattr(owner, name, write)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(owner, name, full)
+
+
+async def test_an_alert_is_published_once_though_the_disk_was_full(engine, writer, monkeypatch):
+    report = StepReport(
+        step=1, metrics={"time/step": 1.0, "objective/kl": 1e9}, samples=[], settings={"beta": 0.1}
+    )
+    full_once(monkeypatch, engine.supervisor.publisher, "alert")
+    with pytest.raises(sqlite3.OperationalError):
+        engine.receive(report)
+    engine.receive(report)
+    with JournalReader(writer.session) as reader:
+        rules = [e.payload.rule for e in reader.events() if e.kind == "alert"]
+        assert reader.last_step() == 1
+    assert rules
+    assert len(rules) == len(set(rules))
+
+
+@pytest.mark.parametrize("write", ["commands.record", "commands.accept", "set_meta"])
+async def test_the_pause_of_a_guard_rail_waits_for_room_like_its_alert(
+    engine, writer, monkeypatch, write
+):
+    metrics = {"time/step": 1.0, NONFINITE_UPDATES: 1.0}
+    report = StepReport(step=1, metrics=metrics, samples=[], settings=engine.shared.settings)
+    full_once(monkeypatch, writer.journal, write)
+    with pytest.raises(sqlite3.OperationalError):
+        engine.receive(report)
+    engine.receive(report)
+    with JournalReader(writer.session) as reader:
+        assert [e.kind for e in reader.events()].count("alert") == 1
+        assert [(c.command, c.status) for c in reader.commands()] == [("pause", "accepted")]
+        assert reader.meta().state == "pausing"
+    apply_pending(engine)
+    assert engine.supervisor.commands.status().pause_reason.startswith("non_finite_updates")
+
+
+@pytest.mark.parametrize("commands", [[Pause()], [Pause(), Unpause()]])
+async def test_a_pause_that_began_or_ended_on_a_full_disk_is_recorded_later(
+    engine, writer, monkeypatch, commands
+):
+    engine.receive(Ready(info={}, settings=engine.shared.settings))
+    for command in commands:
+        applied = Applied(id=engine.send(command).id, step=2)
+        full_once(monkeypatch, writer.journal, "set_meta")
+        with pytest.raises(sqlite3.OperationalError):
+            engine.receive(applied)
+        engine.receive(applied)
+        with JournalReader(writer.session) as reader:
+            states = [e.payload.state for e in reader.events() if e.kind == "state"]
+        assert states[-1] == ("paused" if isinstance(command, Pause) else "running")
+    assert engine.supervisor.pending.messages() == []
+
+
+async def test_another_command_is_rejected_without_a_journal(engine):
+    with no_room_for_files():
+        reply = engine.send(SetBeta(value=0.2))
+    assert reply.status == "rejected"
+    assert reply.reason.startswith("cannot write the journal")
+    assert engine.supervisor.pending.messages() == []

@@ -1,0 +1,85 @@
+"""Roll backs: their checkpoint is read while the run goes on, and may be gone afterwards."""
+
+import signal
+import sqlite3
+from contextlib import closing
+
+from engine.launch.start import StartOptions
+from engine.protocol.commands import Rollback, Stop
+from engine.session.checkpoints import checkpoint_path
+from tests.engine.supervised import until
+
+
+async def settled(writer, command_id):
+    """The reply to a roll back, after its checkpoint is read."""
+    await until(lambda: writer.journal.commands.reply(command_id).final)
+    return writer.journal.commands.reply(command_id)
+
+
+async def test_a_roll_back_to_a_damaged_checkpoint_is_rejected_and_the_run_continues(
+    engine, writer
+):
+    writer.checkpoint(2)
+    (checkpoint_path(writer.session.checkpoints, 2) / "state.json").write_text("{}")
+    reply = engine.send(Rollback(step=2))
+    assert reply.status == "accepted"
+    reply = await settled(writer, reply.id)
+    assert reply.status == "rejected"
+    assert reply.reason.startswith("the checkpoint of step 2 is damaged: ")
+    assert (engine.shared.next, engine.state) == (None, "running")
+
+
+async def test_a_roll_back_to_a_checkpoint_that_a_restart_leaves_behind_is_rejected(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    writer.journal.begin_attempt(0, fresh=False)
+    reply = await settled(writer, reply.id)
+    assert reply.status == "rejected"
+    assert reply.reason == "step 2 is no longer a checkpoint of this run"
+    assert engine.shared.next is None
+
+
+async def test_a_roll_back_whose_journal_cannot_be_read_any_more_is_rejected(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    with closing(sqlite3.connect(writer.session.samples_file)) as db:
+        db.execute("PRAGMA user_version = 99")
+    reply = await settled(writer, reply.id)
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert "samples.db" in reply.reason
+
+
+async def test_only_one_checkpoint_is_read_for_a_roll_back_at_a_time(engine, writer):
+    writer.checkpoint(2)
+    first, second = engine.send(Rollback(step=2)), engine.send(Rollback(step=2))
+    assert (first.status, second.status) == ("accepted", "rejected")
+    assert "another roll back" in second.reason
+    assert (await settled(writer, first.id)).status == "applied"
+
+
+async def test_a_roll_back_that_the_end_of_the_run_overtakes_is_rejected(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    await engine.supervisor.commands.finish_rollbacks()
+    reply = writer.journal.commands.reply(reply.id)
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert reply.reason == "the run ended before it was carried out"
+
+
+async def test_a_stop_at_once_is_not_lost_in_a_roll_back_under_way(engine, writer):
+    writer.checkpoint(2)
+    reply = engine.send(Rollback(step=2))
+    await settled(writer, reply.id)
+    assert engine.shared.next == StartOptions(from_step=2, fresh=True, who="me")
+    assert engine.send(Stop(now=True)).status == "applied"
+    assert engine.shared.next is None
+    assert engine.supervisor.conclude(-signal.SIGKILL) == 0
+    assert engine.state == "stopped"
+
+
+async def test_a_roll_back_is_rejected_after_a_stop_at_once(engine, writer):
+    writer.checkpoint(2)
+    engine.send(Stop(now=True))
+    reply = engine.send(Rollback(step=2))
+    assert (reply.status, engine.shared.next) == ("rejected", None)
+    assert "stopping" in reply.reason
