@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from engine import starter
 from engine.config import file as config_file
-from engine.launch.parent import PARENT_VARIABLE
-from engine.launch.rollout import rollout_command, rollout_environment, shared_folder
-from engine.memory.rollout import cache_bytes
+from engine.launch.parent_death import PARENT_VARIABLE
+from engine.launch.rollout_engine import rollout_command, rollout_environment, shared_folder
+from engine.memory.rollout_engine import cache_bytes
 from engine.protocol import frames, sockets
 from engine.protocol.rollout_messages import (
     Continue,
@@ -118,7 +118,7 @@ def main() -> None:
         engine = Engine(
             Path(folder),
             Start(
-                model=folder, dtype="float32", max_tokens=PROMPT + tokens, seats=rows,
+                model=folder, dtype="float32", max_tokens=PROMPT + tokens, max_responses=rows,
                 cache_bytes=cache_bytes(
                     demo.rollout, "float32", config.num_hidden_layers,
                     config.num_key_value_heads * head, PROMPT + tokens,

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from engine.config.sections.launch import LaunchConfig
-from engine.launch.parent import PARENT_VARIABLE
+from engine.launch.parent_death import PARENT_VARIABLE
 from engine.monitoring.telemetry import gpu_count
 from engine.nvml import chosen_gpus
 
@@ -27,7 +27,7 @@ socket; its niceness on a CPU; the rendezvous of the ranks (`file:PATH` or `tcp:
 configuration's `launch` section as JSON; whether its machine joined the run; the socket of the
 rollout engine, the folder in shared memory in which it is given weights, and one on a disk for
 those that do not fit there (on the first machine only, and not for native rollouts).
-:data:`~engine.launch.parent.PARENT_VARIABLE` is another one."""
+:data:`~engine.launch.parent_death.PARENT_VARIABLE` is another one."""
 
 OTHER_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """Set by a scheduler's script or a torchrun around this process; they do not apply to our ranks."""

@@ -8,7 +8,7 @@ import gc
 import importlib
 import sys
 
-from engine.launch.parent import die_with_parent
+from engine.launch.parent_death import die_with_parent
 
 
 def main() -> None:

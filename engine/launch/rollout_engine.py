@@ -19,7 +19,7 @@ from engine.launch.environment import (
     clean_environment,
     mkl_settings,
 )
-from engine.launch.parent import PARENT_VARIABLE
+from engine.launch.parent_death import PARENT_VARIABLE
 from engine.nvml import chosen_gpus
 
 START = Path(engine.__file__).parent / "train" / "rollout" / "vllm" / "start.py"

@@ -23,7 +23,7 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
-from engine.launch.rollout import check_rollout_python
+from engine.launch.rollout_engine import check_rollout_python
 from engine.session.checkpoints import (
     AVERAGED_POLICY,
     checkpoint_path,

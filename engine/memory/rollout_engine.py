@@ -5,7 +5,7 @@ from engine.config.sections.rollout import RolloutConfig
 from engine.memory.estimate import WIDTH
 from engine.memory.model import Models
 
-MOST_SEATS = 256
+MOST_RESPONSES = 256
 """Responses at once unless `rollout.at_once` says otherwise; vLLM's own default."""
 BLOCK = 128
 """Tokens; vLLM rounds each response's cache up to blocks, of 16 to 128 by device."""
@@ -13,9 +13,9 @@ MOST_CACHE = 4_000_000_000
 """Bytes of the key-value cache unless `rollout.cache_gb` says otherwise; responses wait for it."""
 
 
-def seats(rollout: RolloutConfig) -> int:
+def max_responses(rollout: RolloutConfig) -> int:
     """The most responses that the engine generates at once."""
-    return min(rollout.at_once or MOST_SEATS, rollout.batch_size)
+    return min(rollout.at_once or MOST_RESPONSES, rollout.batch_size)
 
 
 def cache_bytes(
@@ -36,7 +36,7 @@ def cache_bytes(
     """
     one = 2 * layers * key_value * WIDTH[dtype] * BLOCK * (-(-tokens // BLOCK) + 1)
     most = MOST_CACHE if rollout.cache_gb is None else int(rollout.cache_gb * 1e9)
-    return max(2 * one, min(seats(rollout) * one, most))
+    return max(2 * one, min(max_responses(rollout) * one, most))
 
 
 PROGRAM = 900_000_000

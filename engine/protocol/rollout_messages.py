@@ -23,7 +23,7 @@ class Start(Message, frozen=True, tag="start"):
     dtype: str
     max_tokens: int
     """Most tokens of a prompt with its response."""
-    seats: int
+    max_responses: int
     """Most responses that are generated at once."""
     cache_bytes: int
     """Size of the key-value cache."""

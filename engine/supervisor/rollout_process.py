@@ -20,7 +20,7 @@ from engine.launch.environment import (
     ROLLOUT_FOLDER_VARIABLE,
     ROLLOUT_SOCKET_VARIABLE,
 )
-from engine.launch.rollout import (
+from engine.launch.rollout_engine import (
     is_separate,
     rollout_command,
     rollout_environment,

@@ -1,7 +1,5 @@
 """The command that tries a configuration before it is run: check."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -9,24 +7,17 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import RlhfError, UserInputError
-from engine.launch.environment import clean_environment, rank_environment, ranks_per_node
-from engine.launch.rollout import check_rollout_python
+from engine.launch.environment import ranks_per_node
+from engine.launch.rollout_engine import check_rollout_python
 from engine.launch.start import check_inputs
 from engine.protocol.check_result import CheckResult
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import json_option, override_option, print_json, say
+from rlhf_tui.engine_program import run_engine_program
 from rlhf_tui.text import one_line
 
 LONGEST_TEXT = 200
 """Characters of a prompt or a response that are shown."""
-
-
-class _Failure(msgspec.Struct):
-    """What the process prints instead of a result."""
-
-    error: str
-    exit_code: int
 
 
 @click.command()
@@ -41,7 +32,12 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     loaded = config_file.load(config, overrides)
     check_inputs(loaded)
     check_rollout_python(loaded.rollout)
-    result = try_out(loaded)
+    result = msgspec.json.decode(
+        run_engine_program(
+            "engine.train.check", config=loaded, failed="the configuration cannot be tried"
+        ),
+        type=CheckResult,
+    )
     if as_json:
         print_json(msgspec.to_builtins(result))
         return
@@ -54,31 +50,6 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         say("prompt    ", one_line(sample.prompt, LONGEST_TEXT))
         response = one_line(sample.response, LONGEST_TEXT)
         say("response  ", f"{response}  ({fmt.number(sample.score)})")
-
-
-def try_out(config: RunConfig) -> CheckResult:
-    """Tries the configuration in a subprocess, as this process never imports torch.
-
-    Raises:
-        UserInputError: something that the configuration names cannot be used.
-        RlhfError: the step or the subprocess failed.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", "engine.train.check"],
-        input=msgspec.json.encode(config),
-        env=clean_environment() | rank_environment(config.launch),
-        capture_output=True,
-        check=False,
-    )
-    lines = done.stdout.splitlines() or [b""]
-    if done.returncode or not lines[-1].startswith(b"{"):
-        errors = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise RlhfError(f"the configuration cannot be tried: {errors[-1]}")
-    if lines[-1].startswith(b'{"error"'):
-        failure = msgspec.json.decode(lines[-1], type=_Failure)
-        kind = UserInputError if failure.exit_code == UserInputError.exit_code else RlhfError
-        raise kind(failure.error)
-    return msgspec.json.decode(lines[-1], type=CheckResult)
 
 
 def report(config: RunConfig, result: CheckResult) -> list[str]:

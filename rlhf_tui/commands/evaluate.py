@@ -1,8 +1,6 @@
 """The command that evaluates a checkpoint on held-out prompts: eval."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,7 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import RlhfError, UserInputError
-from engine.launch.environment import clean_environment, rank_environment
+from engine.errors import UserInputError
 from engine.launch.start import last_checkpoint
 from engine.metrics import EVAL_TIME, describe
 from engine.session.checkpoints import complete_checkpoints
@@ -27,6 +24,7 @@ from rlhf_tui.commands.options import (
     say,
     sessions_option,
 )
+from rlhf_tui.engine_program import run_engine_program
 
 
 @click.command("eval")
@@ -96,20 +94,10 @@ def run_program(session: Session, config: RunConfig, step: int) -> dict[str, Any
         UserInputError: the evaluation's prompts or reward sources cannot be used.
         RlhfError: the checkpoint cannot be used, or the subprocess failed.
     """
-    module = [sys.executable, "-m", "engine.train.evaluation"]
-    done = subprocess.run(  # noqa: S603 - our own module
-        [*module, str(session.folder), str(step)],
-        input=msgspec.json.encode(config),
-        env=clean_environment() | rank_environment(config.launch),
-        capture_output=True,
-        check=False,
-    )
-    lines = done.stdout.splitlines() or [b""]
-    if done.returncode or not lines[-1].startswith(b"{"):
-        errors = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise RlhfError(f"the evaluation failed: {errors[-1]}")
-    result: dict[str, Any] = json.loads(lines[-1])
-    if "error" in result:
-        kind = UserInputError if result["exit_code"] == UserInputError.exit_code else RlhfError
-        raise kind(result["error"])
+    result: dict[str, Any] = json.loads(
+        run_engine_program(
+            "engine.train.evaluation", str(session.folder), str(step),
+            config=config, failed="the evaluation failed",
+        )
+    )  # fmt: skip
     return result

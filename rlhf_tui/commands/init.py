@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from engine.config import file as config_file
-from engine.config.commented import commented
 from engine.config.recipes import RECIPES, for_real_models
+from engine.config.yaml_comments import commented
 from engine.errors import UserInputError
 from engine.launch.environment import torch_is_built_for_gpus
 from engine.launch.start import check_inputs

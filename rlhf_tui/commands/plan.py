@@ -18,7 +18,7 @@ from engine.memory.advice import can_start, changes_to_fit, fits
 from engine.memory.capacity import Capacity, of_device
 from engine.memory.estimate import estimate
 from engine.memory.model import Estimate, Layout, Models, configured, layouts
-from engine.memory.rollout import beside_ranks, engine_memory
+from engine.memory.rollout_engine import beside_ranks, engine_memory
 from rlhf_tui.commands.options import json_option, override_option, print_json, say
 from rlhf_tui.text import one_line
 

@@ -17,7 +17,7 @@ from engine.errors import SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine
-from engine.launch.rollout import check_rollout_python
+from engine.launch.rollout_engine import check_rollout_python
 from engine.launch.start import (
     StartOptions,
     check_inputs,

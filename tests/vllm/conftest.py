@@ -10,7 +10,7 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.config.sections.rollout import RolloutConfig
-from engine.launch.rollout import (
+from engine.launch.rollout_engine import (
     find_vllm,
     rollout_command,
     rollout_environment,
@@ -71,7 +71,7 @@ class Engine:
 
 
 START_MESSAGE = Start(
-    model=str(starter.FOLDER / "policy"), dtype="float32", max_tokens=160, seats=64,
+    model=str(starter.FOLDER / "policy"), dtype="float32", max_tokens=160, max_responses=64,
     cache_bytes=64 << 20,
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ from engine.launch.environment import (
     LAUNCH_VARIABLE,
     STORE_VARIABLE,
 )
-from engine.launch.parent import PARENT_VARIABLE
+from engine.launch.parent_death import PARENT_VARIABLE
 from engine.protocol.rank_messages import Failed, JoinInfo
 from engine.train.distributed.ranks import threads_per_rank
 from engine.train.link import Link

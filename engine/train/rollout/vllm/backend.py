@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.errors import RlhfError
 from engine.launch.environment import ROLLOUT_DISK_VARIABLE, ROLLOUT_FOLDER_VARIABLE
-from engine.memory.rollout import cache_bytes, seats
+from engine.memory.rollout_engine import cache_bytes, max_responses
 from engine.protocol.rollout_messages import Generate, Generated, LoadWeights, Start
 from engine.train.data.prompts import PromptBatch
 from engine.train.models.language_model import AnyModel
@@ -136,7 +136,7 @@ class VllmBackend:
                 model=str(model),
                 dtype=config.model.dtype,
                 max_tokens=self._limited(self._tokens),
-                seats=seats(config.rollout),
+                max_responses=max_responses(config.rollout),
                 cache_bytes=cache_bytes(
                     config.rollout, config.model.dtype, lm.config.num_hidden_layers, heads * size,
                     self._tokens,

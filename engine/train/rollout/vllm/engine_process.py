@@ -172,7 +172,7 @@ class Engine:
             dtype=start.dtype,
             seed=0,
             max_model_len=start.max_tokens,
-            max_num_seqs=start.seats,
+            max_num_seqs=start.max_responses,
             kv_cache_memory_bytes=start.cache_bytes,
             tensor_parallel_size=start.tensor_parallel,
             enforce_eager=not on_gpu,

@@ -27,7 +27,7 @@ def make_engine_importable() -> None:
 make_engine_importable()
 
 if __name__ == "__main__":
-    from engine.launch.parent import die_with_parent
+    from engine.launch.parent_death import die_with_parent
 
     die_with_parent()
     from engine.train.rollout.vllm.engine_process import main
