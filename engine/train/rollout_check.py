@@ -19,6 +19,28 @@ ENGINE_GAP_LIMIT = {"float32": 1e-3, "bfloat16": 0.3}
 """Nats per token, mean over a step, by which an engine with the right weights may differ."""
 
 
+def check_rollout(
+    run: Run, step: int, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor
+) -> None:
+    """Checks a rollout of the policy before the update of its step.
+
+    Args:
+        run: the run.
+        step: from 1.
+        rollout: B responses of at most T tokens.
+        old_logprobs: (B, T) float32, by the policy.
+        ref_logprobs: (B, T) float32.
+
+    Raises:
+        RlhfError: it does not come from the policy, or the policy cannot be trained safely.
+    """
+    if not run.rollout_checked:
+        check_first_rollout(run, rollout, old_logprobs, ref_logprobs)
+        run.rollout_checked = True
+    if run.backend.separate:
+        check_weights(run, rollout, old_logprobs, version_lag(rollout, step))
+
+
 def version_lag(rollout: Rollout, step: int) -> int:
     """How many updates older than the policy the weights are that sampled the oldest response.
 

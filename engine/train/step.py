@@ -20,7 +20,7 @@ from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.rollout.rollout import ReportProgress, Rollout
-from engine.train.rollout_check import check_first_rollout, check_weights, version_lag
+from engine.train.rollout_check import check_rollout, version_lag
 from engine.train.run import Run
 
 
@@ -64,7 +64,6 @@ def train_step(
         scored.scores.to(run.device), config.reward, rollout.ended, rollout.lengths,
         config.rollout.max_new_tokens,
     )  # fmt: skip
-
     greedy: Tensor | None = None
     if config.ppo.traits.greedy_baseline:
         greedy = greedy_scores(
@@ -80,13 +79,9 @@ def train_step(
             rows=rows, want="logits", report=report,
         )  # fmt: skip
         old_logprobs, old_values = old_policy_outputs(run, rollout, rows)
-    lag = version_lag(rollout, step)
     ref_logprobs = ranks.all_reduce_sum(ref_logprobs)
-    if not run.rollout_checked and recorded is None:
-        check_first_rollout(run, rollout, old_logprobs, ref_logprobs)
-        run.rollout_checked = True
-    if run.backend.separate and recorded is None:
-        check_weights(run, rollout, old_logprobs, lag)
+    if recorded is None:
+        check_rollout(run, step, rollout, old_logprobs, ref_logprobs)
 
     # 4. Advantages and returns, from the whole global batch.
     targets = make_targets(
@@ -108,7 +103,6 @@ def train_step(
             ranks, run.learner, run.optimiser, rollout, targets, config,
             seed=state.sampling_seed, step=step, report=report,
         )  # fmt: skip
-
     if run.average is not None:
         run.average.update(run.policy)
 
@@ -116,7 +110,7 @@ def train_step(
     state.episodes += len(scores)
     metrics = step_metrics(rollout, scores, ref_logprobs, targets, stats, config)
     metrics |= {"episode": float(state.episodes), "lr": learning_rate(config.train, step)}
-    metrics |= source_metrics(scored.parts) | {VERSION_LAG: float(lag)}
+    metrics |= source_metrics(scored.parts) | {VERSION_LAG: float(version_lag(rollout, step))}
     if greedy is not None:
         metrics["objective/greedy_scores"] = float(greedy.mean())
     if config.rollout.dynamic:

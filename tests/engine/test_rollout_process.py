@@ -13,7 +13,7 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
-from engine.launch import rollout as launch
+from engine.launch import rollout_engine as launch
 from engine.launch.environment import (
     ROLLOUT_DISK_VARIABLE,
     ROLLOUT_FOLDER_VARIABLE,
