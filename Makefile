@@ -61,6 +61,7 @@ bench-extra: $(STAMP)
 bench: bench-extra  ## the engine against TRL, and the terminal's budgets (some 10 minutes)
 	$(BIN)/python -W ignore -m benchmarks.engine_vs_trl --phases
 	$(BIN)/python benchmarks/terminal.py
+	$(BIN)/python -m benchmarks.many_runs
 
 gpu-bench:  ## speed on a GPU, and TRL's where it is installed (make bench-extra)
 	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.bench

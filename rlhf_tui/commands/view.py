@@ -12,10 +12,17 @@ from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
 from rlhf_tui import terminal_colors
-from rlhf_tui.commands.options import colors_option, existing, is_terminal, sessions_option
+from rlhf_tui.commands.options import (
+    colors_option,
+    existing,
+    is_terminal,
+    name_argument,
+    sessions_option,
+)
 
 if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app imports them
     from rlhf_tui.state.first_read import FirstRead
+    from rlhf_tui.state.replay.player import ReplayOptions
 
 
 @click.command()
@@ -34,22 +41,58 @@ def attach(root: Path, name: str | None, read_only: bool) -> None:
     sys.exit(open_screen(session.folder.parent, session, read_only=read_only))
 
 
+@click.command()
+@name_argument
+@sessions_option
+@colors_option
+@click.option(
+    "--speed", type=click.FloatRange(0.01, 100_000), default=20.0, show_default=True,
+    metavar="N", help="Seconds of the run that a second shows.",
+)  # fmt: skip
+@click.option(
+    "--from", "from_step", type=click.IntRange(min=0), default=0, metavar="STEP",
+    help="Begin after this step.",
+)  # fmt: skip
+def replay(root: Path, name: str, speed: float, from_step: int) -> None:
+    """Show a session as it was, from its beginning: the dashboard, read-only."""
+    session = existing(root.resolve(), name)
+    from engine.journal.reader import JournalReader  # noqa: PLC0415 - the start of attach is short
+    from rlhf_tui.state.replay.player import ReplayOptions  # noqa: PLC0415
+
+    with JournalReader(session) as record:
+        last, attempts = record.last_step(), record.attempts()
+    if not attempts:
+        raise UserInputError(f"session '{name}' has recorded nothing yet; wait for its first step")
+    if from_step > last:
+        raise UserInputError(f"--from {from_step}: session '{name}' has {last} steps")
+    _need_terminal(f"rlhf-tui events {session.name} or rlhf-tui report {session.name}")
+    options = ReplayOptions(speed, from_step)
+    sys.exit(open_screen(session.folder.parent, session, replay=options))
+
+
 def browse(root: Path) -> None:
     """Opens the session browser."""
     _need_terminal("rlhf-tui ls, rlhf-tui status NAME or rlhf-tui metrics NAME")
     sys.exit(open_screen(root.resolve(), None))
 
 
-def open_screen(root: Path, session: Session | None, *, read_only: bool = False) -> int:
+def open_screen(
+    root: Path,
+    session: Session | None,
+    *,
+    read_only: bool = False,
+    replay: "ReplayOptions | None" = None,
+) -> int:
     """Runs the app on a folder of sessions, or on one of them. Returns the exit code."""
     # Modules and long sessions allocate millions of objects that are not garbage; with the default
     # thresholds, collections took a third of the time until the first curve.
     gc.set_threshold(200_000, 20, 20)
     terminal_colors.choose(os.environ)
-    first_read = begin_first_read(session) if session is not None else None
+    first_read = begin_first_read(session) if session is not None and replay is None else None
     from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual is slow to import
 
-    return open_app(root, session.name if session is not None else None, read_only, first_read)
+    name = session.name if session is not None else None
+    return open_app(root, name, read_only, first_read, replay)
 
 
 def begin_first_read(session: Session) -> "FirstRead":

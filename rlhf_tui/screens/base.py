@@ -13,6 +13,7 @@ from rlhf_tui.state.messages import RowHighlighted
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.panels.panel import Panel
+from rlhf_tui.widgets.replay_line import ReplayLine
 from rlhf_tui.widgets.status_lines import StatusLine, Tabs
 
 FIRST_ROWS = 3.0
@@ -50,6 +51,8 @@ class SessionScreen(Screen[None]):
             status = StatusLine(context.state, id="status")
             status.read_only = context.read_only
             yield status
+            if context.replaying:
+                yield ReplayLine(context.state, id="replay")
         yield from self.compose_body()
         yield KeyFooter(id="keys")
 

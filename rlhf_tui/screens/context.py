@@ -83,6 +83,8 @@ class AppContext(Protocol):
     root: Path
     """The folder of sessions."""
     read_only: bool
+    replaying: bool
+    """Whether sessions are shown as they were."""
     who: str
     """The operator's name in the command log and in labels."""
     preferences: Preferences

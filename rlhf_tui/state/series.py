@@ -3,8 +3,10 @@
 import math
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 BLOCK = 64
 """Points for which one pair of extremes is stored."""
 
@@ -12,9 +14,13 @@ BLOCK = 64
 class Series:
     """Values by step, steps increasing. Undefined values are left out."""
 
-    def __init__(self, points: Iterable[tuple[int, float | None]] = ()) -> None:
+    def __init__(
+        self, points: Iterable[tuple[float, float | None]] = (), *, fractional: bool = False
+    ) -> None:
+        """With `fractional` the steps need not be whole: those of a run in steps of another one."""
         self._ends_undefined = False
-        self.steps = array("q")
+        self._memo: tuple[object, Any] = (None, None)
+        self.steps: array[Any] = array("d" if fractional else "q")
         self.values = array("d")
         self._low = array("d")
         self._high = array("d")
@@ -23,7 +29,7 @@ class Series:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def extend(self, points: Iterable[tuple[int, float | None]]) -> None:
+    def extend(self, points: Iterable[tuple[float, float | None]]) -> None:
         """Appends points that lie after all that are there."""
         points = list(points)
         values = [value for _, value in points]
@@ -36,9 +42,10 @@ class Series:
             points = [p for p in points if p[1] is not None and math.isfinite(p[1])]
             values = [value for _, value in points]
         if points:
-            self._append(array("q", [step for step, _ in points]), array("d", values))  # type: ignore[arg-type]  # no None here
+            steps = array(self.steps.typecode, [step for step, _ in points])
+            self._append(steps, array("d", values))  # type: ignore[arg-type]  # no None here
 
-    def _append(self, steps: "array[int]", values: "array[float]") -> None:
+    def _append(self, steps: "array[Any]", values: "array[float]") -> None:
         self.steps.extend(steps)
         self.values.extend(values)
         # The last block may be incomplete; it and all later blocks are computed again.
@@ -61,6 +68,17 @@ class Series:
                 part = self.values[start:stop]
                 low, high = min(low, *part), max(high, *part)
         return low, high
+
+    def remembered(self, key: object, compute: Callable[[], T]) -> T:
+        """What was computed last under a key, as long as no points are added.
+
+        Charts are painted at each key; what they show of a curve has rarely changed.
+        """
+        key = (len(self), key)
+        if self._memo[0] != key:
+            self._memo = key, compute()
+        found: T = self._memo[1]
+        return found
 
     def between(self, first: float, last: float) -> tuple[int, int]:
         """The slice of points whose steps lie in [first, last]."""

@@ -108,14 +108,21 @@ def paint(plot: Plot, width: int, height: int) -> Canvas:
 
 def _columns(line: Line, plot: Plot, columns: int) -> list[Column]:
     """A curve in the window. A sparse one is cut at the window's edges, not at its points there."""
-    found = decimate(line.series, plot.first, plot.last, columns)
+    found = _decimated(line.series, plot, columns)
     if not line.sparse:
         return found
+    found = list(found)
     for x, step, at in ((0, plot.first, 0), (columns - 1, plot.last, len(found) + 1)):
         value = line.series.interpolated(step)
         if value is not None and all(column.x != x for column in found):
             found.insert(at, Column(x, value, value, value, value))
     return found
+
+
+def _decimated(series: Series, plot: Plot, columns: int) -> list[Column]:
+    """The columns of a curve, which only points and windows change, not the crosshair."""
+    window = plot.first, plot.last, columns
+    return series.remembered(window, lambda: decimate(series, *window))
 
 
 def _bars(line: Line, plot: Plot, columns: int) -> list[Column]:
@@ -208,8 +215,7 @@ def _curves(
             chars[GUTTER + x] = char
             styles[GUTTER + x] = number | flag
     for curve, (points, style) in zip(plot.lines, columns, strict=True):
-        window = plot.first, plot.last, cells * 2
-        for point in decimate(curve.series, *window) if curve.sparse else []:
+        for point in _decimated(curve.series, plot, cells * 2) if curve.sparse else []:
             y = scale.row(point.last, rows * 4) // 4
             canvas.write(GUTTER + point.x // 2, 1 + y, POINT, STYLE[style])
         if curve.mark and points:
