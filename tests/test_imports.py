@@ -58,7 +58,7 @@ FLOORS = [
     # The dashboard and the command line.
     ("rlhf_tui", "rlhf_tui.format", "rlhf_tui.identity", "rlhf_tui.text"),
     ("rlhf_tui.state",),
-    ("rlhf_tui.report", "rlhf_tui.widgets"),
+    ("rlhf_tui.remote", "rlhf_tui.report", "rlhf_tui.widgets"),
     ("rlhf_tui.dialogs",),
     ("rlhf_tui.screens",),
     ("rlhf_tui.app",),

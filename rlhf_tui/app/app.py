@@ -93,6 +93,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         follow: bool = True,
         first_read: FirstRead | None = None,
         replay: ReplayOptions | None = None,
+        origin: str = "",
     ) -> None:
         """Opens a folder of sessions, or one session in it.
 
@@ -104,9 +105,13 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             follow: False reads each session once and never again, for tests.
             first_read: a summary of that session whose reading has begun.
             replay: shows sessions as they were, and disables commands; None: as they are.
+            origin: the address of the session of which this one is a copy: commands reach it, but
+                nothing else may be changed. Empty for the session itself.
         """
         self.root = root.resolve()
-        self.read_only = read_only or replay is not None
+        self.steers = not read_only and replay is None
+        self.read_only = not self.steers or bool(origin)
+        self.origin = origin
         self.replaying = replay is not None
         self.now = now
         self.who = who()
@@ -126,7 +131,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
         )  # fmt: skip
         self.commands = steering.Steering(
-            self, self.who, target=self.steering_target, read_only=self.read_only, say=self.say
+            self, self.who, target=self.steering_target, read_only=not self.steers, say=self.say
         )
         self.engines = EngineStarter(
             self, self.follower, self.root,
@@ -265,7 +270,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.follower.leave()
         engine = self.session.engine() if self.session and self.session.is_live() else None
         if engine is not None and self.session is not None:
-            name = self.session.name
+            name = self.origin or self.session.name
             self.exit_message = (
                 f"detached; engine pid {engine.pid} still running; "
                 f"reattach with rlhf-tui attach {name}"
@@ -427,13 +432,16 @@ def open_app(
     read_only: bool,
     first_read: FirstRead | None = None,
     replay: ReplayOptions | None = None,
+    origin: str = "",
 ) -> int:
-    """Runs the app on a folder of sessions, or on one of them; with `replay` as it was.
+    """Runs the app on a folder of sessions, or on one of them; see :class:`RlhfApp`.
 
     Returns:
         The exit code.
     """
-    app = RlhfApp(root, name, read_only=read_only, first_read=first_read, replay=replay)
+    app = RlhfApp(
+        root, name, read_only=read_only, first_read=first_read, replay=replay, origin=origin
+    )
     app.run()
     if app.exit_message:
         print(one_line(app.exit_message))  # noqa: T201

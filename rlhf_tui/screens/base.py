@@ -46,10 +46,11 @@ class SessionScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Tabs, the status line, the screen's own widgets, the keys."""
         context = self.context
-        yield Tabs(context.state, self.MODE, tuple(MODES), read_only=context.read_only)
+        note = context.origin if context.steers else "read-only"
+        yield Tabs(context.state, self.MODE, tuple(MODES), note=note)
         if self.MODE != "sessions":
             status = StatusLine(context.state, id="status")
-            status.read_only = context.read_only
+            status.read_only = not context.steers
             yield status
             if context.replaying:
                 yield ReplayLine(context.state, id="replay")

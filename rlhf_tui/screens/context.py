@@ -83,6 +83,11 @@ class AppContext(Protocol):
     root: Path
     """The folder of sessions."""
     read_only: bool
+    """Whether nothing of the session's files may be changed."""
+    steers: bool
+    """Whether commands may be sent."""
+    origin: str
+    """The address of the session of which the open one is a copy; empty for the session itself."""
     replaying: bool
     """Whether sessions are shown as they were."""
     who: str

@@ -74,11 +74,11 @@ class DashboardScreen(SessionScreen):
                 yield CursorPanel(state, self.context.view)
             with Container(id="side", classes="timeline"):
                 steering = SteeringPanel(state, id="steering")
-                steering.read_only = self.context.read_only
+                steering.read_only = not self.context.steers
                 yield steering
                 yield MachinePanel(state, id="machine")
                 timeline = TimelinePanel(state, self.context.view)
-                timeline.read_only = self.context.read_only
+                timeline.read_only = not self.context.steers
                 yield timeline
                 yield LatestSamplesPanel(state, id="latest")
 
