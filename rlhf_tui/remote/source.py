@@ -36,6 +36,8 @@ class Source:
         self._stamps: object = None
         self._attempt = self._event = 0
         self._step = self._sampled = -1
+        self._fresh = True
+        """Whether the copy must begin anew: an attempt has replaced steps."""
         self._small: dict[str, list[Any]] = {}
         self._labels: tuple[int, ...] = ()
         self._log_at = -1
@@ -73,7 +75,7 @@ class Source:
             with database.snapshot():
                 rows = database.rows("SELECT max(attempt) FROM attempts")
                 attempt = (rows[0][0] if rows else 0) or 0
-                fresh = attempt != self._attempt
+                fresh = self._fresh = attempt != self._attempt
                 rows = database.rows("SELECT max(step) FROM steps")
                 last = (rows[0][0] if rows else 0) or 0
                 if fresh:
@@ -107,7 +109,7 @@ class Source:
         try:
             kept = SAMPLES[: 1 + (database.version >= schema.EVALUATED_ARE_KEPT)]
             for table in kept if database.connection is not None else ():
-                yield self._rows(database, "samples", table, self._sampled, clear=False)
+                yield self._rows(database, "samples", table, self._sampled, clear=self._fresh)
             self._sampled = self._step
         finally:
             database.close()
