@@ -70,7 +70,8 @@ def measure_replay(home: Path, steps: int, times: int) -> None:
     add_markers(session, steps)
     root = str(session.folder.parent)
     attach = program("attach", "long", "--sessions", root)
-    for words, options in (("from the start", ()), ("from half of it", ("--from", str(steps // 2)))):
+    begins = {"from the start": (), "from half of it": ("--from", str(steps // 2))}
+    for words, options in begins.items():
         replay = program("replay", "long", "--sessions", root, *options)
         result = pairs(
             home, times, attach, replay,

@@ -25,7 +25,8 @@ COMMANDS = {
     "init": "init", "check": "check",
     "ls": "read", "status": "read", "metrics": "read", "samples": "read", "events": "read",
     "logs": "read", "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
-    "attach": "view", "replay": "view", "mirror": "view", "ctl": "steer", "note": "steer", "diff": "compare", "guardrails": "compare",
+    "attach": "view", "replay": "view", "mirror": "view", "ctl": "steer", "note": "steer",
+    "diff": "compare", "guardrails": "compare",
     "notify": "notify", "report": "report", "verify": "verify",
 }  # fmt: skip
 """Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,

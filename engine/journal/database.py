@@ -18,9 +18,7 @@ Views = Callable[[int], list[str]]
 class ReadOnlyDatabase:
     """A database opened for reading. A missing database reads as empty."""
 
-    def __init__(
-        self, path: Path, migrations: list[str], views: Views | None = None
-    ) -> None:
+    def __init__(self, path: Path, migrations: list[str], views: Views | None = None) -> None:
         """Opens the file if it exists.
 
         Args:

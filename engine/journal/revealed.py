@@ -80,7 +80,7 @@ def label_views(position: Position, version: int) -> list[str]:
     """The statements that create the views over labels.db."""
     until = f"WHERE time <= {position.time!r}"
     return [
-        _view(table, f"SELECT * FROM main.{table} {until}")  # noqa: S608 - constants and a number
+        _view(table, f"SELECT * FROM main.{table} {until}")
         for table in ("judgements", "preferences")
     ]
 
@@ -97,7 +97,7 @@ def _timeline_views(
         columns: of the table.
         of_past: a column that only `past` has.
     """
-    timeline = f"SELECT {columns} FROM main.{table} WHERE step <= {position.kept}"  # noqa: S608 - constants and numbers
+    timeline = f"SELECT {columns} FROM main.{table} WHERE step <= {position.kept}"
     if position.current:
         timeline += f" UNION ALL {_in_ranges(past, columns, position.current)}"
     with_attempt = f"{columns}, {of_past}" if of_past else columns
@@ -111,10 +111,10 @@ def _in_ranges(table: str, columns: str, ranges: Iterable[StepRange]) -> str:
     rows = ", ".join(f"({r.attempt}, {r.after}, {r.until})" for r in ranges)
     chosen = ", ".join(f"p.{name.strip()}" for name in columns.split(","))
     if not rows:
-        return f"SELECT {chosen} FROM main.{table} p WHERE 0"  # noqa: S608 - constants
+        return f"SELECT {chosen} FROM main.{table} p WHERE 0"
     # In this order, each range is looked up in the index.
     return (
-        f"SELECT {chosen} FROM (VALUES {rows}) r CROSS JOIN main.{table} p "  # noqa: S608 - constants and numbers
+        f"SELECT {chosen} FROM (VALUES {rows}) r CROSS JOIN main.{table} p "
         "WHERE p.attempt = r.column1 AND p.step > r.column2 AND p.step <= r.column3"
     )
 
@@ -139,7 +139,7 @@ def _checkpoint_status(position: Position) -> str:
 def _left(step: str, row: str, position: Position) -> str:
     """Whether an attempt up to the position began before a step of a row's attempt."""
     return (
-        f"EXISTS (SELECT 1 FROM main.attempts b WHERE b.attempt > {row}.attempt "  # noqa: S608 - constants and numbers
+        f"EXISTS (SELECT 1 FROM main.attempts b WHERE b.attempt > {row}.attempt "
         f"AND b.attempt <= {position.attempt} AND b.from_step < {step})"
     )
 

@@ -2,9 +2,9 @@
 
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Protocol
 
+import msgspec
 from textual.app import App
 
 from engine.errors import RlhfError
@@ -12,7 +12,7 @@ from engine.metrics import with_drawn
 from engine.session.folder import Session
 from rlhf_tui.app.digest import curves_are_read, digest
 from rlhf_tui.app.replaying import ReplayControls
-from rlhf_tui.dialogs.base import Choice, ChoiceDialog
+from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.feed import Feed, SessionFeed
@@ -111,7 +111,7 @@ class SessionFollower:
         player = Player(self._replay.speed)
         feed = ReplayFeed(session, player, names, post, self._replay.from_step)
         self._feed, self.replay = feed, ReplayControls(player, feed, self._say)
-        self._replay = replace(self._replay, from_step=0)
+        self._replay = msgspec.structs.replace(self._replay, from_step=0)
 
     def _time(self) -> float:
         """The wall clock, or in a replay that of the moment that is shown."""
@@ -214,4 +214,4 @@ class SessionFollower:
         rows = digest(self.state, seen) if seen is not None else []
         if rows:
             title = f"{self.session.name} since you left"
-            self._app.push_screen(ChoiceDialog(title, rows, [Choice("o", "OK", "ok")]))
+            self._app.push_screen(DigestDialog(title, rows))

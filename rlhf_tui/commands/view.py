@@ -53,9 +53,7 @@ def attach(
     """
     if name and name.startswith("ssh://"):
         given = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
-        sys.exit(
-            _attach_remote(name, root if given else None, read_only=read_only, tail=tail)
-        )
+        sys.exit(_attach_remote(name, root if given else None, read_only=read_only, tail=tail))
     root = root.resolve()
     session = existing(root, name) if name else _only_live(root)
     _need_terminal(f"rlhf-tui status {session.name} or rlhf-tui metrics {session.name}")
@@ -120,7 +118,8 @@ def _attach_remote(text: str, folder: Path | None, *, read_only: bool, tail: int
 
     address = Address.parse(text)
     if not address.name:
-        raise UserInputError(f"give the session: {text.rstrip('/')}/NAME; list them with: rlhf-tui ls {text}")
+        text = text.rstrip("/")
+        raise UserInputError(f"give the session: {text}/NAME; list them with: rlhf-tui ls {text}")
     _need_terminal(f"ssh {address.host} rlhf-tui status {address.name}")
     arguments = ["mirror", address.name, "--tail", str(tail)]
     arguments += ["--sessions", str(folder)] if folder is not None else []

@@ -1,9 +1,9 @@
 """A dialog with a list, to select one option or several."""
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from msgspec import Struct
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
@@ -20,8 +20,7 @@ WITH = " + "
 """Separates the keys of a group."""
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(Struct, frozen=True):
     """A line of the list."""
 
     key: str
@@ -179,7 +178,7 @@ class PickerDialog(Dialog[str]):
 
 
 def matches(query: str, *texts: str) -> bool:
-    """Whether texts have all words of a query, or one of them matches it as a regular expression."""
+    """Whether texts have all words of a query, or one matches it as a regular expression."""
     together = " ".join(texts).lower()
     if all(word in together for word in query.lower().split()):
         return True
@@ -187,4 +186,3 @@ def matches(query: str, *texts: str) -> bool:
         return any(re.search(query, text, re.IGNORECASE) for text in texts)
     except re.error:
         return False
-

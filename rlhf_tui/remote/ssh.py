@@ -1,20 +1,18 @@
 """Programs on other machines, run by `ssh`: no port is opened, and SSH's own settings apply."""
 
-import ctypes
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import tempfile
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from msgspec import Struct
+
 from engine.errors import LinkError, NoSuchSessionError, UserInputError, shortened
-from engine.launch.parent_death import PR_SET_PDEATHSIG
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import Done, decode
 
@@ -27,8 +25,7 @@ FIRST = 60.0
 """Seconds that the first copy may take: somebody may have to type a passphrase."""
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(Struct, frozen=True):
     """`ssh://[USER@]HOST[:PORT][/NAME]`."""
 
     host: str
@@ -74,14 +71,6 @@ def run(address: Address, *arguments: str) -> bytes:
 def _last_line(output: bytes, code: int) -> str:
     lines = output.decode("utf-8", "replace").strip().splitlines()
     return shortened(lines[-1], 300) if lines else f"ssh ended with exit code {code}"
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def _end_with_parent() -> None:
-    """Has the kernel end this process when the app is killed."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 class RemoteSession:
@@ -154,7 +143,7 @@ class RemoteSession:
         while not self._stopped.is_set():
             try:
                 self._receive()
-            except Exception as error:  # noqa: BLE001 - raised in the main thread if it is the first
+            except Exception as error:  # raised in the main thread if it is the first
                 self._problem = self._problem or error
             if not self._first.is_set():
                 self._first.set()  # the first connection failed: told to the user, not repeated
@@ -167,9 +156,8 @@ class RemoteSession:
         command = self._address.command(*self._arguments)
         with tempfile.TemporaryFile() as errors:
             self._source = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-                preexec_fn=_end_with_parent,
-            )  # fmt: skip
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+            )
             for line in self._source.stdout or ():
                 message = decode(line)
                 self._copy.take(message)
@@ -196,8 +184,10 @@ class RemoteSession:
         self._forwarded = remote
         if remote is not None:
             self._socket.unlink(missing_ok=True)
-            options = ("-N", "-T", "-o", "ExitOnForwardFailure=yes", "-L", f"{self._socket}:{remote}")
+            sockets = f"{self._socket}:{remote}"
+            options = ("-T", "-o", "ExitOnForwardFailure=yes", "-L", sockets)
+            # `cat` ends with this process, however it ends: then its input is closed.
             self._forward = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
-                self._address.ssh(*options), stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_end_with_parent,
+                [*self._address.ssh(*options), "--", "cat"], stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip

@@ -8,7 +8,6 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 
 from engine.metrics import title_of
-from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.overlaying import OverlaysRead, RunOverlays
 from rlhf_tui.state.messages import CursorMoved, RowHighlighted, RowSelected
@@ -300,6 +299,8 @@ class DashboardScreen(SessionScreen):
 
     def action_metrics(self) -> None:
         """Asks which metrics have a chart."""
+        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
+
         groups = [spec.split(" + ") for spec in self.grid.specs]
         shown = [name for group in groups for name in group]
         options = [

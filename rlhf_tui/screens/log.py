@@ -206,7 +206,7 @@ class LogScreen(SessionScreen):
 def written_until(data: bytes, until: str) -> int:
     """The bytes of whole lines before the first one of a later time.
 
-    The engine begins its lines with the local time; the output of others belongs to the line before.
+    The engine begins its lines with the local time; output of others belongs to the line before.
     """
     end = 0
     for line in data.splitlines(keepends=True):

@@ -9,7 +9,6 @@ from textual.worker import get_current_worker
 
 from engine.errors import RlhfError
 from engine.session.folder import Session, all_sessions, find
-from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.runs.overlay import (
     ALIGNMENTS,
@@ -35,9 +34,7 @@ class OverlaysRead(Message):
 class RunOverlays:
     """Reads the runs that the viewport wants overlaid, and aligns them with the open one."""
 
-    def __init__(
-        self, screen: Screen[None], context: AppContext, draw: Callable[[], None]
-    ) -> None:
+    def __init__(self, screen: Screen[None], context: AppContext, draw: Callable[[], None]) -> None:
         """Of the screen with the charts, which takes :class:`OverlaysRead`; `draw` draws them."""
         self._screen = screen
         self._context = context
@@ -99,6 +96,8 @@ class RunOverlays:
 
     def choose(self) -> None:
         """Asks which runs are overlaid."""
+        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
+
         state, view = self._context.state, self._context.view
         names = [s.name for s in all_sessions(self._context.root) if s.name != state.name]
         if not names:

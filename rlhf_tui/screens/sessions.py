@@ -15,7 +15,6 @@ from engine.metrics import title_of
 from engine.session.folder import Session, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
-from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.session_list import (
     ASCENDING,
@@ -269,16 +268,17 @@ class SessionsScreen(SessionScreen):
         if row is None:
             needs_row = action in ("resume", "fork", "delete", "mark_session", "overlay")
             return "no session selected; n starts a demo" if needs_row else ""
+        reason = ""
         match action:
             case "overlay" if not set(self._marked) - {row.name}:
-                return "no other session is marked: m marks one, M by a pattern"
+                reason = "no other session is marked: m marks one, M by a pattern"
             case "resume" if row.pid:
-                return f"'{row.name}' is running: enter opens it"
+                reason = f"'{row.name}' is running: enter opens it"
             case "fork" if not row.checkpoints:
-                return f"'{row.name}' has no checkpoint to fork from"
+                reason = f"'{row.name}' has no checkpoint to fork from"
             case "delete" if row.pid:
-                return f"'{row.name}' is running: stop it first (S)"
-        return ""
+                reason = f"'{row.name}' is running: stop it first (S)"
+        return reason
 
     def action_sort(self) -> None:
         """Sorts by the next column; after the last one, live and newest sessions come first."""
@@ -321,7 +321,8 @@ class SessionsScreen(SessionScreen):
 
         rows: list[Row] = [[("A regular expression, such as ", "dim"), ("lr-.*-seed[12]", "key"),
                             ("; empty: no marks", "dim")]]  # fmt: skip
-        self.app.push_screen(InputDialog("Mark the sessions whose names match", rows, "", check), take)
+        title = "Mark the sessions whose names match"
+        self.app.push_screen(InputDialog(title, rows, "", check), take)
 
     def _show_marks(self) -> None:
         self._show_rows()
@@ -336,9 +337,12 @@ class SessionsScreen(SessionScreen):
 
     def action_metric(self) -> None:
         """Asks for the metric whose last value and newest values are listed."""
+        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
+
         names = dict.fromkeys(n for s in self._rows.values() for n in s.metrics)
         title = title_of(self._columns.metric)
-        options = [Option(n, n, "shown" if n == self._columns.metric else "", title_of(n)) for n in names]
+        shown = self._columns.metric
+        options = [Option(n, n, "shown" if n == shown else "", title_of(n)) for n in names]
 
         def take(name: str | None) -> None:
             if name:
@@ -404,10 +408,10 @@ class SessionsScreen(SessionScreen):
 
         self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), chosen)
 
+
 def matching(pattern: str, names: list[str]) -> list[str] | None:
-    """The names that a regular expression matches; none for an empty one, None for an invalid one."""
+    """The names that a regular expression matches; none if it is empty, None if it is invalid."""
     try:
         return [name for name in names if pattern and re.search(pattern, name)]
     except re.error:
         return None
-

@@ -1,7 +1,9 @@
 """The part of the run that all charts show, and the crosshair they share."""
 
 import math
-from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
 
 from rlhf_tui.state.runs.overlay import ALIGNMENTS
 from rlhf_tui.state.series import Series
@@ -13,8 +15,7 @@ WEIGHTS = (0.0, 0.6, 0.9, 0.97)
 NARROWEST = 10
 
 
-@dataclass
-class Viewport:
+class Viewport(Struct):
     """Shared by the charts of one dashboard."""
 
     cursor: int | None = None
@@ -25,9 +26,9 @@ class Viewport:
     weight: float = WEIGHTS[1]
     past: bool = True
     """Whether earlier attempts are shown."""
-    others: dict[str, dict[str, Series]] = field(default_factory=dict)
+    others: dict[str, dict[str, Series]] = msgspec.field(default_factory=dict)
     """Other sessions' curves over the steps of this one, by session and metric."""
-    wanted: list[str] = field(default_factory=list)
+    wanted: list[str] = msgspec.field(default_factory=list)
     """The sessions to overlay. Their curves are in `others` once they are read."""
     alignment: str = ALIGNMENTS[0]
     """By what they are aligned, one of :data:`~rlhf_tui.state.runs.overlay.ALIGNMENTS`."""

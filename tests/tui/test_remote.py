@@ -27,7 +27,7 @@ DEADLINE = 60.0
 
 # Runs the command on this machine; with -L it forwards a Unix socket, as OpenSSH does.
 SSH = """#!{python}
-import os, socket, sys, threading
+import socket, subprocess, sys, threading
 arguments = sys.argv[1:]
 if "-L" in arguments:
     local, remote = arguments[arguments.index("-L") + 1].split(":")
@@ -38,16 +38,18 @@ if "-L" in arguments:
         while data := source.recv(65536):
             target.sendall(data)
         target.shutdown(socket.SHUT_WR)
-    while True:
-        near, _ = server.accept()
-        far = socket.socket(socket.AF_UNIX)
-        far.connect(remote)
-        for pair in ((near, far), (far, near)):
-            threading.Thread(target=pump, args=pair, daemon=True).start()
+    def forward():
+        while True:
+            near, _ = server.accept()
+            far = socket.socket(socket.AF_UNIX)
+            far.connect(remote)
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
+    threading.Thread(target=forward, daemon=True).start()
 host = arguments[arguments.index("--") - 1]
 if host == "nowhere":
     sys.exit("ssh: Could not resolve hostname nowhere")
-os.execvp("sh", ["sh", "-c", arguments[-1]])
+sys.exit(subprocess.run(["sh", "-c", arguments[-1]]).returncode)
 """
 
 

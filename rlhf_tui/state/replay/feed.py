@@ -3,7 +3,9 @@
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec import Struct
 
 from engine.errors import JournalError, RlhfError
 from engine.journal.labels import LabelReader
@@ -29,8 +31,7 @@ JUST_PASSED = 1.0
 """Seconds of playing after a marker in which the key to the previous one passes it over."""
 
 
-@dataclass(frozen=True)
-class PlacedMarker:
+class PlacedMarker(Struct, frozen=True):
     """A marker and when a replay reaches it."""
 
     offset: float
@@ -129,7 +130,7 @@ class ReplayFeed:
 
     def _send(self, update: SessionUpdate) -> None:
         if not self._stopped.is_set():
-            self._post(replace(update, replay=self._status))
+            self._post(msgspec.structs.replace(update, replay=self._status))
 
     def _load(self) -> None:
         """Reads what there is to reveal."""

@@ -3,14 +3,14 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 SPEEDS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
 """The speeds of the keys. A replay may start with another one."""
 
 
-@dataclass(frozen=True)
-class ReplayOptions:
+class ReplayOptions(Struct, frozen=True):
     """How a replay begins."""
 
     speed: float = 20.0

@@ -28,15 +28,14 @@ def configuration_of(session: Session) -> dict[str, Any]:
 def differing(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys whose values are not the same in all, those that may change during a run first."""
     keys = dict.fromkeys([*LIVE_SETTINGS.values(), *(k for each in configurations for k in each)])
-    return [key for key in keys if any(c.get(key) != configurations[0].get(key) for c in configurations)]
+    first = configurations[0]
+    return [key for key in keys if any(c.get(key) != first.get(key) for c in configurations)]
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Key → the last part of it, or the whole key where that would be ambiguous or says little."""
     last = [key.rpartition(".")[2] for key in keys]
     return {
-        key: name
-        if last.count(name) == 1 and key.partition(".")[0] not in NAMED_ALIKE
-        else key
+        key: name if last.count(name) == 1 and key.partition(".")[0] not in NAMED_ALIKE else key
         for key, name in zip(keys, last, strict=True)
     }

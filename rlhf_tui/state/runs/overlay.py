@@ -2,7 +2,8 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
@@ -42,7 +43,7 @@ class RunClock:
 
 
 def _interpolated(xs: list[float] | list[int], ys: list[float] | list[int], x: float) -> float:
-    """The value on the polygon through the points, both increasing, of which (0, 0) is the first."""
+    """The value on the lines between the points, both increasing; (0, 0) is the first."""
     if x >= xs[-1]:
         return x * ys[-1] / xs[-1] if xs[-1] else x
     i = bisect_right(xs, x)
@@ -50,14 +51,13 @@ def _interpolated(xs: list[float] | list[int], ys: list[float] | list[int], x: f
     return ys[i - 1] + share * (ys[i] - ys[i - 1])
 
 
-@dataclass(frozen=True)
-class Overlay:
+class Overlay(Struct, frozen=True):
     """Another run."""
 
     name: str
-    curves: dict[str, Series] = field(default_factory=dict)
+    curves: dict[str, Series] = {}
     """Outlines by metric, by its own steps."""
-    clocks: dict[str, RunClock] = field(default_factory=dict)
+    clocks: dict[str, RunClock] = {}
     problem: str = ""
     """Why it cannot be read."""
 
