@@ -15,6 +15,8 @@ def meta_at(
     changes: Sequence[SettingChange],
     commands: Sequence[CommandRow],
     beta: float | None,
+    *,
+    steps: bool,
 ) -> SessionMeta:
     """Returns what the supervisor had recorded at a moment.
 
@@ -24,8 +26,11 @@ def meta_at(
         changes: all changes of settings, also those after the moment, in order.
         commands: as they were at the moment.
         beta: the KL coefficient of the step that follows the moment; None if unknown.
+        steps: whether the attempt had completed a step.
     """
     event = state if isinstance(state, StateEvent) else StateEvent("starting")
+    if event.state == "starting" and steps:
+        event = StateEvent("running")  # the event of that may be missing
     paused = event.state == "paused"
     settings = None if now.settings is None else _settings_at(now.settings, changes, commands)
     if settings is not None and beta is not None:

@@ -75,6 +75,7 @@ SELECT step, total FROM (
 ) WHERE step % :width = 0 OR step = (SELECT max(step) FROM steps) ORDER BY step
 """
 LAST_STATE = "SELECT data FROM events WHERE kind = 'state' ORDER BY id DESC LIMIT 1"
+STEP_OF_ATTEMPT = "SELECT 1 FROM steps WHERE attempt = ? ORDER BY step DESC LIMIT 1"
 ALL_CHANGES = """
 SELECT changes FROM main.commands WHERE status = 'applied' AND changes <> '[]'
 ORDER BY ended, applied_step
@@ -161,6 +162,7 @@ class JournalReader:
             [change for each in changes for change in each],
             self.commands(),
             betas[0][0] if betas else None,
+            steps=bool(self._db.rows(STEP_OF_ATTEMPT, (position.attempt,))),
         )
 
     def state(self) -> str:
