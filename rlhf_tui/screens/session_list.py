@@ -29,9 +29,9 @@ SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 12
 SPARK_STEPS = 400
 """Newest steps that a sparkline shows."""
-MARK = "✓ "
+MARK = "▸ "
 """Before the name of a marked session."""
-WIDEST_SETTING = 16
+WIDEST_SETTING = 18
 """Cells of a column of settings; of a path the end is shown."""
 
 LEAST = float("-inf")

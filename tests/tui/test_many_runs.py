@@ -102,8 +102,8 @@ async def test_all_runs_that_match_are_overlaid_and_aligned(runs, running, until
         await pilot.press(*"clip-[12]", "ctrl+a", "enter")
         await until(pilot, lambda: set(app.view.others) == {"clip-1", "clip-2"})
         chart = app.screen.query_one(ChartGrid).charts[0]
-        assert "a clip-1" in chart.text()
-        assert "b clip-2" in chart.text()
+        legend = app.screen.query_one("#cursor").text()
+        assert "a clip-1  b clip-2" in legend
         before = chart.plot().last
         await pilot.press("A", "A")
         await until(pilot, lambda: app.view.alignment == "hours")
@@ -129,7 +129,7 @@ async def test_marked_runs_are_overlaid_on_the_highlighted_one(browser, running,
         assert "no other session is marked" in notices(app)[0]
         await pilot.press("M", *"^clip", "enter")
         await until(pilot, lambda: "2 sessions marked" in app.screen.query_one("#about").text())
-        assert sum("✓" in line for line in table.text().splitlines()) == 2
+        assert sum("▸" in line for line in table.text().splitlines()) == 2
         table.go(table.keys.index("base"))
         await pilot.press("O")
         await until(pilot, lambda: app.current_mode == "dashboard")
