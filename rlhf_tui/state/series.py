@@ -20,7 +20,7 @@ class Series:
         """With `fractional` the steps need not be whole: those of a run in steps of another one."""
         self._ends_undefined = False
         self._memo: tuple[object, Any] = (None, None)
-        self.steps: array[Any] = array("d" if fractional else "q")
+        self.steps: array[float] = array("d" if fractional else "q")
         self.values = array("d")
         self._low = array("d")
         self._high = array("d")
@@ -45,7 +45,7 @@ class Series:
             steps = array(self.steps.typecode, [step for step, _ in points])
             self._append(steps, array("d", values))  # type: ignore[arg-type]  # no None here
 
-    def _append(self, steps: "array[Any]", values: "array[float]") -> None:
+    def _append(self, steps: "array[float]", values: "array[float]") -> None:
         self.steps.extend(steps)
         self.values.extend(values)
         # The last block may be incomplete; it and all later blocks are computed again.
@@ -84,7 +84,7 @@ class Series:
         """The slice of points whose steps lie in [first, last]."""
         return bisect_left(self.steps, first), bisect_right(self.steps, last)
 
-    def at(self, step: int) -> float | None:
+    def at(self, step: float) -> float | None:
         """The value at a step; None where it is undefined."""
         i = bisect_left(self.steps, step)
         return self.values[i] if i < len(self.steps) and self.steps[i] == step else None
