@@ -4,6 +4,7 @@ Each query is a short transaction of its own, so that a reader does not delay th
 writer's WAL.
 """
 
+import functools
 import json
 from collections.abc import Iterable
 from typing import Any, Self
@@ -99,27 +100,22 @@ changes, result, live FROM commands
 
 
 class JournalReader:
-    """Reads the journal of a session. A session without a journal reads as empty.
-
-    Attributes:
-        samples: reads the session's responses, which are in another file.
-    """
+    """Reads the journal of a session. A session without a journal reads as empty."""
 
     def __init__(self, session: Session, database: ReadOnlyDatabase | None = None) -> None:
-        """Opens the journal and the samples.
+        """Opens the journal. Samples are opened when they are first read.
 
         Args:
             session: whose journal to read.
             database: the journal if it is open already. It is closed with the reader.
 
         Raises:
-            JournalError: a file cannot be read, or a newer version wrote it.
+            JournalError: it cannot be read, or a newer version wrote it.
         """
         self.session = session
         self._db = database or ReadOnlyDatabase(
             session.journal_file, schema.JOURNAL, views_of(session, journal_views)
         )
-        self.samples = SampleReader(session)
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +126,13 @@ class JournalReader:
     def close(self) -> None:
         """Closes the files."""
         self._db.close()
-        self.samples.close()
+        if "samples" in self.__dict__:
+            self.samples.close()
+
+    @functools.cached_property
+    def samples(self) -> SampleReader:
+        """Reads the session's responses, which are in another file. Raises JournalError."""
+        return SampleReader(self.session)
 
     def meta(self) -> SessionMeta:
         """The current state and settings, as the supervisor last recorded them.

@@ -36,6 +36,7 @@ from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.first_read import FirstRead
 from rlhf_tui.state.messages import CommandAnswered, EngineStarted, SessionUpdated
 from rlhf_tui.state.replay.player import ReplayOptions
+from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.viewport import Viewport
@@ -100,6 +101,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         first_read: FirstRead | None = None,
         replay: ReplayOptions | None = None,
         origin: str = "",
+        listing: SessionListCache | None = None,
     ) -> None:
         """Opens a folder of sessions, or one session in it.
 
@@ -113,11 +115,13 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             replay: shows sessions as they were, and disables commands; None: as they are.
             origin: the address of the session of which this one is a copy: commands reach it, but
                 nothing else may be changed. Empty for the session itself.
+            listing: of the folder, whose reading may have begun.
         """
         self.root = root.resolve()
         self.steers = not read_only and replay is None
         self.read_only = not self.steers or bool(origin)
         self.origin = origin
+        self.listing = listing or SessionListCache()
         self.replaying = replay is not None
         self.now = now
         self.who = who()
@@ -446,6 +450,7 @@ def open_app(
     first_read: FirstRead | None = None,
     replay: ReplayOptions | None = None,
     origin: str = "",
+    listing: SessionListCache | None = None,
 ) -> int:
     """Runs the app on a folder of sessions, or on one of them; see :class:`RlhfApp`.
 
@@ -453,8 +458,9 @@ def open_app(
         The exit code.
     """
     app = RlhfApp(
-        root, name, read_only=read_only, first_read=first_read, replay=replay, origin=origin
-    )
+        root, name, read_only=read_only, first_read=first_read,
+        replay=replay, origin=origin, listing=listing,
+    )  # fmt: skip
     app.run()
     if app.exit_message:
         print(one_line(app.exit_message))  # noqa: T201

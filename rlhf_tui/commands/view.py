@@ -25,6 +25,7 @@ from rlhf_tui.commands.options import (
 if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app imports them
     from rlhf_tui.state.first_read import FirstRead
     from rlhf_tui.state.replay.player import ReplayOptions
+    from rlhf_tui.state.runs.listing import SessionListCache
 
 TAIL = 5000
 """Newest steps whose metrics a copy has."""
@@ -156,10 +157,11 @@ def open_screen(
     gc.set_threshold(200_000, 20, 20)
     terminal_colors.choose(os.environ)
     first_read = begin_first_read(session) if session is not None and replay is None else None
+    listing = begin_listing(root) if session is None else None
     from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual is slow to import
 
     name = session.name if session is not None else None
-    return open_app(root, name, read_only, first_read, replay, origin)
+    return open_app(root, name, read_only, first_read, replay, origin, listing)
 
 
 def begin_first_read(session: Session) -> "FirstRead":
@@ -168,6 +170,16 @@ def begin_first_read(session: Session) -> "FirstRead":
     from rlhf_tui.state.preferences import load_preferences  # noqa: PLC0415
 
     return FirstRead(session, load_preferences()[0].metrics())
+
+
+def begin_listing(root: Path) -> "SessionListCache":
+    """Starts reading the list of sessions in a thread while the app is imported."""
+    from rlhf_tui.state.preferences import load_preferences  # noqa: PLC0415
+    from rlhf_tui.state.runs.listing import SessionListCache  # noqa: PLC0415
+
+    listing = SessionListCache()
+    listing.begin(root, load_preferences()[0].listed_metric)
+    return listing
 
 
 def _only_live(root: Path) -> Session:

@@ -10,6 +10,7 @@ from engine.protocol.commands import Command
 from engine.session.folder import Session
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.preferences import Preferences
+from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.viewport import Viewport
@@ -93,6 +94,8 @@ class AppContext(Protocol):
     who: str
     """The operator's name in the command log and in labels."""
     preferences: Preferences
+    listing: SessionListCache
+    """Reads the list of sessions, and keeps it."""
     now: Callable[[], float]
     """The wall clock, seconds since the epoch."""
 

@@ -1,22 +1,17 @@
-"""The list of the sessions screen: reads the folder, and makes rows and columns of it."""
+"""The list of the sessions screen: its columns, its orders, and the lines about a session."""
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import msgspec
 from textual.binding import Binding, BindingType
 
 from engine import metrics
-from engine.errors import RlhfError
-from engine.journal.reader import JournalReader
-from engine.session.folder import Session, all_sessions
 from rlhf_tui import format as fmt
 from rlhf_tui.format import value_text
-from rlhf_tui.state.feed import file_id, stamp
-from rlhf_tui.state.runs.differences import configuration_of, differing, short_names
-from rlhf_tui.state.session_row import ListedSession, SessionRow, session_row, unreadable_row
+from rlhf_tui.state.runs.differences import differing, short_names
+from rlhf_tui.state.runs.listing import SPARK_WIDTH
+from rlhf_tui.state.session_row import ListedSession, SessionRow
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.status_lines import STATE_MARKS, paused_text
 from rlhf_tui.widgets.table import Column, Table
@@ -25,10 +20,6 @@ NAME = 1
 """The index of the column of names."""
 LEAST_WITH_KL = 94
 """Width of the table from which on it has a column of the KL."""
-SPARKS = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 12
-SPARK_STEPS = 400
-"""Newest steps that a sparkline shows."""
 MARK = "▸ "
 """Before the name of a marked session."""
 WIDEST_SETTING = 18
@@ -52,95 +43,6 @@ ASCENDING = ("name", "state")
 
 def _or_least(value: float | None) -> float:
     return LEAST if value is None else value
-
-
-def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
-    """A sparkline of `width` blocks; each one is the mean of its share of the values."""
-    if not values:
-        return ""
-    count = min(width, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
-
-
-# -- reading ---------------------------------------------------------------------------------------
-
-
-def listed_session(session: Session, metric: str = metrics.SCORE) -> ListedSession:
-    """A session as the browser lists it; if it cannot be read, with the reason.
-
-    Args:
-        session: to read.
-        metric: whose last value and newest values are listed.
-    """
-    try:
-        with JournalReader(session) as record:
-            row = session_row(session, record)
-            points = record.series(metric, after=max(row.step - SPARK_STEPS, 0))
-            names = record.metric_names()
-    except (RlhfError, OSError) as error:
-        return ListedSession(row=unreadable_row(session, error))
-    values = [value for _, value in points if value is not None]
-    return ListedSession(
-        row=row, spark=spark(values), value=values[-1] if values else None, metrics=tuple(names)
-    )
-
-
-class SessionListCache:
-    """Keeps the rows of sessions; reads only those that have changed."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, tuple[object, ListedSession]] = {}
-        self._configurations: dict[Path, tuple[object, dict[str, Any]]] = {}
-
-    def rows(
-        self, root: Path, metric: str = metrics.SCORE, *, settings: bool = False
-    ) -> list[ListedSession]:
-        """All sessions, those with an engine first, then the newest.
-
-        Args:
-            root: the folder of sessions.
-            metric: whose values are listed.
-            settings: also reads configurations, which takes some ten milliseconds each.
-        """
-        found = []
-        for session in all_sessions(root):
-            changed = _stamp(session), metric
-            known = self._known.get(session.folder)
-            if known is None or known[0] != changed:
-                known = changed, listed_session(session, metric)
-                self._known[session.folder] = known
-            listed = known[1]
-            if settings:
-                listed = msgspec.structs.replace(listed, settings=self._settings(session, listed))
-            found.append(listed)
-        found.sort(key=lambda s: (s.row.pid is None, -(s.row.updated or 0), s.row.name))
-        return found
-
-    def _settings(self, session: Session, listed: ListedSession) -> dict[str, Any]:
-        changed = stamp(session.config_file), listed.row.settings
-        known = self._configurations.get(session.folder)
-        if known is None or known[0] != changed:
-            try:
-                known = changed, configuration_of(session)
-            except (RlhfError, OSError):
-                known = changed, {}  # the row says what is wrong, or opening the session does
-            self._configurations[session.folder] = known
-        return known[1]
-
-
-def _stamp(session: Session) -> object:
-    files = (session.journal_file, session.journal_file.with_name("journal.db-wal"))
-    times = []
-    for path in files:
-        try:
-            times.append(path.stat().st_mtime_ns)
-        except OSError:
-            times.append(0)
-    return file_id(session.journal_file), *times, session.is_live()
 
 
 # -- columns ---------------------------------------------------------------------------------------
@@ -240,7 +142,7 @@ def _setting(session: ListedSession, key: str) -> str:
 def ordered(
     sessions: list[ListedSession], order: Order | None, *, descending: bool
 ) -> list[ListedSession]:
-    """Sorts; None keeps the order of :class:`SessionListCache`."""
+    """Sorts; None keeps the order of the list."""
     return sessions if order is None else sorted(sessions, key=order, reverse=descending)
 
 
@@ -295,6 +197,6 @@ def line_of_marks(marked: int) -> Row:
     """What can be done with marked sessions."""
     return [
         (f" {fmt.plural(marked, 'session')} marked   ", "accent"), ("O", "key"),
-        (" overlays them on the highlighted one   ", "dim"), ("C", "key"),
-        (" compares settings   ", "dim"), ("M", "key"), (" changes the marks", "dim"),
+        (" overlay on this one   ", "dim"), ("C", "key"), (" settings   ", "dim"),
+        ("M", "key"), (" other marks", "dim"),
     ]  # fmt: skip

@@ -21,7 +21,6 @@ from rlhf_tui.screens.session_list import (
     MARK,
     NAME,
     SessionColumns,
-    SessionListCache,
     line_of_marks,
     lines_about,
     ordered,
@@ -81,7 +80,6 @@ class SessionsScreen(SessionScreen):
         super().__init__()
         self._columns = SessionColumns()
         self._table = sessions_table(self._columns.columns(()))
-        self._cache = SessionListCache()
         self._marked: list[str] = []
         """The names of the marked sessions, in the order in which they were marked."""
         self._rows: dict[str, ListedSession] = {}
@@ -117,7 +115,7 @@ class SessionsScreen(SessionScreen):
     @work(thread=True, exclusive=True, group="sessions")
     def read_folder(self, root: Path, metric: str, settings: bool) -> None:
         """Reads the row of every session, and its configuration if `settings`."""
-        rows = self._cache.rows(root, metric, settings=settings)
+        rows = self.context.listing.rows(root, metric, settings=settings)
         if not get_current_worker().is_cancelled:
             self.post_message(SessionsListed(rows))
 

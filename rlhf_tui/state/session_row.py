@@ -9,6 +9,7 @@ from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.metrics import EVAL_SCORE, EVAL_SCORE_CI, KL, SCORE
 from engine.session.folder import Session
+from engine.session.states import LIVE_STATES
 
 
 class HeldOutScore(msgspec.Struct, frozen=True):
@@ -82,7 +83,8 @@ def read_session_row(session: Session) -> SessionRow:
 def session_row(session: Session, record: JournalReader) -> SessionRow:
     """Reads the row of a session with an open reader; raises as :func:`read_session_row`."""
     meta, attempts = record.meta(), record.attempts()
-    state, last = record.state(), record.last_row((SCORE, KL))
+    state = record.state() if meta.state in LIVE_STATES else meta.state
+    last = record.last_row((SCORE, KL))
     checkpoints = [c.step for c in record.checkpoints(("complete",))]
     held_out = read_held_out(record)
     engine = session.engine() if session.is_live() else None

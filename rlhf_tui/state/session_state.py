@@ -83,6 +83,8 @@ class SessionState:
 
     def take(self, update: SessionUpdate) -> None:
         """Adds an update."""
+        if update.replay is not None:
+            self.replay = update.replay  # before all else: it is the clock of what follows
         if update.reset:
             self._clear()
         if self._changes_timeline(update):
@@ -107,8 +109,6 @@ class SessionState:
             self._take_phases(update.phases)
         if update.problem is not None:
             self.problem = update.problem
-        if update.replay is not None:
-            self.replay = update.replay
 
     def _take_past(self, update: SessionUpdate) -> None:
         for name, rows in update.past.items():

@@ -6,9 +6,9 @@ from engine.journal.database import ReadOnlyDatabase
 from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.dialogs.picker import PickerDialog, matches
-from rlhf_tui.screens.session_list import SessionListCache
 from rlhf_tui.screens.sessions import SessionsScreen
 from rlhf_tui.state.runs.differences import differing, short_names
+from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.runs.overlay import Overlay, RunClock, aligned, read_clocks
 from rlhf_tui.state.series import Series
 from rlhf_tui.widgets.charts.grid import ChartGrid
