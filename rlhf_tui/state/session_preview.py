@@ -81,7 +81,7 @@ def _differences(session: Session, other: Session | None) -> tuple[Difference, .
 
 
 def _values(session: Session) -> dict[str, Any]:
-    """Every configuration key with its value, that in force for live settings."""
+    """Every configuration key with its value, of any type; that in force for live settings."""
     from engine.config import file as config_file  # noqa: PLC0415 - YAML is slow to import
 
     flat = config_file.flatten(config_file.to_tree(session.config()))
