@@ -55,5 +55,5 @@ def _defaults(config: RunConfig) -> RunConfig:
     return msgspec.structs.replace(completed, data=data)
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
+def _flat(config: RunConfig) -> dict[str, Any]:  # the keys have values of every type
     return config_file.flatten(config_file.to_tree(config))

@@ -245,7 +245,7 @@ class _Timeline:
 
 
 def _fork(event: EventRow) -> dict[str, Any]:
-    """Where an attempt was forked from: `from` and `step`; empty if it was not."""
+    """Where an attempt was forked from: `from`, a text, and `step`; empty if it was not."""
     found: dict[str, Any] = decoded(event.data, dict[str, Any]).get("fork") or {}
     return found
 

@@ -12,7 +12,7 @@ NAMED_ALIKE = ("model", "data", "reward")
 
 
 def configuration_of(session: Session) -> dict[str, Any]:
-    """Every configuration key with its value, that in force for live settings.
+    """Every configuration key with its value, of any type; that in force for live settings.
 
     Raises:
         RlhfError: the journal or the configuration cannot be read.
