@@ -49,15 +49,25 @@ def program(command: str, *arguments: str) -> list[str]:
 
 def pairs(home: Path, times: int, first: list[str], second: list[str],
           shown: tuple[Callable[[bytes], bool], Callable[[bytes], bool]]) -> str:  # fmt: skip
-    """Starts two programs in turn until each shows what it should; the medians and the ratio."""
+    """Starts two programs in turn until each shows what it should; the medians and the ratio.
+
+    Also of their processor time, which other programs on the machine hardly change.
+    """
     took: tuple[list[float], list[float]] = ([], [])
+    used: tuple[list[float], list[float]] = ([], [])
     for _ in range(times):
-        for command, condition, seconds in zip((first, second), shown, took, strict=True):
+        for number, command in enumerate((first, second)):
             screen = Screen(command, home)
-            seconds.append(screen.wait_for(condition, 60.0))
+            took[number].append(screen.wait_for(shown[number], 60.0))
+            used[number].append(screen.cpu())
             screen.close()
-    ratio = statistics.median(b / a for a, b in zip(*took, strict=True))
-    a, b = map(statistics.median, took)
+    return f"{compared(took)}; processor {compared(used)}"
+
+
+def compared(seconds: tuple[list[float], list[float]]) -> str:
+    """The medians of two measurements, and the median of their ratios."""
+    ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+    a, b = map(statistics.median, seconds)
     return f"{a:.2f} s and {b:.2f} s, {ratio:.2f} x"
 
 
@@ -129,14 +139,16 @@ def measure_overlay(home: Path, many: Path) -> None:
     screen.count(3.0)
     overlaid = keys(screen)
     screen.close()
-    for words, times in (("alone", alone), (f"with {OVERLAID} overlaid", overlaid)):
+    for words, (times, used) in {"alone": alone, f"with {OVERLAID} overlaid": overlaid}.items():
         print(f"key to paint {words:<18} {statistics.median(times):.0f} ms, "
-              f"at most {max(times):.0f}")  # fmt: skip
+              f"at most {max(times):.0f}; processor {used:.0f} ms a key")  # fmt: skip
 
 
-def keys(screen: Screen) -> list[float]:
-    """Milliseconds from keys that move the crosshair to the first output."""
-    return [1000 * screen.key(key) for key in (b"g", b"G") * 10]
+def keys(screen: Screen) -> tuple[list[float], float]:
+    """Milliseconds from keys that move the crosshair to the first output; of processor time."""
+    before = screen.cpu()
+    times = [1000 * screen.key(key) for key in (b"g", b"G") * 10]
+    return times, 1000 * (screen.cpu() - before) / len(times)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,8 @@
 import math
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
 
-T = TypeVar("T")
 BLOCK = 64
 """Points for which one pair of extremes is stored."""
 
@@ -19,7 +17,6 @@ class Series:
     ) -> None:
         """With `fractional` the steps need not be whole: those of a run in steps of another one."""
         self._ends_undefined = False
-        self._memo: tuple[object, Any] = (None, None)
         self.steps: array[float] = array("d" if fractional else "q")
         self.values = array("d")
         self._low = array("d")
@@ -68,17 +65,6 @@ class Series:
                 part = self.values[start:stop]
                 low, high = min(low, *part), max(high, *part)
         return low, high
-
-    def remembered(self, key: object, compute: Callable[[], T]) -> T:
-        """What was computed last under a key, as long as no points are added.
-
-        Charts are painted at each key; what they show of a curve has rarely changed.
-        """
-        key = (len(self), key)
-        if self._memo[0] != key:
-            self._memo = key, compute()
-        found: T = self._memo[1]
-        return found
 
     def between(self, first: float, last: float) -> tuple[int, int]:
         """The slice of points whose steps lie in [first, last]."""

@@ -66,7 +66,8 @@ class Chart(Widget, can_focus=True):
         width, height = self.size
         if not width or not height:
             return
-        old, new = self._canvas, paint(self.plot(), width, height)
+        old = self._canvas
+        new = paint(self.plot(), width, height, old)
         self._canvas = new
         if old is None or (old.width, old.height) != (width, height):
             self.refresh()
