@@ -93,7 +93,10 @@ def replay(root: Path, name: str, speed: float, from_step: int) -> None:
 @click.command(hidden=True)
 @name_argument
 @sessions_option
-@click.option("--tail", type=click.IntRange(min=1), default=TAIL, metavar="N")
+@click.option(
+    "--tail", type=click.IntRange(min=1), default=TAIL, metavar="N",
+    help="Send the metrics of the last N steps.",
+)  # fmt: skip
 def mirror(root: Path, name: str, tail: int) -> None:
     """Send a session to a copy on another machine: `attach ssh://HOST/NAME` runs it there."""
     from rlhf_tui.remote.messages import Done, encode  # noqa: PLC0415 - only this command needs it
