@@ -46,10 +46,10 @@ class Address(Struct, frozen=True):
         port = ["-p", self.port] if self.port else []
         return ["ssh", *port, *options, self.host]
 
-    def command(self, *arguments: str) -> list[str]:
+    def command(self, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:
         """The command line that runs rlhf-tui there."""
         program = os.environ.get(COMMAND) or "rlhf-tui"
-        return [*self.ssh("-T"), "--", f"{program} {shlex.join(arguments)}"]
+        return [*self.ssh("-T", *options), "--", f"{program} {shlex.join(arguments)}"]
 
 
 def run(address: Address, *arguments: str) -> bytes:
@@ -153,7 +153,7 @@ class RemoteSession:
 
     def _receive(self) -> None:
         """Copies the session until the connection ends. Raises LinkError if that is at once."""
-        command = self._address.command(*self._arguments)
+        command = self._address.command(*self._arguments, options=self._quiet())
         with tempfile.TemporaryFile() as errors:
             self._source = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
@@ -171,6 +171,10 @@ class RemoteSession:
                 kind = NoSuchSessionError if code == NoSuchSessionError.exit_code else LinkError
                 raise kind(f"{self._address.host}: {text}")
 
+    def _quiet(self) -> tuple[str, ...]:
+        """Options of ssh: once the app has the terminal, nobody is asked for a passphrase there."""
+        return ("-o", "BatchMode=yes") if self._first.is_set() else ()
+
     def _forward_socket(self) -> None:
         """Forwards the engine's socket, again if it has another path now."""
         remote = self._copy.remote_socket
@@ -185,7 +189,7 @@ class RemoteSession:
         if remote is not None:
             self._socket.unlink(missing_ok=True)
             sockets = f"{self._socket}:{remote}"
-            options = ("-T", "-o", "ExitOnForwardFailure=yes", "-L", sockets)
+            options = ("-T", *self._quiet(), "-o", "ExitOnForwardFailure=yes", "-L", sockets)
             # `cat` ends with this process, however it ends: then its input is closed.
             self._forward = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
                 [*self._address.ssh(*options), "--", "cat"], stdin=subprocess.PIPE,
