@@ -124,7 +124,8 @@ class JournalChanges:
         if events or advanced or any(c.ended is None for c in self._commands):
             update = self._with_lists(update, record)
         self._send(update)
-        if (first or reset) and head.step > LONG:
+        branch = session.position is not None and session.position.current
+        if (first or reset) and head.step > LONG and not branch:  # there they take longer
             self._send(SessionUpdate(outlines=record.outlines(self._wanted, SPANS)))
         self._read_curves(record, at_once=not (first or reset))
         if advanced and head.step != self._samples_step:
