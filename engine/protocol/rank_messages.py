@@ -224,7 +224,7 @@ class Ended(Message, frozen=True, tag="ended"):
 
     step: int
     reason: str
-    """finished, stopped, max_hours or stop_at."""
+    """finished, stopped, max_hours, stop_at, deadline or preempted."""
 
 
 class Begin(Message, frozen=True, tag="begin"):
@@ -283,8 +283,14 @@ class RankCommand(Message, frozen=True, tag="order"):
     command: BoundaryCommand
 
 
+JOIN_INFO_KEY = "join_info"
+"""Where the store of the first machine has the :class:`JoinInfo` of the current start."""
+LEAVING_KEY = "leaving"
+"""A key that a machine sets which a scheduler is about to take away: the run saves and ends."""
+
+
 class JoinInfo(Struct, frozen=True, kw_only=True):
-    """What a joining machine needs to know; published at the rendezvous."""
+    """What a joining machine needs to know; published in the store of the first machine."""
 
     launch: LaunchConfig
     folder: str

@@ -32,7 +32,11 @@ def machines(lab, wait_until):
     first = lab.popen(*run.arguments, "--headless")
     wait_until(lambda: run.events("alert"), "alert that asks for another machine")
     run.join_alert = run.events("alert")[0]["text"]
-    joiner = lab.popen("join", address, "--wait", 120, stderr=subprocess.STDOUT)
+    secret = run.session.secret_file
+    run.secret_mode = secret.stat().st_mode & 0o777
+    joiner = lab.popen(
+        "join", address, "--wait", 120, "--secret-file", secret, stderr=subprocess.STDOUT
+    )
     run.wait_at(3)
     run.beta = run.ctl("beta", "0.2")
     run.pause = run.ctl("pause")

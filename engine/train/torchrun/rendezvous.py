@@ -1,13 +1,14 @@
 """A torchrun rendezvous backend without pickles.
 
 torch's `c10d` backend keeps its state as a pickle in a store that any peer can write, and unpickles
-it on every machine. This backend stores only a counter and host names.
+it on every machine. This backend stores only a counter and host names, in the authenticated store
+of the first machine.
 """
 
 import os
 from datetime import timedelta
 
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # not exported
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # not exported
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -17,17 +18,19 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from engine.errors import LinkError
+from engine.launch.secret import SECRET_VARIABLE
+from engine.train.distributed.rank_store import RankStore
 
 BACKEND = "rlhf-tui"
 """The name that :func:`register` gives this backend in torchrun."""
-JOIN_INFO_KEY = "invitation"
-"""The store's key for the :class:`engine.protocol.rank_messages.JoinInfo` of the current start."""
 
 
 class StoreRendezvous(RendezvousHandler):
     """Numbers the machines in order of arrival; the machine with the supervisor is always 0."""
 
-    def __init__(self, endpoint: str, machines: int, timeout: float, *, first: bool) -> None:
+    def __init__(
+        self, endpoint: str, machines: int, timeout: float, *, first: bool, secret: str
+    ) -> None:
         """Stores the arguments; :meth:`next_rendezvous` connects.
 
         Args:
@@ -35,11 +38,14 @@ class StoreRendezvous(RendezvousHandler):
             machines: number of machines in the run.
             timeout: seconds to wait for all of them.
             first: whether the supervisor runs on this machine.
+            secret: of the run; unused if there is one machine.
         """
         self._endpoint = endpoint
         self._machines = machines
         self._timeout = timedelta(seconds=timeout)
         self._first = first
+        self._secret = secret
+        self._store: RankStore | None = None
 
     def get_backend(self) -> str:
         """Returns :data:`BACKEND`."""
@@ -68,14 +74,9 @@ class StoreRendezvous(RendezvousHandler):
     def _connect(self) -> Store:
         if self._machines == 1:
             return HashStore()
-        host, _, port = self._endpoint.rpartition(":")
-        try:
-            store = TCPStore(host, int(port), is_master=False, timeout=self._timeout)
-        except RuntimeError as error:
-            raise LinkError(
-                f"cannot reach the first machine at {self._endpoint}: {error}"
-            ) from error
-        return PrefixStore("agents", store)
+        # torch does not keep a store alive that Python code implements.
+        self._store = RankStore(self._endpoint, self._secret, self._timeout)
+        return PrefixStore("agents", self._store)
 
     def is_closed(self) -> bool:
         """False: an agent starts its ranks once, so there is no later rendezvous to close."""
@@ -108,4 +109,6 @@ def _create(parameters: RendezvousParameters) -> StoreRendezvous:
         parameters.max_nodes,
         float(parameters.get("timeout")),
         first=bool(parameters.get("first")),
+        # Not a parameter: torch logs those.
+        secret=os.environ.get(SECRET_VARIABLE, ""),
     )
