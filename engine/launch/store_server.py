@@ -205,12 +205,11 @@ class StoreServer:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket on the interface that an IP address names; on all for any other HOST."""
-    try:
+    family: socket.AddressFamily | None = None
+    with contextlib.suppress(ValueError):
         version = ipaddress.ip_address(host).version
-    except ValueError:
-        version = 0
-    if version:
         family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    if family is not None:
         try:
             return socket.create_server((host, port), family=family, backlog=BACKLOG)
         except OSError as error:

@@ -108,7 +108,7 @@ class RankStore(Store):
         return self
 
     def _wait(self, keys: list[str], timeout: timedelta | None, *, values: bool) -> StoreReply:
-        limit = self.timeout if timeout is None else timeout
+        limit: timedelta = self.timeout if timeout is None else timeout  # type: ignore[attr-defined]  # not in the stub
         try:
             reply = self._client.wait(keys, limit.total_seconds(), values=values)
         except LinkError as error:
