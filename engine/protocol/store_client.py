@@ -1,7 +1,7 @@
 """A client of the store of a run's first machine (:mod:`engine.launch.store_server`)."""
 
-import threading
 import time
+from collections import deque
 
 import msgspec
 
@@ -27,7 +27,7 @@ RETRY = 0.5
 
 
 class StoreClient:
-    """Requests to a store. Any thread may call; each has a connection of its own.
+    """Requests to a store. Any thread may call; calls at the same time use several connections.
 
     A connection that breaks is not made again: the store belongs to one start of the ranks, and
     another one may already listen at its address.
@@ -47,12 +47,13 @@ class StoreClient:
         """
         host, _, port = address.rpartition(":")
         self._host, self._port, self._secret = host.strip("[]"), int(port), secret
-        self._own = threading.local()
+        # Not a connection for each thread: threads of torch are new ones to Python at every call.
+        self._idle: deque[AuthenticatedConnection] = deque()
         self._broken = ""
         deadline = time.monotonic() + patience
-        while not hasattr(self._own, "connection"):
+        while not self._idle:
             try:
-                self._own.connection = self._connect()
+                self._idle.append(self._connect())
             except AuthenticationError:
                 raise
             except (OSError, LinkError) as error:
@@ -73,12 +74,10 @@ class StoreClient:
         if self._broken:
             raise LinkError(self._broken)
         try:
-            connection: AuthenticatedConnection | None
-            connection = getattr(self._own, "connection", None)
-            if connection is None:
-                connection = self._own.connection = self._connect()
+            connection = self._take()
             connection.send(msgspec.msgpack.encode(message))
             reply = decode_reply(connection.receive(REPLY_TIMEOUT + seconds))
+            self._idle.append(connection)
         except (OSError, LinkError) as error:
             self._broken = f"lost the connection to the first machine of the run: {error}"
             raise LinkError(self._broken) from error
@@ -110,6 +109,12 @@ class StoreClient:
             return bool(self.request(CheckKeys(keys=[key])).number)
         except LinkError:
             return False
+
+    def _take(self) -> AuthenticatedConnection:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._connect()
 
     def _connect(self) -> AuthenticatedConnection:
         return connect((self._host, self._port), self._secret, CONNECT_TIMEOUT)
