@@ -165,6 +165,10 @@ def _check_launch(config: RunConfig) -> None:
             f"launch.nodes: {launch.nodes} needs launch.rendezvous: HOST:PORT, at which the other "
             "machines reach this one"
         )
+    if launch.fewest_nodes > launch.nodes:
+        raise ConfigError(
+            f"launch.min_nodes ({launch.min_nodes}) must be at most launch.nodes ({launch.nodes})"
+        )
     if launch.rendezvous is not None:
         check_address(launch.rendezvous)
     if 1 <= launch.preempted_exit <= 4:

@@ -36,7 +36,7 @@ from engine.monitoring.notify import Notifier, missing_variables
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol import sockets
 from engine.protocol.commands import SetSetting
-from engine.protocol.rank_messages import Failed, Phase
+from engine.protocol.rank_messages import RESTART_REASONS, Failed, Phase
 from engine.session import registry
 from engine.session.folder import Session
 from engine.session.states import State
@@ -249,12 +249,15 @@ class Supervisor:
         """Shows which machines a run waits for, until its ranks report their own phases."""
         launch = self._config.launch
         others, address = launch.nodes - 1, launch.rendezvous
+        needed = launch.fewest_nodes - 1
         self.state.phases.clear()
         if others:
             waiting = Phase(rank=0, step=step, name=f"wait for rlhf-tui join {address}")
             self.state.phases[0] = waiting
             self.server.send_to_watchers(waiting)
             machines = "1 more machine" if others == 1 else f"{others} more machines"
+            if needed < others:
+                machines += f" ({needed} at least)"
             text = f"waiting for {machines}; run there: rlhf-tui join {address}"
             if self._session.secret_file.exists():
                 text += f" --secret-file {self._session.secret_file}"
@@ -279,14 +282,7 @@ class Supervisor:
             self._set_end("stopped", "stopped at once, nothing was saved", code)
             return code
         if attempt.ended is not None:
-            reason = attempt.ended.reason
-            text = self._end_text(reason)
-            early = reason in ("deadline", "preempted")
-            stopped = early or reason == "stopped"
-            preempted = early or (stopped and state.preempted)
-            code = launch.preempted_exit if preempted else 0
-            self._set_end("stopped" if stopped else "finished", text, code)
-            return code
+            return self._end_regularly(attempt.ended.reason)
         failure = attempt.cause(status, launch, self._session.name)
         earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
         if earlier is not None and not state.stop_now:
@@ -323,6 +319,21 @@ class Supervisor:
         text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
         self.publisher.notice("restart", text, self._journal.step)
         return 1
+
+    def _end_regularly(self, reason: str) -> int:
+        """Sets the state after an end that the ranks reported, or has them start again."""
+        state, launch = self.state, self._config.launch
+        if reason in RESTART_REASONS and not state.stopping:
+            step = last_checkpoint(self._session)
+            state.next = StartOptions(from_step=step)
+            self.publisher.notice("machines", RESTART_REASONS[reason].format(step), step)
+            return 0
+        early = reason in ("deadline", "preempted")
+        stopped = early or reason == "stopped" or reason in RESTART_REASONS
+        preempted = early or (stopped and state.preempted)
+        code = launch.preempted_exit if preempted else 0
+        self._set_end("stopped" if stopped else "finished", self._end_text(reason), code)
+        return code
 
     def _set_end(self, end: State, text: str, code: int) -> None:
         """Sets the last state of the session, and the exit code, which other machines look up."""

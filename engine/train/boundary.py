@@ -75,7 +75,7 @@ class BoundaryBroadcast(msgspec.Struct):
     reached: bool
     """Whether `train.stop_at` is met. Ranks may differ, in times or in a sum's last bit."""
     early: str = ""
-    """Why the run saves and ends now although steps are left: deadline or preempted; "" if not."""
+    """Why the ranks save and end now although steps are left, as in :class:`Ended`; "" if not."""
     recovered: bool = False
     """Whether the reward source that the run is paused for works again."""
 
@@ -114,6 +114,7 @@ class Boundary:
         self._ended = False
         self._reached = False
         self._early = ""
+        self._from_step = begin.from_step
         self._deadline = deadline(run.config.train, os.environ)
         self._longest_step = 0.0
         self._held: RewardCallError | None = None
@@ -204,13 +205,18 @@ class Boundary:
         """Why the run has to save and end, decided by rank 0 before a step; "" if it does not.
 
         `deadline`: the longest step and the longest save do not fit any more. `preempted`: another
-        machine of the run is about to be taken away.
+        machine of the run is about to be taken away; `leaving`: and the others can continue.
+        `joining`: another machine wants to take part, and the last step is being saved.
         """
         needed = self._longest_step + self.checkpoints.seconds_to_save()
         needed += self._run.config.train.deadline_margin
         if self._deadline is not None and self._deadline - time.time() < needed:
             return "deadline"
-        return "preempted" if self._run.ranks.is_machine_leaving() else ""
+        if self._run.ranks.is_machine_leaving():
+            return "preempted" if self._run.config.launch.min_nodes is None else "leaving"
+        state = self._run.state
+        saved = state.step > self._from_step and self.checkpoints.has_begun_to_save(state.step)
+        return "joining" if saved and self._run.ranks.is_machine_waiting() else ""
 
     def _has_reached_aim(self, metrics: dict[str, float]) -> bool:
         """Whether a step's metrics meet `train.stop_at`."""
@@ -402,8 +408,11 @@ class Boundary:
         self._set_pause(self._paused)
         self.checkpoints.close()
 
-    def finish(self) -> None:
+    def finish(self) -> str:
         """Saves the last step, checks the reference's weights, and reports the end of the run.
+
+        Returns:
+            The reason of the end, as in :class:`Ended`.
 
         Raises:
             CheckpointError: the checkpoint could not be written.
@@ -418,3 +427,4 @@ class Boundary:
             self._link.send(Applied(id=command_id, step=run.state.step + 1))
         reason = "stopped" if self._stop_ids else self._end_reason() or "finished"
         self._link.send(Ended(step=run.state.step, reason=reason))
+        return reason

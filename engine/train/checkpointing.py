@@ -101,6 +101,10 @@ class CheckpointManager:
         if every and self._run.state.step % every == 0:
             self._start_save()
 
+    def has_begun_to_save(self, step: int) -> bool:
+        """Whether the last save that was started is that of a step."""
+        return self._saved_step == step
+
     def save(self) -> str | None:
         """Saves the last step and waits until the checkpoint is complete.
 

@@ -11,8 +11,8 @@ from engine.config.sections.launch import LaunchConfig
 from engine.errors import LinkError, UserInputError
 from engine.launch.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 from engine.launch.store_server import StoreServer
-from engine.protocol.rank_messages import JOIN_INFO_KEY, JoinInfo
-from engine.protocol.store_messages import SetKeys
+from engine.protocol.rank_messages import JOIN_INFO_KEY, STARTED_KEY, WAITING_KEY, JoinInfo
+from engine.protocol.store_messages import CheckKeys, DeleteKey, SetKeys
 from engine.train.torchrun import join
 
 SECRET = "a secret of one run"  # noqa: S105 - of a test
@@ -71,6 +71,20 @@ def test_the_secret_of_an_earlier_run_is_read_again_until_the_new_one_has_writte
     file.write_text("a secret of an earlier run")
     threading.Timer(0.2, file.write_text, (SECRET,)).start()
     assert join.find_run(f"127.0.0.1:{first.port}", file, 60, "").info.start == "a"
+
+
+def test_a_machine_that_comes_late_asks_to_take_part_in_the_next_start(first, file, tmp_path):
+    elastic = {"launch": {"nodes": 3, "min_nodes": 1}}
+    begun = {JOIN_INFO_KEY: join_info(tmp_path, "a", **elastic), STARTED_KEY: b"1"}
+    first.values.handle(SetKeys(values=begun))
+
+    def start_again():
+        first.values.handle(DeleteKey(key=STARTED_KEY))
+        publish(first, tmp_path, "b")
+
+    threading.Timer(0.3, start_again).start()
+    assert join.find_run(f"127.0.0.1:{first.port}", file, 60, "").info.start == "b"
+    assert first.values.handle(CheckKeys(keys=[WAITING_KEY])).number
 
 
 def test_a_run_with_another_secret_is_not_joined(first, file, monkeypatch):

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from engine.errors import AuthenticationError, LinkError
 from engine.launch.store_server import StoreServer
-from engine.protocol.store_messages import AddToKey, SetKeys
+from engine.protocol.rank_messages import STARTED_KEY
+from engine.protocol.store_messages import AddToKey, CheckKeys, SetKeys
 from engine.train.distributed.rank_store import RankStore
 from engine.train.torchrun.rendezvous import StoreRendezvous
 
@@ -71,6 +72,22 @@ def test_one_machine_too_many_is_refused(server):
 def test_missing_machines_are_reported_after_the_timeout(server):
     with pytest.raises(LinkError, match="not all 2 machines"):
         rendezvous(server, 2, first=True, timeout=0.2)
+
+
+def test_a_run_starts_with_fewer_machines_and_takes_no_more_until_its_next_start(server):
+    address, key = address_of(server), {"secret": SECRET, "fewest": 2}
+
+    def first():
+        return StoreRendezvous(address, 3, 60.0, first=True, join_wait=0.2, **key).next_rendezvous()
+
+    def other():
+        return StoreRendezvous(address, 3, 60.0, first=False, **key).next_rendezvous()
+
+    infos = in_threads(first, other)
+    assert [(info.rank, info.world_size) for info in infos] == [(0, 2), (1, 2)]
+    with pytest.raises(LinkError, match="it has started"):
+        other()
+    assert server.values.handle(CheckKeys(keys=[STARTED_KEY])).number
 
 
 def test_an_unreachable_first_machine_is_reported(monkeypatch):

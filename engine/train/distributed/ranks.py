@@ -23,7 +23,7 @@ from engine.config.sections.launch import LaunchConfig
 from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
-from engine.protocol.rank_messages import LEAVING_KEY
+from engine.protocol.rank_messages import LEAVING_KEY, WAITING_KEY
 from engine.train.distributed.exchange import all_gather_bytes
 from engine.train.distributed.rank_store import RankStore
 
@@ -68,8 +68,12 @@ class RankGroup:
         """For the collectives of this class, over gloo; None for a single rank."""
         self.checkpoint_group: dist.ProcessGroup | None = None
         """For the threads that save checkpoints: two threads must not share a group."""
-        if self.size > 1:
-            self._store = _store()
+        self._machines: RankStore | None = None
+        store = _store() if self.size > 1 or _has_machines() else None
+        if isinstance(store, RankStore):
+            self._machines = store
+        if self.size > 1 and store is not None:
+            self._store = store
             self.rank = int(os.environ["RANK"])
             timeout = timedelta(seconds=launch.timeout)
             self._store.set_timeout(timeout)
@@ -171,11 +175,11 @@ class RankGroup:
 
     def is_machine_leaving(self) -> bool:
         """Whether a scheduler is about to take away another machine of the run. For rank 0."""
-        return (
-            self.size > 1
-            and isinstance(self._store, RankStore)
-            and self._store.check([LEAVING_KEY])
-        )
+        return self._machines is not None and self._machines.check([LEAVING_KEY])
+
+    def is_machine_waiting(self) -> bool:
+        """Whether a machine waits to take part in the next start of the ranks. For rank 0."""
+        return self._machines is not None and self._machines.check([WAITING_KEY])
 
     def errors_left(self) -> list[bytes]:
         """Returns the errors that the other ranks have written with :meth:`leave_error`."""
@@ -192,10 +196,15 @@ def is_peer_loss(error: BaseException) -> bool:
 
 def _store() -> Store:
     """A file on a single machine, which opens no port; otherwise the first machine's server."""
-    kind, _, address = os.environ[STORE_VARIABLE].partition(":")
-    if kind == "file":
+    _, _, address = os.environ[STORE_VARIABLE].partition(":")
+    if not _has_machines():
         return FileStore(address, int(os.environ["WORLD_SIZE"]))
     return RankStore(address, os.environ[SECRET_VARIABLE])
+
+
+def _has_machines() -> bool:
+    """Whether the run is one of several machines, although only this one may have joined."""
+    return os.environ.get(STORE_VARIABLE, "").startswith("tcp:")
 
 
 def _find_gpu(launch: LaunchConfig) -> tuple[bool, str]:

@@ -81,13 +81,17 @@ def torchrun_config(launch: LaunchConfig, count: int) -> TorchLaunch:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
     return TorchLaunch(
-        min_nodes=launch.nodes,
+        min_nodes=launch.fewest_nodes,
         max_nodes=launch.nodes,
         nproc_per_node=count,
         run_id="rlhf-tui",
         rdzv_backend=rendezvous.BACKEND,
         rdzv_endpoint=address,
-        rdzv_configs={"first": JOINED_VARIABLE not in os.environ, "timeout": JOIN_TIMEOUT},
+        rdzv_configs={
+            "first": JOINED_VARIABLE not in os.environ,
+            "timeout": JOIN_TIMEOUT,
+            "join_wait": launch.join_wait,
+        },
         local_addr="127.0.0.1" if kind == "file" else None,
         max_restarts=0,
         monitor_interval=0.1,

@@ -30,9 +30,16 @@ from engine.launch.environment import (
     ranks_per_node,
 )
 from engine.launch.secret import SECRET_VARIABLE, read_secret
-from engine.protocol.rank_messages import JOIN_INFO_KEY, LEAVING_KEY, JoinInfo
+from engine.protocol.rank_messages import (
+    COMING_KEY,
+    JOIN_INFO_KEY,
+    LEAVING_KEY,
+    STARTED_KEY,
+    WAITING_KEY,
+    JoinInfo,
+)
 from engine.protocol.store_client import StoreClient
-from engine.protocol.store_messages import SetKeys
+from engine.protocol.store_messages import AddToKey, CheckKeys, SetKeys
 
 RETRY = 2.0
 """Seconds between two attempts to reach the first machine, and between two checks of its store."""
@@ -59,6 +66,8 @@ class Found:
     store: StoreClient
     info: JoinInfo
     secret: str
+    started: bool = False
+    """Whether the ranks of this start take no further machines."""
 
 
 def main() -> None:
@@ -141,10 +150,17 @@ def find_run(
         else:
             if found is None:
                 problem = f"there is no file {file}: the run has ended or not started"
-            elif found.info.start != previous_start:
+            elif found.info.start == previous_start:
+                deadline = time.monotonic() + wait
+            elif not found.started:
                 return found
             else:
                 deadline = time.monotonic() + wait
+                previous_start = found.info.start
+                if found.info.launch.min_nodes is not None:
+                    with contextlib.suppress(LinkError):  # it has ended meanwhile
+                        found.store.request(SetKeys(values={WAITING_KEY: b""}))
+                print_status("the run has started; waiting for its next start")
         time.sleep(RETRY)
     raise LinkError(problem)
 
@@ -161,7 +177,8 @@ def look_up(address: str, secret: str) -> Found:
     reply = store.wait([JOIN_INFO_KEY], JOIN_INFO_TIMEOUT, values=True)
     if reply.missing is not None:
         raise LinkError(f"the run at {address} has not started its ranks")
-    return Found(store, decode_join_info(reply.values[0]), secret)
+    started = bool(store.request(CheckKeys(keys=[STARTED_KEY])).number)
+    return Found(store, decode_join_info(reply.values[0]), secret, started)
 
 
 def decode_join_info(content: bytes) -> JoinInfo:
@@ -196,6 +213,10 @@ def run_agent(
         JOINED_VARIABLE: "1",
         SECRET_VARIABLE: found.secret,
     }
+    try:
+        found.store.request(AddToKey(key=COMING_KEY, amount=1))
+    except LinkError:  # the run has ended or starts again
+        return 1
     process = subprocess.Popen(  # noqa: S603 - our own module
         rank_command(launch, found.info.folder, count),
         env=rank_environment(launch) | variables,
