@@ -38,6 +38,7 @@ def read_summary(session: Session, record: JournalReader) -> SessionSummary:
         pid=pid,
         host=host,
         pause_reason=meta.pause_reason,
+        deadline=meta.deadline,
     )
 
 
