@@ -27,6 +27,7 @@ COMMANDS = {
     "logs": "read", "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
     "attach": "view", "ctl": "steer", "note": "steer", "diff": "compare", "guardrails": "compare",
     "notify": "notify", "report": "report", "verify": "verify",
+    "completion": "integration.completion", "mcp": "integration.mcp",
 }  # fmt: skip
 """Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,
 which keeps the start of attach short."""

@@ -12,14 +12,20 @@ from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
 from rlhf_tui import terminal_colors
-from rlhf_tui.commands.options import colors_option, existing, is_terminal, sessions_option
+from rlhf_tui.commands.options import (
+    colors_option,
+    complete_name,
+    existing,
+    is_terminal,
+    sessions_option,
+)
 
 if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app imports them
     from rlhf_tui.state.first_read import FirstRead
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_name)
 @sessions_option
 @colors_option
 @click.option("--read-only", is_flag=True, help="Show the session, send no commands.")

@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re
 
 @pytest.fixture
 def own_sessions(tmp_path, monkeypatch):
-    """A folder of sessions and a list of live ones of this test alone; its processes end with it."""
+    """A folder of sessions and a list of live ones of this test alone; processes end with it."""
     monkeypatch.setenv("RLHF_TUI_SESSIONS", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
