@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import engine
-from engine.session.folder import Session
 from tests.e2e.lab import processes
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
@@ -48,11 +46,3 @@ def test_the_code_of_the_page_does_what_the_page_says(own_sessions, capsys):
     assert run.settings()["beta"] == 0.4 or run.settings()["controller"] == "adaptive"
     assert names["other"].wait_for_end(60) == "stopped"
     assert names["other"].config().kl.beta == 0.4
-
-
-def test_the_package_exports_what_its_stub_declares():
-    stub = Path(engine.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
-    declared = re.findall(r"import \w+ as (\w+)", stub)
-    assert declared == engine.api.__all__
-    assert all(getattr(engine, name) is getattr(engine.api, name) for name in declared)
-    assert engine.Session is not Session
