@@ -64,7 +64,7 @@ docs: man  ## write the generated pages again: configuration, metrics, the manua
 site: $(STAMP)  ## build the documentation site in build/site; every link must hold
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m scripts.site_pages build/pages
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # with -q no warning counts
 
 man: $(STAMP)  ## write docs/rlhf-tui.1 again, the manual page
 	$(BIN)/python -m scripts.man_page
