@@ -58,6 +58,7 @@ MOST_ROWS = 100
 APPLY_TIMEOUT = 20.0
 """Seconds to wait until a command is applied; clients give a tool about a minute."""
 
+Tool = Callable[..., Json]
 Name = Annotated[str, Field(description="The session's name, from list_sessions.")]
 Rows = Annotated[int, Field(ge=1, le=MOST_ROWS)]
 READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
@@ -78,24 +79,25 @@ def make_server(root: Path, *, steering: bool) -> MCPServer[Any]:
         version=__version__,
         log_level="WARNING",
     )
-    look = Look(root)
-    for tool in (
+    look, steer = Look(root), Steer(root)
+    reads: list[Tool] = [
         look.list_sessions, look.status, look.metrics, look.curve, look.samples, look.events,
-    ):  # fmt: skip
-        server.add_tool(_reported(tool), annotations=READS)
+    ]  # fmt: skip
+    steers: list[Tool] = [
+        steer.pause, steer.unpause, steer.set_beta, steer.set_setting, steer.undo,
+        steer.checkpoint, steer.note, steer.probe,
+    ]  # fmt: skip
+    discards: list[Tool] = [steer.rollback, steer.stop]
+    offered = [(reads, READS)]
     if steering:
-        steer = Steer(root)
-        for tool in (
-            steer.pause, steer.unpause, steer.set_beta, steer.set_setting, steer.undo,
-            steer.checkpoint, steer.note, steer.probe,
-        ):  # fmt: skip
-            server.add_tool(_reported(tool), annotations=STEERS)
-        for tool in (steer.rollback, steer.stop):
-            server.add_tool(_reported(tool), annotations=DISCARDS)
+        offered += [(steers, STEERS), (discards, DISCARDS)]
+    for tools, hints in offered:
+        for tool in tools:
+            server.add_tool(_reported(tool), annotations=hints)
     return server
 
 
-def _reported(tool: Callable[..., Json]) -> Callable[..., Json]:
+def _reported(tool: Tool) -> Tool:
     """The tool with a result that can be shown and errors that are told."""
 
     @functools.wraps(tool)
