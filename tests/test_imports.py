@@ -72,7 +72,7 @@ LIGHT = [
     "rlhf_tui.cli", "rlhf_tui.headless", "rlhf_tui.app.app", "engine.supervisor.supervisor",
     "engine.__main__", "engine.api",
     *(f"rlhf_tui.commands.{name}" for name in sorted(set(COMMANDS.values()))),
-    "rlhf_tui.commands.integration.mcp_server",
+    *(["rlhf_tui.commands.integration.mcp_server"] if find_spec("mcp") else []),
 ]  # fmt: skip
 
 

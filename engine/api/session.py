@@ -15,7 +15,12 @@ from engine.api.curve import Curve, aligned, as_curve
 from engine.config.file import as_mapping
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
-from engine.errors import CommandRejectedError, SessionError, UserInputError
+from engine.errors import (
+    CommandRejectedError,
+    NoSuchSessionError,
+    SessionError,
+    UserInputError,
+)
 from engine.journal.notes import add_note
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow, CommandRow, EventRow, ProbeResult, SampleRow
@@ -66,8 +71,13 @@ class Session:
             NoSuchSessionError: there is no session in that folder.
             SessionError: this user cannot read the folder.
         """
-        path = Path(folder).resolve()
-        self._files = session_folder.find(path.parent, path.name)
+        self._files = session_folder.Session(Path(folder).resolve())
+        try:
+            exists = self._files.config_file.is_file()
+        except OSError as error:
+            raise SessionError(f"cannot read {self.folder}: {error.strerror}") from error
+        if not exists:
+            raise NoSuchSessionError(f"there is no session in {self.folder}")
         self.who = default_operator() if who is None else who
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,8 @@ def test_a_run_without_an_engine_takes_notes_and_no_other_command(run):
 
 
 def test_a_session_is_found_by_its_name(run):
-    assert [s.name for s in sessions()] == ["run"]
+    shutil.copytree(run.folder, run.folder.with_name("by hand"))  # no name that we would give
+    assert [s.name for s in sessions()] == ["by hand", "run"]
     assert attach("run").folder == run.folder
     with pytest.raises(NoSuchSessionError, match="no session is live"):
         attach()

@@ -104,7 +104,7 @@ def _reported(tool: Tool) -> Tool:
     def call(*args: Any, **named: Any) -> Json:
         try:
             result: Json = presentable(tool(*args, **named))
-        except (RlhfError, TimeoutError) as error:
+        except (RlhfError, OSError) as error:  # a timeout is an OSError
             raise ToolError(one_line(str(error), LONGEST_TEXT)) from error
         return result
 
