@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 mcp = pytest.importorskip("mcp", minversion=None)
 from mcp_types import Implementation  # noqa: E402 - an extra
 
 from engine.api import Session  # noqa: E402
+from rlhf_tui.cli import cli  # noqa: E402
 from rlhf_tui.commands.integration import mcp_server  # noqa: E402
 
 LOOKING = ["curve", "events", "list_sessions", "metrics", "samples", "status"]
@@ -40,6 +44,18 @@ async def test_with_leave_tools_that_discard_steps_say_so(root):
         tools = {tool.name: tool.annotations for tool in (await connection.list_tools()).tools}
     assert set(LOOKING + STEERING) < set(tools)
     assert {name for name, hints in tools.items() if hints.destructive_hint} == {"rollback", "stop"}
+
+
+async def test_the_page_has_every_tool_and_commands_that_exist(root):
+    page = (Path(__file__).parents[2] / "docs" / "mcp.md").read_text(encoding="utf-8")
+    async with client(root, steering=True) as connection:
+        tools = (await connection.list_tools()).tools
+    assert all(f"`{tool.name}`" in page for tool in tools)
+    for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL):
+        (server,) = json.loads(block)["mcpServers"].values()
+        words = [server["command"], *server["args"]]
+        arguments = words[words.index("rlhf-tui") + 1 :]
+        assert CliRunner().invoke(cli, [*arguments, "--help"]).exit_code == 0
 
 
 async def test_a_run_is_found_and_read(root):
