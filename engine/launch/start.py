@@ -24,6 +24,7 @@ from engine.errors import (
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
 from engine.launch.rollout_engine import check_rollout_python
+from engine.launch.secret import check_secret
 from engine.session.checkpoints import (
     AVERAGED_POLICY,
     checkpoint_path,
@@ -140,6 +141,7 @@ def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -
     """
     check_inputs(config)
     check_rollout_python(config.rollout)
+    check_secret(config.launch)
     if name is not None:
         remove_failed_start(Session(root / check_name(name)))
     return create(root, free_name(root, stem) if name is None else name, config)
