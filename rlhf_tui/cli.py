@@ -29,6 +29,7 @@ COMMANDS = {
     "attach": "view", "replay": "view", "mirror": "view", "ctl": "steer", "note": "steer",
     "diff": "compare", "guardrails": "compare",
     "notify": "notify", "report": "report", "verify": "check",
+    "completion": "integration.completion", "mcp": "integration.mcp",
 }  # fmt: skip
 """Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,
 which keeps the start of attach short."""

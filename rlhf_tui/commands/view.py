@@ -16,6 +16,7 @@ from engine.session.registry import live_sessions
 from rlhf_tui import terminal_colors
 from rlhf_tui.commands.options import (
     colors_option,
+    complete_name,
     existing,
     is_terminal,
     name_argument,
@@ -34,7 +35,7 @@ MIRROR_INTERVAL, HEARTBEAT = 0.5, 10.0
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_name)
 @sessions_option
 @colors_option
 @click.option("--read-only", is_flag=True, help="Show the session, send no commands.")
