@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 from engine.config.model_rules import check_models
+from engine.config.rollout_rules import check_rollout
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import SOURCE_KEYS, JudgeConfig, RewardConfig, RewardSource
 from engine.config.sections.supervision import RULE_CONDITIONS, NotifyConfig, Rule, Webhook
@@ -56,6 +57,7 @@ def check_config(config: RunConfig) -> None:
     _check_evaluation(config)
     _check_launch(config)
     _check_notify(config.notify)
+    check_rollout(config)
     check_models(config)
 
 
