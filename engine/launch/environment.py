@@ -27,7 +27,8 @@ socket; its niceness on a CPU; the rendezvous of the ranks (`file:PATH` or `tcp:
 configuration's `launch` section as JSON; whether its machine joined the run; the socket of the
 rollout engine, the folder in shared memory in which it is given weights, and one on a disk for
 those that do not fit there (on the first machine only, and not for native rollouts).
-:data:`~engine.launch.parent_death.PARENT_VARIABLE` is another one."""
+:data:`~engine.launch.parent_death.PARENT_VARIABLE` is another one, and with several machines
+:data:`~engine.launch.secret.SECRET_VARIABLE`."""
 
 OTHER_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """Set by a scheduler's script or a torchrun around this process; they do not apply to our ranks."""
@@ -103,11 +104,16 @@ def torch_is_built_for_gpus() -> bool:
 
 
 def rank_command(launch: LaunchConfig, folder: str, count: int) -> list[str]:
-    """The command that starts the ranks of one machine; `count` is their number."""
+    """The command that starts the ranks of one machine; `count` is their number.
+
+    With -P, as in every command that runs a module of ours, the working folder is not in sys.path:
+    a file such as `random.py` or `h2.py` in it would be imported in place of the module that a
+    library means.
+    """
     if launch.nodes == 1 and count == 1:
-        return [sys.executable, "-m", "engine.launch.rank", "engine.train.worker", folder]
+        return [sys.executable, "-P", "-m", "engine.launch.rank", "engine.train.worker", folder]
     agent = "engine.train.torchrun.agent"
-    return [sys.executable, "-m", "engine.launch.rank", agent, folder, str(count)]
+    return [sys.executable, "-P", "-m", "engine.launch.rank", agent, folder, str(count)]
 
 
 def rank_environment(launch: LaunchConfig) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """How a run stands and what happened, in a line or two each."""
 
+import time
+
 import pytest
 
 from engine.config.settings import SettingChange
 from engine.journal.rows import AlertEvent, EventRow, decode_payload
 from rlhf_tui.app.digest import digest
 from rlhf_tui.screens.modes import MODES
-from rlhf_tui.screens.session_list import spark
 from rlhf_tui.state.preferences import Seen
+from rlhf_tui.state.runs.listing import spark
 from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.panels.cursor import CursorPanel
@@ -32,6 +34,11 @@ def test_a_state_says_what_helps(given, words):
 
 def test_time_left_is_reckoned_from_the_last_steps():
     assert "8m20s left" in text(StatusLine(make_state()))
+
+
+def test_the_status_line_says_by_when_the_run_saves():
+    deadline = time.mktime(time.strptime("2031-02-03 14:05", "%Y-%m-%d %H:%M"))
+    assert "saves before Feb 03 14:05" in text(StatusLine(make_state(deadline=deadline)), width=140)
 
 
 def test_a_problem_takes_the_line():
