@@ -203,7 +203,7 @@ METRICS = (
     Metric(
         VERSION_LAG, "updates",
         "how many updates older than the policy the weights were that sampled the step's oldest "
-        "response; a run ends rather than train on another value than 0",
+        "response; a run ends rather than train on a value above `rollout.ahead`",
         title="rollout version lag",
     ),
     Metric(RESPONSE_LENGTH, "tokens", "mean length, including the end-of-sequence token",
@@ -258,7 +258,9 @@ METRICS = (
     Metric(phase_time("sync"), "seconds",
            "duration of sending the weights to a rollout engine of its own; 0 if it had them "
            "(`rollout.engine: vllm` only)"),
-    Metric(phase_time("generate"), "seconds", "duration of the rollout on the slowest rank"),
+    Metric(phase_time("generate"), "seconds",
+           "duration of the rollout on the slowest rank; of the wait for it if it was generated "
+           "ahead (`rollout.ahead: 1`)"),
     Metric(phase_time("score"), "seconds", "duration of scoring on the slowest rank"),
     Metric(
         phase_time("reference"), "seconds",

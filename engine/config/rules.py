@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from engine.config.deadline import deadline
 from engine.config.model_rules import check_models
+from engine.config.rollout_rules import check_rollout
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import SOURCE_KEYS, JudgeConfig, RewardConfig, RewardSource
 from engine.config.sections.supervision import RULE_CONDITIONS, NotifyConfig, Rule, Webhook
@@ -58,6 +59,7 @@ def check_config(config: RunConfig) -> None:
     _check_evaluation(config)
     _check_launch(config)
     _check_notify(config.notify)
+    check_rollout(config)
     check_models(config)
 
 

@@ -295,6 +295,9 @@ class SampleRow(Struct, frozen=True, kw_only=True):
     """False if the response was truncated."""
     parts: dict[str, float | None] = {}
     """Score of each reward source."""
+    weights_version: int | None = None
+    """The step after whose update the policy had the weights that sampled it; None if unknown, as
+    in sessions of earlier versions."""
     judgement: Judgement | None = None
     """None if there is no judgement, or if it was not read."""
     left: bool = False

@@ -16,7 +16,6 @@ from engine.protocol.rank_messages import TokenArrays
 from engine.session.folder import Session
 
 SAMPLE_ORDERS = ("step", "score", "kl", "length")
-COLUMNS = """step, idx, attempt, prompt, response, score, kl, length, ended, parts"""
 JUDGEMENTS = "SELECT attempt, step, idx, response, label, note, who, time FROM labels.judgements"
 NO_JUDGEMENTS = (
     "SELECT NULL AS attempt, NULL AS step, NULL AS idx, NULL AS response, NULL AS label, "
@@ -91,7 +90,7 @@ class SampleReader:
     def newest(self, last: int | None = None) -> list[SampleRow]:
         """The last samples of the current timeline, oldest first, without their judgements."""
         rows = self._db.rows(
-            f"SELECT {COLUMNS} FROM samples ORDER BY step DESC, idx DESC LIMIT ?",  # noqa: S608 - constants
+            f"SELECT {self._columns} FROM samples ORDER BY step DESC, idx DESC LIMIT ?",  # noqa: S608 - constants
             (limit(last),),
         )
         return [_sample(row) for row in reversed(rows)]
@@ -103,6 +102,13 @@ class SampleReader:
         table = _table(held_out=held_out)
         rows = self._db.rows(f"SELECT max(step) FROM {table}", ())  # noqa: S608 - one of two names
         return (rows[0][0] or 0) if rows else 0
+
+    @property
+    def _columns(self) -> str:
+        """SAMPLE_COLUMNS, as far as the file has them."""
+        if self._db.version >= schema.WEIGHTS_ARE_KNOWN:
+            return schema.SAMPLE_COLUMNS
+        return schema.SAMPLE_COLUMNS.replace("weights_version", "NULL AS weights_version")
 
     @property
     def _keeps_evaluated(self) -> bool:
@@ -127,7 +133,7 @@ class SampleReader:
         within = "" if last_step is None else "AND +step <= :last_step "
         rows = self._matching(
             query,
-            f"{COLUMNS}, label, note, who, time",
+            f"{self._columns}, label, note, who, time",
             f"{within}ORDER BY {order} {direction}, step DESC, idx LIMIT :limit OFFSET :offset",
             {"limit": limit, "offset": offset, "last_step": last_step},
         )
@@ -163,7 +169,7 @@ class SampleReader:
         same = "AND idx = :index " if sample.held_out else ""
         for table, left in ((current, False), (f"{current}_past", True)):
             rows = self._judged_rows(
-                f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608 - constants
+                f"SELECT {self._columns}, label, note, who, time "  # noqa: S608 - constants
                 f"FROM {table} LEFT JOIN judged USING (attempt, step, idx, response) "
                 "WHERE prompt = :prompt AND (attempt, step) <= (:attempt, :step) "
                 f"AND NOT (attempt = :attempt AND step = :step AND idx = :index) {same}"
@@ -180,7 +186,7 @@ class SampleReader:
         if not self._keeps_evaluated:
             return []
         rows = self._db.rows(
-            f"SELECT {COLUMNS} FROM evaluated WHERE :step IS NULL OR step = :step "  # noqa: S608 - constants
+            f"SELECT {self._columns} FROM evaluated WHERE :step IS NULL OR step = :step "  # noqa: S608 - constants
             "ORDER BY step, idx",
             {"step": step},
         )
@@ -229,8 +235,8 @@ def _table(*, held_out: bool) -> str:
 
 
 def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False) -> SampleRow:
-    """Builds a row from :data:`COLUMNS`, optionally followed by label, note, who and time."""
-    step, index, attempt, prompt, response, score, kl, length, ended, parts, *judged = row
+    """Builds a row from `SAMPLE_COLUMNS`, optionally followed by label, note, who and time."""
+    step, index, attempt, prompt, response, score, kl, length, ended, parts, version, *judged = row
     judgement = None
     if judged and judged[2] is not None:
         label, note, who, time = judged
@@ -238,6 +244,7 @@ def _sample(row: tuple[Any, ...], *, left: bool = False, held_out: bool = False)
     return SampleRow(
         step=step, index=index, attempt=attempt, prompt=prompt, response=response, score=score,
         kl=kl, length=length, ended=bool(ended), parts=decoded(parts, dict[str, float | None]),
+        weights_version=version,
         judgement=judgement, left=left, held_out=held_out,
     )  # fmt: skip
 

@@ -107,10 +107,24 @@ SAMPLES: list[str] = [
         PRIMARY KEY (attempt, step, idx)
     );
     """,
+    # Of the weights that sampled a response: the step after whose update the policy had them.
+    """
+    ALTER TABLE samples ADD COLUMN weights_version INTEGER;
+    ALTER TABLE samples_past ADD COLUMN weights_version INTEGER;
+    ALTER TABLE evaluated ADD COLUMN weights_version INTEGER;
+    ALTER TABLE evaluated_past ADD COLUMN weights_version INTEGER;
+    """,
 ]
 
 EVALUATED_ARE_KEPT = 2
 """The version of samples.db from which it has the responses to held-out prompts."""
+WEIGHTS_ARE_KNOWN = 3
+"""The version of samples.db from which a response has that of the weights that sampled it."""
+
+SAMPLE_COLUMNS = (
+    "step, idx, attempt, prompt, response, score, kl, length, ended, parts, weights_version"
+)
+"""Of the tables of responses, with and without `_past`."""
 
 LABELS: list[str] = [
     """

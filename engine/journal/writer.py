@@ -115,11 +115,10 @@ class JournalWriter:
         """
         after = from_step or -1
         with self._samples:
-            columns = "step, idx, attempt, prompt, response, score, kl, length, ended, parts"
             for table in ("samples", "evaluated"):
                 self._samples.execute(
-                    f"INSERT OR REPLACE INTO {table}_past ({columns}) "  # noqa: S608 - constants
-                    f"SELECT {columns} FROM {table} WHERE step > ?",
+                    f"INSERT OR REPLACE INTO {table}_past ({schema.SAMPLE_COLUMNS}) "  # noqa: S608 - constants
+                    f"SELECT {schema.SAMPLE_COLUMNS} FROM {table} WHERE step > ?",
                     (after,),
                 )
                 self._samples.execute(
@@ -253,10 +252,10 @@ class JournalWriter:
     def _sample(self, table: str, step: int, sample: Sample) -> None:
         self._samples.execute(
             f"INSERT OR REPLACE INTO {table} "  # noqa: S608 - one of two names
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"({schema.SAMPLE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (step, sample.index, self.attempt, sample.prompt, sample.response,
              finite(sample.score), finite(sample.kl), sample.length, sample.ended,
-             json.dumps(finite(sample.parts))),
+             json.dumps(finite(sample.parts)), sample.weights_version),
         )  # fmt: skip
         if sample.arrays is not None:
             self._samples.execute(

@@ -59,7 +59,9 @@ GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
-"""torch 2.9's name; `PYTORCH_CUDA_ALLOC_CONF` is the name of earlier versions, still read first."""
+"""torch 2.9's name."""
+OLD_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+"""The name of earlier versions, still read first."""
 GROWING_SEGMENTS = "expandable_segments:True"
 """Responses differ in length from step to step, so blocks of fixed segments rarely fit again:
 memory that is free in pieces counts as used."""

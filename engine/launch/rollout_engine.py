@@ -12,8 +12,10 @@ from engine.config.schema import RunConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.errors import UserInputError
 from engine.launch.environment import (
+    ALLOCATOR,
     GPU_ORDER,
     MALLOC_SETTINGS,
+    OLD_ALLOCATOR,
     OPENMP_WAITING,
     TF32_OVERRIDE,
     clean_environment,
@@ -57,6 +59,8 @@ def rollout_command(rollout: RolloutConfig, listener_fd: int, folder: Path) -> l
 def rollout_environment(config: RunConfig) -> dict[str, str]:
     """The environment of the engine's process."""
     removed = {*PYTHON_VARIABLES, TF32_OVERRIDE}
+    if config.rollout.sleep:  # its memory pool refuses expandable segments
+        removed |= {ALLOCATOR, OLD_ALLOCATOR}
     inherited = {k: v for k, v in clean_environment().items() if k not in removed}
     threads = config.launch.threads or len(os.sched_getaffinity(0))
     settings = {

@@ -47,7 +47,8 @@ def engine_memory(config: RunConfig, models: Models) -> dict[str, int]:
     """Bytes that a rollout engine of its own needs beside the ranks, by part; empty for native.
 
     On a CPU all of it is host memory. On GPUs each of `rollout.tensor_parallel` has its share of
-    `weights` and `cache`; `program` and `handover` are host memory in every case.
+    `weights` and `cache`; `program` is host memory in every case, and `handover`, the copy that is
+    sent, unless it stays on a GPU (`rollout.transfer: ipc`). With `broadcast` there is none.
     """
     rollout, policy = config.rollout, models.policy
     if rollout.engine == "native":
@@ -61,18 +62,20 @@ def engine_memory(config: RunConfig, models: Models) -> dict[str, int]:
         "weights": weights // rollout.tensor_parallel,
         "cache": cache // rollout.tensor_parallel,
         "program": PROGRAM,
-        "handover": width * (policy.parameters + tied),
+        "handover": 0 if rollout.transfer == "broadcast" else width * (policy.parameters + tied),
     }
 
 
 def beside_ranks(config: RunConfig, models: Models) -> int:
     """The part of it that is taken from the memory in which the ranks must fit.
 
-    That is nothing on GPUs that the engine has for itself (`rollout.gpus`).
+    That is nothing on GPUs that the engine has for itself (`rollout.gpus`). Sleep mode is not
+    counted on: the ranks hold the policy and the optimiser while the engine generates.
     """
     parts = engine_memory(config, models)
     if models.device == "cpu":
         return sum(parts.values())
     ours, ranks = set(config.rollout.gpus), set(config.launch.gpus)
     apart = ours and ranks and not ours & ranks
-    return 0 if apart else parts.get("weights", 0) + parts.get("cache", 0)
+    shared = ["weights", "cache", *(["handover"] if config.rollout.transfer == "ipc" else [])]
+    return 0 if apart else sum(parts.get(name, 0) for name in shared)

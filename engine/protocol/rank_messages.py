@@ -68,6 +68,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     """False if the response was truncated."""
     parts: dict[str, float | None] = {}
     """Score of each reward source."""
+    weights_version: int | None = None
+    """The step after whose update the policy had the weights that sampled it; None if unknown."""
     arrays: "TokenArrays | None" = None
 
 

@@ -28,6 +28,8 @@ class Start(Message, frozen=True, tag="start"):
     cache_bytes: int
     """Size of the key-value cache."""
     tensor_parallel: int = 1
+    sleep: int = 0
+    """Level of vLLM's sleep mode between batches; 0 for none."""
     version: int = VERSION
 
 
@@ -55,16 +57,21 @@ class TensorInfo(Struct, frozen=True, array_like=True):
 
 
 class LoadWeights(Message, frozen=True, tag="load_weights"):
-    """Replace all weights by those of a file."""
+    """Replace all weights, by those of a file, of memory on a GPU, or of a broadcast."""
 
     weights_version: int
     """The step after whose update the policy has these weights."""
     path: str
-    """A safetensors file in shared memory."""
+    """A safetensors file in shared memory. With `broadcast` the file by which rank 0 and the
+    engine's workers meet; empty if they have."""
     tensors: list[TensorInfo]
-    """All tensors of the file."""
-    checksum: Checksum
-    """Of all tensors that are not tied."""
+    """All tensors, in order."""
+    checksum: Checksum | None
+    """Of all tensors that are not tied; None if it is known only when all are sent."""
+    transfer: str = "file"
+    """`rollout.transfer`."""
+    handles: bytes = b""
+    """With `ipc`: pickled arguments of torch's `rebuild_cuda_tensor`, one tuple a tensor."""
 
 
 class WeightsLoaded(Message, frozen=True, tag="weights_loaded"):

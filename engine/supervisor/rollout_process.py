@@ -121,13 +121,13 @@ class RolloutProcess:
             if self._state.rollout_restarts > self._config.launch.max_restarts:
                 self._on_failure(f"{text}, again; see {self._session.rollout_log_file}")
                 return
+            if status:  # told first: the attempt may end while another one is being started
+                self._tell(f"{text}: another one is started")
             try:
                 await self._spawn(listener)
             except OSError as error:
                 self._on_failure(f"the rollout engine cannot be started again: {error}")
                 return
-            if status:
-                self._tell(f"{text}: another one is started")
 
     def _tell(self, text: str) -> None:
         try:

@@ -316,6 +316,9 @@ class Boundary:
             raise CommandRejectedError("there is nothing to save before the first step is done")
         if problem := self.checkpoints.save():
             raise CheckpointError(problem)
+        if self._run.ahead is not None:
+            # What follows a checkpoint is generated with its weights, here as after a resume.
+            self._run.ahead.drop()
 
     def _undo(self) -> list[SettingChange]:
         if not self._undoable:

@@ -97,8 +97,7 @@ class CheckpointManager:
 
     def save_if_due(self) -> None:
         """Starts a save every `train.save_every` steps. If it fails, the operator gets a notice."""
-        every = self._run.config.train.save_every
-        if every and self._run.state.step % every == 0:
+        if self._run.config.train.saves_after(self._run.state.step):
             self._start_save()
 
     def has_begun_to_save(self, step: int) -> bool:

@@ -50,6 +50,7 @@ from engine.train.rewards.mix import load_rewards
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import LoadContext, RewardInputs
 from engine.train.rewards.value_init import load_value_model, scale_value_head
+from engine.train.rollout.ahead import rollout_ahead
 from engine.train.rollout.backend import BACKENDS, SamplingOptions, generate_responses
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
@@ -163,6 +164,7 @@ def load_run(
         ranks=ranks, strategy=strategy, policy=policy, learner=learner(policy, ranks, strategy),
         reference=reference, rewards=rewards, optimiser=optimiser, state=state, announce=announce,
         held_out=held_out, memory=memory,
+        ahead=rollout_ahead(config, backend, policy, tokenizer, ranks),
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
     _check_response_length(run)

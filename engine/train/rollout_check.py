@@ -38,7 +38,7 @@ def check_rollout(
         check_first_rollout(run, rollout, old_logprobs, ref_logprobs)
         run.rollout_checked = True
     if run.backend.separate:
-        check_weights(run, rollout, old_logprobs, version_lag(rollout, step))
+        check_weights(run, step, rollout, old_logprobs)
 
 
 def version_lag(rollout: Rollout, step: int) -> int:
@@ -53,21 +53,30 @@ def version_lag(rollout: Rollout, step: int) -> int:
     return step - 1 - int(rollout.versions.min())
 
 
-def check_weights(run: Run, rollout: Rollout, old_logprobs: Tensor, lag: int) -> None:
-    """Checks that another engine generated with the policy's present weights; every step.
+def check_weights(run: Run, step: int, rollout: Rollout, old_logprobs: Tensor) -> None:
+    """Checks that another engine generated with weights that it may have; every step.
 
     Args:
         run: the run, before the step's update.
+        step: from 1.
         rollout: B responses of at most T tokens.
         old_logprobs: (B, T) float32, by the policy.
-        lag: from :func:`version_lag`.
 
     Raises:
-        RlhfError: the weights were others, by their version or by their log-probabilities.
+        RlhfError: the weights were others, by their version or by their log-probabilities. Those of
+            weights that are an update old say nothing: they must differ.
     """
-    if lag:
-        raise RlhfError(f"the rollout engine generated with weights that are {lag} updates old")
-    gap = float(masked.masked_mean((old_logprobs - rollout.logprobs).abs(), rollout.mask))
+    if rollout.versions is None:
+        return
+    lags = step - 1 - rollout.versions
+    least, most = int(lags.min()), int(lags.max())
+    if least < 0 or most > run.config.rollout.ahead:
+        wrong = least if least < 0 else most
+        raise RlhfError(f"the rollout engine generated with weights that are {wrong} updates old")
+    present = rollout.mask & (lags == 0)[:, None]
+    if not present.any():
+        return
+    gap = float(masked.masked_mean((old_logprobs - rollout.logprobs).abs(), present))
     if gap > ENGINE_GAP_LIMIT[run.config.model.dtype]:
         raise RlhfError(
             f"the rollout engine's log-probabilities differ from the policy's by {gap:.2g} nats "

@@ -21,6 +21,7 @@ from engine.train.models.language_model import AnyModel, LanguageModel
 from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.metrics import peak_memory
 from engine.train.rewards.mix import RewardMix
+from engine.train.rollout.ahead import RolloutAhead
 from engine.train.rollout.backend import RolloutBackend
 from engine.train.rollout.rollout import ReportProgress
 
@@ -89,6 +90,8 @@ class Run:
     """The averaged policy; None without `train.ema.decay`."""
     memory: Estimate | None
     """The memory estimate; None if the model's shapes are unknown to the estimator."""
+    ahead: RolloutAhead | None = None
+    """Generates the next step's responses beside a step; None without `rollout.ahead`."""
     rollout_checked: bool = False
     """Whether :func:`check_first_rollout` has run in this attempt."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)

@@ -1,5 +1,6 @@
 """One PPO step, from prompts to metrics."""
 
+import dataclasses
 import time
 from functools import partial
 
@@ -45,12 +46,11 @@ def train_step(
     started = time.perf_counter()
     timer.seconds.clear()
 
-    # 1. Generate responses to the step's prompts.
-    if run.backend.separate and recorded is None:
-        with timer.phase(run, step, "sync") as report:
-            run.backend.sync(run.policy, step - 1, report)
-    with timer.phase(run, step, "generate") as report:
-        rollout = recorded or generate_rollout(run, step, report)
+    # 1. Generate responses to the step's prompts, and begin with those of the next step.
+    rollout = recorded or obtain_rollout(run, step)
+    generates_again = config.rollout.dynamic or config.ppo.traits.greedy_baseline
+    if recorded is None and not generates_again:
+        begin_next_rollout(run, step)
 
     # 2. Score them, and draw again where scores do not vary.
     scored = ScoredRollout(rollout, *score_rollout(run, step, rollout))
@@ -70,6 +70,8 @@ def train_step(
             run, step, rollout, sampling_options(run, step),
             lambda responses: score_rollout(run, step, responses)[0],
         )  # fmt: skip
+    if recorded is None and generates_again:  # the engine generates one batch at a time
+        begin_next_rollout(run, step)
 
     # 3. Log-probabilities of the reference and of the policy before the update.
     rows = ranks.strided_share(longest_first(rollout, rollout.rows))
@@ -122,6 +124,35 @@ def train_step(
     return metrics, kept_samples(
         config.log, run.tokenizer, rollout, scores, scored.parts, targets, ref_logprobs
     )
+
+
+def obtain_rollout(run: Run, step: int) -> Rollout:
+    """The rollout of a step: generated ahead, or now."""
+    if run.ahead is not None:
+        with run.timer.phase(run, step, "generate") as report:
+            rollout = run.ahead.take(sampling_options(run, step), report)
+        if rollout is not None:
+            return rollout
+    if run.backend.separate:
+        with run.timer.phase(run, step, "sync") as report:
+            run.backend.sync(run.policy, step - 1, report)
+    with run.timer.phase(run, step, "generate") as report:
+        return generate_rollout(run, step, report)
+
+
+def begin_next_rollout(run: Run, step: int) -> None:
+    """Begins to generate the next step's responses beside the rest of a step (`rollout.ahead`).
+
+    Not after the last step, and not if a checkpoint follows the step: the step after a checkpoint
+    is generated with the checkpoint's weights, so that a run resumed from it trains on the same
+    responses as the run that saved it.
+    """
+    train = run.config.train
+    if run.ahead is None or step >= train.steps or train.saves_after(step):
+        return
+    options = dataclasses.replace(sampling_options(run, step + 1), weights_version=step - 1)
+    with run.timer.phase(run, step, "sync") as report:
+        run.ahead.begin(run.prompts.for_step(step + 1), options, report)
 
 
 def generate_rollout(run: Run, step: int, report: ReportProgress) -> Rollout:

@@ -257,3 +257,20 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason(overrides, 
     with pytest.raises(ConfigError, match=message) as caught:
         demo(*overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["rollout.gpus=[1]", "rollout.tensor_parallel=2"], "needs as many GPUs in rollout.gpus"),
+        (["rollout.sleep=1", "launch.device=cpu"], "rollout.sleep needs a GPU"),
+        (["rollout.transfer=ipc", "launch.device=cpu"], "rollout.transfer: ipc needs a GPU"),
+        (["rollout.transfer=ipc", "rollout.tensor_parallel=2"], "use broadcast with more"),
+        (["rollout.transfer=ipc", "rollout.gpus=[1]", "launch.gpus=[0]"], "the GPU of rank 0"),
+    ],
+)
+def test_an_engine_without_the_gpus_that_its_keys_need_is_refused(overrides, says):
+    demo(*overrides)  # native rollouts have no engine
+    with pytest.raises(ConfigError) as caught:
+        demo("rollout.engine=vllm", *overrides)
+    assert says in str(caught.value)

@@ -6,6 +6,7 @@ import math
 import shutil
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ def test_a_step_is_read_as_it_was_written(writer):
         assert record.samples.arrays(1, 1, 1) is None
         # Of another attempt there are none in its place.
         assert record.samples.arrays(1, 0, 2) is None
+
+
+def test_responses_of_an_earlier_version_have_no_version_of_weights(writer):
+    writer.steps(1)
+    writer.session.samples_file.unlink()
+    with closing(sqlite3.connect(writer.session.samples_file)) as old:
+        schema.migrate(old, schema.SAMPLES[:2], writer.session.samples_file)
+        old.execute("INSERT INTO samples VALUES (1, 0, 1, 'p', 'r', 1, 1, 1, 1, '{}')")
+        old.commit()
+    with SampleReader(writer.session) as samples:
+        assert [(s.response, s.weights_version) for s in samples.newest()] == [("r", None)]
 
 
 def test_a_metric_that_begins_later_is_null_before(writer):

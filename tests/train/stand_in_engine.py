@@ -4,6 +4,7 @@ It stands in where vLLM is not installed: what is tested is rank 0's side, and w
 engines that fail. Each connection is a new engine, as the supervisor would start one.
 """
 
+import contextlib
 import os
 import socket
 import threading
@@ -33,6 +34,7 @@ from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.native import generate
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.rollout.vllm.checksum import checksum
+from engine.train.rollout.vllm.group import WeightsGroup
 
 Fault = Callable[[Any], Any]
 """Called with each message; returns None to go on, a reply in place of the right one, or raises
@@ -64,13 +66,14 @@ class StandInEngine:
             except OSError:
                 return
             self.engines += 1
-            with connection:
-                try:
-                    self._serve(connection, next(self.faults, lambda _message: None))
-                except ConnectionError:
-                    continue
+            fault = next(self.faults, lambda _message: None)
+            threading.Thread(target=self._serve, args=(connection, fault), daemon=True).start()
 
     def _serve(self, connection: socket.socket, fault: Fault) -> None:
+        with connection, contextlib.suppress(ConnectionError):
+            self._converse(connection, fault)
+
+    def _converse(self, connection: socket.socket, fault: Fault) -> None:
         engine = _Model()
         while True:
             message = decode_to_engine(frames.receive(connection))
@@ -104,7 +107,7 @@ class _Model:
             self.model = LanguageModel(lm.eval(), None, getattr(torch, message.dtype)).eval()
             return EngineReady(pid=os.getpid(), engine="stand-in 1")
         assert isinstance(message, LoadWeights)
-        weights = load_file(message.path)
+        weights = self.received(message)
         assert set(weights) == {t.name for t in message.tensors}
         missing = self.model.lm.load_state_dict(weights, strict=False).missing_keys
         assert not missing
@@ -113,6 +116,17 @@ class _Model:
         return WeightsLoaded(
             weights_version=self.version, tensors=len(weights), checksum=held, seconds=0.0
         )
+
+    def received(self, message):
+        """The weights of an update."""
+        if message.transfer == "file":
+            return load_file(message.path)
+        if message.path:
+            self.group = WeightsGroup(message.path, 1, 2, torch.device("cpu"))
+        weights = {t.name: torch.empty(t.shape) for t in message.tensors}
+        for tensor in weights.values():
+            self.group.broadcast(tensor)
+        return weights
 
     def generate(self, request: Generate):
         prompts = [Prompt(ids, "", {}) for ids in request.prompts]

@@ -25,9 +25,9 @@ from engine.protocol.rollout_messages import (
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.models import lora
 from engine.train.reports.probe import answer_probe
-from engine.train.rollout.vllm import backend
-from engine.train.rollout.vllm.backend import ATTEMPTS
+from engine.train.rollout.vllm import remote_engine
 from engine.train.rollout.vllm.checksum import checksum
+from engine.train.rollout.vllm.remote_engine import ATTEMPTS
 from engine.train.rollout.vllm.requests import join, split
 from engine.train.rollout.vllm.weights import file_size, folder_with_room, write_weights
 from engine.train.rollout_check import check_weights, version_lag
@@ -171,7 +171,7 @@ def test_the_parts_of_a_request_are_its_rows_in_order(budget):
 
 
 def test_a_batch_in_several_requests_has_the_same_responses(make_run, engine, monkeypatch):
-    monkeypatch.setattr(backend, "split", functools.partial(split, budget=1))
+    monkeypatch.setattr(remote_engine, "split", functools.partial(split, budget=1))
     run, _ = make_run(VLLM, "rollout.stop=[a, e]")
     native, _ = make_run("rollout.stop=[a, e]")
     said = []
@@ -243,9 +243,20 @@ def test_a_run_does_not_train_on_responses_of_older_weights(make_run, engine):
     assert version_lag(rollout, 2) == 0
     old, _ = old_policy_outputs(run, rollout, rollout.rows)
     with pytest.raises(RlhfError, match="weights that are 1 updates old"):
-        check_weights(run, rollout, old, version_lag(rollout, 3))
+        check_weights(run, 3, rollout, old)
     with pytest.raises(RlhfError, match="does not compute the same model"):
-        check_weights(run, rollout, old - 0.01, 0)
+        check_weights(run, 2, rollout, old - 0.01)
+
+
+def test_weights_by_broadcast_are_those_of_the_policy_for_each_engine(make_run, engine):
+    native, _ = make_run()
+    engine.faults = iter([dies_at(LoadWeights, after=1)])
+    run, _ = make_run(VLLM, "rollout.transfer=broadcast")
+    for step in (1, 2):
+        (_, ours), (_, theirs) = train_step(run, step), train_step(native, step)
+        assert [s.response for s in ours] == [s.response for s in theirs]
+    assert engine.engines == 2
+    assert not list(engine.folder.glob("*.safetensors"))
 
 
 def test_a_longer_response_than_the_engine_was_built_for_gets_a_larger_engine(make_run, engine):

@@ -67,6 +67,15 @@ def test_a_kl_that_is_undefined_is_no_zero():
     assert row.split()[:2] == ["–", "–"]
 
 
+def test_responses_of_older_weights_say_of_which():
+    state = SessionState("run")
+    for version, said in ((None, False), (2, False), (1, True)):
+        row = sample(3, weights_version=version)
+        state.take(SessionUpdate(samples=[row]))
+        shown = [*text(LatestSamplesPanel(state).rows(80, 5)), *text(body(row, None, VIEWS[0], 70))]
+        assert sum("weights of step 1" in line for line in shown) == 2 * said
+
+
 def test_the_kl_of_an_earlier_step_is_not_shown_as_the_last_one_s():
     settings = {"beta": 0.05, "controller": "adaptive", "target": 6.0}
     state = SessionState("run")

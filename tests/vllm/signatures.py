@@ -1,18 +1,20 @@
 """Binds the arguments that we pass to the signatures of the installed vLLM; run by its Python."""
 
+import dataclasses
 import inspect
 import sys
 from pathlib import Path
 
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm import LLM
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
-from vllm.v1.worker.gpu_worker import Worker
+from vllm.engine.arg_utils import EngineArgs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "engine/train/rollout/vllm"))
 import start  # noqa: F401 - makes `engine` importable
 
-from engine.train.rollout.vllm import gpu
+from engine.protocol.rollout_messages import Start
+from engine.train.rollout.vllm import engine_process, worker_extension
+from engine.train.rollout.vllm.sleep_mode import SleepMode
 
 
 class Recorder:
@@ -26,22 +28,24 @@ class Recorder:
 
 
 def main():
-    handles = [{"GPU-1": (1,)}]
-    update = gpu.ipc_update(["a"], ["bfloat16"], [[1]], handles)
-    IPCWeightTransferUpdateInfo(**update)
     llm = Recorder()
-    gpu.sleep(llm)
-    gpu.wake_for_weights(llm)
-    gpu.wake_for_rollouts(llm)
-    gpu.update_by_ipc(llm, update)
-    gpu.join_nccl(llm, "127.0.0.1", 29500, 2)
+    for level in (1, 2):
+        mode = SleepMode(llm, level)
+        mode.before_generate()
+        mode.after_generate()
+        mode.before_load()
+        mode.before_generate()
     for name, args, kwargs in llm.calls:
         inspect.signature(getattr(LLM, name)).bind(llm, *args, **kwargs)
-        if name == "collective_rpc":
-            method, given = args[0], kwargs.get("args", ())
-            inspect.signature(getattr(Worker, method)).bind(llm, *given)
-            if method == "init_weight_transfer_engine":
-                NCCLWeightTransferInitInfo(**given[0])
+    names = list(inspect.signature(rebuild_cuda_tensor).parameters)
+    assert names[worker_extension.DEVICE_OF_HANDLE] == "storage_device", names
+    known = {f.name for f in dataclasses.fields(EngineArgs)}
+    known |= set(inspect.signature(LLM).parameters)
+    started = Start(
+        model="m", dtype="float32", max_tokens=1, max_responses=1, cache_bytes=1, sleep=1
+    )
+    unknown = set(engine_process.llm_arguments(started, on_gpu=True)) - known
+    assert not unknown, unknown
     sys.stdout.write(f"{len(llm.calls)} calls\n")
 
 

@@ -58,6 +58,16 @@ class RolloutConfig(Section, frozen=True):
     cache_gb: Positive | None = None
     """Size of vLLM's key-value cache, in 10⁹ bytes. Responses that do not fit wait. Default: what
     the responses of a step need, but no more than 4."""
+    transfer: Literal["file", "ipc", "broadcast"] = "file"
+    """How the weights reach vLLM: by a `file` in shared memory, by `ipc` on the GPU that vLLM
+    shares with rank 0, or by a `broadcast` to its workers (NCCL between GPUs, gloo on a CPU)."""
+    sleep: Annotated[int, Meta(ge=0, le=2)] = 0
+    """Level of vLLM's sleep mode between batches, which frees GPU memory for the ranks: 1 keeps the
+    weights in host memory, 2 has them sent again for each batch; 0 for none."""
+    ahead: Annotated[int, Meta(ge=0, le=1)] = 0
+    """With 1, the responses of the next step are generated beside the rest of a step, with weights
+    that are one update old when they are trained on (`rollout.engine: vllm` only; needs
+    `ppo.rollout_correction`)."""
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
     """Responses per step, over all ranks."""
     at_once: Count | None = None

@@ -75,3 +75,7 @@ class TrainConfig(Section, frozen=True):
     """Saves a checkpoint and ends the run as finished once a metric has reached a value, such as
     `{metric: eval/score, above: 2}`. Default: never."""
     ema: EMAConfig = EMAConfig()
+
+    def saves_after(self, step: int) -> bool:
+        """Whether `save_every` asks for a checkpoint after a step."""
+        return bool(self.save_every) and step % self.save_every == 0

@@ -33,6 +33,7 @@ def kept_samples(
     """
     kl = masked.sequence_kl(targets.old_logprobs, ref_logprobs, rollout.mask)
     scored, kls, ended = torch.stack([scores, kl, rollout.ended.float()]).tolist()
+    versions = [None] * len(scores) if rollout.versions is None else rollout.versions.tolist()
     lengths = rollout.host_lengths[1].tolist()
     arrays = _token_arrays(tokenizer, rollout, targets, ref_logprobs, log.arrays)
     return [
@@ -45,6 +46,7 @@ def kept_samples(
             length=lengths[i],
             ended=bool(ended[i]),
             parts={k: v[i] for k, v in parts.items()},
+            weights_version=versions[i],
             arrays=arrays[i] if i < len(arrays) else None,
         )
         for i in range(min(log.samples, len(scores)))

@@ -7,7 +7,7 @@ pass of the policy (:mod:`engine.train.rollout_check`).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -70,6 +70,29 @@ class RolloutBackend(Protocol):
         """
 
 
+class PendingRollout(Protocol):
+    """Responses that are generated in the background."""
+
+    def result(self, report: ReportProgress) -> Rollout:
+        """Waits for this rank's responses; all ranks call it at the same point.
+
+        Args:
+            report: call it regularly with (done, total) while waiting.
+        """
+
+
+@runtime_checkable
+class BackgroundBackend(RolloutBackend, Protocol):
+    """A backend that can generate while the policy changes, for `rollout.ahead`."""
+
+    def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> PendingRollout:
+        """Begins to generate with the policy's weights of the last :meth:`sync`.
+
+        All ranks call it at the same point. The arguments are those of :meth:`generate`. Another
+        use of the backend waits until the responses are generated, and loses none of them.
+        """
+
+
 MakeBackend = Callable[[BackendContext], RolloutBackend]
 
 BACKENDS: dict[str, MakeBackend] = {
@@ -98,6 +121,62 @@ class SamplingOptions:
     """Responses to each prompt, in adjacent rows."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one rank generates of a batch."""
+
+    batch: PromptBatch
+    """All B prompts."""
+    rows: Tensor
+    """This rank's rows of the batch; (n,) int64."""
+    uniforms: Tensor
+    """(n, T) float64, of these rows."""
+    limit: int
+    """T, the most new tokens."""
+
+    @property
+    def prompts(self) -> PromptBatch:
+        """This rank's prompts."""
+        return self.batch.select(self.rows)
+
+    def merged(
+        self,
+        local: Rollout,
+        version: int,
+        tokenizer: PreTrainedTokenizerBase,
+        ranks: RankGroup | None,
+    ) -> Rollout:
+        """The rollout of the whole batch from this rank's part; a collective.
+
+        Args:
+            local: this rank's n responses.
+            version: that of the weights, for a backend that does not report it.
+            tokenizer: the policy's.
+            ranks: those that shared the work; None if `local` is the whole batch.
+        """
+        if local.versions is None:
+            local.versions = torch.full_like(local.lengths, version)
+        if ranks is None:
+            return local
+        return merge_rollouts(ranks, self.batch, local, self.rows, self.limit, tokenizer)
+
+
+def share_of(
+    prompts: list[Prompt],
+    options: SamplingOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: RankGroup | None,
+) -> Share:
+    """What this rank generates of a batch; see :func:`generate_responses`."""
+    per_prompt, limit = options.per_prompt, options.max_new_tokens
+    batch = batch_prompts(prompts, per_prompt, tokenizer.eos_token_id or 0)
+    uniforms = sampling_uniforms(options.seed, options.step, len(batch.prompts), limit)
+    rows = torch.arange(len(batch.prompts))
+    if ranks is not None:
+        rows = local_rows(ranks, batch, per_prompt)
+    return Share(batch, rows, uniforms[rows], limit)
+
+
 def generate_responses(
     backend: RolloutBackend,
     model: AnyModel,
@@ -119,20 +198,13 @@ def generate_responses(
             there must be at least as many as ranks. None: every rank generates all responses.
         report: called with (tokens done, total).
     """
-    per_prompt, limit = options.per_prompt, options.max_new_tokens
-    batch = batch_prompts(prompts, per_prompt, tokenizer.eos_token_id or 0)
-    uniforms = sampling_uniforms(options.seed, options.step, len(batch.prompts), limit)
-    rows = torch.arange(len(batch.prompts))
-    if ranks is not None:
-        rows = local_rows(ranks, batch, per_prompt)
+    share = share_of(prompts, options, tokenizer, ranks)
     backend.sync(model, options.weights_version, report)
     local = backend.generate(
-        model, batch.select(rows), uniforms[rows], options.temperature,
-        per_prompt=per_prompt, report=report,
+        model, share.prompts, share.uniforms, options.temperature,
+        per_prompt=options.per_prompt, report=report,
     )  # fmt: skip
-    if local.versions is None:
-        local.versions = torch.full_like(local.lengths, options.weights_version)
-    return local if ranks is None else merge_rollouts(ranks, batch, local, rows, limit, tokenizer)
+    return share.merged(local, options.weights_version, tokenizer, ranks)
 
 
 def local_rows(ranks: RankGroup, batch: PromptBatch, per_prompt: int) -> Tensor:

@@ -24,10 +24,14 @@ def newest_responses(
         none = " none yet: they appear with the first step"
         return [heading("Newest responses", keys, width), [(none, "dim")]]
     step = samples[-1].step
-    newest = [s for s in samples if s.step == step][: height - 1]
+    newest = [s for s in samples if s.step == step]
+    title = f"Newest responses, step {step}"
+    versions = [s.weights_version for s in newest if s.weights_version is not None]
+    if versions and min(versions) < step - 1:  # generated ahead
+        title += f", weights of step {min(versions)}"
     return [
-        heading(f"Newest responses, step {step}", keys, width),
-        *(_response(sample, width) for sample in newest),
+        heading(title, keys, width),
+        *(_response(sample, width) for sample in newest[: height - 1]),
     ]
 
 

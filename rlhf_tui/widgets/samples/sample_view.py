@@ -119,6 +119,8 @@ def body(
         [("length ", "dim"), (str(s.length), "strong")],
         [("ended", "dim") if s.ended else ("✂ cut off", "warn")],
     ]
+    if s.weights_version is not None and s.weights_version < s.step - 1:
+        numbers.append([("weights of step ", "dim"), (str(s.weights_version), "strong")])
     rows = [*flowed(numbers, width), *judgement_rows(s.judgement, width)]
     if len(s.parts) > 1 or (s.parts and s.held_out):  # of which one may be of `eval.rewards`
         parts = [[(f"{name} ", "dim"), (fmt.number(value), "")] for name, value in s.parts.items()]

@@ -1,13 +1,15 @@
 """Faults at named points of the engine's processes, without a line of code in them.
 
 Python imports this module at the start of every process that has the folder on its path.
-$RLHF_TUI_TEST_POINT is `MODULE:NAME|WHEN|COUNT|ACT|MARKER`: when the function is called for the
-COUNTth time, the process does ACT before or after the call, once: the file MARKER, which it creates
-first, keeps a restarted process from doing it again. $RLHF_TUI_TEST_CLOCK names a file with the
-seconds that are added to the wall clock, 0 while it is missing.
+$RLHF_TUI_TEST_POINT is `MODULE:NAME|WHEN|COUNT|ACT|MARKER`, or several of these, separated by `;`:
+when the function is called for the COUNTth time, the process does ACT before or after the call,
+once: the file MARKER, which it creates first, keeps a restarted process from doing it again.
+$RLHF_TUI_TEST_CLOCK names a file with the seconds that are added to the wall clock, 0 while it is
+missing.
 """
 
 import importlib.util
+import json
 import os
 import resource
 import signal
@@ -15,7 +17,7 @@ import sys
 import time
 from functools import reduce
 
-POINT = os.environ.get("RLHF_TUI_TEST_POINT", "")
+POINTS = [p for p in os.environ.get("RLHF_TUI_TEST_POINT", "").split(";") if p]
 CLOCK = os.environ.get("RLHF_TUI_TEST_CLOCK", "")
 LIMIT = os.environ.get("RLHF_TUI_TEST_LIMIT", "")
 """`NAME=VALUE` of a resource limit of the ranks, such as RLIMIT_AS=1000000000."""
@@ -29,12 +31,35 @@ def act(name, marker):
     match name:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "kill rollout engine":
+            os.kill(rollout_engine(), signal.SIGKILL)
+        case "kill supervisor":
+            with open(f"{sys.argv[1]}/engine.json", encoding="utf-8") as file:  # noqa: PTH123 - as below
+                os.kill(json.load(file)["pid"], signal.SIGKILL)
+            time.sleep(60)  # the kernel kills this process with it
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "full":
             raise OSError(28, "No space left on device")
         case "memory":
             raise MemoryError("a fault made by a test")
+
+
+def rollout_engine():
+    """The process of this rank's session that generates."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - as below
+            try:
+                with open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123 - as below
+                    words = file.read().split(b"\0")
+            except OSError:
+                continue
+            named = sys.argv[1].encode() in words
+            if named and any(word.endswith(b"rollout/vllm/start.py") for word in words):
+                return int(pid)
+        time.sleep(0.05)
+    raise RuntimeError("there is no rollout engine")
 
 
 def with_fault(original, when, count, name, marker):
@@ -54,12 +79,13 @@ def with_fault(original, when, count, name, marker):
 
 
 class PointFinder:
-    """Import hook: adds the fault when the module of the point is imported."""
+    """Import hook: adds the faults of one module's points when it is imported."""
+
+    def __init__(self, module, points):
+        self.module, self.points = module, points
 
     def find_spec(self, name, path=None, target=None):
-        place, when, count, action, marker = POINT.split("|")
-        module, _, qualified = place.partition(":")
-        if name != module:
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -67,10 +93,12 @@ class PointFinder:
 
         def exec_module(loaded):
             load(loaded)
-            *outer, last = qualified.split(".")
-            owner = reduce(getattr, outer, loaded)
-            fault = with_fault(getattr(owner, last), when, int(count), action, marker)
-            setattr(owner, last, fault)
+            for point in self.points:
+                place, when, count, action, marker = point.split("|")
+                *outer, last = place.partition(":")[2].split(".")
+                owner = reduce(getattr, outer, loaded)
+                fault = with_fault(getattr(owner, last), when, int(count), action, marker)
+                setattr(owner, last, fault)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -91,8 +119,9 @@ def shift_clock():
 
 if os.environ.get("RLHF_TUI_TEST_LIGHT") and sys.argv[1:2] == ["engine.train.worker"]:
     sys.argv[1] = "tests.faults.light_rank"
-if POINT:
-    sys.meta_path.insert(0, PointFinder())
+for module in {p.partition(":")[0] for p in POINTS}:
+    mine = [p for p in POINTS if p.partition(":")[0] == module]
+    sys.meta_path.insert(0, PointFinder(module, mine))
 if CLOCK:
     shift_clock()
 if LIMIT and "RANK" not in os.environ and "engine.launch.rank" in " ".join(sys.orig_argv):

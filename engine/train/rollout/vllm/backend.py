@@ -6,39 +6,36 @@ policy had these weights. Every response carries the version that the engine rep
 
 An engine that ends, refuses an update or holds other weights than were sent is left. The supervisor
 starts a new one, all ranks send it the weights again, and the batch is generated from the
-beginning: with the same uniform numbers, the responses are the same.
+beginning: with the same uniform numbers, the responses are the same. What is generated in the
+background, while the policy changes, gets the same weights again from the file that they were sent
+in.
 """
 
-import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import msgspec
 import torch
 from torch import Tensor
 
-from engine.errors import RlhfError
-from engine.launch.environment import ROLLOUT_DISK_VARIABLE, ROLLOUT_FOLDER_VARIABLE
-from engine.memory.rollout_engine import cache_bytes, max_responses
-from engine.protocol.rollout_messages import Generate, Generated, LoadWeights, Start
+from engine.protocol.rollout_messages import Generate, Generated, LoadWeights
 from engine.train.data.prompts import PromptBatch
 from engine.train.models.language_model import AnyModel
-from engine.train.models.pretrained import save_configs
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.native import NativeBackend
 from engine.train.rollout.rollout import ReportProgress, Rollout, assemble
-from engine.train.rollout.vllm.client import EngineLostError, RolloutClient
-from engine.train.rollout.vllm.requests import join, split
-from engine.train.rollout.vllm.weights import file_size, folder_with_room, write_weights
+from engine.train.rollout.vllm.background import BackgroundGeneration
+from engine.train.rollout.vllm.client import EngineLostError
+from engine.train.rollout.vllm.remote_engine import (
+    ATTEMPTS,
+    RemoteEngine,
+    log_failure,
+    too_many_failures,
+)
+from engine.train.rollout.vllm.weights import send_weights
 
-log = logging.getLogger("engine")
-
-ATTEMPTS = 4
-"""How many engines in a row may fail before the run does."""
-WEIGHTS = "weights.safetensors"
-ROOM = 16
-"""Tokens that the engine's longest sequence has beyond the longest prompt and response."""
+FORGETS_WEIGHTS = 2
+"""The level of `rollout.sleep` at which the engine must be sent the weights for each batch."""
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -46,6 +43,43 @@ class _Part(msgspec.Struct, frozen=True):
 
     prompts: list[list[int]]
     uniforms: bytes
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all ranks generate together, as each of them knows it."""
+
+    batch: PromptBatch
+    """This rank's prompts."""
+    limit: int
+    """The most new tokens."""
+    parts: list[_Part]
+    """The distinct parts of the ranks."""
+    mine: int
+    """The index of this rank's part."""
+
+
+class VllmPending:
+    """Responses that the engine generates in the background; see :meth:`VllmBackend.begin`."""
+
+    def __init__(
+        self, backend: "VllmBackend", work: _Work, generation: BackgroundGeneration | None
+    ) -> None:
+        self._backend, self._work = backend, work
+        self.generation = generation
+        """On rank 0."""
+
+    def result(self, report: ReportProgress) -> Rollout:
+        """Waits for the responses and returns this rank's; a collective.
+
+        Raises:
+            RlhfError: several engines in a row failed.
+        """
+        results: list[Generated] = []
+        if self.generation is not None:
+            self.generation.wait(report)
+            results = self.generation.results()
+        return self._backend.distribute(self._work, results)
 
 
 class VllmBackend:
@@ -61,20 +95,14 @@ class VllmBackend:
         """
         self._context = context
         self._native = NativeBackend.of(context)
-        self._client = RolloutClient()
         self._held: int | None = None
         """The version of the weights that the engine holds."""
         self._wanted = 0
-        config = context.config
-        self._tokens = context.longest + config.rollout.max_new_tokens + ROOM
-        """Of the longest sequence that the engine can hold."""
-        self._dtype = getattr(torch, config.model.dtype)
-        if context.ranks.is_lead:
-            self._folder = Path(os.environ.get(ROLLOUT_FOLDER_VARIABLE, ""))
-            """In shared memory; the supervisor's."""
-            self._disk = Path(os.environ.get(ROLLOUT_DISK_VARIABLE, self._folder))
-            """On a disk, for weights that do not fit there; the supervisor's."""
-            self._begin()
+        self._dtype = getattr(torch, context.config.model.dtype)
+        self._engine = RemoteEngine(context) if context.ranks.is_lead else None
+        self._update: LoadWeights | None = None
+        """What the engine holds, on rank 0."""
+        self._pending: VllmPending | None = None
 
     # -- the weights ---------------------------------------------------------------------------
 
@@ -90,64 +118,33 @@ class VllmBackend:
             return
         self._wanted = weights_version
         if self._held != weights_version:
+            self._finish_pending(report)
             self._until_it_works(lambda: self._sync_once(report))
 
     def _sync_once(self, report: ReportProgress) -> str:
         """One try; returns why it failed, or ""."""
-        self._held = None
+        self._held, self._update = None, None
         if problem := self._on_lead(self._prepare):
             return problem
-        path = self._weights_file() if self._context.ranks.is_lead else None
-        tensors, checksum = write_weights(self._context.policy.lm, self._dtype, path, report)
-        update = LoadWeights(
-            weights_version=self._wanted, path=str(path), tensors=tensors, checksum=checksum
-        )
-        problem = self._on_lead(lambda: self._client.load(update))
-        if path is not None:
-            path.unlink(missing_ok=True)
+        lm, ahead = self._context.policy.lm, self._context.config.rollout.ahead
+        new = self._engine.new_update(self._wanted) if self._engine is not None else None
+        checksum = send_weights(lm, self._dtype, new.take if new is not None else None, report)
+
+        def finish(_engine: RemoteEngine) -> None:
+            if new is not None:
+                self._update = new.finish(checksum)
+
+        problem = self._on_lead(finish)
+        # What is generated ahead may need the file for another engine, when the policy has other
+        # weights. The next update replaces it.
+        if new is not None and (problem or not ahead):
+            new.close()
         if not problem:
             self._held = self._wanted
         return problem
 
-    def _weights_file(self) -> Path:
-        folders = [self._folder, self._disk]
-        for folder in folders:  # left by an update that failed
-            (folder / WEIGHTS).unlink(missing_ok=True)
-        return folder_with_room(folders, file_size(self._context.policy.lm, self._dtype)) / WEIGHTS
-
-    def _prepare(self) -> None:
-        if not self._client.began:
-            self._begin()
-        if self._client.ready is None:
-            self._context.announce(self._wanted, "load vLLM")
-            self._client.wait_ready()
-
-    def _begin(self) -> None:
-        """Has a new engine build a model of the policy's configuration."""
-        config, lm = self._context.config, self._context.policy.lm
-        heads = getattr(lm.config, "num_key_value_heads", None) or lm.config.num_attention_heads
-        size = getattr(lm.config, "head_dim", None)
-        size = size or lm.config.hidden_size // lm.config.num_attention_heads
-        model = self._folder / "model"
-        model.mkdir(exist_ok=True)
-        save_configs(lm, str(model))
-        self._client.begin(
-            Start(
-                model=str(model),
-                dtype=config.model.dtype,
-                max_tokens=self._limited(self._tokens),
-                max_responses=max_responses(config.rollout),
-                cache_bytes=cache_bytes(
-                    config.rollout, config.model.dtype, lm.config.num_hidden_layers, heads * size,
-                    self._tokens,
-                ),
-                tensor_parallel=config.rollout.tensor_parallel,
-            )
-        )  # fmt: skip
-
-    def _limited(self, tokens: int) -> int:
-        positions = getattr(self._context.policy.lm.config, "max_position_embeddings", None)
-        return tokens if positions is None else min(tokens, int(positions))
+    def _prepare(self, engine: RemoteEngine) -> None:
+        engine.prepare(lambda: self._context.announce(self._wanted, "load vLLM"))
 
     # -- responses -----------------------------------------------------------------------------
 
@@ -170,6 +167,58 @@ class VllmBackend:
             return self._native.generate(
                 model, batch, uniforms, temperature, per_prompt=per_prompt, report=report
             )
+        self._finish_pending(report)
+        work = self._gather(batch, uniforms)
+        results: list[Generated] = []
+
+        def attempt() -> str:
+            nonlocal results
+            if self._held != self._wanted and (problem := self._sync_once(report)):
+                return problem
+            requests = self._requests(work, temperature)
+            problem = self._on_lead(
+                lambda engine: results.extend(engine.generate(requests, report))
+            )
+            if problem:
+                self._held = None
+                results = []
+            return problem
+
+        self._until_it_works(attempt)
+        if self._context.config.rollout.sleep == FORGETS_WEIGHTS:
+            self._held = None
+        return self.distribute(work, results)
+
+    def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> VllmPending:
+        """Has the engine generate the policy's responses in the background; a collective.
+
+        They are generated with the weights of the last :meth:`sync`, whatever becomes of the policy
+        meanwhile. Other uses of the backend wait for their end, and do not end them.
+
+        Args:
+            batch: this rank's B prompts.
+            uniforms: (B, T) float64.
+            temperature: > 0.
+        """
+        self._finish_pending(lambda _done, _total: None)
+        work = self._gather(batch, uniforms)
+        generation, engine, update = None, self._engine, self._update
+        if engine is not None and update is not None:
+            requests = self._requests(work, temperature)
+            generation = BackgroundGeneration(
+                lambda report: engine.generate_with(update, requests, report)
+            )
+        self._pending = VllmPending(self, work, generation)
+        return self._pending
+
+    def _finish_pending(self, report: ReportProgress) -> None:
+        """Waits until the engine is free; keeps what it has generated."""
+        pending, self._pending = self._pending, None
+        if pending is not None and pending.generation is not None:
+            pending.generation.wait(report)
+
+    def _gather(self, batch: PromptBatch, uniforms: Tensor) -> _Work:
+        """Gathers the prompts of all ranks; a collective."""
         ranks = self._context.ranks
         part = _Part(
             [p.ids for p in batch.prompts], uniforms.double().contiguous().numpy().tobytes()
@@ -177,71 +226,34 @@ class VllmBackend:
         gathered = ranks.all_gather_bytes(msgspec.msgpack.encode(part))
         distinct = list(dict.fromkeys(gathered))  # a probe is the same on all ranks
         parts = [msgspec.msgpack.decode(p, type=_Part) for p in distinct]
-        results: list[Generated] = []
+        return _Work(batch, uniforms.shape[1], parts, distinct.index(gathered[ranks.rank]))
 
-        def attempt() -> str:
-            nonlocal results
-            if self._held != self._wanted and (problem := self._sync_once(report)):
-                return problem
-            requests = [self._request(p, uniforms.shape[1], temperature) for p in parts]
-            problem = self._on_lead(lambda: results.extend(self._ask(requests, report)))
-            if problem:
-                self._held = None
-                results = []
-            return problem
-
-        self._until_it_works(attempt)
-        results = msgspec.msgpack.decode(
-            ranks.broadcast_bytes(msgspec.msgpack.encode(results)), type=list[Generated]
-        )
-        mine = results[distinct.index(gathered[ranks.rank])]
-        return self._rollout(batch, mine, uniforms.shape[1])
-
-    def _request(self, part: _Part, limit: int, temperature: float) -> Generate:
+    def _requests(self, work: _Work, temperature: float) -> list[Generate]:
         criteria = self._context.stop_criteria
-        return Generate(
-            weights_version=self._wanted,
-            prompts=part.prompts,
-            uniforms=part.uniforms,
-            max_new_tokens=limit,
-            temperature=temperature,
-            sampling=self._context.config.rollout.sampling,
-            eos=criteria.eos_ids(torch.device("cpu")).tolist(),
-            look=criteria.has_strings,
-        )
+        return [
+            Generate(
+                weights_version=self._wanted,
+                prompts=part.prompts,
+                uniforms=part.uniforms,
+                max_new_tokens=work.limit,
+                temperature=temperature,
+                sampling=self._context.config.rollout.sampling,
+                eos=criteria.eos_ids(torch.device("cpu")).tolist(),
+                look=criteria.has_strings,
+            )
+            for part in work.parts
+        ]
 
-    def _ask(self, requests: list[Generate], report: ReportProgress) -> list[Generated]:
-        longest = max(len(p) + r.max_new_tokens for r in requests for p in r.prompts)
-        if self._limited(longest) > self._limited(self._tokens):
-            self._tokens = longest + ROOM
-            raise EngineLostError(f"sequences of {longest} tokens need another engine")
-        total = sum(len(r.prompts) * r.max_new_tokens for r in requests)
-        before, results = 0, []
-        for request in requests:
-            replies = []
-            for part in split(request):
+    def distribute(self, work: _Work, results: list[Generated]) -> Rollout:
+        """The rollout of this rank's prompts; a collective.
 
-                def forward(done: int, _of_part: int, before: int = before) -> None:
-                    report(before + done, total)
-
-                replies.append(self._client.generate(part, self._stopping(part), forward))
-                before += len(part.prompts) * part.max_new_tokens
-            results.append(join(replies))
-        return results
-
-    def _stopping(self, request: Generate) -> Callable[[dict[int, list[int]]], list[int]]:
-        """Which rows have a stop string, among those with new tokens."""
-        searched = [0] * len(request.prompts)
-
-        def look(tokens: dict[int, list[int]]) -> list[int]:
-            ended = []
-            for row, ids in tokens.items():
-                if self._context.stop_criteria.stops_at(ids, searched[row]) is not None:
-                    ended.append(row)
-                searched[row] = len(ids)
-            return ended
-
-        return look
+        Args:
+            work: what was generated.
+            results: rank 0's, for each part; empty on other ranks.
+        """
+        data = self._context.ranks.broadcast_bytes(msgspec.msgpack.encode(results))
+        replies = msgspec.msgpack.decode(data, type=list[Generated])
+        return self._rollout(work.batch, replies[work.mine], work.limit)
 
     def _rollout(self, batch: PromptBatch, result: Generated, limit: int) -> Rollout:
         """The rollout of this rank's prompts; tokens after a stop string are dropped."""
@@ -272,14 +284,14 @@ class VllmBackend:
 
     # -- engines that fail ---------------------------------------------------------------------
 
-    def _on_lead(self, act: Callable[[], object]) -> str:
+    def _on_lead(self, act: Callable[[RemoteEngine], object]) -> str:
         """Runs something on rank 0; returns on all ranks why the engine was lost, or ""."""
         problem = ""
-        if self._context.ranks.is_lead:
+        if self._engine is not None:
             try:
-                act()
+                act(self._engine)
             except EngineLostError as error:
-                self._client.close()
+                self._engine.close()
                 problem = str(error) or "no reason given"
         return self._context.ranks.broadcast_bytes(problem.encode()).decode()
 
@@ -289,8 +301,8 @@ class VllmBackend:
             problem = attempt()
             if not problem:
                 return
-            log.warning("rollout engine, attempt %d of %d: %s", number + 1, ATTEMPTS, problem)
-        raise RlhfError(f"{ATTEMPTS} rollout engines in a row failed, the last one with: {problem}")
+            log_failure(number, problem)
+        raise too_many_failures(problem)
 
 
 def _array(data: bytes, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from engine.launch.environment import ROLLOUT_SOCKET_VARIABLE
 from engine.protocol import frames, sockets
 from engine.protocol.frames import Message
 from engine.protocol.rollout_messages import (
+    Checksum,
     Continue,
     EngineFailed,
     EngineReady,
@@ -24,6 +25,7 @@ from engine.protocol.rollout_messages import (
     WeightsLoaded,
     decode_from_engine,
 )
+from engine.train.rollout.vllm.group import WeightsGroup
 
 log = logging.getLogger("engine")
 
@@ -49,6 +51,10 @@ class RolloutClient:
         self._sock: socket.socket | None = None
         self.ready: EngineReady | None = None
         """What the present engine reported; None before it has built its model."""
+        self.held: LoadWeights | None = None
+        """The weights that the present engine has."""
+        self.group: WeightsGroup | None = None
+        """With its workers, if weights are broadcast to them."""
 
     @property
     def began(self) -> bool:
@@ -82,26 +88,43 @@ class RolloutClient:
                      self.ready.device)  # fmt: skip
         return self.ready
 
-    def load(self, update: LoadWeights) -> WeightsLoaded:
+    def load(self, update: LoadWeights) -> None:
         """Has the engine replace its weights, and checks what it then holds.
 
         Raises:
             EngineLostError: it did not, or does not hold what was sent.
         """
+        self.begin_load(update)
+        self.finish_load(update, update.checksum)
+
+    def begin_load(self, update: LoadWeights) -> None:
+        """Has the engine begin to replace its weights. Raises EngineLostError."""
+        self.held = None
         self._send(update)
+
+    def finish_load(self, update: LoadWeights, checksum: Checksum | None) -> None:
+        """Waits until the engine has the weights, and checks what it holds.
+
+        Args:
+            update: what :meth:`begin_load` sent.
+            checksum: of all tensors that are not tied.
+
+        Raises:
+            EngineLostError: it does not hold what was sent.
+        """
         loaded = self._receive(WeightsLoaded)
         if (
             loaded.weights_version != update.weights_version
             or loaded.tensors != len(update.tensors)
-            or loaded.checksum not in (None, update.checksum)
+            or loaded.checksum not in (None, checksum)
         ):
             self.close()
             raise EngineLostError("the rollout engine does not hold the weights that were sent")
+        self.held = update
         log.info(
             "rollout engine: weights of step %d, %d tensors, checksum %016x, loaded in %.2f s",
-            loaded.weights_version, loaded.tensors, update.checksum[0], loaded.seconds,
+            loaded.weights_version, loaded.tensors, checksum[0] if checksum else 0, loaded.seconds,
         )  # fmt: skip
-        return loaded
 
     def generate(
         self, request: Generate, look: Look, report: Callable[[int, int], None]
@@ -130,7 +153,7 @@ class RolloutClient:
         """Closes the connection, with which the engine's process ends."""
         if self._sock is not None:
             self._sock.close()
-        self._sock = self.ready = None
+        self._sock = self.ready = self.held = self.group = None
 
     def _send(self, message: Message) -> None:
         if self._sock is None:

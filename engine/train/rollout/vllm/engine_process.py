@@ -29,6 +29,7 @@ from engine.protocol.rollout_messages import (
     WeightsLoaded,
     decode_to_engine,
 )
+from engine.train.rollout.vllm.sleep_mode import SleepMode
 
 log = logging.getLogger("rollout")
 
@@ -163,28 +164,11 @@ class Engine:
 
         self._connection = connection
         self._weights_version: int | None = None
+        self._workers = start.tensor_parallel
         on_gpu = torch.cuda.is_available()
         began = time.perf_counter()
-        self._llm: Any = LLM(
-            model=start.model,
-            skip_tokenizer_init=True,
-            load_format="dummy",  # rank 0 sends the weights
-            dtype=start.dtype,
-            seed=0,
-            max_model_len=start.max_tokens,
-            max_num_seqs=start.max_responses,
-            kv_cache_memory_bytes=start.cache_bytes,
-            tensor_parallel_size=start.tensor_parallel,
-            enforce_eager=not on_gpu,
-            enable_prefix_caching=True,
-            async_scheduling=False,  # the output's length is the position that is sampled
-            generation_config="vllm",  # no defaults of the model's generation_config.json
-            worker_extension_cls=(
-                "engine.train.rollout.vllm.worker_extension.RolloutWorkerExtension"
-            ),
-            logits_processors=["engine.train.rollout.vllm.uniform_sampling:UniformSampling"],
-            disable_log_stats=True,
-        )
+        self._llm: Any = LLM(**llm_arguments(start, on_gpu=on_gpu))
+        self._sleep = SleepMode(self._llm, start.sleep)
         log.info("built the model in %.1f s", time.perf_counter() - began)
         self.ready = EngineReady(
             pid=os.getpid(),
@@ -197,9 +181,18 @@ class Engine:
         """Replaces the weights, and empties the prefix cache, which holds keys of the old ones."""
         self._weights_version = None
         named = [(t.name, t.shape) for t in update.tensors]
-        results = self._llm.collective_rpc(
-            "load_weights_file", args=(update.path, named, update.checksum)
-        )
+        calls: dict[str, tuple[str, tuple[Any, ...]]] = {
+            "file": ("load_weights_file", (update.path, named, update.checksum)),
+            "ipc": ("load_weights_ipc", (update.handles, named, update.checksum)),
+            "broadcast": (
+                "load_weights_broadcast",
+                (update.path, self._workers + 1, named, update.tensors[0].dtype),
+            ),
+        }
+        method, args = calls[update.transfer]
+        self._sleep.before_load()
+        results = self._llm.collective_rpc(method, args=args)
+        self._sleep.before_generate()
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be emptied")
         self._weights_version = update.weights_version
@@ -223,6 +216,7 @@ class Engine:
                 f"{self._weights_version} is loaded"
             )
         began, limit = time.perf_counter(), request.max_new_tokens
+        self._sleep.before_generate()
         # What is cached would depend on earlier batches, and by rounding the result on it.
         self._llm.reset_prefix_cache()
         self._llm.collective_rpc(
@@ -243,6 +237,9 @@ class Engine:
             rows[name], rows[f"row-{row}"] = row, row
         tokens = self._run(engine, rows, request)
         logprobs, entropies = self._llm.collective_rpc("recorded_batch")[0]
+        self._sleep.after_generate()
+        if self._sleep.forgets_weights:
+            self._weights_version = None
         return Generated(
             weights_version=request.weights_version,
             lengths=[len(t) for t in tokens],
@@ -283,6 +280,31 @@ class Engine:
                 engine.abort_request([f"row-{i}" for i in stopped])
                 ended.update(stopped)
         return tokens
+
+
+def llm_arguments(start: Start, *, on_gpu: bool) -> dict[str, Any]:
+    """The arguments of vLLM's `LLM`."""
+    return {
+        "model": start.model,
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",  # rank 0 sends the weights
+        "dtype": start.dtype,
+        "seed": 0,
+        "max_model_len": start.max_tokens,
+        "max_num_seqs": start.max_responses,
+        "kv_cache_memory_bytes": start.cache_bytes,
+        "tensor_parallel_size": start.tensor_parallel,
+        "enforce_eager": not on_gpu,
+        "enable_prefix_caching": True,
+        "enable_sleep_mode": start.sleep > 0,
+        "async_scheduling": False,  # the output's length is the position that is sampled
+        "generation_config": "vllm",  # no defaults of the model's generation_config.json
+        "worker_extension_cls": (
+            "engine.train.rollout.vllm.worker_extension.RolloutWorkerExtension"
+        ),
+        "logits_processors": ["engine.train.rollout.vllm.uniform_sampling:UniformSampling"],
+        "disable_log_stats": True,
+    }
 
 
 def packed(tokens: list[list[int]], width: int) -> bytes:

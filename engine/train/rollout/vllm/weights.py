@@ -10,10 +10,11 @@ import json
 import math
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.errors import UserInputError
 from engine.protocol.rollout_messages import Checksum, TensorInfo
@@ -60,43 +61,71 @@ def folder_with_room(folders: list[Path], size: int) -> Path:
     )
 
 
-def write_weights(
+def send_weights(
     lm: nn.Module,
     dtype: torch.dtype,
-    path: Path | None,
+    take: Callable[[Tensor], Tensor] | None,
     report: ReportProgress = lambda _done, _total: None,
-) -> tuple[list[TensorInfo], Checksum]:
-    """Writes all weights in a dtype, with adapters merged; all ranks must call it together.
+) -> Checksum:
+    """Passes on all weights, whole and with adapters merged; all ranks must call it together.
 
     Args:
         lm: the policy's language model, whole, replicated or sharded.
         dtype: of the engine; that of the policy's forward passes.
-        path: the file to write; None on the ranks that only take part in gathering.
+        take: sends a tensor and returns it in that dtype. They come in the order of
+            :func:`inventory`. None on the ranks that only take part in gathering.
         report: called with (elements done, elements).
 
     Returns:
-        What was written, and the checksum of the tensors that are not tied; an empty one without
-        `path`.
+        The checksum of the tensors that are not tied; an empty one without `take`.
     """
     tensors = inventory(lm, dtype)
     total, done = sum(_elements(t) for t in tensors), 0
     sums: list[Checksum] = []
-    with contextlib.ExitStack() as stack:
-        file = None
-        if path is not None:
-            file = stack.enter_context(path.open("wb"))
-            file.write(header(tensors, dtype.itemsize))
-        for info, source in zip(tensors, mergeable_weights(lm).values(), strict=True):
-            whole = merged_weight(*source)
-            if file is None:
-                continue
-            host = whole.to("cpu", dtype).contiguous()
-            file.write(host.view(-1).view(torch.uint8).numpy().data)
-            if not info.tied:
-                sums.append(checksum([host]))
-            done += _elements(info)
-            report(done, total)
-    return tensors, (sum(s[0] for s in sums) & MASK, sum(s[1] for s in sums) & MASK)
+    for info, source in zip(tensors, mergeable_weights(lm).values(), strict=True):
+        whole = merged_weight(*source)
+        if take is None:
+            continue
+        sent = take(whole)
+        if not info.tied:
+            sums.append(checksum([sent]))
+        done += _elements(info)
+        report(done, total)
+    return sum(s[0] for s in sums) & MASK, sum(s[1] for s in sums) & MASK
+
+
+class WeightsFile:
+    """A safetensors file that is written one tensor at a time."""
+
+    def __init__(self, path: Path, tensors: list[TensorInfo], dtype: torch.dtype) -> None:
+        """Creates the file with its header."""
+        self._dtype = dtype
+        self._file = path.open("wb")
+        self._file.write(header(tensors, dtype.itemsize))
+
+    def write(self, tensor: Tensor) -> Tensor:
+        """Writes the next tensor; returns it as it is written, on the host."""
+        host = tensor.to("cpu", self._dtype).contiguous()
+        self._file.write(host.view(-1).view(torch.uint8).numpy().data)
+        return host
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def write_weights(
+    lm: nn.Module, dtype: torch.dtype, path: Path
+) -> tuple[list[TensorInfo], Checksum]:
+    """Writes all weights of a model that is on one rank; see :func:`send_weights`.
+
+    Returns:
+        What was written, and its checksum.
+    """
+    tensors = inventory(lm, dtype)
+    file = WeightsFile(path, tensors, dtype)
+    with contextlib.closing(file):
+        return tensors, send_weights(lm, dtype, file.write)
 
 
 def header(tensors: list[TensorInfo], size: int) -> bytes:

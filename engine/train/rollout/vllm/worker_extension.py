@@ -5,14 +5,16 @@ the update is complete, and that what the model then holds is what was sent. Aft
 model may be half replaced, and the process must end.
 """
 
+import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -22,6 +24,14 @@ from vllm.model_executor.model_loader.reload import (
 from engine.protocol.rollout_messages import Checksum
 from engine.train.rollout.vllm import uniform_sampling
 from engine.train.rollout.vllm.checksum import MASK, checksum
+from engine.train.rollout.vllm.group import WeightsGroup
+
+Inventory = list[tuple[str, list[int]]]
+"""Name and shape of each tensor of an update."""
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DEVICE_OF_HANDLE = 6
+"""Where `storage_device` stands among the arguments of torch's `rebuild_cuda_tensor`."""
 
 
 class IncompleteUpdateError(Exception):
@@ -34,38 +44,92 @@ class RolloutWorkerExtension:
     model_runner: Any
     device: torch.device
     vllm_config: Any
+    rank: int
+    rollout_group: WeightsGroup | None = None
+    """With rank 0 of the trainer, for broadcasts."""
 
     def load_weights_file(
-        self, path: str, tensors: list[tuple[str, list[int]]], sent: Checksum
+        self, path: str, tensors: Inventory, sent: Checksum
     ) -> tuple[int, Checksum | None, float]:
-        """Replaces all weights by those of a safetensors file.
+        """Replaces all weights by those of a safetensors file; see :meth:`_replace_weights`.
 
         Args:
             path: the file.
             tensors: name and shape of each tensor that it must have.
             sent: the checksum of the sender.
+        """
+        with safe_open(path, framework="pt") as file:
+            check_file(file, tensors)
+            named = ((name, file.get_tensor(name)) for name, _ in tensors)
+            return self._replace_weights(named, tensors, sent)
+
+    def load_weights_ipc(
+        self, handles: bytes, tensors: Inventory, sent: Checksum
+    ) -> tuple[int, Checksum | None, float]:
+        """Replaces all weights by those in another process's memory on this GPU.
+
+        It has never run. See :meth:`_replace_weights`.
+
+        Args:
+            handles: pickled arguments of `rebuild_cuda_tensor`, in the order of `tensors`.
+            tensors: name and shape of each tensor.
+            sent: the checksum of the sender.
+        """
+        # From the socket whose peer is a process of the same user.
+        exported: list[tuple[Any, ...]] = pickle.loads(handles)  # noqa: S301 - as said above
+        weights = [rebuild_cuda_tensor(*on_device(a, self.device.index or 0)) for a in exported]
+        try:
+            named = zip((name for name, _ in tensors), weights, strict=True)
+            return self._replace_weights(named, tensors, sent)
+        finally:
+            torch.cuda.synchronize()
+
+    def load_weights_broadcast(
+        self, path: str, size: int, tensors: Inventory, dtype: str
+    ) -> tuple[int, Checksum | None, float]:
+        """Replaces all weights by those that rank 0 of the trainer broadcasts.
+
+        Args:
+            path: the file by which the workers and rank 0 meet; empty if they have.
+            size: number of workers, and one.
+            tensors: name and shape of each tensor, in the order of the broadcasts.
+            dtype: of all of them, as in a safetensors header.
+        """
+        if path:
+            self.rollout_group = WeightsGroup(path, 1 + self.rank, size, self.device)
+        group = self.rollout_group
+        if group is None:
+            raise IncompleteUpdateError("the workers have not met the trainer's rank 0")
+        return self._replace_weights(received(group, tensors, DTYPES[dtype]), tensors, None)
+
+    def _replace_weights(
+        self, named: Iterable[tuple[str, Tensor]], tensors: Inventory, sent: Checksum | None
+    ) -> tuple[int, Checksum | None, float]:
+        """Replaces all weights.
+
+        Args:
+            named: name and content of each tensor; all of them are taken.
+            tensors: name and shape of each tensor.
+            sent: the checksum of the sender; None if the sender compares it.
 
         Returns:
             The number of tensors loaded, the checksum of what the model holds (None with tensor
             parallelism), and seconds.
 
         Raises:
-            IncompleteUpdateError: the file lacks a tensor, the model has a parameter that no tensor
-                belongs to, or the checksums differ.
+            IncompleteUpdateError: the model has a parameter that no tensor belongs to, or the
+                checksums differ.
         """
         started = time.perf_counter()
         model: nn.Module = self.model_runner.model
         expected = {name for name, _ in model.named_parameters()}
-        with safe_open(path, framework="pt") as file:
-            check_file(file, tensors)
-            with torch.device(self.device), set_current_vllm_config(self.vllm_config):
-                initialize_layerwise_reload(model)
-                with recorded_before_packing(model) as packed:
-                    names = (name for name, _ in tensors)
-                    load: Any = model.load_weights
-                    loaded = set(load((n, file.get_tensor(n)) for n in names))
-                    finalize_layerwise_reload(model, self.model_runner.model_config)
-                pack_tied_heads(model)
+        with torch.device(self.device), set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(model)
+            with recorded_before_packing(model) as packed:
+                load: Any = model.load_weights
+                loaded = set(load(iter(named)))
+                finalize_layerwise_reload(model, self.model_runner.model_config)
+            pack_tied_heads(model)
         missing = expected - loaded - tied_names(model)
         if missing:
             raise IncompleteUpdateError(
@@ -75,7 +139,7 @@ class RolloutWorkerExtension:
         held = None
         if self.vllm_config.parallel_config.tensor_parallel_size == 1:
             held = held_checksum(model, packed)
-            if held != tuple(sent):
+            if sent is not None and held != tuple(sent):
                 raise IncompleteUpdateError(
                     "the model does not hold the weights that were sent: their checksums differ"
                 )
@@ -92,7 +156,22 @@ class RolloutWorkerExtension:
         return logprobs.cpu().numpy().tobytes(), entropies.cpu().numpy().tobytes()
 
 
-def check_file(file: Any, tensors: list[tuple[str, list[int]]]) -> None:
+def on_device(handle: tuple[Any, ...], index: int) -> tuple[Any, ...]:
+    """The arguments of `rebuild_cuda_tensor` with the number that a GPU has in this process."""
+    return (*handle[:DEVICE_OF_HANDLE], index, *handle[DEVICE_OF_HANDLE + 1 :])
+
+
+def received(
+    group: WeightsGroup, tensors: Inventory, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Receives the tensors of an update, one after the other."""
+    for name, shape in tensors:
+        tensor = torch.empty(shape, dtype=dtype, device=group.device)
+        group.broadcast(tensor)
+        yield name, tensor
+
+
+def check_file(file: Any, tensors: Inventory) -> None:
     """Checks that a file has the tensors that were announced. Raises IncompleteUpdateError."""
     there = set(file.keys())
     for name, shape in tensors:
