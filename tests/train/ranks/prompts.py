@@ -1,7 +1,7 @@
-"""Loads prompts as one of two ranks: ``prompts.py FOLDER DATA FAR``.
+"""Loads prompts as one of two ranks: ``prompts.py FOLDER DATA``.
 
-FOLDER is for the store, the caches and the results. With FAR=1 rank 1 is as on another machine,
-where nothing of rank 0's cache is seen.
+FOLDER is for the store, the caches and the results. The second time rank 1 is as on another
+machine, where nothing of rank 0's cache is seen.
 """
 
 import json
@@ -22,27 +22,32 @@ from engine.train.distributed.ranks import RankGroup
 
 
 def main():
-    folder, data, far = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "1"
+    folder, data = Path(sys.argv[1]), sys.argv[2]
     os.environ[STORE_VARIABLE] = f"file:{folder}/store"
     ranks = RankGroup(LaunchConfig(device="cpu"))
     load_prompts.CACHED_BYTES = 0
     share_prompts.PART = 1000
-    cache = folder / (f"cache-{ranks.rank}" if far else "cache")
-    if far and not ranks.is_lead:
+    results = [load(data, folder / "shared", ranks)]
+    cache = folder / f"of-{ranks.rank}"
+    if not ranks.is_lead:
         os.environ["LOCAL_RANK"] = "0"
         find = PromptCache.find
         PromptCache.find = lambda self, name: find(self, name) if self.folder == cache else None
-    tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
-    prompts = share_prompts.load_on_all_ranks(
-        DataConfig(prompts=data, cache=str(cache), max_prompt_tokens=7), tokenizer, ranks,
-        per_step=4, seed=1,
-    )  # fmt: skip
-    found = [[p.ids, p.text] for s in range(1, 9) for p in prompts.for_step(s)]
-    result = {"prompts": found, "rows": any(p.row for p in prompts.first(3)),
-              "left_out": prompts.left_out}  # fmt: skip
-    (folder / f"{ranks.rank}.json").write_text(json.dumps(result))
+    results.append(load(data, cache, ranks))
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(results))
     ranks.final_barrier()
     os._exit(0)  # like a rank
+
+
+def load(data, cache, ranks):
+    tokenizer = AutoTokenizer.from_pretrained(starter.resolve("starter:policy"))
+    config = DataConfig(prompts=data, cache=str(cache), max_prompt_tokens=7)
+    prompts = share_prompts.load_on_all_ranks(config, tokenizer, ranks, per_step=4, seed=1)
+    return {
+        "prompts": [[p.ids, p.text] for s in range(1, 9) for p in prompts.for_step(s)],
+        "rows": any(p.row for p in prompts.first(3)),
+        "left_out": prompts.left_out,
+    }
 
 
 if __name__ == "__main__":
