@@ -177,7 +177,7 @@ def printed_rows(rows: list[dict[str, Any]], form: str | None, output: Path | No
         text = csv_text(rows)
         # A file or a program gets the text as it is; a terminal would run its control sequences.
         text = sanitise(text) if sys.stdout.isatty() else text
-        click.get_binary_stream("stdout").write(text.encode("utf-8", "backslashreplace"))
+        click.echo(text.encode("utf-8", "backslashreplace"), nl=False)
     return True
 
 

@@ -46,6 +46,9 @@ class Lines(GeneralTracker):
         self._write("end")
 
 class Broken(Lines):
+    def _write(self, *values):
+        pass
+
     def log(self, values, step=None, **kwargs):
         raise OSError("no route\\nto host")
 '''
@@ -55,26 +58,31 @@ OVERRIDES = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def demo(tmp_path, monkeypatch):
-    """Returns a function that gives the demo's configuration with keys overridden."""
-    (tmp_path / "my_trackers.py").write_text(MODULE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return lambda *overrides: config_file.load(starter.FOLDER / "demo.yaml", overrides)
+def demo(*overrides):
+    """The demo's configuration with keys overridden."""
+    return config_file.load(starter.FOLDER / "demo.yaml", overrides)
 
 
-@pytest.fixture
-def two_attempts(demo, tmp_path):
+@pytest.fixture(scope="module")
+def two_attempts(tmp_path_factory):
     """A session whose trackers got three steps, and the last of them again after a resume."""
-    session = create(tmp_path, "mine", demo(*OVERRIDES))
+    folder = tmp_path_factory.mktemp("trackers")
+    (folder / "my_trackers.py").write_text(MODULE)
+    session = create(folder, "mine", demo(*OVERRIDES))
     told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        record(session, told)
+    return session, told
+
+
+def record(session, told):
+    """Two attempts of a run."""
     for steps in ([1, 2, 3], [3, 4]):
         trackers = TrackerProcess(session, demo(*OVERRIDES), lambda s, t: told.append((s, t)))
         for step in steps:
             trackers.step(step, {"objective/kl": step / 2, "odd": float("nan")}, [])
         trackers.close()
-    return session, told
 
 
 def test_a_resume_continues_the_runs_and_no_failure_ends_them(two_attempts):
@@ -100,7 +108,7 @@ def test_secrets_are_not_passed_on_and_files_are_the_owners(two_attempts):
     assert stat.S_IMODE(session.trackers.stat().st_mode) == 0o700
 
 
-def test_what_follows_a_question_mark_in_a_url_is_no_configuration(demo):
+def test_what_follows_a_question_mark_in_a_url_is_no_configuration():
     config = demo("reward={service: 'http://10.0.0.7/score?key=s3cret'}")
     assert "s3cret" not in json.dumps(shown_config(config))
     assert shown_config(config)["reward.service"] == "http://10.0.0.7/score"
@@ -122,6 +130,6 @@ def test_each_tracker_of_accelerate_is_made_with_what_it_takes(name):
         ("['absent_package.x:Tracker']", "absent_package.x:Tracker is not installed here"),
     ],
 )
-def test_a_tracker_that_does_not_exist_is_refused_before_the_start(demo, names, message):
+def test_a_tracker_that_does_not_exist_is_refused_before_the_start(names, message):
     with pytest.raises(ConfigError, match=message):
         check_inputs(demo(f"log.trackers={names}"))

@@ -35,7 +35,7 @@ def test_every_format_holds_the_same_rows(printed, tmp_path, command):
     assert [line["step"] for line in lines] == [str(row["step"]) for row in rows]
     assert list(lines[0]) == list(columns)
     said = printed(command, "frozen", "-o", tmp_path / "rows.parquet")
-    assert f"{len(rows)} rows" in said
+    assert f"{len(rows):,} rows" in said
     assert pq.read_table(tmp_path / "rows.parquet").to_pydict() == columns
     assert [f.name for f in tmp_path.iterdir()] == ["rows.parquet"]
 
