@@ -45,8 +45,12 @@ class Start:
     """One start."""
 
     seconds: float
+    cpu: float
+    """Processor time."""
     prompts: float
-    """Seconds of these for the prompts alone."""
+    """Seconds for the prompts alone."""
+    prompts_cpu: float
+    """Processor time for these."""
     peak: float
     """Of the resident memory, in MB."""
     own: float
@@ -69,7 +73,8 @@ def main() -> None:
         few, many = (write_rows(folder, count) for count in (options.few, options.prompts))
         size = many.stat().st_size / 1e6
         print(f"{options.prompts:,} prompts in {size:,.0f} MB of JSON Lines")
-        print(f"{'start':<28}{'seconds':>9}{'prompts':>9}{'peak MB':>9}{'own MB':>9}")
+        print(f"{'start':<28}{'s':>8}{'CPU s':>8}{'prompts':>9}{'CPU s':>8}{'peak MB':>9}"
+              f"{'own MB':>8}")  # fmt: skip
         for title, path in (
             (f"{options.few:,} prompts", few),
             (f"{options.prompts:,}, first start", many),
@@ -77,8 +82,9 @@ def main() -> None:
             (f"{options.few:,} prompts again", few),
         ):
             found = measure(path, folder)
-            print(f"{title:<28}{found.seconds:>9.1f}{found.prompts:>9.1f}"
-                  f"{found.peak:>9.0f}{found.own:>9.0f}", flush=True)  # fmt: skip
+            times = f"{found.seconds:>8.1f}{found.cpu:>8.1f}{found.prompts:>9.1f}"
+            rest = f"{found.prompts_cpu:>8.1f}{found.peak:>9.0f}{found.own:>8.0f}"
+            print(f"{title:<28}{times}{rest}", flush=True)
         cached = sum(f.stat().st_size for f in (folder / "cache").rglob("*") if f.is_file())
         print(f"the cache has {cached / 1e6:,.0f} MB")
 
@@ -106,6 +112,7 @@ def measure(prompts: Path, folder: Path) -> Start:
         [sys.executable, "-W", "ignore", "-m", "benchmarks.prompts", "--start", str(file)],
         env=os.environ | rank_environment(LaunchConfig(nice=0)) | {"HF_HOME": str(folder / "hf")},
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
     )
     peaks = [0.0, 0.0]
@@ -116,7 +123,8 @@ def measure(prompts: Path, folder: Path) -> Start:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"a start failed: {output}")
-    return Start(seconds, float(output.split()[-1]), *(peak / 1e6 for peak in peaks))
+    numbers = [float(number) for number in output.split()[-3:]]
+    return Start(seconds, *numbers, *(peak / 1e6 for peak in peaks))
 
 
 def _watch(process: psutil.Process, peaks: list[float]) -> None:
@@ -139,11 +147,10 @@ def start(file: Path) -> None:
     from engine.train.step import train_step  # noqa: PLC0415
 
     config = config_file.load(file)
-    began = time.perf_counter()
-    stages: dict[str, float] = {}
+    stages: dict[str, tuple[float, float]] = {}
 
     def announce(_step: int, name: str, *_progress: int) -> Callable[[int, int], None]:
-        stages.setdefault(name, time.perf_counter() - began)
+        stages.setdefault(name, (time.perf_counter(), time.process_time()))
         return lambda _done, _total: None
 
     with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +158,8 @@ def start(file: Path) -> None:
         run = load_run(session, config, Begin(attempt=1, from_step=0), RankGroup(config.launch),
                        announce)  # fmt: skip
         train_step(run, 1)
-    sys.stdout.write(f"{stages['load reward'] - stages['load prompts']}\n")
+    (end, cpu_end), (begin, cpu_begin) = stages["load reward"], stages["load prompts"]
+    sys.stdout.write(f"{time.process_time()} {end - begin} {cpu_end - cpu_begin}\n")
     sys.stdout.flush()
     os._exit(0)
 

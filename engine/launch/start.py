@@ -379,9 +379,9 @@ def check_inputs(config: RunConfig) -> None:
         ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
     """
     check_trackers_installed(config.log)
-    for i, source in enumerate(config.data.sources):
-        key = "data.prompts" if isinstance(config.data.prompts, str) else f"data.prompts[{i}].path"
-        _check_prompts(key, source.path)
+    single = isinstance(config.data.prompts, str)
+    for i, prompts in enumerate(config.data.sources):
+        _check_prompts("data.prompts" if single else f"data.prompts[{i}].path", prompts.path)
     models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
     _check_chat_template(config.data.chat_template)
     many = len(config.reward.sources()) > 1

@@ -117,11 +117,15 @@ def tokenise_texts(
     """
     if not texts:
         return []
-    found = [list(ids) for ids in tokenizer(texts, add_special_tokens=special)["input_ids"]]
+    encoded = tokenizer(
+        texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
+    )
+    found = [list(ids) for ids in encoded["input_ids"]]
     if special:
+        end = tokenizer.eos_token_id  # looked up by its text at each access
         for ids in found:
             # Some tokenizers append it to every text, but the response continues the sequence.
-            if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            if len(ids) > 1 and ids[-1] == end:
                 ids.pop()
     return found
 

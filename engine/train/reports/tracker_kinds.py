@@ -96,6 +96,11 @@ KINDS = {
 }  # fmt: skip
 
 
+def is_tracker(value: Any) -> bool:
+    """Whether a value is a class of trackers."""
+    return isinstance(value, type) and issubclass(value, GeneralTracker)
+
+
 def make_tracker(name: str, header: Header, known: str) -> tuple[GeneralTracker, Callable[[], str]]:
     """A tracker that begins a run, or continues one.
 
@@ -114,8 +119,8 @@ def make_tracker(name: str, header: Header, known: str) -> tuple[GeneralTracker,
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
-        own = getattr(importlib.import_module(module), attribute)
-        if not (isinstance(own, type) and issubclass(own, GeneralTracker)):
+        own: Any = getattr(importlib.import_module(module), attribute)
+        if not is_tracker(own):
             raise TypeError(f"{attribute} is no subclass of accelerate.tracking.GeneralTracker")
         folder = [_here()] if own.requires_logging_directory else []
         chosen = known or uuid.uuid4().hex
