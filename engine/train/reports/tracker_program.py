@@ -53,6 +53,7 @@ def main() -> None:
         problems.write(" ".join(text.split()) + "\n")
         problems.flush()
 
+    os.umask(0o077)  # what trackers write is the owner's, too
     header = msgspec.json.decode(sys.stdin.buffer.readline(), type=Header)
     lock = wait_for_lock()
     runs = start_all(header, tell)
