@@ -17,6 +17,7 @@ from engine.train.reports.trackers import TrackerProcess, shown_config
 MODULE = '''
 import json
 from pathlib import Path
+from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker
 
 class Lines(GeneralTracker):
@@ -40,6 +41,7 @@ class Lines(GeneralTracker):
 
     def log(self, values, step=None, **kwargs):
         print("this is not a problem")
+        get_logger(__name__).debug("accelerate's trackers log, too")
         self._write(step, values)
 
     def finish(self):

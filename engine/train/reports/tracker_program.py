@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 
 from engine.errors import SessionLockedError, first_line
@@ -55,6 +56,7 @@ def main() -> None:
 
     os.umask(0o077)  # what trackers write is the owner's, too
     header = msgspec.json.decode(sys.stdin.buffer.readline(), type=Header)
+    PartialState(cpu=True)  # the trackers' own logger asks for it
     lock = wait_for_lock()
     runs = start_all(header, tell)
     for data in sys.stdin.buffer:
@@ -129,9 +131,9 @@ def start_all(header: Header, tell: Tell) -> list[TrackerRun]:
             tracker, run_id = make_tracker(name, header, ids.get(name, ""))
             tracker.start()
             if name not in ids:
-                tracker.store_init_configuration(header.config)
                 ids[name] = run_id()
                 write_atomically(file, json.dumps(ids, indent=1))
+                tracker.store_init_configuration(header.config)
         except Exception as error:  # any package's
             tell(f"{name} cannot be started: {first_line(error)}")
             continue
