@@ -15,7 +15,7 @@ from engine.config.sections.model import MIXTURE_CYCLE, DataConfig, PromptSource
 from engine.errors import UserInputError
 from engine.train.data import load_prompts as loading
 from engine.train.data.formats import common_start
-from engine.train.data.load_prompts import load_prompts
+from engine.train.data.load_prompts import load_prompts, load_sets
 from engine.train.data.mixture import Mixture, shares
 from engine.train.data.prompt_order import Prompts
 from engine.train.data.prompt_table import PromptTable
@@ -244,6 +244,26 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_key(
     cached.write_text("a file")
     with pytest.raises(UserInputError, match=r"data\.cache: cannot write in .*; name another"):
         load(tokenizer, write_rows("p.jsonl", ROWS), cache=str(cached))
+
+
+def test_without_a_cache_of_the_users_choice_prompts_are_kept_in_memory(
+    tokenizer, write_rows, cached, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "p.jsonl"))  # a file
+    assert len(load(tokenizer, write_rows("p.jsonl", ROWS))) == 50
+
+
+def test_making_an_entry_tells_its_progress(tokenizer, write_rows, cached):
+    told = []
+    config = DataConfig(prompts=write_rows("p.jsonl", ROWS), cache=str(cached))
+
+    def begin(part):
+        told.append(part)
+        return lambda done, total: told.append((done, total))
+
+    load_sets(config, tokenizer, begin=begin)
+    assert told[:3] == ["read", "tokenise", (8, 50)]
+    assert told[-1] == (50, 50)
 
 
 def test_several_data_sets_have_columns_and_caches_of_their_own(tokenizer, write_rows, cached):

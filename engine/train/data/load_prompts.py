@@ -21,6 +21,7 @@ from engine.train.data.prompt_cache import (
     PROMPTS,
     ROWS,
     WRITE_ERRORS,
+    CacheWriteError,
     PromptCache,
     cache_folder,
     content_hash,
@@ -114,7 +115,7 @@ def load_sets(
     try:
         return [_load(config, source, tokenizer, begin) for source in config.sources]
     except UserInputError as error:
-        if key == "data":
+        if key == "data" or isinstance(error, CacheWriteError):
             raise
         raise UserInputError(str(error).replace("data.", f"{key}.", 1)) from error
 
@@ -130,6 +131,26 @@ def _load(
     files = [file] if file is not None else _files_of(rows)
     if rows is not None and sum(path.stat().st_size for path in files) < CACHED_BYTES:
         return _usable(config, source, _in_memory(config, source, tokenizer, rows), None)
+    try:
+        entry = _cached(config, source, tokenizer, files, rows, begin)
+    except CacheWriteError as error:
+        if config.cache is not None:
+            raise
+        log.warning("the prompts are kept in memory: %s", error)
+        table = _in_memory(config, source, tokenizer, rows or read_rows(source))
+        return _usable(config, source, table, None)
+    return _usable(config, source, open_entry(entry, rows=True), entry)
+
+
+def _cached(
+    config: DataConfig,
+    source: PromptSource,
+    tokenizer: PreTrainedTokenizerBase,
+    files: list[Path],
+    rows: "datasets.Dataset | None",
+    begin: BeginPart,
+) -> Path:
+    """The entry of a data set in the cache, which is made if there is none."""
     cache = PromptCache(cache_folder(config.cache))
     name = content_hash(files, *_facts(config, source, tokenizer))
     if cache.find(name) is None:
@@ -138,8 +159,7 @@ def _load(
                 begin("read")
                 rows = read_rows(source, made.parent / "read")
             _fill(made, config, source, tokenizer, rows, cache, begin)
-    entry = cache.folder / name
-    return _usable(config, source, open_entry(entry, rows=True), entry)
+    return cache.folder / name
 
 
 def _files_of(rows: "datasets.Dataset | None") -> list[Path]:

@@ -34,6 +34,10 @@ UNUSED = 60 * 86400.0
 """Seconds after which an entry that nobody has used is removed when another one is made."""
 
 
+class CacheWriteError(UserInputError):
+    """The cache cannot be written."""
+
+
 class Entry(msgspec.Struct, frozen=True):
     """The contents of `entry.json`."""
 
@@ -103,7 +107,7 @@ class PromptCache:
         If another run has made the entry meanwhile, that one stays.
 
         Raises:
-            UserInputError: the cache cannot be written; whatever is raised in the context.
+            CacheWriteError: the cache cannot be written; whatever is raised in the context.
         """
         try:
             make_folders(self.folder)
@@ -122,10 +126,10 @@ class PromptCache:
         finally:
             work.close()
 
-    def not_writable(self, error: Exception) -> UserInputError:
+    def not_writable(self, error: Exception) -> CacheWriteError:
         """The error for a cache that cannot be written."""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return UserInputError(
+        return CacheWriteError(
             f"data.cache: cannot write in {self.folder}: {reason}; name another folder"
         )
 
