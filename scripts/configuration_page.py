@@ -20,15 +20,17 @@ are required; the other sections can be omitted. Any key can be given on the com
 folder. The session's `config.yaml` states the value of every key, including the defaults.
 
 A resume (`rlhf-tui resume NAME -o …`) can change any key except those that determine the model or
-the order of the data: `seed`, `data.*`, `model.*`, `lora.*`, `rollout.batch_size`,
-`rollout.per_prompt`, `ppo.advantage` and `ppo.value_init`. A fork can change these too, except
-`lora.*`. Keys marked ⇄ can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
+the order of the data: `seed`, `data.*` without `data.cache`, `model.*`, `lora.*`,
+`rollout.batch_size`, `rollout.per_prompt`, `ppo.advantage` and `ppo.value_init`. A fork can change
+these too, except `lora.*`. Keys marked ⇄ can also be changed during the run
+(`rlhf-tui ctl NAME set key=value`).
 
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
 they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) lie far outside of what is useful.
 """
 COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
 LIST_ITEMS = {
+    "A data set of `data.prompts`": "PromptSource",
     "A source of `reward.mix`": "RewardSource",
     "A rule of `guardrails.rules`": "Rule",
     "A webhook of `notify.webhooks`": "Webhook",
@@ -43,6 +45,7 @@ TYPE_NAMES = [
     (r"\bSeconds\b", "number > 0"),
     (r"Literal\[(.*?)\]", lambda m: re.sub(r"'(\w+)'", r"`\1`", m[1]).replace(", ", " | ")),
     (r"list\[RewardSource\]", "list of sources"),
+    (r"list\[PromptSource\]", "list of data sets"),
     (r"list\[Rule\]", "list of rules"),
     (r"list\[Webhook\]", "list of webhooks"),
     (r"list\[str\]", "list of texts"),

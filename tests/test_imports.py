@@ -35,7 +35,8 @@ FLOORS = [
     ("engine.supervisor",),
     ("engine.__main__", "engine.api"),
     # What runs in a rank, beside the supervisor. Masked means are used by rollouts and losses.
-    ("engine.train", "engine.train.data", "engine.train.distributed", "engine.train.ppo.masked"),
+    ("engine.train", "engine.train.data", "engine.train.ppo.masked"),
+    ("engine.train.distributed",),
     ("engine.train.models",),
     ("engine.train.rollout",),
     ("engine.train.link", "engine.train.ppo", "engine.train.rewards"),

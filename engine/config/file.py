@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from engine.config.rules import check_config
-from engine.config.schema import FIXED_AT_START, RunConfig
+from engine.config.schema import FIXED_AT_START, FREE_ON_RESUME, RunConfig
 from engine.config.type_errors import expected, shown
 from engine.config.yaml_document import check_plain, dump_yaml, parse_yaml
 from engine.errors import ConfigError
@@ -205,7 +205,7 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
         ConfigError: a key that is fixed at the start of a run differs.
     """
     for key in changes(old, new):
-        if key.startswith(FIXED_AT_START):
+        if key.startswith(FIXED_AT_START) and key not in FREE_ON_RESUME:
             # A checkpoint has the adapters of its run, so not even a fork can change them.
             alternative = "" if key.startswith("lora.") else ", or fork instead"
             raise ConfigError(
@@ -317,10 +317,15 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 
     for section, keys in PATH_KEYS.items():
         anchor(tree.get(section), keys)
+    data = tree.get("data")
+    if isinstance(data, dict):
+        for source in _dicts(data.get("prompts")):
+            anchor(source, ["path"])
+        if isinstance(cache := data.get("cache"), str):
+            data["cache"] = _absolute(folder, cache)
     rollout = tree.get("rollout")
     if isinstance(rollout, dict) and isinstance(python := rollout.get("python"), str):
-        # Not resolved: the Python of a virtual environment is a link to that of the system.
-        rollout["python"] = str((folder / Path(python).expanduser()).absolute())
+        rollout["python"] = _absolute(folder, python)
     reward = tree.get("reward")
     if not isinstance(reward, dict):
         return
@@ -331,6 +336,14 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
         anchor(source, PATH_KEYS["reward"])
     if reward.get("path") is None and any(s.get("function") for s in [reward, *sources]):
         reward["path"] = str(folder)
+
+
+def _absolute(folder: Path, value: str) -> str:
+    """A path from a folder on; links stay, as the Python of a virtual environment is one."""
+    try:
+        return str((folder / Path(value).expanduser()).absolute())
+    except RuntimeError:  # no user of that ~NAME
+        return value
 
 
 def _dicts(value: Any) -> list[dict[str, Any]]:

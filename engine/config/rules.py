@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
+from engine.config.data_rules import check_data
 from engine.config.deadline import deadline
 from engine.config.model_rules import check_models
 from engine.config.rollout_rules import check_rollout
@@ -14,6 +15,7 @@ from engine.config.schema import RunConfig
 from engine.config.sections.reward import SOURCE_KEYS, JudgeConfig, RewardConfig, RewardSource
 from engine.config.sections.supervision import RULE_CONDITIONS, NotifyConfig, Rule, Webhook
 from engine.config.settings import LIVE_SETTINGS, change_settings
+from engine.config.tracker_rules import check_trackers
 from engine.errors import CommandRejectedError, ConfigError
 from engine.metrics import declaration
 
@@ -56,6 +58,8 @@ def check_config(config: RunConfig) -> None:
     deadline(config.train, {})
     for rule in config.guardrails.rules:
         check_rule(rule)
+    check_data(config.data)
+    check_trackers(config.log)
     _check_evaluation(config)
     _check_launch(config)
     _check_notify(config.notify)

@@ -63,3 +63,5 @@ FIXED_AT_START = (
     "eval.holdout",
 )
 """Keys and sections that determine the model or the order of the data: fixed on a resume."""
+FREE_ON_RESUME = ("data.cache",)
+"""Keys of these sections that a resume may change all the same."""

@@ -13,6 +13,7 @@ from engine.config import file as config_file
 from engine.config.model_folder import folder_error, has_config, is_file
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange
+from engine.config.tracker_rules import check_trackers_installed
 from engine.errors import (
     ConfigError,
     DamagedCheckpointError,
@@ -401,7 +402,10 @@ def check_inputs(config: RunConfig) -> None:
     Raises:
         ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
     """
-    _check_prompts("data.prompts", config.data.prompts)
+    check_trackers_installed(config.log)
+    single = isinstance(config.data.prompts, str)
+    for i, prompts in enumerate(config.data.sources):
+        _check_prompts("data.prompts" if single else f"data.prompts[{i}].path", prompts.path)
     models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
     _check_chat_template(config.data.chat_template)
     many = len(config.reward.sources()) > 1

@@ -19,6 +19,8 @@ class CheckResult(Struct, frozen=True, kw_only=True):
     policy_parameters: int
     trained_parameters: int
     prompts: int
+    prompts_left_out: dict[str, int] = {}
+    """Why prompts of the data are not used → how many."""
     longest_prompt: int
     """Tokens of the longest prompt."""
     responses: int

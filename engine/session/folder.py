@@ -105,6 +105,11 @@ class Session:
         return self.folder / "checkpoints"
 
     @property
+    def trackers(self) -> Path:
+        """Folder of what experiment trackers write, and of the ids of their runs."""
+        return self.folder / "trackers"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of the TensorBoard event files."""
         return self.folder / "tb"

@@ -119,6 +119,7 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
         policy_parameters=sum(p.numel() for p in run.policy.parameters()),
         trained_parameters=sum(p.numel() for p in run.policy.parameters() if p.requires_grad),
         prompts=len(run.prompts),
+        prompts_left_out=run.prompts.left_out,
         longest_prompt=run.prompts.longest,
         responses=run.config.rollout.batch_size,
         prompt_tokens=max(len(p.ids) for p in prompts),

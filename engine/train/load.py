@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from engine import starter
 from engine.config.schema import RunConfig
@@ -25,10 +24,10 @@ from engine.train.checkpoints.shards import (
     load_reference_weights,
     load_training,
 )
-from engine.train.data.prompts import Prompts, load_prompts
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.distributed.sharding import learner
+from engine.train.distributed.share_prompts import load_on_all_ranks
 from engine.train.evaluation.held_out import HeldOut, split_prompts
 from engine.train.models.language_model import (
     AdapterFreePolicy,
@@ -112,8 +111,14 @@ def load_run(
     tokenizer_source = source if has_tokenizer else starter.resolve(config.model.policy)
     tokenizer = load_policy_tokenizer(config, tokenizer_source, ranks)
     prompts, held_out_prompts = split_prompts(
-        config, broadcast_prompts(config, tokenizer, ranks), tokenizer, ranks
-    )
+        config,
+        load_on_all_ranks(
+            config.data, tokenizer, ranks, per_step=config.prompts_per_step, seed=config.seed,
+            begin=lambda part: announce(begin.from_step, f"load prompts: {part}"),
+        ),
+        tokenizer,
+        ranks,
+    )  # fmt: skip
     strategy, memory = check_memory(
         first_step_config(config, begin),
         prompts.longest,
@@ -304,20 +309,6 @@ def read_state(folder: Path, ranks: RankGroup) -> SavedState:
     """
     data = msgspec.msgpack.encode(checkpoint_folder.read_state(folder)) if ranks.is_lead else b""
     return msgspec.msgpack.decode(ranks.broadcast_bytes(data), type=SavedState)
-
-
-def broadcast_prompts(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, ranks: RankGroup
-) -> Prompts:
-    """Reads the prompts on rank 0; returns them on every rank."""
-    if not ranks.is_lead:
-        return Prompts.unpack(ranks.broadcast_bytes())
-    prompts = load_prompts(
-        config.data, tokenizer, per_step=config.prompts_per_step, seed=config.seed
-    )
-    if ranks.size > 1:
-        ranks.broadcast_bytes(prompts.pack())
-    return prompts
 
 
 def _check_frozen_models(

@@ -14,7 +14,7 @@ from engine.config.schema import RunConfig
 from engine.memory.model import Estimate
 from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
-from engine.train.data.prompts import Prompts
+from engine.train.data.prompt_order import Prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.held_out import HeldOut
 from engine.train.models.language_model import AnyModel, LanguageModel

@@ -53,6 +53,7 @@ from engine.train.out_of_memory import (
     memory_text,
     run_step,
 )
+from engine.train.reports.recorders import open_recorders
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 
@@ -157,6 +158,10 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
     def notify(rule: str, text: str) -> None:
         link.send(Notice(step=begin.from_step, rule=rule, text=text))
 
+    def tell_of_trackers(step: int, text: str) -> None:
+        log.warning(text)
+        link.send(Notice(step=step, rule="trackers", text=text))
+
     if ranks.device.type == "cuda" and config.model.dtype == "float32":
         text = (
             "model.dtype is float32, with which a GPU trains several times slower than with "
@@ -170,21 +175,16 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
     run = load_run(session, config, begin, ranks, link.phase, notify)
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
-    events = None
-    if config.log.tensorboard and ranks.is_lead:
-        # A rank that writes no event files starts without the quarter second of this import.
-        from engine.train.reports.tensorboard import EventFiles  # noqa: PLC0415
-
-        events = EventFiles(session.tensorboard, begin.from_step)
-        if not begin.from_step:
-            events.hparams(config)
+    recorders = (
+        open_recorders(session, config, begin.from_step, tell_of_trackers) if ranks.is_lead else []
+    )
 
     with contextlib.closing(boundary):
         baseline = prepare(boundary, run, config)
         if baseline.metrics:
             link.send(BaselineReport(baseline.metrics, recorded(baseline.samples)))
-            if events is not None:
-                events.step(0, baseline.metrics, baseline.samples)
+            for recorder in recorders:
+                recorder.step(0, baseline.metrics, baseline.samples)
         while boundary.before_step():
             step = run.state.step + 1
             started = time.monotonic()
@@ -196,8 +196,8 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
             evaluation, problem = evaluate_or_skip(run, step)
             metrics |= evaluation.metrics
             changes = boundary.after_step(step, metrics, time.monotonic() - started)
-            if events is not None:
-                events.step(step, metrics, samples)
+            for recorder in recorders:
+                recorder.step(step, metrics, samples)
             settings = msgspec.to_builtins(settings_of(run.config))
             link.send(
                 StepReport(
@@ -219,8 +219,8 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
             if problem is not None:
                 boundary.hold(problem)
         reason = boundary.finish()
-    if events is not None:
-        events.close()
+    for recorder in recorders:
+        recorder.close()
     return reason
 
 
@@ -284,6 +284,7 @@ def run_info(run: Run) -> dict[str, object]:
         "trained_parameters": sum(p.numel() for p in run.policy.parameters() if p.requires_grad),
         "reference_parameters": sum(p.numel() for p in run.reference.parameters()),
         "prompts": len(run.prompts),
+        "prompts_left_out": run.prompts.left_out,
         "device": str(run.device),
         "ranks": run.ranks.size,
         "strategy": run.strategy,

@@ -1,7 +1,10 @@
 """Commands that only read: ls, status, metrics, samples, events, logs."""
 
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -36,6 +39,7 @@ from rlhf_tui.commands.options import (
     sessions_option,
 )
 from rlhf_tui.state.session_row import SessionRow, read_session_row, unreadable_row
+from rlhf_tui.table_files import FORMATS, csv_text, write_file
 from rlhf_tui.text import one_line, sanitise
 
 FOLLOW_INTERVAL = 0.2
@@ -154,17 +158,72 @@ def status(root: Path, name: str, as_json: bool) -> None:
         say(f"  resume with rlhf-tui ctl {row.name} unpause")
 
 
+def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options --format and -o of commands that print rows; see :func:`printed_rows`."""
+    output = click.option(
+        "-o",
+        "output",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Write a file: .csv, .json or .parquet, or what --format says.",
+    )
+    form = click.option(
+        "--format", "form", type=click.Choice(FORMATS), help="Print all fields in this format."
+    )
+    return form(output(command))
+
+
+def printed_rows(rows: list[dict[str, Any]], form: str | None, output: Path | None) -> bool:
+    """Prints rows in a format, or writes them to a file.
+
+    Args:
+        rows: the objects that --json prints.
+        form: from --format.
+        output: from -o.
+
+    Returns:
+        False if neither was asked for.
+
+    Raises:
+        UserInputError: the format is unknown, cannot be printed, or the file cannot be written.
+    """
+    if form is None and output is None:
+        return False
+    form = form or str(output).rpartition(".")[2]
+    if form not in FORMATS:
+        raise UserInputError(
+            f"-o {output}: name the file .csv, .json or .parquet, or give --format"
+        )
+    if output is not None:
+        size = write_file(rows, form, output)
+        say(f"{output}: {fmt.plural(len(rows), 'row')}, {fmt.size(size)}")
+    elif form == "json":
+        print_json(rows)
+    elif form == "parquet":
+        raise UserInputError("--format parquet is not text: give -o FILE")
+    else:
+        text = csv_text(rows)
+        # A file or a program gets the text as it is; a terminal would run its control sequences.
+        text = sanitise(text) if sys.stdout.isatty() else text
+        click.echo(text.encode("utf-8", "backslashreplace"), nl=False)
+    return True
+
+
 @click.command()
 @name_argument
 @sessions_option
 @last_option
+@format_options
 @json_option
-def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
-    """Print a session's metrics, one row per step."""
+def metrics(
+    root: Path, name: str, last: int | None, form: str | None, output: Path | None, as_json: bool
+) -> None:
+    """Print a session's metrics, one row per step.
+
+    --format and --json print every metric.
+    """
     with JournalReader(existing(root, name)) as record:
         rows = record.metrics(last)
-    if as_json:
-        print_json([r.as_json() for r in rows])
+    if printed_rows([r.as_json() for r in rows], "json" if as_json else form, output):
         return
     columns = COLUMNS | {k: t for k, t in HELD_OUT.items() if any(k in r.values for r in rows)}
     body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in columns)] for r in rows]
@@ -176,18 +235,24 @@ def metrics(root: Path, name: str, last: int | None, as_json: bool) -> None:
 @sessions_option
 @last_option
 @click.option("--eval", "held_out", is_flag=True, help="Print responses to held-out prompts.")
+@format_options
 @json_option
-def samples(root: Path, name: str, last: int | None, held_out: bool, as_json: bool) -> None:
-    """Print samples: prompts, responses and scores."""
+def samples(
+    root: Path, name: str, last: int | None, held_out: bool, form: str | None,
+    output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print samples: prompts, responses and scores.
+
+    The last 16, or with --format and --json all.
+    """
     session = existing(root, name)
-    count = last if last or as_json else 16
+    count = last if last or as_json or form or output else 16
     with SampleReader(session) as reader:
         if held_out:
             rows = reader.evaluated()[-count if count else 0 :]
         else:
             rows = with_judgements(session, reader.newest(count))
-    if as_json:
-        print_json([r.as_json() for r in rows])
+    if printed_rows([r.as_json() for r in rows], "json" if as_json else form, output):
         return
     for row in rows:
         score, kl = fmt.number(row.score), fmt.number(row.kl, 2)

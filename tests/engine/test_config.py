@@ -90,6 +90,14 @@ def test_a_value_head_beside_adapters_learns_at_their_rate_and_elsewhere_at_ten_
         ("guardrails.rules=[{name: a, metric: b, bove: 1}]", "rules[0].bove"),
         ("guardrails.rules=[{name: a, metric: b, above: 1, of: c}]", ".of must be one of"),
         ("reward.mix=[{model: a}, {}]", "exactly one of"),
+        ("data.min_prompt_tokens=600", "must not exceed data.max_prompt_tokens (512)"),
+        ("data.prompts=[]", "data.prompts is an empty list"),
+        (
+            "data.prompts=[{path: a, weight: 1e-6}, {path: b}]",
+            "data.prompts[0].weight (1e-06) must",
+        ),
+        ("data.prompts=[{paht: a}]", "unknown key"),
+        ("data.prompts=[a, b]", "data.prompts[0] must be"),
         ("data.prompts=2020-13-45", "-o data.prompts: month must be in 1..12"),
         pytest.param("kl.beta=" + "[" * 5000, "-o kl.beta: ", id="deep"),
         pytest.param("seed=" + "9" * 5000, "-o seed: ", id="long"),
@@ -112,6 +120,9 @@ def test_relative_paths_start_at_the_files_folder_and_overrides_at_the_callers(
     assert loaded.data.prompts == str(tmp_path / "there" / "p.jsonl")
     assert loaded.model.policy == str(tmp_path / "there" / "m")
     assert loaded.reward.model == "hub/id"
+    several = config_file.override(loaded, ["data.prompts=[{path: q.csv}, {path: hub/id}]"])
+    assert [s.path for s in several.data.sources] == [str(tmp_path / "q.csv"), "hub/id"]
+    assert config_file.override(loaded, ["data.cache=c"]).data.cache == str(tmp_path / "c")
     changed = config_file.override(loaded, ["data.prompts=q.csv"])
     assert changed.data.prompts == str(tmp_path / "q.csv")
     assert Path(changed.model.policy).parent.name == "there"

@@ -10,8 +10,11 @@ from transformers import AutoTokenizer
 from engine import starter
 from engine.config.sections.model import DataConfig
 from engine.errors import UserInputError
-from engine.train.data import chat_template, prompts
-from engine.train.data.prompts import Prompt, Prompts, batch_prompts, load_prompts
+from engine.train.data import chat_template, tokenise
+from engine.train.data.load_prompts import load_prompts
+from engine.train.data.prompt_order import Prompts
+from engine.train.data.prompt_table import PromptTable
+from engine.train.data.prompts import Prompt, batch_prompts
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def test_chat_messages_are_rendered_by_the_models_template(tokenizer, write_prom
     prompts = load(tokenizer, write_prompts("p.jsonl", json.dumps(row) + "\n"))
     assert prompts.for_step(1)[0].text == "user: How was it?\n>"
     assert prompts.for_step(1)[0].messages == row["prompt"]
-    assert prompts.find("user: How was it?\n>") is prompts.for_step(1)[0]
+    assert prompts.find("user: How was it?\n>") == prompts.for_step(1)[0]
     assert prompts.find("How was it?") is None
 
 
@@ -77,11 +80,11 @@ def test_a_conversation_gets_the_system_message_and_the_arguments_of_the_templat
     options = {
         "chat": True, "system": "Be short.", "template_arguments": {"enable_thinking": False}
     }  # fmt: skip
-    (prompt,) = load(chatty, path, **options).all
+    (prompt,) = load(chatty, path, **options).first(2)
     assert prompt.text == "system: Be short.\nuser: Hi\nno thoughts>"
     assert prompt.messages == [{"role": "system", "content": "Be short."}, own[1]]
     path = write_prompts("q.json", json.dumps(rows[1:]))
-    one, two = load(chatty, path, **options).all
+    one, two = load(chatty, path, **options).first(3)
     assert one.text == prompt.text
     assert two.text == "system: Be kind.\nuser: Hi\nno thoughts>", "its own message stays"
 
@@ -142,9 +145,12 @@ def test_a_prompt_of_a_megabyte_is_left_out_without_being_tokenised(
     rows = [json.dumps({"prompt": text}) for text in ("The film", "ab" * 500_000, "a " * 3000)]
     path = write_prompts("p.jsonl", "\n".join(rows))
     tokenised = []
-    monkeypatch.setattr(
-        prompts, "tokenise_prompt", lambda _, text: tokenised.append(len(text)) or [1] * len(text)
-    )
+
+    def tokenise_texts(_tokenizer, texts, *, special):
+        tokenised.extend(map(len, texts))
+        return [[1] * len(text) for text in texts]
+
+    monkeypatch.setattr(tokenise, "tokenise_texts", tokenise_texts)
     assert len(load(tokenizer, path, max_prompt_tokens=10)) == 1
     assert tokenised == [8, 6000]
 
@@ -187,8 +193,9 @@ def test_the_order_depends_on_the_step_alone_and_every_pass_sees_every_prompt(
     count, per_step, shuffle, step
 ):
     prompts = [Prompt([i], str(i), {}) for i in range(count)]
-    fresh = Prompts(prompts, per_step=per_step, shuffle=shuffle, seed=3)
-    used = Prompts(prompts, per_step=per_step, shuffle=shuffle, seed=3)
+    table = PromptTable.of(prompts)
+    fresh = Prompts([table], per_step=per_step, shuffle=shuffle, seed=3)
+    used = Prompts([table], per_step=per_step, shuffle=shuffle, seed=3)
     order = [p.ids[0] for s in range(1, step + 1) for p in used.for_step(s)]
     assert [p.ids[0] for p in fresh.for_step(step)] == order[-per_step:]
     for first in range(0, len(order) - count + 1, count):

@@ -14,7 +14,7 @@ from engine.config.sections.model import DataConfig
 from engine.errors import CheckpointError, UserInputError
 from engine.session.checkpoints import mark_complete
 from engine.train.checkpoints.folder import read_state
-from engine.train.data.prompts import load_prompts
+from engine.train.data.load_prompts import load_prompts
 
 CORPUS = Path(__file__).parents[1] / "data" / "fuzz"
 fresh = settings(

@@ -2,17 +2,36 @@
 
 from typing import Any, Literal
 
-from engine.config.sections.base import Count, Section
+from msgspec.structs import replace
+
+from engine.config.sections.base import Count, Positive, Section
+
+MIXTURE_CYCLE = 10_000
+"""Prompts in which several data sets have their exact shares, so no weight may be smaller."""
+
+
+class PromptSource(Section, frozen=True):
+    """One of several data sets."""
+
+    path: str
+    """A file, the id of a data set on the hub, or `starter:prompts`, like `data.prompts`."""
+    weight: Positive = 1.0
+    """Share of the prompts that are drawn from this data set, relative to the other weights."""
+    column: str | None = None
+    """The column that holds the prompt. Default: `data.column`."""
+    split: str | None = None
+    """The split of a data set on the hub. Default: `data.split`."""
 
 
 class DataConfig(Section, frozen=True):
     """The prompts that the policy is trained on."""
 
-    prompts: str
+    prompts: str | list[PromptSource]
     """A .jsonl, .json, .csv or .parquet file, the id of a data set on the hub, or
-    `starter:prompts`."""
+    `starter:prompts`; or a list of several, each with its weight."""
     column: str = "prompt"
-    """The column that holds the prompt: text, or a list of chat messages (`role`, `content`)."""
+    """The column that holds the prompt: text, or a list of chat messages (`role`, `content`). Data
+    without a column `prompt` may have `chosen` and `rejected`, or `messages` (docs/data.md)."""
     chat: bool = False
     """Make a prompt that is text the message of a user, rendered by the chat template."""
     system: str | None = None
@@ -26,8 +45,21 @@ class DataConfig(Section, frozen=True):
     """The split of a data set on the hub."""
     max_prompt_tokens: Count = 512
     """Longer prompts are skipped; the log states how many."""
+    min_prompt_tokens: Count = 1
+    """Shorter prompts are skipped, too."""
     shuffle: bool = True
     """Shuffle the prompts for each pass over the data; the seed determines the order."""
+    cache: str | None = None
+    """Folder for the tokens of large data sets, which later starts read instead of tokenising
+    again. Default: `rlhf-tui/prompts` in `$XDG_CACHE_HOME` or in `~/.cache`."""
+
+    @property
+    def sources(self) -> list[PromptSource]:
+        """The data sets, with their columns and splits."""
+        given = [PromptSource(path=self.prompts)] if isinstance(self.prompts, str) else self.prompts
+        return [
+            replace(s, column=s.column or self.column, split=s.split or self.split) for s in given
+        ]
 
 
 class ModelConfig(Section, frozen=True):

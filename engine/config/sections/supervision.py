@@ -16,6 +16,12 @@ class LogConfig(Section, frozen=True):
     """How many of these are recorded with per-token arrays."""
     tensorboard: bool = True
     """Write TensorBoard event files to the session's `tb/`."""
+    trackers: list[str] = []
+    """Experiment trackers that get the metrics of each step, by accelerate: `wandb`, `trackio`,
+    `mlflow`, `comet_ml`, `aim`, `clearml`, `dvclive`, `swanlab`, `tensorboard`, or `module:Class`
+    for one of your own (docs/trackers.md)."""
+    project: str = "rlhf-tui"
+    """The trackers' project; the run has the name of the session."""
 
 
 class Rule(Section, frozen=True):

@@ -8,8 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
-from engine.train.data.prompts import Prompt, Prompts, load_prompts
+from engine.train.data.prompt_order import Prompts
+from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.share_prompts import load_on_all_ranks
 from engine.train.rewards.mix import RewardMix
 
 log = logging.getLogger("engine")
@@ -44,14 +46,14 @@ def split_prompts(
             or each prompt of `eval.prompts` is also trained on.
     """
     evaluation = config.eval
-    held_out: list[Prompt] = []
+    separate: Prompts | None = None
     if evaluation.holdout:
-        prompts, held_out = prompts.hold_out(evaluation.holdout)
+        prompts, separate = prompts.hold_out(evaluation.holdout)
     if not evaluation.every:
         return prompts, []
     if evaluation.prompts is not None:
-        held_out = _read(config, prompts, tokenizer, ranks)
-    held_out = held_out[: evaluation.max_prompts]
+        separate = _read(config, prompts, tokenizer, ranks)
+    held_out = [] if separate is None else separate.first(evaluation.max_prompts)
     if len(held_out) < ranks.size:
         raise UserInputError(
             f"{ranks.size} ranks need at least {ranks.size} prompts to evaluate, and there are "
@@ -62,7 +64,7 @@ def split_prompts(
 
 def _read(
     config: RunConfig, trained: Prompts, tokenizer: PreTrainedTokenizerBase, ranks: RankGroup
-) -> list[Prompt]:
+) -> Prompts:
     evaluation = config.eval
     data = msgspec.structs.replace(
         config.data,
@@ -71,15 +73,9 @@ def _read(
         split=evaluation.split,
         shuffle=False,
     )
-    if ranks.is_lead:
-        loaded = load_prompts(data, tokenizer, per_step=1, seed=0, key="eval")
-        if ranks.size > 1:
-            ranks.broadcast_bytes(loaded.pack())
-    else:
-        loaded = Prompts.unpack(ranks.broadcast_bytes())
-    texts = trained.texts
-    unseen = [p for p in loaded.all if p.text not in texts]
-    if not unseen:
+    loaded = load_on_all_ranks(data, tokenizer, ranks, per_step=1, seed=0, key="eval")
+    unseen = loaded.without_texts_of(trained)
+    if unseen is None:
         raise UserInputError(
             f"eval.prompts: each of the {len(loaded)} prompts in {evaluation.prompts} is in "
             "data.prompts too, so none is held out"

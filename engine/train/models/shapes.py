@@ -23,7 +23,7 @@ from engine.config.file import DATA_FILES
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError, first_line
 from engine.memory.model import Models, Shape
-from engine.train.data.prompts import load_prompts
+from engine.train.data.load_prompts import load_prompts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.pretrained import load_policy_tokenizer, policy_options, reward_options
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
@@ -50,7 +50,7 @@ def describe_models(config: RunConfig) -> Models:
     """
     ranks = RankGroup(config.launch)
     exact, tokens = False, config.data.max_prompt_tokens
-    if _is_quick_to_read(config.data.prompts):
+    if all(_is_quick_to_read(source.path) for source in config.data.sources):
         source = starter.resolve(config.model.policy)
         tokenizer = load_policy_tokenizer(config, source, ranks)
         tokens, exact = load_prompts(config.data, tokenizer, per_step=1, seed=0).longest, True

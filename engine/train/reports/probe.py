@@ -3,7 +3,8 @@
 from typing import Any
 
 from engine.errors import CommandRejectedError, RewardError
-from engine.train.data.prompts import Prompt, tokenise_prompt
+from engine.train.data.prompts import Prompt
+from engine.train.data.tokenise import tokenise_texts
 from engine.train.distributed.ranks import PeerRankError
 from engine.train.models.language_model import AnyModel
 from engine.train.ppo import masked
@@ -45,7 +46,7 @@ def answer_probe(run: Run, text: str) -> dict[str, Any]:
 
 
 def _tokenise(run: Run, text: str) -> Prompt:
-    ids = tokenise_prompt(run.tokenizer, text)
+    (ids,) = tokenise_texts(run.tokenizer, [text])
     if not 0 < len(ids) <= run.config.data.max_prompt_tokens:
         raise CommandRejectedError(
             f"a probe needs 1 to {run.config.data.max_prompt_tokens} tokens, not {len(ids)}"

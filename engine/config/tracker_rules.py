@@ -1,0 +1,48 @@
+"""Rules of `log.trackers`: their names, and whether their packages are installed."""
+
+import re
+from importlib.util import find_spec
+
+from engine.config.sections.supervision import LogConfig
+from engine.errors import ConfigError
+
+TRACKER_PACKAGES = {
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "comet_ml": "comet_ml",
+    "aim": "aim",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+}
+"""Tracker, by accelerate's name → the package that it needs."""
+OWN_TRACKER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""`module:Class`: a tracker of the user's."""
+
+
+def check_trackers(log: LogConfig) -> None:
+    """Checks the names of the trackers. Raises ConfigError."""
+    for i, name in enumerate(log.trackers):
+        if name not in TRACKER_PACKAGES and not OWN_TRACKER.fullmatch(name):
+            known = ", ".join(TRACKER_PACKAGES)
+            raise ConfigError(
+                f"log.trackers[{i}] must be one of {known}, or module:Class for a tracker of your "
+                f"own, not '{name}'"
+            )
+        if name in log.trackers[:i]:
+            raise ConfigError(f"log.trackers names {name} twice")
+
+
+def check_trackers_installed(log: LogConfig) -> None:
+    """Checks that the trackers' packages are installed, without importing them.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in log.trackers:
+        package = TRACKER_PACKAGES.get(name, name.partition(":")[0].partition(".")[0])
+        if find_spec(package) is None:
+            remedy = f"pip install {package}" if name in TRACKER_PACKAGES else "see PYTHONPATH"
+            raise ConfigError(f"log.trackers: {name} is not installed here: {remedy}")

@@ -1,0 +1,74 @@
+"""Where the prompt is in a row: the formats of data sets that TRL's trainers read.
+
+Source: TRL's documentation, "Dataset formats and types" (standard and conversational; prompt-only,
+prompt-completion, preference with an explicit or an implicit prompt, language modelling).
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engine.errors import UserInputError
+
+PROMPT, CHOSEN, REJECTED, MESSAGES = "prompt", "chosen", "rejected", "messages"
+
+
+class PromptColumn:
+    """Finds the prompts of a data set's rows."""
+
+    def __init__(self, column: str, available: Sequence[str], name: str) -> None:
+        """Chooses the columns that are read.
+
+        Args:
+            column: `data.column`. If it is `prompt` and there is none, preference data (`chosen`
+                and `rejected`) and conversations (`messages`) give theirs.
+            available: the columns of the data set.
+            name: the data set's, for error messages.
+
+        Raises:
+            UserInputError: there is no such column.
+        """
+        self.columns = [column]
+        """Those that :meth:`contents` needs."""
+        self._extract: Callable[..., Any] = lambda content: content
+        if column in available:
+            return
+        if column == PROMPT and {CHOSEN, REJECTED} <= set(available):
+            self.columns, self._extract = [CHOSEN, REJECTED], common_start
+        elif column == PROMPT and MESSAGES in available:
+            self.columns, self._extract = [MESSAGES], before_reply
+        else:
+            raise UserInputError(
+                f"data.column: no column '{column}' in {name}; it has {', '.join(available)}"
+            )
+
+    def contents(self, rows: Sequence[dict[str, Any]]) -> list[Any]:
+        """The prompt of each row: text, chat messages, or whatever stands there."""
+        return [self._extract(*(row[column] for column in self.columns)) for row in rows]
+
+
+def common_start(chosen: Any, rejected: Any) -> Any:
+    """The prompt that two completions begin with: their common text, or their common messages.
+
+    A space before the point where texts part belongs to the completions, as tokens begin with it.
+    If one is not of the kind of the other, there is no prompt, which an error tells by its row.
+    """
+    if not isinstance(chosen, str | list) or type(chosen) is not type(rejected):
+        return None
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1],
+                                              zip(chosen, rejected, strict=False)))  # fmt: skip
+    if isinstance(chosen, list):
+        return before_reply(chosen[:same])
+    return chosen[:same].removesuffix(" ")
+
+
+def before_reply(messages: Any) -> Any:
+    """A conversation without the assistant's messages at its end."""
+    if not isinstance(messages, list):
+        return messages
+    end = len(messages)
+    while (
+        end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == "assistant"
+    ):
+        end -= 1
+    return messages[:end]

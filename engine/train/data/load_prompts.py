@@ -1,0 +1,298 @@
+"""Loads the prompts of a run: read, tokenised, filtered by length, and the same on every rank."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.sections.model import DataConfig, PromptSource
+from engine.errors import UserInputError
+from engine.train.data.formats import PromptColumn
+from engine.train.data.prompt_cache import (
+    PROMPTS,
+    ROWS,
+    WRITE_ERRORS,
+    CacheWriteError,
+    PromptCache,
+    cache_folder,
+    content_hash,
+    open_entry,
+)
+from engine.train.data.prompt_order import Prompts
+from engine.train.data.prompt_table import BATCH_ROWS, SCHEMA, PromptTable, write_batches
+from engine.train.data.read_rows import decode_rows, local_file, read_rows
+from engine.train.data.tokenise import PromptTokeniser, parallel_tokenisers
+from engine.train.data.tokenise_pool import Part, encode_parts, worker_count
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger("engine")
+
+CACHED_BYTES = 2_000_000
+"""Of a data set from which its tokens are cached: some ten thousand prompts, a second's work."""
+
+ReportProgress = Callable[[int, int], None]
+"""Called with (done, total)."""
+BeginPart = Callable[[str], ReportProgress]
+"""Called with the name of a part of loading; returns what its progress is reported to."""
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """One data set."""
+
+    source: PromptSource
+    table: PromptTable
+    """Its usable prompts."""
+    entry: Path | None
+    """The folder in the cache that holds all of its prompts; None if they are in memory."""
+    left_out: dict[str, int]
+    """Why prompts are not used → how many."""
+
+
+def no_progress(_part: str) -> ReportProgress:
+    """For a caller that shows no progress."""
+    return lambda _done, _total: None
+
+
+def load_prompts(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    per_step: int,
+    seed: int,
+    key: str = "data",
+) -> Prompts:
+    """Reads and tokenises all prompts; leaves out those that are too short or too long.
+
+    Args:
+        config: the data sets, their columns and the limits of length.
+        tokenizer: the policy's.
+        per_step: prompts of a step, over all ranks.
+        seed: determines the order.
+        key: the configuration section that errors name.
+
+    Raises:
+        UserInputError: the data cannot be read, or has no usable prompt. Names the file, the
+            column or the row.
+    """
+    return ordered(load_sets(config, tokenizer, key), config, per_step=per_step, seed=seed)
+
+
+def ordered(sets: list[LoadedSet], config: DataConfig, *, per_step: int, seed: int) -> Prompts:
+    """The prompts of data sets, in the order of a run."""
+    left_out: dict[str, int] = {}
+    for one in sets:
+        for reason, count in one.left_out.items():
+            left_out[reason] = left_out.get(reason, 0) + count
+    return Prompts(
+        [one.table for one in sets],
+        per_step=per_step,
+        shuffle=config.shuffle,
+        seed=seed,
+        weights=[one.source.weight for one in sets],
+        left_out=left_out,
+    )
+
+
+def load_sets(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str = "data",
+    begin: BeginPart = no_progress,
+) -> list[LoadedSet]:
+    """Loads every data set; see :func:`load_prompts`."""
+    try:
+        return [_load(config, source, tokenizer, begin) for source in config.sources]
+    except UserInputError as error:
+        if key == "data" or isinstance(error, CacheWriteError):
+            raise
+        raise UserInputError(str(error).replace("data.", f"{key}.", 1)) from error
+
+
+def _load(
+    config: DataConfig,
+    source: PromptSource,
+    tokenizer: PreTrainedTokenizerBase,
+    begin: BeginPart,
+) -> LoadedSet:
+    file = local_file(source)
+    rows = read_rows(source) if file is None or file.stat().st_size < CACHED_BYTES else None
+    files = [file] if file is not None else _files_of(rows)
+    if rows is not None and sum(path.stat().st_size for path in files) < CACHED_BYTES:
+        return _usable(config, source, _in_memory(config, source, tokenizer, rows), None)
+    try:
+        entry = _cached(config, source, tokenizer, files, rows, begin)
+    except CacheWriteError as error:
+        if config.cache is not None:
+            raise
+        log.warning("the prompts are kept in memory: %s", error)
+        table = _in_memory(config, source, tokenizer, rows or read_rows(source))
+        return _usable(config, source, table, None)
+    return _usable(config, source, open_entry(entry, rows=True), entry)
+
+
+def _cached(
+    config: DataConfig,
+    source: PromptSource,
+    tokenizer: PreTrainedTokenizerBase,
+    files: list[Path],
+    rows: "datasets.Dataset | None",
+    begin: BeginPart,
+) -> Path:
+    """The entry of a data set in the cache, which is made if there is none."""
+    cache = PromptCache(cache_folder(config.cache))
+    name = content_hash(files, *_facts(config, source, tokenizer))
+    if cache.find(name) is None:
+        with cache.making(name) as made:
+            if rows is None:
+                begin("read")
+                rows = read_rows(source, made.parent / "read")
+            _fill(made, config, source, tokenizer, rows, cache, begin)
+    return cache.folder / name
+
+
+def _files_of(rows: "datasets.Dataset | None") -> list[Path]:
+    """The files that a data set on the hub is memory-mapped from."""
+    return [] if rows is None else [Path(file["filename"]) for file in rows.cache_files]
+
+
+def _in_memory(
+    config: DataConfig,
+    source: PromptSource,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: "datasets.Dataset",
+) -> PromptTable:
+    every = decode_rows(rows, source)
+    column = PromptColumn(source.column or config.column, rows.column_names, source.path)
+    tokeniser = PromptTokeniser(config, tokenizer, source.path)
+    batches = [
+        tokeniser.encode(column.contents(every[i : i + BATCH_ROWS]), i)
+        for i in range(0, len(every), BATCH_ROWS)
+    ]
+    return PromptTable(pa.Table.from_batches(batches, SCHEMA), every)
+
+
+def _fill(
+    folder: Path,
+    config: DataConfig,
+    source: PromptSource,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: "datasets.Dataset",
+    cache: PromptCache,
+    begin: BeginPart,
+) -> None:
+    """Writes the contents of an entry of the cache."""
+    column = PromptColumn(source.column or config.column, rows.column_names, source.path)
+    tokeniser = PromptTokeniser(config, tokenizer, source.path)
+    log.info("tokenise %d prompts of %s, for %s", len(rows), source.path, cache.folder)
+    report = begin("tokenise")
+
+    def parts() -> Iterator[Part]:
+        contents = rows.select_columns(column.columns)
+        for start in range(0, len(rows), BATCH_ROWS):
+            some = contents.select(range(start, min(start + BATCH_ROWS, len(rows))))
+            yield column.contents(decode_rows(some, source)), start
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        first = column.contents(decode_rows(rows.select([0]), source))[0]
+        conversations = config.chat or not isinstance(first, str)
+        workers = worker_count(len(rows)) if conversations else 0
+        done = 0
+        for batch in encode_parts(tokeniser, parts(), workers):
+            done += len(batch)
+            report(done, len(rows))
+            yield batch
+
+    try:
+        rows.save_to_disk(str(folder / ROWS))
+        with parallel_tokenisers():
+            write_batches(folder / PROMPTS, batches())
+    except WRITE_ERRORS as error:
+        raise cache.not_writable(error) from error
+
+
+def _facts(
+    config: DataConfig, source: PromptSource, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """What the tokens of a data set depend on besides its files."""
+    options = {
+        "column": source.column,
+        "split": source.split,
+        "chat": config.chat,
+        "system": config.system,
+        "template_arguments": config.template_arguments,
+        "max_prompt_tokens": config.max_prompt_tokens,  # longer texts are not tokenised
+        "suffix": Path(source.path).suffix,
+    }
+    return [
+        json.dumps(options, sort_keys=True, default=str),
+        transformers.__version__,
+        tokenizers.__version__,
+        tokenizer_hash(tokenizer),
+    ]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what determines a tokenizer's tokens and its chat template.
+
+    Not of the folder that it was read from: a checkpoint's is another one than the model's.
+    """
+    found = hashlib.blake2b(digest_size=20)
+    settings = (
+        type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map,
+        tokenizer.eos_token_id,
+    )  # fmt: skip
+    found.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        found.update(backend.to_str().encode())
+        return found.hexdigest()
+    with TemporaryDirectory(prefix="rlhf-tui-") as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def _usable(
+    config: DataConfig, source: PromptSource, table: PromptTable, entry: Path | None
+) -> LoadedSet:
+    """The prompts whose lengths are within the limits; logs how many are not."""
+    table, left_out = within_limits(table, config)
+    count = sum(left_out.values())
+    if not len(table):
+        short, long = config.min_prompt_tokens, config.max_prompt_tokens
+        least = f"shorter than data.min_prompt_tokens ({short})" if short > 1 else "empty"
+        raise UserInputError(
+            f"data.prompts: each of the {count} prompts in {source.path} is {least} or longer "
+            f"than data.max_prompt_tokens ({long})"
+        )
+    if count:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
+        log.warning("%d of %d prompts left out: %s", count, len(table) + count, reasons)
+    return LoadedSet(source, table, entry, left_out)
+
+
+def within_limits(table: PromptTable, config: DataConfig) -> tuple[PromptTable, dict[str, int]]:
+    """The prompts of a usable length, and how many are left out for which reason."""
+    lengths = table.lengths
+    long = (lengths > config.max_prompt_tokens) | (lengths < 0)
+    empty = lengths == 0
+    short = (lengths < config.min_prompt_tokens) & ~long & ~empty
+    left_out = {
+        "too long": int(long.sum()), "too short": int(short.sum()), "empty": int(empty.sum()),
+    }  # fmt: skip
+    kept = ~(long | short | empty)
+    return (table if kept.all() else table.select(kept)), left_out

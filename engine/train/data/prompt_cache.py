@@ -1,0 +1,175 @@
+"""A folder with the tokens of large data sets, by the content that they are made of.
+
+An entry is a folder: `prompts.arrow` (:data:`~engine.train.data.prompt_table.SCHEMA`), `rows`
+(the data set as `datasets` saves it), and `entry.json`, with which it is complete. Its name is a
+hash of all that determines its contents, so an entry is never out of date, and deleting one costs
+the time to make it again.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from engine.errors import UserInputError
+from engine.session.access import FILE_MODE, FOLDER_MODE, make_folders
+from engine.session.folder import write_atomically
+from engine.session.temporary_folders import TemporaryFolder
+from engine.train.data.prompt_table import PromptTable
+
+log = logging.getLogger("engine")
+
+VERSION = "1"
+"""Of the entries; part of their names."""
+PROMPTS, ROWS, ENTRY = "prompts.arrow", "rows", "entry.json"
+UNUSED = 60 * 86400.0
+"""Seconds after which an entry that nobody has used is removed when another one is made."""
+
+
+class CacheWriteError(UserInputError):
+    """The cache cannot be written."""
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """The contents of `entry.json`."""
+
+    files: dict[str, int]
+    """Path of each file in the entry → its bytes. A file of another size is damaged."""
+
+
+def cache_folder(configured: str | None) -> Path:
+    """The folder of the cache: `data.cache`, or one in the user's cache folder."""
+    if configured is not None:
+        return Path(configured)
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
+    return base / "rlhf-tui" / "prompts"
+
+
+def content_hash(files: Iterable[Path], *facts: str) -> str:
+    """The name of an entry: a hash of files' contents and of facts.
+
+    Reads about a gigabyte in a second.
+
+    Raises:
+        UserInputError: a file cannot be read.
+    """
+    found = hashlib.blake2b(digest_size=20)
+    for fact in (VERSION, *facts):
+        found.update(f"{len(fact)}:{fact}".encode("utf-8", "surrogatepass"))
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, hashlib.blake2b).digest())
+        except OSError as error:
+            raise UserInputError(f"data.prompts: cannot read {path}: {error.strerror}") from error
+    return found.hexdigest()
+
+
+class PromptCache:
+    """The cache in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, name: str) -> Path | None:
+        """The folder of a complete entry of this user; None if there is none.
+
+        Whoever can write an entry decides what a run is trained on, so those of others are not
+        used.
+        """
+        folder = self.folder / name
+        try:
+            entry = msgspec.json.decode((folder / ENTRY).read_bytes(), type=Entry)
+            status = folder.lstat()
+            sizes = {file: (folder / file).stat().st_size for file in entry.files}
+        except (OSError, msgspec.DecodeError):
+            return None
+        if status.st_uid != os.geteuid() or sizes != entry.files:
+            log.warning("%s is damaged or belongs to another user: it is made again", folder)
+            return None
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            os.utime(folder)
+        return folder
+
+    @contextmanager
+    def making(self, name: str) -> Iterator[Path]:
+        """A temporary folder in the cache, which becomes the entry when the context is left.
+
+        If another run has made the entry meanwhile, that one stays.
+
+        Raises:
+            CacheWriteError: the cache cannot be written; whatever is raised in the context.
+        """
+        try:
+            make_folders(self.folder)
+            self._remove_unused()
+            work = TemporaryFolder(self.folder)
+        except OSError as error:
+            raise self.not_writable(error) from error
+        try:
+            made = work.path / "entry"
+            made.mkdir(mode=FOLDER_MODE)
+            yield made
+            try:
+                self._finish(made, self.folder / name)
+            except OSError as error:
+                raise self.not_writable(error) from error
+        finally:
+            work.close()
+
+    def not_writable(self, error: Exception) -> CacheWriteError:
+        """The error for a cache that cannot be written."""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return CacheWriteError(
+            f"data.cache: cannot write in {self.folder}: {reason}; name another folder"
+        )
+
+    def _finish(self, made: Path, target: Path) -> None:
+        files = sorted(path for path in made.rglob("*") if path.is_file())
+        for path in made.rglob("*"):
+            path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
+        entry = Entry({str(path.relative_to(made)): path.stat().st_size for path in files})
+        write_atomically(made / ENTRY, msgspec.json.encode(entry).decode())
+        if self.find(target.name) is None:
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one
+            try:
+                made.rename(target)
+            except OSError:  # of another run that was faster
+                if self.find(target.name) is None:
+                    raise
+
+    def _remove_unused(self) -> None:
+        for folder in self.folder.iterdir():
+            with contextlib.suppress(OSError):
+                status = folder.lstat()
+                mine = status.st_uid == os.geteuid() and (folder / ENTRY).is_file()
+                if mine and time.time() - status.st_mtime > UNUSED:
+                    shutil.rmtree(folder)
+
+
+def open_entry(folder: Path, *, rows: bool) -> PromptTable:
+    """Memory-maps an entry.
+
+    Args:
+        folder: from :meth:`PromptCache.find`.
+        rows: whether the rows are needed, as on rank 0.
+    """
+    data = None
+    if rows:
+        import datasets  # noqa: PLC0415 - slow, and only rank 0 needs it
+
+        data = datasets.load_from_disk(str(folder / ROWS))
+    return PromptTable.read(folder / PROMPTS, data)
+
+
+WRITE_ERRORS = (OSError, pa.ArrowException)
+"""What writing an entry raises when the disk is full, or the folder is not writable."""

@@ -1,0 +1,126 @@
+"""Reads the rows of a data set: a file, or a data set on the hub."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine import starter
+from engine.config.file import DATA_FILES
+from engine.config.sections.model import PromptSource
+from engine.errors import UserInputError, error_text, first_line
+
+if TYPE_CHECKING:
+    import datasets
+
+MAX_NESTING = 50
+"""Lists and objects inside each other in a line of JSON; `datasets` fails from about 60 on."""
+JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
+"""Strings, which may contain brackets, and brackets."""
+
+
+def local_file(source: PromptSource) -> Path | None:
+    """The file of a data set; None for one on the hub.
+
+    Raises:
+        UserInputError: there is no such file, or it is empty.
+    """
+    path = Path(starter.resolve(source.path))
+    if path.suffix.lower() not in DATA_FILES:
+        return None
+    if not path.is_file():
+        raise UserInputError(f"data.prompts: no file at {path}")
+    if path.stat().st_size == 0:
+        raise UserInputError(f"data.prompts: {path} is empty; give at least one prompt")
+    return path
+
+
+def read_rows(source: PromptSource, work: Path | None = None) -> "datasets.Dataset":
+    """Reads a data set, which `datasets` memory-maps; it has at least one row.
+
+    Args:
+        source: the data set.
+        work: folder for the memory-mapped copy of a file. Default: that of `datasets`.
+
+    Raises:
+        UserInputError: it cannot be read, or has no rows.
+    """
+    # Imported here: pandas and pyarrow take about a second, and only rank 0 needs them.
+    import datasets  # noqa: PLC0415
+
+    file = local_file(source)
+    name = starter.resolve(source.path)
+    kind = None if file is None else DATA_FILES[file.suffix.lower()]
+    if file is not None and kind == "json":
+        _check_nesting(file)
+    datasets.disable_progress_bars()
+    try:
+        if kind is None:
+            data = datasets.load_dataset(name, split=source.split)
+        else:
+            cache = None if work is None else str(work)
+            data = datasets.load_dataset(kind, data_files=name, split="train", cache_dir=cache)
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow, pandas and datasets raise almost any type
+        raise UserInputError(_read_error(name, kind, error)) from error
+    if not len(data):
+        raise UserInputError(f"data.prompts: {name} holds no rows; give at least one prompt")
+    return data
+
+
+def _check_nesting(source: Path) -> None:
+    """Refuses JSON that is nested deeply; `datasets` would take minutes to fail on it.
+
+    Only lines with many brackets are looked at closely, so this takes a second for some gigabytes.
+
+    Raises:
+        UserInputError: a line is nested deeper than :data:`MAX_NESTING`, or cannot be read.
+    """
+    try:
+        with source.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.count(b"[") + line.count(b"{") <= MAX_NESTING:
+                    continue
+                depth = 0
+                for token in JSON_TOKENS.finditer(line):
+                    depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+                    if depth > MAX_NESTING:
+                        raise UserInputError(
+                            f"data.prompts: line {number} of {source} is nested more than "
+                            f"{MAX_NESTING} levels deep"
+                        )
+    except OSError as error:
+        raise UserInputError(f"data.prompts: cannot read {source}: {error.strerror}") from error
+
+
+def _read_error(source: str, kind: str | None, error: Exception) -> str:
+    if "corresponds to no data" in error_text(error):  # the message of `datasets` for no rows
+        return f"data.prompts: {source} holds no rows; give at least one prompt"
+    first = first_line(error.__cause__ or error)
+    if kind is None:
+        endings = ", ".join(DATA_FILES)
+        return (
+            f"data.prompts: '{source}' is neither a local file ({endings}) nor a data set that the "
+            f"hub provides: {first}"
+        )
+    return f"data.prompts: cannot read {source} as {kind}: {first}"
+
+
+def decode_rows(rows: "datasets.Dataset", source: PromptSource) -> list[dict[str, Any]]:
+    """Rows as Python values.
+
+    Args:
+        rows: all rows of a data set, or some.
+        source: the data set, for the error.
+
+    Raises:
+        UserInputError: a text is not UTF-8.
+    """
+    try:
+        return list(rows.to_list())
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise almost any type
+        name = starter.resolve(source.path)
+        kind = DATA_FILES.get(Path(name).suffix.lower())
+        raise UserInputError(_read_error(name, kind, error)) from error

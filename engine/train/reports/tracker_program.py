@@ -1,0 +1,145 @@
+"""Passes metrics on to experiment trackers: ``python -m engine.train.reports.tracker_program``.
+
+A process of its own, so that a tracker that fails, hangs or ends its process has no effect on the
+run. It reads a :class:`Header` and then :class:`Line` after :class:`Line` as JSON on standard
+input, and ends with it. Each problem is a line of text on standard output; what trackers print goes
+to standard error. Its folder is the session's `trackers/`, where trackers that write files put
+them.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker
+
+from engine.errors import SessionLockedError, first_line
+from engine.session.folder import write_atomically
+from engine.session.lock import SessionLock
+from engine.train.reports.tracker_kinds import Header, make_tracker
+
+FINISH_SECONDS = 60
+"""For which trackers may send what is left when the run has ended."""
+IDS = "runs.json"
+"""Tracker → the id of this session's run."""
+LOCK = ".lock"
+
+Tell = Callable[[str], None]
+
+
+class Line(msgspec.Struct, frozen=True):
+    """The metrics of a step."""
+
+    step: int
+    metrics: dict[str, float | None]
+    """None: not finite."""
+
+
+def main() -> None:
+    """Runs until standard input ends."""
+    # What a tracker's package prints must not be taken for a problem.
+    problems = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+    os.dup2(2, 1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # it ends with its input
+
+    def tell(text: str) -> None:
+        problems.write(" ".join(text.split()) + "\n")
+        problems.flush()
+
+    os.umask(0o077)  # what trackers write is the owner's, too
+    header = msgspec.json.decode(sys.stdin.buffer.readline(), type=Header)
+    PartialState(cpu=True)  # the trackers' own logger asks for it
+    lock = wait_for_lock()
+    runs = start_all(header, tell)
+    for data in sys.stdin.buffer:
+        line = msgspec.json.decode(data, type=Line)
+        values = {k: math.nan if v is None else v for k, v in line.metrics.items()}
+        for run in runs:
+            run.log(values, line.step)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(FINISH_SECONDS)
+    for run in runs:
+        run.finish()
+    lock.release()
+    sys.stderr.flush()
+    os._exit(0)  # threads of a package may keep the interpreter from ending
+
+
+def wait_for_lock() -> SessionLock:
+    """Waits until the process of an earlier attempt has finished with the same runs.
+
+    Raises:
+        SessionLockedError: it has not, long after it had to.
+    """
+    last = time.monotonic() + FINISH_SECONDS + 5
+    while True:
+        try:
+            return SessionLock(Path(LOCK))
+        except SessionLockedError:
+            if time.monotonic() > last:
+                raise
+            time.sleep(0.2)
+
+
+class TrackerRun:
+    """One tracker, whose failures are told once."""
+
+    def __init__(self, name: str, tracker: GeneralTracker, tell: Tell) -> None:
+        self._name = name
+        self._tracker = tracker
+        self._tell = tell
+        self._told = False
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Passes the metrics of a step on."""
+        try:
+            self._tracker.log(values, step=step)
+        except Exception as error:  # any package's
+            self._failed(f"the metrics of step {step}", error)
+
+    def finish(self) -> None:
+        """Ends the tracker's part of this attempt."""
+        try:
+            self._tracker.finish()
+        except Exception as error:  # any package's
+            self._failed("the end of the run", error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            self._tell(f"{self._name} did not take {what}: {first_line(error)}")
+
+
+def start_all(header: Header, tell: Tell) -> list[TrackerRun]:
+    """Starts the trackers, each with the run of the session's earlier attempts if it has one.
+
+    What cannot be started is told and left out.
+    """
+    file = Path(IDS)
+    ids: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    runs = []
+    for name in header.trackers:
+        try:
+            tracker, run_id = make_tracker(name, header, ids.get(name, ""))
+            tracker.start()
+            if name not in ids:
+                ids[name] = run_id()
+                write_atomically(file, json.dumps(ids, indent=1))
+                tracker.store_init_configuration(header.config)
+        except Exception as error:  # any package's
+            tell(f"{name} cannot be started: {first_line(error)}")
+            continue
+        runs.append(TrackerRun(name, tracker, tell))
+    return runs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Experiment trackers (`log.trackers`): gives a process of its own the metrics of each step."""
+
+import contextlib
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from engine.config.file import flatten, to_tree
+from engine.config.schema import RunConfig
+from engine.errors import LinkError
+from engine.launch.environment import clean_environment
+from engine.protocol.rank_messages import Sample
+from engine.session.access import create_file, make_folders
+from engine.session.folder import Session
+
+PROGRAM = "engine.train.reports.tracker_program"
+PENDING = 10_000
+"""Steps that wait for trackers before further ones are not passed on."""
+FINISH_SECONDS = 70.0
+"""For which the end of a run waits for trackers; the program ends itself a little earlier."""
+Notify = Callable[[int, str], None]
+"""Called with the last step and one line, from another thread."""
+
+
+class TrackerProcess:
+    """The process that runs the trackers.
+
+    Nothing it does ends or delays the run: metrics wait in a queue, and problems become notices,
+    one for each tracker.
+    """
+
+    def __init__(self, session: Session, config: RunConfig, notify: Notify) -> None:
+        """Starts the process. Raises OSError if its folder cannot be written."""
+        self._notify = notify
+        self._step = 0
+        self._dropped = False
+        self._closing = False
+        make_folders(session.trackers)
+        log = session.trackers / "trackers.log"
+        create_file(log)
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(  # noqa: S603 - our own module
+                # -P: a folder that a tracker makes here must not be imported in its place.
+                [sys.executable, "-P", "-m", PROGRAM],
+                cwd=session.trackers,
+                env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,  # it outlives a rank that is killed, and sends what is left
+            )
+        header = {
+            "trackers": config.log.trackers,
+            "project": config.log.project,
+            "session": session.name,
+            "config": shown_config(config),
+        }
+        self._pending: queue.Queue[bytes | None] = queue.Queue(PENDING)
+        self._pending.put(msgspec.json.encode(header))
+        self._writer = threading.Thread(target=self._write, name="trackers", daemon=True)
+        self._writer.start()
+        self._reader = threading.Thread(target=self._read, name="tracker problems", daemon=True)
+        self._reader.start()
+
+    def step(self, step: int, metrics: dict[str, float], samples: list[Sample]) -> None:
+        """Passes the metrics of a step on; returns at once."""
+        del samples
+        self._step = step
+        try:
+            # This encoder writes null for what is not finite.
+            self._pending.put_nowait(msgspec.json.encode({"step": step, "metrics": metrics}))
+        except queue.Full:
+            if not self._dropped:
+                self._dropped = True
+                self._tell(f"trackers are {PENDING} steps behind: they miss steps from {step} on")
+
+    def close(self) -> None:
+        """Waits until the trackers have what was passed on, for a limited time."""
+        self._closing = True
+        with contextlib.suppress(queue.Full):
+            self._pending.put(None, timeout=FINISH_SECONDS)
+        try:
+            status = self._process.wait(timeout=FINISH_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        self._reader.join(FINISH_SECONDS)
+        if status:
+            self._tell("trackers did not finish in time: the last steps may be missing there")
+
+    def _write(self) -> None:
+        """Writes what is pending to the process, as fast as that reads."""
+        if self._process.stdin is None:
+            return
+        with contextlib.suppress(OSError), self._process.stdin as pipe:  # `_read` tells of its end
+            while (line := self._pending.get()) is not None:
+                pipe.write(line + b"\n")
+                pipe.flush()
+
+    def _read(self) -> None:
+        """Tells of the problems that the process writes, and of its end."""
+        if self._process.stdout is None:
+            return
+        for line in self._process.stdout:
+            self._tell(line.decode("utf-8", "replace").strip())
+        if not self._closing:
+            self._tell("the process of the trackers has ended: see trackers/trackers.log")
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(LinkError):  # the run is ending, and its main thread knows
+            self._notify(self._step, text)
+
+
+def environment() -> dict[str, str]:
+    """The trackers' environment: not that of a rank, and without a GPU."""
+    kept = {k: v for k, v in clean_environment().items() if not k.startswith("RLHF_TUI_")}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+
+
+def shown_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration that trackers are given, flat.
+
+    Without `notify`, whose command may hold a password, and without what follows a `?` in a URL.
+    """
+    tree = to_tree(config)
+    del tree["notify"]
+    return {key: _shown(value) for key, value in flatten(tree).items()}
+
+
+def _shown(value: Any) -> bool | int | float | str:
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return value.partition("?")[0] if "://" in value else value
+    if isinstance(value, list):
+        return str([_shown(item) for item in value])
+    if isinstance(value, dict):
+        return str({key: _shown(item) for key, item in value.items()})
+    return str(value)

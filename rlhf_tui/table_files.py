@@ -1,0 +1,93 @@
+"""Rows of a session as CSV, JSON or Parquet."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.errors import RlhfError, UserInputError
+
+FORMATS = ("csv", "json", "parquet")
+Row = dict[str, Any]
+
+
+def columns_of(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """The columns of rows, in the order in which they appear; what a row lacks is None.
+
+    The entries of a mapping become columns `KEY/NAME`, lists become JSON.
+    """
+    flat = [dict(_flat(row)) for row in rows]
+    names = dict.fromkeys(name for row in flat for name in row)
+    return {name: [row.get(name) for row in flat] for name in names}
+
+
+def _flat(row: Row) -> Iterable[tuple[str, Any]]:
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{name}", inner) for name, inner in value.items())
+        elif isinstance(value, list):
+            yield key, json.dumps(value)
+        else:
+            yield key, value
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Rows as CSV with a header, lines ended by a newline; None is an empty field."""
+    columns = columns_of(rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue()
+
+
+def write_file(rows: Sequence[Row], form: str, output: Path) -> int:
+    """Writes rows to a file, which is replaced if it exists.
+
+    Args:
+        rows: the rows.
+        form: one of :data:`FORMATS`.
+        output: the file.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        UserInputError: the file cannot be written.
+        RlhfError: Parquet cannot be written, as without pyarrow.
+    """
+    try:
+        if not output.parent.is_dir():
+            raise FileNotFoundError(2, os.strerror(2))
+        if form == "parquet":
+            _write_parquet(rows, output)
+        else:
+            text = csv_text(rows) if form == "csv" else json.dumps(rows, allow_nan=False) + "\n"
+            part = output.with_name(f".{output.name}.{os.getpid()}")
+            try:
+                part.write_text(text, encoding="utf-8", newline="")
+                part.replace(output)
+            finally:
+                part.unlink(missing_ok=True)
+        return output.stat().st_size
+    except OSError as error:
+        raise UserInputError(f"cannot write {output}: {error.strerror}; give another -o") from error
+
+
+def _write_parquet(rows: Sequence[Row], output: Path) -> None:
+    done = subprocess.run(  # noqa: S603 - our own module; pyarrow is not imported here
+        [sys.executable, "-P", "-m", "engine.train.write_parquet", str(output)],
+        input=json.dumps(columns_of(rows)).encode(),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        if "pyarrow" in lines[-1] and "ModuleNotFoundError" in lines[-1]:
+            raise RlhfError("Parquet needs pyarrow: pip install pyarrow, or use --format csv")
+        raise RlhfError(f"cannot write {output}: {lines[-1]}")

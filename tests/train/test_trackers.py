@@ -1,0 +1,137 @@
+"""Experiment trackers: run ids, failures and secrets, with real trackers in their own process."""
+
+import json
+import stat
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine import starter
+from engine.config import file as config_file
+from engine.errors import ConfigError
+from engine.launch.start import check_inputs
+from engine.session.folder import create
+from engine.train.reports.tracker_kinds import KINDS, Header, make_tracker
+from engine.train.reports.trackers import TrackerProcess, shown_config
+
+MODULE = '''
+import json
+from pathlib import Path
+from accelerate.logging import get_logger
+from accelerate.tracking import GeneralTracker
+
+class Lines(GeneralTracker):
+    """Appends what it is given to a file."""
+    name = "lines"
+    requires_logging_directory = True
+    main_process_only = False
+    tracker = None
+
+    def __init__(self, project, folder, run_name, run_id):
+        super().__init__()
+        self.file = Path(folder) / "lines.jsonl"
+        self.run = [project, run_name, run_id]
+
+    def _write(self, *values):
+        with self.file.open("a") as file:
+            print(json.dumps([self.run, *values]), file=file)
+
+    def store_init_configuration(self, values):
+        self._write("config", values)
+
+    def log(self, values, step=None, **kwargs):
+        print("this is not a problem")
+        get_logger(__name__).debug("accelerate's trackers log, too")
+        self._write(step, values)
+
+    def finish(self):
+        self._write("end")
+
+class Broken(Lines):
+    def _write(self, *values):
+        pass
+
+    def log(self, values, step=None, **kwargs):
+        raise OSError("no route\\nto host")
+'''
+OVERRIDES = (
+    "log.trackers=[tensorboard, 'my_trackers:Lines', 'my_trackers:Broken', 'absent:Tracker']",
+    "log.project=films", "notify.command=send --as s3cret",
+)  # fmt: skip
+
+
+def demo(*overrides):
+    """The demo's configuration with keys overridden."""
+    return config_file.load(starter.FOLDER / "demo.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def two_attempts(tmp_path_factory):
+    """A session whose trackers got three steps, and the last of them again after a resume."""
+    folder = tmp_path_factory.mktemp("trackers")
+    (folder / "my_trackers.py").write_text(MODULE)
+    session = create(folder, "mine", demo(*OVERRIDES))
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        record(session, told)
+    return session, told
+
+
+def record(session, told):
+    """Two attempts of a run."""
+    for steps in ([1, 2, 3], [3, 4]):
+        trackers = TrackerProcess(session, demo(*OVERRIDES), lambda s, t: told.append((s, t)))
+        for step in steps:
+            trackers.step(step, {"objective/kl": step / 2, "odd": float("nan")}, [])
+        trackers.close()
+
+
+def test_a_resume_continues_the_runs_and_no_failure_ends_them(two_attempts):
+    session, told = two_attempts
+    lines = [json.loads(x) for x in (session.trackers / "lines.jsonl").read_text().splitlines()]
+    assert len({tuple(run) for run, *_ in lines}) == 1
+    assert lines[0][0][:2] == ["films", "mine"]
+    assert [first for _, first, *_ in lines] == ["config", 1, 2, 3, "end", 3, 4, "end"]
+    assert lines[1][2]["objective/kl"] == 0.5
+    problems = [text for _, text in told]
+    assert problems.count("my_trackers:Broken did not take the metrics of step 1: no route") == 1
+    assert len(problems) == 4  # two trackers with one each, in two attempts
+    events = EventAccumulator(str(session.trackers / "mine"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("objective/kl")] == [1, 2, 3, 3, 4]
+
+
+def test_secrets_are_not_passed_on_and_files_are_the_owners(two_attempts):
+    session, _ = two_attempts
+    written = [file for file in session.trackers.rglob("*") if file.is_file()]
+    assert not [file for file in written if b"s3cret" in file.read_bytes()]
+    assert any(b"train.steps" in file.read_bytes() for file in written)
+    assert stat.S_IMODE(session.trackers.stat().st_mode) == 0o700
+
+
+def test_what_follows_a_question_mark_in_a_url_is_no_configuration():
+    config = demo("reward={service: 'http://10.0.0.7/score?key=s3cret'}")
+    assert "s3cret" not in json.dumps(shown_config(config))
+    assert shown_config(config)["reward.service"] == "http://10.0.0.7/score"
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_each_tracker_of_accelerate_is_made_with_what_it_takes(name):
+    """Without its package: the arguments are those of accelerate's class."""
+    header = Header([name], "films", "mine", {})
+    assert make_tracker(name, header, "")[0].name == name
+    assert make_tracker(name, header, "an-id")[0].name == name
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("[wandbb]", r"log\.trackers\[0\] must be one of wandb, .* or module:Class"),
+        ("[tensorboard, tensorboard]", "names tensorboard twice"),
+        ("['absent_package.x:Tracker']", "absent_package.x:Tracker is not installed here"),
+    ],
+)
+def test_a_tracker_that_does_not_exist_is_refused_before_the_start(names, message):
+    with pytest.raises(ConfigError, match=message):
+        check_inputs(demo(f"log.trackers={names}"))

@@ -1,0 +1,61 @@
+"""Metrics and samples as CSV, JSON and Parquet."""
+
+import csv
+import io
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from engine.errors import UserInputError
+from rlhf_tui.cli import cli
+from rlhf_tui.table_files import columns_of
+
+
+@pytest.fixture
+def printed(root):
+    """Returns a function that runs a command on the frozen session and returns its output."""
+
+    def run(*arguments):
+        result = CliRunner().invoke(cli, ["--sessions", str(root), *map(str, arguments)])
+        if result.exception is not None:
+            raise result.exception
+        return result.output
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["metrics", "samples"])
+def test_every_format_holds_the_same_rows(printed, tmp_path, command):
+    rows = json.loads(printed(command, "frozen", "--json"))
+    columns = columns_of(rows)
+    assert json.loads(printed(command, "frozen", "--format", "json")) == rows
+    lines = list(csv.DictReader(io.StringIO(printed(command, "frozen", "--format", "csv"))))
+    assert [line["step"] for line in lines] == [str(row["step"]) for row in rows]
+    assert list(lines[0]) == list(columns)
+    said = printed(command, "frozen", "-o", tmp_path / "rows.parquet")
+    assert f"{len(rows):,} rows" in said
+    assert pq.read_table(tmp_path / "rows.parquet").to_pydict() == columns
+    assert [f.name for f in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_rows_with_other_keys_leave_fields_empty():
+    rows = [{"step": 1, "parts": {"a": 0.5}}, {"step": 2, "tags": ["x", 1]}]
+    assert columns_of(rows) == {
+        "step": [1, 2], "parts/a": [0.5, None], "tags": [None, '["x", 1]']
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-o", "rows.xls"), r"name the file \.csv, \.json or \.parquet"),
+        (("--format", "parquet"), "give -o FILE"),
+        (("-o", "/nowhere/rows.csv"), "cannot write /nowhere/rows.csv: No such file"),
+        (("-o", "/nowhere/rows.parquet"), "cannot write /nowhere/rows.parquet"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_in_one_line(printed, arguments, message):
+    with pytest.raises(UserInputError, match=message):
+        printed("metrics", "frozen", *arguments)
