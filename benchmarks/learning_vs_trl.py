@@ -46,8 +46,8 @@ OURS = {
         *FROM_REWARD_MODEL, "ppo.value_clip=0.2", "train.adam_eps=1e-8", "ppo.max_grad_norm=1e6",
     ],
 }  # fmt: skip
-"""The engine's sides: the settings of each. `as-trl` has the settings in which TRL's defaults differ
-from the engine's: the value function's start and clip, the ε of AdamW, and no clipping of gradients.
+"""The engine's sides: the settings of each. `as-trl` has the settings in which TRL's defaults
+differ from the engine's: start and clip of the value function, AdamW's ε, no clipped gradients.
 """
 SIDES = ("trl", *OURS)
 LEVELS = (1.8, 2.0)

@@ -160,8 +160,8 @@ def value_terms(
     loss = (values - returns) ** 2
     clipped = torch.zeros_like(mask)
     if clip is not None:
-        # Clamped, not `old_values + difference.clamp()`: that rounds a value within the range to one
-        # beside it, which would count as clipped half of the time.
+        # Not `old_values + difference.clamp()`: it rounds a value within the range to one beside
+        # it, which may then count as clipped.
         clipped_values = values.clamp(old_values - clip, old_values + clip)
         clipped_loss = (clipped_values - returns) ** 2
         clipped = (clipped_loss > loss) & mask
