@@ -34,7 +34,7 @@ def run_engine_program(module: str, *arguments: str, config: RunConfig, failed: 
         RlhfError: it failed.
     """
     done = subprocess.run(  # noqa: S603 - our own module
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-P", "-m", module, *arguments],
         input=msgspec.json.encode(config),
         env=clean_environment() | rank_environment(config.launch),
         capture_output=True,

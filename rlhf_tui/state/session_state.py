@@ -26,7 +26,7 @@ from engine.protocol.rank_messages import Phase
 from rlhf_tui.state import time_left
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
-from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
+from rlhf_tui.state.updates import ReplayStatus, SessionSummary, SessionUpdate, thinned
 
 ALWAYS = (
     *with_drawn((SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH)),
@@ -54,6 +54,8 @@ class SessionState:
         self.telemetry: Telemetry | None = None
         self.connected = False
         self.problem = ""
+        self.replay: ReplayStatus | None = None
+        """Where the replay is that is shown; None for a session as it is now."""
         self.phase_since: dict[int, float] = {}
         self._optimise = time_left.OptimiseEnd()
         self._clear()
@@ -81,6 +83,8 @@ class SessionState:
 
     def take(self, update: SessionUpdate) -> None:
         """Adds an update."""
+        if update.replay is not None:
+            self.replay = update.replay  # before all else: it is the clock of what follows
         if update.reset:
             self._clear()
         if self._changes_timeline(update):
