@@ -2,7 +2,7 @@
 
 TRL is not a dependency: `make bench-extra` installs it, and without it these tests are skipped. Its
 PPO trainer computes GAE and the loss inside its training loop, where no test can call them:
-`test_step_against_trl.py` compares whole steps, and `benchmarks/learning_vs_trl.py` what the two learn.
+`test_step_against_trl.py` compares whole steps, `benchmarks/learning_vs_trl.py` what both learn.
 """
 
 import pytest
