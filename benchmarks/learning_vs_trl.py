@@ -37,13 +37,18 @@ from engine import starter
 
 EPISODES, NEW_TOKENS, EPOCHS, MINIBATCHES = 64, 32, 2, 2
 BETA, LEARNING_RATE = 0.05, 1e-4
+FROM_REWARD_MODEL = ["model.value=separate", "ppo.value_init=reward_model"]
 OURS = {
     "shared": [],
-    "adam-eps": ["train.adam_eps=1e-8"],
     "separate": ["model.value=separate"],
-    "reward-model": ["model.value=separate", "ppo.value_init=reward_model"],
-}
-"""The engine's sides: the settings of each. `adam-eps` has the ε of AdamW that TRL has."""
+    "reward-model": FROM_REWARD_MODEL,
+    "as-trl": [
+        *FROM_REWARD_MODEL, "ppo.value_clip=0.2", "train.adam_eps=1e-8", "ppo.max_grad_norm=1e6",
+    ],
+}  # fmt: skip
+"""The engine's sides: the settings of each. `as-trl` has the settings in which TRL's defaults
+differ from the engine's: start and clip of the value function, AdamW's ε, no clipped gradients.
+"""
 SIDES = ("trl", *OURS)
 LEVELS = (1.8, 2.0)
 SMOOTHED = 3
@@ -248,8 +253,11 @@ def print_table(curves: list[Curve], sides: list[str], steps: int) -> None:
         f"\n{steps} steps of {EPISODES} episodes, beta {BETA}, learning rate {LEARNING_RATE}, "
         f"{EPOCHS} epochs of {MINIBATCHES} minibatches; mean ± standard error over seeds\n"
     )
-    print(f"{'':<14}{'seeds':>6}{'updates':>9}{'objective':>16}{'last quarter':>16}{'score':>16}"
-          f"{'KL':>14}" + "".join(f"{f'CPU s to {level}':>20}" for level in LEVELS))  # fmt: skip
+    print(
+        f"{'':<14}{'seeds':>6}{'updates':>9}{'objective':>16}{'last quarter':>16}{'less TRL':>16}"
+        f"{'score':>16}{'KL':>14}" + "".join(f"{f'CPU s to {level}':>20}" for level in LEVELS)
+    )
+    trl = [c.objective(last) for c in curves if c.side == "trl"]
     for side in sides:
         runs = [c for c in curves if c.side == side]
         if not runs:
@@ -259,6 +267,7 @@ def print_table(curves: list[Curve], sides: list[str], steps: int) -> None:
             f"{'/'.join(map(str, sorted({c.updates for c in runs}))):>9}",
             f"{spread([c.objective() for c in runs]):>16}",
             f"{spread([c.objective(last) for c in runs]):>16}",
+            f"{difference([c.objective(last) for c in runs], trl):>16}",
             f"{spread([statistics.mean(c.scores[last]) for c in runs]):>16}",
             f"{spread([statistics.mean(c.kl[last]) for c in runs]):>14}",
             *(f"{time_to(runs, level):>20}" for level in LEVELS),
@@ -274,6 +283,14 @@ def time_to(runs: list[Curve], level: float) -> str:
         return f"none of {len(runs)}"
     missing = "" if len(times) == len(runs) else f" ({len(times)}/{len(runs)})"
     return spread(times, 0) + missing
+
+
+def difference(ours: list[float], theirs: list[float]) -> str:
+    """The difference of the means ± its standard error; empty if there are not enough runs."""
+    if min(len(ours), len(theirs)) <= 1:
+        return ""
+    errors = [statistics.variance(values) / len(values) for values in (ours, theirs)]
+    return f"{statistics.mean(ours) - statistics.mean(theirs):+.3f} ± {math.sqrt(sum(errors)):.3f}"
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -1,8 +1,8 @@
 """Losses and estimators compared with TRL's own functions on the same numbers.
 
 TRL is not a dependency: `make bench-extra` installs it, and without it these tests are skipped. Its
-PPO trainer computes GAE and the loss inside its training loop, where no test can call them;
-`benchmarks/learning_vs_trl.py` compares what the two learn.
+PPO trainer computes GAE and the loss inside its training loop, where no test can call them:
+`test_step_against_trl.py` compares whole steps, `benchmarks/learning_vs_trl.py` what both learn.
 """
 
 import pytest

@@ -377,6 +377,14 @@ def test_value_terms_are_half_the_larger_squared_error(batch, clip):
     assert float(got_active) == active
 
 
+def test_values_within_the_range_do_not_count_as_clipped_by_rounding():
+    old, values = torch.rand(2, 8, 400, generator=torch.Generator().manual_seed(0)) * 0.19
+    returns, mask = torch.ones_like(old), torch.ones_like(old, dtype=torch.bool)
+    loss, clipped = losses.value_terms(values, old, returns, mask, 0.2)
+    assert clipped == 0
+    assert loss == losses.value_terms(values, old, returns, mask, None)[0]
+
+
 @modest
 @given(masks(2))
 def test_explained_variance_is_one_minus_the_unexplained_fraction(batch):

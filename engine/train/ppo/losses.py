@@ -160,7 +160,9 @@ def value_terms(
     loss = (values - returns) ** 2
     clipped = torch.zeros_like(mask)
     if clip is not None:
-        clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+        # Not `old_values + difference.clamp()`: it rounds a value within the range to one beside
+        # it, which may then count as clipped.
+        clipped_values = values.clamp(old_values - clip, old_values + clip)
         clipped_loss = (clipped_values - returns) ** 2
         clipped = (clipped_loss > loss) & mask
         loss = torch.maximum(loss, clipped_loss)
