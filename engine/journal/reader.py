@@ -27,6 +27,7 @@ from engine.journal.rows import (
     decode_payload,
 )
 from engine.journal.samples import SampleReader
+from engine.protocol.rank_messages import REWARD_CHANGED
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
 
@@ -260,6 +261,15 @@ class JournalReader:
                 )
             )  # fmt: skip
         return events
+
+    def reward_changes(self) -> list[int]:
+        """The steps after which the scores come from another reward, sorted."""
+        rows = self._db.rows(
+            "SELECT DISTINCT step FROM events WHERE kind = 'alert' "
+            "AND json_extract(data, '$.rule') = ? ORDER BY step",
+            (REWARD_CHANGED,),
+        )
+        return [step for (step,) in rows]
 
     def last_alert(self) -> EventRow | None:
         """The newest alert; None if there was none."""
