@@ -4,12 +4,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.agreement import Agreement
+from engine.journal.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CheckpointRow, SessionMeta
-from engine.metrics import SCORE
+from engine.metrics import AGREEMENT, SCORE
 from engine.session.folder import Session
 from rlhf_tui.report.comparison import Comparison, read_comparison
-from rlhf_tui.report.curves import Curve, read_curves
+from rlhf_tui.report.curves import Curve, read_curves, thinned
 from rlhf_tui.report.headlines import Headline, read_headlines, read_held_out
 from rlhf_tui.report.interventions import Intervention, read_interventions
 from rlhf_tui.report.samples import ReportSamples, read_samples
@@ -52,6 +54,8 @@ class Report:
     interventions: list[Intervention]
     samples: ReportSamples
     checkpoints: list[ReportCheckpoint]
+    agreement: Agreement
+    """Of the scores with the judgements."""
     comparison: Comparison | None = None
     """The run beside it."""
 
@@ -88,6 +92,9 @@ def read_report(
             crashed_at=step if state == "crashed" else None,
         )
         curves = read_curves(record)
+        agreement = read_agreement(record)
+        if agreement.points:
+            curves.append(Curve(AGREEMENT, thinned(agreement.curve)))
         return Report(
             name=session.name,
             made=now(),
@@ -107,6 +114,7 @@ def read_report(
             markers=markers,
             interventions=read_interventions(record, markers),
             samples=read_samples(record),
+            agreement=agreement,
             checkpoints=_checkpoints(record, config.train.best_metric),
             comparison=comparison,
         )
