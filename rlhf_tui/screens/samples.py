@@ -17,6 +17,7 @@ from engine.journal.samples import SampleReader
 from engine.protocol.commands import Probe
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui.dialogs.base import InputDialog
+from rlhf_tui.format import plural
 from rlhf_tui.screens import sample_comparison, sample_labels, sample_list
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.sample_comparison import ComparisonRead, SampleComparison
@@ -199,7 +200,23 @@ class SamplesScreen(SessionScreen):
             row += [("   only ", "dim"), (samples.filter, "accent")]
         if mode != VIEWS[0]:
             row += [("   tokens: ", "dim"), (mode, "strong")]
+        row += self._agreement()
         line.show([justified(row, self._news(), line.size.width)])
+
+    def _agreement(self) -> list[Piece]:
+        """How far the scores agree with all judgements of the run."""
+        found = self.context.state.agreement
+        if found.mean is None or self.samples.query.held_out:
+            return []
+        of = f" of {plural(len(found.points), 'judgement')}"
+        row: list[Piece] = [
+            ("   agrees with ", "dim"),
+            (f"{found.mean:.0%}", "strong"),
+            (of, "dim"),
+        ]
+        if found.fall is not None:
+            row.append((f", less from step {found.fall.step:,}", "warn"))
+        return row
 
     def _news(self) -> Row:
         """What the list does not show yet; whether it follows a live run."""

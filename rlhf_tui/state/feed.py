@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from engine.errors import RlhfError
+from engine.agreement import Agreement
+from engine.errors import JournalError, RlhfError
+from engine.journal.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow, CommandRow
 from engine.protocol.client import Client
@@ -183,7 +185,7 @@ class Feed:
         # Clients write this file, so the engine sends no message.
         if (labels := stamp(self._session.labels_file)) != self._labels:
             self._labels = labels
-            update = replace(update, labels=labels)
+            update = replace(update, labels=labels, agreement=_agreement(record))
         events = record.events(last=EVENTS_READ, after=self._event)
         if events:
             self._event = events[-1].event
@@ -284,6 +286,14 @@ class Feed:
                 telemetry=self._telemetry,
                 connected=self._connected,
             )
+
+
+def _agreement(record: JournalReader) -> Agreement:
+    """That with the judgements. A damaged labels.db does not hide the rest of the session."""
+    try:
+        return read_agreement(record)
+    except JournalError as error:
+        return Agreement(problem=str(error))
 
 
 def stamp(path: Path) -> tuple[int, ...]:

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from engine.agreement import Agreement
 from engine.journal.rows import CheckpointRow, CommandRow, EventRow, SampleRow
 from engine.metrics import (
+    AGREEMENT,
     BETA,
     CLIP_FRACTION,
     EVAL_SCORE,
@@ -73,6 +75,8 @@ class SessionState:
         self.samples: list[SampleRow] = []
         self.labels: tuple[int, ...] = ()
         """Changes whenever somebody labels a response."""
+        self.agreement = Agreement()
+        """Of the scores with the judgements."""
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
         self._reached: dict[int, int] = {}
         """Attempt → its last step, where a later attempt replaced that step."""
@@ -96,6 +100,9 @@ class SessionState:
             self.events = thinned(self.events + update.events)
         if update.labels is not None:
             self.labels = update.labels
+        if update.agreement is not None:
+            self.agreement = update.agreement
+            self.curves[AGREEMENT] = Series(update.agreement.curve)
         for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
             if (value := getattr(update, key)) is not None:
                 setattr(self, key, value)
@@ -132,6 +139,11 @@ class SessionState:
             self._optimise.take(phases[0], self.now())
 
     # -- the numbers ---------------------------------------------------------------------------
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics that a chart can show."""
+        return [*self.names, AGREEMENT] if self.agreement.points else self.names
 
     def series(self, name: str) -> Series:
         """A metric's values; empty where it is unknown."""
