@@ -79,6 +79,10 @@ class ScoreScale(Struct, frozen=True):
     std: float
 
 
+SAME_WIDTH = (0.8, 1.25)
+"""Ratios of two standard deviations between which `kl.beta` can stay as it is."""
+
+
 class TrainedReward(Struct, frozen=True, kw_only=True):
     """The result."""
 
@@ -113,3 +117,26 @@ class TrainedReward(Struct, frozen=True, kw_only=True):
     pair: bool = False
     """Whether it reads prompt and response as a pair of texts."""
     notes: list[str] = []
+
+    @property
+    def width(self) -> float | None:
+        """How many times as wide the scores are as the recorded ones; None if that is unknown."""
+        old, new = self.old_scale, self.new_scale
+        return new.std / old.std if old is not None and old.std and new.std else None
+
+    @property
+    def doubt(self) -> str:
+        """Why the model should not be used yet, in one sentence; empty without a reason."""
+        found = self.trained
+        if found.low > 0.5:
+            return ""
+        return (
+            f"{found.judgements} held-out judgements do not show that the model agrees better than "
+            "chance: judge more responses before you use it"
+        )
+
+    @property
+    def keeps_width(self) -> bool:
+        """Whether that is within :data:`SAME_WIDTH`."""
+        low, high = SAME_WIDTH
+        return self.width is not None and low <= self.width <= high

@@ -109,6 +109,8 @@ def train(
         return
     for line in report(result):
         say(line)
+    if result.doubt:
+        say(("doubtful     ", "warn"), result.doubt)
     say(f"go on with   {fork_command(sessions[0], configs[0].reward, result)}")
 
 
@@ -168,13 +170,15 @@ def report(result: TrainedReward) -> list[str]:
         f"scale        scores of all judged responses: {fmt.number(new.mean)} ± "
         f"{fmt.number(new.std)}",
     ]
-    if (old := result.old_scale) is not None and old.std and new.std:
-        ratio = new.std / old.std
-        lines.append(
-            f"             recorded: {fmt.number(old.mean)} ± {fmt.number(old.std)}. The scores "
-            f"are {ratio:.2g} times as wide: multiply kl.beta by {ratio:.2g}, or set "
-            "reward.normalise=reference, to keep the balance with the KL"
+    if (old := result.old_scale) is not None and result.width is not None:
+        advice = (
+            "about as wide as before: kl.beta can stay"
+            if result.keeps_width
+            else f"{result.width:.2g} times as wide: multiply kl.beta by {result.width:.2g}, or "
+            "set reward.normalise=reference, to keep the balance with the KL"
         )
+        recorded = f"{fmt.number(old.mean)} ± {fmt.number(old.std)}"
+        lines.append(f"             recorded: {recorded}. The scores are {advice}")
     return [*lines, f"written      {one_line(result.out)}"]
 
 

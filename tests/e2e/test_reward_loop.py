@@ -1,5 +1,6 @@
 """The loop closed: a run is judged, a reward model trained on that, and a fork goes on with it."""
 
+import signal
 import statistics
 
 import pytest
@@ -7,14 +8,15 @@ import pytest
 from engine.journal.labels import Response, set_label
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.session.folder import Session
+from tests.e2e.lab import LONG
 
-STEPS, MORE = 6, 30
+STEPS, MORE = 6, 16
 JUDGED = 60
 
 
 def follows_the_rule(response: str) -> bool:
-    """What the operator wants and the starter's reward model knows nothing of: short sentences."""
-    return len(response.split()) <= 9
+    """What the operator wants and the starter's reward model knows nothing of: two clauses."""
+    return "," in response
 
 
 def share_of_rule(session: Session, first: int, last: int) -> float:
@@ -38,6 +40,12 @@ def test_sixty_judgements_by_a_rule_teach_it_to_a_fork(lab, tmp_path):
     assert before["judgements"] == JUDGED
 
     out = tmp_path / "reward-2"
+    process = lab.popen("reward", "train", "first", "-o", out)
+    assert any("epoch 1" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=LONG)[1].strip() == "rlhf-tui: interrupted"
+    assert (process.returncode, list(tmp_path.iterdir())) == (130, [])
+
     result = lab.json("reward", "train", "first", "-o", out)
     assert result["good"] + result["other"] == JUDGED
     assert result["trained"]["agreement"] > result["in_force"]["agreement"]
@@ -53,4 +61,4 @@ def test_sixty_judgements_by_a_rule_teach_it_to_a_fork(lab, tmp_path):
     assert [e["step"] for e in events if e.get("rule") == "reward"] == [STEPS]
     second = Session(lab.root / "second")
     early, late = share_of_rule(second, 1, STEPS), share_of_rule(second, STEPS + MORE - 5, 10**6)
-    assert late > early + 0.15
+    assert late > early + 0.3

@@ -25,6 +25,10 @@ LESS_MEMORY = (
 )
 
 
+class _InterruptedError(BaseException):
+    """SIGTERM has arrived. Not an Exception, so that nothing takes it for a failure."""
+
+
 def main() -> None:
     """Trains and prints the result."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to the command line, too
@@ -33,6 +37,8 @@ def main() -> None:
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=RewardTrainingRequest)
     try:
         result: object = train_reward(request, lambda text: _print(TrainingProgress(text)))
+    except _InterruptedError:  # by now everything that was written is removed
+        os._exit(128 + signal.SIGTERM)  # torch's threads may keep the interpreter from ending
     except RlhfError as error:
         result = {"error": error_text(error), "exit_code": error.exit_code}
     except (RuntimeError, MemoryError) as error:
@@ -41,7 +47,7 @@ def main() -> None:
         text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
         result = {"error": text, "exit_code": RlhfError.exit_code}
     _print(result)
-    os._exit(0)  # torch's threads may keep the interpreter from ending
+    os._exit(0)  # as above
 
 
 def _print(line: object) -> None:
@@ -50,10 +56,10 @@ def _print(line: object) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Ends the process through every `finally`."""
+    """Leaves :func:`main` through every `finally`."""
     del frame
     signal.signal(number, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+    raise _InterruptedError
 
 
 if __name__ == "__main__":

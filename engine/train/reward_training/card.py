@@ -22,6 +22,7 @@ def card(request: RewardTrainingRequest, result: TrainedReward) -> str:
     ]
     table = "\n".join(f"| {name} | {agreement_text(found)} |" for name, found in rows if found)
     calibration = result.calibration
+    warning = f"\n\n**{result.doubt}.**" if result.doubt else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
@@ -47,7 +48,7 @@ or hack. {result.trained_on} of them train the model, {result.validated_on} choo
 {table}
 
 The agreement is the probability that the better response scores higher; ½ is chance. In brackets:
-the 95 % interval.
+the 95 % interval.{warning}
 
 Calibration on {calibration.comparisons} comparisons: the response that the model scores higher has
 a probability of {calibration.stated:.0%} on average and is better in {calibration.right:.0%}.
@@ -80,12 +81,15 @@ def scale_text(result: TrainedReward) -> str:
     """How the scores compare with the recorded ones."""
     new, old = result.new_scale, result.old_scale
     text = f"Scores of all judged responses: mean {new.mean:.3g}, standard deviation {new.std:.3g}."
-    if old is None or not old.std or not new.std:
+    if old is None or result.width is None:
         return text
+    recorded = f"The recorded ones: mean {old.mean:.3g}, standard deviation {old.std:.3g}."
+    if result.keeps_width:
+        return f"{text} {recorded} They are about as wide, so `kl.beta` can stay."
     return (
-        f"{text} The recorded ones: mean {old.mean:.3g}, standard deviation {old.std:.3g}. Scores "
-        f"are {new.std / old.std:.2g} times as wide, so the same balance with the KL needs "
-        f"`kl.beta` times {new.std / old.std:.2g}; with `reward.normalise: reference` it does not."
+        f"{text} {recorded} Scores are {result.width:.2g} times as wide, so the same balance with "
+        f"the KL needs `kl.beta` times {result.width:.2g}; with `reward.normalise: reference` it "
+        "does not."
     )
 
 
