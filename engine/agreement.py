@@ -14,7 +14,6 @@ between two responses. Each has an agreement from 0 to 1:
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from statistics import fmean
 
 from msgspec import Struct
 
@@ -73,16 +72,20 @@ class Agreement(Struct, frozen=True, kw_only=True):
     @property
     def mean(self) -> float | None:
         """Over all judgements; None without any."""
-        return fmean(p.agreement for p in self.points) if self.points else None
+        return _mean([p.agreement for p in self.points]) if self.points else None
 
     @property
     def curve(self) -> list[tuple[int, float]]:
         """For each step with a judgement, the mean of the last :data:`WINDOW` up to that step."""
         last = {p.step: i for i, p in enumerate(self.points, start=1)}
         return [
-            (step, fmean(p.agreement for p in self.points[max(0, end - WINDOW) : end]))
+            (step, _mean([p.agreement for p in self.points[max(0, end - WINDOW) : end]]))
             for step, end in last.items()
         ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)  # the app starts faster without the module statistics
 
 
 def placements(scores: Sequence[JudgedScore]) -> list[Point]:

@@ -1,6 +1,5 @@
 """Which colours the terminal has. Textual reads it from the environment when it is imported."""
 
-import curses
 from collections.abc import MutableMapping
 
 from engine.errors import UserInputError
@@ -34,6 +33,8 @@ def choose(environment: MutableMapping[str, str]) -> None:
 
 def _colours_in_terminfo(environment: MutableMapping[str, str]) -> int:
     """The number of colours of TERM in terminfo; -1 if that is not known."""
+    import curses  # noqa: PLC0415 - few terminals leave COLORTERM out
+
     try:
         curses.setupterm(environment.get("TERM", "dumb"), 1)
     except curses.error:

@@ -7,15 +7,17 @@ old and the new value.
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from engine.config.schema import RunConfig
 from engine.config.type_errors import expected, shown
 from engine.errors import CommandRejectedError
+
+if TYPE_CHECKING:  # the app imports this module and waits for it; it needs no schema to start
+    from engine.config.schema import RunConfig
 
 LIVE_SETTINGS = {
     "beta": "kl.beta",
@@ -76,7 +78,7 @@ class SettingChange(Struct, frozen=True, kw_only=True):
     new: Any
 
 
-def settings_of(config: RunConfig) -> Settings:
+def settings_of(config: "RunConfig") -> Settings:
     """The live settings of a configuration."""
     values = {}
     for name, path in LIVE_SETTINGS.items():
@@ -85,7 +87,7 @@ def settings_of(config: RunConfig) -> Settings:
     return msgspec.convert(values, Settings, strict=False)
 
 
-def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
+def apply_settings(config: "RunConfig", settings: Settings) -> "RunConfig":
     """Returns the configuration with these settings; every other key is unchanged."""
     sections: dict[str, dict[str, Any]] = {}
     for name, path in LIVE_SETTINGS.items():
@@ -96,7 +98,7 @@ def apply_settings(config: RunConfig, settings: Settings) -> RunConfig:
     return replace(config, **changed)
 
 
-def change_settings(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+def change_settings(config: "RunConfig", values: dict[str, Any]) -> "RunConfig":
     """Returns the configuration with the named settings changed.
 
     The values must have passed :func:`check_settings`; their ranges are not checked again.
@@ -160,6 +162,8 @@ def _check_value(name: str, value: Any) -> Any:
 
 
 def _section(name: str) -> type[Struct]:
+    from engine.config.schema import RunConfig  # noqa: PLC0415 - as above
+
     sections = {f.name: f.type for f in msgspec.structs.fields(RunConfig)}
     found: type[Struct] = sections[name]
     return found

@@ -10,24 +10,23 @@ The journal records the status of a command: `queued → accepted → applied at
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import msgspec
 from msgspec import Struct
 
-from engine.config.rules import check_change
-from engine.config.schema import RunConfig
 from engine.config.settings import Settings, apply_settings, check_settings, setting_name
 from engine.errors import CommandRejectedError
 from engine.session.states import State
+
+if TYPE_CHECKING:  # as in engine.config.settings
+    from engine.config.schema import RunConfig
 
 MAX_TEXT = 10_000
 """Maximum number of characters in a note or a probe."""
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(Struct, frozen=True):
     """The state of a session when a command arrives."""
 
     state: State
@@ -35,7 +34,7 @@ class Moment:
     """Whether the run is paused once the accepted commands are carried out."""
     settings: Settings
     """The current ones."""
-    config: RunConfig
+    config: "RunConfig"
     """As the run was started."""
     checkpoint_steps: Callable[[], list[int]]
     """Returns the steps that a rollback can name. Reads the journal; may raise JournalError."""
@@ -136,6 +135,8 @@ class SettingCommand(Command, frozen=True):
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
+        from engine.config.rules import check_change  # noqa: PLC0415 - the app never checks here
+
         values = self.new_values(moment.settings)
         check_change(apply_settings(moment.config, moment.settings), values)
 

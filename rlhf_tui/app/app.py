@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.command import Provider
 from textual.dom import DOMNode
 from textual.filter import LineFilter
 from textual.notifications import SeverityLevel
@@ -24,10 +25,9 @@ from rlhf_tui.app import hangup, steering
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
-from rlhf_tui.app.palette import PaletteCommands
 from rlhf_tui.app.sequential_keys import SequentialKeys
 from rlhf_tui.app.themes import themes_of
-from rlhf_tui.dialogs.palette import PaletteDialog
+from rlhf_tui.dialogs.digest import OWN_KEYS, DigestDialog
 from rlhf_tui.identity import who
 from rlhf_tui.screens import modes
 from rlhf_tui.screens.base import SessionScreen
@@ -54,6 +54,12 @@ SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "er
 """Seconds for which a notice is shown in a box."""
 
 
+def _palette_commands() -> type[Provider]:
+    from rlhf_tui.app.palette import PaletteCommands  # noqa: PLC0415 - keeps start-up short
+
+    return PaletteCommands
+
+
 class RlhfApp(SequentialKeys, inherit_bindings=False):
     """The dashboard; an :class:`AppContext` for its screens."""
 
@@ -67,7 +73,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         (0, "-tiny"), (14, "-low"), (23, "-high"),
     ]  # fmt: skip
     ENABLE_COMMAND_PALETTE = True
-    COMMANDS = {PaletteCommands}
+    COMMANDS = {_palette_commands}
     COMMAND_PALETTE_BINDING = "ctrl+p"
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
@@ -267,7 +273,12 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     # -- keys ----------------------------------------------------------------------------------
 
     async def wait_until_ready(self, key: str) -> None:
-        """Waits for the rows that a key typed ahead is meant for. Leaving waits for nothing."""
+        """Waits for the rows that a key typed ahead is meant for. Leaving waits for nothing.
+
+        A digest that opened meanwhile does not take the key.
+        """
+        if isinstance(self.screen, DigestDialog) and key not in OWN_KEYS:
+            await self.screen.dismiss()
         if isinstance(self.screen, SessionScreen) and key not in LEAVING:
             await self.screen.wait_for_rows()
 
@@ -376,6 +387,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def action_command_palette(self) -> None:
         """Shows the palette of all commands."""
+        from rlhf_tui.dialogs.palette import PaletteDialog  # noqa: PLC0415 - keeps start-up short
+
         if not isinstance(self.screen, PaletteDialog):
             self.push_screen(PaletteDialog(id="--command-palette"))
 

@@ -10,7 +10,7 @@ from engine.errors import RlhfError
 from engine.metrics import with_drawn
 from engine.session.folder import Session
 from rlhf_tui.app.digest import curves_are_read, digest
-from rlhf_tui.dialogs.base import Choice, ChoiceDialog
+from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.feed import Feed
@@ -189,4 +189,4 @@ class SessionFollower:
         rows = digest(self.state, seen) if seen is not None else []
         if rows:
             title = f"{self.session.name} since you left"
-            self._app.push_screen(ChoiceDialog(title, rows, [Choice("o", "OK", "ok")]))
+            self._app.push_screen(DigestDialog(title, rows))

@@ -14,12 +14,12 @@ from textual.notifications import SeverityLevel
 from engine.errors import RlhfError
 from engine.session.folder import all_sessions, find
 from rlhf_tui.app.following import SessionFollower
-from rlhf_tui.dialogs.form import Values
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.messages import EngineStarted
 
 if TYPE_CHECKING:  # imported when a form is opened
     from rlhf_tui.app.start_forms import StartForm
+    from rlhf_tui.dialogs.form import Values
 
 APPEARS = 10.0
 """Seconds within which the folder of a new session exists."""
@@ -99,7 +99,7 @@ class EngineStarter:
             self._say(str(error), "error")
             return
 
-        def take(values: Values | None) -> None:
+        def take(values: "Values | None") -> None:
             if values is not None:
                 self.start(form.arguments(values), form.name(values))
 

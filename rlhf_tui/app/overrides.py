@@ -2,11 +2,11 @@
 
 import shlex
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from engine.config import file as config_file
 from engine.config.schema import FIXED_AT_START, RunConfig
@@ -38,8 +38,7 @@ def split_overrides(text: str) -> list[str]:
     return words
 
 
-@dataclass(frozen=True)
-class Base:
+class Base(Struct, frozen=True):
     """The run that is resumed or forked, as it was at the step of the start."""
 
     config: RunConfig

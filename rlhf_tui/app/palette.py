@@ -1,10 +1,10 @@
 """The commands of the palette: every key of every screen, and the themes, each described."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
+from msgspec import Struct
 from textual import events
 from textual.binding import Binding
 from textual.command import DiscoveryHit, Hit, Hits, Provider
@@ -137,8 +137,7 @@ class PaletteApp(Protocol):
         """Shows a notice."""
 
 
-@dataclass(frozen=True)
-class PaletteCommand:
+class PaletteCommand(Struct, frozen=True):
     """A line of the palette."""
 
     title: str

@@ -4,8 +4,9 @@ Imported when one of them is opened, because configurations take a while to impo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from engine.errors import RlhfError
 from engine.session.checkpoints import checkpoint_path, saved_settings
@@ -26,8 +27,7 @@ from rlhf_tui.widgets.lines import Row
 OVERRIDES = "other settings: key=value, separated by spaces (optional)"
 
 
-@dataclass(frozen=True)
-class StartForm:
+class StartForm(Struct, frozen=True):
     """A dialog, and what it starts."""
 
     dialog: FormDialog

@@ -25,7 +25,6 @@ from engine.protocol.commands import (
 )
 from rlhf_tui.app.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
-from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.format import value_text
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
@@ -141,6 +140,8 @@ class Steering:
 
     def choose_setting(self) -> None:
         """Asks for a setting, then for its value."""
+        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - as in probe
+
         if (target := self._selected()) is None:
             return
         options = [

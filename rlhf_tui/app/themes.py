@@ -6,8 +6,9 @@ dark tints equal to the background and the steps of the heat strip equal to one 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+import msgspec
+from msgspec import Struct
 from textual.color import Color
 from textual.theme import Theme
 
@@ -23,8 +24,7 @@ _SERIES_DARK: Series = (SKY, ORANGE, "#2FC79A", PURPLE, YELLOW, "#E0733A")
 _SERIES_LIGHT: Series = (BLUE, "#B87A00", "#007A59", "#A8477D", "#8A8000", VERMILLION)
 
 
-@dataclass(frozen=True)
-class Palette:
+class Palette(Struct, frozen=True):
     """The colours of a theme, as `#rrggbb`."""
 
     ground: str
@@ -53,7 +53,7 @@ class Palette:
     def colours(self) -> set[str]:
         """Every colour of the palette, in lower case."""
         ramps = [colour for step in (*self.heat, *self.cold) for colour in step]
-        own = [value for value in vars(self).values() if isinstance(value, str)]
+        own = [value for value in msgspec.structs.astuple(self) if isinstance(value, str)]
         return {colour.lower() for colour in (*own, *self.series, *ramps)}
 
 

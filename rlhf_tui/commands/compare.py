@@ -101,7 +101,7 @@ def _replay(record: JournalReader, config: GuardrailConfig, run: RunConfig) -> I
     """Alerts with their steps: every recorded step checked with the settings in force then."""
     rails = Guardrails(config, judges_of(run))
     settings = config_file.as_mapping(settings_of(run))
-    changes: dict[int, dict[str, Any]] = {}
+    changes: dict[int, dict[str, Any]] = {}  # each setting has a type of its own
     for command in record.commands():
         if command.status == "applied" and command.live and command.applied_step is not None:
             for change in command.changes:

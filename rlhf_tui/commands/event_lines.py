@@ -5,7 +5,8 @@ what, old → new, and from which step it applied.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.journal.rows import (
     AlertEvent,
@@ -34,8 +35,7 @@ REASON = 80
 """Characters of the reason of a pause."""
 
 
-@dataclass(frozen=True)
-class EventLine:
+class EventLine(Struct, frozen=True):
     """One line of the log."""
 
     time: float | None

@@ -1,9 +1,9 @@
 """Dialogs: a question with choices, and an input field."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from msgspec import Struct
 from rich.text import Text
 from textual import events
 from textual.app import ComposeResult
@@ -96,8 +96,7 @@ class Dialog(ModalScreen[Result | None]):
         self.close_with(None)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """A choice of a :class:`ChoiceDialog`."""
 
     key: str

@@ -1,9 +1,9 @@
 """A dialog with several input fields, checked together while they are typed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from msgspec import Struct
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
@@ -23,8 +23,7 @@ Values = dict[str, str]
 FormCheck = Callable[[Values], tuple[bool, str]]
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(Struct, frozen=True):
     """An input field of a :class:`FormDialog`."""
 
     key: str

@@ -4,8 +4,9 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean, median, pstdev
+
+from msgspec import Struct
 
 from engine.journal.labels import Key
 from engine.journal.rows import SampleRow
@@ -18,8 +19,7 @@ POOL = 2000
 """The newest responses without a judgement, from which a queue is drawn."""
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(Struct, frozen=True):
     """A response that was judged or skipped."""
 
     row: SampleRow

@@ -1,8 +1,8 @@
 """A dialog with a list, to select one option or several."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from msgspec import Struct
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 
@@ -19,8 +19,7 @@ WITH = " + "
 """Separates the keys of a group."""
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(Struct, frozen=True):
     """A line of the list."""
 
     key: str

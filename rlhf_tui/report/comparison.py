@@ -1,6 +1,7 @@
 """The other run of a report that puts two side by side."""
 
-from dataclasses import dataclass, replace
+import msgspec
+from msgspec import Struct
 
 from engine.config import file as config_file
 from engine.journal.reader import JournalReader
@@ -10,8 +11,7 @@ from rlhf_tui.report.headlines import Headline, read_headlines, read_held_out
 from rlhf_tui.report.settings import Setting
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Struct, frozen=True):
     """What is compared with."""
 
     name: str
@@ -27,7 +27,9 @@ class Comparison:
     def overlaid(self, curves: list[Curve]) -> list[Curve]:
         """The curves, with those of the other run."""
         return [
-            replace(curve, other=other.points) if (other := self.curves.get(curve.name)) else curve
+            msgspec.structs.replace(curve, other=other.points)
+            if (other := self.curves.get(curve.name))
+            else curve
             for curve in curves
         ]
 

@@ -1,7 +1,9 @@
 """The curves of a report, downsampled to a size that does not depend on the run's length."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
 
 from engine import metrics
 from engine.journal.reader import JournalReader
@@ -43,16 +45,15 @@ BRANCH_POINTS = 120
 Point = tuple[int, float]
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(Struct, frozen=True):
     """One metric over the steps."""
 
     name: str
     points: list[Point]
     """Exact for runs of at most :data:`SPANS` steps, otherwise extremes."""
-    branches: list[list[Point]] = field(default_factory=list)
+    branches: list[list[Point]] = msgspec.field(default_factory=list)
     """The same of abandoned branches."""
-    other: list[Point] = field(default_factory=list)
+    other: list[Point] = msgspec.field(default_factory=list)
     """The curve of the run beside it."""
 
     @property

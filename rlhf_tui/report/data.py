@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.agreement import Agreement
 from engine.journal.agreement import read_agreement
@@ -19,8 +20,7 @@ from rlhf_tui.report.settings import Setting, settings_of_run
 from rlhf_tui.state.timeline import Marker, timeline
 
 
-@dataclass(frozen=True)
-class ReportCheckpoint:
+class ReportCheckpoint(Struct, frozen=True):
     """A checkpoint and its value of `train.best_metric`."""
 
     row: CheckpointRow
@@ -28,8 +28,7 @@ class ReportCheckpoint:
     best: bool
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Struct, frozen=True):
     """The contents of a report."""
 
     name: str

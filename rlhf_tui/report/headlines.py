@@ -1,7 +1,8 @@
 """The main metrics at the start and at the end of a run."""
 
-from dataclasses import dataclass
 from statistics import fmean
+
+from msgspec import Struct
 
 from engine.journal.reader import JournalReader
 from engine.metrics import (
@@ -23,8 +24,7 @@ STEPS_AVERAGED = 10
 """Steps of the mean at the start and at the end of a run, as in the dashboard."""
 
 
-@dataclass(frozen=True)
-class Headline:
+class Headline(Struct, frozen=True):
     """A metric at the start and at the end."""
 
     title: str

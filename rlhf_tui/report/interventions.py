@@ -1,8 +1,10 @@
 """What operators and guard rails changed, with the metrics before and after."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
+
+import msgspec
+from msgspec import Struct
 
 from engine.journal.reader import JournalReader
 from engine.metrics import ENTROPY, KL, RESPONSE_LENGTH, SCORE
@@ -18,16 +20,14 @@ MOST = 100
 """Interventions that are listed; of more, the latest."""
 
 
-@dataclass(frozen=True)
-class Effect:
+class Effect(Struct, frozen=True):
     """A metric's means over the steps before an intervention and over those from it on."""
 
     before: float | None
     after: float | None
 
 
-@dataclass(frozen=True)
-class Intervention:
+class Intervention(Struct, frozen=True):
     """A command that took effect."""
 
     number: int
@@ -35,7 +35,7 @@ class Intervention:
     marker: Marker
     effects: dict[str, Effect]
     """By metric; empty on abandoned branches."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = msgspec.field(default_factory=list)
     """Notes of steps close by: the reasons, as a rule."""
 
 

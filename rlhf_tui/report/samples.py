@@ -1,7 +1,9 @@
 """The responses of a report: through time, the best, the worst, and the judged ones."""
 
 import sys
-from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
 
 from engine.journal.labels import LABELS, LabelReader, Preference
 from engine.journal.reader import JournalReader
@@ -18,8 +20,7 @@ JUDGED_READ = 2000
 """Judged responses that the counts and means are taken over, the newest."""
 
 
-@dataclass(frozen=True)
-class LabelCount:
+class LabelCount(Struct, frozen=True):
     """The responses with a label."""
 
     label: str
@@ -27,20 +28,19 @@ class LabelCount:
     mean_score: float | None
 
 
-@dataclass(frozen=True)
-class ReportSamples:
+class ReportSamples(Struct, frozen=True):
     """The chosen responses."""
 
-    held_out: list[list[SampleRow]] = field(default_factory=list)
+    held_out: list[list[SampleRow]] = msgspec.field(default_factory=list)
     """For each of some held-out prompts, its responses at several steps."""
-    through_time: list[SampleRow] = field(default_factory=list)
+    through_time: list[SampleRow] = msgspec.field(default_factory=list)
     """The first recorded response of several steps; empty if there are held-out prompts."""
-    best: list[SampleRow] = field(default_factory=list)
-    worst: list[SampleRow] = field(default_factory=list)
-    judged: list[SampleRow] = field(default_factory=list)
+    best: list[SampleRow] = msgspec.field(default_factory=list)
+    worst: list[SampleRow] = msgspec.field(default_factory=list)
+    judged: list[SampleRow] = msgspec.field(default_factory=list)
     judged_total: int = 0
-    labels: list[LabelCount] = field(default_factory=list)
-    preferences: list[Preference] = field(default_factory=list)
+    labels: list[LabelCount] = msgspec.field(default_factory=list)
+    preferences: list[Preference] = msgspec.field(default_factory=list)
     preferences_total: int = 0
 
 

@@ -1,7 +1,8 @@
 """What the two forms of a report share: the words, the rows of its tables, and their limits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.agreement import Agreement, interval
 from engine.journal.rows import SampleRow
@@ -29,8 +30,7 @@ WORDS = {
 """Kind of a marker → its word; checkpoints have a section of their own."""
 
 
-@dataclass(frozen=True)
-class TableData:
+class TableData(Struct, frozen=True):
     """A table; the cells are not escaped yet."""
 
     header: list[str]

@@ -1,9 +1,9 @@
 """The configuration of a run: which keys differ from the defaults."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
@@ -12,8 +12,7 @@ from engine.config.sections.ppo import PPOConfig
 from engine.config.sections.reward import RewardConfig
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(Struct, frozen=True):
     """One key of the configuration."""
 
     key: str
@@ -56,5 +55,5 @@ def _defaults(config: RunConfig) -> RunConfig:
     return msgspec.structs.replace(completed, data=data)
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
+def _flat(config: RunConfig) -> dict[str, Any]:  # the keys have values of every type
     return config_file.flatten(config_file.to_tree(config))

@@ -5,9 +5,10 @@ Colours are classes, which the style sheet of the page resolves; text is escaped
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
+
+from msgspec import Struct
 
 from rlhf_tui.report.curves import Curve, Point
 from rlhf_tui.text import one_line
@@ -46,8 +47,7 @@ LOOKS = {
 these attributes."""
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(Struct, frozen=True):
     """A vertical line of the chart."""
 
     step: int
@@ -59,8 +59,7 @@ class Mark:
     """`intervention`, `alert` or `start`."""
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(Struct, frozen=True):
     """Maps steps and values to the plot."""
 
     first: float

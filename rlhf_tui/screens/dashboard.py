@@ -10,7 +10,6 @@ from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.metrics import title_of
 from engine.session.folder import all_sessions, find
-from rlhf_tui.dialogs.picker import Option, PickerDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.state.first_read import SPANS
 from rlhf_tui.state.messages import CursorMoved, RowHighlighted, RowSelected
@@ -296,6 +295,8 @@ class DashboardScreen(SessionScreen):
 
     def action_metrics(self) -> None:
         """Asks which metrics have a chart."""
+        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
+
         groups = [spec.split(" + ") for spec in self.grid.specs]
         shown = [name for group in groups for name in group]
         options = [
@@ -320,6 +321,8 @@ class DashboardScreen(SessionScreen):
 
     def action_others(self) -> None:
         """Overlays another session's curves, or removes them."""
+        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
+
         state, view = self.context.state, self.context.view
         names = [s.name for s in all_sessions(self.context.root) if s.name != state.name]
         if not names:

@@ -9,7 +9,8 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.errors import RlhfError
 from engine.protocol.client import Client, new_id
@@ -30,8 +31,7 @@ WAIT = 24 * 3600.0
 """Seconds a terminal waits for the last reply; the engine carries a command out in any case."""
 
 
-@dataclass(frozen=True)
-class OutgoingCommand:
+class OutgoingCommand(Struct, frozen=True):
     """A command to be sent."""
 
     session: Session

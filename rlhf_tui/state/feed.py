@@ -8,8 +8,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from engine.agreement import Agreement
 from engine.errors import JournalError, RlhfError
@@ -185,11 +186,11 @@ class Feed:
         # Clients write this file, so the engine sends no message.
         if (labels := stamp(self._session.labels_file)) != self._labels:
             self._labels = labels
-            update = replace(update, labels=labels, agreement=_agreement(record))
+            update = msgspec.structs.replace(update, labels=labels, agreement=_agreement(record))
         events = record.events(last=EVENTS_READ, after=self._event)
         if events:
             self._event = events[-1].event
-            update = replace(update, events=thinned(events))
+            update = msgspec.structs.replace(update, events=thinned(events))
         if events or advanced or any(c.ended is None for c in self._commands):
             update = self._with_lists(update, record)
         self._send(update)
@@ -204,14 +205,14 @@ class Feed:
         commands, checkpoints = record.commands(), record.checkpoints()
         if commands != self._commands:
             self._commands = commands
-            update = replace(update, commands=commands)
+            update = msgspec.structs.replace(update, commands=commands)
         if checkpoints != self._checkpoints:
             self._checkpoints = checkpoints
-            update = replace(update, checkpoints=checkpoints)
+            update = msgspec.structs.replace(update, checkpoints=checkpoints)
         names = record.metric_names()
         if names != self._names:
             self._names = names
-            update = replace(update, names=names)
+            update = msgspec.structs.replace(update, names=names)
         return update
 
     def _read_curves(self, record: JournalReader, *, at_once: bool) -> None:
@@ -280,7 +281,7 @@ class Feed:
             if not self._live_changed:
                 return update
             self._live_changed = False
-            return replace(
+            return msgspec.structs.replace(
                 update,
                 phases=sorted(self._phases.values(), key=lambda p: p.rank),
                 telemetry=self._telemetry,

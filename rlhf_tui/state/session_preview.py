@@ -1,7 +1,9 @@
 """What the sessions screen shows of the highlighted session: curves, responses, settings."""
 
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import RlhfError
@@ -19,8 +21,7 @@ REQUIRED = ("model", "data", "reward")
 """Sections without a default; the reference for defaults has those of the session."""
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """A configuration key whose value differs."""
 
     key: str
@@ -29,12 +30,11 @@ class Difference:
     """The value of the other session, or the default."""
 
 
-@dataclass(frozen=True)
-class SessionPreview:
+class SessionPreview(Struct, frozen=True):
     """What was read of a session."""
 
     folder: str
-    update: SessionUpdate = field(default_factory=SessionUpdate)
+    update: SessionUpdate = msgspec.field(default_factory=SessionUpdate)
     """Its summary, the last alert, the newest responses, and the outlines of :data:`METRICS` and
     of what is drawn with them."""
     against: str = ""
@@ -81,7 +81,7 @@ def _differences(session: Session, other: Session | None) -> tuple[Difference, .
 
 
 def _values(session: Session) -> dict[str, Any]:
-    """Every configuration key with its value, that in force for live settings."""
+    """Every configuration key with its value, of any type; that in force for live settings."""
     from engine.config import file as config_file  # noqa: PLC0415 - YAML is slow to import
 
     flat = config_file.flatten(config_file.to_tree(session.config()))

@@ -1,10 +1,10 @@
 """The run that a steering key acts on."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from engine.config.settings import Settings
 from engine.session.folder import Session
@@ -12,8 +12,7 @@ from rlhf_tui.state.session_row import SessionRow
 from rlhf_tui.state.session_state import SessionState
 
 
-@dataclass(frozen=True)
-class SteeringTarget:
+class SteeringTarget(Struct, frozen=True):
     """A run as it was last read: the open session, or a row of the sessions screen."""
 
     session: Session

@@ -8,8 +8,9 @@ import bisect
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from engine.journal.json_values import decoded
 from engine.journal.rows import (
@@ -53,8 +54,7 @@ _BOUND = re.compile(r"(?P<metric>\S+) is (?P<value>\S+), (?P<side>above|below) (
 DIED = "engine died (no exit message)"
 
 
-@dataclass(frozen=True)
-class Marker:
+class Marker(Struct, frozen=True):
     """An entry of the timeline, which the charts mark at its step."""
 
     step: int
@@ -245,7 +245,7 @@ class _Timeline:
 
 
 def _fork(event: EventRow) -> dict[str, Any]:
-    """Where an attempt was forked from: `from` and `step`; empty if it was not."""
+    """Where an attempt was forked from: `from`, a text, and `step`; empty if it was not."""
     found: dict[str, Any] = decoded(event.data, dict[str, Any]).get("fork") or {}
     return found
 

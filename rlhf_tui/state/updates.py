@@ -1,7 +1,9 @@
 """The result of one reading of the journal. Does not import Textual, which loads meanwhile."""
 
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from engine.agreement import Agreement
 from engine.journal.rows import AttemptRow, CheckpointRow, CommandRow, EventRow, SampleRow
@@ -11,8 +13,7 @@ from engine.protocol.rank_messages import Phase
 Points = list[tuple[int, float | None]]
 
 
-@dataclass(frozen=True)
-class SessionSummary:
+class SessionSummary(Struct, frozen=True):
     """The summary of a session."""
 
     state: str
@@ -28,21 +29,20 @@ class SessionSummary:
     """What paused it; None if a person did, if it is not paused, or if the engine does not say."""
 
 
-@dataclass(frozen=True)
-class SessionUpdate:
+class SessionUpdate(Struct, frozen=True):
     """What a reading found; a field that is None has not changed."""
 
     reset: bool = False
     """Discard the state: the run was rolled back, or the journal was replaced."""
     head: SessionSummary | None = None
-    curves: dict[str, Points] = field(default_factory=dict)
+    curves: dict[str, Points] = msgspec.field(default_factory=dict)
     """Points to append to those of earlier readings."""
-    outlines: dict[str, Points] = field(default_factory=dict)
+    outlines: dict[str, Points] = msgspec.field(default_factory=dict)
     """Lowest and highest values of whole curves, alternating; shown until the curve is read."""
-    past: dict[str, list[tuple[int, int, float | None]]] = field(default_factory=dict)
+    past: dict[str, list[tuple[int, int, float | None]]] = msgspec.field(default_factory=dict)
     """(attempt, step, value) of abandoned branches."""
     names: list[str] | None = None
-    events: list[EventRow] = field(default_factory=list)
+    events: list[EventRow] = msgspec.field(default_factory=list)
     commands: list[CommandRow] | None = None
     checkpoints: list[CheckpointRow] | None = None
     samples: list[SampleRow] | None = None

@@ -1,7 +1,9 @@
 """The part of the run that all charts show, and the crosshair they share."""
 
 import math
-from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
 
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_state import SessionState
@@ -12,8 +14,7 @@ WEIGHTS = (0.0, 0.6, 0.9, 0.97)
 NARROWEST = 10
 
 
-@dataclass
-class Viewport:
+class Viewport(Struct):
     """Shared by the charts of one dashboard."""
 
     cursor: int | None = None
@@ -24,7 +25,7 @@ class Viewport:
     weight: float = WEIGHTS[1]
     past: bool = True
     """Whether earlier attempts are shown."""
-    others: dict[str, dict[str, Series]] = field(default_factory=dict)
+    others: dict[str, dict[str, Series]] = msgspec.field(default_factory=dict)
     """Other sessions' curves, by session and metric."""
     selected: str | None = None
     """The key of the selected entry of the timeline; None if none is."""

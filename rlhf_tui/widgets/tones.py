@@ -4,15 +4,13 @@ They are not component classes of the style sheet: Textual creates a DOM node fo
 class of each widget, which took half of the time to the first frame.
 """
 
-from dataclasses import dataclass
-
+from msgspec import Struct
 from rich.style import Style
 from textual.color import Color
 from textual.widget import Widget
 
 
-@dataclass(frozen=True)
-class Tone:
+class Tone(Struct, frozen=True):
     """A style. Colours are variables of the theme; empty: those of the widget."""
 
     colour: str = ""

@@ -1,5 +1,7 @@
 """A run's state, made without a journal, and what a panel shows of it."""
 
+import msgspec
+
 from engine.journal.rows import AttemptRow, CommandRow
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.updates import SessionSummary, SessionUpdate
@@ -18,9 +20,7 @@ SETTINGS = {
 
 def head(**given):
     base = SessionSummary("running", 50, 100, SETTINGS, "", [FIRST], 77, "box")
-    return SessionSummary(
-        **{f: given.get(f, getattr(base, f)) for f in SessionSummary.__dataclass_fields__}
-    )
+    return msgspec.structs.replace(base, **given)
 
 
 def make_state(kl=6.0, **given):

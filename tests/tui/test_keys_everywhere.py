@@ -10,6 +10,7 @@ from textual.events import Key
 from engine.protocol.commands import Note
 from engine.session.folder import Session
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.dialogs.help import HelpDialog
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.scroll_list import ScrollText
@@ -29,6 +30,19 @@ async def test_a_digit_goes_to_its_screen(make_app, key, mode, running, until):
     async with running(app) as pilot:
         await pilot.press("4" if key == "2" else "2", key)
         await until(pilot, lambda: app.current_mode == mode)
+
+
+async def test_a_digest_does_not_take_a_key_that_is_meant_for_the_screen(make_app, running, until):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("2")
+        await until(pilot, lambda: app.current_mode == "dashboard")
+        app.push_screen(DigestDialog("run since you left", [[("steps 1 → 9", "strong")]]))
+        await until(pilot, lambda: isinstance(app.screen, DigestDialog))
+        await pilot.press("question_mark")
+        await until(pilot, lambda: isinstance(app.screen, HelpDialog))
+        await pilot.press("escape")
+        assert not isinstance(app.screen, DigestDialog)
 
 
 async def test_a_click_on_a_tab_goes_to_its_screen(make_app, running, until):

@@ -1,7 +1,9 @@
 """Painting of a chart as characters and styles, independent of Textual."""
 
 import math
-from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
 
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.timeline import MARKER_GLYPHS, Marker
@@ -25,8 +27,7 @@ PRIORITY = ("checkpoint", "attempt", "note", "command", "alert", "crash")
 """Kinds of markers; the last of those that share a cell is visible, abandoned ones below all."""
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(Struct, frozen=True):
     """A curve and its style, one of :data:`STYLES`."""
 
     series: Series
@@ -39,19 +40,18 @@ class Line:
     """Half the height of the bar at each point, by step; no bars for None."""
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(Struct, frozen=True):
     """Everything a chart shows."""
 
     title: str
     value: str
     first: float
     last: float
-    lines: list[Line] = field(default_factory=list)
+    lines: list[Line] = msgspec.field(default_factory=list)
     """Drawn in this order; the last one is on top."""
-    legend: list[str] = field(default_factory=list)
+    legend: list[str] = msgspec.field(default_factory=list)
     """Styles of the names in the title if there are several."""
-    overlays: list[tuple[str, str, str]] = field(default_factory=list)
+    overlays: list[tuple[str, str, str]] = msgspec.field(default_factory=list)
     """Mark, name and style of each curve of another session."""
     unit: str = ""
     note: str = ""
@@ -60,7 +60,7 @@ class Plot:
     target: float | None = None
     band: float = 0.2
     """Half the height of the target's band, relative to the target."""
-    markers: list[Marker] = field(default_factory=list)
+    markers: list[Marker] = msgspec.field(default_factory=list)
     cursor: int | None = None
     focused: bool = False
     empty: str = "no values yet"

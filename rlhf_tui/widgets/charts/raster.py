@@ -5,7 +5,8 @@ lost, whatever the number of points.
 """
 
 import math
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from rlhf_tui.state.series import Series
 
@@ -18,8 +19,7 @@ _RUNS = tuple(
 """`_RUNS[side][a][b]`: the bits of dots `a` to `b` of a side (0 left, 1 right) of a cell."""
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(Struct, frozen=True):
     """The points in one column of dots: extremes, first and last value."""
 
     x: int
@@ -29,8 +29,7 @@ class Column:
     last: float
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(Struct, frozen=True):
     """Maps values to rows of dots, from `low` (bottom) to `high` (top)."""
 
     low: float

@@ -1,7 +1,8 @@
 """A response compared with another one to the same prompt, with their differences marked."""
 
 import functools
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.journal.rows import ProbeResponse, SampleRow
 from rlhf_tui import format as fmt
@@ -15,8 +16,7 @@ SIDE_BY_SIDE = 100
 GAP = " │ "
 
 
-@dataclass(frozen=True)
-class ComparisonTarget:
+class ComparisonTarget(Struct, frozen=True, dict=True):
     """What a response is compared with."""
 
     kind: str

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from rlhf_tui import format as fmt
 from rlhf_tui.widgets.lines import Row, flowed
@@ -15,8 +16,7 @@ TICKS = (-0.625, -0.375, 0.0, 0.375, 0.625)
 """Values in the legend between the lowest and the highest, as shares of the scale: one a tone."""
 
 
-@dataclass(frozen=True)
-class HeatScale:
+class HeatScale(Struct, frozen=True):
     """Maps values to tones by their distance from a centre."""
 
     low: float

@@ -159,4 +159,4 @@ def pack_tied_heads(model: nn.Module) -> None:
     for layer in model.modules():
         for parameter in layer.parameters(recurse=False):
             if owners.setdefault(id(parameter), layer) is not layer:
-                layer.quant_method.process_weights_after_loading(layer)  # type: ignore[operator, union-attr]
+                layer.quant_method.process_weights_after_loading(layer)  # type: ignore[operator, union-attr]  # vLLM's
