@@ -17,7 +17,6 @@ from engine.journal.samples import SampleReader
 from engine.protocol.commands import Probe
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui.dialogs.base import InputDialog
-from rlhf_tui.format import plural
 from rlhf_tui.screens import sample_comparison, sample_labels, sample_list
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.sample_comparison import ComparisonRead, SampleComparison
@@ -37,6 +36,9 @@ from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import VIEWS, SampleView
 from rlhf_tui.widgets.table import Table
+
+AGREEMENT_SHOWN_FROM = 10
+"""Judgements below which the agreement is mostly chance."""
 
 
 class ArraysRead(Message):
@@ -206,13 +208,13 @@ class SamplesScreen(SessionScreen):
     def _agreement(self) -> list[Piece]:
         """How far the scores agree with all judgements of the run."""
         found = self.context.state.agreement
-        if found.mean is None or self.samples.query.held_out:
+        few = len(found.points) < AGREEMENT_SHOWN_FROM
+        if found.mean is None or few or self.samples.query.held_out:
             return []
-        of = f" of {plural(len(found.points), 'judgement')}"
         row: list[Piece] = [
-            ("   agrees with ", "dim"),
+            ("   agrees ", "dim"),
             (f"{found.mean:.0%}", "strong"),
-            (of, "dim"),
+            (f" of {len(found.points):,}", "dim"),
         ]
         if found.fall is not None:
             row.append((f", less from step {found.fall.step:,}", "warn"))

@@ -78,7 +78,7 @@ async def test_the_app_shows_it_on_samples_and_as_a_chart(make_app, running, ses
         assert AGREEMENT in app.state.metrics
         await pilot.press("3")
         line = app.screen.query_one("#filter", Lines)
-        await until(pilot, lambda: "of 48 judgements, less from step 13" in line.text())
+        await until(pilot, lambda: "of 48, less from step 13" in line.text())
 
 
 async def test_a_damaged_file_of_judgements_hides_nothing_else(make_app, running, session, until):
