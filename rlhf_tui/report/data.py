@@ -9,10 +9,10 @@ from engine.agreement import Agreement
 from engine.journal.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CheckpointRow, SessionMeta
-from engine.metrics import AGREEMENT, SCORE
+from engine.metrics import SCORE
 from engine.session.folder import Session
 from rlhf_tui.report.comparison import Comparison, read_comparison
-from rlhf_tui.report.curves import Curve, read_curves, thinned
+from rlhf_tui.report.curves import Curve, read_curves
 from rlhf_tui.report.headlines import Headline, read_headlines, read_held_out
 from rlhf_tui.report.interventions import Intervention, read_interventions
 from rlhf_tui.report.samples import ReportSamples, read_samples
@@ -90,10 +90,8 @@ def read_report(
             reached=_reached(record),
             crashed_at=step if state == "crashed" else None,
         )
-        curves = read_curves(record)
         agreement = read_agreement(record)
-        if agreement.points:
-            curves.append(Curve(AGREEMENT, thinned(agreement.curve)))
+        curves = read_curves(record, agreement)
         return Report(
             name=session.name,
             made=now(),
