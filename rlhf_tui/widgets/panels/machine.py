@@ -68,11 +68,12 @@ class MachinePanel(Panel):
                 row.append((" slowest" if rank.rank == slow else " " * 8, "warn"))
         else:
             row.append((f"{'pid ' + str(rank.pid) if rank.pid else '':<12}", "dim"))
-        values = [" elsewhere"]
-        if rank.pid:
-            values = [f" CPU {rank.cpu:.0f}%", f"  {rank.memory / 1e9:.1f} GB"]
+        values = [f" CPU {rank.cpu:.0f}%"] if rank.pid else [" elsewhere"]
         if rank.peak_memory:
-            values.insert(1, f"  peak {rank.peak_memory / 1e9:.1f} GB")
+            values.append(f"  peak {rank.peak_memory / 1e9:.1f} GB")
+        if rank.pid:
+            now = "now " if rank.peak_memory else ""
+            values.append(f"  {now}{rank.memory / 1e9:.1f} GB")
         for value in values:
             if row_width(row) + len(value) <= width:
                 row.append((value, ""))
