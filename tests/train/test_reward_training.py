@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from msgspec.structs import replace
+from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from engine import starter
@@ -16,6 +17,7 @@ from engine.errors import RlhfError, UserInputError
 from engine.protocol.reward_training import JudgedText, RewardTrainingRequest
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.reward_training.evaluate import calibrate, held_out_agreement
+from engine.train.reward_training.fit import best_threshold
 from engine.train.reward_training.inputs import judged_inputs
 from engine.train.reward_training.split import Judgement, all_judgements, split_judgements
 from engine.train.reward_training.train import train_reward
@@ -104,6 +106,17 @@ def test_a_model_that_states_what_happens_is_calibrated():
     assert (found.stated, found.right) == (pytest.approx(0.75), 0.75)
     entropy = -0.75 * torch.log(torch.tensor(0.75)) - 0.25 * torch.log(torch.tensor(0.25))
     assert found.log_loss == pytest.approx(float(entropy), abs=1e-6)
+
+
+def test_the_threshold_at_the_start_has_the_lowest_loss():
+    scores, good = torch.tensor([0.2, 1.5, 3.0, -1.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+
+    def loss(threshold):
+        return float(binary_cross_entropy_with_logits(scores - threshold, good))
+
+    found = best_threshold(scores, good)
+    assert loss(found) <= min(loss(found + by) for by in (-0.01, 0.01))
+    assert best_threshold(scores, torch.ones(4)) == pytest.approx(float(scores.mean()))
 
 
 # -- training --------------------------------------------------------------------------------------

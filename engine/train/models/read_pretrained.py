@@ -159,9 +159,11 @@ def _pickle_refused(key: str, source: str, file: str) -> str:
     )
 
 
-def _trust_key(key: str) -> str:
-    """`model.trust_remote_code` for `model.policy`."""
-    return f"{key.rpartition('.')[0]}.trust_remote_code"
+def _trust_setting(key: str) -> str:
+    """`model.trust_remote_code: true` for `model.policy`."""
+    if key.startswith("--"):  # an option of the command line
+        return "--set trust_remote_code=true"
+    return f"{key.rpartition('.')[0]}.trust_remote_code: true"
 
 
 def _explain(source: str, key: str, what: str, error: Exception) -> str:
@@ -169,7 +171,7 @@ def _explain(source: str, key: str, what: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             f"{key}: {source} needs Python code of its own, which is never run unless you trust it "
-            f"({_trust_key(key)}: true); choose a model whose architecture is part of transformers"
+            f"({_trust_setting(key)}); choose a model whose architecture is part of transformers"
         )
     if source.startswith(("/", ".", "~")):
         return folder_error(key, Path(source), what, first)

@@ -1,5 +1,6 @@
 """Reads the model that the training of a reward model starts from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +45,17 @@ class BaseModel:
         return SMALL_RATE if size < LARGE else LARGE_RATE
 
 
-def read_base(request: RewardTrainingRequest, ranks: RankGroup) -> BaseModel:
+def read_base(
+    request: RewardTrainingRequest, ranks: RankGroup, report: Callable[[str], None]
+) -> BaseModel:
     """Reads `request.base`, or the reward model of the first session.
 
     A model that is no sequence classifier, such as the policy, gets a new head with one logit.
+
+    Args:
+        request: with `base`.
+        ranks: a single rank.
+        report: called with a line if Python code of the model may run.
 
     Raises:
         UserInputError: it cannot be read, or the logit to train is unknown.
@@ -57,6 +65,8 @@ def read_base(request: RewardTrainingRequest, ranks: RankGroup) -> BaseModel:
     name = str(source.model)
     path = starter.resolve(name)
     read = reward_options(source)
+    if read.trust_remote_code:
+        report(f"Python code that comes with {name} may run: trust_remote_code is on")
     label = source.label if settings.label is None else settings.label
     pair = source.pair if settings.pair is None else settings.pair
     torch.manual_seed(derived_seed(settings.seed, "reward head"))  # transformers draws a new head

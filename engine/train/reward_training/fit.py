@@ -31,6 +31,7 @@ WARMUP, FINAL = 0.05, 0.1
 """Share of the updates over which the learning rate rises, and the share of it that is left at the
 end: it falls linearly."""
 MAX_NORM = 1.0
+NEWTON_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,16 @@ class RewardTrainer:
         return Fitted(losses, best_epoch)
 
     def _start_at(self, scores: Tensor, judgements: Sequence[Judgement]) -> None:
-        """Sets the level to keep and the threshold to begin with to mean scores at the start."""
-        labelled = [j.response for j in judgements if j.rejected is None]
+        """Sets the level to keep, and the best threshold for the scores of the model at the start.
+
+        With a worse one the validation loss would fall because of the threshold alone.
+        """
+        labels = [j for j in judgements if j.rejected is None]
         self._level = 0.0 if self._new_head else float(scores.mean())
+        good = torch.tensor([float(j.good) for j in labels])
+        threshold = best_threshold(scores[[j.response for j in labels]], good)
         with torch.no_grad():
-            self._threshold.fill_(float(scores[labelled].mean()) if labelled else 0.0)
+            self._threshold.fill_(threshold)
 
     def _optimiser(self) -> torch.optim.Optimizer:
         weights = [p for p in self._model.parameters() if p.requires_grad]
@@ -202,6 +208,27 @@ class RewardTrainer:
         with torch.no_grad():
             place = {i: i for i in range(len(scores))}
             return float(self._loss(split.validation, scores, place))
+
+
+def best_threshold(scores: Tensor, good: Tensor) -> float:
+    """The threshold with the lowest logistic loss, by Newton's method.
+
+    Args:
+        scores: (n,) float32.
+        good: (n,) float32, 1 for `good` and 0 for any other label.
+
+    Returns:
+        The mean score if the labels are of one kind; 0 for none.
+    """
+    if not len(scores):
+        return 0.0
+    threshold = float(scores.mean())
+    if 0 < good.sum() < len(good):
+        for _ in range(NEWTON_STEPS):
+            p = torch.sigmoid(scores - threshold)
+            step = float((good - p).sum() / (p * (1 - p)).sum().clamp(min=1e-6))
+            threshold -= max(-1.0, min(1.0, step))
+    return threshold
 
 
 def _rate_factor(update: int, updates: int) -> float:

@@ -39,7 +39,7 @@ def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) 
     set_threads_and_nice(ranks, launch)
     split = split_judgements(request)
     inputs = judged_inputs(request, ranks)
-    base = read_base(request, ranks)
+    base = read_base(request, ranks, report)
     vocabulary = base.tokenizer.get_vocab()
     check_same_tokens(request, inputs.vocabularies, vocabulary, pair=base.pair)
     encoding = RewardEncoding(
