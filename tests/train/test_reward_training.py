@@ -131,7 +131,7 @@ def test_a_trained_model_is_a_folder_that_a_run_scores_with(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for words in ("`run`", "2 preferences, 32 responses labelled good", "before training",
-                  "times as wide", "rlhf-tui reward train run"):  # fmt: skip
+                  "Scores of all judged responses", "rlhf-tui reward train run"):  # fmt: skip
         assert words in card
     kept = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
     assert kept["new_scale"]["mean"] == pytest.approx(result.new_scale.mean)

@@ -1,4 +1,4 @@
-"""Commands on a run's reward: train a reward model on judgements, and compare both."""
+"""The command that trains a reward model on judgements: reward train."""
 
 import os
 import shlex
@@ -8,14 +8,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from engine.agreement import Agreement
 from engine.config.model_folder import has_config
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.config.training_settings import training_settings
-from engine.errors import RlhfError, UserInputError
-from engine.journal.agreement import read_agreement
-from engine.journal.reader import JournalReader
+from engine.errors import UserInputError
 from engine.journal.training_data import collect_judgements
 from engine.launch.start import last_checkpoint
 from engine.protocol.reward_training import (
@@ -29,25 +26,15 @@ from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
     existing,
     json_option,
-    name_argument,
     print_json,
     say,
     sessions_option,
 )
 from rlhf_tui.engine_program import stream_engine_program
-from rlhf_tui.report import sections
 from rlhf_tui.text import one_line
 
-STEPS_SHOWN = 20
-"""Rows of the curve that `reward agreement` prints, evenly spaced."""
 
-
-@click.group()
-def reward() -> None:
-    """Train a reward model on judgements; see how far scores agree with them."""
-
-
-@reward.command()
+@click.command()
 @click.argument("names", metavar="SESSION...", nargs=-1, required=True)
 @sessions_option
 @click.option(
@@ -218,35 +205,3 @@ def fork_command(session: Session, reward: RewardConfig, result: TrainedReward) 
         name,
     ]
     return one_line(shlex.join([*words, *(word for option in options for word in ("-o", option))]))
-
-
-@reward.command()
-@name_argument
-@sessions_option
-@json_option
-def agreement(root: Path, name: str, as_json: bool) -> None:
-    """How far the scores of a session agree with its judgements, over the steps."""
-    session = existing(root, name)
-    with JournalReader(session) as record:
-        found = read_agreement(record)
-    if as_json:
-        print_json(_as_json(found))
-        return
-    if found.mean is None:
-        raise RlhfError(
-            f"session '{name}' has no judgements to compare: it needs labels good and bad, or "
-            f"preferences (J on screen 3 of rlhf-tui attach {name})"
-        )
-    say(sections.agreement(found))
-    curve = found.curve
-    every = -(-len(curve) // STEPS_SHOWN)
-    shown = curve[::-1][::every][::-1]  # with the last one
-    say(fmt.table([[f"{s:,}", f"{v:.2f}"] for s, v in shown], ["step", "agreement"]))
-
-
-def _as_json(found: Agreement) -> dict[str, object]:
-    curve = [{"step": step, "agreement": value} for step, value in found.curve]
-    fall = msgspec.to_builtins(found.fall)
-    return {
-        "judgements": len(found.points), "agreement": found.mean, "fall": fall, "curve": curve,
-    }  # fmt: skip
