@@ -14,6 +14,7 @@
     │   └── DamagedCheckpointError    its files are not as they were written
     ├── RewardError               a reward source returned unusable rewards
     ├── LinkError                 a connection between two processes failed
+    │   └── AuthenticationError       the other machine does not know the secret of the run
     └── CommandRejectedError      an operator's command cannot be executed
 
 Each message is one sentence that names the cause and a remedy. It is shown to the user unchanged.
@@ -110,6 +111,10 @@ class RewardError(RlhfError):
 
 class LinkError(RlhfError):
     """A connection between a supervisor and a rank or a client failed."""
+
+
+class AuthenticationError(LinkError):
+    """The other side of a connection does not know the secret of the run."""
 
 
 class CommandRejectedError(RlhfError):

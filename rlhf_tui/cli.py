@@ -21,12 +21,13 @@ from rlhf_tui.commands.options import colors_option, sessions_option
 from rlhf_tui.text import one_line
 
 COMMANDS = {
-    "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "run", "plan": "plan",
+    "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "machines",
+    "launch": "machines", "plan": "plan",
     "init": "init", "check": "check",
     "ls": "read", "status": "read", "metrics": "read", "samples": "read", "events": "read",
     "logs": "read", "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
     "attach": "view", "ctl": "steer", "note": "steer", "diff": "compare", "guardrails": "compare",
-    "notify": "notify", "report": "report", "reward": "reward", "verify": "verify",
+    "notify": "notify", "report": "report", "reward": "reward", "verify": "check",
 }  # fmt: skip
 """Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,
 which keeps the start of attach short."""

@@ -92,6 +92,13 @@ def clock(timestamp: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(timestamp))
 
 
+def time_of_day(timestamp: float) -> str:
+    """A Unix timestamp as local hours and minutes, with the date if it is another day."""
+    then, now = time.localtime(timestamp), time.localtime()
+    today = then[:3] == now[:3]
+    return time.strftime("%H:%M" if today else "%b %d %H:%M", then)
+
+
 def plural(count: int, noun: str) -> str:
     """`1 sample`, `12 samples`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
+from engine.config.deadline import deadline
 from engine.config.model_rules import check_models
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import SOURCE_KEYS, JudgeConfig, RewardConfig, RewardSource
@@ -51,6 +52,7 @@ def check_config(config: RunConfig) -> None:
         )
     if config.train.ema.offload and config.train.ema.decay is None:
         raise ConfigError("train.ema.offload needs train.ema.decay: without it there is no average")
+    deadline(config.train, {})
     for rule in config.guardrails.rules:
         check_rule(rule)
     _check_evaluation(config)
@@ -162,6 +164,10 @@ def _check_launch(config: RunConfig) -> None:
         raise ConfigError(
             f"launch.nodes: {launch.nodes} needs launch.rendezvous: HOST:PORT, at which the other "
             "machines reach this one"
+        )
+    if launch.fewest_nodes > launch.nodes:
+        raise ConfigError(
+            f"launch.min_nodes ({launch.min_nodes}) must be at most launch.nodes ({launch.nodes})"
         )
     if launch.rendezvous is not None:
         check_address(launch.rendezvous)

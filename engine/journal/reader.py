@@ -108,6 +108,8 @@ class JournalReader:
             settings=decoded(values.get("settings", "null"), dict[str, Any] | None),
             message=decoded(values.get("message", "null"), str | None) or "",
             pause_reason=decoded(values.get("pause_reason", "null"), str | None),
+            deadline=decoded(values.get("deadline", "null"), float | None),
+            exit_code=decoded(values.get("exit_code", "null"), int | None),
         )
 
     def state(self) -> str:

@@ -27,6 +27,10 @@ class SessionMeta(Struct, frozen=True, kw_only=True):
     """The reason for the state, such as an error; may be empty."""
     pause_reason: str | None = None
     """What paused the run; None if a person did, or if it is not paused."""
+    deadline: float | None = None
+    """Unix time before which the run saves and ends; None without one."""
+    exit_code: int | None = None
+    """Of the last engine that ended regularly; None while one lives, or if it was killed."""
 
 
 class AttemptRow(Struct, frozen=True, kw_only=True):

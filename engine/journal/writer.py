@@ -372,7 +372,8 @@ _TRUNCATE = (
     "AND step = :step) AND (kind IN ('attempt', 'ready', 'state', 'error') "
     "OR (kind = 'alert' AND json_extract(data, '$.rule') = 'restart'))",
     "DELETE FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step",
-    "DELETE FROM meta WHERE key IN ('reseed', 'settings', 'message', 'pause_reason')",
+    "DELETE FROM meta WHERE key IN ('reseed', 'settings', 'message', 'pause_reason', 'deadline', "
+    "'exit_code')",
     "DELETE FROM checkpoints WHERE step <> :step",
     "UPDATE checkpoints SET status = 'complete'",
 )

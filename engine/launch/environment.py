@@ -27,7 +27,8 @@ socket; its niceness on a CPU; the rendezvous of the ranks (`file:PATH` or `tcp:
 configuration's `launch` section as JSON; whether its machine joined the run; the socket of the
 rollout engine, the folder in shared memory in which it is given weights, and one on a disk for
 those that do not fit there (on the first machine only, and not for native rollouts).
-:data:`~engine.launch.parent_death.PARENT_VARIABLE` is another one."""
+:data:`~engine.launch.parent_death.PARENT_VARIABLE` is another one, and with several machines
+:data:`~engine.launch.secret.SECRET_VARIABLE`."""
 
 OTHER_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """Set by a scheduler's script or a torchrun around this process; they do not apply to our ranks."""

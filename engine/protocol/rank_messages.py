@@ -223,12 +223,19 @@ class Failed(Message, frozen=True, tag="failed"):
     """Settings with which a restart would not fail in the same way, although `final`."""
 
 
+RESTART_REASONS = {
+    "joining": "another machine joins: the ranks start again from step {}",
+    "leaving": "a machine is about to be taken away: the ranks start again from step {} without it",
+}
+"""Why the ranks of a run over several machines end although the run does not."""
+
+
 class Ended(Message, frozen=True, tag="ended"):
     """The rank exits normally."""
 
     step: int
     reason: str
-    """finished, stopped, max_hours or stop_at."""
+    """finished, stopped, max_hours, stop_at, deadline, preempted, or one of RESTART_REASONS."""
 
 
 class Begin(Message, frozen=True, tag="begin"):
@@ -287,8 +294,20 @@ class RankCommand(Message, frozen=True, tag="order"):
     command: BoundaryCommand
 
 
+JOIN_INFO_KEY = "join_info"
+"""Where the store of the first machine has the :class:`JoinInfo` of the current start."""
+LEAVING_KEY = "leaving"
+"""A key that a machine sets which a scheduler is about to take away: the run saves and ends."""
+STARTED_KEY = "agents/count"
+"""A key that exists once the machines of this start are settled: others wait for the next one."""
+COMING_KEY = "agents/coming"
+"""Counts the other machines that start their agents, which takes them some seconds."""
+WAITING_KEY = "waiting"
+"""A key that such a machine sets: the run starts its ranks again after its next checkpoint."""
+
+
 class JoinInfo(Struct, frozen=True, kw_only=True):
-    """What a joining machine needs to know; published at the rendezvous."""
+    """What a joining machine needs to know; published in the store of the first machine."""
 
     launch: LaunchConfig
     folder: str

@@ -83,6 +83,11 @@ class Session:
         return self.folder / "engine.json"
 
     @property
+    def secret_file(self) -> Path:
+        """The secret of a run over several machines; deleted when the engine exits."""
+        return self.folder / "join.secret"
+
+    @property
     def lock_file(self) -> Path:
         """Locked while an engine is live."""
         return self.folder / "engine.lock"

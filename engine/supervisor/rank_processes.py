@@ -16,6 +16,7 @@ from engine.launch.environment import (
     rank_environment,
     ranks_per_node,
 )
+from engine.launch.secret import SECRET_VARIABLE, secret_of_run
 from engine.session.folder import Session
 from engine.session.temporary_folders import TemporaryFolder
 
@@ -35,6 +36,8 @@ class RankProcesses:
         """Rank → process id, of the ranks on this machine that have connected."""
         self.token = ""
         """Proves that a rank belongs to the current attempt; new at each start."""
+        self.secret = secret_of_run(session) if launch.nodes > 1 else ""
+        """Proves that a machine belongs to the run; empty on a single machine."""
 
     async def start(self, rollout: dict[str, str]) -> None:
         """Starts the processes in a session of their own; their output goes to engine.log.
@@ -50,6 +53,8 @@ class RankProcesses:
             SOCKET_VARIABLE: str(self._socket_path),
             STORE_VARIABLE: self._create_rendezvous(),
         }
+        if self.secret:
+            link[SECRET_VARIABLE] = self.secret
         with self._session.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *rank_command(self._launch, str(self._session.folder), self.count),

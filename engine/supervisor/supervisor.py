@@ -7,7 +7,9 @@ handled by :mod:`engine.supervisor.command_handler`, messages of ranks by
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
 import sqlite3
 from pathlib import Path
@@ -16,6 +18,7 @@ import msgspec
 
 from engine import __version__
 from engine.config import file as config_file
+from engine.config.deadline import deadline
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.errors import SessionError, UserInputError
@@ -33,9 +36,10 @@ from engine.monitoring.notify import Notifier, missing_variables
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol import sockets
 from engine.protocol.commands import SetSetting
-from engine.protocol.rank_messages import Failed, Phase
+from engine.protocol.rank_messages import RESTART_REASONS, Failed, Phase
 from engine.session import registry
 from engine.session.folder import Session
+from engine.session.states import State
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.command_handler import CommandHandler
 from engine.supervisor.pending_commands import PendingCommands
@@ -82,6 +86,7 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
         ) from error
     finally:
         session.engine_file.unlink(missing_ok=True)
+        session.secret_file.unlink(missing_ok=True)
         lock.release()
 
 
@@ -92,7 +97,11 @@ async def _serve(
     before = session.config()
     config = config_file.override(before, start.overrides)
     session.write_config(config)
-    journal.set_meta(total_steps=config.train.steps)
+    journal.set_meta(
+        total_steps=config.train.steps,
+        deadline=deadline(config.train, os.environ),
+        exit_code=None,
+    )
     journal.commands.reject_unfinished("the engine ended before it was carried out")
     listener, path = sockets.listen(session.folder)
     supervisor = Supervisor(session, config, journal, path, start, observer)
@@ -240,13 +249,20 @@ class Supervisor:
         """Shows which machines a run waits for, until its ranks report their own phases."""
         launch = self._config.launch
         others, address = launch.nodes - 1, launch.rendezvous
+        needed = launch.fewest_nodes - 1
         self.state.phases.clear()
         if others:
             waiting = Phase(rank=0, step=step, name=f"wait for rlhf-tui join {address}")
             self.state.phases[0] = waiting
             self.server.send_to_watchers(waiting)
             machines = "1 more machine" if others == 1 else f"{others} more machines"
+            if needed < others:
+                machines += f" ({needed} at least)"
             text = f"waiting for {machines}; run there: rlhf-tui join {address}"
+            if self._session.secret_file.exists():
+                text += f" --secret-file {self._session.secret_file}"
+            else:
+                text += ", with the same secret in the environment"
             self.publisher.notice("machines", text, step)
 
     def _record_start_settings(self, start: StartOptions) -> None:
@@ -262,14 +278,11 @@ class Supervisor:
         """Sets the session's state after the ranks' end; returns the exit code of this attempt."""
         state, attempt, launch = self.state, self.state.attempt, self._config.launch
         if state.stop_now and attempt.ended is None and not attempt.failed_by_itself:
-            self.publisher.set_state("stopped", "stopped at once, nothing was saved")
-            return launch.preempted_exit if state.preempted else 0
+            code = launch.preempted_exit if state.preempted else 0
+            self._set_end("stopped", "stopped at once, nothing was saved", code)
+            return code
         if attempt.ended is not None:
-            reason = attempt.ended.reason
-            text = self._end_text(reason)
-            stopped = reason == "stopped"
-            self.publisher.set_state("stopped" if stopped else "finished", text)
-            return launch.preempted_exit if stopped and state.preempted else 0
+            return self._end_regularly(attempt.ended.reason)
         failure = attempt.cause(status, launch, self._session.name)
         earlier = earlier_checkpoint(self._session, attempt.start) if failure.damaged else None
         if earlier is not None and not state.stop_now:
@@ -293,8 +306,9 @@ class Supervisor:
         limit = launch.max_restarts
         final = failure.final or failure.user_input or state.stop_now
         if final or self._restarts >= limit:
-            self.publisher.set_state("failed", failure.text)
-            return 2 if failure.user_input and not state.began else 1
+            code = 2 if failure.user_input and not state.began else 1
+            self._set_end("failed", failure.text, code)
+            return code
         self._restarts += 1
         if attempt.ready:
             self.pending.attempt_failed()
@@ -305,6 +319,27 @@ class Supervisor:
         text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
         self.publisher.notice("restart", text, self._journal.step)
         return 1
+
+    def _end_regularly(self, reason: str) -> int:
+        """Sets the state after an end that the ranks reported, or has them start again."""
+        state, launch = self.state, self._config.launch
+        if reason in RESTART_REASONS and not state.stopping:
+            step = last_checkpoint(self._session)
+            state.next = StartOptions(from_step=step)
+            self.publisher.notice("machines", RESTART_REASONS[reason].format(step), step)
+            return 0
+        early = reason in ("deadline", "preempted")
+        stopped = early or reason == "stopped" or reason in RESTART_REASONS
+        preempted = early or (stopped and state.preempted)
+        code = launch.preempted_exit if preempted else 0
+        self._set_end("stopped" if stopped else "finished", self._end_text(reason), code)
+        return code
+
+    def _set_end(self, end: State, text: str, code: int) -> None:
+        """Sets the last state of the session, and the exit code, which other machines look up."""
+        with contextlib.suppress(sqlite3.Error):  # of a full disk; the state matters more
+            self._journal.set_meta(exit_code=code)
+        self.publisher.set_state(end, text)
 
     def _restart_with(self, failure: Failed) -> None:
         """Has the ranks start again with other settings from the step that failed.
@@ -330,6 +365,10 @@ class Supervisor:
         if reason == "stop_at" and aim is not None:
             bounds = f"> {aim.above:g}" if aim.above is not None else f"< {aim.below:g}"
             return f"train.stop_at is reached: {aim.metric} {bounds}"
+        if reason == "deadline":
+            return "saved before the deadline (train.save_before_deadline)"
+        if reason == "preempted":
+            return "saved, because a scheduler ends a machine of the run"
         return "train.max_hours is used up" if reason == "max_hours" else ""
 
     def on_silence(self, rank: int, seconds: float) -> None:

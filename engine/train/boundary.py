@@ -5,11 +5,13 @@ same two steps.
 """
 
 import logging
+import os
 import time
 from typing import Any, assert_never
 
 import msgspec
 
+from engine.config.deadline import deadline
 from engine.config.rules import check_change
 from engine.config.settings import (
     SettingChange,
@@ -72,6 +74,8 @@ class BoundaryBroadcast(msgspec.Struct):
     beta: float
     reached: bool
     """Whether `train.stop_at` is met. Ranks may differ, in times or in a sum's last bit."""
+    early: str = ""
+    """Why the ranks save and end now although steps are left, as in :class:`Ended`; "" if not."""
     recovered: bool = False
     """Whether the reward source that the run is paused for works again."""
 
@@ -109,6 +113,10 @@ class Boundary:
         self._stop_ids: list[str] = []
         self._ended = False
         self._reached = False
+        self._early = ""
+        self._from_step = begin.from_step
+        self._deadline = deadline(run.config.train, os.environ)
+        self._longest_step = 0.0
         self._held: RewardCallError | None = None
 
     def before_step(self) -> bool:
@@ -128,7 +136,7 @@ class Boundary:
         self._begin_hold()
         self._execute_received(received)
         reported = time.monotonic()
-        while self._paused and not self._stop_ids:
+        while self._paused and not self._stop_ids and not self._early:
             if time.monotonic() - reported > PAUSE_REPORT_INTERVAL:
                 reported = time.monotonic()
                 self._link.phase(self._run.state.step, "paused")
@@ -191,7 +199,24 @@ class Boundary:
             return "stop_at"
         if train.max_hours is not None and state.seconds >= train.max_hours * 3600:
             return "max_hours"
-        return None
+        return self._early or None
+
+    def _early_end(self) -> str:
+        """Why the run has to save and end, decided by rank 0 before a step; "" if it does not.
+
+        `deadline`: the longest step and the longest save do not fit any more. `preempted`: another
+        machine of the run is about to be taken away; `leaving`: and the others can continue.
+        `joining`: another machine wants to take part, and the last step is being saved.
+        """
+        needed = self._longest_step + self.checkpoints.seconds_to_save()
+        needed += self._run.config.train.deadline_margin
+        if self._deadline is not None and self._deadline - time.time() < needed:
+            return "deadline"
+        if self._run.ranks.is_machine_leaving():
+            return "preempted" if self._run.config.launch.min_nodes is None else "leaving"
+        state = self._run.state
+        saved = state.step > self._from_step and self.checkpoints.has_begun_to_save(state.step)
+        return "joining" if saved and self._run.ranks.is_machine_waiting() else ""
 
     def _has_reached_aim(self, metrics: dict[str, float]) -> bool:
         """Whether a step's metrics meet `train.stop_at`."""
@@ -215,10 +240,10 @@ class Boundary:
     def _next_broadcast(self, wait: float) -> BoundaryBroadcast:
         """Rank 0's new commands, on every rank.
 
-        Training time, beta and the verdict on `train.stop_at` are broadcast with them: rank 0
-        measured or computed them, and they must be bitwise equal on all ranks. While paused this
-        runs every :data:`PAUSE_POLL_INTERVAL`, so that no rank waits in a collective until it times
-        out.
+        Training time, beta and the verdicts on `train.stop_at` and an early end are broadcast with
+        them: rank 0 measured or computed them, and they must be bitwise equal on all ranks. While
+        paused this runs every :data:`PAUSE_POLL_INTERVAL`, so that no rank waits in a collective
+        until it times out.
         """
         run, data = self._run, b""
         if run.ranks.is_lead:
@@ -230,10 +255,12 @@ class Boundary:
                     beta=run.config.kl.beta,
                     reached=self._reached,
                     recovered=self._recovery is not None and self._recovery.recovered,
+                    early=self._early_end(),
                 )
             )
         received = msgspec.msgpack.decode(run.ranks.broadcast_bytes(data), type=BoundaryBroadcast)
         run.state.seconds, self._reached = received.seconds, received.reached
+        self._early = received.early
         self._set({"beta": received.beta})
         return received
 
@@ -370,6 +397,7 @@ class Boundary:
         """
         state, config, kl = self._run.state, self._run.config, metrics["objective/kl"]
         state.step, state.seconds = step, state.seconds + seconds
+        self._longest_step = max(self._longest_step, seconds)
         metrics["time/checkpoint"] = self.checkpoints.step_done(metrics)
         self._reached = self._has_reached_aim(metrics)
         beta = next_beta(config.kl, kl, config.rollout.batch_size)
@@ -380,8 +408,11 @@ class Boundary:
         self._set_pause(self._paused)
         self.checkpoints.close()
 
-    def finish(self) -> None:
+    def finish(self) -> str:
         """Saves the last step, checks the reference's weights, and reports the end of the run.
+
+        Returns:
+            The reason of the end, as in :class:`Ended`.
 
         Raises:
             CheckpointError: the checkpoint could not be written.
@@ -396,3 +427,4 @@ class Boundary:
             self._link.send(Applied(id=command_id, step=run.state.step + 1))
         reason = "stopped" if self._stop_ids else self._end_reason() or "finished"
         self._link.send(Ended(step=run.state.step, reason=reason))
+        return reason

@@ -69,6 +69,8 @@ class CheckpointManager:
         self._best: MetricValue | None = None
         self._seconds = 0.0
         """That saving has blocked training since the last step."""
+        self._longest_save = 0.0
+        """Seconds from the start of a save to its end."""
 
     def poll(self) -> None:
         """Raises an unexpected error of the thread that saves, if there was one."""
@@ -86,11 +88,22 @@ class CheckpointManager:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
+    def seconds_to_save(self) -> float:
+        """How long :meth:`save` may take: as long as the longest save so far; 0 before the first.
+
+        A save that is running has to end first.
+        """
+        return self._longest_save * (2 if self._saver.busy else 1)
+
     def save_if_due(self) -> None:
         """Starts a save every `train.save_every` steps. If it fails, the operator gets a notice."""
         every = self._run.config.train.save_every
         if every and self._run.state.step % every == 0:
             self._start_save()
+
+    def has_begun_to_save(self, step: int) -> bool:
+        """Whether the last save that was started is that of a step."""
+        return self._saved_step == step
 
     def save(self) -> str | None:
         """Saves the last step and waits until the checkpoint is complete.
@@ -164,6 +177,7 @@ class CheckpointManager:
         if isinstance(outcome, CheckpointError):
             self._link.send(Notice(step=step, rule="checkpoint", text=str(outcome)))
             return
+        self._longest_save = max(self._longest_save, outcome.seconds)
         removable = self._removable(step, outcome.best)
         # Journalled first: a crash between the two leaves a folder too many, not one too few.
         self._link.send(CheckpointComplete(step=step, removed=removable))

@@ -30,6 +30,7 @@ from engine.errors import (
 )
 from engine.launch.environment import LAUNCH_VARIABLE
 from engine.protocol.rank_messages import (
+    RESTART_REASONS,
     BaselineReport,
     Begin,
     Failed,
@@ -57,6 +58,9 @@ from engine.train.run import Run
 
 log = logging.getLogger("engine")
 
+RESTARTS = 3
+"""Exit code of a rank whose run is not over: other machines must not take it for that."""
+
 
 def main() -> None:
     """Trains to the end of the run. Reports any error to the supervisor before it exits."""
@@ -76,7 +80,7 @@ def main() -> None:
         link.rank = ranks.rank
         if not ranks.is_lead:  # rank 0 logs for all
             logging.getLogger().setLevel(logging.WARNING)
-        train(session, link, ranks)
+        reason = train(session, link, ranks)
     except LinkError:
         raise
     except Exception as error:
@@ -85,7 +89,7 @@ def main() -> None:
         exit_now(getattr(error, "exit_code", 1))
     if ranks.size > 1:
         ranks.final_barrier()
-        exit_now(0)
+        exit_now(RESTARTS if reason in RESTART_REASONS else 0)
 
 
 def exit_now(code: int) -> NoReturn:
@@ -146,8 +150,8 @@ def failed_message(error: Exception, ranks: RankGroup | None, rank: int) -> Fail
     return failed
 
 
-def train(session: Session, link: Link, ranks: RankGroup) -> None:
-    """The training loop: execute commands, run a step, report it, save."""
+def train(session: Session, link: Link, ranks: RankGroup) -> str:
+    """The training loop: execute commands, run a step, report it, save; returns why it ended."""
     begin, config = receive_start(session, link, ranks)
 
     def notify(rule: str, text: str) -> None:
@@ -214,9 +218,10 @@ def train(session: Session, link: Link, ranks: RankGroup) -> None:
             boundary.checkpoints.save_if_due()
             if problem is not None:
                 boundary.hold(problem)
-        boundary.finish()
+        reason = boundary.finish()
     if events is not None:
         events.close()
+    return reason
 
 
 def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:

@@ -10,7 +10,10 @@ import psutil
 from engine.session.folder import Session
 from engine.verification.finding import Finding, listed, note, problem
 
-OURS = ("config.yaml", "journal.db", "samples.db", "labels.db", "engine.log", "engine.lock")
+OURS = (
+    "config.yaml", "journal.db", "samples.db", "labels.db", "engine.log", "engine.lock",
+    "join.secret",
+)  # fmt: skip
 """The files whose modes this software sets itself."""
 
 
@@ -27,6 +30,7 @@ def check_leftovers(session: Session, *, live: bool) -> Iterator[Finding]:
     folder = session.folder
     files = [
         *folder.glob(".config.yaml.*"), *folder.glob(".engine.json.*"),
+        *folder.glob(".join.secret.*"), *folder.glob("join.secret"),
         *session.checkpoints.glob(".*step-*"), *session.checkpoints.glob("step-*/.COMPLETE.part"),
     ]  # fmt: skip
     files += [f for f in session.checkpoints.glob("step-*") if not (f / "COMPLETE").exists()]

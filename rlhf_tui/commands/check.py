@@ -1,5 +1,6 @@
-"""The command that tries a configuration before it is run: check."""
+"""Commands that check: a configuration before it is run (check), and a session (verify)."""
 
+import sys
 from pathlib import Path
 
 import click
@@ -11,8 +12,19 @@ from engine.launch.environment import ranks_per_node
 from engine.launch.rollout_engine import check_rollout_python
 from engine.launch.start import check_inputs
 from engine.protocol.check_result import CheckResult
+from engine.verification.verify import Contents
+from engine.verification.verify import verify as verify_session
 from rlhf_tui import format as fmt
-from rlhf_tui.commands.options import json_option, override_option, print_json, say
+from rlhf_tui.commands.options import (
+    Tone,
+    existing,
+    json_option,
+    name_argument,
+    override_option,
+    print_json,
+    say,
+    sessions_option,
+)
 from rlhf_tui.engine_program import run_engine_program
 from rlhf_tui.text import one_line
 
@@ -81,3 +93,37 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
         f"{fmt.plural(ranks, 'rank')}: between {fmt.duration(steps * result.step_seconds)} and "
         f"{fmt.duration(steps * longest)}",
     ]
+
+
+@click.command()
+@name_argument
+@sessions_option
+@json_option
+def verify(root: Path, name: str, as_json: bool) -> None:
+    """Check that a session is whole: files, checkpoints, history, labels, access.
+
+    Changes nothing, and may be run on a live session. A problem is what was damaged or lost, or
+    lets others in; a note is what a crash leaves behind and a resume clears up.
+    """
+    session = existing(root, name)
+    verified = verify_session(session)
+    if as_json:
+        findings = msgspec.to_builtins(verified.findings)
+        shown = {"name": name, "problems": verified.problems, "findings": findings}
+        print_json(shown | msgspec.structs.asdict(verified.contents))
+    else:
+        for found in verified.findings:
+            tone: Tone = "bad" if found.level == "problem" else "warn"
+            say((found.level, tone), f": {found.check}: {found.text}; {found.advice}")
+        say(f"{name}: {_checked(verified.contents)}: {_verdict(verified.problems)}")
+    sys.exit(1 if verified.problems else 0)
+
+
+def _checked(contents: Contents) -> str:
+    words = ("checkpoint", "step", "command", "sample", "label")
+    numbers = [fmt.plural(getattr(contents, f"{word}s"), word) for word in words]
+    return f"{contents.state}, {', '.join(numbers)}"
+
+
+def _verdict(problems: int) -> str:
+    return fmt.plural(problems, "problem") if problems else "nothing is damaged or lost"

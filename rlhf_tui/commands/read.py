@@ -120,6 +120,8 @@ def status(root: Path, name: str, as_json: bool) -> None:
     say(f"  beta        {fmt.number(row.beta, 4)}")
     say(f"  checkpoints {', '.join(map(str, row.checkpoints)) or 'none'}")
     say(f"  engine      {engine}")
+    if row.deadline is not None:
+        say(f"  deadline    saves and ends before {fmt.clock(row.deadline)}")
     say(f"  folder      {row.folder}")
     if row.state not in ENDED_STATES and not row.pid:
         say(f"  resume with rlhf-tui resume {row.name}")

@@ -1,4 +1,4 @@
-"""Commands that start an engine: demo, run, resume, fork; and join, its ranks on a machine."""
+"""Commands that start an engine: demo, run, resume, fork."""
 
 import os
 import shutil
@@ -11,13 +11,13 @@ import click
 
 from engine import starter
 from engine.config import file as config_file
-from engine.config.rules import check_address
 from engine.config.schema import RunConfig
 from engine.errors import SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
 from engine.launch.background import start_engine
 from engine.launch.rollout_engine import check_rollout_python
+from engine.launch.secret import check_secret
 from engine.launch.start import (
     StartOptions,
     check_inputs,
@@ -99,30 +99,46 @@ def run(
         if name is None:
             raise UserInputError("--resume-if-exists needs --name NAME, the session to resume")
         session = Session(root.resolve() / check_name(name))
-        if session.config_file.is_file() and not is_failed_start(session):
-            if not _is_done(session, overrides):
-                _resume(session, overrides, mode)
-            return
+        start_or_resume(session, config, overrides, mode)
+        return
     loaded = config_file.load(config, overrides)
     _start_new(root.resolve(), name, config.stem, loaded, mode)
 
 
-def _is_done(session: Session, overrides: tuple[str, ...]) -> bool:
+def is_done(session: Session, overrides: tuple[str, ...]) -> bool:
     """Says so if the run has finished and no override of `train` asks for more of it.
 
     It may have ended before its last step, by `train.max_hours` or `train.stop_at`. A scheduler
     that repeats the command must not train it on.
     """
-    if any(item.partition("=")[0].split(".")[0].strip() == "train" for item in overrides):
-        return False
     with JournalReader(session) as record:
         if record.state() != "finished":
             return False
         step, reason = record.last_step(), record.meta().message
+    if any(item.partition("=")[0].split(".")[0].strip() == "train" for item in overrides):
+        total = config_file.override(session.config(), overrides).train.steps
+        if step < total:
+            return False
     why = f" ({reason})" if reason else ""
     name = session.name
     say(f"session '{name}' has finished at step {step}{why}; to train on: rlhf-tui resume {name}")
     return True
+
+
+def is_started(session: Session) -> bool:
+    """Whether there is a session to resume, rather than none or one that failed to start."""
+    return session.config_file.is_file() and not is_failed_start(session)
+
+
+def start_or_resume(
+    session: Session, config: Path, overrides: tuple[str, ...], mode: str | None
+) -> None:
+    """Resumes the session unless it has finished; starts it if there is none."""
+    if not is_started(session):
+        loaded = config_file.load(config, overrides)
+        _start_new(session.folder.parent, session.name, config.stem, loaded, mode)
+    elif not is_done(session, overrides):
+        _resume(session, overrides, mode)
 
 
 @click.command()
@@ -158,7 +174,9 @@ def _resume(
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )
-    total = config_file.override(session.config(), overrides).train.steps
+    config = config_file.override(session.config(), overrides)
+    check_secret(config.launch)
+    total = config.train.steps
     with JournalReader(session) as record:
         crashed = record.state() == "crashed"
     # A session that crashed after its last checkpoint still has to record its end.
@@ -209,38 +227,12 @@ def fork(
     _begin(child, start, mode)
 
 
-@click.command()
-@click.argument("address", metavar="HOST:PORT")
-@click.option(
-    "--processes",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Ranks on this machine.  [default: as the run's configuration says]",
-)
-@click.option(
-    "--wait",
-    type=click.FloatRange(min=1),
-    default=600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait for the first machine, also after each restart of the run.",
-)
-def join(address: str, processes: int | None, wait: float) -> None:
-    """Join a run with this machine.
-
-    HOST:PORT is the run's launch.rendezvous; the run waits until launch.nodes machines have joined.
-    """
-    check_address(address)
-    sys.stdout.flush()
-    arguments = ["-m", "engine.train.torchrun.join", address, str(processes or "auto"), str(wait)]
-    os.execv(sys.executable, [sys.executable, *arguments])  # noqa: S606 - our own module
-
-
 def _start_new(
     root: Path, name: str | None, stem: str, config: RunConfig, mode: str | None
 ) -> None:
     check_inputs(config)
     check_rollout_python(config.rollout)
+    check_secret(config.launch)
     if name is not None:
         remove_failed_start(Session(root / check_name(name)))
     session = create(root, free_name(root, stem) if name is None else name, config)

@@ -33,6 +33,7 @@ def read_summary(session: Session, record: JournalReader) -> SessionSummary:
         pid=engine.pid if engine else None,
         host=engine.host if engine else None,
         pause_reason=meta.pause_reason,
+        deadline=meta.deadline,
     )
 
 

@@ -44,6 +44,8 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     pause_reason: str | None = None
     """What paused it: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if it is not
     paused."""
+    deadline: float | None = None
+    """Unix time before which its engine saves and ends; None without one."""
     updated: float | None = None
     """Time of its last step, or of the start of its last engine."""
     folder: str
@@ -95,6 +97,7 @@ def read_session_row(session: Session) -> SessionRow:
         checkpoints=checkpoints,
         message=meta.message,
         pause_reason=meta.pause_reason if state == "paused" else None,
+        deadline=meta.deadline if engine else None,
         updated=last.time if last is not None else started,
         folder=str(session.folder),
     )

@@ -27,6 +27,8 @@ class SessionSummary(Struct, frozen=True):
     host: str | None
     pause_reason: str | None = None
     """What paused it; None if a person did, if it is not paused, or if the engine does not say."""
+    deadline: float | None = None
+    """Unix time before which the run saves and ends; None without one."""
 
 
 class SessionUpdate(Struct, frozen=True):

@@ -135,6 +135,8 @@ class StatusLine(Panel):
         beta = state.setting("beta")
         if beta is not None and not state.starting:
             facts.append((f"{beta:.4g}", "beta"))
+        if state.head.deadline is not None:
+            facts.append((f"saves before {fmt.time_of_day(state.head.deadline)}", ""))
         if len(state.head.attempts) > 1:
             facts.append((str(len(state.head.attempts)), "attempts"))
         pieces: list[Piece] = []

@@ -32,7 +32,11 @@ def machines(lab, wait_until):
     first = lab.popen(*run.arguments, "--headless")
     wait_until(lambda: run.events("alert"), "alert that asks for another machine")
     run.join_alert = run.events("alert")[0]["text"]
-    joiner = lab.popen("join", address, "--wait", 120, stderr=subprocess.STDOUT)
+    secret = run.session.secret_file
+    run.secret_mode = secret.stat().st_mode & 0o777
+    joiner = lab.popen(
+        "join", address, "--wait", 120, "--secret-file", secret, stderr=subprocess.STDOUT
+    )
     run.wait_at(3)
     run.beta = run.ctl("beta", "0.2")
     run.pause = run.ctl("pause")
@@ -116,3 +120,32 @@ def test_a_port_in_use_is_one_line_and_leaves_nothing(lab):
     assert done.returncode == 2
     assert "launch.rendezvous: cannot listen" in done.stderr.splitlines()[-1]
     assert not run.session.folder.exists()
+
+
+@pytest.mark.slow
+def test_an_elastic_run_takes_a_machine_at_a_checkpoint_and_continues_without_it(lab, wait_until):
+    address = f"127.0.0.1:{free_port()}"
+    run = lab.run(
+        "elastic", "launch.nodes=2", "launch.min_nodes=1", "launch.join_wait=8",
+        "launch.processes=1", "train.save_every=2", f"launch.rendezvous={address}",
+    )  # fmt: skip
+    run.hold(1, 5)
+    first = lab.popen(*run.arguments, "--headless")
+    run.wait_at(1)  # alone
+    joiner = lab.popen(
+        "join", address, "--secret-file", run.session.secret_file, stderr=subprocess.STDOUT
+    )
+    wait_until(lambda: "waiting for its next start" in joiner.stdout.readline(), "late machine")
+    run.release(1)
+    run.wait_at(5)
+    run.wait_saved(4)
+    for process in psutil.Process(joiner.pid).children(recursive=True):
+        process.kill()
+    joiner.kill()
+    run.release(5)
+    first.communicate(timeout=240)
+    run.finish()
+    with run.reader() as reader:
+        starts = [a.from_step for a in reader.attempts()]
+    ranks = [e["ranks"] for e in run.events("ready")]
+    assert (starts, ranks) == ([0, 2, 4], [1, 2, 1])

@@ -26,6 +26,10 @@ SERVICE = ("reward.model=null", "reward.service='http://h/score'")
         (["reward.model=null", "reward.service='http://h:x/'"], "must be a URL such as"),
         (["reward.model=null", "reward.service='http://a:secret@h/'"], "a user or a password"),
         (["launch.preempted_exit=2"], "means something else already"),
+        (
+            ["launch.nodes=2", "launch.rendezvous=a:1", "launch.min_nodes=3"],
+            "min_nodes (3) must be at most",
+        ),
         (["reward.protocol=openrlhf"], "reward.protocol needs reward.service"),
         (["reward.judging.model=m"], "reward.judging needs reward.judge"),
         (["reward.http.timeout=3"], "reward.http needs reward.service or reward.judge"),

@@ -17,6 +17,7 @@ from engine.protocol.rank_messages import (
     Applied,
     CheckpointComplete,
     CheckpointWritten,
+    Ended,
     Failed,
     Paused,
     Ready,
@@ -301,3 +302,25 @@ async def test_a_micro_batch_that_a_rank_has_halved_is_in_the_history(engine, wr
         (3, [HALVED])
     ]
     assert engine.shared.settings["micro_batch_size"] == 8
+
+
+# -- a deadline ------------------------------------------------------------------------------------
+
+
+async def test_a_run_that_saved_before_its_deadline_is_stopped_and_not_finished(engine, writer):
+    engine.receive(Ended(step=4, reason="deadline"))
+    engine.supervisor.conclude(0)
+    with JournalReader(writer.session) as reader:
+        assert reader.meta().state == "stopped"
+        assert "save_before_deadline" in reader.meta().message
+
+
+@pytest.mark.parametrize("reason", ["joining", "leaving"])
+async def test_ranks_that_end_for_another_number_of_machines_start_again(engine, writer, reason):
+    writer.checkpoint(4)
+    engine.receive(Ended(step=4, reason=reason))
+    engine.supervisor.conclude(1)
+    assert engine.shared.next == StartOptions(from_step=4)
+    engine.shared.next, engine.shared.stopping = None, True
+    engine.supervisor.conclude(1)
+    assert (engine.shared.next, engine.state) == (None, "stopped")

@@ -26,7 +26,8 @@ from engine.config.settings import (
     check_settings,
     settings_of,
 )
-from engine.launch.environment import SOCKET_VARIABLE, TOKEN_VARIABLE
+from engine.launch.environment import SOCKET_VARIABLE, STORE_VARIABLE, TOKEN_VARIABLE
+from engine.launch.secret import SECRET_VARIABLE
 from engine.protocol import frames, rank_messages, sockets
 from engine.protocol.commands import Checkpoint, Pause, Probe, Stop, Undo, Unpause
 from engine.protocol.frames import Message
@@ -45,6 +46,8 @@ from engine.protocol.rank_messages import (
     Sample,
     StepReport,
 )
+from engine.protocol.store_client import StoreClient
+from engine.protocol.store_messages import SetKeys
 from engine.session.checkpoints import (
     checkpoint_path,
     complete_checkpoints,
@@ -57,6 +60,8 @@ PACE = float(os.environ.get("RLHF_TUI_TEST_LIGHT", "0"))
 """Seconds of a step."""
 KEEP = 2
 """Checkpoints that are kept."""
+ENDED = "light/ended"
+"""A key of the store of several machines."""
 
 
 class LightRank:
@@ -248,5 +253,14 @@ def score(weights: str) -> float:
 
 
 def main() -> None:
-    """What engine.launch.rank calls."""
+    """What engine.launch.rank calls. With several machines, the ranks of the others only wait."""
+    kind, _, address = os.environ[STORE_VARIABLE].partition(":")
+    store = None
+    if kind == "tcp":
+        store = StoreClient(address, os.environ[SECRET_VARIABLE].encode())
+    if store is not None and SOCKET_VARIABLE not in os.environ:
+        store.wait([ENDED], 600)
+        return
     LightRank(Session(Path(sys.argv[1]))).train()
+    if store is not None:
+        store.request(SetKeys(values={ENDED: b""}))

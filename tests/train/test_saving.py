@@ -13,6 +13,7 @@ from engine.protocol.rank_messages import (
     Begin,
     CheckpointComplete,
     CheckpointWritten,
+    Ended,
     Notice,
     Paused,
     RankCommand,
@@ -267,3 +268,46 @@ def test_a_command_that_declares_it_is_carried_out_again_by_a_resume(trained, li
     supervisor.may_confirm.set()
     assert again.before_step()
     assert supervisor.wait_for(CheckpointComplete).step == 1
+
+
+# -- a deadline ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def until_deadline(make_run, supervisor, link):
+    """Makes the boundary of a run whose deadline is so many seconds from now."""
+    made = []
+    supervisor.wait_for(RankHello)
+
+    def make(seconds, *, paused=False):
+        run, session = make_run(
+            f"train.save_before_deadline={int(time.time()) + seconds}", "train.deadline_margin=10"
+        )
+        begin = Begin(attempt=1, from_step=0, paused=paused)
+        made.append(Boundary(session, run, begin, link))
+        supervisor.may_confirm.set()
+        return session, made[-1]
+
+    yield make
+    for boundary in made:
+        boundary.close()
+    supervisor.peer.shutdown(socket.SHUT_RDWR)
+    supervisor.listener.close()
+
+
+def test_a_run_saves_and_ends_when_another_step_would_not_end_before_its_deadline(
+    until_deadline, supervisor
+):
+    session, boundary = until_deadline(1000)
+    boundary.after_step(1, dict(METRICS), 900.0)
+    assert boundary.before_step()
+    boundary.after_step(2, dict(METRICS), 995.0)  # 5 s are left, less than the margin
+    assert not boundary.before_step()
+    boundary.finish()
+    assert supervisor.wait_for(Ended).reason == "deadline"
+    assert [*complete_checkpoints(session.checkpoints)] == [2]
+
+
+def test_a_paused_run_ends_before_its_deadline_too(until_deadline):
+    _, boundary = until_deadline(5, paused=True)
+    assert not boundary.before_step()

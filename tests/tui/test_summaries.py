@@ -1,5 +1,7 @@
 """How a run stands and what happened, in a line or two each."""
 
+import time
+
 import pytest
 
 from engine.config.settings import SettingChange
@@ -32,6 +34,11 @@ def test_a_state_says_what_helps(given, words):
 
 def test_time_left_is_reckoned_from_the_last_steps():
     assert "8m20s left" in text(StatusLine(make_state()))
+
+
+def test_the_status_line_says_by_when_the_run_saves():
+    deadline = time.mktime(time.strptime("2031-02-03 14:05", "%Y-%m-%d %H:%M"))
+    assert "saves before Feb 03 14:05" in text(StatusLine(make_state(deadline=deadline)), width=140)
 
 
 def test_a_problem_takes_the_line():

@@ -14,6 +14,12 @@ class LaunchConfig(Section, frozen=True):
     """Ranks on each machine. `auto`: one for each GPU, or one on a machine without GPUs."""
     nodes: Annotated[int, Meta(ge=1, le=100_000)] = 1
     """Number of machines; the others join with `rlhf-tui join`."""
+    min_nodes: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    """The run starts, and continues after a loss, with this many machines if no more have joined
+    within `join_wait`; one that comes later takes part after the next checkpoint. Default: all of
+    `nodes`."""
+    join_wait: Seconds = 60.0
+    """Seconds to wait for further machines once `min_nodes` have joined."""
     rendezvous: str | None = None
     """`HOST:PORT` at which other machines reach this one; required if `nodes` is above 1."""
     timeout: Seconds = 1800.0
@@ -39,6 +45,11 @@ class LaunchConfig(Section, frozen=True):
     meanings and are refused."""
     nice: Annotated[int, Meta(ge=0, le=19)] = 5
     """Niceness of ranks on a CPU, which keeps the machine responsive; 0 is normal priority."""
+
+    @property
+    def fewest_nodes(self) -> int:
+        """Machines without which the run waits."""
+        return self.nodes if self.min_nodes is None else self.min_nodes
 
 
 class ParallelConfig(Section, frozen=True):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from engine.config.sections.base import Count, Decay, Positive, Section, Whole
+from engine.config.sections.base import Count, Decay, Positive, Seconds, Section, Whole
 from engine.metrics import SCORE
 
 
@@ -57,6 +57,14 @@ class TrainConfig(Section, frozen=True):
     """Weight decay of AdamW."""
     save_every: Whole = 50
     """Number of steps between checkpoints; 0 saves at the end only."""
+    save_before_deadline: str | Count | None = "auto"
+    """Saves a checkpoint and ends the run, as stopped, when less time is left until this than the
+    longest step and the longest save took, plus `deadline_margin`. A date and time in quotes
+    (`'2027-01-31 14:05'`, local if it has no offset) or seconds since 1970; `auto`: the end of the
+    SLURM job (SLURM_JOB_END_TIME), if there is one; null: never. The exit code is
+    `launch.preempted_exit`."""
+    deadline_margin: Seconds = 60.0
+    """Seconds before that time by which the run should have ended."""
     keep_last: Count = 3
     """Number of newest checkpoints to keep."""
     keep_best: Whole = 1

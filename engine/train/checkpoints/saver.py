@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+import msgspec
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, error_text
 from engine.session.checkpoints import AVERAGED_POLICY, checkpoint_path
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import shards
@@ -29,6 +30,7 @@ from engine.train.checkpoints.folder import MetricValue, SavedState, StateFile
 from engine.train.checkpoints.host_copy import HostCopies
 from engine.train.checkpoints.policy_folder import policy_files, policy_tensors, write_policy
 from engine.train.checkpoints.shards import AVERAGE
+from engine.train.distributed.exchange import all_gather_bytes
 from engine.train.models.language_model import AnyModel, LanguageModel
 
 T = TypeVar("T")
@@ -269,7 +271,7 @@ class Saver:
         except CheckpointError as error:
             raise CheckpointError(f"cannot write the checkpoint {final}: {error}") from error
 
-        def assemble_policy() -> list[Path]:
+        def assemble_policy() -> list[str]:
             tensors = job.policy_tensors
             if self._group is not None:
                 tensors = shards.read_unsharded(policy_shards)
@@ -280,11 +282,11 @@ class Saver:
                 if self._group is not None:
                     averaged = shards.read_unsharded(average)
                 write_policy(average_policy, job.policy, averaged, self._files)
-            return [f for f in sorted(part.rglob("*")) if f.is_file()]
+            return [str(f.relative_to(part)) for f in sorted(part.rglob("*")) if f.is_file()]
 
         def sync_share() -> dict[str, str]:
             share = files[self._rank :: self._ranks]
-            return {str(f.relative_to(part)): checkpoint_folder.sync_and_hash(f) for f in share}
+            return {name: checkpoint_folder.sync_and_hash(part / name) for name in share}
 
         files = self._on_rank_0(final, assemble_policy)
         for hashes in self._on_all_ranks(final, sync_share):
@@ -313,6 +315,8 @@ class Saver:
     def _on_all_ranks(self, final: Path, act: Callable[[], T]) -> list[T]:
         """Calls a function on every rank and returns all results, by rank.
 
+        Results are numbers, text, lists and dicts: they are sent in MessagePack.
+
         Raises:
             CheckpointError: any rank failed; raised on all ranks.
         """
@@ -322,12 +326,14 @@ class Saver:
         try:
             result = act()
         except Exception as error:  # raised below, after the exchange with the other ranks
-            raised, problem = error, str(error) or repr(error)
+            raised, problem = error, error_text(error) or repr(error)
             if not isinstance(error, CheckpointError):
                 problem = f"cannot write the checkpoint {final}: {problem}"
-        gathered: list[tuple[T | None, str]] = [(result, problem)] * self._ranks
+        gathered: list[tuple[T | None, str]] = [(result, problem)]
         if self._group is not None:
-            dist.all_gather_object(gathered, (result, problem), group=self._group)
+            data = msgspec.msgpack.encode((result, problem))
+            parts = all_gather_bytes(data, self._group)
+            gathered = [msgspec.msgpack.decode(part) for part in parts]
         if raised is not None and not isinstance(raised, FAILURES):
             raise raised
         for _, text in gathered:

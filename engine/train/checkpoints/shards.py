@@ -1,7 +1,8 @@
 """Writes and reads the tensors of a checkpoint, distributed over the ranks.
 
-torch.distributed.checkpoint plans which rank writes and reads what. The files are safetensors: its
-default format stores a pickle beside the tensors, and loading a pickle can execute code.
+Each rank plans by torch.distributed.checkpoint what it writes and reads, alone: when ranks plan
+together, torch sends pickles between them. The files are safetensors, as torch's default format
+stores a pickle beside the tensors. Loading a pickle can execute code.
 """
 
 import json
@@ -16,20 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
-from torch.futures import Future
 
 from engine.errors import CheckpointError
 from engine.train.checkpoints.folder import read_optimiser
+from engine.train.distributed.exchange import fail_together
 from engine.train.models.language_model import AnyModel, LanguageModel
 
 FILE_SIZE = 4 << 30
@@ -105,22 +102,19 @@ def save_shards(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGro
     Raises:
         CheckpointError: any rank failed; raised on all ranks.
     """
+    problem: Exception | None = None
     try:
-        save(
-            tensors,
-            storage_writer=_ShardWriter(str(folder), save_distributed=True),
-            process_group=group,
-            no_dist=group is None,
-        )
-    except CheckpointException as error:
-        raise CheckpointError(_first_failure(error)) from error
+        _write_share(folder, tensors, 0 if group is None else dist.get_rank(group))
+    except Exception as error:  # raised on all ranks below
+        problem = error
+    fail_together(problem, group)
 
 
 def read_unsharded(folder: Path) -> dict[str, Tensor]:
     """Reads a folder of shards into unsharded tensors on the CPU. Not a collective."""
     stored = _stored_tensors(folder)
     tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in stored.items()}
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    _load(tensors, folder)
     return tensors
 
 
@@ -227,15 +221,15 @@ def _read_into(
     part: str = "training",
 ) -> None:
     """Overwrites tensors with those of a checkpoint's part, by name. Raises CheckpointError."""
+    problem: BaseException | None = None
     try:
-        load(
-            tensors,
-            storage_reader=HuggingFaceStorageReader(str(folder / part)),
-            process_group=group,
-            no_dist=group is None,
-        )
+        _load(tensors, folder / part)
     except CheckpointException as error:
-        raise CheckpointError(f"cannot load {folder}: {_first_failure(error)}") from error
+        problem, _ = error.failures[0]
+    try:
+        fail_together(problem, group)
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot load {folder}: {error}") from error
 
 
 def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
@@ -251,36 +245,37 @@ def _value_tensors(policy: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in tensors.items() if k.startswith(VALUE) and k not in frozen}
 
 
-def _first_failure(error: CheckpointException) -> str:
-    rank, (cause, _) = min(error.failures.items())
-    return f"rank {rank}: {cause}"
+def _load(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Reads this rank's part of a folder of shards. Raises CheckpointException.
 
-
-class _ShardWriter(HuggingFaceStorageWriter):
-    """Writes a rank's share in the layout of torch's writer, with two differences.
-
-    torch's writer serialises the whole file in memory, which doubles the memory and holds the GIL,
-    so that training stops meanwhile. It also writes three entries of the header in random order,
-    whereas here the same tensors produce the same bytes.
+    `no_dist`, because torch's planning between ranks exchanges pickles. It is not needed: each rank
+    reads all headers and finds what it needs.
     """
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        rank = plan.storage_data["shard_index"] - 1
-        for number, items in enumerate(_files(plan.items), start=1):
-            data = {i.index.fqn: planner.resolve_data(i) for i in items}
-            tensors = {k: t.contiguous() for k, t in data.items() if isinstance(t, Tensor)}
-            offsets = {
-                i.index.fqn: {SAVED_OFFSETS_KEY: list(i.tensor_data.chunk.offsets)}  # type: ignore[union-attr]  # tensors have data
-                for i in items
-            }
-            save_file(
-                tensors,
-                Path(self.path) / f"rank-{rank:05d}-{number:05d}.safetensors",
-                metadata={CUSTOM_METADATA_KEY: json.dumps(offsets)},
-            )
-        future: Future[list[WriteResult]] = Future()
-        future.set_result([])
-        return future
+
+def _write_share(folder: Path, tensors: dict[str, Tensor], rank: int) -> None:
+    """Writes this rank's tensors in the layout of torch's writer of safetensors.
+
+    torch's `save` plans on rank 0, with pickles, who writes what; here :func:`share` has decided
+    that already. Its writer serialises the whole file in memory, which doubles the memory and holds
+    the GIL, so that training stops meanwhile, and it writes three entries of the header in random
+    order, whereas here the same tensors produce the same bytes.
+    """
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(tensors)
+    items = [i for i in planner.create_local_plan().items if _count(i)]
+    for number, part in enumerate(_files(items), start=1):
+        data = {i.index.fqn: planner.resolve_data(i) for i in part}
+        offsets = {
+            i.index.fqn: {SAVED_OFFSETS_KEY: list(i.tensor_data.chunk.offsets)}  # type: ignore[union-attr]  # tensors have data
+            for i in part
+        }
+        save_file(
+            {k: t.contiguous() for k, t in data.items() if isinstance(t, Tensor)},
+            folder / f"rank-{rank:05d}-{number:05d}.safetensors",
+            metadata={CUSTOM_METADATA_KEY: json.dumps(offsets)},
+        )
 
 
 def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
@@ -288,8 +283,7 @@ def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
     file: list[WriteItem] = []
     size = 0
     for item in items:
-        data = item.tensor_data
-        count = data.chunk.sizes.numel() * data.properties.dtype.itemsize  # type: ignore[union-attr]  # tensors have data
+        count = _count(item) * item.tensor_data.properties.dtype.itemsize  # type: ignore[union-attr]  # tensors have data
         if file and size + count > FILE_SIZE:
             yield file
             file, size = [], 0
@@ -297,3 +291,8 @@ def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
         size += count
     if file:
         yield file
+
+
+def _count(item: WriteItem) -> int:
+    """Numbers in a shard: none on a rank beyond the rows of a small tensor."""
+    return item.tensor_data.chunk.sizes.numel()  # type: ignore[union-attr]  # tensors have data

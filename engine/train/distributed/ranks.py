@@ -17,11 +17,15 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
-from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]  # not in its __all__
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # not in its __all__
 
 from engine.config.sections.launch import LaunchConfig
-from engine.errors import LinkError, RlhfError, UserInputError
+from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import NICE_VARIABLE, STORE_VARIABLE
+from engine.launch.secret import SECRET_VARIABLE
+from engine.protocol.rank_messages import LEAVING_KEY, WAITING_KEY
+from engine.train.distributed.exchange import all_gather_bytes
+from engine.train.distributed.rank_store import RankStore
 
 log = logging.getLogger("engine")
 
@@ -34,6 +38,7 @@ PEER_LOSS_TEXTS = (
     "Connection reset",
     "Broken pipe",
     "TCPStore",
+    "first machine of the run",
 )
 """Parts of the error messages of a collective whose peer has ended."""
 
@@ -55,7 +60,7 @@ class RankGroup:
         Raises:
             UserInputError: `launch.device` is `cuda` and torch finds no GPU, there are more ranks
                 than GPUs on a machine, or only some ranks have a GPU.
-            LinkError: the store of the first machine cannot be reached.
+            LinkError: the store of the first machine cannot be reached, or has another secret.
         """
         on_gpu, problem = _find_gpu(launch)
         self.rank, self.size = 0, int(os.environ.get("WORLD_SIZE", "1"))
@@ -63,8 +68,12 @@ class RankGroup:
         """For the collectives of this class, over gloo; None for a single rank."""
         self.checkpoint_group: dist.ProcessGroup | None = None
         """For the threads that save checkpoints: two threads must not share a group."""
-        if self.size > 1:
-            self._store = _store()
+        self._machines: RankStore | None = None
+        store = _store() if self.size > 1 or _has_machines() else None
+        if isinstance(store, RankStore):
+            self._machines = store
+        if self.size > 1 and store is not None:
+            self._store = store
             self.rank = int(os.environ["RANK"])
             timeout = timedelta(seconds=launch.timeout)
             self._store.set_timeout(timeout)
@@ -112,17 +121,7 @@ class RankGroup:
 
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
         """Returns the bytes of all ranks, in rank order, on every rank. Lengths may differ."""
-        if self.size == 1:
-            return [data]
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
-        longest = max(1, *(int(n) for n in lengths))
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        if data:
-            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded, group=self.group)
-        return [p[: int(n)].numpy().tobytes() for p, n in zip(parts, lengths, strict=True)]
+        return all_gather_bytes(data, self.group)
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Returns the sum over ranks of a tensor with a numeric or bool dtype; `x` is not changed.
@@ -174,6 +173,14 @@ class RankGroup:
         """
         self._store.set(f"failed/{self.rank}", error.decode())
 
+    def is_machine_leaving(self) -> bool:
+        """Whether a scheduler is about to take away another machine of the run. For rank 0."""
+        return self._machines is not None and self._machines.check([LEAVING_KEY])
+
+    def is_machine_waiting(self) -> bool:
+        """Whether a machine waits to take part in the next start of the ranks. For rank 0."""
+        return self._machines is not None and self._machines.check([WAITING_KEY])
+
     def errors_left(self) -> list[bytes]:
         """Returns the errors that the other ranks have written with :meth:`leave_error`."""
         keys = [f"failed/{r}" for r in range(self.size) if r != self.rank]
@@ -189,14 +196,15 @@ def is_peer_loss(error: BaseException) -> bool:
 
 def _store() -> Store:
     """A file on a single machine, which opens no port; otherwise the first machine's server."""
-    kind, _, address = os.environ[STORE_VARIABLE].partition(":")
-    if kind == "file":
+    _, _, address = os.environ[STORE_VARIABLE].partition(":")
+    if not _has_machines():
         return FileStore(address, int(os.environ["WORLD_SIZE"]))
-    host, _, port = address.rpartition(":")
-    try:
-        return TCPStore(host, int(port), is_master=False)
-    except (dist.DistError, RuntimeError) as error:
-        raise LinkError(f"cannot reach the first machine at {address}: {error}") from error
+    return RankStore(address, os.environ[SECRET_VARIABLE])
+
+
+def _has_machines() -> bool:
+    """Whether the run is one of several machines, although only this one may have joined."""
+    return os.environ.get(STORE_VARIABLE, "").startswith("tcp:")
 
 
 def _find_gpu(launch: LaunchConfig) -> tuple[bool, str]:

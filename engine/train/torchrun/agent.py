@@ -10,13 +10,11 @@ import contextlib
 import logging
 import os
 import secrets
-import socket
 import sys
 import traceback
 from collections.abc import Iterator
 
 import msgspec
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig as TorchLaunch
 from torch.distributed.launcher.api import elastic_launch
@@ -29,11 +27,13 @@ from engine.launch.environment import (
     STORE_VARIABLE,
 )
 from engine.launch.parent_death import PARENT_VARIABLE
-from engine.protocol.rank_messages import Failed, JoinInfo
+from engine.launch.secret import SECRET_VARIABLE
+from engine.launch.store_server import StoreServer
+from engine.protocol.rank_messages import JOIN_INFO_KEY, Failed, JoinInfo
+from engine.protocol.store_messages import SetKeys
 from engine.train.distributed.ranks import threads_per_rank
 from engine.train.link import Link
 from engine.train.torchrun import rendezvous
-from engine.train.torchrun.rendezvous import JOIN_INFO_KEY
 
 JOIN_TIMEOUT = 3600
 """Seconds an agent waits for the agents of the other machines."""
@@ -81,13 +81,17 @@ def torchrun_config(launch: LaunchConfig, count: int) -> TorchLaunch:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
     return TorchLaunch(
-        min_nodes=launch.nodes,
+        min_nodes=launch.fewest_nodes,
         max_nodes=launch.nodes,
         nproc_per_node=count,
         run_id="rlhf-tui",
         rdzv_backend=rendezvous.BACKEND,
         rdzv_endpoint=address,
-        rdzv_configs={"first": JOINED_VARIABLE not in os.environ, "timeout": JOIN_TIMEOUT},
+        rdzv_configs={
+            "first": JOINED_VARIABLE not in os.environ,
+            "timeout": JOIN_TIMEOUT,
+            "join_wait": launch.join_wait,
+        },
         local_addr="127.0.0.1" if kind == "file" else None,
         max_restarts=0,
         monitor_interval=0.1,
@@ -100,7 +104,7 @@ def torchrun_config(launch: LaunchConfig, count: int) -> TorchLaunch:
 
 @contextlib.contextmanager
 def serve_store(launch: LaunchConfig, folder: str, count: int) -> Iterator[None]:
-    """Serves the TCP store of all ranks and agents, on the first of several machines.
+    """Serves the store of all ranks and agents, on the first of several machines.
 
     The store also holds the :class:`JoinInfo` that `rlhf-tui join` reads. On every other machine,
     and in a run on one machine, the context does nothing.
@@ -112,27 +116,19 @@ def serve_store(launch: LaunchConfig, folder: str, count: int) -> Iterator[None]
     if kind == "file" or JOINED_VARIABLE in os.environ:
         yield
         return
-    host, _, port = address.rpartition(":")
-    check_port(int(port))
-    store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
+    try:
+        server = StoreServer(address, os.environ[SECRET_VARIABLE].encode())
+    except OSError as error:
+        port = address.rpartition(":")[2]
+        raise UserInputError(
+            f"launch.rendezvous: cannot listen on port {port} of this machine "
+            f"({error.strerror}): choose another port"
+        ) from error
     start = secrets.token_hex(8)
     info = JoinInfo(launch=launch, folder=folder, processes=count, start=start)
-    store.set(JOIN_INFO_KEY, msgspec.json.encode(info).decode())
-    yield
-
-
-def check_port(port: int) -> None:
-    """Raises UserInputError if this machine cannot listen on the port."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-            listener.listen()
-        except OSError as error:
-            raise UserInputError(
-                f"launch.rendezvous: cannot listen on port {port} of this machine "
-                f"({error.strerror}): choose another port"
-            ) from error
+    server.values.handle(SetKeys(values={JOIN_INFO_KEY: msgspec.json.encode(info)}))
+    with contextlib.closing(server):
+        yield
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
-"""Joins a machine to a run: ``python -m engine.train.torchrun.join HOST:PORT PROCESSES SECONDS``.
+"""Joins a machine to a run.
 
-`rlhf-tui join` executes this module. It reads the :class:`JoinInfo` from the store of the first
-machine, starts the ranks of this machine, and repeats this when the run restarts, until it ends.
+``python -m engine.train.torchrun.join HOST:PORT PROCESSES SECONDS SECRET_FILE [scheduled]``
+
+`rlhf-tui join` and `rlhf-tui launch` execute this module. It reads the :class:`JoinInfo` from the
+store of the first machine, starts the ranks of this machine, and repeats this when the run
+restarts, until it ends. The secret comes from SECRET_FILE, or from the environment if that is `-`.
 """
 
-import os
+import contextlib
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
-import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from engine import __version__
 from engine.config.sections.launch import LaunchConfig
+from engine.errors import AuthenticationError, LinkError, UserInputError
 from engine.launch.environment import (
     JOINED_VARIABLE,
     STORE_VARIABLE,
@@ -26,104 +29,196 @@ from engine.launch.environment import (
     rank_environment,
     ranks_per_node,
 )
-from engine.protocol.rank_messages import JoinInfo
-from engine.train.torchrun.rendezvous import JOIN_INFO_KEY
+from engine.launch.secret import SECRET_VARIABLE, read_secret
+from engine.protocol.rank_messages import (
+    COMING_KEY,
+    JOIN_INFO_KEY,
+    LEAVING_KEY,
+    STARTED_KEY,
+    WAITING_KEY,
+    JoinInfo,
+)
+from engine.protocol.store_client import StoreClient
+from engine.protocol.store_messages import AddToKey, CheckKeys, SetKeys
 
 RETRY = 2.0
 """Seconds between two attempts to reach the first machine, and between two checks of its store."""
 GRACE = 30.0
 """Seconds the ranks have to end by themselves after the store of the first machine is gone."""
+JOIN_INFO_TIMEOUT = 10.0
+"""Seconds that a store may take to have its join info."""
+SCHEDULED = "scheduled"
+"""The last argument under a scheduler, which signals all machines of a job at once: this one must
+stay until the first one has saved, and tells it."""
 OTHER_VERSION = "the first machine runs another version of rlhf-tui: install the same on all"
-DONE, INVALID, TIMED_OUT = 0, 2, 4
+DONE, INVALID, TIMED_OUT, STOPPED_EARLY = 0, 2, 4, 75
 """Exit codes."""
+
+
+class LeavingError(Exception):
+    """A scheduler is about to take this machine away, which runs no ranks."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A start of the ranks that can be joined."""
+
+    store: StoreClient
+    info: JoinInfo
+    secret: str
+    started: bool = False
+    """Whether the ranks of this start take no further machines."""
 
 
 def main() -> None:
     """Runs until the run ends (exit code 0), cannot be joined (2), or cannot be reached (4)."""
     address, wait = sys.argv[1], float(sys.argv[3])
     processes = int(sys.argv[2]) if sys.argv[2] != "auto" else None
+    file = Path(sys.argv[4]) if sys.argv[4] != "-" else None
     # When a user or a scheduler ends this process, its ranks are killed with it.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
+    leaving = threading.Event()
+    if SCHEDULED in sys.argv[5:]:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: leaving.set())
     print_status(f"waiting for a run at {address}")
     previous_start = ""
     while True:
-        store, info = wait_for_join_info(address, wait, previous_start)
-        if store is None:
-            exit_with(f"no run at {address}: it has ended, or its machine is down", TIMED_OUT)
-        elif isinstance(info, str):
-            exit_with(info, INVALID)
-        else:
-            # `launch.gpus` selects GPUs of the first machine, not of this one.
-            launch = msgspec.structs.replace(info.launch, gpus=[])
-            count = processes or ranks_per_node(launch)
-            ranks = "1 rank" if count == 1 else f"{count} ranks"
-            print_status(f"joining {Path(info.folder).name} at {address} with {ranks}")
-            if run_agent(store, address, launch, info.folder, count) == 0:
-                exit_with("the run is over", DONE)
-            print_status("the ranks ended before the run did; waiting for a restart")
-            previous_start = info.start
+        try:
+            found = find_run(address, file, wait, previous_start, leaving)
+        except UserInputError as error:
+            exit_with(str(error), INVALID)
+        except LeavingError:
+            exit_with("the scheduler ends this machine", STOPPED_EARLY)
+        except LinkError as error:
+            exit_with(f"no run to join: {error}", TIMED_OUT)
+        # `launch.gpus` selects GPUs of the first machine, not of this one.
+        launch = msgspec.structs.replace(found.info.launch, gpus=[])
+        count = processes or ranks_per_node(launch)
+        ranks = "1 rank" if count == 1 else f"{count} ranks"
+        print_status(f"joining {Path(found.info.folder).name} at {address} with {ranks}")
+        if run_agent(found, address, launch, count, leaving) == 0:
+            exit_with("the run is over", DONE)
+        print_status("the ranks ended before the run did; waiting for a restart")
+        previous_start = found.info.start
 
 
-def wait_for_join_info(
-    address: str, wait: float, previous_start: str
-) -> tuple[TCPStore | None, JoinInfo | str]:
-    """Polls the first machine's store until it describes a start of the ranks that can be joined.
+def find_run(
+    address: str,
+    file: Path | None,
+    wait: float,
+    previous_start: str,
+    leaving: threading.Event | None = None,
+) -> Found:
+    """Polls the first machine until it has a start of the ranks that this machine can join.
 
     Args:
-        address: `HOST:PORT` of the store.
+        address: `HOST:PORT` of its store.
+        file: holds the secret; it is read again each time, as each run has its own. None: the
+            environment has it.
         wait: seconds without a response from the store before this gives up.
         previous_start: `JoinInfo.start` of the ranks that this machine has lost, or "". That start
             is never returned: its remaining ranks accept no new peers, and torchrun would restart
             them without the supervisor's knowledge.
+        leaving: set when a scheduler is about to take this machine away.
 
-    Returns:
-        The store and the join info, or the store and the reason why this machine cannot join.
-        ``(None, "")`` after a timeout.
+    Raises:
+        LeavingError: `leaving` is set.
+        UserInputError: this machine cannot join, or there is no usable secret.
+        LinkError: nothing to join was found in time.
     """
-    host, _, port = address.rpartition(":")
     deadline = time.monotonic() + wait
+    problem = ""
     while time.monotonic() < deadline:
+        if leaving is not None and leaving.is_set():
+            raise LeavingError
+        secret = read_secret(file)
+        if secret is None and file is None:
+            raise UserInputError(
+                f"no secret: export {SECRET_VARIABLE} as on the first machine, or give "
+                "--secret-file"
+            )
         try:
-            # torch prints a long warning for every refused connection: check the port first.
-            socket.create_connection((host, int(port)), RETRY).close()
-            store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=10))
-            info = decode_join_info(store.get(JOIN_INFO_KEY))
-            if isinstance(info, str) or info.start != previous_start:
-                return store, info
-            deadline = time.monotonic() + wait
-        except (OSError, dist.DistError, RuntimeError):
-            pass
+            found = look_up(address, secret) if secret is not None else None
+        except AuthenticationError as error:
+            problem = f"{address}: {error}; give the same on all machines"
+            if file is None:  # a file may be of an earlier run until this one has written its own
+                raise UserInputError(problem) from error
+        except LinkError as error:
+            problem = str(error)
+        else:
+            if found is None:
+                problem = f"there is no file {file}: the run has ended or not started"
+            elif found.info.start == previous_start:
+                deadline = time.monotonic() + wait
+            elif not found.started:
+                return found
+            else:
+                deadline = time.monotonic() + wait
+                previous_start = found.info.start
+                if found.info.launch.min_nodes is not None:
+                    with contextlib.suppress(LinkError):  # it has ended meanwhile
+                        found.store.request(SetKeys(values={WAITING_KEY: b""}))
+                print_status("the run has started; waiting for its next start")
         time.sleep(RETRY)
-    return None, ""
+    raise LinkError(problem)
 
 
-def decode_join_info(content: bytes) -> JoinInfo | str:
-    """Decodes and checks a :class:`JoinInfo`; returns the reason if this machine cannot join."""
+def look_up(address: str, secret: str) -> Found:
+    """Connects to the first machine and reads what it runs.
+
+    Raises:
+        UserInputError: this machine cannot join.
+        AuthenticationError: the first machine has another secret.
+        LinkError: it cannot be reached, or has not started its ranks.
+    """
+    store = StoreClient(address, secret.encode(), patience=0.0)
+    reply = store.wait([JOIN_INFO_KEY], JOIN_INFO_TIMEOUT, values=True)
+    if reply.missing is not None:
+        raise LinkError(f"the run at {address} has not started its ranks")
+    started = bool(store.request(CheckKeys(keys=[STARTED_KEY])).number)
+    return Found(store, decode_join_info(reply.values[0]), secret, started)
+
+
+def decode_join_info(content: bytes) -> JoinInfo:
+    """Decodes and checks a :class:`JoinInfo`. Raises UserInputError if this machine cannot join."""
     try:
         info = msgspec.json.decode(content, type=JoinInfo)
     except msgspec.DecodeError:
-        return OTHER_VERSION
+        raise UserInputError(OTHER_VERSION) from None
     if info.software != __version__:
-        return OTHER_VERSION
+        raise UserInputError(OTHER_VERSION)
     if not Path(info.folder).is_dir():
-        return (
+        raise UserInputError(
             f"the session's folder {info.folder} does not exist here: all machines need it under "
             "the same path, on a file system they share"
         )
     return info
 
 
-def run_agent(store: TCPStore, address: str, launch: LaunchConfig, folder: str, count: int) -> int:
+def run_agent(
+    found: Found, address: str, launch: LaunchConfig, count: int, leaving: threading.Event
+) -> int:
     """Starts this machine's agent and returns its exit status.
 
     Kills the agent and its ranks when the store has been gone for :data:`GRACE` seconds. Ranks that
     wait in a NCCL collective do not notice that the first machine is gone, and would keep this
     machine from joining the next start.
+
+    If `leaving` is set, the first machine is told, so that the run saves and ends.
     """
-    variables = {STORE_VARIABLE: f"tcp:{address}", JOINED_VARIABLE: "1"}
+    variables = {
+        STORE_VARIABLE: f"tcp:{address}",
+        JOINED_VARIABLE: "1",
+        SECRET_VARIABLE: found.secret,
+    }
+    try:
+        found.store.request(AddToKey(key=COMING_KEY, amount=1))
+    except LinkError:  # the run has ended or starts again
+        return 1
     process = subprocess.Popen(  # noqa: S603 - our own module
-        rank_command(launch, folder, count),
+        rank_command(launch, found.info.folder, count),
         env=rank_environment(launch) | variables,
         stdin=subprocess.DEVNULL,
     )
@@ -132,18 +227,13 @@ def run_agent(store: TCPStore, address: str, launch: LaunchConfig, folder: str, 
         try:
             return process.wait(RETRY)
         except subprocess.TimeoutExpired:
-            if is_alive(store):
+            if found.store.is_alive(JOIN_INFO_KEY):
                 last_seen = time.monotonic()
+                if leaving.is_set():
+                    with contextlib.suppress(LinkError):  # the run has ended meanwhile
+                        found.store.request(SetKeys(values={LEAVING_KEY: b""}))
             elif time.monotonic() - last_seen > GRACE:
                 process.kill()  # its ranks are killed with it
-
-
-def is_alive(store: TCPStore) -> bool:
-    """Whether the server of a store responds."""
-    try:
-        return store.check([JOIN_INFO_KEY])
-    except (dist.DistError, RuntimeError):
-        return False
 
 
 def print_status(text: str) -> None:
@@ -152,11 +242,10 @@ def print_status(text: str) -> None:
     sys.stdout.flush()
 
 
-def exit_with(text: str, code: int) -> None:
+def exit_with(text: str, code: int) -> NoReturn:
     """Prints a line and ends the process."""
     print_status(text)
-    # Not sys.exit: threads of the store client may never end.
-    os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """A torchrun rendezvous backend without pickles.
 
 torch's `c10d` backend keeps its state as a pickle in a store that any peer can write, and unpickles
-it on every machine. This backend stores only a counter and host names.
+it on every machine. This backend stores only a counter and host names, in the authenticated store
+of the first machine.
 """
 
+import contextlib
 import os
 from datetime import timedelta
 
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # not exported
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # not exported
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -17,36 +20,61 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from engine.errors import LinkError
+from engine.launch.secret import SECRET_VARIABLE
+from engine.protocol.rank_messages import COMING_KEY, STARTED_KEY
+from engine.train.distributed.rank_store import RankStore
 
 BACKEND = "rlhf-tui"
 """The name that :func:`register` gives this backend in torchrun."""
-JOIN_INFO_KEY = "invitation"
-"""The store's key for the :class:`engine.protocol.rank_messages.JoinInfo` of the current start."""
+PREFIX, COUNT = STARTED_KEY.split("/")
+"""Of the keys of agents; and the key of the number of machines in a start, once it is settled."""
+COMING = COMING_KEY.removeprefix(f"{PREFIX}/")
+COMING_TIMEOUT = timedelta(seconds=120)
+"""For a machine that has said that it is coming."""
+CLOSED = 1_000_000
+"""Added to the number of machines that have joined, so that a later one gets too high a number."""
 
 
 class StoreRendezvous(RendezvousHandler):
     """Numbers the machines in order of arrival; the machine with the supervisor is always 0."""
 
-    def __init__(self, endpoint: str, machines: int, timeout: float, *, first: bool) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        machines: int,
+        timeout: float,
+        *,
+        first: bool,
+        secret: str,
+        fewest: int | None = None,
+        join_wait: float = 0.0,
+    ) -> None:
         """Stores the arguments; :meth:`next_rendezvous` connects.
 
         Args:
             endpoint: `HOST:PORT` of the first machine's store; unused if there is one machine.
             machines: number of machines in the run.
-            timeout: seconds to wait for all of them.
+            timeout: seconds to wait for them.
             first: whether the supervisor runs on this machine.
+            secret: of the run; unused if there is one machine.
+            fewest: number of machines without which the run does not start; all by default.
+            join_wait: seconds to wait for the others then.
         """
         self._endpoint = endpoint
         self._machines = machines
         self._timeout = timedelta(seconds=timeout)
         self._first = first
+        self._secret = secret
+        self._fewest = machines if fewest is None else fewest
+        self._join_wait = timedelta(seconds=join_wait)
+        self._store: RankStore | None = None
 
     def get_backend(self) -> str:
         """Returns :data:`BACKEND`."""
         return BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Waits until all machines have joined.
+        """Waits until enough machines have joined.
 
         Raises:
             LinkError: the first machine cannot be reached, a machine does not join in time, or
@@ -55,27 +83,44 @@ class StoreRendezvous(RendezvousHandler):
         store = self._connect()
         rank = 0 if self._first else int(store.add("machines", 1))
         if rank >= self._machines:
-            raise LinkError(f"all {self._machines} machines of this run have joined already")
+            raise LinkError(
+                f"all {self._machines} machines of this run have joined already, or it has started"
+            )
         store.set(f"machine/{rank}", os.uname().nodename)
-        names = [f"machine/{r}" for r in range(self._machines)]
         try:
-            store.wait(names, self._timeout)
+            if self._first:
+                store.set(COUNT, str(self._count_machines(store)))
+            count = int(store.get(COUNT))
         except RuntimeError as error:
-            raise LinkError(f"not all {self._machines} machines joined: {error}") from error
+            raise LinkError(f"not all {self._fewest} machines joined: {error}") from error
         # Ranks ignore this address: they use the store named in RLHF_TUI_STORE.
-        return RendezvousInfo(store, rank, self._machines, RendezvousStoreInfo("127.0.0.1", 0))
+        return RendezvousInfo(store, rank, count, RendezvousStoreInfo("127.0.0.1", 0))
+
+    def _count_machines(self, store: Store) -> int:
+        """Waits for the machines and lets no further one join; returns their number.
+
+        Raises:
+            RuntimeError: too few of them have joined in time.
+        """
+        names = [f"machine/{rank}" for rank in range(self._machines)]
+        store.wait(names[: self._fewest], self._timeout)
+        if self._fewest < self._machines:
+            with contextlib.suppress(dist.DistStoreError):  # no more machines come in time
+                store.wait(names, self._join_wait)
+            coming = int(store.add(COMING, 0))
+            with contextlib.suppress(dist.DistStoreError):
+                store.wait(names[: coming + 1], COMING_TIMEOUT)
+        joined = int(store.add("machines", CLOSED)) - CLOSED
+        count = min(joined + 1, self._machines)
+        store.wait(names[:count], self._timeout)
+        return count
 
     def _connect(self) -> Store:
         if self._machines == 1:
             return HashStore()
-        host, _, port = self._endpoint.rpartition(":")
-        try:
-            store = TCPStore(host, int(port), is_master=False, timeout=self._timeout)
-        except RuntimeError as error:
-            raise LinkError(
-                f"cannot reach the first machine at {self._endpoint}: {error}"
-            ) from error
-        return PrefixStore("agents", store)
+        # torch does not keep a store alive that Python code implements.
+        self._store = RankStore(self._endpoint, self._secret, self._timeout)
+        return PrefixStore(PREFIX, self._store)
 
     def is_closed(self) -> bool:
         """False: an agent starts its ranks once, so there is no later rendezvous to close."""
@@ -107,5 +152,9 @@ def _create(parameters: RendezvousParameters) -> StoreRendezvous:
         parameters.endpoint,
         parameters.max_nodes,
         float(parameters.get("timeout")),
+        fewest=parameters.min_nodes,
+        join_wait=float(parameters.get("join_wait")),
         first=bool(parameters.get("first")),
+        # Not a parameter: torch logs those.
+        secret=os.environ.get(SECRET_VARIABLE, ""),
     )

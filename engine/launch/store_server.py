@@ -1,0 +1,224 @@
+"""The key-value store of a run over several machines, at `launch.rendezvous` of the first one.
+
+It takes the place of torch's `TCPStore`, which whoever reaches its port can read and write. Here
+nothing is read from a client, beyond 80 bytes, before it has proved that it knows the secret of the
+run (:mod:`engine.protocol.authentication`).
+"""
+
+import contextlib
+import errno
+import ipaddress
+import logging
+import socket
+import threading
+import time
+from typing import assert_never
+
+import msgspec
+
+from engine.errors import LinkError
+from engine.protocol.authentication import AuthenticatedConnection, accept
+from engine.protocol.store_messages import (
+    AddToKey,
+    AppendToKey,
+    CheckKeys,
+    CompareAndSetKey,
+    CountKeys,
+    DeleteKey,
+    GetKeys,
+    SetKeys,
+    StoreReply,
+    StoreRequest,
+    decode_request,
+)
+
+log = logging.getLogger("engine")
+
+MOST_HANDSHAKES = 64
+"""Clients that may be proving themselves at a time; others are turned away and try again."""
+BACKLOG = 1024
+"""Connections that wait to be accepted: all ranks connect at once."""
+MOST_WARNINGS = 20
+"""Refused clients that are logged: a port scanner must not fill the log."""
+
+
+class KeyValues:
+    """The keys and values. Any thread may call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, bytes] = {}
+        self._waiting: dict[str, list[threading.Event]] = {}
+
+    def handle(self, request: StoreRequest) -> StoreReply:
+        """Carries out a request; blocks while it waits for keys."""
+        match request:
+            case GetKeys(keys=keys, seconds=seconds, values=wanted):
+                if missing := self._wait(keys, seconds):
+                    return StoreReply(missing=missing)
+                with self._lock:
+                    values = [self._values.get(k, b"") for k in keys] if wanted else []
+                return StoreReply(values=values)
+            case CheckKeys(keys=keys):
+                with self._lock:
+                    return StoreReply(number=int(all(k in self._values for k in keys)))
+            case CountKeys():
+                with self._lock:
+                    return StoreReply(number=len(self._values))
+            case DeleteKey(key=key):
+                with self._lock:
+                    return StoreReply(number=int(self._values.pop(key, None) is not None))
+            case _:
+                return self._change(request)
+
+    def _change(self, request: SetKeys | AddToKey | AppendToKey | CompareAndSetKey) -> StoreReply:
+        with self._lock:
+            changed: dict[str, bytes] = {}
+            reply = StoreReply()
+            match request:
+                case SetKeys(values=values):
+                    changed = values
+                case AppendToKey(key=key, value=value):
+                    changed = {key: self._values.get(key, b"") + value}
+                case AddToKey(key=key, amount=amount):
+                    try:
+                        total = int(self._values.get(key, b"0")) + amount
+                    except ValueError:
+                        return StoreReply(error=f"the value of {key} is not a number")
+                    changed = {key: str(total).encode()}
+                    reply = StoreReply(number=total)
+                case CompareAndSetKey(key=key, expected=expected, desired=desired):
+                    found = self._values.get(key)
+                    if found == expected or (found is None and not expected):
+                        changed, found = {key: desired}, desired
+                    reply = StoreReply(values=[expected if found is None else found])
+                case _:
+                    assert_never(request)
+            self._values |= changed
+            for key in changed:
+                for event in self._waiting.pop(key, []):
+                    event.set()
+            return reply
+
+    def _wait(self, keys: list[str], seconds: float) -> str | None:
+        """Waits until all keys exist; returns one that does not after that time, or None."""
+        deadline = time.monotonic() + seconds
+        while True:
+            with self._lock:
+                missing = next((k for k in keys if k not in self._values), None)
+                if missing is None:
+                    return None
+                event = threading.Event()
+                self._waiting.setdefault(missing, []).append(event)
+            if not event.wait(max(0.0, deadline - time.monotonic())):
+                with self._lock, contextlib.suppress(KeyError, ValueError):
+                    self._waiting[missing].remove(event)
+                    if not self._waiting[missing]:
+                        del self._waiting[missing]
+                return missing
+
+
+class StoreServer:
+    """Serves :class:`KeyValues` to clients that know the secret, each in a thread of its own."""
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        """Listens, and serves in the background until :meth:`close` or the process ends.
+
+        Args:
+            address: `HOST:PORT`. If HOST is an IP address of this machine, only its interface
+                listens; a name may stand for another interface than the one that others use, so all
+                listen.
+            secret: of the run.
+
+        Raises:
+            OSError: the port is in use.
+        """
+        self.values = KeyValues()
+        """The content."""
+        self._secret = secret
+        self._refused = 0
+        self._handshakes = threading.BoundedSemaphore(MOST_HANDSHAKES)
+        self._lock = threading.Lock()
+        self._connections: set[AuthenticatedConnection] = set()
+        self._closed = False
+        host, _, port = address.rpartition(":")
+        self._listener = _listen(host.strip("[]"), int(port))
+        self.port: int = self._listener.getsockname()[1]
+        """Where it listens."""
+        threading.Thread(target=self._accept, name="store", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the server and all its connections."""
+        with self._lock:
+            self._closed = True
+            connections = list(self._connections)
+        with contextlib.suppress(OSError):  # wakes the thread that waits in `accept`
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in connections:
+            connection.close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                sock, peer = self._listener.accept()
+            except OSError:  # closed, or out of file descriptors for a while
+                time.sleep(0.1)
+                continue
+            if not self._handshakes.acquire(blocking=False):
+                sock.close()
+                continue
+            threading.Thread(target=self._serve, args=(sock, peer[0]), daemon=True).start()
+
+    def _serve(self, sock: socket.socket, peer: str) -> None:
+        """Serves one client to its end."""
+        try:
+            try:
+                connection = accept(sock, self._secret)
+            finally:
+                self._handshakes.release()
+        except (OSError, LinkError) as error:
+            self._warn(peer, error)
+            return
+        with self._lock:
+            self._connections.add(connection)
+        try:
+            with connection:
+                while not self._closed:
+                    reply = self.values.handle(decode_request(connection.receive()))
+                    connection.send(msgspec.msgpack.encode(reply))
+        except OSError:
+            pass  # the client has gone; who misses it notices
+        except LinkError as error:
+            self._warn(peer, error)
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+
+    def _warn(self, peer: str, error: Exception) -> None:
+        with self._lock:
+            self._refused += 1
+            if self._closed or self._refused > MOST_WARNINGS:
+                return
+        log.warning("launch.rendezvous: refused a connection from %s: %s", peer, error)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket on the interface that an IP address names; on all for any other HOST."""
+    family: socket.AddressFamily | None = None
+    with contextlib.suppress(ValueError):
+        version = ipaddress.ip_address(host).version
+        family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    if family is not None:
+        try:
+            return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            # Not every address of a machine is that of an interface (NAT, a floating address).
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(
+                ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
+            )
+    return socket.create_server(("", port), backlog=BACKLOG)

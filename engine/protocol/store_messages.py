@@ -1,0 +1,103 @@
+"""Messages of the key-value store by which the machines of a run find each other.
+
+The operations are those of torch's stores, which its process groups need. A value is a string of
+bytes. Messages are those of :mod:`engine.protocol.frames`, in authenticated frames.
+"""
+
+from msgspec.msgpack import Decoder
+
+from engine.protocol.frames import Message, decode
+
+
+class SetKeys(Message, frozen=True, tag="set"):
+    """Sets keys."""
+
+    values: dict[str, bytes]
+
+
+class GetKeys(Message, frozen=True, tag="get"):
+    """Waits until all keys exist, and returns their values if asked to."""
+
+    keys: list[str]
+    seconds: float
+    """To wait at most."""
+    values: bool = True
+
+
+class CheckKeys(Message, frozen=True, tag="check"):
+    """Whether all keys exist."""
+
+    keys: list[str]
+
+
+class AddToKey(Message, frozen=True, tag="add"):
+    """Adds to an integer, which is 0 if the key does not exist; returns the sum."""
+
+    key: str
+    amount: int
+
+
+class AppendToKey(Message, frozen=True, tag="append"):
+    """Appends to a value, which is empty if the key does not exist."""
+
+    key: str
+    value: bytes
+
+
+class CompareAndSetKey(Message, frozen=True, tag="compare_set"):
+    """Sets a key if it has the expected value, or if it does not exist and "" is expected.
+
+    Returns the value after that; the expected value if the key still does not exist.
+    """
+
+    key: str
+    expected: bytes
+    desired: bytes
+
+
+class DeleteKey(Message, frozen=True, tag="delete"):
+    """Deletes a key; returns whether it existed."""
+
+    key: str
+
+
+class CountKeys(Message, frozen=True, tag="count"):
+    """The number of keys."""
+
+
+StoreRequest = (
+    SetKeys
+    | GetKeys
+    | CheckKeys
+    | AddToKey
+    | AppendToKey
+    | CompareAndSetKey
+    | DeleteKey
+    | CountKeys
+)
+
+
+class StoreReply(Message, frozen=True, tag="reply"):
+    """The result of a request, in the field that fits it."""
+
+    values: list[bytes] = []
+    number: int = 0
+    """Of an addition or a count; 1 and 0 for yes and no."""
+    missing: str | None = None
+    """A key that did not appear in time."""
+    error: str = ""
+    """Why the request could not be carried out."""
+
+
+_request: Decoder[StoreRequest] = Decoder(StoreRequest)
+_reply: Decoder[StoreReply] = Decoder(StoreReply)
+
+
+def decode_request(body: bytes) -> StoreRequest:
+    """Decodes a request. Raises LinkError if the body is not one."""
+    return decode(_request, body, "a request to the store")
+
+
+def decode_reply(body: bytes) -> StoreReply:
+    """Decodes a reply. Raises LinkError if the body is not one."""
+    return decode(_reply, body, "a reply of the store")

@@ -1,0 +1,173 @@
+"""Commands for runs over several machines: join; launch, on every machine of a scheduler's job."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from engine.config import file as config_file
+from engine.config.rules import check_address
+from engine.errors import UserInputError
+from engine.journal.reader import JournalReader
+from engine.launch import scheduler
+from engine.launch.parent_death import PARENT_VARIABLE
+from engine.launch.secret import SECRET_VARIABLE, read_secret
+from engine.session.folder import Session, check_name
+from engine.session.states import ENDED_STATES
+from rlhf_tui.commands.options import override_option, sessions_option
+from rlhf_tui.commands.run import is_done, is_started, start_or_resume
+
+STOPPED_EARLY = 75
+"""`launch.preempted_exit` under a scheduler, which starts the job again (EX_TEMPFAIL)."""
+LONGEST_END = 60.0
+"""Seconds that the first machine may take to end after its ranks."""
+wait_option = click.option(
+    "--wait",
+    type=click.FloatRange(min=1),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for the first machine, also after each restart of the run.",
+)
+
+
+@click.command()
+@click.argument("address", metavar="HOST:PORT")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks on this machine.  [default: as the run's configuration says]",
+)
+@click.option(
+    "--secret-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Holds the secret of the run.  [default: as RLHF_TUI_SECRET or RLHF_TUI_SECRET_FILE say]",
+)
+@wait_option
+def join(address: str, processes: int | None, secret_file: Path | None, wait: float) -> None:
+    """Join a run with this machine.
+
+    HOST:PORT is the run's launch.rendezvous; the run waits until launch.nodes machines have joined,
+    and says with which secret.
+    """
+    check_address(address)
+    if secret_file is None and read_secret() is None:
+        raise UserInputError(
+            "no secret of the run: give --secret-file FILE, the file join.secret in the session's "
+            f"folder, or export {SECRET_VARIABLE} here and on the first machine"
+        )
+    words = ["-m", *_joiner(address, processes, wait, secret_file)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *words])  # noqa: S606 - our own module
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--name", metavar="NAME",
+    help="The session's name.  [default: that of the scheduler's job, else CONFIG's]",
+)  # fmt: skip
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=scheduler.PORT,
+    show_default=True,
+    help="At which the first machine listens, unless the scheduler or launch.rendezvous says.",
+)
+@wait_option
+@override_option
+@sessions_option
+def launch(
+    root: Path,
+    overrides: tuple[str, ...],
+    config: Path,
+    name: str | None,
+    port: int,
+    wait: float,
+) -> None:
+    """Start or resume a run on all machines of a scheduler's job.
+
+    Start it once on each machine: the first one runs the engine, as run --headless
+    --resume-if-exists does, the others join. Reads the variables of SLURM, SkyPilot, torchrun
+    (PET_*), Kubernetes' indexed jobs, or MASTER_ADDR. --sessions must be a folder that all machines
+    share. Ends with 75 if the run was stopped before its end.
+    """
+    loaded = config_file.load(config, overrides)
+    place = scheduler.placement(os.environ, socket.getfqdn())
+    if place is None and loaded.launch.nodes > 1:
+        raise UserInputError(
+            f"launch.nodes is {loaded.launch.nodes}, and no scheduler says which of the machines "
+            f"this is ({scheduler.KNOWN})"
+        )
+    if not loaded.launch.preempted_exit:
+        overrides = (*overrides, f"launch.preempted_exit={STOPPED_EARLY}")
+    if name is None:
+        name = _job_name(place) or config.stem
+    session = Session(root.resolve() / check_name(name))
+    machines = 1 if place is None else scheduler.machines(place, loaded.launch.nodes)
+    if place is not None:
+        overrides = (*overrides, f"launch.nodes={machines}")
+    if place is not None and machines > 1:
+        address = loaded.launch.rendezvous or scheduler.address(place, port)
+        check_address(address)
+        overrides = (*overrides, f"launch.rendezvous={address}")
+        if place.machine:
+            if not (is_started(session) and is_done(session, overrides)):
+                sys.exit(_join_scheduled(session, address, wait))
+            return
+    start_or_resume(session, config, overrides, "headless")
+
+
+def _join_scheduled(session: Session, address: str, wait: float) -> int:
+    """Runs this machine's ranks until the run ends; returns the exit code of its engine.
+
+    Schedulers start a machine again by its own exit code.
+    """
+    file = None if read_secret() else session.secret_file
+    words = ["engine.launch.rank", *_joiner(address, None, wait, file), "scheduled"]
+    parent = {PARENT_VARIABLE: str(os.getpid())}
+    process = subprocess.Popen(  # noqa: S603 - our own module
+        [sys.executable, "-m", *words], env=os.environ | parent
+    )
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    code = process.wait()
+    if code:
+        return code if code > 0 else 128 - code
+    deadline = time.monotonic() + LONGEST_END
+    while time.monotonic() < deadline:
+        with JournalReader(session) as record:
+            meta = record.meta()
+        if meta.state in ENDED_STATES and meta.exit_code is not None:
+            return meta.exit_code
+        time.sleep(0.5)
+    return 0
+
+
+def _job_name(place: scheduler.Placement | None) -> str:
+    """The name of a scheduler's job as that of a session; "" if it has none."""
+    job = place.job if place is not None else None
+    return re.sub(r"[^A-Za-z0-9._-]", "-", job or "").strip("._-")[-80:].lstrip("._-")
+
+
+def _joiner(address: str, processes: int | None, wait: float, file: Path | None) -> list[str]:
+    """The module that runs a machine's ranks, and its arguments.
+
+    Args:
+        address: `launch.rendezvous` of the run.
+        processes: ranks on this machine; None: as the run's configuration says.
+        wait: seconds to wait for the first machine.
+        file: holds the run's secret; None: the environment has it.
+    """
+    secret = str(file.absolute()) if file is not None else "-"
+    return [
+        "engine.train.torchrun.join", address, str(processes or "auto"), str(wait), secret
+    ]  # fmt: skip
