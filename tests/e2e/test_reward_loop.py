@@ -1,4 +1,4 @@
-"""The loop closed: a run is judged, a reward model trained on that, and a fork goes on with it."""
+"""The loop closed: a run is judged, a reward model trained on that, and a fork trains with it."""
 
 import signal
 import statistics

@@ -98,7 +98,7 @@ def train(
         say(line)
     if result.doubt:
         say(("doubtful     ", "warn"), result.doubt)
-    say(f"go on with   {fork_command(sessions[0], configs[0].reward, result)}")
+    say(f"next         {fork_command(sessions[0], configs[0].reward, result)}")
 
 
 def _new_folder(out: Path) -> Path:
