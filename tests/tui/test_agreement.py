@@ -89,7 +89,7 @@ async def test_a_damaged_file_of_judgements_hides_nothing_else(make_app, running
         await until(pilot, lambda: app.state.head.step == STEPS)
         assert "cannot read" in app.state.agreement.problem
         assert app.state.problem == ""
-        assert "cannot read" in app.screen.query_one(Chart).text()
+        await until(pilot, lambda: "cannot read" in app.screen.query_one(Chart).text())
 
 
 # -- reward train refuses before anything is loaded ------------------------------------------------
