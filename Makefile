@@ -9,7 +9,7 @@ VLLM_STAMP := $(VLLM)/.ready
 ABREAST := -n 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-faults vllm test-vllm gpu-check lint types docs bench bench-extra gpu-bench starter clean
+.PHONY: help setup demo test test-all test-faults vllm test-vllm gpu-check lint types docs man site package bench bench-extra gpu-bench starter clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -51,9 +51,23 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-docs: $(STAMP)  ## write docs/configuration.md and docs/metrics.md again
+package: $(STAMP)  ## build sdist and wheel, check them, and run the demo from an installed wheel
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/check_wheel.sh
+
+docs: man  ## write the generated pages again: configuration, metrics, the manual page
 	$(BIN)/python -m scripts.configuration_page
 	$(BIN)/python -m scripts.metrics_page
+
+site: $(STAMP)  ## build the documentation site in build/site; every link must hold
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m scripts.site_pages build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # with -q no warning counts
+
+man: $(STAMP)  ## write docs/rlhf-tui.1 again, the manual page
+	$(BIN)/python -m scripts.man_page
 
 bench-extra: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
@@ -61,6 +75,7 @@ bench-extra: $(STAMP)
 bench: bench-extra  ## the engine against TRL, and the terminal's budgets (some 10 minutes)
 	$(BIN)/python -W ignore -m benchmarks.engine_vs_trl --phases
 	$(BIN)/python benchmarks/terminal.py
+	$(BIN)/python -m benchmarks.many_runs
 
 gpu-bench:  ## speed on a GPU, and TRL's where it is installed (make bench-extra)
 	$(GPU_PYTHON) -W ignore -m benchmarks.gpu.bench
@@ -70,4 +85,4 @@ starter: $(STAMP)  ## build the starter models again (an hour or two)
 	$(BIN)/python -m scripts.build_starter --out engine/starter --work build/starter
 
 clean:  ## remove what the above made, sessions excepted
-	rm -rf $(VENV) $(VLLM) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -120,6 +120,10 @@ class Screen:
             continue
         return time.perf_counter() - began
 
+    def type(self, text: bytes) -> None:
+        """Sends keys."""
+        os.write(self.master, text)
+
     def close(self) -> None:
         """Kills the program."""
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -127,10 +131,10 @@ class Screen:
         os.close(self.master)
 
 
-def write_session(root: Path, steps: int, metrics: int) -> Session:
+def write_session(root: Path, steps: int, metrics: int, name: str = "long") -> Session:
     """Writes a long session with SQL; the journal's own methods would take minutes."""
     config = config_file.load(starter.FOLDER / "demo.yaml", [f"train.steps={steps + 1000}"])
-    session = create(root, "long", config)
+    session = create(root, name, config)
     journal = JournalWriter(session)
     journal.begin_attempt(0, fresh=False)
     journal.set_meta(state="running", total_steps=steps + 1000, message="", settings=SETTINGS)

@@ -25,6 +25,7 @@ APPROXIMATE_KL = "policy/approxkl_avg"
 EXPLAINED_VARIANCE = "val/explained_var"
 GRADIENT_NORM = "grad_norm"
 LEARNING_RATE = "lr"
+EPISODE = "episode"
 STEP_TIME = "time/step"
 TOKENS_PER_SECOND = "perf/tokens_per_second"
 PEAK_MEMORY = "perf/peak_memory_gb"
@@ -259,7 +260,7 @@ METRICS = (
     Metric(GRADIENT_NORM, "", "norm before clipping, mean over the step's updates",
            title="gradient norm"),
     Metric(LEARNING_RATE, "", "learning rate of this step", title="learning rate", is_set=True),
-    Metric("episode", "responses", "number of responses so far"),
+    Metric(EPISODE, "responses", "number of responses so far"),
     Metric(phase_time("sync"), "seconds",
            "duration of sending the weights to a rollout engine of its own; 0 if it had them "
            "(`rollout.engine: vllm` only)"),

@@ -26,8 +26,10 @@ COMMANDS = {
     "init": "init", "check": "check",
     "ls": "read", "status": "read", "metrics": "read", "samples": "read", "events": "read",
     "logs": "read", "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
-    "attach": "view", "ctl": "steer", "note": "steer", "diff": "compare", "guardrails": "compare",
+    "attach": "view", "replay": "view", "mirror": "view", "ctl": "steer", "note": "steer",
+    "diff": "compare", "guardrails": "compare",
     "notify": "notify", "report": "report", "reward": "reward", "verify": "check",
+    "completion": "integration.completion", "mcp": "integration.mcp",
 }  # fmt: skip
 """Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,
 which keeps the start of attach short."""

@@ -68,7 +68,7 @@ def stream_engine_program(
     """
     with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would fill up
         program = subprocess.Popen(  # noqa: S603 - our own module
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -33,7 +33,7 @@ FLOORS = [
     ("engine.journal", "engine.monitoring"),
     ("engine.launch", "engine.verification"),
     ("engine.supervisor",),
-    ("engine.__main__",),
+    ("engine.__main__", "engine.api"),
     # What runs in a rank, beside the supervisor. Masked means are used by rollouts and losses.
     ("engine.train", "engine.train.data", "engine.train.distributed", "engine.train.ppo.masked"),
     ("engine.train.models",),
@@ -67,7 +67,7 @@ FLOORS = [
     # The dashboard and the command line.
     ("rlhf_tui", "rlhf_tui.format", "rlhf_tui.identity", "rlhf_tui.text"),
     ("rlhf_tui.state",),
-    ("rlhf_tui.report", "rlhf_tui.widgets"),
+    ("rlhf_tui.remote", "rlhf_tui.report", "rlhf_tui.widgets"),
     ("rlhf_tui.dialogs",),
     ("rlhf_tui.screens",),
     ("rlhf_tui.app",),
@@ -79,8 +79,9 @@ MOST_MODULES = 15
 """In one folder. About ten is what a reader takes in at a glance."""
 LIGHT = [
     "rlhf_tui.cli", "rlhf_tui.headless", "rlhf_tui.app.app", "engine.supervisor.supervisor",
-    "engine.__main__",
+    "engine.__main__", "engine.api",
     *(f"rlhf_tui.commands.{name}" for name in sorted(set(COMMANDS.values()))),
+    *(["rlhf_tui.commands.integration.mcp_server"] if find_spec("mcp") else []),
 ]  # fmt: skip
 
 
@@ -147,6 +148,12 @@ def test_only_a_rank_imports_torch_and_its_kind(path):
     names = imported(path)
     assert not {m for m in names if m.split(".")[0] in HEAVY}
     assert not {m for m in names if m.startswith("engine.train")}
+
+
+@pytest.mark.parametrize("path", files(ENGINE) + files(TUI), ids=module_of)
+def test_no_process_of_ours_imports_from_the_working_folder(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if '"-m"' in line and '"-P", "-m"' not in line]
 
 
 def unit_of(module):

@@ -4,9 +4,10 @@ The keys are declared in :mod:`engine.config.sections`. This module turns a file
 overrides into a configuration, and reports each mistake in one sentence.
 """
 
+import copy
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,24 @@ def load_session(path: Path) -> RunConfig:
         if isinstance(keys := tree.get(section), dict):
             keys.setdefault(name, value)
     return _from_file(tree, path)
+
+
+def from_mapping(tree: Mapping[str, Any], folder: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Like :func:`load`, for the content of a file that there is not.
+
+    Args:
+        tree: nested mappings; unchanged.
+        folder: where relative paths start.
+        overrides: `key=value` pairs, applied on top.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
+    check_plain(dict(tree))
+    own = copy.deepcopy(dict(tree))
+    apply_overrides(own, overrides)
+    _anchor_paths(own, folder)
+    return from_tree(own)
 
 
 def _from_file(tree: dict[str, Any], path: Path) -> RunConfig:

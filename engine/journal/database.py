@@ -1,7 +1,7 @@
 """Read-only access to one SQLite file of a session, in short reads."""
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,20 @@ from engine.journal import schema
 
 Values = Iterable[Any] | Mapping[str, Any]
 """The parameters of a query, positional or named."""
+Views = Callable[[int], list[str]]
+"""Returns the statements that create temporary views, for a version of the file's schema."""
 
 
 class ReadOnlyDatabase:
     """A database opened for reading. A missing database reads as empty."""
 
-    def __init__(self, path: Path, migrations: list[str]) -> None:
+    def __init__(self, path: Path, migrations: list[str], views: Views | None = None) -> None:
         """Opens the file if it exists.
 
         Args:
             path: of the file.
             migrations: all migrations of this kind of file, see :mod:`engine.journal.schema`.
+            views: hide the tables of the same names from all queries.
 
         Raises:
             JournalError: the file cannot be read, or a newer version wrote it.
@@ -31,6 +34,13 @@ class ReadOnlyDatabase:
         """None if the file is missing or has no tables yet."""
         self.version = 0 if self.connection is None else schema.schema_version(self.connection)
         """Number of migrations applied when the file was opened. Readers do not migrate."""
+        if views is not None and self.connection is not None:
+            self._create(views(self.version))
+
+    def _create(self, statements: list[str]) -> None:
+        self.rows("PRAGMA temp_store = MEMORY")
+        for statement in statements:
+            self.rows(statement)
 
     def close(self) -> None:
         """Closes the file."""

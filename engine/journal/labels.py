@@ -21,6 +21,7 @@ import msgspec
 from engine.errors import JournalError, UserInputError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, connect
+from engine.journal.revealed import label_views, views_of
 from engine.journal.rows import Judgement, SampleRow
 from engine.session import access
 from engine.session.folder import Session
@@ -192,7 +193,9 @@ class LabelReader:
             JournalError: it cannot be read, or a newer version wrote it.
         """
         _roll_back_interrupted_change(session.labels_file)
-        self._db = ReadOnlyDatabase(session.labels_file, schema.LABELS)
+        self._db = ReadOnlyDatabase(
+            session.labels_file, schema.LABELS, views_of(session, label_views)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -203,6 +206,13 @@ class LabelReader:
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
+
+    def count(self) -> int:
+        """The number of judgements and preferences."""
+        rows = self._db.rows(
+            "SELECT (SELECT count(*) FROM judgements) + (SELECT count(*) FROM preferences)"
+        )
+        return int(rows[0][0]) if rows else 0
 
     def judgements(self) -> dict[Key, JudgedResponse]:
         """All judgements, sorted by time."""

@@ -4,6 +4,7 @@ Each query is a short transaction of its own, so that a reader does not delay th
 writer's WAL.
 """
 
+import functools
 import json
 from collections.abc import Iterable
 from typing import Any, Self
@@ -14,6 +15,8 @@ from engine.config.settings import SettingChange
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
 from engine.journal.json_values import decoded
+from engine.journal.past_meta import meta_at
+from engine.journal.revealed import journal_views, views_of
 from engine.journal.rows import (
     AttemptRow,
     CheckpointRow,
@@ -27,8 +30,11 @@ from engine.journal.rows import (
     decode_payload,
 )
 from engine.journal.samples import SampleReader
+from engine.metrics import BETA
+from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import REWARD_CHANGED
 from engine.session.folder import Session
+from engine.session.position import Position
 from engine.session.states import LIVE_STATES
 
 METRICS_SINCE = """
@@ -42,9 +48,9 @@ WITH RECURSIVE spans(first, size) AS (
     SELECT 0, 1 UNION ALL SELECT first + size, :width FROM spans WHERE first + size <= :last
 )
 SELECT json_group_array(json(
-    (SELECT json_array(spans.first, min(value), max(value)) FROM metrics
+    (SELECT json_array(spans.first, min(value), max(value)) FROM {table}
      WHERE name = (SELECT id FROM names WHERE name = :name)
-     AND step >= spans.first AND step < spans.first + spans.size)
+     AND step >= spans.first AND step < min(spans.first + spans.size, :last + 1))
 )) FROM spans
 """
 """Minimum and maximum per span of steps, as one JSON array; step 0, which only evaluations have,
@@ -56,6 +62,34 @@ NEWEST_VALUE = """
 SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name)
 AND value IS NOT NULL ORDER BY step DESC LIMIT 1
 """
+VALUE_AT = """
+SELECT value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step
+"""
+CUMULATED = """
+SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name)
+AND value IS NOT NULL AND (step % :width = 0 OR step = (SELECT max(step) FROM steps))
+ORDER BY step
+"""
+CUMULATED_SUM = """
+SELECT step, total FROM (
+    SELECT step, sum(value) OVER (ORDER BY step) AS total FROM metrics
+    WHERE name = (SELECT id FROM names WHERE name = :name)
+) WHERE step % :width = 0 OR step = (SELECT max(step) FROM steps) ORDER BY step
+"""
+LAST_STATE = "SELECT data FROM events WHERE kind = 'state' ORDER BY id DESC LIMIT 1"
+STEP_OF_ATTEMPT = "SELECT 1 FROM steps WHERE attempt = ? ORDER BY step DESC LIMIT 1"
+ALL_CHANGES = """
+SELECT changes FROM main.commands WHERE status = 'applied' AND changes <> '[]'
+ORDER BY ended, applied_step
+"""
+"""Of settings, also those after the moment that a reader reveals."""
+BETA_OF_STEP = """
+SELECT value FROM main.metrics JOIN main.steps USING (step)
+WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step AND attempt = :attempt
+UNION ALL SELECT value FROM main.metrics_past
+WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step AND attempt = :attempt
+"""
+"""Also of a step after the moment that a reader reveals: what was in force when it began."""
 REFERENCE_PROBES = """
 SELECT json_extract(result, '$.reference'), applied_step FROM commands
 WHERE command = 'probe' AND status = 'applied' AND json_extract(args, '$.text') = ?
@@ -67,25 +101,22 @@ changes, result, live FROM commands
 
 
 class JournalReader:
-    """Reads the journal of a session. A session without a journal reads as empty.
-
-    Attributes:
-        samples: reads the session's responses, which are in another file.
-    """
+    """Reads the journal of a session. A session without a journal reads as empty."""
 
     def __init__(self, session: Session, database: ReadOnlyDatabase | None = None) -> None:
-        """Opens the journal and the samples.
+        """Opens the journal. Samples are opened when they are first read.
 
         Args:
             session: whose journal to read.
             database: the journal if it is open already. It is closed with the reader.
 
         Raises:
-            JournalError: a file cannot be read, or a newer version wrote it.
+            JournalError: it cannot be read, or a newer version wrote it.
         """
         self.session = session
-        self._db = database or ReadOnlyDatabase(session.journal_file, schema.JOURNAL)
-        self.samples = SampleReader(session)
+        self._db = database or ReadOnlyDatabase(
+            session.journal_file, schema.JOURNAL, views_of(session, journal_views)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -96,13 +127,22 @@ class JournalReader:
     def close(self) -> None:
         """Closes the files."""
         self._db.close()
-        self.samples.close()
+        if "samples" in self.__dict__:
+            self.samples.close()
+
+    @functools.cached_property
+    def samples(self) -> SampleReader:
+        """Reads the session's responses, which are in another file. Raises JournalError."""
+        return SampleReader(self.session)
 
     def meta(self) -> SessionMeta:
-        """The current state and settings, as the supervisor last recorded them."""
+        """The current state and settings, as the supervisor last recorded them.
+
+        At a moment of the history they are derived from events and commands.
+        """
         rows = self._db.rows("SELECT key, value FROM meta")
         values: dict[str, str] = dict(rows)
-        return SessionMeta(
+        meta = SessionMeta(
             state=decoded(values.get("state", '"starting"'), str),
             total_steps=decoded(values.get("total_steps", "0"), int),
             settings=decoded(values.get("settings", "null"), dict[str, Any] | None),
@@ -111,9 +151,30 @@ class JournalReader:
             deadline=decoded(values.get("deadline", "null"), float | None),
             exit_code=decoded(values.get("exit_code", "null"), int | None),
         )
+        position = self.session.position
+        return meta if position is None else self._meta_at(meta, position)
+
+    def _meta_at(self, now: SessionMeta, position: Position) -> SessionMeta:
+        states = self._db.rows(LAST_STATE)
+        changes = [decoded(row[0], list[SettingChange]) for row in self._db.rows(ALL_CHANGES)]
+        at = {"name": BETA, "step": position.step + 1, "attempt": position.attempt}
+        betas = self._db.rows(BETA_OF_STEP, at) or self._db.rows(
+            BETA_OF_STEP, at | {"step": position.step}
+        )
+        return meta_at(
+            now,
+            decode_payload("state", states[0][0]) if states else None,
+            [change for each in changes for change in each],
+            self.commands(),
+            betas[0][0] if betas else None,
+            steps=bool(self._db.rows(STEP_OF_ATTEMPT, (position.attempt,))),
+        )
 
     def state(self) -> str:
         """The session's state; `crashed` if the recorded state is live and there is no engine."""
+        if (position := self.session.position) is not None:
+            state = self.meta().state
+            return "crashed" if state in LIVE_STATES and not position.live else state
         # The lock is tested before and after reading: an engine may end in between.
         live = self.session.is_live()
         state = self.meta().state
@@ -124,6 +185,8 @@ class JournalReader:
 
     def last_step(self) -> int:
         """The last completed step, 0 before the first."""
+        if self.session.position is not None:
+            return self.session.position.step
         rows = self._db.rows("SELECT max(step) FROM steps")
         return int(rows[0][0] or 0) if rows else 0
 
@@ -198,8 +261,12 @@ class JournalReader:
         last = self.last_step()
         width = max(-(-last // spans), 1)
         curves = {}
+        position = self.session.position
+        # The view that hides later steps would give SQLite a second bound, of which it uses one.
+        table = "main.metrics" if position is not None and not position.current else "metrics"
+        query = DOWNSAMPLE_QUERY.format(table=table)
         for name in names:
-            rows = self._db.rows(DOWNSAMPLE_QUERY, {"name": name, "last": last, "width": width})
+            rows = self._db.rows(query, {"name": name, "last": last, "width": width})
             points: list[tuple[int, float | None]] = []
             for first, low, high in json.loads(rows[0][0]) if rows else ():
                 if low is not None:
@@ -208,6 +275,30 @@ class JournalReader:
                 newest = self._db.rows(NEWEST_VALUE, {"name": name})[0]
                 curves[name] = [p for p in points if p[0] < newest[0]] + [newest]
         return curves
+
+    def cumulated(self, name: str, spans: int, *, summed: bool) -> list[tuple[int, float]]:
+        """What a metric had come to at some steps: one in each span of steps, and the last one.
+
+        Args:
+            name: a metric of the current timeline that never falls, or that has a sum.
+            spans: number of spans of equal length that the run is divided into.
+            summed: returns the sum over all steps up to each.
+        """
+        width = max(-(-self.last_step() // spans), 1)
+        query = CUMULATED_SUM if summed else CUMULATED
+        return self._db.rows(query, {"name": name, "width": width})
+
+    def last_row(self, names: Iterable[str]) -> MetricRow | None:
+        """The last step of the current timeline, with these metrics only; None before the first."""
+        rows = self._db.rows("SELECT step, attempt, time FROM steps ORDER BY step DESC LIMIT 1")
+        if not rows:
+            return None
+        step, attempt, time = rows[0]
+        values: dict[str, float | None] = {}
+        for name in names:
+            found = self._db.rows(VALUE_AT, {"name": name, "step": step})
+            values[name] = found[0][0] if found else None
+        return MetricRow(step=step, attempt=attempt, time=time, values=values)
 
     def newest_value(self, name: str) -> tuple[int, float] | None:
         """The last step of the current timeline with a value of a metric, and the value."""
@@ -238,6 +329,14 @@ class JournalReader:
             if step in rows:
                 rows[step].values[name] = value
         return list(rows.values())
+
+    def last_telemetry(self) -> Telemetry | None:
+        """The newest reading of the machine; None if there is none, or not of this version."""
+        rows = self._db.rows("SELECT data FROM telemetry ORDER BY time DESC LIMIT 1")
+        try:
+            return msgspec.json.decode(rows[0][0], type=Telemetry) if rows else None
+        except msgspec.DecodeError:
+            return None
 
     def events(self, last: int | None = None, after: int = 0) -> list[EventRow]:
         """Events, oldest first; the event of a command has the command with its current status.

@@ -10,6 +10,7 @@ from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
 from engine.journal.json_values import decoded
 from engine.journal.labels import LabelReader, attach
+from engine.journal.revealed import sample_views, views_of
 from engine.journal.rows import Judgement, SampleRow
 from engine.protocol.rank_messages import TokenArrays
 from engine.session.folder import Session
@@ -78,7 +79,9 @@ class SampleReader:
             JournalError: the file cannot be read, or a newer version wrote it.
         """
         self.session = session
-        self._db = ReadOnlyDatabase(session.samples_file, schema.SAMPLES)
+        self._db = ReadOnlyDatabase(
+            session.samples_file, schema.SAMPLES, views_of(session, sample_views)
+        )
         self._labels_attached = False
         """False as long as there is no labels.db."""
 
@@ -195,6 +198,8 @@ class SampleReader:
     ) -> list[tuple[Any, ...]]:
         """Runs a query that reads `judged`, which is empty for responses to held-out prompts."""
         judgements = JUDGEMENTS if self._attach_labels() and not held_out else NO_JUDGEMENTS
+        if judgements is JUDGEMENTS and (position := self.session.position) is not None:
+            judgements = f"{JUDGEMENTS} WHERE time <= {position.time!r}"
         return self._db.rows(f"WITH judged AS ({judgements}) {query}", values)
 
     def judged(self) -> list[SampleRow]:

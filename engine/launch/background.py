@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
-from engine.launch.start import StartOptions, start_variable
+from engine.launch.start import StartOptions, is_new, start_variable
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
 
@@ -51,7 +51,7 @@ def start_engine(
     # The engine inherits no open file: a script that reads our output must see its end.
     with session.log_file.open("ab") as log:
         process = subprocess.Popen(  # noqa: S603 - this program
-            [sys.executable, "-m", "engine", str(session.folder)],
+            [sys.executable, "-P", "-m", "engine", str(session.folder)],
             env=os.environ | start_variable(start),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -72,6 +72,26 @@ def start_engine(
         time.sleep(POLL_INTERVAL)
     _pass_on(session, last_event, notice)
     return process.pid
+
+
+def start_or_remove(
+    session: Session,
+    start: StartOptions,
+    *,
+    timeout: float,
+    notice: Callable[[str], None] = lambda _text: None,
+) -> int:
+    """Like :func:`start_engine`, but a new session whose start fails is removed again.
+
+    One whose engine failed by itself stays with its log, and gives up its name to the next.
+    """
+    new = is_new(session, start)
+    try:
+        return start_engine(session, start, timeout=timeout, notice=notice)
+    except (UserInputError, SessionError) as error:
+        if new and (isinstance(error, UserInputError) or not session.journal_file.exists()):
+            shutil.rmtree(session.folder, ignore_errors=True)
+        raise
 
 
 def _ended(session: Session, code: int, state: str, pid: int, log_size: int) -> int:

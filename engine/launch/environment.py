@@ -102,11 +102,16 @@ def torch_is_built_for_gpus() -> bool:
 
 
 def rank_command(launch: LaunchConfig, folder: str, count: int) -> list[str]:
-    """The command that starts the ranks of one machine; `count` is their number."""
+    """The command that starts the ranks of one machine; `count` is their number.
+
+    With -P, as in every command that runs a module of ours, the working folder is not in sys.path:
+    a file such as `random.py` or `h2.py` in it would be imported in place of the module that a
+    library means.
+    """
     if launch.nodes == 1 and count == 1:
-        return [sys.executable, "-m", "engine.launch.rank", "engine.train.worker", folder]
+        return [sys.executable, "-P", "-m", "engine.launch.rank", "engine.train.worker", folder]
     agent = "engine.train.torchrun.agent"
-    return [sys.executable, "-m", "engine.launch.rank", agent, folder, str(count)]
+    return [sys.executable, "-P", "-m", "engine.launch.rank", agent, folder, str(count)]
 
 
 def rank_environment(launch: LaunchConfig) -> dict[str, str]:

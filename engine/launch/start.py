@@ -24,6 +24,7 @@ from engine.errors import (
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint, copy_until
 from engine.launch.rollout_engine import check_rollout_python
+from engine.launch.secret import check_secret
 from engine.session.checkpoints import (
     AVERAGED_POLICY,
     checkpoint_path,
@@ -32,7 +33,7 @@ from engine.session.checkpoints import (
     read_summary,
     saved_settings,
 )
-from engine.session.folder import Session, check_name, create
+from engine.session.folder import Session, check_name, create, free_name
 
 START_VARIABLE = "RLHF_TUI_START"
 
@@ -121,6 +122,29 @@ def is_failed_start(session: Session) -> bool:
             return False
     copied = {checkpoint_path(session.checkpoints, origin.step)} if origin is not None else set()
     return set(session.checkpoints.glob("step-*")) <= copied
+
+
+def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -> Session:
+    """Creates the session of a new run. A session that failed to start gives up its name.
+
+    Args:
+        root: the folder of sessions.
+        name: of the session; None for a free name.
+        stem: what a free name begins with.
+        config: of the run.
+
+    Raises:
+        ConfigError: a file that the configuration names is missing or of the wrong kind.
+        UserInputError: the rollout engine is not installed.
+        SessionNameError: the name is invalid or taken.
+        SessionError: the folder cannot be created.
+    """
+    check_inputs(config)
+    check_rollout_python(config.rollout)
+    check_secret(config.launch)
+    if name is not None:
+        remove_failed_start(Session(root / check_name(name)))
+    return create(root, free_name(root, stem) if name is None else name, config)
 
 
 def remove_failed_start(session: Session) -> None:

@@ -4,6 +4,7 @@ A session's configuration can name Python code, so anyone who can write to a ses
 the user who resumes it. Modes are therefore set explicitly and do not depend on the umask.
 """
 
+import getpass
 import os
 import pwd
 import tempfile
@@ -68,6 +69,14 @@ def check_owner(folder: Path, *files: Path, allow_root: bool = False) -> None:
         f"session '{folder.name}' belongs to {_user_name(min(others))}, and its configuration can "
         "run code: copy the folder to make it yours"
     )
+
+
+def current_user() -> str:
+    """The name of this user, `uid-1000` if it has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container the user may have no passwd entry
+        return f"uid-{os.getuid()}"
 
 
 def _owner_of_new_files(folder: Path) -> int | None:

@@ -6,7 +6,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from engine.errors import (
     SessionNameError,
 )
 from engine.session import access, lock
+from engine.session.position import Position
 
 if TYPE_CHECKING:
     from engine.config.schema import RunConfig
@@ -41,6 +42,12 @@ class Session:
     """The folder of one run and the paths in it."""
 
     folder: Path
+    position: Position | None = field(default=None, compare=False)
+    """The moment of its history up to which readers reveal its files; None: all of them."""
+
+    def at(self, position: Position | None) -> "Session":
+        """The same session as it was at a moment. It has no engine that could be reached."""
+        return replace(self, position=position)
 
     @property
     def name(self) -> str:
@@ -123,8 +130,8 @@ class Session:
         write_atomically(self.config_file, config_file.dump(config))
 
     def is_live(self) -> bool:
-        """Whether an engine holds the session's lock."""
-        return lock.is_held(self.lock_file)
+        """Whether an engine holds the session's lock; False for a moment of its history."""
+        return self.position is None and lock.is_held(self.lock_file)
 
     def acquire(self) -> lock.SessionLock:
         """Locks the session for one engine.

@@ -21,7 +21,7 @@ from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
-from rlhf_tui.app import hangup, steering
+from rlhf_tui.app import hangup, replaying, steering
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
@@ -35,6 +35,8 @@ from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state import preferences as prefs
 from rlhf_tui.state.first_read import FirstRead
 from rlhf_tui.state.messages import CommandAnswered, EngineStarted, SessionUpdated
+from rlhf_tui.state.replay.player import ReplayOptions
+from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.viewport import Viewport
@@ -81,6 +83,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             for i, mode in enumerate(modes.MODES, start=1)
         ),
         *steering.BINDINGS,
+        *replaying.BINDINGS,
         Binding("t", "theme", "theme", show=False),
         Binding("question_mark", "help", "help", show=False),
         Binding("q", "detach", "detach"),
@@ -96,6 +99,9 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         now: Callable[[], float] = time.time,
         follow: bool = True,
         first_read: FirstRead | None = None,
+        replay: ReplayOptions | None = None,
+        origin: str = "",
+        listing: SessionListCache | None = None,
     ) -> None:
         """Opens a folder of sessions, or one session in it.
 
@@ -106,9 +112,17 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             now: the wall clock.
             follow: False reads each session once and never again, for tests.
             first_read: a summary of that session whose reading has begun.
+            replay: shows sessions as they were, and disables commands; None: as they are.
+            origin: the address of the session of which this one is a copy: commands reach it, but
+                nothing else may be changed. Empty for the session itself.
+            listing: of the folder, whose reading may have begun.
         """
         self.root = root.resolve()
-        self.read_only = read_only
+        self.steers = not read_only and replay is None
+        self.read_only = not self.steers or bool(origin)
+        self.origin = origin
+        self.listing = listing or SessionListCache()
+        self.replaying = replay is not None
         self.now = now
         self.who = who()
         self.exit_message = ""
@@ -124,14 +138,14 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.animation_level = "none"
         self.follower = SessionFollower(
             self, self.preferences, self.who,
-            now=now, follow=follow, say=self.say, draw=self.draw_screens,
+            now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
         )  # fmt: skip
         self.commands = steering.Steering(
-            self, self.who, target=self.steering_target, read_only=read_only, say=self.say
+            self, self.who, target=self.steering_target, read_only=not self.steers, say=self.say
         )
         self.engines = EngineStarter(
             self, self.follower, self.root,
-            now=now, read_only=read_only, say=self.say, open_session=self.open_session,
+            now=now, read_only=self.read_only, say=self.say, open_session=self.open_session,
         )  # fmt: skip
         self._first_read = first_read
         if session is not None:
@@ -186,12 +200,16 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
                 self.say(str(error), "error")
                 return False
             self.follower.open(session)
-            for screen in screens_of_all_modes(self):
-                if isinstance(screen, SessionScreen) and screen.is_mounted:
-                    screen.session_changed()
+            self._drop_lists()
             self.follower.begin()
         self.switch_mode("dashboard")
         return True
+
+    def _drop_lists(self) -> None:
+        """Tells the screens that what they have read is not of this session, or of this moment."""
+        for screen in screens_of_all_modes(self):
+            if isinstance(screen, SessionScreen) and screen.is_mounted:
+                screen.session_changed()
 
     def forget_session(self, name: str) -> None:
         """Stops following a session that is about to be deleted."""
@@ -213,7 +231,11 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def on_session_updated(self, message: SessionUpdated) -> None:
         """Adds an update of the feed; drops it if it is of another session."""
-        if self.follower.take(message) and message.update.head and self.session is not None:
+        before, now = self.state.replay, message.update.replay
+        taken = self.follower.take(message)
+        if taken and before is not None and now is not None and now.share < before.share:
+            self._drop_lists()  # what they show is still to come
+        if taken and message.update.head and self.session is not None:
             self.commands.run_read(SteeringTarget.of_state(self.session, self.state))
 
     def on_command_answered(self, message: CommandAnswered) -> None:
@@ -258,7 +280,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.follower.leave()
         engine = self.session.engine() if self.session and self.session.is_live() else None
         if engine is not None and self.session is not None:
-            name = self.session.name
+            name = self.origin or self.session.name
             self.exit_message = (
                 f"detached; engine pid {engine.pid} still running; "
                 f"reattach with rlhf-tui attach {name}"
@@ -284,6 +306,9 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Steering keys are enabled only if the selected run takes commands."""
+        if action in replaying.ACTIONS:
+            # Not over a dialog: a space is text in its fields.
+            return self.follower.replay is not None and isinstance(self.screen, SessionScreen)
         return self.commands.offered(action) if action in steering.ACTIONS else True
 
     def on_key(self, event: events.Key) -> None:
@@ -352,6 +377,21 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         """Asks how to end the run."""
         self.commands.ask_stop()
 
+    def action_replay_toggle(self) -> None:
+        """Pauses the replay, or plays on."""
+        if self.follower.replay is not None:
+            self.follower.replay.toggle()
+
+    def action_replay_speed(self, by: int) -> None:
+        """Replays faster or slower."""
+        if self.follower.replay is not None:
+            self.follower.replay.change_speed(by)
+
+    def action_replay_marker(self, way: int) -> None:
+        """Moves the replay to the next or the previous marker."""
+        if self.follower.replay is not None:
+            self.follower.replay.jump(way)
+
     async def action_go(self, mode: str) -> None:
         """Shows another screen."""
         if mode != "sessions" and self.session is None:
@@ -404,14 +444,23 @@ def as_context(app: RlhfApp) -> AppContext:
 
 
 def open_app(
-    root: Path, name: str | None, read_only: bool, first_read: FirstRead | None = None
+    root: Path,
+    name: str | None,
+    read_only: bool,
+    first_read: FirstRead | None = None,
+    replay: ReplayOptions | None = None,
+    origin: str = "",
+    listing: SessionListCache | None = None,
 ) -> int:
-    """Runs the app on a folder of sessions, or on one of them.
+    """Runs the app on a folder of sessions, or on one of them; see :class:`RlhfApp`.
 
     Returns:
         The exit code.
     """
-    app = RlhfApp(root, name, read_only=read_only, first_read=first_read)
+    app = RlhfApp(
+        root, name, read_only=read_only, first_read=first_read,
+        replay=replay, origin=origin, listing=listing,
+    )  # fmt: skip
     app.run()
     if app.exit_message:
         print(one_line(app.exit_message))  # noqa: T201

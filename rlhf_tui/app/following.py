@@ -4,18 +4,22 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+import msgspec
 from textual.app import App
 
 from engine.errors import RlhfError
 from engine.metrics import with_drawn
 from engine.session.folder import Session
 from rlhf_tui.app.digest import curves_are_read, digest
+from rlhf_tui.app.replaying import ReplayControls
 from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state import preferences as prefs
-from rlhf_tui.state.feed import Feed
+from rlhf_tui.state.feed import Feed, SessionFeed
 from rlhf_tui.state.messages import SessionUpdated
+from rlhf_tui.state.replay.player import Player, ReplayOptions
 from rlhf_tui.state.session_state import ALWAYS, SessionState
+from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.state.viewport import Viewport
 
 DRAW_AFTER = 0.04
@@ -45,6 +49,7 @@ class SessionFollower:
         follow: bool,
         say: Say,
         draw: DrawScreens,
+        replay: ReplayOptions | None = None,
     ) -> None:
         """Opens no session yet.
 
@@ -56,6 +61,8 @@ class SessionFollower:
             follow: False reads each session once and never again.
             say: shows a notice.
             draw: draws the visible screens.
+            replay: shows sessions as they were, from their beginning; the first one that is opened
+                from the step of these options. None: as they are.
         """
         self._app = app
         self._preferences = preferences
@@ -64,10 +71,13 @@ class SessionFollower:
         self._follow = follow
         self._say = say
         self._draw_screens = draw
+        self._replay = replay
         self.session: Session | None = None
         self.state = SessionState(now=now)
         self.view = self._new_view()
-        self._feed: Feed | None = None
+        self._feed: SessionFeed | None = None
+        self.replay: ReplayControls | None = None
+        """The keys of the replay of the open session; None without a replay."""
         self._draw_due = False
         self._only_live = True
         """Whether only phases and machine have changed since the last drawing."""
@@ -84,17 +94,29 @@ class SessionFollower:
         """Makes a session the open one; :meth:`begin` starts to read it."""
         self.leave()
         self.session = session
-        self.state = SessionState(session.name, now=self._now)
+        self.state = SessionState(session.name, now=self._time)
         self.view = self._new_view()
-        self._digest_shown = False
+        self._digest_shown = self._replay is not None
         folder, app = str(session.folder), self._app
         names = [*self._preferences.metrics(), *ALWAYS]
-        self._feed = Feed(
-            session,
-            self._who,
-            names,
-            lambda update: app.post_message(SessionUpdated(folder, update)),
-        )
+
+        def post(update: SessionUpdate) -> None:
+            app.post_message(SessionUpdated(folder, update))
+
+        if self._replay is None:
+            self._feed = Feed(session, self._who, names, post)
+            return
+        from rlhf_tui.state.replay.feed import ReplayFeed  # noqa: PLC0415 - keeps start-up short
+
+        player = Player(self._replay.speed)
+        feed = ReplayFeed(session, player, names, post, self._replay.from_step)
+        self._feed, self.replay = feed, ReplayControls(player, feed, self._say)
+        self._replay = msgspec.structs.replace(self._replay, from_step=0)
+
+    def _time(self) -> float:
+        """The wall clock, or in a replay that of the moment that is shown."""
+        replay = self.state.replay
+        return self._now() if replay is None else replay.position.time
 
     def begin(self) -> None:
         """Starts to read the open session."""
@@ -107,7 +129,7 @@ class SessionFollower:
             self._read_config(self._feed)
             self._feed.read_all()
 
-    def _read_config(self, feed: Feed) -> None:
+    def _read_config(self, feed: SessionFeed) -> None:
         """Reads what the journal does not contain. Without it the run can still be shown."""
         try:
             if self.session is not None:
@@ -149,6 +171,8 @@ class SessionFollower:
         if self.session is None or message.folder != str(self.session.folder):
             return False
         self.state.take(message.update)
+        if message.update.replay is not None:
+            self.session = self.session.at(message.update.replay.position)
         self._only_live = self._only_live and message.update.only_live
         if not self._draw_due:
             self._draw_due = True
@@ -177,7 +201,8 @@ class SessionFollower:
         self._seen_saved = self._now()
         if not self._digest_shown:
             return
-        if self.session is not None and self.state.known and self._follow:
+        shown_now = self._follow and self._replay is None
+        if self.session is not None and self.state.known and shown_now:
             newest = self.state.events[-1].event if self.state.events else 0
             seen = prefs.Seen(time=self._now(), step=self.state.head.step, event=newest)
             prefs.remember_seen(str(self.session.folder), seen)

@@ -171,7 +171,7 @@ class EngineStarter:
         """
         where = ["--sessions", str(self._root)]
         done = subprocess.run(  # noqa: S603 - ourselves
-            [sys.executable, "-m", "rlhf_tui.cli", *arguments, *where],
+            [sys.executable, "-P", "-m", "rlhf_tui.cli", *arguments, *where],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
             check=False, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip

@@ -42,12 +42,23 @@ DESCRIPTIONS = {
     "go('log')": "the screen of the engine's output",
     "app.focus_next": "move the focus to the next panel",
     "app.focus_previous": "move the focus to the previous panel",
+    # of a replay
+    "replay_toggle": "pause the replay, or play on",
+    "replay_speed(-1)": "replay slower",
+    "replay_speed(1)": "replay faster",
+    "replay_marker(-1)": "move the replay to the previous change, alert, note, start or crash",
+    "replay_marker(1)": "move the replay to the next change, alert, note, start or crash",
     # of sessions
     "new": "start the demo run; asks first",
     "new_from_file": "start a run from a configuration file in YAML",
     "resume": "resume the run from its last checkpoint, also with other settings",
     "fork": "start a new session from a checkpoint, with other settings",
     "delete": "delete the session with its checkpoints; asks first",
+    "mark_session": "mark the session, to overlay or to compare it with others",
+    "mark_matching": "mark the sessions whose names match a regular expression",
+    "overlay": "open the session with the curves of all marked ones over its own",
+    "metric": "choose the metric whose values are listed and drawn as a sparkline",
+    "settings": "show the settings in which the marked sessions, or all, differ",
     "choose": "open or select the row under the cursor",
     # of checkpoints
     "roll_back": "return the run to a checkpoint, settings included; asks first",
@@ -75,7 +86,8 @@ DESCRIPTIONS = {
     "log": "switch the chart between a linear and a logarithmic scale",
     "smooth": "change the smoothing of the curves",
     "past": "show or hide the curves of abandoned branches",
-    "others": "draw the curves of another session over these",
+    "others": "draw the curves of other sessions over these",
+    "align": "align overlaid sessions by step, by responses so far or by hours of training",
     "page": "show the next panel beside the charts",
     "back": "leave one level: full screen, crosshair, zoom, filter or search",
     # of samples

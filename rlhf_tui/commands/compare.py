@@ -24,6 +24,7 @@ from engine.monitoring.guardrails import Guardrails
 from engine.protocol.rank_messages import Sample
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (
+    complete_name,
     existing,
     json_option,
     name_argument,
@@ -38,7 +39,7 @@ HEADLINES = (SCORE, KL, RESPONSE_LENGTH, DISTINCT_2)
 
 @click.command()
 @name_argument
-@click.argument("other")
+@click.argument("other", shell_complete=complete_name)
 @sessions_option
 @json_option
 def diff(root: Path, name: str, other: str, as_json: bool) -> None:

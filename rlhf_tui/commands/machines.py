@@ -64,7 +64,7 @@ def join(address: str, processes: int | None, secret_file: Path | None, wait: fl
             "no secret of the run: give --secret-file FILE, the file join.secret in the session's "
             f"folder, or export {SECRET_VARIABLE} here and on the first machine"
         )
-    words = ["-m", *_joiner(address, processes, wait, secret_file)]
+    words = ["-P", "-m", *_joiner(address, processes, wait, secret_file)]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *words])  # noqa: S606 - our own module
 
@@ -135,7 +135,7 @@ def _join_scheduled(session: Session, address: str, wait: float) -> int:
     words = ["engine.launch.rank", *_joiner(address, None, wait, file), "scheduled"]
     parent = {PARENT_VARIABLE: str(os.getpid())}
     process = subprocess.Popen(  # noqa: S603 - our own module
-        [sys.executable, "-m", *words], env=os.environ | parent
+        [sys.executable, "-P", "-m", *words], env=os.environ | parent
     )
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, _: process.send_signal(number))

@@ -148,7 +148,7 @@ def _export_policy(session: Session, step: int, target: Path, part: str, *, merg
 
 def _merge(session: Session, step: int, part: str, target: Path) -> None:
     # In a subprocess: this process never imports torch.
-    module = [sys.executable, "-m", "engine.train.checkpoints.merge"]
+    module = [sys.executable, "-P", "-m", "engine.train.checkpoints.merge"]
     done = subprocess.run(  # noqa: S603 - our own module
         [*module, str(session.folder), str(step), part, str(target)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

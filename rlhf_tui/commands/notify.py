@@ -10,7 +10,7 @@ from engine.config.sections.supervision import NotifyConfig
 from engine.errors import RlhfError, UserInputError
 from engine.monitoring.channels.message import Notification, NotificationError, trial
 from engine.monitoring.notify import Channel, open_channels, send
-from rlhf_tui.commands.options import existing, say, sessions_option
+from rlhf_tui.commands.options import complete_name, existing, say, sessions_option
 
 
 class UnsentError(RlhfError):
@@ -23,7 +23,7 @@ def notify() -> None:
 
 
 @notify.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_name)
 @sessions_option
 def test(root: Path, name: str) -> None:
     """Send a test message on every channel of NAME, a session or a configuration file.

@@ -79,7 +79,15 @@ colors_option: Decorator = click.option(
     help="The terminal's colours, if they are not recognised.  [default: $RLHF_TUI_COLORS or auto]",
 )
 
-name_argument: Decorator = click.argument("name")
+
+def complete_name(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+    """The names of sessions that begin so, for the completion of shells."""
+    root = context.params.get("root") or os.environ.get("RLHF_TUI_SESSIONS") or "sessions"
+    found = {s.name for s in (*all_sessions(Path(root).resolve()), *live_sessions())}
+    return sorted(name for name in found if name.startswith(begun))
+
+
+name_argument: Decorator = click.argument("name", shell_complete=complete_name)
 
 
 def existing(root: Path, name: str) -> Session:

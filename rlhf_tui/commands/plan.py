@@ -99,7 +99,7 @@ def read_models(config: RunConfig) -> Models:
         RlhfError: the subprocess failed.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "engine.train.models.shapes"],
+        [sys.executable, "-P", "-m", "engine.train.models.shapes"],
         input=msgspec.json.encode(config),
         env=clean_environment(),
         capture_output=True,

@@ -4,8 +4,10 @@ import time
 from pathlib import Path
 
 import click
+import msgspec
+from click.core import ParameterSource
 
-from engine.errors import RlhfError, SessionError
+from engine.errors import LinkError, RlhfError, SessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleReader, with_judgements
 from engine.metrics import (
@@ -53,27 +55,50 @@ HELD_OUT = {EVAL_SCORE: "held-out score", EVAL_KL: "held-out KL"}
 
 
 @click.command()
+@click.argument("address", required=False)
 @sessions_option
 @json_option
-def ls(root: Path, as_json: bool) -> None:
-    """List the sessions of the folder and live ones elsewhere."""
-    local = all_sessions(root.resolve())
-    elsewhere = [s for s in live_sessions() if s not in local]
-    rows = [_read_row(s) for s in [*local, *elsewhere]]
+@click.pass_context
+def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -> None:
+    """List the sessions of the folder and live ones elsewhere.
+
+    ADDRESS is ssh://[USER@]HOST[:PORT]: lists those of another machine.
+    """
+    local = [] if address else all_sessions(root.resolve())
+    if address:
+        given = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
+        rows = _remote_rows(address, ["--sessions", str(root)] if given else [])
+    else:
+        elsewhere = [s for s in live_sessions() if s not in local]
+        rows = [_read_row(s) for s in [*local, *elsewhere]]
     if as_json:
         print_json([r.as_json() for r in rows])
     elif not rows:
-        say(f"no sessions in {root}; start one with: rlhf-tui demo")
+        say(f"no sessions in {address or root}; start one with: rlhf-tui demo")
     else:
         header = ["name", "state", "step", "beta", "score", "KL", "last active", ""]
         folders = {str(s.folder) for s in local}
-        cells = [_ls_cells(r, local=r.folder in folders) for r in rows]
+        cells = [_ls_cells(r, local=bool(address) or r.folder in folders) for r in rows]
         lines = fmt.aligned([header, *cells])
         say("  ".join(lines[0]).rstrip())
         for row, line in zip(rows, lines[1:], strict=True):
             name, state, *rest = line
             tone = STATE_TONES.get(row.state, "")
             say(f"{name}  ", (state, tone), "  " + "  ".join(rest).rstrip())
+
+
+def _remote_rows(address: str, options: list[str]) -> list[SessionRow]:
+    """The sessions of another machine. Raises UserInputError or LinkError."""
+    from rlhf_tui.remote.ssh import Address, run  # noqa: PLC0415 - only few list other machines
+
+    parsed = Address.parse(address)
+    if parsed.name:
+        raise UserInputError(f"ls takes no session: rlhf-tui attach {address} opens it")
+    output = run(parsed, "ls", "--json", *options)
+    try:
+        return msgspec.json.decode(output, type=list[SessionRow])
+    except msgspec.DecodeError as error:
+        raise LinkError(f"{parsed.host} sent no list of sessions: {error}") from error
 
 
 def _read_row(session: Session) -> SessionRow:

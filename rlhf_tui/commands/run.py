@@ -12,23 +12,21 @@ import click
 from engine import starter
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
-from engine.errors import SessionError, UserInputError
+from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.rows import ErrorEvent
-from engine.launch.background import start_engine
-from engine.launch.rollout_engine import check_rollout_python
+from engine.launch.background import start_engine, start_or_remove
 from engine.launch.secret import check_secret
 from engine.launch.start import (
     StartOptions,
-    check_inputs,
+    create_session,
     is_failed_start,
     is_new,
-    remove_failed_start,
     start_variable,
 )
 from engine.launch.start import fork as start_fork
 from engine.launch.start import resume as start_resume
-from engine.session.folder import Session, check_name, create, free_name
+from engine.session.folder import Session, check_name
 from rlhf_tui import format as fmt
 from rlhf_tui.commands import view
 from rlhf_tui.commands.options import (
@@ -230,13 +228,7 @@ def fork(
 def _start_new(
     root: Path, name: str | None, stem: str, config: RunConfig, mode: str | None
 ) -> None:
-    check_inputs(config)
-    check_rollout_python(config.rollout)
-    check_secret(config.launch)
-    if name is not None:
-        remove_failed_start(Session(root / check_name(name)))
-    session = create(root, free_name(root, stem) if name is None else name, config)
-    _begin(session, StartOptions(who=who()), mode)
+    _begin(create_session(root, name, stem, config), StartOptions(who=who()), mode)
 
 
 def _begin(session: Session, start: StartOptions, mode: str | None) -> None:
@@ -266,15 +258,7 @@ def _watch(session: Session, start: StartOptions) -> None:
 
 
 def _detach(session: Session, start: StartOptions) -> None:
-    new = is_new(session, start)
-    try:
-        pid = start_engine(session, start, timeout=LOADING_TIMEOUT, notice=_show_notice)
-    except (UserInputError, SessionError) as error:
-        # Nothing is trained yet: remove the incomplete session. One whose engine failed by itself
-        # stays with its log, and gives up its name (remove_failed_start).
-        if new and (isinstance(error, UserInputError) or not session.journal_file.exists()):
-            shutil.rmtree(session.folder, ignore_errors=True)
-        raise
+    pid = start_or_remove(session, start, timeout=LOADING_TIMEOUT, notice=_show_notice)
     say(f"session {session.name}: engine pid {pid}; steer it with: rlhf-tui ctl {session.name}")
 
 
@@ -287,5 +271,5 @@ def _become_engine(session: Session, start: StartOptions) -> None:
     action = f"resuming from step {start.from_step}" if start.from_step else "starting"
     click.echo(one_line(f"session {session.name}: {action}; folder {session.folder}"), err=True)
     sys.stdout.flush()
-    words = [sys.executable, "-m", "rlhf_tui.headless", str(session.folder)]
+    words = [sys.executable, "-P", "-m", "rlhf_tui.headless", str(session.folder)]
     os.execve(sys.executable, words, os.environ | start_variable(start))  # noqa: S606 - our own

@@ -1,6 +1,5 @@
 """Commands that steer a live engine: ctl, note."""
 
-import sqlite3
 import sys
 import time
 from collections.abc import Callable
@@ -11,9 +10,9 @@ import click
 
 from engine.config import file as config_file
 from engine.config.yaml_document import parse_yaml
-from engine.errors import JournalError, RlhfError, UserInputError
+from engine.errors import RlhfError, UserInputError
 from engine.journal.json_values import Json
-from engine.journal.writer import JournalWriter
+from engine.journal.notes import add_note
 from engine.protocol.client import Client, new_id
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import (
@@ -276,15 +275,5 @@ def note(root: Path, name: str, text: str) -> None:
             raise RlhfError(f"rejected: {reply.reason}")
         step = (reply.step or 1) - 1  # the reply has the next step, the note the last finished one
     else:
-        Note(text=text).check_arguments()
-        lock = session.acquire()  # only the holder of the lock may write the journal
-        try:
-            journal = JournalWriter(session)
-            journal.record_event("note", {"text": text, "who": who()})
-            step = journal.step
-            journal.close()
-        except sqlite3.Error as error:
-            raise JournalError(f"cannot write {session.journal_file}: {error}") from error
-        finally:
-            lock.release()
+        step = add_note(session, text, who())
     say(f"noted at step {step}: {one_line(text)}")

@@ -3,35 +3,134 @@
 import gc
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
 from rlhf_tui import terminal_colors
-from rlhf_tui.commands.options import colors_option, existing, is_terminal, sessions_option
+from rlhf_tui.commands.options import (
+    colors_option,
+    complete_name,
+    existing,
+    is_terminal,
+    name_argument,
+    sessions_option,
+)
 
 if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app imports them
     from rlhf_tui.state.first_read import FirstRead
+    from rlhf_tui.state.replay.player import ReplayOptions
+    from rlhf_tui.state.runs.listing import SessionListCache
+
+TAIL = 5000
+"""Newest steps whose metrics a copy has."""
+MIRROR_INTERVAL, HEARTBEAT = 0.5, 10.0
+"""Seconds between two readings for a copy, and after which something is sent in any case."""
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_name)
 @sessions_option
 @colors_option
 @click.option("--read-only", is_flag=True, help="Show the session, send no commands.")
-def attach(root: Path, name: str | None, read_only: bool) -> None:
+@click.option(
+    "--tail", type=click.IntRange(min=1), default=TAIL, show_default=True, metavar="N",
+    help="With ssh://: copy the metrics of the last N steps.",
+)  # fmt: skip
+@click.pass_context
+def attach(
+    context: click.Context, root: Path, name: str | None, read_only: bool, tail: int
+) -> None:
     """Open the dashboard of a session.
 
     Without NAME: of the only live session.
+
+    NAME may be ssh://[USER@]HOST[:PORT]/NAME: a session of another machine, by ssh.
     """
+    if name and name.startswith("ssh://"):
+        given = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
+        sys.exit(_attach_remote(name, root if given else None, read_only=read_only, tail=tail))
     root = root.resolve()
     session = existing(root, name) if name else _only_live(root)
     _need_terminal(f"rlhf-tui status {session.name} or rlhf-tui metrics {session.name}")
     sys.exit(open_screen(session.folder.parent, session, read_only=read_only))
+
+
+@click.command()
+@name_argument
+@sessions_option
+@colors_option
+@click.option(
+    "--speed", type=click.FloatRange(0.01, 100_000), default=20.0, show_default=True,
+    metavar="N", help="Seconds of the run that a second shows.",
+)  # fmt: skip
+@click.option(
+    "--from", "from_step", type=click.IntRange(min=0), default=0, metavar="STEP",
+    help="Begin after this step.",
+)  # fmt: skip
+def replay(root: Path, name: str, speed: float, from_step: int) -> None:
+    """Show a session as it was, from its beginning: the dashboard, read-only."""
+    session = existing(root.resolve(), name)
+    from engine.journal.reader import JournalReader  # noqa: PLC0415 - the start of attach is short
+    from rlhf_tui.state.replay.player import ReplayOptions  # noqa: PLC0415
+
+    with JournalReader(session) as record:
+        last, attempts = record.last_step(), record.attempts()
+    if not attempts:
+        raise UserInputError(f"session '{name}' has recorded nothing yet; wait for its first step")
+    if from_step > last:
+        raise UserInputError(f"--from {from_step}: session '{name}' has {last} steps")
+    _need_terminal(f"rlhf-tui events {session.name} or rlhf-tui report {session.name}")
+    options = ReplayOptions(speed, from_step)
+    sys.exit(open_screen(session.folder.parent, session, replay=options))
+
+
+@click.command(hidden=True)
+@name_argument
+@sessions_option
+@click.option(
+    "--tail", type=click.IntRange(min=1), default=TAIL, metavar="N",
+    help="Send the metrics of the last N steps.",
+)  # fmt: skip
+def mirror(root: Path, name: str, tail: int) -> None:
+    """Send a session to a copy on another machine: `attach ssh://HOST/NAME` runs it there."""
+    from rlhf_tui.remote.messages import Done, encode  # noqa: PLC0415 - only this command needs it
+    from rlhf_tui.remote.source import Source  # noqa: PLC0415
+
+    source, output = Source(existing(root.resolve(), name), tail), sys.stdout.buffer
+    output.write(encode(source.hello()))
+    sent = time.monotonic()
+    while True:
+        for message in source.changes():
+            output.write(encode(message))
+            sent = time.monotonic()
+        if time.monotonic() - sent > HEARTBEAT:  # a connection that is gone is only noticed so
+            output.write(encode(Done()))
+            sent = time.monotonic()
+        output.flush()
+        time.sleep(MIRROR_INTERVAL)
+
+
+def _attach_remote(text: str, folder: Path | None, *, read_only: bool, tail: int) -> int:
+    """Runs the app on the copy of a session of another machine. Returns the exit code."""
+    from rlhf_tui.remote.ssh import Address, RemoteSession  # noqa: PLC0415
+
+    address = Address.parse(text)
+    if not address.name:
+        text = text.rstrip("/")
+        raise UserInputError(f"give the session: {text}/NAME; list them with: rlhf-tui ls {text}")
+    _need_terminal(f"ssh {address.host} rlhf-tui status {address.name}")
+    arguments = ["mirror", address.name, "--tail", str(tail)]
+    arguments += ["--sessions", str(folder)] if folder is not None else []
+    with RemoteSession(address, arguments) as remote:
+        session = Session(remote.root / remote.name)
+        return open_screen(remote.root, session, read_only=read_only, origin=text)
 
 
 def browse(root: Path) -> None:
@@ -40,16 +139,33 @@ def browse(root: Path) -> None:
     sys.exit(open_screen(root.resolve(), None))
 
 
-def open_screen(root: Path, session: Session | None, *, read_only: bool = False) -> int:
-    """Runs the app on a folder of sessions, or on one of them. Returns the exit code."""
+def open_screen(
+    root: Path,
+    session: Session | None,
+    *,
+    read_only: bool = False,
+    replay: "ReplayOptions | None" = None,
+    origin: str = "",
+) -> int:
+    """Runs the app on a folder of sessions, or on one of them. Returns the exit code.
+
+    Args:
+        root: the folder.
+        session: one of its sessions; None for the browser.
+        read_only: sends no commands.
+        replay: shows the session as it was.
+        origin: the address of what the session is a copy of; empty for the session itself.
+    """
     # Modules and long sessions allocate millions of objects that are not garbage; with the default
     # thresholds, collections took a third of the time until the first curve.
     gc.set_threshold(200_000, 20, 20)
     terminal_colors.choose(os.environ)
-    first_read = begin_first_read(session) if session is not None else None
+    first_read = begin_first_read(session) if session is not None and replay is None else None
+    listing = begin_listing(root) if session is None else None
     from rlhf_tui.app.app import open_app  # noqa: PLC0415 - Textual is slow to import
 
-    return open_app(root, session.name if session is not None else None, read_only, first_read)
+    name = session.name if session is not None else None
+    return open_app(root, name, read_only, first_read, replay, origin, listing)
 
 
 def begin_first_read(session: Session) -> "FirstRead":
@@ -58,6 +174,16 @@ def begin_first_read(session: Session) -> "FirstRead":
     from rlhf_tui.state.preferences import load_preferences  # noqa: PLC0415
 
     return FirstRead(session, load_preferences()[0].metrics())
+
+
+def begin_listing(root: Path) -> "SessionListCache":
+    """Starts reading the list of sessions in a thread while the app is imported."""
+    from rlhf_tui.state.preferences import load_preferences  # noqa: PLC0415
+    from rlhf_tui.state.runs.listing import SessionListCache  # noqa: PLC0415
+
+    listing = SessionListCache()
+    listing.begin(root, load_preferences()[0].listed_metric)
+    return listing
 
 
 def _only_live(root: Path) -> Session:

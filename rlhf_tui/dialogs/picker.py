@@ -1,5 +1,6 @@
 """A dialog with a list, to select one option or several."""
 
+import re
 from typing import TYPE_CHECKING, ClassVar
 
 from msgspec import Struct
@@ -29,7 +30,10 @@ class Option(Struct, frozen=True):
 
 
 class PickerDialog(Dialog[str]):
-    """A list that typing filters. Enter selects the line, or with `several` all marked lines."""
+    """A list that typing filters, by words or a regular expression.
+
+    Enter selects the line, or with `marked` all marked lines.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down", "move(1)", "down", show=False, priority=True),
@@ -38,20 +42,31 @@ class PickerDialog(Dialog[str]):
         Binding(
             "shift+tab", "join", "mark together with the previous one", show=False, priority=True
         ),
+        Binding("ctrl+a", "mark_all", "mark all that are shown", show=False, priority=True),
     ]
 
     def __init__(
-        self, title: str, options: list[Option], marked: list[list[str]] | None = None
+        self,
+        title: str,
+        options: list[Option],
+        marked: list[list[str]] | None = None,
+        *,
+        joins: bool = True,
     ) -> None:
         """With `marked`, several options can be selected, alone or in groups.
 
-        The result is then a line for each group, its keys joined by :data:`WITH`.
+        The result is then a line for each group, its keys joined by :data:`WITH`. Without `joins`
+        there are no groups, and none need be selected: the result is then empty.
         """
         super().__init__(title)
         self.options = options
         self.several = marked is not None
         self.marked = [list(group) for group in marked or []]
+        self.joins = joins
+        self._had_marks = bool(marked)
         self._query = ""
+        self._shown: list[Option] = []
+        """The options that fit what is typed."""
 
     def body(self) -> ComposeResult:
         """The search field, the list, the keys."""
@@ -67,7 +82,8 @@ class PickerDialog(Dialog[str]):
         yield table
         keys = "enter select · esc cancel"
         if self.several:
-            keys = f"tab mark · shift+tab overlay on previous · {keys}"
+            more = "shift+tab overlay on previous" if self.joins else "ctrl+a mark all shown"
+            keys = f"tab mark · {more} · {keys}"
         yield MessageLine([[(keys, "dim")]])
 
     def on_mount(self) -> None:
@@ -81,11 +97,7 @@ class PickerDialog(Dialog[str]):
         self._fill(event.value)
 
     def _fill(self, query: str) -> None:
-        shown = [
-            o
-            for o in self.options
-            if all(w in f"{o.key} {o.label}".lower() for w in query.lower().split())
-        ]
+        shown = self._shown = [o for o in self.options if matches(query, o.key, o.label)]
         rows: list[tuple[str, list[Piece]]] = []
         for option in shown:
             mark = self._mark_of(option.key) if self.several else ""
@@ -121,6 +133,19 @@ class PickerDialog(Dialog[str]):
         """Adds the line to the group that was marked last."""
         self._toggle(join=True)
 
+    def action_mark_all(self) -> None:
+        """Marks all lines that are shown; removes their marks if all of them have one."""
+        if not self.several:
+            return
+        keys = [option.key for option in self._shown]
+        marked = {key for group in self.marked for key in group}
+        if marked.issuperset(keys):
+            without = [[k for k in group if k not in keys] for group in self.marked]
+            self.marked = [group for group in without if group]
+        else:
+            self.marked += [[key] for key in keys if key not in marked]
+        self._fill(self._query)
+
     def _toggle(self, *, join: bool) -> None:
         key = self.query_one(Table).key
         if not self.several or key is None:
@@ -128,7 +153,7 @@ class PickerDialog(Dialog[str]):
         if any(key in group for group in self.marked):
             without = [[k for k in group if k != key] for group in self.marked]
             self.marked = [group for group in without if group]
-        elif join and self.marked:
+        elif join and self.joins and self.marked:
             self.marked[-1].append(key)
         else:
             self.marked.append([key])
@@ -145,7 +170,19 @@ class PickerDialog(Dialog[str]):
 
     def _select(self, key: str | None) -> None:
         if self.several:
-            groups = self.marked or ([[key]] if key else [])
+            none_marked = [] if not self.joins and self._had_marks else [[key]] if key else []
+            groups = self.marked or none_marked
             self.close_with("\n".join(WITH.join(group) for group in groups))
         elif key is not None:
             self.close_with(key)
+
+
+def matches(query: str, *texts: str) -> bool:
+    """Whether texts have all words of a query, or one matches it as a regular expression."""
+    together = " ".join(texts).lower()
+    if all(word in together for word in query.lower().split()):
+        return True
+    try:
+        return any(re.search(query, text, re.IGNORECASE) for text in texts)
+    except re.error:
+        return False

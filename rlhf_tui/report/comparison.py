@@ -4,7 +4,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.config import file as config_file
-from engine.journal.agreement import read_agreement
+from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.session.folder import Session
 from rlhf_tui.report.curves import Curve, read_curves

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from engine.agreement import Agreement
-from engine.journal.agreement import read_agreement
+from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CheckpointRow, SessionMeta
 from engine.metrics import SCORE

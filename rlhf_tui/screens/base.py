@@ -13,6 +13,7 @@ from rlhf_tui.state.messages import RowHighlighted
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.widgets.key_footer import KeyFooter
 from rlhf_tui.widgets.panels.panel import Panel
+from rlhf_tui.widgets.replay_line import ReplayLine
 from rlhf_tui.widgets.status_lines import StatusLine, Tabs
 
 FIRST_ROWS = 3.0
@@ -45,11 +46,14 @@ class SessionScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Tabs, the status line, the screen's own widgets, the keys."""
         context = self.context
-        yield Tabs(context.state, self.MODE, tuple(MODES), read_only=context.read_only)
+        note = context.origin if context.steers else "read-only"
+        yield Tabs(context.state, self.MODE, tuple(MODES), note=note)
         if self.MODE != "sessions":
             status = StatusLine(context.state, id="status")
-            status.read_only = context.read_only
+            status.read_only = not context.steers
             yield status
+            if context.replaying:
+                yield ReplayLine(context.state, id="replay")
         yield from self.compose_body()
         yield KeyFooter(id="keys")
 

@@ -114,7 +114,7 @@ class CheckpointsScreen(SessionScreen):
         every = self.context.state.setting("save_every")
         saved = f"one is saved every {every} steps" if every else "one is saved at the end"
         hint: list[Piece] = [(f" {saved}", "dim")]
-        if self.context.state.live and not self.context.read_only:
+        if self.context.state.live and self.context.steers:
             hint += [("; ", "dim"), ("c", "key"), (" saves one after the current step", "dim")]
         return [[(" no checkpoint yet", "dim")], hint]
 

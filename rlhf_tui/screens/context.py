@@ -10,6 +10,7 @@ from engine.protocol.commands import Command
 from engine.session.folder import Session
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.state.preferences import Preferences
+from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.viewport import Viewport
@@ -83,9 +84,18 @@ class AppContext(Protocol):
     root: Path
     """The folder of sessions."""
     read_only: bool
+    """Whether nothing of the session's files may be changed."""
+    steers: bool
+    """Whether commands may be sent."""
+    origin: str
+    """The address of the session of which the open one is a copy; empty for the session itself."""
+    replaying: bool
+    """Whether sessions are shown as they were."""
     who: str
     """The operator's name in the command log and in labels."""
     preferences: Preferences
+    listing: SessionListCache
+    """Reads the list of sessions, and keeps it."""
     now: Callable[[], float]
     """The wall clock, seconds since the epoch."""
 

@@ -1,19 +1,16 @@
 """The dashboard: current phase, charts, steering, timeline and machine."""
 
+import functools
 from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 
-from engine.errors import RlhfError
-from engine.journal.reader import JournalReader
 from engine.metrics import title_of
-from engine.session.folder import all_sessions, find
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.state.first_read import SPANS
+from rlhf_tui.screens.overlaying import OverlaysRead, RunOverlays
 from rlhf_tui.state.messages import CursorMoved, RowHighlighted, RowSelected
-from rlhf_tui.state.series import Series
 from rlhf_tui.state.viewport import WEIGHTS
 from rlhf_tui.widgets.charts.grid import ChartGrid
 from rlhf_tui.widgets.panels.cursor import CursorPanel
@@ -58,7 +55,8 @@ class DashboardScreen(SessionScreen):
         Binding("L", "log", "logarithmic", show=False),
         Binding("s", "smooth", "smoothing", show=False),
         Binding("o", "past", "earlier attempts on/off", show=False),
-        Binding("O", "others", "overlay another session", show=False),
+        Binding("O", "others", "overlay other sessions", show=False),
+        Binding("A", "align", "align what is overlaid", show=False),
         Binding("v", "page", "next panel", show=False),
         Binding("escape", "back", "back: crosshair off, whole run", show=False),
     ]
@@ -75,11 +73,11 @@ class DashboardScreen(SessionScreen):
                 yield CursorPanel(state, self.context.view)
             with Container(id="side", classes="timeline"):
                 steering = SteeringPanel(state, id="steering")
-                steering.read_only = self.context.read_only
+                steering.read_only = not self.context.steers
                 yield steering
                 yield MachinePanel(state, id="machine")
                 timeline = TimelinePanel(state, self.context.view)
-                timeline.read_only = self.context.read_only
+                timeline.read_only = not self.context.steers
                 yield timeline
                 yield LatestSamplesPanel(state, id="latest")
 
@@ -94,6 +92,11 @@ class DashboardScreen(SessionScreen):
     def action_resume(self) -> None:
         """Asks for overrides, then resumes the run from its last checkpoint."""
         self.context.engines.ask_resume(self.context.state.name)
+
+    @functools.cached_property
+    def overlays(self) -> RunOverlays:
+        """The runs that are drawn over the open one."""
+        return RunOverlays(self, self.context, self.refresh_view)
 
     @property
     def grid(self) -> ChartGrid:
@@ -123,6 +126,7 @@ class DashboardScreen(SessionScreen):
 
     def refresh_content(self) -> None:
         """Draws the charts and the timeline."""
+        self.overlays.refresh()
         self.grid.read(self.context.state, self.context.view)
         self.query_one(TimelinePanel).read(self.context.state, self.context.view)
 
@@ -320,30 +324,13 @@ class DashboardScreen(SessionScreen):
         return "" if value is None else f"{value:.4g}"
 
     def action_others(self) -> None:
-        """Overlays another session's curves, or removes them."""
-        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
+        """Asks which sessions' curves are overlaid."""
+        self.overlays.choose()
 
-        state, view = self.context.state, self.context.view
-        names = [s.name for s in all_sessions(self.context.root) if s.name != state.name]
-        if not names:
-            self.context.say(f"there is no other session in {self.context.root}")
-            return
-        options = [Option(n, n, "shown" if n in view.others else "") for n in names]
+    def action_align(self) -> None:
+        """Aligns overlaid sessions by step, by responses or by hours."""
+        self.overlays.next_alignment()
 
-        def take(name: str | None) -> None:
-            if name is None:
-                return
-            if view.others.pop(name, None) is None:
-                try:
-                    view.others[name] = self._curves_of(name)
-                except RlhfError as error:
-                    self.context.say(str(error), "error")
-            self.draw()
-
-        self.app.push_screen(PickerDialog(f"Overlay on {state.name}", options), take)
-
-    def _curves_of(self, name: str) -> dict[str, Series]:
-        """The outlines of another session's curves. Raises JournalError."""
-        with JournalReader(find(self.context.root, name)) as record:
-            found = record.outlines(self.context.preferences.metrics(), SPANS)
-        return {metric: Series(points) for metric, points in found.items()}
+    def on_overlays_read(self, message: OverlaysRead) -> None:
+        """Overlays the sessions that were read."""
+        self.overlays.take(message)

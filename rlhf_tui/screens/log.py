@@ -1,5 +1,6 @@
 """The engine's own output, searchable."""
 
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.worker import get_current_worker
 
+from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.widgets.lines import Lines, Piece, Row
@@ -17,6 +19,8 @@ from rlhf_tui.widgets.scroll_list import ScrollList
 MOST_BYTES = 8_000_000
 MOST_LINES = 100_000
 EVERY = 1.0
+STAMP = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+"""Of the lines of the engine's loggers."""
 
 
 class LogRead(Message):
@@ -105,23 +109,25 @@ class LogScreen(SessionScreen):
             return
         if str(session.folder) != self._folder:
             self._folder, self._at = str(session.folder), 0
-        self.read_from(session.log_file, self._folder, self._at)
+        position = session.position
+        until = None if position is None else fmt.clock(position.time)
+        self.read_from(session.log_file, self._folder, self._at, until)
 
     @work(thread=True, exclusive=True, group="log")
-    def read_from(self, path: Path, folder: str, at: int) -> None:
-        """Reads whole lines from byte `at` on."""
+    def read_from(self, path: Path, folder: str, at: int, until: str | None) -> None:
+        """Reads whole lines from byte `at` on; `until`: only those that were written by then."""
         try:
             size = path.stat().st_size
             if size == at:
                 return
             fresh = at == 0 or size < at
-            begin = max(size - MOST_BYTES, 0) if fresh else at
+            begin = max(size - MOST_BYTES, 0) if fresh and until is None else at
             with path.open("rb") as file:
                 file.seek(begin)
                 data = file.read(MOST_BYTES)
         except OSError:
             return
-        end = data.rfind(b"\n") + 1
+        end = data.rfind(b"\n") + 1 if until is None else written_until(data, until)
         if not get_current_worker().is_cancelled and end:
             lines = [_visible(x) for x in data[:end].decode("utf-8", "replace").split("\n")[:-1]]
             self.post_message(LogRead(folder, lines, begin + end, fresh=fresh))
@@ -195,6 +201,20 @@ class LogScreen(SessionScreen):
         self._query = view.matching = ""
         view.shift = 0
         self._about()
+
+
+def written_until(data: bytes, until: str) -> int:
+    """The bytes of whole lines before the first one of a later time.
+
+    The engine begins its lines with the local time; output of others belongs to the line before.
+    """
+    end = 0
+    for line in data.splitlines(keepends=True):
+        stamp = line[: len(until)]
+        if not line.endswith(b"\n") or (STAMP.fullmatch(stamp) and stamp > until.encode()):
+            break
+        end += len(line)
+    return end
 
 
 def _visible(line: str) -> str:

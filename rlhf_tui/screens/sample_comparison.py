@@ -218,13 +218,13 @@ class SampleComparison:
             return "no other response to this prompt up to this step; press d for the reference"
         if self._may_ask(row):
             return "no reference response yet; press d"
-        if self._context.read_only:
+        if not self._context.steers:
             return "no reference response yet, and this terminal is read-only"
         return f"no reference response yet; resume the run first:\nrlhf-tui resume {name}"
 
     def _may_ask(self, row: SampleRow) -> bool:
         session = self._context.session
-        live = session is not None and session.is_live() and not self._context.read_only
+        live = session is not None and session.is_live() and self._context.steers
         return live and row.prompt not in self._probed
 
     def _ask(self, prompt: str) -> None:

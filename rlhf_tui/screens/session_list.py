@@ -1,24 +1,17 @@
-"""The list of the sessions screen: reads the folder, and makes rows and columns of it."""
+"""The list of the sessions screen: its columns, its orders, and the lines about a session."""
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
 
 from engine import metrics
-from engine.errors import RlhfError
-from engine.journal.reader import JournalReader
-from engine.session.folder import Session, all_sessions
 from rlhf_tui import format as fmt
-from rlhf_tui.state.feed import file_id
-from rlhf_tui.state.session_row import (
-    ListedSession,
-    SessionRow,
-    read_session_row,
-    unreadable_row,
-)
+from rlhf_tui.format import value_text
+from rlhf_tui.state.runs.differences import differing, short_names
+from rlhf_tui.state.runs.listing import SPARK_WIDTH
+from rlhf_tui.state.session_row import ListedSession, SessionRow
 from rlhf_tui.widgets.lines import Piece, Row
 from rlhf_tui.widgets.status_lines import STATE_MARKS, paused_text
 from rlhf_tui.widgets.table import Column, Table
@@ -27,86 +20,130 @@ NAME = 1
 """The index of the column of names."""
 LEAST_WITH_KL = 94
 """Width of the table from which on it has a column of the KL."""
-SPARKS = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 12
-SPARK_STEPS = 400
-"""Newest steps that a sparkline shows."""
+MARK = "▸ "
+"""Before the name of a marked session."""
+WIDEST_SETTING = 18
+"""Cells of a column of settings; of a path the end is shown."""
 
 LEAST = float("-inf")
 """Sorts before all values."""
-ORDERS: dict[str, Callable[[SessionRow], float | str]] = {
-    "name": lambda row: row.name,
-    "state": lambda row: row.state,
-    "step": lambda row: row.step,
-    "beta": lambda row: LEAST if row.beta is None else row.beta,
-    "score": lambda row: LEAST if row.score is None else row.score,
-    "KL": lambda row: LEAST if row.kl is None else row.kl,
-    "active": lambda row: row.updated or 0,
+Order = Callable[[ListedSession], Any]
+ORDERS: dict[str, Order] = {
+    "name": lambda s: s.row.name,
+    "state": lambda s: s.row.state,
+    "step": lambda s: s.row.step,
+    "beta": lambda s: _or_least(s.row.beta),
+    "KL": lambda s: _or_least(s.row.kl),
+    "active": lambda s: s.row.updated or 0,
 }
-"""Title of a column → what it sorts by."""
+"""Title of a column that is always there → what it sorts by."""
 ASCENDING = ("name", "state")
 """The titles that first sort in ascending order, the others in descending order."""
 
 
-def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
-    """A sparkline of `width` blocks; each one is the mean of its share of the values."""
-    if not values:
-        return ""
-    count = min(width, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
+def _or_least(value: float | None) -> float:
+    return LEAST if value is None else value
 
 
-def listed_session(session: Session) -> ListedSession:
-    """A session as the browser lists it; if it cannot be read, with the reason."""
-    try:
-        row = read_session_row(session)
-        with JournalReader(session) as record:
-            scores = record.series(metrics.SCORE, after=max(row.step - SPARK_STEPS, 0))
-    except (RlhfError, OSError) as error:
-        return ListedSession(row=unreadable_row(session, error))
-    return ListedSession(row=row, spark=spark([v for _, v in scores if v is not None]))
+# -- columns ---------------------------------------------------------------------------------------
 
 
-class SessionListCache:
-    """Keeps the rows of sessions; reads only those that have changed."""
+class SessionColumns:
+    """Which columns the table has: the usual ones, or those of the settings that differ."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[object, ListedSession]] = {}
+        """The usual columns, with the score."""
+        self.metric = metrics.SCORE
+        """Whose last value and sparkline are shown."""
+        self.with_settings = False
+        self._keys: dict[str, str] = {}
+        """Configuration key → title of its column."""
 
-    def rows(self, root: Path) -> list[ListedSession]:
-        """All sessions, those with an engine first, then the newest."""
-        found = []
-        for session in all_sessions(root):
-            stamp = _stamp(session)
-            known = self._known.get(session.folder)
-            if known is None or known[0] != stamp:
-                known = stamp, listed_session(session)
-                self._known[session.folder] = known
-            found.append(known[1])
-        found.sort(key=lambda s: (s.row.pid is None, -(s.row.updated or 0), s.row.name))
+    @property
+    def title(self) -> str:
+        """The title of the metric's column."""
+        return metrics.title_of(self.metric)
+
+    def fit(self, sessions: Sequence[ListedSession]) -> None:
+        """Chooses the settings that differ among these sessions."""
+        known = [s.settings for s in sessions if s.settings]
+        self._keys = short_names(differing(known)) if self.with_settings and known else {}
+
+    @property
+    def keys(self) -> list[str]:
+        """The configuration keys that have a column."""
+        return list(self._keys)
+
+    def orders(self) -> dict[str, Order]:
+        """Title of a column → what it sorts by."""
+        shown = ("name", "step") if self.with_settings else tuple(ORDERS)
+        found = {name: ORDERS[name] for name in shown}
+        found[self.title] = lambda s: _or_least(s.value)
+        for key, title in self._keys.items():
+            found.setdefault(title, _by_setting(key))
         return found
 
+    def columns(self, sessions: Iterable[ListedSession]) -> list[Column]:
+        """The columns, wide enough for the settings of these sessions."""
+        title = self.title
+        curve = Column(f"{title} curve"[:SPARK_WIDTH], SPARK_WIDTH, least=78)
+        value = Column(title, max(7, min(len(title) + 1, SPARK_WIDTH)), right=True)
+        head = [Column("", 1), Column("name", 14, flexible=True)]
+        if not self.with_settings:
+            return [
+                *head, Column("state", 9), Column("step", 11, right=True),
+                Column("beta", 7, right=True), value,
+                Column("KL", 7, right=True, least=LEAST_WITH_KL), curve,
+                Column("active", 8, right=True),
+            ]  # fmt: skip
+        columns = [*head, Column("step", 9, right=True), value, curve]
+        used = 60
+        for key, name in self._keys.items():
+            longest = max((len(_setting(s, key)) for s in sessions), default=0)
+            width = min(max(longest, len(name) + 1), WIDEST_SETTING)
+            used += width + 1
+            columns.append(Column(name, width, right=True, least=used))
+        return columns
 
-def ordered(sessions: list[ListedSession], title: str, *, descending: bool) -> list[ListedSession]:
-    """Sorts by the column with this title; "" keeps the order of :class:`SessionListCache`."""
-    if title not in ORDERS:
-        return sessions
-    return sorted(sessions, key=lambda s: ORDERS[title](s.row), reverse=descending)
+    def cells(self, listed: ListedSession, now: float, *, marked: bool) -> list[Piece]:
+        """The cells of a row, in the order of the columns; `now` is the wall clock."""
+        row = listed.row
+        mark, tone = STATE_MARKS.get(row.state, ("✗", "bad"))
+        head = [(mark, tone), (MARK * marked + row.name, "strong")]
+        value = (fmt.number(listed.value, 3), "strong")
+        if self.with_settings:
+            settings = [(_setting(listed, key), "") for key in self._keys]
+            return [*head, (f"{row.step:,}", ""), value, (listed.spark, "s1"), *settings]
+        age = fmt.duration(now - row.updated) if row.updated else "–"
+        steps = f"{row.step:,}/{row.total_steps:,}" if row.total_steps else "–"
+        return [
+            *head, (row.state, tone), (steps, ""), (fmt.number(row.beta, 4), ""), value,
+            (fmt.number(row.kl, 2), ""), (listed.spark, "s1"), (age, "dim"),
+        ]  # fmt: skip
 
 
-def _stamp(session: Session) -> object:
-    files = (session.journal_file, session.journal_file.with_name("journal.db-wal"))
-    times = []
-    for path in files:
-        try:
-            times.append(path.stat().st_mtime_ns)
-        except OSError:
-            times.append(0)
-    return file_id(session.journal_file), *times, session.is_live()
+def _by_setting(key: str) -> Order:
+    """Numbers before texts, what is not set before both."""
+
+    def order(session: ListedSession) -> tuple[int, float, str]:
+        value = session.settings.get(key)
+        if isinstance(value, int | float):
+            return 1, value, ""
+        return (0, 0.0, "") if value is None else (2, 0.0, str(value))
+
+    return order
+
+
+def _setting(session: ListedSession, key: str) -> str:
+    text = value_text(session.settings.get(key)) if session.settings else "–"
+    return text if len(text) <= WIDEST_SETTING else f"…{text[1 - WIDEST_SETTING :]}"
+
+
+def ordered(
+    sessions: list[ListedSession], order: Order | None, *, descending: bool
+) -> list[ListedSession]:
+    """Sorts; None keeps the order of the list."""
+    return sessions if order is None else sorted(sessions, key=order, reverse=descending)
 
 
 class Sessions(Table):
@@ -115,36 +152,12 @@ class Sessions(Table):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "choose", "open")]
 
 
-def sessions_table() -> Sessions:
+def sessions_table(columns: list[Column]) -> Sessions:
     """The empty table."""
-    return Sessions(
-        [
-            Column("", 1),
-            Column("name", 14, flexible=True),
-            Column("state", 9),
-            Column("step", 11, right=True),
-            Column("beta", 7, right=True),
-            Column("score", 7, right=True),
-            Column("KL", 7, right=True, least=LEAST_WITH_KL),
-            Column("score curve", SPARK_WIDTH, least=78),
-            Column("active", 8, right=True),
-        ],
-        id="sessions",
-        empty=[[(" reading …", "dim")]],
-    )
+    return Sessions(columns, id="sessions", empty=[[(" reading …", "dim")]])
 
 
-def cells_of(listed: ListedSession, now: float) -> list[Piece]:
-    """The cells of a row, in the order of the columns; `now` is the wall clock."""
-    row = listed.row
-    mark, tone = STATE_MARKS.get(row.state, ("✗", "bad"))
-    age = fmt.duration(now - row.updated) if row.updated else "–"
-    steps = f"{row.step:,}/{row.total_steps:,}" if row.total_steps else "–"
-    return [
-        (mark, tone), (row.name, "strong"), (row.state, tone), (steps, ""),
-        (fmt.number(row.beta, 4), ""), (fmt.number(row.score, 3), "strong"),
-        (fmt.number(row.kl, 2), ""), (listed.spark, "s1"), (age, "dim"),
-    ]  # fmt: skip
+# -- the lines about a session ---------------------------------------------------------------------
 
 
 def short_path(path: str | Path) -> str:
@@ -178,3 +191,12 @@ def lines_about(row: SessionRow, width: int) -> list[Row]:
         reason = "engine died (no exit message); resume: "
         found.append([(f" {reason}", "bad"), (f"rlhf-tui resume {row.name}", "key")])
     return found
+
+
+def line_of_marks(marked: int) -> Row:
+    """What can be done with marked sessions."""
+    return [
+        (f" {fmt.plural(marked, 'session')} marked   ", "accent"), ("O", "key"),
+        (" overlay on this one   ", "dim"), ("C", "key"), (" settings   ", "dim"),
+        ("M", "key"), (" other marks", "dim"),
+    ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The sessions screen: lists the sessions of a folder; opens, resumes, forks and deletes them."""
 
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,15 +11,17 @@ from textual.containers import Container
 from textual.timer import Timer
 from textual.worker import get_current_worker
 
+from engine.metrics import title_of
 from engine.session.folder import Session, free_name
-from rlhf_tui.dialogs.base import Choice, ChoiceDialog
+from rlhf_tui import format as fmt
+from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.session_list import (
     ASCENDING,
+    MARK,
     NAME,
-    ORDERS,
-    SessionListCache,
-    cells_of,
+    SessionColumns,
+    line_of_marks,
     lines_about,
     ordered,
     sessions_table,
@@ -66,12 +69,19 @@ class SessionsScreen(SessionScreen):
         Binding("d,delete", "delete", "delete"),
         Binding("s", "sort", "sort", show=False),
         Binding("R", "reverse", "reverse", show=False),
+        Binding("m", "mark_session", "mark", show=False),
+        Binding("M", "mark_matching", "mark by a pattern", show=False),
+        Binding("O", "overlay", "overlay marked", show=False),
+        Binding("i", "metric", "metric", show=False),
+        Binding("C", "settings", "settings that differ", show=False),
     ]
 
     def __init__(self) -> None:
         super().__init__()
-        self._table = sessions_table()
-        self._cache = SessionListCache()
+        self._columns = SessionColumns()
+        self._table = sessions_table(self._columns.columns(()))
+        self._marked: list[str] = []
+        """The names of the marked sessions, in the order in which they were marked."""
         self._rows: dict[str, ListedSession] = {}
         self._listed = False
         self._previewed: tuple[ListedSession, Session | None] | None = None
@@ -88,6 +98,7 @@ class SessionsScreen(SessionScreen):
 
     def on_mount(self) -> None:
         """Reads the folder again every two seconds."""
+        self._columns.metric = self.context.preferences.listed_metric
         self.read_sessions()
         self.set_interval(READ_INTERVAL, self.read_sessions)
 
@@ -98,12 +109,13 @@ class SessionsScreen(SessionScreen):
     def read_sessions(self) -> None:
         """Reads the folder in a thread, if the screen is visible."""
         if self.is_current:
-            self.read_folder(self.context.root)
+            columns = self._columns
+            self.read_folder(self.context.root, columns.metric, columns.with_settings)
 
     @work(thread=True, exclusive=True, group="sessions")
-    def read_folder(self, root: Path) -> None:
-        """Reads the row of every session."""
-        rows = self._cache.rows(root)
+    def read_folder(self, root: Path, metric: str, settings: bool) -> None:
+        """Reads the row of every session, and its configuration if `settings`."""
+        rows = self.context.listing.rows(root, metric, settings=settings)
         if not get_current_worker().is_cancelled:
             self.post_message(SessionsListed(rows))
 
@@ -120,8 +132,7 @@ class SessionsScreen(SessionScreen):
         ]  # fmt: skip
         table = self._table
         first, self._listed = not self._listed, True
-        longest = max((len(s.row.name) for s in message.rows), default=0)
-        table.columns[NAME].most = max(longest, table.columns[NAME].width)
+        self._marked = [name for name in self._marked if name in self._rows]
         self._show_rows(empty)
         self._fit()
         if first and self.context.state.name in self._rows:
@@ -135,15 +146,25 @@ class SessionsScreen(SessionScreen):
 
     def _show_rows(self, empty: list[Row] | None = None) -> None:
         """Shows the rows in the order of the table; the cursor stays on its session."""
-        now, table = self.context.now(), self._table
-        rows = ordered(list(self._rows.values()), table.sorted_by, descending=table.descending)
-        table.set_rows([(s.row.name, cells_of(s, now)) for s in rows], empty)
+        now, table, columns = self.context.now(), self._table, self._columns
+        sessions = list(self._rows.values())
+        compared = [s for s in sessions if s.row.name in self._marked]
+        columns.fit(compared if len(compared) > 1 else sessions)
+        table.columns = columns.columns(sessions)
+        longest = max((len(s.row.name) for s in sessions), default=0) + len(MARK) * bool(compared)
+        table.columns[NAME].most = max(longest, table.columns[NAME].width)
+        order = columns.orders().get(table.sorted_by)
+        rows = ordered(sessions, order, descending=table.descending)
+        cells = [
+            (s.row.name, columns.cells(s, now, marked=s.row.name in self._marked)) for s in rows
+        ]
+        table.set_rows(cells, empty)
 
     def on_header_selected(self, message: HeaderSelected) -> None:
         """Sorts by the column whose title was clicked; again reverses the order."""
         if message.title == self._table.sorted_by:
             self.action_reverse()
-        elif message.title in ORDERS:
+        elif message.title in self._columns.orders():
             self._sort_by(message.title)
 
     def _sort_by(self, title: str) -> None:
@@ -160,6 +181,8 @@ class SessionsScreen(SessionScreen):
     def _about(self) -> None:
         row = self._highlighted()
         lines = lines_about(row, self._table.size.width) if row else []
+        if self._marked:
+            lines[:1] = [line_of_marks(len(self._marked))]
         self.query_one("#about", Lines).show(lines)
         self._ask_preview()
 
@@ -241,27 +264,99 @@ class SessionsScreen(SessionScreen):
             return reason
         row = self._highlighted()
         if row is None:
-            needs_row = action in ("resume", "fork", "delete")
+            needs_row = action in ("resume", "fork", "delete", "mark_session", "overlay")
             return "no session selected; n starts a demo" if needs_row else ""
+        reason = ""
         match action:
+            case "overlay" if not set(self._marked) - {row.name}:
+                reason = "no other session is marked: m marks one, M by a pattern"
             case "resume" if row.pid:
-                return f"'{row.name}' is running: enter opens it"
+                reason = f"'{row.name}' is running: enter opens it"
             case "fork" if not row.checkpoints:
-                return f"'{row.name}' has no checkpoint to fork from"
+                reason = f"'{row.name}' has no checkpoint to fork from"
             case "delete" if row.pid:
-                return f"'{row.name}' is running: stop it first (S)"
-        return ""
+                reason = f"'{row.name}' is running: stop it first (S)"
+        return reason
 
     def action_sort(self) -> None:
         """Sorts by the next column; after the last one, live and newest sessions come first."""
-        titles = ["", *ORDERS]
-        at = titles.index(self._table.sorted_by)
+        titles = ["", *self._columns.orders()]
+        now = self._table.sorted_by
+        at = titles.index(now) if now in titles else 0
         self._sort_by(titles[(at + 1) % len(titles)])
 
     def action_reverse(self) -> None:
         """Reverses the order of the column that the list is sorted by."""
         self._table.descending = not self._table.descending
         self._show_rows()
+
+    def action_mark_session(self) -> None:
+        """Marks the highlighted session, or removes its mark; goes to the next one."""
+        name = self._table.key
+        if name is None:
+            return
+        if name in self._marked:
+            self._marked.remove(name)
+        else:
+            self._marked.append(name)
+        self._show_marks()
+        self._table.action_move(1)
+
+    def action_mark_matching(self) -> None:
+        """Asks for a pattern, and marks the sessions whose names match it; none without a match."""
+        names = [s.row.name for s in self._rows.values()]
+
+        def check(text: str) -> tuple[bool, str]:
+            found = matching(text, names)
+            if found is None:
+                return False, "not a regular expression"
+            return True, f"marks {fmt.plural(len(found), 'session')}: {' '.join(found)}"
+
+        def take(text: str | None) -> None:
+            if text is not None:
+                self._marked = matching(text, names) or []
+                self._show_marks()
+
+        rows: list[Row] = [[("A regular expression, such as ", "dim"), ("lr-.*-seed[12]", "key"),
+                            ("; empty: no marks", "dim")]]  # fmt: skip
+        title = "Mark the sessions whose names match"
+        self.app.push_screen(InputDialog(title, rows, "", check), take)
+
+    def _show_marks(self) -> None:
+        self._show_rows()
+        self._about()
+        self.refresh_keys()
+
+    def action_overlay(self) -> None:
+        """Opens the highlighted session with the curves of all marked ones over its own."""
+        name, marked = self._table.key, list(self._marked)
+        if name is not None and self.context.open_session(name):
+            self.context.view.wanted = [other for other in marked if other != name]
+
+    def action_metric(self) -> None:
+        """Asks for the metric whose last value and newest values are listed."""
+        from rlhf_tui.dialogs.picker import Option, PickerDialog  # noqa: PLC0415 - start-up
+
+        names = dict.fromkeys(n for s in self._rows.values() for n in s.metrics)
+        title = title_of(self._columns.metric)
+        shown = self._columns.metric
+        options = [Option(n, n, "shown" if n == shown else "", title_of(n)) for n in names]
+
+        def take(name: str | None) -> None:
+            if name:
+                self._columns.metric = self.context.preferences.listed_metric = name
+                if self._table.sorted_by == title:
+                    self._table.sorted_by = title_of(name)
+                self.context.save_preferences()
+                self.read_sessions()
+
+        self.app.push_screen(PickerDialog("List the values of", options), take)
+
+    def action_settings(self) -> None:
+        """Shows the settings that differ instead of the usual columns, and back."""
+        self._columns.with_settings = not self._columns.with_settings
+        self._table.sorted_by = ""
+        self.read_sessions()
 
     def action_new(self) -> None:
         """Asks, then starts the demo."""
@@ -310,3 +405,11 @@ class SessionsScreen(SessionScreen):
                 self.context.engines.run_command(["rm", name, "-y"], f"'{name}' is deleted")
 
         self.app.push_screen(ChoiceDialog(f"Delete session {name}?", rows, choices), chosen)
+
+
+def matching(pattern: str, names: list[str]) -> list[str] | None:
+    """The names that a regular expression matches; none if it is empty, None if it is invalid."""
+    try:
+        return [name for name in names if pattern and re.search(pattern, name)]
+    except re.error:
+        return None

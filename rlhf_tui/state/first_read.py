@@ -20,18 +20,23 @@ PATIENCE = 0.1
 
 def read_summary(session: Session, record: JournalReader) -> SessionSummary:
     """Returns the summary of a session. Raises JournalError."""
-    meta = record.meta()
-    live = session.is_live()
-    engine = session.engine() if live else None
+    meta, attempts = record.meta(), record.attempts()
+    if (position := session.position) is None:
+        live = session.is_live()
+        engine = session.engine() if live else None
+        pid, host = (engine.pid, engine.host) if engine else (None, None)
+    else:
+        live = position.live
+        pid, host = (attempts[-1].pid, attempts[-1].host) if live and attempts else (None, None)
     return SessionSummary(
         state=meta.state if live else record.state(),
         step=record.last_step(),
         total_steps=meta.total_steps,
         settings=meta.settings or {},
         message=meta.message,
-        attempts=record.attempts(),
-        pid=engine.pid if engine else None,
-        host=engine.host if engine else None,
+        attempts=attempts,
+        pid=pid,
+        host=host,
         pause_reason=meta.pause_reason,
         deadline=meta.deadline,
     )

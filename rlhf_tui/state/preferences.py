@@ -33,6 +33,8 @@ class Preferences(Struct, kw_only=True):
     """Weight of the moving average; 0: off."""
     past: bool = True
     """Whether earlier attempts are drawn."""
+    listed_metric: str = metrics.SCORE
+    """Whose values the list of sessions shows."""
 
     def metrics(self) -> list[str]:
         """The metrics of all charts, in their order, with those drawn beside them."""

@@ -12,9 +12,12 @@ BLOCK = 64
 class Series:
     """Values by step, steps increasing. Undefined values are left out."""
 
-    def __init__(self, points: Iterable[tuple[int, float | None]] = ()) -> None:
+    def __init__(
+        self, points: Iterable[tuple[float, float | None]] = (), *, fractional: bool = False
+    ) -> None:
+        """With `fractional` the steps need not be whole: those of a run in steps of another one."""
         self._ends_undefined = False
-        self.steps = array("q")
+        self.steps: array[float] = array("d" if fractional else "q")
         self.values = array("d")
         self._low = array("d")
         self._high = array("d")
@@ -23,7 +26,7 @@ class Series:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def extend(self, points: Iterable[tuple[int, float | None]]) -> None:
+    def extend(self, points: Iterable[tuple[float, float | None]]) -> None:
         """Appends points that lie after all that are there."""
         points = list(points)
         values = [value for _, value in points]
@@ -36,9 +39,10 @@ class Series:
             points = [p for p in points if p[1] is not None and math.isfinite(p[1])]
             values = [value for _, value in points]
         if points:
-            self._append(array("q", [step for step, _ in points]), array("d", values))  # type: ignore[arg-type]  # no None here
+            steps = array(self.steps.typecode, [step for step, _ in points])
+            self._append(steps, array("d", values))  # type: ignore[arg-type]  # no None here
 
-    def _append(self, steps: "array[int]", values: "array[float]") -> None:
+    def _append(self, steps: "array[float]", values: "array[float]") -> None:
         self.steps.extend(steps)
         self.values.extend(values)
         # The last block may be incomplete; it and all later blocks are computed again.
@@ -66,7 +70,7 @@ class Series:
         """The slice of points whose steps lie in [first, last]."""
         return bisect_left(self.steps, first), bisect_right(self.steps, last)
 
-    def at(self, step: int) -> float | None:
+    def at(self, step: float) -> float | None:
         """The value at a step; None where it is undefined."""
         i = bisect_left(self.steps, step)
         return self.values[i] if i < len(self.steps) and self.steps[i] == step else None

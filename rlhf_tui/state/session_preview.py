@@ -11,6 +11,7 @@ from engine.journal.reader import JournalReader
 from engine.metrics import KL, SCORE, with_drawn
 from engine.session.folder import Session
 from rlhf_tui.state.first_read import read_summary
+from rlhf_tui.state.runs.differences import configuration_of
 from rlhf_tui.state.updates import SessionUpdate
 
 METRICS = (SCORE, KL)
@@ -70,24 +71,14 @@ def read_preview(session: Session, other: Session | None) -> SessionPreview:
 
 def _differences(session: Session, other: Session | None) -> tuple[Difference, ...]:
     """The keys with other values, those that may change during a run first."""
-    values = _values(session)
-    others = _defaults(session) if other is None else _values(other)
+    values = configuration_of(session)
+    others = _defaults(session) if other is None else configuration_of(other)
     keys = dict.fromkeys([*LIVE_SETTINGS.values(), *values, *others])
     return tuple(
         Difference(key, values.get(key), others.get(key))
         for key in keys
         if values.get(key) != others.get(key)
     )
-
-
-def _values(session: Session) -> dict[str, Any]:
-    """Every configuration key with its value, of any type; that in force for live settings."""
-    from engine.config import file as config_file  # noqa: PLC0415 - YAML is slow to import
-
-    flat = config_file.flatten(config_file.to_tree(session.config()))
-    with JournalReader(session) as record:
-        settings = record.meta().settings or {}
-    return flat | {LIVE_SETTINGS[k]: v for k, v in settings.items() if k in LIVE_SETTINGS}
 
 
 def _defaults(session: Session) -> dict[str, Any]:

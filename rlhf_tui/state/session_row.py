@@ -9,6 +9,7 @@ from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.metrics import EVAL_SCORE, EVAL_SCORE_CI, KL, SCORE
 from engine.session.folder import Session
+from engine.session.states import LIVE_STATES
 
 
 class HeldOutScore(msgspec.Struct, frozen=True):
@@ -61,7 +62,13 @@ class ListedSession(msgspec.Struct, frozen=True, kw_only=True):
 
     row: SessionRow
     spark: str = ""
-    """Its newest scores as a line of blocks."""
+    """The newest values of the chosen metric as a line of blocks."""
+    value: float | None = None
+    """The last value of the chosen metric."""
+    metrics: tuple[str, ...] = ()
+    """The names of all of its metrics."""
+    settings: dict[str, Any] = {}
+    """Its configuration, flat, if it was asked for; live settings as they are in force."""
 
 
 def read_session_row(session: Session) -> SessionRow:
@@ -72,22 +79,28 @@ def read_session_row(session: Session) -> SessionRow:
         OSError: its folder cannot be read.
     """
     with JournalReader(session) as record:
-        meta, attempts = record.meta(), record.attempts()
-        state, newest = record.state(), record.metrics(last=1)
-        checkpoints = [c.step for c in record.checkpoints(("complete",))]
-        held_out = read_held_out(record)
+        return session_row(session, record)
+
+
+def session_row(session: Session, record: JournalReader) -> SessionRow:
+    """Reads the row of a session with an open reader; raises as :func:`read_session_row`."""
+    meta, attempts = record.meta(), record.attempts()
+    state = record.state() if meta.state in LIVE_STATES else meta.state
+    last = record.last_row((SCORE, KL))
+    checkpoints = [c.step for c in record.checkpoints(("complete",))]
+    held_out = read_held_out(record)
     engine = session.engine() if session.is_live() else None
-    last = newest[0] if newest else None
     metrics = last.values if last is not None else {}
     settings = meta.settings or {}
     started = attempts[-1].started if attempts else None
+    beta = settings["beta"] if "beta" in settings else session.config().kl.beta  # YAML is slow
     return SessionRow(
         name=session.name,
         state=state,
         step=last.step if last is not None else 0,
         total_steps=meta.total_steps or session.config().train.steps,
         attempt=len(attempts),
-        beta=settings.get("beta", session.config().kl.beta),
+        beta=beta,
         pid=engine.pid if engine else None,
         host=engine.host if engine else None,
         score=metrics.get(SCORE),

@@ -28,7 +28,7 @@ from engine.protocol.rank_messages import Phase
 from rlhf_tui.state import time_left
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
-from rlhf_tui.state.updates import SessionSummary, SessionUpdate, thinned
+from rlhf_tui.state.updates import ReplayStatus, SessionSummary, SessionUpdate, thinned
 
 ALWAYS = (
     *with_drawn((SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH)),
@@ -56,6 +56,8 @@ class SessionState:
         self.telemetry: Telemetry | None = None
         self.connected = False
         self.problem = ""
+        self.replay: ReplayStatus | None = None
+        """Where the replay is that is shown; None for a session as it is now."""
         self.phase_since: dict[int, float] = {}
         self._optimise = time_left.OptimiseEnd()
         self._clear()
@@ -85,6 +87,8 @@ class SessionState:
 
     def take(self, update: SessionUpdate) -> None:
         """Adds an update."""
+        if update.replay is not None:
+            self.replay = update.replay  # before all else: it is the clock of what follows
         if update.reset:
             self._clear()
         if self._changes_timeline(update):
@@ -98,11 +102,7 @@ class SessionState:
         self._take_past(update)
         if update.events:
             self.events = thinned(self.events + update.events)
-        if update.labels is not None:
-            self.labels = update.labels
-        if update.agreement is not None:
-            self.agreement = update.agreement
-            self.curves[AGREEMENT] = Series(update.agreement.curve)
+        self._take_judgements(update)
         for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
             if (value := getattr(update, key)) is not None:
                 setattr(self, key, value)
@@ -112,6 +112,13 @@ class SessionState:
             self._take_phases(update.phases)
         if update.problem is not None:
             self.problem = update.problem
+
+    def _take_judgements(self, update: SessionUpdate) -> None:
+        if update.labels is not None:
+            self.labels = update.labels
+        if update.agreement is not None:
+            self.agreement = update.agreement
+            self.curves[AGREEMENT] = Series(update.agreement.curve)
 
     def _take_past(self, update: SessionUpdate) -> None:
         for name, rows in update.past.items():

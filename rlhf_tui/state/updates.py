@@ -9,6 +9,7 @@ from engine.agreement import Agreement
 from engine.journal.rows import AttemptRow, CheckpointRow, CommandRow, EventRow, SampleRow
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
+from engine.session.position import Position
 
 Points = list[tuple[int, float | None]]
 
@@ -29,6 +30,30 @@ class SessionSummary(Struct, frozen=True):
     """What paused it; None if a person did, if it is not paused, or if the engine does not say."""
     deadline: float | None = None
     """Unix time before which the run saves and ends; None without one."""
+
+
+class ReplayMark(Struct, frozen=True):
+    """A marker of the timeline on the slider of a replay."""
+
+    share: float
+    """Its place in the replay, from 0 to 1."""
+    kind: str
+    """Of the marker."""
+
+
+class ReplayStatus(Struct, frozen=True):
+    """Where a replay is, and how it plays."""
+
+    position: Position
+    share: float
+    """Of the replay that was played, from 0 to 1."""
+    last_step: int
+    """Of the recording."""
+    speed: float
+    """Seconds of the recording in a second."""
+    playing: bool
+    marks: tuple[ReplayMark, ...] = ()
+    """In order; also those that are still to come."""
 
 
 class SessionUpdate(Struct, frozen=True):
@@ -58,16 +83,19 @@ class SessionUpdate(Struct, frozen=True):
     connected: bool | None = None
     problem: str | None = None
     """Why the journal cannot be read; empty once it can be read again."""
+    replay: ReplayStatus | None = None
+    """Where the replay is that posts this; None in the feed of a session as it is now."""
 
     def __bool__(self) -> bool:
         return self != SessionUpdate()
 
     @property
     def only_live(self) -> bool:
-        """Whether only phases, telemetry and connection have changed."""
+        """Whether only phases, telemetry, connection and the place in a replay have changed."""
         return self == SessionUpdate(
-            phases=self.phases, telemetry=self.telemetry, connected=self.connected
-        )
+            phases=self.phases, telemetry=self.telemetry, connected=self.connected,
+            replay=self.replay,
+        )  # fmt: skip
 
 
 REGULAR = ("checkpoint", "command", "reference")

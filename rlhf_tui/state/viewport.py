@@ -5,6 +5,7 @@ import math
 import msgspec
 from msgspec import Struct
 
+from rlhf_tui.state.runs.overlay import ALIGNMENTS
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import Marker
@@ -26,7 +27,11 @@ class Viewport(Struct):
     past: bool = True
     """Whether earlier attempts are shown."""
     others: dict[str, dict[str, Series]] = msgspec.field(default_factory=dict)
-    """Other sessions' curves, by session and metric."""
+    """Other sessions' curves over the steps of this one, by session and metric."""
+    wanted: list[str] = msgspec.field(default_factory=list)
+    """The sessions to overlay. Their curves are in `others` once they are read."""
+    alignment: str = ALIGNMENTS[0]
+    """By what they are aligned, one of :data:`~rlhf_tui.state.runs.overlay.ALIGNMENTS`."""
     selected: str | None = None
     """The key of the selected entry of the timeline; None if none is."""
 

@@ -10,7 +10,7 @@ from rlhf_tui.widgets.lines import Lines, Piece, Row, row_width, shorten
 NAMES = {
     "left_square_bracket": "[", "right_square_bracket": "]", "question_mark": "?", "slash": "/",
     "exclamation_mark": "!", "plus": "+", "minus": "-", "equals_sign": "=", "comma": ",",
-    "full_stop": ".",
+    "full_stop": ".", "left_curly_bracket": "{", "right_curly_bracket": "}",
     "up": "↑", "down": "↓", "left": "←", "right": "→", "escape": "esc", "number_sign": "#",
     "less_than_sign": "<", "greater_than_sign": ">", "pageup": "pgup", "pagedown": "pgdn",
 }  # fmt: skip

@@ -35,13 +35,13 @@ class Tabs(Panel):
     """The screens with their keys, and the session's name and state."""
 
     def __init__(
-        self, state: SessionState, here: str, modes: tuple[str, ...], *, read_only: bool = False
+        self, state: SessionState, here: str, modes: tuple[str, ...], *, note: str = ""
     ) -> None:
-        """`here` is the mode of the screen, one of `modes`."""
+        """`here` is the mode of the screen, one of `modes`; `note` stands before the state."""
         super().__init__(state, id="tabs")
         self.here = here
         self.modes = modes
-        self.read_only = read_only
+        self.note = note
         self._room = 0
         """Cells of the tabs at the last rendering."""
 
@@ -51,8 +51,8 @@ class Tabs(Panel):
         right: list[Piece] = []
         if state.name:
             right = [(f"{state.name}  ", "strong"), *state_pieces(state.head.state), (" ", "")]
-        if self.read_only:
-            right = [("read-only  ", "warn"), *right]
+        if self.note:
+            right = [(f"{self.note}  ", "warn"), *right]
         self._room = width - row_width(right)
         return [justified(self._tabs(self._room), right, width)]
 

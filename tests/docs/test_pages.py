@@ -15,7 +15,7 @@ from engine.config.rules import check_config
 from engine.config.schema import RunConfig
 from engine.monitoring.guardrails import DEFAULT_RULES
 from examples import word_problems
-from scripts import metrics_page
+from scripts import man_page, metrics_page
 from scripts.configuration_page import page
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -30,6 +30,11 @@ def test_the_configuration_page_is_what_the_code_would_write():
 def test_the_metrics_page_is_what_the_code_would_write():
     text = (DOCS / "metrics.md").read_text(encoding="utf-8")
     assert text == metrics_page.page(), "run: python -m scripts.metrics_page"
+
+
+def test_the_manual_page_is_what_the_code_would_write():
+    text = (DOCS / "rlhf-tui.1").read_text(encoding="utf-8")
+    assert text == man_page.page(), "run: make man"
 
 
 def test_every_key_stands_on_the_page_and_is_explained():

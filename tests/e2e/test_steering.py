@@ -297,3 +297,21 @@ def test_a_reseeded_roll_back_survives_a_crash_before_the_next_save(lab, wait_un
         assert third_step(3) == reseeded
     finally:
         run.end()
+
+
+async def test_an_assistant_steers_a_live_run_under_its_own_name(endless):
+    mcp = pytest.importorskip("mcp")
+    server = mcp.StdioServerParameters(
+        command=str(endless.lab.program), args=["mcp", "--allow-steering"],
+        env=endless.lab.environment,
+    )  # fmt: skip
+    info = mcp.Implementation(name="helper", version="1")
+    async with mcp.Client(server, mode="legacy", client_info=info) as assistant:
+        arguments = {"session": endless.name, "value": 0.3}
+        applied = (await assistant.call_tool("set_beta", arguments)).structured_content
+        undone = (await assistant.call_tool("undo", {"session": endless.name})).structured_content
+    assert applied["changes"][0]["new"] == undone["changes"][0]["old"] == 0.3
+    with endless.reader() as reader:
+        *_, beta, undo = reader.commands()
+    assert beta.who.startswith("assistant helper of ")
+    assert beta.who == undo.who

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from engine.agreement import LEAST, Agreement, JudgedScore, Point, find_fall, interval, placements
-from engine.journal.agreement import read_agreement
+from engine.journal.judgements.agreement import read_agreement
 from engine.journal.labels import Response, prefer, set_label
 from engine.journal.reader import JournalReader
 from tests.judging import answer

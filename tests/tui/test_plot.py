@@ -87,3 +87,22 @@ def test_any_size_can_be_painted():
     for width in range(1, 40, 3):
         for height in range(1, 12):
             paint(plot_of(target=5.0, cursor=20, markers=markers), width, height)
+
+
+def test_curves_that_are_taken_over_from_the_last_painting_look_as_if_they_were_drawn():
+    curve = Series([(s, s % 7) for s in range(1, 101)])
+    lines = [Line(RISE, "s1"), Line(curve, "s2", "a")]
+    before = paint(plot_of(lines=lines), 60, 12)
+
+    def same(plot, size=(60, 12)):
+        taken, drawn = paint(plot, *size, before), paint(plot, *size)
+        assert (taken.chars, taken.styles) == (drawn.chars, drawn.styles)
+        return taken
+
+    moved = same(plot_of(lines=lines, cursor=40, markers=[Marker(20, "alert", "x")], target=None))
+    assert moved.drawing is before.drawing
+    for changed in ({"last": 90}, {"target": 5.0}, {"log": True}, {"lines": lines[:1]}):
+        assert same(plot_of(**({"lines": lines} | changed))).drawing is not before.drawing
+    same(plot_of(lines=lines), (50, 12))
+    curve.extend([(101, 20.0)])
+    assert same(plot_of(lines=lines)).drawing is not before.drawing

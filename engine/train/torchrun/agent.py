@@ -52,7 +52,7 @@ def main() -> None:
     try:
         with serve_store(launch, folder, count):
             elastic_launch(torchrun_config(launch, count), sys.executable)(
-                "-u", "-m", "engine.launch.rank", "engine.train.worker", folder
+                "-u", "-P", "-m", "engine.launch.rank", "engine.train.worker", folder
             )
     except ChildFailedError as error:
         # A killed rank is the cause; a rank that exits may only have lost its connection to it.

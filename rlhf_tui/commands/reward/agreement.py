@@ -7,7 +7,7 @@ import msgspec
 
 from engine.agreement import Agreement
 from engine.errors import RlhfError
-from engine.journal.agreement import read_agreement
+from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import (

@@ -13,7 +13,7 @@ from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.config.training_settings import training_settings
 from engine.errors import UserInputError
-from engine.journal.training_data import collect_judgements
+from engine.journal.judgements.training_data import collect_judgements
 from engine.launch.start import last_checkpoint
 from engine.protocol.reward_training import (
     HeldOutAgreement,

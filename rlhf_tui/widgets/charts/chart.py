@@ -28,6 +28,9 @@ from rlhf_tui.widgets.charts.plot import (
 from rlhf_tui.widgets.charts.raster import step_of
 from rlhf_tui.widgets.tones import style_of
 
+COLOURS = 6
+"""Of curves. Overlaid runs take those that are left in turn; a letter tells them apart, too."""
+
 
 class Chart(Widget, can_focus=True):
     """One metric, or several on a common scale."""
@@ -63,7 +66,8 @@ class Chart(Widget, can_focus=True):
         width, height = self.size
         if not width or not height:
             return
-        old, new = self._canvas, paint(self.plot(), width, height)
+        old = self._canvas
+        new = paint(self.plot(), width, height, old)
         self._canvas = new
         if old is None or (old.width, old.height) != (width, height):
             self.refresh()
@@ -117,7 +121,7 @@ class Chart(Widget, can_focus=True):
     @staticmethod
     def _style(number: int) -> str:
         """The style of the curve with this number, from 0."""
-        return f"s{min(6, number + 1)}"
+        return f"s{min(COLOURS, number + 1)}"
 
     def _value(self, name: str) -> str:
         series, cursor, metric = self.state.shape(name), self.view.cursor, metrics.describe(name)
@@ -130,6 +134,8 @@ class Chart(Widget, can_focus=True):
     def _note(self) -> str:
         notes = [self.place] if self.place and self.has_focus else []
         notes += ["log"] if self.log_scale else []
+        if self.view.others and self.view.alignment != "step":
+            notes.append(f"overlay by {self.view.alignment}")
         if self._weight(self.names[0]):
             notes.append(f"ema {self.view.weight:g}")
         if metrics.AGREEMENT in self.names and (fall := self.state.agreement.fall) is not None:
@@ -147,9 +153,9 @@ class Chart(Widget, can_focus=True):
 
     def _others(self) -> list[tuple[str, str, str, dict[str, Series]]]:
         """Mark, name, style and curves of each overlaid session."""
-        own = len(self.names) + len(self._held_out())
+        own = min(len(self.names) + len(self._held_out()), COLOURS - 1)
         return [
-            (mark, one_line(session), self._style(own + i), curves)
+            (mark, one_line(session), self._style(own + i % (COLOURS - own)), curves)
             for i, (mark, session, curves) in enumerate(self.view.overlays())
         ]
 

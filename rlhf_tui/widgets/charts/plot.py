@@ -73,6 +73,8 @@ class Canvas:
         self.width, self.height = width, height
         self.chars = [[" "] * width for _ in range(height)]
         self.styles = [[0] * width for _ in range(height)]
+        self.drawing: Drawing | None = None
+        """Its curves; None if there is no room for any."""
 
     def write(self, x: int, y: int, text: str, style: int) -> None:
         """Writes text into row `y` from column `x`; what lies outside is dropped."""
@@ -86,24 +88,67 @@ class Canvas:
         return "".join(self.chars[y])
 
 
-def paint(plot: Plot, width: int, height: int) -> Canvas:
-    """Paints a chart: title, curves with their scale, axis with markers."""
+class Drawing(Struct, frozen=True):
+    """The curves of a chart as dots."""
+
+    key: object
+    """What it depends on."""
+    columns: list[list[Column]]
+    """Of each line."""
+    scale: Scale | None
+    """None without values."""
+    raster: Raster
+    band_rows: range
+    """The rows that the target's band covers."""
+
+
+def paint(plot: Plot, width: int, height: int, last: Canvas | None = None) -> Canvas:
+    """Paints a chart: title, curves with their scale, axis with markers.
+
+    With many curves nearly all of the time goes into drawing them. They are taken over from `last`,
+    the chart as it was painted before, if only crosshair, markers or title have changed.
+    """
     canvas = Canvas(width, height)
     _title(canvas, plot)
     cells, rows = width - GUTTER, height - 2
     if cells < 4 or rows < 1:
         return canvas
-    columns = [(_columns(x, plot, cells * 2), x.style) for x in plot.lines]
-    bars = [(_bars(x, plot, cells * 2), x.style) for x in plot.lines]
-    scale = scale_of([c for c, _ in columns + bars], plot)
-    if scale is None:
+    drawing = last.drawing if last is not None else None
+    if drawing is None or drawing.key != _key(plot, cells, rows):
+        drawing = _draw(plot, cells, rows)
+    canvas.drawing = drawing
+    if (scale := drawing.scale) is None:
         canvas.write(GUTTER, 1 + rows // 2, plot.empty[: cells - 1], STYLE["dim"])
     else:
-        _curves(canvas, plot, columns, bars, scale, cells, rows)
+        _curves(canvas, plot, drawing, scale, cells, rows)
         for y, label in labels(scale, rows):
             canvas.write(0, 1 + y, label.rjust(GUTTER - 1), STYLE["dim"])
     _axis(canvas, plot, cells, rows)
     return canvas
+
+
+def _key(plot: Plot, cells: int, rows: int) -> object:
+    """What the curves depend on. A series is another one, or longer, if it has changed."""
+    lines = [
+        (x.series, len(x.series), x.style, x.sparse, x.interval, len(x.interval or ()))
+        for x in plot.lines
+    ]
+    window = plot.first, plot.last, plot.log, plot.target, plot.band
+    return cells, rows, window, lines
+
+
+def _draw(plot: Plot, cells: int, rows: int) -> Drawing:
+    columns = [_columns(line, plot, cells * 2) for line in plot.lines]
+    bars = [_bars(line, plot, cells * 2) for line in plot.lines]
+    scale, raster, band_rows = scale_of(columns + bars, plot), Raster(cells, rows), range(0)
+    if scale is not None:
+        band_rows = _target(raster, plot, scale)
+        for line, points, intervals in zip(plot.lines, columns, bars, strict=True):
+            raster.draw(points, scale, STYLE[line.style])
+            for bar in intervals:
+                top, bottom = scale.row(bar.high, rows * 4), scale.row(bar.low, rows * 4)
+                raster.fill(bar.x, top, bottom, STYLE[line.style])
+    return Drawing(_key(plot, cells, rows), columns, scale, raster, band_rows)
 
 
 def _columns(line: Line, plot: Plot, columns: int) -> list[Column]:
@@ -174,21 +219,9 @@ def _overlays(canvas: Canvas, plot: Plot, x: int, end: int) -> None:
 
 
 def _curves(
-    canvas: Canvas,
-    plot: Plot,
-    columns: list[tuple[list[Column], str]],
-    bars: list[tuple[list[Column], str]],
-    scale: Scale,
-    cells: int,
-    rows: int,
+    canvas: Canvas, plot: Plot, drawing: Drawing, scale: Scale, cells: int, rows: int
 ) -> None:
-    raster = Raster(cells, rows)
-    band_rows = _target(raster, plot, scale)
-    for (line, style), (intervals, _) in zip(columns, bars, strict=True):
-        raster.draw(line, scale, STYLE[style])
-        for bar in intervals:
-            top, bottom = scale.row(bar.high, rows * 4), scale.row(bar.low, rows * 4)
-            raster.fill(bar.x, top, bottom, STYLE[style])
+    raster, band_rows = drawing.raster, drawing.band_rows
     marked = [m.step for m in plot.markers if m.kind != "checkpoint" and not m.abandoned]
     ruled = {_cell(step, plot, cells) for step in marked}
     cursor = None if plot.cursor is None else _cell(plot.cursor, plot, cells)
@@ -207,8 +240,9 @@ def _curves(
                 char, number = "┊", STYLE["dim"]
             chars[GUTTER + x] = char
             styles[GUTTER + x] = number | flag
-    for curve, (points, style) in zip(plot.lines, columns, strict=True):
-        window = plot.first, plot.last, cells * 2
+    window = plot.first, plot.last, cells * 2
+    for curve, points in zip(plot.lines, drawing.columns, strict=True):
+        style = curve.style
         for point in decimate(curve.series, *window) if curve.sparse else []:
             y = scale.row(point.last, rows * 4) // 4
             canvas.write(GUTTER + point.x // 2, 1 + y, POINT, STYLE[style])

@@ -1,0 +1,208 @@
+"""Starts runs, and finds sessions by name."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine import starter
+from engine.api.session import Session, default_operator
+from engine.config import file as config_file
+from engine.errors import NoSuchSessionError, UserInputError
+from engine.launch import start as preparation
+from engine.launch.background import start_or_remove
+from engine.launch.secret import check_secret
+from engine.session.folder import Session as SessionFiles
+from engine.session.folder import all_sessions, find
+from engine.session.registry import live_sessions
+
+LOADING_TIMEOUT = 60.0
+"""Seconds to wait for errors while models load; loading continues after it."""
+
+Overrides = Mapping[str, Any]
+"""Configuration key → value, such as `{"kl.beta": 0.1}`."""
+
+
+def start(
+    config: str | Path | Mapping[str, Any],
+    *,
+    name: str | None = None,
+    sessions: str | Path | None = None,
+    overrides: Overrides | None = None,
+    who: str | None = None,
+    timeout: float = LOADING_TIMEOUT,
+) -> Session:
+    """Starts a run in the background. It outlives this process.
+
+    Args:
+        config: a YAML file, the same as nested mappings, or `starter:demo`. Relative paths in a
+            mapping start at the current folder.
+        name: of the session. Default: the file's name or `run`, with a number if that is taken.
+        sessions: the folder of sessions. Default: $RLHF_TUI_SESSIONS or ./sessions.
+        overrides: configuration keys that replace those of `config`.
+        who: as for :class:`Session`.
+        timeout: seconds to wait until the models are loaded. After it the run continues to load,
+            and an error is in the session's state and message instead of an exception.
+
+    Returns:
+        The session, which trains unless the timeout has passed.
+
+    Raises:
+        ConfigError: a key or a value is wrong, or a file it names is missing.
+        SessionNameError: the name cannot be used or is taken.
+        UserInputError: something that the configuration names cannot be used.
+        SessionError: the run ended before the training began; the message is its reason.
+    """
+    words = _as_words(overrides)
+    if isinstance(config, Mapping):
+        stem, loaded = "run", config_file.from_mapping(config, Path.cwd(), words)
+    else:
+        path = Path(starter.resolve(str(config)))
+        stem, loaded = path.stem, config_file.load(path, words)
+    files = preparation.create_session(_root(sessions), name, stem, loaded)
+    return _started(files, preparation.StartOptions(who=who or default_operator()), who, timeout)
+
+
+def attach(
+    name: str | None = None, *, sessions: str | Path | None = None, who: str | None = None
+) -> Session:
+    """Opens a session by name, live or ended; or the only live one.
+
+    Args:
+        name: of a session in the folder, or of a live one of this user elsewhere. Default: the
+            only session of this user that is live on this machine.
+        sessions: the folder of sessions. Default: $RLHF_TUI_SESSIONS or ./sessions.
+        who: as for :class:`Session`.
+
+    Raises:
+        NoSuchSessionError: there is no such session; or, without a name, none or several are live.
+    """
+    live = live_sessions()
+    if name is not None:
+        return Session(find(_root(sessions), name, live).folder, who=who)
+    if len(live) != 1:
+        names = ", ".join(session.name for session in live)
+        raise NoSuchSessionError(
+            f"several sessions are live, give the name of one: {names}"
+            if live
+            else "no session is live; give the name of one that has ended, or start one"
+        )
+    return Session(live[0].folder, who=who)
+
+
+def sessions(folder: str | Path | None = None) -> list[Session]:
+    """All sessions of a folder, by name. Default: $RLHF_TUI_SESSIONS or ./sessions."""
+    return [Session(files.folder) for files in all_sessions(_root(folder))]
+
+
+def resume(
+    session: Session,
+    *,
+    from_step: int | None = None,
+    reseed: bool = False,
+    overrides: Overrides | None = None,
+    timeout: float = LOADING_TIMEOUT,
+) -> Session:
+    """Resumes a session that has ended, in the background.
+
+    Args:
+        session: it must have no live engine.
+        from_step: the checkpoint's step; later steps become an abandoned branch. Default: the last
+            checkpoint, and nothing is abandoned.
+        reseed: whether to sample other responses than before.
+        overrides: configuration keys that change, such as `{"train.steps": 200}`.
+        timeout: as for :func:`start`.
+
+    Returns:
+        The same session.
+
+    Raises:
+        ConfigError: an override is wrong, or would change the model or the data's order.
+        NoSuchSessionError: there is no checkpoint of that step.
+        SessionLockedError: the session has a live engine.
+        UserInputError: all its steps are done, and `train.steps` does not ask for more.
+        CheckpointError: the chosen checkpoint is damaged.
+        SessionError: the run ended before the training began, or belongs to another user.
+    """
+    files, words = session.files, _as_words(overrides)
+    files.acquire().release()  # raises if the session is live
+    options = preparation.resume(
+        files, from_step=from_step, reseed=reseed, overrides=words, who=session.who
+    )
+    config = preparation.resumed_config(files.config(), words)
+    check_secret(config.launch)
+    total = config.train.steps
+    # A session that crashed after its last checkpoint still has to record its end.
+    if options.from_step >= total and session.state != "crashed":
+        raise UserInputError(
+            f"session '{session.name}' has finished its {total} steps; to extend it, give "
+            f"overrides={{'train.steps': {2 * total}}}"
+        )
+    return _started(files, options, session.who, timeout)
+
+
+def fork(
+    session: Session,
+    name: str,
+    *,
+    from_step: int,
+    reseed: bool = False,
+    ema: bool = False,
+    overrides: Overrides | None = None,
+    timeout: float = LOADING_TIMEOUT,
+) -> Session:
+    """Forks a new session from a checkpoint of another, and starts it in the background.
+
+    Args:
+        session: live or ended; it stays as it is.
+        name: of the new session, in the same folder.
+        from_step: the checkpoint's step.
+        reseed: whether to sample other responses than the other session did.
+        ema: whether to begin with the averaged policy of `train.ema`.
+        overrides: configuration keys that differ.
+        timeout: as for :func:`start`.
+
+    Returns:
+        The new session.
+
+    Raises:
+        ConfigError: an override is wrong.
+        NoSuchSessionError: there is no checkpoint of that step.
+        SessionNameError: the new name cannot be used or is taken.
+        UserInputError: the checkpoint has no averaged policy.
+        SessionError: the files cannot be copied, the session belongs to another user, or the run
+            ended before the training began.
+    """
+    child, options = preparation.fork(
+        session.files,
+        name,
+        from_step=from_step,
+        reseed=reseed,
+        overrides=_as_words(overrides),
+        who=session.who,
+        ema=ema,
+    )
+    return _started(child, options, session.who, timeout)
+
+
+def _started(
+    files: SessionFiles, options: preparation.StartOptions, who: str | None, timeout: float
+) -> Session:
+    start_or_remove(files, options, timeout=timeout)
+    return Session(files.folder, who=who)
+
+
+def _root(folder: str | Path | None) -> Path:
+    return Path(folder or os.environ.get("RLHF_TUI_SESSIONS") or "sessions").resolve()
+
+
+def _as_words(overrides: Overrides | None) -> list[str]:
+    """Overrides as the command line gives them; JSON is YAML. Raises UserInputError."""
+    try:
+        return [
+            f"{key}={json.dumps(value, ensure_ascii=False)}"
+            for key, value in (overrides or {}).items()
+        ]
+    except (TypeError, ValueError) as error:
+        raise UserInputError(f"overrides must be plain values: {error}") from error

@@ -1,0 +1,34 @@
+"""Adds a note to the journal of a session that has no engine; a live one does so itself."""
+
+import sqlite3
+
+from engine.errors import JournalError
+from engine.journal.writer import JournalWriter
+from engine.protocol.commands import Note
+from engine.session.folder import Session
+
+
+def add_note(session: Session, text: str, who: str) -> int:
+    """Adds a note, holding the session's lock.
+
+    Returns:
+        The last completed step, at which the note stands.
+
+    Raises:
+        CommandRejectedError: the text is empty or too long.
+        JournalError: the journal cannot be written.
+        SessionLockedError: the session has a live engine.
+        SessionError: the session belongs to another user.
+    """
+    Note(text=text).check_arguments()
+    lock = session.acquire()  # only the holder of the lock may write the journal
+    try:
+        journal = JournalWriter(session)
+        journal.record_event("note", {"text": text, "who": who})
+        step = journal.step
+        journal.close()
+    except sqlite3.Error as error:
+        raise JournalError(f"cannot write {session.journal_file}: {error}") from error
+    finally:
+        lock.release()
+    return step

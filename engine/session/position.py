@@ -1,0 +1,79 @@
+"""A moment in the history of a session, up to which the readers of its files reveal it."""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+
+class StepRange(Struct, frozen=True):
+    """The steps of an attempt after one step and up to another, of those that were abandoned."""
+
+    attempt: int
+    after: int
+    until: int
+
+
+class Position(Struct, frozen=True, kw_only=True):
+    """A moment of a session. Steps and events before it are revealed, later ones are not.
+
+    The order of a session is that of its attempts, of the steps in an attempt and of the events'
+    ids: a wall clock may have been set back.
+    """
+
+    attempt: int
+    """The attempt that ran, from 1; 0 before the first."""
+    step: int
+    """The last completed step of the timeline of that moment."""
+    event: int
+    """The id of the last event."""
+    time: float
+    """Wall clock, seconds since the epoch."""
+    live: bool
+    """Whether an engine ran."""
+    kept: int
+    """The last step revealed of today's timeline. Later steps of that moment's timeline are in
+    :attr:`current`."""
+    current: tuple[StepRange, ...] = ()
+    """Steps that belonged to the timeline then, and are on an abandoned branch today."""
+    abandoned: tuple[StepRange, ...] = ()
+    """Steps that were on an abandoned branch already."""
+
+
+Start = tuple[int, int]
+"""Number of an attempt, and the step of the checkpoint that it started from."""
+NO_LIMIT = 2**62
+"""Above every step."""
+
+
+def step_ranges(
+    starts: Sequence[Start], attempt: int, step: int
+) -> tuple[int, tuple[StepRange, ...], tuple[StepRange, ...]]:
+    """Returns `kept`, `current` and `abandoned` of a :class:`Position`.
+
+    Args:
+        starts: all attempts of the session, in order.
+        attempt: that runs at the position.
+        step: its last completed step.
+    """
+    current, abandoned = [], []
+    today, then = _cuts(starts), _cuts([s for s in starts if s[0] <= attempt])
+    kept = min(step, today.get(attempt, NO_LIMIT))
+    for number, left_then in then.items():
+        reached = step if number == attempt else NO_LIMIT
+        if today[number] < min(left_then, reached):
+            current.append(StepRange(number, today[number], min(left_then, reached)))
+        if left_then < reached:
+            abandoned.append(StepRange(number, left_then, reached))
+    return kept, tuple(current), tuple(abandoned)
+
+
+def _cuts(starts: Sequence[Start]) -> dict[int, int]:
+    """Attempt → the last of its steps that the later ones of these attempts have kept.
+
+    An attempt from step 0 repeats the evaluation before the first step, so it keeps not even that.
+    """
+    cuts, cut = {}, NO_LIMIT
+    for number, from_step in reversed(starts):
+        cuts[number] = cut
+        cut = min(cut, from_step or -1)
+    return dict(reversed(cuts.items()))

@@ -1,0 +1,1 @@
+"""Commands for other programs: shells, and assistants that speak MCP."""

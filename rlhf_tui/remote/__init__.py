@@ -1,0 +1,1 @@
+"""Sessions of other machines over SSH: a copy of the journal's tail, and a forwarded socket."""

@@ -1,0 +1,73 @@
+"""What the machine of a session sends to a copy of it: JSON, a message a line."""
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from engine.errors import LinkError
+
+VERSION = 1
+"""Of these messages. Both sides must have the same."""
+
+
+class Hello(Struct, frozen=True, tag="hello"):
+    """The first message."""
+
+    version: int
+    name: str
+    config: str
+    """The text of config.yaml."""
+
+
+class Rows(Struct, frozen=True, tag="rows"):
+    """Rows of a table, to be added or to replace those with the same keys."""
+
+    file: str
+    """journal, samples or labels."""
+    table: str
+    columns: list[str]
+    rows: list[list[Any]]
+    clear: bool = False
+    """Whether all rows that the copy has are removed first."""
+
+
+class Engine(Struct, frozen=True, tag="engine"):
+    """Whether an engine runs the session."""
+
+    socket: str | None
+    """Path of its socket; None without an engine."""
+    pid: int = 0
+
+
+class Log(Struct, frozen=True, tag="log"):
+    """New text of the engine's log."""
+
+    text: str
+
+
+class Done(Struct, frozen=True, tag="done"):
+    """Everything up to here belongs together."""
+
+
+Message = Hello | Rows | Engine | Log | Done
+_decoder = msgspec.json.Decoder(Message)
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """A message as a line."""
+    return _encoder.encode(message) + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    """Raises LinkError for what is no message."""
+    try:
+        message: Message = _decoder.decode(line)
+    except (msgspec.DecodeError, RecursionError) as error:
+        text = line[:80].decode("utf-8", "replace").strip()
+        raise LinkError(
+            f"the other machine sent something else than a session: {text!r}; "
+            "is its rlhf-tui of the same version, and its shell silent?"
+        ) from error
+    return message

@@ -1,0 +1,154 @@
+"""Reads what is new of a session, for a copy on another machine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.errors import SessionError
+from engine.journal import schema
+from engine.journal.database import ReadOnlyDatabase
+from engine.session.folder import Session
+from rlhf_tui.remote.messages import VERSION, Done, Engine, Hello, Log, Message, Rows
+from rlhf_tui.state.feed import stamp
+
+LOG_BYTES = 200_000
+"""Of the log that a copy begins with, and that is sent at once."""
+SAMPLED_STEPS = 200
+"""Newest steps whose responses a copy begins with."""
+SMALL = ("meta", "names", "attempts", "commands", "checkpoints")
+"""Tables that are sent whole when they have changed."""
+LABELS = ("judgements", "preferences")
+SAMPLES = ("samples", "evaluated")
+
+
+class Source:
+    """Sends a session: first its tail, then what is new."""
+
+    def __init__(self, session: Session, tail: int) -> None:
+        """Reads nothing yet.
+
+        Args:
+            session: to be copied.
+            tail: newest steps whose metrics the copy begins with.
+        """
+        self._session = session
+        self._tail = tail
+        self._stamps: object = None
+        self._attempt = self._event = 0
+        self._step = self._sampled = -1
+        self._fresh = True
+        """Whether the copy must begin anew: an attempt has replaced steps."""
+        self._small: dict[str, list[Any]] = {}
+        self._labels: tuple[int, ...] = ()
+        self._log_at = -1
+
+    def hello(self) -> Hello:
+        """The first message. Raises SessionError."""
+        try:
+            config = self._session.config_file.read_text(encoding="utf-8")
+        except OSError as error:
+            text = f"cannot read {self._session.config_file}: {error.strerror}"
+            raise SessionError(text) from error
+        return Hello(VERSION, self._session.name, config)
+
+    def changes(self) -> Iterator[Message]:
+        """What is new since the last call; nothing if nothing is. Raises JournalError."""
+        session = self._session
+        engine = session.engine() if session.is_live() else None
+        journal = session.journal_file
+        files = (journal, journal.with_name("journal.db-wal"), session.labels_file)
+        stamps = (engine, session.log_file.stat().st_size if session.log_file.exists() else 0,
+                  *map(stamp, files))  # fmt: skip
+        if stamps == self._stamps:
+            return
+        self._stamps = stamps
+        yield from self._journal()
+        yield from self._samples()
+        yield from self._judgements()
+        yield from self._log(session.log_file)
+        yield Engine(engine.socket, engine.pid) if engine is not None else Engine(None)
+        yield Done()
+
+    def _journal(self) -> Iterator[Message]:
+        database = ReadOnlyDatabase(self._session.journal_file, schema.JOURNAL)
+        try:
+            with database.snapshot():
+                rows = database.rows("SELECT max(attempt) FROM attempts")
+                attempt = (rows[0][0] if rows else 0) or 0
+                fresh = self._fresh = attempt != self._attempt
+                rows = database.rows("SELECT max(step) FROM steps")
+                last = (rows[0][0] if rows else 0) or 0
+                if fresh:
+                    self._attempt, self._step = attempt, max(last - self._tail, -1)
+                    self._sampled = max(last - SAMPLED_STEPS, -1)
+                    for table in ("steps_past", "metrics_past"):
+                        yield self._rows(database, "journal", table, self._step, clear=True)
+                for table in ("steps", "metrics"):
+                    yield self._rows(database, "journal", table, self._step, clear=fresh)
+                self._step = last
+                yield from self._events(database)
+                for table in SMALL:
+                    found = database.rows(f"SELECT * FROM {table}")  # noqa: S608 - constants
+                    if found != self._small.get(table):
+                        self._small[table] = found
+                        yield Rows(
+                            "journal", table, _columns(database, table), [list(r) for r in found],
+                            clear=True,
+                        )  # fmt: skip
+        finally:
+            database.close()
+
+    def _events(self, database: ReadOnlyDatabase) -> Iterator[Message]:
+        rows = database.rows("SELECT * FROM events WHERE id > ? ORDER BY id", (self._event,))
+        if rows:
+            self._event = rows[-1][0]
+            yield Rows("journal", "events", _columns(database, "events"), [list(r) for r in rows])
+
+    def _samples(self) -> Iterator[Message]:
+        database = ReadOnlyDatabase(self._session.samples_file, schema.SAMPLES)
+        try:
+            kept = SAMPLES[: 1 + (database.version >= schema.EVALUATED_ARE_KEPT)]
+            for table in kept if database.connection is not None else ():
+                yield self._rows(database, "samples", table, self._sampled, clear=self._fresh)
+            self._sampled = self._step
+        finally:
+            database.close()
+
+    def _judgements(self) -> Iterator[Message]:
+        if (changed := stamp(self._session.labels_file)) == self._labels:
+            return
+        self._labels = changed
+        database = ReadOnlyDatabase(self._session.labels_file, schema.LABELS)
+        try:
+            for table in LABELS if database.connection is not None else ():
+                rows = database.rows(f"SELECT * FROM {table}")  # noqa: S608 - constants
+                columns = _columns(database, table)
+                yield Rows("labels", table, columns, [list(r) for r in rows], clear=True)
+        finally:
+            database.close()
+
+    def _log(self, path: Path) -> Iterator[Message]:
+        try:
+            size = path.stat().st_size
+            if self._log_at < 0:
+                self._log_at = max(size - LOG_BYTES, 0)
+            if size <= self._log_at:
+                return
+            with path.open("rb") as file:
+                file.seek(self._log_at)
+                data = file.read(LOG_BYTES)
+        except OSError:
+            return  # the log is not what the session depends on
+        self._log_at += len(data)
+        yield Log(data.decode("utf-8", "replace"))
+
+    @staticmethod
+    def _rows(
+        database: ReadOnlyDatabase, file: str, table: str, after: int, *, clear: bool
+    ) -> Rows:
+        found = database.rows(f"SELECT * FROM {table} WHERE step > ?", (after,))  # noqa: S608 - constants
+        return Rows(file, table, _columns(database, table), [list(r) for r in found], clear=clear)
+
+
+def _columns(database: ReadOnlyDatabase, table: str) -> list[str]:
+    return [row[0] for row in database.rows("SELECT name FROM pragma_table_info(?)", (table,))]

@@ -1,0 +1,197 @@
+"""Programs on other machines, run by `ssh`: no port is opened, and SSH's own settings apply."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from msgspec import Struct
+
+from engine.errors import LinkError, NoSuchSessionError, UserInputError, shortened
+from rlhf_tui.remote.copy import SessionCopy
+from rlhf_tui.remote.messages import Done, decode
+
+_ADDRESS = re.compile(r"ssh://(?P<host>[^/:\s]+)(:(?P<port>\d+))?(/(?P<name>[^/\s]*))?")
+COMMAND = "RLHF_TUI_REMOTE"
+"""Names the program on other machines, if it is not `rlhf-tui` on the PATH of their shells."""
+RECONNECT = 5.0
+"""Seconds between two attempts to connect again."""
+FIRST = 60.0
+"""Seconds that the first copy may take: somebody may have to type a passphrase."""
+
+
+class Address(Struct, frozen=True):
+    """`ssh://[USER@]HOST[:PORT][/NAME]`."""
+
+    host: str
+    port: str = ""
+    name: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Raises UserInputError."""
+        found = _ADDRESS.fullmatch(text)
+        # ssh would take a host that begins with a dash for an option.
+        if found is None or found["host"].startswith("-"):
+            raise UserInputError(f"'{text}' is no address: use ssh://[USER@]HOST[:PORT]/NAME")
+        return cls(found["host"], found["port"] or "", found["name"] or "")
+
+    def ssh(self, *options: str) -> list[str]:
+        """The command line of ssh, to which a command for the other machine can be appended."""
+        port = ["-p", self.port] if self.port else []
+        return ["ssh", *port, *options, self.host]
+
+    def command(self, *arguments: str, options: tuple[str, ...] = ()) -> list[str]:
+        """The command line that runs rlhf-tui there."""
+        program = os.environ.get(COMMAND) or "rlhf-tui"
+        return [*self.ssh("-T", *options), "--", f"{program} {shlex.join(arguments)}"]
+
+
+def run(address: Address, *arguments: str) -> bytes:
+    """Runs a command of rlhf-tui on another machine and returns its output.
+
+    Raises:
+        LinkError: it failed, or ssh did; the message has the last line of the error output.
+    """
+    command = address.command(*arguments)
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)  # noqa: S603 - ssh with the user's own address
+    except OSError as error:
+        raise LinkError(f"cannot run ssh: {error.strerror}") from error
+    if done.returncode:
+        raise LinkError(f"{address.host}: {_last_line(done.stderr, done.returncode)}")
+    return done.stdout
+
+
+def _last_line(output: bytes, code: int) -> str:
+    lines = output.decode("utf-8", "replace").strip().splitlines()
+    return shortened(lines[-1], 300) if lines else f"ssh ended with exit code {code}"
+
+
+class RemoteSession:
+    """A session of another machine: its copy, kept up to date, and its engine's socket.
+
+    Attributes:
+        root: the private folder that has the copy; deleted at the end.
+    """
+
+    def __init__(self, address: Address, arguments: list[str]) -> None:
+        """Starts nothing yet.
+
+        Args:
+            address: with the name of the session.
+            arguments: of the command there that sends the session.
+        """
+        self._address = address
+        self._arguments = arguments
+        self.root = Path(tempfile.mkdtemp(prefix="rlhf-tui-"))
+        self._socket = self.root / "s"
+        self._copy = SessionCopy(self.root, self._socket)
+        self._source: subprocess.Popen[bytes] | None = None
+        self._forward: subprocess.Popen[bytes] | None = None
+        self._forwarded: str | None = None
+        self._first = threading.Event()
+        self._stopped = threading.Event()
+        self._problem: Exception | None = None
+
+    def __enter__(self) -> "RemoteSession":
+        """Waits for the first copy.
+
+        Raises:
+            LinkError: ssh failed, or the other machine did.
+            NoSuchSessionError: there is no such session.
+        """
+        threading.Thread(target=self._follow, daemon=True, name="remote session").start()
+        self._first.wait(FIRST)
+        if self._copy.session is None or self._problem is not None:
+            problem = self._problem or LinkError(f"{self._address.host} does not answer")
+            self.close()
+            raise problem
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def name(self) -> str:
+        """The name of the session."""
+        return self._copy.session.name if self._copy.session is not None else self._address.name
+
+    def close(self) -> None:
+        """Ends the connections and deletes the copy."""
+        self._stopped.set()
+        for process in (self._source, self._forward):
+            if process is not None:
+                process.terminate()
+                process.wait()
+        self._copy.close()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    # -- in the thread -------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._receive()
+            except Exception as error:  # raised in the main thread if it is the first
+                self._problem = self._problem or error
+            if not self._first.is_set():
+                self._first.set()  # the first connection failed: told to the user, not repeated
+                return
+            self._problem = None
+            self._stopped.wait(RECONNECT)
+
+    def _receive(self) -> None:
+        """Copies the session until the connection ends. Raises LinkError if that is at once."""
+        command = self._address.command(*self._arguments, options=self._quiet())
+        with tempfile.TemporaryFile() as errors:
+            self._source = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+            )
+            for line in self._source.stdout or ():
+                message = decode(line)
+                self._copy.take(message)
+                if isinstance(message, Done):
+                    self._forward_socket()
+                    self._first.set()
+            code = self._source.wait()
+            errors.seek(0)
+            if not self._first.is_set():
+                text = _last_line(errors.read(), code).removeprefix("rlhf-tui: ")
+                kind = NoSuchSessionError if code == NoSuchSessionError.exit_code else LinkError
+                raise kind(f"{self._address.host}: {text}")
+
+    def _quiet(self) -> tuple[str, ...]:
+        """Options of ssh: once the app has the terminal, nobody is asked for a passphrase there."""
+        return ("-o", "BatchMode=yes") if self._first.is_set() else ()
+
+    def _forward_socket(self) -> None:
+        """Forwards the engine's socket, again if it has another path now."""
+        remote = self._copy.remote_socket
+        running = self._forward is not None and self._forward.poll() is None
+        if remote == self._forwarded and (running or remote is None):
+            return
+        if self._forward is not None:
+            self._forward.terminate()
+            self._forward.wait()
+            self._forward = None
+        self._forwarded = remote
+        if remote is not None:
+            self._socket.unlink(missing_ok=True)
+            sockets = f"{self._socket}:{remote}"
+            options = ("-T", *self._quiet(), "-o", "ExitOnForwardFailure=yes", "-L", sockets)
+            # `cat` ends with this process, however it ends: then its input is closed.
+            self._forward = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
+                [*self._address.ssh(*options), "--", "cat"], stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip

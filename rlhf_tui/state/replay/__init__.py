@@ -1,0 +1,1 @@
+"""Replays a recorded session: its clock, and the feed that reveals it."""

@@ -1,0 +1,238 @@
+"""Posts the updates of a session as it was, in the order and at the pace of a player."""
+
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+
+import msgspec
+from msgspec import Struct
+
+from engine.errors import JournalError, RlhfError
+from engine.journal.labels import LabelReader
+from engine.journal.reader import JournalReader
+from engine.journal.recording import Recording
+from engine.metrics import EVALUATE, PHASES, phase_time
+from engine.protocol.client_messages import Telemetry
+from engine.protocol.rank_messages import Phase
+from engine.session.folder import Session
+from engine.session.states import LIVE_STATES
+from rlhf_tui.state.feed import JournalChanges, Post
+from rlhf_tui.state.replay.player import Player
+from rlhf_tui.state.timeline import Marker, timeline
+from rlhf_tui.state.updates import ReplayMark, ReplayStatus, SessionUpdate
+
+FRAME = 0.25
+"""Seconds between two readings while it plays."""
+WITHOUT_PHASES = ("starting", "paused")
+"""States in which no step is running."""
+STALE = 60.0
+"""Seconds after which a reading of the machine is not shown any more."""
+JUST_PASSED = 1.0
+"""Seconds of playing after a marker in which the key to the previous one passes it over."""
+
+
+class PlacedMarker(Struct, frozen=True):
+    """A marker and when a replay reaches it."""
+
+    offset: float
+    marker: Marker
+
+
+class ReplayFeed:
+    """Reveals a session up to a moment that moves on. Nothing can be sent to the session."""
+
+    def __init__(
+        self, session: Session, player: Player, names: Iterable[str], post: Post, from_step: int = 0
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            session: what is replayed.
+            player: the clock; set to `from_step` when the recording is read.
+            names: metrics to read; :meth:`want` adds to them.
+            post: takes each update, from another thread.
+            from_step: of today's timeline, at whose end the replay begins.
+        """
+        self._session = session
+        self._player = player
+        self._post = post
+        self._from_step = from_step
+        self._stopped = threading.Event()
+        self._changes = JournalChanges(names, self._send, self._stopped.is_set)
+        self._status: ReplayStatus | None = None
+        self._recording: Recording | None = None
+        self._marks: tuple[ReplayMark, ...] = ()
+        self._problem = ""
+        self._wanted_more = False
+        self._shown: tuple[float, float, bool] | None = None
+        """Offset, speed and whether it played at the last reading."""
+        self._phase_times: tuple[int, dict[str, float]] = (0, {})
+        """A step, and the seconds of its phases."""
+        self.markers: tuple[PlacedMarker, ...] = ()
+        """All but checkpoints, in the order in which they are reached."""
+
+    def start(self) -> None:
+        """Starts the thread. It is a daemon: it ends with the process."""
+        threading.Thread(target=self._play, daemon=True, name="replay").start()
+
+    def read_all(self) -> None:
+        """Reads once, in the calling thread."""
+        self._read_once()
+
+    def stop(self) -> None:
+        """Posts no more updates."""
+        self._stopped.set()
+        self._player.changed.set()
+
+    def want(self, names: Iterable[str]) -> None:
+        """Also reads these metrics from now on."""
+        self._changes.want(names)
+        self._wanted_more = True
+        self._player.changed.set()
+
+    def jump(self, way: int) -> Marker | None:
+        """Moves to the next marker (1) or the previous one (-1) and returns it; None without."""
+        offsets = [placed.offset for placed in self.markers]
+        now, speed, playing = self._player.read()
+        if way > 0:
+            index = bisect_right(offsets, now)
+        else:
+            # While it plays it has moved on since: the key would lead to the same one for ever.
+            moved = JUST_PASSED * speed if playing else 0.0
+            index = bisect_left(offsets, now - moved) - 1
+        if not 0 <= index < len(offsets):
+            return None
+        self._player.seek(offsets[index])
+        return self.markers[index].marker
+
+    # -- in the thread -------------------------------------------------------------------------
+
+    def _play(self) -> None:
+        while not self._stopped.is_set():
+            self._player.changed.clear()
+            self._read_once()
+            self._player.changed.wait(FRAME if self._shown is None or self._shown[2] else None)
+
+    def _read_once(self) -> None:
+        try:
+            if self._recording is None:
+                self._load()
+            self._reveal()
+        except (RlhfError, OSError) as error:
+            self._report(str(error))
+        else:
+            self._report("")
+
+    def _report(self, problem: str) -> None:
+        if problem != self._problem:
+            self._problem = problem
+            self._send(SessionUpdate(problem=problem))
+
+    def _send(self, update: SessionUpdate) -> None:
+        if not self._stopped.is_set():
+            self._post(msgspec.structs.replace(update, replay=self._status))
+
+    def _load(self) -> None:
+        """Reads what there is to reveal."""
+        recording = Recording(self._session)
+        if not len(recording):
+            raise JournalError(f"'{self._session.name}' has recorded nothing yet to replay")
+        with JournalReader(self._session) as record:
+            self.markers = _placed(record, recording)
+        self._player.load(recording.duration, recording.offset_of_step(self._from_step))
+        self._recording = recording
+        whole = recording.duration or 1.0
+        self._marks = tuple(ReplayMark(p.offset / whole, p.marker.kind) for p in self.markers)
+
+    def _reveal(self) -> None:
+        """Posts what is new since the last reading, or all of it after a move backwards."""
+        recording, shown = self._recording, self._player.read()
+        if recording is None or (shown == self._shown and not self._wanted_more):
+            return
+        self._wanted_more = False
+        offset, speed, playing = shown
+        position = recording.position_at(offset)
+        back = self._shown is not None and offset < self._shown[0]
+        self._shown = shown
+        self._status = ReplayStatus(
+            position=position,
+            share=offset / recording.duration if recording.duration else 1.0,
+            last_step=recording.last_step,
+            speed=speed,
+            playing=playing,
+            marks=self._marks,
+        )
+        if back:
+            self._changes.reset()
+            self._send(SessionUpdate(reset=True))
+        session = self._session.at(position)
+        with JournalReader(session) as record, LabelReader(session) as labels:
+            live = self._live_state(record, offset)
+            self._changes.read(session, record, (labels.count(),), live)
+
+    def _live_state(self, record: JournalReader, offset: float) -> SessionUpdate:
+        """What an engine would have told."""
+        position = record.session.position
+        if position is None or not position.live:
+            return SessionUpdate(phases=[], connected=False)
+        return SessionUpdate(
+            phases=self._phases(record, offset),
+            telemetry=_fresh(record.last_telemetry(), position.time),
+            connected=True,
+        )
+
+    def _phases(self, record: JournalReader, offset: float) -> list[Phase]:
+        """The phase at an offset: a step's phases lie at the end of the time it took."""
+        state = record.meta().state
+        if self._recording is None or state in WITHOUT_PHASES or state not in LIVE_STATES:
+            return []
+        found = self._recording.next_step(offset)
+        if found is None:
+            return []
+        step, _, ends = found
+        now = self._recording.time_at(offset)
+        seconds = self._seconds_of(step)
+        begins = ends - sum(seconds.values())
+        for name, took in seconds.items():
+            if now < begins + took or name == list(seconds)[-1]:
+                return [Phase(rank=0, step=step, name=name)]
+            begins += took
+        return []
+
+    def _seconds_of(self, step: int) -> dict[str, float]:
+        """The seconds of each phase of a step, in order."""
+        if self._phase_times[0] != step:
+            with JournalReader(self._session) as record:
+                names = (*PHASES[:-1], EVALUATE, PHASES[-1])
+                times = {n: dict(record.series(phase_time(n), step - 1, step)) for n in names}
+            seconds = {n: value for n, of in times.items() if (value := of.get(step))}
+            self._phase_times = step, seconds
+        return self._phase_times[1]
+
+
+def _placed(record: JournalReader, recording: Recording) -> tuple[PlacedMarker, ...]:
+    markers = timeline(
+        record.events(), record.commands(), record.attempts(), reached={},
+        crashed_at=record.last_step() if record.state() == "crashed" else None,
+    )  # fmt: skip
+    placed = [
+        PlacedMarker(_offset_of(marker, recording), marker)
+        for marker in markers
+        if marker.kind not in ("checkpoint", "end")
+    ]
+    return tuple(sorted(placed, key=lambda p: p.offset))
+
+
+def _offset_of(marker: Marker, recording: Recording) -> float:
+    kind, _, number = marker.key.partition("-")
+    if kind == "died":
+        return recording.offset_of_end(int(number))
+    if marker.key.startswith("e"):
+        # A command is marked when it is applied, some time after its event.
+        after = marker.time if marker.kind == "command" else 0.0
+        return recording.offset_of_event(int(marker.key[1:]), after)
+    return recording.offset_of_time(marker.time)
+
+
+def _fresh(telemetry: Telemetry | None, now: float) -> Telemetry | None:
+    return telemetry if telemetry is not None and now - telemetry.time < STALE else None

@@ -1,0 +1,119 @@
+"""Reads the list of the sessions of a folder. Does not import Textual, which loads meanwhile."""
+
+import contextlib
+import itertools
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine import metrics
+from engine.errors import RlhfError
+from engine.journal.reader import JournalReader
+from engine.session.folder import Session, all_sessions
+from rlhf_tui.state.feed import file_id, stamp
+from rlhf_tui.state.runs.differences import configuration_of
+from rlhf_tui.state.session_row import ListedSession, session_row, unreadable_row
+
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 12
+SPARK_STEPS = 400
+"""Newest steps that a sparkline shows."""
+
+
+def spark(values: list[float], width: int = SPARK_WIDTH) -> str:
+    """A sparkline of `width` blocks; each one is the mean of its share of the values."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(SPARKS[min(int((m - low) / span * len(SPARKS)), len(SPARKS) - 1)] for m in means)
+
+
+def listed_session(session: Session, metric: str = metrics.SCORE) -> ListedSession:
+    """A session as the browser lists it; if it cannot be read, with the reason.
+
+    Args:
+        session: to read.
+        metric: whose last value and newest values are listed.
+    """
+    try:
+        with JournalReader(session) as record:
+            row = session_row(session, record)
+            points = record.series(metric, after=max(row.step - SPARK_STEPS, 0))
+            names = record.metric_names()
+    except (RlhfError, OSError) as error:
+        return ListedSession(row=unreadable_row(session, error))
+    values = [value for _, value in points if value is not None]
+    return ListedSession(
+        row=row, spark=spark(values), value=values[-1] if values else None, metrics=tuple(names)
+    )
+
+
+class SessionListCache:
+    """Keeps the rows of sessions; reads only those that have changed. Any thread may read."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[Path, tuple[object, ListedSession]] = {}
+        self._configurations: dict[Path, tuple[object, dict[str, Any]]] = {}
+
+    def rows(
+        self, root: Path, metric: str = metrics.SCORE, *, settings: bool = False
+    ) -> list[ListedSession]:
+        """All sessions, those with an engine first, then the newest.
+
+        Args:
+            root: the folder of sessions.
+            metric: whose values are listed.
+            settings: also reads configurations, which takes some ten milliseconds each.
+        """
+        with self._lock:
+            found = [self._row(s, metric, settings=settings) for s in all_sessions(root)]
+        found.sort(key=lambda s: (s.row.pid is None, -(s.row.updated or 0), s.row.name))
+        return found
+
+    def begin(self, root: Path, metric: str) -> None:
+        """Starts to read in a thread; who asks for the rows meanwhile waits for it."""
+
+        def read() -> None:
+            with contextlib.suppress(OSError, RlhfError):  # who asks for the rows is told
+                self.rows(root, metric)
+
+        threading.Thread(target=read, daemon=True, name="listing").start()
+
+    def _row(self, session: Session, metric: str, *, settings: bool) -> ListedSession:
+        changed = _stamp(session), metric
+        known = self._known.get(session.folder)
+        if known is None or known[0] != changed:
+            known = changed, listed_session(session, metric)
+            self._known[session.folder] = known
+        if not settings:
+            return known[1]
+        return msgspec.structs.replace(known[1], settings=self._settings(session, known[1]))
+
+    def _settings(self, session: Session, listed: ListedSession) -> dict[str, Any]:
+        changed = stamp(session.config_file), listed.row.settings
+        known = self._configurations.get(session.folder)
+        if known is None or known[0] != changed:
+            try:
+                known = changed, configuration_of(session)
+            except (RlhfError, OSError):
+                known = changed, {}  # the row says what is wrong, or opening the session does
+            self._configurations[session.folder] = known
+        return known[1]
+
+
+def _stamp(session: Session) -> object:
+    files = (session.journal_file, session.journal_file.with_name("journal.db-wal"))
+    times = []
+    for path in files:
+        try:
+            times.append(path.stat().st_mtime_ns)
+        except OSError:
+            times.append(0)
+    return file_id(session.journal_file), *times, session.is_live()

@@ -1,0 +1,204 @@
+"""A session of another machine: its address, the copy of its tail, and the forwarded socket."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.terminal import Engine as StandInEngine
+from engine.errors import LinkError, NoSuchSessionError, UserInputError
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleQuery
+from engine.journal.writer import JournalWriter
+from engine.protocol.client import Client
+from engine.protocol.rank_messages import StepReport
+from engine.session.folder import Session
+from rlhf_tui.commands import read
+from rlhf_tui.remote.copy import SessionCopy
+from rlhf_tui.remote.messages import decode, encode
+from rlhf_tui.remote.source import Source
+from rlhf_tui.remote.ssh import COMMAND, Address, RemoteSession
+
+SCORE = "objective/scores"
+DEADLINE = 60.0
+
+# Runs the command on this machine; with -L it forwards a Unix socket, as OpenSSH does.
+SSH = """#!{python}
+import socket, subprocess, sys, threading
+arguments = sys.argv[1:]
+if "-L" in arguments:
+    local, remote = arguments[arguments.index("-L") + 1].split(":")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(local)
+    server.listen()
+    def pump(source, target):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    def forward():
+        while True:
+            near, _ = server.accept()
+            far = socket.socket(socket.AF_UNIX)
+            far.connect(remote)
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
+    threading.Thread(target=forward, daemon=True).start()
+host = arguments[arguments.index("--") - 1]
+if host == "nowhere":
+    sys.exit("ssh: Could not resolve hostname nowhere")
+sys.exit(subprocess.run(["sh", "-c", arguments[-1]]).returncode)
+"""
+
+
+@pytest.fixture
+def ssh(tmp_path, monkeypatch):
+    """A stand-in for ssh whose other machine is this one."""
+    program = tmp_path / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text(SSH.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv(COMMAND, f"{sys.executable} -m rlhf_tui.cli")
+
+
+def wait(condition, what):
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def seen(session):
+    """What readers give of a session."""
+    with JournalReader(session) as record:
+        return {
+            "meta": record.meta(),
+            "series": record.series(SCORE, after=195),
+            "events": record.events(),
+            "commands": record.commands(),
+            "checkpoints": record.checkpoints(),
+            "samples": record.samples.page(SampleQuery(), 50),
+        }
+
+
+# -- addresses -------------------------------------------------------------------------------------
+
+
+def test_an_address_has_host_port_and_session():
+    assert Address.parse("ssh://ana@box:2222/run-1") == Address("ana@box", "2222", "run-1")
+    assert Address.parse("ssh://box") == Address("box")
+    command = Address.parse("ssh://box:22/x").command("status", "a b")
+    assert command == ["ssh", "-p", "22", "-T", "box", "--", "rlhf-tui status 'a b'"]
+
+
+@pytest.mark.parametrize("text", ["ssh://", "ssh:///run", "ssh://-oProxyCommand=x/run", "http://x"])
+def test_what_is_no_address_is_refused(text):
+    with pytest.raises(UserInputError, match="is no address"):
+        Address.parse(text)
+
+
+# -- the copy --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Keeps a copy of a session."""
+    copies = []
+
+    def make(session, tail=5000):
+        source = Source(session, tail)
+        copy = SessionCopy(tmp_path, tmp_path / "s")
+        copies.append(copy)
+        copy.take(decode(encode(source.hello())))
+
+        def update():
+            for message in source.changes():
+                copy.take(decode(encode(message)))
+
+        update()
+        return copy.session, update
+
+    yield make
+    for copy in copies:
+        copy.close()
+
+
+def test_a_copy_reads_as_the_session_does(root, copied):
+    copy, _ = copied(Session(root / "frozen"))
+    assert copy.folder.parent != root
+    assert seen(copy) == seen(Session(root / "frozen"))
+    assert copy.config() == Session(root / "frozen").config()
+    assert "ERROR something failed" in copy.log_file.read_text()
+
+
+def test_of_a_long_run_the_tail_is_copied(root, copied):
+    copy, _ = copied(Session(root / "frozen"), tail=50)
+    with JournalReader(copy) as record:
+        assert [step for step, _ in record.series(SCORE)] == list(range(151, 201))
+        assert record.last_step() == 200
+
+
+def test_a_copy_follows_new_steps_and_roll_backs(session_maker, tmp_path, copied):
+    session = session_maker(tmp_path / "made", "run", 20)
+    copy, update = copied(session)
+    journal = JournalWriter(session)
+    journal.begin_attempt(10, fresh=True)
+    update()
+    with JournalReader(copy) as record:
+        assert record.last_step() == 10
+        assert len(record.past_series(SCORE)) == 10
+    report = StepReport(step=11, metrics={SCORE: 5.0}, samples=[], settings={"beta": 0.05})
+    journal.record_step(report)
+    update()
+    assert seen(copy) == seen(session)
+    with JournalReader(copy) as record:
+        assert record.series(SCORE, after=10) == [(11, 5.0)]
+    journal.close()
+
+
+def test_what_is_no_message_is_told_in_a_line():
+    with pytest.raises(LinkError, match="'Welcome to box!'"):
+        decode(b"Welcome to box!\n")
+
+
+# -- over ssh --------------------------------------------------------------------------------------
+
+
+def test_a_live_session_is_followed_and_steered_over_ssh(session_maker, tmp_path, ssh):
+    session = session_maker(tmp_path / "there", "run", 5)
+    engine = StandInEngine(session)
+    arguments = ["mirror", "run", "--sessions", str(tmp_path / "there")]
+    with RemoteSession(Address("box", name="run"), arguments) as remote:
+        copy = Session(remote.root / remote.name)
+        assert copy.is_live()
+        assert seen(copy)["events"] == seen(session)["events"]
+
+        def answers():
+            try:
+                with Client(copy, "ana") as client:
+                    return client.status().pid == os.getpid()
+            except LinkError:
+                return False  # ssh has not bound the socket yet
+
+        wait(answers, "the forwarded socket")
+    assert not Path(remote.root).exists()
+    engine.server.close()
+    engine.lock.release()
+
+
+def test_what_goes_wrong_over_ssh_is_told_in_a_line(tmp_path, ssh):
+    with pytest.raises(LinkError, match="nowhere: ssh: Could not resolve"):
+        RemoteSession(Address("nowhere", name="run"), ["mirror", "run"]).__enter__()
+    arguments = ["mirror", "run", "--sessions", str(tmp_path)]
+    with pytest.raises(NoSuchSessionError, match="box: no session 'run'"):
+        RemoteSession(Address("box", name="run"), arguments).__enter__()
+
+
+def test_sessions_of_another_machine_are_listed(root, ssh):
+    given = ["ssh://box", "--sessions", str(root)]
+    result = CliRunner().invoke(read.ls, given, standalone_mode=False)
+    assert result.exception is None
+    assert result.stdout.splitlines()[1].split()[:3] == ["frozen", "finished", "200/200"]
