@@ -215,7 +215,7 @@ class SampleReader:
         found = []
         for table, left in (("samples", False), ("samples_past", True)):
             rows = self._judged_rows(
-                f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608 - constants
+                f"SELECT {self._columns}, label, note, who, time "  # noqa: S608 - constants
                 f"FROM ({JUDGED_KEYS}) CROSS JOIN {table} USING (attempt, step, idx, response) "
                 "LEFT JOIN judged USING (attempt, step, idx, response) ORDER BY step, idx",
                 {},

@@ -9,7 +9,9 @@ from engine import starter
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
 from engine.protocol.reward_training import JudgedText, RewardTrainingRequest
-from engine.train.data.prompts import Prompt, load_prompts, tokenise_prompt
+from engine.train.data.load_prompts import load_prompts
+from engine.train.data.prompts import Prompt
+from engine.train.data.tokenise import tokenise_texts
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.pretrained import load_policy_tokenizer
 
@@ -52,7 +54,8 @@ def judged_inputs(request: RewardTrainingRequest, ranks: RankGroup) -> JudgedInp
         tokenizer = tokenizers[response.session]
         text = response.prompt
         prompts.append(
-            known[response.session].get(text) or Prompt(tokenise_prompt(tokenizer, text), text, {})
+            known[response.session].get(text)
+            or Prompt(tokenise_texts(tokenizer, [text])[0], text, {})
         )
         ids.append(_response_ids(response, request.configs[response.session], tokenizer))
     return JudgedInputs(
