@@ -54,6 +54,9 @@ EVAL_EMA_LENGTH = "eval/ema_response_len_mean"
 EVAL_TIME = "time/evaluate"
 """The metrics of a held-out evaluation, which only the steps with an evaluation have."""
 
+AGREEMENT = "judged/agreement"
+"""How far the scores agree with the operators' judgements. Readers compute it from labels.db, so
+that it changes with each judgement; the journal does not have it."""
 
 EVALUATE = "evaluate"
 """The phase of a held-out evaluation, which only the steps with an evaluation have."""
@@ -88,9 +91,12 @@ class Metric(msgspec.Struct, frozen=True):
     """The metric that has half the width of this one's confidence interval."""
 
     @property
-    def is_held_out(self) -> bool:
-        """Whether only the steps with an evaluation have it. Its few values are not averaged."""
-        return self.name.startswith("eval/")
+    def is_sparse(self) -> bool:
+        """Whether only some steps have it: those with an evaluation, or with a judgement.
+
+        Its few values are not averaged.
+        """
+        return self.name.startswith(("eval/", "judged/"))
 
 
 METRICS = (
@@ -285,7 +291,18 @@ METRICS = (
 )  # fmt: skip
 """In the order of docs/metrics.md."""
 
-_BY_NAME = {metric.name: metric for metric in METRICS}
+BY_READERS = (
+    Metric(
+        AGREEMENT, "fraction",
+        "how far the scores agree with the operators' judgements: mean over the last 20 up to the "
+        "step; ½ is chance ([reward-training.md](reward-training.md#agreement)). Readers compute "
+        "it, so charts and reports have it, and the journal, guard rails and TensorBoard do not",
+        title="agreement", chart_unit="with judgements", digits=2,
+    ),
+)  # fmt: skip
+"""Metrics that no step computes, because judgements may come at any time."""
+
+_BY_NAME = {metric.name: metric for metric in (*METRICS, *BY_READERS)}
 
 
 def declaration(name: str) -> Metric | None:

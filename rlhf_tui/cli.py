@@ -28,7 +28,7 @@ COMMANDS = {
     "logs": "read", "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
     "attach": "view", "replay": "view", "mirror": "view", "ctl": "steer", "note": "steer",
     "diff": "compare", "guardrails": "compare",
-    "notify": "notify", "report": "report", "verify": "check",
+    "notify": "notify", "report": "report", "reward": "reward", "verify": "check",
     "completion": "integration.completion", "mcp": "integration.mcp",
 }  # fmt: skip
 """Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,

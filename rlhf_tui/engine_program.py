@@ -1,13 +1,21 @@
 """Programs of the engine that need torch, which the command line never imports."""
 
+import contextlib
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from typing import IO
 
 import msgspec
 
 from engine.config.schema import RunConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import clean_environment, rank_environment
+
+END_TIMEOUT = 10.0
+"""Seconds in which an interrupted program removes what it has written."""
 
 
 class _Failure(msgspec.Struct):
@@ -33,17 +41,79 @@ def run_engine_program(module: str, *arguments: str, config: RunConfig, failed: 
         UserInputError: the program says that something which was given cannot be used.
         RlhfError: it failed.
     """
-    done = subprocess.run(  # noqa: S603 - our own module
-        [sys.executable, "-P", "-m", module, *arguments],
-        input=msgspec.json.encode(config),
-        env=clean_environment() | rank_environment(config.launch),
-        capture_output=True,
-        check=False,
+    return stream_engine_program(
+        module, *arguments, given=config, launch=config.launch, failed=failed
     )
-    result = (done.stdout.splitlines() or [b""])[-1]
-    if done.returncode or not result.startswith(b"{"):
-        errors = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise RlhfError(f"{failed}: {errors[-1]}")
+
+
+def stream_engine_program(
+    module: str,
+    *arguments: str,
+    given: msgspec.Struct,
+    launch: LaunchConfig,
+    failed: str,
+    on_line: Callable[[bytes], None] = lambda _line: None,
+) -> bytes:
+    """Like :func:`run_engine_program`, with any struct on standard input.
+
+    If this process is interrupted, the program is sent SIGTERM and waited for.
+
+    Args:
+        module: its name.
+        arguments: of its command line.
+        given: passed on standard input as JSON.
+        launch: determines the environment.
+        failed: how the message begins if the program ends without a result.
+        on_line: called with each line of its output as it comes.
+    """
+    with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would fill up
+        program = subprocess.Popen(  # noqa: S603 - our own module
+            [sys.executable, "-P", "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=clean_environment() | rank_environment(launch),
+        )
+        try:
+            result = _talk(program, msgspec.json.encode(given), on_line)
+        except BaseException:
+            _end(program)
+            raise
+        return _result(program.returncode, result, errors, failed)
+
+
+def _talk(
+    program: "subprocess.Popen[bytes]", given: bytes, on_line: Callable[[bytes], None]
+) -> bytes:
+    """Writes the input and reads the output up to the end. Returns the last line."""
+    if program.stdin is None or program.stdout is None:
+        raise TypeError("the program was started without pipes")
+    with contextlib.suppress(BrokenPipeError):  # it ended before; the code that follows says why
+        program.stdin.write(given)
+        program.stdin.close()
+    last = b""
+    for line in program.stdout:
+        last = line.rstrip(b"\r\n")
+        on_line(last)
+    program.stdout.close()
+    program.wait()
+    return last
+
+
+def _end(program: "subprocess.Popen[bytes]") -> None:
+    program.terminate()
+    try:
+        program.wait(END_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        program.wait()
+
+
+def _result(code: int, result: bytes, errors: IO[bytes], failed: str) -> bytes:
+    if code or not result.startswith(b"{"):
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise RlhfError(f"{failed}: {lines[-1]}")
     if result.startswith(b'{"error"'):
         failure = msgspec.json.decode(result, type=_Failure)
         kind = UserInputError if failure.exit_code == UserInputError.exit_code else RlhfError

@@ -34,6 +34,7 @@ LIST_ITEMS = {
     "A source of `reward.mix`": "RewardSource",
     "A rule of `guardrails.rules`": "Rule",
     "A webhook of `notify.webhooks`": "Webhook",
+    "The settings of `reward train`": "RewardTrainingConfig",
 }
 TYPE_NAMES = [
     (r"Annotated\[(\w+), Meta\((ge|gt)=(.+?), (le|lt)=(.+?)\)\]", lambda m: _interval(*m.groups())),
@@ -54,6 +55,7 @@ TYPE_NAMES = [
     (r"\bNonNegative\b", "number ≥ 0"),
     (r"\bFraction\b", "number in [0, 1]"),
     (r"\bCount\b", "whole number ≥ 1"),
+    (r"\bShare\b", "number in [0.05, 0.5]"),
     (r"\bWhole\b", "whole number ≥ 0"),
     (r"\bfloat\b", "number"),
     (r"\bint\b", "whole number"),

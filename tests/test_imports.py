@@ -21,11 +21,11 @@ HEAVY = {
 }  # fmt: skip
 OF_A_RANK = {
     "engine.config", "engine.protocol", "engine.session", "engine.memory", "engine.launch",
-    "engine.errors", "engine.metrics", "engine.starter", "engine.kl",
+    "engine.agreement", "engine.errors", "engine.metrics", "engine.starter", "engine.kl",
 }  # fmt: skip
 """Packages and modules of the engine that ranks use besides their own."""
 FLOORS = [
-    ("engine", "engine.errors", "engine.metrics", "engine.starter"),
+    ("engine", "engine.agreement", "engine.errors", "engine.metrics", "engine.starter"),
     ("engine.config.sections",),
     ("engine.config",),
     ("engine.kl", "engine.memory", "engine.session"),
@@ -40,7 +40,11 @@ FLOORS = [
     ("engine.train.models",),
     ("engine.train.rollout",),
     ("engine.train.link", "engine.train.ppo", "engine.train.rewards"),
-    ("engine.train.checkpoints", "engine.train.evaluation.held_out"),
+    (
+        "engine.train.checkpoints",
+        "engine.train.evaluation.held_out",
+        "engine.train.reward_training",
+    ),
     ("engine.train.policy_average",),
     ("engine.train.run",),
     (
@@ -54,7 +58,12 @@ FLOORS = [
     ("engine.train.boundary", "engine.train.step"),
     ("engine.train.out_of_memory",),
     ("engine.train.load",),
-    ("engine.train.check", "engine.train.evaluation.__main__", "engine.train.worker"),
+    (
+        "engine.train.check",
+        "engine.train.evaluation.__main__",
+        "engine.train.reward_training.__main__",
+        "engine.train.worker",
+    ),
     ("engine.train.torchrun",),
     # The dashboard and the command line.
     ("rlhf_tui", "rlhf_tui.format", "rlhf_tui.identity", "rlhf_tui.text"),

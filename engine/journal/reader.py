@@ -32,6 +32,7 @@ from engine.journal.rows import (
 from engine.journal.samples import SampleReader
 from engine.metrics import BETA
 from engine.protocol.client_messages import Telemetry
+from engine.protocol.rank_messages import REWARD_CHANGED
 from engine.session.folder import Session
 from engine.session.position import Position
 from engine.session.states import LIVE_STATES
@@ -361,6 +362,15 @@ class JournalReader:
                 )
             )  # fmt: skip
         return events
+
+    def reward_changes(self) -> list[int]:
+        """The steps after which the scores come from another reward, sorted."""
+        rows = self._db.rows(
+            "SELECT DISTINCT step FROM events WHERE kind = 'alert' "
+            "AND json_extract(data, '$.rule') = ? ORDER BY step",
+            (REWARD_CHANGED,),
+        )
+        return [step for (step,) in rows]
 
     def last_alert(self) -> EventRow | None:
         """The newest alert; None if there was none."""

@@ -33,6 +33,13 @@ AND (:labels = '' OR instr(:labels, label))
 AND (:judged IS NULL OR :judged = (who IS NOT NULL))
 """
 """The samples that match a :class:`SampleQuery`."""
+JUDGED_KEYS = """
+SELECT attempt, step, idx, response FROM labels.judgements
+UNION SELECT chosen_attempt, chosen_step, chosen_idx, chosen FROM labels.preferences
+UNION SELECT rejected_attempt, rejected_step, rejected_idx, rejected FROM labels.preferences
+"""
+"""The responses with a judgement or in a preference. Those of the reference have no key, so that no
+sample matches them."""
 MAX_COMPARED = 200
 """Maximum number of other responses to a prompt that :meth:`SampleReader.earlier` returns."""
 
@@ -196,12 +203,32 @@ class SampleReader:
         self, query: str, values: Mapping[str, Any], *, held_out: bool
     ) -> list[tuple[Any, ...]]:
         """Runs a query that reads `judged`, which is empty for responses to held-out prompts."""
-        if self._db.connection is not None and not self._labels_attached:
-            self._labels_attached = attach(self._db.connection, self.session)
-        judgements = JUDGEMENTS if self._labels_attached and not held_out else NO_JUDGEMENTS
+        judgements = JUDGEMENTS if self._attach_labels() and not held_out else NO_JUDGEMENTS
         if judgements is JUDGEMENTS and (position := self.session.position) is not None:
             judgements = f"{JUDGEMENTS} WHERE time <= {position.time!r}"
         return self._db.rows(f"WITH judged AS ({judgements}) {query}", values)
+
+    def judged(self) -> list[SampleRow]:
+        """The responses with a judgement or in a preference, also of abandoned branches."""
+        if not self._attach_labels():
+            return []
+        found = []
+        for table, left in (("samples", False), ("samples_past", True)):
+            rows = self._judged_rows(
+                f"SELECT {COLUMNS}, label, note, who, time "  # noqa: S608 - constants
+                f"FROM ({JUDGED_KEYS}) CROSS JOIN {table} USING (attempt, step, idx, response) "
+                "LEFT JOIN judged USING (attempt, step, idx, response) ORDER BY step, idx",
+                {},
+                held_out=False,
+            )
+            found += [_sample(row, left=left) for row in rows]
+        return found
+
+    def _attach_labels(self) -> bool:
+        """Attaches `labels.db` once it exists; returns whether it is attached."""
+        if self._db.connection is not None and not self._labels_attached:
+            self._labels_attached = attach(self._db.connection, self.session)
+        return self._labels_attached
 
     def arrays(self, step: int, index: int, attempt: int) -> TokenArrays | None:
         """The per-token arrays of a sample of the current timeline; None if not recorded."""

@@ -155,6 +155,10 @@ class Rejected(Message, frozen=True, tag="rejected"):
     reason: str
 
 
+REWARD_CHANGED = "reward"
+"""The rule of the notice that the scores come from another reward from the next step on."""
+
+
 class Notice(Message, frozen=True, tag="notice"):
     """A notice for the operator, recorded as an event `alert`."""
 

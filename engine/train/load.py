@@ -13,7 +13,7 @@ from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.config.settings import change_settings
 from engine.errors import CheckpointError, UserInputError
-from engine.protocol.rank_messages import Begin
+from engine.protocol.rank_messages import REWARD_CHANGED, Begin
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.session.folder import Session
 from engine.train.checkpoints import folder as checkpoint_folder
@@ -82,7 +82,8 @@ def load_run(
         ranks: all ranks of this attempt.
         announce: called with each phase of loading.
         notify: called with the rule and the text of each notice for the operator: `memory` if the
-            models probably do not fit, `settings` for a saved setting that is not used.
+            models probably do not fit, `settings` for a saved setting that is not used, `reward` if
+            the scores come from another reward than those before the checkpoint.
 
     Raises:
         UserInputError: something that the configuration names cannot be used.
@@ -173,15 +174,33 @@ def load_run(
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
     _check_response_length(run)
-    _use_scales(run)
+    _use_scales(run, lambda text: notify(REWARD_CHANGED, text))
     # What is wrong with an engine of its own shows here, not in the first step.
     backend.sync(policy, begin.from_step, lambda _done, _total: None)
     return run
 
 
-def _use_scales(run: Run) -> None:
+def _adopt_reward(
+    state: TrainingState, config: RewardConfig, changed: Callable[[str], None]
+) -> None:
+    """Forgets the scales of another reward, so that they are measured again."""
+    reward = config.scored_by
+    if state.scored_by and state.scored_by != reward:
+        text = (
+            f"from step {state.step + 1} on scores come from {reward}, before from "
+            f"{state.scored_by}: they are not comparable"
+        )
+        log.info(text)
+        changed(text)
+        state.reward_mean, state.reward_std, state.baseline = 0.0, 1.0, None
+        state.reward_scales = {}
+    state.scored_by = reward
+
+
+def _use_scales(run: Run, changed: Callable[[str], None]) -> None:
     """Gives the sources the checkpoint's scales, and forgets those that are no longer wanted."""
     state, rewards = run.state, run.rewards
+    _adopt_reward(state, run.config.reward, changed)
     if run.config.reward.normalise == "none":
         state.reward_mean, state.reward_std = 0.0, 1.0
     scales = state.reward_scales

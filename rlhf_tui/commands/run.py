@@ -209,10 +209,19 @@ def fork(
 ) -> None:
     """Fork a new session from a checkpoint of another."""
     session = existing(root, name)
+    old = session.config().reward.scored_by
     child, start = start_fork(
         session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who(),
         ema=ema,
     )  # fmt: skip
+    if (new := child.config().reward.scored_by) != old:
+        click.echo(
+            one_line(
+                f"rlhf-tui: from step {from_step + 1} on scores come from {new}, before from "
+                f"{old}: they are not comparable, and kl.beta may need another value"
+            ),
+            err=True,
+        )
     _begin(child, start, mode)
 
 

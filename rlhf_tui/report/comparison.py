@@ -4,6 +4,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.config import file as config_file
+from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.session.folder import Session
 from rlhf_tui.report.curves import Curve, read_curves
@@ -50,5 +51,5 @@ def read_comparison(session: Session, other: Session) -> Comparison:
             headlines=read_headlines(record, step),
             held_out=read_held_out(record),
             settings=[Setting(key, mine, theirs) for key, (mine, theirs) in changed.items()],
-            curves={curve.name: curve for curve in read_curves(record)},
+            curves={curve.name: curve for curve in read_curves(record, read_agreement(record))},
         )

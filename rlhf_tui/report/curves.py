@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Struct
 
 from engine import metrics
+from engine.agreement import Agreement
 from engine.journal.reader import JournalReader
 from engine.metrics import (
     APPROXIMATE_KL,
@@ -69,8 +70,13 @@ class Curve(Struct, frozen=True):
         return metrics.describe(self.name).is_set
 
 
-def read_curves(record: JournalReader) -> list[Curve]:
-    """Reads the curves of a session's current timeline and of its abandoned branches."""
+def read_curves(record: JournalReader, agreement: Agreement) -> list[Curve]:
+    """Reads the curves of a session's current timeline and of its abandoned branches.
+
+    Args:
+        record: its journal.
+        agreement: of its scores with the judgements; its curve is the last one.
+    """
     known = record.metric_names()
     sources = [name for name in known if name.startswith(SOURCES)][:MOST_SOURCES]
     names = [name for name in CURVES if name in known] + sources
@@ -84,6 +90,8 @@ def read_curves(record: JournalReader) -> list[Curve]:
         if points:
             branches = _branches(record, name) if several else []
             curves.append(Curve(name, points, branches))
+    if agreement.points:
+        curves.append(Curve(metrics.AGREEMENT, thinned(agreement.curve)))
     return curves
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
+from engine.agreement import Agreement
+from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CheckpointRow, SessionMeta
 from engine.metrics import SCORE
@@ -51,6 +53,8 @@ class Report(Struct, frozen=True):
     interventions: list[Intervention]
     samples: ReportSamples
     checkpoints: list[ReportCheckpoint]
+    agreement: Agreement
+    """Of the scores with the judgements."""
     comparison: Comparison | None = None
     """The run beside it."""
 
@@ -86,7 +90,8 @@ def read_report(
             reached=_reached(record),
             crashed_at=step if state == "crashed" else None,
         )
-        curves = read_curves(record)
+        agreement = read_agreement(record)
+        curves = read_curves(record, agreement)
         return Report(
             name=session.name,
             made=now(),
@@ -106,6 +111,7 @@ def read_report(
             markers=markers,
             interventions=read_interventions(record, markers),
             samples=read_samples(record),
+            agreement=agreement,
             checkpoints=_checkpoints(record, config.train.best_metric),
             comparison=comparison,
         )

@@ -173,7 +173,8 @@ def _judgements(report: Report) -> str:
         return ""
     total = plural(samples.judged_total, "judged response")
     pairs = plural(samples.preferences_total, "preference")
-    parts = [f"<p>{total}, {pairs}.</p>", table(sections.labels(report))]
+    parts = [f"<p>{total}, {pairs}. {text(sections.agreement(report.agreement))}</p>"]
+    parts.append(table(sections.labels(report)))
     parts += _titled("Latest judged responses", samples.judged)
     if samples.preferences:
         parts.append("<h3>Latest preferences</h3>")

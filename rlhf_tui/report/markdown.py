@@ -160,7 +160,8 @@ def _judgements(report: Report) -> str:
         return ""
     total = plural(samples.judged_total, "judged response")
     pairs = plural(samples.preferences_total, "preference")
-    parts = [f"{total}, {pairs}.\n", table(sections.labels(report))]
+    parts = [f"{total}, {pairs}. {sections.agreement(report.agreement)}".rstrip() + "\n"]
+    parts.append(table(sections.labels(report)))
     parts += _titled("Latest judged responses", samples.judged)
     if samples.preferences:
         parts.append("### Latest preferences\n")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from engine.agreement import Agreement, interval
 from engine.journal.rows import SampleRow
 from engine.metrics import SCORE, title_of
 from rlhf_tui.format import clock, duration, number, plural, size
@@ -245,3 +246,20 @@ def marks(report: Report) -> list[Mark]:
                 else Mark(marker.step, "", marker.text, "start")
             )
     return sorted(found, key=lambda m: m.step)
+
+
+def agreement(found: Agreement) -> str:
+    """How far scores agree with judgements, in one sentence; empty if there are none to compare."""
+    if found.mean is None:
+        return ""
+    low, high = interval(found.mean, len(found.points))
+    text = (
+        f"The scores agree with {found.mean:.0%} of {plural(len(found.points), 'judgement')} "
+        f"({low:.0%} to {high:.0%}; 50% is chance)"
+    )
+    if (fall := found.fall) is None:
+        return f"{text}."
+    return (
+        f"{text}, and less from step {fall.step:,} on: {fall.before:.0%} before, "
+        f"{fall.after:.0%} from then on."
+    )

@@ -305,7 +305,7 @@ class DashboardScreen(SessionScreen):
         shown = [name for group in groups for name in group]
         options = [
             Option(n, n, self._newest(n), title_of(n) if title_of(n) != n else "")
-            for n in dict.fromkeys([*shown, *self.context.state.names])
+            for n in dict.fromkeys([*shown, *self.context.state.metrics])
         ]
 
         async def take(result: str | None) -> None:

@@ -37,6 +37,9 @@ from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import VIEWS, SampleView
 from rlhf_tui.widgets.table import Table
 
+AGREEMENT_SHOWN_FROM = 10
+"""Judgements below which the agreement is mostly chance."""
+
 
 class ArraysRead(Message):
     """The token values of a sample were read.
@@ -199,7 +202,23 @@ class SamplesScreen(SessionScreen):
             row += [("   only ", "dim"), (samples.filter, "accent")]
         if mode != VIEWS[0]:
             row += [("   tokens: ", "dim"), (mode, "strong")]
+        row += self._agreement()
         line.show([justified(row, self._news(), line.size.width)])
+
+    def _agreement(self) -> list[Piece]:
+        """How far the scores agree with all judgements of the run."""
+        found = self.context.state.agreement
+        few = len(found.points) < AGREEMENT_SHOWN_FROM
+        if found.mean is None or few or self.samples.query.held_out:
+            return []
+        row: list[Piece] = [
+            ("   agrees ", "dim"),
+            (f"{found.mean:.0%}", "strong"),
+            (f" of {len(found.points):,}", "dim"),
+        ]
+        if found.fall is not None:
+            row.append((f", less from step {found.fall.step:,}", "warn"))
+        return row
 
     def _news(self) -> Row:
         """What the list does not show yet; whether it follows a live run."""

@@ -13,7 +13,9 @@ from typing import Protocol
 
 import msgspec
 
-from engine.errors import RlhfError
+from engine.agreement import Agreement
+from engine.errors import JournalError, RlhfError
+from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow, CommandRow
 from engine.protocol.client import Client
@@ -116,7 +118,8 @@ class JournalChanges:
         # Clients write this file, so the engine sends no message.
         if labels != self._labels:
             self._labels = labels
-            update = msgspec.structs.replace(update, labels=labels)
+            agreement = _agreement(record)
+            update = msgspec.structs.replace(update, labels=labels, agreement=agreement)
         events = record.events(last=EVENTS_READ, after=self._event)
         if events:
             self._event = events[-1].event
@@ -333,6 +336,14 @@ class Feed:
                 telemetry=self._telemetry,
                 connected=self._connected,
             )
+
+
+def _agreement(record: JournalReader) -> Agreement:
+    """That with the judgements. A damaged labels.db does not hide the rest of the session."""
+    try:
+        return read_agreement(record)
+    except JournalError as error:
+        return Agreement(problem=str(error))
 
 
 def stamp(path: Path) -> tuple[int, ...]:

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from engine.agreement import Agreement
 from engine.journal.rows import CheckpointRow, CommandRow, EventRow, SampleRow
 from engine.metrics import (
+    AGREEMENT,
     BETA,
     CLIP_FRACTION,
     EVAL_SCORE,
@@ -75,6 +77,8 @@ class SessionState:
         self.samples: list[SampleRow] = []
         self.labels: tuple[int, ...] = ()
         """Changes whenever somebody labels a response."""
+        self.agreement = Agreement()
+        """Of the scores with the judgements."""
         self._smoothed: dict[tuple[str, float], Smoothed] = {}
         self._reached: dict[int, int] = {}
         """Attempt → its last step, where a later attempt replaced that step."""
@@ -98,8 +102,7 @@ class SessionState:
         self._take_past(update)
         if update.events:
             self.events = thinned(self.events + update.events)
-        if update.labels is not None:
-            self.labels = update.labels
+        self._take_judgements(update)
         for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
             if (value := getattr(update, key)) is not None:
                 setattr(self, key, value)
@@ -109,6 +112,13 @@ class SessionState:
             self._take_phases(update.phases)
         if update.problem is not None:
             self.problem = update.problem
+
+    def _take_judgements(self, update: SessionUpdate) -> None:
+        if update.labels is not None:
+            self.labels = update.labels
+        if update.agreement is not None:
+            self.agreement = update.agreement
+            self.curves[AGREEMENT] = Series(update.agreement.curve)
 
     def _take_past(self, update: SessionUpdate) -> None:
         for name, rows in update.past.items():
@@ -136,6 +146,11 @@ class SessionState:
             self._optimise.take(phases[0], self.now())
 
     # -- the numbers ---------------------------------------------------------------------------
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics that a chart can show."""
+        return [*self.names, AGREEMENT] if self.agreement.points else self.names
 
     def series(self, name: str) -> Series:
         """A metric's values; empty where it is unknown."""

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from engine.agreement import Agreement
 from engine.journal.rows import AttemptRow, CheckpointRow, CommandRow, EventRow, SampleRow
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
@@ -75,6 +76,8 @@ class SessionUpdate(Struct, frozen=True):
     """The newest step's."""
     labels: tuple[int, ...] | None = None
     """Changes whenever somebody labels a response."""
+    agreement: Agreement | None = None
+    """Of the scores with the judgements; computed again whenever `labels` changes."""
     phases: list[Phase] | None = None
     telemetry: Telemetry | None = None
     connected: bool | None = None

@@ -131,6 +131,28 @@ def test_a_normalisation_can_be_turned_on_and_off_by_a_resume(trained, make_run)
     assert (off.state.reward_mean, off.state.reward_std) == (0.0, 1.0)
 
 
+def test_another_reward_is_told_and_its_scales_are_measured_anew(make_run):
+    run, session = make_run("reward.normalise=reference", "reward.normalise_samples=8")
+    train_step(run, 1)
+    run.state.step = 1
+    save(run, session)
+    config = config_file.override(session.config(), [f"reward.model={starter.FOLDER / 'reward'}"])
+    begin, ranks, notices = Begin(attempt=2, from_step=1), RankGroup(config.launch), []
+
+    def load():
+        return load_run(session, config, begin, ranks, no_report, lambda *n: notices.append(n))
+
+    again = load()
+    assert [rule for rule, _ in notices] == ["reward"]
+    assert "from step 2 on scores come from model /" in notices[0][1]
+    assert (again.state.reward_mean, again.state.reward_std) == (0.0, 1.0)
+    fit_scales(again, config)
+    assert again.state.reward_mean == pytest.approx(run.state.reward_mean)  # the same weights
+    save(again, session)
+    assert load().state.reward_mean == again.state.reward_mean
+    assert len(notices) == 1
+
+
 def test_live_settings_are_restored_before_a_resume_estimates_memory(trained):
     run, session = trained
     run.config = change_settings(run.config, {"max_new_tokens": 40, "beta": 0.5})

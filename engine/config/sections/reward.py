@@ -102,6 +102,17 @@ class RewardSource(ScoreOrigin, frozen=True):
         """The value of the given key."""
         return str(getattr(self, self.kind))
 
+    @property
+    def description(self) -> str:
+        """The source and what decides which number of it is the score: `model /m (label 1)`."""
+        details = {
+            "revision": self.revision, "label": self.label, "judge": self.judging.model,
+            "scale": self.judging.scale,
+        }  # fmt: skip
+        words = [f"{name} {value}" for name, value in details.items() if value is not None]
+        words += ["pair"] if self.pair else []
+        return f"{self.kind} {self.value}" + (f" ({', '.join(words)})" if words else "")
+
 
 class OverlongConfig(Section, frozen=True):
     """A penalty that grows with the length of a response near the limit (DAPO)."""
@@ -152,3 +163,12 @@ class RewardConfig(ScoreOrigin, frozen=True):
     def models(self) -> list[RewardSource]:
         """The sources that are reward models."""
         return [source for source in self.sources() if source.model is not None]
+
+    @property
+    def scored_by(self) -> str:
+        """What the scores come from, in words. Where it differs, scores are not comparable."""
+        sources = self.sources()
+        if len(sources) == 1 and sources[0].weight == 1.0:
+            return sources[0].description
+        weighted = [s for s in sources if s.weight]
+        return " + ".join(f"{s.weight:g} × {s.description}" for s in weighted)

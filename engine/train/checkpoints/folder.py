@@ -53,6 +53,9 @@ class TrainingState(msgspec.Struct, kw_only=True):
     """Reward source → mean and standard deviation, for sources with a `normalise` of their own."""
     baseline: float | None = None
     """The mean score kept by `ppo.baseline: running`."""
+    scored_by: str = ""
+    """The reward that scores, scales and baseline belong to, see
+    :attr:`engine.config.sections.reward.RewardConfig.scored_by`. Empty in earlier versions."""
     reference: str = ""
     """Fingerprint of the reference, as it is now."""
     reference_updated: int = 0

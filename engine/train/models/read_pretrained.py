@@ -57,6 +57,8 @@ def read_pretrained(
     key: str,
     what: str = "model",
     read: ReadOptions = NO_OPTIONS,
+    *,
+    new_head: bool = False,
     **options: Any,
 ) -> Any:
     """Calls `from_pretrained` of a transformers class, such that nothing that is read can run code.
@@ -69,6 +71,7 @@ def read_pretrained(
         key: the configuration key that names the source, for error messages.
         what: `model`, `tokenizer` or `configuration`.
         read: what the user says about the source.
+        new_head: whether the weights of a classifier's head may be missing, and are then random.
         options: for `from_pretrained`.
 
     Raises:
@@ -78,7 +81,7 @@ def read_pretrained(
     try:
         if what != "model":
             return kind.from_pretrained(source, **read.of_any(), **options)
-        return _read_model(kind, source, key, read, **options)
+        return _read_model(kind, source, key, read, new_head=new_head, **options)
     except (UserInputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -87,7 +90,9 @@ def read_pretrained(
         raise UserInputError(_explain(source, key, what, error)) from error
 
 
-def _read_model(kind: Any, source: str, key: str, read: ReadOptions, **options: Any) -> Any:
+def _read_model(
+    kind: Any, source: str, key: str, read: ReadOptions, *, new_head: bool, **options: Any
+) -> Any:
     if read.gguf_file is None:
         check_weights(source, key)
         options["use_safetensors"] = True
@@ -96,7 +101,10 @@ def _read_model(kind: Any, source: str, key: str, read: ReadOptions, **options: 
     model, found = kind.from_pretrained(
         source, output_loading_info=True, **read.of_any(), **read.of_model(), **options
     )
-    if missing := sorted(found["missing_keys"]):
+    missing = sorted(found["missing_keys"])
+    if new_head:
+        missing = [name for name in missing if not _is_of_head(name, model.base_model_prefix)]
+    if missing:
         # transformers would train or score with random numbers in their place.
         where = f"{read.gguf_file} in {source}" if read.gguf_file else f"'{source}'"
         raise UserInputError(
@@ -108,6 +116,11 @@ def _read_model(kind: Any, source: str, key: str, read: ReadOptions, **options: 
         # Plain weights now, which are trained, and saved as such.
         vars(model.config).pop("quantization_config", None)
     return model
+
+
+def _is_of_head(name: str, base: str) -> bool:
+    """Whether a weight is part of a head: it is outside of the base model, or of its pooler."""
+    return not name.startswith(f"{base}.") or ".pooler." in name
 
 
 def _explain_gguf(source: str, name: str, error: Exception) -> str:
@@ -146,9 +159,11 @@ def _pickle_refused(key: str, source: str, file: str) -> str:
     )
 
 
-def _trust_key(key: str) -> str:
-    """`model.trust_remote_code` for `model.policy`."""
-    return f"{key.rpartition('.')[0]}.trust_remote_code"
+def _trust_setting(key: str) -> str:
+    """`model.trust_remote_code: true` for `model.policy`."""
+    if key.startswith("--"):  # an option of the command line
+        return "--set trust_remote_code=true"
+    return f"{key.rpartition('.')[0]}.trust_remote_code: true"
 
 
 def _explain(source: str, key: str, what: str, error: Exception) -> str:
@@ -156,7 +171,7 @@ def _explain(source: str, key: str, what: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             f"{key}: {source} needs Python code of its own, which is never run unless you trust it "
-            f"({_trust_key(key)}: true); choose a model whose architecture is part of transformers"
+            f"({_trust_setting(key)}); choose a model whose architecture is part of transformers"
         )
     if source.startswith(("/", ".", "~")):
         return folder_error(key, Path(source), what, first)

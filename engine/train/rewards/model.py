@@ -8,8 +8,6 @@ from transformers import AutoModelForSequenceClassification
 from engine import starter
 from engine.config.sections.reward import RewardConfig, RewardSource
 from engine.errors import UserInputError
-from engine.train.data.chat_template import render_chat
-from engine.train.data.prompts import Prompt
 from engine.train.distributed import sharding
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
@@ -23,6 +21,7 @@ from engine.train.models.pretrained import (
 )
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions
 from engine.train.models.stored_weights import share_stored
+from engine.train.rewards.encoding import RewardEncoding
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
@@ -30,9 +29,7 @@ from engine.train.rollout.rollout import ReportProgress
 class RewardModel:
     """Scores prompt and response by one logit of a classifier.
 
-    A classifier with the policy's vocabulary gets the prompt's and the response's token ids,
-    end-of-sequence token included. Any other gets the text, tokenised by its own tokenizer and, for
-    chat prompts, rendered by its own chat template; or prompt and response as a pair of texts.
+    :class:`~engine.train.rewards.encoding.RewardEncoding` says what it reads.
     """
 
     def __init__(
@@ -63,24 +60,19 @@ class RewardModel:
             UserInputError: the classifier cannot be loaded, or `label` does not select a logit.
         """
         path = starter.resolve(source)
-        self._tokenizer = load_tokenizer(path, "reward.model", ranks, read)
+        tokenizer = load_tokenizer(path, "reward.model", ranks, read)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         model = load_classifier(path, ranks, strategy, dtype, read)
         self._strategy = strategy
         self._label = label_index(source, label, model.config)
-        self._pad = _pad_id(self._tokenizer, model.config)
         model.config.use_cache = False  # a decoder would fill one for nothing
         use_onednn(model)
         self._model = model.eval().requires_grad_(False)
         self._device = ranks.device
         self._size = config.batch_size
-        self._limit = min(config.max_tokens, _positions(model) or config.max_tokens)
-        self._pair = pair
-        self._same_tokens = not pair and self._tokenizer.get_vocab() == policy_vocabulary
-        if not self._same_tokens:
-            # The end of the response counts; special tokens at the start are kept.
-            self._tokenizer.truncation_side = "left"
-            self._limit = min(self._limit, self._tokenizer.model_max_length)
+        self._encoding = RewardEncoding(
+            tokenizer, model, policy_vocabulary, max_tokens=config.max_tokens, pair=pair
+        )
 
     def place(self, ranks: RankGroup, *, on_host: bool) -> None:
         """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`."""
@@ -94,73 +86,17 @@ class RewardModel:
 
     @torch.no_grad()
     def _scores(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
-        sequences, types = self._sequences(inputs)
-        pad = _unused_id(sequences) if self._pad is None else self._pad
-        self._model.config.pad_token_id = pad
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-        scores: list[float | None] = [None] * len(sequences)
+        encoded = self._encoding(inputs.batch.prompts, inputs.ids, inputs.texts)
+        self._model.config.pad_token_id = encoded.pad
+        order = encoded.by_length()
+        scores: list[float | None] = [None] * len(encoded)
         for first in range(0, len(order), self._size):
             rows = order[first : first + self._size]
-            width = len(sequences[rows[0]])
-            ids = torch.full((len(rows), width), pad)
-            mask, kinds = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
-            for k, i in enumerate(rows):
-                ids[k, : len(sequences[i])] = torch.tensor(sequences[i])
-                mask[k, : len(sequences[i])] = 1
-                if types is not None:
-                    kinds[k, : len(types[i])] = torch.tensor(types[i])
-            more = {} if types is None else {"token_type_ids": kinds.to(self._device)}
-            logits = self._model(
-                input_ids=ids.to(self._device), attention_mask=mask.to(self._device), **more
-            ).logits
+            logits = self._model(**encoded.batch(rows, self._device)).logits
             for i, score in zip(rows, logits[:, self._label].float().tolist(), strict=True):
                 scores[i] = score
             report(first + len(rows), len(order))
         return scores
-
-    def _sequences(self, inputs: RewardInputs) -> tuple[list[list[int]], list[list[int]] | None]:
-        """Token ids of prompt and response; the last tokens if there are too many.
-
-        With them the token types, if the tokenizer tells the texts of a pair apart by them.
-        """
-        prompts = inputs.batch.prompts
-        if self._same_tokens:
-            joined = [p.ids + ids for p, ids in zip(prompts, inputs.ids, strict=True)]
-            return [ids[-self._limit :] for ids in joined], None
-        encoded = [self._encode(p, t) for p, t in zip(prompts, inputs.texts, strict=True)]
-        sequences = [list(e["input_ids"]) for e in encoded]
-        if not self._pair or "token_type_ids" not in encoded[0]:
-            return sequences, None
-        return sequences, [list(e["token_type_ids"]) for e in encoded]
-
-    def _encode(self, prompt: Prompt, response: str) -> Any:
-        """What the classifier's own tokenizer makes of a prompt and a response."""
-        if self._pair:
-            return self._encode_pair(prompt.plain, response)
-        if prompt.messages is not None and self._tokenizer.chat_template:
-            messages = [*prompt.messages, {"role": "assistant", "content": response}]
-            text = render_chat(self._tokenizer, messages, "reward.model")
-            # The template writes the special tokens itself.
-            return self._tokenizer(
-                text, add_special_tokens=False, truncation=True, max_length=self._limit
-            )
-        return self._tokenizer(prompt.text + response, truncation=True, max_length=self._limit)
-
-    def _encode_pair(self, prompt: str, response: str) -> Any:
-        """The pair; the prompt's first tokens are left out if it is too long."""
-        needed = len(self._tokenizer("", response)["input_ids"])
-        strategy = "only_first" if needed < self._limit else "longest_first"
-        return self._tokenizer(prompt, response, truncation=strategy, max_length=self._limit)
-
-
-def _positions(model: Any) -> int | None:
-    """The most tokens that a model can read; None if its positions have no limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        # RoBERTa counts positions from the one after that of padding.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-            return int(limit - module.padding_idx - 1)
-    return limit
 
 
 def load_classifier(
@@ -210,22 +146,6 @@ def label_index(source: str, label: int | str | None, config: Any) -> int:
     if isinstance(label, int) and 0 <= label < count:
         return label
     raise UserInputError(f"reward.label: '{source}' has no label {label!r} (it has {listed})")
-
-
-def _pad_id(tokenizer: Any, config: Any) -> int | None:
-    """The classifier's pad token id; None if it is also the end-of-sequence token.
-
-    Decoder classifiers of transformers take the score at the last token that is not pad. If pad and
-    end of sequence are the same token, that is the token before the end.
-    """
-    pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
-    return None if pad is None or pad == tokenizer.eos_token_id else int(pad)
-
-
-def _unused_id(sequences: list[list[int]]) -> int:
-    """The smallest token id that occurs in none of the sequences, to pad with."""
-    used = {i for ids in sequences for i in ids}
-    return next(i for i in range(len(used) + 1) if i not in used)
 
 
 def _load(source: RewardSource, context: LoadContext) -> RewardModel:

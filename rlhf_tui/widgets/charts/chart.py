@@ -125,7 +125,7 @@ class Chart(Widget, can_focus=True):
 
     def _value(self, name: str) -> str:
         series, cursor, metric = self.state.shape(name), self.view.cursor, metrics.describe(name)
-        if not metric.is_held_out:
+        if not metric.is_sparse:
             return fmt.number(series.last if cursor is None else series.at(cursor), metric.digits)
         step = self.state.head.step if cursor is None else cursor
         interval = self.state.shape(metric.interval).latest(step) if metric.interval else None
@@ -138,11 +138,15 @@ class Chart(Widget, can_focus=True):
             notes.append(f"overlay by {self.view.alignment}")
         if self._weight(self.names[0]):
             notes.append(f"ema {self.view.weight:g}")
+        if metrics.AGREEMENT in self.names and (fall := self.state.agreement.fall) is not None:
+            notes.append(f"falls from {fall.step:,}")
         return " ".join(notes)
 
     def _empty(self, name: str) -> str:
         if self.state.problem:
             return "cannot be read"
+        if name == metrics.AGREEMENT:
+            return self.state.agreement.problem or "no judgements to compare yet"
         if self.state.names and name not in self.state.names:
             return "not a metric of this run"
         return "no steps yet" if not self.state.head.step else "no values yet"
@@ -174,7 +178,7 @@ class Chart(Widget, can_focus=True):
     def _own(self, name: str, style: str) -> list[Line]:
         """The lines of a metric of this run."""
         state, metric, weight = self.state, metrics.describe(name), self._weight(name)
-        if metric.is_held_out:
+        if metric.is_sparse:
             interval = state.shape(metric.interval) if metric.interval else None
             return [Line(state.shape(name), style, sparse=True, interval=interval)]
         if (outline := state.outline(name)) is not None:
@@ -188,7 +192,7 @@ class Chart(Widget, can_focus=True):
     def _weight(self, name: str) -> float:
         """The weight of a metric's moving average; 0: it has none."""
         metric = metrics.describe(name)
-        return 0.0 if metric.is_set or metric.is_held_out else self.view.weight
+        return 0.0 if metric.is_set or metric.is_sparse else self.view.weight
 
     # -- called by Textual ---------------------------------------------------------------------
 

@@ -1,0 +1,113 @@
+"""Collects the judgements of sessions to train a reward model on."""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from engine.errors import UserInputError
+from engine.journal.labels import LabelReader, Response
+from engine.journal.rows import SampleRow
+from engine.journal.samples import SampleReader
+from engine.protocol.reward_training import JudgedText
+from engine.session.folder import Session
+
+LEAST = 20
+"""Judgements without which nothing is trained: of fewer, a handful would be held out."""
+LEAST_OF_A_KIND = 4
+"""Labels `good`, and others, that are needed without preferences."""
+
+_Text = tuple[int, str, str]
+"""Index of the session, prompt, response."""
+
+
+class Judgements(Struct, frozen=True):
+    """Responses, and what was judged of them by their indices."""
+
+    responses: list[JudgedText]
+    preferences: list[tuple[int, int]]
+    """Chosen, rejected."""
+    labels: list[tuple[int, bool]]
+    """Response, and whether it is good."""
+
+    @property
+    def good(self) -> int:
+        """The number of labels `good`."""
+        return sum(good for _, good in self.labels)
+
+    def __len__(self) -> int:
+        return len(self.preferences) + len(self.labels)
+
+
+def collect_judgements(sessions: Sequence[Session]) -> Judgements:
+    """Reads labels and preferences of sessions, also of abandoned branches.
+
+    A text that was judged several times has its last label.
+
+    Raises:
+        JournalError: a session's files cannot be read.
+        UserInputError: there are too few judgements, or labels of one kind only.
+    """
+    collector = _Collector()
+    for number, session in enumerate(sessions):
+        collector.read(number, session)
+    found = collector.judgements()
+    _check(found, sessions)
+    return found
+
+
+class _Collector:
+    def __init__(self) -> None:
+        self._responses: list[JudgedText] = []
+        self._index: dict[_Text, int] = {}
+        self._labels: dict[int, bool] = {}
+        self._preferences: dict[tuple[int, int], None] = {}
+
+    def read(self, number: int, session: Session) -> None:
+        """Adds the judgements of a session; `number` is its index."""
+        with SampleReader(session) as samples:
+            rows = {Response.of(row): row for row in samples.judged()}
+        with LabelReader(session) as reader:
+            judged, preferences = reader.judgements().values(), reader.preferences()
+        for each in judged:
+            if each.judgement.label is not None:
+                index = self._add(number, each.prompt, each.response, rows)
+                self._labels[index] = each.judgement.label == "good"
+        for pair in preferences:
+            chosen = self._add(number, pair.prompt, pair.chosen, rows)
+            self._preferences[chosen, self._add(number, pair.prompt, pair.rejected, rows)] = None
+
+    def _add(
+        self, number: int, prompt: str, response: Response, rows: dict[Response, SampleRow]
+    ) -> int:
+        key = (number, prompt, response.response)
+        if key not in self._index:
+            self._index[key] = len(self._responses)
+            row = rows.get(response)
+            self._responses.append(
+                JudgedText(
+                    session=number, prompt=prompt, response=response.response,
+                    ended=row.ended if row is not None else True,
+                    score=row.score if row is not None else None,
+                )
+            )  # fmt: skip
+        return self._index[key]
+
+    def judgements(self) -> Judgements:
+        return Judgements(self._responses, list(self._preferences), list(self._labels.items()))
+
+
+def _check(found: Judgements, sessions: Sequence[Session]) -> None:
+    names = ", ".join(session.name for session in sessions)
+    good, other = found.good, len(found.labels) - found.good
+    have = f"{names}: {len(found.preferences)} preferences, {good} labels good, {other} bad or hack"
+    how = f"judge more with J on screen 3 of rlhf-tui attach {sessions[0].name}"
+    if len(found) < LEAST:
+        raise UserInputError(
+            f"a reward model needs at least {LEAST} judgements and there are {len(found)} "
+            f"({have}): {how}"
+        )
+    if len(found.preferences) < LEAST and min(good, other) < LEAST_OF_A_KIND:
+        raise UserInputError(
+            f"a reward model needs at least {LEAST_OF_A_KIND} labels good and {LEAST_OF_A_KIND} "
+            f"bad or hack, or {LEAST} preferences ({have}): {how}"
+        )

@@ -1,0 +1,118 @@
+"""The judged responses as a reward model reads them in a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from engine import starter
+from engine.config.schema import RunConfig
+from engine.errors import UserInputError
+from engine.protocol.reward_training import JudgedText, RewardTrainingRequest
+from engine.train.data.prompts import Prompt, load_prompts, tokenise_prompt
+from engine.train.distributed.ranks import RankGroup
+from engine.train.models.pretrained import load_policy_tokenizer
+
+
+@dataclass(frozen=True)
+class JudgedInputs:
+    """Prompts and responses in the policy's tokens, in the order of the request."""
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    texts: list[str]
+    vocabularies: list[dict[str, int]]
+    """Of each session's policy: token ids by token."""
+    notes: list[str]
+
+
+def judged_inputs(request: RewardTrainingRequest, ranks: RankGroup) -> JudgedInputs:
+    """Tokenises the judged responses with the tokenizers of their policies.
+
+    A judgement keeps texts. They are tokenised again, which gives the sampled tokens except where
+    the policy did not spell a word in the tokenizer's way.
+
+    Raises:
+        UserInputError: a tokenizer cannot be loaded.
+    """
+    notes: list[str] = []
+    prompts: list[Prompt] = []
+    ids: list[list[int]] = []
+    tokenizers = [
+        load_policy_tokenizer(config, starter.resolve(config.model.policy), ranks)
+        for config in request.configs
+    ]
+    known = []
+    for number, (name, config) in enumerate(zip(request.sessions, request.configs, strict=True)):
+        wanted = {r.prompt for r in request.responses if r.session == number}
+        found, note = _find_prompts(config, tokenizers[number], wanted)
+        known.append(found)
+        notes += [f"session '{name}': {note}"] if note else []
+    for response in request.responses:
+        tokenizer = tokenizers[response.session]
+        text = response.prompt
+        prompts.append(
+            known[response.session].get(text) or Prompt(tokenise_prompt(tokenizer, text), text, {})
+        )
+        ids.append(_response_ids(response, request.configs[response.session], tokenizer))
+    return JudgedInputs(
+        prompts, ids, [r.response for r in request.responses],
+        [t.get_vocab() for t in tokenizers], notes,
+    )  # fmt: skip
+
+
+def _find_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, wanted: set[str]
+) -> tuple[dict[str, Prompt], str]:
+    """The prompts of the data set with these texts, which know whether they are conversations.
+
+    Returns:
+        By text; and why some are taken as plain text, or "".
+    """
+    try:
+        prompts = load_prompts(config.data, tokenizer, per_step=1, seed=config.seed)
+    except UserInputError as error:
+        return (
+            {},
+            f"its prompts are taken as plain text, because their data cannot be read: {error}",
+        )
+    found = {text: prompt for text in wanted if (prompt := prompts.find(text)) is not None}
+    if missing := len(wanted) - len(found):
+        text = f"{missing} of {len(wanted)} judged prompts are not in its data"
+        return found, f"{text} and are taken as plain text"
+    return found, ""
+
+
+def _response_ids(
+    response: JudgedText, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    ids = list(tokenizer(response.response, add_special_tokens=False)["input_ids"])
+    stopped = response.response.endswith(tuple(config.rollout.stop))
+    if response.ended and not stopped and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def check_same_tokens(
+    request: RewardTrainingRequest,
+    vocabularies: Sequence[dict[str, int]],
+    own: dict[str, int],
+    *,
+    pair: bool,
+) -> None:
+    """Checks that the model reads the responses of all sessions alike.
+
+    A model with a policy's vocabulary reads that policy's tokens, any other reads text: after
+    training on both it would be used on one of them.
+
+    Raises:
+        UserInputError: it has the vocabulary of some policies only.
+    """
+    same = [not pair and own == vocabulary for vocabulary in vocabularies]
+    if any(same) and not all(same):
+        one, other = request.sessions[same.index(True)], request.sessions[same.index(False)]
+        raise UserInputError(
+            f"the policies of sessions '{one}' and '{other}' have different tokenizers, and the "
+            "reward model reads the tokens of the first only: train on sessions of one tokenizer, "
+            "or start from a model with a tokenizer of its own (--base)"
+        )

@@ -1,0 +1,124 @@
+"""Trains a reward model on judgements, evaluates it and writes its folder."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from engine.errors import RlhfError, UserInputError
+from engine.protocol.reward_training import RewardTrainingRequest, TrainedReward
+from engine.session.checkpoints import sync
+from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
+from engine.train.reward_training.base import BaseModel, read_base
+from engine.train.reward_training.card import CARD, RESULT, card
+from engine.train.reward_training.evaluate import calibrate, held_out_agreement, scale_of
+from engine.train.reward_training.fit import RewardTrainer
+from engine.train.reward_training.inputs import check_same_tokens, judged_inputs
+from engine.train.reward_training.split import split_judgements
+from engine.train.rewards.encoding import RewardEncoding
+
+
+def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) -> TrainedReward:
+    """Reads the base, trains it and writes `request.out`, which appears whole or not at all.
+
+    Args:
+        request: the judgements and what to make of them.
+        report: called with a line for whoever waits.
+
+    Raises:
+        UserInputError: something that was given cannot be used.
+        RlhfError: training does not help, or the folder cannot be written.
+    """
+    launch = msgspec.structs.replace(
+        request.configs[0].launch, processes=1, nodes=1, rendezvous=None
+    )
+    ranks = RankGroup(launch)
+    set_threads_and_nice(ranks, launch)
+    split = split_judgements(request)
+    inputs = judged_inputs(request, ranks)
+    base = read_base(request, ranks, report)
+    vocabulary = base.tokenizer.get_vocab()
+    check_same_tokens(request, inputs.vocabularies, vocabulary, pair=base.pair)
+    encoding = RewardEncoding(
+        base.tokenizer, base.model, inputs.vocabularies[0],
+        max_tokens=request.settings.max_tokens, pair=base.pair,
+    )  # fmt: skip
+    pad = base.model.config.pad_token_id
+    encoded = encoding(inputs.prompts, inputs.ids, inputs.texts)
+    trainer = RewardTrainer(base, encoded, request.settings)
+    report(
+        f"training {base.name} on {ranks.device}: {len(split.train)} judgements to train, "
+        f"{len(split.validation)} for validation, {len(split.test)} held out"
+    )
+    before = trainer.scores().tolist()
+    fitted = trainer.fit(split, report)
+    scores = trainer.scores().tolist()
+    recorded = [r.score for r in request.responses]
+    trained, new_scale = held_out_agreement(split.test, scores), scale_of(scores)
+    if trained is None or new_scale is None:
+        raise TypeError("the split has judgements to compare in each part")
+    good = sum(good for _, good in request.labels)
+    result = TrainedReward(
+        out=request.out,
+        base=base.name,
+        device=str(ranks.device),
+        preferences=len(request.preferences),
+        good=good,
+        other=len(request.labels) - good,
+        trained_on=len(split.train),
+        validated_on=len(split.validation),
+        held_out=len(split.test),
+        split_by=split.by,
+        epochs=len(fitted.losses),
+        best_epoch=fitted.best_epoch,
+        losses=fitted.losses,
+        in_force=held_out_agreement(split.test, recorded),
+        at_start=None if base.new_head else held_out_agreement(split.test, before),
+        trained=trained,
+        calibration=calibrate(split.test, scores),
+        old_scale=scale_of(recorded),
+        new_scale=new_scale,
+        label=base.label if base.model.config.num_labels > 1 else None,
+        pair=base.pair,
+        notes=inputs.notes,
+    )
+    base.model.config.pad_token_id = pad
+    _write(request, result, base)
+    return result
+
+
+def _write(request: RewardTrainingRequest, result: TrainedReward, base: BaseModel) -> None:
+    """Writes model, tokenizer and card beside the folder, then moves them into its place."""
+    out = Path(request.out)
+    try:
+        with _part_of(out) as part:
+            base.model.save_pretrained(part)
+            base.tokenizer.save_pretrained(part)
+            (part / CARD).write_text(card(request, result), encoding="utf-8")
+            text = msgspec.json.format(msgspec.json.encode(result), indent=1)
+            (part / RESULT).write_bytes(text + b"\n")
+            for path in [*part.rglob("*"), part]:
+                sync(path)
+            if out.exists():
+                out.rmdir()  # an empty folder; another one raises
+            part.rename(out)
+            sync(out.parent)
+    except OSError as error:
+        raise RlhfError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _part_of(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which is removed unless it was renamed."""
+    if not out.parent.is_dir():
+        raise UserInputError(f"-o: there is no folder {out.parent}; create it first")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process with the same id
+    part.mkdir()
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""What a reward model reads of prompts and responses: token ids, in padded batches.
+
+A run scores with it, and `rlhf-tui reward train` trains with it: both read the same tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.train.data.chat_template import render_chat
+from engine.train.data.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class EncodedResponses:
+    """Prompts with their responses as token ids, B rows."""
+
+    sequences: list[list[int]]
+    types: list[list[int]] | None
+    """Token types, if the tokenizer tells the texts of a pair apart by them."""
+    pad: int
+    """The token id to pad with. Set it as the model's `pad_token_id` before a forward pass."""
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def by_length(self) -> list[int]:
+        """All row indices, the longest first."""
+        return sorted(range(len(self)), key=lambda i: len(self.sequences[i]), reverse=True)
+
+    def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """The arguments of a forward pass: n rows, right-padded to the longest, (n, T) int64."""
+        width = max(len(self.sequences[i]) for i in rows)
+        ids = torch.full((len(rows), width), self.pad)
+        mask, kinds = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
+        for k, i in enumerate(rows):
+            ids[k, : len(self.sequences[i])] = torch.tensor(self.sequences[i])
+            mask[k, : len(self.sequences[i])] = 1
+            if self.types is not None:
+                kinds[k, : len(self.types[i])] = torch.tensor(self.types[i])
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        return inputs if self.types is None else inputs | {"token_type_ids": kinds.to(device)}
+
+
+class RewardEncoding:
+    """Turns prompts and responses into the token ids of a classifier.
+
+    A classifier with the policy's vocabulary gets the prompt's and the response's token ids,
+    end-of-sequence token included. Any other gets the text, tokenised by its own tokenizer and, for
+    chat prompts, rendered by its own chat template; or prompt and response as a pair of texts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        model: Any,
+        policy_vocabulary: dict[str, int],
+        *,
+        max_tokens: int,
+        pair: bool,
+    ) -> None:
+        """Stores how to encode.
+
+        Args:
+            tokenizer: the classifier's; its truncation side may be changed.
+            model: the classifier.
+            policy_vocabulary: token ids by token.
+            max_tokens: the most that it reads; its own limit may be lower.
+            pair: whether the tokenizer gets prompt and response as a pair of texts.
+        """
+        self._tokenizer = tokenizer
+        self._pad = _pad_id(tokenizer, model.config)
+        self._pair = pair
+        self._limit = min(max_tokens, _positions(model) or max_tokens)
+        self.same_tokens = not pair and tokenizer.get_vocab() == policy_vocabulary
+        """Whether it reads the policy's tokens, rather than text."""
+        if not self.same_tokens:
+            # The end of the response counts; special tokens at the start are kept.
+            tokenizer.truncation_side = "left"
+            self._limit = min(self._limit, tokenizer.model_max_length)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], ids: Sequence[list[int]], texts: Sequence[str]
+    ) -> EncodedResponses:
+        """Encodes B responses; the last tokens of those that are too long.
+
+        Args:
+            prompts: of each response.
+            ids: the responses as token ids of the policy.
+            texts: the responses as text, without special tokens.
+        """
+        if self.same_tokens:
+            joined = [p.ids + i for p, i in zip(prompts, ids, strict=True)]
+            return self._encoded([row[-self._limit :] for row in joined], None)
+        encoded = [self._encode(p, t) for p, t in zip(prompts, texts, strict=True)]
+        sequences = [list(e["input_ids"]) for e in encoded]
+        if not self._pair or "token_type_ids" not in encoded[0]:
+            return self._encoded(sequences, None)
+        return self._encoded(sequences, [list(e["token_type_ids"]) for e in encoded])
+
+    def _encoded(
+        self, sequences: list[list[int]], types: list[list[int]] | None
+    ) -> EncodedResponses:
+        pad = _unused_id(sequences) if self._pad is None else self._pad
+        return EncodedResponses(sequences, types, pad)
+
+    def _encode(self, prompt: Prompt, response: str) -> Any:
+        """What the classifier's own tokenizer makes of a prompt and a response."""
+        if self._pair:
+            return self._encode_pair(prompt.plain, response)
+        if prompt.messages is not None and self._tokenizer.chat_template:
+            messages = [*prompt.messages, {"role": "assistant", "content": response}]
+            text = render_chat(self._tokenizer, messages, "reward.model")
+            # The template writes the special tokens itself.
+            return self._tokenizer(
+                text, add_special_tokens=False, truncation=True, max_length=self._limit
+            )
+        return self._tokenizer(prompt.text + response, truncation=True, max_length=self._limit)
+
+    def _encode_pair(self, prompt: str, response: str) -> Any:
+        """The pair; the prompt's first tokens are left out if it is too long."""
+        needed = len(self._tokenizer("", response)["input_ids"])
+        strategy = "only_first" if needed < self._limit else "longest_first"
+        return self._tokenizer(prompt, response, truncation=strategy, max_length=self._limit)
+
+
+def _positions(model: Any) -> int | None:
+    """The most tokens that a model can read; None if its positions have no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa counts positions from the one after that of padding.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            return int(limit - module.padding_idx - 1)
+    return limit
+
+
+def _pad_id(tokenizer: Any, config: Any) -> int | None:
+    """The classifier's pad token id; None if it is also the end-of-sequence token.
+
+    Decoder classifiers of transformers take the score at the last token that is not pad. If pad and
+    end of sequence are the same token, that is the token before the end.
+    """
+    pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+    return None if pad is None or pad == tokenizer.eos_token_id else int(pad)
+
+
+def _unused_id(sequences: list[list[int]]) -> int:
+    """The smallest token id that occurs in none of the sequences, to pad with."""
+    used = {i for ids in sequences for i in ids}
+    return next(i for i in range(len(used) + 1) if i not in used)

@@ -1,0 +1,15 @@
+"""The commands on a run's reward."""
+
+import click
+
+from rlhf_tui.commands.reward.agreement import agreement
+from rlhf_tui.commands.reward.training import train
+
+
+@click.group()
+def reward() -> None:
+    """Train a reward model on judgements; see how far scores agree with them."""
+
+
+reward.add_command(train)
+reward.add_command(agreement)

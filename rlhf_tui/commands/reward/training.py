@@ -1,0 +1,207 @@
+"""The command that trains a reward model on judgements: reward train."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+
+from engine.config.model_folder import has_config
+from engine.config.schema import RunConfig
+from engine.config.sections.reward import RewardConfig
+from engine.config.training_settings import training_settings
+from engine.errors import UserInputError
+from engine.journal.judgements.training_data import collect_judgements
+from engine.launch.start import last_checkpoint
+from engine.protocol.reward_training import (
+    HeldOutAgreement,
+    RewardTrainingRequest,
+    TrainedReward,
+    TrainingProgress,
+)
+from engine.session.folder import Session, free_name
+from rlhf_tui import format as fmt
+from rlhf_tui.commands.options import (
+    existing,
+    json_option,
+    print_json,
+    say,
+    sessions_option,
+)
+from rlhf_tui.engine_program import stream_engine_program
+from rlhf_tui.text import one_line
+
+
+@click.command()
+@click.argument("names", metavar="SESSION...", nargs=-1, required=True)
+@sessions_option
+@click.option(
+    "--base", metavar="MODEL",
+    help="The model to start from: a classifier, or a language model, which gets a new head. "
+    "Default: the session's reward model.",
+)  # fmt: skip
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, metavar="DIR",
+    help="The folder to write, usable as reward.model.",
+)  # fmt: skip
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE",
+    help="A setting of the training, such as learning_rate=1e-5 (docs/reward-training.md).",
+)  # fmt: skip
+@json_option
+def train(
+    root: Path,
+    names: tuple[str, ...],
+    base: str | None,
+    out: Path,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train a reward model on the labels and preferences of sessions."""
+    sessions = [existing(root, name) for name in dict.fromkeys(names)]
+    chosen = training_settings(settings)
+    target = _new_folder(out)
+    configs = [session.config() for session in sessions]
+    if base is None:
+        _check_common_model(sessions, configs)
+    found = collect_judgements(sessions)
+    request = RewardTrainingRequest(
+        sessions=[session.name for session in sessions],
+        configs=configs,
+        responses=found.responses,
+        preferences=found.preferences,
+        labels=found.labels,
+        base=_anchored(base),
+        out=str(target),
+        command=shlex.join(["rlhf-tui", *sys.argv[1:]]),
+        settings=chosen,
+    )
+
+    def show(line: bytes) -> None:
+        if line.startswith(b'{"type":"progress"'):
+            text = msgspec.json.decode(line, type=TrainingProgress).text
+            click.echo(one_line(text), err=True)
+
+    result = msgspec.json.decode(
+        stream_engine_program(
+            "engine.train.reward_training",
+            given=request, launch=configs[0].launch, failed="the training failed", on_line=show,
+        ),
+        type=TrainedReward,
+    )  # fmt: skip
+    if as_json:
+        print_json(msgspec.to_builtins(result))
+        return
+    for line in report(result):
+        say(line)
+    if result.doubt:
+        say(("doubtful     ", "warn"), result.doubt)
+    say(f"next         {fork_command(sessions[0], configs[0].reward, result)}")
+
+
+def _new_folder(out: Path) -> Path:
+    """The absolute path of a folder to be written. Raises UserInputError."""
+    target = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays what it is
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserInputError(f"-o: {out} exists already; give a new or empty folder")
+    if not target.parent.is_dir():
+        raise UserInputError(f"-o: there is no folder {target.parent}; create it first")
+    return target
+
+
+def _anchored(base: str | None) -> str | None:
+    """A model folder as an absolute path; anything else is an id on the hub."""
+    if base is None or not has_config(Path(base).expanduser()):
+        return base
+    return str(Path(base).expanduser().resolve())
+
+
+def _check_common_model(sessions: list[Session], configs: list[RunConfig]) -> None:
+    """Checks that the sessions have one reward model, to start from. Raises UserInputError."""
+    for session, config in zip(sessions, configs, strict=True):
+        models = config.reward.models()
+        if len(models) != 1:
+            count = "no reward model" if not models else f"{len(models)} reward models"
+            raise UserInputError(
+                f"session '{session.name}' has {count} ({config.reward.scored_by}): choose the "
+                f"model to start from with --base, such as its policy, {config.model.policy}"
+            )
+        if models[0].model != configs[0].reward.models()[0].model:
+            raise UserInputError(
+                f"sessions '{sessions[0].name}' and '{session.name}' have different reward models: "
+                "choose the one to start from with --base"
+            )
+
+
+def report(result: TrainedReward) -> list[str]:
+    """The lines that describe a trained model."""
+    calibration, new = result.calibration, result.new_scale
+    lines = [f"note         {one_line(note)}" for note in result.notes]
+    lines += [
+        f"judgements   {fmt.plural(result.preferences, 'preference')}, {result.good} labels good, "
+        f"{result.other} bad or hack; {result.held_out} held out, by {result.split_by}",
+        f"kept         epoch {result.best_epoch} of {result.epochs}",
+        f"held out     this model agrees with {_agreement(result.trained)}",
+    ]
+    if result.in_force is not None:
+        lines.append(f"             the reward in force with {_agreement(result.in_force)}")
+    if result.at_start is not None:
+        base = one_line(result.base)
+        lines.append(f"             {base} before training with {_agreement(result.at_start)}")
+    lines += [
+        f"calibration  it states {calibration.stated:.0%} on average and is right in "
+        f"{calibration.right:.0%} of {fmt.plural(calibration.comparisons, 'comparison')}; log loss "
+        f"{calibration.log_loss:.3f} nats (a coin 0.693)",
+        f"scale        scores of all judged responses: {fmt.number(new.mean)} ± "
+        f"{fmt.number(new.std)}",
+    ]
+    if (old := result.old_scale) is not None and result.width is not None:
+        advice = (
+            "about as wide as before: kl.beta can stay"
+            if result.keeps_width
+            else f"{result.width:.2g} times as wide: multiply kl.beta by {result.width:.2g}, or "
+            "set reward.normalise=reference, to keep the balance with the KL"
+        )
+        recorded = f"{fmt.number(old.mean)} ± {fmt.number(old.std)}"
+        lines.append(f"             recorded: {recorded}. The scores are {advice}")
+    return [*lines, f"written      {one_line(result.out)}"]
+
+
+def _agreement(found: HeldOutAgreement) -> str:
+    return (
+        f"{found.agreement:.0%} of {fmt.plural(found.judgements, 'judgement')} "
+        f"({found.low:.0%} to {found.high:.0%})"
+    )
+
+
+def fork_command(session: Session, reward: RewardConfig, result: TrainedReward) -> str:
+    """The command that continues a session with the trained model."""
+    keys: dict[str, str] = {"model": result.out}
+    if result.label is not None and result.base != reward.model:
+        keys["label"] = str(result.label)
+    if result.pair:
+        keys["pair"] = "true"
+    if reward.mix:
+        inner = ", ".join(f"{key}: {value}" for key, value in keys.items())
+        options = [f"reward.mix=[{{{inner}}}]"]
+    else:
+        # What the session's reward has, and this model has not.
+        unset = {"function": None, "service": None, "judge": None, "revision": None}
+        unset |= {} if result.label is not None else {"label": None}
+        keys |= {key: "null" for key in unset if getattr(reward, key) is not None}
+        keys |= {"pair": "false"} if reward.pair and not result.pair else {}
+        options = [f"reward.{key}={value}" for key, value in keys.items()]
+    step = last_checkpoint(session)
+    name = free_name(session.folder.parent, session.name)
+    words = [
+        "rlhf-tui",
+        "fork",
+        session.name,
+        "--from",
+        str(step) if step else "STEP",
+        "--name",
+        name,
+    ]
+    return one_line(shlex.join([*words, *(word for option in options for word in ("-o", option))]))

@@ -1,0 +1,124 @@
+"""The agreement of scores with judgements: in the app, in reports and in commands."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from engine.journal.labels import Response, set_label
+from engine.journal.reader import JournalReader
+from engine.metrics import AGREEMENT
+from rlhf_tui.cli import cli
+from rlhf_tui.report import html, markdown
+from rlhf_tui.report.data import read_report
+from rlhf_tui.widgets.charts.chart import Chart
+from rlhf_tui.widgets.lines import Lines
+from tests.tui.conftest import NOW
+
+STEPS = 24
+
+
+@pytest.fixture
+def session(session_maker, tmp_path):
+    """A session whose labels agree with the scores up to step 12, and contradict them after it."""
+    session = session_maker(tmp_path / "sessions", "judged", STEPS)
+    with JournalReader(session) as record:
+        rows = record.samples.newest()
+    by_step = {}
+    for row in rows:
+        by_step.setdefault(row.step, []).append(row)
+    for step, responses in by_step.items():
+        ranked = sorted(responses, key=lambda r: r.score)
+        low, high = ("bad", "good") if step <= 12 else ("good", "bad")
+        for row, label in ((ranked[0], low), (ranked[-1], high)):
+            set_label(session, row.prompt, Response.of(row), label, "ana")
+    return session
+
+
+def run(session, *arguments):
+    where = ["--sessions", str(session.folder.parent)]
+    return CliRunner().invoke(cli, [*arguments, *where])
+
+
+def test_the_command_prints_the_agreement_and_where_it_falls(session):
+    found = json.loads(run(session, "reward", "agreement", "judged", "--json").output)
+    assert found["judgements"] == 2 * STEPS
+    assert found["fall"]["step"] == 13
+    assert found["fall"]["before"] > found["fall"]["after"]
+    assert [p["step"] for p in found["curve"]] == list(range(1, STEPS + 1))
+    lines = run(session, "reward", "agreement", "judged").output.splitlines()
+    assert "of 48 judgements" in lines[0] and "less from step 13 on" in lines[0]
+    assert lines[-1].split()[0] == "24"
+
+
+def test_without_judgements_the_command_says_how_to_make_some(session_maker, tmp_path):
+    session = session_maker(tmp_path / "sessions", "plain", 3)
+    found = run(session, "reward", "agreement", "plain")
+    assert found.exit_code == 1
+    assert "no judgements to compare" in str(found.exception)
+    empty = json.loads(run(session, "reward", "agreement", "plain", "--json").output)
+    assert empty == {"judgements": 0, "agreement": None, "fall": None, "curve": []}
+
+
+def test_a_report_has_the_agreement_as_a_sentence_and_as_a_curve(session):
+    report = read_report(session, lambda: NOW)
+    for page in (html.page(report), markdown.page(report)):
+        assert "of 48 judgements" in page
+        assert "less from step 13 on" in page
+    assert report.curves[-1].name == AGREEMENT
+
+
+async def test_the_app_shows_it_on_samples_and_as_a_chart(make_app, running, session, until):
+    app = make_app("judged", root=session.folder.parent)
+    app.preferences.charts = [AGREEMENT]
+    async with running(app) as pilot:
+        chart = app.screen.query_one(Chart)
+        await until(pilot, lambda: "falls from 13" in chart.text())
+        assert "agreement" in chart.text()
+        assert AGREEMENT in app.state.metrics
+        await pilot.press("3")
+        line = app.screen.query_one("#filter", Lines)
+        await until(pilot, lambda: "of 48, less from step 13" in line.text())
+
+
+async def test_a_damaged_file_of_judgements_hides_nothing_else(make_app, running, session, until):
+    session.labels_file.write_bytes(b"no database" * 200)
+    app = make_app("judged", root=session.folder.parent)
+    app.preferences.charts = [AGREEMENT]
+    async with running(app) as pilot:
+        await until(pilot, lambda: app.state.head.step == STEPS)
+        assert "cannot read" in app.state.agreement.problem
+        assert app.state.problem == ""
+        await until(pilot, lambda: "cannot read" in app.screen.query_one(Chart).text())
+
+
+# -- reward train refuses before anything is loaded ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "epoch=3"], "did you mean 'epochs'"),
+        (["-o", "nowhere/deep/out"], "there is no folder"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(session, options, message, tmp_path):
+    given = ["reward", "train", "judged", "-o", str(tmp_path / "out"), *options]
+    found = run(session, *given)
+    assert message in str(found.exception)
+    assert found.exception.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_not_written_over(session, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    found = run(session, "reward", "train", "judged", "-o", str(tmp_path / "out"))
+    assert "exists already" in str(found.exception)
+
+
+def test_too_few_judgements_are_refused(session_maker, tmp_path):
+    session = session_maker(tmp_path / "sessions", "plain", 3)
+    found = run(session, "reward", "train", "plain", "-o", str(tmp_path / "out"))
+    assert "at least 20 judgements and there are 0" in str(found.exception)
+    assert found.exception.exit_code == 2
