@@ -16,8 +16,6 @@ from engine.journal.database import Views
 from engine.session.folder import Session
 from engine.session.position import Position, StepRange
 
-SAMPLE_COLUMNS = "step, idx, attempt, prompt, response, score, kl, length, ended, parts"
-
 
 def views_of(session: Session, of: Callable[[Position, int], list[str]]) -> Views | None:
     """The views of one of the files of a session; None unless it is at a moment of its history."""
@@ -66,10 +64,13 @@ def journal_views(position: Position, version: int) -> list[str]:
 def sample_views(position: Position, version: int) -> list[str]:
     """The statements that create the views over samples.db."""
     tables = ["samples"] + ["evaluated"] * (version >= schema.EVALUATED_ARE_KEPT)
+    columns = schema.SAMPLE_COLUMNS
+    if version < schema.WEIGHTS_ARE_KNOWN:
+        columns = columns.removesuffix(", weights_version")
     views = [
         view
         for table in tables
-        for view in _timeline_views(position, table, f"{table}_past", SAMPLE_COLUMNS)
+        for view in _timeline_views(position, table, f"{table}_past", columns)
     ]
     # Token values are kept for samples of today's timeline only.
     kept = f"SELECT * FROM main.arrays WHERE step <= {position.kept}"

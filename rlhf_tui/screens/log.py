@@ -159,6 +159,13 @@ class LogScreen(SessionScreen):
             row.append((f"   from column {view.shift + 1}", "dim"))
         self.query_one("#about", Lines).show([row])
         view.update()
+        self.refresh_keys()
+
+    def why_disabled(self, action: str) -> str:
+        """There are no matches before a search."""
+        if action == "match" and not self._query:
+            return "no search yet: press /"
+        return super().why_disabled(action)
 
     def action_search(self) -> None:
         """Asks for a text to search for."""
@@ -177,9 +184,6 @@ class LogScreen(SessionScreen):
     def action_match(self, way: int) -> None:
         """Moves to the next line that contains the searched text."""
         view, query = self.query_one(LogView), self._query.lower()
-        if not query:
-            self.context.say("no search yet: press /")
-            return
         hits = [i for i, line in enumerate(view.lines) if query in line.lower()]
         if not hits:
             self.context.say(f"'{self._query}' is not in the log")

@@ -187,9 +187,11 @@ class SamplesScreen(SessionScreen):
     def _show_query(self) -> None:
         table, samples, line = self.query_one(Table), self.samples, self.query_one("#filter", Lines)
         query, mode = samples.query, self.query_one(SampleView).mode
-        row: list[Piece] = (
-            [(" held-out", "accent"), ("  E back  ", "dim")] if query.held_out else []
-        )
+        row: list[Piece] = []
+        if self.query_one("#panes").has_class("alone"):
+            row += [(" full screen", "accent"), ("  z back  ", "dim")]
+        if query.held_out:
+            row += [(" held-out", "accent"), ("  E back  ", "dim")]
         row += [(" sorted by ", "dim"), (ORDER_TITLES[query.order], "strong")]
         row.append((" descending" if query.descending else " ascending", "dim"))
         if table.count():
@@ -408,6 +410,7 @@ class SamplesScreen(SessionScreen):
         panes.toggle_class("alone")
         target = SampleView if panes.has_class("alone") else Table
         self.query_one(target).focus()
+        self._show_query()
 
     def action_back(self) -> None:
         """Leaves one level: full screen, the comparison, the sample, the filter, one prompt."""

@@ -42,11 +42,11 @@ async def test_a_roll_back_to_a_checkpoint_that_a_restart_leaves_behind_is_rejec
 async def test_a_roll_back_whose_journal_cannot_be_read_any_more_is_rejected(engine, writer):
     writer.checkpoint(2)
     reply = engine.send(Rollback(step=2))
-    with closing(sqlite3.connect(writer.session.samples_file)) as db:
+    with closing(sqlite3.connect(writer.session.journal_file)) as db:
         db.execute("PRAGMA user_version = 99")
     reply = await settled(writer, reply.id)
     assert (reply.status, engine.shared.next) == ("rejected", None)
-    assert "samples.db" in reply.reason
+    assert "journal.db" in reply.reason
 
 
 async def test_only_one_checkpoint_is_read_for_a_roll_back_at_a_time(engine, writer):

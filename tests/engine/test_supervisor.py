@@ -176,11 +176,11 @@ async def test_commands_are_checked_against_the_configuration_in_memory_not_the_
 
 
 async def test_a_command_that_cannot_be_checked_is_rejected_with_the_reason(engine, writer):
-    with closing(sqlite3.connect(writer.session.samples_file)) as db:
+    with closing(sqlite3.connect(writer.session.journal_file)) as db:
         db.execute("PRAGMA user_version = 99")
     reply = engine.send(Rollback(step=2))
     assert reply.status == "rejected"
-    assert "samples.db" in reply.reason
+    assert "journal.db" in reply.reason
 
 
 async def test_only_failures_of_ready_ranks_count_against_a_command(engine, writer):

@@ -95,7 +95,7 @@ class FaultRun:
             )  # fmt: skip
         else:
             start = launch.StartOptions(who="faults")
-        added = {"PYTHONPATH": f"{HOOKS}"} | (environment or {})
+        added = {"PYTHONPATH": f"{HOOKS}:{HOOKS.parents[2]}"} | (environment or {})
         with _environment(added):
             pid = start_engine(self.session, start, timeout=0.0)
         until(lambda: self.session.is_live() or not psutil.pid_exists(pid), "an engine", WAIT)

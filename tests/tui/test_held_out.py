@@ -134,7 +134,7 @@ async def test_held_out_curves_are_beside_those_of_training_from_step_0_on(opene
         score, kl, clip = (chart.text() for chart in list(app.screen.query(Chart))[:3])
         last = evaluation(60)[0]
         assert f"{last['eval/score']:.2f} ± {last['eval/score_ci']:.2f}" in score
-        assert f"· {last['eval/kl']:.2f}" in kl
+        assert f"· {POINT}{last['eval/kl']:.2f}" in kl
         for text in (score, kl):
             assert text.splitlines()[-1].strip().startswith("0–60")
             assert sum(row.count(POINT) for row in text.splitlines()[1:]) == 4

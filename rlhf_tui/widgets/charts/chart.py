@@ -86,7 +86,12 @@ class Chart(Widget, can_focus=True):
         title = " + ".join(metrics.title_of(n) for n in self.names)
         return Plot(
             title="".join(c if cell_len(c) == 1 else "?" for c in one_line(title)),
-            value=" · ".join(self._value(n) for n in [*self.names, *self._held_out()]),
+            value=" · ".join(
+                [
+                    *(self._value(n) for n in self.names),
+                    *(f"{POINT}{self._value(n)}" for n in self._held_out()),
+                ]
+            ),
             first=first,
             last=last,
             lines=self._lines(name),
@@ -153,7 +158,9 @@ class Chart(Widget, can_focus=True):
 
     def _others(self) -> list[tuple[str, str, str, dict[str, Series]]]:
         """Mark, name, style and curves of each overlaid session."""
-        own = min(len(self.names) + len(self._held_out()), COLOURS - 1)
+        # One colour is kept for held-out values, whether or not this chart has some: a session has
+        # the same colour on all charts of one metric.
+        own = min(len(self.names) + 1, COLOURS - 1)
         return [
             (mark, one_line(session), self._style(own + i % (COLOURS - own)), curves)
             for i, (mark, session, curves) in enumerate(self.view.overlays())

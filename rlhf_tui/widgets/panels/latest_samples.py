@@ -37,13 +37,16 @@ def newest_responses(
 
 def _response(sample: SampleRow, width: int) -> Row:
     wide = width >= 60
+    prompt, most = sample.prompt.strip(), max(width // 4, 8)
+    if len(prompt) > most:
+        prompt = "…" + prompt[1 - most :]
     return [
         (f" {fmt.number(sample.score, 2):>7}", "strong"),
         (f" {fmt.number(sample.kl, 1):>6}" if wide else "", "dim"),
         (f" {sample.length:>3}" if wide else "", "dim"),
         ("  " if sample.ended else " ✂", "warn"),
         (" ", ""),
-        (sample.prompt.strip()[-max(width // 4, 8) :], "dim"),
+        (prompt, "dim"),
         ("│", "dim"),
         (sample.response.strip(), ""),
     ]
