@@ -30,6 +30,7 @@ def journal_views(position: Position, version: int) -> list[str]:
         f"(ended <= {at!r} OR attempt < {attempt} "
         f"OR (attempt = {attempt} AND applied_step <= {position.step}))"
     )
+    left = _left("c.applied_step", "c", position, " AND b.fresh")
     numbers = ", seq, applied_seq" if version >= schema.COMMANDS_ARE_NUMBERED else ""
     return [
         *_timeline_views(position, "steps", "steps_past", "attempt, step, time"),
@@ -55,7 +56,7 @@ def journal_views(position: Position, version: int) -> list[str]:
             f"{_once(ended, 'ended', 'applied_step', 'reason', 'result')}, attempt, "
             f"CASE WHEN {ended} THEN changes ELSE '[]' END AS changes, "
             # What a later attempt overrode was in effect until then.
-            f"live OR NOT {_left('c.applied_step', 'c', position)} AS live{numbers} "
+            f"live OR NOT {left} AS live{numbers} "
             f"FROM main.commands c WHERE queued <= {at!r} OR attempt < {attempt}",
         ),
     ]
@@ -137,11 +138,11 @@ def _checkpoint_status(position: Position) -> str:
     )
 
 
-def _left(step: str, row: str, position: Position) -> str:
-    """Whether an attempt up to the position began before a step of a row's attempt."""
+def _left(step: str, row: str, position: Position, only: str = "") -> str:
+    """Whether an attempt up to the position, of `only` some, began before a step of a row's."""
     return (
         f"EXISTS (SELECT 1 FROM main.attempts b WHERE b.attempt > {row}.attempt "
-        f"AND b.attempt <= {position.attempt} AND b.from_step < {step})"
+        f"AND b.attempt <= {position.attempt} AND b.from_step < {step}{only})"
     )
 
 

@@ -155,7 +155,7 @@ class Rejected(Message, frozen=True, tag="rejected"):
     reason: str
 
 
-REWARD_CHANGED = "reward"
+REWARD_CHANGED = "reward_changed"
 """The rule of the notice that the scores come from another reward from the next step on."""
 
 

@@ -114,7 +114,20 @@ class StoreClient:
         try:
             return self._idle.pop()
         except IndexError:
-            return self._connect()
+            return self._connect_again()
+
+    def _connect_again(self) -> AuthenticatedConnection:
+        """Another connection. A busy server turns clients away for a while."""
+        deadline = time.monotonic() + 3 * CONNECT_TIMEOUT
+        while True:
+            try:
+                return self._connect()
+            except AuthenticationError:
+                raise
+            except (OSError, LinkError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY)
 
     def _connect(self) -> AuthenticatedConnection:
         return connect((self._host, self._port), self._secret, CONNECT_TIMEOUT)

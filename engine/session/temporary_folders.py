@@ -32,14 +32,16 @@ class TemporaryFolder:
         """
         parent = parent or Path(tempfile.gettempdir())
         remove_abandoned(parent)
-        self._folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent)
+        self._folder = tempfile.TemporaryDirectory(
+            prefix=PREFIX, dir=parent, ignore_cleanup_errors=True
+        )
         self.path = Path(self._folder.name)
         self._lock = lock.SessionLock(self.path / LOCK)
 
     def close(self) -> None:
         """Removes the folder with its contents."""
+        self._lock.release()  # on NFS an open file keeps its folder from being removed
         self._folder.cleanup()
-        self._lock.release()
 
 
 def remove_abandoned(parent: Path) -> None:

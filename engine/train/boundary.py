@@ -53,6 +53,7 @@ from engine.train.link import Link
 from engine.train.models.language_model import fingerprint
 from engine.train.models.reference_update import mix_into_reference
 from engine.train.reports.probe import answer_probe
+from engine.train.reports.trackers import FINISH_SECONDS
 from engine.train.rewards.recovery import Recovery
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run, max_response_tokens
@@ -210,6 +211,8 @@ class Boundary:
         """
         needed = self._longest_step + self.checkpoints.seconds_to_save()
         needed += self._run.config.train.deadline_margin
+        if self._run.config.log.trackers:
+            needed += FINISH_SECONDS  # the end of the run may wait as long for them
         if self._deadline is not None and self._deadline - time.time() < needed:
             return "deadline"
         if self._run.ranks.is_machine_leaving():

@@ -83,6 +83,8 @@ class SessionCopy:
         kept = [i for i, name in enumerate(rows.columns) if name in known]
         if rows.clear:
             database.execute(f"DELETE FROM {rows.table}")  # noqa: S608 - a table of the schema
+        if not kept or not rows.rows:
+            return  # there is no journal yet
         names = ", ".join(rows.columns[i] for i in kept)
         marks = ", ".join("?" * len(kept))
         database.executemany(

@@ -62,7 +62,9 @@ class Source:
         if stamps == self._stamps:
             return
         self._stamps = stamps
-        yield from self._journal()
+        # Whole, so that no snapshot is open while a slow connection takes the messages: on network
+        # file systems the writer of the journal would wait for it.
+        yield from list(self._journal())
         yield from self._samples()
         yield from self._judgements()
         yield from self._log(session.log_file)
@@ -77,7 +79,8 @@ class Source:
                 attempt = (rows[0][0] if rows else 0) or 0
                 fresh = self._fresh = attempt != self._attempt
                 rows = database.rows("SELECT max(step) FROM steps")
-                last = (rows[0][0] if rows else 0) or 0
+                # Step 0, the evaluation before training, has no row in `steps`.
+                last = rows[0][0] if rows and rows[0][0] is not None else -1
                 if fresh:
                     self._attempt, self._step = attempt, max(last - self._tail, -1)
                     self._sampled = max(last - SAMPLED_STEPS, -1)

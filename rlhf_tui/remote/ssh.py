@@ -21,6 +21,8 @@ COMMAND = "RLHF_TUI_REMOTE"
 """Names the program on other machines, if it is not `rlhf-tui` on the PATH of their shells."""
 RECONNECT = 5.0
 """Seconds between two attempts to connect again."""
+POLL = 0.05
+"""Seconds between two looks at a connection that is being made."""
 FIRST = 60.0
 """Seconds that the first copy may take: somebody may have to type a passphrase."""
 
@@ -107,8 +109,12 @@ class RemoteSession:
             NoSuchSessionError: there is no such session.
         """
         threading.Thread(target=self._follow, daemon=True, name="remote session").start()
-        self._first.wait(FIRST)
-        if self._copy.session is None or self._problem is not None:
+        try:
+            ready = self._first.wait(FIRST)
+        except BaseException:
+            self.close()
+            raise
+        if not ready or self._copy.session is None or self._problem is not None:
             problem = self._problem or LinkError(f"{self._address.host} does not answer")
             self.close()
             raise problem
@@ -195,3 +201,11 @@ class RemoteSession:
                 [*self._address.ssh(*options), "--", "cat"], stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
+            # It may ask for a passphrase until it is connected: the app must not have begun.
+            while not (
+                self._first.is_set()
+                or self._stopped.is_set()
+                or self._socket.exists()
+                or self._forward.poll() is not None
+            ):
+                self._stopped.wait(POLL)

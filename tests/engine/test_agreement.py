@@ -109,6 +109,6 @@ def test_scores_of_two_rewards_are_never_compared(writer):
     session = writer.session
     for step, label in ((1, "good"), (2, "bad"), (3, "bad"), (4, "good")):
         set_label(session, "prompt 0", answer(step), label, "ana")
-    writer.journal.record_event("alert", {"rule": "reward", "text": "another one"}, 2)
+    writer.journal.record_event("alert", {"rule": "reward_changed", "text": "another one"}, 2)
     agreements = [p.agreement for p in agreement_of(session).points]
     assert agreements == [0.0, 0.0, 1.0, 1.0]

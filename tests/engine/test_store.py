@@ -82,7 +82,8 @@ class Between:
         while data := client.recv(65536):
             self.sent += data
             server.sendall(self.change(data))
-        server.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # the client has gone already
+            server.shutdown(socket.SHUT_RDWR)
 
     @staticmethod
     def _pass_on(server, client):

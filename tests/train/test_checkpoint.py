@@ -143,7 +143,7 @@ def test_another_reward_is_told_and_its_scales_are_measured_anew(make_run):
         return load_run(session, config, begin, ranks, no_report, lambda *n: notices.append(n))
 
     again = load()
-    assert [rule for rule, _ in notices] == ["reward"]
+    assert [rule for rule, _ in notices] == ["reward_changed"]
     assert "from step 2 on scores come from model /" in notices[0][1]
     assert (again.state.reward_mean, again.state.reward_std) == (0.0, 1.0)
     fit_scales(again, config)

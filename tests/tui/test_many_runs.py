@@ -113,7 +113,8 @@ async def test_all_runs_that_match_are_overlaid_and_aligned(runs, running, until
         assert "overlay by hours" in app.screen.query_one(ChartGrid).charts[1].plot().note
         queries.clear()
         await pilot.press("g", "left", "right", "n", "plus", "0")
-        assert queries == []  # a key only paints
+        made = [query for name, query in queries if name == threading.current_thread().name]
+        assert made == []  # a key only paints; the thread that reads the journal may be at work
         await pilot.press("O")
         await until(pilot, lambda: isinstance(app.screen, PickerDialog))
         await pilot.press("ctrl+a", "enter")

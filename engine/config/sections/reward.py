@@ -111,7 +111,9 @@ class RewardSource(ScoreOrigin, frozen=True):
         }  # fmt: skip
         words = [f"{name} {value}" for name, value in details.items() if value is not None]
         words += ["pair"] if self.pair else []
-        return f"{self.kind} {self.value}" + (f" ({', '.join(words)})" if words else "")
+        # What follows ? in an address may be a key, which is no part of what the source is.
+        value = self.value.partition("?")[0] if "://" in self.value else self.value
+        return f"{self.kind} {value}" + (f" ({', '.join(words)})" if words else "")
 
 
 class OverlongConfig(Section, frozen=True):

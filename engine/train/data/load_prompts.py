@@ -157,9 +157,26 @@ def _cached(
         with cache.making(name) as made:
             if rows is None:
                 begin("read")
-                rows = read_rows(source, made.parent / "read")
+                rows = _read_into(made.parent / "read", source, cache)
             _fill(made, config, source, tokenizer, rows, cache, begin)
-    return cache.folder / name
+            del rows  # it maps files of the temporary folder
+    found = cache.find(name)
+    if found is None:
+        raise cache.not_writable(OSError(0, "files written there belong to another user"))
+    return found
+
+
+def _read_into(folder: Path, source: PromptSource, cache: PromptCache) -> "datasets.Dataset":
+    """Reads a file into Arrow files in a folder of the cache."""
+    try:
+        return read_rows(source, folder)
+    except UserInputError as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cache.not_writable(cause) from error
 
 
 def _files_of(rows: "datasets.Dataset | None") -> list[Path]:

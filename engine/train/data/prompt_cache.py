@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from engine.errors import UserInputError
+from engine.errors import SessionError, UserInputError
 from engine.session.access import FILE_MODE, FOLDER_MODE, make_folders
 from engine.session.folder import write_atomically
 from engine.session.temporary_folders import TemporaryFolder
@@ -113,7 +113,7 @@ class PromptCache:
             make_folders(self.folder)
             self._remove_unused()
             work = TemporaryFolder(self.folder)
-        except OSError as error:
+        except (OSError, SessionError) as error:
             raise self.not_writable(error) from error
         try:
             made = work.path / "entry"
@@ -139,13 +139,12 @@ class PromptCache:
             path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
         entry = Entry({str(path.relative_to(made)): path.stat().st_size for path in files})
         write_atomically(made / ENTRY, msgspec.json.encode(entry).decode())
-        if self.find(target.name) is None:
-            shutil.rmtree(target, ignore_errors=True)  # a damaged one
-            try:
+        try:
+            made.rename(target)
+        except OSError:  # there is one: of another run that was faster, or a damaged one
+            if self.find(target.name) is None:
+                shutil.rmtree(target, ignore_errors=True)
                 made.rename(target)
-            except OSError:  # of another run that was faster
-                if self.find(target.name) is None:
-                    raise
 
     def _remove_unused(self) -> None:
         for folder in self.folder.iterdir():

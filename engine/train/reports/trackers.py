@@ -21,6 +21,8 @@ from engine.session.folder import Session
 PROGRAM = "engine.train.reports.tracker_program"
 PENDING = 10_000
 """Steps that wait for trackers before further ones are not passed on."""
+LEFT_OUT = ("RLHF_TUI_", "PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MASTER_")
+"""Beginnings of variables by which accelerate would look for other processes."""
 FINISH_SECONDS = 70.0
 """For which the end of a run waits for trackers; the program ends itself a little earlier."""
 Notify = Callable[[int, str], None]
@@ -117,8 +119,8 @@ class TrackerProcess:
 
 
 def environment() -> dict[str, str]:
-    """The trackers' environment: not that of a rank, and without a GPU."""
-    kept = {k: v for k, v in clean_environment().items() if not k.startswith("RLHF_TUI_")}
+    """The trackers' environment: not that of a rank, nor of an MPI process, and without a GPU."""
+    kept = {k: v for k, v in clean_environment().items() if not k.startswith(LEFT_OUT)}
     return kept | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
 
 

@@ -10,6 +10,8 @@ from engine.errors import UserInputError
 from engine.protocol.reward_training import RewardTrainingRequest
 from engine.train.data.randomness import permutation
 
+MOST_LEFT_OUT = 0.9
+"""The largest share of the judgements that may be kept from training."""
 LEAST_PROMPTS = 10
 """Prompts from which on all judgements of a prompt are on one side of the split."""
 
@@ -120,6 +122,10 @@ def _assign(
     groups: list[list[Judgement]], settings: RewardTrainingConfig
 ) -> dict[str, list[Judgement]]:
     shares = {"test": settings.holdout, "validation": settings.validation}
+    if sum(shares.values()) > MOST_LEFT_OUT:
+        raise UserInputError(
+            "--set holdout and --set validation leave less than a tenth to train on: lower one"
+        )
     shares = {"train": 1 - sum(shares.values())} | shares
     totals = Counter(j.kind for group in groups for j in group)
     parts: dict[str, list[Judgement]] = {name: [] for name in shares}

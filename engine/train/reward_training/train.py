@@ -56,7 +56,9 @@ def train_reward(request: RewardTrainingRequest, report: Callable[[str], None]) 
     before = trainer.scores().tolist()
     fitted = trainer.fit(split, report)
     scores = trainer.scores().tolist()
-    recorded = [r.score for r in request.responses]
+    # Scores of different rewards are not comparable.
+    same = len({config.reward.scored_by for config in request.configs}) == 1
+    recorded = [r.score if same else None for r in request.responses]
     trained, new_scale = held_out_agreement(split.test, scores), scale_of(scores)
     if trained is None or new_scale is None:
         raise TypeError("the split has judgements to compare in each part")
