@@ -99,7 +99,8 @@ def test_a_finished_one_is_extended(old):
     status = old.json("status", "finished")
     assert (status["state"], status["step"], status["attempt"]) == ("finished", 8, 2)
     after = old.json("metrics", "finished")
-    assert after[:6] == before
+    # Metrics that this version added have no value in the old steps.
+    assert [{name: row[name] for name in before[0]} for row in after[:6]] == before
     assert [row["step"] for row in after] == list(range(1, 9))
 
 
