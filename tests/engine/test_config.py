@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from engine.config import file as config_file
+from engine.config.sections.reward import RewardConfig
 from engine.config.settings import (
     LIVE_SETTINGS,
     Settings,
@@ -212,3 +213,8 @@ def test_the_keys_of_the_objective_keep_the_defaults_of_sessions_without_them():
     for key in ("clip_range_high", "dual_clip", "entropy_coef", "loss_aggregation"):
         del old[key]
     assert msgspec.convert(old, Settings) == settings_of(config)
+
+
+def test_a_key_in_the_address_of_a_reward_is_no_part_of_what_the_reward_is():
+    one, other = (RewardConfig(service=f"https://box/score?key={key}") for key in ("a", "b"))
+    assert one.scored_by == other.scored_by == "service https://box/score"

@@ -28,7 +28,6 @@ def test_nothing_acknowledged_is_lost_by_kills_at_points_of_a_save_and_a_command
         for kind in ("save", "command"):
             points = [p for p in LIGHT_POINTS if p.kind.endswith(kind)]
             kills.kill(rng.choice(points))
-        kills.kill(None)
         kills.finish()
     finally:
         kills.run.end()

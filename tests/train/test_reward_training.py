@@ -204,3 +204,9 @@ def test_the_end_of_a_response_is_a_token_unless_it_was_cut_off_or_stopped_by_a_
     assert ends == [True, False, False]
     assert inputs.prompts[0] == Prompt(tokenizer("The film")["input_ids"], "The film", {})
     assert "1 of 1 judged prompts are not in its data" in inputs.notes[0]
+
+
+def test_a_split_that_leaves_nothing_to_train_on_says_what_to_lower():
+    given = request(settings=RewardTrainingConfig(holdout=0.5, validation=0.5))
+    with pytest.raises(UserInputError, match="lower one"):
+        split_judgements(given)
