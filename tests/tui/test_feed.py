@@ -160,11 +160,11 @@ def test_many_checkpoints_do_not_push_out_notes_and_alerts(following, session):
     for step in range(2, 700):
         journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
     state, _ = following(session)
-    wait(lambda: any(m.step == 699 for m in state.markers()))
+    wait(lambda: any(e.step == 699 for e in state.events))
     for step in range(700, 2700):
         journal.record_event("checkpoint", {"size": 1, "score": 1.0, "kl": 1.0}, step)
     journal.close()
-    wait(lambda: any(m.step == 2699 for m in state.markers()))
+    wait(lambda: any(e.step == 2699 for e in state.events))
     assert {"note", "alert"} <= {m.kind for m in state.markers()}
 
 
