@@ -3,11 +3,9 @@
 import itertools
 import json
 import math
-import shutil
 import sqlite3
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +15,8 @@ from engine.journal.database import open_read_only
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
 from engine.journal.samples import SampleQuery, SampleReader
-from engine.journal.writer import JournalWriter, copy_until, on_network
+from engine.journal.writer import copy_until
 from engine.protocol.commands import Probe
-from engine.session.folder import Session
-
-DATA = Path(__file__).parent / "data"
 
 
 def scores(session):
@@ -360,134 +355,6 @@ def test_samples_are_searched_and_ordered(writer):
         assert len(record.samples.page(SampleQuery(score_from=2, score_to=2), limit=10)) == 2
         evil = SampleQuery(order="score; DROP TABLE samples", text="%'\"")
         assert record.samples.page(evil, limit=1) == []
-
-
-def test_a_session_that_never_began_reads_as_empty(make_session):
-    with JournalReader(make_session("new")) as record:
-        assert record.metrics() == record.events() == record.attempts() == []
-        assert record.last_step() == 0
-        assert record.state() == "crashed"
-
-
-def test_a_journal_of_a_newer_version_is_refused_by_reader_and_writer(writer):
-    writer.journal.close()
-    with sqlite3.connect(writer.session.journal_file) as db:
-        db.execute(f"PRAGMA user_version = {len(schema.JOURNAL) + 1}")
-    for opening in (JournalWriter, JournalReader):
-        with pytest.raises(JournalError, match="newer"):
-            opening(writer.session)
-    with sqlite3.connect(writer.session.journal_file) as db:
-        db.execute(f"PRAGMA user_version = {len(schema.JOURNAL)}")
-    writer.journal = JournalWriter(writer.session)
-
-
-def test_a_file_that_is_no_journal_is_refused_in_a_sentence(make_session):
-    session = make_session("odd")
-    session.journal_file.write_bytes(b"nothing of ours" * 300)
-    for opening in (JournalWriter, JournalReader):
-        with pytest.raises(JournalError, match=r"journal\.db"):
-            opening(session)
-
-
-def test_migrations_are_taken_in_order_each_once(tmp_path):
-    path = tmp_path / "some.db"
-    scripts = ["CREATE TABLE a (x);", "INSERT INTO a VALUES (1);", "INSERT INTO a VALUES (2);"]
-    db = sqlite3.connect(path)
-    schema.migrate(db, scripts[:2], path)
-    schema.migrate(db, scripts, path)
-    schema.migrate(db, scripts, path)
-    assert db.execute("SELECT x FROM a").fetchall() == [(1,), (2,)]
-    assert schema.schema_version(db) == 3
-    with pytest.raises(JournalError, match="newer"):
-        schema.migrate(db, scripts[:1], path)
-    # One that fails leaves nothing of itself.
-    with pytest.raises(sqlite3.Error):
-        schema.migrate(db, [*scripts, "CREATE TABLE b (x); INSERT INTO nowhere VALUES (1);"], path)
-    db.close()
-    db = sqlite3.connect(path)
-    assert schema.schema_version(db) == 3
-    assert db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'b'").fetchone() == (0,)
-    db.close()
-
-
-@pytest.fixture
-def old(tmp_path, make_session):
-    """A session of version 1, as it was checked in."""
-    session = make_session("old")
-    shutil.copy(DATA / "journal-v1.db", session.journal_file)
-    shutil.copy(DATA / "samples-v1.db", session.samples_file)
-    return session
-
-
-def test_an_old_journal_is_read(old):
-    assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
-    with JournalReader(old) as record:
-        assert [a.from_step for a in record.attempts()] == [0, 1]
-        assert record.commands()[0].changes[0].new == 0.2
-        assert record.samples.newest()[-1].response == "answer 3.1"
-        assert record.samples.arrays(3, 0, 2).tokens == ["a", "b"]
-        assert [c.step for c in record.checkpoints()] == [1, 3]
-        assert record.past_series("objective/scores") == [(1, 2, 2.1)]
-
-
-def test_an_old_journal_is_migrated_and_goes_on(old):
-    journal = JournalWriter(old)
-    assert (journal.attempt, journal.step) == (2, 3)
-    journal.begin_attempt(3, fresh=False)
-    assert [s.changes[0].new for s in journal.commands.changes_after(1)] == [0.2]
-    journal.close()
-    assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
-
-
-def test_an_archived_copy_is_read_where_nothing_can_be_written(old, tmp_path, monkeypatch):
-    # Root may write anywhere: what a read-only folder does to SQLite is made by hand.
-    connect = sqlite3.connect
-    asked = []
-
-    def without_writing(database, **options):
-        asked.append(database)
-        if "immutable" not in database:
-            raise sqlite3.OperationalError("unable to open database file")
-        return connect(database, **options)
-
-    monkeypatch.setattr(sqlite3, "connect", without_writing)
-    assert scores(old) == {1: 1.1, 2: 2.2, 3: 3.2}
-    assert any("immutable=1" in uri for uri in asked)
-
-
-def test_an_archived_crash_is_read_to_its_last_row_where_nothing_can_be_written(
-    writer, tmp_path, monkeypatch
-):
-    writer.steps(*range(1, 56))
-    archive = Session(tmp_path / "archive" / "run")
-    # As a crash leaves it, and copied without the shared memory: all rows are in the -wal.
-    shutil.copytree(writer.session.folder, archive.folder, ignore=shutil.ignore_patterns("*-shm"))
-    connect = sqlite3.connect
-
-    def without_writing(database, **options):
-        if not any(word in database for word in ("immutable", "unix-none")):
-            raise sqlite3.OperationalError("unable to open database file")
-        return connect(database, **options)
-
-    monkeypatch.setattr(sqlite3, "connect", without_writing)
-    assert len(scores(archive)) == 55
-    with SampleReader(archive) as samples:
-        assert len(samples.newest()) == 2 * 55
-    assert not list(archive.folder.glob("*-shm"))
-
-
-def test_a_path_with_signs_that_mean_something_in_a_uri_is_read(make_session, write_in, tmp_path):
-    folder = tmp_path / "sessions" / "a?b=c#d %41 é"
-    shutil.copytree(make_session("plain").folder, folder)
-    writer = write_in(Session(folder))
-    writer.journal.begin_attempt(0, fresh=False)
-    writer.steps(1)
-    writer.journal.close()
-    assert scores(Session(folder)) == {1: 1.1}
-
-
-def test_a_local_folder_is_not_taken_for_a_network_one(tmp_path):
-    assert not on_network(tmp_path)
 
 
 def test_an_evaluation_before_the_first_step_is_repeated_by_an_attempt_from_step_0(writer):
