@@ -6,7 +6,7 @@ Each run is one of the starter, in a process of the pool and without a superviso
 at most 24 tokens a step, an evaluation after every tenth step, and a source of weight 0 that only
 watches. A run that is done becomes one line of OUT/runs.jsonl, with all metrics of each step but
 times. Runs that are there already are not made again. They are made seed by seed, so that after S
-seconds, when it ends, each kind has about as many. `benchmarks/detectors.py` evaluates them.
+seconds, when it ends, each kind has about as many. `python -m benchmarks.detectors --runs` evaluates them.
 """
 
 import argparse
