@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu import decoding, numerics, whole_runs
+from benchmarks.gpu import decoding, numerics, weights_transfer, whole_runs
 from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
@@ -29,6 +29,10 @@ IN_PROCESS: dict[str, Part] = {
     "FSDP2": whole_runs.sharded_on_one,
 }
 """Parts that compute in this process, so that the device can be pretended."""
+OTHER_PROCESSES: dict[str, Part] = {
+    "weights to another process": weights_transfer.weights_to_another_process,
+}
+"""Parts that start processes of their own, which cannot pretend."""
 WHOLE_RUNS: dict[str, Part] = {
     "starter": whole_runs.starter_learns,
     "kill and resume": whole_runs.killed_and_resumed,
@@ -56,7 +60,7 @@ def main() -> int:
     print(f"{machine.describe()}\n", flush=True)
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as folder:
-        for group in (IN_PROCESS, WHOLE_RUNS):
+        for group in (IN_PROCESS, OTHER_PROCESSES, WHOLE_RUNS):
             chosen = {name: part for name, part in group.items() if options.only in name}
             findings += check(chosen, Path(folder))
     failed = [f.name for f in findings if not f.passed]

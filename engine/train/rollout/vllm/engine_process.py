@@ -183,7 +183,7 @@ class Engine:
         named = [(t.name, t.shape) for t in update.tensors]
         calls: dict[str, tuple[str, tuple[Any, ...]]] = {
             "file": ("load_weights_file", (update.path, named, update.checksum)),
-            "ipc": ("load_weights_ipc", (update.handles, named, update.checksum)),
+            "ipc": ("load_weights_ipc", (update.handles, named, update.gpu, update.checksum)),
             "broadcast": (
                 "load_weights_broadcast",
                 (update.path, self._workers + 1, named, update.tensors[0].dtype),
