@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu import decoding, numerics, whole_runs
+from benchmarks.gpu import decoding, numerics, weights_transfer, whole_runs
 from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
@@ -30,6 +30,10 @@ IN_PROCESS: dict[str, Part] = {
     "FSDP2": whole_runs.sharded_on_one,
 }
 """Parts that compute in this process, so that the device can be pretended."""
+OTHER_PROCESSES: dict[str, Part] = {
+    "weights to another process": weights_transfer.weights_to_another_process,
+}
+"""Parts that start processes of their own, which cannot pretend."""
 WHOLE_RUNS: dict[str, Part] = {
     "starter": whole_runs.starter_learns,
     "kill and resume": whole_runs.killed_and_resumed,
@@ -61,7 +65,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         here, programs, alone = (
             {name: part for name, part in group.items() if options.only in name}
-            for group in (IN_PROCESS, WHOLE_RUNS, ALONE)
+            for group in (IN_PROCESS, OTHER_PROCESSES | WHOLE_RUNS, ALONE)
         )
         # A pretended GPU is a state of this process: the parts then run one after another.
         with ThreadPoolExecutor(max_workers=1) as beside:

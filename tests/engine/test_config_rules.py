@@ -267,6 +267,7 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason(overrides, 
         (["rollout.transfer=ipc", "launch.device=cpu"], "rollout.transfer: ipc needs a GPU"),
         (["rollout.transfer=ipc", "rollout.tensor_parallel=2"], "use broadcast with more"),
         (["rollout.transfer=ipc", "rollout.gpus=[1]", "launch.gpus=[0]"], "the GPU of rank 0"),
+        (["rollout.transfer=broadcast", "rollout.gpus=[0]", "launch.gpus=[0]"], "one member on a"),
     ],
 )
 def test_an_engine_without_the_gpus_that_its_keys_need_is_refused(overrides, says):
