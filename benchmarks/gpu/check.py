@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu import decoding, numerics, whole_runs
+from benchmarks.gpu import decoding, low_precision, numerics, whole_runs
 from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
@@ -24,6 +24,8 @@ IN_PROCESS: dict[str, Part] = {
     "recorded step": numerics.recorded_step,
     "bfloat16": numerics.bfloat16_gap,
     "fused kernels": numerics.fused_kernels,
+    "8-bit moments": low_precision.eight_bit_moments,
+    "QLoRA": low_precision.four_bit_weights,
     "sampling": numerics.sampled_distribution,
     "decoding": decoding.same_tokens,
     "FSDP2": whole_runs.sharded_on_one,
