@@ -92,7 +92,7 @@ class AdamW8bit(torch.optim.Optimizer):
         weight, gradient = _local(parameter), _local(parameter.grad)
         moments = [_local(state[name]) for name in MOMENTS]
         if not block_size(parameter.shape):
-            _update_(weight, gradient, *moments, rates)
+            _update_(weight, gradient, moments, rates)
         elif weight.numel():  # a rank beyond the rows of a sharded weight has none of it
             scales = [_local(state[name + SCALE]) for name in MOMENTS]
             _update_packed_(weight, gradient, moments, scales, rates)
@@ -213,17 +213,16 @@ def _update_packed_(
             unpack(moment[part], scale[part], signed=name == MOMENTS[0])
             for name, moment, scale in zip(MOMENTS, moments, scales, strict=True)
         ]
-        _update_(weight[part], gradient[part], *unpacked, rates)
+        _update_(weight[part], gradient[part], unpacked, rates)
         for name, numbers, moment, scale in zip(MOMENTS, unpacked, moments, scales, strict=True):
             packed, largest = pack(numbers, blocks, signed=name == MOMENTS[0])
             moment[part].copy_(packed)
             scale[part].copy_(largest)
 
 
-def _update_(
-    weight: Tensor, gradient: Tensor, average: Tensor, average_square: Tensor, rates: _Rates
-) -> None:
+def _update_(weight: Tensor, gradient: Tensor, moments: list[Tensor], rates: _Rates) -> None:
     """AdamW's update of a weight and its float32 moments, in place."""
+    average, average_square = moments
     weight.mul_(rates.decay)
     average.lerp_(gradient, 1 - rates.beta1)
     average_square.mul_(rates.beta2).addcmul_(gradient, gradient, value=1 - rates.beta2)
