@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu import decoding, numerics, weights_transfer, whole_runs
+from benchmarks.gpu import decoding, low_precision, numerics, weights_transfer, whole_runs
 from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
@@ -25,6 +25,8 @@ IN_PROCESS: dict[str, Part] = {
     "recorded step": numerics.recorded_step,
     "bfloat16": numerics.bfloat16_gap,
     "fused kernels": numerics.fused_kernels,
+    "8-bit moments": low_precision.eight_bit_moments,
+    "QLoRA": low_precision.four_bit_weights,
     "sampling": numerics.sampled_distribution,
     "decoding": decoding.same_tokens,
     "FSDP2": whole_runs.sharded_on_one,

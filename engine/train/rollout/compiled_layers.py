@@ -49,7 +49,8 @@ class CompiledLayers:
         self._backend = backend
         self._function: Callable[..., Any] | None = None
         self._checked = False
-        self._usable = True
+        self.usable = True
+        """False once a layer could not be compiled, or was wrong."""
         self.shapes: set[Hashable] = set()
         """Keys of the shapes that layers have been compiled for: a new shape may compile again,
         which a CUDA graph's capture does not allow."""
@@ -84,7 +85,7 @@ class CompiledLayers:
                     del layer.forward
 
     def _wanted(self, model: AnyModel, layers: list[nn.Module], device: torch.device) -> bool:
-        if self._when == "never" or not self._usable or not layers:
+        if self._when == "never" or not self.usable or not layers:
             return False
         # As for other attention functions: positions and masks are given, not made by transformers.
         if getattr(model.lm.config, "_attn_implementation", None) != "sdpa":
@@ -104,7 +105,7 @@ class CompiledLayers:
             cache = keywords.get("past_key_values")
             past = cache.layers[index] if isinstance(cache, DynamicCache) else None
             fixed = past.fixed() if isinstance(past, PreallocatedLayer) else None
-            if hidden.shape[1] != 1 or fixed is None or args or not self._usable:
+            if hidden.shape[1] != 1 or fixed is None or args or not self.usable:
                 return eager(hidden, *args, **keywords)
             try:
                 output = compiled(layer, hidden, keywords | {"past_key_values": fixed})
@@ -134,7 +135,7 @@ class CompiledLayers:
             raise ValueError(f"their output is off by {error:.2g}")
 
     def _give_up(self, reason: str) -> None:
-        self._usable = False
+        self.usable = False
         # The compiler's first line names the part that failed, the second says why.
         short = " ".join(reason.split("\n\n")[0].split())
         log.warning("decoding without compiled layers: %s", short[:300])
