@@ -11,9 +11,9 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.model_folder import folder_error, has_config, is_file
+from engine.config.rules.trackers import check_trackers_installed
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange
-from engine.config.tracker_rules import check_trackers_installed
 from engine.errors import (
     ConfigError,
     DamagedCheckpointError,
