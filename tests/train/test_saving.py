@@ -18,7 +18,6 @@ from engine.protocol.rank_messages import (
     Paused,
     RankCommand,
     RankHello,
-    ReplayedChange,
 )
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.boundary import Boundary
@@ -258,16 +257,6 @@ def test_a_run_that_is_stopped_before_its_scores_are_normalised_evaluates_nothin
     assert prepare(boundary, run, run.config).metrics == {}
     assert len(calls) == 1
     boundary.close()
-
-
-def test_a_command_that_declares_it_is_carried_out_again_by_a_resume(trained, link, monkeypatch):
-    run, session, _, supervisor = trained
-    monkeypatch.setattr(Checkpoint, "replayed", True)
-    before = [ReplayedChange(step=2, command="checkpoint", changes=[])]
-    again = Boundary(session, run, Begin(attempt=2, from_step=0, replay=before), link)
-    supervisor.may_confirm.set()
-    assert again.before_step()
-    assert supervisor.wait_for(CheckpointComplete).step == 1
 
 
 # -- a deadline ------------------------------------------------------------------------------------
