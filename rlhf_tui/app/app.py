@@ -33,7 +33,7 @@ from rlhf_tui.screens import modes
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state import preferences as prefs
-from rlhf_tui.state.first_read import FirstRead
+from rlhf_tui.state.feeds.first_read import FirstRead
 from rlhf_tui.state.messages import CommandAnswered, EngineStarted, SessionUpdated
 from rlhf_tui.state.replay.player import ReplayOptions
 from rlhf_tui.state.runs.listing import SessionListCache

@@ -37,8 +37,8 @@ from engine.protocol.commands import (
 )
 from engine.session.folder import all_sessions
 from engine.session.registry import live_sessions
-from rlhf_tui.commands.event_lines import event_lines
 from rlhf_tui.commands.options import existing
+from rlhf_tui.commands.reading.event_lines import event_lines
 from rlhf_tui.identity import who
 from rlhf_tui.state.session_row import read_session_row, unreadable_row
 from rlhf_tui.text import one_line, sanitise
