@@ -309,7 +309,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         if action in replaying.ACTIONS:
             # Not over a dialog: a space is text in its fields.
             return self.follower.replay is not None and isinstance(self.screen, SessionScreen)
-        return self.commands.offered(action) if action in steering.ACTIONS else True
+        return self.commands.offered(str(parameters[0])) if action == "steer" else True
 
     def on_key(self, event: events.Key) -> None:
         """Shows why a key does nothing if its action is disabled."""
@@ -321,7 +321,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             *(
                 self.commands.why_disabled()
                 for action in actions_of_key(self, event.key)
-                if action in steering.ACTIONS
+                if action == "steer"
             ),
         ]
         if reason := next(filter(None, reasons), ""):
@@ -333,49 +333,9 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         screen = next((s for s in screens if isinstance(s, SessionScreen)), None)
         return screen.steering_target() if screen is not None and screen.is_mounted else None
 
-    def action_pause(self) -> None:
-        """Pauses the run at the next step boundary."""
-        self.commands.pause()
-
-    def action_unpause(self) -> None:
-        """Resumes the paused run."""
-        self.commands.unpause()
-
-    def action_beta(self) -> None:
-        """Asks for beta."""
-        self.commands.ask_beta()
-
-    def action_nudge(self, direction: int) -> None:
-        """Sets beta a tenth higher or lower."""
-        self.commands.nudge_beta(direction)
-
-    def action_adaptive(self) -> None:
-        """Switches between the adaptive controller and a fixed beta."""
-        self.commands.toggle_adaptive()
-
-    def action_undo(self) -> None:
-        """Takes back the last change."""
-        self.commands.undo()
-
-    def action_change(self) -> None:
-        """Asks for a setting and its value."""
-        self.commands.choose_setting()
-
-    def action_save(self) -> None:
-        """Saves a checkpoint at the next step boundary."""
-        self.commands.checkpoint()
-
-    def action_note(self) -> None:
-        """Asks for a note."""
-        self.commands.ask_note()
-
-    def action_probe(self) -> None:
-        """Asks for a prompt."""
-        self.commands.ask_probe()
-
-    def action_stop(self) -> None:
-        """Asks how to end the run."""
-        self.commands.ask_stop()
+    def action_steer(self, action: str) -> None:
+        """Carries out a steering key, see :data:`steering.BINDINGS`."""
+        self.commands.act(action)
 
     def action_replay_toggle(self) -> None:
         """Pauses the replay, or plays on."""
