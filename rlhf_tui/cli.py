@@ -99,7 +99,7 @@ def main() -> None:
     open_standard_files()
     try:
         cli.main(standalone_mode=False)
-        sys.stdout.flush()  # here, where an error is still told in one line
+        sys.stdout.flush()  # here, where an error is still shown in one line
     except RlhfError as error:
         _exit(str(error), error.exit_code)
     except click.UsageError as error:

@@ -225,7 +225,7 @@ class Supervisor:
             self.pending.attempt_failed()
         step = last_checkpoint(self._session)
         state.next = StartOptions(from_step=step)
-        # The notice tells the operator; an error in the log would tell it twice in the foreground.
+        # The notice tells the operator; an error in the log would show it twice in the foreground.
         log.info("%s; restart %d of %d", failure.text, self._restarts, limit)
         text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
         self.publisher.notice("restart", text, self._journal.step)

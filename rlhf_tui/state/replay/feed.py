@@ -163,7 +163,7 @@ class ReplayFeed:
             self._changes.read(session, record, (labels.count(),), live)
 
     def _live_state(self, record: JournalReader, offset: float) -> SessionUpdate:
-        """What an engine would have told."""
+        """What an engine would have sent."""
         position = record.session.position
         if position is None or not position.live:
             return SessionUpdate(phases=[], connected=False)
