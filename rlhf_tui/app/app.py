@@ -22,6 +22,7 @@ from textual.notifications import SeverityLevel
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
 from rlhf_tui.app import hangup, replaying, steering
+from rlhf_tui.app.command_tracker import CommandTracker
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
@@ -140,9 +141,10 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             self, self.preferences, self.who,
             now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
         )  # fmt: skip
-        self.commands = steering.Steering(
+        tracker = CommandTracker(
             self, self.who, target=self.steering_target, read_only=not self.steers, say=self.say
         )
+        self.commands = steering.Steering(self, tracker, self.say)
         self.engines = EngineStarter(
             self, self.follower, self.root,
             now=now, read_only=self.read_only, say=self.say, open_session=self.open_session,

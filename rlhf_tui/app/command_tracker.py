@@ -28,10 +28,18 @@ class CommandTracker:
         read_only: bool,
         say: Say,
     ) -> None:
-        """Sends nothing yet; the arguments are those of :class:`Steering`."""
+        """Sends nothing yet.
+
+        Args:
+            app: takes the replies.
+            who: the operator.
+            target: returns the run that the keys act on; None if no run is selected.
+            read_only: nothing may be sent.
+            say: shows a notice.
+        """
         self._app = app
-        self._target = target
-        self._read_only = read_only
+        self.target = target
+        self.read_only = read_only
         self._say = say
         self._sender = CommandSender(who)
         self._effects: dict[Path, PendingEffects] = {}
@@ -41,7 +49,7 @@ class CommandTracker:
 
     def can_send(self, target: SteeringTarget) -> bool:
         """Whether a command would reach an engine; shows a notice if not."""
-        if self._read_only:
+        if self.read_only:
             self._say(READ_ONLY, "warning")
         elif not target.session.is_live():
             self._say(no_engine(target), "warning")
@@ -111,7 +119,7 @@ class CommandTracker:
 
     def _latest(self, folder: Path) -> SteeringTarget | None:
         """A run as known now: the selected one has a fresher time of its step boundary."""
-        target = self._target()
+        target = self.target()
         if target is not None and target.session.folder == folder:
             return target
         return self._last_read.get(folder)

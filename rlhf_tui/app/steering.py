@@ -56,29 +56,17 @@ WHILE_STOPPING = ("stop", "note")
 class Steering:
     """What the steering keys do to the selected run."""
 
-    def __init__(
-        self,
-        app: App[None],
-        who: str,
-        *,
-        target: Callable[[], SteeringTarget | None],
-        read_only: bool,
-        say: Say,
-    ) -> None:
+    def __init__(self, app: App[None], commands: CommandTracker, say: Say) -> None:
         """Sends nothing yet.
 
         Args:
-            app: takes the replies, and has the dialogs.
-            who: the operator.
-            target: returns the run that the keys act on; None if no run is selected.
-            read_only: nothing may be sent.
+            app: has the dialogs.
+            commands: sends the commands.
             say: shows a notice.
         """
         self._app = app
-        self._target = target
-        self._read_only = read_only
+        self._commands = commands
         self._say = say
-        self._commands = CommandTracker(app, who, target=target, read_only=read_only, say=say)
         self._actions: dict[str, Callable[[SteeringTarget], object]] = {
             "pause": lambda run: self.command(run, Pause(), "pause"),
             "unpause": lambda run: self.command(run, Unpause(), "resume"),
@@ -96,7 +84,7 @@ class Steering:
 
     def act(self, action: str) -> None:
         """Carries out the action of a key, or shows why it does nothing."""
-        target = self._target()
+        target = self._commands.target()
         if target is None:
             self._say(self.why_disabled(), "warning")
         elif self.can_steer(target):
@@ -249,9 +237,9 @@ class Steering:
         Returns:
             False: its key is hidden; None: its key is disabled, :meth:`why_disabled` says why.
         """
-        if self._read_only:
+        if self._commands.read_only:
             return False
-        target = self._target()
+        target = self._commands.target()
         live = target is not None and target.live
         if target is not None and _is_too_early_or_late(target, action):
             live = False
@@ -263,8 +251,8 @@ class Steering:
 
     def why_disabled(self) -> str:
         """Why the keys do nothing; empty if they act."""
-        target = self._target()
-        if self._read_only:
+        target = self._commands.target()
+        if self._commands.read_only:
             return READ_ONLY
         if target is None:
             return "no session is open: press 1 and open one"
