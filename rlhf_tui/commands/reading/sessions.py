@@ -85,8 +85,15 @@ def _ls_cells(row: SessionRow, *, local: bool) -> list[str]:
     return [
         row.name if local else f"{row.name} ({row.folder})", row.state,
         f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score),
-        fmt.number(row.kl, 2), age, one_line(_state_text(row), 100) if row.pause_reason else "",
+        fmt.number(row.kl, 2), age, one_line(_reason(row), 100),
     ]  # fmt: skip
+
+
+def _reason(row: SessionRow) -> str:
+    """What paused the run, or why its session cannot be read; mostly empty."""
+    if row.state == "unreadable":
+        return row.message
+    return _state_text(row) if row.pause_reason else ""
 
 
 def _state_text(row: SessionRow) -> str:
