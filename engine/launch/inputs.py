@@ -4,6 +4,7 @@ from pathlib import Path
 
 from engine.config.file import DATA_FILES
 from engine.config.model_folder import folder_error, has_config, is_file
+from engine.config.rules.models import check_quantiser_installed
 from engine.config.rules.trackers import check_trackers_installed
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
@@ -19,6 +20,7 @@ def check_inputs(config: RunConfig) -> None:
         ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
     """
     check_trackers_installed(config.log)
+    check_quantiser_installed(config.lora)
     single = isinstance(config.data.prompts, str)
     for i, prompts in enumerate(config.data.sources):
         _check_prompts("data.prompts" if single else f"data.prompts[{i}].path", prompts.path)
