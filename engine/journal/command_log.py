@@ -107,24 +107,29 @@ class CommandLog:
             self._invalidate_replay(command_id, step, {c.key for c in changes})
 
     def _invalidate_replay(self, command_id: str, step: int, keys: set[str]) -> None:
-        """Invalidates what earlier attempts did from this step on and this command does again.
+        """Invalidates what earlier attempts did after this step and this command does again.
 
         That is changes of the same settings, and replayed commands of the same name. They would
-        otherwise be replayed after the next crash and override the new one.
+        otherwise be replayed after the next crash and override the new one. A command that changed
+        other settings, too, keeps these changes. Those at this step itself stay: they were
+        replayed before the new command, which `undo` and the next replay have to find in that
+        order.
         """
         query = "SELECT command FROM commands WHERE id = ?"
         again = {c for (c,) in self._db.execute(query, (command_id,)) if _is_replayed(c)}
         rows = self._db.execute(
             "SELECT id, command, changes FROM commands "
-            "WHERE status = 'applied' AND live AND attempt < ? AND applied_step >= ?",
+            "WHERE status = 'applied' AND live AND attempt < ? AND applied_step > ?",
             (self._events.attempt, step),
         ).fetchall()
-        overridden = [
-            (i,)
-            for i, command, text in rows
-            if keys & {c.key for c in decoded(text, list[SettingChange])} or command in again
-        ]
-        self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", overridden)
+        for earlier, command, text in rows:
+            changes = decoded(text, list[SettingChange])
+            kept = [c for c in changes if c.key not in keys]
+            if command in again or (changes and not kept):
+                self._db.execute("UPDATE commands SET live = 0 WHERE id = ?", (earlier,))
+            elif len(kept) < len(changes):
+                values = (msgspec.json.encode(kept).decode(), earlier)
+                self._db.execute("UPDATE commands SET changes = ? WHERE id = ?", values)
 
     def reject(self, command_id: str, reason: str) -> None:
         """Marks a command as rejected."""

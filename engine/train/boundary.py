@@ -343,10 +343,12 @@ class Boundary:
                 text = f"the command {replayed.command} is not repeated: {error}"
                 self._link.send(Notice(step=replayed.step, rule="replay", text=text))
             return
+        if not replayed.changes:  # later commands have changed all of it: nothing to undo either
+            return
         changes = self._change({c.key: c.new for c in replayed.changes})
         if replayed.command == Undo.name():
             del self._undoable[-1:]
-        elif changes:
+        else:
             self._undoable.append(changes)
 
     def _change_by_command(self, values: dict[str, Any]) -> list[SettingChange]:
@@ -407,7 +409,9 @@ class Boundary:
         metrics["time/checkpoint"] = self.checkpoints.step_done(metrics)
         self._reached = self._has_reached_aim(metrics)
         beta = next_beta(config.kl, kl, config.rollout.batch_size)
-        return [] if beta == config.kl.beta else self._change({"beta": beta})
+        changes = [] if beta == config.kl.beta else self._change({"beta": beta})
+        self._run.settings_after_step = settings_of(self._run.config)
+        return changes
 
     def close(self) -> None:
         """Lets a running save finish; for a run that ends with an error, too."""
