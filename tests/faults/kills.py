@@ -74,7 +74,7 @@ class Kills:
         try:
             run.start()
             run.start_steering()
-            self._random_moment(run, 0, steps)
+            self._random_moment(run, 0, steps - 2)
             kind, fault = self._kill_something(run)
             run.stop_steering()
             if "supervisor" in kind and not run.kill_engine():
