@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from engine.session.folder import Session
 from tests.e2e.lab import PROGRAM, until
 from tests.faults.lab import WAIT, FaultRun
 from tests.faults.points import POINTS, Point
@@ -135,7 +136,7 @@ class Kills:
         """
         victim = self._rng.choice(("supervisor", "supervisor", "rank", "app"))
         if victim == "app":
-            kill_app(run, self._rng.uniform(0.3, 4))
+            kill_app(run.session, self._rng.uniform(0.3, 4))
             victim = "app and supervisor"
         if victim == "rank" and (ranks := run.ranks()):
             try:
@@ -149,12 +150,12 @@ class Kills:
         return f"kill of the {victim}, random", f"at step {run.step()}"
 
 
-def kill_app(run: FaultRun, seconds: float) -> None:
+def kill_app(session: Session, seconds: float) -> None:
     """Attaches the dashboard in a terminal of its own, and kills it after some seconds."""
     own, other = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
     app = subprocess.Popen(
-        [PROGRAM, "attach", run.session.name, "--sessions", str(run.session.folder.parent)],
+        [PROGRAM, "attach", session.name, "--sessions", str(session.folder.parent)],
         stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True,
     )  # fmt: skip
     os.close(other)

@@ -41,8 +41,8 @@ class Turn(NamedTuple):
     """Connections that watch, mean."""
 
 
-def look_on(session: Session, count: int, seconds: float) -> None:
-    """That many viewers attach and detach for some time."""
+def look_on(session: Session, count: int, apps: int, seconds: float) -> None:
+    """That many viewers and dashboards attach and detach for some time. Dashboards are killed."""
     deadline = time.monotonic() + seconds
 
     def view(number: int) -> None:
@@ -53,7 +53,13 @@ def look_on(session: Session, count: int, seconds: float) -> None:
             time.sleep(min(left, rng.uniform(SHORTEST, LONGEST)))
             feed.stop()
 
+    def attach(number: int) -> None:
+        rng = random.Random(-1 - number)
+        while (left := deadline - time.monotonic()) > 0:
+            kill_app(session, min(left, rng.uniform(5, 20)))
+
     threads = [threading.Thread(target=view, args=(number,)) for number in range(count)]
+    threads += [threading.Thread(target=attach, args=(number,)) for number in range(apps)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -63,27 +69,21 @@ def look_on(session: Session, count: int, seconds: float) -> None:
 class Viewers:
     """A run, and turns with and without viewers."""
 
-    def __init__(self, root: Path, count: int, apps: int) -> None:
+    def __init__(self, root: Path, count: int, apps: int, niceness: int) -> None:
         self.run = FaultRun(
             root, "watched", "train.save_every=1000000", "log.samples=4", steps=10_000_000
         )
-        self._count, self._apps = count, apps
+        self._count, self._apps, self._niceness = count, apps, niceness
 
     def turn(self, seconds: float, *, watched: bool) -> Turn:
         """Runs for some seconds, and measures."""
-        viewers, apps = None, []
+        viewers = None
         if watched:
-            session = self.run.session
-            viewers = subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.viewers", "--view", session.folder,
-                 "--viewers", str(self._count), "--seconds", str(seconds)]
-            )  # fmt: skip
-            apps = [
-                threading.Thread(target=self._attach, args=(seconds, number))
-                for number in range(self._apps)
-            ]
-            for app in apps:
-                app.start()
+            words = ["nice", "-n", str(self._niceness), sys.executable]
+            words += ["-m", "tests.faults.viewers"]
+            words += ["--view", str(self.run.session.folder), "--viewers", str(self._count)]
+            words += ["--apps", str(self._apps), "--seconds", str(seconds)]
+            viewers = subprocess.Popen(words)
         began, before, first = time.monotonic(), self._usage(), self.run.step()
         watchers = []
         while time.monotonic() < began + seconds:
@@ -92,19 +92,11 @@ class Viewers:
         now, after, last = time.monotonic(), self._usage(), self.run.step()
         if viewers is not None:
             viewers.wait()
-        for app in apps:
-            app.join()
         steps = last - first
         supervisor, rank = (
             (new.seconds - old.seconds) / steps for old, new in zip(before, after, strict=True)
         )
         return Turn((now - began) / steps, supervisor, rank, statistics.mean(watchers))
-
-    def _attach(self, seconds: float, number: int) -> None:
-        """Attaches a dashboard again and again; each one is killed."""
-        rng, deadline = random.Random(-1 - number), time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            kill_app(self.run, min(left, rng.uniform(5, 20)))
 
     def _usage(self) -> tuple[Usage, Usage]:
         engine, ranks = self.run.engine(), self.run.ranks()
@@ -139,14 +131,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--viewers", type=int, default=50)
     parser.add_argument("--apps", type=int, default=3, help="whole dashboards beside them")
+    parser.add_argument("--nice", type=int, default=0, help="added to the niceness of viewers")
     parser.add_argument("--seconds", type=float, default=60.0, help="of a turn")
     parser.add_argument("--turns", type=int, default=10, help="with viewers, and as many without")
     parser.add_argument("--view", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.view is not None:
-        look_on(Session(options.view), options.viewers, options.seconds)
+        look_on(Session(options.view), options.viewers, options.apps, options.seconds)
         return
-    watched = Viewers(Path(tempfile.mkdtemp(prefix="viewers-")), options.viewers, options.apps)
+    root = Path(tempfile.mkdtemp(prefix="viewers-"))
+    watched = Viewers(root, options.viewers, options.apps, options.nice)
     turns: dict[bool, list[Turn]] = {False: [], True: []}
     try:
         watched.run.start()
