@@ -103,19 +103,26 @@ class CommandLog:
             self._override_earlier(step, {c.key for c in changes})
 
     def _override_earlier(self, step: int, keys: set[str]) -> None:
-        """Marks what earlier attempts changed of these settings from this step on as overridden.
+        """Drops what earlier attempts changed of these settings after this step.
 
-        It would otherwise be applied again after the next crash, and override the new change.
+        It would otherwise be applied again after the next crash, and override the new change. A
+        command that changed other settings, too, keeps these changes. Changes at this step itself
+        stay: they were applied again before the new command, and `undo` and the next resume have to
+        find them in that order.
         """
         rows = self._db.execute(
             "SELECT id, changes FROM commands "
-            "WHERE status = 'applied' AND live AND attempt < ? AND applied_step >= ?",
+            "WHERE status = 'applied' AND live AND attempt < ? AND applied_step > ?",
             (self._events.attempt, step),
         ).fetchall()
-        overridden = [
-            (i,) for i, text in rows if keys & {c.key for c in decoded(text, list[SettingChange])}
-        ]
-        self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", overridden)
+        for earlier, text in rows:
+            changes = decoded(text, list[SettingChange])
+            kept = [c for c in changes if c.key not in keys]
+            if changes and not kept:
+                self._db.execute("UPDATE commands SET live = 0 WHERE id = ?", (earlier,))
+            elif len(kept) < len(changes):
+                values = (msgspec.json.encode(kept).decode(), earlier)
+                self._db.execute("UPDATE commands SET changes = ? WHERE id = ?", values)
 
     def reject(self, command_id: str, reason: str) -> None:
         """Marks a command as rejected."""

@@ -342,7 +342,9 @@ class Boundary:
         metrics["time/checkpoint"] = self.checkpoints.step_done(metrics)
         self._reached = self._has_reached_aim(metrics)
         beta = next_beta(config.kl, kl, config.rollout.batch_size)
-        return [] if beta == config.kl.beta else self._settings.set({"beta": beta})
+        changes = [] if beta == config.kl.beta else self._settings.set({"beta": beta})
+        self._run.settings_after_step = settings_of(self._run.config)
+        return changes
 
     def close(self) -> None:
         """Lets a running save finish; for a run that ends with an error, too."""

@@ -29,12 +29,13 @@ class LiveSettings:
     def repeat(self, step: int) -> None:
         """Applies again what commands of earlier attempts changed before this step."""
         for earlier in self._to_repeat:
-            if earlier.step != step:
+            # Without changes, later commands have replaced all of it: nothing to undo either.
+            if earlier.step != step or not earlier.changes:
                 continue
             changes = self.set({c.key: c.new for c in earlier.changes})
             if earlier.command == Undo.name():
                 del self._undoable[-1:]
-            elif changes:
+            else:
                 self._undoable.append(changes)
         # A step that is repeated must not have them again.
         self._to_repeat = [r for r in self._to_repeat if r.step != step]

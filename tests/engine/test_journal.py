@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 
+from engine.config.settings import SettingChange
 from engine.errors import JournalError
 from engine.journal import database, schema
 from engine.journal.database import open_read_only
@@ -236,6 +237,33 @@ def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer
     writer.journal.begin_attempt(4, fresh=False)
     settled = {c.key: c.new for s in writer.journal.commands.changes_after(4) for c in s.changes}
     assert settled == {"beta": 0.9, "learning_rate": 2e-5}
+
+
+def test_a_change_taken_back_at_the_step_at_which_it_was_repeated_is_in_the_history_with_its_undo(
+    writer,
+):
+    writer.change("before", 3, 0.5, 0.1)
+    writer.change("a", 5, 0.1, 0.2)
+    writer.journal.begin_attempt(4, fresh=False)
+    writer.undo("u", 5, 0.2, 0.1)
+    writer.journal.begin_attempt(4, fresh=False)
+    commands = writer.journal.commands
+    assert [c.command for c in commands.changes_after(4)] == ["set", "undo"]
+    assert [changes[0].old for changes in commands.undoable(5)] == [0.5]
+
+
+def test_a_change_contradicts_the_same_setting_alone_of_a_command_that_changed_several(writer):
+    writer.order("kl", "kl", controller="adaptive", target=6.0)
+    several = [
+        SettingChange(key="controller", old="fixed", new="adaptive"),
+        SettingChange(key="target", old=1.0, new=6.0),
+    ]
+    writer.journal.commands.apply("kl", 8, several)
+    writer.journal.begin_attempt(4, fresh=False)
+    writer.change("target", 5, 1.0, 3.0, key="target")
+    repeated = [(r.step, c.key, c.new) for r in writer.journal.commands.changes_after(4)
+                for c in r.changes]  # fmt: skip
+    assert repeated == [(5, "target", 3.0), (8, "controller", "adaptive")]
 
 
 def test_undo_finds_the_last_change_that_was_not_taken_back(writer):
