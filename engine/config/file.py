@@ -208,9 +208,12 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
         if key.startswith(FIXED_AT_START) and key not in FREE_ON_RESUME:
             # A checkpoint has the adapters of its run, so not even a fork can change them.
             alternative = "" if key.startswith("lora.") else ", or fork instead"
+            reason = "it determines the model or the order of the data"
+            if key == "train.optimiser":
+                reason = "the checkpoint holds its state"
             raise ConfigError(
-                f"{key} cannot change on a resume because it determines the model or the order of "
-                f"the data: start a new run with it{alternative}"
+                f"{key} cannot change on a resume because {reason}: start a new run with it"
+                f"{alternative}"
             )
 
 

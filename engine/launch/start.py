@@ -11,6 +11,7 @@ import msgspec
 
 from engine.config import file as config_file
 from engine.config.model_folder import folder_error, has_config, is_file
+from engine.config.model_rules import check_quantiser_installed
 from engine.config.schema import RunConfig
 from engine.config.settings import LIVE_SETTINGS, SettingChange
 from engine.config.tracker_rules import check_trackers_installed
@@ -403,6 +404,7 @@ def check_inputs(config: RunConfig) -> None:
         ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
     """
     check_trackers_installed(config.log)
+    check_quantiser_installed(config.lora)
     single = isinstance(config.data.prompts, str)
     for i, prompts in enumerate(config.data.sources):
         _check_prompts("data.prompts" if single else f"data.prompts[{i}].path", prompts.path)
