@@ -84,7 +84,7 @@ def configuration(
     recipe: str, answers: dict[str, str], column: str | None, function: str | None
 ) -> dict[str, dict[str, Any]]:
     """The sections of the configuration, those that everybody changes first, as YAML has them."""
-    settings = RECIPES[recipe].settings
+    settings = RECIPES[recipe].settings()
     if answers["policy"] != STARTER["policy"]:
         gpu = torch_is_built_for_gpus() and gpu_count() > 0
         settings = for_real_models(settings, gpu=gpu)

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -249,11 +250,33 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_key(
         load(tokenizer, write_rows("p.jsonl", ROWS), cache=str(cached))
 
 
-def test_without_a_cache_of_the_users_choice_prompts_are_kept_in_memory(
+def test_without_a_writable_home_the_cache_is_a_private_folder_under_tmpdir(
+    tokenizer, write_rows, cached, monkeypatch, tmp_path, caplog
+):
+    path = write_rows("p.jsonl", ROWS)
+    monkeypatch.setenv("XDG_CACHE_HOME", path)  # a file
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = all_of(load(tokenizer, path))
+    second = tmp_path / f"rlhf-tui-{os.getuid()}"
+    assert stat.S_IMODE(second.stat().st_mode) == 0o700
+    assert len(list((second / "prompts").iterdir())) == 1
+    (said,) = [r.getMessage() for r in caplog.records if "cannot write" in r.getMessage()]
+    assert str(second) in said
+    assert "data.cache names another folder" in said
+    monkeypatch.setattr(PromptTokeniser, "encode", None)  # the second time nothing is tokenised
+    assert all_of(load(tokenizer, path)) == first
+
+
+def test_where_others_can_enter_the_second_folder_too_prompts_are_kept_in_memory(
     tokenizer, write_rows, cached, monkeypatch, tmp_path
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "p.jsonl"))  # a file
-    assert len(load(tokenizer, write_rows("p.jsonl", ROWS))) == 50
+    path = write_rows("p.jsonl", ROWS)
+    monkeypatch.setenv("XDG_CACHE_HOME", path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (second := tmp_path / f"rlhf-tui-{os.getuid()}").mkdir()
+    second.chmod(0o755)
+    assert len(load(tokenizer, path)) == 50
+    assert not list(second.iterdir())
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_entry(

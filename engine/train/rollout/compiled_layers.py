@@ -137,7 +137,7 @@ class CompiledLayers:
     def _give_up(self, reason: str) -> None:
         self.usable = False
         # The compiler's first line names the part that failed, the second says why.
-        short = " ".join(reason.split("\n\n")[0].split())
+        short = " ".join(reason.split("\n\n", 1)[0].split())
         log.warning("decoding without compiled layers: %s", short[:300])
 
 
