@@ -1,8 +1,6 @@
 # What a person types. Everything else is in pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
-# The GPU commands need no environment of their own: a machine with a GPU often has PyTorch.
-GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 VLLM := .venv-vllm
