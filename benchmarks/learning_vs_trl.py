@@ -289,7 +289,7 @@ def score_the_last_token(trainer: Any) -> None:
         raise ValueError("this TRL has another training loop")
     found: dict[str, Any] = {}
     changed = code.replace(line, "sequence_lengths_p1 = sequence_lengths")
-    exec(changed, trainer.train.__globals__, found)  # noqa: S102 - the code of an installed package
+    exec(changed, trainer.train.__globals__, found)
     trainer.train = found["train"]
 
 
@@ -330,9 +330,7 @@ def main() -> None:
         wanted = itertools.product(range(options.seeds), options.sides)
         missing = [(side, seed) for seed, side in wanted if (side, seed) not in done]
         with ThreadPoolExecutor(options.workers) as pool:
-            ends = list(
-                pool.map(lambda run: start(*run, options.steps, out, deadline), missing)
-            )
+            ends = list(pool.map(lambda run: start(*run, options.steps, out, deadline), missing))
         curves = read(out, options.steps)
     print_table(curves, options.sides, options.steps)
     if failed := [error for error in ends if error]:

@@ -17,7 +17,6 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.journal.writer import copy_until
-from engine.protocol.commands import Probe
 
 
 def scores(session):
@@ -228,19 +227,6 @@ def test_starting_afresh_forgets_them(writer):
     writer.journal.begin_attempt(4, fresh=True)
     assert writer.journal.commands.changes_after(4) == []
     assert [s.changes[0].new for s in writer.journal.commands.changes_after(0)] == [0.2]
-
-
-def test_a_command_that_declares_it_is_repeated_with_its_arguments(writer, monkeypatch):
-    monkeypatch.setattr(Probe, "replayed", True)
-    for command_id, text, step in (("a", "one", 6), ("b", "two", 5)):
-        writer.order(command_id, "probe", text=text)
-        writer.journal.commands.apply(command_id, step, [])
-        (repeated,) = writer.journal.commands.changes_after(4)
-        assert (repeated.step, repeated.args) == (step, {"text": text}), "the newest one counts"
-        writer.journal.begin_attempt(4, fresh=False)
-    writer.order("c", "pause")
-    writer.journal.commands.apply("c", 6, [])
-    assert len(writer.journal.commands.changes_after(4)) == 1
 
 
 def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer):

@@ -272,16 +272,6 @@ def test_a_run_that_is_stopped_before_its_scores_are_normalised_evaluates_nothin
     boundary.close()
 
 
-def test_a_command_that_declares_it_is_carried_out_again_by_a_resume(trained, link, monkeypatch):
-    run, session, _, supervisor = trained
-    monkeypatch.setattr(Checkpoint, "replayed", True)
-    before = [ReplayedChange(step=2, command="checkpoint", changes=[])]
-    again = Boundary(session, run, Begin(attempt=2, from_step=0, replay=before), link)
-    supervisor.may_confirm.set()
-    assert again.before_step()
-    assert supervisor.wait_for(CheckpointComplete).step == 1
-
-
 def test_an_undo_that_later_changes_have_replaced_takes_nothing_back_in_a_resume(trained, link):
     run, session, _, supervisor = trained
     change = SettingChange(key="beta", old=0.3, new=run.config.kl.beta)
