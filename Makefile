@@ -1,8 +1,6 @@
 # What a person types. Everything else is in pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
-# The GPU commands need no environment of their own: a machine with a GPU often has PyTorch.
-GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 VLLM := .venv-vllm
@@ -59,9 +57,10 @@ package: $(STAMP)  ## build sdist and wheel, check them, and run the demo from a
 	$(BIN)/python -m twine check --strict dist/*
 	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/check_wheel.sh
 
-docs: man  ## write the generated pages again: configuration, metrics, the manual page
+docs: man  ## write again what is generated: the pages on keys and metrics, the manual page, recipes
 	$(BIN)/python -m scripts.configuration_page
 	$(BIN)/python -m scripts.metrics_page
+	$(BIN)/python -m scripts.recipe_files
 
 site: $(STAMP)  ## build the documentation site in build/site; every link must hold
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
