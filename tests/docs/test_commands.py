@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -118,6 +119,15 @@ def test_make_knows_the_targets_that_a_page_names(page):
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     named = re.findall(r"^make ([a-z-]+)", "\n".join([*spans(page), *shell_lines(page)]), re.M)
     assert set(named) <= set(targets)
+
+
+def test_every_target_of_make_uses_variables_that_are_defined():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    said = subprocess.run(
+        ["make", "--dry-run", "--warn-undefined-variables", *targets],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "undefined variable" not in said.stderr
 
 
 @every_page

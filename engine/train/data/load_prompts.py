@@ -25,6 +25,7 @@ from engine.train.data.prompt_cache import (
     PromptCache,
     PromptCaches,
     content_hash,
+    file_stamps,
     open_entry,
 )
 from engine.train.data.prompt_order import Prompts
@@ -154,6 +155,7 @@ def _cached(
     begin: BeginPart,
 ) -> Path:
     """The entry of a data set in the cache, which is made if there is none."""
+    stamps = file_stamps(files)
     name = content_hash(files, *_facts(config, source, tokenizer))
     found = caches.find(name)
     if found is None:
@@ -164,6 +166,11 @@ def _cached(
                 rows = _read_into(made.parent / "read", source, cache)
             _fill(made, config, source, tokenizer, rows, cache, begin)
             del rows  # it maps files of the temporary folder
+            if file_stamps(files) != stamps:  # the name would be that of other contents
+                raise UserInputError(
+                    f"data.prompts: {source.path} changed while it was read; start again when it "
+                    "is complete"
+                )
         found = cache.find(name)
         if found is None:
             raise cache.not_writable(OSError(0, "files written there belong to another user"))

@@ -42,7 +42,7 @@ WITHOUT_ROWS = "-prompts"
 
 
 class _SharedSet(msgspec.Struct):
-    """What the other ranks are told of a data set."""
+    """What rank 0 sends the other ranks about a data set."""
 
     source: PromptSource
     left_out: dict[str, int]

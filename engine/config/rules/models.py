@@ -1,8 +1,10 @@
 """Rules for the sections `model` and `data`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from engine.config.schema import RunConfig
+from engine.config.sections.model import LoRAConfig
 from engine.errors import ConfigError
 
 CALLED_WITH = {
@@ -35,7 +37,39 @@ def check_models(config: RunConfig) -> None:
             "model.attn_implementation: flash_attention_2 computes in half precision only: set "
             "model.dtype: bfloat16"
         )
+    _check_quantised(config)
     _check_chat(config)
+
+
+def check_quantiser_installed(lora: LoRAConfig) -> None:
+    """Checks that the package of `lora.quantise` is installed, without importing it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if lora.quantise != "none" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"lora.quantise: {lora.quantise} needs the package bitsandbytes: "
+            "pip install 'rlhf-tui[qlora]'"
+        )
+
+
+def _check_quantised(config: RunConfig) -> None:
+    if config.lora.quantise == "none":
+        return
+    key = f"lora.quantise: {config.lora.quantise}"
+    if config.lora.rank is None:
+        raise ConfigError(f"{key} needs lora.rank: weights in 4 bits cannot be trained themselves")
+    if config.parallel.strategy == "fsdp":
+        raise ConfigError(
+            f"{key} cannot be combined with parallel.strategy: fsdp, because packed weights have "
+            "no rows to shard; use ddp"
+        )
+    if config.rollout.engine != "native":
+        raise ConfigError(
+            f"{key} cannot be combined with rollout.engine: {config.rollout.engine}, to which "
+            "packed weights cannot be sent; use native"
+        )
 
 
 def _check_chat(config: RunConfig) -> None:

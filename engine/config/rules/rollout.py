@@ -50,6 +50,11 @@ def _check_devices(config: RunConfig) -> None:
                 raise ConfigError(f"rollout.{key} needs a GPU, and launch.device is cpu")
         if rollout.transfer == "ipc":
             raise ConfigError("rollout.transfer: ipc needs a GPU, and launch.device is cpu")
+    if rollout.transfer == "broadcast" and set(rollout.gpus) & set(launch.gpus[:1]):
+        raise ConfigError(
+            "rollout.transfer: broadcast needs rollout.gpus without the GPU of rank 0: NCCL takes "
+            "one member on a GPU; use ipc on the same one"
+        )
     if rollout.transfer != "ipc":
         return
     if rollout.tensor_parallel > 1:
