@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from engine.journal.samples import SampleReader
 from engine.session.access import FILE_MODE, FOLDER_MODE
 from engine.session.folder import Session
 from rlhf_tui.cli import cli
-from tests.docs.pages import PAGES, ROOT, VALUES, blocks, commands, shell_lines, spans, title
+from tests.docs.pages import PAGES, ROOT, blocks, commands, shell_lines, spans, title
 
 OLD = Path(__file__).parents[1] / "data" / "sessions-0.1.0"
 OF_OURS = [page for page in PAGES if not page.name.startswith(("from-", "contributing"))]
@@ -120,6 +121,15 @@ def test_make_knows_the_targets_that_a_page_names(page):
     assert set(named) <= set(targets)
 
 
+def test_every_target_of_make_uses_variables_that_are_defined():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    said = subprocess.run(
+        ["make", "--dry-run", "--warn-undefined-variables", *targets],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "undefined variable" not in said.stderr
+
+
 @every_page
 def test_a_block_of_commands_says_that_it_is_one(page):
     for block in blocks(page, ""):
@@ -167,7 +177,8 @@ def test_commands_that_only_read_do_what_the_pages_say(recorded, monkeypatch, ca
     done = {command for page in PAGES for command in commands(page) if carried_out(command)}
     assert {verb(command) for command in done} == READING
     for command in sorted(done):
-        Path(VALUES["FILE"]).unlink(missing_ok=True)  # init replaces none
+        for word in command.words[1:] if verb(command) == "init" else ():
+            Path(word).unlink(missing_ok=True)  # it replaces none
         try:
             cli.main(list(command.words), standalone_mode=False)
         except NAMED_ONLY:

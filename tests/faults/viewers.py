@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_tui.state.feed import Feed
+from rlhf_tui.state.feeds.feed import Feed
 
 from engine.protocol.commands import Stop
 from engine.session.folder import Session
