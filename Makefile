@@ -5,8 +5,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.ready
-# That of `make setup` if it is there: an image with torch needs no environment of ours.
-GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 # Files of tests at a time: most of what they do is wait for processes.
 ABREAST := -n 4 --dist loadfile
 

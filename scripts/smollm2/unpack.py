@@ -1,8 +1,9 @@
 """Download and unpack two models: ``python -m scripts.smollm2.unpack FOLDER``.
 
-``FOLDER/policy`` is SmolLM2-135M-Instruct. Its package holds a GGUF file, which transformers would
-unpack four times at each start of a run; here it is unpacked once, to float32, which is what a run
-trains. ``FOLDER/encoder`` is the sentence encoder all-MiniLM-L6-v2, as its package has it.
+``FOLDER/policy`` is SmolLM2-135M-Instruct. Its package holds a GGUF file, which a run would unpack
+at each start, for the tokenizer, the policy and the reference; here it is unpacked once, to
+float32, which is what a run trains. ``FOLDER/encoder`` is the sentence encoder all-MiniLM-L6-v2,
+as its package has it.
 """
 
 import argparse

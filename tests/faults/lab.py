@@ -24,6 +24,7 @@ from engine.protocol.client import Client, new_id
 from engine.protocol.commands import AnyCommand, Note, Pause, SetSetting, Unpause
 from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import create
+from engine.session.states import LIVE_STATES
 from engine.supervisor.rank_handler import WAITING
 from engine.verification.verify import verify
 from tests.e2e.lab import PROGRAM, numbers, processes, until
@@ -31,7 +32,6 @@ from tests.e2e.lab import PROGRAM, numbers, processes, until
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data" / "sessions-0.1.0"
 HOOKS = HERE / "hooks"
-LIVE = ("starting", "running", "pausing", "paused", "stopping")
 WAIT = 300.0
 """Seconds for anything on a busy machine."""
 OVERRIDES = (
@@ -294,7 +294,7 @@ class FaultRun:
             now = commands[command_id].status
             if status in ("applied", "rejected") and now != status:
                 raise LostError(f"command {command_id} was {status} and is {now}")
-            if now in ("queued", "accepted") and state not in (*LIVE, "crashed"):
+            if now in ("queued", "accepted") and state not in (*LIVE_STATES, "crashed"):
                 raise LostError(f"command {command_id} is {now} after the end")
         with LabelReader(self.session) as labels:
             kept = {key: found.judgement.label for key, found in labels.judgements().items()}
