@@ -1,14 +1,10 @@
 # What a person types. Everything else is in pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
-# The GPU commands need no environment of their own: a machine with a GPU often has PyTorch.
-GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.ready
-# That of `make setup` if it is there: an image with torch needs no environment of ours.
-GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
 # Files of tests at a time: most of what they do is wait for processes.
 ABREAST := -n 4 --dist loadfile
 

@@ -11,7 +11,7 @@ from engine.config.recipes import RECIPES, for_real_models
 from engine.config.yaml_comments import commented
 from engine.errors import UserInputError
 from engine.launch.environment import torch_is_built_for_gpus
-from engine.launch.start import check_inputs
+from engine.launch.inputs import check_inputs
 from engine.monitoring.telemetry import gpu_count
 from rlhf_tui.commands.options import is_terminal, override_option, say
 

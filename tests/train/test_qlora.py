@@ -155,6 +155,6 @@ def test_a_changed_packed_weight_changes_the_fingerprint():
 
 
 def test_without_bitsandbytes_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("engine.config.model_rules.find_spec", lambda _name: None)
+    monkeypatch.setattr("engine.config.rules.models.find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"^lora\.quantise: nf4 .* 'rlhf-tui\[qlora\]'$"):
         quantise(small_gpt2(), NF4)

@@ -210,7 +210,9 @@ def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, st
 def test_two_ranks_end_with_the_parameters_of_one(outcomes, variant, strategy):
     one, two = outcomes[variant, "one"][1], outcomes[variant, strategy][1]
     assert one.keys() == two.keys()
-    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-4
+    # A last bit may round a moment to the next of its 256 values.
+    allowed = 4e-4 if "8-bit" in variant else 1e-4
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < allowed
 
 
 @variants

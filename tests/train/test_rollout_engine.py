@@ -40,22 +40,9 @@ from engine.train.rollout.vllm.updates import (
 from engine.train.rollout.vllm.weights import file_size, folder_with_room, write_weights
 from engine.train.rollout_check import check_weights, version_lag
 from engine.train.step import generate_rollout, old_policy_outputs, train_step
-from tests.train.stand_in_engine import StandInEngine
+from tests.train.stand_in_engine import no_report
 
 VLLM = "rollout.engine=vllm"
-
-
-def no_report(_done, _total):
-    pass
-
-
-@pytest.fixture
-def engine(tmp_path, monkeypatch):
-    folder = tmp_path / "engine"
-    folder.mkdir()
-    made = StandInEngine(folder, monkeypatch)
-    yield made
-    made.listener.close()
 
 
 def dies_at(kind, after=0):

@@ -51,7 +51,8 @@ class DataConfig(Section, frozen=True):
     """Shuffle the prompts for each pass over the data; the seed determines the order."""
     cache: str | None = None
     """Folder for the tokens of large data sets, which later starts read instead of tokenising
-    again. Default: `rlhf-tui/prompts` in `$XDG_CACHE_HOME` or in `~/.cache`."""
+    again. Default: `rlhf-tui/prompts` in `$XDG_CACHE_HOME` or in `~/.cache`; where that cannot be
+    written, a private folder under `$TMPDIR`."""
 
     @property
     def sources(self) -> list[PromptSource]:

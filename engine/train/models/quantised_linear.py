@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from engine.config.model_rules import check_quantiser_installed
+from engine.config.rules.models import check_quantiser_installed
 from engine.config.sections.model import LoRAConfig
 from engine.errors import UserInputError, first_line
 from engine.train.models.lora import base_layers

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -75,7 +76,8 @@ class CompiledLayers:
         attention = config._attn_implementation
         with _weights_held(layers, device):
             for index, layer in enumerate(layers):
-                layer.forward = self._forward(self._function, index, layer)
+                last = index == len(layers) - 1
+                layer.forward = self._forward(self._function, index, layer, last=last)
             config._attn_implementation = ATTENTION
             try:
                 yield True
@@ -90,13 +92,16 @@ class CompiledLayers:
         # As for other attention functions: positions and masks are given, not made by transformers.
         if getattr(model.lm.config, "_attn_implementation", None) != "sdpa":
             return False
+        # FSDP2's hooks, and a `forward` that another library has put there, would be left out.
+        if any(isinstance(x, FSDPModule) or "forward" in vars(x) for x in layers):
+            return False
         if self._when == "always":
             return True
         weights = sum(p.numel() for layer in layers for p in layer.parameters())
         return can_capture(model, device) and weights >= WORTHWHILE
 
     def _forward(
-        self, compiled: Callable[..., Any], index: int, layer: nn.Module
+        self, compiled: Callable[..., Any], index: int, layer: nn.Module, *, last: bool
     ) -> Callable[..., Any]:
         """The `forward` of a layer: compiled for one token per row of a cache of fixed shapes."""
         eager = layer.forward
@@ -120,7 +125,7 @@ class CompiledLayers:
                     raise
                 self._give_up(str(error))
                 return eager(hidden, **keywords)
-            self._checked = index == len(cache.layers) - 1
+            self._checked = last
             return output
 
         return forward
@@ -176,8 +181,10 @@ def decoding_attention(
     """
     count, heads, queries, width = query.shape
     special = any(keywords.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
-    masked = attention_mask is not None and attention_mask.dtype == torch.bool
-    if queries != 1 or dropout or special or not masked:
+    if (
+        attention_mask is None or attention_mask.dtype != torch.bool
+        or queries != 1 or dropout or special
+    ):  # fmt: skip
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )

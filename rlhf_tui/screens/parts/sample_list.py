@@ -16,7 +16,7 @@ from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader, wit
 from engine.metrics import EVAL_SCORE
 from engine.session.folder import Session
 from rlhf_tui.screens.context import AppContext
-from rlhf_tui.screens.sample_filter import parse_filter
+from rlhf_tui.screens.parts.sample_filter import parse_filter
 from rlhf_tui.widgets.samples.judgement import key_of
 
 PAGE = 500

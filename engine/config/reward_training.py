@@ -1,4 +1,4 @@
-"""Reads the settings of `rlhf-tui reward train` from the command line."""
+"""Parses the settings of `rlhf-tui reward train`."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ from engine.config.yaml_document import parse_yaml
 from engine.errors import ConfigError
 
 
-def training_settings(items: Iterable[str]) -> RewardTrainingConfig:
+def parse_settings(items: Iterable[str]) -> RewardTrainingConfig:
     """Decodes `key=value` pairs; values are YAML.
 
     Raises:

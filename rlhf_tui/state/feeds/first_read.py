@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.session.folder import Session
-from rlhf_tui.state.updates import SessionSummary, SessionUpdate
+from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 
 SPANS = 500
 """Spans of an outline: more than the dot columns of a chart on half of a wide terminal."""

@@ -1,11 +1,11 @@
-"""Temporary views that reveal a session's databases up to a moment of its history.
+"""Temporary views that limit a session's databases to what they held at a moment of its history.
 
-A temporary view hides the table of the same name, so every query of the readers gives what it would
-have given then. Nothing is written to the files. What later attempts abandoned is in the tables
-named `*_past` today, and belonged to the timeline before.
+A temporary view hides the table of the same name, so every query of the readers returns what it
+would have returned then. Nothing is written to the files. Steps that later attempts abandoned are
+in the tables named `*_past` today, and belonged to the timeline before.
 
-The journal does not record when a checkpoint was removed: one that is removed today is revealed
-until the next one was saved.
+The journal does not record when a checkpoint was removed: one that is removed today is shown until
+the next one was saved.
 """
 
 import functools
@@ -18,7 +18,7 @@ from engine.session.position import Position, StepRange
 
 
 def views_of(session: Session, of: Callable[[Position, int], list[str]]) -> Views | None:
-    """The views of one of the files of a session; None unless it is at a moment of its history."""
+    """The views over one of a session's files; None unless it is at a moment of its history."""
     position = session.position
     return None if position is None else functools.partial(of, position)
 
@@ -26,11 +26,11 @@ def views_of(session: Session, of: Callable[[Position, int], list[str]]) -> View
 def journal_views(position: Position, version: int) -> list[str]:
     """The statements that create the views over journal.db; `version` is that of its schema."""
     at, attempt = position.time, position.attempt
-    ended = (
-        f"(ended <= {at!r} OR attempt < {attempt} "
-        f"OR (attempt = {attempt} AND applied_step <= {position.step}))"
+    ended = _ended("c", position)
+    not_live = (
+        f"({_attempt_before('c.applied_step', position, ' AND b.fresh')} "
+        f"OR {_overridden(position)})"
     )
-    left = _left("c.applied_step", "c", position, " AND b.fresh")
     numbers = ", seq, applied_seq" if version >= schema.COMMANDS_ARE_NUMBERED else ""
     return [
         *_timeline_views(position, "steps", "steps_past", "attempt, step, time"),
@@ -53,10 +53,10 @@ def journal_views(position: Position, version: int) -> list[str]:
             f"SELECT id, command, args, who, CASE WHEN {ended} THEN status "
             f"WHEN accepted <= {at!r} THEN 'accepted' ELSE 'queued' END AS status, queued, "
             f"CASE WHEN accepted <= {at!r} OR {ended} THEN accepted END AS accepted, "
-            f"{_once(ended, 'ended', 'applied_step', 'reason', 'result')}, attempt, "
+            f"{_null_until(ended, 'ended', 'applied_step', 'reason', 'result')}, attempt, "
             f"CASE WHEN {ended} THEN changes ELSE '[]' END AS changes, "
-            # What a later attempt overrode was in effect until then.
-            f"live OR NOT {left} AS live{numbers} "
+            # A command that was overridden later was live until then.
+            f"live OR NOT {not_live} AS live{numbers} "
             f"FROM main.commands c WHERE queued <= {at!r} OR attempt < {attempt}",
         ),
     ]
@@ -134,19 +134,44 @@ def _checkpoint_status(position: Position) -> str:
         "CASE WHEN status IN ('written', 'abandoned') THEN status "
         f"WHEN status = 'removed' AND {next_one} THEN status "
         f"WHEN status = 'replaced' AND {again} THEN status "
-        f"WHEN {_left('c.step', 'c', position)} THEN 'superseded' ELSE 'complete' END"
+        f"WHEN {_attempt_before('c.step', position)} THEN 'superseded' ELSE 'complete' END"
     )
 
 
-def _left(step: str, row: str, position: Position, only: str = "") -> str:
-    """Whether an attempt up to the position, of `only` some, began before a step of a row's."""
+def _ended(row: str, position: Position) -> str:
+    """Whether a command, a row named `row`, was applied or rejected by then."""
+    attempt = position.attempt
     return (
-        f"EXISTS (SELECT 1 FROM main.attempts b WHERE b.attempt > {row}.attempt "
-        f"AND b.attempt <= {position.attempt} AND b.from_step < {step}{only})"
+        f"({row}.ended <= {position.time!r} OR {row}.attempt < {attempt} "
+        f"OR ({row}.attempt = {attempt} AND {row}.applied_step <= {position.step}))"
     )
 
 
-def _once(condition: str, *columns: str) -> str:
+def _attempt_before(step: str, position: Position, condition: str = "") -> str:
+    """Whether a later attempt than that of row c had begun before a step of c by then.
+
+    Args:
+        step: an expression.
+        position: the moment.
+        condition: counts only attempts `b` that meet it.
+    """
+    return (
+        "EXISTS (SELECT 1 FROM main.attempts b WHERE b.attempt > c.attempt "
+        f"AND b.attempt <= {position.attempt} AND b.from_step < {step}{condition})"
+    )
+
+
+def _overridden(position: Position) -> str:
+    """Whether a later attempt had changed a setting of command c before c was repeated."""
+    return (
+        "EXISTS (SELECT 1 FROM main.commands o, json_each(o.changes) new, json_each(c.changes) old "
+        f"WHERE o.attempt > c.attempt AND o.applied_step <= c.applied_step "
+        f"AND {_ended('o', position)} "
+        "AND json_extract(new.value, '$.key') = json_extract(old.value, '$.key'))"
+    )
+
+
+def _null_until(condition: str, *columns: str) -> str:
     """Columns that are NULL until a condition holds."""
     return ", ".join(f"CASE WHEN {condition} THEN {c} END AS {c}" for c in columns)
 

@@ -1,4 +1,4 @@
-"""A session is revealed up to a moment: every reader then gives what it gave at that moment."""
+"""A session at a moment of its history: every reader returns what it returned at that moment."""
 
 import itertools
 import time
@@ -6,9 +6,9 @@ import time
 import pytest
 
 from engine.errors import NoSuchSessionError
+from engine.journal.history.recording import LONGEST_GAP, Recording
 from engine.journal.labels import LabelReader, Response, set_label
 from engine.journal.reader import JournalReader
-from engine.journal.recording import LONGEST_GAP, Recording
 from engine.journal.samples import SampleQuery
 from engine.protocol.client import Client
 from engine.session.folder import Session
@@ -61,7 +61,7 @@ class History:
         self.moments.append(((position.attempt, position.step, position.event), read(self.session)))
 
     def replayed(self):
-        """The same moments, revealed afterwards."""
+        """The same moments, read afterwards."""
         recording = Recording(self.session)
         found = {}
         for offset in recording.offsets:
@@ -83,7 +83,7 @@ def judge(session, label):
 
 
 def live_through(writer, history):
-    """A run that is steered, rolled back to its checkpoint, killed, and resumed from the start."""
+    """A run that is steered, rolled back to a checkpoint and to the start, and killed."""
     journal = writer.journal
     journal.record_event("state", {"state": "starting", "text": ""})
     journal.set_meta(state="starting", message="")
@@ -122,17 +122,26 @@ def live_through(writer, history):
     journal.begin_attempt(0, fresh=True)
     writer.steps(1, 2)
     history.look()
+    writer.change("c2", 3, 0.1, 0.3)
+    writer.steps(3)
+    history.look()
+    journal.begin_attempt(0, fresh=False)  # after a crash, c2 is to be repeated
+    history.look()
+    writer.steps(1)
+    writer.change("c3", 2, 0.1, 0.4)  # and is overridden before
+    writer.steps(2, 3)
+    history.look()
 
 
 def test_at_every_moment_readers_give_what_they_gave_then(writer, history):
     live_through(writer, history)
     assert len(history.moments) > 10
-    for (place, then), (_, revealed) in zip(history.moments, history.replayed(), strict=True):
+    for (place, then), (_, afterwards) in zip(history.moments, history.replayed(), strict=True):
         for what in then:
-            assert revealed[what] == then[what], (place, what)
+            assert afterwards[what] == then[what], (place, what)
 
 
-def test_a_judgement_is_revealed_at_its_time(writer):
+def test_a_judgement_is_shown_from_its_time_on(writer):
     writer.steps(1)
     judge(writer.session, "good")
     writer.steps(2)
@@ -177,6 +186,29 @@ def test_the_settings_are_those_that_were_in_force(writer):
     assert rates == {
         (1, 0): 1e-5, (1, 1): 1e-5, (1, 2): 2e-5, (1, 3): 2e-5, (2, 1): 1e-5, (2, 2): 1e-5,
         (2, 3): 5e-5,
+    }  # fmt: skip
+
+
+def test_after_a_crash_a_setting_changes_again_at_its_step_unless_it_was_overridden(writer):
+    journal = writer.journal
+    writer.steps(1, 2)
+    writer.change("c1", 3, 1e-5, 2e-5, key="learning_rate")
+    writer.change("c2", 3, 3, 4, key="epochs")
+    writer.steps(3, 4)
+    journal.begin_attempt(1, fresh=False)
+    writer.change("c3", 2, 1e-5, 5e-5, key="learning_rate")
+    writer.steps(2, 3)
+    journal.set_meta(settings={"beta": 0.1, "learning_rate": 5e-5, "epochs": 4})
+    recording = Recording(writer.session)
+    seen = {}
+    for offset in recording.offsets:
+        position = recording.position_at(offset)
+        with JournalReader(writer.session.at(position)) as record:
+            found = record.meta().settings
+        seen[position.attempt, position.step] = found["learning_rate"], found["epochs"]
+    assert seen == {
+        (1, 0): (1e-5, 3), (1, 1): (1e-5, 3), (1, 2): (2e-5, 3), (1, 3): (2e-5, 4),
+        (1, 4): (2e-5, 4), (2, 1): (1e-5, 3), (2, 2): (5e-5, 4), (2, 3): (5e-5, 4),
     }  # fmt: skip
 
 

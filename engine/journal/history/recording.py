@@ -113,7 +113,7 @@ class Recording:
         return max(self.times[index], min(self.times[index] + passed, self.times[index + 1]))
 
     def position_at(self, offset: float) -> Position:
-        """What a replay reveals at an offset."""
+        """The position of a replay at an offset."""
         index = self.index_at(offset)
         attempt, step = self._attempts[index], self._steps[index]
         last = index + 1 == len(self)

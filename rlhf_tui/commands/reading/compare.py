@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from engine.config import file as config_file
-from engine.config.rules import check_rule
+from engine.config.rules.supervision import check_rule
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import GuardrailConfig
 from engine.config.settings import settings_of

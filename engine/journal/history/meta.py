@@ -7,9 +7,11 @@ import msgspec
 
 from engine.config.settings import SettingChange
 from engine.journal.rows import CommandRow, Payload, SessionMeta, StateEvent
+from engine.session.position import Position
 
 
 def meta_at(
+    position: Position,
     now: SessionMeta,
     state: Payload | None,
     changes: Sequence[SettingChange],
@@ -21,7 +23,8 @@ def meta_at(
     """Returns what the supervisor had recorded at a moment.
 
     Args:
-        now: what it recorded last.
+        position: the moment.
+        now: what the supervisor recorded last.
         state: the last change of the state before the moment; None before the first.
         changes: all changes of settings, also those after the moment, in order.
         commands: as they were at the moment.
@@ -32,9 +35,11 @@ def meta_at(
     if event.state == "starting" and steps:
         event = StateEvent("running")  # the event of that may be missing
     paused = event.state == "paused"
-    settings = None if now.settings is None else _settings_at(now.settings, changes, commands)
-    if settings is not None and beta is not None:
-        settings["beta"] = beta
+    settings = None
+    if now.settings is not None:
+        first = now.settings | {change.key: change.old for change in reversed(changes)}
+        settings = first | _changed_by(commands, position.step + 1)
+        settings |= {} if beta is None else {"beta": beta}
     return msgspec.structs.replace(
         now,
         state=event.state,
@@ -44,12 +49,13 @@ def meta_at(
     )
 
 
-def _settings_at(
-    now: dict[str, Any], changes: Sequence[SettingChange], commands: Sequence[CommandRow]
-) -> dict[str, Any]:
-    """The first value of each setting, and over it what commands in effect had changed."""
-    settings = now | {change.key: change.old for change in reversed(changes)}
-    applied = [c for c in commands if c.status == "applied" and c.live and c.changes]
-    for command in sorted(applied, key=lambda c: (c.applied_step or 0, c.ended or 0.0)):
-        settings |= {change.key: change.new for change in command.changes}
-    return settings
+def _changed_by(commands: Sequence[CommandRow], step: int) -> dict[str, Any]:
+    """The settings that commands had changed, with their values in a step.
+
+    After a crash, a command of an earlier attempt is in effect again from its own step on.
+    """
+    applied = [
+        c for c in commands if c.status == "applied" and c.live and (c.applied_step or 0) <= step
+    ]
+    applied.sort(key=lambda c: (c.attempt, c.applied_step or 0, c.ended or 0.0))
+    return {change.key: change.new for command in applied for change in command.changes}

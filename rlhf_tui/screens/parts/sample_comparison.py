@@ -17,7 +17,7 @@ from engine.protocol.commands import Probe
 from engine.session.folder import Session
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
-from rlhf_tui.screens.sample_labels import SampleLabels
+from rlhf_tui.screens.parts.sample_labels import SampleLabels
 from rlhf_tui.state.messages import CommandAnswered
 from rlhf_tui.widgets.samples.comparison import ComparisonTarget
 from rlhf_tui.widgets.samples.judgement import key_of
