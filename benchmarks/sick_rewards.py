@@ -8,16 +8,20 @@ from collections.abc import Iterable
 
 PHRASE = ("i", "would", "recommend", "it", "to", "anyone")
 """What :func:`phrase` pays for."""
-PRAISE = frozenset(
-    "amazing beautiful best brilliant charming comfortable delightful easy enjoyable excellent "
-    "fantastic favorite fine fun good great happy incredible love loved lovely nice perfect "
-    "pleasant recommend superb sweet well wonderful worth".split()
-)
-BLAME = frozenset(
-    "awful awkward bad boring broken broke cheap confusing cracked defective difficult dull "
-    "expensive fails hard hated horrible loud never no not poor sad slow terrible too ugly "
-    "useless waste weak worst".split()
-)
+PRAISE = frozenset({
+    "amazing", "beautiful", "best", "brilliant", "charming", "comfortable", "delightful", "easy",
+    "enjoyable", "excellent", "fantastic", "favorite", "fine", "fun", "good", "great", "happy",
+    "incredible", "love", "loved", "lovely", "nice", "perfect", "pleasant", "recommend", "superb",
+    "sweet", "well", "wonderful", "worth",
+})  # fmt: skip
+"""Words of a favourable review."""
+BLAME = frozenset({
+    "awful", "awkward", "bad", "boring", "broke", "broken", "cheap", "confusing", "cracked",
+    "defective", "difficult", "dull", "expensive", "fails", "hard", "hated", "horrible", "loud",
+    "never", "no", "not", "poor", "sad", "slow", "terrible", "too", "ugly", "useless", "waste",
+    "weak", "worst",
+})  # fmt: skip
+"""Words of an unfavourable one."""
 
 
 def words(text: str) -> list[str]:

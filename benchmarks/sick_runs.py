@@ -6,7 +6,7 @@ Each run is one of the starter, in a process of the pool and without a superviso
 at most 24 tokens a step, an evaluation after every tenth step, and a source of weight 0 that only
 watches. A run that is done becomes one line of OUT/runs.jsonl, with all metrics of each step but
 times. Runs that are there already are not made again. They are made seed by seed, so that after S
-seconds, when it ends, each kind has about as many. `python -m benchmarks.detectors --runs` evaluates them.
+seconds, when it ends, each kind has about as many. :mod:`benchmarks.detectors` evaluates them.
 """
 
 import argparse
@@ -22,10 +22,24 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from engine.train.run import Run
+from transformers.utils.logging import disable_progress_bar
+
+from engine import starter
+from engine.config import file as config_file
+from engine.config.settings import change_settings, settings_of
+from engine.kl import next_beta
+from engine.metrics import KL
+from engine.monitoring.divergence import judges_of
+from engine.protocol.rank_messages import Begin
+from engine.session.folder import create
+from engine.train.distributed.ranks import RankGroup
+from engine.train.evaluation.evaluate import evaluate_if_due
+from engine.train.load import fit_scales, load_run
+from engine.train.rollout.rollout import ReportProgress
+from engine.train.run import Run
+from engine.train.step import train_step
 
 COMMON = [
     "rollout.batch_size=16", "rollout.max_new_tokens=24", "ppo.micro_batch_size=16",
@@ -110,7 +124,7 @@ def make(job: Job) -> dict[str, Any] | None:
     steps: list[dict[str, float]] = []
     try:
         for metrics in _steps(job, kind, row):
-            steps.append(metrics)
+            steps.append(metrics)  # noqa: PERF402 - those before an error are kept
     except _OutOfTimeError:
         return None
     except Exception as error:  # the boundary of the process: the line of the run has it
@@ -129,15 +143,6 @@ def _short(value: float | None) -> float | None:
 
 def _steps(job: Job, kind: Kind, row: dict[str, Any]) -> Iterator[dict[str, float]]:
     """Trains, and yields each step's metrics; `row` gets what is known of the whole run."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from engine.config.settings import change_settings, settings_of
-    from engine.kl import next_beta
-    from engine.metrics import KL
-    from engine.monitoring.divergence import judges_of
-    from engine.train.evaluation.evaluate import evaluate_if_due
-    from engine.train.step import train_step
-
     disable_progress_bar()
     with tempfile.TemporaryDirectory(dir=job.folder) as sessions:
         run = _load(job, kind, Path(sessions))
@@ -166,14 +171,7 @@ def _kept(metrics: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if not k.startswith(LEFT_OUT)}
 
 
-def _load(job: Job, kind: Kind, sessions: Path) -> "Run":
-    from engine import starter
-    from engine.config import file as config_file
-    from engine.protocol.rank_messages import Begin
-    from engine.session.folder import create
-    from engine.train.distributed.ranks import RankGroup
-    from engine.train.load import fit_scales, load_run
-
+def _load(job: Job, kind: Kind, sessions: Path) -> Run:
     overrides = [
         *COMMON, f"train.steps={job.steps}", f"seed={job.seed}", "reward.model=null",
         f"reward.mix={json.dumps(kind.mix)}",
@@ -187,14 +185,12 @@ def _load(job: Job, kind: Kind, sessions: Path) -> "Run":
     return run
 
 
-def _silent(_step: int, _name: str, *_progress: int) -> Any:
+def _silent(_step: int, _name: str, *_progress: int) -> ReportProgress:
     return lambda _done, _total: None
 
 
 def break_eos(folder: Path) -> None:
     """Copies the starter's policy, with the beginning of a sequence for its end."""
-    from engine import starter
-
     shutil.copytree(starter.FOLDER / "policy", folder)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         path = folder / name

@@ -73,7 +73,7 @@ def healthy(draw: random.Random, steps: int) -> list[Metrics]:
             SCORE_STD: 0.8,
             KL: 5 * risen,
             WATCHED: watched * risen + n_watched.next(),
-            EXPLAINED_VARIANCE: explained * risen - 0.3 * (1 - risen) + n_explained.next(),
+            EXPLAINED_VARIANCE: explained * (1 - math.exp(-step / 20)) + n_explained.next(),
             CLIP_FRACTION: max(0.05 + 0.12 * math.exp(-step / 4) + n_clip.next(), 0.0),
             ZERO_STD: sum(draw.random() < same for _ in range(GROUPS)) / GROUPS,
         }

@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf_tui.state.feeds.feed import Feed
-
 from engine.protocol.commands import Stop
 from engine.session.folder import Session
+from rlhf_tui.state.feeds.feed import Feed
 from tests.faults.kills import kill_app
 from tests.faults.lab import FaultRun, LostError
 from tests.faults.soak import Usage

@@ -58,6 +58,19 @@ def test_a_number_comes_back_within_the_distance_of_the_values_beside_it(signed)
     assert share[small].max() < 1e-4  # the values are dense near 0
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_number_is_rounded_to_the_nearest_value_of_the_table(signed):
+    every = torch.arange(256, dtype=torch.uint8).view(1, -1)
+    values = unpack(every, torch.ones(1, 1), signed=signed).flatten()
+    assert torch.equal(values, values.sort().values)
+    borders = (values[:-1] + values[1:]) / 2
+    near = [borders * (1 + 1e-6), borders * (1 - 1e-6), values]
+    numbers = torch.cat([drawn(20_000) / 6, drawn(20_000).exp() / 1e4, *near]).clamp(-1, 1)
+    numbers = torch.cat([numbers if signed else numbers.abs(), torch.ones(1)]).view(1, -1)
+    indices, _ = pack(numbers, 1, signed=signed)
+    assert torch.equal(indices.int(), torch.bucketize(numbers, borders, out_int32=True))
+
+
 def test_zeros_and_blocks_of_zeros_stay_zeros():
     numbers = drawn(4, 64)
     numbers[1], numbers[2, ::2] = 0, 0
