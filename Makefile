@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# That of `make setup` if it is there: an image with torch needs no environment of ours.
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(PYTHON))
 STAMP := $(VENV)/.ready
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.ready
@@ -57,9 +59,10 @@ package: $(STAMP)  ## build sdist and wheel, check them, and run the demo from a
 	$(BIN)/python -m twine check --strict dist/*
 	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/check_wheel.sh
 
-docs: man  ## write the generated pages again: configuration, metrics, the manual page
+docs: man  ## write again what is generated: the pages on keys and metrics, the manual page, recipes
 	$(BIN)/python -m scripts.configuration_page
 	$(BIN)/python -m scripts.metrics_page
+	$(BIN)/python -m scripts.recipe_files
 
 site: $(STAMP)  ## build the documentation site in build/site; every link must hold
 	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'

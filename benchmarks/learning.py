@@ -32,6 +32,7 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
+from engine.train.run import Run
 from engine.train.step import train_step
 
 SMALL = ["kl.controller=fixed", "rollout.batch_size=32", "rollout.max_new_tokens=24"]
@@ -173,11 +174,7 @@ def run_metrics(
     sessions: Path, seed: int, steps: int, settings: list[str]
 ) -> Iterator[dict[str, float]]:
     """Loads a run of the starter task at once; yields the metrics of each step as it is done."""
-    overrides = [f"seed={seed}", f"train.steps={steps}", *settings]
-    config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
-    session = create(sessions, "run", config)
-    begin = Begin(attempt=1, from_step=0)
-    run = load_run(session, config, begin, RankGroup(config.launch), _silent)
+    run = load_starter_run(sessions, seed, steps, settings)
 
     def train() -> Iterator[dict[str, float]]:
         for step in range(1, steps + 1):
@@ -186,6 +183,15 @@ def run_metrics(
             yield metrics
 
     return train()
+
+
+def load_starter_run(sessions: Path, seed: int, steps: int, settings: list[str]) -> Run:
+    """A run of the starter task in this process, in a session below `sessions`."""
+    overrides = [f"seed={seed}", f"train.steps={steps}", *settings]
+    config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
+    session = create(sessions, "run", config)
+    begin = Begin(attempt=1, from_step=0)
+    return load_run(session, config, begin, RankGroup(config.launch), _silent)
 
 
 @contextmanager

@@ -1,12 +1,17 @@
 """Does the engine learn as much from an episode as TRL's PPOTrainer?
 
-    python -m benchmarks.learning_vs_trl [--seeds 5] [--steps 40] [--sides trl shared ...] [--out F]
+    python -m benchmarks.learning_vs_trl [--seeds 5] [--steps 24] [--sides trl shared ...] [--out F]
+                                         [--workers 1] [--seconds S]
 
 Trains the starter policy on the starter task with both, from the same weights, with the same number
-of episodes, prompts of the same file, the same length, epochs, learning rate and fixed beta, and
-the same number of optimiser steps, which each side counts. All else is each side's default. A side
-with a seed is a process of its own with one thread; its curve is appended to the file `--out`, and
-one that is there already is not computed again.
+of episodes, the same prompts to train on, the same length, epochs, learning rate and fixed beta,
+and the same number of optimiser steps, which each side counts. All else is each side's default. A
+side with a seed is a process of its own with one thread; its curve is appended to the file `--out`,
+and one that is there already is not computed again.
+
+A third of the prompts is never trained on. Every eighth step the policy of either side responds to
+these several times, with the engine's sampler and the same random numbers: the scores of a step's
+64 samples are too noisy to compare the sides by.
 
 TRL's accelerator makes one optimiser step of `gradient_accumulation_steps` micro-batches, however
 many minibatches they are in: `num_mini_batches` alone adds none. With one micro-batch of the size
@@ -15,6 +20,8 @@ its example.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -23,7 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +40,27 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import machine
-from benchmarks.learning import run_metrics
+from benchmarks.learning import load_starter_run
 from benchmarks.side import OFFLINE
+from engine import metrics as names
 from engine import starter
+from engine.train.evaluation.evaluate import evaluate
+from engine.train.run import Run
+from engine.train.step import train_step
 
 EPISODES, NEW_TOKENS, EPOCHS, MINIBATCHES = 64, 32, 2, 2
 BETA, LEARNING_RATE = 0.05, 1e-4
+HELD_OUT = 3
+"""Every such prompt is held out."""
+PER_PROMPT, EVALUATED_EVERY = 4, 8
 FROM_REWARD_MODEL = ["model.value=separate", "ppo.value_init=reward_model"]
 OURS = {
     "shared": [],
-    "separate": ["model.value=separate"],
     "reward-model": FROM_REWARD_MODEL,
     "as-trl": [
         *FROM_REWARD_MODEL, "ppo.value_clip=0.2", "train.adam_eps=1e-8", "ppo.max_grad_norm=1e6",
     ],
+    "separate": ["model.value=separate"],
 }  # fmt: skip
 """The engine's sides: the settings of each. `as-trl` has the settings in which TRL's defaults
 differ from the engine's: start and clip of the value function, AdamW's ε, no clipped gradients.
@@ -53,6 +69,11 @@ SIDES = ("trl", *OURS)
 LEVELS = (1.8, 2.0)
 SMOOTHED = 3
 """Steps of the mean that must reach a level."""
+RECORDED = (
+    "objective/entropy", "val/num_eos_tokens", "loss/value_avg", "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+)  # fmt: skip
+"""Metrics of both sides that are kept to explain a difference."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +85,21 @@ class Curve:
     scores: list[float]
     kl: list[float]
     cpu: list[float]
-    """Processor seconds since the start of training."""
+    """Processor seconds since the start of training, evaluations excluded."""
     updates: int
     """Optimiser steps of the whole run."""
+    held_out: list[tuple[int, float, float]] = field(default_factory=list)
+    """Steps done, mean score and mean KL of responses to the prompts that are not trained on."""
+    others: dict[str, list[float]] = field(default_factory=dict)
+    """The metrics `RECORDED`."""
 
     def cut(self, steps: int) -> "Curve":
         """The first steps alone."""
         updates = self.updates * steps // len(self.scores)
         parts = (values[:steps] for values in (self.scores, self.kl, self.cpu))
-        return Curve(self.side, self.seed, *parts, updates)
+        held_out = [e for e in self.held_out if e[0] <= steps]
+        others = {name: values[:steps] for name, values in self.others.items()}
+        return Curve(self.side, self.seed, *parts, updates, held_out, others)
 
     def objective(self, part: slice = slice(None)) -> float:
         """The mean of score − β·KL over a part of the steps."""
@@ -91,9 +118,9 @@ class Recorder:
     """Collects a run's curve and counts the steps of its optimiser."""
 
     def __init__(self) -> None:
-        self.scores: list[float] = []
-        self.kl: list[float] = []
+        self.metrics: list[dict[str, float]] = []
         self.cpu: list[float] = []
+        self.held_out: list[tuple[int, float, float]] = []
         self.updates = 0
         self._began = time.process_time()
         register_optimizer_step_post_hook(self._count)
@@ -103,28 +130,58 @@ class Recorder:
 
     def step(self, metrics: dict[str, float]) -> None:
         """Records the metrics of a step."""
-        self.scores.append(metrics["objective/scores"])
-        self.kl.append(metrics["objective/kl"])
+        self.metrics.append(metrics)
         self.cpu.append(time.process_time() - self._began)
+
+    def evaluate_if_due(self, run: Run) -> None:
+        """Evaluates the run's policy after some of the steps, outside the time of training."""
+        step = len(self.metrics)
+        if step % EVALUATED_EVERY or run.held_out is None:
+            return
+        before = time.process_time()
+        found = evaluate(run, run.held_out, step).metrics
+        self.held_out.append((step, found[names.EVAL_SCORE], found[names.EVAL_KL]))
+        self._began += time.process_time() - before
 
     def curve(self, side: str, seed: int) -> Curve:
         """What was recorded."""
-        return Curve(side, seed, self.scores, self.kl, self.cpu, self.updates)
+        scores, kl = (
+            [m[name] for m in self.metrics] for name in ("objective/scores", "objective/kl")
+        )
+        others = {n: [m.get(n, math.nan) for m in self.metrics] for n in RECORDED}
+        return Curve(side, seed, scores, kl, self.cpu, self.updates, self.held_out, others)
+
+
+def load_ours(folder: Path, seed: int, steps: int, settings: list[str]) -> Run:
+    """A run of the engine with the prompts split."""
+    lines = Path(starter.resolve("starter:prompts")).read_text().splitlines(keepends=True)
+    trained, held_out = folder / "prompts.jsonl", folder / "held_out.jsonl"
+    held_out.write_text("".join(lines[::HELD_OUT]))
+    trained.write_text("".join(line for i, line in enumerate(lines) if i % HELD_OUT))
+    return load_starter_run(
+        folder, seed, steps,
+        [
+            f"data.prompts={trained}", f"eval.prompts={held_out}",
+            f"eval.every={EVALUATED_EVERY}", f"eval.max_prompts={len(lines)}",
+            f"eval.per_prompt={PER_PROMPT}",
+            f"rollout.batch_size={EPISODES}", f"rollout.max_new_tokens={NEW_TOKENS}",
+            f"ppo.epochs={EPOCHS}", f"ppo.minibatches={MINIBATCHES}", "kl.controller=fixed",
+            f"kl.beta={BETA}", f"train.learning_rate={LEARNING_RATE}", "launch.threads=1",
+            "launch.nice=0", *settings,
+        ],
+    )  # fmt: skip
 
 
 def run_ours(side: str, seed: int, steps: int) -> Curve:
     """Trains with the engine."""
-    settings = [
-        f"rollout.batch_size={EPISODES}", f"rollout.max_new_tokens={NEW_TOKENS}",
-        f"ppo.epochs={EPOCHS}", f"ppo.minibatches={MINIBATCHES}", "kl.controller=fixed",
-        f"kl.beta={BETA}", f"train.learning_rate={LEARNING_RATE}", "launch.threads=1",
-        "launch.nice=0", *OURS[side],
-    ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        run = run_metrics(Path(folder), seed, steps, settings)
+        run = load_ours(Path(folder), seed, steps, OURS[side])
         recorder = Recorder()
-        for metrics in run:
+        for step in range(1, steps + 1):
+            metrics, _ = train_step(run, step)
+            run.state.step = step
             recorder.step(metrics)
+            recorder.evaluate_if_due(run)
     return recorder.curve(side, seed)
 
 
@@ -142,26 +199,32 @@ def run_trl(seed: int, steps: int) -> Curve:
     torch.set_num_threads(1)
     policy, reward = starter.resolve("starter:policy"), starter.resolve("starter:reward")
     tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
-    lines = Path(starter.resolve("starter:prompts")).read_text().splitlines()
-    rows = [{"input_ids": tokenizer(json.loads(x)["prompt"])["input_ids"]} for x in lines]
-    recorders: list[Recorder] = []
-
-    class Record(TrainerCallback):
-        """Passes on what the trainer logs."""
-
-        def on_train_begin(self, *_args: Any, **_named: Any) -> None:
-            recorders.append(Recorder())
-
-        def on_log(self, *_args: Any, logs: dict[str, float], **_named: Any) -> None:
-            if "objective/scores" in logs:
-                recorders[0].step(logs)
 
     def load(kind: Any, name: str, **more: Any) -> Any:
         return kind.from_pretrained(name, dtype=torch.float32, **more)
 
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as folder:
+        evaluated = load_ours(Path(folder), seed, steps, [])
+        lines = (Path(folder) / "prompts.jsonl").read_text().splitlines()
+        rows = [{"input_ids": tokenizer(json.loads(x)["prompt"])["input_ids"]} for x in lines]
+        recorders: list[Recorder] = []
+
+        class Record(TrainerCallback):
+            """Passes on what the trainer logs."""
+
+            def on_train_begin(self, *_args: Any, **_named: Any) -> None:
+                recorders.append(Recorder())
+
+            def on_log(self, *_args: Any, logs: dict[str, float], **_named: Any) -> None:
+                if "objective/scores" in logs:
+                    recorders[0].step(logs)
+
+            def on_step_end(self, *_args: Any, **_named: Any) -> None:
+                copy_weights(trainer.policy_model, evaluated.policy.lm)
+                recorders[0].evaluate_if_due(evaluated)
+
         settings = PPOConfig(
-            output_dir=out,
+            output_dir=folder,
             per_device_train_batch_size=EPISODES,
             gradient_accumulation_steps=1,
             num_mini_batches=MINIBATCHES,
@@ -185,7 +248,7 @@ def run_trl(seed: int, steps: int) -> Curve:
             disable_tqdm=True,
         )
         data = Dataset.from_list(rows)
-        PPOTrainer(
+        trainer = PPOTrainer(
             args=settings,
             processing_class=tokenizer,
             model=load(AutoModelForCausalLM, policy),
@@ -195,8 +258,19 @@ def run_trl(seed: int, steps: int) -> Curve:
             train_dataset=data,
             eval_dataset=data,
             callbacks=[Record()],
-        ).train()
+        )
+        trainer.train()
     return recorders[0].curve("trl", seed)
+
+
+@torch.no_grad()
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Copies a model's parameters into another of the same names."""
+    found = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        parameter.copy_(found.pop(name))
+    if found:
+        raise ValueError(f"the models differ in {', '.join(found)}")
 
 
 def child(side: str, seed: int, steps: int, out: Path) -> None:
@@ -217,32 +291,69 @@ def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
     parser.add_argument("--out", type=Path, help="where curves are kept; default: nowhere")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="after which what runs is dropped"
+    )
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child[0], int(options.child[1]), options.steps, options.out)
         return
+    deadline = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as folder:
         out = options.out or Path(folder) / "curves.jsonl"
-        for seed in range(options.seeds):
-            for side in options.sides:
-                done = {(c.side, c.seed) for c in read(out, options.steps)}
-                if (side, seed) not in done:
-                    start(side, seed, options.steps, out)
+        done = {(c.side, c.seed) for c in read(out, options.steps)}
+        wanted = itertools.product(range(options.seeds), options.sides)
+        missing = [(side, seed) for seed, side in wanted if (side, seed) not in done]
+        with ThreadPoolExecutor(options.workers) as pool:
+            ends = list(pool.map(lambda run: start(*run, options.steps, out, deadline), missing))
         curves = read(out, options.steps)
     print_table(curves, options.sides, options.steps)
+    if failed := [error for error in ends if error]:
+        sys.exit("\n\n".join(failed))
 
 
-def start(side: str, seed: int, steps: int, out: Path) -> None:
-    """Runs a side in a process of its own."""
-    print(f"{side}, seed {seed}", file=sys.stderr, flush=True)
+def start(side: str, seed: int, steps: int, out: Path, deadline: float) -> str:
+    """Runs a side in a process of its own, until `deadline` (of `time.monotonic`) at most.
+
+    Returns:
+        The end of what the process has printed if it failed, or an empty string.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return ""
+    began = time.monotonic()
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.learning_vs_trl"]
     command += ["--child", side, str(seed), "--steps", str(steps), "--out", str(out)]
     environment = os.environ | OFFLINE | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        with stopped(process):
+            try:
+                status = process.wait(left if left < math.inf else None)
+            except subprocess.TimeoutExpired:
+                print(f"{side}, seed {seed}: dropped", file=sys.stderr, flush=True)
+                return ""
+        print(
+            f"{side}, seed {seed}: {time.monotonic() - began:.0f} s, exit status {status}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        log.seek(0)
+        return f"{side}, seed {seed}:\n{log.read()[-3000:]}" if status else ""
+
+
+@contextlib.contextmanager
+def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Context at whose end a process runs no longer."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def print_table(curves: list[Curve], sides: list[str], steps: int) -> None:
@@ -254,12 +365,13 @@ def print_table(curves: list[Curve], sides: list[str], steps: int) -> None:
         f"{EPOCHS} epochs of {MINIBATCHES} minibatches; mean ± standard error over seeds\n"
     )
     print(
-        f"{'':<14}{'seeds':>6}{'updates':>9}{'objective':>16}{'last quarter':>16}{'less TRL':>16}"
-        f"{'score':>16}{'KL':>14}" + "".join(f"{f'CPU s to {level}':>20}" for level in LEVELS)
+        f"{'':<15}{'seeds':>6}{'updates':>9}{'objective':>16}{'last quarter':>16}{'less TRL':>16}"
+        f"{'score':>16}{'KL':>14}{'CPU s a step':>15}"
+        + "".join(f"{f'CPU s to {level}':>20}" for level in LEVELS)
     )
+    by_side = {side: [c for c in curves if c.side == side] for side in sides}
     trl = [c.objective(last) for c in curves if c.side == "trl"]
-    for side in sides:
-        runs = [c for c in curves if c.side == side]
+    for side, runs in by_side.items():
         if not runs:
             continue
         columns = [
@@ -270,9 +382,33 @@ def print_table(curves: list[Curve], sides: list[str], steps: int) -> None:
             f"{difference([c.objective(last) for c in runs], trl):>16}",
             f"{spread([statistics.mean(c.scores[last]) for c in runs]):>16}",
             f"{spread([statistics.mean(c.kl[last]) for c in runs]):>14}",
+            f"{spread([c.cpu[-1] / steps for c in runs], 2):>15}",
             *(f"{time_to(runs, level):>20}" for level in LEVELS),
         ]
-        print(f"{side:<14}" + "".join(columns))
+        print(f"{side:<15}" + "".join(columns))
+    print_held_out(by_side, sorted({e[0] for c in curves for e in c.held_out}))
+
+
+def print_held_out(by_side: dict[str, list[Curve]], steps: list[int]) -> None:
+    """Prints score − β·KL on the held-out prompts after some of the steps."""
+    print("\nheld-out prompts: score − β·KL and its difference from TRL's, score, KL\n")
+    for step in steps:
+        found = {
+            side: [(score, kl) for c in runs for at, score, kl in c.held_out if at == step]
+            for side, runs in by_side.items()
+        }
+        trl = [score - BETA * kl for score, kl in found.get("trl", [])]
+        for side, pairs in found.items():
+            if not pairs:
+                continue
+            values = [score - BETA * kl for score, kl in pairs]
+            columns = [
+                f"{spread(values):>16}",
+                f"{difference(values, trl):>17}",
+                f"{spread([score for score, _ in pairs]):>16}",
+                f"{spread([kl for _, kl in pairs]):>16}",
+            ]
+            print(f"step {step:>3} {side:<15}{len(pairs):>3}" + "".join(columns))
 
 
 def time_to(runs: list[Curve], level: float) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.errors import RlhfError
 from engine.launch.start import received_start
 from engine.session.folder import Session
-from engine.supervisor.supervisor import supervise
+from engine.supervisor.serve import supervise
 
 
 def main() -> None:

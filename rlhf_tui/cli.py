@@ -24,11 +24,12 @@ COMMANDS = {
     "demo": "run", "run": "run", "resume": "run", "fork": "run", "join": "machines",
     "launch": "machines", "plan": "plan",
     "init": "init", "check": "check",
-    "ls": "read", "status": "read", "metrics": "read", "samples": "read", "events": "read",
-    "logs": "read", "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
+    "ls": "reading.sessions", "status": "reading.sessions", "metrics": "reading.records",
+    "samples": "reading.records", "events": "reading.records", "logs": "reading.records",
+    "eval": "evaluate", "rm": "manage", "export": "manage", "doctor": "manage",
     "attach": "view", "replay": "view", "mirror": "view", "ctl": "steer", "note": "steer",
-    "diff": "compare", "guardrails": "compare",
-    "notify": "notify", "report": "report", "reward": "reward", "verify": "check",
+    "diff": "reading.compare", "guardrails": "reading.compare",
+    "notify": "notify", "report": "reading.report", "reward": "reward", "verify": "check",
     "completion": "integration.completion", "mcp": "integration.mcp",
 }  # fmt: skip
 """Module of :mod:`rlhf_tui.commands` by command. A module is imported when a command of it runs,
@@ -98,7 +99,7 @@ def main() -> None:
     open_standard_files()
     try:
         cli.main(standalone_mode=False)
-        sys.stdout.flush()  # here, where an error is still told in one line
+        sys.stdout.flush()  # here, where an error is still shown in one line
     except RlhfError as error:
         _exit(str(error), error.exit_code)
     except click.UsageError as error:

@@ -20,7 +20,7 @@ from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions, is_new, received_start
 from engine.protocol.rank_messages import CheckpointComplete, FromRank, Phase, StepReport
 from engine.session.folder import Session
-from engine.supervisor.supervisor import supervise
+from engine.supervisor.serve import supervise
 from rlhf_tui import format as fmt
 from rlhf_tui.state.time_left import StepSeconds, until_end
 from rlhf_tui.text import one_line, sanitise

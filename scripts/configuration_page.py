@@ -19,10 +19,11 @@ are required; the other sections can be omitted. Any key can be given on the com
 `-o section.key=value`, with the value written as in YAML. Relative paths start at the file's
 folder. The session's `config.yaml` states the value of every key, including the defaults.
 
-A resume (`rlhf-tui resume NAME -o …`) can change any key except those that determine the model or
-the order of the data: `seed`, `data.*` without `data.cache`, `model.*`, `lora.*`,
-`rollout.batch_size`, `rollout.per_prompt`, `ppo.advantage` and `ppo.value_init`. A fork can change
-these too, except `lora.*`. Keys marked ⇄ can also be changed during the run
+A resume (`rlhf-tui resume NAME -o …`) can change any key except those that determine the model,
+the order of the data or the optimiser's state: `seed`, `data.*` without `data.cache`, `model.*`,
+`lora.*`, `rollout.engine`, `rollout.batch_size`, `rollout.per_prompt`, `ppo.advantage`,
+`ppo.value_init`, `eval.holdout` and `train.optimiser`. A fork can change these too, except
+`lora.*`. Keys marked ⇄ can also be changed during the run
 (`rlhf-tui ctl NAME set key=value`).
 
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where

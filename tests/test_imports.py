@@ -52,6 +52,7 @@ FLOORS = [
         "engine.train.dynamic_sampling",
         "engine.train.evaluation",
         "engine.train.greedy_baseline",
+        "engine.train.live_settings",
         "engine.train.reports",
         "engine.train.rollout_check",
     ),
@@ -79,7 +80,7 @@ FLOORS = [
 MOST_MODULES = 15
 """In one folder. About ten is what a reader takes in at a glance."""
 LIGHT = [
-    "rlhf_tui.cli", "rlhf_tui.headless", "rlhf_tui.app.app", "engine.supervisor.supervisor",
+    "rlhf_tui.cli", "rlhf_tui.headless", "rlhf_tui.app.app", "engine.supervisor.serve",
     "engine.__main__", "engine.api",
     *(f"rlhf_tui.commands.{name}" for name in sorted(set(COMMANDS.values()))),
     *(["rlhf_tui.commands.integration.mcp_server"] if find_spec("mcp") else []),

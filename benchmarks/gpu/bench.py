@@ -30,6 +30,7 @@ from benchmarks.gpu.decoding import respond, without_graphs
 from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
 from benchmarks.side import Side
 from benchmarks.task import GPU_TASK, TINY, Task, write_models
+from engine.train.rollout.compiled_layers import CompiledLayers
 from engine.train.rollout.decoder import GRAPHED
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
@@ -72,24 +73,30 @@ def main() -> int:
 
 def decoding(task: Task, target: Target) -> Iterator[Finding]:
     """Milliseconds per token of all responses, against reading weights and cache once."""
-    yield decoding_with(task, target, "torch")
+    yield decoding_with(task, target, "torch", "never")
+    if target.real:  # the compiler does not know a pretended GPU
+        yield decoding_with(task, target, "torch", "always")
     if target.real and find_spec("liger_kernel") is not None:
-        yield decoding_with(task, target, "liger")
+        yield decoding_with(task, target, "liger", "never")
 
 
-def decoding_with(task: Task, target: Target, kernels: str) -> Finding:
-    """The same with a choice of kernels."""
-    sessions = target.folder / f"decoding-{kernels}"
+def decoding_with(task: Task, target: Target, kernels: str, compiled: str) -> Finding:
+    """The same with a choice of kernels, and compiled (`rollout.compile`) or not."""
+    sessions = target.folder / f"decoding-{kernels}-{compiled}"
     sessions.mkdir()
-    keys = [*settings(task), *HALF, f"model.kernels={kernels}"]
+    keys = [*settings(task), *HALF, f"model.kernels={kernels}", f"rollout.compile={compiled}"]
     run = load(target.folder, sessions, keys)
+    layers = CompiledLayers(compiled)
+    began = time.perf_counter()
+    respond(run, task.prompts, task.new_tokens, GRAPHED, never_end=True, compiled=layers)
+    first = time.perf_counter() - began
     least = bytes_per_token(task) / machine.bandwidth_peak() / 1e9 if target.real else 0.0
 
     def milliseconds() -> float:
         times = []
         for _ in range(3 if target.real else 1):
             began = time.perf_counter()
-            respond(run, task.prompts, task.new_tokens, GRAPHED, never_end=True)
+            respond(run, task.prompts, task.new_tokens, GRAPHED, never_end=True, compiled=layers)
             if target.real:
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - began) / task.new_tokens)
@@ -98,12 +105,17 @@ def decoding_with(task: Task, target: Target, kernels: str) -> Finding:
     with_graphs = milliseconds()
     with without_graphs():
         without = milliseconds()
-    figures = {"ms": with_graphs, "ms_without_graphs": without, "ms_least": 1000 * least}
+    figures = {
+        "ms": with_graphs, "ms_without_graphs": without, "ms_least": 1000 * least,
+        "first_seconds": first, "compiled": float(layers.usable and compiled == "always"),
+    }  # fmt: skip
     share = 1000 * least / with_graphs
     return Finding(
-        f"decoding, kernels of {kernels}", share >= DECODE_SHARE or not target.real,
+        f"decoding, kernels of {kernels}, compiled: {compiled}",
+        share >= DECODE_SHARE or not target.real or compiled == "never",
         f"{with_graphs:.2f} ms per token of {task.prompts} responses, {without:.2f} ms without "
-        f"graphs; reading weights and cache once takes {1000 * least:.2f} ms, {share:.0%}", figures,
+        f"graphs; reading weights and cache once takes {1000 * least:.2f} ms, {share:.0%}; "
+        f"the first batch took {first:.0f} s", figures,
     )  # fmt: skip
 
 

@@ -10,13 +10,14 @@ small size on a pretended one, and the last line says that there is none.
 import argparse
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from benchmarks import machine
-from benchmarks.gpu import decoding, numerics, whole_runs
+from benchmarks.gpu import decoding, low_precision, numerics, weights_transfer, whole_runs
 from benchmarks.gpu.findings import Finding, Part, Target, run_parts, write_results
 from tests.train.gpu.pretend import GPU, pretend_gpu
 
@@ -24,17 +25,25 @@ IN_PROCESS: dict[str, Part] = {
     "recorded step": numerics.recorded_step,
     "bfloat16": numerics.bfloat16_gap,
     "fused kernels": numerics.fused_kernels,
+    "8-bit moments": low_precision.eight_bit_moments,
+    "QLoRA": low_precision.four_bit_weights,
     "sampling": numerics.sampled_distribution,
     "decoding": decoding.same_tokens,
     "FSDP2": whole_runs.sharded_on_one,
 }
 """Parts that compute in this process, so that the device can be pretended."""
+OTHER_PROCESSES: dict[str, Part] = {
+    "weights to another process": weights_transfer.weights_to_another_process,
+}
+"""Parts that start processes of their own, which cannot pretend."""
 WHOLE_RUNS: dict[str, Part] = {
     "starter": whole_runs.starter_learns,
     "kill and resume": whole_runs.killed_and_resumed,
-    "out of memory": whole_runs.out_of_memory,
     "planner": whole_runs.planner,
 }
+"""Parts that start programs and wait for them: they run beside those in this process."""
+ALONE: dict[str, Part] = {"out of memory": whole_runs.out_of_memory}
+"""Parts that need the whole GPU."""
 
 
 def check(parts: dict[str, Part], folder: Path) -> list[Finding]:
@@ -56,9 +65,16 @@ def main() -> int:
     print(f"{machine.describe()}\n", flush=True)
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as folder:
-        for group in (IN_PROCESS, WHOLE_RUNS):
-            chosen = {name: part for name, part in group.items() if options.only in name}
-            findings += check(chosen, Path(folder))
+        here, programs, alone = (
+            {name: part for name, part in group.items() if options.only in name}
+            for group in (IN_PROCESS, OTHER_PROCESSES | WHOLE_RUNS, ALONE)
+        )
+        # A pretended GPU is a state of this process: the parts then run one after another.
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            waiting = beside.submit(check, programs, Path(folder)) if real else None
+            findings += check(here, Path(folder))
+            findings += waiting.result() if waiting else check(programs, Path(folder))
+        findings += check(alone, Path(folder))
     failed = [f.name for f in findings if not f.passed]
     print(f"\n{len(findings) - len(failed)} of {len(findings)} as they should be")
     for name in failed:

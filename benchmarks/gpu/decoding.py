@@ -11,6 +11,7 @@ from engine.train.data.prompts import batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.pretrained import eos_ids
 from engine.train.rollout import decoder
+from engine.train.rollout.compiled_layers import CompiledLayers
 from engine.train.rollout.decoder import EXACT, GRAPHED, Schedule
 from engine.train.rollout.native import generate
 from engine.train.rollout.rollout import Rollout
@@ -37,6 +38,7 @@ def respond(
     *,
     at_once: int | None = None,
     never_end: bool = False,
+    compiled: CompiledLayers | None = None,
 ) -> Rollout:
     """Responses to the first prompts of a run, from the same uniform numbers in every call."""
     prompts = run.prompts.for_step(1)
@@ -47,7 +49,7 @@ def respond(
     )
     return generate(
         run.policy, batch, uniforms, 1.0, ends, run.tokenizer,
-        schedule=schedule, at_once=at_once,
+        schedule=schedule, at_once=at_once, compiled=compiled,
     )  # fmt: skip
 
 
@@ -66,6 +68,12 @@ def same_tokens(target: Target) -> Iterator[Finding]:
     )
     few = respond(run, rows, tokens, GRAPHED, at_once=max(2, rows // 4))
     yield equal_rows("all at once and a quarter at once", graphs, few, share=0.99)
+    if target.real:  # the compiler does not know a pretended GPU
+        compiled = CompiledLayers("always")
+        for _ in range(2):  # the first one also compiles
+            other = respond(run, rows, tokens, GRAPHED, compiled=compiled)
+        yield equal_rows("with compiled layers and without", graphs, other, share=0.99)
+        yield Finding("layers are compiled", compiled.usable, "as the log says")
 
 
 def equal_rows(name: str, one: Rollout, other: Rollout, *, share: float) -> Finding:

@@ -13,14 +13,13 @@ from typing import Any
 
 import msgspec
 
-from engine.config.rules import check_config
+from engine.config.rules.check import check_config
 from engine.config.schema import FIXED_AT_START, FREE_ON_RESUME, RunConfig
+from engine.config.session_file import enclose, read_session_text, read_text
 from engine.config.type_errors import expected, shown
 from engine.config.yaml_document import check_plain, dump_yaml, parse_yaml
 from engine.errors import ConfigError
 
-MAX_BYTES = 1_000_000
-"""Of a configuration file."""
 SESSIONS_BEFORE = {"rollout.sampling": "inverse_cdf"}
 """What a session does that began before a key existed, where that is not the key's default."""
 EMPTY = ", got null"
@@ -37,7 +36,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file cannot be read, or a key or a value is wrong.
     """
-    tree = _read(path)
+    tree = _parse(read_text(path), path)
     apply_overrides(tree, overrides)
     return _from_file(tree, path)
 
@@ -46,9 +45,9 @@ def load_session(path: Path) -> RunConfig:
     """Loads the config.yaml of a session, which has every key that there was when it began.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or a value is wrong.
+        ConfigError: the file cannot be read or is cut off, or a key or a value is wrong.
     """
-    tree = _read(path)
+    tree = _parse(read_session_text(path), path)
     for key, value in SESSIONS_BEFORE.items():
         section, _, name = key.partition(".")
         if isinstance(keys := tree.get(section), dict):
@@ -79,17 +78,7 @@ def _from_file(tree: dict[str, Any], path: Path) -> RunConfig:
     return from_tree(tree)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file at {path}") from None
-    except (OSError, ValueError, RuntimeError) as error:  # not UTF-8, NUL, a loop of links
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"{path} has more than {MAX_BYTES} bytes; it is not a configuration")
+def _parse(text: str, path: Path) -> dict[str, Any]:
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must contain sections such as model:, data: and reward:")
@@ -180,6 +169,11 @@ def dump(config: RunConfig) -> str:
     return dump_yaml(to_tree(config))
 
 
+def dump_session(config: RunConfig) -> str:
+    """The text of a session's config.yaml; :func:`load_session` notices if it is cut off."""
+    return enclose(dump(config))
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Joins nested keys with dots: `{"kl": {"beta": 1}}` becomes `{"kl.beta": 1}`."""
     flat: dict[str, Any] = {}
@@ -208,9 +202,12 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
         if key.startswith(FIXED_AT_START) and key not in FREE_ON_RESUME:
             # A checkpoint has the adapters of its run, so not even a fork can change them.
             alternative = "" if key.startswith("lora.") else ", or fork instead"
+            reason = "it determines the model or the order of the data"
+            if key == "train.optimiser":
+                reason = "the checkpoint holds its state"
             raise ConfigError(
-                f"{key} cannot change on a resume because it determines the model or the order of "
-                f"the data: start a new run with it{alternative}"
+                f"{key} cannot change on a resume because {reason}: start a new run with it"
+                f"{alternative}"
             )
 
 

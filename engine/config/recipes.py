@@ -1,149 +1,49 @@
-"""The settings of the recipes in examples/, for `rlhf-tui init`.
+"""The recipes of examples/, for `rlhf-tui init`.
 
 They are written for the starter models; :func:`for_real_models` changes what depends on the size.
 """
 
 import copy
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from engine import starter
+from engine.config.yaml_document import parse_yaml
 
 
 class Recipe(NamedTuple):
     """A way to train."""
 
     title: str
-    settings: dict[str, dict[str, Any]]
-    """By section and key, without the models and the data."""
+    file: Path
+    """A configuration of the starter."""
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """By section and key, without the models and the data."""
+        tree = parse_yaml(self.file.read_text(encoding="utf-8"), str(self.file))
+        del tree["model"]["policy"], tree["data"], tree["reward"]["model"]
+        return {section: keys for section, keys in tree.items() if keys}
 
 
-SMALL = {"batch_size": 64, "max_new_tokens": 32}
-TRAIN = {"steps": 60, "learning_rate": 1e-4}
+_FOLDER = starter.FOLDER / "recipes"
+"""Copies of files in examples/, which is no part of the package; `make docs` writes them."""
+_TITLES = {
+    "lora": "PPO that trains adapters (LoRA); the model itself is frozen and is the reference",
+    "rloo": "RLOO: several responses to a prompt in place of a value function",
+    "grpo": "GRPO: advantages within groups, KL in the loss (Shao et al. 2024)",
+    "dr-grpo": "Dr. GRPO: GRPO without its biases of length and difficulty (Liu et al. 2025)",
+    "dapo": "DAPO: clip-higher, dynamic sampling, overlong penalty (Yu et al. 2025)",
+    "reinforce-plus-plus": "REINFORCE++: neither a value function nor groups (Hu 2025)",
+    "ppo-ziegler": "PPO with an adaptive KL coefficient (Ziegler et al. 2019)",
+    "ppo-nplus": "PPO with a value function from the reward model (Huang et al. 2024)",
+    "vc-ppo": "VC-PPO: a pretrained value function with a λ of its own (Yuan et al. 2025)",
+}
 RECIPES = {
     "ppo": Recipe(
-        "PPO with a value function and an adaptive KL coefficient",
-        {
-            "rollout": SMALL,
-            "ppo": {"advantage": "gae", "epochs": 2, "minibatches": 2, "micro_batch_size": 32},
-            "kl": {"controller": "adaptive", "beta": 0.15, "target": 5.0, "horizon": 400},
-            "train": {"steps": 240, "learning_rate": 1e-4, "save_every": 25},
-        },
+        "PPO with a value function and an adaptive KL coefficient", starter.FOLDER / "demo.yaml"
     ),
-    "lora": Recipe(
-        "PPO that trains adapters (LoRA); the model itself is frozen and is the reference",
-        {
-            "lora": {"rank": 16},
-            "rollout": SMALL,
-            "ppo": {"epochs": 2, "minibatches": 2, "micro_batch_size": 32},
-            "kl": {"controller": "adaptive", "target": 5.0, "horizon": 400},
-            "train": {"steps": 60, "learning_rate": 1e-3},
-        },
-    ),
-    "rloo": Recipe(
-        "RLOO: several responses to a prompt in place of a value function",
-        {
-            "rollout": {"batch_size": 64, "per_prompt": 4, "max_new_tokens": 32},
-            "ppo": {"advantage": "rloo", "epochs": 2, "minibatches": 2, "micro_batch_size": 32},
-            "train": TRAIN,
-        },
-    ),
-    "grpo": Recipe(
-        "GRPO: advantages within groups, KL in the loss (Shao et al. 2024)",
-        {
-            "rollout": {"batch_size": 64, "per_prompt": 8, "max_new_tokens": 32},
-            "ppo": {
-                "advantage": "grpo", "scale_rewards": "group", "loss_aggregation": "sequence",
-                "epochs": 1, "minibatches": 1, "micro_batch_size": 32, "clip_range": 0.2,
-            },
-            "kl": {"estimator": "k3", "place": "loss", "beta": 0.04},
-            "train": TRAIN,
-        },
-    ),
-    "dr-grpo": Recipe(
-        "Dr. GRPO: GRPO without its biases of length and difficulty (Liu et al. 2025)",
-        {
-            "rollout": {"batch_size": 64, "per_prompt": 8, "max_new_tokens": 32},
-            "ppo": {
-                "advantage": "grpo", "scale_rewards": "none",
-                "loss_aggregation": "sequence_sum_constant",
-                "epochs": 1, "minibatches": 2, "micro_batch_size": 32, "clip_range": 0.2,
-            },
-            "kl": {"estimator": "k3", "place": "loss", "beta": 0.01},
-            "train": TRAIN,
-        },
-    ),
-    "dapo": Recipe(
-        "DAPO: clip-higher, dynamic sampling, overlong penalty (Yu et al. 2025)",
-        {
-            "reward": {"overlong": {"buffer": 8, "penalty": 1.0}},
-            "rollout": {
-                "batch_size": 64, "per_prompt": 8, "max_new_tokens": 32, "dynamic": True,
-            },
-            "ppo": {
-                "advantage": "grpo", "scale_rewards": "group", "loss_aggregation": "token",
-                "epochs": 1, "minibatches": 4, "micro_batch_size": 16, "clip_range": 0.2,
-                "clip_range_high": 0.28,
-            },
-            "kl": {"estimator": "k3", "place": "loss", "beta": 0.01},
-            "train": {"steps": 60, "learning_rate": 1e-4, "warmup_steps": 2},
-        },
-    ),
-    "reinforce-plus-plus": Recipe(
-        "REINFORCE++: neither a value function nor groups (Hu 2025)",
-        {
-            "rollout": SMALL,
-            "ppo": {
-                "advantage": "reinforce_plus_plus", "epochs": 1, "minibatches": 4,
-                "micro_batch_size": 16, "clip_range": 0.2, "gamma": 1.0, "whiten": True,
-            },
-            "kl": {"estimator": "k1", "place": "reward", "beta": 0.05},
-            "train": TRAIN,
-        },
-    ),
-    "ppo-ziegler": Recipe(
-        "PPO with an adaptive KL coefficient (Ziegler et al. 2019)",
-        {
-            "model": {"value": "shared"},
-            "reward": {"normalise": "reference", "normalise_samples": 256},
-            "rollout": {"batch_size": 64, "max_new_tokens": 24, "temperature": 0.7},
-            "ppo": {
-                "advantage": "gae", "epochs": 4, "minibatches": 1, "micro_batch_size": 32,
-                "clip_range": 0.2, "gamma": 1.0, "lam": 0.95, "whiten": True,
-                "whiten_rewards": True, "value_coef": 0.1, "value_clip": 0.2,
-            },
-            "kl": {"controller": "adaptive", "beta": 0.15, "target": 6.0, "horizon": 400},
-            "train": {"steps": 60, "learning_rate": 1e-4, "schedule": "linear"},
-        },
-    ),
-    "ppo-nplus": Recipe(
-        "PPO with a value function from the reward model (Huang et al. 2024)",
-        {
-            "model": {"value": "separate"},
-            "reward": {"normalise": "reference", "missing_eos_penalty": 1.0},
-            "rollout": {"batch_size": 64, "max_new_tokens": 32, "temperature": 0.7},
-            "ppo": {
-                "advantage": "gae", "epochs": 4, "minibatches": 1, "micro_batch_size": 32,
-                "clip_range": 0.2, "gamma": 1.0, "lam": 0.95, "whiten": True, "value_coef": 0.1,
-                "value_clip": 0.2, "value_init": "reward_model",
-            },
-            "kl": {"controller": "fixed", "beta": 0.05},
-            "train": {"steps": 60, "learning_rate": 1e-4, "schedule": "linear", "adam_eps": 1e-5},
-        },
-    ),
-    "vc-ppo": Recipe(
-        "VC-PPO: a pretrained value function with a λ of its own (Yuan et al. 2025)",
-        {
-            "model": {"value": "separate"},
-            "reward": {"normalise": "reference"},
-            "rollout": SMALL,
-            "ppo": {
-                "advantage": "gae", "value_init": "reward_model", "value_warmup": 5, "lam": 0.95,
-                "lam_value": 1.0, "gamma": 1.0, "epochs": 2, "minibatches": 2,
-                "micro_batch_size": 32, "clip_range": 0.2,
-            },
-            "kl": {"beta": 0.05},
-            "train": TRAIN,
-        },
-    ),
-}  # fmt: skip
+    **{name: Recipe(title, _FOLDER / f"{name}.yaml") for name, title in _TITLES.items()},
+}
 """By the name of the example; `ppo` is the starter run."""
 
 RATE, ADAPTER_RATE = 1e-6, 1e-5

@@ -61,7 +61,9 @@ FIXED_AT_START = (
     "ppo.advantage",
     "ppo.value_init",
     "eval.holdout",
+    "train.optimiser",
 )
-"""Keys and sections that determine the model or the order of the data: fixed on a resume."""
+"""Keys and sections that determine the model, the order of the data or the optimiser's state in a
+checkpoint: fixed on a resume."""
 FREE_ON_RESUME = ("data.cache",)
 """Keys of these sections that a resume may change all the same."""

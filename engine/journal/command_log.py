@@ -16,7 +16,7 @@ from engine.errors import JournalError
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import decoded, finite
 from engine.protocol.client_messages import CommandReply
-from engine.protocol.commands import COMMANDS, Note, Undo
+from engine.protocol.commands import Note, Undo
 from engine.protocol.rank_messages import ReplayedChange
 
 
@@ -28,25 +28,21 @@ class CommandLog:
         self._events = events
 
     def changes_after(self, step: int) -> list[ReplayedChange]:
-        """The commands after a step that a resume applies again, in the order of application.
+        """The commands after a step that changed settings, in the order of application.
 
-        These are all that changed settings, and the others that declare to be replayed.
+        A resume applies their changes again.
         """
         rows = self._db.execute(
-            "SELECT applied_step, command, changes, args FROM commands "
-            "WHERE status = 'applied' AND live AND applied_step > ? "
+            "SELECT applied_step, command, changes FROM commands "
+            "WHERE status = 'applied' AND live AND applied_step > ? AND changes <> '[]' "
             "ORDER BY applied_step, applied_seq",
             (step,),
         ).fetchall()
         return [
             ReplayedChange(
-                step=applied,
-                command=command,
-                changes=decoded(text, list[SettingChange]),
-                args=decoded(args, dict[str, Any]) if _is_replayed(command) else {},
+                step=applied, command=command, changes=decoded(text, list[SettingChange])
             )
-            for applied, command, text, args in rows
-            if text != "[]" or _is_replayed(command)
+            for applied, command, text in rows
         ]
 
     def record(self, command_id: str, command: str, args: dict[str, Any], who: str) -> bool:
@@ -104,27 +100,29 @@ class CommandLog:
                 (time.time(), step, self._events.attempt, msgspec.json.encode(changes).decode(),
                  json.dumps(finite(result or {})), command_id),
             )  # fmt: skip
-            self._invalidate_replay(command_id, step, {c.key for c in changes})
+            self._override_earlier(step, {c.key for c in changes})
 
-    def _invalidate_replay(self, command_id: str, step: int, keys: set[str]) -> None:
-        """Invalidates what earlier attempts did from this step on and this command does again.
+    def _override_earlier(self, step: int, keys: set[str]) -> None:
+        """Drops what earlier attempts changed of these settings after this step.
 
-        That is changes of the same settings, and replayed commands of the same name. They would
-        otherwise be replayed after the next crash and override the new one.
+        It would otherwise be applied again after the next crash, and override the new change. A
+        command that changed other settings, too, keeps these changes. Changes at this step itself
+        stay: they were applied again before the new command, and `undo` and the next resume have to
+        find them in that order.
         """
-        query = "SELECT command FROM commands WHERE id = ?"
-        again = {c for (c,) in self._db.execute(query, (command_id,)) if _is_replayed(c)}
         rows = self._db.execute(
-            "SELECT id, command, changes FROM commands "
-            "WHERE status = 'applied' AND live AND attempt < ? AND applied_step >= ?",
+            "SELECT id, changes FROM commands "
+            "WHERE status = 'applied' AND live AND attempt < ? AND applied_step > ?",
             (self._events.attempt, step),
         ).fetchall()
-        overridden = [
-            (i,)
-            for i, command, text in rows
-            if keys & {c.key for c in decoded(text, list[SettingChange])} or command in again
-        ]
-        self._db.executemany("UPDATE commands SET live = 0 WHERE id = ?", overridden)
+        for earlier, text in rows:
+            changes = decoded(text, list[SettingChange])
+            kept = [c for c in changes if c.key not in keys]
+            if changes and not kept:
+                self._db.execute("UPDATE commands SET live = 0 WHERE id = ?", (earlier,))
+            elif len(kept) < len(changes):
+                values = (msgspec.json.encode(kept).decode(), earlier)
+                self._db.execute("UPDATE commands SET changes = ? WHERE id = ?", values)
 
     def reject(self, command_id: str, reason: str) -> None:
         """Marks a command as rejected."""
@@ -176,8 +174,3 @@ class CommandLog:
             elif stack:
                 stack.pop()
         return stack
-
-
-def _is_replayed(command: str) -> bool:
-    kind = COMMANDS.get(command)  # None for a command of another version
-    return kind is not None and kind.replayed

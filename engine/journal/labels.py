@@ -21,7 +21,7 @@ import msgspec
 from engine.errors import JournalError, UserInputError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, connect
-from engine.journal.revealed import label_views, views_of
+from engine.journal.history.views import label_views, views_of
 from engine.journal.rows import Judgement, SampleRow
 from engine.session import access
 from engine.session.folder import Session

@@ -14,9 +14,9 @@ import msgspec
 from engine.config.settings import SettingChange
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
+from engine.journal.history.meta import meta_at
+from engine.journal.history.views import journal_views, views_of
 from engine.journal.json_values import decoded
-from engine.journal.past_meta import meta_at
-from engine.journal.revealed import journal_views, views_of
 from engine.journal.rows import (
     AttemptRow,
     CheckpointRow,
@@ -82,14 +82,14 @@ ALL_CHANGES = """
 SELECT changes FROM main.commands WHERE status = 'applied' AND changes <> '[]'
 ORDER BY ended, applied_step
 """
-"""Of settings, also those after the moment that a reader reveals."""
+"""Of settings, also those after the moment that a reader shows."""
 BETA_OF_STEP = """
 SELECT value FROM main.metrics JOIN main.steps USING (step)
 WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step AND attempt = :attempt
 UNION ALL SELECT value FROM main.metrics_past
 WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step AND attempt = :attempt
 """
-"""Also of a step after the moment that a reader reveals: what was in force when it began."""
+"""Also of a step after the moment that a reader shows: what was in force when it began."""
 REFERENCE_PROBES = """
 SELECT json_extract(result, '$.reference'), applied_step FROM commands
 WHERE command = 'probe' AND status = 'applied' AND json_extract(args, '$.text') = ?
@@ -162,6 +162,7 @@ class JournalReader:
             BETA_OF_STEP, at | {"step": position.step}
         )
         return meta_at(
+            position,
             now,
             decode_payload("state", states[0][0]) if states else None,
             [change for each in changes for change in each],

@@ -8,9 +8,9 @@ import msgspec
 from engine.errors import JournalError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase, limit
+from engine.journal.history.views import sample_views, views_of
 from engine.journal.json_values import decoded
 from engine.journal.labels import LabelReader, attach
-from engine.journal.revealed import sample_views, views_of
 from engine.journal.rows import Judgement, SampleRow
 from engine.protocol.rank_messages import TokenArrays
 from engine.session.folder import Session

@@ -92,7 +92,7 @@ def ranks_per_node(launch: LaunchConfig) -> int:
 def torch_is_built_for_gpus() -> bool:
     """Whether the installed torch has CUDA or ROCm; reads its version file instead of importing it.
 
-    True if that cannot be told.
+    True if that is not known.
     """
     found = importlib.util.find_spec("torch")
     try:

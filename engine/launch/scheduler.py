@@ -1,4 +1,4 @@
-"""What a scheduler tells each machine of a job, in environment variables.
+"""What a scheduler sets for each machine of a job, in environment variables.
 
 One command is started on every machine of a job. From these variables it knows which machine it is
 on, how many there are, and how to reach the first one.
@@ -103,7 +103,7 @@ def _kubernetes(environment: Mapping[str, str], host: str) -> Placement:
     """An indexed Job; the host names of its pods are `JOB-INDEX.SERVICE.NAMESPACE.svc…`.
 
     They resolve if the Job names a headless service as `subdomain`. The number of pods
-    (`completions`) is not told.
+    (`completions`) is not given.
     """
     machine = _number(environment, "JOB_COMPLETION_INDEX")
     name, _, domain = host.partition(".")

@@ -65,6 +65,8 @@ def _smaller(
     yield "parallel.activation_checkpointing", "true", recompute, None
     yield "reward.dtype", "bfloat16", ("reward", {"dtype": "bfloat16"}), None
     yield "model.dtype", "bfloat16", ("model", {"dtype": "bfloat16"}), None
+    eight: Change = ("train", {"optimiser": "adamw_8bit"})
+    yield "train.optimiser", "adamw_8bit", eight, None
     yield "model.value", "shared", ("model", {"value": "shared"}), None
     if layout.lora_rank is None:
         yield "lora.rank", str(WHAT_IF_RANK), None, replace(layout, lora_rank=WHAT_IF_RANK)

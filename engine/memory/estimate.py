@@ -20,7 +20,11 @@ from engine.memory.model import (
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 MASTER = 4
-"""Bytes of a master weight, of its gradient and of each of AdamW's two moments (float32)."""
+"""Bytes of a master weight and of its gradient (float32)."""
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.1}
+"""Bytes of AdamW's two moments of a weight; in 8 bits with the scales of blocks of about 100."""
+QUANTISED = {"none": 0.0, "nf4": 0.5625}
+"""Bytes of a weight in 4 bits with the scales of blocks of 64; 0 where it has `model.dtype`."""
 SAMPLING = 6
 """float32 tensors (n, V) alive at once in :func:`engine.train.rollout.sampling.sample`."""
 LAZY = 80_000_000
@@ -74,6 +78,7 @@ class _Estimator:
         self._trained = (adapters or policy.parameters + self._trunk) + head
         # The weights under adapters are frozen and kept in the compute dtype.
         self._frozen = policy.parameters + self._trunk if self._adapters else 0
+        self._quantised = QUANTISED[config.lora.quantise] if self._adapters else 0.0
 
     def _adapter_parameters(self) -> int:
         if self._layout.lora_rank is None:
@@ -108,8 +113,10 @@ class _Estimator:
 
     def _static(self) -> dict[str, int]:
         """Process, weights and moments; sharded ones are divided by the number of ranks."""
-        trunk = self._trunk * (self._compute if self._adapters else MASTER)
-        weights = MASTER * self._trained + self._compute * self._frozen
+        trunk = self._frozen_bytes(self._trunk) if self._adapters else MASTER * self._trunk
+        weights = MASTER * self._trained
+        if self._adapters:
+            weights += trunk + self._frozen_bytes(self._policy.parameters)
         shards = self._shards
         reference = 0 if self._shared_reference else self._models.reference.parameters
         rewards = sum(r.parameters for r in self._models.rewards)
@@ -119,11 +126,16 @@ class _Estimator:
         return self._process() | {
             "policy": (weights - trunk) // shards,
             "value": trunk // shards,
-            "optimiser": 2 * MASTER * self._trained // shards,
+            "optimiser": int(MOMENTS[self._config.train.optimiser] * self._trained) // shards,
             **({"average": averaged // shards} if averaged else {}),
             "reference": self._compute * reference // shards,
             "reward": self._reward_width * rewards // shards,
         }
+
+    def _frozen_bytes(self, parameters: int) -> int:
+        """Bytes of the weights under adapters, of a model of the policy's shape or of its trunk."""
+        packed = self._policy.in_linear if parameters and self._quantised else 0
+        return int(self._compute * (parameters - packed) + self._quantised * packed)
 
     def _loading(self) -> dict[str, int]:
         """The peak of loading: the pages of the last model's file, and the copy made of them.

@@ -40,6 +40,8 @@ class Shape(Struct, frozen=True, kw_only=True):
     intermediate: int
     """Width of the MLP; in a mixture of experts the width that one token uses."""
     vocabulary: int
+    in_linear: int = 0
+    """Parameters of the linear modules in all layers."""
     linear: dict[str, int] = {}
     """Module name → inputs + outputs of the linear modules of that name in all layers.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.config.sections.supervision import GuardrailConfig, Rule
 from engine.metrics import (
+    APPROXIMATE_KL,
     CLIP_FRACTION,
     DISTINCT_2,
     ENTROPY,
@@ -42,16 +43,12 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         advice="these updates were skipped: lower the learning rate",
     ),
     Rule(
-        name="kl_high", metric=KL, above=2.0, of="target",
+        name="kl_high", metric=KL, above=1.6, of="target",
         advice="read the samples of highest KL; raise beta, or roll back",
     ),
     Rule(
-        name="clip_fraction", metric=CLIP_FRACTION, above=0.5,
+        name="update_kl", metric=APPROXIMATE_KL, above=0.3,
         advice="updates are too large: lower the learning rate or ppo.epochs",
-    ),
-    Rule(
-        name="entropy_falls", metric=ENTROPY, falls=0.5,
-        advice="the policy commits itself: raise beta or ppo.entropy_coef",
     ),
     Rule(
         name="length_bound", metric=RESPONSE_LENGTH, above=0.95, of="max_new_tokens",
@@ -70,7 +67,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         advice="the policy commits itself: raise beta or ppo.entropy_coef, lower the learning rate",
     ),
     Rule(
-        name="repetition", metric=DISTINCT_2, drifts_down=0.6, window=10,
+        name="repetition", metric=DISTINCT_2, drifts_down=0.7, window=10,
         advice="responses resemble each other: read some, raise beta, mend what the reward likes",
     ),
     Rule(
@@ -86,7 +83,11 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         advice="the value head misleads: raise value_coef or its learning rate, or use rloo",
     ),
     Rule(
-        name="dead_groups", metric=ZERO_STD, above=0.9, lasts=5,
+        name="value_head_idle", metric=EXPLAINED_VARIANCE, below=0.05, lasts=50, window=50,
+        advice="the value head has learnt nothing: raise value_coef or its rate, or use rloo",
+    ),
+    Rule(
+        name="dead_groups", metric=ZERO_STD, above=0.7, lasts=5,
         advice="hardly any prompt teaches: use harder or easier ones, or rollout.dynamic",
     ),
     Rule(

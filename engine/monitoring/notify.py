@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from engine.config.rules import parse_quiet_hours
+from engine.config.rules.supervision import parse_quiet_hours
 from engine.config.sections.supervision import NotifyConfig
 from engine.monitoring.channels.command import CommandChannel
 from engine.monitoring.channels.message import LEVELS, Notification, NotificationError

@@ -55,10 +55,6 @@ class Command(Struct, frozen=True, kw_only=True, tag_field="command", forbid_unk
     """State of the session from acceptance to application; None if it does not change."""
     dropped_after_failures: ClassVar[bool] = True
     """Whether the command is rejected if the ranks fail repeatedly while it is pending."""
-    replayed: ClassVar[bool] = False
-    """Whether a resume carries it out again at the step at which it was applied, if the checkpoint
-    is older. Changes of settings are always applied again; declare it for a command that changes
-    what neither a setting nor every checkpoint holds."""
 
     @classmethod
     def name(cls) -> str:
@@ -135,7 +131,7 @@ class SettingCommand(Command, frozen=True):
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
-        from engine.config.rules import check_change  # noqa: PLC0415 - the app never checks here
+        from engine.config.rules.check import check_change  # noqa: PLC0415 - the app never checks here
 
         values = self.new_values(moment.settings)
         check_change(apply_settings(moment.config, moment.settings), values)

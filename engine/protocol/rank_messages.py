@@ -157,6 +157,8 @@ class Rejected(Message, frozen=True, tag="rejected"):
 
 REWARD_CHANGED = "reward_changed"
 """The rule of the notice that the scores come from another reward from the next step on."""
+REWARD_FAILED = "reward"
+"""The rule of a pause, and of notices, about a reward that cannot be computed."""
 
 
 class Notice(Message, frozen=True, tag="notice"):
@@ -275,8 +277,6 @@ class ReplayedChange(Struct, frozen=True, kw_only=True):
     step: int
     command: str
     changes: list[SettingChange]
-    args: dict[str, Any] = {}
-    """The command's, if it is carried out again (:attr:`Command.replayed`)."""
 
 
 class Confirm(Message, frozen=True, tag="confirm"):

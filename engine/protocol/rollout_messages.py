@@ -72,6 +72,8 @@ class LoadWeights(Message, frozen=True, tag="load_weights"):
     """`rollout.transfer`."""
     handles: bytes = b""
     """With `ipc`: pickled arguments of torch's `rebuild_cuda_tensor`, one tuple a tensor."""
+    gpu: str = ""
+    """With `ipc`: what identifies the GPU that the tensors are on, in every process."""
 
 
 class WeightsLoaded(Message, frozen=True, tag="weights_loaded"):

@@ -8,14 +8,13 @@ folder under /tmp.
 
 import os
 import socket
-import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import SessionError
+from engine.session.access import private_temporary_folder
 
 NAME = "engine.sock"
 ROLLOUT_NAME = "rollout.sock"
@@ -39,7 +38,7 @@ def listen(folder: Path, name: str = NAME) -> tuple[socket.socket, Path]:
         return _listen_in(folder, name)
     except OSError:
         try:
-            return _listen_in(_private_folder(), f"{os.getpid()}.{name}")
+            return _listen_in(private_temporary_folder(), f"{os.getpid()}.{name}")
         except OSError as error:
             raise SessionError(f"cannot create a socket for {folder}: {error.strerror}") from error
 
@@ -86,16 +85,6 @@ def _listen_in(folder: Path, name: str) -> tuple[socket.socket, Path]:
     finally:
         os.umask(mask)
     return sock, path
-
-
-def _private_folder() -> Path:
-    """A folder under /tmp that only this user can access. Raises OSError."""
-    folder = Path(tempfile.gettempdir()) / f"rlhf-tui-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise PermissionError(0, f"{folder} is not private to this user")
-    return folder
 
 
 @contextmanager

@@ -7,6 +7,7 @@ the user who resumes it. Modes are therefore set explicitly and do not depend on
 import getpass
 import os
 import pwd
+import stat
 import tempfile
 from pathlib import Path
 
@@ -26,6 +27,20 @@ def make_folders(path: Path) -> None:
     for folder in reversed(missing):
         folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
     path.mkdir(mode=FOLDER_MODE, exist_ok=True)  # raises FileExistsError where a file is there
+
+
+def private_temporary_folder() -> Path:
+    """This user's folder under the system's temporary one; nobody else can access it.
+
+    Raises:
+        OSError: it cannot be created, or another user has created it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"rlhf-tui-{os.getuid()}"
+    folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(0, f"{folder} is not private to this user")
+    return folder
 
 
 def create_file(path: Path) -> None:

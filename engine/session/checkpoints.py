@@ -136,5 +136,5 @@ def read_summary(folder: Path) -> StateSummary:
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The live settings that a checkpoint restores, those of the step after it; or none."""
+    """The live settings that a checkpoint restores, those after its step; or none."""
     return read_summary(folder).state.settings

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from engine.config.session_file import read_session_text
 from engine.errors import (
     ConfigError,
     NoSuchSessionError,
@@ -43,7 +44,7 @@ class Session:
 
     folder: Path
     position: Position | None = field(default=None, compare=False)
-    """The moment of its history up to which readers reveal its files; None: all of them."""
+    """The moment of its history at which readers show its files; None: the present."""
 
     def at(self, position: Position | None) -> "Session":
         """The same session as it was at a moment. It has no engine that could be reached."""
@@ -126,13 +127,21 @@ class Session:
                 raise
             raise ConfigError(f"{self.config_file}: {error}") from None
 
+    def check_config_file(self) -> None:
+        """Checks that config.yaml can be read and is not cut off, but not the values in it.
+
+        Raises:
+            ConfigError: it is not whole.
+        """
+        read_session_text(self.config_file)
+
     def write_config(self, config: "RunConfig") -> None:
         """Replaces config.yaml atomically. Call it with the session's lock held, or before."""
         from engine.config import file as config_file  # noqa: PLC0415
 
         for leftover in self.folder.glob(f".{self.config_file.name}.*"):  # of a killed process
             leftover.unlink(missing_ok=True)
-        write_atomically(self.config_file, config_file.dump(config))
+        write_atomically(self.config_file, config_file.dump_session(config))
 
     def is_live(self) -> bool:
         """Whether an engine holds the session's lock; False for a moment of its history."""

@@ -1,4 +1,4 @@
-"""A moment in the history of a session, up to which the readers of its files reveal it."""
+"""A moment in the history of a session: readers show its files as they were then."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ class StepRange(Struct, frozen=True):
 
 
 class Position(Struct, frozen=True, kw_only=True):
-    """A moment of a session. Steps and events before it are revealed, later ones are not.
+    """A moment of a session. Readers show the steps and events before it, not the later ones.
 
     The order of a session is that of its attempts, of the steps in an attempt and of the events'
     ids: a wall clock may have been set back.
@@ -31,7 +31,7 @@ class Position(Struct, frozen=True, kw_only=True):
     live: bool
     """Whether an engine ran."""
     kept: int
-    """The last step revealed of today's timeline. Later steps of that moment's timeline are in
+    """The last step that is shown of today's timeline. Later steps of that moment's timeline are in
     :attr:`current`."""
     current: tuple[StepRange, ...] = ()
     """Steps that belonged to the timeline then, and are on an abandoned branch today."""

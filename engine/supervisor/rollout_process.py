@@ -121,15 +121,15 @@ class RolloutProcess:
             if self._state.rollout_restarts > self._config.launch.max_restarts:
                 self._on_failure(f"{text}, again; see {self._session.rollout_log_file}")
                 return
-            if status:  # told first: the attempt may end while another one is being started
-                self._tell(f"{text}: another one is started")
+            if status:  # reported first: the attempt may end while another one is being started
+                self._report(f"{text}: another one is started")
             try:
                 await self._spawn(listener)
             except OSError as error:
                 self._on_failure(f"the rollout engine cannot be started again: {error}")
                 return
 
-    def _tell(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         try:
             self._on_restart(text)
         except sqlite3.Error as error:  # a full disk must not leave the ranks without an engine

@@ -59,6 +59,10 @@ class Connection:
         """Ids of the commands whose replies go to this client."""
 
     def send(self, message: Message) -> None:
+        """Queues a message, see :meth:`send_frame`."""
+        self.send_frame(frames.encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
         """Queues a frame, or closes the connection of a client that does not read."""
         if self._writer.is_closing():
             return
@@ -66,7 +70,7 @@ class Connection:
             log.warning("%s does not read: connection closed", self.who)
             self._writer.transport.abort()
             return
-        self._writer.write(frames.encode(message))
+        self._writer.write(frame)
 
 
 class RequestHandler(Protocol):
@@ -133,9 +137,7 @@ class Server:
 
     def send_to_watchers(self, message: Phase | Telemetry) -> None:
         """Sends a message that is not in the journal to every client that watches."""
-        for client in self._clients:
-            if client.watching:
-                client.send(message)
+        self._send_to([c for c in self._clients if c.watching], message)
 
     def notify_watchers(self) -> None:
         """Announces new rows of the journal, within :data:`NOTIFY_INTERVAL`."""
@@ -146,9 +148,14 @@ class Server:
     def _send_notification(self) -> None:
         self._notification = None
         if watching := [c for c in self._clients if c.watching]:
-            message = self._requests.journal_position()
-            for client in watching:
-                client.send(message)
+            self._send_to(watching, self._requests.journal_position())
+
+    @staticmethod
+    def _send_to(clients: list[Connection], message: Message) -> None:
+        if clients:
+            frame = frames.encode(message)  # once: there may be many
+            for client in clients:
+                client.send_frame(frame)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -1,27 +1,21 @@
-"""The supervisor: the engine of one live session, an asyncio coroutine that never imports torch.
+"""The supervisor of one live session, a coroutine that never imports torch.
 
-It holds the session's lock, serves the socket, starts and monitors the ranks, and alone writes the
-journal. The same coroutine runs in the foreground and in the background. Commands are
-handled by :mod:`engine.supervisor.command_handler`, messages of ranks by
-:mod:`engine.supervisor.rank_handler`.
+It starts and monitors the ranks, and alone writes the journal. Commands are handled by
+:mod:`engine.supervisor.command_handler`, messages of ranks by
+:mod:`engine.supervisor.rank_handler`; :mod:`engine.supervisor.serve` runs it.
 """
 
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 import sqlite3
 from pathlib import Path
 
 import msgspec
 
-from engine import __version__
 from engine.config import file as config_file
-from engine.config.deadline import deadline
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
-from engine.errors import SessionError, UserInputError
 from engine.journal.writer import JournalWriter
 from engine.launch.start import (
     StartOptions,
@@ -34,10 +28,8 @@ from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import Notifier, missing_variables
 from engine.monitoring.telemetry import busy_gpus
-from engine.protocol import sockets
 from engine.protocol.commands import SetSetting
 from engine.protocol.rank_messages import RESTART_REASONS, Failed, Phase
-from engine.session import registry
 from engine.session.folder import Session
 from engine.session.states import State
 from engine.supervisor.attempt import Attempt
@@ -52,87 +44,6 @@ from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
 
 log = logging.getLogger("engine")
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-async def supervise(session: Session, start: StartOptions, observer: Observer | None = None) -> int:
-    """Runs a session until its end.
-
-    Args:
-        session: its lock must be free.
-        start: the first attempt.
-        observer: notified of states, alerts and messages, in this process.
-
-    Returns:
-        The exit code: 0 finished or stopped, `launch.preempted_exit` stopped by a scheduler's
-        signal, 1 failed, 2 wrong input of the user.
-
-    Raises:
-        SessionLockedError: another engine has the session.
-        SessionError: a file or the socket cannot be created or written.
-    """
-    lock = session.acquire()
-    try:
-        journal = JournalWriter(session)
-        try:
-            return await _serve(session, journal, start, observer)
-        finally:
-            journal.close()
-    except (OSError, sqlite3.Error) as error:
-        raise SessionError(
-            f"cannot write in {session.folder}: {error}; "
-            f"solve this, then: rlhf-tui resume {session.name}"
-        ) from error
-    finally:
-        session.engine_file.unlink(missing_ok=True)
-        session.secret_file.unlink(missing_ok=True)
-        lock.release()
-
-
-async def _serve(
-    session: Session, journal: JournalWriter, start: StartOptions, observer: Observer | None
-) -> int:
-    """Runs all attempts, with the socket open and the session in the registry."""
-    before = session.config()
-    config = config_file.override(before, start.overrides)
-    session.write_config(config)
-    journal.set_meta(
-        total_steps=config.train.steps,
-        deadline=deadline(config.train, os.environ),
-        exit_code=None,
-    )
-    journal.commands.reject_unfinished("the engine ended before it was carried out")
-    listener, path = sockets.listen(session.folder)
-    supervisor = Supervisor(session, config, journal, path, start, observer)
-    session.write_engine(str(path), __version__)
-    registry.announce(session)
-    await supervisor.server.start(
-        listener, supervisor.commands, supervisor.rank_messages.handle_connection
-    )
-    watchdog = asyncio.create_task(
-        supervisor.watchdog.run(supervisor.on_silence, supervisor.commands.on_alert)
-    )
-    watchdog.add_done_callback(supervisor.on_watchdog_end)
-    loop = asyncio.get_running_loop()
-    for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, supervisor.commands.on_signal, number)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    try:
-        code = await supervisor.run()
-        if code == UserInputError.exit_code:  # the next resume uses the previous one
-            session.write_config(before)
-        return code
-    finally:
-        watchdog.cancel()
-        supervisor.ranks.kill()
-        await supervisor.rollout.stop()
-        supervisor.server.close()
-        await asyncio.gather(watchdog, supervisor.publisher.finish(), return_exceptions=True)
-        path.unlink(missing_ok=True)
-        registry.withdraw(session)
-        for number in (*STOP_SIGNALS, signal.SIGHUP):
-            loop.remove_signal_handler(number)
 
 
 class Supervisor:
@@ -314,7 +225,7 @@ class Supervisor:
             self.pending.attempt_failed()
         step = last_checkpoint(self._session)
         state.next = StartOptions(from_step=step)
-        # The notice tells the operator; an error in the log would tell it twice in the foreground.
+        # The notice tells the operator; an error in the log would show it twice in the foreground.
         log.info("%s; restart %d of %d", failure.text, self._restarts, limit)
         text = f"{failure.text}: restart {self._restarts} of {limit} from step {step}"
         self.publisher.notice("restart", text, self._journal.step)

@@ -7,22 +7,15 @@ same two steps.
 import logging
 import os
 import time
-from typing import Any, assert_never
+from typing import assert_never
 
 import msgspec
 
 from engine.config.deadline import deadline
-from engine.config.rules import check_change
-from engine.config.settings import (
-    SettingChange,
-    change_settings,
-    invalid_values,
-    settings_of,
-)
+from engine.config.settings import SettingChange, settings_of
 from engine.errors import CheckpointError, CommandRejectedError, LinkError, RlhfError
 from engine.kl import next_beta
 from engine.protocol.commands import (
-    COMMANDS,
     BoundaryCommand,
     Checkpoint,
     Pause,
@@ -35,6 +28,7 @@ from engine.protocol.commands import (
     Unpause,
 )
 from engine.protocol.rank_messages import (
+    REWARD_FAILED,
     Adjusted,
     Applied,
     Begin,
@@ -43,20 +37,20 @@ from engine.protocol.rank_messages import (
     Paused,
     RankCommand,
     Rejected,
-    ReplayedChange,
     ToRank,
     Unpaused,
 )
 from engine.session.folder import Session
 from engine.train.checkpointing import CheckpointManager
 from engine.train.link import Link
+from engine.train.live_settings import LiveSettings
 from engine.train.models.language_model import fingerprint
 from engine.train.models.reference_update import mix_into_reference
 from engine.train.reports.probe import answer_probe
 from engine.train.reports.trackers import FINISH_SECONDS
 from engine.train.rewards.recovery import Recovery
 from engine.train.rewards.source import RewardCallError
-from engine.train.run import Run, max_response_tokens
+from engine.train.run import Run
 
 log = logging.getLogger("engine")
 
@@ -103,8 +97,7 @@ class Boundary:
     def __init__(self, session: Session, run: Run, begin: Begin, link: Link) -> None:
         self._run = run
         self._link = link
-        self._replay = begin.replay
-        self._undoable = list(begin.undoable)
+        self._settings = LiveSettings(run, begin)
         self.checkpoints = CheckpointManager(session.checkpoints, run, link, begin)
         """Saves the run's checkpoints."""
         self._paused = begin.paused
@@ -127,12 +120,7 @@ class Boundary:
             Whether another step follows.
         """
         self.checkpoints.poll()
-        step = self._run.state.step + 1
-        for replayed in self._replay:
-            if replayed.step == step:
-                self._replay_change(replayed)
-        # A step that is repeated must not have them again.
-        self._replay = [r for r in self._replay if r.step != step]
+        self._settings.repeat(self._run.state.step + 1)
         received = self._next_broadcast(0.0)
         self._begin_hold()
         self._execute_received(received)
@@ -165,7 +153,7 @@ class Boundary:
         step, reason = self._run.state.step, str(error)
         log.error("%s", "\n".join(filter(None, [reason, error.trace])))
         if self._end_reason() is not None:
-            self._link.send(Notice(step=step, rule="reward", text=reason))
+            self._link.send(Notice(step=step, rule=REWARD_FAILED, text=reason))
             return
         # An attempt that begins paused computes rewards before its first boundary.
         already = self._paused and not self._recovers
@@ -178,7 +166,7 @@ class Boundary:
         self._link.send(
             Paused(
                 step=step,
-                rule="reward",
+                rule=REWARD_FAILED,
                 reason=reason,
                 traceback=error.trace,
                 recovers=self._recovers,
@@ -238,7 +226,7 @@ class Boundary:
             self._set_pause(False)
             text = "the reward source works again; the run resumes"
             log.info("%s", text)
-            self._link.send(Unpaused(step=self._run.state.step, rule="reward", text=text))
+            self._link.send(Unpaused(step=self._run.state.step, rule=REWARD_FAILED, text=text))
 
     def _next_broadcast(self, wait: float) -> BoundaryBroadcast:
         """Rank 0's new commands, on every rank.
@@ -264,7 +252,7 @@ class Boundary:
         received = msgspec.msgpack.decode(run.ranks.broadcast_bytes(data), type=BoundaryBroadcast)
         run.state.seconds, self._reached = received.seconds, received.reached
         self._early = received.early
-        self._set({"beta": received.beta})
+        self._settings.set({"beta": received.beta})
         return received
 
     def _execute(self, commands: list[ToRank]) -> None:
@@ -279,9 +267,6 @@ class Boundary:
             except (CommandRejectedError, CheckpointError) as error:
                 self._link.send(Rejected(id=message.id, reason=str(error)))
             else:
-                if message.command.replayed:
-                    name = message.command.name()
-                    self._replay = [r for r in self._replay if r.command != name]
                 if applied is not None:
                     self._link.send(applied)
 
@@ -304,10 +289,10 @@ class Boundary:
             case Checkpoint():
                 self._save_checkpoint()
             case SetBeta() | SetKLController() | SetSetting():
-                changes = self._change_by_command(command.new_values(settings_of(self._run.config)))
-                self._undoable.append(changes)
+                values = command.new_values(settings_of(self._run.config))
+                changes = self._settings.change(values)
             case Undo():
-                changes = self._undo()
+                changes = self._settings.undo()
             case Probe(text=text):
                 result = answer_probe(self._run, text)
             case _:
@@ -323,63 +308,13 @@ class Boundary:
             # What follows a checkpoint is generated with its weights, here as after a resume.
             self._run.ahead.drop()
 
-    def _undo(self) -> list[SettingChange]:
-        if not self._undoable:
-            raise CommandRejectedError("there is no change to undo")
-        values = {c.key: c.old for c in self._undoable.pop()}
-        # A version without bounds may have set the old value, or put it into a checkpoint.
-        if problems := invalid_values(values):
-            raise CommandRejectedError(f"the change cannot be undone: {min(problems.values())}")
-        return self._change_by_command(values)
-
-    def _replay_change(self, replayed: ReplayedChange) -> None:
-        """Applies a command from before a crash again; `undo` treats it like any other."""
-        kind = COMMANDS.get(replayed.command)
-        if kind is not None and kind.replayed:
-            data = {"command": replayed.command, **replayed.args}
-            try:
-                self._carry_out(replayed.command, msgspec.convert(data, BoundaryCommand))
-            except CommandRejectedError as error:
-                text = f"the command {replayed.command} is not repeated: {error}"
-                self._link.send(Notice(step=replayed.step, rule="replay", text=text))
-            return
-        changes = self._change({c.key: c.new for c in replayed.changes})
-        if replayed.command == Undo.name():
-            del self._undoable[-1:]
-        elif changes:
-            self._undoable.append(changes)
-
-    def _change_by_command(self, values: dict[str, Any]) -> list[SettingChange]:
-        """Changes settings, and drops later replayed changes of the same settings."""
-        limit = max_response_tokens(self._run)
-        if limit is not None and values.get("max_new_tokens", 0) > limit:
-            raise CommandRejectedError(
-                f"max_new_tokens may be {limit} at most: the model has no more positions after "
-                f"the longest prompt ({self._run.prompts.longest} tokens)"
-            )
-        check_change(self._run.config, values)
-        self._replay = [
-            msgspec.structs.replace(r, changes=[c for c in r.changes if c.key not in values])
-            for r in self._replay
-        ]
-        return self._change(values)
-
-    def _change(self, values: dict[str, Any]) -> list[SettingChange]:
-        before = msgspec.structs.asdict(settings_of(self._run.config))
-        self._set(values)
-        return [SettingChange(key=k, old=before[k], new=v) for k, v in values.items()]
-
-    def _set(self, values: dict[str, Any]) -> None:
-        self._run.config = change_settings(self._run.config, values)
-
     def adjust(self, change: SettingChange, text: str) -> None:
         """Changes a setting for the next step without a command, and tells the operator why.
 
         It is recorded like the command `set`, so a resume repeats it at the same step and `undo`
         reverts it.
         """
-        changes = self._change_by_command({change.key: change.new})
-        self._undoable.append(changes)
+        changes = self._settings.change({change.key: change.new})
         log.warning("%s", text)
         self._link.send(
             Adjusted(step=self._run.state.step + 1, changes=changes, rule="memory", text=text)
@@ -407,7 +342,9 @@ class Boundary:
         metrics["time/checkpoint"] = self.checkpoints.step_done(metrics)
         self._reached = self._has_reached_aim(metrics)
         beta = next_beta(config.kl, kl, config.rollout.batch_size)
-        return [] if beta == config.kl.beta else self._change({"beta": beta})
+        changes = [] if beta == config.kl.beta else self._settings.set({"beta": beta})
+        self._run.settings_after_step = settings_of(self._run.config)
+        return changes
 
     def close(self) -> None:
         """Lets a running save finish; for a run that ends with an error, too."""

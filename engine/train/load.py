@@ -59,6 +59,10 @@ log = logging.getLogger("engine")
 
 STAGES = ("prompts", "reward", "policy", "reference")
 """The stages of loading, in order."""
+OTHER_OPTIMISER = (
+    "train.optimiser is {}, and the checkpoint has the state of another optimiser: the moments "
+    "start from zero"
+)
 
 
 def load_run(
@@ -145,10 +149,10 @@ def load_run(
     begin_stage("reference")
     reference = load_reference(config, policy, ranks, strategy)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
-    if saved is not None:
-        load_training(saved, policy, optimiser, ranks.group)
-        if state.reference_updated:
-            load_reference_weights(saved, reference, ranks.group)
+    if saved is not None and not load_training(saved, policy, optimiser, ranks.group):
+        notify("settings", OTHER_OPTIMISER.format(config.train.optimiser))
+    if saved is not None and state.reference_updated:
+        load_reference_weights(saved, reference, ranks.group)
     if config.kl.reference_update.every:
         check_same_shapes(policy, reference)
 

@@ -1,4 +1,4 @@
-"""A step that runs out of memory: what it is told as, and its repetition with less."""
+"""A step that runs out of memory: the message of its error, and its repetition with less."""
 
 import copy
 import gc

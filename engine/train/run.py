@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
+from engine.config.settings import Settings
 from engine.memory.model import Estimate
 from engine.protocol.rank_messages import RankTimes
 from engine.train.checkpoints.folder import SavedState, TrainingState
@@ -92,13 +93,21 @@ class Run:
     """The memory estimate; None if the model's shapes are unknown to the estimator."""
     ahead: RolloutAhead | None = None
     """Generates the next step's responses beside a step; None without `rollout.ahead`."""
+    settings_after_step: Settings | None = None
+    """The settings after the last step, before the commands that followed it; None if this attempt
+    has no step yet."""
     rollout_checked: bool = False
     """Whether :func:`check_first_rollout` has run in this attempt."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def saved_state(self) -> SavedState:
-        """The state that a checkpoint of this moment holds, apart from tensors."""
-        return SavedState.of(self.state, self.config)
+        """The state that a checkpoint of this moment holds, apart from tensors.
+
+        Its settings are those after the last step. A command between two steps is never in the
+        checkpoint of the first one, whether it came before the save or after it: the journal has
+        it at the second one, where a resume applies it, and where a roll back discards it.
+        """
+        return SavedState.of(self.state, self.config, self.settings_after_step)
 
 
 def max_response_tokens(run: Run) -> int | None:

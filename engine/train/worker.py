@@ -158,7 +158,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
     def notify(rule: str, text: str) -> None:
         link.send(Notice(step=begin.from_step, rule=rule, text=text))
 
-    def tell_of_trackers(step: int, text: str) -> None:
+    def report_tracker_problem(step: int, text: str) -> None:
         log.warning(text)
         link.send(Notice(step=step, rule="trackers", text=text))
 
@@ -176,7 +176,9 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
     recorders = (
-        open_recorders(session, config, begin.from_step, tell_of_trackers) if ranks.is_lead else []
+        open_recorders(session, config, begin.from_step, report_tracker_problem)
+        if ranks.is_lead
+        else []
     )
 
     with contextlib.closing(boundary):

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import psutil
 from engine.session.folder import Session
 from engine.verification.finding import Finding, listed, note, problem
 
+ENDING = 5.0
+"""Seconds within which the processes of an engine that has given up its session have to end."""
 OURS = (
     "config.yaml", "journal.db", "samples.db", "labels.db", "engine.log", "engine.lock",
     "join.secret",
@@ -41,13 +44,25 @@ def check_leftovers(session: Session, *, live: bool) -> Iterator[Finding]:
     if session.engine_file.exists():
         text = "engine.json is left: the engine was killed"
         yield note("leftovers", text, f"rlhf-tui resume {session.name}")
-    pids = _processes(folder)
-    if pids and not session.is_live():
+    pids = _outliving(session)
+    if pids:
         yield problem(
             "leftovers",
             f"processes of the session outlive its engine: {listed(pids)}",
             f"end them: kill -9 {' '.join(map(str, pids))}",
         )
+
+
+def _outliving(session: Session) -> list[int]:
+    """The processes that are left of an engine; one that is just ending is waited for."""
+    deadline = time.monotonic() + ENDING
+    while pids := _processes(session.folder):
+        if session.is_live():
+            return []
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return pids
 
 
 def _processes(folder: Path) -> list[int]:

@@ -22,7 +22,7 @@ START = "start-"
 a crashed attempt's last step, which the start leaves behind."""
 ADVICE = f"{RESTORE}; if none is wrong, report it with the session's journal.db"
 UNKNOWN = object()
-"""A value that the journal does not tell."""
+"""A value that the journal does not determine."""
 
 
 class SettingHistory:
@@ -30,12 +30,12 @@ class SettingHistory:
 
     def __init__(self, initial: Any) -> None:
         self.initial = initial
-        """Before the first change; UNKNOWN if only a checkpoint can tell."""
+        """Before the first change; UNKNOWN if only a checkpoint has it."""
         self.changes: list[tuple[int, Any]] = []
         """First step with the value, and the value, in order of application."""
 
     def during(self, step: int) -> Any:
-        """The value in force during a step; UNKNOWN if the journal does not tell."""
+        """The value in force during a step; UNKNOWN if the journal does not have it."""
         values = [new for applied, new in self.changes if applied <= step]
         return values[-1] if values else self.initial
 
@@ -44,7 +44,7 @@ class SettingHistory:
         return [self.during(step), *(new for applied, new in self.changes if applied == step + 1)]
 
     def learn(self, step: int, value: Any) -> None:
-        """Takes over the value of a checkpoint if the journal does not tell an earlier one."""
+        """Takes over the value of a checkpoint if the journal has no earlier one."""
         before = not self.changes or step + 1 < self.changes[0][0]
         if self.initial is UNKNOWN and before:
             self.initial = value

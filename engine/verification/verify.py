@@ -62,7 +62,7 @@ def verify(session: Session) -> Verified:
         contents = _contents(session)
     except (JournalError, ConfigError) as error:
         contents = Contents(checkpoints=len(complete_checkpoints(session.checkpoints)))
-        if not any(str(error) in f.text for f in findings):  # told by the checks of the files
+        if not any(str(error) in f.text for f in findings):  # reported by the checks of the files
             findings.append(problem("files", str(error), RESTORE))
     return Verified(contents, findings)
 

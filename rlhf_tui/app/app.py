@@ -22,6 +22,7 @@ from textual.notifications import SeverityLevel
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
 from rlhf_tui.app import hangup, replaying, steering
+from rlhf_tui.app.command_tracker import CommandTracker
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
@@ -33,7 +34,7 @@ from rlhf_tui.screens import modes
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state import preferences as prefs
-from rlhf_tui.state.first_read import FirstRead
+from rlhf_tui.state.feeds.first_read import FirstRead
 from rlhf_tui.state.messages import CommandAnswered, EngineStarted, SessionUpdated
 from rlhf_tui.state.replay.player import ReplayOptions
 from rlhf_tui.state.runs.listing import SessionListCache
@@ -140,9 +141,10 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             self, self.preferences, self.who,
             now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
         )  # fmt: skip
-        self.commands = steering.Steering(
+        tracker = CommandTracker(
             self, self.who, target=self.steering_target, read_only=not self.steers, say=self.say
         )
+        self.commands = steering.Steering(self, tracker, self.say)
         self.engines = EngineStarter(
             self, self.follower, self.root,
             now=now, read_only=self.read_only, say=self.say, open_session=self.open_session,
@@ -309,7 +311,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         if action in replaying.ACTIONS:
             # Not over a dialog: a space is text in its fields.
             return self.follower.replay is not None and isinstance(self.screen, SessionScreen)
-        return self.commands.offered(action) if action in steering.ACTIONS else True
+        return self.commands.offered(str(parameters[0])) if action == "steer" else True
 
     def on_key(self, event: events.Key) -> None:
         """Shows why a key does nothing if its action is disabled."""
@@ -321,7 +323,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             *(
                 self.commands.why_disabled()
                 for action in actions_of_key(self, event.key)
-                if action in steering.ACTIONS
+                if action == "steer"
             ),
         ]
         if reason := next(filter(None, reasons), ""):
@@ -333,49 +335,9 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         screen = next((s for s in screens if isinstance(s, SessionScreen)), None)
         return screen.steering_target() if screen is not None and screen.is_mounted else None
 
-    def action_pause(self) -> None:
-        """Pauses the run at the next step boundary."""
-        self.commands.pause()
-
-    def action_unpause(self) -> None:
-        """Resumes the paused run."""
-        self.commands.unpause()
-
-    def action_beta(self) -> None:
-        """Asks for beta."""
-        self.commands.ask_beta()
-
-    def action_nudge(self, direction: int) -> None:
-        """Sets beta a tenth higher or lower."""
-        self.commands.nudge_beta(direction)
-
-    def action_adaptive(self) -> None:
-        """Switches between the adaptive controller and a fixed beta."""
-        self.commands.toggle_adaptive()
-
-    def action_undo(self) -> None:
-        """Takes back the last change."""
-        self.commands.undo()
-
-    def action_change(self) -> None:
-        """Asks for a setting and its value."""
-        self.commands.choose_setting()
-
-    def action_save(self) -> None:
-        """Saves a checkpoint at the next step boundary."""
-        self.commands.checkpoint()
-
-    def action_note(self) -> None:
-        """Asks for a note."""
-        self.commands.ask_note()
-
-    def action_probe(self) -> None:
-        """Asks for a prompt."""
-        self.commands.ask_probe()
-
-    def action_stop(self) -> None:
-        """Asks how to end the run."""
-        self.commands.ask_stop()
+    def action_steer(self, action: str) -> None:
+        """Carries out a steering key, see :data:`steering.BINDINGS`."""
+        self.commands.act(action)
 
     def action_replay_toggle(self) -> None:
         """Pauses the replay, or plays on."""

@@ -15,11 +15,11 @@ from rlhf_tui.app.replaying import ReplayControls
 from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state import preferences as prefs
-from rlhf_tui.state.feed import Feed, SessionFeed
+from rlhf_tui.state.feeds.feed import Feed, SessionFeed
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.messages import SessionUpdated
 from rlhf_tui.state.replay.player import Player, ReplayOptions
 from rlhf_tui.state.session_state import ALWAYS, SessionState
-from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.state.viewport import Viewport
 
 DRAW_AFTER = 0.04

@@ -12,7 +12,8 @@ from engine.config import file as config_file
 from engine.config.schema import FIXED_AT_START, RunConfig
 from engine.config.settings import LIVE_SETTINGS, change_settings
 from engine.errors import ConfigError, RlhfError
-from engine.launch.start import check_inputs, forked_config, is_failed_start, resumed_config
+from engine.launch.inputs import check_inputs
+from engine.launch.start import forked_config, is_failed_start, resumed_config
 from engine.session.folder import Session, check_name, free_name
 from rlhf_tui.format import value_text
 from rlhf_tui.widgets.completing_input import completions

@@ -9,8 +9,8 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.launch.environment import ranks_per_node
+from engine.launch.inputs import check_inputs
 from engine.launch.rollout_engine import check_rollout_python
-from engine.launch.start import check_inputs
 from engine.protocol.check_result import CheckResult
 from engine.verification.verify import Contents
 from engine.verification.verify import verify as verify_session

@@ -11,7 +11,7 @@ from engine.config.recipes import RECIPES, for_real_models
 from engine.config.yaml_comments import commented
 from engine.errors import UserInputError
 from engine.launch.environment import torch_is_built_for_gpus
-from engine.launch.start import check_inputs
+from engine.launch.inputs import check_inputs
 from engine.monitoring.telemetry import gpu_count
 from rlhf_tui.commands.options import is_terminal, override_option, say
 
@@ -84,7 +84,7 @@ def configuration(
     recipe: str, answers: dict[str, str], column: str | None, function: str | None
 ) -> dict[str, dict[str, Any]]:
     """The sections of the configuration, those that everybody changes first, as YAML has them."""
-    settings = RECIPES[recipe].settings
+    settings = RECIPES[recipe].settings()
     if answers["policy"] != STARTER["policy"]:
         gpu = torch_is_built_for_gpus() and gpu_count() > 0
         settings = for_real_models(settings, gpu=gpu)

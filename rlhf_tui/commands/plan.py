@@ -13,7 +13,7 @@ from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError
 from engine.journal.json_values import Json
 from engine.launch.environment import clean_environment
-from engine.launch.start import check_inputs
+from engine.launch.inputs import check_inputs
 from engine.memory.advice import can_start, changes_to_fit, fits
 from engine.memory.capacity import Capacity, of_device
 from engine.memory.estimate import estimate

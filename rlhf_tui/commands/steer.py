@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from engine.api.session import Session as Run
 from engine.config import file as config_file
 from engine.config.yaml_document import parse_yaml
 from engine.errors import RlhfError, UserInputError
 from engine.journal.json_values import Json
-from engine.journal.notes import add_note
 from engine.protocol.client import Client, new_id
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import (
@@ -158,20 +158,19 @@ def _verb(kind: type[Command], **options: Any) -> Callable[[Callable[..., None]]
     return ctl.command(name=kind.name(), help=kind.summary, **options)
 
 
-@_verb(Pause)
-@click.pass_obj
-def pause(steering: Steering) -> None:
-    steering.send(Pause())
+def _verb_without_arguments(kind: type[Pause | Unpause | Checkpoint | Undo]) -> None:
+    @_verb(kind)
+    @click.pass_obj
+    def send(steering: Steering) -> None:
+        steering.send(kind())
 
 
-@_verb(Unpause)
-@click.pass_obj
-def unpause(steering: Steering) -> None:
-    steering.send(Unpause())
-
-
+for _kind in (Pause, Unpause, Checkpoint, Undo):
+    _verb_without_arguments(_kind)
 ctl.add_command(
-    click.Command("resume", callback=unpause.callback, help=Unpause.summary, hidden=True)
+    click.Command(
+        "resume", callback=ctl.commands["unpause"].callback, help=Unpause.summary, hidden=True
+    )
 )
 
 
@@ -180,18 +179,6 @@ ctl.add_command(
 @click.pass_obj
 def stop(steering: Steering, now: bool) -> None:
     steering.send(Stop(now=now))
-
-
-@_verb(Checkpoint)
-@click.pass_obj
-def checkpoint(steering: Steering) -> None:
-    steering.send(Checkpoint())
-
-
-@_verb(Undo)
-@click.pass_obj
-def undo(steering: Steering) -> None:
-    steering.send(Undo())
 
 
 @_verb(Rollback)
@@ -267,13 +254,5 @@ for _command in ctl.commands.values():
 @click.argument("text", callback=utf8_text)
 @sessions_option
 def note(root: Path, name: str, text: str) -> None:
-    session = existing(root, name)
-    if session.is_live():
-        with Client(session, who()) as client:
-            reply = client.send(Note(text=text))
-        if reply.status == "rejected":
-            raise RlhfError(f"rejected: {reply.reason}")
-        step = (reply.step or 1) - 1  # the reply has the next step, the note the last finished one
-    else:
-        step = add_note(session, text, who())
+    step = Run(existing(root, name).folder, who=who()).note(text)
     say(f"noted at step {step}: {one_line(text)}")

@@ -24,7 +24,7 @@ from rlhf_tui.commands.options import (
 )
 
 if TYPE_CHECKING:  # msgspec and SQLite: only a command that opens the app imports them
-    from rlhf_tui.state.first_read import FirstRead
+    from rlhf_tui.state.feeds.first_read import FirstRead
     from rlhf_tui.state.replay.player import ReplayOptions
     from rlhf_tui.state.runs.listing import SessionListCache
 
@@ -170,7 +170,7 @@ def open_screen(
 
 def begin_first_read(session: Session) -> "FirstRead":
     """Starts reading the curves of the charts in a thread while the app is imported."""
-    from rlhf_tui.state.first_read import FirstRead  # noqa: PLC0415
+    from rlhf_tui.state.feeds.first_read import FirstRead  # noqa: PLC0415
     from rlhf_tui.state.preferences import load_preferences  # noqa: PLC0415
 
     return FirstRead(session, load_preferences()[0].metrics())

@@ -70,7 +70,7 @@ class EventDialog(TextDialog):
         self.close_with(way)
 
     def lines(self) -> list[Row]:
-        """The text, when and who, then what its kind has to tell."""
+        """The text, when and who, then what there is to say about its kind."""
         marker = self._marker
         rows: list[Row] = [[(line, "strong")] for line in wrap(marker.text, self.width)]
         facts = [fmt.clock(marker.time)] if marker.time else []

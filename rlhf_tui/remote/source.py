@@ -8,8 +8,8 @@ from engine.errors import SessionError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.session.folder import Session
+from rlhf_tui.file_stamps import stamp
 from rlhf_tui.remote.messages import VERSION, Done, Engine, Hello, Log, Message, Rows
-from rlhf_tui.state.feed import stamp
 
 LOG_BYTES = 200_000
 """Of the log that a copy begins with, and that is sent at once."""

@@ -152,7 +152,7 @@ class RemoteSession:
             except Exception as error:  # raised in the main thread if it is the first
                 self._problem = self._problem or error
             if not self._first.is_set():
-                self._first.set()  # the first connection failed: told to the user, not repeated
+                self._first.set()  # the first connection failed: reported to the user, not repeated
                 return
             self._problem = None
             self._stopped.wait(RECONNECT)

@@ -9,7 +9,7 @@ from textual.containers import Container, Vertical
 
 from engine.metrics import title_of
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.screens.overlaying import OverlaysRead, RunOverlays
+from rlhf_tui.screens.parts.overlaying import OverlaysRead, RunOverlays
 from rlhf_tui.state.messages import CursorMoved, RowHighlighted, RowSelected
 from rlhf_tui.state.viewport import WEIGHTS
 from rlhf_tui.widgets.charts.grid import ChartGrid

@@ -17,12 +17,12 @@ from engine.journal.samples import SampleReader
 from engine.protocol.commands import Probe
 from engine.protocol.rank_messages import TokenArrays
 from rlhf_tui.dialogs.base import InputDialog
-from rlhf_tui.screens import sample_comparison, sample_labels, sample_list
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.screens.sample_comparison import ComparisonRead, SampleComparison
-from rlhf_tui.screens.sample_filter import HINT
-from rlhf_tui.screens.sample_labels import LabelWritten, SampleLabels
-from rlhf_tui.screens.sample_list import (
+from rlhf_tui.screens.parts import sample_comparison, sample_labels, sample_list
+from rlhf_tui.screens.parts.sample_comparison import ComparisonRead, SampleComparison
+from rlhf_tui.screens.parts.sample_filter import HINT
+from rlhf_tui.screens.parts.sample_labels import LabelWritten, SampleLabels
+from rlhf_tui.screens.parts.sample_list import (
     ORDER_TITLES,
     PAGE,
     JudgementsRead,
@@ -30,7 +30,7 @@ from rlhf_tui.screens.sample_list import (
     PageRead,
     SampleList,
 )
-from rlhf_tui.screens.sample_table import cells_of, samples_table
+from rlhf_tui.screens.parts.sample_table import cells_of, samples_table
 from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
 from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
 from rlhf_tui.widgets.samples.judgement import key_of

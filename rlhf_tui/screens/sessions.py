@@ -16,7 +16,7 @@ from engine.session.folder import Session, free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.screens.base import SessionScreen
-from rlhf_tui.screens.session_list import (
+from rlhf_tui.screens.parts.session_list import (
     ASCENDING,
     MARK,
     NAME,

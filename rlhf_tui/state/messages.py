@@ -7,9 +7,9 @@ from textual.message import Message
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
 from engine.session.folder import Session
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.session_preview import SessionPreview
 from rlhf_tui.state.session_row import ListedSession
-from rlhf_tui.state.updates import SessionUpdate
 
 
 class SessionUpdated(Message):

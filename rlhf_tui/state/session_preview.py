@@ -10,9 +10,9 @@ from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.metrics import KL, SCORE, with_drawn
 from engine.session.folder import Session
-from rlhf_tui.state.first_read import read_summary
+from rlhf_tui.state.feeds.first_read import read_summary
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.runs.differences import configuration_of
-from rlhf_tui.state.updates import SessionUpdate
 
 METRICS = (SCORE, KL)
 SPANS = 200

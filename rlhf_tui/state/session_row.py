@@ -84,6 +84,7 @@ def read_session_row(session: Session) -> SessionRow:
 
 def session_row(session: Session, record: JournalReader) -> SessionRow:
     """Reads the row of a session with an open reader; raises as :func:`read_session_row`."""
+    session.check_config_file()  # without it the session cannot be resumed
     meta, attempts = record.meta(), record.attempts()
     state = record.state() if meta.state in LIVE_STATES else meta.state
     last = record.last_row((SCORE, KL))

@@ -26,9 +26,9 @@ from engine.metrics import (
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
 from rlhf_tui.state import time_left
+from rlhf_tui.state.feeds.updates import ReplayStatus, SessionSummary, SessionUpdate, thinned
 from rlhf_tui.state.series import Series, Smoothed
 from rlhf_tui.state.timeline import Marker, pause_reason, sender, timeline
-from rlhf_tui.state.updates import ReplayStatus, SessionSummary, SessionUpdate, thinned
 
 ALWAYS = (
     *with_drawn((SCORE, KL, CLIP_FRACTION, BETA, RESPONSE_LENGTH)),

@@ -227,9 +227,9 @@ class _Timeline:
             abandoned = self._left(command.attempt + 1, step)
         else:
             step = command.applied_step or 0
-            replayed = bool(command.changes)  # when the run is resumed
+            repeated = bool(command.changes)  # when the run is resumed
             left = self._left(command.attempt, step - 1)
-            abandoned = not command.live or (left and not replayed)
+            abandoned = not command.live or (left and not repeated)
         when = command.ended or command.queued
         text = command_text(command)
         return Marker(step, "command", text, command.who, when, key, abandoned)

@@ -1,8 +1,8 @@
 """The line of a replay: where it is, how fast it plays, and a slider with the markers."""
 
 from rlhf_tui import format as fmt
+from rlhf_tui.state.feeds.updates import ReplayMark, ReplayStatus
 from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES
-from rlhf_tui.state.updates import ReplayMark, ReplayStatus
 from rlhf_tui.widgets.lines import Piece, Row, row_width
 from rlhf_tui.widgets.panels.panel import BAR, REST, Panel
 

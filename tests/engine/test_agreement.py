@@ -8,6 +8,7 @@ from engine.agreement import LEAST, Agreement, JudgedScore, Point, find_fall, in
 from engine.journal.judgements.agreement import read_agreement
 from engine.journal.labels import Response, prefer, set_label
 from engine.journal.reader import JournalReader
+from engine.protocol.rank_messages import REWARD_CHANGED, REWARD_FAILED
 from tests.judging import answer
 
 
@@ -104,11 +105,17 @@ def test_what_belongs_to_an_abandoned_branch_is_left_out(writer):
     assert agreement_of(session).points == []
 
 
-def test_scores_of_two_rewards_are_never_compared(writer):
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [(REWARD_CHANGED, [0.0, 0.0, 1.0, 1.0]), (REWARD_FAILED, [0.0, 0.5, 0.5, 1.0])],
+)
+def test_scores_of_two_rewards_are_never_compared_and_an_outage_makes_no_other_reward(
+    writer, rule, expected
+):
     writer.steps(1, 2, 3, 4)
     session = writer.session
     for step, label in ((1, "good"), (2, "bad"), (3, "bad"), (4, "good")):
         set_label(session, "prompt 0", answer(step), label, "ana")
-    writer.journal.record_event("alert", {"rule": "reward_changed", "text": "another one"}, 2)
+    writer.journal.record_event("alert", {"rule": rule, "text": "of the reward"}, 2)
     agreements = [p.agreement for p in agreement_of(session).points]
-    assert agreements == [0.0, 0.0, 1.0, 1.0]
+    assert agreements == expected

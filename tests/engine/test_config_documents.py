@@ -11,7 +11,7 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.yaml_document import parse_yaml
 from engine.errors import ConfigError
-from engine.launch.start import check_inputs
+from engine.launch.inputs import check_inputs
 from tests.engine.demo_config import demo
 
 modest = settings(max_examples=50, deadline=None, derandomize=True)

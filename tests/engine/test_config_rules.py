@@ -62,6 +62,9 @@ def test_keys_of_services_and_judges_that_make_no_sense_are_refused(overrides, s
         (["model.gguf_file=x.bin"], "must be the name of a .gguf file"),
         (["model.attn_implementation=flash_attention_2"], "set model.dtype: bfloat16"),
         (["model.attn_implementation=fast"], "must be one of eager, "),
+        (["lora.quantise=nf4"], "nf4 needs lora.rank"),
+        (["lora.quantise=nf4", "lora.rank=4", "parallel.strategy=fsdp"], "use ddp"),
+        (["lora.quantise=nf4", "lora.rank=4", "rollout.engine=vllm"], "use native"),
         (["data.template_arguments={tokenize: true}"], "cannot contain tokenize"),
         (
             ["reward.model=null", "reward.function='a:b'", "reward.trust_remote_code=true"],
@@ -267,6 +270,7 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason(overrides, 
         (["rollout.transfer=ipc", "launch.device=cpu"], "rollout.transfer: ipc needs a GPU"),
         (["rollout.transfer=ipc", "rollout.tensor_parallel=2"], "use broadcast with more"),
         (["rollout.transfer=ipc", "rollout.gpus=[1]", "launch.gpus=[0]"], "the GPU of rank 0"),
+        (["rollout.transfer=broadcast", "rollout.gpus=[0]", "launch.gpus=[0]"], "one member on a"),
     ],
 )
 def test_an_engine_without_the_gpus_that_its_keys_need_is_refused(overrides, says):

@@ -5,7 +5,7 @@ import math
 import msgspec
 import pytest
 
-from engine.config.rules import check_rule
+from engine.config.rules.supervision import check_rule
 from engine.config.schema import RunConfig
 from engine.config.sections.supervision import RULE_CONDITIONS, GuardrailConfig, Rule
 from engine.config.settings import LIVE_SETTINGS

@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 
+from engine.config.settings import SettingChange
 from engine.errors import JournalError
 from engine.journal import database, schema
 from engine.journal.database import open_read_only
@@ -16,7 +17,6 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
 from engine.journal.samples import SampleQuery, SampleReader
 from engine.journal.writer import copy_until
-from engine.protocol.commands import Probe
 
 
 def scores(session):
@@ -229,19 +229,6 @@ def test_starting_afresh_forgets_them(writer):
     assert [s.changes[0].new for s in writer.journal.commands.changes_after(0)] == [0.2]
 
 
-def test_a_command_that_declares_it_is_repeated_with_its_arguments(writer, monkeypatch):
-    monkeypatch.setattr(Probe, "replayed", True)
-    for command_id, text in (("a", "one"), ("b", "two")):
-        writer.order(command_id, "probe", text=text)
-        writer.journal.commands.apply(command_id, 5, [])
-        (repeated,) = writer.journal.commands.changes_after(4)
-        assert (repeated.step, repeated.args) == (5, {"text": text}), "the newest one counts"
-        writer.journal.begin_attempt(4, fresh=False)
-    writer.order("c", "pause")
-    writer.journal.commands.apply("c", 6, [])
-    assert len(writer.journal.commands.changes_after(4)) == 1
-
-
 def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer):
     writer.change("a", 5, 0.1, 0.2)
     writer.change("b", 6, 1e-5, 2e-5, key="learning_rate")
@@ -250,6 +237,33 @@ def test_a_change_contradicts_what_an_earlier_attempt_was_still_to_repeat(writer
     writer.journal.begin_attempt(4, fresh=False)
     settled = {c.key: c.new for s in writer.journal.commands.changes_after(4) for c in s.changes}
     assert settled == {"beta": 0.9, "learning_rate": 2e-5}
+
+
+def test_a_change_taken_back_at_the_step_at_which_it_was_repeated_is_in_the_history_with_its_undo(
+    writer,
+):
+    writer.change("before", 3, 0.5, 0.1)
+    writer.change("a", 5, 0.1, 0.2)
+    writer.journal.begin_attempt(4, fresh=False)
+    writer.undo("u", 5, 0.2, 0.1)
+    writer.journal.begin_attempt(4, fresh=False)
+    commands = writer.journal.commands
+    assert [c.command for c in commands.changes_after(4)] == ["set", "undo"]
+    assert [changes[0].old for changes in commands.undoable(5)] == [0.5]
+
+
+def test_a_change_contradicts_the_same_setting_alone_of_a_command_that_changed_several(writer):
+    writer.order("kl", "kl", controller="adaptive", target=6.0)
+    several = [
+        SettingChange(key="controller", old="fixed", new="adaptive"),
+        SettingChange(key="target", old=1.0, new=6.0),
+    ]
+    writer.journal.commands.apply("kl", 8, several)
+    writer.journal.begin_attempt(4, fresh=False)
+    writer.change("target", 5, 1.0, 3.0, key="target")
+    repeated = [(r.step, c.key, c.new) for r in writer.journal.commands.changes_after(4)
+                for c in r.changes]  # fmt: skip
+    assert repeated == [(5, "target", 3.0), (8, "controller", "adaptive")]
 
 
 def test_undo_finds_the_last_change_that_was_not_taken_back(writer):

@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -123,7 +124,7 @@ def test_a_stale_socket_or_file_gives_way(tmp_path):
 
 
 def test_where_no_socket_can_lie_it_lies_in_a_folder_of_the_users(tmp_path, monkeypatch):
-    monkeypatch.setattr(sockets.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     folder = tmp_path / "no-sockets-here"
     folder.mkdir()
@@ -137,7 +138,7 @@ def test_where_no_socket_can_lie_it_lies_in_a_folder_of_the_users(tmp_path, monk
 
 
 def test_a_folder_in_tmp_that_others_can_enter_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(sockets.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     own = tmp_path / f"rlhf-tui-{os.getuid()}"
     own.mkdir()
     own.chmod(0o777)

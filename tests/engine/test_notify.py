@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.config.rules import parse_quiet_hours
+from engine.config.rules.supervision import parse_quiet_hours
 from engine.config.sections.supervision import NotifyConfig, Webhook
 from engine.errors import ConfigError
 from engine.journal.reader import JournalReader

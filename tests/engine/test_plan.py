@@ -15,7 +15,7 @@ from engine.memory.model import Layout, Models, Shape, configured, layouts
 WEIGHTS = ("policy", "optimiser", "reference", "reward", "gradients")
 
 
-def shape(hidden=576, layers=30, vocabulary=49152, heads=9, groups=3):
+def shape(hidden=576, layers=30, vocabulary=49152, heads=9, groups=3, in_linear=0):
     size = hidden // heads
     inner = 8 * hidden // 3
     one = 2 * hidden**2 + 2 * hidden * groups * size + 3 * hidden * inner + 2 * hidden
@@ -23,7 +23,7 @@ def shape(hidden=576, layers=30, vocabulary=49152, heads=9, groups=3):
     return Shape(
         parameters=layers * one + vocabulary * hidden, largest_layer=one, layers=layers,
         hidden=hidden, attention=hidden, key_value=groups * size, intermediate=inner,
-        vocabulary=vocabulary, linear=linear,
+        vocabulary=vocabulary, linear=linear, in_linear=in_linear,
     )  # fmt: skip
 
 
@@ -116,6 +116,21 @@ def test_lora_needs_no_second_reference_and_moments_for_its_adapters_only():
     assert adapted.parts["reference"] == 0
     named = one("model.reference=starter:policy", layout=Layout(lora_rank=16))
     assert named.parts["reference"] == plain.parts["reference"]
+
+
+def test_moments_in_8_bits_take_about_a_quarter_and_nothing_else_changes():
+    plain, eight = one(), one("train.optimiser=adamw_8bit")
+    assert eight.parts["optimiser"] == pytest.approx(2.1 / 8 * plain.parts["optimiser"])
+    assert eight.parts | {"optimiser": 0} == plain.parts | {"optimiser": 0}
+
+
+def test_frozen_weights_in_4_bits_are_those_of_the_linear_layers():
+    given = msgspec.structs.replace(models(), policy=shape(in_linear=1_000_000))
+    lora = ("lora.rank=16", "model.dtype=bfloat16")
+    plain = estimate(config(*lora), given, Layout(lora_rank=16))
+    packed = estimate(config(*lora, "lora.quantise=nf4"), given, Layout(lora_rank=16))
+    saved = plain.parts["policy"] - packed.parts["policy"]
+    assert saved == pytest.approx(1_000_000 * (2 - 0.5625))
 
 
 def test_the_peak_is_that_of_one_phase_and_below_the_sum_of_the_parts():

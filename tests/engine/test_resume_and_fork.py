@@ -19,10 +19,10 @@ from engine.errors import (
 )
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
+from engine.launch.inputs import check_inputs
 from engine.launch.start import (
     StartOptions,
     adopted_checkpoint,
-    check_inputs,
     checkpoint_steps,
     fork,
     forked_config,

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from engine import starter
 from engine.config import file as config_file
 from engine.errors import (
+    ConfigError,
     NoSuchSessionError,
     SessionError,
     SessionLockedError,
@@ -91,6 +92,15 @@ def test_a_session_that_began_before_a_key_existed_resumes_as_it_began(make_sess
     assert config.rollout.sampling == "inverse_cdf"
     made.write_config(config)  # as a resume does
     assert made.config() == config
+
+
+def test_a_configuration_that_was_cut_off_after_any_line_is_noticed(make_session):
+    made = make_session()
+    lines = made.config_file.read_text().splitlines(keepends=True)
+    for count in range(len(lines)):
+        made.config_file.write_text("".join(lines[:count]))
+        with pytest.raises(ConfigError, match="restore it from a copy"):
+            made.config()
 
 
 def test_nothing_is_left_of_a_configuration_that_could_not_be_written(make_session):

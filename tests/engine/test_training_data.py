@@ -2,8 +2,8 @@
 
 import pytest
 
+from engine.config.reward_training import parse_settings
 from engine.config.sections.reward_training import RewardTrainingConfig
-from engine.config.training_settings import training_settings
 from engine.errors import ConfigError, UserInputError
 from engine.journal.judgements.training_data import collect_judgements
 from engine.journal.labels import Response, prefer, set_label
@@ -68,7 +68,7 @@ def test_several_sessions_add_up(make_session):
 
 
 def test_settings_are_typed_and_the_rest_keeps_its_default():
-    found = training_settings(["epochs=3", "learning_rate=1e-5", "label=good"])
+    found = parse_settings(["epochs=3", "learning_rate=1e-5", "label=good"])
     assert (found.epochs, found.learning_rate, found.label) == (3, 1e-5, "good")
     assert found.batch_size == RewardTrainingConfig().batch_size
 
@@ -85,5 +85,5 @@ def test_settings_are_typed_and_the_rest_keeps_its_default():
 )
 def test_a_wrong_setting_is_one_line_that_names_it(item, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        training_settings([item])
+        parse_settings([item])
     assert "\n" not in str(caught.value)

@@ -17,6 +17,7 @@ from engine.journal.labels import Response, set_label
 from engine.launch.rollout_engine import START
 from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.session.folder import Session
+from engine.verification import leftovers
 from engine.verification.verify import verify
 
 DATA = Path(__file__).parents[1] / "data" / "sessions-0.1.0"
@@ -177,7 +178,8 @@ def test_what_a_live_engine_writes_meanwhile_is_not_half_seen(writer):
 
 
 @pytest.mark.parametrize("program", ["engine.launch.rank", str(START)])
-def test_a_process_that_outlives_its_engine_is_found(whole, program):
+def test_a_process_that_outlives_its_engine_is_found(whole, program, monkeypatch):
+    monkeypatch.setattr(leftovers, "ENDING", 0.0)
     words = ["-c", "import time; time.sleep(60)", program, str(whole.folder)]
     with subprocess.Popen([sys.executable, *words]) as process:
         try:
@@ -185,6 +187,12 @@ def test_a_process_that_outlives_its_engine_is_found(whole, program):
             assert text in found(whole)
         finally:
             process.kill()
+
+
+def test_a_process_of_an_engine_that_is_just_ending_is_waited_for(whole):
+    words = ["-c", "import time; time.sleep(0.5)", "engine", str(whole.folder)]
+    with subprocess.Popen([sys.executable, *words]):
+        assert found(whole) == []
 
 
 @pytest.fixture

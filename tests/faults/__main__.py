@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.faults.corruption import corrupt_everything
@@ -17,12 +18,21 @@ from tests.faults.outside import OutsideFaults
 from tests.faults.table import Table
 
 
+def fail(error: Exception) -> None:
+    """Raises an error, for a fault that is counted after it."""
+    raise error
+
+
 def main() -> int:
     """Runs the classes that are asked for; returns 1 if something was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of sessions and table")
     parser.add_argument("--seconds", type=float, default=3600.0, help="of random kills")
     parser.add_argument("--steps", type=int, default=90, help="of each killed run")
+    parser.add_argument(
+        "--one-kill", action="store_true",
+        help="kill each run once, at a random moment, so that there are as many ends as kills",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--light", type=int, default=200, help="kills around light ranks")
     parser.add_argument(
@@ -41,7 +51,13 @@ def main() -> int:
         number = 0
         while time.monotonic() < deadline:
             name = f"killed-{options.seed}-{number}"
-            kills.run(name, whole, options.steps, deadline)
+            try:
+                if options.one_kill:
+                    kills.run_with_one(name, whole, options.steps)
+                else:
+                    kills.run(name, whole, options.steps, deadline)
+            except AssertionError as error:
+                table.count("waits that took too long", name, partial(fail, error))
             print(time.strftime("%X"), table.text(), sep="\n", flush=True)
             number += 1
     if "agents" in chosen:

@@ -24,6 +24,7 @@ from engine.protocol.client import Client, new_id
 from engine.protocol.commands import AnyCommand, Note, Pause, SetSetting, Unpause
 from engine.session.checkpoints import complete_checkpoints
 from engine.session.folder import create
+from engine.session.states import LIVE_STATES
 from engine.supervisor.rank_handler import WAITING
 from engine.verification.verify import verify
 from tests.e2e.lab import PROGRAM, numbers, processes, until
@@ -31,7 +32,6 @@ from tests.e2e.lab import PROGRAM, numbers, processes, until
 HERE = Path(__file__).parent
 DATA = HERE.parent / "data" / "sessions-0.1.0"
 HOOKS = HERE / "hooks"
-LIVE = ("starting", "running", "pausing", "paused", "stopping")
 WAIT = 300.0
 """Seconds for anything on a busy machine."""
 OVERRIDES = (
@@ -146,12 +146,15 @@ class FaultRun:
                     found.append(process)
         return found
 
-    def kill_engine(self) -> None:
-        """Kills the supervisor; the ranks must end with it."""
+    def kill_engine(self) -> bool:
+        """Kills the supervisor; the ranks must end with it. Returns whether there was one."""
+        killed = False
         if (engine := self.engine()) is not None:
             with contextlib.suppress(psutil.Error):
                 engine.kill()
+                killed = True
         until(self.is_over, "the end of every process", WAIT)
+        return killed
 
     def end(self) -> None:
         """Ends everything that may be left."""
@@ -231,6 +234,12 @@ class FaultRun:
             return any(phase.name == WAITING for phase in client.status().phases)
         return False
 
+    def watchers(self) -> int:
+        """The number of clients that watch; 0 without an engine."""
+        with contextlib.suppress(RlhfError, OSError), Client(self.session, "faults") as client:
+            return client.status().watchers
+        return 0
+
     def start_steering(self) -> None:
         """Sends commands that change no number of the run, and labels, until stopped."""
         self._steer.set()
@@ -285,7 +294,7 @@ class FaultRun:
             now = commands[command_id].status
             if status in ("applied", "rejected") and now != status:
                 raise LostError(f"command {command_id} was {status} and is {now}")
-            if now in ("queued", "accepted") and state not in (*LIVE, "crashed"):
+            if now in ("queued", "accepted") and state not in (*LIVE_STATES, "crashed"):
                 raise LostError(f"command {command_id} is {now} after the end")
         with LabelReader(self.session) as labels:
             kept = {key: found.judgement.label for key, found in labels.judgements().items()}
@@ -298,6 +307,18 @@ class FaultRun:
         self.acknowledged.checkpoints |= {s for s, status in rows.items() if status == "complete"}
         if undisturbed is not None:
             self._compare(undisturbed, metrics)
+
+    def check_end(self, undisturbed: "FaultRun") -> None:
+        """Like :meth:`check`, and all steps and the last weights must be there to compare."""
+        self.check(undisturbed)
+        last = undisturbed.step()
+        if self.step() != last:
+            raise LostError(f"the run ended at step {self.step()}, the undisturbed one at {last}")
+        ours, theirs = (
+            complete_checkpoints(run.session.checkpoints).get(last) for run in (self, undisturbed)
+        )
+        if ours is None or theirs is None or not hashes(ours) or hashes(ours) != hashes(theirs):
+            raise LostError(f"the weights of step {last}, the last one, are missing or differ")
 
     def _compare(self, undisturbed: "FaultRun", metrics: list[dict[str, Any]]) -> None:
         """Every step's numbers and every checkpoint's weights, bit for bit."""

@@ -25,6 +25,7 @@ from engine.protocol.commands import (
     Pause,
     Rollback,
     SetBeta,
+    SetKLController,
     SetSetting,
     Undo,
     Unpause,
@@ -98,6 +99,11 @@ class LightKills:
                 SetSetting(key="learning_rate", value=round(rng.uniform(1e-6, 1e-3), 9)),
                 SetSetting(key="target", value=round(rng.uniform(1, 9), 2)),
                 SetSetting(key="epochs", value=rng.randint(1, 9)),
+                SetKLController(
+                    controller="fixed",
+                    target=round(rng.uniform(1, 9), 2),
+                    horizon=rng.randint(9, 99),
+                ),
                 Undo(), Undo(), Note(text="a note"), Checkpoint(), Pause(), Unpause(), Unpause(),
             ]
         )  # fmt: skip
@@ -108,7 +114,7 @@ class LightKills:
         with JournalReader(self.run.session) as reader:
             rows = {row.step: row.values for row in reader.metrics()}
             commands = [c for c in reader.commands() if c.live and c.changes and c.applied_step]
-            order = _order(reader)
+            order = application_order(reader)
         check_history(settings_of(self.run.session.config()), rows, commands, order)
         last = max(complete_checkpoints(self.run.session.checkpoints).items(), default=None)
         if last is not None and last[0] in rows:
@@ -138,7 +144,7 @@ def check_history(
             raise LostError(f"the weights of step {step} do not follow from its history")
 
 
-def _order(reader: JournalReader) -> dict[str, int]:
+def application_order(reader: JournalReader) -> dict[str, int]:
     """Id → position in the order of application."""
     database = ReadOnlyDatabase(reader.session.journal_file, schema.JOURNAL)
     with contextlib.closing(database):

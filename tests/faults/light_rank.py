@@ -86,6 +86,8 @@ class LightRank:
             state = json.loads((folder / "state.json").read_text())["state"]
             self._set(state["settings"])
             self._weights = (folder / "weights").read_text()
+        self._after_step = self._settings()
+        """What a checkpoint holds, as in :meth:`engine.train.run.Run.saved_state`."""
         self.send(Ready(info={}, settings=self._settings()))
 
     def send(self, message: Message) -> None:
@@ -128,7 +130,7 @@ class LightRank:
             time.sleep(PACE)
             self._step += 1
             self._weights = next_weights(self._weights, self._step, self._settings())
-            values = self._settings()
+            values = self._after_step = self._settings()
             metrics = {
                 "objective/scores": score(self._weights), "objective/kl": 0.5, "time/step": PACE,
                 "perf/tokens_per_second": 1.0,
@@ -161,6 +163,8 @@ class LightRank:
         return not self._stop and self._step < self._config.train.steps
 
     def _repeat(self, replayed: ReplayedChange) -> None:
+        if not replayed.changes:
+            return
         changes = self._set({c.key: c.new for c in replayed.changes})
         if replayed.command == Undo.name():
             del self._undoable[-1:]
@@ -220,7 +224,7 @@ class LightRank:
         part.mkdir()
         (part / "weights").write_text(self._weights)
         content = {
-            "state": {"step": self._step, "settings": self._settings()},
+            "state": {"step": self._step, "settings": self._after_step},
             "hashes": {"weights": sha256(part / "weights")},
         }
         (part / "state.json").write_text(json.dumps(content))

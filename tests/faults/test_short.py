@@ -4,9 +4,12 @@ import random
 
 import pytest
 
+from engine.protocol.commands import Checkpoint, Pause, Rollback, SetBeta
+from tests.e2e.lab import until
 from tests.faults.corruption import corrupt_everything
-from tests.faults.light import LightKills
-from tests.faults.points import LIGHT_POINTS
+from tests.faults.lab import WAIT, FaultRun
+from tests.faults.light import ENVIRONMENT, LightKills
+from tests.faults.points import LIGHT_POINTS, Point
 from tests.faults.table import Table
 
 DAMAGES = 80
@@ -36,3 +39,20 @@ def test_nothing_acknowledged_is_lost_by_kills_at_points_of_a_save_and_a_command
 def test_damage_at_the_boundaries_of_files_is_told_in_one_line_and_found(table, tmp_path):
     corrupt_everything(tmp_path, table, DAMAGES, first=17)
     assert sum(row["tried"] for row in table.rows.values()) > 12
+
+
+def test_a_roll_back_to_a_checkpoint_saved_after_a_change_is_killed_and_the_history_fits(tmp_path):
+    run = FaultRun(tmp_path, "rolled-back", "train.save_every=1000", steps=400)
+    marker = run.place / "marker"
+    roll_back = Point("", "engine.journal.writer:JournalWriter.begin_attempt", "after", 2)
+    try:
+        run.start(ENVIRONMENT | {"RLHF_TUI_TEST_POINT": roll_back.text(str(marker))})
+        run.wait_for_step(1)
+        for command in (Pause(), SetBeta(value=0.808), Checkpoint()):
+            assert run.send(command, WAIT) == "applied"
+        run.send(Rollback(step=run.step()))
+        until(marker.exists, "the attempt of the roll back", WAIT)
+        run.kill_engine()
+        run.check()
+    finally:
+        run.end()

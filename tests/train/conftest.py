@@ -14,6 +14,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.link import Link
 from engine.train.load import fit_scales, load_run
 from engine.train.step import train_step
+from tests.train.stand_in_engine import StandInEngine
 from tests.train.supervisor_end import Supervisor
 
 SMALL = (
@@ -48,6 +49,16 @@ def make_run(tmp_path):
         return run, session
 
     return make
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """A stand-in for a rollout engine of its own."""
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    made = StandInEngine(folder, monkeypatch)
+    yield made
+    made.listener.close()
 
 
 @pytest.fixture

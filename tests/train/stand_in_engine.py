@@ -41,6 +41,10 @@ Fault = Callable[[Any], Any]
 ConnectionError to end the connection."""
 
 
+def no_report(_done, _total):
+    """For a caller that shows no progress."""
+
+
 class StandInEngine:
     """Serves one engine after the other on a socket."""
 

@@ -254,6 +254,15 @@ def test_a_token_is_sent_and_never_shown(service, mix, inputs, monkeypatch, capl
     assert BEARER not in repr(endpoint)
 
 
+@pytest.mark.parametrize("status", [200, 307, 401])
+def test_a_key_in_the_url_is_sent_and_never_shown(service, mix, inputs, caplog, status):
+    url = f"{service.url}?key={BEARER}"
+    service.behaviour = reply({"you sent": url}, status=status, Location=url)
+    with pytest.raises(RewardCallError) as caught:
+        scores(mix(service=url, retries=1), inputs)
+    assert BEARER not in str(caught.value) + caught.value.trace + caplog.text
+
+
 @pytest.mark.parametrize("value", [None, "", "two words", "tok\nen: x", "tökén"])
 def test_what_is_no_token_is_refused_and_not_repeated(mix, monkeypatch, value):
     monkeypatch.delenv("REWARD_TOKEN", raising=False)

@@ -1,10 +1,13 @@
 """Prompts: the formats of data sets, several by weight, limits of length, and the cache."""
 
+import errno
+import fcntl
 import json
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from engine.train.data import load_prompts as loading
 from engine.train.data.formats import common_start
 from engine.train.data.load_prompts import load_prompts, load_sets
 from engine.train.data.mixture import Mixture, shares
+from engine.train.data.prompt_cache import PromptCache
 from engine.train.data.prompt_order import Prompts
 from engine.train.data.prompt_table import PromptTable
 from engine.train.data.prompts import Prompt
@@ -246,11 +250,79 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_key(
         load(tokenizer, write_rows("p.jsonl", ROWS), cache=str(cached))
 
 
-def test_without_a_cache_of_the_users_choice_prompts_are_kept_in_memory(
+def test_without_a_writable_home_the_cache_is_a_private_folder_under_tmpdir(
+    tokenizer, write_rows, cached, monkeypatch, tmp_path, caplog
+):
+    path = write_rows("p.jsonl", ROWS)
+    monkeypatch.setenv("XDG_CACHE_HOME", path)  # a file
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = all_of(load(tokenizer, path))
+    second = tmp_path / f"rlhf-tui-{os.getuid()}"
+    assert stat.S_IMODE(second.stat().st_mode) == 0o700
+    assert len(list((second / "prompts").iterdir())) == 1
+    (said,) = [r.getMessage() for r in caplog.records if "cannot write" in r.getMessage()]
+    assert str(second) in said
+    assert "data.cache names another folder" in said
+    monkeypatch.setattr(PromptTokeniser, "encode", None)  # the second time nothing is tokenised
+    assert all_of(load(tokenizer, path)) == first
+
+
+def test_where_others_can_enter_the_second_folder_too_prompts_are_kept_in_memory(
     tokenizer, write_rows, cached, monkeypatch, tmp_path
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "p.jsonl"))  # a file
+    path = write_rows("p.jsonl", ROWS)
+    monkeypatch.setenv("XDG_CACHE_HOME", path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (second := tmp_path / f"rlhf-tui-{os.getuid()}").mkdir()
+    second.chmod(0o755)
+    assert len(load(tokenizer, path)) == 50
+    assert not list(second.iterdir())
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_entry(
+    tokenizer, write_rows, cached, monkeypatch
+):
+    path = write_rows("p.jsonl", ROWS)
+    hashed = loading.content_hash
+
+    def hash_then_write(*arguments):
+        name = hashed(*arguments)
+        write_rows("p.jsonl", ROWS[:20])
+        return name
+
+    monkeypatch.setattr(loading, "content_hash", hash_then_write)
+    with pytest.raises(UserInputError, match="changed while it was read"):
+        load(tokenizer, path, cache=str(cached))
+    assert not list(cached.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["no locks", "files of another user"])
+def test_a_cache_on_an_unusual_file_system_leaves_prompts_in_memory(
+    tokenizer, write_rows, cached, monkeypatch, tmp_path, fault
+):
+    def no_locks(*_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if fault == "no locks":
+        monkeypatch.setattr(fcntl, "fcntl", no_locks)
+    else:  # as on NFS, which writes what root writes as nobody
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert len(load(tokenizer, write_rows("p.jsonl", ROWS))) == 50
+
+
+def test_an_entry_that_another_run_made_meanwhile_is_used(
+    tokenizer, write_rows, cached, monkeypatch
+):
+    path = write_rows("p.jsonl", ROWS)
+    load(tokenizer, path, cache=str(cached))
+    (entry,) = cached.iterdir()
+    made = entry.stat().st_ino
+    find = PromptCache.find
+    looks = iter([None])  # the first look is too early
+    monkeypatch.setattr(PromptCache, "find", lambda cache, name: next(looks, find(cache, name)))
+    assert len(load(tokenizer, path, cache=str(cached))) == 50
+    assert [folder.stat().st_ino for folder in cached.iterdir()] == [made]
 
 
 def test_making_an_entry_tells_its_progress(tokenizer, write_rows, cached):

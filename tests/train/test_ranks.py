@@ -44,7 +44,11 @@ VARIANTS = {
         "eval={every: 1, holdout: 4, max_new_tokens: 4}",
     ),
     "reward": ("ppo.advantage=reward",),
-    "rloo": ("ppo.advantage=rloo", "rollout.per_prompt=2"),
+    "rloo, 8-bit moments": (
+        "ppo.advantage=rloo",
+        "rollout.per_prompt=2",
+        "train.optimiser=adamw_8bit",
+    ),
     "grpo, every term in the loss": (
         "ppo.advantage=grpo",
         "rollout.per_prompt=2",
@@ -73,10 +77,11 @@ RECIPES = {
 VARIANTS |= dict.fromkeys(RECIPES, ("rollout.batch_size=16", "reward.normalise_samples=16"))
 STRATEGIES = ("ddp", "fsdp")
 EVERY_TIME = (
-    "gae, activation checkpointing, averaged policy", "rloo", "grpo, every term in the loss",
-    "gae, separate value trunk, adapters",
+    "gae, activation checkpointing, averaged policy", "rloo, 8-bit moments",
+    "grpo, every term in the loss", "gae, separate value trunk, adapters",
 )  # fmt: skip
-"""Together they have every part of the loss, the trunk, the adapters; `make test-all` has all."""
+"""Together they have every part of the loss, both optimisers, the trunk and the adapters; `make
+test-all` has all."""
 IN_CHUNKS = 20_000
 """Logits at a time, about five tokens, in the last two of these; one rank has them at once."""
 variants = pytest.mark.parametrize(
@@ -205,7 +210,9 @@ def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, st
 def test_two_ranks_end_with_the_parameters_of_one(outcomes, variant, strategy):
     one, two = outcomes[variant, "one"][1], outcomes[variant, strategy][1]
     assert one.keys() == two.keys()
-    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-4
+    # A last bit may round a moment to the next of its 256 values.
+    allowed = 4e-4 if "8-bit" in variant else 1e-4
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < allowed
 
 
 @variants

@@ -15,25 +15,12 @@ from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.rewards.source import RewardCallError
 from engine.train.rollout_check import check_weights
 from engine.train.step import generate_rollout, train_step
-from tests.train.stand_in_engine import StandInEngine
+from tests.train.stand_in_engine import no_report
 
 AHEAD = (
     "rollout.engine=vllm", "rollout.ahead=1", "ppo.rollout_correction=truncate",
     "train.save_every=0", "train.learning_rate=1e-3",
 )  # fmt: skip
-
-
-def no_report(_done, _total):
-    pass
-
-
-@pytest.fixture
-def engine(tmp_path, monkeypatch):
-    folder = tmp_path / "engine"
-    folder.mkdir()
-    made = StandInEngine(folder, monkeypatch)
-    yield made
-    made.listener.close()
 
 
 def steps(run, count, first=1):

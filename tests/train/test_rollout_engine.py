@@ -4,6 +4,7 @@ The engine is a stand-in here; tests/vllm has the same with vLLM.
 """
 
 import functools
+import inspect
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.protocol import frames
@@ -27,27 +29,20 @@ from engine.train.models import lora
 from engine.train.reports.probe import answer_probe
 from engine.train.rollout.vllm import remote_engine
 from engine.train.rollout.vllm.checksum import checksum
+from engine.train.rollout.vllm.received_weights import DEVICE_OF_HANDLE
 from engine.train.rollout.vllm.remote_engine import ATTEMPTS
 from engine.train.rollout.vllm.requests import join, split
+from engine.train.rollout.vllm.updates import (
+    COUNTER,
+    STORAGE_CLASS,
+    without_expandable_segments,
+)
 from engine.train.rollout.vllm.weights import file_size, folder_with_room, write_weights
 from engine.train.rollout_check import check_weights, version_lag
 from engine.train.step import generate_rollout, old_policy_outputs, train_step
-from tests.train.stand_in_engine import StandInEngine
+from tests.train.stand_in_engine import no_report
 
 VLLM = "rollout.engine=vllm"
-
-
-def no_report(_done, _total):
-    pass
-
-
-@pytest.fixture
-def engine(tmp_path, monkeypatch):
-    folder = tmp_path / "engine"
-    folder.mkdir()
-    made = StandInEngine(folder, monkeypatch)
-    yield made
-    made.listener.close()
 
 
 def dies_at(kind, after=0):
@@ -266,6 +261,28 @@ def test_a_longer_response_than_the_engine_was_built_for_gets_a_larger_engine(ma
     rollout, expected = (generate_rollout(r, 1, no_report) for r in (run, native))
     assert torch.equal(rollout.ids, expected.ids)
     assert engine.engines == 2
+
+
+def test_the_parts_of_a_cuda_handle_are_where_the_installed_torch_has_them():
+    names = list(inspect.signature(rebuild_cuda_tensor).parameters)
+    found = names[DEVICE_OF_HANDLE], names[STORAGE_CLASS], *names[COUNTER]
+    assert found == ("storage_device", "storage_cls", "ref_counter_handle", "ref_counter_offset")
+
+
+@pytest.mark.parametrize(
+    ("variable", "settings", "changed"),
+    [
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:True", True),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True", True),
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:False", False),
+    ],
+)
+def test_what_is_exported_leaves_expandable_segments(monkeypatch, variable, settings, changed):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, settings)
+    with without_expandable_segments() as found:
+        assert found == changed
 
 
 # -- the weights that are sent ---------------------------------------------------------------------

@@ -7,7 +7,8 @@ import time
 import pytest
 from msgspec.structs import replace
 
-from engine.protocol.commands import Checkpoint, SetSetting, Stop
+from engine.config.settings import SettingChange
+from engine.protocol.commands import Checkpoint, SetBeta, SetSetting, Stop, Undo
 from engine.protocol.rank_messages import (
     Applied,
     Begin,
@@ -20,7 +21,7 @@ from engine.protocol.rank_messages import (
     RankHello,
     ReplayedChange,
 )
-from engine.session.checkpoints import checkpoint_path, complete_checkpoints
+from engine.session.checkpoints import checkpoint_path, complete_checkpoints, saved_settings
 from engine.train.boundary import Boundary
 from engine.train.checkpointing import settings_digest
 from engine.train.checkpoints import folder as checkpoint_folder
@@ -97,6 +98,17 @@ def test_a_checkpoint_command_gets_its_reply_when_the_checkpoint_is_complete(tra
     kinds = [type(m) for m in supervisor.received]
     assert kinds.index(CheckpointComplete) < kinds.index(Applied)
     assert [*complete_checkpoints(session.checkpoints)] == [1]
+
+
+def test_a_checkpoint_has_the_settings_after_its_step_whatever_was_changed_before_the_save(trained):
+    run, session, boundary, supervisor = trained
+    supervisor.may_confirm.set()
+    before = run.config.kl.beta
+    supervisor.send(RankCommand(id="change", command=SetBeta(value=0.808)))
+    supervisor.send(RankCommand(id="keep", command=Checkpoint()))
+    until(lambda: boundary.before_step() and len(supervisor.of(Applied)) == 2)
+    assert run.config.kl.beta == 0.808
+    assert saved_settings(checkpoint_path(session.checkpoints, 1))["beta"] == before
 
 
 def test_a_checkpoint_command_waits_for_a_running_save_of_the_same_step(trained):
@@ -260,14 +272,15 @@ def test_a_run_that_is_stopped_before_its_scores_are_normalised_evaluates_nothin
     boundary.close()
 
 
-def test_a_command_that_declares_it_is_carried_out_again_by_a_resume(trained, link, monkeypatch):
+def test_an_undo_that_later_changes_have_replaced_takes_nothing_back_in_a_resume(trained, link):
     run, session, _, supervisor = trained
-    monkeypatch.setattr(Checkpoint, "replayed", True)
-    before = [ReplayedChange(step=2, command="checkpoint", changes=[])]
-    again = Boundary(session, run, Begin(attempt=2, from_step=0, replay=before), link)
-    supervisor.may_confirm.set()
-    assert again.before_step()
-    assert supervisor.wait_for(CheckpointComplete).step == 1
+    change = SettingChange(key="beta", old=0.3, new=run.config.kl.beta)
+    replaced = ReplayedChange(step=2, command="undo", changes=[])
+    begin = Begin(attempt=2, from_step=0, replay=[replaced], undoable=[[change]])
+    again = Boundary(session, run, begin, link)
+    supervisor.send(RankCommand(id="undo", command=Undo()))
+    until(lambda: again.before_step() and supervisor.of(Applied))
+    assert run.config.kl.beta == 0.3
 
 
 # -- a deadline ------------------------------------------------------------------------------------

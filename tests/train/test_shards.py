@@ -17,6 +17,8 @@ from engine.train.checkpoints import folder as checkpoint_folder
 
 SCRIPT = Path(__file__).parent / "ranks" / "saving.py"
 STRATEGIES = ("single", "ddp", "fsdp")
+OPTIMISERS = {"adamw": (), "adamw_8bit": ("AdamW8bit",)}
+"""`train.optimiser` and the words by which the script makes it."""
 DEADLINE = 300
 """Seconds; generous, for a busy machine."""
 
@@ -44,21 +46,31 @@ def results(folder, act="save"):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The folder of each strategy's checkpoint, which all strategies have read."""
-    folders = {strategy: tmp_path_factory.mktemp(strategy) for strategy in STRATEGIES}
-    for folder in folders.values():
+def all_saved(tmp_path_factory):
+    """Optimiser → strategy → folder of its checkpoint, which all strategies have read."""
+    folders = {k: {s: tmp_path_factory.mktemp(s) for s in STRATEGIES} for k in OPTIMISERS}
+    every = [folder for of_kind in folders.values() for folder in of_kind.values()]
+    for folder in every:
         (folder / "checkpoints").mkdir()
-    every = list(folders.values())
+
+    def saves(strategy):
+        return [("save", strategy, folders[k][strategy], *words) for k, words in OPTIMISERS.items()]
+
     several = [s for s in STRATEGIES if s != "single"]
     for actions in (
-        [("save", "single", folders["single"])],
-        [*(("save", s, folders[s]) for s in several), *(("load", s, *every) for s in several)],
+        saves("single"),
+        [*(a for s in several for a in saves(s)), *(("load", s, *every) for s in several)],
         [("load", "single", *every)],
     ):
         done = start(*actions)
         assert done.code == 0, done.stderr
     return folders
+
+
+@pytest.fixture(scope="module")
+def saved(all_saved):
+    """The folders of the checkpoints with float32 moments, by strategy."""
+    return all_saved["adamw"]
 
 
 def expected(folder):
@@ -68,12 +80,13 @@ def expected(folder):
     return lm, {k: t for k, t in tensors.items() if not k.startswith("lm/")}
 
 
+@pytest.mark.parametrize("kind", OPTIMISERS)
 @pytest.mark.parametrize("reader", STRATEGIES)
 @pytest.mark.parametrize("writer", STRATEGIES)
 def test_optimiser_value_function_and_average_are_read_bit_for_bit_by_any_strategy(
-    saved, writer, reader
+    all_saved, writer, reader, kind
 ):
-    folder = saved[writer]
+    folder = all_saved[kind][writer]
     assert all(result == {"step": 7} for result in results(folder, "load"))
     read = load_file(folder / f"read-by-{reader}.safetensors")
     _, wanted = expected(folder)
@@ -82,6 +95,8 @@ def test_optimiser_value_function_and_average_are_read_bit_for_bit_by_any_strate
     assert read.keys() == wanted.keys()
     assert all(torch.equal(read[k], wanted[k]) for k in wanted)
     assert any(k.startswith("exp_avg_sq/value_trunk.") for k in wanted)
+    packed = [k for k, t in wanted.items() if t.dtype == torch.uint8]
+    assert bool(packed) == (kind == "adamw_8bit") == any("_scale/" in k for k in wanted)
 
 
 @pytest.mark.parametrize("writer", STRATEGIES)

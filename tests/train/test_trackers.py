@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine import starter
 from engine.config import file as config_file
 from engine.errors import ConfigError
-from engine.launch.start import check_inputs
+from engine.launch.inputs import check_inputs
 from engine.session.folder import create
 from engine.train.reports.tracker_kinds import KINDS, Header, make_tracker
 from engine.train.reports.trackers import TrackerProcess, shown_config

@@ -3,8 +3,8 @@
 import msgspec
 
 from engine.journal.rows import AttemptRow, CommandRow
+from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.updates import SessionSummary, SessionUpdate
 
 FIRST = AttemptRow(
     attempt=1, from_step=0, fresh=False, started=1.0, ended=None, pid=77, host="box", version="1"

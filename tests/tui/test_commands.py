@@ -109,6 +109,16 @@ def test_ls_has_the_kl_of_the_last_step(root):
     assert row[header.index("KL") :].split()[0] == f"{kl:.2f}"
 
 
+def test_ls_marks_a_session_whose_configuration_is_cut_off(session_maker, tmp_path):
+    session = session_maker(tmp_path / "sessions", "run", 3)
+    text = session.config_file.read_text()
+    session.config_file.write_text(text[: text.index("\nkl:") + 1])
+    where = ["--sessions", str(tmp_path / "sessions")]
+    (row,) = json.loads(CliRunner().invoke(cli, ["ls", "--json", *where]).output)
+    assert row["state"] == "unreadable"
+    assert "is cut off" in row["message"]
+
+
 @pytest.mark.parametrize("variables", [{"TERM": "xterm"}, {"TERM": "xterm", "NO_COLOR": "1"}])
 def test_states_have_colours_on_a_terminal_unless_they_are_not_wanted(root, variables):
     master, slave = pty.openpty()

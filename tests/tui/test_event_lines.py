@@ -6,7 +6,7 @@ import pytest
 
 from engine.config.settings import SettingChange
 from engine.journal.rows import AttemptRow, CommandRow, EventRow, decode_payload
-from rlhf_tui.commands.event_lines import event_lines
+from rlhf_tui.commands.reading.event_lines import event_lines
 
 
 def event(kind, step=4, command=None, **data):

@@ -9,11 +9,12 @@ import pytest
 from engine.journal.writer import JournalWriter
 from engine.protocol.rank_messages import StepReport
 from rlhf_tui.app.digest import curves_are_read
-from rlhf_tui.state import feed as feeds
-from rlhf_tui.state.feed import Feed
-from rlhf_tui.state.first_read import FirstRead
+from rlhf_tui.state.feeds import feed as feeds
+from rlhf_tui.state.feeds import journal_changes
+from rlhf_tui.state.feeds.feed import Feed
+from rlhf_tui.state.feeds.first_read import FirstRead
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.updates import SessionUpdate
 
 NAMES = ("objective/scores", "objective/kl")
 DEADLINE = 60.0
@@ -127,7 +128,7 @@ def test_a_session_without_a_journal_yet_is_starting(following, session):
 
 
 def test_a_long_curve_is_shown_in_outline_until_it_is_read(following, session, monkeypatch):
-    monkeypatch.setattr(feeds, "LONG", 10)
+    monkeypatch.setattr(journal_changes, "LONG", 10)
     seen = []
     feed = Feed(session, "tester", NAMES, seen.append)
     feed.read_all()

@@ -18,8 +18,8 @@ from engine.protocol.rank_messages import Phase, Sample, StepReport
 from engine.session.folder import Session, create
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.cli import cli
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.series import Series
-from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.widgets.charts.chart import Chart
 from rlhf_tui.widgets.charts.plot import GUTTER, POINT, Line, Plot, paint
 from rlhf_tui.widgets.panels.phases import PhaseStrip

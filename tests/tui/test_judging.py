@@ -10,7 +10,7 @@ from engine.journal.rows import Judgement
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
 from rlhf_tui.dialogs.base import InputDialog
-from rlhf_tui.screens.sample_filter import parse_filter
+from rlhf_tui.screens.parts.sample_filter import parse_filter
 from rlhf_tui.state.label_writer import LabelWriter
 from rlhf_tui.widgets.samples.judgement import mark
 from rlhf_tui.widgets.samples.sample_view import SampleView

@@ -8,6 +8,7 @@ import pytest
 from engine.journal.reader import JournalReader
 from rlhf_tui.app import steering
 from rlhf_tui.app.app import RlhfApp
+from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.dialogs.base import ChoiceDialog, Dialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.form import FormDialog
 from rlhf_tui.widgets.samples.judgement import key_of
@@ -26,6 +27,40 @@ def samples(make_app, running, until):
             yield app, pilot
 
     return open_samples
+
+
+@pytest.fixture
+def checkpoints(make_app, running, until):
+    @contextlib.asynccontextmanager
+    async def open_checkpoints():
+        app = make_app()
+        async with running(app) as pilot:
+            await pilot.press("4")
+            await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
+            yield app, pilot
+
+    return open_checkpoints
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The command lines that the app has run."""
+    found = []
+
+    def run(_starter, arguments):
+        found.append(arguments)
+        return "", ""
+
+    monkeypatch.setattr(EngineStarter, "run_cli", run)
+    return found
+
+
+async def cancel_roll_back(app, pilot, until):
+    """Asks for a roll back to the second checkpoint, and cancels by the button with the focus."""
+    await pilot.press("j", "r")
+    await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
+    await pilot.press("enter")
+    await until(pilot, lambda: len(app.screen_stack) == 1)
 
 
 def shown_samples(app):
@@ -119,15 +154,9 @@ async def test_enter_reads_and_z_reads_alone(samples, until):
         await until(pilot, lambda: app.screen.query_one(Table).display)
 
 
-async def test_roll_back_asks_and_cancel_has_the_focus(make_app, engine, running, until):
-    app = make_app()
-    async with running(app) as pilot:
-        await pilot.press("4")
-        await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
-        await pilot.press("j", "r")
-        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
-        await pilot.press("enter")
-        await until(pilot, lambda: len(app.screen_stack) == 1)
+async def test_roll_back_asks_and_cancel_has_the_focus(checkpoints, engine, until):
+    async with checkpoints() as (app, pilot):
+        await cancel_roll_back(app, pilot, until)
         assert engine == []
         await pilot.press("r", "r")
         await until(pilot, lambda: engine == [steering.Rollback(step=150)])
@@ -153,33 +182,18 @@ def in_force(session):
 
 
 async def test_without_an_engine_roll_back_asks_too_where_steps_would_be_lost(
-    make_app, monkeypatch, running, until
+    checkpoints, ran, until
 ):
-    ran = []
-    app = make_app()
-    monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ran.append(arguments) or ("", ""))
-    async with running(app) as pilot:
-        await pilot.press("4")
-        await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
-        await pilot.press("j", "r")
-        await until(pilot, lambda: isinstance(app.screen, ChoiceDialog))
-        await pilot.press("enter")
-        await until(pilot, lambda: len(app.screen_stack) == 1)
+    async with checkpoints() as (app, pilot):
+        await cancel_roll_back(app, pilot, until)
         assert ran == []
         await pilot.press("r", "n")
         await until(pilot, lambda: ran)
         assert ran == [["resume", "frozen", "--from", "150", "--reseed", "--detach"]]
 
 
-async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(
-    make_app, monkeypatch, running, until
-):
-    ran = []
-    app = make_app()
-    monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ran.append(arguments) or ("", ""))
-    async with running(app) as pilot:
-        await pilot.press("4")
-        await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
+async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(checkpoints, ran, until):
+    async with checkpoints() as (app, pilot):
         await pilot.press("r")
         await until(pilot, lambda: isinstance(app.screen, FormDialog))
         await pilot.press(*"train.steps=400", "enter")
@@ -192,15 +206,8 @@ async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(
     ("key", "words"),
     [("f", ["fork", "frozen", "--from", "200"]), ("E", ["export", "frozen", "--policy"])],
 )
-async def test_branch_and_export_run_our_own_commands(
-    make_app, monkeypatch, key, words, running, until
-):
-    ran = []
-    app = make_app()
-    monkeypatch.setattr(app.engines, "run_cli", lambda arguments: ran.append(arguments) or ("", ""))
-    async with running(app) as pilot:
-        await pilot.press("4")
-        await until(pilot, lambda: app.screen.query_one(Table).count() == 4)
+async def test_branch_and_export_run_our_own_commands(checkpoints, ran, key, words, until):
+    async with checkpoints() as (app, pilot):
         await pilot.press(key)
         await until(pilot, lambda: isinstance(app.screen, Dialog))
         await pilot.press("enter")

@@ -4,7 +4,7 @@ import pytest
 
 from engine.protocol.client_messages import Gpu, RankLoad, Telemetry
 from engine.protocol.rank_messages import Phase
-from rlhf_tui.state.updates import SessionUpdate
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.panels.machine import MachinePanel
 from rlhf_tui.widgets.panels.phases import PhaseStrip
 from tests.tui.panels import make_state, text

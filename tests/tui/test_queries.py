@@ -5,7 +5,7 @@ import pytest
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.session.folder import Session
-from rlhf_tui.screens.sample_filter import parse_filter
+from rlhf_tui.screens.parts.sample_filter import parse_filter
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from engine.protocol.rank_messages import TokenArrays
+from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.updates import SessionSummary, SessionUpdate
 from rlhf_tui.widgets.panels.latest_samples import LatestSamplesPanel
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from rlhf_tui.widgets.samples.heat import COLD, HEAT, UNDEFINED, HeatScale

@@ -1,6 +1,8 @@
 """A session of another machine: its address, the copy of its tail, and the forwarded socket."""
 
+import contextlib
 import os
+import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -9,14 +11,17 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.terminal import Engine as StandInEngine
+from engine import starter
+from engine.config import file as config_file
 from engine.errors import LinkError, NoSuchSessionError, UserInputError
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
+from engine.metrics import EVAL_SCORE
 from engine.protocol.client import Client
 from engine.protocol.rank_messages import StepReport
-from engine.session.folder import Session
-from rlhf_tui.commands import read
+from engine.session.folder import Session, create
+from rlhf_tui.commands.reading import sessions
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import decode, encode
 from rlhf_tui.remote.source import Source
@@ -159,6 +164,32 @@ def test_a_copy_follows_new_steps_and_roll_backs(session_maker, tmp_path, copied
     journal.close()
 
 
+def test_of_a_run_without_a_step_the_evaluation_before_it_is_copied(tmp_path, copied):
+    config = config_file.load(starter.FOLDER / "demo.yaml")
+    session = create(tmp_path / "sessions", "new", config)
+    copy, update = copied(session)  # its engine has written nothing yet
+    assert copy.config() == config
+    journal = JournalWriter(session)
+    journal.begin_attempt(0, fresh=False)
+    journal.record_baseline({EVAL_SCORE: 0.5}, [])
+    update()
+    with JournalReader(copy) as record:
+        assert record.series(EVAL_SCORE) == [(0, 0.5)]
+    journal.close()
+
+
+def test_a_viewer_that_stalls_keeps_no_snapshot_of_the_journal_open(session_maker, tmp_path):
+    session = session_maker(tmp_path / "made", "run", 20)
+    journal = JournalWriter(session)
+    journal.begin_attempt(20, fresh=False)
+    changes = Source(session, 100).changes()
+    next(changes)  # the connection takes no more
+    with contextlib.closing(sqlite3.connect(session.journal_file, timeout=0)) as database:
+        busy, *_ = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    assert not busy
+    journal.close()
+
+
 def test_what_is_no_message_is_told_in_a_line():
     with pytest.raises(LinkError, match="'Welcome to box!'"):
         decode(b"Welcome to box!\n")
@@ -199,6 +230,6 @@ def test_what_goes_wrong_over_ssh_is_told_in_a_line(tmp_path, ssh):
 
 def test_sessions_of_another_machine_are_listed(root, ssh):
     given = ["ssh://box", "--sessions", str(root)]
-    result = CliRunner().invoke(read.ls, given, standalone_mode=False)
+    result = CliRunner().invoke(sessions.ls, given, standalone_mode=False)
     assert result.exception is None
     assert result.stdout.splitlines()[1].split()[:3] == ["frozen", "finished", "200/200"]

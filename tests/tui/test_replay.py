@@ -8,7 +8,7 @@ from engine.session.folder import Session
 from rlhf_tui.app.app import RlhfApp
 from rlhf_tui.commands import view
 from rlhf_tui.screens.log import written_until
-from rlhf_tui.state.feed import Feed
+from rlhf_tui.state.feeds.feed import Feed
 from rlhf_tui.state.replay.feed import FRAME, ReplayFeed
 from rlhf_tui.state.replay.player import Player, ReplayOptions
 from rlhf_tui.state.session_state import SessionState

@@ -10,7 +10,7 @@ from engine.journal.writer import JournalWriter
 from engine.protocol.rank_messages import StepReport
 from rlhf_tui.dialogs.probes import ProbePicker
 from rlhf_tui.dialogs.text import ProbeDialog
-from rlhf_tui.screens.sample_list import PAGE
+from rlhf_tui.screens.parts.sample_list import PAGE
 from rlhf_tui.widgets.samples.judgement import key_of
 from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.scroll_list import ScrollText, thumb

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from engine.config.settings import SettingChange, Settings
-from rlhf_tui.state.updates import SessionUpdate
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from tests.tui.panels import FIRST, SETTINGS, command, make_state, text
 

@@ -8,9 +8,9 @@ from engine.config.settings import SettingChange
 from engine.journal.rows import AlertEvent, EventRow, decode_payload
 from rlhf_tui.app.digest import digest
 from rlhf_tui.screens.modes import MODES
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.runs.listing import spark
-from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.state.viewport import Viewport
 from rlhf_tui.widgets.panels.cursor import CursorPanel
 from rlhf_tui.widgets.status_lines import StatusLine, Tabs

@@ -15,8 +15,8 @@ from engine.journal.rows import (
     NoteEvent,
     StateEvent,
 )
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.timeline import short_condition
-from rlhf_tui.state.updates import SessionUpdate
 from rlhf_tui.widgets.status_lines import StatusLine
 from tests.tui.panels import command, make_state, text
 

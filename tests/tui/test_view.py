@@ -2,9 +2,9 @@
 
 import pytest
 
+from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.session_state import SessionState
-from rlhf_tui.state.updates import SessionSummary, SessionUpdate
 from rlhf_tui.state.viewport import Viewport, round_end
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "engine/train/rollout/vllm"))
 import start  # noqa: F401 - makes `engine` importable
 
 from engine.protocol.rollout_messages import Start
-from engine.train.rollout.vllm import engine_process, worker_extension
+from engine.train.rollout.vllm import engine_process, received_weights
 from engine.train.rollout.vllm.sleep_mode import SleepMode
 
 
@@ -38,7 +38,7 @@ def main():
     for name, args, kwargs in llm.calls:
         inspect.signature(getattr(LLM, name)).bind(llm, *args, **kwargs)
     names = list(inspect.signature(rebuild_cuda_tensor).parameters)
-    assert names[worker_extension.DEVICE_OF_HANDLE] == "storage_device", names
+    assert names[received_weights.DEVICE_OF_HANDLE] == "storage_device", names
     known = {f.name for f in dataclasses.fields(EngineArgs)}
     known |= set(inspect.signature(LLM).parameters)
     started = Start(

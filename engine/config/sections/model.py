@@ -51,7 +51,8 @@ class DataConfig(Section, frozen=True):
     """Shuffle the prompts for each pass over the data; the seed determines the order."""
     cache: str | None = None
     """Folder for the tokens of large data sets, which later starts read instead of tokenising
-    again. Default: `rlhf-tui/prompts` in `$XDG_CACHE_HOME` or in `~/.cache`."""
+    again. Default: `rlhf-tui/prompts` in `$XDG_CACHE_HOME` or in `~/.cache`; where that cannot be
+    written, a private folder under `$TMPDIR`."""
 
     @property
     def sources(self) -> list[PromptSource]:
@@ -106,3 +107,8 @@ class LoRAConfig(Section, frozen=True):
     targets: list[str] = []
     """Linear layers that get adapters, by the end of their names (`q_proj`). Default: all linear
     layers except the output layer."""
+    quantise: Literal["none", "nf4"] = "none"
+    """`nf4` holds the frozen weights of the linear layers in 4 bits (QLoRA, Dettmers et al. 2023)
+    instead of `model.dtype`: 0.56 bytes a weight. Their passes are slower, since a weight is
+    unpacked for each. The embedding, the output layer and norms stay as they are. Needs `rank` and
+    the extra `qlora`; not with `parallel.strategy: fsdp` or `rollout.engine: vllm`."""

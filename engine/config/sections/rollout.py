@@ -73,6 +73,10 @@ class RolloutConfig(Section, frozen=True):
     at_once: Count | None = None
     """The most responses that a rank generates at once; the others wait until one has ended. Limits
     the memory of the key-value cache; responses change by rounding only. Default: all of them."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Whether `native` compiles the model's layers for decoding (torch.compile), which takes some
+    20 s once per start and needs a C compiler. `auto`: on a GPU, for layers of 50 million weights
+    or more. A model that cannot be compiled is used as it is."""
     per_prompt: Count | None = None
     """Responses to each prompt. Default: 4 for rloo, 8 for grpo, 1 otherwise."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64

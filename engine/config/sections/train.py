@@ -49,6 +49,10 @@ class TrainConfig(Section, frozen=True):
     """Learning rate after the warm-up; `linear` and `cosine` decay to nearly 0 at the last step."""
     warmup_steps: Whole = 0
     """Number of first steps over which the learning rate rises linearly."""
+    optimiser: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` holds AdamW's two moments in 8 bits, with a scale for each block of up to 256
+    numbers (Dettmers et al. 2022): about 2 bytes a weight instead of 8. A fork that changes it
+    starts with moments of zero."""
     adam_eps: Annotated[float, Meta(ge=1e-20, le=100)] = 1e-5
     """ε of AdamW; 1e-8 leads to a much larger KL in the first steps."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)

@@ -67,15 +67,18 @@ class TrainingState(msgspec.Struct, kw_only=True):
 
 
 class SavedState(TrainingState, kw_only=True):
-    """The state in a checkpoint, with the live settings in force."""
+    """The state in a checkpoint, with the live settings."""
 
     settings: Settings
-    """The settings of the next step."""
+    """Those after the step, without the commands that follow it: the journal has these. Earlier
+    versions saved those of the next step."""
 
     @classmethod
-    def of(cls, state: TrainingState, config: RunConfig) -> "SavedState":
-        """The state to save for a run."""
-        return cls(**msgspec.structs.asdict(state), settings=settings_of(config))
+    def of(
+        cls, state: TrainingState, config: RunConfig, settings: Settings | None = None
+    ) -> "SavedState":
+        """The state to save for a run; with the settings of `config` if none are given."""
+        return cls(**msgspec.structs.asdict(state), settings=settings or settings_of(config))
 
     def restored(
         self, config: RunConfig, warn: Callable[[str], None] = lambda _text: None

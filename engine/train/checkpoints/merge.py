@@ -21,6 +21,7 @@ from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.language_model import LanguageModel, fingerprint
 from engine.train.models.pretrained import compute_dtype, load_lm, load_tokenizer, policy_options
+from engine.train.models.quantised_linear import dequantise, quantise
 
 
 def main() -> None:
@@ -49,16 +50,19 @@ def merge(session: Session, step: int, part: str, target: Path) -> None:
     config = session.config()
     saved = checkpoint_path(session.checkpoints, step)
     state = checkpoint_folder.read_state(saved)
-    # In the run's dtype first, because the adapters were trained on these weights.
+    # In the run's dtype and quantised like it first: the adapters were trained on these weights.
     ranks = RankGroup(LaunchConfig(device="cpu"))
     source = starter.resolve(config.model.policy)
     read = policy_options(config, source)
     lm = load_lm(source, "model.policy", ranks, compute_dtype(config), read)
+    if config.lora.quantise != "none":
+        quantise(lm, config.lora)
     if fingerprint(LanguageModel(lm)) != state.base:
         raise CheckpointError(
             "the model under the adapters is not the one this run was started with: "
             f"{config.model.policy} has changed; restore it to merge"
         )
+    dequantise(lm)
     merged = PeftModel.from_pretrained(lm.float(), str(saved / part)).merge_and_unload()
     folder = str(saved / part)
     tokenizer = load_tokenizer(folder, "model.policy", ranks, policy_options(config, folder))

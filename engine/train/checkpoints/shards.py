@@ -27,7 +27,9 @@ from torch.distributed.tensor import DTensor
 from engine.errors import CheckpointError
 from engine.train.checkpoints.folder import read_optimiser
 from engine.train.distributed.exchange import fail_together
+from engine.train.distributed.sharding import zeros_by_rows
 from engine.train.models.language_model import AnyModel, LanguageModel
+from engine.train.ppo.adamw_8bit import SCALE, block_size, scale_shape
 
 FILE_SIZE = 4 << 30
 """Maximum bytes of tensors per file."""
@@ -123,7 +125,7 @@ def load_training(
     policy: LanguageModel,
     optimiser: torch.optim.Optimizer,
     group: dist.ProcessGroup | None = None,
-) -> None:
+) -> bool:
     """Restores the value function and the optimiser's state bit for bit. All ranks must call it.
 
     Each rank reads only its own part. The number of ranks and the sharding may differ from those of
@@ -135,35 +137,53 @@ def load_training(
         optimiser: a new optimiser of the policy's parameters.
         group: a gloo group of all ranks; None for one rank.
 
+    Returns:
+        Whether the optimiser's state was restored. That of another `train.optimiser`, which a fork
+        can choose, is left out, and the optimiser starts anew.
+
     Raises:
-        CheckpointError: the tensors do not match the model, or the kind of optimiser differs.
+        CheckpointError: the tensors do not match the model, or the same optimiser would round
+            differently here.
     """
-    kind = read_optimiser(folder)
-    if kind != optimiser_kind(optimiser):
+    kind, ours = read_optimiser(folder), optimiser_kind(optimiser)
+    restored = kind.partition(" ")[0] == ours.partition(" ")[0]
+    if restored and kind != ours:
         # Fused and unfused AdamW round differently, so a resumed run would not be reproducible.
         raise CheckpointError(
             f"the checkpoint {folder} was written with {kind}, but this machine uses "
-            f"{optimiser_kind(optimiser)}: fork instead of resuming"
+            f"{ours}: fork instead of resuming"
         )
     stored = _stored_tensors(folder / "training")
     tensors = _value_tensors(policy)
     parameters = dict(policy.named_parameters())
-    for key in (k for k in stored if not k.startswith((*VALUE, REFERENCE))):
+    keys = [k for k in stored if not k.startswith((*VALUE, REFERENCE))]
+    for key in keys if restored else []:
         part, _, name = key.partition("/")
         if name not in parameters:
             raise CheckpointError(f"{folder} holds the optimiser's state of another model: {name}")
-        parameter = parameters[name]
-        scalar = not len(stored[key].size) and parameter.dim()
-        # As in torch's AdamW: the step count is float32 and replicated. Fused AdamW needs it on the
-        # device of the parameter.
-        tensors[key] = optimiser.state[parameter][part] = (
-            torch.zeros((), dtype=stored[key].properties.dtype, device=parameter.device)
-            if scalar
-            else torch.zeros_like(parameter, dtype=stored[key].properties.dtype)
+        tensors[key] = optimiser.state[parameters[name]][part] = _empty_state(
+            part, parameters[name], stored[key], optimiser
         )
     if wrong := {k for k in stored if k.startswith(VALUE)} ^ set(_value_tensors(policy)):
         raise CheckpointError(f"{folder} holds a value function of another model: {min(wrong)}")
-    _read_into(tensors, folder, group)
+    if tensors:
+        _read_into(tensors, folder, group)
+    return restored
+
+
+def _empty_state(
+    part: str, parameter: Tensor, stored: TensorStorageMetadata, optimiser: torch.optim.Optimizer
+) -> Tensor:
+    """A tensor for a part of a parameter's state, sharded like the parameter."""
+    dtype = stored.properties.dtype
+    if not len(stored.size) and parameter.dim():
+        # As in torch's AdamW: the step count is float32 and replicated. Fused AdamW needs it on the
+        # device of the parameter.
+        fused = optimiser.defaults.get("fused")
+        return torch.zeros((), dtype=dtype, device=parameter.device if fused else "cpu")
+    if part.endswith(SCALE) and block_size(parameter.shape):
+        return zeros_by_rows(parameter, scale_shape(parameter.shape))
+    return torch.zeros_like(parameter, dtype=dtype)
 
 
 def reference_tensors(reference: AnyModel) -> dict[str, Tensor]:

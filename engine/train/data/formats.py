@@ -51,7 +51,7 @@ def common_start(chosen: Any, rejected: Any) -> Any:
     """The prompt that two completions begin with: their common text, or their common messages.
 
     A space before the point where texts part belongs to the completions, as tokens begin with it.
-    If one is not of the kind of the other, there is no prompt, which an error tells by its row.
+    If one is not of the kind of the other, there is no prompt, and an error names its row.
     """
     if not isinstance(chosen, str | list) or type(chosen) is not type(rejected):
         return None

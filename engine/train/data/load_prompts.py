@@ -23,8 +23,9 @@ from engine.train.data.prompt_cache import (
     WRITE_ERRORS,
     CacheWriteError,
     PromptCache,
-    cache_folder,
+    PromptCaches,
     content_hash,
+    file_stamps,
     open_entry,
 )
 from engine.train.data.prompt_order import Prompts
@@ -113,7 +114,8 @@ def load_sets(
 ) -> list[LoadedSet]:
     """Loads every data set; see :func:`load_prompts`."""
     try:
-        return [_load(config, source, tokenizer, begin) for source in config.sources]
+        caches = PromptCaches(config.cache)
+        return [_load(config, source, tokenizer, caches, begin) for source in config.sources]
     except UserInputError as error:
         if key == "data" or isinstance(error, CacheWriteError):
             raise
@@ -124,6 +126,7 @@ def _load(
     config: DataConfig,
     source: PromptSource,
     tokenizer: PreTrainedTokenizerBase,
+    caches: PromptCaches,
     begin: BeginPart,
 ) -> LoadedSet:
     file = local_file(source)
@@ -132,7 +135,7 @@ def _load(
     if rows is not None and sum(path.stat().st_size for path in files) < CACHED_BYTES:
         return _usable(config, source, _in_memory(config, source, tokenizer, rows), None)
     try:
-        entry = _cached(config, source, tokenizer, files, rows, begin)
+        entry = _cached(config, source, tokenizer, files, rows, caches, begin)
     except CacheWriteError as error:
         if config.cache is not None:
             raise
@@ -148,21 +151,29 @@ def _cached(
     tokenizer: PreTrainedTokenizerBase,
     files: list[Path],
     rows: "datasets.Dataset | None",
+    caches: PromptCaches,
     begin: BeginPart,
 ) -> Path:
     """The entry of a data set in the cache, which is made if there is none."""
-    cache = PromptCache(cache_folder(config.cache))
+    stamps = file_stamps(files)
     name = content_hash(files, *_facts(config, source, tokenizer))
-    if cache.find(name) is None:
+    found = caches.find(name)
+    if found is None:
+        cache = caches.for_writing
         with cache.making(name) as made:
             if rows is None:
                 begin("read")
                 rows = _read_into(made.parent / "read", source, cache)
             _fill(made, config, source, tokenizer, rows, cache, begin)
             del rows  # it maps files of the temporary folder
-    found = cache.find(name)
-    if found is None:
-        raise cache.not_writable(OSError(0, "files written there belong to another user"))
+            if file_stamps(files) != stamps:  # the name would be that of other contents
+                raise UserInputError(
+                    f"data.prompts: {source.path} changed while it was read; start again when it "
+                    "is complete"
+                )
+        found = cache.find(name)
+        if found is None:
+            raise cache.not_writable(OSError(0, "files written there belong to another user"))
     return found
 
 

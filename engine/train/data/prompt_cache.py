@@ -11,16 +11,18 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
 import pyarrow as pa
 
 from engine.errors import SessionError, UserInputError
-from engine.session.access import FILE_MODE, FOLDER_MODE, make_folders
+from engine.session.access import FILE_MODE, FOLDER_MODE, make_folders, private_temporary_folder
 from engine.session.folder import write_atomically
 from engine.session.temporary_folders import TemporaryFolder
 from engine.train.data.prompt_table import PromptTable
@@ -50,8 +52,13 @@ def cache_folder(configured: str | None) -> Path:
     if configured is not None:
         return Path(configured)
     home = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
-    return base / "rlhf-tui" / "prompts"
+    if Path(home).is_absolute():
+        return Path(home) / "rlhf-tui" / "prompts"
+    try:
+        base = Path.home()
+    except RuntimeError:  # neither HOME nor an entry in passwd: containers then set HOME to /
+        base = Path("/")
+    return base / ".cache" / "rlhf-tui" / "prompts"
 
 
 def content_hash(files: Iterable[Path], *facts: str) -> str:
@@ -72,6 +79,22 @@ def content_hash(files: Iterable[Path], *facts: str) -> str:
         except OSError as error:
             raise UserInputError(f"data.prompts: cannot read {path}: {error.strerror}") from error
     return found.hexdigest()
+
+
+def file_stamps(files: Iterable[Path]) -> list[tuple[int, int, int]]:
+    """Inode, size and time of change of each file, which differ after a change.
+
+    Raises:
+        UserInputError: a file cannot be read.
+    """
+    stamps = []
+    for path in files:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserInputError(f"data.prompts: cannot read {path}: {error.strerror}") from error
+        stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
+    return stamps
 
 
 class PromptCache:
@@ -153,6 +176,54 @@ class PromptCache:
                 mine = status.st_uid == os.geteuid() and (folder / ENTRY).is_file()
                 if mine and time.time() - status.st_mtime > UNUSED:
                     shutil.rmtree(folder)
+
+
+class PromptCaches:
+    """Where entries are looked for, and where new ones are made.
+
+    That is one folder, unless the one in the user's cache folder cannot be written, as on a machine
+    where the user has no home. Then a private folder under `$TMPDIR` is the second one.
+    """
+
+    def __init__(self, configured: str | None) -> None:
+        """Touches no file.
+
+        Args:
+            configured: `data.cache`; a folder that the user has named is the only one.
+        """
+        self._configured = configured
+        self._first = PromptCache(cache_folder(configured))
+
+    def find(self, name: str) -> Path | None:
+        """The folder of a complete entry of this user; None if there is none."""
+        found = self._first.find(name)
+        return found if found or self._second is None else self._second.find(name)
+
+    @property
+    def for_writing(self) -> PromptCache:
+        """The cache in which entries are made."""
+        return self._second or self._first
+
+    @cached_property
+    def _second(self) -> PromptCache | None:
+        """None if it is not needed, or cannot be written either. The log says so once."""
+        if self._configured is not None:
+            return None
+        try:
+            make_folders(self._first.folder)
+            tempfile.TemporaryFile(dir=self._first.folder).close()
+        except OSError as error:
+            try:
+                second = private_temporary_folder() / self._first.folder.name
+            except OSError:
+                return None
+            log.warning(
+                "cannot write in %s (%s): the tokens of large data sets are kept in %s until the "
+                "machine is restarted; data.cache names another folder",
+                self._first.folder, error.strerror, second,
+            )  # fmt: skip
+            return PromptCache(second)
+        return None
 
 
 def open_entry(folder: Path, *, rows: bool) -> PromptTable:

@@ -109,10 +109,6 @@ class PromptTable:
         found = np.flatnonzero(self.among(pa.chunked_array([pa.array([text], pa.string())])))
         return self.take(found[:1])[0] if len(found) else None
 
-    def without_rows(self) -> "PromptTable":
-        """The same prompts, whose rows are empty."""
-        return PromptTable(self._table, None, self._chosen)
-
     def pack(self) -> bytes:
         """Serialises the prompts without their rows."""
         sink = pa.BufferOutputStream()

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as sharded_zeros
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -260,3 +261,10 @@ def with_materialised_model(
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gathers a sharded tensor; all ranks must call it. Returns any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def zeros_by_rows(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Float32 zeros for a tensor with as many rows, sharded by rows like it if it is sharded."""
+    if not isinstance(like, DTensor):
+        return torch.zeros(shape, device=like.device)
+    return sharded_zeros(shape, device_mesh=like.device_mesh, placements=like.placements)

@@ -26,7 +26,7 @@ from engine.train.data.prompt_cache import (
     PROMPTS,
     WRITE_ERRORS,
     PromptCache,
-    cache_folder,
+    PromptCaches,
     open_entry,
 )
 from engine.train.data.prompt_order import Prompts
@@ -42,7 +42,7 @@ WITHOUT_ROWS = "-prompts"
 
 
 class _SharedSet(msgspec.Struct):
-    """What the other ranks are told of a data set."""
+    """What rank 0 sends the other ranks about a data set."""
 
     source: PromptSource
     left_out: dict[str, int]
@@ -74,13 +74,13 @@ def load_on_all_ranks(
         sets = load_sets(config, tokenizer, key, begin)
         message = msgspec.msgpack.encode([_shared(one) for one in sets])
     shared = msgspec.msgpack.decode(ranks.broadcast_bytes(message), type=list[_SharedSet])
-    cache = PromptCache(cache_folder(config.cache))
+    caches = PromptCaches(config.cache)
     for one in shared:
-        folder = _folder_of(one, cache)
+        folder = _folder_of(one, caches)
         missing = bool(one.entry) and folder is None
         if b"1" in ranks.all_gather_bytes(b"1" if missing else b"0"):
-            _send(Path(one.entry), cache, ranks, missing=missing)
-            folder = _folder_of(one, cache)
+            _send(Path(one.entry), caches, ranks, missing=missing)
+            folder = _folder_of(one, caches)
         if not ranks.is_lead:
             sets.append(_received(one, folder, config))
     return ordered(sets, config, per_step=per_step, seed=seed)
@@ -92,13 +92,15 @@ def _shared(one: LoadedSet) -> _SharedSet:
     return _SharedSet(one.source, one.left_out, entry=str(one.entry))
 
 
-def _folder_of(one: _SharedSet, cache: PromptCache) -> Path | None:
-    """Where this rank sees an entry of the cache."""
+def _folder_of(one: _SharedSet, caches: PromptCaches) -> Path | None:
+    """Where this rank sees an entry of the cache; None if it does not, or there is none."""
+    if not one.entry:
+        return None
     entry = Path(one.entry)
     return (
         PromptCache(entry.parent).find(entry.name)
-        or cache.find(entry.name)
-        or cache.find(entry.name + WITHOUT_ROWS)
+        or caches.find(entry.name)
+        or caches.find(entry.name + WITHOUT_ROWS)
     )
 
 
@@ -109,21 +111,21 @@ def _received(one: _SharedSet, folder: Path | None, config: DataConfig) -> Loade
     return LoadedSet(one.source, table, folder, one.left_out)
 
 
-def _send(entry: Path, cache: PromptCache, ranks: RankGroup, *, missing: bool) -> None:
+def _send(entry: Path, caches: PromptCaches, ranks: RankGroup, *, missing: bool) -> None:
     """Sends the tokens of an entry to the machines that lack it; a collective.
 
     One rank of a machine writes them into its cache.
     """
     writes = missing and os.environ.get("LOCAL_RANK", "0") == "0"
     name = entry.name + WITHOUT_ROWS
-    with cache.making(name) if writes else nullcontext(Path()) as made:
+    with caches.for_writing.making(name) if writes else nullcontext(Path()) as made:
         parts = _parts(entry / PROMPTS, ranks)
         if writes:
             try:
                 with (made / PROMPTS).open("wb") as file:
                     file.writelines(parts)
             except WRITE_ERRORS as error:
-                raise cache.not_writable(error) from error
+                raise caches.for_writing.not_writable(error) from error
         else:
             for _ in parts:
                 continue

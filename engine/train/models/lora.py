@@ -81,6 +81,12 @@ def linear_layers(lm: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in lm.named_modules() if isinstance(m, kinds) and m is not head}
 
 
+def base_layers(lm: nn.Module) -> dict[str, nn.Module]:
+    """The same of a model that may have adapters already: those that are not part of an adapter."""
+    adapters = _adapter_prefixes(lm)
+    return {n: m for n, m in linear_layers(lm).items() if not n.startswith(adapters)}
+
+
 def adapted_layers(module: nn.Module) -> "list[LoraLayer]":
     """The layers with adapters; empty for a model that is trained in full."""
     return [layer for _, layer in _named_layers(module)]
@@ -104,11 +110,7 @@ def disabled(layers: "list[LoraLayer]") -> Iterator[None]:
 
 def base_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The weights under the adapters, with the names they have in a model without adapters."""
-    adapters = tuple(
-        f"{name}.{part}."
-        for name, layer in _named_layers(module)
-        for part in layer.adapter_layer_names
-    )
+    adapters = _adapter_prefixes(module)
     tensors = module.state_dict().items()
     return {k.replace(".base_layer.", "."): v for k, v in tensors if not k.startswith(adapters)}
 
@@ -119,11 +121,7 @@ def mergeable_weights(module: nn.Module) -> "dict[str, tuple[nn.Parameter, LoraL
     Works without adapters, too. Tied weights come under each of their names, as the same object.
     """
     layers = {f"{name}.weight": layer for name, layer in _named_layers(module)}
-    adapters = tuple(
-        f"{name}.{part}."
-        for name, layer in _named_layers(module)
-        for part in layer.adapter_layer_names
-    )
+    adapters = _adapter_prefixes(module)
     found = {}
     # keep_vars: tied weights stay one object. FSDP reshards gathered parameters first.
     for key, tensor in module.state_dict(keep_vars=True).items():
@@ -204,6 +202,15 @@ def _named_layers(module: nn.Module) -> "list[tuple[str, LoraLayer]]":
     from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - slow, see above
 
     return [(name, m) for name, m in module.named_modules() if isinstance(m, LoraLayer)]
+
+
+def _adapter_prefixes(module: nn.Module) -> tuple[str, ...]:
+    """What the names of the adapters' modules and tensors begin with."""
+    return tuple(
+        f"{name}.{part}."
+        for name, layer in _named_layers(module)
+        for part in layer.adapter_layer_names
+    )
 
 
 def _initialise(layer: "LoraLayer", key: int) -> None:

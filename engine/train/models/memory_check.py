@@ -63,7 +63,9 @@ def _check_memory(
     device = ranks.device
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     layout = configured(config, ranks.size)
-    chosen = config.parallel.strategy == "auto" and ranks.size > 1
+    # Packed weights cannot be sharded.
+    can_shard = config.lora.quantise == "none"
+    chosen = config.parallel.strategy == "auto" and ranks.size > 1 and can_shard
     if chosen and placed is not None and placed.ranks == ranks.size:
         chosen = False
         layout = replace(layout, strategy="fsdp" if placed.strategy == "fsdp" else "ddp")

@@ -31,6 +31,7 @@ from engine.train.models import lora
 from engine.train.models.fused_kernels import use_fused_kernels
 from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
 from engine.train.models.onednn_linear import use_onednn
+from engine.train.models.quantised_linear import quantise
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
 
@@ -45,7 +46,8 @@ def load_policy(
     """Loads the trainable policy, with a value function if the advantage estimator needs one.
 
     Trained weights are float32. With `lora.rank` only the adapters and the value head are trained,
-    and the frozen weights are stored in `model.dtype`; a separate value trunk has its own copy.
+    and the frozen weights are stored in `model.dtype`, or as `lora.quantise` says; a separate value
+    trunk has its own copy.
 
     Args:
         config: the configuration of the run.
@@ -72,6 +74,7 @@ def load_policy(
             lora.add_adapters(lm, config.lora, seed=config.seed, base=base)
             if source != base and ranks.is_lead:
                 lora.load_adapters(lm, Path(source))
+            _quantise(lm, config)
         policy = LanguageModel(lm, value, compute_dtype(config))
         if value_model is not None:
             policy.value_trunk, policy.value_head = value_model
@@ -80,6 +83,7 @@ def load_policy(
             trunk = _load_trunk(base, lm, ranks, dtype, read, sharded=sharded)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
+                _quantise(trunk, config)
             use_onednn(trunk)
             policy.value_trunk = trunk
     if config.parallel.activation_checkpointing:
@@ -325,6 +329,11 @@ def copy_weights(module: nn.Module) -> Any:
     for parameter in module.parameters():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     return module
+
+
+def _quantise(lm: PreTrainedModel, config: RunConfig) -> None:
+    if config.lora.quantise != "none":
+        quantise(lm, config.lora)
 
 
 def _disable_dropout(module: LanguageModel) -> LanguageModel:

@@ -130,6 +130,12 @@ def _shape(model: Any, config: Any) -> Shape:
         key_value=(getattr(config, "num_key_value_heads", None) or heads) * size,
         intermediate=_intermediate(config),
         vocabulary=config.vocab_size,
+        in_linear=sum(
+            m.weight.numel()
+            for layer in layers
+            for m in layer.modules()
+            if isinstance(m, nn.Linear | Conv1D)
+        ),
         linear=_linear(layers),
     )
 

@@ -1,12 +1,14 @@
 """The optimiser and its learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 
 from engine.config.schema import RunConfig
 from engine.config.sections.train import TrainConfig
 from engine.train.models.language_model import LanguageModel
+from engine.train.ppo.adamw_8bit import AdamW8bit
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -28,7 +30,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Optimizer:
-    """Fused AdamW with two parameter groups: the value head and everything else.
+    """AdamW, fused or with 8-bit moments (`train.optimiser`), with two groups of parameters.
+
+    The value head is one of them and everything else the other.
 
     Each group has the key `lr_scale`, a factor on :func:`learning_rate`. It is 1 for the policy and
     `ppo.value_head_rate` for the value head, which starts from zeros: AdamW moves a weight by about
@@ -42,14 +46,24 @@ def make_optimiser(policy: LanguageModel, config: RunConfig) -> torch.optim.Opti
     head = {id(p) for p in policy.value_head.parameters()} if policy.value_head is not None else ()
     trainable = [p for p in policy.parameters() if p.requires_grad]
     head_scale = config.ppo.value_head_rate or 1.0  # set by engine.config.file when left out
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if id(p) not in head], "lr_scale": 1.0},
+        {"params": [p for p in trainable if id(p) in head], "lr_scale": head_scale},
+    ]
+    train = config.train
+    if train.optimiser == "adamw_8bit":
+        return AdamW8bit(
+            groups,
+            lr=train.learning_rate,
+            betas=train.adam_betas,
+            eps=train.adam_eps,
+            weight_decay=train.weight_decay,
+        )
     return torch.optim.AdamW(
-        [
-            {"params": [p for p in trainable if id(p) not in head], "lr_scale": 1.0},
-            {"params": [p for p in trainable if id(p) in head], "lr_scale": head_scale},
-        ],
-        lr=config.train.learning_rate,
-        betas=config.train.adam_betas,
-        eps=config.train.adam_eps,
-        weight_decay=config.train.weight_decay,
+        groups,
+        lr=train.learning_rate,
+        betas=train.adam_betas,
+        eps=train.adam_eps,
+        weight_decay=train.weight_decay,
         fused=True,
     )

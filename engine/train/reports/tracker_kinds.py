@@ -16,7 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What a tracker is told of the run."""
+    """What a tracker is given of the run."""
 
     trackers: list[str]
     project: str
@@ -108,7 +108,7 @@ def make_tracker(name: str, header: Header, known: str) -> tuple[GeneralTracker,
         name: a key of :data:`KINDS`, or `module:Class`. Such a class is called with the project,
             the folder if it asks for one, and the keywords `run_name` and `run_id`, which is the
             same in every attempt.
-        header: what it is told of the run.
+        header: what it is given of the run.
         known: the id of the run to continue; "" to begin one.
 
     Returns:

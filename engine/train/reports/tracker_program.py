@@ -31,7 +31,7 @@ IDS = "runs.json"
 """Tracker → the id of this session's run."""
 LOCK = ".lock"
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -50,7 +50,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # it ends with its input
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         problems.write(" ".join(text.split()) + "\n")
         problems.flush()
 
@@ -58,7 +58,7 @@ def main() -> None:
     header = msgspec.json.decode(sys.stdin.buffer.readline(), type=Header)
     PartialState(cpu=True)  # the trackers' own logger asks for it
     lock = wait_for_lock()
-    runs = start_all(header, tell)
+    runs = start_all(header, report)
     for data in sys.stdin.buffer:
         line = msgspec.json.decode(data, type=Line)
         values = {k: math.nan if v is None else v for k, v in line.metrics.items()}
@@ -90,12 +90,12 @@ def wait_for_lock() -> SessionLock:
 
 
 class TrackerRun:
-    """One tracker, whose failures are told once."""
+    """One tracker, whose first failure is reported."""
 
-    def __init__(self, name: str, tracker: GeneralTracker, tell: Tell) -> None:
+    def __init__(self, name: str, tracker: GeneralTracker, report: Report) -> None:
         self._name = name
         self._tracker = tracker
-        self._tell = tell
+        self._report = report
         self._told = False
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -115,13 +115,13 @@ class TrackerRun:
     def _failed(self, what: str, error: Exception) -> None:
         if not self._told:
             self._told = True
-            self._tell(f"{self._name} did not take {what}: {first_line(error)}")
+            self._report(f"{self._name} did not take {what}: {first_line(error)}")
 
 
-def start_all(header: Header, tell: Tell) -> list[TrackerRun]:
+def start_all(header: Header, report: Report) -> list[TrackerRun]:
     """Starts the trackers, each with the run of the session's earlier attempts if it has one.
 
-    What cannot be started is told and left out.
+    What cannot be started is reported and left out.
     """
     file = Path(IDS)
     ids: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -135,9 +135,9 @@ def start_all(header: Header, tell: Tell) -> list[TrackerRun]:
                 write_atomically(file, json.dumps(ids, indent=1))
                 tracker.store_init_configuration(header.config)
         except Exception as error:  # any package's
-            tell(f"{name} cannot be started: {first_line(error)}")
+            report(f"{name} cannot be started: {first_line(error)}")
             continue
-        runs.append(TrackerRun(name, tracker, tell))
+        runs.append(TrackerRun(name, tracker, report))
     return runs
 
 

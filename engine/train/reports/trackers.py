@@ -79,7 +79,7 @@ class TrackerProcess:
         except queue.Full:
             if not self._dropped:
                 self._dropped = True
-                self._tell(f"trackers are {PENDING} steps behind: they miss steps from {step} on")
+                self._report(f"trackers are {PENDING} steps behind: they miss steps from {step} on")
 
     def close(self) -> None:
         """Waits until the trackers have what was passed on, for a limited time."""
@@ -93,27 +93,27 @@ class TrackerProcess:
             status = self._process.wait()
         self._reader.join(FINISH_SECONDS)
         if status:
-            self._tell("trackers did not finish in time: the last steps may be missing there")
+            self._report("trackers did not finish in time: the last steps may be missing there")
 
     def _write(self) -> None:
         """Writes what is pending to the process, as fast as that reads."""
         if self._process.stdin is None:
             return
-        with contextlib.suppress(OSError), self._process.stdin as pipe:  # `_read` tells of its end
+        with contextlib.suppress(OSError), self._process.stdin as pipe:  # `_read` reports its end
             while (line := self._pending.get()) is not None:
                 pipe.write(line + b"\n")
                 pipe.flush()
 
     def _read(self) -> None:
-        """Tells of the problems that the process writes, and of its end."""
+        """Reports the problems that the process writes, and its end."""
         if self._process.stdout is None:
             return
         for line in self._process.stdout:
-            self._tell(line.decode("utf-8", "replace").strip())
+            self._report(line.decode("utf-8", "replace").strip())
         if not self._closing:
-            self._tell("the process of the trackers has ended: see trackers/trackers.log")
+            self._report("the process of the trackers has ended: see trackers/trackers.log")
 
-    def _tell(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         with contextlib.suppress(LinkError):  # the run is ending, and its main thread knows
             self._notify(self._step, text)
 

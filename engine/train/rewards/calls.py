@@ -107,7 +107,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def _response_in_hand(error: BaseException, inputs: RewardInputs) -> int | None:
-    """The response that the failed function was looking at; None if that cannot be told.
+    """The response that the failed function was looking at; None if that is not known.
 
     The function has all responses. A loop over them leaves the current one, or its prompt, in a
     local variable of a frame of the traceback. The innermost such frame counts.

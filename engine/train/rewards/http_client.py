@@ -90,7 +90,9 @@ class Endpoint:
             status, headers, reply = exchange.run(body)
         # UnicodeError: a host that the rules of names on the net do not allow.
         except (OSError, http.client.HTTPException, UnicodeError, _TooLongError) as error:
-            raise RequestError(f"{self.place}: {self.hide_token(exchange.reason(error))}") from None
+            raise RequestError(
+                f"{self.place}: {self.hide_secrets(exchange.reason(error))}"
+            ) from None
         if 200 <= status < 300:
             return reply
         raise RequestError(self._refusal(status, headers, reply), _retry_after(headers))
@@ -99,18 +101,21 @@ class Endpoint:
         reason = http.client.responses.get(status, "")
         text = f"{self.place}: HTTP {status} {reason}".rstrip()
         if 300 <= status < 400 and (target := headers.get("Location")):
-            text += f", a redirect to {target[:SHOWN_CHARACTERS]}: give the URL that it leads to"
-        elif shown := reply.decode("utf-8", "replace"):
-            text += f": {self.shown(shown)}"
-        return self.hide_token(text)
+            shown = self.hide_secrets(target)[:SHOWN_CHARACTERS]
+            text += f", a redirect to {shown}: give the URL that it leads to"
+        elif body := reply.decode("utf-8", "replace"):
+            text += f": {self.shown(body)}"
+        return self.hide_secrets(text)
 
-    def hide_token(self, text: str) -> str:
-        """A text with the token, which a server may echo, replaced by `***`."""
-        return text.replace(self.token, "***") if self.token else text
+    def hide_secrets(self, text: str) -> str:
+        """Replaces the token and the query of the URL, which a server may echo, by `***`."""
+        for secret in filter(None, (self.token, urlsplit(self.url).query)):
+            text = text.replace(secret, "***")
+        return text
 
     def shown(self, text: str) -> str:
-        """A reply's text for a message: quoted, on one line, cut, without the token."""
-        text = " ".join(self.hide_token(text)[: 10 * SHOWN_CHARACTERS].split())
+        """A reply's text for a message: quoted, on one line, cut, without secrets."""
+        text = " ".join(self.hide_secrets(text)[: 10 * SHOWN_CHARACTERS].split())
         return repr(text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…")
 
     def decode(self, reply: bytes, kind: type[T]) -> T:
@@ -120,7 +125,7 @@ class Endpoint:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             shown = self.shown(reply.decode("utf-8", "replace"))
             raise RequestError(
-                f"{self.place}: unusable reply ({self.hide_token(error_text(error))}): {shown}"
+                f"{self.place}: unusable reply ({self.hide_secrets(error_text(error))}): {shown}"
             ) from None
 
     def run_all(

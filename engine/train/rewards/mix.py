@@ -230,7 +230,7 @@ class RewardMix:
 
 
 class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 tells the others about a source; one of the texts is set if it failed."""
+    """What rank 0 sends the others about a source; one of the texts is set if it failed."""
 
     scores: list[float | None] = []
     unusable: str = ""

@@ -26,15 +26,24 @@ class GraphedFunction:
     Graphs" in torch's notes on CUDA semantics.
     """
 
-    def __init__(self, function: Callable[[], None], *, usable: bool) -> None:
+    def __init__(
+        self,
+        function: Callable[[], None],
+        *,
+        usable: bool,
+        compiled: set[Hashable] | None = None,
+    ) -> None:
         """Captures nothing yet.
 
         Args:
             function: what to run.
             usable: whether to use graphs at all; see :func:`can_capture`.
+            compiled: keys that the function has been run with, if it compiles code for some of
+                them; it is run with a new one before it is captured, and the key is added.
         """
         self._function = function
         self._usable = usable
+        self._compiled = compiled
         self._warm = False
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         # One pool for all: they run one after the other, and no result lives in it.
@@ -42,12 +51,15 @@ class GraphedFunction:
 
     def __call__(self, key: Hashable) -> None:
         """Runs the function; `key` stands for the shapes and the memory that it works on."""
-        if self._usable and self._warm and key not in self._graphs:
+        ready = self._warm and (self._compiled is None or key in self._compiled)
+        if self._usable and ready and key not in self._graphs:
             self._capture(key)
         graph = self._graphs.get(key)
         if graph is None:
             self._function()
             self._warm = True
+            if self._compiled is not None:
+                self._compiled.add(key)
         else:
             graph.replay()
 

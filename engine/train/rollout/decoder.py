@@ -1,12 +1,14 @@
 """The decoding loop: prompts are put into slots, and the slots generate token by token."""
 
 import inspect
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
 from engine.train.models.language_model import AnyModel
+from engine.train.rollout.compiled_layers import ATTENTION
 from engine.train.rollout.cuda_graph import GraphedFunction, can_capture
 from engine.train.rollout.kv_cache import (
     PreallocatedLayer,
@@ -82,6 +84,7 @@ class Decoder:
         *,
         per_prompt: int,
         at_once: int | None,
+        compiled: set[Hashable] | None = None,
     ) -> None:
         """Allocates no cache yet.
 
@@ -93,6 +96,8 @@ class Decoder:
             report: see :meth:`run`.
             per_prompt: number of adjacent rows with the same prompt, which is processed once.
             at_once: number of slots; B when left out.
+            compiled: shapes that the model's layers have been compiled for, if they are; see
+                :class:`~engine.train.rollout.compiled_layers.CompiledLayers`.
         """
         self._model, self._responses, self._stop_criteria = model, responses, stop_criteria
         self._report = report
@@ -117,6 +122,7 @@ class Decoder:
         self._step = GraphedFunction(
             self._fixed_step if self._fixed else self._exact_step,
             usable=self._fixed and can_capture(model, self._device),
+            compiled=compiled,
         )
         self._waiting = 0
         """The next response that has no slot yet."""
@@ -220,7 +226,7 @@ class Decoder:
             if self._fixed:
                 unit = self._capacity // VIEWS
                 self._view = (self.clock // unit + 1) * unit
-            self._step((len(self._held), self._view))
+            self._step((len(self._held), self._view, self._capacity))
             self.clock += 1
         return steps
 
@@ -315,6 +321,6 @@ def takes_any_mask(model: AnyModel) -> bool:
     config = model.lm.config
     return (
         "position_ids" in inspect.signature(model.lm.forward).parameters
-        and getattr(config, "_attn_implementation", None) == "sdpa"
+        and getattr(config, "_attn_implementation", None) in ("sdpa", ATTENTION)
         and not getattr(config, "alibi", False)
     )

@@ -1,10 +1,31 @@
 """A key-value cache that is allocated once, for a whole response."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
+
+
+@dataclass
+class FixedLayer:
+    """One layer's cache of fixed shapes, as a compiled layer sees it."""
+
+    keys: Tensor
+    """(n, heads, positions that a token may attend to, width)."""
+    values: Tensor
+    """The same."""
+    place: Tensor
+    """(1,) int64: where the token is written."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes one token's keys and values, (n, heads, 1, width) each; returns all."""
+        self.keys.index_copy_(2, self.place, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.place, value_states.to(self.values.dtype))
+        return self.keys, self.values
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -36,7 +57,12 @@ class PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_named: Any
     ) -> tuple[Tensor, Tensor]:
-        """Appends positions, (n, heads, new, width) each; returns keys and values so far."""
+        """Appends positions, (n, heads, new, width) each; returns keys and values so far.
+
+        Under autocast, rotary embeddings return float32, which attention would cast back for each
+        token: keys are held in the dtype of the values.
+        """
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
@@ -56,6 +82,13 @@ class PreallocatedLayer(DynamicLayer):
         values[:, :, past:] = value_states
         self.keys, self.values = keys, values
         return keys, values
+
+    def fixed(self) -> FixedLayer | None:
+        """This layer for one more token; None before the prompt, and without a `place`."""
+        if self._place is None or self._buffers is None or self.keys is None:
+            return None
+        keys, values = (x[: len(self.keys), :, : self.view] for x in self._buffers)
+        return FixedLayer(keys, values, self._place)
 
     def _allocate(self, like: Tensor, past: int, previous: Tensor | None, length: int) -> Tensor:
         """A buffer (n, heads, capacity, width) that starts with the `past` positions there are."""

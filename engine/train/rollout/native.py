@@ -1,6 +1,6 @@
 """Generation with the model that is trained, by full-distribution sampling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from engine.config.sections.rollout import RolloutConfig
 from engine.train.data.prompts import PromptBatch
 from engine.train.distributed.sharding import with_materialised_model
 from engine.train.models.language_model import AnyModel
+from engine.train.rollout.compiled_layers import CompiledLayers
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.decoder import Decoder, Schedule, schedule_for
 from engine.train.rollout.rollout import ReportProgress, Rollout
@@ -24,12 +25,14 @@ class NativeBackend:
     stop_criteria: StopCriteria
     tokenizer: PreTrainedTokenizerBase
     config: RolloutConfig
+    compiled: CompiledLayers = field(default_factory=lambda: CompiledLayers("never"))
     separate: bool = False
 
     @classmethod
     def of(cls, context: BackendContext) -> "NativeBackend":
         """The backend of a run."""
-        return cls(context.stop_criteria, context.tokenizer, context.config.rollout)
+        config = context.config.rollout
+        return cls(context.stop_criteria, context.tokenizer, config, CompiledLayers(config.compile))
 
     def sync(self, model: AnyModel, weights_version: int, report: ReportProgress) -> None:
         """Does nothing: it generates with the model itself."""
@@ -48,6 +51,7 @@ class NativeBackend:
         return generate(
             model, batch, uniforms, temperature, self.stop_criteria, self.tokenizer, report,
             per_prompt=per_prompt, at_once=self.config.at_once, sampling=self.config.sampling,
+            compiled=self.compiled,
         )  # fmt: skip
 
 
@@ -66,6 +70,7 @@ def generate(
     at_once: int | None = None,
     sampling: str = "gumbel",
     schedule: Schedule | None = None,
+    compiled: CompiledLayers | None = None,
 ) -> Rollout:
     """Samples a response to each prompt from the full distribution.
 
@@ -88,15 +93,21 @@ def generate(
             when left out.
         sampling: the scheme, by the values of `rollout.sampling`.
         schedule: of looks and shapes; the device's when left out.
+        compiled: compiles the model's layers where it pays; not at all when left out.
     """
     device = next(model.parameters()).device
     responses = Responses(
         batch.to(device), uniforms.to(device), temperature, stop_criteria.eos_ids(device), sampling
     )
-    decoder = Decoder(
-        model, responses, stop_criteria, schedule or schedule_for(device), report,
-        per_prompt=per_prompt, at_once=at_once,
-    )  # fmt: skip
-    with model.autocast(device.type):  # casts weights once for the whole rollout
+    compiled = compiled or CompiledLayers("never")
+    with (
+        model.autocast(device.type),  # casts weights once for the whole rollout
+        compiled.used_by(model, device) as is_compiled,
+    ):
+        decoder = Decoder(
+            model, responses, stop_criteria, schedule or schedule_for(device), report,
+            per_prompt=per_prompt, at_once=at_once,
+            compiled=compiled.shapes if is_compiled else None,
+        )  # fmt: skip
         lengths, stopped = decoder.run()
     return responses.rollout(lengths, stopped, tokenizer)

@@ -206,7 +206,7 @@ def run_agent(
     wait in a NCCL collective do not notice that the first machine is gone, and would keep this
     machine from joining the next start.
 
-    If `leaving` is set, the first machine is told, so that the run saves and ends.
+    If `leaving` is set, the first machine is informed, so that the run saves and ends.
     """
     variables = {
         STORE_VARIABLE: f"tcp:{address}",

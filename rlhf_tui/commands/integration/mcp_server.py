@@ -1,6 +1,6 @@
 """A server of the Model Context Protocol: what an assistant may see of sessions, and do to them.
 
-Each tool is a method; its annotations and its docstring are what the assistant is told. Results are
+Each tool is a method; its annotations and its docstring are what the assistant reads. Results are
 plain JSON whose texts are sanitised and cut. What a user of the command line gets in one line, the
 assistant gets as the tool's error.
 """
@@ -37,8 +37,8 @@ from engine.protocol.commands import (
 )
 from engine.session.folder import all_sessions
 from engine.session.registry import live_sessions
-from rlhf_tui.commands.event_lines import event_lines
 from rlhf_tui.commands.options import existing
+from rlhf_tui.commands.reading.event_lines import event_lines
 from rlhf_tui.identity import who
 from rlhf_tui.state.session_row import read_session_row, unreadable_row
 from rlhf_tui.text import one_line, sanitise
@@ -79,9 +79,9 @@ def make_server(root: Path, *, steering: bool) -> MCPServer[Any]:
         version=__version__,
         log_level="WARNING",
     )
-    look, steer = Look(root), Steer(root)
+    read, steer = ReadingTools(root), SteeringTools(root)
     reads: list[Tool] = [
-        look.list_sessions, look.status, look.metrics, look.curve, look.samples, look.events,
+        read.list_sessions, read.status, read.metrics, read.curve, read.samples, read.events,
     ]  # fmt: skip
     steers: list[Tool] = [
         steer.pause, steer.unpause, steer.set_beta, steer.set_setting, steer.undo,
@@ -98,7 +98,7 @@ def make_server(root: Path, *, steering: bool) -> MCPServer[Any]:
 
 
 def _reported(tool: Tool) -> Tool:
-    """The tool with a result that can be shown and errors that are told."""
+    """The tool with a result that can be shown, and with errors as the tool's error."""
 
     @functools.wraps(tool)
     def call(*args: Any, **named: Any) -> Json:
@@ -127,7 +127,7 @@ def presentable(value: Any) -> Any:
             return value
 
 
-class Look:
+class ReadingTools:
     """The tools that read."""
 
     def __init__(self, root: Path) -> None:
@@ -209,7 +209,7 @@ class Look:
         return {"events": [one_line(line.columns) for line in lines]}
 
 
-class Steer:
+class SteeringTools:
     """The tools that change a run. The journal records them under the assistant's name."""
 
     def __init__(self, root: Path) -> None:

@@ -9,9 +9,9 @@ import click
 import msgspec
 
 from engine.config.model_folder import has_config
+from engine.config.reward_training import parse_settings
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
-from engine.config.training_settings import training_settings
 from engine.errors import UserInputError
 from engine.journal.judgements.training_data import collect_judgements
 from engine.launch.start import last_checkpoint
@@ -61,7 +61,7 @@ def train(
 ) -> None:
     """Train a reward model on the labels and preferences of sessions."""
     sessions = [existing(root, name) for name in dict.fromkeys(names)]
-    chosen = training_settings(settings)
+    chosen = parse_settings(settings)
     target = _new_folder(out)
     configs = [session.config() for session in sessions]
     if base is None:

@@ -1,1 +1,1 @@
-"""Replays a recorded session: its clock, and the feed that reveals it."""
+"""Replays a recorded session: the clock of the replay, and the feed that reads up to it."""

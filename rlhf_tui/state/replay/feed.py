@@ -8,18 +8,19 @@ import msgspec
 from msgspec import Struct
 
 from engine.errors import JournalError, RlhfError
+from engine.journal.history.recording import Recording
 from engine.journal.labels import LabelReader
 from engine.journal.reader import JournalReader
-from engine.journal.recording import Recording
 from engine.metrics import EVALUATE, PHASES, phase_time
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
-from rlhf_tui.state.feed import JournalChanges, Post
+from rlhf_tui.state.feeds.journal_changes import JournalChanges
+from rlhf_tui.state.feeds.output import Post, UpdateOutput
+from rlhf_tui.state.feeds.updates import ReplayMark, ReplayStatus, SessionUpdate
 from rlhf_tui.state.replay.player import Player
 from rlhf_tui.state.timeline import Marker, timeline
-from rlhf_tui.state.updates import ReplayMark, ReplayStatus, SessionUpdate
 
 FRAME = 0.25
 """Seconds between two readings while it plays."""
@@ -39,7 +40,7 @@ class PlacedMarker(Struct, frozen=True):
 
 
 class ReplayFeed:
-    """Reveals a session up to a moment that moves on. Nothing can be sent to the session."""
+    """Reads a session up to a moment that moves on. Nothing can be sent to the session."""
 
     def __init__(
         self, session: Session, player: Player, names: Iterable[str], post: Post, from_step: int = 0
@@ -55,14 +56,14 @@ class ReplayFeed:
         """
         self._session = session
         self._player = player
-        self._post = post
         self._from_step = from_step
-        self._stopped = threading.Event()
-        self._changes = JournalChanges(names, self._send, self._stopped.is_set)
         self._status: ReplayStatus | None = None
+        self._output = UpdateOutput(
+            lambda update: post(msgspec.structs.replace(update, replay=self._status))
+        )
+        self._changes = JournalChanges(names, self._output)
         self._recording: Recording | None = None
         self._marks: tuple[ReplayMark, ...] = ()
-        self._problem = ""
         self._wanted_more = False
         self._shown: tuple[float, float, bool] | None = None
         """Offset, speed and whether it played at the last reading."""
@@ -81,7 +82,7 @@ class ReplayFeed:
 
     def stop(self) -> None:
         """Posts no more updates."""
-        self._stopped.set()
+        self._output.stopped.set()
         self._player.changed.set()
 
     def want(self, names: Iterable[str]) -> None:
@@ -108,7 +109,7 @@ class ReplayFeed:
     # -- in the thread -------------------------------------------------------------------------
 
     def _play(self) -> None:
-        while not self._stopped.is_set():
+        while not self._output.stopped.is_set():
             self._player.changed.clear()
             self._read_once()
             self._player.changed.wait(FRAME if self._shown is None or self._shown[2] else None)
@@ -117,23 +118,14 @@ class ReplayFeed:
         try:
             if self._recording is None:
                 self._load()
-            self._reveal()
+            self._read_up_to_now()
         except (RlhfError, OSError) as error:
-            self._report(str(error))
+            self._output.report(str(error))
         else:
-            self._report("")
-
-    def _report(self, problem: str) -> None:
-        if problem != self._problem:
-            self._problem = problem
-            self._send(SessionUpdate(problem=problem))
-
-    def _send(self, update: SessionUpdate) -> None:
-        if not self._stopped.is_set():
-            self._post(msgspec.structs.replace(update, replay=self._status))
+            self._output.report("")
 
     def _load(self) -> None:
-        """Reads what there is to reveal."""
+        """Reads what there is to replay."""
         recording = Recording(self._session)
         if not len(recording):
             raise JournalError(f"'{self._session.name}' has recorded nothing yet to replay")
@@ -144,7 +136,7 @@ class ReplayFeed:
         whole = recording.duration or 1.0
         self._marks = tuple(ReplayMark(p.offset / whole, p.marker.kind) for p in self.markers)
 
-    def _reveal(self) -> None:
+    def _read_up_to_now(self) -> None:
         """Posts what is new since the last reading, or all of it after a move backwards."""
         recording, shown = self._recording, self._player.read()
         if recording is None or (shown == self._shown and not self._wanted_more):
@@ -164,14 +156,14 @@ class ReplayFeed:
         )
         if back:
             self._changes.reset()
-            self._send(SessionUpdate(reset=True))
+            self._output.post(SessionUpdate(reset=True))
         session = self._session.at(position)
         with JournalReader(session) as record, LabelReader(session) as labels:
             live = self._live_state(record, offset)
             self._changes.read(session, record, (labels.count(),), live)
 
     def _live_state(self, record: JournalReader, offset: float) -> SessionUpdate:
-        """What an engine would have told."""
+        """What an engine would have sent."""
         position = record.session.position
         if position is None or not position.live:
             return SessionUpdate(phases=[], connected=False)

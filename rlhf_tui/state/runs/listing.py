@@ -12,7 +12,7 @@ from engine import metrics
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
 from engine.session.folder import Session, all_sessions
-from rlhf_tui.state.feed import file_id, stamp
+from rlhf_tui.file_stamps import file_id, stamp
 from rlhf_tui.state.runs.differences import configuration_of
 from rlhf_tui.state.session_row import ListedSession, session_row, unreadable_row
 
@@ -109,11 +109,12 @@ class SessionListCache:
 
 
 def _stamp(session: Session) -> object:
-    files = (session.journal_file, session.journal_file.with_name("journal.db-wal"))
+    journal = session.journal_file
+    files = (journal, journal.with_name("journal.db-wal"), session.config_file)
     times = []
     for path in files:
         try:
             times.append(path.stat().st_mtime_ns)
         except OSError:
             times.append(0)
-    return file_id(session.journal_file), *times, session.is_live()
+    return file_id(journal), *times, session.is_live()

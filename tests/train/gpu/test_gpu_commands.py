@@ -22,9 +22,10 @@ def test_a_part_of_the_check_finds_what_it_should_on_the_pretend_gpu(name, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", check.WHOLE_RUNS)
-def test_a_part_with_whole_runs_finds_what_it_should_on_a_cpu(name, tmp_path):
-    found = check.check({name: check.WHOLE_RUNS[name]}, tmp_path)
+@pytest.mark.parametrize("name", check.OTHER_PROCESSES | check.WHOLE_RUNS)
+def test_a_part_with_other_processes_finds_what_it_should_on_a_cpu(name, tmp_path):
+    parts = check.OTHER_PROCESSES | check.WHOLE_RUNS
+    found = check.check({name: parts[name]}, tmp_path)
     assert found and [f for f in found if not f.passed] == []
 
 

@@ -20,7 +20,9 @@ SMALLEST = (
 VARIANTS = {
     "gae, value head on the trunk": ["ppo.whiten_rewards=true", "ppo.value_clip=0.2"],
     "gae, separate value trunk": ["model.value=separate", "ppo.value_warmup=1"],
-    "rloo": ["ppo.advantage=rloo", "rollout.per_prompt=2"],
+    "rloo, 8-bit moments": [
+        "ppo.advantage=rloo", "rollout.per_prompt=2", "train.optimiser=adamw_8bit",
+    ],
     "reward, running baseline, sequence ratio": [
         "ppo.advantage=reward", "ppo.baseline=running", "ppo.ratio=sequence",
     ],

@@ -1,10 +1,10 @@
 """A rank that saves or loads a tiny policy, for test_shards.py.
 
-``save STRATEGY FOLDER [FAULT]`` trains one step, starts a save, and trains another step while the
-checkpoint is written. ``load STRATEGY FOLDER...`` loads checkpoints into a policy with different
-weights. Several of these, separated by ``--``, run one after the other: starting processes takes
-longer than the work. Each rank writes its result to FOLDER as JSON; rank 0 also writes the gathered
-tensors as safetensors.
+``save STRATEGY FOLDER [FAULT|AdamW8bit]`` trains one step, starts a save, and trains another step
+while the checkpoint is written. ``load STRATEGY FOLDER...`` loads checkpoints into a policy with
+different weights. Several of these, separated by ``--``, run one after the other, since starting
+processes takes longer than the work. Each rank writes its result to FOLDER as JSON; rank 0 also
+writes the gathered tensors as safetensors.
 """
 
 import json
@@ -36,6 +36,9 @@ from engine.train.checkpoints.folder import SavedState
 from engine.train.checkpoints.saver import Saver
 from engine.train.models.language_model import LanguageModel
 from engine.train.policy_average import PolicyAverage
+from engine.train.ppo.adamw_8bit import AdamW8bit
+
+EIGHT = "AdamW8bit"
 
 
 def rank() -> int:
@@ -43,11 +46,15 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def make_policy(strategy: str, seed: int) -> LanguageModel:
-    """A policy of 30,000 parameters with tied weights and a value trunk; its sizes are odd."""
+def make_policy(strategy: str, seed: int, kind: str) -> LanguageModel:
+    """A policy of 30,000 parameters with tied weights and a value trunk; its sizes are odd.
+
+    For 8-bit moments its rows can be divided into blocks; the vocabulary is still odd.
+    """
     torch.manual_seed(seed)
+    hidden, inner = (48, 144) if kind == EIGHT else (36, 50)
     config = LlamaConfig(
-        vocab_size=101, hidden_size=36, intermediate_size=50, num_hidden_layers=2,
+        vocab_size=101, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2,
         num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True,
     )  # fmt: skip
     policy = LanguageModel(LlamaForCausalLM(config), "separate")
@@ -60,8 +67,12 @@ def make_policy(strategy: str, seed: int) -> LanguageModel:
     return policy
 
 
-def make_optimiser(policy: LanguageModel) -> torch.optim.Optimizer:
+def make_optimiser(policy: LanguageModel, kind: str) -> torch.optim.Optimizer:
     """An optimiser like that of the engine."""
+    if kind == EIGHT:
+        return AdamW8bit(
+            policy.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0
+        )
     return torch.optim.AdamW(policy.parameters(), lr=1e-2, fused=True)
 
 
@@ -94,9 +105,12 @@ def fill_disk_of(number: int) -> None:
 
 
 def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
-    """Trains a step, starts a save, trains another step, and waits for the save."""
-    policy = make_policy(strategy, seed=1)
-    optimiser = make_optimiser(policy)
+    """Trains a step, starts a save, trains another step, and waits for the save.
+
+    `fault` may also be the kind of the optimiser.
+    """
+    policy = make_policy(strategy, 1, fault)
+    optimiser = make_optimiser(policy, fault)
     average = PolicyAverage(policy, EMAConfig(decay=0.75))
     train(policy, optimiser, strategy)
     average.update(policy)
@@ -137,11 +151,12 @@ def save(group: Any, strategy: str, folder: Path, fault: str) -> Any:
 
 def load(group: Any, strategy: str, folder: Path) -> Any:
     """Loads a checkpoint into a policy with different weights."""
-    policy = make_policy(strategy, seed=2)
-    optimiser = make_optimiser(policy)
     saved = checkpoint_path(folder / "checkpoints", 7)
+    kind = checkpoint_folder.read_optimiser(saved)
+    policy = make_policy(strategy, 2, kind)
+    optimiser = make_optimiser(policy, kind)
     state = checkpoint_folder.read_state(saved, verify=rank() == 0)
-    shards.load_training(saved, policy, optimiser, group)
+    assert shards.load_training(saved, policy, optimiser, group)
     average = PolicyAverage(policy, EMAConfig(decay=0.75))
     shards.load_average(saved, average.tensors(policy), group)
     tensors = gathered(shards.training_tensors(policy, optimiser))

@@ -44,9 +44,15 @@ VLLM_SETTINGS = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the ranks use the same cores in turn
-    "TORCHDYNAMO_DISABLE": "1",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # whether there is a GPU, without the use of it
     "HF_HUB_OFFLINE": "1",  # the model's folder has all that is read
 }
+CPU_SETTINGS = {
+    "TORCHDYNAMO_DISABLE": "1",  # on a GPU, what vLLM compiles carries its CUDA graphs
+}
+SHARE_OF_FREE_MEMORY = 0.01
+"""Of a GPU's memory that must be free when the engine starts. vLLM's default of nine tenths is
+refused beside a rank, and only matters for a cache whose size is not given in bytes."""
 
 
 def main(listener_fd: int) -> NoReturn:
@@ -57,6 +63,11 @@ def main(listener_fd: int) -> NoReturn:
     log.info("rollout engine, pid %d: importing vLLM", os.getpid())
     problem = None
     try:
+        import torch  # noqa: PLC0415 - of vLLM's environment
+
+        if not torch.cuda.is_available():
+            for name, value in CPU_SETTINGS.items():
+                os.environ.setdefault(name, value)
         import vllm  # noqa: PLC0415 - takes ten seconds, and may be missing
     except ImportError as error:
         problem = missing(error)
@@ -183,7 +194,7 @@ class Engine:
         named = [(t.name, t.shape) for t in update.tensors]
         calls: dict[str, tuple[str, tuple[Any, ...]]] = {
             "file": ("load_weights_file", (update.path, named, update.checksum)),
-            "ipc": ("load_weights_ipc", (update.handles, named, update.checksum)),
+            "ipc": ("load_weights_ipc", (update.handles, named, update.gpu, update.checksum)),
             "broadcast": (
                 "load_weights_broadcast",
                 (update.path, self._workers + 1, named, update.tensors[0].dtype),
@@ -284,7 +295,9 @@ class Engine:
 
 def llm_arguments(start: Start, *, on_gpu: bool) -> dict[str, Any]:
     """The arguments of vLLM's `LLM`."""
+    shared = {"gpu_memory_utilization": SHARE_OF_FREE_MEMORY} if on_gpu else {}
     return {
+        **shared,
         "model": start.model,
         "skip_tokenizer_init": True,
         "load_format": "dummy",  # rank 0 sends the weights

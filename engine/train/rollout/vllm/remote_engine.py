@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import RlhfError
+from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import ROLLOUT_DISK_VARIABLE, ROLLOUT_FOLDER_VARIABLE
 from engine.memory.rollout_engine import cache_bytes, max_responses
 from engine.protocol.rollout_messages import Generate, Generated, LoadWeights, Start
@@ -106,7 +106,7 @@ class RemoteEngine:
         """The next update of the engine's weights. Files of earlier ones are removed.
 
         Raises:
-            UserInputError: there is no room for the weights.
+            UserInputError: there is no room for the weights, or no GPU for a broadcast.
         """
         config, lm = self._context.config, self._context.policy.lm
         dtype = getattr(torch, config.model.dtype)
@@ -114,6 +114,11 @@ class RemoteEngine:
         if config.rollout.transfer == "ipc":
             return IpcUpdate(self._client, version, tensors, dtype)
         if config.rollout.transfer == "broadcast":
+            if self._context.ranks.device.type == "cuda" and not config.rollout.gpus:
+                raise UserInputError(
+                    "rollout.transfer: broadcast needs GPUs that no rank uses, in rollout.gpus; on "
+                    "a GPU that vLLM shares with rank 0, use ipc"
+                )
             self._groups += 1
             meeting = self._folder / f"group-{os.getpid()}-{self._groups}"
             place = meeting, config.rollout.tensor_parallel, self._context.ranks.device

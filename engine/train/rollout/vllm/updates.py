@@ -4,7 +4,11 @@ Rank 0 makes an update and gives it the tensors one after the other, whole, in t
 inventory. A problem shows at the end only: until then the other ranks gather tensors with rank 0.
 """
 
+import os
 import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +16,16 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from engine.launch.environment import ALLOCATOR, OLD_ALLOCATOR
 from engine.protocol.rollout_messages import Checksum, LoadWeights, TensorInfo
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient
 from engine.train.rollout.vllm.group import WeightsGroup
+from engine.train.rollout.vllm.received_weights import DEVICE_OF_HANDLE, gpu_uuid
 from engine.train.rollout.vllm.weights import WeightsFile
+
+STORAGE_CLASS, COUNTER = 4, slice(11, 13)
+"""Where the class of a storage and its count of readers stand among the arguments of torch's
+`rebuild_cuda_tensor`."""
 
 
 class Update(Protocol):
@@ -74,7 +84,10 @@ class FileUpdate:
 class IpcUpdate:
     """By handles of memory on the GPU that the engine shares with rank 0.
 
-    All tensors stay allocated until the engine has copied them. It has never run.
+    All tensors stay allocated until the engine has copied them. They are copies where they would
+    otherwise be in expandable segments, which the ranks use: handles of those are opened by
+    `pidfd_getfd`, which kernels and containers refuse between processes that are not parent and
+    child.
     """
 
     def __init__(
@@ -88,10 +101,19 @@ class IpcUpdate:
         self._client, self._version, self._tensors = client, version, tensors
         self._dtype = dtype
         self._kept: list[Tensor] = []
+        self._exported: list[tuple[Any, ...]] = []
+        """Handles that the engine may not have released."""
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Keeps the tensor."""
-        sent = tensor.detach().to(self._dtype).contiguous()
+        """Keeps the tensor, or a copy of it."""
+        source = tensor.detach()
+        with without_expandable_segments() as changed:
+            if changed or source.dtype != self._dtype or not source.is_contiguous():
+                sent = torch.empty(source.shape, dtype=self._dtype, device=source.device)
+            else:
+                sent = source
+        if sent is not source:
+            sent.copy_(source)
         self._kept.append(sent)
         return sent
 
@@ -99,17 +121,47 @@ class IpcUpdate:
         """Sends the handles, over the socket whose peer was checked."""
         # Their kernels may still run; the engine reads in another stream.
         torch.cuda.synchronize()
-        handles: list[tuple[Any, ...]] = [reduce_tensor(t)[1] for t in self._kept]
+        self._exported = [reduce_tensor(t)[1] for t in self._kept]
         update = LoadWeights(
             weights_version=self._version, path="", tensors=self._tensors, checksum=checksum,
-            transfer="ipc", handles=pickle.dumps(handles),
+            transfer="ipc", handles=pickle.dumps(self._exported),
+            gpu=gpu_uuid(self._kept[0].device),
         )  # fmt: skip
         self._client.load(update)
+        self._exported = []
         return update
 
     def close(self) -> None:
         """Frees the tensors."""
+        # torch keeps exported memory until its reader has released it, which a dead one never does.
+        for handle in self._exported:
+            storage, counter, offset = handle[STORAGE_CLASS], *handle[COUNTER]
+            storage._release_ipc_counter(counter, offset, device=handle[DEVICE_OF_HANDLE])
+        self._exported = []
         self._kept.clear()
+        torch.cuda.ipc_collect()
+
+
+@contextmanager
+def without_expandable_segments() -> Iterator[bool]:
+    """Context in which torch allocates GPU memory whose handles every process can open.
+
+    Yields whether the settings had to be changed for that.
+    """
+    variables = (os.environ.get(name, "") for name in (OLD_ALLOCATOR, ALLOCATOR))
+    settings = next(filter(None, variables), "")
+    fixed = re.sub(r"(expandable_segments: *)True", r"\1False", settings)
+    if fixed == settings:
+        yield False
+        return
+    change = getattr(
+        torch._C, "_accelerator_setAllocatorSettings", torch.cuda.memory._set_allocator_settings
+    )
+    change(fixed)
+    try:
+        yield True
+    finally:
+        change(settings)
 
 
 class BroadcastUpdate:

@@ -5,16 +5,13 @@ the update is complete, and that what the model then holds is what was sent. Aft
 model may be half replaced, and the process must end.
 """
 
-import pickle
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -25,17 +22,14 @@ from engine.protocol.rollout_messages import Checksum
 from engine.train.rollout.vllm import uniform_sampling
 from engine.train.rollout.vllm.checksum import MASK, checksum
 from engine.train.rollout.vllm.group import WeightsGroup
-
-Inventory = list[tuple[str, list[int]]]
-"""Name and shape of each tensor of an update."""
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DEVICE_OF_HANDLE = 6
-"""Where `storage_device` stands among the arguments of torch's `rebuild_cuda_tensor`."""
-
-
-class IncompleteUpdateError(Exception):
-    """An update does not have what the model needs, or the model does not hold what was sent."""
+from engine.train.rollout.vllm.received_weights import (
+    DTYPES,
+    IncompleteUpdateError,
+    Inventory,
+    from_broadcast,
+    from_file,
+    from_ipc,
+)
 
 
 class RolloutWorkerExtension:
@@ -58,31 +52,27 @@ class RolloutWorkerExtension:
             tensors: name and shape of each tensor that it must have.
             sent: the checksum of the sender.
         """
-        with safe_open(path, framework="pt") as file:
-            check_file(file, tensors)
-            named = ((name, file.get_tensor(name)) for name, _ in tensors)
-            return self._replace_weights(named, tensors, sent)
+        return self._replace_weights(from_file(path, tensors), tensors, sent)
 
     def load_weights_ipc(
-        self, handles: bytes, tensors: Inventory, sent: Checksum
+        self, handles: bytes, tensors: Inventory, gpu: str, sent: Checksum
     ) -> tuple[int, Checksum | None, float]:
         """Replaces all weights by those in another process's memory on this GPU.
 
-        It has never run. See :meth:`_replace_weights`.
+        See :meth:`_replace_weights`.
 
         Args:
-            handles: pickled arguments of `rebuild_cuda_tensor`, in the order of `tensors`.
+            handles: from the socket whose peer is a process of the same user; see
+                :func:`~engine.train.rollout.vllm.received_weights.from_ipc`.
             tensors: name and shape of each tensor.
+            gpu: identifies the sender's GPU.
             sent: the checksum of the sender.
         """
-        # From the socket whose peer is a process of the same user.
-        exported: list[tuple[Any, ...]] = pickle.loads(handles)  # noqa: S301 - as said above
-        weights = [rebuild_cuda_tensor(*on_device(a, self.device.index or 0)) for a in exported]
+        weights = list(from_ipc(handles, tensors, gpu, self.device))
         try:
-            named = zip((name for name, _ in tensors), weights, strict=True)
-            return self._replace_weights(named, tensors, sent)
-        finally:
-            torch.cuda.synchronize()
+            return self._replace_weights(weights, tensors, sent)
+        finally:  # what has been queued may still read them
+            torch.cuda.synchronize(self.device)
 
     def load_weights_broadcast(
         self, path: str, size: int, tensors: Inventory, dtype: str
@@ -100,7 +90,7 @@ class RolloutWorkerExtension:
         group = self.rollout_group
         if group is None:
             raise IncompleteUpdateError("the workers have not met the trainer's rank 0")
-        return self._replace_weights(received(group, tensors, DTYPES[dtype]), tensors, None)
+        return self._replace_weights(from_broadcast(group, tensors, DTYPES[dtype]), tensors, None)
 
     def _replace_weights(
         self, named: Iterable[tuple[str, Tensor]], tensors: Inventory, sent: Checksum | None
@@ -154,34 +144,6 @@ class RolloutWorkerExtension:
         """Log-probabilities and entropies of the batch, (n, T) float32 each."""
         logprobs, entropies = uniform_sampling.recorded()
         return logprobs.cpu().numpy().tobytes(), entropies.cpu().numpy().tobytes()
-
-
-def on_device(handle: tuple[Any, ...], index: int) -> tuple[Any, ...]:
-    """The arguments of `rebuild_cuda_tensor` with the number that a GPU has in this process."""
-    return (*handle[:DEVICE_OF_HANDLE], index, *handle[DEVICE_OF_HANDLE + 1 :])
-
-
-def received(
-    group: WeightsGroup, tensors: Inventory, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Receives the tensors of an update, one after the other."""
-    for name, shape in tensors:
-        tensor = torch.empty(shape, dtype=dtype, device=group.device)
-        group.broadcast(tensor)
-        yield name, tensor
-
-
-def check_file(file: Any, tensors: Inventory) -> None:
-    """Checks that a file has the tensors that were announced. Raises IncompleteUpdateError."""
-    there = set(file.keys())
-    for name, shape in tensors:
-        if name not in there:
-            raise IncompleteUpdateError(f"the update lacks {name}")
-        found = file.get_slice(name).get_shape()
-        if list(found) != list(shape):
-            raise IncompleteUpdateError(f"{name} has the shape {found} instead of {shape}")
-    if extra := there - {name for name, _ in tensors}:
-        raise IncompleteUpdateError(f"the update has {min(extra)}, which was not announced")
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+"""Rules for the sections `model` and `data`."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from engine.config.schema import RunConfig
+from engine.config.sections.model import LoRAConfig
+from engine.errors import ConfigError
+
+CALLED_WITH = {
+    "conversation", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "messages",
+}  # fmt: skip
+"""Arguments of `apply_chat_template` that are no variables of a template."""
+
+
+def check_models(config: RunConfig) -> None:
+    """Checks which models are read and how, and how prompts are rendered for them.
+
+    Raises:
+        ConfigError: keys contradict each other; the message names them and a remedy.
+    """
+    model = config.model
+    if model.reference_revision is not None and model.reference is None:
+        raise ConfigError(
+            "model.reference_revision needs model.reference: without it the reference is the "
+            "policy, of model.revision"
+        )
+    if model.gguf_file is not None and Path(model.gguf_file).suffix.lower() != ".gguf":
+        raise ConfigError(
+            f"model.gguf_file must be the name of a .gguf file in model.policy, not "
+            f"'{model.gguf_file}'"
+        )
+    if model.attn_implementation == "flash_attention_2" and model.dtype == "float32":
+        raise ConfigError(
+            "model.attn_implementation: flash_attention_2 computes in half precision only: set "
+            "model.dtype: bfloat16"
+        )
+    _check_quantised(config)
+    _check_chat(config)
+
+
+def check_quantiser_installed(lora: LoRAConfig) -> None:
+    """Checks that the package of `lora.quantise` is installed, without importing it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if lora.quantise != "none" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"lora.quantise: {lora.quantise} needs the package bitsandbytes: "
+            "pip install 'rlhf-tui[qlora]'"
+        )
+
+
+def _check_quantised(config: RunConfig) -> None:
+    if config.lora.quantise == "none":
+        return
+    key = f"lora.quantise: {config.lora.quantise}"
+    if config.lora.rank is None:
+        raise ConfigError(f"{key} needs lora.rank: weights in 4 bits cannot be trained themselves")
+    if config.parallel.strategy == "fsdp":
+        raise ConfigError(
+            f"{key} cannot be combined with parallel.strategy: fsdp, because packed weights have "
+            "no rows to shard; use ddp"
+        )
+    if config.rollout.engine != "native":
+        raise ConfigError(
+            f"{key} cannot be combined with rollout.engine: {config.rollout.engine}, to which "
+            "packed weights cannot be sent; use native"
+        )
+
+
+def _check_chat(config: RunConfig) -> None:
+    arguments = config.data.template_arguments or {}
+    if taken := CALLED_WITH & arguments.keys():
+        raise ConfigError(f"data.template_arguments cannot contain {min(taken)}")

@@ -1,0 +1,68 @@
+"""Rules between the keys of `rollout` and those of other sections."""
+
+from engine.config.schema import RunConfig
+from engine.errors import ConfigError
+
+
+def check_rollout(config: RunConfig) -> None:
+    """Checks where and when responses are generated.
+
+    Raises:
+        ConfigError: keys contradict each other; the message names them and a remedy.
+    """
+    if config.rollout.ahead:
+        _check_ahead(config)
+    if config.rollout.engine != "native":
+        _check_devices(config)
+
+
+def _check_ahead(config: RunConfig) -> None:
+    rollout = config.rollout
+    if rollout.engine == "native":
+        raise ConfigError(
+            "rollout.ahead needs rollout.engine: vllm, because native rollouts use the model that "
+            "is being updated"
+        )
+    if config.ppo.rollout_correction == "none":
+        raise ConfigError(
+            "rollout.ahead needs ppo.rollout_correction: truncate or mask, because the responses "
+            "are sampled with older weights than those that are updated"
+        )
+    if rollout.transfer != "file":
+        raise ConfigError(
+            "rollout.ahead needs rollout.transfer: file, from which another engine is given the "
+            "same weights if one ends"
+        )
+    if rollout.sleep:
+        raise ConfigError("rollout.ahead needs rollout.sleep: 0, because vLLM works all the time")
+
+
+def _check_devices(config: RunConfig) -> None:
+    rollout, launch = config.rollout, config.launch
+    if rollout.gpus and len(rollout.gpus) < rollout.tensor_parallel:
+        raise ConfigError(
+            f"rollout.tensor_parallel ({rollout.tensor_parallel}) needs as many GPUs in "
+            f"rollout.gpus, not {len(rollout.gpus)}"
+        )
+    if launch.device == "cpu":
+        for key in ("sleep", "gpus"):
+            if getattr(rollout, key):
+                raise ConfigError(f"rollout.{key} needs a GPU, and launch.device is cpu")
+        if rollout.transfer == "ipc":
+            raise ConfigError("rollout.transfer: ipc needs a GPU, and launch.device is cpu")
+    if rollout.transfer == "broadcast" and set(rollout.gpus) & set(launch.gpus[:1]):
+        raise ConfigError(
+            "rollout.transfer: broadcast needs rollout.gpus without the GPU of rank 0: NCCL takes "
+            "one member on a GPU; use ipc on the same one"
+        )
+    if rollout.transfer != "ipc":
+        return
+    if rollout.tensor_parallel > 1:
+        raise ConfigError(
+            "rollout.transfer: ipc needs rollout.tensor_parallel: 1; use broadcast with more"
+        )
+    if rollout.gpus and rollout.gpus[0] not in (launch.gpus or rollout.gpus)[:1]:
+        raise ConfigError(
+            "rollout.transfer: ipc needs the GPU of rank 0 first in rollout.gpus; use broadcast on "
+            "other GPUs"
+        )

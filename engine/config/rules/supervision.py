@@ -1,0 +1,84 @@
+"""Rules of the sections `guardrails` and `notify`."""
+
+import re
+from functools import cache
+from types import NoneType
+from typing import get_args, get_type_hints
+
+from engine.config.schema import RunConfig
+from engine.config.sections.supervision import RULE_CONDITIONS, NotifyConfig, Rule, Webhook
+from engine.config.settings import LIVE_SETTINGS
+from engine.errors import ConfigError
+
+
+@cache
+def relative_to() -> tuple[str, ...]:
+    """The live settings that are numbers: `of` in a guard rail may name one of them."""
+    return tuple(name for name, path in LIVE_SETTINGS.items() if _is_number(path))
+
+
+def _is_number(path: str) -> bool:
+    section, key = path.split(".")
+    kind = get_type_hints(get_type_hints(RunConfig)[section])[key]
+    return {*(get_args(kind) or (kind,))} <= {int, float, NoneType}
+
+
+def check_notify(notify: NotifyConfig) -> None:
+    """Checks the channels and quiet hours. Raises ConfigError."""
+    if notify.quiet_hours is not None:
+        parse_quiet_hours(notify.quiet_hours)
+    for address in notify.email:
+        if "@" not in address or not address.isprintable() or set(address) & set(" ,<>"):
+            raise ConfigError(f"notify.email: '{address}' is not an e-mail address")
+    for i, webhook in enumerate(notify.webhooks):
+        _check_webhook(webhook, f"notify.webhooks[{i}]")
+
+
+def _check_webhook(webhook: Webhook, where: str) -> None:
+    for key in ("url_variable", "token_variable"):
+        name = getattr(webhook, key)
+        if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            # The value is not repeated: it may be the secret itself.
+            raise ConfigError(
+                f"{where}.{key} must be the name of an environment variable: export the secret "
+                "under a name such as ALERT_URL and give the name"
+            )
+    if webhook.format != "telegram":
+        if webhook.url_variable is None:
+            raise ConfigError(
+                f"{where} needs url_variable, the environment variable that holds its URL"
+            )
+    elif webhook.token_variable is None or webhook.chat is None:
+        raise ConfigError(
+            f"{where} needs token_variable, the environment variable that holds the bot's token, "
+            "and chat, the id of the chat"
+        )
+
+
+def parse_quiet_hours(text: str) -> tuple[int, int]:
+    """`22:00-07:30` as minutes after midnight, (1320, 450). Raises ConfigError for other texts."""
+    time = r"([01]?\d|2[0-3]):([0-5]\d)"
+    match = re.fullmatch(rf"\s*{time}\s*[-–]\s*{time}\s*", text, re.ASCII)
+    if match is None:
+        raise ConfigError(
+            f"notify.quiet_hours must be HH:MM-HH:MM, such as 22:00-07:00, not '{text}'"
+        )
+    first, last = (60 * int(match[i]) + int(match[i + 1]) for i in (1, 3))
+    if first == last:
+        raise ConfigError(f"notify.quiet_hours: {text} begins and ends at the same time")
+    return first, last
+
+
+def check_rule(rule: Rule) -> None:
+    """Checks that a guard rail has a condition. Raises ConfigError."""
+    where = f"guardrails.rules '{rule.name}'"
+    if rule.metric != "*" and all(getattr(rule, key) is None for key in RULE_CONDITIONS):
+        raise ConfigError(f"{where} needs one of {', '.join(RULE_CONDITIONS)}")
+    if rule.lasts > rule.window + 1:
+        raise ConfigError(
+            f"{where}.lasts must be at most its window + 1, which is {rule.window + 1} "
+            f"(it is {rule.lasts})"
+        )
+    if rule.of is not None and rule.of not in relative_to():
+        known = ", ".join(relative_to())
+        raise ConfigError(f"{where}.of must be one of {known} (it is '{rule.of}')")

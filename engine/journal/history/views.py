@@ -1,0 +1,180 @@
+"""Temporary views that limit a session's databases to what they held at a moment of its history.
+
+A temporary view hides the table of the same name, so every query of the readers returns what it
+would have returned then. Nothing is written to the files. Steps that later attempts abandoned are
+in the tables named `*_past` today, and belonged to the timeline before.
+
+The journal does not record when a checkpoint was removed: one that is removed today is shown until
+the next one was saved.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+
+from engine.journal import schema
+from engine.journal.database import Views
+from engine.session.folder import Session
+from engine.session.position import Position, StepRange
+
+
+def views_of(session: Session, of: Callable[[Position, int], list[str]]) -> Views | None:
+    """The views over one of a session's files; None unless it is at a moment of its history."""
+    position = session.position
+    return None if position is None else functools.partial(of, position)
+
+
+def journal_views(position: Position, version: int) -> list[str]:
+    """The statements that create the views over journal.db; `version` is that of its schema."""
+    at, attempt = position.time, position.attempt
+    ended = _ended("c", position)
+    not_live = (
+        f"({_attempt_before('c.applied_step', position, ' AND b.fresh')} "
+        f"OR {_overridden(position)})"
+    )
+    numbers = ", seq, applied_seq" if version >= schema.COMMANDS_ARE_NUMBERED else ""
+    return [
+        *_timeline_views(position, "steps", "steps_past", "attempt, step, time"),
+        *_timeline_views(position, "metrics", "metrics_past", "name, step, value", "attempt"),
+        _view("events", f"SELECT * FROM main.events WHERE id <= {position.event}"),
+        _view("telemetry", f"SELECT * FROM main.telemetry WHERE time <= {at!r}"),
+        _view(
+            "attempts",
+            "SELECT attempt, from_step, fresh, started, "
+            f"CASE WHEN attempt < {attempt} OR ended <= {at!r} THEN ended END AS ended, "
+            f"pid, host, version FROM main.attempts WHERE attempt <= {attempt}",
+        ),
+        _view(
+            "checkpoints",
+            f"SELECT step, attempt, time, size, score, kl, {_checkpoint_status(position)} "
+            f"AS status FROM main.checkpoints c WHERE time <= {at!r} OR attempt < {attempt}",
+        ),
+        _view(
+            "commands",
+            f"SELECT id, command, args, who, CASE WHEN {ended} THEN status "
+            f"WHEN accepted <= {at!r} THEN 'accepted' ELSE 'queued' END AS status, queued, "
+            f"CASE WHEN accepted <= {at!r} OR {ended} THEN accepted END AS accepted, "
+            f"{_null_until(ended, 'ended', 'applied_step', 'reason', 'result')}, attempt, "
+            f"CASE WHEN {ended} THEN changes ELSE '[]' END AS changes, "
+            # A command that was overridden later was live until then.
+            f"live OR NOT {not_live} AS live{numbers} "
+            f"FROM main.commands c WHERE queued <= {at!r} OR attempt < {attempt}",
+        ),
+    ]
+
+
+def sample_views(position: Position, version: int) -> list[str]:
+    """The statements that create the views over samples.db."""
+    tables = ["samples"] + ["evaluated"] * (version >= schema.EVALUATED_ARE_KEPT)
+    columns = schema.SAMPLE_COLUMNS
+    if version < schema.WEIGHTS_ARE_KNOWN:
+        columns = columns.removesuffix(", weights_version")
+    views = [
+        view
+        for table in tables
+        for view in _timeline_views(position, table, f"{table}_past", columns)
+    ]
+    # Token values are kept for samples of today's timeline only.
+    kept = f"SELECT * FROM main.arrays WHERE step <= {position.kept}"
+    return [*views, _view("arrays", kept)]
+
+
+def label_views(position: Position, version: int) -> list[str]:
+    """The statements that create the views over labels.db."""
+    until = f"WHERE time <= {position.time!r}"
+    return [
+        _view(table, f"SELECT * FROM main.{table} {until}")
+        for table in ("judgements", "preferences")
+    ]
+
+
+def _timeline_views(
+    position: Position, table: str, past: str, columns: str, of_past: str = ""
+) -> list[str]:
+    """Two views: rows of the timeline of that moment, and rows that were abandoned by then.
+
+    Args:
+        position: the moment.
+        table: with the rows of today's timeline.
+        past: with those that are on an abandoned branch today.
+        columns: of the table.
+        of_past: a column that only `past` has.
+    """
+    timeline = f"SELECT {columns} FROM main.{table} WHERE step <= {position.kept}"
+    if position.current:
+        timeline += f" UNION ALL {_in_ranges(past, columns, position.current)}"
+    with_attempt = f"{columns}, {of_past}" if of_past else columns
+    return [
+        _view(table, timeline),
+        _view(past, _in_ranges(past, with_attempt, position.abandoned)),
+    ]
+
+
+def _in_ranges(table: str, columns: str, ranges: Iterable[StepRange]) -> str:
+    rows = ", ".join(f"({r.attempt}, {r.after}, {r.until})" for r in ranges)
+    chosen = ", ".join(f"p.{name.strip()}" for name in columns.split(","))
+    if not rows:
+        return f"SELECT {chosen} FROM main.{table} p WHERE 0"
+    # In this order, each range is looked up in the index.
+    return (
+        f"SELECT {chosen} FROM (VALUES {rows}) r CROSS JOIN main.{table} p "
+        "WHERE p.attempt = r.column1 AND p.step > r.column2 AND p.step <= r.column3"
+    )
+
+
+def _checkpoint_status(position: Position) -> str:
+    next_one = (
+        "EXISTS (SELECT 1 FROM main.checkpoints n WHERE n.step > c.step "
+        f"AND n.attempt >= c.attempt AND n.time <= {position.time!r})"
+    )
+    again = (
+        "EXISTS (SELECT 1 FROM main.checkpoints n WHERE n.step = c.step "
+        f"AND n.attempt > c.attempt AND n.time <= {position.time!r})"
+    )
+    return (
+        "CASE WHEN status IN ('written', 'abandoned') THEN status "
+        f"WHEN status = 'removed' AND {next_one} THEN status "
+        f"WHEN status = 'replaced' AND {again} THEN status "
+        f"WHEN {_attempt_before('c.step', position)} THEN 'superseded' ELSE 'complete' END"
+    )
+
+
+def _ended(row: str, position: Position) -> str:
+    """Whether a command, a row named `row`, was applied or rejected by then."""
+    attempt = position.attempt
+    return (
+        f"({row}.ended <= {position.time!r} OR {row}.attempt < {attempt} "
+        f"OR ({row}.attempt = {attempt} AND {row}.applied_step <= {position.step}))"
+    )
+
+
+def _attempt_before(step: str, position: Position, condition: str = "") -> str:
+    """Whether a later attempt than that of row c had begun before a step of c by then.
+
+    Args:
+        step: an expression.
+        position: the moment.
+        condition: counts only attempts `b` that meet it.
+    """
+    return (
+        "EXISTS (SELECT 1 FROM main.attempts b WHERE b.attempt > c.attempt "
+        f"AND b.attempt <= {position.attempt} AND b.from_step < {step}{condition})"
+    )
+
+
+def _overridden(position: Position) -> str:
+    """Whether a later attempt had changed a setting of command c before c was repeated."""
+    return (
+        "EXISTS (SELECT 1 FROM main.commands o, json_each(o.changes) new, json_each(c.changes) old "
+        f"WHERE o.attempt > c.attempt AND o.applied_step <= c.applied_step "
+        f"AND {_ended('o', position)} "
+        "AND json_extract(new.value, '$.key') = json_extract(old.value, '$.key'))"
+    )
+
+
+def _null_until(condition: str, *columns: str) -> str:
+    """Columns that are NULL until a condition holds."""
+    return ", ".join(f"CASE WHEN {condition} THEN {c} END AS {c}" for c in columns)
+
+
+def _view(name: str, query: str) -> str:
+    return f"CREATE TEMP VIEW {name} AS {query}"

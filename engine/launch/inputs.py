@@ -1,0 +1,60 @@
+"""Checks the files that a configuration names, before anything is started."""
+
+from pathlib import Path
+
+from engine.config.file import DATA_FILES
+from engine.config.model_folder import folder_error, has_config, is_file
+from engine.config.rules.models import check_quantiser_installed
+from engine.config.rules.trackers import check_trackers_installed
+from engine.config.schema import RunConfig
+from engine.errors import ConfigError
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Checks the files that a configuration names, before a session is created.
+
+    The ranks check them again in detail. This check is fast, because it does not import torch and
+    starts no process: forms call it while the operator types.
+
+    Raises:
+        ConfigError: a file or a folder is missing, or is obviously of the wrong kind.
+    """
+    check_trackers_installed(config.log)
+    check_quantiser_installed(config.lora)
+    single = isinstance(config.data.prompts, str)
+    for i, prompts in enumerate(config.data.sources):
+        _check_prompts("data.prompts" if single else f"data.prompts[{i}].path", prompts.path)
+    models = {"model.policy": config.model.policy, "model.reference": config.model.reference}
+    _check_chat_template(config.data.chat_template)
+    many = len(config.reward.sources()) > 1
+    for i, source in enumerate(config.reward.sources()):
+        models[f"reward.mix[{i}].model" if many else "reward.model"] = source.model
+    if config.eval.every:
+        _check_prompts("eval.prompts", config.eval.prompts or "")
+        for i, source in enumerate(config.eval.rewards):
+            models[f"eval.rewards[{i}].model"] = source.model
+    for key, name in models.items():
+        folder = Path(name or "")
+        if key == "model.policy" and config.model.gguf_file is not None:
+            if folder.is_absolute() and not is_file(folder / config.model.gguf_file):
+                raise ConfigError(f"model.gguf_file: no file at {folder / config.model.gguf_file}")
+        elif folder.is_absolute() and not has_config(folder):
+            raise ConfigError(folder_error(key, folder))
+
+
+def _check_prompts(key: str, source: str) -> None:
+    prompts = Path(source)
+    if not prompts.is_absolute():  # a data set on the hub, or none
+        return
+    if not is_file(prompts):
+        raise ConfigError(f"{key}: no file at {prompts}")
+    if prompts.suffix.lower() not in DATA_FILES:
+        endings = ", ".join(DATA_FILES)
+        raise ConfigError(f"{key}: {prompts} should end in one of {endings}")
+    if prompts.stat().st_size == 0:
+        raise ConfigError(f"{key}: {prompts} is empty; give at least one prompt")
+
+
+def _check_chat_template(template: str | None) -> None:
+    if template is not None and "{" not in template and not is_file(Path(template)):
+        raise ConfigError(f"data.chat_template: no file at {template}, and it is no Jinja text")

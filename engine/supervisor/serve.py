@@ -1,0 +1,102 @@
+"""Runs the supervisor of one session: its lock, its journal, its socket, and the signals.
+
+The same coroutine runs in the foreground and in the background.
+"""
+
+import asyncio
+import os
+import signal
+import sqlite3
+
+from engine import __version__
+from engine.config import file as config_file
+from engine.config.deadline import deadline
+from engine.errors import SessionError, UserInputError
+from engine.journal.writer import JournalWriter
+from engine.launch.start import StartOptions
+from engine.protocol import sockets
+from engine.session import registry
+from engine.session.folder import Session
+from engine.supervisor.publisher import Observer
+from engine.supervisor.supervisor import Supervisor
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+async def supervise(session: Session, start: StartOptions, observer: Observer | None = None) -> int:
+    """Runs a session until its end.
+
+    Args:
+        session: its lock must be free.
+        start: the first attempt.
+        observer: notified of states, alerts and messages, in this process.
+
+    Returns:
+        The exit code: 0 finished or stopped, `launch.preempted_exit` stopped by a scheduler's
+        signal, 1 failed, 2 wrong input of the user.
+
+    Raises:
+        SessionLockedError: another engine has the session.
+        SessionError: a file or the socket cannot be created or written.
+    """
+    lock = session.acquire()
+    try:
+        journal = JournalWriter(session)
+        try:
+            return await _serve(session, journal, start, observer)
+        finally:
+            journal.close()
+    except (OSError, sqlite3.Error) as error:
+        raise SessionError(
+            f"cannot write in {session.folder}: {error}; "
+            f"solve this, then: rlhf-tui resume {session.name}"
+        ) from error
+    finally:
+        session.engine_file.unlink(missing_ok=True)
+        session.secret_file.unlink(missing_ok=True)
+        lock.release()
+
+
+async def _serve(
+    session: Session, journal: JournalWriter, start: StartOptions, observer: Observer | None
+) -> int:
+    """Runs all attempts, with the socket open and the session in the registry."""
+    before = session.config()
+    config = config_file.override(before, start.overrides)
+    session.write_config(config)
+    journal.set_meta(
+        total_steps=config.train.steps,
+        deadline=deadline(config.train, os.environ),
+        exit_code=None,
+    )
+    journal.commands.reject_unfinished("the engine ended before it was carried out")
+    listener, path = sockets.listen(session.folder)
+    supervisor = Supervisor(session, config, journal, path, start, observer)
+    session.write_engine(str(path), __version__)
+    registry.announce(session)
+    await supervisor.server.start(
+        listener, supervisor.commands, supervisor.rank_messages.handle_connection
+    )
+    watchdog = asyncio.create_task(
+        supervisor.watchdog.run(supervisor.on_silence, supervisor.commands.on_alert)
+    )
+    watchdog.add_done_callback(supervisor.on_watchdog_end)
+    loop = asyncio.get_running_loop()
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, supervisor.commands.on_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)
+    try:
+        code = await supervisor.run()
+        if code == UserInputError.exit_code:  # the next resume uses the previous one
+            session.write_config(before)
+        return code
+    finally:
+        watchdog.cancel()
+        supervisor.ranks.kill()
+        await supervisor.rollout.stop()
+        supervisor.server.close()
+        await asyncio.gather(watchdog, supervisor.publisher.finish(), return_exceptions=True)
+        path.unlink(missing_ok=True)
+        registry.withdraw(session)
+        for number in (*STOP_SIGNALS, signal.SIGHUP):
+            loop.remove_signal_handler(number)

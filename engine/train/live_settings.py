@@ -1,0 +1,89 @@
+"""The live settings of a run on each rank: changed, undone, and changed again after a crash."""
+
+from typing import Any
+
+import msgspec
+
+from engine.config.rules.check import check_change
+from engine.config.settings import SettingChange, change_settings, invalid_values, settings_of
+from engine.errors import CommandRejectedError
+from engine.protocol.commands import Undo
+from engine.protocol.rank_messages import Begin
+from engine.train.run import Run, max_response_tokens
+
+
+class LiveSettings:
+    """Changes the settings in `run.config`. Call it between two steps, on all ranks alike."""
+
+    def __init__(self, run: Run, begin: Begin) -> None:
+        """Takes over what earlier attempts changed after the checkpoint.
+
+        Args:
+            run: whose configuration is replaced with each change.
+            begin: with the changes to repeat, and those that can be undone.
+        """
+        self._run = run
+        self._to_repeat = begin.replay
+        self._undoable = list(begin.undoable)
+
+    def repeat(self, step: int) -> None:
+        """Applies again what commands of earlier attempts changed before this step."""
+        for earlier in self._to_repeat:
+            # Without changes, later commands have replaced all of it: nothing to undo either.
+            if earlier.step != step or not earlier.changes:
+                continue
+            changes = self.set({c.key: c.new for c in earlier.changes})
+            if earlier.command == Undo.name():
+                del self._undoable[-1:]
+            else:
+                self._undoable.append(changes)
+        # A step that is repeated must not have them again.
+        self._to_repeat = [r for r in self._to_repeat if r.step != step]
+
+    def change(self, values: dict[str, Any]) -> list[SettingChange]:
+        """Changes settings, so that :meth:`undo` can revert it.
+
+        Args:
+            values: setting → new value, of its type and in its range.
+
+        Raises:
+            CommandRejectedError: a value does not fit the model or the other keys.
+        """
+        changes = self._override(values)
+        self._undoable.append(changes)
+        return changes
+
+    def undo(self) -> list[SettingChange]:
+        """Reverts the last change.
+
+        Raises:
+            CommandRejectedError: there is none, or the old value is not valid any more.
+        """
+        if not self._undoable:
+            raise CommandRejectedError("there is no change to undo")
+        values = {c.key: c.old for c in self._undoable.pop()}
+        # A version without bounds may have set the old value, or put it into a checkpoint.
+        if problems := invalid_values(values):
+            raise CommandRejectedError(f"the change cannot be undone: {min(problems.values())}")
+        return self._override(values)
+
+    def _override(self, values: dict[str, Any]) -> list[SettingChange]:
+        """Changes settings, and drops changes of the same settings that are still to repeat."""
+        limit = max_response_tokens(self._run)
+        if limit is not None and values.get("max_new_tokens", 0) > limit:
+            raise CommandRejectedError(
+                f"max_new_tokens may be {limit} at most: the model has no more positions after "
+                f"the longest prompt ({self._run.prompts.longest} tokens)"
+            )
+        check_change(self._run.config, values)
+        self._to_repeat = [
+            msgspec.structs.replace(r, changes=[c for c in r.changes if c.key not in values])
+            for r in self._to_repeat
+        ]
+        return self.set(values)
+
+    def set(self, values: dict[str, Any]) -> list[SettingChange]:
+        """Changes settings without a check; no command did it, so it cannot be undone."""
+        before = msgspec.structs.asdict(settings_of(self._run.config))
+        self._run.config = change_settings(self._run.config, values)
+        return [SettingChange(key=k, old=before[k], new=v) for k, v in values.items()]

@@ -1,0 +1,260 @@
+"""AdamW with its two moments in 8 bits (`train.optimiser: adamw_8bit`).
+
+A moment is a byte for each number and a float32 scale for each block of numbers: with blocks of 256
+2.03 bytes a weight for both, where float32 takes 8. The byte is an index into a table of values
+between -1 and 1 (0 and 1 for the second moment) that are dense near 0. An update unpacks a few
+million numbers at a time, computes in float32, and packs them again.
+
+Source: Dettmers et al. 2022, arXiv 2110.02861 (block-wise dynamic quantisation). torchao's
+`AdamW8bit` has the same tables and, where the blocks are the same, the same numbers; it compiles
+its update for every shape of a weight, and its blocks cross the borders of shards. Here a block is
+part of one row: FSDP2 shards rows, so the moments are sharded, saved and loaded like the weights,
+bit for bit on any number of ranks.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import ParamsT
+
+from engine.train.distributed.sharding import zeros_by_rows
+
+BLOCK = 256
+"""Most numbers of a block; the largest power of two up to this that divides a row is taken."""
+SMALLEST_BLOCK = 8
+"""With smaller blocks the scales would take more than half a byte a number."""
+SMALL = 4096
+"""Weights with fewer numbers keep float32 moments, as in the paper: they save nothing."""
+AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Numbers that are unpacked at a time: few enough for a CPU's cache, and on a GPU enough for the
+kernels' launches not to matter. About 30 bytes of memory each."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALE = "_scale"
+"""What the name of a moment's scales ends with."""
+SMALLEST_SCALE = 1e-30
+"""For a block of zeros."""
+DECADES = 7
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) whose moments are held in 8 bits.
+
+    The state of a parameter has the names of torch's AdamW (`step`, `exp_avg`, `exp_avg_sq`), and
+    for each moment in 8 bits its scales, `exp_avg_scale` and `exp_avg_sq_scale`. Of a sharded
+    parameter all of them except `step` are DTensors with its placement.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """Makes an optimiser; the state of a parameter is allocated by its first update.
+
+        Args:
+            params: float32 parameters, or groups of them.
+            lr: learning rate; `param_groups` has it as a number that may change between steps.
+            betas: β1 and β2.
+            eps: ε.
+            weight_decay: decoupled, as in torch's AdamW.
+        """
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Updates all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state |= new_state(parameter)
+        state["step"] += 1
+        rates = _Rates.of(group, int(state["step"]))
+        weight, gradient = _local(parameter), _local(parameter.grad)
+        moments = [_local(state[name]) for name in MOMENTS]
+        if not block_size(parameter.shape):
+            _update_(weight, gradient, moments, rates)
+        elif weight.numel():  # a rank beyond the rows of a sharded weight has none of it
+            scales = [_local(state[name + SCALE]) for name in MOMENTS]
+            _update_packed_(weight, gradient, moments, scales, rates)
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """The numbers of an update that are the same for all of a parameter."""
+
+    beta1: float
+    beta2: float
+    step_size: float
+    """The learning rate over the first moment's bias correction, 1 − β1ᵗ."""
+    deviation_scale: float
+    """The root of the second moment's bias correction, 1 − β2ᵗ."""
+    eps: float
+    decay: float
+    """Factor on the weights: 1 − learning rate × weight decay."""
+
+    @classmethod
+    def of(cls, group: dict[str, Any], step: int) -> "_Rates":
+        """Those of update `step`, from 1, of a parameter in a group."""
+        (beta1, beta2), rate = group["betas"], group["lr"]
+        return cls(
+            beta1=beta1,
+            beta2=beta2,
+            step_size=rate / (1 - beta1**step),
+            deviation_scale=math.sqrt(1 - beta2**step),
+            eps=group["eps"],
+            decay=1 - rate * group["weight_decay"],
+        )
+
+
+def block_size(shape: torch.Size) -> int:
+    """Numbers of a row that share a scale; 0 for a weight whose moments stay float32."""
+    size = math.gcd(math.prod(shape[1:]), BLOCK)
+    return size if shape.numel() >= SMALL and size >= SMALLEST_BLOCK else 0
+
+
+def scale_shape(shape: torch.Size) -> tuple[int, int]:
+    """The shape of the scales of a weight with blocks: rows, blocks of a row."""
+    return shape[0], math.prod(shape[1:]) // block_size(shape)
+
+
+def new_state(parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter before its first update; sharded like it."""
+    # On the host, whatever the device: the bias corrections are numbers.
+    state = {"step": torch.zeros((), device="cpu")}
+    packed = bool(block_size(parameter.shape))
+    for name in MOMENTS:
+        state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if packed else None)
+        if packed:  # with scales of 0 any byte is a 0
+            state[name + SCALE] = zeros_by_rows(parameter, scale_shape(parameter.shape))
+    return state
+
+
+def pack(numbers: Tensor, blocks: int, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Rounds numbers to the nearest values of the table, in blocks.
+
+    Args:
+        numbers: (n, m) float32, contiguous; not negative unless `signed`.
+        blocks: of a row, k.
+        signed: which table.
+
+    Returns:
+        Indices into the table, (n, m) uint8; the largest size in each block, (n, k) float32.
+    """
+    table = _table(numbers.device, signed)
+    parts = numbers.view(len(numbers), blocks, -1)
+    scales = parts.abs().amax(-1).clamp_(min=SMALLEST_SCALE)
+    shares = (parts / scales.unsqueeze(-1)).view(-1)
+    halves = shares.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
+    indices = table.first.index_select(0, halves)
+    indices += shares >= table.above.index_select(0, indices.int())
+    return indices.view(numbers.shape), scales
+
+
+def unpack(indices: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
+    """The numbers of :func:`pack`, (n, m) float32; a new tensor."""
+    values = _table(indices.device, signed).values
+    numbers = values.index_select(0, indices.reshape(-1).int())
+    return numbers.view(*scales.shape, -1).mul_(scales.unsqueeze(-1)).view(indices.shape)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The values of a moment in parts of its block's largest one, and how to find the nearest.
+
+    torch.bucketize finds it too, by a search that takes eight times as long as all of this on a
+    CPU. The upper half of a float32 is a short interval, in which there is at most one border
+    between two values.
+    """
+
+    values: Tensor
+    """Ascending; (256,) float32."""
+    above: Tensor
+    """The border above each value, ∞ above the last one; (256,) float32."""
+    first: Tensor
+    """The index of the value nearest to the smallest number of each interval; (65536,) uint8."""
+
+
+@functools.cache
+def _table(device: torch.device, signed: bool) -> _Table:
+    """The dynamic data type of the paper.
+
+    0, 1 and seven decades below 1, of which each has twice as many values as the one below it, at
+    equal distances.
+    """
+    values = [0.0, 1.0]
+    for decade in range(DECADES):
+        count = 2 ** (decade + (not signed))
+        size = 10.0 ** (decade - DECADES + 1)
+        middles = [size * (0.1 + 0.9 * (i + 0.5) / count) for i in range(count)]
+        values += middles
+        values += [-value for value in middles] if signed else []
+    table = torch.tensor(sorted(values), dtype=torch.float64, device="cpu")
+    borders = ((table[:-1] + table[1:]) / 2).float()
+    halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device="cpu").roll(1 << 15)
+    # The rest of the bits adds to the size: of negative numbers the largest size is the smallest.
+    smallest = (halves << 16) | torch.where(halves < 0, 0xFFFF, 0).int()
+    first = torch.bucketize(smallest.view(torch.float32), borders, right=True)
+    above = torch.cat([borders, borders.new_full((1,), math.inf)])
+    return _Table(table.float().to(device), above.to(device), first.to(torch.uint8).to(device))
+
+
+def _update_packed_(
+    weight: Tensor,
+    gradient: Tensor,
+    moments: list[Tensor],
+    scales: list[Tensor],
+    rates: _Rates,
+) -> None:
+    """Updates a weight and its packed moments in place, some rows at a time."""
+    rows = len(weight)
+    weight, gradient = weight.view(rows, -1), gradient.reshape(rows, -1)
+    moments = [moment.view(rows, -1) for moment in moments]
+    blocks = scales[0].shape[1]
+    at_once = max(1, AT_ONCE[weight.device.type] // weight.shape[1])
+    for first in range(0, rows, at_once):
+        part = slice(first, first + at_once)
+        unpacked = [
+            unpack(moment[part], scale[part], signed=name == MOMENTS[0])
+            for name, moment, scale in zip(MOMENTS, moments, scales, strict=True)
+        ]
+        _update_(weight[part], gradient[part], unpacked, rates)
+        for name, numbers, moment, scale in zip(MOMENTS, unpacked, moments, scales, strict=True):
+            packed, largest = pack(numbers, blocks, signed=name == MOMENTS[0])
+            moment[part].copy_(packed)
+            scale[part].copy_(largest)
+
+
+def _update_(weight: Tensor, gradient: Tensor, moments: list[Tensor], rates: _Rates) -> None:
+    """AdamW's update of a weight and its float32 moments, in place."""
+    average, average_square = moments
+    weight.mul_(rates.decay)
+    average.lerp_(gradient, 1 - rates.beta1)
+    average_square.mul_(rates.beta2).addcmul_(gradient, gradient, value=1 - rates.beta2)
+    size = average_square.sqrt().div_(rates.deviation_scale).add_(rates.eps)
+    weight.addcdiv_(average, size, value=-rates.step_size)
+
+
+def _local(tensor: Any) -> Tensor:
+    """This rank's part of a tensor; it shares its memory."""
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local

@@ -1,0 +1,226 @@
+"""Decoder layers compiled for decoding, by `torch.compile`.
+
+A layer's small operations are some forty kernels of a few microseconds each, and with CUDA graphs
+they are most of the time of a token. Compiled, a layer has about fifteen. All layers of a model
+share one compilation, since they differ in their weights only ("regional compilation").
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from engine.train.distributed.sharding import blocks
+from engine.train.models.language_model import AnyModel
+from engine.train.rollout.cuda_graph import can_capture
+from engine.train.rollout.kv_cache import PreallocatedLayer
+
+log = logging.getLogger("engine")
+
+WORTHWHILE = 50_000_000
+"""Weights of the layers from which `auto` compiles: it takes some 20 s, once per process."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}
+"""Norm of a compiled layer's error, relative to the norm of its output."""
+ATTENTION = "rlhf_tui_decoding"
+"""The name of :func:`decoding_attention` among transformers' attention functions."""
+
+
+class CompiledLayers:
+    """Compiles the decoder layers of the models that generate, where that pays.
+
+    The first token is also computed without compilation. If that differs, or if a layer cannot be
+    compiled, the log says so once, and the layers are used as they are from then on.
+    """
+
+    def __init__(self, when: str = "auto", *, backend: str = "inductor") -> None:
+        """Compiles nothing yet.
+
+        Args:
+            when: a value of `rollout.compile`.
+            backend: of `torch.compile`.
+        """
+        self._when = when
+        self._backend = backend
+        self._function: Callable[..., Any] | None = None
+        self._checked = False
+        self.usable = True
+        """False once a layer could not be compiled, or was wrong."""
+        self.shapes: set[Hashable] = set()
+        """Keys of the shapes that layers have been compiled for: a new shape may compile again,
+        which a CUDA graph's capture does not allow."""
+
+    @contextmanager
+    def used_by(self, model: AnyModel, device: torch.device) -> Iterator[bool]:
+        """Context in which the model's layers decode compiled, if they are to be.
+
+        Enter it inside the model's autocast. Weights are held in the dtype of the products: a
+        compiled layer would cast them for each token.
+
+        Yields:
+            Whether they are compiled.
+        """
+        layers = blocks(model.lm)
+        if not self._wanted(model, layers, device):
+            yield False
+            return
+        if self._function is None:  # importing the compiler takes seconds
+            self._function = torch.compile(_one_token, dynamic=True, backend=self._backend)
+        config = model.lm.config
+        attention = config._attn_implementation
+        with _weights_held(layers, device):
+            for index, layer in enumerate(layers):
+                last = index == len(layers) - 1
+                layer.forward = self._forward(self._function, index, layer, last=last)
+            config._attn_implementation = ATTENTION
+            try:
+                yield True
+            finally:
+                config._attn_implementation = attention
+                for layer in layers:
+                    del layer.forward
+
+    def _wanted(self, model: AnyModel, layers: list[nn.Module], device: torch.device) -> bool:
+        if self._when == "never" or not self.usable or not layers:
+            return False
+        # As for other attention functions: positions and masks are given, not made by transformers.
+        if getattr(model.lm.config, "_attn_implementation", None) != "sdpa":
+            return False
+        # FSDP2's hooks, and a `forward` that another library has put there, would be left out.
+        if any(isinstance(x, FSDPModule) or "forward" in vars(x) for x in layers):
+            return False
+        if self._when == "always":
+            return True
+        weights = sum(p.numel() for layer in layers for p in layer.parameters())
+        return can_capture(model, device) and weights >= WORTHWHILE
+
+    def _forward(
+        self, compiled: Callable[..., Any], index: int, layer: nn.Module, *, last: bool
+    ) -> Callable[..., Any]:
+        """The `forward` of a layer: compiled for one token per row of a cache of fixed shapes."""
+        eager = layer.forward
+
+        def forward(hidden: Tensor, *args: Any, **keywords: Any) -> Any:
+            cache = keywords.get("past_key_values")
+            past = cache.layers[index] if isinstance(cache, DynamicCache) else None
+            fixed = past.fixed() if isinstance(past, PreallocatedLayer) else None
+            if hidden.shape[1] != 1 or fixed is None or args or not self.usable:
+                return eager(hidden, *args, **keywords)
+            try:
+                output = compiled(layer, hidden, keywords | {"past_key_values": fixed})
+                if self._checked:
+                    return output
+                expected = eager(hidden, **keywords)
+                self._check(output, expected)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # torch.compile raises what it meets, of any type
+                if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                    raise
+                self._give_up(str(error))
+                return eager(hidden, **keywords)
+            self._checked = last
+            return output
+
+        return forward
+
+    def _check(self, output: Any, expected: Any) -> None:
+        one, other = (x[0] if isinstance(x, tuple) else x for x in (output, expected))
+        dtype = torch.get_autocast_dtype(one.device.type)
+        if not torch.is_autocast_enabled(one.device.type):
+            dtype = one.dtype
+        error = float((one - other).float().norm() / other.float().norm())
+        if not error <= TOLERANCE.get(dtype, 0.02):
+            raise ValueError(f"their output is off by {error:.2g}")
+
+    def _give_up(self, reason: str) -> None:
+        self.usable = False
+        # The compiler's first line names the part that failed, the second says why.
+        short = " ".join(reason.split("\n\n", 1)[0].split())
+        log.warning("decoding without compiled layers: %s", short[:300])
+
+
+def _one_token(layer: nn.Module, hidden: Tensor, keywords: dict[str, Any]) -> Any:
+    """What is compiled. The class's `forward`: the instance's leads here."""
+    return type(layer).forward(layer, hidden, **keywords)
+
+
+def decoding_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one query per row by two products, with the softmax in float32.
+
+    On a GPU the kernels behind `scaled_dot_product_attention` that take a mask divide their work by
+    queries, of which there is one: they leave most of the GPU idle. All else goes to them.
+
+    Args:
+        module: of the caller; unused.
+        query: (n, heads, q, width).
+        key: (n, key heads, L, width).
+        value: (n, key heads, L, width of values).
+        attention_mask: (n, 1, q, L) bool, or as transformers' `sdpa` takes it.
+        dropout: must be 0, as in evaluation mode.
+        scaling: of the scores.
+        keywords: what transformers' `sdpa` takes besides.
+
+    Returns:
+        (n, q, heads, width of values), and None in the place of the attention weights.
+    """
+    count, heads, queries, width = query.shape
+    special = any(keywords.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+    if (
+        attention_mask is None or attention_mask.dtype != torch.bool
+        or queries != 1 or dropout or special
+    ):  # fmt: skip
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
+        )
+    shared = key.shape[1]
+    grouped = query.reshape(count * shared, heads // shared, width).to(key.dtype)
+    keys = key.flatten(0, 1).transpose(1, 2)
+    if key.is_cuda and key.dtype != torch.float32:
+        scores = torch.bmm(grouped, keys, out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(grouped, keys).float()
+    scores = scores.view(count, shared, heads // shared, -1)
+    scores = scores * (width**-0.5 if scaling is None else scaling)
+    scores = scores.masked_fill(~attention_mask, -torch.inf)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype).flatten(0, 1)
+    mixed = torch.bmm(weights, value.flatten(0, 1))
+    return mixed.view(count, 1, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(ATTENTION, decoding_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def _weights_held(layers: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Context in which float32 linear layers hold their weights in autocast's dtype."""
+    held: list[tuple[nn.Linear, str, nn.Parameter]] = []
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        for layer in (m for block in layers for m in block.modules() if isinstance(m, nn.Linear)):
+            for name, weight in layer.named_parameters(recurse=False):
+                if weight.dtype == torch.float32:
+                    cast = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+                    setattr(layer, name, cast)
+                    held.append((layer, name, weight))
+    try:
+        yield
+    finally:
+        for layer, name, weight in held:
+            setattr(layer, name, weight)

@@ -1,0 +1,138 @@
+"""Sends the app's commands and follows what becomes of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from textual.app import App
+
+from engine.journal.rows import ProbeResult
+from engine.protocol.commands import Command, Probe
+from rlhf_tui.screens.context import Say
+from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
+from rlhf_tui.state.messages import CommandAnswered
+from rlhf_tui.state.steering_target import SteeringTarget
+from rlhf_tui.state.time_left import about
+
+READ_ONLY = "read-only: commands are disabled"
+
+
+class CommandTracker:
+    """Sends all commands through one sender; knows their effects before the journal shows them."""
+
+    def __init__(
+        self,
+        app: App[None],
+        who: str,
+        *,
+        target: Callable[[], SteeringTarget | None],
+        read_only: bool,
+        say: Say,
+    ) -> None:
+        """Sends nothing yet.
+
+        Args:
+            app: takes the replies.
+            who: the operator.
+            target: returns the run that the keys act on; None if no run is selected.
+            read_only: nothing may be sent.
+            say: shows a notice.
+        """
+        self._app = app
+        self.target = target
+        self.read_only = read_only
+        self._say = say
+        self._sender = CommandSender(who)
+        self._effects: dict[Path, PendingEffects] = {}
+        """By session folder."""
+        self._last_read: dict[Path, SteeringTarget] = {}
+        """The newest state of each run, by session folder."""
+
+    def can_send(self, target: SteeringTarget) -> bool:
+        """Whether a command would reach an engine; shows a notice if not."""
+        if self.read_only:
+            self._say(READ_ONLY, "warning")
+        elif not target.session.is_live():
+            self._say(no_engine(target), "warning")
+        else:
+            return True
+        return False
+
+    def send(
+        self,
+        target: SteeringTarget,
+        command: Command,
+        text: str,
+        post: Callable[[CommandAnswered], object] | None = None,
+    ) -> bool:
+        """Sends a command, see :meth:`CommandActions.command`."""
+        if not self.can_send(target):
+            return False
+        self._effects_of(target).sent(command, target.state)
+        post = post or self._app.post_message
+        self._sender.send(OutgoingCommand(target.session, command, text, post))
+        self._app.screen.refresh_bindings()
+        return True
+
+    def held(self, target: SteeringTarget) -> bool:
+        """Whether the run is paused once the commands that were sent are carried out."""
+        effects = self._effects.get(target.session.folder)
+        return (effects or PendingEffects()).held(target.state)
+
+    def beta(self, target: SteeringTarget) -> float | None:
+        """Beta once the commands that were sent are carried out; None if it is not known."""
+        return self._effects_of(target).beta(target.beta)
+
+    def _effects_of(self, target: SteeringTarget) -> PendingEffects:
+        """The effects of the commands that were sent to a run and are not read back yet."""
+        return self._effects.setdefault(target.session.folder, PendingEffects())
+
+    def run_read(self, target: SteeringTarget) -> None:
+        """Call it when a run was read again: effects of commands may show now."""
+        folder = target.session.folder
+        self._last_read[folder] = target
+        if folder in self._effects:
+            self._effects[folder].read(target.state, target.beta)
+
+    def answered(self, message: CommandAnswered) -> None:
+        """Shows the status of a command."""
+        reply, session = message.reply, message.session
+        text = f"{session.name}: {message.text}"
+        target = self._latest(session.folder)
+        if session.folder in self._effects:
+            beta = target.beta if target is not None else None
+            self._effects[session.folder].replied(message.command, reply, beta)
+        if reply is None:
+            self._say(f"{text}: {message.problem}", "error")
+        elif reply.status == "rejected":
+            self._say(f"{text}: rejected: {reply.reason}", "error")
+        elif reply.status == "applied":
+            at = f" at step {reply.step}" if reply.step is not None else ""
+            self._say(f"{text}: applied{at}")
+            if reply.result and isinstance(message.command, Probe):
+                from rlhf_tui.dialogs.text import ProbeDialog  # noqa: PLC0415 - keeps start-up short
+
+                prompt, result = message.command.text, ProbeResult.of(reply.result)
+                self._app.push_screen(ProbeDialog(session.name, prompt, result, reply.step))
+        else:
+            expected = f", {when(target)}" if target is not None else ""
+            self._say(f"{text}: {reply.status}{expected}")
+
+    def _latest(self, folder: Path) -> SteeringTarget | None:
+        """A run as known now: the selected one has a fresher time of its step boundary."""
+        target = self.target()
+        if target is not None and target.session.folder == folder:
+            return target
+        return self._last_read.get(folder)
+
+
+def when(target: SteeringTarget) -> str:
+    """When a command takes effect."""
+    if target.state == "paused":
+        return f"applies from step {target.step + 1}"
+    wait = about(target.boundary_in)
+    return "applies from the next step" + (f", in {wait}" if wait else "")
+
+
+def no_engine(target: SteeringTarget) -> str:
+    """That a run has no engine, and how to start one."""
+    return f"no engine runs '{target.name}'; resume it: rlhf-tui resume {target.name}"

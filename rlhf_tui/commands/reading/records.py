@@ -1,0 +1,157 @@
+"""Commands on what a session recorded: metrics, samples, events, logs."""
+
+import time
+from pathlib import Path
+
+import click
+
+from engine.errors import SessionError
+from engine.journal.reader import JournalReader
+from engine.journal.samples import SampleReader, with_judgements
+from engine.metrics import (
+    BETA,
+    CLIP_FRACTION,
+    ENTROPY,
+    EVAL_KL,
+    EVAL_SCORE,
+    KL,
+    RESPONSE_LENGTH,
+    SCORE,
+    STEP_TIME,
+)
+from rlhf_tui import format as fmt
+from rlhf_tui.commands.options import (
+    existing,
+    json_option,
+    last_option,
+    name_argument,
+    print_json,
+    say,
+    sessions_option,
+)
+from rlhf_tui.commands.reading.event_lines import event_lines
+from rlhf_tui.commands.reading.row_formats import format_options, printed_rows
+from rlhf_tui.text import one_line, sanitise
+
+FOLLOW_INTERVAL = 0.2
+"""Seconds between reads of a log that is followed."""
+COLUMNS = {
+    SCORE: "score",
+    KL: "KL",
+    BETA: "beta",
+    CLIP_FRACTION: "clip fraction",
+    ENTROPY: "entropy",
+    RESPONSE_LENGTH: "length",
+    STEP_TIME: "seconds",
+}
+"""Metrics that `metrics` prints, with their titles."""
+HELD_OUT = {EVAL_SCORE: "held-out score", EVAL_KL: "held-out KL"}
+"""Printed, too, if one of the steps has them."""
+
+
+@click.command()
+@name_argument
+@sessions_option
+@last_option
+@format_options
+@json_option
+def metrics(
+    root: Path, name: str, last: int | None, form: str | None, output: Path | None, as_json: bool
+) -> None:
+    """Print a session's metrics, one row per step.
+
+    --format and --json print every metric.
+    """
+    with JournalReader(existing(root, name)) as record:
+        rows = record.metrics(last)
+    if printed_rows([r.as_json() for r in rows], "json" if as_json else form, output):
+        return
+    columns = COLUMNS | {k: t for k, t in HELD_OUT.items() if any(k in r.values for r in rows)}
+    body = [[str(r.step), *(fmt.number(r.values.get(c)) for c in columns)] for r in rows]
+    say(fmt.table(body, ["step", *columns.values()]))
+
+
+@click.command()
+@name_argument
+@sessions_option
+@last_option
+@click.option("--eval", "held_out", is_flag=True, help="Print responses to held-out prompts.")
+@format_options
+@json_option
+def samples(
+    root: Path, name: str, last: int | None, held_out: bool, form: str | None,
+    output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Print samples: prompts, responses and scores.
+
+    The last 16, or with --format and --json all.
+    """
+    session = existing(root, name)
+    count = last if last or as_json or form or output else 16
+    with SampleReader(session) as reader:
+        if held_out:
+            rows = reader.evaluated()[-count if count else 0 :]
+        else:
+            rows = with_judgements(session, reader.newest(count))
+    if printed_rows([r.as_json() for r in rows], "json" if as_json else form, output):
+        return
+    for row in rows:
+        score, kl = fmt.number(row.score), fmt.number(row.kl, 2)
+        label = f"  {row.label}" if row.label else ""
+        say(f"step {row.step} #{row.index}  score {score}  KL {kl}{label}")
+        say(f"  {one_line(row.prompt)}│{one_line(row.response)}")
+        if row.note:
+            say(f"  note: {one_line(row.note)}")
+
+
+@click.command()
+@name_argument
+@sessions_option
+@last_option
+@json_option
+def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
+    """Print the log of a session: states, commands, alerts, crashes, checkpoints, notes.
+
+    --json prints all fields of the events, with ids, values and samples.
+    """
+    with JournalReader(existing(root, name)) as record:
+        rows, attempts = record.events(last), record.attempts()
+        crashed = record.state() == "crashed"
+    if as_json:
+        print_json([r.as_json() for r in rows])
+        return
+    for line in event_lines(rows, attempts, crashed=crashed):
+        say((one_line(line.columns), line.tone))
+
+
+@click.command()
+@name_argument
+@sessions_option
+@last_option
+@click.option("-f", "--follow", is_flag=True, help="Keep printing until the engine exits.")
+@json_option
+def logs(root: Path, name: str, last: int | None, follow: bool, as_json: bool) -> None:
+    """Print the engine's log."""
+    session = existing(root, name)
+    if not session.log_file.exists():
+        say("[]" if as_json else f"session '{name}' has no log yet")
+        return
+    if not session.log_file.is_file():  # opening a pipe would wait for its writer
+        raise SessionError(f"{session.log_file} is not a regular file; move it away")
+    with session.log_file.open(encoding="utf-8", errors="replace", newline="") as file:
+        # A progress bar rewrites its line with \r: only its last state is printed.
+        lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in file.read().split("\n")]
+        lines = [line for line in lines if line][-last if last else 0 :]
+        if as_json:
+            print_json(lines)
+            return
+        for line in lines:
+            say(sanitise(line))
+        while follow:
+            live = session.is_live()  # before the read, which then includes the last lines
+            if new := file.read():
+                click.echo(sanitise(new.replace("\r", "\n")), nl=False)
+            elif live:
+                time.sleep(FOLLOW_INTERVAL)
+            else:
+                return

@@ -1,0 +1,132 @@
+"""Commands on sessions: ls, status."""
+
+import time
+from pathlib import Path
+
+import click
+import msgspec
+from click.core import ParameterSource
+
+from engine.errors import LinkError, RlhfError, UserInputError
+from engine.session.folder import Session, all_sessions
+from engine.session.registry import live_sessions
+from engine.session.states import ENDED_STATES
+from rlhf_tui import format as fmt
+from rlhf_tui.commands.options import (
+    existing,
+    json_option,
+    name_argument,
+    print_json,
+    say,
+    sessions_option,
+)
+from rlhf_tui.commands.reading.event_lines import STATE_TONES
+from rlhf_tui.state.session_row import SessionRow, read_session_row, unreadable_row
+from rlhf_tui.text import one_line
+
+
+@click.command()
+@click.argument("address", required=False)
+@sessions_option
+@json_option
+@click.pass_context
+def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -> None:
+    """List the sessions of the folder and live ones elsewhere.
+
+    ADDRESS is ssh://[USER@]HOST[:PORT]: lists those of another machine.
+    """
+    local = [] if address else all_sessions(root.resolve())
+    if address:
+        given = context.get_parameter_source("root") is ParameterSource.COMMANDLINE
+        rows = _remote_rows(address, ["--sessions", str(root)] if given else [])
+    else:
+        elsewhere = [s for s in live_sessions() if s not in local]
+        rows = [_read_row(s) for s in [*local, *elsewhere]]
+    if as_json:
+        print_json([r.as_json() for r in rows])
+    elif not rows:
+        say(f"no sessions in {address or root}; start one with: rlhf-tui demo")
+    else:
+        header = ["name", "state", "step", "beta", "score", "KL", "last active", ""]
+        folders = {str(s.folder) for s in local}
+        cells = [_ls_cells(r, local=bool(address) or r.folder in folders) for r in rows]
+        lines = fmt.aligned([header, *cells])
+        say("  ".join(lines[0]).rstrip())
+        for row, line in zip(rows, lines[1:], strict=True):
+            name, state, *rest = line
+            tone = STATE_TONES.get(row.state, "")
+            say(f"{name}  ", (state, tone), "  " + "  ".join(rest).rstrip())
+
+
+def _remote_rows(address: str, options: list[str]) -> list[SessionRow]:
+    """The sessions of another machine. Raises UserInputError or LinkError."""
+    from rlhf_tui.remote.ssh import Address, run  # noqa: PLC0415 - only few list other machines
+
+    parsed = Address.parse(address)
+    if parsed.name:
+        raise UserInputError(f"ls takes no session: rlhf-tui attach {address} opens it")
+    output = run(parsed, "ls", "--json", *options)
+    try:
+        return msgspec.json.decode(output, type=list[SessionRow])
+    except msgspec.DecodeError as error:
+        raise LinkError(f"{parsed.host} sent no list of sessions: {error}") from error
+
+
+def _read_row(session: Session) -> SessionRow:
+    """A session's row; if it cannot be read, one with the reason."""
+    try:
+        return read_session_row(session)
+    except (RlhfError, OSError) as error:
+        return unreadable_row(session, error)
+
+
+def _ls_cells(row: SessionRow, *, local: bool) -> list[str]:
+    age = f"{fmt.duration(time.time() - row.updated)} ago" if row.updated else "–"
+    return [
+        row.name if local else f"{row.name} ({row.folder})", row.state,
+        f"{row.step}/{row.total_steps or '?'}", fmt.number(row.beta, 4), fmt.number(row.score),
+        fmt.number(row.kl, 2), age, one_line(_reason(row), 100),
+    ]  # fmt: skip
+
+
+def _reason(row: SessionRow) -> str:
+    """What paused the run, or why its session cannot be read; mostly empty."""
+    if row.state == "unreadable":
+        return row.message
+    return _state_text(row) if row.pause_reason else ""
+
+
+def _state_text(row: SessionRow) -> str:
+    """The state, with what paused the run: `paused by kl_high at step 4: KL 7.26 > 6`."""
+    return f"paused by {row.pause_reason}" if row.pause_reason else row.state
+
+
+@click.command()
+@name_argument
+@sessions_option
+@json_option
+def status(root: Path, name: str, as_json: bool) -> None:
+    """Show a session's status."""
+    row = read_session_row(existing(root, name))
+    if as_json:
+        print_json(row.as_json())
+        return
+    engine = f"pid {row.pid} on {row.host}" if row.pid else "none"
+    message = f" ({one_line(row.message)})" if row.message else ""
+    tone = STATE_TONES.get(row.state, "")
+    say(f"{row.name}: ", (one_line(_state_text(row)), tone), message)
+    say(f"  step        {row.step} of {row.total_steps}, attempt {row.attempt}")
+    say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
+    if row.held_out is not None:
+        score = fmt.with_interval(row.held_out.score, row.held_out.interval)
+        say(f"  held-out    {score} (step {row.held_out.step})")
+    say(f"  beta        {fmt.number(row.beta, 4)}")
+    say(f"  checkpoints {', '.join(map(str, row.checkpoints)) or 'none'}")
+    say(f"  engine      {engine}")
+    if row.deadline is not None:
+        say(f"  deadline    saves and ends before {fmt.clock(row.deadline)}")
+    say(f"  folder      {row.folder}")
+    if row.state not in ENDED_STATES and not row.pid:
+        say(f"  resume with rlhf-tui resume {row.name}")
+    elif row.state == "paused":
+        say(f"  resume with rlhf-tui ctl {row.name} unpause")

@@ -1,0 +1,364 @@
+"""A page of samples that does not change under its reader."""
+
+import functools
+from collections.abc import Callable
+
+import msgspec
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.screen import Screen
+from textual.worker import get_current_worker
+
+from engine.errors import RlhfError
+from engine.journal.labels import Key
+from engine.journal.rows import SampleRow
+from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader, with_judgements
+from engine.metrics import EVAL_SCORE
+from engine.session.folder import Session
+from rlhf_tui.screens.context import AppContext
+from rlhf_tui.screens.parts.sample_filter import parse_filter
+from rlhf_tui.widgets.samples.judgement import key_of
+
+PAGE = 500
+ORDER_TITLES = {"step": "step", "score": "score", "kl": "KL", "length": "len"}
+BINDINGS: list[BindingType] = [
+    Binding("full_stop,greater_than_sign", "page(1)", "next page", show=False),
+    Binding("comma,less_than_sign", "page(-1)", "previous page", show=False),
+    Binding("s", "sort", "sort"),
+    Binding("r", "reverse", "reverse"),
+    Binding("F", "take_in", "show new responses", show=False),
+    Binding("equals_sign", "same_prompt", "responses to this prompt", show=False),
+]
+"""Keys of the screen whose actions call :class:`SampleList`."""
+
+
+class PageRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What to read for a page."""
+
+    query: SampleQuery
+    page: int
+    last_step: int | None
+    """No samples of later steps; None: the newest step of the run."""
+    attempts: int
+    """Attempts of the session when it was requested."""
+    asked: bool
+    """Whether the reader asked for it; otherwise the run went on."""
+
+
+class PageRead(Message):
+    """A page of samples was read."""
+
+    def __init__(self, request: PageRequest, rows: list[SampleRow], last_step: int) -> None:
+        super().__init__()
+        self.request, self.rows, self.last_step = request, rows, last_step
+
+
+class JudgementsRead(Message):
+    """The rows of a page were read again with their judgements of now."""
+
+    def __init__(self, query: SampleQuery, rows: list[SampleRow]) -> None:
+        super().__init__()
+        self.query, self.rows = query, rows
+
+
+class NewCounted(Message):
+    """The samples that the page does not show yet were counted."""
+
+    def __init__(self, query: SampleQuery, after: int, number: int) -> None:
+        super().__init__()
+        self.query, self.after, self.number = query, after, number
+
+
+class SampleList:
+    """Which samples are listed, and when the list changes.
+
+    It follows a live run if it is sorted by step, newest first, until :meth:`freeze`. A frozen list
+    changes only by a key of its reader; what the run records meanwhile is counted in :attr:`new`.
+    """
+
+    def __init__(self, screen: Screen[None], context: AppContext) -> None:
+        """Of a screen of samples, which takes the messages; nothing is read yet."""
+        self._screen = screen
+        self._context = context
+        self.query = SampleQuery()
+        self.filter = ""
+        """The filter as it was typed."""
+        self.page = 0
+        self.session_changed()
+
+    def session_changed(self) -> None:
+        """Another session was opened: drops the rows, keeps order and filter."""
+        self.rows: dict[Key, SampleRow] = {}
+        self.frozen = False
+        self.arrived = False
+        """Whether the selected response came with a new step, after the reader's last key."""
+        self.new = 0
+        """Matching responses that were recorded since the list was read."""
+        self.page = 0
+        self.query = msgspec.structs.replace(self.query, prompt=None, held_out=False)
+        self._last_step: int | None = None
+        """The newest step of the list; None: of the run."""
+        self._attempts = 0
+        self._asked = True
+        """Whether the reader waits for a page."""
+        self._wanted: tuple[object, ...] = ()
+        self._counted: tuple[object, ...] = ()
+        self._labels: tuple[int, ...] | None = None
+        """The value of `state.labels` for which the rows were read; None: read them again."""
+        self._before: tuple[SampleQuery, str, int, int | None, Key] | None = None
+        """What :meth:`same_prompt` returns to: query, filter, page, newest step, response."""
+        self.select: Key | None = None
+        """The response to select in the page that is being read; None: the selected one."""
+
+    @property
+    def live(self) -> bool:
+        """Whether the next step's responses come first: an order that can be followed."""
+        return self.page == 0 and self.query.order == "step" and self.query.descending
+
+    @property
+    def following(self) -> bool:
+        """Whether new responses come into the list by themselves."""
+        return self.live and not self.frozen
+
+    # -- freezing ------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Call it at each key with which somebody reads: the list stays as it is from now on.
+
+        An empty list has no reader.
+        """
+        self.frozen = bool(self.rows)
+        self.arrived = False
+
+    def hold(self) -> bool:
+        """Freezes before a judgement; False if the response may not have been read.
+
+        A response that came by itself may have replaced the one that the reader wants to judge.
+        """
+        unread = self.arrived
+        self.freeze()
+        if unread:
+            self._context.say("a new response has just come here; press again to judge it")
+        return not unread
+
+    def take_in(self) -> None:
+        """Shows what is new. In an order that can be followed, follows the run again."""
+        self.page, self._last_step = 0, None
+        self.frozen = self.frozen and not self.live
+        self._ask()
+
+    # -- what is asked for ---------------------------------------------------------------------
+
+    def sort(self) -> None:
+        """Sorts by the next column."""
+        at = (SAMPLE_ORDERS.index(self.query.order) + 1) % len(SAMPLE_ORDERS)
+        self._change(msgspec.structs.replace(self.query, order=SAMPLE_ORDERS[at]))
+
+    def sort_by(self, order: str) -> None:
+        """Sorts by a column; by the same one again reverses the order."""
+        if order == self.query.order:
+            self.reverse()
+        else:
+            self._change(msgspec.structs.replace(self.query, order=order))
+
+    def reverse(self) -> None:
+        """Reverses the order."""
+        descending = not self.query.descending
+        self._change(msgspec.structs.replace(self.query, descending=descending))
+
+    def set_filter(self, text: str) -> None:
+        """Filters by what was typed."""
+        self.filter = text
+        self._change(parse_filter(text, self.query))
+
+    def turn(self, by: int) -> None:
+        """Turns pages. All pages end with the same step, so that none moves on a live run."""
+        if by > 0 and len(self.rows) < PAGE:
+            self._context.say("this is the last page")
+            return
+        self.freeze()
+        self.page = max(self.page + by, 0)
+        self._ask()
+
+    def same_prompt(self, selected: SampleRow | None) -> bool:
+        """Lists all responses to one prompt, the oldest first; again: what was listed before.
+
+        Returns:
+            Whether the list changes.
+        """
+        if self.query.prompt is not None:
+            self.leave_prompt()
+        elif selected is None:
+            return False
+        else:
+            self.freeze()
+            last_step, key = self._last_step, key_of(selected)
+            self._before = self.query, self.filter, self.page, last_step, key
+            self.filter = ""
+            self._change(
+                SampleQuery(
+                    prompt=selected.prompt, order="step", descending=False,
+                    held_out=selected.held_out,
+                )
+            )  # fmt: skip
+        return True
+
+    def switch(self) -> None:
+        """Lists the responses to held-out prompts, or again those of training."""
+        self._before = None
+        self.frozen = self.arrived = False
+        self.rows = {}  # a response of training may have the key of a held-out one
+        held_out = not self.query.held_out
+        self._change(msgspec.structs.replace(self.query, prompt=None, held_out=held_out))
+
+    def leave_prompt(self) -> bool:
+        """Returns from :meth:`same_prompt`; False if it was not called."""
+        if self._before is None:
+            return False
+        self.query, self.filter, self.page, self._last_step, self.select = self._before
+        self._before = None
+        self._ask()
+        return True
+
+    def _change(self, query: SampleQuery) -> None:
+        self.query, self.page, self._last_step = query, 0, None
+        self._ask()
+
+    def _ask(self) -> None:
+        self._asked = True
+        self._wanted = ()
+        self.refresh()
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Reads what may have changed; call it whenever the state of the session has."""
+        session, state = self._context.session, self._context.state
+        if session is None:
+            return
+        if self.frozen and not self._asked:
+            self._read_judgements(session)
+        else:
+            step = state.head.step if self.live else -1
+            attempts = len(state.head.attempts)  # a roll back changes every page
+            # The evaluation before the first step does not change the step.
+            evaluations = len(state.series(EVAL_SCORE)) if self.query.held_out else 0
+            wanted = (
+                state.name, attempts, step, evaluations, state.labels, self.query, self.page,
+            )  # fmt: skip
+            if wanted != self._wanted:
+                self._wanted = wanted
+                self._labels = state.labels
+                request = PageRequest(
+                    query=self.query, page=self.page, attempts=attempts, asked=self._asked,
+                    last_step=self._last_step if self._asked else None,
+                )  # fmt: skip
+                self._run(functools.partial(self._read_page, session, request), "page")
+        if not self.following:
+            self._count_new(session)
+
+    def read_again(self) -> None:
+        """Reads again after a judgement was written: the page, or judgements of a frozen one."""
+        self._labels, self._wanted = None, ()
+        self.refresh()
+
+    def _run(self, work: Callable[[], None], group: str) -> None:
+        self._screen.run_worker(work, group=group, exclusive=True, thread=True)
+
+    def _read_page(self, session: Session, request: PageRequest) -> None:
+        """Reads samples.db, in a worker thread."""
+        last, offset = request.last_step, request.page * PAGE
+        try:
+            with SampleReader(session) as samples:
+                if last is None:
+                    last = samples.newest_step(held_out=request.query.held_out)
+                rows = samples.page(request.query, PAGE, offset, last_step=last)
+        except RlhfError as error:
+            self._context.say_later(str(error), "error")
+            return
+        self._post(PageRead(request, rows, last))
+
+    def _read_judgements(self, session: Session) -> None:
+        labels = self._context.state.labels
+        if labels != self._labels and not self.query.held_out:
+            self._labels = labels
+            rows = list(self.rows.values())
+            work = functools.partial(self._judge_rows, session, self.query, rows)
+            self._run(work, "judgements")
+
+    def _judge_rows(self, session: Session, query: SampleQuery, rows: list[SampleRow]) -> None:
+        """Reads labels.db, in a worker thread."""
+        try:
+            judged = with_judgements(session, rows)
+        except RlhfError as error:
+            self._context.say_later(str(error), "error")
+            return
+        self._post(JudgementsRead(query, judged))
+
+    def _count_new(self, session: Session) -> None:
+        head = self._context.state.head
+        if self._last_step is None:
+            return
+        # A later attempt has recorded the steps after its first checkpoint again.
+        after = min([self._last_step, *(a.from_step for a in head.attempts[self._attempts :])])
+        wanted = (head.step, len(head.attempts), after, self.query)
+        if wanted == self._counted:
+            return
+        self._counted = wanted
+        if head.step <= after:
+            self.new = 0
+            return
+        self._run(functools.partial(self._read_count, session, self.query, after), "count")
+
+    def _read_count(self, session: Session, query: SampleQuery, after: int) -> None:
+        """Counts in samples.db, in a worker thread."""
+        try:
+            with SampleReader(session) as samples:
+                number = samples.count_after(query, after)
+        except RlhfError as error:
+            self._context.say_later(str(error), "error")
+            return
+        self._post(NewCounted(query, after, number))
+
+    def _post(self, message: Message) -> None:
+        if not get_current_worker().is_cancelled:
+            self._screen.post_message(message)
+
+    # -- what was read -------------------------------------------------------------------------
+
+    def take(self, message: PageRead, *, unwritten: bool) -> bool:
+        """Replaces the rows; False if this page is not wanted any more.
+
+        Args:
+            message: the page.
+            unwritten: judgements are still being written, so that those of the page may be older.
+                It is read again with :meth:`read_again`.
+        """
+        request = message.request
+        if (request.query, request.page) != (self.query, self.page) or unwritten:
+            return False
+        if self.frozen and not request.asked:
+            self._labels = None  # the judgements of this page are not shown
+            return False
+        if not message.rows and self.page:
+            self.page -= 1
+            self._context.say("this is the last page")
+            return False
+        self.rows = {key_of(row): row for row in message.rows}
+        self._last_step, self._attempts = message.last_step, request.attempts
+        self._asked = False
+        self._counted, self.new = (), 0
+        return True
+
+    def take_judgements(self, message: JudgementsRead) -> list[SampleRow]:
+        """Takes judgements of rows that are still listed; returns the rows that have changed."""
+        if message.query != self.query:
+            return []
+        changed = [row for row in message.rows if self.rows.get(key_of(row), row) != row]
+        self.rows |= {key_of(row): row for row in changed}
+        return changed
+
+    def take_count(self, message: NewCounted) -> None:
+        """Takes the number of new samples, unless the list was read again meanwhile."""
+        if message.query == self.query and self._counted[2:3] == (message.after,):
+            self.new = message.number

@@ -1,0 +1,196 @@
+"""Follows a session: reads its journal in a thread and posts updates.
+
+Messages of the engine wake the reader; without an engine it reads once a second. All data except
+phases and telemetry comes from the journal, so a lost connection loses nothing.
+"""
+
+import threading
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+from engine.errors import RlhfError
+from engine.journal.reader import JournalReader
+from engine.protocol.client import Client
+from engine.protocol.client_messages import JournalAdvanced, Telemetry
+from engine.protocol.rank_messages import Phase
+from engine.session.folder import Session
+from rlhf_tui.file_stamps import file_id, stamp
+from rlhf_tui.state.feeds.journal_changes import JournalChanges
+from rlhf_tui.state.feeds.output import Post, UpdateOutput
+from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
+
+SHORTEST = 0.3
+"""Least seconds between two readings: about three frames a second at most."""
+IDLE = 1.0
+"""Seconds after which it reads again without a message."""
+RECONNECT = 0.5
+
+
+class SessionFeed(Protocol):
+    """What posts the updates of a session: a :class:`Feed`, or the feed of a replay."""
+
+    def start(self) -> None:
+        """Starts to read, in threads."""
+
+    def read_all(self) -> None:
+        """Reads everything once, in the calling thread."""
+
+    def stop(self) -> None:
+        """Posts no more updates."""
+
+    def want(self, names: Iterable[str]) -> None:
+        """Also reads these metrics from now on."""
+
+
+class Feed:
+    """Posts the updates of one session, from :meth:`start` to :meth:`stop`."""
+
+    def __init__(self, session: Session, who: str, names: Iterable[str], post: Post) -> None:
+        """Starts nothing yet.
+
+        Args:
+            session: whose journal.
+            who: the name of this client in the engine.
+            names: metrics to read; :meth:`want` adds to them.
+            post: takes each update, from another thread.
+        """
+        self._session = session
+        self._who = who
+        self._output = UpdateOutput(post)
+        self._stopped = self._output.stopped
+        self._changes = JournalChanges(names, self._output)
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._phases: dict[int, Phase] = {}
+        self._telemetry: Telemetry | None = None
+        self._connected = False
+        self._live_changed = False
+        self._record: JournalReader | None = None
+        self._file: tuple[int, int] | None = None
+
+    def start(self) -> None:
+        """Starts the threads. They are daemons: they end with the process."""
+        for target in (self._read_loop, self._watch_loop):
+            threading.Thread(target=target, daemon=True, name=target.__name__).start()
+
+    def read_all(self) -> None:
+        """Reads everything once, in the calling thread."""
+        self._read_once()
+
+    def stop(self) -> None:
+        """Posts no more updates."""
+        self._stopped.set()
+        self._wake.set()
+
+    def want(self, names: Iterable[str]) -> None:
+        """Also reads these metrics from now on."""
+        self._changes.want(names)
+        self._wake.set()
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def _read_loop(self) -> None:
+        while not self._stopped.is_set():
+            began = time.monotonic()
+            self._read_once()
+            self._wake.wait(IDLE)
+            self._wake.clear()
+            self._stopped.wait(max(0.0, SHORTEST - (time.monotonic() - began)))
+
+    def _read_once(self) -> None:
+        try:
+            self._open()
+            if self._record is not None:
+                labels = stamp(self._session.labels_file)
+                self._changes.read(self._session, self._record, labels, self._live_state())
+        except (RlhfError, OSError) as error:
+            self._output.report(str(error))
+            self._close()
+        else:
+            self._output.report("")
+
+    def _open(self) -> None:
+        """Opens the journal, which may be new, replaced or deleted."""
+        found = file_id(self._session.journal_file)
+        if found == self._file and self._record is not None:
+            return
+        replaced = self._file is not None
+        self._close()
+        if found is None:
+            if not self._session.folder.is_dir():
+                raise FileNotFoundError(
+                    f"the session's folder is gone: {self._session.folder}; "
+                    "see what is left with: rlhf-tui ls"
+                )
+            if replaced:
+                raise FileNotFoundError(f"the journal is gone: {self._session.journal_file}")
+            self._send_head_of_new()
+            return
+        self._record = JournalReader(self._session)
+        self._file = found
+        if replaced:
+            self._output.post(SessionUpdate(reset=True))
+
+    def _send_head_of_new(self) -> None:
+        """Posts the summary of a session whose engine has not written yet."""
+        if self._changes.head is None:
+            self._changes.head = SessionSummary("starting", 0, 0, {}, "", [], None, None)
+            self._output.post(SessionUpdate(head=self._changes.head))
+
+    def _close(self) -> None:
+        if self._record is not None:
+            self._record.close()
+        self._record = None
+        self._changes.reset()
+
+    # -- messages of the engine ----------------------------------------------------------------
+
+    def _watch_loop(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                with Client(self._session, self._who) as client:
+                    status = client.status()
+                    self._take_messages(*status.phases, status.telemetry)
+                    self._set_connected(True)
+                    for message in client.watch():
+                        if self._stopped.is_set():
+                            return
+                        self._take_messages(message)
+            except (RlhfError, OSError):
+                pass  # no engine runs; the journal has the state of the session
+            self._set_connected(False)
+            self._stopped.wait(RECONNECT)
+
+    def _take_messages(self, *messages: JournalAdvanced | Phase | Telemetry | None) -> None:
+        with self._lock:
+            for message in messages:
+                match message:
+                    case Phase():
+                        self._phases[message.rank] = message
+                        self._live_changed = True
+                    case Telemetry():
+                        self._telemetry = message
+                        self._live_changed = True
+        self._wake.set()
+
+    def _set_connected(self, connected: bool) -> None:
+        with self._lock:
+            if self._connected != connected:
+                self._connected = connected
+                self._live_changed = True
+                if not connected:
+                    self._phases.clear()
+                    self._telemetry = None
+        self._wake.set()
+
+    def _live_state(self) -> SessionUpdate:
+        with self._lock:
+            if not self._live_changed:
+                return SessionUpdate()
+            self._live_changed = False
+            return SessionUpdate(
+                phases=sorted(self._phases.values(), key=lambda p: p.rank),
+                telemetry=self._telemetry,
+                connected=self._connected,
+            )

@@ -1,0 +1,70 @@
+"""Reads a session's summary in a thread while the app is still being imported.
+
+SQLite releases the GIL, so on two processors the outlines of the curves cost no time: they are
+read before the first frame is drawn.
+"""
+
+import threading
+from collections.abc import Iterable
+
+from engine.errors import RlhfError
+from engine.journal.reader import JournalReader
+from engine.session.folder import Session
+from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
+
+SPANS = 500
+"""Spans of an outline: more than the dot columns of a chart on half of a wide terminal."""
+PATIENCE = 0.1
+"""Seconds that the first frame waits for a slow disk."""
+
+
+def read_summary(session: Session, record: JournalReader) -> SessionSummary:
+    """Returns the summary of a session. Raises JournalError."""
+    meta, attempts = record.meta(), record.attempts()
+    if (position := session.position) is None:
+        live = session.is_live()
+        engine = session.engine() if live else None
+        pid, host = (engine.pid, engine.host) if engine else (None, None)
+    else:
+        live = position.live
+        pid, host = (attempts[-1].pid, attempts[-1].host) if live and attempts else (None, None)
+    return SessionSummary(
+        state=meta.state if live else record.state(),
+        step=record.last_step(),
+        total_steps=meta.total_steps,
+        settings=meta.settings or {},
+        message=meta.message,
+        attempts=attempts,
+        pid=pid,
+        host=host,
+        pause_reason=meta.pause_reason,
+        deadline=meta.deadline,
+    )
+
+
+class FirstRead:
+    """Starts to read at construction. Ignores errors; the feed reports them."""
+
+    def __init__(self, session: Session, names: Iterable[str]) -> None:
+        """`names`: metrics whose outlines are wanted."""
+        self.session = session
+        self._names = list(names)
+        self._update = SessionUpdate()
+        self._thread = threading.Thread(target=self._read, daemon=True, name="first-read")
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            with JournalReader(self.session) as record:
+                if record.attempts():
+                    head = read_summary(self.session, record)
+                    self._update = SessionUpdate(
+                        head=head, outlines=record.outlines(self._names, SPANS)
+                    )
+        except (RlhfError, OSError):
+            return
+
+    def update(self) -> SessionUpdate:
+        """Returns what was read; empty if there was nothing, or not in time."""
+        self._thread.join(PATIENCE)
+        return self._update

@@ -1,0 +1,144 @@
+"""Finds out what is new in a journal since it was read last."""
+
+import threading
+from collections.abc import Iterable
+
+import msgspec
+
+from engine.agreement import Agreement
+from engine.errors import JournalError
+from engine.journal.judgements.agreement import read_agreement
+from engine.journal.reader import JournalReader
+from engine.journal.rows import CheckpointRow, CommandRow
+from engine.session.folder import Session
+from rlhf_tui.state.feeds.first_read import SPANS, read_summary
+from rlhf_tui.state.feeds.output import UpdateOutput
+from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate, thinned
+
+EVENTS_READ = 20_000
+"""Newest events read at once, which takes a tenth of a second; see :func:`thinned`."""
+LONG = 10_000
+"""Steps from which on outlines are read before the curves, which take longer."""
+SAMPLES_SHOWN = 16
+
+
+class JournalChanges:
+    """Posts what is new in a journal since it was read last."""
+
+    def __init__(self, names: Iterable[str], output: UpdateOutput) -> None:
+        """Nothing is read yet.
+
+        Args:
+            names: metrics to read; :meth:`want` adds to them.
+            output: takes each update. A reading, which takes seconds of a long run, ends early
+                when it is stopped.
+        """
+        self._wanted = list(dict.fromkeys(names))
+        self._output = output
+        self._lock = threading.Lock()
+        self.reset()
+
+    def want(self, names: Iterable[str]) -> None:
+        """Also reads these metrics from now on. Any thread may call it."""
+        with self._lock:
+            self._wanted += [n for n in names if n not in self._wanted]
+
+    def reset(self) -> None:
+        """Forgets what was read: another journal is read from now on."""
+        self.head: SessionSummary | None = None
+        """The summary that was posted last; None before the first."""
+        self._attempts = 0
+        self._event = 0
+        self._at: dict[str, int] = {}
+        self._past: set[str] = set()
+        self._names: list[str] = []
+        self._commands: list[CommandRow] = []
+        self._checkpoints: list[CheckpointRow] = []
+        self._samples_step = -1
+        self._labels: tuple[int, ...] = ()
+
+    def read(
+        self, session: Session, record: JournalReader, labels: tuple[int, ...], live: SessionUpdate
+    ) -> None:
+        """Posts what is new; the first time in parts, so that the screen fills early.
+
+        Args:
+            session: whose journal.
+            record: reads it.
+            labels: changes whenever somebody labels a response.
+            live: what has changed that is not in the journal; posted with the first part.
+        """
+        first = self.head is None
+        head = read_summary(session, record)
+        reset = self.head is not None and (
+            len(head.attempts) != self._attempts or head.step < self.head.step
+        )
+        if reset:
+            self.reset()
+        self._attempts = len(head.attempts)
+        advanced = self.head is None or head.step != self.head.step
+        changed = head != self.head
+        self.head = head
+        update = msgspec.structs.replace(live, reset=reset, head=head if changed else None)
+        # Clients write this file, so the engine sends no message.
+        if labels != self._labels:
+            self._labels = labels
+            agreement = _agreement(record)
+            update = msgspec.structs.replace(update, labels=labels, agreement=agreement)
+        events = record.events(last=EVENTS_READ, after=self._event)
+        if events:
+            self._event = events[-1].event
+            update = msgspec.structs.replace(update, events=thinned(events))
+        if events or advanced or any(c.ended is None for c in self._commands):
+            update = self._with_lists(update, record)
+        self._output.post(update)
+        branch = session.position is not None and session.position.current
+        if (first or reset) and head.step > LONG and not branch:  # there they take longer
+            self._output.post(SessionUpdate(outlines=record.outlines(self._wanted, SPANS)))
+        self._read_curves(record, at_once=not (first or reset))
+        if advanced and head.step != self._samples_step:
+            self._samples_step = head.step
+            self._output.post(SessionUpdate(samples=record.samples.newest(SAMPLES_SHOWN)))
+
+    def _with_lists(self, update: SessionUpdate, record: JournalReader) -> SessionUpdate:
+        commands, checkpoints = record.commands(), record.checkpoints()
+        if commands != self._commands:
+            self._commands = commands
+            update = msgspec.structs.replace(update, commands=commands)
+        if checkpoints != self._checkpoints:
+            self._checkpoints = checkpoints
+            update = msgspec.structs.replace(update, checkpoints=checkpoints)
+        names = record.metric_names()
+        if names != self._names:
+            self._names = names
+            update = msgspec.structs.replace(update, names=names)
+        return update
+
+    def _read_curves(self, record: JournalReader, *, at_once: bool) -> None:
+        with self._lock:
+            wanted = list(self._wanted)
+        curves: dict[str, list[tuple[int, float | None]]] = {}
+        past: dict[str, list[tuple[int, int, float | None]]] = {}
+        for name in wanted:
+            if self._output.stopped.is_set():
+                return
+            points = record.series(name, after=self._at.get(name, -1))
+            if points:
+                self._at[name] = points[-1][0]
+                curves[name] = points
+            if self._attempts > 1 and name not in self._past:
+                self._past.add(name)
+                if rows := record.past_series(name):
+                    past[name] = rows
+            if not at_once:
+                self._output.post(SessionUpdate(curves=curves, past=past))
+                curves, past = {}, {}
+        self._output.post(SessionUpdate(curves=curves, past=past))
+
+
+def _agreement(record: JournalReader) -> Agreement:
+    """That with the judgements. A damaged labels.db does not hide the rest of the session."""
+    try:
+        return read_agreement(record)
+    except JournalError as error:
+        return Agreement(problem=str(error))

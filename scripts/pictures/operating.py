@@ -1,0 +1,72 @@
+"""Makes the runs and the pictures of docs/operating.md again.
+
+``python -m scripts.pictures.operating SESSIONS [NAME]...`` carries out the commands of the page
+with the sessions in the folder SESSIONS, one after another, and writes what the dashboard shows of
+each to docs/screens/operating-NAME.svg. A session that is there already is not run again. A run
+takes two to five minutes on a core.
+"""
+
+import os
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from engine import metrics
+from rlhf_tui.state.preferences import Preferences, preferences_file, save
+from scripts.pictures.run import program, run
+from scripts.pictures.svg import picture
+from scripts.pictures.terminal import Terminal
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "operating.md"
+SCREENS = ROOT / "docs" / "screens"
+SIZE = (120, 34)
+COMMAND = re.compile(r"^rlhf-tui (run .*--name (\S+).*)$", re.MULTILINE)
+CHARTS = [
+    metrics.SCORE, metrics.KL, metrics.ENTROPY, metrics.RESPONSE_LENGTH, metrics.CLIP_FRACTION,
+    metrics.DISTINCT_2,
+]  # fmt: skip
+OTHER_CHARTS = {"hacking": {metrics.CLIP_FRACTION: "reward/judge"}}
+"""Run → what is charted in the place of which metric."""
+
+
+def commands() -> dict[str, list[str]]:
+    """The arguments of each run of the page, by its name."""
+    text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
+    return {name: shlex.split(line) for line, name in COMMAND.findall(text)}
+
+
+def take_picture(sessions: Path, name: str) -> Path:
+    """Writes what the dashboard shows of a session; returns the file."""
+    others = OTHER_CHARTS.get(name, {})
+    save(preferences_file(), Preferences(charts=[others.get(c, c) for c in CHARTS], columns=2))
+    command = program("attach", name, "--sessions", str(sessions), "--read-only")
+    with Terminal(command, SIZE, "truecolor") as app:
+        app.wait_for("step")
+        screen = app.settled()
+    path = SCREENS / f"operating-{name}.svg"
+    path.write_text(picture(screen), encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    """Makes the named runs, by default all, and prints what the guard rails said."""
+    sessions, *names = sys.argv[1:]
+    root = Path(sessions).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        # Not the operator's preferences.
+        os.environ |= {"XDG_CONFIG_HOME": folder, "XDG_STATE_HOME": folder}
+        for name, words in commands().items():
+            if names and name not in names:
+                continue
+            if not (root / name).exists():
+                os.chdir(ROOT)  # where the paths of the page begin
+                run(*words, "--sessions", str(root), "--headless")
+            print(take_picture(root, name))
+            print(run("guardrails", name, "--sessions", str(root)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Layers compiled for decoding: the same responses, one compilation, and a way back.
+
+A backend that returns the captured graph as it is stands for inductor, whose code takes half a
+minute to build; `benchmarks/gpu` runs the real one.
+"""
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from engine.train.data.prompts import Prompt, batch_prompts
+from engine.train.data.randomness import sampling_uniforms
+from engine.train.models.language_model import LanguageModel
+from engine.train.rollout.compiled_layers import CompiledLayers
+from engine.train.rollout.decoder import Schedule
+from engine.train.rollout.native import generate
+from engine.train.rollout.stop_criteria import StopCriteria
+
+VOCABULARY, LIMIT, ROWS = 64, 80, 20
+FIXED = Schedule(8, fixed_shapes=True)
+
+
+class Backend:
+    """Runs captured graphs as they are, and counts them."""
+
+    def __init__(self, change=0.0, error=None):
+        self.graphs, self._change, self._error = 0, change, error
+
+    def __call__(self, graph, _inputs):
+        self.graphs += 1
+        if self._error:
+            raise self._error
+        return lambda *inputs: tuple(
+            x + self._change if x.is_floating_point() else x for x in graph(*inputs)
+        )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More would only wait for each other on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def policy():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, eos_token_id=3, pad_token_id=0,
+    )  # fmt: skip
+    return lambda dtype: LanguageModel(
+        AutoModelForCausalLM.from_config(config), "shared", dtype
+    ).eval()
+
+
+def respond(model, compiled):
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
+    prompts = [Prompt(ids=list(range(5, 6 + n % 7)), text="", row={}) for n in range(ROWS)]
+    return generate(
+        model, batch_prompts(prompts, 1, 0), sampling_uniforms(0, 1, ROWS, LIMIT), 1.0,
+        StopCriteria([3, 4], [], tokenizer), tokenizer,
+        schedule=FIXED, compiled=compiled,
+    )  # fmt: skip
+
+
+def test_responses_are_the_same_and_all_layers_and_lengths_share_compilations(policy):
+    model, backend = policy(torch.float32), Backend()
+    compiled = CompiledLayers("always", backend=backend)
+    plain = respond(model, None)
+    for _ in range(2):
+        other = respond(model, compiled)
+        assert torch.equal(plain.ids, other.ids)
+        torch.testing.assert_close(plain.logprobs, other.logprobs, rtol=0, atol=1e-5)
+    # The number of slots is halved on the way, and three lengths of the cache are read.
+    assert len({slots for slots, *_ in compiled.shapes}) == 2
+    assert len({view for _, view, _ in compiled.shapes}) == 3
+    # The first compilation takes the slots for all rows of the cache, which ends when they are
+    # halved.
+    assert backend.graphs == 2
+
+
+def test_in_bfloat16_the_model_is_as_it_was_afterwards(policy):
+    model = policy(torch.bfloat16)
+    before = {name: (p, p.dtype) for name, p in model.named_parameters()}
+    attention = model.lm.config._attn_implementation
+    compiled = CompiledLayers("always", backend=Backend())
+    rollout = respond(model, compiled)
+    assert compiled.shapes
+    assert rollout.logprobs.isfinite().all()
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is p and p.dtype is dtype for name, (p, dtype) in before.items())
+    assert model.lm.config._attn_implementation == attention
+    assert not any("forward" in vars(layer) for layer in model.lm.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("backend", "word"),
+    [(Backend(error=RuntimeError("no compiler")), "no compiler"), (Backend(change=1), "off by")],
+)
+def test_layers_that_do_not_compile_or_compute_otherwise_are_used_as_they_are(
+    policy, caplog, backend, word
+):
+    model, compiled = policy(torch.float32), CompiledLayers("always", backend=backend)
+    plain = respond(model, None)
+    other = respond(model, compiled)
+    assert torch.equal(plain.ids, other.ids)
+    torch.testing.assert_close(plain.logprobs, other.logprobs, rtol=0, atol=1e-5)
+    told = [r for r in caplog.records if "without compiled layers" in r.getMessage()]
+    assert len(told) == 1
+    assert word in told[0].getMessage()
