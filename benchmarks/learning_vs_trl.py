@@ -9,9 +9,9 @@ and the same number of optimiser steps, which each side counts. All else is each
 side with a seed is a process of its own with one thread; its curve is appended to the file `--out`,
 and one that is there already is not computed again.
 
-A third of the prompts is never trained on. Every eighth step the policy of either side answers them
-several times, with the engine's sampler and the same random numbers: the scores of a step's 64
-samples are too noisy to compare the sides by.
+A third of the prompts is never trained on. Every eighth step the policy of either side responds to
+these several times, with the engine's sampler and the same random numbers: the scores of a step's
+64 samples are too noisy to compare the sides by.
 
 TRL's accelerator makes one optimiser step of `gradient_accumulation_steps` micro-batches, however
 many minibatches they are in: `num_mini_batches` alone adds none. With one micro-batch of the size
@@ -21,7 +21,6 @@ its example.
 
 import argparse
 import contextlib
-import inspect
 import itertools
 import json
 import math
@@ -30,7 +29,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,15 +61,11 @@ OURS = {
         *FROM_REWARD_MODEL, "ppo.value_clip=0.2", "train.adam_eps=1e-8", "ppo.max_grad_norm=1e6",
     ],
     "separate": ["model.value=separate"],
-    "shared-as-trl": ["train.adam_eps=1e-8", "ppo.max_grad_norm=1e6"],
 }  # fmt: skip
 """The engine's sides: the settings of each. `as-trl` has the settings in which TRL's defaults
 differ from the engine's: start and clip of the value function, AdamW's ε, no clipped gradients.
 """
-TRL = ("trl", "trl-last-token")
-"""TRL's sides. TRL adds the score to the token after an end-of-sequence token, where its value
-function is trained too; `trl-last-token` is TRL without this."""
-SIDES = (*TRL, *OURS)
+SIDES = ("trl", *OURS)
 LEVELS = (1.8, 2.0)
 SMOOTHED = 3
 """Steps of the mean that must reach a level."""
@@ -191,7 +185,7 @@ def run_ours(side: str, seed: int, steps: int) -> Curve:
     return recorder.curve(side, seed)
 
 
-def run_trl(side: str, seed: int, steps: int) -> Curve:
+def run_trl(seed: int, steps: int) -> Curve:
     """Trains with TRL's PPOTrainer."""
     from datasets import Dataset  # noqa: PLC0415 - only this side needs these
     from transformers import (  # noqa: PLC0415
@@ -202,8 +196,6 @@ def run_trl(side: str, seed: int, steps: int) -> Curve:
     )
     from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: PLC0415
 
-    if side == "trl-last-token":
-        score_the_last_token(PPOTrainer)
     torch.set_num_threads(1)
     policy, reward = starter.resolve("starter:policy"), starter.resolve("starter:reward")
     tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
@@ -268,7 +260,7 @@ def run_trl(side: str, seed: int, steps: int) -> Curve:
             callbacks=[Record()],
         )
         trainer.train()
-    return recorders[0].curve(side, seed)
+    return recorders[0].curve("trl", seed)
 
 
 @torch.no_grad()
@@ -281,21 +273,9 @@ def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
         raise ValueError(f"the models differ in {', '.join(found)}")
 
 
-def score_the_last_token(trainer: Any) -> None:
-    """Changes TRL's trainer so that a response's score and its values end with its last token."""
-    code = textwrap.dedent(inspect.getsource(trainer.train))
-    line = "sequence_lengths_p1 = sequence_lengths + 1"
-    if code.count(line) != 1:
-        raise ValueError("this TRL has another training loop")
-    found: dict[str, Any] = {}
-    changed = code.replace(line, "sequence_lengths_p1 = sequence_lengths")
-    exec(changed, trainer.train.__globals__, found)
-    trainer.train = found["train"]
-
-
 def child(side: str, seed: int, steps: int, out: Path) -> None:
     """Trains one side with one seed, and appends its curve to `out`."""
-    curve = run_trl(side, seed, steps) if side in TRL else run_ours(side, seed, steps)
+    curve = run_trl(seed, steps) if side == "trl" else run_ours(side, seed, steps)
     with out.open("a") as file:
         file.write(json.dumps(asdict(curve)) + "\n")
 

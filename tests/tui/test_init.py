@@ -13,7 +13,7 @@ from engine.errors import RlhfError
 from rlhf_tui.commands.init import init
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NO_RECIPES = {"hub", "own_reward", "word_problems"}
+NO_RECIPES = {"hub", "operating", "own_reward", "smollm2", "word_problems"}
 """Examples of models and rewards, rather than of a way to train."""
 
 
