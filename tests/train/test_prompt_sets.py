@@ -204,6 +204,7 @@ def test_only_the_owner_may_read_the_cache_and_nothing_else_is_left_in_it(
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
 
 
+@pytest.mark.slow
 def test_conversations_that_several_processes_tokenise_keep_their_order(
     tokenizer, write_rows, cached, monkeypatch
 ):

@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).parent / "ranks" / "saving.py"
 STRATEGIES = ("single", "ddp", "fsdp")
 OPTIMISERS = {"adamw": (), "adamw_8bit": ("AdamW8bit",)}
 """`train.optimiser` and the words by which the script makes it."""
+KINDS = ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.slow)]
 DEADLINE = 300
 """Seconds; generous, for a busy machine."""
 
@@ -46,15 +47,21 @@ def results(folder, act="save"):
 
 
 @pytest.fixture(scope="module")
-def all_saved(tmp_path_factory):
-    """Optimiser → strategy → folder of its checkpoint, which all strategies have read."""
-    folders = {k: {s: tmp_path_factory.mktemp(s) for s in STRATEGIES} for k in OPTIMISERS}
+def all_saved(request, tmp_path_factory):
+    """Optimiser → strategy → folder of its checkpoint, which all strategies have read.
+
+    Of the optimisers that the selected tests need.
+    """
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    needed = {"adamw"} | {p.params["kind"] for p in parameters if p and "kind" in p.params}
+    kinds = {k: words for k, words in OPTIMISERS.items() if k in needed}
+    folders = {k: {s: tmp_path_factory.mktemp(s) for s in STRATEGIES} for k in kinds}
     every = [folder for of_kind in folders.values() for folder in of_kind.values()]
     for folder in every:
         (folder / "checkpoints").mkdir()
 
     def saves(strategy):
-        return [("save", strategy, folders[k][strategy], *words) for k, words in OPTIMISERS.items()]
+        return [("save", strategy, folders[k][strategy], *words) for k, words in kinds.items()]
 
     several = [s for s in STRATEGIES if s != "single"]
     for actions in (
@@ -80,7 +87,7 @@ def expected(folder):
     return lm, {k: t for k, t in tensors.items() if not k.startswith("lm/")}
 
 
-@pytest.mark.parametrize("kind", OPTIMISERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reader", STRATEGIES)
 @pytest.mark.parametrize("writer", STRATEGIES)
 def test_optimiser_value_function_and_average_are_read_bit_for_bit_by_any_strategy(

@@ -15,7 +15,14 @@ def findings_of(part, folder):
         return list(run_parts({"part": part}, Target(GPU, False, folder)))
 
 
-@pytest.mark.parametrize("name", check.IN_PROCESS)
+LONG = ("decoding", "bfloat16", "8-bit moments")
+"""Parts of ten seconds and more; what they compute has tests of its own."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in check.IN_PROCESS],
+)
 def test_a_part_of_the_check_finds_what_it_should_on_the_pretend_gpu(name, tmp_path):
     found = findings_of(check.IN_PROCESS[name], tmp_path)
     assert found and [f for f in found if not f.passed] == []
@@ -32,7 +39,9 @@ def test_a_part_with_other_processes_finds_what_it_should_on_a_cpu(name, tmp_pat
 def test_the_benchmark_decodes_on_the_pretend_gpu(tmp_path):
     write_models(tmp_path, bench.SMALL_TASK)
     found = findings_of(lambda target: bench.decoding(bench.SMALL_TASK, target), tmp_path)
-    assert [f.name for f in found if f.passed] == ["decoding, kernels of torch"]
+    assert [f.name for f in found if f.passed] == [
+        "decoding, kernels of torch, compiled: never"
+    ]
 
 
 def test_a_part_that_raises_is_a_failed_finding_and_the_next_one_runs(tmp_path, capsys):
