@@ -39,9 +39,7 @@ def test_a_part_with_other_processes_finds_what_it_should_on_a_cpu(name, tmp_pat
 def test_the_benchmark_decodes_on_the_pretend_gpu(tmp_path):
     write_models(tmp_path, bench.SMALL_TASK)
     found = findings_of(lambda target: bench.decoding(bench.SMALL_TASK, target), tmp_path)
-    assert [f.name for f in found if f.passed] == [
-        "decoding, kernels of torch, compiled: never"
-    ]
+    assert [f.name for f in found if f.passed] == ["decoding, kernels of torch, compiled: never"]
 
 
 def test_a_part_that_raises_is_a_failed_finding_and_the_next_one_runs(tmp_path, capsys):
