@@ -1,4 +1,4 @@
-"""Trains one step on recorded rollouts, as one of several ranks started by torchrun.
+"""Trains one step on recorded rollouts, as one of several ranks.
 
 ``steps.py JOBS``: JOBS is a JSON list of jobs, each with the folder of a session, a recorded
 rollout and a result file. Rank 0 writes the metrics to the result file and the updated weights
@@ -14,7 +14,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from engine.config.sections.launch import LaunchConfig
-from engine.launch.environment import STORE_VARIABLE
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup
@@ -27,7 +26,6 @@ from engine.train.step import train_step
 
 def main():
     jobs = Path(sys.argv[1])
-    os.environ[STORE_VARIABLE] = f"file:{jobs}.store"
     ranks = RankGroup(LaunchConfig(device="cpu"))
     for job in json.loads(jobs.read_text()):
         chunked_loss.MOST_LOGITS = int(job["most_logits"])
