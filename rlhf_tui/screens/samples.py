@@ -16,6 +16,7 @@ from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.commands import Probe
 from engine.protocol.rank_messages import TokenArrays
+from engine.session.file_signature import FileSignature
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts import sample_comparison, sample_labels, sample_list
@@ -77,7 +78,7 @@ class SamplesScreen(SessionScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._labels_read: tuple[int, ...] = ()
+        self._labels_read: FileSignature = ()
         """The value of `state.labels` for which the comparison was read."""
 
     @functools.cached_property
