@@ -54,6 +54,7 @@ FLOORS = [
         "engine.train.greedy_baseline",
         "engine.train.live_settings",
         "engine.train.reports",
+        "engine.train.reward_scales",
         "engine.train.rollout_check",
     ),
     ("engine.train.boundary", "engine.train.step"),

@@ -20,7 +20,7 @@ from engine.errors import CheckpointError, DamagedCheckpointError, UserInputErro
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
 from engine.metrics import SCORE
-from engine.protocol.rank_messages import Begin, ReplayedChange
+from engine.protocol.rank_messages import Begin, RepeatedChange
 from engine.session.checkpoints import complete_checkpoints, mark_complete
 from engine.train.boundary import update_reference
 from engine.train.checkpoints import folder as checkpoint_folder
@@ -28,9 +28,10 @@ from engine.train.checkpoints.folder import MetricValue
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
-from engine.train.load import fit_scales, load_run
+from engine.train.load import load_run
 from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
+from engine.train.reward_scales import fit_scales
 from engine.train.step import train_step
 
 DEADLINE = 120
@@ -179,8 +180,8 @@ def test_the_memory_check_of_a_resume_includes_its_overrides(trained):
     run, session = trained
     save(run, session)
     change = SettingChange(key="max_new_tokens", old=10, new=50)
-    replayed = ReplayedChange(step=2, command="resume", changes=[change])
-    again = resumed(session, replay=[replayed])
+    repeated = RepeatedChange(step=2, command="resume", changes=[change])
+    again = resumed(session, repeat=[repeated])
     assert again.config.rollout.max_new_tokens == 10, (
         "the setting changes at the boundary, not while loading"
     )
