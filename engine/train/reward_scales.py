@@ -1,6 +1,7 @@
 """The scales of the scores (`normalise`): measured before the first step, kept in checkpoints."""
 
 import logging
+import re
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,9 @@ from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.run import Run
 
 log = logging.getLogger("engine")
+
+ADDRESS = re.compile(r"(://[^\s?]*)\?\S*")
+"""An address with a query in a text, after its scheme; group 1 is without the query."""
 
 
 def use_saved_scales(run: Run, changed: Callable[[str], None]) -> None:
@@ -83,10 +87,12 @@ def _adopt_reward(
 ) -> None:
     """Forgets the scales of another reward, so that they are measured again."""
     reward = config.scored_by
-    if state.scored_by and state.scored_by != reward:
+    # Earlier versions kept the query of an address, which may be a key.
+    before = ADDRESS.sub(r"\1", state.scored_by)
+    if before not in ("", reward):
         text = (
             f"from step {state.step + 1} on scores come from {reward}, before from "
-            f"{state.scored_by}: they are not comparable"
+            f"{before}: they are not comparable"
         )
         log.info(text)
         changed(text)

@@ -31,7 +31,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
 from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
-from engine.train.reward_scales import fit_scales
+from engine.train.reward_scales import fit_scales, use_saved_scales
 from engine.train.step import train_step
 
 DEADLINE = 120
@@ -152,6 +152,13 @@ def test_another_reward_is_told_and_its_scales_are_measured_anew(make_run):
     save(again, session)
     assert load().state.reward_mean == again.state.reward_mean
     assert len(notices) == 1
+
+
+def test_a_key_in_the_address_of_an_earlier_reward_is_not_shown(make_run):
+    run, _ = make_run()
+    run.state.scored_by, notices = "service https://example.org/score?key=secret", []
+    use_saved_scales(run, notices.append)
+    assert "before from service https://example.org/score: they" in notices[0]
 
 
 def test_live_settings_are_restored_before_a_resume_estimates_memory(trained):
