@@ -6,7 +6,6 @@ on two prompts and times one on a few more. The last line of standard output is 
 is in a temporary folder, which it removes.
 """
 
-import os
 import sys
 
 import msgspec
@@ -14,10 +13,11 @@ from msgspec.structs import replace
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
-from engine.errors import RlhfError, error_text
+from engine.errors import RlhfError
 from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, STEP_TIME, phase_time
 from engine.protocol.check_result import CheckedSample, CheckResult, TimedStep
+from engine.protocol.program_result import print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.session.temporary_folders import TemporaryFolder
@@ -46,15 +46,7 @@ def main() -> None:
     """Tries one configuration and prints the result."""
     disable_progress_bar()
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=RunConfig)
-    try:
-        result: object = check(config)
-    except RlhfError as error:
-        result = {"error": error_text(error), "exit_code": error.exit_code}
-    # Unlike json, this encoder writes null for a metric that is not finite.
-    sys.stdout.flush()
-    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(result) + b"\n")
-    sys.stdout.buffer.flush()
-    os._exit(0)  # torch's threads may keep the interpreter from ending
+    print_result(lambda: check(config))
 
 
 def check(config: RunConfig) -> CheckResult:
