@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
-from engine.errors import RlhfError
+from engine.errors import RlhfError, error_text
 from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, STEP_TIME, phase_time
 from engine.protocol.check_result import CheckedSample, CheckResult, TimedStep
@@ -26,6 +26,7 @@ from engine.train.load import load_run
 from engine.train.models.language_model import parameter_count
 from engine.train.models.memory_check import check_memory
 from engine.train.models.trusted_code import trusted_code
+from engine.train.out_of_memory import is_out_of_memory, memory_text
 from engine.train.reward_scales import fit_scales
 from engine.train.rollout.rollout import ReportProgress
 from engine.train.run import Run
@@ -114,7 +115,7 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
     second, _ = train_step(run, 2)
     _strategy, planned = check_memory(config, run.prompts.longest, run.ranks, warnings.append)
     responses = run.config.rollout.batch_size
-    larger = _time_larger(config, run, second[STEP_TIME])
+    larger = _time_larger(config, run, second[STEP_TIME], warnings)
     return CheckResult(
         device=str(run.device),
         dtype=config.model.dtype,
@@ -144,13 +145,17 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
     )
 
 
-def _time_larger(config: RunConfig, run: Run, tried: float) -> TimedStep | None:
+def _time_larger(
+    config: RunConfig, run: Run, tried: float, warnings: list[str]
+) -> TimedStep | None:
     """Takes a third step on more prompts, if ranks of the run have more and it does not take long.
 
     Args:
         config: of the run.
         run: after two steps.
         tried: seconds of the second one.
+        warnings: gets the reason if the step fails: the run could do without it, by retries or a
+            smaller micro-batch.
     """
     ranks = ranks_per_node(config.launch) * config.launch.nodes
     affordable = int(PROMPTS * LONGEST_STEP / tried)
@@ -160,11 +165,18 @@ def _time_larger(config: RunConfig, run: Run, tried: float) -> TimedStep | None:
     responses = prompts * config.responses_per_prompt
     run.prompts = run.prompts.in_steps_of(prompts)
     run.config = replace(run.config, rollout=replace(run.config.rollout, batch_size=responses))
-    run.state.step = 2
-    step, _ = train_step(run, 3)
-    if run.device.type != "cpu":  # a GPU prepares itself for a shape when it comes first
-        run.state.step = 3
-        step, _ = train_step(run, 4)
+    try:
+        # A GPU prepares itself for a shape when it comes first.
+        for number in (3,) if run.device.type == "cpu" else (3, 4):
+            run.state.step = number - 1
+            step, _ = train_step(run, number)
+    except (RlhfError, RuntimeError, MemoryError) as error:
+        expected = isinstance(error, RlhfError)
+        if not expected and not is_out_of_memory(error):
+            raise
+        reason = error_text(error) if expected else f"out of memory: {memory_text(error)}"
+        warnings.append(f"{responses} responses could not be tried at once: {reason}")
+        return None
     return TimedStep(responses, step[STEP_TIME])
 
 
