@@ -139,11 +139,11 @@ class Source:
                 return
             with path.open("rb") as file:
                 file.seek(self._log_at)
-                data = file.read(LOG_BYTES)
+                while data := file.read(min(LOG_BYTES, size - self._log_at)):
+                    self._log_at += len(data)
+                    yield Log(data.decode("utf-8", "replace"))
         except OSError:
             return  # the log is not what the session depends on
-        self._log_at += len(data)
-        yield Log(data.decode("utf-8", "replace"))
 
     @staticmethod
     def _rows(
