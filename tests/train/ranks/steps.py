@@ -19,8 +19,9 @@ from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor
 from engine.train.evaluation.evaluate import evaluate_if_due
-from engine.train.load import fit_scales, load_run
+from engine.train.load import load_run
 from engine.train.ppo import chunked_loss
+from engine.train.reward_scales import fit_scales
 from engine.train.step import train_step
 
 
