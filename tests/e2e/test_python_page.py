@@ -22,6 +22,7 @@ def own_sessions(tmp_path, monkeypatch):
         process.kill()
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_does_what_the_page_says(own_sessions, capsys):
     names = {}
     for number, block in enumerate(BLOCKS):

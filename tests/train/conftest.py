@@ -18,6 +18,8 @@ from engine.train.step import train_step
 from tests.train.stand_in_engine import StandInEngine
 from tests.train.supervisor_end import Supervisor
 
+torch.set_num_threads(1)  # models this small gain nothing from more
+
 SMALL = (
     "rollout.batch_size=8",
     "rollout.max_new_tokens=10",

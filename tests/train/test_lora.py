@@ -24,6 +24,7 @@ from engine.train.models import lora
 from engine.train.models.language_model import AdapterFreePolicy, LanguageModel, fingerprint
 from engine.train.models.pretrained import load_lm
 from engine.train.step import train_step
+from tests.variants import some_of
 
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
 DEADLINE = 120
@@ -38,7 +39,9 @@ VARIANTS = {
     "rloo": ["ppo.advantage=rloo", "rollout.per_prompt=4"],
     "some targets": ["lora.targets=[q_proj, mlp.down_proj]", "lora.alpha=4"],
 }
-variants = pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
+variants = pytest.mark.parametrize(
+    "overrides", some_of(VARIANTS, "gae, separate value trunk", "some targets")
+)
 
 
 def save(run, session):

@@ -12,6 +12,7 @@ from engine.train.out_of_memory import StepOutOfMemoryError, run_step, smaller_m
 from engine.train.ppo import forward, optimise
 from engine.train.worker import failed_message
 from tests.train.gpu.pretend import GPU, pretend_gpu
+from tests.variants import some_of
 
 STATISTICS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB."
 
@@ -43,7 +44,7 @@ def adjusting(run, said):
     return adjust
 
 
-@pytest.mark.parametrize("device", [None, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("device", some_of({"cpu": None, "gpu": GPU}, "gpu"))
 def test_a_repeated_step_has_the_numbers_of_a_run_with_that_micro_batch(
     make_run, memory_for, device
 ):

@@ -12,11 +12,16 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.load import load_run
 from engine.train.step import train_step
+from tests.variants import some_of
 
 DECAY = 0.75
 ON = f"train.ema.decay={DECAY}"
 EVALUATED = ("eval={every: 1, holdout: 6, max_new_tokens: 8}", "train.learning_rate=1e-3")
-KINDS = [(), ("lora.rank=4", "model.value=separate"), ("train.ema.offload=true",)]
+KINDS = {
+    "shared trunk": (),
+    "adapters and a separate value trunk": ("lora.rank=4", "model.value=separate"),
+    "on the host": ("train.ema.offload=true",),
+}
 
 
 def copies(tensors):
@@ -40,7 +45,7 @@ def resumed(session, config, step):
     return load_run(session, config, begin, RankGroup(config.launch), lambda *_: lambda *_: None)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", some_of(KINDS, "adapters and a separate value trunk"))
 def test_the_average_of_a_resumed_run_is_that_of_all_steps(make_run, assert_same_step, kind):
     run, session = make_run(ON, *kind)
     mean = copies(policy_tensors(run.policy))

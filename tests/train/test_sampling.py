@@ -26,6 +26,7 @@ from engine.train.rollout.native import generate
 from engine.train.rollout.rollout import Rollout, left_mask
 from engine.train.rollout.sampling import SCHEMES, block_size, log_uniforms, sample
 from engine.train.rollout.stop_criteria import StopCriteria
+from tests.variants import some_of
 
 VOCABULARY, LIMIT, EOS = 32, 12, [3, 4, 5, 6]
 BELOW_ONE = 1 - 2**-24
@@ -356,7 +357,7 @@ def test_processing_a_prompt_once_for_all_its_responses_gives_the_same_responses
     assert all(same_response(once, i, apart, i) for i in range(6))
 
 
-@pytest.mark.parametrize("at_once", [None, 3, 1])
+@pytest.mark.parametrize("at_once", some_of({"all": None, "three": 3, "one": 1}, "three"))
 @pytest.mark.parametrize("schedule", [EXACT, Schedule(5, fixed_shapes=False), Schedule(5, True)])
 @pytest.mark.parametrize("stop", [[], ["w7", "w1 w2"]])
 def test_looks_shapes_and_refilled_slots_change_no_response(respond, schedule, at_once, stop):

@@ -19,6 +19,7 @@ from tests.judging import STEPS, judgements
 from tests.tui.conftest import sample_of
 from tests.tui.screen import notices
 from tests.tui.test_comparing import beside, pairs, reference
+from tests.variants import some_of
 
 
 def train(session, last, first=STEPS + 1, score=9.0):
@@ -46,7 +47,10 @@ def settled(app):
     return key_of(app.screen.query_one(SampleView).sample) == key_of(app.screen.selected())
 
 
-@pytest.mark.parametrize("keys", [["j"], ["s", "j"], ["d"], ["z"], ["v"], ["enter"], ["plus"]])
+KEYS = {keys: keys.split() for keys in ("j", "s j", "d", "z", "v", "enter", "plus")}
+
+
+@pytest.mark.parametrize("keys", some_of(KEYS, "s j", "d", "plus"))
 async def test_what_the_run_records_moves_nothing_under_a_reader(samples, judged, keys, until):
     async with samples(follow=True) as (app, pilot):
         table = app.screen.query_one(Table)
