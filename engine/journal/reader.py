@@ -79,8 +79,7 @@ SELECT step, total FROM (
 LAST_STATE = "SELECT data FROM events WHERE kind = 'state' ORDER BY id DESC LIMIT 1"
 STEP_OF_ATTEMPT = "SELECT 1 FROM steps WHERE attempt = ? ORDER BY step DESC LIMIT 1"
 ALL_CHANGES = """
-SELECT changes FROM main.commands WHERE status = 'applied' AND changes <> '[]'
-ORDER BY ended, applied_step
+SELECT changes FROM main.commands WHERE status = 'applied' AND changes <> '[]' ORDER BY
 """
 """Of settings, also those after the moment that a reader shows."""
 BETA_OF_STEP = """
@@ -156,7 +155,10 @@ class JournalReader:
 
     def _meta_at(self, now: SessionMeta, position: Position) -> SessionMeta:
         states = self._db.rows(LAST_STATE)
-        changes = [decoded(row[0], list[SettingChange]) for row in self._db.rows(ALL_CHANGES)]
+        numbered = self._db.version >= schema.COMMANDS_ARE_NUMBERED
+        order = "applied_seq" if numbered else "ended, applied_step"
+        rows = self._db.rows(f"{ALL_CHANGES} {order}")
+        changes = [decoded(row[0], list[SettingChange]) for row in rows]
         at = {"name": BETA, "step": position.step + 1, "attempt": position.attempt}
         betas = self._db.rows(BETA_OF_STEP, at) or self._db.rows(
             BETA_OF_STEP, at | {"step": position.step}
@@ -351,10 +353,12 @@ class JournalReader:
             "ORDER BY id DESC LIMIT ?",
             (after, limit(last)),
         )
-        commands = {c.id: c for c in self.commands()}
+        payloads = [decode_payload(kind, data) for *_, kind, data in rows]
+        of_commands = any(isinstance(payload, CommandEvent) for payload in payloads)
+        commands = {c.id: c for c in self.commands()} if of_commands else {}
         events = []
-        for event, time, attempt, step, kind, data in reversed(rows):
-            payload = decode_payload(kind, data)
+        for row, payload in zip(reversed(rows), reversed(payloads), strict=True):
+            event, time, attempt, step, kind, data = row
             command = commands.get(payload.id) if isinstance(payload, CommandEvent) else None
             events.append(
                 EventRow(

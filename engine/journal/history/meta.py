@@ -27,7 +27,7 @@ def meta_at(
         now: what the supervisor recorded last.
         state: the last change of the state before the moment; None before the first.
         changes: all changes of settings, also those after the moment, in order.
-        commands: as they were at the moment.
+        commands: as they were at the moment, in order of arrival.
         beta: the KL coefficient of the step that follows the moment; None if unknown.
         steps: whether the attempt had completed a step.
     """
@@ -57,5 +57,6 @@ def _changed_by(commands: Sequence[CommandRow], step: int) -> dict[str, Any]:
     applied = [
         c for c in commands if c.status == "applied" and c.live and (c.applied_step or 0) <= step
     ]
-    applied.sort(key=lambda c: (c.attempt, c.applied_step or 0, c.ended or 0.0))
+    # Of one step, in the order of arrival, not by the wall clock, which may be set back.
+    applied.sort(key=lambda c: (c.attempt, c.applied_step or 0))
     return {change.key: change.new for command in applied for change in command.changes}
