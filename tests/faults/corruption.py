@@ -19,6 +19,7 @@ from engine.errors import RlhfError
 from engine.journal.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.launch import start as launch
+from engine.session import access
 from engine.session.folder import Session
 from engine.verification.verify import verify
 from rlhf_tui import cli
@@ -192,6 +193,7 @@ def check(session: Session, before: dict[str, Any], *, shorter: bool) -> None:
 def old_session(root: Path, name: str) -> Session:
     """A copy of a recorded session whose configuration names files that are."""
     folder = root / "old" / name
+    access.make_folders(folder.parent)  # verify would find that a group can write there
     shutil.copytree(DATA / "sessions" / name, folder)
     folder.chmod(0o700)
     config = folder / "config.yaml"
@@ -210,6 +212,7 @@ def corrupt_everything(root: Path, table: Table, stride: int = 1, first: int = 0
         stride: do every so manieth damage.
         first: the first one.
     """
+    access.make_folders(root / "damaged")
     for name in ("finished", "killed"):
         original = old_session(root, name)
         for number, damage in enumerate(damages(original.folder)):
