@@ -254,7 +254,7 @@ def read_only(run: FaultRun) -> None:
     run.wait_for_step(5)
     run.kill_engine()
     place = run.session.folder.parent.parent
-    subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+    until(lambda: remount(place, "ro"), "a read-only file system", WAIT)
     try:
         for words in (("status",), ("metrics",), ("verify",)):
             done = run.cli(*words, run.session.name)
@@ -264,8 +264,16 @@ def read_only(run: FaultRun) -> None:
         if done.returncode != 1 or done.stderr.count("\n") != 1:
             raise LostError(f"resume: {done.returncode} {done.stderr}")
     finally:
-        subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+        remount(place, "rw")
     run.start()
+
+
+def remount(place: Path, how: str) -> bool:
+    """Mounts a file system again, read-only or not; false while a killed thread has a file open."""
+    done = subprocess.run(
+        ["mount", "-o", f"remount,{how}", place], capture_output=True, check=False
+    )
+    return done.returncode == 0
 
 
 def few_files_supervisor(run: FaultRun) -> None:
