@@ -66,6 +66,13 @@ class Turn(NamedTuple):
     watchers: float
     """Connections that watch, mean."""
 
+    def text(self) -> str:
+        """In one line."""
+        return (
+            f"wall {self.wall:.4f} rank {self.rank:.4f} supervisor {self.supervisor:.4f} "
+            f"viewers {self.viewers:.2f} watchers {self.watchers:.0f}"
+        )
+
 
 class Scenario(NamedTuple):
     """Turns around one run."""
@@ -250,9 +257,7 @@ def measure(runs: dict[str, Watched], scenario: Scenario, seconds: float, rounds
         for kind in scenario.kinds if number % 2 == 0 else scenario.kinds[::-1]:
             turn = runs[scenario.steps].turn(kind, seconds, own_core=scenario.own_core)
             turns[kind].append(turn)
-            print(f"{time.strftime('%X')} {scenario.title}: {kind:<8}", *(
-                f"{name} {value:.4f}" for name, value in turn._asdict().items()
-            ), flush=True)  # fmt: skip
+            print(f"{time.strftime('%X')} {scenario.title}: {kind:<8} {turn.text()}", flush=True)
     report(scenario, turns)
 
 
