@@ -106,6 +106,8 @@ def open_read_only(path: Path, newest: int) -> sqlite3.Connection | None:
 def connect(path: Path, newest: int) -> tuple[sqlite3.Connection, str] | None:
     """Like :func:`open_read_only`, but also returns the URI that SQLite opened."""
     if not path.is_file():
+        if path.exists():
+            raise JournalError(f"cannot read {path}: it is not a file; move it away")
         return None
     uri = f"{path.resolve().as_uri()}?mode=ro"
     try:

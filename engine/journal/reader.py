@@ -278,10 +278,12 @@ class JournalReader:
             "ORDER BY id DESC LIMIT ?",
             (after, limit(last)),
         )
-        commands = {c.id: c for c in self.commands()}
+        payloads = [decode_payload(kind, data) for *_, kind, data in rows]
+        of_commands = any(isinstance(payload, CommandEvent) for payload in payloads)
+        commands = {c.id: c for c in self.commands()} if of_commands else {}
         events = []
-        for event, time, attempt, step, kind, data in reversed(rows):
-            payload = decode_payload(kind, data)
+        for row, payload in zip(reversed(rows), reversed(payloads), strict=True):
+            event, time, attempt, step, kind, data = row
             command = commands.get(payload.id) if isinstance(payload, CommandEvent) else None
             events.append(
                 EventRow(

@@ -259,7 +259,7 @@ class RankMessageHandler:
             case _:
                 assert_never(message)
         if not isinstance(message, Phase):
-            self._server.notify_watchers()
+            self._server.notify_watchers(soon=not isinstance(message, StepReport))
         self._publisher.rank_message(message)
 
     def _record_step(self, report: StepReport) -> None:

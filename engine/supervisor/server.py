@@ -31,6 +31,7 @@ from engine.protocol.client_messages import (
 )
 from engine.protocol.frames import Message
 from engine.protocol.rank_messages import Phase, RankHello
+from engine.supervisor.watchers import Watchers
 
 log = logging.getLogger("engine")
 
@@ -42,8 +43,6 @@ MAX_CLIENT_FRAME = 256 * 1024
 MAX_CLIENTS = 64
 MAX_UNREAD = 4 * 1024 * 1024
 """Bytes that may be queued for a client that does not read; then its connection is closed."""
-NOTIFY_INTERVAL = 0.1
-"""Seconds in which notifications are merged into one. The journal holds every row in between."""
 
 _hello = msgspec.msgpack.Decoder(RankHello | ClientHello)
 
@@ -51,12 +50,17 @@ _hello = msgspec.msgpack.Decoder(RankHello | ClientHello)
 class Connection:
     """One client's connection."""
 
-    def __init__(self, writer: asyncio.StreamWriter, who: str) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, who: str, known: int) -> None:
         self._writer = writer
         self.who = who
-        self.watching = False
+        self.known = known
+        """Number of the newest state when it connected. Replies to its requests include that."""
         self.awaited: set[str] = set()
         """Ids of the commands whose replies go to this client."""
+
+    def is_behind(self) -> bool:
+        """Whether it has not read yet what was sent before."""
+        return self._writer.transport.get_write_buffer_size() > 0
 
     def send(self, message: Message) -> None:
         """Queues a message, see :meth:`send_frame`."""
@@ -96,7 +100,7 @@ class Server:
 
     def __init__(self) -> None:
         self._clients: set[Connection] = set()
-        self._notification: asyncio.TimerHandle | None = None
+        self._watchers = Watchers(self._journal_position)
 
     async def start(
         self,
@@ -116,16 +120,14 @@ class Server:
         self._server = await asyncio.start_unix_server(self._serve, sock=listener)
 
     def close(self) -> None:
-        """Sends a pending notification and stops accepting connections."""
-        if self._notification is not None:
-            self._notification.cancel()
-            self._send_notification()
+        """Sends watchers what is new and stops accepting connections."""
+        self._watchers.close()
         self._server.close()
 
     @property
     def watchers(self) -> int:
         """The number of clients that watch."""
-        return sum(c.watching for c in self._clients)
+        return len(self._watchers)
 
     def send_reply(self, reply: CommandReply) -> None:
         """Sends a reply to every client that sent the command."""
@@ -136,26 +138,15 @@ class Server:
                     client.awaited.discard(reply.id)
 
     def send_to_watchers(self, message: Phase | Telemetry) -> None:
-        """Sends a message that is not in the journal to every client that watches."""
-        self._send_to([c for c in self._clients if c.watching], message)
+        """Sends a message that is not in the journal to every client that watches, merged."""
+        self._watchers.set_state(message)
 
-    def notify_watchers(self) -> None:
-        """Announces new rows of the journal, within :data:`NOTIFY_INTERVAL`."""
-        if self._notification is None:
-            loop = asyncio.get_running_loop()
-            self._notification = loop.call_later(NOTIFY_INTERVAL, self._send_notification)
+    def notify_watchers(self, *, soon: bool = True) -> None:
+        """Announces new rows of the journal, see :meth:`Watchers.rows_added`."""
+        self._watchers.rows_added(soon=soon)
 
-    def _send_notification(self) -> None:
-        self._notification = None
-        if watching := [c for c in self._clients if c.watching]:
-            self._send_to(watching, self._requests.journal_position())
-
-    @staticmethod
-    def _send_to(clients: list[Connection], message: Message) -> None:
-        if clients:
-            frame = frames.encode(message)  # once: there may be many
-            for client in clients:
-                client.send_frame(frame)
+    def _journal_position(self) -> JournalAdvanced:
+        return self._requests.journal_position()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -182,7 +173,8 @@ class Server:
         if isinstance(hello, RankHello):
             await self._handle_rank(hello, reader, writer)
             return
-        await self._serve_client(reader, Connection(writer, hello.who), hello.version)
+        client = Connection(writer, hello.who, self._watchers.number)
+        await self._serve_client(reader, client, hello.version)
 
     async def _serve_client(
         self, reader: asyncio.StreamReader, client: Connection, version: int
@@ -203,6 +195,7 @@ class Server:
                 self._handle(client, decode_from_client(body))
         finally:
             self._clients.discard(client)
+            self._watchers.discard(client)
 
     def _handle(self, client: Connection, message: FromClient) -> None:
         match message:
@@ -215,8 +208,7 @@ class Server:
             case StatusRequest():
                 client.send(self._requests.status())
             case Watch():
-                client.watching = True
-                client.send(self._requests.journal_position())
+                self._watchers.add(client, client.known)
             case ClientHello():
                 raise LinkError("a second hello on one connection")
 

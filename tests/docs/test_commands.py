@@ -153,7 +153,8 @@ def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded")
     shutil.copytree(OLD, folder, dirs_exist_ok=True)
     shutil.copy(starter.FOLDER / "demo.yaml", folder / "my-run.yaml")
-    for path in (folder / "sessions").rglob("*"):
+    sessions = folder / "sessions"  # the clone may be writable by a group
+    for path in (sessions, *sessions.rglob("*")):
         path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
         if path.name == "config.yaml":
             path.write_text(path.read_text().replace("@FOLDER@", str(folder)))

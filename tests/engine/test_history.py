@@ -257,3 +257,18 @@ def test_pauses_are_shortened_and_a_clock_that_was_set_back_stops_nothing(writer
 
 def test_an_empty_session_has_no_items(writer):
     assert len(Recording(Session(writer.session.folder.parent / "none"))) == 0
+
+
+def test_changes_are_in_the_order_in_which_they_were_applied_whatever_the_clock(
+    writer, monkeypatch
+):
+    writer.steps(1)
+    beginning = Recording(writer.session).position_at(0.0)
+    writer.change("c1", 2, 1e-5, 2e-5, key="learning_rate")
+    earlier = itertools.count(1_600_000_000.0)
+    monkeypatch.setattr(time, "time", lambda: next(earlier))
+    writer.change("c2", 2, 2e-5, 5e-5, key="learning_rate")
+    writer.steps(2, 3)
+    writer.journal.set_meta(settings={"beta": 0.1, "learning_rate": 5e-5})
+    with JournalReader(writer.session.at(beginning)) as record:
+        assert record.meta().settings["learning_rate"] == 1e-5

@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument(
         "--only", choices=["kills", "agents", "outside", "corruption", "light"], action="append"
     )
+    parser.add_argument("--fault", default="", help="a part of the names of faults or damages")
     options = parser.parse_args()
     root = options.out or Path(tempfile.mkdtemp(prefix="faults-"))
     root.mkdir(exist_ok=True)
@@ -65,9 +66,9 @@ def main() -> int:
     if "light" in chosen:
         light_kills(root, table, rng, options.light)
     if "outside" in chosen:
-        OutsideFaults(root, table).all()
+        OutsideFaults(root, table, options.fault).all()
     if "corruption" in chosen:
-        corrupt_everything(root, table)
+        corrupt_everything(root, table, only=options.fault)
     print(table.text())
     for failure in table.failures:
         print(failure)

@@ -19,6 +19,7 @@ from engine.errors import RlhfError
 from engine.journal.labels import LabelReader
 from engine.journal.reader import JournalReader
 from engine.launch import start as launch
+from engine.session import access
 from engine.session.folder import Session
 from engine.verification.verify import verify
 from rlhf_tui import cli
@@ -31,6 +32,7 @@ SQLITE_FIELDS = (0, 16, 18, 19, 20, 21, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 
 byte of its first page."""
 WAL_FIELDS = (0, 4, 8, 12, 16, 20, 24, 28)
 FRAME_FIELDS = (0, 4, 8, 12, 16, 20, 24)
+WAL_HEADER, FRAME_HEADER = 32, 24
 MOST = 12
 """Boundaries of one kind in one file."""
 
@@ -41,6 +43,8 @@ class Damage(NamedTuple):
     file: str
     what: str
     apply: Callable[[Path], None]
+    as_by_crash: bool = False
+    """Whether it leaves what a crash may leave, too: a write-ahead log without its newest rows."""
 
 
 def flip(at: int) -> Callable[[Path], None]:
@@ -108,22 +112,33 @@ def boundaries(path: Path) -> list[int]:
     return [0, len(data) - 1] if data else []
 
 
+def last_frame(path: Path) -> int:
+    """Where the last frame of a write-ahead log begins; the size of any other file."""
+    size = path.stat().st_size
+    if not path.name.endswith("-wal") or size < WAL_HEADER:
+        return size
+    page = struct.unpack_from(">I", path.read_bytes(), 8)[0]
+    return size - (page + FRAME_HEADER)
+
+
 def damages(folder: Path) -> Iterator[Damage]:
     """Every damage of every file of a session."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
         name = str(path.relative_to(folder))
         if "tokenizer" in name or name.endswith("-shm"):
             continue
-        size = path.stat().st_size
+        size, last, log = path.stat().st_size, last_frame(path), name.endswith("-wal")
         for at in boundaries(path):
-            yield Damage(name, f"byte {at} inverted", flip(at))
-            yield Damage(name, f"cut at {at}", cut(at))
-        yield Damage(name, "empty", replace(b""))
-        yield Damage(name, "noise", replace(bytes(range(256)) * 16))
-        yield Damage(name, "NUL and bytes that are no UTF-8", replace(b"\x00\xff\xfe\x1b[31m\n"))
-        yield Damage(name, "first half zeros", zero(0, size // 2))
-        yield Damage(name, "gone", Path.unlink)
-        yield Damage(name, "a folder", as_folder)
+            yield Damage(name, f"byte {at} inverted", flip(at), at >= last)
+            yield Damage(name, f"cut at {at}", cut(at), log)
+        noise = bytes(range(256)) * 16
+        yield Damage(name, "empty", replace(b""), log)
+        yield Damage(name, "noise", replace(noise), log)
+        not_text = replace(b"\x00\xff\xfe\x1b[31m\n")
+        yield Damage(name, "NUL and bytes that are no UTF-8", not_text, log)
+        yield Damage(name, "first half zeros", zero(0, size // 2), log)
+        yield Damage(name, "gone", Path.unlink, log)
+        yield Damage(name, "a folder", as_folder, log)
 
 
 def content(session: Session) -> dict[str, Any]:
@@ -161,7 +176,7 @@ def check(session: Session, before: dict[str, Any], *, shorter: bool) -> None:
     Args:
         session: damaged.
         before: its content before.
-        shorter: whether a write-ahead log was cut or removed.
+        shorter: whether a write-ahead log was cut or removed, or its last frame harmed.
     """
     for verb in VERBS:
         try:
@@ -192,16 +207,21 @@ def check(session: Session, before: dict[str, Any], *, shorter: bool) -> None:
 def old_session(root: Path, name: str) -> Session:
     """A copy of a recorded session whose configuration names files that are."""
     folder = root / "old" / name
+    access.make_folders(folder.parent)  # verify would find that a group can write there
     shutil.copytree(DATA / "sessions" / name, folder)
     folder.chmod(0o700)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("@FOLDER@", str(DATA)))
     with contextlib.suppress(FileNotFoundError):
         (folder / "engine.json").unlink()
-    return Session(folder)
+    session = Session(folder)
+    session.write_config(session.config())  # as now, with its last line
+    return session
 
 
-def corrupt_everything(root: Path, table: Table, stride: int = 1, first: int = 0) -> None:
+def corrupt_everything(
+    root: Path, table: Table, stride: int = 1, first: int = 0, only: str = ""
+) -> None:
     """Damages two sessions, one of which crashed with its newest rows in a write-ahead log.
 
     Args:
@@ -209,11 +229,13 @@ def corrupt_everything(root: Path, table: Table, stride: int = 1, first: int = 0
         table: counts by kind of file.
         stride: do every so manieth damage.
         first: the first one.
+        only: a part of the names of the damages that are done, as in `config.yaml: cut`.
     """
+    access.make_folders(root / "damaged")
     for name in ("finished", "killed"):
         original = old_session(root, name)
         for number, damage in enumerate(damages(original.folder)):
-            if number % stride != first % stride:
+            if number % stride != first % stride or only not in f"{damage.file}: {damage.what}":
                 continue
             session = Session(root / "damaged" / name)
             shutil.rmtree(session.folder, ignore_errors=True)
@@ -223,12 +245,10 @@ def corrupt_everything(root: Path, table: Table, stride: int = 1, first: int = 0
             shutil.copytree(original.folder, session.folder)
             damage.apply(session.folder / damage.file)
 
-            shorter = damage.file.endswith("-wal") and not damage.what.startswith("byte")
-
             def checked(
                 session: Session = session,
                 before: dict[str, Any] = before,
-                shorter: bool = shorter,
+                shorter: bool = damage.as_by_crash,
             ) -> None:
                 check(session, before, shorter=shorter)
 

@@ -35,8 +35,9 @@ QUICK = ("reward.retries=0", "launch.silence=30", "guardrails.silent_rank=10")
 class OutsideFaults:
     """Each method does one kind of fault to a run, which must end like the undisturbed one."""
 
-    def __init__(self, root: Path, table: Table) -> None:
-        self._root, self._table = root, table
+    def __init__(self, root: Path, table: Table, only: str = "") -> None:
+        """`only`: a part of the names of the faults that are done."""
+        self._root, self._table, self._only = root, table, only
         self._whole = undisturbed_run(root, STEPS, *QUICK)
 
     def all(self) -> None:
@@ -65,6 +66,8 @@ class OutsideFaults:
     def _try(
         self, kind: str, fault: str, act: Callable[[FaultRun], None], mounted: str = ""
     ) -> None:
+        if self._only not in f"{kind}: {fault}":
+            return
         number = sum(row["tried"] for row in self._table.rows.values())
         name = f"outside-{number}"
         place = self._root / f"place-{number}"
@@ -88,16 +91,20 @@ class OutsideFaults:
         def stall(handler: object, _request: object) -> None:
             time.sleep(60)
 
-        service = RewardService()
-        keys = (f"reward={{service: '{service.url}', http: {{timeout: 5}}}}", "reward.path=null")
-        whole = undisturbed_run(self._root, STEPS, *QUICK, *keys, name="undisturbed-service")
-        garbage = [
+        known = [
+            ("refuse", None),
             ("garbage", reply(b"\xff\xfe not json")),
             ("too few scores", reply({"scores": []})),
             ("status 500", reply({"error": "\x1b[31m"}, 500)),
             ("stall", stall),
         ]
-        for name, behaviour in [("refuse", None), *garbage]:
+        faults = [(n, b) for n, b in known if self._only in f"reward service: {n}"]
+        if not faults:
+            return
+        service = RewardService()
+        keys = (f"reward={{service: '{service.url}', http: {{timeout: 5}}}}", "reward.path=null")
+        whole = undisturbed_run(self._root, STEPS, *QUICK, *keys, name="undisturbed-service")
+        for name, behaviour in faults:
             run = FaultRun(
                 self._root, f"service-{name.replace(' ', '-')}", *QUICK, *keys, steps=STEPS
             )
@@ -254,7 +261,7 @@ def read_only(run: FaultRun) -> None:
     run.wait_for_step(5)
     run.kill_engine()
     place = run.session.folder.parent.parent
-    subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+    until(lambda: remount(place, "ro"), "a read-only file system", WAIT)
     try:
         for words in (("status",), ("metrics",), ("verify",)):
             done = run.cli(*words, run.session.name)
@@ -264,8 +271,16 @@ def read_only(run: FaultRun) -> None:
         if done.returncode != 1 or done.stderr.count("\n") != 1:
             raise LostError(f"resume: {done.returncode} {done.stderr}")
     finally:
-        subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+        remount(place, "rw")
     run.start()
+
+
+def remount(place: Path, how: str) -> bool:
+    """Mounts a file system again, read-only or not; false while a killed thread has a file open."""
+    done = subprocess.run(
+        ["mount", "-o", f"remount,{how}", place], capture_output=True, check=False
+    )
+    return done.returncode == 0
 
 
 def few_files_supervisor(run: FaultRun) -> None:

@@ -1,5 +1,7 @@
 """How the journal is followed: growing, restarted, replaced, gone."""
 
+import asyncio
+import os
 import random
 import shutil
 import time
@@ -7,7 +9,10 @@ import time
 import pytest
 
 from engine.journal.writer import JournalWriter
-from engine.protocol.rank_messages import StepReport
+from engine.protocol import sockets
+from engine.protocol.client_messages import JournalAdvanced, Status
+from engine.protocol.rank_messages import Phase, StepReport
+from engine.supervisor.server import Server
 from rlhf_tui.app.digest import curves_are_read
 from rlhf_tui.state.feeds import feed as feeds
 from rlhf_tui.state.feeds import journal_changes
@@ -177,3 +182,49 @@ def test_a_digest_waits_for_all_its_curves():
         assert not curves_are_read(state)
         state.take(SessionUpdate(curves={name: [(1, 1.0)]}))
     assert curves_are_read(state)
+
+
+class Engine:
+    """What a server asks of a supervisor, for one session."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def journal_position(self):
+        return JournalAdvanced(step=self.step, event=0, state="running")
+
+    def status(self):
+        return Status(
+            state="running", step=self.step, total_steps=40, attempt=1, settings={}, phases=[],
+            step_seconds=None, boundary_in=None, pending=[], telemetry=None, watchers=1,
+            pid=os.getpid(),
+        )  # fmt: skip
+
+
+def test_a_phase_is_shown_without_a_reading_of_the_journal(session, following, monkeypatch):
+    engine = Engine(20)
+
+    async def serve():
+        listener, path = sockets.listen(session.folder)
+        session.write_engine(str(path), "1")
+        server = Server()
+        await server.start(listener, engine, None)
+        monkeypatch.setattr(feeds, "IDLE", 2 * DEADLINE)
+        state, _ = await asyncio.to_thread(following, session)
+        await asyncio.to_thread(wait, lambda: server.watchers and state.connected and state.known)
+        for name in ("generate", "score", "optimise"):
+            if name == "optimise":  # what it reads as it connects, it has read by now
+                journal.record_step(report(21))
+            phase = Phase(rank=0, step=21, name=name)
+            server.send_to_watchers(phase)
+            await asyncio.to_thread(wait, lambda p=phase: state.phases == [p])
+        assert state.head.step == 20
+        server.notify_watchers()
+        await asyncio.to_thread(wait, lambda: state.head.step == 21)
+        server.close()
+
+    lock, journal = session.acquire(), JournalWriter(session)
+    journal.begin_attempt(20, fresh=False)
+    asyncio.run(serve())
+    journal.close()
+    lock.release()

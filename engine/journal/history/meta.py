@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from engine.config.settings import SettingChange
+from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.journal.json_values import decoded
 from engine.journal.rows import CommandRow, SessionMeta, StateEvent, decode_payload
@@ -15,8 +16,7 @@ from engine.session.position import Position
 LAST_STATE = "SELECT data FROM events WHERE kind = 'state' ORDER BY id DESC LIMIT 1"
 STEP_OF_ATTEMPT = "SELECT 1 FROM steps WHERE attempt = ? ORDER BY step DESC LIMIT 1"
 ALL_CHANGES = """
-SELECT changes FROM main.commands WHERE status = 'applied' AND changes <> '[]'
-ORDER BY ended, applied_step
+SELECT changes FROM main.commands WHERE status = 'applied' AND changes <> '[]' ORDER BY
 """
 """Of settings, also those after the moment that a reader shows."""
 BETA_OF_STEP = """
@@ -40,7 +40,7 @@ def read_meta_at(
         database: the journal, with the views of that moment.
         position: the moment.
         now: what the supervisor recorded last.
-        commands: as they were at the moment.
+        commands: as they were at the moment, in order of arrival.
     """
     states = database.rows(LAST_STATE)
     payload = decode_payload("state", states[0][0]) if states else None
@@ -64,7 +64,9 @@ def _settings(
     commands: Sequence[CommandRow],
 ) -> dict[str, Any]:
     """The settings in force: those of today with all changes reverted, then changed again."""
-    rows = database.rows(ALL_CHANGES)
+    numbered = database.version >= schema.COMMANDS_ARE_NUMBERED
+    order = "applied_seq" if numbered else "ended, applied_step"
+    rows = database.rows(f"{ALL_CHANGES} {order}")
     changes = [change for row in rows for change in decoded(row[0], list[SettingChange])]
     settings = (now.settings or {}) | {change.key: change.old for change in reversed(changes)}
     settings |= _changed_by(commands, position.step + 1)
@@ -84,5 +86,6 @@ def _changed_by(commands: Sequence[CommandRow], step: int) -> dict[str, Any]:
     applied = [
         c for c in commands if c.status == "applied" and c.live and (c.applied_step or 0) <= step
     ]
-    applied.sort(key=lambda c: (c.attempt, c.applied_step or 0, c.ended or 0.0))
+    # Of one step, in the order of arrival, not by the wall clock, which may be set back.
+    applied.sort(key=lambda c: (c.attempt, c.applied_step or 0))
     return {change.key: change.new for command in applied for change in command.changes}

@@ -1,7 +1,8 @@
 """Follows a session: reads its journal in a thread and posts updates.
 
-Messages of the engine wake the reader; without an engine it reads once a second. All data except
-phases and telemetry comes from the journal, so a lost connection loses nothing.
+Messages of the engine wake the reader. It reads the journal when one says that there are new rows,
+and once a second besides. All data except phases and telemetry comes from the journal, so a lost
+connection loses nothing.
 """
 
 import threading
@@ -23,7 +24,7 @@ from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
 SHORTEST = 0.3
 """Least seconds between two readings: about three frames a second at most."""
 IDLE = 1.0
-"""Seconds after which it reads again without a message."""
+"""Seconds after which it reads again without new rows: labels have no message."""
 RECONNECT = 0.5
 
 
@@ -66,6 +67,7 @@ class Feed:
         self._telemetry: Telemetry | None = None
         self._connected = False
         self._live_changed = False
+        self._unread = True
         self._record: JournalReader | None = None
         self._file: tuple[int, int] | None = None
 
@@ -86,17 +88,30 @@ class Feed:
     def want(self, names: Iterable[str]) -> None:
         """Also reads these metrics from now on."""
         self._changes.want(names)
+        with self._lock:
+            self._unread = True
         self._wake.set()
 
     # -- reading ------------------------------------------------------------------------------
 
     def _read_loop(self) -> None:
+        read = -IDLE
         while not self._stopped.is_set():
             began = time.monotonic()
-            self._read_once()
+            if self._take_unread() or began >= read + IDLE:
+                self._read_once()
+                read = began
+            elif self._record is not None:
+                self._output.post(self._live_state())
             self._wake.wait(IDLE)
             self._wake.clear()
             self._stopped.wait(max(0.0, SHORTEST - (time.monotonic() - began)))
+
+    def _take_unread(self) -> bool:
+        """Whether something was announced since the last call."""
+        with self._lock:
+            unread, self._unread = self._unread, False
+            return unread
 
     def _read_once(self) -> None:
         try:
@@ -172,13 +187,15 @@ class Feed:
                     case Telemetry():
                         self._telemetry = message
                         self._live_changed = True
+                    case JournalAdvanced():
+                        self._unread = True
         self._wake.set()
 
     def _set_connected(self, connected: bool) -> None:
         with self._lock:
             if self._connected != connected:
                 self._connected = connected
-                self._live_changed = True
+                self._live_changed = self._unread = True
                 if not connected:
                     self._phases.clear()
                     self._telemetry = None

@@ -90,8 +90,12 @@ class JournalChanges:
         if events:
             self._event = events[-1].event
             update = msgspec.structs.replace(update, events=thinned(events))
-        if events or advanced or any(c.ended is None for c in self._commands):
+        # Every new command and checkpoint has an event, so that a step alone changes neither.
+        replayed = advanced and session.position is not None
+        if events or replayed or any(c.ended is None for c in self._commands):
             update = self._with_lists(update, record)
+        if advanced or events:
+            update = self._with_names(update, record)
         self._output.post(update)
         branch = session.position is not None and session.position.current
         if (first or reset) and head.step > LONG and not branch:  # there they take longer
@@ -109,6 +113,9 @@ class JournalChanges:
         if checkpoints != self._checkpoints:
             self._checkpoints = checkpoints
             update = msgspec.structs.replace(update, checkpoints=checkpoints)
+        return update
+
+    def _with_names(self, update: SessionUpdate, record: JournalReader) -> SessionUpdate:
         names = record.metric_names()
         if names != self._names:
             self._names = names
