@@ -154,7 +154,8 @@ class Steering:
         if key in OFF:
             hint.append([(f"off: {OFF[key]}", "dim")])
         title = f"Set {key} of {target.name}"
-        self._app.push_screen(InputDialog(title, hint, value_text(old), check), send)
+        dialog = InputDialog(title, hint, value_text(old), check, verb="set")
+        self._app.push_screen(dialog, send)
 
     def _ask_stop(self, target: SteeringTarget) -> None:
         """Asks how to end the run."""
@@ -185,7 +186,8 @@ class Steering:
             if text:
                 self.command(target, Note(text=text), "note")
 
-        self._app.push_screen(InputDialog(f"Add a note to {target.name}", rows), send)
+        dialog = InputDialog(f"Add a note to {target.name}", rows, verb="add")
+        self._app.push_screen(dialog, send)
 
     def _ask_probe(self, target: SteeringTarget) -> None:
         """Asks for a prompt, which the policy and the reference complete."""
@@ -195,7 +197,8 @@ class Steering:
             if text:
                 self.command(target, Probe(text=text), "probe")
 
-        self._app.push_screen(InputDialog(f"Probe {target.name}", rows), send)
+        dialog = InputDialog(f"Probe {target.name} with a prompt", rows, verb="send")
+        self._app.push_screen(dialog, send)
 
     def roll_back(self, target: SteeringTarget, step: int) -> None:
         """Asks, then sends a rollback to the checkpoint of `step`."""

@@ -197,7 +197,7 @@ class SamplesScreen(SessionScreen):
         if table.count():
             row += [("   row ", "dim"), (f"{table.cursor + 1}/{table.count()}", "strong")]
         if samples.page or table.count() == PAGE:
-            row += [(f"   page {samples.page + 1}  , .", "dim")]
+            row += _page(samples.page, more=table.count() == PAGE)
         if query.prompt is not None:
             row += [("   one prompt  ", "accent"), ("= back", "dim")]
         if samples.filter:
@@ -345,7 +345,9 @@ class SamplesScreen(SessionScreen):
                 self.samples.set_filter(text)
 
         given = self.samples.filter
-        self.app.push_screen(InputDialog("Filter", HINT, given, lambda _: (True, "")), take)
+        self.app.push_screen(
+            InputDialog("Filter", HINT, given, lambda _: (True, ""), verb="filter"), take
+        )
 
     def action_sort(self) -> None:
         """Sorts by the next column."""
@@ -425,3 +427,13 @@ class SamplesScreen(SessionScreen):
             self.samples.set_filter("")
         else:
             self.samples.leave_prompt()
+
+
+def _page(number: int, *, more: bool) -> list[Piece]:
+    """The page from 0, and the keys that lead to its neighbours."""
+    row: list[Piece] = [("   page ", "dim"), (str(number + 1), "strong")]
+    if number:
+        row += [("  , ", "key"), ("previous", "dim")]
+    if more:
+        row += [("  . ", "key"), ("next", "dim")]
+    return row
