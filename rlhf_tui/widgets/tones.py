@@ -51,7 +51,7 @@ TONES = {
     "title": Tone("", "bar", no_color="bold"),
     "value": Tone("", "bar", style="bold"),
     "focus": Tone("", "focus-bar", style="bold", no_color="reverse"),
-    "raw": Tone("raw"),
+    "raw": Tone("raw", no_color="dim"),
     "past": Tone("dim"),
     "target": Tone("good"),
     "rule": Tone("warn", style="bold"),
