@@ -44,6 +44,9 @@ TONES = {
     "cold1": Tone("on-cold1", "cold1"),
     "cold2": Tone("on-cold2", "cold2", style="underline"),
     "cold3": Tone("on-cold3", "cold3", style="underline", no_color="underline reverse"),
+    # the bars beside the largest values
+    "above": Tone("heat3"),
+    "below": Tone("cold3"),
     # -- words that only one of two responses has
     "mine": Tone("s1", style="bold"),
     "theirs": Tone("s6", style="underline"),

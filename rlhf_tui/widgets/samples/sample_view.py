@@ -214,4 +214,4 @@ def _bar(value: float, scale: HeatScale) -> Piece:
         return "?" * 12, UNDEFINED
     share = scale.share(value)
     cells = round(abs(share) * 12)
-    return "█" * cells + " " * (12 - cells), "s6" if share >= 0 else "s1"
+    return "█" * cells + " " * (12 - cells), "above" if share >= 0 else "below"
