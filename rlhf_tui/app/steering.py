@@ -21,6 +21,7 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
+from rlhf_tui import format as fmt
 from rlhf_tui.app.command_tracker import READ_ONLY, CommandTracker, no_engine, when
 from rlhf_tui.app.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
@@ -34,7 +35,7 @@ from rlhf_tui.widgets.lines import Row
 NUDGE = 1.1
 BINDINGS: list[BindingType] = [
     Binding("p", "steer('pause')", "pause"),
-    Binding("p", "steer('unpause')", "resume"),
+    Binding("p", "steer('unpause')", "unpause"),
     Binding("b", "steer('beta')", "beta"),
     Binding("left_square_bracket", "steer('lower_beta')", "beta −10 %", show=False),
     Binding("right_square_bracket", "steer('raise_beta')", "beta +10 %", show=False),
@@ -69,7 +70,7 @@ class Steering:
         self._say = say
         self._actions: dict[str, Callable[[SteeringTarget], object]] = {
             "pause": lambda run: self.command(run, Pause(), "pause"),
-            "unpause": lambda run: self.command(run, Unpause(), "resume"),
+            "unpause": lambda run: self.command(run, Unpause(), "unpause"),
             "beta": lambda run: self._ask_value(run, "beta"),
             "lower_beta": lambda run: self._nudge_beta(run, 1 / NUDGE),
             "raise_beta": lambda run: self._nudge_beta(run, NUDGE),
@@ -153,6 +154,10 @@ class Steering:
         hint: list[Row] = [[(f"{LIVE_SETTINGS[key]}, now ", "dim"), (value_text(old), "strong")]]
         if key in OFF:
             hint.append([(f"off: {OFF[key]}", "dim")])
+        if key == "beta" and target.settings.get("controller") == "adaptive":
+            hint.append(
+                [("The adaptive controller changes it from there; a makes it fixed.", "dim")]
+            )
         title = f"Set {key} of {target.name}"
         dialog = InputDialog(title, hint, value_text(old), check, verb="set")
         self._app.push_screen(dialog, send)
@@ -213,10 +218,11 @@ class Steering:
         self, target: SteeringTarget, step: int, confirmed: Callable[[bool], None]
     ) -> None:
         """Asks for confirmation; `confirmed` gets whether to sample with a new seed."""
-        lost = max(target.step - step, 0)
+        lost = fmt.plural(max(target.step - step, 0), "step")
+        then = "stays paused" if target.state == "paused" else "continues"
         rows: list[Row] = [
-            [(f"The run returns to step {step} and continues.", "")],
-            [(f"{lost} steps are discarded (kept as a ghost).", "dim")],
+            [(f"The run returns to step {step} and {then}.", "")],
+            [(f"This abandons {lost}, which the charts then draw as a ghost.", "dim")],
             *settings_after(target, step),
         ]
         choices = [

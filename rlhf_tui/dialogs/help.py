@@ -12,9 +12,25 @@ from rlhf_tui.widgets.lines import Row, row_width
 
 LEFT_OUT = ("screen.copy_text", "help_quit", "command_palette")
 """Actions of Textual that do not work here or are named below the list."""
-WIDE, COLUMN = 100, 48
-"""Terminal width from which on the help has two columns, and the width of the first one."""
-DESCRIPTIONS = {"app.focus_next": "next panel", "app.focus_previous": "previous panel"}
+WIDE, COLUMN, RIGHT = 100, 45, 21
+"""Terminal width from which on the help has two columns, the width of the first one, and that of
+the descriptions in the second one."""
+DESCRIPTIONS = {
+    "app.focus_next": "next panel",
+    "app.focus_previous": "previous panel",
+    "steer('pause')": "pause after this step",
+    "steer('beta')": "set beta",
+    "steer('adaptive')": "adaptive/fixed beta",
+    "steer('undo')": "undo the last change",
+    "steer('change')": "set another setting",
+    "steer('save')": "save a checkpoint",
+    "steer('note')": "add a note",
+    "steer('probe')": "probe with a prompt",
+    "steer('stop')": "stop the run",
+    "theme": "next theme",
+}
+"""Of actions whose words for the line of keys are too short for a list. At most
+:data:`RIGHT` characters."""
 
 
 class HelpDialog(TextDialog):

@@ -99,7 +99,14 @@ async def test_help_lists_every_binding_that_has_words(make_app, running, until)
         await pilot.press("question_mark")
         await until(pilot, lambda: isinstance(app.screen, HelpDialog))
         text = app.screen.query_one(ScrollText).text()
-        for words in ("pause", "beta +10 %", "crosshair left", "next event", "detach", "probe"):
+        for words in (
+            "pause",
+            "beta +10 %",
+            "crosshair left",
+            "next event",
+            "detach",
+            "probe with a prompt",
+        ):
             assert words in text
         await pilot.press("escape")
         await until(pilot, lambda: app.current_mode == "dashboard" and len(app.screen_stack) == 1)
