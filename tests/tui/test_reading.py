@@ -45,7 +45,7 @@ def test_an_answer_of_nothing_but_undefined_numbers_can_be_read():
 def test_the_legend_has_the_tones_of_the_tokens():
     values = [-4.0, -2.0, -0.5, 0.25, 1.0, 3.9, 4.0]
     rows = token_rows(arrays_of(*values), "advantage", 80)
-    assert rows[1][0] == ("scale", "dim")
+    assert rows[1][0] == ("scale ", "dim")
     legend = {tone for piece, tone in rows[1][1:] if piece.strip()}
     assert legend == {*HEAT, *COLD}
     assert {tone for piece, tone in rows[2] if piece.startswith("t")} <= legend
