@@ -12,9 +12,8 @@ from rlhf_tui.widgets.lines import Row, row_width
 
 LEFT_OUT = ("screen.copy_text", "help_quit", "command_palette")
 """Actions of Textual that do not work here or are named below the list."""
-WIDE, COLUMN, RIGHT = 100, 45, 21
-"""Terminal width from which on the help has two columns, the width of the first one, and that of
-the descriptions in the second one."""
+WIDE, COLUMN = 100, 45
+"""Terminal width from which on the help has two columns, and the width of the first one."""
 DESCRIPTIONS = {
     "app.focus_next": "next panel",
     "app.focus_previous": "previous panel",
@@ -28,9 +27,27 @@ DESCRIPTIONS = {
     "steer('probe')": "probe with a prompt",
     "steer('stop')": "stop the run",
     "theme": "next theme",
+    "new": "start a demo run",
+    "new_from_file": "run a configuration file",
+    "resume": "resume from last checkpoint",
+    "fork": "fork a new session",
+    "delete": "delete with checkpoints",
+    "sort": "sort by the next column",
+    "reverse": "reverse the order",
+    "mark_session": "mark, for O and C",
+    "metric": "choose the listed metric",
+    "roll_back": "roll back to a checkpoint",
+    "export": "export as a model folder",
+    "label('good')": "label good",
+    "label('bad')": "label bad",
+    "label('hack')": "label as reward hacking",
+    "compare": "compare: earlier, reference",
+    "filter": "filter by words, score, KL",
+    "view": "values of each token",
+    "held_out": "held-out responses",
 }
-"""Of actions whose words for the line of keys are too short for a list. At most
-:data:`RIGHT` characters."""
+"""Of actions whose words for the line of keys are too short for a list. Those of every screen have
+at most 21 characters, which is the room in the second column; others 30."""
 
 
 class HelpDialog(TextDialog):

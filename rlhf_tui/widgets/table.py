@@ -23,6 +23,7 @@ class Column:
         flexible: bool = False,
         least: int = 0,
         share: int = 1,
+        most: int = 0,
         terminal: int = 0,
     ) -> None:
         """A column.
@@ -34,10 +35,12 @@ class Column:
             flexible: take a part of the remaining width.
             least: width of the table in cells below which the column is hidden.
             share: of a flexible column in the remaining width, relative to the others'.
+            most: cells that a flexible column does not exceed; 0 for no limit.
             terminal: width of the terminal in cells below which the column is hidden.
         """
         self.title, self.width = title, width
-        self.right, self.flexible, self.share = right, flexible, share
+        self.right, self.flexible = right, flexible
+        self.share, self.most = share, most
         self.least, self.terminal = least, terminal
 
 
@@ -169,8 +172,14 @@ class Table(ScrollList):
         shown = [c for c in self.columns if width >= c.least and terminal >= c.terminal]
         fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
         shares = sum(c.share for c in shown if c.flexible)
-        room = max(width - fixed, 4)
-        return [(c, room * c.share // shares if c.flexible else c.width) for c in shown]
+        found = []
+        for column in shown:
+            cells = column.width
+            if column.flexible:
+                cells = max(width - fixed, 4) * column.share // shares
+                cells = min(cells, column.most or cells)
+            found.append((column, cells))
+        return found
 
     def _line(self, cells: list[Piece], width: int, gap: str) -> list[Piece]:
         rooms = dict(self._widths(width))

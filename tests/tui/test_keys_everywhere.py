@@ -108,6 +108,7 @@ async def test_help_lists_every_binding_that_has_words(make_app, running, until)
             "probe with a prompt",
         ):
             assert words in text
+        assert "…" not in text
         await pilot.press("escape")
         await until(pilot, lambda: app.current_mode == "dashboard" and len(app.screen_stack) == 1)
 
