@@ -42,12 +42,16 @@ DESCRIPTIONS = {
     "label('bad')": "label bad",
     "label('hack')": "label as reward hacking",
     "compare": "compare: earlier, reference",
+    "other(-1)": "compare with a newer one",
+    "other(1)": "compare with an older one",
+    "other(-200)": "compare with the newest",
+    "other(200)": "compare with the oldest",
     "filter": "filter by words, score, KL",
     "view": "values of each token",
     "held_out": "held-out responses",
 }
 """Of actions whose words for the line of keys are too short for a list. Those of every screen have
-at most 21 characters, which is the room in the second column; others 30."""
+at most 21 characters, which is the room in the second column; others 29."""
 
 
 class HelpDialog(TextDialog):
