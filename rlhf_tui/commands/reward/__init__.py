@@ -8,7 +8,7 @@ from rlhf_tui.commands.reward.training import train
 
 @click.group()
 def reward() -> None:
-    """Learn from judgements: a reward model, its agreement."""
+    """Train a reward model on judgements; measure agreement."""
 
 
 reward.add_command(train)
