@@ -6,7 +6,7 @@ from pathlib import Path
 from textual.app import App
 
 from engine.journal.rows import ProbeResult
-from engine.protocol.commands import Command, Probe
+from engine.protocol.commands import Command, Note, Probe
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
 from rlhf_tui.state.messages import CommandAnswered
@@ -105,6 +105,8 @@ class CommandTracker:
             self._say(f"{text}: {message.problem}", "error")
         elif reply.status == "rejected":
             self._say(f"{text}: rejected: {reply.reason}", "error")
+        elif reply.status == "applied" and isinstance(message.command, Note):
+            self._say(f"{session.name}: note added")
         elif reply.status == "applied":
             at = f" at step {reply.step}" if reply.step is not None else ""
             self._say(f"{text}: applied{at}")

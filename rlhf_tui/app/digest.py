@@ -30,8 +30,12 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
         rows.append([(f"steps {seen.step} → {state.head.step}", "strong")])
         for name, label in ((metrics.SCORE, "score"), (metrics.KL, "KL"), (metrics.BETA, "beta")):
             series = state.series(name)
-            old = series.mean(seen.step - RECENT + 1, seen.step)
-            now = series.mean(state.head.step - RECENT + 1, state.head.step)
+            old, now = (
+                # A setting has a value, whatever it was before.
+                series.latest(step) if metrics.describe(name).is_set
+                else series.mean(step - RECENT + 1, step)
+                for step in (seen.step, state.head.step)
+            )  # fmt: skip
             rows.append([(f"  {label:<6}", "dim"), (f"{fmt.number(old)} → {fmt.number(now)}", "")])
     elif steps < 0:
         rows.append([(f"rolled back: step {seen.step} → {state.head.step}", "warn")])

@@ -21,6 +21,7 @@ from engine.protocol.commands import (
     Undo,
     Unpause,
 )
+from rlhf_tui import format as fmt
 from rlhf_tui.app.command_tracker import READ_ONLY, CommandTracker, no_engine, when
 from rlhf_tui.app.forms.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
@@ -34,7 +35,7 @@ from rlhf_tui.widgets.lines import Row
 NUDGE = 1.1
 BINDINGS: list[BindingType] = [
     Binding("p", "steer('pause')", "pause"),
-    Binding("p", "steer('unpause')", "resume"),
+    Binding("p", "steer('unpause')", "unpause"),
     Binding("b", "steer('beta')", "beta"),
     Binding("left_square_bracket", "steer('lower_beta')", "beta −10 %", show=False),
     Binding("right_square_bracket", "steer('raise_beta')", "beta +10 %", show=False),
@@ -69,7 +70,7 @@ class Steering:
         self._say = say
         self._actions: dict[str, Callable[[SteeringTarget], object]] = {
             "pause": lambda run: self.command(run, Pause(), "pause"),
-            "unpause": lambda run: self.command(run, Unpause(), "resume"),
+            "unpause": lambda run: self.command(run, Unpause(), "unpause"),
             "beta": lambda run: self._ask_value(run, "beta"),
             "lower_beta": lambda run: self._nudge_beta(run, 1 / NUDGE),
             "raise_beta": lambda run: self._nudge_beta(run, NUDGE),
@@ -153,8 +154,13 @@ class Steering:
         hint: list[Row] = [[(f"{LIVE_SETTINGS[key]}, now ", "dim"), (value_text(old), "strong")]]
         if key in OFF:
             hint.append([(f"off: {OFF[key]}", "dim")])
+        if key == "beta" and target.settings.get("controller") == "adaptive":
+            hint.append(
+                [("The adaptive controller changes it from there; a makes it fixed.", "dim")]
+            )
         title = f"Set {key} of {target.name}"
-        self._app.push_screen(InputDialog(title, hint, value_text(old), check), send)
+        dialog = InputDialog(title, hint, value_text(old), check, verb="set")
+        self._app.push_screen(dialog, send)
 
     def _ask_stop(self, target: SteeringTarget) -> None:
         """Asks how to end the run."""
@@ -185,7 +191,8 @@ class Steering:
             if text:
                 self.command(target, Note(text=text), "note")
 
-        self._app.push_screen(InputDialog(f"Add a note to {target.name}", rows), send)
+        dialog = InputDialog(f"Add a note to {target.name}", rows, verb="add")
+        self._app.push_screen(dialog, send)
 
     def _ask_probe(self, target: SteeringTarget) -> None:
         """Asks for a prompt, which the policy and the reference complete."""
@@ -195,7 +202,8 @@ class Steering:
             if text:
                 self.command(target, Probe(text=text), "probe")
 
-        self._app.push_screen(InputDialog(f"Probe {target.name}", rows), send)
+        dialog = InputDialog(f"Probe {target.name} with a prompt", rows, verb="send")
+        self._app.push_screen(dialog, send)
 
     def roll_back(self, target: SteeringTarget, step: int) -> None:
         """Asks, then sends a rollback to the checkpoint of `step`."""
@@ -210,10 +218,11 @@ class Steering:
         self, target: SteeringTarget, step: int, confirmed: Callable[[bool], None]
     ) -> None:
         """Asks for confirmation; `confirmed` gets whether to sample with a new seed."""
-        lost = max(target.step - step, 0)
+        lost = fmt.plural(max(target.step - step, 0), "step")
+        then = "stays paused" if target.state == "paused" else "continues"
         rows: list[Row] = [
-            [(f"The run returns to step {step} and continues.", "")],
-            [(f"{lost} steps are discarded (kept as a ghost).", "dim")],
+            [(f"The run returns to step {step} and {then}.", "")],
+            [(f"This abandons {lost}, which the charts then draw as a ghost.", "dim")],
             *settings_after(target, step),
         ]
         choices = [

@@ -37,7 +37,8 @@ class Palette(Struct, frozen=True):
     cursor: str
     """Background of the selected row."""
     band: str
-    """Background of the band around the KL target."""
+    """Background of the band around the KL target. With 16 colours it is the ground, as none
+    of them is a tint: the band has its dotted edges only."""
     raw: str
     """Unsmoothed values behind a curve."""
     series: Series
@@ -159,7 +160,7 @@ def _dark_16() -> Palette:
     # Grey is a background only: some terminals have it equal to black.
     return Palette(
         ground=_BLACK, text=_WHITE, dim=_SILVER, bar=_GREY, focus=_NAVY, cursor=_NAVY,
-        band=_GREY, raw=_CYAN,
+        band=_BLACK, raw=_CYAN,
         series=(_BRIGHT_CYAN, _BRIGHT_YELLOW, _BRIGHT_GREEN, _BRIGHT_MAGENTA, _WHITE, _BRIGHT_RED),
         good=_BRIGHT_GREEN, warn=_BRIGHT_YELLOW, bad=_BRIGHT_RED, accent=_BRIGHT_CYAN,
         heat=((_BLACK, _BRIGHT_YELLOW), (_BROWN, _BLACK), (_BRIGHT_YELLOW, _BLACK)),
@@ -171,7 +172,7 @@ def _light_16() -> Palette:
     # Brown is yellow in many terminals, which cannot be read on white.
     return Palette(
         ground=_WHITE, text=_BLACK, dim=_GREY, bar=_SILVER, focus=_BRIGHT_CYAN,
-        cursor=_BRIGHT_CYAN, band=_SILVER, raw=_CYAN,
+        cursor=_BRIGHT_CYAN, band=_WHITE, raw=_CYAN,
         series=(_NAVY, _MAGENTA, _GREEN, _BROWN, _GREY, _RED),
         good=_GREEN, warn=_MAGENTA, bad=_RED, accent=_NAVY,
         heat=((_WHITE, _RED), (_BRIGHT_YELLOW, _BLACK), (_RED, _WHITE)),

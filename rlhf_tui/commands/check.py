@@ -37,9 +37,10 @@ LONGEST_TEXT = 200
 @override_option
 @json_option
 def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Try a configuration: load everything and take a step on two prompts.
+    """Load all that a configuration names, and take a small step.
 
-    Starts no run and leaves nothing behind. Rewards are called as in a run.
+    The step has two prompts, and rewards are called as in a run. Starts no run and leaves nothing
+    behind.
     """
     loaded = config_file.load(config, overrides)
     check_inputs(loaded)
@@ -120,8 +121,9 @@ def step_estimate(tried: TimedStep, larger: TimedStep | None, responses: float) 
 @sessions_option
 @json_option
 def verify(root: Path, name: str, as_json: bool) -> None:
-    """Check that a session is whole: files, checkpoints, history, labels, access.
+    """Check that nothing of a session is damaged or lost.
 
+    Looks at files, checkpoints, history, labels and access.
     Changes nothing, and may be run on a live session. A problem is what was damaged or lost, or
     lets others in; a note is what a crash leaves behind and a resume clears up.
     """

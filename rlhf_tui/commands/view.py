@@ -75,7 +75,7 @@ def attach(
     help="Begin after this step.",
 )  # fmt: skip
 def replay(root: Path, name: str, speed: float, from_step: int) -> None:
-    """Show a session as it was, from its beginning: the dashboard, read-only."""
+    """Show a session as it was, step by step, in the dashboard."""
     session = existing(root.resolve(), name)
     from engine.journal.reader import JournalReader  # noqa: PLC0415 - the start of attach is short
     from rlhf_tui.state.replay.player import ReplayOptions  # noqa: PLC0415

@@ -151,13 +151,28 @@ class InputDialog(Dialog[str]):
     """An input field, and below it what the typed value would do."""
 
     def __init__(
-        self, title: str, rows: list[Row], value: str = "", check: Check | None = None
+        self,
+        title: str,
+        rows: list[Row],
+        value: str = "",
+        check: Check | None = None,
+        *,
+        verb: str,
     ) -> None:
-        """`check` returns whether a text is valid, and its effect or what is wrong with it."""
+        """A dialog for one value.
+
+        Args:
+            title: on the border.
+            rows: text above the field.
+            value: what stands in the field at first.
+            check: returns whether a text is valid, and its effect or what is wrong with it.
+            verb: what enter does.
+        """
         super().__init__(title)
         self.rows = rows
         self.value = value
         self.check = check
+        self.verb = verb
 
     def body(self) -> ComposeResult:
         """The text, the field, the effect of the value, the keys."""
@@ -166,7 +181,7 @@ class InputDialog(Dialog[str]):
         yield MessageLine(self.rows)
         yield TextInput(one_line(self.value), id="field", compact=True, select_on_focus=True)
         yield MessageLine([[]], id="effect")
-        yield MessageLine([[("enter send · esc cancel", "dim")]])
+        yield MessageLine([[(f"enter {self.verb} · esc cancel", "dim")]])
 
     def on_mount(self) -> None:
         """Gives the focus to the field."""

@@ -12,9 +12,46 @@ from rlhf_tui.widgets.lines import Row, row_width
 
 LEFT_OUT = ("screen.copy_text", "help_quit", "command_palette")
 """Actions of Textual that do not work here or are named below the list."""
-WIDE, COLUMN = 100, 48
+WIDE, COLUMN = 100, 45
 """Terminal width from which on the help has two columns, and the width of the first one."""
-DESCRIPTIONS = {"app.focus_next": "next panel", "app.focus_previous": "previous panel"}
+DESCRIPTIONS = {
+    "app.focus_next": "next panel",
+    "app.focus_previous": "previous panel",
+    "steer('pause')": "pause after this step",
+    "steer('beta')": "set beta",
+    "steer('adaptive')": "adaptive/fixed beta",
+    "steer('undo')": "undo the last change",
+    "steer('change')": "set another setting",
+    "steer('save')": "save a checkpoint",
+    "steer('note')": "add a note",
+    "steer('probe')": "probe with a prompt",
+    "steer('stop')": "stop the run",
+    "theme": "next theme",
+    "new": "start a demo run",
+    "new_from_file": "run a configuration file",
+    "resume": "resume from last checkpoint",
+    "fork": "fork a new session",
+    "delete": "delete with checkpoints",
+    "sort": "sort by the next column",
+    "reverse": "reverse the order",
+    "mark_session": "mark, for O and C",
+    "metric": "choose the listed metric",
+    "roll_back": "roll back to a checkpoint",
+    "export": "export as a model folder",
+    "label('good')": "label good",
+    "label('bad')": "label bad",
+    "label('hack')": "label as reward hacking",
+    "compare": "compare: earlier, reference",
+    "other(-1)": "compare with a newer one",
+    "other(1)": "compare with an older one",
+    "other(-200)": "compare with the newest",
+    "other(200)": "compare with the oldest",
+    "filter": "filter by words, score, KL",
+    "view": "values of each token",
+    "held_out": "held-out responses",
+}
+"""Of actions whose words for the line of keys are too short for a list. Those of every screen have
+at most 21 characters, which is the room in the second column; others 29."""
 
 
 class HelpDialog(TextDialog):

@@ -183,8 +183,10 @@ class JudgingDialog(Dialog[None]):
                 lambda: set_note(self._session, row.prompt, response, text, self._who), None
             )
 
-        dialog = InputDialog("Note on this response", hint, row.note or "", lambda _: (True, ""))
-        self.app.push_screen(dialog, take)
+        title, note = "Note on this response", row.note or ""
+        self.app.push_screen(
+            InputDialog(title, hint, note, lambda _: (True, ""), verb="save"), take
+        )
 
     def action_scroll_text(self, lines: int) -> None:
         """Scrolls a response that is longer than the terminal."""

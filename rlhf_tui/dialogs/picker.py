@@ -15,7 +15,8 @@ from rlhf_tui.widgets.table import Column, Table
 if TYPE_CHECKING:  # Textual imports each widget when it is first used: start-up stays short
     from textual.widgets import Input
 
-MAX_LINES = 16
+FRAME = 8
+"""Rows of the terminal that a picker does not use for its list."""
 WITH = " + "
 """Separates the keys of a group."""
 
@@ -78,13 +79,21 @@ class PickerDialog(Dialog[str]):
              Column("", 22, least=62)],
             id="options",
         )  # fmt: skip
-        table.styles.height = min(len(self.options), MAX_LINES)
+        table.styles.height = self._height()
         yield table
         keys = "enter select · esc cancel"
         if self.several:
             more = "shift+tab overlay on previous" if self.joins else "ctrl+a mark all shown"
             keys = f"tab mark · {more} · {keys}"
         yield MessageLine([[(keys, "dim")]])
+
+    def _height(self) -> int:
+        return min(len(self.options), max(self.app.size.height - FRAME, 1))
+
+    def on_resize(self) -> None:
+        """Keeps the dialog within the terminal, so that every line can be reached."""
+        for table in self.query(Table):
+            table.styles.height = self._height()
 
     def on_mount(self) -> None:
         """Fills the list and gives the focus to the search field."""

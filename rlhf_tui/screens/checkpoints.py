@@ -169,7 +169,8 @@ class CheckpointsScreen(SessionScreen):
                     f"the policy of step {step} is in {text}",
                 )
 
-        self.app.push_screen(InputDialog(f"Export {name} to", rows, target), take)
+        dialog = InputDialog(f"Export {name} to", rows, target, verb="export")
+        self.app.push_screen(dialog, take)
 
     @on(RowSelected)
     def _enter(self) -> None:

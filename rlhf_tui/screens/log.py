@@ -177,9 +177,9 @@ class LogScreen(SessionScreen):
                     self.action_match(-1)
                 self._about()
 
-        self.app.push_screen(
-            InputDialog("Search the log", [], self._query, lambda _: (True, "")), take
-        )
+        given = self._query
+        dialog = InputDialog("Search the log", [], given, lambda _: (True, ""), verb="search")
+        self.app.push_screen(dialog, take)
 
     def action_match(self, way: int) -> None:
         """Moves to the next line that contains the searched text."""

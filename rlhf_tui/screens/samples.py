@@ -297,7 +297,9 @@ class SamplesScreen(SessionScreen):
                 self.samples.set_filter(text)
 
         given = self.samples.filter
-        self.app.push_screen(InputDialog("Filter", HINT, given, lambda _: (True, "")), take)
+        self.app.push_screen(
+            InputDialog("Filter", HINT, given, lambda _: (True, ""), verb="filter"), take
+        )
 
     def action_sort(self) -> None:
         """Sorts by the next column."""

@@ -273,7 +273,7 @@ class SessionsScreen(SessionScreen):
         rows: list[Row] = [[("A regular expression, such as ", "dim"), ("lr-.*-seed[12]", "key"),
                             ("; empty: no marks", "dim")]]  # fmt: skip
         title = "Mark the sessions whose names match"
-        self.app.push_screen(InputDialog(title, rows, "", check), take)
+        self.app.push_screen(InputDialog(title, rows, "", check, verb="mark"), take)
 
     def _show_marks(self) -> None:
         self._show_rows()

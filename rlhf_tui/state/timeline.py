@@ -27,7 +27,7 @@ from engine.journal.rows import (
     StateEvent,
 )
 from engine.metrics import title_of
-from engine.protocol.commands import COMMANDS, Pause, Rollback, Undo, Unpause
+from engine.protocol.commands import COMMANDS, Pause, Rollback, Stop, Undo, Unpause
 from engine.session.states import ENDED_STATES
 from rlhf_tui.format import number, value_text
 
@@ -83,6 +83,8 @@ def command_text(command: CommandRow) -> str:
     if command.command == Rollback.name():
         reseeded = ", new random seed" if command.args.get("reseed") else ""
         return f"roll back to step {command.args.get('step')}{reseeded}"
+    if command.command == Stop.name():
+        return "stop now" if command.args.get("now") else "stop"
     given = " ".join(value_text(v) for v in command.args.values() if v not in (None, False))
     return f"{command.command} {given}".strip()
 

@@ -118,7 +118,7 @@ class StatusLine(Panel):
 
     def _paused(self, width: int) -> str:
         text = paused_text(self.state.pause_reason(), self.state.head.step)
-        key = "" if self.read_only else "; p resumes"
+        key = "" if self.read_only else "; p unpauses"
         return text + key if len(text + key) + 2 <= width else text
 
     def _facts(self, width: int) -> list[Piece]:

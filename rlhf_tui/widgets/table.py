@@ -22,6 +22,7 @@ class Column:
         right: bool = False,
         flexible: bool = False,
         least: int = 0,
+        share: int = 1,
         most: int = 0,
         terminal: int = 0,
     ) -> None:
@@ -31,13 +32,15 @@ class Column:
             title: of the header.
             width: cells; ignored if flexible.
             right: align to the right.
-            flexible: take the remaining width.
+            flexible: take a part of the remaining width.
             least: width of the table in cells below which the column is hidden.
+            share: of a flexible column in the remaining width, relative to the others'.
             most: cells that a flexible column does not exceed; 0 for no limit.
             terminal: width of the terminal in cells below which the column is hidden.
         """
         self.title, self.width = title, width
-        self.right, self.flexible, self.most = right, flexible, most
+        self.right, self.flexible = right, flexible
+        self.share, self.most = share, most
         self.least, self.terminal = least, terminal
 
 
@@ -168,8 +171,15 @@ class Table(ScrollList):
         terminal = max(width, self.app.size.width)
         shown = [c for c in self.columns if width >= c.least and terminal >= c.terminal]
         fixed = sum(c.width for c in shown if not c.flexible) + len(shown) + 1
-        flexible = max(width - fixed, 4) // max(sum(c.flexible for c in shown), 1)
-        return [(c, min(flexible, c.most or flexible) if c.flexible else c.width) for c in shown]
+        shares = sum(c.share for c in shown if c.flexible)
+        found = []
+        for column in shown:
+            cells = column.width
+            if column.flexible:
+                cells = max(width - fixed, 4) * column.share // shares
+                cells = min(cells, column.most or cells)
+            found.append((column, cells))
+        return found
 
     def _line(self, cells: list[Piece], width: int, gap: str) -> list[Piece]:
         rooms = dict(self._widths(width))

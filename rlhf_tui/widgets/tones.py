@@ -44,6 +44,9 @@ TONES = {
     "cold1": Tone("on-cold1", "cold1"),
     "cold2": Tone("on-cold2", "cold2", style="underline"),
     "cold3": Tone("on-cold3", "cold3", style="underline", no_color="underline reverse"),
+    # the bars beside the largest values
+    "above": Tone("heat3"),
+    "below": Tone("cold3"),
     # -- words that only one of two responses has
     "mine": Tone("s1", style="bold"),
     "theirs": Tone("s6", style="underline"),
@@ -51,7 +54,7 @@ TONES = {
     "title": Tone("", "bar", no_color="bold"),
     "value": Tone("", "bar", style="bold"),
     "focus": Tone("", "focus-bar", style="bold", no_color="reverse"),
-    "raw": Tone("raw"),
+    "raw": Tone("raw", no_color="dim"),
     "past": Tone("dim"),
     "target": Tone("good"),
     "rule": Tone("warn", style="bold"),

@@ -8,6 +8,7 @@ import stat
 import tempfile
 from pathlib import Path
 
+import datasets
 import pytest
 from transformers import AutoTokenizer
 
@@ -275,8 +276,25 @@ def test_where_others_can_enter_the_second_folder_too_prompts_are_kept_in_memory
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (second := tmp_path / f"rlhf-tui-{os.getuid()}").mkdir()
     second.chmod(0o755)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(path, "no folder"))
     assert len(load(tokenizer, path)) == 50
     assert not list(second.iterdir())
+
+
+def test_a_file_needs_no_cache_of_datasets(tokenizer, write_rows, monkeypatch):
+    path = write_rows("p.jsonl", ROWS)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(path, "no folder"))
+    assert len(load(tokenizer, path)) == 50
+
+
+def test_a_cache_of_datasets_that_cannot_be_written_is_named_with_its_remedy(
+    tokenizer, write_rows, monkeypatch, tmp_path
+):
+    (folder := tmp_path / "set").mkdir()  # read as a data set on the hub is
+    path = write_rows("set/train.jsonl", ROWS[:3])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(path, "no folder"))
+    with pytest.raises(UserInputError, match=r"cannot be written .*Not a directory.*set HF_HOME"):
+        load(tokenizer, str(folder))
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_entry(

@@ -47,6 +47,10 @@ WINDOW = {"rule": "kl_high", "text": "KL is 7", "window": [1, 2], "samples": [{"
             "command: ana: beta 0.2, rejected: no",
         ),
         (command(status="accepted"), "command: ana: beta 0.2, applies at the next step boundary"),
+        (
+            command(command="stop", args={"now": True}),
+            "command: ana: stop now, applied at step 5",
+        ),
         (event("alert", **WINDOW), "alert: kl_high: KL is 7"),
         (event("alert", rule="restart", text="restart 1 of 3"), "restart: restart 1 of 3"),
         (event("checkpoint", size=1_200_000, score=1.0, kl=2.0), "checkpoint: saved, 1.2 MB"),

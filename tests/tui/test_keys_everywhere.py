@@ -11,8 +11,9 @@ from engine.protocol.commands import Note
 from engine.session.folder import Session
 from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
 from rlhf_tui.dialogs.digest import DigestDialog
-from rlhf_tui.dialogs.help import HelpDialog
+from rlhf_tui.dialogs.help import COLUMN, HelpDialog, help_groups, stacked
 from rlhf_tui.widgets.key_footer import KeyFooter
+from rlhf_tui.widgets.lines import row_width
 from rlhf_tui.widgets.scroll_list import ScrollText
 from rlhf_tui.widgets.table import Table
 from tests.tui.screen import notices
@@ -97,10 +98,31 @@ async def test_help_lists_every_binding_that_has_words(make_app, running, until)
         await pilot.press("question_mark")
         await until(pilot, lambda: isinstance(app.screen, HelpDialog))
         text = app.screen.query_one(ScrollText).text()
-        for words in ("pause", "beta +10 %", "crosshair left", "next event", "detach", "probe"):
+        for words in (
+            "pause",
+            "beta +10 %",
+            "crosshair left",
+            "next event",
+            "detach",
+            "probe with a prompt",
+        ):
             assert words in text
         await pilot.press("escape")
         await until(pilot, lambda: app.current_mode == "dashboard" and len(app.screen_stack) == 1)
+
+
+async def test_the_help_of_every_screen_fits_its_two_columns(make_app, running, until):
+    app = make_app()
+    async with running(app, size=(120, 40)) as pilot:
+        for key in "12345":
+            await pilot.press(key, "question_mark")
+            await until(pilot, lambda: isinstance(app.screen, HelpDialog))
+            groups = help_groups(app.screen_stack[-2])
+            left = stacked({n: g for n, g in groups.items() if n != "Everywhere"})
+            assert max(map(row_width, left)) < COLUMN
+            assert "…" not in app.screen.query_one(ScrollText).text()
+            await pilot.press("escape")
+            await until(pilot, lambda: not isinstance(app.screen, HelpDialog))
 
 
 async def test_t_changes_the_theme(make_app, running):

@@ -124,9 +124,11 @@ async def test_a_filter_narrows_the_table_and_esc_takes_it_away(samples, key, un
 async def test_pages_are_turned(samples, forth, back, until):
     async with samples() as (app, pilot):
         table = app.screen.query_one(Table)
-        first = table.keys[0]
+        first, about = table.keys[0], app.screen.query_one("#filter")
+        assert "page 1  . next" in about.text()
         await pilot.press(forth)
         await until(pilot, lambda: table.keys[0] != first)
+        assert "page 2  , previous" in about.text()
         await pilot.press(back)
         await until(pilot, lambda: table.keys[0] == first)
 

@@ -5,7 +5,7 @@ import pytest
 from engine.journal.writer import JournalWriter
 from engine.protocol.client_messages import CommandReply
 from rlhf_tui.app import steering
-from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog
+from rlhf_tui.dialogs.base import ChoiceDialog, InputDialog, MessageLine
 from rlhf_tui.dialogs.picker import PickerDialog
 from rlhf_tui.dialogs.text import ProbeDialog
 from rlhf_tui.state.messages import CommandAnswered
@@ -60,6 +60,9 @@ async def test_b_asks_for_beta_and_shows_old_and_new(make_app, engine, running, 
         await pilot.press(*"0.12")
         effect = app.screen.query_one("#effect")
         await until(pilot, lambda: "0.08 → 0.12" in effect.text())
+        said = " ".join(line.text() for line in app.screen.query(MessageLine))
+        assert "adaptive controller changes it from there" in said
+        assert "enter set" in said
         await pilot.press("enter")
         await until(pilot, lambda: engine == [steering.SetBeta(value=0.12)])
 
@@ -127,6 +130,7 @@ async def test_w_writes_a_note(make_app, engine, running, until):
     async with running(app) as pilot:
         await pilot.press("w")
         await until(pilot, lambda: isinstance(app.screen, InputDialog))
+        assert "enter add" in list(app.screen.query(MessageLine))[-1].text()
         await pilot.press(*"odd", "enter")
         await until(pilot, lambda: engine == [steering.Note(text="odd")])
 

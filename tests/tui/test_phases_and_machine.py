@@ -35,6 +35,13 @@ def test_loading_shows_progress_too():
     assert "3/12" in text(PhaseStrip(state), 80, 1)
 
 
+@pytest.mark.parametrize("name", ["paused", "optimise"])
+def test_a_start_shows_no_phase_of_the_attempt_before(name):
+    state = make_state(state="starting")
+    state.take(SessionUpdate(phases=[Phase(rank=0, step=51, name=name)]))
+    assert text(PhaseStrip(state), 80, 1).strip() == "starting: loading models and prompts …"
+
+
 def test_each_rank_has_a_line_and_the_slowest_is_never_left_out():
     state = make_state()
     phases = [Phase(rank=r, step=51, name="optimise") for r in range(4)]

@@ -3,7 +3,7 @@
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.timeline import Marker
 from rlhf_tui.widgets.charts.plot import BAND, CURSOR, GUTTER, STYLE, Line, Plot, paint, scale_of
-from rlhf_tui.widgets.charts.raster import decimate
+from rlhf_tui.widgets.charts.raster import BRAILLE, decimate
 
 RISE = Series([(s, s / 10) for s in range(1, 101)])
 
@@ -43,6 +43,21 @@ def test_the_band_has_dotted_edges_for_those_who_see_no_colour():
     picture = paint(plot_of(target=5.0), 60, 22)
     targets = sum(s & 31 == STYLE["target"] for row in picture.styles for s in row)
     assert targets > 20
+
+
+def test_a_dotted_curve_has_the_extremes_of_each_column_and_no_line_between():
+    spiky = Series([(s, 9.0 if s % 7 == 0 else 1.0) for s in range(1, 41)])
+
+    def dots(**given):
+        picture = paint(plot_of(last=40, lines=[Line(spiky, "raw", **given)]), 60, 12)
+        rows = [row[GUTTER:] for row in picture.chars[1:-1]]
+        return [
+            sum((ord(c) - BRAILLE).bit_count() for c in row if c > chr(BRAILLE)) for row in rows
+        ]
+
+    assert sum(dots(dotted=True)) == 40
+    assert 40 // 7 in dots(dotted=True)
+    assert sum(dots()) > 3 * 40
 
 
 def test_a_far_target_does_not_squeeze_the_curve():

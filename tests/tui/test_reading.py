@@ -29,7 +29,7 @@ def text(rows):
 @pytest.mark.parametrize("mode", VIEWS[1:])
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_shown_as_such_before_the_largest(mode, odd):
-    rows = token_rows(arrays_of(-1.0, odd, -4.0), mode, 60)
+    rows = token_rows(arrays_of(-1.0, odd, -4.0), mode, 80)
     assert ("t1", UNDEFINED) in rows[2]
     assert [tone for piece, tone in rows[2] if piece in ("t0", "t2")].count(UNDEFINED) == 0
     title = EXTREMES.get(mode, f"largest {mode}")
@@ -45,10 +45,11 @@ def test_an_answer_of_nothing_but_undefined_numbers_can_be_read():
 def test_the_legend_has_the_tones_of_the_tokens():
     values = [-4.0, -2.0, -0.5, 0.25, 1.0, 3.9, 4.0]
     rows = token_rows(arrays_of(*values), "advantage", 80)
-    legend = {tone for piece, tone in rows[1] if piece.strip()}
+    assert rows[1][0] == ("scale ", "dim")
+    legend = {tone for piece, tone in rows[1][1:] if piece.strip()}
     assert legend == {*HEAT, *COLD}
     assert {tone for piece, tone in rows[2] if piece.startswith("t")} <= legend
-    assert rows[1][0] == (" -4.00 ", "cold3")
+    assert rows[1][2] == (" -4.00 ", "cold3")
 
 
 def test_values_of_one_size_do_not_all_have_one_tone():

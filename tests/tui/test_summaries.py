@@ -25,7 +25,7 @@ from tests.tui.panels import command, make_state, text
         ({"state": "crashed", "pid": None}, "rlhf-tui resume run"),
         ({"state": "failed", "pid": None, "message": "out of memory\nmore"}, "out of memory"),
         ({"state": "finished", "pid": None, "step": 100}, "-o train.steps=200"),
-        ({"state": "paused"}, "p resumes"),
+        ({"state": "paused"}, "p unpauses"),
     ],
 )
 def test_a_state_says_what_helps(given, words):
@@ -91,6 +91,17 @@ def test_a_digest_tells_what_came_since():
     assert "steps 20 → 50" in shown
     assert "KL is high" in shown
     assert "8m20s" in shown
+
+
+def test_a_digest_has_the_values_of_beta_and_the_means_of_what_is_measured():
+    state = make_state()
+    curves = {"objective/scores": [(s, float(s)) for s in range(1, 51)]}
+    curves["objective/kl_coef"] = [(s, 0.1 if s < 45 else 0.3) for s in range(1, 51)]
+    state.take(SessionUpdate(curves=curves))
+    rows = digest(state, Seen(time=500.0, step=40, event=3))
+    shown = ["".join(p for p, _ in row) for row in rows]
+    assert "  score 35.500 → 45.500" in shown
+    assert "  beta  0.100 → 0.300" in shown
 
 
 def test_there_is_no_digest_for_who_was_not_away():

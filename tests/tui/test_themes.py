@@ -39,11 +39,12 @@ def test_what_must_differ_differs_in_the_terminal(system, theme):
     def of(*colours):
         return [shown(palette, system, colour) for colour in colours]
 
+    # None of the 16 colours is a tint on which a curve can be read: there the band has none.
+    tint = () if system == "standard" else (palette.band,)
     for group in (
-        of(palette.ground, palette.band),
         of(palette.ground, palette.bar, palette.focus),
         of(palette.ground, palette.cursor),
-        of(palette.ground, palette.raw, palette.series[0], palette.band),
+        of(palette.ground, palette.raw, palette.series[0], *tint),
         of(palette.ground, *palette.series),
         of(palette.good, palette.warn, palette.bad, palette.ground),
     ):
@@ -70,8 +71,8 @@ def test_a_terminal_s_palette_is_its_own(make_app, monkeypatch):
     grounds = []
     for term in ("xterm-256color", "xterm-16color", "linux"):
         monkeypatch.setenv("TERM", term)
-        grounds.append(make_app().current_theme.variables["band"])
-    assert grounds == ["#303030", "#555555", "#555555"]
+        grounds.append(make_app().current_theme.variables["bar"])
+    assert grounds == ["#262626", "#555555", "#555555"]
 
 
 def test_strong_values_above_and_below_the_centre_differ_without_colour():

@@ -1,7 +1,9 @@
 """Reads the rows of a data set: a file, or a data set on the hub."""
 
+import errno
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from engine import starter
@@ -16,6 +18,7 @@ MAX_NESTING = 50
 """Lists and objects inside each other in a line of JSON; `datasets` fails from about 60 on."""
 JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
 """Strings, which may contain brackets, and brackets."""
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def local_file(source: PromptSource) -> Path | None:
@@ -35,11 +38,12 @@ def local_file(source: PromptSource) -> Path | None:
 
 
 def read_rows(source: PromptSource, work: Path | None = None) -> "datasets.Dataset":
-    """Reads a data set, which `datasets` memory-maps; it has at least one row.
+    """Reads a data set, which has at least one row.
 
     Args:
         source: the data set.
-        work: folder for the memory-mapped copy of a file. Default: that of `datasets`.
+        work: folder for the copy of a file, from which the rows are memory-mapped. Without it
+            they are in memory. A data set on the hub is mapped from the cache of `datasets`.
 
     Raises:
         UserInputError: it cannot be read, or has no rows.
@@ -56,9 +60,15 @@ def read_rows(source: PromptSource, work: Path | None = None) -> "datasets.Datas
     try:
         if kind is None:
             data = datasets.load_dataset(name, split=source.split)
+        elif work is not None:
+            data = datasets.load_dataset(kind, data_files=name, split="train", cache_dir=str(work))
         else:
-            cache = None if work is None else str(work)
-            data = datasets.load_dataset(kind, data_files=name, split="train", cache_dir=cache)
+            # The cache of `datasets` is in the home folder, which may not be writable, and would
+            # keep a copy of each version of the file.
+            with TemporaryDirectory(prefix="rlhf-tui-") as folder:
+                data = datasets.load_dataset(
+                    kind, data_files=name, split="train", cache_dir=folder, keep_in_memory=True
+                )
     except MemoryError:
         raise
     except Exception as error:  # pyarrow, pandas and datasets raise almost any type
@@ -98,12 +108,28 @@ def _read_error(source: str, kind: str | None, error: Exception) -> str:
         return f"data.prompts: {source} holds no rows; give at least one prompt"
     first = first_line(error.__cause__ or error)
     if kind is None:
+        if (unwritable := _unwritable(error)) is not None:
+            return (
+                f"data.prompts: '{source}' is a data set on the hub, whose cache cannot be written "
+                f"({unwritable}); set HF_HOME to a folder that you can write"
+            )
         endings = ", ".join(DATA_FILES)
         return (
             f"data.prompts: '{source}' is neither a local file ({endings}) nor a data set that the "
             f"hub provides: {first}"
         )
     return f"data.prompts: cannot read {source} as {kind}: {first}"
+
+
+def _unwritable(error: BaseException) -> str | None:
+    """What the system said of a file or folder that cannot be written; None for other errors."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # Without a name it is not about a file: a firewall refuses connections with EACCES, too.
+        if isinstance(cause, OSError) and cause.errno in NOT_WRITABLE and cause.filename:
+            return first_line(cause)
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def decode_rows(rows: "datasets.Dataset", source: PromptSource) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def _shown(value: object) -> str:
 )
 @json_option
 def guardrails(root: Path, name: str, rules: Path | None, as_json: bool) -> None:
-    """Evaluate guard rails on the steps of a session and print their alerts."""
+    """Print the alerts of guard rails on the steps of a session."""
     session = existing(root, name)
     config = _rules(rules) if rules else session.config().guardrails
     with JournalReader(session) as record:

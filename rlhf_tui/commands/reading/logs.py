@@ -29,8 +29,9 @@ FOLLOW_INTERVAL = 0.2
 @last_option
 @json_option
 def events(root: Path, name: str, last: int | None, as_json: bool) -> None:
-    """Print the log of a session: states, commands, alerts, crashes, checkpoints, notes.
+    """Print what happened in a session, from start to end.
 
+    States, commands, alerts, crashes, checkpoints and notes.
     --json prints all fields of the events, with ids, values and samples.
     """
     with JournalReader(existing(root, name)) as record:

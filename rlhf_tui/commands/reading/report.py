@@ -23,8 +23,9 @@ SUFFIXES = (".html", ".htm", ".md")
 )
 @click.option("--diff", "other", metavar="OTHER", help="Put another session beside it.")
 def report(root: Path, name: str, output: Path | None, other: str | None) -> None:
-    """Write a session as one self-contained page: curves, interventions, samples, configuration.
+    """Write a session as one self-contained page.
 
+    It has curves, interventions, samples and the configuration.
     The session may be live. A file that exists is replaced.
     """
     from rlhf_tui.report import html, markdown  # noqa: PLC0415 - slow to import

@@ -8,7 +8,7 @@ from rlhf_tui.commands.reward.training import train
 
 @click.group()
 def reward() -> None:
-    """Train a reward model on judgements; see how far scores agree with them."""
+    """Train a reward model on judgements; measure agreement."""
 
 
 reward.add_command(train)

@@ -96,7 +96,7 @@ class SampleLabels:
                 self._show_changed(row, row.label, text or None)
 
         title = f"Note on a response of {self._context.state.name}"
-        dialog = InputDialog(title, rows, row.note or "", lambda _: (True, ""))
+        dialog = InputDialog(title, rows, row.note or "", lambda _: (True, ""), verb="save")
         self._screen.app.push_screen(dialog, take)
 
     def _show_changed(self, row: SampleRow, label: str | None, note: str | None) -> None:

@@ -39,7 +39,7 @@ def query_line(
     if count:
         row += [("   row ", "dim"), (f"{cursor + 1}/{count}", "strong")]
     if samples.page or count == PAGE:
-        row += [(f"   page {samples.page + 1}  , .", "dim")]
+        row += _page(samples.page, more=count == PAGE)
     if query.prompt is not None:
         row += [("   one prompt  ", "accent"), ("= back", "dim")]
     if samples.filter:
@@ -47,6 +47,16 @@ def query_line(
     if mode != VIEWS[0]:
         row += [("   tokens: ", "dim"), (mode, "strong")]
     return row if query.held_out else row + _agreement(state)
+
+
+def _page(number: int, *, more: bool) -> list[Piece]:
+    """The page from 0, and the keys that lead to its neighbours."""
+    row: list[Piece] = [("   page ", "dim"), (str(number + 1), "strong")]
+    if number:
+        row += [("  , ", "key"), ("previous", "dim")]
+    if more:
+        row += [("  . ", "key"), ("next", "dim")]
+    return row
 
 
 def _agreement(state: SessionState) -> list[Piece]:

@@ -25,7 +25,7 @@ def samples_table() -> SamplesTable:
             Column("", 1),
             Column("", 2),
             Column("prompt", 10, flexible=True, terminal=100),
-            Column("response", 10, flexible=True),
+            Column("response", 10, flexible=True, share=2),
         ],
         id="samples",
     )

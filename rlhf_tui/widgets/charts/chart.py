@@ -193,7 +193,8 @@ class Chart(Widget, can_focus=True):
             return [Line(outline, "raw" if weight and len(self.names) == 1 else style)]
         smoothed = Line(state.smoothed(name, weight), style)
         if weight and len(self.names) == 1 and len(state.series(name)) > 2:
-            return [Line(state.series(name), "raw"), smoothed]
+            # Without colours the two curves would look alike.
+            return [Line(state.series(name), "raw", dotted=self.app.no_color), smoothed]
         return [smoothed]
 
     def _weight(self, name: str) -> float:

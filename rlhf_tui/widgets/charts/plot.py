@@ -36,6 +36,8 @@ class Line(Struct, frozen=True):
     """A character at its newest point, which the legend explains; empty for none."""
     sparse: bool = False
     """Whether it has few points, each of which is marked with :data:`POINT`."""
+    dotted: bool = False
+    """Whether only the extremes of each column are drawn: told apart from lines without colours."""
     interval: Series | None = None
     """Half the height of the bar at each point, by step; no bars for None."""
 
@@ -130,7 +132,7 @@ def paint(plot: Plot, width: int, height: int, last: Canvas | None = None) -> Ca
 def _key(plot: Plot, cells: int, rows: int) -> object:
     """What the curves depend on. A series is another one, or longer, if it has changed."""
     lines = [
-        (x.series, len(x.series), x.style, x.sparse, x.interval, len(x.interval or ()))
+        (x.series, len(x.series), x.style, x.sparse, x.dotted, x.interval, len(x.interval or ()))
         for x in plot.lines
     ]
     window = plot.first, plot.last, plot.log, plot.target, plot.band
@@ -144,7 +146,8 @@ def _draw(plot: Plot, cells: int, rows: int) -> Drawing:
     if scale is not None:
         band_rows = _target(raster, plot, scale)
         for line, points, intervals in zip(plot.lines, columns, bars, strict=True):
-            raster.draw(points, scale, STYLE[line.style])
+            draw = raster.draw_extremes if line.dotted else raster.draw
+            draw(points, scale, STYLE[line.style])
             for bar in intervals:
                 top, bottom = scale.row(bar.high, rows * 4), scale.row(bar.low, rows * 4)
                 raster.fill(bar.x, top, bottom, STYLE[line.style])

@@ -124,6 +124,13 @@ class Raster:
             self.fill(column.x, top, bottom, owner)
             before = column
 
+    def draw_extremes(self, columns: list[Column], scale: Scale, owner: int) -> None:
+        """Draws the highest and the lowest value of each column, and no line between them."""
+        for column in columns:
+            for value in (column.high, column.low):
+                y = scale.row(value, self.height * 4)
+                self.fill(column.x, y, y, owner)
+
     def _slope(self, x0: int, x1: int, y0: int, y1: int, owner: int) -> None:
         """Connects two columns that have empty columns between them."""
         y = y0

@@ -10,6 +10,8 @@ from rlhf_tui.widgets.panels.panel import Panel, bar
 UNITS = {"generate": "tokens", "optimise": "updates"}
 ORDER = (*PHASES[:-1], EVALUATE, PHASES[-1])
 """All phases, in order."""
+PAUSED = "paused"
+"""The phase of a rank between two steps of a paused run."""
 
 
 class PhaseStrip(Panel):
@@ -18,8 +20,11 @@ class PhaseStrip(Panel):
     def rows(self, width: int, height: int) -> list[Row]:
         """The ranks furthest behind, if not all fit."""
         phases = self.state.phases
-        if self.state.head.state == "starting" and not phases:
-            return [[(" starting: loading models and prompts …", "dim")]]
+        if self.state.head.state == "starting":
+            # Others are of the attempt before.
+            phases = [p for p in phases if not _is_of_step(p) and p.name != PAUSED]
+            if not phases:
+                return [[(" starting: loading models and prompts …", "dim")]]
         if not self.state.live or not phases:
             return [self._last_step(width, "")]
         if self.state.head.state == "paused":
@@ -46,7 +51,7 @@ class PhaseStrip(Panel):
 
     def _line(self, phase: Phase, width: int, several: bool) -> Row:
         lead: list[Piece] = [(f" rank {phase.rank}", "dim")] if several else []
-        if phase.name not in ORDER or not phase.step:  # step 0: before the first step
+        if not _is_of_step(phase):
             return self._loading(lead, phase, width)
         after = self._clock(phase)
         for times in (True, False):
@@ -110,6 +115,11 @@ def _durations(times: list[tuple[str, float]]) -> list[Piece]:
     for name, seconds in times:
         pieces += [(f"{' · ' if pieces else ''}{name} ", "dim"), (f"{seconds:.1f}s", "")]
     return pieces
+
+
+def _is_of_step(phase: Phase) -> bool:
+    """Whether a rank is in a step. The evaluation before the first one has step 0."""
+    return phase.name in ORDER and phase.step > 0
 
 
 def _progress(phase: Phase) -> float:

@@ -6,7 +6,7 @@ from engine import metrics
 from engine.config.settings import Settings
 from engine.journal.rows import CommandRow
 from engine.kl import MAX_ERROR, next_beta
-from engine.protocol.commands import Rollback
+from engine.protocol.commands import Note, Rollback
 from rlhf_tui import format as fmt
 from rlhf_tui.format import value_text
 from rlhf_tui.state.session_state import SessionState
@@ -137,7 +137,9 @@ class SteeringPanel(Panel):
         mark, tone = STATUS_MARKS.get(status, ("?", "warn"))
         abandoned = not command.live and command.command != Rollback.name()
         outcome = f"{mark} {status}"
-        if status == "applied" and command.applied_step is not None:
+        if status == "applied" and command.command == Note.name():
+            outcome = f"{mark} added"  # it applies to nothing: the charts have it at its step
+        elif status == "applied" and command.applied_step is not None:
             outcome += f" at step {command.applied_step}"
         elif status in ("queued", "accepted"):
             if wait := about(self.state.boundary_in()):

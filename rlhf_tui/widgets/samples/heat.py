@@ -55,7 +55,7 @@ class HeatScale(Struct, frozen=True):
         return (HEAT if share >= 0 else COLD)[min(3, int(4 * abs(share)))]
 
     def legend(self, width: int) -> list[Row]:
-        """Values from the lowest to the highest, each in its tone, in rows of `width` cells."""
+        """The scale: values from the lowest to the highest, each in its tone, in `width` cells."""
         if math.isnan(self.low):
             return [[("– … –", UNDEFINED)]]
         inner = [self.centre + tick * 2 * self.half for tick in TICKS]
@@ -64,4 +64,5 @@ class HeatScale(Struct, frozen=True):
         for value in values:
             # Adding 0.0 makes a rounded -0.0 a plain 0; the ends come before values equal to them.
             texts.setdefault(fmt.number(round(value, 2) + 0.0, 2), self.tone(value))
-        return flowed([[(f" {text} ", tone)] for text, tone in texts.items()], width, " ")
+        shown: list[Row] = [[(f" {text} ", tone)] for text, tone in texts.items()]
+        return flowed([[("scale ", "dim")], *shown], width, "")

@@ -21,6 +21,8 @@ EXTREMES = {"log-prob": "least likely tokens", "value": "values furthest from th
 """Title of the tokens with the largest values, where it is not "largest" and the view's name."""
 CENTRED = ("value",)
 """Views whose tones show the distance from the mean, not from 0."""
+UNITS = {"KL": ", in nats", "log-prob": ", in nats"}
+"""What the title of a view says of its unit."""
 
 
 class SampleView(ScrollText):
@@ -172,7 +174,8 @@ def token_rows(arrays: TokenArrays, mode: str, width: int) -> list[Row]:
     if not values:
         return [[(f"{mode}: not measured in this run", "warn")]]
     scale = HeatScale.of(values, centred=mode in CENTRED)
-    rows: list[Row] = [[(f"RESPONSE, {mode} of each token", "dim")], *scale.legend(width)]
+    title = f"RESPONSE, {mode} of each token{UNITS.get(mode, '')}"
+    rows: list[Row] = [[(title, "dim")], *scale.legend(width)]
     line: list[Piece] = []
     used = 0
     for token, value in zip(arrays.tokens, values, strict=True):
@@ -211,4 +214,4 @@ def _bar(value: float, scale: HeatScale) -> Piece:
         return "?" * 12, UNDEFINED
     share = scale.share(value)
     cells = round(abs(share) * 12)
-    return "█" * cells + " " * (12 - cells), "s6" if share >= 0 else "s1"
+    return "█" * cells + " " * (12 - cells), "above" if share >= 0 else "below"
