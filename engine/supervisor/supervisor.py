@@ -38,7 +38,7 @@ from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher, Observer
 from engine.supervisor.rank_handler import RankMessageHandler
 from engine.supervisor.rank_processes import RankProcesses
-from engine.supervisor.rollout_process import RolloutProcess
+from engine.supervisor.rollout_engines import RolloutEngines
 from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
@@ -84,7 +84,7 @@ class Supervisor:
         )
         self.pending = PendingCommands(journal.commands, self.server)
         self.ranks = RankProcesses(session, socket, config.launch)
-        self.rollout = RolloutProcess(
+        self.rollout = RolloutEngines(
             session,
             config,
             self.state,

@@ -39,11 +39,7 @@ def _check_ahead(config: RunConfig) -> None:
 
 def _check_devices(config: RunConfig) -> None:
     rollout, launch = config.rollout, config.launch
-    if rollout.gpus and len(rollout.gpus) < rollout.tensor_parallel:
-        raise ConfigError(
-            f"rollout.tensor_parallel ({rollout.tensor_parallel}) needs as many GPUs in "
-            f"rollout.gpus, not {len(rollout.gpus)}"
-        )
+    _check_number(config)
     if launch.device == "cpu":
         for key in ("sleep", "gpus"):
             if getattr(rollout, key):
@@ -61,8 +57,41 @@ def _check_devices(config: RunConfig) -> None:
         raise ConfigError(
             "rollout.transfer: ipc needs rollout.tensor_parallel: 1; use broadcast with more"
         )
+    if rollout.engines > 1:
+        raise ConfigError(
+            "rollout.transfer: ipc needs rollout.engines: 1, because it reaches the GPU of rank 0 "
+            "alone; use file or broadcast with more"
+        )
     if rollout.gpus and rollout.gpus[0] not in (launch.gpus or rollout.gpus)[:1]:
         raise ConfigError(
             "rollout.transfer: ipc needs the GPU of rank 0 first in rollout.gpus; use broadcast on "
             "other GPUs"
+        )
+
+
+def _check_number(config: RunConfig) -> None:
+    """Checks that there are GPUs for all engines, and responses.
+
+    Which GPUs there are is not known here if no key names them: see
+    :func:`engine.launch.rollout_engine.check_rollout_engine`.
+    """
+    rollout, launch = config.rollout, config.launch
+    if rollout.engines == 1:
+        if rollout.gpus and len(rollout.gpus) < rollout.tensor_parallel:
+            raise ConfigError(
+                f"rollout.tensor_parallel ({rollout.tensor_parallel}) needs as many GPUs in "
+                f"rollout.gpus, not {len(rollout.gpus)}"
+            )
+        return
+    if rollout.engines > rollout.batch_size:
+        raise ConfigError(
+            f"rollout.engines ({rollout.engines}) must be at most rollout.batch_size "
+            f"({rollout.batch_size}): each generates a part of the responses of a step"
+        )
+    key, gpus = ("rollout", rollout.gpus) if rollout.gpus else ("launch", launch.gpus)
+    needed = rollout.engines * rollout.tensor_parallel
+    if launch.device != "cpu" and gpus and len(set(gpus)) < needed:
+        raise ConfigError(
+            f"rollout.engines ({rollout.engines}) with rollout.tensor_parallel "
+            f"({rollout.tensor_parallel}) needs {needed} GPUs, and {key}.gpus has {len(set(gpus))}"
         )

@@ -53,11 +53,14 @@ class RolloutConfig(Section, frozen=True):
     or that of `make vllm` if this one has no vLLM."""
     gpus: list[Whole] = []
     """Indices of the GPUs that vLLM uses, as numbered by the driver. Default: `launch.gpus`."""
+    engines: Annotated[int, Meta(ge=1, le=1024)] = 1
+    """Processes of vLLM among which the responses of a batch are divided (data parallel). Each has
+    `tensor_parallel` GPUs, in the order of `gpus`. Responses change by rounding only."""
     tensor_parallel: Annotated[int, Meta(ge=1, le=1024)] = 1
-    """GPUs (or processes on a CPU) that vLLM divides the model among."""
+    """GPUs (or processes on a CPU) that each of the `engines` divides the model among."""
     cache_gb: Positive | None = None
-    """Size of vLLM's key-value cache, in 10⁹ bytes. Responses that do not fit wait. Default: what
-    the responses of a step need, but no more than 4."""
+    """Size of the key-value cache of each of the `engines`, in 10⁹ bytes. Responses that do not fit
+    wait. Default: what the responses of a step need, but no more than 4."""
     transfer: Literal["file", "ipc", "broadcast"] = "file"
     """How the weights reach vLLM: by a `file` in shared memory, by `ipc` on the GPU that vLLM
     shares with rank 0, or by a `broadcast` to its workers (NCCL between GPUs, gloo on a CPU)."""

@@ -56,7 +56,7 @@ def rollout_engine():
             except OSError:
                 continue
             named = sys.argv[1].encode() in words
-            if named and any(word.endswith(b"rollout/vllm/start.py") for word in words):
+            if named and any(word.endswith(b"rollout/vllm/process/start.py") for word in words):
                 return int(pid)
         time.sleep(0.05)
     raise RuntimeError("there is no rollout engine")

@@ -29,7 +29,7 @@ from engine.protocol.rollout_messages import (
     WeightsLoaded,
     decode_to_engine,
 )
-from engine.train.rollout.vllm.sleep_mode import SleepMode
+from engine.train.rollout.vllm.process.sleep_mode import SleepMode
 
 log = logging.getLogger("rollout")
 
@@ -219,7 +219,7 @@ class Engine:
         """Generates a response to each prompt."""
         from vllm import SamplingParams  # noqa: PLC0415 - as above
 
-        from engine.train.rollout.vllm.uniform_sampling import ROW  # noqa: PLC0415 - as above
+        from engine.train.rollout.vllm.process.uniform_sampling import ROW  # noqa: PLC0415 - as above
 
         if request.weights_version != self._weights_version:
             raise RuntimeError(
@@ -227,6 +227,12 @@ class Engine:
                 f"{self._weights_version} is loaded"
             )
         began, limit = time.perf_counter(), request.max_new_tokens
+        if not request.prompts:  # fewer responses than engines; memory is given up all the same
+            self._end_batch()
+            return Generated(
+                weights_version=request.weights_version, lengths=[], ids=b"", logprobs=b"",
+                entropies=b"", seconds=0.0,
+            )  # fmt: skip
         self._sleep.before_generate()
         # What is cached would depend on earlier batches, and by rounding the result on it.
         self._llm.reset_prefix_cache()
@@ -248,9 +254,7 @@ class Engine:
             rows[name], rows[f"row-{row}"] = row, row
         tokens = self._run(engine, rows, request)
         logprobs, entropies = self._llm.collective_rpc("recorded_batch")[0]
-        self._sleep.after_generate()
-        if self._sleep.forgets_weights:
-            self._weights_version = None
+        self._end_batch()
         return Generated(
             weights_version=request.weights_version,
             lengths=[len(t) for t in tokens],
@@ -259,6 +263,11 @@ class Engine:
             entropies=entropies,
             seconds=time.perf_counter() - began,
         )
+
+    def _end_batch(self) -> None:
+        self._sleep.after_generate()
+        if self._sleep.forgets_weights:
+            self._weights_version = None
 
     def _run(self, engine: Any, rows: dict[str, int], request: Generate) -> list[list[int]]:
         """Runs all requests to their end; returns the tokens of each row."""
@@ -313,9 +322,9 @@ def llm_arguments(start: Start, *, on_gpu: bool) -> dict[str, Any]:
         "async_scheduling": False,  # the output's length is the position that is sampled
         "generation_config": "vllm",  # no defaults of the model's generation_config.json
         "worker_extension_cls": (
-            "engine.train.rollout.vllm.worker_extension.RolloutWorkerExtension"
+            "engine.train.rollout.vllm.process.worker_extension.RolloutWorkerExtension"
         ),
-        "logits_processors": ["engine.train.rollout.vllm.uniform_sampling:UniformSampling"],
+        "logits_processors": ["engine.train.rollout.vllm.process.uniform_sampling:UniformSampling"],
         "disable_log_stats": True,
     }
 
