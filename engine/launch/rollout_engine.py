@@ -9,6 +9,7 @@ from pathlib import Path
 
 import engine
 from engine.config.schema import RunConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.errors import UserInputError
 from engine.launch.environment import (
@@ -63,34 +64,38 @@ def rollout_command(
 
 def rollout_environment(config: RunConfig, engine: int = 0) -> dict[str, str]:
     """The environment of an engine's process; `engine` counts them from 0."""
+    return engine_environment(config.launch, config.rollout, engine)
+
+
+def engine_environment(launch: LaunchConfig, rollout: RolloutConfig, engine: int) -> dict[str, str]:
+    """The environment of an engine's process, from the sections that decide it."""
     removed = {*PYTHON_VARIABLES, TF32_OVERRIDE}
-    if config.rollout.sleep:  # its memory pool refuses expandable segments
+    if rollout.sleep:  # its memory pool refuses expandable segments
         removed |= {ALLOCATOR, OLD_ALLOCATOR}
     inherited = {k: v for k, v in clean_environment().items() if k not in removed}
-    cores = max(1, len(os.sched_getaffinity(0)) // config.rollout.engines)
-    threads = config.launch.threads or cores
+    cores = max(1, len(os.sched_getaffinity(0)) // max(1, rollout.local_engines))
+    threads = launch.threads or cores
     settings = {
         PARENT_VARIABLE: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
     }
-    if config.launch.device == "cpu":
+    if launch.device == "cpu":
         settings["CUDA_VISIBLE_DEVICES"] = ""
-    elif (gpus := engine_gpus(config, engine)) is not None:
+    elif (gpus := engine_gpus(launch, rollout, engine)) is not None:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     defaults = OPENMP_WAITING | MALLOC_SETTINGS | mkl_settings() | GPU_ORDER
     return defaults | inherited | settings
 
 
-def engine_gpus(config: RunConfig, engine: int) -> list[str] | None:
+def engine_gpus(launch: LaunchConfig, rollout: RolloutConfig, engine: int) -> list[str] | None:
     """The entries of CUDA_VISIBLE_DEVICES of an engine; None to leave it as it is.
 
     Several engines take `rollout.tensor_parallel` each, in order, of `rollout.gpus` or of those of
     the ranks. So with one GPU an engine, engine i shares that of rank i unless it has its own.
     """
-    rollout = config.rollout
-    chosen = rollout.gpus or config.launch.gpus
+    chosen = rollout.gpus or launch.gpus
     if rollout.engines == 1:
         return chosen_gpus(chosen) if chosen else None
     if chosen:
@@ -144,13 +149,13 @@ def check_rollout_engine(config: RunConfig) -> None:
             the remedy.
     """
     rollout = config.rollout
-    if not is_separate(rollout):
+    if not is_separate(rollout) or not rollout.local_engines:
         return
-    needed, there = rollout.engines * rollout.tensor_parallel, gpu_count()
+    needed, there = rollout.local_engines * rollout.tensor_parallel, gpu_count()
     named = rollout.gpus or config.launch.gpus  # checked with the configuration
     if rollout.engines > 1 and config.launch.device != "cpu" and not named and 0 < there < needed:
         raise UserInputError(
-            f"rollout.engines ({rollout.engines}) with rollout.tensor_parallel "
+            f"rollout.engines ({rollout.local_engines} here) with rollout.tensor_parallel "
             f"({rollout.tensor_parallel}) needs {needed} GPUs, and there are {there}"
         )
     python = rollout_python(rollout)

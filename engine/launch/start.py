@@ -140,7 +140,7 @@ def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -
     """
     check_inputs(config)
     check_rollout_engine(config)
-    check_secret(config.launch)
+    check_secret(config)
     if name is not None:
         remove_failed_start(Session(root / check_name(name)))
     return create(root, free_name(root, stem) if name is None else name, config)

@@ -74,11 +74,11 @@ def beside_ranks(config: RunConfig, models: Models) -> int:
     That is nothing on GPUs that the engine has for itself (`rollout.gpus`). Sleep mode is not
     counted on: the ranks hold the policy and the optimiser while the engine generates.
     """
-    parts = engine_memory(config, models)
+    parts, here = engine_memory(config, models), config.rollout.local_engines
     if models.device == "cpu":
         handover = parts.pop("handover", 0)
-        return config.rollout.engines * sum(parts.values()) + handover
+        return here * sum(parts.values()) + handover
     ours, ranks = set(config.rollout.gpus), set(config.launch.gpus)
     apart = ours and ranks and not ours & ranks
     shared = ["weights", "cache", *(["handover"] if config.rollout.transfer == "ipc" else [])]
-    return 0 if apart else sum(parts.get(name, 0) for name in shared)
+    return 0 if apart or not here else sum(parts.get(name, 0) for name in shared)

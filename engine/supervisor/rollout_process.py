@@ -12,10 +12,10 @@ import signal
 import socket
 import sqlite3
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config.schema import RunConfig
-from engine.launch.rollout_engine import rollout_command, rollout_environment
 from engine.protocol import sockets
 from engine.session import access
 from engine.session.folder import Session
@@ -23,6 +23,16 @@ from engine.supervisor.attempt import describe_exit
 from engine.supervisor.state import SupervisorState
 
 log = logging.getLogger("engine")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is started as an engine."""
+
+    command: list[str]
+    environment: dict[str, str]
+    port_fd: int | None = None
+    """A descriptor that it inherits beside that of its socket."""
 
 
 class RolloutProcess:
@@ -33,7 +43,8 @@ class RolloutProcess:
         session: Session,
         config: RunConfig,
         state: SupervisorState,
-        engine: int = 0,
+        program: Callable[[int, int], Program],
+        engine: int,
         *,
         on_restart: Callable[[str], None],
         on_failure: Callable[[str], None],
@@ -44,13 +55,14 @@ class RolloutProcess:
             session: its folder gets the socket and the log.
             config: the run's configuration.
             state: counts how often engines have ended in a step.
+            program: called with the number of the engine and the descriptor of its socket.
             engine: the number of this one, from 0.
             on_restart: called with the reason when another engine has been started. It may raise
                 sqlite3.Error, which is logged.
             on_failure: called with the reason when none is started any more.
         """
         self._session, self._config, self._state = session, config, state
-        self._engine = engine
+        self._program, self._engine = program, engine
         several = config.rollout.engines > 1
         self._name = f"rollout engine {engine}" if several else "the rollout engine"
         self._on_restart, self._on_failure = on_restart, on_failure
@@ -85,16 +97,17 @@ class RolloutProcess:
         return self._path
 
     async def _spawn(self, listener: socket.socket) -> None:
-        fd, folder = listener.fileno(), self._session.folder
+        fd = listener.fileno()
+        program = self._program(self._engine, fd)
         access.create_file(self.log_file)
         with self.log_file.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
-                *rollout_command(self._config.rollout, fd, folder, self._engine),
-                env=rollout_environment(self._config, self._engine),
+                *program.command,
+                env=program.environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=[fd],
+                pass_fds=[fd] if program.port_fd is None else [fd, program.port_fd],
                 start_new_session=True,
             )
 

@@ -1,8 +1,11 @@
 """The supervisor keeps a rollout engine alive, and says when it cannot."""
 
 import asyncio
+import contextlib
+import functools
 import os
 import signal
+import socket
 import sqlite3
 import time
 from pathlib import Path
@@ -14,6 +17,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
 from engine.launch import rollout_engine as launch
+from engine.launch import rollout_join
 from engine.launch.environment import (
     ROLLOUT_DISK_VARIABLE,
     ROLLOUT_FOLDER_VARIABLE,
@@ -21,14 +25,23 @@ from engine.launch.environment import (
     TF32_OVERRIDE,
     rollout_socket_variable,
 )
+from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import StartOptions
-from engine.protocol import sockets
+from engine.protocol import frames, sockets
+from engine.protocol.rollout_join_messages import Joined
+from engine.protocol.rollout_messages import EngineFailed, Start, decode_from_engine
 from engine.session.folder import create
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.rollout_engines import RolloutEngines
 from engine.supervisor.state import SupervisorState
 
 DEADLINE = 30.0
+SECRET = "a secret of one run"  # noqa: S105 - of a test
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 async def until(condition):
@@ -42,13 +55,17 @@ async def until(condition):
 def make(tmp_path):
     """Returns a function that makes the engines of a session; their "Python" is a shell script."""
 
-    def made(script="exec sleep 1000", engine="vllm", restarts=2, error=None, engines=1):
+    def made(
+        script="exec sleep 1000", engine="vllm", restarts=2, error=None, engines=1, joined=False
+    ):
         python = tmp_path / "python"
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
         keys = [f"rollout.engine={engine}", f"rollout.python={python}",
                 f"rollout.engines={engines}", f"launch.max_restarts={restarts}",
                 "launch.device=cpu"]  # fmt: skip
+        if joined:
+            keys += ["rollout.joined=1", f"rollout.rendezvous=127.0.0.1:{free_port()}"]
         config = config_file.load(starter.FOLDER / "demo.yaml", keys)
         state = SupervisorState(settings={}, attempt=Attempt(StartOptions()), next=None)
         said = []
@@ -59,7 +76,7 @@ def make(tmp_path):
             said.append(("restart", text))
 
         engines_of = RolloutEngines(
-            create(tmp_path, "s", config), config, state,
+            create(tmp_path, "s", config), config, state, SECRET,
             on_restart=restarted,
             on_failure=lambda text: said.append(("failure", text)),
         )  # fmt: skip
@@ -78,13 +95,13 @@ async def test_an_engine_that_is_killed_is_started_again_and_ends_with_the_attem
     engines, _, said = make()
     variables = await engines.start()
     (process,) = engines.processes
-    socket, folder, disk = (
+    path, folder, disk = (
         Path(variables[name])
         for name in (ROLLOUT_SOCKET_VARIABLE, ROLLOUT_FOLDER_VARIABLE, ROLLOUT_DISK_VARIABLE)
     )
-    sockets.connect(socket).close()  # before any engine answers
+    sockets.connect(path).close()  # before any engine answers
     assert folder.stat().st_mode & 0o777 == disk.stat().st_mode & 0o777 == 0o700
-    assert socket.with_name("rollout.log").stat().st_mode & 0o777 == 0o600
+    assert path.with_name("rollout.log").stat().st_mode & 0o777 == 0o600
     first = process.pid
     os.kill(first, signal.SIGKILL)
     await until(lambda: process.pid not in (None, first))
@@ -93,7 +110,7 @@ async def test_an_engine_that_is_killed_is_started_again_and_ends_with_the_attem
     second = process.pid
     await engines.stop()
     assert not psutil.pid_exists(second)
-    assert not socket.exists()
+    assert not path.exists()
     assert not folder.exists()
     assert not disk.exists()
 
@@ -140,6 +157,64 @@ async def test_an_engine_that_is_no_longer_watched_fails_the_attempt(make):
     await until(lambda: said)
     assert said == [("failure", "the rollout engine is no longer watched: KeyError: 'rule'")]
     await engines.stop()
+
+
+def secret_file(folder, secret):
+    file = folder / "join.secret"
+    file.write_text(secret)
+    file.chmod(0o600)
+    return file
+
+
+async def test_a_machine_that_knows_the_secret_takes_the_place_of_an_engine(
+    make, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rollout_join, "RETRY", 0.05)
+    engines, _, said = make(joined=True)
+    engines.listen()
+    address = f"127.0.0.1:{engines.port}"
+    await engines.start()
+    monkeypatch.setenv(SECRET_VARIABLE, "the secret of another run")
+    with pytest.raises(UserInputError, match="another secret"):
+        await asyncio.to_thread(rollout_join.find_run, address, None, DEADLINE, joined=False)
+    stranger = socket.create_connection(("127.0.0.1", engines.port))
+    stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    file = secret_file(tmp_path, SECRET)
+    machine, info = await asyncio.to_thread(
+        rollout_join.find_run, address, file, DEADLINE, joined=False
+    )
+    assert info.session == "s"
+    stranger.settimeout(DEADLINE)
+    with contextlib.suppress(ConnectionResetError):
+        assert stranger.recv(100) == b""
+    machine.close()
+    # Rank 0 begins, and the relay notices that the machine is gone.
+    with sockets.connect(tmp_path / "s" / "rollout.sock") as rank_0:
+        start = Start(model=str(tmp_path), dtype="float32", max_tokens=1, max_responses=1,
+                      cache_bytes=1)  # fmt: skip
+        rank_0.sendall(frames.encode(start))
+        reply = decode_from_engine(await asyncio.to_thread(frames.receive, rank_0))
+    assert isinstance(reply, EngineFailed)
+    assert "is lost" in reply.text
+    await until(lambda: said)
+    assert said[0][1] == "the rollout engine ended with status 3: another one is started"
+    file.unlink()
+    with pytest.raises(rollout_join.RunOverError):
+        rollout_join.find_run(address, file, 1.0, joined=True)
+    await engines.close()
+
+
+async def test_a_machine_of_another_version_is_told_so(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout_join, "Joined", functools.partial(Joined, software="0.0"))
+    engines, _, _ = make(joined=True)
+    engines.listen()
+    await engines.start()
+    file = secret_file(tmp_path, SECRET)
+    with pytest.raises(UserInputError, match=r"this machine 0\.0: install the same"):
+        await asyncio.to_thread(
+            rollout_join.find_run, f"127.0.0.1:{engines.port}", file, DEADLINE, joined=False
+        )
+    await engines.close()
 
 
 def test_an_engine_does_not_inherit_what_rounds_its_products(monkeypatch):

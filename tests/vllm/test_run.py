@@ -2,12 +2,15 @@
 
 import hashlib
 import re
+import socket
 
+import psutil
 import pytest
 
 from engine.session.checkpoints import checkpoint_path
 from tests.e2e.lab import Lab, processes, until
 from tests.faults.lab import HOOKS
+from tests.vllm.conftest import PYTHON
 
 STEPS = 6
 LIMIT = 900.0
@@ -112,6 +115,36 @@ def test_two_engines_generate_as_one_and_one_that_is_killed_amid_a_rollout_is_re
     assert len(re.findall("rollout engine 0: weights of step 0,", log)) == 1
     assert len(re.findall("rollout engine 1: weights of step 0,", log)) == 2
     assert not processes(two.session.folder)
+
+
+def test_an_engine_that_joins_from_another_machine_generates_as_one_here(lab, one):
+    """The other machine is this one, with a process of its own; its engine is killed once."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    run = make(
+        lab, "joined", "rollout.engines=2", "rollout.joined=1", f"rollout.rendezvous={address}"
+    )
+    run.hold(2)
+    run.start()
+    secret = run.session.secret_file
+    joined = lab.popen("join", address, "--rollout", "--secret-file", secret, "--python", PYTHON)
+    try:
+        until((run.gate / "at-2").exists, "steps with both engines", LIMIT)
+        (engine,) = (
+            p for p in psutil.Process(joined.pid).children() if "start.py" in str(p.cmdline())
+        )
+        engine.kill()
+        run.release(2)
+        finish(run)
+        assert joined.wait(60) == 0
+    finally:
+        joined.kill()
+    assert "the run is over" in joined.stdout.read()
+    assert responses(run) == responses(one)
+    assert lags(run) == [0] * STEPS
+    said = [e["text"] for e in run.events("alert")]
+    assert len([t for t in said if "rollout engine 1 ended with status 3" in t]) == 1
+    assert not engine.is_running()
 
 
 def test_two_sharded_ranks_broadcast_the_weights_that_one_writes(lab, one):

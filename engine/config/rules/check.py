@@ -3,6 +3,7 @@
 from typing import Any
 
 from engine.config.deadline import deadline
+from engine.config.rules.address import check_address
 from engine.config.rules.data import check_data
 from engine.config.rules.models import check_models
 from engine.config.rules.reward import check_reward, check_source
@@ -171,14 +172,6 @@ def _check_launch(config: RunConfig) -> None:
             f"{launch.nodes * per_node} ranks need at least as many prompts per step, not "
             f"{config.prompts_per_step}: raise rollout.batch_size"
         )
-
-
-def check_address(text: str) -> tuple[str, int]:
-    """Splits `HOST:PORT` into host and port. Raises ConfigError for any other text."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"'{text}' is not an address: write HOST:PORT, such as 10.0.0.1:29400")
-    return host, int(port)
 
 
 def _check_batches(config: RunConfig) -> None:

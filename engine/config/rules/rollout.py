@@ -1,5 +1,6 @@
 """Rules between the keys of `rollout` and those of other sections."""
 
+from engine.config.rules.address import check_address
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 
@@ -40,6 +41,7 @@ def _check_ahead(config: RunConfig) -> None:
 def _check_devices(config: RunConfig) -> None:
     rollout, launch = config.rollout, config.launch
     _check_number(config)
+    _check_joined(config)
     if launch.device == "cpu":
         for key in ("sleep", "gpus"):
             if getattr(rollout, key):
@@ -77,7 +79,7 @@ def _check_number(config: RunConfig) -> None:
     """
     rollout, launch = config.rollout, config.launch
     if rollout.engines == 1:
-        if rollout.gpus and len(rollout.gpus) < rollout.tensor_parallel:
+        if rollout.gpus and rollout.local_engines and len(rollout.gpus) < rollout.tensor_parallel:
             raise ConfigError(
                 f"rollout.tensor_parallel ({rollout.tensor_parallel}) needs as many GPUs in "
                 f"rollout.gpus, not {len(rollout.gpus)}"
@@ -89,9 +91,35 @@ def _check_number(config: RunConfig) -> None:
             f"({rollout.batch_size}): each generates a part of the responses of a step"
         )
     key, gpus = ("rollout", rollout.gpus) if rollout.gpus else ("launch", launch.gpus)
-    needed = rollout.engines * rollout.tensor_parallel
+    needed = rollout.local_engines * rollout.tensor_parallel
     if launch.device != "cpu" and gpus and len(set(gpus)) < needed:
         raise ConfigError(
-            f"rollout.engines ({rollout.engines}) with rollout.tensor_parallel "
+            f"rollout.engines ({rollout.local_engines} here) with rollout.tensor_parallel "
             f"({rollout.tensor_parallel}) needs {needed} GPUs, and {key}.gpus has {len(set(gpus))}"
+        )
+
+
+def _check_joined(config: RunConfig) -> None:
+    """Checks what engines on other machines need."""
+    rollout, launch = config.rollout, config.launch
+    if not rollout.joined:
+        return
+    if rollout.joined > rollout.engines:
+        raise ConfigError(
+            f"rollout.joined ({rollout.joined}) must be at most rollout.engines "
+            f"({rollout.engines}), which counts those on other machines, too"
+        )
+    if rollout.rendezvous is None:
+        raise ConfigError(
+            f"rollout.joined: {rollout.joined} needs rollout.rendezvous: HOST:PORT, at which the "
+            "other machines reach this one"
+        )
+    _, port = check_address(rollout.rendezvous)
+    if launch.nodes > 1 and (launch.rendezvous or "").rpartition(":")[2] == str(port):
+        raise ConfigError(
+            f"rollout.rendezvous needs another port than launch.rendezvous, not {port}"
+        )
+    if rollout.transfer != "file":
+        raise ConfigError(
+            "rollout.joined needs rollout.transfer: file, which is sent to the other machines"
         )

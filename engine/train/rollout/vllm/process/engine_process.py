@@ -14,8 +14,6 @@ import traceback
 from typing import Any, NoReturn
 
 from engine.errors import LinkError, first_line
-from engine.protocol import frames, sockets
-from engine.protocol.frames import Message
 from engine.protocol.rollout_messages import (
     Continue,
     EngineFailed,
@@ -25,18 +23,15 @@ from engine.protocol.rollout_messages import (
     LoadWeights,
     Progress,
     Start,
-    ToEngine,
     WeightsLoaded,
-    decode_to_engine,
 )
+from engine.protocol.rollout_server import FAILED, first_client, receive, report, send
 from engine.train.rollout.vllm.process.sleep_mode import SleepMode
 
 log = logging.getLogger("rollout")
 
 LOOK_EVERY = 8
 """Tokens between two messages of progress."""
-FAILED = 3
-"""Exit status after an error that was reported to rank 0."""
 VLLM_SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: no engine core that could be left
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # V2 refuses logits processors
@@ -99,52 +94,11 @@ def missing(error: ImportError) -> EngineFailed:
     return EngineFailed(text=text, user_input=True, final=True)
 
 
-def first_client(listener: socket.socket) -> tuple[socket.socket, Start]:
-    """Waits for a process of the same user that sends :class:`Start`.
-
-    Connections that have ended are left out: those of a rank that died before this process began.
-    """
-    while True:
-        connection, _ = listener.accept()
-        if sockets.peer_uid(connection) != os.getuid():
-            log.warning("refused a connection of another user")
-            connection.close()
-            continue
-        try:
-            message = receive(connection)
-        except (OSError, LinkError) as error:
-            log.info("a client disconnected before it began (%s)", error)
-            connection.close()
-            continue
-        if isinstance(message, Start):
-            return connection, message
-        log.warning("a client began with %s", type(message).__name__)
-        connection.close()
-
-
 def leave(status: int) -> NoReturn:
     """Exits at once: vLLM's and torch's threads may keep the interpreter from ending."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def send(connection: socket.socket, message: Message) -> None:
-    """Sends a message."""
-    connection.sendall(frames.encode(message))
-
-
-def report(connection: socket.socket, message: Message) -> None:
-    """Sends a last message, if the client is still there."""
-    try:
-        send(connection, message)
-    except OSError:
-        log.info("rank 0 has disconnected")
-
-
-def receive(connection: socket.socket) -> ToEngine:
-    """Receives a message. Raises ConnectionError at the end of the connection."""
-    return decode_to_engine(frames.receive(connection))
 
 
 def serve(connection: socket.socket, start: Start) -> NoReturn:
