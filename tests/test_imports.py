@@ -7,8 +7,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 import engine
 import rlhf_tui
 from rlhf_tui.cli import COMMANDS
@@ -97,6 +95,7 @@ def module_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def imported(path):
     """Every module a file imports, anywhere in it; `from engine import x` names engine.x.
 
@@ -120,42 +119,64 @@ def is_module(name):
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-@pytest.mark.parametrize("module", [m for m in LIGHT if find_spec(m)])
-def test_what_must_start_at_once_loads_nothing_heavy(module):
-    script = f"import sys, {module}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+def test_what_must_start_at_once_loads_nothing_heavy():
+    modules = [module for module in LIGHT if find_spec(module)]
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    print(name, *{module.partition('.')[0] for module in sys.modules})\n"
     )
-    assert not HEAVY & set(done.stdout.split())
+    done = subprocess.run(
+        [sys.executable, "-c", script, *modules],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    loaded = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
+    assert list(loaded) == modules
+    assert not {module: names & HEAVY for module, names in loaded.items() if names & HEAVY}
 
 
-@pytest.mark.parametrize("path", files(ENGINE), ids=module_of)
-def test_the_engine_knows_nothing_of_its_dashboard(path):
-    assert not {m for m in imported(path) if m.split(".")[0] in ("rlhf_tui", "textual", "click")}
+def offending(paths, offends):
+    """By module, the imports that offend."""
+    found = {module_of(p): sorted(filter(offends, imported(p))) for p in paths}
+    return {module: names for module, names in found.items() if names}
 
 
-@pytest.mark.parametrize("path", files(ENGINE / "train"), ids=module_of)
-def test_a_rank_imports_little_of_the_engine(path):
-    ours = {m for m in imported(path) if m.split(".")[0] == "engine"}
-    others = {".".join(m.split(".")[:2]) for m in ours} - {"engine", "engine.train"}
-    assert not others - OF_A_RANK
+def test_the_engine_knows_nothing_of_its_dashboard():
+    others = ("rlhf_tui", "textual", "click")
+    assert not offending(files(ENGINE), lambda m: m.split(".")[0] in others)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in files(ENGINE) + files(TUI) if not p.is_relative_to(ENGINE / "train")],
-    ids=module_of,
-)
-def test_only_a_rank_imports_torch_and_its_kind(path):
-    names = imported(path)
-    assert not {m for m in names if m.split(".")[0] in HEAVY}
-    assert not {m for m in names if m.startswith("engine.train")}
+def test_a_rank_imports_little_of_the_engine():
+    allowed = OF_A_RANK | {"engine", "engine.train"}
+
+    def offends(module):
+        package, *rest = module.split(".")
+        return package == "engine" and ".".join([package, *rest[:1]]) not in allowed
+
+    assert not offending(files(ENGINE / "train"), offends)
 
 
-@pytest.mark.parametrize("path", files(ENGINE) + files(TUI), ids=module_of)
-def test_no_process_of_ours_imports_from_the_working_folder(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert not [line for line in lines if '"-m"' in line and '"-P", "-m"' not in line]
+def test_only_a_rank_imports_torch_and_its_kind():
+    others = [p for p in files(ENGINE) + files(TUI) if not p.is_relative_to(ENGINE / "train")]
+
+    def offends(module):
+        return module.split(".")[0] in HEAVY or module.startswith("engine.train")
+
+    assert not offending(others, offends)
+
+
+def test_no_process_of_ours_imports_from_the_working_folder():
+    lines = {
+        f"{module_of(path)}: {line.strip()}"
+        for path in files(ENGINE) + files(TUI)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if '"-m"' in line and '"-P", "-m"' not in line
+    }
+    assert not lines
 
 
 def unit_of(module):
@@ -175,22 +196,19 @@ def import_graph():
 UNITS = sorted(u for floor in FLOORS for u in floor)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_a_package_imports_only_from_floors_below(unit):
+def test_a_package_imports_only_from_floors_below():
     floor = {u: number for number, units in enumerate(FLOORS) for u in units}
     upward = {
         f"{module} → {other}"
         for module, others in import_graph().items()
-        if unit_of(module) == unit
         for other in others
-        if unit_of(other) != unit and floor[unit_of(other)] >= floor[unit]
+        if unit_of(other) != unit_of(module) and floor[unit_of(other)] >= floor[unit_of(module)]
     }
     assert not upward
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_every_floor_is_of_a_package_that_exists(unit):
-    assert is_module(unit)
+def test_every_floor_is_of_a_package_that_exists():
+    assert not [unit for unit in UNITS if not is_module(unit)]
 
 
 def circles():
@@ -213,16 +231,15 @@ def circles():
     }
 
 
-@pytest.mark.parametrize("package", ["engine", "rlhf_tui"])
-def test_no_modules_import_each_other_in_a_circle(package):
-    assert not {" ⇄ ".join(sorted(c)) for c in circles() if min(c).split(".")[0] == package}
+def test_no_modules_import_each_other_in_a_circle():
+    assert not {" ⇄ ".join(sorted(c)) for c in circles()}
 
 
-@pytest.mark.parametrize(
-    "folder",
-    sorted({p.parent for p in files(ENGINE) + files(TUI)}),
-    ids=lambda f: str(f.relative_to(ENGINE.parent if f.is_relative_to(ENGINE) else TUI.parent)),
-)
-def test_a_folder_has_few_modules(folder):
-    names = {p.stem for p in folder.glob("*.py")} - {"__init__"}
-    assert len(names) <= MOST_MODULES, sorted(names)
+def test_a_folder_has_few_modules():
+    folders: dict[Path, set[str]] = {}
+    for path in files(ENGINE) + files(TUI):
+        folders.setdefault(path.parent, set()).add(path.stem)
+    crowded = {
+        f.name: sorted(n) for f, n in folders.items() if len(n - {"__init__"}) > MOST_MODULES
+    }
+    assert not crowded

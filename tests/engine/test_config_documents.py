@@ -164,3 +164,13 @@ def test_text_that_looks_like_a_number_is_written_in_quotes(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(config_file.dump(config), encoding="utf-8")
     assert config_file.load(path).data.column == "1e5"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 30_000, "{a: " * 30_000, "- " * 30_000, "\n".join(["[a,"] * 30_000)],
+    ids=["brackets", "sections", "lists in a line", "brackets in lines"],
+)
+def test_however_deep_a_document_is_the_process_survives_it(text):
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        parse_yaml(text, "run.yaml")
