@@ -86,14 +86,15 @@ async def _serve(
         loop.add_signal_handler(number, supervisor.commands.on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     try:
-        supervisor.rollout.listen()
+        try:
+            supervisor.rollout.listen()
+        except UserInputError:
+            session.write_config(before)
+            raise
         code = await supervisor.run()
         if code == UserInputError.exit_code:  # the next resume uses the previous one
             session.write_config(before)
         return code
-    except UserInputError:
-        session.write_config(before)
-        raise
     finally:
         watchdog.cancel()
         supervisor.ranks.kill()
