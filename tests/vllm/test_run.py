@@ -16,7 +16,7 @@ STEPS = 6
 LIMIT = 900.0
 """Seconds; a minute or two on idle cores."""
 OPTIONS = ("rollout.engine=vllm", "train.save_every=2", "rollout.batch_size=8")
-AHEAD = ("rollout.ahead=1", "ppo.rollout_correction=truncate")
+AHEAD = ("rollout.ahead=1", "ppo.rollout_correction=truncate", "rollout.engines=2")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def lags(run):
     return [row["rollout/version_lag"] for row in run.numbers()]
 
 
-@pytest.mark.parametrize("options", [(), AHEAD], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("options", [(), AHEAD], ids=["in turn", "two engines ahead"])
 def test_kills_of_engine_and_supervisor_change_nothing_and_leave_nothing(lab, options):
     """Each kill is of a run that is held, so that it is known what each process does then."""
     name = "ahead" if options else "turn"
