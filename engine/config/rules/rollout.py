@@ -1,6 +1,6 @@
 """Rules between the keys of `rollout` and those of other sections."""
 
-from engine.config.rules.address import check_address
+from engine.config.rules.launch import check_address
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 
