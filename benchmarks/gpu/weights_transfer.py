@@ -39,7 +39,12 @@ from engine.protocol.rollout_messages import (
 from engine.train.rollout.vllm.checksum import checksum
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient
 from engine.train.rollout.vllm.group import WeightsGroup
-from engine.train.rollout.vllm.received_weights import DTYPES, from_broadcast, from_file, from_ipc
+from engine.train.rollout.vllm.process.received_weights import (
+    DTYPES,
+    from_broadcast,
+    from_file,
+    from_ipc,
+)
 from engine.train.rollout.vllm.updates import BroadcastUpdate, FileUpdate, IpcUpdate, Update
 from engine.train.rollout.vllm.weights import DTYPES as NAMES
 
@@ -157,9 +162,9 @@ def send_update(
     if way == "ipc":
         update = IpcUpdate(client, version, tensors, dtype)
     elif way == "file":
-        update = FileUpdate(client, version, tensors, dtype, folder / "weights.safetensors")
+        update = FileUpdate([client], version, tensors, dtype, folder / "weights.safetensors")
     else:
-        update = BroadcastUpdate(client, version, tensors, dtype, (folder / "group", 1, device))
+        update = BroadcastUpdate([client], version, tensors, dtype, (folder / "group", 1, device))
     with closing(update):
         generator = torch.Generator().manual_seed(version % 100)
         made = (torch.randn(t.shape, generator=generator).to(device) for t in tensors)

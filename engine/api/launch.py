@@ -131,7 +131,7 @@ def resume(
         files, from_step=from_step, reseed=reseed, overrides=words, who=session.who
     )
     config = preparation.resumed_config(files.config(), words)
-    check_secret(config.launch)
+    check_secret(config)
     total = config.train.steps
     # A session that crashed after its last checkpoint still has to record its end.
     if options.from_step >= total and session.state != "crashed":

@@ -25,10 +25,17 @@ ROLLOUT_DISK_VARIABLE = "RLHF_TUI_ROLLOUT_DISK"
 """What a rank reads from its environment, in this order: its token; the path of its supervisor's
 socket; its niceness on a CPU; the rendezvous of the ranks (`file:PATH` or `tcp:HOST:PORT`); the
 configuration's `launch` section as JSON; whether its machine joined the run; the socket of the
-rollout engine, the folder in shared memory in which it is given weights, and one on a disk for
-those that do not fit there (on the first machine only, and not for native rollouts).
+rollout engine (see :func:`rollout_socket_variable`), the folder in shared memory in which it is
+given weights, and one on a disk for those that do not fit there (on the first machine only, and not
+for native rollouts).
 :data:`~engine.launch.parent_death.PARENT_VARIABLE` is another one, and with several machines
 :data:`~engine.launch.secret.SECRET_VARIABLE`."""
+
+
+def rollout_socket_variable(engine: int) -> str:
+    """The variable that has the socket of one of `rollout.engines`, counted from 0."""
+    return ROLLOUT_SOCKET_VARIABLE if engine == 0 else f"{ROLLOUT_SOCKET_VARIABLE}_{engine}"
+
 
 OTHER_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """Set by a scheduler's script or a torchrun around this process; they do not apply to our ranks."""

@@ -1,4 +1,4 @@
-"""The command line and the environment of a rollout engine."""
+"""The command line and the environment of rollout engines."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import engine
 from engine.config.schema import RunConfig
+from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.errors import UserInputError
 from engine.launch.environment import (
@@ -22,9 +23,10 @@ from engine.launch.environment import (
     mkl_settings,
 )
 from engine.launch.parent_death import PARENT_VARIABLE
-from engine.nvml import chosen_gpus
+from engine.monitoring.telemetry import gpu_count
+from engine.nvml import chosen_gpus, visible_gpus
 
-START = Path(engine.__file__).parent / "train" / "rollout" / "vllm" / "start.py"
+START = Path(engine.__file__).parent / "train" / "rollout" / "vllm" / "process" / "start.py"
 OWN_ENVIRONMENT = Path(engine.__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 """What `make vllm` makes."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a private folder is made in it
@@ -50,32 +52,60 @@ def rollout_python(rollout: RolloutConfig) -> str:
     return sys.executable
 
 
-def rollout_command(rollout: RolloutConfig, listener_fd: int, folder: Path) -> list[str]:
-    """The command that starts the engine; the session's folder is for `ps`."""
+def rollout_command(
+    rollout: RolloutConfig, listener_fd: int, folder: Path, engine: int = 0
+) -> list[str]:
+    """The command that starts an engine; the session's folder and its number are for `ps`."""
     # -P: the script's own folder is not searched for modules.
-    return [rollout_python(rollout), "-P", str(START), str(listener_fd), str(folder)]
+    return [
+        rollout_python(rollout), "-P", str(START), str(listener_fd), str(folder), str(engine)
+    ]  # fmt: skip
 
 
-def rollout_environment(config: RunConfig) -> dict[str, str]:
-    """The environment of the engine's process."""
+def rollout_environment(config: RunConfig, engine: int = 0) -> dict[str, str]:
+    """The environment of an engine's process; `engine` counts them from 0."""
+    return engine_environment(config.launch, config.rollout, engine)
+
+
+def engine_environment(launch: LaunchConfig, rollout: RolloutConfig, engine: int) -> dict[str, str]:
+    """The environment of an engine's process, from the sections that decide it."""
     removed = {*PYTHON_VARIABLES, TF32_OVERRIDE}
-    if config.rollout.sleep:  # its memory pool refuses expandable segments
+    if rollout.sleep:  # its memory pool refuses expandable segments
         removed |= {ALLOCATOR, OLD_ALLOCATOR}
     inherited = {k: v for k, v in clean_environment().items() if k not in removed}
-    threads = config.launch.threads or len(os.sched_getaffinity(0))
+    cores = max(1, len(os.sched_getaffinity(0)) // max(1, rollout.local_engines))
+    threads = launch.threads or cores
     settings = {
         PARENT_VARIABLE: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(threads),
     }
-    gpus = config.rollout.gpus or config.launch.gpus
-    if config.launch.device == "cpu":
+    if launch.device == "cpu":
         settings["CUDA_VISIBLE_DEVICES"] = ""
-    elif gpus:
-        settings["CUDA_VISIBLE_DEVICES"] = ",".join(chosen_gpus(gpus))
+    elif (gpus := engine_gpus(launch, rollout, engine)) is not None:
+        settings["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     defaults = OPENMP_WAITING | MALLOC_SETTINGS | mkl_settings() | GPU_ORDER
     return defaults | inherited | settings
+
+
+def engine_gpus(launch: LaunchConfig, rollout: RolloutConfig, engine: int) -> list[str] | None:
+    """The entries of CUDA_VISIBLE_DEVICES of an engine; None to leave it as it is.
+
+    Several engines take `rollout.tensor_parallel` each, in order, of `rollout.gpus` or of those of
+    the ranks. So with one GPU an engine, engine i shares that of rank i unless it has its own.
+    """
+    chosen = rollout.gpus or launch.gpus
+    if rollout.engines == 1:
+        return chosen_gpus(chosen) if chosen else None
+    if chosen:
+        entries = chosen_gpus(list(dict.fromkeys(chosen)))
+    elif count := gpu_count():
+        entries = visible_gpus() or [str(i) for i in range(count)]
+    else:
+        return None
+    size = rollout.tensor_parallel
+    return entries[engine * size : (engine + 1) * size]
 
 
 def shared_folder() -> Path:
@@ -109,14 +139,25 @@ def find_vllm(python: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def check_rollout_python(rollout: RolloutConfig) -> None:
-    """Checks that the engine's Python has vLLM, where it is needed; starts that Python.
+def check_rollout_engine(config: RunConfig) -> None:
+    """Checks what rollout engines of their own need: GPUs, and a Python that has vLLM.
+
+    Starts that Python.
 
     Raises:
-        UserInputError: it has not, or cannot be run; with the remedy.
+        UserInputError: there are too few GPUs, or that Python has no vLLM or cannot be run; with
+            the remedy.
     """
-    if not is_separate(rollout):
+    rollout = config.rollout
+    if not is_separate(rollout) or not rollout.local_engines:
         return
+    needed, there = rollout.local_engines * rollout.tensor_parallel, gpu_count()
+    named = rollout.gpus or config.launch.gpus  # checked with the configuration
+    if rollout.engines > 1 and config.launch.device != "cpu" and not named and 0 < there < needed:
+        raise UserInputError(
+            f"rollout.engines ({rollout.local_engines} here) with rollout.tensor_parallel "
+            f"({rollout.tensor_parallel}) needs {needed} GPUs, and there are {there}"
+        )
     python = rollout_python(rollout)
     if find_vllm(python) is None:
         raise UserInputError(

@@ -11,7 +11,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from engine.config.sections.launch import LaunchConfig
+from engine.config.schema import RunConfig
 from engine.errors import UserInputError
 from engine.session.folder import Session, write_atomically
 
@@ -83,7 +83,13 @@ def _checked(secret: str, where: str) -> str:
     return secret
 
 
-def check_secret(launch: LaunchConfig) -> None:
+def needs_secret(config: RunConfig) -> bool:
+    """Whether other machines take part in a run, as ranks or to generate."""
+    joined = config.rollout.joined if config.rollout.engine != "native" else 0
+    return config.launch.nodes > 1 or joined > 0
+
+
+def check_secret(config: RunConfig) -> None:
     """Raises UserInputError if a run over several machines was handed a secret it cannot use."""
-    if launch.nodes > 1:
+    if needs_secret(config):
         read_secret()

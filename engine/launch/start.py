@@ -23,7 +23,7 @@ from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint
 from engine.launch.inputs import check_inputs
-from engine.launch.rollout_engine import check_rollout_python
+from engine.launch.rollout_engine import check_rollout_engine
 from engine.launch.secret import check_secret
 from engine.session.checkpoints import (
     AVERAGED_POLICY,
@@ -140,8 +140,8 @@ def create_session(root: Path, name: str | None, stem: str, config: RunConfig) -
         SessionError: the folder cannot be created.
     """
     check_inputs(config)
-    check_rollout_python(config.rollout)
-    check_secret(config.launch)
+    check_rollout_engine(config)
+    check_secret(config)
     if name is not None:
         remove_failed_start(Session(root / check_name(name)))
     return create(root, free_name(root, stem) if name is None else name, config)
@@ -231,7 +231,7 @@ def resume(
     session.check_owner()
     old = session.config()
     new = resumed_config(old, overrides)
-    check_rollout_python(new.rollout)
+    check_rollout_engine(new)
     if from_step is not None:
         _check_step(session, from_step)
         _check_whole(session, from_step)
@@ -277,7 +277,7 @@ def fork(
     _check_step(session, from_step)
     if ema:
         check_average(session, from_step)
-    check_rollout_python(new.rollout)
+    check_rollout_engine(new)
     remove_failed_start(Session(session.folder.parent / name))
     child = create(session.folder.parent, name, new)
     try:

@@ -141,8 +141,7 @@ class StoreServer:
         self._lock = threading.Lock()
         self._connections: set[AuthenticatedConnection] = set()
         self._closed = False
-        host, _, port = address.rpartition(":")
-        self._listener = _listen(host.strip("[]"), int(port))
+        self._listener = listen_at(address)
         self.port: int = self._listener.getsockname()[1]
         """Where it listens."""
         threading.Thread(target=self._accept, name="store", daemon=True).start()
@@ -203,8 +202,10 @@ class StoreServer:
         log.warning("launch.rendezvous: refused a connection from %s: %s", peer, error)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket on the interface that an IP address names; on all for any other HOST."""
+def listen_at(address: str) -> socket.socket:
+    """A listening socket at `HOST:PORT`, as :class:`StoreServer` has one. Raises OSError."""
+    name, _, number = address.rpartition(":")
+    host, port = name.strip("[]"), int(number)
     family: socket.AddressFamily | None = None
     with contextlib.suppress(ValueError):
         version = ipaddress.ip_address(host).version

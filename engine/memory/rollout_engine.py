@@ -1,4 +1,4 @@
-"""The size of a rollout engine of its own: responses at once, and its key-value cache."""
+"""The size of rollout engines of their own: responses at once, and their key-value caches."""
 
 from engine.config.schema import RunConfig
 from engine.config.sections.rollout import RolloutConfig
@@ -14,14 +14,15 @@ MOST_CACHE = 4_000_000_000
 
 
 def max_responses(rollout: RolloutConfig) -> int:
-    """The most responses that the engine generates at once."""
-    return min(rollout.at_once or MOST_RESPONSES, rollout.batch_size)
+    """The most responses that an engine generates at once."""
+    share = -(-rollout.batch_size // rollout.engines)
+    return min(rollout.at_once or MOST_RESPONSES, share)
 
 
 def cache_bytes(
     rollout: RolloutConfig, dtype: str, layers: int, key_value: int, tokens: int
 ) -> int:
-    """Bytes of the engine's key-value cache.
+    """Bytes of the key-value cache of an engine.
 
     Args:
         rollout: the configuration.
@@ -44,11 +45,12 @@ PROGRAM = 900_000_000
 
 
 def engine_memory(config: RunConfig, models: Models) -> dict[str, int]:
-    """Bytes that a rollout engine of its own needs beside the ranks, by part; empty for native.
+    """Bytes that each rollout engine of its own needs beside the ranks, by part; empty for native.
 
     On a CPU all of it is host memory. On GPUs each of `rollout.tensor_parallel` has its share of
     `weights` and `cache`; `program` is host memory in every case, and `handover`, the copy that is
-    sent, unless it stays on a GPU (`rollout.transfer: ipc`). With `broadcast` there is none.
+    sent, unless it stays on a GPU (`rollout.transfer: ipc`). With `broadcast` there is none. Of
+    `handover` there is one for all engines.
     """
     rollout, policy = config.rollout, models.policy
     if rollout.engine == "native":
@@ -72,10 +74,11 @@ def beside_ranks(config: RunConfig, models: Models) -> int:
     That is nothing on GPUs that the engine has for itself (`rollout.gpus`). Sleep mode is not
     counted on: the ranks hold the policy and the optimiser while the engine generates.
     """
-    parts = engine_memory(config, models)
+    parts, here = engine_memory(config, models), config.rollout.local_engines
     if models.device == "cpu":
-        return sum(parts.values())
+        handover = parts.pop("handover", 0)
+        return here * sum(parts.values()) + handover
     ours, ranks = set(config.rollout.gpus), set(config.launch.gpus)
     apart = ours and ranks and not ours & ranks
     shared = ["weights", "cache", *(["handover"] if config.rollout.transfer == "ipc" else [])]
-    return 0 if apart else sum(parts.get(name, 0) for name in shared)
+    return 0 if apart or not here else sum(parts.get(name, 0) for name in shared)

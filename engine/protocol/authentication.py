@@ -65,6 +65,20 @@ class AuthenticatedConnection:
         self._received += 1
         return body
 
+    def fileno(self) -> int:
+        """The file descriptor, to wait for the next frame; nothing of it is read ahead."""
+        return self._socket.fileno()
+
+    def notice_loss(self, seconds: int) -> None:
+        """Has the connection break when the other machine is silent to the kernel for so long."""
+        for option, value in (
+            (socket.TCP_KEEPIDLE, seconds // 2),
+            (socket.TCP_KEEPINTVL, max(1, seconds // 10)),
+            (socket.TCP_KEEPCNT, 5),
+            (socket.TCP_USER_TIMEOUT, 1000 * seconds),
+        ):
+            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+
     def close(self) -> None:
         """Closes the connection; a thread that waits in :meth:`receive` gets an OSError."""
         with contextlib.suppress(OSError):  # the other side has closed it

@@ -37,6 +37,11 @@ def encode(message: Message) -> bytes:
         body = _encoder.encode(message)
     except OverflowError as error:  # MessagePack holds integers of 64 bits
         raise LinkError(f"a number in the message is too large to be sent: {error}") from error
+    return pack(body)
+
+
+def pack(body: bytes) -> bytes:
+    """The frame of an encoded message. Raises LinkError if that is too long."""
     if len(body) > MAX_FRAME:
         raise LinkError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
     return HEADER.pack(len(body)) + body

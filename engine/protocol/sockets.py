@@ -18,9 +18,14 @@ from engine.session.access import private_temporary_folder
 
 NAME = "engine.sock"
 ROLLOUT_NAME = "rollout.sock"
-"""Names of the sockets: the supervisor's, and that of a rollout engine."""
+"""Names of the sockets: the supervisor's, and that of the first rollout engine."""
 RETRY_INTERVAL = 0.05
 """Seconds between attempts to connect to an engine whose queue of connections is full."""
+
+
+def rollout_name(engine: int) -> str:
+    """The name of the socket of one of `rollout.engines`, counted from 0."""
+    return ROLLOUT_NAME if engine == 0 else f"rollout-{engine}.sock"
 
 
 def listen(folder: Path, name: str = NAME) -> tuple[socket.socket, Path]:

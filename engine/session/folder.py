@@ -80,10 +80,9 @@ class Session:
         """Output of the ranks and of the supervisor."""
         return self.folder / "engine.log"
 
-    @property
-    def rollout_log_file(self) -> Path:
-        """Output of a rollout engine in a process of its own."""
-        return self.folder / "rollout.log"
+    def rollout_log_file(self, engine: int = 0) -> Path:
+        """Output of one of `rollout.engines`, processes of their own, counted from 0."""
+        return self.folder / ("rollout.log" if engine == 0 else f"rollout-{engine}.log")
 
     @property
     def engine_file(self) -> Path:

@@ -16,7 +16,7 @@ from engine.launch.environment import (
     rank_environment,
     ranks_per_node,
 )
-from engine.launch.secret import SECRET_VARIABLE, secret_of_run
+from engine.launch.secret import SECRET_VARIABLE
 from engine.session.folder import Session
 from engine.session.temporary_folders import TemporaryFolder
 
@@ -24,7 +24,9 @@ from engine.session.temporary_folders import TemporaryFolder
 class RankProcesses:
     """The processes of one attempt: a single rank, or torchrun's agent with several."""
 
-    def __init__(self, session: Session, socket_path: Path, launch: LaunchConfig) -> None:
+    def __init__(
+        self, session: Session, socket_path: Path, launch: LaunchConfig, secret: str = ""
+    ) -> None:
         self._launch = launch
         self._session = session
         self._socket_path = socket_path
@@ -36,8 +38,8 @@ class RankProcesses:
         """Rank → process id, of the ranks on this machine that have connected."""
         self.token = ""
         """Proves that a rank belongs to the current attempt; new at each start."""
-        self.secret = secret_of_run(session) if launch.nodes > 1 else ""
-        """Proves that a machine belongs to the run; empty on a single machine."""
+        self.secret = secret if launch.nodes > 1 else ""
+        """Proves that a machine belongs to the run; empty if all ranks are on one machine."""
 
     async def start(self, rollout: dict[str, str]) -> None:
         """Starts the processes in a session of their own; their output goes to engine.log.

@@ -1,4 +1,4 @@
-"""The rollout engine's process: started and ended with the ranks, restarted when it ends.
+"""A rollout engine's process: started and ended with the ranks, restarted when it ends.
 
 It serves rank 0 on a socket that this process holds open, so that a rank can connect at any time:
 its connection waits for the next engine.
@@ -12,38 +12,39 @@ import signal
 import socket
 import sqlite3
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.config.schema import RunConfig
-from engine.launch.environment import (
-    ROLLOUT_DISK_VARIABLE,
-    ROLLOUT_FOLDER_VARIABLE,
-    ROLLOUT_SOCKET_VARIABLE,
-)
-from engine.launch.rollout_engine import (
-    is_separate,
-    rollout_command,
-    rollout_environment,
-    shared_folder,
-)
 from engine.protocol import sockets
 from engine.session import access
 from engine.session.folder import Session
-from engine.session.temporary_folders import TemporaryFolder
 from engine.supervisor.attempt import describe_exit
 from engine.supervisor.state import SupervisorState
 
 log = logging.getLogger("engine")
 
 
+@dataclass(frozen=True)
+class Program:
+    """What is started as an engine."""
+
+    command: list[str]
+    environment: dict[str, str]
+    port_fd: int | None = None
+    """A descriptor that it inherits beside that of its socket."""
+
+
 class RolloutProcess:
-    """The engine of one session; does nothing for native rollouts."""
+    """One of the rollout engines of a session."""
 
     def __init__(
         self,
         session: Session,
         config: RunConfig,
         state: SupervisorState,
+        program: Callable[[int, int], Program],
+        engine: int,
         *,
         on_restart: Callable[[str], None],
         on_failure: Callable[[str], None],
@@ -53,18 +54,22 @@ class RolloutProcess:
         Args:
             session: its folder gets the socket and the log.
             config: the run's configuration.
-            state: counts the engines that ended in a step.
+            state: counts how often engines have ended in a step.
+            program: called with the number of the engine and the descriptor of its socket.
+            engine: the number of this one, from 0.
             on_restart: called with the reason when another engine has been started. It may raise
                 sqlite3.Error, which is logged.
             on_failure: called with the reason when none is started any more.
         """
         self._session, self._config, self._state = session, config, state
+        self._program, self._engine = program, engine
+        several = config.rollout.engines > 1
+        self._name = f"rollout engine {engine}" if several else "the rollout engine"
         self._on_restart, self._on_failure = on_restart, on_failure
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
         self._path: Path | None = None
-        self._folders: list[TemporaryFolder] = []
 
     @property
     def pid(self) -> int | None:
@@ -72,39 +77,37 @@ class RolloutProcess:
         process = self._process
         return None if process is None or process.returncode is not None else process.pid
 
-    async def start(self) -> dict[str, str]:
-        """Starts the engine for an attempt; returns the variables by which rank 0 finds it.
+    @property
+    def log_file(self) -> Path:
+        """Its output."""
+        return self._session.rollout_log_file(self._engine)
+
+    async def start(self) -> Path:
+        """Starts the engine for an attempt; returns the path of its socket.
 
         Raises:
             OSError: the engine's Python cannot be started.
         """
-        if not is_separate(self._config.rollout):
-            return {}
         await self.stop()
-        self._listener, self._path = sockets.listen(self._session.folder, sockets.ROLLOUT_NAME)
-        shared, disk = TemporaryFolder(shared_folder()), TemporaryFolder()
-        self._folders = [shared, disk]
-        self._state.rollout_restarts = 0
+        name = sockets.rollout_name(self._engine)
+        self._listener, self._path = sockets.listen(self._session.folder, name)
         await self._spawn(self._listener)
         self._watch = asyncio.create_task(self._keep_alive(self._listener))
         self._watch.add_done_callback(self._on_watch_end)
-        return {
-            ROLLOUT_SOCKET_VARIABLE: str(self._path),
-            ROLLOUT_FOLDER_VARIABLE: str(shared.path),
-            ROLLOUT_DISK_VARIABLE: str(disk.path),
-        }
+        return self._path
 
     async def _spawn(self, listener: socket.socket) -> None:
         fd = listener.fileno()
-        access.create_file(self._session.rollout_log_file)
-        with self._session.rollout_log_file.open("ab") as output:
+        program = self._program(self._engine, fd)
+        access.create_file(self.log_file)
+        with self.log_file.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
-                *rollout_command(self._config.rollout, fd, self._session.folder),
-                env=rollout_environment(self._config),
+                *program.command,
+                env=program.environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=[fd],
+                pass_fds=[fd] if program.port_fd is None else [fd, program.port_fd],
                 start_new_session=True,
             )
 
@@ -116,17 +119,17 @@ class RolloutProcess:
             if self._state.attempt.ended is not None:  # the run is over
                 return
             if status:  # 0: rank 0 has closed the connection, to get another engine
-                self._state.rollout_restarts += 1
-            text = f"the rollout engine {describe_exit(status)}"
-            if self._state.rollout_restarts > self._config.launch.max_restarts:
-                self._on_failure(f"{text}, again; see {self._session.rollout_log_file}")
+                self._state.rollout_restarts[self._engine] += 1
+            text = f"{self._name} {describe_exit(status)}"
+            if self._state.rollout_restarts[self._engine] > self._config.launch.max_restarts:
+                self._on_failure(f"{text}, again; see {self.log_file}")
                 return
             if status:  # reported first: the attempt may end while another one is being started
                 self._report(f"{text}: another one is started")
             try:
                 await self._spawn(listener)
             except OSError as error:
-                self._on_failure(f"the rollout engine cannot be started again: {error}")
+                self._on_failure(f"{self._name} cannot be started again: {error}")
                 return
 
     def _report(self, text: str) -> None:
@@ -138,13 +141,12 @@ class RolloutProcess:
     def _on_watch_end(self, task: asyncio.Task[None]) -> None:
         """Ends the attempt if the task failed: the ranks would wait for an engine without end."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the rollout engine is no longer watched", exc_info=error)
-            self._on_failure(
-                f"the rollout engine is no longer watched: {type(error).__name__}: {error}"
-            )
+            text = f"{self._name} is no longer watched"
+            log.error(text, exc_info=error)
+            self._on_failure(f"{text}: {type(error).__name__}: {error}")
 
     async def stop(self) -> None:
-        """Ends the engine and removes its socket and its files."""
+        """Ends the engine and removes its socket."""
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -156,9 +158,6 @@ class RolloutProcess:
             self._listener.close()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-        for folder in self._folders:
-            folder.close()
-        self._folders = []
         self._process = self._watch = self._listener = self._path = None
 
     def _kill_group(self, leader: int) -> None:

@@ -86,6 +86,11 @@ async def _serve(
         loop.add_signal_handler(number, supervisor.commands.on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     try:
+        try:
+            supervisor.rollout.listen()
+        except UserInputError:
+            session.write_config(before)
+            raise
         code = await supervisor.run()
         if code == UserInputError.exit_code:  # the next resume uses the previous one
             session.write_config(before)
@@ -93,7 +98,7 @@ async def _serve(
     finally:
         watchdog.cancel()
         supervisor.ranks.kill()
-        await supervisor.rollout.stop()
+        await supervisor.rollout.close()
         supervisor.server.close()
         await asyncio.gather(watchdog, supervisor.publisher.finish(), return_exceptions=True)
         path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The state of a live session that the parts of its supervisor share."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,8 @@ class SupervisorState:
     """A scheduler's signal asked for the stop."""
     began: bool = False
     """Whether the models were loaded in any attempt: from then on an error is not the user's."""
-    rollout_restarts: int = 0
-    """How often a rollout engine has ended since the last finished step."""
+    rollout_restarts: Counter[int] = field(default_factory=Counter)
+    """How often each rollout engine has ended since the last finished step."""
     phases: dict[int, Phase] = field(default_factory=dict)
     """The latest phase of each rank."""
     timer: StepTimer = field(default_factory=StepTimer)

@@ -17,6 +17,7 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
 from engine.journal.writer import JournalWriter
+from engine.launch.secret import needs_secret, secret_of_run
 from engine.launch.start import (
     StartOptions,
     adopted_checkpoint,
@@ -38,7 +39,7 @@ from engine.supervisor.pending_commands import PendingCommands
 from engine.supervisor.publisher import EventPublisher, Observer
 from engine.supervisor.rank_handler import RankMessageHandler
 from engine.supervisor.rank_processes import RankProcesses
-from engine.supervisor.rollout_process import RolloutProcess
+from engine.supervisor.rollout_engines import RolloutEngines
 from engine.supervisor.server import Server
 from engine.supervisor.state import SupervisorState
 from engine.supervisor.watchdog import Watchdog
@@ -83,11 +84,13 @@ class Supervisor:
             session.name, journal, self.server, self._notifier, observer
         )
         self.pending = PendingCommands(journal.commands, self.server)
-        self.ranks = RankProcesses(session, socket, config.launch)
-        self.rollout = RolloutProcess(
+        secret = secret_of_run(session) if needs_secret(config) else ""
+        self.ranks = RankProcesses(session, socket, config.launch, secret)
+        self.rollout = RolloutEngines(
             session,
             config,
             self.state,
+            secret,
             on_restart=lambda text: self.publisher.notice("rollout", text, journal.step),
             on_failure=self._fail,
         )
@@ -169,12 +172,21 @@ class Supervisor:
             machines = "1 more machine" if others == 1 else f"{others} more machines"
             if needed < others:
                 machines += f" ({needed} at least)"
-            text = f"waiting for {machines}; run there: rlhf-tui join {address}"
-            if self._session.secret_file.exists():
-                text += f" --secret-file {self._session.secret_file}"
-            else:
-                text += ", with the same secret in the environment"
+            text = (
+                f"waiting for {machines}; run there: rlhf-tui join {address}{self._secret_words()}"
+            )
             self.publisher.notice("machines", text, step)
+        if joined := self.rollout.joined:
+            machines = "1 machine" if joined == 1 else f"{joined} machines"
+            command = f"rlhf-tui join {self._config.rollout.rendezvous} --rollout"
+            text = f"{machines} must join to generate; run there: {command}{self._secret_words()}"
+            self.publisher.notice("machines", text, step)
+
+    def _secret_words(self) -> str:
+        """The rest of the command by which machines join."""
+        if self._session.secret_file.exists():
+            return f" --secret-file {self._session.secret_file}"
+        return ", with the same secret in the environment"
 
     def _record_start_settings(self, start: StartOptions) -> None:
         """Records the settings given with this start as commands that are applied at once."""

@@ -22,7 +22,7 @@ OURS = (
 
 ENGINE_MODULES = ("engine", "rlhf_tui.headless")
 """How the argument begins that names the module of a supervisor or a rank."""
-ROLLOUT_ENGINE = "engine/train/rollout/vllm/start.py"
+ROLLOUT_ENGINE = "engine/train/rollout/vllm/process/start.py"
 """How the argument ends that names the script of a rollout engine, a path."""
 
 

@@ -10,7 +10,7 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.launch.environment import ranks_per_node
 from engine.launch.inputs import check_inputs
-from engine.launch.rollout_engine import check_rollout_python
+from engine.launch.rollout_engine import check_rollout_engine
 from engine.protocol.check_result import CheckResult, TimedStep
 from engine.verification.verify import Contents
 from engine.verification.verify import verify as verify_session
@@ -44,7 +44,7 @@ def check(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     loaded = config_file.load(config, overrides)
     check_inputs(loaded)
-    check_rollout_python(loaded.rollout)
+    check_rollout_engine(loaded)
     result = msgspec.json.decode(
         run_engine_program(
             "engine.train.check", config=loaded, failed="the configuration cannot be tried"

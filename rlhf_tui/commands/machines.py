@@ -51,20 +51,46 @@ wait_option = click.option(
     metavar="FILE",
     help="Holds the secret of the run.  [default: as RLHF_TUI_SECRET or RLHF_TUI_SECRET_FILE say]",
 )
+@click.option(
+    "--rollout", is_flag=True, help="Generate for the run; HOST:PORT is rollout.rendezvous."
+)
+@click.option(
+    "--python",
+    type=click.Path(path_type=Path),
+    metavar="PYTHON",
+    help="With --rollout, the Python that has vLLM.  [default: this one, or that of make vllm]",
+)
 @wait_option
-def join(address: str, processes: int | None, secret_file: Path | None, wait: float) -> None:
+def join(
+    address: str,
+    processes: int | None,
+    secret_file: Path | None,
+    wait: float,
+    python: Path | None,
+    *,
+    rollout: bool,
+) -> None:
     """Join a run with this machine.
 
     HOST:PORT is the run's launch.rendezvous; the run waits until launch.nodes machines have joined,
-    and says with which secret.
+    and says with which secret. With --rollout this machine runs one of rollout.engines instead of
+    ranks.
     """
     check_address(address)
+    if rollout and processes is not None:
+        raise UserInputError("--processes is for ranks; leave it out with --rollout")
+    if python is not None and not rollout:
+        raise UserInputError("--python is for vLLM; give it with --rollout")
     if secret_file is None and read_secret() is None:
         raise UserInputError(
             "no secret of the run: give --secret-file FILE, the file join.secret in the session's "
             f"folder, or export {SECRET_VARIABLE} here and on the first machine"
         )
     words = ["-P", "-m", *_joiner(address, processes, wait, secret_file)]
+    if rollout:
+        secret = str(secret_file.absolute()) if secret_file is not None else "-"
+        chosen = str(python.absolute()) if python is not None else ""
+        words = ["-P", "-m", "engine.launch.rollout_join", address, str(wait), secret, chosen]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *words])  # noqa: S606 - our own module
 

@@ -224,7 +224,10 @@ def _engine_lines(config: RunConfig, models: Models) -> list[str]:
     }
     listed = ", ".join(f"{label} {parts[key] / GB:.2f}" for key, label in named.items())
     where = "beside the ranks" if beside_ranks(config, models) else "on GPUs of its own"
-    return [f"vLLM needs {where}, GB: {listed}. What is left to the ranks follows."]
+    count = config.rollout.engines
+    who = "vLLM" if count == 1 else f"Each of {count} vLLM engines"
+    once = " That is handed over once for all." if count > 1 and parts["handover"] else ""
+    return [f"{who} needs {where}, GB: {listed}.{once} What is left to the ranks follows."]
 
 
 def _machine(capacity: Capacity) -> str:
@@ -254,6 +257,7 @@ def _as_data(
         "models": msgspec.to_builtins(models),
         "configured": _column(current, capacity),
         "rollout_engine": engine_memory(config, models),
+        "rollout_engines": 0 if config.rollout.engine == "native" else config.rollout.engines,
         "layouts": [_column(e, capacity) for e in estimates],
         "changes": changes,
         "changed_peak": smaller.peak,

@@ -173,7 +173,7 @@ def _resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
     )
     config = config_file.override(session.config(), overrides)
-    check_secret(config.launch)
+    check_secret(config)
     total = config.train.steps
     with JournalReader(session) as record:
         crashed = record.state() == "crashed"

@@ -110,15 +110,23 @@ def test_several_machines_need_a_rendezvous_address(lab):
     assert not run.session.folder.exists()
 
 
-def test_a_port_in_use_is_one_line_and_leaves_nothing(lab):
+@pytest.mark.parametrize(
+    ("key", "others"),
+    [
+        ("launch.rendezvous", ["launch.nodes=2"]),
+        ("rollout.rendezvous", ["rollout.engine=vllm", "rollout.joined=1"]),
+    ],
+    ids=["ranks", "engines"],
+)
+def test_a_port_in_use_is_one_line_and_leaves_nothing(lab, key, others):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        run = lab.run("taken", "launch.nodes=2", f"launch.rendezvous={address}")
+        run = lab.run(f"taken-{key}", *others, f"{key}={address}")
         done = lab.cli(*run.arguments, "--headless")
     assert done.returncode == 2
-    assert "launch.rendezvous: cannot listen" in done.stderr.splitlines()[-1]
+    assert f"{key}: cannot listen" in done.stderr.splitlines()[-1]
     assert not run.session.folder.exists()
 
 

@@ -11,6 +11,7 @@ from engine.memory.advice import can_start, changes_to_fit, fits, shortage
 from engine.memory.capacity import Capacity, of_host
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout, Models, Shape, configured, layouts
+from engine.memory.rollout_engine import beside_ranks, engine_memory
 
 WEIGHTS = ("policy", "optimiser", "reference", "reward", "gradients")
 
@@ -37,6 +38,20 @@ def models(device="cpu", **sizes):
 
 def config(*overrides):
     return config_file.load(starter.FOLDER / "demo.yaml", overrides)
+
+
+def test_engines_of_this_machine_are_beside_the_ranks_and_share_what_is_handed_over():
+    keys = ("rollout.engine=vllm", "rollout.cache_gb=1", "rollout.batch_size=64")
+    single = config(*keys)
+    parts = engine_memory(single, models("cpu"))
+    each = sum(parts.values()) - parts["handover"]
+    assert beside_ranks(single, models("cpu")) == each + parts["handover"]
+    several = config(*keys, "rollout.engines=3", "rollout.joined=1", "rollout.rendezvous=a:1")
+    shares = engine_memory(several, models("cpu"))
+    assert shares["weights"] == parts["weights"]
+    assert shares["cache"] <= parts["cache"]  # of a third of the responses
+    here = 2 * (sum(shares.values()) - shares["handover"]) + shares["handover"]
+    assert beside_ranks(several, models("cpu")) == here
 
 
 def one(*overrides, device="cpu", layout=None, **sizes):

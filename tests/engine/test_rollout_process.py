@@ -1,8 +1,11 @@
 """The supervisor keeps a rollout engine alive, and says when it cannot."""
 
 import asyncio
+import contextlib
+import functools
 import os
 import signal
+import socket
 import sqlite3
 import time
 from pathlib import Path
@@ -14,20 +17,31 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
 from engine.launch import rollout_engine as launch
+from engine.launch import rollout_join
 from engine.launch.environment import (
     ROLLOUT_DISK_VARIABLE,
     ROLLOUT_FOLDER_VARIABLE,
     ROLLOUT_SOCKET_VARIABLE,
     TF32_OVERRIDE,
+    rollout_socket_variable,
 )
+from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import StartOptions
-from engine.protocol import sockets
+from engine.protocol import frames, sockets
+from engine.protocol.rollout_join_messages import Joined
+from engine.protocol.rollout_messages import EngineFailed, Start, decode_from_engine
 from engine.session.folder import create
 from engine.supervisor.attempt import Attempt
-from engine.supervisor.rollout_process import RolloutProcess
+from engine.supervisor.rollout_engines import RolloutEngines
 from engine.supervisor.state import SupervisorState
 
 DEADLINE = 30.0
+SECRET = "a secret of one run"  # noqa: S105 - of a test
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 async def until(condition):
@@ -39,14 +53,19 @@ async def until(condition):
 
 @pytest.fixture
 def make(tmp_path):
-    """Returns a function that makes the process of a session; its "Python" is a shell script."""
+    """Returns a function that makes the engines of a session; their "Python" is a shell script."""
 
-    def made(script="exec sleep 1000", engine="vllm", restarts=2, error=None):
+    def made(
+        script="exec sleep 1000", engine="vllm", restarts=2, error=None, engines=1, joined=False
+    ):
         python = tmp_path / "python"
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
         keys = [f"rollout.engine={engine}", f"rollout.python={python}",
-                f"launch.max_restarts={restarts}", "launch.device=cpu"]  # fmt: skip
+                f"rollout.engines={engines}", f"launch.max_restarts={restarts}",
+                "launch.device=cpu"]  # fmt: skip
+        if joined:
+            keys += ["rollout.joined=1", f"rollout.rendezvous=127.0.0.1:{free_port()}"]
         config = config_file.load(starter.FOLDER / "demo.yaml", keys)
         state = SupervisorState(settings={}, attempt=Attempt(StartOptions()), next=None)
         said = []
@@ -56,69 +75,146 @@ def make(tmp_path):
                 raise error
             said.append(("restart", text))
 
-        process = RolloutProcess(
-            create(tmp_path, "s", config), config, state,
+        engines_of = RolloutEngines(
+            create(tmp_path, "s", config), config, state, SECRET,
             on_restart=restarted,
             on_failure=lambda text: said.append(("failure", text)),
         )  # fmt: skip
-        return process, state, said
+        return engines_of, state, said
 
     return made
 
 
 async def test_native_rollouts_start_nothing(make):
-    process, _, _ = make(engine="native")
-    assert await process.start() == {}
-    assert process.pid is None
+    engines, _, _ = make(engine="native")
+    assert await engines.start() == {}
+    assert engines.processes == []
 
 
 async def test_an_engine_that_is_killed_is_started_again_and_ends_with_the_attempt(make):
-    process, _, said = make()
-    variables = await process.start()
-    socket, folder, disk = (
+    engines, _, said = make()
+    variables = await engines.start()
+    (process,) = engines.processes
+    path, folder, disk = (
         Path(variables[name])
         for name in (ROLLOUT_SOCKET_VARIABLE, ROLLOUT_FOLDER_VARIABLE, ROLLOUT_DISK_VARIABLE)
     )
-    sockets.connect(socket).close()  # before any engine answers
+    sockets.connect(path).close()  # before any engine answers
     assert folder.stat().st_mode & 0o777 == disk.stat().st_mode & 0o777 == 0o700
-    assert socket.with_name("rollout.log").stat().st_mode & 0o777 == 0o600
+    assert path.with_name("rollout.log").stat().st_mode & 0o777 == 0o600
     first = process.pid
     os.kill(first, signal.SIGKILL)
     await until(lambda: process.pid not in (None, first))
     assert [kind for kind, _ in said] == ["restart"]
     assert "SIGKILL" in said[0][1]
     second = process.pid
-    await process.stop()
+    await engines.stop()
     assert not psutil.pid_exists(second)
-    assert not socket.exists()
+    assert not path.exists()
     assert not folder.exists()
     assert not disk.exists()
 
 
+async def test_of_several_engines_each_is_started_again_by_itself_and_has_its_own_files(make):
+    engines, state, said = make(engines=2)
+    variables = await engines.start()
+    sockets_of = [Path(variables[rollout_socket_variable(i)]) for i in range(2)]
+    assert [s.name for s in sockets_of] == ["rollout.sock", "rollout-1.sock"]
+    assert all(sockets_of[0].with_name(name).exists() for name in ("rollout.log", "rollout-1.log"))
+    first, second = (p.pid for p in engines.processes)
+    os.kill(second, signal.SIGKILL)
+    await until(lambda: engines.processes[1].pid not in (None, second))
+    assert [said[0][0], said[0][1][:34]] == ["restart", "rollout engine 1 was ended by SIGK"]
+    assert state.rollout_restarts == {1: 1}
+    assert engines.processes[0].pid == first
+    pids = [p.pid for p in engines.processes]
+    await engines.stop()
+    assert not any(map(psutil.pid_exists, pids))
+    assert not any(s.exists() for s in sockets_of)
+
+
 async def test_engines_that_end_again_and_again_within_a_step_fail_the_attempt(make):
-    process, _, said = make(script="exit 3")
-    await process.start()
+    engines, _, said = make(script="exit 3")
+    await engines.start()
     await until(lambda: said and said[-1][0] == "failure")
     assert [kind for kind, _ in said] == ["restart", "restart", "failure"]
     assert "ended with status 3, again; see" in said[-1][1]
-    await process.stop()
+    await engines.stop()
 
 
 async def test_an_engine_is_started_again_although_the_journal_cannot_be_written(make):
-    process, _, said = make(script="exit 3", error=sqlite3.OperationalError("disk is full"))
-    await process.start()
+    engines, _, said = make(script="exit 3", error=sqlite3.OperationalError("disk is full"))
+    await engines.start()
     await until(lambda: said)
     assert [kind for kind, _ in said] == ["failure"]
     assert "ended with status 3, again; see" in said[0][1]
-    await process.stop()
+    await engines.stop()
 
 
 async def test_an_engine_that_is_no_longer_watched_fails_the_attempt(make):
-    process, _, said = make(script="exit 3", error=KeyError("rule"))
-    await process.start()
+    engines, _, said = make(script="exit 3", error=KeyError("rule"))
+    await engines.start()
     await until(lambda: said)
     assert said == [("failure", "the rollout engine is no longer watched: KeyError: 'rule'")]
-    await process.stop()
+    await engines.stop()
+
+
+def secret_file(folder, secret):
+    file = folder / "join.secret"
+    file.write_text(secret)
+    file.chmod(0o600)
+    return file
+
+
+async def test_a_machine_that_knows_the_secret_takes_the_place_of_an_engine(
+    make, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rollout_join, "RETRY", 0.05)
+    engines, _, said = make(joined=True)
+    engines.listen()
+    address = f"127.0.0.1:{engines.port}"
+    await engines.start()
+    monkeypatch.setenv(SECRET_VARIABLE, "the secret of another run")
+    with pytest.raises(UserInputError, match="another secret"):
+        await asyncio.to_thread(rollout_join.find_run, address, None, DEADLINE, joined=False)
+    stranger = socket.create_connection(("127.0.0.1", engines.port))
+    stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+    file = secret_file(tmp_path, SECRET)
+    machine, info = await asyncio.to_thread(
+        rollout_join.find_run, address, file, DEADLINE, joined=False
+    )
+    assert info.session == "s"
+    stranger.settimeout(DEADLINE)
+    with contextlib.suppress(ConnectionResetError):
+        assert stranger.recv(100) == b""
+    machine.close()
+    # Rank 0 begins, and the relay notices that the machine is gone.
+    with sockets.connect(tmp_path / "s" / "rollout.sock") as rank_0:
+        start = Start(model=str(tmp_path), dtype="float32", max_tokens=1, max_responses=1,
+                      cache_bytes=1)  # fmt: skip
+        rank_0.sendall(frames.encode(start))
+        reply = decode_from_engine(await asyncio.to_thread(frames.receive, rank_0))
+    assert isinstance(reply, EngineFailed)
+    assert "is lost" in reply.text
+    await until(lambda: said)
+    assert said[0][1] == "the rollout engine ended with status 3: another one is started"
+    file.unlink()
+    with pytest.raises(rollout_join.RunOverError):
+        rollout_join.find_run(address, file, 1.0, joined=True)
+    await engines.close()
+
+
+async def test_a_machine_of_another_version_is_told_so(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout_join, "Joined", functools.partial(Joined, software="0.0"))
+    engines, _, _ = make(joined=True)
+    engines.listen()
+    await engines.start()
+    file = secret_file(tmp_path, SECRET)
+    with pytest.raises(UserInputError, match=r"this machine 0\.0: install the same"):
+        await asyncio.to_thread(
+            rollout_join.find_run, f"127.0.0.1:{engines.port}", file, DEADLINE, joined=False
+        )
+    await engines.close()
 
 
 def test_an_engine_does_not_inherit_what_rounds_its_products(monkeypatch):
@@ -127,13 +223,41 @@ def test_an_engine_does_not_inherit_what_rounds_its_products(monkeypatch):
     assert TF32_OVERRIDE not in launch.rollout_environment(config)
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["rollout.gpus=[5, 7]", "rollout.engines=2"], ["5", "7"]),
+        (["rollout.gpus=[4, 5, 6, 7]", "rollout.engines=2", "rollout.tensor_parallel=2"],
+         ["4,5", "6,7"]),
+        (["launch.gpus=[2, 3]", "rollout.engines=2"], ["2", "3"]),
+        (["rollout.engines=2"], ["0", "1"]),
+        (["rollout.engines=2", "launch.device=cpu"], ["", ""]),
+    ],
+)  # fmt: skip
+def test_each_engine_has_its_own_gpus_in_order(monkeypatch, keys, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(launch, "gpu_count", lambda: 4)
+    config = config_file.load(starter.FOLDER / "demo.yaml", ["rollout.engine=vllm", *keys])
+    found = [launch.rollout_environment(config, i)["CUDA_VISIBLE_DEVICES"] for i in range(2)]
+    assert found == expected
+
+
+def test_more_engines_than_gpus_are_refused_before_the_start(monkeypatch):
+    monkeypatch.setattr(launch, "gpu_count", lambda: 3)
+    config = config_file.load(
+        starter.FOLDER / "demo.yaml", ["rollout.engine=vllm", "rollout.engines=4"]
+    )
+    with pytest.raises(UserInputError, match="needs 4 GPUs, and there are 3"):
+        launch.check_rollout_engine(config)
+
+
 def test_a_python_without_vllm_is_named_with_the_remedy(tmp_path, monkeypatch):
-    config = config_file.load(starter.FOLDER / "demo.yaml", ["rollout.engine=vllm"]).rollout
+    config = config_file.load(starter.FOLDER / "demo.yaml", ["rollout.engine=vllm"])
     monkeypatch.setattr(launch, "OWN_ENVIRONMENT", tmp_path / "nowhere")
     with pytest.raises(UserInputError, match="has no vLLM: run `make vllm`"):
-        launch.check_rollout_python(config)
+        launch.check_rollout_engine(config)
     missing = config_file.load(
         starter.FOLDER / "demo.yaml", ["rollout.engine=vllm", f"rollout.python={tmp_path}/none"]
     )
     with pytest.raises(UserInputError, match=r"rollout\.python: .*/none cannot be run"):
-        launch.check_rollout_python(missing.rollout)
+        launch.check_rollout_engine(missing)

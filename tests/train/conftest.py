@@ -65,6 +65,14 @@ def engine(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def second_engine(engine, tmp_path, monkeypatch):
+    """A stand-in for the second of two engines; `engine` is the first."""
+    made = StandInEngine(tmp_path / "engine", monkeypatch, 1)
+    yield made
+    made.listener.close()
+
+
+@pytest.fixture
 def write_prompts(tmp_path):
     """Returns a function that writes a prompt file and returns its path."""
 

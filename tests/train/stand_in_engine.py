@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, ROLLOUT_SOCKET_VARIABLE
+from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, rollout_socket_variable
 from engine.protocol import frames, sockets
 from engine.protocol.rollout_messages import (
     Continue,
@@ -46,19 +46,21 @@ def no_report(_done, _total):
 
 
 class StandInEngine:
-    """Serves one engine after the other on a socket."""
+    """Serves one process of an engine after the other on the engine's socket."""
 
-    def __init__(self, folder, monkeypatch) -> None:
-        self.listener, path = sockets.listen(folder, sockets.ROLLOUT_NAME)
+    def __init__(self, folder, monkeypatch, engine=0) -> None:
+        self.listener, path = sockets.listen(folder, sockets.rollout_name(engine))
         shared = folder / "shared"
-        shared.mkdir()
-        monkeypatch.setenv(ROLLOUT_SOCKET_VARIABLE, str(path))
+        shared.mkdir(exist_ok=True)
+        monkeypatch.setenv(rollout_socket_variable(engine), str(path))
         monkeypatch.setenv(ROLLOUT_FOLDER_VARIABLE, str(shared))
         self.folder = shared
         self.faults: Iterator[Fault] = iter(())
         """The next engine's, one each; engines without one work."""
         self.messages: list[str] = []
         """The types of all messages received."""
+        self.rows: list[int] = []
+        """How many prompts each request had."""
         self.engines = 0
         self.stopped: list[int] = []
         threading.Thread(target=self._run, daemon=True).start()
@@ -92,6 +94,10 @@ class StandInEngine:
                 return
 
     def _generate(self, connection, engine, request: Generate) -> Generated:
+        self.rows.append(len(request.prompts))
+        if not request.prompts:
+            return Generated(weights_version=engine.version, lengths=[], ids=b"", logprobs=b"",
+                             entropies=b"", seconds=0.0)  # fmt: skip
         result, tokens = engine.generate(request)
         seen = dict(enumerate(tokens)) if request.look else {}
         connection.sendall(frames.encode(Progress(done=1, total=2, tokens=seen)))

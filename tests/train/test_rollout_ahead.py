@@ -85,6 +85,25 @@ def test_an_engine_that_ends_while_it_generates_ahead_is_given_the_old_weights_a
     assert engine.engines == before + 2
 
 
+def test_of_two_engines_that_generate_ahead_one_ends_and_gets_the_old_weights_again(
+    make_run, engine, second_engine
+):
+    undisturbed = steps(make_run(*AHEAD)[0], 3)
+    seen = []
+
+    def dies_at_the_second(message):
+        seen.extend([1] * isinstance(message, Generate))
+        if len(seen) == 2:
+            seen.append(1)
+            raise ConnectionError
+
+    before = engine.engines
+    second_engine.faults = iter([dies_at_the_second])
+    run, _ = make_run(*AHEAD, "rollout.engines=2")
+    assert [s[1] for s in steps(run, 3)] == [s[1] for s in undisturbed]
+    assert (engine.engines - before, second_engine.engines) == (1, 2)
+
+
 def test_a_step_whose_reward_fails_is_repeated_with_the_same_responses(make_run, engine):
     expected = steps(make_run(*AHEAD)[0], 3)
     run, _ = make_run(*AHEAD)

@@ -29,9 +29,9 @@ from engine.train.models import lora
 from engine.train.reports.probe import answer_probe
 from engine.train.rollout.vllm import remote_engine
 from engine.train.rollout.vllm.checksum import checksum
-from engine.train.rollout.vllm.received_weights import DEVICE_OF_HANDLE
-from engine.train.rollout.vllm.remote_engine import ATTEMPTS
-from engine.train.rollout.vllm.requests import join, split
+from engine.train.rollout.vllm.client import ATTEMPTS
+from engine.train.rollout.vllm.process.received_weights import DEVICE_OF_HANDLE
+from engine.train.rollout.vllm.requests import divide, join, split
 from engine.train.rollout.vllm.updates import (
     COUNTER,
     STORAGE_CLASS,
@@ -181,6 +181,72 @@ def test_a_message_over_the_limit_ends_the_run_with_a_reason(make_run, engine, m
     with pytest.raises(RlhfError, match=r"cannot be asked: .* over the limit of 10$") as raised:
         make_run(VLLM)
     assert not isinstance(raised.value, LinkError)  # with which a rank ends without a word
+
+
+# -- several engines -------------------------------------------------------------------------------
+
+
+TWO = (VLLM, "rollout.engines=2")
+
+
+@pytest.mark.parametrize(("n", "engines"), [(10, 3), (8, 8), (3, 4)])
+def test_engines_get_the_rows_of_a_request_in_order_in_nearly_equal_numbers(n, engines):
+    whole = request(n, 16)
+    parts = divide(whole, engines)
+    sizes = [len(part.prompts) for part in parts]
+    assert len(parts) == engines
+    assert max(sizes) - min(sizes) <= 1
+    assert [p for part in parts for p in part.prompts] == whole.prompts
+    assert b"".join(part.uniforms for part in parts) == whole.uniforms
+
+
+def test_two_engines_generate_the_responses_of_one_from_the_same_file(
+    make_run, engine, second_engine
+):
+    keys = ("rollout.batch_size=7", "rollout.stop=[a, e]", "ppo.minibatches=1",
+            "ppo.micro_batch_size=7")  # fmt: skip
+    run, _ = make_run(*TWO, *keys)
+    native, _ = make_run(*keys)
+    for step in (1, 2):
+        (ours, samples), (_, expected) = train_step(run, step), train_step(native, step)
+        assert [s.response for s in samples] == [s.response for s in expected]
+        assert ours["rollout/version_lag"] == 0
+        run.state.step = step
+    assert (engine.rows, second_engine.rows) == ([3, 3], [4, 4])
+    assert engine.messages == second_engine.messages
+    assert engine.messages.count("LoadWeights") == 2
+    assert len(list(engine.folder.glob("*.safetensors"))) == 0  # removed when all have read it
+
+
+def test_a_probe_of_fewer_prompts_than_engines_reaches_each(make_run, engine, second_engine):
+    run, _ = make_run(*TWO)
+    native, _ = make_run()
+    assert answer_probe(run, "The film was") == answer_probe(native, "The film was")
+    assert sorted(engine.rows + second_engine.rows) == [0, 1]
+
+
+@pytest.mark.parametrize("options", [(), ("rollout.transfer=broadcast",)], ids=["file", "group"])
+def test_of_two_engines_only_the_one_that_ends_is_replaced_and_asked_again(
+    make_run, engine, second_engine, options
+):
+    native, _ = make_run()
+    second_engine.faults = iter([dies_at(LoadWeights), dies_at(Generate)])
+    run, _ = make_run(*TWO, *options)
+    rollout, expected = (generate_rollout(r, 1, no_report) for r in (run, native))
+    assert torch.equal(rollout.ids, expected.ids)
+    assert (engine.engines, second_engine.engines) == (1, 3)
+    assert engine.messages == ["Start", "LoadWeights", "Generate"]
+    assert second_engine.messages.count("LoadWeights") == 3
+
+
+def test_each_engine_may_fail_as_often_as_a_single_one(make_run, engine, second_engine):
+    for each in (engine, second_engine):
+        each.faults = iter([dies_at(LoadWeights)] * (ATTEMPTS - 1))
+    make_run(*TWO)
+    assert engine.engines == second_engine.engines == ATTEMPTS
+    second_engine.faults = iter([dies_at(Start)] * ATTEMPTS)
+    with pytest.raises(RlhfError, match=f"{ATTEMPTS} rollout engines in a row failed"):
+        make_run(*TWO)
 
 
 # -- engines that fail -----------------------------------------------------------------------------

@@ -9,12 +9,12 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "engine/train/rollout/vllm"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "engine/train/rollout/vllm/process"))
 import start  # noqa: F401 - makes `engine` importable
 
 from engine.protocol.rollout_messages import Start
-from engine.train.rollout.vllm import engine_process, received_weights
-from engine.train.rollout.vllm.sleep_mode import SleepMode
+from engine.train.rollout.vllm.process import engine_process, received_weights
+from engine.train.rollout.vllm.process.sleep_mode import SleepMode
 
 
 class Recorder:

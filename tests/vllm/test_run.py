@@ -2,17 +2,21 @@
 
 import hashlib
 import re
+import socket
 
+import psutil
 import pytest
 
 from engine.session.checkpoints import checkpoint_path
 from tests.e2e.lab import Lab, processes, until
+from tests.faults.lab import HOOKS
+from tests.vllm.conftest import PYTHON
 
 STEPS = 6
 LIMIT = 900.0
 """Seconds; a minute or two on idle cores."""
 OPTIONS = ("rollout.engine=vllm", "train.save_every=2", "rollout.batch_size=8")
-AHEAD = ("rollout.ahead=1", "ppo.rollout_correction=truncate")
+AHEAD = ("rollout.ahead=1", "ppo.rollout_correction=truncate", "rollout.engines=2")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def lags(run):
     return [row["rollout/version_lag"] for row in run.numbers()]
 
 
-@pytest.mark.parametrize("options", [(), AHEAD], ids=["in turn", "ahead"])
+@pytest.mark.parametrize("options", [(), AHEAD], ids=["in turn", "two engines ahead"])
 def test_kills_of_engine_and_supervisor_change_nothing_and_leave_nothing(lab, options):
     """Each kill is of a run that is held, so that it is known what each process does then."""
     name = "ahead" if options else "turn"
@@ -75,15 +79,81 @@ def test_kills_of_engine_and_supervisor_change_nothing_and_leave_nothing(lab, op
     assert policy(killed) == policy(undisturbed)
 
 
-def test_two_sharded_ranks_broadcast_the_weights_that_one_writes(lab):
+@pytest.fixture(scope="module")
+def one(lab):
+    """A run with one rank and one engine."""
+    run = make(lab, "one")
+    run.start()
+    finish(run)
+    return run
+
+
+def responses(run):
+    with run.reader() as reader:
+        return [(s.step, s.index, s.response) for s in reader.samples.newest()]
+
+
+def test_two_engines_generate_as_one_and_one_that_is_killed_amid_a_rollout_is_replaced(lab, one):
+    marker = lab.root.parent / "killed"
+    # _send: Start and LoadWeights to both engines, then Generate to both.
+    place = "engine.train.rollout.vllm.client:RolloutClient._send"
+    point = f"{place}|after|6|kill rollout engine 1|{marker}"
+    disturbed = Lab(lab.root, lab.root.parent / "more-gates")
+    disturbed.environment |= {"PYTHONPATH": str(HOOKS), "RLHF_TUI_TEST_POINT": point}
+    two = make(disturbed, "engines", "rollout.engines=2")
+    two.start()
+    until(marker.exists, "a kill amid a rollout", LIMIT)
+    finish(two)
+    assert responses(two) == responses(one) != []
+    assert [r["objective/scores"] for r in two.numbers()] == [
+        r["objective/scores"] for r in one.numbers()
+    ]
+    said = [e["text"] for e in two.events("alert")]
+    assert len([t for t in said if "rollout engine 1 was ended by SIGKILL" in t]) == 1
+    assert not [t for t in said if "rollout engine 0" in t]
+    log = two.session.log_file.read_text()
+    assert len(re.findall("rollout engine 0: weights of step 0,", log)) == 1
+    assert len(re.findall("rollout engine 1: weights of step 0,", log)) == 2
+    assert not processes(two.session.folder)
+
+
+def test_an_engine_that_joins_from_another_machine_generates_as_one_here(lab, one):
+    """The other machine is this one, with a process of its own; its engine is killed once."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    run = make(
+        lab, "joined", "rollout.engines=2", "rollout.joined=1", f"rollout.rendezvous={address}"
+    )
+    run.hold(2)
+    run.start()
+    secret = run.session.secret_file
+    joined = lab.popen("join", address, "--rollout", "--secret-file", secret, "--python", PYTHON)
+    try:
+        until((run.gate / "at-2").exists, "steps with both engines", LIMIT)
+        (engine,) = (
+            p for p in psutil.Process(joined.pid).children() if "start.py" in str(p.cmdline())
+        )
+        engine.kill()
+        run.release(2)
+        finish(run)
+        assert joined.wait(60) == 0
+    finally:
+        joined.kill()
+    assert "the run is over" in joined.stdout.read()
+    assert responses(run) == responses(one)
+    assert lags(run) == [0] * STEPS
+    said = [e["text"] for e in run.events("alert")]
+    assert len([t for t in said if "rollout engine 1 ended with status 3" in t]) == 1
+    assert not engine.is_running()
+
+
+def test_two_sharded_ranks_broadcast_the_weights_that_one_writes(lab, one):
     """The engine checks the sum over what it holds; the policy's is that of the first weights."""
-    one = make(lab, "one")
     two = make(
         lab, "two", "launch.processes=2", "parallel.strategy=fsdp", "rollout.transfer=broadcast"
     )
-    for run in (one, two):
-        run.start()
-        finish(run)
+    two.start()
+    finish(two)
     sums = [
         re.findall(
             r"weights of step 0, (\d+ tensors, checksum \w+)", run.session.log_file.read_text()

@@ -1,5 +1,6 @@
 """Rules between the keys of `rollout` and those of other sections."""
 
+from engine.config.rules.launch import check_address
 from engine.config.schema import RunConfig
 from engine.errors import ConfigError
 
@@ -39,11 +40,8 @@ def _check_ahead(config: RunConfig) -> None:
 
 def _check_devices(config: RunConfig) -> None:
     rollout, launch = config.rollout, config.launch
-    if rollout.gpus and len(rollout.gpus) < rollout.tensor_parallel:
-        raise ConfigError(
-            f"rollout.tensor_parallel ({rollout.tensor_parallel}) needs as many GPUs in "
-            f"rollout.gpus, not {len(rollout.gpus)}"
-        )
+    _check_number(config)
+    _check_joined(config)
     if launch.device == "cpu":
         for key in ("sleep", "gpus"):
             if getattr(rollout, key):
@@ -61,8 +59,67 @@ def _check_devices(config: RunConfig) -> None:
         raise ConfigError(
             "rollout.transfer: ipc needs rollout.tensor_parallel: 1; use broadcast with more"
         )
+    if rollout.engines > 1:
+        raise ConfigError(
+            "rollout.transfer: ipc needs rollout.engines: 1, because it reaches the GPU of rank 0 "
+            "alone; use file or broadcast with more"
+        )
     if rollout.gpus and rollout.gpus[0] not in (launch.gpus or rollout.gpus)[:1]:
         raise ConfigError(
             "rollout.transfer: ipc needs the GPU of rank 0 first in rollout.gpus; use broadcast on "
             "other GPUs"
+        )
+
+
+def _check_number(config: RunConfig) -> None:
+    """Checks that there are GPUs for all engines, and responses.
+
+    Which GPUs there are is not known here if no key names them: see
+    :func:`engine.launch.rollout_engine.check_rollout_engine`.
+    """
+    rollout, launch = config.rollout, config.launch
+    if rollout.engines == 1:
+        if rollout.gpus and rollout.local_engines and len(rollout.gpus) < rollout.tensor_parallel:
+            raise ConfigError(
+                f"rollout.tensor_parallel ({rollout.tensor_parallel}) needs as many GPUs in "
+                f"rollout.gpus, not {len(rollout.gpus)}"
+            )
+        return
+    if rollout.engines > rollout.batch_size:
+        raise ConfigError(
+            f"rollout.engines ({rollout.engines}) must be at most rollout.batch_size "
+            f"({rollout.batch_size}): each generates a part of the responses of a step"
+        )
+    key, gpus = ("rollout", rollout.gpus) if rollout.gpus else ("launch", launch.gpus)
+    needed = rollout.local_engines * rollout.tensor_parallel
+    if launch.device != "cpu" and gpus and len(set(gpus)) < needed:
+        raise ConfigError(
+            f"rollout.engines ({rollout.local_engines} here) with rollout.tensor_parallel "
+            f"({rollout.tensor_parallel}) needs {needed} GPUs, and {key}.gpus has {len(set(gpus))}"
+        )
+
+
+def _check_joined(config: RunConfig) -> None:
+    """Checks what engines on other machines need."""
+    rollout, launch = config.rollout, config.launch
+    if not rollout.joined:
+        return
+    if rollout.joined > rollout.engines:
+        raise ConfigError(
+            f"rollout.joined ({rollout.joined}) must be at most rollout.engines "
+            f"({rollout.engines}), which counts those on other machines, too"
+        )
+    if rollout.rendezvous is None:
+        raise ConfigError(
+            f"rollout.joined: {rollout.joined} needs rollout.rendezvous: HOST:PORT, at which the "
+            "other machines reach this one"
+        )
+    _, port = check_address(rollout.rendezvous)
+    if launch.nodes > 1 and (launch.rendezvous or "").rpartition(":")[2] == str(port):
+        raise ConfigError(
+            f"rollout.rendezvous needs another port than launch.rendezvous, not {port}"
+        )
+    if rollout.transfer != "file":
+        raise ConfigError(
+            "rollout.joined needs rollout.transfer: file, which is sent to the other machines"
         )

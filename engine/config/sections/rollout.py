@@ -53,11 +53,20 @@ class RolloutConfig(Section, frozen=True):
     or that of `make vllm` if this one has no vLLM."""
     gpus: list[Whole] = []
     """Indices of the GPUs that vLLM uses, as numbered by the driver. Default: `launch.gpus`."""
+    engines: Annotated[int, Meta(ge=1, le=1024)] = 1
+    """Processes of vLLM among which the responses of a batch are divided (data parallel). Each has
+    `tensor_parallel` GPUs, in the order of `gpus`. Responses change by rounding only."""
+    joined: Whole = 0
+    """How many of the `engines`, the last ones, run on other machines, each started there by
+    `rlhf-tui join --rollout`. Needs `rendezvous` and `transfer: file`."""
+    rendezvous: str | None = None
+    """`HOST:PORT` at which machines that generate reach this one; required if `joined` is above 0.
+    Another port than that of `launch.rendezvous`."""
     tensor_parallel: Annotated[int, Meta(ge=1, le=1024)] = 1
-    """GPUs (or processes on a CPU) that vLLM divides the model among."""
+    """GPUs (or processes on a CPU) that each of the `engines` divides the model among."""
     cache_gb: Positive | None = None
-    """Size of vLLM's key-value cache, in 10⁹ bytes. Responses that do not fit wait. Default: what
-    the responses of a step need, but no more than 4."""
+    """Size of the key-value cache of each of the `engines`, in 10⁹ bytes. Responses that do not fit
+    wait. Default: what the responses of a step need, but no more than 4."""
     transfer: Literal["file", "ipc", "broadcast"] = "file"
     """How the weights reach vLLM: by a `file` in shared memory, by `ipc` on the GPU that vLLM
     shares with rank 0, or by a `broadcast` to its workers (NCCL between GPUs, gloo on a CPU)."""
@@ -95,3 +104,8 @@ class RolloutConfig(Section, frozen=True):
     dynamic_limit: Annotated[int, Meta(ge=1, le=1000)] = 10
     """How many times a step draws again with `dynamic`; prompts that are left then stay as they
     are."""
+
+    @property
+    def local_engines(self) -> int:
+        """How many of the `engines` run on the first machine of the run."""
+        return self.engines - self.joined

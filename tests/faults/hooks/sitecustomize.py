@@ -33,6 +33,8 @@ def act(name, marker):
             os.kill(os.getpid(), signal.SIGKILL)
         case "kill rollout engine":
             os.kill(rollout_engine(), signal.SIGKILL)
+        case "kill rollout engine 1":
+            os.kill(rollout_engine(b"1"), signal.SIGKILL)
         case "kill supervisor":
             with open(f"{sys.argv[1]}/engine.json", encoding="utf-8") as file:  # noqa: PTH123 - as below
                 os.kill(json.load(file)["pid"], signal.SIGKILL)
@@ -45,8 +47,8 @@ def act(name, marker):
             raise MemoryError("a fault made by a test")
 
 
-def rollout_engine():
-    """The process of this rank's session that generates."""
+def rollout_engine(number=b"0"):
+    """The process of this rank's session that generates, by its number among several."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for pid in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208 - as below
@@ -56,7 +58,8 @@ def rollout_engine():
             except OSError:
                 continue
             named = sys.argv[1].encode() in words
-            if named and any(word.endswith(b"rollout/vllm/start.py") for word in words):
+            ours = any(word.endswith(b"rollout/vllm/process/start.py") for word in words)
+            if named and ours and words[-2] == number:  # each word ends with a zero byte
                 return int(pid)
         time.sleep(0.05)
     raise RuntimeError("there is no rollout engine")

@@ -1,17 +1,17 @@
-"""Rollouts by a vLLM engine in a process of its own.
+"""Rollouts by vLLM, in one process of its own or in several.
 
-Rank 0 talks to the engine; the other ranks send it their prompts and receive their responses. The
+Rank 0 talks to the engines; the other ranks send it their prompts and receive their responses. Each
 engine holds a copy of the policy's weights, which has a version: the step after whose update the
-policy had these weights. Every response carries the version that the engine reports for it.
+policy had these weights. Every response carries the version that its engine reports for it.
 
 An engine that ends, refuses an update or holds other weights than were sent is left. The supervisor
-starts a new one, all ranks send it the weights again, and the batch is generated from the
-beginning: with the same uniform numbers, the responses are the same. What is generated in the
-background, while the policy changes, gets the same weights again from the file that they were sent
-in.
+starts a new one, all ranks send it the weights again, and its part of the batch is generated from
+the beginning: with the same uniform numbers, the responses are the same. The other engines keep
+their weights and what they have generated. What is generated in the background, while the policy
+changes, gets the same weights again from the file that they were sent in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import msgspec
@@ -26,16 +26,10 @@ from engine.train.rollout.native import NativeBackend
 from engine.train.rollout.rollout import ReportProgress, Rollout, assemble
 from engine.train.rollout.vllm.background import BackgroundGeneration
 from engine.train.rollout.vllm.client import EngineLostError
-from engine.train.rollout.vllm.remote_engine import (
-    ATTEMPTS,
-    RemoteEngine,
-    log_failure,
-    too_many_failures,
-)
+from engine.train.rollout.vllm.remote_engine import FORGETS_WEIGHTS
+from engine.train.rollout.vllm.remote_engines import RemoteEngines
+from engine.train.rollout.vllm.requests import join
 from engine.train.rollout.vllm.weights import send_weights
-
-FORGETS_WEIGHTS = 2
-"""The level of `rollout.sleep` at which the engine must be sent the weights for each batch."""
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -54,13 +48,13 @@ class _Work:
     limit: int
     """The most new tokens."""
     parts: list[_Part]
-    """The distinct parts of the ranks."""
-    mine: int
-    """The index of this rank's part."""
+    """The distinct parts of the ranks, which make the request together."""
+    first: int
+    """The row of this rank's first prompt in it."""
 
 
 class VllmPending:
-    """Responses that the engine generates in the background; see :meth:`VllmBackend.begin`."""
+    """Responses that the engines generate in the background; see :meth:`VllmBackend.begin`."""
 
     def __init__(
         self, backend: "VllmBackend", work: _Work, generation: BackgroundGeneration | None
@@ -75,11 +69,12 @@ class VllmPending:
         Raises:
             RlhfError: several engines in a row failed.
         """
-        results: list[Generated] = []
+        replies: dict[int, Generated] = {}
         if self.generation is not None:
             self.generation.wait(report)
-            results = self.generation.results()
-        return self._backend.distribute(self._work, results)
+            self.generation.check()
+            replies = self.generation.replies
+        return self._backend.distribute(self._work, replies)
 
 
 class VllmBackend:
@@ -88,7 +83,7 @@ class VllmBackend:
     separate = True
 
     def __init__(self, context: BackendContext) -> None:
-        """On rank 0, has the engine build the model; does not wait for it.
+        """On rank 0, has the engines build the model; does not wait for them.
 
         Raises:
             RlhfError: the supervisor offers no engine.
@@ -96,22 +91,22 @@ class VllmBackend:
         self._context = context
         self._native = NativeBackend.of(context)
         self._held: int | None = None
-        """The version of the weights that the engine holds."""
+        """The version of the weights that all engines hold."""
         self._wanted = 0
         self._dtype = getattr(torch, context.config.model.dtype)
-        self._engine = RemoteEngine(context) if context.ranks.is_lead else None
+        self._engines = RemoteEngines(context) if context.ranks.is_lead else None
         self._update: LoadWeights | None = None
-        """What the engine holds, on rank 0."""
+        """What the engines hold, on rank 0."""
         self._pending: VllmPending | None = None
 
     # -- the weights ---------------------------------------------------------------------------
 
     def sync(self, model: AnyModel, weights_version: int, report: ReportProgress) -> None:
-        """Sends the policy's weights to the engine unless it holds this version; a collective.
+        """Sends the policy's weights to the engines unless they hold this version; a collective.
 
         Raises:
             RlhfError: several engines in a row failed.
-            UserInputError: the engine's environment cannot be used, or there is no room for the
+            UserInputError: the engines' environment cannot be used, or there is no room for the
                 weights.
         """
         if model is not self._context.policy:
@@ -121,21 +116,27 @@ class VllmBackend:
             self._finish_pending(report)
             self._until_it_works(lambda: self._sync_once(report))
 
-    def _sync_once(self, report: ReportProgress) -> str:
-        """One try; returns why it failed, or ""."""
+    def _sync_once(self, report: ReportProgress, besides: Collection[int] = ()) -> str:
+        """One try; returns why it failed, or "".
+
+        Args:
+            report: as in :meth:`sync`.
+            besides: on rank 0, engines that need no weights now.
+        """
         self._held, self._update = None, None
         if problem := self._on_lead(self._prepare):
             return problem
         lm, ahead = self._context.policy.lm, self._context.config.rollout.ahead
-        new = self._engine.new_update(self._wanted) if self._engine is not None else None
+        engines = self._engines
+        new = engines.new_update(self._wanted, besides) if engines is not None else None
         checksum = send_weights(lm, self._dtype, new.take if new is not None else None, report)
 
-        def finish(_engine: RemoteEngine) -> None:
+        def finish(_engines: RemoteEngines) -> None:
             if new is not None:
                 self._update = new.finish(checksum)
 
         problem = self._on_lead(finish)
-        # What is generated ahead may need the file for another engine, when the policy has other
+        # What is generated ahead may need the file for a new engine, when the policy has other
         # weights. The next update replaces it.
         if new is not None and (problem or not ahead):
             new.close()
@@ -143,8 +144,8 @@ class VllmBackend:
             self._held = self._wanted
         return problem
 
-    def _prepare(self, engine: RemoteEngine) -> None:
-        engine.prepare(lambda: self._context.announce(self._wanted, "load vLLM"))
+    def _prepare(self, engines: RemoteEngines) -> None:
+        engines.prepare(lambda: self._context.announce(self._wanted, "load vLLM"))
 
     # -- responses -----------------------------------------------------------------------------
 
@@ -169,28 +170,26 @@ class VllmBackend:
             )
         self._finish_pending(report)
         work = self._gather(batch, uniforms)
-        results: list[Generated] = []
+        request = self._request(work, temperature)
+        replies: dict[int, Generated] = {}
 
         def attempt() -> str:
-            nonlocal results
-            if self._held != self._wanted and (problem := self._sync_once(report)):
+            if self._held != self._wanted and (problem := self._sync_once(report, replies)):
                 return problem
-            requests = self._requests(work, temperature)
             problem = self._on_lead(
-                lambda engine: results.extend(engine.generate(requests, report))
+                lambda engines: engines.generate(engines.divide(request), replies, report)
             )
             if problem:
                 self._held = None
-                results = []
             return problem
 
         self._until_it_works(attempt)
         if self._context.config.rollout.sleep == FORGETS_WEIGHTS:
             self._held = None
-        return self.distribute(work, results)
+        return self.distribute(work, replies)
 
     def begin(self, batch: PromptBatch, uniforms: Tensor, temperature: float) -> VllmPending:
-        """Has the engine generate the policy's responses in the background; a collective.
+        """Has the engines generate the policy's responses in the background; a collective.
 
         They are generated with the weights of the last :meth:`sync`, whatever becomes of the policy
         meanwhile. Other uses of the backend wait for their end, and do not end them.
@@ -202,17 +201,16 @@ class VllmBackend:
         """
         self._finish_pending(lambda _done, _total: None)
         work = self._gather(batch, uniforms)
-        generation, engine, update = None, self._engine, self._update
-        if engine is not None and update is not None:
-            requests = self._requests(work, temperature)
-            generation = BackgroundGeneration(
-                lambda report: engine.generate_with(update, requests, report)
-            )
+        generation, engines, update = None, self._engines, self._update
+        if engines is not None and update is not None:
+            engines.forget_failures()
+            requests = engines.divide(self._request(work, temperature))
+            generation = engines.begin(update, requests)
         self._pending = VllmPending(self, work, generation)
         return self._pending
 
     def _finish_pending(self, report: ReportProgress) -> None:
-        """Waits until the engine is free; keeps what it has generated."""
+        """Waits until the engines are free; keeps what they have generated."""
         pending, self._pending = self._pending, None
         if pending is not None and pending.generation is not None:
             pending.generation.wait(report)
@@ -226,45 +224,46 @@ class VllmBackend:
         gathered = ranks.all_gather_bytes(msgspec.msgpack.encode(part))
         distinct = list(dict.fromkeys(gathered))  # a probe is the same on all ranks
         parts = [msgspec.msgpack.decode(p, type=_Part) for p in distinct]
-        return _Work(batch, uniforms.shape[1], parts, distinct.index(gathered[ranks.rank]))
+        before = parts[: distinct.index(gathered[ranks.rank])]
+        return _Work(batch, uniforms.shape[1], parts, sum(len(p.prompts) for p in before))
 
-    def _requests(self, work: _Work, temperature: float) -> list[Generate]:
+    def _request(self, work: _Work, temperature: float) -> Generate:
+        """The request for all ranks' prompts."""
         criteria = self._context.stop_criteria
-        return [
-            Generate(
-                weights_version=self._wanted,
-                prompts=part.prompts,
-                uniforms=part.uniforms,
-                max_new_tokens=work.limit,
-                temperature=temperature,
-                sampling=self._context.config.rollout.sampling,
-                eos=criteria.eos_ids(torch.device("cpu")).tolist(),
-                look=criteria.has_strings,
-            )
-            for part in work.parts
-        ]
+        return Generate(
+            weights_version=self._wanted,
+            prompts=[prompt for part in work.parts for prompt in part.prompts],
+            uniforms=b"".join(part.uniforms for part in work.parts),
+            max_new_tokens=work.limit,
+            temperature=temperature,
+            sampling=self._context.config.rollout.sampling,
+            eos=criteria.eos_ids(torch.device("cpu")).tolist(),
+            look=criteria.has_strings,
+        )
 
-    def distribute(self, work: _Work, results: list[Generated]) -> Rollout:
+    def distribute(self, work: _Work, replies: dict[int, Generated]) -> Rollout:
         """The rollout of this rank's prompts; a collective.
 
         Args:
             work: what was generated.
-            results: rank 0's, for each part; empty on other ranks.
+            replies: rank 0's, by engine; ignored on other ranks.
         """
-        data = self._context.ranks.broadcast_bytes(msgspec.msgpack.encode(results))
-        replies = msgspec.msgpack.decode(data, type=list[Generated])
-        return self._rollout(work.batch, replies[work.mine], work.limit)
+        data = b""
+        if self._engines is not None:
+            data = msgspec.msgpack.encode(join([replies[i] for i in sorted(replies)]))
+        data = self._context.ranks.broadcast_bytes(data)
+        return self._rollout(work, msgspec.msgpack.decode(data, type=Generated))
 
-    def _rollout(self, batch: PromptBatch, result: Generated, limit: int) -> Rollout:
+    def _rollout(self, work: _Work, result: Generated) -> Rollout:
         """The rollout of this rank's prompts; tokens after a stop string are dropped."""
         criteria, device = self._context.stop_criteria, self._context.ranks.device
-        shape = (len(batch.prompts), limit)
-        ids = _array(result.ids, torch.int32, shape).long()
-        floats = torch.stack(
-            [_array(a, torch.float32, shape) for a in (result.logprobs, result.entropies)]
-            + [torch.zeros(shape)]
-        )
-        lengths, stopped = list(result.lengths), [False] * shape[0]
+        batch, limit = work.batch, work.limit
+        shape, all_rows = (len(batch.prompts), limit), (len(result.lengths), limit)
+        mine = slice(work.first, work.first + shape[0])
+        ids = _array(result.ids, torch.int32, all_rows)[mine].long()
+        arrays = [_array(a, torch.float32, all_rows) for a in (result.logprobs, result.entropies)]
+        floats = torch.stack([*(a[mine] for a in arrays), torch.zeros(shape)])
+        lengths, stopped = list(result.lengths[mine]), [False] * shape[0]
         if criteria.has_strings:
             for row, response in enumerate(ids.tolist()):
                 at = criteria.stops_at(response[: lengths[row]], 0)
@@ -284,25 +283,25 @@ class VllmBackend:
 
     # -- engines that fail ---------------------------------------------------------------------
 
-    def _on_lead(self, act: Callable[[RemoteEngine], object]) -> str:
-        """Runs something on rank 0; returns on all ranks why the engine was lost, or ""."""
+    def _on_lead(self, act: Callable[[RemoteEngines], object]) -> str:
+        """Runs something on rank 0; returns on all ranks why engines were lost, or ""."""
         problem = ""
-        if self._engine is not None:
+        if self._engines is not None:
             try:
-                act(self._engine)
+                act(self._engines)
             except EngineLostError as error:
-                self._engine.close()
-                problem = str(error) or "no reason given"
+                problem = str(error)
         return self._context.ranks.broadcast_bytes(problem.encode()).decode()
 
     def _until_it_works(self, attempt: Callable[[], str]) -> None:
-        problem = ""
-        for number in range(ATTEMPTS):
-            problem = attempt()
-            if not problem:
-                return
-            log_failure(number, problem)
-        raise too_many_failures(problem)
+        """Repeats an attempt, with new engines in place of those that were lost.
+
+        Rank 0 raises RlhfError when several processes of an engine in a row have failed.
+        """
+        if self._engines is not None:
+            self._engines.forget_failures()
+        while attempt():
+            pass
 
 
 def _array(data: bytes, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:

@@ -1,46 +1,70 @@
-"""Responses that the engine generates while the training loop continues."""
+"""Responses that engines generate in threads: several at once, or beside the training loop."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from engine.protocol.rollout_messages import Generated
 from engine.train.rollout.rollout import ReportProgress
+from engine.train.rollout.vllm.client import raise_first
 
 PROGRESS_INTERVAL = 0.2
 """Seconds between two reports of progress to whoever waits for the responses."""
+Job = Callable[[Callable[[int], None]], Generated]
+"""Generates on one engine; called with a function that takes the tokens done so far."""
 
 
 class BackgroundGeneration:
-    """Responses that a thread of rank 0 waits for, while the training loop continues."""
+    """Responses that threads of rank 0 wait for, one for each engine."""
 
-    def __init__(self, generate: Callable[[ReportProgress], list[Generated]]) -> None:
-        """Starts the thread, which calls `generate` with a function for its progress."""
-        self._progress = (0, 0)
-        self._results: list[Generated] = []
-        self._error: Exception | None = None
-        # A daemon: a run that ends, or fails, does not wait for responses that nobody needs.
-        self._thread = threading.Thread(
-            target=self._run, args=(generate,), name="rollout-ahead", daemon=True
-        )
-        self._thread.start()
+    def __init__(self, jobs: Mapping[int, Job], total: int) -> None:
+        """Starts the threads.
 
-    def _run(self, generate: Callable[[ReportProgress], list[Generated]]) -> None:
+        Args:
+            jobs: by engine.
+            total: tokens of all jobs at most, for the progress.
+        """
+        self._total = total
+        self._done = dict.fromkeys(jobs, 0)
+        self.replies: dict[int, Generated] = {}
+        """By engine; those that there are."""
+        self._errors: dict[int, Exception] = {}
+        # Daemons: a run that ends, or fails, does not wait for responses that nobody needs.
+        self._threads = [
+            threading.Thread(
+                target=self._run, args=(engine, job), name=f"rollout-{engine}", daemon=True
+            )
+            for engine, job in jobs.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, engine: int, job: Job) -> None:
+        def report(done: int) -> None:
+            self._done[engine] = done
+
         try:
-            self._results = generate(self._report)
+            self.replies[engine] = job(report)
         except Exception as error:  # raised where the responses are asked for
-            self._error = error
-
-    def _report(self, done: int, total: int) -> None:
-        self._progress = done, total
+            self._errors[engine] = error
 
     def wait(self, report: ReportProgress) -> None:
-        """Waits for the end of the generation, however it ends."""
-        while self._thread.is_alive():
-            self._thread.join(PROGRESS_INTERVAL)
-            report(*self._progress)
+        """Waits for the end of all jobs, however they end.
 
-    def results(self) -> list[Generated]:
-        """The replies; raises the error that ended the generation. Call it after :meth:`wait`."""
-        if self._error is not None:
-            raise self._error
-        return self._results
+        Progress is reported only if there is some: an engine that hangs must look like one.
+        """
+        last = -1
+        for thread in self._threads:
+            while thread.is_alive():
+                thread.join(PROGRESS_INTERVAL)
+                if (done := sum(self._done.values())) != last:
+                    report(done, self._total)
+                    last = done
+
+    def check(self) -> None:
+        """Raises what ended the jobs that failed. Call it after :meth:`wait`.
+
+        Raises:
+            EngineLostError: engines were lost.
+            Exception: another error that ended a job.
+        """
+        raise_first([self._errors[engine] for engine in sorted(self._errors)])

@@ -1,14 +1,14 @@
-"""Rank 0's connection to the rollout engine."""
+"""Rank 0's connection to a rollout engine."""
 
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from engine.errors import LinkError, RlhfError, UserInputError
-from engine.launch.environment import ROLLOUT_SOCKET_VARIABLE
+from engine.launch.environment import rollout_socket_variable
 from engine.protocol import frames, sockets
 from engine.protocol.frames import Message
 from engine.protocol.rollout_messages import (
@@ -33,21 +33,48 @@ M = TypeVar("M", bound=FromEngine)
 N = TypeVar("N", bound=FromEngine)
 Look = Callable[[dict[int, list[int]]], list[int]]
 """Called with the tokens so far by row; returns the rows that have ended."""
+ATTEMPTS = 4
+"""How many processes of an engine in a row may fail before the run does."""
 
 
 class EngineLostError(Exception):
     """The engine ended, or cannot be trusted; a new one may work."""
 
 
+def raise_first(errors: Sequence[Exception]) -> None:
+    """Raises what went wrong with several engines: one that ends the run, or that all are lost.
+
+    Raises:
+        EngineLostError: all errors are of this kind; with the reasons.
+        Exception: the first that is not.
+    """
+    for error in errors:
+        if not isinstance(error, EngineLostError):
+            raise error
+    if errors:
+        raise EngineLostError("; ".join(map(str, errors)))
+
+
 class RolloutClient:
     """A connection to an engine that the supervisor keeps alive.
 
     After an error it is closed, and the engine's process ends; the next :meth:`begin` reaches the
-    process that the supervisor starts in its place.
+    process that the supervisor starts in its place. Several clients may be used by several threads,
+    one client by one at a time.
     """
 
-    def __init__(self) -> None:
-        """Connects to nothing yet."""
+    def __init__(self, engine: int = 0, engines: int = 1) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            engine: the number of the engine, from 0.
+            engines: how many there are.
+        """
+        self._engine = engine
+        self.name = "rollout engine" if engines == 1 else f"rollout engine {engine}"
+        self._the_engine = f"the {self.name}" if engines == 1 else self.name
+        self.failures = 0
+        """Processes that were lost in a row; who begins something new sets it to 0."""
         self._sock: socket.socket | None = None
         self.ready: EngineReady | None = None
         """What the present engine reported; None before it has built its model."""
@@ -69,7 +96,7 @@ class RolloutClient:
         Raises:
             RlhfError: the supervisor offers no engine, or its socket is gone.
         """
-        path = os.environ.get(ROLLOUT_SOCKET_VARIABLE)
+        path = os.environ.get(rollout_socket_variable(self._engine))
         if path is None:
             raise RlhfError("rollout.engine is vllm, but no supervisor has started it")
         try:
@@ -77,14 +104,14 @@ class RolloutClient:
             self._sock.settimeout(None)
             self._send(start)
         except OSError as error:
-            raise RlhfError(f"the rollout engine's socket cannot be reached: {error}") from error
+            raise RlhfError(f"{self._the_engine}'s socket cannot be reached: {error}") from error
 
     def wait_ready(self) -> EngineReady:
         """Waits until the model is built. Raises EngineLostError, UserInputError or RlhfError."""
         if self.ready is None:
             self.ready = self._receive(EngineReady)
             packages = ", ".join(f"{k} {v}" for k, v in self.ready.packages.items())
-            log.info("rollout engine: %s (%s) on %s", self.ready.engine, packages,
+            log.info("%s: %s (%s) on %s", self.name, self.ready.engine, packages,
                      self.ready.device)  # fmt: skip
         return self.ready
 
@@ -118,13 +145,25 @@ class RolloutClient:
             or loaded.tensors != len(update.tensors)
             or loaded.checksum not in (None, checksum)
         ):
-            self.close()
-            raise EngineLostError("the rollout engine does not hold the weights that were sent")
+            raise self.lost(f"{self._the_engine} does not hold the weights that were sent")
         self.held = update
         log.info(
-            "rollout engine: weights of step %d, %d tensors, checksum %016x, loaded in %.2f s",
-            loaded.weights_version, loaded.tensors, checksum[0] if checksum else 0, loaded.seconds,
+            "%s: weights of step %d, %d tensors, checksum %016x, loaded in %.2f s",
+            self.name, loaded.weights_version, loaded.tensors, checksum[0] if checksum else 0,
+            loaded.seconds,
         )  # fmt: skip
+
+    def has_replied_or_ended(self) -> bool:
+        """Whether there is something to receive, or an end of the connection; does not wait."""
+        if self._sock is None:
+            return True
+        try:
+            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
 
     def generate(
         self, request: Generate, look: Look, report: Callable[[int, int], None]
@@ -145,9 +184,21 @@ class RolloutClient:
             report(message.done, message.total)
             self._send(Continue(stop=look(message.tokens) if request.look else []))
         if message.weights_version != request.weights_version:
-            self.close()
-            raise EngineLostError("the rollout engine generated with other weights")
+            raise self.lost(f"{self._the_engine} generated with other weights")
         return message
+
+    def lost(self, reason: str) -> EngineLostError | RlhfError:
+        """The error of an engine that is lost; closes the connection.
+
+        Returns:
+            EngineLostError, or RlhfError if it is the last of :data:`ATTEMPTS`.
+        """
+        self.close()
+        self.failures += 1
+        log.warning("%s, attempt %d of %d: %s", self.name, self.failures, ATTEMPTS, reason)
+        if self.failures < ATTEMPTS:
+            return EngineLostError(reason)
+        return RlhfError(f"{ATTEMPTS} rollout engines in a row failed, the last one with: {reason}")
 
     def close(self) -> None:
         """Closes the connection, with which the engine's process ends."""
@@ -157,17 +208,17 @@ class RolloutClient:
 
     def _send(self, message: Message) -> None:
         if self._sock is None:
-            raise EngineLostError("there is no rollout engine")
+            raise self.lost(f"there is no {self.name}")
         try:
             frame = frames.encode(message)
         except LinkError as error:  # another engine could not be sent it either
             self.close()
-            raise RlhfError(f"the rollout engine cannot be asked: {error}") from error
+            raise RlhfError(f"{self._the_engine} cannot be asked: {error}") from error
         try:
             self._sock.sendall(frame)
         except OSError as error:
             self._fail_with_reason()
-            raise EngineLostError(f"the rollout engine is gone: {error}") from error
+            raise self.lost(f"{self._the_engine} is gone: {error}") from error
 
     def _fail_with_reason(self) -> None:
         """Raises what an engine that is gone has said before; returns if it said nothing."""
@@ -189,18 +240,17 @@ class RolloutClient:
 
     def _next(self) -> FromEngine:
         if self._sock is None:
-            raise EngineLostError("there is no rollout engine")
+            raise self.lost(f"there is no {self.name}")
         try:
             return decode_from_engine(frames.receive(self._sock))
         except (OSError, LinkError) as error:
-            self.close()
-            raise EngineLostError(f"the rollout engine is gone: {error}") from error
+            raise self.lost(f"{self._the_engine} is gone: {error}") from error
 
     def _error(self, message: FromEngine) -> Exception:
         """The error that a message which was not expected means; closes the connection."""
-        self.close()
         if not isinstance(message, EngineFailed):
-            return EngineLostError(f"unexpected message of the rollout engine: {message}")
-        if message.user_input:
-            return UserInputError(message.text)
-        return RlhfError(message.text) if message.final else EngineLostError(message.text)
+            return self.lost(f"unexpected message of {self._the_engine}: {message}")
+        if not message.user_input and not message.final:
+            return self.lost(message.text or "no reason given")
+        self.close()
+        return UserInputError(message.text) if message.user_input else RlhfError(message.text)

@@ -1,63 +1,74 @@
-"""How the weights reach the engine (`rollout.transfer`): a file, CUDA IPC, or a broadcast.
+"""How the weights reach the engines (`rollout.transfer`): a file, CUDA IPC, or a broadcast.
 
 Rank 0 makes an update and gives it the tensors one after the other, whole, in the order of their
 inventory. A problem shows at the end only: until then the other ranks gather tensors with rank 0.
+Each engine is checked by itself, and one that is lost does not keep the others from loading.
 """
 
 import os
 import pickle
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from engine.errors import RlhfError
 from engine.launch.environment import ALLOCATOR, OLD_ALLOCATOR
 from engine.protocol.rollout_messages import Checksum, LoadWeights, TensorInfo
-from engine.train.rollout.vllm.client import EngineLostError, RolloutClient
+from engine.train.rollout.vllm.client import EngineLostError, RolloutClient, raise_first
 from engine.train.rollout.vllm.group import WeightsGroup
-from engine.train.rollout.vllm.received_weights import DEVICE_OF_HANDLE, gpu_uuid
+from engine.train.rollout.vllm.process.received_weights import DEVICE_OF_HANDLE, gpu_uuid
 from engine.train.rollout.vllm.weights import WeightsFile
 
 STORAGE_CLASS, COUNTER = 4, slice(11, 13)
 """Where the class of a storage and its count of readers stand among the arguments of torch's
 `rebuild_cuda_tensor`."""
 
+MEETING_INTERVAL = 0.1
+"""Seconds between two looks whether an engine is still there whose workers are awaited."""
+
 
 class Update(Protocol):
-    """One update of the engine's weights."""
+    """One update of the weights of engines."""
 
     def take(self, tensor: Tensor) -> Tensor:
         """Sends the next tensor; returns it as it is sent, in the dtype of the engine."""
 
     def finish(self, checksum: Checksum) -> LoadWeights:
-        """Has the engine replace its weights; returns what it was sent.
+        """Has the engines replace their weights; returns what they were sent.
 
         Raises:
-            EngineLostError: the engine does not hold the weights.
+            EngineLostError: an engine does not hold the weights. Those that do have them in `held`.
         """
 
     def close(self) -> None:
-        """Gives up what the engine needs no longer."""
+        """Gives up what the engines need no longer."""
 
 
 class FileUpdate:
-    """By a file in shared memory or on a disk, from which another engine can be given the same."""
+    """By a file in shared memory or on a disk, which all engines read.
+
+    Another engine can be given the same weights from it.
+    """
 
     def __init__(
         self,
-        client: RolloutClient,
+        clients: Sequence[RolloutClient],
         version: int,
         tensors: list[TensorInfo],
         dtype: torch.dtype,
         path: Path,
     ) -> None:
         """Opens the file."""
-        self._client, self._version, self._tensors = client, version, tensors
+        self._clients, self._version, self._tensors = clients, version, tensors
         self._path = path
         self._file = WeightsFile(path, tensors, dtype)
 
@@ -72,7 +83,7 @@ class FileUpdate:
             weights_version=self._version, path=str(self._path), tensors=self._tensors,
             checksum=checksum,
         )  # fmt: skip
-        self._client.load(update)
+        _load_together(self._clients, update)
         return update
 
     def close(self) -> None:
@@ -165,11 +176,14 @@ def without_expandable_segments() -> Iterator[bool]:
 
 
 class BroadcastUpdate:
-    """By a broadcast to the engine's workers, which load each tensor as it arrives."""
+    """By a broadcast to the engines' workers, which load each tensor as it arrives.
+
+    Each engine has a group of its own with rank 0, so that one that is lost breaks its own only.
+    """
 
     def __init__(
         self,
-        client: RolloutClient,
+        clients: Sequence[RolloutClient],
         version: int,
         tensors: list[TensorInfo],
         dtype: torch.dtype,
@@ -178,45 +192,102 @@ class BroadcastUpdate:
         """Has the workers wait for the tensors, and meets them if they are new.
 
         Args:
-            client: of the engine.
+            clients: of the engines.
             version: of the weights.
             tensors: their inventory.
-            dtype: of the engine.
-            place: a new file by which a group can meet, the number of workers, and rank 0's device.
+            dtype: of the engines.
+            place: a new file by which groups can meet, made longer for each, the number of workers
+                of an engine, and rank 0's device.
         """
-        self._client, self._dtype = client, dtype
-        path, workers, device = place
-        self._device = device
-        self._problem = ""
-        group = client.group
+        self._clients, self._dtype = clients, dtype
+        path, workers, self._device = place
+        self._problems: dict[RolloutClient, Exception] = {}
         self._update = LoadWeights(
-            weights_version=version, path="" if group is not None else str(path), tensors=tensors,
-            checksum=None, transfer="broadcast",
-        )  # fmt: skip
-        try:
-            client.begin_load(self._update)
-            if group is None:
-                client.group = WeightsGroup(str(path), 0, workers + 1, device)
-        except (EngineLostError, RuntimeError) as error:
-            self._problem = str(error)
+            weights_version=version, path="", tensors=tensors, checksum=None, transfer="broadcast"
+        )
+        for i, client in enumerate(clients):
+            meeting = "" if client.group is not None else f"{path}-{i}"
+            try:
+                client.begin_load(replace(self._update, path=meeting))
+                if client.group is None:
+                    client.group = _meet(client, meeting, workers, self._device)
+            except (EngineLostError, RuntimeError) as error:
+                self._problems[client] = error
 
     def take(self, tensor: Tensor) -> Tensor:
         """Broadcasts the tensor."""
         sent = tensor.detach().to(self._device, self._dtype).contiguous()
-        if not self._problem and self._client.group is not None:
-            try:
-                self._client.group.broadcast(sent)
-            except RuntimeError as error:
-                self._problem = str(error)
+        for client in self._clients:
+            if client not in self._problems and client.group is not None:
+                try:
+                    client.group.broadcast(sent)
+                except RuntimeError as error:
+                    self._problems[client] = error
         return sent
 
     def finish(self, checksum: Checksum) -> LoadWeights:
-        """Compares the engine's checksum with that of what was sent."""
-        if self._problem:
-            self._client.close()
-            raise EngineLostError(f"the weights could not be broadcast: {self._problem}")
-        self._client.finish_load(self._update, checksum)
+        """Compares the engines' checksums with that of what was sent."""
+        errors: list[Exception] = []
+        for client in self._clients:
+            problem = self._problems.get(client)
+            if problem is None:
+                errors += _attempt(partial(client.finish_load, self._update, checksum))
+            elif isinstance(problem, EngineLostError):
+                errors.append(problem)
+            else:
+                errors.append(client.lost(f"the weights could not be broadcast: {problem}"))
+        raise_first(errors)
         return self._update
 
     def close(self) -> None:
         """Does nothing: nothing is kept."""
+
+
+def _load_together(clients: Sequence[RolloutClient], update: LoadWeights) -> None:
+    """Has engines load an update at the same time. Raises EngineLostError if one does not."""
+    errors: list[Exception] = []
+    begun: list[RolloutClient] = []
+    for client in clients:
+        problems = _attempt(partial(client.begin_load, update))
+        errors += problems
+        begun += [] if problems else [client]
+    for client in begun:
+        errors += _attempt(partial(client.finish_load, update, update.checksum))
+    raise_first(errors)
+
+
+def _attempt(act: Callable[[], None]) -> list[Exception]:
+    """What an engine raises, so that the others can be asked in any case."""
+    try:
+        act()
+    except (EngineLostError, RlhfError) as error:
+        return [error]
+    return []
+
+
+def _meet(client: RolloutClient, path: str, workers: int, device: torch.device) -> WeightsGroup:
+    """Meets an engine's workers, but does not wait for an engine that has ended.
+
+    Otherwise the group's timeout would pass, and that of the groups of the other engines as well.
+
+    Raises:
+        RuntimeError: the workers have not come.
+    """
+    found: list[WeightsGroup] = []
+    errors: list[Exception] = []
+
+    def meet() -> None:
+        try:
+            found.append(WeightsGroup(path, 0, workers + 1, device))
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=meet, name="meet workers", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(MEETING_INTERVAL)
+        if not found and client.has_replied_or_ended():
+            raise RuntimeError("the engine has ended")
+    if errors:
+        raise errors[0]
+    return found[0]

@@ -40,7 +40,7 @@ class SleepMode:
 
     def after_generate(self) -> None:
         """Gives up the memory of both."""
-        if self._level:
+        if self._level and not self._asleep:
             self._llm.sleep(level=self._level)
             self._asleep = [WEIGHTS, CACHE]
 

@@ -14,8 +14,6 @@ import traceback
 from typing import Any, NoReturn
 
 from engine.errors import LinkError, first_line
-from engine.protocol import frames, sockets
-from engine.protocol.frames import Message
 from engine.protocol.rollout_messages import (
     Continue,
     EngineFailed,
@@ -25,18 +23,15 @@ from engine.protocol.rollout_messages import (
     LoadWeights,
     Progress,
     Start,
-    ToEngine,
     WeightsLoaded,
-    decode_to_engine,
 )
-from engine.train.rollout.vllm.sleep_mode import SleepMode
+from engine.protocol.rollout_server import FAILED, first_client, receive, report, send
+from engine.train.rollout.vllm.process.sleep_mode import SleepMode
 
 log = logging.getLogger("rollout")
 
 LOOK_EVERY = 8
 """Tokens between two messages of progress."""
-FAILED = 3
-"""Exit status after an error that was reported to rank 0."""
 VLLM_SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: no engine core that could be left
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # V2 refuses logits processors
@@ -99,52 +94,11 @@ def missing(error: ImportError) -> EngineFailed:
     return EngineFailed(text=text, user_input=True, final=True)
 
 
-def first_client(listener: socket.socket) -> tuple[socket.socket, Start]:
-    """Waits for a process of the same user that sends :class:`Start`.
-
-    Connections that have ended are left out: those of a rank that died before this process began.
-    """
-    while True:
-        connection, _ = listener.accept()
-        if sockets.peer_uid(connection) != os.getuid():
-            log.warning("refused a connection of another user")
-            connection.close()
-            continue
-        try:
-            message = receive(connection)
-        except (OSError, LinkError) as error:
-            log.info("a client disconnected before it began (%s)", error)
-            connection.close()
-            continue
-        if isinstance(message, Start):
-            return connection, message
-        log.warning("a client began with %s", type(message).__name__)
-        connection.close()
-
-
 def leave(status: int) -> NoReturn:
     """Exits at once: vLLM's and torch's threads may keep the interpreter from ending."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def send(connection: socket.socket, message: Message) -> None:
-    """Sends a message."""
-    connection.sendall(frames.encode(message))
-
-
-def report(connection: socket.socket, message: Message) -> None:
-    """Sends a last message, if the client is still there."""
-    try:
-        send(connection, message)
-    except OSError:
-        log.info("rank 0 has disconnected")
-
-
-def receive(connection: socket.socket) -> ToEngine:
-    """Receives a message. Raises ConnectionError at the end of the connection."""
-    return decode_to_engine(frames.receive(connection))
 
 
 def serve(connection: socket.socket, start: Start) -> NoReturn:
@@ -219,7 +173,7 @@ class Engine:
         """Generates a response to each prompt."""
         from vllm import SamplingParams  # noqa: PLC0415 - as above
 
-        from engine.train.rollout.vllm.uniform_sampling import ROW  # noqa: PLC0415 - as above
+        from engine.train.rollout.vllm.process.uniform_sampling import ROW  # noqa: PLC0415 - as above
 
         if request.weights_version != self._weights_version:
             raise RuntimeError(
@@ -227,6 +181,12 @@ class Engine:
                 f"{self._weights_version} is loaded"
             )
         began, limit = time.perf_counter(), request.max_new_tokens
+        if not request.prompts:  # fewer responses than engines; memory is given up all the same
+            self._end_batch()
+            return Generated(
+                weights_version=request.weights_version, lengths=[], ids=b"", logprobs=b"",
+                entropies=b"", seconds=0.0,
+            )  # fmt: skip
         self._sleep.before_generate()
         # What is cached would depend on earlier batches, and by rounding the result on it.
         self._llm.reset_prefix_cache()
@@ -248,9 +208,7 @@ class Engine:
             rows[name], rows[f"row-{row}"] = row, row
         tokens = self._run(engine, rows, request)
         logprobs, entropies = self._llm.collective_rpc("recorded_batch")[0]
-        self._sleep.after_generate()
-        if self._sleep.forgets_weights:
-            self._weights_version = None
+        self._end_batch()
         return Generated(
             weights_version=request.weights_version,
             lengths=[len(t) for t in tokens],
@@ -259,6 +217,11 @@ class Engine:
             entropies=entropies,
             seconds=time.perf_counter() - began,
         )
+
+    def _end_batch(self) -> None:
+        self._sleep.after_generate()
+        if self._sleep.forgets_weights:
+            self._weights_version = None
 
     def _run(self, engine: Any, rows: dict[str, int], request: Generate) -> list[list[int]]:
         """Runs all requests to their end; returns the tokens of each row."""
@@ -313,9 +276,9 @@ def llm_arguments(start: Start, *, on_gpu: bool) -> dict[str, Any]:
         "async_scheduling": False,  # the output's length is the position that is sampled
         "generation_config": "vllm",  # no defaults of the model's generation_config.json
         "worker_extension_cls": (
-            "engine.train.rollout.vllm.worker_extension.RolloutWorkerExtension"
+            "engine.train.rollout.vllm.process.worker_extension.RolloutWorkerExtension"
         ),
-        "logits_processors": ["engine.train.rollout.vllm.uniform_sampling:UniformSampling"],
+        "logits_processors": ["engine.train.rollout.vllm.process.uniform_sampling:UniformSampling"],
         "disable_log_stats": True,
     }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def make_engine_importable() -> None:
     """Makes `import engine` find the package that this file is part of."""
-    folder = Path(__file__).resolve().parents[3]
+    folder = Path(__file__).resolve().parents[4]
     spec = importlib.util.spec_from_file_location(
         "engine", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -30,6 +30,6 @@ if __name__ == "__main__":
     from engine.launch.parent_death import die_with_parent
 
     die_with_parent()
-    from engine.train.rollout.vllm.engine_process import main
+    from engine.train.rollout.vllm.process.engine_process import main
 
     main(int(sys.argv[1]))

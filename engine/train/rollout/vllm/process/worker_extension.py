@@ -19,10 +19,10 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from engine.protocol.rollout_messages import Checksum
-from engine.train.rollout.vllm import uniform_sampling
 from engine.train.rollout.vllm.checksum import MASK, checksum
 from engine.train.rollout.vllm.group import WeightsGroup
-from engine.train.rollout.vllm.received_weights import (
+from engine.train.rollout.vllm.process import uniform_sampling
+from engine.train.rollout.vllm.process.received_weights import (
     DTYPES,
     IncompleteUpdateError,
     Inventory,
@@ -63,7 +63,7 @@ class RolloutWorkerExtension:
 
         Args:
             handles: from the socket whose peer is a process of the same user; see
-                :func:`~engine.train.rollout.vllm.received_weights.from_ipc`.
+                :func:`~engine.train.rollout.vllm.process.received_weights.from_ipc`.
             tensors: name and shape of each tensor.
             gpu: identifies the sender's GPU.
             sent: the checksum of the sender.
@@ -136,7 +136,7 @@ class RolloutWorkerExtension:
         return len(tensors), held, time.perf_counter() - started
 
     def begin_batch(self, uniforms: bytes, width: int, temperature: float, scheme: str) -> None:
-        """Begins a batch of :mod:`~engine.train.rollout.vllm.uniform_sampling`."""
+        """Begins a batch of :mod:`~engine.train.rollout.vllm.process.uniform_sampling`."""
         numbers = torch.frombuffer(bytearray(uniforms), dtype=torch.float64).view(-1, width)
         uniform_sampling.begin(numbers.to(self.device), temperature, scheme)
 

@@ -1,0 +1,354 @@
+"""Generates on this machine for a run of another one.
+
+``python -m engine.launch.rollout_join HOST:PORT SECONDS SECRET_FILE PYTHON``
+
+`rlhf-tui join --rollout` executes this module. It connects to the port of `rollout.rendezvous` on
+the first machine of the run, starts an engine here, and passes on the messages of both. It repeats
+this when the engine or the connection has ended, until the run has. The secret comes from
+SECRET_FILE, or from the environment if that is `-`. An empty PYTHON stands for the default.
+"""
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NoReturn, Self
+
+import msgspec
+from msgspec.structs import replace
+
+from engine.config.sections.launch import LaunchConfig
+from engine.config.sections.rollout import RolloutConfig
+from engine.errors import AuthenticationError, LinkError, UserInputError
+from engine.launch.rollout_engine import (
+    engine_environment,
+    find_vllm,
+    rollout_command,
+    rollout_python,
+    shared_folder,
+)
+from engine.launch.secret import SECRET_VARIABLE, read_secret
+from engine.protocol import frames, sockets
+from engine.protocol.authentication import AuthenticatedConnection, connect
+from engine.protocol.frames import Message
+from engine.protocol.rollout_join_messages import (
+    WEIGHTS,
+    FilePart,
+    Joined,
+    JoinRefused,
+    RolloutJoinInfo,
+    ToJoined,
+    decode_to_joined,
+    rollout_secret,
+)
+from engine.protocol.rollout_messages import Continue, EngineFailed, Generate, LoadWeights, Start
+from engine.session.temporary_folders import TemporaryFolder
+
+RETRY = 2.0
+"""Seconds between two attempts to reach the first machine."""
+CONNECT_TIMEOUT = 10.0
+"""Seconds for a connection to be accepted."""
+LOST_AFTER = 60
+"""Seconds without any sign of the first machine after which it counts as lost."""
+DONE, INVALID, TIMED_OUT = 0, 2, 4
+"""Exit codes, as of `rlhf-tui join`."""
+CONFIGURATION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.json")
+"""Names of files that a model folder may get."""
+
+
+class RunOverError(Exception):
+    """The file of the secret is gone: the engine of the run has ended."""
+
+
+def main() -> None:
+    """Runs until the run ends (exit code 0), refuses this machine (2), or is out of reach (4)."""
+    address, wait, named, python = sys.argv[1:5]
+    file = Path(named) if named != "-" else None
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    rollout = RolloutConfig(engine="vllm", python=python or None)
+    joined = False
+    try:
+        check_python(rollout_python(rollout))
+        print_status(f"waiting for a run at {address}")
+        while True:
+            machine, info = find_run(address, file, float(wait), joined=joined)
+            joined = True
+            print_status(f"generating for {info.session} at {address}")
+            with machine:
+                ended = generate(machine, info, rollout)
+            print_status(f"{ended}; waiting for a restart")
+    except RunOverError:
+        exit_with("the run is over", DONE)
+    except UserInputError as error:
+        exit_with(str(error), INVALID)
+    except LinkError as error:
+        exit_with(f"no run to join: {error}", TIMED_OUT)
+
+
+def check_python(python: str) -> None:
+    """Raises UserInputError if a Python has no vLLM."""
+    if find_vllm(python) is None:
+        raise UserInputError(
+            f"{python} has no vLLM: run `make vllm`, or name a Python that has it with --python"
+        )
+
+
+def find_run(
+    address: str, file: Path | None, wait: float, *, joined: bool
+) -> tuple[AuthenticatedConnection, RolloutJoinInfo]:
+    """Connects to the first machine, as soon as it needs a machine that generates.
+
+    Args:
+        address: `HOST:PORT`.
+        file: holds the secret; it is read again each time. None: the environment has it.
+        wait: seconds to try.
+        joined: whether this machine has generated before, so that a file that is gone means the
+            end of the run.
+
+    Raises:
+        RunOverError: the file is gone.
+        UserInputError: there is no usable secret, or this machine cannot take part.
+        LinkError: there was no run in time.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + wait
+    problem = ""
+    while time.monotonic() < deadline:
+        secret = read_secret(file)
+        if secret is None and file is None:
+            raise UserInputError(f"no secret: export {SECRET_VARIABLE}, or give --secret-file")
+        if secret is None:
+            if joined:
+                raise RunOverError
+            problem = f"there is no file {file}: the run has ended or not started"
+        else:
+            try:
+                target = (host.strip("[]"), int(port))
+                machine = connect(target, rollout_secret(secret), CONNECT_TIMEOUT)
+                return machine, offer(machine)
+            except AuthenticationError as error:
+                problem = f"{address}: {error}; give the same on all machines"
+                if file is None:  # a file may be of an earlier start of the run
+                    raise UserInputError(problem) from error
+            except (OSError, LinkError) as error:
+                problem = str(error)
+        time.sleep(RETRY)
+    raise LinkError(f"{address}: {problem}")
+
+
+def offer(machine: AuthenticatedConnection) -> RolloutJoinInfo:
+    """Says what this machine is; returns what it is told. Closes the connection if this raises.
+
+    Raises:
+        UserInputError: it cannot take part.
+        OSError: the first machine is gone, or needs no other machine.
+        LinkError: it is none of this version.
+    """
+    try:
+        machine.notice_loss(LOST_AFTER)
+        machine.send(msgspec.msgpack.encode(Joined(machine=os.uname().nodename)))
+        return accepted(decode_to_joined(machine.receive(LOST_AFTER)))
+    except BaseException:
+        machine.close()
+        raise
+
+
+def accepted(reply: ToJoined) -> RolloutJoinInfo:
+    """The reply to an offer. Raises UserInputError if it is a refusal, else LinkError."""
+    if isinstance(reply, JoinRefused):
+        raise UserInputError(f"{reply.text}: install the same on all machines")
+    if not isinstance(reply, RolloutJoinInfo):
+        raise LinkError(f"unexpected {type(reply).__name__} of the first machine")
+    return reply
+
+
+def generate(
+    machine: AuthenticatedConnection, info: RolloutJoinInfo, rollout: RolloutConfig
+) -> str:
+    """Starts an engine and serves the first machine with it; returns why that ended.
+
+    Args:
+        machine: the first one.
+        info: what it has said.
+        rollout: names this machine's Python.
+    """
+    # Which GPUs and which Python the run uses on its first machine means nothing here.
+    here = replace(info.rollout, python=rollout.python, gpus=[], engines=1, joined=0)
+    with Engine(replace(info.launch, gpus=[]), here) as engine, ReceivedFiles() as files:
+        return serve(machine, engine.socket, files)
+
+
+class Engine:
+    """An engine's process on this machine, and the client's end of its socket."""
+
+    def __init__(self, launch: LaunchConfig, rollout: RolloutConfig) -> None:
+        """Starts it; its output is that of this process."""
+        self._folder = TemporaryFolder()
+        listener, path = sockets.listen(self._folder.path, sockets.ROLLOUT_NAME)
+        with listener:
+            self._process = subprocess.Popen(  # noqa: S603 - the operator's Python, our own script
+                rollout_command(rollout, listener.fileno(), self._folder.path),
+                env=engine_environment(launch, rollout, 0),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
+            self.socket = sockets.connect(path)
+        self.socket.settimeout(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.socket.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._folder.close()
+
+
+class ReceivedFiles:
+    """What the first machine sends: the model's configuration, and weights."""
+
+    def __init__(self) -> None:
+        """Makes the folders, in shared memory and on a disk."""
+        self._shared, self._disk = TemporaryFolder(shared_folder()), TemporaryFolder()
+        self.model = self._disk.path / "model"
+        """The folder of the configuration."""
+        self.model.mkdir()
+        self.weights: Path | None = None
+        """The file of the last weights."""
+        self._open: BinaryIO | None = None
+
+    def write(self, part: FilePart) -> None:
+        """Writes the next bytes of a file.
+
+        Raises:
+            LinkError: it is no file that may be here.
+            OSError: there is no room for it.
+        """
+        if part.offset == 0:
+            self._begin(part)
+        if self._open is None or self._open.tell() != part.offset:
+            raise LinkError(f"the parts of {part.name!r} are not in order")
+        self._open.write(part.data)
+        if self._open.tell() >= part.size:
+            self._open.close()
+            self._open = None
+
+    def _begin(self, part: FilePart) -> None:
+        if self._open is not None:
+            raise LinkError(f"{part.name!r} begins before another file has ended")
+        if part.name == WEIGHTS:
+            if self.weights is not None:
+                self.weights.unlink()
+            free = shutil.disk_usage(self._shared.path).free
+            folder = self._shared if part.size <= free else self._disk
+            path = self.weights = folder.path / WEIGHTS
+        elif CONFIGURATION.fullmatch(part.name):
+            path = self.model / part.name
+        else:
+            raise LinkError(f"{part.name!r} is no file of a model")
+        self._open = path.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self._open is not None:
+            self._open.close()
+        self._shared.close()
+        self._disk.close()
+
+
+def serve(machine: AuthenticatedConnection, engine: socket.socket, files: ReceivedFiles) -> str:
+    """Passes messages on until one side is gone; returns which.
+
+    Args:
+        machine: the first one.
+        engine: has had no message yet.
+        files: where those of the first machine are put.
+
+    Raises:
+        LinkError: the first machine sends what no engine may get.
+    """
+    while True:
+        readable, _, _ = select.select([machine.fileno(), engine.fileno()], [], [])
+        if engine.fileno() in readable:
+            try:
+                reply = frames.receive(engine)
+            except OSError:
+                return "the engine has ended"
+            try:
+                machine.send(reply)
+            except OSError as error:
+                return f"the first machine is gone ({error})"
+        if machine.fileno() in readable:
+            try:
+                message = decode_to_joined(machine.receive(LOST_AFTER))
+            except (OSError, AuthenticationError) as error:
+                return f"the first machine is gone ({error})"
+            if isinstance(message, FilePart):
+                try:
+                    files.write(message)
+                except OSError as error:
+                    text = f"{os.uname().nodename} cannot store the weights: {error}"
+                    machine.send(msgspec.msgpack.encode(EngineFailed(text=text, final=True)))
+                    return text
+                continue
+            try:
+                engine.sendall(frames.encode(with_paths(message, files)))
+            except OSError:
+                return "the engine has ended"
+
+
+def with_paths(message: Message, files: ReceivedFiles) -> Message:
+    """A message for the engine, with the paths of this machine.
+
+    Raises:
+        LinkError: it is none that the engine may get. Handles of CUDA IPC are pickled.
+    """
+    match message:
+        case Start():
+            return replace(message, model=str(files.model))
+        case LoadWeights(transfer="file") if files.weights is not None:
+            return replace(message, path=str(files.weights), handles=b"")
+        case Generate() | Continue():
+            return message
+        case _:
+            raise LinkError(f"the first machine sent {type(message).__name__} out of turn")
+
+
+def print_status(text: str) -> None:
+    """Prints a line for the operator or for a scheduler's log."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def exit_with(text: str, code: int) -> NoReturn:
+    """Prints why this process ends, and ends it."""
+    (sys.stderr if code else sys.stdout).write(f"{text}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Takes the place of a rollout engine that runs on another machine.
+
+``python -m engine.launch.rollout_relay SOCKET_FD PORT_FD SESSION_FOLDER ENGINE``
+
+The supervisor starts, watches and ends it like an engine, and rank 0 talks to it like to one. It
+lets one machine join at the port of `rollout.rendezvous`, and passes on the messages of both sides,
+with the files that they name. When the machine is lost it reports that and exits; the supervisor
+starts another one, at which the machine or another one joins.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from engine import __version__
+from engine.errors import LinkError, first_line
+from engine.launch.environment import clean_environment
+from engine.launch.parent_death import PARENT_VARIABLE, die_with_parent
+from engine.launch.secret import SECRET_VARIABLE
+from engine.protocol import frames
+from engine.protocol.authentication import AuthenticatedConnection, accept
+from engine.protocol.frames import Message
+from engine.protocol.rollout_join_messages import (
+    PART,
+    WEIGHTS,
+    FilePart,
+    Joined,
+    JoinRefused,
+    RolloutJoinInfo,
+    decode_joined,
+    rollout_secret,
+)
+from engine.protocol.rollout_messages import EngineFailed, LoadWeights, Start, decode_to_engine
+from engine.protocol.rollout_server import FAILED, first_client, report
+from engine.session.folder import Session
+
+log = logging.getLogger("rollout")
+
+INTERVAL = 0.2
+"""Seconds between two looks whether a machine has proved itself."""
+MOST_HANDSHAKES = 16
+"""Machines that may be proving themselves at a time; others wait."""
+OFFER_TIMEOUT = 10.0
+"""Seconds for a machine that has proved itself to say what it is."""
+LOST_AFTER = 60
+"""Seconds without any sign of a machine after which it counts as lost."""
+
+
+class MachineLostError(Exception):
+    """The connection to the joined machine is broken."""
+
+
+def relay_command(listener_fd: int, port_fd: int, folder: Path, engine: int) -> list[str]:
+    """The command that starts a relay in place of an engine."""
+    words = [str(listener_fd), str(port_fd), str(folder), str(engine)]
+    return [sys.executable, "-P", "-m", "engine.launch.rollout_relay", *words]
+
+
+def relay_environment(secret: str) -> dict[str, str]:
+    """The environment of a relay; `secret` is that of the run."""
+    return clean_environment() | {
+        PARENT_VARIABLE: str(os.getpid()),
+        SECRET_VARIABLE: secret,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def main() -> NoReturn:
+    """Serves rank 0 until it disconnects (exit status 0) or the machine is lost."""
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    listener, port = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:3])
+    session = Session(Path(sys.argv[3]))
+    config = session.config()
+    info = RolloutJoinInfo(session=session.name, launch=config.launch, rollout=config.rollout)
+    log.info("waiting for a machine that generates, at %s", config.rollout.rendezvous)
+    # Before rank 0 has loaded: the machine starts its engine meanwhile.
+    machine, name = wait_for_machine(port, rollout_secret(os.environ[SECRET_VARIABLE]), info)
+    port.close()
+    log.info("%s has joined", name)
+    client, start = first_client(listener)
+    try:
+        relay(client, start, machine)
+    except MachineLostError as error:
+        text = f"the machine {name}, which generates, is lost: {error}"
+        log.warning(text)
+        report(client, EngineFailed(text=text))
+        sys.exit(FAILED)
+    except LinkError as error:
+        report(client, EngineFailed(text=first_line(error), final=True))
+        sys.exit(FAILED)
+    except OSError as error:
+        log.info("rank 0 has disconnected (%s)", error)
+    sys.exit(0)
+
+
+def wait_for_machine(
+    port: socket.socket, secret: bytes, info: RolloutJoinInfo
+) -> tuple[AuthenticatedConnection, str]:
+    """Waits for a machine that knows the secret; returns the connection and its name.
+
+    Args:
+        port: the listening socket. Other relays may accept from it, too.
+        secret: of :func:`rollout_secret`.
+        info: what the machine is told.
+    """
+    port.setblocking(False)
+    found: queue.SimpleQueue[tuple[AuthenticatedConnection, str]] = queue.SimpleQueue()
+    chosen = threading.Event()
+    slots = threading.BoundedSemaphore(MOST_HANDSHAKES)
+
+    def prove(sock: socket.socket, peer: str) -> None:
+        try:
+            found.put(let_join(sock, secret))
+        except (OSError, LinkError) as error:
+            log.warning("rollout.rendezvous: refused a connection from %s: %s", peer, error)
+        finally:
+            slots.release()
+            if chosen.is_set():
+                close_all(found)
+
+    while True:
+        readable, _, _ = select.select([port], [], [], INTERVAL)
+        with contextlib.suppress(queue.Empty):
+            machine, name = found.get_nowait()
+            chosen.set()
+            close_all(found)
+            try:
+                machine.send(msgspec.msgpack.encode(info))
+            except OSError:
+                chosen.clear()
+            else:
+                return machine, name
+        if port not in readable:
+            continue
+        if not slots.acquire(blocking=False):
+            time.sleep(INTERVAL)
+            continue
+        try:
+            sock, peer = port.accept()
+        except OSError:  # another relay was faster
+            slots.release()
+            continue
+        sock.setblocking(True)
+        threading.Thread(target=prove, args=(sock, peer[0]), daemon=True).start()
+
+
+def close_all(found: "queue.SimpleQueue[tuple[AuthenticatedConnection, str]]") -> None:
+    """Closes connections that are not needed; their machines try again."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            found.get_nowait()[0].close()
+
+
+def let_join(sock: socket.socket, secret: bytes) -> tuple[AuthenticatedConnection, str]:
+    """Has a machine prove itself, and reads its offer.
+
+    Raises:
+        OSError: it is gone, or took too long.
+        LinkError: it does not know the secret, or runs another version.
+    """
+    machine = accept(sock, secret)
+    try:
+        machine.notice_loss(LOST_AFTER)
+        offer: Joined = decode_joined(machine.receive(OFFER_TIMEOUT))
+        check_version(machine, offer)
+    except BaseException:
+        machine.close()
+        raise
+    return machine, offer.machine
+
+
+def check_version(machine: AuthenticatedConnection, offer: Joined) -> None:
+    """Refuses a machine with another version. Raises LinkError or OSError."""
+    if offer.software != __version__:
+        text = f"the run has version {__version__} of rlhf-tui, this machine {offer.software}"
+        machine.send(msgspec.msgpack.encode(JoinRefused(text=text)))
+        raise LinkError(text)
+
+
+def relay(client: socket.socket, start: Start, machine: AuthenticatedConnection) -> NoReturn:
+    """Passes messages on until one side is gone.
+
+    Args:
+        client: rank 0.
+        start: its first message.
+        machine: has been told what to start.
+
+    Raises:
+        OSError: rank 0 has disconnected.
+        MachineLostError: the machine is gone.
+        LinkError: rank 0 asks for what cannot be passed on.
+    """
+    with machine_errors():
+        for path in sorted(Path(start.model).glob("*.json")):
+            send_file(machine, path, path.name)
+        send(machine, start)
+    while True:
+        readable, _, _ = select.select([machine.fileno(), client.fileno()], [], [])
+        if machine.fileno() in readable:
+            with machine_errors():
+                reply = machine.receive(LOST_AFTER)
+            client.sendall(frames.pack(reply))
+        if client.fileno() in readable:
+            body = frames.receive(client)
+            message = decode_to_engine(body)
+            with machine_errors():
+                if isinstance(message, LoadWeights):
+                    send_file(machine, Path(message.path), WEIGHTS)
+                machine.send(body)
+
+
+def send_file(machine: AuthenticatedConnection, path: Path, name: str) -> None:
+    """Sends a file in parts."""
+    size, offset = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while offset == 0 or offset < size:
+            data = file.read(PART)
+            send(machine, FilePart(name=name, offset=offset, size=size, data=data))
+            offset += max(1, len(data))
+
+
+def send(machine: AuthenticatedConnection, message: Message) -> None:
+    """Sends a message to the machine."""
+    machine.send(msgspec.msgpack.encode(message))
+
+
+@contextlib.contextmanager
+def machine_errors() -> Iterator[None]:
+    """Context in which errors of a connection are those of the machine."""
+    try:
+        yield
+    except (OSError, LinkError) as error:
+        raise MachineLostError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

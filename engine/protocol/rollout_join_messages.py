@@ -1,0 +1,79 @@
+"""Messages between the first machine of a run and one that joined it to generate.
+
+The connection is authenticated (:mod:`engine.protocol.authentication`). The joined machine sends
+:class:`Joined` and gets :class:`RolloutJoinInfo`. Then the messages of
+:mod:`engine.protocol.rollout_messages` follow, as between rank 0 and an engine. Files that they
+name are sent before them, in :class:`FilePart`, and the paths in them mean nothing on the joined
+machine, which puts in its own.
+"""
+
+import hmac
+
+from msgspec.msgpack import Decoder
+
+from engine import __version__
+from engine.config.sections.launch import LaunchConfig
+from engine.config.sections.rollout import RolloutConfig
+from engine.protocol.frames import Message, decode
+from engine.protocol.rollout_messages import Continue, Generate, LoadWeights, Start
+
+PART = 4 * 1024 * 1024
+"""Bytes of a file that a message has."""
+WEIGHTS = "weights.safetensors"
+"""The name of the file of an update; all other files are of the model's configuration."""
+
+
+class Joined(Message, frozen=True, tag="rollout_joined"):
+    """A machine offers to generate."""
+
+    machine: str
+    """Its name, for messages."""
+    software: str = __version__
+
+
+class RolloutJoinInfo(Message, frozen=True, tag="rollout_join_info"):
+    """What a joined machine needs to start its engine."""
+
+    session: str
+    launch: LaunchConfig
+    rollout: RolloutConfig
+
+
+class JoinRefused(Message, frozen=True, tag="rollout_join_refused"):
+    """In place of it: why the machine cannot take part."""
+
+    text: str
+
+
+class FilePart(Message, frozen=True, tag="file_part"):
+    """The next bytes of a file, which begins anew at offset 0."""
+
+    name: str
+    offset: int
+    size: int
+    """Of the whole file."""
+    data: bytes
+
+
+ToJoined = RolloutJoinInfo | JoinRefused | FilePart | Start | LoadWeights | Generate | Continue
+
+_to_joined: Decoder[ToJoined] = Decoder(ToJoined)
+_joined: Decoder[Joined] = Decoder(Joined)
+
+
+def decode_to_joined(body: bytes) -> ToJoined:
+    """Decodes the first machine's message. Raises LinkError."""
+    return decode(_to_joined, body, "a message to a machine that generates")
+
+
+def decode_joined(body: bytes) -> Joined:
+    """Decodes the first message of a joined machine. Raises LinkError."""
+    return decode(_joined, body, "the offer of a machine that generates")
+
+
+def rollout_secret(secret: str) -> bytes:
+    """The secret of these connections, made from that of the run.
+
+    It is another one than the store's, so that no handshake with one can be passed on to the other.
+    """
+    return hmac.digest(secret.encode(), b"rlhf-tui rollout", "sha256")

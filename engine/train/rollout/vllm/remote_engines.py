@@ -1,0 +1,213 @@
+"""All engines as rank 0 uses them: sending weights, and dividing the responses of a batch.
+
+Nothing here is a collective. One thread at a time may use it; the engines generate at the same
+time, each with a thread of its own.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from engine.errors import RlhfError, UserInputError
+from engine.launch.environment import ROLLOUT_DISK_VARIABLE, ROLLOUT_FOLDER_VARIABLE
+from engine.memory.rollout_engine import cache_bytes, max_responses
+from engine.protocol.rollout_messages import Generate, Generated, LoadWeights, Start
+from engine.train.models.pretrained import save_configs
+from engine.train.rollout.context import BackendContext
+from engine.train.rollout.rollout import ReportProgress
+from engine.train.rollout.vllm.background import BackgroundGeneration
+from engine.train.rollout.vllm.client import EngineLostError, RolloutClient, raise_first
+from engine.train.rollout.vllm.remote_engine import RemoteEngine, Stopping
+from engine.train.rollout.vllm.requests import divide
+from engine.train.rollout.vllm.updates import BroadcastUpdate, FileUpdate, IpcUpdate, Update
+from engine.train.rollout.vllm.weights import file_size, folder_with_room, inventory
+
+WEIGHTS = "weights.safetensors"
+ROOM = 16
+"""Tokens that the engines' longest sequence has beyond the longest prompt and response."""
+
+
+class RemoteEngines:
+    """`rollout.engines` engines, and the files by which they are given weights."""
+
+    def __init__(self, context: BackendContext) -> None:
+        """Has the engines build the model; does not wait for them.
+
+        Raises:
+            RlhfError: the supervisor offers no engine.
+        """
+        self._context = context
+        self._tokens = context.longest + context.config.rollout.max_new_tokens + ROOM
+        """Of the longest sequence that the engines can hold."""
+        self._folder = Path(os.environ.get(ROLLOUT_FOLDER_VARIABLE, ""))
+        """In shared memory; the supervisor's."""
+        self._disk = Path(os.environ.get(ROLLOUT_DISK_VARIABLE, self._folder))
+        """On a disk, for weights that do not fit there; the supervisor's."""
+        self._groups = 0
+        """Updates that were broadcast; their engines may meet rank 0 in a new group."""
+        self._stopping = Stopping(context.stop_criteria)
+        model = self._folder / "model"
+        model.mkdir(exist_ok=True)
+        save_configs(context.policy.lm, str(model))
+        count, start = context.config.rollout.engines, self._start(model)
+        self._engines = [RemoteEngine(RolloutClient(i, count), start) for i in range(count)]
+
+    def prepare(self, announce: Callable[[], object] = lambda: None) -> None:
+        """Waits until all engines have built the model, new ones in place of those that ended.
+
+        Args:
+            announce: called if that takes a while.
+
+        Raises:
+            EngineLostError: some ended.
+            UserInputError: their environment cannot be used.
+            RlhfError: no engine can be reached, or a new one would fail in the same way.
+        """
+        waiting = [e for e in self._engines if e.client.ready is None]
+        if waiting:
+            announce()
+        errors: list[Exception] = []
+        for engine in waiting:
+            try:
+                engine.prepare()
+            except (EngineLostError, RlhfError) as error:
+                errors.append(error)
+        raise_first(errors)
+
+    def _start(self, model: Path) -> Start:
+        """What the engines build: a model of the policy's configuration."""
+        config, lm = self._context.config, self._context.policy.lm
+        heads = getattr(lm.config, "num_key_value_heads", None) or lm.config.num_attention_heads
+        size = getattr(lm.config, "head_dim", None)
+        size = size or lm.config.hidden_size // lm.config.num_attention_heads
+        return Start(
+            model=str(model),
+            dtype=config.model.dtype,
+            max_tokens=self._limited(self._tokens),
+            max_responses=max_responses(config.rollout),
+            cache_bytes=cache_bytes(
+                config.rollout, config.model.dtype, lm.config.num_hidden_layers, heads * size,
+                self._tokens,
+            ),
+            tensor_parallel=config.rollout.tensor_parallel,
+            sleep=config.rollout.sleep,
+        )  # fmt: skip
+
+    def _limited(self, tokens: int) -> int:
+        positions = getattr(self._context.policy.lm.config, "max_position_embeddings", None)
+        return tokens if positions is None else min(tokens, int(positions))
+
+    def forget_failures(self) -> None:
+        """Begins to count anew how many processes of an engine are lost in a row."""
+        for engine in self._engines:
+            engine.client.failures = 0
+
+    # -- weights -------------------------------------------------------------------------------
+
+    def new_update(self, version: int, besides: Collection[int] = ()) -> Update:
+        """The next update of the engines' weights. Files of earlier ones are removed.
+
+        It is sent to the engines that do not hold this version.
+
+        Args:
+            version: of the weights.
+            besides: engines that need it no more.
+
+        Raises:
+            UserInputError: there is no room for the weights, or no GPU for a broadcast.
+        """
+        config, lm = self._context.config, self._context.policy.lm
+        dtype = getattr(torch, config.model.dtype)
+        tensors = inventory(lm, dtype)
+        clients = [
+            e.client
+            for i, e in enumerate(self._engines)
+            if i not in besides
+            and (e.client.held is None or e.client.held.weights_version != version)
+        ]
+        if config.rollout.transfer == "ipc":
+            return IpcUpdate(clients[0], version, tensors, dtype)
+        if config.rollout.transfer == "broadcast":
+            if self._context.ranks.device.type == "cuda" and not config.rollout.gpus:
+                raise UserInputError(
+                    "rollout.transfer: broadcast needs GPUs that no rank uses, in rollout.gpus; on "
+                    "a GPU that vLLM shares with rank 0, use ipc"
+                )
+            self._groups += 1
+            meeting = self._folder / f"group-{os.getpid()}-{self._groups}"
+            place = meeting, config.rollout.tensor_parallel, self._context.ranks.device
+            return BroadcastUpdate(clients, version, tensors, dtype, place)
+        for folder in (self._folder, self._disk):
+            (folder / WEIGHTS).unlink(missing_ok=True)
+        folder = folder_with_room([self._folder, self._disk], file_size(lm, dtype))
+        return FileUpdate(clients, version, tensors, dtype, folder / WEIGHTS)
+
+    # -- responses -----------------------------------------------------------------------------
+
+    def divide(self, request: Generate) -> list[Generate]:
+        """The part of a request that each engine generates; some may be empty."""
+        return divide(request, len(self._engines))
+
+    def generate(
+        self, requests: list[Generate], replies: dict[int, Generated], report: ReportProgress
+    ) -> None:
+        """Has the engines generate at the same time.
+
+        Args:
+            requests: one for each engine, of the weights that it holds.
+            replies: by engine. Those that are there are not asked for again; the others are added.
+            report: called regularly with (tokens done, total).
+
+        Raises:
+            EngineLostError: an engine ended, or all are too small. The others have generated.
+        """
+        if longest := self._grow_for(requests):
+            raise EngineLostError(f"sequences of {longest} tokens need another engine")
+        jobs = {
+            i: partial(engine.generate, request, self._stopping)
+            for i, (engine, request) in enumerate(zip(self._engines, requests, strict=True))
+            if i not in replies
+        }
+        generation = BackgroundGeneration(jobs, _tokens(requests))
+        generation.wait(report)
+        replies.update(generation.replies)
+        generation.check()
+
+    def begin(self, update: LoadWeights, requests: list[Generate]) -> BackgroundGeneration:
+        """Has the engines generate with the weights of an update, while the caller continues.
+
+        An engine that fails is replaced, and given the weights from the update's file.
+
+        Args:
+            update: what the engines hold. Its file must stay until the end.
+            requests: one for each engine, of these weights.
+        """
+        self._grow_for(requests)
+        criteria = self._context.stop_criteria
+        # The threads must not find the tokenizer in use.
+        stopping = Stopping(copy.deepcopy(criteria) if criteria.has_strings else criteria)
+        jobs = {
+            i: partial(engine.generate_with, update, request, stopping)
+            for i, (engine, request) in enumerate(zip(self._engines, requests, strict=True))
+        }
+        return BackgroundGeneration(jobs, _tokens(requests))
+
+    def _grow_for(self, requests: list[Generate]) -> int:
+        """Ends the engines if sequences are too long for them; returns then the longest."""
+        longest = max(len(p) + r.max_new_tokens for r in requests for p in r.prompts)
+        if self._limited(longest) <= self._limited(self._tokens):
+            return 0
+        self._tokens = longest + ROOM
+        for engine in self._engines:
+            engine.client.close()
+            engine.start = self._start(Path(engine.start.model))
+        return longest
+
+
+def _tokens(requests: list[Generate]) -> int:
+    """The most tokens of all responses."""
+    return sum(len(r.prompts) * r.max_new_tokens for r in requests)
