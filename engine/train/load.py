@@ -45,10 +45,10 @@ from engine.train.models.pretrained import (
 from engine.train.models.reference_update import check_same_shapes
 from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.adamw import make_optimiser
-from engine.train.rewards.mix import load_rewards
+from engine.train.rewards.mix import RewardMix, load_rewards
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import LoadContext, RewardInputs
-from engine.train.rewards.value_init import load_value_model, scale_value_head
+from engine.train.rewards.value_init import first_weights, load_value_model, scale_value_head
 from engine.train.rollout.ahead import rollout_ahead
 from engine.train.rollout.backend import BACKENDS, SamplingOptions, generate_responses
 from engine.train.rollout.context import BackendContext
@@ -134,7 +134,7 @@ def load_run(
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
     context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
-    rewards = load_rewards(context)
+    rewards = _load_rewards(config, context)
     held_out: HeldOut | None = None
     if held_out_prompts:
         watched = config.eval.rewards
@@ -184,6 +184,14 @@ def load_run(
     return run
 
 
+def _load_rewards(config: RunConfig, context: LoadContext) -> RewardMix:
+    """Loads the sources of scores. Raises UserInputError, also if a value cannot be fitted."""
+    rewards = load_rewards(context)
+    if config.linear_value:
+        rewards.reward_model().check_states("model.value")
+    return rewards
+
+
 def _adopt_reward(
     state: TrainingState, config: RewardConfig, changed: Callable[[str], None]
 ) -> None:
@@ -197,7 +205,7 @@ def _adopt_reward(
         log.info(text)
         changed(text)
         state.reward_mean, state.reward_std, state.baseline = 0.0, 1.0, None
-        state.reward_scales = {}
+        state.reward_scales, state.value_weights = {}, []
     state.scored_by = reward
 
 
@@ -272,9 +280,13 @@ def fit_scales(run: Run, config: RunConfig) -> None:
     ):
         run.announce(state.step, "normalise reward")
         _normalise_rewards(run, config)
+        state.value_weights = []  # those of other scores
     if config.ppo.value_init == "reward_model" and not state.step:
         total = Normaliser(run.state.reward_mean, run.state.reward_std)
         scale_value_head(run.policy, run.rewards, total)
+    if config.linear_value and not state.value_weights:
+        total = Normaliser(run.state.reward_mean, run.state.reward_std)
+        state.value_weights = first_weights(run.rewards, total)
 
 
 def _normalise_rewards(run: Run, config: RunConfig) -> None:
