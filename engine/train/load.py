@@ -188,7 +188,7 @@ def _load_rewards(config: RunConfig, context: LoadContext) -> RewardMix:
     """Loads the sources of scores. Raises UserInputError, also if a value cannot be fitted."""
     rewards = load_rewards(context)
     if config.linear_value:
-        rewards.reward_model().check_states("model.value")
+        rewards.reward_model().check_states()
     return rewards
 
 

@@ -101,18 +101,14 @@ class RewardModel:
             scores = self._scores(inputs, report, kept)
         return scores, [kept[i] for i in range(len(inputs))]
 
-    def check_states(self, key: str) -> None:
-        """Raises UserInputError unless :meth:`score_and_keep` works for this model.
-
-        Args:
-            key: the configuration key that asks for it, for the message.
-        """
+    def check_states(self) -> None:
+        """Raises UserInputError unless :meth:`score_and_keep` works for this model."""
         if not self._encoding.same_tokens:
             raise UserInputError(
-                f"{key}: '{self._source}' does not read the policy's tokens: the value function "
-                "must"
+                f"model.value: reward_model needs a reward model that reads the policy's tokens, "
+                f"and '{self._source}' does not: set model.value: shared"
             )
-        score_layer(self._model, key)
+        score_layer(self._model, "model.value")
 
     def score_weights(self) -> list[float]:
         """Weights and bias of the layer that gives the score; all ranks must call it."""
