@@ -3,7 +3,7 @@
     python -m benchmarks.detectors --runs FILE [--seeds 10 20]
     python -m benchmarks.detectors [--simulated 40] [--steps 500]
 
-With `--runs` the rules are replayed over runs of the starter that :mod:`benchmarks.sick_runs` has
+With `--runs` the rules are evaluated on runs of the starter that :mod:`benchmarks.sick_runs` has
 made healthy or sick; these are sick from step 1 on. For each sickness the table has the medians of
 the step at which the harm is done (the honest score has lost half of its gain, or the KL has passed
 twice its target), of the first alert by the default rules that look at one step or at the last 20,

@@ -36,7 +36,8 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
 from engine.train.evaluation.evaluate import evaluate_if_due
-from engine.train.load import fit_scales, load_run
+from engine.train.load import load_run
+from engine.train.reward_scales import fit_scales
 from engine.train.rollout.rollout import ReportProgress
 from engine.train.run import Run
 from engine.train.step import train_step

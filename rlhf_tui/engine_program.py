@@ -13,16 +13,10 @@ from engine.config.schema import RunConfig
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import clean_environment, rank_environment
+from engine.protocol.program_result import ProgramFailure
 
 END_TIMEOUT = 10.0
 """Seconds in which an interrupted program removes what it has written."""
-
-
-class _Failure(msgspec.Struct):
-    """What a program prints instead of a result."""
-
-    error: str
-    exit_code: int
 
 
 def run_engine_program(module: str, *arguments: str, config: RunConfig, failed: str) -> bytes:
@@ -115,7 +109,7 @@ def _result(code: int, result: bytes, errors: IO[bytes], failed: str) -> bytes:
         lines = errors.read().decode(errors="replace").strip().splitlines() or ["no reason given"]
         raise RlhfError(f"{failed}: {lines[-1]}")
     if result.startswith(b'{"error"'):
-        failure = msgspec.json.decode(result, type=_Failure)
+        failure = msgspec.json.decode(result, type=ProgramFailure)
         kind = UserInputError if failure.exit_code == UserInputError.exit_code else RlhfError
         raise kind(failure.error)
     return result

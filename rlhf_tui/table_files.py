@@ -81,7 +81,7 @@ def write_file(rows: Sequence[Row], form: str, output: Path) -> int:
 
 def _write_parquet(rows: Sequence[Row], output: Path) -> None:
     done = subprocess.run(  # noqa: S603 - our own module; pyarrow is not imported here
-        [sys.executable, "-P", "-m", "engine.train.write_parquet", str(output)],
+        [sys.executable, "-P", "-m", "engine.train.reports.write_parquet", str(output)],
         input=json.dumps(columns_of(rows)).encode(),
         capture_output=True,
         check=False,

@@ -52,6 +52,7 @@ FLOORS = [
         "engine.train.greedy_baseline",
         "engine.train.live_settings",
         "engine.train.reports",
+        "engine.train.reward_scales",
         "engine.train.rollout_check",
     ),
     ("engine.train.boundary", "engine.train.step"),

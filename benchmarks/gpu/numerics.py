@@ -14,8 +14,9 @@ from engine.metrics import GRADIENT_NORM
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
-from engine.train.load import fit_scales, load_run
+from engine.train.load import load_run
 from engine.train.ppo.forward import score_tokens
+from engine.train.reward_scales import fit_scales
 from engine.train.rollout.rollout import ReportProgress, Rollout
 from engine.train.rollout.sampling import sample
 from engine.train.run import Run

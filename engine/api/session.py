@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from engine.api.recorded import RecordedSession
+from engine.api.session_reader import SessionReader
 from engine.errors import CommandRejectedError, SessionError, UserInputError
 from engine.journal.notes import add_note
 from engine.journal.rows import ProbeResult
@@ -42,7 +42,7 @@ def default_operator() -> str:
     return f"{current_user()} in Python"
 
 
-class Session(RecordedSession):
+class Session(SessionReader):
     """A run in its folder, live or ended, that can be waited for and steered."""
 
     def __init__(self, folder: str | Path, *, who: str | None = None) -> None:

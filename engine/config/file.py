@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config.rules.check import check_config
+from engine.config.rules.run_config import check_config
 from engine.config.schema import FIXED_AT_START, FREE_ON_RESUME, RunConfig
 from engine.config.session_file import enclose, read_session_text, read_text
 from engine.config.type_errors import expected, shown

@@ -17,7 +17,7 @@ from engine.journal.event_log import EventLog
 from engine.journal.json_values import decoded, finite
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Note, Undo
-from engine.protocol.rank_messages import ReplayedChange
+from engine.protocol.rank_messages import RepeatedChange
 
 
 class CommandLog:
@@ -27,7 +27,7 @@ class CommandLog:
         self._db = db
         self._events = events
 
-    def changes_after(self, step: int) -> list[ReplayedChange]:
+    def changes_after(self, step: int) -> list[RepeatedChange]:
         """The commands after a step that changed settings, in the order of application.
 
         A resume applies their changes again.
@@ -39,7 +39,7 @@ class CommandLog:
             (step,),
         ).fetchall()
         return [
-            ReplayedChange(
+            RepeatedChange(
                 step=applied, command=command, changes=decoded(text, list[SettingChange])
             )
             for applied, command, text in rows

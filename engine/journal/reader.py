@@ -5,16 +5,15 @@ writer's WAL.
 """
 
 import functools
-import json
 from collections.abc import Iterable
 from typing import Any, Self
 
 import msgspec
 
 from engine.config.settings import SettingChange
-from engine.journal import schema
+from engine.journal import downsample, schema
 from engine.journal.database import ReadOnlyDatabase, limit
-from engine.journal.history.meta import meta_at
+from engine.journal.history.meta import read_meta_at
 from engine.journal.history.views import journal_views, views_of
 from engine.journal.json_values import decoded
 from engine.journal.rows import (
@@ -30,11 +29,9 @@ from engine.journal.rows import (
     decode_payload,
 )
 from engine.journal.samples import SampleReader
-from engine.metrics import BETA
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import REWARD_CHANGED
 from engine.session.folder import Session
-from engine.session.position import Position
 from engine.session.states import LIVE_STATES
 
 METRICS_SINCE = """
@@ -43,53 +40,11 @@ WHERE metrics.name = names.id AND step >= ?
 """
 """Metrics from a step on. The index begins with the name, so the join order makes SQLite read one
 range of the index per metric instead of the whole index."""
-DOWNSAMPLE_QUERY = """
-WITH RECURSIVE spans(first, size) AS (
-    SELECT 0, 1 UNION ALL SELECT first + size, :width FROM spans WHERE first + size <= :last
-)
-SELECT json_group_array(json(
-    (SELECT json_array(spans.first, min(value), max(value)) FROM {table}
-     WHERE name = (SELECT id FROM names WHERE name = :name)
-     AND step >= spans.first AND step < min(spans.first + spans.size, :last + 1))
-)) FROM spans
-"""
-"""Minimum and maximum per span of steps, as one JSON array; step 0, which only evaluations have,
-is a span of its own. Reading one range of the index per span
-is faster than grouping all rows."""
 LAST_STEP = 2**62
 """Above every step."""
-NEWEST_VALUE = """
-SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name)
-AND value IS NOT NULL ORDER BY step DESC LIMIT 1
-"""
 VALUE_AT = """
 SELECT value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step
 """
-CUMULATED = """
-SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = :name)
-AND value IS NOT NULL AND (step % :width = 0 OR step = (SELECT max(step) FROM steps))
-ORDER BY step
-"""
-CUMULATED_SUM = """
-SELECT step, total FROM (
-    SELECT step, sum(value) OVER (ORDER BY step) AS total FROM metrics
-    WHERE name = (SELECT id FROM names WHERE name = :name)
-) WHERE step % :width = 0 OR step = (SELECT max(step) FROM steps) ORDER BY step
-"""
-LAST_STATE = "SELECT data FROM events WHERE kind = 'state' ORDER BY id DESC LIMIT 1"
-STEP_OF_ATTEMPT = "SELECT 1 FROM steps WHERE attempt = ? ORDER BY step DESC LIMIT 1"
-ALL_CHANGES = """
-SELECT changes FROM main.commands WHERE status = 'applied' AND changes <> '[]'
-ORDER BY ended, applied_step
-"""
-"""Of settings, also those after the moment that a reader shows."""
-BETA_OF_STEP = """
-SELECT value FROM main.metrics JOIN main.steps USING (step)
-WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step AND attempt = :attempt
-UNION ALL SELECT value FROM main.metrics_past
-WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step AND attempt = :attempt
-"""
-"""Also of a step after the moment that a reader shows: what was in force when it began."""
 REFERENCE_PROBES = """
 SELECT json_extract(result, '$.reference'), applied_step FROM commands
 WHERE command = 'probe' AND status = 'applied' AND json_extract(args, '$.text') = ?
@@ -152,24 +107,9 @@ class JournalReader:
             exit_code=decoded(values.get("exit_code", "null"), int | None),
         )
         position = self.session.position
-        return meta if position is None else self._meta_at(meta, position)
-
-    def _meta_at(self, now: SessionMeta, position: Position) -> SessionMeta:
-        states = self._db.rows(LAST_STATE)
-        changes = [decoded(row[0], list[SettingChange]) for row in self._db.rows(ALL_CHANGES)]
-        at = {"name": BETA, "step": position.step + 1, "attempt": position.attempt}
-        betas = self._db.rows(BETA_OF_STEP, at) or self._db.rows(
-            BETA_OF_STEP, at | {"step": position.step}
-        )
-        return meta_at(
-            position,
-            now,
-            decode_payload("state", states[0][0]) if states else None,
-            [change for each in changes for change in each],
-            self.commands(),
-            betas[0][0] if betas else None,
-            steps=bool(self._db.rows(STEP_OF_ATTEMPT, (position.attempt,))),
-        )
+        if position is None:
+            return meta
+        return read_meta_at(self._db, position, meta, self.commands())
 
     def state(self) -> str:
         """The session's state; `crashed` if the recorded state is live and there is no engine."""
@@ -259,23 +199,10 @@ class JournalReader:
         Returns:
             Metric → (step, value) with increasing steps. Metrics without values are omitted.
         """
-        last = self.last_step()
-        width = max(-(-last // spans), 1)
-        curves = {}
         position = self.session.position
         # The view that hides later steps would give SQLite a second bound, of which it uses one.
         table = "main.metrics" if position is not None and not position.current else "metrics"
-        query = DOWNSAMPLE_QUERY.format(table=table)
-        for name in names:
-            rows = self._db.rows(query, {"name": name, "last": last, "width": width})
-            points: list[tuple[int, float | None]] = []
-            for first, low, high in json.loads(rows[0][0]) if rows else ():
-                if low is not None:
-                    points += [(first, low), *([(first + 1, high)] if width > 1 and first else [])]
-            if points:
-                newest = self._db.rows(NEWEST_VALUE, {"name": name})[0]
-                curves[name] = [p for p in points if p[0] < newest[0]] + [newest]
-        return curves
+        return downsample.outlines(self._db, names, table=table, last=self.last_step(), spans=spans)
 
     def cumulated(self, name: str, spans: int, *, summed: bool) -> list[tuple[int, float]]:
         """What a metric had come to at some steps: one in each span of steps, and the last one.
@@ -285,9 +212,9 @@ class JournalReader:
             spans: number of spans of equal length that the run is divided into.
             summed: returns the sum over all steps up to each.
         """
-        width = max(-(-self.last_step() // spans), 1)
-        query = CUMULATED_SUM if summed else CUMULATED
-        return self._db.rows(query, {"name": name, "width": width})
+        return downsample.cumulated(
+            self._db, name, last=self.last_step(), spans=spans, summed=summed
+        )
 
     def last_row(self, names: Iterable[str]) -> MetricRow | None:
         """The last step of the current timeline, with these metrics only; None before the first."""
@@ -303,7 +230,7 @@ class JournalReader:
 
     def newest_value(self, name: str) -> tuple[int, float] | None:
         """The last step of the current timeline with a value of a metric, and the value."""
-        rows = self._db.rows(NEWEST_VALUE, {"name": name})
+        rows = self._db.rows(downsample.NEWEST_VALUE, {"name": name})
         return rows[0] if rows else None
 
     def past_series(self, name: str) -> list[tuple[int, int, float | None]]:

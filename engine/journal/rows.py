@@ -40,7 +40,7 @@ class AttemptRow(Struct, frozen=True, kw_only=True):
     from_step: int
     """Step of the checkpoint that it started from, 0 for none."""
     fresh: bool
-    """Whether changes of settings after that step are not replayed."""
+    """Whether changes of settings after that step are not repeated."""
     started: float
     ended: float | None
     """None if the attempt is live or was killed."""

@@ -11,7 +11,6 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from engine import __version__
 from engine.errors import JournalError
 from engine.journal import schema
 from engine.journal.command_log import CommandLog
-from engine.journal.database import open_read_only
 from engine.journal.event_log import EventLog
 from engine.journal.json_values import finite
 from engine.protocol.client_messages import Telemetry
@@ -105,7 +103,7 @@ class JournalWriter:
         Args:
             from_step: step of the checkpoint that the attempt starts from, 0 for none.
             fresh: whether to discard changes of settings after that step (--from, fork, rollback)
-                instead of replaying them (resume).
+                instead of repeating them (resume).
             reseed: whether this and later attempts from the same step sample with another seed.
             origin: for a fork, the source session and step.
             adopt: the checkpoint of `from_step`, if this journal does not know it.
@@ -334,55 +332,6 @@ class JournalWriter:
             row = self._db.execute("INSERT INTO names (name) VALUES (?) RETURNING id", (name,))
             self._names[name] = int(row.fetchone()[0])
         return self._names[name]
-
-
-def copy_until(source: Session, target: Session, step: int) -> None:
-    """Copies journal and samples up to a step to a new session.
-
-    Raises:
-        JournalError: a file of the source cannot be read.
-        sqlite3.Error: a file cannot be copied.
-    """
-    for old, new, migrations, queries in (
-        (source.journal_file, target.journal_file, schema.JOURNAL, _TRUNCATE),
-        (source.samples_file, target.samples_file, schema.SAMPLES, _TRUNCATE_SAMPLES),
-    ):
-        reader = open_read_only(old, len(migrations))
-        if reader is None:
-            continue
-        access.create_file(new)
-        with closing(reader), closing(sqlite3.connect(new)) as writer:
-            reader.backup(writer)
-            schema.migrate(writer, migrations, new)
-            with writer:
-                for query in queries:
-                    writer.execute(query, {"step": step})
-
-
-_TRUNCATE = (
-    "DELETE FROM metrics WHERE step > :step",
-    "DELETE FROM steps WHERE step > :step",
-    "DELETE FROM metrics_past",
-    "DELETE FROM steps_past",
-    "DELETE FROM events WHERE step > :step OR (kind = 'command' AND json_extract(data, '$.id') IN "
-    "(SELECT id FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step))",
-    # What its source went through after the checkpoint, at the same step or after a resume.
-    "DELETE FROM events WHERE id > (SELECT max(id) FROM events WHERE kind = 'checkpoint' "
-    "AND step = :step) AND (kind IN ('attempt', 'ready', 'state', 'error') "
-    "OR (kind = 'alert' AND json_extract(data, '$.rule') = 'restart'))",
-    "DELETE FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step",
-    "DELETE FROM meta WHERE key IN ('reseed', 'settings', 'message', 'pause_reason', 'deadline', "
-    "'exit_code')",
-    "DELETE FROM checkpoints WHERE step <> :step",
-    "UPDATE checkpoints SET status = 'complete'",
-)
-_TRUNCATE_SAMPLES = (
-    "DELETE FROM samples WHERE step > :step",
-    "DELETE FROM arrays WHERE step > :step",
-    "DELETE FROM samples_past",
-    "DELETE FROM evaluated WHERE step > :step",
-    "DELETE FROM evaluated_past",
-)
 
 
 def on_network(folder: Path) -> bool:

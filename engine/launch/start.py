@@ -19,8 +19,9 @@ from engine.errors import (
     SessionError,
     UserInputError,
 )
+from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
-from engine.journal.writer import AdoptedCheckpoint, copy_until
+from engine.journal.writer import AdoptedCheckpoint
 from engine.launch.inputs import check_inputs
 from engine.launch.rollout_engine import check_rollout_python
 from engine.launch.secret import check_secret

@@ -11,8 +11,15 @@ class CheckedSample(Struct, frozen=True):
     score: float
 
 
+class TimedStep(Struct, frozen=True):
+    """A step that was taken for its duration."""
+
+    responses: int
+    seconds: float
+
+
 class CheckResult(Struct, frozen=True, kw_only=True):
-    """A whole step on two prompts, by one rank that has loaded everything."""
+    """Whole steps on two prompts, by one rank that has loaded everything."""
 
     device: str
     dtype: str
@@ -38,6 +45,8 @@ class CheckResult(Struct, frozen=True, kw_only=True):
     """Mean score by reward source."""
     step_seconds: float
     """Duration of a second step, which is without what only a first one does."""
+    larger_step: TimedStep | None
+    """One of more responses; None if no rank of the run has more, or if it would take minutes."""
     phases: dict[str, float]
     """Seconds of it, by phase."""
     memory: float

@@ -131,7 +131,7 @@ class SettingCommand(Command, frozen=True):
     on_charts: ClassVar[bool] = True
 
     def check(self, moment: Moment) -> None:
-        from engine.config.rules.check import check_change  # noqa: PLC0415 - the app never checks here
+        from engine.config.rules.run_config import check_change  # noqa: PLC0415 - not in the app
 
         values = self.new_values(moment.settings)
         check_change(apply_settings(moment.config, moment.settings), values)

@@ -6,7 +6,7 @@ Ranks and clients connect to the same Unix socket. The first message tells them 
 
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.msgpack import Decoder
 
 from engine import __version__
@@ -258,7 +258,9 @@ class Begin(Message, frozen=True, tag="begin"):
     """How the last attempt that loaded had placed the models; None before the first."""
     paused: bool = False
     """Pause before the first step, because the run was paused when its ranks died."""
-    replay: list["ReplayedChange"] = []
+    repeat: list["RepeatedChange"] = field(default_factory=list, name="replay")
+    """Changes after the checkpoint that the ranks apply again. The name on the link stays: a
+    supervisor may outlive an upgrade of the package that its next ranks are started from."""
     undoable: list[list[SettingChange]] = []
     """Changes that `undo` can revert; the last list is reverted first."""
 
@@ -271,7 +273,7 @@ class Placed(Struct, frozen=True, kw_only=True):
     """`ddp` or `fsdp`."""
 
 
-class ReplayedChange(Struct, frozen=True, kw_only=True):
+class RepeatedChange(Struct, frozen=True, kw_only=True):
     """A command before a crash, whose changes are to be applied again at the same step."""
 
     step: int

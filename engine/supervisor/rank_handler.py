@@ -32,7 +32,7 @@ from engine.protocol.rank_messages import (
     RankHello,
     Ready,
     Rejected,
-    ReplayedChange,
+    RepeatedChange,
     StepReport,
     Unpaused,
 )
@@ -183,7 +183,7 @@ class RankMessageHandler:
                 checkpoints=journal.timeline(),
                 placed=journal.placed(),
                 paused=self._state.paused,
-                replay=[self._without_invalid(c) for c in journal.commands.changes_after(step)],
+                repeat=[self._without_invalid(c) for c in journal.commands.changes_after(step)],
                 undoable=[
                     changes
                     for changes in journal.commands.undoable(step)
@@ -194,14 +194,14 @@ class RankMessageHandler:
         for message in self._pending.messages():
             attempt.send(message)
 
-    def _without_invalid(self, replayed: ReplayedChange) -> ReplayedChange:
+    def _without_invalid(self, repeated: RepeatedChange) -> RepeatedChange:
         """Leaves out values that an earlier version accepted and no rank could work with."""
-        problems = invalid_values({c.key: c.new for c in replayed.changes})
+        problems = invalid_values({c.key: c.new for c in repeated.changes})
         for problem in problems.values():
-            text = f"a change of step {replayed.step} is not repeated: {problem}"
+            text = f"a change of step {repeated.step} is not repeated: {problem}"
             self._publisher.notice("replay", text, self._state.attempt.start.from_step)
-        kept = [c for c in replayed.changes if c.key not in problems]
-        return msgspec.structs.replace(replayed, changes=kept)
+        kept = [c for c in repeated.changes if c.key not in problems]
+        return msgspec.structs.replace(repeated, changes=kept)
 
     def handle(self, message: FromRank) -> None:  # noqa: PLR0912 - one short case a message
         """Handles one message; the journal is written first, the observer called last.

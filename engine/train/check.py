@@ -1,12 +1,11 @@
 """Tries a configuration: ``python -m engine.train.check``.
 
-Reads the configuration as JSON on standard input, loads everything that it names and takes two
-steps on two prompts. The last line of standard output is a
+Reads the configuration as JSON on standard input, loads everything that it names, takes two steps
+on two prompts and times one on a few more. The last line of standard output is a
 :class:`engine.protocol.check_result.CheckResult` or an object with `error`, as JSON. What it writes
 is in a temporary folder, which it removes.
 """
 
-import os
 import sys
 
 import msgspec
@@ -15,20 +14,30 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError, error_text
+from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, STEP_TIME, phase_time
-from engine.protocol.check_result import CheckedSample, CheckResult
+from engine.protocol.check_result import CheckedSample, CheckResult, TimedStep
+from engine.protocol.program_result import print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.session.temporary_folders import TemporaryFolder
 from engine.train.distributed.ranks import RankGroup
-from engine.train.load import fit_scales, load_run
+from engine.train.load import load_run
+from engine.train.models.language_model import parameter_count
 from engine.train.models.memory_check import check_memory
 from engine.train.models.trusted_code import trusted_code
+from engine.train.out_of_memory import is_out_of_memory, memory_text
+from engine.train.reward_scales import fit_scales
 from engine.train.rollout.rollout import ReportProgress
 from engine.train.run import Run
 from engine.train.step import train_step
 
 PROMPTS = 2
+MORE_PROMPTS = 32
+"""Of a third step: its time and that of the second give what each response adds. Below that it is
+noise, and the longest response, which a small batch may lack."""
+LONGEST_STEP = 60.0
+"""Seconds that the third step may take, if each prompt adds as much as the first ones took."""
 PHASES = ("generate", "score", "reference", "optimise")
 RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
 """How far the mean ratio before an update may be from 1; rounding explains less."""
@@ -38,19 +47,11 @@ def main() -> None:
     """Tries one configuration and prints the result."""
     disable_progress_bar()
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=RunConfig)
-    try:
-        result: object = check(config)
-    except RlhfError as error:
-        result = {"error": error_text(error), "exit_code": error.exit_code}
-    # Unlike json, this encoder writes null for a metric that is not finite.
-    sys.stdout.flush()
-    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(result) + b"\n")
-    sys.stdout.buffer.flush()
-    os._exit(0)  # torch's threads may keep the interpreter from ending
+    print_result(lambda: check(config))
 
 
 def check(config: RunConfig) -> CheckResult:
-    """Loads everything and takes two steps.
+    """Loads everything, takes two steps, and times a larger one if those of the run are larger.
 
     Raises:
         RlhfError: something cannot be loaded or used, or the run does not start at ratio 1.
@@ -113,15 +114,17 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
     run.config = replace(run.config, ppo=replace(run.config.ppo, epochs=config.ppo.epochs))
     second, _ = train_step(run, 2)
     _strategy, planned = check_memory(config, run.prompts.longest, run.ranks, warnings.append)
+    responses = run.config.rollout.batch_size
+    larger = _time_larger(config, run, second[STEP_TIME], warnings)
     return CheckResult(
         device=str(run.device),
         dtype=config.model.dtype,
-        policy_parameters=sum(p.numel() for p in run.policy.parameters()),
+        policy_parameters=parameter_count(run.policy),
         trained_parameters=sum(p.numel() for p in run.policy.parameters() if p.requires_grad),
         prompts=len(run.prompts),
         prompts_left_out=run.prompts.left_out,
         longest_prompt=run.prompts.longest,
-        responses=run.config.rollout.batch_size,
+        responses=responses,
         prompt_tokens=max(len(p.ids) for p in prompts),
         response_tokens=first["tokens/response_len_mean"],
         ratio=ratio,
@@ -133,12 +136,48 @@ def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:
             if name.startswith("reward/")
         },
         step_seconds=second[STEP_TIME],
+        larger_step=larger,
         phases={name: second[phase_time(name)] for name in PHASES if phase_time(name) in second},
         memory=max(first[PEAK_MEMORY], second[PEAK_MEMORY]),
         planned_memory=None if planned is None else planned.metric / 1e9,
         warnings=warnings,
         samples=[CheckedSample(s.prompt, s.response, s.score) for s in samples[:PROMPTS]],
     )
+
+
+def _time_larger(
+    config: RunConfig, run: Run, tried: float, warnings: list[str]
+) -> TimedStep | None:
+    """Takes a third step on more prompts, if ranks of the run have more and it does not take long.
+
+    Args:
+        config: of the run.
+        run: after two steps.
+        tried: seconds of the second one.
+        warnings: gets the reason if the step fails: the run could do without it, by retries or a
+            smaller micro-batch.
+    """
+    ranks = ranks_per_node(config.launch) * config.launch.nodes
+    affordable = int(PROMPTS * LONGEST_STEP / tried)
+    prompts = min(MORE_PROMPTS, config.prompts_per_step // ranks, affordable)
+    if prompts <= PROMPTS:
+        return None
+    responses = prompts * config.responses_per_prompt
+    run.prompts = run.prompts.in_steps_of(prompts)
+    run.config = replace(run.config, rollout=replace(run.config.rollout, batch_size=responses))
+    try:
+        # A GPU prepares itself for a shape when it comes first.
+        for number in (3,) if run.device.type == "cpu" else (3, 4):
+            run.state.step = number - 1
+            step, _ = train_step(run, number)
+    except (RlhfError, RuntimeError, MemoryError) as error:
+        expected = isinstance(error, RlhfError)
+        if not expected and not is_out_of_memory(error):
+            raise
+        reason = error_text(error) if expected else f"out of memory: {memory_text(error)}"
+        warnings.append(f"{responses} responses could not be tried at once: {reason}")
+        return None
+    return TimedStep(responses, step[STEP_TIME])
 
 
 def _report(_step: int, _phase: str, *_progress: int) -> ReportProgress:

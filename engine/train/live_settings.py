@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config.rules.check import check_change
+from engine.config.rules.run_config import check_change
 from engine.config.settings import SettingChange, change_settings, invalid_values, settings_of
 from engine.errors import CommandRejectedError
 from engine.protocol.commands import Undo
@@ -23,7 +23,7 @@ class LiveSettings:
             begin: with the changes to repeat, and those that can be undone.
         """
         self._run = run
-        self._to_repeat = begin.replay
+        self._to_repeat = begin.repeat
         self._undoable = list(begin.undoable)
 
     def repeat(self, step: int) -> None:

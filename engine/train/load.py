@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import torch
 
 from engine import starter
 from engine.config.schema import RunConfig
@@ -45,12 +44,12 @@ from engine.train.models.pretrained import (
 from engine.train.models.reference_update import check_same_shapes
 from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.adamw import make_optimiser
+from engine.train.reward_scales import use_saved_scales
 from engine.train.rewards.mix import RewardMix, load_rewards
-from engine.train.rewards.normalise import Normaliser
-from engine.train.rewards.source import LoadContext, RewardInputs
-from engine.train.rewards.value_init import first_weights, load_value_model, scale_value_head
+from engine.train.rewards.source import LoadContext
+from engine.train.rewards.value_init import load_value_model
 from engine.train.rollout.ahead import rollout_ahead
-from engine.train.rollout.backend import BACKENDS, SamplingOptions, generate_responses
+from engine.train.rollout.backend import BACKENDS
 from engine.train.rollout.context import BackendContext
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.run import Announce, Run, max_response_tokens
@@ -82,7 +81,7 @@ def load_run(
     Args:
         session: the session's folder.
         config: as the run was started; live settings are restored from the checkpoint.
-        begin: the step to start from, and the changes to replay.
+        begin: the step to start from, and the changes to repeat.
         ranks: all ranks of this attempt.
         announce: called with each phase of loading.
         notify: called with the rule and the text of each notice for the operator: `memory` if the
@@ -134,7 +133,7 @@ def load_run(
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
     context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
-    rewards = _load_rewards(config, context)
+    rewards = _load_scores(config, context)
     held_out: HeldOut | None = None
     if held_out_prompts:
         watched = config.eval.rewards
@@ -178,46 +177,18 @@ def load_run(
         average=load_policy_average(config, policy, saved, ranks),
     )  # fmt: skip
     _check_response_length(run)
-    _use_scales(run, lambda text: notify(REWARD_CHANGED, text))
+    use_saved_scales(run, lambda text: notify(REWARD_CHANGED, text))
     # What is wrong with an engine of its own shows here, not in the first step.
     backend.sync(policy, begin.from_step, lambda _done, _total: None)
     return run
 
 
-def _load_rewards(config: RunConfig, context: LoadContext) -> RewardMix:
-    """Loads the sources of scores. Raises UserInputError, also if a value cannot be fitted."""
+def _load_scores(config: RunConfig, context: LoadContext) -> RewardMix:
+    """The sources of the section `reward`. Raises UserInputError, also if V cannot be fitted."""
     rewards = load_rewards(context)
     if config.linear_value:
         rewards.reward_model().check_states()
     return rewards
-
-
-def _adopt_reward(
-    state: TrainingState, config: RewardConfig, changed: Callable[[str], None]
-) -> None:
-    """Forgets the scales of another reward, so that they are measured again."""
-    reward = config.scored_by
-    if state.scored_by and state.scored_by != reward:
-        text = (
-            f"from step {state.step + 1} on scores come from {reward}, before from "
-            f"{state.scored_by}: they are not comparable"
-        )
-        log.info(text)
-        changed(text)
-        state.reward_mean, state.reward_std, state.baseline = 0.0, 1.0, None
-        state.reward_scales, state.value_weights = {}, []
-    state.scored_by = reward
-
-
-def _use_scales(run: Run, changed: Callable[[str], None]) -> None:
-    """Gives the sources the checkpoint's scales, and forgets those that are no longer wanted."""
-    state, rewards = run.state, run.rewards
-    _adopt_reward(state, run.config.reward, changed)
-    if run.config.reward.normalise == "none":
-        state.reward_mean, state.reward_std = 0.0, 1.0
-    scales = state.reward_scales
-    state.reward_scales = {name: scales[name] for name in rewards.normalised if name in scales}
-    rewards.scales = state.reward_scales
 
 
 def load_policy_average(
@@ -260,79 +231,14 @@ def _normalises(reward: RewardConfig) -> bool:
     return "reference" in (reward.normalise, *(s.normalise for s in reward.sources()))
 
 
-def fit_scales(run: Run, config: RunConfig) -> None:
-    """Measures the scales of the scores, and scales a value function that begins with them.
-
-    A resumed run has them in its checkpoint, unless a `normalise` was turned on since: then all are
-    measured on the reference as it is now, which is that of the first step if nothing updates it.
-
-    Args:
-        run: its state and reward mix get the scales, its value head is scaled.
-        config: the configuration that the run was loaded with. That in force may already differ.
-
-    Raises:
-        RewardCallError: a reward function raises; on all ranks.
-    """
-    state, rewards = run.state, run.rewards
-    unscaled = (state.reward_mean, state.reward_std) == (0.0, 1.0)
-    if (config.reward.normalise == "reference" and unscaled) or any(
-        name not in rewards.scales for name in rewards.normalised
-    ):
-        run.announce(state.step, "normalise reward")
-        _normalise_rewards(run, config)
-        state.value_weights = []  # those of other scores
-    if config.ppo.value_init == "reward_model" and not state.step:
-        total = Normaliser(run.state.reward_mean, run.state.reward_std)
-        scale_value_head(run.policy, run.rewards, total)
-    if config.linear_value and not state.value_weights:
-        total = Normaliser(run.state.reward_mean, run.state.reward_std)
-        state.value_weights = first_weights(run.rewards, total)
-
-
-def _normalise_rewards(run: Run, config: RunConfig) -> None:
-    """Measures means and deviations on responses of the reference, and stores them in the state."""
-    state, rewards = run.state, run.rewards
-    inputs = reference_responses(run, config)
-    total, parts = rewards(inputs)
-    if rewards.normalised:
-        for name in rewards.normalised:
-            scores = torch.tensor([s for s in parts[name] if s is not None] or [0.0])
-            scale = Normaliser.of(scores, f"the normalise of reward source '{name}'")
-            rewards.scales[name] = (scale.mean, scale.std)
-        total = rewards.total(parts, inputs)
-    if config.reward.normalise == "reference":
-        normaliser = Normaliser.of(total)
-        state.reward_mean, state.reward_std = normaliser.mean, normaliser.std
-
-
-def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
-    """The reference's responses to the run's first prompts, to normalise scores by.
-
-    There are `reward.normalise_samples` of them.
-    """
-    count = config.reward.normalise_samples
-    prompts = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
-    options = SamplingOptions(
-        seed=config.seed,
-        step=0,
-        weights_version=0,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
-    )
-    rollout = generate_responses(
-        run.backend, run.reference, prompts, options, run.tokenizer, run.ranks
-    )
-    return RewardInputs.of(rollout, 0)
-
-
 def first_step_config(config: RunConfig, begin: Begin) -> RunConfig:
-    """The configuration of the first step: `config` with the changes replayed before it.
+    """The configuration of the first step: `config` with the changes repeated before it.
 
     These are from an attempt that ended after the checkpoint, or overrides of a resume.
     """
-    for replayed in begin.replay:
-        if replayed.step == begin.from_step + 1:
-            config = change_settings(config, {c.key: c.new for c in replayed.changes})
+    for repeated in begin.repeat:
+        if repeated.step == begin.from_step + 1:
+            config = change_settings(config, {c.key: c.new for c in repeated.changes})
     return config
 
 

@@ -43,8 +43,9 @@ from engine.train.boundary import Boundary
 from engine.train.distributed.ranks import PeerRankError, RankGroup, is_peer_loss
 from engine.train.evaluation.evaluate import Evaluation, evaluate_if_due, recorded
 from engine.train.link import Link
-from engine.train.load import fit_scales, load_run
+from engine.train.load import load_run
 from engine.train.models import memory_check
+from engine.train.models.language_model import parameter_count
 from engine.train.models.trusted_code import trusted_code
 from engine.train.out_of_memory import (
     LESS_MEMORY,
@@ -54,6 +55,7 @@ from engine.train.out_of_memory import (
     run_step,
 )
 from engine.train.reports.recorders import open_recorders
+from engine.train.reward_scales import fit_scales
 from engine.train.rewards.source import RewardCallError
 from engine.train.run import Run
 
@@ -282,9 +284,9 @@ def receive_start(session: Session, link: Link, ranks: RankGroup) -> tuple[Begin
 def run_info(run: Run) -> dict[str, object]:
     """Facts about a loaded run, for the event `ready`."""
     return {
-        "policy_parameters": sum(p.numel() for p in run.policy.parameters()),
+        "policy_parameters": parameter_count(run.policy),
         "trained_parameters": sum(p.numel() for p in run.policy.parameters() if p.requires_grad),
-        "reference_parameters": sum(p.numel() for p in run.reference.parameters()),
+        "reference_parameters": parameter_count(run.reference),
         "prompts": len(run.prompts),
         "prompts_left_out": run.prompts.left_out,
         "device": str(run.device),

@@ -1,4 +1,4 @@
-"""Replays the history of settings: it must give those of each checkpoint and the final ones."""
+"""Recomputes the history of settings: it must give those of each checkpoint and the final ones."""
 
 import math
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ class SettingHistory:
 def check_settings(
     session: Session, database: ReadOnlyDatabase, reader: JournalReader
 ) -> Iterator[Finding]:
-    """Compares the replayed settings with those that checkpoints, steps and journal recorded."""
+    """Compares the recomputed settings with those that checkpoints, steps and journal recorded."""
     final = reader.meta().settings or {}
     last = _last_recorded(database)
     # After a roll back whose attempt has no step yet, they are those of an abandoned branch.

@@ -26,6 +26,7 @@ from rlhf_tui.app.command_tracker import CommandTracker
 from rlhf_tui.app.following import TICK, SessionFollower
 from rlhf_tui.app.launching import EngineStarter
 from rlhf_tui.app.no_color import NoColorFilter
+from rlhf_tui.app.notices import show_notice
 from rlhf_tui.app.sequential_keys import SequentialKeys
 from rlhf_tui.app.themes import themes_of
 from rlhf_tui.dialogs.digest import OWN_KEYS, DigestDialog
@@ -41,8 +42,7 @@ from rlhf_tui.state.runs.listing import SessionListCache
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.steering_target import SteeringTarget
 from rlhf_tui.state.viewport import Viewport
-from rlhf_tui.text import one_line, sanitise
-from rlhf_tui.widgets.key_footer import KeyFooter
+from rlhf_tui.text import one_line
 from rlhf_tui.widgets.textual_internals import (
     bindings_of_key,
     screens_of_all_modes,
@@ -51,10 +51,6 @@ from rlhf_tui.widgets.textual_internals import (
 
 LEAVING = ("q", "ctrl+c")
 """The keys of :meth:`RlhfApp.action_detach`."""
-NOTICE = 5.0
-"""Seconds for which a notice replaces the line of keys."""
-SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
-"""Seconds for which a notice is shown in a box."""
 
 
 def _palette_commands() -> type[Provider]:
@@ -251,21 +247,8 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
     # -- notices -------------------------------------------------------------------------------
 
     def say(self, text: str, severity: SeverityLevel = "information") -> None:
-        """Shows a notice for a few seconds; nothing in it is markup.
-
-        Information replaces the line of keys for a moment, so that it covers nothing.
-        """
-        screens = screens_of_current_mode(self)
-        screen = next(iter(screens), None)
-        if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
-            screen.query_one(KeyFooter).say(text, NOTICE)
-            return
-        toasts = [toast for top in screens[-1:] for toast in top.query("Toast")]
-        if sanitise(text) in [str(toast.render()) for toast in toasts]:
-            return  # a key that is held down says it once
-        self.notify(
-            sanitise(text), severity=severity, markup=False, timeout=SECONDS_SHOWN[severity]
-        )
+        """Shows a notice for a few seconds, see :func:`show_notice`."""
+        show_notice(self, text, severity)
 
     def say_later(self, text: str, severity: SeverityLevel = "information") -> None:
         """Shows a notice. Call it from another thread."""
@@ -308,7 +291,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Steering keys are enabled only if the selected run takes commands."""
-        if action in replaying.ACTIONS:
+        if action == "replay":
             # Not over a dialog: a space is text in its fields.
             return self.follower.replay is not None and isinstance(self.screen, SessionScreen)
         return self.commands.offered(str(parameters[0])) if action == "steer" else True
@@ -339,20 +322,10 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         """Carries out a steering key, see :data:`steering.BINDINGS`."""
         self.commands.act(action)
 
-    def action_replay_toggle(self) -> None:
-        """Pauses the replay, or plays on."""
+    def action_replay(self, action: str) -> None:
+        """Carries out a key of a replay, see :data:`replaying.BINDINGS`."""
         if self.follower.replay is not None:
-            self.follower.replay.toggle()
-
-    def action_replay_speed(self, by: int) -> None:
-        """Replays faster or slower."""
-        if self.follower.replay is not None:
-            self.follower.replay.change_speed(by)
-
-    def action_replay_marker(self, way: int) -> None:
-        """Moves the replay to the next or the previous marker."""
-        if self.follower.replay is not None:
-            self.follower.replay.jump(way)
+            self.follower.replay.act(action)
 
     async def action_go(self, mode: str) -> None:
         """Shows another screen."""

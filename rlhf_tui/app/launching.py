@@ -18,7 +18,7 @@ from rlhf_tui.screens.context import Say
 from rlhf_tui.state.messages import EngineStarted
 
 if TYPE_CHECKING:  # imported when a form is opened
-    from rlhf_tui.app.start_forms import StartForm
+    from rlhf_tui.app.forms.start import StartForm
     from rlhf_tui.dialogs.form import Values
 
 APPEARS = 10.0
@@ -67,7 +67,7 @@ class EngineStarter:
 
     def ask_new(self) -> None:
         """Asks for a configuration file, then starts a run from it."""
-        from rlhf_tui.app.start_forms import new_run_form  # noqa: PLC0415 - keeps start-up short
+        from rlhf_tui.app.forms.start import new_run_form  # noqa: PLC0415 - keeps start-up short
 
         self._ask(lambda: new_run_form(self._root))
 
@@ -79,13 +79,13 @@ class EngineStarter:
             from_step: the checkpoint's step; later steps become an abandoned branch. None: the
                 last checkpoint.
         """
-        from rlhf_tui.app.start_forms import resume_form  # noqa: PLC0415 - keeps start-up short
+        from rlhf_tui.app.forms.start import resume_form  # noqa: PLC0415 - keeps start-up short
 
         self._ask(lambda: resume_form(self._root, name, from_step))
 
     def ask_fork(self, name: str, step: int) -> None:
         """Asks for a name and overrides, then forks `name` from the checkpoint of `step`."""
-        from rlhf_tui.app.start_forms import fork_form  # noqa: PLC0415 - keeps start-up short
+        from rlhf_tui.app.forms.start import fork_form  # noqa: PLC0415 - keeps start-up short
 
         self._ask(lambda: fork_form(self._root, name, step))
 

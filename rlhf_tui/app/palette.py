@@ -43,11 +43,11 @@ DESCRIPTIONS = {
     "app.focus_next": "move the focus to the next panel",
     "app.focus_previous": "move the focus to the previous panel",
     # of a replay
-    "replay_toggle": "pause the replay, or play on",
-    "replay_speed(-1)": "replay slower",
-    "replay_speed(1)": "replay faster",
-    "replay_marker(-1)": "move the replay to the previous change, alert, note, start or crash",
-    "replay_marker(1)": "move the replay to the next change, alert, note, start or crash",
+    "replay('toggle')": "pause the replay, or play on",
+    "replay('slower')": "replay slower",
+    "replay('faster')": "replay faster",
+    "replay('previous')": "move the replay to the previous change, alert, note, start or crash",
+    "replay('next')": "move the replay to the next change, alert, note, start or crash",
     # of sessions
     "new": "start the demo run; asks first",
     "new_from_file": "start a run from a configuration file in YAML",

@@ -1,5 +1,6 @@
 """The keys of a replay: pause, speed, and jumps from marker to marker."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from textual.binding import Binding, BindingType
@@ -12,15 +13,13 @@ if TYPE_CHECKING:  # only a replay imports it: start-up stays short
 
 BINDINGS: list[BindingType] = [
     # With priority: in a list the key would turn a page.
-    Binding("space", "replay_toggle", "pause/play", priority=True),
-    Binding("left_square_bracket", "replay_speed(-1)", "slower"),
-    Binding("right_square_bracket", "replay_speed(1)", "faster"),
-    Binding("left_curly_bracket", "replay_marker(-1)", "previous marker"),
-    Binding("right_curly_bracket", "replay_marker(1)", "next marker"),
+    Binding("space", "replay('toggle')", "pause/play", priority=True),
+    Binding("left_square_bracket", "replay('slower')", "slower"),
+    Binding("right_square_bracket", "replay('faster')", "faster"),
+    Binding("left_curly_bracket", "replay('previous')", "previous marker"),
+    Binding("right_curly_bracket", "replay('next')", "next marker"),
 ]
-"""The keys of the app whose actions call :class:`ReplayControls`."""
-ACTIONS = ("replay_toggle", "replay_speed", "replay_marker")
-"""The actions of :data:`BINDINGS`; without a replay there are none."""
+"""The keys of the app that call :meth:`ReplayControls.act`; without a replay there are none."""
 
 
 class ReplayControls:
@@ -28,19 +27,21 @@ class ReplayControls:
 
     def __init__(self, player: Player, feed: "ReplayFeed", say: Say) -> None:
         """Of one replay; `say` shows a notice."""
-        self._player = player
         self._feed = feed
         self._say = say
+        self._actions: dict[str, Callable[[], None]] = {
+            "toggle": player.toggle,
+            "slower": lambda: player.change_speed(-1),
+            "faster": lambda: player.change_speed(1),
+            "previous": lambda: self._jump(-1),
+            "next": lambda: self._jump(1),
+        }
 
-    def toggle(self) -> None:
-        """Pauses the replay, or plays on."""
-        self._player.toggle()
+    def act(self, action: str) -> None:
+        """Carries out the action of a key."""
+        self._actions[action]()
 
-    def change_speed(self, by: int) -> None:
-        """Plays faster (1) or slower (-1)."""
-        self._player.change_speed(by)
-
-    def jump(self, way: int) -> None:
+    def _jump(self, way: int) -> None:
         """Moves to the next marker (1) or to the previous one (-1), and shows what it is."""
         marker = self._feed.jump(way)
         if marker is None:

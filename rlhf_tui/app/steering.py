@@ -22,7 +22,7 @@ from engine.protocol.commands import (
     Unpause,
 )
 from rlhf_tui.app.command_tracker import READ_ONLY, CommandTracker, no_engine, when
-from rlhf_tui.app.settings_input import OFF, parse_value, settings_after
+from rlhf_tui.app.forms.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.format import value_text
 from rlhf_tui.screens.context import Say

@@ -11,7 +11,7 @@ from engine.config.schema import RunConfig
 from engine.launch.environment import ranks_per_node
 from engine.launch.inputs import check_inputs
 from engine.launch.rollout_engine import check_rollout_python
-from engine.protocol.check_result import CheckResult
+from engine.protocol.check_result import CheckResult, TimedStep
 from engine.verification.verify import Contents
 from engine.verification.verify import verify as verify_session
 from rlhf_tui import format as fmt
@@ -68,9 +68,9 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
     """The lines that describe the tried step, and what the run will take."""
     ranks = ranks_per_node(config.launch) * config.launch.nodes
     batch = config.rollout.batch_size
-    # A GPU generates more responses in nearly the same time, a CPU in proportion.
-    longest = result.step_seconds * max(1.0, batch / result.responses / ranks)
-    steps = config.train.steps
+    steps, larger = config.train.steps, result.larger_step
+    tried = TimedStep(result.responses, result.step_seconds)
+    seconds = step_estimate(tried, larger, batch / ranks)
     planned = result.planned_memory
     phases = ", ".join(f"{name} {seconds:.2g}" for name, seconds in result.phases.items())
     ratio = "not measured" if result.ratio is None else f"{result.ratio:.4f}"
@@ -90,11 +90,29 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
         f"score     {fmt.number(result.score)}" + (f" ({parts})" if parts else ""),
         f"memory    {result.memory:.2f} GB for this step"
         + ("" if planned is None else f"; about {planned:.2f} GB for one of {batch} responses"),
-        f"time      {result.step_seconds:.2g} s for this step ({phases})",
+        f"time      {result.step_seconds:.2g} s for this step ({phases})"
+        + (f"; {larger.seconds:.2g} s for one of {larger.responses} responses" if larger else ""),
         f"the run   {fmt.plural(steps, 'step')} of {batch} responses on "
-        f"{fmt.plural(ranks, 'rank')}: between {fmt.duration(steps * result.step_seconds)} and "
-        f"{fmt.duration(steps * longest)}",
+        f"{fmt.plural(ranks, 'rank')}: about {fmt.duration(steps * seconds)}",
     ]
+
+
+def step_estimate(tried: TimedStep, larger: TimedStep | None, responses: float) -> float:
+    """Seconds of a step of the run, on the straight line through the two that were timed.
+
+    It is too long rather than too short: the first responses add more than later ones, which run
+    beside longer ones.
+
+    Args:
+        tried: on two prompts.
+        larger: on more; without it each response takes the same time.
+        responses: of a step of the run, for each rank.
+    """
+    if larger is None or responses <= tried.responses:
+        return tried.seconds * max(1.0, responses / tried.responses)
+    added = max(0.0, larger.seconds - tried.seconds)
+    each = added / (larger.responses - tried.responses)
+    return larger.seconds + each * (responses - larger.responses)
 
 
 @click.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from engine.config import file as config_file
-from engine.config.rules.check import check_address
+from engine.config.rules.launch import check_address
 from engine.errors import UserInputError
 from engine.journal.reader import JournalReader
 from engine.launch import scheduler

@@ -11,7 +11,7 @@ import click
 from engine.api.session import Session as Run
 from engine.config import file as config_file
 from engine.config.yaml_document import parse_yaml
-from engine.errors import RlhfError, UserInputError
+from engine.errors import CommandRejectedError, RlhfError, UserInputError
 from engine.journal.json_values import Json
 from engine.protocol.client import Client, new_id
 from engine.protocol.client_messages import CommandReply
@@ -254,5 +254,8 @@ for _command in ctl.commands.values():
 @click.argument("text", callback=utf8_text)
 @sessions_option
 def note(root: Path, name: str, text: str) -> None:
-    step = Run(existing(root, name).folder, who=who()).note(text)
+    try:
+        step = Run(existing(root, name).folder, who=who()).note(text)
+    except CommandRejectedError as error:
+        raise RlhfError(f"rejected: {error}") from error
     say(f"noted at step {step}: {one_line(text)}")

@@ -7,8 +7,8 @@ from typing import Any
 from engine.errors import SessionError
 from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
+from engine.session.file_signature import FileSignature, file_signature
 from engine.session.folder import Session
-from rlhf_tui.file_stamps import stamp
 from rlhf_tui.remote.messages import VERSION, Done, Engine, Hello, Log, Message, Rows
 
 LOG_BYTES = 200_000
@@ -33,13 +33,13 @@ class Source:
         """
         self._session = session
         self._tail = tail
-        self._stamps: object = None
+        self._signatures: object = None
         self._attempt = self._event = 0
         self._step = self._sampled = -1
         self._fresh = True
         """Whether the copy must begin anew: an attempt has replaced steps."""
         self._small: dict[str, list[Any]] = {}
-        self._labels: tuple[int, ...] = ()
+        self._labels: FileSignature = ()
         self._log_at = -1
 
     def hello(self) -> Hello:
@@ -57,11 +57,11 @@ class Source:
         engine = session.engine() if session.is_live() else None
         journal = session.journal_file
         files = (journal, journal.with_name("journal.db-wal"), session.labels_file)
-        stamps = (engine, session.log_file.stat().st_size if session.log_file.exists() else 0,
-                  *map(stamp, files))  # fmt: skip
-        if stamps == self._stamps:
+        log_size = session.log_file.stat().st_size if session.log_file.exists() else 0
+        signatures = (engine, log_size, *map(file_signature, files))
+        if signatures == self._signatures:
             return
-        self._stamps = stamps
+        self._signatures = signatures
         # Whole, so that no snapshot is open while a slow connection takes the messages: on network
         # file systems the writer of the journal would wait for it.
         yield from list(self._journal())
@@ -118,7 +118,7 @@ class Source:
             database.close()
 
     def _judgements(self) -> Iterator[Message]:
-        if (changed := stamp(self._session.labels_file)) == self._labels:
+        if (changed := file_signature(self._session.labels_file)) == self._labels:
             return
         self._labels = changed
         database = ReadOnlyDatabase(self._session.labels_file, schema.LABELS)
@@ -139,11 +139,11 @@ class Source:
                 return
             with path.open("rb") as file:
                 file.seek(self._log_at)
-                data = file.read(LOG_BYTES)
+                while data := file.read(min(LOG_BYTES, size - self._log_at)):
+                    self._log_at += len(data)
+                    yield Log(data.decode("utf-8", "replace"))
         except OSError:
             return  # the log is not what the session depends on
-        self._log_at += len(data)
-        yield Log(data.decode("utf-8", "replace"))
 
     @staticmethod
     def _rows(

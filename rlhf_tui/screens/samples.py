@@ -16,6 +16,7 @@ from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
 from engine.protocol.commands import Probe
 from engine.protocol.rank_messages import TokenArrays
+from engine.session.file_signature import FileSignature
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.base import SessionScreen
 from rlhf_tui.screens.parts import sample_comparison, sample_labels, sample_list
@@ -24,21 +25,18 @@ from rlhf_tui.screens.parts.sample_filter import HINT
 from rlhf_tui.screens.parts.sample_labels import LabelWritten, SampleLabels
 from rlhf_tui.screens.parts.sample_list import (
     ORDER_TITLES,
-    PAGE,
     JudgementsRead,
     NewCounted,
     PageRead,
     SampleList,
 )
+from rlhf_tui.screens.parts.sample_query_line import empty_list, not_shown_yet, query_line
 from rlhf_tui.screens.parts.sample_table import cells_of, samples_table
 from rlhf_tui.state.messages import CommandAnswered, HeaderSelected, RowHighlighted, RowSelected
-from rlhf_tui.widgets.lines import Lines, Piece, Row, justified
+from rlhf_tui.widgets.lines import Lines, justified
 from rlhf_tui.widgets.samples.judgement import key_of
-from rlhf_tui.widgets.samples.sample_view import VIEWS, SampleView
+from rlhf_tui.widgets.samples.sample_view import SampleView
 from rlhf_tui.widgets.table import Table
-
-AGREEMENT_SHOWN_FROM = 10
-"""Judgements below which the agreement is mostly chance."""
 
 
 class ArraysRead(Message):
@@ -77,7 +75,7 @@ class SamplesScreen(SessionScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._labels_read: tuple[int, ...] = ()
+        self._labels_read: FileSignature = ()
         """The value of `state.labels` for which the comparison was read."""
 
     @functools.cached_property
@@ -154,7 +152,8 @@ class SamplesScreen(SessionScreen):
         if samples.following:
             key = next(iter(samples.rows), None)
         rows = [(k, cells_of(row)) for k, row in samples.rows.items()]
-        table.set_rows(rows, self._empty(), key=key, lost=0)
+        empty = empty_list(samples, self.context.state)
+        table.set_rows(rows, empty, key=key, lost=0)
         self.rows_read()
         samples.arrived |= not asked and before not in (None, table.key)
         self._show_query()
@@ -172,62 +171,15 @@ class SamplesScreen(SessionScreen):
         self.samples.take_count(message)
         self._show_query()
 
-    def _empty(self) -> list[Row]:
-        name = self.context.state.name
-        if self.samples.filter:
-            return [
-                [(f" no response matches '{self.samples.filter}'; esc removes the filter", "dim")]
-            ]
-        if self.samples.query.held_out:
-            return [[(" no held-out responses yet; E shows those of training", "dim")]]
-        if not self.context.state.head.step:
-            return [[(" no responses before the first step is done", "dim")]]
-        return [[(f" no responses were kept (log.samples); see rlhf-tui samples {name}", "dim")]]
-
     def _show_query(self) -> None:
         table, samples, line = self.query_one(Table), self.samples, self.query_one("#filter", Lines)
-        query, mode = samples.query, self.query_one(SampleView).mode
-        row: list[Piece] = []
-        if self.query_one("#panes").has_class("alone"):
-            row += [(" full screen", "accent"), ("  z back  ", "dim")]
-        if query.held_out:
-            row += [(" held-out", "accent"), ("  E back  ", "dim")]
-        row += [(" sorted by ", "dim"), (ORDER_TITLES[query.order], "strong")]
-        row.append((" descending" if query.descending else " ascending", "dim"))
-        if table.count():
-            row += [("   row ", "dim"), (f"{table.cursor + 1}/{table.count()}", "strong")]
-        if samples.page or table.count() == PAGE:
-            row += [(f"   page {samples.page + 1}  , .", "dim")]
-        if query.prompt is not None:
-            row += [("   one prompt  ", "accent"), ("= back", "dim")]
-        if samples.filter:
-            row += [("   only ", "dim"), (samples.filter, "accent")]
-        if mode != VIEWS[0]:
-            row += [("   tokens: ", "dim"), (mode, "strong")]
-        row += self._agreement()
-        line.show([justified(row, self._news(), line.size.width)])
-
-    def _agreement(self) -> list[Piece]:
-        """How far the scores agree with all judgements of the run."""
-        found = self.context.state.agreement
-        few = len(found.points) < AGREEMENT_SHOWN_FROM
-        if found.mean is None or few or self.samples.query.held_out:
-            return []
-        row: list[Piece] = [
-            ("   agrees ", "dim"),
-            (f"{found.mean:.0%}", "strong"),
-            (f" of {len(found.points):,}", "dim"),
-        ]
-        if found.fall is not None:
-            row.append((f", less from step {found.fall.step:,}", "warn"))
-        return row
-
-    def _news(self) -> Row:
-        """What the list does not show yet; whether it follows a live run."""
-        if self.samples.new:
-            return [(f"{self.samples.new:,} new", "accent"), ("  F ", "key"), ("show ", "dim")]
-        live = self.context.state.live
-        return [("following ", "dim")] if live and self.samples.following else []
+        state = self.context.state
+        shown = query_line(
+            samples, state, cursor=table.cursor, count=table.count(),
+            mode=self.query_one(SampleView).mode,
+            full_screen=self.query_one("#panes").has_class("alone"),
+        )  # fmt: skip
+        line.show([justified(shown, not_shown_yet(samples, live=state.live), line.size.width)])
 
     # -- the sample under the cursor -----------------------------------------------------------
 

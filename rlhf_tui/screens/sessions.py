@@ -1,5 +1,6 @@
 """The sessions screen: lists the sessions of a folder; opens, resumes, forks and deletes them."""
 
+import functools
 import re
 from pathlib import Path
 from typing import ClassVar
@@ -8,14 +9,14 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
-from textual.timer import Timer
 from textual.worker import get_current_worker
 
 from engine.metrics import title_of
-from engine.session.folder import Session, free_name
+from engine.session.folder import free_name
 from rlhf_tui import format as fmt
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.screens.parts.highlighted_preview import HighlightedPreview
 from rlhf_tui.screens.parts.session_list import (
     ASCENDING,
     MARK,
@@ -34,7 +35,6 @@ from rlhf_tui.state.messages import (
     SessionPreviewed,
     SessionsListed,
 )
-from rlhf_tui.state.session_preview import read_preview
 from rlhf_tui.state.session_row import (
     ListedSession,
     SessionRow,
@@ -45,12 +45,6 @@ from rlhf_tui.widgets.panels.preview import PreviewPanel
 
 READ_INTERVAL = 2.0
 """Seconds between two readings of the folder."""
-PREVIEW_AFTER = 0.15
-"""Seconds that a row is highlighted before its preview is read."""
-BESIDE, LEAST_HEIGHT = 170, 20
-"""Width and height from which on the preview is beside the table."""
-BELOW, LEAST_ROWS = 34, 6
-"""Height from which on the preview is below the table, and the least height of the table then."""
 
 
 class SessionsScreen(SessionScreen):
@@ -84,9 +78,11 @@ class SessionsScreen(SessionScreen):
         """The names of the marked sessions, in the order in which they were marked."""
         self._rows: dict[str, ListedSession] = {}
         self._listed = False
-        self._previewed: tuple[ListedSession, Session | None] | None = None
-        """The row whose preview was asked for last, and the session it is compared with."""
-        self._preview_due: Timer | None = None
+
+    @functools.cached_property
+    def preview(self) -> HighlightedPreview:
+        """The preview of the highlighted session."""
+        return HighlightedPreview(self, self.context, self._table)
 
     def compose_body(self) -> ComposeResult:
         """The table, a few lines about the highlighted session, and its preview."""
@@ -134,7 +130,7 @@ class SessionsScreen(SessionScreen):
         first, self._listed = not self._listed, True
         self._marked = [name for name in self._marked if name in self._rows]
         self._show_rows(empty)
-        self._fit()
+        self.preview.fit()
         if first and self.context.state.name in self._rows:
             table.go(table.keys.index(self.context.state.name))
         self._about()
@@ -184,59 +180,16 @@ class SessionsScreen(SessionScreen):
         if self._marked:
             lines[:1] = [line_of_marks(len(self._marked))]
         self.query_one("#about", Lines).show(lines)
-        self._ask_preview()
-
-    # -- the preview ---------------------------------------------------------------------------
+        self.preview.ask(self._rows.get(self._table.key or ""))
 
     def on_resize(self) -> None:
         """Shows the preview where there is room for it."""
-        self._fit()
+        self.preview.fit()
         self._about()
 
-    def _fit(self) -> None:
-        """Puts the preview beside the table, below it, or nowhere."""
-        width, height = self.size
-        browser, table = self.query_one("#browser"), self._table
-        beside = bool(table.count()) and width >= BESIDE and height >= LEAST_HEIGHT
-        below = bool(table.count()) and not beside and height >= BELOW
-        browser.set_class(beside, "beside")
-        browser.set_class(below, "below")
-        if below:
-            table.styles.height = min(max(table.count() + 1, LEAST_ROWS), height * 2 // 5)
-        else:
-            table.styles.clear_rule("height")
-
-    def _ask_preview(self) -> None:
-        """Reads the preview soon, if another row or other values are highlighted.
-
-        Soon: moving through the list reads nothing on the way.
-        """
-        found = self._rows.get(self._table.key or "")
-        if found is None or not self.query_one("#browser").classes & {"beside", "below"}:
-            return
-        session = self.context.session
-        other = None if session == Session(Path(found.row.folder)) else session
-        if self._previewed == (found, other):
-            return
-        self._previewed = found, other
-        if self._preview_due is not None:
-            self._preview_due.stop()
-        self._preview_due = self.set_timer(
-            PREVIEW_AFTER, lambda: self.read_preview(Path(found.row.folder), other)
-        )
-
-    @work(thread=True, exclusive=True, group="preview")
-    def read_preview(self, folder: Path, other: Session | None) -> None:
-        """Reads the preview of a session."""
-        preview = read_preview(Session(folder), other)
-        if not get_current_worker().is_cancelled:
-            self.post_message(SessionPreviewed(preview))
-
     def on_session_previewed(self, message: SessionPreviewed) -> None:
-        """Shows the preview, if its session is still highlighted."""
-        row = self._highlighted()
-        if row is not None and row.folder == message.preview.folder:
-            self.query_one(PreviewPanel).show(row.name, message.preview)
+        """A preview was read."""
+        self.preview.take(message, self._highlighted())
 
     def on_row_selected(self, message: RowSelected) -> None:
         """Opens a session: enter, or a second click."""

@@ -25,6 +25,7 @@ from engine.metrics import (
 )
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
+from engine.session.file_signature import FileSignature
 from rlhf_tui.state import time_left
 from rlhf_tui.state.feeds.updates import ReplayStatus, SessionSummary, SessionUpdate, thinned
 from rlhf_tui.state.series import Series, Smoothed
@@ -75,7 +76,7 @@ class SessionState:
         self.commands: list[CommandRow] = []
         self.checkpoints: list[CheckpointRow] = []
         self.samples: list[SampleRow] = []
-        self.labels: tuple[int, ...] = ()
+        self.labels: FileSignature = ()
         """Changes whenever somebody labels a response."""
         self.agreement = Agreement()
         """Of the scores with the judgements."""

@@ -1,4 +1,4 @@
-"""Guard rails on a running session, and replayed over a session."""
+"""Guard rails on a running session, and evaluated on its recorded steps."""
 
 import json
 
@@ -152,8 +152,8 @@ def test_following_a_log_ends_when_the_engine_does(guarded):
 
 
 def test_a_dry_run_repeats_the_alerts_of_the_run(guarded):
-    replayed = guarded.lab.json("guardrails", guarded.name, "--dry-run")
-    alerts = [(a["rule"], a["step"]) for a in replayed]
+    evaluated = guarded.lab.json("guardrails", guarded.name, "--dry-run")
+    alerts = [(a["rule"], a["step"]) for a in evaluated]
     assert ("enough", 2) in alerts
     assert ("non_finite", 6) in alerts
     live = [(e["rule"], e["step"]) for e in guarded.events("alert")]

@@ -13,10 +13,10 @@ from engine.config.settings import SettingChange
 from engine.errors import JournalError
 from engine.journal import database, schema
 from engine.journal.database import open_read_only
+from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AlertEvent
 from engine.journal.samples import SampleQuery, SampleReader
-from engine.journal.writer import copy_until
 
 
 def scores(session):

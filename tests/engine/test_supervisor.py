@@ -225,11 +225,11 @@ async def test_ranks_begin_paused_unless_the_pause_would_have_ended_by_itself(en
     assert not engine.shared.paused
 
 
-async def test_values_that_an_earlier_version_accepted_are_not_replayed(engine, writer, tmp_path):
+async def test_values_that_an_earlier_version_accepted_are_not_repeated(engine, writer, tmp_path):
     for number, (step, old, new) in enumerate(((2, 4, 10**19), (3, 10**19, 4), (4, 4, 6))):
         writer.change(str(number), step, old, new, key="epochs")
     begin = await begin_of(engine, tmp_path)
-    assert [c.new for r in begin.replay for c in r.changes] == [4, 6]
+    assert [c.new for r in begin.repeat for c in r.changes] == [4, 6]
     with JournalReader(writer.session) as reader:
         alerts = [e.payload.text for e in reader.events() if e.kind == "alert"]
     assert alerts == [
@@ -287,7 +287,7 @@ async def test_ranks_out_of_memory_start_again_with_a_halved_micro_batch_from_th
         assert engine.shared.next == StartOptions(from_step=2)
     engine.shared.attempt = Attempt(engine.shared.next)
     begin = await begin_of(engine, tmp_path)
-    assert {(r.step, *r.changes) for r in begin.replay} == {(4, HALVED)}
+    assert {(r.step, *r.changes) for r in begin.repeat} == {(4, HALVED)}
     with JournalReader(writer.session) as reader:
         alert = next(e.payload.text for e in reader.events() if e.kind == "alert")
         assert reader.meta().settings["micro_batch_size"] == 8
@@ -298,7 +298,7 @@ async def test_ranks_out_of_memory_start_again_with_a_halved_micro_batch_from_th
 
 async def test_a_micro_batch_that_a_rank_has_halved_is_in_the_history(engine, writer, tmp_path):
     engine.receive(Adjusted(step=3, changes=[HALVED], rule="memory", text="step 3 is repeated"))
-    assert [(r.step, r.changes) for r in (await begin_of(engine, tmp_path)).replay] == [
+    assert [(r.step, r.changes) for r in (await begin_of(engine, tmp_path)).repeat] == [
         (3, [HALVED])
     ]
     assert engine.shared.settings["micro_batch_size"] == 8

@@ -42,7 +42,7 @@ from engine.protocol.rank_messages import (
     RankHello,
     Ready,
     Rejected,
-    ReplayedChange,
+    RepeatedChange,
     Sample,
     StepReport,
 )
@@ -78,7 +78,7 @@ class LightRank:
         begin = self._take()
         assert isinstance(begin, Begin)
         self._step, self._weights = begin.from_step, ""
-        self._replay, self._undoable = list(begin.replay), list(begin.undoable)
+        self._to_repeat, self._undoable = list(begin.repeat), list(begin.undoable)
         self._paused, self._stop = begin.paused, ""
         self._branch = set(begin.checkpoints)
         if begin.from_step:
@@ -153,20 +153,20 @@ class LightRank:
 
     def _before_step(self) -> bool:
         step = self._step + 1
-        for replayed in [r for r in self._replay if r.step == step]:
-            self._repeat(replayed)
-        self._replay = [r for r in self._replay if r.step != step]
+        for repeated in [r for r in self._to_repeat if r.step == step]:
+            self._repeat(repeated)
+        self._to_repeat = [r for r in self._to_repeat if r.step != step]
         self._obey()
         while self._paused and not self._stop:
             time.sleep(PACE)
             self._obey()
         return not self._stop and self._step < self._config.train.steps
 
-    def _repeat(self, replayed: ReplayedChange) -> None:
-        if not replayed.changes:
+    def _repeat(self, repeated: RepeatedChange) -> None:
+        if not repeated.changes:
             return
-        changes = self._set({c.key: c.new for c in replayed.changes})
-        if replayed.command == Undo.name():
+        changes = self._set({c.key: c.new for c in repeated.changes})
+        if repeated.command == Undo.name():
             del self._undoable[-1:]
         else:
             self._undoable.append(changes)
@@ -204,9 +204,9 @@ class LightRank:
         self.send(Applied(id=message.id, step=self._step + 1, changes=changes))
 
     def _command(self, values: dict[str, Any]) -> list[SettingChange]:
-        self._replay = [
+        self._to_repeat = [
             msgspec.structs.replace(r, changes=[c for c in r.changes if c.key not in values])
-            for r in self._replay
+            for r in self._to_repeat
         ]
         return self._set(values)
 

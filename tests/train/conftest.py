@@ -12,7 +12,8 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
 from engine.train.link import Link
-from engine.train.load import fit_scales, load_run
+from engine.train.load import load_run
+from engine.train.reward_scales import fit_scales
 from engine.train.step import train_step
 from tests.train.stand_in_engine import StandInEngine
 from tests.train.supervisor_end import Supervisor

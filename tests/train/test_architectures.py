@@ -6,8 +6,6 @@ generating are those of a full forward pass.
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +18,9 @@ from engine.session.folder import create
 from engine.train.ppo import chunked_loss
 from engine.train.step import generate_rollout, train_step
 from tests.train.conftest import SMALL
+from tests.train.ranks.launch import run_ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
-DEADLINE = 400
 VOCABULARY = 4096
 SIZE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -124,12 +122,8 @@ def test_two_ranks_compute_the_step_of_one(make_run, tmp_path):
                 }
             )
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*ranks, SCRIPT, tmp_path / "jobs.json"],
-        capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    done = run_ranks(2, SCRIPT, tmp_path / "jobs.json", folder=tmp_path)
+    assert done.code == 0, done.output
     for job in jobs:
         kind = Path(job["recorded"]).stem
         metrics = json.loads(Path(job["result"]).read_text())

@@ -7,8 +7,9 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
+from engine.protocol.check_result import TimedStep
 from engine.train.check import check, reduced
-from rlhf_tui.commands.check import report
+from rlhf_tui.commands.check import report, step_estimate
 from tests.train.conftest import SMALL
 
 
@@ -24,9 +25,9 @@ def config(*overrides):
 
 
 def test_a_whole_step_is_taken_on_two_prompts_and_nothing_is_left(temporary):
-    tried = config("ppo.advantage=rloo", "rollout.per_prompt=4", "reward.normalise=reference",
-                   "eval.every=5", "train.save_every=5", "eval.holdout=8",
-                   "launch.processes=2")  # fmt: skip
+    tried = config("ppo.advantage=rloo", "rollout.batch_size=24", "rollout.per_prompt=4",
+                   "reward.normalise=reference", "eval.every=5", "train.save_every=5",
+                   "eval.holdout=8", "launch.processes=2")  # fmt: skip
     result = check(tried)
     assert result.responses == 8
     assert result.ratio == pytest.approx(1, abs=1e-4)
@@ -39,7 +40,22 @@ def test_a_whole_step_is_taken_on_two_prompts_and_nothing_is_left(temporary):
     assert list(temporary.iterdir()) == []
     lines = "\n".join(report(tried, result)).replace("-0.0000", "0.0000")
     assert "ratio 1.0000, KL 0.0000" in lines
-    assert "240 steps of 8 responses on 2 ranks" in lines
+    assert result.larger_step is not None and result.larger_step.responses == 12
+    assert "240 steps of 24 responses on 2 ranks: about " in lines
+
+
+@pytest.mark.parametrize(
+    ("larger", "responses", "seconds"),
+    [
+        (TimedStep(6, 3.0), 64, 32.0),
+        (TimedStep(6, 0.9), 64, 0.9),  # a GPU, and noise
+        (TimedStep(6, 3.0), 1, 1.0),
+        (None, 2, 1.0),
+        (None, 8, 4.0),
+    ],
+)
+def test_the_time_of_a_step_grows_by_what_each_response_added(larger, responses, seconds):
+    assert step_estimate(TimedStep(2, 1.0), larger, responses) == pytest.approx(seconds)
 
 
 def test_what_cannot_be_used_is_the_error_of_a_run_and_leaves_nothing(temporary):

@@ -20,7 +20,7 @@ from engine.errors import CheckpointError, DamagedCheckpointError, UserInputErro
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout
 from engine.metrics import SCORE
-from engine.protocol.rank_messages import Begin, ReplayedChange
+from engine.protocol.rank_messages import Begin, RepeatedChange
 from engine.session.checkpoints import complete_checkpoints, mark_complete
 from engine.train.boundary import update_reference
 from engine.train.checkpoints import folder as checkpoint_folder
@@ -28,9 +28,10 @@ from engine.train.checkpoints.folder import MetricValue
 from engine.train.checkpoints.saver import Saver
 from engine.train.checkpoints.shards import load_training
 from engine.train.distributed.ranks import RankGroup
-from engine.train.load import fit_scales, load_run
+from engine.train.load import load_run
 from engine.train.models.language_model import fingerprint
 from engine.train.models.shapes import models_of
+from engine.train.reward_scales import fit_scales, use_saved_scales
 from engine.train.step import train_step
 
 DEADLINE = 120
@@ -153,6 +154,13 @@ def test_another_reward_is_told_and_its_scales_are_measured_anew(make_run):
     assert len(notices) == 1
 
 
+def test_a_key_in_the_address_of_an_earlier_reward_is_not_shown(make_run):
+    run, _ = make_run()
+    run.state.scored_by, notices = "service https://example.org/score?key=secret", []
+    use_saved_scales(run, notices.append)
+    assert "before from service https://example.org/score: they" in notices[0]
+
+
 def test_live_settings_are_restored_before_a_resume_estimates_memory(trained):
     run, session = trained
     run.config = change_settings(run.config, {"max_new_tokens": 40, "beta": 0.5})
@@ -179,8 +187,8 @@ def test_the_memory_check_of_a_resume_includes_its_overrides(trained):
     run, session = trained
     save(run, session)
     change = SettingChange(key="max_new_tokens", old=10, new=50)
-    replayed = ReplayedChange(step=2, command="resume", changes=[change])
-    again = resumed(session, replay=[replayed])
+    repeated = RepeatedChange(step=2, command="resume", changes=[change])
+    again = resumed(session, repeat=[repeated])
     assert again.config.rollout.max_new_tokens == 10, (
         "the setting changes at the boundary, not while loading"
     )

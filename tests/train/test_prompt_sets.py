@@ -5,8 +5,6 @@ import fcntl
 import json
 import os
 import stat
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from engine.train.data.prompt_table import PromptTable
 from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import permutation
 from engine.train.data.tokenise import PromptTokeniser, tokenise_texts
+from tests.train.ranks.launch import run_ranks
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}>"
 
@@ -353,21 +352,12 @@ def test_several_data_sets_have_columns_and_caches_of_their_own(tokenizer, write
 # -- ranks -----------------------------------------------------------------------------------------
 
 SCRIPT = Path(__file__).parent / "ranks" / "prompts.py"
-DEADLINE = 300
-"""Seconds; generous, for a busy machine."""
 
 
 def test_every_rank_has_the_prompts_that_one_of_them_tokenised(tmp_path, write_rows):
     rows = [{"prompt": f"The film {i} " + "was " * (i % 4)} for i in range(40)]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            SCRIPT, tmp_path, write_rows("p.jsonl", rows),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    done = run_ranks(2, SCRIPT, tmp_path, write_rows("p.jsonl", rows), folder=tmp_path)
+    assert done.code == 0, done.output
     lead, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for ours, theirs in zip(lead, other, strict=True):
         assert ours["prompts"] == theirs["prompts"] == lead[0]["prompts"]

@@ -16,7 +16,12 @@ from engine.train.checkpoints.merge import merge
 from engine.train.checkpoints.saver import Saver
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
-from engine.train.models.language_model import AdapterFreePolicy, LanguageModel, fingerprint
+from engine.train.models.language_model import (
+    AdapterFreePolicy,
+    LanguageModel,
+    fingerprint,
+    parameter_count,
+)
 from engine.train.models.pretrained import load_lm
 from engine.train.models.quantised_linear import QuantisedLinear, dequantise, quantise
 from engine.train.step import train_step
@@ -152,6 +157,14 @@ def test_a_changed_packed_weight_changes_the_fingerprint():
     first = fingerprint(LanguageModel(lm))
     lm.transformer.h[1].attn.c_attn.packed[5] ^= 1
     assert fingerprint(LanguageModel(lm)) != first
+
+
+@needs_bitsandbytes
+def test_a_model_has_as_many_weights_packed_as_before():
+    lm = small_gpt2()
+    plain = parameter_count(LanguageModel(lm))
+    quantise(lm, NF4)
+    assert parameter_count(LanguageModel(lm)) == plain
 
 
 def test_without_bitsandbytes_one_line_says_what_to_install(monkeypatch):

@@ -1,13 +1,11 @@
 """One rank, two ranks with DDP and two with FSDP2 compute the same step from the same rollout.
 
-The ranks are processes under torchrun, over gloo on the CPU. The rollout is recorded: otherwise a
+The ranks are processes of their own, over gloo on the CPU. The rollout is recorded: otherwise a
 difference in the last bit could change a sampled token, and the runs would diverge.
 """
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,12 +20,13 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup, agree_on_device
 from engine.train.evaluation.evaluate import evaluate_if_due
-from engine.train.load import check_rank_count, fit_scales, load_run
+from engine.train.load import check_rank_count, load_run
 from engine.train.ppo.chunked_loss import MOST_LOGITS
+from engine.train.reward_scales import fit_scales
 from engine.train.step import generate_rollout, train_step
+from tests.train.ranks.launch import run_ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "steps.py"
-DEADLINE = 400
 STEP = (
     "rollout.batch_size=10", "rollout.max_new_tokens=16", "ppo.epochs=2", "ppo.minibatches=2",
     "ppo.micro_batch_size=2", "train.learning_rate=1e-3", "kl.horizon=100", "launch.threads=1",
@@ -157,14 +156,8 @@ def record(folder, name, variant):
 def on_two_ranks(folder, jobs):
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            SCRIPT, path,
-        ],
-        capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+    done = run_ranks(2, SCRIPT, path, folder=folder)
+    assert done.code == 0, done.output
 
 
 @pytest.mark.parametrize(

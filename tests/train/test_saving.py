@@ -19,7 +19,7 @@ from engine.protocol.rank_messages import (
     Paused,
     RankCommand,
     RankHello,
-    ReplayedChange,
+    RepeatedChange,
 )
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints, saved_settings
 from engine.train.boundary import Boundary
@@ -275,8 +275,8 @@ def test_a_run_that_is_stopped_before_its_scores_are_normalised_evaluates_nothin
 def test_an_undo_that_later_changes_have_replaced_takes_nothing_back_in_a_resume(trained, link):
     run, session, _, supervisor = trained
     change = SettingChange(key="beta", old=0.3, new=run.config.kl.beta)
-    replaced = ReplayedChange(step=2, command="undo", changes=[])
-    begin = Begin(attempt=2, from_step=0, replay=[replaced], undoable=[[change]])
+    replaced = RepeatedChange(step=2, command="undo", changes=[])
+    begin = Begin(attempt=2, from_step=0, repeat=[replaced], undoable=[[change]])
     again = Boundary(session, run, begin, link)
     supervisor.send(RankCommand(id="undo", command=Undo()))
     until(lambda: again.before_step() and supervisor.of(Applied))

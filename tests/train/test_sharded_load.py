@@ -1,9 +1,6 @@
 """A model that is going to be sharded stays in its files until each rank reads its shards."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +18,9 @@ from transformers import (
 from engine import starter
 from engine.train.distributed.stored_tensor import file_digest, stored_tensors
 from engine.train.models.stored_weights import empty_model
+from tests.train.ranks.launch import run_ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "loading.py"
-DEADLINE = 300
-"""Seconds; generous, for a busy machine."""
 NOISE = 8_000_000
 """Bytes by which the resident memory of a process varies, and the buffers of reading."""
 SHAPE = {
@@ -46,15 +42,8 @@ def loads(tmp_path_factory):
     lm.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20MB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     results = tmp_path_factory.mktemp("results")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            SCRIPT, folder, results / "store", results,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    done = run_ranks(2, SCRIPT, folder, results, folder=results)
+    assert done.code == 0, done.output
     found = {
         n: [json.loads((results / f"{n}-{r}.json").read_text()) for r in (0, 1)] for n in LOADS
     }

@@ -1,11 +1,7 @@
 """Checkpoints of several rank processes: any strategy reads what any strategy wrote."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,31 +10,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.session.checkpoints import checkpoint_path, complete_checkpoints
 from engine.train.checkpoints import folder as checkpoint_folder
+from tests.train.ranks.launch import run_ranks
 
 SCRIPT = Path(__file__).parent / "ranks" / "saving.py"
 STRATEGIES = ("single", "ddp", "fsdp")
 OPTIMISERS = {"adamw": (), "adamw_8bit": ("AdamW8bit",)}
 """`train.optimiser` and the words by which the script makes it."""
 KINDS = ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.slow)]
-DEADLINE = 300
-"""Seconds; generous, for a busy machine."""
 
 
-def start(*actions):
+def start(folder, *actions):
     """Carries out actions of the script, on one rank if they are of `single`, else on two."""
-    command = [sys.executable]
-    if actions[0][1] != "single":
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [str(word) for action in actions for word in ("--", *action)][1:]
-    done = subprocess.run(
-        [*command, SCRIPT, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    return SimpleNamespace(code=done.returncode, stderr=done.stderr)
+    words = [word for action in actions for word in ("--", *action)][1:]
+    return run_ranks(1 if actions[0][1] == "single" else 2, SCRIPT, *words, folder=folder)
 
 
 def results(folder, act="save"):
@@ -69,8 +53,8 @@ def all_saved(request, tmp_path_factory):
         [*(a for s in several for a in saves(s)), *(("load", s, *every) for s in several)],
         [("load", "single", *every)],
     ):
-        done = start(*actions)
-        assert done.code == 0, done.stderr
+        done = start(tmp_path_factory.mktemp("ranks"), *actions)
+        assert done.code == 0, done.output
     return folders
 
 
@@ -150,8 +134,8 @@ def test_only_safetensors_and_text_are_written(saved):
 @pytest.mark.slow
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_leaves_no_files(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    done = start(("save", "fsdp", tmp_path, "full"))
-    assert done.code == 0, done.stderr
+    done = start(tmp_path, ("save", "fsdp", tmp_path, "full"))
+    assert done.code == 0, done.output
     first, second = results(tmp_path)
     assert first["error"] == second["error"]
     assert "No space left" in first["error"]
@@ -163,7 +147,7 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_leaves_no_files(tmp_p
 @pytest.mark.slow
 def test_a_writer_that_dies_leaves_no_complete_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    done = start(("save", "fsdp", tmp_path, "crash"))
+    done = start(tmp_path, ("save", "fsdp", tmp_path, "crash"))
     assert done.code != 0
     assert complete_checkpoints(tmp_path / "checkpoints") == {}
     checkpoint_folder.clear_parts(tmp_path / "checkpoints")

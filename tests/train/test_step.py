@@ -8,12 +8,12 @@ import torch
 
 from engine.errors import CommandRejectedError, UserInputError
 from engine.train.greedy_baseline import greedy_scores
-from engine.train.load import reference_responses
 from engine.train.models.language_model import fingerprint
 from engine.train.ppo.advantages import Targets
 from engine.train.ppo.forward import score_tokens
 from engine.train.ppo.optimise import optimise
 from engine.train.reports.probe import answer_probe
+from engine.train.reward_scales import reference_responses
 from engine.train.rewards.source import RewardInputs
 from engine.train.step import sampling_options, train_step
 

@@ -87,9 +87,9 @@ def test_every_option_of_a_verb_has_a_line_of_help(verb):
     assert [p.name for p in params if isinstance(p, click.Option) and not p.help] == []
 
 
-def test_guard_rails_are_replayed_with_and_without_dry_run(root):
-    replay = ["guardrails", "frozen", "--sessions", str(root)]
-    plain, dry = (CliRunner().invoke(cli, [*replay, *more]) for more in ([], ["--dry-run"]))
+def test_guard_rails_are_evaluated_with_and_without_dry_run(root):
+    given = ["guardrails", "frozen", "--sessions", str(root)]
+    plain, dry = (CliRunner().invoke(cli, [*given, *more]) for more in ([], ["--dry-run"]))
     assert (plain.exit_code, dry.exit_code) == (0, 0)
     assert plain.output == dry.output
 

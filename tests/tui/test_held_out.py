@@ -309,3 +309,10 @@ async def test_the_best_checkpoint_is_marked_by_the_metric_of_the_configuration(
         await until(pilot, lambda: table.count() == 3)
         assert [cells(table, i)[-1] for i in range(3)] == ["last, best", "", ""]
         assert "best by held-out score: step 60" in app.screen.query_one("#best").text()
+
+
+def test_guard_rails_are_evaluated_beyond_the_evaluation_before_the_first_step(folder, tmp_path):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("defaults: false\nrules: [{name: often, metric: lr, above: 0.0}]\n")
+    given = ["guardrails", "evaluated", "--rules", str(rules), "--sessions", str(folder)]
+    assert "step 1  often" in CliRunner().invoke(cli, given).output

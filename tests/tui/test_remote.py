@@ -24,7 +24,7 @@ from engine.session.folder import Session, create
 from rlhf_tui.commands.reading import sessions
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import decode, encode
-from rlhf_tui.remote.source import Source
+from rlhf_tui.remote.source import LOG_BYTES, Source
 from rlhf_tui.remote.ssh import COMMAND, Address, RemoteSession
 
 SCORE = "objective/scores"
@@ -176,6 +176,16 @@ def test_of_a_run_without_a_step_the_evaluation_before_it_is_copied(tmp_path, co
     with JournalReader(copy) as record:
         assert record.series(EVAL_SCORE) == [(0, 0.5)]
     journal.close()
+
+
+def test_a_log_that_grows_by_more_than_is_sent_at_once_is_copied_whole(tmp_path, copied):
+    session = create(tmp_path / "sessions", "new", config_file.load(starter.FOLDER / "demo.yaml"))
+    session.log_file.write_text("begin\n")
+    copy, update = copied(session)
+    with session.log_file.open("a") as file:
+        file.write("x" * 2 * LOG_BYTES + "\nend\n")
+    update()
+    assert copy.log_file.read_text() == session.log_file.read_text()
 
 
 def test_a_viewer_that_stalls_keeps_no_snapshot_of_the_journal_open(session_maker, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from textual.widgets import Input
 
 from rlhf_tui.app.app import RlhfApp
-from rlhf_tui.app.overrides import FormError, check_config_file, split_overrides
+from rlhf_tui.app.forms.overrides import FormError, check_config_file, split_overrides
 from rlhf_tui.dialogs.form import FormDialog
 from rlhf_tui.widgets.completing_input import KeySuggester, completions
 from rlhf_tui.widgets.table import Table

@@ -151,7 +151,7 @@ def test_a_fork_does_not_tell_its_parent_s_end_as_a_death():
     assert [m.text for m in state.timeline()] == ["started", "forked from run-1 at step 20"]
 
 
-def test_a_change_that_a_resume_replays_later_is_not_beta_s_source_yet():
+def test_a_change_that_a_resume_repeats_later_is_not_beta_s_source_yet():
     state = make_state(attempts=attempts(0, 20), step=22)
     state.take(SessionUpdate(commands=[beta(41)]))
     assert state.beta_source() == "controller"

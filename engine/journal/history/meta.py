@@ -6,47 +6,74 @@ from typing import Any
 import msgspec
 
 from engine.config.settings import SettingChange
-from engine.journal.rows import CommandRow, Payload, SessionMeta, StateEvent
+from engine.journal.database import ReadOnlyDatabase
+from engine.journal.json_values import decoded
+from engine.journal.rows import CommandRow, SessionMeta, StateEvent, decode_payload
+from engine.metrics import BETA
 from engine.session.position import Position
 
+LAST_STATE = "SELECT data FROM events WHERE kind = 'state' ORDER BY id DESC LIMIT 1"
+STEP_OF_ATTEMPT = "SELECT 1 FROM steps WHERE attempt = ? ORDER BY step DESC LIMIT 1"
+ALL_CHANGES = """
+SELECT changes FROM main.commands WHERE status = 'applied' AND changes <> '[]'
+ORDER BY ended, applied_step
+"""
+"""Of settings, also those after the moment that a reader shows."""
+BETA_OF_STEP = """
+SELECT value FROM main.metrics JOIN main.steps USING (step)
+WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step AND attempt = :attempt
+UNION ALL SELECT value FROM main.metrics_past
+WHERE name = (SELECT id FROM names WHERE name = :name) AND step = :step AND attempt = :attempt
+"""
+"""Also of a step after the moment that a reader shows: what was in force when it began."""
 
-def meta_at(
+
+def read_meta_at(
+    database: ReadOnlyDatabase,
     position: Position,
     now: SessionMeta,
-    state: Payload | None,
-    changes: Sequence[SettingChange],
     commands: Sequence[CommandRow],
-    beta: float | None,
-    *,
-    steps: bool,
 ) -> SessionMeta:
     """Returns what the supervisor had recorded at a moment.
 
     Args:
+        database: the journal, with the views of that moment.
         position: the moment.
         now: what the supervisor recorded last.
-        state: the last change of the state before the moment; None before the first.
-        changes: all changes of settings, also those after the moment, in order.
         commands: as they were at the moment.
-        beta: the KL coefficient of the step that follows the moment; None if unknown.
-        steps: whether the attempt had completed a step.
     """
-    event = state if isinstance(state, StateEvent) else StateEvent("starting")
-    if event.state == "starting" and steps:
+    states = database.rows(LAST_STATE)
+    payload = decode_payload("state", states[0][0]) if states else None
+    event = payload if isinstance(payload, StateEvent) else StateEvent("starting")
+    if event.state == "starting" and database.rows(STEP_OF_ATTEMPT, (position.attempt,)):
         event = StateEvent("running")  # the event of that may be missing
     paused = event.state == "paused"
-    settings = None
-    if now.settings is not None:
-        first = now.settings | {change.key: change.old for change in reversed(changes)}
-        settings = first | _changed_by(commands, position.step + 1)
-        settings |= {} if beta is None else {"beta": beta}
     return msgspec.structs.replace(
         now,
         state=event.state,
-        settings=settings,
+        settings=None if now.settings is None else _settings(database, position, now, commands),
         message="" if paused else event.text,
         pause_reason=(event.text or None) if paused else None,
     )
+
+
+def _settings(
+    database: ReadOnlyDatabase,
+    position: Position,
+    now: SessionMeta,
+    commands: Sequence[CommandRow],
+) -> dict[str, Any]:
+    """The settings in force: those of today with all changes reverted, then changed again."""
+    rows = database.rows(ALL_CHANGES)
+    changes = [change for row in rows for change in decoded(row[0], list[SettingChange])]
+    settings = (now.settings or {}) | {change.key: change.old for change in reversed(changes)}
+    settings |= _changed_by(commands, position.step + 1)
+    # The controller changes beta after each step, without a command.
+    at = {"name": BETA, "step": position.step + 1, "attempt": position.attempt}
+    betas = database.rows(BETA_OF_STEP, at)
+    betas = betas or database.rows(BETA_OF_STEP, at | {"step": position.step})
+    beta = betas[0][0] if betas else None
+    return settings if beta is None else settings | {"beta": beta}
 
 
 def _changed_by(commands: Sequence[CommandRow], step: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Recording:
     """The items of a session, each a step or an event, and when a replay reaches them.
 
     A replay's time, the *offset*, begins with 0 at the first item and leaves out pauses: a run
-    that was resumed after a night goes on after some steps' time.
+    that was resumed after a night continues after some steps' time.
     """
 
     def __init__(self, session: Session) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections.model import DataConfig, PromptSource
 from engine.errors import UserInputError
+from engine.session.file_signature import file_signature
 from engine.train.data.formats import PromptColumn
 from engine.train.data.prompt_cache import (
     PROMPTS,
@@ -25,7 +26,6 @@ from engine.train.data.prompt_cache import (
     PromptCache,
     PromptCaches,
     content_hash,
-    file_stamps,
     open_entry,
 )
 from engine.train.data.prompt_order import Prompts
@@ -155,7 +155,7 @@ def _cached(
     begin: BeginPart,
 ) -> Path:
     """The entry of a data set in the cache, which is made if there is none."""
-    stamps = file_stamps(files)
+    signatures = [file_signature(path) for path in files]
     name = content_hash(files, *_facts(config, source, tokenizer))
     found = caches.find(name)
     if found is None:
@@ -166,7 +166,8 @@ def _cached(
                 rows = _read_into(made.parent / "read", source, cache)
             _fill(made, config, source, tokenizer, rows, cache, begin)
             del rows  # it maps files of the temporary folder
-            if file_stamps(files) != stamps:  # the name would be that of other contents
+            # The name would be that of other contents.
+            if [file_signature(path) for path in files] != signatures:
                 raise UserInputError(
                     f"data.prompts: {source.path} changed while it was read; start again when it "
                     "is complete"

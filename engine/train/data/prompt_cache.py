@@ -81,22 +81,6 @@ def content_hash(files: Iterable[Path], *facts: str) -> str:
     return found.hexdigest()
 
 
-def file_stamps(files: Iterable[Path]) -> list[tuple[int, int, int]]:
-    """Inode, size and time of change of each file, which differ after a change.
-
-    Raises:
-        UserInputError: a file cannot be read.
-    """
-    stamps = []
-    for path in files:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UserInputError(f"data.prompts: cannot read {path}: {error.strerror}") from error
-        stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
-    return stamps
-
-
 class PromptCache:
     """The cache in one folder."""
 

@@ -132,6 +132,17 @@ class Prompts:
         kept = [table for table in kept if len(table)]
         return self._with(kept) if kept else None
 
+    def in_steps_of(self, per_step: int) -> "Prompts":
+        """The same prompts in the same order, with another number of them a step."""
+        return Prompts(
+            self._tables,
+            per_step=per_step,
+            shuffle=self._shuffle,
+            seed=self._seed,
+            weights=self._weights,
+            left_out=self.left_out,
+        )
+
     def _with(self, tables: list[PromptTable], weights: list[float] | None = None) -> "Prompts":
         return Prompts(
             tables,

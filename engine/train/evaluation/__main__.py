@@ -4,7 +4,6 @@ Reads the configuration as JSON on standard input. The last line of standard out
 with `metrics` and `samples`, or with `error`. Reads the session and writes nothing to it.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import msgspec
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
-from engine.errors import RlhfError, error_text
+from engine.protocol.program_result import print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup
@@ -26,15 +25,7 @@ def main() -> None:
     disable_progress_bar()
     folder, step = Path(sys.argv[1]), int(sys.argv[2])
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=RunConfig)
-    try:
-        result = _evaluated(Session(folder), config, step)
-    except RlhfError as error:
-        result = {"error": error_text(error), "exit_code": error.exit_code}
-    # Unlike json, this encoder writes null for a metric that is not finite.
-    sys.stdout.flush()
-    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(result) + b"\n")
-    sys.stdout.buffer.flush()
-    os._exit(0)  # torch's threads may keep the interpreter from ending
+    print_result(lambda: _evaluated(Session(folder), config, step))
 
 
 def _evaluated(session: Session, config: RunConfig, step: int) -> dict[str, object]:

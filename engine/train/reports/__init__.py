@@ -1,1 +1,1 @@
-"""Reports for people: samples of a step, probes, and TensorBoard files."""
+"""Reports for people: samples of a step, probes, TensorBoard files, trackers and tables."""

@@ -96,7 +96,7 @@ class TrackerRun:
         self._name = name
         self._tracker = tracker
         self._report = report
-        self._told = False
+        self._reported = False
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Passes the metrics of a step on."""
@@ -113,8 +113,8 @@ class TrackerRun:
             self._failed("the end of the run", error)
 
     def _failed(self, what: str, error: Exception) -> None:
-        if not self._told:
-            self._told = True
+        if not self._reported:
+            self._reported = True
             self._report(f"{self._name} did not take {what}: {first_line(error)}")
 
 

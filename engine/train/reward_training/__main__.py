@@ -14,7 +14,8 @@ from types import FrameType
 import msgspec
 from transformers.utils.logging import disable_progress_bar
 
-from engine.errors import RlhfError, error_text
+from engine.errors import RlhfError
+from engine.protocol.program_result import ProgramFailure
 from engine.protocol.reward_training import RewardTrainingRequest, TrainingProgress
 from engine.train.out_of_memory import is_out_of_memory, memory_text
 from engine.train.reward_training.train import train_reward
@@ -40,12 +41,12 @@ def main() -> None:
     except _InterruptedError:  # by now everything that was written is removed
         os._exit(128 + signal.SIGTERM)  # torch's threads may keep the interpreter from ending
     except RlhfError as error:
-        result = {"error": error_text(error), "exit_code": error.exit_code}
+        result = ProgramFailure.of(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         text = f"out of memory: {memory_text(error)}. {LESS_MEMORY}"
-        result = {"error": text, "exit_code": RlhfError.exit_code}
+        result = ProgramFailure(text, RlhfError.exit_code)
     _print(result)
     os._exit(0)  # as above
 

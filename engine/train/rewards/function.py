@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError, error_text
+from engine.session.file_signature import FileSignature, file_signature
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
@@ -54,7 +55,7 @@ class FunctionReward:
                 f"reward.function: cannot import '{module_name}' (looked in {path or '.'}): "
                 f"{type(error).__name__}: {error_text(error)}"
             ) from error
-        self._stamp = self._file_stamp()
+        self._signature = self._file_signature()
         self._find()
 
     def _find(self) -> None:
@@ -70,23 +71,17 @@ class FunctionReward:
         self._accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._accepted = {p.name for p in parameters}
 
-    def _file_stamp(self) -> tuple[int, int] | None:
-        """Time of modification and size of the module's file; None if there is no such file."""
+    def _file_signature(self) -> FileSignature:
+        """That of the module's file; () if there is no such file."""
         file = getattr(self._module, "__file__", None)  # none for a module that is built in
-        if file is None:
-            return None
-        try:
-            status = Path(file).stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size
+        return () if file is None else file_signature(Path(file))
 
     def _reload_if_changed(self) -> None:
         """Imports a changed file again. Raises whatever the file raises."""
-        if (stamp := self._file_stamp()) is not None and stamp != self._stamp:
+        if (found := self._file_signature()) and found != self._signature:
             self._module = importlib.reload(self._module)
             self._find()
-            self._stamp = stamp
+            self._signature = found
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         """Calls the function once for the whole batch; see :class:`Reward`."""

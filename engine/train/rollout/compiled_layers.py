@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
 from engine.train.distributed.sharding import blocks
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.cuda_graph import can_capture
+from engine.train.rollout.decoding_attention import DECODING_ATTENTION
 from engine.train.rollout.kv_cache import PreallocatedLayer
 
 log = logging.getLogger("engine")
@@ -28,8 +27,6 @@ WORTHWHILE = 50_000_000
 """Weights of the layers from which `auto` compiles: it takes some 20 s, once per process."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}
 """Norm of a compiled layer's error, relative to the norm of its output."""
-ATTENTION = "rlhf_tui_decoding"
-"""The name of :func:`decoding_attention` among transformers' attention functions."""
 
 
 class CompiledLayers:
@@ -78,7 +75,7 @@ class CompiledLayers:
             for index, layer in enumerate(layers):
                 last = index == len(layers) - 1
                 layer.forward = self._forward(self._function, index, layer, last=last)
-            config._attn_implementation = ATTENTION
+            config._attn_implementation = DECODING_ATTENTION
             try:
                 yield True
             finally:
@@ -149,62 +146,6 @@ class CompiledLayers:
 def _one_token(layer: nn.Module, hidden: Tensor, keywords: dict[str, Any]) -> Any:
     """What is compiled. The class's `forward`: the instance's leads here."""
     return type(layer).forward(layer, hidden, **keywords)
-
-
-def decoding_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **keywords: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one query per row by two products, with the softmax in float32.
-
-    On a GPU the kernels behind `scaled_dot_product_attention` that take a mask divide their work by
-    queries, of which there is one: they leave most of the GPU idle. All else goes to them.
-
-    Args:
-        module: of the caller; unused.
-        query: (n, heads, q, width).
-        key: (n, key heads, L, width).
-        value: (n, key heads, L, width of values).
-        attention_mask: (n, 1, q, L) bool, or as transformers' `sdpa` takes it.
-        dropout: must be 0, as in evaluation mode.
-        scaling: of the scores.
-        keywords: what transformers' `sdpa` takes besides.
-
-    Returns:
-        (n, q, heads, width of values), and None in the place of the attention weights.
-    """
-    count, heads, queries, width = query.shape
-    special = any(keywords.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
-    if (
-        attention_mask is None or attention_mask.dtype != torch.bool
-        or queries != 1 or dropout or special
-    ):  # fmt: skip
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
-        )
-    shared = key.shape[1]
-    grouped = query.reshape(count * shared, heads // shared, width).to(key.dtype)
-    keys = key.flatten(0, 1).transpose(1, 2)
-    if key.is_cuda and key.dtype != torch.float32:
-        scores = torch.bmm(grouped, keys, out_dtype=torch.float32)
-    else:
-        scores = torch.bmm(grouped, keys).float()
-    scores = scores.view(count, shared, heads // shared, -1)
-    scores = scores * (width**-0.5 if scaling is None else scaling)
-    scores = scores.masked_fill(~attention_mask, -torch.inf)
-    weights = torch.softmax(scores, dim=-1).to(value.dtype).flatten(0, 1)
-    mixed = torch.bmm(weights, value.flatten(0, 1))
-    return mixed.view(count, 1, heads, value.shape[-1]), None
-
-
-AttentionInterface.register(ATTENTION, decoding_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache
 
 from engine.train.models.language_model import AnyModel
-from engine.train.rollout.compiled_layers import ATTENTION
 from engine.train.rollout.cuda_graph import GraphedFunction, can_capture
+from engine.train.rollout.decoding_attention import DECODING_ATTENTION
 from engine.train.rollout.kv_cache import (
     PreallocatedLayer,
     full_attention_layers,
@@ -321,6 +321,6 @@ def takes_any_mask(model: AnyModel) -> bool:
     config = model.lm.config
     return (
         "position_ids" in inspect.signature(model.lm.forward).parameters
-        and getattr(config, "_attn_implementation", None) in ("sdpa", ATTENTION)
+        and getattr(config, "_attn_implementation", None) in ("sdpa", DECODING_ATTENTION)
         and not getattr(config, "alibi", False)
     )

@@ -1,4 +1,4 @@
-"""Commands that compare or replay finished steps: diff, guardrails."""
+"""Commands that compare or evaluate finished steps: diff, guardrails."""
 
 import math
 from collections.abc import Iterator
@@ -74,18 +74,18 @@ def _shown(value: object) -> str:
 @name_argument
 @sessions_option
 @click.option(
-    "--dry-run", is_flag=True, expose_value=False, help="The default: replay, change nothing."
+    "--dry-run", is_flag=True, expose_value=False, help="The default: evaluate, change nothing."
 )
 @click.option(
     "--rules", type=click.Path(path_type=Path), help="A YAML file with a guardrails section."
 )
 @json_option
 def guardrails(root: Path, name: str, rules: Path | None, as_json: bool) -> None:
-    """Replay guard rails over a session and print their alerts."""
+    """Evaluate guard rails on the steps of a session and print their alerts."""
     session = existing(root, name)
     config = _rules(rules) if rules else session.config().guardrails
     with JournalReader(session) as record:
-        alerts = list(_replay(record, config, session.config()))
+        alerts = list(_alerts(record, config, session.config()))
     if as_json:
         # The round trip turns values that are not finite into null, as in the journal.
         print_json(msgspec.json.decode(msgspec.json.encode(alerts)))
@@ -98,7 +98,7 @@ def guardrails(root: Path, name: str, rules: Path | None, as_json: bool) -> None
         say("no rule raises an alert")
 
 
-def _replay(record: JournalReader, config: GuardrailConfig, run: RunConfig) -> Iterator[Json]:
+def _alerts(record: JournalReader, config: GuardrailConfig, run: RunConfig) -> Iterator[Json]:
     """Alerts with their steps: every recorded step checked with the settings in force then."""
     rails = Guardrails(config, judges_of(run))
     settings = config_file.as_mapping(settings_of(run))
@@ -116,6 +116,8 @@ def _replay(record: JournalReader, config: GuardrailConfig, run: RunConfig) -> I
             # The journal stores a value that is not finite as None.
             metrics.setdefault(step, {})[name] = math.nan if value is None else value
     for step, values in sorted(metrics.items()):
+        if not step:
+            continue  # the evaluation before the first step, which no rule is about
         if BETA not in values:  # a live run recorded this step while its series were read
             break
         settings |= changes.get(step, {})

@@ -14,6 +14,7 @@ from engine.journal.labels import Key
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SAMPLE_ORDERS, SampleQuery, SampleReader, with_judgements
 from engine.metrics import EVAL_SCORE
+from engine.session.file_signature import FileSignature
 from engine.session.folder import Session
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.screens.parts.sample_filter import parse_filter
@@ -103,7 +104,7 @@ class SampleList:
         """Whether the reader waits for a page."""
         self._wanted: tuple[object, ...] = ()
         self._counted: tuple[object, ...] = ()
-        self._labels: tuple[int, ...] | None = None
+        self._labels: FileSignature | None = None
         """The value of `state.labels` for which the rows were read; None: read them again."""
         self._before: tuple[SampleQuery, str, int, int | None, Key] | None = None
         """What :meth:`same_prompt` returns to: query, filter, page, newest step, response."""

@@ -14,8 +14,8 @@ from engine.journal.reader import JournalReader
 from engine.protocol.client import Client
 from engine.protocol.client_messages import JournalAdvanced, Telemetry
 from engine.protocol.rank_messages import Phase
+from engine.session.file_signature import file_id, file_signature
 from engine.session.folder import Session
-from rlhf_tui.file_stamps import file_id, stamp
 from rlhf_tui.state.feeds.journal_changes import JournalChanges
 from rlhf_tui.state.feeds.output import Post, UpdateOutput
 from rlhf_tui.state.feeds.updates import SessionSummary, SessionUpdate
@@ -102,7 +102,7 @@ class Feed:
         try:
             self._open()
             if self._record is not None:
-                labels = stamp(self._session.labels_file)
+                labels = file_signature(self._session.labels_file)
                 self._changes.read(self._session, self._record, labels, self._live_state())
         except (RlhfError, OSError) as error:
             self._output.report(str(error))

@@ -10,6 +10,7 @@ from engine.errors import JournalError
 from engine.journal.judgements.agreement import read_agreement
 from engine.journal.reader import JournalReader
 from engine.journal.rows import CheckpointRow, CommandRow
+from engine.session.file_signature import FileSignature
 from engine.session.folder import Session
 from rlhf_tui.state.feeds.first_read import SPANS, read_summary
 from rlhf_tui.state.feeds.output import UpdateOutput
@@ -55,10 +56,10 @@ class JournalChanges:
         self._commands: list[CommandRow] = []
         self._checkpoints: list[CheckpointRow] = []
         self._samples_step = -1
-        self._labels: tuple[int, ...] = ()
+        self._labels: FileSignature = ()
 
     def read(
-        self, session: Session, record: JournalReader, labels: tuple[int, ...], live: SessionUpdate
+        self, session: Session, record: JournalReader, labels: FileSignature, live: SessionUpdate
     ) -> None:
         """Posts what is new; the first time in parts, so that the screen fills early.
 

@@ -9,6 +9,7 @@ from engine.agreement import Agreement
 from engine.journal.rows import AttemptRow, CheckpointRow, CommandRow, EventRow, SampleRow
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
+from engine.session.file_signature import FileSignature
 from engine.session.position import Position
 
 Points = list[tuple[int, float | None]]
@@ -74,7 +75,7 @@ class SessionUpdate(Struct, frozen=True):
     checkpoints: list[CheckpointRow] | None = None
     samples: list[SampleRow] | None = None
     """The newest step's."""
-    labels: tuple[int, ...] | None = None
+    labels: FileSignature | None = None
     """Changes whenever somebody labels a response."""
     agreement: Agreement | None = None
     """Of the scores with the judgements; computed again whenever `labels` changes."""

@@ -11,8 +11,8 @@ import msgspec
 from engine import metrics
 from engine.errors import RlhfError
 from engine.journal.reader import JournalReader
+from engine.session.file_signature import file_signature
 from engine.session.folder import Session, all_sessions
-from rlhf_tui.file_stamps import file_id, stamp
 from rlhf_tui.state.runs.differences import configuration_of
 from rlhf_tui.state.session_row import ListedSession, session_row, unreadable_row
 
@@ -87,7 +87,7 @@ class SessionListCache:
         threading.Thread(target=read, daemon=True, name="listing").start()
 
     def _row(self, session: Session, metric: str, *, settings: bool) -> ListedSession:
-        changed = _stamp(session), metric
+        changed = _signature(session), metric
         known = self._known.get(session.folder)
         if known is None or known[0] != changed:
             known = changed, listed_session(session, metric)
@@ -97,7 +97,7 @@ class SessionListCache:
         return msgspec.structs.replace(known[1], settings=self._settings(session, known[1]))
 
     def _settings(self, session: Session, listed: ListedSession) -> dict[str, Any]:
-        changed = stamp(session.config_file), listed.row.settings
+        changed = file_signature(session.config_file), listed.row.settings
         known = self._configurations.get(session.folder)
         if known is None or known[0] != changed:
             try:
@@ -108,13 +108,7 @@ class SessionListCache:
         return known[1]
 
 
-def _stamp(session: Session) -> object:
+def _signature(session: Session) -> object:
     journal = session.journal_file
     files = (journal, journal.with_name("journal.db-wal"), session.config_file)
-    times = []
-    for path in files:
-        try:
-            times.append(path.stat().st_mtime_ns)
-        except OSError:
-            times.append(0)
-    return file_id(journal), *times, session.is_live()
+    return *map(file_signature, files), session.is_live()

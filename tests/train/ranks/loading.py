@@ -1,6 +1,6 @@
 """Loads and shards a model as one of several ranks, and measures the memory that this takes.
 
-``loading.py FOLDER STORE RESULTS``: FOLDER holds the model. Each rank writes a JSON file per load
+``loading.py FOLDER RESULTS``: FOLDER holds the model. Each rank writes a JSON file per load
 to RESULTS: the bytes of its shards, the growth of its resident memory at the peak of the load, and,
 on rank 0, the tensors that differ from those that transformers loads.
 """
@@ -17,7 +17,6 @@ from msgspec.structs import replace
 from transformers import AutoModelForCausalLM
 
 from engine.config.sections.launch import LaunchConfig
-from engine.launch.environment import STORE_VARIABLE
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor, place_model
 from engine.train.distributed.stored_tensor import mark_stored, stored_of
@@ -26,8 +25,7 @@ from engine.train.models.pretrained import load_lm
 
 
 def main():
-    folder, store, results = sys.argv[1:]
-    os.environ[STORE_VARIABLE] = f"file:{store}"
+    folder, results = sys.argv[1:]
     ranks = RankGroup(LaunchConfig(device="cpu"))
     for name, dtype, on_every_rank in (
         ("warm-up", torch.float32, True),  # imports what a load needs

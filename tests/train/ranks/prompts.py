@@ -1,6 +1,6 @@
 """Loads prompts as one of two ranks: ``prompts.py FOLDER DATA``.
 
-FOLDER is for the store, the caches and the results. The second time rank 1 is as on another
+FOLDER is for the caches and the results. The second time rank 1 is as on another
 machine, where nothing of rank 0's cache is seen.
 """
 
@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.model import DataConfig
-from engine.launch.environment import STORE_VARIABLE
 from engine.train.data import load_prompts
 from engine.train.data.prompt_cache import PromptCache
 from engine.train.distributed import share_prompts
@@ -23,7 +22,6 @@ from engine.train.distributed.ranks import RankGroup
 
 def main():
     folder, data = Path(sys.argv[1]), sys.argv[2]
-    os.environ[STORE_VARIABLE] = f"file:{folder}/store"
     ranks = RankGroup(LaunchConfig(device="cpu"))
     load_prompts.CACHED_BYTES = 0
     share_prompts.PART = 1000

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -29,6 +28,7 @@ from engine.config import file as config_file
 from engine.config.sections.train import EMAConfig
 from engine.config.settings import settings_of
 from engine.errors import CheckpointError
+from engine.launch.environment import STORE_VARIABLE
 from engine.session.checkpoints import checkpoint_path, mark_complete
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import saver, shards
@@ -200,12 +200,12 @@ def main() -> None:
             actions.append([])
         else:
             actions[-1].append(word)
-    torch.set_num_threads(1)
     refuse_pickles()
     group = None
     if actions[0][1] != "single":
-        store, number, count = next(rendezvous("env://"))
-        dist.init_process_group("gloo", store=store, rank=number, world_size=count)
+        count = int(os.environ["WORLD_SIZE"])
+        store = dist.FileStore(os.environ[STORE_VARIABLE].partition(":")[2], count)
+        dist.init_process_group("gloo", store=store, rank=rank(), world_size=count)
         group = dist.new_group(backend="gloo")
     for action in actions:
         act(group, *action)

@@ -1,4 +1,4 @@
-"""Trains one step on recorded rollouts, as one of several ranks started by torchrun.
+"""Trains one step on recorded rollouts, as one of several ranks.
 
 ``steps.py JOBS``: JOBS is a JSON list of jobs, each with the folder of a session, a recorded
 rollout and a result file. Rank 0 writes the metrics to the result file and the updated weights
@@ -15,20 +15,19 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config.sections.launch import LaunchConfig
-from engine.launch.environment import STORE_VARIABLE
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor
 from engine.train.evaluation.evaluate import evaluate_if_due
-from engine.train.load import fit_scales, load_run
+from engine.train.load import load_run
 from engine.train.ppo import chunked_loss
+from engine.train.reward_scales import fit_scales
 from engine.train.step import train_step
 
 
 def main():
     jobs = Path(sys.argv[1])
-    os.environ[STORE_VARIABLE] = f"file:{jobs}.store"
     ranks = RankGroup(LaunchConfig(device="cpu"))
     for job in json.loads(jobs.read_text()):
         chunked_loss.MOST_LOGITS = int(job["most_logits"])

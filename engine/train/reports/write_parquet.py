@@ -1,4 +1,4 @@
-"""Writes a table as Parquet: ``python -m engine.train.write_parquet FILE``.
+"""Writes a table as Parquet: ``python -m engine.train.reports.write_parquet FILE``.
 
 Reads it as JSON on standard input: column → values, which are numbers, texts, booleans or null, of
 one kind in a column. FILE is replaced once the table is complete.

@@ -3,9 +3,12 @@
 import os
 from pathlib import Path
 
+FileSignature = tuple[int, ...]
+"""Differs from the one before whenever the file was changed or replaced; () without a file."""
 
-def stamp(path: Path) -> tuple[int, ...]:
-    """Returns a value that changes whenever the file changes; () without a file."""
+
+def file_signature(path: Path) -> FileSignature:
+    """The inode, time of modification in nanoseconds, and size of a file; () if there is none."""
     try:
         found = os.stat(path)  # noqa: PTH116 - called every second
     except OSError:
@@ -14,7 +17,10 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 
 def file_id(path: Path) -> tuple[int, int] | None:
-    """Returns device and inode of the file at a path; None without a file."""
+    """Returns device and inode of the file at a path; None without a file.
+
+    Unlike the signature it stays while the file is written: it tells of another file at the path.
+    """
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError:

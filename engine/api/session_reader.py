@@ -21,7 +21,7 @@ from engine.metrics import METRICS
 from engine.session import folder as session_folder
 
 
-class RecordedSession:
+class SessionReader:
     """A run in its folder, live or ended, to be read."""
 
     def __init__(self, folder: str | Path) -> None:

@@ -11,7 +11,7 @@ from msgspec import Struct
 from engine.errors import RlhfError
 from engine.session.checkpoints import checkpoint_path, saved_settings
 from engine.session.folder import Session, find, free_name
-from rlhf_tui.app.overrides import (
+from rlhf_tui.app.forms.overrides import (
     Base,
     FormError,
     check_config_file,

@@ -1,0 +1,115 @@
+"""Rules between the keys of `ppo`, `kl` and the batch."""
+
+from engine.config.schema import RunConfig
+from engine.errors import ConfigError
+
+
+def check_ppo(config: RunConfig) -> None:
+    """Checks batches, the objective and the KL controller.
+
+    Raises:
+        ConfigError: keys contradict each other; the message names them and a remedy.
+    """
+    _check_batches(config)
+    _check_objective(config)
+    _check_controller(config)
+
+
+def _check_batches(config: RunConfig) -> None:
+    batch, per_prompt = config.rollout.batch_size, config.responses_per_prompt
+    traits = config.ppo.traits
+    if per_prompt < traits.least_per_prompt:
+        raise ConfigError(
+            f"rollout.per_prompt must be at least {traits.least_per_prompt} for "
+            f"ppo.advantage: {config.ppo.advantage}"
+        )
+    if batch % per_prompt:
+        raise ConfigError(
+            f"rollout.batch_size ({batch}) must be a multiple of rollout.per_prompt ({per_prompt})"
+        )
+    if batch % config.ppo.minibatches:
+        raise ConfigError(
+            f"rollout.batch_size ({batch}) must be a multiple of "
+            f"ppo.minibatches ({config.ppo.minibatches})"
+        )
+    if config.rollout.dynamic and per_prompt < 2:
+        raise ConfigError(
+            "rollout.dynamic needs a rollout.per_prompt of at least 2: one response has no variance"
+        )
+    if config.reward.overlong.buffer > config.rollout.max_new_tokens:
+        raise ConfigError(
+            f"reward.overlong.buffer ({config.reward.overlong.buffer}) may be "
+            f"rollout.max_new_tokens ({config.rollout.max_new_tokens}) at most"
+        )
+    if batch < 2 and traits.baseline and config.ppo.baseline == "batch":
+        raise ConfigError("ppo.baseline: batch needs a rollout.batch_size of at least 2")
+
+
+def _check_objective(config: RunConfig) -> None:
+    kl, ppo = config.kl, config.ppo
+    if kl.place == "loss" and kl.estimator == "k1":
+        raise ConfigError(
+            "kl.place: loss needs kl.estimator: k2 or k3, because the gradient of k1 is zero in "
+            "expectation and would not hold the policy back"
+        )
+    if kl.reference_update.every and config.lora.rank is not None:
+        raise ConfigError(
+            "kl.reference_update cannot be combined with lora.rank: the reference is the policy "
+            "without its adapters"
+        )
+    if ppo.value_init == "reward_model":
+        _check_value_init(config)
+    if config.linear_value:
+        _check_linear_value(config)
+
+
+def _check_value_init(config: RunConfig) -> None:
+    if not config.ppo.traits.value_function:
+        raise ConfigError(
+            f"ppo.value_init: reward_model needs a value function, and ppo.advantage: "
+            f"{config.ppo.advantage} has none"
+        )
+    if config.model.value != "separate":
+        raise ConfigError(
+            f"ppo.value_init: reward_model needs model.value: separate: {config.model.value} is "
+            "not a transformer of its own"
+        )
+    if config.lora.rank is not None:
+        raise ConfigError(
+            "ppo.value_init: reward_model cannot be combined with lora.rank: a value function with "
+            "adapters starts from the policy"
+        )
+    if len(config.reward.models()) != 1:
+        raise ConfigError(
+            "ppo.value_init: reward_model needs exactly one reward model among the reward sources, "
+            f"not {len(config.reward.models())}"
+        )
+
+
+def _check_linear_value(config: RunConfig) -> None:
+    if len(config.reward.models()) != 1:
+        raise ConfigError(
+            "model.value: reward_model needs exactly one reward model among the reward sources, "
+            f"not {len(config.reward.models())}: set model.value: shared"
+        )
+    if config.ppo.value_warmup:
+        raise ConfigError(
+            "ppo.value_warmup has nothing to train with model.value: reward_model, which is fitted "
+            "after each step: leave it out"
+        )
+    if config.rollout.dynamic:
+        raise ConfigError(
+            "rollout.dynamic cannot be combined with model.value: reward_model: set model.value: "
+            "shared"
+        )
+
+
+def _check_controller(config: RunConfig) -> None:
+    kl, rollout = config.kl, config.rollout
+    if not kl.beta_min < kl.beta_max:
+        raise ConfigError(f"kl.beta_min ({kl.beta_min}) must be below kl.beta_max ({kl.beta_max})")
+    if kl.controller == "adaptive" and 0.2 * rollout.batch_size / kl.horizon >= 1:
+        raise ConfigError(
+            f"kl.horizon ({kl.horizon:g}) is too small for rollout.batch_size "
+            f"({rollout.batch_size}): it must exceed {0.2 * rollout.batch_size:g}"
+        )

@@ -1,0 +1,58 @@
+"""Copies journal and samples to a fork, up to the step that it starts from."""
+
+import sqlite3
+from contextlib import closing
+
+from engine.journal import schema
+from engine.journal.database import open_read_only
+from engine.session import access
+from engine.session.folder import Session
+
+TRUNCATE_JOURNAL = (
+    "DELETE FROM metrics WHERE step > :step",
+    "DELETE FROM steps WHERE step > :step",
+    "DELETE FROM metrics_past",
+    "DELETE FROM steps_past",
+    "DELETE FROM events WHERE step > :step OR (kind = 'command' AND json_extract(data, '$.id') IN "
+    "(SELECT id FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step))",
+    # What its source went through after the checkpoint, at the same step or after a resume.
+    "DELETE FROM events WHERE id > (SELECT max(id) FROM events WHERE kind = 'checkpoint' "
+    "AND step = :step) AND (kind IN ('attempt', 'ready', 'state', 'error') "
+    "OR (kind = 'alert' AND json_extract(data, '$.rule') = 'restart'))",
+    "DELETE FROM commands WHERE live = 0 OR applied_step IS NULL OR applied_step > :step",
+    "DELETE FROM meta WHERE key IN ('reseed', 'settings', 'message', 'pause_reason', 'deadline', "
+    "'exit_code')",
+    "DELETE FROM checkpoints WHERE step <> :step",
+    "UPDATE checkpoints SET status = 'complete'",
+)
+"""Remove what came after the step, and what the source alone went through."""
+TRUNCATE_SAMPLES = (
+    "DELETE FROM samples WHERE step > :step",
+    "DELETE FROM arrays WHERE step > :step",
+    "DELETE FROM samples_past",
+    "DELETE FROM evaluated WHERE step > :step",
+    "DELETE FROM evaluated_past",
+)
+
+
+def copy_until(source: Session, target: Session, step: int) -> None:
+    """Copies journal and samples up to a step to a new session.
+
+    Raises:
+        JournalError: a file of the source cannot be read.
+        sqlite3.Error: a file cannot be copied.
+    """
+    for old, new, migrations, queries in (
+        (source.journal_file, target.journal_file, schema.JOURNAL, TRUNCATE_JOURNAL),
+        (source.samples_file, target.samples_file, schema.SAMPLES, TRUNCATE_SAMPLES),
+    ):
+        reader = open_read_only(old, len(migrations))
+        if reader is None:
+            continue
+        access.create_file(new)
+        with closing(reader), closing(sqlite3.connect(new)) as writer:
+            reader.backup(writer)
+            schema.migrate(writer, migrations, new)
+            with writer:
+                for query in queries:
+                    writer.execute(query, {"step": step})

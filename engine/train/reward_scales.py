@@ -1,0 +1,121 @@
+"""The scales of the scores (`normalise`): measured before the first step, kept in checkpoints."""
+
+import logging
+import re
+from collections.abc import Callable
+
+import torch
+
+from engine.config.schema import RunConfig
+from engine.config.sections.reward import RewardConfig
+from engine.train.checkpoints.folder import TrainingState
+from engine.train.rewards.normalise import Normaliser
+from engine.train.rewards.source import RewardInputs
+from engine.train.rewards.value_init import first_weights, scale_value_head
+from engine.train.rollout.backend import SamplingOptions, generate_responses
+from engine.train.run import Run
+
+log = logging.getLogger("engine")
+
+ADDRESS = re.compile(r"(://[^\s?]*)\?\S*")
+"""An address with a query in a text, after its scheme; group 1 is without the query."""
+
+
+def use_saved_scales(run: Run, changed: Callable[[str], None]) -> None:
+    """Gives the sources the checkpoint's scales, and forgets those that are no longer wanted.
+
+    Args:
+        run: as it was loaded.
+        changed: called with a sentence if the scores come from another reward than before.
+    """
+    state, rewards = run.state, run.rewards
+    _adopt_reward(state, run.config.reward, changed)
+    if run.config.reward.normalise == "none":
+        state.reward_mean, state.reward_std = 0.0, 1.0
+    scales = state.reward_scales
+    state.reward_scales = {name: scales[name] for name in rewards.normalised if name in scales}
+    rewards.scales = state.reward_scales
+
+
+def fit_scales(run: Run, config: RunConfig) -> None:
+    """Measures the scales of the scores, and scales a value function that begins with them.
+
+    A resumed run has them in its checkpoint, unless a `normalise` was turned on since: then all are
+    measured on the reference as it is now, which is that of the first step if nothing updates it.
+
+    Args:
+        run: its state and reward mix get the scales, its value head is scaled.
+        config: the configuration that the run was loaded with. That in force may already differ.
+
+    Raises:
+        RewardCallError: a reward function raises; on all ranks.
+    """
+    state, rewards = run.state, run.rewards
+    unscaled = (state.reward_mean, state.reward_std) == (0.0, 1.0)
+    if (config.reward.normalise == "reference" and unscaled) or any(
+        name not in rewards.scales for name in rewards.normalised
+    ):
+        run.announce(state.step, "normalise reward")
+        _normalise_rewards(run, config)
+        state.value_weights = []  # those of other scores
+    if config.ppo.value_init == "reward_model" and not state.step:
+        total = Normaliser(run.state.reward_mean, run.state.reward_std)
+        scale_value_head(run.policy, run.rewards, total)
+    if config.linear_value and not state.value_weights:
+        total = Normaliser(run.state.reward_mean, run.state.reward_std)
+        state.value_weights = first_weights(run.rewards, total)
+
+
+def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
+    """The reference's responses to the run's first prompts, to normalise scores by.
+
+    There are `reward.normalise_samples` of them.
+    """
+    count = config.reward.normalise_samples
+    prompts = [p for s in range(1, count + 1) for p in run.prompts.for_step(s)][:count]
+    options = SamplingOptions(
+        seed=config.seed,
+        step=0,
+        weights_version=0,
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    rollout = generate_responses(
+        run.backend, run.reference, prompts, options, run.tokenizer, run.ranks
+    )
+    return RewardInputs.of(rollout, 0)
+
+
+def _adopt_reward(
+    state: TrainingState, config: RewardConfig, changed: Callable[[str], None]
+) -> None:
+    """Forgets the scales of another reward, so that they are measured again."""
+    reward = config.scored_by
+    # Earlier versions kept the query of an address, which may be a key.
+    before = ADDRESS.sub(r"\1", state.scored_by)
+    if before not in ("", reward):
+        text = (
+            f"from step {state.step + 1} on scores come from {reward}, before from "
+            f"{before}: they are not comparable"
+        )
+        log.info(text)
+        changed(text)
+        state.reward_mean, state.reward_std, state.baseline = 0.0, 1.0, None
+        state.reward_scales, state.value_weights = {}, []
+    state.scored_by = reward
+
+
+def _normalise_rewards(run: Run, config: RunConfig) -> None:
+    """Measures means and deviations on responses of the reference, and stores them in the state."""
+    state, rewards = run.state, run.rewards
+    inputs = reference_responses(run, config)
+    total, parts = rewards(inputs)
+    if rewards.normalised:
+        for name in rewards.normalised:
+            scores = torch.tensor([s for s in parts[name] if s is not None] or [0.0])
+            scale = Normaliser.of(scores, f"the normalise of reward source '{name}'")
+            rewards.scales[name] = (scale.mean, scale.std)
+        total = rewards.total(parts, inputs)
+    if config.reward.normalise == "reference":
+        normaliser = Normaliser.of(total)
+        state.reward_mean, state.reward_std = normaliser.mean, normaliser.std

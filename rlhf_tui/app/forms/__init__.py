@@ -1,0 +1,1 @@
+"""What is typed into the dialogs of the app: checked, completed, and made into commands."""

@@ -1,0 +1,30 @@
+"""Short messages to the operator: in the line of keys, or in a box."""
+
+from textual.app import App
+from textual.notifications import SeverityLevel
+
+from rlhf_tui.screens.base import SessionScreen
+from rlhf_tui.text import sanitise
+from rlhf_tui.widgets.key_footer import KeyFooter
+from rlhf_tui.widgets.textual_internals import screens_of_current_mode
+
+NOTICE = 5.0
+"""Seconds for which a notice replaces the line of keys."""
+SECONDS_SHOWN: dict[SeverityLevel, float] = {"information": 4, "warning": 4, "error": 8}
+"""Seconds for which a notice is shown in a box."""
+
+
+def show_notice(app: App[None], text: str, severity: SeverityLevel) -> None:
+    """Shows a notice for a few seconds; nothing in it is markup.
+
+    Information replaces the line of keys for a moment, so that it covers nothing.
+    """
+    screens = screens_of_current_mode(app)
+    screen = next(iter(screens), None)
+    if severity == "information" and isinstance(screen, SessionScreen) and screen.is_mounted:
+        screen.query_one(KeyFooter).say(text, NOTICE)
+        return
+    toasts = [toast for top in screens[-1:] for toast in top.query("Toast")]
+    if sanitise(text) in [str(toast.render()) for toast in toasts]:
+        return  # a key that is held down says it once
+    app.notify(sanitise(text), severity=severity, markup=False, timeout=SECONDS_SHOWN[severity])

@@ -1,0 +1,88 @@
+"""The preview on the sessions screen: where there is room for it, and when it is read."""
+
+import functools
+from pathlib import Path
+
+from textual.screen import Screen
+from textual.timer import Timer
+from textual.worker import get_current_worker
+
+from engine.session.folder import Session
+from rlhf_tui.screens.context import AppContext
+from rlhf_tui.state.messages import SessionPreviewed
+from rlhf_tui.state.session_preview import read_preview
+from rlhf_tui.state.session_row import ListedSession, SessionRow
+from rlhf_tui.widgets.panels.preview import PreviewPanel
+from rlhf_tui.widgets.table import Table
+
+PREVIEW_AFTER = 0.15
+"""Seconds that a row is highlighted before its preview is read."""
+BESIDE, LEAST_HEIGHT = 170, 20
+"""Width and height from which on the preview is beside the table."""
+BELOW, LEAST_ROWS = 34, 6
+"""Height from which on the preview is below the table, and the least height of the table then."""
+
+
+class HighlightedPreview:
+    """Shows the preview of the highlighted session beside the table, below it, or nowhere."""
+
+    def __init__(self, screen: Screen[None], context: AppContext, table: Table) -> None:
+        """Reads nothing yet.
+
+        Args:
+            screen: has the container `#browser` and the panel; takes the messages.
+            context: of the screen.
+            table: the list of sessions.
+        """
+        self._screen = screen
+        self._context = context
+        self._table = table
+        self._asked: tuple[ListedSession, Session | None] | None = None
+        """The row whose preview was asked for last, and the session it is compared with."""
+        self._due: Timer | None = None
+
+    def fit(self) -> None:
+        """Puts the preview where there is room; call it when the size or the rows change."""
+        width, height = self._screen.size
+        browser, table = self._screen.query_one("#browser"), self._table
+        beside = bool(table.count()) and width >= BESIDE and height >= LEAST_HEIGHT
+        below = bool(table.count()) and not beside and height >= BELOW
+        browser.set_class(beside, "beside")
+        browser.set_class(below, "below")
+        if below:
+            table.styles.height = min(max(table.count() + 1, LEAST_ROWS), height * 2 // 5)
+        else:
+            table.styles.clear_rule("height")
+
+    def ask(self, listed: ListedSession | None) -> None:
+        """Reads the preview of a session soon, if another row or other values are highlighted.
+
+        Soon: moving through the list reads nothing on the way.
+        """
+        shown = self._screen.query_one("#browser").classes & {"beside", "below"}
+        if listed is None or not shown:
+            return
+        session, folder = self._context.session, Path(listed.row.folder)
+        other = None if session == Session(folder) else session
+        if self._asked == (listed, other):
+            return
+        self._asked = listed, other
+        if self._due is not None:
+            self._due.stop()
+        work = functools.partial(self._read, folder, other)
+        self._due = self._screen.set_timer(
+            PREVIEW_AFTER,
+            lambda: self._screen.run_worker(work, group="preview", exclusive=True, thread=True),
+        )
+
+    def _read(self, folder: Path, other: Session | None) -> None:
+        """Reads the preview of a session, in a worker thread."""
+        preview = read_preview(Session(folder), other)
+        if not get_current_worker().is_cancelled:
+            self._screen.post_message(SessionPreviewed(preview))
+
+    def take(self, message: SessionPreviewed, highlighted: SessionRow | None) -> None:
+        """Shows a preview that was read, if its session is still highlighted."""
+        if highlighted is not None and highlighted.folder == message.preview.folder:
+            panel = self._screen.query_one(PreviewPanel)
+            panel.show(highlighted.name, message.preview)
