@@ -32,6 +32,7 @@ from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.train.distributed.ranks import RankGroup
 from engine.train.load import load_run
+from engine.train.reward_scales import fit_scales
 from engine.train.run import Run
 from engine.train.step import train_step
 
@@ -191,7 +192,9 @@ def load_starter_run(sessions: Path, seed: int, steps: int, settings: list[str])
     config = config_file.load(starter.FOLDER / "demo.yaml", overrides)
     session = create(sessions, "run", config)
     begin = Begin(attempt=1, from_step=0)
-    return load_run(session, config, begin, RankGroup(config.launch), _silent)
+    run = load_run(session, config, begin, RankGroup(config.launch), _silent)
+    fit_scales(run, config)
+    return run
 
 
 @contextmanager

@@ -56,6 +56,7 @@ PER_PROMPT, EVALUATED_EVERY = 4, 8
 FROM_REWARD_MODEL = ["model.value=separate", "ppo.value_init=reward_model"]
 OURS = {
     "shared": [],
+    "fitted": ["model.value=reward_model"],
     "reward-model": FROM_REWARD_MODEL,
     "as-trl": [
         *FROM_REWARD_MODEL, "ppo.value_clip=0.2", "train.adam_eps=1e-8", "ppo.max_grad_norm=1e6",

@@ -58,7 +58,9 @@ def rollout_forward(
     return logprobs, values, width
 
 
-def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
+def old_policy_outputs(
+    run: Run, rollout: Rollout, rows: Tensor, _states: Any = None
+) -> tuple[Tensor, Tensor]:
     """Computes log π_old and V_old in a separate forward pass."""
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     return score_tokens(run.policy, rollout, temperature, size, rows=rows)

@@ -173,7 +173,9 @@ METRICS = (
            "the entropy during the updates, aggregated alike (with `ppo.entropy_coef` only)"),
     Metric("loss/kl_avg", "nats per token",
            "the estimate of the KL in the updates, aggregated alike (with `kl.place: loss` only)"),
-    Metric("loss/value_avg", "score²", "0.5 · mean (V − return)² (`ppo.advantage: gae` only)"),
+    Metric("loss/value_avg", "score²",
+           "0.5 · mean (V − return)² (`ppo.advantage: gae` only); with `model.value: reward_model` "
+           "of the V before the fit"),
     Metric("val/clipfrac_avg", "fraction of tokens",
            "tokens whose value loss was clipped (`ppo.advantage: gae` only)"),
     Metric(

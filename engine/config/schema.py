@@ -49,6 +49,11 @@ class RunConfig(Section, frozen=True):
         """Prompts per step, over all ranks."""
         return self.rollout.batch_size // self.responses_per_prompt
 
+    @property
+    def linear_value(self) -> bool:
+        """Whether the value function is fitted to the reward model's hidden states."""
+        return self.model.value == "reward_model" and self.ppo.traits.value_function
+
 
 FIXED_AT_START = (
     "seed",

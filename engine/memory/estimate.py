@@ -66,7 +66,7 @@ class _Estimator:
         # With LoRA, the policy with disabled adapters serves as the reference.
         self._shared_reference = layout.lora_rank is not None and config.model.reference is None
         self._adapters = self._adapter_parameters()
-        has_value = config.ppo.traits.value_function
+        has_value = config.ppo.traits.value_function and not config.linear_value
         self._separate = has_value and config.model.value == "separate"
         head = policy.hidden + 1 if has_value else 0
         # A value function that starts from the reward model has its size.
@@ -188,7 +188,14 @@ class _Estimator:
             passing = forward_activations(shape, rows, length, self._reward_width)
             found["activations"] = max(found["activations"], passing)
             found["gathered"] = max(found["gathered"], self._gathered(shape, self._reward_width))
-        return found
+        return found | self._states()
+
+    def _states(self) -> dict[str, int]:
+        """The reward model's hidden states of the rank's responses, and what is fitted to them."""
+        if not self._config.linear_value or not self._models.rewards:
+            return {}
+        width = self._models.rewards[0].hidden
+        return {"states": MASTER * self._rows * self._response * width + 3 * 8 * width**2}
 
     def _computing_logprobs(self) -> dict[str, int]:
         """A forward pass over finished responses, of the reference or of the policy."""
@@ -200,6 +207,7 @@ class _Estimator:
             "logits": self._logits(self._read_rows),
             "gathered": self._gathered(self._models.reference, self._compute),
             "casts": self._casts(),
+            **self._states(),
         }
 
     def _optimising(self) -> dict[str, int]:

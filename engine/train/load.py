@@ -45,7 +45,7 @@ from engine.train.models.reference_update import check_same_shapes
 from engine.train.policy_average import PolicyAverage
 from engine.train.ppo.adamw import make_optimiser
 from engine.train.reward_scales import use_saved_scales
-from engine.train.rewards.mix import load_rewards
+from engine.train.rewards.mix import RewardMix, load_rewards
 from engine.train.rewards.source import LoadContext
 from engine.train.rewards.value_init import load_value_model
 from engine.train.rollout.ahead import rollout_ahead
@@ -133,7 +133,7 @@ def load_run(
     on_host = config.parallel.frozen == "offload"
     begin_stage("reward")
     context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
-    rewards = load_rewards(context)
+    rewards = _load_scores(config, context)
     held_out: HeldOut | None = None
     if held_out_prompts:
         watched = config.eval.rewards
@@ -181,6 +181,14 @@ def load_run(
     # What is wrong with an engine of its own shows here, not in the first step.
     backend.sync(policy, begin.from_step, lambda _done, _total: None)
     return run
+
+
+def _load_scores(config: RunConfig, context: LoadContext) -> RewardMix:
+    """The sources of the section `reward`. Raises UserInputError, also if V cannot be fitted."""
+    rewards = load_rewards(context)
+    if config.linear_value:
+        rewards.reward_model().check_states()
+    return rewards
 
 
 def load_policy_average(

@@ -11,7 +11,7 @@ from engine.config.sections.reward import RewardConfig
 from engine.train.checkpoints.folder import TrainingState
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
-from engine.train.rewards.value_init import scale_value_head
+from engine.train.rewards.value_init import first_weights, scale_value_head
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.run import Run
 
@@ -57,9 +57,13 @@ def fit_scales(run: Run, config: RunConfig) -> None:
     ):
         run.announce(state.step, "normalise reward")
         _normalise_rewards(run, config)
+        state.value_weights = []  # those of other scores
     if config.ppo.value_init == "reward_model" and not state.step:
         total = Normaliser(run.state.reward_mean, run.state.reward_std)
         scale_value_head(run.policy, run.rewards, total)
+    if config.linear_value and not state.value_weights:
+        total = Normaliser(run.state.reward_mean, run.state.reward_std)
+        state.value_weights = first_weights(run.rewards, total)
 
 
 def reference_responses(run: Run, config: RunConfig) -> RewardInputs:
@@ -97,7 +101,7 @@ def _adopt_reward(
         log.info(text)
         changed(text)
         state.reward_mean, state.reward_std, state.baseline = 0.0, 1.0, None
-        state.reward_scales = {}
+        state.reward_scales, state.value_weights = {}, []
     state.scored_by = reward
 
 

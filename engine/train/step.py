@@ -11,8 +11,9 @@ from engine.protocol.rank_messages import Sample
 from engine.train.dynamic_sampling import Parts, ScoredRollout, redraw_constant_groups
 from engine.train.greedy_baseline import greedy_scores
 from engine.train.ppo.adamw import learning_rate
-from engine.train.ppo.advantages import AdvantageInputs, make_targets
+from engine.train.ppo.advantages import AdvantageInputs, Targets, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens
+from engine.train.ppo.linear_value import fitted_weights, linear_values
 from engine.train.ppo.metrics import source_metrics, speed_metrics, step_metrics
 from engine.train.ppo.optimise import optimise
 from engine.train.ppo.rollout_correction import with_rollout_correction
@@ -21,6 +22,7 @@ from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rollout.backend import SamplingOptions, generate_responses
 from engine.train.rollout.rollout import ReportProgress, Rollout
+from engine.train.rollout.token_states import TokenStates
 from engine.train.rollout_check import check_rollout, version_lag
 from engine.train.run import Run
 
@@ -53,7 +55,8 @@ def train_step(
         begin_next_rollout(run, step)
 
     # 2. Score them, and draw again where scores do not vary.
-    scored = ScoredRollout(rollout, *score_rollout(run, step, rollout))
+    states = TokenStates() if config.linear_value else None
+    scored = ScoredRollout(rollout, *score_rollout(run, step, rollout, states))
     if config.rollout.dynamic and recorded is None:
         scored = redraw_constant_groups(
             run, step, scored, sampling_options(run, step), partial(score_rollout, run, step)
@@ -80,7 +83,7 @@ def train_step(
             run.reference, rollout, config.rollout.temperature, config.ppo.micro_batch_size,
             rows=rows, want="logits", report=report,
         )  # fmt: skip
-        old_logprobs, old_values = old_policy_outputs(run, rollout, rows)
+        old_logprobs, old_values = old_policy_outputs(run, rollout, rows, states)
     ref_logprobs = ranks.all_reduce_sum(ref_logprobs)
     if recorded is None:
         check_rollout(run, step, rollout, old_logprobs, ref_logprobs)
@@ -98,6 +101,9 @@ def train_step(
     targets = with_rollout_correction(targets, rollout, config.ppo)
     if targets.baseline is not None:
         state.baseline = targets.baseline
+
+    if states is not None:
+        fit_value(run, states, targets)
 
     # 5. Epochs of clipped updates.
     with timer.phase(run, step, "optimise") as report:
@@ -176,13 +182,20 @@ def sampling_options(run: Run, step: int) -> SamplingOptions:
     )
 
 
-def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]:
-    """The raw scores of a step's responses, (B,) float32, and those of each source."""
+def score_rollout(
+    run: Run, step: int, rollout: Rollout, keep: TokenStates | None = None
+) -> tuple[Tensor, Parts]:
+    """The raw scores of a step's responses, (B,) float32, and those of each source.
+
+    `keep` gets the reward model's hidden states.
+    """
     with run.timer.phase(run, step, "score") as report:
-        return run.rewards(RewardInputs.of(rollout, step), report)
+        return run.rewards(RewardInputs.of(rollout, step), report, keep=keep)
 
 
-def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
+def old_policy_outputs(
+    run: Run, rollout: Rollout, rows: Tensor, states: TokenStates | None = None
+) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old of a rollout, by the policy before the update.
 
     In float32, the log-probabilities of a native rollout are used: they agree with a full forward
@@ -194,15 +207,28 @@ def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor
         run: the run.
         rollout: B responses of at most T tokens.
         rows: this rank's share of what is computed; (n,) int64.
+        states: of `model.value: reward_model`, whose values come from these.
 
     Returns:
         log π_old and V_old, each (B, T) float32 and 0 beyond a response's length.
     """
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
+    logprobs, values = rollout.logprobs * rollout.mask, rollout.values * rollout.mask
     if run.config.model.dtype != "float32" or run.backend.separate:
         logprobs, values = score_tokens(run.policy, rollout, temperature, size, rows=rows)
-        return run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
-    if run.policy.value_trunk is not None:
+        logprobs, values = run.ranks.all_reduce_sum(logprobs), run.ranks.all_reduce_sum(values)
+    elif run.policy.value_trunk is not None:
         _, values = score_tokens(run.policy, rollout, temperature, size, rows=rows, want="values")
-        return rollout.logprobs * rollout.mask, run.ranks.all_reduce_sum(values)
-    return rollout.logprobs * rollout.mask, rollout.values * rollout.mask
+        values = run.ranks.all_reduce_sum(values)
+    if states is not None:
+        values = linear_values(run.state.value_weights, states, values, run.ranks)
+    return logprobs, values
+
+
+def fit_value(run: Run, states: TokenStates, targets: Targets) -> None:
+    """Fits the value function of `model.value: reward_model` to the step's returns.
+
+    Clears `states`, which are large, before the updates of the policy.
+    """
+    run.state.value_weights = fitted_weights(run.state.value_weights, states, targets, run.ranks)
+    states.clear()

@@ -46,6 +46,7 @@ LABELS = {
     "KV cache": "KV cache",
     "gathered": "weights gathered",
     "casts": "bfloat16 copies",
+    "states": "states for values",
     "loading": "weights read",
 }
 """Label by part, in the order of the rows: parts that are held throughout a step come first."""

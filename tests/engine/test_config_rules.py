@@ -222,6 +222,17 @@ REFUSED = {
         ["ppo.value_init=reward_model", "model.value=separate", "reward.model=null",
          "reward.function=m:f"], "exactly one reward model.*not 0",
     ),
+    "a value of no reward model": (
+        ["model.value=reward_model", "reward.model=null", "reward.function=m:f"],
+        "model.value: reward_model needs exactly one reward model.*not 0",
+    ),
+    "a fitted value to warm up": (
+        ["model.value=reward_model", "ppo.value_warmup=2"], "value_warmup has nothing to train",
+    ),
+    "a fitted value with dynamic sampling": (
+        ["model.value=reward_model", "rollout.dynamic=true", "rollout.per_prompt=2"],
+        "rollout.dynamic cannot be combined with model.value",
+    ),
     "a buffer longer than a response": (["reward.overlong.buffer=1000"], r"may be.*at most"),
     "a reference without weights of its own": (
         ["kl.reference_update.every=5", "lora.rank=8"], "without its adapters",

@@ -105,7 +105,7 @@ def test_a_reference_of_another_architecture_cannot_follow_the_policy(make_run, 
         make_run("kl.reference_update={every: 1}", f"model.reference={tmp_path / 'other'}")
 
 
-@pytest.mark.parametrize("value", ["shared", "separate"])
+@pytest.mark.parametrize("value", ["shared", "separate", "reward_model"])
 def test_the_next_step_of_a_resumed_run_is_bitwise_equal(make_run, assert_same_step, value):
     run, session = make_run(f"model.value={value}")
     train_step(run, 1)

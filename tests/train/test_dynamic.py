@@ -18,7 +18,7 @@ class Judge:
         self.dull = dull
         self.calls = 0
 
-    def __call__(self, inputs, report=None):
+    def __call__(self, inputs, report=None, **_options):
         self.calls += 1
         scores = [
             0.0 if self.dull(p.text, self.calls) else float(i)

@@ -61,6 +61,7 @@ VARIANTS = {
         "model.value=separate",
         "ppo.value_init=reward_model",
     ),
+    "gae, value function on the states of the reward model": ("model.value=reward_model",),
     "remax": ("ppo.advantage=remax", "rollout.per_prompt=2"),
     "gae, adapters": ("ppo.advantage=gae", "lora.rank=4"),
     "gae, separate value trunk, adapters": ("model.value=separate", "lora.rank=4"),
@@ -104,6 +105,8 @@ def one_process(session):
 
 def weights(run):
     found = {k: p.detach().clone() for k, p in run.policy.named_parameters()}
+    if run.state.value_weights:
+        found["fitted value"] = torch.tensor(run.state.value_weights)
     if run.average is not None:
         found |= {f"ema/{k}": t.clone() for k, t in run.average.tensors(run.policy).items()}
     return found

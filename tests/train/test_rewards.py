@@ -371,6 +371,14 @@ def test_an_encoder_of_another_tokenizer_scores_as_when_it_is_called_by_hand(
         assert score == pytest.approx(float(model(**by_hand).logits[0, 0]), abs=1e-5)
 
 
+def test_a_value_cannot_be_fitted_to_a_model_that_reads_other_tokens(encoder, tokenizer):
+    folder, _, _ = encoder
+    config = RewardConfig(model=folder)
+    reward = RewardModel(folder, None, config, tokenizer.get_vocab(), SINGLE_RANK)
+    with pytest.raises(UserInputError, match=r"bert' does not: set model\.value: shared"):
+        reward.check_states()
+
+
 def test_an_encoder_reads_the_end_of_what_is_too_long_and_its_special_tokens(
     inputs, tokenizer, encoder
 ):

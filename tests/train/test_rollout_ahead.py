@@ -110,7 +110,7 @@ def test_a_step_whose_reward_fails_is_repeated_with_the_same_responses(make_run,
     steps(run, 1)
     rewards = run.rewards
 
-    def fails(*_arguments):
+    def fails(*_arguments, **_options):
         raise RewardCallError("the reward failed")
 
     run.rewards = fails
@@ -148,7 +148,7 @@ def test_prompts_that_are_drawn_again_are_of_the_present_weights(make_run, engin
     steps(run, 1)
     scores, original = [], run.rewards
 
-    def the_first_prompt_is_constant(inputs, report=no_report):
+    def the_first_prompt_is_constant(inputs, report=no_report, **_options):
         total, parts = original(inputs, report)
         if not scores:
             total[:2] = 0.0

@@ -53,6 +53,10 @@ VARIANTS = {
         "ppo.value_init=reward_model",
         "reward.normalise=reference",
     ],
+    "value function on the states of the reward model": [
+        "model.value=reward_model",
+        "reward.normalise=reference",
+    ],
     "sequence ratio": ["ppo.advantage=reward", "ppo.ratio=sequence"],
 }
 

@@ -59,6 +59,8 @@ def _check_objective(config: RunConfig) -> None:
         )
     if ppo.value_init == "reward_model":
         _check_value_init(config)
+    if config.linear_value:
+        _check_linear_value(config)
 
 
 def _check_value_init(config: RunConfig) -> None:
@@ -69,8 +71,8 @@ def _check_value_init(config: RunConfig) -> None:
         )
     if config.model.value != "separate":
         raise ConfigError(
-            "ppo.value_init: reward_model needs model.value: separate, because a shared value "
-            "function has the policy's transformer"
+            f"ppo.value_init: reward_model needs model.value: separate: {config.model.value} is "
+            "not a transformer of its own"
         )
     if config.lora.rank is not None:
         raise ConfigError(
@@ -81,6 +83,24 @@ def _check_value_init(config: RunConfig) -> None:
         raise ConfigError(
             "ppo.value_init: reward_model needs exactly one reward model among the reward sources, "
             f"not {len(config.reward.models())}"
+        )
+
+
+def _check_linear_value(config: RunConfig) -> None:
+    if len(config.reward.models()) != 1:
+        raise ConfigError(
+            "model.value: reward_model needs exactly one reward model among the reward sources, "
+            f"not {len(config.reward.models())}: set model.value: shared"
+        )
+    if config.ppo.value_warmup:
+        raise ConfigError(
+            "ppo.value_warmup has nothing to train with model.value: reward_model, which is fitted "
+            "after each step: leave it out"
+        )
+    if config.rollout.dynamic:
+        raise ConfigError(
+            "rollout.dynamic cannot be combined with model.value: reward_model: set model.value: "
+            "shared"
         )
 
 

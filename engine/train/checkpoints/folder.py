@@ -53,6 +53,8 @@ class TrainingState(msgspec.Struct, kw_only=True):
     """Reward source → mean and standard deviation, for sources with a `normalise` of their own."""
     baseline: float | None = None
     """The mean score kept by `ppo.baseline: running`."""
+    value_weights: list[float] = []
+    """Weights and bias of `model.value: reward_model`; empty before the first step."""
     scored_by: str = ""
     """The reward that scores, scales and baseline belong to, see
     :attr:`engine.config.sections.reward.RewardConfig.scored_by`. Empty in earlier versions."""

@@ -61,7 +61,8 @@ def load_policy(
         UserInputError: the model or the adapters' targets cannot be used.
         CheckpointError: the checkpoint's adapters are missing or do not match the configuration.
     """
-    value = config.model.value if config.ppo.traits.value_function else None
+    has_value = config.ppo.traits.value_function and not config.linear_value
+    value = config.model.value if has_value else None
     adapted = config.lora.rank is not None
     base = starter.resolve(config.model.policy) if adapted else source
     dtype = compute_dtype(config) if adapted else torch.float32

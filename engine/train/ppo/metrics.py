@@ -68,7 +68,7 @@ def step_metrics(
         metrics
         | group_metrics(scores, config.responses_per_prompt)
         | _optimiser_metrics(stats, config)
-        | _value_metrics(mask, targets, stats)
+        | _value_metrics(mask, targets, stats, fitted=config.linear_value)
         | gap_metrics(targets, rollout, config.ppo)
     )
 
@@ -111,14 +111,21 @@ def _optimiser_metrics(stats: UpdateStats, config: RunConfig) -> dict[str, float
     }
 
 
-def _value_metrics(mask: Tensor, targets: Targets, stats: UpdateStats) -> dict[str, float]:
+def _value_metrics(
+    mask: Tensor, targets: Targets, stats: UpdateStats, *, fitted: bool
+) -> dict[str, float]:
+    """`fitted`: whether the value function is fitted between steps, and has no loss in updates."""
     sums = stats.sums
     if not stats.updates or targets.returns is None or targets.old_values is None:
         return {}
-    metrics = {
-        "loss/value_avg": sums.value_loss / sums.tokens,
-        "val/clipfrac_avg": sums.value_clipped / sums.tokens,
-    }
+    if fitted:
+        errors = masked.masked_mean((targets.old_values - targets.returns) ** 2, mask)
+        metrics = {"loss/value_avg": 0.5 * float(errors)}
+    else:
+        metrics = {
+            "loss/value_avg": sums.value_loss / sums.tokens,
+            "val/clipfrac_avg": sums.value_clipped / sums.tokens,
+        }
     explained = float(masked.explained_variance(targets.old_values, targets.returns, mask))
     return metrics | ({} if math.isnan(explained) else {"val/explained_var": explained})
 

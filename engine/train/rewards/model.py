@@ -1,8 +1,11 @@
 """Reward source: a Hugging Face sequence classifier."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from engine import starter
@@ -11,6 +14,7 @@ from engine.errors import UserInputError
 from engine.train.distributed import sharding
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
+from engine.train.distributed.sharding import full_tensor
 from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.pretrained import (
     load_tokenizer,
@@ -63,6 +67,7 @@ class RewardModel:
         tokenizer = load_tokenizer(path, "reward.model", ranks, read)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         model = load_classifier(path, ranks, strategy, dtype, read)
+        self._source = source
         self._strategy = strategy
         self._label = label_index(source, label, model.config)
         model.config.use_cache = False  # a decoder would fill one for nothing
@@ -84,19 +89,103 @@ class RewardModel:
         with sharding.materialised(self._model):
             return self._scores(inputs, report)
 
+    def score_and_keep(
+        self, inputs: RewardInputs, report: ReportProgress
+    ) -> tuple[list[float | None], list[Tensor]]:
+        """Scores, and the hidden states before each response token: (length, H) float32 a row.
+
+        Call :meth:`check_states` first, once.
+        """
+        kept: dict[int, Tensor] = {}
+        with sharding.materialised(self._model):
+            scores = self._scores(inputs, report, kept)
+        return scores, [kept[i] for i in range(len(inputs))]
+
+    def check_states(self) -> None:
+        """Raises UserInputError unless :meth:`score_and_keep` works for this model."""
+        if not self._encoding.same_tokens:
+            raise UserInputError(
+                f"model.value: reward_model needs a reward model that reads the policy's tokens, "
+                f"and '{self._source}' does not: set model.value: shared"
+            )
+        score_layer(self._model, "model.value")
+
+    def score_weights(self) -> list[float]:
+        """Weights and bias of the layer that gives the score; all ranks must call it."""
+        with sharding.materialised(self._model):
+            layer = score_layer(self._model, "model.value")
+            weight, bias = layer.weight, layer.bias
+            values: list[float] = full_tensor(weight)[self._label].double().tolist()
+            return [*values, 0.0 if bias is None else float(full_tensor(bias)[self._label])]
+
     @torch.no_grad()
-    def _scores(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
+    def _scores(
+        self,
+        inputs: RewardInputs,
+        report: ReportProgress,
+        kept: dict[int, Tensor] | None = None,
+    ) -> list[float | None]:
+        """The scores; `kept` gets the hidden states of each row."""
         encoded = self._encoding(inputs.batch.prompts, inputs.ids, inputs.texts)
         self._model.config.pad_token_id = encoded.pad
         order = encoded.by_length()
         scores: list[float | None] = [None] * len(encoded)
         for first in range(0, len(order), self._size):
             rows = order[first : first + self._size]
-            logits = self._model(**encoded.batch(rows, self._device)).logits
+            batch = encoded.batch(rows, self._device)
+            if kept is None:
+                logits = self._model(**batch).logits
+            else:
+                with inputs_of(score_layer(self._model, "model.value")) as read:
+                    logits = self._model(**batch).logits
+                for k, i in enumerate(rows):
+                    length = len(encoded.sequences[i])
+                    kept[i] = states_before(read[0][k, :length], len(inputs.ids[i]))
             for i, score in zip(rows, logits[:, self._label].float().tolist(), strict=True):
                 scores[i] = score
             report(first + len(rows), len(order))
         return scores
+
+
+@contextmanager
+def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Context that yields a list of the inputs that a layer gets in it."""
+    found: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0]))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def states_before(states: Tensor, response: int) -> Tensor:
+    """The states at the positions before each of the last `response` tokens.
+
+    Args:
+        states: of a sequence of L tokens; (L, H).
+        response: the tokens of the response. Where a sequence is cut off at its beginning, the
+            first of them may have no token before them: they get the state of the first one.
+
+    Returns:
+        (response, H) float32.
+    """
+    length = len(states)
+    positions = torch.arange(length - 1 - response, length - 1, device=states.device)
+    return states[positions.clamp(min=0)].float()
+
+
+def score_layer(model: Any, key: str) -> nn.Linear:
+    """The linear layer that makes the score of a decoder's hidden states.
+
+    `key` is the configuration key that needs one, for the message. Raises UserInputError.
+    """
+    layer = getattr(model, "score", None)
+    if not isinstance(layer, nn.Linear):
+        raise UserInputError(
+            f"{key}: {type(model).__name__} cannot become a value function: its score is not a "
+            "linear layer on a decoder"
+        )
+    return layer
 
 
 def load_classifier(

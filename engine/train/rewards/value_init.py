@@ -17,7 +17,7 @@ from engine.train.models.pretrained import (
     reward_options,
 )
 from engine.train.rewards.mix import RewardMix
-from engine.train.rewards.model import label_index, load_classifier
+from engine.train.rewards.model import label_index, load_classifier, score_layer
 from engine.train.rewards.normalise import Normaliser
 
 
@@ -53,12 +53,7 @@ def load_value_model(
             "function must"
         )
     model = load_classifier(path, ranks, strategy, torch.float32, read)
-    scorer = getattr(model, "score", None)
-    if not isinstance(scorer, nn.Linear):
-        raise UserInputError(
-            f"ppo.value_init: {type(model).__name__} cannot become a value function: its score is "
-            "not a linear layer on a decoder"
-        )
+    scorer = score_layer(model, "ppo.value_init")
     with without_weights(ranks):
         head = nn.Linear(scorer.in_features, 1)
         if ranks.is_lead:
@@ -85,7 +80,27 @@ def scale_value_head(policy: LanguageModel, rewards: RewardMix, total: Normalise
     head = policy.value_head
     if head is None:
         raise TypeError("the policy has no value function")
+    factor, offset = _scale(rewards, total)
+    head.weight.mul_(factor)
+    head.bias.mul_(factor).add_(offset)
+
+
+def first_weights(rewards: RewardMix, total: Normaliser) -> list[float]:
+    """The weights of `model.value: reward_model` before the first step: those of the score.
+
+    All ranks must call it.
+
+    Args:
+        rewards: with one reward model.
+        total: the normalisation of the sum of all sources.
+    """
+    factor, offset = _scale(rewards, total)
+    *weights, bias = rewards.reward_model().score_weights()
+    return [*(factor * w for w in weights), factor * bias + offset]
+
+
+def _scale(rewards: RewardMix, total: Normaliser) -> tuple[float, float]:
+    """What a reward model's logit is multiplied by, and what is added, to make it a score."""
     weight, (mean, std) = rewards.model_scale()
     factor = weight / std / total.std
-    head.weight.mul_(factor)
-    head.bias.mul_(factor).sub_(factor * mean + total.mean / total.std)
+    return factor, -(factor * mean + total.mean / total.std)

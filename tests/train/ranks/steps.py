@@ -11,6 +11,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from engine.config.sections.launch import LaunchConfig
@@ -49,6 +50,8 @@ def train_one_step(ranks, session, recorded, result):
     weights = {
         k: full_tensor(p).detach().clone().contiguous() for k, p in run.policy.named_parameters()
     }
+    if run.state.value_weights:
+        weights["fitted value"] = torch.tensor(run.state.value_weights)
     if run.average is not None:
         average = run.average.tensors(run.policy).items()
         weights |= {f"ema/{k}": full_tensor(t).clone().contiguous() for k, t in average}
