@@ -10,17 +10,14 @@ SECRET_FILE, or from the environment if that is `-`. An empty PYTHON stands for 
 
 import contextlib
 import os
-import re
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, NoReturn, Self
+from typing import NoReturn
 
 import msgspec
 from msgspec.structs import replace
@@ -28,19 +25,18 @@ from msgspec.structs import replace
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.errors import AuthenticationError, LinkError, UserInputError
+from engine.launch.received_files import ReceivedFiles
 from engine.launch.rollout_engine import (
     engine_environment,
     find_vllm,
     rollout_command,
     rollout_python,
-    shared_folder,
 )
 from engine.launch.secret import SECRET_VARIABLE, read_secret
 from engine.protocol import frames, sockets
 from engine.protocol.authentication import AuthenticatedConnection, connect
 from engine.protocol.frames import Message
 from engine.protocol.rollout_join_messages import (
-    WEIGHTS,
     FilePart,
     Joined,
     JoinRefused,
@@ -60,8 +56,6 @@ LOST_AFTER = 60
 """Seconds without any sign of the first machine after which it counts as lost."""
 DONE, INVALID, TIMED_OUT = 0, 2, 4
 """Exit codes, as of `rlhf-tui join`."""
-CONFIGURATION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.json")
-"""Names of files that a model folder may get."""
 
 
 class RunOverError(Exception):
@@ -183,7 +177,10 @@ def generate(
     """
     # Which GPUs and which Python the run uses on its first machine means nothing here.
     here = replace(info.rollout, python=rollout.python, gpus=[], engines=1, joined=0)
-    with Engine(replace(info.launch, gpus=[]), here) as engine, ReceivedFiles() as files:
+    with (
+        contextlib.closing(Engine(replace(info.launch, gpus=[]), here)) as engine,
+        contextlib.closing(ReceivedFiles()) as files,
+    ):
         return serve(machine, engine.socket, files)
 
 
@@ -205,79 +202,13 @@ class Engine:
             self.socket = sockets.connect(path)
         self.socket.settimeout(None)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends it and the processes that it has started."""
         self.socket.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._folder.close()
-
-
-class ReceivedFiles:
-    """What the first machine sends: the model's configuration, and weights."""
-
-    def __init__(self) -> None:
-        """Makes the folders, in shared memory and on a disk."""
-        self._shared, self._disk = TemporaryFolder(shared_folder()), TemporaryFolder()
-        self.model = self._disk.path / "model"
-        """The folder of the configuration."""
-        self.model.mkdir()
-        self.weights: Path | None = None
-        """The file of the last weights."""
-        self._open: BinaryIO | None = None
-
-    def write(self, part: FilePart) -> None:
-        """Writes the next bytes of a file.
-
-        Raises:
-            LinkError: it is no file that may be here.
-            OSError: there is no room for it.
-        """
-        if part.offset == 0:
-            self._begin(part)
-        if self._open is None or self._open.tell() != part.offset:
-            raise LinkError(f"the parts of {part.name!r} are not in order")
-        self._open.write(part.data)
-        if self._open.tell() >= part.size:
-            self._open.close()
-            self._open = None
-
-    def _begin(self, part: FilePart) -> None:
-        if self._open is not None:
-            raise LinkError(f"{part.name!r} begins before another file has ended")
-        if part.name == WEIGHTS:
-            if self.weights is not None:
-                self.weights.unlink()
-            free = shutil.disk_usage(self._shared.path).free
-            folder = self._shared if part.size <= free else self._disk
-            path = self.weights = folder.path / WEIGHTS
-        elif CONFIGURATION.fullmatch(part.name):
-            path = self.model / part.name
-        else:
-            raise LinkError(f"{part.name!r} is no file of a model")
-        self._open = path.open("wb")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        if self._open is not None:
-            self._open.close()
-        self._shared.close()
-        self._disk.close()
 
 
 def serve(machine: AuthenticatedConnection, engine: socket.socket, files: ReceivedFiles) -> str:

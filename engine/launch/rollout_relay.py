@@ -202,10 +202,9 @@ def relay(client: socket.socket, start: Start, machine: AuthenticatedConnection)
         MachineLostError: the machine is gone.
         LinkError: rank 0 asks for what cannot be passed on.
     """
-    with machine_errors():
-        for path in sorted(Path(start.model).glob("*.json")):
-            send_file(machine, path, path.name)
-        send(machine, start)
+    for path in sorted(Path(start.model).glob("*.json")):
+        send_file(machine, path, path.name)
+    send(machine, start)
     while True:
         readable, _, _ = select.select([machine.fileno(), client.fileno()], [], [])
         if machine.fileno() in readable:
@@ -215,25 +214,37 @@ def relay(client: socket.socket, start: Start, machine: AuthenticatedConnection)
         if client.fileno() in readable:
             body = frames.receive(client)
             message = decode_to_engine(body)
+            if isinstance(message, LoadWeights):
+                send_file(machine, Path(message.path), WEIGHTS)
             with machine_errors():
-                if isinstance(message, LoadWeights):
-                    send_file(machine, Path(message.path), WEIGHTS)
                 machine.send(body)
 
 
 def send_file(machine: AuthenticatedConnection, path: Path, name: str) -> None:
-    """Sends a file in parts."""
-    size, offset = path.stat().st_size, 0
-    with path.open("rb") as file:
-        while offset == 0 or offset < size:
-            data = file.read(PART)
-            send(machine, FilePart(name=name, offset=offset, size=size, data=data))
-            offset += max(1, len(data))
+    """Sends a file in parts. Raises LinkError if it cannot be read here, else as :func:`send`."""
+    for part in parts_of(path, name):
+        send(machine, part)
+
+
+def parts_of(path: Path, name: str) -> Iterator[FilePart]:
+    """A file as messages; an empty one is one message. Raises LinkError."""
+    try:
+        with path.open("rb") as file:
+            size, offset = os.fstat(file.fileno()).st_size, 0
+            while offset == 0 or offset < size:
+                data = file.read(PART)
+                if size and not data:
+                    raise LinkError(f"{path} has become shorter")
+                yield FilePart(name=name, offset=offset, size=size, data=data)
+                offset += max(1, len(data))
+    except OSError as error:
+        raise LinkError(f"cannot read {path}: {error}") from error
 
 
 def send(machine: AuthenticatedConnection, message: Message) -> None:
-    """Sends a message to the machine."""
-    machine.send(msgspec.msgpack.encode(message))
+    """Sends a message to the machine. Raises MachineLostError."""
+    with machine_errors():
+        machine.send(msgspec.msgpack.encode(message))
 
 
 @contextlib.contextmanager

@@ -101,7 +101,6 @@ def train_step(
     targets = with_rollout_correction(targets, rollout, config.ppo)
     if targets.baseline is not None:
         state.baseline = targets.baseline
-
     if states is not None:
         fit_value(run, states, targets)
 
@@ -200,8 +199,8 @@ def old_policy_outputs(
 
     In float32, the log-probabilities of a native rollout are used: they agree with a full forward
     pass to rounding. In bfloat16 they do not, and those of another engine never do well enough, so
-    the forward pass that training uses computes them again. A
-    separate value trunk does not run while generating, so its values are always computed here.
+    the forward pass that training uses computes them again. A separate value trunk does not run
+    while generating, so its values are always computed here.
 
     Args:
         run: the run.

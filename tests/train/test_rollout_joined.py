@@ -14,7 +14,8 @@ from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.errors import LinkError
 from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, rollout_socket_variable
-from engine.launch.rollout_join import ReceivedFiles, find_run, serve, with_paths
+from engine.launch.received_files import ReceivedFiles
+from engine.launch.rollout_join import find_run, serve, with_paths
 from engine.launch.rollout_relay import MachineLostError, relay, wait_for_machine
 from engine.launch.store_server import listen_at
 from engine.protocol import sockets
@@ -65,7 +66,11 @@ def joined_engine(engine, tmp_path, monkeypatch):
     def other_machine():
         while secret.exists():
             machine, _ = find_run(address, secret, 60.0, joined=False)
-            with machine, ReceivedFiles() as files, sockets.connect(there_path) as connection:
+            with (
+                machine,
+                contextlib.closing(ReceivedFiles()) as files,
+                sockets.connect(there_path) as connection,
+            ):
                 connection.settimeout(None)
                 serve(machine, connection, files)
 
@@ -111,7 +116,7 @@ def part(name, data=b"abc", offset=0, size=6):
 
 
 def test_files_are_put_together_from_their_parts_and_a_new_one_replaces_the_last():
-    with ReceivedFiles() as files:
+    with contextlib.closing(ReceivedFiles()) as files:
         for content in (b"abcdef", b"ghijkl"):
             files.write(part(WEIGHTS, content[:3]))
             files.write(part(WEIGHTS, content[3:], 3))
@@ -124,7 +129,10 @@ def test_files_are_put_together_from_their_parts_and_a_new_one_replaces_the_last
 
 @pytest.mark.parametrize("name", ["../x.json", "/tmp/x.json", "a.py", ".json", "weights", ""])  # noqa: S108
 def test_a_file_that_is_none_of_a_model_is_refused(name):
-    with ReceivedFiles() as files, pytest.raises(LinkError, match="no file of a model"):
+    with (
+        contextlib.closing(ReceivedFiles()) as files,
+        pytest.raises(LinkError, match="no file of a model"),
+    ):
         files.write(part(name))
 
 
@@ -134,14 +142,14 @@ def test_a_file_that_is_none_of_a_model_is_refused(name):
     ids=["no beginning", "a gap", "twice"],
 )
 def test_parts_that_are_not_in_order_are_refused(parts):
-    with ReceivedFiles() as files, pytest.raises(LinkError):
+    with contextlib.closing(ReceivedFiles()) as files, pytest.raises(LinkError):
         for each in parts:
             files.write(each)
 
 
 def test_an_engine_is_given_no_pickles_and_no_paths_of_the_first_machine():
     update = LoadWeights(weights_version=1, path="/etc/passwd", tensors=[], checksum=(1, 1))
-    with ReceivedFiles() as files:
+    with contextlib.closing(ReceivedFiles()) as files:
         with pytest.raises(LinkError):  # nothing has been sent
             with_paths(update, files)
         files.write(part(WEIGHTS, size=3))

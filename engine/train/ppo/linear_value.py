@@ -1,7 +1,7 @@
 """A value function that is linear in the hidden states of the reward model (`model.value`).
 
-The reward model reads every response anyway, and its weights do not change. So the states are there
-for nothing, and the function of them that predicts the returns best is the solution of a linear
+The reward model reads every response anyway, and its weights do not change. So the states cost
+nothing more, and the function of them that predicts the returns best is the solution of a linear
 system: no model is trained for the value, and no gradient of it reaches the policy.
 
 A baseline fitted by least squares after each batch is that of Duan et al. 2016, arXiv 1604.06778,

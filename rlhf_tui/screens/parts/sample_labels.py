@@ -15,6 +15,7 @@ from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.context import AppContext
 from rlhf_tui.state.label_writer import LabelWriter
 from rlhf_tui.widgets.lines import Row
+from rlhf_tui.widgets.samples.judgement import key_of
 
 BINDINGS: list[BindingType] = [
     Binding("plus", "label('good')", "good"),
@@ -37,7 +38,7 @@ class SampleLabels:
     """Sets labels and notes, and has every judgement of the screen written in order.
 
     A judgement is shown at once and written afterwards. If it cannot be written, the screen shows
-    again what the file holds.
+    again what it showed before, and then what the file holds.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class SampleLabels:
         self._read_again = read_again
         self.unwritten = 0
         """Judgements that are not in the file yet; what is read meanwhile may be older."""
+        self._before: dict[tuple[int, int, int], SampleRow] = {}
+        """The responses with these judgements, as they were before."""
 
     @functools.cached_property
     def _writer(self) -> LabelWriter:
@@ -103,6 +106,7 @@ class SampleLabels:
         judgement = Judgement(
             label=label, note=note, who=self._context.who, time=self._context.now()
         )
+        self._before.setdefault(key_of(row), row)
         self._show(msgspec.structs.replace(row, judgement=judgement))
 
     def write(self, change: Callable[[Session], None]) -> None:
@@ -113,9 +117,15 @@ class SampleLabels:
             self._writer.write(functools.partial(change, session))
 
     def written(self, message: LabelWritten) -> None:
-        """Reads again after the last write: another page may be right now."""
+        """Takes back what is shown if it was not written, and reads again after the last write.
+
+        What has prevented the write may prevent the reading, too.
+        """
         self.unwritten -= 1
         if message.problem:
             self._context.say(message.problem, "error")
+            for row in self._before.values():
+                self._show(row)
         if not self.unwritten:
+            self._before.clear()
             self._read_again()
