@@ -104,6 +104,7 @@ def test_a_watcher_that_stops_reading_gets_the_newest_state_when_it_reads_again(
     serving, monkeypatch
 ):
     monkeypatch.setattr(watchers, "INTERVAL", 0.001)
+    monkeypatch.setattr(watchers, "FRAMES_PER_SECOND", 1e6)
 
     async def test(server, journal, connect):
         stopped, reading = await connect(), await connect()

@@ -44,7 +44,7 @@ def adjusting(run, said):
     return adjust
 
 
-@pytest.mark.parametrize("device", some_of({"cpu": None, "gpu": GPU}, "gpu"))
+@pytest.mark.parametrize("device", some_of({"cpu": None, "gpu": GPU}, "cpu"))
 def test_a_repeated_step_has_the_numbers_of_a_run_with_that_micro_batch(
     make_run, memory_for, device
 ):
