@@ -38,11 +38,6 @@ PROBE_TIMEOUT = 60.0
 """Seconds for a Python to say whether it has vLLM, on a busy machine."""
 
 
-def is_separate(rollout: RolloutConfig) -> bool:
-    """Whether rollouts need a process of their own."""
-    return rollout.engine != "native"
-
-
 def rollout_python(rollout: RolloutConfig) -> str:
     """The Python of the engine: `rollout.python`, or this one, or that of `make vllm`."""
     if rollout.python is not None:
@@ -149,7 +144,7 @@ def check_rollout_engine(config: RunConfig) -> None:
             the remedy.
     """
     rollout = config.rollout
-    if not is_separate(rollout) or not rollout.local_engines:
+    if not rollout.separate or not rollout.local_engines:
         return
     needed, there = rollout.local_engines * rollout.tensor_parallel, gpu_count()
     named = rollout.gpus or config.launch.gpus  # checked with the configuration

@@ -12,7 +12,6 @@ from engine.launch.environment import (
     rollout_socket_variable,
 )
 from engine.launch.rollout_engine import (
-    is_separate,
     rollout_command,
     rollout_environment,
     shared_folder,
@@ -53,7 +52,7 @@ class RolloutEngines:
         """
         self._session, self._config, self._state = session, config, state
         self._secret = secret
-        count = config.rollout.engines if is_separate(config.rollout) else 0
+        count = config.rollout.engines if config.rollout.separate else 0
         self.joined = config.rollout.joined if count else 0
         """How many of them are on other machines, the last ones."""
         self.processes = [

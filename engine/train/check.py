@@ -91,8 +91,7 @@ def reduced(config: RunConfig) -> RunConfig:
         config,
         reward=reward,
         rollout=replace(
-            config.rollout,
-            engine="native",  # another one is started by a supervisor, which is not here
+            config.rollout.in_process(),  # no supervisor is here to start another program
             batch_size=PROMPTS * config.responses_per_prompt,
             dynamic=False,
         ),

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -158,14 +158,17 @@ def _verb(kind: type[Command], **options: Any) -> Callable[[Callable[..., None]]
     return ctl.command(name=kind.name(), help=kind.summary, **options)
 
 
-def _verb_without_arguments(kind: type[Pause | Unpause | Checkpoint | Undo]) -> None:
+_WithoutArguments = Pause | Unpause | Checkpoint | Undo
+
+
+def _verb_without_arguments(kind: type[_WithoutArguments]) -> None:
     @_verb(kind)
     @click.pass_obj
     def send(steering: Steering) -> None:
         steering.send(kind())
 
 
-for _kind in (Pause, Unpause, Checkpoint, Undo):
+for _kind in get_args(_WithoutArguments):
     _verb_without_arguments(_kind)
 ctl.add_command(
     click.Command(

@@ -65,7 +65,7 @@ def _check_quantised(config: RunConfig) -> None:
             f"{key} cannot be combined with parallel.strategy: fsdp, because packed weights have "
             "no rows to shard; use ddp"
         )
-    if config.rollout.engine != "native":
+    if config.rollout.separate:
         raise ConfigError(
             f"{key} cannot be combined with rollout.engine: {config.rollout.engine}, to which "
             "packed weights cannot be sent; use native"

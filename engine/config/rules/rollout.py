@@ -13,13 +13,13 @@ def check_rollout(config: RunConfig) -> None:
     """
     if config.rollout.ahead:
         _check_ahead(config)
-    if config.rollout.engine != "native":
+    if config.rollout.separate:
         _check_devices(config)
 
 
 def _check_ahead(config: RunConfig) -> None:
     rollout = config.rollout
-    if rollout.engine == "native":
+    if not rollout.separate:
         raise ConfigError(
             "rollout.ahead needs rollout.engine: vllm, because native rollouts use the model that "
             "is being updated"

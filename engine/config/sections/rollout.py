@@ -1,8 +1,9 @@
 """The sections `rollout` and `eval`: generation of responses, for training and for evaluation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from msgspec import Meta
+from msgspec.structs import replace
 
 from engine.config.sections.base import Count, Positive, Section, Whole
 from engine.config.sections.reward import RewardSource
@@ -104,6 +105,15 @@ class RolloutConfig(Section, frozen=True):
     dynamic_limit: Annotated[int, Meta(ge=1, le=1000)] = 10
     """How many times a step draws again with `dynamic`; prompts that are left then stay as they
     are."""
+
+    @property
+    def separate(self) -> bool:
+        """Whether programs of their own generate, which the keys for vLLM are about."""
+        return self.engine == "vllm"
+
+    def in_process(self) -> Self:
+        """The same where no program of its own runs: native rollouts, which differ by rounding."""
+        return replace(self, engine="native") if self.separate else self
 
     @property
     def local_engines(self) -> int:

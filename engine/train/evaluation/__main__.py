@@ -29,9 +29,8 @@ def main() -> None:
 
 
 def _evaluated(session: Session, config: RunConfig, step: int) -> dict[str, object]:
-    # No supervisor keeps a rollout engine of its own here; the samples differ by rounding only.
-    native = msgspec.structs.replace(config.rollout, engine="native")
-    config = msgspec.structs.replace(config, rollout=native)
+    # No supervisor keeps rollout engines of their own here.
+    config = msgspec.structs.replace(config, rollout=config.rollout.in_process())
     ranks = RankGroup(config.launch)
     run = load_run(session, config, Begin(attempt=1, from_step=step), ranks, _report)
     if run.held_out is None:
