@@ -1,14 +1,18 @@
 """Guard rails over recorded steps: as the engine that recorded them, whatever came in between."""
 
+import asyncio
+
 import pytest
 
 from engine.config import file as config_file
 from engine.config.sections.supervision import GuardrailConfig, Rule
 from engine.journal.reader import JournalReader
+from engine.launch.start import StartOptions
 from engine.metrics import BETA, LEARNING_RATE, STEP_TIME
 from engine.monitoring import recorded_steps
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.recorded_steps import evaluate, rebuild
+from engine.protocol.commands import Stop
 from engine.protocol.rank_messages import REWARD_CHANGED, Notice, StepReport
 from tests.engine.supervised import Engine
 
@@ -78,6 +82,18 @@ async def test_a_resume_neither_repeats_an_alert_nor_forgets_when_it_clears(run,
     start_again(engine, run, 20)
     take(engine, 21, 1, 13, *[1] * 20, 13)
     assert recorded(run) == [("high", 2), ("high", 43)]
+
+
+async def test_an_attempt_begins_with_what_its_timeline_has_raised(run):
+    take(Engine(run), 1, 13, 13)
+    engine = Engine(run)
+    attempt = asyncio.create_task(engine.supervisor.attempt(StartOptions(from_step=1)))
+    async with asyncio.timeout(60):
+        while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0)
+    engine.send(Stop(now=True))
+    await attempt
+    assert engine.supervisor.rank_messages.guardrails.check(2, {"m": 13.0}, {"target": 5.0}) == []
 
 
 async def test_an_alert_of_an_abandoned_branch_does_not_silence_the_next_one(run):
