@@ -36,7 +36,8 @@ from engine.monitoring.guardrails import DEFAULT_RULES, Alert, Guardrails
 
 def is_sequential(rule: Rule) -> bool:
     """Whether a rule looks at more than one step against the last ones."""
-    return bool(rule.drifts_up or rule.drifts_down or rule.diverges or rule.lasts > 1)
+    several = rule.drifts_up or rule.drifts_down or rule.diverges or rule.predicted_above
+    return bool(several or rule.lasts > 1)
 
 
 THRESHOLDS = [rule for rule in DEFAULT_RULES if not is_sequential(rule)]

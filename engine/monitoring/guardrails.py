@@ -46,6 +46,10 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         advice="read the samples of highest KL; raise beta, or roll back",
     ),
     Rule(
+        name="kl_climbs", metric=KL, predicted_above=2.2, of="target", window=8,
+        advice="raise beta while the KL is low, or lower the learning rate",
+    ),
+    Rule(
         name="update_kl", metric=APPROXIMATE_KL, above=0.3,
         advice="updates are too large: lower the learning rate or ppo.epochs",
     ),

@@ -151,7 +151,7 @@ def test_each_condition_of_a_rule_has_its_key_and_its_function():
     assert set(CONDITIONS) <= set(Rule.__struct_fields__)
     for key in CONDITIONS:
         check_rule(Rule(name="r", metric="m", **{key: 1.0}))
-    with pytest.raises(ConfigError, match="needs one of above, below, falls, rises, drifts_up"):
+    with pytest.raises(ConfigError, match="needs one of above, below, predicted_above, falls"):
         check_rule(Rule(name="r", metric="m"))
 
 
@@ -225,6 +225,17 @@ def drifting(values, **keys):
         for step, value in enumerate(values, start=1)
         for alert in guardrails.check(step, {"m": value}, {})
     ]
+
+
+def test_a_steady_rise_is_told_before_its_bound_and_noise_and_what_is_above_are_not():
+    rule = Rule(name="r", metric="m", predicted_above=10.0, window=5)
+    rise = [0.1 * step for step in range(1, 150)]
+    assert alert_steps(rails(rule), rise) == [91]  # 9.1, and 10.1 ten steps later
+    swings = [(3.0, 5.0, 2.0, 6.0)[step % 4] for step in range(40)]
+    assert alert_steps(rails(rule), swings) == []
+    assert alert_steps(rails(rule), [11.0 + step for step in range(20)]) == []
+    with pytest.raises(ConfigError, match="window must be at least 4 with predicted_above"):
+        check_rule(Rule(name="r", metric="m", predicted_above=1.0, window=3))
 
 
 FIRST = [10.0, 10.5, 10.0, 10.5]
