@@ -23,7 +23,7 @@ from engine.launch.parent_death import PARENT_VARIABLE
 from engine.launch.rollout_engine import rollout_command, rollout_environment, shared_folder
 from engine.memory.rollout_engine import cache_bytes
 from engine.protocol import frames, sockets
-from engine.protocol.rollout_messages import (
+from engine.protocol.rollout.messages import (
     Continue,
     Generate,
     LoadWeights,

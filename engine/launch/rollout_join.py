@@ -34,9 +34,9 @@ from engine.launch.rollout_engine import (
 )
 from engine.launch.secret import SECRET_VARIABLE, read_secret
 from engine.protocol import frames, sockets
-from engine.protocol.authentication import AuthenticatedConnection, connect
 from engine.protocol.frames import Message
-from engine.protocol.rollout_join_messages import (
+from engine.protocol.machines.authentication import AuthenticatedConnection, connect
+from engine.protocol.rollout.join_messages import (
     FilePart,
     Joined,
     JoinRefused,
@@ -45,7 +45,7 @@ from engine.protocol.rollout_join_messages import (
     decode_to_joined,
     rollout_secret,
 )
-from engine.protocol.rollout_messages import Continue, EngineFailed, Generate, LoadWeights, Start
+from engine.protocol.rollout.messages import Continue, EngineFailed, Generate, LoadWeights, Start
 from engine.session.temporary_folders import TemporaryFolder
 
 RETRY = 2.0

@@ -29,9 +29,9 @@ from engine.launch.environment import clean_environment
 from engine.launch.parent_death import PARENT_VARIABLE, die_with_parent
 from engine.launch.secret import SECRET_VARIABLE
 from engine.protocol import frames
-from engine.protocol.authentication import AuthenticatedConnection, accept
 from engine.protocol.frames import Message
-from engine.protocol.rollout_join_messages import (
+from engine.protocol.machines.authentication import AuthenticatedConnection, accept
+from engine.protocol.rollout.join_messages import (
     PART,
     WEIGHTS,
     FilePart,
@@ -41,8 +41,8 @@ from engine.protocol.rollout_join_messages import (
     decode_joined,
     rollout_secret,
 )
-from engine.protocol.rollout_messages import EngineFailed, LoadWeights, Start, decode_to_engine
-from engine.protocol.rollout_server import FAILED, first_client, report
+from engine.protocol.rollout.messages import EngineFailed, LoadWeights, Start, decode_to_engine
+from engine.protocol.rollout.server import FAILED, first_client, report
 from engine.session.folder import Session
 
 log = logging.getLogger("rollout")

@@ -28,8 +28,8 @@ from engine.launch.environment import (
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import StartOptions
 from engine.protocol import frames, sockets
-from engine.protocol.rollout_join_messages import Joined
-from engine.protocol.rollout_messages import EngineFailed, Start, decode_from_engine
+from engine.protocol.rollout.join_messages import Joined
+from engine.protocol.rollout.messages import EngineFailed, Start, decode_from_engine
 from engine.session.folder import create
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.rollout_engines import RolloutEngines

@@ -18,7 +18,7 @@ from engine.launch.rollout_engine import (
     shared_folder,
 )
 from engine.protocol import frames, sockets
-from engine.protocol.rollout_messages import Continue, Progress, Start, decode_from_engine
+from engine.protocol.rollout.messages import Continue, Progress, Start, decode_from_engine
 from engine.session.temporary_folders import TemporaryFolder
 
 START = 400

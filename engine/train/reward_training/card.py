@@ -5,7 +5,11 @@ import re
 import msgspec
 
 from engine.config.sections.reward_training import RewardTrainingConfig
-from engine.protocol.reward_training import HeldOutAgreement, RewardTrainingRequest, TrainedReward
+from engine.protocol.programs.reward_training import (
+    HeldOutAgreement,
+    RewardTrainingRequest,
+    TrainedReward,
+)
 
 CARD = "README.md"
 RESULT = "training.json"

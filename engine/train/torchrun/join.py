@@ -30,6 +30,8 @@ from engine.launch.environment import (
     ranks_per_node,
 )
 from engine.launch.secret import SECRET_VARIABLE, read_secret
+from engine.protocol.machines.store_client import StoreClient
+from engine.protocol.machines.store_messages import AddToKey, CheckKeys, SetKeys
 from engine.protocol.rank_messages import (
     COMING_KEY,
     JOIN_INFO_KEY,
@@ -38,8 +40,6 @@ from engine.protocol.rank_messages import (
     WAITING_KEY,
     JoinInfo,
 )
-from engine.protocol.store_client import StoreClient
-from engine.protocol.store_messages import AddToKey, CheckKeys, SetKeys
 
 RETRY = 2.0
 """Seconds between two attempts to reach the first machine, and between two checks of its store."""

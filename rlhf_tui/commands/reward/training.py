@@ -15,7 +15,7 @@ from engine.config.sections.reward import RewardConfig
 from engine.errors import UserInputError
 from engine.journal.judgements.training_data import collect_judgements
 from engine.launch.start import last_checkpoint
-from engine.protocol.reward_training import (
+from engine.protocol.programs.reward_training import (
     HeldOutAgreement,
     RewardTrainingRequest,
     TrainedReward,

@@ -14,7 +14,7 @@ import traceback
 from typing import Any, NoReturn
 
 from engine.errors import LinkError, first_line
-from engine.protocol.rollout_messages import (
+from engine.protocol.rollout.messages import (
     Continue,
     EngineFailed,
     EngineReady,
@@ -25,7 +25,7 @@ from engine.protocol.rollout_messages import (
     Start,
     WeightsLoaded,
 )
-from engine.protocol.rollout_server import FAILED, first_client, receive, report, send
+from engine.protocol.rollout.server import FAILED, first_client, receive, report, send
 from engine.train.rollout.vllm.process.sleep_mode import SleepMode
 
 log = logging.getLogger("rollout")
