@@ -10,7 +10,7 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.config.sections.rollout import RolloutConfig
-from engine.launch.rollout_engine import (
+from engine.launch.rollout.engine import (
     find_vllm,
     rollout_command,
     rollout_environment,

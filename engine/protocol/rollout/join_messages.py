@@ -45,6 +45,10 @@ class JoinRefused(Message, frozen=True, tag="rollout_join_refused"):
     text: str
 
 
+class RunOver(Message, frozen=True, tag="run_over"):
+    """In place of it: no machine is needed any more."""
+
+
 class FilePart(Message, frozen=True, tag="file_part"):
     """The next bytes of a file, which begins anew at offset 0."""
 
@@ -55,7 +59,9 @@ class FilePart(Message, frozen=True, tag="file_part"):
     data: bytes
 
 
-ToJoined = RolloutJoinInfo | JoinRefused | FilePart | Start | LoadWeights | Generate | Continue
+ToJoined = (
+    RolloutJoinInfo | JoinRefused | RunOver | FilePart | Start | LoadWeights | Generate | Continue
+)
 
 _to_joined: Decoder[ToJoined] = Decoder(ToJoined)
 _joined: Decoder[Joined] = Decoder(Joined)

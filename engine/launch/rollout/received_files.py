@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import LinkError
-from engine.launch.rollout_engine import shared_folder
+from engine.launch.rollout.engine import shared_folder
 from engine.protocol.rollout.join_messages import WEIGHTS, FilePart
 from engine.session.temporary_folders import TemporaryFolder
 
