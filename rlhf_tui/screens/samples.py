@@ -317,11 +317,11 @@ class SamplesScreen(SessionScreen):
 
     def action_page(self, by: int) -> None:
         """Turns pages of the table."""
-        self.samples.turn(by)
+        self.samples.turn_page(by)
 
-    def action_take_in(self) -> None:
+    def action_show_new(self) -> None:
         """Shows the responses that were recorded since the list was frozen."""
-        self.samples.take_in()
+        self.samples.show_new()
 
     def action_same_prompt(self) -> None:
         """Lists all responses to the selected prompt by step, or what was listed before."""

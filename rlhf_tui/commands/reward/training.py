@@ -96,8 +96,8 @@ def train(
         return
     for line in report(result):
         say(line)
-    if result.doubt:
-        say(("doubtful     ", "warn"), result.doubt)
+    if result.warning:
+        say(("doubtful     ", "warn"), result.warning)
     say(f"next         {fork_command(sessions[0], configs[0].reward, result)}")
 
 

@@ -72,17 +72,17 @@ def main(listener_fd: int) -> NoReturn:
     try:
         if problem is not None:
             send(connection, problem)
-            leave(FAILED)
+            exit_now(FAILED)
         serve(connection, start)
     except OSError as error:
         log.info("rank 0 has disconnected (%s)", error)
-        leave(0)
+        exit_now(0)
     except Exception as error:
         traceback.print_exc()
         text = f"{type(error).__name__}: {first_line(error)}"
         # A message that is too large would be so again.
         report(connection, EngineFailed(text=text, final=isinstance(error, LinkError)))
-        leave(FAILED)
+        exit_now(FAILED)
 
 
 def missing(error: ImportError) -> EngineFailed:
@@ -94,7 +94,7 @@ def missing(error: ImportError) -> EngineFailed:
     return EngineFailed(text=text, user_input=True, final=True)
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """Exits at once: vLLM's and torch's threads may keep the interpreter from ending."""
     sys.stdout.flush()
     sys.stderr.flush()
