@@ -196,7 +196,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
             try:
                 metrics, samples = run_step(run, step, boundary.adjust)
             except RewardCallError as error:
-                boundary.hold(error)
+                boundary.pause_before_step(error)
                 continue
             evaluation, problem = evaluate_or_skip(run, step)
             metrics |= evaluation.metrics
@@ -206,7 +206,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
             link.send(step_report(run, step, metrics, samples, changes, evaluation))
             boundary.checkpoints.save_if_due()
             if problem is not None:
-                boundary.hold(problem)
+                boundary.pause_before_step(problem)
         reason = boundary.finish()
     for recorder in recorders:
         recorder.close()
@@ -255,7 +255,7 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
                 fitted = True
             return Evaluation() if run.state.step else evaluate_if_due(run, 0)
         except RewardCallError as error:
-            boundary.hold(error)
+            boundary.pause_before_step(error)
             if not boundary.before_step():
                 return Evaluation()
 

@@ -257,7 +257,7 @@ class SamplesScreen(SessionScreen):
 
     def action_label(self, label: str) -> None:
         """Sets a label, or removes it."""
-        if self.samples.hold():
+        if self.samples.freeze_to_judge():
             self.labels.toggle(label)
 
     def action_remark(self) -> None:
@@ -286,7 +286,7 @@ class SamplesScreen(SessionScreen):
 
     def action_better(self, which: str) -> None:
         """Prefers this response or the other one, or removes the preference."""
-        if self.samples.hold():
+        if self.samples.freeze_to_judge():
             self.comparison.toggle_preference(which)
 
     def action_filter(self) -> None:

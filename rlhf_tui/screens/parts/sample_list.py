@@ -131,7 +131,7 @@ class SampleList:
         self.frozen = bool(self.rows)
         self.arrived = False
 
-    def hold(self) -> bool:
+    def freeze_to_judge(self) -> bool:
         """Freezes before a judgement; False if the response may not have been read.
 
         A response that came by itself may have replaced the one that the reader wants to judge.
