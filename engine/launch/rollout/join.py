@@ -186,13 +186,13 @@ def generate(
     # Which GPUs and which Python the run uses on its first machine means nothing here.
     here = replace(info.rollout, python=rollout.python, gpus=[], engines=1, joined=0)
     with (
-        contextlib.closing(Engine(replace(info.launch, gpus=[]), here)) as engine,
+        contextlib.closing(LocalEngine(replace(info.launch, gpus=[]), here)) as engine,
         contextlib.closing(ReceivedFiles()) as files,
     ):
         return serve(machine, engine.socket, files)
 
 
-class Engine:
+class LocalEngine:
     """An engine's process on this machine, and the client's end of its socket."""
 
     def __init__(self, launch: LaunchConfig, rollout: RolloutConfig) -> None:
