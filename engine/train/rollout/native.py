@@ -96,10 +96,11 @@ def generate(
         compiled: compiles the model's layers where it pays; not at all when left out.
     """
     device = next(model.parameters()).device
-    responses = Responses(
-        batch.to(device), uniforms.to(device), temperature, stop_criteria.eos_ids(device), sampling
-    )
     compiled = compiled or CompiledLayers("never")
+    responses = Responses(
+        batch.to(device), uniforms.to(device), temperature, stop_criteria.eos_ids(device), sampling,
+        compiled.distribution,
+    )  # fmt: skip
     with (
         model.autocast(device.type),  # casts weights once for the whole rollout
         compiled.used_by(model, device) as is_compiled,
