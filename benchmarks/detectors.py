@@ -102,6 +102,14 @@ def print_recorded(runs: list[RecordedRun]) -> None:
             for alert in alerts(rules, run.steps, run.judges, run.settings)
         )
         print_false_alarms(title, false, steps)
+    raised = Counter(
+        (run.kind, run.seed, alert.rule)
+        for run in runs
+        for alert in alerts(DEFAULT_RULES, run.steps, run.judges, run.settings)
+    )
+    for (kind, seed, rule), most in raised.most_common(1):
+        print(f"{raised.total()} alerts in {len(runs)} runs, at most {most} of a rule in one:")
+        print(f"    {rule} in {kind} {seed}")
 
 
 def _print_sickness(kind: str, runs: list[RecordedRun]) -> None:

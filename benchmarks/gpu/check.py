@@ -24,12 +24,13 @@ from tests.train.gpu.pretend import GPU, pretend_gpu
 IN_PROCESS: dict[str, Part] = {
     "recorded step": numerics.recorded_step,
     "bfloat16": numerics.bfloat16_gap,
-    "fused kernels": numerics.fused_kernels,
     "8-bit moments": low_precision.eight_bit_moments,
     "QLoRA": low_precision.four_bit_weights,
     "sampling": numerics.sampled_distribution,
     "decoding": decoding.same_tokens,
     "FSDP2": whole_runs.sharded_on_one,
+    # Last: liger replaces an architecture's rotary embeddings for the whole process.
+    "fused kernels": numerics.fused_kernels,
 }
 """Parts that compute in this process, so that the device can be pretended."""
 OTHER_PROCESSES: dict[str, Part] = {

@@ -5,8 +5,10 @@ and declare its key in :class:`engine.config.sections.supervision.Rule`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.config.sections.supervision import Rule
 from engine.metrics import title_of
@@ -14,8 +16,7 @@ from engine.monitoring.divergence import Divergence
 from engine.monitoring.drift import DriftTest
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(Struct, frozen=True):
     """A rule's metric at the end of a step."""
 
     value: float
@@ -129,7 +130,7 @@ CONDITIONS: dict[str, Condition] = {
 """Key of a rule → its condition. The alert shows the first one that holds."""
 
 
-def not_finite(metrics: dict[str, float | None]) -> Breach | None:
+def not_finite(metrics: Mapping[str, float | None]) -> Breach | None:
     """The condition of a rule for `*`: a metric is infinite or not a number."""
     bad = [k for k, v in metrics.items() if v is not None and not math.isfinite(v)]
     text = f"{', '.join(bad)} not finite"

@@ -27,8 +27,9 @@ class LogConfig(Section, frozen=True):
 class Rule(Section, frozen=True):
     """One guard rail: a condition on a metric, and the action when it is met.
 
-    It fires when the condition begins to hold, and again each time the metric is twice as far
-    beyond its limit as at the last alert.
+    It fires when the condition begins to hold, again each time the metric is twice as far beyond
+    its limit as at the last alert, and again when the condition returns after `clears_after` steps
+    without it.
     """
 
     name: str
@@ -50,6 +51,10 @@ class Rule(Section, frozen=True):
     median that `drifts_up` and `drifts_down` compare with."""
     lasts: Count = 1
     """Number of steps in a row on which `above` or `below` must hold; at most `window` + 1."""
+    clears_after: Count | None = None
+    """Number of steps in a row on which the condition must not hold before the rule can fire anew,
+    so that a metric that swings around its limit is told once. Default: 20 with `notify`; 1 with
+    another action, which is carried out whenever the condition begins to hold."""
     drifts_up: Positive | None = None
     """Fires when a sequential test (CUSUM) finds that the metric stays above the median of the
     run's first `window` steps by more than this fraction of it."""

@@ -51,8 +51,8 @@ def weights_held(blocks: list[nn.Module], device: torch.device) -> Iterator[None
     finally:
         for module in joined:
             vars(module).pop("forward", None)
-        for module, name, weight in held:
-            setattr(module, name, weight)
+        for module, name, original in held:
+            setattr(module, name, original)
 
 
 def _of_one_input(module: nn.Module) -> Iterator[list[nn.Linear]]:
