@@ -27,9 +27,9 @@ from benchmarks.gpu.findings import Finding, Target
 from engine import starter
 from engine.config import file as config_file
 from engine.launch.environment import ROLLOUT_SOCKET_VARIABLE, rank_environment
-from engine.launch.rollout_engine import PYTHON_VARIABLES, rollout_environment
+from engine.launch.rollout.engine import PYTHON_VARIABLES, rollout_environment
 from engine.protocol import frames, sockets
-from engine.protocol.rollout_messages import (
+from engine.protocol.rollout.messages import (
     EngineReady,
     LoadWeights,
     Start,

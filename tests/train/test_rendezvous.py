@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from engine.errors import AuthenticationError, LinkError
 from engine.launch.store_server import StoreServer
+from engine.protocol.machines.store_messages import AddToKey, CheckKeys, SetKeys
 from engine.protocol.rank_messages import STARTED_KEY
-from engine.protocol.store_messages import AddToKey, CheckKeys, SetKeys
 from engine.train.distributed.rank_store import RankStore
 from engine.train.torchrun.rendezvous import StoreRendezvous
 

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.protocol import frames
-from engine.protocol.rollout_messages import (
+from engine.protocol.rollout.messages import (
     EngineFailed,
     Generate,
     Generated,

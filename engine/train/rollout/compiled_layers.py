@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from engine.train.distributed.sharding import blocks
 from engine.train.models.language_model import AnyModel
+from engine.train.models.quantised_linear import packed_weight_count
 from engine.train.rollout.cuda_graph import can_capture
 from engine.train.rollout.decoding_attention import DECODING_ATTENTION
 from engine.train.rollout.held_weights import weights_held
@@ -99,6 +100,7 @@ class CompiledLayers:
         if self._when == "always":
             return True
         weights = sum(p.numel() for layer in layers for p in layer.parameters())
+        weights += packed_weight_count(m for layer in layers for m in layer.modules())
         return can_capture(model, device) and weights >= WORTHWHILE
 
     def _forward(

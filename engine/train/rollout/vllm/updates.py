@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from engine.errors import RlhfError
 from engine.launch.environment import ALLOCATOR, OLD_ALLOCATOR
-from engine.protocol.rollout_messages import Checksum, LoadWeights, TensorInfo
+from engine.protocol.rollout.messages import Checksum, LoadWeights, TensorInfo
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient, raise_first
 from engine.train.rollout.vllm.group import WeightsGroup
 from engine.train.rollout.vllm.process.received_weights import DEVICE_OF_HANDLE, gpu_uuid
