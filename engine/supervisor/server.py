@@ -40,6 +40,8 @@ HELLO_TIMEOUT = 5.0
 """Seconds from the start of a connection to its first frame."""
 FRAME_TIMEOUT = 10.0
 """Seconds from the first to the last byte of a client's frame."""
+CLOSE_TIMEOUT = 10.0
+"""Seconds for a client to read what was queued for it when its connection is closed."""
 MAX_CLIENT_FRAME = 256 * 1024
 MAX_WATCHERS = 64
 MAX_CLIENTS = 64
@@ -67,8 +69,8 @@ class Connection:
         return self._writer.transport.get_write_buffer_size() > 0
 
     def close(self) -> None:
-        """Closes the connection once what is queued is sent."""
-        self._writer.close()
+        """Closes the connection, see :func:`close`."""
+        close(self._writer)
 
     def send(self, message: Message) -> None:
         """Queues a message, see :meth:`send_frame`."""
@@ -170,7 +172,7 @@ class Server:
         except asyncio.CancelledError:
             return  # The engine ends. asyncio would log a cancelled handler with its traceback.
         finally:
-            writer.close()
+            close(writer)
 
     async def _serve_peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         uid = sockets.peer_uid(writer.get_extra_info("socket"))
@@ -238,6 +240,16 @@ class Server:
                 self._watch(client)
             case ClientHello():
                 raise LinkError("a second hello on one connection")
+
+
+def close(writer: asyncio.StreamWriter) -> None:
+    """Closes a connection once what is queued is sent, or after :data:`CLOSE_TIMEOUT`.
+
+    asyncio alone would keep the connection of a client that never reads, and what is queued for it.
+    """
+    writer.close()
+    if writer.transport.get_write_buffer_size():
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, writer.transport.abort)
 
 
 async def receive(reader: asyncio.StreamReader, limit: int = frames.MAX_FRAME) -> bytes:

@@ -21,6 +21,8 @@ from engine.supervisor import server as server_module
 from engine.supervisor.server import Server
 
 DEADLINE = 60.0
+MORE_THAN_THE_KERNEL_HOLDS = 6000
+"""Replies to a client that does not read; fewer than close its connection by themselves."""
 
 
 def test_an_end_with_a_client_attached_logs_no_error(tmp_path, caplog):
@@ -81,7 +83,10 @@ def test_a_malformed_frame_closes_its_connection_and_logs_no_traceback(tmp_path,
 class Requests:
     """Stops a run at once, and pauses it at a boundary that does not come."""
 
+    handled = 0
+
     def handle(self, request, _who):
+        self.handled += 1
         status = "applied" if isinstance(request.command, Stop) else "accepted"
         return CommandReply(id=request.id, status=status, step=1)
 
@@ -145,3 +150,35 @@ def test_a_command_takes_the_place_of_a_connection_that_waits_for_nothing(servin
         assert (await asyncio.to_thread(waiting.wait, "a", DEADLINE)).step == 2
 
     serving(test)
+
+
+def test_a_client_that_never_reads_is_gone_soon_after_its_connection_was_closed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(server_module, "CLOSE_TIMEOUT", 0.1)
+    hello, request = ClientHello(who="me"), CommandRequest(id="a", command=Stop())
+
+    async def serve():
+        listener, path = sockets.listen(tmp_path)
+        server, requests = Server(), Requests()
+        await server.start(listener, requests, None)
+        deaf = sockets.connect(path, DEADLINE)
+        deaf.sendall(frames.encode(hello))
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.to_thread(
+                deaf.sendall, MORE_THAN_THE_KERNEL_HOLDS * frames.encode(request)
+            )
+            while requests.handled < MORE_THAN_THE_KERNEL_HOLDS:  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0.01)
+            _, other = await asyncio.open_unix_connection(path)
+            other.write(frames.encode(hello))
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await asyncio.to_thread(deaf.sendall, frames.encode(request))
+                    await asyncio.sleep(0.01)
+        deaf.close()
+        other.close()
+        server.close()
+
+    asyncio.run(serve())
