@@ -85,11 +85,11 @@ def _steps(
 ) -> Iterator[RecordedStep]:
     """The steps from 1 to `last_step`, with these metrics of theirs."""
     names = {*names, BETA, LEARNING_RATE}
-    commands = [c for c in record.commands() if c.status == "applied" and c.live and c.changes]
+    commands = [c for c in record.commands() if c.status == "applied" and c.changes]
     settings = _first_settings(run, commands)
     changes: dict[int, dict[str, Any]] = {}
     for command in commands:
-        if command.applied_step is not None:
+        if command.live and command.applied_step is not None:
             values = {change.key: change.new for change in command.changes}
             changes.setdefault(command.applied_step, {}).update(values)
     begins = _first_steps(record.attempts())
@@ -121,7 +121,10 @@ def _metrics(
 
 
 def _first_settings(run: RunConfig, commands: Collection[CommandRow]) -> dict[str, Any]:
-    """The settings of the first step: config.yaml holds what a later resume was given."""
+    """The settings of the first step: config.yaml holds what a later resume was given.
+
+    `commands` are all that were applied, in order, those of abandoned branches included.
+    """
     changes = [change for command in commands for change in command.changes]
     configured = config_file.as_mapping(settings_of(run))
     return configured | {change.key: change.old for change in reversed(changes)}
