@@ -123,6 +123,7 @@ def serving(make_session):
 def test_a_watcher_too_many_is_told_so_and_can_stop_the_run(serving, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_WATCHERS", 1)
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(server_module, "FRESH", 0.0)
 
     async def test(_server, connect):
         watching = (await connect()).watch()
@@ -138,6 +139,7 @@ def test_a_watcher_too_many_is_told_so_and_can_stop_the_run(serving, monkeypatch
 
 def test_a_command_takes_the_place_of_a_connection_that_waits_for_nothing(serving, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 2)
+    monkeypatch.setattr(server_module, "FRESH", 0.0)
 
     async def test(server, connect):
         waiting, idle = await connect(), await connect()
@@ -152,11 +154,27 @@ def test_a_command_takes_the_place_of_a_connection_that_waits_for_nothing(servin
     serving(test)
 
 
+def test_many_commands_that_come_at_once_are_all_handled(serving, monkeypatch):
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(server_module, "MAX_FRESH", 3)
+    monkeypatch.setattr(server_module, "FRESH", DEADLINE)
+
+    async def test(_server, connect):
+        clients = [await connect() for _ in range(4)]
+        for client in clients[1:]:
+            assert (await asyncio.to_thread(client.send, Stop())).status == "applied"
+        with pytest.raises(LinkError):  # one too many, however fresh
+            await asyncio.to_thread(clients[0].send, Stop())
+
+    serving(test)
+
+
 def test_a_client_that_never_reads_is_gone_soon_after_its_connection_was_closed(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
     monkeypatch.setattr(server_module, "CLOSE_TIMEOUT", 0.1)
+    monkeypatch.setattr(server_module, "FRESH", 0.0)
     hello, request = ClientHello(who="me"), CommandRequest(id="a", command=Stop())
 
     async def serve():
