@@ -171,6 +171,15 @@ async def test_a_bound_is_not_that_of_a_setting_that_only_an_abandoned_branch_ha
     assert recorded(run) == []
 
 
+async def test_a_multiple_of_the_learning_rate_is_one_of_the_setting_whatever_the_schedule(run):
+    take(Engine(run), 1, 1)
+    rule = Rule(name="r", metric=LEARNING_RATE, above=0.9, of="learning_rate")
+    config = config_file.override(run.session.config(), ["train.learning_rate=2e-5"])
+    with JournalReader(run.session) as record:
+        alerts = evaluate(record, GuardrailConfig(defaults=False, rules=[rule]), config)
+        assert list(alerts) == []
+
+
 async def test_steps_that_cannot_be_read_do_not_end_a_run(run):
     take(Engine(run), 1, 13)
     connection = sqlite3.connect(run.session.journal_file)
