@@ -32,6 +32,13 @@ TINY = (
 )  # fmt: skip
 """Overrides for steps of a tenth of a second on an idle core."""
 GATE = Path(__file__).with_name("gate.py")
+ROOT = Path(__file__).parents[2]
+LIGHT = {
+    "RLHF_TUI_TEST_LIGHT": "0.02",
+    "PYTHONPATH": f"{ROOT / 'tests' / 'faults' / 'hooks'}:{ROOT}",
+}
+"""The environment in which ranks have no model (tests/faults/light_rank.py): a start takes half a
+second of processor time instead of six."""
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = LONG) -> Any:
@@ -82,6 +89,17 @@ class Lab:
             "TERM": "dumb",
             "COLUMNS": "200",
         }
+
+    def with_light_ranks(self) -> "Lab":
+        """The same folder, for runs whose ranks have no model."""
+        other = Lab(self.root, self._gates)
+        other.environment |= LIGHT
+        return other
+
+    @property
+    def is_light(self) -> bool:
+        """Whether the ranks have no model."""
+        return LIGHT.items() <= self.environment.items()
 
     def cli(self, *args: object, timeout: float = LONG) -> subprocess.CompletedProcess[str]:
         """Runs `rlhf-tui` and waits for it."""
