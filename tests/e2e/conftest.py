@@ -98,6 +98,24 @@ def undisturbed(either_lab: Lab, once: Once, request: pytest.FixtureRequest) -> 
 
 
 @pytest.fixture(scope="session")
+def branch(lab: Lab, whole: Run, once: Once) -> Run:
+    """A fork of the uninterrupted run at step 4, with another beta; in step 9 its reward is NaN."""
+
+    def make(run: Run) -> None:
+        run.score_at(9, "nan")
+        keys = ("kl.beta=0.5", f"reward.path={run.gate}", "train.steps=9")
+        options = [word for key in keys for word in ("-o", key)]
+        fork = ("fork", "whole", "--from", "4", "--name", "branch")
+        done = lab.cli(*fork, *options, "--headless")
+        assert done.returncode == 1, done.stderr
+        (run.session.folder / "warned.txt").write_text(done.stderr)
+
+    run = once.made(lab.run("branch"), make)
+    run.warned = (run.session.folder / "warned.txt").read_text()
+    return run
+
+
+@pytest.fixture(scope="session")
 def steered(lab: Lab, once: Once) -> Run:
     """A run of 8 steps; beta is set at step 4, the controller and learning rate at step 6."""
     return once.made(lab.run("steered"), make_steered)
