@@ -1,5 +1,6 @@
 """Helpers to run `rlhf-tui` in a sessions folder and to inspect its sessions."""
 
+import atexit
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from engine.protocol.client import Client
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
 from engine.session.folder import Session
+from tests.e2e.command_server import CommandServer
 
 PROGRAM = Path(sys.executable).with_name("rlhf-tui")
 LONG = 240.0
@@ -52,6 +55,14 @@ def until(condition: Callable[[], Any], what: str, seconds: float = LONG) -> Any
         # Conditions read a journal or all processes: often asked, they take time from the run.
         interval = min(0.1, 1.2 * interval)
     raise AssertionError(f"within {seconds:g} s: no {what}")
+
+
+@cache
+def commands() -> CommandServer:
+    """The server of this process of pytest, started for the first command."""
+    server = CommandServer()
+    atexit.register(server.close)
+    return server
 
 
 def processes(folder: Path) -> list[psutil.Process]:
@@ -103,15 +114,7 @@ class Lab:
 
     def cli(self, *args: object, timeout: float = LONG) -> subprocess.CompletedProcess[str]:
         """Runs `rlhf-tui` and waits for it."""
-        return subprocess.run(
-            [PROGRAM, *map(str, args)],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        return commands().run([*map(str, args)], self.environment, timeout)
 
     def json(self, *args: object) -> Any:
         """Runs a command with --json and returns the decoded output."""
