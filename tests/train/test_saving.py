@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from engine.config.settings import SettingChange
+from engine.errors import CheckpointError
 from engine.protocol.commands import Checkpoint, SetBeta, SetSetting, Stop, Undo
 from engine.protocol.rank_messages import (
     Applied,
@@ -197,6 +198,18 @@ def test_a_failed_save_is_a_notice_of_its_step_and_the_run_continues(trained, mo
     supervisor.may_confirm.set()
     assert boundary.checkpoints.save() is None  # the same step, now that there is space
     assert [*complete_checkpoints(session.checkpoints)] == [1]
+
+
+def test_a_run_whose_last_save_fails_has_not_ended_regularly(trained, monkeypatch):
+    _, _, boundary, supervisor = trained
+
+    def no_room(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_folder, "publish", no_room)
+    with pytest.raises(CheckpointError, match="No space left"):
+        boundary.finish()
+    assert not supervisor.of(Ended)
 
 
 def test_a_checkpoint_that_cannot_be_marked_complete_is_a_notice_and_the_run_continues(trained):
