@@ -7,6 +7,7 @@ import time
 import pytest
 from msgspec.structs import replace
 
+from engine.config import file as config_file
 from engine.config.settings import SettingChange
 from engine.errors import CheckpointError
 from engine.protocol.commands import Checkpoint, SetBeta, SetSetting, Stop, Undo
@@ -34,9 +35,9 @@ METRICS = {"objective/scores": 1.0, "objective/kl": 0.5}
 
 
 @pytest.fixture
-def trained(make_run, supervisor, link):
-    """A run after its first step, with its boundary and its supervisor."""
-    run, session = make_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
+def trained(shared_run, supervisor, link):
+    """A run as after its first step, with its boundary and its supervisor."""
+    run, session = shared_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), link)
     boundary.after_step(1, dict(METRICS), 0.1)
     supervisor.wait_for(RankHello)
@@ -300,15 +301,15 @@ def test_an_undo_that_later_changes_have_replaced_takes_nothing_back_in_a_resume
 
 
 @pytest.fixture
-def until_deadline(make_run, supervisor, link):
+def until_deadline(shared_run, supervisor, link):
     """Makes the boundary of a run whose deadline is so many seconds from now."""
     made = []
     supervisor.wait_for(RankHello)
 
     def make(seconds, *, paused=False):
-        run, session = make_run(
-            f"train.save_before_deadline={int(time.time()) + seconds}", "train.deadline_margin=10"
-        )
+        run, session = shared_run()
+        ends = f"train.save_before_deadline={int(time.time()) + seconds}"
+        run.config = config_file.override(run.config, [ends, "train.deadline_margin=10"])
         begin = Begin(attempt=1, from_step=0, paused=paused)
         made.append(Boundary(session, run, begin, link))
         supervisor.may_confirm.set()
