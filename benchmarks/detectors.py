@@ -36,7 +36,8 @@ from engine.monitoring.guardrails import DEFAULT_RULES, Alert, Guardrails
 
 def is_sequential(rule: Rule) -> bool:
     """Whether a rule looks at more than one step against the last ones."""
-    return bool(rule.drifts_up or rule.drifts_down or rule.diverges or rule.lasts > 1)
+    several = rule.drifts_up or rule.drifts_down or rule.diverges or rule.predicted_above
+    return bool(several or rule.lasts > 1)
 
 
 THRESHOLDS = [rule for rule in DEFAULT_RULES if not is_sequential(rule)]
@@ -102,6 +103,14 @@ def print_recorded(runs: list[RecordedRun]) -> None:
             for alert in alerts(rules, run.steps, run.judges, run.settings)
         )
         print_false_alarms(title, false, steps)
+    raised = Counter(
+        (run.kind, run.seed, alert.rule)
+        for run in runs
+        for alert in alerts(DEFAULT_RULES, run.steps, run.judges, run.settings)
+    )
+    for (kind, seed, rule), most in raised.most_common(1):
+        print(f"{raised.total()} alerts in {len(runs)} runs, at most {most} of a rule in one:")
+        print(f"    {rule} in {kind} {seed}")
 
 
 def _print_sickness(kind: str, runs: list[RecordedRun]) -> None:

@@ -25,14 +25,13 @@ import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import machine
 from benchmarks.learning import load_starter_run
+from benchmarks.learning_curves import BETA, Curve, print_table, read
 from benchmarks.side import OFFLINE
 from engine import metrics as names
 from engine import starter
@@ -49,7 +49,7 @@ from engine.train.run import Run
 from engine.train.step import train_step
 
 EPISODES, NEW_TOKENS, EPOCHS, MINIBATCHES = 64, 32, 2, 2
-BETA, LEARNING_RATE = 0.05, 1e-4
+LEARNING_RATE = 1e-4
 HELD_OUT = 3
 """Every such prompt is held out."""
 PER_PROMPT, EVALUATED_EVERY = 4, 8
@@ -67,52 +67,11 @@ OURS = {
 differ from the engine's: start and clip of the value function, AdamW's ε, no clipped gradients.
 """
 SIDES = ("trl", *OURS)
-LEVELS = (1.8, 2.0)
-SMOOTHED = 3
-"""Steps of the mean that must reach a level."""
 RECORDED = (
     "objective/entropy", "val/num_eos_tokens", "loss/value_avg", "policy/approxkl_avg",
     "policy/clipfrac_avg",
 )  # fmt: skip
 """Metrics of both sides that are kept to explain a difference."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One run of a side; a value per step in each list."""
-
-    side: str
-    seed: int
-    scores: list[float]
-    kl: list[float]
-    cpu: list[float]
-    """Processor seconds since the start of training, evaluations excluded."""
-    updates: int
-    """Optimiser steps of the whole run."""
-    held_out: list[tuple[int, float, float]] = field(default_factory=list)
-    """Steps done, mean score and mean KL of responses to the prompts that are not trained on."""
-    others: dict[str, list[float]] = field(default_factory=dict)
-    """The metrics `RECORDED`."""
-
-    def cut(self, steps: int) -> "Curve":
-        """The first steps alone."""
-        updates = self.updates * steps // len(self.scores)
-        parts = (values[:steps] for values in (self.scores, self.kl, self.cpu))
-        held_out = [e for e in self.held_out if e[0] <= steps]
-        others = {name: values[:steps] for name, values in self.others.items()}
-        return Curve(self.side, self.seed, *parts, updates, held_out, others)
-
-    def objective(self, part: slice = slice(None)) -> float:
-        """The mean of score − β·KL over a part of the steps."""
-        pairs = zip(self.scores[part], self.kl[part], strict=True)
-        return statistics.mean(score - BETA * kl for score, kl in pairs)
-
-    def reached(self, level: float) -> int | None:
-        """The first step (from 0) at which the smoothed score is at least `level`."""
-        for end in range(SMOOTHED, len(self.scores) + 1):
-            if statistics.mean(self.scores[end - SMOOTHED : end]) >= level:
-                return end - 1
-        return None
 
 
 class Recorder:
@@ -281,13 +240,6 @@ def child(side: str, seed: int, steps: int, out: Path) -> None:
         file.write(json.dumps(asdict(curve)) + "\n")
 
 
-def read(out: Path, steps: int) -> list[Curve]:
-    """The curves in a file that have at least `steps` steps, cut to these."""
-    lines = out.read_text().splitlines() if out.exists() else []
-    curves = [Curve(**json.loads(line)) for line in lines]
-    return [c.cut(steps) for c in curves if len(c.scores) >= steps]
-
-
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser()
@@ -313,6 +265,12 @@ def main() -> None:
         with ThreadPoolExecutor(options.workers) as pool:
             ends = list(pool.map(lambda run: start(*run, options.steps, out, deadline), missing))
         curves = read(out, options.steps)
+    print(machine.describe())
+    print(
+        f"\n{options.steps} steps of {EPISODES} episodes, beta {BETA}, learning rate "
+        f"{LEARNING_RATE}, {EPOCHS} epochs of {MINIBATCHES} minibatches; mean ± standard error "
+        "over seeds\n"
+    )
     print_table(curves, options.sides, options.steps)
     if failed := [error for error in ends if error]:
         sys.exit("\n\n".join(failed))
@@ -355,85 +313,6 @@ def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
-
-
-def print_table(curves: list[Curve], sides: list[str], steps: int) -> None:
-    """Prints a row for each side: means over seeds ± standard errors."""
-    last = slice(-(steps // 4), None)
-    print(machine.describe())
-    print(
-        f"\n{steps} steps of {EPISODES} episodes, beta {BETA}, learning rate {LEARNING_RATE}, "
-        f"{EPOCHS} epochs of {MINIBATCHES} minibatches; mean ± standard error over seeds\n"
-    )
-    print(
-        f"{'':<15}{'seeds':>6}{'updates':>9}{'objective':>16}{'last quarter':>16}{'less TRL':>16}"
-        f"{'score':>16}{'KL':>14}{'CPU s a step':>15}"
-        + "".join(f"{f'CPU s to {level}':>20}" for level in LEVELS)
-    )
-    by_side = {side: [c for c in curves if c.side == side] for side in sides}
-    trl = [c.objective(last) for c in curves if c.side == "trl"]
-    for side, runs in by_side.items():
-        if not runs:
-            continue
-        columns = [
-            f"{len(runs):>6}",
-            f"{'/'.join(map(str, sorted({c.updates for c in runs}))):>9}",
-            f"{spread([c.objective() for c in runs]):>16}",
-            f"{spread([c.objective(last) for c in runs]):>16}",
-            f"{difference([c.objective(last) for c in runs], trl):>16}",
-            f"{spread([statistics.mean(c.scores[last]) for c in runs]):>16}",
-            f"{spread([statistics.mean(c.kl[last]) for c in runs]):>14}",
-            f"{spread([c.cpu[-1] / steps for c in runs], 2):>15}",
-            *(f"{time_to(runs, level):>20}" for level in LEVELS),
-        ]
-        print(f"{side:<15}" + "".join(columns))
-    print_held_out(by_side, sorted({e[0] for c in curves for e in c.held_out}))
-
-
-def print_held_out(by_side: dict[str, list[Curve]], steps: list[int]) -> None:
-    """Prints score − β·KL on the held-out prompts after some of the steps."""
-    print("\nheld-out prompts: score − β·KL and its difference from TRL's, score, KL\n")
-    for step in steps:
-        found = {
-            side: [(score, kl) for c in runs for at, score, kl in c.held_out if at == step]
-            for side, runs in by_side.items()
-        }
-        trl = [score - BETA * kl for score, kl in found.get("trl", [])]
-        for side, pairs in found.items():
-            if not pairs:
-                continue
-            values = [score - BETA * kl for score, kl in pairs]
-            columns = [
-                f"{spread(values):>16}",
-                f"{difference(values, trl):>17}",
-                f"{spread([score for score, _ in pairs]):>16}",
-                f"{spread([kl for _, kl in pairs]):>16}",
-            ]
-            print(f"step {step:>3} {side:<15}{len(pairs):>3}" + "".join(columns))
-
-
-def time_to(runs: list[Curve], level: float) -> str:
-    """Processor seconds until the smoothed score reaches a level, in the runs that reach it."""
-    ends = [(c, c.reached(level)) for c in runs]
-    times = [c.cpu[end] for c, end in ends if end is not None]
-    if not times:
-        return f"none of {len(runs)}"
-    missing = "" if len(times) == len(runs) else f" ({len(times)}/{len(runs)})"
-    return spread(times, 0) + missing
-
-
-def difference(ours: list[float], theirs: list[float]) -> str:
-    """The difference of the means ± its standard error; empty if there are not enough runs."""
-    if min(len(ours), len(theirs)) <= 1:
-        return ""
-    errors = [statistics.variance(values) / len(values) for values in (ours, theirs)]
-    return f"{statistics.mean(ours) - statistics.mean(theirs):+.3f} ± {math.sqrt(sum(errors)):.3f}"
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """The mean ± its standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ ON_CPU: list[Case] = [
 ON_GPU: list[Case] = [
     ("half-b", "rollout.batch_size=64 rollout.max_new_tokens=128 ppo.micro_batch_size=8"),
     ("half-b", "rollout.batch_size=64 rollout.max_new_tokens=64 model.dtype=bfloat16"),
-    ("half-b", "rollout.batch_size=256 rollout.max_new_tokens=256 ppo.micro_batch_size=2"),
+    ("half-b", "rollout.batch_size=256 rollout.max_new_tokens=256 ppo.micro_batch_size=8"),
 ]
 
 

@@ -13,7 +13,7 @@ from engine.config.schema import RunConfig
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import RlhfError, UserInputError
 from engine.launch.environment import clean_environment, rank_environment
-from engine.protocol.program_result import ProgramFailure
+from engine.protocol.programs.result import ProgramFailure
 
 END_TIMEOUT = 10.0
 """Seconds in which an interrupted program removes what it has written."""

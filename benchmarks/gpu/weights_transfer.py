@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,9 +27,9 @@ from benchmarks.gpu.findings import Finding, Target
 from engine import starter
 from engine.config import file as config_file
 from engine.launch.environment import ROLLOUT_SOCKET_VARIABLE, rank_environment
-from engine.launch.rollout_engine import PYTHON_VARIABLES, rollout_environment
+from engine.launch.rollout.engine import PYTHON_VARIABLES, rollout_environment
 from engine.protocol import frames, sockets
-from engine.protocol.rollout_messages import (
+from engine.protocol.rollout.messages import (
     EngineReady,
     LoadWeights,
     Start,
@@ -69,13 +70,12 @@ def weights_to_another_process(target: Target) -> Iterator[Finding]:
     environment = rank_environment(config.launch)
     plain = {k: v for k, v in environment.items() if not k.endswith("ALLOC_CONF")}
     as_a_rank = "expandable_segments:True" in str(environment)
-    for name, variables in (("as a rank", environment), ("torch's own allocator", plain)):
-        if name != "as a rank" and not as_a_rank:
-            continue
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", MODULE, "send"], cwd=ROOT, env=variables,
-            text=True, timeout=DEADLINE, capture_output=True, check=False,
-        )  # fmt: skip
+    senders = {"as a rank": environment}
+    if as_a_rank:
+        senders["torch's own allocator"] = plain
+    with ThreadPoolExecutor() as pool:  # each waits for processes of its own
+        results = pool.map(sent, senders.values())
+    for name, done in zip(senders, results, strict=True):
         found = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
         for entry in found:
             yield Finding(**entry | {"name": f"{entry['name']}, {name}"})
@@ -87,6 +87,14 @@ def weights_to_another_process(target: Target) -> Iterator[Finding]:
         )  # fmt: skip
     if not target.real:
         yield Finding("weights by CUDA IPC", passed=True, measured="needs a GPU")
+
+
+def sent(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a sender."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", MODULE, "send"], cwd=ROOT, env=environment,
+        text=True, timeout=DEADLINE, capture_output=True, check=False,
+    )  # fmt: skip
 
 
 # -- the sender, in place of rank 0 ------------------------------------------------------------
@@ -140,7 +148,7 @@ def memory_comes_back(folder: Path, device: torch.device) -> Finding:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     lost = False
-    for version in (0, VANISHES, 1):
+    for version in (VANISHES, 0):
         with receiver(folder, device) as client:
             try:
                 send_update(client, folder, device, "ipc", torch.float32, version)

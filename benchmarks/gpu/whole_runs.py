@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,10 @@ RESUMED_TOLERANCE = 1e-3
 DEADLINE = 240.0
 """Seconds that a run may take."""
 SIZE = "rollout.batch_size=64 rollout.max_new_tokens=32"
+TOO_MUCH = (
+    "rollout.batch_size=2048 rollout.per_prompt=16 rollout.max_new_tokens=192 kl.controller=fixed"
+)
+"""A size whose key-value cache alone takes 4 GB: no smaller micro-batch helps."""
 SMALL_SIZE = "rollout.batch_size=4 rollout.max_new_tokens=4 ppo.minibatches=1 ppo.epochs=1"
 
 
@@ -133,10 +138,8 @@ def out_of_memory(target: Target) -> Iterator[Finding]:
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(free - (1200 << 20), dtype=torch.uint8, device=target.device)
     try:
-        process = start(
-            target, "full", "demo", "--steps", "2", "-o", "rollout.max_new_tokens=96",
-            "-o", "rollout.batch_size=1024", "-o", "ppo.micro_batch_size=256",
-        )  # fmt: skip
+        words = [word for key in TOO_MUCH.split() for word in ("-o", key)]
+        process = start(target, "full", "demo", "--steps", "2", *words)
         code, output = finish(process)
     finally:
         del held
@@ -186,17 +189,20 @@ def sharded_on_one(target: Target) -> Iterator[Finding]:
 def planner(target: Target) -> Iterator[Finding]:
     """The memory planner's estimates are near the measured peaks."""
     cases = memory.ON_GPU if target.real else memory.ON_CPU[:1]
-    always = f"{memory.SHORT} launch.device={target.launch_device}"
-    if not target.real:
-        always += " launch.threads=1"
-    for number, (model, settings) in enumerate(cases):
-        overrides = [
-            *memory.write_model(model, target.folder), *always.split(), *settings.split()
-        ]  # fmt: skip
-        estimate, measured = memory.run(target.folder, f"planned-{number}", overrides)
+    always = f"{memory.SHORT} launch.device={target.launch_device} launch.threads=1"
+    models = {model: memory.write_model(model, target.folder) for model, _ in cases}
+
+    def measure(case: memory.Case) -> Finding:
+        model, settings = case
+        overrides = [*models[model], *always.split(), *settings.split()]
+        name = f"planned-{cases.index(case)}"
+        estimate, measured = memory.run(target.folder, name, overrides)
         off = estimate / measured - 1
-        yield Finding(
+        return Finding(
             f"memory, {model}: {settings or 'defaults'}", abs(off) <= memory.TOLERANCE,
             f"estimated {estimate:.2f} GB, measured {measured:.2f} GB, off by {off:+.0%}",
             {"estimate": estimate, "measured": measured},
         )  # fmt: skip
+
+    with ThreadPoolExecutor(len(cases)) as pool:  # each measures the memory of its own process
+        yield from pool.map(measure, cases)

@@ -49,6 +49,12 @@ REFERENCE_PROBES = """
 SELECT json_extract(result, '$.reference'), applied_step FROM commands
 WHERE command = 'probe' AND status = 'applied' AND json_extract(args, '$.text') = ?
 """
+RAISED_ALERTS = """
+SELECT events.step, json_extract(data, '$.rule') FROM events
+JOIN steps ON steps.step = events.step AND steps.attempt = events.attempt
+WHERE kind = 'alert' AND json_extract(data, '$.metric') IS NOT NULL
+"""
+"""Alerts without a metric are notices, such as that a rule cannot be evaluated."""
 COMMANDS = """
 SELECT id, command, args, who, status, queued, accepted, ended, attempt, applied_step, reason,
 changes, result, live FROM commands
@@ -301,6 +307,14 @@ class JournalReader:
             (REWARD_CHANGED,),
         )
         return [step for (step,) in rows]
+
+    def raised_alerts(self) -> dict[int, set[str]]:
+        """The rules of guard rails that raised an alert, by step of the current timeline."""
+        rows = self._db.rows(RAISED_ALERTS)
+        raised: dict[int, set[str]] = {}
+        for step, rule in rows:
+            raised.setdefault(step, set()).add(rule)
+        return raised
 
     def last_alert(self) -> EventRow | None:
         """The newest alert; None if there was none."""

@@ -23,7 +23,7 @@ from engine.journal.fork import copy_until
 from engine.journal.reader import JournalReader
 from engine.journal.writer import AdoptedCheckpoint
 from engine.launch.inputs import check_inputs
-from engine.launch.rollout_engine import check_rollout_engine
+from engine.launch.rollout.engine import check_rollout_engine
 from engine.launch.secret import check_secret
 from engine.session.checkpoints import (
     AVERAGED_POLICY,

@@ -2,7 +2,7 @@
 
 It takes the place of torch's `TCPStore`, which whoever reaches its port can read and write. Here
 nothing is read from a client, beyond 80 bytes, before it has proved that it knows the secret of the
-run (:mod:`engine.protocol.authentication`).
+run (:mod:`engine.protocol.machines.authentication`).
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from typing import assert_never
 import msgspec
 
 from engine.errors import LinkError
-from engine.protocol.authentication import AuthenticatedConnection, accept
-from engine.protocol.store_messages import (
+from engine.protocol.machines.authentication import AuthenticatedConnection, accept
+from engine.protocol.machines.store_messages import (
     AddToKey,
     AppendToKey,
     CheckKeys,

@@ -5,17 +5,19 @@ and declare its key in :class:`engine.config.sections.supervision.Rule`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.config.sections.supervision import Rule
 from engine.metrics import title_of
 from engine.monitoring.divergence import Divergence
 from engine.monitoring.drift import DriftTest
+from engine.monitoring.prediction import AHEAD, line_through
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(Struct, frozen=True):
     """A rule's metric at the end of a step."""
 
     value: float
@@ -74,6 +76,23 @@ def below(rule: Rule, observed: Observation) -> Breach | None:
     return Breach(text, f"{value:.4g} < {bound:.4g}", bound - value, abs(bound))
 
 
+def predicted_above(rule: Rule, observed: Observation) -> Breach | None:
+    """The value is not above the bound, but will be by the line through the last steps."""
+    if rule.predicted_above is None or observed.scale is None:
+        return None
+    earlier = list(observed.window)[1 - rule.window :]
+    value, bound = observed.value, rule.predicted_above * observed.scale
+    if len(earlier) < rule.window - 1 or value > bound:
+        return None
+    predicted = line_through([*earlier, value]).predicted
+    if predicted is None or predicted <= bound:
+        return None
+    unit = f"{rule.predicted_above:g}{_unit(rule, observed.scale)}"
+    text = f"is {value:.4g} and rises: {predicted:.4g} in {AHEAD} steps is above {unit}"
+    brief = f"{value:.4g}, in {AHEAD} steps {predicted:.4g} > {bound:.4g}"
+    return Breach(text, brief, predicted - bound, abs(bound))
+
+
 def falls(rule: Rule, observed: Observation) -> Breach | None:
     """The value is below the window's mean by more than a fraction of that mean."""
     if rule.falls is None or (change := _relative_change(rule, observed)) is None:
@@ -120,6 +139,7 @@ def diverges(rule: Rule, observed: Observation) -> Breach | None:
 CONDITIONS: dict[str, Condition] = {
     "above": above,
     "below": below,
+    "predicted_above": predicted_above,
     "falls": falls,
     "rises": rises,
     "drifts_up": drifts_up,
@@ -129,7 +149,7 @@ CONDITIONS: dict[str, Condition] = {
 """Key of a rule → its condition. The alert shows the first one that holds."""
 
 
-def not_finite(metrics: dict[str, float | None]) -> Breach | None:
+def not_finite(metrics: Mapping[str, float | None]) -> Breach | None:
     """The condition of a rule for `*`: a metric is infinite or not a number."""
     bad = [k for k, v in metrics.items() if v is not None and not math.isfinite(v)]
     text = f"{', '.join(bad)} not finite"

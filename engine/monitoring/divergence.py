@@ -74,8 +74,9 @@ class DivergenceTest:
     def __init__(self, limit: float, judges: Collection[str]) -> None:
         """`limit`: usual changes by which both scores must have moved; `judges`: metrics."""
         self._limit = limit
-        self._judges = judges
-        self.restart()
+        self._series = {
+            name: _Series(1 if name.startswith("eval/") else BLOCK) for name in sorted(judges)
+        }
 
     def add(self, step: int, trained: float, metrics: Mapping[str, float | None]) -> None:
         """Takes a step: the trained score, finite, and all metrics."""
@@ -91,12 +92,6 @@ class DivergenceTest:
         """The judge that is furthest apart; None if none is."""
         found = [s.divergence for s in self._series.values() if s.divergence is not None]
         return max(found, key=lambda d: d.excess, default=None)
-
-    def restart(self) -> None:
-        """Forgets everything, such as after a rollback: blocks are not kept by step."""
-        self._series = {
-            name: _Series(1 if name.startswith("eval/") else BLOCK) for name in sorted(self._judges)
-        }
 
     def _block(self, name: str, series: _Series, step: int) -> None:
         means = fmean(series.trained), fmean(series.judged)

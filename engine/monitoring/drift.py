@@ -31,7 +31,7 @@ class DriftTest:
         self._sign = sign
         self._fraction = fraction
         self._window = window
-        self._first: list[tuple[int, float]] = []
+        self._first: list[float] = []
         self._noise = 0.0
         self.baseline: float | None = None
         """The median of the first steps; None until they are known."""
@@ -55,7 +55,7 @@ class DriftTest:
     def add(self, step: int, value: float) -> None:
         """Takes the value of a step, finite. A baseline of 0 has no fractions: no test then."""
         if self.baseline is None:
-            self._learn(step, value)
+            self._learn(value)
             return
         if self.baseline == 0:
             return
@@ -66,19 +66,11 @@ class DriftTest:
         elif self.since is None:
             self.since = step
 
-    def forget_after(self, step: int) -> None:
-        """Forgets the steps after `step`. The sum starts at 0 again."""
-        self.total, self.since = 0.0, None
-        self._first = [(at, value) for at, value in self._first if at <= step]
-        if len(self._first) < self._window:
-            self.baseline = None
-
-    def _learn(self, step: int, value: float) -> None:
-        self._first.append((step, value))
+    def _learn(self, value: float) -> None:
+        self._first.append(value)
         if len(self._first) < self._window:
             return
-        values = [value for _, value in self._first]
-        self.baseline = median(values)
-        changes = [abs(b - a) for a, b in pairwise(values)]
+        self.baseline = median(self._first)
+        changes = [abs(b - a) for a, b in pairwise(self._first)]
         noise = DIFFERENCE_TO_DEVIATION * median(changes) if changes else 0.0
         self._noise = max(noise, LEAST_NOISE * abs(self.baseline))

@@ -1,14 +1,14 @@
 """Guard rails: rules over metrics that raise alerts, without side effects.
 
-A rule raises an alert when one of its conditions begins to hold. It raises another one each time
-the distance by which the metric is beyond the limit has doubled since the last alert, and after no
-condition held. Steps without the metric count for neither. The conditions are those of
+A rule raises an alert when one of its conditions begins to hold, and another one each time the
+distance by which the metric is beyond the limit has doubled since the last alert. The alert has
+cleared when no condition has held for `clears_after` steps in a row; then the rule raises an alert
+again. Steps without the metric count for neither. The conditions are those of
 :mod:`engine.monitoring.conditions`.
 """
 
 import math
-from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,8 @@ from engine.metrics import (
     ZERO_STD,
     title_of,
 )
-from engine.monitoring.conditions import CONDITIONS, Breach, Observation, not_finite
-from engine.monitoring.divergence import DivergenceTest
-from engine.monitoring.drift import DriftTest
+from engine.monitoring.conditions import Breach
+from engine.monitoring.rule_state import RuleState
 from engine.protocol.rank_messages import Sample
 
 DEFAULT_RULES: tuple[Rule, ...] = (
@@ -45,6 +44,10 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Rule(
         name="kl_high", metric=KL, above=1.6, of="target",
         advice="read the samples of highest KL; raise beta, or roll back",
+    ),
+    Rule(
+        name="kl_climbs", metric=KL, predicted_above=2.2, of="target", window=8,
+        advice="raise beta while the KL is low, or lower the learning rate",
     ),
     Rule(
         name="update_kl", metric=APPROXIMATE_KL, above=0.3,
@@ -99,9 +102,6 @@ DEFAULT_RULES: tuple[Rule, ...] = (
 EVIDENCE_KEYS = {KL: "kl", RESPONSE_LENGTH: "length"}
 """Metric → the field of a sample that explains it, highest first. Other metrics: lowest score."""
 EVIDENCE_SAMPLES = 5
-LEAST_DISTANCE = 0.5
-"""A metric closer to its limit than this share of the limit counts as that far beyond it. Without
-it, one that crosses its limit by a hair would double its distance many times."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class Alert:
     """A shorter text: `KL 7.26 > 6`; empty if `text` is short."""
     advice: str = ""
     """What to do, in one line; empty if the rule has none."""
+    count: int = 0
+    """Which alert of the rule in the run it is, from 1; 0 if it is not of a rule."""
 
     @property
     def cause(self) -> str:
@@ -128,45 +130,17 @@ class Alert:
         data: dict[str, Any] = {"rule": self.rule, "action": self.action, "text": self.text}
         if self.advice:
             data["advice"] = self.advice
+        if self.count:
+            data["count"] = self.count
         return data | self.evidence
 
 
-@dataclass
-class _Tests:
-    """The sequential tests of a rule."""
-
-    up: DriftTest | None
-    down: DriftTest | None
-    divergence: DivergenceTest | None
-
-    @classmethod
-    def of(cls, rule: Rule, judges: Collection[str]) -> "_Tests":
-        """Those of a rule's keys."""
-        return cls(
-            up=DriftTest(1, rule.drifts_up, rule.window) if rule.drifts_up else None,
-            down=DriftTest(-1, rule.drifts_down, rule.window) if rule.drifts_down else None,
-            divergence=DivergenceTest(rule.diverges, judges) if rule.diverges else None,
-        )
-
-    def add(self, step: int, value: float, metrics: dict[str, float | None]) -> None:
-        """Takes a step."""
-        for drift in (self.up, self.down):
-            if drift is not None:
-                drift.add(step, value)
-        if self.divergence is not None:
-            self.divergence.add(step, value, metrics)
-
-    def forget_after(self, step: int) -> None:
-        """Forgets the steps after `step`."""
-        for drift in (self.up, self.down):
-            if drift is not None:
-                drift.forget_after(step)
-        if self.divergence is not None:
-            self.divergence.restart()
-
-
 class Guardrails:
-    """Evaluates a run's rules on each step and keeps the metrics' windows."""
+    """Evaluates a run's rules on each step and keeps what they have seen.
+
+    That follows from the steps of the current timeline and from the alerts raised on it, so it is
+    not saved: :func:`engine.monitoring.recorded_steps.rebuild` derives it from the journal.
+    """
 
     def __init__(self, config: GuardrailConfig, judges: Collection[str] = ()) -> None:
         """Before the first step.
@@ -179,22 +153,24 @@ class Guardrails:
         configured = {r.name: r for r in config.rules}
         defaults = {r.name: r for r in DEFAULT_RULES} if config.defaults else {}
         self.rules = list((defaults | configured).values())
-        self._windows: dict[str, deque[tuple[int, float]]] = {
-            r.name: deque(maxlen=r.window) for r in self.rules
-        }
-        """Step and value, oldest first."""
-        self._alerted: dict[str, float] = {}
-        """Rule whose condition holds → the distance beyond its limit at its last alert."""
-        self._without_scale: set[str] = set()
-        self._tests = {rule.name: _Tests.of(rule, judges) for rule in self.rules}
-        self._last = 0
-        """The last step that was checked."""
+        self._judges = frozenset(judges)
+        self._states = [RuleState(rule, self._judges) for rule in self.rules]
+
+    @property
+    def metrics(self) -> frozenset[str] | None:
+        """The metrics that :meth:`repeat` needs; None for all.
+
+        A rule for `*` that has an action needs none: :meth:`begin_attempt` clears its alert.
+        """
+        if any(rule.metric == "*" and rule.action == "notify" for rule in self.rules):
+            return None
+        return frozenset(rule.metric for rule in self.rules) - {"*"} | self._judges
 
     def check(
         self,
         step: int,
-        metrics: dict[str, float | None],
-        settings: dict[str, Any],
+        metrics: Mapping[str, float | None],
+        settings: Mapping[str, Any],
         samples: list[Sample] | None = None,
     ) -> list[Alert]:
         """Evaluates all rules on a finished step.
@@ -208,114 +184,99 @@ class Guardrails:
             samples: the step's responses, from which the evidence is chosen.
 
         Returns:
-            An alert for each rule whose condition begins to hold, or whose metric is twice as far
-            beyond its limit as at the last alert.
+            An alert for each rule whose condition holds, unless an earlier alert has not cleared;
+            or whose metric is twice as far beyond its limit as at that alert.
         """
         alerts = []
-        self._last = step
-        for rule in self.rules:
-            value = metrics.get(rule.metric)
-            if value is None and rule.metric != "*":
+        for state in self._states:
+            rule = state.rule
+            if not state.is_known(metrics):
                 continue  # nothing is known at this step, such as between two evaluations
+            value = metrics.get(rule.metric)
             known = value is not None and math.isfinite(value)
-            if known and (text := self._missing_scale(rule, settings)) is not None:
+            if known and (text := _missing_scale(state, settings)) is not None:
                 alerts.append(Alert(rule.name, "notify", text, step))
-            if known and value is not None:
-                self._tests[rule.name].add(step, value, metrics)
-            breach = self._evaluate(rule, metrics, settings)
-            if breach is None:
-                self._alerted.pop(rule.name, None)
-            elif self._is_due(rule, breach):
-                evidence = self._evidence(rule, value, breach, samples or [])
-                name = "" if rule.metric == "*" else f"{rule.metric} "
-                title = name and f"{title_of(rule.metric)} "
-                text, brief = f"{name}{breach.text}", f"{title}{breach.brief}"
-                alerts.append(
-                    Alert(rule.name, rule.action, text, step, evidence, brief, rule.advice)
-                )
-            if value is not None and math.isfinite(value):
-                self._windows[rule.name].append((step, value))
+            window = state.window
+            breach = state.observe(step, metrics, settings)
+            if breach is not None and state.is_due(breach):
+                stretch = {} if breach.since is None else {"from_step": breach.since}
+                evidence = _evidence(rule.metric, value, window, samples or [])
+                alerts.append(_alert(state, step, breach, stretch | evidence))
+                state.raised(step, breach)
         return alerts
 
-    def forget_after(self, step: int) -> None:
-        """Forgets the steps after `step`, which are abandoned or will be repeated.
+    def repeat(
+        self,
+        step: int,
+        metrics: Mapping[str, float | None],
+        settings: Mapping[str, Any],
+        raised: Collection[str],
+    ) -> None:
+        """Takes a step that an earlier attempt checked; raises no alert.
 
-        If there were any, conditions that hold after it raise an alert again.
+        Args:
+            step: the step's number.
+            metrics: of the step, at least those that :attr:`metrics` names.
+            settings: in force during the step.
+            raised: the rules that raised an alert on it then.
         """
-        if self._last <= step:
-            return
-        self._last = step
-        self._alerted.clear()
-        for window in self._windows.values():
-            while window and window[-1][0] > step:
-                window.pop()
-        for tests in self._tests.values():
-            tests.forget_after(step)
+        for state in self._states:
+            known = state.is_known(metrics)
+            breach = state.observe(step, metrics, settings) if known else None
+            if state.rule.name in raised:
+                state.raised(step, breach)
 
-    def _window(self, rule: Rule) -> list[float]:
-        """The metric's values of at most `rule.window` earlier steps, oldest first."""
-        return [value for _, value in self._windows[rule.name]]
+    def begin_attempt(self) -> None:
+        """Call it when ranks start, at first and again.
 
-    def _evaluate(
-        self, rule: Rule, metrics: dict[str, float | None], settings: dict[str, Any]
-    ) -> Breach | None:
-        """The first condition that holds, or None."""
-        if rule.metric == "*":
-            return not_finite(metrics)
-        value = metrics.get(rule.metric)
-        if value is None or not math.isfinite(value):
-            return None
-        tests = self._tests[rule.name]
-        observed = Observation(
-            value, _scale(rule, settings), self._window(rule), tests.up, tests.down,
-            tests.divergence.found if tests.divergence is not None else None,
-        )  # fmt: skip
-        breaches = (condition(rule, observed) for condition in CONDITIONS.values())
-        return next((breach for breach in breaches if breach is not None), None)
+        A rule with an action acts again if its condition still holds, since what it did may have
+        ended with the last ranks or not have begun. A rule that only notifies has done so.
+        """
+        for state in self._states:
+            state.begin_attempt()
 
-    def _is_due(self, rule: Rule, breach: Breach) -> bool:
-        """Whether a condition that holds raises an alert; if so, remembers its distance."""
-        last = self._alerted.get(rule.name)
-        if last is not None and breach.distance < 2 * last:
-            return False
-        self._alerted[rule.name] = max(breach.distance, LEAST_DISTANCE * breach.limit)
-        return True
-
-    def _missing_scale(self, rule: Rule, settings: dict[str, Any]) -> str | None:
-        """A message for a bound that has no value; once, and again only after it had one."""
-        if _scale(rule, settings) is not None:
-            self._without_scale.discard(rule.name)
-            return None
-        if rule.name in self._without_scale:
-            return None
-        self._without_scale.add(rule.name)
-        state = "unset" if settings.get(rule.of or "") is None else "0"
-        return (
-            f"rule {rule.name} cannot be evaluated: it is relative to {rule.of}, which is {state}"
-        )
-
-    def _evidence(
-        self, rule: Rule, value: float | None, breach: Breach, samples: list[Sample]
-    ) -> dict[str, Any]:
-        stretch = {} if breach.since is None else {"from_step": breach.since}
-        return stretch | {
-            "metric": rule.metric,
-            "value": value,
-            "window": self._window(rule),
-            "samples": [
-                {"index": s.index, "prompt": s.prompt, "response": s.response,
-                 "score": s.score, "kl": s.kl, "length": s.length}
-                for s in worst_samples(rule.metric, samples)
-            ],
-        }  # fmt: skip
+    def forget_steps(self) -> None:
+        """Forgets every step; call it when scores are those of another reward from now on."""
+        for state in self._states:
+            state.forget_steps()
 
 
-def _scale(rule: Rule, settings: dict[str, Any]) -> float | None:
-    """The value that bounds are multiples of; None if that setting is unset or 0."""
-    if rule.of is None:
-        return 1.0
-    value = settings.get(rule.of)
-    return float(value) if value else None
+def _missing_scale(state: RuleState, settings: Mapping[str, Any]) -> str | None:
+    """A message for a bound that has no value; once, and again only after it had one."""
+    lacked, state.lacks_scale = state.lacks_scale, state.scale(settings) is None
+    if lacked or not state.lacks_scale:
+        return None
+    of = state.rule.of or ""
+    problem = "unset" if settings.get(of) is None else "0"
+    return f"rule {state.rule.name} cannot be evaluated: it is relative to {of}, which is {problem}"
+
+
+def _alert(state: RuleState, step: int, breach: Breach, evidence: dict[str, Any]) -> Alert:
+    """The alert of a rule that is due, before it is counted."""
+    rule, count = state.rule, state.count + 1
+    of_any = rule.metric == "*"
+    text = breach.text if of_any else f"{rule.metric} {breach.text}"
+    brief = breach.brief if of_any else f"{title_of(rule.metric)} {breach.brief}"
+    if state.is_raised:
+        text += f"; alert {count}, twice as far beyond the limit as at step {state.last_alert}"
+    elif state.count:
+        text += f"; alert {count}, the last one was at step {state.last_alert}"
+    return Alert(rule.name, rule.action, text, step, evidence, brief, rule.advice, count)
+
+
+def _evidence(
+    metric: str, value: float | None, window: list[float], samples: list[Sample]
+) -> dict[str, Any]:
+    return {
+        "metric": metric,
+        "value": value,
+        "window": window,
+        "samples": [
+            {"index": s.index, "prompt": s.prompt, "response": s.response,
+             "score": s.score, "kl": s.kl, "length": s.length}
+            for s in worst_samples(metric, samples)
+        ],
+    }  # fmt: skip
 
 
 def worst_samples(metric: str, samples: list[Sample]) -> list[Sample]:

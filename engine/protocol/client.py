@@ -24,6 +24,7 @@ from engine.protocol.client_messages import (
     Telemetry,
     ToClient,
     Watch,
+    WatchRefused,
     Welcome,
     decode_to_client,
 )
@@ -130,16 +131,22 @@ class Client:
         return message
 
     def watch(self) -> Iterator[JournalAdvanced | Phase | Telemetry]:
-        """Yields events as they occur; ends when the connection does."""
+        """Yields events as they occur; ends when the connection does.
+
+        Raises:
+            LinkError: the engine is gone, or too many clients watch.
+        """
         self._send(Watch())
         self._sock.settimeout(None)
-        try:
-            while True:
+        while True:
+            try:
                 message = self._receive()
-                if isinstance(message, JournalAdvanced | Phase | Telemetry):
-                    yield message
-        except (OSError, LinkError):
-            return
+            except (OSError, LinkError):
+                return
+            if isinstance(message, WatchRefused):
+                raise LinkError(f"the engine of '{self._session.name}': {message.reason}")
+            if isinstance(message, JournalAdvanced | Phase | Telemetry):
+                yield message
 
     def _reply(self, command_id: str, deadline: float | None) -> CommandReply:
         while True:

@@ -41,6 +41,12 @@ class Watch(Message, frozen=True, tag="watch"):
     """Subscribes to :class:`JournalAdvanced`, :class:`Phase` and :class:`Telemetry`."""
 
 
+class WatchRefused(Message, frozen=True, tag="watch_refused"):
+    """In place of the first of these, if too many clients watch. The connection is closed."""
+
+    reason: str
+
+
 class Welcome(Message, frozen=True, tag="welcome"):
     """The reply to :class:`ClientHello`. If the versions differ, the connection is closed."""
 
@@ -48,7 +54,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     version: int = VERSION
     software: str = ""
     refused: str = ""
-    """Why the engine closes the connection; empty if it does not."""
+    """Why an engine of an earlier version closes the connection; otherwise empty."""
 
 
 class CommandReply(Message, frozen=True, tag="answer"):
@@ -155,7 +161,7 @@ class JournalAdvanced(Message, frozen=True, tag="wake"):
 
 
 FromClient = ClientHello | CommandRequest | StatusRequest | Watch
-ToClient = Welcome | CommandReply | Status | JournalAdvanced | Phase | Telemetry
+ToClient = Welcome | CommandReply | Status | WatchRefused | JournalAdvanced | Phase | Telemetry
 
 _from_client: Decoder[FromClient] = Decoder(FromClient)
 _to_client: Decoder[ToClient] = Decoder(ToClient)

@@ -16,6 +16,7 @@ from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol import rank_messages
 from engine.protocol.commands import BoundaryCommand, Pause, SetSetting, Unpause
 from engine.protocol.rank_messages import (
+    REWARD_CHANGED,
     Adjusted,
     Applied,
     BaselineReport,
@@ -96,7 +97,8 @@ class RankMessageHandler:
         self._pending = pending
         self._ranks = ranks
         self._watchdog = watchdog
-        self._guardrails = guardrails
+        self.guardrails = guardrails
+        """Replaced by the supervisor when ranks start again."""
         self._on_alert = on_alert
         self._on_error = on_error
         self._recorded: StepReport | None = None
@@ -173,7 +175,6 @@ class RankMessageHandler:
             self._end_recovering_pause()
         attempt, journal = self._state.attempt, self._journal
         step = attempt.start.from_step
-        self._guardrails.forget_after(step)
         attempt.send(
             Begin(
                 attempt=journal.attempt,
@@ -238,8 +239,8 @@ class RankMessageHandler:
                 self._applied(message)
             case Rejected(id=command_id, reason=reason):
                 self._pending.reject(command_id, reason)
-            case Notice(step=step, rule=rule, text=text):
-                self._publisher.notice(rule, text, step)
+            case Notice():
+                self._notice(message)
             case Paused():
                 self._paused(message)
             case Unpaused():
@@ -273,7 +274,7 @@ class RankMessageHandler:
             # The wall clock kept running during a pause: use the measured step time.
             state.timer.finish_step(report.metrics[STEP_TIME] if state.paused else None)
             self._watchdog.step_done(report.ranks)
-            self._alerts = self._guardrails.check(
+            self._alerts = self.guardrails.check(
                 report.step, dict(report.metrics), state.settings, report.samples
             )
             state.settings = report.settings
@@ -297,6 +298,11 @@ class RankMessageHandler:
         elif message.changes:
             self._journal.set_meta(settings=state.settings)
         self._server.send_reply(commands.reply(message.id))
+
+    def _notice(self, notice: Notice) -> None:
+        if notice.rule == REWARD_CHANGED:
+            self.guardrails.forget_steps()
+        self._publisher.notice(notice.rule, notice.text, notice.step)
 
     def adjust(self, step: int, changes: list[SettingChange], rule: str, text: str) -> None:
         """Records changes that no operator asked for, like a command, and tells the operator.

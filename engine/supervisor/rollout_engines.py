@@ -11,13 +11,15 @@ from engine.launch.environment import (
     ROLLOUT_FOLDER_VARIABLE,
     rollout_socket_variable,
 )
-from engine.launch.rollout_engine import (
+from engine.launch.rollout.engine import (
     rollout_command,
     rollout_environment,
     shared_folder,
 )
-from engine.launch.rollout_relay import relay_command, relay_environment
+from engine.launch.rollout.port import announce_end
+from engine.launch.rollout.relay import relay_command, relay_environment
 from engine.launch.store_server import listen_at
+from engine.protocol.rollout.join_messages import rollout_secret
 from engine.session.folder import Session
 from engine.session.temporary_folders import TemporaryFolder
 from engine.supervisor.rollout_process import Program, RolloutProcess
@@ -128,8 +130,12 @@ class RolloutEngines:
         self._folders = []
 
     async def close(self) -> None:
-        """Ends the engines for good, and closes the port."""
+        """Ends the engines for good, tells their machines, and closes the port."""
         await self.stop()
         if self._port is not None:
+            # Otherwise the file tells them: it is removed once the run is over.
+            if not self._session.secret_file.exists():
+                secret = rollout_secret(self._secret)
+                await asyncio.to_thread(announce_end, self._port, secret, self.joined)
             self._port.close()
             self._port = None

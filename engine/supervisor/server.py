@@ -26,6 +26,7 @@ from engine.protocol.client_messages import (
     StatusRequest,
     Telemetry,
     Watch,
+    WatchRefused,
     Welcome,
     decode_from_client,
 )
@@ -40,7 +41,10 @@ HELLO_TIMEOUT = 5.0
 FRAME_TIMEOUT = 10.0
 """Seconds from the first to the last byte of a client's frame."""
 MAX_CLIENT_FRAME = 256 * 1024
+MAX_WATCHERS = 64
 MAX_CLIENTS = 64
+"""Of those that do not watch. One more makes the oldest give way: whoever wants to stop a run must
+get through, however many connections others have left open."""
 MAX_UNREAD = 4 * 1024 * 1024
 """Bytes that may be queued for a client that does not read; then its connection is closed."""
 
@@ -61,6 +65,10 @@ class Connection:
     def is_behind(self) -> bool:
         """Whether it has not read yet what was sent before."""
         return self._writer.transport.get_write_buffer_size() > 0
+
+    def close(self) -> None:
+        """Closes the connection once what is queued is sent."""
+        self._writer.close()
 
     def send(self, message: Message) -> None:
         """Queues a message, see :meth:`send_frame`."""
@@ -99,7 +107,8 @@ class Server:
     """Serves ranks and clients on one socket."""
 
     def __init__(self) -> None:
-        self._clients: set[Connection] = set()
+        self._clients: dict[Connection, None] = {}
+        """All of them, in the order in which they came."""
         self._watchers = Watchers(self._journal_position)
 
     async def start(
@@ -179,13 +188,11 @@ class Server:
     async def _serve_client(
         self, reader: asyncio.StreamReader, client: Connection, version: int
     ) -> None:
-        refused = ""
-        if len(self._clients) >= MAX_CLIENTS:
-            refused = f"{MAX_CLIENTS} clients are connected, its limit; close some of them"
-        client.send(Welcome(pid=os.getpid(), software=__version__, refused=refused))
-        if version != frames.VERSION or refused:
+        client.send(Welcome(pid=os.getpid(), software=__version__))
+        if version != frames.VERSION:
             return
-        self._clients.add(client)
+        self._make_room()
+        self._clients[client] = None
         try:
             while True:
                 header = await reader.readexactly(frames.HEADER.size)
@@ -194,8 +201,28 @@ class Server:
                 )
                 self._handle(client, decode_from_client(body))
         finally:
-            self._clients.discard(client)
+            self._clients.pop(client, None)
             self._watchers.discard(client)
+
+    def _make_room(self) -> None:
+        """Closes a connection if there are too many: one that waits for no reply, if there is one.
+
+        What it asked for is done all the same, and the client may connect again.
+        """
+        others = [client for client in self._clients if client not in self._watchers]
+        if len(others) >= MAX_CLIENTS:
+            oldest = min(others, key=lambda client: bool(client.awaited))
+            log.warning("%s: connection closed, since %d are open", oldest.who, MAX_CLIENTS)
+            del self._clients[oldest]
+            oldest.close()
+
+    def _watch(self, client: Connection) -> None:
+        if len(self._watchers) >= MAX_WATCHERS and client not in self._watchers:
+            reason = f"{MAX_WATCHERS} clients watch, its limit; close some of them"
+            client.send(WatchRefused(reason=reason))
+            client.close()
+        else:
+            self._watchers.add(client, client.known)
 
     def _handle(self, client: Connection, message: FromClient) -> None:
         match message:
@@ -208,7 +235,7 @@ class Server:
             case StatusRequest():
                 client.send(self._requests.status())
             case Watch():
-                self._watchers.add(client, client.known)
+                self._watch(client)
             case ClientHello():
                 raise LinkError("a second hello on one connection")
 

@@ -16,6 +16,7 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
+from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch.secret import needs_secret, secret_of_run
 from engine.launch.start import (
@@ -28,6 +29,7 @@ from engine.launch.start import (
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.notify import Notifier, missing_variables
+from engine.monitoring.recorded_steps import rebuild
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol.commands import SetSetting
 from engine.protocol.rank_messages import RESTART_REASONS, Failed, Phase
@@ -148,6 +150,7 @@ class Supervisor:
         self._record_start_settings(start)
         self.publisher.set_state("starting")
         self.watchdog.ranks_starting()
+        self.rank_messages.guardrails = await asyncio.to_thread(self._guardrails, start.from_step)
         self._announce_machines(start.from_step)
         await self.ranks.start(await self.rollout.start())
         if state.stop_now or state.next is not None:  # asked before the process existed
@@ -158,6 +161,11 @@ class Supervisor:
         if state.next is not None:  # rolled back
             return 0
         return self.conclude(status)
+
+    def _guardrails(self, from_step: int) -> Guardrails:
+        """The guard rails as the timeline up to a checkpoint has left them. Takes 0.1 ms a step."""
+        with JournalReader(self._session) as record:
+            return rebuild(record, self._config, from_step)
 
     def _announce_machines(self, step: int) -> None:
         """Shows which machines a run waits for, until its ranks report their own phases."""

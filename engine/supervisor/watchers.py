@@ -58,6 +58,10 @@ class Watchers:
         """The number of watchers."""
         return len(self._sent)
 
+    def __contains__(self, client: Watcher) -> bool:
+        """Whether a client watches."""
+        return client in self._sent
+
     @property
     def number(self) -> int:
         """The number of the newest state, for :meth:`add`."""

@@ -111,7 +111,7 @@ class Boundary:
         self._from_step = begin.from_step
         self._deadline = deadline(run.config.train, os.environ)
         self._longest_step = 0.0
-        self._held: RewardCallError | None = None
+        self._pause_error: RewardCallError | None = None
 
     def before_step(self) -> bool:
         """Executes the commands received since the last step; blocks while the run is paused.
@@ -122,7 +122,7 @@ class Boundary:
         self.checkpoints.poll()
         self._settings.repeat(self._run.state.step + 1)
         received = self._next_broadcast(0.0)
-        self._begin_hold()
+        self._begin_pause()
         self._execute_received(received)
         reported = time.monotonic()
         while self._paused and not self._stop_ids and not self._early:
@@ -135,7 +135,7 @@ class Boundary:
             update_reference(self._run)
         return follows
 
-    def hold(self, error: RewardCallError) -> None:
+    def pause_before_step(self, error: RewardCallError) -> None:
         """Has :meth:`before_step` pause before a step whose reward could not be computed.
 
         It then executes commands, like in any pause, and returns when the step is to be repeated.
@@ -143,11 +143,11 @@ class Boundary:
         ends when it works again. After the last step there is no pause, as nothing is left to
         repeat, but a notice. Call it on all ranks; the error is the same on all of them.
         """
-        self._held = error
+        self._pause_error = error
 
-    def _begin_hold(self) -> None:
-        """Pauses if :meth:`hold` asked for it. Call it when the ranks agree on the run's end."""
-        error, self._held = self._held, None
+    def _begin_pause(self) -> None:
+        """Carries out :meth:`pause_before_step`. Call it when the ranks agree on the end."""
+        error, self._pause_error = self._pause_error, None
         if error is None:
             return
         step, reason = self._run.state.step, str(error)

@@ -2,8 +2,8 @@
 
 Reads the configuration as JSON on standard input, loads everything that it names, takes two steps
 on two prompts and times one on a few more. The last line of standard output is a
-:class:`engine.protocol.check_result.CheckResult` or an object with `error`, as JSON. What it writes
-is in a temporary folder, which it removes.
+:class:`engine.protocol.programs.check_result.CheckResult` or an object with `error`, as JSON. What
+it writes is in a temporary folder, which it removes.
 """
 
 import sys
@@ -16,8 +16,8 @@ from engine.config.schema import RunConfig
 from engine.errors import RlhfError, error_text
 from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, STEP_TIME, phase_time
-from engine.protocol.check_result import CheckedSample, CheckResult, TimedStep
-from engine.protocol.program_result import print_result
+from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
+from engine.protocol.programs.result import print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import create
 from engine.session.temporary_folders import TemporaryFolder

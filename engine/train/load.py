@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from transformers import PreTrainedTokenizerBase
 
 from engine import starter
 from engine.config.schema import RunConfig
@@ -23,6 +24,9 @@ from engine.train.checkpoints.shards import (
     load_reference_weights,
     load_training,
 )
+from engine.train.data.load_prompts import BeginPart
+from engine.train.data.prompt_order import Prompts
+from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.distributed.sharding import learner
@@ -114,15 +118,9 @@ def load_run(
     has_tokenizer = saved is None or (saved / POLICY / "tokenizer_config.json").is_file()
     tokenizer_source = source if has_tokenizer else starter.resolve(config.model.policy)
     tokenizer = load_policy_tokenizer(config, tokenizer_source, ranks)
-    prompts, held_out_prompts = split_prompts(
-        config,
-        load_on_all_ranks(
-            config.data, tokenizer, ranks, per_step=config.prompts_per_step, seed=config.seed,
-            begin=lambda part: announce(begin.from_step, f"load prompts: {part}"),
-        ),
-        tokenizer,
-        ranks,
-    )  # fmt: skip
+    prompts, held_out_prompts = _load_prompts(
+        config, tokenizer, ranks, lambda part: announce(begin.from_step, f"load prompts: {part}")
+    )
     strategy, memory = check_memory(
         first_step_config(config, begin),
         prompts.longest,
@@ -134,12 +132,7 @@ def load_run(
     begin_stage("reward")
     context = LoadContext(config.reward, tokenizer.get_vocab(), ranks, strategy, on_host=on_host)
     rewards = _load_scores(config, context)
-    held_out: HeldOut | None = None
-    if held_out_prompts:
-        watched = config.eval.rewards
-        held_out = HeldOut(
-            held_out_prompts, load_rewards(context, watched, rewards.names) if watched else None
-        )
+    held_out = _load_held_out(context, config, held_out_prompts, rewards)
     begin_stage("policy")
     from_reward = config.ppo.value_init == "reward_model"
     value_model = load_value_model(config, ranks, strategy) if from_reward else None
@@ -148,10 +141,11 @@ def load_run(
     begin_stage("reference")
     reference = load_reference(config, policy, ranks, strategy)
     _check_vocabularies(policy.lm.config.vocab_size, reference.lm.config.vocab_size)
-    if saved is not None and not load_training(saved, policy, optimiser, ranks.group):
-        notify("settings", OTHER_OPTIMISER.format(config.train.optimiser))
-    if saved is not None and state.reference_updated:
-        load_reference_weights(saved, reference, ranks.group)
+    if saved is not None:
+        if not load_training(saved, policy, optimiser, ranks.group):
+            notify("settings", OTHER_OPTIMISER.format(config.train.optimiser))
+        if state.reference_updated:
+            load_reference_weights(saved, reference, ranks.group)
     if config.kl.reference_update.every:
         check_same_shapes(policy, reference)
 
@@ -181,6 +175,30 @@ def load_run(
     # What is wrong with an engine of its own shows here, not in the first step.
     backend.sync(policy, begin.from_step, lambda _done, _total: None)
     return run
+
+
+def _load_prompts(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: RankGroup,
+    begin_part: BeginPart,
+) -> tuple[Prompts, list[Prompt]]:
+    """The prompts to train on, and those that are held out. Raises UserInputError."""
+    loaded = load_on_all_ranks(
+        config.data, tokenizer, ranks,
+        per_step=config.prompts_per_step, seed=config.seed, begin=begin_part,
+    )  # fmt: skip
+    return split_prompts(config, loaded, tokenizer, ranks)
+
+
+def _load_held_out(
+    context: LoadContext, config: RunConfig, prompts: list[Prompt], trained_on: RewardMix
+) -> HeldOut | None:
+    """The held-out prompts with the sources of `eval.rewards`. Raises UserInputError."""
+    if not prompts:
+        return None
+    sources = config.eval.rewards
+    return HeldOut(prompts, load_rewards(context, sources, trained_on.names) if sources else None)
 
 
 def _load_scores(config: RunConfig, context: LoadContext) -> RewardMix:

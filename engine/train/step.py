@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from torch import Tensor
@@ -55,8 +56,8 @@ def train_step(
         begin_next_rollout(run, step)
 
     # 2. Score them, and draw again where scores do not vary.
-    states = TokenStates() if config.linear_value else None
-    scored = ScoredRollout(rollout, *score_rollout(run, step, rollout, states))
+    with recorded_states(run) as states:
+        scored = ScoredRollout(rollout, *score_rollout(run, step, rollout))
     if config.rollout.dynamic and recorded is None:
         scored = redraw_constant_groups(
             run, step, scored, sampling_options(run, step), partial(score_rollout, run, step)
@@ -181,15 +182,20 @@ def sampling_options(run: Run, step: int) -> SamplingOptions:
     )
 
 
-def score_rollout(
-    run: Run, step: int, rollout: Rollout, keep: TokenStates | None = None
-) -> tuple[Tensor, Parts]:
-    """The raw scores of a step's responses, (B,) float32, and those of each source.
+def recorded_states(run: Run) -> AbstractContextManager[TokenStates | None]:
+    """Context that yields the hidden states of what the reward model scores in it.
 
-    `keep` gets the reward model's hidden states.
+    It yields None without `model.value: reward_model`.
     """
+    return (
+        run.rewards.reward_model().recorded_states() if run.config.linear_value else nullcontext()
+    )
+
+
+def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]:
+    """The raw scores of a step's responses, (B,) float32, and those of each source."""
     with run.timer.phase(run, step, "score") as report:
-        return run.rewards(RewardInputs.of(rollout, step), report, keep=keep)
+        return run.rewards(RewardInputs.of(rollout, step), report)
 
 
 def old_policy_outputs(

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
 from engine.config.sections.launch import LaunchConfig
-from engine.config.settings import settings_of
+from engine.config.settings import SettingChange, settings_of
 from engine.errors import (
     DamagedCheckpointError,
     LinkError,
@@ -36,6 +36,7 @@ from engine.protocol.rank_messages import (
     Failed,
     Notice,
     Ready,
+    Sample,
     StepReport,
 )
 from engine.session.folder import Session
@@ -195,37 +196,43 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
             try:
                 metrics, samples = run_step(run, step, boundary.adjust)
             except RewardCallError as error:
-                boundary.hold(error)
+                boundary.pause_before_step(error)
                 continue
             evaluation, problem = evaluate_or_skip(run, step)
             metrics |= evaluation.metrics
             changes = boundary.after_step(step, metrics, time.monotonic() - started)
             for recorder in recorders:
                 recorder.step(step, metrics, samples)
-            settings = msgspec.to_builtins(settings_of(run.config))
-            link.send(
-                StepReport(
-                    step=step,
-                    metrics=metrics,
-                    samples=samples,
-                    settings=settings,
-                    changes=changes,
-                    ranks=run.timer.ranks,
-                    reference_mix=(
-                        run.config.kl.reference_update.mix
-                        if 0 < run.state.reference_updated == step - 1
-                        else None
-                    ),
-                    evaluated=recorded(evaluation.samples),
-                )
-            )
+            link.send(step_report(run, step, metrics, samples, changes, evaluation))
             boundary.checkpoints.save_if_due()
             if problem is not None:
-                boundary.hold(problem)
+                boundary.pause_before_step(problem)
         reason = boundary.finish()
     for recorder in recorders:
         recorder.close()
     return reason
+
+
+def step_report(
+    run: Run,
+    step: int,
+    metrics: dict[str, float],
+    samples: list[Sample],
+    changes: list[SettingChange],
+    evaluation: Evaluation,
+) -> StepReport:
+    """What is recorded of a finished step; `changes`: what the KL controller has changed."""
+    update_step = run.state.reference_updated
+    return StepReport(
+        step=step,
+        metrics=metrics,
+        samples=samples,
+        settings=msgspec.to_builtins(settings_of(run.config)),
+        changes=changes,
+        ranks=run.timer.ranks,
+        reference_mix=run.config.kl.reference_update.mix if 0 < update_step == step - 1 else None,
+        evaluated=recorded(evaluation.samples),
+    )
 
 
 def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
@@ -248,7 +255,7 @@ def prepare(boundary: Boundary, run: Run, config: RunConfig) -> Evaluation:
                 fitted = True
             return Evaluation() if run.state.step else evaluate_if_due(run, 0)
         except RewardCallError as error:
-            boundary.hold(error)
+            boundary.pause_before_step(error)
             if not boundary.before_step():
                 return Evaluation()
 

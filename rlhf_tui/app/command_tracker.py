@@ -73,10 +73,10 @@ class CommandTracker:
         self._app.screen.refresh_bindings()
         return True
 
-    def held(self, target: SteeringTarget) -> bool:
+    def paused(self, target: SteeringTarget) -> bool:
         """Whether the run is paused once the commands that were sent are carried out."""
         effects = self._effects.get(target.session.folder)
-        return (effects or PendingEffects()).held(target.state)
+        return (effects or PendingEffects()).paused(target.state)
 
     def beta(self, target: SteeringTarget) -> float | None:
         """Beta once the commands that were sent are carried out; None if it is not known."""

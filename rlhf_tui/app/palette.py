@@ -102,7 +102,7 @@ DESCRIPTIONS = {
     "label('good')": "label the response good, or remove that label",
     "label('bad')": "label the response bad, or remove that label",
     "label('hack')": "label the response as reward hacking, or remove that label",
-    "take_in": "show the responses that arrived while the list was kept still",
+    "show_new": "show the responses that arrived while the list was kept still",
     "same_prompt": "show all responses to the prompt of this one",
     "held_out": "switch between responses of training and those to held-out prompts (evaluation)",
     "probes": "read the probes of this run again",
@@ -195,17 +195,17 @@ class PaletteCommands(Provider):
     def commands(self) -> Iterator[PaletteCommand]:
         """The commands of this screen and of the app, those of the other screens, the themes."""
         app = cast(PaletteApp, self.app)
-        yield from sorted(self._here(), key=lambda command: command.rank)
+        yield from sorted(self._of_this_screen(), key=lambda command: command.rank)
         if not isinstance(self.screen, SessionScreen):
             return  # a dialog
         for mode in MODES:
             if mode != self.screen.MODE:
-                yield from self._elsewhere(mode)
+                yield from self._of_screen(mode)
         for name in THEME_NAMES:
             choose = partial(app.choose_theme, name)
             yield PaletteCommand(f"Theme: {name}", "colours of this app", choose)
 
-    def _here(self) -> list[PaletteCommand]:
+    def _of_this_screen(self) -> list[PaletteCommand]:
         from textual.widgets import Input  # noqa: PLC0415 - keeps the start quick
 
         found: dict[str, PaletteCommand] = {}
@@ -230,7 +230,7 @@ class PaletteCommands(Provider):
             )
         return list(found.values())
 
-    def _elsewhere(self, mode: str) -> Iterator[PaletteCommand]:
+    def _of_screen(self, mode: str) -> Iterator[PaletteCommand]:
         """The commands of another screen. They act on what is selected there: go and look first."""
         number = list(MODES).index(mode) + 1
         for binding in Binding.make_bindings(screen_class(mode).BINDINGS):

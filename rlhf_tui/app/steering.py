@@ -253,8 +253,8 @@ class Steering:
         if target is not None and _is_too_early_or_late(target, action):
             live = False
         if action in ("pause", "unpause"):
-            held = live and target is not None and self._commands.held(target)
-            if held != (action == "unpause"):
+            paused = live and target is not None and self._commands.paused(target)
+            if paused != (action == "unpause"):
                 return False
         return True if live else None
 

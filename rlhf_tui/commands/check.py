@@ -10,8 +10,8 @@ from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.launch.environment import ranks_per_node
 from engine.launch.inputs import check_inputs
-from engine.launch.rollout_engine import check_rollout_engine
-from engine.protocol.check_result import CheckResult, TimedStep
+from engine.launch.rollout.engine import check_rollout_engine
+from engine.protocol.programs.check_result import CheckResult, TimedStep
 from engine.verification.verify import Contents
 from engine.verification.verify import verify as verify_session
 from rlhf_tui import format as fmt

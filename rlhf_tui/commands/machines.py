@@ -90,7 +90,7 @@ def join(
     if rollout:
         secret = str(secret_file.absolute()) if secret_file is not None else "-"
         chosen = str(python.absolute()) if python is not None else ""
-        words = ["-P", "-m", "engine.launch.rollout_join", address, str(wait), secret, chosen]
+        words = ["-P", "-m", "engine.launch.rollout.join", address, str(wait), secret, chosen]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *words])  # noqa: S606 - our own module
 

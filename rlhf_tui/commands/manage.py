@@ -19,7 +19,7 @@ from engine.journal.json_values import Json
 from engine.journal.preference_pairs import preference_pairs
 from engine.journal.samples import SampleReader, with_judgements
 from engine.launch.environment import clean_environment
-from engine.launch.rollout_engine import TESTED_VLLM, find_vllm, rollout_python
+from engine.launch.rollout.engine import TESTED_VLLM, find_vllm, rollout_python
 from engine.launch.start import check_average, checkpoint_steps, last_checkpoint
 from engine.protocol import sockets
 from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -54,25 +55,16 @@ END_TIMEOUT = 30.0
 """Seconds to wait for the engine's process to exit after `stop --wait`."""
 
 
-class Steering:
+@dataclass
+class CtlCall:
     """The options of one `ctl` call; sends its command and prints the outcome."""
 
-    def __init__(
-        self,
-        root: Path,
-        name: str,
-        *,
-        wait: bool,
-        timeout: float,
-        as_json: bool,
-        command_id: str | None,
-    ) -> None:
-        self._root = root
-        self._name = name
-        self._wait = wait
-        self._timeout = timeout
-        self._as_json = as_json
-        self._id = command_id
+    root: Path
+    name: str
+    wait: bool
+    timeout: float
+    as_json: bool
+    command_id: str | None
 
     def send(self, command: AnyCommand) -> None:
         """Sends a command, waits with --wait, and prints the reply. Exits with 4 on timeout.
@@ -80,29 +72,29 @@ class Steering:
         Raises:
             RlhfError: the command was rejected, or there is no engine.
         """
-        command_id = self._id or new_id()
-        session = existing(self._root, self._name)
+        command_id = self.command_id or new_id()
+        session = existing(self.root, self.name)
         with Client(session, who()) as client:
             reply = client.send(command, command_id)
             # A probe always waits: its result is the reason to send it.
-            if (self._wait or isinstance(command, Probe)) and not reply.final:
+            if (self.wait or isinstance(command, Probe)) and not reply.final:
                 try:
-                    reply = client.wait(command_id, self._timeout)
+                    reply = client.wait(command_id, self.timeout)
                 except TimeoutError:
                     click.echo(
-                        f"rlhf-tui: not applied within {self._timeout:g} s; still pending, "
-                        f"see: rlhf-tui events {self._name}",
+                        f"rlhf-tui: not applied within {self.timeout:g} s; still pending, "
+                        f"see: rlhf-tui events {self.name}",
                         err=True,
                     )
                     sys.exit(TIMED_OUT)
             seconds_left = None if reply.final else client.status().boundary_in
         if reply.reason and reply.status != "rejected":
             click.echo(f"rlhf-tui: {one_line(reply.reason)}", err=True)
-        if self._wait and isinstance(command, Stop) and reply.status == "applied":
+        if self.wait and isinstance(command, Stop) and reply.status == "applied":
             self._wait_for_exit(session)
         self._print(command, reply, seconds_left)
-        if isinstance(command, Stop) and reply.status == "accepted" and not self._as_json:
-            say(f"to end at once, without this step: rlhf-tui ctl {self._name} stop --now")
+        if isinstance(command, Stop) and reply.status == "accepted" and not self.as_json:
+            say(f"to end at once, without this step: rlhf-tui ctl {self.name} stop --now")
         if reply.status == "rejected":
             raise RlhfError(f"rejected: {reply.reason}")
 
@@ -114,7 +106,7 @@ class Steering:
             time.sleep(0.05)
 
     def _print(self, command: AnyCommand, reply: CommandReply, seconds_left: float | None) -> None:
-        if self._as_json:
+        if self.as_json:
             row: Json = config_file.as_mapping(reply)
             print_json(row | {"applied_step": row.pop("step")})
         elif reply.status == "accepted":
@@ -148,7 +140,7 @@ def ctl(
     command_id: str | None,
 ) -> None:
     """Steer the live engine of session NAME."""
-    context.obj = Steering(
+    context.obj = CtlCall(
         root, name, wait=wait, timeout=timeout, as_json=as_json, command_id=command_id
     )
 
@@ -164,8 +156,8 @@ _WithoutArguments = Pause | Unpause | Checkpoint | Undo
 def _verb_without_arguments(kind: type[_WithoutArguments]) -> None:
     @_verb(kind)
     @click.pass_obj
-    def send(steering: Steering) -> None:
-        steering.send(kind())
+    def send(call: CtlCall) -> None:
+        call.send(kind())
 
 
 for _kind in get_args(_WithoutArguments):
@@ -180,24 +172,24 @@ ctl.add_command(
 @_verb(Stop)
 @click.option("--now", is_flag=True, help="Stop immediately, without a checkpoint.")
 @click.pass_obj
-def stop(steering: Steering, now: bool) -> None:
-    steering.send(Stop(now=now))
+def stop(call: CtlCall, now: bool) -> None:
+    call.send(Stop(now=now))
 
 
 @_verb(Rollback)
 @click.argument("step", type=click.IntRange(min=1))
 @click.option("--reseed", is_flag=True, help="New random seed: sample other responses.")
 @click.pass_obj
-def rollback(steering: Steering, step: int, reseed: bool) -> None:
-    steering.send(Rollback(step=step, reseed=reseed))
+def rollback(call: CtlCall, step: int, reseed: bool) -> None:
+    call.send(Rollback(step=step, reseed=reseed))
 
 
 # With unknown options ignored, -1 is a value and not an option.
 @_verb(SetBeta, context_settings={"ignore_unknown_options": True})
 @click.argument("value", type=float)
 @click.pass_obj
-def beta(steering: Steering, value: float) -> None:
-    steering.send(SetBeta(value=value))
+def beta(call: CtlCall, value: float) -> None:
+    call.send(SetBeta(value=value))
 
 
 @_verb(SetKLController)
@@ -207,29 +199,29 @@ def beta(steering: Steering, value: float) -> None:
 @click.option("--beta-min", type=float, metavar="BETA", help="The adaptive controller's minimum.")
 @click.option("--beta-max", type=float, metavar="BETA", help="The adaptive controller's maximum.")
 @click.pass_obj
-def kl(steering: Steering, /, **given: Any) -> None:
-    steering.send(SetKLController(**given))
+def kl(call: CtlCall, /, **given: Any) -> None:
+    call.send(SetKLController(**given))
 
 
 @_verb(SetSetting)
 @click.argument("assignment", metavar="KEY=VALUE")
 @click.pass_obj
-def set_(steering: Steering, assignment: str) -> None:
+def set_(call: CtlCall, assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals:
         raise UserInputError(f"set takes key=value, not '{assignment}'")
-    steering.send(SetSetting(key=key.strip(), value=parse_yaml(text, key, key.strip())))
+    call.send(SetSetting(key=key.strip(), value=parse_yaml(text, key, key.strip())))
 
 
 @_verb(Probe)
 @click.argument("text", callback=utf8_text)
 @click.pass_obj
-def probe(steering: Steering, text: str) -> None:
-    steering.send(Probe(text=text))
+def probe(call: CtlCall, text: str) -> None:
+    call.send(Probe(text=text))
 
 
 def _shared_option(flag: str, attribute: str, text: str, **options: Any) -> click.Option:
-    """An option of `ctl` that may also follow the verb; it sets an attribute of Steering."""
+    """An option of `ctl` that may also follow the verb; it sets an attribute of the call."""
 
     def callback(context: click.Context, _option: click.Parameter, value: Any) -> None:
         if value:
@@ -240,11 +232,11 @@ def _shared_option(flag: str, attribute: str, text: str, **options: Any) -> clic
 
 def _shared_options() -> list[click.Option]:
     return [
-        _shared_option("--wait", "_wait", WAIT, is_flag=True),
-        _shared_option("--timeout", "_timeout", TIMEOUT, type=float, metavar="SECONDS"),
-        _shared_option("--json", "_as_json", JSON, is_flag=True),
-        _shared_option("--id", "_id", COMMAND_ID, metavar="ID"),
-        _shared_option("--sessions", "_root", SESSIONS, type=click.Path(path_type=Path)),
+        _shared_option("--wait", "wait", WAIT, is_flag=True),
+        _shared_option("--timeout", "timeout", TIMEOUT, type=float, metavar="SECONDS"),
+        _shared_option("--json", "as_json", JSON, is_flag=True),
+        _shared_option("--id", "command_id", COMMAND_ID, metavar="ID"),
+        _shared_option("--sessions", "root", SESSIONS, type=click.Path(path_type=Path)),
     ]
 
 

@@ -101,9 +101,9 @@ def replay(root: Path, name: str, speed: float, from_step: int) -> None:
 def mirror(root: Path, name: str, tail: int) -> None:
     """Send a session to a copy on another machine: `attach ssh://HOST/NAME` runs it there."""
     from rlhf_tui.remote.messages import Done, encode  # noqa: PLC0415 - only this command needs it
-    from rlhf_tui.remote.source import Source  # noqa: PLC0415
+    from rlhf_tui.remote.source import SessionSource  # noqa: PLC0415
 
-    source, output = Source(existing(root.resolve(), name), tail), sys.stdout.buffer
+    source, output = SessionSource(existing(root.resolve(), name), tail), sys.stdout.buffer
     output.write(encode(source.hello()))
     sent = time.monotonic()
     while True:

@@ -12,7 +12,7 @@ from engine.errors import LinkError
 from engine.journal import schema
 from engine.session.folder import EngineInfo, Session, check_name, write_atomically
 from engine.session.lock import SessionLock
-from rlhf_tui.remote.messages import VERSION, Engine, Hello, Log, Message, Rows
+from rlhf_tui.remote.messages import VERSION, EngineState, Hello, Log, Message, Rows
 
 MIGRATIONS = {"journal": schema.JOURNAL, "samples": schema.SAMPLES, "labels": schema.LABELS}
 
@@ -42,7 +42,7 @@ class SessionCopy:
             case Log(text=text) if self.session is not None:
                 with self.session.log_file.open("a", encoding="utf-8") as file:
                     file.write(text)
-            case Engine():
+            case EngineState():
                 self._engine(message)
             case _:  # Done
                 for database in self._databases.values():
@@ -100,7 +100,7 @@ class SessionCopy:
             self._columns[key] = {r[0] for r in self._databases[file].execute(query, (table,))}
         return self._columns[key]
 
-    def _engine(self, engine: Engine) -> None:
+    def _engine(self, engine: EngineState) -> None:
         """Makes the copy look live as long as the session is: by the lock, and by engine.json."""
         if self.session is None:
             return

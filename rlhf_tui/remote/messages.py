@@ -32,7 +32,7 @@ class Rows(Struct, frozen=True, tag="rows"):
     """Whether all rows that the copy has are removed first."""
 
 
-class Engine(Struct, frozen=True, tag="engine"):
+class EngineState(Struct, frozen=True, tag="engine"):
     """Whether an engine runs the session."""
 
     socket: str | None
@@ -50,7 +50,7 @@ class Done(Struct, frozen=True, tag="done"):
     """Everything up to here belongs together."""
 
 
-Message = Hello | Rows | Engine | Log | Done
+Message = Hello | Rows | EngineState | Log | Done
 _decoder = msgspec.json.Decoder(Message)
 _encoder = msgspec.json.Encoder()
 

@@ -9,7 +9,7 @@ from engine.journal import schema
 from engine.journal.database import ReadOnlyDatabase
 from engine.session.file_signature import FileSignature, file_signature
 from engine.session.folder import Session
-from rlhf_tui.remote.messages import VERSION, Done, Engine, Hello, Log, Message, Rows
+from rlhf_tui.remote.messages import VERSION, Done, EngineState, Hello, Log, Message, Rows
 
 LOG_BYTES = 200_000
 """Of the log that a copy begins with, and that is sent at once."""
@@ -21,7 +21,7 @@ LABELS = ("judgements", "preferences")
 SAMPLES = ("samples", "evaluated")
 
 
-class Source:
+class SessionSource:
     """Sends a session: first its tail, then what is new."""
 
     def __init__(self, session: Session, tail: int) -> None:
@@ -68,7 +68,7 @@ class Source:
         yield from self._samples()
         yield from self._judgements()
         yield from self._log(session.log_file)
-        yield Engine(engine.socket, engine.pid) if engine is not None else Engine(None)
+        yield EngineState(engine.socket, engine.pid) if engine is not None else EngineState(None)
         yield Done()
 
     def _journal(self) -> Iterator[Message]:

@@ -159,7 +159,7 @@ class RemoteSession:
 
     def _receive(self) -> None:
         """Copies the session until the connection ends. Raises LinkError if that is at once."""
-        command = self._address.command(*self._arguments, options=self._quiet())
+        command = self._address.command(*self._arguments, options=self._batch_options())
         with tempfile.TemporaryFile() as errors:
             self._source = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
@@ -177,7 +177,7 @@ class RemoteSession:
                 kind = NoSuchSessionError if code == NoSuchSessionError.exit_code else LinkError
                 raise kind(f"{self._address.host}: {text}")
 
-    def _quiet(self) -> tuple[str, ...]:
+    def _batch_options(self) -> tuple[str, ...]:
         """Options of ssh: once the app has the terminal, nobody is asked for a passphrase there."""
         return ("-o", "BatchMode=yes") if self._first.is_set() else ()
 
@@ -195,7 +195,14 @@ class RemoteSession:
         if remote is not None:
             self._socket.unlink(missing_ok=True)
             sockets = f"{self._socket}:{remote}"
-            options = ("-T", *self._quiet(), "-o", "ExitOnForwardFailure=yes", "-L", sockets)
+            options = (
+                "-T",
+                *self._batch_options(),
+                "-o",
+                "ExitOnForwardFailure=yes",
+                "-L",
+                sockets,
+            )
             # `cat` ends with this process, however it ends: then its input is closed.
             self._forward = subprocess.Popen(  # noqa: S603 - ssh with the user's own address
                 [*self._address.ssh(*options), "--", "cat"], stdin=subprocess.PIPE,

@@ -257,7 +257,7 @@ class SamplesScreen(SessionScreen):
 
     def action_label(self, label: str) -> None:
         """Sets a label, or removes it."""
-        if self.samples.hold():
+        if self.samples.freeze_to_judge():
             self.labels.toggle(label)
 
     def action_remark(self) -> None:
@@ -286,7 +286,7 @@ class SamplesScreen(SessionScreen):
 
     def action_better(self, which: str) -> None:
         """Prefers this response or the other one, or removes the preference."""
-        if self.samples.hold():
+        if self.samples.freeze_to_judge():
             self.comparison.toggle_preference(which)
 
     def action_filter(self) -> None:
@@ -317,11 +317,11 @@ class SamplesScreen(SessionScreen):
 
     def action_page(self, by: int) -> None:
         """Turns pages of the table."""
-        self.samples.turn(by)
+        self.samples.turn_page(by)
 
-    def action_take_in(self) -> None:
+    def action_show_new(self) -> None:
         """Shows the responses that were recorded since the list was frozen."""
-        self.samples.take_in()
+        self.samples.show_new()
 
     def action_same_prompt(self) -> None:
         """Lists all responses to the selected prompt by step, or what was listed before."""

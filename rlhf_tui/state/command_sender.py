@@ -104,7 +104,7 @@ class PendingEffects:
     """
 
     def __init__(self) -> None:
-        self._hold: tuple[Command, str] | None = None
+        self._pause: tuple[Command, str] | None = None
         """Pause or unpause, and the state in which it was sent."""
         self._beta: SetBeta | None = None
         self._replaced: float | None = None
@@ -113,7 +113,7 @@ class PendingEffects:
     def sent(self, command: Command, state: str) -> None:
         """Call it when a command is sent; `state`: of the session, as shown."""
         if isinstance(command, Pause | Unpause):
-            self._hold = command, state
+            self._pause = command, state
         elif isinstance(command, SetBeta):
             self._beta, self._replaced = command, None
         elif isinstance(command, Undo | SetKLController | Rollback):
@@ -126,20 +126,20 @@ class PendingEffects:
         applied = reply is not None and reply.status == "applied"
         if command is self._beta:
             self._beta, self._replaced = (self._beta, beta) if applied else (None, None)
-        if self._hold is not None and command is self._hold[0] and not applied:
-            self._hold = None
+        if self._pause is not None and command is self._pause[0] and not applied:
+            self._pause = None
 
     def read(self, state: str, beta: float | None) -> None:
         """Call it with the state and beta in force after each reading of the journal."""
-        if self._hold is not None and state != self._hold[1]:
-            self._hold = None
+        if self._pause is not None and state != self._pause[1]:
+            self._pause = None
         if self._replaced is not None and beta != self._replaced:
             self._beta = self._replaced = None
 
-    def held(self, state: str) -> bool:
+    def paused(self, state: str) -> bool:
         """Whether the run is paused, or will be; `state`: as shown."""
-        if self._hold is not None:
-            return isinstance(self._hold[0], Pause)
+        if self._pause is not None:
+            return isinstance(self._pause[0], Pause)
         return state in ("paused", "pausing")
 
     def beta(self, shown: float | None) -> float | None:

@@ -50,7 +50,10 @@ GUARD_RAIL = "guard rail "
 RESTART = "restart"
 """Rule of the notice that follows the error of an attempt and repeats its text."""
 PAUSED_STATES = ("paused", "pausing")
-_BOUND = re.compile(r"(?P<metric>\S+) is (?P<value>\S+), (?P<side>above|below) (?P<bound>.+)")
+_BOUND = re.compile(
+    r"(?P<metric>\S+) is (?P<value>\S+), (?P<side>above|below) (?P<bound>[^;\n]+)"
+    r"(?:; (?P<again>alert \d+), .+)?"
+)
 DIED = "engine died (no exit message)"
 
 
@@ -303,9 +306,13 @@ def pause_reason(
 
 @functools.lru_cache(maxsize=8192)  # the timeline is made again with each new event
 def short_condition(text: str) -> str:
-    """Shortens `objective/kl is 7.26, above 6` to `KL 7.26 > 6`; other texts stay as they are."""
+    """Shortens `objective/kl is 7.26, above 6` to `KL 7.26 > 6`; other texts stay as they are.
+
+    What a later alert of the rule says of the last one becomes `KL 7.26 > 6 (alert 2)`.
+    """
     found = _BOUND.fullmatch(text)
     if found is None:
         return text
     sign = ">" if found["side"] == "above" else "<"
-    return f"{title_of(found['metric'])} {found['value']} {sign} {found['bound']}"
+    again = f" ({found['again']})" if found["again"] else ""
+    return f"{title_of(found['metric'])} {found['value']} {sign} {found['bound']}{again}"

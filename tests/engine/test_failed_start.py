@@ -1,9 +1,12 @@
 """A start that failed does not block its name; a session in which anything was trained does."""
 
+import resource
+
 import pytest
 
-from engine.errors import SessionNameError
-from engine.launch.start import fork, is_failed_start, remove_failed_start
+from engine.errors import SessionError, SessionNameError
+from engine.launch.background import start_engine
+from engine.launch.start import StartOptions, fork, is_failed_start, remove_failed_start
 
 
 @pytest.fixture
@@ -79,3 +82,17 @@ def test_a_fork_that_failed_can_be_made_again_and_its_source_is_whole(writer, wr
     of_again.journal.set_meta(state="failed")
     with pytest.raises(SessionNameError):
         fork(writer.session, "child", **given)
+
+
+def test_an_engine_that_cannot_even_write_its_log_is_not_told_by_an_old_line(failed):
+    session = failed()
+    session.log_file.write_text("what went wrong last time\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # as on a full disk: no file can grow
+    try:
+        with pytest.raises(SessionError) as caught:
+            start_engine(session, StartOptions(), timeout=60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "last time" not in str(caught.value)
+    assert "exit code" in str(caught.value)

@@ -272,3 +272,25 @@ def test_changes_are_in_the_order_in_which_they_were_applied_whatever_the_clock(
     writer.journal.set_meta(settings={"beta": 0.1, "learning_rate": 5e-5})
     with JournalReader(writer.session.at(beginning)) as record:
         assert record.meta().settings["learning_rate"] == 1e-5
+
+
+def test_what_happened_at_a_step_stays_there_when_the_clock_was_set_back(writer, monkeypatch):
+    journal = writer.journal
+    writer.steps(1, 2)
+    earlier = itertools.count(1_600_000_000.0)
+    monkeypatch.setattr(time, "time", lambda: next(earlier))
+    happened = []
+    for step in (2, 3, 4):
+        if step > 2:
+            writer.steps(step)
+        if step == 3:
+            journal.record_event("alert", {"rule": "kl_high", "text": "KL is high"}, step)
+        else:
+            writer.order(f"c{step}", "pause")
+        happened.append((step, journal.last_event))
+    writer.steps(5)
+    recording = Recording(writer.session)
+    first = {}
+    for position in map(recording.position_at, recording.offsets):
+        first.setdefault(position.event, position.step)
+    assert [(first[event], event) for _, event in happened] == happened

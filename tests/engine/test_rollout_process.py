@@ -16,8 +16,6 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
-from engine.launch import rollout_engine as launch
-from engine.launch import rollout_join
 from engine.launch.environment import (
     ROLLOUT_DISK_VARIABLE,
     ROLLOUT_FOLDER_VARIABLE,
@@ -25,11 +23,14 @@ from engine.launch.environment import (
     TF32_OVERRIDE,
     rollout_socket_variable,
 )
+from engine.launch.rollout import engine as launch
+from engine.launch.rollout import join as rollout_join
+from engine.launch.rollout import port
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import StartOptions
 from engine.protocol import frames, sockets
-from engine.protocol.rollout_join_messages import Joined
-from engine.protocol.rollout_messages import EngineFailed, Start, decode_from_engine
+from engine.protocol.rollout.join_messages import Joined
+from engine.protocol.rollout.messages import EngineFailed, Start, decode_from_engine
 from engine.session.folder import create
 from engine.supervisor.attempt import Attempt
 from engine.supervisor.rollout_engines import RolloutEngines
@@ -201,10 +202,17 @@ async def test_a_machine_that_knows_the_secret_takes_the_place_of_an_engine(
     file.unlink()
     with pytest.raises(rollout_join.RunOverError):
         rollout_join.find_run(address, file, 1.0, joined=True)
-    await engines.close()
+    # Where the secret is in the environment, the first machine says that the run is over.
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+    await engines.stop()
+    joining = asyncio.to_thread(rollout_join.find_run, address, None, DEADLINE, joined=True)
+    ended, closed = await asyncio.gather(joining, engines.close(), return_exceptions=True)
+    assert isinstance(ended, rollout_join.RunOverError)
+    assert closed is None
 
 
 async def test_a_machine_of_another_version_is_told_so(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(port, "END_TIMEOUT", 0.0)
     monkeypatch.setattr(rollout_join, "Joined", functools.partial(Joined, software="0.0"))
     engines, _, _ = make(joined=True)
     engines.listen()

@@ -1,6 +1,7 @@
-"""The supervisor's socket at the end of a run."""
+"""The supervisor's socket: malformed frames, too many clients, the end of a run."""
 
 import asyncio
+import contextlib
 import logging
 
 import msgspec
@@ -9,8 +10,13 @@ import pytest
 from engine.errors import LinkError
 from engine.protocol import frames, sockets
 from engine.protocol.client import Client
-from engine.protocol.client_messages import ClientHello, CommandRequest
-from engine.protocol.commands import SetSetting
+from engine.protocol.client_messages import (
+    ClientHello,
+    CommandReply,
+    CommandRequest,
+    JournalAdvanced,
+)
+from engine.protocol.commands import Pause, SetSetting, Stop
 from engine.supervisor import server as server_module
 from engine.supervisor.server import Server
 
@@ -72,21 +78,70 @@ def test_a_malformed_frame_closes_its_connection_and_logs_no_traceback(tmp_path,
         assert record.exc_info is None
 
 
-def test_a_client_too_many_is_told_so(make_session, monkeypatch):
-    session = make_session()
-    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+class Requests:
+    """Stops a run at once, and pauses it at a boundary that does not come."""
 
-    async def serve():
-        listener, path = sockets.listen(session.folder)
-        session.write_engine(str(path), "1")
-        server = Server()
-        await server.start(listener, None, None)
-        first = await asyncio.to_thread(Client, session, "me")
-        with pytest.raises(LinkError, match="1 clients are connected, its limit"):
-            await asyncio.to_thread(Client, session, "me")
-        first.close()
-        server.close()
+    def handle(self, request, _who):
+        status = "applied" if isinstance(request.command, Stop) else "accepted"
+        return CommandReply(id=request.id, status=status, step=1)
+
+    def journal_position(self):
+        return JournalAdvanced(step=1, event=1, state="running")
+
+
+@pytest.fixture
+def serving(make_session):
+    """Runs a test with a server, and a function that connects a client to it."""
+    session = make_session()
+
+    def run(test):
+        async def with_server():
+            listener, path = sockets.listen(session.folder)
+            session.write_engine(str(path), "1")
+            server = Server()
+            await server.start(listener, Requests(), None)
+            with contextlib.ExitStack() as stack:
+
+                async def connect(who="me"):
+                    return stack.enter_context(await asyncio.to_thread(Client, session, who))
+
+                await test(server, connect)
+            server.close()
+
+        asyncio.run(with_server())
 
     lock = session.acquire()
-    asyncio.run(serve())
+    yield run
     lock.release()
+
+
+def test_a_watcher_too_many_is_told_so_and_can_stop_the_run(serving, monkeypatch):
+    monkeypatch.setattr(server_module, "MAX_WATCHERS", 1)
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+
+    async def test(_server, connect):
+        watching = (await connect()).watch()
+        assert await asyncio.to_thread(next, watching)
+        late = await connect()
+        with pytest.raises(LinkError, match="1 clients watch, its limit"):
+            await asyncio.to_thread(next, late.watch())
+        reply = await asyncio.to_thread((await connect()).send, Stop())
+        assert reply.status == "applied"
+
+    serving(test)
+
+
+def test_a_command_takes_the_place_of_a_connection_that_waits_for_nothing(serving, monkeypatch):
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 2)
+
+    async def test(server, connect):
+        waiting, idle = await connect(), await connect()
+        await asyncio.to_thread(waiting.send, Pause(), "a")
+        reply = await asyncio.to_thread((await connect()).send, Stop())
+        assert reply.status == "applied"
+        with pytest.raises(LinkError):
+            await asyncio.to_thread(idle.status)
+        server.send_reply(CommandReply(id="a", status="applied", step=2))
+        assert (await asyncio.to_thread(waiting.wait, "a", DEADLINE)).step == 2
+
+    serving(test)

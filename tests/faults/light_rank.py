@@ -33,6 +33,8 @@ from engine.launch.secret import SECRET_VARIABLE
 from engine.protocol import frames, rank_messages, sockets
 from engine.protocol.commands import Checkpoint, Pause, Probe, Stop, Undo, Unpause
 from engine.protocol.frames import Message
+from engine.protocol.machines.store_client import StoreClient
+from engine.protocol.machines.store_messages import SetKeys
 from engine.protocol.rank_messages import (
     Applied,
     Begin,
@@ -48,8 +50,6 @@ from engine.protocol.rank_messages import (
     RepeatedChange,
     StepReport,
 )
-from engine.protocol.store_client import StoreClient
-from engine.protocol.store_messages import SetKeys
 from engine.session.checkpoints import (
     checkpoint_path,
     complete_checkpoints,

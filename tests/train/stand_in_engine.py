@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, rollout_socket_variable
 from engine.protocol import frames, sockets
-from engine.protocol.rollout_messages import (
+from engine.protocol.rollout.messages import (
     Continue,
     EngineFailed,
     EngineReady,

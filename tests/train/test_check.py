@@ -7,7 +7,7 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
-from engine.protocol.check_result import TimedStep
+from engine.protocol.programs.check_result import TimedStep
 from engine.train.check import check, reduced
 from rlhf_tui.commands.check import report, step_estimate
 from tests.train.conftest import SMALL

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from engine.train.data.prompts import Prompt, batch_prompts
@@ -15,6 +16,7 @@ from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.language_model import LanguageModel
 from engine.train.rollout.compiled_layers import CompiledLayers
 from engine.train.rollout.decoder import Schedule
+from engine.train.rollout.held_weights import weights_held
 from engine.train.rollout.native import generate
 from engine.train.rollout.stop_criteria import StopCriteria
 
@@ -81,8 +83,39 @@ def test_responses_are_the_same_and_all_layers_and_lengths_share_compilations(po
     assert len({slots for slots, *_ in compiled.shapes}) == 2
     assert len({view for _, view, _ in compiled.shapes}) == 3
     # The first compilation takes the slots for all rows of the cache, which ends when they are
-    # halved.
-    assert backend.graphs == 2
+    # halved. One more is of the distributions.
+    assert backend.graphs == 3
+
+
+def test_layers_of_one_input_are_one_product(policy):
+    model, products = policy(torch.bfloat16), []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            products.append(function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm))
+            return function(*args, **(kwargs or {}))
+
+    attention, mlp = model.lm.model.layers[0].self_attn, model.lm.model.layers[0].mlp
+    x, other = torch.randn(2, 5, 64, dtype=torch.bfloat16)
+    with torch.no_grad(), model.autocast("cpu"):
+        expected = [layer(x) for layer in (attention.q_proj, attention.k_proj, mlp.up_proj)]
+        of_other = attention.k_proj(other)
+        with weights_held(list(model.lm.model.layers), torch.device("cpu")), Count():
+            q, k, v = (layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+            gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+            assert sum(products) == 2
+            # A layer that is called by itself, with another tensor, does not take what is there.
+            found = attention.k_proj(other)
+    torch.testing.assert_close([q, k, up, found], [*expected, of_other], rtol=0.02, atol=0.02)
+    assert (v.shape, gate.shape) == (k.shape, up.shape)
+
+
+def test_layers_with_products_in_common_share_a_compilation(policy):
+    backend = Backend()
+    compiled = CompiledLayers("always", backend=backend)
+    respond(policy(torch.bfloat16), compiled)
+    assert compiled.usable
+    assert backend.graphs <= 3  # as in float32
 
 
 def test_in_bfloat16_the_model_is_as_it_was_afterwards(policy):

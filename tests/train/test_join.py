@@ -11,8 +11,8 @@ from engine.config.sections.launch import LaunchConfig
 from engine.errors import LinkError, UserInputError
 from engine.launch.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 from engine.launch.store_server import StoreServer
+from engine.protocol.machines.store_messages import CheckKeys, DeleteKey, SetKeys
 from engine.protocol.rank_messages import JOIN_INFO_KEY, STARTED_KEY, WAITING_KEY, JoinInfo
-from engine.protocol.store_messages import CheckKeys, DeleteKey, SetKeys
 from engine.train.torchrun import join
 
 SECRET = "a secret of one run"  # noqa: S105 - of a test

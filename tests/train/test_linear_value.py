@@ -21,9 +21,10 @@ def rollout_of(run):
 
 def test_a_value_begins_as_the_score_of_what_precedes_the_token(make_run):
     run, _ = make_run(LINEAR, "reward.normalise=reference", "reward.normalise_samples=8")
-    rollout, states = rollout_of(run), TokenStates()
+    rollout = rollout_of(run)
     inputs = RewardInputs.of(rollout, 1)
-    run.rewards(inputs, keep=states)
+    with run.rewards.reward_model().recorded_states() as states:
+        run.rewards(inputs)
     values = linear_values(run.state.value_weights, states, rollout.logprobs, run.ranks)
     assert set(rollout.lengths.tolist()) != {int(rollout.lengths[0])}  # rows are sorted by length
     for t in (1, 4):

@@ -33,7 +33,9 @@ def held(make_run, supervisor, link, monkeypatch):
     def hold(works_again, begin=None):
         boundary = Boundary(session, run, begin or Begin(attempt=1, from_step=0), link)
         boundaries.append(boundary)
-        boundary.hold(RewardCallError("no service", recovers=True, works_again=works_again))
+        boundary.pause_before_step(
+            RewardCallError("no service", recovers=True, works_again=works_again)
+        )
         return boundary, supervisor
 
     yield hold

@@ -17,8 +17,8 @@ from engine.errors import AuthenticationError, LinkError, UserInputError
 from engine.launch.environment import JOINED_VARIABLE, STORE_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.store_server import StoreServer
+from engine.protocol.machines.store_messages import AddToKey, CheckKeys, SetKeys
 from engine.protocol.rank_messages import STARTED_KEY
-from engine.protocol.store_messages import AddToKey, CheckKeys, SetKeys
 from engine.train.distributed.rank_store import RankStore
 from engine.train.torchrun import agent
 from engine.train.torchrun.rendezvous import StoreRendezvous

@@ -14,7 +14,7 @@ from engine.config import file as config_file
 from engine.config.sections.reward import RewardConfig
 from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.errors import RlhfError, UserInputError
-from engine.protocol.reward_training import JudgedText, RewardTrainingRequest
+from engine.protocol.programs.reward_training import JudgedText, RewardTrainingRequest
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.reward_training.evaluate import calibrate, held_out_agreement
 from engine.train.reward_training.fit import best_threshold

@@ -10,7 +10,7 @@ import torch
 
 from engine.config.settings import change_settings
 from engine.errors import RlhfError
-from engine.protocol.rollout_messages import Generate
+from engine.protocol.rollout.messages import Generate
 from engine.train.evaluation.evaluate import evaluate_if_due
 from engine.train.rewards.source import RewardCallError
 from engine.train.rollout_check import check_weights

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from engine.errors import LinkError, RlhfError, UserInputError
 from engine.protocol import frames
-from engine.protocol.rollout_messages import (
+from engine.protocol.rollout.messages import (
     EngineFailed,
     Generate,
     Generated,
@@ -35,6 +35,7 @@ from engine.train.rollout.vllm.requests import divide, join, split
 from engine.train.rollout.vllm.updates import (
     COUNTER,
     STORAGE_CLASS,
+    readers,
     without_expandable_segments,
 )
 from engine.train.rollout.vllm.weights import file_size, folder_with_room, write_weights
@@ -333,6 +334,13 @@ def test_the_parts_of_a_cuda_handle_are_where_the_installed_torch_has_them():
     names = list(inspect.signature(rebuild_cuda_tensor).parameters)
     found = names[DEVICE_OF_HANDLE], names[STORAGE_CLASS], *names[COUNTER]
     assert found == ("storage_device", "storage_cls", "ref_counter_handle", "ref_counter_offset")
+
+
+def test_the_counters_of_exported_memory_are_where_the_installed_torch_has_them():
+    # Counters are made on a GPU only, but in the same kind of shared memory as storages of a CPU.
+    storage = torch.tensor([5, 0, 7]).untyped_storage()
+    _, handle, _ = storage._share_filename_cpu_()
+    assert [readers(handle, offset) for offset in range(3)] == [5, 0, 7]
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,20 @@ from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.errors import LinkError
 from engine.launch.environment import ROLLOUT_FOLDER_VARIABLE, rollout_socket_variable
-from engine.launch.received_files import ReceivedFiles
-from engine.launch.rollout_join import find_run, serve, with_paths
-from engine.launch.rollout_relay import MachineLostError, relay, wait_for_machine
+from engine.launch.rollout.join import find_run, serve, with_paths
+from engine.launch.rollout.port import wait_for_machine
+from engine.launch.rollout.received_files import ReceivedFiles
+from engine.launch.rollout.relay import MachineLostError, relay
 from engine.launch.store_server import listen_at
 from engine.protocol import sockets
-from engine.protocol.rollout_join_messages import (
+from engine.protocol.rollout.join_messages import (
     WEIGHTS,
     FilePart,
     RolloutJoinInfo,
     rollout_secret,
 )
-from engine.protocol.rollout_messages import EngineFailed, Generate, LoadWeights
-from engine.protocol.rollout_server import first_client, report
+from engine.protocol.rollout.messages import EngineFailed, Generate, LoadWeights
+from engine.protocol.rollout.server import first_client, report
 from engine.train.step import train_step
 from tests.train.stand_in_engine import StandInEngine
 

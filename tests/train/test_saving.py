@@ -261,7 +261,7 @@ def test_ranks_may_differ_in_the_last_bit_of_beta_when_they_save(trained):
 def test_a_run_that_has_taken_its_last_step_does_not_pause_for_a_reward(trained):
     run, _, boundary, supervisor = trained
     run.config = replace(run.config, train=replace(run.config.train, steps=1))
-    boundary.hold(RewardCallError("no service; step 1 is not evaluated"))
+    boundary.pause_before_step(RewardCallError("no service; step 1 is not evaluated"))
     assert not boundary.before_step()
     assert supervisor.wait_for(Notice).rule == "reward"
     assert supervisor.of(Paused) == []

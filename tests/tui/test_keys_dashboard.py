@@ -1,5 +1,7 @@
 """The dashboard's keys, pressed on a frozen session."""
 
+from itertools import pairwise
+
 import pytest
 
 from rlhf_tui.dialogs.picker import PickerDialog
@@ -18,6 +20,25 @@ async def test_the_crosshair_moves(make_app, running):
             assert app.view.cursor == cursor, keys
             await pilot.press("escape")
             assert app.view.cursor is None
+
+
+async def test_blanks_between_the_dots_of_a_curve_are_drawn_with_them(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("l")
+        lines = [
+            list(chart.render_line(y))
+            for chart in app.screen.query(Chart)
+            for y in range(chart.size.height)
+        ]
+    assert any(segment.style.reverse for line in lines for segment in line)  # an alert
+    pairs = [pair for line in lines for pair in pairwise(line)]
+    for before, after in pairs:
+        same_paper = before.style.bgcolor == after.style.bgcolor
+        if same_paper and not before.style.reverse:
+            assert not after.text.isspace(), (before, after)
+    # The paper of a reversed style is its colour: a blank beside it is not drawn with it.
+    assert not [b for b, _ in pairs if b.style.reverse and b.text.endswith(" ")]
 
 
 async def test_left_and_right_move_by_a_cell_and_with_shift_by_ten(make_app, running):

@@ -85,10 +85,12 @@ async def test_leaving_detaches_and_says_how_to_come_back(
     Session(root / "frozen").engine_file.unlink()
 
 
-async def test_leaving_a_finished_session_says_nothing(make_app, running):
+@pytest.mark.parametrize("size", [(120, 40), (1, 1)])
+async def test_a_finished_session_is_left_without_a_word(make_app, running, until, size):
     app = make_app()
-    async with running(app) as pilot:
+    async with running(app, size) as pilot:
         await pilot.press("q")
+        await until(pilot, lambda: not app.is_running)
     assert app.exit_message == ""
 
 

@@ -24,7 +24,7 @@ from engine.session.folder import Session, create
 from rlhf_tui.commands.reading import sessions
 from rlhf_tui.remote.copy import SessionCopy
 from rlhf_tui.remote.messages import decode, encode
-from rlhf_tui.remote.source import LOG_BYTES, Source
+from rlhf_tui.remote.source import LOG_BYTES, SessionSource
 from rlhf_tui.remote.ssh import COMMAND, Address, RemoteSession
 
 SCORE = "objective/scores"
@@ -114,7 +114,7 @@ def copied(tmp_path):
     copies = []
 
     def make(session, tail=5000):
-        source = Source(session, tail)
+        source = SessionSource(session, tail)
         copy = SessionCopy(tmp_path, tmp_path / "s")
         copies.append(copy)
         copy.take(decode(encode(source.hello())))
@@ -192,7 +192,7 @@ def test_a_viewer_that_stalls_keeps_no_snapshot_of_the_journal_open(session_make
     session = session_maker(tmp_path / "made", "run", 20)
     journal = JournalWriter(session)
     journal.begin_attempt(20, fresh=False)
-    changes = Source(session, 100).changes()
+    changes = SessionSource(session, 100).changes()
     next(changes)  # the connection takes no more
     with contextlib.closing(sqlite3.connect(session.journal_file, timeout=0)) as database:
         busy, *_ = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

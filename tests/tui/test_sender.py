@@ -74,7 +74,7 @@ def test_after_an_undo_the_beta_in_force_counts(effects):
 def test_a_pause_that_others_ended_is_not_held_on_to():
     effects = PendingEffects()
     effects.sent(Pause(), "running")
-    assert effects.held("running")
+    assert effects.paused("running")
     effects.read("paused", 0.1)
     effects.read("running", 0.1)
-    assert not effects.held("running")
+    assert not effects.paused("running")

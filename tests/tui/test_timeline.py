@@ -181,3 +181,8 @@ def test_a_reason_that_the_engine_recorded_is_taken_as_it_is():
 def test_conditions_that_are_no_bounds_are_not_shortened():
     assert short_condition("a fell by 50% to 1") == "a fell by 50% to 1"
     assert short_condition("objective/kl is 7, above 2 × target (3)") == "KL 7 > 2 × target (3)"
+
+
+def test_a_later_alert_says_in_brief_which_one_it_is():
+    text = "objective/kl is 7, above 6; alert 3, the last one was at step 2"
+    assert short_condition(text) == "KL 7 > 6 (alert 3)"

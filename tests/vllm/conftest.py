@@ -10,7 +10,7 @@ import pytest
 from engine import starter
 from engine.config import file as config_file
 from engine.config.sections.rollout import RolloutConfig
-from engine.launch.rollout_engine import (
+from engine.launch.rollout.engine import (
     find_vllm,
     rollout_command,
     rollout_environment,
@@ -18,7 +18,7 @@ from engine.launch.rollout_engine import (
     shared_folder,
 )
 from engine.protocol import frames, sockets
-from engine.protocol.rollout_messages import Continue, Progress, Start, decode_from_engine
+from engine.protocol.rollout.messages import Continue, Progress, Start, decode_from_engine
 from engine.session.temporary_folders import TemporaryFolder
 
 START = 400

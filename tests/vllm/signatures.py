@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 sys.path.insert(0, str(Path(__file__).parents[2] / "engine/train/rollout/vllm/process"))
 import start  # noqa: F401 - makes `engine` importable
 
-from engine.protocol.rollout_messages import Start
+from engine.protocol.rollout.messages import Start
 from engine.train.rollout.vllm.process import engine_process, received_weights
 from engine.train.rollout.vllm.process.sleep_mode import SleepMode
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import starter
-from engine.protocol.rollout_messages import EngineFailed, Generate, LoadWeights
+from engine.protocol.rollout.messages import EngineFailed, Generate, LoadWeights
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.language_model import LanguageModel

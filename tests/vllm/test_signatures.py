@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from engine.launch.rollout_engine import TESTED_VLLM, find_vllm, rollout_environment
+from engine.launch.rollout.engine import TESTED_VLLM, find_vllm, rollout_environment
 from tests.vllm.conftest import CONFIG, PYTHON, START
 
 

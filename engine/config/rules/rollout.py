@@ -75,7 +75,7 @@ def _check_number(config: RunConfig) -> None:
     """Checks that there are GPUs for all engines, and responses.
 
     Which GPUs there are is not known here if no key names them: see
-    :func:`engine.launch.rollout_engine.check_rollout_engine`.
+    :func:`engine.launch.rollout.engine.check_rollout_engine`.
     """
     rollout, launch = config.rollout, config.launch
     if rollout.engines == 1:

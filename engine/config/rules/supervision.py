@@ -10,6 +10,9 @@ from engine.config.sections.supervision import RULE_CONDITIONS, NotifyConfig, Ru
 from engine.config.settings import LIVE_SETTINGS
 from engine.errors import ConfigError
 
+LEAST_IN_LINE = 4
+"""Steps below which a line through them says next to nothing of its slope's error."""
+
 
 @cache
 def relative_to() -> tuple[str, ...]:
@@ -78,6 +81,11 @@ def check_rule(rule: Rule) -> None:
         raise ConfigError(
             f"{where}.lasts must be at most its window + 1, which is {rule.window + 1} "
             f"(it is {rule.lasts})"
+        )
+    if rule.predicted_above is not None and rule.window < LEAST_IN_LINE:
+        raise ConfigError(
+            f"{where}.window must be at least {LEAST_IN_LINE} with predicted_above "
+            f"(it is {rule.window})"
         )
     if rule.of is not None and rule.of not in relative_to():
         known = ", ".join(relative_to())

@@ -86,7 +86,7 @@ class RolloutConfig(Section, frozen=True):
     compile: Literal["auto", "always", "never"] = "auto"
     """Whether `native` compiles the model's layers for decoding (torch.compile), which takes some
     20 s once per start and needs a C compiler. `auto`: on a GPU, for layers of 50 million weights
-    or more. A model that cannot be compiled is used as it is."""
+    or more, without `model.kernels: liger`. A model that cannot be compiled is used as it is."""
     per_prompt: Count | None = None
     """Responses to each prompt. Default: 4 for rloo, 8 for grpo, 1 otherwise."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64

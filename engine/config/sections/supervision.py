@@ -27,8 +27,9 @@ class LogConfig(Section, frozen=True):
 class Rule(Section, frozen=True):
     """One guard rail: a condition on a metric, and the action when it is met.
 
-    It fires when the condition begins to hold, and again each time the metric is twice as far
-    beyond its limit as at the last alert.
+    It fires when the condition begins to hold, again each time the metric is twice as far beyond
+    its limit as at the last alert, and again when the condition returns after `clears_after` steps
+    without it.
     """
 
     name: str
@@ -40,16 +41,24 @@ class Rule(Section, frozen=True):
     below: float | None = None
     """Fires when the metric is below this."""
     of: str | None = None
-    """A setting such as `target` or `max_new_tokens`; `above` and `below` are multiples of it."""
+    """A setting such as `target` or `max_new_tokens`, of which `above`, `below` and
+    `predicted_above` are multiples."""
+    predicted_above: float | None = None
+    """Fires while the metric is not above this, but rises steadily and will be in 10 steps, by the
+    straight line through the last `window` steps; at least 4."""
     rises: Positive | None = None
     """Fires when the metric exceeds the mean of the last `window` steps by this fraction of it."""
     falls: Positive | None = None
     """Fires when the metric is below the mean of the last `window` steps by this fraction of it."""
     window: Count = 20
     """Number of steps in the mean that `rises` and `falls` compare with, or of first steps in the
-    median that `drifts_up` and `drifts_down` compare with."""
+    median that `drifts_up` and `drifts_down` compare with, or in the line of `predicted_above`."""
     lasts: Count = 1
     """Number of steps in a row on which `above` or `below` must hold; at most `window` + 1."""
+    clears_after: Count | None = None
+    """Number of steps in a row on which the condition must not hold before the rule can fire anew,
+    so that a metric that swings around its limit is told once. Default: 20 with `notify`; 1 with
+    another action, which is carried out whenever the condition begins to hold."""
     drifts_up: Positive | None = None
     """Fires when a sequential test (CUSUM) finds that the metric stays above the median of the
     run's first `window` steps by more than this fraction of it."""
@@ -64,7 +73,9 @@ class Rule(Section, frozen=True):
     """Action in addition to the alert; `notify` is the alert alone."""
 
 
-RULE_CONDITIONS = ("above", "below", "falls", "rises", "drifts_up", "drifts_down", "diverges")
+RULE_CONDITIONS = (
+    "above", "below", "predicted_above", "falls", "rises", "drifts_up", "drifts_down", "diverges",
+)  # fmt: skip
 """The keys of a rule that are conditions; :mod:`engine.monitoring.conditions` evaluates them."""
 
 

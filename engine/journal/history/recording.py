@@ -14,7 +14,9 @@ from engine.session.position import Position, Start, step_ranges
 
 STEPS = "SELECT attempt, step, time FROM steps ORDER BY step"
 PAST_STEPS = "SELECT attempt, step, time FROM steps_past ORDER BY attempt, step"
-EVENTS = "SELECT id, attempt, time FROM events ORDER BY id"
+EVENTS = """
+SELECT id, attempt, time, step, kind IN ('alert', 'checkpoint', 'reference') FROM events ORDER BY id
+"""
 ATTEMPTS = "SELECT attempt, from_step FROM attempts ORDER BY attempt"
 LONGEST_GAP = 10
 """Steps of the usual length. A longer time in which nothing was recorded is shortened to it."""
@@ -22,6 +24,12 @@ LEAST_GAP = 1.0
 """Seconds to which no gap is shortened further."""
 MEASURED = 1000
 """Steps whose length is looked at to know the usual one."""
+
+Step = tuple[int, int, float]
+"""Attempt, number and wall clock."""
+Event = tuple[int, int, float, int, bool]
+"""Id, attempt, wall clock, step, and whether that is the step that the event is about. It is the
+last finished step otherwise."""
 
 
 class Recording:
@@ -42,9 +50,9 @@ class Recording:
         try:
             with database.snapshot():
                 starts: list[Start] = database.rows(ATTEMPTS)
-                events: list[tuple[int, int, float]] = database.rows(EVENTS)
-                steps: list[tuple[int, int, float]] = database.rows(STEPS)
-                past: list[tuple[int, int, float]] = database.rows(PAST_STEPS)
+                events: list[Event] = database.rows(EVENTS)
+                steps: list[Step] = database.rows(STEPS)
+                past: list[Step] = database.rows(PAST_STEPS)
         finally:
             database.close()
         self._starts = starts
@@ -61,15 +69,12 @@ class Recording:
         self.offsets = array("d", _offsets(self.times, steps))
         """Seconds after the first item at which a replay reaches each."""
 
-    def _merge(
-        self, steps: Sequence[tuple[int, int, float]], events: Sequence[tuple[int, int, float]]
-    ) -> None:
-        """Orders steps and events by attempt, then by time. Neither order of its own changes."""
+    def _merge(self, steps: Sequence[Step], events: Sequence[Event]) -> None:
+        """Puts each event between the steps. Neither order of its own changes."""
         from_step = dict(self._starts)
         done, step, current = 0, 0, 0
-        keys = [(attempt, time) for attempt, _, time in steps]
-        for event, attempt, time in events:
-            until = bisect_right(keys, (attempt, time), lo=done)  # a step comes before its alert
+        before = _steps_before(steps, events)
+        for (event, attempt, time, _, _), until in zip(events, before, strict=True):
             self._add_steps(steps[done:until], self._events[-1] if self._events else 0)
             if attempt != current:
                 step, current = from_step.get(attempt, 0), attempt
@@ -82,7 +87,7 @@ class Recording:
             self.times.append(time)
         self._add_steps(steps[done:], self._events[-1] if self._events else 0)
 
-    def _add_steps(self, steps: Sequence[tuple[int, int, float]], event: int) -> None:
+    def _add_steps(self, steps: Sequence[Step], event: int) -> None:
         if steps:
             attempts, numbers, times = zip(*steps, strict=True)
             self._attempts.extend(attempts)
@@ -180,7 +185,34 @@ class Recording:
         return found
 
 
-def _offsets(times: Sequence[float], steps: Sequence[tuple[int, int, float]]) -> list[float]:
+def _steps_before(steps: Sequence[Step], events: Sequence[Event]) -> list[int]:
+    """The number of steps before each event, whatever the wall clock was set to.
+
+    Most events have the last finished step. Those with the step that they are about lie between
+    such events, by time: an alert may be about the step before it or after it, and a checkpoint is
+    complete some steps after its own.
+    """
+    numbers = [(attempt, step) for attempt, step, _ in steps]
+    least = [
+        bisect_right(numbers, (attempt, step - 1 if about else step))
+        for _, attempt, _, step, about in events
+    ]
+    most, limit, later = list(least), 0, 0
+    for i in reversed(range(len(events))):
+        _, attempt, _, _, about = events[i]
+        if attempt != later:  # the last event of its attempt
+            limit, later = bisect_left(numbers, (attempt + 1, 0)), attempt
+        limit = most[i] = limit if about else least[i]
+    counts, done = [], 0
+    for (_, _, time, _, _), lowest, highest in zip(events, least, most, strict=True):
+        done = max(done, min(lowest, highest))
+        while done < highest and steps[done][2] <= time:  # a step comes before its alert
+            done += 1
+        counts.append(done)
+    return counts
+
+
+def _offsets(times: Sequence[float], steps: Sequence[Step]) -> list[float]:
     if not times:
         return []
     measured = [time for _, _, time in steps[:MEASURED]]

@@ -8,7 +8,7 @@ from engine.errors import UserInputError
 from engine.journal.labels import LabelReader, Response
 from engine.journal.rows import SampleRow
 from engine.journal.samples import SampleReader
-from engine.protocol.reward_training import JudgedText
+from engine.protocol.programs.reward_training import JudgedText
 from engine.session.folder import Session
 
 LEAST = 20

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.errors import CheckpointError, error_text
-from engine.session.checkpoints import AVERAGED_POLICY, checkpoint_path
+from engine.session.checkpoints import AVERAGED_POLICY, POLICY, checkpoint_path
 from engine.train.checkpoints import folder as checkpoint_folder
 from engine.train.checkpoints import shards
 from engine.train.checkpoints.folder import MetricValue, SavedState, StateFile
@@ -72,6 +72,24 @@ class _Job:
     """Raised while the save was prepared."""
     averaged: bool
     """Whether there is an averaged policy; a rank may have none of its tensors to write."""
+
+
+class _Folders:
+    """Where a save writes, until its checkpoint is whole."""
+
+    def __init__(self, part: Path) -> None:
+        self.part = part
+        """Gets the checkpoint's name once that is whole."""
+        self.training = part / "training"
+        self.policy = part / POLICY
+        self.policy_shards = part / "policy-shards"
+        """The policy of several ranks, removed once it is a model."""
+        self.average = part / AVERAGE
+        self.average_policy = part / AVERAGED_POLICY
+
+    def files(self) -> list[str]:
+        """The files that were written, by their names in the checkpoint."""
+        return [str(f.relative_to(self.part)) for f in sorted(self.part.rglob("*")) if f.is_file()]
 
 
 class Saver:
@@ -239,60 +257,26 @@ class Saver:
         """Runs the stages of a save. Raises CheckpointError on all ranks if one rank fails."""
         content = job.content
         final = checkpoint_path(self._checkpoints, content.state.step)
-        part = checkpoint_folder.part_of(final)
-        training, policy, policy_shards, average, average_policy = (
-            part / name
-            for name in ("training", "policy", "policy-shards", AVERAGE, AVERAGED_POLICY)
-        )
+        folders = _Folders(checkpoint_folder.part_of(final))
 
-        policy_bytes = shards.local_bytes(job.policy_tensors)
-        # With several ranks the policy is on disk twice for a while: as shards and as a model.
-        copies = 1 if self._group is None else 2
-        need = shards.local_bytes(job.training_tensors) + copies * policy_bytes
-        need += 2 * shards.local_bytes(job.average)  # to resume from, and as a model
-        need = sum(self._on_all_ranks(final, lambda: need))
-
-        def prepare() -> None:
-            if job.early_error is not None:
-                raise job.early_error
-            checkpoint_folder.check_space(self._checkpoints, need)
-            checkpoint_folder.clear_parts(self._checkpoints)
-            averages = (average, average_policy) if job.averaged else ()
-            for folder in (training, policy, policy_shards, *averages):
-                folder.mkdir(parents=True)
-
-        self._on_rank_0(final, prepare)
+        need = sum(self._on_all_ranks(final, lambda: self._needed_bytes(job)))
+        self._on_rank_0(final, lambda: self._prepare(job, folders, need))
         try:
-            shards.save_shards(training, job.training_tensors, self._group)
-            if self._group is not None:
-                shards.save_shards(policy_shards, job.policy_tensors, self._group)
-            if job.averaged:
-                shards.save_shards(average, job.average, self._group)
+            self._save_shards(job, folders)
         except CheckpointError as error:
             raise CheckpointError(f"cannot write the checkpoint {final}: {error}") from error
-
-        def assemble_policy() -> list[str]:
-            tensors = job.policy_tensors
-            if self._group is not None:
-                tensors = shards.read_unsharded(policy_shards)
-            write_policy(policy, job.policy, tensors, self._files)
-            shutil.rmtree(policy_shards)
-            if job.averaged:
-                averaged = job.average
-                if self._group is not None:
-                    averaged = shards.read_unsharded(average)
-                write_policy(average_policy, job.policy, averaged, self._files)
-            return [str(f.relative_to(part)) for f in sorted(part.rglob("*")) if f.is_file()]
+        files = self._on_rank_0(final, lambda: self._assemble_policy(job, folders))
 
         def sync_share() -> dict[str, str]:
             share = files[self._rank :: self._ranks]
-            return {name: checkpoint_folder.sync_and_hash(part / name) for name in share}
+            return {name: checkpoint_folder.sync_and_hash(folders.part / name) for name in share}
 
-        files = self._on_rank_0(final, assemble_policy)
         for hashes in self._on_all_ranks(final, sync_share):
             content.hashes |= hashes
         content.hashes = dict(sorted(content.hashes.items()))
-        size = self._on_rank_0(final, lambda: checkpoint_folder.publish(part, final, content))
+        size = self._on_rank_0(
+            final, lambda: checkpoint_folder.publish(folders.part, final, content)
+        )
         saved = Saved(
             step=content.state.step,
             folder=final,
@@ -306,6 +290,49 @@ class Saver:
         if confirm is not None:
             self._on_rank_0(final, lambda: confirm(saved))
         return saved
+
+    # -- the stages of a save ------------------------------------------------------------------
+
+    def _needed_bytes(self, job: _Job) -> int:
+        """Bytes on disk for this rank's share."""
+        # With several ranks the policy is on disk twice for a while: as shards and as a model.
+        copies = 1 if self._group is None else 2
+        policy = copies * shards.local_bytes(job.policy_tensors)
+        average = 2 * shards.local_bytes(job.average)  # to resume from, and as a model
+        return shards.local_bytes(job.training_tensors) + policy + average
+
+    def _prepare(self, job: _Job, folders: _Folders, need: int) -> None:
+        """Creates the folders if all ranks can save and the disk has room."""
+        if job.early_error is not None:
+            raise job.early_error
+        checkpoint_folder.check_space(self._checkpoints, need)
+        checkpoint_folder.clear_parts(self._checkpoints)
+        averages = (folders.average, folders.average_policy) if job.averaged else ()
+        for folder in (folders.training, folders.policy, folders.policy_shards, *averages):
+            folder.mkdir(parents=True)
+
+    def _save_shards(self, job: _Job, folders: _Folders) -> None:
+        """Writes this rank's shards; all ranks call it together. Raises CheckpointError."""
+        shards.save_shards(folders.training, job.training_tensors, self._group)
+        if self._group is not None:
+            shards.save_shards(folders.policy_shards, job.policy_tensors, self._group)
+        if job.averaged:
+            shards.save_shards(folders.average, job.average, self._group)
+
+    def _assemble_policy(self, job: _Job, folders: _Folders) -> list[str]:
+        """Writes the policy as a model; returns the names of all files. Called on rank 0."""
+        tensors, averaged = job.policy_tensors, job.average
+        if self._group is not None:
+            tensors = shards.read_unsharded(folders.policy_shards)
+        write_policy(folders.policy, job.policy, tensors, self._files)
+        shutil.rmtree(folders.policy_shards)
+        if job.averaged:
+            if self._group is not None:
+                averaged = shards.read_unsharded(folders.average)
+            write_policy(folders.average_policy, job.policy, averaged, self._files)
+        return folders.files()
+
+    # -- agreement of the ranks ----------------------------------------------------------------
 
     def _on_rank_0(self, final: Path, act: Callable[[], T]) -> T:
         """Calls a function on rank 0 and returns its result on all ranks."""

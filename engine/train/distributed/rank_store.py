@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # not in its __all__
 
 from engine.errors import LinkError
-from engine.protocol.store_client import StoreClient
-from engine.protocol.store_messages import (
+from engine.protocol.machines.store_client import StoreClient
+from engine.protocol.machines.store_messages import (
     AddToKey,
     AppendToKey,
     CheckKeys,

@@ -11,7 +11,7 @@ import msgspec
 from transformers.utils.logging import disable_progress_bar
 
 from engine.config.schema import RunConfig
-from engine.protocol.program_result import print_result
+from engine.protocol.programs.result import print_result
 from engine.protocol.rank_messages import Begin
 from engine.session.folder import Session
 from engine.train.distributed.ranks import RankGroup

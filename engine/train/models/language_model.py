@@ -18,7 +18,7 @@ from engine.train.distributed.sharding import full_tensor
 from engine.train.models import lora
 from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.output_layer import OutputLayer
-from engine.train.models.quantised_linear import QuantisedLinear
+from engine.train.models.quantised_linear import packed_weight_count
 
 
 class HiddenReader(Protocol):
@@ -231,10 +231,7 @@ def parameter_count(model: AnyModel) -> int:
     """The number of weights of a model, those in packed layers included."""
     lm_only = isinstance(model, AdapterFreePolicy)
     modules = model.lm.modules() if lm_only else model.modules()
-    packed = (m for m in modules if isinstance(m, QuantisedLinear))
-    return sum(p.numel() for p in model.parameters()) + sum(
-        m.out_features * m.in_features for m in packed
-    )
+    return sum(p.numel() for p in model.parameters()) + packed_weight_count(modules)
 
 
 def fingerprint(module: nn.Module | AdapterFreePolicy) -> str:

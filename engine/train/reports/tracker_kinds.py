@@ -49,7 +49,7 @@ class TrackerKind:
     """The id that the tracker has chosen, from its run."""
 
 
-def _here() -> str:
+def _folder() -> str:
     """The session's folder of trackers, in which the program runs."""
     return str(Path.cwd())
 
@@ -57,7 +57,7 @@ def _here() -> str:
 KINDS = {
     "wandb": TrackerKind(
         lambda h, i: (
-            (h.project,), {"id": i, "name": h.session, "resume": "allow", "dir": _here()}
+            (h.project,), {"id": i, "name": h.session, "resume": "allow", "dir": _folder()}
         ),
         _random(16),
     ),
@@ -68,7 +68,7 @@ KINDS = {
     "swanlab": TrackerKind(
         lambda h, i: (
             (h.project,),
-            {"id": i, "experiment_name": h.session, "resume": "allow", "logdir": _here()},
+            {"id": i, "experiment_name": h.session, "resume": "allow", "logdir": _folder()},
         ),
         _random(21),
     ),
@@ -78,7 +78,7 @@ KINDS = {
         read_id=lambda run: str(run.info.run_id),
     ),
     "aim": TrackerKind(
-        lambda h, i: ((h.session, _here()), {"experiment": h.project, "run_hash": i or None}),
+        lambda h, i: ((h.session, _folder()), {"experiment": h.project, "run_hash": i or None}),
         read_id=lambda run: str(run.hash),
     ),
     "clearml": TrackerKind(
@@ -90,9 +90,9 @@ KINDS = {
         read_id=lambda task: str(task.id),
     ),
     "dvclive": TrackerKind(
-        lambda _h, i: ((), {"dir": f"{_here()}/dvclive", "resume": bool(i)}), _random(16)
+        lambda _h, i: ((), {"dir": f"{_folder()}/dvclive", "resume": bool(i)}), _random(16)
     ),
-    "tensorboard": TrackerKind(lambda h, _i: ((h.session, _here()), {}), _random(16)),
+    "tensorboard": TrackerKind(lambda h, _i: ((h.session, _folder()), {}), _random(16)),
 }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def make_tracker(name: str, header: Header, known: str) -> tuple[GeneralTracker,
         own: Any = getattr(importlib.import_module(module), attribute)
         if not is_tracker(own):
             raise TypeError(f"{attribute} is no subclass of accelerate.tracking.GeneralTracker")
-        folder = [_here()] if own.requires_logging_directory else []
+        folder = [_folder()] if own.requires_logging_directory else []
         chosen = known or uuid.uuid4().hex
         made = own(header.project, *folder, run_name=header.session, run_id=chosen)
         return made, lambda: chosen

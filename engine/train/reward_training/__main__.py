@@ -1,9 +1,8 @@
 """Trains a reward model: ``python -m engine.train.reward_training``.
 
-Reads a :class:`engine.protocol.reward_training.RewardTrainingRequest` as JSON on standard input.
-Each line of standard output is a :class:`~engine.protocol.reward_training.TrainingProgress`; the
-last one is a :class:`~engine.protocol.reward_training.TrainedReward` or an object with `error`.
-SIGTERM ends it without a trace.
+Reads a :class:`~engine.protocol.programs.reward_training.RewardTrainingRequest` as JSON on standard
+input. Each line of standard output is a `TrainingProgress` of that module; the last one is a
+`TrainedReward`, or an object with `error`. SIGTERM ends it without a trace.
 """
 
 import os
@@ -15,8 +14,8 @@ import msgspec
 from transformers.utils.logging import disable_progress_bar
 
 from engine.errors import RlhfError
-from engine.protocol.program_result import ProgramFailure
-from engine.protocol.reward_training import RewardTrainingRequest, TrainingProgress
+from engine.protocol.programs.result import ProgramFailure
+from engine.protocol.programs.reward_training import RewardTrainingRequest, TrainingProgress
 from engine.train.out_of_memory import is_out_of_memory, memory_text
 from engine.train.reward_training.train import train_reward
 

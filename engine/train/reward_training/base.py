@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from engine import starter
 from engine.config.sections.reward import RewardSource
 from engine.errors import UserInputError
-from engine.protocol.reward_training import RewardTrainingRequest
+from engine.protocol.programs.reward_training import RewardTrainingRequest
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup
 from engine.train.models.onednn_linear import use_onednn

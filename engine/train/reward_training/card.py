@@ -5,7 +5,11 @@ import re
 import msgspec
 
 from engine.config.sections.reward_training import RewardTrainingConfig
-from engine.protocol.reward_training import HeldOutAgreement, RewardTrainingRequest, TrainedReward
+from engine.protocol.programs.reward_training import (
+    HeldOutAgreement,
+    RewardTrainingRequest,
+    TrainedReward,
+)
 
 CARD = "README.md"
 RESULT = "training.json"
@@ -22,7 +26,7 @@ def card(request: RewardTrainingRequest, result: TrainedReward) -> str:
     ]
     table = "\n".join(f"| {name} | {agreement_text(found)} |" for name, found in rows if found)
     calibration = result.calibration
-    warning = f"\n\n**{result.doubt}.**" if result.doubt else ""
+    warning = f"\n\n**{result.warning}.**" if result.warning else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification

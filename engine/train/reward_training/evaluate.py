@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from engine.agreement import JudgedScore, interval, placements, preference_agreement
-from engine.protocol.reward_training import Calibration, HeldOutAgreement, ScoreScale
+from engine.protocol.programs.reward_training import Calibration, HeldOutAgreement, ScoreScale
 from engine.train.reward_training.split import Judgement
 
 Scores = Sequence[float | None]

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from engine import starter
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
-from engine.protocol.reward_training import JudgedText, RewardTrainingRequest
+from engine.protocol.programs.reward_training import JudgedText, RewardTrainingRequest
 from engine.train.data.load_prompts import load_prompts
 from engine.train.data.prompts import Prompt
 from engine.train.data.tokenise import tokenise_texts

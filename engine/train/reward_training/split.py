@@ -7,7 +7,7 @@ from typing import Literal
 
 from engine.config.sections.reward_training import RewardTrainingConfig
 from engine.errors import UserInputError
-from engine.protocol.reward_training import RewardTrainingRequest
+from engine.protocol.programs.reward_training import RewardTrainingRequest
 from engine.train.data.randomness import permutation
 
 MOST_LEFT_OUT = 0.9

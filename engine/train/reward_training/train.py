@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from engine.errors import RlhfError, UserInputError
-from engine.protocol.reward_training import RewardTrainingRequest, TrainedReward
+from engine.protocol.programs.reward_training import RewardTrainingRequest, TrainedReward
 from engine.session.checkpoints import sync
 from engine.train.distributed.ranks import RankGroup, set_threads_and_nice
 from engine.train.reward_training.base import BaseModel, read_base

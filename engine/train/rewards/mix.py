@@ -24,7 +24,6 @@ from engine.train.rewards.source import (
     SourceKind,
 )
 from engine.train.rollout.rollout import ReportProgress
-from engine.train.rollout.token_states import TokenStates
 
 log = logging.getLogger("engine")
 
@@ -96,7 +95,6 @@ class RewardMix:
         report: ReportProgress = lambda _done, _total: None,
         *,
         retry: bool = True,
-        keep: TokenStates | None = None,
     ) -> tuple[Tensor, dict[str, list[float | None]]]:
         """Scores all responses of a step; a None score adds nothing to the sum.
 
@@ -104,7 +102,6 @@ class RewardMix:
             inputs: B responses.
             report: see :class:`Reward`.
             retry: whether a source of rank 0 that raises is called again, `reward.retries` times.
-            keep: gets the hidden states of the reward model, for the rows that this rank scores.
 
         Returns:
             Scores (B,) float32, and each source's B scores, by name, as the source returned them.
@@ -115,7 +112,7 @@ class RewardMix:
             PeerRankError: that error on rank 0, raised on the other ranks.
             RewardCallError: a source that runs on rank 0 raised in every call.
         """
-        parts = self.parts(inputs, report, retry=retry, keep=keep)
+        parts = self.parts(inputs, report, retry=retry)
         return self.total(parts, inputs), parts
 
     def total(self, parts: dict[str, list[float | None]], inputs: RewardInputs) -> Tensor:
@@ -146,11 +143,10 @@ class RewardMix:
         report: ReportProgress = lambda _done, _total: None,
         *,
         retry: bool = True,
-        keep: TokenStates | None = None,
     ) -> dict[str, list[float | None]]:
         """The B scores of each source, by name. Raises what calling the mix raises."""
         return {
-            name: self._score(name, source, inputs, report, retry=retry, keep=keep)
+            name: self._score(name, source, inputs, report, retry=retry)
             for name, source in self._sources.items()
         }
 
@@ -162,13 +158,12 @@ class RewardMix:
         report: ReportProgress,
         *,
         retry: bool,
-        keep: TokenStates | None,
     ) -> list[float | None]:
         if source.runs_on is RunsOn.RANK_0:
             return self._score_on_rank_0(name, source.reward, inputs, report, retry=retry)
         if source.reward is None:
             raise TypeError(f"reward source '{name}' is not loaded on this rank")
-        return self._score_on_every_rank(name, source.reward, inputs, report, keep)
+        return self._score_on_every_rank(name, source.reward, inputs, report)
 
     def _score_on_every_rank(
         self,
@@ -176,17 +171,12 @@ class RewardMix:
         reward: Reward,
         inputs: RewardInputs,
         report: ReportProgress,
-        keep: TokenStates | None,
     ) -> list[float | None]:
         # Sorted by length, so that the ranks' shares take about the same time.
         lengths = torch.tensor([len(ids) for ids in inputs.ids])
         rows = self._ranks.strided_share(lengths.argsort(descending=True, stable=True))
         scores = torch.zeros(len(inputs), dtype=torch.float64)
-        if keep is not None and isinstance(reward, model.RewardModel):
-            found, keep.states = reward.score_and_keep(inputs.select(rows), report)
-            keep.rows = rows.tolist()
-        else:
-            found = reward(inputs.select(rows), report)
+        found = reward(inputs.select(rows), report)
         scores[rows] = torch.tensor(found, dtype=torch.float64)
         return validate_scores(name, self._ranks.all_reduce_sum(scores).tolist(), inputs)
 

@@ -28,6 +28,7 @@ from engine.train.models.stored_weights import share_stored
 from engine.train.rewards.encoding import RewardEncoding
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
+from engine.train.rollout.token_states import TokenStates
 
 
 class RewardModel:
@@ -78,6 +79,8 @@ class RewardModel:
         self._encoding = RewardEncoding(
             tokenizer, model, policy_vocabulary, max_tokens=config.max_tokens, pair=pair
         )
+        self._recorded: TokenStates | None = None
+        """Gets the hidden states of what is scored, inside :meth:`recorded_states`."""
 
     def place(self, ranks: RankGroup, *, on_host: bool) -> None:
         """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`."""
@@ -89,20 +92,20 @@ class RewardModel:
         with sharding.materialised(self._model):
             return self._scores(inputs, report)
 
-    def score_and_keep(
-        self, inputs: RewardInputs, report: ReportProgress
-    ) -> tuple[list[float | None], list[Tensor]]:
-        """Scores, and the hidden states before each response token: (length, H) float32 a row.
+    @contextmanager
+    def recorded_states(self) -> Iterator[TokenStates]:
+        """Context that yields the hidden states of the responses that are last scored in it.
 
         Call :meth:`check_states` first, once.
         """
-        kept: dict[int, Tensor] = {}
-        with sharding.materialised(self._model):
-            scores = self._scores(inputs, report, kept)
-        return scores, [kept[i] for i in range(len(inputs))]
+        self._recorded = recorded = TokenStates()
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
 
     def check_states(self) -> None:
-        """Raises UserInputError unless :meth:`score_and_keep` works for this model."""
+        """Raises UserInputError unless :meth:`recorded_states` works for this model."""
         if not self._encoding.same_tokens:
             raise UserInputError(
                 f"model.value: reward_model needs a reward model that reads the policy's tokens, "
@@ -119,31 +122,29 @@ class RewardModel:
             return [*values, 0.0 if bias is None else float(full_tensor(bias)[self._label])]
 
     @torch.no_grad()
-    def _scores(
-        self,
-        inputs: RewardInputs,
-        report: ReportProgress,
-        kept: dict[int, Tensor] | None = None,
-    ) -> list[float | None]:
-        """The scores; `kept` gets the hidden states of each row."""
+    def _scores(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:
         encoded = self._encoding(inputs.batch.prompts, inputs.ids, inputs.texts)
         self._model.config.pad_token_id = encoded.pad
         order = encoded.by_length()
         scores: list[float | None] = [None] * len(encoded)
+        states: dict[int, Tensor] = {}
         for first in range(0, len(order), self._size):
             rows = order[first : first + self._size]
             batch = encoded.batch(rows, self._device)
-            if kept is None:
+            if self._recorded is None:
                 logits = self._model(**batch).logits
             else:
                 with inputs_of(score_layer(self._model, "model.value")) as read:
                     logits = self._model(**batch).logits
                 for k, i in enumerate(rows):
                     length = len(encoded.sequences[i])
-                    kept[i] = states_before(read[0][k, :length], len(inputs.ids[i]))
+                    states[i] = states_before(read[0][k, :length], len(inputs.ids[i]))
             for i, score in zip(rows, logits[:, self._label].float().tolist(), strict=True):
                 scores[i] = score
             report(first + len(rows), len(order))
+        if self._recorded is not None:
+            self._recorded.rows = list(range(len(states))) if inputs.rows is None else inputs.rows
+            self._recorded.states = [states[i] for i in range(len(states))]
         return scores
 
 

@@ -32,6 +32,8 @@ class RewardInputs:
     """Whether the last token is an end-of-sequence token."""
     step: int
     """0 for samples of the reference before the first step."""
+    rows: list[int] | None = None
+    """Which rows of the step's batch these are; None for all of them."""
 
     @classmethod
     def of(cls, rollout: Rollout, step: int) -> "RewardInputs":
@@ -53,6 +55,7 @@ class RewardInputs:
             [self.texts[i] for i in chosen],
             [self.eos[i] for i in chosen],
             self.step,
+            chosen if self.rows is None else [self.rows[i] for i in chosen],
         )
 
 

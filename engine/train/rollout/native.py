@@ -32,7 +32,10 @@ class NativeBackend:
     def of(cls, context: BackendContext) -> "NativeBackend":
         """The backend of a run."""
         config = context.config.rollout
-        return cls(context.stop_criteria, context.tokenizer, config, CompiledLayers(config.compile))
+        # The compiler copies what liger's kernels are given: it cannot tell what they write.
+        fused = context.config.model.kernels == "liger"
+        when = "never" if fused and config.compile == "auto" else config.compile
+        return cls(context.stop_criteria, context.tokenizer, config, CompiledLayers(when))
 
     def sync(self, model: AnyModel, weights_version: int, report: ReportProgress) -> None:
         """Does nothing: it generates with the model itself."""
@@ -96,10 +99,11 @@ def generate(
         compiled: compiles the model's layers where it pays; not at all when left out.
     """
     device = next(model.parameters()).device
-    responses = Responses(
-        batch.to(device), uniforms.to(device), temperature, stop_criteria.eos_ids(device), sampling
-    )
     compiled = compiled or CompiledLayers("never")
+    responses = Responses(
+        batch.to(device), uniforms.to(device), temperature, stop_criteria.eos_ids(device), sampling,
+        compiled.distribution,
+    )  # fmt: skip
     with (
         model.autocast(device.type),  # casts weights once for the whole rollout
         compiled.used_by(model, device) as is_compiled,

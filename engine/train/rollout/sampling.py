@@ -14,6 +14,7 @@ of 1e-6 in the logits:
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,30 @@ Scheme = Callable[[Tensor, Tensor], Tensor]
 """Called with probabilities (n, V) float32 and uniforms (n,) float64; returns (n, 1) int64."""
 
 
+class Distribution(NamedTuple):
+    """Each row's distribution over the vocabulary; float32."""
+
+    logprobs: Tensor
+    """(n, V)."""
+    probs: Tensor
+    """(n, V)."""
+    entropy: Tensor
+    """(n,), in nats."""
+
+
+def distribution(logits: Tensor, temperature: float) -> Distribution:
+    """The distributions of logits (n, V) of any dtype at a temperature > 0."""
+    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    probs = logprobs.exp()
+    return Distribution(logprobs, probs, -(probs * logprobs.clamp(min=-1e4)).sum(-1))
+
+
 def sample(
-    logits: Tensor, uniforms: Tensor, temperature: float, scheme: str
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    scheme: str,
+    distribution: Callable[[Tensor, float], Distribution] = distribution,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples a token from each row's full distribution.
 
@@ -34,15 +57,14 @@ def sample(
         uniforms: (n,) float64 in [0, 1), multiples of 2^-53.
         temperature: > 0.
         scheme: a name in :data:`SCHEMES`.
+        distribution: computes the distributions, if it is not to be done as it stands here.
 
     Returns:
         Token (n,) int64, its log-probability (n,) float32, and the distribution's entropy (n,)
         float32, in nats.
     """
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    probs = logprobs.exp()
+    logprobs, probs, entropy = distribution(logits, temperature)
     token = SCHEMES[scheme](probs, uniforms)
-    entropy = -(probs * logprobs.clamp(min=-1e4)).sum(-1)
     return token.squeeze(1), logprobs.gather(1, token).squeeze(1), entropy
 
 

@@ -1,5 +1,6 @@
 """Slots: the rows that are generated together, each with the response it holds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.train.data.prompts import PromptBatch
 from engine.train.rollout.rollout import Rollout, assemble
-from engine.train.rollout.sampling import sample
+from engine.train.rollout.sampling import Distribution, distribution, sample
 
 
 class Responses:
@@ -24,6 +25,7 @@ class Responses:
         temperature: float,
         eos: Tensor,
         sampling: str = "gumbel",
+        distribution: Callable[[Tensor, float], Distribution] = distribution,
     ) -> None:
         """Allocates the tensors.
 
@@ -33,6 +35,7 @@ class Responses:
             temperature: > 0.
             eos: the end-of-sequence token ids; int64, on the device.
             sampling: the scheme; a name in :data:`~engine.train.rollout.sampling.SCHEMES`.
+            distribution: as of :func:`~engine.train.rollout.sampling.sample`.
         """
         self.count, self.limit = uniforms.shape
         """B, and T: the most new tokens."""
@@ -41,6 +44,7 @@ class Responses:
         self.temperature = temperature
         self.eos = eos
         self.sampling = sampling
+        self.distribution = distribution
         device = uniforms.device
         self.ids = torch.zeros(self.count + 1, self.limit, dtype=torch.int64, device=device)
         self.floats = torch.zeros(3, self.count + 1, self.limit, device=device)
@@ -115,7 +119,7 @@ class Slots:
         at = self.count.clamp(max=responses.limit - 1)
         uniforms = responses.uniforms[self.row, at]
         token, logprob, entropy = sample(
-            logits, uniforms, responses.temperature, responses.sampling
+            logits, uniforms, responses.temperature, responses.sampling, responses.distribution
         )
         row = self.row.masked_fill(self.done, responses.count)
         responses.ids[row, at] = token

@@ -29,8 +29,8 @@ from engine.launch.environment import (
 from engine.launch.parent_death import PARENT_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.store_server import StoreServer
+from engine.protocol.machines.store_messages import SetKeys
 from engine.protocol.rank_messages import JOIN_INFO_KEY, Failed, JoinInfo
-from engine.protocol.store_messages import SetKeys
 from engine.train.distributed.ranks import threads_per_rank
 from engine.train.link import Link
 from engine.train.torchrun import rendezvous

@@ -30,6 +30,8 @@ from engine.launch.environment import (
     ranks_per_node,
 )
 from engine.launch.secret import SECRET_VARIABLE, read_secret
+from engine.protocol.machines.store_client import StoreClient
+from engine.protocol.machines.store_messages import AddToKey, CheckKeys, SetKeys
 from engine.protocol.rank_messages import (
     COMING_KEY,
     JOIN_INFO_KEY,
@@ -38,8 +40,6 @@ from engine.protocol.rank_messages import (
     WAITING_KEY,
     JoinInfo,
 )
-from engine.protocol.store_client import StoreClient
-from engine.protocol.store_messages import AddToKey, CheckKeys, SetKeys
 
 RETRY = 2.0
 """Seconds between two attempts to reach the first machine, and between two checks of its store."""
@@ -60,7 +60,7 @@ class LeavingError(Exception):
 
 
 @dataclass(frozen=True)
-class Found:
+class JoinableStart:
     """A start of the ranks that can be joined."""
 
     store: StoreClient
@@ -110,7 +110,7 @@ def find_run(
     wait: float,
     previous_start: str,
     leaving: threading.Event | None = None,
-) -> Found:
+) -> JoinableStart:
     """Polls the first machine until it has a start of the ranks that this machine can join.
 
     Args:
@@ -165,7 +165,7 @@ def find_run(
     raise LinkError(problem)
 
 
-def look_up(address: str, secret: str) -> Found:
+def look_up(address: str, secret: str) -> JoinableStart:
     """Connects to the first machine and reads what it runs.
 
     Raises:
@@ -178,7 +178,7 @@ def look_up(address: str, secret: str) -> Found:
     if reply.missing is not None:
         raise LinkError(f"the run at {address} has not started its ranks")
     started = bool(store.request(CheckKeys(keys=[STARTED_KEY])).number)
-    return Found(store, decode_join_info(reply.values[0]), secret, started)
+    return JoinableStart(store, decode_join_info(reply.values[0]), secret, started)
 
 
 def decode_join_info(content: bytes) -> JoinInfo:
@@ -198,7 +198,7 @@ def decode_join_info(content: bytes) -> JoinInfo:
 
 
 def run_agent(
-    found: Found, address: str, launch: LaunchConfig, count: int, leaving: threading.Event
+    found: JoinableStart, address: str, launch: LaunchConfig, count: int, leaving: threading.Event
 ) -> int:
     """Starts this machine's agent and returns its exit status.
 

@@ -39,7 +39,7 @@ def split_overrides(text: str) -> list[str]:
     return words
 
 
-class Base(Struct, frozen=True):
+class EarlierRun(Struct, frozen=True):
     """The run that is resumed or forked, as it was at the step of the start."""
 
     config: RunConfig
@@ -48,7 +48,7 @@ class Base(Struct, frozen=True):
     """With the live settings that the start would restore."""
 
     @classmethod
-    def of(cls, config: RunConfig, settings: dict[str, Any]) -> "Base":
+    def of(cls, config: RunConfig, settings: dict[str, Any]) -> "EarlierRun":
         """`settings`: live settings to restore; those that this version lacks are left out."""
         known = {key: value for key, value in settings.items() if key in LIVE_SETTINGS}
         try:

@@ -12,7 +12,7 @@ from engine.errors import RlhfError
 from engine.session.checkpoints import checkpoint_path, saved_settings
 from engine.session.folder import Session, find, free_name
 from rlhf_tui.app.forms.overrides import (
-    Base,
+    EarlierRun,
     FormError,
     check_config_file,
     check_new_name,
@@ -71,7 +71,7 @@ def resume_form(root: Path, name: str, from_step: int | None) -> StartForm:
     session = find(root, name)
     row = read_session_row(session)
     step = max(row.checkpoints, default=0) if from_step is None else from_step
-    base = Base.of(session.config(), _saved(session, step) or row.settings)
+    base = EarlierRun.of(session.config(), _saved(session, step) or row.settings)
 
     def check(values: Values) -> tuple[bool, str]:
         try:
@@ -103,7 +103,7 @@ def fork_form(root: Path, name: str, step: int) -> StartForm:
         RlhfError: the session cannot be read.
     """
     session = find(root, name)
-    base = Base.of(session.config(), _saved(session, step))
+    base = EarlierRun.of(session.config(), _saved(session, step))
 
     def check(values: Values) -> tuple[bool, str]:
         try:

@@ -15,7 +15,7 @@ from engine.config.sections.reward import RewardConfig
 from engine.errors import UserInputError
 from engine.journal.judgements.training_data import collect_judgements
 from engine.launch.start import last_checkpoint
-from engine.protocol.reward_training import (
+from engine.protocol.programs.reward_training import (
     HeldOutAgreement,
     RewardTrainingRequest,
     TrainedReward,
@@ -96,8 +96,8 @@ def train(
         return
     for line in report(result):
         say(line)
-    if result.doubt:
-        say(("doubtful     ", "warn"), result.doubt)
+    if result.warning:
+        say(("doubtful     ", "warn"), result.warning)
     say(f"next         {fork_command(sessions[0], configs[0].reward, result)}")
 
 

@@ -188,7 +188,9 @@ class SampleComparison:
             return
         if not self._others:
             title = "REFERENCE" if self._kind == "reference" else "OTHERS"
-            view.compare(ComparisonTarget(self._kind, title, row.response, lack=self._lack(row)))
+            view.compare(
+                ComparisonTarget(self._kind, title, row.response, missing=self._why_missing(row))
+            )
             return
         other = self._others[self._index]
         if isinstance(other, ProbeResponse):
@@ -208,7 +210,7 @@ class SampleComparison:
 
     # -- the reference -------------------------------------------------------------------------
 
-    def _lack(self, row: SampleRow) -> str:
+    def _why_missing(self, row: SampleRow) -> str:
         name = self._context.state.name
         if row.prompt in self._probed:
             return "probe sent; the response comes after the current step"

@@ -27,7 +27,7 @@ BINDINGS: list[BindingType] = [
     Binding("comma,less_than_sign", "page(-1)", "previous page", show=False),
     Binding("s", "sort", "sort"),
     Binding("r", "reverse", "reverse"),
-    Binding("F", "take_in", "show new responses", show=False),
+    Binding("F", "show_new", "show new responses", show=False),
     Binding("equals_sign", "same_prompt", "responses to this prompt", show=False),
 ]
 """Keys of the screen whose actions call :class:`SampleList`."""
@@ -131,7 +131,7 @@ class SampleList:
         self.frozen = bool(self.rows)
         self.arrived = False
 
-    def hold(self) -> bool:
+    def freeze_to_judge(self) -> bool:
         """Freezes before a judgement; False if the response may not have been read.
 
         A response that came by itself may have replaced the one that the reader wants to judge.
@@ -142,7 +142,7 @@ class SampleList:
             self._context.say("a new response has just come here; press again to judge it")
         return not unread
 
-    def take_in(self) -> None:
+    def show_new(self) -> None:
         """Shows what is new. In an order that can be followed, follows the run again."""
         self.page, self._last_step = 0, None
         self.frozen = self.frozen and not self.live
@@ -172,7 +172,7 @@ class SampleList:
         self.filter = text
         self._change(parse_filter(text, self.query))
 
-    def turn(self, by: int) -> None:
+    def turn_page(self, by: int) -> None:
         """Turns pages. All pages end with the same step, so that none moves on a live run."""
         if by > 0 and len(self.rows) < PAGE:
             self._context.say("this is the last page")

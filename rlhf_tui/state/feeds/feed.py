@@ -165,15 +165,17 @@ class Feed:
         while not self._stopped.is_set():
             try:
                 with Client(self._session, self._who) as client:
-                    status = client.status()
-                    self._take_messages(*status.phases, status.telemetry)
-                    self._set_connected(True)
-                    for message in client.watch():
+                    status, messages = client.status(), client.watch()
+                    first = next(messages, None)
+                    if first is not None:
+                        self._take_messages(*status.phases, status.telemetry, first)
+                        self._set_connected(True)
+                    for message in messages:
                         if self._stopped.is_set():
                             return
                         self._take_messages(message)
             except (RlhfError, OSError):
-                pass  # no engine runs; the journal has the state of the session
+                pass  # no engine runs, or too many watch it; the journal has the state
             self._set_connected(False)
             self._stopped.wait(RECONNECT)
 

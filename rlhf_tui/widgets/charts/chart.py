@@ -55,6 +55,7 @@ class Chart(Widget, can_focus=True):
         """`2/6` if not all charts are visible."""
         self._canvas: Canvas | None = None
         self._style_cache: dict[int, Style] = {}
+        self._blank_cache: dict[int, Style] = {}
 
     @property
     def cells(self) -> int:
@@ -213,9 +214,13 @@ class Chart(Widget, can_focus=True):
         chars, styles = canvas.chars[y], canvas.styles[y]
         begin = 0
         for x in range(1, canvas.width + 1):
-            if x == canvas.width or styles[x] != styles[begin]:
-                segments.append(Segment("".join(chars[begin:x]), self._style_of(styles[begin])))
-                begin = x
+            if x < canvas.width and (
+                styles[x] == styles[begin]
+                or (chars[x] == " " and self._on_blank(styles[x]) == self._on_blank(styles[begin]))
+            ):
+                continue
+            segments.append(Segment("".join(chars[begin:x]), self._style_of(styles[begin])))
+            begin = x
         return Strip(segments, canvas.width)
 
     def _style_of(self, number: int) -> Style:
@@ -228,9 +233,24 @@ class Chart(Widget, can_focus=True):
             self._style_cache[number] = style
         return self._style_cache[number]
 
+    def _on_blank(self, number: int) -> Style:
+        """What of a style is seen on a blank: no colour of text, unless reversed.
+
+        A blank between two dots is drawn in the style of the first one, which halves a frame.
+        """
+        if number not in self._blank_cache:
+            style = self._style_of(number)
+            self._blank_cache[number] = Style(
+                color=style.color if style.reverse else None,
+                bgcolor=style.bgcolor, reverse=bool(style.reverse),
+                underline=bool(style.underline),
+            )  # fmt: skip
+        return self._blank_cache[number]
+
     def notify_style_update(self) -> None:
         """Drops cached styles when the theme changes."""
         self._style_cache.clear()
+        self._blank_cache.clear()
         super().notify_style_update()
 
     def on_resize(self) -> None:

@@ -27,7 +27,7 @@ class ComparisonTarget(Struct, frozen=True, dict=True):
     """The text of the response that is compared."""
     row: SampleRow | ProbeResponse | None = None
     """The other response; None if there is none."""
-    lack: str = ""
+    missing: str = ""
     """Why there is none, and which key helps."""
     better: str = ""
     """`this` or `other` if a preference was given."""
@@ -51,7 +51,7 @@ def comparison(sample: SampleRow, target: ComparisonTarget, width: int) -> list[
         rows = [*left, *([(line, "")] for line in wrap(sample.response, half)), []]
         rows += [
             [(target.title, "strong")],
-            *([(line, "warn")] for line in wrap(target.lack, width)),
+            *([(line, "warn")] for line in wrap(target.missing, width)),
         ]
     else:
         right = _head(target.title, target.row, target, "other", half)

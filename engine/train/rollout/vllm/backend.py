@@ -18,7 +18,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.protocol.rollout_messages import Generate, Generated, LoadWeights
+from engine.protocol.rollout.messages import Generate, Generated, LoadWeights
 from engine.train.data.prompts import PromptBatch
 from engine.train.models.language_model import AnyModel
 from engine.train.rollout.context import BackendContext

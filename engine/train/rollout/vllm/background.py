@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Mapping
 
-from engine.protocol.rollout_messages import Generated
+from engine.protocol.rollout.messages import Generated
 from engine.train.rollout.rollout import ReportProgress
 from engine.train.rollout.vllm.client import raise_first
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from engine.protocol.rollout_messages import Checksum
+from engine.protocol.rollout.messages import Checksum
 
 CHUNK = 1 << 22
 """Elements summed at a time, so that few are copied to int64."""

@@ -11,7 +11,7 @@ from engine.errors import LinkError, RlhfError, UserInputError
 from engine.launch.environment import rollout_socket_variable
 from engine.protocol import frames, sockets
 from engine.protocol.frames import Message
-from engine.protocol.rollout_messages import (
+from engine.protocol.rollout.messages import (
     Checksum,
     Continue,
     EngineFailed,

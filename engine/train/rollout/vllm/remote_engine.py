@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.protocol.rollout_messages import Generate, Generated, LoadWeights, Start
+from engine.protocol.rollout.messages import Generate, Generated, LoadWeights, Start
 from engine.train.rollout.stop_criteria import StopCriteria
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient
 from engine.train.rollout.vllm.requests import join, split

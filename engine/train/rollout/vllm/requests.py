@@ -9,7 +9,7 @@ from itertools import pairwise
 from msgspec.structs import replace
 
 from engine.protocol.frames import MAX_FRAME
-from engine.protocol.rollout_messages import Generate, Generated
+from engine.protocol.rollout.messages import Generate, Generated
 
 BUDGET = MAX_FRAME - 64 * 1024
 """Bytes of all rows of a message; the rest is for what does not grow with them."""

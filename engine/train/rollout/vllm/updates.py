@@ -8,6 +8,7 @@ Each engine is checked by itself, and one that is lost does not keep the others 
 import os
 import pickle
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from engine.errors import RlhfError
 from engine.launch.environment import ALLOCATOR, OLD_ALLOCATOR
-from engine.protocol.rollout_messages import Checksum, LoadWeights, TensorInfo
+from engine.protocol.rollout.messages import Checksum, LoadWeights, TensorInfo
 from engine.train.rollout.vllm.client import EngineLostError, RolloutClient, raise_first
 from engine.train.rollout.vllm.group import WeightsGroup
 from engine.train.rollout.vllm.process.received_weights import DEVICE_OF_HANDLE, gpu_uuid
@@ -31,6 +32,8 @@ from engine.train.rollout.vllm.weights import WeightsFile
 STORAGE_CLASS, COUNTER = 4, slice(11, 13)
 """Where the class of a storage and its count of readers stand among the arguments of torch's
 `rebuild_cuda_tensor`."""
+COUNTERS_START, COUNTER_SIZE = 64, 8
+"""Bytes before the first counter of torch's shared memory, and of one (`MapAllocator.cpp`)."""
 
 MEETING_INTERVAL = 0.1
 """Seconds between two looks whether an engine is still there whose workers are awaited."""
@@ -147,10 +150,27 @@ class IpcUpdate:
         # torch keeps exported memory until its reader has released it, which a dead one never does.
         for handle in self._exported:
             storage, counter, offset = handle[STORAGE_CLASS], *handle[COUNTER]
-            storage._release_ipc_counter(counter, offset, device=handle[DEVICE_OF_HANDLE])
+            if readers(counter, offset):
+                storage._release_ipc_counter(counter, offset, device=handle[DEVICE_OF_HANDLE])
         self._exported = []
         self._kept.clear()
         torch.cuda.ipc_collect()
+
+
+def readers(counter: bytes, offset: int) -> int:
+    """How many processes have not released what was exported, by torch's counter.
+
+    Its counters are unsigned (`torch/csrc/CudaIPCTypes.h`): one that is released once too often
+    keeps the memory for good.
+
+    Args:
+        counter: the name of a POSIX shared memory object that holds counters.
+        offset: which of them.
+    """
+    place = COUNTERS_START + COUNTER_SIZE * offset
+    with Path("/dev/shm", counter.decode().lstrip("/")).open("rb") as file:  # noqa: S108 - shared memory's own place
+        file.seek(place)
+        return int.from_bytes(file.read(COUNTER_SIZE), sys.byteorder)
 
 
 @contextmanager

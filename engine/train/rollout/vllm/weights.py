@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserInputError
-from engine.protocol.rollout_messages import Checksum, TensorInfo
+from engine.protocol.rollout.messages import Checksum, TensorInfo
 from engine.train.models.lora import mergeable_weights, merged_weight
 from engine.train.rollout.rollout import ReportProgress
 from engine.train.rollout.vllm.checksum import MASK, checksum

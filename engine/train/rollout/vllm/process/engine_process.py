@@ -14,7 +14,7 @@ import traceback
 from typing import Any, NoReturn
 
 from engine.errors import LinkError, first_line
-from engine.protocol.rollout_messages import (
+from engine.protocol.rollout.messages import (
     Continue,
     EngineFailed,
     EngineReady,
@@ -25,7 +25,7 @@ from engine.protocol.rollout_messages import (
     Start,
     WeightsLoaded,
 )
-from engine.protocol.rollout_server import FAILED, first_client, receive, report, send
+from engine.protocol.rollout.server import FAILED, first_client, receive, report, send
 from engine.train.rollout.vllm.process.sleep_mode import SleepMode
 
 log = logging.getLogger("rollout")
@@ -72,17 +72,17 @@ def main(listener_fd: int) -> NoReturn:
     try:
         if problem is not None:
             send(connection, problem)
-            leave(FAILED)
+            exit_now(FAILED)
         serve(connection, start)
     except OSError as error:
         log.info("rank 0 has disconnected (%s)", error)
-        leave(0)
+        exit_now(0)
     except Exception as error:
         traceback.print_exc()
         text = f"{type(error).__name__}: {first_line(error)}"
         # A message that is too large would be so again.
         report(connection, EngineFailed(text=text, final=isinstance(error, LinkError)))
-        leave(FAILED)
+        exit_now(FAILED)
 
 
 def missing(error: ImportError) -> EngineFailed:
@@ -94,7 +94,7 @@ def missing(error: ImportError) -> EngineFailed:
     return EngineFailed(text=text, user_input=True, final=True)
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """Exits at once: vLLM's and torch's threads may keep the interpreter from ending."""
     sys.stdout.flush()
     sys.stderr.flush()

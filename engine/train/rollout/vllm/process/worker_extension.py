@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from engine.protocol.rollout_messages import Checksum
+from engine.protocol.rollout.messages import Checksum
 from engine.train.rollout.vllm.checksum import MASK, checksum
 from engine.train.rollout.vllm.group import WeightsGroup
 from engine.train.rollout.vllm.process import uniform_sampling

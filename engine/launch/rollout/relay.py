@@ -1,6 +1,6 @@
 """Takes the place of a rollout engine that runs on another machine.
 
-``python -m engine.launch.rollout_relay SOCKET_FD PORT_FD SESSION_FOLDER ENGINE``
+``python -m engine.launch.rollout.relay SOCKET_FD PORT_FD SESSION_FOLDER ENGINE``
 
 The supervisor starts, watches and ends it like an engine, and rank 0 talks to it like to one. It
 lets one machine join at the port of `rollout.rendezvous`, and passes on the messages of both sides,
@@ -11,50 +11,35 @@ starts another one, at which the machine or another one joins.
 import contextlib
 import logging
 import os
-import queue
 import select
 import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
-from engine import __version__
 from engine.errors import LinkError, first_line
 from engine.launch.environment import clean_environment
 from engine.launch.parent_death import PARENT_VARIABLE, die_with_parent
+from engine.launch.rollout.port import LOST_AFTER, wait_for_machine
 from engine.launch.secret import SECRET_VARIABLE
 from engine.protocol import frames
-from engine.protocol.authentication import AuthenticatedConnection, accept
 from engine.protocol.frames import Message
-from engine.protocol.rollout_join_messages import (
+from engine.protocol.machines.authentication import AuthenticatedConnection
+from engine.protocol.rollout.join_messages import (
     PART,
     WEIGHTS,
     FilePart,
-    Joined,
-    JoinRefused,
     RolloutJoinInfo,
-    decode_joined,
     rollout_secret,
 )
-from engine.protocol.rollout_messages import EngineFailed, LoadWeights, Start, decode_to_engine
-from engine.protocol.rollout_server import FAILED, first_client, report
+from engine.protocol.rollout.messages import EngineFailed, LoadWeights, Start, decode_to_engine
+from engine.protocol.rollout.server import FAILED, first_client, report
 from engine.session.folder import Session
 
 log = logging.getLogger("rollout")
-
-INTERVAL = 0.2
-"""Seconds between two looks whether a machine has proved itself."""
-MOST_HANDSHAKES = 16
-"""Machines that may be proving themselves at a time; others wait."""
-OFFER_TIMEOUT = 10.0
-"""Seconds for a machine that has proved itself to say what it is."""
-LOST_AFTER = 60
-"""Seconds without any sign of a machine after which it counts as lost."""
 
 
 class MachineLostError(Exception):
@@ -64,7 +49,7 @@ class MachineLostError(Exception):
 def relay_command(listener_fd: int, port_fd: int, folder: Path, engine: int) -> list[str]:
     """The command that starts a relay in place of an engine."""
     words = [str(listener_fd), str(port_fd), str(folder), str(engine)]
-    return [sys.executable, "-P", "-m", "engine.launch.rollout_relay", *words]
+    return [sys.executable, "-P", "-m", "engine.launch.rollout.relay", *words]
 
 
 def relay_environment(secret: str) -> dict[str, str]:
@@ -103,90 +88,6 @@ def main() -> NoReturn:
     except OSError as error:
         log.info("rank 0 has disconnected (%s)", error)
     sys.exit(0)
-
-
-def wait_for_machine(
-    port: socket.socket, secret: bytes, info: RolloutJoinInfo
-) -> tuple[AuthenticatedConnection, str]:
-    """Waits for a machine that knows the secret; returns the connection and its name.
-
-    Args:
-        port: the listening socket. Other relays may accept from it, too.
-        secret: of :func:`rollout_secret`.
-        info: what the machine is told.
-    """
-    port.setblocking(False)
-    found: queue.SimpleQueue[tuple[AuthenticatedConnection, str]] = queue.SimpleQueue()
-    chosen = threading.Event()
-    slots = threading.BoundedSemaphore(MOST_HANDSHAKES)
-
-    def prove(sock: socket.socket, peer: str) -> None:
-        try:
-            found.put(let_join(sock, secret))
-        except (OSError, LinkError) as error:
-            log.warning("rollout.rendezvous: refused a connection from %s: %s", peer, error)
-        finally:
-            slots.release()
-            if chosen.is_set():
-                close_all(found)
-
-    while True:
-        readable, _, _ = select.select([port], [], [], INTERVAL)
-        with contextlib.suppress(queue.Empty):
-            machine, name = found.get_nowait()
-            chosen.set()
-            close_all(found)
-            try:
-                machine.send(msgspec.msgpack.encode(info))
-            except OSError:
-                chosen.clear()
-            else:
-                return machine, name
-        if port not in readable:
-            continue
-        if not slots.acquire(blocking=False):
-            time.sleep(INTERVAL)
-            continue
-        try:
-            sock, peer = port.accept()
-        except OSError:  # another relay was faster
-            slots.release()
-            continue
-        sock.setblocking(True)
-        threading.Thread(target=prove, args=(sock, peer[0]), daemon=True).start()
-
-
-def close_all(found: "queue.SimpleQueue[tuple[AuthenticatedConnection, str]]") -> None:
-    """Closes connections that are not needed; their machines try again."""
-    with contextlib.suppress(queue.Empty):
-        while True:
-            found.get_nowait()[0].close()
-
-
-def let_join(sock: socket.socket, secret: bytes) -> tuple[AuthenticatedConnection, str]:
-    """Has a machine prove itself, and reads its offer.
-
-    Raises:
-        OSError: it is gone, or took too long.
-        LinkError: it does not know the secret, or runs another version.
-    """
-    machine = accept(sock, secret)
-    try:
-        machine.notice_loss(LOST_AFTER)
-        offer: Joined = decode_joined(machine.receive(OFFER_TIMEOUT))
-        check_version(machine, offer)
-    except BaseException:
-        machine.close()
-        raise
-    return machine, offer.machine
-
-
-def check_version(machine: AuthenticatedConnection, offer: Joined) -> None:
-    """Refuses a machine with another version. Raises LinkError or OSError."""
-    if offer.software != __version__:
-        text = f"the run has version {__version__} of rlhf-tui, this machine {offer.software}"
-        machine.send(msgspec.msgpack.encode(JoinRefused(text=text)))
-        raise LinkError(text)
 
 
 def relay(client: socket.socket, start: Start, machine: AuthenticatedConnection) -> NoReturn:

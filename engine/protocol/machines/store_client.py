@@ -6,8 +6,8 @@ from collections import deque
 import msgspec
 
 from engine.errors import AuthenticationError, LinkError
-from engine.protocol.authentication import AuthenticatedConnection, connect
-from engine.protocol.store_messages import (
+from engine.protocol.machines.authentication import AuthenticatedConnection, connect
+from engine.protocol.machines.store_messages import (
     CheckKeys,
     GetKeys,
     StoreReply,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import LinkError
-from engine.launch.rollout_engine import shared_folder
-from engine.protocol.rollout_join_messages import WEIGHTS, FilePart
+from engine.launch.rollout.engine import shared_folder
+from engine.protocol.rollout.join_messages import WEIGHTS, FilePart
 from engine.session.temporary_folders import TemporaryFolder
 
 CONFIGURATION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.json")

@@ -7,7 +7,7 @@ import socket
 from engine.errors import LinkError
 from engine.protocol import frames, sockets
 from engine.protocol.frames import Message
-from engine.protocol.rollout_messages import Start, ToEngine, decode_to_engine
+from engine.protocol.rollout.messages import Start, ToEngine, decode_to_engine
 
 log = logging.getLogger("rollout")
 

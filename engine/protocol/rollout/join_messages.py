@@ -1,8 +1,8 @@
 """Messages between the first machine of a run and one that joined it to generate.
 
-The connection is authenticated (:mod:`engine.protocol.authentication`). The joined machine sends
-:class:`Joined` and gets :class:`RolloutJoinInfo`. Then the messages of
-:mod:`engine.protocol.rollout_messages` follow, as between rank 0 and an engine. Files that they
+The connection is authenticated (:mod:`engine.protocol.machines.authentication`). The joined machine
+sends :class:`Joined` and gets :class:`RolloutJoinInfo`. Then the messages of
+:mod:`engine.protocol.rollout.messages` follow, as between rank 0 and an engine. Files that they
 name are sent before them, in :class:`FilePart`, and the paths in them mean nothing on the joined
 machine, which puts in its own.
 """
@@ -15,7 +15,7 @@ from engine import __version__
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.protocol.frames import Message, decode
-from engine.protocol.rollout_messages import Continue, Generate, LoadWeights, Start
+from engine.protocol.rollout.messages import Continue, Generate, LoadWeights, Start
 
 PART = 4 * 1024 * 1024
 """Bytes of a file that a message has."""
@@ -45,6 +45,10 @@ class JoinRefused(Message, frozen=True, tag="rollout_join_refused"):
     text: str
 
 
+class RunOver(Message, frozen=True, tag="run_over"):
+    """In place of it: no machine is needed any more."""
+
+
 class FilePart(Message, frozen=True, tag="file_part"):
     """The next bytes of a file, which begins anew at offset 0."""
 
@@ -55,7 +59,9 @@ class FilePart(Message, frozen=True, tag="file_part"):
     data: bytes
 
 
-ToJoined = RolloutJoinInfo | JoinRefused | FilePart | Start | LoadWeights | Generate | Continue
+ToJoined = (
+    RolloutJoinInfo | JoinRefused | RunOver | FilePart | Start | LoadWeights | Generate | Continue
+)
 
 _to_joined: Decoder[ToJoined] = Decoder(ToJoined)
 _joined: Decoder[Joined] = Decoder(Joined)

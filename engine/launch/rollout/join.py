@@ -1,6 +1,6 @@
 """Generates on this machine for a run of another one.
 
-``python -m engine.launch.rollout_join HOST:PORT SECONDS SECRET_FILE PYTHON``
+``python -m engine.launch.rollout.join HOST:PORT SECONDS SECRET_FILE PYTHON``
 
 `rlhf-tui join --rollout` executes this module. It connects to the port of `rollout.rendezvous` on
 the first machine of the run, starts an engine here, and passes on the messages of both. It repeats
@@ -25,27 +25,28 @@ from msgspec.structs import replace
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.rollout import RolloutConfig
 from engine.errors import AuthenticationError, LinkError, UserInputError
-from engine.launch.received_files import ReceivedFiles
-from engine.launch.rollout_engine import (
+from engine.launch.rollout.engine import (
     engine_environment,
     find_vllm,
     rollout_command,
     rollout_python,
 )
+from engine.launch.rollout.received_files import ReceivedFiles
 from engine.launch.secret import SECRET_VARIABLE, read_secret
 from engine.protocol import frames, sockets
-from engine.protocol.authentication import AuthenticatedConnection, connect
 from engine.protocol.frames import Message
-from engine.protocol.rollout_join_messages import (
+from engine.protocol.machines.authentication import AuthenticatedConnection, connect
+from engine.protocol.rollout.join_messages import (
     FilePart,
     Joined,
     JoinRefused,
     RolloutJoinInfo,
+    RunOver,
     ToJoined,
     decode_to_joined,
     rollout_secret,
 )
-from engine.protocol.rollout_messages import Continue, EngineFailed, Generate, LoadWeights, Start
+from engine.protocol.rollout.messages import Continue, EngineFailed, Generate, LoadWeights, Start
 from engine.session.temporary_folders import TemporaryFolder
 
 RETRY = 2.0
@@ -59,7 +60,7 @@ DONE, INVALID, TIMED_OUT = 0, 2, 4
 
 
 class RunOverError(Exception):
-    """The file of the secret is gone: the engine of the run has ended."""
+    """The run has ended: its first machine says so, or the file of the secret is gone."""
 
 
 def main() -> None:
@@ -105,11 +106,11 @@ def find_run(
         address: `HOST:PORT`.
         file: holds the secret; it is read again each time. None: the environment has it.
         wait: seconds to try.
-        joined: whether this machine has generated before, so that a file that is gone means the
-            end of the run.
+        joined: whether this machine has generated before. Otherwise the end of a run, or a file
+            that is gone, is no reason not to wait for the next one.
 
     Raises:
-        RunOverError: the file is gone.
+        RunOverError: this machine has generated, and the run is over.
         UserInputError: there is no usable secret, or this machine cannot take part.
         LinkError: there was no run in time.
     """
@@ -129,6 +130,10 @@ def find_run(
                 target = (host.strip("[]"), int(port))
                 machine = connect(target, rollout_secret(secret), CONNECT_TIMEOUT)
                 return machine, offer(machine)
+            except RunOverError:
+                if joined:
+                    raise
+                problem = f"{address}: the run is over"
             except AuthenticationError as error:
                 problem = f"{address}: {error}; give the same on all machines"
                 if file is None:  # a file may be of an earlier start of the run
@@ -144,6 +149,7 @@ def offer(machine: AuthenticatedConnection) -> RolloutJoinInfo:
 
     Raises:
         UserInputError: it cannot take part.
+        RunOverError: the run is over.
         OSError: the first machine is gone, or needs no other machine.
         LinkError: it is none of this version.
     """
@@ -157,7 +163,9 @@ def offer(machine: AuthenticatedConnection) -> RolloutJoinInfo:
 
 
 def accepted(reply: ToJoined) -> RolloutJoinInfo:
-    """The reply to an offer. Raises UserInputError if it is a refusal, else LinkError."""
+    """The reply to an offer. Raises what :func:`offer` raises."""
+    if isinstance(reply, RunOver):
+        raise RunOverError
     if isinstance(reply, JoinRefused):
         raise UserInputError(f"{reply.text}: install the same on all machines")
     if not isinstance(reply, RolloutJoinInfo):
@@ -178,13 +186,13 @@ def generate(
     # Which GPUs and which Python the run uses on its first machine means nothing here.
     here = replace(info.rollout, python=rollout.python, gpus=[], engines=1, joined=0)
     with (
-        contextlib.closing(Engine(replace(info.launch, gpus=[]), here)) as engine,
+        contextlib.closing(LocalEngine(replace(info.launch, gpus=[]), here)) as engine,
         contextlib.closing(ReceivedFiles()) as files,
     ):
         return serve(machine, engine.socket, files)
 
 
-class Engine:
+class LocalEngine:
     """An engine's process on this machine, and the client's end of its socket."""
 
     def __init__(self, launch: LaunchConfig, rollout: RolloutConfig) -> None:

@@ -125,7 +125,7 @@ class TrainedReward(Struct, frozen=True, kw_only=True):
         return new.std / old.std if old is not None and old.std and new.std else None
 
     @property
-    def doubt(self) -> str:
+    def warning(self) -> str:
         """Why the model should not be used yet, in one sentence; empty without a reason."""
         found = self.trained
         if found.low > 0.5:

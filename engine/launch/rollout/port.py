@@ -1,0 +1,153 @@
+"""The port at which machines join a run to generate: lets them prove themselves.
+
+Several relays may accept from one port, each as long as it needs a machine.
+"""
+
+import contextlib
+import logging
+import queue
+import select
+import socket
+import threading
+import time
+from collections.abc import Generator
+
+import msgspec
+
+from engine import __version__
+from engine.errors import LinkError
+from engine.protocol.machines.authentication import AuthenticatedConnection, accept
+from engine.protocol.rollout.join_messages import (
+    Joined,
+    JoinRefused,
+    RolloutJoinInfo,
+    RunOver,
+    decode_joined,
+)
+
+log = logging.getLogger("rollout")
+
+INTERVAL = 0.2
+"""Seconds between two looks whether a machine has proved itself."""
+MOST_HANDSHAKES = 16
+"""Machines that may be proving themselves at a time; others wait."""
+OFFER_TIMEOUT = 10.0
+"""Seconds for a machine that has proved itself to say what it is."""
+LOST_AFTER = 60
+"""Seconds without any sign of a machine after which it counts as lost."""
+END_TIMEOUT = 3.0
+"""Seconds for machines to learn that the run is over. One that has lost its connection tries again
+at once, or within two seconds."""
+
+
+def wait_for_machine(
+    port: socket.socket, secret: bytes, info: RolloutJoinInfo
+) -> tuple[AuthenticatedConnection, str]:
+    """Waits for a machine that knows the secret; returns the connection and its name.
+
+    Args:
+        port: the listening socket.
+        secret: of :func:`~engine.protocol.rollout.join_messages.rollout_secret`.
+        info: what the machine is told.
+    """
+    with contextlib.closing(_joining(port, secret)) as joining:
+        while True:
+            if (joined := next(joining)) is not None:
+                with contextlib.suppress(OSError):
+                    joined[0].send(msgspec.msgpack.encode(info))
+                    return joined
+
+
+def announce_end(port: socket.socket, secret: bytes, machines: int) -> None:
+    """Tells machines that join again that the run is over; blocks for at most :data:`END_TIMEOUT`.
+
+    Args:
+        port: the listening socket, from which no relay accepts any more.
+        secret: as for :func:`wait_for_machine`.
+        machines: the number to be told; it returns once they are.
+    """
+    deadline = time.monotonic() + END_TIMEOUT
+    with contextlib.closing(_joining(port, secret)) as joining:
+        while machines and time.monotonic() < deadline:
+            if (joined := next(joining)) is not None:
+                with joined[0] as machine, contextlib.suppress(OSError):
+                    machine.send(msgspec.msgpack.encode(RunOver()))
+                    machines -= 1
+
+
+def _joining(
+    port: socket.socket, secret: bytes
+) -> Generator[tuple[AuthenticatedConnection, str] | None, None, None]:
+    """Yields each machine that proves itself, with its name; None where none has for a while.
+
+    The generator closes the connections of machines that it has not yielded; they try again.
+    """
+    port.setblocking(False)
+    found: queue.SimpleQueue[tuple[AuthenticatedConnection, str]] = queue.SimpleQueue()
+    closed = threading.Event()
+    slots = threading.BoundedSemaphore(MOST_HANDSHAKES)
+
+    def prove(sock: socket.socket, peer: str) -> None:
+        try:
+            found.put(_let_join(sock, secret))
+        except (OSError, LinkError) as error:
+            log.warning("rollout.rendezvous: refused a connection from %s: %s", peer, error)
+        finally:
+            slots.release()
+            if closed.is_set():
+                _close_all(found)
+
+    try:
+        while True:
+            readable, _, _ = select.select([port], [], [], INTERVAL)
+            try:
+                yield found.get_nowait()
+            except queue.Empty:
+                yield None
+            if port not in readable:
+                continue
+            if not slots.acquire(blocking=False):
+                time.sleep(INTERVAL)
+                continue
+            try:
+                sock, peer = port.accept()
+            except OSError:  # another relay was faster
+                slots.release()
+                continue
+            sock.setblocking(True)
+            threading.Thread(target=prove, args=(sock, peer[0]), daemon=True).start()
+    finally:
+        closed.set()
+        _close_all(found)
+
+
+def _close_all(found: "queue.SimpleQueue[tuple[AuthenticatedConnection, str]]") -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            found.get_nowait()[0].close()
+
+
+def _let_join(sock: socket.socket, secret: bytes) -> tuple[AuthenticatedConnection, str]:
+    """Has a machine prove itself, and reads its offer.
+
+    Raises:
+        OSError: it is gone, or took too long.
+        LinkError: it does not know the secret, or runs another version.
+    """
+    machine = accept(sock, secret)
+    try:
+        machine.notice_loss(LOST_AFTER)
+        offer: Joined = decode_joined(machine.receive(OFFER_TIMEOUT))
+        _check_version(machine, offer)
+    except BaseException:
+        machine.close()
+        raise
+    return machine, offer.machine
+
+
+def _check_version(machine: AuthenticatedConnection, offer: Joined) -> None:
+    """Refuses a machine with another version. Raises LinkError or OSError."""
+    if offer.software != __version__:
+        text = f"the run has version {__version__} of rlhf-tui, this machine {offer.software}"
+        machine.send(msgspec.msgpack.encode(JoinRefused(text=text)))
+        raise LinkError(text)

@@ -1,0 +1,38 @@
+"""Where a metric is heading: the straight line through its last steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+AHEAD = 10
+"""Steps ahead that a value is predicted for."""
+CERTAIN = 4.0
+"""The least slope of a prediction, in standard errors: noise alone seldom rises so steadily."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line fitted to values at steps of distance 1."""
+
+    last: float
+    """Its value at the last step."""
+    slope: float
+    """Per step."""
+    error: float
+    """The standard error of the slope."""
+
+    @property
+    def predicted(self) -> float | None:
+        """The value in :data:`AHEAD` steps; None if the slope may be noise."""
+        certain = self.slope > CERTAIN * self.error
+        return self.last + AHEAD * self.slope if certain else None
+
+
+def line_through(values: Sequence[float]) -> Line:
+    """The least squares line through at least 3 values, oldest first."""
+    count = len(values)
+    middle, mean = (count - 1) / 2, sum(values) / count
+    squares = sum((i - middle) ** 2 for i in range(count))
+    slope = sum((i - middle) * (value - mean) for i, value in enumerate(values)) / squares
+    errors = [value - mean - slope * (i - middle) for i, value in enumerate(values)]
+    variance = sum(error**2 for error in errors) / (count - 2)
+    return Line(mean + slope * middle, slope, (variance / squares) ** 0.5)

@@ -1,0 +1,1 @@
+"""Between the machines of a run: authenticated connections and the key-value store."""

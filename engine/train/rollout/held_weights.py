@@ -1,0 +1,102 @@
+"""Weights held in the dtype of the matrix products, for as long as they do not change.
+
+Linear layers of the same input share one tensor of weights and compute one product: for few rows,
+such as the tokens of a decoding step, a kernel's start takes longer than its work.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names that linear layers of one input have in transformers' models."""
+
+
+@contextmanager
+def weights_held(blocks: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Context in which float32 linear layers hold their weights in autocast's dtype.
+
+    Does nothing outside autocast. The copies take the memory that autocast's own would take.
+
+    Args:
+        blocks: a model's decoder layers.
+        device: the model's.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device.type)
+    held: list[tuple[nn.Module, str, Tensor]] = []
+    joined: list[nn.Module] = []
+    modules = [module for block in blocks for module in block.modules()]
+    try:
+        for layers in (group for module in modules for group in _of_one_input(module)):
+            product = OneProduct(layers, dtype)
+            joined += layers
+            for index, module in enumerate(joined[-len(layers) :]):
+                held.append((module, "weight", layers[index].weight))
+                module.weight = nn.Parameter(product.weights[index], requires_grad=False)
+                module.forward = product.part(index)
+        for module in modules:
+            if isinstance(module, nn.Linear):
+                for name, weight in module.named_parameters(recurse=False):
+                    if weight.dtype == torch.float32:
+                        held.append((module, name, weight))
+                        copy = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+                        setattr(module, name, copy)
+        yield
+    finally:
+        for module in joined:
+            vars(module).pop("forward", None)
+        for module, name, original in held:
+            setattr(module, name, original)
+
+
+def _of_one_input(module: nn.Module) -> Iterator[list[nn.Linear]]:
+    """The groups of a module's own layers whose products can be one."""
+    for names in SAME_INPUT:
+        children = [getattr(module, name, None) for name in names]
+        layers = [x for x in children if type(x) is nn.Linear and "forward" not in vars(x)]
+        same = {(x.weight.dtype, x.bias is None) for x in layers}
+        if len(layers) == len(names) and same in (
+            {(torch.float32, True)},
+            {(torch.float32, False)},
+        ):
+            yield layers
+
+
+class OneProduct:
+    """Some linear layers of one input, as one product with all their weights.
+
+    The layer that is called first computes the outputs of all. Each of the others takes its own if
+    it is called with the same tensor.
+    """
+
+    def __init__(self, layers: list[nn.Linear], dtype: torch.dtype) -> None:
+        """Copies the weights and biases, to `dtype`."""
+        self._weight = torch.cat([x.weight.detach().to(dtype) for x in layers])
+        biases = [x.bias.detach().to(dtype) for x in layers if x.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        self._sizes = [x.out_features for x in layers]
+        self.weights = self._weight.split(self._sizes)
+        """Of each layer; views of one tensor."""
+        self._input: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def part(self, index: int) -> Callable[[Tensor], Tensor]:
+        """The `forward` of a layer."""
+        last = index == len(self._sizes) - 1
+
+        def forward(x: Tensor) -> Tensor:
+            if self._input is not x:
+                outputs = linear(x, self._weight, self._bias)
+                self._input, self._outputs = x, outputs.split(self._sizes, dim=-1)
+            output = self._outputs[index]
+            if last:  # keep no activations
+                self._input, self._outputs = None, ()
+            return output
+
+        return forward
