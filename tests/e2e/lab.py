@@ -1,6 +1,7 @@
 """Helpers to run `rlhf-tui` in a sessions folder and to inspect its sessions."""
 
 import atexit
+import contextlib
 import fcntl
 import json
 import os
@@ -190,7 +191,8 @@ class Run:
     def end(self) -> None:
         """Kills all processes of the session."""
         for process in processes(self.session.folder):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # a rank ends with its engine
+                process.kill()
         until(lambda: not processes(self.session.folder), f"end of {self.name}")
 
     # -- the gate --------------------------------------------------------------------------------
