@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 from engine.launch.environment import mkl_settings
 
@@ -10,8 +11,9 @@ for name, value in mkl_settings().items():
     os.environ.setdefault(name, value)
 
 # Every test of a run starts processes of Python; without compiled files each of them compiles some
-# two hundred modules of ours again.
+# two hundred modules of ours again, and every process of pytest rewrites all assertions.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def pytest_collection_finish():

@@ -55,6 +55,12 @@ JOIN steps ON steps.step = events.step AND steps.attempt = events.attempt
 WHERE kind = 'alert' AND json_extract(data, '$.metric') IS NOT NULL
 """
 """Alerts without a metric are notices, such as that a rule cannot be evaluated."""
+REWARD_CHANGES = """
+SELECT DISTINCT events.step FROM events
+JOIN steps ON steps.step = events.step + 1 AND steps.attempt = events.attempt
+WHERE kind = 'alert' AND json_extract(data, '$.rule') = ? ORDER BY events.step
+"""
+"""Of the attempts that took the next step of the timeline."""
 COMMANDS = """
 SELECT id, command, args, who, status, queued, accepted, ended, attempt, applied_step, reason,
 changes, result, live FROM commands
@@ -300,12 +306,8 @@ class JournalReader:
         return events
 
     def reward_changes(self) -> list[int]:
-        """The steps after which the scores come from another reward, sorted."""
-        rows = self._db.rows(
-            "SELECT DISTINCT step FROM events WHERE kind = 'alert' "
-            "AND json_extract(data, '$.rule') = ? ORDER BY step",
-            (REWARD_CHANGED,),
-        )
+        """The steps of the current timeline after which scores come from another reward, sorted."""
+        rows = self._db.rows(REWARD_CHANGES, (REWARD_CHANGED,))
         return [step for (step,) in rows]
 
     def raised_alerts(self) -> dict[int, set[str]]:

@@ -34,5 +34,6 @@ def line_through(values: Sequence[float]) -> Line:
     squares = sum((i - middle) ** 2 for i in range(count))
     slope = sum((i - middle) * (value - mean) for i, value in enumerate(values)) / squares
     errors = [value - mean - slope * (i - middle) for i, value in enumerate(values)]
-    variance = sum(error**2 for error in errors) / (count - 2)
+    # Not a power of the errors, which raises OverflowError for huge ones.
+    variance = sum(error * error for error in errors) / (count - 2)
     return Line(mean + slope * middle, slope, (variance / squares) ** 0.5)

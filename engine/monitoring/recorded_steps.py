@@ -15,7 +15,7 @@ from engine.config.sections.supervision import GuardrailConfig
 from engine.config.settings import settings_of
 from engine.journal.reader import JournalReader
 from engine.journal.rows import AttemptRow, CommandRow, SampleRow
-from engine.metrics import BETA, LEARNING_RATE
+from engine.metrics import BETA
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Alert, Guardrails
 from engine.protocol.rank_messages import Sample
@@ -84,12 +84,12 @@ def _steps(
     record: JournalReader, run: RunConfig, names: Collection[str], last_step: int
 ) -> Iterator[RecordedStep]:
     """The steps from 1 to `last_step`, with these metrics of theirs."""
-    names = {*names, BETA, LEARNING_RATE}
-    commands = [c for c in record.commands() if c.status == "applied" and c.live and c.changes]
+    names = {*names, BETA}
+    commands = [c for c in record.commands() if c.status == "applied" and c.changes]
     settings = _first_settings(run, commands)
     changes: dict[int, dict[str, Any]] = {}
     for command in commands:
-        if command.applied_step is not None:
+        if command.live and command.applied_step is not None:
             values = {change.key: change.new for change in command.changes}
             changes.setdefault(command.applied_step, {}).update(values)
     begins = _first_steps(record.attempts())
@@ -104,7 +104,7 @@ def _steps(
             if BETA not in found:  # rolled back while it was read
                 return
             settings |= changes.get(step, {})
-            settings |= {"beta": found[BETA], "learning_rate": found.get(LEARNING_RATE)}
+            settings |= {"beta": found[BETA]}  # an adaptive controller has no commands
             yield RecordedStep(step, found, settings, step in begins, step in rewards)
 
 
@@ -121,7 +121,10 @@ def _metrics(
 
 
 def _first_settings(run: RunConfig, commands: Collection[CommandRow]) -> dict[str, Any]:
-    """The settings of the first step: config.yaml holds what a later resume was given."""
+    """The settings of the first step: config.yaml holds what a later resume was given.
+
+    `commands` are all that were applied, in order, those of abandoned branches included.
+    """
     changes = [change for command in commands for change in command.changes]
     configured = config_file.as_mapping(settings_of(run))
     return configured | {change.key: change.old for change in reversed(changes)}

@@ -40,11 +40,17 @@ HELLO_TIMEOUT = 5.0
 """Seconds from the start of a connection to its first frame."""
 FRAME_TIMEOUT = 10.0
 """Seconds from the first to the last byte of a client's frame."""
+CLOSE_TIMEOUT = 10.0
+"""Seconds for a client to read what was queued for it when its connection is closed."""
 MAX_CLIENT_FRAME = 256 * 1024
 MAX_WATCHERS = 64
 MAX_CLIENTS = 64
 """Of those that do not watch. One more makes the oldest give way: whoever wants to stop a run must
 get through, however many connections others have left open."""
+FRESH = 1.0
+"""Seconds in which a connection does not give way: a command may be on its way."""
+MAX_FRESH = 256
+"""Of those that do not watch, if many come within :data:`FRESH`."""
 MAX_UNREAD = 4 * 1024 * 1024
 """Bytes that may be queued for a client that does not read; then its connection is closed."""
 
@@ -57,6 +63,8 @@ class Connection:
     def __init__(self, writer: asyncio.StreamWriter, who: str, known: int) -> None:
         self._writer = writer
         self.who = who
+        self.since = asyncio.get_running_loop().time()
+        """When it connected, on the loop's clock."""
         self.known = known
         """Number of the newest state when it connected. Replies to its requests include that."""
         self.awaited: set[str] = set()
@@ -67,8 +75,8 @@ class Connection:
         return self._writer.transport.get_write_buffer_size() > 0
 
     def close(self) -> None:
-        """Closes the connection once what is queued is sent."""
-        self._writer.close()
+        """Closes the connection, see :func:`close`."""
+        close(self._writer)
 
     def send(self, message: Message) -> None:
         """Queues a message, see :meth:`send_frame`."""
@@ -170,7 +178,7 @@ class Server:
         except asyncio.CancelledError:
             return  # The engine ends. asyncio would log a cancelled handler with its traceback.
         finally:
-            writer.close()
+            close(writer)
 
     async def _serve_peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         uid = sockets.peer_uid(writer.get_extra_info("socket"))
@@ -205,14 +213,18 @@ class Server:
             self._watchers.discard(client)
 
     def _make_room(self) -> None:
-        """Closes a connection if there are too many: one that waits for no reply, if there is one.
+        """Closes connections if there are too many, first those that wait for no reply.
 
-        What it asked for is done all the same, and the client may connect again.
+        What they asked for is done all the same, and the clients may connect again.
         """
         others = [client for client in self._clients if client not in self._watchers]
-        if len(others) >= MAX_CLIENTS:
+        fresh = asyncio.get_running_loop().time() - FRESH
+        while len(others) >= MAX_CLIENTS:
             oldest = min(others, key=lambda client: bool(client.awaited))
-            log.warning("%s: connection closed, since %d are open", oldest.who, MAX_CLIENTS)
+            if oldest.since > fresh and len(others) < MAX_FRESH:
+                break
+            log.warning("%s: connection closed, since %d are open", oldest.who, len(others))
+            others.remove(oldest)
             del self._clients[oldest]
             oldest.close()
 
@@ -238,6 +250,16 @@ class Server:
                 self._watch(client)
             case ClientHello():
                 raise LinkError("a second hello on one connection")
+
+
+def close(writer: asyncio.StreamWriter) -> None:
+    """Closes a connection once what is queued is sent, or after :data:`CLOSE_TIMEOUT`.
+
+    asyncio alone would keep the connection of a client that never reads, and what is queued for it.
+    """
+    writer.close()
+    if writer.transport.get_write_buffer_size():
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, writer.transport.abort)
 
 
 async def receive(reader: asyncio.StreamReader, limit: int = frames.MAX_FRAME) -> bytes:

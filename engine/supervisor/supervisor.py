@@ -16,6 +16,7 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
+from engine.errors import JournalError
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch.secret import needs_secret, secret_of_run
@@ -150,7 +151,7 @@ class Supervisor:
         self._record_start_settings(start)
         self.publisher.set_state("starting")
         self.watchdog.ranks_starting()
-        self.rank_messages.guardrails = await asyncio.to_thread(self._guardrails, start.from_step)
+        self.rank_messages.guardrails = await self._guardrails(start.from_step)
         self._announce_machines(start.from_step)
         await self.ranks.start(await self.rollout.start())
         if state.stop_now or state.next is not None:  # asked before the process existed
@@ -162,10 +163,22 @@ class Supervisor:
             return 0
         return self.conclude(status)
 
-    def _guardrails(self, from_step: int) -> Guardrails:
-        """The guard rails as the timeline up to a checkpoint has left them. Takes 0.1 ms a step."""
-        with JournalReader(self._session) as record:
-            return rebuild(record, self._config, from_step)
+    async def _guardrails(self, from_step: int) -> Guardrails:
+        """The guard rails as the timeline up to a checkpoint has left them. Takes 0.1 ms a step.
+
+        If these steps cannot be read, they begin anew: that is no reason to end a run.
+        """
+
+        def read() -> Guardrails:
+            with JournalReader(self._session) as record:
+                return rebuild(record, self._config, from_step)
+
+        try:
+            return await asyncio.to_thread(read)
+        except JournalError as error:
+            text = f"guard rails begin without the steps before: {error}"
+            self.publisher.notice("guardrails", text, from_step)
+            return Guardrails(self._config.guardrails, judges_of(self._config))
 
     def _announce_machines(self, step: int) -> None:
         """Shows which machines a run waits for, until its ranks report their own phases."""

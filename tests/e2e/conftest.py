@@ -16,6 +16,7 @@ import pytest
 
 from engine.protocol.commands import Pause, Unpause
 from tests.e2e.lab import LONG, Lab, Once, Run, numbers, processes, until
+from tests.variants import some_of
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,19 +53,64 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     return Once(folder / "shared-runs")
 
 
-@pytest.fixture(scope="session")
-def whole(lab: Lab, once: Once) -> Run:
-    """An uninterrupted foreground run of 8 steps."""
+def uninterrupted(run: Run, once: Once) -> Run:
+    """A foreground run, to its end."""
 
     def make(run: Run) -> None:
-        process = lab.popen(*run.arguments, "--headless")
+        process = run.lab.popen(*run.arguments, "--headless")
         printed, warned = process.communicate(timeout=LONG)
         assert process.returncode == 0, warned
         (run.session.folder / "printed.txt").write_text(printed)
         (run.session.folder / "warned.txt").write_text(warned)
 
-    run = once.made(lab.run("whole"), make)
+    once.made(run, make)
     run.printed = (run.session.folder / "printed.txt").read_text()
+    run.warned = (run.session.folder / "warned.txt").read_text()
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole(lab: Lab, once: Once) -> Run:
+    """An uninterrupted foreground run of 8 steps."""
+    return uninterrupted(lab.run("whole"), once)
+
+
+KINDS = some_of({"light": True, "model": False}, "light")
+"""Ranks without a model, which every change runs, and real ones, which `make test-all` runs too."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def either_lab(request: pytest.FixtureRequest, make_lab: Callable[[str], Lab]) -> Lab:
+    """A module's own sessions folder, for what the supervisor and its clients do with any ranks."""
+    module = request.module.__name__.rpartition(".")[2]
+    if request.param:
+        return make_lab(f"{module}/light").with_light_ranks()
+    return make_lab(f"{module}/model")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(either_lab: Lab, once: Once, request: pytest.FixtureRequest) -> Run:
+    """An uninterrupted foreground run of 8 steps with ranks of the same kind."""
+    if not either_lab.is_light:
+        run: Run = request.getfixturevalue("whole")
+        return run
+    return uninterrupted(either_lab.run("undisturbed"), once)
+
+
+@pytest.fixture(scope="session")
+def branch(lab: Lab, whole: Run, once: Once) -> Run:
+    """A fork of the uninterrupted run at step 4, with another beta; in step 9 its reward is NaN."""
+
+    def make(run: Run) -> None:
+        run.score_at(9, "nan")
+        keys = ("kl.beta=0.5", f"reward.path={run.gate}", "train.steps=9")
+        options = [word for key in keys for word in ("-o", key)]
+        fork = ("fork", "whole", "--from", "4", "--name", "branch")
+        done = lab.cli(*fork, *options, "--headless")
+        assert done.returncode == 1, done.stderr
+        (run.session.folder / "warned.txt").write_text(done.stderr)
+
+    run = once.made(lab.run("branch"), make)
     run.warned = (run.session.folder / "warned.txt").read_text()
     return run
 
@@ -91,8 +137,11 @@ def make_steered(run: Run) -> None:
 
 @pytest.fixture(scope="session")
 def endless(lab: Lab) -> Iterator[Run]:
-    """A paused run of very many steps; :func:`training` unpauses it for one test."""
-    run = lab.run("endless", "train.save_every=0", steps=100_000)
+    """A paused run of very many steps; :func:`training` unpauses it for one test.
+
+    Its rank has no model: the tests that share it are of the supervisor and its clients.
+    """
+    run = lab.with_light_ranks().run("endless", "train.save_every=0", steps=100_000)
     run.slow_down()  # tests let it train while they wait
     run.hold(3)
     run.start()

@@ -1,5 +1,7 @@
 """Helpers to run `rlhf-tui` in a sessions folder and to inspect its sessions."""
 
+import atexit
+import contextlib
 import fcntl
 import json
 import os
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from engine.protocol.client import Client
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import Command
 from engine.session.folder import Session
+from tests.e2e.command_server import CommandServer
 
 PROGRAM = Path(sys.executable).with_name("rlhf-tui")
 LONG = 240.0
@@ -32,6 +36,13 @@ TINY = (
 )  # fmt: skip
 """Overrides for steps of a tenth of a second on an idle core."""
 GATE = Path(__file__).with_name("gate.py")
+ROOT = Path(__file__).parents[2]
+LIGHT = {
+    "RLHF_TUI_TEST_LIGHT": "0.02",
+    "PYTHONPATH": f"{ROOT / 'tests' / 'faults' / 'hooks'}:{ROOT}",
+}
+"""The environment in which ranks have no model (tests/faults/light_rank.py): a start takes half a
+second of processor time instead of six."""
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = LONG) -> Any:
@@ -45,6 +56,14 @@ def until(condition: Callable[[], Any], what: str, seconds: float = LONG) -> Any
         # Conditions read a journal or all processes: often asked, they take time from the run.
         interval = min(0.1, 1.2 * interval)
     raise AssertionError(f"within {seconds:g} s: no {what}")
+
+
+@cache
+def commands() -> CommandServer:
+    """The server of this process of pytest, started for the first command."""
+    server = CommandServer()
+    atexit.register(server.close)
+    return server
 
 
 def processes(folder: Path) -> list[psutil.Process]:
@@ -83,17 +102,20 @@ class Lab:
             "COLUMNS": "200",
         }
 
+    def with_light_ranks(self) -> "Lab":
+        """The same folder, for runs whose ranks have no model."""
+        other = Lab(self.root, self._gates)
+        other.environment |= LIGHT
+        return other
+
+    @property
+    def is_light(self) -> bool:
+        """Whether the ranks have no model."""
+        return LIGHT.items() <= self.environment.items()
+
     def cli(self, *args: object, timeout: float = LONG) -> subprocess.CompletedProcess[str]:
         """Runs `rlhf-tui` and waits for it."""
-        return subprocess.run(
-            [PROGRAM, *map(str, args)],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        return commands().run([*map(str, args)], self.environment, timeout)
 
     def json(self, *args: object) -> Any:
         """Runs a command with --json and returns the decoded output."""
@@ -169,7 +191,8 @@ class Run:
     def end(self) -> None:
         """Kills all processes of the session."""
         for process in processes(self.session.folder):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # a rank ends with its engine
+                process.kill()
         until(lambda: not processes(self.session.folder), f"end of {self.name}")
 
     # -- the gate --------------------------------------------------------------------------------

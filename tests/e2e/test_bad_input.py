@@ -1,8 +1,6 @@
 """Invalid input: exit code 2, one line that names the key or file, and no incomplete session."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -103,66 +101,38 @@ def test_an_invalid_option_is_one_line_too(lab):
         assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.fixture(scope="module")
-def late(lab, place):
-    """Errors that only a rank can detect, run in parallel; the error line of each by name.
-
-    Tests of the ranks' modules hold the other ones.
-    """
-    files = place / "late"
-    files.mkdir()
-    (files / "other.jsonl").write_text(json.dumps({"question": "why?"}) + "\n")
-    function = ("reward.model=null", "-o", "reward.function=json:not_there", "--detach")
-    attempts = {
-        "column": ["-o", f"data.prompts={files / 'other.jsonl'}"],
-        "function": ["-o", *function],
-    }
-
-    def attempt(name):
-        mode = [] if "--detach" in attempts[name] else ["--headless"]
-        return refused(lab, name, "demo", "--name", name, *attempts[name], *mode)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(attempts, pool.map(attempt, attempts), strict=True))
+# Errors that only a rank can detect; tests of the ranks' modules hold the other ones.
 
 
-def test_a_missing_column_is_named_with_the_existing_ones(late):
-    assert "data.column" in late["column"]
-    assert "question" in late["column"]
+def test_a_reward_function_missing_in_its_module_is_named_in_a_detached_run_too(lab):
+    options = ("-o", "reward.model=null", "-o", "reward.function=json:not_there", "--detach")
+    line = refused(lab, "function", "demo", "--name", "function", *options)
+    assert "reward.function" in line
+    assert "not_there" in line
 
 
-def test_a_reward_function_missing_in_its_module_is_named_in_a_detached_run_too(late):
-    assert "reward.function" in late["function"]
-    assert "not_there" in late["function"]
+@pytest.mark.slow
+def test_a_missing_column_is_named_with_the_existing_ones(lab, tmp_path):
+    (tmp_path / "other.jsonl").write_text(json.dumps({"question": "why?"}) + "\n")
+    option = f"data.prompts={tmp_path / 'other.jsonl'}"
+    line = refused(lab, "column", "demo", "--name", "column", "-o", option, "--headless")
+    assert "data.column" in line
+    assert "question" in line
 
 
-@pytest.fixture(scope="module")
-def odd_reward(lab):
-    """A run whose reward function returns invalid scores in the second step."""
-    run = lab.run("odd")
-    run.score_at(2, "nan")
-    done = lab.cli(*run.arguments, "--headless")
-    yield run, done
-    run.end()
-
-
-def test_invalid_scores_end_the_run_with_a_clear_error(odd_reward):
-    run, done = odd_reward
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+def test_invalid_scores_end_the_run_with_a_clear_error(branch):
+    last = branch.warned.splitlines()[-1]
     assert "finite" in last
-    assert "step 2" in last
-    assert run.state == "failed"
+    assert "step 9" in last
+    assert "Traceback" not in branch.warned
+    assert branch.state == "failed"
 
 
-def test_the_error_and_its_traceback_are_in_the_journal(odd_reward):
-    run, _ = odd_reward
-    (error,) = run.events("error")
+def test_the_error_and_its_traceback_are_in_the_journal(branch):
+    (error,) = branch.events("error")
     assert "finite" in error["text"]
     assert "Traceback" in error["traceback"]
 
 
-def test_the_failed_step_is_not_recorded(odd_reward):
-    run, _ = odd_reward
-    assert [row["step"] for row in run.numbers()] == [1]
-    assert Path(run.session.folder).is_dir()
+def test_the_failed_step_is_not_recorded(branch):
+    assert [row["step"] for row in branch.numbers()] == list(range(1, 9))

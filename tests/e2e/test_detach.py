@@ -11,8 +11,9 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def orphan(lab, wait_until):
+def orphan(either_lab, wait_until):
     """A detached run, held in step 2, whose shell and terminal have been closed."""
+    lab = either_lab
     run = lab.run("from-a-terminal")
     run.hold(2)
     master, slave = os.openpty()
@@ -98,10 +99,10 @@ def test_a_rank_ignores_the_signals_of_a_scheduler(orphan):
         assert len(reader.attempts()) == 1
 
 
-def test_it_finishes_without_its_terminal(orphan, whole):
+def test_it_finishes_without_its_terminal(orphan, undisturbed):
     orphan.release(2)
     orphan.finish()
-    assert orphan.numbers() == whole.numbers()
+    assert orphan.numbers() == undisturbed.numbers()
 
 
 def test_the_session_is_accessible_to_its_owner_only(endless):

@@ -6,12 +6,13 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def guarded(lab, place, wait_until):
+def guarded(either_lab, place, wait_until):
     """A run that its own rule pauses after steps 2 and 4, with infinite scores in step 6.
 
     Its notify command stores the JSON of each alert, and the text from its environment.
     """
-    box = place / "alerts"
+    lab = either_lab
+    box = place / f"alerts-{'light' if lab.is_light else 'model'}"
     box.mkdir()
     rule = "{name: enough, metric: episode, above: 7, action: pause}"
     run = lab.run(

@@ -23,9 +23,9 @@ FORBIDDEN = [
 
 
 @pytest.fixture(scope="module")
-def hostile(make_lab):
+def hostile(either_lab):
     """A paused run with hostile prompts, notes and log lines."""
-    lab = make_lab("hostile")
+    lab = either_lab
     prompts = lab.root.with_name("prompts.jsonl")
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HOSTILE))

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.e2e.gate import DEADLY
-from tests.e2e.lab import LONG, until
+from tests.e2e.lab import LONG, processes, until
 
 CRASH_TIMEOUT = 5.0
 """Seconds in which a crash must become visible."""
@@ -44,46 +44,129 @@ def state_in_ls(run):
 
 
 @pytest.fixture(scope="module")
-def crashed(lab, wait_until):
-    """A run like `steered` whose supervisor is killed inside step 7."""
-    run = lab.run("crashed")
+def crashed(make_lab, wait_until):
+    """A run like `steered` in a very deep folder, whose processes are killed inside step 7.
+
+    First its rank, while a pause is pending: it starts again from the checkpoint of step 4. When it
+    is inside step 7 again, its supervisor.
+    """
+    deep = "/".join(["deep", *("a-folder-with-a-long-name" for _ in range(8))])
+    run = make_lab(deep).run("crashed")
     run.hold(*COMMANDS, 7)
     run.start()
     steer(run)
     run.wait_at(7)
+    run.wait_saved(4)
+    run.socket = run.session.folder / "engine.sock"
+    run.had_socket = run.socket.is_socket()
+    first = run.rank()
+    assert run.ctl("pause", "--id", "survivor").returncode == 0
+    run.hold(7)
+    os.kill(first.pid, signal.SIGKILL)
+    # After the restart from the checkpoint of step 4 the pause is applied at once.
+    run.wait_for("paused")
+    run.paused_at = run.step
+    run.second_pid = run.rank().pid != first.pid
+    assert run.command("unpause")["status"] == "applied"
+    run.wait_at(7)
     run.engine().kill()
     run.seen = wait_until(lambda: state_in_ls(run) == "crashed", "crashed in ls", CRASH_TIMEOUT)
     run.wait_gone()
+    run.left = [" ".join(p.cmdline()) for p in processes(run.session.folder)]
+    run.left_socket = run.socket.is_socket()
+    run.status = run.lab.cli("status", run.name)
+    run.steps = [row["step"] for row in run.lab.json("metrics", run.name)]
+    run.steering = run.ctl("pause")
     yield run
     run.end()
 
 
-def test_a_killed_supervisor_is_shown_as_crashed_and_leaves_no_process(crashed, processes_of):
+@pytest.fixture(scope="module")
+def resumed(crashed):
+    """The crashed run after a resume to its end."""
+    crashed.release(7)
+    crashed.resume(mode="--headless")
+    return crashed
+
+
+def test_a_killed_supervisor_is_shown_as_crashed_and_leaves_no_process(crashed):
     assert crashed.seen
-    assert not processes_of(crashed.session.folder)
+    assert not crashed.left
 
 
 def test_a_crashed_session_can_be_read_and_says_how_to_resume(crashed):
-    done = crashed.lab.cli("status", crashed.name)
-    assert done.returncode == 0
-    assert f"rlhf-tui resume {crashed.name}" in done.stdout
-    assert [row["step"] for row in crashed.lab.json("metrics", crashed.name)] == list(range(1, 7))
+    assert crashed.status.returncode == 0
+    assert f"rlhf-tui resume {crashed.name}" in crashed.status.stdout
+    assert crashed.steps == list(range(1, 7))
 
 
 def test_a_crashed_session_cannot_be_steered(crashed):
-    done = crashed.ctl("pause")
-    assert done.returncode == 3
-    assert f"rlhf-tui resume {crashed.name}" in done.stderr
+    assert crashed.steering.returncode == 3
+    assert f"rlhf-tui resume {crashed.name}" in crashed.steering.stderr
 
 
-def test_resumed_it_ends_like_the_uninterrupted_run_settings_included(crashed, steered):
-    if crashed.state == "crashed":
-        crashed.release(7)
-        crashed.resume(mode="--headless")
-    assert crashed.numbers() == steered.numbers()[:8]
-    assert crashed.checkpoint(8)["hashes"] == steered.checkpoint(8)["hashes"]
-    resumed, expected = (r.checkpoint(8)["state"]["settings"] for r in (crashed, steered))
-    assert resumed == expected
+def test_a_killed_rank_is_restarted_from_the_last_checkpoint(crashed):
+    assert crashed.second_pid
+    with crashed.reader() as reader:
+        assert [a.from_step for a in reader.attempts()][:2] == [0, 4]
+
+
+def test_the_restart_and_its_reason_are_events(crashed):
+    (alert,) = [e for e in crashed.events("alert") if e["rule"] == "restart"]
+    assert "SIGKILL" in alert["text"]
+    assert any("SIGKILL" in e["text"] for e in crashed.events("error"))
+
+
+def test_a_pending_command_is_applied_after_the_restart(crashed):
+    assert crashed.paused_at == 4
+    assert crashed.commands()["survivor"]["applied_step"] == 5
+
+
+def test_resumed_it_ends_like_the_uninterrupted_run_settings_included(resumed, steered):
+    assert [row["step"] for row in resumed.numbers()] == list(range(1, 9))
+    assert resumed.numbers() == steered.numbers()[:8]
+    ours, expected = (r.checkpoint(8)["state"]["settings"] for r in (resumed, steered))
+    assert ours == expected
+
+
+def test_the_weights_and_the_optimiser_are_the_same_bit_for_bit(resumed, steered):
+    assert resumed.checkpoint(8)["hashes"] == steered.checkpoint(8)["hashes"]
+
+
+def test_the_samples_are_the_same_each_once(resumed, steered):
+    def texts(run):
+        with run.reader() as reader:
+            return [(s.step, s.index, s.response, s.score) for s in reader.samples.newest()]
+
+    assert texts(resumed) == [text for text in texts(steered) if text[0] <= STEPS]
+
+
+def test_what_was_trained_after_the_checkpoint_is_on_abandoned_branches(resumed):
+    with resumed.reader() as reader:
+        assert [a.from_step for a in reader.attempts()] == [0, 4, 4]
+        past = {(attempt, step) for attempt, step, _ in reader.past_series("lr")}
+    assert past == {(1, 5), (1, 6), (2, 5), (2, 6)}
+
+
+@pytest.mark.parametrize(
+    "name", ["objective/scores", "objective/kl", "objective/kl_coef", "grad_norm", "lr"]
+)
+def test_a_restarted_rank_repeats_the_numbers_of_the_uninterrupted_run(resumed, steered, name):
+    with resumed.reader() as reader, steered.reader() as other:
+        past, expected = reader.past_series(name), dict(other.series(name))
+    assert {step: value for attempt, step, value in past if attempt == 2} == {
+        step: expected[step] for step in (5, 6)
+    }
+
+
+def test_a_socket_path_longer_than_an_address_works(crashed):
+    assert len(str(crashed.socket)) > 108
+    assert crashed.had_socket
+
+
+def test_a_socket_left_by_a_killed_engine_is_no_obstacle(resumed):
+    assert resumed.left_socket
+    assert resumed.state == "finished"
 
 
 def kill_and_resume(run, rng):
@@ -122,53 +205,6 @@ def test_the_rank_of_a_killed_foreground_run_ends_too(lab):
     process.communicate()
     run.wait_gone()
     assert run.state == "crashed"
-
-
-@pytest.fixture(scope="module")
-def lost_rank(lab, wait_until):
-    """A run like `steered` whose rank is killed inside step 7 while a pause is pending."""
-    run = lab.run("lost-rank")
-    run.hold(*COMMANDS, 7)
-    run.start()
-    steer(run)
-    run.wait_at(7)
-    run.wait_saved(4)
-    first = run.rank()
-    assert run.ctl("pause", "--id", "survivor").returncode == 0
-    run.release(7)
-    run.hold(7)
-    os.kill(first.pid, signal.SIGKILL)
-    # After the restart from the checkpoint of step 4 the pause is applied at once.
-    run.wait_for("paused")
-    run.paused_at = run.step
-    run.second_pid = run.rank().pid != first.pid
-    run.release(7)
-    assert run.command("unpause")["status"] == "applied"
-    run.finish()
-    yield run
-    run.end()
-
-
-def test_a_killed_rank_is_restarted_from_the_last_checkpoint(lost_rank):
-    assert lost_rank.second_pid
-    with lost_rank.reader() as reader:
-        assert [a.from_step for a in reader.attempts()] == [0, 4]
-
-
-def test_the_restart_and_its_reason_are_events(lost_rank):
-    (alert,) = [e for e in lost_rank.events("alert") if e["rule"] == "restart"]
-    assert "SIGKILL" in alert["text"]
-    assert any("SIGKILL" in e["text"] for e in lost_rank.events("error"))
-
-
-def test_a_pending_command_is_applied_after_the_restart(lost_rank):
-    assert lost_rank.paused_at == 4
-    assert lost_rank.commands()["survivor"]["applied_step"] == 5
-
-
-def test_a_run_whose_rank_was_killed_ends_like_the_uninterrupted_run(lost_rank, steered):
-    assert lost_rank.numbers() == steered.numbers()[:8]
-    assert lost_rank.checkpoint(8)["hashes"] == steered.checkpoint(8)["hashes"]
 
 
 @pytest.fixture(scope="module")

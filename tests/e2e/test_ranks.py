@@ -14,17 +14,21 @@ TWO = ("launch.processes=2", "launch.threads=1")
 FAULTS = Path(__file__).with_name("faults")
 TIMEOUT = 10.0
 """`launch.timeout` in seconds; must exceed the difference in loading time between the ranks."""
+SILENCE = 20.0
+"""`launch.silence` in seconds; the long pause is longer."""
 PHASES = ("load policy", "generate", "score", "reference", "optimise", "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def pair(lab, wait_until):
-    """8 steps on two ranks, with a pause after the fifth that is longer than `launch.timeout`.
+    """8 steps on two ranks, with a pause after the fifth that is longer than both time-outs.
 
-    The reward function raises in step 7, until the run has paused for it.
+    The reward function raises in step 7, until the run has paused for it. Inside step 9 one of the
+    ranks is killed.
     """
-    run = lab.run("pair", *TWO, f"launch.timeout={TIMEOUT}", "reward.retries=1")
-    run.hold(5)
+    limits = (f"launch.timeout={TIMEOUT}", f"launch.silence={SILENCE}", "launch.max_restarts=0")
+    run = lab.run("pair", *TWO, *limits, "reward.retries=1", steps=9)
+    run.hold(5, 9)
     run.score_at(7, "raise no service")
     run.start()
     run.wait_at(5)
@@ -49,7 +53,12 @@ def pair(lab, wait_until):
     run.without_reward = lab.json("status", run.name)
     run.score_at(7, "")
     assert run.command("unpause")["status"] == "applied"
-    run.finish()
+    run.wait_at(9)
+    run.wait_saved(8)
+    os.kill(run.ranks()[1].pid, signal.SIGKILL)
+    run.release(9)
+    run.wait_for("failed")
+    run.wait_gone()
     yield run
     run.end()
 
@@ -77,7 +86,7 @@ def test_two_ranks_give_the_numbers_of_one(pair, whole):
             assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-3), (one["step"], name)
 
 
-def test_a_pause_may_be_longer_than_the_timeout_of_collectives(pair):
+def test_a_pause_may_be_longer_than_the_timeouts_of_collectives_and_of_silence(pair):
     assert pair.paused_at == pair.step_after_pause
     with pair.reader() as reader:
         assert len(reader.attempts()) == 1, "nothing was restarted"
@@ -111,6 +120,13 @@ def test_every_rank_reports_its_times_and_memory(pair):
     assert all(load.seconds["optimise"] > 0 and load.peak_memory > 1e8 for load in pair.rank_loads)
 
 
+def test_one_rank_that_is_killed_ends_all_and_is_named(pair):
+    (error,) = pair.events("error")
+    assert "rank 1" in error["text"]
+    assert "SIGKILL" in error["text"]
+    assert pair.step == 8
+
+
 def test_a_run_on_one_machine_listens_on_loopback_only(pair):
     assert not {ip for ip in pair.listening if not ip.startswith("127.") and ip != "::1"}
 
@@ -137,17 +153,9 @@ def test_after_a_killed_rank_all_restart_and_the_run_ends_with_the_same_numbers(
     run.end()
 
 
-@pytest.mark.parametrize(
-    ("phase", "act"),
-    [
-        pytest.param(
-            phase, act, marks=() if (phase, act) in {
-                ("generate", "kill"),
-            } else pytest.mark.slow,
-        )
-        for phase in PHASES for act in ("raise", "kill", "hang")
-    ],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("act", ["raise", "kill", "hang"])
 def test_one_rank_that_fails_ends_all_and_is_named(lab, phase, act):
     # Only the limit under test is short; the loading time depends on the machine.
     silence = "launch.load_silence=60" if phase.startswith("load") else "launch.silence=20"

@@ -176,6 +176,7 @@ def test_an_archived_session_is_shown(lab, archive, wait_until):
         terminal.close()
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_a_checkpoint_is_reported_and_the_run_continues_to_its_end(
     make_lab, small_disk
 ):
@@ -192,8 +193,8 @@ def test_a_disk_too_full_for_a_checkpoint_is_reported_and_the_run_continues_to_i
     assert not list(run.session.checkpoints.glob("*"))
 
 
-def test_a_disk_too_full_for_the_journal_ends_the_run_with_a_line(make_lab, small_disk):
-    run = make_lab("fuller").run("fuller", "train.save_every=0")
+def test_a_disk_too_full_for_the_journal_ends_the_run_with_a_line(either_lab, small_disk):
+    run = either_lab.run("fuller", "train.save_every=0")
     run.session = type(run.session)(small_disk / run.name)
     run.hold(2)
     process = run.lab.popen(*run.arguments, "--headless", "--sessions", small_disk)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.lab import LONG, PROGRAM, until
+from tests.e2e.lab import LIGHT, LONG, PROGRAM, until
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "sessions-0.1.0"
@@ -33,11 +33,6 @@ train: {{steps: 150, save_every: 5}}
 log: {{tensorboard: false}}
 launch: {{device: cpu, processes: 1, rendezvous: null}}
 """
-
-LIGHT = {
-    "RLHF_TUI_TEST_LIGHT": "0.02",
-    "PYTHONPATH": f"{ROOT / 'tests' / 'faults' / 'hooks'}:{ROOT}",
-}
 
 
 @pytest.fixture

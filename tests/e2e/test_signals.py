@@ -7,11 +7,12 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def signalled(lab):
+def signalled(either_lab):
     """A run that is stopped by a signal inside steps 2, 4 and 6, and resumed in between.
 
     Before the last signal its stdout is closed and SIGHUP is sent.
     """
+    lab = either_lab
     run = lab.run("signalled")
     run.endings, run.steps, run.alive = {}, {}, {}
     starts = [run.arguments, *[["resume", run.name]] * 2]
@@ -63,8 +64,8 @@ def test_the_command_log_names_the_signals(signalled):
     assert stops == ["SIGTERM", "SIGINT", "SIGUSR1"]
 
 
-def test_stopped_three_times_it_has_the_numbers_of_the_uninterrupted_run(signalled, whole):
-    assert signalled.numbers() == whole.numbers()[:6]
+def test_stopped_three_times_it_has_the_numbers_of_the_uninterrupted_run(signalled, undisturbed):
+    assert signalled.numbers() == undisturbed.numbers()[:6]
 
 
 def test_without_a_terminal_stdout_is_one_line_per_step_without_escape_codes(whole):
@@ -74,7 +75,8 @@ def test_without_a_terminal_stdout_is_one_line_per_step_without_escape_codes(who
     assert "\r" not in whole.printed
 
 
-def test_stop_now_ends_at_once_without_saving(lab):
+def test_stop_now_ends_at_once_without_saving(either_lab):
+    lab = either_lab
     run = lab.run("at-once")
     run.hold(2)
     process = lab.popen(*run.arguments, "--headless")

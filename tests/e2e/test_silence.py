@@ -11,10 +11,10 @@ has a separate limit."""
 
 
 @pytest.fixture(scope="module")
-def quiet(lab, wait_until):
+def quiet(either_lab, wait_until):
     """A run that is paused for longer than `launch.silence`; then its rank gets SIGSTOP."""
     limits = (f"launch.silence={SILENCE}", f"guardrails.silent_rank={SILENCE / 2}")
-    run = lab.run("quiet", *limits, steps=1000)
+    run = either_lab.run("quiet", *limits, steps=1000)
     run.start()
     run.command("pause")
     # Loading may have taken longer than silent_rank, which alerts but does not restart the run.

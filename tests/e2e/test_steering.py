@@ -9,10 +9,11 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def held(lab):
+def held(lab, wait_until):
     """A run that is paused after step 3, gets commands that are undone again, and finishes.
 
-    Its numbers must equal those of the uninterrupted run. `seen` holds the observations.
+    In step 6 it is rolled back to the checkpoint that it saved during the pause. Its numbers must
+    equal those of the uninterrupted run. `seen` holds the observations.
     """
     run = lab.run("held")
     seen = run.seen = SimpleNamespace()
@@ -37,15 +38,25 @@ def held(lab):
     seen.beta = run.command("beta", "0.7", "--id", "once")
     seen.beta_again = run.command("beta", "0.7", "--id", "once")
     seen.undo = run.command("undo")
+    seen.too_long = run.command("set", "max_new_tokens=300")
     seen.kl = run.command("kl", "fixed", "--target", "3")
     seen.undo_kl = run.command("undo")
     seen.note = lab.cli("note", run.name, "what is\x1b[31m this")
     seen.still_at = run.step
     seen.still = run.state
-    seen.pid = run.rank().pid
 
+    run.hold(6)
     seen.unpause = run.command("unpause")
     seen.unpause_again = run.ctl("unpause")
+    run.wait_at(6)
+    engine = run.engine()
+    run.hold(4)
+    seen.roll_back = run.command("rollback", "3")
+    run.wait_at(4)
+    seen.rolled_back_to = run.step
+    seen.same_engine = run.engine() == engine
+    wait_until(lambda: run.state == "running", "a running engine after the roll back")
+    run.release(4, 6)
     run.finish()
     yield run
     run.end()
@@ -72,8 +83,8 @@ def test_the_status_estimates_the_time_to_the_boundary(held):
     assert held.seen.boundary_in >= 0
 
 
-@pytest.mark.slow
-def test_a_paused_run_has_the_numbers_of_the_uninterrupted_run(held, whole):
+def test_a_run_paused_and_rolled_back_has_the_numbers_of_the_uninterrupted_run(held, whole):
+    # All changes were undone, and without reseeding the same steps are repeated.
     assert held.numbers() == whole.numbers()
     assert held.checkpoint(8)["hashes"] == whole.checkpoint(8)["hashes"]
 
@@ -177,10 +188,9 @@ def test_a_rejected_command_says_why_in_one_line_and_exits_1(endless, command, r
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_responses_longer_than_the_models_positions_are_refused(endless):
-    result = endless.command("set", "max_new_tokens=300")
-    assert result["status"] == "rejected"
-    assert "at most" in result["reason"]
+def test_responses_longer_than_the_models_positions_are_refused(held):
+    assert held.seen.too_long["status"] == "rejected"
+    assert "at most" in held.seen.too_long["reason"]
 
 
 def test_a_rejected_command_leaves_every_reading_command_working(endless):
@@ -230,9 +240,9 @@ def test_settings_are_in_force_after_a_resume(lab, steered):
     "how",
     ["stop", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGTERM", "stop --now"))],
 )
-def test_a_paused_run_can_be_stopped_when_the_disk_is_full(lab, how):
+def test_a_paused_run_can_be_stopped_when_the_disk_is_full(either_lab, how):
     # A checkpoint that could not be recorded would end the run by itself.
-    run = lab.run(f"full-{how.replace(' ', '')}", "train.save_every=0", steps=1000)
+    run = either_lab.run(f"full-{how.replace(' ', '')}", "train.save_every=0", steps=1000)
     try:
         run.start()
         assert run.command("pause")["status"] == "applied"
@@ -249,24 +259,12 @@ def test_a_paused_run_can_be_stopped_when_the_disk_is_full(lab, how):
         run.end()
 
 
-def test_a_roll_back_continues_from_the_checkpoint_in_the_same_engine(lab, whole, wait_until):
-    run = lab.run("rolled", "train.save_every=2")
-    run.hold(6)
-    run.start()
-    run.wait_at(6)
-    engine = run.engine()
-    run.hold(3)
-    assert run.command("rollback", "2")["status"] == "applied"
-    run.wait_at(3)
-    assert run.step == 2
-    assert run.engine() == engine
-    wait_until(lambda: run.state == "running", "a running engine after the roll back")
-    run.release(3, 6)
-    run.finish()
-    # Without other changes and without reseeding the same steps are repeated.
-    assert run.numbers() == whole.numbers()
-    with run.reader() as reader:
-        assert [a.from_step for a in reader.attempts()] == [0, 2]
+def test_a_roll_back_continues_from_the_checkpoint_in_the_same_engine(held):
+    assert held.seen.roll_back["status"] == "applied"
+    assert held.seen.rolled_back_to == 3
+    assert held.seen.same_engine
+    with held.reader() as reader:
+        assert [a.from_step for a in reader.attempts()] == [0, 3]
 
 
 @pytest.mark.slow

@@ -234,6 +234,7 @@ def test_a_steady_rise_is_told_before_its_bound_and_noise_and_what_is_above_are_
     swings = [(3.0, 5.0, 2.0, 6.0)[step % 4] for step in range(40)]
     assert alert_steps(rails(rule), swings) == []
     assert alert_steps(rails(rule), [11.0 + step for step in range(20)]) == []
+    assert alert_steps(rails(rule), [-1e200, -1e300, -1e200, -1e300, -1e308, 1.0]) == []
     with pytest.raises(ConfigError, match="window must be at least 4 with predicted_above"):
         check_rule(Rule(name="r", metric="m", predicted_above=1.0, window=3))
 

@@ -1,6 +1,8 @@
 """Guard rails over recorded steps: as the engine that recorded them, whatever came in between."""
 
 import asyncio
+import contextlib
+import sqlite3
 
 import pytest
 
@@ -144,3 +146,53 @@ async def test_a_bound_is_that_of_the_setting_in_each_step(run):
     resumed = config_file.override(run.session.config(), [f"kl.target={target / 2}"])
     run.session.write_config(resumed)
     assert recorded(run) == [("high", 2)]
+
+
+async def test_a_reward_of_an_abandoned_branch_is_no_other_one_in_the_timeline(run):
+    engine = Engine(run)
+    take(engine, 1, 1, 1, 13)
+    start_again(engine, run, 3)
+    engine.receive(Notice(step=3, rule=REWARD_CHANGED, text="another one"))
+    take(engine, 4, 1, 1)
+    start_again(engine, run, 2)
+    take(engine, 3, 13, 13, 13)
+    assert recorded(run) == [("high", 3)]
+
+
+async def test_a_bound_is_not_that_of_a_setting_that_only_an_abandoned_branch_had(run):
+    engine = Engine(run)
+    target = engine.shared.settings["target"]
+    take(engine, 1, 1.5 * target)
+    run.change("c", 2, target, target / 2, "target")
+    resumed = config_file.override(run.session.config(), [f"kl.target={target / 2}"])
+    run.session.write_config(resumed)
+    run.journal.begin_attempt(1, fresh=True)
+    take(engine, 2, 1.5 * target)
+    assert recorded(run) == []
+
+
+async def test_a_multiple_of_the_learning_rate_is_one_of_the_setting_whatever_the_schedule(run):
+    take(Engine(run), 1, 1)
+    rule = Rule(name="r", metric=LEARNING_RATE, above=0.9, of="learning_rate")
+    config = config_file.override(run.session.config(), ["train.learning_rate=2e-5"])
+    with JournalReader(run.session) as record:
+        alerts = evaluate(record, GuardrailConfig(defaults=False, rules=[rule]), config)
+        assert list(alerts) == []
+
+
+async def test_steps_that_cannot_be_read_do_not_end_a_run(run):
+    take(Engine(run), 1, 13)
+    connection = sqlite3.connect(run.session.journal_file)
+    with contextlib.closing(connection), connection:
+        connection.execute("INSERT INTO events SELECT 99, 0.0, 1, 1, 'alert', '{'")
+    engine = Engine(run)
+    attempt = asyncio.create_task(engine.supervisor.attempt(StartOptions(from_step=1)))
+    async with asyncio.timeout(60):
+        while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0)
+    engine.send(Stop(now=True))
+    await attempt
+    with JournalReader(run.session) as record:
+        alert = record.last_alert()
+    assert alert is not None
+    assert "guard rails begin without the steps before" in alert.data

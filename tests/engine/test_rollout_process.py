@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import select
 import signal
 import socket
 import sqlite3
@@ -15,7 +16,7 @@ import pytest
 
 from engine import starter
 from engine.config import file as config_file
-from engine.errors import UserInputError
+from engine.errors import LinkError, UserInputError
 from engine.launch.environment import (
     ROLLOUT_DISK_VARIABLE,
     ROLLOUT_FOLDER_VARIABLE,
@@ -29,7 +30,7 @@ from engine.launch.rollout import port
 from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import StartOptions
 from engine.protocol import frames, sockets
-from engine.protocol.rollout.join_messages import Joined
+from engine.protocol.rollout.join_messages import Joined, rollout_secret
 from engine.protocol.rollout.messages import EngineFailed, Start, decode_from_engine
 from engine.session.folder import create
 from engine.supervisor.attempt import Attempt
@@ -209,6 +210,30 @@ async def test_a_machine_that_knows_the_secret_takes_the_place_of_an_engine(
     ended, closed = await asyncio.gather(joining, engines.close(), return_exceptions=True)
     assert isinstance(ended, rollout_join.RunOverError)
     assert closed is None
+
+
+async def test_a_machine_that_has_generated_learns_of_the_end_although_another_one_waits(
+    monkeypatch,
+):
+    monkeypatch.setattr(rollout_join, "RETRY", 0.05)
+    monkeypatch.setattr(port, "END_TIMEOUT", DEADLINE)
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+
+        def find(wait, joined):
+            return asyncio.create_task(
+                asyncio.to_thread(rollout_join.find_run, address, None, wait, joined=joined)
+            )
+
+        waiting = find(0.1, joined=False)
+        await until(lambda: select.select([listener], [], [], 0)[0])
+        generated = find(DEADLINE, joined=True)
+        await asyncio.to_thread(port.announce_end, listener, rollout_secret(SECRET), 1)
+    with pytest.raises(rollout_join.RunOverError):
+        await generated
+    with pytest.raises(LinkError, match="the run is over"):
+        await waiting
 
 
 async def test_a_machine_of_another_version_is_told_so(make, tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ from engine.supervisor import server as server_module
 from engine.supervisor.server import Server
 
 DEADLINE = 60.0
+MORE_THAN_THE_KERNEL_HOLDS = 6000
+"""Replies to a client that does not read; fewer than close its connection by themselves."""
 
 
 def test_an_end_with_a_client_attached_logs_no_error(tmp_path, caplog):
@@ -81,7 +83,10 @@ def test_a_malformed_frame_closes_its_connection_and_logs_no_traceback(tmp_path,
 class Requests:
     """Stops a run at once, and pauses it at a boundary that does not come."""
 
+    handled = 0
+
     def handle(self, request, _who):
+        self.handled += 1
         status = "applied" if isinstance(request.command, Stop) else "accepted"
         return CommandReply(id=request.id, status=status, step=1)
 
@@ -118,6 +123,7 @@ def serving(make_session):
 def test_a_watcher_too_many_is_told_so_and_can_stop_the_run(serving, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_WATCHERS", 1)
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(server_module, "FRESH", 0.0)
 
     async def test(_server, connect):
         watching = (await connect()).watch()
@@ -133,6 +139,7 @@ def test_a_watcher_too_many_is_told_so_and_can_stop_the_run(serving, monkeypatch
 
 def test_a_command_takes_the_place_of_a_connection_that_waits_for_nothing(serving, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_CLIENTS", 2)
+    monkeypatch.setattr(server_module, "FRESH", 0.0)
 
     async def test(server, connect):
         waiting, idle = await connect(), await connect()
@@ -145,3 +152,51 @@ def test_a_command_takes_the_place_of_a_connection_that_waits_for_nothing(servin
         assert (await asyncio.to_thread(waiting.wait, "a", DEADLINE)).step == 2
 
     serving(test)
+
+
+def test_many_commands_that_come_at_once_are_all_handled(serving, monkeypatch):
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(server_module, "MAX_FRESH", 3)
+    monkeypatch.setattr(server_module, "FRESH", DEADLINE)
+
+    async def test(_server, connect):
+        clients = [await connect() for _ in range(4)]
+        for client in clients[1:]:
+            assert (await asyncio.to_thread(client.send, Stop())).status == "applied"
+        with pytest.raises(LinkError):  # one too many, however fresh
+            await asyncio.to_thread(clients[0].send, Stop())
+
+    serving(test)
+
+
+def test_a_client_that_never_reads_is_gone_soon_after_its_connection_was_closed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(server_module, "MAX_CLIENTS", 1)
+    monkeypatch.setattr(server_module, "CLOSE_TIMEOUT", 0.1)
+    monkeypatch.setattr(server_module, "FRESH", 0.0)
+    hello, request = ClientHello(who="me"), CommandRequest(id="a", command=Stop())
+
+    async def serve():
+        listener, path = sockets.listen(tmp_path)
+        server, requests = Server(), Requests()
+        await server.start(listener, requests, None)
+        deaf = sockets.connect(path, DEADLINE)
+        deaf.sendall(frames.encode(hello))
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.to_thread(
+                deaf.sendall, MORE_THAN_THE_KERNEL_HOLDS * frames.encode(request)
+            )
+            while requests.handled < MORE_THAN_THE_KERNEL_HOLDS:  # noqa: ASYNC110 - nothing announces it
+                await asyncio.sleep(0.01)
+            _, other = await asyncio.open_unix_connection(path)
+            other.write(frames.encode(hello))
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await asyncio.to_thread(deaf.sendall, frames.encode(request))
+                    await asyncio.sleep(0.01)
+        deaf.close()
+        other.close()
+        server.close()
+
+    asyncio.run(serve())

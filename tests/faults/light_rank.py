@@ -1,9 +1,10 @@
-"""A rank without a model, which starts in a tenth of the time of one: for hundreds of kills.
+"""A rank without a model, which starts in a tenth of the time of one.
 
-It speaks the protocol of a rank, saves checkpoints in the order of a rank, and obeys commands at
-step boundaries. Its "weights" are a chain of sums over the settings of each step, so they show
-whether a history was repeated exactly. $RLHF_TUI_TEST_LIGHT, the seconds of a step, puts it
-in the place of engine.train.worker (hooks/sitecustomize.py).
+It is for hundreds of kills, and for tests of what the supervisor and its clients do. It speaks the
+protocol of a rank, saves checkpoints in the order of a rank, and obeys commands at step boundaries.
+Its "weights" are a chain of sums over the settings of each step, so they show whether a history was
+repeated exactly. $RLHF_TUI_TEST_LIGHT, the seconds of a step, puts it in the place of
+engine.train.worker (hooks/sitecustomize.py).
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from engine.config.settings import (
     check_settings,
     settings_of,
 )
+from engine.errors import CommandRejectedError
 from engine.launch.environment import SOCKET_VARIABLE, STORE_VARIABLE, TOKEN_VARIABLE
 from engine.launch.secret import SECRET_VARIABLE
 from engine.protocol import frames, rank_messages, sockets
@@ -40,12 +42,12 @@ from engine.protocol.rank_messages import (
     CheckpointWritten,
     Confirm,
     Ended,
+    Phase,
     RankCommand,
     RankHello,
     Ready,
     Rejected,
     RepeatedChange,
-    Sample,
     StepReport,
 )
 from engine.session.checkpoints import (
@@ -55,11 +57,12 @@ from engine.session.checkpoints import (
     sha256,
 )
 from engine.session.folder import Session
+from tests.faults.light_step import LightStep
 
 PACE = float(os.environ.get("RLHF_TUI_TEST_LIGHT", "0"))
 """Seconds of a step."""
-KEEP = 2
-"""Checkpoints that are kept."""
+REPORT_INTERVAL = 2.0
+"""Seconds between `paused` messages, as in :mod:`engine.train.boundary`."""
 ENDED = "light/ended"
 """A key of the store of several machines."""
 
@@ -81,6 +84,7 @@ class LightRank:
         self._to_repeat, self._undoable = list(begin.repeat), list(begin.undoable)
         self._paused, self._stop = begin.paused, ""
         self._branch = set(begin.checkpoints)
+        self._results = LightStep(self._config)
         if begin.from_step:
             folder = checkpoint_path(session.checkpoints, begin.from_step)
             state = json.loads((folder / "state.json").read_text())["state"]
@@ -134,16 +138,17 @@ class LightRank:
             metrics = {
                 "objective/scores": score(self._weights), "objective/kl": 0.5, "time/step": PACE,
                 "perf/tokens_per_second": 1.0,
+                "episode": float(self._step * self._config.rollout.batch_size),
+                "objective/entropy": score(self._weights),
                 "objective/kl_coef": values["beta"], "lr": values["learning_rate"],
                 "target": values["target"], "epochs": float(values["epochs"]),
             }  # fmt: skip
-            sample = Sample(
-                index=0, prompt="p", response=self._weights, score=1.0, kl=0.5, length=1, ended=True
-            )
+            samples = self._results.samples(self._step, self._weights)
+            metrics |= self._results.metrics(samples)
             self.send(
-                StepReport(step=self._step, metrics=metrics, samples=[sample], settings=values)
+                StepReport(step=self._step, metrics=metrics, samples=samples, settings=values)
             )
-            if self._step % values["save_every"] == 0:
+            if values["save_every"] and self._step % values["save_every"] == 0:
                 with contextlib.suppress(OSError):  # a full disk: the next save tries again
                     self._save()
         self._save()
@@ -157,7 +162,11 @@ class LightRank:
             self._repeat(repeated)
         self._to_repeat = [r for r in self._to_repeat if r.step != step]
         self._obey()
+        reported = time.monotonic()
         while self._paused and not self._stop:
+            if time.monotonic() - reported > REPORT_INTERVAL:
+                reported = time.monotonic()
+                self.send(Phase(rank=0, step=self._step, name="paused"))
             time.sleep(PACE)
             self._obey()
         return not self._stop and self._step < self._config.train.steps
@@ -175,7 +184,10 @@ class LightRank:
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, RankCommand):
-                self._carry_out(message)
+                try:
+                    self._carry_out(message)
+                except CommandRejectedError as error:
+                    self.send(Rejected(id=message.id, reason=str(error)))
 
     def _carry_out(self, message: RankCommand) -> None:
         changes: list[SettingChange] = []
@@ -236,7 +248,7 @@ class LightRank:
         mark_complete(final)
         self._branch.add(self._step)
         kept = [s for s in complete_checkpoints(self._session.checkpoints) if s in self._branch]
-        removed = [s for s in kept if s <= self._step][:-KEEP]
+        removed = [s for s in kept if s <= self._step][: -self._config.train.keep_last]
         self.send(CheckpointComplete(step=self._step, removed=removed))
         self._take(self._step)
         for step in removed:

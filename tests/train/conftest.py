@@ -1,5 +1,7 @@
 """Fixtures of the rank tests: runs of the starter models in the test process."""
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from engine.train.distributed.ranks import RankGroup
 from engine.train.link import Link
 from engine.train.load import load_run
 from engine.train.reward_scales import fit_scales
+from engine.train.run import PhaseTimer
 from engine.train.step import train_step
 from tests.train.stand_in_engine import StandInEngine
 from tests.train.supervisor_end import Supervisor
@@ -52,6 +55,40 @@ def make_run(tmp_path):
         return run, session
 
     return make
+
+
+@pytest.fixture(scope="module")
+def shared_runs():
+    """The runs of :func:`shared_run` with their weights, by overrides and steps."""
+    return {}
+
+
+@pytest.fixture
+def shared_run(shared_runs, make_run, tmp_path):
+    """Returns a function like that of `make_run`, for tests that train the run no further.
+
+    Loading a run and a first step take a second, so the tests of a module share the models and the
+    optimiser. A test's session, configuration and state are its own.
+    """
+    used = []
+
+    def share(*overrides, steps=0):
+        key = (overrides, steps)
+        if key not in shared_runs:
+            run, _ = make_run(*overrides)
+            for step in range(1, steps + 1):
+                train_step(run, step)
+                run.state.step = step
+            shared_runs[key] = run, [p.detach().clone() for p in run.policy.parameters()]
+        run, weights = shared_runs[key]
+        used.append((run, weights))
+        session = create(tmp_path / "shared", f"s{len(used)}", run.config)
+        return replace(run, state=deepcopy(run.state), timer=PhaseTimer()), session
+
+    yield share
+    for run, weights in used:
+        now = run.policy.parameters()
+        assert all(map(torch.equal, now, weights)), "a test has trained a run that others use"
 
 
 @pytest.fixture

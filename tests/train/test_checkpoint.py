@@ -56,7 +56,14 @@ def save(run, session, score=1.0, best=None):
 
 
 @pytest.fixture
-def trained(make_run):
+def trained(shared_run):
+    """A run after its first step, which no test trains further."""
+    return shared_run(steps=1)
+
+
+@pytest.fixture
+def to_train(make_run):
+    """A run after its first step, of the test alone."""
     run, session = make_run()
     train_step(run, 1)
     run.state.step = 1
@@ -274,8 +281,8 @@ def test_a_tokenizer_that_cannot_be_copied_is_a_notice_and_a_resume_loads_the_or
     assert resumed(session).tokenizer.get_vocab() == run.tokenizer.get_vocab()
 
 
-def test_a_checkpoint_does_not_contain_changes_made_while_it_is_written(trained):
-    run, session = trained
+def test_a_checkpoint_does_not_contain_changes_made_while_it_is_written(to_train):
+    run, session = to_train
     before = {k: t.clone() for k, t in run.policy.state_dict().items()}
     moments = {
         n: run.optimiser.state[p]["exp_avg"].clone() for n, p in run.policy.named_parameters()
@@ -338,8 +345,8 @@ def test_the_same_state_gives_the_same_files(trained):
     assert json.loads((save(again, session) / "state.json").read_text())["hashes"] == first
 
 
-def test_a_checkpoint_of_format_1_can_be_resumed(trained):
-    run, session = trained
+def test_a_checkpoint_of_format_1_can_be_resumed(to_train):
+    run, session = to_train
     folder = save(run, session)
     training = folder / "training"
     tensors = {k: t for f in training.iterdir() for k, t in load_file(f).items()}

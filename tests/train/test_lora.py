@@ -90,10 +90,9 @@ def plain():
 
 
 @pytest.fixture
-def trained(make_run):
-    run, session = make_run(RANK, FAST)
-    take_step(run)
-    return run, session
+def trained(shared_run):
+    """A run after its first step, which no test trains further."""
+    return shared_run(RANK, FAST, steps=1)
 
 
 @variants
@@ -126,8 +125,8 @@ def test_the_reference_is_the_base_model(trained, plain):
     assert fingerprint(run.reference) == run.state.reference == fingerprint(plain)
 
 
-def test_the_reference_shares_the_policys_base_weights(make_run):
-    run, _ = make_run(RANK)
+def test_the_reference_shares_the_policys_base_weights(shared_run):
+    run, _ = shared_run(RANK)
     ours = {p.data_ptr() for p in run.policy.parameters()}
     assert {p.data_ptr() for p in run.reference.parameters()} < ours
     base = sum(p.numel() for p in run.reference.parameters())
@@ -142,8 +141,8 @@ def test_adapters_are_on_again_after_an_error_in_the_reference(trained):
     assert torch.equal(logits(run.policy), before)
 
 
-def test_switching_adapters_off_and_on_keeps_requires_grad(make_run):
-    run, _ = make_run(RANK)
+def test_switching_adapters_off_and_on_keeps_requires_grad(shared_run):
+    run, _ = shared_run(RANK)
     layers = lora.adapted_layers(run.policy.lm)
     wanted = [p.requires_grad for p in run.policy.parameters()]
     with lora.disabled(layers):
@@ -221,25 +220,23 @@ def test_an_error_of_a_merge_is_one_line(trained, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_changed_base_is_refused_on_a_resume(make_run):
-    run, session = make_run(RANK, f"model.reference={BASE}")
-    take_step(run)
+def test_a_changed_base_is_refused_on_a_resume(shared_run):
+    run, session = shared_run(RANK, FAST, f"model.reference={BASE}", steps=1)
     run.state.base = "another"
     save(run, session)
     with pytest.raises(CheckpointError, match="model under the adapters is not the one"):
         resumed(session)
 
 
-def test_a_configured_reference_is_a_separate_model(make_run, plain):
-    run, _ = make_run(RANK, FAST, f"model.reference={BASE}")
-    take_step(run)
+def test_a_configured_reference_is_a_separate_model(shared_run, plain):
+    run, _ = shared_run(RANK, FAST, f"model.reference={BASE}", steps=1)
     assert not isinstance(run.reference, AdapterFreePolicy)
     assert torch.equal(logits(run.reference), logits(plain))
     assert run.state.base == run.state.reference
 
 
-def test_a_checkpoint_of_the_other_kind_is_refused(make_run):
-    adapted, _ = make_run(RANK)
+def test_a_checkpoint_of_the_other_kind_is_refused(make_run, shared_run):
+    adapted, _ = shared_run(RANK)
     full, full_session = make_run()
     take_step(full)
     with pytest.raises(CheckpointError, match=r"holds no adapters, but lora\.rank is set"):

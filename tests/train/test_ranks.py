@@ -76,16 +76,31 @@ RECIPES = {
 """The configurations of papers, by the name of their variant."""
 VARIANTS |= dict.fromkeys(RECIPES, ("rollout.batch_size=16", "reward.normalise_samples=16"))
 STRATEGIES = ("ddp", "fsdp")
-EVERY_TIME = (
-    "gae, activation checkpointing, averaged policy", "grpo, every term in the loss",
-    "gae, separate value trunk, adapters",
-)  # fmt: skip
-"""Together they have every part of the loss, the trunk and adapters; `make test-all` has all."""
+EVERY_TIME = {
+    "gae, activation checkpointing, averaged policy": "fsdp",
+    "grpo, every term in the loss": "ddp",
+    "gae, separate value trunk, adapters": "fsdp",
+}
+"""Together they have every part of the loss, the trunk and adapters, each with one of the
+strategies; `make test-all` has all with both."""
 IN_CHUNKS = 20_000
 """Logits at a time, about five tokens, in the last two of these; one rank has them at once."""
+
+
+def marks(every_time):
+    return () if every_time else pytest.mark.slow
+
+
 variants = pytest.mark.parametrize(
-    "variant",
-    [pytest.param(v, marks=() if v in EVERY_TIME else pytest.mark.slow) for v in VARIANTS],
+    "variant", [pytest.param(v, marks=marks(v in EVERY_TIME)) for v in VARIANTS]
+)
+layouts = pytest.mark.parametrize(
+    ("variant", "strategy"),
+    [
+        pytest.param(variant, strategy, marks=marks(EVERY_TIME.get(variant) == strategy))
+        for variant in VARIANTS
+        for strategy in STRATEGIES
+    ],
 )
 
 
@@ -115,11 +130,13 @@ def weights(run):
 def outcomes(request, tmp_path_factory):
     """Metrics and weights after one step, by variant and by how the ranks run.
 
-    Only of the variants that some selected test needs.
+    Only of the variants and strategies that some selected test needs.
     """
     folder = tmp_path_factory.mktemp("ranks")
-    parameters = [getattr(item, "callspec", None) for item in request.session.items]
-    needed = {p.params["variant"] for p in parameters if p and "variant" in p.params}
+    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    params = [spec.params for spec in specs if spec]
+    needed = {p["variant"] for p in params if "variant" in p}
+    placed = {(p["variant"], p["strategy"]) for p in params if {"variant", "strategy"} <= p.keys()}
     found, jobs = {}, []
     for i, variant in enumerate(v for v in VARIANTS if v in needed):
         rollout = record(folder, f"recording-{i}", variant)
@@ -128,10 +145,10 @@ def outcomes(request, tmp_path_factory):
         metrics, _ = train_step(run, 1, rollout)
         metrics |= evaluate_if_due(run, 1).metrics
         found[variant, "before"], found[variant, "one"] = ({}, before), (metrics, weights(run))
-        for strategy in STRATEGIES:
+        for strategy in (s for s in STRATEGIES if (variant, s) in placed):
             session = create(folder, f"{strategy}-{i}", config_of(strategy, variant))
             job = {"session": session.folder, "recorded": folder / f"recording-{i}.pickle"}
-            job["most_logits"] = IN_CHUNKS if variant in EVERY_TIME[1:] else MOST_LOGITS
+            job["most_logits"] = IN_CHUNKS if variant in [*EVERY_TIME][1:] else MOST_LOGITS
             jobs.append(
                 job | {"result": folder / f"{strategy}-{i}.json", "as": (variant, strategy)}
             )
@@ -188,8 +205,7 @@ def test_too_many_ranks_for_the_batch_is_an_error_that_names_the_key(override, k
         check_rank_count(config, 7)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@variants
+@layouts
 def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, strategy):
     one, two = outcomes[variant, "one"][0], outcomes[variant, strategy][0]
     if "warm-up" not in variant:
@@ -200,8 +216,7 @@ def test_two_ranks_have_the_losses_gradients_and_kl_of_one(outcomes, variant, st
             assert two[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@variants
+@layouts
 def test_two_ranks_end_with_the_parameters_of_one(outcomes, variant, strategy):
     one, two = outcomes[variant, "one"][1], outcomes[variant, strategy][1]
     assert one.keys() == two.keys()

@@ -12,11 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.errors import AuthenticationError, LinkError
+from engine.config.sections.launch import LaunchConfig
+from engine.errors import AuthenticationError, LinkError, UserInputError
+from engine.launch.environment import JOINED_VARIABLE, STORE_VARIABLE
+from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.store_server import StoreServer
 from engine.protocol.machines.store_messages import AddToKey, CheckKeys, SetKeys
 from engine.protocol.rank_messages import STARTED_KEY
 from engine.train.distributed.rank_store import RankStore
+from engine.train.torchrun import agent
 from engine.train.torchrun.rendezvous import StoreRendezvous
 
 SECRET = "a secret of one run"  # noqa: S105 - of a test
@@ -103,6 +107,17 @@ def test_a_machine_with_another_secret_is_refused(server):
     other = StoreRendezvous(address_of(server), 2, 1.0, first=False, secret="x" * 16)
     with pytest.raises(AuthenticationError):
         other.next_rendezvous()
+
+
+def test_a_port_that_is_in_use_on_the_first_machine_is_named_with_its_key(
+    server, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(STORE_VARIABLE, f"tcp:{address_of(server)}")
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+    monkeypatch.delenv(JOINED_VARIABLE, raising=False)
+    serving = agent.serve_store(LaunchConfig(nodes=2), str(tmp_path), 1)
+    with pytest.raises(UserInputError, match=r"launch\.rendezvous: cannot listen on port"), serving:
+        pass
 
 
 class Payload:

@@ -33,6 +33,20 @@ def steps(run, count, first=1):
     return found
 
 
+@pytest.fixture(scope="module")
+def computed():
+    """What is computed once for several tests."""
+    return {}
+
+
+@pytest.fixture
+def undisturbed(computed, make_run, engine):
+    """Three steps of a run whose engine works."""
+    if not computed:
+        computed["steps"] = steps(make_run(*AHEAD)[0], 3)
+    return computed["steps"]
+
+
 def numbers(found):
     return [
         {k: v for k, v in metrics.items() if not k.startswith(("time/", "perf/"))}
@@ -67,9 +81,8 @@ def test_responses_of_other_settings_than_those_of_the_step_are_dropped(make_run
 
 
 def test_an_engine_that_ends_while_it_generates_ahead_is_given_the_old_weights_again(
-    make_run, engine
+    make_run, engine, undisturbed
 ):
-    undisturbed = numbers(steps(make_run(*AHEAD)[0], 3))
     seen = []
 
     def dies_at_the_second(message):
@@ -81,14 +94,13 @@ def test_an_engine_that_ends_while_it_generates_ahead_is_given_the_old_weights_a
     engine.faults = iter([dies_at_the_second])
     before = engine.engines
     run, _ = make_run(*AHEAD)
-    assert numbers(steps(run, 3)) == undisturbed
+    assert numbers(steps(run, 3)) == numbers(undisturbed)
     assert engine.engines == before + 2
 
 
 def test_of_two_engines_that_generate_ahead_one_ends_and_gets_the_old_weights_again(
-    make_run, engine, second_engine
+    make_run, engine, second_engine, undisturbed
 ):
-    undisturbed = steps(make_run(*AHEAD)[0], 3)
     seen = []
 
     def dies_at_the_second(message):
@@ -104,8 +116,7 @@ def test_of_two_engines_that_generate_ahead_one_ends_and_gets_the_old_weights_ag
     assert (engine.engines - before, second_engine.engines) == (1, 2)
 
 
-def test_a_step_whose_reward_fails_is_repeated_with_the_same_responses(make_run, engine):
-    expected = steps(make_run(*AHEAD)[0], 3)
+def test_a_step_whose_reward_fails_is_repeated_with_the_same_responses(make_run, undisturbed):
     run, _ = make_run(*AHEAD)
     steps(run, 1)
     rewards = run.rewards
@@ -118,7 +129,7 @@ def test_a_step_whose_reward_fails_is_repeated_with_the_same_responses(make_run,
         train_step(run, 2)
     run.rewards = rewards
     again = steps(run, 2, first=2)
-    assert numbers(again) == numbers(expected)[1:]
+    assert numbers(again) == numbers(undisturbed)[1:]
 
 
 def test_what_follows_a_checkpoint_is_generated_with_its_weights(make_run, engine):

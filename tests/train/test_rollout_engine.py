@@ -341,6 +341,7 @@ def test_the_counters_of_exported_memory_are_where_the_installed_torch_has_them(
     storage = torch.tensor([5, 0, 7]).untyped_storage()
     _, handle, _ = storage._share_filename_cpu_()
     assert [readers(handle, offset) for offset in range(3)] == [5, 0, 7]
+    assert readers(b"/that-was-removed", 0) == 0
 
 
 @pytest.mark.parametrize(

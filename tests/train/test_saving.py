@@ -7,7 +7,9 @@ import time
 import pytest
 from msgspec.structs import replace
 
+from engine.config import file as config_file
 from engine.config.settings import SettingChange
+from engine.errors import CheckpointError
 from engine.protocol.commands import Checkpoint, SetBeta, SetSetting, Stop, Undo
 from engine.protocol.rank_messages import (
     Applied,
@@ -33,9 +35,9 @@ METRICS = {"objective/scores": 1.0, "objective/kl": 0.5}
 
 
 @pytest.fixture
-def trained(make_run, supervisor, link):
-    """A run after its first step, with its boundary and its supervisor."""
-    run, session = make_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
+def trained(shared_run, supervisor, link):
+    """A run as after its first step, with its boundary and its supervisor."""
+    run, session = shared_run("train.save_every=1", "train.keep_last=1", "train.keep_best=0")
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), link)
     boundary.after_step(1, dict(METRICS), 0.1)
     supervisor.wait_for(RankHello)
@@ -199,6 +201,18 @@ def test_a_failed_save_is_a_notice_of_its_step_and_the_run_continues(trained, mo
     assert [*complete_checkpoints(session.checkpoints)] == [1]
 
 
+def test_a_run_whose_last_save_fails_has_not_ended_regularly(trained, monkeypatch):
+    _, _, boundary, supervisor = trained
+
+    def no_room(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_folder, "publish", no_room)
+    with pytest.raises(CheckpointError, match="No space left"):
+        boundary.finish()
+    assert not supervisor.of(Ended)
+
+
 def test_a_checkpoint_that_cannot_be_marked_complete_is_a_notice_and_the_run_continues(trained):
     _, session, boundary, supervisor = trained
     boundary.checkpoints.save_if_due()
@@ -287,15 +301,15 @@ def test_an_undo_that_later_changes_have_replaced_takes_nothing_back_in_a_resume
 
 
 @pytest.fixture
-def until_deadline(make_run, supervisor, link):
+def until_deadline(shared_run, supervisor, link):
     """Makes the boundary of a run whose deadline is so many seconds from now."""
     made = []
     supervisor.wait_for(RankHello)
 
     def make(seconds, *, paused=False):
-        run, session = make_run(
-            f"train.save_before_deadline={int(time.time()) + seconds}", "train.deadline_margin=10"
-        )
+        run, session = shared_run()
+        ends = f"train.save_before_deadline={int(time.time()) + seconds}"
+        run.config = config_file.override(run.config, [ends, "train.deadline_margin=10"])
         begin = Begin(attempt=1, from_step=0, paused=paused)
         made.append(Boundary(session, run, begin, link))
         supervisor.may_confirm.set()

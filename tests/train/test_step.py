@@ -107,8 +107,8 @@ def test_a_value_function_from_the_reward_model_begins_with_the_scores_of_traini
         assert float(values) == pytest.approx(float(want[i]), abs=1e-4)
 
 
-def test_the_kl_with_recomputed_log_probabilities_is_zero_before_the_first_update(make_run):
-    run, _ = make_run()
+def test_the_kl_with_recomputed_log_probabilities_is_zero_before_the_first_update(shared_run):
+    run, _ = shared_run()
     rollout = rollout_of(run)
     policy, _ = score_tokens(run.policy, rollout, 1.0, 8)
     reference, _ = score_tokens(run.reference, rollout, 1.0, 8)
@@ -183,8 +183,8 @@ def test_responses_longer_than_the_models_positions_are_refused(make_run):
         make_run("rollout.max_new_tokens=300")
 
 
-def test_a_non_finite_minibatch_is_skipped_and_counted(make_run):
-    run, _ = make_run()
+def test_a_non_finite_minibatch_is_skipped_and_counted(shared_run):
+    run, _ = shared_run()
     before = parameters(run)
     stats = optimise_once(run, poison=math.inf)
     after = parameters(run)
@@ -193,8 +193,8 @@ def test_a_non_finite_minibatch_is_skipped_and_counted(make_run):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_minibatch_with_a_large_mean_ratio_is_skipped(make_run):
-    run, _ = make_run()
+def test_a_minibatch_with_a_large_mean_ratio_is_skipped(shared_run):
+    run, _ = shared_run()
     rollout = rollout_of(run)
     far = rollout.logprobs * rollout.mask - 5.0
     targets = Targets(far, torch.ones_like(far), torch.zeros_like(far), torch.zeros_like(far))

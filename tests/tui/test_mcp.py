@@ -5,23 +5,29 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-mcp = pytest.importorskip("mcp", minversion=None)
-from mcp_types import Implementation  # noqa: E402 - an extra
+from engine.api import Session
+from rlhf_tui.cli import cli
 
-from engine.api import Session  # noqa: E402
-from rlhf_tui.cli import cli  # noqa: E402
-from rlhf_tui.commands.integration import mcp_server  # noqa: E402
+if find_spec("mcp") is None:  # an extra
+    pytest.skip("mcp is not installed", allow_module_level=True)
 
 LOOKING = ["curve", "events", "list_sessions", "metrics", "samples", "status"]
 STEERING = ["checkpoint", "note", "pause", "probe", "rollback", "set_beta", "set_setting", "stop"]
 
 
 def client(root, *, steering=False):
+    # At the top these would cost every process of the tests a second.
+    import mcp  # noqa: PLC0415 - see above
+    from mcp_types import Implementation  # noqa: PLC0415 - see above
+
+    from rlhf_tui.commands.integration import mcp_server  # noqa: PLC0415 - see above
+
     server = mcp_server.make_server(root, steering=steering)
     return mcp.Client(server, client_info=Implementation(name="helper\x1b[31m", version="1"))
 
@@ -96,6 +102,8 @@ async def test_samples_come_in_the_order_that_is_asked_for(root):
 
 
 def test_texts_of_models_are_sanitised_and_cut_wherever_they_stand():
+    from rlhf_tui.commands.integration import mcp_server  # noqa: PLC0415 - as above
+
     shown = mcp_server.presentable(
         {"a\x1b[2J": ["\x1b]0;t\x07x", {"b": "y" * 5000}], "n": float("nan")}
     )

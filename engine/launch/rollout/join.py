@@ -129,7 +129,7 @@ def find_run(
             try:
                 target = (host.strip("[]"), int(port))
                 machine = connect(target, rollout_secret(secret), CONNECT_TIMEOUT)
-                return machine, offer(machine)
+                return machine, offer(machine, joined_before=joined)
             except RunOverError:
                 if joined:
                     raise
@@ -144,7 +144,7 @@ def find_run(
     raise LinkError(f"{address}: {problem}")
 
 
-def offer(machine: AuthenticatedConnection) -> RolloutJoinInfo:
+def offer(machine: AuthenticatedConnection, *, joined_before: bool) -> RolloutJoinInfo:
     """Says what this machine is; returns what it is told. Closes the connection if this raises.
 
     Raises:
@@ -155,7 +155,8 @@ def offer(machine: AuthenticatedConnection) -> RolloutJoinInfo:
     """
     try:
         machine.notice_loss(LOST_AFTER)
-        machine.send(msgspec.msgpack.encode(Joined(machine=os.uname().nodename)))
+        joined = Joined(machine=os.uname().nodename, joined_before=joined_before)
+        machine.send(msgspec.msgpack.encode(joined))
         return accepted(decode_to_joined(machine.receive(LOST_AFTER)))
     except BaseException:
         machine.close()

@@ -53,9 +53,10 @@ def wait_for_machine(
     with contextlib.closing(_joining(port, secret)) as joining:
         while True:
             if (joined := next(joining)) is not None:
+                machine, offer = joined
                 with contextlib.suppress(OSError):
-                    joined[0].send(msgspec.msgpack.encode(info))
-                    return joined
+                    machine.send(msgspec.msgpack.encode(info))
+                    return machine, offer.machine
 
 
 def announce_end(port: socket.socket, secret: bytes, machines: int) -> None:
@@ -64,7 +65,8 @@ def announce_end(port: socket.socket, secret: bytes, machines: int) -> None:
     Args:
         port: the listening socket, from which no relay accepts any more.
         secret: as for :func:`wait_for_machine`.
-        machines: the number to be told; it returns once they are.
+        machines: the number that have generated; it returns once they are told. Others that have
+            waited in vain are told, too.
     """
     deadline = time.monotonic() + END_TIMEOUT
     with contextlib.closing(_joining(port, secret)) as joining:
@@ -72,18 +74,18 @@ def announce_end(port: socket.socket, secret: bytes, machines: int) -> None:
             if (joined := next(joining)) is not None:
                 with joined[0] as machine, contextlib.suppress(OSError):
                     machine.send(msgspec.msgpack.encode(RunOver()))
-                    machines -= 1
+                    machines -= joined[1].joined_before
 
 
 def _joining(
     port: socket.socket, secret: bytes
-) -> Generator[tuple[AuthenticatedConnection, str] | None, None, None]:
-    """Yields each machine that proves itself, with its name; None where none has for a while.
+) -> Generator[tuple[AuthenticatedConnection, Joined] | None, None, None]:
+    """Yields each machine that proves itself, with its offer; None where none has for a while.
 
     The generator closes the connections of machines that it has not yielded; they try again.
     """
     port.setblocking(False)
-    found: queue.SimpleQueue[tuple[AuthenticatedConnection, str]] = queue.SimpleQueue()
+    found: queue.SimpleQueue[tuple[AuthenticatedConnection, Joined]] = queue.SimpleQueue()
     closed = threading.Event()
     slots = threading.BoundedSemaphore(MOST_HANDSHAKES)
 
@@ -121,13 +123,13 @@ def _joining(
         _close_all(found)
 
 
-def _close_all(found: "queue.SimpleQueue[tuple[AuthenticatedConnection, str]]") -> None:
+def _close_all(found: "queue.SimpleQueue[tuple[AuthenticatedConnection, Joined]]") -> None:
     with contextlib.suppress(queue.Empty):
         while True:
             found.get_nowait()[0].close()
 
 
-def _let_join(sock: socket.socket, secret: bytes) -> tuple[AuthenticatedConnection, str]:
+def _let_join(sock: socket.socket, secret: bytes) -> tuple[AuthenticatedConnection, Joined]:
     """Has a machine prove itself, and reads its offer.
 
     Raises:
@@ -142,7 +144,7 @@ def _let_join(sock: socket.socket, secret: bytes) -> tuple[AuthenticatedConnecti
     except BaseException:
         machine.close()
         raise
-    return machine, offer.machine
+    return machine, offer
 
 
 def _check_version(machine: AuthenticatedConnection, offer: Joined) -> None:

@@ -29,6 +29,8 @@ class Joined(Message, frozen=True, tag="rollout_joined"):
     machine: str
     """Its name, for messages."""
     software: str = __version__
+    joined_before: bool = False
+    """Whether it has generated for the run, and awaits its end."""
 
 
 class RolloutJoinInfo(Message, frozen=True, tag="rollout_join_info"):

@@ -161,16 +161,20 @@ def readers(counter: bytes, offset: int) -> int:
     """How many processes have not released what was exported, by torch's counter.
 
     Its counters are unsigned (`torch/csrc/CudaIPCTypes.h`): one that is released once too often
-    keeps the memory for good.
+    keeps the memory for good. If the counters are gone, all was released: 0.
 
     Args:
         counter: the name of a POSIX shared memory object that holds counters.
         offset: which of them.
     """
     place = COUNTERS_START + COUNTER_SIZE * offset
-    with Path("/dev/shm", counter.decode().lstrip("/")).open("rb") as file:  # noqa: S108 - shared memory's own place
-        file.seek(place)
-        return int.from_bytes(file.read(COUNTER_SIZE), sys.byteorder)
+    shared = Path("/dev/shm", counter.decode().lstrip("/"))  # noqa: S108 - shared memory's own place
+    try:
+        with shared.open("rb") as file:
+            file.seek(place)
+            return int.from_bytes(file.read(COUNTER_SIZE), sys.byteorder)
+    except FileNotFoundError:
+        return 0
 
 
 @contextmanager
