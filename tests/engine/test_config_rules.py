@@ -151,7 +151,8 @@ def test_a_value_that_a_person_could_mean_is_taken(key, value):
 
 def test_every_number_but_a_seed_and_a_metrics_threshold_is_bounded_on_both_sides():
     """A step must not take for ever because of one number; :data:`MOST` says what must pass."""
-    free = {"seed", "guardrails.rules.above", "guardrails.rules.below", "reward.label",
+    free = {"seed", "guardrails.rules.above", "guardrails.rules.below",
+            "guardrails.rules.predicted_above", "reward.label",
             "reward.mix.label", "eval.rewards.label", "eval.seed", "train.stop_at.above",
             "train.stop_at.below"}  # fmt: skip
     unbounded = set()
