@@ -42,11 +42,11 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         advice="these updates were skipped: lower the learning rate",
     ),
     Rule(
-        name="kl_high", metric=KL, above=1.6, of="target",
+        name="kl_high", metric=KL, above=2.0, of="target",
         advice="read the samples of highest KL; raise beta, or roll back",
     ),
     Rule(
-        name="kl_climbs", metric=KL, predicted_above=2.2, of="target", window=8,
+        name="kl_climbs", metric=KL, predicted_above=2.2, of="target", window=9,
         advice="raise beta while the KL is low, or lower the learning rate",
     ),
     Rule(

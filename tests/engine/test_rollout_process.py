@@ -232,7 +232,7 @@ async def test_a_machine_that_has_generated_learns_of_the_end_although_another_o
         await asyncio.to_thread(port.announce_end, listener, rollout_secret(SECRET), 1)
     with pytest.raises(rollout_join.RunOverError):
         await generated
-    with pytest.raises(LinkError, match="the run is over"):
+    with pytest.raises(LinkError):
         await waiting
 
 
