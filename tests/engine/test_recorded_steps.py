@@ -86,8 +86,8 @@ async def test_a_resume_neither_repeats_an_alert_nor_forgets_when_it_clears(run,
     assert recorded(run) == [("high", 2), ("high", 43)]
 
 
-async def test_an_attempt_begins_with_what_its_timeline_has_raised(run):
-    take(Engine(run), 1, 13, 13)
+async def begun(run):
+    """An engine that has begun an attempt after step 1, and was stopped at once."""
     engine = Engine(run)
     attempt = asyncio.create_task(engine.supervisor.attempt(StartOptions(from_step=1)))
     async with asyncio.timeout(60):
@@ -95,6 +95,12 @@ async def test_an_attempt_begins_with_what_its_timeline_has_raised(run):
             await asyncio.sleep(0)
     engine.send(Stop(now=True))
     await attempt
+    return engine
+
+
+async def test_an_attempt_begins_with_what_its_timeline_has_raised(run):
+    take(Engine(run), 1, 13, 13)
+    engine = await begun(run)
     assert engine.supervisor.rank_messages.guardrails.check(2, {"m": 13.0}, {"target": 5.0}) == []
 
 
@@ -185,13 +191,7 @@ async def test_steps_that_cannot_be_read_do_not_end_a_run(run):
     connection = sqlite3.connect(run.session.journal_file)
     with contextlib.closing(connection), connection:
         connection.execute("INSERT INTO events SELECT 99, 0.0, 1, 1, 'alert', '{'")
-    engine = Engine(run)
-    attempt = asyncio.create_task(engine.supervisor.attempt(StartOptions(from_step=1)))
-    async with asyncio.timeout(60):
-        while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0)
-    engine.send(Stop(now=True))
-    await attempt
+    await begun(run)
     with JournalReader(run.session) as record:
         alert = record.last_alert()
     assert alert is not None

@@ -1,7 +1,7 @@
 """Weights held in the dtype of the matrix products, for as long as they do not change.
 
-Linear layers of the same input share one tensor of weights and compute one product: for few rows,
-such as the tokens of a decoding step, a kernel's start takes longer than its work.
+Linear layers of the same input are fused: they share one tensor of weights and compute one product.
+For few rows, such as the tokens of a decoding step, a kernel's start takes longer than its work.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,16 +30,16 @@ def weights_held(blocks: list[nn.Module], device: torch.device) -> Iterator[None
         return
     dtype = torch.get_autocast_dtype(device.type)
     held: list[tuple[nn.Module, str, Tensor]] = []
-    joined: list[nn.Module] = []
+    fused: list[nn.Module] = []
     modules = [module for block in blocks for module in block.modules()]
     try:
         for layers in (group for module in modules for group in _of_one_input(module)):
-            product = OneProduct(layers, dtype)
-            joined += layers
-            for index, module in enumerate(joined[-len(layers) :]):
+            together = FusedLinear(layers, dtype)
+            fused += layers
+            for index, module in enumerate(fused[-len(layers) :]):
                 held.append((module, "weight", layers[index].weight))
-                module.weight = nn.Parameter(product.weights[index], requires_grad=False)
-                module.forward = product.part(index)
+                module.weight = nn.Parameter(together.weights[index], requires_grad=False)
+                module.forward = together.part(index)
         for module in modules:
             if isinstance(module, nn.Linear):
                 for name, weight in module.named_parameters(recurse=False):
@@ -49,7 +49,7 @@ def weights_held(blocks: list[nn.Module], device: torch.device) -> Iterator[None
                         setattr(module, name, copy)
         yield
     finally:
-        for module in joined:
+        for module in fused:
             vars(module).pop("forward", None)
         for module, name, original in held:
             setattr(module, name, original)
@@ -68,7 +68,7 @@ def _of_one_input(module: nn.Module) -> Iterator[list[nn.Linear]]:
             yield layers
 
 
-class OneProduct:
+class FusedLinear:
     """Some linear layers of one input, as one product with all their weights.
 
     The layer that is called first computes the outputs of all. Each of the others takes its own if
