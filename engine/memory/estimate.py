@@ -100,6 +100,7 @@ class _Estimator:
             "generate": always | self._generating(),
             "score": always | {"reward": static["reward"]} | self._scoring(),
             "reference": always | {"reference": static["reference"]} | self._computing_logprobs(),
+            **({"fit": always | self._fitting()} if self._config.linear_value else {}),
             "optimise": always | self._optimising(),
         }
 
@@ -191,11 +192,17 @@ class _Estimator:
         return found | self._states()
 
     def _states(self) -> dict[str, int]:
-        """The reward model's hidden states of the rank's responses, and what is fitted to them."""
-        if not self._config.linear_value or not self._models.rewards:
+        """The reward model's hidden states of the rank's responses, after two of its layers."""
+        if not self._config.linear_value:
             return {}
         width = self._models.rewards[0].hidden
-        return {"states": MASTER * self._rows * self._response * width + 3 * 8 * width**2}
+        return {"states": MASTER * self._rows * self._response * 2 * width}
+
+    def _fitting(self) -> dict[str, int]:
+        """Fitting a linear function of these states; float64."""
+        features = 3 * self._models.rewards[0].hidden
+        matrices = 3 * features**2 + 2 * features * self._response + 3 * self._response**2
+        return self._states() | {"system": 8 * matrices}
 
     def _computing_logprobs(self) -> dict[str, int]:
         """A forward pass over finished responses, of the reference or of the policy."""

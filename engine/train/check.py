@@ -12,8 +12,9 @@ import msgspec
 from msgspec.structs import replace
 from transformers.utils.logging import disable_progress_bar
 
+from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig
-from engine.errors import RlhfError, error_text
+from engine.errors import RlhfError, UserInputError, error_text
 from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, STEP_TIME, phase_time
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
@@ -71,6 +72,7 @@ def check(config: RunConfig) -> CheckResult:
             session, small, begin, ranks, _report, lambda _rule, text: warnings.append(text)
         )
         fit_scales(run, small)
+        warnings += suggested_value(config, run)
         return _try(config, run, warnings)
     finally:
         folder.close()
@@ -98,6 +100,22 @@ def reduced(config: RunConfig) -> RunConfig:
         ppo=replace(config.ppo, epochs=1, minibatches=1, value_warmup=0),
         launch=replace(config.launch, processes=1, nodes=1, rendezvous=None),
     )
+
+
+def suggested_value(config: RunConfig, run: Run) -> list[str]:
+    """A line if the value function could be fitted to the reward model's states and is not."""
+    if config.model.value != "shared" or not config.ppo.traits.value_function:
+        return []
+    fitted = replace(config, model=replace(config.model, value="reward_model"))
+    try:
+        check_config(fitted)
+        run.rewards.reward_model().check_states()
+    except UserInputError:
+        return []
+    return [
+        "the reward model reads the policy's tokens: model.value: reward_model is likely to learn "
+        "more from each response, in the same time (docs/ppo.md)"
+    ]
 
 
 def _try(config: RunConfig, run: Run, warnings: list[str]) -> CheckResult:

@@ -9,6 +9,7 @@ import torch
 from engine.config.schema import RunConfig
 from engine.config.sections.reward import RewardConfig
 from engine.train.checkpoints.folder import TrainingState
+from engine.train.ppo.linear_value import with_all_features
 from engine.train.rewards.normalise import Normaliser
 from engine.train.rewards.source import RewardInputs
 from engine.train.rewards.value_init import first_weights, scale_value_head
@@ -61,9 +62,13 @@ def fit_scales(run: Run, config: RunConfig) -> None:
     if config.ppo.value_init == "reward_model" and not state.step:
         total = Normaliser(run.state.reward_mean, run.state.reward_std)
         scale_value_head(run.policy, run.rewards, total)
-    if config.linear_value and not state.value_weights:
+    if config.linear_value:
         total = Normaliser(run.state.reward_mean, run.state.reward_std)
-        state.value_weights = first_weights(run.rewards, total)
+        first = first_weights(run.rewards, total)
+        if not state.value_weights:
+            state.value_weights = first
+        elif len(state.value_weights) < len(first):  # of a version without the other features
+            state.value_weights = with_all_features(state.value_weights)
 
 
 def reference_responses(run: Run, config: RunConfig) -> RewardInputs:

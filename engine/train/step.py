@@ -12,9 +12,9 @@ from engine.protocol.rank_messages import Sample
 from engine.train.dynamic_sampling import Parts, ScoredRollout, redraw_constant_groups
 from engine.train.greedy_baseline import greedy_scores
 from engine.train.ppo.adamw import learning_rate
-from engine.train.ppo.advantages import AdvantageInputs, Targets, make_targets
+from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.forward import longest_first, score_tokens
-from engine.train.ppo.linear_value import fitted_weights, linear_values
+from engine.train.ppo.linear_value import fit_linear_value
 from engine.train.ppo.metrics import source_metrics, speed_metrics, step_metrics
 from engine.train.ppo.optimise import optimise
 from engine.train.ppo.rollout_correction import with_rollout_correction
@@ -84,26 +84,25 @@ def train_step(
             run.reference, rollout, config.rollout.temperature, config.ppo.micro_batch_size,
             rows=rows, want="logits", report=report,
         )  # fmt: skip
-        old_logprobs, old_values = old_policy_outputs(run, rollout, rows, states)
+        old_logprobs, old_values = old_policy_outputs(run, rollout, rows)
     ref_logprobs = ranks.all_reduce_sum(ref_logprobs)
     if recorded is None:
         check_rollout(run, step, rollout, old_logprobs, ref_logprobs)
 
     # 4. Advantages and returns, from the whole global batch.
-    targets = make_targets(
-        AdvantageInputs(
-            scores=scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-            values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
-            beta=config.kl.beta if config.kl.place == "reward" else 0.0,
-            per_prompt=config.responses_per_prompt, baseline=state.baseline,
-            kl_estimator=config.kl.estimator, greedy_scores=greedy,
-        )
+    inputs = AdvantageInputs(
+        scores=scores, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
+        beta=config.kl.beta if config.kl.place == "reward" else 0.0,
+        per_prompt=config.responses_per_prompt, baseline=state.baseline,
+        kl_estimator=config.kl.estimator, greedy_scores=greedy,
     )  # fmt: skip
+    if states is not None:
+        inputs = with_fitted_values(run, states, inputs)
+    targets = make_targets(inputs)
     targets = with_rollout_correction(targets, rollout, config.ppo)
     if targets.baseline is not None:
         state.baseline = targets.baseline
-    if states is not None:
-        fit_value(run, states, targets)
 
     # 5. Epochs of clipped updates.
     with timer.phase(run, step, "optimise") as report:
@@ -198,9 +197,7 @@ def score_rollout(run: Run, step: int, rollout: Rollout) -> tuple[Tensor, Parts]
         return run.rewards(RewardInputs.of(rollout, step), report)
 
 
-def old_policy_outputs(
-    run: Run, rollout: Rollout, rows: Tensor, states: TokenStates | None = None
-) -> tuple[Tensor, Tensor]:
+def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Log π_old and V_old of a rollout, by the policy before the update.
 
     In float32, the log-probabilities of a native rollout are used: they agree with a full forward
@@ -212,10 +209,10 @@ def old_policy_outputs(
         run: the run.
         rollout: B responses of at most T tokens.
         rows: this rank's share of what is computed; (n,) int64.
-        states: of `model.value: reward_model`, whose values come from these.
 
     Returns:
-        log π_old and V_old, each (B, T) float32 and 0 beyond a response's length.
+        log π_old and V_old, each (B, T) float32 and 0 beyond a response's length. V_old is 0
+        without a value function in the policy.
     """
     size, temperature = run.config.ppo.micro_batch_size, run.config.rollout.temperature
     logprobs, values = rollout.logprobs * rollout.mask, rollout.values * rollout.mask
@@ -225,15 +222,17 @@ def old_policy_outputs(
     elif run.policy.value_trunk is not None:
         _, values = score_tokens(run.policy, rollout, temperature, size, rows=rows, want="values")
         values = run.ranks.all_reduce_sum(values)
-    if states is not None:
-        values = linear_values(run.state.value_weights, states, values, run.ranks)
     return logprobs, values
 
 
-def fit_value(run: Run, states: TokenStates, targets: Targets) -> None:
-    """Fits the value function of `model.value: reward_model` to the step's returns.
+def with_fitted_values(run: Run, states: TokenStates, inputs: AdvantageInputs) -> AdvantageInputs:
+    """Fits the value function of `model.value: reward_model`, and gives the estimator its values.
 
     Clears `states`, which are large, before the updates of the policy.
     """
-    run.state.value_weights = fitted_weights(run.state.value_weights, states, targets, run.ranks)
+    fit = fit_linear_value(
+        run.state.value_weights, states, inputs, run.ranks, run.config.rollout.max_new_tokens
+    )
+    run.state.value_weights = fit.weights
     states.clear()
+    return dataclasses.replace(inputs, values=fit.values)

@@ -47,6 +47,7 @@ LABELS = {
     "gathered": "weights gathered",
     "casts": "bfloat16 copies",
     "states": "states for values",
+    "system": "fit of the values",
     "loading": "weights read",
 }
 """Label by part, in the order of the rows: parts that are held throughout a step come first."""

@@ -8,7 +8,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
 from engine.protocol.programs.check_result import TimedStep
-from engine.train.check import check, reduced
+from engine.train.check import check, reduced, suggested_value
 from rlhf_tui.commands.check import report, step_estimate
 from tests.train.conftest import SMALL
 
@@ -18,6 +18,10 @@ def temporary(tmp_path, monkeypatch):
     """An own folder for temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
+
+
+def rewards(completions, **_):
+    return [0.0] * len(completions)
 
 
 def config(*overrides):
@@ -42,6 +46,22 @@ def test_a_whole_step_is_taken_on_two_prompts_and_nothing_is_left(temporary):
     assert "ratio 1.0000, KL 0.0000" in lines
     assert result.larger_step is not None and result.larger_step.responses == 12
     assert "240 steps of 24 responses on 2 ranks: about " in lines
+
+
+@pytest.mark.parametrize(
+    ("overrides", "suggested"),
+    [
+        ((), True),
+        (("model.value=reward_model",), False),
+        (("ppo.advantage=rloo", "rollout.per_prompt=2"), False),
+        (("rollout.dynamic=true", "rollout.per_prompt=2"), False),
+        (("reward.model=null", f"reward.function={__name__}:rewards"), False),
+    ],
+)
+def test_a_fitted_value_function_is_suggested_where_it_can_be_used(make_run, overrides, suggested):
+    run, _ = make_run(*overrides)
+    found = suggested_value(run.config, run)
+    assert ["model.value: reward_model" in text for text in found] == [True] * suggested
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def shape_of(name: str, key: str, kind: Any, read: ReadOptions = NO_OPTIONS) -> 
 
 
 def _shape(model: Any, config: Any) -> Shape:
-    layers = _layers(model, config.num_hidden_layers)
+    layers = transformer_layers(model, config.num_hidden_layers)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     head = model.get_output_embeddings()
@@ -140,7 +140,7 @@ def _shape(model: Any, config: Any) -> Shape:
     )
 
 
-def _layers(model: nn.Module, count: int) -> list[nn.Module]:
+def transformer_layers(model: nn.Module, count: int) -> list[nn.Module]:
     """The transformer blocks: the first ModuleList whose length is the number of layers."""
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     return list(next(lists, []))

@@ -4,73 +4,140 @@ The reward model reads every response anyway, and its weights do not change. So 
 nothing more, and the function of them that predicts the returns best is the solution of a linear
 system: no model is trained for the value, and no gradient of it reaches the policy.
 
-A baseline fitted by least squares after each batch is that of Duan et al. 2016, arXiv 1604.06778,
-and its library rllab. Here the penalty draws the weights towards those before the step instead of
-towards 0, so that they remember earlier responses.
+A baseline fitted by least squares to a batch is that of Duan et al. 2016, arXiv 1604.06778, and its
+library rllab; position and its square are among the features there too. Here the penalty draws the
+weights towards those before the step instead of towards 0, so that they remember earlier responses,
+and the values of a response are those of a fit to the other responses: a baseline may not depend on
+what it judges.
 
-Shapes: N tokens of this rank's responses, H the width of the reward model, B responses of at most T
-tokens.
+Shapes: N tokens of a step's responses, H the width of the reward model, B responses of at most T
+tokens, D = 3·H + 3 features.
 """
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.train.distributed.ranks import RankGroup
-from engine.train.ppo.advantages import Targets
+from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.rollout.token_states import TokenStates
 
+PENALTY = 3.0
+"""Weight of the penalty on a change of the weights, in mean squares of their features."""
+BIAS_PENALTY = 1e-6
+"""That of the bias: it may change freely, and the system has a solution without any response."""
 
-def linear_values(
-    weights: list[float], states: TokenStates, like: Tensor, ranks: RankGroup
-) -> Tensor:
-    """V before each token; (B, T) float32, 0 beyond a response's length. All ranks must call it.
+
+@dataclass(frozen=True)
+class LinearFit:
+    """The value function that was fitted to a step's responses."""
+
+    weights: list[float]
+    """Of the D features, fitted to all responses: those for the next step."""
+    values: Tensor
+    """V before each token; (B, T) float32, 0 beyond a response's length. Those of a response come
+    from a fit to all other responses."""
+
+
+def fit_linear_value(
+    weights: list[float],
+    states: TokenStates,
+    inputs: AdvantageInputs,
+    ranks: RankGroup,
+    max_tokens: int,
+) -> LinearFit:
+    """Fits V to the returns of a step's responses. All ranks must call it.
+
+    The weights w' minimise mean (x·w' − return)² + Σ p·(w' − w)² over the tokens x of the batch. p
+    is three times the mean square of a feature's kind: the last layer's states, the middle layer's,
+    and so on. So the batch counts as much as w in the directions in which states vary by three
+    times the average, more where they vary more, and less where they vary less. Returns are those
+    that the estimator makes of the values by w.
+
+    The fit without a response is not computed again: its errors on that response's tokens are
+    (I − X·A⁻¹·Xᵀ)⁻¹ times those of the whole fit, with X their features and A the matrix of the
+    whole system (the leave-one-out residuals of ridge regression, a block of rows at a time). The
+    result depends on the number of ranks to rounding only.
+
+    Costs some 3·N·D² multiplications in float64, and 24·D² bytes.
 
     Args:
-        weights: H weights and a bias.
+        weights: w of the D features.
         states: of this rank's rows.
-        like: (B, T) float32, for shape and device.
+        inputs: of the advantage estimator, whose values are not read; the same on every rank.
         ranks: all ranks of this attempt.
+        max_tokens: of a response, to scale positions by.
     """
-    values = torch.zeros_like(like)
-    w = torch.tensor(weights, dtype=torch.float64, device=like.device)
-    for row, x in zip(states.rows, states.states, strict=True):
-        values[row, : len(x)] = (x.double() @ w[:-1] + w[-1]).float()
-    return ranks.all_reduce_sum(values)
-
-
-def fitted_weights(
-    weights: list[float], states: TokenStates, targets: Targets, ranks: RankGroup
-) -> list[float]:
-    """The weights w' for the next step. All ranks must call it.
-
-    w' minimises mean (x·w' − return)² + m·|w' − w|² over the tokens x of the batch, with m the mean
-    square of the states; the bias has no penalty. So the batch counts as much as what w is made of
-    in the directions in which states vary as much as on average, more in those in which they vary
-    more, and less in others. The result depends on the number of ranks to rounding only.
-
-    Costs N·H² multiplications in float64 and 8·H² bytes.
-
-    Args:
-        weights: w, H weights and a bias: those that the old values of the targets come from.
-        states: of this rank's rows.
-        targets: with returns and old values; (B, T) each.
-        ranks: all ranks of this attempt.
-    """
-    if targets.returns is None or targets.old_values is None:
+    w = torch.tensor(weights, dtype=torch.float64, device=inputs.mask.device)
+    before = torch.zeros_like(inputs.old_logprobs)
+    for row, x in _rows(states, max_tokens):
+        before[row, : len(x)] = (x @ w).float()
+    before = ranks.all_reduce_sum(before)
+    returns = make_targets(dataclasses.replace(inputs, values=before)).returns
+    if returns is None:
         raise TypeError("the advantage estimator has no value function")
-    errors = (targets.returns - targets.old_values).double()
-    size = len(weights)
-    products = errors.new_zeros(size, size + 1)
-    tokens = 0
-    for row, states_of_row in zip(states.rows, states.states, strict=True):
-        x = torch.nn.functional.pad(states_of_row.double(), (0, 1), value=1.0)
-        products[:, :size] += x.T @ x
-        products[:, size] += x.T @ errors[row, : len(x)]
-        tokens += len(x)
-    count = ranks.all_reduce_sum(torch.tensor([tokens], dtype=torch.float64, device=errors.device))
-    products = ranks.all_reduce_sum(products) / count
-    matrix, gradient = products[:, :size], products[:, size]
-    squares = matrix.diagonal()[:-1]
-    squares += squares.mean()  # in place, on the diagonal
-    change: Tensor = torch.linalg.solve(matrix, gradient)
-    return (torch.tensor(weights, dtype=torch.float64) + change.cpu()).tolist()
+    errors = (returns - before).double()
+
+    products = errors.new_zeros(len(w), len(w) + 1)
+    for row, x in _rows(states, max_tokens):
+        products[:, :-1] += x.T @ x
+        products[:, -1] += x.T @ errors[row, : len(x)]
+    tokens = int(inputs.lengths.sum())
+    products = ranks.all_reduce_sum(products) / tokens
+    matrix, gradient = products[:, :-1], products[:, -1:]
+    matrix.diagonal().add_(_penalties(matrix.diagonal()))
+    factor = torch.linalg.cholesky(matrix)
+    change = torch.cholesky_solve(gradient, factor)[:, 0]
+
+    values = torch.zeros_like(before)
+    for row, x in _rows(states, max_tokens):
+        part = torch.linalg.solve_triangular(factor, x.T, upper=False)
+        others = torch.eye(len(x), dtype=x.dtype, device=x.device) - part.T @ part / tokens
+        left = torch.linalg.solve(others, errors[row, : len(x)] - x @ change)
+        values[row, : len(x)] = returns[row, : len(x)] - left.float()
+    return LinearFit((w + change).tolist(), ranks.all_reduce_sum(values))
+
+
+def features(states: Tensor, max_tokens: int) -> Tensor:
+    """What V is a linear function of.
+
+    In this order: the last layer's states, the middle layer's, the last layer's times the position
+    in the response (from -1 to 1), the position (from 0 to 1), its square, and 1.
+
+    Args:
+        states: of T tokens; (T, 2, H), see :class:`TokenStates`.
+        max_tokens: of a response.
+
+    Returns:
+        (T, D) float64.
+    """
+    last, middle = states.double().unbind(1)
+    position = torch.arange(len(last), dtype=last.dtype, device=last.device)[:, None] / max_tokens
+    return torch.cat(
+        [last, middle, last * (2 * position - 1), position, position**2, torch.ones_like(position)],
+        dim=1,
+    )
+
+
+def with_all_features(weights: list[float]) -> list[float]:
+    """The D weights of the function that has H weights of the last layer's states and a bias."""
+    *last, bias = weights
+    return [*last, *[0.0] * (2 * len(last) + 2), bias]
+
+
+def _rows(states: TokenStates, max_tokens: int) -> Iterator[tuple[int, Tensor]]:
+    """The rows and their features, made anew: they take six times the memory of the states."""
+    for row, x in zip(states.rows, states.states, strict=True):
+        yield row, features(x, max_tokens)
+
+
+def _penalties(squares: Tensor) -> Tensor:
+    """The penalty of each feature; (D,) → (D,). `squares` are the features' mean squares."""
+    width = (len(squares) - 3) // 3
+    kinds = squares.split([width, width, width, 1, 1, 1])
+    penalties = [PENALTY * kind.mean().expand_as(kind) for kind in kinds[:-1]]
+    bias = torch.full_like(kinds[-1], BIAS_PENALTY)
+    return torch.cat([*penalties, bias]).clamp(min=BIAS_PENALTY)

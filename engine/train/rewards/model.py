@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from engine import starter
@@ -24,6 +25,7 @@ from engine.train.models.pretrained import (
     shards_weights,
 )
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions
+from engine.train.models.shapes import transformer_layers
 from engine.train.models.stored_weights import share_stored
 from engine.train.rewards.encoding import RewardEncoding
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
@@ -111,7 +113,7 @@ class RewardModel:
                 f"model.value: reward_model needs a reward model that reads the policy's tokens, "
                 f"and '{self._source}' does not: set model.value: shared"
             )
-        score_layer(self._model, "model.value")
+        recorded_layers(self._model)
 
     def score_weights(self) -> list[float]:
         """Weights and bias of the layer that gives the score; all ranks must call it."""
@@ -134,11 +136,13 @@ class RewardModel:
             if self._recorded is None:
                 logits = self._model(**batch).logits
             else:
-                with inputs_of(score_layer(self._model, "model.value")) as read:
+                last, middle = recorded_layers(self._model)
+                with inputs_of(last) as of_last, inputs_of(middle) as of_middle:
                     logits = self._model(**batch).logits
                 for k, i in enumerate(rows):
                     length = len(encoded.sequences[i])
-                    states[i] = states_before(read[0][k, :length], len(inputs.ids[i]))
+                    both = [of_last[0][k, :length], normalised(of_middle[0][k, :length])]
+                    states[i] = states_before(torch.stack(both, dim=1), len(inputs.ids[i]))
             for i, score in zip(rows, logits[:, self._label].float().tolist(), strict=True):
                 scores[i] = score
             report(first + len(rows), len(order))
@@ -152,27 +156,49 @@ class RewardModel:
 def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Context that yields a list of the inputs that a layer gets in it."""
     found: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _layer, inputs: found.append(inputs[0]))
+    hook = layer.register_forward_pre_hook(
+        lambda _layer, inputs, named: found.append(inputs[0] if inputs else named["hidden_states"]),
+        with_kwargs=True,
+    )
     try:
         yield found
     finally:
         hook.remove()
 
 
+def normalised(states: Tensor) -> Tensor:
+    """States (…, H) divided by the root of their mean square over H; those of 0 stay 0."""
+    return functional.rms_norm(states.float(), states.shape[-1:], eps=1e-12).to(states.dtype)
+
+
 def states_before(states: Tensor, response: int) -> Tensor:
     """The states at the positions before each of the last `response` tokens.
 
     Args:
-        states: of a sequence of L tokens; (L, H).
+        states: of a sequence of L tokens; (L, …).
         response: the tokens of the response. Where a sequence is cut off at its beginning, the
             first of them may have no token before them: they get the state of the first one.
 
     Returns:
-        (response, H) float32.
+        (response, …) float32.
     """
     length = len(states)
     positions = torch.arange(length - 1 - response, length - 1, device=states.device)
     return states[positions.clamp(min=0)].float()
+
+
+def recorded_layers(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The modules whose inputs are the states after the last layer and after half of the layers.
+
+    Raises UserInputError.
+    """
+    layers = transformer_layers(model, model.config.num_hidden_layers)
+    if not layers:
+        raise UserInputError(
+            f"model.value: {type(model).__name__} has no list of layers to read states from: set "
+            "model.value: shared"
+        )
+    return score_layer(model, "model.value"), layers[len(layers) // 2]
 
 
 def score_layer(model: Any, key: str) -> nn.Linear:

@@ -16,6 +16,7 @@ from engine.train.models.pretrained import (
     policy_options,
     reward_options,
 )
+from engine.train.ppo.linear_value import with_all_features
 from engine.train.rewards.mix import RewardMix
 from engine.train.rewards.model import label_index, load_classifier, score_layer
 from engine.train.rewards.normalise import Normaliser
@@ -96,7 +97,7 @@ def first_weights(rewards: RewardMix, total: Normaliser) -> list[float]:
     """
     factor, offset = _scale(rewards, total)
     *weights, bias = rewards.reward_model().score_weights()
-    return [*(factor * w for w in weights), factor * bias + offset]
+    return with_all_features([*(factor * w for w in weights), factor * bias + offset])
 
 
 def _scale(rewards: RewardMix, total: Normaliser) -> tuple[float, float]:

@@ -16,8 +16,9 @@ class TokenStates:
     rows: list[int] = field(default_factory=list)
     """Row indices of the responses in the batch."""
     states: list[Tensor] = field(default_factory=list)
-    """Of each row, (length, H) float32 on the device: the input of the model's score layer at the
-    position before each response token."""
+    """Of each row, (length, 2, H) float32 on the device, at the position before each response
+    token: the states after the last layer, which the score is made of, and those after the first
+    half of the layers, each divided by their root mean square."""
 
     def clear(self) -> None:
         """Frees the states."""
