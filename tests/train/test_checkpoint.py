@@ -104,6 +104,17 @@ def test_a_run_whose_reference_follows_the_policy_resumes_bit_for_bit(make_run, 
     assert_same_step(run, again, 3)
 
 
+def test_a_fitted_value_function_resumes_bit_for_bit(make_run, assert_same_step):
+    run, session = make_run("model.value=reward_model")
+    train_step(run, 1)
+    run.state.step = 1
+    save(run, session)
+    again = resumed(session)
+    fit_scales(again, session.config())
+    assert again.state.value_weights == run.state.value_weights
+    assert_same_step(run, again, 2)
+
+
 def test_a_reference_of_another_architecture_cannot_follow_the_policy(make_run, tmp_path):
     shape = AutoConfig.from_pretrained(starter.resolve("starter:policy"))
     shape.num_hidden_layers -= 1

@@ -35,9 +35,9 @@ VARIANTS = {
     "frozen models on the host, activations recomputed": [
         "parallel.frozen=offload", "parallel.activation_checkpointing=true",
     ],
-    "rewards normalised on the reference, truncation penalised": [
+    "normalised rewards, a value function on their model's states": [
         "reward.normalise=reference", "reward.normalise_samples=2",
-        "reward.missing_eos_penalty=1",
+        "reward.missing_eos_penalty=1", "model.value=reward_model",
     ],
     "stop strings": ["rollout.stop=[' the', 'e']", "ppo.stop_kl=10"],
     "grpo, entropy bonus, KL in the loss": [
@@ -54,7 +54,7 @@ VARIANTS = {
         VARIANTS,
         "gae, value head on the trunk",
         "LoRA in bfloat16, separate value trunk",
-        "rewards normalised on the reference, truncation penalised",
+        "normalised rewards, a value function on their model's states",
         "grpo, entropy bonus, KL in the loss",
         "two responses at once",
     ),
