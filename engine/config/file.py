@@ -15,6 +15,7 @@ import msgspec
 
 from engine.config.rules.run_config import check_config
 from engine.config.schema import FIXED_AT_START, FREE_ON_RESUME, RunConfig
+from engine.config.sections.ppo import DEFAULT_LAM, FITTED_VALUE_LAM
 from engine.config.session_file import enclose, read_session_text, read_text
 from engine.config.type_errors import expected, shown
 from engine.config.yaml_document import check_plain, dump_yaml, parse_yaml
@@ -111,6 +112,11 @@ def complete(config: RunConfig) -> RunConfig:
         evaluation = msgspec.structs.replace(evaluation, max_new_tokens=rollout.max_new_tokens)
     if ppo.whiten is None:
         ppo = msgspec.structs.replace(ppo, whiten=traits.whiten)
+    if ppo.lam_value is None and config.linear_value:
+        ppo = msgspec.structs.replace(ppo, lam_value=DEFAULT_LAM)
+    if ppo.lam is None:
+        lam = FITTED_VALUE_LAM if config.linear_value else DEFAULT_LAM
+        ppo = msgspec.structs.replace(ppo, lam=lam)
     lora = config.lora
     if ppo.value_head_rate is None:
         from_scratch = lora.rank is None and ppo.value_init == "zero"

@@ -57,6 +57,19 @@ def test_a_value_head_beside_adapters_learns_at_their_rate_and_elsewhere_at_ten_
     assert demo("lora.rank=4", "ppo.value_head_rate=3").ppo.value_head_rate == 3
 
 
+def test_advantages_reach_less_far_with_a_fitted_value_function_and_its_returns_as_far():
+    fitted = "model.value=reward_model"
+    for overrides, lambdas in (
+        ((), (0.95, None)),
+        ((fitted,), (0.9, 0.95)),
+        ((fitted, "ppo.lam=0.97"), (0.97, 0.95)),
+        ((fitted, "ppo.lam_value=1"), (0.9, 1)),
+        ((fitted, "ppo.advantage=rloo"), (0.95, None)),
+    ):
+        ppo = demo(*overrides).ppo
+        assert (ppo.lam, ppo.lam_value) == lambdas
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

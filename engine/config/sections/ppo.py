@@ -35,6 +35,11 @@ ADVANTAGES = {
 """Every estimator, by its name in `ppo.advantage`. :mod:`engine.train.ppo.advantages` has the
 functions; the type of the key below lists the same names."""
 
+DEFAULT_LAM = 0.95
+"""`ppo.lam`, and with a fitted value function `ppo.lam_value`."""
+FITTED_VALUE_LAM = 0.9
+"""`ppo.lam` with a fitted value function: the better V is, the fewer later rewards are needed."""
+
 
 class PPOConfig(Section, frozen=True):
     """The PPO objective and its optimisation."""
@@ -77,11 +82,12 @@ class PPOConfig(Section, frozen=True):
     """Bound of the weight of `rollout_correction`."""
     gamma: Fraction = 1.0
     """Discount γ (gae, reinforce_plus_plus and remax)."""
-    lam: Fraction = 0.95
-    """λ of generalised advantage estimation (gae only)."""
+    lam: Fraction | None = None
+    """λ of generalised advantage estimation (gae only). Default: 0.95; 0.9 with `model.value:
+    reward_model`, which predicts returns better."""
     lam_value: Fraction | None = None
     """λ of the returns that the value function learns (gae only); VC-PPO and VAPO use 1. Default:
-    `lam`."""
+    `lam`; 0.95 with `model.value: reward_model`."""
     lam_alpha: Positive | None = None
     """α of the length-adaptive λ, which replaces `lam` by 1 - 1 / (α · length) for each response
     (gae only; 0 at least). VAPO uses 0.05, for responses of thousands of tokens. Default: `lam` for

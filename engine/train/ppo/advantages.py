@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.config.sections.ppo import PPOConfig
+from engine.config.sections.ppo import DEFAULT_LAM, PPOConfig
 from engine.train.ppo import masked
 from engine.train.ppo.kl_estimators import KL_ESTIMATORS
 
@@ -105,7 +105,8 @@ def gae(inputs: AdvantageInputs) -> Targets:
     rewards = token_rewards(inputs.scores, inputs.token_kl, inputs.lengths, inputs.beta)
     if config.whiten_rewards:
         rewards = masked.whiten(rewards, mask, shift_mean=False)
-    lam: float | Tensor = config.lam
+    same = DEFAULT_LAM if config.lam is None else config.lam
+    lam: float | Tensor = same
     if config.lam_alpha is not None:
         lam = length_adaptive_lambda(inputs.lengths, config.lam_alpha)
     advantages = generalised_advantages(rewards, values, mask, config.gamma, lam)
@@ -113,7 +114,7 @@ def gae(inputs: AdvantageInputs) -> Targets:
     if config.lam_value is not None:
         of_value = generalised_advantages(rewards, values, mask, config.gamma, config.lam_value)
     elif config.lam_alpha is not None:
-        of_value = generalised_advantages(rewards, values, mask, config.gamma, config.lam)
+        of_value = generalised_advantages(rewards, values, mask, config.gamma, same)
     returns = (of_value + values) * mask
     return Targets(inputs.old_logprobs, advantages, values, returns)
 
