@@ -175,7 +175,7 @@ METRICS = (
            "the estimate of the KL in the updates, aggregated alike (with `kl.place: loss` only)"),
     Metric("loss/value_avg", "score²",
            "0.5 · mean (V − return)² (`ppo.advantage: gae` only); with `model.value: reward_model` "
-           "of the V before the fit"),
+           "of the V from a fit to the other responses"),
     Metric("val/clipfrac_avg", "fraction of tokens",
            "tokens whose value loss was clipped (`ppo.advantage: gae` only)"),
     Metric(
