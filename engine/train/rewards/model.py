@@ -192,7 +192,8 @@ def recorded_layers(model: Any) -> tuple[nn.Module, nn.Module]:
 
     Raises UserInputError.
     """
-    layers = transformer_layers(model, model.config.num_hidden_layers)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    layers = transformer_layers(model, count)
     if not layers:
         raise UserInputError(
             f"model.value: {type(model).__name__} has no list of layers to read states from: set "
