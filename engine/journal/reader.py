@@ -337,6 +337,11 @@ class JournalReader:
         order = "seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "queued"
         return [_command(row) for row in self._db.rows(f"{COMMANDS} ORDER BY {order}")]
 
+    def command(self, command_id: str) -> CommandRow | None:
+        """One command; None if the id is unknown."""
+        rows = self._db.rows(f"{COMMANDS} WHERE id = ?", (command_id,))
+        return _command(rows[0]) if rows else None
+
     def last_reference_probe(self, prompt: str) -> ProbeResponse | None:
         """The reference's response to a prompt in the last probe with that prompt.
 
