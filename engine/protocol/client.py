@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from engine.errors import LinkError, NoSuchSessionError
+from engine.errors import LinkError, NoSuchSessionError, RefusedByEngineError
 from engine.protocol import frames, sockets
 from engine.protocol.client_messages import (
     ClientHello,
@@ -48,7 +48,8 @@ class Client:
 
         Raises:
             NoSuchSessionError: the session has no live engine on this machine.
-            LinkError: the engine does not reply, or its protocol has another version.
+            LinkError: the engine does not reply.
+            RefusedByEngineError: its protocol has another version.
             SessionError: the session belongs to another user, and this user is not root.
         """
         # engine.json names the socket, so its author must be trusted. The server accepts root, too.
@@ -76,11 +77,11 @@ class Client:
         except OSError as error:
             raise LinkError(f"the engine of '{session.name}' does not reply: {error}") from error
         if isinstance(welcome, Welcome) and welcome.refused:
-            raise LinkError(
+            raise RefusedByEngineError(
                 f"the engine of '{session.name}' refuses the connection: {welcome.refused}"
             )
         if not isinstance(welcome, Welcome) or welcome.version != frames.VERSION:
-            raise LinkError(
+            raise RefusedByEngineError(
                 f"the engine of '{session.name}' uses another version of the protocol; use the "
                 "rlhf-tui that started it, or stop it and resume it with this one"
             )
@@ -162,7 +163,8 @@ class Client:
         """Yields events as they occur; ends when the connection does.
 
         Raises:
-            LinkError: the engine is gone, or too many clients watch.
+            RefusedByEngineError: too many clients watch.
+            LinkError: the engine is gone.
         """
         self._send(Watch())
         self._sock.settimeout(None)
@@ -172,7 +174,7 @@ class Client:
             except (OSError, LinkError):
                 return
             if isinstance(message, WatchRefused):
-                raise LinkError(f"the engine of '{self._session.name}': {message.reason}")
+                raise RefusedByEngineError(message.reason)
             if isinstance(message, JournalAdvanced | Phase | Telemetry):
                 yield message
 

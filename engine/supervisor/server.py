@@ -231,7 +231,7 @@ class Server:
 
     def _watch(self, client: Connection) -> None:
         if len(self._watchers) >= MAX_WATCHERS and client not in self._watchers:
-            reason = f"{MAX_WATCHERS} clients watch, its limit; close some of them"
+            reason = f"{MAX_WATCHERS} viewers are connected already, the limit: close one of them"
             client.send(WatchRefused(reason=reason))
             client.close()
         else:

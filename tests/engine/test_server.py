@@ -7,7 +7,7 @@ import logging
 import msgspec
 import pytest
 
-from engine.errors import LinkError
+from engine.errors import LinkError, RefusedByEngineError
 from engine.protocol import frames, sockets
 from engine.protocol.client import Client
 from engine.protocol.client_messages import (
@@ -129,7 +129,7 @@ def test_a_watcher_too_many_is_told_so_and_can_stop_the_run(serving, monkeypatch
         watching = (await connect()).watch()
         assert await asyncio.to_thread(next, watching)
         late = await connect()
-        with pytest.raises(LinkError, match="1 clients watch, its limit"):
+        with pytest.raises(RefusedByEngineError, match="1 viewers are connected already"):
             await asyncio.to_thread(next, late.watch())
         reply = await asyncio.to_thread((await connect()).send, Stop())
         assert reply.status == "applied"
