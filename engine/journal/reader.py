@@ -195,6 +195,15 @@ class JournalReader:
             (name, after, LAST_STEP if until is None else until),
         )
 
+    def last_finite(self, name: str, count: int, after: int, until: int) -> list[tuple[int, float]]:
+        """The last `count` finite values of a metric, as :meth:`series` returns them."""
+        rows = self._db.rows(
+            "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
+            "AND step > ? AND step <= ? AND value IS NOT NULL ORDER BY step DESC LIMIT ?",
+            (name, after, until, count),
+        )
+        return rows[::-1]
+
     def outlines(
         self, names: Iterable[str], spans: int
     ) -> dict[str, list[tuple[int, float | None]]]:

@@ -164,7 +164,7 @@ class Supervisor:
         return self.conclude(status)
 
     async def _guardrails(self, from_step: int) -> Guardrails:
-        """The guard rails as the timeline up to a checkpoint has left them. Takes 0.1 ms a step.
+        """The guard rails as the timeline up to a checkpoint has left them.
 
         If these steps cannot be read, they begin anew: that is no reason to end a run.
         """
