@@ -14,6 +14,7 @@
     │   └── DamagedCheckpointError    its files are not as they were written
     ├── RewardError               a reward source returned unusable rewards
     ├── LinkError                 a connection between two processes failed
+    │   ├── RefusedByEngineError      an engine takes no client, or no further viewer
     │   └── AuthenticationError       the other machine does not know the secret of the run
     └── CommandRejectedError      an operator's command cannot be executed
 
@@ -111,6 +112,10 @@ class RewardError(RlhfError):
 
 class LinkError(RlhfError):
     """A connection between a supervisor and a rank or a client failed."""
+
+
+class RefusedByEngineError(LinkError):
+    """An engine speaks another version of the protocol, or too many clients watch it already."""
 
 
 class AuthenticationError(LinkError):

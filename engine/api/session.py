@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from engine.api.session_reader import SessionReader
 from engine.errors import CommandRejectedError, SessionError, UserInputError
+from engine.journal.last_reply import last_reply
 from engine.journal.notes import add_note
 from engine.journal.rows import ProbeResult
 from engine.protocol.client import Client
@@ -138,7 +139,7 @@ class Session(SessionReader):
             reply = client.send(command)
             if timeout != 0 and not reply.final:
                 try:
-                    reply = client.wait(reply.id, timeout)
+                    reply = last_reply(client, self.files, reply.id, timeout)
                 except TimeoutError as error:
                     raise TimeoutError(
                         f"'{command.name()}' is not applied within {timeout:g} s; it stays pending"

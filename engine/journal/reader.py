@@ -195,6 +195,15 @@ class JournalReader:
             (name, after, LAST_STEP if until is None else until),
         )
 
+    def last_finite(self, name: str, count: int, after: int, until: int) -> list[tuple[int, float]]:
+        """The last `count` finite values of a metric, as :meth:`series` returns them."""
+        rows = self._db.rows(
+            "SELECT step, value FROM metrics WHERE name = (SELECT id FROM names WHERE name = ?) "
+            "AND step > ? AND step <= ? AND value IS NOT NULL ORDER BY step DESC LIMIT ?",
+            (name, after, until, count),
+        )
+        return rows[::-1]
+
     def outlines(
         self, names: Iterable[str], spans: int
     ) -> dict[str, list[tuple[int, float | None]]]:
@@ -336,6 +345,11 @@ class JournalReader:
         """Every command with its status and, once applied, its changes, in order of arrival."""
         order = "seq" if self._db.version >= schema.COMMANDS_ARE_NUMBERED else "queued"
         return [_command(row) for row in self._db.rows(f"{COMMANDS} ORDER BY {order}")]
+
+    def command(self, command_id: str) -> CommandRow | None:
+        """One command; None if the id is unknown."""
+        rows = self._db.rows(f"{COMMANDS} WHERE id = ?", (command_id,))
+        return _command(rows[0]) if rows else None
 
     def last_reference_probe(self, prompt: str) -> ProbeResponse | None:
         """The reference's response to a prompt in the last probe with that prompt.

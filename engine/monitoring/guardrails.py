@@ -153,18 +153,7 @@ class Guardrails:
         configured = {r.name: r for r in config.rules}
         defaults = {r.name: r for r in DEFAULT_RULES} if config.defaults else {}
         self.rules = list((defaults | configured).values())
-        self._judges = frozenset(judges)
-        self._states = [RuleState(rule, self._judges) for rule in self.rules]
-
-    @property
-    def metrics(self) -> frozenset[str] | None:
-        """The metrics that :meth:`repeat` needs; None for all.
-
-        A rule for `*` that has an action needs none: :meth:`begin_attempt` clears its alert.
-        """
-        if any(rule.metric == "*" and rule.action == "notify" for rule in self.rules):
-            return None
-        return frozenset(rule.metric for rule in self.rules) - {"*"} | self._judges
+        self.states = [RuleState(rule, frozenset(judges)) for rule in self.rules]
 
     def check(
         self,
@@ -188,7 +177,7 @@ class Guardrails:
             or whose metric is twice as far beyond its limit as at that alert.
         """
         alerts = []
-        for state in self._states:
+        for state in self.states:
             rule = state.rule
             if not state.is_known(metrics):
                 continue  # nothing is known at this step, such as between two evaluations
@@ -205,39 +194,18 @@ class Guardrails:
                 state.raised(step, breach)
         return alerts
 
-    def repeat(
-        self,
-        step: int,
-        metrics: Mapping[str, float | None],
-        settings: Mapping[str, Any],
-        raised: Collection[str],
-    ) -> None:
-        """Takes a step that an earlier attempt checked; raises no alert.
-
-        Args:
-            step: the step's number.
-            metrics: of the step, at least those that :attr:`metrics` names.
-            settings: in force during the step.
-            raised: the rules that raised an alert on it then.
-        """
-        for state in self._states:
-            known = state.is_known(metrics)
-            breach = state.observe(step, metrics, settings) if known else None
-            if state.rule.name in raised:
-                state.raised(step, breach)
-
     def begin_attempt(self) -> None:
         """Call it when ranks start, at first and again.
 
         A rule with an action acts again if its condition still holds, since what it did may have
         ended with the last ranks or not have begun. A rule that only notifies has done so.
         """
-        for state in self._states:
+        for state in self.states:
             state.begin_attempt()
 
     def forget_steps(self) -> None:
         """Forgets every step; call it when scores are those of another reward from now on."""
-        for state in self._states:
+        for state in self.states:
             state.forget_steps()
 
 

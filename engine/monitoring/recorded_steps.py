@@ -18,6 +18,7 @@ from engine.journal.rows import AttemptRow, CommandRow, SampleRow
 from engine.metrics import BETA
 from engine.monitoring.divergence import judges_of
 from engine.monitoring.guardrails import Alert, Guardrails
+from engine.monitoring.rule_state import RuleState
 from engine.protocol.rank_messages import Sample
 
 CHUNK = 1000
@@ -49,8 +50,12 @@ def evaluate(record: JournalReader, rules: GuardrailConfig, run: RunConfig) -> I
     samples: dict[int, list[Sample]] = {}
     for row in record.samples.newest():
         samples.setdefault(row.step, []).append(_as_reported(row))
-    for step in _steps(record, run, record.metric_names(), record.last_step()):
-        _begin(rails, step)
+    timeline = _Timeline(record, run)
+    for step in timeline.steps(record.metric_names(), 0, record.last_step()):
+        if step.begins_attempt:
+            rails.begin_attempt()
+        if step.new_reward:
+            rails.forget_steps()
         yield from rails.check(step.step, step.metrics, step.settings, samples.get(step.step))
 
 
@@ -60,52 +65,114 @@ def rebuild(record: JournalReader, run: RunConfig, last_step: int) -> Guardrails
     What they have raised is what the journal holds, so that a rule that is new or another one
     raises its first alert although its condition has held for long.
 
+    Conditions are evaluated from a rule's last alert until that has cleared: nothing else depends
+    on them. Of the other steps a rule has its last values, and its tests have all of them. That
+    takes a second for 100,000 steps, most of it for the tests, and another one for each rule whose
+    alert holds all the time.
+
     Raises:
         JournalError: the journal cannot be read.
     """
     rails = Guardrails(run.guardrails, judges_of(run))
+    timeline = _Timeline(record, run)
     raised = record.raised_alerts()
-    names = record.metric_names() if rails.metrics is None else rails.metrics
-    for step in _steps(record, run, names, last_step):
-        _begin(rails, step)
-        rails.repeat(step.step, step.metrics, step.settings, raised.get(step.step, ()))
+    for state in rails.states:
+        name = state.rule.name
+        alerts = sorted(s for s, rules in raised.items() if name in rules and s <= last_step)
+        timeline.restore(state, alerts, last_step)
     rails.begin_attempt()
     return rails
 
 
-def _begin(rails: Guardrails, step: RecordedStep) -> None:
-    if step.begins_attempt:
-        rails.begin_attempt()
-    if step.new_reward:
-        rails.forget_steps()
+class _Timeline:
+    """The steps of the current timeline, and what was in force during them."""
 
+    def __init__(self, record: JournalReader, run: RunConfig) -> None:
+        self._record = record
+        commands = [c for c in record.commands() if c.status == "applied" and c.changes]
+        self._first_settings = _first_settings(run, commands)
+        self._changes: dict[int, dict[str, Any]] = {}
+        for command in commands:
+            if command.live and command.applied_step is not None:
+                values = {change.key: change.new for change in command.changes}
+                self._changes.setdefault(command.applied_step, {}).update(values)
+        self._begins = _first_steps(record.attempts())
+        self._rewards = {step + 1 for step in record.reward_changes()}
 
-def _steps(
-    record: JournalReader, run: RunConfig, names: Collection[str], last_step: int
-) -> Iterator[RecordedStep]:
-    """The steps from 1 to `last_step`, with these metrics of theirs."""
-    names = {*names, BETA}
-    commands = [c for c in record.commands() if c.status == "applied" and c.changes]
-    settings = _first_settings(run, commands)
-    changes: dict[int, dict[str, Any]] = {}
-    for command in commands:
-        if command.live and command.applied_step is not None:
-            values = {change.key: change.new for change in command.changes}
-            changes.setdefault(command.applied_step, {}).update(values)
-    begins = _first_steps(record.attempts())
-    rewards = {step + 1 for step in record.reward_changes()}
-    for start in range(0, last_step, CHUNK):
-        until = min(start + CHUNK, last_step)
-        metrics = _metrics(record, names, start, until)
-        for step in range(start + 1, until + 1):
-            found = metrics.get(step)
-            if found is None:  # the journal was lost, and a new one begins at a checkpoint
-                continue
-            if BETA not in found:  # rolled back while it was read
-                return
-            settings |= changes.get(step, {})
-            settings |= {"beta": found[BETA]}  # an adaptive controller has no commands
-            yield RecordedStep(step, found, settings, step in begins, step in rewards)
+    def steps(self, names: Collection[str], after: int, until: int) -> Iterator[RecordedStep]:
+        """The steps in (after, until], with these metrics of theirs."""
+        names = {*names, BETA}
+        settings = dict(self._first_settings)
+        for step in sorted(step for step in self._changes if step <= after):
+            settings |= self._changes[step]
+        for start in range(after, until, CHUNK):
+            end = min(start + CHUNK, until)
+            metrics = _metrics(self._record, names, start, end)
+            for step in range(start + 1, end + 1):
+                found = metrics.get(step)
+                if found is None:  # the journal was lost, and a new one begins at a checkpoint
+                    continue
+                if BETA not in found:  # rolled back while it was read
+                    return
+                settings |= self._changes.get(step, {})
+                settings |= {"beta": found[BETA]}  # an adaptive controller has no commands
+                yield RecordedStep(
+                    step, found, settings, step in self._begins, step in self._rewards
+                )
+
+    def restore(self, state: RuleState, alerts: list[int], until: int) -> None:
+        """Brings a rule that has seen nothing to its state after a step.
+
+        Args:
+            state: of the rule.
+            alerts: the steps on which it has raised one, in order.
+            until: the step.
+        """
+        forgotten = max((step - 1 for step in self._rewards if step <= until), default=0)
+        # An alert of a rule with an action clears when ranks start.
+        holding = [a for a in alerts if a > forgotten and state.rule.action == "notify"]
+        self._learn(state, forgotten, holding[-1] - 1 if holding else until)
+        if holding and not self._observe(state, holding[-1:], until) and holding[:-1]:
+            # The rule is another one now, whose condition does not hold on that alert.
+            state.forget_steps()
+            self._learn(state, forgotten, holding[0] - 1)
+            self._observe(state, holding, until)
+        state.count, state.last_alert = len(alerts), alerts[-1] if alerts else 0
+
+    def _learn(self, state: RuleState, after: int, until: int) -> None:
+        """Takes the steps in (after, until], on which no alert was raised and none held."""
+        record, rule = self._record, state.rule
+        if not state.learns_from_all:
+            for step, finite in record.last_finite(rule.metric, rule.window, after, until):
+                state.learn(step, finite, {})
+            return
+        judges = state.judges if rule.diverges else frozenset()
+        for start in range(after, until, CHUNK):
+            end = min(start + CHUNK, until)
+            judged = _metrics(record, judges, start, end)
+            for step, value in record.series(rule.metric, start, end):
+                if value is not None:
+                    state.learn(step, value, judged.get(step, {}))
+
+    def _observe(self, state: RuleState, alerts: list[int], until: int) -> bool:
+        """Takes the steps from the first of these alerts on.
+
+        Returns:
+            Whether the rule's condition holds on one of them.
+        """
+        rule, held = state.rule, False
+        judges = state.judges if rule.diverges else frozenset()
+        names = self._record.metric_names() if rule.metric == "*" else {rule.metric, *judges}
+        for taken in self.steps(names, alerts[0] - 1, until):
+            known = state.is_known(taken.metrics)
+            breach = state.observe(taken.step, taken.metrics, taken.settings) if known else None
+            if taken.step in alerts:
+                state.raised(taken.step, breach)
+                held = held or breach is not None
+            if taken.step >= alerts[-1] and not state.is_raised:
+                self._learn(state, taken.step, until)
+                break
+        return held
 
 
 def _metrics(

@@ -63,7 +63,8 @@ class RuleState:
         """The step of the last one."""
         self.lacks_scale = False
         """Whether the last step had no value for the setting that bounds are multiples of."""
-        self._judges = judges
+        self.judges = judges
+        """Metrics that `diverges` needs."""
         self._clears_after = clears_after(rule)
         self._conditions = [
             condition for key, condition in CONDITIONS.items() if getattr(rule, key) is not None
@@ -72,7 +73,7 @@ class RuleState:
 
     def forget_steps(self) -> None:
         """Forgets every step, but not which alerts there were."""
-        self._tests = _Tests.of(self.rule, self._judges)
+        self._tests = _Tests.of(self.rule, self.judges)
         self._values: deque[float] = deque(maxlen=self.rule.window)
         self._alerted: float | None = None
         """How far the metric was beyond its limit at the last alert; None if that has cleared."""
@@ -108,6 +109,20 @@ class RuleState:
         if self._steps_without >= self._clears_after:
             self._alerted = None
         return breach
+
+    def learn(self, step: int, value: float, metrics: Mapping[str, float | None]) -> None:
+        """Takes a step with a finite value, on which no alert was raised and none held.
+
+        Whether a condition held on it makes no difference then.
+        """
+        self._tests.add(step, value, metrics)
+        self._values.append(value)
+
+    @property
+    def learns_from_all(self) -> bool:
+        """Whether the state depends on all steps, and not only on the last `rule.window`."""
+        tests = self._tests
+        return any(test is not None for test in (tests.up, tests.down, tests.divergence))
 
     def is_due(self, breach: Breach) -> bool:
         """Whether a condition that holds raises an alert."""

@@ -8,11 +8,12 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
-from engine.errors import LinkError, NoSuchSessionError
+from engine.errors import LinkError, NoSuchSessionError, RefusedByEngineError
 from engine.protocol import frames, sockets
 from engine.protocol.client_messages import (
     ClientHello,
@@ -33,6 +34,8 @@ from engine.protocol.frames import Message
 from engine.protocol.rank_messages import Phase
 from engine.session.folder import Session
 
+T = TypeVar("T")
+
 REPLY_TIMEOUT = 5.0
 """Seconds to wait for a reply that does not depend on a training step."""
 
@@ -45,12 +48,18 @@ class Client:
 
         Raises:
             NoSuchSessionError: the session has no live engine on this machine.
-            LinkError: the engine does not reply, or its protocol has another version.
+            LinkError: the engine does not reply.
+            RefusedByEngineError: its protocol has another version.
             SessionError: the session belongs to another user, and this user is not root.
         """
         # engine.json names the socket, so its author must be trusted. The server accepts root, too.
         session.check_owner(allow_root=True)
         self._session = session
+        self._who = who
+        self._connect()
+
+    def _connect(self) -> None:
+        session = self._session
         engine = session.engine() if session.is_live() else None
         if engine is None:
             raise NoSuchSessionError(
@@ -63,16 +72,16 @@ class Client:
             )
         try:
             self._sock = sockets.connect(Path(engine.socket), REPLY_TIMEOUT)
-            self._send(ClientHello(who=who))
+            self._send(ClientHello(who=self._who))
             welcome = self._receive()
         except OSError as error:
             raise LinkError(f"the engine of '{session.name}' does not reply: {error}") from error
         if isinstance(welcome, Welcome) and welcome.refused:
-            raise LinkError(
+            raise RefusedByEngineError(
                 f"the engine of '{session.name}' refuses the connection: {welcome.refused}"
             )
         if not isinstance(welcome, Welcome) or welcome.version != frames.VERSION:
-            raise LinkError(
+            raise RefusedByEngineError(
                 f"the engine of '{session.name}' uses another version of the protocol; use the "
                 "rlhf-tui that started it, or stop it and resume it with this one"
             )
@@ -101,22 +110,38 @@ class Client:
             command_id: a repeated id has no further effect. Default: a new one.
 
         Raises:
-            LinkError: the engine is gone or does not reply.
+            NoSuchSessionError: the engine has ended.
+            LinkError: the engine does not reply.
         """
-        request_id = command_id or new_id()
         # Callers know a command by its base class only.
-        self._send(CommandRequest(id=request_id, command=command))  # type: ignore[arg-type]  # every Command is an AnyCommand
+        request = CommandRequest(id=command_id or new_id(), command=command)  # type: ignore[arg-type]  # every Command is an AnyCommand
+
+        def ask() -> CommandReply:
+            self._send(request)
+            return self._reply(request.id, time.monotonic() + REPLY_TIMEOUT)
+
+        return self._ask_twice(ask)
+
+    def _ask_twice(self, ask: Callable[[], T]) -> T:
+        """Asks, and once more on a new connection if this one gave way to others."""
         try:
-            return self._reply(request_id, time.monotonic() + REPLY_TIMEOUT)
+            try:
+                return ask()
+            except LinkError:
+                self._sock.close()
+                self._connect()
+                return ask()
         except TimeoutError as error:
             raise LinkError(f"the engine of '{self._session.name}' does not reply") from error
 
     def wait(self, command_id: str, timeout: float | None = None) -> CommandReply:
         """Waits until a command is applied or rejected, at most `timeout` seconds.
 
+        Use :func:`engine.journal.last_reply.last_reply`, which needs no connection to the end.
+
         Raises:
             TimeoutError: it is still pending.
-            LinkError: the engine is gone.
+            LinkError: the engine is gone, or the connection gave way to others.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not (reply := self._reply(command_id, deadline)).final:
@@ -124,17 +149,22 @@ class Client:
         return reply
 
     def status(self) -> Status:
-        """The engine's current status. Raises LinkError."""
-        self._send(StatusRequest())
-        while not isinstance(message := self._receive(), Status):
-            continue
-        return message
+        """The engine's current status. Raises what :meth:`send` does."""
+
+        def ask() -> Status:
+            self._send(StatusRequest())
+            while not isinstance(message := self._receive(), Status):
+                continue
+            return message
+
+        return self._ask_twice(ask)
 
     def watch(self) -> Iterator[JournalAdvanced | Phase | Telemetry]:
         """Yields events as they occur; ends when the connection does.
 
         Raises:
-            LinkError: the engine is gone, or too many clients watch.
+            RefusedByEngineError: too many clients watch.
+            LinkError: the engine is gone.
         """
         self._send(Watch())
         self._sock.settimeout(None)
@@ -144,7 +174,7 @@ class Client:
             except (OSError, LinkError):
                 return
             if isinstance(message, WatchRefused):
-                raise LinkError(f"the engine of '{self._session.name}': {message.reason}")
+                raise RefusedByEngineError(message.reason)
             if isinstance(message, JournalAdvanced | Phase | Telemetry):
                 yield message
 

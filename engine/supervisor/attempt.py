@@ -33,7 +33,8 @@ class Attempt:
         self._connected: set[int] = set()
         self._all_disconnected = asyncio.Event()
         self._reported: set[int] = set()  # ranks that said why they failed
-        self._lost: list[int] = []  # ranks that disconnected without a reason, in order
+        self.lost: list[int] = []
+        """Ranks that disconnected without a reason, in order."""
 
     def is_connected(self, rank: int) -> bool:
         """Whether a rank's connection is open."""
@@ -63,7 +64,7 @@ class Attempt:
             self._all_disconnected.set()
         # Another rank may already have reported that this one is gone.
         if self.ended is None and rank not in self._reported:
-            self._lost.append(rank)
+            self.lost.append(rank)
 
     async def wait_disconnected(self) -> None:
         """Waits until all connections are closed: sockets may still hold the last messages."""
@@ -89,13 +90,13 @@ class Attempt:
         failure = self.failure
         if failure is not None and not failure.echo:
             return failure
-        if failure is not None and not self._lost:
+        if failure is not None and not self.lost:
             if launch.nodes == 1:  # a rank hangs, and the others have waited for launch.timeout
                 return failure
             text = f"the ranks of another machine are gone ({failure.text}); start them there with"
             text += f": rlhf-tui join {launch.rendezvous}"
             return msgspec.structs.replace(failure, text=text)
-        rank = self._lost[0] if self._lost else 0
+        rank = self.lost[0] if self.lost else 0
         text = f"rank {rank} {describe_exit(status)}; see rlhf-tui logs {name}"
         return Failed(rank=rank, text=text)
 

@@ -133,9 +133,7 @@ class RolloutEngines:
         """Ends the engines for good, tells their machines, and closes the port."""
         await self.stop()
         if self._port is not None:
-            # Otherwise the file tells them: it is removed once the run is over.
-            if not self._session.secret_file.exists():
-                secret = rollout_secret(self._secret)
-                await asyncio.to_thread(announce_end, self._port, secret, self.joined)
+            secret = rollout_secret(self._secret)
+            await asyncio.to_thread(announce_end, self._port, secret, self.joined)
             self._port.close()
             self._port = None

@@ -215,7 +215,8 @@ class Server:
     def _make_room(self) -> None:
         """Closes connections if there are too many, first those that wait for no reply.
 
-        What they asked for is done all the same, and the clients may connect again.
+        What they asked for is done all the same, and its end is in the journal, where clients then
+        look for it (:mod:`engine.journal.last_reply`).
         """
         others = [client for client in self._clients if client not in self._watchers]
         fresh = asyncio.get_running_loop().time() - FRESH
@@ -230,7 +231,7 @@ class Server:
 
     def _watch(self, client: Connection) -> None:
         if len(self._watchers) >= MAX_WATCHERS and client not in self._watchers:
-            reason = f"{MAX_WATCHERS} clients watch, its limit; close some of them"
+            reason = f"{MAX_WATCHERS} viewers are connected already, the limit: close one of them"
             client.send(WatchRefused(reason=reason))
             client.close()
         else:

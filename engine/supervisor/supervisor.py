@@ -164,7 +164,7 @@ class Supervisor:
         return self.conclude(status)
 
     async def _guardrails(self, from_step: int) -> Guardrails:
-        """The guard rails as the timeline up to a checkpoint has left them. Takes 0.1 ms a step.
+        """The guard rails as the timeline up to a checkpoint has left them.
 
         If these steps cannot be read, they begin anew: that is no reason to end a run.
         """
@@ -316,8 +316,18 @@ class Supervisor:
         return "train.max_hours is used up" if reason == "max_hours" else ""
 
     def on_silence(self, rank: int, seconds: float) -> None:
-        """Ends an attempt one of whose ranks counts as hung."""
-        self._fail(f"rank {rank} has been silent for {seconds:.0f} s", rank)
+        """Ends an attempt one of whose ranks counts as hung.
+
+        The cause is the first failure: a rank is also silent while it waits for one that is gone.
+        """
+        attempt = self.state.attempt
+        if attempt.failed_by_itself:
+            self.ranks.kill()
+        elif attempt.lost:
+            text = f"rank {attempt.lost[0]} has ended; see rlhf-tui logs {self._session.name}"
+            self._fail(text, attempt.lost[0])
+        else:
+            self._fail(f"rank {rank} has been silent for {seconds:.0f} s", rank)
 
     def on_watchdog_end(self, task: asyncio.Task[None]) -> None:
         """Ends the run if the watchdog failed: a hung rank would no longer be noticed."""

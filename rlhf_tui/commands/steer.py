@@ -14,6 +14,7 @@ from engine.config import file as config_file
 from engine.config.yaml_document import parse_yaml
 from engine.errors import CommandRejectedError, RlhfError, UserInputError
 from engine.journal.json_values import Json
+from engine.journal.last_reply import last_reply
 from engine.protocol.client import Client, new_id
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import (
@@ -75,11 +76,13 @@ class CtlCall:
         command_id = self.command_id or new_id()
         session = existing(self.root, self.name)
         with Client(session, who()) as client:
+            # Before the command: a stop may end the engine as soon as it has replied.
+            seconds_left = client.status().boundary_in
             reply = client.send(command, command_id)
             # A probe always waits: its result is the reason to send it.
             if (self.wait or isinstance(command, Probe)) and not reply.final:
                 try:
-                    reply = client.wait(command_id, self.timeout)
+                    reply = last_reply(client, session, command_id, self.timeout)
                 except TimeoutError:
                     click.echo(
                         f"rlhf-tui: not applied within {self.timeout:g} s; still pending, "
@@ -87,7 +90,6 @@ class CtlCall:
                         err=True,
                     )
                     sys.exit(TIMED_OUT)
-            seconds_left = None if reply.final else client.status().boundary_in
         if reply.reason and reply.status != "rejected":
             click.echo(f"rlhf-tui: {one_line(reply.reason)}", err=True)
         if self.wait and isinstance(command, Stop) and reply.status == "applied":

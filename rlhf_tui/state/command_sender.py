@@ -13,6 +13,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from engine.errors import RlhfError
+from engine.journal.last_reply import last_reply
 from engine.protocol.client import Client, new_id
 from engine.protocol.client_messages import CommandReply
 from engine.protocol.commands import (
@@ -84,7 +85,7 @@ def _await_end(
     """Waits for the last reply, then closes the connection, which `stack` holds."""
     try:
         with stack:
-            reply = client.wait(command_id, WAIT)
+            reply = last_reply(client, outgoing.session, command_id, WAIT)
         _post(outgoing, reply)
     except (RlhfError, OSError) as error:
         _post(outgoing, problem=str(error))

@@ -56,6 +56,8 @@ class SessionState:
         self.phases: list[Phase] = []
         self.telemetry: Telemetry | None = None
         self.connected = False
+        self.refused = ""
+        """Why the engine takes no further viewer; empty if it does."""
         self.problem = ""
         self.replay: ReplayStatus | None = None
         """Where the replay is that is shown; None for a session as it is now."""
@@ -104,7 +106,9 @@ class SessionState:
         if update.events:
             self.events = thinned(self.events + update.events)
         self._take_judgements(update)
-        for key in ("names", "commands", "checkpoints", "samples", "telemetry", "connected"):
+        for key in (
+            "names", "commands", "checkpoints", "samples", "telemetry", "connected", "refused",
+        ):  # fmt: skip
             if (value := getattr(update, key)) is not None:
                 setattr(self, key, value)
         if update.connected is False:

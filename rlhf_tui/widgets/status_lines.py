@@ -107,14 +107,17 @@ class StatusLine(Panel):
         if head.state == "finished" and head.step >= head.total_steps:
             return f"extend: {resume} -o train.steps={2 * head.step}", "dim"
         stopped = f"{first}; resume: {resume}" if first else f"resume: {resume}"
-        connecting = self.state.live and not self.state.connected
+        waiting: Piece | None = None
+        if self.state.live and not self.state.connected:
+            refused = self.state.refused
+            waiting = (refused, "warn") if refused else ("connecting to the engine …", "dim")
         return {
             "crashed": (f"engine died; resume: {resume}", "bad"),
             "failed": (f"failed: {first or 'see 5 Log'}", "bad"),
             "finished": (stopped, "dim"),
             "stopped": (stopped, "dim"),
             "paused": (self._paused(width), "warn"),
-        }.get(head.state, ("connecting to the engine …", "dim") if connecting else None)
+        }.get(head.state, waiting)
 
     def _paused(self, width: int) -> str:
         text = paused_text(self.state.pause_reason(), self.state.head.step)

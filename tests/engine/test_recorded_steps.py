@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
+import math
+import random
 import sqlite3
 
 import pytest
+from msgspec.structs import replace
 
 from engine.config import file as config_file
 from engine.config.sections.supervision import GuardrailConfig, Rule
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
-from engine.metrics import BETA, LEARNING_RATE, STEP_TIME
+from engine.metrics import BETA, EVAL_SCORE, LEARNING_RATE, STEP_TIME
 from engine.monitoring import recorded_steps
 from engine.monitoring.guardrails import Guardrails
 from engine.monitoring.recorded_steps import evaluate, rebuild
@@ -24,6 +27,7 @@ RULES = (
     Rule(name="drift", metric="m", drifts_up=0.5, window=4),
     Rule(name="action", metric="m", above=6.0, action="pause"),
 )
+JUDGES = (EVAL_SCORE,)
 SERIES = [4.0, 4.2, 4.0, 4.2, 7.0, 4.0, 7.5, 1.0, 4.0, 7.0, 7.0, 13.0, 13.0, 13.0, 4.0, 4.0, 7.0]
 
 
@@ -63,18 +67,102 @@ def recorded(run):
     return again
 
 
-@pytest.mark.parametrize("last", range(len(SERIES)))
-def test_steps_that_are_taken_again_leave_the_state_that_they_left_before(last):
-    steps = list(enumerate(SERIES, start=1))
+def record(run, config, steps, new_rewards=()):
+    """Writes steps and the alerts on them as an engine does; returns the alerts.
+
+    `steps`: (metrics, settings) of each, from step 1; `new_rewards`: steps with another reward.
+    """
+    rails, alerts = Guardrails(config, JUDGES), []
+    for step, (metrics, settings) in enumerate(steps, start=1):
+        if step in new_rewards:
+            rails.forget_steps()
+            run.journal.record_event("alert", {"rule": REWARD_CHANGED, "text": ""}, step - 1)
+        report = StepReport(step=step, metrics=metrics, samples=[], settings=settings)
+        run.journal.record_step(report)
+        for alert in rails.check(step, metrics, settings):
+            run.journal.record_event("alert", alert.as_data(), step)
+            alerts.append(alert)
+    return alerts
+
+
+def taken_again(config, steps, last, alerts, new_rewards=()):
+    """Guard rails that observe every step up to `last`, with the alerts that were raised then."""
+    rails = Guardrails(config, JUDGES)
+    for step, (metrics, settings) in enumerate(steps[:last], start=1):
+        if step in new_rewards:
+            rails.forget_steps()
+        for state in rails.states:
+            breach = state.observe(step, metrics, settings) if state.is_known(metrics) else None
+            if (state.rule.name, step) in alerts:
+                state.raised(step, breach)
+    rails.begin_attempt()
+    return rails
+
+
+def later(rails, steps, last):
+    """The alerts on the steps after `last`."""
+    following = enumerate(steps[last:], start=last + 1)
+    return [alert for step, taken in following for alert in rails.check(step, *taken)]
+
+
+def test_rebuilt_rules_continue_as_if_they_had_seen_every_step(run):
     config = GuardrailConfig(defaults=False, rules=list(RULES))
-    before, after = Guardrails(config), Guardrails(config)
-    alerts = [a for step, value in steps for a in before.check(step, {"m": value}, {})]
-    for step, value in steps[:last]:
-        raised = [alert.rule for alert in alerts if alert.step == step]
-        after.repeat(step, {"m": value}, {}, raised)
-    later = [a for step, value in steps[last:] for a in after.check(step, {"m": value}, {})]
+    steps = [({"m": value, BETA: 0.1}, {}) for value in SERIES]
+    alerts = record(run, config, steps)
     assert {alert.rule for alert in alerts} == {rule.name for rule in RULES}
-    assert later == [alert for alert in alerts if alert.step > last]
+    run_config = replace(run.session.config(), guardrails=config)
+    with JournalReader(run.session) as reader:
+        for last in range(len(SERIES)):
+            expected = [alert for alert in alerts if alert.step > last and alert.action == "notify"]
+            found = later(rebuild(reader, run_config, last), steps, last)
+            assert [alert for alert in found if alert.action == "notify"] == expected
+
+
+def random_rule(rng, name):
+    """A rule with a random condition, over a metric that is not there at each step."""
+    keys = {
+        "above": rng.choice([0.5, 1.0, 2.0]), "below": rng.choice([-1.0, 0.0]), "rises": 0.5,
+        "falls": 0.5, "drifts_up": 0.3, "drifts_down": 0.3, "predicted_above": 1.5, "diverges": 0.5,
+    }  # fmt: skip
+    key = rng.choice([*keys])
+    bound = key in ("above", "below", "predicted_above")
+    window = rng.randint(3, 8)
+    return Rule(
+        name=name, metric=rng.choice(["m", "n"]), window=window,
+        lasts=rng.randint(1, 3) if key in ("above", "below") else 1,
+        of=rng.choice([None, "target", "beta"]) if bound else None,
+        clears_after=rng.choice([None, 1, 2, 5]), action=rng.choice(["notify", "notify", "pause"]),
+        **{key: keys[key]},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rebuilt_rules_are_those_that_have_seen_every_step(run, monkeypatch, seed):
+    rng = random.Random(seed)  # noqa: S311 - no secret
+    monkeypatch.setattr(recorded_steps, "CHUNK", rng.choice([1, 7, 1000]))
+    rules = [random_rule(rng, f"rule {n}") for n in range(12)]
+    rules += [Rule(name="any", metric="*"), Rule(name="all", metric="*", action="pause")]
+    changed = [random_rule(rng, r.name) if rng.random() < 0.5 else r for r in rules]
+    steps, level, count = [], 1.0, rng.randint(20, 120)
+    for _ in range(count):
+        level += rng.gauss(0, 0.3)
+        value = math.nan if rng.random() < 0.05 else level + rng.gauss(0, 0.2)
+        metrics = {"m": value, BETA: rng.choice([0.5, 1.0])}
+        metrics |= {"n": -level} if rng.random() < 0.4 else {}
+        metrics |= {EVAL_SCORE: 2 - level} if rng.random() < 0.4 else {}
+        # As in the journal: that of the configuration, and beta from its metric.
+        steps.append((metrics, {"target": 2.0, "beta": metrics[BETA]}))
+    new_rewards = {rng.randint(2, count)} if rng.random() < 0.5 else set()
+    raised = record(run, GuardrailConfig(defaults=False, rules=rules), steps, new_rewards)
+    alerts = {(alert.rule, alert.step) for alert in raised}
+    config = GuardrailConfig(defaults=False, rules=changed)
+    changed_run = replace(run.session.config(), guardrails=config)
+    changed_run = replace(changed_run, kl=replace(changed_run.kl, target=2.0))
+    for last in {rng.randint(0, count) for _ in range(8)}:
+        with JournalReader(run.session) as reader:
+            rails = rebuild(reader, changed_run, last)
+        expected = taken_again(config, steps, last, alerts, new_rewards)
+        assert later(rails, steps, last) == later(expected, steps, last)
 
 
 async def test_a_resume_neither_repeats_an_alert_nor_forgets_when_it_clears(run, monkeypatch):

@@ -203,10 +203,11 @@ async def test_a_machine_that_knows_the_secret_takes_the_place_of_an_engine(
     file.unlink()
     with pytest.raises(rollout_join.RunOverError):
         rollout_join.find_run(address, file, 1.0, joined=True)
-    # Where the secret is in the environment, the first machine says that the run is over.
-    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+    # Where the secret is not the session's own file, the first machine says that the run is over.
+    secret_file(tmp_path / "s", SECRET)
+    copy = secret_file(tmp_path, SECRET)
     await engines.stop()
-    joining = asyncio.to_thread(rollout_join.find_run, address, None, DEADLINE, joined=True)
+    joining = asyncio.to_thread(rollout_join.find_run, address, copy, DEADLINE, joined=True)
     ended, closed = await asyncio.gather(joining, engines.close(), return_exceptions=True)
     assert isinstance(ended, rollout_join.RunOverError)
     assert closed is None

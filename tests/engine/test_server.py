@@ -7,7 +7,7 @@ import logging
 import msgspec
 import pytest
 
-from engine.errors import LinkError
+from engine.errors import LinkError, RefusedByEngineError
 from engine.protocol import frames, sockets
 from engine.protocol.client import Client
 from engine.protocol.client_messages import (
@@ -129,7 +129,7 @@ def test_a_watcher_too_many_is_told_so_and_can_stop_the_run(serving, monkeypatch
         watching = (await connect()).watch()
         assert await asyncio.to_thread(next, watching)
         late = await connect()
-        with pytest.raises(LinkError, match="1 clients watch, its limit"):
+        with pytest.raises(RefusedByEngineError, match="1 viewers are connected already"):
             await asyncio.to_thread(next, late.watch())
         reply = await asyncio.to_thread((await connect()).send, Stop())
         assert reply.status == "applied"
@@ -146,8 +146,8 @@ def test_a_command_takes_the_place_of_a_connection_that_waits_for_nothing(servin
         await asyncio.to_thread(waiting.send, Pause(), "a")
         reply = await asyncio.to_thread((await connect()).send, Stop())
         assert reply.status == "applied"
-        with pytest.raises(LinkError):
-            await asyncio.to_thread(idle.status)
+        with pytest.raises(LinkError, match="closed the connection"):
+            await asyncio.to_thread(idle.wait, "b", DEADLINE)
         server.send_reply(CommandReply(id="a", status="applied", step=2))
         assert (await asyncio.to_thread(waiting.wait, "a", DEADLINE)).step == 2
 
@@ -163,8 +163,9 @@ def test_many_commands_that_come_at_once_are_all_handled(serving, monkeypatch):
         clients = [await connect() for _ in range(4)]
         for client in clients[1:]:
             assert (await asyncio.to_thread(client.send, Stop())).status == "applied"
-        with pytest.raises(LinkError):  # one too many, however fresh
-            await asyncio.to_thread(clients[0].send, Stop())
+        with pytest.raises(LinkError, match="closed the connection"):
+            # One too many, however fresh.
+            await asyncio.to_thread(clients[0].wait, "a", DEADLINE)
 
     serving(test)
 

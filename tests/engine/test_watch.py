@@ -131,6 +131,22 @@ def test_a_loss_of_all_other_ranks_is_the_cause_if_no_rank_reports_another(write
     assert error.payload.traceback == "where"
 
 
+@pytest.mark.parametrize("reported", [True, False])
+async def test_a_rank_that_is_silent_after_the_failure_of_another_is_not_the_cause(
+    engine, writer, reported
+):
+    attempt = engine.shared.attempt
+    attempt.rank_connected(1, None)
+    if reported:
+        attempt.record_failure(Failed(rank=1, text="rank 1: a fault"))
+    attempt.rank_disconnected(1)
+    engine.supervisor.on_silence(0, 9.0)
+    engine.supervisor.conclude(-9)
+    with JournalReader(writer.session) as reader:
+        (error,) = [e for e in reader.events() if e.kind == "error"]
+    assert error.payload.text.startswith("rank 1: a fault" if reported else "rank 1 has ended")
+
+
 # -- the time left of a step -----------------------------------------------------------------------
 
 

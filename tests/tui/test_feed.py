@@ -12,6 +12,7 @@ from engine.journal.writer import JournalWriter
 from engine.protocol import sockets
 from engine.protocol.client_messages import JournalAdvanced, Status
 from engine.protocol.rank_messages import Phase, StepReport
+from engine.supervisor import server as server_module
 from engine.supervisor.server import Server
 from rlhf_tui.app.digest import curves_are_read
 from rlhf_tui.state.feeds import feed as feeds
@@ -20,6 +21,8 @@ from rlhf_tui.state.feeds.feed import Feed
 from rlhf_tui.state.feeds.first_read import FirstRead
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.state.session_state import SessionState
+from rlhf_tui.widgets.status_lines import StatusLine
+from tests.tui.panels import text
 
 NAMES = ("objective/scores", "objective/kl")
 DEADLINE = 60.0
@@ -201,14 +204,32 @@ class Engine:
         )  # fmt: skip
 
 
-def test_a_phase_is_shown_without_a_reading_of_the_journal(session, following, monkeypatch):
-    engine = Engine(20)
+@pytest.fixture
+def serving(session):
+    """Runs a test with the server of an engine in step 21, and its journal."""
+    lock, journal = session.acquire(), JournalWriter(session)
+    journal.begin_attempt(20, fresh=False)
 
-    async def serve():
-        listener, path = sockets.listen(session.folder)
-        session.write_engine(str(path), "1")
-        server = Server()
-        await server.start(listener, engine, None)
+    def run(test):
+        async def serve():
+            listener, path = sockets.listen(session.folder)
+            session.write_engine(str(path), "1")
+            server = Server()
+            await server.start(listener, Engine(20), None)
+            await test(server, journal)
+            server.close()
+
+        asyncio.run(serve())
+
+    yield run
+    journal.close()
+    lock.release()
+
+
+def test_a_phase_is_shown_without_a_reading_of_the_journal(
+    session, following, serving, monkeypatch
+):
+    async def test(server, journal):
         monkeypatch.setattr(feeds, "IDLE", 2 * DEADLINE)
         state, _ = await asyncio.to_thread(following, session)
         await asyncio.to_thread(wait, lambda: server.watchers and state.connected and state.known)
@@ -221,10 +242,21 @@ def test_a_phase_is_shown_without_a_reading_of_the_journal(session, following, m
         assert state.head.step == 20
         server.notify_watchers()
         await asyncio.to_thread(wait, lambda: state.head.step == 21)
-        server.close()
 
-    lock, journal = session.acquire(), JournalWriter(session)
-    journal.begin_attempt(20, fresh=False)
-    asyncio.run(serve())
-    journal.close()
-    lock.release()
+    serving(test)
+
+
+def test_a_viewer_too_many_is_told_so_until_another_one_leaves(
+    session, following, serving, monkeypatch
+):
+    async def test(server, journal):
+        journal.set_meta(state="running")
+        monkeypatch.setattr(server_module, "MAX_WATCHERS", 0)
+        state, _ = await asyncio.to_thread(following, session)
+        line = StatusLine(state)
+        told = "0 viewers are connected already, the limit: close one of them"
+        await asyncio.to_thread(wait, lambda: told in text(line, width=80))
+        monkeypatch.setattr(server_module, "MAX_WATCHERS", 1)
+        await asyncio.to_thread(wait, lambda: state.connected and told not in text(line, width=80))
+
+    serving(test)

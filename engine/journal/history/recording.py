@@ -40,7 +40,7 @@ class Recording:
     """
 
     def __init__(self, session: Session) -> None:
-        """Reads all items; a tenth of a second for 100,000 steps.
+        """Reads all items; two tenths of a second for 100,000 steps.
 
         Raises:
             JournalError: the journal cannot be read.

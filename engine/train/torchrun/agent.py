@@ -15,9 +15,14 @@ import traceback
 from collections.abc import Iterator
 
 import msgspec
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig as TorchLaunch
-from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from engine.config.sections.launch import LaunchConfig
 from engine.errors import UserInputError
@@ -33,7 +38,7 @@ from engine.protocol.machines.store_messages import SetKeys
 from engine.protocol.rank_messages import JOIN_INFO_KEY, Failed, JoinInfo
 from engine.train.distributed.ranks import threads_per_rank
 from engine.train.link import Link
-from engine.train.torchrun import rendezvous
+from engine.train.torchrun.rendezvous import StoreRendezvous
 
 JOIN_TIMEOUT = 3600
 """Seconds an agent waits for the agents of the other machines."""
@@ -51,13 +56,8 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(launch, count)))
     try:
         with serve_store(launch, folder, count):
-            elastic_launch(torchrun_config(launch, count), sys.executable)(
-                "-u", "-P", "-m", "engine.launch.rank", "engine.train.worker", folder
-            )
-    except ChildFailedError as error:
-        # A killed rank is the cause; a rank that exits may only have lost its connection to it.
-        killed = [f.exitcode for f in error.failures.values() if f.exitcode < 0]
-        sys.exit(128 - killed[0] if killed else 1)
+            agent = Agent(worker_spec(launch, count, folder))
+            result = agent.run()
     except UserInputError as error:
         Link(0).send(Failed(rank=0, text=str(error), user_input=True))
         sys.exit(error.exit_code)
@@ -66,39 +66,79 @@ def main() -> None:
         text = f"torchrun cannot start the ranks: {type(error).__name__}: {error}"
         Link(0).send(Failed(rank=0, text=text, traceback=traceback.format_exc()))
         raise
+    if result.is_failed():
+        # A killed rank is the cause; a rank that exits may only have lost its connection to it.
+        killed = [code for code in agent.failed if code < 0]
+        sys.exit(128 - killed[0] if killed else 1)
 
 
-def torchrun_config(launch: LaunchConfig, count: int) -> TorchLaunch:
-    """The torchrun configuration for `count` ranks on this machine.
+class Agent(LocalElasticAgent):
+    """torch's agent, which ends the other ranks :data:`SHUTDOWN_TIMEOUT` after one has failed.
 
-    Registers the rendezvous backend. With a `file:` store it also restricts gloo and NCCL to the
-    loopback interface, through the environment.
+    torch itself gives them 30 seconds then, whatever its configuration says. A rank that waits for
+    the failed one in a collective operation ends by itself, but one in a long reward function does
+    not.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        # torchrun would forward a scheduler's SIGTERM to the ranks. The supervisor handles it: it
+        # finishes and saves the step first. See :mod:`engine.launch.rank`.
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+        super().__init__(spec, DefaultLogsSpecs(), shutdown_timeout=SHUTDOWN_TIMEOUT)
+        self.failed: list[int] = []
+        """Exit codes of the ranks that failed before the others were ended; -N for signal N."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """Torch calls it every `monitor_interval` seconds."""
+        codes = [exit_code(worker.id) for worker in worker_group.workers]
+        self.failed = [code for code in codes if code]
+        if self.failed:
+            self._shutdown(timeout=SHUTDOWN_TIMEOUT)
+        elif None in codes:
+            # Torch would take note of the end of a rank that fails from now on.
+            return RunResult(state=WorkerState.HEALTHY)
+        return super()._monitor_workers(worker_group)
+
+
+def exit_code(pid: int) -> int | None:
+    """The exit code of a child process, -N for signal N; None while it runs.
+
+    The process stays a zombie, for torch.
+    """
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+
+def worker_spec(launch: LaunchConfig, count: int, folder: str) -> WorkerSpec:
+    """What torch's agent needs to know of `count` ranks on this machine.
+
+    With a `file:` store this also restricts gloo and NCCL to the loopback interface, through the
+    environment.
     """
     kind, _, address = os.environ[STORE_VARIABLE].partition(":")
-    rendezvous.register()
     if kind == "file":
         # A run on one machine must not be reachable from the network.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-    return TorchLaunch(
-        min_nodes=launch.fewest_nodes,
-        max_nodes=launch.nodes,
-        nproc_per_node=count,
-        run_id="rlhf-tui",
-        rdzv_backend=rendezvous.BACKEND,
-        rdzv_endpoint=address,
-        rdzv_configs={
-            "first": JOINED_VARIABLE not in os.environ,
-            "timeout": JOIN_TIMEOUT,
-            "join_wait": launch.join_wait,
-        },
+    return WorkerSpec(
+        role="rank",
+        local_world_size=count,
+        entrypoint=sys.executable,
+        args=("-u", "-P", "-m", "engine.launch.rank", "engine.train.worker", folder),
+        rdzv_handler=StoreRendezvous(
+            address,
+            launch.nodes,
+            JOIN_TIMEOUT,
+            first=JOINED_VARIABLE not in os.environ,
+            secret=os.environ.get(SECRET_VARIABLE, ""),
+            fewest=launch.fewest_nodes,
+            join_wait=launch.join_wait,
+        ),
         local_addr="127.0.0.1" if kind == "file" else None,
         max_restarts=0,
         monitor_interval=0.1,
-        # torchrun would forward a scheduler's SIGTERM to the ranks. The supervisor handles it: it
-        # finishes and saves the step first. See :mod:`engine.launch.rank`.
-        signals_to_handle="SIGQUIT",
-        shutdown_timeout=SHUTDOWN_TIMEOUT,
     )
 
 

@@ -14,18 +14,15 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
-    RendezvousParameters,
     RendezvousStoreInfo,
-    rendezvous_handler_registry,
 )
 
 from engine.errors import LinkError
-from engine.launch.secret import SECRET_VARIABLE
 from engine.protocol.rank_messages import COMING_KEY, STARTED_KEY
 from engine.train.distributed.rank_store import RankStore
 
 BACKEND = "rlhf-tui"
-"""The name that :func:`register` gives this backend in torchrun."""
+"""The name of this backend in torch's messages."""
 PREFIX, COUNT = STARTED_KEY.split("/")
 """Of the keys of agents; and the key of the number of machines in a start, once it is settled."""
 COMING = COMING_KEY.removeprefix(f"{PREFIX}/")
@@ -140,21 +137,3 @@ class StoreRendezvous(RendezvousHandler):
     def shutdown(self) -> bool:
         """Returns True: there is nothing to close."""
         return True
-
-
-def register() -> None:
-    """Registers the backend with torchrun. Call it once, before `elastic_launch`."""
-    rendezvous_handler_registry.register(BACKEND, _create)
-
-
-def _create(parameters: RendezvousParameters) -> StoreRendezvous:
-    return StoreRendezvous(
-        parameters.endpoint,
-        parameters.max_nodes,
-        float(parameters.get("timeout")),
-        fewest=parameters.min_nodes,
-        join_wait=float(parameters.get("join_wait")),
-        first=bool(parameters.get("first")),
-        # Not a parameter: torch logs those.
-        secret=os.environ.get(SECRET_VARIABLE, ""),
-    )

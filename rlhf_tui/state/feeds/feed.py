@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import Protocol
 
-from engine.errors import RlhfError
+from engine.errors import RefusedByEngineError, RlhfError
 from engine.journal.reader import JournalReader
 from engine.protocol.client import Client
 from engine.protocol.client_messages import JournalAdvanced, Telemetry
@@ -66,6 +66,7 @@ class Feed:
         self._phases: dict[int, Phase] = {}
         self._telemetry: Telemetry | None = None
         self._connected = False
+        self._refused = ""
         self._live_changed = False
         self._unread = True
         self._record: JournalReader | None = None
@@ -163,6 +164,7 @@ class Feed:
 
     def _watch_loop(self) -> None:
         while not self._stopped.is_set():
+            refused = ""
             try:
                 with Client(self._session, self._who) as client:
                     status, messages = client.status(), client.watch()
@@ -174,9 +176,11 @@ class Feed:
                         if self._stopped.is_set():
                             return
                         self._take_messages(message)
+            except RefusedByEngineError as error:
+                refused = str(error)
             except (RlhfError, OSError):
-                pass  # no engine runs, or too many watch it; the journal has the state
-            self._set_connected(False)
+                pass  # no engine runs; the journal has the state
+            self._set_connected(False, refused)
             self._stopped.wait(RECONNECT)
 
     def _take_messages(self, *messages: JournalAdvanced | Phase | Telemetry | None) -> None:
@@ -193,10 +197,10 @@ class Feed:
                         self._unread = True
         self._wake.set()
 
-    def _set_connected(self, connected: bool) -> None:
+    def _set_connected(self, connected: bool, refused: str = "") -> None:
         with self._lock:
-            if self._connected != connected:
-                self._connected = connected
+            if (self._connected, self._refused) != (connected, refused):
+                self._connected, self._refused = connected, refused
                 self._live_changed = self._unread = True
                 if not connected:
                     self._phases.clear()
@@ -212,4 +216,5 @@ class Feed:
                 phases=sorted(self._phases.values(), key=lambda p: p.rank),
                 telemetry=self._telemetry,
                 connected=self._connected,
+                refused=self._refused,
             )

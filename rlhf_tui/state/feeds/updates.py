@@ -82,6 +82,8 @@ class SessionUpdate(Struct, frozen=True):
     phases: list[Phase] | None = None
     telemetry: Telemetry | None = None
     connected: bool | None = None
+    refused: str | None = None
+    """Why the engine takes no further viewer; empty if it does."""
     problem: str | None = None
     """Why the journal cannot be read; empty once it can be read again."""
     replay: ReplayStatus | None = None
@@ -95,7 +97,7 @@ class SessionUpdate(Struct, frozen=True):
         """Whether only phases, telemetry, connection and the place in a replay have changed."""
         return self == SessionUpdate(
             phases=self.phases, telemetry=self.telemetry, connected=self.connected,
-            replay=self.replay,
+            refused=self.refused, replay=self.replay,
         )  # fmt: skip
 
 
