@@ -65,10 +65,10 @@ def fit_scales(run: Run, config: RunConfig) -> None:
     if config.linear_value:
         total = Normaliser(run.state.reward_mean, run.state.reward_std)
         first = first_weights(run.rewards, total)
-        if not state.value_weights:
-            state.value_weights = first
-        elif len(state.value_weights) < len(first):  # of a version without the other features
-            state.value_weights = with_all_features(state.value_weights)
+        weights = state.value_weights or first
+        if len(weights) == len(first):  # of a version without other features, too
+            weights = with_all_features(weights)
+        state.value_weights = weights
 
 
 def reference_responses(run: Run, config: RunConfig) -> RewardInputs:

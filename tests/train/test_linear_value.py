@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
+from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.ppo import PPOConfig
 from engine.train.distributed.ranks import RankGroup
@@ -94,7 +96,8 @@ def test_states_are_those_of_the_last_and_of_the_middle_layer(make_run):
     run, _ = make_run(LINEAR)
     rollout = rollout_of(run)
     states = recorded(run, rollout)
-    model = run.rewards.reward_model()._model
+    path = starter.resolve("starter:reward")
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
     row, of_row = states.rows[0], states.states[0]
     prompt = rollout.batch.prompts[row].ids
     ids = torch.tensor([[*prompt, *rollout.ids[row][: len(of_row)].tolist()]])

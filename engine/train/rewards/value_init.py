@@ -16,7 +16,6 @@ from engine.train.models.pretrained import (
     policy_options,
     reward_options,
 )
-from engine.train.ppo.linear_value import with_all_features
 from engine.train.rewards.mix import RewardMix
 from engine.train.rewards.model import label_index, load_classifier, score_layer
 from engine.train.rewards.normalise import Normaliser
@@ -87,9 +86,9 @@ def scale_value_head(policy: LanguageModel, rewards: RewardMix, total: Normalise
 
 
 def first_weights(rewards: RewardMix, total: Normaliser) -> list[float]:
-    """The weights of `model.value: reward_model` before the first step: those of the score.
+    """The weights of the last layer's states that give the score, and a bias.
 
-    All ranks must call it.
+    `model.value: reward_model` begins with them. All ranks must call it.
 
     Args:
         rewards: with one reward model.
@@ -97,7 +96,7 @@ def first_weights(rewards: RewardMix, total: Normaliser) -> list[float]:
     """
     factor, offset = _scale(rewards, total)
     *weights, bias = rewards.reward_model().score_weights()
-    return with_all_features([*(factor * w for w in weights), factor * bias + offset])
+    return [*(factor * w for w in weights), factor * bias + offset]
 
 
 def _scale(rewards: RewardMix, total: Normaliser) -> tuple[float, float]:
