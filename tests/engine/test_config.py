@@ -98,6 +98,7 @@ def test_a_value_head_beside_adapters_learns_at_their_rate_and_elsewhere_at_ten_
             "data.prompts[0].weight (1e-06) must",
         ),
         ("data.prompts=[{paht: a}]", "unknown key"),
+        ("train.stop_at={metric:eval/score}", "with a space after the colon"),
         ("data.prompts=[a, b]", "data.prompts[0] must be"),
         ("data.prompts=2020-13-45", "-o data.prompts: month must be in 1..12"),
         pytest.param("kl.beta=" + "[" * 5000, "-o kl.beta: ", id="deep"),
