@@ -128,6 +128,6 @@ def status(root: Path, name: str, as_json: bool) -> None:
         say(f"  deadline    saves and ends before {fmt.clock(row.deadline)}")
     say(f"  folder      {row.folder}")
     if row.state not in ENDED_STATES and not row.pid:
-        say(f"  resume with rlhf-tui resume {row.name}")
+        say(f"  resume with {fmt.command('resume', row.name)}")
     elif row.state == "paused":
         say(f"  resume with rlhf-tui ctl {row.name} unpause")
