@@ -172,8 +172,9 @@ def test_a_session_of_an_earlier_version_that_was_killed_has_a_report(tmp_path):
         assert words in page.text, words
 
 
-def test_the_start_and_the_end_of_a_short_run_are_its_halves():
-    with JournalReader(Session(OLD / "finished")) as record:
+def test_the_start_and_the_end_of_a_short_run_are_its_halves(tmp_path):
+    shutil.copy(OLD / "finished" / "journal.db", tmp_path)
+    with JournalReader(Session(tmp_path)) as record:
         curve = record.series(SCORE)
         score = read_headlines(record, len(curve))[0]
     values = [value for _, value in curve]
