@@ -1,8 +1,19 @@
-"""Formatting of numbers, durations and tables for people."""
+"""Formatting of numbers, durations, tables and commands for people."""
 
 import math
+import shlex
+import shutil
+import sys
 import time
+from pathlib import Path
 from typing import Any
+
+
+def command(*words: str) -> str:
+    """A command of rlhf-tui as it can be typed: `.venv/bin/rlhf-tui ls` if it is not on PATH."""
+    called = sys.argv[0]
+    by_path = Path(called).name == "rlhf-tui" and shutil.which("rlhf-tui") is None
+    return shlex.join([called if by_path else "rlhf-tui", *words])
 
 
 def duration(seconds: float) -> str:

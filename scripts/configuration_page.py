@@ -8,6 +8,7 @@ import ast
 import re
 from pathlib import Path
 
+from engine import metrics
 from engine.config import schema, sections
 from engine.config.settings import LIVE_SETTINGS
 
@@ -33,12 +34,14 @@ COLUMNS = "| key | takes | default | |\n|---|---|---|---|"
 LIST_ITEMS = {
     "A data set of `data.prompts`": "PromptSource",
     "A source of `reward.mix`": "RewardSource",
+    "The aim of `train.stop_at`": "StopAt",
     "A rule of `guardrails.rules`": "Rule",
     "A webhook of `notify.webhooks`": "Webhook",
     "The settings of `reward train`": "RewardTrainingConfig",
 }
 TYPE_NAMES = [
     (r"Annotated\[(\w+), Meta\((ge|gt)=(.+?), (le|lt)=(.+?)\)\]", lambda m: _interval(*m.groups())),
+    (r"Annotated\[int, Meta\(ge=0\)\]", "whole number ≥ 0"),
     (r"tuple\[Decay, Decay\]", "two numbers in [0, 1)"),
     (r"\bCoefficient\b", "number in [0, 1e6]"),
     (r"tuple\[Bounded, Bounded\]", "two numbers"),
@@ -52,6 +55,7 @@ TYPE_NAMES = [
     (r"list\[Webhook\]", "list of webhooks"),
     (r"list\[str\]", "list of texts"),
     (r"list\[Whole\]", "list of whole numbers"),
+    (r"\bStopAt\b", "`metric` with `above` or `below`"),
     (r"\bPositive\b", "number > 0"),
     (r"\bNonNegative\b", "number ≥ 0"),
     (r"\bFraction\b", "number in [0, 1]"),
@@ -125,6 +129,8 @@ def _rows(section: ast.ClassDef, prefix: str, classes: dict[str, ast.ClassDef]) 
 def _default(value: ast.expr | None) -> str:
     if value is None:
         return "required"
+    if isinstance(value, ast.Name) and value.id.isupper():
+        return f"`{getattr(metrics, value.id)}`"
     text = ast.unparse(value).strip("'").replace("True", "true").replace("False", "false")
     return "–" if text in ("None", "[]") else f"`{text}`"
 

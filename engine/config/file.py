@@ -260,7 +260,8 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
     path = at.rstrip("`").lstrip(".").replace("...", "mix")
     if match := re.search(r"unknown field `(.+)`", text):
         key = f"{path}.{match[1]}" if path else match[1]
-        return f"unknown key '{key}'{_nearest(key)}"
+        colon = "; YAML takes `key: value`, with a space after the colon" if ":" in match[1] else ""
+        return f"unknown key '{key}'{colon or _nearest(key)}"
     if match := re.search(r"missing required field `(.+)`", text):
         key = f"{path}.{match[1]}" if path else match[1]
         hint = " (a section)" if key in ("model", "data", "reward") else ""

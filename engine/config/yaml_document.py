@@ -34,12 +34,28 @@ _FLOAT = (
 
 
 class _Limits(yaml.constructor.SafeConstructor):
-    """Limits what merge keys (`<<`) expand to."""
+    """Limits what merge keys (`<<`) expand to, and refuses a key that is given twice."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # PyYAML flattens some mappings again, which then hold the keys that they override, too.
+        if not vars(node).setdefault("is_checked", False):
+            vars(node)["is_checked"] = True
+            _check_repeats(node)
         super().flatten_mapping(node)
         if len(node.value) > MAX_VALUES:
             raise ConfigError("merge keys (<<) expand to too many keys")
+
+
+def _check_repeats(node: yaml.MappingNode) -> None:
+    """Raises ConfigError if a key stands in a mapping twice: YAML would take the second value."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                where = f"lines {lines[key.value]} and {line}"
+                raise ConfigError(f"{shown(key.value)} is given twice, in {where}")
+            lines[key.value] = line
 
 
 class _Loader(_Limits, yaml.SafeLoader):

@@ -130,7 +130,8 @@ class Watchdog:
         free = telemetry.disk_free / 1e9
         text = f"rank {rank} silent for {silence:.0f} s"
         self._alert_once("silent_rank", silence > rails.silent_rank, text, on_alert)
-        text = f"{free:.1f} GB free on the session's disk"
+        room = f"{free:.1f} GB" if free >= 0.1 else f"{free * 1000:.0f} MB"
+        text = f"{room} free on the session's disk"
         self._alert_once("disk", free < rails.disk_free_gb, text, on_alert)
         hung = [(silence, rank) for silence, rank in silences if silence > self._limit(rank)]
         if hung:

@@ -161,9 +161,9 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
     def notify(rule: str, text: str) -> None:
         link.send(Notice(step=begin.from_step, rule=rule, text=text))
 
-    def report_tracker_problem(step: int, text: str) -> None:
+    def report_recorder_problem(rule: str, step: int, text: str) -> None:
         log.warning(text)
-        link.send(Notice(step=step, rule="trackers", text=text))
+        link.send(Notice(step=step, rule=rule, text=text))
 
     if ranks.device.type == "cuda" and config.model.dtype == "float32":
         text = (
@@ -179,7 +179,7 @@ def train(session: Session, link: Link, ranks: RankGroup) -> str:
     boundary = Boundary(session, run, begin, link)
     link.send(Ready(info=run_info(run), settings=msgspec.to_builtins(settings_of(run.config))))
     recorders = (
-        open_recorders(session, config, begin.from_step, report_tracker_problem)
+        open_recorders(session, config, begin.from_step, report_recorder_problem)
         if ranks.is_lead
         else []
     )

@@ -21,6 +21,7 @@ from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
+from rlhf_tui import format as fmt
 from rlhf_tui.app import hangup, replaying, steering
 from rlhf_tui.app.command_tracker import CommandTracker
 from rlhf_tui.app.following import TICK, SessionFollower
@@ -268,7 +269,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             name = self.origin or self.session.name
             self.exit_message = (
                 f"detached; engine pid {engine.pid} still running; "
-                f"reattach with rlhf-tui attach {name}"
+                f"reattach with {fmt.command('attach', name)}"
             )
         self.exit(return_code=code)
 

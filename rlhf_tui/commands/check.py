@@ -77,7 +77,7 @@ def report(config: RunConfig, result: CheckResult) -> list[str]:
     ratio = "not measured" if result.ratio is None else f"{result.ratio:.4f}"
     parts = ", ".join(f"{name} {fmt.number(score)}" for name, score in result.sources.items())
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in result.prompts_left_out.items() if n)
-    start = f"start     ratio {ratio}, KL {result.kl:.4f}"
+    start = f"start     ratio {ratio}, KL {result.kl:z.4f}"
     return [
         f"policy    {result.policy_parameters / 1e6:,.1f} M parameters, "
         f"{result.trained_parameters / 1e6:,.1f} M of them trained; {result.dtype} on "

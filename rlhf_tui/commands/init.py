@@ -1,6 +1,8 @@
 """The command that writes a first configuration: init."""
 
 import os
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,19 @@ import click
 from engine.config import file as config_file
 from engine.config.recipes import RECIPES, for_real_models
 from engine.config.yaml_comments import commented
-from engine.errors import UserInputError
+from engine.errors import ConfigError, UserInputError
 from engine.launch.environment import torch_is_built_for_gpus
 from engine.launch.inputs import check_inputs
 from engine.monitoring.telemetry import gpu_count
 from rlhf_tui.commands.options import is_terminal, override_option, say
+from rlhf_tui.text import one_line
 
 STARTER = {
     "policy": "starter:policy", "prompts": "starter:prompts", "reward_model": "starter:reward",
 }  # fmt: skip
 """What is used where nothing is given."""
+FUNCTION = re.compile(r"(?!starter:)[\w.]+:\w+")
+"""A reward that is a Python function."""
 
 
 @click.command()
@@ -68,16 +73,27 @@ def asked(given: dict[str, str | None]) -> dict[str, str]:
     titles = {
         "policy": "The model to train (a folder or a hub id)",
         "prompts": "The prompts (a file or a hub id)",
-        "reward_model": "The reward model (a folder or a hub id)",
+        "reward_model": "The reward (a model's folder or hub id, or module:function)",
     }
     asking = is_terminal() and not all(given.values())
     answers = {}
     for name, value in given.items():
         default = STARTER[name]
         if value is None and asking:
-            value = click.prompt(titles[name], default=default, err=True)
+            check = partial(usable, name)
+            value = click.prompt(titles[name], default=default, err=True, value_proc=check)
         answers[name] = value or default
     return answers
+
+
+def usable(name: str, answer: str) -> str:
+    """Returns the answer. Raises UsageError, upon which click asks again, if it cannot be used."""
+    tree = configuration("ppo", STARTER | {name: answer}, None, None)
+    try:
+        check_inputs(config_file.from_mapping(tree, Path.cwd()))
+    except ConfigError as error:
+        raise click.UsageError(one_line(str(error))) from error
+    return answer
 
 
 def configuration(
@@ -89,6 +105,8 @@ def configuration(
         gpu = torch_is_built_for_gpus() and gpu_count() > 0
         settings = for_real_models(settings, gpu=gpu)
     data = {"prompts": answers["prompts"]} | ({"column": column} if column else {})
+    if function is None and FUNCTION.fullmatch(answers["reward_model"]):
+        function = answers["reward_model"]
     source = {"function": function} if function else {"model": answers["reward_model"]}
     tree = {
         "model": {"policy": answers["policy"]} | settings.get("model", {}),

@@ -130,7 +130,8 @@ def _several(config: RunConfig, capacity: Capacity) -> int:
 
 
 def _head(config: RunConfig, models: Models) -> str:
-    policy = f"{models.policy.parameters / 1e6:,.0f} M parameters"
+    millions = models.policy.parameters / 1e6
+    policy = f"{millions:,.{0 if millions >= 10 else 1}f} M parameters"
     kind = "GPU" if models.device == "cuda" else "host"
     longest = "prompts of" if models.exact_prompts else "prompts of at most"
     return (

@@ -259,7 +259,7 @@ def _watch(session: Session, start: StartOptions) -> None:
 
 def _detach(session: Session, start: StartOptions) -> None:
     pid = start_or_remove(session, start, timeout=LOADING_TIMEOUT, notice=_show_notice)
-    say(f"session {session.name}: engine pid {pid}; steer it with: rlhf-tui ctl {session.name}")
+    say(f"session {session.name}: engine pid {pid}; open it: {fmt.command('attach', session.name)}")
 
 
 def _show_notice(text: str) -> None:

@@ -115,7 +115,9 @@ class CtlCall:
             soon = "" if seconds_left is None else f", in about {fmt.duration(seconds_left)}"
             say(f"accepted: applies at the next step boundary{soon}")
         elif reply.status == "applied":
-            changes = ", ".join(f"{c.key} {c.old} → {c.new}" for c in reply.changes)
+            changes = ", ".join(
+                f"{c.key} {fmt.value_text(c.old)} → {fmt.value_text(c.new)}" for c in reply.changes
+            )
             say(f"applied at step {reply.step}" + (f": {one_line(changes)}" if changes else ""))
             if isinstance(command, Probe):
                 say(f"prompt: {one_line(command.text)}")

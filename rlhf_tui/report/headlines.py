@@ -21,7 +21,8 @@ from engine.metrics import (
 HEADLINES = (SCORE, KL, BETA, RESPONSE_LENGTH, ENTROPY, STEP_TIME)
 HELD_OUT = (EVAL_SCORE, EVAL_KL)
 STEPS_AVERAGED = 10
-"""Steps of the mean at the start and at the end of a run, as in the dashboard."""
+"""Steps of the mean at the start and at the end of a run, as in the dashboard; at most half of them
+each, since the means of a short run would be one."""
 
 
 class Headline(Struct, frozen=True):
@@ -49,8 +50,9 @@ def read_held_out(record: JournalReader) -> list[Headline]:
 
 
 def _headline(record: JournalReader, name: str, last: int) -> Headline | None:
-    first = _mean(record.series(name, 0, STEPS_AVERAGED))
-    end = _mean(record.series(name, last - STEPS_AVERAGED, last))
+    steps = max(1, min(STEPS_AVERAGED, last // 2))
+    first = _mean(record.series(name, 0, steps))
+    end = _mean(record.series(name, last - steps, last))
     return None if first is None and end is None else Headline(title_of(name), first, end)
 
 

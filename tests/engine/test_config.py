@@ -111,6 +111,7 @@ def test_advantages_reach_less_far_with_a_fitted_value_function_and_its_returns_
             "data.prompts[0].weight (1e-06) must",
         ),
         ("data.prompts=[{paht: a}]", "unknown key"),
+        ("train.stop_at={metric:eval/score}", "with a space after the colon"),
         ("data.prompts=[a, b]", "data.prompts[0] must be"),
         ("data.prompts=2020-13-45", "-o data.prompts: month must be in 1..12"),
         pytest.param("kl.beta=" + "[" * 5000, "-o kl.beta: ", id="deep"),

@@ -128,6 +128,7 @@ LAUGHS = "\n".join(
     ("text", "problem"),
     [
         (BOMB, "merge keys"),
+        ("kl: {beta: 1}\ndata: {}\nkl: {target: 1}", "'kl' is given twice, in lines 1 and 3"),
         (LAUGHS, "too large or contains itself"),
         ("model: &a [*a]", "too large or contains itself"),
         ("1: 2", "a key must be text, not 1"),
@@ -174,3 +175,9 @@ def test_text_that_looks_like_a_number_is_written_in_quotes(tmp_path):
 def test_however_deep_a_document_is_the_process_survives_it(text):
     with pytest.raises(ConfigError, match="nested too deeply"):
         parse_yaml(text, "run.yaml")
+
+
+def test_a_key_may_override_one_that_is_merged():
+    text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\nd: {<<: [*b, *a]}\n"
+    tree = parse_yaml(text, "here")
+    assert (tree["b"], tree["c"], tree["d"]) == ({"x": 2, "y": 1}, {"x": 3, "y": 1}, tree["b"])

@@ -84,6 +84,7 @@ def module(tmp_path, monkeypatch):
         "    def __str__(self): raise KeyError\n"
         "def rude(**kwargs): raise Rude\n"
         "def exits(**kwargs): raise SystemExit(3)\n"
+        "def needs(completions, label, **kwargs): return [0.0] * len(completions)\n"
         "def step(trainer_state, prompts, **kwargs):\n"
         "    return [trainer_state.global_step] * len(prompts)\n",
         encoding="utf-8",
@@ -105,6 +106,12 @@ def function_reward(module, name):
 )
 def test_a_function_is_called_by_keyword_with_columns_and_state(module, inputs, name, expected):
     assert function_reward(module, name)(inputs, no_report) == expected
+
+
+def test_an_argument_that_is_not_a_column_is_named_beside_the_columns_there_are(module, inputs):
+    columns = ", ".join(inputs.batch.prompts[0].row)
+    with pytest.raises(TypeError, match=f"takes 'label', which is not one of {columns}, prompts"):
+        function_reward(module, "needs")(inputs, no_report)
 
 
 def test_a_coroutine_function_is_awaited(module, inputs):

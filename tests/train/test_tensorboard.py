@@ -1,5 +1,7 @@
 """TensorBoard event files, read with TensorBoard's own reader."""
 
+import shutil
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -9,6 +11,10 @@ from engine.protocol.rank_messages import Sample
 from engine.train.reports.tensorboard import EventFiles
 
 
+def unexpected(step, text):
+    raise AssertionError(f"{text} at step {step}")
+
+
 @pytest.fixture
 def events_of_two_attempts(tmp_path):
     """Events of five steps, a crash, and a resume from step 3 with other values."""
@@ -16,11 +22,11 @@ def events_of_two_attempts(tmp_path):
     sample = Sample(
         index=0, prompt="<b>a|b", response="x\ny", score=1.0, kl=0.5, length=2, ended=True
     )
-    first = EventFiles(tmp_path, 0)
+    first = EventFiles(tmp_path, 0, unexpected)
     first.hparams(config)
     for step in range(1, 6):
         first.step(step, {"objective/kl": float(step)}, [sample])
-    second = EventFiles(tmp_path, 3)
+    second = EventFiles(tmp_path, 3, unexpected)
     for step in range(4, 8):
         second.step(step, {"objective/kl": 10.0 + step}, [])
     second.close()
@@ -50,3 +56,22 @@ def test_a_password_in_a_notification_command_is_not_written(events_of_two_attem
 def test_the_configuration_is_written_as_hparams_and_adds_no_scalar(events_of_two_attempts):
     assert "_hparams_/experiment" in events_of_two_attempts.summary_metadata
     assert events_of_two_attempts.Tags()["scalars"] == ["objective/kl"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_files_that_cannot_be_written_are_told_once_and_a_new_one_follows(tmp_path):
+    told = []
+    folder = tmp_path / "tb"
+    events = EventFiles(folder, 0, lambda step, text: told.append(step), retry_seconds=0.0)
+    events.step(1, {"objective/kl": 1.0}, [])
+    shutil.rmtree(folder)
+    folder.touch()
+    events.step(2, {"objective/kl": 2.0}, [])
+    events.step(3, {"objective/kl": 3.0}, [])
+    assert told == [2]
+    folder.unlink()
+    events.step(4, {"objective/kl": 4.0}, [])
+    events.close()
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("objective/kl")] == [(4, 4)]

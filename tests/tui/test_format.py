@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_tui.format import NUMBER_WIDTH, number, value_text
+from rlhf_tui.format import NUMBER_WIDTH, command, number, value_text
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,19 @@ def test_zero_has_no_sign():
 )  # fmt: skip
 def test_a_setting_is_shown_as_it_is_typed(value, shown):
     assert value_text(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "shown"),
+    [
+        (".venv/bin/rlhf-tui", False, ".venv/bin/rlhf-tui attach demo"),
+        ("/opt/bin/rlhf-tui", True, "rlhf-tui attach demo"),
+        ("a/__main__.py", False, "rlhf-tui attach demo"),
+    ],
+)
+def test_a_command_can_be_typed_as_it_is_shown(called, on_path, shown, tmp_path, monkeypatch):
+    if on_path:
+        (tmp_path / "rlhf-tui").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", [called])
+    assert command("attach", "demo") == shown

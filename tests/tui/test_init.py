@@ -77,3 +77,17 @@ def test_what_cannot_be_run_is_not_written(tmp_path, monkeypatch, arguments, mes
         write(*arguments)
     assert [f.name for f in tmp_path.iterdir()] == ["run.yaml"]
     assert (tmp_path / "run.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_answer_that_cannot_be_used_is_asked_for_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlhf_tui.commands.init.is_terminal", lambda: True)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Why?"}\n', encoding="utf-8")
+    answers = ["starter:policy", f"{tmp_path}/none.jsonl", "p.jsonl", "rewards:score"]
+    done = CliRunner().invoke(init, ["run.yaml"], input="\n".join(answers) + "\n")
+    assert done.exit_code == 0, done.output
+    assert "Error: data.prompts: no file at" in done.output
+    config = config_file.load(tmp_path / "run.yaml")
+    assert (config.data.prompts, config.reward.function) == (
+        str(tmp_path / "p.jsonl"), "rewards:score",
+    )  # fmt: skip

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import msgspec
 import pytest
@@ -16,13 +17,14 @@ from engine.journal.labels import Response, prefer, set_label, set_note
 from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
-from engine.metrics import AGREEMENT
+from engine.metrics import AGREEMENT, SCORE
 from engine.protocol.rank_messages import Sample, StepReport
 from engine.session.folder import Session, create
 from rlhf_tui.cli import cli
 from rlhf_tui.report import html, markdown
 from rlhf_tui.report.curves import SPANS, Curve
 from rlhf_tui.report.data import read_report
+from rlhf_tui.report.headlines import read_headlines
 from rlhf_tui.report.samples import spread
 from rlhf_tui.report.settings import settings_of_run
 from rlhf_tui.report.svg import Mark, chart, moving_mean, tick_label, ticks
@@ -168,6 +170,16 @@ def test_a_session_of_an_earlier_version_that_was_killed_has_a_report(tmp_path):
     page = Page(html.page(read_report(Session(folder))))
     for words in ("crashed", "→ 0.2", "looks dull", "engine died"):
         assert words in page.text, words
+
+
+def test_the_start_and_the_end_of_a_short_run_are_its_halves(tmp_path):
+    shutil.copy(OLD / "finished" / "journal.db", tmp_path)
+    with JournalReader(Session(tmp_path)) as record:
+        curve = record.series(SCORE)
+        score = read_headlines(record, len(curve))[0]
+    values = [value for _, value in curve]
+    assert len(values) == 6
+    assert (score.first, score.last) == pytest.approx((fmean(values[:3]), fmean(values[3:])))
 
 
 # -- harmless --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from engine.config.settings import SettingChange, Settings
+from engine.protocol.rank_messages import Phase
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.panels.steering import SteeringPanel
 from tests.tui.panels import FIRST, SETTINGS, command, make_state, text
@@ -62,6 +63,16 @@ def test_a_pending_command_has_a_line_even_in_the_smallest_panel():
     state = make_state()
     state.take(SessionUpdate(commands=[command("accepted", accepted=1.0)]))
     assert "accepted" in text(SteeringPanel(state), 40, 6)
+
+
+def test_the_step_at_which_a_pending_command_applies_is_whole_in_a_narrow_panel():
+    state = make_state()
+    update = SessionUpdate(
+        commands=[command("accepted", command="probe", args={"text": "The film"}, accepted=1.0)],
+        phases=[Phase(rank=0, step=51, name="generate")],
+    )
+    state.take(update)
+    assert "⧗ at step 52 in ~10s" in text(SteeringPanel(state), 39)
 
 
 def test_read_only_stands_in_the_panel_s_heading():

@@ -177,4 +177,4 @@ def _explain(source: str, key: str, what: str, error: Exception) -> str:
         return folder_error(key, Path(source), what, first)
     if "safetensors" in first and "pytorch_model" not in first:
         return _pickle_refused(key, f"'{source}'", "other files than .safetensors")
-    return f"{key}: '{source}' is neither a {what} folder nor available from the hub: {first}"
+    return f"{key}: '{source}' is neither a model folder nor available from the hub: {first}"

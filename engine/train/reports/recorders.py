@@ -1,15 +1,13 @@
 """What records each step besides the journal: TensorBoard event files and experiment trackers."""
 
-import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from engine.config.schema import RunConfig
 from engine.protocol.rank_messages import Sample
 from engine.session.folder import Session
 from engine.train.reports.trackers import TrackerProcess
-
-log = logging.getLogger("engine")
 
 
 class StepRecorder(Protocol):
@@ -23,7 +21,7 @@ class StepRecorder(Protocol):
 
 
 def open_recorders(
-    session: Session, config: RunConfig, from_step: int, notify: Callable[[int, str], None]
+    session: Session, config: RunConfig, from_step: int, notify: Callable[[str, int, str], None]
 ) -> list[StepRecorder]:
     """Opens the recorders that the section `log` asks for; rank 0 calls it.
 
@@ -31,20 +29,21 @@ def open_recorders(
         session: the session.
         config: as the run was started.
         from_step: the last completed step.
-        notify: called with a step and one line when trackers have a problem, from any thread.
+        notify: called with the name of a rule, a step and one line when one of them has a problem,
+            from any thread.
     """
     recorders: list[StepRecorder] = []
     if config.log.tensorboard:
         # A rank that writes no event files starts without the quarter second of this import.
         from engine.train.reports.tensorboard import EventFiles  # noqa: PLC0415
 
-        events = EventFiles(session.tensorboard, from_step)
+        events = EventFiles(session.tensorboard, from_step, partial(notify, "tensorboard"))
         if not from_step:
             events.hparams(config)
         recorders.append(events)
     if config.log.trackers:
         try:
-            recorders.append(TrackerProcess(session, config, notify))
+            recorders.append(TrackerProcess(session, config, partial(notify, "trackers")))
         except OSError as error:
-            notify(from_step, f"trackers cannot be started: {error}")
+            notify("trackers", from_step, f"trackers cannot be started: {error}")
     return recorders

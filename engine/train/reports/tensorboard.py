@@ -1,6 +1,8 @@
 """Writes TensorBoard event files of a run, in addition to the journal."""
 
 import html
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -13,20 +15,37 @@ from engine.protocol.rank_messages import Sample
 
 HEADLINE = (SCORE, KL, RLHF_REWARD)
 """The metrics by which TensorBoard's HParams view compares runs."""
+RETRY_SECONDS = 60.0
+Notify = Callable[[int, str], None]
+"""Called with a step and one line."""
 
 
 class EventFiles:
-    """Writes scalars, the samples as text, and the configuration as hparams."""
+    """Writes scalars, the samples as text, and the configuration as hparams.
 
-    def __init__(self, folder: Path, from_step: int) -> None:
-        """Creates a new event file for this attempt.
+    They are a copy of what the journal has, so files that cannot be written, as on a full disk, do
+    not end the run: steps are left out, and a new file is tried once a minute.
+    """
+
+    def __init__(
+        self, folder: Path, from_step: int, notify: Notify, retry_seconds: float = RETRY_SECONDS
+    ) -> None:
+        """Prepares a new event file for this attempt, which the first write creates.
 
         Args:
             folder: the session's TensorBoard folder.
             from_step: the last completed step. `purge_step` makes the viewer discard what earlier
                 attempts wrote for later steps.
+            notify: called when files can no longer be written.
+            retry_seconds: between two tries to write a new file.
         """
-        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1)
+        self._folder = folder
+        self._from_step = from_step
+        self._notify = notify
+        self._retry_seconds = retry_seconds
+        self._writer: SummaryWriter | None = None
+        self._retry_at = 0.0
+        self._failed = False
 
     def hparams(self, config: RunConfig) -> None:
         """Writes the configuration; call it once per run."""
@@ -34,21 +53,52 @@ class EventFiles:
         del tree["notify"]  # a command may hold a password, and event files are passed around
         flat = flatten(tree)
         values = {k: v if isinstance(v, int | float | bool) else str(v) for k, v in flat.items()}
-        # Like SummaryWriter.add_hparams, which would also write a scalar for each metric.
-        for summary in hparams(values, dict.fromkeys(HEADLINE, 0.0)):
-            self._writer._get_file_writer().add_summary(summary)
+
+        def write(writer: SummaryWriter) -> None:
+            # Like SummaryWriter.add_hparams, which would also write a scalar for each metric.
+            for summary in hparams(values, dict.fromkeys(HEADLINE, 0.0)):
+                writer._get_file_writer().add_summary(summary)
+
+        self._try(self._from_step + 1, write)
 
     def step(self, step: int, metrics: dict[str, float], samples: list[Sample]) -> None:
         """Writes the scalars and samples of one step, and flushes the file."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        if samples:
-            self._writer.add_text("samples", _table(samples), step)
-        self._writer.flush()
+
+        def write(writer: SummaryWriter) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            if samples:
+                writer.add_text("samples", _table(samples), step)
+
+        self._try(step, write)
 
     def close(self) -> None:
         """Closes the file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _try(self, step: int, write: Callable[[SummaryWriter], None]) -> None:
+        """Writes something and flushes the file; a failure is reported and ends the file.
+
+        Args:
+            step: what earlier files have of it and of later steps is out of date.
+            write: writes it.
+        """
+        if self._writer is None and time.monotonic() < self._retry_at:
+            return
+        try:
+            if self._writer is None:
+                first = step if self._failed else self._from_step + 1
+                self._writer = SummaryWriter(str(self._folder), purge_step=first)
+            write(self._writer)
+            self._writer.flush()
+        except OSError as error:
+            # Its thread has ended, and a reader stops at a record that was cut short.
+            self._writer = None
+            self._retry_at = time.monotonic() + self._retry_seconds
+            if not self._failed:
+                self._notify(step, f"steps are missing in the TensorBoard event files: {error}")
+            self._failed = True
 
 
 def _table(samples: list[Sample]) -> str:

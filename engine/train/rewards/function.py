@@ -18,6 +18,8 @@ from engine.session.file_signature import FileSignature, file_signature
 from engine.train.rewards.source import LoadContext, RewardInputs, RunsOn, SourceKind
 from engine.train.rollout.rollout import ReportProgress
 
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 
 class FunctionReward:
     """A user's Python function, called as TRL's GRPO trainer calls its reward functions.
@@ -70,6 +72,9 @@ class FunctionReward:
         parameters = inspect.signature(function).parameters.values()
         self._accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._accepted = {p.name for p in parameters}
+        self._required = [
+            p.name for p in parameters if p.default is p.empty and p.kind not in VARIADIC
+        ]
 
     def _file_signature(self) -> FileSignature:
         """That of the module's file; () if there is no such file."""
@@ -95,6 +100,10 @@ class FunctionReward:
 
     def _scores(self, inputs: RewardInputs) -> list[float | None]:
         arguments = self._arguments(inputs)
+        if absent := [name for name in self._required if name not in arguments]:
+            raise TypeError(
+                f"the function takes '{absent[0]}', which is not one of {', '.join(arguments)}"
+            )
         if not self._accepts_any:
             arguments = {k: v for k, v in arguments.items() if k in self._accepted}
         scores = self._function(**arguments)

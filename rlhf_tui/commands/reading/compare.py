@@ -98,6 +98,8 @@ def _rules(path: Path) -> GuardrailConfig:
         config = msgspec.convert(section, GuardrailConfig)
         for rule in config.rules:
             check_rule(rule)
-    except (OSError, UnicodeDecodeError, msgspec.ValidationError) as error:
+    except OSError as error:
+        raise UserInputError(f"--rules {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, msgspec.ValidationError) as error:
         raise UserInputError(f"--rules {path}: {error}") from error
     return config

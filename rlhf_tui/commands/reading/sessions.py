@@ -121,12 +121,13 @@ def status(root: Path, name: str, as_json: bool) -> None:
         score = fmt.with_interval(row.held_out.score, row.held_out.interval)
         say(f"  held-out    {score} (step {row.held_out.step})")
     say(f"  beta        {fmt.number(row.beta, 4)}")
-    say(f"  checkpoints {', '.join(map(str, row.checkpoints)) or 'none'}")
+    steps = ", ".join(map(str, row.checkpoints))
+    say(f"  checkpoints {f'of step {steps}' if steps else 'none'}")
     say(f"  engine      {engine}")
     if row.deadline is not None:
         say(f"  deadline    saves and ends before {fmt.clock(row.deadline)}")
     say(f"  folder      {row.folder}")
     if row.state not in ENDED_STATES and not row.pid:
-        say(f"  resume with rlhf-tui resume {row.name}")
+        say(f"  resume with {fmt.command('resume', row.name)}")
     elif row.state == "paused":
         say(f"  resume with rlhf-tui ctl {row.name} unpause")

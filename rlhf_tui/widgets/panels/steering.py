@@ -150,7 +150,7 @@ class SteeringPanel(Panel):
         if width < 50:
             for key, name in OTHER_SETTINGS:
                 text = text.replace(f"{key} ", f"{name} ")
-            outcome = outcome.replace("applied at ", "")
+            outcome = outcome.replace("applied at ", "").replace(f"{status}, at step", "at step")
         if abandoned:
             outcome, tone = f"{outcome}, abandoned", "dim"
         row: Row = [(f" {text}", ""), (f"  {outcome}", tone)]
