@@ -29,7 +29,9 @@ REWARD_FAULTS = (
     "short",
     "words",
 )
-QUICK = ("reward.retries=0", "launch.silence=30", "guardrails.silent_rank=10")
+QUICK = (
+    "reward.retries=0", "launch.silence=30", "guardrails.silent_rank=10", "log.tensorboard=true",
+)  # fmt: skip
 
 
 class OutsideFaults:
