@@ -364,7 +364,7 @@ def test_processing_a_prompt_once_for_all_its_responses_gives_the_same_responses
 @pytest.mark.parametrize("at_once", some_of({"all": None, "three": 3, "one": 1}, "three"))
 @pytest.mark.parametrize("schedule", [EXACT, Schedule(5, fixed_shapes=False), Schedule(5, True)])
 @pytest.mark.parametrize("stop", [[], ["w7", "w1 w2"]])
-def test_looks_shapes_and_refilled_slots_change_no_response(respond, schedule, at_once, stop):
+def test_checks_shapes_and_refilled_slots_change_no_response(respond, schedule, at_once, stop):
     rows, drawn = (1, 1, 5, 5, 4, 4, 0, 0), range(8)
     for eos in (EOS, []):
         plain = respond(rows, eos, drawn=drawn, stop=stop)
