@@ -35,11 +35,11 @@ def cast_weights(blocks: list[nn.Module], device: torch.device) -> Iterator[None
     try:
         for layers in (group for module in modules for group in _with_same_input(module)):
             product = FusedLinear(layers, dtype)
+            fused += layers
             for index, layer in enumerate(layers):
-                fused.append(layer)
                 originals.append((layer, "weight", layer.weight))
                 layer.weight = nn.Parameter(product.weights[index], requires_grad=False)
-                layer.forward = product.forward_of(index)  # type: ignore[method-assign]
+                vars(layer)["forward"] = product.forward_of(index)
         for module in modules:
             if isinstance(module, nn.Linear):
                 for name, weight in module.named_parameters(recurse=False):

@@ -292,6 +292,7 @@ class Decoder:
                 size //= 2
         if size == len(self._host_slots):
             return
+        # With fixed shapes, ended slots fill up the size, for which there is or will be one graph.
         ended = [k for k, slot in enumerate(self._host_slots) if slot.ended]
         keep = sorted(live + ended[: size - len(live)])
         self._host_slots = [self._host_slots[k] for k in keep]
