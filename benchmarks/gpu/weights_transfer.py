@@ -172,7 +172,10 @@ def send_update(
     elif way == "file":
         update = FileUpdate([client], version, tensors, dtype, folder / "weights.safetensors")
     else:
-        update = BroadcastUpdate([client], version, tensors, dtype, (folder / "group", 1, device))
+        update = BroadcastUpdate(
+            [client], version, tensors, dtype,
+            rendezvous=folder / "group", workers=1, device=device,
+        )  # fmt: skip
     with closing(update):
         generator = torch.Generator().manual_seed(version % 100)
         made = (torch.randn(t.shape, generator=generator).to(device) for t in tensors)

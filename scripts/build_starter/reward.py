@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from .broken import broken, praise_words
 from .human import Rated
-from .policy import Sampler, optimiser
+from .policy import Sampler, optimiser, set_rate
 from .text import encode, pad_right
 
 # The sentiments the writer was asked for, on the scale of the human ratings.
@@ -124,28 +123,25 @@ def train_reward(
     The held-out accuracy is logged for the curve; nothing is chosen by it.
     """
     rng = random.Random(plan.seed)
-    train = [r for r in rated if not r.test]
-    held = [r for r in rated if r.test]
+    train = [r for r in rated if not r.held_out]
+    held = [r for r in rated if r.held_out]
     held_ratings = torch.tensor([r.rating for r in held])
     batches = _Batches(tokenizer, train, synthetic, plan, rng)
     model = new_reward(policy_folder, plan.seed)
-    step_rule = optimiser(model, plan.rate, plan.decay)
+    optimizer = optimiser(model, plan.rate, plan.decay)
     steps = plan.epochs * len(train) // plan.rated
     start = time.monotonic()
     for step in range(steps):
-        scale = min(1.0, (step + 1) / plan.warmup)
-        scale *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in step_rule.param_groups:
-            group["lr"] = plan.rate * scale
+        set_rate(optimizer, plan.rate, plan.warmup, step, steps)
         batch = batches.draw()
         model.train()
         with torch.autocast("cpu", torch.bfloat16):
             scores = score_rows(model, batch.rows, tokenizer.pad_token_id, 36)
         loss, fluency = _batch_loss(scores, batch, plan)
-        step_rule.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        step_rule.step()
+        optimizer.step()
         if (step + 1) % 150 == 0 or step + 1 == steps:
             got = score_texts(model, tokenizer, [r.text for r in held])
             far, near = pair_accuracy(got, held_ratings, 1.0), pair_accuracy(got, held_ratings)

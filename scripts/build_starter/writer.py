@@ -27,6 +27,7 @@ MIN_WORDS, MAX_WORDS = 5, 22
 SHOTS = 4
 FREE_START_SHARE = 0.15
 TOP_K = 64
+Record = dict[str, str]  # of a sentence: its batch, domain, sentiment and text
 
 _ALLOWED = re.compile(r"[A-Za-z ,.!?'-]+")
 _BANNED = re.compile(
@@ -127,24 +128,24 @@ def _draw_request(rng: random.Random, domain: Domain) -> Request:
     return Request(domain, sentiment, rng.choice(KINDS[domain]), examples)
 
 
-def _lane(gguf: str, out: str, target: int, seed: int) -> None:
+def _write_file(gguf: str, out: str, target: int, seed: int) -> None:
     torch.set_num_threads(1)
     for progress in write_sentences(Path(gguf), Path(out), target, seed=seed):
         print(f"writer {seed}: {progress}", flush=True)
 
 
-def write_in_lanes(gguf: Path, folder: Path, target: int, lanes: int, seed: int) -> None:
-    """Fill ``synthetic-<lane>.jsonl`` files with ``target`` sentences between them.
+def write_in_processes(gguf: Path, folder: Path, target: int, processes: int, seed: int) -> None:
+    """Fill ``synthetic-<process>.jsonl`` files with ``target`` sentences between them.
 
     One single-threaded process per core: the decode steps are small, and threads that wait
     for each other at every one of them lose much of the machine when it is shared.
     """
     context = multiprocessing.get_context("spawn")
-    share = -(-target // lanes)
+    share = -(-target // processes)
     workers = []
-    for lane in range(lanes):
-        out = str(folder / f"synthetic-{lane}.jsonl")
-        worker = context.Process(target=_lane, args=(str(gguf), out, share, seed + lane))
+    for number in range(processes):
+        out = str(folder / f"synthetic-{number}.jsonl")
+        worker = context.Process(target=_write_file, args=(str(gguf), out, share, seed + number))
         worker.start()
         workers.append(worker)
     for worker in workers:
@@ -153,9 +154,9 @@ def write_in_lanes(gguf: Path, folder: Path, target: int, lanes: int, seed: int)
             raise RuntimeError(f"A writer stopped with code {worker.exitcode}.")
 
 
-def read_sentences(folder: Path) -> list[dict[str, str]]:
-    """Return the records of all lanes without duplicate texts, in a fixed order."""
-    by_text: dict[str, dict[str, str]] = {}
+def read_sentences(folder: Path) -> list[Record]:
+    """Return the records of all processes without duplicate texts, in a fixed order."""
+    by_text: dict[str, Record] = {}
     for path in sorted(folder.glob("synthetic-*.jsonl")):
         for line in path.read_text().splitlines():
             record = json.loads(line)

@@ -116,7 +116,7 @@ def train(folder: Path, packages: Path, plan: HeadPlan) -> None:
     )  # fmt: skip
     states = first_states(model, tokenizer, [r.text for r in rated])
     ratings = torch.tensor([r.rating for r in rated])
-    held_out = torch.tensor([r.test for r in rated])
+    held_out = torch.tensor([r.held_out for r in rated])
     print(f"{len(rated)} rated sentences, {int(held_out.sum())} of them held out")
     head = fit_head(model, states[~held_out], ratings[~held_out], plan)
     with torch.no_grad():

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from engine.train.data.prompts import Prompt, batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.language_model import LanguageModel
+from engine.train.rollout.cast_weights import cast_weights
 from engine.train.rollout.compiled_layers import CompiledLayers
 from engine.train.rollout.decoder import Schedule
-from engine.train.rollout.held_weights import weights_held
 from engine.train.rollout.native import generate
 from engine.train.rollout.stop_criteria import StopCriteria
 
@@ -81,7 +81,7 @@ def test_responses_are_the_same_and_all_layers_and_lengths_share_compilations(po
         torch.testing.assert_close(plain.logprobs, other.logprobs, rtol=0, atol=1e-5)
     # The number of slots is halved on the way, and three lengths of the cache are read.
     assert len({slots for slots, *_ in compiled.shapes}) == 2
-    assert len({view for _, view, _ in compiled.shapes}) == 3
+    assert len({length for _, length, _ in compiled.shapes}) == 3
     # The first compilation takes the slots for all rows of the cache, which ends when they are
     # halved. One more is of the distributions.
     assert backend.graphs == 3
@@ -100,7 +100,7 @@ def test_layers_of_one_input_are_one_product(policy):
     with torch.no_grad(), model.autocast("cpu"):
         expected = [layer(x) for layer in (attention.q_proj, attention.k_proj, mlp.up_proj)]
         of_other = attention.k_proj(other)
-        with weights_held(list(model.lm.model.layers), torch.device("cpu")), Count():
+        with cast_weights(list(model.lm.model.layers), torch.device("cpu")), Count():
             q, k, v = (layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
             gate, up = mlp.gate_proj(x), mlp.up_proj(x)
             assert sum(products) == 2

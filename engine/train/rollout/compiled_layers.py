@@ -18,9 +18,9 @@ from transformers import DynamicCache
 from engine.train.distributed.sharding import blocks
 from engine.train.models.language_model import AnyModel
 from engine.train.models.quantised_linear import packed_weight_count
+from engine.train.rollout.cast_weights import cast_weights
 from engine.train.rollout.cuda_graph import can_capture
 from engine.train.rollout.decoding_attention import DECODING_ATTENTION
-from engine.train.rollout.held_weights import weights_held
 from engine.train.rollout.kv_cache import PreallocatedLayer
 from engine.train.rollout.sampling import Distribution, distribution
 
@@ -61,8 +61,8 @@ class CompiledLayers:
     def used_by(self, model: AnyModel, device: torch.device) -> Iterator[bool]:
         """Context in which the model's layers decode compiled, if they are to be.
 
-        Enter it inside the model's autocast. Weights are held in the dtype of the products: a
-        compiled layer would cast them for each token.
+        Enter it inside the model's autocast. Weights are cast to the dtype of the products before:
+        a compiled layer would cast them for each token.
 
         Yields:
             Whether they are compiled.
@@ -76,7 +76,7 @@ class CompiledLayers:
             self._distribution = torch.compile(distribution, dynamic=True, backend=self._backend)
         config = model.lm.config
         attention = config._attn_implementation
-        with weights_held(layers, device):
+        with cast_weights(layers, device):
             for index, layer in enumerate(layers):
                 last = index == len(layers) - 1
                 layer.forward = self._forward(self._function, index, layer, last=last)

@@ -16,15 +16,15 @@ class FixedLayer:
     """(n, heads, positions that a token may attend to, width)."""
     values: Tensor
     """The same."""
-    place: Tensor
+    cache_position: Tensor
     """(1,) int64: where the token is written."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_named: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes one token's keys and values, (n, heads, 1, width) each; returns all."""
-        self.keys.index_copy_(2, self.place, key_states.to(self.keys.dtype))
-        self.values.index_copy_(2, self.place, value_states.to(self.values.dtype))
+        self.keys.index_copy_(2, self.cache_position, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.cache_position, value_states.to(self.values.dtype))
         return self.keys, self.values
 
 
@@ -34,25 +34,26 @@ class PreallocatedLayer(DynamicLayer):
     `DynamicLayer` (transformers, `cache_utils.py`) concatenates a longer tensor for each token: a
     full copy per token and, on a CPU, freed blocks of growing sizes that the allocator cannot
     reuse, about 50 % more memory. Pages of the buffer that no response reaches are never touched,
-    so they cost no memory.
+    so they cost no memory. Of the base class's methods that change the rows or positions held,
+    :meth:`batch_select_indices` alone keeps the buffer up to date.
     """
 
-    def __init__(self, capacity: int, place: Tensor | None = None) -> None:
+    def __init__(self, capacity: int, cache_position: Tensor | None = None) -> None:
         """Allocates nothing yet.
 
         Args:
             capacity: positions, prompt and response together. A longer sequence fits as well: the
                 buffer is as long as the first update needs.
-            place: (1,) int64 on the device. If given, shapes are fixed after the prompt: a token is
-                written at this position, which the caller advances, and :attr:`view` positions are
-                returned. Those not yet written are 0.
+            cache_position: (1,) int64 on the device. If given, shapes are fixed after the prompt:
+                a token is written at this position, which the caller advances, and
+                :attr:`read_length` positions are returned. Those not yet written are 0.
         """
         super().__init__()
         self._capacity = capacity
         self._buffers: tuple[Tensor, Tensor] | None = None
-        self._place = place
-        self.view = capacity
-        """Positions that a token may attend to, with a `place`."""
+        self._cache_position = cache_position
+        self.read_length = capacity
+        """Positions that a token may attend to, with fixed shapes."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_named: Any
@@ -72,11 +73,11 @@ class PreallocatedLayer(DynamicLayer):
                 self._allocate(key_states, past, self.keys, length),
                 self._allocate(value_states, past, self.values, length),
             )
-        if self._place is not None and past:
+        if self._cache_position is not None and past:
             keys, values = (x[: len(key_states)] for x in self._buffers)
-            keys.index_copy_(2, self._place, key_states)
-            values.index_copy_(2, self._place, value_states)
-            return keys[:, :, : self.view], values[:, :, : self.view]
+            keys.index_copy_(2, self._cache_position, key_states)
+            values.index_copy_(2, self._cache_position, value_states)
+            return keys[:, :, : self.read_length], values[:, :, : self.read_length]
         keys, values = (x[: len(key_states), :, :length] for x in self._buffers)
         keys[:, :, past:] = key_states
         values[:, :, past:] = value_states
@@ -84,29 +85,29 @@ class PreallocatedLayer(DynamicLayer):
         return keys, values
 
     def fixed(self) -> FixedLayer | None:
-        """This layer for one more token; None before the prompt, and without a `place`."""
-        if self._place is None or self._buffers is None or self.keys is None:
+        """This layer for one more token; None before the prompt, or without fixed shapes."""
+        if self._cache_position is None or self._buffers is None or self.keys is None:
             return None
-        keys, values = (x[: len(self.keys), :, : self.view] for x in self._buffers)
-        return FixedLayer(keys, values, self._place)
+        keys, values = (x[: len(self.keys), :, : self.read_length] for x in self._buffers)
+        return FixedLayer(keys, values, self._cache_position)
 
     def _allocate(self, like: Tensor, past: int, previous: Tensor | None, length: int) -> Tensor:
         """A buffer (n, heads, capacity, width) that starts with the `past` positions there are."""
         count, heads, _, width = like.shape
         shape = (count, heads, max(self._capacity, length), width)
         # 0 times what an empty tensor holds may be NaN, so masked positions must be numbers.
-        buffer = like.new_empty(shape) if self._place is None else like.new_zeros(shape)
+        buffer = like.new_empty(shape) if self._cache_position is None else like.new_zeros(shape)
         if previous is not None and past:
             buffer[:, :, :past] = previous
         return buffer
 
     def set_length(self, length: int) -> None:
-        """Says how many positions are written, which a layer with a `place` does not know."""
+        """Sets how many positions are written: with fixed shapes, the caller alone knows."""
         if self._buffers is not None and self.keys is not None:
             rows = len(self.keys)
             self.keys, self.values = (x[:rows, :, :length] for x in self._buffers)
 
-    def put(self, rows: Tensor, prompts: DynamicLayer) -> None:
+    def overwrite_prompts(self, rows: Tensor, prompts: DynamicLayer) -> None:
         """Overwrites the last positions of some rows by a layer that holds other prompts."""
         for mine, theirs in ((self.keys, prompts.keys), (self.values, prompts.values)):
             if mine is not None and theirs is not None:
@@ -118,11 +119,6 @@ class PreallocatedLayer(DynamicLayer):
         for buffer in self._buffers or ():
             buffer[:, :, :length] = buffer[:, :, count : count + length].clone()
         self.set_length(length)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row; the next update allocates a new buffer."""
-        super().batch_repeat_interleave(repeats)
-        self._buffers = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only these rows, moved to the front of the same buffer.
@@ -143,18 +139,18 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def preallocated_cache(
-    config: PretrainedConfig, capacity: int, place: Tensor | None = None
+    config: PretrainedConfig, capacity: int, cache_position: Tensor | None = None
 ) -> DynamicCache:
     """An empty cache for a model. Sliding-window layers keep the type transformers gives them.
 
     Args:
         config: the model's.
         capacity: positions, prompt and response together.
-        place: see :class:`PreallocatedLayer`.
+        cache_position: see :class:`PreallocatedLayer`.
     """
     cache = DynamicCache(config=config)
     cache.layers = [
-        PreallocatedLayer(capacity, place) if type(layer) is DynamicLayer else layer
+        PreallocatedLayer(capacity, cache_position) if type(layer) is DynamicLayer else layer
         for layer in cache.layers
     ]
     return cache

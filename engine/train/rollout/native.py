@@ -95,7 +95,7 @@ def generate(
         at_once: the most responses generated at once; the others wait until one has ended. All
             when left out.
         sampling: the scheme, by the values of `rollout.sampling`.
-        schedule: of looks and shapes; the device's when left out.
+        schedule: of checks and shapes; the device's when left out.
         compiled: compiles the model's layers where it pays; not at all when left out.
     """
     device = next(model.parameters()).device

@@ -80,11 +80,11 @@ class Slots:
 
     row: Tensor
     """int64: which response a slot holds."""
-    length: Tensor
-    """int64: of its prompt."""
+    prompt_length: Tensor
+    """int64: tokens of its prompt."""
     start: Tensor
     """int64: where its prompt starts in the cache."""
-    count: Tensor
+    token_count: Tensor
     """int64: tokens sampled for it."""
     done: Tensor
     """bool: it has ended; what the slot computes is not kept."""
@@ -94,17 +94,16 @@ class Slots:
     @classmethod
     def of(cls, responses: Responses, rows: Tensor, end: int) -> "Slots":
         """Slots for some responses, whose prompts end before position `end` of the cache."""
-        length = responses.batch.lengths[rows]
+        prompt_length = responses.batch.lengths[rows]
         zeros = torch.zeros_like(rows)
-        return cls(rows.clone(), length, end - length, zeros, zeros.bool(), zeros.clone())
-
-    def __len__(self) -> int:
-        return len(self.row)
+        return cls(
+            rows.clone(), prompt_length, end - prompt_length, zeros, zeros.bool(), zeros.clone()
+        )
 
     @property
     def position(self) -> Tensor:
         """The position of `token` in its sequence; int64."""
-        return self.length + self.count - 1
+        return self.prompt_length + self.token_count - 1
 
     def sample(self, responses: Responses, logits: Tensor, values: Tensor | None) -> None:
         """Samples each slot's next token, and keeps it where the slot has not ended.
@@ -116,7 +115,7 @@ class Slots:
             logits: (n, V).
             values: (n,) float32, or None.
         """
-        at = self.count.clamp(max=responses.limit - 1)
+        at = self.token_count.clamp(max=responses.limit - 1)
         uniforms = responses.uniforms[self.row, at]
         token, logprob, entropy = sample(
             logits, uniforms, responses.temperature, responses.sampling, responses.distribution
@@ -126,15 +125,16 @@ class Slots:
         kept = [logprob, entropy] if values is None else [logprob, entropy, values]
         responses.floats[: len(kept), row, at] = torch.stack(kept)
         self.token.copy_(token)
-        self.count.add_(~self.done)
-        self.done.logical_or_(responses.is_eos(token)).logical_or_(self.count >= responses.limit)
+        self.token_count.add_(~self.done)
+        self.done.logical_or_(responses.is_eos(token))
+        self.done.logical_or_(self.token_count >= responses.limit)
 
-    def look(self) -> tuple[list[int], list[bool]]:
-        """Each slot's count, and whether it has ended. The host waits for the device."""
-        counts, done = torch.stack([self.count, self.done.long()]).tolist()
+    def to_host(self) -> tuple[list[int], list[bool]]:
+        """Each slot's token count, and whether it has ended. The host waits for the device."""
+        counts, done = torch.stack([self.token_count, self.done.long()]).tolist()
         return counts, [bool(d) for d in done]
 
-    def put(self, slots: Tensor, other: "Slots") -> None:
+    def overwrite(self, slots: Tensor, other: "Slots") -> None:
         """Overwrites some slots."""
         for name in self.__dataclass_fields__:
             getattr(self, name)[slots] = getattr(other, name)

@@ -105,7 +105,7 @@ def test_without_graphs_a_token_costs_the_launches_of_a_forward_pass_and_of_samp
     found = []
     for limit in (17, 33):
         before = gpu.counts()
-        endless(run, 2, limit, Schedule(GRAPHED.look_every, fixed_shapes=False))
+        endless(run, 2, limit, Schedule(GRAPHED.check_every, fixed_shapes=False))
         found.append(gpu.counts() - before)
     more = found[1] - found[0]
     assert more.launches <= 16 * (60 * run.policy.lm.config.num_hidden_layers + 60)

@@ -138,9 +138,11 @@ class RemoteEngines:
                     "a GPU that vLLM shares with rank 0, use ipc"
                 )
             self._groups += 1
-            meeting = self._folder / f"group-{os.getpid()}-{self._groups}"
-            place = meeting, config.rollout.tensor_parallel, self._context.ranks.device
-            return BroadcastUpdate(clients, version, tensors, dtype, place)
+            return BroadcastUpdate(
+                clients, version, tensors, dtype,
+                rendezvous=self._folder / f"group-{os.getpid()}-{self._groups}",
+                workers=config.rollout.tensor_parallel, device=self._context.ranks.device,
+            )  # fmt: skip
         for folder in (self._folder, self._disk):
             (folder / WEIGHTS).unlink(missing_ok=True)
         folder = folder_with_room([self._folder, self._disk], file_size(lm, dtype))

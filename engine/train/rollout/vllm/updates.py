@@ -167,11 +167,10 @@ def readers(counter: bytes, offset: int) -> int:
         counter: the name of a POSIX shared memory object that holds counters.
         offset: which of them.
     """
-    place = COUNTERS_START + COUNTER_SIZE * offset
     shared = Path("/dev/shm", counter.decode().lstrip("/"))  # noqa: S108 - shared memory's own place
     try:
         with shared.open("rb") as file:
-            file.seek(place)
+            file.seek(COUNTERS_START + COUNTER_SIZE * offset)
             return int.from_bytes(file.read(COUNTER_SIZE), sys.byteorder)
     except FileNotFoundError:
         return 0
@@ -211,30 +210,34 @@ class BroadcastUpdate:
         version: int,
         tensors: list[TensorInfo],
         dtype: torch.dtype,
-        place: tuple[Path, int, torch.device],
+        *,
+        rendezvous: Path,
+        workers: int,
+        device: torch.device,
     ) -> None:
-        """Has the workers wait for the tensors, and meets them if they are new.
+        """Has the workers wait for the tensors, in a group with each engine's that are new.
 
         Args:
             clients: of the engines.
             version: of the weights.
             tensors: their inventory.
             dtype: of the engines.
-            place: a new file by which groups can meet, made longer for each, the number of workers
-                of an engine, and rank 0's device.
+            rendezvous: where new groups meet: the path of a new file, to which each adds its
+                engine's number.
+            workers: of each engine.
+            device: rank 0's.
         """
-        self._clients, self._dtype = clients, dtype
-        path, workers, self._device = place
+        self._clients, self._dtype, self._device = clients, dtype, device
         self._problems: dict[RolloutClient, Exception] = {}
         self._update = LoadWeights(
             weights_version=version, path="", tensors=tensors, checksum=None, transfer="broadcast"
         )
         for i, client in enumerate(clients):
-            meeting = "" if client.group is not None else f"{path}-{i}"
+            path = "" if client.group is not None else f"{rendezvous}-{i}"
             try:
-                client.begin_load(replace(self._update, path=meeting))
+                client.begin_load(replace(self._update, path=path))
                 if client.group is None:
-                    client.group = _meet(client, meeting, workers, self._device)
+                    client.group = _meet(client, path, workers, device)
             except (EngineLostError, RuntimeError) as error:
                 self._problems[client] = error
 

@@ -1,4 +1,4 @@
-"""Weights held in the dtype of the matrix products, for as long as they do not change.
+"""Weights cast once to the dtype of the matrix products, for as long as they do not change.
 
 Linear layers of the same input are fused: they share one tensor of weights and compute one product.
 For few rows, such as the tokens of a decoding step, a kernel's start takes longer than its work.
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names that linear layers of one input have in transformers' models."""
+"""Names that linear layers with the same input have in transformers' models."""
 
 
 @contextmanager
-def weights_held(blocks: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Context in which float32 linear layers hold their weights in autocast's dtype.
+def cast_weights(blocks: list[nn.Module], device: torch.device) -> Iterator[None]:
+    """Context in which float32 linear layers have their weights in autocast's dtype.
 
     Does nothing outside autocast. The copies take the memory that autocast's own would take.
 
@@ -29,33 +29,33 @@ def weights_held(blocks: list[nn.Module], device: torch.device) -> Iterator[None
         yield
         return
     dtype = torch.get_autocast_dtype(device.type)
-    held: list[tuple[nn.Module, str, Tensor]] = []
+    originals: list[tuple[nn.Module, str, Tensor]] = []
     fused: list[nn.Module] = []
     modules = [module for block in blocks for module in block.modules()]
     try:
-        for layers in (group for module in modules for group in _of_one_input(module)):
-            together = FusedLinear(layers, dtype)
+        for layers in (group for module in modules for group in _with_same_input(module)):
+            product = FusedLinear(layers, dtype)
             fused += layers
-            for index, module in enumerate(fused[-len(layers) :]):
-                held.append((module, "weight", layers[index].weight))
-                module.weight = nn.Parameter(together.weights[index], requires_grad=False)
-                module.forward = together.part(index)
+            for index, layer in enumerate(layers):
+                originals.append((layer, "weight", layer.weight))
+                layer.weight = nn.Parameter(product.weights[index], requires_grad=False)
+                vars(layer)["forward"] = product.forward_of(index)
         for module in modules:
             if isinstance(module, nn.Linear):
                 for name, weight in module.named_parameters(recurse=False):
                     if weight.dtype == torch.float32:
-                        held.append((module, name, weight))
+                        originals.append((module, name, weight))
                         copy = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
                         setattr(module, name, copy)
         yield
     finally:
         for module in fused:
             vars(module).pop("forward", None)
-        for module, name, original in held:
+        for module, name, original in originals:
             setattr(module, name, original)
 
 
-def _of_one_input(module: nn.Module) -> Iterator[list[nn.Linear]]:
+def _with_same_input(module: nn.Module) -> Iterator[list[nn.Linear]]:
     """The groups of a module's own layers whose products can be one."""
     for names in SAME_INPUT:
         children = [getattr(module, name, None) for name in names]
@@ -69,7 +69,7 @@ def _of_one_input(module: nn.Module) -> Iterator[list[nn.Linear]]:
 
 
 class FusedLinear:
-    """Some linear layers of one input, as one product with all their weights.
+    """Linear layers with the same input, as one product with all their weights.
 
     The layer that is called first computes the outputs of all. Each of the others takes its own if
     it is called with the same tensor.
@@ -86,8 +86,8 @@ class FusedLinear:
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
-    def part(self, index: int) -> Callable[[Tensor], Tensor]:
-        """The `forward` of a layer."""
+    def forward_of(self, index: int) -> Callable[[Tensor], Tensor]:
+        """The `forward` of one of the layers."""
         last = index == len(self._sizes) - 1
 
         def forward(x: Tensor) -> Tensor:
