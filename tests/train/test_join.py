@@ -13,6 +13,7 @@ from engine.launch.secret import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 from engine.launch.store_server import StoreServer
 from engine.protocol.machines.store_messages import CheckKeys, DeleteKey, SetKeys
 from engine.protocol.rank_messages import JOIN_INFO_KEY, STARTED_KEY, WAITING_KEY, JoinInfo
+from engine.session.folder import write_atomically
 from engine.train.torchrun import join
 
 SECRET = "a secret of one run"  # noqa: S105 - of a test
@@ -69,7 +70,7 @@ def test_the_secret_of_an_earlier_run_is_read_again_until_the_new_one_has_writte
 ):
     publish(first, tmp_path, "a")
     file.write_text("a secret of an earlier run")
-    threading.Timer(0.2, file.write_text, (SECRET,)).start()
+    threading.Timer(0.2, write_atomically, (file, SECRET)).start()
     assert join.find_run(f"127.0.0.1:{first.port}", file, 60, "").info.start == "a"
 
 

@@ -59,8 +59,8 @@ def fit_linear_value(
 
     The fit without a response is not computed again: its errors on that response's tokens are
     (I − X·A⁻¹·Xᵀ)⁻¹ times those of the whole fit, with X their features and A the matrix of the
-    whole system (the leave-one-out residuals of ridge regression, a block of rows at a time). The
-    result depends on the number of ranks to rounding only.
+    whole system: the leave-one-out residuals of ridge regression, for the tokens of a response
+    together. The result depends on the number of ranks to rounding only.
 
     Costs some 3·N·D² multiplications in float64, and 24·D² bytes.
 
@@ -94,10 +94,11 @@ def fit_linear_value(
 
     values = torch.zeros_like(before)
     for row, x in _rows(states, max_tokens):
-        part = torch.linalg.solve_triangular(factor, x.T, upper=False)
-        others = torch.eye(len(x), dtype=x.dtype, device=x.device) - part.T @ part / tokens
-        left = torch.linalg.solve(others, errors[row, : len(x)] - x @ change)
-        values[row, : len(x)] = returns[row, : len(x)] - left.float()
+        root = torch.linalg.solve_triangular(factor, x.T, upper=False)
+        hat = root.T @ root / tokens  # the block of the hat matrix: X·A⁻¹·Xᵀ
+        residuals = errors[row, : len(x)] - x @ change
+        without = torch.linalg.solve(torch.eye(len(x)).to(hat) - hat, residuals)
+        values[row, : len(x)] = returns[row, : len(x)] - without.float()
     return LinearFit((w + change).tolist(), ranks.all_reduce_sum(values))
 
 
