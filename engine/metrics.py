@@ -275,6 +275,8 @@ METRICS = (
         "duration of the reference's log-probabilities, and of the old policy's if they are "
         "recomputed, on the slowest rank",
     ),
+    Metric(phase_time("fit"), "seconds",
+           "duration of the fit of the value function (`model.value: reward_model` only)"),
     Metric(phase_time("optimise"), "seconds", "duration of the updates on the slowest rank"),
     Metric(
         phase_time("checkpoint"), "seconds",

@@ -112,11 +112,11 @@ def complete(config: RunConfig) -> RunConfig:
         evaluation = msgspec.structs.replace(evaluation, max_new_tokens=rollout.max_new_tokens)
     if ppo.whiten is None:
         ppo = msgspec.structs.replace(ppo, whiten=traits.whiten)
-    if ppo.lam_value is None and config.linear_value:
-        ppo = msgspec.structs.replace(ppo, lam_value=DEFAULT_LAM)
-    if ppo.lam is None:
-        lam = FITTED_VALUE_LAM if config.linear_value else DEFAULT_LAM
-        ppo = msgspec.structs.replace(ppo, lam=lam)
+    if ppo.lam is None and config.linear_value:
+        of_returns = DEFAULT_LAM if ppo.lam_value is None else ppo.lam_value
+        ppo = msgspec.structs.replace(ppo, lam=FITTED_VALUE_LAM, lam_value=of_returns)
+    elif ppo.lam is None:
+        ppo = msgspec.structs.replace(ppo, lam=DEFAULT_LAM)
     lora = config.lora
     if ppo.value_head_rate is None:
         from_scratch = lora.rank is None and ppo.value_init == "zero"

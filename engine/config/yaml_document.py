@@ -53,7 +53,8 @@ def _check_repeats(node: yaml.MappingNode) -> None:
         if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
             line = key.start_mark.line + 1
             if key.value in lines:
-                where = f"lines {lines[key.value]} and {line}"
+                first = lines[key.value]
+                where = f"line {line}" if first == line else f"lines {first} and {line}"
                 raise ConfigError(f"{shown(key.value)} is given twice, in {where}")
             lines[key.value] = line
 

@@ -113,8 +113,8 @@ def suggested_value(config: RunConfig, run: Run) -> list[str]:
     except UserInputError:
         return []
     return [
-        "the reward model reads the policy's tokens: model.value: reward_model is likely to learn "
-        "more from each response, in the same time (docs/ppo.md)"
+        "the reward model reads the policy's tokens: a run may learn more from each response with "
+        "model.value: reward_model (docs/ppo.md)"
     ]
 
 

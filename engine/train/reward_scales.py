@@ -68,6 +68,7 @@ def fit_scales(run: Run, config: RunConfig) -> None:
         weights = state.value_weights or first
         if len(weights) == len(first):  # of a version without other features, too
             weights = with_all_features(weights)
+            state.value_positions = config.rollout.max_new_tokens
         state.value_weights = weights
 
 

@@ -98,7 +98,7 @@ def train_step(
         kl_estimator=config.kl.estimator, greedy_scores=greedy,
     )  # fmt: skip
     if states is not None:
-        inputs = with_fitted_values(run, states, inputs)
+        inputs = with_fitted_values(run, step, states, inputs)
     targets = make_targets(inputs)
     targets = with_rollout_correction(targets, rollout, config.ppo)
     if targets.baseline is not None:
@@ -225,14 +225,18 @@ def old_policy_outputs(run: Run, rollout: Rollout, rows: Tensor) -> tuple[Tensor
     return logprobs, values
 
 
-def with_fitted_values(run: Run, states: TokenStates, inputs: AdvantageInputs) -> AdvantageInputs:
+def with_fitted_values(
+    run: Run, step: int, states: TokenStates, inputs: AdvantageInputs
+) -> AdvantageInputs:
     """Fits the value function of `model.value: reward_model`, and gives the estimator its values.
 
     Clears `states`, which are large, before the updates of the policy.
     """
-    fit = fit_linear_value(
-        run.state.value_weights, states, inputs, run.ranks, run.config.rollout.max_new_tokens
-    )
-    run.state.value_weights = fit.weights
+    state = run.state
+    with run.timer.phase(run, step, "fit"):
+        fit = fit_linear_value(
+            state.value_weights, states, inputs, run.ranks, state.value_positions
+        )
+    state.value_weights = fit.weights
     states.clear()
     return dataclasses.replace(inputs, values=fit.values)

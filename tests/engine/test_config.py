@@ -62,7 +62,7 @@ def test_advantages_reach_less_far_with_a_fitted_value_function_and_its_returns_
     for overrides, lambdas in (
         ((), (0.95, None)),
         ((fitted,), (0.9, 0.95)),
-        ((fitted, "ppo.lam=0.97"), (0.97, 0.95)),
+        ((fitted, "ppo.lam=0.97"), (0.97, None)),
         ((fitted, "ppo.lam_value=1"), (0.9, 1)),
         ((fitted, "ppo.advantage=rloo"), (0.95, None)),
     ):

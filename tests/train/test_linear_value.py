@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification
 from engine import starter
 from engine.config.sections.launch import LaunchConfig
 from engine.config.sections.ppo import PPOConfig
+from engine.config.settings import change_settings
 from engine.train.distributed.ranks import RankGroup
 from engine.train.ppo.advantages import AdvantageInputs, make_targets
 from engine.train.ppo.linear_value import features, fit_linear_value, with_all_features
@@ -147,6 +148,15 @@ def test_weights_of_the_last_layer_alone_go_on_as_they_were(make_run):
     values = features(of_row, 32) @ torch.tensor(run.state.value_weights).double()
     want = of_row[:, 0].double() @ torch.tensor(last[:-1]).double() + last[-1]
     torch.testing.assert_close(values, want)
+
+
+def test_weights_mean_the_same_after_a_change_of_the_longest_response(make_run):
+    run, _ = make_run(LINEAR)
+    train_step(run, 1)
+    before = run.state.value_positions
+    run.config = change_settings(run.config, {"max_new_tokens": 2 * before})
+    fit_scales(run, run.config)
+    assert run.state.value_positions == before
 
 
 def test_a_step_fits_the_value_and_leaves_it_out_of_policy_and_optimiser(make_run):

@@ -7,6 +7,7 @@ import torch
 
 from engine.config.settings import change_settings
 from engine.errors import RlhfError
+from engine.train import step
 from engine.train.distributed.ranks import PeerRankError
 from engine.train.out_of_memory import StepOutOfMemoryError, run_step, smaller_micro_batch
 from engine.train.ppo import forward, optimise
@@ -80,6 +81,17 @@ def test_after_an_update_the_ranks_start_again_with_the_halved_micro_batch(make_
     (change,) = failed.changes
     assert (failed.step, change.key, change.old, change.new) == (1, "micro_batch_size", 4, 2)
     assert not failed.echo
+
+
+def test_memory_lost_in_the_fit_of_the_value_function_halves_nothing(make_run, monkeypatch):
+    def fit(*_arguments):
+        raise torch.OutOfMemoryError(STATISTICS)
+
+    monkeypatch.setattr(step, "fit_linear_value", fit)
+    run, _ = make_run("model.value=reward_model")
+    with pytest.raises(StepOutOfMemoryError, match="in the phase 'fit'") as caught:
+        run_step(run, 1, adjusting(run, []))
+    assert caught.value.change is None
 
 
 def test_a_micro_batch_of_one_response_is_not_halved(make_run, memory_for):

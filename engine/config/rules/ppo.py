@@ -95,7 +95,7 @@ def _check_linear_value(config: RunConfig) -> None:
     if config.ppo.value_warmup:
         raise ConfigError(
             "ppo.value_warmup has nothing to train with model.value: reward_model, which is fitted "
-            "after each step: leave it out"
+            "in each step: leave it out"
         )
     if config.rollout.dynamic:
         raise ConfigError(

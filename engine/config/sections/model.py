@@ -86,8 +86,8 @@ class ModelConfig(Section, frozen=True):
     value: Literal["shared", "separate", "reward_model"] = "shared"
     """What the value function reads: `shared`, the policy's transformer; `separate`, a transformer
     of its own; `reward_model`, the hidden states that the reward model has when it scores, which
-    a linear function is fitted to in each step. The last learns most for the least time where
-    there is exactly one reward model, which must read the policy's tokens (docs/ppo.md)."""
+    a linear function is fitted to in each step. The last learned most on the starter. It
+    needs exactly one reward model, which reads the policy's tokens (docs/ppo.md)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the forward and backward passes. Trained weights are kept in float32."""
     kernels: Literal["torch", "liger"] = "torch"

@@ -87,7 +87,7 @@ class PPOConfig(Section, frozen=True):
     reward_model`, which predicts returns better."""
     lam_value: Fraction | None = None
     """λ of the returns that the value function learns (gae only); VC-PPO and VAPO use 1. Default:
-    `lam`; 0.95 with `model.value: reward_model`."""
+    `lam`; 0.95 where that is left out with `model.value: reward_model`."""
     lam_alpha: Positive | None = None
     """α of the length-adaptive λ, which replaces `lam` by 1 - 1 / (α · length) for each response
     (gae only; 0 at least). VAPO uses 0.05, for responses of thousands of tokens. Default: `lam` for

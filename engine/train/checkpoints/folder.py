@@ -55,6 +55,8 @@ class TrainingState(msgspec.Struct, kw_only=True):
     """The mean score kept by `ppo.baseline: running`."""
     value_weights: list[float] = []
     """Weights and bias of `model.value: reward_model`; empty before the first step."""
+    value_positions: int = 0
+    """What positions are divided by for these weights: `rollout.max_new_tokens` as they began."""
     scored_by: str = ""
     """The reward that scores, scales and baseline belong to, see
     :attr:`engine.config.sections.reward.RewardConfig.scored_by`. Empty in earlier versions."""

@@ -47,7 +47,7 @@ def fit_linear_value(
     states: TokenStates,
     inputs: AdvantageInputs,
     ranks: RankGroup,
-    max_tokens: int,
+    positions: int,
 ) -> LinearFit:
     """Fits V to the returns of a step's responses. All ranks must call it.
 
@@ -69,11 +69,11 @@ def fit_linear_value(
         states: of this rank's rows.
         inputs: of the advantage estimator, whose values are not read; the same on every rank.
         ranks: all ranks of this attempt.
-        max_tokens: of a response, to scale positions by.
+        positions: that a position is divided by, the same for these weights in all steps.
     """
     w = torch.tensor(weights, dtype=torch.float64, device=inputs.mask.device)
     before = torch.zeros_like(inputs.old_logprobs)
-    for row, x in _rows(states, max_tokens):
+    for row, x in _rows(states, positions):
         before[row, : len(x)] = (x @ w).float()
     before = ranks.all_reduce_sum(before)
     returns = make_targets(dataclasses.replace(inputs, values=before)).returns
@@ -82,7 +82,7 @@ def fit_linear_value(
     errors = (returns - before).double()
 
     products = errors.new_zeros(len(w), len(w) + 1)
-    for row, x in _rows(states, max_tokens):
+    for row, x in _rows(states, positions):
         products[:, :-1] += x.T @ x
         products[:, -1] += x.T @ errors[row, : len(x)]
     tokens = int(inputs.lengths.sum())
@@ -93,7 +93,7 @@ def fit_linear_value(
     change = torch.cholesky_solve(gradient, factor)[:, 0]
 
     values = torch.zeros_like(before)
-    for row, x in _rows(states, max_tokens):
+    for row, x in _rows(states, positions):
         root = torch.linalg.solve_triangular(factor, x.T, upper=False)
         hat = root.T @ root / tokens  # the block of the hat matrix: X·A⁻¹·Xᵀ
         residuals = errors[row, : len(x)] - x @ change
@@ -102,7 +102,7 @@ def fit_linear_value(
     return LinearFit((w + change).tolist(), ranks.all_reduce_sum(values))
 
 
-def features(states: Tensor, max_tokens: int) -> Tensor:
+def features(states: Tensor, positions: int) -> Tensor:
     """What V is a linear function of.
 
     In this order: the last layer's states, the middle layer's, the last layer's times the position
@@ -110,13 +110,13 @@ def features(states: Tensor, max_tokens: int) -> Tensor:
 
     Args:
         states: of T tokens; (T, 2, H), see :class:`TokenStates`.
-        max_tokens: of a response.
+        positions: what a position is divided by.
 
     Returns:
         (T, D) float64.
     """
     last, middle = states.double().unbind(1)
-    position = torch.arange(len(last), dtype=last.dtype, device=last.device)[:, None] / max_tokens
+    position = torch.arange(len(last), dtype=last.dtype, device=last.device)[:, None] / positions
     return torch.cat(
         [last, middle, last * (2 * position - 1), position, position**2, torch.ones_like(position)],
         dim=1,
@@ -129,10 +129,10 @@ def with_all_features(weights: list[float]) -> list[float]:
     return [*last, *[0.0] * (2 * len(last) + 2), bias]
 
 
-def _rows(states: TokenStates, max_tokens: int) -> Iterator[tuple[int, Tensor]]:
+def _rows(states: TokenStates, positions: int) -> Iterator[tuple[int, Tensor]]:
     """The rows and their features, made anew: they take six times the memory of the states."""
     for row, x in zip(states.rows, states.states, strict=True):
-        yield row, features(x, max_tokens)
+        yield row, features(x, positions)
 
 
 def _penalties(squares: Tensor) -> Tensor:
