@@ -75,3 +75,24 @@ def test_files_that_cannot_be_written_are_told_once_and_a_new_one_follows(tmp_pa
     found = EventAccumulator(str(folder))
     found.Reload()
     assert [(e.step, e.value) for e in found.Scalars("objective/kl")] == [(4, 4)]
+
+
+def test_an_attempt_whose_first_steps_could_not_be_written_leaves_none_of_the_one_before(tmp_path):
+    folder, away = tmp_path / "tb", tmp_path / "away"
+    first = EventFiles(folder, 0, unexpected)
+    for step in range(1, 6):
+        first.step(step, {"objective/kl": float(step)}, [])
+    first.close()
+    folder.rename(away)
+    folder.touch()
+    second = EventFiles(folder, 3, lambda _step, _text: None, retry_seconds=0.0)
+    second.step(4, {"objective/kl": 14.0}, [])
+    folder.unlink()
+    away.rename(folder)
+    second.step(5, {"objective/kl": 15.0}, [])
+    second.close()
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("objective/kl")] == [
+        (1, 1), (2, 2), (3, 3), (5, 15),
+    ]  # fmt: skip

@@ -40,7 +40,8 @@ class EventFiles:
             retry_seconds: between two tries to write a new file.
         """
         self._folder = folder
-        self._from_step = from_step
+        self._purge_from = from_step + 1
+        """The first step that the files do not have, or have of an earlier attempt."""
         self._notify = notify
         self._retry_seconds = retry_seconds
         self._writer: SummaryWriter | None = None
@@ -59,7 +60,7 @@ class EventFiles:
             for summary in hparams(values, dict.fromkeys(HEADLINE, 0.0)):
                 writer._get_file_writer().add_summary(summary)
 
-        self._try(self._from_step + 1, write)
+        self._try(self._purge_from, write, written=self._purge_from - 1)
 
     def step(self, step: int, metrics: dict[str, float], samples: list[Sample]) -> None:
         """Writes the scalars and samples of one step, and flushes the file."""
@@ -70,28 +71,29 @@ class EventFiles:
             if samples:
                 writer.add_text("samples", _table(samples), step)
 
-        self._try(step, write)
+        self._try(step, write, written=step)
 
     def close(self) -> None:
         """Closes the file."""
         if self._writer is not None:
             self._writer.close()
 
-    def _try(self, step: int, write: Callable[[SummaryWriter], None]) -> None:
+    def _try(self, step: int, write: Callable[[SummaryWriter], None], *, written: int) -> None:
         """Writes something and flushes the file; a failure is reported and ends the file.
 
         Args:
-            step: what earlier files have of it and of later steps is out of date.
+            step: at which a failure is reported.
             write: writes it.
+            written: the last step that the files have then.
         """
         if self._writer is None and time.monotonic() < self._retry_at:
             return
         try:
             if self._writer is None:
-                first = step if self._failed else self._from_step + 1
-                self._writer = SummaryWriter(str(self._folder), purge_step=first)
+                self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_from)
             write(self._writer)
             self._writer.flush()
+            self._purge_from = written + 1
         except OSError as error:
             # Its thread has ended, and a reader stops at a record that was cut short.
             self._writer = None
