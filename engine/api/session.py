@@ -139,7 +139,7 @@ class Session(SessionReader):
             reply = client.send(command)
             if timeout != 0 and not reply.final:
                 try:
-                    reply = last_reply(client, self.files, reply.id, timeout)
+                    reply = last_reply(client, self.files, command, reply.id, timeout)
                 except TimeoutError as error:
                     raise TimeoutError(
                         f"'{command.name()}' is not applied within {timeout:g} s; it stays pending"

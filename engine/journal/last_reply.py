@@ -8,6 +8,7 @@ from engine.journal.reader import JournalReader
 from engine.journal.rows import CommandRow
 from engine.protocol.client import Client
 from engine.protocol.client_messages import CommandReply
+from engine.protocol.commands import Command, Stop
 from engine.session.folder import Session
 
 POLL_INTERVAL = 0.5
@@ -15,7 +16,11 @@ POLL_INTERVAL = 0.5
 
 
 def last_reply(
-    client: Client, session: Session, command_id: str, timeout: float | None = None
+    client: Client,
+    session: Session,
+    command: Command,
+    command_id: str,
+    timeout: float | None = None,
 ) -> CommandReply:
     """Waits until a command that the engine has accepted is applied or rejected.
 
@@ -26,6 +31,8 @@ def last_reply(
     Args:
         client: has sent the command.
         session: whose engine has accepted it.
+        command: that the client has sent. A stop is carried out once the engine has ended, even if
+            the journal has nothing of it, as on a full disk.
         command_id: of the command.
         timeout: seconds; None for as long as it takes.
 
@@ -42,9 +49,11 @@ def last_reply(
     with JournalReader(session) as record:
         while True:
             live = session.is_live()  # before the reading, which then sees the last rows
-            command = record.command(command_id)
-            if command is not None and command.status in ("applied", "rejected"):
-                return _reply(command)
+            row = record.command(command_id)
+            if row is not None and row.status in ("applied", "rejected"):
+                return _reply(row)
+            if not live and isinstance(command, Stop) and row is None:
+                return CommandReply(id=command_id, status="applied", step=record.last_step())
             if not live:
                 raise LinkError(
                     f"the engine of '{session.name}' has ended, and its journal does not say "
@@ -55,8 +64,8 @@ def last_reply(
             time.sleep(POLL_INTERVAL)
 
 
-def _reply(command: CommandRow) -> CommandReply:
+def _reply(row: CommandRow) -> CommandReply:
     return CommandReply(
-        id=command.id, status=command.status, step=command.applied_step,
-        reason=command.reason or "", changes=command.changes, result=command.result,
+        id=row.id, status=row.status, step=row.applied_step,
+        reason=row.reason or "", changes=row.changes, result=row.result,
     )  # fmt: skip

@@ -82,7 +82,7 @@ class CtlCall:
             # A probe always waits: its result is the reason to send it.
             if (self.wait or isinstance(command, Probe)) and not reply.final:
                 try:
-                    reply = last_reply(client, session, command_id, self.timeout)
+                    reply = last_reply(client, session, command, command_id, self.timeout)
                 except TimeoutError:
                     click.echo(
                         f"rlhf-tui: not applied within {self.timeout:g} s; still pending, "

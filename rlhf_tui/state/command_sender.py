@@ -85,7 +85,7 @@ def _await_end(
     """Waits for the last reply, then closes the connection, which `stack` holds."""
     try:
         with stack:
-            reply = last_reply(client, outgoing.session, command_id, WAIT)
+            reply = last_reply(client, outgoing.session, outgoing.command, command_id, WAIT)
         _post(outgoing, reply)
     except (RlhfError, OSError) as error:
         _post(outgoing, problem=str(error))

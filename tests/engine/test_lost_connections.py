@@ -20,7 +20,7 @@ from engine.protocol.client_messages import (
     Welcome,
     decode_from_client,
 )
-from engine.protocol.commands import Pause
+from engine.protocol.commands import Pause, Stop
 from engine.supervisor import server as server_module
 from rlhf_tui.cli import cli
 from tests.engine.supervised import apply_pending, until
@@ -128,7 +128,21 @@ async def test_a_wait_for_an_engine_that_ends_without_a_word_says_so(crowded, li
     with await asyncio.to_thread(Client, live, "me") as client:
         reply = await asyncio.to_thread(client.send, Pause())
         with await asyncio.to_thread(Client, live, "another"):
-            waiting = asyncio.create_task(asyncio.to_thread(last_reply, client, live, reply.id))
+            waiting = asyncio.create_task(
+                asyncio.to_thread(last_reply, client, live, Pause(), reply.id)
+            )
             live.lock_file.unlink()  # as if the lock's holder were gone
         with pytest.raises(LinkError, match="has ended, and its journal does not say"):
             await waiting
+
+
+async def test_a_stop_that_no_journal_could_take_is_carried_out_once_its_engine_has_ended(
+    crowded, live, writer
+):
+    with await asyncio.to_thread(Client, live, "me") as client:
+        await asyncio.to_thread(client.send, Pause())
+        with await asyncio.to_thread(Client, live, "another"):
+            given = (client, live, Stop(), "of a stop on a full disk")
+            waiting = asyncio.create_task(asyncio.to_thread(last_reply, *given))
+            live.lock_file.unlink()  # as if the lock's holder were gone
+        assert (await waiting).status == "applied"
