@@ -54,7 +54,7 @@ def init(
     given = {"policy": policy, "prompts": prompts}
     if reward_function is None:
         given["reward_model"] = reward_model
-    answers = asked(given)
+    answers = asked(given, overrides)
     tree = configuration(recipe, answers, column, reward_function)
     tree = _anchored(tree, file)
     config_file.apply_overrides(tree, overrides)
@@ -68,7 +68,7 @@ def init(
     say(f"{file} is written; try it with: rlhf-tui check {file}")
 
 
-def asked(given: dict[str, str | None]) -> dict[str, str]:
+def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str, str]:
     """The values that are given; the others are asked for, or are the starter's."""
     titles = {
         "policy": "The model to train (a folder or a hub id)",
@@ -80,17 +80,17 @@ def asked(given: dict[str, str | None]) -> dict[str, str]:
     for name, value in given.items():
         default = STARTER[name]
         if value is None and asking:
-            check = partial(usable, name)
+            check = partial(usable, name, overrides)
             value = click.prompt(titles[name], default=default, err=True, value_proc=check)
         answers[name] = value or default
     return answers
 
 
-def usable(name: str, answer: str) -> str:
+def usable(name: str, overrides: tuple[str, ...], answer: str) -> str:
     """Returns the answer. Raises UsageError, upon which click asks again, if it cannot be used."""
     tree = configuration("ppo", STARTER | {name: answer}, None, None)
     try:
-        check_inputs(config_file.from_mapping(tree, Path.cwd()))
+        check_inputs(config_file.from_mapping(tree, Path.cwd(), overrides))
     except ConfigError as error:
         raise click.UsageError(one_line(str(error))) from error
     return answer

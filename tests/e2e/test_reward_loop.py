@@ -58,7 +58,7 @@ def test_sixty_judgements_by_a_rule_teach_it_to_a_fork(lab, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "they are not comparable" in done.stderr
     events = lab.json("events", "second")
-    assert [e["step"] for e in events if e.get("rule") == "reward"] == [STEPS]
+    assert [e["step"] for e in events if e.get("rule") == "reward_changed"] == [STEPS]
     second = Session(lab.root / "second")
     early, late = share_of_rule(second, 1, STEPS), share_of_rule(second, STEPS + MORE - 5, 10**6)
     assert late > early + 0.3

@@ -130,4 +130,4 @@ def status(root: Path, name: str, as_json: bool) -> None:
     if row.state not in ENDED_STATES and not row.pid:
         say(f"  resume with {fmt.command('resume', row.name)}")
     elif row.state == "paused":
-        say(f"  resume with rlhf-tui ctl {row.name} unpause")
+        say(f"  resume with {fmt.command('ctl', row.name, 'unpause')}")
