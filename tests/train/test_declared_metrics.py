@@ -32,8 +32,10 @@ def test_a_step_returns_every_declared_metric_and_no_other(make_run):
     boundary = Boundary(session, run, Begin(attempt=1, from_step=0), Link(0))
     boundary.after_step(1, found, 0.1)
     boundary.close()
-    greedy, _ = make_run("ppo.advantage=remax")  # no estimator has every metric
-    found |= train_step(greedy, 1)[0]
+    # No estimator has every metric, and no value function.
+    for overrides in ("ppo.advantage=remax", "model.value=reward_model"):
+        other, _ = make_run(overrides)
+        found |= train_step(other, 1)[0]
     undeclared = {name for name in found if metrics.declaration(name) is None}
     assert not undeclared, "declare them in engine/metrics.py"
     covered = {metrics.describe(name).name for name in found}

@@ -10,9 +10,11 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 from torch.distributed.elastic.agent.server.api import (
@@ -84,16 +86,24 @@ class Agent(LocalElasticAgent):
         # torchrun would forward a scheduler's SIGTERM to the ranks. The supervisor handles it: it
         # finishes and saves the step first. See :mod:`engine.launch.rank`.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        super().__init__(spec, DefaultLogsSpecs(), shutdown_timeout=SHUTDOWN_TIMEOUT)
+        super().__init__(spec, DefaultLogsSpecs())
         self.failed: list[int] = []
         """Exit codes of the ranks that failed before the others were ended; -N for signal N."""
+
+    def _shutdown(
+        self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0, **_named: Any
+    ) -> None:
+        """Ends the ranks. What torch passes beside the signal depends on its version."""
+        del timeout
+        if self._pcontext is not None:
+            self._pcontext.close(death_sig, SHUTDOWN_TIMEOUT)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Torch calls it every `monitor_interval` seconds."""
         codes = [exit_code(worker.id) for worker in worker_group.workers]
         self.failed = [code for code in codes if code]
         if self.failed:
-            self._shutdown(timeout=SHUTDOWN_TIMEOUT)
+            self._shutdown()
         elif None in codes:
             # Torch would take note of the end of a rank that fails from now on.
             return RunResult(state=WorkerState.HEALTHY)
