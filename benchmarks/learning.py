@@ -59,10 +59,10 @@ BY_LENGTH = Ablation(
 )
 ALWAYS = [
     Ablation(
-        "oneDNN products",
+        "products and gradients of our own",
         {
-            "engine.train.models.language_model.use_onednn": textbook.no_op,
-            "engine.train.rewards.model.use_onednn": textbook.no_op,
+            "engine.train.models.pretrained.use_cpu_layers": textbook.no_op,
+            "engine.train.rewards.model.use_cpu_layers": textbook.no_op,
         },
     ),
     Ablation(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.train.models.onednn_linear import onednn_is_quicker, onednn_linear
+from engine.train.models.cpu_products import ONEDNN_IS_QUICKER, has_onednn, onednn_linear
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "textual", "msgspec")
 
@@ -41,7 +41,7 @@ def published_case(quicker: str) -> str:
     Args:
         quicker: `MKL` or `oneDNN`, the quicker one here in float32.
     """
-    if quicker == "oneDNN" and onednn_is_quicker():
+    if quicker == "oneDNN" and ONEDNN_IS_QUICKER:
         return (
             "AVX-512 where oneDNN is quicker than MKL: 2.06x at equal work, 3.30x for the defaults"
         )
@@ -114,7 +114,7 @@ def matmul_peak(dtype: torch.dtype = torch.float32) -> float:
     n = 8192 if on_gpu else 1536
     a, b = (torch.randn(n, n, dtype=dtype, device="cuda" if on_gpu else "cpu") for _ in range(2))
     shortest = best_of(10, lambda: a @ b)
-    if not on_gpu and onednn_is_quicker():
+    if not on_gpu and ONEDNN_IS_QUICKER:
         shortest = min(shortest, best_of(10, lambda: onednn_linear(a, b)))
     return 2 * n**3 / shortest / 1e9
 
@@ -126,7 +126,7 @@ def matmul_mkl() -> float:
 
 def matmul_onednn() -> float:
     """GFLOP/s of float32 products by oneDNN on a CPU; 0.0 if torch has none."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not has_onednn():
         return 0.0
     return _gflops(onednn_linear)
 

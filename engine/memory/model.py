@@ -15,9 +15,10 @@ from engine.config.schema import RunConfig
 LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Logits of a micro-batch that are alive at a time, by device: 134 MB of float32 on a CPU, 0.5 GB
 of bfloat16 on a GPU. See :mod:`engine.train.ppo.chunked_loss`."""
-LOGITS_PIECE = {"cpu": 1 << 22, "cuda": 1 << 25}
-"""Logits whose softmax is computed at a time, in float32: 16 MB, which fits a CPU's cache. On a GPU
-each piece costs a few kernel launches."""
+LOGITS_PIECE = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Logits whose softmax is computed at a time, in float32. On a CPU 4 MB: they fit its cache, and
+the allocator keeps their memory, unlike larger blocks (`engine.launch.environment`). On a GPU each
+piece costs a few kernel launches."""
 WHAT_IF_RANK = 16
 """The LoRA rank of the planner's comparison if the configuration names none."""
 

@@ -1,34 +1,73 @@
 """Optimised implementations compute the same as the plain ones."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from engine.config.sections.launch import LaunchConfig
 from engine.train.distributed.file_backed import back_by_file, drop_pages
-from engine.train.models import onednn_linear
+from engine.train.distributed.ranks import RankGroup
+from engine.train.models import cpu_products
+from engine.train.models.cpu_layers import use_cpu_layers
+from engine.train.models.cpu_products import layer_output
 from engine.train.ppo.logprobs import CHUNK, token_logprobs
 
-needs_onednn = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN"
-)
+MAKING = {"aten::zeros_like", "aten::fill_", "aten::embedding_dense_backward", "aten::add"}
+"""Operators by which autograd would make and add a gradient of an embedding."""
+SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
+needs_onednn = pytest.mark.skipif(not cpu_products.has_onednn(), reason="torch without oneDNN")
+
+
+def ranks_with(**changes):
+    """A group of ranks that differs from a single one on a CPU; has no collectives."""
+    ranks = copy.copy(SINGLE_RANK)
+    vars(ranks).update(changes)
+    return ranks
 
 
 @pytest.fixture
 def onednn(monkeypatch):
     """As on a processor on which oneDNN is faster."""
-    monkeypatch.setattr(onednn_linear, "onednn_is_quicker", lambda: True)
+    monkeypatch.setattr(cpu_products, "ONEDNN_IS_QUICKER", True)
+
+
+def small_model(seed=0):
+    """A model whose embedding is also its output layer; token 1 is padding."""
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=50, tie_word_embeddings=True, pad_token_id=1,
+        attention_bias=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(shape)
+
+
+def checkpoint_activations(model):
+    with warnings.catch_warnings():  # transformers 5.23 renames it; earlier ones lack the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def add_gradients(model, micro_batches):
+    for tokens in micro_batches:
+        model(input_ids=tokens).logits.square().mean().backward()
 
 
 @needs_onednn
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 24), (3, 5, 24)])
-def test_a_linear_layer_by_onednn_has_the_same_result_and_gradients(onednn, bias, shape):
+def test_a_linear_layer_by_onednn_has_the_same_result_and_gradients(onednn, bias, shape, size):
     torch.manual_seed(0)
     plain = nn.Linear(24, 40, bias=bias)
     quick = nn.Linear(24, 40, bias=bias)
     quick.load_state_dict(plain.state_dict())
-    onednn_linear.use_onednn(quick)
+    use_cpu_layers(quick, ranks_with(size=size))
     x, weights = torch.randn(shape), torch.randn(*shape[:-1], 40)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     for layer, given in zip((plain, quick), inputs, strict=True):
@@ -40,13 +79,80 @@ def test_a_linear_layer_by_onednn_has_the_same_result_and_gradients(onednn, bias
 
 
 @needs_onednn
+def test_an_output_layer_by_onednn_has_the_same_result(monkeypatch):
+    monkeypatch.setattr(cpu_products, "ONEDNN_IS_QUICKER_IF_WIDE", True)
+    monkeypatch.setattr(cpu_products, "WIDE", 40)
+    x, weight = torch.randn(3, 24), torch.randn(40, 24)
+    torch.testing.assert_close(layer_output(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
 def test_other_dtypes_than_float32_do_not_use_onednn(onednn):
     layer = nn.Linear(8, 8)
-    onednn_linear.use_onednn(layer)
+    use_cpu_layers(layer, SINGLE_RANK)
     x = torch.randn(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype is torch.bfloat16
     assert layer.to(torch.float64)(x.double()).dtype is torch.float64
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_added_in_place_are_those_of_autograd(checkpointing):
+    plain, ours = small_model(), small_model()
+    use_cpu_layers(ours, SINGLE_RANK)
+    micro_batches = [
+        torch.tensor([[1, 1, 4, 5], [7, 4, 4, 1]]),
+        torch.tensor([[2, 3, 9], [4, 1, 6]]),
+    ]
+    for model in (plain, ours):
+        model.train()
+        if checkpointing:
+            checkpoint_activations(model)
+        add_gradients(model, micro_batches)
+    for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_later_micro_batch_makes_no_other_gradient_of_the_embedding():
+    ours, plain = small_model(), small_model()
+    use_cpu_layers(ours, SINGLE_RANK)
+    assert gradients_made(plain)  # what this test looks for
+    assert not gradients_made(ours)
+
+
+def gradients_made(model):
+    """Operators of a second micro-batch that make a tensor of the embedding's shape."""
+    add_gradients(model, [torch.tensor([[2, 3, 4]])])
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        add_gradients(model, [torch.tensor([[5, 3, 4]])])
+    shape = list(model.get_input_embeddings().weight.shape)
+    return [e.name for e in profiler.events() if e.name in MAKING and shape in e.input_shapes[:1]]
+
+
+def test_with_several_ranks_gradients_pass_through_autograd_which_averages_them():
+    model = small_model()
+    use_cpu_layers(model, ranks_with(size=2))
+    seen = []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad, parameter=parameter: seen.append(parameter))
+    add_gradients(model, [torch.tensor([[2, 3, 4]])])
+    assert {id(p) for p in seen} == {id(p) for p in model.parameters()}
+
+
+def test_frozen_weights_get_no_gradient():
+    model = small_model()
+    use_cpu_layers(model, SINGLE_RANK)
+    trained = model.model.layers[0].mlp.down_proj.weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is trained)
+    add_gradients(model, [torch.tensor([[2, 3, 4]])] * 2)
+    assert [p for p in model.parameters() if p.grad is not None] == [trained]
+
+
+def test_layers_on_a_gpu_stay_as_they_are():
+    model = small_model()
+    use_cpu_layers(model, ranks_with(device=torch.device("cuda")))
+    assert not any("forward" in vars(part) for part in model.modules())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -79,12 +185,7 @@ def test_rows_computed_in_several_chunks_are_the_same_as_one_by_one():
 
 
 def test_a_file_backed_model_computes_the_same():
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=50, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(shape).eval().requires_grad_(False)
+    model = small_model().eval().requires_grad_(False)
     tokens = torch.arange(12).view(2, 6)
     before = model(input_ids=tokens).logits
     back_by_file(model)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from engine.train.distributed.sharding import full_tensor
 from engine.train.models import lora
-from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.output_layer import OutputLayer
 from engine.train.models.quantised_linear import packed_weight_count
 
@@ -54,7 +53,6 @@ class LanguageModel(nn.Module):
         """
         super().__init__()
         self.lm = lm
-        use_onednn(lm)
         self._compute = compute
         self._output = OutputLayer(lm, compute)
         self.value_trunk: nn.Module | None = None

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.train.models.onednn_linear import onednn_is_quicker, onednn_linear
-
 log = logging.getLogger("engine")
 
 PROBES = (1.0, -1.0, 0.0, 0.25, -3.0, 8.0, 40.0, -200.0, 1e30)
@@ -100,7 +98,7 @@ class OutputLayer:
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Context in which a module computes something else. Its hooks run as always."""
-    before = vars(module).get("forward")  # set by `use_onednn`, for example
+    before = vars(module).get("forward")  # set by `use_cpu_layers`, for example
     module.forward = forward  # of this module only
     try:
         yield
@@ -109,24 +107,6 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = before
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """The product x Wᵀ of x (n, i) and W (o, i), by the library that is faster here."""
-    return onednn_linear(x, weight) if _by_onednn(x, weight) else x @ weight.t()
-
-
-def add_product_(total: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Adds x Wᵀ to a tensor (n, o), which may be of a wider dtype."""
-    if total.dtype == x.dtype and not _by_onednn(x, weight):
-        total.addmm_(x, weight.t())
-    else:
-        total += product(x, weight)
-
-
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return on_cpu and onednn_is_quicker()
 
 
 class _TrunkOutput:

@@ -28,9 +28,9 @@ from engine.train.distributed.broadcast_files import broadcast_files, without_we
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import offload_between_uses, place_model
 from engine.train.models import lora
+from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.fused_kernels import use_fused_kernels
 from engine.train.models.language_model import AdapterFreePolicy, AnyModel, LanguageModel
-from engine.train.models.onednn_linear import use_onednn
 from engine.train.models.quantised_linear import quantise
 from engine.train.models.read_pretrained import NO_OPTIONS, ReadOptions, read_pretrained
 from engine.train.models.stored_weights import StoredModel, empty_model, share_stored
@@ -79,17 +79,16 @@ def load_policy(
         policy = LanguageModel(lm, value, compute_dtype(config))
         if value_model is not None:
             policy.value_trunk, policy.value_head = value_model
-            use_onednn(policy.value_trunk)
         elif value == "separate":
             trunk = _load_trunk(base, lm, ranks, dtype, read, sharded=sharded)
             if adapted:
                 lora.add_adapters(trunk, config.lora, seed=config.seed, base=base)
                 _quantise(trunk, config)
-            use_onednn(trunk)
             policy.value_trunk = trunk
     if config.parallel.activation_checkpointing:
         _checkpoint_activations(policy)
     place_model(_disable_dropout(policy), ranks, strategy, compute_dtype(config))
+    use_cpu_layers(policy, ranks)
     return policy
 
 
@@ -117,6 +116,7 @@ def load_reference(
     reference.requires_grad_(False)
     on_host = config.parallel.frozen == "offload"
     place_model(_disable_dropout(reference), ranks, strategy, dtype, on_host=on_host)
+    use_cpu_layers(reference, ranks)
     offload_between_uses(reference, ranks, strategy, on_host=on_host)
     return reference
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.memory.model import LOGITS_AT_ONCE
-from engine.train.models.output_layer import AfterLayer, OutputLayer, add_product_, product
+from engine.train.models.cpu_products import add_product_, layer_output, product
+from engine.train.models.output_layer import AfterLayer, OutputLayer
 from engine.train.ppo.logprobs import (
     TokenLogprobs,
     TokenLogprobsAndEntropies,
@@ -193,7 +194,7 @@ class _Pass:
         return loss, sums
 
     def _logits(self, part: slice) -> Tensor:
-        logits = product(self._hidden[part], self._weight)
+        logits = layer_output(self._hidden[part], self._weight)
         return self._after.apply_(logits if self._bias is None else logits.add_(self._bias))
 
     def _logprobs(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from engine.errors import UserInputError
 from engine.protocol.programs.reward_training import RewardTrainingRequest
 from engine.train.data.randomness import derived_seed
 from engine.train.distributed.ranks import RankGroup
-from engine.train.models.onednn_linear import use_onednn
+from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.pretrained import copy_weights, load_tokenizer, reward_options
 from engine.train.models.read_pretrained import ReadOptions, read_pretrained
 from engine.train.rewards.model import label_index
@@ -82,8 +82,9 @@ def read_base(
     except UserInputError as error:
         raise UserInputError(str(error).replace("reward.label", "--set label")) from None
     model.config.use_cache = False  # a decoder would fill one for nothing
-    use_onednn(model)
-    return BaseModel(name, model.to(ranks.device), tokenizer, index, pair, new_head)
+    model = model.to(ranks.device)
+    use_cpu_layers(model, ranks)
+    return BaseModel(name, model, tokenizer, index, pair, new_head)
 
 
 def _source(request: RewardTrainingRequest) -> tuple[RewardSource, str]:

@@ -16,7 +16,7 @@ from engine.train.distributed import sharding
 from engine.train.distributed.broadcast_files import broadcast_files, without_weights
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.sharding import full_tensor
-from engine.train.models.onednn_linear import use_onednn
+from engine.train.models.cpu_layers import use_cpu_layers
 from engine.train.models.pretrained import (
     load_tokenizer,
     read_model,
@@ -74,7 +74,6 @@ class RewardModel:
         self._strategy = strategy
         self._label = label_index(source, label, model.config)
         model.config.use_cache = False  # a decoder would fill one for nothing
-        use_onednn(model)
         self._model = model.eval().requires_grad_(False)
         self._device = ranks.device
         self._size = config.batch_size
@@ -87,6 +86,7 @@ class RewardModel:
     def place(self, ranks: RankGroup, *, on_host: bool) -> None:
         """Places the weights on every rank; see :mod:`engine.train.distributed.sharding`."""
         sharding.place_model(self._model, ranks, self._strategy, on_host=on_host)
+        use_cpu_layers(self._model, ranks)
         sharding.offload_between_uses(self._model, ranks, self._strategy, on_host=on_host)
 
     def __call__(self, inputs: RewardInputs, report: ReportProgress) -> list[float | None]:

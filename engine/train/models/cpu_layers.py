@@ -1,0 +1,121 @@
+"""Linear layers and embeddings in float32 on a CPU: their products, and where gradients are added.
+
+autograd makes a gradient of a weight's size for each micro-batch and then adds it to `weight.grad`;
+for an embedding that is also the output layer it makes three. With one rank nothing but the
+optimiser reads a weight's gradient, so a layer adds its own to `weight.grad` itself. The largest
+are the output layer's: 113 MB each for SmolLM2's 135 M, which the kernel clears each time.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from engine.train.distributed.ranks import RankGroup
+from engine.train.models.cpu_products import add_product_, layer_output, product
+
+
+def use_cpu_layers(module: nn.Module, ranks: RankGroup) -> None:
+    """Replaces the `forward` of a model's plain linear layers and embeddings, if it is on a CPU.
+
+    Call it when the model is placed, and its weights are trained or frozen. Where this is the only
+    rank, `weight.grad` is set in the backward pass itself, and autograd gets no gradient of the
+    weight: neither `torch.autograd.grad` nor a hook on the weight sees one.
+    """
+    if ranks.device.type != "cpu":
+        return
+    in_place = ranks.size == 1
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            forward = _in_place_linear if in_place else _linear
+            part.forward = types.MethodType(forward, part)  # type: ignore[method-assign]  # of this layer only
+        elif in_place and type(part) is nn.Embedding and _is_plain(part):
+            part.forward = types.MethodType(_in_place_embedding, part)  # type: ignore[method-assign]
+
+
+def _is_plain(layer: nn.Embedding) -> bool:
+    return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
+
+
+def _linear(layer: nn.Linear, x: Tensor, *, in_place: bool = False) -> Tensor:
+    """`nn.Linear.forward`, with products of our own for plain float32 tensors on the CPU."""
+    weight, bias = layer.weight, layer.bias
+    plain = x.dtype == weight.dtype == torch.float32 and _is_on_cpu(weight)
+    if not plain or torch.is_autocast_enabled("cpu"):
+        return linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        y = LinearFunction.apply(flat, weight, in_place)
+    else:
+        y = layer_output(flat, weight)
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def _in_place_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _linear(layer, x, in_place=True)
+
+
+def _in_place_embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:
+    weight = layer.weight
+    if torch.is_grad_enabled() and weight.requires_grad and _is_on_cpu(weight):
+        return InPlaceEmbedding.apply(ids, weight, layer.padding_idx)
+    return embedding(ids, weight, layer.padding_idx)
+
+
+def _is_on_cpu(weight: Tensor) -> bool:
+    """Whether it is a plain tensor there: not sharded or quantised."""
+    return weight.device.type == "cpu" and type(weight.data) is Tensor
+
+
+class LinearFunction(torch.autograd.Function):
+    """The product x Wᵀ of x (n, i) and W (o, i) in float32, shape (n, o)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, in_place: bool) -> Tensor:
+        """Saves x, and refers to the weight, which does not change before the backward pass."""
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.in_place = weight, in_place
+        return layer_output(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Returns the gradients g W and gᵀ x, the second unless it is added to `weight.grad`."""
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        grad = grad.contiguous()
+        of_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        of_weight: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            if not ctx.in_place:
+                of_weight = product(grad.t(), x.t())
+            elif weight.grad is None:
+                weight.grad = product(grad.t(), x.t())
+            else:
+                add_product_(weight.grad, grad.t(), x.t())
+        return of_x, of_weight, None
+
+
+class InPlaceEmbedding(torch.autograd.Function):
+    """Rows of a weight (V, H) by ids of any shape; adds the gradient to `weight.grad`."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
+        """Saves the ids. The row `padding` has no gradient, as in `nn.Embedding`."""
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding = weight, padding
+        return embedding(ids, weight, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        """Returns no gradients."""
+        (ids,), weight = ctx.saved_tensors, ctx.weight
+        ids, rows = ids.flatten(), grad.flatten(0, -2)
+        if ctx.padding is not None:
+            learns = ids != ctx.padding
+            ids, rows = ids[learns], rows[learns]
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, ids, rows)
+        return None, None, None
