@@ -4,6 +4,7 @@ Under $XDG_CONFIG_HOME and $XDG_STATE_HOME. A file that cannot be read is ignore
 a file cannot be written, the preferences are lost when the app ends.
 """
 
+import threading
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -17,6 +18,8 @@ from engine.session.folder import write_atomically
 CHARTS = [metrics.SCORE, metrics.KL, metrics.CLIP_FRACTION, metrics.BETA]
 THEME_NAMES = ("dark", "light", "contrast")
 SEEN_KEPT = 200
+_saving = threading.Lock()
+"""The app saves in threads. The last one writes what holds then."""
 
 
 class Preferences(Struct, kw_only=True):
@@ -81,8 +84,9 @@ def load_seen() -> SeenAll:
 def save(path: Path, value: Preferences | SeenAll) -> str:
     """Writes a file atomically. Returns why it failed; empty if it succeeded."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
+        with _saving:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
     except OSError as error:
         return f"cannot save {path}: {error.strerror}"
     return ""
