@@ -81,14 +81,16 @@ class JournalWriter:
 
         One that a killed engine began stays without an end, by which readers know of its death.
         """
-        if self._began:
-            with self._db:
-                self._db.execute(
-                    "UPDATE attempts SET ended = ? WHERE attempt = ? AND ended IS NULL",
-                    (time.time(), self.attempt),
-                )
-        self._db.close()
-        self._samples.close()
+        try:
+            if self._began:
+                with self._db:
+                    self._db.execute(
+                        "UPDATE attempts SET ended = ? WHERE attempt = ? AND ended IS NULL",
+                        (time.time(), self.attempt),
+                    )
+        finally:
+            self._db.close()
+            self._samples.close()
 
     # -- attempts and the timeline ---------------------------------------------------------
 
