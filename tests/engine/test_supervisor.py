@@ -59,7 +59,7 @@ async def test_a_run_that_loads_is_not_shown_as_running_after_a_pause_was_taken_
 
 
 async def test_a_stop_at_once_ends_ranks_whose_process_is_still_being_started(engine):
-    attempt = asyncio.create_task(engine.supervisor.attempt(StartOptions()))
+    attempt = asyncio.create_task(engine.supervisor.run_attempt(StartOptions()))
     async with asyncio.timeout(60):
         while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0)
