@@ -246,7 +246,10 @@ def _keys_of(section: type[msgspec.Struct], prefix: str) -> Iterable[str]:
 
 def _nearest(key: str) -> str:
     """`; did you mean 'ppo.epochs'?`, or nothing if no key is similar."""
-    keys = known_keys()
+    keys, section = known_keys(), key.rpartition(".")[0]
+    if "[" in section:  # an entry of a list
+        fields = (f for kind in _types_at(section) for f in getattr(kind, "fields", ()))
+        keys = [f"{section}.{field.encode_name}" for field in fields]
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not close:
         last = key.rsplit(".", 1)[-1]
@@ -257,7 +260,7 @@ def _nearest(key: str) -> str:
 def _explain(message: str, tree: dict[str, Any]) -> str:
     """Turns an error message of msgspec into one sentence about a dotted key."""
     text, _, at = message.partition(" - at `$")
-    path = at.rstrip("`").lstrip(".").replace("...", "mix")
+    path = at.rstrip("`").lstrip(".")
     if match := re.search(r"unknown field `(.+)`", text):
         key = f"{path}.{match[1]}" if path else match[1]
         colon = "; YAML takes `key: value`, with a space after the colon" if ":" in match[1] else ""
@@ -276,8 +279,13 @@ def _explain(message: str, tree: dict[str, Any]) -> str:
     return f"{path} must be {wanted} (it is {shown(value)})"
 
 
+def _parts(path: str) -> list[str]:
+    """The keys and indices of a dotted key: `reward.mix[0].weight`."""
+    return re.findall(r"[^.\[\]]+", path)
+
+
 def _lookup(tree: Any, path: str) -> Any:
-    for part in re.findall(r"[^.\[\]]+", path):
+    for part in _parts(path):
         try:
             tree = tree[int(part)] if isinstance(tree, list) else tree[part]
         except (KeyError, IndexError, ValueError, TypeError):
@@ -285,13 +293,22 @@ def _lookup(tree: Any, path: str) -> Any:
     return tree
 
 
+def _types_at(path: str) -> list[Any]:
+    """What msgspec knows of the types that the value of a key may have."""
+    kinds: list[Any] = [msgspec.inspect.type_info(RunConfig)]
+    for part in _parts(path):
+        if part.isdigit():
+            found = next((k.item_type for k in kinds if hasattr(k, "item_type")), None)
+        else:
+            fields = (f for kind in kinds for f in getattr(kind, "fields", ()))
+            found = next((f.type for f in fields if f.encode_name == part), None)
+        kinds = [found, *getattr(found, "types", ())]
+    return kinds
+
+
 def _choices(path: str) -> list[str]:
     """The allowed values of a key that is an enumeration; empty for any other key."""
-    found: Any = msgspec.inspect.type_info(RunConfig)
-    for part in path.split("."):
-        fields = getattr(found, "fields", ())
-        found = next((f.type for f in fields if f.encode_name == part), None)
-    kinds = [found, *getattr(found, "types", ())]
+    kinds = _types_at(path)
     values = [str(v) for kind in kinds for v in getattr(kind, "values", ())]
     numbers = any(isinstance(kind, msgspec.inspect.IntType) for kind in kinds)
     return [*(["a whole number"] if values and numbers else []), *values]

@@ -1,6 +1,7 @@
 """Adds a note to the journal of a session that has no engine; a live one does so itself."""
 
 import sqlite3
+from contextlib import closing
 
 from engine.errors import JournalError
 from engine.journal.writer import JournalWriter
@@ -23,10 +24,9 @@ def add_note(session: Session, text: str, who: str) -> int:
     Note(text=text).check_arguments()
     lock = session.acquire()  # only the holder of the lock may write the journal
     try:
-        journal = JournalWriter(session)
-        journal.record_event("note", {"text": text, "who": who})
-        step = journal.step
-        journal.close()
+        with closing(JournalWriter(session)) as journal:
+            journal.record_event("note", {"text": text, "who": who})
+            step = journal.step
     except sqlite3.Error as error:
         raise JournalError(f"cannot write {session.journal_file}: {error}") from error
     finally:

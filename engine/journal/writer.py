@@ -56,8 +56,9 @@ class JournalWriter:
         mode = "TRUNCATE" if on_network(session.folder) else "WAL"
         self._db = _open(session.journal_file, schema.JOURNAL, mode)
         self._samples = _open(session.samples_file, schema.SAMPLES, mode)
-        self._names: dict[str, int] = dict(self._db.execute("SELECT name, id FROM names"))
         self._events = EventLog(self._db)
+        self._began = False
+        """Whether the current attempt is of this process."""
         self.commands = CommandLog(self._db, self._events)
 
     @property
@@ -76,14 +77,20 @@ class JournalWriter:
         return self._events.last
 
     def close(self) -> None:
-        """Ends the attempt and closes the files."""
-        with self._db:
-            self._db.execute(
-                "UPDATE attempts SET ended = ? WHERE attempt = ? AND ended IS NULL",
-                (time.time(), self.attempt),
-            )
-        self._db.close()
-        self._samples.close()
+        """Ends the attempt, if it began here, and closes the files.
+
+        One that a killed engine began stays without an end, by which readers know of its death.
+        """
+        try:
+            if self._began:
+                with self._db:
+                    self._db.execute(
+                        "UPDATE attempts SET ended = ? WHERE attempt = ? AND ended IS NULL",
+                        (time.time(), self.attempt),
+                    )
+        finally:
+            self._db.close()
+            self._samples.close()
 
     # -- attempts and the timeline ---------------------------------------------------------
 
@@ -127,6 +134,7 @@ class JournalWriter:
         with self._db:
             self._supersede(from_step, fresh)
             self._events.attempt += 1
+            self._began = True
             if reseed:
                 self._set_meta({"reseed": [from_step, self.attempt]})
             self._db.execute(
@@ -242,9 +250,11 @@ class JournalWriter:
             self._metrics(0, metrics)
 
     def _metrics(self, step: int, metrics: dict[str, float]) -> None:
+        names = [(name,) for name in metrics]
+        self._db.executemany("INSERT OR IGNORE INTO names (name) VALUES (?)", names)
         self._db.executemany(
-            "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)",
-            [(self._name(k), step, finite(v)) for k, v in metrics.items()],
+            "INSERT OR REPLACE INTO metrics SELECT id, ?, ? FROM names WHERE name = ?",
+            [(step, finite(v), k) for k, v in metrics.items()],
         )
 
     def _sample(self, table: str, step: int, sample: Sample) -> None:
@@ -326,12 +336,6 @@ class JournalWriter:
             "INSERT OR REPLACE INTO meta VALUES (?, ?)",
             [(k, json.dumps(finite(v))) for k, v in values.items()],
         )
-
-    def _name(self, name: str) -> int:
-        if name not in self._names:
-            row = self._db.execute("INSERT INTO names (name) VALUES (?) RETURNING id", (name,))
-            self._names[name] = int(row.fetchone()[0])
-        return self._names[name]
 
 
 def on_network(folder: Path) -> bool:

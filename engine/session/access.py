@@ -43,6 +43,23 @@ def private_temporary_folder() -> Path:
     return folder
 
 
+def user_folder(variable: str, default: str) -> Path:
+    """Where this software keeps files of this user, which may not exist yet.
+
+    Args:
+        variable: of the XDG base directory specification, such as `XDG_STATE_HOME`.
+        default: the base where that is not set, such as `.local/state` in the user's home.
+    """
+    given = Path(os.environ.get(variable, ""))
+    if given.is_absolute():  # the specification has relative paths ignored
+        return given / "rlhf-tui"
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry in passwd: containers then set HOME to /
+        home = Path("/")
+    return home / default / "rlhf-tui"
+
+
 def create_file(path: Path) -> None:
     """Creates an empty file with mode 0600; an existing file stays as it is.
 

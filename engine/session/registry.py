@@ -18,8 +18,7 @@ log = logging.getLogger("engine")
 
 
 def _folder() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "rlhf-tui" / "live"
+    return access.user_folder("XDG_STATE_HOME", ".local/state") / "live"
 
 
 def _entry(session: Session) -> Path:

@@ -43,6 +43,7 @@ class Attempt:
     def rank_connected(self, rank: int, writer: asyncio.StreamWriter) -> None:
         """Registers a rank after its hello. Commands are sent to rank 0."""
         self._connected.add(rank)
+        self._all_disconnected.clear()
         if rank == 0:
             self._rank0 = writer
 

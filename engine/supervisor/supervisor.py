@@ -132,12 +132,12 @@ class Supervisor:
             self.publisher.notice("notify", text, self._journal.step)
         while state.next is not None:
             start, state.next = state.next, None
-            code = await self.attempt(start)
+            code = await self.run_attempt(start)
         await self.commands.finish_rollbacks()
         self.pending.run_ended()
         return code
 
-    async def attempt(self, start: StartOptions) -> int:
+    async def run_attempt(self, start: StartOptions) -> int:
         """Starts the ranks and waits for their end; sets `state.next` if an attempt follows."""
         state = self.state
         state.attempt = Attempt(start)

@@ -4,7 +4,7 @@ Under $XDG_CONFIG_HOME and $XDG_STATE_HOME. A file that cannot be read is ignore
 a file cannot be written, the preferences are lost when the app ends.
 """
 
-import os
+import threading
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -12,11 +12,14 @@ import msgspec
 from msgspec import Meta, Struct
 
 from engine import metrics
+from engine.session.access import user_folder
 from engine.session.folder import write_atomically
 
 CHARTS = [metrics.SCORE, metrics.KL, metrics.CLIP_FRACTION, metrics.BETA]
 THEME_NAMES = ("dark", "light", "contrast")
 SEEN_KEPT = 200
+_saving = threading.Lock()
+"""The app saves in threads. The last one writes what holds then."""
 
 
 class Preferences(Struct, kw_only=True):
@@ -55,19 +58,12 @@ _T = TypeVar("_T")
 
 def preferences_file() -> Path:
     """The file of the preferences."""
-    return _base("XDG_CONFIG_HOME", ".config") / "preferences.json"
+    return user_folder("XDG_CONFIG_HOME", ".config") / "preferences.json"
 
 
 def seen_file() -> Path:
     """The file of what was seen."""
-    return _base("XDG_STATE_HOME", ".local/state") / "seen.json"
-
-
-def _base(variable: str, default: str) -> Path:
-    given = os.environ.get(variable, "")
-    # The specification of these variables has relative paths ignored.
-    base = Path(given) if Path(given).is_absolute() else Path.home() / default
-    return base / "rlhf-tui"
+    return user_folder("XDG_STATE_HOME", ".local/state") / "seen.json"
 
 
 def load_preferences() -> tuple[Preferences, str]:
@@ -88,8 +84,9 @@ def load_seen() -> SeenAll:
 def save(path: Path, value: Preferences | SeenAll) -> str:
     """Writes a file atomically. Returns why it failed; empty if it succeeded."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
+        with _saving:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
     except OSError as error:
         return f"cannot save {path}: {error.strerror}"
     return ""

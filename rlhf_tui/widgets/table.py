@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+from rich.cells import cell_len
 from textual import events
 from textual.binding import Binding, BindingType
 
@@ -193,6 +194,5 @@ class Table(ScrollList):
 def fitted(text: str, width: int, *, right: bool = False) -> str:
     """Text padded or cut to exactly `width` cells."""
     text = one_line(text)
-    if right and len(text) < width:
-        return text.rjust(width)
-    return shorten(text, width)
+    room = width - cell_len(text)
+    return " " * room + text if right and room > 0 else shorten(text, width)

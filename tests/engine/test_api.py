@@ -16,6 +16,7 @@ from engine.errors import (
     SessionError,
     UserInputError,
 )
+from engine.journal.reader import JournalReader
 from engine.journal.samples import SampleQuery
 
 
@@ -97,6 +98,12 @@ def test_a_run_without_an_engine_takes_notes_and_no_other_command(run):
         run.note(" ")
     with pytest.raises(NoSuchSessionError, match="has no live engine"):
         run.pause()
+
+
+def test_a_note_does_not_end_the_attempt_of_an_engine_that_died(run):
+    run.note("seen")
+    with JournalReader(run.files) as reader:
+        assert [attempt.ended for attempt in reader.attempts()] == [None]
 
 
 def test_a_session_is_found_by_its_name(run):

@@ -110,7 +110,11 @@ def test_advantages_reach_less_far_with_a_fitted_value_function_and_its_returns_
             "data.prompts=[{path: a, weight: 1e-6}, {path: b}]",
             "data.prompts[0].weight (1e-06) must",
         ),
-        ("data.prompts=[{paht: a}]", "unknown key"),
+        (
+            "data.prompts=[{paht: a}]",
+            "unknown key 'data.prompts[0].paht'; did you mean 'data.prompts[0].path'?",
+        ),
+        ("notify.webhooks=[{format: fax}]", "notify.webhooks[0].format must be one of discord, "),
         ("train.stop_at={metric:eval/score}", "with a space after the colon"),
         ("data.prompts=[a, b]", "data.prompts[0] must be"),
         ("data.prompts=2020-13-45", "-o data.prompts: month must be in 1..12"),

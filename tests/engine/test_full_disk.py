@@ -74,6 +74,15 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
     assert engine.shared.attempt.failure is None
 
 
+def test_a_step_that_is_written_when_there_is_room_again_has_its_metrics(writer):
+    report = StepReport(step=1, metrics={"objective/kl": 1.0, "lr": 2.0}, samples=[], settings={})
+    with no_room_for_files(), pytest.raises(sqlite3.OperationalError):
+        writer.journal.record_step(report)
+    writer.journal.record_step(report)
+    with JournalReader(writer.session) as reader:
+        assert [row.values for row in reader.metrics()] == [report.metrics]
+
+
 async def test_what_a_killed_attempt_reported_is_not_written_into_the_next(
     engine, writer, tmp_path, monkeypatch, caplog
 ):

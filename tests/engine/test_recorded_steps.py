@@ -177,7 +177,7 @@ async def test_a_resume_neither_repeats_an_alert_nor_forgets_when_it_clears(run,
 async def begun(run):
     """An engine that has begun an attempt after step 1, and was stopped at once."""
     engine = Engine(run)
-    attempt = asyncio.create_task(engine.supervisor.attempt(StartOptions(from_step=1)))
+    attempt = asyncio.create_task(engine.supervisor.run_attempt(StartOptions(from_step=1)))
     async with asyncio.timeout(60):
         while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0)

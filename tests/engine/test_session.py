@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pwd
 import stat
 import subprocess
 import sys
@@ -281,6 +282,16 @@ def test_the_list_of_live_sessions_is_a_hint_that_heals_itself(make_session, tmp
     assert len(list(folder.iterdir())) == 3
     held.release()
     registry.withdraw(living)
+    assert registry.live_sessions() == []
+
+
+def test_a_user_without_a_home_has_no_live_sessions(monkeypatch):
+    def unknown(_uid):
+        raise KeyError
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
     assert registry.live_sessions() == []
 
 

@@ -59,7 +59,7 @@ async def test_a_run_that_loads_is_not_shown_as_running_after_a_pause_was_taken_
 
 
 async def test_a_stop_at_once_ends_ranks_whose_process_is_still_being_started(engine):
-    attempt = asyncio.create_task(engine.supervisor.attempt(StartOptions()))
+    attempt = asyncio.create_task(engine.supervisor.run_attempt(StartOptions()))
     async with asyncio.timeout(60):
         while not engine.supervisor.ranks.token:  # noqa: ASYNC110 - nothing announces it
             await asyncio.sleep(0)
@@ -327,3 +327,18 @@ async def test_ranks_that_end_for_another_number_of_machines_start_again(engine,
     engine.shared.next, engine.shared.stopping = None, True
     engine.supervisor.conclude(1)
     assert (engine.shared.next, engine.state) == (None, "stopped")
+
+
+# -- the end of an attempt -------------------------------------------------------------------------
+
+
+async def test_a_rank_that_connected_after_another_had_left_is_waited_for(engine):
+    attempt = engine.shared.attempt
+    attempt.rank_connected(1, None)
+    attempt.rank_disconnected(1)
+    attempt.rank_connected(2, None)
+    waiting = asyncio.create_task(attempt.wait_disconnected())
+    ended, _ = await asyncio.wait({waiting}, timeout=0.2)
+    assert not ended
+    attempt.rank_disconnected(2)
+    await waiting

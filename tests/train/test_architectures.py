@@ -98,6 +98,14 @@ def test_a_run_starts_at_ratio_1_and_kl_0_and_samples_what_it_trains_on(
     assert abs(metrics["objective/kl"]) > 1e-6, "the update changed nothing"
 
 
+def test_no_dropout_is_left_where_activations_are_recomputed_in_training_mode(make_run, tmp_path):
+    folder = write_model(tmp_path / "opt", "opt")  # its layers have dropout as plain numbers
+    assert json.loads((folder / "config.json").read_text())["dropout"] == 0.1
+    run, _ = make_run(*overrides(folder), "parallel.activation_checkpointing=true")
+    metrics, _ = train_step(run, 1)
+    assert metrics["val/ratio_var"] == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_two_ranks_compute_the_step_of_one(make_run, tmp_path):
     jobs, expected = [], {}

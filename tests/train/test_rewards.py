@@ -378,6 +378,15 @@ def test_an_encoder_of_another_tokenizer_scores_as_when_it_is_called_by_hand(
         assert score == pytest.approx(float(model(**by_hand).logits[0, 0]), abs=1e-5)
 
 
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_rank_without_responses_scores_none(inputs, tokenizer, encoder, pair):
+    folder, _, _ = encoder
+    reward = RewardModel(
+        folder, None, RewardConfig(model=folder), tokenizer.get_vocab(), SINGLE_RANK, pair=pair
+    )
+    assert reward(inputs.select(torch.arange(0)), no_report) == []
+
+
 def test_a_value_cannot_be_fitted_to_a_model_that_reads_other_tokens(encoder, tokenizer):
     folder, _, _ = encoder
     config = RewardConfig(model=folder)

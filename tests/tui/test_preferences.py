@@ -1,5 +1,7 @@
 """What is remembered between two sittings."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 from rlhf_tui.state import preferences as prefs
 
 
@@ -39,3 +41,11 @@ def test_what_was_seen_of_one_session_leaves_the_others(tmp_path):
     prefs.remember_seen("/b", prefs.Seen(time=2.0, step=20, event=4))
     assert prefs.load_seen()["/a"].step == 10
     assert prefs.load_seen()["/b"].event == 4
+
+
+def test_threads_that_save_at_once_do_not_disturb_each_other():
+    def save(_number):
+        return prefs.save(prefs.preferences_file(), prefs.Preferences())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(save, range(100))) == {""}

@@ -1,9 +1,10 @@
-"""Rows of pieces that are broken between words."""
+"""Rows of pieces that are broken between words, and cells that are cut or padded."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_tui.widgets.lines import row_width
+from rlhf_tui.widgets.table import fitted
 from rlhf_tui.widgets.wrap import wrap_row
 
 PIECES = st.lists(
@@ -27,3 +28,8 @@ def test_a_word_keeps_its_tone():
     first, second, _ = wrap_row(row, 18)
     assert ("12", "strong") in first
     assert ("checkpoints", "strong") in second
+
+
+@given(text=st.text("ab 界", max_size=10), width=st.integers(0, 12), right=st.booleans())
+def test_a_cell_has_its_width_whatever_its_letters(text, width, right):
+    assert row_width([(fitted(text, width, right=right), "")]) == width

@@ -28,8 +28,6 @@ def read_agreement(record: JournalReader) -> Agreement:
     # A reader of its own: the file of judgements may have been replaced since the other was opened.
     with SampleReader(record.session) as samples, LabelReader(record.session) as labels:
         rows, preferences = samples.judged(), labels.preferences()
-    if (position := record.session.position) is not None:  # judged later than it shows
-        preferences = [p for p in preferences if p.time <= position.time]
     scored = [s for row in rows if not row.left and (s := _scored(row, changes)) is not None]
     parts: dict[int, list[JudgedScore]] = {}
     for each in scored:

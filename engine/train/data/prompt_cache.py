@@ -22,7 +22,13 @@ import msgspec
 import pyarrow as pa
 
 from engine.errors import SessionError, UserInputError
-from engine.session.access import FILE_MODE, FOLDER_MODE, make_folders, private_temporary_folder
+from engine.session.access import (
+    FILE_MODE,
+    FOLDER_MODE,
+    make_folders,
+    private_temporary_folder,
+    user_folder,
+)
 from engine.session.folder import write_atomically
 from engine.session.temporary_folders import TemporaryFolder
 from engine.train.data.prompt_table import PromptTable
@@ -51,14 +57,7 @@ def cache_folder(configured: str | None) -> Path:
     """The folder of the cache: `data.cache`, or one in the user's cache folder."""
     if configured is not None:
         return Path(configured)
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(home).is_absolute():
-        return Path(home) / "rlhf-tui" / "prompts"
-    try:
-        base = Path.home()
-    except RuntimeError:  # neither HOME nor an entry in passwd: containers then set HOME to /
-        base = Path("/")
-    return base / ".cache" / "rlhf-tui" / "prompts"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "prompts"
 
 
 def content_hash(files: Iterable[Path], *facts: str) -> str:

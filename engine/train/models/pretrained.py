@@ -342,8 +342,10 @@ def _disable_dropout(module: LanguageModel) -> LanguageModel:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        elif isinstance(getattr(part, "attention_dropout", None), float):
-            vars(part)["attention_dropout"] = 0.0  # a number, read in training mode only
+        for name, value in vars(part).items():
+            # Numbers that a forward pass reads in training mode: of dropout, of dropped layers.
+            if "drop" in name and isinstance(value, float):
+                vars(part)[name] = 0.0
     return module.eval()
 
 

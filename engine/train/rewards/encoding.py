@@ -97,9 +97,8 @@ class RewardEncoding:
             return self._encoded([row[-self._limit :] for row in joined], None)
         encoded = [self._encode(p, t) for p, t in zip(prompts, texts, strict=True)]
         sequences = [list(e["input_ids"]) for e in encoded]
-        if not self._pair or "token_type_ids" not in encoded[0]:
-            return self._encoded(sequences, None)
-        return self._encoded(sequences, [list(e["token_type_ids"]) for e in encoded])
+        types = [list(e["token_type_ids"]) for e in encoded if self._pair and "token_type_ids" in e]
+        return self._encoded(sequences, types or None)  # none, too, of a rank without responses
 
     def _encoded(
         self, sequences: list[list[int]], types: list[list[int]] | None

@@ -164,7 +164,7 @@ def short_path(path: str | Path) -> str:
     """A path with `~` for the home folder."""
     try:
         return str(Path("~") / Path(path).relative_to(Path.home()))
-    except ValueError:
+    except (ValueError, RuntimeError):  # elsewhere; no home is known
         return str(path)
 
 
