@@ -1,6 +1,7 @@
 """The operator's labels and notes: keys on the samples, and what other clients say."""
 
 import queue
+import threading
 
 import pytest
 
@@ -139,6 +140,26 @@ async def test_what_cannot_be_written_is_said_and_not_shown(samples, judged, unt
         await until(pilot, lambda: notices(app))
         assert "you need write permission" in notices(app)[0]
         await until(pilot, lambda: shown(app)[0][0] == "")
+
+
+async def test_what_could_not_be_written_is_not_shown_among_the_responses_of_another_session(
+    samples, judged, session_maker, until
+):
+    session_maker(judged.folder.parent, "other", STEPS)
+    async with samples() as (app, pilot):
+        judged.labels_file.mkdir()
+        labels, gate = app.screen.labels, threading.Event()
+        labels.write(lambda _session: not gate.wait(60))  # a slow disk
+        await pilot.press("plus")
+        assert app.open_session("other")
+        await pilot.press("3")
+        table = app.screen.query_one(Table)
+        await until(pilot, lambda: table.count() == 8 * STEPS)
+        shown_again = []
+        labels._show = shown_again.append
+        gate.set()
+        await until(pilot, lambda: notices(app))
+        assert not shown_again
 
 
 def test_words_of_the_filter_and_the_same_in_quotes():

@@ -39,6 +39,29 @@ def test_no_command_overtakes_the_one_before(engine, monkeypatch, root):
     assert sum(r.reply.status == "applied" for r in replies) == 2
 
 
+def test_whatever_goes_wrong_in_sending_is_told_and_the_next_command_is_sent(
+    engine, monkeypatch, root
+):
+    kind, replies = command_sender.Client, []
+    send = kind.send
+
+    def fail_once(self, command, command_id):
+        if isinstance(command, Checkpoint):
+            raise KeyError("what nobody has thought of")
+        return send(self, command, command_id)
+
+    monkeypatch.setattr(kind, "send", fail_once)
+    sender = CommandSender("me")
+    for command in (Checkpoint(), Undo()):
+        sender.send(OutgoingCommand(Session(root / "frozen"), command, "it", replies.append))
+    end = time.monotonic() + DEADLINE
+    while len(replies) < 3:
+        assert time.monotonic() < end, replies
+        time.sleep(0.01)
+    assert replies[0].problem == "KeyError: 'what nobody has thought of'"
+    assert engine == [Undo()]
+
+
 @pytest.fixture
 def effects():
     effects = PendingEffects()
