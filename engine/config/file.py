@@ -23,6 +23,11 @@ from engine.errors import ConfigError
 
 SESSIONS_BEFORE = {"rollout.sampling": "inverse_cdf"}
 """What a session does that began before a key existed, where that is not the key's default."""
+DEPENDENT = (
+    "rollout.per_prompt", "eval.column", "eval.max_new_tokens", "ppo.whiten", "ppo.lam",
+    "ppo.lam_value", "ppo.value_head_rate", "lora.alpha",
+)  # fmt: skip
+"""The keys whose defaults depend on other keys: :func:`complete` fills them in."""
 EMPTY = ", got null"
 """Ends the requirement that a key without a value does not meet."""
 
@@ -138,6 +143,36 @@ def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     apply_overrides(tree, overrides)
     _anchor_paths(tree, Path.cwd())
     return from_tree(tree)
+
+
+def kept_defaults(config: RunConfig, overrides: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+    """The defaults that :func:`override` keeps although with these overrides they are others.
+
+    A configuration does not tell whether a value was given: one that is its key's default counts
+    as left out.
+
+    Returns:
+        `{key: (value, default)}` of keys that the overrides do not name.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    given = list(overrides)
+    before = flatten(to_tree(config))
+    defaults = _with_defaults(to_tree(config), DEPENDENT)
+    left_out = [key for key in DEPENDENT if before[key] == defaults[key]]
+    kept = flatten(to_tree(override(config, given)))
+    defaults = _with_defaults(to_tree(config), left_out, given)
+    return {k: (kept[k], defaults[k]) for k in left_out if kept[k] != defaults[k]}
+
+
+def _with_defaults(
+    tree: dict[str, Any], keys: Iterable[str], overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A configuration, flat, as if `keys` had been left out; changes `tree`."""
+    apply_overrides(tree, [f"{key}=null" for key in keys])
+    apply_overrides(tree, overrides)
+    return flatten(to_tree(complete(msgspec.convert(tree, RunConfig, strict=True))))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:

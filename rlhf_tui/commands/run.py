@@ -209,19 +209,23 @@ def fork(
 ) -> None:
     """Fork a new session from a checkpoint of another."""
     session = existing(root, name)
-    old = session.config().reward.scored_by
+    old = session.config()
     child, start = start_fork(
         session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who(),
         ema=ema,
     )  # fmt: skip
-    if (new := child.config().reward.scored_by) != old:
-        click.echo(
-            one_line(
-                f"rlhf-tui: from step {from_step + 1} on scores come from {new}, before from "
-                f"{old}: they are not comparable, and kl.beta may need another value"
-            ),
-            err=True,
+    before, after = old.reward.scored_by, child.config().reward.scored_by
+    if after != before:
+        _show_notice(
+            f"from step {from_step + 1} on scores come from {after}, before from {before}: they "
+            "are not comparable, and kl.beta may need another value"
         )
+    if kept := config_file.kept_defaults(old, overrides):
+        values = ", ".join(
+            f"{key} {fmt.value_text(value)} (default now {fmt.value_text(default)})"
+            for key, (value, default) in kept.items()
+        )
+        _show_notice(f"kept from '{name}': {values}; -o changes them")
     _begin(child, start, mode)
 
 

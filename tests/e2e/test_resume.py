@@ -75,6 +75,15 @@ def test_a_resume_whose_input_is_wrong_leaves_the_configuration_as_it_was(lab, w
 
 
 @pytest.mark.slow
+def test_a_fork_says_which_defaults_of_its_parent_it_keeps(lab, whole):
+    keys = ("-o", "model.value=reward_model", "-o", "train.steps=5")
+    done = lab.cli("fork", "whole", "--from", "4", "--name", "fitted", *keys, "--headless")
+    assert done.returncode == 0, done.stderr
+    kept = "ppo.lam 0.95 (default now 0.9), ppo.lam_value off (default now 0.95)"
+    assert f"rlhf-tui: kept from 'whole': {kept}; -o changes them" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_fork_whose_input_is_wrong_leaves_no_session(lab, whole):
     wrong = ("-o", "reward.mix=[]", "-o", "reward.function=not_there:score")
     done = lab.cli("fork", "whole", "--from", "4", "--name", "wrong", *wrong, "--detach")

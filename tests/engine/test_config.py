@@ -70,6 +70,25 @@ def test_advantages_reach_less_far_with_a_fitted_value_function_and_its_returns_
         assert (ppo.lam, ppo.lam_value) == lambdas
 
 
+def test_a_fork_keeps_the_defaults_of_its_parent_and_is_told_where_they_are_others():
+    fitted, parent = "model.value=reward_model", demo()
+    for config, overrides, kept in (
+        (parent, [fitted], {"ppo.lam": (0.95, 0.9), "ppo.lam_value": (None, 0.95)}),
+        (
+            demo(fitted),
+            ["model.value=shared"],
+            {"ppo.lam": (0.9, 0.95), "ppo.lam_value": (0.95, None)},
+        ),
+        (parent, [fitted, "ppo={lam: 0.95, lam_value: null}"], {}),
+        (demo("ppo.lam=0.97"), [fitted], {}),
+        (parent, ["kl.beta=0.2"], {}),
+    ):
+        assert config_file.kept_defaults(config, overrides) == kept
+    tokens = parent.eval.max_new_tokens
+    longer = config_file.kept_defaults(parent, ["rollout.max_new_tokens=99"])
+    assert longer == {"eval.max_new_tokens": (tokens, 99)}
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
