@@ -1,5 +1,6 @@
 """Commands that start an engine: demo, run, resume, fork."""
 
+import functools
 import os
 import shutil
 import sys
@@ -41,13 +42,10 @@ from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
 
 headless_option = click.option(
-    "--headless",
-    "mode",
-    flag_value="headless",
-    help="Run in the foreground; print a line per step.",
+    "--headless", is_flag=True, help="Run in the foreground; print a line per step."
 )
 detach_option = click.option(
-    "--detach", "mode", flag_value="detach", help="Start the engine in the background and exit."
+    "--detach", is_flag=True, help="Start the engine in the background and exit."
 )
 LOADING_TIMEOUT = 60.0
 """Seconds that `--detach` waits for errors while models load; loading continues after it."""
@@ -58,8 +56,21 @@ reseed_option = click.option(
 
 
 def starting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of every command that starts an engine."""
-    return headless_option(detach_option(override_option(sessions_option(command))))
+    """Adds the options of every command that starts an engine.
+
+    The command gets `mode`: headless, detach or None for the dashboard.
+    """
+
+    @functools.wraps(command)
+    def with_mode(*, headless: bool, detach: bool, **options: Any) -> Any:
+        if headless and detach:
+            raise UserInputError(
+                "give one of --headless (in the foreground) and --detach (in the background)"
+            )
+        mode = "headless" if headless else "detach" if detach else None
+        return command(mode=mode, **options)
+
+    return headless_option(detach_option(override_option(sessions_option(with_mode))))
 
 
 @click.command()
