@@ -129,8 +129,8 @@ def is_done(session: Session, overrides: tuple[str, ...]) -> bool:
         if step < total:
             return False
     why = f" ({reason})" if reason else ""
-    name = session.name
-    say(f"session '{name}' has finished at step {step}{why}; to train on: rlhf-tui resume {name}")
+    on = fmt.command("resume", session.name, root=session.folder.parent)
+    say(f"session '{session.name}' has finished at step {step}{why}; to train on: {on}")
     return True
 
 
@@ -178,7 +178,6 @@ def _resume(
     from_step: int | None = None,
     reseed: bool = False,
 ) -> None:
-    name = session.name
     session.acquire().release()  # raises if the session is live
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
@@ -190,9 +189,10 @@ def _resume(
         crashed = record.state() == "crashed"
     # A session that crashed after its last checkpoint still has to record its end.
     if start.from_step >= total and not crashed:
+        more, root = f"train.steps={2 * total}", session.folder.parent
         say(
-            f"session '{name}' has finished its {fmt.plural(total, 'step')}; to extend it: "
-            f"rlhf-tui resume {name} -o train.steps={2 * total}"
+            f"session '{session.name}' has finished its {fmt.plural(total, 'step')}; to extend it: "
+            + fmt.command("resume", session.name, "-o", more, root=root)
         )
         return
     _begin(session, start, mode)
@@ -274,7 +274,8 @@ def _watch(session: Session, start: StartOptions) -> None:
 
 def _detach(session: Session, start: StartOptions) -> None:
     pid = start_or_remove(session, start, timeout=LOADING_TIMEOUT, notice=_show_notice)
-    say(f"session {session.name}: engine pid {pid}; open it: {fmt.command('attach', session.name)}")
+    attach = fmt.command("attach", session.name, root=session.folder.parent)
+    say(f"session {session.name}: engine pid {pid}; open it: {attach}")
 
 
 def _show_notice(text: str) -> None:

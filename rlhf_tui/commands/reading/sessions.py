@@ -45,7 +45,8 @@ def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -
     if as_json:
         print_json([r.as_json() for r in rows])
     elif not rows:
-        say(f"no sessions in {address or root}; start one with: rlhf-tui demo")
+        demo = fmt.command("demo", root=None if address else root)
+        say(f"no sessions in {address or root}; start one with: {demo}")
     else:
         header = ["name", "state", "step", "beta", "score", "KL", "last active", ""]
         folders = {str(s.folder) for s in local}
@@ -64,7 +65,8 @@ def _remote_rows(address: str, options: list[str]) -> list[SessionRow]:
 
     parsed = Address.parse(address)
     if parsed.name:
-        raise UserInputError(f"ls takes no session: rlhf-tui attach {address} opens it")
+        attach = fmt.command("attach", address)
+        raise UserInputError(f"ls takes no session: {attach} opens it")
     output = run(parsed, "ls", "--json", *options)
     try:
         return msgspec.json.decode(output, type=list[SessionRow])
@@ -135,6 +137,7 @@ def status(root: Path, name: str, as_json: bool) -> None:
         say(f"  deadline    saves and ends before {fmt.clock(row.deadline)}")
     say(f"  folder      {row.folder}")
     if row.state not in ENDED_STATES and not row.pid:
-        say(f"  resume with {fmt.command('resume', row.name)}")
+        say(f"  resume with {fmt.command('resume', row.name, root=Path(row.folder).parent)}")
     elif row.state == "paused":
-        say(f"  resume with {fmt.command('ctl', row.name, 'unpause')}")
+        unpause = fmt.command("ctl", row.name, "unpause", root=Path(row.folder).parent)
+        say(f"  resume with {unpause}")
