@@ -241,8 +241,7 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
     """
     for key in changes(old, new):
         if key.startswith(FIXED_AT_START) and key not in FREE_ON_RESUME:
-            # A checkpoint has the adapters of its run, so not even a fork can change them.
-            alternative = "" if key.startswith("lora.") else ", or fork instead"
+            alternative = "" if _is_in_checkpoints(key, old, new) else ", or fork instead"
             reason = "it determines the model or the order of the data"
             if key == "train.optimiser":
                 reason = "the checkpoint holds its state"
@@ -256,14 +255,22 @@ def check_forkable(old: RunConfig, new: RunConfig) -> None:
     """Checks that a fork can load a checkpoint of the old run.
 
     Raises:
-        ConfigError: a `lora` key differs.
+        ConfigError: a `lora` key differs, or the value function that is trained.
     """
     for key in changes(old, new):
-        if key.startswith("lora."):
+        if _is_in_checkpoints(key, old, new):
+            merged = "with --merged " if key.startswith("lora.") else ""
             raise ConfigError(
                 f"{key} cannot change on a fork because the checkpoint depends on it: "
-                "export the policy with --merged and start a new run from it"
+                f"export the policy {merged}and start a new run from it"
             )
+
+
+def _is_in_checkpoints(key: str, old: RunConfig, new: RunConfig) -> bool:
+    """Whether a key that differs determines what a checkpoint holds: adapters, value function."""
+    if key in ("model.value", "ppo.advantage"):
+        return old.trained_value != new.trained_value
+    return key.startswith("lora.")
 
 
 def known_keys() -> list[str]:
