@@ -111,12 +111,10 @@ def existing(root: Path, name: str) -> Session:
         return find(root, name, elsewhere)
     except NoSuchSessionError:
         near = _similar(name, sorted({s.name for s in (*all_sessions(root), *elsewhere)}))
-        if not near:
-            raise
-        raise NoSuchSessionError(
-            f"no session '{name}' in {root}; did you mean {' or '.join(near)}? "
-            f"({fmt.command('ls', root=root)} lists all)"
-        ) from None
+        ls = fmt.command("ls", root=root)
+        known = f"did you mean {' or '.join(near)}? ({ls} lists all)"
+        hint = known if near else f"list sessions with: {ls}"
+        raise NoSuchSessionError(f"no session '{name}' in {root}; {hint}") from None
 
 
 def _similar(name: str, names: list[str]) -> list[str]:
