@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from engine import __version__
 from engine.errors import RlhfError, UserInputError
@@ -86,9 +85,6 @@ def cli(context: click.Context, root: Path) -> None:
         from rlhf_tui.commands import view  # noqa: PLC0415 - imported lazily, as all commands
 
         view.browse(root)
-    elif context.get_parameter_source("root") is ParameterSource.COMMANDLINE:
-        # The command has a --sessions option of its own, whose default is this variable.
-        os.environ["RLHF_TUI_SESSIONS"] = str(root)
 
 
 def main() -> None:

@@ -32,15 +32,15 @@ class Printer:
     Everything it prints is sanitised.
     """
 
-    def __init__(self, name: str, total_steps: int, *, live: bool) -> None:
+    def __init__(self, session: Session, total_steps: int, *, live: bool) -> None:
         """Prints nothing yet.
 
         Args:
-            name: the session's name.
+            session: the run's.
             total_steps: `train.steps`.
             live: whether stdout is a terminal, on which a line can be rewritten.
         """
-        self._name = name
+        self._session = session
         self._total_steps = total_steps
         self._live = live
         self._closed = False
@@ -56,8 +56,9 @@ class Printer:
             )
         elif state == "paused":
             # An alert has said what paused it.
-            resume = f"paused; resume with: rlhf-tui ctl {self._name} unpause"
-            self._print_above(resume, sys.stderr)
+            session = self._session
+            resume = fmt.command("ctl", session.name, "unpause", root=session.folder.parent)
+            self._print_above(f"paused; resume with: {resume}", sys.stderr)
         elif state in ("finished", "stopped") and text:
             self._print_above(one_line(text))
 
@@ -173,7 +174,7 @@ def main() -> None:
     new = is_new(session, start)
     try:
         total = _total_steps(session, start)
-        printer = Printer(session.name, total, live=sys.stdout.isatty())
+        printer = Printer(session, total, live=sys.stdout.isatty())
         logging.basicConfig(handlers=[PrinterHandler(printer)], format="%(message)s")
         code = asyncio.run(supervise(session, start, printer))
         printer.close(session, code)

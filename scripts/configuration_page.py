@@ -24,8 +24,11 @@ A resume (`rlhf-tui resume NAME -o …`) can change any key except those that de
 the order of the data or the optimiser's state: `seed`, `data.*` without `data.cache`, `model.*`,
 `lora.*`, `rollout.engine`, `rollout.batch_size`, `rollout.per_prompt`, `ppo.advantage`,
 `ppo.value_init`, `eval.holdout` and `train.optimiser`. A fork can change these too, except
-`lora.*`. Keys marked ⇄ can also be changed during the run
-(`rlhf-tui ctl NAME set key=value`).
+`lora.*` and the value function that is trained (`model.value`, `ppo.advantage`): a checkpoint
+depends on them. It keeps its parent's values, also of keys that were left out there: the command
+says which of these have another default now.
+
+Keys marked ⇄ can also be changed during the run (`rlhf-tui ctl NAME set key=value`).
 
 Every number has a lower and an upper bound. The tables give the bounds that are not obvious. Where
 they say `> 0`, `≥ 0` or `≥ 1`, the other limits (10⁻¹² and 10¹²) lie far outside of what is useful.

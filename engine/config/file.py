@@ -23,6 +23,11 @@ from engine.errors import ConfigError
 
 SESSIONS_BEFORE = {"rollout.sampling": "inverse_cdf"}
 """What a session does that began before a key existed, where that is not the key's default."""
+DEPENDENT = (
+    "rollout.per_prompt", "eval.column", "eval.max_new_tokens", "ppo.whiten", "ppo.lam",
+    "ppo.lam_value", "ppo.value_head_rate", "lora.alpha",
+)  # fmt: skip
+"""The keys whose defaults depend on other keys: :func:`complete` fills them in."""
 EMPTY = ", got null"
 """Ends the requirement that a key without a value does not meet."""
 
@@ -140,6 +145,36 @@ def override(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     return from_tree(tree)
 
 
+def kept_defaults(config: RunConfig, overrides: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+    """The defaults that :func:`override` keeps although with these overrides they are others.
+
+    A configuration does not tell whether a value was given: one that is its key's default counts
+    as left out.
+
+    Returns:
+        `{key: (value, default)}` of keys that the overrides do not name.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    given = list(overrides)
+    before = flatten(to_tree(config))
+    defaults = _with_defaults(to_tree(config), DEPENDENT)
+    left_out = [key for key in DEPENDENT if before[key] == defaults[key]]
+    kept = flatten(to_tree(override(config, given)))
+    defaults = _with_defaults(to_tree(config), left_out, given)
+    return {k: (kept[k], defaults[k]) for k in left_out if kept[k] != defaults[k]}
+
+
+def _with_defaults(
+    tree: dict[str, Any], keys: Iterable[str], overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A configuration, flat, as if `keys` had been left out; changes `tree`."""
+    apply_overrides(tree, [f"{key}=null" for key in keys])
+    apply_overrides(tree, overrides)
+    return flatten(to_tree(complete(msgspec.convert(tree, RunConfig, strict=True))))
+
+
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
     """Writes `section.key=value` pairs into nested dictionaries in place; values are YAML."""
     for item in overrides:
@@ -206,8 +241,7 @@ def check_resumable(old: RunConfig, new: RunConfig) -> None:
     """
     for key in changes(old, new):
         if key.startswith(FIXED_AT_START) and key not in FREE_ON_RESUME:
-            # A checkpoint has the adapters of its run, so not even a fork can change them.
-            alternative = "" if key.startswith("lora.") else ", or fork instead"
+            alternative = "" if _is_in_checkpoints(key, old, new) else ", or fork instead"
             reason = "it determines the model or the order of the data"
             if key == "train.optimiser":
                 reason = "the checkpoint holds its state"
@@ -221,14 +255,22 @@ def check_forkable(old: RunConfig, new: RunConfig) -> None:
     """Checks that a fork can load a checkpoint of the old run.
 
     Raises:
-        ConfigError: a `lora` key differs.
+        ConfigError: a `lora` key differs, or the value function that is trained.
     """
     for key in changes(old, new):
-        if key.startswith("lora."):
+        if _is_in_checkpoints(key, old, new):
+            merged = "with --merged " if key.startswith("lora.") else ""
             raise ConfigError(
                 f"{key} cannot change on a fork because the checkpoint depends on it: "
-                "export the policy with --merged and start a new run from it"
+                f"export the policy {merged}and start a new run from it"
             )
+
+
+def _is_in_checkpoints(key: str, old: RunConfig, new: RunConfig) -> bool:
+    """Whether a key that differs determines what a checkpoint holds: adapters, value function."""
+    if key in ("model.value", "ppo.advantage"):
+        return old.trained_value != new.trained_value
+    return key.startswith("lora.")
 
 
 def known_keys() -> list[str]:

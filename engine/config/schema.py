@@ -54,6 +54,12 @@ class RunConfig(Section, frozen=True):
         """Whether the value function is fitted to the reward model's hidden states."""
         return self.model.value == "reward_model" and self.ppo.traits.value_function
 
+    @property
+    def trained_value(self) -> str | None:
+        """The value function that checkpoints hold, `shared` or `separate`; None without one."""
+        trained = self.ppo.traits.value_function and not self.linear_value
+        return self.model.value if trained else None
+
 
 FIXED_AT_START = (
     "seed",

@@ -66,7 +66,7 @@ class _Estimator:
         # With LoRA, the policy with disabled adapters serves as the reference.
         self._shared_reference = layout.lora_rank is not None and config.model.reference is None
         self._adapters = self._adapter_parameters()
-        has_value = config.ppo.traits.value_function and not config.linear_value
+        has_value = config.trained_value is not None
         self._separate = has_value and config.model.value == "separate"
         head = policy.hidden + 1 if has_value else 0
         # A value function that starts from the reward model has its size.

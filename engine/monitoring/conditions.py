@@ -7,6 +7,8 @@ and declare its key in :class:`engine.config.sections.supervision.Rule`.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 from msgspec import Struct
 
@@ -43,11 +45,15 @@ class Breach:
     brief: str
     """The same for a status line: `7.26 > 6`."""
     distance: float
-    """How far the value is beyond the limit, > 0, in the unit of `limit`."""
+    """How far the value is beyond the limit, > 0, in the unit of `limit`; if the condition must
+    last, how far the median of those steps is."""
     limit: float
     """The magnitude of the limit; a fraction for changes relative to a mean."""
     since: int | None = None
     """The first step of the stretch that is the evidence; None: this step alone."""
+    noise: float = 0.0
+    """The metric's usual change from one step to the next, in the unit of `limit`; 0 if it is not
+    known. A limit near 0 is no measure of distances, this is."""
 
 
 Condition = Callable[[Rule, Observation], Breach | None]
@@ -59,10 +65,13 @@ def above(rule: Rule, observed: Observation) -> Breach | None:
     if rule.above is None or observed.scale is None:
         return None
     value, bound = observed.value, rule.above * observed.scale
-    if value <= bound or not all(earlier > bound for earlier in _lasting(rule, observed)):
+    earlier = _lasting(rule, observed)
+    if value <= bound or not all(other > bound for other in earlier):
         return None
     text = f"is {value:.4g}, above {rule.above:g}{_unit(rule, observed.scale)}{_in_a_row(rule)}"
-    return Breach(text, f"{value:.4g} > {bound:.4g}", value - bound, abs(bound))
+    distance = median([*earlier, value]) - bound
+    brief = f"{value:.4g} > {bound:.4g}"
+    return Breach(text, brief, distance, abs(bound), noise=_noise(observed))
 
 
 def below(rule: Rule, observed: Observation) -> Breach | None:
@@ -70,10 +79,13 @@ def below(rule: Rule, observed: Observation) -> Breach | None:
     if rule.below is None or observed.scale is None:
         return None
     value, bound = observed.value, rule.below * observed.scale
-    if value >= bound or not all(earlier < bound for earlier in _lasting(rule, observed)):
+    earlier = _lasting(rule, observed)
+    if value >= bound or not all(other < bound for other in earlier):
         return None
     text = f"is {value:.4g}, below {rule.below:g}{_unit(rule, observed.scale)}{_in_a_row(rule)}"
-    return Breach(text, f"{value:.4g} < {bound:.4g}", bound - value, abs(bound))
+    distance = bound - median([*earlier, value])
+    brief = f"{value:.4g} < {bound:.4g}"
+    return Breach(text, brief, distance, abs(bound), noise=_noise(observed))
 
 
 def predicted_above(rule: Rule, observed: Observation) -> Breach | None:
@@ -162,6 +174,12 @@ def _lasting(rule: Rule, observed: Observation) -> list[float]:
         return []
     earlier = list(observed.window)[1 - rule.lasts :]
     return earlier if len(earlier) == rule.lasts - 1 else [-math.inf, math.inf]
+
+
+def _noise(observed: Observation) -> float:
+    """The median change between two steps of the window, this one included."""
+    changes = [abs(b - a) for a, b in pairwise([*observed.window, observed.value])]
+    return median(changes) if changes else 0.0
 
 
 def _in_a_row(rule: Rule) -> str:

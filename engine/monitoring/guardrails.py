@@ -226,7 +226,8 @@ def _alert(state: RuleState, step: int, breach: Breach, evidence: dict[str, Any]
     text = breach.text if of_any else f"{rule.metric} {breach.text}"
     brief = breach.brief if of_any else f"{title_of(rule.metric)} {breach.brief}"
     if state.is_raised:
-        text += f"; alert {count}, twice as far beyond the limit as at step {state.last_alert}"
+        twice = "their median is twice" if rule.lasts > 1 else "twice"
+        text += f"; alert {count}, {twice} as far beyond the limit as at step {state.last_alert}"
     elif state.count:
         text += f"; alert {count}, the last one was at step {state.last_alert}"
     return Alert(rule.name, rule.action, text, step, evidence, brief, rule.advice, count)

@@ -14,8 +14,9 @@ from engine.monitoring.drift import DriftTest
 CLEARS_AFTER = 20
 """Default of `clears_after` for a rule that only notifies."""
 LEAST_DISTANCE = 0.5
-"""A metric closer to its limit than this share of the limit counts as that far beyond it. Without
-it, one that crosses its limit by a hair would double its distance many times."""
+"""A metric closer to its limit than this share of the limit, or than its usual change from step to
+step, counts as that far beyond it. Otherwise one that crosses its limit by a hair would double its
+distance many times."""
 
 
 def clears_after(rule: Rule) -> int:
@@ -138,7 +139,7 @@ class RuleState:
         self.count += 1
         self.last_alert = step
         if breach is not None:
-            self._alerted = max(breach.distance, LEAST_DISTANCE * breach.limit)
+            self._alerted = max(breach.distance, LEAST_DISTANCE * breach.limit, breach.noise)
 
     def begin_attempt(self) -> None:
         """Clears the alert of a rule with an action, which has to act on the ranks that start."""

@@ -43,8 +43,13 @@ REPLY_TIMEOUT = 5.0
 class Client:
     """A connection to the engine of one session."""
 
-    def __init__(self, session: Session, who: str) -> None:
+    def __init__(self, session: Session, who: str, timeout: float = REPLY_TIMEOUT) -> None:
         """Connects.
+
+        Args:
+            session: whose engine to connect to.
+            who: the operator, for the journal.
+            timeout: seconds to wait for each reply that does not depend on a training step.
 
         Raises:
             NoSuchSessionError: the session has no live engine on this machine.
@@ -56,6 +61,7 @@ class Client:
         session.check_owner(allow_root=True)
         self._session = session
         self._who = who
+        self._timeout = timeout
         self._connect()
 
     def _connect(self) -> None:
@@ -71,7 +77,7 @@ class Client:
                 f"the engine of '{session.name}' runs on {engine.host}: send commands from there"
             )
         try:
-            self._sock = sockets.connect(Path(engine.socket), REPLY_TIMEOUT)
+            self._sock = sockets.connect(Path(engine.socket), self._timeout)
             self._send(ClientHello(who=self._who))
             welcome = self._receive()
         except OSError as error:
@@ -118,7 +124,7 @@ class Client:
 
         def ask() -> CommandReply:
             self._send(request)
-            return self._reply(request.id, time.monotonic() + REPLY_TIMEOUT)
+            return self._reply(request.id, time.monotonic() + self._timeout)
 
         return self._ask_twice(ask)
 

@@ -15,6 +15,9 @@ from engine.config.settings import SettingChange
 from engine.protocol.commands import BoundaryCommand
 from engine.protocol.frames import VERSION, Message, decode
 
+WAIT_FOR = "wait for "
+"""Begins the name of a phase in which a run waits for what an operator can do."""
+
 
 class RankHello(Message, frozen=True, tag="rank_hello"):
     """The first message of a rank."""
@@ -41,6 +44,11 @@ class Phase(Message, frozen=True, tag="phase"):
     def loading(self) -> bool:
         """Whether the rank is still loading, before its first step."""
         return self.name.startswith("load ")
+
+    @property
+    def waits_for(self) -> str:
+        """What the run waits for: `room on the disk`; empty in all other phases."""
+        return self.name.removeprefix(WAIT_FOR) if self.name.startswith(WAIT_FOR) else ""
 
 
 class Ready(Message, frozen=True, tag="ready"):

@@ -17,6 +17,7 @@ from engine.protocol import rank_messages
 from engine.protocol.commands import BoundaryCommand, Pause, SetSetting, Unpause
 from engine.protocol.rank_messages import (
     REWARD_CHANGED,
+    WAIT_FOR,
     Adjusted,
     Applied,
     BaselineReport,
@@ -55,7 +56,7 @@ RETRY_INTERVAL = 2.0
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 """Extended codes of SQLite where a file cannot grow: ENOSPC in a write; any other error of a write,
 EDQUOT and EFBIG among them; either in the shared memory of WAL. Other I/O errors are of a disk."""
-WAITING = "wait for room on the disk"
+WAITING = f"{WAIT_FOR}room on the disk"
 """Name of the phase that clients see meanwhile."""
 
 
@@ -144,6 +145,7 @@ class RankMessageHandler:
         attempt has begun, the message is dropped: it would be written as one of that attempt.
         """
         waited = False
+        before = self._state.phases.get(rank)
         while attempt is self._state.attempt:
             self._watchdog.message_received(rank, message)  # waiting is no silence of the rank
             try:
@@ -162,12 +164,27 @@ class RankMessageHandler:
             else:
                 if waited:
                     log.warning("the journal can be written again; the run continues")
+                    self._end_wait(rank, before)
                 return
             self._watchdog.extend_silence()  # the other ranks may wait for this one
             phase = Phase(rank=rank, step=self._journal.step, name=WAITING)
             self._state.phases[rank] = phase
             self._server.send_to_watchers(phase)
             await asyncio.sleep(RETRY_INTERVAL)
+
+    def _end_wait(self, rank: int, before: Phase | None) -> None:
+        """Shows the phase before the wait, unless the rank has reported another one.
+
+        A rank of a paused run, whose save has ended, reports none until it is unpaused.
+        """
+        now = self._state.phases.get(rank)
+        if now is None or now.name != WAITING:
+            return
+        if before is None:
+            del self._state.phases[rank]
+        else:
+            self._state.phases[rank] = before
+            self._server.send_to_watchers(before)
 
     def _send_begin(self) -> None:
         """Sends rank 0 its start and the commands that are still pending."""

@@ -33,7 +33,7 @@ from engine.monitoring.notify import Notifier, missing_variables
 from engine.monitoring.recorded_steps import rebuild
 from engine.monitoring.telemetry import busy_gpus
 from engine.protocol.commands import SetSetting
-from engine.protocol.rank_messages import RESTART_REASONS, Failed, Phase
+from engine.protocol.rank_messages import RESTART_REASONS, WAIT_FOR, Failed, Phase
 from engine.session.folder import Session
 from engine.session.states import State
 from engine.supervisor.attempt import Attempt
@@ -187,7 +187,7 @@ class Supervisor:
         needed = launch.fewest_nodes - 1
         self.state.phases.clear()
         if others:
-            waiting = Phase(rank=0, step=step, name=f"wait for rlhf-tui join {address}")
+            waiting = Phase(rank=0, step=step, name=f"{WAIT_FOR}rlhf-tui join {address}")
             self.state.phases[0] = waiting
             self.server.send_to_watchers(waiting)
             machines = "1 more machine" if others == 1 else f"{others} more machines"

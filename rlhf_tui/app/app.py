@@ -21,7 +21,6 @@ from textual.notifications import SeverityLevel
 
 from engine.errors import RlhfError
 from engine.session.folder import Session, find
-from rlhf_tui import format as fmt
 from rlhf_tui.app import hangup, replaying, steering
 from rlhf_tui.app.command_tracker import CommandTracker
 from rlhf_tui.app.following import TICK, SessionFollower
@@ -134,13 +133,16 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
         self.DEFAULT_MODE = "sessions" if session is None else "dashboard"  # type: ignore[misc] # a class variable there
         super().__init__()
         self.animation_level = "none"
+        shell_root = None if origin else self.root
         self.follower = SessionFollower(
             self, self.preferences, self.who,
             now=now, follow=follow, say=self.say, draw=self.draw_screens, replay=replay,
+            root=shell_root,
         )  # fmt: skip
         tracker = CommandTracker(
-            self, self.who, target=self.steering_target, read_only=not self.steers, say=self.say
-        )
+            self, self.who, target=self.steering_target, root=shell_root,
+            read_only=not self.steers, say=self.say,
+        )  # fmt: skip
         self.commands = steering.Steering(self, tracker, self.say)
         self.engines = EngineStarter(
             self, self.follower, self.root,
@@ -269,7 +271,7 @@ class RlhfApp(SequentialKeys, inherit_bindings=False):
             name = self.origin or self.session.name
             self.exit_message = (
                 f"detached; engine pid {engine.pid} still running; "
-                f"reattach with {fmt.command('attach', name)}"
+                f"reattach with {self.state.command('attach', name)}"
             )
         self.exit(return_code=code)
 

@@ -7,6 +7,7 @@ from textual.app import App
 
 from engine.journal.rows import ProbeResult
 from engine.protocol.commands import Command, Note, Probe
+from rlhf_tui import format as fmt
 from rlhf_tui.screens.context import Say
 from rlhf_tui.state.command_sender import CommandSender, OutgoingCommand, PendingEffects
 from rlhf_tui.state.messages import CommandAnswered
@@ -25,6 +26,7 @@ class CommandTracker:
         who: str,
         *,
         target: Callable[[], SteeringTarget | None],
+        root: Path | None,
         read_only: bool,
         say: Say,
     ) -> None:
@@ -34,11 +36,13 @@ class CommandTracker:
             app: takes the replies.
             who: the operator.
             target: returns the run that the keys act on; None if no run is selected.
+            root: the folder of sessions; None if they are copies of another machine's.
             read_only: nothing may be sent.
             say: shows a notice.
         """
         self._app = app
         self.target = target
+        self._root = root
         self.read_only = read_only
         self._say = say
         self._sender = CommandSender(who)
@@ -47,12 +51,17 @@ class CommandTracker:
         self._last_read: dict[Path, SteeringTarget] = {}
         """The newest state of each run, by session folder."""
 
+    def no_engine(self, target: SteeringTarget) -> str:
+        """That a run has no engine, and how to start one."""
+        resume = fmt.command("resume", target.name, root=self._root)
+        return f"no engine runs '{target.name}'; resume it: {resume}"
+
     def can_send(self, target: SteeringTarget) -> bool:
         """Whether a command would reach an engine; shows a notice if not."""
         if self.read_only:
             self._say(READ_ONLY, "warning")
         elif not target.session.is_live():
-            self._say(no_engine(target), "warning")
+            self._say(self.no_engine(target), "warning")
         else:
             return True
         return False
@@ -133,8 +142,3 @@ def when(target: SteeringTarget) -> str:
         return f"applies from step {target.step + 1}"
     wait = about(target.boundary_in)
     return "applies from the next step" + (f", in {wait}" if wait else "")
-
-
-def no_engine(target: SteeringTarget) -> str:
-    """That a run has no engine, and how to start one."""
-    return f"no engine runs '{target.name}'; resume it: rlhf-tui resume {target.name}"

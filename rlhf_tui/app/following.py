@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -49,6 +50,7 @@ class SessionFollower:
         follow: bool,
         say: Say,
         draw: DrawScreens,
+        root: Path | None,
         replay: ReplayOptions | None = None,
     ) -> None:
         """Opens no session yet.
@@ -61,6 +63,7 @@ class SessionFollower:
             follow: False reads each session once and never again.
             say: shows a notice.
             draw: draws the visible screens.
+            root: the folder of sessions; None if they are copies of another machine's.
             replay: shows sessions as they were, from their beginning; the first one that is opened
                 from the step of these options. None: as they are.
         """
@@ -71,9 +74,10 @@ class SessionFollower:
         self._follow = follow
         self._say = say
         self._draw_screens = draw
+        self._root = root
         self._replay = replay
         self.session: Session | None = None
-        self.state = SessionState(now=now)
+        self.state = SessionState(now=now, root=root)
         self.view = self._new_view()
         self._feed: SessionFeed | None = None
         self.replay: ReplayControls | None = None
@@ -94,7 +98,7 @@ class SessionFollower:
         """Makes a session the open one; :meth:`begin` starts to read it."""
         self.leave()
         self.session = session
-        self.state = SessionState(session.name, now=self._time)
+        self.state = SessionState(session.name, now=self._time, root=self._root)
         self.view = self._new_view()
         self._digest_shown = self._replay is not None
         folder, app = str(session.folder), self._app
@@ -162,7 +166,7 @@ class SessionFollower:
             if self._feed is not None:
                 self._feed.stop()
             self._feed = self.session = None
-            self.state = SessionState(now=self._now)
+            self.state = SessionState(now=self._now, root=self._root)
 
     # -- updates -------------------------------------------------------------------------------
 

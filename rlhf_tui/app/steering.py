@@ -22,7 +22,7 @@ from engine.protocol.commands import (
     Unpause,
 )
 from rlhf_tui import format as fmt
-from rlhf_tui.app.command_tracker import READ_ONLY, CommandTracker, no_engine, when
+from rlhf_tui.app.command_tracker import READ_ONLY, CommandTracker, when
 from rlhf_tui.app.forms.settings_input import OFF, parse_value, settings_after
 from rlhf_tui.dialogs.base import Choice, ChoiceDialog, InputDialog
 from rlhf_tui.format import value_text
@@ -266,7 +266,7 @@ class Steering:
         if target is None:
             return "no session is open: press 1 and open one"
         if not target.live:
-            return no_engine(target)
+            return self._commands.no_engine(target)
         if target.state == "starting":
             return f"{target.name} is starting: its settings are known once it is loaded"
         return f"{target.name} is stopping" if target.state == "stopping" else ""

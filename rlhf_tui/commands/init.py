@@ -15,6 +15,7 @@ from engine.errors import ConfigError, UserInputError
 from engine.launch.environment import torch_is_built_for_gpus
 from engine.launch.inputs import check_inputs
 from engine.monitoring.telemetry import gpu_count
+from rlhf_tui import format as fmt
 from rlhf_tui.commands.options import is_terminal, override_option, say
 from rlhf_tui.text import one_line
 
@@ -65,7 +66,7 @@ def init(
     )
     text = head + commented(tree) + "\n"
     write(file, text)
-    say(f"{file} is written; try it with: rlhf-tui check {file}")
+    say(f"{file} is written; try it with: {fmt.command('check', str(file))}")
 
 
 def asked(given: dict[str, str | None], overrides: tuple[str, ...]) -> dict[str, str]:

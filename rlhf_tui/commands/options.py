@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import Session, all_sessions, find
 from engine.session.registry import live_sessions
+from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
 from rlhf_tui.text import sanitise
 
@@ -24,7 +26,14 @@ NAME_MAX, PATH_MAX = 255, 4000
 """Bytes of a name and of a path on Linux, less some for the files of a session."""
 
 
-def _check_length(_context: click.Context, _option: click.Parameter, value: Path) -> Path:
+def _folder(context: click.Context, _option: click.Parameter, value: Path) -> Path:
+    """The folder that was given: to the command, or before it (`rlhf-tui --sessions DIR ls`)."""
+    outer = context.find_root()
+    if (
+        context.get_parameter_source("root") is not ParameterSource.COMMANDLINE
+        and outer.get_parameter_source("root") is ParameterSource.COMMANDLINE
+    ):
+        value = outer.params["root"]
     longest = max((len(os.fsencode(part)) for part in value.parts), default=0)
     if longest > NAME_MAX or len(os.fsencode(value.absolute())) > PATH_MAX:
         raise UserInputError(
@@ -48,10 +57,10 @@ sessions_option: Decorator = click.option(
     "--sessions",
     "root",
     type=click.Path(path_type=Path),
-    envvar="RLHF_TUI_SESSIONS",
+    envvar=fmt.SESSIONS,
     default=Path("sessions"),
     show_default="$RLHF_TUI_SESSIONS or ./sessions",
-    callback=_check_length,
+    callback=_folder,
     help=SESSIONS,
 )
 
@@ -82,7 +91,7 @@ colors_option: Decorator = click.option(
 
 def complete_name(context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
     """The names of sessions that begin so, for the completion of shells."""
-    root = context.params.get("root") or os.environ.get("RLHF_TUI_SESSIONS") or "sessions"
+    root = context.params.get("root") or os.environ.get(fmt.SESSIONS) or "sessions"
     found = {s.name for s in (*all_sessions(Path(root).resolve()), *live_sessions())}
     return sorted(name for name in found if name.startswith(begun))
 
@@ -102,12 +111,10 @@ def existing(root: Path, name: str) -> Session:
         return find(root, name, elsewhere)
     except NoSuchSessionError:
         near = _similar(name, sorted({s.name for s in (*all_sessions(root), *elsewhere)}))
-        if not near:
-            raise
-        raise NoSuchSessionError(
-            f"no session '{name}' in {root}; did you mean {' or '.join(near)}? "
-            "(rlhf-tui ls lists all)"
-        ) from None
+        ls = fmt.command("ls", root=root)
+        known = f"did you mean {' or '.join(near)}? ({ls} lists all)"
+        hint = known if near else f"list sessions with: {ls}"
+        raise NoSuchSessionError(f"no session '{name}' in {root}; {hint}") from None
 
 
 def _similar(name: str, names: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Commands that start an engine: demo, run, resume, fork."""
 
+import functools
 import os
 import shutil
 import sys
@@ -41,13 +42,10 @@ from rlhf_tui.identity import who
 from rlhf_tui.text import one_line
 
 headless_option = click.option(
-    "--headless",
-    "mode",
-    flag_value="headless",
-    help="Run in the foreground; print a line per step.",
+    "--headless", is_flag=True, help="Run in the foreground; print a line per step."
 )
 detach_option = click.option(
-    "--detach", "mode", flag_value="detach", help="Start the engine in the background and exit."
+    "--detach", is_flag=True, help="Start the engine in the background and exit."
 )
 LOADING_TIMEOUT = 60.0
 """Seconds that `--detach` waits for errors while models load; loading continues after it."""
@@ -58,8 +56,21 @@ reseed_option = click.option(
 
 
 def starting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of every command that starts an engine."""
-    return headless_option(detach_option(override_option(sessions_option(command))))
+    """Adds the options of every command that starts an engine.
+
+    The command gets `mode`: headless, detach or None for the dashboard.
+    """
+
+    @functools.wraps(command)
+    def with_mode(*, headless: bool, detach: bool, **options: Any) -> Any:
+        if headless and detach:
+            raise UserInputError(
+                "give one of --headless (in the foreground) and --detach (in the background)"
+            )
+        mode = "headless" if headless else "detach" if detach else None
+        return command(mode=mode, **options)
+
+    return headless_option(detach_option(override_option(sessions_option(with_mode))))
 
 
 @click.command()
@@ -118,8 +129,8 @@ def is_done(session: Session, overrides: tuple[str, ...]) -> bool:
         if step < total:
             return False
     why = f" ({reason})" if reason else ""
-    name = session.name
-    say(f"session '{name}' has finished at step {step}{why}; to train on: rlhf-tui resume {name}")
+    on = fmt.command("resume", session.name, root=session.folder.parent)
+    say(f"session '{session.name}' has finished at step {step}{why}; to train on: {on}")
     return True
 
 
@@ -167,7 +178,6 @@ def _resume(
     from_step: int | None = None,
     reseed: bool = False,
 ) -> None:
-    name = session.name
     session.acquire().release()  # raises if the session is live
     start = start_resume(
         session, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who()
@@ -179,9 +189,10 @@ def _resume(
         crashed = record.state() == "crashed"
     # A session that crashed after its last checkpoint still has to record its end.
     if start.from_step >= total and not crashed:
+        more, root = f"train.steps={2 * total}", session.folder.parent
         say(
-            f"session '{name}' has finished its {fmt.plural(total, 'step')}; to extend it: "
-            f"rlhf-tui resume {name} -o train.steps={2 * total}"
+            f"session '{session.name}' has finished its {fmt.plural(total, 'step')}; to extend it: "
+            + fmt.command("resume", session.name, "-o", more, root=root)
         )
         return
     _begin(session, start, mode)
@@ -209,19 +220,23 @@ def fork(
 ) -> None:
     """Fork a new session from a checkpoint of another."""
     session = existing(root, name)
-    old = session.config().reward.scored_by
+    old = session.config()
     child, start = start_fork(
         session, new_name, from_step=from_step, reseed=reseed, overrides=list(overrides), who=who(),
         ema=ema,
     )  # fmt: skip
-    if (new := child.config().reward.scored_by) != old:
-        click.echo(
-            one_line(
-                f"rlhf-tui: from step {from_step + 1} on scores come from {new}, before from "
-                f"{old}: they are not comparable, and kl.beta may need another value"
-            ),
-            err=True,
+    before, after = old.reward.scored_by, child.config().reward.scored_by
+    if after != before:
+        _show_notice(
+            f"from step {from_step + 1} on scores come from {after}, before from {before}: they "
+            "are not comparable, and kl.beta may need another value"
         )
+    if kept := config_file.kept_defaults(old, overrides):
+        values = ", ".join(
+            f"{key} {fmt.value_text(value)} (default now {fmt.value_text(default)})"
+            for key, (value, default) in kept.items()
+        )
+        _show_notice(f"kept from '{name}': {values}; -o changes them")
     _begin(child, start, mode)
 
 
@@ -259,7 +274,8 @@ def _watch(session: Session, start: StartOptions) -> None:
 
 def _detach(session: Session, start: StartOptions) -> None:
     pid = start_or_remove(session, start, timeout=LOADING_TIMEOUT, notice=_show_notice)
-    say(f"session {session.name}: engine pid {pid}; open it: {fmt.command('attach', session.name)}")
+    attach = fmt.command("attach", session.name, root=session.folder.parent)
+    say(f"session {session.name}: engine pid {pid}; open it: {attach}")
 
 
 def _show_notice(text: str) -> None:

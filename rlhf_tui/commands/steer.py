@@ -75,6 +75,7 @@ class CtlCall:
         """
         command_id = self.command_id or new_id()
         session = existing(self.root, self.name)
+        root = session.folder.parent
         with Client(session, who()) as client:
             # Before the command: a stop may end the engine as soon as it has replied.
             seconds_left = client.status().boundary_in
@@ -86,7 +87,7 @@ class CtlCall:
                 except TimeoutError:
                     click.echo(
                         f"rlhf-tui: not applied within {self.timeout:g} s; still pending, "
-                        f"see: rlhf-tui events {self.name}",
+                        f"see: {fmt.command('events', self.name, root=root)}",
                         err=True,
                     )
                     sys.exit(TIMED_OUT)
@@ -96,7 +97,8 @@ class CtlCall:
             self._wait_for_exit(session)
         self._print(command, reply, seconds_left)
         if isinstance(command, Stop) and reply.status == "accepted" and not self.as_json:
-            say(f"to end at once, without this step: rlhf-tui ctl {self.name} stop --now")
+            now = fmt.command("ctl", self.name, "stop", "--now", root=root)
+            say(f"to end at once, without this step: {now}")
         if reply.status == "rejected":
             raise RlhfError(f"rejected: {reply.reason}")
 

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from engine.errors import NoSuchSessionError, UserInputError
 from engine.session.folder import Session, all_sessions
 from engine.session.registry import live_sessions
+from rlhf_tui import format as fmt
 from rlhf_tui import terminal_colors
 from rlhf_tui.commands.options import (
     colors_option,
@@ -58,7 +59,7 @@ def attach(
         sys.exit(_attach_remote(name, root if given else None, read_only=read_only, tail=tail))
     root = root.resolve()
     session = existing(root, name) if name else _only_live(root)
-    _need_terminal(f"rlhf-tui status {session.name} or rlhf-tui metrics {session.name}")
+    _need_terminal(_either(session, "status", "metrics"))
     sys.exit(open_screen(session.folder.parent, session, read_only=read_only))
 
 
@@ -86,7 +87,7 @@ def replay(root: Path, name: str, speed: float, from_step: int) -> None:
         raise UserInputError(f"session '{name}' has recorded nothing yet; wait for its first step")
     if from_step > last:
         raise UserInputError(f"--from {from_step}: session '{name}' has {last} steps")
-    _need_terminal(f"rlhf-tui events {session.name} or rlhf-tui report {session.name}")
+    _need_terminal(_either(session, "events", "report"))
     options = ReplayOptions(speed, from_step)
     sys.exit(open_screen(session.folder.parent, session, replay=options))
 
@@ -124,7 +125,8 @@ def _attach_remote(text: str, folder: Path | None, *, read_only: bool, tail: int
     address = Address.parse(text)
     if not address.name:
         text = text.rstrip("/")
-        raise UserInputError(f"give the session: {text}/NAME; list them with: rlhf-tui ls {text}")
+        ls = fmt.command("ls", text)
+        raise UserInputError(f"give the session: {text}/NAME; list them with: {ls}")
     _need_terminal(f"ssh {address.host} rlhf-tui status {address.name}")
     arguments = ["mirror", address.name, "--tail", str(tail)]
     arguments += ["--sessions", str(folder)] if folder is not None else []
@@ -135,7 +137,9 @@ def _attach_remote(text: str, folder: Path | None, *, read_only: bool, tail: int
 
 def browse(root: Path) -> None:
     """Opens the session browser."""
-    _need_terminal("rlhf-tui ls, rlhf-tui status NAME or rlhf-tui metrics NAME")
+    words = (["ls"], ["status", "NAME"], ["metrics", "NAME"])
+    ls, status, metrics = (fmt.command(*each, root=root) for each in words)
+    _need_terminal(f"{ls}, {status} or {metrics}")
     sys.exit(open_screen(root.resolve(), None))
 
 
@@ -195,11 +199,19 @@ def _only_live(root: Path) -> Session:
         names = ", ".join(s.name for s in live)
         raise UserInputError(f"several sessions are live, give one: {names}")
     if not sessions:
-        raise NoSuchSessionError(f"no sessions in {root}; start one with: rlhf-tui demo")
+        demo = fmt.command("demo", root=root)
+        raise NoSuchSessionError(f"no sessions in {root}; start one with: {demo}")
     raise NoSuchSessionError(
-        f"no live session in {root}; give the name of a finished one (rlhf-tui ls), "
-        "or resume one: rlhf-tui resume NAME"
+        f"no live session in {root}; give the name of a finished one "
+        f"({fmt.command('ls', root=root)}), or resume one: "
+        f"{fmt.command('resume', 'NAME', root=root)}"
     )
+
+
+def _either(session: Session, first: str, second: str) -> str:
+    """Two commands on a session, to choose from."""
+    name, root = session.name, session.folder.parent
+    return f"{fmt.command(first, name, root=root)} or {fmt.command(second, name, root=root)}"
 
 
 def _need_terminal(instead: str) -> None:

@@ -271,9 +271,10 @@ class JudgingDialog(Dialog[None]):
         if row is None:
             if self.queue is None:
                 return []
-            name = self._session.name
+            name, root = self._session.name, self._session.folder.parent
+            samples = fmt.command("samples", name, root=root)
             done = "the queue is done" if self.queue.judged else "no response without a judgement"
-            help_text = f" {done}: esc closes it, J opens the next one; rlhf-tui samples {name}"
+            help_text = f" {done}: esc closes it, J opens the next one; {samples}"
             return list(wrap_row([(help_text, "dim")], width))
         facts = f"step {row.step}  #{row.index}  {fmt.plural(row.length, 'token')}"
         head: list[Piece] = [(facts, "dim")]

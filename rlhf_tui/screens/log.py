@@ -146,10 +146,10 @@ class LogScreen(SessionScreen):
 
     def _about(self) -> None:
         view = self.query_one(LogView)
-        name = self.context.state.name
+        state = self.context.state
         view.hint = [
             [(" the log is empty", "dim")],
-            [(" from a shell: ", "dim"), (f"rlhf-tui logs {name}", "key")],
+            [(" from a shell: ", "dim"), (state.command("logs", state.name), "key")],
         ]
         row: list[Piece] = [(f" {view.count():,} lines", "dim")]
         if self._query:

@@ -118,13 +118,14 @@ class SessionsScreen(SessionScreen):
     def on_sessions_listed(self, message: SessionsListed) -> None:
         """Shows the rows."""
         self._rows = {s.row.name: s for s in message.rows}
+        command = self.context.state.command
         empty: list[Row] = [
             [(f" no sessions in {short_path(self.context.root)}", "dim")],
             [],
             [(" n ", "key"), ("starts the demo: a small model, a few minutes, no downloads", "")],
             [(" N ", "key"), ("starts a run from a configuration file", "")],
-            [(" or from a shell: ", "dim"), ("rlhf-tui demo", "key"), ("  or  ", "dim"),
-             ("rlhf-tui run CONFIG", "key")],
+            [(" or from a shell: ", "dim"), (command("demo"), "key"), ("  or  ", "dim"),
+             (command("run", "CONFIG"), "key")],
         ]  # fmt: skip
         table = self._table
         first, self._listed = not self._listed, True
@@ -176,7 +177,8 @@ class SessionsScreen(SessionScreen):
 
     def _about(self) -> None:
         row = self._highlighted()
-        lines = lines_about(row, self._table.size.width) if row else []
+        resume = self.context.state.command("resume", row.name) if row else ""
+        lines = lines_about(row, self._table.size.width, resume) if row else []
         if self._marked:
             lines[:1] = [line_of_marks(len(self._marked))]
         self.query_one("#about", Lines).show(lines)

@@ -1,15 +1,21 @@
 """A session as `ls` and `status` print it and the sessions screen shows it."""
 
+import contextlib
 from typing import Any
 
 import msgspec
 
-from engine.errors import RlhfError
+from engine.errors import LinkError, RlhfError, SessionError
 from engine.journal.json_values import Json
 from engine.journal.reader import JournalReader
 from engine.metrics import EVAL_SCORE, EVAL_SCORE_CI, KL, SCORE
+from engine.protocol.client import Client
 from engine.session.folder import Session
 from engine.session.states import LIVE_STATES
+from rlhf_tui.identity import who
+
+REPLY_TIMEOUT = 2.0
+"""Seconds to wait for an engine that is asked what it waits for."""
 
 
 class HeldOutScore(msgspec.Struct, frozen=True):
@@ -45,6 +51,9 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True):
     pause_reason: str | None = None
     """What paused it: `kl_high at step 4: KL 7.26 > 6`. None if a person did, or if it is not
     paused."""
+    waits_for: str | None = None
+    """What its engine waits for: `room on the disk`. None without one, if it does not reply,
+    and if it was not asked."""
     deadline: float | None = None
     """Unix time before which its engine saves and ends; None without one."""
     updated: float | None = None
@@ -71,15 +80,35 @@ class ListedSession(msgspec.Struct, frozen=True, kw_only=True):
     """Its configuration, flat, if it was asked for; live settings as they are in force."""
 
 
-def read_session_row(session: Session) -> SessionRow:
+def read_session_row(session: Session, *, ask: bool = False) -> SessionRow:
     """Reads the row of a session.
+
+    Args:
+        session: to read.
+        ask: also asks its engine what it waits for; one that hangs takes :data:`REPLY_TIMEOUT`.
 
     Raises:
         RlhfError: its journal or its configuration cannot be read.
         OSError: its folder cannot be read.
     """
     with JournalReader(session) as record:
-        return session_row(session, record)
+        row = session_row(session, record)
+    if not ask or row.pid is None:
+        return row
+    return msgspec.structs.replace(row, waits_for=_awaited(session))
+
+
+def _awaited(session: Session) -> str | None:
+    """What an engine waits for; None if nothing, or if it does not reply.
+
+    The journal cannot say it: the disk that has no room is the journal's.
+    """
+    # Without a reply the row is still right; a command is what tells that an engine hangs.
+    with contextlib.suppress(LinkError, SessionError, OSError):
+        with Client(session, who(), REPLY_TIMEOUT) as client:
+            phases = client.status().phases
+        return next((phase.waits_for for phase in phases if phase.waits_for), None)
+    return None
 
 
 def session_row(session: Session, record: JournalReader) -> SessionRow:

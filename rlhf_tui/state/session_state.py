@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from engine.agreement import Agreement
@@ -26,6 +27,7 @@ from engine.metrics import (
 from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Phase
 from engine.session.file_signature import FileSignature
+from rlhf_tui import format as fmt
 from rlhf_tui.state import time_left
 from rlhf_tui.state.feeds.updates import ReplayStatus, SessionSummary, SessionUpdate, thinned
 from rlhf_tui.state.series import Series, Smoothed
@@ -44,9 +46,22 @@ class SessionState:
     """Filled by :meth:`take` and read by the widgets. Use it in the app's thread only."""
 
     def __init__(
-        self, name: str = "", batch_size: int = 1, now: Callable[[], float] = time.time
+        self,
+        name: str = "",
+        batch_size: int = 1,
+        now: Callable[[], float] = time.time,
+        root: Path | None = None,
     ) -> None:
+        """Knows nothing of the session yet.
+
+        Args:
+            name: of the session.
+            batch_size: responses of a step.
+            now: the wall clock.
+            root: its folder's parent; None for a copy of a session of another machine.
+        """
         self.name = name
+        self._root = root
         self.batch_size = batch_size
         self.eval_every = 0
         """Steps between held-out evaluations, by the configuration; 0 for none."""
@@ -87,6 +102,10 @@ class SessionState:
         """Attempt → its last step, where a later attempt replaced that step."""
         self._timeline: list[Marker] | None = None
         self._markers: list[Marker] | None = None
+
+    def command(self, *words: str) -> str:
+        """A command of rlhf-tui about this session, as it can be typed once the app is left."""
+        return fmt.command(*words, root=self._root)
 
     def take(self, update: SessionUpdate) -> None:
         """Adds an update."""

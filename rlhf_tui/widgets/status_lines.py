@@ -102,10 +102,12 @@ class StatusLine(Panel):
 
     def _note(self, width: int) -> Piece | None:
         """Why the run does not continue, with what resumes it where it fits."""
-        head, resume = self.state.head, f"rlhf-tui resume {self.state.name}"
+        head, words = self.state.head, ("resume", self.state.name)
+        resume = self.state.command(*words)
         first = head.message.partition("\n")[0]
         if head.state == "finished" and head.step >= head.total_steps:
-            return f"extend: {resume} -o train.steps={2 * head.step}", "dim"
+            longer = self.state.command(*words, "-o", f"train.steps={2 * head.step}")
+            return f"extend: {longer}", "dim"
         stopped = f"{first}; resume: {resume}" if first else f"resume: {resume}"
         waiting: Piece | None = None
         if self.state.live and not self.state.connected:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,6 +41,10 @@ class Terminal:
         self._configuration = Path(self._folder.name) / "tmux.conf"
         self._configuration.write_text("set -g status off\nset -g escape-time 0\n")
         environment = {k: v for k, v in os.environ.items() if k not in REMOVED} | COLOURS[colours]
+        # Otherwise commands on the screen show the paths of this machine.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        if "--sessions" in command:
+            environment["RLHF_TUI_SESSIONS"] = command[command.index("--sessions") + 1]
         line = shlex.join(["env", "-i", *(f"{k}={v}" for k, v in environment.items()), *command])
         columns, rows = size
         self._tmux(

@@ -95,6 +95,7 @@ class Lab:
         self.root = root
         self._gates = gates
         self.environment = os.environ | {
+            "PATH": f"{Path(PROGRAM).parent}{os.pathsep}{os.environ['PATH']}",
             "RLHF_TUI_SESSIONS": str(root),
             "XDG_STATE_HOME": str(gates / "state"),
             "HF_HUB_OFFLINE": "1",

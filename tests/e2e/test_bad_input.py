@@ -94,6 +94,14 @@ def test_an_existing_name_is_refused_and_its_session_is_kept(lab, whole):
     assert whole.state == "finished"
 
 
+def test_a_run_is_either_in_the_foreground_or_in_the_background(lab):
+    done = lab.cli("demo", "--name", "both", "--headless", "--detach")
+    assert done.returncode == 2
+    assert "give one of --headless" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (lab.root / "both").exists()
+
+
 def test_an_invalid_option_is_one_line_too(lab):
     for arguments in (("demo", "--steps", "none"), ("fly",), ("metrics",), ("ls", "--loud")):
         done = lab.cli(*arguments)

@@ -75,6 +75,21 @@ def test_a_resume_whose_input_is_wrong_leaves_the_configuration_as_it_was(lab, w
 
 
 @pytest.mark.slow
+def test_a_fork_says_which_defaults_of_its_parent_it_keeps(lab):
+    parent = lab.run("parent", "ppo.advantage=rloo", "train.save_every=1", steps=1)
+    assert parent.lab.cli(*parent.arguments, "--headless").returncode == 0
+    keys = ("ppo.advantage=gae", "model.value=reward_model", "ppo.whiten=true", "train.steps=2")
+    options = [word for key in keys for word in ("-o", key)]
+    done = lab.cli("fork", "parent", "--from", "1", "--name", "fitted", *options, "--headless")
+    assert done.returncode == 0, done.stderr
+    kept = [
+        "rollout.per_prompt 4 (default now 1)", "ppo.lam 0.95 (default now 0.9)",
+        "ppo.lam_value off (default now 0.95)",
+    ]  # fmt: skip
+    assert f"rlhf-tui: kept from 'parent': {', '.join(kept)}; -o changes them" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_fork_whose_input_is_wrong_leaves_no_session(lab, whole):
     wrong = ("-o", "reward.mix=[]", "-o", "reward.function=not_there:score")
     done = lab.cli("fork", "whole", "--from", "4", "--name", "wrong", *wrong, "--detach")

@@ -259,6 +259,26 @@ def test_a_paused_run_can_be_stopped_when_the_disk_is_full(either_lab, how):
         run.end()
 
 
+def test_status_and_ls_say_that_a_run_waits_for_room_on_the_disk(either_lab, wait_until):
+    run = either_lab.run("waits", "train.save_every=0", steps=1000)
+
+    def awaited():
+        return run.lab.json("status", run.name)["waits_for"]
+
+    try:
+        run.start()
+        engine = run.engine()
+        limits = engine.rlimit(psutil.RLIMIT_FSIZE)
+        engine.rlimit(psutil.RLIMIT_FSIZE, (0, limits[1]))  # no file of the engine's can grow
+        wait_until(lambda: awaited() == "room on the disk", "a wait")
+        for command in (["status", run.name], ["ls"]):
+            assert "waits for room on the disk" in run.lab.cli(*command).stdout
+        engine.rlimit(psutil.RLIMIT_FSIZE, limits)
+        wait_until(lambda: awaited() is None, "the end of the wait")
+    finally:
+        run.end()
+
+
 def test_a_roll_back_continues_from_the_checkpoint_in_the_same_engine(held):
     assert held.seen.roll_back["status"] == "applied"
     assert held.seen.rolled_back_to == 3

@@ -70,6 +70,25 @@ def test_advantages_reach_less_far_with_a_fitted_value_function_and_its_returns_
         assert (ppo.lam, ppo.lam_value) == lambdas
 
 
+def test_a_fork_keeps_the_defaults_of_its_parent_and_is_told_where_they_are_others():
+    fitted, parent = "model.value=reward_model", demo()
+    for config, overrides, kept in (
+        (parent, [fitted], {"ppo.lam": (0.95, 0.9), "ppo.lam_value": (None, 0.95)}),
+        (
+            demo(fitted),
+            ["model.value=shared"],
+            {"ppo.lam": (0.9, 0.95), "ppo.lam_value": (0.95, None)},
+        ),
+        (parent, [fitted, "ppo={lam: 0.95, lam_value: null}"], {}),
+        (demo("ppo.lam=0.97"), [fitted], {}),
+        (parent, ["kl.beta=0.2"], {}),
+    ):
+        assert config_file.kept_defaults(config, overrides) == kept
+    tokens = parent.eval.max_new_tokens
+    longer = config_file.kept_defaults(parent, ["rollout.max_new_tokens=99"])
+    assert longer == {"eval.max_new_tokens": (tokens, 99)}
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -152,7 +171,7 @@ def test_a_home_nobody_has_is_left_to_be_refused_as_a_folder():
 
 
 @pytest.mark.parametrize(
-    "key", ["seed=1", "data.shuffle=false", "model.value=separate", "rollout.batch_size=32"]
+    "key", ["seed=1", "data.shuffle=false", "model.policy=other", "rollout.batch_size=32"]
 )
 def test_a_resume_may_not_change_the_model_or_the_order_of_the_data(key):
     with pytest.raises(ConfigError, match="fork"):
@@ -169,7 +188,27 @@ def test_neither_a_resume_nor_a_fork_may_change_the_adapters(key):
         config_file.check_forkable(before, after)
 
 
-def test_a_fork_may_change_everything_but_the_adapters():
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("model.value=shared", "model.value=separate"),
+        ("model.value=shared", "model.value=reward_model"),
+        ("model.value=reward_model", "model.value=shared"),
+        ("ppo.advantage=gae", "ppo.advantage=rloo"),
+    ],
+)
+def test_neither_a_resume_nor_a_fork_may_change_the_value_function_that_is_trained(before, after):
+    with pytest.raises(ConfigError, match="cannot change on a resume") as caught:
+        config_file.check_resumable(demo(before), demo(after))
+    assert "fork" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"cannot change on a fork.*export the policy and start"):
+        config_file.check_forkable(demo(before), demo(after))
+
+
+def test_a_fork_may_change_everything_but_what_the_checkpoint_depends_on():
+    rloo, grpo = demo("ppo.advantage=rloo"), demo("ppo.advantage=grpo")
+    config_file.check_forkable(rloo, grpo)
+    config_file.check_forkable(rloo, demo("model.value=reward_model"))
     config_file.check_forkable(demo("lora.rank=8"), demo("lora.rank=8", "seed=1", "kl.beta=0.1"))
 
 

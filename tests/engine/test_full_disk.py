@@ -68,6 +68,7 @@ async def test_a_checkpoint_that_concludes_on_a_full_disk_waits_for_room(
             assert engine.shared.phases[0].name == rank_handler.WAITING
             assert engine.send(SetBeta(value=0.2)).status == "rejected"
         await until(lambda: "can be written again" in caplog.text)
+        assert not engine.shared.phases
         to_engine.close()
     with JournalReader(writer.session) as reader:
         assert [c.status for c in reader.checkpoints(("complete",))] == ["complete"]

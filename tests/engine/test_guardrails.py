@@ -95,6 +95,12 @@ def test_a_later_alert_says_which_one_it_is_and_when_the_last_one_was():
         (Rule(name="r", metric="m", below=4.0), [3, 1, 0, -4, -4], [1, 3, 4]),
         (Rule(name="r", metric="m", above=0.0), [1, 1, 2, 3, 4], [1, 3, 5]),
         (Rule(name="r", metric="m", rises=0.5, window=2), [4, 4, 8, 18], [3, 4]),
+        (Rule(name="r", metric="m", below=0.0), [0.1, 0, -0.001, 0.1, -0.01, -0.1, -0.2], [3, 7]),
+        (
+            Rule(name="r", metric="m", below=0.05, lasts=3),
+            [0.049, 0.048, 0.047, -0.1, 0.03, 0.02, -0.1, -0.1],
+            [3, 8],
+        ),
     ],
 )
 def test_a_rule_alerts_again_when_the_distance_beyond_its_limit_has_doubled(rule, values, steps):

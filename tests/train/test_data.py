@@ -100,6 +100,20 @@ BAD = {
     "no such column": ("p.jsonl", '{"text": "x"}\n', {}, "no column 'prompt'.*it has text"),
     "not JSON": ("p.jsonl", "hello\n", {}, "cannot read"),
     "half a line": ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', {}, "cannot read .*p.jsonl"),
+    "a bad line": ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', {}, r"member\. in line 2$"),
+    "a bad line far down": (
+        "p.jsonl",
+        ('{"prompt": "' + "a" * 100 + '"}\n') * 10_000 + "hello\n",
+        {},
+        r"Invalid value\. in line 10001$",
+    ),
+    "a key twice": (
+        "p.jsonl",
+        '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n',
+        {},
+        r"Column\(/prompt\) was specified twice in line 2$",
+    ),
+    "a bad value over lines": ("p.json", '{\n"prompt": "a",\n]\n}\n', {}, r"object member\.$"),
     "a number": ("p.jsonl", '{"prompt": 3}\n', {}, "row 1 .*neither text nor chat"),
     "chat without a template": (
         "p.jsonl",

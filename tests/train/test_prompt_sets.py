@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine import starter
+from engine.config import file as config_file
 from engine.config.sections.model import MIXTURE_CYCLE, DataConfig, PromptSource
 from engine.errors import UserInputError
 from engine.train.data import load_prompts as loading
@@ -20,11 +21,13 @@ from engine.train.data.formats import common_start
 from engine.train.data.load_prompts import load_prompts, load_sets
 from engine.train.data.mixture import Mixture, shares
 from engine.train.data.prompt_cache import PromptCache
-from engine.train.data.prompt_order import Prompts
+from engine.train.data.prompt_order import SAME_TEXT, Prompts
 from engine.train.data.prompt_table import PromptTable
 from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import permutation
 from engine.train.data.tokenise import PromptTokeniser, tokenise_texts
+from engine.train.distributed.ranks import RankGroup
+from engine.train.evaluation.held_out import split_prompts
 from tests.train.ranks.launch import run_ranks
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}>"
@@ -153,6 +156,17 @@ def test_what_is_held_out_of_several_data_sets_is_in_no_step():
     assert not trained & set(texts(held))
     assert held.without_texts_of(held) is None
     assert texts(held.without_texts_of(training)) == texts(held)
+
+
+def test_training_prompts_with_the_text_of_a_held_out_one_are_counted_and_logged(caplog):
+    table = PromptTable.of([Prompt([i], f"text {i % 4}", {}) for i in range(12)])
+    prompts = Prompts([table], per_step=4, shuffle=True, seed=3, left_out={"empty": 2})
+    config = config_file.load(starter.FOLDER / "demo.yaml", ["eval.holdout=1"])
+    with caplog.at_level("WARNING", "engine"):
+        training, _ = split_prompts(config, prompts, None, RankGroup(config.launch))
+    assert len(training) == 9
+    assert training.left_out == {"empty": 2, SAME_TEXT: 2}
+    assert "2 of 12 prompts left out: 2 with the text of a held-out one" in caplog.text
 
 
 # -- limits of length ------------------------------------------------------------------------------

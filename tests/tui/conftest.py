@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import os
 import random
 import shutil
 import sqlite3
+import sys
 import time
 from pathlib import Path
 
@@ -38,7 +40,10 @@ WORDS = (
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
-    """Preferences of the test alone, in one time zone, with all colours."""
+    """Preferences of the test alone, in one time zone, with all colours; the program on PATH."""
+    program = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", f"{program}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("RLHF_TUI_SESSIONS", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -214,11 +219,12 @@ def root(frozen_folder) -> Path:
 
 
 @pytest.fixture
-def make_app(root):
-    """The app on the frozen session, its clock stopped."""
+def make_app(root, monkeypatch):
+    """The app on the frozen session, its clock stopped, in the shell's folder of sessions."""
 
     def make(name: str | None = "frozen", **options) -> RlhfApp:
         folder = options.pop("root", root)
+        monkeypatch.setenv("RLHF_TUI_SESSIONS", str(folder))
         return RlhfApp(folder, name, now=lambda: NOW, follow=False, **options)
 
     return make

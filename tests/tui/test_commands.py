@@ -41,6 +41,13 @@ def test_what_stands_after_the_command_holds_before_that(root, tmp_path, monkeyp
     assert "frozen" in CliRunner().invoke(cli, arguments).output
 
 
+@pytest.mark.parametrize("words", [["--sessions", "my", "ls"], ["ls", "--sessions", "my"]])
+def test_a_command_in_a_message_names_the_folder_that_was_given(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = CliRunner().invoke(cli, words).output
+    assert output == "no sessions in my; start one with: rlhf-tui demo --sessions my\n"
+
+
 @pytest.mark.parametrize("answer", ["n", "y"])
 def test_deleting_asks_whoever_sits_there_wherever_the_output_goes(session_maker, tmp_path, answer):
     session = session_maker(tmp_path / "s", "mine", 3)

@@ -2,12 +2,14 @@
 
 import pytest
 
+from engine.journal.rows import EventRow, NoteEvent
 from engine.journal.writer import JournalWriter
 from rlhf_tui.dialogs.event import EventDialog
+from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.panels.cursor import CursorPanel
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.scroll_list import ScrollText
-from tests.tui.conftest import freeze
+from tests.tui.conftest import NOW, freeze
 
 LONG = "objective/kl is 9.5, above 2 × target (4) " + "and so on " * 30 + "to the end"
 
@@ -89,6 +91,29 @@ async def test_the_timeline_is_moved_through_by_time_with_the_keys_of_a_list(mak
         await pilot.press("G")
         assert newest == app.state.timeline()[-1]
         assert app.view.marker(app.state) == app.state.timeline()[0]
+
+
+async def test_newer_events_are_counted_while_one_stays_selected(make_app, running):
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press(*["tab"] * 4, "j")
+        timeline, selected = app.screen.query_one(TimelinePanel), app.view.marker(app.state)
+        assert "newer" not in timeline.text()
+        notes = [
+            EventRow(
+                event=1000 + number, time=NOW, attempt=2, step=200, kind="note",
+                payload=NoteEvent(text=f"note {number}", who="ana"),
+            )
+            for number in range(40)
+        ]  # fmt: skip
+        app.state.take(SessionUpdate(events=notes))
+        timeline.update()
+        first = timeline.render_line(1).text
+        assert app.view.marker(app.state) == selected
+        shown = int(first.split("note ")[1].split()[0])
+        assert f"  {39 - shown} newer ↑" in timeline.render_line(0).text
+        await pilot.press("g")
+        assert "newer" not in timeline.render_line(0).text
 
 
 async def test_an_alert_of_another_version_is_shown_without_its_samples(

@@ -56,4 +56,36 @@ def test_a_command_can_be_typed_as_it_is_shown(called, on_path, shown, tmp_path,
         (tmp_path / "rlhf-tui").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setattr("sys.executable", "/opt/bin/python")
     assert command("attach", "demo") == shown
+
+
+def test_another_program_names_the_command_beside_its_python(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "rlhf-tui").touch(mode=0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.argv", ["rlhf_tui/headless.py"])
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
+    assert command("ls") == f"{tmp_path}/bin/rlhf-tui ls"
+    monkeypatch.chdir(tmp_path)
+    assert command("ls") == "bin/rlhf-tui ls"
+
+
+@pytest.mark.parametrize(
+    ("variable", "root", "shown"),
+    [
+        (None, "sessions", ""),
+        (None, "my runs", " --sessions 'my runs'"),
+        (None, "/data/runs", " --sessions /data/runs"),
+        ("my runs", "my runs", ""),
+        ("my runs", "sessions", " --sessions sessions"),
+    ],
+)
+def test_a_command_about_a_session_finds_it_from_the_current_folder(
+    variable, root, shown, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RLHF_TUI_SESSIONS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RLHF_TUI_SESSIONS", variable)
+    assert command("ls", root=tmp_path / root).endswith(f"rlhf-tui ls{shown}")

@@ -1,13 +1,16 @@
 """What a run in the foreground prints, and that nothing in it controls the terminal."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from engine.metrics import BETA, KL, SCORE, STEP_TIME, TOKENS_PER_SECOND
 from engine.protocol.rank_messages import Phase, StepReport
+from engine.session.folder import Session
 from rlhf_tui.headless import Printer, PrinterHandler, print_exception
 
+RUN = Session(Path("sessions/run"))
 HOSTILE = "\x1b]52;c;c3RvbGVu\x07 \x9b31m \u202e turned"
 
 
@@ -33,7 +36,7 @@ def print_all(printer):
 
 @pytest.mark.parametrize("live", [False, True])
 def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
-    print_all(Printer("run", 8, live=live))
+    print_all(Printer(RUN, 8, live=live))
     out, err = capsys.readouterr()
     for text in (out.replace("\r\x1b[K", ""), err):
         assert not set(text) & set("\x1b\x07\x9b\r\u202e")
@@ -43,7 +46,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(capsys, live):
 
 def test_only_warnings_and_errors_of_the_log_are_printed(capsys):
     log = logging.Logger("engine")
-    log.addHandler(PrinterHandler(Printer("run", 8, live=False)))
+    log.addHandler(PrinterHandler(Printer(RUN, 8, live=False)))
     log.info("a connection was closed")
     log.warning("notify.command failed")
     assert capsys.readouterr() == ("", "notify.command failed\n")
@@ -52,10 +55,10 @@ def test_only_warnings_and_errors_of_the_log_are_printed(capsys):
 def test_the_tiny_kl_of_the_first_step_is_not_printed_as_zero(capsys):
     values = {SCORE: 0.5, KL: 5.66e-6, BETA: 0.1, STEP_TIME: 1.0, TOKENS_PER_SECOND: 40.0}
     report = StepReport(step=1, metrics=values, samples=[], settings={})
-    Printer("run", 8, live=False).message(report)
+    Printer(RUN, 8, live=False).message(report)
     assert "kl 5.66e-6 " in capsys.readouterr().out
 
 
 def test_a_pause_names_the_command_that_resumes_this_run(capsys):
-    Printer("run", 8, live=False).state("paused", "kl_high at step 4: KL 7.26 > 6")
+    Printer(RUN, 8, live=False).state("paused", "kl_high at step 4: KL 7.26 > 6")
     assert capsys.readouterr().err == "paused; resume with: rlhf-tui ctl run unpause\n"

@@ -19,9 +19,10 @@ STEPS = 3
 
 
 @pytest.fixture
-def two_runs(session_maker, tmp_path, running, until):
+def two_runs(session_maker, tmp_path, running, until, monkeypatch):
     """The app with `one` open, and the sessions screen with `two` highlighted."""
     root = tmp_path / "sessions"
+    monkeypatch.setenv("RLHF_TUI_SESSIONS", str(root))
     for name in ("one", "two"):
         session_maker(root, name, STEPS)
 

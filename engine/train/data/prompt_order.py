@@ -14,6 +14,9 @@ from engine.train.data.prompt_table import PromptTable
 from engine.train.data.prompts import Prompt
 from engine.train.data.randomness import permutation
 
+SAME_TEXT = "with the text of a held-out one"
+"""Why prompts are left out that :meth:`Prompts.hold_out` did not choose itself."""
+
 
 class Prompts:
     """All prompts of a run; :meth:`for_step` selects those of a step."""
@@ -97,7 +100,8 @@ class Prompts:
     def hold_out(self, count: int) -> tuple["Prompts", "Prompts"]:
         """Splits off `count` prompts for evaluation; the seed determines which.
 
-        Prompts with the text of one that is held out leave the training prompts as well.
+        Prompts with the text of one that is held out leave the training prompts as well, and are
+        counted in their :attr:`left_out`.
 
         Returns:
             The prompts for training, and those that are held out.
@@ -119,7 +123,9 @@ class Prompts:
                 f"eval.holdout ({count}) leaves no prompt of the {len(self)} in data.prompts for "
                 "training: lower it, or give eval.prompts"
             )
-        return self._with(rest, self._weights), self._with([t for t in held if len(t)])
+        training = self._with(rest, self._weights)
+        training.left_out = self.left_out | {SAME_TEXT: len(self) - len(chosen) - len(training)}
+        return training, self._with([t for t in held if len(t)])
 
     def without_texts_of(self, other: "Prompts") -> "Prompts | None":
         """The prompts whose texts no prompt of `other` has; None if there are none."""

@@ -1,6 +1,7 @@
 """Reads the rows of a data set: a file, or a data set on the hub."""
 
 import errno
+import json
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,8 @@ MAX_NESTING = 50
 """Lists and objects inside each other in a line of JSON; `datasets` fails from about 60 on."""
 JSON_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{}]')
 """Strings, which may contain brackets, and brackets."""
+ROW = re.compile(r" in row \d+$")
+"""Of pyarrow's error about a line of JSON: counted from 0, and anew in each block that it reads."""
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -118,7 +121,30 @@ def _read_error(source: str, kind: str | None, error: Exception) -> str:
             f"data.prompts: '{source}' is neither a local file ({endings}) nor a data set that the "
             f"hub provides: {first}"
         )
+    if ROW.search(first):
+        line = _bad_line(Path(source))
+        first = ROW.sub("" if line is None else f" in line {line}", first)
     return f"data.prompts: cannot read {source} as {kind}: {first}"
+
+
+def _bad_line(file: Path) -> int | None:
+    """The first line that is not JSON or names a key twice, counted from 1.
+
+    None if there is none, or if the file may be one value over several lines.
+    """
+
+    def check_keys(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError
+
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip():
+                    json.loads(line, object_pairs_hook=check_keys)
+            except ValueError:
+                return number if number > 1 or file.suffix.lower() == ".jsonl" else None
+    return None
 
 
 def _unwritable(error: BaseException) -> str | None:

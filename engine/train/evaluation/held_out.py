@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import RunConfig
 from engine.errors import UserInputError
-from engine.train.data.prompt_order import Prompts
+from engine.train.data.prompt_order import SAME_TEXT, Prompts
 from engine.train.data.prompts import Prompt
 from engine.train.distributed.ranks import RankGroup
 from engine.train.distributed.share_prompts import load_on_all_ranks
@@ -48,7 +48,10 @@ def split_prompts(
     evaluation = config.eval
     separate: Prompts | None = None
     if evaluation.holdout:
+        loaded = len(prompts)
         prompts, separate = prompts.hold_out(evaluation.holdout)
+        if (same := prompts.left_out[SAME_TEXT]) and ranks.is_lead:
+            log.warning("%d of %d prompts left out: %d %s", same, loaded, same, SAME_TEXT)
     if not evaluation.every:
         return prompts, []
     if evaluation.prompts is not None:

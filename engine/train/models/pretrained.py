@@ -61,7 +61,7 @@ def load_policy(
         UserInputError: the model or the adapters' targets cannot be used.
         CheckpointError: the checkpoint's adapters are missing or do not match the configuration.
     """
-    has_value = config.ppo.traits.value_function and not config.linear_value
+    has_value = config.trained_value is not None
     value = config.model.value if has_value else None
     adapted = config.lora.rank is not None
     base = starter.resolve(config.model.policy) if adapted else source

@@ -139,7 +139,7 @@ class ReadingTools:
         rows = []
         for session in [*local, *(s for s in live_sessions() if s not in local)]:
             try:
-                row = read_session_row(session)
+                row = read_session_row(session, ask=True)
             except (RlhfError, OSError) as error:
                 row = unreadable_row(session, error)
             rows.append({k: v for k, v in row.as_json().items() if k not in ("settings", "pid")})
@@ -147,7 +147,7 @@ class ReadingTools:
 
     def status(self, session: Name) -> Json:
         """Show a run: state and its reason, step, settings in force, steps with checkpoints."""
-        return read_session_row(existing(self._root, session)).as_json()
+        return read_session_row(existing(self._root, session), ask=True).as_json()
 
     def metrics(self, session: Name) -> Json:
         """List the metrics of a run: unit, what each means, step and value of the newest point."""

@@ -45,7 +45,8 @@ def ls(context: click.Context, address: str | None, root: Path, as_json: bool) -
     if as_json:
         print_json([r.as_json() for r in rows])
     elif not rows:
-        say(f"no sessions in {address or root}; start one with: rlhf-tui demo")
+        demo = fmt.command("demo", root=None if address else root)
+        say(f"no sessions in {address or root}; start one with: {demo}")
     else:
         header = ["name", "state", "step", "beta", "score", "KL", "last active", ""]
         folders = {str(s.folder) for s in local}
@@ -64,7 +65,8 @@ def _remote_rows(address: str, options: list[str]) -> list[SessionRow]:
 
     parsed = Address.parse(address)
     if parsed.name:
-        raise UserInputError(f"ls takes no session: rlhf-tui attach {address} opens it")
+        attach = fmt.command("attach", address)
+        raise UserInputError(f"ls takes no session: {attach} opens it")
     output = run(parsed, "ls", "--json", *options)
     try:
         return msgspec.json.decode(output, type=list[SessionRow])
@@ -75,7 +77,7 @@ def _remote_rows(address: str, options: list[str]) -> list[SessionRow]:
 def _read_row(session: Session) -> SessionRow:
     """A session's row; if it cannot be read, one with the reason."""
     try:
-        return read_session_row(session)
+        return read_session_row(session, ask=True)
     except (RlhfError, OSError) as error:
         return unreadable_row(session, error)
 
@@ -90,15 +92,22 @@ def _ls_cells(row: SessionRow, *, local: bool) -> list[str]:
 
 
 def _reason(row: SessionRow) -> str:
-    """What paused the run, or why its session cannot be read; mostly empty."""
+    """What the run waits for or was paused by, or why it cannot be read; mostly empty."""
     if row.state == "unreadable":
         return row.message
-    return _state_text(row) if row.pause_reason else ""
+    return ", ".join(_reasons(row))
 
 
 def _state_text(row: SessionRow) -> str:
-    """The state, with what paused the run: `paused by kl_high at step 4: KL 7.26 > 6`."""
-    return f"paused by {row.pause_reason}" if row.pause_reason else row.state
+    """The state: `running`, `paused by kl_high at step 4: KL 7.26 > 6`."""
+    reasons = _reasons(row)
+    return ", ".join(reasons if row.pause_reason else [row.state, *reasons])
+
+
+def _reasons(row: SessionRow) -> list[str]:
+    """What paused the run, and what its engine waits for: `waits for room on the disk`."""
+    paused = [f"paused by {row.pause_reason}"] if row.pause_reason else []
+    return paused + ([f"waits for {row.waits_for}"] if row.waits_for else [])
 
 
 @click.command()
@@ -107,13 +116,13 @@ def _state_text(row: SessionRow) -> str:
 @json_option
 def status(root: Path, name: str, as_json: bool) -> None:
     """Show a session's status."""
-    row = read_session_row(existing(root, name))
+    row = read_session_row(existing(root, name), ask=True)
     if as_json:
         print_json(row.as_json())
         return
     engine = f"pid {row.pid} on {row.host}" if row.pid else "none"
     message = f" ({one_line(row.message)})" if row.message else ""
-    tone = STATE_TONES.get(row.state, "")
+    tone = "warn" if row.waits_for else STATE_TONES.get(row.state, "")
     say(f"{row.name}: ", (one_line(_state_text(row)), tone), message)
     say(f"  step        {row.step} of {row.total_steps}, attempt {row.attempt}")
     say(f"  score, KL   {fmt.number(row.score)}, {fmt.number(row.kl)} nats per response")
@@ -128,6 +137,7 @@ def status(root: Path, name: str, as_json: bool) -> None:
         say(f"  deadline    saves and ends before {fmt.clock(row.deadline)}")
     say(f"  folder      {row.folder}")
     if row.state not in ENDED_STATES and not row.pid:
-        say(f"  resume with {fmt.command('resume', row.name)}")
+        say(f"  resume with {fmt.command('resume', row.name, root=Path(row.folder).parent)}")
     elif row.state == "paused":
-        say(f"  resume with {fmt.command('ctl', row.name, 'unpause')}")
+        unpause = fmt.command("ctl", row.name, "unpause", root=Path(row.folder).parent)
+        say(f"  resume with {unpause}")

@@ -37,9 +37,10 @@ def agreement(root: Path, name: str, as_json: bool) -> None:
         print_json(_as_json(found))
         return
     if found.mean is None:
+        attach = fmt.command("attach", name, root=session.folder.parent)
         raise RlhfError(
             f"session '{name}' has no judgements to compare: it needs labels good and bad, or "
-            f"preferences (J on screen 3 of rlhf-tui attach {name})"
+            f"preferences (J on screen 3 of {attach})"
         )
     say(sections.agreement(found))
     curve = found.curve

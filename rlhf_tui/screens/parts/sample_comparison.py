@@ -211,7 +211,7 @@ class SampleComparison:
     # -- the reference -------------------------------------------------------------------------
 
     def _why_missing(self, row: SampleRow) -> str:
-        name = self._context.state.name
+        state = self._context.state
         if row.prompt in self._probed:
             return "probe sent; the response comes after the current step"
         if not self._known:
@@ -222,7 +222,8 @@ class SampleComparison:
             return "no reference response yet; press d"
         if not self._context.steers:
             return "no reference response yet, and this terminal is read-only"
-        return f"no reference response yet; resume the run first:\nrlhf-tui resume {name}"
+        resume = state.command("resume", state.name)
+        return f"no reference response yet; resume the run first:\n{resume}"
 
     def _may_ask(self, row: SampleRow) -> bool:
         session = self._context.session

@@ -89,5 +89,5 @@ def empty_list(samples: SampleList, state: SessionState) -> list[Row]:
         return [[(" no held-out responses yet; E shows those of training", "dim")]]
     if not state.head.step:
         return [[(" no responses before the first step is done", "dim")]]
-    text = f" no responses were kept (log.samples); see rlhf-tui samples {state.name}"
-    return [[(text, "dim")]]
+    samples_command = state.command("samples", state.name)
+    return [[(f" no responses were kept (log.samples); see {samples_command}", "dim")]]

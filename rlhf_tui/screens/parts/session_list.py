@@ -168,10 +168,11 @@ def short_path(path: str | Path) -> str:
         return str(path)
 
 
-def lines_about(row: SessionRow, width: int) -> list[Row]:
+def lines_about(row: SessionRow, width: int, resume: str) -> list[Row]:
     """Folder, engine, checkpoints and the reason for the state of a session.
 
-    The KL, too, if the table is too narrow for its column.
+    The KL, too, if the table is too narrow for its column. `resume` is the command for one that
+    has crashed.
     """
     engine = f"engine pid {row.pid} on {row.host}" if row.pid else "no engine"
     steps = ", ".join(map(str, row.checkpoints[-6:])) or "none"
@@ -189,7 +190,7 @@ def lines_about(row: SessionRow, width: int) -> list[Row]:
         found.append([(f" {row.message}", tone)])
     elif row.state == "crashed":
         reason = "engine died (no exit message); resume: "
-        found.append([(f" {reason}", "bad"), (f"rlhf-tui resume {row.name}", "key")])
+        found.append([(f" {reason}", "bad"), (resume, "key")])
     return found
 
 

@@ -1,12 +1,13 @@
 """The preview of a session: its curves, last alert, settings that differ, newest responses."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from textual.app import ComposeResult
 from textual.containers import Container, Horizontal
 
 from engine.journal.rows import AlertEvent, SampleRow
-from rlhf_tui.format import value_text
+from rlhf_tui import format as fmt
 from rlhf_tui.state.session_preview import METRICS, SessionPreview
 from rlhf_tui.state.session_state import SessionState
 from rlhf_tui.state.timeline import short_condition
@@ -79,8 +80,16 @@ class PreviewNotes(Lines):
         lines = packed([_difference(d.key, d.value, d.other) for d in preview.differences], width)
         room = height - len(rows)
         if len(lines) > room > 0:
-            lines[room - 1] = [(" … and more: rlhf-tui diff", "dim")]
+            lines[room - 1] = [(self._more(), "dim")]
         return [*rows, *lines[:room]]
+
+    def _more(self) -> str:
+        """That there are more differences, and the command that prints all."""
+        preview = self._preview
+        if not preview.against:
+            return " … and more"
+        root = Path(preview.folder).parent
+        return f" … and more: {fmt.command('diff', self._state.name, preview.against, root=root)}"
 
     def _alert(self) -> Row:
         for event in self._state.events:
@@ -95,7 +104,7 @@ def _difference(key: str, value: object, other: object) -> list[Piece]:
 
 def _short(value: object) -> str:
     """Only the end of a path, only the beginning of a list."""
-    text = value_text(value)
+    text = fmt.value_text(value)
     if isinstance(value, list) and len(text) > VALUE:
         return f"{text[: VALUE - 1]}…"
     return text[-VALUE:]

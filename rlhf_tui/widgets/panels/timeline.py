@@ -48,6 +48,7 @@ class TimelinePanel(ScrollList):
             self.cursor = keys.index(self.view.selected)
         elif not self.has_focus:
             self.top = 0
+        self._clamp()  # the header counts the entries above the window
         return super().rows(width, height)
 
     def count(self) -> int:
@@ -55,11 +56,12 @@ class TimelinePanel(ScrollList):
         return len(self.state.timeline())
 
     def header(self, width: int) -> list[Row]:
-        """The title and the keys."""
+        """The title with the number of entries above the window, and the keys."""
+        title = "What happened" + (f"  {self.top:,} newer ↑" if self.top else "")
         keys = "n N jump  enter open" if width >= WITH_CLOCK else "n N  enter"
         if self.state.live and not self.read_only and width >= WITH_CLOCK:
             keys += "  w note"
-        return [heading("What happened", keys, width, focused=self.has_focus)]
+        return [heading(title, keys, width, focused=self.has_focus)]
 
     def empty(self) -> list[Row]:
         """What will be here."""
