@@ -1,7 +1,7 @@
 """The operator's labels and notes: keys on the samples, and what other clients say."""
 
 import queue
-import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +12,7 @@ from engine.journal.samples import SampleQuery
 from engine.journal.writer import JournalWriter
 from rlhf_tui.dialogs.base import InputDialog
 from rlhf_tui.screens.parts.sample_filter import parse_filter
+from rlhf_tui.screens.parts.sample_labels import SampleLabels
 from rlhf_tui.state.label_writer import LabelWriter
 from rlhf_tui.widgets.samples.judgement import mark
 from rlhf_tui.widgets.samples.sample_view import SampleView
@@ -142,24 +143,23 @@ async def test_what_cannot_be_written_is_said_and_not_shown(samples, judged, unt
         await until(pilot, lambda: shown(app)[0][0] == "")
 
 
-async def test_what_could_not_be_written_is_not_shown_among_the_responses_of_another_session(
-    samples, judged, session_maker, until
-):
-    session_maker(judged.folder.parent, "other", STEPS)
-    async with samples() as (app, pilot):
-        judged.labels_file.mkdir()
-        labels, gate = app.screen.labels, threading.Event()
-        labels.write(lambda _session: not gate.wait(60))  # a slow disk
-        await pilot.press("plus")
-        assert app.open_session("other")
-        await pilot.press("3")
-        table = app.screen.query_one(Table)
-        await until(pilot, lambda: table.count() == 8 * STEPS)
-        shown_again = []
-        labels._show = shown_again.append
-        gate.set()
-        await until(pilot, lambda: notices(app))
-        assert not shown_again
+def test_what_could_not_be_written_is_not_shown_after_a_change_of_session(judged):
+    said, shown = queue.Queue(), []
+    context = SimpleNamespace(
+        session=judged, who="me", now=lambda: 0.0, say=lambda text, _kind: said.put(text)
+    )
+    posted = queue.Queue()
+    screen = SimpleNamespace(post_message=posted.put)
+    labels = SampleLabels(
+        screen, context, selected=lambda: sample(1), show=shown.append, read_again=lambda: None
+    )
+    judged.labels_file.mkdir()
+    labels.toggle("good")
+    labels.session_changed()
+    shown.clear()
+    labels.written(posted.get(timeout=60))
+    assert "you need write permission" in said.get_nowait()
+    assert not shown
 
 
 def test_words_of_the_filter_and_the_same_in_quotes():
