@@ -123,8 +123,8 @@ class SteeringPanel(Panel):
         steps = math.log(2 if up else 0.5) / math.log1p(change) if change else math.inf
         if width >= 50 and math.isfinite(steps):
             return f" saturated: {'×2' if up else '×½'} in {math.ceil(steps):,} steps"
-        head = self.state.head
-        return " too slow" if steps > head.total_steps - head.step else " saturated"
+        left = self.state.head.total_steps - self.state.head.step
+        return " too slow" if self.state.live and steps > left else " saturated"
 
     def _others(self, width: int) -> list[Row]:
         rows: list[list[Piece]] = [[*_label("other")]]
