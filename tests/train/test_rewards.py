@@ -181,6 +181,17 @@ def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key
     assert {f.name for f in msgspec.structs.fields(RewardSource)} >= set(SOURCE_KEYS)
 
 
+def test_a_file_in_the_working_directory_does_not_take_the_place_of_the_configuration_s(
+    module, inputs, tmp_path, monkeypatch
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    text = "def length(completions, **_):\n    return [-5.0] * len(completions)\n"
+    (elsewhere / "rewards_for_test.py").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(elsewhere)
+    assert -5.0 not in function_reward(module, "length")(inputs, no_report)
+
+
 def test_equally_named_sources_of_a_mix_are_numbered(module, inputs, tokenizer):
     function = RewardSource(function="rewards_for_test:length")
     sources = [function, RewardSource(model="starter:reward"), function]
