@@ -1,6 +1,7 @@
 """Reward sources: how they are called, weighted sums of them, and errors."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -62,6 +63,7 @@ def module(tmp_path, monkeypatch):
     path = tmp_path / "rewards_for_test.py"
     path.write_text(
         "def length(completions, **kwargs): return [float(len(c)) for c in completions]\n"
+        "def lower(completions, **kwargs): return [float(len(c.lower())) for c in completions]\n"
         "def sometimes(completions, grade): return [None if g else 1.5 for g in grade]\n"
         "async def slow(completion_ids, **kwargs): return [len(c) for c in completion_ids]\n"
         "def nan(completions, **kwargs): return [float('nan')] * len(completions)\n"
@@ -266,6 +268,18 @@ def test_what_a_function_raises_is_told_with_step_and_response(module, call, nam
     assert "Traceback" in caught.value.trace
     failed = failed_message(caught.value, None, 0)
     assert decode_from_rank(frames.encode(failed)[frames.HEADER.size :]) == failed
+
+
+def test_a_function_for_texts_is_told_that_completions_are_messages(module, inputs):
+    mix = RewardMix(
+        {"r": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "lower"))}, SINGLE_RANK, 0
+    )
+    mix(inputs)
+    messages = [{"role": "user", "content": "The film"}]
+    prompts = [replace(prompt, messages=messages) for prompt in inputs.batch.prompts]
+    conversations = replace(inputs, batch=replace(inputs.batch, prompts=prompts))
+    with pytest.raises(RewardCallError, match="each completion is a list of messages"):
+        mix(conversations)
 
 
 def test_a_function_whose_file_was_mended_is_imported_again(module, call):
