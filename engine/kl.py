@@ -10,6 +10,9 @@ from typing import Literal, Protocol
 MAX_ERROR = 0.2
 """The proportional error is clipped to ±20 %, which limits the effect of one outlying batch."""
 
+USUAL_CHANGE = 0.01
+"""The largest relative change of beta in a step of Ziegler et al., who have 512 responses in it."""
+
 
 class KLControl(Protocol):
     """Parameters of a controller: the `kl` section of a configuration, or live settings."""
@@ -26,6 +29,21 @@ class KLControl(Protocol):
     def beta_min(self) -> float: ...  # noqa: D102
     @property
     def beta_max(self) -> float: ...  # noqa: D102
+
+
+def largest_change(horizon: float, episodes: int) -> float:
+    """The largest relative change of beta in a step of the adaptive controller: 0.01 is 1 %.
+
+    Args:
+        horizon: of the controller, in responses.
+        episodes: number of responses in a step.
+    """
+    return MAX_ERROR * episodes / horizon
+
+
+def usual_horizon(episodes: int) -> int:
+    """The horizon at which beta changes by at most 1 % in a step of so many responses."""
+    return round(MAX_ERROR * episodes / USUAL_CHANGE)
 
 
 def next_beta(control: KLControl, kl: float, episodes: int) -> float:

@@ -23,10 +23,17 @@ OF_A_RANK = {
 }  # fmt: skip
 """Packages and modules of the engine that ranks use besides their own."""
 FLOORS = [
-    ("engine", "engine.agreement", "engine.errors", "engine.metrics", "engine.starter"),
+    (
+        "engine",
+        "engine.agreement",
+        "engine.errors",
+        "engine.kl",
+        "engine.metrics",
+        "engine.starter",
+    ),
     ("engine.config.sections",),
     ("engine.config",),
-    ("engine.kl", "engine.memory", "engine.session"),
+    ("engine.memory", "engine.session"),
     ("engine.protocol",),
     ("engine.journal",),
     ("engine.monitoring",),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from engine import starter
 from engine.config.yaml_document import parse_yaml
+from engine.kl import usual_horizon
 
 
 class Recipe(NamedTuple):
@@ -69,7 +70,8 @@ def for_real_models(settings: dict[str, dict[str, Any]], *, gpu: bool) -> dict[s
     }
     changed["ppo"]["micro_batch_size"] = 8
     if "horizon" in changed.get("kl", {}):
-        changed["kl"] |= {"horizon": 10_000, "beta": 0.05}
+        horizon = usual_horizon(changed["rollout"]["batch_size"])
+        changed["kl"] |= {"horizon": horizon, "beta": 0.05}
     if "overlong" in changed.get("reward", {}):
         changed["reward"]["overlong"]["buffer"] = TOKENS // 4
     if gpu:

@@ -266,8 +266,8 @@ def fork(
         ConfigError: an override is wrong.
         NoSuchSessionError: there is no checkpoint of that step.
         SessionNameError: the new name cannot be used or is taken.
-        UserInputError: the checkpoint has no averaged policy, or the rollout engine is not
-            installed.
+        UserInputError: no step is left to train, the checkpoint has no averaged policy, or the
+            rollout engine is not installed.
         SessionError: the files cannot be copied, or the session belongs to another user.
     """
     session.check_owner()
@@ -275,6 +275,11 @@ def fork(
     new = forked_config(old, overrides)
     check_name(name)
     _check_step(session, from_step)
+    if from_step >= new.train.steps:
+        raise UserInputError(
+            f"nothing would be trained: step {from_step} is the end of {new.train.steps} steps; "
+            f"give the fork more: -o train.steps={2 * from_step}"
+        )
     if ema:
         check_average(session, from_step)
     check_rollout_engine(new)

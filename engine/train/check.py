@@ -6,6 +6,7 @@ on two prompts and times one on a few more. The last line of standard output is 
 it writes is in a temporary folder, which it removes.
 """
 
+import math
 import sys
 
 import msgspec
@@ -15,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.config.rules.run_config import check_config
 from engine.config.schema import RunConfig
 from engine.errors import RlhfError, UserInputError, error_text
+from engine.kl import largest_change, usual_horizon
 from engine.launch.environment import ranks_per_node
 from engine.metrics import PEAK_MEMORY, STEP_TIME, phase_time
 from engine.protocol.programs.check_result import CheckedSample, CheckResult, TimedStep
@@ -40,6 +42,8 @@ noise, and the longest response, which a small batch may lack."""
 LONGEST_STEP = 60.0
 """Seconds that the third step may take, if each prompt adds as much as the first ones took."""
 PHASES = ("generate", "score", "reference", "optimise")
+LEAST_FACTOR = 4.0
+"""By which the adaptive controller should be able to change beta within a run."""
 RATIO_LIMIT = {"float32": 1e-3, "bfloat16": 0.1}
 """How far the mean ratio before an update may be from 1; rounding explains less."""
 
@@ -72,7 +76,7 @@ def check(config: RunConfig) -> CheckResult:
             session, small, begin, ranks, _report, lambda _rule, text: warnings.append(text)
         )
         fit_scales(run, small)
-        warnings += suggested_value(config, run)
+        warnings += [*suggested_value(config, run), *plain_prompts(run), *slow_controller(config)]
         return _try(config, run, warnings)
     finally:
         folder.close()
@@ -115,6 +119,32 @@ def suggested_value(config: RunConfig, run: Run) -> list[str]:
     return [
         "the reward model reads the policy's tokens: a run may learn more from each response with "
         "model.value: reward_model (docs/ppo.md)"
+    ]
+
+
+def plain_prompts(run: Run) -> list[str]:
+    """A line if the policy has a chat template and prompts are neither messages nor rendered."""
+    prompt = run.prompts.for_step(1)[0]
+    rendered = any(token in prompt.text for token in run.tokenizer.all_special_tokens)
+    if not run.tokenizer.chat_template or prompt.messages is not None or rendered:
+        return []
+    return [
+        "the policy has a chat template, but prompts are given to it as plain text; data.chat: "
+        "true makes each of them the message of a user (docs/models.md)"
+    ]
+
+
+def slow_controller(config: RunConfig) -> list[str]:
+    """A line if the adaptive controller can hardly change beta in the whole run."""
+    batch, kl = config.rollout.batch_size, config.kl
+    change = largest_change(kl.horizon, batch)
+    exponent = config.train.steps * math.log1p(change)
+    if kl.controller != "adaptive" or exponent >= math.log(LEAST_FACTOR):
+        return []
+    return [
+        f"the adaptive controller changes beta by at most {change:.2%} in a step, and by a factor "
+        f"of {math.exp(exponent):.2g} in the whole run, too slowly for a KL that runs away; "
+        f"kl.horizon: {usual_horizon(batch)} allows 1% a step"
     ]
 
 

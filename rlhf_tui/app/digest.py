@@ -5,7 +5,7 @@ from engine.journal.rows import ErrorEvent, StateEvent
 from rlhf_tui import format as fmt
 from rlhf_tui.state.preferences import Seen
 from rlhf_tui.state.session_state import RECENT, SessionState
-from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES
+from rlhf_tui.state.timeline import MARKER_GLYPHS, MARKER_TONES, Marker
 from rlhf_tui.widgets.lines import Row
 
 MOST = 8
@@ -42,22 +42,29 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     since = [m for m in state.markers() if m.time > seen.time]
     if since:
         rows.append([])
-    for marker in since[-MOST:]:
-        who = f"  by {marker.who}" if marker.who else ""
-        rows.append(
-            [
-                (f"{marker.step:>6} ", "dim"),
-                (f"{MARKER_GLYPHS[marker.kind]} ", MARKER_TONES[marker.kind]),
-                (marker.text, ""),
-                (who, "dim"),
-            ]
-        )
+    saved = [m for m in since if m.kind == "checkpoint"]
+    if len(since) > MOST and len(saved) > 1:
+        # There may be dozens, which must not keep an alert or a crash from being seen.
+        since = [m for m in since if m not in saved[:-1]]
+    rows += [_row(marker) for marker in since[-MOST:]]
     if len(since) > MOST:
         rows.append([(f"       and {len(since) - MOST} earlier", "dim")])
+    if len(saved) > 1 and saved[0] not in since:
+        rows.append([(f"       and {fmt.plural(len(saved) - 1, 'earlier checkpoint')}", "dim")])
     states = [e.payload for e in new if isinstance(e.payload, StateEvent | ErrorEvent)]
     if states and states[-1].text:
         rows.append([(states[-1].text.partition("\n")[0], "warn")])
     return rows
+
+
+def _row(marker: Marker) -> Row:
+    who = f"  by {marker.who}" if marker.who else ""
+    return [
+        (f"{marker.step:>6} ", "dim"),
+        (f"{MARKER_GLYPHS[marker.kind]} ", MARKER_TONES[marker.kind]),
+        (marker.text, ""),
+        (who, "dim"),
+    ]
 
 
 def curves_are_read(state: SessionState) -> bool:

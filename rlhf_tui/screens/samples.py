@@ -114,6 +114,7 @@ class SamplesScreen(SessionScreen):
 
     def session_changed(self) -> None:
         """Drops the samples of the last session."""
+        self.labels.session_changed()
         self.comparison.session_changed()
         self.samples.session_changed()
         self._clear()

@@ -75,8 +75,8 @@ class CommandSender:
                     threading.Thread(
                         target=_await_end, args=given, daemon=True, name="command"
                     ).start()
-        except (RlhfError, OSError) as error:
-            _post(outgoing, problem=str(error))
+        except Exception as error:  # nobody else sees it, and the next command is to be sent
+            _post(outgoing, problem=_problem(error))
 
 
 def _await_end(
@@ -87,8 +87,13 @@ def _await_end(
         with stack:
             reply = last_reply(client, outgoing.session, outgoing.command, command_id, WAIT)
         _post(outgoing, reply)
-    except (RlhfError, OSError) as error:
-        _post(outgoing, problem=str(error))
+    except Exception as error:  # nobody else sees it
+        _post(outgoing, problem=_problem(error))
+
+
+def _problem(error: Exception) -> str:
+    known = isinstance(error, RlhfError | OSError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def _post(outgoing: OutgoingCommand, reply: CommandReply | None = None, problem: str = "") -> None:

@@ -54,6 +54,10 @@ _BOUND = re.compile(
     r"(?P<metric>\S+) is (?P<value>\S+), (?P<side>above|below) (?P<bound>[^;\n]+)"
     r"(?:; (?P<again>alert \d+), .+)?"
 )
+_PREDICTED = re.compile(
+    r"(?P<metric>\S+) is (?P<value>\S+) and rises: (?P<predicted>\S+) in (?P<ahead>\d+) steps is "
+    r"above (?P<bound>[^;\n]+)(?:; (?P<again>alert \d+), .+)?"
+)
 DIED = "engine died (no exit message)"
 
 
@@ -308,11 +312,17 @@ def pause_reason(
 def short_condition(text: str) -> str:
     """Shortens `objective/kl is 7.26, above 6` to `KL 7.26 > 6`; other texts stay as they are.
 
-    What a later alert of the rule says of the last one becomes `KL 7.26 > 6 (alert 2)`.
+    What is predicted becomes `KL 4.9, in 10 steps 7.1 > 6`. What a later alert of the rule says of
+    the last one becomes `KL 7.26 > 6 (alert 2)`.
     """
-    found = _BOUND.fullmatch(text)
-    if found is None:
+    if found := _BOUND.fullmatch(text):
+        sign = ">" if found["side"] == "above" else "<"
+        short = f"{found['value']} {sign} {found['bound']}"
+    elif found := _PREDICTED.fullmatch(text):
+        short = (
+            f"{found['value']}, in {found['ahead']} steps {found['predicted']} > {found['bound']}"
+        )
+    else:
         return text
-    sign = ">" if found["side"] == "above" else "<"
     again = f" ({found['again']})" if found["again"] else ""
-    return f"{title_of(found['metric'])} {found['value']} {sign} {found['bound']}{again}"
+    return f"{title_of(found['metric'])} {short}{again}"

@@ -159,6 +159,7 @@ def test_a_fork_that_is_refused_leaves_nothing(writer):
         ("child", 2, ["data.prompts=/nowhere.jsonl"], ConfigError),
         ("../child", 2, [], SessionNameError),
         ("run", 2, [], SessionNameError),
+        ("child", 2, ["train.steps=2"], UserInputError),
     ):
         with pytest.raises(error):
             fork(writer.session, name, from_step=step, overrides=overrides, **given)

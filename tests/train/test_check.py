@@ -1,5 +1,6 @@
 """A configuration is tried without a run: `rlhf-tui check`."""
 
+import shutil
 import tempfile
 
 import pytest
@@ -8,7 +9,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.errors import UserInputError
 from engine.protocol.programs.check_result import TimedStep
-from engine.train.check import check, reduced, suggested_value
+from engine.train.check import check, plain_prompts, reduced, slow_controller, suggested_value
 from rlhf_tui.commands.check import report, step_estimate
 from tests.train.conftest import SMALL
 
@@ -18,6 +19,20 @@ def temporary(tmp_path, monkeypatch):
     """An own folder for temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def chat_policy(tmp_path):
+    """Makes a copy of the starter's policy with a chat template, or with None."""
+
+    def make(template):
+        folder = tmp_path / "policy"
+        shutil.copytree(starter.resolve("starter:policy"), folder)
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        return folder
+
+    return make
 
 
 def rewards(completions, **_):
@@ -62,6 +77,35 @@ def test_a_fitted_value_function_is_suggested_where_it_can_be_used(make_run, ove
     run, _ = make_run(*overrides)
     found = suggested_value(run.config, run)
     assert ["model.value: reward_model" in text for text in found] == [True] * suggested
+
+
+@pytest.mark.parametrize(
+    ("template", "overrides", "noted"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", (), True),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ("data.chat=true",), False),
+        (None, (), False),
+    ],
+)
+def test_plain_prompts_of_a_chat_model_are_noted(make_run, chat_policy, template, overrides, noted):
+    policy = f"model.policy={chat_policy(template)}"
+    run, _ = make_run(policy, "model.reference=starter:policy", *overrides)
+    assert ["data.chat: true" in text for text in plain_prompts(run)] == [True] * noted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        (("kl.horizon=10000",), True),  # 1.00128^240 = 1.4
+        (("kl.horizon=1280",), False),
+        (("kl.horizon=10000", "train.steps=2000"), False),
+        (("kl.horizon=10000", "kl.controller=fixed"), False),
+    ],
+)
+def test_a_controller_that_is_too_slow_for_the_run_is_noted(overrides, noted):
+    demo = config_file.load(starter.FOLDER / "demo.yaml", overrides)
+    found = slow_controller(demo)
+    assert ["kl.horizon: 1280 allows 1% a step" in text for text in found] == [True] * noted
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Reward sources: how they are called, weighted sums of them, and errors."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -62,6 +63,7 @@ def module(tmp_path, monkeypatch):
     path = tmp_path / "rewards_for_test.py"
     path.write_text(
         "def length(completions, **kwargs): return [float(len(c)) for c in completions]\n"
+        "def lower(completions, **kwargs): return [float(len(c.lower())) for c in completions]\n"
         "def sometimes(completions, grade): return [None if g else 1.5 for g in grade]\n"
         "async def slow(completion_ids, **kwargs): return [len(c) for c in completion_ids]\n"
         "def nan(completions, **kwargs): return [float('nan')] * len(completions)\n"
@@ -181,6 +183,17 @@ def test_every_key_that_selects_a_source_has_a_loader_and_every_loader_has_a_key
     assert {f.name for f in msgspec.structs.fields(RewardSource)} >= set(SOURCE_KEYS)
 
 
+def test_a_file_in_the_working_directory_does_not_take_the_place_of_the_configuration_s(
+    module, inputs, tmp_path, monkeypatch
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    text = "def length(completions, **_):\n    return [-5.0] * len(completions)\n"
+    (elsewhere / "rewards_for_test.py").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(elsewhere)
+    assert -5.0 not in function_reward(module, "length")(inputs, no_report)
+
+
 def test_equally_named_sources_of_a_mix_are_numbered(module, inputs, tokenizer):
     function = RewardSource(function="rewards_for_test:length")
     sources = [function, RewardSource(model="starter:reward"), function]
@@ -255,6 +268,18 @@ def test_what_a_function_raises_is_told_with_step_and_response(module, call, nam
     assert "Traceback" in caught.value.trace
     failed = failed_message(caught.value, None, 0)
     assert decode_from_rank(frames.encode(failed)[frames.HEADER.size :]) == failed
+
+
+def test_a_function_for_texts_is_told_that_completions_are_messages(module, inputs):
+    mix = RewardMix(
+        {"r": WeightedReward(1.0, RunsOn.RANK_0, function_reward(module, "lower"))}, SINGLE_RANK, 0
+    )
+    mix(inputs)
+    messages = [{"role": "user", "content": "The film"}]
+    prompts = [replace(prompt, messages=messages) for prompt in inputs.batch.prompts]
+    conversations = replace(inputs, batch=replace(inputs.batch, prompts=prompts))
+    with pytest.raises(RewardCallError, match="each completion is a list of messages"):
+        mix(conversations)
 
 
 def test_a_function_whose_file_was_mended_is_imported_again(module, call):

@@ -4,12 +4,13 @@ import pytest
 
 from engine.journal.rows import EventRow, NoteEvent
 from engine.journal.writer import JournalWriter
+from engine.session.folder import create
 from rlhf_tui.dialogs.event import EventDialog
 from rlhf_tui.state.feeds.updates import SessionUpdate
 from rlhf_tui.widgets.panels.cursor import CursorPanel
 from rlhf_tui.widgets.panels.timeline import TimelinePanel
 from rlhf_tui.widgets.scroll_list import ScrollText
-from tests.tui.conftest import NOW, freeze
+from tests.tui.conftest import NOW, config_of, freeze
 
 LONG = "objective/kl is 9.5, above 2 × target (4) " + "and so on " * 30 + "to the end"
 
@@ -53,6 +54,22 @@ async def test_n_reaches_every_alert_of_a_step_each_with_its_samples(alerts_app,
         await pilot.press("escape")
         await until(pilot, lambda: len(app.screen_stack) == 1)
         assert "2 of 2" in app.screen.query_one(CursorPanel).text()
+
+
+async def test_what_paused_a_run_before_its_first_step_is_opened_with_n(
+    make_app, tmp_path, running, until
+):
+    session = create(tmp_path / "early", "early", config_of())
+    journal = JournalWriter(session)
+    journal.begin_attempt(0, fresh=False)
+    journal.record_event("alert", {"rule": "reward", "text": LONG, "action": "pause"}, 0)
+    journal.set_meta(state="stopped")
+    journal.close()
+    freeze(session)
+    app = make_app("early", root=tmp_path / "early")
+    async with running(app) as pilot:
+        await pilot.press("n", "enter")
+        assert "to the end" in await opened(pilot, app, until)
 
 
 async def test_an_alert_is_whole_when_it_is_opened(alerts_app, running, until):

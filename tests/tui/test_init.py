@@ -10,6 +10,7 @@ from engine import starter
 from engine.config import file as config_file
 from engine.config.recipes import RECIPES
 from engine.errors import RlhfError
+from engine.kl import largest_change
 from rlhf_tui.commands.init import init
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -49,6 +50,8 @@ def test_what_is_written_is_the_recipe_with_a_comment_on_each_key(tmp_path, reci
     real = config_file.load(file)
     assert real.train.learning_rate <= 1e-5
     assert real.rollout.max_new_tokens == 256
+    if real.kl.controller == "adaptive":
+        assert largest_change(real.kl.horizon, real.rollout.batch_size) == pytest.approx(0.01)
 
 
 def test_paths_are_read_from_where_they_were_given(tmp_path, monkeypatch):

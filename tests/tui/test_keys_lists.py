@@ -205,14 +205,17 @@ async def test_from_the_newest_step_nothing_is_lost_and_the_run_is_resumed(check
 
 
 @pytest.mark.parametrize(
-    ("key", "words"),
-    [("f", ["fork", "frozen", "--from", "200"]), ("E", ["export", "frozen", "--policy"])],
+    ("key", "typed", "words"),
+    [
+        ("f", ["down", *"train.steps=400"], ["fork", "frozen", "--from", "200"]),
+        ("E", [], ["export", "frozen", "--policy"]),
+    ],
 )
-async def test_branch_and_export_run_our_own_commands(checkpoints, ran, key, words, until):
+async def test_branch_and_export_run_our_own_commands(checkpoints, ran, key, typed, words, until):
     async with checkpoints() as (app, pilot):
         await pilot.press(key)
         await until(pilot, lambda: isinstance(app.screen, Dialog))
-        await pilot.press("enter")
+        await pilot.press(*typed, "enter")
         await until(pilot, lambda: ran)
         assert ran[0][: len(words)] == words
 

@@ -2,7 +2,17 @@
 
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.timeline import Marker
-from rlhf_tui.widgets.charts.plot import BAND, CURSOR, GUTTER, STYLE, Line, Plot, paint, scale_of
+from rlhf_tui.widgets.charts.plot import (
+    BAND,
+    CURSOR,
+    GUTTER,
+    STYLE,
+    Line,
+    Plot,
+    labels,
+    paint,
+    scale_of,
+)
 from rlhf_tui.widgets.charts.raster import BRAILLE, decimate
 
 RISE = Series([(s, s / 10) for s in range(1, 101)])
@@ -24,6 +34,30 @@ def test_the_scale_ends_on_round_numbers_beyond_the_values():
     columns = [decimate(RISE, 1, 100, 60)]
     scale = scale_of(columns, plot_of())
     assert (scale.low, scale.high) == (0.0, 10.0)
+
+
+def test_labels_are_round_however_many_cells_the_scale_has():
+    shifted = Series([(s, 0.89 + s * 0.009) for s in range(1, 101)])  # 0.75 to 2: five cells
+    scale = scale_of([decimate(shifted, 1, 100, 60)], plot_of())
+    assert [text for _, text in labels(scale, 20)] == [
+        "0.75",
+        "1.00",
+        "1.25",
+        "1.50",
+        "1.75",
+        "2.00",
+    ]
+    assert [text for _, text in labels(scale, 8)] == ["0.75", "1.25", "1.75"]
+    assert [text for _, text in labels(scale, 4)] == ["0.75", "2.00"]
+
+
+def test_labels_of_a_narrow_range_differ():
+    for pace in (1e-6, 2e-6, 3e-6):
+        narrow = Series([(s, 0.05 - s * pace) for s in range(1, 101)])
+        scale = scale_of([decimate(narrow, 1, 100, 60)], plot_of())
+        texts = [text for _, text in labels(scale, 20)]
+        assert len(set(texts)) == len(texts) > 2
+        assert max(map(len, texts)) < GUTTER
 
 
 def test_a_curve_that_never_moves_has_room_above_and_below():

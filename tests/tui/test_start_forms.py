@@ -81,7 +81,7 @@ async def test_a_wrong_override_is_explained_at_once_and_starts_nothing(seat, un
 
 async def test_a_fork_gets_its_overrides_and_tab_completes_a_key(seat, until, monkeypatch):
     async with seat(None) as (app, pilot):
-        app.engines.ask_fork("frozen", 50)
+        app.engines.ask_fork("frozen", 25)
         await until(pilot, lambda: isinstance(app.screen, FormDialog))
         await pilot.press("tab", "k")
         field = app.screen.query_one("#overrides", Input)
@@ -92,8 +92,21 @@ async def test_a_fork_gets_its_overrides_and_tab_completes_a_key(seat, until, mo
         await pilot.pause(0.1)
         await pilot.press("tab", *"0.2", "enter")
         await until(pilot, lambda: app.ran)
-        named = ["--from", "50", "--name", "frozen-fork", "-o", "kl.beta=0.2", "--detach"]
+        named = ["--from", "25", "--name", "frozen-fork", "-o", "kl.beta=0.2", "--detach"]
         assert app.ran == [["fork", "frozen", *named]]
+
+
+async def test_a_fork_from_the_last_step_asks_for_more_steps(seat, until):
+    async with seat(None) as (app, pilot):
+        app.engines.ask_fork("frozen", 50)
+        await until(pilot, lambda: isinstance(app.screen, FormDialog))
+        await until(pilot, lambda: app.screen.query("#effect"))
+        words = "its 50 steps are done; train.steps=100 trains the fork on"
+        await until(pilot, lambda: effect(app) == words)
+        await pilot.press("enter")
+        app.screen.query_one("#overrides", Input).value = "train.steps=100"
+        await until(pilot, lambda: effect(app) == "train.steps 50 → 100")
+        assert app.ran == []
 
 
 async def test_a_run_is_started_from_a_file_whose_path_is_completed(

@@ -22,7 +22,17 @@ def test_the_next_beta_is_the_controller_s():
 
 
 def test_a_saturated_controller_says_so():
-    assert "+2.0% saturated" in text(SteeringPanel(make_state(kl=60.0)))
+    panel = SteeringPanel(make_state(kl=60.0))
+    assert "+2.0% saturated: ×2 in 36 steps" in text(panel)  # 1.02^36 = 2.04
+    assert "-2.0% saturated: ×½ in 35 steps" in text(SteeringPanel(make_state(kl=0.1)))
+    assert "+2.0% saturated" in text(panel, 39)
+
+
+def test_a_controller_that_cannot_double_beta_before_the_end_is_too_slow():
+    settings = SETTINGS | {"horizon": 1e5}
+    panel = SteeringPanel(make_state(kl=60.0, settings=settings))
+    assert "+0.02% saturated: ×2 in 3,467 steps" in text(panel)
+    assert "+0.02% too slow" in text(panel, 39)
 
 
 def test_a_bound_that_holds_beta_says_so():

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from engine.config.settings import SettingChange
-from engine.journal.rows import AlertEvent, EventRow, decode_payload
+from engine.journal.rows import AlertEvent, CheckpointEvent, EventRow, decode_payload
 from rlhf_tui.app.digest import digest
 from rlhf_tui.screens.modes import MODES
 from rlhf_tui.state.feeds.updates import SessionUpdate
@@ -91,6 +91,25 @@ def test_a_digest_tells_what_came_since():
     assert "steps 20 → 50" in shown
     assert "KL is high" in shown
     assert "8m20s" in shown
+
+
+def test_an_alert_is_in_the_digest_however_many_checkpoints_followed():
+    state = make_state()
+    alert = AlertEvent(rule="kl", text="KL is high")
+    rows = [EventRow(event=9, time=600.0, attempt=1, step=21, kind="alert", payload=alert)]
+    for step in range(22, 40):
+        saved = CheckpointEvent(score=1.0, kl=2.0)
+        event = EventRow(
+            event=step, time=600.0 + step, attempt=1, step=step, kind="checkpoint", payload=saved
+        )
+        rows.append(event)
+    state.take(SessionUpdate(events=rows))
+    shown = [
+        "".join(p for p, _ in row) for row in digest(state, Seen(time=500.0, step=20, event=3))
+    ]
+    assert any("KL is high" in line for line in shown)
+    assert sum("▲ checkpoint" in line for line in shown) == 1
+    assert "       and 17 earlier checkpoints" in shown
 
 
 def test_a_digest_has_the_values_of_beta_and_the_means_of_what_is_measured():

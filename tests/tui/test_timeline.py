@@ -183,6 +183,13 @@ def test_conditions_that_are_no_bounds_are_not_shortened():
     assert short_condition("objective/kl is 7, above 2 × target (3)") == "KL 7 > 2 × target (3)"
 
 
+def test_what_is_predicted_is_shortened():
+    text = "objective/kl is 6.175 and rises: 8.994 in 10 steps is above 2.2 × target (3)"
+    short = "KL 6.175, in 10 steps 8.994 > 2.2 × target (3)"
+    assert short_condition(text) == short
+    assert short_condition(f"{text}; alert 2, the last one was at step 9") == f"{short} (alert 2)"
+
+
 def test_a_later_alert_says_in_brief_which_one_it_is():
     text = "objective/kl is 7, above 6; alert 3, the last one was at step 2"
     assert short_condition(text) == "KL 7 > 6 (alert 3)"

@@ -157,7 +157,8 @@ class KLConfig(Section, frozen=True):
     """KL that the adaptive controller aims for, in nats per response."""
     horizon: Positive = 10_000.0
     """Number of responses over which the adaptive controller changes beta by a factor of at most
-    about e^0.2."""
+    about e^0.2: in a step by at most 20 % × `rollout.batch_size` / horizon. Ziegler et al. 2019
+    have 512 responses in a step, which makes 1 %."""
     beta_min: Positive = 1e-4
     """Lower limit of the adaptive controller, which also starts from here if beta is 0."""
     beta_max: Positive = 10.0

@@ -87,6 +87,9 @@ def retry_delays(retries: int) -> Iterator[float]:
 def _describe(name: str, error: BaseException, inputs: RewardInputs) -> str:
     """One line: source, step and exception, and the response in question if it is known."""
     text = f"reward '{name}' at step {inputs.step}: {_exception_text(error)}"
+    conversations = inputs.batch.prompts[0].messages is not None
+    if conversations and isinstance(error, TypeError | AttributeError):
+        text += "; of conversations, each completion is a list of messages"
     index = _response_in_hand(error, inputs)
     if index is None:
         first = shown_prompt(inputs, 0)

@@ -38,7 +38,7 @@ class FunctionReward:
 
         Args:
             source: `module:function`.
-            path: a folder to import the module from, besides the working directory.
+            path: a folder to import the module from; the working directory is searched after it.
 
         Raises:
             UserInputError: the module cannot be imported, or has no such function.
@@ -46,9 +46,8 @@ class FunctionReward:
         self._source = source
         self._raised = False
         module_name = source.partition(":")[0]
-        for folder in (path, "."):
-            if folder and folder not in sys.path:
-                sys.path.insert(0, folder)
+        first = [path, "."] if path else ["."]
+        sys.path[:] = [*first, *(folder for folder in sys.path if folder not in first)]
         try:
             self._module = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:

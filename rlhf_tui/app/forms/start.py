@@ -111,6 +111,8 @@ def fork_form(root: Path, name: str, step: int) -> StartForm:
             new = base.forked(split_overrides(values["overrides"]))
         except (FormError, RlhfError) as error:
             return False, str(error)
+        if step >= (total := new.train.steps):
+            return False, f"its {total} steps are done; train.steps={2 * step} trains the fork on"
         return True, base.changed(new) or folder
 
     def arguments(values: Values) -> list[str]:

@@ -194,6 +194,8 @@ def fork_command(session: Session, reward: RewardConfig, result: TrainedReward) 
         keys |= {"pair": "false"} if reward.pair and not result.pair else {}
         options = [f"reward.{key}={value}" for key, value in keys.items()]
     step = last_checkpoint(session)
+    if step >= session.config().train.steps:
+        options.append(f"train.steps={2 * step}")
     name = free_name(session.folder.parent, session.name)
     words = [
         "rlhf-tui",

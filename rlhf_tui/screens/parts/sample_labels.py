@@ -109,6 +109,10 @@ class SampleLabels:
         self._before.setdefault(key_of(row), row)
         self._show(msgspec.structs.replace(row, judgement=judgement))
 
+    def session_changed(self) -> None:
+        """Another session was opened: nothing of the last one is shown again."""
+        self._before.clear()
+
     def write(self, change: Callable[[Session], None]) -> None:
         """Writes a judgement of the open session in a thread; :class:`LabelWritten` follows."""
         session = self._context.session

@@ -326,7 +326,8 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
         half = abs(low) * 0.1 or 0.5
         low, high = (0.0, 1.0) if low == 0 else (low - half, high + half)
     grid = _round_up((high - low) / 4)
-    return Scale(math.floor(low / grid + 1e-9) * grid, math.ceil(high / grid - 1e-9) * grid)
+    low, high = math.floor(low / grid + 1e-9) * grid, math.ceil(high / grid - 1e-9) * grid
+    return Scale(low, high, grid=grid)
 
 
 def _round_up(value: float) -> float:
@@ -336,9 +337,8 @@ def _round_up(value: float) -> float:
 
 
 def labels(scale: Scale, rows: int) -> list[tuple[int, str]]:
-    """(row, text) of the labels of a scale: its ends, and up to three in between."""
-    count = 2 if rows < 5 else 3 if rows < 10 else 5
-    values = [scale.value(i / (count - 1)) for i in range(count)]
+    """(row, text) of the labels of a scale, the lowest first: as many as fit, at most six."""
+    values = _labelled(scale, rows)
     span = scale.high - scale.low
     # The fewest decimals that show all labels correctly; on a logarithmic scale they differ.
     digits = next(
@@ -349,6 +349,21 @@ def labels(scale: Scale, rows: int) -> list[tuple[int, str]]:
     ]
 
 
+def _labelled(scale: Scale, rows: int) -> list[float]:
+    """The ends of the scale where there are few rows; else round values, its grid's or every other.
+
+    A logarithmic scale is divided evenly.
+    """
+    if rows < 5:
+        return [scale.low, scale.high]
+    if scale.log:
+        count = 3 if rows < 10 else 5
+        return [scale.value(i / (count - 1)) for i in range(count)]
+    cells = round((scale.high - scale.low) / scale.grid)
+    stride = 1 if rows >= 2 * cells else 2
+    return [scale.low + i * scale.grid for i in range(0, cells + 1, stride)]
+
+
 def axis_text(value: float, digits: int | None) -> str:
     """A value in at most seven characters, with `digits` decimals; None: as many as needed."""
     size = abs(value)
@@ -357,6 +372,8 @@ def axis_text(value: float, digits: int | None) -> str:
     if size >= 1e6 or size < 1e-4:
         return f"{value:.1e}"
     text = f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
+    if len(text) == GUTTER and text.startswith("0."):
+        text = text[1:]
     return text if len(text) < GUTTER else f"{value:.3g}"
 
 

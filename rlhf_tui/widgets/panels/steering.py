@@ -1,5 +1,7 @@
 """The steering panel: beta and its source, the controller's next value, and recent commands."""
 
+import math
+
 import msgspec
 
 from engine import metrics
@@ -108,13 +110,21 @@ class SteeringPanel(Panel):
             return [*row, (f"{fmt.number(now.beta, 4):<8}", ""), (text, "dim")]
         new = next_beta(now, kl, self.state.batch_size)
         change = new / now.beta - 1 if now.beta else 0.0
-        row += [(f"{fmt.number(new, 4):<8}", ""), (f" {change:+.1%}", "accent")]
+        row += [(f"{fmt.number(new, 4):<8}", ""), (f" {_percent(change)}", "accent")]
         if new in (now.beta_min, now.beta_max):
             return [*row, (" at its bound", "warn")]
         if abs(kl / now.target - 1) >= MAX_ERROR:
-            text = " saturated: at its maximum rate" if width >= 50 else " saturated"
-            return [*row, (text, "warn")]
+            return [*row, (self._saturated(change, width), "warn")]
         return row
+
+    def _saturated(self, change: float, width: int) -> str:
+        """At its maximum rate: after how many steps beta is doubled or halved, if it stays so."""
+        up = change > 0
+        steps = math.log(2 if up else 0.5) / math.log1p(change) if change else math.inf
+        if width >= 50 and math.isfinite(steps):
+            return f" saturated: {'×2' if up else '×½'} in {math.ceil(steps):,} steps"
+        left = self.state.head.total_steps - self.state.head.step
+        return " too slow" if self.state.live and steps > left else " saturated"
 
     def _others(self, width: int) -> list[Row]:
         rows: list[list[Piece]] = [[*_label("other")]]
@@ -157,6 +167,13 @@ class SteeringPanel(Panel):
         if row_width(row) <= width or width - len(outcome) < LEAST_TEXT:
             return row
         return justified([(f" {text}", "")], [(f" {outcome}", tone)], width)
+
+
+def _percent(change: float) -> str:
+    """A relative change in percent: `+1.5%`, `-0.03%`."""
+    size = abs(change)
+    digits = 1 if size >= 0.001 or size == 0 else 2 if size >= 0.0001 else 3
+    return f"{change:+.{digits}%}"
 
 
 def _label(text: str) -> list[Piece]:
