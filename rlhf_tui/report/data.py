@@ -130,13 +130,15 @@ def _checkpoints(record: JournalReader, metric: str) -> list[ReportCheckpoint]:
     values = {
         row.step: dict(record.series(metric, row.step - 1, row.step)).get(row.step) for row in rows
     }
-    kept = [v for r in rows if r.status == "complete" and (v := values[r.step]) is not None]
-    best = max(kept, default=None)
+    kept = [
+        (v, r.step) for r in rows if r.status == "complete" and (v := values[r.step]) is not None
+    ]
+    best = max(kept, default=None)  # of equal ones the newest, as on the screen
     return [
         ReportCheckpoint(
             row,
             values[row.step] if row.status != "superseded" else None,
-            row.status == "complete" and best is not None and values[row.step] == best,
+            row.status == "complete" and best is not None and row.step == best[1],
         )
         for row in rows
     ]

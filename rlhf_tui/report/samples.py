@@ -39,6 +39,7 @@ class ReportSamples(Struct, frozen=True):
     worst: list[SampleRow] = msgspec.field(default_factory=list)
     judged: list[SampleRow] = msgspec.field(default_factory=list)
     judged_total: int = 0
+    """All of them; `labels` are of the newest :data:`JUDGED_READ`."""
     labels: list[LabelCount] = msgspec.field(default_factory=list)
     preferences: list[Preference] = msgspec.field(default_factory=list)
     preferences_total: int = 0
@@ -59,7 +60,7 @@ def read_samples(record: JournalReader) -> ReportSamples:
         best=reader.page(scored, EXTREMES_SHOWN),
         worst=reader.page(lowest, EXTREMES_SHOWN),
         judged=judged[:JUDGED_SHOWN],
-        judged_total=len(judged),
+        judged_total=reader.count_after(SampleQuery(judged=True), 0),
         labels=_counts(judged),
         preferences=preferences[-PREFERENCES_SHOWN:],
         preferences_total=len(preferences),
