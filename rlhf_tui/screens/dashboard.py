@@ -163,7 +163,8 @@ class DashboardScreen(SessionScreen):
     def action_marker(self, way: int) -> None:
         """Selects the next event of the charts, several of one step in turn; first the newest."""
         view, state = self.context.view, self.context.state
-        markers = state.markers()
+        # Before the first step no event is on the charts, and an alert may have paused the run.
+        markers = state.markers() or state.timeline()
         if not markers:
             self.context.say("no events yet: changes, alerts, checkpoints and notes are marked")
             return
