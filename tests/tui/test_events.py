@@ -68,6 +68,7 @@ async def test_what_paused_a_run_before_its_first_step_is_opened_with_n(
     freeze(session)
     app = make_app("early", root=tmp_path / "early")
     async with running(app) as pilot:
+        await until(pilot, lambda: app.screen.query_one(TimelinePanel).count() == 2)
         await pilot.press("n", "enter")
         assert "to the end" in await opened(pilot, app, until)
 
