@@ -27,11 +27,14 @@ def _onednn_linear_flop(x: Any, weight: Any, *_args: Any, **_named: Any) -> int:
     return 2 * x[0] * x[1] * weight[0]
 
 
-_ONEDNN = (
-    {torch.ops.mkldnn._linear_pointwise: _onednn_linear_flop}
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    else {}
-)
+def _addmm_flop(_total: Any, a: Any, b: Any, *_args: Any, **_named: Any) -> int:
+    """Operations of `addmm_`, which it does not know either."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+_UNKNOWN: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm_flop}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _UNKNOWN[torch.ops.mkldnn._linear_pointwise] = _onednn_linear_flop
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Child:
         if not request:
             sys.exit(0)
         count = request.strip() == "count"
-        self._counter = FlopCounterMode(display=False, custom_mapping=_ONEDNN) if count else None
+        self._counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN) if count else None
         if self._counter is not None:
             self._counter.__enter__()
         self._began, self._cpu = time.perf_counter(), time.process_time()

@@ -7,6 +7,7 @@ are the output layer's: 113 MB each for SmolLM2's 135 M, which the kernel clears
 """
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,32 +15,61 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from engine.train.distributed.ranks import RankGroup
-from engine.train.models.cpu_products import add_product_, layer_output, product
+from engine.train.models.cpu_products import (
+    add_product_,
+    layer_output,
+    onednn_is_quicker_for,
+    product,
+)
 
 
 def use_cpu_layers(module: nn.Module, ranks: RankGroup) -> None:
-    """Replaces the `forward` of a model's plain linear layers and embeddings, if it is on a CPU.
+    """Replaces the `forward` of a model's plain linear layers and embeddings where that pays.
 
-    Call it when the model is placed, and its weights are trained or frozen. Where this is the only
-    rank, `weight.grad` is set in the backward pass itself, and autograd gets no gradient of the
-    weight: neither `torch.autograd.grad` nor a hook on the weight sees one.
+    Does nothing on a GPU. Call it when the model is placed, and its weights are trained or frozen.
+    Where this is the only rank, `weight.grad` is set in the backward pass itself, and autograd gets
+    no gradient of the weight: neither `torch.autograd.grad` nor a hook on the weight sees one.
     """
     if ranks.device.type != "cpu":
         return
-    in_place = ranks.size == 1
     for part in module.modules():
-        if type(part) is nn.Linear:
-            forward = _in_place_linear if in_place else _linear
-            part.forward = types.MethodType(forward, part)  # type: ignore[method-assign]  # of this layer only
-        elif in_place and type(part) is nn.Embedding and _is_plain(part):
-            part.forward = types.MethodType(_in_place_embedding, part)  # type: ignore[method-assign]
+        if type(part) not in (nn.Linear, nn.Embedding):
+            continue
+        in_place = ranks.size == 1 and part.weight.requires_grad
+        forward: Callable[..., Tensor] | None = None
+        if isinstance(part, nn.Embedding):
+            forward = _in_place_embedding if in_place and _is_plain(part) else None
+        elif onednn_is_quicker_for(part.weight):
+            forward = _in_place_onednn_linear if in_place else _onednn_linear
+        elif in_place:
+            forward = _in_place_linear
+        if forward is not None:
+            part.forward = types.MethodType(forward, part)  # of this layer only
 
 
 def _is_plain(layer: nn.Embedding) -> bool:
     return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
 
 
-def _linear(layer: nn.Linear, x: Tensor, *, in_place: bool = False) -> Tensor:
+# A token of a rollout calls each layer once, for some 0.3 ms. What precedes the product must be
+# short: while it lasts, the threads of the last product fall asleep.
+
+
+def _in_place_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return linear(x, layer.weight, layer.bias)
+    return _linear(layer, x, in_place=True)
+
+
+def _in_place_onednn_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _linear(layer, x, in_place=True)
+
+
+def _onednn_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _linear(layer, x, in_place=False)
+
+
+def _linear(layer: nn.Linear, x: Tensor, *, in_place: bool) -> Tensor:
     """`nn.Linear.forward`, with products of our own for plain float32 tensors on the CPU."""
     weight, bias = layer.weight, layer.bias
     plain = x.dtype == weight.dtype == torch.float32 and _is_on_cpu(weight)
@@ -52,10 +82,6 @@ def _linear(layer: nn.Linear, x: Tensor, *, in_place: bool = False) -> Tensor:
         y = layer_output(flat, weight)
     y = y.view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
-
-
-def _in_place_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return _linear(layer, x, in_place=True)
 
 
 def _in_place_embedding(layer: nn.Embedding, ids: Tensor) -> Tensor:

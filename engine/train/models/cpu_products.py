@@ -43,10 +43,16 @@ WIDE = 1 << 14
 """So many."""
 
 
+def onednn_is_quicker_for(weight: Tensor) -> bool:
+    """Whether it is for the output of a layer with this weight, (o, i)."""
+    return ONEDNN_IS_QUICKER or (ONEDNN_IS_QUICKER_IF_WIDE and weight.shape[0] >= WIDE)
+
+
 def layer_output(x: Tensor, weight: Tensor) -> Tensor:
     """The product x Wᵀ (n, o) of x (n, i) and a layer's weight W (o, i), without autograd."""
-    quicker = ONEDNN_IS_QUICKER or (ONEDNN_IS_QUICKER_IF_WIDE and weight.shape[0] >= WIDE)
-    return onednn_linear(x, weight) if quicker and _on_cpu(x, weight) else x @ weight.t()
+    if onednn_is_quicker_for(weight) and _on_cpu(x, weight):
+        return onednn_linear(x, weight)
+    return x @ weight.t()
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
