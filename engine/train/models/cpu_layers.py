@@ -33,18 +33,24 @@ def use_cpu_layers(module: nn.Module, ranks: RankGroup) -> None:
     if ranks.device.type != "cpu":
         return
     for part in module.modules():
-        if type(part) not in (nn.Linear, nn.Embedding):
+        # Of these classes themselves: those derived from them compute something else.
+        if type(part) is nn.Linear:
+            forward = _linear_forward(part.weight, alone=ranks.size == 1)
+        elif type(part) is nn.Embedding:
+            learns = ranks.size == 1 and part.weight.requires_grad
+            forward = _in_place_embedding if learns and _is_plain(part) else None
+        else:
             continue
-        in_place = ranks.size == 1 and part.weight.requires_grad
-        forward: Callable[..., Tensor] | None = None
-        if isinstance(part, nn.Embedding):
-            forward = _in_place_embedding if in_place and _is_plain(part) else None
-        elif onednn_is_quicker_for(part.weight):
-            forward = _in_place_onednn_linear if in_place else _onednn_linear
-        elif in_place:
-            forward = _in_place_linear
         if forward is not None:
-            part.forward = types.MethodType(forward, part)  # of this layer only
+            part.forward = types.MethodType(forward, part)  # type: ignore[method-assign]  # of this layer only
+
+
+def _linear_forward(weight: Tensor, *, alone: bool) -> Callable[..., Tensor] | None:
+    """What replaces a linear layer's `forward`; None if it is to stay."""
+    in_place = alone and weight.requires_grad
+    if onednn_is_quicker_for(weight):
+        return _in_place_onednn_linear if in_place else _onednn_linear
+    return _in_place_linear if in_place else None
 
 
 def _is_plain(layer: nn.Embedding) -> bool:
