@@ -14,7 +14,9 @@ AWAY = 60.0
 
 
 def digest(state: SessionState, seen: Seen) -> list[Row]:
-    """Returns the lines of a dialog; empty if nothing happened."""
+    """Returns the lines of a dialog; empty if nothing happened, or `seen` is of another session."""
+    if any(e.event <= seen.event and e.time > seen.time for e in state.events):
+        return []  # what was seen is of a session that had this folder before
     away = state.now() - seen.time
     new = [e for e in state.events if e.event > seen.event]
     steps = state.head.step - seen.step

@@ -123,6 +123,14 @@ def test_a_digest_has_the_values_of_beta_and_the_means_of_what_is_measured():
     assert "  beta  0.100 → 0.300" in shown
 
 
+def test_there_is_no_digest_of_a_session_that_had_the_folder_before():
+    state = make_state()
+    started = EventRow(event=1, time=600.0, attempt=1, step=0, kind="started", payload=None)
+    state.take(SessionUpdate(events=[started]))
+    assert digest(state, Seen(time=500.0, step=90, event=3)) == []
+    assert digest(state, Seen(time=700.0, step=20, event=1))
+
+
 def test_there_is_no_digest_for_who_was_not_away():
     state = make_state()
     assert digest(state, Seen(time=990.0, step=20, event=3)) == []
