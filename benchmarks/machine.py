@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.train.models.cpu_products import ONEDNN_IS_QUICKER, has_onednn, onednn_linear
+from engine.train.models.cpu_matmul import ONEDNN_IS_QUICKER, has_onednn, onednn_linear
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "numpy", "textual", "msgspec")
 

@@ -15,7 +15,8 @@ AWAY = 60.0
 
 def digest(state: SessionState, seen: Seen) -> list[Row]:
     """Returns the lines of a dialog; empty if nothing happened, or `seen` is of another session."""
-    if any(e.event <= seen.event and e.time > seen.time for e in state.events):
+    first = state.events[0] if state.events else None
+    if first is not None and first.event <= seen.event and first.time > seen.time:
         return []  # what was seen is of a session that had this folder before
     away = state.now() - seen.time
     new = [e for e in state.events if e.event > seen.event]

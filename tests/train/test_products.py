@@ -12,15 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from engine.config.sections.launch import LaunchConfig
 from engine.train.distributed.file_backed import back_by_file, drop_pages
 from engine.train.distributed.ranks import RankGroup
-from engine.train.models import cpu_products
+from engine.train.models import cpu_matmul
 from engine.train.models.cpu_layers import use_cpu_layers
-from engine.train.models.cpu_products import layer_output
+from engine.train.models.cpu_matmul import layer_output
 from engine.train.ppo.logprobs import CHUNK, token_logprobs
 
 MAKING = {"aten::zeros_like", "aten::fill_", "aten::embedding_dense_backward", "aten::add"}
 """Operators by which autograd would make and add a gradient of an embedding."""
 SINGLE_RANK = RankGroup(LaunchConfig(device="cpu"))
-needs_onednn = pytest.mark.skipif(not cpu_products.has_onednn(), reason="torch without oneDNN")
+needs_onednn = pytest.mark.skipif(not cpu_matmul.has_onednn(), reason="torch without oneDNN")
 
 
 def ranks_with(**changes):
@@ -33,7 +33,7 @@ def ranks_with(**changes):
 @pytest.fixture
 def onednn(monkeypatch):
     """As on a processor on which oneDNN is faster."""
-    monkeypatch.setattr(cpu_products, "ONEDNN_IS_QUICKER", True)
+    monkeypatch.setattr(cpu_matmul, "ONEDNN_IS_QUICKER", True)
 
 
 def small_model(seed=0):
@@ -80,8 +80,8 @@ def test_a_linear_layer_by_onednn_has_the_same_result_and_gradients(onednn, bias
 
 @needs_onednn
 def test_an_output_layer_by_onednn_has_the_same_result(monkeypatch):
-    monkeypatch.setattr(cpu_products, "ONEDNN_IS_QUICKER_IF_WIDE", True)
-    monkeypatch.setattr(cpu_products, "WIDE", 40)
+    monkeypatch.setattr(cpu_matmul, "ONEDNN_IS_QUICKER_IF_WIDE", True)
+    monkeypatch.setattr(cpu_matmul, "WIDE", 40)
     x, weight = torch.randn(3, 24), torch.randn(40, 24)
     torch.testing.assert_close(layer_output(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,6 @@
-"""Linear layers and embeddings in float32 on a CPU: their products, and where gradients are added.
+"""Float32 linear layers and embeddings on a CPU, which accumulate their gradients in place.
+
+Linear layers also choose the library of their products (:mod:`engine.train.models.cpu_matmul`).
 
 autograd makes a gradient of a weight's size for each micro-batch and then adds it to `weight.grad`;
 for an embedding that is also the output layer it makes three. With one rank nothing but the
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from engine.train.distributed.ranks import RankGroup
-from engine.train.models.cpu_products import (
+from engine.train.models.cpu_matmul import (
     add_product_,
     layer_output,
     onednn_is_quicker_for,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.memory.model import LOGITS_AT_ONCE
-from engine.train.models.cpu_products import add_product_, layer_output, product
+from engine.train.models.cpu_matmul import add_product_, layer_output, product
 from engine.train.models.output_layer import AfterLayer, OutputLayer
 from engine.train.ppo.logprobs import (
     TokenLogprobs,
