@@ -15,9 +15,8 @@ AWAY = 60.0
 
 def digest(state: SessionState, seen: Seen) -> list[Row]:
     """Returns the lines of a dialog; empty if nothing happened, or `seen` is of another session."""
-    first = state.events[0] if state.events else None
-    if first is not None and first.event <= seen.event and first.time > seen.time:
-        return []  # what was seen is of a session that had this folder before
+    if seen.began and (start := began(state)) and start != seen.began:
+        return []  # of a session that had this folder before
     away = state.now() - seen.time
     new = [e for e in state.events if e.event > seen.event]
     steps = state.head.step - seen.step
@@ -58,6 +57,12 @@ def digest(state: SessionState, seen: Seen) -> list[Row]:
     if states and states[-1].text:
         rows.append([(states[-1].text.partition("\n")[0], "warn")])
     return rows
+
+
+def began(state: SessionState) -> float:
+    """The time of the session's first event; 0 if that is not known."""
+    first = state.events[0] if state.events else None
+    return first.time if first is not None and first.event == 1 else 0.0
 
 
 def _row(marker: Marker) -> Row:

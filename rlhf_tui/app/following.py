@@ -11,7 +11,7 @@ from textual.app import App
 from engine.errors import RlhfError
 from engine.metrics import with_drawn
 from engine.session.folder import Session
-from rlhf_tui.app.digest import curves_are_read, digest
+from rlhf_tui.app.digest import began, curves_are_read, digest
 from rlhf_tui.app.replaying import ReplayControls
 from rlhf_tui.dialogs.digest import DigestDialog
 from rlhf_tui.screens.context import Say
@@ -208,7 +208,9 @@ class SessionFollower:
         shown_now = self._follow and self._replay is None
         if self.session is not None and self.state.known and shown_now:
             newest = self.state.events[-1].event if self.state.events else 0
-            seen = prefs.Seen(time=self._now(), step=self.state.head.step, event=newest)
+            seen = prefs.Seen(
+                time=self._now(), step=self.state.head.step, event=newest, began=began(self.state)
+            )
             prefs.remember_seen(str(self.session.folder), seen)
 
     def _show_digest(self) -> None:

@@ -50,6 +50,8 @@ class Seen(Struct, kw_only=True):
     time: float
     step: int
     event: int
+    began: float = 0.0
+    """When the session began, which tells it from another one in the same folder; 0: not known."""
 
 
 SeenAll = dict[str, Seen]

@@ -127,8 +127,9 @@ def test_there_is_no_digest_of_a_session_that_had_the_folder_before():
     state = make_state()
     started = EventRow(event=1, time=600.0, attempt=1, step=0, kind="started", payload=None)
     state.take(SessionUpdate(events=[started]))
-    assert digest(state, Seen(time=500.0, step=90, event=3)) == []
-    assert digest(state, Seen(time=700.0, step=20, event=1))
+    assert digest(state, Seen(time=500.0, step=90, event=3, began=400.0)) == []
+    assert digest(state, Seen(time=500.0, step=20, event=1, began=600.0))
+    assert digest(state, Seen(time=500.0, step=20, event=1))  # as earlier versions saved it
 
 
 def test_there_is_no_digest_for_who_was_not_away():
