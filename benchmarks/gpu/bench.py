@@ -36,8 +36,8 @@ from tests.train.gpu.pretend import GPU, pretend_gpu
 
 HALF = ["model.dtype=bfloat16", "reward.dtype=bfloat16"]
 DECODE_SHARE = 0.25
-"""Of the bandwidth limit. Each of a layer's four products is a kernel of some 4 µs, which for this
-shape take three times the limit together."""
+"""Of the bandwidth limit. For this shape the quickest kernels known for the products take twice the
+limit together (RESULTS.md)."""
 AGAINST_TRL = 3.0
 """Times as fast as TRL by iteration."""
 SMALL_TASK = Task(TINY, 4, 8, 8, 1, 1, 4)

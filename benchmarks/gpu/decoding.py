@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-from benchmarks.gpu.findings import Finding, Target
-from benchmarks.gpu.numerics import starter_run
+from benchmarks.gpu.findings import Finding, Target, below
+from benchmarks.gpu.numerics import score, starter_run
 from engine.train.data.prompts import batch_prompts
 from engine.train.data.randomness import sampling_uniforms
 from engine.train.models.pretrained import eos_ids
@@ -74,6 +74,15 @@ def same_tokens(target: Target) -> Iterator[Finding]:
             other = respond(run, rows, tokens, GRAPHED, compiled=compiled)
         yield equal_rows("with compiled layers and without", graphs, other, share=0.99)
         yield Finding("layers are compiled", compiled.usable, "as the log says")
+        half = starter_run(target, target.device, "model.dtype=bfloat16")
+        compiled = CompiledLayers("always")
+        other = respond(half, rows, tokens, GRAPHED, compiled=compiled)
+        mean = float((score(half, other) - other.logprobs)[other.mask].abs().mean())
+        yield below(
+            "compiled layers in bfloat16: mean gap of generating and scoring", mean, 0.02,
+            " nats a token",
+        )  # fmt: skip
+        yield Finding("layers in bfloat16 are compiled", compiled.usable, "as the log says")
 
 
 def equal_rows(name: str, one: Rollout, other: Rollout, *, share: float) -> Finding:

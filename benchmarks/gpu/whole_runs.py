@@ -37,11 +37,12 @@ SMALL_SIZE = "rollout.batch_size=4 rollout.max_new_tokens=4 ppo.minibatches=1 pp
 def start(target: Target, name: str, *arguments: str) -> subprocess.Popen[str]:
     """Starts the command line with a session's name, in a process group of its own."""
     verb, *rest = arguments
-    words = [verb, *([] if verb == "demo" else [name]), "--headless", *rest]
+    words = [verb, *([] if verb == "demo" else [name]), "--headless"]
     if verb == "demo":
         words += ["--name", name, "-o", f"launch.device={target.launch_device}"]
         size = SIZE if target.real else SMALL_SIZE
         words += [w for key in size.split() for w in ("-o", key)]
+    words += rest  # last, so that what a part sets holds
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "rlhf_tui.cli", *words,
          "--sessions", str(target.folder / "sessions")],
@@ -135,8 +136,7 @@ def out_of_memory(target: Target) -> Iterator[Finding]:
     if not target.real:
         yield Finding("out of memory in one line", passed=True, measured="needs a GPU's memory")
         return
-    free, _ = torch.cuda.mem_get_info()
-    held = torch.empty(free - (1200 << 20), dtype=torch.uint8, device=target.device)
+    held = list(all_memory_but(1200 << 20, target.device))
     try:
         words = [word for key in TOO_MUCH.split() for word in ("-o", key)]
         process = start(target, "full", "demo", "--steps", "2", *words)
@@ -151,6 +151,20 @@ def out_of_memory(target: Target) -> Iterator[Finding]:
         code != 0 and bool(told) and "micro_batch_size" in told[-1] and "Traceback" not in output,
         f"exit code {code}: {told[-1] if told else output[-300:]}", {"restarts": float(starts)},
     )  # fmt: skip
+
+
+def all_memory_but(spare: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Tensors that leave some bytes free, until that has been so for two seconds.
+
+    The memory of a process that has just ended is freed after its end.
+    """
+    since = time.monotonic()
+    while time.monotonic() - since < 2.0:
+        more = torch.cuda.mem_get_info()[0] - spare
+        if more > 64 << 20:
+            yield torch.empty(more, dtype=torch.uint8, device=device)
+            since = time.monotonic()
+        time.sleep(0.05)
 
 
 def sharded_on_one(target: Target) -> Iterator[Finding]:

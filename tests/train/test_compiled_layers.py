@@ -21,7 +21,7 @@ from engine.train.rollout.native import generate
 from engine.train.rollout.stop_criteria import StopCriteria
 
 VOCABULARY, LIMIT, ROWS = 64, 80, 20
-FIXED = Schedule(8, fixed_shapes=True)
+FIXED = Schedule(8, fixed_shapes=True, read_step=16)
 
 
 class Backend:
@@ -60,14 +60,14 @@ def policy():
     ).eval()
 
 
-def respond(model, compiled):
+def respond(model, compiled, schedule=FIXED):
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
     prompts = [Prompt(ids=list(range(5, 6 + n % 7)), text="", row={}) for n in range(ROWS)]
     return generate(
         model, batch_prompts(prompts, 1, 0), sampling_uniforms(0, 1, ROWS, LIMIT), 1.0,
         StopCriteria([3, 4], [], tokenizer), tokenizer,
-        schedule=FIXED, compiled=compiled,
+        schedule=schedule, compiled=compiled,
     )  # fmt: skip
 
 
@@ -83,8 +83,14 @@ def test_responses_are_the_same_and_all_layers_and_lengths_share_compilations(po
     assert len({slots for slots, *_ in compiled.shapes}) == 2
     assert len({length for _, length, _ in compiled.shapes}) == 3
     # The first compilation takes the slots for all rows of the cache, which ends when they are
-    # halved. One more is of the distributions.
+    # halved. One more is of the sampling.
     assert backend.graphs == 3
+
+
+def test_a_short_cache_is_read_to_one_length(policy):
+    compiled = CompiledLayers("always", backend=Backend())
+    respond(policy(torch.float32), compiled, Schedule(8, fixed_shapes=True))
+    assert len({length for _, length, _ in compiled.shapes}) == 1
 
 
 def test_layers_of_one_input_are_one_product(policy):
