@@ -46,6 +46,26 @@ def changes_to_fit(
     return [f"{k}={v}" for k, v in changes.items()], found
 
 
+def room_for_micro_batch(
+    config: RunConfig, models: Models, layout: Layout, capacity: Capacity
+) -> int | None:
+    """The largest micro-batch that fits a GPU, by doubling the configured one.
+
+    None on a CPU, and if it is not larger: a small model's kernels are shorter than their launches,
+    so that a GPU waits for the host with a small micro-batch (benchmarks/RESULTS.md); a CPU does
+    not.
+    """
+    rows = -(-config.rollout.batch_size // config.ppo.minibatches // layout.ranks)
+    found, size = None, config.ppo.micro_batch_size
+    while capacity.device == "cuda" and size < rows:
+        size = min(2 * size, rows)
+        larger = _merge(config, ("ppo", {"micro_batch_size": size}))
+        if not fits(estimate(larger, models, layout), capacity):
+            break
+        found = size
+    return found
+
+
 Change = tuple[str, dict[str, object]]
 
 

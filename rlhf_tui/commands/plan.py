@@ -14,7 +14,7 @@ from engine.errors import RlhfError, UserInputError
 from engine.journal.json_values import Json
 from engine.launch.environment import clean_environment
 from engine.launch.inputs import check_inputs
-from engine.memory.advice import can_start, changes_to_fit, fits
+from engine.memory.advice import can_start, changes_to_fit, fits, room_for_micro_batch
 from engine.memory.capacity import Capacity, of_device
 from engine.memory.estimate import estimate
 from engine.memory.model import Estimate, Layout, Models, configured, layouts
@@ -200,6 +200,12 @@ def _conclusion(
     peak = f"{current.peak / GB:.2f} GB"
     if fits(current, capacity):
         lines.append(f"As configured ({layout.title}) the run fits: {peak} per rank.")
+        micro_batch = room_for_micro_batch(config, models, layout, capacity)
+        if micro_batch is not None:
+            lines.append(
+                f"There is room for -o ppo.micro_batch_size={micro_batch}, with the same result in "
+                "fewer and larger kernels: quicker if the model is small for the GPU."
+            )
         return lines
     changes, smaller = changes_to_fit(config, models, layout, capacity)
     options = " ".join(f"-o {c}" for c in changes)

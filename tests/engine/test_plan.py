@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine import starter
 from engine.config import file as config_file
-from engine.memory.advice import can_start, changes_to_fit, fits, shortage
+from engine.memory.advice import can_start, changes_to_fit, fits, room_for_micro_batch, shortage
 from engine.memory.capacity import Capacity, of_host
 from engine.memory.estimate import estimate
 from engine.memory.model import Layout, Models, Shape, configured, layouts
@@ -209,6 +209,23 @@ def test_a_run_that_fits_gets_no_advice_and_no_warning():
     given, sizes = config(), models()
     assert changes_to_fit(given, sizes, Layout(), room(100))[0] == []
     assert shortage(given, sizes, Layout(), room(100)) is None
+
+
+def test_the_room_for_a_micro_batch_on_a_gpu_is_used_up_to_the_minibatch():
+    given, sizes = config("rollout.batch_size=96", "ppo.micro_batch_size=8"), models("cuda")
+    rows = 96 // given.ppo.minibatches
+
+    def largest(gigabytes, device="cuda"):
+        return room_for_micro_batch(given, sizes, Layout(), room(gigabytes, device, gpus=1))
+
+    def needed(size):
+        changed = config("rollout.batch_size=96", f"ppo.micro_batch_size={size}")
+        return 1.2 * estimate(changed, sizes, Layout()).peak / 1e9
+
+    assert largest(1000) == rows
+    assert largest(needed(16)) == 16
+    assert largest(needed(8)) is None
+    assert largest(1000, "cpu") is None
 
 
 def test_a_shortage_names_settings_that_help_or_the_planner():
