@@ -134,7 +134,7 @@ def ours(trainer, inputs, case):
     weights = losses.AGGREGATIONS[AGGREGATION[case["loss_type"]]](size, LENGTHS)
     terms = losses.policy_terms(
         logprobs, inputs["old_per_token_logps"], inputs["advantages"][:, None], mask, 0.2,
-        clip_range_high=case["high"], dual_clip=case["delta"], row_weights=weights,
+        case["ratio"], clip_range_high=case["high"], dual_clip=case["delta"], row_weights=weights,
     )  # fmt: skip
     loss = terms.loss
     if case["beta"]:
@@ -145,15 +145,17 @@ def ours(trainer, inputs, case):
     return loss / size.tokens
 
 
+KEYS = ("loss_type", "ratio", "high", "delta", "beta", "entropy")
 CASES = [
-    {"loss_type": kind, "high": high, "delta": delta, "beta": beta, "entropy": entropy}
-    for kind, high, delta, beta, entropy in [
-        ("grpo", None, None, 0.0, 0.0),
-        ("grpo", 0.28, 1.5, 0.1, 0.0),
-        ("bnpo", None, 1.5, 0.1, 0.3),  # their entropy is always the mean over tokens
-        ("dapo", 0.28, None, 0.0, 0.0),
-        ("dr_grpo", None, None, 0.1, 0.0),
-        ("dr_grpo", 0.28, 1.5, 0.0, 0.0),
+    dict(zip(KEYS, case, strict=True))
+    for case in [
+        ("grpo", "token", None, None, 0.0, 0.0),
+        ("grpo", "token", 0.28, 1.5, 0.1, 0.0),
+        ("grpo", "sequence_mean", 0.28, None, 0.1, 0.0),
+        ("bnpo", "token", None, 1.5, 0.1, 0.3),  # their entropy is always the mean over tokens
+        ("dapo", "token", 0.28, None, 0.0, 0.0),
+        ("dr_grpo", "token", None, None, 0.1, 0.0),
+        ("dr_grpo", "token", 0.28, 1.5, 0.0, 0.0),
     ]
 ]
 
@@ -178,6 +180,7 @@ def test_the_loss_and_its_gradient_are_those_of_trl_s_grpo(grpo, case):
     inputs["ref_per_token_logps"] = current + 0.4 * numbers(*mask.shape, seed=3)
     grpo.loss_type, grpo.beta = case["loss_type"], case["beta"]
     grpo.epsilon_high = case["high"] or 0.2
+    grpo.importance_sampling_level = "token" if case["ratio"] == "token" else "sequence"
     grpo.args.use_bias_correction_kl = False  # DeepSeek-V3.2; the engine has the KL of GRPO
     grpo.args.delta, grpo.entropy_coef = case["delta"], case["entropy"]
     vars(grpo)["_entropy_bonus_enabled"] = bool(case["entropy"])

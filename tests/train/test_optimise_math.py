@@ -140,7 +140,9 @@ def slow_sums(policy, rollout, targets, rows, config):
         outputs = slow_outputs(policy, rollout, i, config.rollout.temperature)
         gaps = [logp - targets.old_logprobs[i, t] for t, (logp, *_) in enumerate(outputs)]
         for t, (logprob, value, entropy) in enumerate(outputs):
-            log_rho = gaps[t] if config.ppo.ratio == "token" else sum(gaps)
+            log_rho = {
+                "token": gaps[t], "sequence": sum(gaps), "sequence_mean": sum(gaps) / len(gaps)
+            }[config.ppo.ratio]  # fmt: skip
             rho, a = log_rho.clamp(-20, 20).exp(), targets.advantages[i, t]
             unclipped, clipped = -a * rho, -a * rho.clamp(1 - clip, 1 + high)
             term = unclipped if unclipped >= clipped else clipped
@@ -221,6 +223,7 @@ def one_thread():
         {"loss_aggregation": "sequence_sum_constant", "kl": KLConfig(beta=0.5, **K2)},
         {"loss_aggregation": "sequence", "kl": KLConfig(beta=0.5, **K3), "entropy_coef": 0.1},
         {"kl": KLConfig(beta=0.5, **K3), "ratio": "sequence"},
+        {"ratio": "sequence_mean", "loss_aggregation": "sequence", "clip_range": 0.02},
     ],
     ids=[
         "defaults",
@@ -231,6 +234,7 @@ def one_thread():
         "constant divisor, k2",
         "sequence mean, k3, entropy",
         "k3",
+        "mean ratio",
     ],
 )
 def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_ppo, monkeypatch):
@@ -260,10 +264,17 @@ def test_the_gradient_is_that_of_the_minibatchs_mean_loss_over_tokens(value, of_
     [
         {"ratio": "token"},
         {"ratio": "sequence"},
+        {"ratio": "sequence_mean"},
         {"loss_aggregation": "sequence", "entropy_coef": 0.3, "kl": KLConfig(**K3)},
         {"loss_aggregation": "sequence_sum_constant", "dual_clip": 1.5},
     ],
-    ids=["token ratio", "sequence ratio", "sequence mean, entropy, k3", "constant divisor"],
+    ids=[
+        "token ratio",
+        "sequence ratio",
+        "mean ratio",
+        "sequence mean, entropy, k3",
+        "constant divisor",
+    ],
 )
 @pytest.mark.parametrize("value", ["shared", "separate"])
 def test_micro_batches_change_neither_gradient_nor_sums(of_ppo, value):
@@ -344,7 +355,7 @@ def test_a_minibatchs_gradient_is_the_token_weighted_mean_over_its_parts():
     assert_same((whole, sums), (added, total))
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_mean"])
 def test_before_any_update_the_ratio_is_one_and_nothing_is_clipped(ratio):
     policy, config = make_policy("shared"), run_config(ratio=ratio)
     rollout, targets = make_minibatch(policy)

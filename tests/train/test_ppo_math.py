@@ -18,7 +18,7 @@ from engine.train.ppo import advantages, losses, masked
 from engine.train.ppo.advantages import AdvantageInputs, generalised_advantages, make_targets
 
 CLIPS = st.sampled_from([0.1, 0.2, 0.3])
-KINDS = st.sampled_from(["token", "sequence"])
+KINDS = st.sampled_from(["token", "sequence", "sequence_mean"])
 modest = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -60,6 +60,7 @@ def slow_log_ratio(new, old, mask, kind):
     for i, t in kept(mask):
         tokens = [t] if kind == "token" else [s for j, s in kept(mask) if j == i]
         total = sum(float(new[i, s]) - float(old[i, s]) for s in tokens)
+        total /= len(tokens) if kind == "sequence_mean" else 1
         result[i, t] = min(20.0, max(-20.0, total))
     return result
 
@@ -348,9 +349,10 @@ def test_only_unclipped_tokens_have_a_gradient(batch, clip, kind):
         if clipped or abs(log_rho) >= 20:
             continue
         tokens = [t] if kind == "token" else range(int(lengths[i]))
+        share = rho / len(tokens) if kind == "sequence_mean" else rho
         for s in tokens:
-            expected[i, s] -= float(advantages[i, t]) * rho
-            sizes[i, s] += abs(float(advantages[i, t])) * rho
+            expected[i, s] -= float(advantages[i, t]) * share
+            sizes[i, s] += abs(float(advantages[i, t])) * share
     for (i, t), want in expected.items():
         log_rho = slow_log_ratio(new, old, mask, kind).get((i, t), 0.0)
         if abs(log_rho) != 20:  # at the clamp either one-sided derivative is right

@@ -71,8 +71,9 @@ class PPOConfig(Section, frozen=True):
     """How the policy loss of a minibatch is made of its tokens' losses: `token` is their mean,
     `sequence` the mean over responses of their means (GRPO), `sequence_sum_constant` the mean over
     responses of their sums divided by `rollout.max_new_tokens` (Dr. GRPO)."""
-    ratio: Literal["token", "sequence"] = "token"
-    """Whether the probability ratio is that of each token or that of the whole response."""
+    ratio: Literal["token", "sequence", "sequence_mean"] = "token"
+    """The probability ratio of a token: its own, that of the whole response, or the geometric mean
+    over the response's tokens (GSPO, whose paper clips to 1 - 3e-4 and 1 + 4e-4)."""
     rollout_correction: Literal["none", "truncate", "mask"] = "none"
     """Weights a token's policy loss by the probability that the policy gives it over the one that
     it was sampled with, where these differ: with `rollout.engine: vllm`, or in bfloat16. `truncate`

@@ -3,8 +3,8 @@
 The logits of n responses of T tokens are n·T·V numbers: 1.2 GB for 2,000 tokens and a vocabulary of
 152,000. Where they would be more than :data:`MOST_LOGITS`, they are made for some tokens at a time.
 A sum of losses of tokens is differentiated chunk by chunk in the forward pass, so that no logits
-are needed in the backward pass: computing them again there took 15–35 % longer. Only
-`ppo.ratio: sequence`, where a token's loss depends on the whole response, computes them twice.
+are needed in the backward pass: computing them again there took 15–35 % longer. Only the ratios of
+whole responses (`ppo.ratio`), on which the loss of each token depends, need them twice.
 """
 
 from collections.abc import Callable, Iterator

@@ -5,8 +5,9 @@ including the one that ended the response. All other tensors are float32. Sums a
 
 Sources: Schulman et al. 2017 (PPO); Ye et al. 2020, arXiv 1912.09729 (dual clip); Yu et al. 2025,
 arXiv 2503.14476 (DAPO: the upper clip range, the token mean); Liu et al. 2025, arXiv 2503.20783
-(Dr. GRPO: the constant divisor); Huang et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and verl
-(implementation details). docs/ppo.md has the formulas.
+(Dr. GRPO: the constant divisor); Zheng et al. 2025, arXiv 2507.18071 (GSPO: the mean ratio); Huang
+et al. 2024, arXiv 2403.17031, and TRL, OpenRLHF and verl (implementation details). docs/ppo.md has
+the formulas.
 """
 
 from collections.abc import Callable
@@ -22,12 +23,16 @@ LOG_RATIO_LIMIT = 20.0
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, kind: str) -> Tensor:
     """Log ρ (B, T), clamped to ±20; 0 outside the mask.
 
-    `kind` is `token` for each token's own ratio, or `sequence` for the response's ratio
-    π(y|x)/π_old(y|x) on each of its tokens (`ppo.ratio`).
+    `kind` is the value of `ppo.ratio`: `token` for each token's own ratio; `sequence` for the
+    response's ratio π(y|x)/π_old(y|x) on each of its tokens; `sequence_mean` for the geometric mean
+    of the response's token ratios.
     """
     difference = (logprobs - old_logprobs) * mask
-    if kind == "sequence":
-        difference = difference.sum(1, keepdim=True) * mask
+    if kind != "token":
+        total = difference.sum(1, keepdim=True)
+        if kind == "sequence_mean":
+            total = total / mask.sum(1, keepdim=True).clamp(min=1)
+        difference = total * mask
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
