@@ -95,7 +95,7 @@ def train_step(
         values=old_values, mask=rollout.mask, lengths=rollout.lengths, config=config.ppo,
         beta=config.kl.beta if config.kl.place == "reward" else 0.0,
         per_prompt=config.responses_per_prompt, baseline=state.baseline,
-        kl_estimator=config.kl.estimator, greedy_scores=greedy,
+        kl_estimator=config.kl.estimator, greedy_scores=greedy, ended=rollout.ended,
     )  # fmt: skip
     if states is not None:
         inputs = with_fitted_values(run, step, states, inputs)

@@ -224,6 +224,18 @@ def test_a_response_also_ends_at_a_stop_string(make_run):
     assert (rollout.ended & ~rollout.eos).any()
 
 
+@pytest.mark.parametrize(("overrides", "some_end"), [((), False), (("rollout.stop=[e]",), True)])
+def test_with_mask_truncated_only_responses_that_ended_move_the_policy(
+    make_run, overrides, some_end
+):
+    run, _ = make_run(
+        "ppo.advantage=reward", "ppo.mask_truncated=true", "rollout.max_new_tokens=2", *overrides
+    )
+    metrics, _ = train_step(run, 1)
+    assert (metrics["tokens/truncated_frac"] < 1) == some_end
+    assert (metrics["grad_norm"] > 0) == some_end
+
+
 def test_a_truncated_response_gets_the_penalty(make_run):
     plain, _ = make_run("rollout.max_new_tokens=3")
     penalised, _ = make_run("rollout.max_new_tokens=3", "reward.missing_eos_penalty=2.5")

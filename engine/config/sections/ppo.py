@@ -74,6 +74,9 @@ class PPOConfig(Section, frozen=True):
     ratio: Literal["token", "sequence", "sequence_mean"] = "token"
     """The probability ratio of a token: its own, that of the whole response, or the geometric mean
     over the response's tokens (GSPO, whose paper clips to 1 - 3e-4 and 1 + 4e-4)."""
+    mask_truncated: bool = False
+    """Sets the advantages of responses that were cut off to 0, so that the policy learns nothing
+    from what they score (DAPO's overlong filtering). A KL or an entropy in the loss counts them."""
     rollout_correction: Literal["none", "truncate", "mask"] = "none"
     """Weights a token's policy loss by the probability that the policy gives it over the one that
     it was sampled with, where these differ: with `rollout.engine: vllm`, or in bfloat16. `truncate`

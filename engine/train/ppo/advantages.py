@@ -55,6 +55,8 @@ class AdvantageInputs:
     greedy_scores: Tensor | None = None
     """(B,): the score of a greedy response to the same prompt, processed as :attr:`scores`; given
     to the estimators that declare `greedy_baseline`."""
+    ended: Tensor | None = None
+    """(B,) bool: false where a response was cut off; not needed without `ppo.mask_truncated`."""
 
     @property
     def token_kl(self) -> Tensor:
@@ -87,13 +89,18 @@ class Targets:
 
 
 def make_targets(inputs: AdvantageInputs) -> Targets:
-    """Runs the configured estimator, then whitens the advantages where `ppo.whiten` is true."""
+    """Runs the configured estimator and what `ppo.whiten` and `ppo.mask_truncated` ask for.
+
+    With the latter, advantages of responses that were cut off are 0 (DAPO, section 3.4); their
+    scores still count in the baselines of their groups and in whitening.
+    """
     targets = ESTIMATORS[inputs.config.advantage](inputs)
-    targets = dataclasses.replace(targets, ref_logprobs=inputs.ref_logprobs)
-    if not inputs.config.whiten:
-        return targets
-    whitened = masked.whiten(targets.advantages, inputs.mask)
-    return dataclasses.replace(targets, advantages=whitened)
+    advantages = targets.advantages
+    if inputs.config.whiten:
+        advantages = masked.whiten(advantages, inputs.mask)
+    if inputs.config.mask_truncated and inputs.ended is not None:
+        advantages = advantages * inputs.ended[:, None]
+    return dataclasses.replace(targets, advantages=advantages, ref_logprobs=inputs.ref_logprobs)
 
 
 def gae(inputs: AdvantageInputs) -> Targets:
