@@ -79,7 +79,9 @@ def test_a_step_that_is_written_when_there_is_room_again_has_its_metrics(writer)
     report = StepReport(step=1, metrics={"objective/kl": 1.0, "lr": 2.0}, samples=[], settings={})
     with no_room_for_files(), pytest.raises(sqlite3.OperationalError):
         writer.journal.record_step(report)
+    assert writer.journal.step == 0
     writer.journal.record_step(report)
+    assert writer.journal.step == 1
     with JournalReader(writer.session) as reader:
         assert [row.values for row in reader.metrics()] == [report.metrics]
 
