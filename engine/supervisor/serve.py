@@ -4,6 +4,7 @@ The same coroutine runs in the foreground and in the background.
 """
 
 import asyncio
+import logging
 import os
 import signal
 import sqlite3
@@ -19,6 +20,8 @@ from engine.session import registry
 from engine.session.folder import Session
 from engine.supervisor.publisher import Observer
 from engine.supervisor.supervisor import Supervisor
+
+log = logging.getLogger("engine")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -45,7 +48,10 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
         try:
             return await _serve(session, journal, start, observer)
         finally:
-            journal.close()
+            try:
+                journal.close()
+            except sqlite3.Error as error:  # what the run has come to matters more
+                log.warning("cannot record when the attempt ended: %s", error)
     except (OSError, sqlite3.Error) as error:
         raise SessionError(
             f"cannot write in {session.folder}: {error}; "
