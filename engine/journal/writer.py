@@ -147,9 +147,9 @@ class JournalWriter:
                     "INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, 'complete')",
                     (from_step, self.attempt, time.time(), adopt.size, adopt.score, adopt.kl),
                 )
-            self._events.step = from_step
             data = {"attempt": self.attempt, "from_step": from_step, "fresh": fresh}
-            self._events.write("attempt", data | ({"fork": origin} if origin else {}))
+            self._events.write("attempt", data | ({"fork": origin} if origin else {}), from_step)
+        self._events.step = from_step
         return self.attempt
 
     def _supersede(self, from_step: int, fresh: bool) -> None:
@@ -239,7 +239,7 @@ class JournalWriter:
             )
             self._metrics(report.step, report.metrics)
             self._set_meta({"settings": report.settings})
-            self._events.step = report.step
+        self._events.step = report.step
 
     def record_baseline(self, metrics: dict[str, float], samples: list[Sample]) -> None:
         """Writes the evaluation before the first step, as metrics and responses of step 0."""

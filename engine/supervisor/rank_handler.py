@@ -283,6 +283,7 @@ class RankMessageHandler:
     def _record_step(self, report: StepReport) -> None:
         state = self._state
         state.rollout_restarts.clear()
+        state.rollout_replaced.clear()
         if report is not self._recorded:  # otherwise an alert of it could not be written
             self._journal.record_step(report)
             if report.reference_mix is not None:

@@ -114,6 +114,7 @@ class RolloutEngines:
         shared, disk = TemporaryFolder(shared_folder()), TemporaryFolder()
         self._folders = [shared, disk]
         self._state.rollout_restarts.clear()
+        self._state.rollout_replaced.clear()
         variables = {
             ROLLOUT_FOLDER_VARIABLE: str(shared.path),
             ROLLOUT_DISK_VARIABLE: str(disk.path),

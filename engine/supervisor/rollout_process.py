@@ -24,6 +24,10 @@ from engine.supervisor.state import SupervisorState
 
 log = logging.getLogger("engine")
 
+MAX_REPLACED = 20
+"""Processes of an engine that may end with status 0 in a step. Rank 0 gives up after four in a row,
+so more of them end without it, such as those of a script that is not an engine."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -112,16 +116,21 @@ class RolloutProcess:
             )
 
     async def _keep_alive(self, listener: socket.socket) -> None:
-        """Starts another engine whenever one ends, `launch.max_restarts` times in a step."""
+        """Starts another engine whenever one ends, `launch.max_restarts` times in a step.
+
+        One that ends with status 0 is not counted there but by :data:`MAX_REPLACED`.
+        """
         while self._process is not None:
             status = await self._process.wait()
             self._kill_group(self._process.pid)  # workers of tensor parallelism
             if self._state.attempt.ended is not None:  # the run is over
                 return
-            if status:  # 0: rank 0 has closed the connection, to get another engine
-                self._state.rollout_restarts[self._engine] += 1
+            # 0: rank 0 has closed the connection, to get another engine
+            counts = self._state.rollout_restarts if status else self._state.rollout_replaced
+            limit = self._config.launch.max_restarts if status else MAX_REPLACED
+            counts[self._engine] += 1
             text = f"{self._name} {describe_exit(status)}"
-            if self._state.rollout_restarts[self._engine] > self._config.launch.max_restarts:
+            if counts[self._engine] > limit:
                 self._on_failure(f"{text}, again; see {self.log_file}")
                 return
             if status:  # reported first: the attempt may end while another one is being started

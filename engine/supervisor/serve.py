@@ -4,8 +4,10 @@ The same coroutine runs in the foreground and in the background.
 """
 
 import asyncio
+import logging
 import os
 import signal
+import socket
 import sqlite3
 
 from engine import __version__
@@ -19,6 +21,8 @@ from engine.session import registry
 from engine.session.folder import Session
 from engine.supervisor.publisher import Observer
 from engine.supervisor.supervisor import Supervisor
+
+log = logging.getLogger("engine")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -45,7 +49,10 @@ async def supervise(session: Session, start: StartOptions, observer: Observer | 
         try:
             return await _serve(session, journal, start, observer)
         finally:
-            journal.close()
+            try:
+                journal.close()
+            except sqlite3.Error as error:  # what the run has come to matters more
+                log.warning("cannot record when the attempt ended: %s", error)
     except (OSError, sqlite3.Error) as error:
         raise SessionError(
             f"cannot write in {session.folder}: {error}; "
@@ -71,9 +78,25 @@ async def _serve(
     )
     journal.commands.reject_unfinished("the engine ended before it was carried out")
     listener, path = sockets.listen(session.folder)
-    supervisor = Supervisor(session, config, journal, path, start, observer)
-    session.write_engine(str(path), __version__)
-    registry.announce(session)
+    try:
+        supervisor = Supervisor(session, config, journal, path, start, observer)
+        session.write_engine(str(path), __version__)
+        registry.announce(session)
+        code = await _run(supervisor, listener)
+    except UserInputError:
+        session.write_config(before)
+        raise
+    finally:
+        listener.close()
+        path.unlink(missing_ok=True)
+        registry.withdraw(session)
+    if code == UserInputError.exit_code:  # the next resume uses the previous one
+        session.write_config(before)
+    return code
+
+
+async def _run(supervisor: Supervisor, listener: socket.socket) -> int:
+    """Runs all attempts with the server, the watchdog and the signals."""
     await supervisor.server.start(
         listener, supervisor.commands, supervisor.rank_messages.handle_connection
     )
@@ -86,22 +109,13 @@ async def _serve(
         loop.add_signal_handler(number, supervisor.commands.on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     try:
-        try:
-            supervisor.rollout.listen()
-        except UserInputError:
-            session.write_config(before)
-            raise
-        code = await supervisor.run()
-        if code == UserInputError.exit_code:  # the next resume uses the previous one
-            session.write_config(before)
-        return code
+        supervisor.rollout.listen()
+        return await supervisor.run()
     finally:
         watchdog.cancel()
         supervisor.ranks.kill()
         await supervisor.rollout.close()
         supervisor.server.close()
         await asyncio.gather(watchdog, supervisor.publisher.finish(), return_exceptions=True)
-        path.unlink(missing_ok=True)
-        registry.withdraw(session)
         for number in (*STOP_SIGNALS, signal.SIGHUP):
             loop.remove_signal_handler(number)

@@ -33,7 +33,9 @@ class SupervisorState:
     began: bool = False
     """Whether the models were loaded in any attempt: from then on an error is not the user's."""
     rollout_restarts: Counter[int] = field(default_factory=Counter)
-    """How often each rollout engine has ended since the last finished step."""
+    """How often each rollout engine has failed since the last finished step."""
+    rollout_replaced: Counter[int] = field(default_factory=Counter)
+    """How often each one has ended with status 0, as when rank 0 asks for another, since then."""
     phases: dict[int, Phase] = field(default_factory=dict)
     """The latest phase of each rank."""
     timer: StepTimer = field(default_factory=StepTimer)

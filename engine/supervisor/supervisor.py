@@ -16,13 +16,14 @@ import msgspec
 from engine.config import file as config_file
 from engine.config.schema import RunConfig
 from engine.config.settings import settings_of
-from engine.errors import JournalError
+from engine.errors import JournalError, SessionError
 from engine.journal.reader import JournalReader
 from engine.journal.writer import JournalWriter
 from engine.launch.secret import needs_secret, secret_of_run
 from engine.launch.start import (
     StartOptions,
     adopted_checkpoint,
+    checkpoint_steps,
     earlier_checkpoint,
     last_checkpoint,
     timeline_checkpoints,
@@ -219,7 +220,17 @@ class Supervisor:
             commands.apply(command_id, start.from_step + 1, [change])
 
     def conclude(self, status: int) -> int:
-        """Sets the session's state after the ranks' end; returns the exit code of this attempt."""
+        """Sets the session's state after the ranks' end; returns the exit code of this attempt.
+
+        Raises:
+            SessionError: the journal cannot be written; says how the attempt ended.
+        """
+        try:
+            return self._conclude(status)
+        except sqlite3.Error as error:
+            raise SessionError(self._unrecorded_end(status, error)) from error
+
+    def _conclude(self, status: int) -> int:
         state, attempt, launch = self.state, self.state.attempt, self._config.launch
         if state.stop_now and attempt.ended is None and not attempt.failed_by_itself:
             code = launch.preempted_exit if state.preempted else 0
@@ -284,6 +295,22 @@ class Supervisor:
         with contextlib.suppress(sqlite3.Error):  # of a full disk; the state matters more
             self._journal.set_meta(exit_code=code)
         self.publisher.set_state(end, text)
+
+    def _unrecorded_end(self, status: int, error: sqlite3.Error) -> str:
+        """How the attempt ended, for a journal that cannot say it, and what is saved."""
+        attempt, step = self.state.attempt, self._journal.step
+        known = self._journal.timeline()
+        saved = max((s for s in checkpoint_steps(self._session) if s in known), default=0)
+        if attempt.ended is not None:
+            text = f"training has ended after step {step}"
+        else:
+            text = attempt.cause(status, self._config.launch, self._session.name).text
+        kept = f"the checkpoint of step {saved} is complete" if saved else "there is no checkpoint"
+        return (
+            f"{text}, which cannot be recorded in {self._session.folder} ({error}); the steps up "
+            f"to {step} are recorded and {kept}; solve this, then: "
+            f"rlhf-tui resume {self._session.name}"
+        )
 
     def _restart_with(self, failure: Failed) -> None:
         """Has the ranks start again with other settings from the step that failed.

@@ -95,48 +95,49 @@ class Watchdog:
         """
         checks = 0
         while True:
+            now = time.monotonic()
+            self.check_silence(on_silence, now)  # first: it needs neither the disk nor the journal
             try:
                 self.latest = self._sampler.sample(self._ranks.pids, self._times)
                 self._server.send_to_watchers(self.latest)
                 if checks % CHECKS_PER_ROW == 0:
                     self._journal.record_telemetry(self.latest)
-                self.check(self.latest, on_silence, on_alert, time.monotonic())
+                self._check_alerts(self.latest, on_alert, now)
             except (OSError, sqlite3.Error) as error:
                 # One failed check must not end the task.
                 log.warning("cannot check the session: %s", error)
             checks += 1
             await asyncio.sleep(CHECK_INTERVAL)
 
-    def check(
-        self,
-        telemetry: Telemetry,
-        on_silence: Callable[[int, float], None],
-        on_alert: Callable[[Alert], None],
-        now: float,
-    ) -> None:
-        """Checks the disk and the silence of ranks once.
+    def check_silence(self, on_silence: Callable[[int, float], None], now: float) -> None:
+        """Looks for a hung rank once.
 
         Args:
-            telemetry: the latest reading.
             on_silence: called with a rank that counts as hung, and its seconds of silence.
-            on_alert: called with each condition that begins to hold.
             now: from :func:`time.monotonic`, like the times of the ranks' messages.
         """
         self._exclude_absence(now)
-        rails = self._config.guardrails
         # Ranks that wait for a hung one are silent too: the longest silence is the hung one's.
-        silences = sorted(((now - t, r) for r, t in self._last_message.items()), reverse=True)
-        silence, rank = silences[0] if silences else (0.0, 0)
+        hung = [(silence, r) for silence, r in self._silences(now) if silence > self._limit(r)]
+        if hung:
+            self.ranks_starting()
+            on_silence(hung[0][1], hung[0][0])
+
+    def _silences(self, now: float) -> list[tuple[float, int]]:
+        """Seconds of silence and rank, the longest first."""
+        return sorted(((now - t, r) for r, t in self._last_message.items()), reverse=True)
+
+    def _check_alerts(
+        self, telemetry: Telemetry, on_alert: Callable[[Alert], None], now: float
+    ) -> None:
+        rails = self._config.guardrails
+        silence, rank = next(iter(self._silences(now)), (0.0, 0))
         free = telemetry.disk_free / 1e9
         text = f"rank {rank} silent for {silence:.0f} s"
         self._alert_once("silent_rank", silence > rails.silent_rank, text, on_alert)
         room = f"{free:.1f} GB" if free >= 0.1 else f"{free * 1000:.0f} MB"
         text = f"{room} free on the session's disk"
         self._alert_once("disk", free < rails.disk_free_gb, text, on_alert)
-        hung = [(silence, rank) for silence, rank in silences if silence > self._limit(rank)]
-        if hung:
-            self.ranks_starting()
-            on_silence(hung[0][1], hung[0][0])
 
     def _exclude_absence(self, now: float) -> None:
         """Moves the ranks' last messages forward by the time in which this process did not run.

@@ -4,9 +4,12 @@ import resource
 
 import pytest
 
-from engine.errors import SessionError, SessionNameError
+from engine.errors import SessionError, SessionNameError, UserInputError
 from engine.launch.background import start_engine
+from engine.launch.secret import SECRET_VARIABLE
 from engine.launch.start import StartOptions, fork, is_failed_start, remove_failed_start
+from engine.protocol import sockets
+from engine.supervisor.serve import supervise
 
 
 @pytest.fixture
@@ -96,3 +99,18 @@ def test_an_engine_that_cannot_even_write_its_log_is_not_told_by_an_old_line(fai
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "last time" not in str(caught.value)
     assert "exit code" in str(caught.value)
+
+
+async def test_a_start_that_fails_before_its_ranks_leaves_nothing_behind(
+    make_session, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv(SECRET_VARIABLE, "short")
+    session = make_session("run", "launch.nodes=2", "launch.rendezvous=127.0.0.1:29400")
+    before = session.config()
+    with pytest.raises(UserInputError, match=SECRET_VARIABLE):
+        await supervise(session, StartOptions(overrides=["train.steps=7"]))
+    assert not (session.folder / sockets.NAME).exists()
+    assert not list((tmp_path / "state").rglob("live/*"))
+    assert session.config() == before
+    session.acquire().release()

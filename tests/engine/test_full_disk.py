@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from engine.errors import SessionError
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
 from engine.metrics import NONFINITE_UPDATES
@@ -15,6 +16,8 @@ from engine.protocol.commands import Pause, SetBeta, Stop, Unpause
 from engine.protocol.rank_messages import (
     Applied,
     CheckpointComplete,
+    Ended,
+    Failed,
     Ready,
     StepReport,
 )
@@ -79,7 +82,9 @@ def test_a_step_that_is_written_when_there_is_room_again_has_its_metrics(writer)
     report = StepReport(step=1, metrics={"objective/kl": 1.0, "lr": 2.0}, samples=[], settings={})
     with no_room_for_files(), pytest.raises(sqlite3.OperationalError):
         writer.journal.record_step(report)
+    assert writer.journal.step == 0
     writer.journal.record_step(report)
+    assert writer.journal.step == 1
     with JournalReader(writer.session) as reader:
         assert [row.values for row in reader.metrics()] == [report.metrics]
 
@@ -172,3 +177,17 @@ async def test_another_command_is_rejected_without_a_journal(engine):
     assert reply.status == "rejected"
     assert reply.reason.startswith("cannot write the journal")
     assert engine.supervisor.pending.messages() == []
+
+
+@pytest.mark.parametrize("failure", [None, Failed(rank=0, text="rank 0: a fault")])
+async def test_an_end_that_cannot_be_recorded_is_told_with_what_is_saved(engine, writer, failure):
+    writer.steps(1, 2, 3)
+    writer.checkpoint(2)
+    attempt = engine.shared.attempt
+    attempt.failure, attempt.ended = failure, None if failure else Ended(step=3, reason="finished")
+    with no_room_for_files(), pytest.raises(SessionError) as caught:
+        engine.supervisor.conclude(1 if failure else 0)
+    text = str(caught.value)
+    assert text.startswith(failure.text if failure else "training has ended after step 3")
+    assert "the steps up to 3 are recorded and the checkpoint of step 2 is complete" in text
+    assert f"rlhf-tui resume {writer.session.name}" in text

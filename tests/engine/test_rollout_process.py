@@ -144,6 +144,16 @@ async def test_engines_that_end_again_and_again_within_a_step_fail_the_attempt(m
     await engines.stop()
 
 
+async def test_a_program_that_always_ends_without_an_error_fails_the_attempt(make):
+    engines, _, said = make(script="exit 0")
+    await engines.start()
+    await until(lambda: said)
+    ((kind, text),) = said
+    assert kind == "failure"
+    assert "the rollout engine ended with status 0, again; see" in text
+    await engines.stop()
+
+
 async def test_an_engine_is_started_again_although_the_journal_cannot_be_written(make):
     engines, _, said = make(script="exit 3", error=sqlite3.OperationalError("disk is full"))
     await engines.start()

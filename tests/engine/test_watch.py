@@ -1,6 +1,7 @@
 """The watchdog's silence limits, and how an attempt ends after a failure."""
 
 import asyncio
+import sqlite3
 import time
 
 import pytest
@@ -9,13 +10,13 @@ from engine import starter
 from engine.config import file as config_file
 from engine.journal.reader import JournalReader
 from engine.launch.start import StartOptions
-from engine.protocol.client_messages import Telemetry
 from engine.protocol.rank_messages import Failed, Notice, Phase, Ready
 from engine.supervisor.attempt import StepTimer
 from engine.supervisor.rank_processes import RankProcesses
 from engine.supervisor.server import Server
 from engine.supervisor.supervisor import Supervisor
 from engine.supervisor.watchdog import CHECK_INTERVAL, Watchdog
+from tests.engine.supervised import until
 
 SEVERAL = ("launch.nodes=2", "launch.rendezvous=10.0.0.1:29400")
 ECHO = Failed(rank=0, text="rank 0 lost the others: timed out", traceback="where", echo=True)
@@ -36,9 +37,8 @@ def watch(writer):
 def hung(watchdog, now=None):
     """The ranks that count as hung in one check; `now` on the clock of `time.monotonic`."""
     now = time.monotonic() if now is None else now
-    reading = Telemetry(time=0.0, cpu=0.0, memory_used=0, memory_total=0, disk_free=10**12)
     found = []
-    watchdog.check(reading, lambda rank, _seconds: found.append(rank), lambda _alert: None, now)
+    watchdog.check_silence(lambda rank, _seconds: found.append(rank), now)
     return found
 
 
@@ -99,6 +99,19 @@ def test_a_supervisor_that_was_stopped_does_not_count_its_absence_as_silence(wat
     # Silence counts from one interval before it woke.
     checks = range(int(CHECK_INTERVAL), 100, int(CHECK_INTERVAL))
     assert next(t for t in checks if hung(watchdog, woken + t)) == 60 - CHECK_INTERVAL
+
+
+async def test_a_hung_rank_is_noticed_though_no_alert_can_be_recorded(watch):
+    watchdog = watch("launch.load_silence=1e-9", "guardrails.disk_free_gb=1e12")
+    found = []
+
+    def on_alert(_alert):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    task = asyncio.create_task(watchdog.run(lambda rank, _seconds: found.append(rank), on_alert))
+    await until(lambda: watchdog.latest is not None)
+    task.cancel()
+    assert found == [0]
 
 
 def concluded(writer, failure, *, at_once=False):

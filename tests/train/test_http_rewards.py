@@ -116,6 +116,14 @@ def test_a_remote_reward_model_of_openrlhf_gets_whole_sequences_and_labels(
     assert request["labels"] == [0, 1, 2]
 
 
+def test_an_end_that_the_tokenizer_does_not_know_has_no_text(service, mix, inputs):
+    service.behaviour = reply({"rewards": [1, 2, 3]})
+    only_the_models = [[*inputs.ids[0][:-1], 10**6], *inputs.ids[1:]]
+    other = RewardInputs(inputs.batch, only_the_models, inputs.texts, inputs.eos, inputs.step)
+    scores(mix(service=service.url, protocol="openrlhf", batch_size=3), other)
+    assert service.requests[0]["query"][0] == "The film" + TEXTS[0]
+
+
 def test_replies_out_of_order_leave_the_scores_in_order(service, mix, inputs):
     last = threading.Event()
 

@@ -79,6 +79,11 @@ def test_whatever_prompt_and_response_contain_is_inserted_as_it_is(prompt, respo
     assert filled == f"a{prompt}b{response}c{{other}}"
 
 
+def test_a_column_that_the_data_set_of_a_prompt_lacks_is_empty():
+    prompt = Prompt([], "p", {"gold": None, "number": 0})
+    assert fill_template("[{gold}] {number} {response}", prompt, "r") == "[] 0 r"
+
+
 def test_a_conversation_is_read_without_the_markup_of_its_template():
     one = [{"role": "user", "content": "Hi"}]
     two = [{"role": "system", "content": "Be kind."}, *one]

@@ -1,5 +1,7 @@
 """A chart as characters and styles."""
 
+import pytest
+
 from rlhf_tui.state.series import Series
 from rlhf_tui.state.timeline import Marker
 from rlhf_tui.widgets.charts.plot import (
@@ -136,6 +138,16 @@ def test_any_size_can_be_painted():
     for width in range(1, 40, 3):
         for height in range(1, 12):
             paint(plot_of(target=5.0, cursor=20, markers=markers), width, height)
+
+
+@pytest.mark.parametrize(
+    "values", [(0.0, 5e-324), (1e-323, 5e-324), (-1e308, 1e308), (0.0, 1.7e308), (1.79e308,)]
+)
+@pytest.mark.parametrize("log", [False, True])
+def test_the_smallest_and_largest_numbers_can_be_painted(values, log):
+    curve = Series(list(enumerate(values, 1)))
+    picture = paint(plot_of(last=2, lines=[Line(curve, "s1")], log=log), 60, 12)
+    assert any(char > chr(BRAILLE) for row in picture.chars[1:-1] for char in row[GUTTER:])
 
 
 def test_curves_that_are_taken_over_from_the_last_painting_look_as_if_they_were_drawn():

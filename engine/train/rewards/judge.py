@@ -115,9 +115,9 @@ def fill_template(template: str, prompt: Prompt, response: str) -> str:
     """The text that a judge reads.
 
     All names are replaced in one pass, so that braces in a prompt, a response or a column are never
-    taken for names.
+    taken for names. A column without a value, as of another data set of a mixture, is empty.
     """
-    values = {k: str(v) for k, v in prompt.row.items() if isinstance(k, str)}
+    values = {k: "" if v is None else str(v) for k, v in prompt.row.items() if isinstance(k, str)}
     values |= {"prompt": prompt.plain, "response": response}
     return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
 

@@ -80,9 +80,13 @@ class OpenRLHFProtocol:
         return encode({"query": queries, "prompts": prompts, "labels": labels})
 
     def _end(self, token_id: int) -> str:
-        """The text of an end-of-sequence token, which is the token itself."""
+        """The text of an end-of-sequence token, which is the token itself.
+
+        Empty, as in a tokenizer's decoding, for one that only the model knows.
+        """
         if token_id not in self._ends:
-            self._ends[token_id] = next(t for t, i in self._vocabulary.items() if i == token_id)
+            found = (t for t, i in self._vocabulary.items() if i == token_id)
+            self._ends[token_id] = next(found, "")
         return self._ends[token_id]
 
     def scores(self, endpoint: Endpoint, reply: bytes) -> Scores:

@@ -310,14 +310,14 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
     highs = [c.high for line in columns for c in line]
     if not lows:
         return None
-    low, high = min(lows), max(highs)
+    low, high = _bounded(min(lows)), _bounded(max(highs))
     # A target far above all values would flatten the curve: the scale then leaves it out.
     if plot.target is not None and plot.target * (1 + plot.band) <= 2.5 * high:
         low = min(low, plot.target * (1 - plot.band))
         high = max(high, plot.target * (1 + plot.band))
     if plot.log and high > 0:
         positive = [v for v in (*lows, *highs) if v > 0]
-        low = max(low, min(positive), high * 1e-9)
+        low = max(low, _bounded(min(positive)), high * 1e-9)
         bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
         return Scale(10.0**bottom, 10.0 ** max(top, bottom + 1), log=True)
     if low < 0 < high and -low * 50 < high - low:
@@ -328,6 +328,11 @@ def scale_of(columns: list[list[Column]], plot: Plot) -> Scale | None:
     grid = _round_up((high - low) / 4)
     low, high = math.floor(low / grid + 1e-9) * grid, math.ceil(high / grid - 1e-9) * grid
     return Scale(low, high, grid=grid)
+
+
+def _bounded(value: float) -> float:
+    """The value, or one near it whose differences and logarithm neither overflow nor underflow."""
+    return 0.0 if abs(value) < 1e-300 else min(max(value, -1e300), 1e300)
 
 
 def _round_up(value: float) -> float:
